@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,11 +92,12 @@ class Run:
         return sorted(path.parent for path in self.pool.glob("*/adapter_config.json"))
 
     @contextmanager
-    def hub(self) -> Iterator[lw.Hub]:
-        """A temporary hub of all of them."""
+    def hub(self, without: Collection[str] = ()) -> Iterator[lw.Hub]:
+        """A hub of all of them but those named, which is deleted at the end."""
         with tempfile.TemporaryDirectory() as folder, lw.Hub(folder) as hub:
             for path in self.adapters():
-                hub.add(path)
+                if path.name not in without:
+                    hub.add(path)
             yield hub
 
 

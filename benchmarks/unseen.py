@@ -4,13 +4,18 @@
     python -m benchmarks --out runs/unseen --data DATA unseen --ways auto,gradient --shots 5,20 --seeds 0,1,2,3,4
     python -m benchmarks --out runs/unseen --report unseen                  (the tables of what has been measured so far)
     python -m benchmarks --out runs/unseen --report --save unseen unseen    (writes data/unseen.json)
+    python -m benchmarks --out runs/left-out --data DATA unseen --left-out  (the pool's own tasks: what choices are made by)
 
 The ways: the base model without an example (`base`) and with the examples in its prompt (`in_context`); a LoRA trained on
 the examples alone (`lora_examples`), and one that begins as a composition (`composed_and_tuned`); the adapter that
 retrieval puts first (`retrieved_first`); the published LoraHub recipe (`lorahub_original`: 20 adapters at random, A and B
 mixed apart, 40 evaluations by nevergrad's NGOpt, the loss as its authors coded it); a LoRA trained on the whole training
 set (`oracle`); for joined skills the adapter that is best on the test items (`any_single`), and both skills one after the
-other (`two_passes`); and every method of `compose()` by its name.
+other (`two_passes`); and every method of `compose()` by its name. With `+shown` behind its name, a way learns and answers
+under prompts that show the other examples with their answers.
+
+--left-out takes each task of the pool as if it were unseen: its own adapter and those of the same skill are not in the hub,
+and its examples and test items are training rows. Methods, rates and budgets are chosen there, before the unseen tasks.
 
 Every measurement is kept in --out as it is made, so that an interrupted run goes on; it goes on, too, from what
 data/unseen.json holds. Several processes share the work by --part. --again repeats ways.
@@ -21,6 +26,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -41,6 +47,12 @@ from loraweave.routers.searches.lorahub_original import LorahubOriginal
 app = typer.Typer()
 
 
+# behind the name of a way: its prompts show the other examples
+SHOWN = "+shown"
+# tasks of the pool that teach one skill on other texts
+SAME_SKILL = (("sentiment_movie", "sentiment_tweet"),)
+
+
 @dataclass(frozen=True)
 class Asked:
     """What is measured: every way on every task with one seed, before the next seed."""
@@ -52,6 +64,7 @@ class Asked:
     k: int
     budget: int
     num_test: int
+    left_out: bool = False
 
     def wanted(self) -> Iterator[Key]:
         for shots in self.shots:
@@ -78,38 +91,63 @@ def main(
     num_test: Annotated[int, typer.Option(help="test items of each task")] = 100,
     part: Annotated[str, typer.Option(help="2/3 is the second of three processes that share the tasks")] = "1/1",
     again: Annotated[str, typer.Option(help="a,b: ways whose earlier measurements do not count")] = "",
+    left_out: Annotated[bool, typer.Option(help="the pool's own tasks, each without its adapter")] = False,
 ) -> None:
     """Right answers, the share of what training could gain, and the time to choose."""
     run: Run = context.obj
-    store = Store(run.folder(), DATA / "unseen.json")
+    store = Store(run.folder(), DATA / ("left_out.json" if left_out else "unseen.json"))
+    entries = run.entries("pool" if left_out else "unseen")
+    relations = {task: entry["category" if left_out else "relation"] for task, entry in entries.items()}
     if not run.report:
         number, count = (int(each) for each in part.split("/"))
-        relations = {task: entry["relation"] for task, entry in run.entries("unseen").items()}
         chosen = [task for task in relations if not tasks or task in tasks.split(",")][number - 1 :: count]
         of_seeds, of_shots = ([int(each) for each in text.split(",")] for text in (seeds, shots))
-        asked = Asked({task: relations[task] for task in chosen}, ways.split(","), of_seeds, of_shots, k, budget, num_test)
+        asked = Asked(
+            {task: relations[task] for task in chosen}, ways.split(","), of_seeds, of_shots, k, budget, num_test, left_out
+        )
         measure(run, asked, store, again.split(","))
-    store.close(run, lambda known: list(report(known).values()))
+    store.close(run, lambda known: list(report(known, relations if left_out else None).values()))
 
 
 def measure(run: Run, asked: Asked, store: Store, again: list[str]) -> None:
     known = Store(store.folder).all() if any(again) else {}
     known |= {key: found for key, found in store.all().items() if key.way not in again}
     model, tokenizer = lw.load_base(dtype=fast_dtype())
-    with run.hub() as hub:
-        for key in track([key for key in asked.wanted() if key not in known], "measuring"):
-            store.keep(_measured(_case(run, asked, model, tokenizer, hub, key), key))
+    keys = [key for key in asked.wanted() if key not in known]
+    with ExitStack() as stack:
+        hubs: dict[tuple[str, ...], lw.Hub] = {}
+        for key in track(keys, "measuring"):
+            without = _same_skill(key.task) if asked.left_out else ()
+            if without not in hubs:
+                hubs[without] = stack.enter_context(run.hub(without))
+            store.keep(_measured(_case(run, asked, model, tokenizer, hubs[without], key), key))
+
+
+def _same_skill(task: str) -> tuple[str, ...]:
+    """The pool's tasks that teach what this one does, itself among them."""
+    return next((tasks for tasks in SAME_SKILL if task in tasks), (task,))
 
 
 def _case(run: Run, asked: Asked, model: Any, tokenizer: Any, hub: lw.Hub, key: Key) -> Case:
-    unseen = load_task(run.data, key.task, key.seed, asked.num_test, num_examples=max(key.shots, 1))
     training = pairs(run.rows(key.task), "train")
+    num_examples = max(key.shots, 1)
+    if asked.left_out:
+        drawn = random.Random(key.seed).sample(training, len(training))
+        entry = run.entries("pool")[key.task]
+        task = lw.Task(drawn[:num_examples], instruction=entry["definition"], labels=entry["labels"])
+        test = [(text, [target]) for text, target in drawn[-asked.num_test :]]
+        training = drawn[: -asked.num_test]
+        unseen = DemoTask(key.task, task, test, [])
+    else:
+        unseen = load_task(run.data, key.task, key.seed, asked.num_test, num_examples=num_examples)
+    if key.way.endswith(SHOWN):
+        unseen = replace(unseen, task=replace(unseen.task, demonstrations=True))
     return Case(model, tokenizer, hub, unseen, training, key.seed, asked.k, asked.budget)
 
 
 def _measured(case: Case, key: Key) -> Measured:
     started, cpu_started = time.perf_counter(), time.process_time()
-    found = find(case, key.way)
+    found = find(case, key.way.removesuffix(SHOWN))
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     score = case.score(found)
     right_N = torch.tensor(score.right).to(torch.uint8).numpy()
@@ -172,8 +210,7 @@ def base(case: Case) -> Found:
 
 def in_context(case: Case) -> Found:
     """The base model with the examples in front of the prompt, each with its answer."""
-    shown = "".join(f"{case.task.prompt(text)} {target}\n\n" for text, target in case.task.examples)
-    return Found(task=replace(case.task, template=shown + case.task.prompt("{input}")))
+    return Found(task=replace(case.task, demonstrations=True))
 
 
 def retrieved_first(case: Case) -> Found:
