@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
+from loraweave.common.checks import one_or_many
 from loraweave.errors import InvalidLicense
 
 # ids of the model hub that SPDX spells otherwise
@@ -111,7 +112,7 @@ def is_accepted(license: str | None, wanted: Collection[str] | str) -> bool:
     Of alternatives (OR) one is enough, of joint terms (AND) all are needed; `+` and WITH only add to what an id permits.
     InvalidLicense for a wish that is no SPDX expression.
     """
-    folded = frozenset(canonical(one).casefold() for one in ([wanted] if isinstance(wanted, str) else wanted))
+    folded = frozenset(canonical(one).casefold() for one in one_or_many(wanted))
     return license is not None and _accepted(license, folded)
 
 

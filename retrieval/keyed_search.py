@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
+from loraweave.common.checks import is_list, says_something
 from loraweave.common.options import Declared
 from loraweave.errors import HubError, LoraweaveError, RetrievalError
 from loraweave.hub.embedders._embedder import unit
@@ -80,10 +81,10 @@ class KeySpace:
     def pairs(self, record: Record) -> list[tuple[str, str]]:
         """The record's sample inputs with their outputs, which its card may hold as `outputs` in the same order."""
         outputs = record.card.get("outputs")
-        if not isinstance(outputs, list | tuple) or len(outputs) != len(record.examples):
+        if not is_list(outputs) or len(outputs) != len(record.examples):
             return []
         pairs = zip(record.examples, outputs, strict=True)
-        return [(i, o) for i, o in pairs if i.strip() and isinstance(o, str) and o.strip()][:MAX_SAMPLE_INPUTS]
+        return [(i, o) for i, o in pairs if i.strip() and says_something(o)][:MAX_SAMPLE_INPUTS]
 
     def once(self, what: str, record: Record, make: Callable[[Record], np.ndarray]) -> np.ndarray:
         """What `make` gives for a record, made again only when the record has changed. `what` tells makers apart."""

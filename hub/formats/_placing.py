@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from loraweave.common.checks import is_whole
 from loraweave.errors import AdapterUnsupported, LayerMismatch
 from loraweave.hub.formats._base_layer import BaseLayer, as_base_layer, missing_layer
 from loraweave.hub.formats._known_modules import Rule
@@ -116,9 +117,9 @@ def _head_size(config: object) -> int | None:
     """How many outputs belong to one attention head, by the config of a transformers model."""
     text = getattr(config, "text_config", config)
     size, hidden, heads = (getattr(text, name, None) for name in ("head_dim", "hidden_size", "num_attention_heads"))
-    if size is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+    if size is None and is_whole(hidden, 0) and is_whole(heads, 1):
         size = hidden // heads
-    return size if isinstance(size, int) and size > 0 else None
+    return size if is_whole(size, 1) else None
 
 
 def _form(name: str) -> str:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from loraweave.common.checks import are_texts
 from loraweave.common.process import free_host_bytes
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._files import open_file, parse_json, read_json
@@ -162,7 +163,7 @@ def _header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], int, dict[str,
         raise ValueError("its header is not a JSON object")
     table = parse_json(raw)
     metadata = table.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not are_texts(metadata.values()):
         raise ValueError("its __metadata__ is not a mapping of texts")
     entries = {key: _entry(key, value) for key, value in table.items()}
     _check_cover(entries, size - 8 - length)

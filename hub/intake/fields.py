@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loraweave.common.checks import is_list, one_or_many
 from loraweave.common.rows import GivenRows, read_rows
 from loraweave.errors import AdapterUnsupported
 
@@ -59,13 +60,6 @@ def checked_fields(name: str, given: Mapping[str, Any]) -> Fields:
     )
 
 
-def one_or_many(values: Collection[str] | str | None) -> tuple[str, ...]:
-    """A single text is taken as one; None as none."""
-    if values is None:
-        return ()
-    return (values,) if isinstance(values, str) else tuple(values)
-
-
 def checked_text(name: str, field: str, text: Any, limit_bytes: int) -> str:
     if not isinstance(text, str):
         raise AdapterUnsupported(
@@ -79,12 +73,17 @@ def checked_text(name: str, field: str, text: Any, limit_bytes: int) -> str:
 
 
 def _texts(name: str, field: str, values: Any, max_count: int, limit_bytes: int) -> tuple[str, ...]:
-    if not isinstance(values, str | list | tuple | set | frozenset):
-        raise AdapterUnsupported(
-            f"the {field} of adapter {name!r} must be a list of texts, not {type(values).__name__}; pass them as {field}="
-        )
-    # a set has no order of its own, and the same call must store the same row
-    texts = tuple(sorted(values)) if isinstance(values, set | frozenset) else one_or_many(values)
+    match values:
+        case str() | list() | tuple():
+            texts = one_or_many(values)
+        case set() | frozenset():
+            # a set has no order of its own, and the same call must store the same row
+            texts = tuple(sorted(values))
+        case _:
+            raise AdapterUnsupported(
+                f"the {field} of adapter {name!r} must be a list of texts, not {type(values).__name__}; "
+                f"pass them as {field}="
+            )
     if len(texts) > max_count:
         raise AdapterUnsupported(f"adapter {name!r} has {len(texts):,} {field}; the limit is {max_count:,}")
     return tuple(checked_text(name, f"{field}[{number}]", text, limit_bytes) for number, text in enumerate(texts))
@@ -96,11 +95,13 @@ def split_pairs(name: str, examples: GivenRows) -> tuple[list[str], list[str]]:
     Raises InvalidTask for anything but texts and rows, AdapterUnsupported if only some have outputs and for an
     output above the limit.
     """
-    if isinstance(examples, str):
-        return [examples], []
-    # a set has no order of its own, and the same call must store the same row
-    listed = sorted(examples, key=repr) if isinstance(examples, set | frozenset) else examples
-    read = read_rows(listed, noun="example", of=f"adapter {name!r}", targets="any")
+    match examples:
+        case str():
+            return [examples], []
+        case set() | frozenset():
+            # a set has no order of its own, and the same call must store the same row
+            examples = sorted(examples, key=repr)
+    read = read_rows(examples, noun="example", of=f"adapter {name!r}", targets="any")
     outputs = [row.targets[0] for row in read if row.targets]
     if len(outputs) not in (0, len(read)):
         odd = next(row.input for row in read if not row.targets)
@@ -125,7 +126,7 @@ def card_with_outputs(
     own = card.get("outputs")
     if own is None:
         return card
-    as_many = before is None and isinstance(own, list | tuple) and len(own) == len(examples)
+    as_many = before is None and is_list(own) and len(own) == len(examples)
     if as_many or (before is not None and list(before) == list(examples)):
         return card
     return {key: value for key, value in card.items() if key != "outputs"}

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from loraweave.common.checks import one_or_many
 from loraweave.errors import AdapterCorrupt, HubError, PackageMissing
 from loraweave.hub.stores.errors import remote_errors, storage_errors, without_credentials
 from loraweave.hub.stores.folder_blobs import STALE_TMP_S, FolderBlobs, blob_path
@@ -199,5 +200,4 @@ def _path(root: str, content_hash: str) -> str:
 
 
 def _uploads_whole(store: Any) -> bool:
-    protocols = (store.protocol,) if isinstance(store.protocol, str) else tuple(store.protocol)
-    return not _WHOLE_UPLOADS.isdisjoint(protocols)
+    return not _WHOLE_UPLOADS.isdisjoint(one_or_many(store.protocol))

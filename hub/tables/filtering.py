@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from loraweave.common.checks import one_or_many
 from loraweave.hub import quarantine
-from loraweave.hub.intake.fields import one_or_many
 from loraweave.hub.licenses import is_accepted
 from loraweave.hub.stores.protocols import Connection
 from loraweave.hub.tables import rows

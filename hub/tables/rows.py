@@ -8,9 +8,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from loraweave.common.checks import one_or_many
 from loraweave.errors import AdapterUnsupported, HubCorrupt
 from loraweave.hub import quarantine
-from loraweave.hub.intake.fields import MAX_CARD_BYTES, OWN_FIELDS, Fields, one_or_many
+from loraweave.hub.intake.fields import MAX_CARD_BYTES, OWN_FIELDS, Fields
 from loraweave.hub.stores.protocols import Connection
 from loraweave.types import Anomaly, Fingerprint, Record, Source
 

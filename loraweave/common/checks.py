@@ -1,9 +1,9 @@
-"""Checks of counts and numbers."""
+"""Checks of counts, numbers and texts, and of lists of them."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from types import UnionType
 from typing import Any, TypeGuard
@@ -18,9 +18,14 @@ def is_whole(value: object, least: int) -> TypeGuard[int]:
 
 def is_number(value: object, least: float = -sys.float_info.max, most: float = sys.float_info.max) -> TypeGuard[float]:
     """Whether a value is a finite real number in [least, most], of numpy too; True and False do not count as numbers."""
-    if isinstance(value, int):
-        return not isinstance(value, bool) and least <= value <= most
-    return isinstance(value, Real) and least <= float(value) <= most
+    match value:
+        case bool():
+            return False
+        case int():
+            return least <= value <= most
+        case Real():
+            return least <= float(value) <= most
+    return False
 
 
 def is_list(value: object, of: type | UnionType = object) -> TypeGuard[Sequence[Any]]:
@@ -37,3 +42,20 @@ def require_whole(name: str, value: object, least: int, error: type[LoraweaveErr
     """Raises `error`, with the name and the value, unless the value is a whole number of at least `least`."""
     if not is_whole(value, least):
         raise error(f"{name} is {value!r}; it must be a whole number of at least {least}")
+
+
+def one_or_many(values: Collection[str] | str | None) -> tuple[str, ...]:
+    """The texts that are given; a single text counts as one, None as none."""
+    if values is None:
+        return ()
+    return (values,) if isinstance(values, str) else tuple(values)
+
+
+def are_texts(values: Iterable[object]) -> TypeGuard[Iterable[str]]:
+    """Whether all values are texts."""
+    return all(isinstance(value, str) for value in values)
+
+
+def says_something(text: object) -> TypeGuard[str]:
+    """Whether a value is a text with a visible character."""
+    return isinstance(text, str) and bool(text.strip())

@@ -15,8 +15,9 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeGuard, cast
+from typing import Any, Literal, TypeAlias, cast
 
+from loraweave.common.checks import are_texts, is_list
 from loraweave.errors import InvalidTask
 
 GivenRows: TypeAlias = Iterable[Any] | os.PathLike[str]
@@ -73,35 +74,43 @@ def located(given: GivenRows, *, noun: str = "row", of: str = "", one_split: boo
     """
     first = ""
     for where, row in _source(given, noun, of):
-        split = row.get("split") if one_split and isinstance(row, Mapping) else None
-        if isinstance(split, str):
-            first = first or split
-            if split != first:
-                raise InvalidTask(f"{where} is of split {split!r}, and those before it of {first!r}: give the rows of one")
+        match row:
+            case {"split": str(split)} if one_split:
+                first = first or split
+                if split != first:
+                    raise InvalidTask(
+                        f"{where} is of split {split!r}, and those before it of {first!r}: give the rows of one"
+                    )
         yield where, row
 
 
 def read_row(row: Any, where: str, *, targets: Targets = "one") -> Row:
     """One row, which is called `where` in messages. Raises InvalidTask for another form, or without a target."""
-    if isinstance(row, Mapping):
-        return _of_mapping({str(name): value for name, value in row.items() if not _is_missing(value)}, where, targets)
-    if isinstance(row, str) and targets in ("any", "none"):
-        return Row(row)
-    is_pair = isinstance(row, Sequence) and not isinstance(row, str | bytes) and len(row) == 2
-    if not is_pair or not _are_texts(row[:1]) or not _are_targets(row[1], targets):
-        what = "a text, nor a pair of texts" if targets in ("any", "none") else "a pair of texts (input, target)"
-        raise InvalidTask(f"{where} is {row!r:.80}, not {what}: {FORMS}")
-    return Row(row[0], _checked(row[1], row[0], where, targets))
+    match row:
+        case Mapping():
+            return _of_mapping({str(name): value for name, value in row.items() if not _is_missing(value)}, where, targets)
+        case str() if targets in ("any", "none"):
+            return Row(row)
+        case [str(text), target] if _are_targets(target, targets):
+            return Row(text, _checked(target, text, where, targets))
+    what = "a text, nor a pair of texts" if targets in ("any", "none") else "a pair of texts (input, target)"
+    raise InvalidTask(f"{where} is {row!r:.80}, not {what}: {FORMS}")
 
 
 def _source(given: GivenRows, noun: str, of: str) -> Iterator[tuple[str, Any]]:
     whole = f"the {noun}s of {of}" if of else f"the {noun}s"
-    if isinstance(given, os.PathLike) or (isinstance(given, str) and given.lower().endswith(ENDINGS)):
-        yield from _of_file(Path(given))
-        return
-    if isinstance(given, Mapping):
-        names = ", ".join(map(repr, given))
-        raise InvalidTask(f"{whole}: got one mapping with {names:.200}, not rows: pass a list of rows, or one of its parts")
+    match given:
+        case os.PathLike():
+            yield from _of_file(Path(given))
+            return
+        case str() if given.lower().endswith(ENDINGS):
+            yield from _of_file(Path(given))
+            return
+        case Mapping():
+            names = ", ".join(map(repr, given))
+            raise InvalidTask(
+                f"{whole}: got one mapping with {names:.200}, not rows: pass a list of rows, or one of its parts"
+            )
     records = _records(given)
     if records is None:
         raise InvalidTask(f"{whole}: got {given!r:.80}, not rows: {FORMS}")
@@ -130,7 +139,7 @@ def _class_names(features: Any) -> dict[str, Sequence[str]]:
     if not isinstance(features, Mapping):
         return {}
     named = {column: getattr(feature, "names", None) for column, feature in features.items()}
-    return {column: names for column, names in named.items() if _is_list(names)}
+    return {column: names for column, names in named.items() if is_list(names)}
 
 
 def _with_names(row: Mapping[str, Any], names_of: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -177,14 +186,14 @@ def _of_csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 def _of_mapping(row: Mapping[str, Any], where: str, targets: Targets) -> Row:
     instruction = row.get("instruction") or row.get("definition") or ""
     split = row.get("split", "")
-    if not _are_texts([instruction]):
+    if not are_texts([instruction]):
         raise InvalidTask(f"{where} has {instruction!r:.60} as its instruction, which is no text")
     column, answer = _columns(row, where, targets)
     text, given = row[column], None if answer is None else row[answer]
     if column == "messages":
         system, text, given = _turns(text, where, targets)
         instruction = system or instruction
-    if not _are_texts([text]):
+    if not are_texts([text]):
         raise InvalidTask(f"{where} has {text!r:.60} as {column!r}, which is no text: {FORMS}")
     found: tuple[str, ...] = ()
     if given is not None and targets != "none":
@@ -193,7 +202,7 @@ def _of_mapping(row: Mapping[str, Any], where: str, targets: Targets) -> Row:
             way = "; give the names of labels, not their numbers" if isinstance(given, int) else ""
             raise InvalidTask(f"{where} has {given!r:.60} as {answer!r}, which is not {kind}{way}")
         also = _listed(row.get("also_ok", []) if targets == "several" else [])
-        if not _are_texts(also):
+        if not are_texts(also):
             raise InvalidTask(f"{where} has {also!r:.60} as 'also_ok', which is no list of texts")
         found = _checked([*_listed(given), *also], text, where, targets)
     return Row(text, found, instruction, column == "prompt", str(split))
@@ -228,7 +237,7 @@ def _turns(turns: Any, where: str, targets: Targets) -> tuple[str, str, str | No
 
     One turn of the user is the input as it is; several turns are lines "role: content".
     """
-    if not _is_list(turns) or not all(_is_turn(turn) for turn in turns):
+    if not is_list(turns) or not all(_is_turn(turn) for turn in turns):
         raise InvalidTask(
             f"{where} has {turns!r:.80} as 'messages', which is no list of {{'role', 'content'}} with texts alone"
         )
@@ -244,9 +253,10 @@ def _turns(turns: Any, where: str, targets: Targets) -> tuple[str, str, str | No
 
 
 def _is_turn(turn: Any) -> bool:
-    if not isinstance(turn, Mapping) or turn.get("tool_calls"):
-        return False
-    return _are_texts([turn.get("role"), turn.get("content")])
+    match turn:
+        case {"role": str(), "content": str()}:
+            return not turn.get("tool_calls")
+    return False
 
 
 def _is_missing(value: Any) -> bool:
@@ -254,22 +264,14 @@ def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
-    return isinstance(value, list | tuple)
-
-
-def _are_texts(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, str) for value in values)
-
-
 def _listed(value: Any) -> list[Any]:
-    return list(value) if _is_list(value) else [value]
+    return list(value) if is_list(value) else [value]
 
 
 def _are_targets(value: Any, targets: Targets) -> bool:
     if targets == "none":
         return True
-    return _are_texts(value if _is_list(value) and targets in _LISTS and len(value) > 0 else [value])
+    return are_texts(value if is_list(value) and targets in _LISTS and len(value) > 0 else [value])
 
 
 def _checked(value: Any, text: str, where: str, targets: Targets) -> tuple[str, ...]:

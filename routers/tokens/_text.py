@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from loraweave.common.checks import is_list, one_or_many, says_something
 from loraweave.common.names import unknown_expert
 from loraweave.common.rows import located, read_row
 from loraweave.errors import InvalidTask, ScopeError, WeightingError
@@ -218,7 +219,7 @@ def read_expert_texts(router: str, pool: ExpertPool, examples: Examples, templat
         else:
             card = pool.adapters[name].card
             inputs, description = tuple(card.get("examples") or ()), str(card.get("description") or "")
-        samples = [text for text in inputs if isinstance(text, str) and text.strip()][:MAX_SAMPLE_INPUTS]
+        samples = [text for text in inputs if says_something(text)][:MAX_SAMPLE_INPUTS]
         if template is not None:
             task = Task([], instruction=description, template=template)
             samples = [task.prompt(text) for text in samples]
@@ -227,8 +228,8 @@ def read_expert_texts(router: str, pool: ExpertPool, examples: Examples, templat
 
 
 def _require_texts(router: str, name: str, given: Any) -> list[str]:
-    listed = [given] if isinstance(given, str) else list(given)
-    if odd := [text for text in listed if not isinstance(text, str) or not text.strip()]:
+    listed = list(one_or_many(given))
+    if odd := [text for text in listed if not says_something(text)]:
         raise WeightingError(
             f"an example of {name!r} for router {router!r} is {odd[0]!r}, which says nothing: examples are texts, as the "
             "model will be asked"
@@ -238,14 +239,9 @@ def _require_texts(router: str, name: str, given: Any) -> list[str]:
 
 def read_prompts(dataset: Any) -> dict[str, list[str]]:
     """{name: prompts}, of what `labelled_tasks` takes, and of {name: texts}, which are prompts already; raises like that."""
-    if isinstance(dataset, Mapping) and dataset and all(_are_texts(given) for given in dataset.values()):
+    if isinstance(dataset, Mapping) and dataset and all(is_list(given, of=str) for given in dataset.values()):
         return {name: list(given) for name, given in dataset.items()}
     return {name: [task.prompt(text) for text, _ in task.examples] for name, task in labelled_tasks(dataset).items()}
-
-
-def _are_texts(given: Any) -> bool:
-    # an iterator would be spent by looking
-    return isinstance(given, list | tuple) and all(isinstance(text, str) for text in given)
 
 
 def labelled_tasks(dataset: Any) -> dict[str, Task]:
