@@ -12,6 +12,7 @@ from torch import Tensor
 from loraweave.common.checks import is_list
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.resolve import resolve
+from loraweave.composer.model.batches import tensors_in
 from loraweave.errors import CompositionError, WeightingError
 from loraweave.routers.weights import MixtureWeights
 
@@ -102,7 +103,7 @@ def member_weights(weights: Sequence[float] | None, num_members: int) -> Tensor:
 
 def tensors_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The inputs that may have rows."""
-    return {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.dim()}
+    return {key: value for key, value in tensors_in(batch).items() if value.dim()}
 
 
 def rows_of(batch: Mapping[str, Any]) -> int:

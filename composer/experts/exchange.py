@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loraweave.common.checks import is_whole
+from loraweave.common.checks import is_list, is_number, is_whole
 from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
 from loraweave.composer.experts.parts import Start
@@ -55,12 +53,12 @@ def federated_average(
     for clients whose experts or gates differ in place or size, WeightingError for sizes that are none; the models are then
     as they were.
     """
-    if not isinstance(models, Sequence) or not models:
+    if not is_list(models) or not models:
         raise WeightingError(f"clients are {models!r:.60}: give a list of the expert models of all")
     for model in models:
         require_expert_model(model, "federated_average()")
     amounts: list[Any] = list(sizes) if isinstance(sizes, Iterable) else []
-    are_amounts = all(isinstance(amount, Real) and 0 <= float(amount) < math.inf for amount in amounts)
+    are_amounts = all(is_number(amount, 0) for amount in amounts)
     if len(amounts) != len(models) or not are_amounts or not sum(amounts):
         raise WeightingError(f"sizes {sizes!r:.60} are not {len(models)} amounts of data, 0 or more, one for each client")
     shares = [amount / sum(amounts) for amount in amounts]

@@ -20,7 +20,7 @@ from loraweave.composer.experts.running import RUNNING, Branch, Hook, Running, r
 from loraweave.composer.experts.saving import as_adapter, one_expert, read_saved_experts, require_updates, write_experts
 from loraweave.composer.live.call_router import arguments_of
 from loraweave.composer.live.kernels._parts import own_precision
-from loraweave.composer.model.batches import IGNORED
+from loraweave.composer.model.batches import IGNORED, tensors_in
 from loraweave.composer.train.experts import fit
 from loraweave.composer.train.learner import ExpertLearner, key_of
 from loraweave.composer.train.rows import places_of
@@ -131,7 +131,7 @@ class ExpertModel(ExpertLearner):
         if self.recipe.branches:
             raise ScopeError(f"recipe {self.recipe.name!r} has branches for tasks, and generates no tokens: call the model")
         self._require_open()
-        tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+        tensors = tensors_in(kwargs)
         names = ("inputs", "input_ids", "inputs_embeds", getattr(self.base_model, "main_input_name", "input_ids"))
         given: Any = args[0] if args else next((tensors[name] for name in names if name in tensors), None)
         mask_BT = tensors.get("attention_mask")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import loraweave.registry as registry
-from loraweave.common.checks import is_whole
+from loraweave.common.checks import is_list, is_whole
 from loraweave.common.options import require_known
 from loraweave.composer.experts.exchange import require_expert_model
 from loraweave.composer.experts.expert_model import ExpertModel
@@ -57,12 +57,15 @@ def experts(
     for a folder.
     """
     require_model(base_model)
-    if not isinstance(name, str | Path):
-        raise UnknownName(
-            f"{name!r:.60} is no recipe's name and no folder; recipes are {', '.join(registry.names('experts'))}"
-        )
-    if isinstance(name, Path) or (name not in registry.names("experts") and Path(name).is_dir()):
-        return _saved(Path(name), base_model, tokenizer, options | ({} if pool is None else {"pool": pool}))
+    match name:
+        case str() if name in registry.names("experts") or not Path(name).is_dir():
+            pass
+        case str() | Path():
+            return _saved(Path(name), base_model, tokenizer, options | ({} if pool is None else {"pool": pool}))
+        case _:
+            raise UnknownName(
+                f"{name!r:.60} is no recipe's name and no folder; recipes are {', '.join(registry.names('experts'))}"
+            )
     if pool is not None:
         return start_from(name, base_model, pool, hub=hub, tokenizer=tokenizer, options=options).eval()
     # outside training, a model answers the same every time
@@ -112,14 +115,19 @@ def start_from(
 
 def _pool_of(pool: Any, hub: Hub | None) -> ExpertPool:
     """Raises WeightingError for a value that is not a pool, and for candidates of a search without the hub that has them."""
-    if isinstance(pool, ExpertPool):
-        return ExpertPool({name: pool[name] for name in pool.names}) if pool.lazy else pool
-    if isinstance(pool, Hub):
-        return pool.pool([record.name for record in pool])
     hub = getattr(pool, "hub", None) if hub is None else hub
-    given = pool if isinstance(pool, Mapping) else list(pool) if isinstance(pool, Iterable) else [pool]
-    found = list(given.values() if isinstance(given, Mapping) else given)
-    if found and all(isinstance(each, Candidate) for each in found):
+    match pool:
+        case ExpertPool():
+            return ExpertPool({name: pool[name] for name in pool.names}) if pool.lazy else pool
+        case Hub():
+            return pool.pool([record.name for record in pool])
+        case Mapping():
+            found = list(pool.values())
+        case Iterable():
+            found = pool = list(pool)
+        case _:
+            found = [pool]
+    if found and is_list(found, Candidate):
         if hub is None:
             raise WeightingError(
                 "the pool is what a search found, whose adapters are in a hub: pass hub=... beside pool=..."
@@ -130,7 +138,7 @@ def _pool_of(pool: Any, hub: Hub | None) -> ExpertPool:
             f"the pool has {strange[0]!r:.80}, which is no adapter: pass an ExpertPool, adapters, a mapping of names to "
             "adapters, a hub, or what hub.search found"
         )
-    return ExpertPool(given)
+    return ExpertPool(pool)
 
 
 def _grouped(pool: ExpertPool, num_experts: Any, seed: int) -> ExpertPool:

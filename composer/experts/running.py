@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraweave.composer.live.call_router import arguments_of
-from loraweave.composer.model.batches import IGNORED, has_two_sequences
+from loraweave.composer.model.batches import IGNORED, has_two_sequences, tensors_in
 from loraweave.composer.train.checkpointed_blocks import Contexts
 from loraweave.errors import ScopeError, TrainingError
 from loraweave.routers.recipes._gate import Call
@@ -70,11 +70,10 @@ class Branch:
         """The block's output for the first of the streams; values of a tuple that are no tensors stay as they are."""
         if self.left or self.num_streams == 1:
             return output
-        of_first = [
-            each[: len(each) // self.num_streams] if isinstance(each, Tensor) else each
-            for each in (output if isinstance(output, tuple) else (output,))
-        ]
-        return tuple(of_first) if isinstance(output, tuple) else of_first[0]
+        return tuple(map(self._first, output)) if isinstance(output, tuple) else self._first(output)
+
+    def _first(self, value: Any) -> Any:
+        return value[: len(value) // self.num_streams] if isinstance(value, Tensor) else value
 
 
 @dataclass(eq=False)
@@ -99,7 +98,7 @@ class Running:
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A call of the base with these arguments begins. Raises ScopeError for no rows, and for tasks of others."""
         arguments = arguments_of(model, args, kwargs)
-        found = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+        found = tensors_in(arguments)
         ids_BT, given = found.get("input_ids"), found.get("inputs_embeds")
         main = ids_BT if given is None else given
         if main is None:

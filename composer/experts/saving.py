@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.common.checks import is_whole
+from loraweave.common.files import as_path
 from loraweave.common.state import tensor_bytes
 from loraweave.composer.experts.parts import asked_tensors
 from loraweave.errors import (
@@ -127,9 +128,7 @@ def write_experts(
     Raises WeightingError for what is no path, for a folder that holds something else or cannot be written, and for options
     that JSON has no form for.
     """
-    if not isinstance(given, str | Path):
-        raise WeightingError(f"{given!r:.60} is no folder to save an expert model in: give a path, as 'trained'")
-    folder = Path(given)
+    folder = as_path(given, "the folder to save an expert model in", WeightingError)
     if folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise WeightingError(f"{folder} holds something that is not an expert model; name another folder")
     raw = tensor_bytes(state)
@@ -158,9 +157,7 @@ def write_experts(
 def read_saved_experts(given: str | Path) -> SavedExperts:
     """Raises AdapterNotFound for what is no folder of an expert model, AdapterCorrupt for a damaged one, AdapterUnsupported
     for one that a newer version wrote."""
-    if not isinstance(given, str | Path):
-        raise AdapterNotFound(f"{given!r:.60} is no folder: give the path that save_pretrained() wrote an expert model to")
-    folder = Path(given)
+    folder = as_path(given, "the folder that save_pretrained() wrote an expert model to", AdapterNotFound)
     if not present(folder, FILE):
         raise AdapterNotFound(f"{folder} is no saved expert model: it has no {FILE}, and holds {listing(folder)}")
     found = read_json(folder, FILE, max_bytes=MAX_JSON_BYTES)

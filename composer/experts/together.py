@@ -20,7 +20,7 @@ from loraweave.common.randomness import caller_randomness, seeded
 from loraweave.common.state import checkpoint_folder
 from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.running import Running
-from loraweave.composer.model.batches import EncodedRow, has_two_sequences, untouched
+from loraweave.composer.model.batches import EncodedRow, has_two_sequences, tensors_in, untouched
 from loraweave.composer.model.kinds.linear import shape as linear_shape
 from loraweave.composer.train.experts import identity, remember_start, start_digest
 from loraweave.composer.train.jobs import PlannedJob, TrainingJob
@@ -132,12 +132,14 @@ def _require_jobs(jobs: Any) -> None:
         raise TrainingError("no expert models to train: pass a mapping of names to (model, examples)")
     require_texts("job", jobs)
     for name, job in jobs.items():
-        if not isinstance(job, tuple | list) or len(job) != 2 or not isinstance(job[0], ExpertModel):
-            raise TrainingError(
-                f"job {name!r} is no pair (model, examples) whose model lw.experts has made, but a {type(job).__name__}"
-            )
-        if is_empty(job[1]):
-            raise TrainingError(f"job {name!r} has no examples")
+        match job:
+            case [ExpertModel(), examples]:
+                if is_empty(examples):
+                    raise TrainingError(f"job {name!r} has no examples")
+            case _:
+                raise TrainingError(
+                    f"job {name!r} is no pair (model, examples) whose model lw.experts has made, but a {type(job).__name__}"
+                )
 
 
 def _require_apart(model: Any, models: Mapping[str, ExpertModel]) -> None:
@@ -255,16 +257,13 @@ class ExpertJob(TrainingJob):
         self.model.gates.train(learns)
         base = self.model.base_model
         self._own = OwnWidth.of(inputs, self._rows, two_sequences=has_two_sequences(base))
-        own = {
-            name: self._own.cut(value, mask=name == "attention_mask") if isinstance(value, Tensor) else value
-            for name, value in inputs.items()
-        }
+        cut = {name: self._own.cut(value, mask=name == "attention_mask") for name, value in tensors_in(inputs).items()}
         # of the rows, or of all where the job has one task; None where no row has any
         tasks = [getattr(row, "expert", -1) for row in self._rows]
         task_B = self.model.task_ids(tasks if any(task >= 0 for task in tasks) else self.task)
         self._running = Running(self.model, task_B, notes=learns)
         with unprompted():
-            self._running.begin(base, (), own)
+            self._running.begin(base, (), {**inputs, **cut})
             if prompt_BT is not None:
                 self._running.call.prompt_BT = self._own.cut(prompt_BT, mask=True).bool()
             self._tell_decoder_tokens()

@@ -203,6 +203,11 @@ def mean_losses(model: Any, batch: TargetBatch) -> Tensor:
     return token_losses(model, batch).sum(dim=1) / counts_B
 
 
+def tensors_in(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Those of a model's inputs that are tensors."""
+    return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+
+
 def takes(model: Any, argument: str) -> bool:
     """Whether the model's forward has an argument of that name."""
     return argument in inspect.signature(model.forward).parameters

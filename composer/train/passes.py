@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from loraweave.composer.live.call_router import arguments_of
-from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, token_losses
+from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, tensors_in, token_losses
 from loraweave.composer.train.jobs import LinearizedJob, LoraJob, TrainingJob, given_factors, new_factors
 from loraweave.composer.train.schedule import pad_apart
 from loraweave.composer.train.settings import LoraSettings
@@ -62,8 +62,8 @@ class SharedPass:
         start, num_rows = 0, sum(self.row_counts)
         for job, count in zip(self.members, self.row_counts, strict=True):
             place = (start, start + count, num_rows)
-            own = {name: _cut(value, *place) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-            job.begin(own, None if known is None else _cut(known.mask_BT, *place))
+            own = {name: _cut(value, *place) for name, value in tensors_in(inputs).items()}
+            job.begin({**inputs, **own}, None if known is None else _cut(known.mask_BT, *place))
             start += count
 
     def _add_updates(self, layer: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

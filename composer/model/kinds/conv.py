@@ -29,7 +29,7 @@ def refusal(module: Any) -> str:
     """Not exact are a convolution in groups, whose weight is not one matrix, and one that does more than convolve."""
     if module.groups > 1:
         return f"whose groups={module.groups} see different channels, so that its weight is no single matrix"
-    plain = next(kind for kind in _CLASSES if isinstance(module, kind))
+    plain = _CLASSES[len(module.kernel_size) - 1]
     if type(module).forward is not plain.forward or type(module)._conv_forward is not plain._conv_forward:
         return "whose forward is its own, and may do more than convolve with its weight"
     return ""

@@ -138,10 +138,10 @@ def test_a_model_that_is_named_like_a_folder_is_the_recipe(make_model, saved, mo
 
 def test_what_is_no_path_or_cannot_be_written_is_refused_by_name(make_model, tmp_path):
     with lw.experts("mola", make_model("llama"), **OPTIONS) as made:
-        with pytest.raises(WeightingError, match="None is no folder to save an expert model in: give a path"):
+        with pytest.raises(WeightingError, match="the folder to save an expert model in is None; give its path"):
             made.save_pretrained(None)
         (tmp_path / "file").write_text("kept")
         with pytest.raises(WeightingError, match=r"cannot be written .*: name another folder"):
             made.save_pretrained(tmp_path / "file" / "below")
-        with pytest.raises(AdapterNotFound, match=r"None is no folder: give the path that save_pretrained\(\) wrote"):
+        with pytest.raises(AdapterNotFound, match=r"the folder that save_pretrained\(\) wrote an expert model to is None"):
             made.load(None)
