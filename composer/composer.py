@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraweave.common.checks import is_collection, is_list
 from loraweave.common.process import lock_of
 from loraweave.common.rows import GivenRows
 from loraweave.composer.explain.cost import Cost, mixture_cost
@@ -293,7 +294,7 @@ class Composer:
         """The mixture for these texts, both looked over."""
         self._require_open()
         self._require_tokenizer("generate() and stream()", "need")
-        if isinstance(texts, str) or not isinstance(texts, Collection):
+        if not is_collection(texts):
             raise CompositionError(
                 f"generate() and stream() take a list of texts, but got {texts!r:.80}: put one text into a list"
             )
@@ -344,7 +345,7 @@ class Composer:
         with self._lock:
             self._require_open()
             names = [wanted] if isinstance(wanted, str) else wanted
-            if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
+            if is_list(names, str):
                 return self._residents.prefetch(self._pool.known(names))
             weights = resolve(wanted, self._pool, self._bound)
             return self._residents.prefetch(self._plans.plan(weights, self._pool.names).experts)

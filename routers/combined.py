@@ -150,6 +150,11 @@ def num_rows_of(router: Router) -> int:
     return router.num_rows if isinstance(router, ByRow) else 1
 
 
+def rows_of(router: Router) -> Sequence[Router | None]:
+    """The router of each row of a batch; of all rows where they share one."""
+    return router.routers if isinstance(router, ByRow) else (router,)
+
+
 def masked(router: Router, place: int, *, renormalise: bool = False) -> Router:
     """Weight 0 for the expert at that place, all other weights as they are.
 

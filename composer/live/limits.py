@@ -22,7 +22,7 @@ from loraweave.composer.live.standing_in import Hook
 from loraweave.composer.model.layers import TargetLayer, use_of
 from loraweave.errors import CompositionError, LayerMismatch, ScopeError
 from loraweave.hub.adapter import Adapter
-from loraweave.routers.combined import ByRow
+from loraweave.routers.combined import rows_of
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router
 
@@ -57,7 +57,7 @@ class LiveLimits:
 
         A router for all rows computes its weights from the layer's own input, whatever the order of that is.
         """
-        rows = list(weights.routers) if isinstance(weights, ByRow) else [weights]
+        rows = rows_of(weights)
         for name, why in self._never_called.items():
             for expert in _users(name, rows, adapters):
                 raise LayerMismatch(

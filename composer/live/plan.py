@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loraweave.common.checks import is_list
 from loraweave.composer.live.call_router import CallRouter
 from loraweave.composer.live.kernels._parts import Adder
 from loraweave.composer.live.limits import can_be_batch, is_beside, require_batch_first, require_own_rows
@@ -213,7 +214,7 @@ def make_plan(weights: MixtureWeights | Router, names: tuple[str, ...], workspac
     """
     if not isinstance(weights, MixtureWeights):
         own = getattr(weights, "experts", None)
-        if isinstance(own, tuple | list) and all(isinstance(name, str) for name in own) and tuple(own) != names:
+        if is_list(own, str) and tuple(own) != names:
             raise WeightingError(
                 f"router {type(weights).__name__} is for experts {tuple(own)}, but the pool has {names}, in this order; "
                 "make the router for this pool, or swap() to pool.subset(router.experts)"

@@ -16,7 +16,7 @@ from loraweave.common.names import near_misses, unknown_expert
 from loraweave.errors import InvalidLicense, ScopeError, WeightingError
 from loraweave.hub.licenses import require_one_work
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.combined import ByRow
+from loraweave.routers.combined import ByRow, rows_of
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router
@@ -30,13 +30,15 @@ def resolve(mixture: Any, pool: ExpertPool, bound: ExpertPool | None = None) -> 
     for each row of the batch: {name: weight}, None, MixtureWeights of one row, or a router.
     Raises WeightingError for anything else and for a router of another pool, UnknownExpert for a name outside the pool.
     """
-    if isinstance(mixture, MixtureWeights):
-        return _align(mixture, pool)
-    if isinstance(mixture, Mapping):
-        return _weights_by_name([mixture], pool)
-    if callable(getattr(mixture, "weights", None)):
-        if isinstance(mixture, TokenRouter):
+    match mixture:
+        case MixtureWeights():
+            return _align(mixture, pool)
+        case Mapping():
+            return _weights_by_name([mixture], pool)
+        case TokenRouter():
             mixture.require_pool(bound if bound is not None and mixture.members.same_experts(bound) else pool)
+            return mixture
+    if callable(getattr(mixture, "weights", None)):
         return mixture  # type: ignore[no-any-return]
     if isinstance(mixture, Iterable) and not isinstance(mixture, str):
         rows = list(mixture)
@@ -111,8 +113,7 @@ def warn_of_licenses(weights: MixtureWeights | Router, pool: ExpertPool) -> None
     licenses = pool.clashing_licenses
     if not licenses:
         return
-    rows = weights.routers if isinstance(weights, ByRow) else [weights]
-    for names in (names for row in rows if row is not None for names in _names_by_row(row, pool.names)):
+    for names in (names for row in rows_of(weights) if row is not None for names in _names_by_row(row, pool.names)):
         try:
             if len(names) > 1:
                 require_one_work((name, licenses[name]) for name in names)

@@ -19,7 +19,7 @@ from loraweave.composer.live.residents import Lease
 from loraweave.composer.live.row_weights import AffineTable, LayerMixture, require_multiple
 from loraweave.composer.model.layers import TargetLayer
 from loraweave.errors import ScopeError, WeightingError
-from loraweave.routers.combined import ByRow, needs_call, parts_of
+from loraweave.routers.combined import needs_call, num_rows_of, parts_of
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import AlongDirections, Router
 
@@ -119,7 +119,7 @@ class TokenWeights:
             _require_experts(w_BTE, router, layer, len(experts))
             return w_BTE
 
-        found = cls(experts, weights, None, router.num_rows if isinstance(router, ByRow) else 1)
+        found = cls(experts, weights, None, num_rows_of(router))
         found.is_routed, found.call_router = True, call_router
         if call_router is None and isinstance(router, AlongDirections):
             found._along = router

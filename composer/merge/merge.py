@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from loraweave.common.checks import is_whole
+from loraweave.common.checks import is_collection, is_list, is_whole
 from loraweave.common.display import tracked
 from loraweave.common.threads import side_by_side
 from loraweave.composer.merge.input import finite_weights, require_seed, require_sound
@@ -260,7 +260,7 @@ def _parents(
 
 
 def _check_statistics(given: Any, num_adapters: int) -> None:
-    if not isinstance(given, Sequence) or not all(isinstance(each, Statistics) for each in given):
+    if not is_list(given, Statistics):
         raise WeightingError(
             f"statistics={given!r:.80} is no list of Statistics; collect_statistics(model, tokenizer, adapter, texts) makes "
             "one for each adapter"
@@ -271,8 +271,7 @@ def _check_statistics(given: Any, num_adapters: int) -> None:
 
 def _require_adapters(given: Any) -> None:
     """Raises WeightingError, which says how to get adapters, for anything but a list of them."""
-    listed = isinstance(given, Collection) and not isinstance(given, str | Mapping)
-    strange = [each for each in given if not isinstance(each, Adapter)] if listed else [given]
+    strange = [each for each in given if not isinstance(each, Adapter)] if is_collection(given) else [given]
     if strange:
         found = strange[0]
         shown = repr(found) if isinstance(found, str | int | float | None) else type(found).__name__
