@@ -186,10 +186,11 @@ def _tuned_parameters(
 
 
 def _items(source: nn.Module | Mapping[str, Tensor] | str | Path) -> Iterable[tuple[str, Tensor]]:
-    if isinstance(source, nn.Module):
-        return source.named_parameters(remove_duplicate=False)
-    if isinstance(source, Mapping):
-        return source.items()
+    match source:
+        case nn.Module():
+            return source.named_parameters(remove_duplicate=False)
+        case Mapping():
+            return source.items()
     folder = Path(source)
     if present(folder, WEIGHTS):
         files = [WEIGHTS]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from loraweave.common.checks import is_whole
+from loraweave.common.checks import is_number, is_whole
 from loraweave.errors import RetrievalError
 from loraweave.hub.search.search import Hit, checked_count, checked_threshold
 from loraweave.hub.tables.filtering import Filters
@@ -57,7 +57,7 @@ class Request:
     def __post_init__(self) -> None:
         checked_count(self.k)
         checked_threshold(self.min_score)
-        if not (isinstance(self.diversity, int | float | np.number) and 0.0 <= self.diversity <= 1.0):
+        if not is_number(self.diversity, 0, 1):
             raise RetrievalError(f"diversity is {self.diversity!r}; it must be from 0 (best fit) to 1 (most different)")
         if self.after is not None and self.diversity:
             raise RetrievalError(

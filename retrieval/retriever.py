@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 
 import numpy as np
 
 import loraweave.registry as registry
-from loraweave.common.checks import is_whole
+from loraweave.common.checks import is_whole, one_or_many
 from loraweave.common.rows import GivenRows, read_inputs, read_rows
 from loraweave.errors import RetrievalError
 from loraweave.hub.embedders._embedder import Embedder, unit
 from loraweave.hub.hub import Candidates, Hub
 from loraweave.hub.indexes._vectors import SCORE_DECIMALS
-from loraweave.hub.search.search import Hit, SearchIndex
+from loraweave.hub.search.search import Hit, SearchIndex, checked_count
 from loraweave.retrieval.abstention import Abstention
 from loraweave.retrieval.fusion import Fusion
 from loraweave.retrieval.keyed_search import Key, KeySpace, key_name
@@ -74,9 +73,7 @@ class Retriever:
         self.fusion = Fusion() if fusion is None else fusion
         self.abstention = abstention
         self._index = SearchIndex(hub, embedder=embedder, index=index)
-        if isinstance(shortlist, bool) or operator.index(shortlist) < 1:
-            raise RetrievalError(f"shortlist is {shortlist!r}; it must be an int of 1 or more")
-        self._shortlist = shortlist
+        self._shortlist = checked_count(shortlist, "shortlist", least=1)
         self._space = KeySpace(hub, self._index)
 
     # mypy cannot know that the first case wins for a str, which is an Iterable[str] too
@@ -104,13 +101,14 @@ class Retriever:
         `diversity` above 0 trades fit for difference (maximal marginal relevance; Carbonell and Goldstein 1998): adapters
         are chosen one by one by (1 - diversity) * score - diversity * their largest similarity to one already chosen.
         """
+        if isinstance(text_or_texts, str):
+            return self.candidates([text_or_texts], **options)[0]
         request = Request(**options)
         if not isinstance(text_or_texts, Iterable):
             raise RetrievalError(f"a search is for a text or several, not for {text_or_texts!r:.80}")
-        several = [text_or_texts] if isinstance(text_or_texts, str) else list(text_or_texts)
+        several = list(text_or_texts)
         query_QD = self._index.embed(several)
-        found = self._find([Query((text,)) for text in several], query_QD, request)
-        return found[0] if isinstance(text_or_texts, str) else found
+        return self._find([Query((text,)) for text in several], query_QD, request)
 
     def for_task(
         self,
@@ -127,7 +125,7 @@ class Retriever:
         RetrievalError without any text and description.
         """
         request = Request(evidence=evidence, **options)
-        query = Query(tuple([texts] if isinstance(texts, str) else texts), (), description)
+        query = Query(one_or_many(texts), (), description)
         return self._find([query], self._vector(query)[None], request)[0]
 
     def for_examples(

@@ -52,9 +52,13 @@ class MixtureWeights:
         cls, weights: MixtureWeights | Mapping[str, float] | Sequence[RowWeights], experts: Sequence[str]
     ) -> MixtureWeights:
         """Task scope from {name: weight}; instance scope from a list with one such mapping, or None (base), per row."""
-        if isinstance(weights, MixtureWeights):
-            return weights
-        rows = [weights] if isinstance(weights, Mapping) else list(weights)
+        match weights:
+            case MixtureWeights():
+                return weights
+            case Mapping():
+                rows: list[RowWeights] = [weights]
+            case _:
+                rows = list(weights)
         if not rows:
             raise WeightingError("an empty list of mixtures: give one mapping of names to weights for each row")
         position = {name: index for index, name in enumerate(experts)}
@@ -67,6 +71,11 @@ class MixtureWeights:
                     raise unknown_expert(name, position)
                 values_BE[number, position[name]] = _number(name, weight)
         return cls(values_BE[:, None, None, :], tuple(experts))
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows of a batch it tells apart; 1 where all share it."""
+        return int(self.values_BTLE.shape[0])
 
     @property
     def scope(self) -> Literal["task", "instance", "token"]:

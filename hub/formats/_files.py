@@ -163,12 +163,9 @@ def _held_bytes(descriptor: int, size: int) -> int:
 def read_json(folder: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in a file. Raises AdapterCorrupt, with the reason, for anything else and above `max_bytes`."""
     try:
-        value = parse_json(read_bytes(folder, name, max_bytes))
+        return parse_json(read_bytes(folder, name, max_bytes))
     except ValueError as error:
-        raise AdapterCorrupt(f"{folder}: {name} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise AdapterCorrupt(f"{folder}: {name} holds a JSON {type(value).__name__}, not an object")
-    return value
+        raise AdapterCorrupt(f"{folder}: {name} is not a valid JSON object: {error}") from error
 
 
 def read_bytes(folder: Path, name: str, max_bytes: int) -> bytes:
@@ -180,17 +177,20 @@ def read_bytes(folder: Path, name: str, max_bytes: int) -> bytes:
         return file.read(size + 1)
 
 
-def parse_json(raw: bytes) -> Any:
-    """JSON as the standard has it: UTF-8 without a byte order mark, no NaN or Infinity, no key twice, shallow.
+def parse_json(raw: bytes) -> dict[str, Any]:
+    """A JSON object as the standard has it: UTF-8 without a byte order mark, no NaN or Infinity, no key twice, shallow.
 
     Raises ValueError with the reason.
     """
     if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         raise ValueError("it begins with a byte order mark; save it as UTF-8 without one")
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+        value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"it is a {type(value).__name__}, not an object")
+    return value
 
 
 def entry(table: object, name: str, kind: type[T]) -> T | None:

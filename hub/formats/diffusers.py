@@ -127,9 +127,7 @@ def _settings(metadata: Mapping[str, str], where: str) -> dict[str, dict[str, An
     try:
         table = parse_json(metadata[_CONFIG].encode())
     except ValueError as error:
-        raise AdapterCorrupt(f"{where}: the header's {_CONFIG} is not JSON: {error}") from error
-    if not isinstance(table, dict):
-        raise AdapterCorrupt(f"{where}: the header's {_CONFIG} is a {type(table).__name__}, not an object")
+        raise AdapterCorrupt(f"{where}: the header's {_CONFIG} is not a valid JSON object: {error}") from error
     found: dict[str, dict[str, Any]] = {}
     for key, value in table.items():
         component = _component(key)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sized
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,7 @@ def add_many(
                 refused.append((record.name, error))
         waiting.clear()
 
-    total = len(sources) if isinstance(sources, Sized) else None
-    for source in tracked(sources, "adding adapters", total=total, shown=progress):
+    for source in tracked(sources, "adding adapters", total=length_hint(sources) or None, shown=progress):
         addition = source if isinstance(source, Addition) else Addition(source)
         try:
             adapter, record = prepare(addition, stored_as=stored_as, allow_pickle=allow_pickle)

@@ -114,7 +114,7 @@ def _download_error(
         )
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return HubFull(f"no room to download {who} ({reason}); free some, or set HF_HOME to a folder with room")
-    if status is not None or isinstance(error, LocalEntryNotFoundError) or not isinstance(error, OSError | ValueError):
+    if status is not None or _has(error, LocalEntryNotFoundError) or not isinstance(error, OSError | ValueError):
         return SourceUnavailable(
             f"no folder {repository!r}, and the model hub cannot be reached for {who}, or broke off ({reason}); "
             "run it again, which goes on where it stopped, or pass the path of a local folder"
@@ -172,14 +172,14 @@ def upload(folder: Path, repository: str, *, token: str | None, private: bool | 
 
 def _name_error(error: BaseException, repository: str, token: str | None) -> HubError:
     reason, status = reason_of(error, token), status_of(error)
-    if isinstance(error, HFValidationError):
+    if _has(error, HFValidationError):
         return AdapterNotFound(f"{repository!r} is not the id of a repository ({reason}); it has the form owner/name")
     if status in (401, 403):
         return HubReadOnly(
             f"the model hub lets this writer put nothing into {repository!r} ({reason}); pass a token with the right to "
             "write as token=, or log in with `hf auth login`, and check the owner's name"
         )
-    if isinstance(error, OfflineModeIsEnabled):
+    if _has(error, OfflineModeIsEnabled):
         return SourceUnavailable(f"nothing can be put into {repository!r} in offline mode (HF_HUB_OFFLINE); go online")
     return SourceUnavailable(
         f"the model hub did not take the files for {repository!r} ({reason}); run it again, or keep the folder that "

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import operator
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from loraweave.common.checks import is_number
 from loraweave.errors import HubError, RetrievalError
 from loraweave.hub.embedders._embedder import Embedder, embed_checked, embedder_of, excerpt, unit
 from loraweave.hub.indexes._vectors import index_choice
@@ -346,22 +346,20 @@ def _reaching(hits: list[Hit], min_score: float | None) -> list[Hit]:
     return hits if min_score is None else [hit for hit in hits if hit.score >= min_score]
 
 
-def checked_count(k: Any) -> int:
-    """k as an int. RetrievalError when it is not a whole number of 0 or more."""
+def checked_count(k: Any, name: str = "k", least: int = 0) -> int:
+    """The count as an int. RetrievalError unless it is a whole number of at least `least`."""
     try:
         count = operator.index(k)
     except TypeError:
         count = -1
-    if isinstance(k, bool) or count < 0:
-        raise RetrievalError(f"k is {k!r}; it counts candidates and must be an int of 0 or more")
+    if isinstance(k, bool) or count < least:
+        raise RetrievalError(f"{name} is {k!r}; it counts candidates and must be an int of {least} or more")
     return count
 
 
 def checked_threshold(min_score: Any) -> None:
     """RetrievalError when the threshold is neither None nor a finite number."""
-    # compared, since math.isfinite fails for a whole number that no float can hold
-    limit: Any = sys.float_info.max
-    if min_score is not None and not (isinstance(min_score, int | float | np.number) and -limit <= min_score <= limit):
+    if min_score is not None and not is_number(min_score):
         raise RetrievalError(f"min_score is {min_score!r}; it must be a finite number, or None for no threshold")
 
 

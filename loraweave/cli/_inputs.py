@@ -192,8 +192,7 @@ def recorded_base(folder: Path) -> str | None:
     """The base model that a composition folder names, None when it names none; raises what reading the folder raises."""
     from loraweave.composer.compose.report import SavedRecipe
 
-    named = SavedRecipe.read(folder).base_model
-    return named if isinstance(named, str) and named else None
+    return SavedRecipe.read(folder).base_model or None
 
 
 def _number(text: str, flag: str) -> float:

@@ -44,7 +44,7 @@ def require_whole(name: str, value: object, least: int, error: type[LoraweaveErr
         raise error(f"{name} is {value!r}; it must be a whole number of at least {least}")
 
 
-def one_or_many(values: Collection[str] | str | None) -> tuple[str, ...]:
+def one_or_many(values: Iterable[str] | str | None) -> tuple[str, ...]:
     """The texts that are given; a single text counts as one, None as none."""
     if values is None:
         return ()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from loraweave.common.checks import is_number
 from loraweave.common.options import Positive
 from loraweave.registry import traits
 from loraweave.retrieval.keyed_search import DeclaredKey, KeySpace
@@ -43,7 +44,8 @@ class Validation(DeclaredKey):
 
 
 def _score(record: Record, task: str) -> float:
-    found = record.card.get("task_scores")
-    value = found.get(task) if isinstance(found, Mapping) else None
-    # a card is anybody's JSON; true is no score
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1 else np.nan
+    # a card is anybody's JSON
+    match record.card.get("task_scores"):
+        case Mapping() as scores if is_number(scores.get(task), 0, 1):
+            return float(scores[task])
+    return np.nan

@@ -162,9 +162,15 @@ class FollowedCaches:
             return
         from transformers import DynamicCache
 
+        match output:
+            case Mapping():
+                values = tuple(output.values())
+            case tuple():
+                values = output
+            case _:
+                values = ()
+        cache = next((value for value in values if isinstance(value, DynamicCache)), None)
         for owner, state in self._waiting:
-            values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
-            cache = next((value for value in values if isinstance(value, DynamicCache)), None)
             if cache is not None and cache.get_seq_length() == state.get_seq_length():
                 follow(cache, owner, state)
                 self.add(cache)

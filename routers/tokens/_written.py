@@ -65,11 +65,14 @@ def write_router(
 
 def finite(value: Any) -> Any:
     """The report with None for numbers that are not finite, since JSON cannot express them."""
-    if isinstance(value, Mapping):
-        return {name: finite(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    match value:
+        case Mapping():
+            return {name: finite(inner) for name, inner in value.items()}
+        case list() | tuple():
+            return [finite(inner) for inner in value]
+        case float() if not math.isfinite(value):
+            return None
+    return value
 
 
 def with_json_form(what: str, option: str, value: Any) -> Any:
