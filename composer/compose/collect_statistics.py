@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from loraweave.common.checks import one_or_many
 from loraweave.common.display import tracked
 from loraweave.common.options import Count, check_options
 from loraweave.common.rows import GivenRows, read_rows
@@ -56,7 +57,7 @@ def collect_statistics(
     Raises InvalidTask for texts or settings that cannot be used; what Composer raises for an adapter that does not fit, or
     has layers that are not linear; CompositionError for a layer that never runs or a model without class probabilities.
     """
-    kinds = (what,) if isinstance(what, str) else tuple(what)
+    kinds = one_or_many(what)
     if not kinds or not set(kinds) <= set(KINDS):
         raise InvalidTask(f"what={what!r} is not one or both of {', '.join(map(repr, KINDS))}")
     sizes = {"batch_size": batch_size, "max_tokens": max_tokens}

@@ -126,7 +126,7 @@ def _pool_of(pool: Any, hub: Hub | None) -> ExpertPool:
         case Iterable():
             found = pool = list(pool)
         case _:
-            found = [pool]
+            found = pool = [pool]
     if found and is_list(found, Candidate):
         if hub is None:
             raise WeightingError(

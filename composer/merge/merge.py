@@ -271,7 +271,8 @@ def _check_statistics(given: Any, num_adapters: int) -> None:
 
 def _require_adapters(given: Any) -> None:
     """Raises WeightingError, which says how to get adapters, for anything but a list of them."""
-    strange = [each for each in given if not isinstance(each, Adapter)] if is_collection(given) else [given]
+    listed = is_collection(given) and not isinstance(given, Mapping)
+    strange = [each for each in given if not isinstance(each, Adapter)] if listed else [given]
     if strange:
         found = strange[0]
         shown = repr(found) if isinstance(found, str | int | float | None) else type(found).__name__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from numbers import Real
 from types import UnionType
 from typing import Any, TypeGuard
@@ -34,8 +34,8 @@ def is_list(value: object, of: type | UnionType = object) -> TypeGuard[Sequence[
 
 
 def is_collection(value: object) -> TypeGuard[Collection[Any]]:
-    """Whether a value holds elements in any order, such as a list, a set or a view, and is neither a text nor a mapping."""
-    return isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
+    """Whether a value holds elements in any order, such as a list, a set or a view, and is not a text."""
+    return isinstance(value, Collection) and not isinstance(value, str | bytes)
 
 
 def require_whole(name: str, value: object, least: int, error: type[LoraweaveError]) -> None:

@@ -79,6 +79,11 @@ def test_each_expert_is_its_adapter(model, adapters, alpha):
                 torch.testing.assert_close(found.delta(layer), adapter.delta(layer))
 
 
+def test_an_adapter_alone_is_a_pool_of_one(model, adapters):
+    with lw.experts("mixture_of_loras", model, pool=adapters[0]) as made:
+        assert made.tasks == ("a",)
+
+
 def test_fewer_experts_begin_as_the_means_of_alike_adapters(model, make_adapter):
     first, second = make_adapter(model, "first", seed=1), make_adapter(model, "second", seed=2)
     pool = [first, second, dataclasses.replace(first, name="again")]
