@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from loraweave.common.files import as_path, whole_file
+from loraweave.common.files import whole_file
 from loraweave.errors import TrainingError
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,9 @@ def checkpoint_folder(given: str | Path | None) -> Path | None:
     """
     if given is None:
         return None
-    folder = as_path(given, "checkpoint", TrainingError)
+    if not isinstance(given, str | Path):
+        raise TrainingError(f"checkpoint is {given!r:.60}; it must be a folder, or None")
+    folder = Path(given)
     try:
         running = folder / RUNNING
         running.mkdir(parents=True, exist_ok=True)

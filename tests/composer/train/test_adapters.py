@@ -195,7 +195,7 @@ def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_first_step(ti
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(TrainingError, match=r"cannot be made a folder to write in .*: name another"):
             train(tiny_llama, tokenizer, continual=continual, checkpoint=place)
-    with pytest.raises(TrainingError, match="checkpoint is 5; give its path"):
+    with pytest.raises(TrainingError, match="checkpoint is 5; it must be a folder, or None"):
         train(tiny_llama, tokenizer, continual=continual, checkpoint=5)
     assert (tmp_path / "file").read_text() == "kept"
 
