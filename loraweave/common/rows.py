@@ -91,7 +91,8 @@ def read_row(row: Any, where: str, *, targets: Targets = "one") -> Row:
             return _of_mapping({str(name): value for name, value in row.items() if not _is_missing(value)}, where, targets)
         case str() if targets in ("any", "none"):
             return Row(row)
-        case [str(text), target] if _are_targets(target, targets):
+        # an array of two texts matches too, from numpy 2.5 on
+        case [str(text), target] if is_list(row) and _are_targets(target, targets):
             return Row(text, _checked(target, text, where, targets))
     what = "a text, nor a pair of texts" if targets in ("any", "none") else "a pair of texts (input, target)"
     raise InvalidTask(f"{where} is {row!r:.80}, not {what}: {FORMS}")
