@@ -45,19 +45,20 @@ def require_seed(seed: object) -> None:
 def require_sound(layer: str, experts: Mapping[str, Factors | None], weights: Sequence[float], method: str) -> None:
     """Raises CompositionError for values of an expert that are NaN or infinite, or that its weight takes beyond fp32.
 
-    Each factor is read once; only where the product of their norms is beyond 2^120 is the update itself looked at.
+    Each factor is read once, for its norm; only where the product of norms is beyond 2^120 is the update itself looked at.
     """
     for (name, factors), weight in zip(experts.items(), weights, strict=True):
         if factors is None or weight == 0.0:
             continue
-        for part, tensor in factors.tensors().items():
-            if not _all_finite(tensor):
-                num = int((~torch.isfinite(tensor)).sum())
-                raise CompositionError(
-                    f"{num} of {tensor.numel()} values in {part} of adapter {name!r} are NaN or infinite in layer "
-                    f"{layer!r}; leave the adapter out, or read it again"
-                )
-        if (largest := _largest(factors, LARGEST / abs(weight))) * abs(weight) > LARGEST:
+        bound = _norm_product(factors)
+        if part := _unsound_part(factors, bound):
+            tensor = factors.tensors()[part]
+            num = int((~torch.isfinite(tensor)).sum())
+            raise CompositionError(
+                f"{num} of {tensor.numel()} values in {part} of adapter {name!r} are NaN or infinite in layer "
+                f"{layer!r}; leave the adapter out, or read it again"
+            )
+        if (largest := _largest(factors, bound, LARGEST / abs(weight))) * abs(weight) > LARGEST:
             raise CompositionError(
                 f"method {method!r} could give values that are NaN or infinite for layer {layer!r}: the update of "
                 f"{name!r} is up to {largest:.3g}, its weight is {weight:.3g}, and the product may be {LARGEST:.3g} at "
@@ -71,7 +72,8 @@ def holds(update: Factors | DenseUpdate | TruncatedUpdate) -> bool:
     if isinstance(held, DenseUpdate):
         return _all_finite(held.delta_OI) and (held.bias_O is None or _all_finite(held.bias_O))
     limit = torch.finfo(torch.float32).max
-    return all(map(_all_finite, held.tensors().values())) and _largest(held, limit) <= limit
+    bound = _norm_product(held)
+    return _unsound_part(held, bound) is None and _largest(held, bound, limit) <= limit
 
 
 def _number(name: str, weight: Any) -> float:
@@ -84,18 +86,27 @@ def _number(name: str, weight: Any) -> float:
     return value
 
 
+def _unsound_part(factors: Factors, bound: float) -> str | None:
+    """The first part with a value that is NaN or infinite; None where all are finite, as they are if `bound` is."""
+    sound = ("a_RI", "b_OR") if math.isfinite(bound) else ()
+    return next((part for part, each in factors.tensors().items() if part not in sound and not _all_finite(each)), None)
+
+
+def _norm_product(factors: Factors) -> float:
+    """|B| * |A|, which no entry of the update exceeds in magnitude."""
+    return float(torch.linalg.vector_norm(factors.b_OR.detach())) * float(torch.linalg.vector_norm(factors.a_RI.detach()))
+
+
 def _all_finite(tensor: Tensor) -> bool:
     # a NaN or infinity anywhere is in the sum too, and a sum is read at the speed of memory
     return math.isfinite(float(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
 
 
-def _largest(factors: Factors, enough: float) -> float:
+def _largest(factors: Factors, bound: float, enough: float) -> float:
     """The largest magnitude of the update and its bias; a bound of it where that is not above `enough`."""
-    a_RI, b_OR = factors.a_RI.detach(), factors.b_OR.detach()
     bias = 0.0 if factors.bias_O is None else float(factors.bias_O.detach().abs().max())
-    bound = float(b_OR.norm()) * float(a_RI.norm())
     if max(bound, bias) <= enough or not factors.rank:
         return max(bound, bias)
-    step = max(1, BLOCK // a_RI.shape[1])
-    a_RI, b_OR = a_RI.double(), b_OR.double()
+    step = max(1, BLOCK // factors.a_RI.shape[1])
+    a_RI, b_OR = factors.a_RI.detach().double(), factors.b_OR.detach().double()
     return max(bias, *(float((b_OR[row : row + step] @ a_RI).abs().max()) for row in range(0, len(b_OR), step)))
