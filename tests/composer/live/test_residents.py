@@ -1,80 +1,16 @@
 """Paging: what is leased is the adapter's own numbers, never goes, and never takes more than its budget."""
 
 import gc
-import os
-import signal
 import threading
-import time
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from paged_adapters import ADAPTERS, CPU, FP32, LAYERS, NAMES, PLACES, adapter, assert_the_adapters_own, everything, size_of
 
 from loraweave.composer.live.layout import ALIGNMENT_BYTES
 from loraweave.composer.live.residents import Residents
 from loraweave.errors import AdapterNotFound, BudgetExceeded, CompositionError
-from loraweave.hub.adapter import Adapter
-from loraweave.types import Factors
-
-CPU = torch.device("cpu")
-FP32 = (CPU, torch.float32)
-LAYERS = {"q": (5, 7), "v": (3, 7), "down": (6, 11)}
-PLACES = dict.fromkeys(LAYERS, FP32)
-NAMES = [f"e{number}" for number in range(8)]
-
-
-def random(*shape, generator):
-    return torch.randn(*shape, generator=generator)
-
-
-def adapter(number, *, affine=False):
-    """Ranks and layers that depend on the number."""
-    generator = torch.Generator().manual_seed(number)
-    layers = {}
-    for place, (layer, (num_out, num_in)) in enumerate(LAYERS.items()):
-        if (number + place) % 4:
-            rank = 1 + (number * 3 + place) % 5
-            layers[layer] = Factors(
-                random(rank, num_in, generator=generator),
-                random(num_out, rank, generator=generator),
-                gain_O=random(num_out, generator=generator) if affine and number % 2 else None,
-                bias_O=random(num_out, generator=generator) if affine else None,
-            )
-    return Adapter(f"e{number}", "tiny", layers)
-
-
-ADAPTERS = {name: adapter(number, affine=number > 4) for number, name in enumerate(NAMES)}
-
-
-def size_of(name, itemsize=4):
-    return sum(
-        itemsize * (factors.a_RI.numel() + factors.b_OR.numel())
-        + 4 * sum(tensor.numel() for tensor in (factors.gain_O, factors.bias_O) if tensor is not None)
-        for factors in ADAPTERS[name].layers.values()
-    )
-
-
-def everything(device):
-    """Has the CPU treated as a device that is filled by way of the host."""
-    return True
-
-
-def assert_the_adapters_own(lease, name, place=FP32):
-    for layer in LAYERS:
-        part = lease.part(name, layer, *place)
-        factors = ADAPTERS[name].layers.get(layer)
-        if factors is None:
-            assert part is None
-            continue
-        assert torch.equal(part.a_RI, factors.a_RI.to(*place))
-        assert torch.equal(part.b_RO, factors.b_OR.T.to(*place))
-        for found, own in ((part.gain_O, factors.gain_O), (part.bias_O, factors.bias_O)):
-            assert (found is None) == (own is None)
-            assert found is None or torch.equal(found.cpu(), own)
 
 
 @pytest.mark.parametrize("staged", [None, everything])
@@ -300,56 +236,6 @@ def test_prefetched_experts_are_hits_and_an_error_is_the_futures_and_again_the_l
     residents.close()
 
 
-def succeeds_in_a_fork(call):
-    child = os.fork()
-    if not child:
-        signal.alarm(20)
-        try:
-            call()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_forked_process_does_not_wait_for_the_thread_that_it_does_not_have():
-    residents = Residents(ADAPTERS.__getitem__, lambda: PLACES)
-    residents.prefetch(["e1"]).result(timeout=10)
-
-    def there():
-        residents.settle()
-        residents.prefetch(["e2"]).result(timeout=10)
-
-    assert succeeds_in_a_fork(there)
-    residents.close()
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_process_forked_while_an_expert_is_on_its_way_brings_it_itself():
-    begun, go = threading.Event(), threading.Event()
-    here = os.getpid()
-
-    def opener(name):
-        if os.getpid() == here and begun.is_set():
-            go.wait(timeout=20)
-        begun.set()
-        return ADAPTERS[name]
-
-    residents = Residents(opener, lambda: PLACES, staged=everything)
-    coming = residents.prefetch(["e1"])
-    begun.wait(timeout=10)
-    # the second opening, for the page itself, holds the locks on its way
-    while not residents.in_use("e1"):
-        time.sleep(0.001)
-    assert succeeds_in_a_fork(lambda: assert_the_adapters_own(residents.lease(["e1", "e2"]), "e1"))
-    go.set()
-    coming.result(timeout=10)
-    residents.close()
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_filled_from_pinned_memory_within_its_budget():
@@ -412,128 +298,6 @@ def test_a_hundred_cycles_of_loading_and_unloading_leave_memory_flat():
     # one expert left behind in each cycle would be twenty times as much
     assert last - first < 2**14
     assert residents.residency.device_bytes == residents.residency.host_bytes == 0
-
-
-def test_layers_that_become_known_while_others_lease_move_nothing():
-    places = {}
-
-    def opener(name):
-        places.update(dict.fromkeys(ADAPTERS[name].layers, FP32))
-        return ADAPTERS[name]
-
-    residents = Residents(opener, lambda: dict(places))
-
-    def work(number):
-        for turn in range(16):
-            lease = residents.lease([NAMES[(number * 2 + turn) % 8]])
-            assert_the_adapters_own(lease, *lease.names)
-            lease.release()
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(4)))
-    assert residents.residency.bytes_from_disk == sum(map(size_of, NAMES))
-
-
-def test_threads_that_lease_the_same_experts_at_once_bring_each_once():
-    residents = Residents(ADAPTERS.__getitem__, lambda: PLACES, staged=everything)
-    barrier = threading.Barrier(4)
-
-    def work(number):
-        barrier.wait()
-        for turn in range(20):
-            names = [NAMES[(number + turn) % 8], NAMES[(turn * 3) % 8]]
-            lease = residents.lease(names)
-            for name in names:
-                assert_the_adapters_own(lease, name)
-            lease.release()
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(4)))
-    assert residents.residency.bytes_to_device == sum(map(size_of, NAMES))
-
-
-class Paging(RuleBasedStateMachine):
-    """Leases, releases, prefetches and moves in any order, on budgets that hold about three experts."""
-
-    leases = Bundle("leases")
-
-    def __init__(self):
-        super().__init__()
-        self.places = dict(PLACES)
-        self.budget = 3 * max(map(size_of, NAMES))
-        self.residents = Residents(
-            ADAPTERS.__getitem__,
-            lambda: self.places,
-            staged=everything,
-            device_budget_bytes=self.budget,
-            host_budget_bytes=2 * max(map(size_of, NAMES)),
-        )
-        self.open = []
-
-    @rule(target=leases, names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=4, unique=True))
-    def lease(self, names):
-        try:
-            lease = self.residents.lease(names)
-        except BudgetExceeded:
-            used = {name for other, _ in self.open for name in other.names} | set(names)
-            # a model that has moved has an expert of an older lease twice
-            copies = len({lease.moves for lease, _ in self.open}) + 1
-            assert copies * sum(map(size_of, used)) > self.budget
-            return None
-        self.open.append((lease, dict(self.places)))
-        return lease
-
-    @rule(lease=consumes(leases))
-    def release(self, lease):
-        if lease is not None:
-            self.open = [pair for pair in self.open if pair[0] is not lease]
-            lease.release()
-            lease.release()
-
-    @rule(names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=2, unique=True))
-    def prefetch(self, names):
-        error = self.residents.prefetch(names).exception(timeout=10)
-        assert error is None or isinstance(error, BudgetExceeded)
-
-    @rule(dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-    def move(self, dtype):
-        self.places = dict.fromkeys(LAYERS, (CPU, dtype))
-
-    @rule()
-    def forget(self):
-        self.residents.forget()
-
-    @invariant()
-    def within_budget(self):
-        figures = self.residents.residency
-        assert figures.device_bytes <= self.budget
-        assert figures.host_bytes <= 2 * max(map(size_of, NAMES))
-
-    @invariant()
-    def leased_experts_are_on_their_shelf(self):
-        for lease, _ in self.open:
-            assert set(lease.on_device) == {key for key in lease.on_device if self.residents._device.in_use(key)}
-            assert {key.name for key in lease.on_device} == set(lease.names)
-
-    @invariant()
-    def leased_experts_are_the_adapters_own(self):
-        for lease, places in self.open:
-            for name in lease.names:
-                assert_the_adapters_own(lease, name, places["q"])
-
-    def teardown(self):
-        leases, self.open = [lease for lease, _ in self.open], []
-        for lease in leases:
-            lease.release()
-        self.residents.close()
-        figures = self.residents.residency
-        assert (figures.device_bytes, figures.host_bytes) == (0, 0)
-
-
-Paging.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-TestPaging = Paging.TestCase
 
 
 def test_the_figures_print_as_a_small_table():
