@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import inspect
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from loraweave.types import BaseKey, Candidate
 if TYPE_CHECKING:
     from loraweave.hub.adapter import Adapter
 
+
+Search = TypeVar("Search", bound=Callable[..., Any])
 
 # how many hits diversity chooses from, at least and per candidate wanted
 _MIN_CHOICE = 50
@@ -138,3 +141,12 @@ def diverse(hits: Sequence[Hit], num_wanted: int, diversity: float) -> list[Hit]
         gain_N = (1 - diversity) * scores_N - diversity * nearest_N
         chosen.append(int(np.argmax(np.where(open_N, gain_N, -np.inf))))
     return [hits[position] for position in sorted(chosen)]
+
+
+def shows_options(search: Search) -> Search:
+    """Puts the keywords of `SearchOptions`, with their defaults, in the signature that help() and editors show."""
+    own, shared = inspect.signature(search), inspect.signature(Request).parameters
+    given = [each for each in own.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    shown = [shared[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in SearchOptions.__annotations__]
+    search.__signature__ = own.replace(parameters=[*given, *shown])  # type: ignore[attr-defined]
+    return search

@@ -18,7 +18,7 @@ from loraweave.hub.search.search import Hit, SearchIndex, checked_count
 from loraweave.retrieval.abstention import Abstention
 from loraweave.retrieval.fusion import Fusion
 from loraweave.retrieval.keyed_search import Key, KeySpace, key_name
-from loraweave.retrieval.request import Query, Request, SearchOptions
+from loraweave.retrieval.request import Query, Request, SearchOptions, shows_options
 from loraweave.types import Candidate, Record
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ class Retriever:
         **options: Unpack[SearchOptions],
     ) -> list[list[Candidate]]: ...
 
+    @shows_options
     def candidates(
         self,
         text_or_texts: str | Iterable[str],
@@ -110,6 +111,7 @@ class Retriever:
         query_QD = self._index.embed(several)
         return self._find([Query((text,)) for text in several], query_QD, request)
 
+    @shows_options
     def for_task(
         self,
         texts: Iterable[str],
@@ -128,6 +130,7 @@ class Retriever:
         query = Query(one_or_many(texts), (), description)
         return self._find([query], self._vector(query)[None], request)[0]
 
+    @shows_options
     def for_examples(
         self,
         examples: GivenRows,
@@ -153,6 +156,7 @@ class Retriever:
         keys = self.keys or _resolve([*EXAMPLE_KEYS, *extra])
         return Candidates(self._by_keys(query, self._vector(query), request, keys), self.hub)
 
+    @shows_options
     def like(
         self,
         adapter: str | Adapter,

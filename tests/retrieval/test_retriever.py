@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 
 import numpy as np
@@ -31,6 +32,18 @@ def retriever(tmp_path, plane):
 
 def names(candidates):
     return [candidate.name for candidate in candidates]
+
+
+@pytest.mark.parametrize("search", ["candidates", "for_task", "for_examples", "like"])
+def test_the_signature_of_a_search_shows_every_option_with_its_default(search):
+    shown = inspect.signature(getattr(Retriever, search)).parameters
+    assert {name: shown[name].default for name in ("k", "tags", "diversity", "after")} == {
+        "k": 20,
+        "tags": (),
+        "diversity": 0.0,
+        "after": None,
+    }
+    assert "options" not in shown
 
 
 def test_one_text_gives_candidates_by_descending_score(retriever, cosine):
