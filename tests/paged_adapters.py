@@ -6,17 +6,9 @@ from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
 CPU = torch.device("cpu")
-
-
 FP32 = (CPU, torch.float32)
-
-
 LAYERS = {"q": (5, 7), "v": (3, 7), "down": (6, 11)}
-
-
 PLACES = dict.fromkeys(LAYERS, FP32)
-
-
 NAMES = [f"e{number}" for number in range(8)]
 
 
