@@ -1,6 +1,7 @@
-"""The engine that most tests of live mixing ask."""
+"""The engine that most tests of live mixing ask, and a compiler that remembers nothing."""
 
 import pytest
+import torch
 
 from loraweave.composer.composer import Composer
 
@@ -9,3 +10,10 @@ from loraweave.composer.composer import Composer
 def engine(tiny_llama, make_adapters):
     """Of experts "a", "b" and "c" of different ranks."""
     return Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
