@@ -1,4 +1,4 @@
-"""A program of its own, run by test_hub_stores.py: forks two writers and a reader for each hub, and says how they ended.
+"""A program that test_hub_stores_at_once.py runs: forks two writers and a reader for each hub, and says how they ended.
 
 Its argument is JSON: a list of the places of hubs, each [path, blobs]. It forks because a new process would spend seconds on
 imports; the test's own process has threads, which a fork would lose.

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
-import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from tiny_hubs import adapter, flip, run_program
+from store_places import opened, same
+from tiny_hubs import adapter, flip
 
-import loraweave.hub.stores.storing
 from loraweave.errors import (
     AdapterCorrupt,
     AdapterExists,
@@ -21,67 +18,9 @@ from loraweave.errors import (
     DimensionMismatch,
     HubCorrupt,
     HubError,
-    HubLocked,
 )
 from loraweave.hub.hub import Hub
 from loraweave.retrieval.retriever import Retriever
-
-# "share" is what fills files under their names, as network shares do
-STORES = ("sqlite+folder", "sqlite+share", "postgres+folder", "postgres+s3")
-# what another process sees
-SHARED = ("sqlite+folder", "sqlite+s3", "postgres+folder", "postgres+s3")
-DRIVER = Path(__file__).with_name("store_writers.py")
-NUMBERS = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def share():
-    fsspec = pytest.importorskip("fsspec")
-    from fsspec.implementations.memory import MemoryFileSystem
-
-    class Share(MemoryFileSystem):
-        protocol = "share"
-
-    fsspec.register_implementation("share", Share, clobber=True)
-
-
-@pytest.fixture(params=STORES)
-def place(request, tmp_path):
-    """Where the hub of a test is: the arguments of `Hub`."""
-    return new_place(request, tmp_path, request.param)
-
-
-def new_place(request, folder, stores):
-    catalogue, blobs = stores.split("+")
-    number = next(NUMBERS)
-    where = str(folder / f"hub {number}")
-    if catalogue == "postgres":
-        where = request.getfixturevalue("postgres_server").url(f"hub_{number}")
-    if blobs == "folder":
-        return where, (str(folder / f"blobs {number}") if catalogue == "postgres" else None)
-    if blobs == "share":
-        request.getfixturevalue("share")
-        return where, f"share://{number}/prefix"
-    request.getfixturevalue("s3_server")
-    import s3fs
-
-    s3fs.S3FileSystem().mkdir(f"bucket-{number}")
-    return where, f"s3://bucket-{number}/a/prefix"
-
-
-@pytest.fixture
-def hub(place):
-    with opened(place) as hub:
-        yield hub
-
-
-def opened(place, **options):
-    return Hub(place[0], blobs=place[1], **options)
-
-
-def same(first, second):
-    pairs = zip(first.layers["layer"].tensors().values(), second.layers["layer"].tensors().values(), strict=True)
-    return all(torch.equal(one, other) for one, other in pairs)
 
 
 def damage(hub, content_hash):
@@ -316,64 +255,6 @@ def test_a_missing_blob_is_named(hub):
     assert len(hub.verify().problems) == 1
 
 
-def once(real, happens):
-    """`real`, but at the first call `happens` comes first."""
-    waiting = [happens]
-
-    def call(*args, **kwargs):
-        while waiting:
-            waiting.pop()()
-        return real(*args, **kwargs)
-
-    return call
-
-
-# the moments of a read between the row and the map
-MOMENTS = {
-    "before the blob is looked for": lambda hub: (hub._blobs, "local"),
-    "before it is opened": lambda hub: (loraweave.hub.stores.storing, "read_blob"),
-    "between the two times that safetensors opens it": lambda hub: (torch.UntypedStorage, "from_file"),
-}
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_who_has_read_a_row_gets_its_bytes_or_adapter_not_found_whenever_gc_comes(place, hub, monkeypatch, moment):
-    target, attribute = MOMENTS[moment](hub)
-
-    def read(happens, **options):
-        with monkeypatch.context() as patch:
-            patch.setattr(target, attribute, once(getattr(target, attribute), happens))
-            return hub.get("x", **options)
-
-    with opened(place) as other:
-
-        def collected(*then):
-            other.remove("x")
-            assert other.gc() > 0
-            for seed in then:
-                other.add(adapter(seed), name="x")
-
-        hub.add(adapter(1), name="x")
-        assert same(read(lambda: collected(1)), adapter(1))
-        assert same(read(lambda: collected(2)), adapter(2))
-        hub.add(adapter(3), name="x", replace=True)
-        with pytest.raises(AdapterNotFound, match="has no version 1"):
-            read(lambda: (other.prune("x"), other.gc()), version=1)
-        with pytest.raises(AdapterNotFound, match="no adapter 'x'"):
-            read(collected)
-
-
-def test_verify_does_not_complain_of_what_was_removed_and_collected_meanwhile(place, hub, monkeypatch):
-    hub.add(adapter(1), name="x")
-    hub.add(adapter(2), name="x", replace=True)
-    hub.add(adapter(3))
-    with opened(place) as other:
-        real = hub._blobs.require
-        monkeypatch.setattr(hub._blobs, "require", once(real, lambda: (other.remove("x"), other.gc())))
-        found = hub.verify()
-    assert (found.problems, found.intact, found.orphans) == ((), ("adapter 3",), ())
-
-
 def test_gc_deletes_exactly_what_no_row_names_and_says_how_much(hub):
     kept, gone = hub.add(adapter(1)), hub.add(adapter(2))
     mapped = hub["adapter 2"]
@@ -417,62 +298,11 @@ def test_a_change_that_fails_half_way_changes_nothing(hub):
     assert hub.verify().ok
 
 
-def test_a_reader_sees_one_moment(place, hub):
-    hub.add(adapter(0))
-    with hub._catalogue.reading() as connection:
-        counted = connection.execute("SELECT count(*) FROM adapters").fetchone()
-        with opened(place) as other:
-            other.add(adapter(1))
-            assert len(other) == 2
-        assert connection.execute("SELECT count(*) FROM adapters").fetchone() == counted
-    assert len(hub) == 2
-
-
-def test_a_second_writer_waits_and_is_told_after_the_time_out(place, hub):
-    stored = hub.add(adapter(0))
-    with opened(place, timeout_s=0.1) as other, hub._catalogue.locked("holding"):
-        with pytest.raises(HubLocked, match=r"adding adapter 'adapter 1': another writer held .*lock.* 0\.1 s") as caught:
-            other.add(adapter(1))
-        assert isinstance(caught.value, TimeoutError)
-        assert list(other) == [stored]
-        assert same(other["adapter 0"], adapter(0))
-    with opened(place) as other:
-        other.add(adapter(1))
-
-
-def test_threads_share_a_hub(hub):
-    failed, before = [], hub.generation
-
-    def work(first):
-        try:
-            for seed in range(first, first + 4):
-                hub.add(adapter(seed))
-                assert same(hub[f"adapter {seed}"], adapter(seed))
-        except BaseException as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=work, args=(first,)) for first in (0, 4, 8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failed == []
-    assert sorted(record.name for record in hub) == sorted(f"adapter {seed}" for seed in range(12))
-    assert hub.generation == before + 12
-    assert hub.verify().ok
-
-
 def test_a_closed_hub_says_so(hub):
     hub.close()
     hub.close()
     with pytest.raises(HubError, match="is closed"):
         len(hub)
-
-
-def test_several_processes_write_read_and_collect_at_once(request, tmp_path):
-    places = [new_place(request, tmp_path, stores) for stores in SHARED]
-    names = sorted(f"adapter {seed}" for seed in (1, 2, 3, 4, 6, 7, 8, 9, 10, 11))
-    assert run_program(DRIVER, json.dumps(places), timeout_s=300) == [[[0, 0, 0, 0], names, []]] * len(SHARED)
 
 
 def test_files_beside_the_weights_are_stored_once_given_back_and_collected(hub):
