@@ -1,4 +1,4 @@
-"""What a fused step of several training jobs costs, beside peft's steps one after the other and the base's own pass.
+"""What a shared step of several training jobs costs, beside peft's steps one after the other and the base's own pass.
 
     python -m benchmarks training speed
     python -m benchmarks training speed --targets all --rows 4 --tokens 128
