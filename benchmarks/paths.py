@@ -137,7 +137,7 @@ def gate() -> Gate:
     for path in ("gathered", "segments", "dense"):
         found = made(path, experts, case.sets(), torch.float64).update(x)
         for row, chosen in enumerate(case.sets()):
-            dense = sum(w * experts[p].a_RI.T @ experts[p].b_RO for p, w in chosen)
+            dense = torch.stack([w * experts[p].a_RI.T @ experts[p].b_RO for p, w in chosen]).sum(dim=0)
             worst = max(worst, float((found[row] - x[row] @ dense).abs().max()))
     return Gate("paths equal the dense formula in float64", worst, 1e-12)
 

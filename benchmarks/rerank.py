@@ -129,7 +129,7 @@ def _row(figures: Mapping[str, Any], way: str) -> list[float]:
     """Spearman, best within k for each k, share of the best gain that the first brings, whether it is below the base."""
     names = list(figures["gain"])
     gain_E = np.array([figures["gain"][name] for name in names])
-    best = int(gain_E.argmax())
+    best = int(np.argmax(gain_E))
     if way == "chance":
         share = float(gain_E.mean() / gain_E[best])
         return [0.0, *(k / len(names) for k in KS), share, float((gain_E < 0).mean())]

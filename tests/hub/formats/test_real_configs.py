@@ -125,7 +125,7 @@ def outcome(path):
 def kind_of(path):
     fields = json.loads(path.read_text(encoding="utf-8"))
     if fields.get("peft_type") is None:
-        return "`lora_parameters` of MLX" if "lora_parameters" in fields else "no config of an adapter"
+        return "`lora_parameters` of MLX" if "lora_parameters" in fields else "not an adapter config"
     return "`LORA`" if fields["peft_type"] == "LORA" else "other types of PEFT"
 
 
