@@ -55,6 +55,8 @@ def get(folder: str, name: str) -> Any:
 
     Raises UnknownName, which names near misses, and PluginFailed for another package's file that cannot be used.
     """
+    if not isinstance(name, str):
+        raise UnknownName(f"{name!r:.80} is not a name of {folder}; there are {', '.join(names(folder))}")
     module = _loaded(folder, name)
     if module is None:
         # a folder takes a millisecond to list, and reading an adapter asks for every format

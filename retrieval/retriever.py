@@ -331,8 +331,9 @@ class Retriever:
         return f"{self._index.embedder.id} keys {', '.join(self.keys)} fusion {self.fusion.kind}"
 
 
-def _resolve(keys: Sequence[str | Key]) -> dict[str, Key]:
-    """Key objects by name. UnknownName for a name that no file of retrieval/keys has."""
+def _resolve(keys: str | Sequence[str | Key]) -> dict[str, Key]:
+    """Key objects by name; a single name counts as one. UnknownName for a name that no file of retrieval/keys has."""
+    keys = [keys] if isinstance(keys, str) else keys
     return dict((key, registry.get("keys", key)()) if isinstance(key, str) else (key_name(key), key) for key in keys)
 
 

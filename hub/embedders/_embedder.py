@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 import loraweave.registry as registry
-from loraweave.errors import DimensionMismatch
+from loraweave.errors import DimensionMismatch, RetrievalError
 
 # far above the 256 tokens that a sentence encoder reads; a longer text costs minutes in a tokenizer that then drops it
 MAX_CHARS = 16_384
@@ -20,6 +21,7 @@ def readable(text: str) -> str:
     return text[:MAX_CHARS].encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
+@runtime_checkable
 class Embedder(Protocol):
     """Texts to unit vectors. `id` names all that decides a vector, so that vectors of two embedders are never mixed."""
 
@@ -31,10 +33,19 @@ class Embedder(Protocol):
     def embed(self, texts: Sequence[str]) -> np.ndarray: ...
 
 
-def embedder_of(given: str | Embedder) -> Embedder:
-    """The embedder of that name, or of the folder that `train_encoder` wrote; an object is itself."""
-    if not isinstance(given, str):
+def embedder_of(given: str | os.PathLike[str] | Embedder) -> Embedder:
+    """The embedder of that name, or of the folder that `train_encoder` wrote; an object is itself.
+
+    Raises RetrievalError for anything else.
+    """
+    if isinstance(given, Embedder):
         return given
+    if not isinstance(given, str | os.PathLike):
+        raise RetrievalError(
+            f"embedder is {given!r:.80}; give a name of names('embedders'), the folder of a trained encoder, or an object "
+            "with dim, id and embed"
+        )
+    given = os.fspath(given)
     if given not in registry.names("embedders") and Path(given).is_dir():
         trained: Embedder = registry.get("embedders", "sentence")(folder=given)
         return trained
