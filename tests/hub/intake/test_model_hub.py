@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import model_hub_server as model_hub
 import pytest
 import torch
 from tiny_models import write_tiny_base
@@ -14,7 +15,7 @@ from loraweave.types import Factors
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, model_hub, loaded_from):
+def found(tmp_path_factory):
     """What the calls gave with the server there, and then in a new process without it, in the same cache."""
     root, home = tmp_path_factory.mktemp("served"), tmp_path_factory.mktemp("home")
     model = write_tiny_base(root / "tiny" / "llama")
@@ -29,11 +30,11 @@ def found(tmp_path_factory, model_hub, loaded_from):
     (pickled / "model.safetensors").unlink()
     torch.save(model.state_dict(), pickled / "pytorch_model.bin")
     with model_hub.serving(root) as (address, requests, _):
-        online = loaded_from(address, home, "online")
+        online = model_hub.loaded_from(address, home, "online")
     return {
         "online": online,
         # offline, since huggingface_hub else tries for half a minute before it looks into its cache
-        "gone": loaded_from(address, home, "gone", HF_HUB_OFFLINE="1"),
+        "gone": model_hub.loaded_from(address, home, "gone", HF_HUB_OFFLINE="1"),
         "requests": requests,
         "model": model,
         "lora": lora,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import model_hub_server as model_hub
 import pytest
 import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -25,14 +26,14 @@ def adapter(value):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, model_hub, loaded_from):
+def found(tmp_path_factory):
     """What each call gave in a process of its own, and what the server saw."""
     served, home = tmp_path_factory.mktemp("served"), tmp_path_factory.mktemp("home")
     for name in ("lora", "limited", "flooded", "down", "gated", "cut", "severed", "private", "moving"):
         adapter(1.0).save_pretrained(served / "tiny" / name)
     adapter(2.0).save_pretrained(served / "tiny" / "second")
     with model_hub.serving(served) as (address, _, ranges):
-        found = loaded_from(address, home, "troubles", served, HF_HUB_VERBOSITY="debug")
+        found = model_hub.loaded_from(address, home, "troubles", served, HF_HUB_VERBOSITY="debug")
     return {**found, "ranges": ranges, "server": model_hub}
 
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
+import model_hub_server as model_hub
 import pytest
 import torch
 
@@ -19,39 +15,19 @@ from loraweave.routers.tokens._saved import router
 from loraweave.routers.tokens._written import router_card
 from loraweave.types import Factors
 
-DRIVER = Path(__file__).parents[2] / "hub" / "intake" / "model_hub.py"
-
-
-def driver_module():
-    spec = spec_from_file_location("model_hub", DRIVER)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    model_hub = driver_module()
     root, home = tmp_path_factory.mktemp("served"), tmp_path_factory.mktemp("home")
     torch.manual_seed(0)
     adapters = [Adapter(name, "tiny", {"layer": Factors(torch.randn(2, 8), torch.randn(6, 2))}) for name in ("a", "b")]
     arrow = router("arrow", adapters)
     folder = arrow.save_pretrained(tmp_path_factory.mktemp("saved") / "arrow", pool=ExpertPool(adapters))
     adapters[0].save_pretrained(root / "tiny" / "lora")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
     with model_hub.serving(root) as (address, _, _):
-        run = subprocess.run(
-            [sys.executable, str(DRIVER), "routers", str(folder)],
-            env={**environment, "HF_ENDPOINT": address},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-    assert run.returncode == 0, run.stderr
+        done = model_hub.loaded_from(address, home, "routers", folder)
     return {
-        **json.loads(run.stdout),
-        "printed": run.stdout + run.stderr,
+        **done,
         "root": root / "mine",
         "state": {name: value.tolist() for name, value in arrow.state_dict().items()},
         "token": model_hub.TOKEN,

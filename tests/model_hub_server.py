@@ -10,8 +10,10 @@ import base64
 import hashlib
 import json
 import logging
+import os
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 from contextlib import contextmanager
@@ -295,6 +297,17 @@ def routers(folder):
         "no router": _outcome(lambda: read("tiny/lora")),
     }
     json.dump(found, sys.stdout)
+
+
+def loaded_from(address, home, *arguments, **variables):
+    """What this file, run with that model hub and cache, found, and all that it printed."""
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
+    own = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, __file__, *map(str, arguments)]
+    environment = {**plain, **own, "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return {**json.loads(done.stdout), "printed": done.stdout + done.stderr}
 
 
 if __name__ == "__main__":
