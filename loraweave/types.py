@@ -293,25 +293,19 @@ class Task:
 
     def prompt(self, text: str) -> str:
         """The text shown to the model for one input, after the demonstrations; the answer follows after a space."""
-        shown = [
-            f"{self._ask(given)} {target}\n\n"
-            for given, target in cast(Sequence[tuple[str, str]], self.demonstrations)
-            if given != text
-        ]
-        return "".join([*shown, self._ask(text)])
-
-    def _ask(self, text: str) -> str:
-        template = DEFAULT_TEMPLATE if self.template is None else self.template
-        # replaced in one pass over the template, so that braces in the user's text stay what they are
-        parts = template.split("{input}")
-        return text.join(part.replace("{instruction}", self.instruction) for part in parts)
+        return self._prompt(text, self.instruction)
 
     def prompt_of(self, row: Row) -> str:
         """The prompt of a row that may have an instruction of its own, or be a whole prompt already."""
-        if row.whole_prompt:
-            return row.input
-        own = row.instruction or self.instruction
-        return Task((), instruction=own, template=self.template, demonstrations=self.demonstrations).prompt(row.input)
+        return row.input if row.whole_prompt else self._prompt(row.input, row.instruction or self.instruction)
+
+    def _prompt(self, text: str, instruction: str) -> str:
+        template = DEFAULT_TEMPLATE if self.template is None else self.template
+        # replaced in one pass over the template, so that braces in the user's text stay what they are
+        parts = [part.replace("{instruction}", instruction) for part in template.split("{input}")]
+        pairs = cast(Sequence[tuple[str, str]], self.demonstrations)
+        shown = [f"{given.join(parts)} {target}\n\n" for given, target in pairs if given != text]
+        return "".join([*shown, text.join(parts)])
 
     def _read_demonstrations(self) -> tuple[tuple[str, str], ...]:
         if isinstance(self.demonstrations, bool):
