@@ -46,8 +46,8 @@ def experts(
 
     With a `pool` the experts begin as its adapters, of whatever ranks, in the layers that these update: an ExpertPool,
     adapters, a mapping of names to adapters, a hub, what `hub.search` found, or candidates of a Retriever with their `hub`.
-    `num_experts` fewer than adapters begin as the means of so many groups of alike ones (`lw.clusters`). Experts that a
-    recipe has besides begin as it says.
+    `num_experts` fewer than adapters begin as the means of that many groups of similar adapters (`lw.clusters`). A
+    recipe's other experts begin as it says.
 
     `lw.names("experts")` are the recipes, whose options their classes document. Raises UnknownName, which names near misses,
     for an unknown recipe and for target_modules that match no layer, WeightingError for an unknown option, a value out of
@@ -57,15 +57,12 @@ def experts(
     for a folder.
     """
     require_model(base_model)
-    match name:
-        case str() if name in registry.names("experts") or not Path(name).is_dir():
-            pass
-        case str() | Path():
-            return _saved(Path(name), base_model, tokenizer, options | ({} if pool is None else {"pool": pool}))
-        case _:
-            raise UnknownName(
-                f"{name!r:.60} is no recipe's name and no folder; recipes are {', '.join(registry.names('experts'))}"
-            )
+    if not isinstance(name, str | Path):
+        raise UnknownName(
+            f"{name!r:.60} is no recipe's name and no folder; recipes are {', '.join(registry.names('experts'))}"
+        )
+    if isinstance(name, Path) or (name not in registry.names("experts") and Path(name).is_dir()):
+        return _saved(Path(name), base_model, tokenizer, options | ({} if pool is None else {"pool": pool}))
     if pool is not None:
         return start_from(name, base_model, pool, hub=hub, tokenizer=tokenizer, options=options).eval()
     # outside training, a model answers the same every time

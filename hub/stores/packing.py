@@ -66,16 +66,14 @@ def unpack(places: Any, flat: Tensor) -> dict[str, Tensor]:
 def _check_place(place: Any) -> tuple[str, int, list[int]]:
     match place:
         case [str() as name, offset, list() as shape] if len(shape) <= _MAX_AXES:
-            pass
-        case _:
-            raise ValueError(f"a place is {place!r:.60}, not [name, offset, shape] with at most {_MAX_AXES} axes")
-    # a loop: any() over a generator takes three times as long, and there are hundreds of places in a blob
-    for number in (offset, *shape):
-        if type(number) is not int or not 0 <= number < 2**62:
-            raise ValueError(
-                f"the place of tensor {name!r:.60} is {place[1:]!r:.60}; an offset or size is not from 0 to 2^62"
-            )
-    return name, offset, shape
+            # a loop: any() over a generator takes three times as long, and there are hundreds of places in a blob
+            for number in (offset, *shape):
+                if type(number) is not int or not 0 <= number < 2**62:
+                    raise ValueError(
+                        f"the place of tensor {name!r:.60} is {place[1:]!r:.60}; an offset or size is not from 0 to 2^62"
+                    )
+            return name, offset, shape
+    raise ValueError(f"a place is {place!r:.60}, not [name, offset, shape] with at most {_MAX_AXES} axes")
 
 
 STORED_AS = ("factors", "compeft")

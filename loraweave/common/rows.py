@@ -100,18 +100,12 @@ def read_row(row: Any, where: str, *, targets: Targets = "one") -> Row:
 
 def _source(given: GivenRows, noun: str, of: str) -> Iterator[tuple[str, Any]]:
     whole = f"the {noun}s of {of}" if of else f"the {noun}s"
-    match given:
-        case os.PathLike():
-            yield from _of_file(Path(given))
-            return
-        case str() if given.lower().endswith(ENDINGS):
-            yield from _of_file(Path(given))
-            return
-        case Mapping():
-            names = ", ".join(map(repr, given))
-            raise InvalidTask(
-                f"{whole}: got one mapping with {names:.200}, not rows: pass a list of rows, or one of its parts"
-            )
+    if isinstance(given, os.PathLike) or (isinstance(given, str) and given.lower().endswith(ENDINGS)):
+        yield from _of_file(Path(given))
+        return
+    if isinstance(given, Mapping):
+        names = ", ".join(map(repr, given))
+        raise InvalidTask(f"{whole}: got one mapping with {names:.200}, not rows: pass a list of rows, or one of its parts")
     records = _records(given)
     if records is None:
         raise InvalidTask(f"{whole}: got {given!r:.80}, not rows: {FORMS}")
@@ -187,14 +181,14 @@ def _of_csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 def _of_mapping(row: Mapping[str, Any], where: str, targets: Targets) -> Row:
     instruction = row.get("instruction") or row.get("definition") or ""
     split = row.get("split", "")
-    if not are_texts([instruction]):
+    if not isinstance(instruction, str):
         raise InvalidTask(f"{where} has {instruction!r:.60} as its instruction, which is no text")
     column, answer = _columns(row, where, targets)
     text, given = row[column], None if answer is None else row[answer]
     if column == "messages":
         system, text, given = _turns(text, where, targets)
         instruction = system or instruction
-    if not are_texts([text]):
+    if not isinstance(text, str):
         raise InvalidTask(f"{where} has {text!r:.60} as {column!r}, which is no text: {FORMS}")
     found: tuple[str, ...] = ()
     if given is not None and targets != "none":
