@@ -184,9 +184,9 @@ class Case:
             return found.score
         task = found.task or self.task
         if found.adapter is None:
-            return evaluate(self.model, self.tokenizer, task, self.unseen.test)
+            return evaluate(self.model, self.tokenizer, task, self.unseen.test, share=True)
         with lw.Composer(self.model, [found.adapter]).activate({found.adapter.name: 1.0}):
-            return evaluate(self.model, self.tokenizer, task, self.unseen.test)
+            return evaluate(self.model, self.tokenizer, task, self.unseen.test, share=True)
 
 
 @dataclass(frozen=True)

@@ -295,6 +295,11 @@ class Task:
         """The text shown to the model for one input, after the demonstrations; the answer follows after a space."""
         return self._prompt(text, self.instruction)
 
+    @property
+    def answer_end(self) -> str | None:
+        """The text that ends an answer: a line break after demonstrations, as theirs; None is the end of the sequence."""
+        return "\n" if self.demonstrations else None
+
     def prompt_of(self, row: Row) -> str:
         """The prompt of a row that may have an instruction of its own, or be a whole prompt already."""
         return row.input if row.whole_prompt else self._prompt(row.input, row.instruction or self.instruction)

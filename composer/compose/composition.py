@@ -162,7 +162,7 @@ class Composition:
         """
         texts = read_inputs(inputs)
         with self._active():
-            return scoring.predict(*self._on, texts)
+            return scoring.predict(*self._on, texts, share=self.router is None)
 
     def evaluate(self, pairs: GivenRows) -> dict[str, float]:
         """Scores answers to (input, target) pairs, or rows in any other form; a target may be a list of accepted ones.
@@ -174,13 +174,13 @@ class Composition:
         """
         read = scoring.read_answers(pairs)
         with self._active():
-            score = scoring.evaluate(*self._on, read)
+            score = scoring.evaluate(*self._on, read, share=self.router is None)
         return {"value": score.value, "low": score.low, "high": score.high, "loss": score.loss, "count": score.count}
 
     def losses(self) -> list[float]:
         """The mean loss of the target's tokens for each of the task's examples."""
         with self._active():
-            return scoring.losses(*self._on, self.task.examples)
+            return scoring.losses(*self._on, self.task.examples, share=self.router is None)
 
     def leave_one_out(self) -> dict[str, float]:
         """By how much the mean loss of the examples rises without each adapter, the others' weights as they are.

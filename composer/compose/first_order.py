@@ -19,9 +19,10 @@ from torch.nn import functional
 
 from loraweave.composer.compose.collect_statistics import GradientTap
 from loraweave.composer.composer import Composer
-from loraweave.composer.model.batches import batch, encode, mean_losses, untouched
+from loraweave.composer.model.batches import batch, mean_losses, untouched
 from loraweave.composer.model.kinds import linear
 from loraweave.composer.model.layers import TargetLayer
+from loraweave.composer.model.scoring import encode_pairs
 from loraweave.errors import CompositionError
 from loraweave.hub.pool import StackedFactors
 from loraweave.lowrank import algebra
@@ -47,7 +48,7 @@ def first_order(
     for a loss that is not finite.
     """
     model, pool = engine.model, engine.bound_pool
-    rows = encode(model, tokenizer, [task.prompt(text) for text, _ in task.examples], [t for _, t in task.examples])
+    rows = encode_pairs(model, tokenizer, task, task.examples)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     total = 0.0
     with ExitStack() as stack:

@@ -72,8 +72,10 @@ class EncodedRow:
         return self.target
 
 
-def encode(model: Any, tokenizer: Any, prompts: Sequence[str], targets: Sequence[str]) -> list[EncodedRow]:
-    """Token ids of each prompt and of " target" with the end-of-sequence token, tokenised apart.
+def encode(
+    model: Any, tokenizer: Any, prompts: Sequence[str], targets: Sequence[str], *, end: str | None = None
+) -> list[EncodedRow]:
+    """Token ids of each prompt and of " target" with `end`, by default the end-of-sequence token, tokenised apart.
 
     Raises InvalidTask for a prompt or a target without tokens and for a row longer than the model's context.
     """
@@ -82,8 +84,7 @@ def encode(model: Any, tokenizer: Any, prompts: Sequence[str], targets: Sequence
         return []
     limit = context_length(model)
     prompt_ids = tokenizer(list(prompts))["input_ids"]
-    target_texts = [f" {target}{tokenizer.eos_token or ''}" for target in targets]
-    target_ids = tokenizer(target_texts, add_special_tokens=False)["input_ids"]
+    target_ids = answer_ids(tokenizer, targets, end)
     rows = []
     for number, (prompt, target) in enumerate(zip(prompt_ids, target_ids, strict=True)):
         if not targets[number].strip() or not target:
@@ -97,6 +98,13 @@ def encode(model: Any, tokenizer: Any, prompts: Sequence[str], targets: Sequence
             )
         rows.append(row)
     return rows
+
+
+def answer_ids(tokenizer: Any, answers: Sequence[str], end: str | None = None) -> list[list[int]]:
+    """Token ids of " answer" with `end`, by default the end-of-sequence token, for each."""
+    end = tokenizer.eos_token or "" if end is None else end
+    found: list[list[int]] = tokenizer([f" {answer}{end}" for answer in answers], add_special_tokens=False)["input_ids"]
+    return found
 
 
 def context_length(model: Any) -> int | None:

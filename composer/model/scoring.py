@@ -16,6 +16,7 @@ from loraweave.composer.model.batches import (
     IGNORED,
     EncodedRow,
     TargetBatch,
+    answer_ids,
     batch,
     context_length,
     encode,
@@ -27,6 +28,7 @@ from loraweave.composer.model.batches import (
     token_losses,
     with_positions,
 )
+from loraweave.composer.model.prefixes import Prefix, cache_name, following
 from loraweave.errors import InvalidTask
 from loraweave.routers.tokens._call import prompted
 from loraweave.types import Task
@@ -50,41 +52,59 @@ class Score:
     right: tuple[bool, ...]
 
 
-def losses(model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[str, Targets]]) -> list[float]:
-    """The mean negative log-likelihood of each pair's (first) target, given its prompt."""
-    return losses_of_rows(model, tokenizer, encode_pairs(model, tokenizer, task, pairs))
+def losses(
+    model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[str, Targets]], *, share: bool = False
+) -> list[float]:
+    """The mean negative log-likelihood of each pair's (first) target, given its prompt; `share` is that of `predict`."""
+    return losses_of_rows(model, tokenizer, encode_pairs(model, tokenizer, task, pairs), share=share)
 
 
 def encode_pairs(model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[str, Targets]]) -> list[EncodedRow]:
     """Token ids of each pair's prompt and (first) target."""
     targets = [accepted if isinstance(accepted, str) else accepted[0] for _, accepted in pairs]
-    return encode(model, tokenizer, [task.prompt(text) for text, _ in pairs], targets)
+    return encode(model, tokenizer, [task.prompt(text) for text, _ in pairs], targets, end=task.answer_end)
 
 
 @torch.no_grad()
-def losses_of_rows(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> list[float]:
+def losses_of_rows(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], *, share: bool = False) -> list[float]:
     """The mean negative log-likelihood of each row's target, given its prompt."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     values = [0.0] * len(rows)
+    prefix = Prefix.of(model, [row.prompt for row in rows]) if share else None
     for chunk in _chunks(order, BATCH_SIZE):
-        for index, loss in zip(chunk, mean_losses(model, batch(model, tokenizer, [rows[i] for i in chunk])), strict=True):
+        stacked = batch(model, tokenizer, [rows[i] for i in chunk])
+        if prefix is not None:
+            whole = [rows[i].prompt + rows[i].target for i in chunk]
+            stacked = TargetBatch(prefix.after(model, tokenizer, whole), stacked.targets_BK)
+        for index, loss in zip(chunk, mean_losses(model, stacked), strict=True):
             values[index] = float(loss)
     return values
 
 
 @torch.no_grad()
 def predict(
-    model: Any, tokenizer: Any, task: Task, inputs: Sequence[str], *, max_new_tokens: int = MAX_NEW_TOKENS
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    inputs: Sequence[str],
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    share: bool = False,
 ) -> list[str]:
-    """One answer for each input: the likeliest label when the task has labels, else the first generated line."""
+    """One answer for each input: the likeliest label when the task has labels, else the first generated line.
+
+    With `share` the model reads once what all prompts begin with, where it can: not for weights that look at a whole prompt.
+    """
+    prompts = [task.prompt(text) for text in inputs]
+    prefix = Prefix.of(model, tokenizer(prompts)["input_ids"]) if share and task.demonstrations and prompts else None
 
     def answer(prompts: Sequence[str]) -> list[str]:
         if task.labels is None:
-            return generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
-        return rank(model, tokenizer, prompts, task.labels)
+            return generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, prefix=prefix)
+        return rank(model, tokenizer, prompts, task.labels, end=task.answer_end, prefix=prefix)
 
     size = BATCH_SIZE if task.labels is None else max(1, 128 // len(task.labels))
-    return answer_by_length(tokenizer, [task.prompt(text) for text in inputs], size, answer)
+    return answer_by_length(tokenizer, prompts, size, answer)
 
 
 def answer_by_length(
@@ -99,18 +119,20 @@ def answer_by_length(
     return answers
 
 
-def evaluate(model: Any, tokenizer: Any, task: Task, pairs: GivenRows, *, seed: int = 0) -> Score:
-    """Predicts every input and compares with its accepted targets (one text, or several), after trimming white space."""
+def evaluate(model: Any, tokenizer: Any, task: Task, pairs: GivenRows, *, seed: int = 0, share: bool = False) -> Score:
+    """Predicts every input and compares with its accepted targets (one text, or several), after trimming white space.
+
+    `share` is that of `predict`.
+    """
     pairs = read_answers(pairs)
     # an answer twice as long as any accepted target is wrong however it ends, and the base model often goes on and on
     targets = [target for _, accepted in pairs for target in accepted]
     longest = max(len(ids) for ids in tokenizer(targets)["input_ids"])
-    answers = predict(
-        model, tokenizer, task, [text for text, _ in pairs], max_new_tokens=min(MAX_NEW_TOKENS, 2 * longest + 4)
-    )
+    most = min(MAX_NEW_TOKENS, 2 * longest + 4)
+    answers = predict(model, tokenizer, task, [text for text, _ in pairs], max_new_tokens=most, share=share)
     right = tuple(a.strip() in [t.strip() for t in accepted] for a, (_, accepted) in zip(answers, pairs, strict=True))
     low, high = bootstrap(right, seed=seed)
-    loss = float(np.mean(losses(model, tokenizer, task, pairs)))
+    loss = float(np.mean(losses(model, tokenizer, task, pairs, share=share)))
     return Score(float(np.mean(right)), low, high, loss, len(right), right)
 
 
@@ -137,20 +159,24 @@ def generate(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+    prefix: Prefix | None = None,
 ) -> list[str]:
     """The first line of each greedy continuation; generation ends at a line break.
 
-    `processors` change a step's scores before the best token is taken, as transformers' logits processors do.
+    `processors` change a step's scores before the best token is taken, as transformers' logits processors do. All prompts
+    begin with the `prefix`, where one is given.
     """
-    inputs = pad_prompts(model, tokenizer, prompts)
+    inputs: dict[str, Any] = pad_prompts(model, tokenizer, prompts)
+    if prefix is not None:
+        inputs, cache = prefix.before(model, tokenizer, tokenizer(list(prompts))["input_ids"])
+        inputs[cache_name(model)] = cache
     line_break = tokenizer("\n", add_special_tokens=False)["input_ids"]
     ends = sorted({tokenizer.eos_token_id, *(line_break if len(line_break) == 1 else ())} - {None})
     with warnings.catch_warnings():
         # a checkpoint's own sampling settings (temperature, top_p) are warned about in every greedy call
         warnings.filterwarnings("ignore", message=".*(do_sample|generation flags).*")
         output = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            **{name: value for name, value in inputs.items() if name != "position_ids"},
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
@@ -163,28 +189,38 @@ def generate(
     return [(text.strip(" ").splitlines() or [""])[0].strip() for text in texts]
 
 
-def rank(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str]) -> list[str]:
-    """The label of the highest summed log-likelihood after each prompt, the end-of-sequence token included."""
-    inputs = pad_prompts(model, tokenizer, prompts)
-    losses_BL = label_losses(model, inputs["input_ids"], inputs["attention_mask"], label_ids(tokenizer, labels))
+def rank(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    labels: Sequence[str],
+    *,
+    end: str | None = None,
+    prefix: Prefix | None = None,
+) -> list[str]:
+    """The label of the highest summed log-likelihood after each prompt, `end` or the end-of-sequence token included."""
+    inputs, cache = pad_prompts(model, tokenizer, prompts), None
+    if prefix is not None:
+        inputs, cache = prefix.before(model, tokenizer, tokenizer(list(prompts))["input_ids"])
+    ids = label_ids(tokenizer, labels, end)
+    losses_BL = label_losses(model, inputs["input_ids"], inputs["attention_mask"], ids, cache)
     return [labels[int(best)] for best in losses_BL.argmin(dim=1)]
 
 
-def label_ids(tokenizer: Any, labels: Sequence[str]) -> list[list[int]]:
-    """Token ids of " label" and the end of sequence. Raises InvalidTask for a label without tokens."""
-    ids: list[list[int]] = tokenizer([f" {label}{tokenizer.eos_token or ''}" for label in labels], add_special_tokens=False)[
-        "input_ids"
-    ]
+def label_ids(tokenizer: Any, labels: Sequence[str], end: str | None = None) -> list[list[int]]:
+    """Token ids of " label" and `end`, by default the end of sequence. Raises InvalidTask for a label without tokens."""
+    ids = answer_ids(tokenizer, labels, end)
     for label, tokens in zip(labels, ids, strict=True):
         if not label.strip() or not tokens:
             raise InvalidTask(f"label {label!r} is empty; a label is the text of an answer")
     return ids
 
 
-def label_losses(model: Any, ids_BT: Tensor, mask_BT: Tensor, labels: Sequence[Sequence[int]]) -> Tensor:
+def label_losses(model: Any, ids_BT: Tensor, mask_BT: Tensor, labels: Sequence[Sequence[int]], cache: Any = None) -> Tensor:
     """loss_BL: the summed negative log-likelihood of each label's tokens after each prompt, padded as `pad_prompts` does.
 
-    A decoder reads each prompt once; its labels share the prompt's keys and values. Raises InvalidTask for labels that
+    A decoder reads each prompt once; its labels share the prompt's keys and values, and what a `cache` has of the prompts is
+    not read. Raises InvalidTask for labels that
     lie beyond the model's context.
     """
     width = max(map(len, labels))
@@ -202,17 +238,18 @@ def label_losses(model: Any, ids_BT: Tensor, mask_BT: Tensor, labels: Sequence[S
         losses_NK = token_losses(model, TargetBatch(inputs, targets_NK))
     else:
         with prompted(ids_BT, mask_BT):
-            losses_NK = _losses_after(model, ids_BT, mask_BT, targets_NK)
+            losses_NK = _losses_after(model, ids_BT, mask_BT, targets_NK, cache)
     return losses_NK.sum(dim=1).view(len(ids_BT), len(labels))
 
 
-def _losses_after(model: Any, ids_BT: Tensor, mask_BT: Tensor, targets_NK: Tensor) -> Tensor:
+def _losses_after(model: Any, ids_BT: Tensor, mask_BT: Tensor, targets_NK: Tensor, cache: Any) -> Tensor:
     """loss_NK of a decoder, from one pass over the prompts and one over N / B targets for each, in the prompts' order."""
-    count, width = len(targets_NK) // len(ids_BT), targets_NK.shape[1]
+    count, width, name = len(targets_NK) // len(ids_BT), targets_NK.shape[1], cache_name(model)
     keep = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
-    first = model(**with_positions(model, ids_BT, mask_BT), **keep, use_cache=True)
-    # transformers 5.24 renamed the argument; the floor 5.3 has the old name
-    name = "cache" if takes(model, "cache") else "past_key_values"
+    asked = with_positions(model, ids_BT, mask_BT)
+    if cache is not None:
+        asked = {**following(asked, cache.get_seq_length()), name: cache}
+    first = model(**asked, **keep, use_cache=True)
     cache = first[name]
     cache.batch_repeat_interleave(count)
     real_NK = targets_NK != IGNORED

@@ -25,7 +25,7 @@ from loraweave.composer.train.jobs import LoraJob, PlannedJob, TrainingJob
 from loraweave.composer.train.ordered._course import Course
 from loraweave.composer.train.passes import lora_job
 from loraweave.composer.train.report import JobReport, TrainedAdapters
-from loraweave.composer.train.rows import HeldOut, Judging, encode_task
+from loraweave.composer.train.rows import HeldOut, Judging, encode_task, pack_task
 from loraweave.composer.train.schedule import WARMUP_STEPS
 from loraweave.composer.train.settings import LoraSettings, read_tasks
 from loraweave.composer.train.shared import SharedPasses
@@ -39,7 +39,7 @@ from loraweave.types import Fingerprint, Task
 def train_adapters(
     model: Any,
     tokenizer: Any,
-    tasks: Mapping[str, Task | GivenRows],
+    tasks: Mapping[str, Task | GivenRows | Sequence[Task]],
     *,
     rank: Count = 8,
     steps: Count = 60,
@@ -66,6 +66,9 @@ def train_adapters(
     Each step runs up to `jobs_per_batch` jobs of similar length through the frozen base together, `batch_size` rows of each;
     a job gets the gradients of training it alone. When one ends, the next takes its place. `memory_bytes` is what a step may
     take, base and all, as `MemoryModel` estimates it: fewer jobs then share a step; by default it is what is free.
+    A list of tasks trains one adapter on all of them. A task that shows its own examples (`Task(demonstrations=True)`) is
+    trained on rows of up to 8 examples, each answer given those before it (`pack_task`), unless some are `held_out`.
+
     AdamW without weight decay, `warmup` steps of warm-up (at most half of all), then a cosine to zero; each job's gradient
     is clipped to norm 1. `alpha` is 2 * rank by default. `report` of the result has tokens a second, padding, memory, and
     how each job ended. The same call goes on from what `checkpoint`, a folder, has kept, to the same result.
@@ -97,31 +100,35 @@ def train_adapters(
     settings = LoraSettings(**lora, target_modules=tuple(target_modules), linearized=linearized)
     prepared = read_tasks(tasks)
     judging = Judging(held_out, evaluate_every, patience)
-    judging.require({name: len(task.examples) for name, task in prepared.items()})
+    judging.require({name: sum(len(task.examples) for task in parts) for name, parts in prepared.items()})
     options = dict(continual_options or {})
-    _require_way(continual, options, tasks, start or {}, linearized, held_out is not None or memory_bytes is not None)
+    _require_way(continual, options, prepared, start or {}, linearized, held_out is not None or memory_bytes is not None)
     begins = require_startable(model, tasks, start or {})
     layers = _target_layers(model, settings.target_modules) if continual is not None or len(begins) < len(tasks) else {}
 
     def read(name: str, examples: Any) -> list[EncodedRow]:
-        task = examples if isinstance(examples, Task) else replace(prepared[name], examples=examples)
-        return encode_task(model, tokenizer, task)
+        task = examples if isinstance(examples, Task) else replace(prepared[name][0], examples=examples)
+        shows_its_own = len(task.examples) > 1 and task.demonstrations == task.examples
+        packs = shows_its_own and held_out is None and not model.config.is_encoder_decoder
+        return [*pack_task(model, tokenizer, task, seed)] if packs else encode_task(model, tokenizer, task)
 
-    rows, held_out_rows = judging.split({name: read(name, task) for name, task in prepared.items()}, read, seed)
+    found = {name: [row for task in parts for row in read(name, task)] for name, parts in prepared.items()}
+    rows, held_out_rows = judging.split(found, read, seed)
     base, folder = fingerprint(model), checkpoint_folder(checkpoint)
     with untouched(model), progress_bar(progress, field="loss") as bar:
         if continual is None:
             shared = SharedPasses(model, tokenizer, bar, folder=folder, **shared_by)
-            return Apart(shared, settings, layers, prepared, rows, held_out_rows, begins, base).train()
+            return Apart(shared, settings, layers, rows, held_out_rows, begins, base).train()
         on, begin = (model, tokenizer, settings, bar), begins.get(next(iter(tasks)))
-        course = Course(continual, options, *on, layers, prepared, rows, begin, base, jobs_per_batch, folder)
+        alone = {name: parts[0] for name, parts in prepared.items()}
+        course = Course(continual, options, *on, layers, alone, rows, begin, base, jobs_per_batch, folder)
         return TrainedAdapters(registry.get("continual", continual)(course, **options))
 
 
 def _require_way(
     way: str | None,
     options: Mapping[str, Any],
-    tasks: Mapping[str, Any],
+    prepared: Mapping[str, Sequence[Task]],
     start: Mapping[str, Adapter],
     linearized: bool,
     scheduled: bool,
@@ -131,13 +138,15 @@ def _require_way(
         if options:
             raise TrainingError(f"continual_options has {', '.join(options)}, but continual names no way to train")
         return
+    if several := [name for name, parts in prepared.items() if len(parts) > 1]:
+        raise TrainingError(f"continual={way!r} trains on one task at a time, and {several[0]!r} is a list of tasks")
     if linearized:
         raise TrainingError(f"continual={way!r} trains adapters that are not linearized: pass one of both")
     if scheduled:
         raise TrainingError(f"continual={way!r} has neither held_out nor memory_bytes: leave them out")
     known = options_of(registry.get("continual", way), after=1)
     check_options(f"continual {way!r}", options, known, error=TrainingError)
-    first = next(iter(tasks))
+    first = next(iter(prepared))
     if later := [name for name in start if name != first]:
         raise TrainingError(
             f"start has an adapter for task {later[0]!r}, but tasks that are learned one after the other begin once: "
@@ -169,7 +178,6 @@ class Apart:
     shared: SharedPasses
     settings: LoraSettings
     layers: Layers
-    tasks: Mapping[str, Task]
     rows: Mapping[str, Sequence[EncodedRow]]
     held_out: Mapping[str, HeldOut]
     begins: Mapping[str, Adapter]
@@ -189,11 +197,11 @@ class Apart:
             if folder is not None:
                 save_adapter(folder, key, finished[job.name])
 
-        report = self.shared.train(self.tasks, self._plan, self._key, load, save)
+        report = self.shared.train(self.rows, self._plan, self._key, load, save)
         # an adapter that another version has finished says nothing of its training
-        told = {name: finished[name].card["training"] for name in self.tasks if "training" in finished[name].card}
+        told = {name: finished[name].card["training"] for name in self.rows if "training" in finished[name].card}
         report.jobs = {name: JobReport.from_json(values) for name, values in told.items()}
-        return TrainedAdapters({name: finished[name] for name in self.tasks}, report)
+        return TrainedAdapters({name: finished[name] for name in self.rows}, report)
 
     def _plan(self, name: str) -> PlannedJob:
         settings = self.settings
@@ -215,13 +223,16 @@ class Apart:
 
     def _key(self, name: str) -> str:
         """Of all that a task's adapter depends on."""
-        task, begin = self.tasks[name], self.begins.get(name)
-        parts: list[Any] = [asdict(self.settings), name, task.examples, task.instruction, task.template, self.base.to_json()]
+        begin, held_out = self.begins.get(name), self.held_out.get(name)
+        parts: list[Any] = [asdict(self.settings), name, _identity(self.rows[name]), self.base.to_json()]
         parts.append(None if begin is None else begin.hash)
-        if (held_out := self.held_out.get(name)) is not None:
-            rows = [[row.prompt, row.target] for row in held_out.rows]
-            parts += [rows, held_out.every, held_out.patience]
+        if held_out is not None:
+            parts += [_identity(held_out.rows), held_out.every, held_out.patience]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _identity(rows: Sequence[EncodedRow]) -> list[Any]:
+    return [[row.prompt, row.target, row.labels] for row in rows]
 
 
 TRAINED = {"a_RI", "b_OR"}

@@ -14,7 +14,7 @@ from loraweave.common.names import unknown_expert
 from loraweave.common.options import Range, fits
 from loraweave.common.randomness import seeded
 from loraweave.common.rows import FORMS, located, read_row
-from loraweave.composer.model.batches import IGNORED, EncodedRow, context_length, encode
+from loraweave.composer.model.batches import IGNORED, EncodedRow, answer_ids, context_length, encode
 from loraweave.errors import InvalidTask, ScopeError, TrainingError, UnknownName
 from loraweave.registry import nearest
 from loraweave.routers.recipes._gate import UNKNOWN
@@ -296,7 +296,40 @@ def examples_of(rows: Any) -> Any:
 def encode_task(model: Any, tokenizer: Any, task: Task) -> list[EncodedRow]:
     """The examples of a task in token ids, each in the task's prompt."""
     prompts = [task.prompt(text) for text, _ in task.examples]
-    return encode(model, tokenizer, prompts, [target for _, target in task.examples])
+    return encode(model, tokenizer, prompts, [target for _, target in task.examples], end=task.answer_end)
+
+
+# what a packed row shows at most: examples, and tokens
+MAX_PACKED, MAX_PACKED_TOKENS = 8, 1024
+
+
+def pack_task(model: Any, tokenizer: Any, task: Task, seed: int) -> list[TrainingRow]:
+    """Rows that show a task's examples one after the other, and ask for each answer given those before it.
+
+    As many rows as examples, each beginning with another one, in an order drawn by the seed: every example stands at every
+    place once. One pass over a row teaches answers under 0, 1, 2 .. demonstrations (as MetaICL, arXiv 2110.15943, does in a
+    row for each). Raises InvalidTask for an example that alone exceeds the model's context.
+    """
+    alone = replace(task, demonstrations=())
+    count, limit = len(task.examples), context_length(model) or MAX_PACKED_TOKENS
+    order = torch.randperm(count, generator=seeded(seed, "packed")).tolist()
+    examples = [task.examples[place] for place in order]
+    first = encode_task(model, tokenizer, replace(alone, examples=examples))
+    questions = tokenizer([f"\n\n{alone.prompt(text)}" for text, _ in examples], add_special_tokens=False)["input_ids"]
+    answers = answer_ids(tokenizer, [target for _, target in examples], "")
+    (end,) = tokenizer(["\n"], add_special_tokens=False)["input_ids"]
+    rows = []
+    for start in range(count):
+        target, labels = list(answers[start]), list(answers[start])
+        for place in range(start + 1, start + min(count, MAX_PACKED)):
+            asked, answer = questions[place % count], answers[place % count]
+            if len(first[start].prompt) + len(target) + len(asked) + len(answer) >= min(limit, MAX_PACKED_TOKENS):
+                break
+            target += [*asked, *answer]
+            # an answer ends with the line
+            labels += [*end, *[IGNORED] * (len(asked) - len(end)), *answer]
+        rows.append(TrainingRow(first[start].prompt, (*target, *end), (*labels, *end)))
+    return rows
 
 
 def owners_of(recipe: Recipe) -> Owners:

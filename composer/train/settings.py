@@ -124,18 +124,21 @@ class LoraSettings(Pace):
     linearized: bool = False
 
 
-def read_tasks(tasks: Mapping[str, Any]) -> dict[str, Task]:
-    """The tasks by name. Raises TrainingError for no tasks and for tasks without examples, InvalidTask for other rows."""
+def read_tasks(tasks: Mapping[str, Any]) -> dict[str, tuple[Task, ...]]:
+    """The tasks of each name: one, or those of a list of tasks.
+
+    Raises TrainingError for no tasks and for tasks without examples, InvalidTask for other rows.
+    """
     if not isinstance(tasks, Mapping) or not tasks:
         raise TrainingError("no tasks to train: pass a mapping of names to examples")
     require_texts("task", tasks)
     read = {}
     for name, given in tasks.items():
         try:
-            read[name] = Task.of(given)
+            read[name] = tuple(given) if is_list(given, Task) and given else (Task.of(given),)
         except InvalidTask as error:
             raise InvalidTask(f"task {name!r}: {error}") from error
-        if not read[name].examples:
+        if not all(task.examples for task in read[name]):
             raise TrainingError(f"task {name!r} has no examples")
     return read
 

@@ -10,6 +10,8 @@ import torch
 
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import batch, encode, mean_losses, token_losses, token_scores
+from loraweave.composer.model.prefixes import Prefix
+from loraweave.composer.model.scoring import encode_pairs, losses, predict
 from loraweave.errors import InvalidTask
 from loraweave.types import Task
 
@@ -172,3 +174,38 @@ def test_an_empty_prompt_is_refused_with_its_row(tiny_llama, tokenizer):
 def test_a_row_longer_than_the_context_is_refused_with_both_lengths(tiny_gpt2, tokenizer):
     with pytest.raises(InvalidTask, match=r"row 1 has 73 tokens.*context is 64"):
         encode(tiny_gpt2, tokenizer, ["a" * 70], ["b"])
+
+
+SHOWN = [("one", "1"), ("two", "2"), ("three", "3"), ("four", "4")]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("labels", [None, ["1", "2", "3", "4", "5"]])
+def test_demonstrations_that_are_read_once_give_the_answers_and_losses_of_whole_prompts(kind, labels, make_model, tokenizer):
+    model = make_model(kind, dtype=torch.float64)
+    task = Task(SHOWN, labels=labels, template="{input}:", demonstrations=True)
+    pairs = [("five", "5"), ("one two", "1"), ("six and one", "4"), ("two", "2")]
+    inputs = [text for text, _ in pairs]
+    assert Prefix.of(model, tokenizer([task.prompt(text) for text in inputs[:3]])["input_ids"]) is not None
+    with torch.no_grad():
+        plain = predict(model, tokenizer, task, inputs, max_new_tokens=6)
+        assert predict(model, tokenizer, task, inputs, max_new_tokens=6, share=True) == plain
+        alone = losses(model, tokenizer, task, pairs[:3])
+        torch.testing.assert_close(losses(model, tokenizer, task, pairs[:3], share=True), alone, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_a_prefix_is_shared_only_where_it_is_long_and_a_decoder_reads_it(kind, make_model):
+    rows = [[5] * 40 + [token] for token in (6, 7)]
+    found = Prefix.of(make_model(kind), rows)
+    assert (found is None) == (kind == "t5")
+    assert Prefix.of(make_model("llama"), [[5] * 8, [5] * 9]) is None
+    assert Prefix.of(make_model("llama"), rows[:1]) is None
+
+
+def test_answers_after_demonstrations_end_as_those_do(tiny_llama, tokenizer):
+    task = Task(SHOWN, demonstrations=True)
+    (row,) = encode_pairs(tiny_llama, tokenizer, task, [("five", "5")])
+    assert list(row.target) == tokenizer([" 5\n"], add_special_tokens=False)["input_ids"][0]
+    (row,) = encode_pairs(tiny_llama, tokenizer, Task(SHOWN), [("five", "5")])
+    assert row.target[-1] == tokenizer.eos_token_id

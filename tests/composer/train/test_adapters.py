@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from loraweave.composer.model.batches import batch, encode, token_losses
+from loraweave.composer.model.batches import IGNORED, batch, encode, token_losses
 from loraweave.composer.train import shared as shared_training
 from loraweave.composer.train.adapters import train_adapters
 from loraweave.composer.train.passes import LoraJobs, job_losses
+from loraweave.composer.train.rows import pack_task
 from loraweave.composer.train.settings import LoraSettings
 from loraweave.errors import AdapterUnsupported, BaseModelMismatch, InvalidTask, LayerMismatch, TrainingError, UnknownName
 from loraweave.hub.base import fingerprint
@@ -322,3 +323,55 @@ def test_a_start_that_does_not_fit_is_refused_before_the_first_step(tiny_llama, 
             train(tiny_llama, tokenizer, start=start)
     with pytest.raises(TrainingError, match="got warmup=-1"):
         train(tiny_llama, tokenizer, warmup=-1)
+
+
+def test_a_packed_row_asks_for_each_answer_given_the_examples_before_it(tiny_llama, tokenizer):
+    task = Task(TASKS["upper"], instruction="up", template="{instruction}{input}:", demonstrations=True)
+    rows = pack_task(tiny_llama, tokenizer, task, seed=3)
+    texts = [tokenizer.decode(row.prompt + row.target) for row in rows]
+    assert len(rows) == 5
+    for place in range(5):
+        # every example stands at every place once
+        assert sorted(text.split("\n\n")[place].strip()[2] for text in texts) == list("abcde")
+    for row in rows:
+        whole = tokenizer.decode(row.prompt + row.target)
+        asked = tokenizer.decode([label for label in row.labels if label != IGNORED])
+        shown = [piece.strip() for piece in whole.split("\n\n")]
+        assert all(piece == f"up{text}: {text.upper()}" for piece, text in zip(shown, (p[2] for p in shown), strict=True))
+        assert asked.split() == [piece[-1] for piece in shown]
+        assert asked.count("\n") == 5
+        assert all(label in (IGNORED, token) for label, token in zip(row.labels, row.target, strict=True))
+
+
+def test_a_packed_row_shows_what_fits_into_the_context(make_model, tokenizer):
+    model = make_model("gpt2")
+    task = Task([(letter * 9, letter) for letter in "abcdefghij"], demonstrations=True)
+    rows = pack_task(model, tokenizer, task, seed=0)
+    assert len(rows) == 10
+    assert all(20 < len(row) <= 64 for row in rows)
+
+
+def test_a_task_that_shows_its_examples_is_trained_on_packed_rows(tiny_llama, tokenizer):
+    task = Task(TASKS["upper"], demonstrations=True)
+    trained = train(tiny_llama, tokenizer, {"shown": task, "alone": TASKS["upper"]}, steps=1)
+    assert trained.report.jobs["shown"].num_tokens > trained.report.jobs["alone"].num_tokens
+    rows = pack_task(tiny_llama, tokenizer, task, seed=0)
+    chosen = LoraSettings(rank=3, steps=1, batch_size=4).rows(rows, "shown", 0)
+    assert trained.report.jobs["shown"].num_tokens == sum(map(len, chosen))
+    held = train(tiny_llama, tokenizer, {"shown": task}, steps=1, held_out=0.2)
+    assert held.report.jobs["shown"].num_tokens < trained.report.jobs["shown"].num_tokens * 4
+
+
+def test_one_adapter_learns_a_list_of_tasks(tiny_llama, tokenizer):
+    both = [Task(TASKS["upper"], instruction="up"), Task(TASKS["double"], instruction="double")]
+    found = train(tiny_llama, tokenizer, {"all": both}, steps=1, batch_size=8)
+    prompts = [task.prompt(text) for task in both for text, _ in task.examples]
+    rows = encode(tiny_llama, tokenizer, prompts, [target for task in both for _, target in task.examples])
+    stacked = batch(tiny_llama, tokenizer, rows)
+    with torch.no_grad():
+        losses_BK = token_losses(tiny_llama, stacked)
+    # the first step's loss is the base's, over all answer tokens of both tasks
+    expected = float(losses_BK.sum() / (stacked.targets_BK != IGNORED).sum())
+    assert found.report.jobs["all"].losses[0] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(TrainingError, match="'all' is a list of tasks"):
+        train(tiny_llama, tokenizer, {"all": both}, continual="o_lora")
