@@ -34,6 +34,8 @@ WAYS = (
     "gradient",
     "auto",
     "oracle",
+    "order",
+    "order+distilled",
     "any_single",
     "two_passes",
 )

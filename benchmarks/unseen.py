@@ -6,13 +6,14 @@
     python -m benchmarks --out runs/unseen --report --save unseen unseen    (writes data/unseen.json)
     python -m benchmarks --out runs/left-out --data DATA unseen --left-out  (the pool's own tasks: what choices are made by)
 
-The ways: the base model without an example (`base`) and with the examples in its prompt (`in_context`); a LoRA trained on
-the examples alone (`lora_examples`), and one that begins as a composition (`composed_and_tuned`); the adapter that
-retrieval puts first (`retrieved_first`); the published LoraHub recipe (`lorahub_original`: 20 adapters at random, A and B
-mixed apart, 40 evaluations by nevergrad's NGOpt, the loss as its authors coded it); a LoRA trained on the whole training
-set (`oracle`); for joined skills the adapter that is best on the test items (`any_single`), and both skills one after the
-other (`two_passes`); and every method of `compose()` by its name. With `+shown` behind its name, a way learns and answers
-under prompts that show the other examples with their answers.
+The ways: the base model without an example (`base`) and with the examples in its prompt (`in_context`); a LoRA trained
+on the examples alone (`lora_examples`), and one that begins as a composition (`composed_and_tuned`); the adapter that
+retrieval puts first (`retrieved_first`); the published LoraHub recipe (`lorahub_original`: 20 adapters at random, A and
+B mixed apart, 40 evaluations by nevergrad's NGOpt, the loss as its authors coded it); a LoRA trained on the whole
+training set (`oracle`); the program of adapters that `lw.order` finds (`order`), and one adapter that learned it on
+sample inputs of the hub's cards (`order+distilled`); for joined skills the adapter that is best on the test items
+(`any_single`), and both skills one after the other (`two_passes`); and every method of `compose()` by its name. With
+`+shown` behind its name, a way learns and answers under prompts that show the other examples with their answers.
 
 --left-out takes each task of the pool as if it were unseen: its own adapter and those of the same skill are not in the hub,
 and its examples and test items are training rows. Methods, rates and budgets are chosen there, before the unseen tasks.
@@ -40,6 +41,7 @@ from benchmarks._run import Run, pairs
 from benchmarks._unseen_report import OF_JOINED_SKILLS, WAYS, WITHOUT_EXAMPLES, report
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.model.scoring import Score, evaluate, predict
+from loraweave.composer.programs.program import Program
 from loraweave.demo import DemoTask, fast_dtype, load_task
 from loraweave.errors import CompositionError
 from loraweave.routers.searches.lorahub_original import LorahubOriginal
@@ -182,6 +184,8 @@ class Case:
         """On the test items; what the way itself has measured stands."""
         if found.score is not None:
             return found.score
+        if found.program is not None:
+            return found.program.score(self.unseen.test)
         task = found.task or self.task
         if found.adapter is None:
             return evaluate(self.model, self.tokenizer, task, self.unseen.test, share=True)
@@ -191,9 +195,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """What answers: an adapter, or the base model without one; `task` where it is asked in another form."""
+    """What answers: an adapter, a program, or the base model without one; `task` where it is asked in another form."""
 
     adapter: lw.Adapter | None = None
+    program: Program | None = None
     task: lw.Task | None = None
     score: Score | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -262,6 +267,19 @@ def oracle(case: Case) -> Found:
     return Found(_trained(case, replace(case.task, examples=case.training), batch_size=8, **ORACLE))
 
 
+def order(case: Case) -> Found:
+    """The program of adapters that the examples point to, each asked by its own instruction."""
+    program = lw.order(case.model, case.tokenizer, case.hub, case.task, k=case.k, progress=False)
+    return Found(program=program, notes={"chosen": str(program)})
+
+
+def order_distilled(case: Case) -> Found:
+    """That program, learned by one adapter on sample inputs of the hub's cards."""
+    program = lw.order(case.model, case.tokenizer, case.hub, case.task, k=case.k, progress=False)
+    learned = program.distil(seed=case.seed, progress=False)
+    return Found(learned.adapter, task=learned.task, notes={"chosen": str(program), "distilled": learned.report.reason})
+
+
 def any_single(case: Case) -> Found:
     """The adapter that answers most of the *test items* right, of the whole hub: more than any choice could know."""
     scores = {record.name: case.score(Found(case.hub[record.name])) for record in case.hub}
@@ -295,10 +313,11 @@ OWN: dict[str, Callable[[Case], Found]] = {
         lora_examples,
         composed_and_tuned,
         oracle,
+        order,
         any_single,
         two_passes,
     )
-}
+} | {"order+distilled": order_distilled}
 
 
 def _composed(case: Case, method: str) -> Found:

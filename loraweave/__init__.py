@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     )
     from loraweave.composer.merge.merge import merge
     from loraweave.composer.merge.statistics import Statistics
+    from loraweave.composer.programs.order import order
     from loraweave.composer.train.adapters import train_adapters
     from loraweave.hub.adapter import Adapter
     from loraweave.hub.base import base_key, load_base
@@ -94,6 +95,7 @@ _MODULES = {
     "composer.ensembles.ensemble": "ensemble",
     "composer.experts.make": "experts",
     "composer.compose.rerank": "rerank",
+    "composer.programs.order": "order",
     "routers.tokens._saved": "router",
     "composer.compose.collect_statistics": "collect_statistics",
     "composer.merge.statistics": "Statistics",
@@ -183,6 +185,7 @@ __all__ = [
     "merge",
     "names",
     "negate",
+    "order",
     "rerank",
     "router",
     "scale",

@@ -20,7 +20,7 @@ EmptyIndex ExpertPool Factors Fingerprint Hub HubCorrupt HubError HubFull HubLoc
 InvalidName InvalidTask LayerMismatch LoraweaveError MixtureWeights PackageMissing Record RetrievalError Retriever
 Router ScopeError SearchFailed SourceUnavailable Statistics Task TrainingError UnknownExpert UnknownName WeightingError
 add analogy base_key byom clusters collect_statistics compeft compose ema ensemble experts extract flexlora_clients
-genknowsub load_base merge names negate rerank router scale subtract subtract_general to_lora train_adapters
+genknowsub load_base merge names negate order rerank router scale subtract subtract_general to_lora train_adapters
 train_encoder train_experts unlearn
 """
 

@@ -192,15 +192,20 @@ def candidates(
     """
     if isinstance(hub_or_pool, ExpertPool):
         return hub_or_pool, {}
-    hub = hub_or_pool
+    inputs = [text for text, _ in task.examples] or list(unlabelled)
+    search = partial(Retriever(hub_or_pool).for_task, inputs, description=task.instruction, evidence=False)
+    scores = {hit.name: hit.score for hit in fitting_hits(hub_or_pool, search, k, model)}
+    return hub_or_pool.pool(list(scores)), scores
+
+
+def fitting_hits(hub: Hub, search: Callable[..., list[Candidate]], k: int, model: nn.Module) -> list[Candidate]:
+    """The `k` best hits of a search of the hub among the adapters for this model. Raises what `candidates` raises."""
     beside = _Beside(hub, dict(model.named_modules()))
     base = _base(hub, base_key(model), beside)
-    inputs = [text for text, _ in task.examples] or list(unlabelled)
-    retrieve = partial(Retriever(hub).for_task, inputs, description=task.instruction, base_model=base, evidence=False)
-    scores = {hit.name: hit.score for hit in _hits(retrieve, k, base, beside)}
-    if not scores:
+    hits = _hits(partial(search, base_model=base), k, base, beside)
+    if not hits:
         raise _nothing_for(hub, base, beside)
-    return hub.pool(list(scores)), scores
+    return hits
 
 
 class _Beside:

@@ -1,0 +1,1 @@
+"""Programs: adapters one after the other, each asked by its own instruction."""

@@ -1,0 +1,171 @@
+"""Adapters asked by their own instructions: what each answers to a text, and how it reads a target after one.
+
+Every question is put to the model once. Questions to different adapters share batches: each row has its own mixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+
+from loraweave.composer.compose.examples import TokenTree, runs_trees, token_tree, tree_inputs
+from loraweave.composer.composer import Composer
+from loraweave.composer.model import scoring
+from loraweave.composer.model.batches import EncodedRow, batch, encode, logits_at, token_scores, untouched
+from loraweave.types import Task
+
+# of one pass, in tokens that are read
+MAX_TREE, MAX_TOKENS = 384, 1024
+
+
+@dataclass(frozen=True)
+class Step:
+    """One adapter of a program, by its name in the hub and the hash of its content, and how it is asked; None: the base.
+
+    An answer ends at a line break, at the latest after `max_new_tokens`.
+    """
+
+    name: str | None
+    instruction: str
+    hash: str | None = None
+    max_new_tokens: int = scoring.MAX_NEW_TOKENS
+
+    @property
+    def label(self) -> str:
+        """The name, for tables and messages."""
+        return "(base)" if self.name is None else self.name
+
+    @property
+    def mixture(self) -> dict[str, float] | None:
+        """What activate() takes for a row."""
+        return None if self.name is None else {self.name: 1.0}
+
+    def task(self, given: Task) -> Task:
+        """The task of answering one text, in the template of a task given."""
+        return Task([], instruction=self.instruction, template=given.template)
+
+
+class Reading(NamedTuple):
+    """The mean loss of a target's tokens, and whether greedy decoding would write them."""
+
+    loss: float
+    hit: bool
+
+
+Question = tuple[Step, str]
+Target = tuple[Step, str, str]
+
+
+class Asked:
+    """What is known so far; `on_progress` is called with the number of questions just answered."""
+
+    def __init__(self, engine: Composer, tokenizer: Any, task: Task, on_progress: Callable[[int], object]) -> None:
+        self._engine, self._tokenizer, self._task = engine, tokenizer, task
+        self._on_progress = on_progress
+        self._answers: dict[Question, str] = {}
+        self._readings: dict[Target, Reading] = {}
+        self._tasks: dict[Step, Task] = {}
+        self._can_share: bool | None = None
+
+    @property
+    def count(self) -> int:
+        """How many questions the model was asked."""
+        return len(self._answers) + len(self._readings)
+
+    def answers(self, questions: Sequence[Question]) -> list[str]:
+        """The first line of each step's greedy continuation after the prompt for its text."""
+        new = [question for question in dict.fromkeys(questions) if question not in self._answers]
+        prompts = {question: self._prompt(*question) for question in new}
+        # rows of one limit, so that no row's answer depends on those beside it
+        new.sort(key=lambda question: (question[0].max_new_tokens, len(prompts[question])))
+        for limit, group in groupby(new, key=lambda question: question[0].max_new_tokens):
+            for rows in _chunks(list(group), scoring.BATCH_SIZE):
+                with torch.no_grad(), untouched(self._engine.model), self._engine.activate([s.mixture for s, _ in rows]):
+                    texts = [prompts[row] for row in rows]
+                    found = scoring.generate(self._engine.model, self._tokenizer, texts, max_new_tokens=limit)
+                self._answers.update(zip(rows, found, strict=True))
+                self._on_progress(len(rows))
+        return [self._answers[question] for question in questions]
+
+    def readings(self, targets: Sequence[Target]) -> list[Reading]:
+        """How each step reads its target after the prompt for its text."""
+        new = [target for target in dict.fromkeys(targets) if target not in self._readings]
+        new.sort(key=lambda target: target[0].label)
+        prompts, wanted = [self._prompt(step, text) for step, text, _ in new], [target for _, _, target in new]
+        rows = dict(zip(new, encode(self._engine.model, self._tokenizer, prompts, wanted), strict=True))
+        with torch.no_grad(), untouched(self._engine.model):
+            run = self._as_trees if self._shares(list(rows.values())) else self._as_rows
+            for some, found in run(rows):
+                self._readings.update(zip(some, found, strict=True))
+                self._on_progress(len(found))
+        return [self._readings[target] for target in targets]
+
+    def _prompt(self, step: Step, text: str) -> str:
+        if step not in self._tasks:
+            self._tasks[step] = step.task(self._task)
+        return self._tasks[step].prompt(text)
+
+    def _shares(self, rows: Sequence[EncodedRow]) -> bool:
+        """Whether rows are run as trees; tried once, while no mixture is active."""
+        if rows and self._can_share is None:
+            self._can_share = runs_trees(self._engine.model, self._tokenizer, rows)
+        return bool(self._can_share)
+
+    def _as_rows(self, rows: dict[Target, EncodedRow]) -> Iterator[tuple[list[Target], list[Reading]]]:
+        model = self._engine.model
+        for some in _chunks(sorted(rows, key=lambda target: len(rows[target])), scoring.BATCH_SIZE):
+            made = batch(model, self._tokenizer, [rows[target] for target in some])
+            with self._engine.activate([step.mixture for step, _, _ in some]):
+                loss_BK, hit_BK = token_scores(model, made)
+            counts = [len(rows[target].target) for target in some]
+            sums = zip(loss_BK.sum(dim=1).tolist(), hit_BK.sum(dim=1).tolist(), counts, strict=True)
+            yield some, [Reading(loss / count, hits == count) for loss, hits, count in sums]
+
+    def _as_trees(self, rows: dict[Target, EncodedRow]) -> Iterator[tuple[list[Target], list[Reading]]]:
+        """One tree has questions to one step, which share the instruction; several trees are one batch."""
+        planted: list[tuple[list[Target], TokenTree]] = []
+        for _, group in groupby(rows, key=lambda target: target[0]):
+            parts = _up_to(group, lambda target: len(rows[target]), MAX_TREE)
+            planted += [(some, token_tree([rows[target] for target in some])) for some in parts]
+        planted.sort(key=lambda pair: len(pair[1]))
+        for trees in _up_to(planted, lambda pair: len(pair[1]), MAX_TOKENS):
+            yield [target for some, _ in trees for target in some], self._read([tree for _, tree in trees], trees)
+
+    def _read(self, trees: list[TokenTree], planted: Sequence[tuple[list[Target], TokenTree]]) -> list[Reading]:
+        model, first = self._engine.model, next(self._engine.model.parameters())
+        inputs = tree_inputs(trees, 0, first.dtype, first.device)
+        length, kept = inputs["input_ids"].shape[1], max(tree.num_predictors for tree in trees)
+        with self._engine.activate([some[0][0].mixture for some, _ in planted]):
+            logits_BPV = logits_at(model, inputs, length - kept, length)
+        found = []
+        for logits_PV, tree in zip(logits_BPV, trees, strict=True):
+            slot_RK, target_RK = tree.slot_RK.to(first.device), tree.target_RK.to(first.device)
+            logs_PV = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32)).log_softmax(dim=1)
+            real_RK = target_RK >= 0
+            loss_RK = -logs_PV[slot_RK, target_RK.clamp(min=0)].masked_fill(~real_RK, 0.0)
+            hit_R = ((logs_PV.argmax(dim=1)[slot_RK] == target_RK) | ~real_RK).all(dim=1)
+            means_R = loss_RK.sum(dim=1) / real_RK.sum(dim=1)
+            found += [Reading(loss, hit) for loss, hit in zip(means_R.tolist(), hit_R.tolist(), strict=True)]
+        return found
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _up_to(items: Iterable[Any], size: Callable[[Any], int], limit: int) -> Iterator[list[Any]]:
+    """The items in lists whose sizes add up to at most `limit`, each of one at least."""
+    some: list[Any] = []
+    total = 0
+    for item in items:
+        if some and total + size(item) > limit:
+            yield some
+            some, total = [], 0
+        some.append(item)
+        total += size(item)
+    if some:
+        yield some

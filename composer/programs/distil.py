@@ -1,0 +1,126 @@
+"""One adapter that answers as a program does: the program labels inputs, and `train_adapters` learns them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from loraweave.common.randomness import seeded
+from loraweave.composer.compose.composition import Composition
+from loraweave.composer.compose.refine import STEP_COST, loss_with, num_scalars
+from loraweave.composer.compose.report import Report, ReportRow
+from loraweave.composer.merge.merge import parent_of
+from loraweave.composer.train.adapters import train_adapters
+from loraweave.hub.embedders.form import Form
+from loraweave.hub.hub import Hub
+from loraweave.hub.pool import ExpertPool
+from loraweave.types import Task
+
+# an input looks like the task's where the cosine of their forms is at least that of the task's own inputs, less this
+SLACK = 0.05
+
+
+@dataclass(frozen=True)
+class Distilling:
+    """How a program becomes an adapter."""
+
+    num_inputs: int = 160
+    steps: int = 60
+    lr: float = 3e-3
+    rank: int = 8
+    seed: int = 0
+
+
+def distilled(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    labelled: Sequence[tuple[str, str]],
+    program: str,
+    program_loss: float,
+    pool: ExpertPool | None,
+    settings: Distilling,
+    progress: bool,
+) -> Composition:
+    """The composition of an adapter trained on the task's examples and on inputs that the program has labelled.
+
+    A tenth of these, one at least where there are two, is held out. `program_loss` is the program's on the examples.
+    """
+    started = time.perf_counter()
+    order = torch.randperm(len(labelled), generator=seeded(settings.seed, "distil")).tolist()
+    num_held = min(-(-len(labelled) // 10), len(labelled) - 1)
+    held, learned = ([labelled[place] for place in places] for places in (order[:num_held], order[num_held:]))
+    own = {text for text, _ in task.examples}
+    # an empty answer teaches nothing
+    rows = [*task.examples, *((text, answer) for text, answer in learned if answer.strip() and text not in own)]
+    name = "distilled"
+    trained = train_adapters(
+        model,
+        tokenizer,
+        {name: replace(task, examples=rows)},
+        rank=settings.rank,
+        steps=settings.steps,
+        lr=settings.lr,
+        seed=settings.seed,
+        progress=progress,
+    )[name]
+    loss = loss_with(model, tokenizer, task, trained)
+    parents = [] if pool is None else [{**parent_of(each), "weight": None} for each in pool.adapters.values()]
+    made = Composition(
+        model,
+        tokenizer,
+        task,
+        None,
+        {},
+        "linear",
+        Report((), name, "", (), 0.0, 0),
+        settings.seed,
+        trained,
+        parents,
+        tuned_steps=settings.steps,
+    )
+    answers = made.predict([text for text, _ in held])
+    same = sum(answer.strip() == wanted.strip() for answer, (_, wanted) in zip(answers, held, strict=True))
+    reason = (
+        f"learned {program} from {len(rows) - len(task.examples)} inputs that it labelled; agrees with it on {same} of "
+        f"{len(held)} others; loss on the examples {program_loss:.3f} became {loss:.3f}"
+    )
+    seconds = time.perf_counter() - started
+    row = ReportRow(
+        name,
+        {},
+        loss,
+        None,
+        same / len(held) if held else None,
+        seconds,
+        STEP_COST * settings.steps,
+        num_trained=num_scalars(trained),
+    )
+    return replace(made, report=replace(made.report, rows=(row,), reason=reason, seconds=seconds))
+
+
+def card_inputs(hub: Hub, first: str | None, given: Sequence[str], count: int) -> list[str]:
+    """At most `count` sample inputs in the hub's cards: those of adapter `first`, then others that look like those given.
+
+    The look is the form of a text: how long it is, of how many words, with which marks. Nearest come first, ties in the
+    order of the hub.
+    """
+    own = list(hub.record(first).examples) if first is not None else []
+    others = [text for record in hub for text in record.examples if text.strip()]
+    like = list(given) or own
+    if not like or not others:
+        return own[:count]
+    form = Form()
+    given_ND, others_MD = form.embed(like), form.embed(others)
+    similar_MN = others_MD @ given_ND.T
+    # how alike the given ones are among themselves: each beside its nearest other
+    among_NN = given_ND @ given_ND.T - 2.0 * np.eye(len(like))
+    least = float(among_NN.max(axis=1).min()) - SLACK if len(like) > 1 else 1.0 - SLACK
+    nearest_M = similar_MN.max(axis=1)
+    order = [int(place) for place in np.argsort(-nearest_M, kind="stable") if nearest_M[place] >= least]
+    return list(dict.fromkeys([*own, *(others[place] for place in order)]))[:count]

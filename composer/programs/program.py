@@ -1,0 +1,220 @@
+"""A program: adapters that answer one after the other, each by its own instruction."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from loraweave.common.display import ShownTable
+from loraweave.common.files import as_path, whole_file
+from loraweave.common.options import Count, Positive, check_options, options_of
+from loraweave.common.rows import GivenRows, read_inputs
+from loraweave.composer.compose.composition import TASK_FIELDS, Composition
+from loraweave.composer.composer import Composer
+from loraweave.composer.model import scoring
+from loraweave.composer.model.batches import untouched
+from loraweave.composer.programs.asked import Step
+from loraweave.composer.programs.distil import Distilling, card_inputs, distilled
+from loraweave.errors import AdapterCorrupt, AdapterNotFound, CompositionError, InvalidTask, TrainingError
+from loraweave.hub.hub import Hub
+from loraweave.hub.pool import ExpertPool
+from loraweave.types import Task
+
+FORMAT = 1
+SHOWN = 12
+
+
+@dataclass(frozen=True)
+class ProgramRow:
+    """A program that was measured: the mean loss of the targets' tokens under its last step, in nats, on the first
+    `num_examples` examples, and the share of these that greedy decoding would write."""
+
+    steps: tuple[str, ...]
+    loss: float
+    hits: float
+    num_examples: int
+
+
+@dataclass(frozen=True)
+class OrderReport:
+    """Every program that was measured, those on most examples first and then by loss; and which was chosen, and why.
+
+    `left_out` are adapters without a description, which cannot be asked; `questions` counts what the model was asked.
+    """
+
+    rows: tuple[ProgramRow, ...]
+    chosen: tuple[str, ...]
+    reason: str
+    left_out: tuple[str, ...]
+    questions: int
+    seconds: float
+
+    def __getitem__(self, steps: Sequence[str]) -> ProgramRow:
+        return next(row for row in self.rows if row.steps == tuple(steps))
+
+    def table(self, count: int = SHOWN) -> ShownTable:
+        """The first `count` rows as a table."""
+        rows = [(" > ".join(row.steps), row.loss, row.hits, row.num_examples) for row in self.rows[:count]]
+        title = f"chosen: {' > '.join(self.chosen)} ({self.reason})"
+        return ShownTable.of(("program", "loss", "hits", "examples"), rows, title=title)
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Steps that each answer what the one before it answered; `hub` has their adapters, `pool` these as they were chosen.
+
+    The task's labels, where it has some, are those of the last step.
+    """
+
+    model: Any
+    tokenizer: Any
+    task: Task
+    steps: tuple[Step, ...]
+    hub: Hub
+    pool: ExpertPool | None
+    report: OrderReport
+
+    def __repr__(self) -> str:
+        return f"Program({self})"
+
+    def __str__(self) -> str:
+        return " > ".join(step.label for step in self.steps)
+
+    def predict(self, inputs: GivenRows) -> list[str]:
+        """The last step's answer for each input: a label when the task has labels, else the first line it generates.
+
+        Raises InvalidTask for inputs that are neither texts nor rows.
+        """
+        *before, last = self.steps
+        return self._answers(last, self._between(before, read_inputs(inputs)), self._last_task)
+
+    def evaluate(self, pairs: GivenRows) -> dict[str, float]:
+        """What `Composition.evaluate` measures; `loss` is that of the targets under the last step."""
+        score = self.score(pairs)
+        return {"value": score.value, "low": score.low, "high": score.high, "loss": score.loss, "count": score.count}
+
+    def score(self, pairs: GivenRows) -> scoring.Score:
+        """The same, with what is right item by item."""
+        read = scoring.read_answers(pairs)
+        *before, last = self.steps
+        between = self._between(before, [text for text, _ in read])
+        asked = [(text, targets) for text, (_, targets) in zip(between, read, strict=True)]
+        with self._active(last):
+            return scoring.evaluate(self.model, self.tokenizer, self._last_task, asked)
+
+    def distil(
+        self,
+        inputs: GivenRows | None = None,
+        *,
+        num_inputs: Count = Distilling.num_inputs,
+        steps: Count = Distilling.steps,
+        lr: Positive = Distilling.lr,
+        rank: Count = Distilling.rank,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Composition:
+        """One adapter, trained by `train_adapters` to answer as the program does, asked by the task's instruction.
+
+        The program labels the unlabelled `inputs`; without any, at most `num_inputs` that look like the task's, taken from
+        the sample inputs in the hub's cards, those of the first step's adapter before others. A tenth of them is held out.
+        The task's own examples are learned with their targets. The report's reason has the agreement with the program on
+        the inputs held out, and both losses of the examples. Raises InvalidTask where there are no inputs, TrainingError
+        for settings out of range.
+        """
+        given = {"num_inputs": num_inputs, "steps": steps, "lr": lr, "rank": rank}
+        check_options("distil()", given, options_of(Program.distil, after=2), error=TrainingError)
+        if inputs is None:
+            found = card_inputs(self.hub, self.steps[0].name, [text for text, _ in self.task.examples], num_inputs)
+            why = "the hub's cards have no sample inputs: give some as inputs=[...]"
+        else:
+            found, why = read_inputs(inputs), "inputs is empty: give unlabelled inputs, or None for those of the hub's cards"
+        found = [text for text in dict.fromkeys(found) if text.strip()]
+        if not found:
+            raise InvalidTask(f"there is nothing for program {str(self)!r} to label; {why}")
+        labelled = list(zip(found, self.predict(found), strict=True))
+        settings = Distilling(num_inputs, steps, lr, rank, seed)
+        instruction = self.task.instruction or " ".join(step.instruction for step in self.steps)
+        asked = Task(self.task.examples, instruction=instruction, labels=self.task.labels, template=self.task.template)
+        own = self.evaluate(self.task.examples)["loss"]
+        return distilled(self.model, self.tokenizer, asked, labelled, str(self), own, self.pool, settings, progress)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a JSON file with the steps, the hashes of their adapters, the task and the report; no weights."""
+        target = as_path(path, "the file of a program", CompositionError)
+        task = {name: getattr(self.task, name) for name in TASK_FIELDS}
+        fields = {"format": FORMAT, "steps": [asdict(step) for step in self.steps], "task": task}
+        with whole_file(target) as new:
+            new.write_text(json.dumps({**fields, "report": asdict(self.report)}, indent=1, ensure_ascii=False), "utf-8")
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any, tokenizer: Any, hub: Hub) -> Program:
+        """Reads a saved program, whose adapters the hub must have as they were.
+
+        Raises AdapterNotFound for a file or an adapter that is gone, AdapterCorrupt for a damaged file, CompositionError for
+        one of another format and for an adapter whose content has changed.
+        """
+        source = as_path(path, "the file of a program", CompositionError)
+        if not source.is_file():
+            raise AdapterNotFound(f"there is no file {source}; save() of a program writes one")
+        try:
+            saved = json.loads(source.read_text("utf-8"))
+            if saved["format"] != FORMAT:
+                raise CompositionError(f"{source} has format {saved['format']}, but this version reads {FORMAT}")
+            steps = tuple(Step(**step) for step in saved["steps"])
+            task = Task(
+                [(text, target) for text, target in saved["task"].pop("examples")],
+                **{**saved["task"], "demonstrations": [tuple(pair) for pair in saved["task"]["demonstrations"]]},
+            )
+            report = _report(saved["report"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise AdapterCorrupt(f"{source} is damaged ({type(error).__name__}: {error})") from error
+        return cls(model, tokenizer, task, steps, hub, pool_of(steps, hub), report)
+
+    @property
+    def _last_task(self) -> Task:
+        return Task([], instruction=self.steps[-1].instruction, labels=self.task.labels, template=self.task.template)
+
+    def _between(self, steps: Sequence[Step], texts: Sequence[str]) -> list[str]:
+        """What the last of these steps answers; the texts themselves without steps."""
+        found = list(texts)
+        for step in steps:
+            found = self._answers(step, found, step.task(self.task))
+        return found
+
+    def _answers(self, step: Step, texts: Sequence[str], task: Task) -> list[str]:
+        with self._active(step):
+            return scoring.predict(self.model, self.tokenizer, task, texts, max_new_tokens=step.max_new_tokens)
+
+    @contextmanager
+    def _active(self, step: Step) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(untouched(self.model))
+            if self.pool is not None and step.mixture is not None:
+                stack.enter_context(Composer(self.model, self.pool).activate(step.mixture))
+            yield
+
+
+def pool_of(steps: Sequence[Step], hub: Hub) -> ExpertPool | None:
+    """The steps' adapters; None where all are asked of the base. Raises CompositionError for one of other content."""
+    named = {step.name: step.hash for step in steps if step.name is not None}
+    for name, wanted in named.items():
+        if (found := hub.record(name).hash) != wanted:
+            raise CompositionError(
+                f"the program was made with adapter {name!r} of content {str(wanted)[:12]}, and the hub has {found[:12]} "
+                "under that name: find the order again, or bring the version back (hub.rollback)"
+            )
+    return hub.pool(named) if named else None
+
+
+def _report(saved: Mapping[str, Any]) -> OrderReport:
+    rows = tuple(ProgramRow(**{**row, "steps": tuple(row["steps"])}) for row in saved["rows"])
+    lists = {name: tuple(saved[name]) for name in ("chosen", "left_out")}
+    return OrderReport(**{**saved, **lists, "rows": rows})

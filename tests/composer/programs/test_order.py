@@ -1,0 +1,206 @@
+"""Programs of adapters on a tiny model: two that were trained for one mapping each, and what order() makes of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import loraweave as lw
+from loraweave import registry
+from loraweave.composer.model import scoring
+from loraweave.composer.programs.asked import Asked, Step
+from loraweave.composer.programs.distil import card_inputs
+from loraweave.composer.programs.program import Program
+from loraweave.errors import (
+    AdapterCorrupt,
+    AdapterNotFound,
+    CompositionError,
+    EmptyIndex,
+    InvalidTask,
+    TrainingError,
+    WeightingError,
+)
+
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+LETTERS = {"one": dict(zip("abcd", "efgh", strict=True)), "two": dict(zip("efgh", "ijkl", strict=True))}
+DESCRIPTIONS = {"one": "go on", "two": "do it"}
+EXAMPLES = [("a", "i"), ("b", "j"), ("c", "k"), ("d", "l")]
+
+
+class OneDirection:
+    """Every text is alike, so that a search finds all adapters in the order of the hub."""
+
+    dim = 2
+    id = "one direction"
+
+    def embed(self, texts):
+        return np.tile(np.array([1.0, 0.0], dtype=np.float32), (len(texts), 1))
+
+
+@pytest.fixture(scope="module")
+def trained_on(make_model, tokenizer):
+    """(model, adapters "one" and "two"), each of which answers four letters with four others."""
+    model = make_model("llama")
+    tasks = {name: lw.Task(list(pairs.items()), instruction=DESCRIPTIONS[name]) for name, pairs in LETTERS.items()}
+    made = lw.train_adapters(
+        model, tokenizer, tasks, target_modules=LAYERS, rank=8, steps=150, lr=1e-2, batch_size=4, progress=False
+    )
+    cards = {name: {"examples": list(pairs), "outputs": list(pairs.values())} for name, pairs in LETTERS.items()}
+    return model, {name: replace(adapter, card={**adapter.card, **cards[name]}) for name, adapter in made.items()}
+
+
+@pytest.fixture
+def hub(trained_on, tmp_path, monkeypatch):
+    """A hub of both and of an adapter that answers nothing in particular."""
+    get = registry.get
+    monkeypatch.setattr(registry, "get", lambda folder, name: OneDirection if folder == "embedders" else get(folder, name))
+    _, adapters = trained_on
+    with lw.Hub(tmp_path / "hub") as hub:
+        for name, adapter in adapters.items():
+            hub.add(adapter, description=DESCRIPTIONS[name])
+        noise = {layer: replace(f, b_OR=1e-3 * torch.ones_like(f.b_OR)) for layer, f in adapters["one"].layers.items()}
+        hub.add(replace(adapters["one"], name="nothing", layers=noise, card={}), description="say no")
+        yield hub
+
+
+@pytest.fixture
+def program(trained_on, tokenizer, hub):
+    return lw.order(trained_on[0], tokenizer, hub, EXAMPLES, progress=False)
+
+
+def test_the_order_of_two_trained_adapters_is_found_and_answers(program):
+    assert str(program) == "one > two"
+    assert program.predict(["d", "a"]) == ["l", "i"]
+    assert program.evaluate(EXAMPLES)["value"] == 1.0
+    assert program.report["one", "two"].hits == 1.0
+    assert program.report.chosen == ("one", "two")
+
+
+def test_the_loss_of_a_program_is_that_of_the_targets_after_what_the_first_step_answers(program, trained_on, tokenizer):
+    model, adapters = trained_on
+    asked = {name: lw.Task([], instruction=text) for name, text in DESCRIPTIONS.items()}
+    for first, last in (("one", "two"), ("two", "one")):
+        with lw.Composer(model, [adapters[first]]).activate({first: 1.0}):
+            between = scoring.predict(model, tokenizer, asked[first], [text for text, _ in EXAMPLES])
+        pairs = [(text, target) for text, (_, target) in zip(between, EXAMPLES, strict=True)]
+        with lw.Composer(model, [adapters[last]]).activate({last: 1.0}):
+            want = scoring.losses(model, tokenizer, asked[last], pairs)
+        row = program.report[first, last]
+        assert row.loss == pytest.approx(sum(want[: row.num_examples]) / row.num_examples, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("trees", [True, False])
+def test_readings_are_the_losses_of_each_row_alone_and_no_question_is_asked_twice(trained_on, tokenizer, hub, trees):
+    model, adapters = trained_on
+    steps = [Step(name, DESCRIPTIONS[name]) for name in ("one", "two")] + [Step(None, "say it")]
+    counted = []
+    asking = Asked(lw.Composer(model, list(adapters.values())), tokenizer, lw.Task([]), counted.append)
+    asking._can_share = trees
+    targets = [(step, text, target) for step in steps for text, target in [("a", "e"), ("eg", "ik f"), ("b", "j")]]
+    found = asking.readings(targets + targets)
+    again = asking.readings(targets[:3])
+    assert (sum(counted), asking.count) == (9, 9)
+    assert again == found[:3] == found[9:12]
+    for (step, text, target), reading in zip(targets, found, strict=False):
+        alone = lw.Composer(model, list(adapters.values()))
+        with alone.activate(step.mixture or {}):
+            (want,) = scoring.losses(model, tokenizer, lw.Task([], instruction=step.instruction), [(text, target)])
+        assert reading.loss == pytest.approx(want, rel=1e-3, abs=1e-4)
+    assert found[0].hit
+    assert not found[1].hit
+
+
+def test_a_single_adapter_that_solves_the_task_is_the_program(trained_on, tokenizer, hub):
+    found = lw.order(trained_on[0], tokenizer, hub, list(LETTERS["two"].items()), progress=False)
+    assert str(found) == "two"
+    assert {len(row.steps) for row in found.report.rows} == {1}
+
+
+def test_labels_are_ranked_by_the_last_step(trained_on, tokenizer, hub):
+    task = lw.Task(EXAMPLES, labels=["i", "j", "k", "l"])
+    found = lw.order(trained_on[0], tokenizer, hub, task, progress=False)
+    assert found.predict(["b", "c"]) == ["j", "k"]
+
+
+def test_a_distilled_program_answers_alike_in_one_pass_and_says_what_was_lost(program):
+    made = program.distil(["a", "b", "c", "d"], steps=80, lr=1e-2, progress=False)
+    (row,) = made.report.rows
+    assert "learned one > two from 0 inputs that it labelled; agrees with it on" in made.report.reason
+    assert made.losses() == pytest.approx([row.loss] * 4, abs=2 * row.loss + 1e-3)
+    assert made.task.instruction == "go on do it"
+    assert [parent["name"] for parent in made.parents] == ["one", "two"]
+    assert f"became {row.loss:.3f}" in made.report.reason
+
+
+def test_without_inputs_the_cards_of_the_hub_are_asked(program, hub):
+    assert card_inputs(hub, "one", ["a", "b"], 3) == ["a", "b", "c"]
+    # letters alone look like letters alone, whatever adapter they are of
+    assert card_inputs(hub, "two", ["a", "b"], 9) == ["e", "f", "g", "h", "a", "b", "c", "d"]
+    assert card_inputs(hub, None, ["A: 1, 2, 3.", "B: 4, 5, 6."], 9) == []
+    assert program.distil(num_inputs=6, steps=2, progress=False).report.chosen == "distilled"
+
+
+def test_a_saved_program_comes_back_and_a_changed_adapter_is_refused(program, trained_on, tokenizer, hub, tmp_path):
+    model, adapters = trained_on
+    path = program.save(tmp_path / "program.json")
+    back = Program.load(path, model, tokenizer, hub)
+    assert (back.steps, back.task, back.report) == (program.steps, program.task, program.report)
+    assert back.predict(["c"]) == ["k"]
+    hub.add(lw.scale(adapters["two"], 0.5), name="two", replace=True)
+    with pytest.raises(CompositionError, match="made with adapter 'two' of content"):
+        Program.load(path, model, tokenizer, hub)
+    hub.remove("two")
+    with pytest.raises(AdapterNotFound):
+        Program.load(path, model, tokenizer, hub)
+
+
+def test_damaged_and_newer_files_are_refused(program, trained_on, tokenizer, hub, tmp_path):
+    path = program.save(tmp_path / "program.json")
+    saved = json.loads(path.read_text())
+    for text, error, said in (
+        (json.dumps({**saved, "format": 9}), CompositionError, "has format 9"),
+        (json.dumps({**saved, "steps": [{"nam": "one"}]}), AdapterCorrupt, "is damaged"),
+        ("{", AdapterCorrupt, "is damaged"),
+    ):
+        path.write_text(text)
+        with pytest.raises(error, match=said):
+            Program.load(path, trained_on[0], tokenizer, hub)
+    with pytest.raises(AdapterNotFound, match="there is no file"):
+        Program.load(tmp_path / "gone.json", trained_on[0], tokenizer, hub)
+
+
+def test_what_cannot_be_ordered_is_refused_by_name(trained_on, tokenizer, hub, tmp_path):
+    model, adapters = trained_on
+    with pytest.raises(InvalidTask, match="no examples to find an order by"):
+        lw.order(model, tokenizer, hub, lw.Task([], instruction="go"))
+    with pytest.raises(WeightingError, match=r"asks adapters by their descriptions in a hub, but got ExpertPool"):
+        lw.order(model, tokenizer, lw.ExpertPool(list(adapters.values())), EXAMPLES)
+    with pytest.raises(WeightingError, match=r"order\(\) got max_steps=0"):
+        lw.order(model, tokenizer, hub, EXAMPLES, max_steps=0)
+    with lw.Hub(tmp_path / "bare") as bare:
+        with pytest.raises(EmptyIndex):
+            lw.order(model, tokenizer, bare, EXAMPLES, progress=False)
+        bare.add(adapters["one"])
+        with pytest.raises(InvalidTask, match=r"none of the 1 adapters found in .* has a description to ask it by"):
+            lw.order(model, tokenizer, bare, EXAMPLES, progress=False)
+        bare.add(adapters["two"], description=DESCRIPTIONS["two"])
+        found = lw.order(model, tokenizer, bare, EXAMPLES, progress=False)
+        assert (str(found), found.report.left_out) == ("two", ("one",))
+
+
+def test_a_program_has_nothing_to_learn_from_without_inputs(program):
+    with pytest.raises(InvalidTask, match="nothing for program 'one > two' to label; inputs is empty"):
+        program.distil([], progress=False)
+    with pytest.raises(TrainingError, match="steps=0"):
+        program.distil(["a"], steps=0)
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_runs(run_page):
+    names = run_page("docs/programs.md")
+    assert str(names["program"]) == "past_tense > uppercase"
+    assert names["single"].report.reason.startswith("learned past_tense > uppercase from ")
