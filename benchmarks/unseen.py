@@ -317,7 +317,8 @@ OWN: dict[str, Callable[[Case], Found]] = {
         any_single,
         two_passes,
     )
-} | {"order+distilled": order_distilled}
+}
+OWN["order+distilled"] = order_distilled
 
 
 def _composed(case: Case, method: str) -> Found:

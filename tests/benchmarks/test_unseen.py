@@ -115,6 +115,25 @@ def test_two_passes_hand_the_first_skills_answer_to_the_second(monkeypatch):
     assert found.score == [("cats", ["CATS"])]
 
 
+def test_a_program_that_was_found_answers_the_test_items_itself(monkeypatch):
+    class Program:
+        def __str__(self):
+            return "plural > upper"
+
+        def score(self, pairs):
+            return [f"{text}S" for text, _ in pairs]
+
+    def order(model, tokenizer, hub, task, **options):
+        assert (task.examples, options["k"]) == ((("a", "AS"),), 20)
+        return Program()
+
+    monkeypatch.setattr(ways.lw, "order", order)
+    task = DemoTask("plural_upper", lw.Task([("a", "AS")]), [("CAT", ["CATS"])], ["plural", "upper"])
+    case = ways.Case(None, None, None, task, [], 0, 20, 40)
+    found = ways.find(case, "order")
+    assert (found.notes, case.score(found)) == ({"chosen": "plural > upper"}, ["CATS"])
+
+
 def test_the_examples_come_before_the_prompt_in_context():
     task = DemoTask("t", lw.Task([("a {x}", "b"), ("c", "d")], instruction="Say it."), [], [])
     found = ways.in_context(ways.Case(None, None, None, task, [], 0, 20, 40))
