@@ -24,14 +24,12 @@ from loraweave.errors import BaseModelMismatch, CompositionError, InvalidTask, S
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.retrieval.retriever import Retriever
-from loraweave.types import Candidate, Record, Task
+from loraweave.types import Candidate, Task
 
 # after so many examples, so many programs of one length go on
-ROUNDS = ((1, 96), (2, 32))
-# an answer is at most so much longer than the longest sample output in the adapter's card, and than any text of the examples
+ROUNDS = ((1, 32), (2, 12))
+# an answer has at most LONGER times the tokens of the longest text of the examples, and MORE
 LONGER, MORE = 2, 4
-# limits of answers are multiples of this, so that few limits make large batches
-LIMIT_STEP = 16
 # adapters that a search by outputs compares
 SHORTLIST = 1000
 
@@ -46,7 +44,7 @@ def order(
     *,
     k: Count = 20,
     max_steps: Count = 3,
-    beam: Count = 4,
+    beam: Count = 3,
     gain: Annotated[float, Range(least=0, below=1)] = 0.1,
     progress: bool = True,
 ) -> Program:
@@ -109,8 +107,11 @@ def candidates(hub: Hub, tokenizer: Any, task: Task, k: int, model: Any) -> tupl
             f"none of the {len(found)} adapters found in {hub} has a description to ask it by: give them some "
             "(hub.update(name, description=...))"
         )
-    longest = _longest(tokenizer, [text for pair in task.examples for text in pair])
-    steps = {name: _step(record, tokenizer, longest) for name, record in found.items() if name not in left_out}
+    longest = max(map(len, tokenizer([text for pair in task.examples for text in pair])["input_ids"]))
+    limit = min(MAX_NEW_TOKENS, LONGER * longest + MORE)
+    steps = {
+        name: Step(name, record.description, record.hash, limit) for name, record in found.items() if name not in left_out
+    }
     base = [Step(None, task.instruction)] if says_something(task.instruction) else []
     first = [steps[hit.name] for hit in by_inputs if hit.name in steps]
     return [*first, *base], [*steps.values(), *base], left_out
@@ -122,17 +123,6 @@ def _or_none(search: Callable[[], list[Candidate]]) -> list[Candidate]:
         return search()
     except BaseModelMismatch:
         return []
-
-
-def _longest(tokenizer: Any, texts: Sequence[str]) -> int:
-    return max(map(len, tokenizer(list(texts))["input_ids"]))
-
-
-def _step(record: Record, tokenizer: Any, longest: int) -> Step:
-    outputs = [text for text in record.card.get("outputs") or () if isinstance(text, str)]
-    known = [longest, _longest(tokenizer, outputs)] if outputs else [longest]
-    tokens = LONGER * min(known) + MORE
-    return Step(record.name, record.description, record.hash, min(MAX_NEW_TOKENS, -(-tokens // LIMIT_STEP) * LIMIT_STEP))
 
 
 def _labels(path: Order) -> tuple[str, ...]:
