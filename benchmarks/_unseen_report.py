@@ -42,7 +42,7 @@ WAYS = (
 # these know nothing of the few examples
 WITHOUT_EXAMPLES = ("base", "oracle", "any_single", "two_passes")
 # these are for tasks that join two skills
-OF_JOINED_SKILLS = ("any_single", "two_passes")
+OF_JOINED_SKILLS = ("order", "order+distilled", "any_single", "two_passes")
 
 
 class Results:
