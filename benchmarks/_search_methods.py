@@ -73,6 +73,8 @@ def card_hub(tasks: Sequence[PoolTask]) -> Iterator[lw.Hub]:
                 lw.Adapter(task.name, "none", {"layer": factors}, card=card),
                 description=task.description,
                 examples=[text for text, _ in task.examples],
+                # a search with one of these filters does not see the adapter of that task
+                tags=[f"not {other.name}" for other in tasks if other is not task],
             )
         yield hub
 
@@ -153,9 +155,14 @@ def learner(rows: Sequence[Sequence[str]], embedder: Remembering) -> Scorer:
 
 
 def searched(
-    hub: lw.Hub, embedder: Remembering, keys: Sequence[str] = (), fusion: Fusion | None = None, *, examples: bool = False
+    hub: lw.Hub,
+    embedder: Remembering,
+    keys: Sequence[str] | None = (),
+    fusion: Fusion | None = None,
+    *,
+    examples: bool = False,
 ) -> Scorer:
-    """loraweave's Retriever: `for_task`, or `for_examples` for queries with outputs when `examples`."""
+    """loraweave's Retriever: `for_task`, or `for_examples` for queries with outputs when `examples`; keys None: its own."""
     retriever = lw.Retriever(hub, embedder=embedder, keys=keys, fusion=fusion)
     names = [record.name for record in hub.records()]
     position = {name: number for number, name in enumerate(names)}
@@ -165,7 +172,7 @@ def searched(
             pairs = list(zip(ask.inputs, ask.outputs, strict=True))
             found = retriever.for_examples(pairs, description=ask.description, k=len(names))
         else:
-            found = retriever.for_task(ask.inputs, description=ask.description, k=len(names))
+            found = retriever.for_task(ask.inputs, description=ask.description, k=len(names), evidence=False)
         scores = np.full(len(names), -np.inf)
         for candidate in found:
             scores[position[candidate.name]] = candidate.score
@@ -250,6 +257,21 @@ def abstention(
             rows.append({"inputs": size, "left out": name, "threshold": found.threshold, "foreign": passed, "own": accepted})
     retriever.abstention = None
     return rows
+
+
+def missing(
+    retriever: lw.Retriever, tasks: Sequence[PoolTask], sizes: Sequence[int] = (1, 5)
+) -> dict[int, tuple[list[list[float]], list[list[float]]]]:
+    """By inputs per query and task: the best scores of its queries in the whole hub, and without its own adapter."""
+    found: dict[int, tuple[list[list[float]], list[list[float]]]] = {size: ([], []) for size in sizes}
+    for task in tasks:
+        texts = [text for text, _ in task.queries]
+        for size in sizes:
+            groups = [texts[start : start + size] for start in range(0, len(texts) - size + 1, size)]
+            for part, tags in zip(found[size], ((), f"not {task.name}"), strict=True):
+                hits = [retriever.for_task(group, k=1, tags=tags, evidence=False) for group in groups]
+                part.append([some[0].score for some in hits])
+    return found
 
 
 def _passed(retriever: lw.Retriever, texts: Sequence[str], size: int) -> float:

@@ -3,6 +3,7 @@
     python -m benchmarks --data DATA retrieval recall              keys from the cards of the trained adapters of --pool
     python -m benchmarks --data DATA retrieval recall --no-cards   keys from the first 20 training rows of each task
     python -m benchmarks --data DATA retrieval recall --split train   on training rows that no key has seen, for choices
+    python -m benchmarks --data DATA retrieval classifier          the default search against the index alone
     python -m benchmarks --data DATA retrieval gains               how much each adapter helps each unseen task
 
 DATA holds pool/*.jsonl and unseen/*.jsonl (rows {task, definition, input, target, split}) and MANIFEST.json. Keys come from
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,12 +46,14 @@ from benchmarks._search_methods import (
     foresight,
     learner,
     mean_embedding,
+    missing,
     relations,
     searched,
     tfidf,
 )
 from loraweave import registry
 from loraweave.composer.model.batches import batch, encode, mean_losses
+from loraweave.retrieval.retriever import EXAMPLE_KEYS
 
 KS = (1, 3, 5, 10)
 INPUTS_PER_KEY = 20
@@ -92,7 +96,42 @@ def recall(
         run.show(*_relations(relations(tasks, unseen, scorers["loraweave, sentence_form"])))
         gains = json.loads((DATA / "gains.json").read_text(encoding="utf-8"))
         run.show(*_foresight(foresight(tasks, unseen, scorers, gains, run.seed)))
-        run.show(_abstention(abstention(lw.Retriever(hub, embedder=encoders["sentence_form"]), tasks, unseen)))
+        run.show(_abstention(abstention(lw.Retriever(hub, embedder=encoders["sentence_form"], keys=()), tasks, unseen)))
+
+
+@app.command()
+def classifier(
+    context: typer.Context,
+    split: Annotated[Literal["test", "train"], typer.Option(help="rows of the queries; train to choose by")] = "test",
+    num_queries: Annotated[int, typer.Option(help="rows of each task that are used as queries", min=5)] = 40,
+    num_missing: Annotated[int, typer.Option(help="of these, with its adapter missing", min=5)] = 20,
+) -> None:
+    """The default search against the index alone: recall, and whether it sees that the adapter is missing."""
+    run: Run = context.obj
+    tasks = [_pool_task(run, entry, run.pool, split, num_queries) for entry in run.entries("pool").values()]
+    with card_hub(tasks) as hub:
+        pairs_ = [pair for task in tasks for pair in (*task.examples, *task.queries)]
+        wordings = [text for task in tasks for text in (*task.wordings, task.description)]
+        with console.status("embedding"):
+            embedder = Remembering(
+                registry.get("embedders", "sentence")(), [text for pair in pairs_ for text in pair] + wordings
+            )
+        scorers = {
+            "TF-IDF of words": tfidf(tasks),
+            "index alone": searched(hub, embedder),
+            "index, keys mean, outputs, relation": searched(hub, embedder, EXAMPLE_KEYS, examples=True),
+            "default: the classifier": searched(hub, embedder, None, examples=True),
+        }
+        for kind, asked in _queries(tasks, run.seed):
+            if not kind.startswith(("20", "other")):
+                run.show(_recalls(kind, asked, scorers, run.seed, against="index alone"))
+        few = [replace(task, queries=task.queries[:num_missing]) for task in tasks]
+        retrievers = {
+            "index alone": lw.Retriever(hub, embedder=embedder, keys=()),
+            "default": lw.Retriever(hub, embedder=embedder),
+        }
+        seen = {label: missing(retriever, few) for label, retriever in retrievers.items()}
+        run.show(_missing(seen, retrievers["default"], run.seed), _sureness(tasks, retrievers["default"]))
 
 
 def _encoders(
@@ -189,16 +228,22 @@ def _queries(tasks: Sequence[PoolTask], seed: int) -> Iterator[tuple[str, list[t
     yield "other wording of the description", [(number, Ask((), (), wording)) for number, wording, _ in five]
 
 
-def _recall(queries: Sequence[tuple[int, Ask]], scorer: Scorer, seed: int) -> list[list[float]]:
-    """[recall, low, high] at each of KS; nothing for a method that has no opinion on queries of the kind."""
-    ranks_Q, tasks_Q = [], np.array([number for number, _ in queries])
+def _hits(queries: Sequence[tuple[int, Ask]], scorer: Scorer) -> np.ndarray:
+    """Whether each query finds its adapter within each of KS (Q, K); (0,) for a method that cannot tell."""
+    ranks_Q = []
     for number, ask in queries:
         scores_N = scorer(ask)
         if np.isneginf(scores_N).all():
-            return []
+            return np.empty(0)
         # ties are drawn, not given to the first: which task stands first is no merit
         ranks_Q.append(int((scores_N > scores_N[number]).sum()) + ((scores_N == scores_N[number]).sum() - 1) / 2)
-    hits_QK = np.array(ranks_Q)[:, None] < np.array(KS)
+    hits_QK: np.ndarray = np.array(ranks_Q)[:, None] < np.array(KS)
+    return hits_QK
+
+
+def _shares(queries: Sequence[tuple[int, Ask]], hits_QK: np.ndarray, seed: int) -> list[list[float]]:
+    """[mean, low, high] at each of KS; intervals by bootstrap over the queries of each task."""
+    tasks_Q = np.array([number for number, _ in queries])
     rng = np.random.default_rng(seed)
     groups = [hits_QK[tasks_Q == task] for task in np.unique(tasks_Q)]
     drawn_DK = sum(rows_GK[rng.integers(len(rows_GK), size=(NUM_DRAWS, len(rows_GK)))].sum(axis=1) for rows_GK in groups)
@@ -206,11 +251,20 @@ def _recall(queries: Sequence[tuple[int, Ask]], scorer: Scorer, seed: int) -> li
     return [[float(value) for value in found] for found in zip(hits_QK.mean(axis=0), low_K, high_K, strict=True)]
 
 
-def _recalls(kind: str, asked: Sequence[tuple[int, Ask]], scorers: dict[str, Scorer], seed: int) -> Table:
-    table = Table(f"query: {kind}", ("method", *(f"recall@{k}" for k in KS)))
-    for label, scorer in track(scorers.items(), kind, console=console, transient=True, disable=not console.is_terminal):
-        if numbers := _recall(asked, scorer, seed):
-            table.add(label, *(f"{value:.3f} ({low:.3f}-{high:.3f})" for value, low, high in numbers))
+def _recalls(
+    kind: str, asked: Sequence[tuple[int, Ask]], scorers: dict[str, Scorer], seed: int, *, against: str = ""
+) -> Table:
+    """With `against`, a label, also the difference to that method."""
+    table = Table(f"query: {kind}", ("method", *(f"recall@{k}" for k in KS), *(f"gain at {k}" for k in KS if against)))
+    shown = track(scorers.items(), kind, console=console, transient=True, disable=not console.is_terminal)
+    hits = {label: _hits(asked, scorer) for label, scorer in shown}
+    for label, hits_QK in hits.items():
+        if len(hits_QK):
+            cells = [f"{value:.3f} ({low:.3f}-{high:.3f})" for value, low, high in _shares(asked, hits_QK, seed)]
+            if against:
+                gains = _shares(asked, hits_QK.astype(float) - hits[against], seed)
+                cells += [f"{value:+.3f} ({low:+.3f} to {high:+.3f})" for value, low, high in gains]
+            table.add(label, *cells)
     return table
 
 
@@ -240,6 +294,50 @@ def _abstention(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         figures = (f"{row[key]:.3f}" for key in ("threshold", "foreign", "own"))
         table.add(str(row["inputs"]), row["left out"], *figures)
+    return table
+
+
+def _missing(
+    seen: dict[str, dict[int, tuple[list[list[float]], list[list[float]]]]], default: lw.Retriever, seed: int
+) -> Table:
+    """AUROC of the best score, adapter there against missing, and the threshold that the hub's own samples give."""
+    table = Table(
+        "adapter missing; threshold from the hub's samples, for 0.2",
+        ("inputs", "method", "AUROC", "let through", "own kept"),
+    )
+    for label, by_size in seen.items():
+        for size, (there, gone) in by_size.items():
+            cells = ["", ""]
+            if label == "default":
+                threshold = default.calibrate(false_accept=0.2, inputs_per_query=size).threshold
+                cells = [f"{np.mean(np.concatenate(part) >= threshold):.3f}" for part in (gone, there)]
+            rng = np.random.default_rng(seed)
+            draws = [rng.integers(len(there), size=len(there)) for _ in range(NUM_DRAWS)]
+            low, high = np.quantile([_auroc(there, gone, draw) for draw in draws], (0.025, 0.975))
+            table.add(str(size), label, f"{_auroc(there, gone, range(len(there))):.3f} ({low:.3f}-{high:.3f})", *cells)
+    default.abstention = None
+    return table
+
+
+def _auroc(there: list[list[float]], gone: list[list[float]], tasks: Sequence[int] | np.ndarray) -> float:
+    """How often a query whose adapter is there scores above one whose adapter is missing; ties count half."""
+    own_N, foreign_M = (np.concatenate([part[task] for task in tasks]) for part in (there, gone))
+    ranked_M = np.sort(foreign_M)
+    below_N = np.searchsorted(ranked_M, own_N, "left") + np.searchsorted(ranked_M, own_N, "right")
+    return float(below_N.mean() / 2 / len(foreign_M))
+
+
+def _sureness(tasks: Sequence[PoolTask], default: lw.Retriever) -> Table:
+    """How probable the classifier holds its first adapter, and how often that is right."""
+    table = Table("probabilities, one input", ("first holds", "queries", "mean probability", "right"))
+    found = [(task.name, next(iter(default.probabilities([text]).items()))) for task in tasks for text, _ in task.queries]
+    sure_Q = np.array([probability for _, (_, probability) in found])
+    right_Q = np.array([name == first for name, (first, _) in found])
+    for low, high in zip((0.0, 0.25, 0.5, 0.75, 0.9), (0.25, 0.5, 0.75, 0.9, 1.01), strict=True):
+        within_Q = (sure_Q >= low) & (sure_Q < high)
+        if within_Q.any():
+            means = (f"{values_Q[within_Q].mean():.3f}" for values_Q in (sure_Q, right_Q))
+            table.add(f"{low:.2f} to {min(high, 1):.2f}", str(within_Q.sum()), *means)
     return table
 
 

@@ -38,8 +38,8 @@ class Key(Protocol):
     """One way to tell from what an adapter shows of itself how well it fits a query.
 
     scores_N has a number from -1 to 1 for each record, higher for a better fit, NaN where query or record lack what the key
-    compares. A record's score depends on neither the order of the records nor, but for `discriminant` and `validation`,
-    on which others there are.
+    compares. A record's score depends on neither the order of the records nor, but for keys with the trait `relative`, on
+    which others there are.
     """
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray: ...
@@ -76,7 +76,7 @@ class KeySpace:
 
     def samples(self, record: Record) -> np.ndarray:
         """The record's sample inputs (M, dim)."""
-        return self.embed([text for text in record.examples if text.strip()][:MAX_SAMPLE_INPUTS])
+        return self._index.samples(record).astype(np.float64)
 
     def pairs(self, record: Record) -> list[tuple[str, str]]:
         """The record's sample inputs with their outputs, which its card may hold as `outputs` in the same order."""

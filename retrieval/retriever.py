@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 
 import numpy as np
 
 import loraweave.registry as registry
 from loraweave.common.checks import is_whole, one_or_many
-from loraweave.common.rows import GivenRows, read_inputs, read_rows
+from loraweave.common.rows import GivenRows, Row, read_inputs, read_rows
 from loraweave.errors import RetrievalError
 from loraweave.hub.embedders._embedder import Embedder, unit
 from loraweave.hub.hub import Candidates, Hub
 from loraweave.hub.indexes._vectors import SCORE_DECIMALS
-from loraweave.hub.search.search import Hit, SearchIndex, checked_count
+from loraweave.hub.search.search import NO_FILTERS, Hit, SearchIndex, checked_count
 from loraweave.retrieval.abstention import Abstention
 from loraweave.retrieval.fusion import Fusion
 from loraweave.retrieval.keyed_search import Key, KeySpace, key_name
+from loraweave.retrieval.keys.classifier import Classifier
 from loraweave.retrieval.request import Query, Request, SearchOptions, shows_options
 from loraweave.types import Candidate, Record
 
@@ -28,7 +30,10 @@ if TYPE_CHECKING:
 # then first in .96 instead of .76 of the cases, from five inputs and another wording of the description than the card's.
 TASK_DESCRIPTION_WEIGHT = 1.0
 
-# keys that a search by examples takes when the retriever names none; the description where the query has one
+# adapters of the index that the classifier looks at where no keys are named; it embeds their texts when it meets them
+CLASSIFIED = 50
+
+# keys that a search by examples takes beside the plain index; the description where the query has one
 EXAMPLE_KEYS = ("mean", "outputs", "relation")
 
 Item = TypeVar("Item")
@@ -41,14 +46,16 @@ class Retriever:
     """Searches a hub. `embedder` and `index` are names of the registry (`loraweave.names`) or, for the first, an object or
     the folder of an encoder that `train_encoder` wrote.
 
-    Scores are inner products of unit vectors, -1 to 1. Results are sorted by score, ties by order of addition. A result
-    is [] when the hub is empty, nothing passes the filters, or nothing reaches `min_score`: then the base model is the
-    answer. Texts are cut at what the embedder reads. RetrievalError for a text without a visible character, a k that is
-    no int of 0 or more, a diversity outside 0 to 1.
+    Scores are cosines, -1 to 1. Results are sorted by score, ties by order of addition. A result is [] when the hub is
+    empty, nothing passes the filters, or nothing reaches `min_score`: then the base model is the answer. Texts are cut at
+    what the embedder reads. RetrievalError for a text without a visible character, a k that is no int of 0 or more, a
+    diversity outside 0 to 1.
 
-    `keys` are names of the registry or objects: with some, the `shortlist` best adapters of the index are scored by each of
-    them, and scores are what `fusion` makes of these. With `abstention` (see `calibrate`) a search by texts whose best score
-    is below its threshold finds nothing.
+    `keys` are names of the registry or objects: the `shortlist` (200) best adapters of the index are scored by each of them,
+    and scores are what `fusion` makes of these. By default the key `classifier` scores the 50 best, beside `description`
+    where the query has one; a search by a description alone, or for more than 50, is the index's. With keys=() every search
+    by texts is, through the whole hub. With `abstention` (see `calibrate`) a search by texts whose best score is below its
+    threshold finds nothing; a threshold of a plain search keeps the searches plain.
 
     All searches give `k` adapters (20), take a `min_score` and a `diversity`, share the filters `base_model`, `license`,
     `tags`, `language` (one, or any of several), `max_rank` and `max_size_bytes`, and page by `after`: the last candidate of
@@ -61,19 +68,23 @@ class Retriever:
         *,
         embedder: str | Embedder = "sentence",
         index: str = "auto",
-        keys: Sequence[str | Key] = (),
+        keys: str | Sequence[str | Key] | None = None,
         fusion: Fusion | None = None,
         abstention: Abstention | None = None,
-        shortlist: int = 200,
+        shortlist: int | None = None,
     ) -> None:
         if not isinstance(hub, Hub):
             raise RetrievalError(f"a retriever searches a hub, and {hub!r:.80} is none: pass lw.Hub(path)")
         self.hub = hub
-        self.keys = _resolve(keys)
+        self.keys = _resolve(keys or ())
         self.fusion = Fusion() if fusion is None else fusion
         self.abstention = abstention
         self._index = SearchIndex(hub, embedder=embedder, index=index)
-        self._shortlist = checked_count(shortlist, "shortlist", least=1)
+        plain = keys is not None or (abstention is not None and abstention.search == self._index.embedder.id)
+        # where no keys are named; one, so that its fits are kept from search to search
+        self._classifier = None if plain else Classifier()
+        usual = 200 if self._classifier is None else CLASSIFIED
+        self._shortlist = usual if shortlist is None else checked_count(shortlist, "shortlist", least=1)
         self._space = KeySpace(hub, self._index)
 
     # mypy cannot know that the first case wins for a str, which is an Iterable[str] too
@@ -99,6 +110,8 @@ class Retriever:
     ) -> list[Candidate] | list[list[Candidate]]:
         """The k adapters that fit a text best, or for several texts a list for each.
 
+        By default the text is taken for an input of a task. A description goes to `for_task`, or to any search with keys=().
+
         `diversity` above 0 trades fit for difference (maximal marginal relevance; Carbonell and Goldstein 1998): adapters
         are chosen one by one by (1 - diversity) * score - diversity * their largest similarity to one already chosen.
         """
@@ -120,11 +133,11 @@ class Retriever:
         evidence: bool = True,
         **options: Unpack[SearchOptions],
     ) -> list[Candidate]:
-        """The k adapters that fit one task best, by the mean embedding of several of its inputs.
+        """The k adapters that fit one task best, by several of its inputs.
 
-        The mean of five inputs finds the right adapter much more often than one of them; a description of the task does
-        more still. Without `evidence`, what matched is left empty, which saves embedding the found adapters' own texts.
-        RetrievalError without any text and description.
+        Five inputs find the right adapter much more often than one of them; a description of the task does more still.
+        Without `evidence`, what matched is left empty, which saves embedding the found adapters' own texts. RetrievalError
+        without any text and description.
         """
         request = Request(evidence=evidence, **options)
         query = Query(one_or_many(texts), (), description)
@@ -141,9 +154,10 @@ class Retriever:
         """The k adapters that fit a task best, by examples of it: rows in any form of `loraweave.common.rows`.
 
         Outputs tell apart the tasks whose inputs are alike, for adapters whose cards hold `outputs` beside their examples.
-        Scored by the retriever's `keys`, or without any by `mean`, `outputs`, `relation` and, with a description,
-        `description`. An example with an empty output counts by its input alone. RetrievalError without an example,
-        InvalidTask for what is no row.
+        Scored by the retriever's `keys`, by default by the `classifier`, which weighs outputs by what they do for the hub's
+        own samples, and with keys=() by `mean`, `outputs` and `relation`; with a description also by `description`. An
+        example with an empty output counts by its input alone. RetrievalError without an example, InvalidTask for what is no
+        row.
         """
         request = Request(**options)
         rows = read_rows(examples, noun="example", targets="blank")
@@ -152,8 +166,9 @@ class Retriever:
                 "a search by examples needs at least one pair (input, output); for_task takes a description"
             )
         query = Query(tuple(row.input for row in rows), tuple(row.targets[0] for row in rows), description)
-        extra = ("description",) if description.strip() else ()
-        keys = self.keys or _resolve([*EXAMPLE_KEYS, *extra])
+        keys = self._keys_of(query, request)
+        if not keys:
+            keys = _resolve([*EXAMPLE_KEYS, *_description_key(query)])
         return Candidates(self._by_keys(query, self._vector(query), request, keys), self.hub)
 
     @shows_options
@@ -183,10 +198,23 @@ class Retriever:
         found = [Candidate(hit.record.name, hit.score, opinions[hit.record.name], hit.record) for hit in page]
         return Candidates(found, self.hub)
 
+    @shows_options
+    def probabilities(self, rows: GivenRows, **options: Unpack[SearchOptions]) -> dict[str, float]:
+        """How probable each adapter is for a task, by its inputs or examples of it: the k most probable, best first.
+
+        By the key `classifier` among the shortlist, given that one of these is right and that the rows are independent;
+        calibrated on held-out samples of the adapters. {} for an empty hub. RetrievalError without rows.
+        """
+        request = Request(**options)
+        query = _query(read_rows(rows, targets="any"))
+        records = [hit.record for hit in self._near(self._vector(query), request)]
+        found_N = (self._classifier or Classifier()).probabilities(query, records, self._space)
+        return {records[n].name: float(found_N[n]) for n in np.argsort(-found_N, kind="stable")[: request.k]}
+
     def calibrate(
         self,
-        own: GivenRows,
-        foreign: GivenRows,
+        own: GivenRows | None = None,
+        foreign: GivenRows | None = None,
         *,
         false_accept: float = 0.05,
         inputs_per_query: int = 1,
@@ -195,21 +223,44 @@ class Retriever:
 
         `own`: inputs of tasks that adapters are for, none of them a sample input; `foreign`: inputs of tasks that no adapter
         is for. At most the share `false_accept` of the foreign ones passes. Scores grow with the number of inputs, so a
-        threshold holds for queries of `inputs_per_query` inputs, each taken in the order given. InvalidTask for what is
-        neither texts nor rows.
+        threshold holds for queries of `inputs_per_query` inputs, each taken in the order given. Without both, they are the
+        sample inputs of the hub's adapters (of 50 where there are more), as the default search sees them if it has not seen
+        the input, and if it has not seen its adapter. InvalidTask for what is neither texts nor rows; RetrievalError for one
+        of both alone, or none with keys that are named.
         """
-        own_scores, foreign_scores = (
-            [self._best_score(Query(group)) for group in _groups_of(read_inputs(texts), inputs_per_query)]
-            for texts in (own, foreign)
-        )
+        if own is None and foreign is None and self._classifier is not None:
+            own_scores, foreign_scores = self._held_out_scores(self._classifier, inputs_per_query)
+        elif own is None or foreign is None:
+            raise RetrievalError(
+                "a threshold needs own and foreign inputs, or neither and the default search: Retriever(hub).calibrate()"
+            )
+        else:
+            own_scores, foreign_scores = (
+                [self._best_score(Query(group)) for group in _groups_of(read_inputs(texts), inputs_per_query)]
+                for texts in (own, foreign)
+            )
         self.abstention = Abstention.calibrated(
             own_scores,
             foreign_scores,
             false_accept=false_accept,
-            search=self._search_id,
+            search=self._search_id(self._keys_of(Query(("",)), Request(1))),
             inputs_per_query=inputs_per_query,
         )
         return self.abstention
+
+    def _held_out_scores(self, classifier: Classifier, inputs_per_query: int) -> tuple[list[float], list[float]]:
+        """The best scores of the hub's own samples in groups, where each was held out, and where its adapter was."""
+        seqs = self.hub.seqs(NO_FILTERS)
+        spaced = seqs[:: max(1, -(-len(seqs) // self._shortlist))]
+        records = list(self.hub.records_at(spaced).values())
+        if len(records) < 2:
+            raise RetrievalError(f"a threshold from the hub's own samples needs two adapters, and there are {len(records)}")
+        labels_N, own_NC, foreign_NC = classifier.held_out(records, self._space)
+        # of an adapter with one sample nothing is left when it is held out
+        several = np.flatnonzero(np.bincount(labels_N) > 1)
+        groups = [list(g) for label in several for g in _groups_of(np.flatnonzero(labels_N == label), inputs_per_query)]
+        own, foreign = ([float(rows_NC[g].mean(axis=0).max()) for g in groups] for rows_NC in (own_NC, foreign_NC))
+        return own, foreign
 
     def fit_fusion(self, held_out: Mapping[str, GivenRows], *, inputs_per_query: int = 1) -> Fusion:
         """Sets and returns logistic weights of the retriever's keys, learned from inputs whose adapter is known.
@@ -224,8 +275,7 @@ class Retriever:
             right = self.hub.record(name).name
             read = read_rows(rows, of=repr(name), targets="any")
             for group in _groups_of(read, inputs_per_query):
-                outputs = tuple(row.targets[0] for row in group if row.targets and row.targets[0].strip())
-                query = Query(tuple(row.input for row in group), outputs if len(outputs) == len(group) else ())
+                query = _query(group)
                 hits = self._near(self._vector(query), Request(1))
                 records = [hit.record for hit in hits]
                 place = next((i for i, record in enumerate(records) if record.name == right), -1)
@@ -278,13 +328,21 @@ class Retriever:
             raise RetrievalError("a task needs at least one input or a description to search by; both are empty")
         return unit(query_D)
 
+    def _keys_of(self, query: Query, request: Request) -> Mapping[str, Key]:
+        """What scores the shortlist for a query; none where the index's own scores stand."""
+        if self._classifier is None or not query.inputs or request.num_choice > self._shortlist:
+            return self.keys
+        return {"classifier": self._classifier, **_resolve(_description_key(query))}
+
     def _find(self, queries: Sequence[Query], query_QD: np.ndarray, request: Request) -> list[list[Candidate]]:
-        return [Candidates(self._abstain(found, request), self.hub) for found in self._search(queries, query_QD, request)]
+        found = zip(queries, self._search(queries, query_QD, request), strict=True)
+        return [Candidates(self._abstain(query, hits, request), self.hub) for query, hits in found]
 
     def _search(self, queries: Sequence[Query], query_QD: np.ndarray, request: Request) -> list[list[Candidate]]:
-        if self.keys:
+        # the queries of one call have the same parts
+        if queries and self._keys_of(queries[0], request):
             pairs = zip(queries, query_QD, strict=True)
-            return [self._by_keys(query, query_D, request, self.keys) for query, query_D in pairs]
+            return [self._by_keys(query, query_D, request, self._keys_of(query, request)) for query, query_D in pairs]
         found = []
         for query_D, hits in zip(query_QD, self._hits(query_QD, request), strict=True):
             found.append(self._index.explain(query_D, request.choose(hits), evidence=request.evidence))
@@ -308,27 +366,38 @@ class Retriever:
         chosen = request.choose(request.page(ranked, request.num_choice))
         evidence = [candidate.evidence for candidate in self._index.explain(query_D, chosen, evidence=request.evidence)]
         return [
-            Candidate(hit.record.name, hit.score, f"{opinions[hit.record.name]}; {text}", hit.record)
+            Candidate(hit.record.name, hit.score, f"{opinions[hit.record.name]}; {text}" if text else "", hit.record)
             for hit, text in zip(chosen, evidence, strict=True)
         ]
 
-    def _abstain(self, found: list[Candidate], request: Request) -> list[Candidate]:
+    def _abstain(self, query: Query, found: list[Candidate], request: Request) -> list[Candidate]:
         """What was found, or nothing where the best is not good enough; later pages follow the first."""
         if self.abstention is None or not found or request.after is not None:
             return found
-        if self.abstention.search != self._search_id:
+        # a description beside the inputs moves the scores of every search a little, by whatever keys
+        own = self._search_id(self._keys_of(replace(query, description=""), request))
+        if self.abstention.search != own:
             raise RetrievalError(
                 f"the threshold was calibrated for searches by {self.abstention.search!r}, but this one is by "
-                f"{self._search_id!r}: calibrate() again, or set abstention=None"
+                f"{own!r}: calibrate() again, or set abstention=None"
             )
         return found if found[0].score >= self.abstention.threshold else []
 
-    @property
-    def _search_id(self) -> str:
+    def _search_id(self, keys: Mapping[str, Key]) -> str:
         """What scores depend on, besides the hub."""
-        if not self.keys:
+        if not keys:
             return self._index.embedder.id
-        return f"{self._index.embedder.id} keys {', '.join(self.keys)} fusion {self.fusion.kind}"
+        return f"{self._index.embedder.id} keys {', '.join(keys)} fusion {self.fusion.kind}"
+
+
+def _description_key(query: Query) -> tuple[str, ...]:
+    return ("description",) if query.description.strip() else ()
+
+
+def _query(rows: Sequence[Row]) -> Query:
+    """The inputs of the rows, and their outputs if all have one."""
+    outputs = tuple(row.targets[0] for row in rows if row.targets and row.targets[0].strip())
+    return Query(tuple(row.input for row in rows), outputs if len(outputs) == len(rows) else ())
 
 
 def _resolve(keys: str | Sequence[str | Key]) -> dict[str, Key]:

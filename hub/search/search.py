@@ -165,6 +165,12 @@ class SearchIndex:
         found = [self._evidence(query_D, hit.record) if evidence else "" for hit in hits]
         return [Candidate(hit.record.name, hit.score, text, hit.record) for hit, text in zip(hits, found, strict=True)]
 
+    def samples(self, record: Record) -> np.ndarray:
+        """The record's sample inputs (M, D), embedded once for its key, its evidence and whoever asks."""
+        kinds, texts = zip(*_texts(record), strict=True)
+        rows_ND: np.ndarray = self._embedded(texts)[[kind == "sample input" for kind in kinds]]
+        return rows_ND
+
     def _near(
         self, database: VectorSearch, query_QD: np.ndarray, k: int, seqs: Sequence[int] | None
     ) -> list[list[Hit]] | None:

@@ -173,7 +173,8 @@ def search(
     import loraweave as lw
 
     with open_hub(hub) as opened:
-        found = lw.Retriever(opened, embedder=encoder or "sentence").candidates(
+        # the query may be a description, which the index compares with descriptions too
+        found = lw.Retriever(opened, embedder=encoder or "sentence", keys=()).candidates(
             query, k=k, base_model=base_model, license=license or None, tags=tag or (), min_score=min_score
         )
     if as_json:

@@ -36,7 +36,7 @@ def names(candidates):
 
 
 def test_pages_that_follow_each_other_are_the_whole_list(hub, plane):
-    retriever = Retriever(hub, embedder=plane)
+    retriever = Retriever(hub, embedder=plane, keys=())
     whole = retriever.candidates("10")
     found, after = [], None
     while page := retriever.candidates("10", k=2, after=after):
@@ -59,7 +59,7 @@ def test_a_page_neither_repeats_nor_loses_when_adapters_come_and_go(hub, keys, p
 def test_equal_scores_are_paged_in_order_of_addition(hub, plane):
     for number in range(5):
         add(hub, f"twin {number}", 0, rank=number + 6)
-    retriever = Retriever(hub, embedder=plane)
+    retriever = Retriever(hub, embedder=plane, keys=())
     found, after = [], None
     for _ in range(3):
         page = retriever.candidates("0", k=2, after=after)
@@ -91,7 +91,7 @@ def test_a_filter_that_passes_only_the_last_of_many_finds_it(tmp_path, plane):
     with Hub(tmp_path) as hub:
         for angle in range(150):
             add(hub, str(angle), angle, rank=1 if angle == 140 else 2)
-        assert names(Retriever(hub, embedder=plane).candidates("0", k=1, max_rank=1)) == ["140"]
+        assert names(Retriever(hub, embedder=plane, keys=()).candidates("0", k=1, max_rank=1)) == ["140"]
 
 
 @pytest.mark.parametrize("limit", [-1, 1.5, True, "2"])
@@ -104,7 +104,7 @@ def test_outputs_tell_adapters_of_the_same_inputs_apart(tmp_path, cosine, plane)
     with Hub(tmp_path) as hub:
         add(hub, "plus thirty", 10, outputs=["40"])
         add(hub, "plus sixty", 10, outputs=["70"])
-        retriever = Retriever(hub, embedder=plane)
+        retriever = Retriever(hub, embedder=plane, keys=())
         assert [c.score for c in retriever.candidates("12")] == [cosine(2)] * 2
         for shift, best in ((30, "plus thirty"), (60, "plus sixty")):
             found = retriever.for_examples([("12", str(12 + shift)), ("8", str(8 + shift))])
@@ -127,7 +127,7 @@ def test_a_description_counts_in_a_search_by_examples(tmp_path, plane):
         for name, text in (("one", "0"), ("two", "90")):
             add(hub, name, 10)
             hub.update(name, description=text)
-        retriever = Retriever(hub, embedder=plane)
+        retriever = Retriever(hub, embedder=plane, keys=())
         assert names(retriever.for_examples([("10", "x")], description="80", k=1)) == ["two"]
         assert names(retriever.for_examples([("10", "x")], description="20", k=1)) == ["one"]
 
@@ -162,7 +162,7 @@ def test_an_example_with_an_empty_output_counts_by_its_input_alone(tmp_path, pla
 
 
 def test_a_search_by_the_mean_key_finds_what_the_index_finds(hub, plane):
-    plain, keyed = Retriever(hub, embedder=plane), Retriever(hub, embedder=plane, keys=("mean",))
+    plain, keyed = Retriever(hub, embedder=plane, keys=()), Retriever(hub, embedder=plane, keys=("mean",))
     for text in ("10", "70", "200"):
         assert names(plain.candidates(text)) == names(keyed.candidates(text))
         np.testing.assert_allclose(
@@ -185,7 +185,7 @@ def test_a_misspelled_key_is_found_out_at_once(hub, plane):
 
 
 def test_below_the_calibrated_threshold_the_base_model_is_the_answer(hub, plane):
-    retriever = Retriever(hub, embedder=plane)
+    retriever = Retriever(hub, embedder=plane, keys=())
     found = retriever.calibrate(["1", "19", "41"], ["120", "130", "140", "100"], false_accept=0.25)
     # the best adapter is at 80 degrees: 40 degrees from 120, which must not pass, and 20 from 100, which may
     assert found.threshold == pytest.approx(math.cos(math.radians(40)) + 1e-6, abs=2e-6)
@@ -197,7 +197,7 @@ def test_below_the_calibrated_threshold_the_base_model_is_the_answer(hub, plane)
 
 
 def test_a_threshold_for_another_search_is_refused(hub, tmp_path, plane):
-    threshold = Retriever(hub, embedder=plane).calibrate(["1"], ["120"])
+    threshold = Retriever(hub, embedder=plane, keys=()).calibrate(["1"], ["120"])
     threshold.save(tmp_path / "threshold.json")
     loaded = Abstention.load(tmp_path / "threshold.json")
     assert Retriever(hub, embedder=plane, abstention=loaded).candidates("150") == []
@@ -207,7 +207,7 @@ def test_a_threshold_for_another_search_is_refused(hub, tmp_path, plane):
 
 
 def test_a_calibration_that_fails_leaves_the_threshold_as_it_was(hub, plane):
-    retriever = Retriever(hub, embedder=plane)
+    retriever = Retriever(hub, embedder=plane, keys=())
     before = retriever.calibrate(["1"], ["120"])
     for wrong in (["1", ""], []):
         with pytest.raises(RetrievalError):

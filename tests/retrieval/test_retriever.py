@@ -27,7 +27,7 @@ def filled(folder, **angles):
 def retriever(tmp_path, plane):
     # not in order of the angle, so that order of addition and order by score differ
     with filled(tmp_path, thirty=30, zero=0, sixty=60, straight=90, back=180) as hub:
-        yield Retriever(hub, embedder=plane)
+        yield Retriever(hub, embedder=plane, keys=())
 
 
 def names(candidates):
@@ -173,7 +173,7 @@ def test_the_exact_sample_input_of_an_adapter_finds_it(tmp_path, cosine):
     with Hub(tmp_path) as hub:
         hub.add(Adapter("french", "base", layers), examples=["translate house to French"])
         hub.add(Adapter("sums", "base", layers), examples=["add 12 and 30"])
-        best = Retriever(hub, embedder="hashing").candidates("add 12 and 30", k=1)[0]
+        best = Retriever(hub, embedder="hashing", keys=()).candidates("add 12 and 30", k=1)[0]
     assert (best.name, best.score, best.evidence) == ("sums", cosine(0), "sample input 'add 12 and 30' (1.00)")
 
 
@@ -184,7 +184,7 @@ def test_the_default_embedder_finds_by_meaning(tmp_path):
         hub.add(Adapter("sums", "base", layers), examples=["12 + 30", "7 + 1"])
         hub.add(Adapter("reviews", "base", layers), examples=["A dull film.", "Wonderful acting!"])
         hub.add(Adapter("cities", "base", layers), description="Name the capital of the country.")
-        found = Retriever(hub).candidates(
+        found = Retriever(hub, keys=()).candidates(
             ["The actors were great in this movie.", "5 + 9", "What is the seat of government?"]
         )
         searched = hub.search("5 + 9")

@@ -134,7 +134,7 @@ def test_a_search_by_a_filter_that_nothing_passes_reads_no_more_records_than_it_
     with Hub(tmp_path) as hub:
         for number in range(90):
             hub.add(Adapter(f"a{number}", "b", {"layer": Factors(torch.full((1, 2), 1.0 + number), torch.ones(2, 1))}))
-        retriever = Retriever(hub, embedder=Zeros())
+        retriever = Retriever(hub, embedder=Zeros(), keys=())
         assert len(retriever.candidates("x", k=1)) == 1
         seen, original = [], rows._decode
         monkeypatch.setattr(rows, "_decode", lambda found: seen.append(found[1]) or original(found))

@@ -1,0 +1,254 @@
+"""A classifier over the sample inputs of all adapters at hand, in closed form: whose inputs does this one belong to?
+
+Its kernel is a mixture: the embedder's cosine, a Gaussian of the look (`form`), and the cosine of TF-IDF vectors of words
+and marks. A query with outputs adds the same of the outputs, and how they stand to the inputs (`relation_of`). The mixture
+and the ridge are those that find held-out samples best (`kernel_ridge.choose`), so outputs count as far as they help with
+the hub's own samples.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+import numpy as np
+import scipy.sparse
+
+from loraweave.common.options import Count
+from loraweave.hub.embedders._embedder import readable
+from loraweave.hub.embedders.form import Form
+from loraweave.hub.search.search import MAX_SAMPLE_INPUTS
+from loraweave.registry import traits
+from loraweave.retrieval import kernel_ridge
+from loraweave.retrieval.kernel_ridge import Choice, Fit
+from loraweave.retrieval.keyed_search import DeclaredKey, KeySpace
+from loraweave.retrieval.keys.relation import relation_of
+from loraweave.retrieval.request import Query
+from loraweave.types import Record
+
+# samples in all: seven kernels of 2,000 x 2,000 take 224 MB while they are mixed
+MAX_SAMPLES = 2000
+# samples that the mixture is chosen on, those of evenly spaced adapters
+MAX_CHOOSING = 700
+# exp(-4 (1 - cosine)); half and twice the rate find as much on the pool's training rows, and a linear kernel less
+_FORM_RATE = 4.0
+# fits that stay, the last ones: features of 2,000 samples take 7 MB each, beside words
+_NUM_KEPT = 8
+# where no adapter has two samples to choose the mixture by
+_START = Choice(np.full(3, 1 / 3), ridge=30.0)
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+# input and output; "" where there is none
+_Pair = tuple[str, str]
+
+
+class TfIdf:
+    """1 + ln(count), times 1 + ln((1 + N) / (1 + texts with the word)) by the N `texts`; rows at norm 1.
+
+    A word that the N texts lack counts in the norm alone, so that a query looks no more like them than a held-out text.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        counts = [_counts(text) for text in texts]
+        holding = Counter(word for words in counts for word in words)
+        self._places = {word: place for place, word in enumerate(holding)}
+        self._idf = {word: 1 + math.log((1 + len(texts)) / (1 + number)) for word, number in holding.items()}
+        self._unknown = 1 + math.log(1 + len(texts))
+
+    def rows(self, texts: Sequence[str]) -> scipy.sparse.csr_array:
+        values, places, ends = [], [], [0]
+        for counts in map(_counts, texts):
+            row = {word: (1 + math.log(count)) * self._idf.get(word, self._unknown) for word, count in counts.items()}
+            norm = math.hypot(*row.values())
+            known = [word for word in row if word in self._places]
+            values += [row[word] / norm for word in known]
+            places += [self._places[word] for word in known]
+            ends.append(len(values))
+        return scipy.sparse.csr_array((values, places, ends), shape=(len(texts), len(self._places)), dtype=np.float64)
+
+
+def _counts(text: str) -> Counter[str]:
+    return Counter(_WORD.findall(readable(text).lower()))
+
+
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """N texts as three kernels see them: unit vectors by the embedder and of their form, and TF-IDF rows."""
+
+    dense_ND: np.ndarray
+    form_NF: np.ndarray
+    words_NV: scipy.sparse.csr_array
+
+    @classmethod
+    def of(cls, texts: Sequence[str], dense_ND: np.ndarray, tfidf: TfIdf) -> _Look:
+        return cls(dense_ND, Form().embed(texts).astype(np.float64), tfidf.rows(texts))
+
+    def kernels(self, other: _Look) -> list[np.ndarray]:
+        """(N, M) each, 1 at most."""
+        form_NM = np.exp(-_FORM_RATE * (1.0 - self.form_NF @ other.form_NF.T))
+        return [self.dense_ND @ other.dense_ND.T, form_NM, (self.words_NV @ other.words_NV.T).toarray()]
+
+
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """Samples N of adapters C, as looks at their inputs and perhaps outputs, with what was chosen and solved for them."""
+
+    labels_N: np.ndarray
+    tfidfs: list[TfIdf]
+    looks: list[_Look]
+    relation_NF: np.ndarray
+    choice: Choice
+    fit: Fit
+
+    def mixed(self) -> np.ndarray:
+        """The kernel of the samples (N, N)."""
+        return _mix(self.choice.shares_P, _kernels(self.looks, self.relation_NF, self.looks, self.relation_NF))
+
+    def cosines(self, pairs: Sequence[_Pair], space: KeySpace) -> np.ndarray:
+        """(Q, C) of Q examples."""
+        sides = list(zip(*pairs, strict=True))[: len(self.looks)]
+        looks = [_Look.of(texts, space.embed(texts), tfidf) for texts, tfidf in zip(sides, self.tfidfs, strict=True)]
+        kernels_PQN = _kernels(looks, _relation(pairs), self.looks, self.relation_NF)
+        return self.fit.cosines(_mix(self.choice.shares_P, kernels_PQN))
+
+
+@traits("relative")
+class Classifier(DeclaredKey):
+    """The cosine, in the space of the mixed kernel, of an input with the adapter's direction; the mean of them for several.
+
+    `samples`: how many of an adapter's samples count at most, 1 or more; evenly spaced, and fewer where there are over 2,000
+    in all. An adapter without samples is known by its description, else by its name; one without outputs by its inputs
+    alone.
+
+    A list of adapters is fitted once and kept: texts not met before are embedded, a mixture is chosen on up to 700 samples,
+    and N samples are solved for in O(N^3 / 3). A fit depends on nothing but the list.
+    """
+
+    def __init__(self, *, samples: Count = 20) -> None:
+        self.samples = samples
+        self._kept: list[tuple[list[Record], bool, KeySpace, _Fitted]] = []
+
+    def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
+        return self._judge(query, records, space)[0]
+
+    def probabilities(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
+        """How probable each adapter is, given that one of them is right and the inputs are independent. They sum to 1.
+
+        NaN for a query without inputs.
+        """
+        logits_N = self._judge(query, records, space)[1]
+        probable_N: np.ndarray = np.exp(kernel_ridge.log_softmax(logits_N)) if len(records) else logits_N
+        return probable_N
+
+    def held_out(self, records: Sequence[Record], space: KeySpace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The adapter of each sample input (N,), as a place in order of names, and its cosines (N, C) by two fits.
+
+        The first has not seen it, and the second has seen none of its adapter's samples: there its own adapter has -inf.
+        """
+        fitted = self._fitted(sorted(records, key=attrgetter("name")), space, outputs=False)
+        kernel_NN, labels_N, ridge = fitted.mixed(), fitted.labels_N, fitted.choice.ridge
+        own_NC = kernel_ridge.held_out(kernel_NN, labels_N, _folds(labels_N), ridge)
+        foreign_NC = kernel_ridge.held_out(kernel_NN, labels_N, labels_N, ridge)
+        foreign_NC[np.arange(len(labels_N)), labels_N] = -np.inf
+        return labels_N, own_NC, foreign_NC
+
+    def _judge(self, query: Query, records: Sequence[Record], space: KeySpace) -> tuple[np.ndarray, np.ndarray]:
+        """The mean cosine and the summed logits of each record; NaN for a query without inputs."""
+        if not query.inputs or not records:
+            return np.full(len(records), np.nan), np.full(len(records), np.nan)
+        # in one order, since every query brings the same adapters in another
+        order = sorted(range(len(records)), key=lambda row: records[row].name)
+        pairs = list(zip(query.inputs, query.outputs or [""] * len(query.inputs), strict=True))
+        told, bare = [pair for pair in pairs if pair[1].strip()], [pair for pair in pairs if not pair[1].strip()]
+        answering = [row for row in order if told and _pairs(records[row], space)[0][1]]
+        cosines_N, logits_N = np.zeros(len(records)), np.zeros(len(records))
+
+        def add(asked: list[_Pair], among: list[int], outputs: bool, judged: list[int]) -> None:
+            if asked and judged:
+                fitted = self._fitted([records[row] for row in among], space, outputs=outputs)
+                sums = dict(zip(among, fitted.cosines(asked, space).sum(axis=0), strict=True))
+                cosines_N[judged] += [sums[row] for row in judged]
+                logits_N[judged] += [sums[row] / fitted.choice.temperature for row in judged]
+
+        add(bare, order, False, order)
+        add(told, answering, True, answering)
+        add(told, order, False, [row for row in order if row not in set(answering)])
+        return cosines_N / len(pairs), logits_N
+
+    def _fitted(self, records: list[Record], space: KeySpace, *, outputs: bool) -> _Fitted:
+        """What does not depend on the query; kept, since one search after the other meets the same adapters."""
+        for known in self._kept:
+            if known[1] == outputs and known[2] is space and known[0] == records:
+                return known[3]
+        # from what is best for inputs alone, so that on what is held out outputs never do worse
+        start = self._fitted(records, space, outputs=False).choice if outputs else _START
+        fitted = self._fit(records, space, start, outputs)
+        # one assignment, so that threads see the old or the new
+        self._kept = [(records, outputs, space, fitted), *self._kept][:_NUM_KEPT]
+        return fitted
+
+    def _fit(self, records: list[Record], space: KeySpace, start: Choice, outputs: bool) -> _Fitted:
+        count = min(self.samples, max(1, MAX_SAMPLES // len(records)))
+        pairs: list[_Pair] = []
+        dense: list[list[np.ndarray]] = [[], []]
+        sizes = []
+        for record in records:
+            own = _pairs(record, space)
+            places = np.unique(np.linspace(0, len(own) - 1, min(count, len(own))).round().astype(int))
+            samples_MD = space.samples(record)
+            dense[0].append((samples_MD if len(samples_MD) else space.embed([own[0][0]]))[places])
+            if outputs:
+                dense[1].append(space.embed([output for _, output in own])[places])
+            pairs += [own[place] for place in places]
+            sizes.append(len(places))
+        labels_N = np.repeat(np.arange(len(records)), sizes)
+        sides = list(zip(*pairs, strict=True))[: 1 + outputs]
+        tfidfs = [TfIdf(texts) for texts in sides]
+        looks = [
+            _Look.of(texts, np.concatenate(rows), tfidf) for texts, rows, tfidf in zip(sides, dense, tfidfs, strict=False)
+        ]
+        relation_NF = _relation(pairs)
+        kernels_PNN = _kernels(looks, relation_NF, looks, relation_NF)
+        start = Choice(np.pad(start.shares_P, (0, len(kernels_PNN) - len(start.shares_P))), start.ridge, start.temperature)
+        seen_S = np.flatnonzero(labels_N % math.ceil(len(pairs) / MAX_CHOOSING) == 0)
+        _, labels_S = np.unique(labels_N[seen_S], return_inverse=True)
+        choice = kernel_ridge.choose(kernels_PNN[:, seen_S[:, None], seen_S], labels_S, _folds(labels_S), start)
+        fit = kernel_ridge.fit(_mix(choice.shares_P, kernels_PNN), labels_N, choice.ridge)
+        return _Fitted(labels_N, tfidfs, looks, relation_NF, choice, fit)
+
+
+def _pairs(record: Record, space: KeySpace) -> list[_Pair]:
+    """The sample inputs with their outputs, or none unless each has one; without inputs, what else tells of the adapter."""
+    inputs = [text for text in record.examples if text.strip()][:MAX_SAMPLE_INPUTS]
+    pairs = space.pairs(record)
+    if inputs and len(pairs) == len(inputs):
+        return pairs
+    return [(text, "") for text in inputs or [record.description if record.description.strip() else record.name]]
+
+
+def _folds(labels_N: np.ndarray) -> np.ndarray:
+    """The place of each sample among those of its class: the first of each are held out together, then the second ones.
+
+    Held out alone, a sample meets its own class one smaller than the others, and looks less like it than a query does.
+    """
+    folds_N: np.ndarray = np.arange(len(labels_N)) - np.searchsorted(labels_N, labels_N)
+    return folds_N
+
+
+def _relation(pairs: Sequence[_Pair]) -> np.ndarray:
+    return np.stack([relation_of(*pair) for pair in pairs])
+
+
+def _kernels(looks: list[_Look], relation_NF: np.ndarray, others: list[_Look], relation_MF: np.ndarray) -> np.ndarray:
+    """(P, N, M): three of the inputs, and with outputs three of these and one of their relation to the inputs."""
+    kernels = [kernel for look, other in zip(looks, others, strict=True) for kernel in look.kernels(other)]
+    return np.stack(kernels + [relation_NF @ relation_MF.T] * (len(looks) > 1))
+
+
+def _mix(shares_P: np.ndarray, kernels_PNM: np.ndarray) -> np.ndarray:
+    mixed_NM: np.ndarray = np.tensordot(shares_P, kernels_PNM, axes=1)
+    return mixed_NM
