@@ -88,7 +88,7 @@ def order(
     chosen, reason = search.best(gain)
     seconds = time.perf_counter() - started
     report = OrderReport(tuple(search.rows()), _labels(chosen), reason, tuple(left_out), asking.count, seconds)
-    return Program(model, tokenizer, asked, chosen, hub, pool_of(chosen, hub), report)
+    return Program(model, tokenizer, asked, chosen, hub, pool_of(chosen, hub, model), report)
 
 
 def candidates(hub: Hub, tokenizer: Any, task: Task, k: int, model: Any) -> tuple[list[Step], list[Step], list[str]]:

@@ -6,15 +6,19 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from loraweave.common.display import ShownTable
+from torch import nn
+
+from loraweave.common.display import ShownTable, tracked
 from loraweave.common.files import as_path, whole_file
 from loraweave.common.options import Count, Positive, check_options, options_of
 from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.composer.compose.composition import TASK_FIELDS, Composition
 from loraweave.composer.composer import Composer
+from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import untouched
 from loraweave.composer.programs.asked import Step
@@ -138,7 +142,9 @@ class Program:
         found = [text for text in dict.fromkeys(found) if text.strip()]
         if not found:
             raise InvalidTask(f"there is nothing for program {str(self)!r} to label; {why}")
-        labelled = list(zip(found, self.predict(found), strict=True))
+        parts = [found[start : start + scoring.BATCH_SIZE] for start in range(0, len(found), scoring.BATCH_SIZE)]
+        answers = [self.predict(part) for part in tracked(parts, "labelling", total=len(parts), shown=progress)]
+        labelled = list(zip(found, chain.from_iterable(answers), strict=True))
         settings = Distilling(num_inputs, steps, lr, rank, seed)
         instruction = self.task.instruction or " ".join(step.instruction for step in self.steps)
         asked = Task(self.task.examples, instruction=instruction, labels=self.task.labels, template=self.task.template)
@@ -159,7 +165,7 @@ class Program:
         """Reads a saved program, whose adapters the hub must have as they were.
 
         Raises AdapterNotFound for a file or an adapter that is gone, AdapterCorrupt for a damaged file, CompositionError for
-        one of another format and for an adapter whose content has changed.
+        one of another format and for an adapter whose content has changed, BaseModelMismatch for another model.
         """
         source = as_path(path, "the file of a program", CompositionError)
         if not source.is_file():
@@ -176,7 +182,7 @@ class Program:
             report = _report(saved["report"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdapterCorrupt(f"{source} is damaged ({type(error).__name__}: {error})") from error
-        return cls(model, tokenizer, task, steps, hub, pool_of(steps, hub), report)
+        return cls(model, tokenizer, task, steps, hub, pool_of(steps, hub, model), report)
 
     @property
     def _last_task(self) -> Task:
@@ -202,8 +208,11 @@ class Program:
             yield
 
 
-def pool_of(steps: Sequence[Step], hub: Hub) -> ExpertPool | None:
-    """The steps' adapters; None where all are asked of the base. Raises CompositionError for one of other content."""
+def pool_of(steps: Sequence[Step], hub: Hub, model: nn.Module) -> ExpertPool | None:
+    """The steps' adapters, as experts of the model; None where all are asked of the base.
+
+    Raises CompositionError for one of other content, BaseModelMismatch or LayerMismatch for one of another model.
+    """
     named = {step.name: step.hash for step in steps if step.name is not None}
     for name, wanted in named.items():
         if (found := hub.record(name).hash) != wanted:
@@ -211,7 +220,7 @@ def pool_of(steps: Sequence[Step], hub: Hub) -> ExpertPool | None:
                 f"the program was made with adapter {name!r} of content {str(wanted)[:12]}, and the hub has {found[:12]} "
                 "under that name: find the order again, or bring the version back (hub.rollback)"
             )
-    return hub.pool(named) if named else None
+    return Composer(model, Fitting(model).accepted(hub.pool(named))).pool if named else None
 
 
 def _report(saved: Mapping[str, Any]) -> OrderReport:

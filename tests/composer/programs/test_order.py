@@ -18,6 +18,7 @@ from loraweave.composer.programs.program import Program
 from loraweave.errors import (
     AdapterCorrupt,
     AdapterNotFound,
+    BaseModelMismatch,
     CompositionError,
     EmptyIndex,
     InvalidTask,
@@ -156,6 +157,12 @@ def test_a_saved_program_comes_back_and_a_changed_adapter_is_refused(program, tr
     hub.remove("two")
     with pytest.raises(AdapterNotFound):
         Program.load(path, model, tokenizer, hub)
+
+
+def test_a_program_of_another_model_is_refused(program, make_model, tokenizer, hub, tmp_path):
+    other = make_model("llama", hidden_size=24)
+    with pytest.raises(BaseModelMismatch):
+        Program.load(program.save(tmp_path / "program.json"), other, tokenizer, hub)
 
 
 def test_damaged_and_newer_files_are_refused(program, trained_on, tokenizer, hub, tmp_path):
