@@ -137,9 +137,11 @@ def _inverse(matrix_NN: np.ndarray) -> np.ndarray:
 
 
 def _targets(labels_N: np.ndarray) -> np.ndarray:
-    return np.eye(int(labels_N.max()) + 1)[labels_N]
+    targets_NC: np.ndarray = np.eye(int(labels_N.max()) + 1)[labels_N]
+    return targets_NC
 
 
 def _norms(squares_C: np.ndarray, whole_C: np.ndarray) -> np.ndarray:
     """Their roots; infinite where nothing is left of the whole, so that every cosine with it is 0."""
-    return np.where(squares_C > _NOTHING * whole_C, np.sqrt(np.maximum(squares_C, 0.0)), np.inf)
+    norms_C: np.ndarray = np.where(squares_C > _NOTHING * whole_C, np.sqrt(np.maximum(squares_C, 0.0)), np.inf)
+    return norms_C
