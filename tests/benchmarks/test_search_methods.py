@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+import loraweave as lw
 from benchmarks import _search_methods as methods
 from loraweave.hub.embedders.hashing import Hashing
 
@@ -55,3 +56,17 @@ def test_foresight_is_the_rank_correlation_with_the_gains_and_what_the_first_bri
     assert (found["reversed"]["spearman"], found["reversed"]["first"], found["reversed"]["best_of_5"]) == (-1.0, 1.0, 3.0)
     assert found["half"]["spearman"] == pytest.approx(0.5)
     assert found["oracle"]["first"] == 3.0
+
+
+def test_a_missing_adapter_is_not_searched_and_the_others_are():
+    tasks = [
+        methods.PoolTask("sums", "", (("1 + 2", "3"),), (("1 + 2", "3"),), ()),
+        methods.PoolTask("films", "", (("A dull film.", "bad"),), (("A dull film.", "bad"),), ()),
+    ]
+    with methods.card_hub(tasks) as hub:
+        retriever = lw.Retriever(hub, embedder="hashing", keys=())
+        there, gone = methods.missing(retriever, tasks, sizes=(1,))[1]
+        assert [scores[0] for scores in there] == pytest.approx([1.0, 1.0], abs=1e-6)
+        # each is then found by its likeness to the other
+        (likeness,) = {round(float(np.prod(Hashing().embed(["1 + 2", "A dull film."]), axis=0).sum()), 5)}
+        assert [scores[0] for scores in gone] == pytest.approx([likeness] * 2, abs=1e-5)
