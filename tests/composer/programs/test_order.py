@@ -127,7 +127,7 @@ def test_labels_are_ranked_by_the_last_step(trained_on, tokenizer, hub):
     assert found.predict(["b", "c"]) == ["j", "k"]
 
 
-def test_a_distilled_program_answers_alike_in_one_pass_and_says_what_was_lost(program):
+def test_a_distilled_program_answers_alike_in_one_pass_and_says_what_was_lost(program, tmp_path):
     made = program.distil(["a", "b", "c", "d"], steps=80, lr=1e-2, progress=False)
     (row,) = made.report.rows
     assert "learned one > two from 0 inputs that it labelled; agrees with it on" in made.report.reason
@@ -135,6 +135,8 @@ def test_a_distilled_program_answers_alike_in_one_pass_and_says_what_was_lost(pr
     assert made.task.instruction == "go on do it"
     assert [parent["name"] for parent in made.parents] == ["one", "two"]
     assert f"became {row.loss:.3f}" in made.report.reason
+    made.export(tmp_path / "plain")
+    assert lw.Adapter.from_pretrained(tmp_path / "plain").hash == made.adapter.hash
 
 
 def test_without_inputs_the_cards_of_the_hub_are_asked(program, hub):
