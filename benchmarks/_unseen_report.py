@@ -19,6 +19,7 @@ WAYS = (
     "base",
     "in_context",
     "lora_examples",
+    "few_shot",
     "composed_and_tuned",
     "retrieved_first",
     "best_single",

@@ -64,7 +64,7 @@ class Asked:
     seeds: list[int]
     shots: list[int]
     k: int
-    budget: int
+    budget: int | None
     num_test: int
     left_out: bool = False
 
@@ -89,7 +89,7 @@ def main(
     seeds: Annotated[str, typer.Option(help="of the examples and the searches")] = "0,1,2,3,4",
     shots: Annotated[str, typer.Option(help="numbers of examples")] = "5",
     k: Annotated[int, typer.Option(help="adapters that retrieval brings")] = 20,
-    budget: Annotated[int, typer.Option(help="evaluations of each search")] = 40,
+    budget: Annotated[int | None, typer.Option(help="evaluations of each search")] = None,
     num_test: Annotated[int, typer.Option(help="test items of each task")] = 100,
     part: Annotated[str, typer.Option(help="2/3 is the second of three processes that share the tasks")] = "1/1",
     again: Annotated[str, typer.Option(help="a,b: ways whose earlier measurements do not count")] = "",
@@ -174,7 +174,7 @@ class Case:
     training: list[tuple[str, str]]
     seed: int
     k: int
-    budget: int
+    budget: int | None
 
     @property
     def task(self) -> lw.Task:
@@ -262,6 +262,11 @@ def composed_and_tuned(case: Case) -> Found:
     return Found(tuned.adapter, notes={"chosen": composition.report.chosen})
 
 
+def few_shot(case: Case) -> Found:
+    """A LoRA on all linear layers, trained on the examples under each other and asked under all of them; no guard."""
+    return _composed(case, "few_shot", folds=0)
+
+
 def oracle(case: Case) -> Found:
     """The same LoRA trained on the task's whole training set."""
     return Found(_trained(case, replace(case.task, examples=case.training), batch_size=8, **ORACLE))
@@ -311,6 +316,7 @@ OWN: dict[str, Callable[[Case], Found]] = {
         retrieved_first,
         lorahub_original,
         lora_examples,
+        few_shot,
         composed_and_tuned,
         oracle,
         order,
@@ -321,7 +327,7 @@ OWN: dict[str, Callable[[Case], Found]] = {
 OWN["order+distilled"] = order_distilled
 
 
-def _composed(case: Case, method: str) -> Found:
+def _composed(case: Case, method: str, folds: int | None = None) -> Found:
     composition = lw.compose(
         case.model,
         case.tokenizer,
@@ -331,17 +337,19 @@ def _composed(case: Case, method: str) -> Found:
         k=case.k,
         budget=case.budget,
         seed=case.seed,
+        folds=folds,
         progress=False,
     )
     report = composition.report
-    notes = {"chosen": report.chosen, "evaluations": report.evaluations}
+    held_out = {row.name: None if row.held_out_loss is None else round(row.held_out_loss, 4) for row in report.rows}
+    notes = {"chosen": report.chosen, "evaluations": report.evaluations, "held_out": held_out}
     if report.chosen == "best_single":
         notes["single"] = next(iter(composition.mean_weights))
     try:
-        return Found(composition.adapter, notes=notes)
+        return Found(composition.adapter, composition.task, notes=notes)
     except CompositionError:
         # the base model itself, which no adapter expresses
-        return Found(notes=notes)
+        return Found(task=composition.task, notes=notes)
 
 
 def _trained(case: Case, task: lw.Task, *, steps: int, lr: float, batch_size: int, warmup: int = 10) -> lw.Adapter:

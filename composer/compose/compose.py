@@ -43,7 +43,7 @@ def compose(
     *,
     method: str | Router = "auto",
     k: int = 20,
-    budget: int | None = 40,
+    budget: int | None = None,
     seconds: float | None = None,
     seed: int = 0,
     space: str | None = None,
@@ -61,11 +61,13 @@ def compose(
 ) -> Composition:
     """Finds the `k` adapters of a hub that fit the task's examples best, weighs them, and returns the composition.
 
-    A pool or a list of adapters is used whole. `method` "auto" races several searches under one `budget` of evaluations
+    A pool or a list of adapters is used whole. `method` "auto" races several ways under one `budget` of evaluations
     (candidates scored on all examples) or `seconds`, and takes whatever does best on held-out examples (docs/search.md). A
     name of `names("routers")` runs that search alone; "best_single" takes the adapter of the lowest loss, "manual" the given
-    `weights`, "base" none. A router, by name and options, weighs every token; one that learns is trained on the examples for
-    `steps` steps (by default a third of the budget) at the rate `lr`. A router object is used as it is.
+    `weights`, "base" none, "in_context" the base with the examples in every prompt, and "few_shot" a LoRA trained on the
+    examples under such prompts (`steps`, `lr`). A router, by name and options, weighs every token; one that learns is
+    trained on the examples for `steps` steps (by default a third of the budget) at the rate `lr`. A router object is used as
+    it is.
     `space` "deltas" mixes the adapters' updates, "factors" mixes A and B apart, as LoraHub's authors do. `objective` is a
     name of `names("objectives")` or a function of (model, examples); "entropy" reads `inputs` without targets, by default
     the examples' own. `l1` * mean|w|, `l2` * mean(w^2) and `sparsity` * the number of adapters used are added to it. Each
@@ -73,8 +75,8 @@ def compose(
 
     The guard: a searched composition must do no worse on held-out examples than the base and the best single adapter, or
     the better of these two is returned. It is cross-validated over at most `folds` folds, 3 by default; each fold's search
-    has the same budget and never sees the fold. `folds=0` turns the guard off. The budget of "auto" pays for its folds, 2
-    by default, and for all that races.
+    has the same budget and never sees the fold. `folds=0` turns the guard off. The budget of "auto", 120 by default,
+    pays for its folds, 2 by default, and for all that races; that of other methods is 40. `seconds` alone bound no number.
 
     `checkpoint` is a folder from which an interrupted search resumes, to the same result. `search_options` go to the search.
     docs/identity.md says which adapters of a hub are for this model. Adapters whose licenses exclude each other, or derived
@@ -142,7 +144,6 @@ def _compose(
     return Composition(
         model,
         tokenizer,
-        task,
         all_weights=rows[chosen].weights,
         by_layer=rows[chosen].by_layer,
         report=report,

@@ -20,6 +20,7 @@ from loraweave.composer.composer import Composer
 from loraweave.composer.merge.arithmetic import byom
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import untouched
+from loraweave.composer.model.kinds.linear import shape as linear_shape
 from loraweave.composer.train.adapters import train_adapters
 from loraweave.errors import WeightingError
 from loraweave.hub.adapter import Adapter
@@ -70,7 +71,7 @@ def tuned_adapters(
         for name, start in starts.items()
         if start is not None
     }
-    jobs = {name: replace(task, examples=[task.examples[index] for index in chosen]) for name, chosen in examples.items()}
+    jobs = {name: task_of(task, chosen) for name, chosen in examples.items()}
     return train_adapters(
         model,
         tokenizer,
@@ -88,6 +89,13 @@ def tuned_adapters(
     )
 
 
+def task_of(task: Task, seen: Sequence[int]) -> Task:
+    """The task with these examples alone; where it shows its examples, it shows no others."""
+    examples = [task.examples[index] for index in seen]
+    shown = examples if task.demonstrations == task.examples else task.demonstrations
+    return replace(task, examples=examples, demonstrations=shown)
+
+
 def num_scalars(adapter: Adapter) -> int:
     """Of all its factors a and b."""
     return sum(factors.a_RI.numel() + factors.b_OR.numel() for factors in adapter.layers.values())
@@ -98,6 +106,13 @@ def targets_of(pool: ExpertPool | None) -> Sequence[str]:
     adapters = [] if pool is None else pool.adapters.values()
     linear = {layer for adapter in adapters for layer, factors in adapter.layers.items() if factors.kind == "linear"}
     return sorted({layer.rsplit(".", 1)[-1] for layer in linear}) or TARGETS
+
+
+def linear_targets(model: Any) -> Sequence[str]:
+    """What the paths of a model's linear layers end in, without its head."""
+    head = model.get_output_embeddings()
+    linear = {name for name, module in model.named_modules() if linear_shape(module) and module is not head}
+    return sorted({name.rsplit(".", 1)[-1] for name in linear})
 
 
 def example_loss(model: Any, tokenizer: Any, task: Task, pool: ExpertPool, merge_method: str = "linear") -> ExampleLoss:

@@ -28,8 +28,10 @@ from loraweave.types import Router, Task
 SPACES = {"deltas": "linear", "factors": "factor_sum"}
 # a race pays for its folds out of one budget
 FOLDS, FOLDS_OF_A_RACE = 3, 2
+# LoraHub's published budget; a few-shot LoRA on both folds and once on all examples
+BUDGET, BUDGET_OF_A_RACE = 40, 120
 # ways of compose() that are no solvers
-OTHER_WAYS = ("auto", "base", "best_single")
+OTHER_WAYS = ("auto", "base", "best_single", "in_context", "few_shot")
 # what compose() gives a solver that asks for it: retrieval scores, the pool's layers, the weights of "manual"
 SUPPLIED = ("scores", "layers", "weights")
 LIMITS = ("budget", "seconds", "seed")
@@ -42,6 +44,7 @@ PLENTY = 10**9
 FOR_SEARCHES = ("seconds", "space", "objective", "inputs", "l1", "l2", "sparsity")
 # what compose() adds to the options of a router that is trained
 TRAINING = ("steps", "lr")
+FEW_SHOT_OPTIONS = {"steps": Count, "lr": Positive}
 
 
 Kind = TypeVar("Kind")
@@ -71,8 +74,11 @@ class Settings:
     @classmethod
     def of(cls, *, folds: int | None, checkpoint: str | Path | None, inputs: GivenRows | None, **arguments: Any) -> Settings:
         """The arguments of compose() by name. WeightingError for a checkpoint that is not a path, InvalidTask for inputs."""
+        races = arguments["method"] == "auto"
         if folds is None:
-            folds = FOLDS_OF_A_RACE if arguments["method"] == "auto" else FOLDS
+            folds = FOLDS_OF_A_RACE if races else FOLDS
+        if arguments["budget"] is None and arguments["seconds"] is None:
+            arguments["budget"] = BUDGET_OF_A_RACE if races else BUDGET
         texts = None if inputs is None else read_inputs(inputs)
         folder = None if checkpoint is None else as_path(checkpoint, "checkpoint", WeightingError)
         return cls(folds=folds, checkpoint=folder, inputs=texts, **arguments)
@@ -93,7 +99,7 @@ class Settings:
         if self.routes:
             # a router object is used as it is
             return _class_of(self.method, LearnedRouter) is not None
-        return self.method == "auto" if self.method in OTHER_WAYS else solver_class(self.name).learns
+        return self.method in ("auto", "few_shot") if self.method in OTHER_WAYS else solver_class(self.name).learns
 
     @property
     def merge_method(self) -> str | None:
@@ -125,7 +131,7 @@ class Settings:
         A single adapter, the base, and mixtures that a router makes live combine nothing.
         """
         weights = {name: weight for name, weight in (self.weights or dict.fromkeys(pool.names)).items() if weight != 0.0}
-        alone = self.method in ("base", "best_single") or list(weights.values()) == [1.0]
+        alone = self.method in ("base", "best_single", "in_context", "few_shot") or list(weights.values()) == [1.0]
         if not (alone or self.routes or self.allow_licenses):
             require_one_work((name, stated_license(pool[name].card.get("license"))) for name in weights)
 
@@ -169,8 +175,6 @@ class Settings:
         if self.space is not None and self.space not in SPACES:
             hint = nearest(self.space, SPACES)
             raise UnknownName(f"no space {self.space!r} to compose with{hint}; there are {', '.join(SPACES)}")
-        if self.budget is None and self.seconds is None and (found is not None or self.method == "auto"):
-            raise WeightingError("a search needs a budget of evaluations, or of seconds, or both")
         self._check_options(found, from_hub)
         if found is not None and not self.can_run(self.name):
             given = "a function" if callable(self.objective) else repr(self.objective or "cross_entropy")
@@ -181,6 +185,9 @@ class Settings:
             )
 
     def _check_options(self, found: type[Solver] | None, from_hub: bool) -> None:
+        if self.method == "few_shot":
+            check_options(f"method {self.name!r}", self.options, FEW_SHOT_OPTIONS)
+            return
         known = {} if found is None else options_of(found, beside=("experts", *LIMITS, *SUPPLIED))
         require_known(f"method {self.name!r}", self.options, known)
         if found is not None:
@@ -218,7 +225,7 @@ class Settings:
             )
         loss = None
         if self.learns and not self.routes:
-            loss = self.objective or ("cross_entropy" if self.method == "auto" else solver_class(self.name).loss)
+            loss = self.objective or ("cross_entropy" if self.method in OTHER_WAYS else solver_class(self.name).loss)
         if self.inputs is not None and loss != "entropy":
             given = "a function" if callable(loss) else repr(loss)
             raise InvalidTask(

@@ -18,6 +18,7 @@ from loraweave.composer.compose.refine import (
     STEP_COST,
     Tuning,
     example_loss,
+    linear_targets,
     num_scalars,
     pool_of,
     targets_of,
@@ -94,6 +95,62 @@ class Tuned(Trial[_Continued]):
         # compose() has asked for the licenses before anything was measured
         pool = self.bench.engine.pool
         return merge_mixture(pool, result.mixture, method=self.merge_method, name="start", allow_licenses=True)
+
+
+# steps and largest rate of a LoRA on the examples under demonstrations, chosen by leave-one-out on the example pool
+FEW_SHOT = Tuning(steps=20, lr=1e-3, batch_size=1)
+
+
+@dataclass(frozen=True)
+class _Learned:
+    """An adapter that learned the examples of a split, and its loss on all of them where the split's are shown."""
+
+    adapter: Adapter
+    loss: ExampleLoss
+
+
+class FewShot(Trial[_Learned]):
+    """A LoRA on all linear layers, trained on the examples that a split sees, each under the others (arXiv 2110.15943)."""
+
+    def __init__(self, bench: Bench, tuning: Tuning) -> None:
+        super().__init__("few_shot", bench)
+        self.steps = tuning.steps
+        self._tuning = tuning
+
+    def choose(self, splits: Sequence[Split]) -> list[_Learned]:
+        bench, tuning = self.bench, self._tuning
+        base = bench.engine.model, bench.tokenizer
+        trained = tuned_adapters(
+            *base,
+            bench.task,
+            dict.fromkeys([split.name for split in splits]),
+            {split.name: split.seen for split in splits},
+            tuning,
+            target_modules=linear_targets(bench.engine.model),
+            checkpoint=bench.checkpoint,
+        )
+        made = STEP_COST * tuning.steps * len(splits)
+        self.evaluations += made
+        bench.on_progress(made)
+        return [_Learned(trained[split.name], self._loss(trained[split.name], split)) for split in splits]
+
+    def _loss(self, adapter: Adapter, split: Split) -> ExampleLoss:
+        """On all examples; a prompt shows those that the split sees, but never its own."""
+        task = self.bench.task
+        shown = replace(task, demonstrations=[task.examples[place] for place in split.seen])
+        return example_loss(self.bench.engine.model, self.bench.tokenizer, shown, ExpertPool({adapter.name: adapter}))
+
+    def scores(self, chosen: _Learned, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        alone = MixtureWeights.of({chosen.adapter.name: 1.0}, [chosen.adapter.name])
+        losses_CN, hits_CN = chosen.loss.view(examples).scores([alone])
+        return losses_CN[0], hits_CN[0]
+
+    def result(self, chosen: _Learned) -> SearchResult:
+        return result_of(MixtureWeights.of({}, self.bench.names), num_scalars(chosen.adapter))
+
+    def composition_fields(self, chosen: _Learned) -> dict[str, Any]:
+        stored = replace(chosen.adapter, name="composition")
+        return {**super().composition_fields(chosen), "stored": stored, "tuned_steps": self._tuning.steps}
 
 
 # of a router's training, without a budget

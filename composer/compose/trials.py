@@ -11,7 +11,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -64,6 +64,10 @@ class Bench:
     @property
     def names(self) -> Sequence[str]:
         return self.engine.pool.names
+
+    def with_demonstrations(self) -> Bench:
+        """The same, where every prompt shows the other examples; nothing is measured there yet."""
+        return replace(self, task=replace(self.task, demonstrations=self.task.examples), _losses={})
 
     @property
     def everything(self) -> Split:
@@ -129,7 +133,7 @@ class Trial(ABC, Generic[Chosen]):
 
     def composition_fields(self, chosen: Chosen) -> dict[str, Any]:
         """What a composition has of a choice beside its weights."""
-        return {"pool": self.bench.engine.pool, "merge_method": self.merge_method}
+        return {"task": self.bench.task, "pool": self.bench.engine.pool, "merge_method": self.merge_method}
 
     @property
     def held_out_loss(self) -> float:

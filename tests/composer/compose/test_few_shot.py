@@ -1,0 +1,101 @@
+"""The ways of compose() that show the examples: the base in context, and a LoRA trained under demonstrations."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import loraweave as lw
+from loraweave.composer.compose import refine
+from loraweave.composer.compose.trained import FEW_SHOT
+from loraweave.errors import InvalidTask, WeightingError
+
+EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD")]
+
+
+@pytest.fixture
+def task():
+    return lw.Task(EXAMPLES, instruction="swap")
+
+
+@pytest.fixture
+def compose(compose_on):
+    return partial(compose_on, method="few_shot", steps=3)
+
+
+def test_in_context_is_the_base_under_the_other_examples(compose_on, tiny_llama, tokenizer, task):
+    found = compose_on(method="in_context")
+    assert found.is_base
+    assert found.task.demonstrations == task.examples
+    expected = []
+    for text, target in task.examples:
+        prompt = "".join(f"swap\nInput: {x}\nOutput: {y}\n\n" for x, y in task.examples if x != text)
+        ids = tokenizer(f"{prompt}swap\nInput: {text}\nOutput:")["input_ids"]
+        answer = tokenizer(f" {target}\n", add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logs = tiny_llama(input_ids=torch.tensor([ids + answer])).logits[0].double().log_softmax(dim=1)
+        expected.append(-np.mean([float(logs[len(ids) - 1 + k, token]) for k, token in enumerate(answer)]))
+    assert found.report["in_context"].loss == pytest.approx(np.mean(expected), rel=1e-4)
+    assert found.losses() == pytest.approx(expected, rel=1e-4)
+
+
+def test_few_shot_is_the_training_under_demonstrations(compose, tiny_llama, tokenizer, task):
+    found = compose(folds=0, seed=5)
+    shown = lw.Task(EXAMPLES, instruction="swap", demonstrations=True)
+    alone = lw.train_adapters(
+        tiny_llama,
+        tokenizer,
+        {"all": shown},
+        steps=3,
+        lr=FEW_SHOT.lr,
+        batch_size=1,
+        warmup=0,
+        seed=5,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        progress=False,
+    )["all"]
+    assert found.adapter.layers.keys() == alone.layers.keys()
+    for layer, factors in alone.layers.items():
+        torch.testing.assert_close(found.adapter.layers[layer].b_OR, factors.b_OR, rtol=1e-4, atol=1e-6)
+    assert found.task == shown
+    assert found.tuned_steps == 3
+
+
+def test_a_folds_training_never_meets_what_it_is_measured_on(compose, monkeypatch):
+    trained = {}
+    original = refine.train_adapters
+
+    def spy(model, tokenizer, jobs, **settings):
+        trained.update(jobs)
+        return original(model, tokenizer, jobs, **settings)
+
+    monkeypatch.setattr(refine, "train_adapters", spy)
+    compose(folds=2)
+    halves = [set(trained[f"fold-{number}"].examples) for number in range(2)]
+    assert halves[0] | halves[1] == set(EXAMPLES)
+    assert not halves[0] & halves[1]
+    for name in ("fold-0", "fold-1", "all"):
+        assert trained[name].demonstrations == trained[name].examples
+
+
+def test_a_composition_keeps_its_demonstrations(compose, tiny_llama, tokenizer, tmp_path):
+    found = compose(folds=0)
+    found.save_pretrained(tmp_path / "kept")
+    read = lw.Composition.from_pretrained(tmp_path / "kept", tiny_llama, tokenizer)
+    assert read.task == found.task
+    assert read.losses() == pytest.approx(found.losses(), rel=1e-4)
+    assert read.predict(["b", "x"]) == found.predict(["b", "x"])
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"lr": -1.0}, {"rank": 4}])
+def test_options_out_of_range_are_refused(compose, options):
+    with pytest.raises(WeightingError, match="method 'few_shot'"):
+        compose(**options)
+
+
+def test_one_example_cannot_be_held_out(compose_on):
+    with pytest.raises(InvalidTask, match="one example"):
+        compose_on(task=lw.Task([("a", "b")]), method="few_shot")
