@@ -321,10 +321,13 @@ class Composition:
     ) -> ExportReport:
         """Writes the composition as one adapter for "peft" or "vllm"; what `Adapter.export` does with it.
 
+        Where prompts show demonstrations, `prompt` of its card is the whole prompt, with "{input}" for the input.
         CompositionError when the composition is the base model itself.
         """
         allow = allow_licenses or self.allow_licenses
         portable = with_magnitudes(self.adapter, self.model)
+        if self.task.demonstrations:
+            portable = replace(portable, card={**portable.card, "prompt": self.task.prompt("{input}")})
         return portable.export(folder, target=target, max_rank=max_rank, allow_licenses=allow)
 
     @classmethod

@@ -98,7 +98,7 @@ class Tuned(Trial[_Continued]):
 
 
 # steps and largest rate of a LoRA on the examples under demonstrations, chosen by leave-one-out on the example pool
-FEW_SHOT = Tuning(steps=20, lr=1e-3, batch_size=1)
+FEW_SHOT = Tuning(steps=20, lr=5e-4, batch_size=2)
 
 
 @dataclass(frozen=True)

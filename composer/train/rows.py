@@ -299,36 +299,40 @@ def encode_task(model: Any, tokenizer: Any, task: Task) -> list[EncodedRow]:
     return encode(model, tokenizer, prompts, [target for _, target in task.examples], end=task.answer_end)
 
 
-# what a packed row shows at most: examples, and tokens
-MAX_PACKED, MAX_PACKED_TOKENS = 8, 1024
+# what a packed row shows at most: examples, and tokens; and the rows that few examples make
+MAX_PACKED, MAX_PACKED_TOKENS, PACKED_ROWS = 8, 1024, 40
 
 
 def pack_task(model: Any, tokenizer: Any, task: Task, seed: int) -> list[TrainingRow]:
     """Rows that show a task's examples one after the other, and ask for each answer given those before it.
 
-    As many rows as examples, each beginning with another one, in an order drawn by the seed: every example stands at every
-    place once. One pass over a row teaches answers under 0, 1, 2 .. demonstrations (as MetaICL, arXiv 2110.15943, does in a
-    row for each). Raises InvalidTask for an example that alone exceeds the model's context.
+    The examples stand in orders drawn by the seed, one row beginning with each example of an order, so that each stands at
+    every place; few examples make about PACKED_ROWS rows. One pass over a row teaches answers under 0, 1, 2 ..
+    demonstrations (as MetaICL, arXiv 2110.15943, does in a row for each). Raises InvalidTask for an example that alone
+    exceeds the model's context.
     """
-    alone = replace(task, demonstrations=())
-    count, limit = len(task.examples), context_length(model) or MAX_PACKED_TOKENS
-    order = torch.randperm(count, generator=seeded(seed, "packed")).tolist()
-    examples = [task.examples[place] for place in order]
-    first = encode_task(model, tokenizer, replace(alone, examples=examples))
-    questions = tokenizer([f"\n\n{alone.prompt(text)}" for text, _ in examples], add_special_tokens=False)["input_ids"]
-    answers = answer_ids(tokenizer, [target for _, target in examples], "")
+    alone, limit = replace(task, demonstrations=()), context_length(model) or MAX_PACKED_TOKENS
+    first = encode_task(model, tokenizer, alone)
+    questions = tokenizer([f"\n\n{alone.prompt(text)}" for text, _ in task.examples], add_special_tokens=False)["input_ids"]
+    answers = answer_ids(tokenizer, [target for _, target in task.examples], "")
     (end,) = tokenizer(["\n"], add_special_tokens=False)["input_ids"]
-    rows = []
-    for start in range(count):
-        target, labels = list(answers[start]), list(answers[start])
-        for place in range(start + 1, start + min(count, MAX_PACKED)):
-            asked, answer = questions[place % count], answers[place % count]
-            if len(first[start].prompt) + len(target) + len(asked) + len(answer) >= min(limit, MAX_PACKED_TOKENS):
+    count = len(task.examples)
+
+    def row(places: Sequence[int]) -> TrainingRow:
+        prompt, target, labels = first[places[0]].prompt, list(answers[places[0]]), list(answers[places[0]])
+        for place in places[1:]:
+            asked, answer = questions[place], answers[place]
+            if len(prompt) + len(target) + len(asked) + len(answer) >= min(limit, MAX_PACKED_TOKENS):
                 break
             target += [*asked, *answer]
             # an answer ends with the line
             labels += [*end, *[IGNORED] * (len(asked) - len(end)), *answer]
-        rows.append(TrainingRow(first[start].prompt, (*target, *end), (*labels, *end)))
+        return TrainingRow(prompt, (*target, *end), (*labels, *end))
+
+    rows = []
+    for number in range(max(1, PACKED_ROWS // count)):
+        order = torch.randperm(count, generator=seeded(seed, "packed", number)).tolist()
+        rows += [row([*order[start:], *order[:start]][:MAX_PACKED]) for start in range(count)]
     return rows
 
 

@@ -51,7 +51,7 @@ def test_few_shot_is_the_training_under_demonstrations(compose, tiny_llama, toke
         {"all": shown},
         steps=3,
         lr=FEW_SHOT.lr,
-        batch_size=1,
+        batch_size=FEW_SHOT.batch_size,
         warmup=0,
         seed=5,
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -88,6 +88,14 @@ def test_a_composition_keeps_its_demonstrations(compose, tiny_llama, tokenizer, 
     assert read.task == found.task
     assert read.losses() == pytest.approx(found.losses(), rel=1e-4)
     assert read.predict(["b", "x"]) == found.predict(["b", "x"])
+
+
+@pytest.mark.parametrize("target", ["peft", "vllm"])
+def test_an_exported_adapter_says_how_it_is_asked(compose, target, tmp_path):
+    report = compose(folds=0).export(tmp_path / "out", target=target)
+    prompt = lw.Adapter.from_pretrained(report.folder).card["prompt"]
+    shown = "".join(f"swap\nInput: {text}\nOutput: {answer}\n\n" for text, answer in EXAMPLES)
+    assert prompt == f"{shown}swap\nInput: {{input}}\nOutput:"
 
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"lr": -1.0}, {"rank": 4}])
