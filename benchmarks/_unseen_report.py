@@ -95,16 +95,20 @@ class Results:
 
 def tables() -> dict[str, Table]:
     """Those of TABLES.md."""
-    return report(answers("unseen"))
+    return report(answers("unseen"), "unseen") | report(answers("left_out"), "left out")
 
 
-def report(measured: Mapping[Key, Measured], relations: Mapping[str, str] | None = None) -> dict[str, Table]:
+def relations(name: str) -> dict[str, str]:
+    """The "unseen" tasks and how they relate to the pool, or the pool's own, "left out" in turn, and their kind."""
+    group, key = ("unseen", "relation") if name == "unseen" else ("pool", "category")
+    return {task: entry[key] for task, entry in Run().entries(group, there=False).items()}
+
+
+def report(measured: Mapping[Key, Measured], name: str, known: Mapping[str, str] | None = None) -> dict[str, Table]:
     """Every table, for each number of examples; ways in the order of WAYS, those that were measured."""
-    if relations is None:
-        relations = {task: entry["relation"] for task, entry in Run().entries("unseen", there=False).items()}
     found: dict[str, Table] = {}
     for shots in sorted({key.shots for key in measured} - {NO_SHOTS}):
-        results = Results(measured, shots, relations)
+        results = Results(measured, shots, relations(name) if known is None else known)
         shown = [way for way in WAYS if way in results.ways] + [way for way in results.ways if way not in WAYS]
         tables = {
             "scores": _scores(results, [way for way in shown if way not in OF_JOINED_SKILLS]),
@@ -113,7 +117,7 @@ def report(measured: Mapping[Key, Measured], relations: Mapping[str, str] | None
             "goals": _goals(results),
             "joined": _joined(results, shown),
         }
-        found |= {f"unseen, {shots} examples, {name}": table for name, table in tables.items() if table.rows}
+        found |= {f"{name}, {shots} examples, {part}": table for part, table in tables.items() if table.rows}
     return found
 
 

@@ -99,16 +99,17 @@ def main(
     run: Run = context.obj
     store = Store(run.folder(), DATA / ("left_out.json" if left_out else "unseen.json"))
     entries = run.entries("pool" if left_out else "unseen")
-    relations = {task: entry["category" if left_out else "relation"] for task, entry in entries.items()}
+    kinds = {task: entry["category" if left_out else "relation"] for task, entry in entries.items()}
     if not run.report:
         number, count = (int(each) for each in part.split("/"))
-        chosen = [task for task in relations if not tasks or task in tasks.split(",")][number - 1 :: count]
+        chosen = [task for task in kinds if not tasks or task in tasks.split(",")][number - 1 :: count]
         of_seeds, of_shots = ([int(each) for each in text.split(",")] for text in (seeds, shots))
         asked = Asked(
-            {task: relations[task] for task in chosen}, ways.split(","), of_seeds, of_shots, k, budget, num_test, left_out
+            {task: kinds[task] for task in chosen}, ways.split(","), of_seeds, of_shots, k, budget, num_test, left_out
         )
         measure(run, asked, store, again.split(","))
-    store.close(run, lambda known: list(report(known, relations if left_out else None).values()))
+    name = "left out" if left_out else "unseen"
+    store.close(run, lambda known: list(report(known, name).values()))
 
 
 def measure(run: Run, asked: Asked, store: Store, again: list[str]) -> None:

@@ -41,7 +41,7 @@ class DemoTask:
 
 
 def run(
-    *, pool: Path | None, data: Path | None, task: str, k: int, budget: int | None, seed: int, num_test: int, as_json: bool
+    *, pool: Path | None, data: Path | None, task: str, k: int, budget: int, seed: int, num_test: int, as_json: bool
 ) -> None:
     """Prints the tour, or its figures as JSON. AdapterNotFound or InvalidTask when pool or data are not there."""
     console = Console(stderr=as_json)

@@ -43,7 +43,7 @@ def compose(
     *,
     method: str | Router = "auto",
     k: int = 20,
-    budget: int | None = None,
+    budget: int | None = 40,
     seconds: float | None = None,
     seed: int = 0,
     space: str | None = None,
@@ -61,7 +61,7 @@ def compose(
 ) -> Composition:
     """Finds the `k` adapters of a hub that fit the task's examples best, weighs them, and returns the composition.
 
-    A pool or a list of adapters is used whole. `method` "auto" races several ways under one `budget` of evaluations
+    A pool or a list of adapters is used whole. `method` "auto" races several searches under one `budget` of evaluations
     (candidates scored on all examples) or `seconds`, and takes whatever does best on held-out examples (docs/search.md). A
     name of `names("routers")` runs that search alone; "best_single" takes the adapter of the lowest loss, "manual" the given
     `weights`, "base" none, "in_context" the base with the examples in every prompt, and "few_shot" a LoRA trained on the
@@ -75,8 +75,8 @@ def compose(
 
     The guard: a searched composition must do no worse on held-out examples than the base and the best single adapter, or
     the better of these two is returned. It is cross-validated over at most `folds` folds, 3 by default; each fold's search
-    has the same budget and never sees the fold. `folds=0` turns the guard off. The budget of "auto", 120 by default,
-    pays for its folds, 2 by default, and for all that races; that of other methods is 40. `seconds` alone bound no number.
+    has the same budget and never sees the fold. `folds=0` turns the guard off. The budget of "auto" pays for its folds, 2
+    by default, and for all that races.
 
     `checkpoint` is a folder from which an interrupted search resumes, to the same result. `search_options` go to the search.
     docs/identity.md says which adapters of a hub are for this model. Adapters whose licenses exclude each other, or derived

@@ -1,8 +1,7 @@
-"""Which trials compose() runs: always the plain ones, and the method asked for or, for "auto", several that race.
+"""Which trials compose() runs: always the plain ones, and the method asked for or, for "auto", searches that race.
 
 The budget of a race counts all of it: an evaluation on part of the examples counts as that part. With F folds, whose
 searches see (F - 1) / F of the examples each, a racer of b evaluations costs b (F - 1), and the winner another b on all.
-"auto" first pays for a LoRA on the examples under demonstrations, then for searches, then for training from the first.
 """
 
 from __future__ import annotations
@@ -41,18 +40,16 @@ class Race:
         self._folds = folds
         # why searches left the race
         self.left: list[str] = []
-        self._routed = Routed(bench, settings) if settings.routes else None
-        self._few_shot = self._make_few_shot()
-        spent = 0 if self._few_shot is None else STEP_COST * self._few_shot.steps * max(len(folds), 1)
-        left = None if settings.budget is None else settings.budget - spent
-        self._searched = [] if settings.routes else self._make_searches(left)
+        # what is trained instead of searched
+        self._trained: Routed | FewShot | None = Routed(bench, settings) if settings.routes else None
+        if settings.method == "few_shot":
+            self._trained = FewShot(self._shown, replace(FEW_SHOT, **settings.options, seed=settings.seed))
+        self._searched = [] if settings.routes else self._make_searches()
         budgets = [search.settings.budget for search in self._searched]
-        self._steps = tuned_steps(budgets, left, len(folds)) if self._trains_on() else 0
+        self._steps = tuned_steps(budgets, settings.budget, len(folds)) if self._trains_on() else 0
         # evaluations of the searches; a formula has none
         learning = [search.settings.budget for search in self._searched if search.solver.learns]
-        self.planned = self._routed.planned(len(folds)) if self._routed else planned(learning, self._steps, len(folds))
-        if self.planned is not None and self._few_shot is not None:
-            self.planned += STEP_COST * self._few_shot.steps * (len(folds) + 1)
+        self.planned = self._trained.planned(len(folds)) if self._trained else planned(learning, self._steps, len(folds))
         self._plain = self._plain_trials()
 
     def run(self) -> list[Trial[Any]]:
@@ -65,7 +62,7 @@ class Race:
             trial.run(self._folds)
         if self._settings.method == "auto":
             return [*self._plain, *self._run_race()]
-        if self._settings.name in [trial.name for trial in self._plain] and self._routed is None:
+        if self._settings.name in [trial.name for trial in self._plain] and self._trained is None:
             return self._plain
         asked = self._make_asked()
         asked.run(self._folds)
@@ -78,35 +75,14 @@ class Race:
             return []
         weights = dict.fromkeys(bench.names, 1 / len(bench.names))
         uniform = Fixed("uniform", bench, MixtureWeights.of(weights, bench.names))
-        nothing = MixtureWeights.of({}, bench.names)
-        plain: list[Trial[Any]] = [Fixed("base", bench, nothing), BestSingle(bench)]
-        plain.append(self._make_asked() if self._settings.method == "uniform" else uniform)
-        return [*plain, Fixed("in_context", self._shown, nothing)] if self._shows else plain
-
-    @property
-    def _shows(self) -> bool:
-        """Whether the base answers under demonstrations too: where asked for, and in a race on the task's own loss."""
-        settings, task = self._settings, self._bench.task
-        if settings.method != "auto":
-            return settings.method == "in_context"
-        plain = settings.objective in (None, "cross_entropy") and settings.space is None
-        return plain and not task.demonstrations and len(task.examples) > 1
-
-    def _make_few_shot(self) -> FewShot | None:
-        """In a race it takes as many of its steps as the budget allows."""
-        settings, count = self._settings, max(len(self._folds), 1)
-        if settings.method == "few_shot":
-            return FewShot(self._shown, replace(FEW_SHOT, **settings.options, seed=settings.seed))
-        if settings.method != "auto" or not self._shows:
-            return None
-        steps = FEW_SHOT.steps if settings.budget is None else min(FEW_SHOT.steps, settings.budget // (STEP_COST * count))
-        return FewShot(self._shown, replace(FEW_SHOT, steps=steps, seed=settings.seed)) if steps >= LEAST else None
+        base = Fixed("base", bench, MixtureWeights.of({}, bench.names))
+        return [base, BestSingle(bench), self._make_asked() if self._settings.method == "uniform" else uniform]
 
     def _make_asked(self) -> Trial[Any]:
-        if self._routed is not None:
-            return self._routed
-        if self._few_shot is not None:
-            return self._few_shot
+        if self._trained is not None:
+            return self._trained
+        if self._settings.method == "in_context":
+            return Fixed("in_context", self._shown, MixtureWeights.of({}, self._bench.names))
         (search,) = self._searched
         return search if search.solver.learns else search.as_fixed()
 
@@ -114,10 +90,8 @@ class Race:
         def measure(trial: Trial[Any]) -> None:
             (trial.hold_out if self._settings.folds else trial.run)(self._folds)
 
-        if self._few_shot is not None:
-            measure(self._few_shot)
         searches = [search for search in self._searched if self._stays(search, measure)]
-        raced: list[Trial[Any]] = [*searches] if self._few_shot is None else [self._few_shot, *searches]
+        raced: list[Trial[Any]] = [*searches]
         if self._steps and searches:
             tuned = Tuned(searches[0], Tuning(self._steps, seed=self._settings.seed))
             raced += [tuned] if self._stays(tuned, measure) else []
@@ -133,7 +107,7 @@ class Race:
             return False
         return True
 
-    def _make_searches(self, budget: int | None) -> list[Searched]:
+    def _make_searches(self) -> list[Searched]:
         settings, names = self._settings, self._bench.names
         alone = len(names) == 1
         if alone and settings.learns and settings.method not in ("auto", "grid"):
@@ -145,11 +119,9 @@ class Race:
             return [] if settings.method in OTHER_WAYS else [Searched(self._bench, settings)]
         # of one adapter there is only with and without
         racers = [] if alone else [method for method in RACERS if settings.can_run(method)]
-        if self._few_shot is not None and budget is not None and budget < EACH * max(len(self._folds), 1):
-            return []
         return [
             Searched(self._bench, replace(settings, method=method, budget=budget, seconds=seconds, options={}))
-            for method, budget, seconds in admit(racers, budget, settings.seconds, len(self._folds))
+            for method, budget, seconds in admit(racers, settings.budget, settings.seconds, len(self._folds))
         ]
 
     def _trains_on(self) -> bool:

@@ -28,8 +28,6 @@ from loraweave.types import Router, Task
 SPACES = {"deltas": "linear", "factors": "factor_sum"}
 # a race pays for its folds out of one budget
 FOLDS, FOLDS_OF_A_RACE = 3, 2
-# LoraHub's published budget; a few-shot LoRA on both folds and once on all examples
-BUDGET, BUDGET_OF_A_RACE = 40, 120
 # ways of compose() that are no solvers
 OTHER_WAYS = ("auto", "base", "best_single", "in_context", "few_shot")
 # what compose() gives a solver that asks for it: retrieval scores, the pool's layers, the weights of "manual"
@@ -74,11 +72,8 @@ class Settings:
     @classmethod
     def of(cls, *, folds: int | None, checkpoint: str | Path | None, inputs: GivenRows | None, **arguments: Any) -> Settings:
         """The arguments of compose() by name. WeightingError for a checkpoint that is not a path, InvalidTask for inputs."""
-        races = arguments["method"] == "auto"
         if folds is None:
-            folds = FOLDS_OF_A_RACE if races else FOLDS
-        if arguments["budget"] is None and arguments["seconds"] is None:
-            arguments["budget"] = BUDGET_OF_A_RACE if races else BUDGET
+            folds = FOLDS_OF_A_RACE if arguments["method"] == "auto" else FOLDS
         texts = None if inputs is None else read_inputs(inputs)
         folder = None if checkpoint is None else as_path(checkpoint, "checkpoint", WeightingError)
         return cls(folds=folds, checkpoint=folder, inputs=texts, **arguments)
@@ -175,6 +170,8 @@ class Settings:
         if self.space is not None and self.space not in SPACES:
             hint = nearest(self.space, SPACES)
             raise UnknownName(f"no space {self.space!r} to compose with{hint}; there are {', '.join(SPACES)}")
+        if self.budget is None and self.seconds is None and (found is not None or self.method == "auto"):
+            raise WeightingError("a search needs a budget of evaluations, or of seconds, or both")
         self._check_options(found, from_hub)
         if found is not None and not self.can_run(self.name):
             given = "a function" if callable(self.objective) else repr(self.objective or "cross_entropy")

@@ -114,8 +114,11 @@ class FewShot(Trial[_Learned]):
 
     def __init__(self, bench: Bench, tuning: Tuning) -> None:
         super().__init__("few_shot", bench)
-        self.steps = tuning.steps
         self._tuning = tuning
+
+    def planned(self, num_folds: int) -> int:
+        """How many evaluations will be made."""
+        return STEP_COST * self._tuning.steps * (num_folds + 1)
 
     def choose(self, splits: Sequence[Split]) -> list[_Learned]:
         bench, tuning = self.bench, self._tuning

@@ -271,7 +271,7 @@ def without_cache(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 def answers(
     engine: Composer,
     mixtures: Sequence[Any],
-    task: Task,
+    task: Task | Sequence[Task],
     inputs: GivenRows,
     *,
     weights: Sequence[float] | None = None,
@@ -281,33 +281,50 @@ def answers(
 
     Decoding takes at each step the token of the highest average of the members' probabilities, which all of them then go
     on from: p(y) is the product of these averages. Members run as rows of one batch with a cache of keys and values.
+    A list of tasks, one for each member, asks each in prompts of its own, under demonstrations say.
     `mixtures` and `weights` are those of `ensemble`; raises what it raises, CompositionError without a tokenizer, and
-    InvalidTask for inputs that are no texts and no rows.
+    InvalidTask for inputs that are no texts and no rows, and for tasks that are fewer than the members or differ in labels.
     """
     members = known_members(engine, mixtures)
     weight_M = member_weights(weights, len(members))
     tokenizer = engine.tokenizer
     if tokenizer is None:
         raise CompositionError("answers() need a tokenizer: make the Composer with tokenizer=...")
-    model, labels, shares = engine.model, task.labels, weight_M.tolist()
+    tasks = _tasks_of(task, len(members))
+    model, labels, texts = engine.model, tasks[0].labels, read_inputs(inputs)
+    first, *others = [[each.prompt(text) for text in texts] for each in tasks]
+    own = dict(zip(first, zip(first, *others, strict=True), strict=True))
 
     def rank(prompts: Sequence[str]) -> list[str]:
-        return ensemble(engine, members, scoring.pad_prompts(model, tokenizer, prompts), weights=shares, labels=labels).best  # type: ignore[return-value]
+        by_member = zip(*(own[prompt] for prompt in prompts), strict=True)
+        parts = [
+            ensemble(engine, [member], scoring.pad_prompts(model, tokenizer, asked), labels=labels).members_MBV
+            for member, asked in zip(members, by_member, strict=True)
+        ]
+        return EnsemblePrediction(torch.cat(parts), weight_M, tuple(labels or ())).best  # type: ignore[return-value]
 
     def decode(prompts: Sequence[str]) -> list[str]:
         with torch.no_grad(), engine.activate(members):
             found = scoring.generate(
                 model,
                 tokenizer,
-                list(prompts) * len(members),
+                [own[prompt][member] for member in range(len(members)) for prompt in prompts],
                 max_new_tokens=max_new_tokens,
                 processors=[AveragedScores(weight_M)],
             )
         return found[: len(prompts)]
 
-    prompts = [task.prompt(text) for text in read_inputs(inputs)]
     size = max(1, scoring.BATCH_SIZE // len(members)) if labels is None else scoring.BATCH_SIZE
-    return scoring.answer_by_length(tokenizer, prompts, size, decode if labels is None else rank)
+    return scoring.answer_by_length(tokenizer, first, size, decode if labels is None else rank)
+
+
+def _tasks_of(task: Task | Sequence[Task], count: int) -> list[Task]:
+    tasks = [task] * count if isinstance(task, Task) else list(task)
+    if len(tasks) != count:
+        raise InvalidTask(f"there are {len(tasks)} tasks for {count} members; give one for all, or one for each")
+    if different := [each.labels for each in tasks if each.labels != tasks[0].labels]:
+        raise InvalidTask(f"the members' tasks have the labels {tasks[0].labels} and {different[0]}; give all the same")
+    return tasks
 
 
 class AveragedScores:

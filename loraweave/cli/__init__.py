@@ -75,7 +75,7 @@ def demo(
         typer.Option(exists=True, file_okay=False, help="A folder of tasks with MANIFEST.json; examples/data by default."),
     ] = None,
     k: Annotated[int, typer.Option(min=1, help="How many adapters to choose from.")] = 20,
-    budget: Annotated[int | None, typer.Option(min=1, help="How many mixtures the search tries.")] = None,
+    budget: Annotated[int, typer.Option(min=1, help="How many mixtures the search tries.")] = 40,
     seed: SeedOption = 0,
     num_test: Annotated[int, typer.Option(min=1, help="How many test inputs to answer.")] = 50,
     as_json: JsonOption = False,

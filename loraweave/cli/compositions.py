@@ -71,7 +71,7 @@ def compose(
         ),
     ] = "auto",
     k: Annotated[int, typer.Option(min=1, help="How many adapters of the hub to choose from.")] = 20,
-    budget: Annotated[int | None, typer.Option(min=1, help="How many mixtures the search tries.")] = None,
+    budget: Annotated[int, typer.Option(min=1, help="How many mixtures the search tries.")] = 40,
     weight: Annotated[
         list[str] | None, typer.Option(metavar="NAME=NUMBER", help="For --method manual; may be repeated.")
     ] = None,

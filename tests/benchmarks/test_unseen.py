@@ -70,7 +70,7 @@ def test_ways_that_are_compared_share_the_drawn_items(results):
 
 
 def test_the_report_says_which_goals_are_reached(measured):
-    tables = report.report(measured, RELATIONS)
+    tables = report.report(measured, "unseen", RELATIONS)
     goals = dict(tables["unseen, 5 examples, goals"].rows)
     ours, theirs = (0.75 + 0.8) / 2, (0.25 + 0.2) / 2
     assert goals["recovers at least 2 times lorahub_original's share"].startswith(f"{ours / theirs:.2f} [")

@@ -31,6 +31,7 @@ def pool():
         ({"budget": 0, "method": "best_single"}, WeightingError, "got budget=0"),
         ({"budget": -1, "method": "phatgoose"}, WeightingError, "got budget=-1"),
         ({"budget": 2.5}, WeightingError, "got budget=2.5"),
+        ({"budget": None}, WeightingError, "budget of evaluations, or of seconds"),
         ({"seconds": -1.0}, WeightingError, "got seconds=-1.0; it takes a finite number above 0"),
         ({"seconds": math.nan}, WeightingError, "got seconds=nan"),
         ({"l1": -1.0}, WeightingError, "got l1=-1.0"),

@@ -330,6 +330,48 @@ def test_one_member_answers_as_its_mixture_does(engine_of, tokenizer):
     assert answers(engine, [{"a": 1.0}], TASK, INPUTS, max_new_tokens=9) == expected
 
 
+@pytest.mark.parametrize("labels", [None, ("yes", "no", "maybe so")])
+def test_each_member_is_asked_in_the_prompts_of_its_own_task(engine_of, tokenizer, labels):
+    engine = engine_of("llama")
+    shown = [("nope", "no"), ("if it", "yes")]
+    tasks = [
+        Task([], template="{input}:", labels=labels),
+        Task([], template="{input}:", labels=labels, demonstrations=shown),
+    ]
+    members = [{"a": 1.0}, {"b": 1.0}]
+    found = answers(engine, members, tasks, INPUTS, weights=[0.3, 0.7], max_new_tokens=7)
+    newline = tokenizer("\n")["input_ids"][0]
+    for text, answer in zip(INPUTS, found, strict=True):
+        prompts = [f"{text}:", f"nope: no\n\nif it: yes\n\n{text}:"]
+        if labels is None:
+            written: list[int] = []
+            while len(written) < 7 and not {2, newline} & set(written):
+                written.append(int(shares_after(engine, tokenizer, members, prompts, written).argmax()))
+            expected = tokenizer.decode([token for token in written if token not in (2, newline)], skip_special_tokens=True)
+            assert answer == expected.strip()
+        else:
+            pairs = zip(members, prompts, strict=True)
+            ranked = [ensemble(engine, [m], tokenizer([p], return_tensors="pt"), labels=labels) for m, p in pairs]
+            mean_L = 0.3 * ranked[0].probabilities[0] + 0.7 * ranked[1].probabilities[0]
+            assert answer == labels[int(mean_L.argmax())]
+
+
+def shares_after(engine, tokenizer, members, prompts, written):
+    """The average of the members' next tokens, each after its own prompt, without a cache."""
+    total = 0
+    for member, prompt, weight in zip(members, prompts, [0.3, 0.7], strict=True):
+        with torch.no_grad(), engine.activate(member):
+            logits = engine.model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"] + written])).logits
+        total = total + weight * logits[0, -1].double().softmax(-1)
+    return total
+
+
+@pytest.mark.parametrize("second", [[], [Task([]), Task([], labels=("yes", "no"))]])
+def test_tasks_that_do_not_fit_the_members_are_refused(engine_of, second):
+    with pytest.raises(InvalidTask, match=r"tasks for 2 members|have the labels"):
+        answers(engine_of("llama"), [{"a": 1.0}, {"b": 1.0}], second, INPUTS)
+
+
 def test_no_inputs_get_no_answers(engine_of):
     assert answers(engine_of("llama"), THREE, TASK, []) == []
 
