@@ -20,6 +20,7 @@ WAYS = (
     "in_context",
     "lora_examples",
     "few_shot",
+    "gradient_and_few_shot",
     "composed_and_tuned",
     "retrieved_first",
     "best_single",

@@ -31,6 +31,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from rich.progress import track
@@ -40,7 +41,9 @@ from benchmarks._data import DATA, NO_SEED, NO_SHOTS, Key, Measured, Store
 from benchmarks._run import Run, pairs
 from benchmarks._unseen_report import OF_JOINED_SKILLS, WAYS, WITHOUT_EXAMPLES, report
 from loraweave.composer.compose.loss import ExampleLoss
-from loraweave.composer.model.scoring import Score, evaluate, predict
+from loraweave.composer.ensembles.ensemble import answers
+from loraweave.composer.model.scoring import MAX_NEW_TOKENS, Score, bootstrap, evaluate, predict
+from loraweave.composer.model.scoring import losses as scored_losses
 from loraweave.composer.programs.program import Program
 from loraweave.demo import DemoTask, fast_dtype, load_task
 from loraweave.errors import CompositionError
@@ -64,7 +67,7 @@ class Asked:
     seeds: list[int]
     shots: list[int]
     k: int
-    budget: int | None
+    budget: int
     num_test: int
     left_out: bool = False
 
@@ -89,7 +92,7 @@ def main(
     seeds: Annotated[str, typer.Option(help="of the examples and the searches")] = "0,1,2,3,4",
     shots: Annotated[str, typer.Option(help="numbers of examples")] = "5",
     k: Annotated[int, typer.Option(help="adapters that retrieval brings")] = 20,
-    budget: Annotated[int | None, typer.Option(help="evaluations of each search")] = None,
+    budget: Annotated[int, typer.Option(help="evaluations of each search")] = 40,
     num_test: Annotated[int, typer.Option(help="test items of each task")] = 100,
     part: Annotated[str, typer.Option(help="2/3 is the second of three processes that share the tasks")] = "1/1",
     again: Annotated[str, typer.Option(help="a,b: ways whose earlier measurements do not count")] = "",
@@ -175,7 +178,7 @@ class Case:
     training: list[tuple[str, str]]
     seed: int
     k: int
-    budget: int | None
+    budget: int
 
     @property
     def task(self) -> lw.Task:
@@ -247,18 +250,7 @@ def lora_examples(case: Case) -> Found:
 
 def composed_and_tuned(case: Case) -> Found:
     """Learned weights, and from their merge the training that `lora_examples` begins from nothing."""
-    composition = lw.compose(
-        case.model,
-        case.tokenizer,
-        case.hub,
-        case.task,
-        method="gradient",
-        k=case.k,
-        budget=2 * LEARNED_STEPS,
-        folds=0,
-        seed=case.seed,
-        progress=False,
-    )
+    composition = _compose(replace(case, budget=2 * LEARNED_STEPS), "gradient", folds=0)
     tuned = composition.tune(FEW_SHOT["steps"], lr=FEW_SHOT["lr"], progress=False)
     return Found(tuned.adapter, notes={"chosen": composition.report.chosen})
 
@@ -266,6 +258,24 @@ def composed_and_tuned(case: Case) -> Found:
 def few_shot(case: Case) -> Found:
     """A LoRA on all linear layers, trained on the examples under each other and asked under all of them; no guard."""
     return _composed(case, "few_shot", folds=0)
+
+
+def gradient_and_few_shot(case: Case) -> Found:
+    """Learned weights, and a LoRA under demonstrations: the average of both members' probabilities, token by token."""
+    found = [_compose(replace(case, budget=2 * LEARNED_STEPS), way, folds=0) for way in ("gradient", "few_shot")]
+    adapters = {way: each.adapter for way, each in zip(("gradient", "few_shot"), found, strict=True)}
+    engine = lw.Composer(case.model, lw.ExpertPool(adapters), tokenizer=case.tokenizer)
+    test, tasks, members = case.unseen.test, [each.task for each in found], [{way: 1.0} for way in adapters]
+    longest = max(len(case.tokenizer(target)["input_ids"]) for _, accepted in test for target in accepted)
+    most = min(MAX_NEW_TOKENS, 2 * longest + 4)
+    said = answers(engine, members, tasks, [text for text, _ in test], max_new_tokens=most)
+    right = tuple(each.strip() in [t.strip() for t in accepted] for each, (_, accepted) in zip(said, test, strict=True))
+    low, high = bootstrap(right)
+    losses = []
+    for member, task in zip(members, tasks, strict=True):
+        with engine.activate(member):
+            losses += scored_losses(case.model, case.tokenizer, task, test, share=True)
+    return Found(score=Score(float(np.mean(right)), low, high, float(np.mean(losses)), len(right), right))
 
 
 def oracle(case: Case) -> Found:
@@ -318,6 +328,7 @@ OWN: dict[str, Callable[[Case], Found]] = {
         lorahub_original,
         lora_examples,
         few_shot,
+        gradient_and_few_shot,
         composed_and_tuned,
         oracle,
         order,
@@ -328,8 +339,8 @@ OWN: dict[str, Callable[[Case], Found]] = {
 OWN["order+distilled"] = order_distilled
 
 
-def _composed(case: Case, method: str, folds: int | None = None) -> Found:
-    composition = lw.compose(
+def _compose(case: Case, method: str, folds: int | None = None) -> lw.Composition:
+    return lw.compose(
         case.model,
         case.tokenizer,
         case.hub,
@@ -341,6 +352,10 @@ def _composed(case: Case, method: str, folds: int | None = None) -> Found:
         folds=folds,
         progress=False,
     )
+
+
+def _composed(case: Case, method: str, folds: int | None = None) -> Found:
+    composition = _compose(case, method, folds)
     report = composition.report
     held_out = {row.name: None if row.held_out_loss is None else round(row.held_out_loss, 4) for row in report.rows}
     notes = {"chosen": report.chosen, "evaluations": report.evaluations, "held_out": held_out}

@@ -25,7 +25,7 @@ from loraweave.composer.train.jobs import LoraJob, PlannedJob, TrainingJob
 from loraweave.composer.train.ordered._course import Course
 from loraweave.composer.train.passes import lora_job
 from loraweave.composer.train.report import JobReport, TrainedAdapters
-from loraweave.composer.train.rows import HeldOut, Judging, encode_task, pack_task
+from loraweave.composer.train.rows import HeldOut, Judging, can_be_packed, encode_task, pack_task
 from loraweave.composer.train.schedule import WARMUP_STEPS
 from loraweave.composer.train.settings import LoraSettings, read_tasks
 from loraweave.composer.train.shared import SharedPasses
@@ -66,9 +66,8 @@ def train_adapters(
     Each step runs up to `jobs_per_batch` jobs of similar length through the frozen base together, `batch_size` rows of each;
     a job gets the gradients of training it alone. When one ends, the next takes its place. `memory_bytes` is what a step may
     take, base and all, as `MemoryModel` estimates it: fewer jobs then share a step; by default it is what is free.
-    A list of tasks trains one adapter on all of them. A task that shows its own examples (`Task(demonstrations=True)`) is
-    trained on rows of up to 8 examples, each answer given those before it (`pack_task`), unless some are `held_out`.
-
+    A list of tasks trains one adapter on all of them. A task that shows its own examples is trained on rows of up to 8, each
+    answer given those before it (`pack_task`), unless some are `held_out`.
     AdamW without weight decay, `warmup` steps of warm-up (at most half of all), then a cosine to zero; each job's gradient
     is clipped to norm 1. `alpha` is 2 * rank by default. `report` of the result has tokens a second, padding, memory, and
     how each job ended. The same call goes on from what `checkpoint`, a folder, has kept, to the same result.
@@ -105,24 +104,30 @@ def train_adapters(
     _require_way(continual, options, prepared, start or {}, linearized, held_out is not None or memory_bytes is not None)
     begins = require_startable(model, tasks, start or {})
     layers = _target_layers(model, settings.target_modules) if continual is not None or len(begins) < len(tasks) else {}
-
-    def read(name: str, examples: Any) -> list[EncodedRow]:
-        task = examples if isinstance(examples, Task) else replace(prepared[name][0], examples=examples)
-        shows_its_own = len(task.examples) > 1 and task.demonstrations == task.examples
-        packs = shows_its_own and held_out is None and not model.config.is_encoder_decoder
-        return [*pack_task(model, tokenizer, task, seed)] if packs else encode_task(model, tokenizer, task)
-
-    found = {name: [row for task in parts for row in read(name, task)] for name, parts in prepared.items()}
-    rows, held_out_rows = judging.split(found, read, seed)
+    rows, held_out_rows = _read_rows(model, tokenizer, prepared, judging, seed)
     base, folder = fingerprint(model), checkpoint_folder(checkpoint)
     with untouched(model), progress_bar(progress, field="loss") as bar:
         if continual is None:
             shared = SharedPasses(model, tokenizer, bar, folder=folder, **shared_by)
             return Apart(shared, settings, layers, rows, held_out_rows, begins, base).train()
-        on, begin = (model, tokenizer, settings, bar), begins.get(next(iter(tasks)))
-        alone = {name: parts[0] for name, parts in prepared.items()}
-        course = Course(continual, options, *on, layers, alone, rows, begin, base, jobs_per_batch, folder)
+        alone, begin = {name: parts[0] for name, parts in prepared.items()}, begins.get(next(iter(tasks)))
+        on = model, tokenizer, settings, bar, layers
+        course = Course(continual, options, *on, alone, rows, begin, base, jobs_per_batch, folder)
         return TrainedAdapters(registry.get("continual", continual)(course, **options))
+
+
+def _read_rows(
+    model: Any, tokenizer: Any, tasks: Mapping[str, Sequence[Task]], judging: Judging, seed: int
+) -> tuple[Mapping[str, Sequence[EncodedRow]], dict[str, HeldOut]]:
+    """The rows of each name's tasks, packed where they may be, and those held out."""
+
+    def read(name: str, examples: Any) -> list[EncodedRow]:
+        task = examples if isinstance(examples, Task) else replace(tasks[name][0], examples=examples)
+        packs = judging.held_out is None and can_be_packed(model, task)
+        return [*pack_task(model, tokenizer, task, seed)] if packs else encode_task(model, tokenizer, task)
+
+    found = {name: [row for task in parts for row in read(name, task)] for name, parts in tasks.items()}
+    return judging.split(found, read, seed)
 
 
 def _require_way(

@@ -303,6 +303,11 @@ def encode_task(model: Any, tokenizer: Any, task: Task) -> list[EncodedRow]:
 MAX_PACKED, MAX_PACKED_TOKENS, PACKED_ROWS = 8, 1024, 40
 
 
+def can_be_packed(model: Any, task: Task) -> bool:
+    """Whether a task shows its own examples, to a decoder."""
+    return len(task.examples) > 1 and task.demonstrations == task.examples and not model.config.is_encoder_decoder
+
+
 def pack_task(model: Any, tokenizer: Any, task: Task, seed: int) -> list[TrainingRow]:
     """Rows that show a task's examples one after the other, and ask for each answer given those before it.
 
