@@ -362,7 +362,7 @@ def _composed(case: Case, method: str, folds: int | None = None) -> Found:
     if report.chosen == "best_single":
         notes["single"] = next(iter(composition.mean_weights))
     try:
-        return Found(composition.adapter, composition.task, notes=notes)
+        return Found(composition.adapter, task=composition.task, notes=notes)
     except CompositionError:
         # the base model itself, which no adapter expresses
         return Found(task=composition.task, notes=notes)
