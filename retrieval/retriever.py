@@ -258,7 +258,8 @@ class Retriever:
         labels_N, own_NC, foreign_NC = classifier.held_out(records, self._space)
         # of an adapter with one sample nothing is left when it is held out
         several = np.flatnonzero(np.bincount(labels_N) > 1)
-        groups = [list(g) for label in several for g in _groups_of(np.flatnonzero(labels_N == label), inputs_per_query)]
+        places = [np.flatnonzero(labels_N == label).tolist() for label in several]
+        groups = [list(group) for own in places for group in _groups_of(own, inputs_per_query)]
         own, foreign = ([float(rows_NC[g].mean(axis=0).max()) for g in groups] for rows_NC in (own_NC, foreign_NC))
         return own, foreign
 

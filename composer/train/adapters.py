@@ -109,7 +109,7 @@ def train_adapters(
     with untouched(model), progress_bar(progress, field="loss") as bar:
         if continual is None:
             shared = SharedPasses(model, tokenizer, bar, folder=folder, **shared_by)
-            return Apart(shared, settings, layers, rows, held_out_rows, begins, base).train()
+            return Apart(shared, settings, layers, prepared, rows, held_out_rows, begins, base).train()
         alone, begin = {name: parts[0] for name, parts in prepared.items()}, begins.get(next(iter(tasks)))
         on = model, tokenizer, settings, bar, layers
         course = Course(continual, options, *on, alone, rows, begin, base, jobs_per_batch, folder)
@@ -183,6 +183,7 @@ class Apart:
     shared: SharedPasses
     settings: LoraSettings
     layers: Layers
+    tasks: Mapping[str, Sequence[Task]]
     rows: Mapping[str, Sequence[EncodedRow]]
     held_out: Mapping[str, HeldOut]
     begins: Mapping[str, Adapter]
@@ -228,16 +229,15 @@ class Apart:
 
     def _key(self, name: str) -> str:
         """Of all that a task's adapter depends on."""
-        begin, held_out = self.begins.get(name), self.held_out.get(name)
-        parts: list[Any] = [asdict(self.settings), name, _identity(self.rows[name]), self.base.to_json()]
+        (task, *others), begin = self.tasks[name], self.begins.get(name)
+        parts: list[Any] = [asdict(self.settings), name, task.examples, task.instruction, task.template, self.base.to_json()]
         parts.append(None if begin is None else begin.hash)
-        if held_out is not None:
-            parts += [_identity(held_out.rows), held_out.every, held_out.patience]
+        if (held_out := self.held_out.get(name)) is not None:
+            rows = [[row.prompt, row.target] for row in held_out.rows]
+            parts += [rows, held_out.every, held_out.patience]
+        if others or task.demonstrations:
+            parts.append([[row.prompt, row.target, row.labels] for row in self.rows[name]])
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _identity(rows: Sequence[EncodedRow]) -> list[Any]:
-    return [[row.prompt, row.target, row.labels] for row in rows]
 
 
 TRAINED = {"a_RI", "b_OR"}

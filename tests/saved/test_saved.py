@@ -61,7 +61,7 @@ def test_a_hub_opens_with_its_rows_versions_and_bytes(saved, pool):
         assert hub["a"].hash == NOTE["hashes"]["a"]
         assert hub.get("a", version=1).hash == pool.adapters["a"].hash
         assert [record.name for record in hub.records(tags="second")] == ["b"]
-        assert [hit.name for hit in lw.Retriever(hub, embedder="hashing").candidates("says c", k=1)] == ["c"]
+        assert [hit.name for hit in lw.Retriever(hub, embedder="hashing", keys=()).candidates("says c", k=1)] == ["c"]
         assert hub.verify().ok
 
 
