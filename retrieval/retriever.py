@@ -260,7 +260,7 @@ class Retriever:
         several = np.flatnonzero(np.bincount(labels_N) > 1)
         places = [np.flatnonzero(labels_N == label).tolist() for label in several]
         groups = [list(group) for own in places for group in _groups_of(own, inputs_per_query)]
-        own, foreign = ([float(rows_NC[g].mean(axis=0).max()) for g in groups] for rows_NC in (own_NC, foreign_NC))
+        own, foreign = ([float(np.max(np.mean(rows_NC[g], axis=0))) for g in groups] for rows_NC in (own_NC, foreign_NC))
         return own, foreign
 
     def fit_fusion(self, held_out: Mapping[str, GivenRows], *, inputs_per_query: int = 1) -> Fusion:
