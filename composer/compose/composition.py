@@ -91,6 +91,8 @@ class Composition:
         shown = [f"{_clip(name)!r}: {weight:.4g}" for name, weight in by_size[:NUM_NAMED]]
         rest = [f"{len(by_size) - NUM_NAMED} more"] if len(by_size) > NUM_NAMED else []
         what = "the base model" if self.is_base else f"{{{', '.join([*shown, *rest])}}}"
+        if self.stored is not None and not self.mean_weights:
+            what = "an adapter trained on the examples"
         if self.router is not None:
             what = f"{type(self.router).__name__} over {len(self._members)} adapters"
         layers = "" if self.by_layer is None else f", means over {len(self.by_layer)} layers"

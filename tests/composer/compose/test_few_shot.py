@@ -61,6 +61,7 @@ def test_few_shot_is_the_training_under_demonstrations(compose, tiny_llama, toke
     for layer, factors in alone.layers.items():
         torch.testing.assert_close(found.adapter.layers[layer].b_OR, factors.b_OR, rtol=1e-4, atol=1e-6)
     assert found.task == shown
+    assert "an adapter trained on the examples" in repr(found)
     assert found.tuned_steps == 3
 
 
