@@ -35,7 +35,7 @@ class Race:
 
     def __init__(self, bench: Bench, settings: Settings, folds: Sequence[Split]) -> None:
         self._bench = bench
-        self._shown = bench if bench.task.demonstrations else bench.with_demonstrations()
+        self._shown = bench.with_demonstrations()
         self._settings = settings
         self._folds = folds
         # why searches left the race

@@ -51,30 +51,32 @@ class _Continued:
         return self.loss.engine.pool[self.name]
 
 
-class Tuned(Trial[_Continued]):
-    """A few steps of training from what `origin` chooses, on the examples that a split sees; all splits in one batch."""
+class _TrainedTrial(Trial[_Continued]):
+    """A trial whose choice is an adapter that was trained on what a split sees; all splits in one batch."""
 
-    def __init__(self, origin: MixtureTrial, tuning: Tuning) -> None:
-        super().__init__(f"{origin.name}+tuned", origin.bench, origin.merge_method)
-        self._origin = origin
+    def __init__(self, name: str, bench: Bench, tuning: Tuning, merge_method: str = "linear") -> None:
+        super().__init__(name, bench, merge_method)
         self._tuning = tuning
 
-    def choose(self, splits: Sequence[Split]) -> list[_Continued]:
-        begun, bench = self._origin.choices_on(splits), self.bench
-        base = bench.engine.model, bench.tokenizer, bench.task
+    def _train(
+        self, splits: Sequence[Split], starts: Sequence[Adapter | None], target_modules: Sequence[str]
+    ) -> dict[str, Adapter]:
+        """{name of a split: its adapter}."""
+        bench, names = self.bench, [split.name for split in splits]
         trained = tuned_adapters(
-            *base,
-            {split.name: self._merge(result) for split, result in zip(splits, begun, strict=True)},
+            bench.engine.model,
+            bench.tokenizer,
+            bench.task,
+            dict(zip(names, starts, strict=True)),
             {split.name: split.seen for split in splits},
             self._tuning,
-            target_modules=targets_of(bench.engine.pool),
+            target_modules=target_modules,
             checkpoint=bench.checkpoint,
         )
         made = STEP_COST * self._tuning.steps * len(splits)
         self.evaluations += made
         bench.on_progress(made)
-        loss = example_loss(*base, ExpertPool(trained))
-        return [_Continued(result, name, loss) for name, result in zip(trained, begun, strict=True)]
+        return trained
 
     def scores(self, chosen: _Continued, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         alone = MixtureWeights.of({chosen.name: 1.0}, chosen.loss.engine.pool.names)
@@ -87,6 +89,21 @@ class Tuned(Trial[_Continued]):
     def composition_fields(self, chosen: _Continued) -> dict[str, Any]:
         stored = replace(chosen.adapter, name="composition")
         return {**super().composition_fields(chosen), "stored": stored, "tuned_steps": self._tuning.steps}
+
+
+class Tuned(_TrainedTrial):
+    """A few steps of training from what `origin` chooses."""
+
+    def __init__(self, origin: MixtureTrial, tuning: Tuning) -> None:
+        super().__init__(f"{origin.name}+tuned", origin.bench, tuning, origin.merge_method)
+        self._origin = origin
+
+    def choose(self, splits: Sequence[Split]) -> list[_Continued]:
+        begun, bench = self._origin.choices_on(splits), self.bench
+        starts = [self._merge(result) for result in begun]
+        trained = self._train(splits, starts, targets_of(bench.engine.pool))
+        loss = example_loss(bench.engine.model, bench.tokenizer, bench.task, ExpertPool(trained))
+        return [_Continued(result, name, loss) for name, result in zip(trained, begun, strict=True)]
 
     def _merge(self, result: SearchResult) -> Adapter | None:
         """The mixture as one adapter; None where it is the base model."""
@@ -101,59 +118,26 @@ class Tuned(Trial[_Continued]):
 FEW_SHOT = Tuning(steps=20, lr=5e-4, batch_size=2)
 
 
-@dataclass(frozen=True)
-class _Learned:
-    """An adapter that learned the examples of a split, and its loss on all of them where the split's are shown."""
-
-    adapter: Adapter
-    loss: ExampleLoss
-
-
-class FewShot(Trial[_Learned]):
+class FewShot(_TrainedTrial):
     """A LoRA on all linear layers, trained on the examples that a split sees, each under the others (arXiv 2110.15943)."""
 
     def __init__(self, bench: Bench, tuning: Tuning) -> None:
-        super().__init__("few_shot", bench)
-        self._tuning = tuning
+        super().__init__("few_shot", bench, tuning)
 
     def planned(self, num_folds: int) -> int:
         """How many evaluations will be made."""
         return STEP_COST * self._tuning.steps * (num_folds + 1)
 
-    def choose(self, splits: Sequence[Split]) -> list[_Learned]:
-        bench, tuning = self.bench, self._tuning
-        base = bench.engine.model, bench.tokenizer
-        trained = tuned_adapters(
-            *base,
-            bench.task,
-            dict.fromkeys([split.name for split in splits]),
-            {split.name: split.seen for split in splits},
-            tuning,
-            target_modules=linear_targets(bench.engine.model),
-            checkpoint=bench.checkpoint,
-        )
-        made = STEP_COST * tuning.steps * len(splits)
-        self.evaluations += made
-        bench.on_progress(made)
-        return [_Learned(trained[split.name], self._loss(trained[split.name], split)) for split in splits]
+    def choose(self, splits: Sequence[Split]) -> list[_Continued]:
+        trained = self._train(splits, [None] * len(splits), linear_targets(self.bench.engine.model))
+        nothing = result_of(MixtureWeights.of({}, self.bench.names))
+        return [_Continued(nothing, split.name, self._loss(trained[split.name], split)) for split in splits]
 
     def _loss(self, adapter: Adapter, split: Split) -> ExampleLoss:
         """On all examples; a prompt shows those that the split sees, but never its own."""
         task = self.bench.task
         shown = replace(task, demonstrations=[task.examples[place] for place in split.seen])
         return example_loss(self.bench.engine.model, self.bench.tokenizer, shown, ExpertPool({adapter.name: adapter}))
-
-    def scores(self, chosen: _Learned, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        alone = MixtureWeights.of({chosen.adapter.name: 1.0}, [chosen.adapter.name])
-        losses_CN, hits_CN = chosen.loss.view(examples).scores([alone])
-        return losses_CN[0], hits_CN[0]
-
-    def result(self, chosen: _Learned) -> SearchResult:
-        return result_of(MixtureWeights.of({}, self.bench.names), num_scalars(chosen.adapter))
-
-    def composition_fields(self, chosen: _Learned) -> dict[str, Any]:
-        stored = replace(chosen.adapter, name="composition")
-        return {**super().composition_fields(chosen), "stored": stored, "tuned_steps": self._tuning.steps}
 
 
 # of a router's training, without a budget

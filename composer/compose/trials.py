@@ -66,7 +66,9 @@ class Bench:
         return self.engine.pool.names
 
     def with_demonstrations(self) -> Bench:
-        """The same, where every prompt shows the other examples; nothing is measured there yet."""
+        """The same, where every prompt shows the other examples, unless the task shows some already."""
+        if self.task.demonstrations:
+            return self
         return replace(self, task=replace(self.task, demonstrations=self.task.examples), _losses={})
 
     @property

@@ -11,7 +11,7 @@ from torch import nn
 
 from loraweave.common.display import progress_bar, tracked
 from loraweave.composer.model import scoring
-from loraweave.composer.model.batches import TargetBatch, batch, encode, mean_losses, untouched
+from loraweave.composer.model.batches import TargetBatch, batch, mean_losses, untouched
 from loraweave.errors import InvalidTask, ScopeError
 from loraweave.routers.combined import masked, num_rows_of
 from loraweave.routers.weights import MixtureWeights
@@ -90,7 +90,6 @@ def expert_losses(
 
 
 def _batches(model: nn.Module, tokenizer: Any, task: Task) -> Iterator[TargetBatch]:
-    prompts, targets = zip(*((task.prompt(text), target) for text, target in task.examples), strict=True)
-    rows = sorted(encode(model, tokenizer, prompts, targets), key=len)
+    rows = sorted(scoring.encode_pairs(model, tokenizer, task, task.examples), key=len)
     for start in range(0, len(rows), MAX_ROWS):
         yield batch(model, tokenizer, rows[start : start + MAX_ROWS])

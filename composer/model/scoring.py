@@ -166,17 +166,17 @@ def generate(
     `processors` change a step's scores before the best token is taken, as transformers' logits processors do. All prompts
     begin with the `prefix`, where one is given.
     """
-    inputs: dict[str, Any] = pad_prompts(model, tokenizer, prompts)
-    if prefix is not None:
-        inputs, cache = prefix.before(model, tokenizer, tokenizer(list(prompts))["input_ids"])
-        inputs[cache_name(model)] = cache
+    inputs, cache = _read_prompts(model, tokenizer, prompts, prefix)
+    known = {} if cache is None else {cache_name(model): cache}
     line_break = tokenizer("\n", add_special_tokens=False)["input_ids"]
     ends = sorted({tokenizer.eos_token_id, *(line_break if len(line_break) == 1 else ())} - {None})
     with warnings.catch_warnings():
         # a checkpoint's own sampling settings (temperature, top_p) are warned about in every greedy call
         warnings.filterwarnings("ignore", message=".*(do_sample|generation flags).*")
         output = model.generate(
-            **{name: value for name, value in inputs.items() if name != "position_ids"},
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            **known,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
@@ -199,9 +199,7 @@ def rank(
     prefix: Prefix | None = None,
 ) -> list[str]:
     """The label of the highest summed log-likelihood after each prompt, `end` or the end-of-sequence token included."""
-    inputs, cache = pad_prompts(model, tokenizer, prompts), None
-    if prefix is not None:
-        inputs, cache = prefix.before(model, tokenizer, tokenizer(list(prompts))["input_ids"])
+    inputs, cache = _read_prompts(model, tokenizer, prompts, prefix)
     ids = label_ids(tokenizer, labels, end)
     losses_BL = label_losses(model, inputs["input_ids"], inputs["attention_mask"], ids, cache)
     return [labels[int(best)] for best in losses_BL.argmin(dim=1)]
@@ -260,6 +258,15 @@ def _losses_after(model: Any, ids_BT: Tensor, mask_BT: Tensor, targets_NK: Tenso
     rest_NKV = model(**inputs, **{name: cache}, use_cache=True).logits
     logits_NKV = torch.cat([first.logits[:, -1:].repeat_interleave(count, dim=0), rest_NKV[:, :-1]], dim=1)
     return losses_of(logits_NKV, targets_NK)
+
+
+def _read_prompts(
+    model: Any, tokenizer: Any, prompts: Sequence[str], prefix: Prefix | None
+) -> tuple[dict[str, Tensor], Any]:
+    """(one batch of the prompts, the cache of the `prefix` for as many rows, or None)."""
+    if prefix is None:
+        return pad_prompts(model, tokenizer, prompts), None
+    return prefix.before(model, tokenizer, tokenizer(list(prompts))["input_ids"])
 
 
 def pad_prompts(model: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, Tensor]:

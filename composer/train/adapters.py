@@ -21,11 +21,12 @@ from loraweave.common.state import checkpoint_folder
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.model.batches import EncodedRow, untouched
 from loraweave.composer.model.kinds.linear import shape as linear_shape
+from loraweave.composer.model.scoring import encode_pairs
 from loraweave.composer.train.jobs import LoraJob, PlannedJob, TrainingJob
 from loraweave.composer.train.ordered._course import Course
 from loraweave.composer.train.passes import lora_job
 from loraweave.composer.train.report import JobReport, TrainedAdapters
-from loraweave.composer.train.rows import HeldOut, Judging, can_be_packed, encode_task, pack_task
+from loraweave.composer.train.rows import HeldOut, Judging, can_be_packed, pack_task
 from loraweave.composer.train.schedule import WARMUP_STEPS
 from loraweave.composer.train.settings import LoraSettings, read_tasks
 from loraweave.composer.train.shared import SharedPasses
@@ -124,7 +125,7 @@ def _read_rows(
     def read(name: str, examples: Any) -> list[EncodedRow]:
         task = examples if isinstance(examples, Task) else replace(tasks[name][0], examples=examples)
         packs = judging.held_out is None and can_be_packed(model, task)
-        return [*pack_task(model, tokenizer, task, seed)] if packs else encode_task(model, tokenizer, task)
+        return [*pack_task(model, tokenizer, task, seed)] if packs else encode_pairs(model, tokenizer, task, task.examples)
 
     found = {name: [row for task in parts for row in read(name, task)] for name, parts in tasks.items()}
     return judging.split(found, read, seed)

@@ -15,6 +15,7 @@ from loraweave.common.options import Range, fits
 from loraweave.common.randomness import seeded
 from loraweave.common.rows import FORMS, located, read_row
 from loraweave.composer.model.batches import IGNORED, EncodedRow, answer_ids, context_length, encode
+from loraweave.composer.model.scoring import encode_pairs
 from loraweave.errors import InvalidTask, ScopeError, TrainingError, UnknownName
 from loraweave.registry import nearest
 from loraweave.routers.recipes._gate import UNKNOWN
@@ -293,12 +294,6 @@ def examples_of(rows: Any) -> Any:
     return rows.examples if isinstance(rows, Task) else rows
 
 
-def encode_task(model: Any, tokenizer: Any, task: Task) -> list[EncodedRow]:
-    """The examples of a task in token ids, each in the task's prompt."""
-    prompts = [task.prompt(text) for text, _ in task.examples]
-    return encode(model, tokenizer, prompts, [target for _, target in task.examples], end=task.answer_end)
-
-
 # what a packed row shows at most: examples, and tokens; and the rows that few examples make
 MAX_PACKED, MAX_PACKED_TOKENS, PACKED_ROWS = 8, 1024, 40
 
@@ -317,7 +312,7 @@ def pack_task(model: Any, tokenizer: Any, task: Task, seed: int) -> list[Trainin
     exceeds the model's context.
     """
     alone, limit = replace(task, demonstrations=()), context_length(model) or MAX_PACKED_TOKENS
-    first = encode_task(model, tokenizer, alone)
+    first = encode_pairs(model, tokenizer, alone, alone.examples)
     questions = tokenizer([f"\n\n{alone.prompt(text)}" for text, _ in task.examples], add_special_tokens=False)["input_ids"]
     answers = answer_ids(tokenizer, [target for _, target in task.examples], "")
     (end,) = tokenizer(["\n"], add_special_tokens=False)["input_ids"]

@@ -17,8 +17,8 @@ from torch import Tensor
 from loraweave.common.descent import Descent, descend
 from loraweave.common.rows import GivenRows
 from loraweave.composer.model.batches import EncodedRow
+from loraweave.composer.model.scoring import encode_pairs
 from loraweave.composer.train.passes import LoraJobs, job_losses
-from loraweave.composer.train.rows import encode_task
 from loraweave.composer.train.settings import LoraSettings
 from loraweave.composer.train.state import load_adapter, save_adapter
 from loraweave.hub.adapter import Adapter
@@ -100,7 +100,8 @@ class Course:
 
     def encoded(self, examples: Task | GivenRows) -> list[EncodedRow]:
         """Examples that an option brings, in token ids."""
-        return encode_task(self.model, self.tokenizer, Task.of(examples))
+        task = Task.of(examples)
+        return encode_pairs(self.model, self.tokenizer, task, task.examples)
 
     def once(self, name: str, make: Callable[[], Sequence[Layers]], kinds: Sequence[str] = ("",)) -> list[Adapter]:
         """The updates, one of each kind, that are known when task `name` is learned: made, or taken from the checkpoint."""
