@@ -191,6 +191,15 @@ class TokenTree:
     def __len__(self) -> int:
         return self.ids_T.shape[0]
 
+    def read(self, logits_PV: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss_R, hit_R): the mean loss of each row's target, and whether greedy decoding would write it."""
+        logs_PV = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32)).log_softmax(dim=1)
+        slot_RK, target_RK = self.slot_RK.to(logs_PV.device), self.target_RK.to(logs_PV.device)
+        real_RK = target_RK >= 0
+        loss_RK = -logs_PV[slot_RK, target_RK.clamp(min=0)].masked_fill(~real_RK, 0.0)
+        hit_R = ((logs_PV.argmax(dim=1)[slot_RK] == target_RK) | ~real_RK).all(dim=1)
+        return loss_RK.sum(dim=1) / real_RK.sum(dim=1), hit_R
+
 
 def token_tree(rows: Sequence[EncodedRow]) -> TokenTree:
     """The tree of rows that each have a prompt. A row's last token predicts nothing, and is left out."""
@@ -287,11 +296,7 @@ def _as_tree(model: Any, rows: Sequence[EncodedRow]) -> torch.Tensor:
     device = next(model.parameters()).device
     inputs = tree_inputs([tree], 0, _dtype(model), device)
     logits_PV = logits_at(model, inputs, len(tree) - tree.num_predictors, len(tree))[0]
-    logs_PV = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32)).log_softmax(dim=1)
-    slot_RK, target_RK = tree.slot_RK.to(device), tree.target_RK.to(device)
-    real_RK = target_RK >= 0
-    losses_RK = -logs_PV[slot_RK, target_RK.clamp(min=0)].masked_fill(~real_RK, 0.0)
-    return (losses_RK.sum(dim=1) / real_RK.sum(dim=1)).double()
+    return tree.read(logits_PV)[0].double()
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

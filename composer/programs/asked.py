@@ -143,13 +143,8 @@ class Asked:
             logits_BPV = logits_at(model, inputs, length - kept, length)
         found = []
         for logits_PV, tree in zip(logits_BPV, trees, strict=True):
-            slot_RK, target_RK = tree.slot_RK.to(first.device), tree.target_RK.to(first.device)
-            logs_PV = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32)).log_softmax(dim=1)
-            real_RK = target_RK >= 0
-            loss_RK = -logs_PV[slot_RK, target_RK.clamp(min=0)].masked_fill(~real_RK, 0.0)
-            hit_R = ((logs_PV.argmax(dim=1)[slot_RK] == target_RK) | ~real_RK).all(dim=1)
-            means_R = loss_RK.sum(dim=1) / real_RK.sum(dim=1)
-            found += [Reading(loss, hit) for loss, hit in zip(means_R.tolist(), hit_R.tolist(), strict=True)]
+            loss_R, hit_R = tree.read(logits_PV)
+            found += [Reading(loss, hit) for loss, hit in zip(loss_R.tolist(), hit_R.tolist(), strict=True)]
         return found
 
 

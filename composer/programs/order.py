@@ -59,8 +59,8 @@ def order(
     question twice.
 
     Raises InvalidTask for a task without examples and a hub without descriptions, WeightingError for settings out of range
-    and what is no hub, EmptyIndex and BaseModelMismatch for a hub without an adapter for the model, SearchFailed where no
-    program has a finite loss.
+    and for anything but a hub, EmptyIndex and BaseModelMismatch for a hub without an adapter for the model, SearchFailed
+    where no program has a finite loss.
     """
     asked = Task.of(task)
     given = {"k": k, "max_steps": max_steps, "beam": beam, "gain": gain}
