@@ -7,9 +7,10 @@ S rank rows of a pool (the sum of its ranks), I input features, O output feature
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
+from loraweave.common.checks import require_whole
 from loraweave.common.rows import GivenRows, Row, read_rows
 from loraweave.errors import InvalidTask
 
@@ -253,7 +254,8 @@ class Task:
     "rank_classification". Otherwise the first line of a greedy generation is compared with the target ("exact_match").
     `template` has the fields {instruction} and {input}. `demonstrations` are (input, target) pairs that every prompt shows
     first, each in the template with its answer; True shows the examples. A prompt never shows its own input, so that what is
-    learned on an example is learned under the others (MetaICL, Min et al. 2022, arXiv 2110.15943).
+    learned on an example is learned under the others (MetaICL, Min et al. 2022, arXiv 2110.15943). With `orders` answers are
+    averaged over so many orders of the demonstrations, as probabilities.
     Raises InvalidTask for what cannot be used.
     """
 
@@ -263,6 +265,7 @@ class Task:
     metric: str = field(default="exact_match", kw_only=True)
     template: str | None = field(default=None, kw_only=True)
     demonstrations: Sequence[tuple[str, str]] | bool = field(default=(), kw_only=True)
+    orders: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         rows = read_rows(self.examples, noun="example")
@@ -285,6 +288,7 @@ class Task:
                 raise InvalidTask(f"example {number} has target {target!r}, which is none of the labels {self.labels}")
         if self.template is not None and "{input}" not in self.template:
             raise InvalidTask(f"template {self.template!r} has no field {{input}}")
+        require_whole("orders", self.orders, 1, InvalidTask)
 
     @classmethod
     def of(cls, given: Task | GivenRows) -> Task:
@@ -299,6 +303,15 @@ class Task:
     def answer_end(self) -> str | None:
         """The text that ends an answer: a line break after demonstrations, as theirs; None is the end of the sequence."""
         return "\n" if self.demonstrations else None
+
+    def in_orders(self) -> list[Task]:
+        """The task once for each of its orders: the demonstrations turned in a ring, so that each has several places."""
+        pairs = tuple(cast(Sequence[tuple[str, str]], self.demonstrations))
+        count = max(1, min(self.orders, len(pairs)))
+        if count == 1:
+            return [self]
+        starts = [len(pairs) * number // count for number in range(count)]
+        return [replace(self, demonstrations=pairs[start:] + pairs[:start], orders=1) for start in starts]
 
     def prompt_of(self, row: Row) -> str:
         """The prompt of a row that may have an instruction of its own, or be a whole prompt already."""

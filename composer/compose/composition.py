@@ -56,7 +56,7 @@ from loraweave.types import BaseKey, Router, Task
 # of a composition's one line: adapters, and characters of a name
 NUM_NAMED, NAME_WIDTH = 3, 40
 PACKAGES = ("loraweave", "torch", "transformers", "cma")
-TASK_FIELDS = ("examples", "instruction", "labels", "metric", "template", "demonstrations")
+TASK_FIELDS = ("examples", "instruction", "labels", "metric", "template", "demonstrations", "orders")
 
 
 @dataclass(frozen=True, eq=False)

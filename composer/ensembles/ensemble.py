@@ -26,6 +26,7 @@ from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import align_left, takes
 from loraweave.composer.model.scoring import label_ids, label_losses
 from loraweave.errors import CompositionError, InvalidTask
+from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
 
 # positions follow from the first two; tokenizers say that a text has one segment
@@ -99,7 +100,7 @@ def _label_members(
         rows_per_pass = rows_that_fit(prefix, logits_per_row, copies=len(ids))
 
     def read(inputs: dict[str, Any]) -> Tensor:
-        losses_NL = label_losses(model, inputs["input_ids"], inputs["attention_mask"], ids)
+        losses_NL = label_losses(model, inputs["input_ids"], inputs["attention_mask"], [ids])
         return (-losses_NL).log_softmax(dim=1)
 
     return member_passes(engine, members, prefix, read, rows_per_pass=rows_per_pass)
@@ -291,31 +292,13 @@ def answers(
     if tokenizer is None:
         raise CompositionError("answers() need a tokenizer: make the Composer with tokenizer=...")
     tasks = _tasks_of(task, len(members))
-    model, labels, texts = engine.model, tasks[0].labels, read_inputs(inputs)
-    first, *others = [[each.prompt(text) for text in texts] for each in tasks]
-    own = dict(zip(first, zip(first, *others, strict=True), strict=True))
-
-    def rank(prompts: Sequence[str]) -> list[str]:
-        by_member = zip(*(own[prompt] for prompt in prompts), strict=True)
-        parts = [
-            ensemble(engine, [member], scoring.pad_prompts(model, tokenizer, asked), labels=labels).members_MBV
-            for member, asked in zip(members, by_member, strict=True)
-        ]
-        return EnsemblePrediction(torch.cat(parts), weight_M, tuple(labels or ())).best  # type: ignore[return-value]
-
-    def decode(prompts: Sequence[str]) -> list[str]:
-        with torch.no_grad(), engine.activate(members):
-            found = scoring.generate(
-                model,
-                tokenizer,
-                [own[prompt][member] for member in range(len(members)) for prompt in prompts],
-                max_new_tokens=max_new_tokens,
-                processors=[AveragedScores(weight_M)],
-            )
-        return found[: len(prompts)]
-
-    size = max(1, scoring.BATCH_SIZE // len(members)) if labels is None else scoring.BATCH_SIZE
-    return scoring.answer_by_length(tokenizer, first, size, decode if labels is None else rank)
+    routed = any(not isinstance(member, Mapping | MixtureWeights | None) for member in members)
+    shown = any(each.demonstrations for each in tasks)
+    texts = read_inputs(inputs)
+    with engine.activate(members):
+        return scoring.predict_together(
+            engine.model, tokenizer, tasks, weight_M, texts, max_new_tokens=max_new_tokens, share=shown and not routed
+        )
 
 
 def _tasks_of(task: Task | Sequence[Task], count: int) -> list[Task]:
@@ -325,20 +308,3 @@ def _tasks_of(task: Task | Sequence[Task], count: int) -> list[Task]:
     if different := [each.labels for each in tasks if each.labels != tasks[0].labels]:
         raise InvalidTask(f"the members' tasks have the labels {tasks[0].labels} and {different[0]}; give all the same")
     return tasks
-
-
-class AveragedScores:
-    """A logits processor for greedy decoding: log of the members' averaged probabilities, the same for each member's row.
-
-    The rows of a batch are those of the first member, then those of the next. weight_M sums to 1.
-    """
-
-    def __init__(self, weight_M: Tensor) -> None:
-        self.weight_M = weight_M
-
-    def __call__(self, ids_NT: Tensor, scores_NV: Tensor) -> Tensor:
-        scores_MBV = scores_NV.to(torch.promote_types(scores_NV.dtype, torch.float32)).log_softmax(dim=-1)
-        scores_MBV = scores_MBV.view(len(self.weight_M), -1, scores_NV.shape[-1])
-        log_weight_M = self.weight_M.to(scores_MBV).log()
-        average_BV = torch.logsumexp(scores_MBV + log_weight_M[:, None, None], dim=0)
-        return average_BV.repeat(len(self.weight_M), 1)

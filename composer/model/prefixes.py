@@ -19,48 +19,60 @@ MIN_TOKENS = 32
 
 
 @dataclass(frozen=True, eq=False)
-class Prefix:
-    """The keys and values of the first `length` tokens of every row, of one row."""
+class Prefixes:
+    """Keys and values of what the rows of each group begin with: ids_MP and mask_MP, one row of each of M groups."""
 
-    ids: tuple[int, ...]
+    ids_MP: Tensor
+    mask_MP: Tensor
+    lengths: tuple[int, ...]
     cache: Any
 
     @classmethod
-    def of(cls, model: Any, rows: Sequence[Sequence[int]]) -> Prefix | None:
-        """What the rows have in common, with one token left to each; None where sharing does not pay or cannot be exact.
+    def of(cls, model: Any, tokenizer: Any, groups: Sequence[Sequence[Sequence[int]]]) -> Prefixes | None:
+        """What the rows of each group have in common, with one token left to each row.
 
-        It cannot be for encoder-decoders, for models without positions, and for caches other than plain keys and values.
+        None where sharing does not pay or cannot be exact: for encoder-decoders, for models without positions, and for
+        caches other than plain keys and values.
         """
-        if len(rows) < 2 or model.config.is_encoder_decoder or not takes(model, "position_ids"):
+        if any(len(rows) < 2 for rows in groups) or model.config.is_encoder_decoder or not takes(model, "position_ids"):
             return None
-        columns = takewhile(lambda column: len(set(column)) == 1, zip(*(row[:-1] for row in rows), strict=False))
-        ids = tuple(column[0] for column in columns)
-        if len(ids) < MIN_TOKENS:
+        common = [_beginning(rows) for rows in groups]
+        lengths = tuple(map(len, common))
+        if max(lengths) < MIN_TOKENS or not min(lengths):
             return None
         device = next(model.parameters()).device
+        ids_MP, mask_MP = pad_rows(tokenizer, common)
+        inputs = {name: value.to(device) for name, value in with_positions(model, ids_MP, mask_MP).items()}
         keep = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
-        cache = model(input_ids=torch.tensor([ids], device=device), use_cache=True, **keep)[cache_name(model)]
+        cache = model(**inputs, use_cache=True, **keep)[cache_name(model)]
         plain = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
-        return cls(ids, cache) if plain else None
-
-    def __len__(self) -> int:
-        return len(self.ids)
+        return cls(ids_MP, mask_MP, lengths, cache) if plain else None
 
     def before(self, model: Any, tokenizer: Any, rows: Sequence[Sequence[int]]) -> tuple[dict[str, Tensor], Any]:
-        """(inputs, cache): the whole rows, padded between the prefix and what follows it, and the cache for as many rows."""
-        device = next(model.parameters()).device
-        rest_BT, mask_BT = pad_rows(tokenizer, [row[len(self) :] for row in rows])
-        ids_BT = torch.cat([torch.tensor(self.ids).expand(len(rows), -1), rest_BT], dim=1)
-        mask_BT = torch.cat([torch.ones(len(rows), len(self), dtype=mask_BT.dtype), mask_BT], dim=1)
+        """(inputs, cache) of as many rows of each group, one group after the other.
+
+        The inputs are the whole rows, padded before the prefix and between it and what follows; the cache has its rows.
+        """
+        device, each = next(model.parameters()).device, len(rows) // len(self.lengths)
+        rest = [row[self.lengths[number // each] :] for number, row in enumerate(rows)]
+        rest_BT, mask_BT = pad_rows(tokenizer, rest)
+        ids_BT = torch.cat([self.ids_MP.repeat_interleave(each, dim=0), rest_BT], dim=1)
+        mask_BT = torch.cat([self.mask_MP.repeat_interleave(each, dim=0), mask_BT], dim=1)
         cache = copy.deepcopy(self.cache)
-        cache.batch_repeat_interleave(len(rows))
+        cache.batch_repeat_interleave(each)
         inputs = with_positions(model, ids_BT, mask_BT)
         return {name: value.to(device) for name, value in inputs.items()}, cache
 
     def after(self, model: Any, tokenizer: Any, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """Arguments of a call of the model that reads only what follows the prefix."""
+        """Arguments of a call of the model that reads only what follows the prefixes of these rows."""
         inputs, cache = self.before(model, tokenizer, rows)
-        return {**following(inputs, len(self)), cache_name(model): cache}
+        return {**following(inputs, self.ids_MP.shape[1]), cache_name(model): cache}
+
+
+def _beginning(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The tokens that all rows begin with, without the last one of the shortest row."""
+    columns = takewhile(lambda column: len(set(column)) == 1, zip(*(row[:-1] for row in rows), strict=False))
+    return tuple(column[0] for column in columns)
 
 
 def following(inputs: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:

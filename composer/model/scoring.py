@@ -28,7 +28,7 @@ from loraweave.composer.model.batches import (
     token_losses,
     with_positions,
 )
-from loraweave.composer.model.prefixes import Prefix, cache_name, following
+from loraweave.composer.model.prefixes import Prefixes, cache_name, following
 from loraweave.errors import InvalidTask
 from loraweave.routers.tokens._call import prompted
 from loraweave.types import Task
@@ -55,7 +55,10 @@ class Score:
 def losses(
     model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[str, Targets]], *, share: bool = False
 ) -> list[float]:
-    """The mean negative log-likelihood of each pair's (first) target, given its prompt; `share` is that of `predict`."""
+    """The mean negative log-likelihood of each pair's (first) target, given its prompt; `share` is that of `predict`.
+
+    Demonstrations stand in their first order.
+    """
     return losses_of_rows(model, tokenizer, encode_pairs(model, tokenizer, task, pairs), share=share)
 
 
@@ -70,7 +73,7 @@ def losses_of_rows(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], *, sh
     """The mean negative log-likelihood of each row's target, given its prompt."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     values = [0.0] * len(rows)
-    prefix = Prefix.of(model, [row.prompt for row in rows]) if share else None
+    prefix = Prefixes.of(model, tokenizer, [[row.prompt for row in rows]]) if share else None
     for chunk in _chunks(order, BATCH_SIZE):
         stacked = batch(model, tokenizer, [rows[i] for i in chunk])
         if prefix is not None:
@@ -81,7 +84,6 @@ def losses_of_rows(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], *, sh
     return values
 
 
-@torch.no_grad()
 def predict(
     model: Any,
     tokenizer: Any,
@@ -93,30 +95,77 @@ def predict(
 ) -> list[str]:
     """One answer for each input: the likeliest label when the task has labels, else the first generated line.
 
-    With `share` the model reads once what all prompts begin with, where it can: not for weights that look at a whole prompt.
+    Of a task in several orders it is that of `predict_together`. With `share` the model reads once what all prompts begin
+    with, where it can: not for weights that look at a whole prompt.
     """
-    prompts = [task.prompt(text) for text in inputs]
-    prefix = Prefix.of(model, tokenizer(prompts)["input_ids"]) if share and task.demonstrations and prompts else None
-
-    def answer(prompts: Sequence[str]) -> list[str]:
-        if task.labels is None:
-            return generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, prefix=prefix)
-        return rank(model, tokenizer, prompts, task.labels, end=task.answer_end, prefix=prefix)
-
-    size = BATCH_SIZE if task.labels is None else max(1, 128 // len(task.labels))
-    return answer_by_length(tokenizer, prompts, size, answer)
+    tasks = task.in_orders()
+    share = share and bool(task.demonstrations)
+    return predict_together(
+        model, tokenizer, tasks, equal_shares(len(tasks)), inputs, max_new_tokens=max_new_tokens, share=share
+    )
 
 
-def answer_by_length(
-    tokenizer: Any, prompts: Sequence[str], size: int, answer: Callable[[Sequence[str]], Sequence[str]]
+def equal_shares(count: int) -> Tensor:
+    """share_M in fp64, which sums to 1."""
+    return torch.full((count,), 1 / count, dtype=torch.float64)
+
+
+@torch.no_grad()
+def predict_together(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    share_M: Tensor,
+    inputs: Sequence[str],
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    share: bool = False,
 ) -> list[str]:
-    """answer(prompts) of up to `size` prompts of similar length at a time, in the order of the prompts."""
-    lengths = [len(ids) for ids in tokenizer(list(prompts))["input_ids"]] if prompts else []
-    answers = [""] * len(prompts)
-    for chunk in _chunks(sorted(range(len(prompts)), key=lambda index: lengths[index]), size):
-        for index, found in zip(chunk, answer([prompts[index] for index in chunk]), strict=True):
+    """One answer for each input from what it is under the prompts of M tasks, whose probabilities are averaged.
+
+    A batch has the rows of the first task, then those of the next. The labels' probabilities are averaged; decoding takes
+    at each step the token of the highest average, which all rows of an input then go on from. `share` is that of `predict`.
+    """
+    prompts_MN = [[task.prompt(text) for text in inputs] for task in tasks]
+    ids_MN = [tokenizer(prompts)["input_ids"] if prompts else [] for prompts in prompts_MN]
+    prefix = Prefixes.of(model, tokenizer, ids_MN) if share else None
+    labels = tasks[0].labels
+
+    def answer(chosen: Sequence[int]) -> list[str]:
+        prompts = [prompts[index] for prompts in prompts_MN for index in chosen]
+        if labels is not None:
+            ends = [task.answer_end for task in tasks]
+            return rank(model, tokenizer, prompts, labels, share_M, ends=ends, prefix=prefix)
+        averaged = [AveragedScores(share_M)] if len(tasks) > 1 else []
+        found = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, processors=averaged, prefix=prefix)
+        return found[: len(chosen)]
+
+    size = max(1, (BATCH_SIZE if labels is None else 128 // len(labels)) // len(tasks))
+    answers = [""] * len(inputs)
+    for chosen in _chunks(sorted(range(len(inputs)), key=lambda index: len(ids_MN[0][index])), size):
+        for index, found in zip(chosen, answer(chosen), strict=True):
             answers[index] = found
     return answers
+
+
+class AveragedScores:
+    """A logits processor for greedy decoding: log of the members' averaged probabilities, the same for each member's row.
+
+    The rows of a batch are those of the first member, then those of the next. share_M sums to 1.
+    """
+
+    def __init__(self, share_M: Tensor) -> None:
+        self.share_M = share_M
+
+    def __call__(self, ids_NT: Tensor, scores_NV: Tensor) -> Tensor:
+        scores_MBV = scores_NV.to(torch.promote_types(scores_NV.dtype, torch.float32)).log_softmax(dim=-1)
+        average_BV = log_average(scores_MBV.view(len(self.share_M), -1, scores_NV.shape[-1]), self.share_M)
+        return average_BV.repeat(len(self.share_M), 1)
+
+
+def log_average(log_p_MBV: Tensor, share_M: Tensor) -> Tensor:
+    """log of sum over m of share_m p_m, (B, V)."""
+    return torch.logsumexp(log_p_MBV + share_M.to(log_p_MBV).log()[:, None, None], dim=0)
 
 
 def evaluate(model: Any, tokenizer: Any, task: Task, pairs: GivenRows, *, seed: int = 0, share: bool = False) -> Score:
@@ -159,7 +208,7 @@ def generate(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
-    prefix: Prefix | None = None,
+    prefix: Prefixes | None = None,
 ) -> list[str]:
     """The first line of each greedy continuation; generation ends at a line break.
 
@@ -194,15 +243,22 @@ def rank(
     tokenizer: Any,
     prompts: Sequence[str],
     labels: Sequence[str],
+    share_M: Tensor | None = None,
     *,
-    end: str | None = None,
-    prefix: Prefix | None = None,
+    ends: Sequence[str | None] = (None,),
+    prefix: Prefixes | None = None,
 ) -> list[str]:
-    """The label of the highest summed log-likelihood after each prompt, `end` or the end-of-sequence token included."""
+    """The label of the highest summed log-likelihood after each prompt, an end or the end-of-sequence token included.
+
+    With share_M the prompts are those of M members, one after the other, whose answers have these `ends`; the probabilities
+    of the labels are averaged.
+    """
     inputs, cache = _read_prompts(model, tokenizer, prompts, prefix)
-    ids = label_ids(tokenizer, labels, end)
-    losses_BL = label_losses(model, inputs["input_ids"], inputs["attention_mask"], ids, cache)
-    return [labels[int(best)] for best in losses_BL.argmin(dim=1)]
+    ids = [label_ids(tokenizer, labels, end) for end in ends]
+    losses_NL = label_losses(model, inputs["input_ids"], inputs["attention_mask"], ids, cache)
+    share_M = equal_shares(1) if share_M is None else share_M
+    log_p_MBL = (-losses_NL).log_softmax(dim=1).view(len(share_M), -1, len(labels))
+    return [labels[int(best)] for best in log_average(log_p_MBL, share_M).argmax(dim=1)]
 
 
 def label_ids(tokenizer: Any, labels: Sequence[str], end: str | None = None) -> list[list[int]]:
@@ -214,16 +270,19 @@ def label_ids(tokenizer: Any, labels: Sequence[str], end: str | None = None) -> 
     return ids
 
 
-def label_losses(model: Any, ids_BT: Tensor, mask_BT: Tensor, labels: Sequence[Sequence[int]], cache: Any = None) -> Tensor:
+def label_losses(
+    model: Any, ids_BT: Tensor, mask_BT: Tensor, labels: Sequence[Sequence[Sequence[int]]], cache: Any = None
+) -> Tensor:
     """loss_BL: the summed negative log-likelihood of each label's tokens after each prompt, padded as `pad_prompts` does.
 
-    A decoder reads each prompt once; its labels share the prompt's keys and values, and what a `cache` has of the prompts is
-    not read. Raises InvalidTask for labels that
-    lie beyond the model's context.
+    `labels` has the token ids of each label for each of M equal parts of the batch. A decoder reads each prompt once; its
+    labels share the prompt's keys and values, and what a `cache` has of the prompts is not read. Raises InvalidTask for
+    labels that lie beyond the model's context.
     """
-    width = max(map(len, labels))
-    targets_LK = torch.tensor([[*label, *[IGNORED] * (width - len(label))] for label in labels], device=ids_BT.device)
-    targets_NK = targets_LK.repeat(len(ids_BT), 1)
+    width = max(len(label) for own in labels for label in own)
+    targets_MLK = [[[*label, *[IGNORED] * (width - len(label))] for label in own] for own in labels]
+    each = len(ids_BT) // len(labels)
+    targets_NK = torch.tensor(targets_MLK, device=ids_BT.device).repeat_interleave(each, dim=0).flatten(0, 1)
     limit, longest = context_length(model), int(mask_BT.sum(dim=1).max())
     if limit and longest + width > limit:
         raise InvalidTask(
@@ -231,13 +290,13 @@ def label_losses(model: Any, ids_BT: Tensor, mask_BT: Tensor, labels: Sequence[S
         )
     if model.config.is_encoder_decoder:
         inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
-        inputs = {key: value.repeat_interleave(len(labels), dim=0) for key, value in inputs.items()}
+        inputs = {key: value.repeat_interleave(len(labels[0]), dim=0) for key, value in inputs.items()}
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(targets_NK)
         losses_NK = token_losses(model, TargetBatch(inputs, targets_NK))
     else:
         with prompted(ids_BT, mask_BT):
             losses_NK = _losses_after(model, ids_BT, mask_BT, targets_NK, cache)
-    return losses_NK.sum(dim=1).view(len(ids_BT), len(labels))
+    return losses_NK.sum(dim=1).view(len(ids_BT), -1)
 
 
 def _losses_after(model: Any, ids_BT: Tensor, mask_BT: Tensor, targets_NK: Tensor, cache: Any) -> Tensor:
@@ -261,7 +320,7 @@ def _losses_after(model: Any, ids_BT: Tensor, mask_BT: Tensor, targets_NK: Tenso
 
 
 def _read_prompts(
-    model: Any, tokenizer: Any, prompts: Sequence[str], prefix: Prefix | None
+    model: Any, tokenizer: Any, prompts: Sequence[str], prefix: Prefixes | None
 ) -> tuple[dict[str, Tensor], Any]:
     """(one batch of the prompts, the cache of the `prefix` for as many rows, or None)."""
     if prefix is None:

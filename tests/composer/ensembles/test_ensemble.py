@@ -316,9 +316,8 @@ def test_labels_are_ranked_by_their_averaged_probabilities(engine_of, tokenizer)
         for member, weight in zip(THREE, WEIGHTS, strict=True):
             inputs = scoring.pad_prompts(engine.model, tokenizer, [text])
             with torch.no_grad(), engine.activate(member or {}):
-                losses_BL = scoring.label_losses(
-                    engine.model, inputs["input_ids"], inputs["attention_mask"], scoring.label_ids(tokenizer, labels)
-                )
+                ids = [scoring.label_ids(tokenizer, labels)]
+                losses_BL = scoring.label_losses(engine.model, inputs["input_ids"], inputs["attention_mask"], ids)
             shares += weight * (-losses_BL[0]).softmax(0)
         assert answer == labels[int(shares.argmax())]
 

@@ -10,7 +10,7 @@ import torch
 
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import batch, encode, mean_losses, token_losses, token_scores
-from loraweave.composer.model.prefixes import Prefix
+from loraweave.composer.model.prefixes import Prefixes
 from loraweave.composer.model.scoring import encode_pairs, losses, predict
 from loraweave.errors import InvalidTask
 from loraweave.types import Task
@@ -31,7 +31,9 @@ def summed(model, tokenizer, prompt, label):
 def test_label_losses_with_a_shared_cache_equal_those_of_whole_rows(kind, make_model, tokenizer):
     model = make_model(kind)
     inputs = scoring.pad_prompts(model, tokenizer, PROMPTS)
-    found = scoring.label_losses(model, inputs["input_ids"], inputs["attention_mask"], scoring.label_ids(tokenizer, LABELS))
+    found = scoring.label_losses(
+        model, inputs["input_ids"], inputs["attention_mask"], [scoring.label_ids(tokenizer, LABELS)]
+    )
     expected = [[-summed(model, tokenizer, prompt, label) for label in LABELS] for prompt in PROMPTS]
     np.testing.assert_allclose(found.double().numpy(), expected, atol=5e-4)
 
@@ -52,7 +54,9 @@ def test_an_encoder_decoder_ranks_labels_too(kind, make_model, tokenizer):
         labels = [torch.tensor([tokenizer(f" {label}</s>", add_special_tokens=False)["input_ids"]]) for label in LABELS]
         expected.append([float(model(input_ids=ids, labels=label).loss) * label.shape[1] for label in labels])
     inputs = scoring.pad_prompts(model, tokenizer, PROMPTS)
-    found = scoring.label_losses(model, inputs["input_ids"], inputs["attention_mask"], scoring.label_ids(tokenizer, LABELS))
+    found = scoring.label_losses(
+        model, inputs["input_ids"], inputs["attention_mask"], [scoring.label_ids(tokenizer, LABELS)]
+    )
     np.testing.assert_allclose(found.double().numpy(), expected, atol=5e-4)
     best = [LABELS[int(np.argmin(losses))] for losses in expected]
     assert scoring.rank(model, tokenizer, PROMPTS, LABELS) == best
@@ -186,7 +190,7 @@ def test_demonstrations_that_are_read_once_give_the_answers_and_losses_of_whole_
     task = Task(SHOWN, labels=labels, template="{input}:", demonstrations=True)
     pairs = [("five", "5"), ("one two", "1"), ("six and one", "4"), ("two", "2")]
     inputs = [text for text, _ in pairs]
-    assert Prefix.of(model, tokenizer([task.prompt(text) for text in inputs[:3]])["input_ids"]) is not None
+    assert Prefixes.of(model, tokenizer, [tokenizer([task.prompt(text) for text in inputs[:3]])["input_ids"]]) is not None
     with torch.no_grad():
         plain = predict(model, tokenizer, task, inputs, max_new_tokens=6)
         assert predict(model, tokenizer, task, inputs, max_new_tokens=6, share=True) == plain
@@ -195,12 +199,68 @@ def test_demonstrations_that_are_read_once_give_the_answers_and_losses_of_whole_
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
-def test_a_prefix_is_shared_only_where_it_is_long_and_a_decoder_reads_it(kind, make_model):
+def test_a_prefix_is_shared_only_where_it_is_long_and_a_decoder_reads_it(kind, make_model, tokenizer):
     rows = [[5] * 40 + [token] for token in (6, 7)]
-    found = Prefix.of(make_model(kind), rows)
+    found = Prefixes.of(make_model(kind), tokenizer, [rows])
     assert (found is None) == (kind == "t5")
-    assert Prefix.of(make_model("llama"), [[5] * 8, [5] * 9]) is None
-    assert Prefix.of(make_model("llama"), rows[:1]) is None
+    assert Prefixes.of(make_model("llama"), tokenizer, [[[5] * 8, [5] * 9]]) is None
+    assert Prefixes.of(make_model("llama"), tokenizer, [rows[:1]]) is None
+    # a group that begins with nothing has nothing to put in front of the others' padding
+    assert Prefixes.of(make_model("llama"), tokenizer, [rows, [[6, 7], [7, 6]]]) is None
+
+
+LONGER = [("one", "1"), ("twenty two and a half", "2"), ("three", "3"), ("four", "4")]
+
+
+@pytest.mark.parametrize("share", [False, True])
+@torch.no_grad()
+def test_answers_in_several_orders_follow_the_average_of_their_probabilities(share, make_model, tokenizer):
+    model = make_model("llama", dtype=torch.float64)
+    task = Task(LONGER, template="{input}:", demonstrations=True, orders=3)
+    inputs = ["five", "six and one", "two"]
+    found = predict(model, tokenizer, task, inputs, max_new_tokens=5, share=share)
+    for text, answer in zip(inputs, found, strict=True):
+        prompts, written = [each.prompt(text) for each in task.in_orders()], []
+        assert len(set(prompts)) == 3
+        for _ in range(5):
+            rows = [tokenizer(prompt)["input_ids"] + written for prompt in prompts]
+            p_V = torch.stack([model(torch.tensor([row])).logits[0, -1].softmax(dim=-1) for row in rows]).mean(dim=0)
+            if int(p_V.argmax()) in (tokenizer.eos_token_id, *tokenizer("\n", add_special_tokens=False)["input_ids"]):
+                break
+            written.append(int(p_V.argmax()))
+        assert answer == (tokenizer.decode(written, skip_special_tokens=True).splitlines() or [""])[0].strip()
+
+
+@pytest.mark.parametrize("share", [False, True])
+@torch.no_grad()
+def test_labels_in_several_orders_have_the_average_of_their_probabilities(share, make_model, tokenizer):
+    model = make_model("llama", dtype=torch.float64)
+    labels = ["1", "2", "3", "4", "five"]
+    task = Task(LONGER, labels=labels, template="{input}:", demonstrations=True, orders=2)
+    inputs = ["five", "six and one", "two", "nine"]
+    p_NL = torch.zeros(len(inputs), len(labels), dtype=torch.float64)
+    for row, text in enumerate(inputs):
+        for each in task.in_orders():
+            scores = [-sum_of_losses(model, tokenizer, each.prompt(text), f" {label}\n") for label in labels]
+            p_NL[row] += torch.tensor(scores, dtype=torch.float64).softmax(dim=0)
+    assert predict(model, tokenizer, task, inputs, share=share) == [labels[int(best)] for best in p_NL.argmax(dim=1)]
+
+
+def sum_of_losses(model, tokenizer, prompt, answer):
+    ids, target = tokenizer(prompt)["input_ids"], tokenizer(answer, add_special_tokens=False)["input_ids"]
+    log_p_TV = model(torch.tensor([ids + target])).logits[0].log_softmax(dim=-1)
+    return -float(sum(log_p_TV[len(ids) - 1 + place, token] for place, token in enumerate(target)))
+
+
+def test_orders_turn_the_demonstrations_in_a_ring():
+    task = Task(SHOWN, demonstrations=True, orders=3)
+    assert [[target for _, target in each.demonstrations] for each in task.in_orders()] == [
+        ["1", "2", "3", "4"], ["2", "3", "4", "1"], ["3", "4", "1", "2"]
+    ]  # fmt: skip
+    assert len(Task(SHOWN[:2], demonstrations=True, orders=5).in_orders()) == 2
+    assert Task(SHOWN, orders=3).in_orders()[0].prompt("x") == Task(SHOWN).prompt("x")
+    with pytest.raises(InvalidTask, match="orders is 0"):
+        Task(SHOWN, orders=0)
 
 
 def test_answers_after_demonstrations_end_as_those_do(tiny_llama, tokenizer):
