@@ -31,7 +31,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from rich.progress import track
@@ -41,12 +40,9 @@ from benchmarks._data import DATA, NO_SEED, NO_SHOTS, Key, Measured, Store
 from benchmarks._run import Run, pairs
 from benchmarks._unseen_report import OF_JOINED_SKILLS, WAYS, WITHOUT_EXAMPLES, report
 from loraweave.composer.compose.loss import ExampleLoss
-from loraweave.composer.ensembles.ensemble import answers
-from loraweave.composer.model.scoring import MAX_NEW_TOKENS, Score, bootstrap, evaluate, predict
-from loraweave.composer.model.scoring import losses as scored_losses
+from loraweave.composer.model.scoring import Score, evaluate, predict
 from loraweave.composer.programs.program import Program
 from loraweave.demo import DemoTask, fast_dtype, load_task
-from loraweave.errors import CompositionError
 from loraweave.routers.searches.lorahub_original import LorahubOriginal
 
 app = typer.Typer()
@@ -188,8 +184,9 @@ class Case:
         """On the test items; what the way itself has measured stands."""
         if found.score is not None:
             return found.score
-        if found.program is not None:
-            return found.program.score(self.unseen.test)
+        answering = found.composition or found.program
+        if answering is not None:
+            return answering.score(self.unseen.test)
         task = found.task or self.task
         if found.adapter is None:
             return evaluate(self.model, self.tokenizer, task, self.unseen.test, share=True)
@@ -199,9 +196,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """What answers: an adapter, a program, or the base model without one; `task` where it is asked in another form."""
+    """What answers: an adapter, a composition, a program, or the base model; `task` where it is asked in another form."""
 
     adapter: lw.Adapter | None = None
+    composition: lw.Composition | None = None
     program: Program | None = None
     task: lw.Task | None = None
     score: Score | None = None
@@ -260,24 +258,6 @@ def few_shot(case: Case) -> Found:
     return _composed(case, "few_shot", folds=0)
 
 
-def gradient_and_few_shot(case: Case) -> Found:
-    """Learned weights, and a LoRA under demonstrations: the average of both members' probabilities, token by token."""
-    found = [_compose(replace(case, budget=2 * LEARNED_STEPS), way, folds=0) for way in ("gradient", "few_shot")]
-    adapters = {way: each.adapter for way, each in zip(("gradient", "few_shot"), found, strict=True)}
-    engine = lw.Composer(case.model, lw.ExpertPool(adapters), tokenizer=case.tokenizer)
-    test, tasks, members = case.unseen.test, [each.task for each in found], [{way: 1.0} for way in adapters]
-    longest = max(len(case.tokenizer(target)["input_ids"]) for _, accepted in test for target in accepted)
-    most = min(MAX_NEW_TOKENS, 2 * longest + 4)
-    said = answers(engine, members, tasks, [text for text, _ in test], max_new_tokens=most)
-    right = tuple(each.strip() in [t.strip() for t in accepted] for each, (_, accepted) in zip(said, test, strict=True))
-    low, high = bootstrap(right)
-    losses = []
-    for member, task in zip(members, tasks, strict=True):
-        with engine.activate(member):
-            losses += scored_losses(case.model, case.tokenizer, task, test, share=True)
-    return Found(score=Score(float(np.mean(right)), low, high, float(np.mean(losses)), len(right), right))
-
-
 def oracle(case: Case) -> Found:
     """The same LoRA trained on the task's whole training set."""
     return Found(_trained(case, replace(case.task, examples=case.training), batch_size=8, **ORACLE))
@@ -293,7 +273,7 @@ def order_distilled(case: Case) -> Found:
     """That program, learned by one adapter on sample inputs of the hub's cards."""
     program = lw.order(case.model, case.tokenizer, case.hub, case.task, k=case.k, progress=False)
     learned = program.distil(seed=case.seed, progress=False)
-    return Found(learned.adapter, task=learned.task, notes={"chosen": str(program), "distilled": learned.report.reason})
+    return Found(composition=learned, notes={"chosen": str(program), "distilled": learned.report.reason})
 
 
 def any_single(case: Case) -> Found:
@@ -328,7 +308,6 @@ OWN: dict[str, Callable[[Case], Found]] = {
         lorahub_original,
         lora_examples,
         few_shot,
-        gradient_and_few_shot,
         composed_and_tuned,
         oracle,
         order,
@@ -361,11 +340,7 @@ def _composed(case: Case, method: str, folds: int | None = None) -> Found:
     notes = {"chosen": report.chosen, "evaluations": report.evaluations, "held_out": held_out}
     if report.chosen == "best_single":
         notes["single"] = next(iter(composition.mean_weights))
-    try:
-        return Found(composition.adapter, task=composition.task, notes=notes)
-    except CompositionError:
-        # the base model itself, which no adapter expresses
-        return Found(task=composition.task, notes=notes)
+    return Found(composition=composition, notes=notes)
 
 
 def _trained(case: Case, task: lw.Task, *, steps: int, lr: float, batch_size: int, warmup: int = 10) -> lw.Adapter:

@@ -27,6 +27,8 @@ LABELS = {
     "uniform": "uniform mixture",
     "gradient": "weights by layer, learned",
     "lorahub": "LoraHub",
+    "few_shot": "trained on the examples",
+    "average": "both, averaged",
 }
 
 
@@ -61,7 +63,7 @@ def run(
         inputs = [text for text, _ in unseen.task.examples]
         for hit in lw.Retriever(hub).for_task(inputs, description=unseen.task.instruction, k=NUM_SHOWN):
             console.print(f"   {hit.score:.3f}  {hit.name}: {hit.evidence}", markup=False, highlight=False)
-        console.print("[bold]4. The search[/] for weights, on the five examples alone")
+        console.print("[bold]4. Learning[/] weights and an adapter, on the five examples alone")
         composition = lw.compose(model, tokenizer, hub, unseen.task, method="auto", k=k, budget=budget, seed=seed)
         console.print(f"[bold]5. The test[/] on {len(unseen.test)} other inputs")
         scores = _scores(composition, unseen, console)
@@ -71,8 +73,8 @@ def run(
         return
     console.print(_table(composition, scores))
     chosen = composition.report.chosen
-    kind = "weights" if composition.by_layer is None else "weights, which each layer has of its own, on the mean over layers"
-    console.print(f"The chosen composition is {LABELS.get(chosen, chosen)} ({composition.report.reason}). Its {kind}:")
+    console.print(f"The chosen composition is {LABELS.get(chosen, chosen)} ({composition.report.reason}).")
+    console.print("What it has of the adapters, on the mean over layers and members:")
     for name, weight in sorted(composition.mean_weights.items(), key=lambda item: -abs(item[1]))[:MAX_WEIGHTS]:
         console.print(f"   {weight:+.3f}  {name}", markup=False, highlight=False)
     console.print("Some of its answers:")
@@ -120,13 +122,12 @@ def _scores(composition: lw.Composition, unseen: DemoTask, console: Console) -> 
     """Of every way that was run on all examples."""
     rows = [row for row in composition.report.rows if row.loss is not None]
     scores: dict[str, dict[str, float]] = {}
+    plain = replace(composition, task=unseen.task, merge_method="linear", stored=None, members={})
     for row in track(rows, "   answering", console=console):
         started = time.perf_counter()
-        if row.name == composition.report.chosen:
-            figures = composition.evaluate(unseen.test)
-        else:
-            other = replace(composition, all_weights=row.weights, by_layer=row.by_layer, merge_method="linear", stored=None)
-            figures = other.evaluate(unseen.test)
+        others = {composition.report.chosen: composition, **composition.members}
+        answering = others.get(row.name) or replace(plain, all_weights=row.weights, by_layer=row.by_layer)
+        figures = answering.evaluate(unseen.test)
         scores[row.name] = {**figures, "seconds": row.seconds + time.perf_counter() - started}
     return scores
 

@@ -300,13 +300,18 @@ class Task:
         return self._prompt(text, self.instruction)
 
     @property
+    def shown(self) -> tuple[tuple[str, str], ...]:
+        """The demonstrations."""
+        return cast(tuple[tuple[str, str], ...], self.demonstrations)
+
+    @property
     def answer_end(self) -> str | None:
         """The text that ends an answer: a line break after demonstrations, as theirs; None is the end of the sequence."""
         return "\n" if self.demonstrations else None
 
     def in_orders(self) -> list[Task]:
         """The task once for each of its orders: the demonstrations turned in a ring, so that each has several places."""
-        pairs = tuple(cast(Sequence[tuple[str, str]], self.demonstrations))
+        pairs = self.shown
         count = max(1, min(self.orders, len(pairs)))
         if count == 1:
             return [self]
@@ -321,8 +326,7 @@ class Task:
         template = DEFAULT_TEMPLATE if self.template is None else self.template
         # replaced in one pass over the template, so that braces in the user's text stay what they are
         parts = [part.replace("{instruction}", instruction) for part in template.split("{input}")]
-        pairs = cast(Sequence[tuple[str, str]], self.demonstrations)
-        shown = [f"{given.join(parts)} {target}\n\n" for given, target in pairs if given != text]
+        shown = [f"{given.join(parts)} {target}\n\n" for given, target in self.shown if given != text]
         return "".join([*shown, text.join(parts)])
 
     def _read_demonstrations(self) -> tuple[tuple[str, str], ...]:

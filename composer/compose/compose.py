@@ -17,11 +17,11 @@ from torch import nn
 from loraweave.common.display import progress_bar
 from loraweave.common.rows import GivenRows
 from loraweave.composer.compose.composition import Composition
-from loraweave.composer.compose.race import Race
 from loraweave.composer.compose.report import Report
 from loraweave.composer.compose.settings import Settings
 from loraweave.composer.compose.trials import Bench, folds
 from loraweave.composer.compose.user_loss import Examples
+from loraweave.composer.compose.ways import Ways
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.fitting import Fitting, misfit
 from loraweave.composer.model.layers import require_model
@@ -61,8 +61,8 @@ def compose(
 ) -> Composition:
     """Finds the `k` adapters of a hub that fit the task's examples best, weighs them, and returns the composition.
 
-    A pool or a list of adapters is used whole. `method` "auto" races several searches under one `budget` of evaluations
-    (candidates scored on all examples) or `seconds`, and takes whatever does best on held-out examples (docs/search.md). A
+    A pool or a list of adapters is used whole. `method` "auto" learns weights for the adapters, and a LoRA under prompts
+    that show the examples, and averages the probabilities of both (docs/search.md); `members` of the composition has them. A
     name of `names("routers")` runs that search alone; "best_single" takes the adapter of the lowest loss, "manual" the given
     `weights`, "base" none, "in_context" the base with the examples in every prompt, and "few_shot" a LoRA trained on the
     examples under such prompts (`steps`, `lr`). A router, by name and options, weighs every token; one that learns is
@@ -75,8 +75,9 @@ def compose(
 
     The guard: a searched composition must do no worse on held-out examples than the base and the best single adapter, or
     the better of these two is returned. It is cross-validated over at most `folds` folds, 3 by default; each fold's search
-    has the same budget and never sees the fold. `folds=0` turns the guard off. The budget of "auto" pays for its folds, 2
-    by default, and for all that races.
+    has the same `budget` of evaluations (candidates scored on all examples) or `seconds`, and never sees the fold.
+    `folds=0`, the default of "auto", turns the guard off. With folds "auto" returns the way of the lowest loss on held-out
+    examples. Its search takes at most 16 evaluations; a budget below 40, or `seconds`, leaves its training out.
 
     `checkpoint` is a folder from which an interrupted search resumes, to the same result. `search_options` go to the search.
     docs/identity.md says which adapters of a hub are for this model. Adapters whose licenses exclude each other, or derived
@@ -130,27 +131,20 @@ def _compose(
         # unknown until the searches are made, and after that too where only time bounds them
         shown = bar.add_task("measuring adapters", total=None)
         bench = Bench(engine, tokenizer, task, scores, settings.checkpoint, lambda made: bar.update(shown, advance=made))
-        race = Race(bench, settings, splits)
-        if race.planned != 0:
-            total = None if race.planned is None else len(pool) + race.planned
-            bar.update(shown, description="searching weights", total=total)
-        trials = {trial.name: trial for trial in race.run()}
+        ways = Ways(bench, settings, splits)
+        if ways.planned != 0:
+            total = None if ways.planned is None else len(pool) + ways.planned
+            bar.update(shown, description="learning from the examples", total=total)
+        trials = {trial.name: trial for trial in ways.run()}
         bar.update(shown, total=bar.tasks[shown].completed)
     engine.close()
-    chosen, reason = guard(settings.name, {name: each.held_out_loss for name, each in trials.items()}, guarded=bool(splits))
+    losses = {name: each.held_out_loss for name, each in trials.items()}
+    chosen, reason = guard(ways.asked, losses, guarded=bool(splits), best_of_all=settings.method == "auto")
     rows = {name: trial.row() for name, trial in trials.items()}
     spent = time.perf_counter() - started, sum(row.evaluations for row in rows.values())
-    report = Report(tuple(rows.values()), chosen, "; ".join([reason, *race.left]), tuple(scores.items()), *spent)
-    return Composition(
-        model,
-        tokenizer,
-        all_weights=rows[chosen].weights,
-        by_layer=rows[chosen].by_layer,
-        report=report,
-        seed=settings.seed,
-        allow_licenses=settings.allow_licenses,
-        **trials[chosen].composition_fields(trials[chosen].chosen),
-    )
+    report = Report(tuple(rows.values()), chosen, "; ".join([reason, *ways.left]), tuple(scores.items()), *spent)
+    best, allow = trials[chosen], settings.allow_licenses
+    return best.composition(best.chosen, report, seed=settings.seed, allow_licenses=allow)
 
 
 ARGUMENTS = signature(compose)
@@ -266,21 +260,26 @@ def _nothing_for(hub: Hub, base: BaseKey, beside: _Beside) -> BaseModelMismatch 
 
 # what a searched composition is compared with
 PLAIN = ("base", "best_single")
+AVERAGED = "weights and a trained adapter, averaged; folds=2 compares them on held-out examples"
 
 
-def guard(method: str, held_out_losses: Mapping[str, float], *, guarded: bool) -> tuple[str, str]:
+def guard(
+    asked: str | None, held_out_losses: Mapping[str, float], *, guarded: bool, best_of_all: bool = False
+) -> tuple[str, str]:
     """The name of the way to return, and why; the losses are those of all ways measured.
 
-    "auto" takes the lowest, the better of base and best single where they are equal. Any other method gives way, if it is
-    to be `guarded`, to the better of these two when it is worse.
+    Unless it is to be `guarded`, what was asked for, or where that is nothing the better of base and best single. Else it
+    gives way to the better of these two where it is worse, or to the best of all, a plain one where they are equal.
     """
-    if method != "auto" and not guarded:
-        return method, "as asked"
+    if asked is not None and not guarded:
+        return asked, AVERAGED if asked == "average" else "as asked"
     plain = min(PLAIN, key=lambda name: held_out_losses[name])
-    if method == "auto":
+    if asked is None:
+        return plain, "there was nothing to learn"
+    if best_of_all:
         best = min(held_out_losses, key=lambda name: (held_out_losses[name], name != plain))
         return best, "lowest loss on held-out examples"
-    if held_out_losses[method] > held_out_losses[plain]:
-        figures = f"{held_out_losses[method]:.3f} against {held_out_losses[plain]:.3f}"
-        return plain, f"{method} was worse than {plain} on held-out examples: loss {figures}"
-    return method, "not worse than base and best single on held-out examples"
+    if held_out_losses[asked] > held_out_losses[plain]:
+        figures = f"{held_out_losses[asked]:.3f} against {held_out_losses[plain]:.3f}"
+        return plain, f"{asked} was worse than {plain} on held-out examples: loss {figures}"
+    return asked, "not worse than base and best single on held-out examples"

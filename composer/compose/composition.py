@@ -6,10 +6,10 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
-from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,32 +31,29 @@ from loraweave.composer.compose.refine import (
     targets_of,
     tuned_adapters,
 )
-from loraweave.composer.compose.report import FILE, FORMAT, FORMAT_WITH_ROUTER, Report, ReportRow, SavedRecipe
+from loraweave.composer.compose.report import Report, ReportRow
+from loraweave.composer.compose.saved import FILE, SavedRecipe, recipe_of
 from loraweave.composer.compose.settings import require_no_router, router_name
 from loraweave.composer.composer import Composer
+from loraweave.composer.ensembles.ensemble import answers
 from loraweave.composer.explain.explanation import Explanation, plan_reading, split_text
 from loraweave.composer.merge.arithmetic import byom
 from loraweave.composer.merge.merge import merge, merge_by_layer, parent_of
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import untouched
-from loraweave.composer.model.layers import require_model, with_magnitudes
-from loraweave.errors import AdapterCorrupt, BaseModelMismatch, CompositionError, ScopeError
+from loraweave.composer.model.layers import with_magnitudes
+from loraweave.errors import CompositionError, ScopeError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.base import base_key, fingerprint
 from loraweave.hub.export import ExportReport
 from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.licenses import license_of_all, stated_license
 from loraweave.hub.pool import ExpertPool
-from loraweave.hub.same_base import warn_unverified
 from loraweave.routers.tokens._router import TokenRouter
-from loraweave.routers.tokens._saved import router as read_router
 from loraweave.routers.weights import MixtureWeights
-from loraweave.types import BaseKey, Router, Task
+from loraweave.types import Router, Task
 
 # of a composition's one line: adapters, and characters of a name
 NUM_NAMED, NAME_WIDTH = 3, 40
-PACKAGES = ("loraweave", "torch", "transformers", "cma")
-TASK_FIELDS = ("examples", "instruction", "labels", "metric", "template", "demonstrations", "orders")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +65,8 @@ class Composition:
     {layer: {name: weight}}, has them. `stored` is the adapter itself where it is more than the weights say: read from a
     folder, cut in rank, or trained on for `tuned_steps` steps. Where there is a `router`, it weighs the experts of the pool
     for every token and layer: such a composition answers live, and no adapter and no merge has what it does. Its adapter is
-    made of adapters whose licenses exclude each other only where `allow_licenses` says so.
+    made of adapters whose licenses exclude each other only where `allow_licenses` says so. Where it has `members`, {name:
+    composition}, each is asked in its own prompts, and their probabilities are averaged; they have no adapter together.
     """
 
     model: Any
@@ -85,6 +83,7 @@ class Composition:
     tuned_steps: int = 0
     router: Router | None = None
     allow_licenses: bool = False
+    members: Mapping[str, Composition] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         by_size = self._by_size()
@@ -94,7 +93,9 @@ class Composition:
         if self.stored is not None and not self.mean_weights:
             what = "an adapter trained on the examples"
         if self.router is not None:
-            what = f"{type(self.router).__name__} over {len(self._members)} adapters"
+            what = f"{type(self.router).__name__} over {len(self._used)} adapters"
+        if self.members:
+            what = f"the average of {' and '.join(self.members)}"
         layers = "" if self.by_layer is None else f", means over {len(self.by_layer)} layers"
         return f"Composition({what}{layers}, method={self.merge_method!r}, chosen={_clip(self.report.chosen)!r})"
 
@@ -108,9 +109,13 @@ class Composition:
 
     @property
     def weights(self) -> dict[str, float] | MixtureWeights | Router:
-        """{name: weight} without zeros; MixtureWeights if each layer has its own weights; the router if each token has."""
+        """{name: weight} without zeros; MixtureWeights if each layer has its own weights; the router if each token has.
+
+        Raises ScopeError for a composition of members, each of which has its own.
+        """
         if self.router is not None:
             return self.router
+        self._require_one("have weights")
         if self.by_layer is not None:
             names = list(self.mean_weights)
             used = {layer: {name: row[name] for name in names if name in row} for layer, row in self.by_layer.items()}
@@ -119,7 +124,9 @@ class Composition:
 
     @property
     def mean_weights(self) -> dict[str, float]:
-        """{name: weight}, averaged over the layers, of the adapters that have a weight somewhere."""
+        """{name: weight}, averaged over the layers, and over members, of the adapters that have a weight somewhere."""
+        if each := [member.mean_weights for member in self.members.values()]:
+            return {name: sum(own.get(name, 0.0) for own in each) / len(each) for name in chain(*each)}
         layers = self.by_layer.values() if self.by_layer is not None else (self.all_weights,)
         used = {name for of_layer in layers for name, weight in of_layer.items() if weight}
         return {name: float(weight) for name, weight in self.all_weights.items() if name in used}
@@ -127,12 +134,12 @@ class Composition:
     @property
     def is_base(self) -> bool:
         """Whether this is the base model itself, with nothing added."""
-        return self.stored is None and self.router is None and not self.mean_weights
+        return self.stored is None and self.router is None and not self.members and not self.mean_weights
 
     @property
     def license(self) -> str | None:
         """The SPDX expression that binds to the licenses of all adapters that count; None where no license is known."""
-        members: list[Mapping[str, Any]] = [adapter.card for adapter in self._members.values()]
+        members: list[Mapping[str, Any]] = [adapter.card for adapter in self._used.values()]
         known = members or self.parents or ([] if self.stored is None else [self.stored.card])
         return license_of_all(stated_license(each.get("license")) for each in known)
 
@@ -140,10 +147,11 @@ class Composition:
     def adapter(self) -> Adapter:
         """The composition as one adapter.
 
-        CompositionError when it is the base model itself, which no adapter expresses, ScopeError where a router weighs,
-        InvalidLicense for licenses that exclude each other, or derived works, unless `allow_licenses`.
+        CompositionError when it is the base model itself, which no adapter expresses, ScopeError where a router weighs or
+        members are averaged, InvalidLicense for licenses that exclude each other, or derived works, unless
+        `allow_licenses`.
         """
-        require_no_router(self.router, "be one adapter")
+        self._require_one("be one adapter")
         if self.stored is not None:
             # a tuned or cut adapter keeps its own card
             known = {} if self.license is None else {"license": self.license}
@@ -162,27 +170,27 @@ class Composition:
 
         Inputs are texts, or those of rows. Raises InvalidTask for anything else, such as a single text.
         """
-        texts = read_inputs(inputs)
-        with self._active():
-            return scoring.predict(*self._on, texts, share=self.router is None)
+        return self._predict(read_inputs(inputs), scoring.MAX_NEW_TOKENS)
 
     def evaluate(self, pairs: GivenRows) -> dict[str, float]:
         """Scores answers to (input, target) pairs, or rows in any other form; a target may be a list of accepted ones.
 
         Every input is put into the task's prompt, with the task's instruction, whatever instruction its row has. `value` is
         the share of right answers under the task's metric, `low` and `high` its 95 % bootstrap interval over the pairs,
-        `loss` the mean loss of the target tokens, `count` the number of pairs. Raises InvalidTask for rows without a target
-        (`loraweave.common.rows`).
+        `loss` the mean loss of the target tokens, and over members, `count` the number of pairs. Raises InvalidTask for rows
+        without a target (`loraweave.common.rows`).
         """
+        return self.score(pairs).figures()
+
+    def score(self, pairs: GivenRows) -> scoring.Score:
+        """The same, with what is right item by item."""
         read = scoring.read_answers(pairs)
-        with self._active():
-            score = scoring.evaluate(*self._on, read, share=self.router is None)
-        return {"value": score.value, "low": score.low, "high": score.high, "loss": score.loss, "count": score.count}
+        said = self._predict([text for text, _ in read], scoring.longest_answer(self.tokenizer, read))
+        return scoring.score(said, read, self._losses(read))
 
     def losses(self) -> list[float]:
-        """The mean loss of the target's tokens for each of the task's examples."""
-        with self._active():
-            return scoring.losses(*self._on, self.task.examples, share=self.router is None)
+        """The mean loss of the target's tokens, and over members, for each of the task's examples."""
+        return self._losses(self.task.examples)
 
     def leave_one_out(self) -> dict[str, float]:
         """By how much the mean loss of the examples rises without each adapter, the others' weights as they are.
@@ -287,6 +295,7 @@ class Composition:
             return Explanation(split_text(self.tokenizer, ids), (), (), torch.empty(len(ids), 0, 0))
         if self.router is not None:
             return self.engine.explain(prompt, self.router, max_new_tokens=max_new_tokens)
+        self._require_one("explain a token")
         engine = Composer(self.model, [self.adapter], tokenizer=self.tokenizer)
         merged = engine.explain(prompt, {self.adapter.name: 1.0}, max_new_tokens=max_new_tokens)
         if self.tuned_steps:
@@ -301,6 +310,7 @@ class Composition:
         """Writes composition.json and, unless it is the base model, the merged adapter as a PEFT folder.
 
         Where a router weighs, it writes the router and its adapters; ScopeError for a router that `lw.router` cannot make.
+        Members go to folders of their own in it.
         """
         target = as_path(folder, "the folder of a composition", CompositionError)
         if target.exists() and not (target / FILE).is_file() and any(target.iterdir()):
@@ -313,8 +323,10 @@ class Composition:
                         "can be saved"
                     )
                 self.router.save_pretrained(new / "router", pool=pool_of(self.router, self.engine))
-            elif not self.is_base:
+            elif not self.is_base and not self.members:
                 with_magnitudes(self.adapter, self.model).save_pretrained(new / "adapter")
+            for number, member in enumerate(self.members.values()):
+                member.save_pretrained(new / f"member-{number}")
             (new / FILE).write_text(json.dumps(self._recipe(), indent=1, ensure_ascii=False))
         return target
 
@@ -323,13 +335,15 @@ class Composition:
     ) -> ExportReport:
         """Writes the composition as one adapter for "peft" or "vllm"; what `Adapter.export` does with it.
 
-        Where prompts show demonstrations, `prompt` of its card is the whole prompt, with "{input}" for the input.
+        Where prompts show demonstrations, `prompts` of its card are the whole prompts, one for each order of them, with
+        "{input}" for the input.
         CompositionError when the composition is the base model itself.
         """
         allow = allow_licenses or self.allow_licenses
         portable = with_magnitudes(self.adapter, self.model)
         if self.task.demonstrations:
-            portable = replace(portable, card={**portable.card, "prompt": self.task.prompt("{input}")})
+            prompts = [task.prompt("{input}") for task in self.task.in_orders()]
+            portable = replace(portable, card={**portable.card, "prompts": prompts})
         return portable.export(folder, target=target, max_rank=max_rank, allow_licenses=allow)
 
     @classmethod
@@ -338,33 +352,11 @@ class Composition:
 
         Warns where neither weights nor ids say that the model is the same, and names and shapes do.
         """
-        saved = SavedRecipe.read(folder)
-        require_model(model)
-        recipe, own, its = saved.fields, base_key(model), BaseKey(str(saved.base_model), None, saved.base)
-        if why := its.contradicts(own):
-            raise BaseModelMismatch(f"{folder} was composed for {its.id!r}, and this model is another: {why}")
-        if not its.proves(own):
-            warn_unverified([str(folder)], its, own)
-        fields: dict[str, Any] = {key: recipe[key] for key in ("seed", "parents")}
-        weights, pool = {}, None
-        # the model is the one that it was composed on, whatever its experts say of their base
-        if saved.has_router:
-            router = read_router(Path(folder) / "router")
-            if router.pool is None:
-                raise AdapterCorrupt(f"{folder} has a router without its adapters; compose again")
-            experts = router.pool.adapters.items()
-            pool = ExpertPool({name: replace(each, fingerprint=own.fingerprint) for name, each in experts})
-            fields["router"] = router
-        else:
-            weights = recipe["weights"]
-            fields |= {key: recipe[key] for key in ("by_layer", "tuned_steps")}
-            kept = Path(folder) / "adapter"
-            if kept.is_dir():
-                read = replace(Adapter.from_pretrained(kept, name="composition"), fingerprint=own.fingerprint)
-                fields["stored"] = Composer(model, [read]).bound_pool["composition"]
-            elif weights or recipe["tuned_steps"]:
-                raise AdapterCorrupt(f"{folder} has weights, but its folder adapter is gone; compose again")
-        return cls(model, tokenizer, saved.task, pool, weights, recipe["merge_method"], saved.report, **fields)
+        recipe = SavedRecipe.read(folder)
+        fields = recipe.fields_on(model)
+        for number, name in enumerate(recipe.member_names):
+            fields["members"][name] = cls.from_pretrained(Path(folder) / f"member-{number}", model, tokenizer)
+        return cls(model, tokenizer, **fields)
 
     @property
     def engine(self) -> Composer:
@@ -384,9 +376,38 @@ class Composition:
                 stack.enter_context(Composer(self.model, [self.adapter]).activate({self.adapter.name: 1.0}))
             yield
 
+    def _predict(self, texts: Sequence[str], max_new_tokens: int) -> list[str]:
+        if self.members:
+            adapters = {name: member.adapter for name, member in self.members.items() if not member.is_base}
+            engine = Composer(self.model, ExpertPool(adapters), tokenizer=self.tokenizer)
+            mixtures = [{name: 1.0} if name in adapters else None for name in self.members]
+            tasks = [member.task for member in self.members.values()]
+            return answers(engine, mixtures, tasks, texts, max_new_tokens=max_new_tokens)
+        with self._active():
+            return scoring.predict(*self._on, texts, max_new_tokens=max_new_tokens, share=self.router is None)
+
+    def _losses(self, pairs: Sequence[tuple[str, str | Sequence[str]]]) -> list[float]:
+        if self.members:
+            each = [member._losses(pairs) for member in self.members.values()]
+            return [sum(own) / len(own) for own in zip(*each, strict=True)]
+        with self._active():
+            return scoring.losses(*self._on, pairs, share=self.router is None)
+
+    def _require_one(self, verb: str) -> None:
+        """Raises ScopeError where a router weighs or members are averaged."""
+        require_no_router(self.router, verb)
+        if names := list(self.members):
+            raise ScopeError(
+                f"an average of {' and '.join(names)} cannot {verb}: its members answer apart. Ask one of them, "
+                f"composition.members[{names[-1]!r}] (a saved folder's member-{len(names) - 1}), or compose with "
+                f"method={names[-1]!r}"
+            )
+
     @property
-    def _members(self) -> Mapping[str, Adapter]:
-        """The pool's adapters that count, by name; none where the pool is gone."""
+    def _used(self) -> Mapping[str, Adapter]:
+        """The adapters of the pool, or of the members' pools, that count, by name; none where the pool is gone."""
+        if self.members:
+            return {name: each for member in self.members.values() for name, each in member._used.items()}
         used = self.mean_weights if self.router is None or self.pool is None else self.pool.names
         return self.pool.subset(used).adapters if self.pool and used else {}
 
@@ -395,7 +416,7 @@ class Composition:
 
         Raises CompositionError for a composition without a pool, and for one that is more than its weights say.
         """
-        require_no_router(self.router, verb)
+        self._require_one(verb)
         if self.stored is not None or self.pool is None:
             raise CompositionError(
                 f"cannot {verb} a composition that was read from a folder, cut or tuned: only the merged adapter is left "
@@ -422,22 +443,11 @@ class Composition:
 
     def _recipe(self) -> dict[str, Any]:
         weights = self.mean_weights
-        parents = [{**parent_of(each), "name": name, "weight": weights.get(name)} for name, each in self._members.items()]
-        return {
-            "format": FORMAT if self.router is None else FORMAT_WITH_ROUTER,
-            "base_model": getattr(self.model, "name_or_path", ""),
-            "fingerprint": fingerprint(self.model).to_json(),
-            "weights": weights,
-            "by_layer": self.by_layer,
-            "tuned_steps": self.tuned_steps,
-            "license": self.license,
-            "parents": parents or [dict(parent) for parent in self.parents],
-            "merge_method": self.merge_method,
-            "seed": self.seed,
-            "task": {name: getattr(self.task, name) for name in TASK_FIELDS},
-            "report": self.report.to_json(),
-            "versions": {package: version(package) for package in PACKAGES},
-        }
+        parents = [{**parent_of(each), "name": name, "weight": weights.get(name)} for name, each in self._used.items()]
+        kept = {name: getattr(self, name) for name in ("by_layer", "tuned_steps", "license", "merge_method", "seed")}
+        kept |= {"weights": weights, "parents": parents or [dict(parent) for parent in self.parents]}
+        router, members = self.router is not None, list(self.members)
+        return recipe_of(self.model, self.task, self.report, router=router, members=members, **kept)
 
 
 def _clip(name: str) -> str:

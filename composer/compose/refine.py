@@ -22,6 +22,7 @@ from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import untouched
 from loraweave.composer.model.kinds.linear import shape as linear_shape
 from loraweave.composer.train.adapters import train_adapters
+from loraweave.composer.train.rows import shows_its_examples
 from loraweave.errors import WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
@@ -90,9 +91,9 @@ def tuned_adapters(
 
 
 def task_of(task: Task, seen: Sequence[int]) -> Task:
-    """The task with these examples alone; where it shows its examples, it shows no others."""
+    """The task with these examples alone; where it shows its examples, it shows the first of these."""
     examples = [task.examples[index] for index in seen]
-    shown = examples if task.demonstrations == task.examples else task.demonstrations
+    shown = examples[: len(task.shown)] if shows_its_examples(task) else task.demonstrations
     return replace(task, examples=examples, demonstrations=shown)
 
 

@@ -54,6 +54,9 @@ class Searched(MixtureTrial):
         (mixture,) = self.solver.ask()
         return Fixed(self.name, self.bench, mixture, self.merge_method)
 
+    def planned(self, num_folds: int) -> int | None:
+        return None if self.settings.budget is None else self.settings.budget * (num_folds + 1)
+
     def choose(self, splits: Sequence[Split]) -> list[SearchResult]:
         objective = self._objective()
         searches = [self._search(split, objective) for split in splits]

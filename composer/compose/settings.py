@@ -26,8 +26,8 @@ from loraweave.types import Router, Task
 
 # what a search's weights mean, as the name of a merge method
 SPACES = {"deltas": "linear", "factors": "factor_sum"}
-# a race pays for its folds out of one budget
-FOLDS, FOLDS_OF_A_RACE = 3, 2
+# an average of ways needs no guard
+FOLDS, FOLDS_OF_AUTO = 3, 0
 # ways of compose() that are no solvers
 OTHER_WAYS = ("auto", "base", "best_single", "in_context", "few_shot")
 # what compose() gives a solver that asks for it: retrieval scores, the pool's layers, the weights of "manual"
@@ -73,7 +73,7 @@ class Settings:
     def of(cls, *, folds: int | None, checkpoint: str | Path | None, inputs: GivenRows | None, **arguments: Any) -> Settings:
         """The arguments of compose() by name. WeightingError for a checkpoint that is not a path, InvalidTask for inputs."""
         if folds is None:
-            folds = FOLDS_OF_A_RACE if arguments["method"] == "auto" else FOLDS
+            folds = FOLDS_OF_AUTO if arguments["method"] == "auto" else FOLDS
         texts = None if inputs is None else read_inputs(inputs)
         folder = None if checkpoint is None else as_path(checkpoint, "checkpoint", WeightingError)
         return cls(folds=folds, checkpoint=folder, inputs=texts, **arguments)

@@ -1,4 +1,4 @@
-"""Trials that train: another trial's choice, merged into one adapter; and a router instead of a search."""
+"""Trials that train: a LoRA under demonstrations, what it comes to beside a search, and a router."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.examples import EncodedExamples
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.compose.objectives._row_sums import Kind
@@ -21,12 +22,12 @@ from loraweave.composer.compose.refine import (
     linear_targets,
     num_scalars,
     pool_of,
-    targets_of,
+    task_of,
     tuned_adapters,
 )
+from loraweave.composer.compose.report import Report
 from loraweave.composer.compose.settings import TRAINING, Settings, router_name
-from loraweave.composer.compose.trials import Bench, MixtureTrial, Split, Trial, result_of
-from loraweave.composer.merge.merge import merge_mixture
+from loraweave.composer.compose.trials import Bench, Split, Trial, result_of
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.registry import get
@@ -37,12 +38,15 @@ from loraweave.routers.tokens._saved import router
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router
 
+# of a LoRA under demonstrations, chosen by leave-one-out on the example pool; as many orders of them in the prompts
+FEW_SHOT = Tuning(steps=10, lr=5e-4, batch_size=2)
+ORDERS = 3
+
 
 @dataclass(frozen=True, eq=False)
-class _Continued:
-    """A mixture that was trained on: to the expert `name` of the loss's engine."""
+class _Trained:
+    """An adapter that was trained: the expert `name` of the loss's engine."""
 
-    begun: SearchResult
     name: str
     loss: ExampleLoss
 
@@ -51,93 +55,91 @@ class _Continued:
         return self.loss.engine.pool[self.name]
 
 
-class _TrainedTrial(Trial[_Continued]):
-    """A trial whose choice is an adapter that was trained on what a split sees; all splits in one batch."""
+class FewShot(Trial[_Trained]):
+    """A LoRA on all linear layers, trained on the examples that a split sees, each under the others (arXiv 2110.15943)."""
 
-    def __init__(self, name: str, bench: Bench, tuning: Tuning, merge_method: str = "linear") -> None:
-        super().__init__(name, bench, merge_method)
+    def __init__(self, bench: Bench, tuning: Tuning) -> None:
+        super().__init__("few_shot", bench)
         self._tuning = tuning
 
-    def _train(
-        self, splits: Sequence[Split], starts: Sequence[Adapter | None], target_modules: Sequence[str]
-    ) -> dict[str, Adapter]:
-        """{name of a split: its adapter}."""
+    def planned(self, num_folds: int) -> int:
+        return STEP_COST * self._tuning.steps * (num_folds + 1)
+
+    def choose(self, splits: Sequence[Split]) -> list[_Trained]:
         bench, names = self.bench, [split.name for split in splits]
         trained = tuned_adapters(
             bench.engine.model,
             bench.tokenizer,
             bench.task,
-            dict(zip(names, starts, strict=True)),
+            dict.fromkeys(names),
             {split.name: split.seen for split in splits},
             self._tuning,
-            target_modules=target_modules,
+            target_modules=linear_targets(bench.engine.model),
             checkpoint=bench.checkpoint,
         )
         made = STEP_COST * self._tuning.steps * len(splits)
         self.evaluations += made
         bench.on_progress(made)
-        return trained
+        return [_Trained(split.name, self._loss(trained[split.name], split)) for split in splits]
 
-    def scores(self, chosen: _Continued, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def scores(self, chosen: _Trained, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         alone = MixtureWeights.of({chosen.name: 1.0}, chosen.loss.engine.pool.names)
         losses_CN, hits_CN = chosen.loss.view(examples).scores([alone])
         return losses_CN[0], hits_CN[0]
 
-    def result(self, chosen: _Continued) -> SearchResult:
-        return result_of(chosen.begun.mixture, num_scalars(chosen.adapter))
+    def result(self, chosen: _Trained) -> SearchResult:
+        return result_of(MixtureWeights.of({}, self.bench.names), num_scalars(chosen.adapter))
 
-    def composition_fields(self, chosen: _Continued) -> dict[str, Any]:
+    def composition_fields(self, chosen: _Trained) -> dict[str, Any]:
         stored = replace(chosen.adapter, name="composition")
-        return {**super().composition_fields(chosen), "stored": stored, "tuned_steps": self._tuning.steps}
-
-
-class Tuned(_TrainedTrial):
-    """A few steps of training from what `origin` chooses."""
-
-    def __init__(self, origin: MixtureTrial, tuning: Tuning) -> None:
-        super().__init__(f"{origin.name}+tuned", origin.bench, tuning, origin.merge_method)
-        self._origin = origin
-
-    def choose(self, splits: Sequence[Split]) -> list[_Continued]:
-        begun, bench = self._origin.choices_on(splits), self.bench
-        starts = [self._merge(result) for result in begun]
-        trained = self._train(splits, starts, targets_of(bench.engine.pool))
-        loss = example_loss(bench.engine.model, bench.tokenizer, bench.task, ExpertPool(trained))
-        return [_Continued(result, name, loss) for name, result in zip(trained, begun, strict=True)]
-
-    def _merge(self, result: SearchResult) -> Adapter | None:
-        """The mixture as one adapter; None where it is the base model."""
-        if not bool(result.mixture.values_BTLE.any()):
-            return None
-        # compose() has asked for the licenses before anything was measured
-        pool = self.bench.engine.pool
-        return merge_mixture(pool, result.mixture, method=self.merge_method, name="start", allow_licenses=True)
-
-
-# steps and largest rate of a LoRA on the examples under demonstrations, chosen by leave-one-out on the example pool
-FEW_SHOT = Tuning(steps=20, lr=5e-4, batch_size=2)
-
-
-class FewShot(_TrainedTrial):
-    """A LoRA on all linear layers, trained on the examples that a split sees, each under the others (arXiv 2110.15943)."""
-
-    def __init__(self, bench: Bench, tuning: Tuning) -> None:
-        super().__init__("few_shot", bench, tuning)
-
-    def planned(self, num_folds: int) -> int:
-        """How many evaluations will be made."""
-        return STEP_COST * self._tuning.steps * (num_folds + 1)
-
-    def choose(self, splits: Sequence[Split]) -> list[_Continued]:
-        trained = self._train(splits, [None] * len(splits), linear_targets(self.bench.engine.model))
-        nothing = result_of(MixtureWeights.of({}, self.bench.names))
-        return [_Continued(nothing, split.name, self._loss(trained[split.name], split)) for split in splits]
+        task = replace(chosen.loss.task, examples=self.bench.task.examples)
+        return {**super().composition_fields(chosen), "task": task, "stored": stored, "tuned_steps": self._tuning.steps}
 
     def _loss(self, adapter: Adapter, split: Split) -> ExampleLoss:
         """On all examples; a prompt shows those that the split sees, but never its own."""
         task = self.bench.task
-        shown = replace(task, demonstrations=[task.examples[place] for place in split.seen])
+        shown = replace(task, demonstrations=task_of(task, split.seen).demonstrations)
         return example_loss(self.bench.engine.model, self.bench.tokenizer, shown, ExpertPool({adapter.name: adapter}))
+
+
+class Averaged(Trial[tuple[Any, ...]]):
+    """What other trials chose, each asked in its own prompts: the average of their probabilities."""
+
+    def __init__(self, parts: Sequence[Trial[Any]]) -> None:
+        super().__init__("average", parts[0].bench)
+        self._parts = parts
+
+    def choose(self, splits: Sequence[Split]) -> list[tuple[Any, ...]]:
+        return list(zip(*(part.choices_on(splits) for part in self._parts), strict=True))
+
+    def scores(self, chosen: tuple[Any, ...], examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        pairs = [self.bench.task.examples[place] for place in examples]
+        # licenses were asked for before anything was measured
+        made = self.composition(chosen, Report((), self.name, "", (), 0.0, 0), seed=0, allow_licenses=True)
+        said = made.predict([text for text, _ in pairs])
+        hits_N = [answer == target.strip() for answer, (_, target) in zip(said, pairs, strict=True)]
+        return self._mean_loss(chosen, examples), np.array(hits_N, dtype=np.float64)
+
+    def finish(self) -> None:
+        """The examples were learned from, so that no answer to them is looked at."""
+        (self.chosen,) = self.choices_on([self.bench.everything])
+        self.losses_N = self._mean_loss(self.chosen, self.bench.everything.seen)
+
+    def result(self, chosen: tuple[Any, ...]) -> SearchResult:
+        return result_of(MixtureWeights.of({}, self.bench.names))
+
+    def composition(self, chosen: tuple[Any, ...], report: Report, *, seed: int, allow_licenses: bool) -> Composition:
+        members = {}
+        for part, own in zip(self._parts, chosen, strict=True):
+            of_part = replace(report, chosen=part.name, reason=f"a member of {self.name}")
+            members[part.name] = part.composition(own, of_part, seed=seed, allow_licenses=allow_licenses)
+        made = super().composition(chosen, report, seed=seed, allow_licenses=allow_licenses)
+        return replace(made, members=members)
+
+    def _mean_loss(self, chosen: tuple[Any, ...], examples: Sequence[int]) -> np.ndarray:
+        each = [part.scores(own, examples)[0] for part, own in zip(self._parts, chosen, strict=True)]
+        mean_N: np.ndarray = np.mean(each, axis=0)
+        return mean_N
 
 
 # of a router's training, without a budget
@@ -169,7 +171,6 @@ class Routed(Trial[Router]):
                 self._router = method
 
     def planned(self, num_folds: int) -> int:
-        """How many evaluations will be made."""
         return STEP_COST * self._steps * (num_folds + 1) if self.learns else 0
 
     def choose(self, splits: Sequence[Split]) -> list[Router]:

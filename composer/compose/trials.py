@@ -18,9 +18,11 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.loss import ExampleLoss
-from loraweave.composer.compose.report import ReportRow
+from loraweave.composer.compose.report import Report, ReportRow
 from loraweave.composer.composer import Composer
+from loraweave.composer.train.rows import MAX_PACKED
 from loraweave.routers.searches._told import SearchResult
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
@@ -65,11 +67,12 @@ class Bench:
     def names(self) -> Sequence[str]:
         return self.engine.pool.names
 
-    def with_demonstrations(self) -> Bench:
-        """The same, where every prompt shows the other examples, unless the task shows some already."""
+    def with_demonstrations(self, orders: int = 1) -> Bench:
+        """The same, where every prompt shows the first other examples, unless the task shows some already."""
         if self.task.demonstrations:
             return self
-        return replace(self, task=replace(self.task, demonstrations=self.task.examples), _losses={})
+        shown = self.task.examples[:MAX_PACKED]
+        return replace(self, task=replace(self.task, demonstrations=shown, orders=orders), _losses={})
 
     @property
     def everything(self) -> Split:
@@ -119,6 +122,7 @@ class Trial(ABC, Generic[Chosen]):
         self.chosen: Chosen | None = None
         self.losses_N: np.ndarray | None = None
         self._held_losses_N = self._held_hits_N = np.zeros(0)
+        self._was_held_out = False
         self._known: dict[str, Chosen] = {}
 
     @abstractmethod
@@ -132,6 +136,24 @@ class Trial(ABC, Generic[Chosen]):
     @abstractmethod
     def result(self, chosen: Chosen) -> SearchResult:
         """The choice's weights, and what it took to find them. Weights that a training began with, where it went on."""
+
+    def planned(self, num_folds: int) -> int | None:
+        """How many evaluations its searches or trainings will make; None where only time bounds them."""
+        return 0
+
+    def composition(self, chosen: Chosen, report: Report, *, seed: int, allow_licenses: bool) -> Composition:
+        """A choice, ready to answer."""
+        weights, by_layer = used_weights(self.result(chosen).mixture)
+        return Composition(
+            self.bench.engine.model,
+            self.bench.tokenizer,
+            all_weights=weights,
+            by_layer=by_layer,
+            report=report,
+            seed=seed,
+            allow_licenses=allow_licenses,
+            **self.composition_fields(chosen),
+        )
 
     def composition_fields(self, chosen: Chosen) -> dict[str, Any]:
         """What a composition has of a choice beside its weights."""
@@ -160,7 +182,7 @@ class Trial(ABC, Generic[Chosen]):
 
     def hold_out(self, folds: Sequence[Split]) -> None:
         """Measures it on the held-out examples of all folds."""
-        started = time.perf_counter()
+        started, self._was_held_out = time.perf_counter(), bool(folds)
         size = len(self.bench.task.examples) if folds else 0
         self._held_losses_N, self._held_hits_N = np.zeros(size), np.zeros(size)
         for split, chosen in zip(folds, self.choices_on(folds), strict=True):
@@ -183,25 +205,29 @@ class Trial(ABC, Generic[Chosen]):
     def row(self) -> ReportRow:
         """Its row of a report."""
         result = None if self.chosen is None else self.result(self.chosen)
-        mixture = None if result is None else result.mixture
-        used: dict[str, float] = {}
-        if mixture is not None:
-            # a weight that cancels out over the layers counts too
-            used_E = mixture.values_BTLE.flatten(0, 2).any(dim=0).tolist()
-            used = {name: mean for (name, mean), is_used in zip(mixture.means().items(), used_E, strict=True) if is_used}
+        used, by_layer = ({}, None) if result is None else used_weights(result.mixture)
+        held_out = bool(self._held_losses_N.size) and (self._was_held_out or not self.learns)
         return ReportRow(
             name=self.name,
             weights=used,
             loss=None if self.losses_N is None else float(self.losses_N.mean()),
-            held_out_loss=self.held_out_loss if self._held_losses_N.size else None,
-            held_out_hits=float(self._held_hits_N.mean()) if self._held_hits_N.size else None,
+            held_out_loss=self.held_out_loss if held_out else None,
+            held_out_hits=float(self._held_hits_N.mean()) if held_out else None,
             seconds=self.seconds,
             evaluations=self.evaluations,
-            by_layer=mixture.by_layer() if mixture is not None and mixture.layers else None,
+            by_layer=by_layer,
             num_trained=0 if result is None else result.num_trained,
             failed=0 if result is None else result.failed,
             losses=() if result is None else tuple(loss if math.isfinite(loss) else None for loss in result.losses),
         )
+
+
+def used_weights(mixture: MixtureWeights) -> tuple[dict[str, float], dict[str, dict[str, float]] | None]:
+    """({name: mean weight} of the adapters that have a weight somewhere, {layer: {name: weight}} or None)."""
+    # a weight that cancels out over the layers counts too
+    used_E = mixture.values_BTLE.flatten(0, 2).any(dim=0).tolist()
+    used = {name: mean for (name, mean), is_used in zip(mixture.means().items(), used_E, strict=True) if is_used}
+    return used, mixture.by_layer() if mixture.layers else None
 
 
 def result_of(mixture: MixtureWeights, num_trained: int = 0) -> SearchResult:

@@ -282,7 +282,8 @@ def answers(
 
     Decoding takes at each step the token of the highest average of the members' probabilities, which all of them then go
     on from: p(y) is the product of these averages. Members run as rows of one batch with a cache of keys and values.
-    A list of tasks, one for each member, asks each in prompts of its own, under demonstrations say.
+    A list of tasks, one for each member, asks each in prompts of its own, under demonstrations say. A member whose task has
+    several `orders` is asked in each, with that part of its share.
     `mixtures` and `weights` are those of `ensemble`; raises what it raises, CompositionError without a tokenizer, and
     InvalidTask for inputs that are no texts and no rows, and for tasks that are fewer than the members or differ in labels.
     """
@@ -291,13 +292,22 @@ def answers(
     tokenizer = engine.tokenizer
     if tokenizer is None:
         raise CompositionError("answers() need a tokenizer: make the Composer with tokenizer=...")
-    tasks = _tasks_of(task, len(members))
+    tasks = [each.in_orders() for each in _tasks_of(task, len(members))]
+    orders = [len(each) for each in tasks]
+    asked = [member for member, count in zip(members, orders, strict=True) for _ in range(count)]
+    share_M = torch.tensor([float(w) / n for w, n in zip(weight_M, orders, strict=True) for _ in range(n)])
     routed = any(not isinstance(member, Mapping | MixtureWeights | None) for member in members)
-    shown = any(each.demonstrations for each in tasks)
+    shown = any(each[0].demonstrations for each in tasks)
     texts = read_inputs(inputs)
-    with engine.activate(members):
+    with engine.activate(asked):
         return scoring.predict_together(
-            engine.model, tokenizer, tasks, weight_M, texts, max_new_tokens=max_new_tokens, share=shown and not routed
+            engine.model,
+            tokenizer,
+            [each for own in tasks for each in own],
+            share_M,
+            texts,
+            max_new_tokens=max_new_tokens,
+            share=shown and not routed,
         )
 
 

@@ -51,6 +51,10 @@ class Score:
     count: int
     right: tuple[bool, ...]
 
+    def figures(self) -> dict[str, float]:
+        """All but the single items."""
+        return {name: getattr(self, name) for name in ("value", "low", "high", "loss", "count")}
+
 
 def losses(
     model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[str, Targets]], *, share: bool = False
@@ -174,15 +178,29 @@ def evaluate(model: Any, tokenizer: Any, task: Task, pairs: GivenRows, *, seed: 
     `share` is that of `predict`.
     """
     pairs = read_answers(pairs)
-    # an answer twice as long as any accepted target is wrong however it ends, and the base model often goes on and on
+    most = longest_answer(tokenizer, pairs)
+    answers = predict(model, tokenizer, task, [text for text, _ in pairs], max_new_tokens=most, share=share)
+    return score(answers, pairs, losses(model, tokenizer, task, pairs, share=share), seed=seed)
+
+
+Pairs = Sequence[tuple[str, Sequence[str]]]
+
+
+def longest_answer(tokenizer: Any, pairs: Pairs) -> int:
+    """How many tokens are enough for a right answer.
+
+    One twice as long as any accepted target is wrong however it ends, and the base model often goes on and on.
+    """
     targets = [target for _, accepted in pairs for target in accepted]
     longest = max(len(ids) for ids in tokenizer(targets)["input_ids"])
-    most = min(MAX_NEW_TOKENS, 2 * longest + 4)
-    answers = predict(model, tokenizer, task, [text for text, _ in pairs], max_new_tokens=most, share=share)
+    return min(MAX_NEW_TOKENS, 2 * longest + 4)
+
+
+def score(answers: Sequence[str], pairs: Pairs, losses: Sequence[float], *, seed: int = 0) -> Score:
+    """Of one answer and one loss for each pair; white space around an answer does not count."""
     right = tuple(a.strip() in [t.strip() for t in accepted] for a, (_, accepted) in zip(answers, pairs, strict=True))
     low, high = bootstrap(right, seed=seed)
-    loss = float(np.mean(losses(model, tokenizer, task, pairs, share=share)))
-    return Score(float(np.mean(right)), low, high, loss, len(right), right)
+    return Score(float(np.mean(right)), low, high, float(np.mean(losses)), len(right), right)
 
 
 def read_answers(rows: GivenRows) -> list[tuple[str, tuple[str, ...]]]:

@@ -16,7 +16,8 @@ from loraweave.common.display import ShownTable, tracked
 from loraweave.common.files import as_path, whole_file
 from loraweave.common.options import Count, Positive, check_options, options_of
 from loraweave.common.rows import GivenRows, read_inputs
-from loraweave.composer.compose.composition import TASK_FIELDS, Composition
+from loraweave.composer.compose.composition import Composition
+from loraweave.composer.compose.saved import TASK_FIELDS
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.model import scoring
@@ -101,8 +102,7 @@ class Program:
 
     def evaluate(self, pairs: GivenRows) -> dict[str, float]:
         """What `Composition.evaluate` measures; `loss` is that of the targets under the last step."""
-        score = self.score(pairs)
-        return {"value": score.value, "low": score.low, "high": score.high, "loss": score.loss, "count": score.count}
+        return self.score(pairs).figures()
 
     def score(self, pairs: GivenRows) -> scoring.Score:
         """The same, with what is right item by item."""

@@ -300,7 +300,12 @@ MAX_PACKED, MAX_PACKED_TOKENS, PACKED_ROWS = 8, 1024, 40
 
 def can_be_packed(model: Any, task: Task) -> bool:
     """Whether a task shows its own examples, to a decoder."""
-    return len(task.examples) > 1 and task.demonstrations == task.examples and not model.config.is_encoder_decoder
+    return len(task.examples) > 1 and shows_its_examples(task) and not model.config.is_encoder_decoder
+
+
+def shows_its_examples(task: Task) -> bool:
+    """Whether all demonstrations are examples of the task."""
+    return bool(task.shown) and set(task.shown) <= set(task.examples)
 
 
 def pack_task(model: Any, tokenizer: Any, task: Task, seed: int) -> list[TrainingRow]:

@@ -190,7 +190,7 @@ def require_free(folder: Path, own: str, *, replace: bool = True) -> None:
 
 def recorded_base(folder: Path) -> str | None:
     """The base model that a composition folder names, None when it names none; raises what reading the folder raises."""
-    from loraweave.composer.compose.report import SavedRecipe
+    from loraweave.composer.compose.saved import SavedRecipe
 
     return SavedRecipe.read(folder).base_model or None
 

@@ -106,6 +106,7 @@ def compose(
     import loraweave as lw
     from loraweave.composer.compose.compose import check_arguments
     from loraweave.composer.compose.settings import routes
+    from loraweave.composer.compose.ways import TRAINS_FROM
 
     asked = rows.instruction if instruction is None else instruction
     task = lw.Task(rows.examples()[:num_examples], instruction=asked, labels=wanted)
@@ -115,6 +116,10 @@ def compose(
     check_arguments(source, task, **arguments)
     if routes(method) and not prune is tune is rank is None:
         raise typer.BadParameter(f"--prune, --tune and --rank change weights, but {method!r} is a router: leave them out")
+    if method == "auto" and budget >= TRAINS_FROM and not prune is tune is rank is None:
+        raise typer.BadParameter(
+            "--prune, --tune and --rank change one adapter, and auto averages two: pass --method gradient or few_shot"
+        )
     model, tokenizer = load_model(base)
     shown = sys.stderr.isatty()
     composed = lw.compose(model, tokenizer, source, task, **arguments, progress=shown)
@@ -139,12 +144,15 @@ def _show(composed: lw.Composition, method: str, out: Path | None, as_json: bool
     if composed.router is None:
         weights = composed.mean_weights
         by_size = sorted(weights, key=lambda name: abs(weights[name]), reverse=True)
-        heading = "weight" if composed.by_layer is None else "mean weight over layers"
+        of_members = "mean weight over layers and members" if composed.members else "mean weight over layers"
+        heading = "weight" if composed.by_layer is None and not composed.members else of_members
         print_rows(("adapter", heading), [(name, weights[name]) for name in by_size])
     else:
         note(f"router {method!r} weighs every adapter for each token and layer: `loraweave explain` shows what counted")
     if out is not None:
         more = ", `loraweave export` makes a PEFT folder of it" if composed.router is None else ""
+        if composed.members:
+            more = f", `loraweave export` makes a PEFT folder of a member, as {out / 'member-0'}"
         note(f"saved to {out}, license: {composed.license or 'unknown'}; `loraweave eval {out} FILE.jsonl` scores it{more}")
 
 

@@ -53,7 +53,7 @@ def test_base_best_single_and_uniform_are_measured_as_defined(dense_loss, compos
 
 
 def test_the_best_single_adapter_is_held_out_too(dense_loss, compose, pool, task):
-    report = compose(method="auto", folds=5).report
+    report = compose(method="auto", budget=16, folds=5).report
     losses = {name: [dense_loss({name: 1.0}, [pair]) for pair in task.examples] for name in pool.names}
     held_out = []
     for left in range(5):
@@ -106,7 +106,7 @@ def test_the_guard_gives_way_to_base_or_best_single_when_the_search_is_worse_on_
     method, base, single, search, chosen
 ):
     losses = {"base": base, "best_single": single, "uniform": 9.0, "lorahub": search}
-    assert guard(method, losses, guarded=True)[0] == chosen
+    assert guard("lorahub", losses, guarded=True, best_of_all=method == "auto")[0] == chosen
 
 
 def test_the_guards_reason_names_the_way_that_was_worse():
@@ -319,7 +319,7 @@ def test_a_composition_of_another_base_a_newer_one_and_a_damaged_one_are_refused
         lw.Composition.from_pretrained(path.parent, make_model("llama", vocab_size=67), tokenizer)
     text = path.read_text()
     for damage, error, message in (
-        (json.dumps({**json.loads(text), "format": 4}), CompositionError, "format 4"),
+        (json.dumps({**json.loads(text), "format": 5}), CompositionError, "format 5"),
         (text[:100], lw.AdapterCorrupt, "damaged"),
     ):
         path.write_text(damage)

@@ -10,7 +10,7 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.compose import refine
-from loraweave.composer.compose.trained import FEW_SHOT
+from loraweave.composer.compose.trained import FEW_SHOT, ORDERS
 from loraweave.errors import InvalidTask, WeightingError
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD")]
@@ -60,7 +60,7 @@ def test_few_shot_is_the_training_under_demonstrations(compose, tiny_llama, toke
     assert found.adapter.layers.keys() == alone.layers.keys()
     for layer, factors in alone.layers.items():
         torch.testing.assert_close(found.adapter.layers[layer].b_OR, factors.b_OR, rtol=1e-4, atol=1e-6)
-    assert found.task == shown
+    assert found.task == lw.Task(EXAMPLES, instruction="swap", demonstrations=True, orders=ORDERS)
     assert "an adapter trained on the examples" in repr(found)
     assert found.tuned_steps == 3
 
@@ -94,9 +94,11 @@ def test_a_composition_keeps_its_demonstrations(compose, tiny_llama, tokenizer, 
 @pytest.mark.parametrize("target", ["peft", "vllm"])
 def test_an_exported_adapter_says_how_it_is_asked(compose, target, tmp_path):
     report = compose(folds=0).export(tmp_path / "out", target=target)
-    prompt = lw.Adapter.from_pretrained(report.folder).card["prompt"]
-    shown = "".join(f"swap\nInput: {text}\nOutput: {answer}\n\n" for text, answer in EXAMPLES)
-    assert prompt == f"{shown}swap\nInput: {{input}}\nOutput:"
+    prompts = lw.Adapter.from_pretrained(report.folder).card["prompts"]
+    for start, prompt in zip((0, 1, 2), prompts, strict=True):
+        turned = EXAMPLES[start:] + EXAMPLES[:start]
+        shown = "".join(f"swap\nInput: {text}\nOutput: {answer}\n\n" for text, answer in turned)
+        assert prompt == f"{shown}swap\nInput: {{input}}\nOutput:"
 
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"lr": -1.0}, {"rank": 4}])

@@ -1,0 +1,113 @@
+"""A composition's folder: composition.json, read without a model, and what lies beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from loraweave.common.files import as_path
+from loraweave.composer.compose.report import Report, ReportRow
+from loraweave.composer.composer import Composer
+from loraweave.composer.model.layers import require_model
+from loraweave.errors import AdapterCorrupt, AdapterNotFound, BaseModelMismatch, CompositionError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.base import base_key, fingerprint
+from loraweave.hub.pool import ExpertPool
+from loraweave.hub.same_base import warn_unverified
+from loraweave.routers.tokens._saved import router as read_router
+from loraweave.types import BaseKey, Fingerprint, Task
+
+FORMAT, FORMAT_WITH_ROUTER, FORMAT_WITH_MEMBERS = 2, 3, 4
+FORMATS = (FORMAT, FORMAT_WITH_ROUTER, FORMAT_WITH_MEMBERS)
+FILE = "composition.json"
+PACKAGES = ("loraweave", "torch", "transformers", "cma")
+# of a task, what is kept
+TASK_FIELDS = ("examples", "instruction", "labels", "metric", "template", "demonstrations", "orders")
+
+
+@dataclass(frozen=True)
+class SavedRecipe:
+    """The task, the report and the base of a composition that was saved; `rest` has what else the file says."""
+
+    folder: Path
+    task: Task
+    report: Report
+    base: Fingerprint
+    base_model: str
+    rest: dict[str, Any]
+
+    @property
+    def member_names(self) -> list[str]:
+        """Of the members, whose folders are member-0, member-1 and so on."""
+        return list(self.rest["members"]) if self.rest["format"] == FORMAT_WITH_MEMBERS else []
+
+    @classmethod
+    def read(cls, folder: str | Path) -> SavedRecipe:
+        """Raises AdapterNotFound without a composition, AdapterCorrupt, and CompositionError for a newer one."""
+        path = as_path(folder, "the folder of a composition", CompositionError) / FILE
+        if not path.is_file():
+            raise AdapterNotFound(f"{folder} holds no {FILE}; save_pretrained() of a composition writes it")
+        try:
+            recipe = json.loads(path.read_text())
+            if recipe["format"] not in FORMATS:
+                known = ", ".join(map(str, FORMATS))
+                raise CompositionError(f"{path} has format {recipe['format']}, but this version reads {known}")
+            task = Task([(text, target) for text, target in recipe["task"].pop("examples")], **recipe["task"])
+            rows = tuple(ReportRow(**{**row, "losses": tuple(row["losses"])}) for row in recipe["report"].pop("rows"))
+            report = Report(rows, **{**recipe["report"], "candidates": tuple(map(tuple, recipe["report"]["candidates"]))})
+            base = Fingerprint.from_json(recipe["fingerprint"])
+            return cls(path.parent, task, report, base, recipe["base_model"], recipe)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise AdapterCorrupt(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+    def fields_on(self, model: Any) -> dict[str, Any]:
+        """The fields of the composition on the model, without its members: BaseModelMismatch for another base.
+
+        Warns where neither weights nor ids say that the model is the same, and names and shapes do.
+        """
+        require_model(model)
+        recipe, own, its = self.rest, base_key(model), BaseKey(str(self.base_model), None, self.base)
+        if why := its.contradicts(own):
+            raise BaseModelMismatch(f"{self.folder} was composed for {its.id!r}, and this model is another: {why}")
+        if not its.proves(own):
+            warn_unverified([str(self.folder)], its, own)
+        fields = {key: recipe[key] for key in ("seed", "parents", "merge_method")}
+        fields |= {"task": self.task, "report": self.report, "pool": None, "all_weights": {}, "members": {}}
+        # the model is the one that it was composed on, whatever its experts say of their base
+        if recipe["format"] == FORMAT_WITH_ROUTER:
+            router = read_router(self.folder / "router")
+            if router.pool is None:
+                raise AdapterCorrupt(f"{self.folder} has a router without its adapters; compose again")
+            experts = router.pool.adapters.items()
+            pool = ExpertPool({name: replace(each, fingerprint=own.fingerprint) for name, each in experts})
+            return {**fields, "router": router, "pool": pool}
+        if recipe["format"] == FORMAT_WITH_MEMBERS:
+            return fields
+        fields |= {"all_weights": recipe["weights"], "by_layer": recipe["by_layer"], "tuned_steps": recipe["tuned_steps"]}
+        kept = self.folder / "adapter"
+        if kept.is_dir():
+            read = replace(Adapter.from_pretrained(kept, name="composition"), fingerprint=own.fingerprint)
+            fields["stored"] = Composer(model, [read]).bound_pool["composition"]
+        elif recipe["weights"] or recipe["tuned_steps"]:
+            raise AdapterCorrupt(f"{self.folder} has weights, but its folder adapter is gone; compose again")
+        return fields
+
+
+def recipe_of(
+    model: Any, task: Task, report: Report, *, router: bool, members: Sequence[str], **fields: Any
+) -> dict[str, Any]:
+    """What composition.json holds of a composition with these fields."""
+    return {
+        "format": FORMAT_WITH_MEMBERS if members else FORMAT_WITH_ROUTER if router else FORMAT,
+        "base_model": getattr(model, "name_or_path", ""),
+        "fingerprint": fingerprint(model).to_json(),
+        "members": members,
+        **fields,
+        "task": {name: getattr(task, name) for name in TASK_FIELDS},
+        "report": report.to_json(),
+        "versions": {package: version(package) for package in PACKAGES},
+    }

@@ -1,0 +1,132 @@
+"""Which trials compose() runs: always the plain ones, and the method asked for or, for "auto", what it averages.
+
+"auto" learns twice from the examples: weights for the stored adapters, and a LoRA under prompts that show the examples. Its
+answer is the average of both members' probabilities, which leave-one-out on the example pool put above either alone and
+above choosing one of them on held-out examples (benchmarks/TABLES.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from loraweave.composer.compose.searched import Searched
+from loraweave.composer.compose.settings import OTHER_WAYS, Settings
+from loraweave.composer.compose.trained import FEW_SHOT, ORDERS, Averaged, FewShot, Routed
+from loraweave.composer.compose.trials import Bench, BestSingle, Fixed, Split, Trial
+from loraweave.errors import InvalidTask, SearchFailed, WeightingError
+from loraweave.routers.weights import MixtureWeights
+
+# evaluations of the search of "auto": 8 steps of the gradient
+EACH = 16
+# the least budget with which "auto" trains too
+TRAINS_FROM = 40
+# the search of "auto"; the other one where the objective has no gradients
+SEARCHES = ("gradient", "lorahub")
+
+
+class Ways:
+    """The trials of one task. Making it raises what settings and pool forbid, and then measures every adapter alone.
+
+    `asked` is the name of the way to return, unless a guard finds a better one; None until run() where "auto" has nothing
+    to learn.
+    """
+
+    def __init__(self, bench: Bench, settings: Settings, folds: Sequence[Split]) -> None:
+        self._bench = bench
+        self._settings = settings
+        self._folds = folds
+        # why searches were left out
+        self.left: list[str] = []
+        self._learning = self._make()
+        self._plain = self._plain_trials()
+        self.asked: str | None = settings.name if settings.method != "auto" else None
+
+    @property
+    def planned(self) -> int | None:
+        """How many evaluations the searches and trainings will make; None where only time bounds one."""
+        numbers = [trial.planned(len(self._folds)) for trial in self._learning]
+        return None if None in numbers else sum(number or 0 for number in numbers)
+
+    def run(self) -> list[Trial[Any]]:
+        """The trials, measured: base, best single and uniform mixture first.
+
+        Of "auto", a search none of whose candidates can be scored is left out; `left` then says why. Of a task without
+        examples nothing plain is measured, since there is nothing to compare on.
+        """
+        for trial in self._plain:
+            trial.run(self._folds)
+        if self._settings.method != "auto":
+            for trial in self._learning:
+                trial.run(self._folds)
+            return [*self._plain, *self._learning]
+        members = [trial for trial in self._learning if self._stays(trial)]
+        if len(members) > 1:
+            members = [*members, Averaged(members)]
+            members[-1].run(self._folds)
+        self.asked = members[-1].name if members else None
+        return [*self._plain, *members]
+
+    def _plain_trials(self) -> list[Trial[Any]]:
+        """The base model, the best single adapter, and the uniform mixture, in the way it was asked for if it was."""
+        bench, asked = self._bench, {trial.name for trial in self._learning}
+        if not bench.task.examples:
+            return []
+        uniform = MixtureWeights.of(dict.fromkeys(bench.names, 1 / len(bench.names)), bench.names)
+        plain = [
+            Fixed("base", bench, MixtureWeights.of({}, bench.names)),
+            BestSingle(bench),
+            Fixed("uniform", bench, uniform),
+        ]
+        return [trial for trial in plain if trial.name not in asked]
+
+    def _stays(self, trial: Trial[Any]) -> bool:
+        try:
+            trial.run(self._folds)
+        except (SearchFailed, InvalidTask) as error:
+            # an objective that scores nothing, or demonstrations beyond the model's context
+            self.left.append(f"{trial.name} was left out: {error}")
+            return False
+        return True
+
+    def _make(self) -> list[Trial[Any]]:
+        """What was asked for, beyond the plain trials; for "auto" its members."""
+        settings, bench, names = self._settings, self._bench, self._bench.names
+        shown = bench.with_demonstrations(ORDERS)
+        if settings.routes:
+            return [Routed(bench, settings)]
+        match settings.method:
+            case "few_shot":
+                return [FewShot(shown, replace(FEW_SHOT, **settings.options, seed=settings.seed))]
+            case "in_context":
+                return [Fixed("in_context", bench.with_demonstrations(), MixtureWeights.of({}, names))]
+            case "auto":
+                return [*self._searches(), *self._trainings(shown)]
+        if settings.method in OTHER_WAYS:
+            return []
+        if len(names) == 1 and settings.learns and settings.method != "grid":
+            raise WeightingError(
+                f"method {settings.name!r} weighs adapters against each other, but there is only {names[0]!r}: "
+                "take it as it is (method='best_single'), let method='grid' find its strength, or give more adapters"
+            )
+        search = Searched(bench, settings)
+        return [search if search.solver.learns else search.as_fixed()]
+
+    def _searches(self) -> list[Trial[Any]]:
+        """The search of "auto"; of one adapter there is only with and without."""
+        settings = self._settings
+        budget = None if settings.budget is None else min(EACH, settings.budget)
+        method = next(method for method in SEARCHES if settings.can_run(method))
+        budget = settings.budget if method != SEARCHES[0] else budget
+        asked = replace(settings, method=method, budget=budget, options={})
+        return [] if len(self._bench.names) == 1 else [Searched(self._bench, asked)]
+
+    def _trainings(self, shown: Bench) -> list[Trial[Any]]:
+        """The training of "auto", where its loss is the task's, and budget and time allow it."""
+        settings = self._settings
+        enough = settings.seconds is None and settings.budget is not None and settings.budget >= TRAINS_FROM
+        plain = settings.objective in (None, "cross_entropy") and settings.merge_method in (None, "linear")
+        if not (enough and plain and len(shown.task.examples) > 1):
+            return []
+        return [FewShot(shown, replace(FEW_SHOT, seed=settings.seed))]

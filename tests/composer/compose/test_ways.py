@@ -1,0 +1,255 @@
+"""What method="auto" learns and averages, and what it returns where some of it is left out."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from rich.progress import Progress
+
+import loraweave as lw
+from loraweave.composer.compose import searched
+from loraweave.composer.compose.trained import FEW_SHOT, ORDERS
+from loraweave.errors import InvalidTask, ScopeError, UnknownName, WeightingError
+
+EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD")]
+PLAIN = ["base", "best_single", "uniform"]
+
+
+@pytest.fixture
+def task():
+    return lw.Task(EXAMPLES, instruction="swap")
+
+
+@pytest.fixture
+def compose(compose_on):
+    return partial(compose_on, method="auto")
+
+
+def rows_of(report):
+    return [row.name for row in report.rows]
+
+
+def test_composing_averages_where_nothing_else_is_asked_for(compose_on):
+    found = compose_on()
+    assert rows_of(found.report) == [*PLAIN, "gradient", "few_shot", "average"]
+    assert found.report.chosen == "average"
+    assert list(found.members) == ["gradient", "few_shot"]
+    # of what was learned on all examples nothing is known elsewhere
+    assert [found.report[name].held_out_loss for name in ("gradient", "few_shot", "average")] == [None] * 3
+    assert found.report["base"].held_out_loss is not None
+
+
+def test_the_members_are_what_their_methods_compose_alone(compose_on, task):
+    found = compose_on(seed=3)
+    gradient = compose_on(method="gradient", budget=16, folds=0, seed=3)
+    few_shot = compose_on(method="few_shot", folds=0, seed=3)
+    for name, alone in {"gradient": gradient, "few_shot": few_shot}.items():
+        assert found.members[name].losses() == pytest.approx(alone.losses(), rel=1e-5)
+        assert found.members[name].report.chosen == name
+    assert found.members["gradient"].task == task
+    assert found.members["few_shot"].task == lw.Task(EXAMPLES, instruction="swap", demonstrations=True, orders=ORDERS)
+    assert found.losses() == pytest.approx(
+        [(a + b) / 2 for a, b in zip(gradient.losses(), few_shot.losses(), strict=True)], rel=1e-5
+    )
+
+
+def test_its_answers_have_the_highest_average_probability(compose_on, tiny_llama, tokenizer):
+    labels = ["ab", "ba", "c", "DD"]
+    found = compose_on(task=lw.Task(EXAMPLES, instruction="swap", labels=labels))
+    inputs = ["e", "f g", "hh", "b"]
+    p_NL = torch.zeros(len(inputs), len(labels), dtype=torch.float64)
+    for member in found.members.values():
+        orders = member.task.in_orders()
+        with lw.Composer(tiny_llama, [member.adapter]).activate({member.adapter.name: 1.0}), torch.no_grad():
+            for task in orders:
+                end = task.answer_end or tokenizer.eos_token
+                for number, text in enumerate(inputs):
+                    scores = [log_p(tiny_llama, tokenizer, task.prompt(text), f" {label}{end}") for label in labels]
+                    p_NL[number] += torch.tensor(scores, dtype=torch.float64).softmax(dim=0) / len(orders)
+    assert found.predict(inputs) == [labels[int(best)] for best in p_NL.argmax(dim=1)]
+    expected = [labels[int(best)] == "ab" for best in p_NL.argmax(dim=1)]
+    assert found.evaluate([(text, "ab") for text in inputs])["value"] == pytest.approx(sum(expected) / 4)
+
+
+def log_p(model, tokenizer, prompt, answer):
+    ids, target = tokenizer(prompt)["input_ids"], tokenizer(answer, add_special_tokens=False)["input_ids"]
+    log_p_TV = model(torch.tensor([ids + target])).logits[0].double().log_softmax(dim=-1)
+    return float(sum(log_p_TV[len(ids) - 1 + place, token] for place, token in enumerate(target)))
+
+
+def test_an_average_is_kept_whole(compose, tiny_llama, tokenizer, tmp_path):
+    found = compose()
+    found.save_pretrained(tmp_path / "kept")
+    read = lw.Composition.from_pretrained(tmp_path / "kept", tiny_llama, tokenizer)
+    assert list(read.members) == ["gradient", "few_shot"]
+    assert read.losses() == pytest.approx(found.losses(), rel=1e-4)
+    assert read.predict(["b", "x"]) == found.predict(["b", "x"])
+    assert read.report == found.report
+    assert read.mean_weights == pytest.approx(found.mean_weights)
+
+
+def test_an_average_has_no_adapter_and_says_where_one_is(compose, tmp_path):
+    found = compose()
+    for act in (
+        lambda: found.adapter,
+        lambda: found.weights,
+        lambda: found.export(tmp_path / "out"),
+        lambda: found.explain("a"),
+        lambda: found.prune(),
+        lambda: found.cut(2),
+        lambda: found.tune(1),
+    ):
+        with pytest.raises(ScopeError, match=r"gradient and few_shot cannot .*members\['few_shot'\].*method='few_shot'"):
+            act()
+    assert "the average of gradient and few_shot" in repr(found)
+    weights = found.members["gradient"].mean_weights
+    assert found.mean_weights == pytest.approx({name: weight / 2 for name, weight in weights.items()})
+    report = found.members["few_shot"].export(tmp_path / "out")
+    assert len(lw.Adapter.from_pretrained(report.folder).card["prompts"]) == ORDERS
+
+
+@pytest.mark.parametrize("limits", [{"budget": 39}, {"budget": None, "seconds": 0.4}, {"seconds": 5.0}], ids=str)
+def test_a_small_budget_and_a_time_limit_leave_the_training_out(compose, limits):
+    found = compose(**limits)
+    assert rows_of(found.report) == [*PLAIN, "gradient"]
+    assert (found.report.chosen, found.members) == ("gradient", {})
+
+
+def test_the_search_makes_no_more_evaluations_than_its_budget(compose):
+    assert compose(budget=10).report["gradient"].evaluations == 10
+    report = compose(budget=1000).report
+    assert report["gradient"].evaluations == 16
+    assert report["few_shot"].evaluations == 3 * FEW_SHOT.steps
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_folds_the_lowest_loss_on_held_out_examples_is_returned(compose, seed):
+    report = compose(seed=seed, folds=2).report
+    held_out = {row.name: row.held_out_loss for row in report.rows}
+    assert report.chosen == min(held_out, key=held_out.get)
+    assert held_out["average"] == pytest.approx((held_out["gradient"] + held_out["few_shot"]) / 2)
+    assert 0.0 <= report["average"].held_out_hits <= 1.0
+
+
+def test_objectives_without_gradients_are_searched_without_them(compose, tiny_llama, make_adapter):
+    equal = [make_adapter(tiny_llama, name, seed=seed) for seed, name in enumerate("ab")]
+    for options in ({"objective": "exact_match"}, {"space": "factors"}, {"objective": lambda model, examples: 1.0}):
+        report = compose(equal, budget=40, **options).report
+        assert rows_of(report) == [*PLAIN, "lorahub"], (options, report.reason)
+        assert report["lorahub"].evaluations == 40
+
+
+def test_a_search_whose_candidates_all_fail_is_left_out(compose, pool, monkeypatch):
+    num_layers = len({layer for adapter in pool.adapters.values() for layer in adapter.layers})
+
+    def failing(objectives, candidates):
+        return [([math.nan] * len(asked), [torch.zeros(1, 1, num_layers, 3)] * len(asked)) for asked in candidates]
+
+    monkeypatch.setattr(searched, "together_with_gradients", failing)
+    found = compose()
+    assert rows_of(found.report) == [*PLAIN, "few_shot"]
+    assert "gradient was left out: none of" in found.report.reason
+    assert (found.report.chosen, found.members) == ("few_shot", {})
+    assert found.task.orders == ORDERS
+
+
+def test_demonstrations_beyond_the_models_context_are_left_out(compose, tiny_gpt2, make_adapter):
+    pool = [make_adapter(tiny_gpt2, name, seed=seed, targets=("c_attn",)) for seed, name in enumerate("ab")]
+    long = lw.Task([("a" * 20, "b"), ("c" * 20, "d"), ("e" * 20, "f")])
+    report = compose(pool, model=tiny_gpt2, task=long).report
+    assert rows_of(report) == [*PLAIN, "gradient"]
+    assert "few_shot was left out: row" in report.reason
+
+
+@pytest.mark.parametrize("folds", [0, 2])
+def test_where_nothing_is_learned_the_better_of_base_and_best_single_is_returned(compose, folds):
+    report = compose(folds=folds, objective=lambda model, examples: math.nan).report
+    assert rows_of(report) == PLAIN
+    assert report[report.chosen].loss == min(report["base"].loss, report["best_single"].loss)
+    assert "lorahub was left out: none of" in report.reason
+
+
+def test_an_interrupted_training_resumes_to_the_same_composition(compose, interrupt_search, tmp_path):
+    whole = compose(method="lorahub", budget=30, folds=0)
+    interrupt_search()
+    with pytest.raises(KeyboardInterrupt):
+        compose(method="lorahub", budget=30, folds=0, checkpoint=tmp_path)
+    resumed = compose(method="lorahub", budget=30, folds=0, checkpoint=tmp_path)
+    assert resumed.losses() == pytest.approx(whole.losses(), abs=1e-6)
+    first, again = (compose(checkpoint=tmp_path / "auto") for _ in range(2))
+    assert again.losses() == pytest.approx(first.losses(), abs=1e-6)
+
+
+def test_a_start_is_named_or_given_as_weights(compose, pool):
+    for start in ("base", "uniform", "best_single", "best_three", {"a": 0.5}):
+        report = compose(method="gradient", start=start, budget=6, folds=0).report
+        assert report["gradient"].num_trained == 3 * len({layer for a in pool.adapters.values() for layer in a.layers})
+    with pytest.raises(UnknownName, match="did you mean 'best_single'"):
+        compose(method="gradient", start="best_singl")
+
+
+def test_entropy_looks_at_inputs_and_never_at_targets_and_needs_no_examples(compose_on, tiny_llama, tokenizer, tmp_path):
+    options = {"method": "adamerging", "inputs": ["c", "d e", "f"], "budget": 8}
+    rows = [[(text, target) for text in ("a", "b")] for target in ("x", "y z")]
+    *told, found = (compose_on(task=lw.Task(each, instruction="swap"), folds=0, **options) for each in (*rows, []))
+    assert all(each.report["adamerging"].by_layer == found.report["adamerging"].by_layer for each in told)
+    (row,) = found.report.rows
+    assert (row.name, row.loss, row.held_out_loss, row.held_out_hits) == ("adamerging", None, None, None)
+    assert found.report.chosen == "adamerging"
+    assert "adamerging" in str(found.report.table())
+    found.save_pretrained(tmp_path / "kept")
+    assert lw.Composition.from_pretrained(tmp_path / "kept", tiny_llama, tokenizer).report.rows == found.report.rows
+
+
+def test_what_needs_examples_says_so(compose_on):
+    task = lw.Task([], instruction="swap")
+    for options in ({"method": "lorahub"}, {"method": "adamerging"}, {"method": "auto"}, {"method": "best_single"}):
+        with pytest.raises(InvalidTask, match=r"no examples; give at least two .* or inputs="):
+            compose_on(task=task, **options)
+    with pytest.raises(WeightingError, match="start 'best_three' is found on examples"):
+        compose_on(task=task, method="gradient", objective="entropy", inputs=["a"])
+
+
+def test_one_adapter_alone_is_not_searched_but_its_strength_is(compose, pool):
+    one = pool.subset(["a"])
+    with pytest.raises(WeightingError, match="'lorahub' weighs adapters against each other, but there is only 'a'"):
+        compose(one, method="lorahub")
+    found = compose(one, method="grid", folds=0).report["grid"].weights
+    assert set(found) <= {"a"}
+    assert rows_of(compose(one).report) == [*PLAIN, "few_shot"]
+
+
+@pytest.mark.parametrize(
+    ("options", "num_folds"),
+    [({"method": "lorahub", "budget": 11}, 3), ({"method": "random", "budget": 5, "folds": 0}, 0), ({"budget": 32}, 0)],
+)
+def test_the_bar_ends_at_its_total(compose, options, num_folds, pool, monkeypatch):
+    completed, totals = shown_by_the_bar(monkeypatch)
+    compose(progress=True, **options)
+    each = 16 if options.get("method") is None else options["budget"]
+    assert completed[-1] == totals[-1] == len(pool) + (num_folds + 1) * each
+
+
+@pytest.mark.parametrize("options", [{"budget": None, "seconds": 0.4}, {"budget": 150}, {"budget": 10}], ids=str)
+def test_the_bar_never_runs_past_its_total_and_ends_there(compose, options, pool, monkeypatch):
+    completed, totals = shown_by_the_bar(monkeypatch)
+    compose(progress=True, **options)
+    assert completed[-1] == totals[-1] > len(pool)
+    assert all(total is None or done <= total for done, total in zip(completed, totals, strict=True))
+
+
+def shown_by_the_bar(monkeypatch):
+    """What is completed and the total, after every update of a bar."""
+    completed, totals = [], []
+    update = Progress.update
+
+    def spy(bar, task, **changes):
+        update(bar, task, **changes)
+        completed.append(bar.tasks[task].completed)
+        totals.append(bar.tasks[task].total)
+
+    monkeypatch.setattr(Progress, "update", spy)
+    return completed, totals
