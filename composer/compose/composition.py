@@ -87,17 +87,17 @@ class Composition:
 
     def __repr__(self) -> str:
         by_size = self._by_size()
-        shown = [f"{_clip(name)!r}: {weight:.4g}" for name, weight in by_size[:NUM_NAMED]]
+        shown = [f"{name[:NAME_WIDTH]!r}: {weight:.4g}" for name, weight in by_size[:NUM_NAMED]]
         rest = [f"{len(by_size) - NUM_NAMED} more"] if len(by_size) > NUM_NAMED else []
         what = "the base model" if self.is_base else f"{{{', '.join([*shown, *rest])}}}"
-        if self.stored is not None and not self.mean_weights:
-            what = "an adapter trained on the examples"
-        if self.router is not None:
-            what = f"{type(self.router).__name__} over {len(self._used)} adapters"
         if self.members:
             what = f"the average of {' and '.join(self.members)}"
+        elif self.router is not None:
+            what = f"{type(self.router).__name__} over {len(self._used)} adapters"
+        elif self.stored is not None and not self.mean_weights:
+            what = "an adapter trained on the examples"
         layers = "" if self.by_layer is None else f", means over {len(self.by_layer)} layers"
-        return f"Composition({what}{layers}, method={self.merge_method!r}, chosen={_clip(self.report.chosen)!r})"
+        return f"Composition({what}{layers}, method={self.merge_method!r}, chosen={self.report.chosen[:NAME_WIDTH]!r})"
 
     def _repr_html_(self) -> str:
         weights = "" if self.router is not None else ShownTable.of(("adapter", "weight"), self._by_size())._repr_html_()
@@ -352,8 +352,7 @@ class Composition:
 
         Warns where neither weights nor ids say that the model is the same, and names and shapes do.
         """
-        recipe = SavedRecipe.read(folder)
-        fields = recipe.fields_on(model)
+        fields = (recipe := SavedRecipe.read(folder)).fields_on(model)
         for number, name in enumerate(recipe.member_names):
             fields["members"][name] = cls.from_pretrained(Path(folder) / f"member-{number}", model, tokenizer)
         return cls(model, tokenizer, **fields)
@@ -399,8 +398,7 @@ class Composition:
         if names := list(self.members):
             raise ScopeError(
                 f"an average of {' and '.join(names)} cannot {verb}: its members answer apart. Ask one of them, "
-                f"composition.members[{names[-1]!r}] (a saved folder's member-{len(names) - 1}), or compose with "
-                f"method={names[-1]!r}"
+                f"composition.members[{names[-1]!r}] (saved as member-{len(names) - 1}), or use method={names[-1]!r}"
             )
 
     @property
@@ -448,7 +446,3 @@ class Composition:
         kept |= {"weights": weights, "parents": parents or [dict(parent) for parent in self.parents]}
         router, members = self.router is not None, list(self.members)
         return recipe_of(self.model, self.task, self.report, router=router, members=members, **kept)
-
-
-def _clip(name: str) -> str:
-    return name if len(name) <= NAME_WIDTH else f"{name[:NAME_WIDTH]}…"
