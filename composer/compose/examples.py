@@ -54,8 +54,9 @@ class JobBatch:
         if self.inputs["attention_mask"].ndim != 4:
             return target_logits(model, TargetBatch(self.inputs, self.target_BRK[:, 0]))
         # in a tree the last token predicts too, in a plain row it is predicted
-        length = self.inputs["input_ids"].shape[1]
-        return logits_at(model, self.inputs, length - self.num_kept, length)
+        ids_BT = self.inputs["input_ids"]
+        place_K = torch.arange(ids_BT.shape[1] - self.num_kept, ids_BT.shape[1], device=ids_BT.device)
+        return logits_at(model, self.inputs, place_K)
 
 
 class EncodedExamples:
@@ -295,7 +296,8 @@ def _as_tree(model: Any, rows: Sequence[EncodedRow]) -> torch.Tensor:
     tree = token_tree(rows)
     device = next(model.parameters()).device
     inputs = tree_inputs([tree], 0, _dtype(model), device)
-    logits_PV = logits_at(model, inputs, len(tree) - tree.num_predictors, len(tree))[0]
+    place_P = torch.arange(len(tree) - tree.num_predictors, len(tree), device=device)
+    logits_PV = logits_at(model, inputs, place_P)[0]
     return tree.read(logits_PV)[0].double()
 
 

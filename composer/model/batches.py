@@ -167,7 +167,12 @@ def align_left(ids_BT: Tensor, mask_BT: Tensor | None) -> dict[str, Tensor]:
 
 def token_losses(model: Any, batch: TargetBatch) -> Tensor:
     """loss_BK: negative log-likelihood of every target token, fp32, 0 where the target is shorter than K."""
-    return losses_of(target_logits(model, batch), batch.targets_BK)
+    asked_K = (batch.targets_BK != IGNORED).any(dim=0)
+    if bool(asked_K.all()) or model.config.is_encoder_decoder:
+        return losses_of(target_logits(model, batch), batch.targets_BK)
+    # where few of the last tokens are asked for, the head sees these alone
+    found_BJ = losses_of(target_logits(model, batch, asked_K=asked_K), batch.targets_BK[:, asked_K])
+    return found_BJ.new_zeros(batch.targets_BK.shape).masked_scatter(asked_K.expand_as(batch.targets_BK), found_BJ)
 
 
 def token_scores(model: Any, batch: TargetBatch) -> tuple[Tensor, Tensor]:
@@ -176,26 +181,29 @@ def token_scores(model: Any, batch: TargetBatch) -> tuple[Tensor, Tensor]:
     return losses_of(logits_BKV, batch.targets_BK), logits_BKV.argmax(dim=2) == batch.targets_BK
 
 
-def target_logits(model: Any, batch: TargetBatch, *, whole: bool = False) -> Tensor:
-    """logits_BKV at the positions that predict the targets; with `whole`, the head sees all of a decoder's tokens."""
+def target_logits(model: Any, batch: TargetBatch, *, whole: bool = False, asked_K: Tensor | None = None) -> Tensor:
+    """logits_BKV at the positions that predict the targets, or at those `asked_K` of them alone.
+
+    With `whole`, the head sees all of a decoder's tokens.
+    """
     if model.config.is_encoder_decoder:
         return cast(Tensor, model(**batch.inputs, use_cache=False).logits)
     width, length = batch.targets_BK.shape[1], batch.inputs["input_ids"].shape[1]
+    place_K = torch.arange(length - width - 1, length - 1, device=batch.targets_BK.device)
     prompt_BT = batch.inputs["attention_mask"].clone()
     prompt_BT[:, -width:] *= batch.targets_BK == IGNORED
     with prompted(batch.inputs["input_ids"], prompt_BT):
         if whole:
             return cast(Tensor, model(**batch.inputs, use_cache=False).logits[:, -width - 1 : -1])
-        return logits_at(model, batch.inputs, length - width - 1, length - 1)
+        return logits_at(model, batch.inputs, place_K if asked_K is None else place_K[asked_K])
 
 
-def logits_at(model: Any, inputs: Mapping[str, Tensor], start: int, end: int) -> Tensor:
-    """A decoder's logits at the positions from `start` to `end`, without it, of every row."""
-    if not takes(model, "logits_to_keep"):
-        return cast(Tensor, model(**inputs, use_cache=False).logits[:, start:end])
+def logits_at(model: Any, inputs: Mapping[str, Tensor], place_K: Tensor) -> Tensor:
+    """A decoder's logits at these positions of every row."""
     # positions as an index tensor: for a slice, transformers hands the head a strided view, which bf16 products copy
-    keep = torch.arange(start, end, device=inputs["input_ids"].device)
-    return cast(Tensor, model(**inputs, logits_to_keep=keep, use_cache=False).logits)
+    if takes(model, "logits_to_keep"):
+        return cast(Tensor, model(**inputs, logits_to_keep=place_K, use_cache=False).logits)
+    return cast(Tensor, model(**inputs, use_cache=False).logits[:, place_K])
 
 
 def losses_of(logits_BKV: Tensor, targets_BK: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ class Asked:
         inputs = tree_inputs(trees, 0, first.dtype, first.device)
         length, kept = inputs["input_ids"].shape[1], max(tree.num_predictors for tree in trees)
         with self._engine.activate([some[0][0].mixture for some, _ in planted]):
-            logits_BPV = logits_at(model, inputs, length - kept, length)
+            logits_BPV = logits_at(model, inputs, torch.arange(length - kept, length, device=inputs["input_ids"].device))
         found = []
         for logits_PV, tree in zip(logits_BPV, trees, strict=True):
             loss_R, hit_R = tree.read(logits_PV)

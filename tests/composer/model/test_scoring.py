@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from loraweave.composer.model import scoring
-from loraweave.composer.model.batches import batch, encode, mean_losses, token_losses, token_scores
+from loraweave.composer.model.batches import IGNORED, batch, encode, mean_losses, token_losses, token_scores
 from loraweave.composer.model.prefixes import Prefixes
 from loraweave.composer.model.scoring import encode_pairs, losses, predict
+from loraweave.composer.train.rows import TrainingRow
 from loraweave.errors import InvalidTask
 from loraweave.types import Task
 
@@ -155,6 +156,24 @@ def test_a_hit_is_a_target_token_that_is_the_most_likely_one(tiny_llama, tokeniz
         best = tiny_llama(input_ids=torch.tensor([prompt_ids + target_ids])).logits[0].argmax(dim=1)
         expected = [int(best[len(prompt_ids) - 1 + k]) == token for k, token in enumerate(target_ids)]
         assert hits[row, -len(expected) :].tolist() == expected
+
+
+def test_losses_of_few_tokens_equal_those_of_whole_rows(tiny_llama, tokenizer):
+    rows = [
+        TrainingRow((5, 6, 7), (8, 9, 10, 11, 12), (IGNORED, 9, IGNORED, IGNORED, 12)),
+        TrainingRow((7,), (9, 5, 6), (IGNORED, IGNORED, 6)),
+    ]
+    stacked = batch(tiny_llama, tokenizer, rows)
+    expected_BK = torch.zeros(2, 5)
+    for number, row in enumerate(rows):
+        log_p_TV = tiny_llama(input_ids=torch.tensor([row.prompt + row.target])).logits[0].log_softmax(dim=1)
+        for place, label in enumerate(row.labels):
+            if label != IGNORED:
+                slot = 5 - len(row.labels) + place
+                expected_BK[number, slot] = -log_p_TV[len(row.prompt) - 1 + place, label]
+    found_BK = token_losses(tiny_llama, stacked)
+    torch.testing.assert_close(found_BK, expected_BK)
+    found_BK.sum().backward()
 
 
 def test_a_tiled_batch_repeats_all_rows_in_their_order(tiny_llama, tokenizer):
