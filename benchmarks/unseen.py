@@ -119,18 +119,18 @@ def measure(run: Run, asked: Asked, store: Store, again: list[str]) -> None:
     with ExitStack() as stack:
         hubs: dict[tuple[str, ...], lw.Hub] = {}
         for key in track(keys, "measuring"):
-            without = _same_skill(key.task) if asked.left_out else ()
+            without = same_skill(key.task) if asked.left_out else ()
             if without not in hubs:
                 hubs[without] = stack.enter_context(run.hub(without))
-            store.keep(_measured(_case(run, asked, model, tokenizer, hubs[without], key), key))
+            store.keep(_measured(open_case(run, asked, model, tokenizer, hubs[without], key), key))
 
 
-def _same_skill(task: str) -> tuple[str, ...]:
+def same_skill(task: str) -> tuple[str, ...]:
     """The pool's tasks that teach what this one does, itself among them."""
     return next((tasks for tasks in SAME_SKILL if task in tasks), (task,))
 
 
-def _case(run: Run, asked: Asked, model: Any, tokenizer: Any, hub: lw.Hub, key: Key) -> Case:
+def open_case(run: Run, asked: Asked, model: Any, tokenizer: Any, hub: lw.Hub, key: Key) -> Case:
     training = pairs(run.rows(key.task), "train")
     num_examples = max(key.shots, 1)
     if asked.left_out:

@@ -62,12 +62,12 @@ def compose(
     """Finds the `k` adapters of a hub that fit the task's examples best, weighs them, and returns the composition.
 
     A pool or a list of adapters is used whole. `method` "auto" learns weights for the adapters, and a LoRA under prompts
-    that show the examples, and averages the probabilities of both (docs/search.md); `members` of the composition has them. A
-    name of `names("routers")` runs that search alone; "best_single" takes the adapter of the lowest loss, "manual" the given
-    `weights`, "base" none, "in_context" the base with the examples in every prompt, and "few_shot" a LoRA trained on the
-    examples under such prompts (`steps`, `lr`). A router, by name and options, weighs every token; one that learns is
-    trained on the examples for `steps` steps (by default a third of the budget) at the rate `lr`. A router object is used as
-    it is.
+    that show the examples, and averages the probabilities of both (docs/search.md); `members` of the composition has them.
+    A single adapter that answers the examples already is returned as it is. A name of `names("routers")` runs that search
+    alone; "best_single" takes the adapter of the lowest loss, "manual" the given `weights`, "base" none, "in_context" the
+    base with the examples in every prompt, and "few_shot" a LoRA trained on the examples under such prompts (`steps`, `lr`).
+    A router, by name and options, weighs every token; one that learns is trained on the examples for `steps` steps (by
+    default a third of the budget) at the rate `lr`. A router object is used as it is.
     `space` "deltas" mixes the adapters' updates, "factors" mixes A and B apart, as LoraHub's authors do. `objective` is a
     name of `names("objectives")` or a function of (model, examples); "entropy" reads `inputs` without targets, by default
     the examples' own. `l1` * mean|w|, `l2` * mean(w^2) and `sparsity` * the number of adapters used are added to it. Each
@@ -260,7 +260,10 @@ def _nothing_for(hub: Hub, base: BaseKey, beside: _Beside) -> BaseModelMismatch 
 
 # what a searched composition is compared with
 PLAIN = ("base", "best_single")
-AVERAGED = "weights and a trained adapter, averaged; folds=2 compares them on held-out examples"
+REASONS = {
+    "average": "weights and a trained adapter, averaged; folds=2 compares them on held-out examples",
+    "best_single": "it answers the examples already, far better than prompts alone",
+}
 
 
 def guard(
@@ -272,7 +275,7 @@ def guard(
     gives way to the better of these two where it is worse, or to the best of all, a plain one where they are equal.
     """
     if asked is not None and not guarded:
-        return asked, AVERAGED if asked == "average" else "as asked"
+        return asked, REASONS.get(asked, "as asked") if best_of_all else "as asked"
     plain = min(PLAIN, key=lambda name: held_out_losses[name])
     if asked is None:
         return plain, "there was nothing to learn"

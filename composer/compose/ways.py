@@ -2,7 +2,8 @@
 
 "auto" learns twice from the examples: weights for the stored adapters, and a LoRA under prompts that show the examples. Its
 answer is the average of both members' probabilities, which leave-one-out on the example pool put above either alone and
-above choosing one of them on held-out examples (benchmarks/TABLES.md).
+above choosing one of them on held-out examples (benchmarks/TABLES.md). Where one stored adapter answers the examples
+already, it is taken as it is: what was trained on more than five examples is not learned from them again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from loraweave.routers.weights import MixtureWeights
 EACH = 16
 # the least budget with which "auto" trains too
 TRAINS_FROM = 40
+# a single adapter of less than this share of the loss without adapters is taken as it is
+SURE = 0.5
 # the search of "auto"; the other one where the objective has no gradients
 SEARCHES = ("gradient", "lorahub")
 
@@ -50,23 +53,31 @@ class Ways:
         return None if None in numbers else sum(number or 0 for number in numbers)
 
     def run(self) -> list[Trial[Any]]:
-        """The trials, measured: base, best single and uniform mixture first.
+        """The trials, measured: base, best single, uniform mixture and, for "auto", the base in context first.
 
-        Of "auto", a search none of whose candidates can be scored is left out; `left` then says why. Of a task without
+        Of "auto", what none of whose candidates can be scored is left out; `left` then says why. Of a task without
         examples nothing plain is measured, since there is nothing to compare on.
         """
-        for trial in self._plain:
-            trial.run(self._folds)
+        plain = [trial for trial in self._plain if self._stays(trial)]
         if self._settings.method != "auto":
             for trial in self._learning:
                 trial.run(self._folds)
-            return [*self._plain, *self._learning]
+            return [*plain, *self._learning]
+        if not self._folds and (sure := self._sure(plain)):
+            self.asked = sure
+            return plain
         members = [trial for trial in self._learning if self._stays(trial)]
         if len(members) > 1:
             members = [*members, Averaged(members)]
             members[-1].run(self._folds)
         self.asked = members[-1].name if members else None
-        return [*self._plain, *members]
+        return [*plain, *members]
+
+    def _sure(self, plain: Sequence[Trial[Any]]) -> str | None:
+        """The best single adapter's trial, where its loss is far below that of prompts alone."""
+        losses = {trial.name: trial.held_out_loss for trial in plain}
+        without = min(losses[name] for name in ("base", "in_context") if name in losses)
+        return "best_single" if losses["best_single"] < SURE * without else None
 
     def _plain_trials(self) -> list[Trial[Any]]:
         """The base model, the best single adapter, and the uniform mixture, in the way it was asked for if it was."""
@@ -74,12 +85,17 @@ class Ways:
         if not bench.task.examples:
             return []
         uniform = MixtureWeights.of(dict.fromkeys(bench.names, 1 / len(bench.names)), bench.names)
-        plain = [
+        plain: list[Trial[Any]] = [
             Fixed("base", bench, MixtureWeights.of({}, bench.names)),
             BestSingle(bench),
             Fixed("uniform", bench, uniform),
         ]
+        if self._settings.method == "auto" and not bench.task.demonstrations and len(bench.task.examples) > 1:
+            plain.append(self._in_context())
         return [trial for trial in plain if trial.name not in asked]
+
+    def _in_context(self) -> Trial[Any]:
+        return Fixed("in_context", self._bench.with_demonstrations(), MixtureWeights.of({}, self._bench.names))
 
     def _stays(self, trial: Trial[Any]) -> bool:
         try:
@@ -100,7 +116,7 @@ class Ways:
             case "few_shot":
                 return [FewShot(shown, replace(FEW_SHOT, **settings.options, seed=settings.seed))]
             case "in_context":
-                return [Fixed("in_context", bench.with_demonstrations(), MixtureWeights.of({}, names))]
+                return [self._in_context()]
             case "auto":
                 return [*self._searches(), *self._trainings(shown)]
         if settings.method in OTHER_WAYS:

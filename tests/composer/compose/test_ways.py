@@ -15,7 +15,7 @@ from loraweave.composer.compose.trained import FEW_SHOT, ORDERS
 from loraweave.errors import InvalidTask, ScopeError, UnknownName, WeightingError
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD")]
-PLAIN = ["base", "best_single", "uniform"]
+PLAIN = ["base", "best_single", "uniform", "in_context"]
 
 
 @pytest.fixture
@@ -111,6 +111,19 @@ def test_an_average_has_no_adapter_and_says_where_one_is(compose, tmp_path):
     assert len(lw.Adapter.from_pretrained(report.folder).card["prompts"]) == ORDERS
 
 
+def test_an_adapter_that_answers_the_examples_already_is_taken_as_it_is(compose, tiny_llama, tokenizer, task, pool):
+    expert = lw.train_adapters(tiny_llama, tokenizer, {"it": task}, steps=120, lr=3e-2, rank=16, progress=False)["it"]
+    found = compose({**pool.adapters, "it": expert})
+    assert rows_of(found.report) == PLAIN
+    assert found.report.chosen == "best_single"
+    assert found.mean_weights == {"it": 1.0}
+    assert "answers the examples already" in found.report.reason
+    losses = [found.report[name].loss for name in ("best_single", "base", "in_context")]
+    assert losses[0] < 0.5 * min(losses[1:])
+    # with folds nothing is taken unseen
+    assert "average" in rows_of(compose({**pool.adapters, "it": expert}, folds=2).report)
+
+
 @pytest.mark.parametrize("limits", [{"budget": 39}, {"budget": None, "seconds": 0.4}, {"seconds": 5.0}], ids=str)
 def test_a_small_budget_and_a_time_limit_leave_the_training_out(compose, limits):
     found = compose(**limits)
@@ -160,7 +173,8 @@ def test_demonstrations_beyond_the_models_context_are_left_out(compose, tiny_gpt
     pool = [make_adapter(tiny_gpt2, name, seed=seed, targets=("c_attn",)) for seed, name in enumerate("ab")]
     long = lw.Task([("a" * 20, "b"), ("c" * 20, "d"), ("e" * 20, "f")])
     report = compose(pool, model=tiny_gpt2, task=long).report
-    assert rows_of(report) == [*PLAIN, "gradient"]
+    assert rows_of(report) == [*PLAIN[:3], "gradient"]
+    assert "in_context was left out: row" in report.reason
     assert "few_shot was left out: row" in report.reason
 
 
