@@ -70,7 +70,7 @@ class EncodedExamples:
         self.right_N = torch.tensor(kind.right)
         prompts = [task.prompt(text) for (text, _), texts in zip(task.examples, kind.targets, strict=True) for _ in texts]
         targets = [text for texts in kind.targets for text in texts]
-        self._rows = encode(model, tokenizer, prompts, targets, end=task.answer_end)
+        self._rows = encode(model, tokenizer, prompts, targets, ends=[task.answer_end] * len(targets))
         self._trees: dict[tuple[int, ...], list[TokenTree]] = {}
 
     @cached_property

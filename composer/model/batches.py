@@ -73,9 +73,9 @@ class EncodedRow:
 
 
 def encode(
-    model: Any, tokenizer: Any, prompts: Sequence[str], targets: Sequence[str], *, end: str | None = None
+    model: Any, tokenizer: Any, prompts: Sequence[str], targets: Sequence[str], *, ends: Sequence[str | None] = ()
 ) -> list[EncodedRow]:
-    """Token ids of each prompt and of " target" with `end`, by default the end-of-sequence token, tokenised apart.
+    """Token ids of each prompt and of " target" with its end, by default the end-of-sequence token, tokenised apart.
 
     Raises InvalidTask for a prompt or a target without tokens and for a row longer than the model's context.
     """
@@ -84,7 +84,7 @@ def encode(
         return []
     limit = context_length(model)
     prompt_ids = tokenizer(list(prompts))["input_ids"]
-    target_ids = answer_ids(tokenizer, targets, end)
+    target_ids = answer_ids(tokenizer, targets, ends)
     rows = []
     for number, (prompt, target) in enumerate(zip(prompt_ids, target_ids, strict=True)):
         if not targets[number].strip() or not target:
@@ -100,10 +100,11 @@ def encode(
     return rows
 
 
-def answer_ids(tokenizer: Any, answers: Sequence[str], end: str | None = None) -> list[list[int]]:
-    """Token ids of " answer" with `end`, by default the end-of-sequence token, for each."""
-    end = tokenizer.eos_token or "" if end is None else end
-    found: list[list[int]] = tokenizer([f" {answer}{end}" for answer in answers], add_special_tokens=False)["input_ids"]
+def answer_ids(tokenizer: Any, answers: Sequence[str], ends: Sequence[str | None] = ()) -> list[list[int]]:
+    """Token ids of " answer" with its end for each; None, and no ends, stand for the end-of-sequence token."""
+    given = [tokenizer.eos_token or "" if end is None else end for end in ends or [None] * len(answers)]
+    texts = [f" {answer}{end}" for answer, end in zip(answers, given, strict=True)]
+    found: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return found
 
 

@@ -69,7 +69,7 @@ def losses(
 def encode_pairs(model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[str, Targets]]) -> list[EncodedRow]:
     """Token ids of each pair's prompt and (first) target."""
     targets = [accepted if isinstance(accepted, str) else accepted[0] for _, accepted in pairs]
-    return encode(model, tokenizer, [task.prompt(text) for text, _ in pairs], targets, end=task.answer_end)
+    return encode(model, tokenizer, [task.prompt(text) for text, _ in pairs], targets, ends=[task.answer_end] * len(pairs))
 
 
 @torch.no_grad()
@@ -281,7 +281,7 @@ def rank(
 
 def label_ids(tokenizer: Any, labels: Sequence[str], end: str | None = None) -> list[list[int]]:
     """Token ids of " label" and `end`, by default the end of sequence. Raises InvalidTask for a label without tokens."""
-    ids = answer_ids(tokenizer, labels, end)
+    ids = answer_ids(tokenizer, labels, [end] * len(labels))
     for label, tokens in zip(labels, ids, strict=True):
         if not label.strip() or not tokens:
             raise InvalidTask(f"label {label!r} is empty; a label is the text of an answer")

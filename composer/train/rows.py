@@ -121,8 +121,8 @@ class TrainingRow(EncodedRow):
         return sum(label != IGNORED for label in self.labels)
 
 
-# a row before it is encoded: its prompt and target as texts, or the tokens that the caller gave; and its owner's place
-Read = tuple[tuple[str, str] | None, TrainingRow | None, int]
+# a row before it is encoded: its prompt, its target and what ends it, or the tokens that the caller gave; its owner's place
+Read = tuple[tuple[str, str, str | None] | None, TrainingRow | None, int]
 
 
 class RowReader:
@@ -148,8 +148,8 @@ class RowReader:
             raise InvalidTask(
                 f"{what} has texts, but no tokenizer is known: pass tokenizer=... (a Composer is made with it), or token ids"
             )
-        prompts, targets = [prompt for prompt, _ in texts], [target for _, target in texts]
-        encoded = iter(encode(self._model, self._tokenizer, prompts, targets))
+        prompts, targets, ends = zip(*texts, strict=True) if texts else ((), (), ())
+        encoded = iter(encode(self._model, self._tokenizer, prompts, targets, ends=ends))
         rows = []
         for number, (_, tokens, owner) in enumerate(found, start=first):
             row = next(encoded) if tokens is None else tokens
@@ -167,7 +167,7 @@ class RowReader:
                     yield None, self._tokens(row, where), owner
                 case _:
                     read = read_row(row, where)
-                    yield (task.prompt_of(read), read.targets[0]), None, owner
+                    yield (task.prompt_of(read), read.targets[0], task.answer_end), None, owner
         if empty:
             raise InvalidTask(f"{part} is empty: {self._owners.forms}")
 
@@ -319,7 +319,7 @@ def pack_task(model: Any, tokenizer: Any, task: Task, seed: int) -> list[Trainin
     alone, limit = replace(task, demonstrations=()), context_length(model) or MAX_PACKED_TOKENS
     first = encode_pairs(model, tokenizer, alone, alone.examples)
     questions = tokenizer([f"\n\n{alone.prompt(text)}" for text, _ in task.examples], add_special_tokens=False)["input_ids"]
-    answers = answer_ids(tokenizer, [target for _, target in task.examples], "")
+    answers = answer_ids(tokenizer, [target for _, target in task.examples], [""] * len(task.examples))
     (end,) = tokenizer(["\n"], add_special_tokens=False)["input_ids"]
     count = len(task.examples)
 

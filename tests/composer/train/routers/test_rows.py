@@ -38,6 +38,16 @@ def test_a_mapping_names_experts_or_tasks_and_its_tasks_have_their_own_prompts(r
     assert [row.expert for row in rows] == [1, -1]
 
 
+def test_answers_after_demonstrations_end_with_the_line(read, tokenizer):
+    shown = Task([("cat", "cats"), ("dog", "dogs")], template="{input}:", demonstrations=True)
+    rows = read({"b": shown, "other": [("x", "y")]})
+    assert texts(rows, tokenizer) == [
+        ("dog: dogs\n\ncat:", " cats\n"),
+        ("cat: cats\n\ndog:", " dogs\n"),
+        ("\nInput: x\nOutput:", " y</s>"),
+    ]
+
+
 def test_rows_as_mappings_say_whose_they_are(read, tokenizer):
     rows = read(
         [
