@@ -20,7 +20,6 @@ WAYS = (
     "in_context",
     "lora_examples",
     "few_shot",
-    "gradient_and_few_shot",
     "composed_and_tuned",
     "retrieved_first",
     "best_single",
@@ -45,6 +44,10 @@ WAYS = (
 WITHOUT_EXAMPLES = ("base", "oracle", "any_single", "two_passes")
 # these are for tasks that join two skills
 OF_JOINED_SKILLS = ("order", "order+distilled", "any_single", "two_passes")
+# what `auto` is to beat
+RIVALS = ("in_context", "lora_examples", "few_shot", "best_single", "lorahub_original", "adamerging")
+# none of these is learned from the examples
+UNLEARNED = ("base", "best_single", "in_context")
 
 
 class Results:
@@ -116,6 +119,7 @@ def report(measured: Mapping[Key, Measured], name: str, known: Mapping[str, str]
             "shares": _shares(results, [way for way in shown if way not in WITHOUT_EXAMPLES]),
             "times": _times(results, shown),
             "goals": _goals(results),
+            "lacks": _loss_parts(results, shown),
             "joined": _joined(results, shown),
         }
         found |= {f"{name}, {shots} examples, {part}": table for part, table in tables.items() if table.rows}
@@ -214,37 +218,54 @@ def _times(results: Results, ways: Sequence[str]) -> Table:
 def _goals(results: Results) -> Table:
     """What `auto` is meant to do, over the tasks and seeds that both sides of each comparison have."""
     table = Table("the goals", ("goal", "found"))
-    kept, _ = gaining(results)
-    if tasks := [task for task in results.tasks(["auto", "lorahub_original"]) if task in kept]:
-        ours, theirs = (_mean_shares(results, way, tasks) for way in ("auto", "lorahub_original"))
-        with np.errstate(divide="ignore"):
-            ratio = ours / theirs
-        table.add("recovers at least 2 times lorahub_original's share", f"{interval(ratio)} ({len(tasks)} tasks)")
-        spent, allowed = (_mean_cpu_seconds(results, way, tasks) for way in ("auto", "lorahub_original"))
-        table.add("takes at most its time", f"{spent / allowed:.2f} times ({spent:.1f} s against {allowed:.1f} s)")
-    if tasks := results.tasks(["auto", "base", "best_single"]):
-        worse = [cell for task in tasks if (cell := _worse(results, task))]
-        table.add("is worse than the better of base and best single on no task", ", ".join(worse) or "none")
+    rivals = [way for way in RIVALS if way in results.ways]
+    if tasks := results.tasks(["auto", *rivals]):
+        means = {way: float(np.mean([results.draws_RW(task, [way])[0] for task in tasks])) for way in rivals}
+        best = max(means, key=lambda way: means[way]) if means else "base"
+        _add_margin(table, results, f"above the best rival, {best}, by .04", best, tasks)
     if tasks := results.tasks(["auto", "lora_examples"]):
-        drawn = [np.diff(results.draws_RW(task, ["lora_examples", "auto"]))[:, 0] for task in tasks]
-        table.add("scores above lora_examples", f"{interval(np.mean(drawn, axis=0), 3)} ({len(tasks)} tasks)")
+        _add_margin(table, results, "above lora_examples by .10", "lora_examples", tasks)
+        spent, allowed = (_mean_cpu_seconds(results, way, tasks) for way in ("auto", "lora_examples"))
+        table.add("takes at most its processor time", f"{spent / allowed:.2f} times ({spent:.1f} s against {allowed:.1f} s)")
+    kept = [task for task in gaining(results)[0] if task in results.tasks(["auto"])]
+    if kept:
+        table.add("80 % of the oracle's summed gains", f"{_share_cell(_pooled(results, 'auto', kept))} ({len(kept)} tasks)")
+    known = [way for way in UNLEARNED if way in results.ways]
+    if tasks := results.tasks(["auto", *known]):
+        worse = [cell for task in tasks if (cell := _worse(results, task, known))]
+        table.add(f"below the best of {', '.join(known)} on no task", ", ".join(worse) or "none")
     return table
 
 
-def _mean_shares(results: Results, way: str, tasks: Sequence[str]) -> np.ndarray:
-    shares: np.ndarray = np.nanmean(list(share_draws(results, way, tasks).values()), axis=0)
-    return shares
+def _add_margin(table: Table, results: Results, goal: str, way: str, tasks: Sequence[str]) -> None:
+    drawn = [np.diff(results.draws_RW(task, [way, "auto"]))[:, 0] for task in tasks]
+    table.add(goal, f"{interval(np.mean(drawn, axis=0), 3)} ({len(tasks)} tasks)")
+
+
+def _loss_parts(results: Results, ways: Sequence[str]) -> Table:
+    """Where `auto` falls short of the oracle: another way was better on the test items, or none of them was good enough."""
+    parts = ("auto", "best way", "of", "oracle", "another way was better by", "all ways fell short by")
+    table = Table("what `auto` lacks, and why", ("task", *parts))
+    learning = [way for way in ways if way not in WITHOUT_EXAMPLES]
+    for task in results.tasks(["auto", "oracle"]):
+        known = [way for way in learning if task in results.tasks([way, "auto", "oracle"])]
+        scores = dict(zip(known, results.draws_RW(task, known)[0], strict=True))
+        oracle = results.draws_RW(task, ["oracle"])[0, 0]
+        best = max(scores, key=lambda way: (scores[way], way == "auto"))
+        lacks = scores[best] - scores["auto"], max(0.0, oracle - scores[best])
+        table.add(task, f"{scores['auto']:.2f}", best, f"{scores[best]:.2f}", f"{oracle:.2f}", *(f"{x:.2f}" for x in lacks))
+    return table
 
 
 def _mean_cpu_seconds(results: Results, way: str, tasks: Sequence[str]) -> float:
     return float(np.mean([np.mean([one.cpu_seconds for one in results.by[task, way].values()]) for task in tasks]))
 
 
-def _worse(results: Results, task: str) -> str:
-    """How much worse, or nothing when the interval reaches 0."""
-    base_R, single_R, auto_R = results.draws_RW(task, ["base", "best_single", "auto"]).T
-    better_R = base_R if base_R[0] > single_R[0] else single_R
-    return f"{task} {interval(auto_R - better_R)}" if np.percentile((auto_R - better_R)[1:], 97.5) < 0 else ""
+def _worse(results: Results, task: str, ways: Sequence[str]) -> str:
+    """How much worse than the best of these ways, or nothing when the interval reaches 0."""
+    *others_WR, auto_R = results.draws_RW(task, [*ways, "auto"]).T
+    best_R = max(others_WR, key=lambda way_R: way_R[0])
+    return f"{task} {interval(auto_R - best_R)}" if np.percentile((auto_R - best_R)[1:], 97.5) < 0 else ""
 
 
 def _joined(results: Results, ways: Sequence[str]) -> Table:
