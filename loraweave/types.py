@@ -255,7 +255,8 @@ class Task:
     `template` has the fields {instruction} and {input}. `demonstrations` are (input, target) pairs that every prompt shows
     first, each in the template with its answer; True shows the examples. A prompt never shows its own input, so that what is
     learned on an example is learned under the others (MetaICL, Min et al. 2022, arXiv 2110.15943). With `orders` answers are
-    averaged over so many orders of the demonstrations, as probabilities.
+    averaged over so many orders of the demonstrations, as probabilities. With `calibrated` the probability of a label is
+    divided by what it is for inputs that say nothing (Zhao et al. 2021, arXiv 2102.09690).
     Raises InvalidTask for what cannot be used.
     """
 
@@ -266,6 +267,7 @@ class Task:
     template: str | None = field(default=None, kw_only=True)
     demonstrations: Sequence[tuple[str, str]] | bool = field(default=(), kw_only=True)
     orders: int = field(default=1, kw_only=True)
+    calibrated: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         rows = read_rows(self.examples, noun="example")
@@ -289,6 +291,8 @@ class Task:
         if self.template is not None and "{input}" not in self.template:
             raise InvalidTask(f"template {self.template!r} has no field {{input}}")
         require_whole("orders", self.orders, 1, InvalidTask)
+        if self.calibrated and not self.labels:
+            raise InvalidTask("calibrated=True divides the probabilities of labels, and the task has no labels")
 
     @classmethod
     def of(cls, given: Task | GivenRows) -> Task:

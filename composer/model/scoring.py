@@ -127,29 +127,47 @@ def predict_together(
 ) -> list[str]:
     """One answer for each input from what it is under the prompts of M tasks, whose probabilities are averaged.
 
-    A batch has the rows of the first task, then those of the next. The labels' probabilities are averaged; decoding takes
-    at each step the token of the highest average, which all rows of an input then go on from. `share` is that of `predict`.
+    A batch has the rows of the first task, then those of the next. The labels' probabilities are averaged, without the prior
+    where the tasks are `calibrated`; decoding takes at each step the token of the highest average, which all rows of an
+    input then go on from. `share` is that of `predict`.
     """
-    prompts_MN = [[task.prompt(text) for text in inputs] for task in tasks]
+    labels, neutral = tasks[0].labels, NEUTRAL if tasks[0].calibrated else ()
+    prompts_MN = [[task.prompt(text) for text in (*inputs, *neutral)] for task in tasks]
     ids_MN = [tokenizer(prompts)["input_ids"] if prompts else [] for prompts in prompts_MN]
     prefix = Prefixes.of(model, tokenizer, ids_MN) if share else None
-    labels = tasks[0].labels
-
-    def answer(chosen: Sequence[int]) -> list[str]:
-        prompts = [prompts[index] for prompts in prompts_MN for index in chosen]
-        if labels is not None:
-            ends = [task.answer_end for task in tasks]
-            return rank(model, tokenizer, prompts, labels, share_M, ends=ends, prefix=prefix)
-        averaged = [AveragedScores(share_M)] if len(tasks) > 1 else []
-        found = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, processors=averaged, prefix=prefix)
-        return found[: len(chosen)]
-
     size = max(1, (BATCH_SIZE if labels is None else 128 // len(labels)) // len(tasks))
+    by_length = sorted(range(len(ids_MN[0])), key=lambda index: len(ids_MN[0][index]))
+    chunks = [(chosen, [prompts[n] for prompts in prompts_MN for n in chosen]) for chosen in _chunks(by_length, size)]
+    if labels is not None:
+        log_p_MNL = torch.zeros(len(tasks), len(by_length), len(labels), dtype=torch.float64)
+        for chosen, prompts in chunks:
+            ends = [task.answer_end for task in tasks]
+            found_NL = label_scores(model, tokenizer, prompts, labels, ends=ends, prefix=prefix).double().cpu()
+            log_p_MNL[:, chosen] = found_NL.view(len(tasks), len(chosen), -1)
+        if neutral:
+            log_p_MNL = without_prior(log_p_MNL[:, : len(inputs)], log_p_MNL[:, len(inputs) :])
+        return [labels[int(best)] for best in log_average(log_p_MNL, share_M).argmax(dim=1)]
+    averaged = [AveragedScores(share_M)] if len(tasks) > 1 else []
     answers = [""] * len(inputs)
-    for chosen in _chunks(sorted(range(len(inputs)), key=lambda index: len(ids_MN[0][index])), size):
-        for index, found in zip(chosen, answer(chosen), strict=True):
-            answers[index] = found
+    for chosen, prompts in chunks:
+        found = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, processors=averaged, prefix=prefix)
+        for index, answer in zip(chosen, found, strict=False):
+            answers[index] = answer
     return answers
+
+
+# inputs that say nothing of their label
+NEUTRAL = ("N/A", "[MASK]", "")
+
+
+def without_prior(log_p_MNL: Tensor, neutral_MCL: Tensor) -> Tensor:
+    """log of p / prior, scaled to sum 1 over the labels; the prior is the mean of p over neutral inputs.
+
+    Contextual calibration (Zhao et al. 2021, arXiv 2102.09690): a label that a prompt makes likely whatever follows says
+    less.
+    """
+    prior_M1L = neutral_MCL.exp().mean(dim=1, keepdim=True)
+    return (log_p_MNL - prior_M1L.log()).log_softmax(dim=-1)
 
 
 class AveragedScores:
@@ -256,27 +274,27 @@ def generate(
     return [(text.strip(" ").splitlines() or [""])[0].strip() for text in texts]
 
 
-def rank(
+def rank(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """The label of the highest summed log-likelihood after each prompt, the end-of-sequence token included."""
+    return [labels[int(best)] for best in label_scores(model, tokenizer, prompts, labels).argmax(dim=1)]
+
+
+def label_scores(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[str],
     labels: Sequence[str],
-    share_M: Tensor | None = None,
     *,
     ends: Sequence[str | None] = (None,),
     prefix: Prefixes | None = None,
-) -> list[str]:
-    """The label of the highest summed log-likelihood after each prompt, an end or the end-of-sequence token included.
+) -> Tensor:
+    """log p_NL over the labels after each prompt, by their summed log-likelihoods, an end or the end of sequence included.
 
-    With share_M the prompts are those of M members, one after the other, whose answers have these `ends`; the probabilities
-    of the labels are averaged.
+    The prompts are those of as many members as there are `ends`, one after the other.
     """
     inputs, cache = _read_prompts(model, tokenizer, prompts, prefix)
     ids = [label_ids(tokenizer, labels, end) for end in ends]
-    losses_NL = label_losses(model, inputs["input_ids"], inputs["attention_mask"], ids, cache)
-    share_M = equal_shares(1) if share_M is None else share_M
-    log_p_MBL = (-losses_NL).log_softmax(dim=1).view(len(share_M), -1, len(labels))
-    return [labels[int(best)] for best in log_average(log_p_MBL, share_M).argmax(dim=1)]
+    return (-label_losses(model, inputs["input_ids"], inputs["attention_mask"], ids, cache)).log_softmax(dim=1)
 
 
 def label_ids(tokenizer: Any, labels: Sequence[str], end: str | None = None) -> list[list[int]]:

@@ -349,9 +349,18 @@ def test_each_member_is_asked_in_the_prompts_of_its_own_task(engine_of, tokenize
             expected = tokenizer.decode([token for token in written if token not in (2, newline)], skip_special_tokens=True)
             assert answer == expected.strip()
         else:
-            pairs = zip(members, prompts, strict=True)
-            ranked = [ensemble(engine, [m], tokenizer([p], return_tensors="pt"), labels=labels) for m, p in pairs]
-            mean_L = 0.3 * ranked[0].probabilities[0] + 0.7 * ranked[1].probabilities[0]
+            # an answer after demonstrations ends with the line, as theirs do
+            ranked = []
+            for member, prompt, end in zip(members, prompts, (tokenizer.eos_token, "\n"), strict=True):
+                ids = tokenizer(prompt)["input_ids"]
+                scores = []
+                for label in labels:
+                    target = tokenizer(f" {label}{end}", add_special_tokens=False)["input_ids"]
+                    with engine.activate(member), torch.no_grad():
+                        logs = engine.model(torch.tensor([ids + target])).logits[0].double().log_softmax(dim=-1)
+                    scores.append(sum(float(logs[len(ids) - 1 + place, token]) for place, token in enumerate(target)))
+                ranked.append(torch.tensor(scores).softmax(dim=0))
+            mean_L = 0.3 * ranked[0] + 0.7 * ranked[1]
             assert answer == labels[int(mean_L.argmax())]
 
 

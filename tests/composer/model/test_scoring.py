@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -263,6 +264,31 @@ def test_labels_in_several_orders_have_the_average_of_their_probabilities(share,
             scores = [-sum_of_losses(model, tokenizer, each.prompt(text), f" {label}\n") for label in labels]
             p_NL[row] += torch.tensor(scores, dtype=torch.float64).softmax(dim=0)
     assert predict(model, tokenizer, task, inputs, share=share) == [labels[int(best)] for best in p_NL.argmax(dim=1)]
+
+
+@pytest.mark.parametrize("share", [False, True])
+@torch.no_grad()
+def test_calibrated_labels_are_divided_by_what_neutral_inputs_give_them(share, make_model, tokenizer):
+    model = make_model("llama", dtype=torch.float64)
+    labels = ["1", "2", "3", "4", "five"]
+    plain = Task(LONGER, labels=labels, template="{input}:", demonstrations=True, orders=2)
+    inputs = ["five", "six and one", "two", "nine", "one", "four four"]
+    p_NL = torch.zeros(len(inputs), len(labels), dtype=torch.float64)
+    for each in plain.in_orders():
+
+        def p_L(text, each=each):
+            scores = [-sum_of_losses(model, tokenizer, each.prompt(text), f" {label}\n") for label in labels]
+            return torch.tensor(scores, dtype=torch.float64).softmax(dim=0)
+
+        prior_L = (p_L("N/A") + p_L("[MASK]") + p_L("")) / 3
+        for row, text in enumerate(inputs):
+            ratio_L = p_L(text) / prior_L
+            p_NL[row] += ratio_L / ratio_L.sum()
+    expected = [labels[int(best)] for best in p_NL.argmax(dim=1)]
+    assert predict(model, tokenizer, replace(plain, calibrated=True), inputs, share=share) == expected
+    assert predict(model, tokenizer, plain, inputs, share=share) != expected
+    with pytest.raises(InvalidTask, match=r"calibrated=True .* no labels"):
+        Task(LONGER, calibrated=True)
 
 
 def sum_of_losses(model, tokenizer, prompt, answer):
