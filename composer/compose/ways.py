@@ -37,6 +37,9 @@ class Ways:
     """
 
     def __init__(self, bench: Bench, settings: Settings, folds: Sequence[Split]) -> None:
+        if settings.method == "auto" and bench.task.labels:
+            # a label is not to win because the prompts make it likely whatever follows
+            bench = replace(bench, task=replace(bench.task, calibrated=True))
         self._bench = bench
         self._settings = settings
         self._folds = folds

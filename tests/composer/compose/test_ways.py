@@ -12,6 +12,7 @@ from rich.progress import Progress
 import loraweave as lw
 from loraweave.composer.compose import searched
 from loraweave.composer.compose.trained import FEW_SHOT, ORDERS
+from loraweave.composer.model.scoring import NEUTRAL
 from loraweave.errors import InvalidTask, ScopeError, UnknownName, WeightingError
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD")]
@@ -66,18 +67,23 @@ def test_its_answers_have_the_highest_average_probability(compose_on, tiny_llama
         with lw.Composer(tiny_llama, [member.adapter]).activate({member.adapter.name: 1.0}), torch.no_grad():
             for task in orders:
                 end = task.answer_end or tokenizer.eos_token
+                prior_L = sum(p_of(tiny_llama, tokenizer, task.prompt(text), labels, end) for text in NEUTRAL) / len(NEUTRAL)
                 for number, text in enumerate(inputs):
-                    scores = [log_p(tiny_llama, tokenizer, task.prompt(text), f" {label}{end}") for label in labels]
-                    p_NL[number] += torch.tensor(scores, dtype=torch.float64).softmax(dim=0) / len(orders)
+                    ratio_L = p_of(tiny_llama, tokenizer, task.prompt(text), labels, end) / prior_L
+                    p_NL[number] += ratio_L / ratio_L.sum() / len(orders)
     assert found.predict(inputs) == [labels[int(best)] for best in p_NL.argmax(dim=1)]
     expected = [labels[int(best)] == "ab" for best in p_NL.argmax(dim=1)]
     assert found.evaluate([(text, "ab") for text in inputs])["value"] == pytest.approx(sum(expected) / 4)
 
 
-def log_p(model, tokenizer, prompt, answer):
-    ids, target = tokenizer(prompt)["input_ids"], tokenizer(answer, add_special_tokens=False)["input_ids"]
-    log_p_TV = model(torch.tensor([ids + target])).logits[0].double().log_softmax(dim=-1)
-    return float(sum(log_p_TV[len(ids) - 1 + place, token] for place, token in enumerate(target)))
+def p_of(model, tokenizer, prompt, labels, end):
+    """p_L of the labels after a prompt, by their summed log-likelihoods."""
+    ids, scores = tokenizer(prompt)["input_ids"], []
+    for label in labels:
+        target = tokenizer(f" {label}{end}", add_special_tokens=False)["input_ids"]
+        log_p_TV = model(torch.tensor([ids + target])).logits[0].double().log_softmax(dim=-1)
+        scores.append(sum(log_p_TV[len(ids) - 1 + place, token] for place, token in enumerate(target)))
+    return torch.stack(scores).softmax(dim=0)
 
 
 def test_an_average_is_kept_whole(compose, tiny_llama, tokenizer, tmp_path):
