@@ -13,7 +13,8 @@ B mixed apart, 40 evaluations by nevergrad's NGOpt, the loss as its authors code
 training set (`oracle`); the program of adapters that `lw.order` finds (`order`), and one adapter that learned it on
 sample inputs of the hub's cards (`order+distilled`); for joined skills the adapter that is best on the test items
 (`any_single`), and both skills one after the other (`two_passes`); and every method of `compose()` by its name. With
-`+shown` behind its name, a way learns and answers under prompts that show the other examples with their answers.
+`+shown` behind its name, a way learns and answers under prompts that show the other examples with their answers; with
+`+calibrated` it ranks labels without their prior.
 
 --left-out takes each task of the pool as if it were unseen: its own adapter and those of the same skill are not in the hub,
 and its examples and test items are training rows. Methods, rates and budgets are chosen there, before the unseen tasks.
@@ -48,8 +49,8 @@ from loraweave.routers.searches.lorahub_original import LorahubOriginal
 app = typer.Typer()
 
 
-# behind the name of a way: its prompts show the other examples
-SHOWN = "+shown"
+# behind the name of a way: its prompts show the other examples, labels are ranked without their prior
+FORMS: dict[str, dict[str, Any]] = {"+shown": {"demonstrations": True}, "+calibrated": {"calibrated": True}}
 # tasks of the pool that teach one skill on other texts
 SAME_SKILL = (("sentiment_movie", "sentiment_tweet"),)
 
@@ -142,14 +143,15 @@ def open_case(run: Run, asked: Asked, model: Any, tokenizer: Any, hub: lw.Hub, k
         unseen = DemoTask(key.task, task, test, [])
     else:
         unseen = load_task(run.data, key.task, key.seed, asked.num_test, num_examples=num_examples)
-    if key.way.endswith(SHOWN):
-        unseen = replace(unseen, task=replace(unseen.task, demonstrations=True))
+    for ending, form in FORMS.items():
+        if key.way.endswith(ending):
+            unseen = replace(unseen, task=replace(unseen.task, **form))
     return Case(model, tokenizer, hub, unseen, training, key.seed, asked.k, asked.budget)
 
 
 def _measured(case: Case, key: Key) -> Measured:
     started, cpu_started = time.perf_counter(), time.process_time()
-    found = find(case, key.way.removesuffix(SHOWN))
+    found = find(case, plain_way(key.way))
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     score = case.score(found)
     right_N = torch.tensor(score.right).to(torch.uint8).numpy()
@@ -204,6 +206,11 @@ class Found:
     task: lw.Task | None = None
     score: Score | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def plain_way(way: str) -> str:
+    """The way without the form of its prompts."""
+    return next((way.removesuffix(ending) for ending in FORMS if way.endswith(ending)), way)
 
 
 def find(case: Case, way: str) -> Found:
