@@ -27,8 +27,9 @@ LABELS = {
     "uniform": "uniform mixture",
     "gradient": "weights by layer, learned",
     "lorahub": "LoraHub",
-    "few_shot": "trained on the examples",
-    "average": "both, averaged",
+    "in_context": "base, examples in the prompt",
+    "few_shot": "adapter, trained on the examples",
+    "average": "average of the last two",
 }
 
 
@@ -73,7 +74,7 @@ def run(
         return
     console.print(_table(composition, scores))
     chosen = composition.report.chosen
-    console.print(f"The chosen composition is {LABELS.get(chosen, chosen)} ({composition.report.reason}).")
+    console.print(f"Chosen: {LABELS.get(chosen, chosen)} ({composition.report.reason}).")
     console.print("What it has of the adapters, on the mean over layers and members:")
     for name, weight in sorted(composition.mean_weights.items(), key=lambda item: -abs(item[1]))[:MAX_WEIGHTS]:
         console.print(f"   {weight:+.3f}  {name}", markup=False, highlight=False)
@@ -123,9 +124,10 @@ def _scores(composition: lw.Composition, unseen: DemoTask, console: Console) -> 
     rows = [row for row in composition.report.rows if row.loss is not None]
     scores: dict[str, dict[str, float]] = {}
     plain = replace(composition, task=unseen.task, merge_method="linear", stored=None, members={})
+    in_context = replace(plain, task=replace(unseen.task, demonstrations=True), all_weights={}, by_layer=None)
+    others = {"in_context": in_context, composition.report.chosen: composition, **composition.members}
     for row in track(rows, "   answering", console=console):
         started = time.perf_counter()
-        others = {composition.report.chosen: composition, **composition.members}
         answering = others.get(row.name) or replace(plain, all_weights=row.weights, by_layer=row.by_layer)
         figures = answering.evaluate(unseen.test)
         scores[row.name] = {**figures, "seconds": row.seconds + time.perf_counter() - started}
