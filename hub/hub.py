@@ -20,9 +20,9 @@ from loraweave.common.process import paused_collector
 from loraweave.common.rows import GivenRows
 from loraweave.errors import AdapterExists, AdapterNotFound, HubCorrupt, HubError, HubFull
 from loraweave.hub import quarantine
+from loraweave.hub.compositions import CompositionShelf
 from loraweave.hub.intake.fields import card_with_outputs, checked_fields, split_pairs
 from loraweave.hub.licenses import canonical
-from loraweave.hub.listing import Listing
 from loraweave.hub.stores.catalogue import state_row
 from loraweave.hub.stores.errors import storage_errors
 from loraweave.hub.stores.folder_blobs import STALE_TMP_S
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 SHOWN = 20
 
 
-class Hub(Listing):
+class Hub(CompositionShelf):
     """Opens the hub in a folder or at `postgresql://...`, or creates it. Several processes and threads may use it at once.
 
     `blobs` is a folder or the URL of a store that fsspec reaches (s3://bucket/prefix); by default the hub's own folder.
@@ -295,14 +295,14 @@ class Hub(Listing):
         return verify(self._catalogue, self._blobs, self.path)
 
     def gc(self) -> int:
-        """Deletes blobs and files that no version of an adapter has, and what killed writers left; returns the bytes freed.
+        """Deletes blobs that no adapter's version and no composition has, and what killed writers left; the bytes freed.
 
         HubCorrupt, with nothing deleted, when a row is damaged or missing: a blob might be its.
         """
         doing = "collecting unused blobs"
         with self._catalogue.locked(doing):
             records = self._all_versions(doing)
-            named = {record.hash for record in records} | digests(records)
+            named = {record.hash for record in records} | digests(records) | self._composition_digests(doing)
             with storage_errors(self._catalogue.where, doing):
                 # under the lock every temporary file is a dead writer's
                 freed = self._blobs.sweep(older_than_s=0.0)

@@ -25,13 +25,27 @@ def adapter(seed, name=None, *, layers=("layer",), base_model="org/base", **fiel
     return Adapter(f"adapter {seed}" if name is None else name, base_model, factors, **fields)
 
 
+class Saved:
+    """A composition of two files with a text in one of them."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def save_pretrained(self, folder):
+        (folder / "below").mkdir(parents=True)
+        (folder / "composition.json").write_text(json.dumps({"report": {"chosen": self.text}}))
+        (folder / "below" / "weights").write_bytes(bytes(range(256)))
+        return folder
+
+
 def fill(hub):
-    """Two adapters, one of them in two versions, a vector, and something for gc to do."""
+    """Two adapters, one of them in two versions, a vector, a composition, and something for gc to do."""
     for seed in range(3):
         hub.add(adapter(seed))
     hub.add(adapter(6), name="adapter 1", replace=True)
     hub.store_vectors("e", [("adapter 0", "d", np.ones(3))])
     hub.remove("adapter 2")
+    hub.save_composition("kept", Saved("old"))
 
 
 # of a hub that `fill` made
@@ -43,6 +57,8 @@ CHANGES = {
     "replace": lambda hub: hub.add(adapter(7), name="adapter 0", replace=True),
     "rollback": lambda hub: hub.rollback("adapter 1", 1),
     "store_vectors": lambda hub: hub.store_vectors("e", [("adapter 1", "d", np.ones(3))]),
+    "save_composition": lambda hub: hub.save_composition("kept", Saved("new"), replace=True),
+    "remove_composition": lambda hub: hub.remove_composition("kept"),
     "gc": lambda hub: hub.gc(),
 }
 
@@ -50,7 +66,8 @@ CHANGES = {
 def state(hub):
     """(what a user sees of the hub, what verify finds wrong), as JSON gives it back."""
     rows = [[record.name, record.version, record.hash, record.description] for record in hub]
-    return [rows, sorted(hub.vectors("e"))], list(hub.verify().problems)
+    kept = [[stored.name, stored.hash, stored.report] for stored in hub.compositions()]
+    return [rows, sorted(hub.vectors("e")), kept], list(hub.verify().problems)
 
 
 class Steps:

@@ -21,7 +21,7 @@ from loraweave.hub.stores.folder_blobs import FolderBlobs, file_digest
 from loraweave.hub.stores.migrations import migrate
 from loraweave.hub.stores.open_stores import open_blobs, read_claim
 from loraweave.hub.stores.protocols import BlobStore
-from loraweave.hub.tables import rows, versions
+from loraweave.hub.tables import compositions, rows, versions
 from loraweave.types import Record
 
 _SIDE_FILES = ("", "-wal", "-shm")
@@ -36,11 +36,11 @@ Blobs = Mapping[str, tuple[rows.BlobRow, Record]]
 def rebuild(folder: str | Path, *, timeout_s: float = 30.0) -> list[str]:
     """Gives a hub whose catalogue is damaged or lost a new one, and returns the names it holds.
 
-    Rows of the old catalogue that are intact are kept, in their order, with their versions. A sound blob without one comes
-    back under the name it was first added with, even when that adapter had been removed and not collected: several blobs of
-    one name are its versions where their numbers differ, and get a part of their hash into the name where not. The old
-    catalogue is kept as `catalogue.sqlite.corrupt-<n>`. No other program may have the hub open.
-    A rebuild that was interrupted is finished by the next.
+    Rows of the old catalogue that are intact are kept, in their order, with their versions, and compositions whose files are
+    there. A sound blob without a row comes back under the name it was first added with, even when that adapter had been
+    removed and not collected: several blobs of one name are its versions where their numbers differ, and get a part of their
+    hash into the name where not. The old catalogue is kept as `catalogue.sqlite.corrupt-<n>`. No other program may have
+    the hub open. A rebuild that was interrupted is finished by the next.
     """
     folder = Path(folder)
     path, new = folder / "catalogue.sqlite", folder / "catalogue.sqlite.rebuilt"
@@ -68,7 +68,8 @@ def _make(folder: Path, path: Path, new: Path) -> None:
     blobs = dict(_sound_blobs(place))
     histories = [*_read_listed(path, blobs)]
     histories += _read_unlisted(blobs, histories)
-    _write(unfinished, histories, blobs)
+    kept = [row for row in _intact_compositions(path) if all(place.has(digest) for digest, _ in row.files.values())]
+    _write(unfinished, histories, blobs, kept)
     os.replace(unfinished, new)
     sync(folder)
 
@@ -137,6 +138,25 @@ def _intact_rows(path: Path) -> Iterator[History]:
         connection.close()
 
 
+def _intact_compositions(path: Path) -> list[compositions.CompositionRow]:
+    """The compositions of the old catalogue whose rows are intact."""
+    if not path.exists():
+        return []
+    connection = sqlite3.connect(path, isolation_level=None)
+    found: list[compositions.CompositionRow] = []
+    names: list[str] = []
+    try:
+        # a catalogue of schema 5 has none
+        with _damage_ignored():
+            names = compositions.names(connection)
+        for name in names:
+            with _damage_ignored():
+                found += filter(None, [compositions.find(connection, name)])
+    finally:
+        connection.close()
+    return found
+
+
 def _intact(read: Callable[..., rows.Row | None], *where: Any) -> rows.Row | None:
     found: tuple[rows.Row | None, ...] = (None,)
     with _damage_ignored():
@@ -156,7 +176,7 @@ def _damage_ignored() -> Iterator[None]:
         return
 
 
-def _write(new: Path, histories: Sequence[History], blobs: Blobs) -> None:
+def _write(new: Path, histories: Sequence[History], blobs: Blobs, kept: Sequence[compositions.CompositionRow]) -> None:
     connection = sqlite3.connect(new, isolation_level=None)
     try:
         migrate(connection, new)
@@ -169,6 +189,8 @@ def _write(new: Path, histories: Sequence[History], blobs: Blobs) -> None:
                 row = rows.find(connection, record.name)
                 assert row is not None
                 versions.supersede(connection, row, record)
+        for composition in kept:
+            compositions.put(connection, composition)
         connection.execute("UPDATE state SET generation = 1")
         connection.execute("COMMIT")
         # the file must be complete by itself; closing moves the log into it too, but says nothing when that fails

@@ -11,9 +11,9 @@ from loraweave.errors import HubError
 from loraweave.hub import quarantine
 from loraweave.hub.search import segments
 from loraweave.hub.stores.blobs import read_blob
-from loraweave.hub.stores.kept_files import file_problems
+from loraweave.hub.stores.kept_files import blob_fault, file_problems
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
-from loraweave.hub.tables import rows, vectors, versions
+from loraweave.hub.tables import compositions, rows, vectors, versions
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,13 @@ def verify(catalogue: CatalogueStore, blobs: BlobStore, folder: Path) -> Verific
             problems += quarantine.problems(connection, [(row.seq, row.record.quarantined) for row in found])
     except HubError as error:
         problems.append(str(error))
+    kept: list[compositions.CompositionRow] = []
+    try:
+        with catalogue.reading() as connection:
+            for name in compositions.names(connection):
+                kept += _composition(connection, name, problems)
+    except HubError as error:
+        problems.append(str(error))
     problems += segments.problems(folder)
     intact = []
     files: dict[str, str] = {}
@@ -67,6 +74,8 @@ def verify(catalogue: CatalogueStore, blobs: BlobStore, folder: Path) -> Verific
             problems += faults if faults and _stands(catalogue, row) else []
         faults = list(file_problems(blobs, row.record, files))
         problems += faults if faults and _stands(catalogue, row) else []
+    for row_of_files in kept:
+        problems += _composition_problems(blobs, row_of_files, files)
     orphans = tuple(name for name in blobs.names() if name not in seen and name not in files)
     return Verification(tuple(problems), tuple(intact), orphans)
 
@@ -94,9 +103,26 @@ def _older(connection: Connection, seq: int, version: int, problems: list[str]) 
     return [] if row is None else [row]
 
 
+def _composition(connection: Connection, name: str, problems: list[str]) -> list[compositions.CompositionRow]:
+    try:
+        row = compositions.find(connection, name)
+    except (HubError, sqlite3.Error, UnicodeDecodeError, ValueError) as error:
+        problems.append(str(error))
+        return []
+    return [] if row is None else [row]
+
+
+def _composition_problems(blobs: BlobStore, row: compositions.CompositionRow, known: dict[str, str]) -> Iterator[str]:
+    for path, (digest, _) in row.files.items():
+        if fault := blob_fault(blobs, digest, known):
+            yield f"{path} of composition {row.name!r}: {fault}; save the composition again"
+
+
 def _count_problems(connection: Connection) -> Iterator[str]:
-    counted = connection.execute("SELECT num_adapters, num_versions FROM state").fetchone() or (None, None)
-    for number, table, what in zip(counted, ("adapters", "versions"), ("adapters", "superseded versions"), strict=True):
+    columns = "num_adapters, num_versions, num_compositions"
+    counted = connection.execute(f"SELECT {columns} FROM state").fetchone() or (None,) * 3
+    tables = {"adapters": "adapters", "versions": "superseded versions", "compositions": "compositions"}
+    for number, (table, what) in zip(counted, tables.items(), strict=True):
         (listed,) = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
         if number != listed:
             yield f"the catalogue has the rows of {listed} {what}, but {number} were added"

@@ -68,14 +68,18 @@ def file_bytes(blobs: BlobStore, digest: str, who: str) -> bytes:
 def file_problems(blobs: BlobStore, record: Record, known: dict[str, str]) -> Iterator[str]:
     """What is wrong with the stored files of an adapter; `known` has what was found of each, which is read once."""
     for name, (digest, _) in listed(record).items():
-        who = f"{name} of adapter {record.name!r}"
-        if digest not in known:
-            known[digest] = ""
-            try:
-                blobs.require(digest, digest, "the blob")
-            except FileNotFoundError:
-                known[digest] = f"blob {blobs.place(digest)} is missing"
-            except (HubError, OSError) as error:
-                known[digest] = str(error)
-        if known[digest]:
-            yield f"{who}: {known[digest]}; add the adapter again from its source"
+        if fault := blob_fault(blobs, digest, known):
+            yield f"{name} of adapter {record.name!r}: {fault}; add the adapter again from its source"
+
+
+def blob_fault(blobs: BlobStore, digest: str, known: dict[str, str]) -> str:
+    """What is wrong with a stored file, "" for nothing; `known` has what was found of each, which is read once."""
+    if digest not in known:
+        known[digest] = ""
+        try:
+            blobs.require(digest, digest, "the blob")
+        except FileNotFoundError:
+            known[digest] = f"blob {blobs.place(digest)} is missing"
+        except (HubError, OSError) as error:
+            known[digest] = str(error)
+    return known[digest]

@@ -114,6 +114,16 @@ STEPS: tuple[Step, ...] = (
         "CREATE INDEX blobs_by_size ON blobs (size_bytes)",
         fill,
     ),
+    (
+        # compositions under names of their own: which files each has, by the sha256 that names their blobs
+        "ALTER TABLE state ADD COLUMN num_compositions INTEGER NOT NULL DEFAULT 0",
+        """CREATE TABLE compositions (
+            name TEXT PRIMARY KEY,
+            hash TEXT NOT NULL,
+            record TEXT NOT NULL,
+            sha256 TEXT NOT NULL
+        ) STRICT, WITHOUT ROWID""",
+    ),
 )
 
 

@@ -121,6 +121,15 @@ STEPS: tuple[Step, ...] = (
         "CREATE INDEX blobs_by_size ON blobs (size_bytes, hash)",
         fill,
     ),
+    (
+        "ALTER TABLE state ADD COLUMN num_compositions BIGINT NOT NULL DEFAULT 0",
+        """CREATE TABLE compositions (
+            name TEXT COLLATE "C" PRIMARY KEY,
+            hash TEXT NOT NULL,
+            record TEXT NOT NULL,
+            sha256 TEXT NOT NULL
+        )""",
+    ),
 )
 
 

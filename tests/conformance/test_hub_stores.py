@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from store_places import opened, same
-from tiny_hubs import adapter, flip
+from tiny_hubs import Saved, adapter, flip
 
 from loraweave.errors import (
     AdapterCorrupt,
@@ -319,3 +319,18 @@ def test_files_beside_the_weights_are_stored_once_given_back_and_collected(hub):
     hub.remove("adapter 1")
     hub.gc()
     assert list(hub._blobs.names()) == []
+
+
+def test_a_composition_comes_back_also_through_another_opening_and_its_files_go_when_it_is_gone(place, hub):
+    stored = hub.save_composition("ä: kept", Saved("old"))
+    with opened(place) as second:
+        found = second.composition("ä: kept")
+        assert (found.hash, found.report, found.read("below/weights")) == (stored.hash, {"chosen": "old"}, bytes(range(256)))
+        with pytest.raises(AdapterExists):
+            second.save_composition("ä: kept", Saved("new"))
+        second.save_composition("ä: kept", Saved("new"), replace=True)
+    assert [each.report for each in hub.compositions()] == [{"chosen": "new"}]
+    assert hub.verify().ok
+    hub.remove_composition("ä: kept")
+    hub.gc()
+    assert (hub.compositions(), list(hub._blobs.names())) == ([], [])

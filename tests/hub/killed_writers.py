@@ -72,7 +72,7 @@ def kill_while_creating(folder):
     for step in range(1, 1000):
         status = killed_at(step, folder / str(step), None)
         found, problems = found_in(folder / str(step))
-        if found != [[], []] or problems:
+        if found != [[], [], []] or problems:
             bad.append([step, found, problems])
         if status == 0:
             return {"kills": step - 1, "bad": bad}

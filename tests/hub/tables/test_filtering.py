@@ -148,8 +148,13 @@ def test_a_search_by_a_filter_that_nothing_passes_reads_no_more_records_than_it_
 
 
 def downgraded(hub, place):
-    """Makes the hub what it was before the last step: no index, and of labels only those of then."""
-    statements = ["DROP INDEX blobs_by_size", "DELETE FROM labels WHERE kind IN ('language', 'rank')"]
+    """Makes the hub what it was before the fifth step: no index, no compositions, and of labels only those of then."""
+    statements = [
+        "DROP TABLE compositions",
+        "ALTER TABLE state DROP COLUMN num_compositions",
+        "DROP INDEX blobs_by_size",
+        "DELETE FROM labels WHERE kind IN ('language', 'rank')",
+    ]
     with hub._catalogue.writing("going back") as connection:
         if isinstance(connection, sqlite3.Connection):
             statements += ["UPDATE labels SET value = 'y' || char(0) WHERE value LIKE 'y%'", "PRAGMA user_version = 4"]

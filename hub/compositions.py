@@ -1,0 +1,248 @@
+"""Stored compositions: folders that a hub keeps under names, beside its adapters, without knowing what they say.
+
+A composition is whatever saves itself as a folder. Each of its files is a blob named by the sha256 of its bytes, and a row
+of the catalogue lists them: a name never becomes a path, and a row is committed when all its files are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from loraweave.common.names import checked_name, near_misses, now
+from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterNotFound, HubCorrupt, HubError, InvalidName
+from loraweave.hub.formats._replacing import replacing
+from loraweave.hub.listing import Listing
+from loraweave.hub.stores.catalogue import state_row
+from loraweave.hub.stores.errors import storage_errors
+from loraweave.hub.stores.kept_files import file_bytes
+from loraweave.hub.stores.protocols import BlobStore
+from loraweave.hub.tables import compositions as table
+from loraweave.hub.tables.compositions import CompositionRow
+
+# the file in which a folder says what it is
+RECIPES = ("composition.json", "formula.json")
+MAX_FILES = 10_000
+
+
+class SavesFolder(Protocol):
+    """What can be kept: a Composition, or a Formula."""
+
+    def save_pretrained(self, folder: Path, /) -> Path: ...
+
+
+class StoredComposition:
+    """A composition of a hub: its name, when it was saved, the hash of its content, and its files."""
+
+    def __init__(self, row: CompositionRow, blobs: BlobStore) -> None:
+        self._row = row
+        self._blobs = blobs
+
+    @property
+    def name(self) -> str:
+        return self._row.name
+
+    @property
+    def created(self) -> str:
+        """When it was saved, ISO 8601 in UTC."""
+        return self._row.created
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over the paths and bytes of its files; the name does not enter."""
+        return self._row.hash
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """{path in its folder: size in bytes}."""
+        return {path: size for path, (_, size) in self._row.files.items()}
+
+    @cached_property
+    def recipe(self) -> Mapping[str, Any]:
+        """What its composition.json or formula.json says. AdapterCorrupt for a damaged or missing file."""
+        (path,) = [path for path in RECIPES if path in self._row.files]
+        try:
+            found: Mapping[str, Any] = json.loads(self.read(path))
+            return found
+        except (ValueError, RecursionError) as error:
+            raise AdapterCorrupt(f"{path} of composition {self.name!r} is no JSON ({error}); save it again") from error
+
+    @property
+    def formula(self) -> str | None:
+        """The text of a stored formula; None for any other composition."""
+        found = self.recipe.get("formula")
+        return found if isinstance(found, str) else None
+
+    @property
+    def report(self) -> Mapping[str, Any] | None:
+        """What was compared when it was composed, as JSON; None for a formula."""
+        found: Mapping[str, Any] | None = self.recipe.get("report")
+        return found
+
+    def read(self, path: str) -> bytes:
+        """The bytes of one of its files. AdapterCorrupt for one that is damaged or missing, KeyError for an unknown path."""
+        return file_bytes(self._blobs, self._row.files[path][0], f"{path} of composition {self.name!r}")
+
+    def write(self, folder: str | Path) -> Path:
+        """Writes its files as a folder, in place of a composition that is there, and returns the path.
+
+        `Composition.from_pretrained` reads it. AdapterExists for a folder that holds anything else.
+        """
+        target = Path(folder)
+        if target.exists() and not (target.is_dir() and (_recipe_in(target) or not any(target.iterdir()))):
+            raise AdapterExists(f"{target} is a file, or holds something that is no composition; name another folder")
+        with replacing(target) as new:
+            for path in self._row.files:
+                place = new.joinpath(*_parts(path))
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(self.read(path))
+        return target
+
+    @contextmanager
+    def unpacked(self) -> Iterator[Path]:
+        """Its files in a folder that is gone when the block ends."""
+        with tempfile.TemporaryDirectory(prefix="loraweave-") as temporary:
+            yield self.write(Path(temporary) / "composition")
+
+    def __repr__(self) -> str:
+        return f"StoredComposition({self.name!r}, hash={self.hash[:12]!r}, files={len(self._row.files)})"
+
+
+class CompositionShelf(Listing):
+    """A listing whose hub keeps compositions too. `Hub` adds the adapters."""
+
+    _blobs: BlobStore
+
+    def save_composition(
+        self, name: str, composition: SavesFolder | str | Path, *, replace: bool = False
+    ) -> StoredComposition:
+        """Keeps a Composition, a Formula, or the folder of either that was saved, with its report, under a name.
+
+        Compositions have names of their own, beside those of the adapters; a formula names one by `@name`. The same content
+        under the same name is there already and stays. It is there whole or not at all. Raises AdapterExists for other
+        content without `replace`, InvalidName, HubError for anything that is no composition, and what saving it raises.
+        """
+        checked = checked_name(name)
+        doing = f"saving composition {checked!r}"
+        with tempfile.TemporaryDirectory(prefix="loraweave-") as temporary:
+            folder = _saved(composition, Path(temporary) / "composition")
+            found = _files(folder)
+            row = CompositionRow(checked, now(), {path: (digest, size) for path, (_, digest, size) in found.items()})
+            with self._catalogue.locked(doing):
+                with self._catalogue.reading() as connection:
+                    old = table.find(connection, checked)
+                if old is not None and old.hash != row.hash and not replace:
+                    raise AdapterExists(
+                        f"{doing}: the name stands for another composition, saved {old.created}; pass replace=True to have "
+                        "this one in its place, or choose another name"
+                    )
+                with storage_errors(self._catalogue.where, doing):
+                    _put(self._blobs, {digest: place for place, digest, _ in found.values()})
+                if old is not None and old.hash == row.hash:
+                    return StoredComposition(old, self._blobs)
+                with self._catalogue.transaction(doing) as connection:
+                    table.put(connection, row)
+        return StoredComposition(row, self._blobs)
+
+    def composition(self, name: str) -> StoredComposition:
+        """The composition of that name. AdapterNotFound names near misses."""
+        with self._catalogue.reading() as connection:
+            row = None
+            with suppress(InvalidName):
+                row = table.find(connection, checked_name(name))
+            if row is not None:
+                return StoredComposition(row, self._blobs)
+            known = table.names(connection)
+        close = near_misses(str(name), known)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it has {len(known)}, none of a like name"
+        raise AdapterNotFound(f"no composition {name!a:.80} in the hub {self._catalogue.where}; {hint}")
+
+    def compositions(self) -> list[StoredComposition]:
+        """All compositions, in the order of their names."""
+        with self._catalogue.reading() as connection:
+            return [StoredComposition(row, self._blobs) for row in table.every(connection)]
+
+    def remove_composition(self, name: str) -> None:
+        """Takes a composition out of the catalogue; its files stay until gc(). AdapterNotFound names near misses."""
+        found = self.composition(name)
+        with self._catalogue.writing(f"removing composition {found.name!r}") as connection:
+            table.delete(connection, found.name)
+
+    def _composition_digests(self, doing: str) -> set[str]:
+        """The names of the blobs that compositions need. HubCorrupt when a row is damaged or missing."""
+        with self._catalogue.reading() as connection:
+            listed = list(table.every(connection))
+            (num_saved,) = state_row(connection, "num_compositions", self._catalogue.where)
+        if len(listed) != num_saved:
+            raise HubCorrupt(
+                f"{doing}: the catalogue has the rows of {len(listed)} compositions, but {num_saved} were saved; nothing "
+                "was deleted, and Hub.verify() lists what can still be read"
+            )
+        return {digest for row in listed for digest, _ in row.files.values()}
+
+
+def _saved(composition: SavesFolder | str | Path, place: Path) -> Path:
+    """The composition as a folder; `place` is where one is made. HubError for anything else."""
+    if isinstance(composition, str | Path):
+        if not _recipe_in(Path(composition)):
+            raise HubError(
+                f"{str(composition)!r:.80} is no folder with {' or '.join(RECIPES)}; save_composition() takes a "
+                "Composition, a formula read by lw.parse(text), or the folder that either was saved to"
+            )
+        return Path(composition)
+    if not callable(getattr(composition, "save_pretrained", None)):
+        raise HubError(f"a {type(composition).__name__} is no composition; pass a Composition, lw.parse(text), or a folder")
+    composition.save_pretrained(place)
+    if not _recipe_in(place):
+        raise HubError(f"a {type(composition).__name__} is no composition: it saves no {' or '.join(RECIPES)}")
+    return place
+
+
+def _recipe_in(folder: Path) -> bool:
+    return sum((folder / path).is_file() for path in RECIPES) == 1
+
+
+def _files(folder: Path) -> dict[str, tuple[Path, str, int]]:
+    """{path in the folder: (place, sha256, size in bytes)} of all files below it. HubError for links and too many files."""
+    found: dict[str, tuple[Path, str, int]] = {}
+    for where, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            place = Path(where) / name
+            if place.is_symlink():
+                raise HubError(f"{place} is a link; a composition is stored without any")
+            if name in names:
+                path = place.relative_to(folder).as_posix()
+                _parts(path)
+                with place.open("rb") as file:
+                    found[path] = place, hashlib.file_digest(file, "sha256").hexdigest(), place.stat().st_size
+        if len(found) > MAX_FILES:
+            raise HubError(f"{folder} has more than {MAX_FILES} files; a composition has fewer")
+    return found
+
+
+def _put(blobs: BlobStore, places: Mapping[str, Path]) -> None:
+    """Stores the files that are not there, or are damaged. The caller holds the lock."""
+    missing = []
+    for digest in places:
+        if blobs.has(digest):
+            with suppress(AdapterCorrupt, FileNotFoundError):
+                blobs.require(digest, digest, "a stored file")
+                blobs.settle(digest)
+                continue
+        missing.append(digest)
+    blobs.put_many((digest, places[digest].read_bytes()) for digest in missing)
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    """The parts of a relative path. AdapterCorrupt for one that could lead out of its folder."""
+    parts = PurePosixPath(path).parts
+    if not parts or any(part in ("..", "/") or "\\" in part or ":" in part or "\0" in part for part in parts):
+        raise AdapterCorrupt(f"{path!r} is no path inside the folder of a composition")
+    return parts
