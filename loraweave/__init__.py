@@ -17,6 +17,7 @@ from loraweave.errors import (
     CompositionError,
     DimensionMismatch,
     EmptyIndex,
+    FormulaError,
     HubCorrupt,
     HubError,
     HubFull,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from loraweave.composer.ensembles.ensemble import ensemble
     from loraweave.composer.experts.make import experts
     from loraweave.composer.experts.together import train_experts
+    from loraweave.composer.formula.formula import Formula, parse
     from loraweave.composer.merge.arithmetic import (
         add,
         analogy,
@@ -89,6 +91,7 @@ _MODULES = {
     "composer.composer": "Composer",
     "composer.compose.composition": "Composition",
     "composer.compose.compose": "compose",
+    "composer.formula.formula": "Formula parse",
     "composer.merge.arithmetic": "add analogy byom clusters compeft ema flexlora_clients "
     "genknowsub negate scale subtract subtract_general unlearn",
     "composer.merge.merge": "merge",
@@ -141,6 +144,8 @@ __all__ = [
     "ExpertPool",
     "Factors",
     "Fingerprint",
+    "Formula",
+    "FormulaError",
     "Hub",
     "HubCorrupt",
     "HubError",
@@ -186,6 +191,7 @@ __all__ = [
     "names",
     "negate",
     "order",
+    "parse",
     "rerank",
     "router",
     "scale",

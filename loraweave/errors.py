@@ -22,6 +22,7 @@ LoraweaveError
 │   ├── ScopeError                        weights whose scope does not fit the use
 │   ├── UnknownExpert (KeyError)          a weight for an adapter that is not in the pool
 │   ├── InvalidTask                       examples, labels or settings that cannot be used
+│   ├── FormulaError                      a formula that cannot be read, or names what is not there; the place is marked
 │   └── SearchFailed (RuntimeError)       no candidate of a search could be scored
 ├── CompositionError
 │   ├── LayerMismatch (ValueError)        factors and layer differ in shape or kind
@@ -128,6 +129,10 @@ class UnknownExpert(WeightingError, KeyError):
 
 class InvalidTask(WeightingError):
     """Examples, labels or settings that cannot be used."""
+
+
+class FormulaError(WeightingError):
+    """A formula that cannot be read, or that names what is not there; the message ends in it with a caret at the place."""
 
 
 class SearchFailed(WeightingError, RuntimeError):

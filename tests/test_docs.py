@@ -141,6 +141,22 @@ def test_the_page_on_merging(run_page, tmp_path):
     assert (tmp_path / "merged" / "adapter_config.json").exists()
 
 
+def test_the_page_on_formulas(run_page):
+    names = run_page("docs/formulas.md")
+    assert names["both"].canonical == "0.7*negation + 0.7*passive"
+    assert names["voted"].rank == 8
+    assert names["router"].members.names == ("antonym", "negation", "passive")
+    assert str(names["twice"]) == "1.4*negation + 1.4*passive - antonym"
+    assert names["name"] == names["both"].identity(names["hub"])
+
+
+def test_the_page_on_formulas_shows_an_error_as_it_is():
+    said = re.search(r"```text\n(.*?)\n```", page("formulas.md"), re.DOTALL)[1]
+    with pytest.raises(lw.FormulaError) as caught:
+        lw.parse(said.split("\n")[1].strip())
+    assert str(caught.value) == said
+
+
 def test_the_page_on_identity(run_page, tmp_path):
     names = run_page("docs/identity.md")
     history = names["hub"].history("antonym")

@@ -16,12 +16,12 @@ from loraweave.types import Factors
 NAMES = """
 Adapter AdapterCorrupt AdapterExists AdapterNotFound AdapterQuarantined AdapterSuspicious AdapterUnsupported
 AlreadyActive Anomaly BaseKey BaseModelMismatch Candidate Composer Composition CompositionError DimensionMismatch
-EmptyIndex ExpertPool Factors Fingerprint Hub HubCorrupt HubError HubFull HubLocked HubReadOnly InvalidLicense
-InvalidName InvalidTask LayerMismatch LoraweaveError MixtureWeights PackageMissing Record RetrievalError Retriever
-Router ScopeError SearchFailed SourceUnavailable Statistics Task TrainingError UnknownExpert UnknownName WeightingError
-add analogy base_key byom clusters collect_statistics compeft compose ema ensemble experts extract flexlora_clients
-genknowsub load_base merge names negate order rerank router scale subtract subtract_general to_lora train_adapters
-train_encoder train_experts unlearn
+EmptyIndex ExpertPool Factors Fingerprint Formula FormulaError Hub HubCorrupt HubError HubFull HubLocked HubReadOnly
+InvalidLicense InvalidName InvalidTask LayerMismatch LoraweaveError MixtureWeights PackageMissing Record RetrievalError
+Retriever Router ScopeError SearchFailed SourceUnavailable Statistics Task TrainingError UnknownExpert UnknownName
+WeightingError add analogy base_key byom clusters collect_statistics compeft compose ema ensemble experts extract
+flexlora_clients genknowsub load_base merge names negate order parse rerank router scale subtract subtract_general to_lora
+train_adapters train_encoder train_experts unlearn
 """
 
 HEAVY = ("torch", "transformers", "peft", "sklearn", "faiss", "scipy", "cma", "matplotlib")

@@ -1,0 +1,1 @@
+"""Formulas: compositions of stored adapters as text."""

@@ -1,0 +1,339 @@
+"""A composition as text: which adapters, how much of each, and how they are put together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from loraweave.common.files import as_path
+from loraweave.common.names import MAX_NAME_CHARACTERS
+from loraweave.composer.formula.expansion import Expansion
+from loraweave.composer.formula.nodes import (
+    Argument,
+    Auto,
+    Content,
+    Leaf,
+    Merge,
+    Named,
+    Root,
+    Routed,
+    Stored,
+    Sum,
+    leaves,
+    plain,
+    replaced,
+)
+from loraweave.composer.formula.parser import Parser
+from loraweave.composer.formula.source import Given, Source, has_router, router_of, source_of
+from loraweave.composer.formula.tokens import MAX_CHARACTERS, Token, misplaced, normal, tokens
+from loraweave.composer.merge.merge import merge
+from loraweave.errors import AdapterNotFound, FormulaError, ScopeError, UnknownExpert, WeightingError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.compositions import StoredComposition
+from loraweave.hub.formats._replacing import replacing
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._router import TokenRouter
+from loraweave.routers.tokens._saved import router as make_router
+
+FILE, FORMAT = "formula.json", 1
+
+
+def parse(text: str) -> Formula:
+    """The composition that a formula says, such as "0.7*a + 0.3*ties(b, c; density=0.5)".
+
+    `a`, `'any text'`: an adapter. `a@3`: its version 3. `@name`: a composition that the hub keeps. `method(a, b; option=1)`:
+    a merge by a name of `names("methods")`, of equal shares or with a weight for each. `router(a, b; option=1)`: a router
+    of `names("routers")`, alone. `auto`: retrieval for each request. `base`: the base model. Docs: docs/formulas.md.
+
+    Raises FormulaError, whose message ends in the formula with a caret under the place, for what cannot be read, unknown
+    methods, routers and options, numbers that are not finite, and above the limits: 4096 characters, 64 adapters, brackets
+    8 deep. Whether the adapters exist is asked when they are used.
+    """
+    whole = normal(text)
+    return _within_limits(Formula(Parser(whole).root(), whole))
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A composition as a value: two formulas that say the same are equal, whatever their spelling; `parse` makes one.
+
+    `root` is its one form, `text` what was written. Where a method takes `hub_or_pool`, that is a Hub, an ExpertPool, or a
+    list or mapping of adapters; FormulaError shows the place of an adapter that is not there, with near misses.
+    """
+
+    root: Root
+    text: str = field(default="", compare=False, repr=False)
+
+    @cached_property
+    def canonical(self) -> str:
+        """The one text of all formulas that say the same; `parse` reads it back."""
+        return str(self.root)
+
+    def __str__(self) -> str:
+        return self.canonical
+
+    def __repr__(self) -> str:
+        return f"Formula({self.canonical!r})"
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether retrieval chooses for each request."""
+        return isinstance(self.root, Auto)
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is the base model, with nothing added; a stored composition is none before `expand`."""
+        return self.root == Sum(())
+
+    def expand(self, hub_or_pool: Given) -> Formula:
+        """The formula with the stored formulas in it written out, and stored compositions that are the base left out.
+
+        Other stored compositions stay as they are. Raises AdapterNotFound as FormulaError for an unknown one, FormulaError
+        for formulas that name each other in a circle, and above the limits.
+        """
+        source = source_of(hub_or_pool)
+
+        def find(leaf: Stored) -> StoredComposition | None:
+            with self._at(leaf):
+                return source.stored(leaf)
+
+        return _within_limits(Formula(Expansion(find, lambda text: parse(text).root).of(self.root), self.text))
+
+    def adapters(self, hub_or_pool: Given | None = None) -> tuple[str, ...]:
+        """The names of the adapters that it needs, sorted; with a hub or pool those that are there, stored formulas too.
+
+        What a stored composition has of its own is not among them.
+        """
+        known = self if hub_or_pool is None else self.expand(hub_or_pool)
+        if hub_or_pool is not None:
+            source = source_of(hub_or_pool)
+            for leaf in known._leaves:
+                with self._at(leaf):
+                    source.require(leaf)
+        return tuple(sorted({leaf.name for leaf in known._leaves if isinstance(leaf, Named)}))
+
+    def identity(self, hub_or_pool: Given) -> str:
+        """SHA-256 over the canonical form with the content hash of every adapter in place of its name.
+
+        Formulas of one identity have the same effect on one base model; an adapter whose content has changed makes it
+        another. ScopeError for `auto`, which is no one composition.
+        """
+        source = source_of(hub_or_pool)
+        known = self.expand(hub_or_pool)
+        if self.is_auto:
+            raise ScopeError("'auto' has no identity: retrieval chooses for each request, and what it chose has one")
+        if (stored := known._stored_router(source)) is not None:
+            return _sha256(f"router {stored.hash}")
+
+        def content(leaf: Leaf) -> Content:
+            assert isinstance(leaf, Named | Stored)
+            with self._at(leaf):
+                return Content(source.content(leaf))
+
+        root = known.root
+        if isinstance(root, Routed):
+            experts = sorted((content(leaf) for leaf in root.experts), key=str)
+            return _sha256(str(Routed(root.router, tuple(experts), root.options)))
+        assert isinstance(root, Sum)
+        found = replaced(root, content)
+        return _sha256(str(found if isinstance(found, Sum) else Sum(((1.0, found),))))
+
+    def pool(self, hub_or_pool: Given) -> ExpertPool:
+        """The adapters that it needs as experts, each opened once: `a`, `a@3`, `@name`.
+
+        What is asked of the formula with this pool is said of these very adapters, whatever becomes of the hub. ScopeError
+        for `auto` and for the base model, which have no adapters.
+        """
+        source = source_of(hub_or_pool)
+        known = self.expand(hub_or_pool)
+        if (stored := known._stored_router(source)) is not None:
+            found = router_of(stored).pool
+            assert found is not None
+            return found
+        known._require_adapters("be a pool")
+        return ExpertPool({leaf.key: self._adapter(source, leaf) for leaf in dict.fromkeys(known._leaves)})
+
+    def mixture(self, hub_or_pool: Given | None = None) -> dict[str, float] | TokenRouter:
+        """What `Composer.activate` takes: {expert of `pool`: weight} of a plain sum, or the router.
+
+        Routers and stored compositions need the hub or pool. The base model is {}. Raises ScopeError, which names the way
+        out, for `auto` and for merges by a method.
+        """
+        known = self if hub_or_pool is None else self.expand(hub_or_pool)
+        if self.is_auto:
+            raise ScopeError(_AUTO.format("be a mixture"))
+        if hub_or_pool is None and (
+            isinstance(known.root, Routed) or any(isinstance(leaf, Stored) for leaf in known._leaves)
+        ):
+            raise ScopeError(f"the mixture of {self} needs its adapters: pass the hub or the pool")
+        if hub_or_pool is not None and (stored := known._stored_router(source_of(hub_or_pool))) is not None:
+            return router_of(stored)
+        if isinstance(known.root, Routed):
+            options = {name: plain(value) for name, value in known.root.options}
+            return make_router(known.root.router, self.pool(hub_or_pool), **options)  # type: ignore[arg-type]
+        assert isinstance(known.root, Sum)
+        for _, term in known.root.terms:
+            if isinstance(term, Merge):
+                raise ScopeError(
+                    f"{term} is no weighted sum of adapters: make one of it by formula.merge(hub), and activate that"
+                )
+        return {term.key: weight for weight, term in known.root.terms if isinstance(term, Named | Stored)}
+
+    def merge(
+        self,
+        hub_or_pool: Given,
+        *,
+        rank: int | None = None,
+        name: str | None = None,
+        heads: str = "error",
+        progress: bool = True,
+        allow_licenses: bool = False,
+    ) -> Adapter:
+        """The one adapter that it says, as `lw.merge` makes it of weighted sums and of methods, also inside each other.
+
+        `rank` cuts the result; `heads` ("error" or "average"), `progress` and `allow_licenses` are those of `lw.merge`, for
+        every merge in it. The name is the canonical form by default. Raises ScopeError, which names the way out, for
+        routers, `auto` and the base model, and what `lw.merge` raises.
+        """
+        if heads == "first":
+            raise WeightingError("a formula has no first adapter, since a + b is b + a; use heads='average', or lw.merge")
+        source = source_of(hub_or_pool)
+        known = self.expand(hub_or_pool)
+        known._require_adapters("be one adapter")
+        assert isinstance(known.root, Sum)
+        merging = _Merging(partial(self._adapter, source), heads, progress, allow_licenses)
+        return merging.of(known.root, rank, name or _short(known.canonical))
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes formula.json into a folder of its own; `Hub.save_composition` keeps that."""
+        target = as_path(folder, "the folder of a formula", FormulaError)
+        if target.exists() and any(path.name != FILE for path in target.iterdir()):
+            raise FormulaError(f"{target} holds something that is no formula; name another folder")
+        with replacing(target) as new:
+            said = {"format": FORMAT, "formula": self.canonical}
+            (new / FILE).write_text(json.dumps(said, indent=1, ensure_ascii=False), encoding="utf-8")
+        return target
+
+    @property
+    def _leaves(self) -> list[Named | Stored]:
+        return [leaf for leaf in leaves(self.root) if isinstance(leaf, Named | Stored)]
+
+    def _stored_router(self, source: Source) -> StoredComposition | None:
+        """The stored composition that it is, where a router weighs in that; None for anything else."""
+        match self.root:
+            case Sum(terms=((1.0, Stored() as leaf),)):
+                stored = source.stored(leaf)
+                return stored if stored is not None and has_router(stored) else None
+        return None
+
+    def _require_adapters(self, verb: str) -> None:
+        if isinstance(self.root, Auto):
+            raise ScopeError(_AUTO.format(verb))
+        if self.is_base:
+            raise ScopeError(f"the base model cannot {verb}: it has no adapter; use the model as it is")
+        if isinstance(self.root, Routed) and verb == "be one adapter":
+            raise ScopeError(
+                f"router {self.root.router!r} cannot {verb}: what it gives depends on the input. Activate it instead: "
+                "Composer(model, formula.pool(hub)).activate(formula.mixture(hub))"
+            )
+
+    def _adapter(self, source: Source, leaf: Named | Stored) -> Adapter:
+        with self._at(leaf):
+            return source.adapter(leaf)
+
+    @contextmanager
+    def _at(self, leaf: Named | Stored) -> Iterator[None]:
+        """That a leaf is not there is told with its place in the text."""
+        try:
+            yield
+        except (AdapterNotFound, UnknownExpert) as error:
+            dashed = isinstance(leaf, Named) and "-" in leaf.name and str(leaf) == leaf.name
+            hint = "; a difference has spaces around its '-'" if dashed else ""
+            places = [
+                piece
+                for before, piece in _pairs(self.text)
+                if piece.value == leaf.name and (before == "@") == isinstance(leaf, Stored)
+            ]
+            raise misplaced(f"{error}{hint}", self.text, places[0] if places else None) from error
+
+
+@dataclass(frozen=True)
+class _Merging:
+    """How the merges of one formula are made."""
+
+    adapter: Callable[[Named | Stored], Adapter]
+    heads: str
+    progress: bool
+    allow_licenses: bool
+
+    def of(self, node: Argument, rank: int | None, name: str) -> Adapter:
+        match node:
+            case Sum(terms=((1.0, Merge() as only),)):
+                return self.of(only, rank, name)
+            case Sum():
+                parts, weights = [term for _, term in node.terms], tuple(weight for weight, _ in node.terms)
+                return self._merged(parts, weights, "linear", {"rank": rank}, name)
+            case Merge():
+                options = {option: plain(value) for option, value in node.options}
+                if rank is not None and options.setdefault("rank", rank) != rank:
+                    raise WeightingError(
+                        f"rank={rank} is asked for, and the formula has rank={options['rank']}; leave one out"
+                    )
+                return self._merged(node.arguments, node.weights, node.method, options, name)
+        assert isinstance(node, Named | Stored)
+        return self.adapter(node)
+
+    def _merged(
+        self,
+        parts: Iterable[Argument],
+        weights: tuple[float, ...] | None,
+        method: str,
+        options: Mapping[str, Any],
+        name: str,
+    ) -> Adapter:
+        return merge(
+            [self.of(part, None, _short(str(part))) for part in parts],
+            weights,
+            method=method,
+            name=name,
+            heads=self.heads,
+            progress=self.progress,
+            allow_licenses=self.allow_licenses,
+            **options,
+        )
+
+
+_AUTO = "'auto' cannot {}: retrieval chooses for each request, by lw.Retriever or lw.compose; a formula of what it took can"
+
+
+def _within_limits(formula: Formula) -> Formula:
+    """The formula, whose canonical form can be read back. Raises FormulaError where that is above a limit."""
+    if len(formula.canonical) > MAX_CHARACTERS:
+        raise FormulaError(
+            f"written out, this formula has {len(formula.canonical)} characters, above the limit of {MAX_CHARACTERS}: "
+            f"{formula.canonical[:60]!a} ..."
+        )
+    tokens(formula.canonical)
+    return formula
+
+
+def _pairs(text: str) -> list[tuple[str, Token]]:
+    """(kind of the piece before, piece) of each word and quoted name."""
+    found = tokens(text) if text else []
+    kinds = ["", *(piece.kind for piece in found)]
+    return [(kind, piece) for kind, piece in zip(kinds, found, strict=False) if piece.kind in ("word", "quoted")]
+
+
+def _short(text: str) -> str:
+    """A formula's text as the name of an adapter."""
+    return text if len(text) <= MAX_NAME_CHARACTERS else f"{text[: MAX_NAME_CHARACTERS - 16]}... {_sha256(text)[:12]}"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,250 @@
+"""What a formula is made of: immutable values, built in one form only, and that form as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from loraweave.composer.formula.tokens import quoted
+from loraweave.errors import WeightingError
+
+
+@dataclass(frozen=True)
+class Named:
+    """An adapter, by its name; with a version, as it was then."""
+
+    name: str
+    version: int | None = None
+
+    def __str__(self) -> str:
+        return quoted(self.name) + ("" if self.version is None else f"@{self.version}")
+
+    @property
+    def key(self) -> str:
+        """What it is called among experts."""
+        return self.name if self.version is None else f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A composition that a hub keeps, by its name."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"@{quoted(self.name)}"
+
+    @property
+    def key(self) -> str:
+        """What it is called among experts."""
+        return f"@{self.name}"
+
+
+@dataclass(frozen=True)
+class Content:
+    """An adapter by the hash of its content, whatever its name; for identities only."""
+
+    hash: str
+
+    def __str__(self) -> str:
+        return f"#{self.hash}"
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The weighted sum of `terms`, (weight, what), positive ones first and by their texts; without any, the base model."""
+
+    terms: tuple[tuple[float, Term], ...]
+
+    def __str__(self) -> str:
+        if not self.terms:
+            return "base"
+        (weight, first), *rest = self.terms
+        parts = [("-" if weight < 0 else "") + _weighted(abs(weight), first)]
+        parts += [f"{'-' if weight < 0 else '+'} {_weighted(abs(weight), term)}" for weight, term in rest]
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge by a method with options. Without `weights` all arguments have equal shares, which sum to 1."""
+
+    method: str
+    arguments: tuple[Argument, ...]
+    weights: tuple[float, ...] | None
+    options: tuple[tuple[str, Value], ...]
+
+    def __str__(self) -> str:
+        if self.weights is None:
+            parts = [_bare(each) for each in self.arguments]
+        else:
+            pairs = zip(self.weights, self.arguments, strict=True)
+            parts = [f"{number_text(weight)}*{_bracketed(each)}" for weight, each in pairs]
+        return _call(self.method, parts, self.options)
+
+
+@dataclass(frozen=True)
+class Routed:
+    """A router over experts, with options."""
+
+    router: str
+    experts: tuple[Leaf, ...]
+    options: tuple[tuple[str, Value], ...]
+
+    def __str__(self) -> str:
+        return _call(self.router, map(str, self.experts), self.options)
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Retrieval for each request."""
+
+    def __str__(self) -> str:
+        return "auto"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The value of an option that is a list."""
+
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """The value of an option that is a mapping, in the order of its names."""
+
+    items: tuple[tuple[str, Value], ...]
+
+
+Leaf = Named | Stored | Content
+Term = Leaf | Merge
+Argument = Term | Sum
+Root = Sum | Routed | Auto
+Value = bool | int | float | str | None | Listed | Mapped
+
+
+def sum_of(terms: Mapping[Term, Fraction]) -> Sum:
+    """The sum of these terms, without those of weight 0. Raises WeightingError for a weight that no float holds."""
+    weights = [(rounded(weight), term) for term, weight in terms.items() if weight]
+    return Sum(tuple(sorted(weights, key=lambda pair: (pair[0] < 0, str(pair[1])))))
+
+
+def added(parts: Iterable[tuple[Fraction, Argument]]) -> dict[Term, Fraction]:
+    """The terms of a weighted sum of terms and sums, equal ones added up; exact."""
+    total: dict[Term, Fraction] = {}
+    for weight, part in parts:
+        inner = [(exact(own), term) for own, term in part.terms] if isinstance(part, Sum) else [(Fraction(1), part)]
+        for own, term in inner:
+            total[term] = total.get(term, Fraction(0)) + weight * own
+    return {term: weight for term, weight in total.items() if weight}
+
+
+def as_argument(found: Sum) -> Argument:
+    """A sum as an argument: its only term where that has weight 1."""
+    return found.terms[0][1] if len(found.terms) == 1 and found.terms[0][0] == 1.0 else found
+
+
+def merge_of(
+    method: str,
+    arguments: Sequence[Argument],
+    weights: Sequence[float] | None,
+    options: Iterable[tuple[str, Value]],
+) -> Merge:
+    """The merge with its arguments in order, without those of weight 0; weights that are equal shares are left out."""
+    shares = [1 / len(arguments)] * len(arguments)
+    pairs = sorted(zip(weights or shares, arguments, strict=True), key=lambda pair: (str(pair[1]), pair[0]))
+    used = [(weight, each) for weight, each in pairs if weight]
+    numbers = tuple(weight for weight, _ in used)
+    equal = all(number == 1 / len(used) for number in numbers)
+    return Merge(method, tuple(each for _, each in used), None if equal else numbers, tuple(sorted(options)))
+
+
+def replaced(node: Argument, leaf: Callable[[Leaf], Argument]) -> Argument:
+    """The node with every leaf replaced by what `leaf` gives for it, in the one form again."""
+    if isinstance(node, Merge):
+        inner = [replaced(each, leaf) for each in node.arguments]
+        if any(each == Sum(()) for each in inner):
+            raise WeightingError(f"{node.method!r} merges adapters, and one of its arguments is the base model")
+        return merge_of(node.method, inner, node.weights, node.options)
+    if isinstance(node, Sum):
+        return as_argument(sum_of(added((exact(weight), replaced(term, leaf)) for weight, term in node.terms)))
+    return leaf(node)
+
+
+def leaves(node: Root | Argument) -> list[Leaf]:
+    """The adapters and stored compositions that are written in it, one for each mention."""
+    match node:
+        case Sum():
+            return [leaf for _, term in node.terms for leaf in leaves(term)]
+        case Merge():
+            return [leaf for each in node.arguments for leaf in leaves(each)]
+        case Routed():
+            return list(node.experts)
+        case Auto():
+            return []
+    return [node]
+
+
+def exact(number: float) -> Fraction:
+    """The number that the shortest text of a float says."""
+    return Fraction(repr(number))
+
+
+def rounded(number: Fraction) -> float:
+    """The float next to a number. Raises WeightingError above or below what floats hold."""
+    try:
+        value = float(number)
+    except OverflowError:
+        value = 0.0
+    if number and not value:
+        raise WeightingError("this weight is beyond what a float holds; weights are finite numbers")
+    return value
+
+
+def number_text(number: float) -> str:
+    """The shortest text that reads as the number."""
+    return repr(number).removesuffix(".0")
+
+
+def plain(value: Value) -> Any:
+    """An option's value as a function takes it."""
+    match value:
+        case Listed():
+            return tuple(plain(each) for each in value.values)
+        case Mapped():
+            return {name: plain(each) for name, each in value.items}
+    return value
+
+
+def _value(value: Value) -> str:
+    match value:
+        case bool() | None:
+            return str(value).lower()
+        case int() | float():
+            return number_text(value)
+        case Listed():
+            return f"[{', '.join(map(_value, value.values))}]"
+        case Mapped():
+            return "{" + ", ".join(f"{quoted(name)}={_value(each)}" for name, each in value.items) + "}"
+    return quoted(value)
+
+
+def _call(name: str, parts: Iterable[str], options: Sequence[tuple[str, Value]]) -> str:
+    told = ", ".join(f"{option}={_value(value)}" for option, value in options)
+    return f"{name}({', '.join(parts)}{'; ' if told else ''}{told})"
+
+
+def _weighted(weight: float, term: Term) -> str:
+    return str(term) if weight == 1.0 else f"{number_text(weight)}*{term}"
+
+
+def _bracketed(argument: Argument) -> str:
+    return f"({argument})" if isinstance(argument, Sum) else str(argument)
+
+
+def _bare(argument: Argument) -> str:
+    # a number before a single term would be the argument's weight
+    return _bracketed(argument) if isinstance(argument, Sum) and len(argument.terms) == 1 else str(argument)

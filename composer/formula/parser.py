@@ -1,0 +1,381 @@
+"""Reads a formula by recursive descent, one method for each rule.
+
+    formula  = "auto" | router | sum
+    sum      = {sign} term {sign {sign} term}
+    term     = {number "*"} (adapter | stored | merge | "base" | "(" sum ")")
+    adapter  = name ["@" number]                                      a version of the hub's adapter
+    stored   = "@" name                                               a composition that the hub keeps
+    merge    = method "(" sum {"," sum} [";" options] ")"             a number before an argument is its weight
+    router   = name "(" expert {"," expert} [";" options] ")"         an expert is an adapter or a stored one
+    options  = word "=" value {"," word "=" value}
+    value    = [sign] number | word | quoted | "[" values "]" | "{" options "}"
+
+A name is a word or in quotes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import TypeVar
+
+import loraweave.registry as registry
+from loraweave.common.names import checked_name
+from loraweave.common.options import check_options, options_of
+from loraweave.composer.formula.nodes import (
+    Argument,
+    Auto,
+    Listed,
+    Mapped,
+    Named,
+    Root,
+    Routed,
+    Stored,
+    Sum,
+    Value,
+    added,
+    as_argument,
+    merge_of,
+    plain,
+    rounded,
+    sum_of,
+)
+from loraweave.composer.formula.tokens import Token, misplaced, tokens
+from loraweave.composer.merge.method_call import MethodCall
+from loraweave.errors import FormulaError, LoraweaveError, UnknownName
+from loraweave.routers.tokens._saved import router_class, router_names
+
+# adapters and stored compositions that a formula mentions
+MAX_ADAPTERS = 64
+# of lw.merge, beside what the method itself declares
+MERGE_OPTIONS = ("rank", "seed")
+
+_WORDS = {"true": True, "True": True, "false": False, "False": False, "none": None, "None": None}
+_DIGITS_OF_VERSION = 9
+
+T = TypeVar("T")
+
+
+class Parser:
+    """Reads the pieces of one text; every method begins at the piece at hand and leaves what follows."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.pieces = tokens(text)
+        self.place = 0
+        self.num_adapters = 0
+
+    @property
+    def piece(self) -> Token:
+        return self.pieces[self.place]
+
+    @property
+    def following(self) -> Token:
+        return self.pieces[min(self.place + 1, len(self.pieces) - 1)]
+
+    def root(self) -> Root:
+        """The whole text. Raises FormulaError, with the place, for anything that is no formula."""
+        found: Root
+        if self.piece.kind == "end":
+            raise self.error("this formula is empty; 'base' is the base model")
+        if self._is("auto") and self.following.kind == "end":
+            self._take()
+            found = Auto()
+        elif self._begins_router():
+            found = self._routed()
+        else:
+            begin = self.piece
+            factor, whole, _ = self._argument()
+            with self._at(begin):
+                found = sum_of(added([(factor, whole)]))
+        if self.piece.kind != "end":
+            raise self.error(f"here should be '+', '-' or the end; {self._unexpected()}")
+        return found
+
+    def error(self, problem: str, place: Token | None = None) -> FormulaError:
+        """The error of a problem at a piece, by default the one at hand."""
+        return misplaced(problem, self.text, self.piece if place is None else place)
+
+    def _argument(self) -> tuple[Fraction, Argument, bool]:
+        """(factor, what, whether the factor is written)."""
+        begin = self.piece
+        parts: list[tuple[Fraction, Argument, bool]] = [self._signed_term()]
+        while self.piece.kind in ("+", "-"):
+            parts.append(self._signed_term())
+        if len(parts) == 1:
+            return parts[0]
+        with self._at(begin):
+            return Fraction(1), as_argument(sum_of(added((factor, found) for factor, found, _ in parts))), False
+
+    def _signed_term(self) -> tuple[Fraction, Argument, bool]:
+        sign = 1
+        while self.piece.kind in ("+", "-"):
+            sign *= -1 if self._take().kind == "-" else 1
+        factor, found, written = self._term()
+        return sign * factor, found, written or sign < 0
+
+    def _term(self) -> tuple[Fraction, Argument, bool]:
+        factor, written = Fraction(1), False
+        while self.piece.kind == "number":
+            number = self._take()
+            factor, written = factor * self._number(number), True
+            if self.piece.kind != "*":
+                problem = f"{number.value} is a weight, and '*' and an adapter follow one; a name that begins with a digit"
+                raise self.error(f"{problem} is quoted", number)
+            self._take()
+        found = self._atom()
+        if self.piece.kind == "*":
+            before = self.pieces[self.place - 1]
+            if before.kind == "word" and "-" in before.value:
+                raise self.error(f"{before.value!r} is one name; a difference has spaces around its '-'", before)
+            raise self.error("a weight is a finite number and comes first, as in 0.5*a")
+        return factor, found, written
+
+    def _atom(self) -> Argument:
+        begin = self.piece
+        if begin.kind == "(":
+            self._take()
+            factor, found, _ = self._argument()
+            self._close(")", begin)
+            with self._at(begin):
+                return as_argument(sum_of(added([(factor, found)])))
+        if begin.kind == "@":
+            self._take()
+            return Stored(self._name("the name of a stored composition"))
+        if begin.kind == "word" and self.following.kind == "(":
+            return self._merge()
+        if self._is("base"):
+            self._take()
+            return Sum(())
+        if self._is("auto"):
+            raise self.error("'auto' retrieves for each request and stands alone; quote an adapter of that name: 'auto'")
+        return self._adapter()
+
+    def _adapter(self) -> Named:
+        name = self._name("an adapter")
+        if self.piece.kind != "@":
+            return Named(name)
+        self._take()
+        number = self.piece
+        if number.kind != "number" or not number.value.isdecimal() or not 0 < int(number.value) < 10**_DIGITS_OF_VERSION:
+            raise self.error(f"a version of {name!r} is a whole number from 1, as in a@3")
+        self._take()
+        return Named(name, int(number.value))
+
+    def _name(self, what: str) -> str:
+        token = self.piece
+        if token.kind not in ("word", "quoted"):
+            raise self.error(f"here should be {what}; {self._unexpected()}")
+        self.num_adapters += 1
+        if self.num_adapters > MAX_ADAPTERS:
+            raise self.error(f"a formula has at most {MAX_ADAPTERS} adapters; merge a part of it, and add that to the hub")
+        with self._at(self._take()):
+            return checked_name(token.value)
+
+    def _merge(self) -> Argument:
+        name = self._take()
+        if name.value not in registry.names("methods"):
+            raise self._unknown_call(name)
+        open_bracket = self._take()
+        given = self._separated(self._placed_argument)
+        options = self._options(open_bracket)
+        self._check_merge(name, options)
+        arguments = [found for _, _, found, _ in given]
+        weights = self._weights(given)
+        if name.value == "linear" and not options:
+            shares = [Fraction(1, len(given))] * len(given)
+            summed = [factor for _, factor, _, _ in given] if weights else shares
+            with self._at(name):
+                return as_argument(sum_of(added(zip(summed, arguments, strict=True))))
+        if weights is not None and not any(weights):
+            raise self.error("all weights are 0, which leaves nothing to merge; 'base' is the base model", name)
+        if empty := next((token for token, _, found, _ in given if found == Sum(())), None):
+            raise self.error(f"{name.value!r} merges adapters, and this is the base model; leave it out", empty)
+        return merge_of(name.value, arguments, weights, [(option, value) for option, (_, value) in options.items()])
+
+    def _placed_argument(self) -> tuple[Token, Fraction, Argument, bool]:
+        return self.piece, *self._argument()
+
+    def _weights(self, given: Sequence[tuple[Token, Fraction, Argument, bool]]) -> list[float] | None:
+        """The weights of a merge's arguments; None where none is written."""
+        if not any(written for *_, written in given):
+            return None
+        for place, _, found, written in given:
+            if not written:
+                raise self.error(f"give every argument a weight, or none: 1*{found} is one", place)
+        weights = []
+        for place, factor, _, _ in given:
+            with self._at(place):
+                weights.append(rounded(factor))
+        return weights
+
+    def _check_merge(self, name: Token, options: Mapping[str, tuple[Token, Value]]) -> None:
+        call = MethodCall(name.value)
+        if call.takes("statistics"):
+            raise self.error(
+                f"{name.value!r} weighs by data, which a formula does not have; merge by lw.merge(..., statistics=...) and "
+                "add the result to the hub",
+                name,
+            )
+        for option, (place, value) in options.items():
+            if option in MERGE_OPTIONS:
+                least = 1 if option == "rank" else 0
+                if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                    raise self.error(f"{option}={plain(value)!r:.80} is no whole number of {least} or more", place)
+                continue
+            known = (*call.own_options, *MERGE_OPTIONS)
+            if option not in known:
+                hint = registry.nearest(option, known)
+                raise self.error(f"method {name.value!r} has no option {option!r}{hint}; it has {', '.join(known)}", place)
+            with self._at(place):
+                MethodCall(name.value, {option: plain(value)})
+
+    def _routed(self) -> Routed:
+        name = self._take()
+        made_of = router_class(name.value)
+        if made_of.learned:
+            raise self.error(
+                f"router {name.value!r} is trained first; a trained one is kept by hub.save_composition and named by @", name
+            )
+        open_bracket = self._take()
+        experts: list[Named | Stored] = []
+        for place, _, found, written in self._separated(self._placed_argument):
+            if written or not isinstance(found, Named | Stored):
+                raise self.error(
+                    f"{name.value!r} weighs its experts itself: an expert is an adapter without a weight", place
+                )
+            if found in experts:
+                raise self.error(f"expert {found} is given twice", place)
+            experts.append(found)
+        options = self._options(open_bracket)
+        kinds = options_of(made_of, after=1)
+        for option, (place, value) in options.items():
+            with self._at(place):
+                check_options(f"router {name.value!r}", {option: plain(value)}, kinds)
+        if self.piece.kind != "end":
+            raise self.error("a router weighs every token by itself and stands alone: nothing follows it")
+        given_options = sorted((option, value) for option, (_, value) in options.items())
+        return Routed(name.value, tuple(sorted(experts, key=str)), tuple(given_options))
+
+    def _unknown_call(self, name: Token) -> FormulaError:
+        methods, routers = registry.names("methods"), registry.names("routers")
+        if name.value in routers:
+            alone = (
+                f"router {name.value!r} weighs every token by itself and stands alone: no number, sum or bracket around it"
+            )
+            return self.error(_why_no_router(name.value) or alone, name)
+        hint = registry.nearest(name.value, [*methods, *router_names()])
+        return self.error(f"there is no method or router {name.value!r}{hint}; lw.names('methods') lists them", name)
+
+    def _options(self, open_bracket: Token) -> dict[str, tuple[Token, Value]]:
+        """{option: (its place, its value)} up to the bracket that closes."""
+        options: dict[str, tuple[Token, Value]] = {}
+        if self.piece.kind == ";":
+            self._take()
+            options = self._pairs(")")
+        self._close(")", open_bracket)
+        return options
+
+    def _pairs(self, end: str) -> dict[str, tuple[Token, Value]]:
+        found: dict[str, tuple[Token, Value]] = {}
+        while self.piece.kind != end:
+            place = self.piece
+            if place.kind not in ("word", "quoted") or self.following.kind != "=":
+                raise self.error("here should be an option, as in density=0.3")
+            if place.value in found:
+                raise self.error(f"{place.value!r} is given twice")
+            self._take()
+            self._take()
+            found[place.value] = place, self._value()
+            if self.piece.kind != ",":
+                break
+            self._take()
+        return found
+
+    def _value(self) -> Value:
+        token = self.piece
+        if token.kind in ("[", "{"):
+            return self._collection(self._take())
+        sign = 1
+        while self.piece.kind in ("+", "-"):
+            sign *= -1 if self._take().kind == "-" else 1
+        if self.piece.kind == "number":
+            number = sign * float(self._number(self._take()))
+            return int(number) if number.is_integer() and abs(number) < 2**53 else number
+        if self.piece is token and token.kind in ("word", "quoted"):
+            self._take()
+            return _WORDS[token.value] if token.kind == "word" and token.value in _WORDS else token.value
+        raise self.error("here should be a value: a number, a word, a text in quotes, true, false, none, [..] or {name=..}")
+
+    def _collection(self, begin: Token) -> Value:
+        if begin.kind == "{":
+            pairs = self._pairs("}")
+            self._close("}", begin)
+            return Mapped(tuple(sorted((name, value) for name, (_, value) in pairs.items())))
+        values: list[Value] = []
+        while self.piece.kind != "]":
+            values.append(self._value())
+            if self.piece.kind != ",":
+                break
+            self._take()
+        self._close("]", begin)
+        return Listed(tuple(values))
+
+    def _separated(self, read: Callable[[], T]) -> list[T]:
+        found = [read()]
+        while self.piece.kind == ",":
+            self._take()
+            found.append(read())
+        return found
+
+    def _number(self, token: Token) -> Fraction:
+        value = float(token.value)
+        mantissa = token.value.lower().partition("e")[0]
+        # only then is the fraction small enough to be made
+        if value in (float("inf"), 0.0) and (value or mantissa.strip("0.")):
+            raise self.error("this number is beyond what a float holds; weights are finite numbers", token)
+        return Fraction(token.value) if value else Fraction(0)
+
+    def _begins_router(self) -> bool:
+        called = self.piece.kind == "word" and self.following.kind == "("
+        return called and self.piece.value in registry.names("routers") and not _why_no_router(self.piece.value)
+
+    def _is(self, word: str) -> bool:
+        return self.piece.kind == "word" and self.piece.value == word
+
+    def _take(self) -> Token:
+        token = self.piece
+        self.place += token.kind != "end"
+        return token
+
+    def _close(self, bracket: str, begin: Token) -> None:
+        if self.piece.kind == "end":
+            raise self.error(f"this bracket is not closed by {bracket!r}", begin)
+        if self.piece.kind != bracket:
+            raise self.error(f"here should be {bracket!r} or ','; {self._unexpected()}")
+        self._take()
+
+    def _unexpected(self) -> str:
+        if self.piece.kind == "end":
+            return "the formula ends too early"
+        return f"{self.piece.value!r} cannot stand here"
+
+    @contextmanager
+    def _at(self, place: Token) -> Iterator[None]:
+        """Errors inside are told with this place."""
+        try:
+            yield
+        except FormulaError:
+            raise
+        except LoraweaveError as error:
+            raise self.error(str(error), place) from error
+
+
+def _why_no_router(name: str) -> str:
+    """Why an entry of the registry is no router; "" where it is one."""
+    try:
+        router_class(name)
+    except UnknownName as error:
+        return str(error)
+    return ""
