@@ -16,6 +16,16 @@ from loraweave.cli._printing import progress_to_stderr
 from loraweave.cli.adapters import MERGE_EXAMPLE, TRAIN_EXAMPLE, merge, train
 from loraweave.cli.compositions import composing
 from loraweave.cli.hub import hub
+from loraweave.cli.stored import (
+    LIST_EXAMPLE,
+    REMOVE_EXAMPLE,
+    SAVE_EXAMPLE,
+    WRITE_EXAMPLE,
+    compositions,
+    remove_composition,
+    save_composition,
+    write_composition,
+)
 
 app = typer.Typer(
     cls=Application,
@@ -26,6 +36,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+hub.command("save-composition", epilog=SAVE_EXAMPLE)(save_composition)
+hub.command(epilog=LIST_EXAMPLE)(compositions)
+hub.command("write-composition", epilog=WRITE_EXAMPLE)(write_composition)
+hub.command("remove-composition", epilog=REMOVE_EXAMPLE)(remove_composition)
 app.add_typer(hub, name="hub")
 app.add_typer(composing)
 app.command(epilog=MERGE_EXAMPLE)(merge)

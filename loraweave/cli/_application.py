@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from loraweave.errors import BaseModelUnverified, LoraweaveError
+from loraweave.errors import BaseModelUnverified, FormulaError, LoraweaveError
 
 INTERRUPTED = 130
 
@@ -21,7 +21,7 @@ INTERRUPTED = 130
 class Application(TyperGroup):
     """The root group. Exit status 0 done, 1 a named error on one line of stderr, 2 wrong usage, 130 interrupted.
 
-    With --debug an error keeps its traceback.
+    Below an error in a formula stand the formula and a caret. With --debug an error keeps its traceback.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -43,7 +43,11 @@ class Application(TyperGroup):
             # a reader that went away is no error of ours: click ends quietly
             if ctx.params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
                 raise
-            typer.echo(f"{type(error).__name__}: {one_line(str(error))}", err=True)
+            # the caret below a formula needs its line
+            lines = str(error).split("\n") if isinstance(error, FormulaError) else [str(error)]
+            typer.echo(f"{type(error).__name__}: {one_line(lines[0])}", err=True)
+            for line in lines[1:]:
+                typer.echo(_printable(line), err=True)
             raise typer.Exit(1) from None
 
 
@@ -88,4 +92,8 @@ def _unverified_bases_as_lines() -> Iterator[None]:
 
 def one_line(text: str) -> str:
     """The text on one line and without control characters, which could come from a damaged or hostile file."""
-    return "".join(character if character.isprintable() else " " for character in " ".join(text.split()))
+    return _printable(" ".join(text.split()))
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text)

@@ -149,6 +149,16 @@ def read_adapter(source: str, hub: str) -> lw.Adapter:
     return lw.Adapter.from_pretrained(Path(source))
 
 
+def read_formula(sources: Sequence[str], hub: str) -> lw.Formula | None:
+    """The formula that the only source is; None for a folder, a name of the hub, several sources, or without a hub."""
+    import loraweave as lw
+
+    if len(sources) != 1 or Path(sources[0]).is_dir() or not hub_exists(hub):
+        return None
+    with open_hub(hub) as opened:
+        return None if sources[0] in opened else lw.parse(sources[0])
+
+
 def read_pool(folder: Path) -> lw.ExpertPool:
     """The adapter folders directly in `folder`, in order of their names. Raises WeightingError if there is none."""
     import loraweave as lw

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,7 +22,9 @@ from loraweave.cli._flags import (
 from loraweave.cli._inputs import (
     ADAPTER_FILE,
     load_model,
+    open_hub,
     read_adapter,
+    read_formula,
     read_options,
     read_rows,
     read_weights,
@@ -53,7 +55,12 @@ def show_methods(asked: bool) -> None:
 
 
 def merge(
-    sources: Annotated[list[str], typer.Argument(metavar="ADAPTER", help="Adapter folders, or names in the hub.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER", help="Adapter folders, or names in the hub; or one formula over it: '0.7*a + 0.3*ties(b, c)'."
+        ),
+    ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the merged PEFT folder goes.")],
     weights: Annotated[
         str | None, typer.Option(metavar="W,W,...", help="A number for each adapter; equal shares of 1 by default.")
@@ -78,32 +85,36 @@ def merge(
     hub: HubOption = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
-    """Combine adapters into one, without a model."""
+    """Combine adapters into one, by a method or by a formula, without a model."""
     numbers = read_weights(weights, len(sources))
     options = read_options(option or (), reserved=RESERVED)
     require_free(out, ADAPTER_FILE, replace=force)
     import loraweave as lw
 
-    adapters = [read_adapter(source, hub) for source in sources]
     called = name or out.resolve().name
-    merged = lw.merge(
-        adapters,
-        numbers,
-        method=method,
-        rank=rank,
-        name=called,
-        seed=seed,
-        heads=heads,
-        allow_licenses=allow_licenses,
-        **options,
-    )
+    rules: dict[str, Any] = {"rank": rank, "name": called, "heads": heads, "allow_licenses": allow_licenses}
+    formula = read_formula(sources, hub)
+    if formula is not None:
+        if weights is not None or option or method != "linear" or seed:
+            raise typer.BadParameter(
+                "a formula has weights, methods, options and seeds in it: leave --weights, --method, --option and --seed out"
+            )
+        with open_hub(hub) as opened:
+            merged = formula.merge(opened, **rules)
+    else:
+        adapters = [read_adapter(source, hub) for source in sources]
+        merged = lw.merge(adapters, numbers, method=method, seed=seed, **rules, **options)
     license = merged.card.get("license")
     merged.save_pretrained(out)
     if plot is not None:
         merged.report.plot(plot)
     if as_json:
-        used = [{"name": adapter.name, "weight": weight} for adapter, weight in zip(adapters, numbers, strict=True)]
-        told = {"out": out, "name": merged.name, "method": method, "license": license, "adapters": used}
+        told = {"out": out, "name": merged.name, "method": method, "license": license}
+        if formula is not None:
+            told |= {"formula": formula.canonical, "method": merged.report.method}
+        else:
+            used = zip(adapters, numbers, strict=True)
+            told["adapters"] = [{"name": adapter.name, "weight": weight} for adapter, weight in used]
         # norms and cosines of a layer are in the order of the parents, which is that of their content
         print_json(told | {"parents": merged.report.names, "layers": merged.report.to_json()})
         return
