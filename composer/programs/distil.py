@@ -1,7 +1,11 @@
-"""One adapter that answers as a program does: the program labels inputs, and `train_adapters` learns them."""
+"""One adapter that answers as a program does: the program labels inputs, and `train_adapters` learns them.
+
+Rows of several inputs with their answers teach more than a row for each: answers are learned under others and asked alone.
+"""
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +16,11 @@ import torch
 
 from loraweave.common.randomness import seeded
 from loraweave.composer.compose.composition import Composition
-from loraweave.composer.compose.refine import STEP_COST, loss_with, num_scalars
+from loraweave.composer.compose.refine import STEP_COST, linear_targets, loss_with, num_scalars
 from loraweave.composer.compose.report import Report, ReportRow
 from loraweave.composer.merge.merge import parent_of
 from loraweave.composer.train.adapters import train_adapters
+from loraweave.composer.train.rows import MAX_PACKED, can_be_packed
 from loraweave.hub.embedders.form import Form
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
@@ -23,15 +28,17 @@ from loraweave.types import Task
 
 # an input looks like the task's where the cosine of their forms is at least that of the task's own inputs, less this
 SLACK = 0.05
+# times as many texts are drawn as are wanted, since some come out twice
+DRAWS = 4
 
 
 @dataclass(frozen=True)
 class Distilling:
     """How a program becomes an adapter."""
 
-    num_inputs: int = 160
+    num_inputs: int = 320
     steps: int = 60
-    lr: float = 3e-3
+    lr: float = 5e-4
     rank: int = 8
     seed: int = 0
 
@@ -58,14 +65,17 @@ def distilled(
     own = {text for text, _ in task.examples}
     # an empty answer teaches nothing
     rows = [*task.examples, *((text, answer) for text, answer in learned if answer.strip() and text not in own)]
-    name = "distilled"
+    name, packed = "distilled", replace(task, examples=rows, demonstrations=task.examples)
     trained = train_adapters(
         model,
         tokenizer,
-        {name: replace(task, examples=rows)},
+        {name: packed},
         rank=settings.rank,
         steps=settings.steps,
         lr=settings.lr,
+        batch_size=2 if can_be_packed(model, packed) else 2 * MAX_PACKED,
+        target_modules=linear_targets(model),
+        warmup=0,
         seed=settings.seed,
         progress=progress,
     )[name]
@@ -104,23 +114,37 @@ def distilled(
     return replace(made, report=replace(made.report, rows=(row,), reason=reason, seconds=seconds))
 
 
-def card_inputs(hub: Hub, first: str | None, given: Sequence[str], count: int) -> list[str]:
-    """At most `count` sample inputs in the hub's cards: those of adapter `first`, then others that look like those given.
+def card_inputs(hub: Hub, first: str | None, given: Sequence[str], count: int, seed: int) -> list[str]:
+    """At most `count` inputs from the sample inputs in the hub's cards.
 
-    The look is the form of a text: how long it is, of how many words, with which marks. Nearest come first, ties in the
-    order of the hub.
+    Those of adapter `first` come first; then texts that are `recombined` from these and those given; then the sample inputs
+    of others that look like those given, the nearest first. The look is the form of a text: how long it is, of how many
+    words, with which marks.
     """
     own = list(hub.record(first).examples) if first is not None else []
     others = [text for record in hub for text in record.examples if text.strip()]
     like = list(given) or own
-    if not like or not others:
-        return own[:count]
-    form = Form()
-    given_ND, others_MD = form.embed(like), form.embed(others)
-    similar_MN = others_MD @ given_ND.T
-    # how alike the given ones are among themselves: each beside its nearest other
-    among_NN = given_ND @ given_ND.T - 2.0 * np.eye(len(like))
-    least = float(among_NN.max(axis=1).min()) - SLACK if len(like) > 1 else 1.0 - SLACK
-    nearest_M = similar_MN.max(axis=1)
-    order = [int(place) for place in np.argsort(-nearest_M, kind="stable") if nearest_M[place] >= least]
-    return list(dict.fromkeys([*own, *(others[place] for place in order)]))[:count]
+    found = dict.fromkeys([*own, *recombined([*given, *own], count, seed)])
+    if like and others and len(found) < count:
+        form = Form()
+        given_ND, others_MD = form.embed(like), form.embed(others)
+        similar_MN = others_MD @ given_ND.T
+        # how alike the given ones are among themselves: each beside its nearest other
+        among_NN = given_ND @ given_ND.T - 2.0 * np.eye(len(like))
+        least = float(among_NN.max(axis=1).min()) - SLACK if len(like) > 1 else 1.0 - SLACK
+        nearest_M = similar_MN.max(axis=1)
+        order = [int(place) for place in np.argsort(-nearest_M, kind="stable") if nearest_M[place] >= least]
+        found |= dict.fromkeys(others[place] for place in order)
+    return list(found)[:count]
+
+
+def recombined(texts: Sequence[str], count: int, seed: int) -> list[str]:
+    """At most `count` new texts, drawn by the seed: each word stands at its place in one of the texts of as many words."""
+    generator = random.Random(seed)
+    words = [text.split(" ") for text in texts]
+    found: dict[str, None] = {}
+    for _ in range(DRAWS * count if words else 0):
+        length = len(generator.choice(words))
+        alike = [each for each in words if len(each) == length]
+        found[" ".join(generator.choice(alike)[place] for place in range(length))] = None
+    return [text for text in found if text not in set(texts)][:count]

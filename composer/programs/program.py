@@ -126,16 +126,17 @@ class Program:
     ) -> Composition:
         """One adapter, trained by `train_adapters` to answer as the program does, asked by the task's instruction.
 
-        The program labels the unlabelled `inputs`; without any, at most `num_inputs` that look like the task's, taken from
-        the sample inputs in the hub's cards, those of the first step's adapter before others. A tenth of them is held out.
-        The task's own examples are learned with their targets. The report's reason has the agreement with the program on
-        the inputs held out, and both losses of the examples. Raises InvalidTask where there are no inputs, TrainingError
-        for settings out of range.
+        The program labels the unlabelled `inputs`; without any, at most `num_inputs` like the task's: sample inputs
+        in the hub's cards, those of the first step's adapter before others, and new ones of their words. A tenth of them is
+        held out. The task's own examples are learned with their targets. All linear layers are trained, two rows of up to 8
+        inputs a step. The report's reason has the agreement with the program on the inputs held out, and both losses of the
+        examples. Raises InvalidTask where there are no inputs, TrainingError for settings out of range.
         """
         given = {"num_inputs": num_inputs, "steps": steps, "lr": lr, "rank": rank}
         check_options("distil()", given, options_of(Program.distil, after=2), error=TrainingError)
         if inputs is None:
-            found = card_inputs(self.hub, self.steps[0].name, [text for text, _ in self.task.examples], num_inputs)
+            own_inputs = [text for text, _ in self.task.examples]
+            found = card_inputs(self.hub, self.steps[0].name, own_inputs, num_inputs, seed)
             why = "the hub's cards have no sample inputs: give some as inputs=[...]"
         else:
             found, why = read_inputs(inputs), "inputs is empty: give unlabelled inputs, or None for those of the hub's cards"

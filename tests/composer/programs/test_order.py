@@ -13,7 +13,7 @@ import loraweave as lw
 from loraweave import registry
 from loraweave.composer.model import scoring
 from loraweave.composer.programs.asked import Asked, Step
-from loraweave.composer.programs.distil import card_inputs
+from loraweave.composer.programs.distil import card_inputs, recombined
 from loraweave.composer.programs.program import Program
 from loraweave.errors import (
     AdapterCorrupt,
@@ -140,11 +140,24 @@ def test_a_distilled_program_answers_alike_in_one_pass_and_says_what_was_lost(pr
 
 
 def test_without_inputs_the_cards_of_the_hub_are_asked(program, hub):
-    assert card_inputs(hub, "one", ["a", "b"], 3) == ["a", "b", "c"]
+    assert card_inputs(hub, "one", ["a", "b"], 3, 0) == ["a", "b", "c"]
     # letters alone look like letters alone, whatever adapter they are of
-    assert card_inputs(hub, "two", ["a", "b"], 9) == ["e", "f", "g", "h", "a", "b", "c", "d"]
-    assert card_inputs(hub, None, ["A: 1, 2, 3.", "B: 4, 5, 6."], 9) == []
+    assert card_inputs(hub, "two", ["a", "b"], 9, 0) == ["e", "f", "g", "h", "a", "b", "c", "d"]
+    assert set(card_inputs(hub, None, ["A: 1, 2, 3.", "B: 4, 5, 6."], 99, 0)) == {
+        f"{mark}: {one}, {two}, {three}." for mark in "AB" for one in "14" for two in "25" for three in "36"
+    } - {"A: 1, 2, 3.", "B: 4, 5, 6."}
     assert program.distil(num_inputs=6, steps=2, progress=False).report.chosen == "distilled"
+
+
+def test_new_inputs_have_each_word_where_a_text_of_as_many_words_has_it():
+    texts = ["1 2", "3 4", "5 6", "alone", "the other"]
+    found = recombined(texts, 99, seed=0)
+    assert set(found) == {f"{first} {last}" for first in ("1", "3", "5", "the") for last in ("2", "4", "6", "other")} - set(
+        texts
+    )
+    assert found == recombined(texts, 99, seed=0)
+    assert recombined(texts, 2, seed=0) == found[:2]
+    assert recombined([], 9, seed=0) == recombined(["alone", "one"], 9, seed=0) == []
 
 
 def test_a_saved_program_comes_back_and_a_changed_adapter_is_refused(program, trained_on, tokenizer, hub, tmp_path):
