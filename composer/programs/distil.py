@@ -1,6 +1,6 @@
 """One adapter that answers as a program does: the program labels inputs, and `train_adapters` learns them.
 
-Rows of several inputs with their answers teach more than a row for each: answers are learned under others and asked alone.
+Rows of several inputs with their answers teach more than a row for each; so the adapter is asked under the task's examples.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def distilled(
     own = {text for text, _ in task.examples}
     # an empty answer teaches nothing
     rows = [*task.examples, *((text, answer) for text, answer in learned if answer.strip() and text not in own)]
-    name, packed = "distilled", replace(task, examples=rows, demonstrations=task.examples)
+    name, asked = "distilled", replace(task, demonstrations=True)
+    packed = replace(asked, examples=rows)
     trained = train_adapters(
         model,
         tokenizer,
@@ -79,12 +80,12 @@ def distilled(
         seed=settings.seed,
         progress=progress,
     )[name]
-    loss = loss_with(model, tokenizer, task, trained)
+    loss = loss_with(model, tokenizer, asked, trained)
     parents = [] if pool is None else [{**parent_of(each), "weight": None} for each in pool.adapters.values()]
     made = Composition(
         model,
         tokenizer,
-        task,
+        asked,
         None,
         {},
         "linear",

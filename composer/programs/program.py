@@ -124,7 +124,8 @@ class Program:
         seed: int = 0,
         progress: bool = True,
     ) -> Composition:
-        """One adapter, trained by `train_adapters` to answer as the program does, asked by the task's instruction.
+        """One adapter, trained by `train_adapters` to answer as the program does, asked by the task's instruction under its
+        examples.
 
         The program labels the unlabelled `inputs`; without any, at most `num_inputs` like the task's: sample inputs
         in the hub's cards, those of the first step's adapter before others, and new ones of their words. A tenth of them is

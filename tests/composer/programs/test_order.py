@@ -128,13 +128,16 @@ def test_labels_are_ranked_by_the_last_step(trained_on, tokenizer, hub):
 
 
 def test_a_distilled_program_answers_alike_in_one_pass_and_says_what_was_lost(program, tmp_path):
-    made = program.distil(["a", "b", "c", "d"], steps=80, lr=1e-2, progress=False)
+    made = program.distil(["a", "b", "c", "d"], steps=150, lr=1e-2, progress=False)
     (row,) = made.report.rows
     assert "learned one > two from 0 inputs that it labelled; agrees with it on" in made.report.reason
     assert made.losses() == pytest.approx([row.loss] * 4, abs=2 * row.loss + 1e-3)
     assert made.task.instruction == "go on do it"
     assert [parent["name"] for parent in made.parents] == ["one", "two"]
     assert f"became {row.loss:.3f}" in made.report.reason
+    trained = {layer.rsplit(".", 1)[-1] for layer in made.adapter.layers}
+    assert trained == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert made.predict(["a", "b", "c", "d"]) == program.predict(["a", "b", "c", "d"])
     made.export(tmp_path / "plain")
     assert lw.Adapter.from_pretrained(tmp_path / "plain").hash == made.adapter.hash
 
