@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.composer.model.batches import has_two_sequences, pad_id, pad_rows
+from loraweave.composer.model.growing_text import GrowingText
 from loraweave.errors import CompositionError, ScopeError
 
 # modes whose decoding transformers downloads as code and runs
@@ -153,10 +154,6 @@ def encode_texts(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> tupl
     return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}, pad_id(tokenizer)
 
 
-# what a decoder writes for bytes of a character that is not complete
-INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-
-
 def stream(generate: Callable[[Any], None], tokenizer: Any) -> Iterator[list[str]]:
     """One piece of text per sequence, as often as there is any; the pieces of a sequence make up its whole text.
 
@@ -215,14 +212,14 @@ class _Streamer:
         self.stopped = False
         self._tokenizer = tokenizer
         self._send = send
-        self._rows: list[_Row] | None = None
+        self._rows: list[GrowingText] | None = None
 
     def put(self, tokens: Tensor) -> None:
         """The next token of every sequence, or several of the only one; the first call has the prompts."""
         if self.stopped:
             raise _Stopped
         if self._rows is None:
-            self._rows = [_Row(self._tokenizer) for _ in range(tokens.shape[0])]
+            self._rows = [GrowingText(self._tokenizer) for _ in range(tokens.shape[0])]
             return
         new = tokens.reshape(len(self._rows), -1).tolist()
         self._pass_on([row.text(ids) for row, ids in zip(self._rows, new, strict=True)])
@@ -233,39 +230,6 @@ class _Streamer:
     def _pass_on(self, pieces: list[str]) -> None:
         if any(pieces):
             self._send(pieces)
-
-
-class _Row:
-    """The text of one sequence, decoded token by token.
-
-    What a token adds can depend on those before it (a space, the bytes of one character), so it is what the text of the
-    last few tokens has more with it than without it.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._special = set(getattr(tokenizer, "all_special_ids", ()))
-        self._before: list[int] = []
-        self._new: list[int] = []
-
-    def text(self, ids: list[int]) -> str:
-        """What these tokens add; "" while a character is incomplete."""
-        self._new += [token for token in ids if token not in self._special]
-        return self._new_text(complete=True) if self._new else ""
-
-    def rest(self) -> str:
-        """What is left at the end."""
-        return self._new_text(complete=False) if self._new else ""
-
-    def _new_text(self, *, complete: bool) -> str:
-        old, both = self._decode(self._before), self._decode(self._before + self._new)
-        if complete and (both.endswith(INCOMPLETE) or not both.startswith(old) or len(both) == len(old)):
-            return ""
-        self._before, self._new = self._new, []
-        return both[len(old) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.batch_decode(torch.tensor([ids], dtype=torch.long), skip_special_tokens=True)[0])
 
 
 def sample_by_seeds(seeds: Sequence[int], streamer: Any) -> Callable[..., Any]:
