@@ -15,7 +15,7 @@ from loraweave.registry import FOLDERS
 
 ROOT = Path(__file__).parents[1]
 # upstream first
-ROOMS = ("hub", "retrieval", "routers", "composer")
+ROOMS = ("hub", "retrieval", "routers", "composer", "serving")
 FLOORS = ("errors", "registry", "common", "types", "lowrank", *ROOMS)
 OURS = ("loraweave", *ROOMS)
 
@@ -25,7 +25,7 @@ def sources():
     found = {}
     for path in (ROOT / "loraweave").rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
-        # four links in loraweave/ show the rooms to type checkers
+        # links in loraweave/ show the rooms to type checkers
         if parts[1] not in ROOMS:
             found[".".join(parts)] = path
     for room in ROOMS:

@@ -17,7 +17,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("hub", "retrieval", "routers", "composer")
+ROOMS = ("hub", "retrieval", "routers", "composer", "serving")
 
 
 @pytest.fixture(scope="module")

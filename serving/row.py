@@ -1,0 +1,115 @@
+"""One answer on its way: its tokens so far, and who is told of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.model.growing_text import GrowingText
+from loraweave.serving.refusals import Refusal
+from loraweave.serving.sampling import Chosen, Sampling, Stops, choose
+from loraweave.serving.served import Served
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step adds to an answer: text, the tokens chosen where log-probabilities are asked for, and why it ended.
+
+    `finish` is "stop" (an end of sequence or a stop string), "length", or None while it goes on.
+    """
+
+    text: str
+    chosen: tuple[Chosen, ...] = ()
+    finish: str | None = None
+
+
+class Row:
+    """A prompt under one composition. The scheduler's thread alone changes it, but for `gone`, which the client's side sets.
+
+    `tell` gets each Piece, or the exception that ends the row. `deadline` is a time of `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        served: Served,
+        sampling: Sampling,
+        tell: Callable[[Piece | BaseException], None],
+        *,
+        deadline: float = float("inf"),
+    ) -> None:
+        self.prompt = tuple(prompt)
+        self.served = served
+        self.sampling = sampling
+        self.deadline = deadline
+        self.tokens: list[int] = []
+        self.over = False
+        self.gone = False
+        # whether the model failed on a batch with this row in it, and whether its experts were given back
+        self.suspect = False
+        self.released = False
+        self._tell = tell
+        self._stops = Stops(sampling.stop)
+        self._text: GrowingText | None = None
+        self._generator: torch.Generator | None = None
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All tokens so far, the prompt's among them."""
+        return self.prompt + tuple(self.tokens)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the row has at most when it ends."""
+        return len(self.prompt) + self.sampling.max_tokens
+
+    def take(self, logits_V: Tensor, tokenizer: Any, ends: Collection[int]) -> None:
+        """Chooses the next token from the model's logits and tells it; `ends` are the tokens that end a sequence.
+
+        What goes wrong with this row ends this row alone.
+        """
+        try:
+            chosen = choose(logits_V, self.sampling, self._generator_on(logits_V.device))
+            self.tokens.append(chosen.token)
+            self._tell(self._piece(chosen, tokenizer, ends))
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the row with an error."""
+        self.over = True
+        self._tell(error)
+
+    def require_wanted(self) -> None:
+        """Ends the row where its client has gone or its time is up."""
+        if self.gone:
+            self.over = True
+        elif not self.over and time.monotonic() > self.deadline:
+            self.fail(Refusal(504, f"the deadline passed after {len(self.tokens)} tokens", code="deadline_exceeded"))
+
+    def _piece(self, chosen: Chosen, tokenizer: Any, ends: Collection[int]) -> Piece:
+        told = () if self.sampling.logprobs is None else (chosen,)
+        growing = self._text = self._text or GrowingText(tokenizer)
+        ended = chosen.token in ends
+        full = len(self.tokens) >= self.sampling.max_tokens
+        text, stopped = self._stops.add("" if ended else growing.text([chosen.token]))
+        if (ended or full) and not stopped:
+            rest, stopped = self._stops.add(growing.rest())
+            text += rest if stopped else rest + self._stops.rest()
+        self.over = ended or full or stopped
+        finish = None if not self.over else "stop" if ended or stopped else "length"
+        return Piece(text, () if ended else told, finish)
+
+    def _generator_on(self, device: torch.device) -> torch.Generator:
+        if self._generator is None:
+            self._generator = torch.Generator(device)
+            if self.sampling.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(self.sampling.seed)
+        return self._generator

@@ -1,0 +1,191 @@
+"""The one thread that owns the model: rows wait, join the running batch at a step, and leave it when they are over.
+
+    submit(rows) -> waiting -> [experts loaded, prompt read] -> running -> over
+                       |                                          |
+                       '------- the client has gone, or its time is up
+
+A row joins as soon as the batch has room for it, in the order of arrival: a batch has so many rows, and so many rows times
+the longest of them. Where the model fails on several rows together, each is read again alone, so that the one at fault
+fails alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from loraweave.serving.batch import Batch
+from loraweave.serving.experts import Experts
+from loraweave.serving.limits import Limits
+from loraweave.serving.metrics import Metrics
+from loraweave.serving.refusals import Refusal
+from loraweave.serving.row import Row
+
+logger = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """Runs rows until `close`; `submit`, `wake` and `alive` are for other threads.
+
+    Raises CompositionError for a model whose rows cannot share a cache.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, limits: Limits, metrics: Metrics) -> None:
+        self._limits = limits
+        self._metrics = metrics
+        self._experts = Experts(model, limits.loaded)
+        self._batch = Batch(model, tokenizer, self._experts)
+        self._waiting: deque[Row] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        metrics.watch_rows(lambda: len(self._batch.rows), lambda: len(self._waiting))
+        self._thread = threading.Thread(target=self._run, name="loraweave-scheduler", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends every row with an error, and the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether rows that are submitted will run."""
+        return self._thread.is_alive() and not self._closed
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Lets all rows wait for their turn, or none. Raises Refusal, 429 where too many wait, 413 for one too long."""
+        for row in rows:
+            if row.longest > self._limits.cache_tokens:
+                raise Refusal(
+                    413,
+                    f"the prompt and its answer have up to {row.longest} tokens, and this server keeps "
+                    f"{self._limits.cache_tokens}; ask for fewer max_tokens, or shorten the prompt",
+                    code="context_length_exceeded",
+                )
+        with self._changed:
+            if not self.alive:
+                raise Refusal(503, "the server is stopping", code="unavailable")
+            if len(self._waiting) + len(rows) > self._limits.waiting:
+                raise too_busy(f"{len(self._waiting)} answers wait already, of {self._limits.waiting} that may")
+            self._waiting.extend(rows)
+            self._changed.notify()
+
+    def wake(self) -> None:
+        """Says that a client has gone."""
+        with self._changed:
+            self._changed.notify()
+
+    def _run(self) -> None:
+        ended: Exception = Refusal(503, "the server is stopping", code="unavailable")
+        try:
+            while self._turn():
+                pass
+        except Exception as error:
+            logger.critical("the scheduler ended", exc_info=error)
+            ended = error
+        with self._changed:
+            self._closed = True
+            left, self._waiting = [*self._batch.rows, *self._waiting], deque()
+        for row in left:
+            row.fail(ended)
+
+    def _turn(self) -> bool:
+        """Waits for something to do and does one step of it; False when closed."""
+        with self._changed:
+            while not (self._closed or self._waiting or self._batch.rows):
+                self._changed.wait()
+            if self._closed:
+                return False
+        self._dismiss_unwanted()
+        self._admit()
+        if self._batch.rows:
+            self._step()
+        return True
+
+    def _dismiss_unwanted(self) -> None:
+        with self._changed:
+            for row in self._waiting:
+                row.require_wanted()
+            self._waiting = deque(row for row in self._waiting if not row.over)
+        running = self._batch.rows
+        for row in running:
+            row.require_wanted()
+        self._batch.keep([row for row in running if not row.over])
+        self._release(running)
+
+    def _admit(self) -> None:
+        """Reads the prompts of waiting rows that the batch has room for."""
+        joining: list[Row] = []
+        while (row := self._next([*self._batch.rows, *joining])) is not None:
+            try:
+                self._experts.take(row.served)
+            except Exception as error:
+                row.fail(error)
+            else:
+                joining.append(row)
+        if joining:
+            self._read(joining)
+
+    def _next(self, others: Sequence[Row]) -> Row | None:
+        with self._changed:
+            if not self._waiting or len(others) >= self._limits.rows:
+                return None
+            longest = max(row.longest for row in (self._waiting[0], *others))
+            if (len(others) + 1) * longest > self._limits.cache_tokens:
+                return None
+            return self._waiting.popleft()
+
+    def _read(self, rows: Sequence[Row]) -> None:
+        num_tokens = sum(len(row.ids) for row in rows)
+        try:
+            self._batch.read(rows)
+        except Exception as error:
+            self._apart(rows, error)
+        else:
+            self._metrics.read(num_tokens, len(rows))
+        self._release(rows)
+
+    def _step(self) -> None:
+        rows = self._batch.rows
+        try:
+            self._batch.step()
+        except Exception as error:
+            # what the cache holds is not known
+            self._batch.keep([])
+            self._apart(rows, error)
+        else:
+            self._metrics.stepped(len(rows))
+        self._release(rows)
+
+    def _apart(self, rows: Sequence[Row], error: Exception) -> None:
+        """Reads again alone each row of a batch on which the model failed; one that fails so, or twice, ends."""
+        if len(rows) > 1:
+            logger.warning("the model failed on %d rows together; each is read again alone", len(rows), exc_info=error)
+        for row in rows:
+            if len(rows) == 1 or row.suspect:
+                row.fail(error)
+                self._release([row])
+            else:
+                row.suspect = True
+                self._read([row])
+
+    def _release(self, rows: Sequence[Row]) -> None:
+        """Gives back the experts of the rows that are over, once."""
+        for row in rows:
+            if row.over and not row.released:
+                row.released = True
+                self._experts.give_back(row.served)
+                self._metrics.ended(gone=row.gone)
+
+
+def too_busy(why: str) -> Refusal:
+    """The refusal of a request that may be sent again in a second."""
+    return Refusal(429, f"the server is busy: {why}; try again later", code="busy", headers={"Retry-After": "1"})

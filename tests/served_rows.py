@@ -1,0 +1,93 @@
+"""What tests of the server share: compositions without a hub, rows that keep what they hear, and answers of rows alone."""
+
+import torch
+
+from loraweave.serving.batch import Batch
+from loraweave.serving.experts import Experts
+from loraweave.serving.row import Row
+from loraweave.serving.sampling import Sampling
+from loraweave.serving.served import Served
+
+PROMPTS = ["abc", "the judge thanked: ", "b", "zebra 12, 34. ", "OPA? "]
+MIXTURES = [{"a": 1.0}, {}, {"b": 0.7, "c": -0.4}, {"c": 1.0}, {"a": 0.5, "b": 0.5, "c": 0.5}]
+
+
+def served(adapters, weights):
+    """A composition of these weights by name, as the server keeps it by content."""
+    by_name = {adapter.name: adapter for adapter in adapters}
+    return Served(
+        str(weights),
+        str(weights),
+        {by_name[name].hash: weight for name, weight in weights.items()},
+        {by_name[name].hash: by_name[name] for name in weights},
+    )
+
+
+class Heard:
+    """A row, and all that was told of it."""
+
+    def __init__(self, tokenizer, prompt, composition, sampling, **options):
+        self.events = []
+        self.row = Row(tokenizer(prompt)["input_ids"], composition, sampling, self.events.append, **options)
+
+    @property
+    def text(self):
+        return "".join(event.text for event in self.events)
+
+    @property
+    def logprobs(self):
+        return [chosen.logprob for event in self.events for chosen in event.chosen]
+
+    @property
+    def finish(self):
+        return self.events[-1].finish
+
+    @property
+    def error(self):
+        return next((event for event in self.events if isinstance(event, BaseException)), None)
+
+
+def heard_rows(tokenizer, adapters, max_tokens=9, **options):
+    """A row for each prompt and mixture above, greedy and with log-probabilities unless told otherwise."""
+    sampling = Sampling(max_tokens, **{"temperature": 0.0, "logprobs": 2, **options})
+    return [
+        Heard(tokenizer, prompt, served(adapters, weights), sampling)
+        for prompt, weights in zip(PROMPTS, MIXTURES, strict=True)
+    ]
+
+
+def make_batch(model, tokenizer, most=8):
+    experts = Experts(model, most)
+    return Batch(model, tokenizer, experts), experts
+
+
+def join(batch, experts, heard):
+    """What the scheduler does for rows that join."""
+    for each in heard:
+        experts.take(each.row.served)
+    batch.read([each.row for each in heard])
+
+
+def finish(batch):
+    """Steps until no row is left."""
+    while batch.rows:
+        batch.step()
+
+
+@torch.no_grad()
+def alone(engine, prompt, weights, max_tokens=9):
+    """(text, log-probability of each token but the end) of transformers' greedy search on this prompt alone."""
+    ids = torch.tensor([engine.tokenizer(prompt)["input_ids"]])
+    with engine.activate(weights):
+        output = engine.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=max_tokens,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    tokens = output.sequences[0, ids.shape[1] :]
+    logprobs = [float(step[0].double().log_softmax(0)[token]) for step, token in zip(output.logits, tokens, strict=True)]
+    ends = tokens[-1] == engine.model.generation_config.eos_token_id
+    return engine.tokenizer.decode(tokens, skip_special_tokens=True), logprobs[:-1] if ends else logprobs
