@@ -272,6 +272,16 @@ def test_the_page_on_generation_whose_three_ways_give_one_answer(run_page, capsy
 
 
 @pytest.mark.slow
+def test_the_page_on_serving_gets_the_answer_of_its_formula(run_page):
+    names = run_page("docs/serving.md")
+    engine = lw.Composer(names["model"], names["hub"].pool(), tokenizer=names["tokenizer"])
+    mixture = {"passive": 0.8, "negation": 0.7}
+    alone = engine.generate([names["asked"]["prompt"]], mixture=mixture, max_new_tokens=16, do_sample=False)
+    assert [choice["text"] for choice in names["body"]["choices"]] == alone
+    assert names["body"]["system_fingerprint"] == "0.7*negation + 0.8*passive"
+
+
+@pytest.mark.slow
 def test_the_page_on_objectives(run_page):
     names = run_page("docs/objectives.md")
     ((first,), (second,)) = names["alone"]

@@ -1,0 +1,57 @@
+"""`loraweave serve`: an OpenAI-compatible server whose model names are formulas."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from loraweave.cli._flags import DEFAULT_HUB, BaseOption, HubOption
+from loraweave.cli._inputs import load_model, open_hub
+from loraweave.errors import PackageMissing
+
+SERVE_EXAMPLE = 'Example: loraweave serve --hub adapters   (a client then asks for model "0.7*passive + 0.7*negation")'
+
+
+def serve(
+    hub: HubOption = DEFAULT_HUB,
+    base: BaseOption = None,
+    host: Annotated[str, typer.Option(help="Where to listen; other machines need --api-key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 chooses a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LORAWEAVE_API_KEY", help="What clients must send as their bearer token.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where the model runs, such as cuda; where it is loaded by default.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Answers that run in one batch.")] = 8,
+    cache_tokens: Annotated[int, typer.Option(min=1, help="Keys and values that the batch keeps at most.")] = 32_768,
+    waiting: Annotated[int, typer.Option(min=1, help="Answers that wait; more are refused with 429.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of one answer at most.")] = 1024,
+    deadline: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600.0,
+    adapters: Annotated[int, typer.Option(min=1, help="Adapters of one formula at most.")] = 16,
+    merges: Annotated[bool, typer.Option(help="Whether formulas may have merges by a method, such as ties(a, b).")] = True,
+) -> None:
+    """Serve every formula over a hub to OpenAI clients, requests with different mixtures in one batch."""
+    try:
+        from loraweave.serving.limits import Limits
+        from loraweave.serving.run import make_server
+    except ModuleNotFoundError as error:
+        raise PackageMissing(
+            f"serving needs packages that are not installed ({error}): pip install 'loraweave[serve]'"
+        ) from error
+
+    limits = Limits(
+        rows=rows,
+        cache_tokens=cache_tokens,
+        waiting=waiting,
+        new_tokens=max_tokens,
+        seconds=deadline,
+        adapters=adapters,
+        merges=merges,
+    )
+    with open_hub(hub) as opened:
+        model, tokenizer = load_model(base)
+        if device is not None:
+            model.to(device)
+        make_server(opened, model, tokenizer, host=host, port=port, limits=limits, api_key=api_key).run()

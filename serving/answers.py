@@ -1,0 +1,145 @@
+"""What a client gets: the bodies of OpenAI's two generating calls, whole or in pieces."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraweave.serving.row import Piece, Row
+from loraweave.serving.sampling import Chosen
+from loraweave.serving.served import Served
+
+
+@dataclass
+class Choice:
+    """One answer as far as it has come."""
+
+    row: Row
+    text: str = ""
+    chosen: list[Chosen] = field(default_factory=list)
+    finish: str | None = None
+    # characters of the tokens told so far
+    offset: int = 0
+
+    def add(self, piece: Piece) -> None:
+        self.text += piece.text
+        self.chosen += piece.chosen
+        self.finish = piece.finish
+
+
+class Answer:
+    """The answer to one request; a subclass has the shapes of its call."""
+
+    prefix: str
+    whole: str
+    part: str
+
+    def __init__(self, model: str, served: Served, tokenizer: Any, rows: Sequence[Row], num_prompt_tokens: int) -> None:
+        self._num_prompt_tokens = num_prompt_tokens
+        self.choices = [Choice(row) for row in rows]
+        self._tokenizer = tokenizer
+        self._head = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": served.canonical,
+        }
+
+    def body(self) -> dict[str, Any]:
+        """All of it at once."""
+        choices = [
+            {"index": index, **self._message(choice.text), "logprobs": self._logprobs(choice, choice.chosen)}
+            | {"finish_reason": choice.finish}
+            for index, choice in enumerate(self.choices)
+        ]
+        return {**self._head, "object": self.whole, "choices": choices, "usage": self._usage()}
+
+    def beginnings(self) -> list[dict[str, Any]]:
+        """What a stream has before the first piece."""
+        return []
+
+    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+        """What a stream has for a piece of one answer."""
+        logprobs = self._logprobs(self.choices[index], piece.chosen)
+        return self._chunk(index, self._delta(piece.text), logprobs, piece.finish)
+
+    def usage(self) -> dict[str, Any]:
+        """What ends a stream where usage is asked for."""
+        return {**self._head, "object": self.part, "choices": [], "usage": self._usage()}
+
+    def _chunk(self, index: int, delta: dict[str, Any], logprobs: Any, finish: str | None) -> dict[str, Any]:
+        choice = {"index": index, **delta, "logprobs": logprobs, "finish_reason": finish}
+        return {**self._head, "object": self.part, "choices": [choice]}
+
+    def _usage(self) -> dict[str, int]:
+        num_new = sum(len(choice.row.tokens) for choice in self.choices)
+        num_prompt = self._num_prompt_tokens
+        return {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
+
+    def _word(self, token: int) -> str:
+        return str(self._tokenizer.decode([token]))
+
+    def _message(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _logprobs(self, choice: Choice, chosen: Sequence[Chosen]) -> dict[str, Any] | None:
+        """Those of these tokens, None where none are asked for."""
+        raise NotImplementedError
+
+
+class CompletionAnswer(Answer):
+    """/v1/completions."""
+
+    prefix, whole, part = "cmpl", "text_completion", "text_completion"
+
+    def _message(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    _delta = _message
+
+    def _logprobs(self, choice: Choice, chosen: Sequence[Chosen]) -> dict[str, Any] | None:
+        if choice.row.sampling.logprobs is None:
+            return None
+        words, offsets = [self._word(each.token) for each in chosen], []
+        for word in words:
+            offsets.append(choice.offset)
+            choice.offset += len(word)
+        # of several tokens that are the same text, such as parts of characters, the likeliest counts
+        top = [{self._word(token): logprob for token, logprob in reversed(each.top)} for each in chosen]
+        values = [each.logprob for each in chosen]
+        return {"tokens": words, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+
+
+class ChatAnswer(Answer):
+    """/v1/chat/completions."""
+
+    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def beginnings(self) -> list[dict[str, Any]]:
+        delta = {"delta": {"role": "assistant", "content": ""}}
+        return [self._chunk(index, delta, None, None) for index in range(len(self.choices))]
+
+    def _message(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}}
+
+    def _logprobs(self, choice: Choice, chosen: Sequence[Chosen]) -> dict[str, Any] | None:
+        if choice.row.sampling.logprobs is None:
+            return None
+        told = [
+            {**self._entry(each.token, each.logprob), "top_logprobs": [self._entry(*other) for other in each.top]}
+            for each in chosen
+        ]
+        return {"content": told, "refusal": None}
+
+    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
+        word = self._word(token)
+        return {"token": word, "logprob": logprob, "bytes": list(word.encode())}

@@ -1,0 +1,246 @@
+"""The HTTP face: routes, keys, errors in OpenAI's shape, and what a request goes through.
+
+a request -> read, at most body_bytes -> its prompts and its composition, in threads -> rows -> the scheduler
+                                                                                         |
+                                                           JSON or events <- Exchange <--'
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from loraweave.hub.base import base_key
+from loraweave.hub.hub import Hub
+from loraweave.serving.answers import Answer, ChatAnswer, CompletionAnswer
+from loraweave.serving.exchange import EventStream, Exchange, unless_gone
+from loraweave.serving.limits import Limits
+from loraweave.serving.metrics import CONTENT_TYPE, Metrics
+from loraweave.serving.names import Names
+from loraweave.serving.prompts import Prompts
+from loraweave.serving.refusals import Refusal, refusal_of
+from loraweave.serving.requests import COMPLETION_TOKENS, Asked, ChatRequest, CompletionRequest, read_request
+from loraweave.serving.row import Row
+from loraweave.serving.scheduler import Scheduler, too_busy
+from loraweave.serving.served import Served
+
+T = TypeVar("T")
+Handler = Callable[[Request], Awaitable[Response]]
+Read = Callable[[], tuple[str, list[tuple[int, ...]]]]
+
+# threads that read prompts and open adapters; more only take turns on the interpreter's lock
+NUM_READERS = 2
+# what a client that went away is noted with; it hears nothing
+CLIENT_GONE = 499
+# characters that a header may have as they are
+PLAIN = "".join(map(chr, range(32, 127))).replace("%", "")
+
+
+def make_app(hub: Hub, model: Any, tokenizer: Any, *, limits: Limits | None = None, api_key: str | None = None) -> Starlette:
+    """An ASGI application over a model and a hub; its scheduler runs between the application's start-up and shut-down.
+
+    Raises CompositionError for a model whose rows cannot share a cache.
+    """
+    face = Face(hub, model, tokenizer, limits or Limits(), api_key)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        face.scheduler.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(face.close)
+
+    def route(path: str, method: str, handler: Handler, *, is_open: bool = False) -> Route:
+        return Route(path, face.guarded(path, handler, is_open=is_open), methods=[method])
+
+    routes = [
+        route("/health", "GET", face.health, is_open=True),
+        route("/metrics", "GET", face.figures),
+        route("/v1/models", "GET", face.models),
+        route("/v1/models/{name:path}", "GET", face.model),
+        route("/v1/completions", "POST", face.completions),
+        route("/v1/chat/completions", "POST", face.chat),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
+
+
+class Face:
+    """What the routes do."""
+
+    def __init__(self, hub: Hub, model: Any, tokenizer: Any, limits: Limits, api_key: str | None) -> None:
+        self._limits = limits
+        self._api_key = api_key
+        self._tokenizer = tokenizer
+        self._metrics = Metrics()
+        self._names = Names(hub, limits, base_key(model))
+        self._prompts = Prompts(model, tokenizer)
+        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="loraweave-reader")
+        self._num_open = 0
+        self._metrics.watch_requests(lambda: self._num_open)
+        self.scheduler = Scheduler(model, tokenizer, limits, self._metrics)
+
+    def close(self) -> None:
+        self.scheduler.close()
+        # a merge that is being made is not waited for
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+    def guarded(self, path: str, handler: Handler, *, is_open: bool) -> Handler:
+        """The handler behind the key, whose errors become answers, counted under its path."""
+
+        async def answer(request: Request) -> Response:
+            with self._metrics.request(path) as status:
+                try:
+                    if not is_open:
+                        self._require_key(request)
+                    response = await handler(request)
+                except ClientDisconnect:
+                    response = Response(status_code=CLIENT_GONE)
+                except Exception as error:
+                    response = _refused(error)
+                status[0] = response.status_code
+                return response
+
+        return answer
+
+    async def health(self, request: Request) -> Response:
+        alive = self.scheduler.alive
+        return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
+
+    async def figures(self, request: Request) -> Response:
+        return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def models(self, request: Request) -> Response:
+        listed = await self._in_reader(self._names.listed)
+        return JSONResponse({"object": "list", "data": [_model(name, created) for name, created in listed]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name.strip() == "auto":
+            return JSONResponse(_model("auto", 0))
+        served = await self._in_reader(partial(self._names.served, name, ""))
+        return JSONResponse(_model(name, 0), headers=_headers(served))
+
+    async def completions(self, request: Request) -> Response:
+        asked = read_request(CompletionRequest, await self._body(request))
+        read = partial(self._prompts.of_completion, asked)
+        return await self._answer(request, asked, read, CompletionAnswer, asked.max_tokens, COMPLETION_TOKENS)
+
+    async def chat(self, request: Request) -> Response:
+        asked = read_request(ChatRequest, await self._body(request))
+        read = partial(self._prompts.of_chat, asked)
+        max_tokens = asked.max_completion_tokens or asked.max_tokens
+        return await self._answer(request, asked, read, ChatAnswer, max_tokens, self._limits.new_tokens)
+
+    async def _answer(
+        self, request: Request, asked: Asked, read: Read, kind: type[Answer], max_tokens: int | None, usual: int
+    ) -> Response:
+        if self._num_open >= self._limits.waiting + self._limits.rows:
+            raise too_busy(f"{self._num_open} requests are open")
+        deadline = time.monotonic() + self._limits.seconds
+        self._num_open += 1
+        exchange = Exchange(self.scheduler, self._ended)
+        try:
+            made = self._begin(exchange, asked, read, kind, max_tokens, usual, deadline)
+            answer, served = await unless_gone(request.receive, made)
+            if asked.stream:
+                pieces = exchange.pieces()
+                # what fails before the first token is an answer with a status of its own
+                first = await unless_gone(request.receive, anext(pieces))
+                events = exchange.events(answer, first, pieces, usage=asked.includes_usage)
+                return EventStream(events, exchange.close, _headers(served))
+            body = await unless_gone(request.receive, exchange.whole(answer))
+        except BaseException:
+            exchange.close()
+            raise
+        exchange.close()
+        return JSONResponse(body, headers=_headers(served))
+
+    async def _begin(
+        self,
+        exchange: Exchange,
+        asked: Asked,
+        read: Read,
+        kind: type[Answer],
+        max_tokens: int | None,
+        usual: int,
+        deadline: float,
+    ) -> tuple[Answer, Served]:
+        """Reads the prompts, finds the composition, and hands the rows to the scheduler."""
+        text, prompts = await self._in_reader(read, deadline)
+        if (count := len(prompts) * asked.num_answers) > self._limits.choices:
+            raise Refusal(400, f"{count} answers are asked for, above the limit of {self._limits.choices}", param="n")
+        num_new = self._prompts.num_new(prompts, max_tokens, usual, self._limits.new_tokens)
+        served = await self._in_reader(partial(self._names.served, asked.model, text), deadline)
+        for prompt in prompts:
+            for number in range(asked.num_answers):
+                sampling = asked.sampling(num_new, number)
+                exchange.rows.append(Row(prompt, served, sampling, exchange.teller(), deadline=deadline))
+        exchange.submit()
+        return kind(asked.model, served, self._tokenizer, exchange.rows, sum(map(len, prompts))), served
+
+    async def _in_reader(self, work: Callable[[], T], deadline: float | None = None) -> T:
+        """What `work` returns, in one of few threads. Raises Refusal when a request's time is up; the thread goes on."""
+        running = asyncio.get_running_loop().run_in_executor(self._readers, work)
+        seconds = self._limits.seconds if deadline is None else deadline - time.monotonic()
+        try:
+            return await asyncio.wait_for(running, seconds)
+        except TimeoutError as error:
+            raise Refusal(504, "the deadline passed before the composition was there", code="deadline_exceeded") from error
+
+    async def _body(self, request: Request) -> bytes:
+        """The body. Raises Refusal for one that is too large, or that is not said to be JSON."""
+        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if kind != "application/json":
+            raise Refusal(415, f"the body's Content-Type is {kind!r}; send application/json")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._limits.seconds):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > self._limits.body_bytes:
+                        raise Refusal(413, f"the body has more than {self._limits.body_bytes} bytes")
+        except TimeoutError as error:
+            raise Refusal(408, f"the body did not come within {self._limits.seconds:g} seconds") from error
+        return bytes(body)
+
+    def _require_key(self, request: Request) -> None:
+        given = request.headers.get("authorization", "")
+        if self._api_key is not None and not hmac.compare_digest(given.encode(), f"Bearer {self._api_key}".encode()):
+            raise Refusal(401, "this server wants its key: Authorization: Bearer ...", code="invalid_api_key")
+
+    def _ended(self) -> None:
+        self._num_open -= 1
+
+
+def _model(name: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "loraweave"}
+
+
+def _headers(served: Served) -> dict[str, str]:
+    """Which composition answers: its canonical formula, percent-encoded where a header needs it, and its identity."""
+    return {"X-Loraweave-Formula": quote(served.canonical, safe=PLAIN), "X-Loraweave-Identity": served.identity}
+
+
+def _refused(error: Exception) -> Response:
+    refusal = refusal_of(error)
+    return JSONResponse(refusal.body, refusal.status, headers=refusal.headers)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return _refused(Refusal(error.status_code, message, headers=error.headers))

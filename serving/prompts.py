@@ -1,0 +1,88 @@
+"""Prompts as token ids: texts, ids that a client gives, and messages through the tokenizer's chat template."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from loraweave.composer.model.batches import context_length
+from loraweave.serving.refusals import Refusal
+from loraweave.serving.requests import ChatRequest, CompletionRequest
+
+
+class Prompts:
+    """Reads the prompts of requests with a tokenizer of its own, since one tokenizer takes one call at a time."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self._lock = threading.Lock()
+        self._vocabulary = int(model.config.get_text_config().vocab_size)
+        self.context = context_length(model)
+
+    def of_completion(self, asked: CompletionRequest) -> tuple[str, list[tuple[int, ...]]]:
+        """(the text of the first prompt, the ids of each). Raises Refusal for unknown ids, and where there is no token."""
+        with self._lock:
+            ids = [self._ids(prompt) if isinstance(prompt, str) else self._known(prompt) for prompt in asked.prompts]
+            first = asked.prompts[0]
+            text = first if isinstance(first, str) else str(self._tokenizer.decode(first))
+        return text, [self._fitting(each) for each in ids]
+
+    def of_chat(self, asked: ChatRequest) -> tuple[str, list[tuple[int, ...]]]:
+        """(the text of the last message, the ids of the prompt). Raises Refusal without a template, or where it refuses."""
+        messages = [message.for_template() for message in asked.messages]
+        with self._lock:
+            if self._tokenizer.chat_template is None:
+                raise Refusal(400, "this base's tokenizer has no chat template: use /v1/completions", param="messages")
+            try:
+                text = self._tokenizer.apply_chat_template(
+                    messages, tools=asked.tools, tokenize=False, add_generation_prompt=True
+                )
+            except (TemplateError, TypeError, ValueError, KeyError) as error:
+                raise Refusal(400, f"the chat template refuses these messages: {error}", param="messages") from error
+            ids = self._ids(text, add_special_tokens=False)
+        return messages[-1]["content"], [self._fitting(ids)]
+
+    def num_new(self, prompts: Sequence[tuple[int, ...]], asked: int | None, usual: int, most: int) -> int:
+        """How many new tokens each answer may have: as asked, or the usual number as far as there is room.
+
+        Raises Refusal above `most`, and where prompt and answer are beyond the model's context.
+        """
+        if asked is not None and asked > most:
+            raise Refusal(400, f"max_tokens is {asked}, and this server gives at most {most}", param="max_tokens")
+        room = most if self.context is None else self.context - max(map(len, prompts))
+        if asked is not None and asked > room:
+            raise Refusal(
+                400,
+                f"the prompt has {max(map(len, prompts))} tokens, which with max_tokens={asked} is beyond the context of "
+                f"{self.context}",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        return min(usual, most, room) if asked is None else asked
+
+    def _ids(self, text: str, **options: Any) -> list[int]:
+        ids = list(self._tokenizer(text, **options)["input_ids"])
+        if not ids and self._tokenizer.bos_token_id is not None:
+            ids = [int(self._tokenizer.bos_token_id)]
+        if not ids:
+            raise Refusal(400, "the prompt has no token, and the tokenizer no token to begin with", param="prompt")
+        return ids
+
+    def _known(self, ids: Sequence[int]) -> Sequence[int]:
+        if (largest := max(ids)) >= self._vocabulary:
+            raise Refusal(400, f"token id {largest} is outside the vocabulary of {self._vocabulary}", param="prompt")
+        return ids
+
+    def _fitting(self, ids: Sequence[int]) -> tuple[int, ...]:
+        if self.context is not None and len(ids) >= self.context:
+            raise Refusal(
+                413,
+                f"the prompt has {len(ids)} tokens, and the model's context is {self.context}; shorten it",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        return tuple(ids)

@@ -1,0 +1,173 @@
+"""What a client may ask: the bodies of OpenAI's two generating calls, as far as they are there.
+
+A field that is not there is refused rather than ignored, so that an answer is what the request says.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from loraweave.serving.refusals import Refusal
+from loraweave.serving.sampling import Sampling
+
+MAX_STOPS, MAX_STOP_CHARACTERS, MAX_ALTERNATIVES = 16, 256, 20
+# of OpenAI's own defaults for completions; a chat goes on to its end
+COMPLETION_TOKENS = 16
+
+# fields that are understood at the values that change nothing; None always is one
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+}
+
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+
+
+class Asked(BaseModel):
+    """The fields of both calls."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    model: Annotated[str, Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # who asks, which changes no answer
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
+    logit_bias: Any = None
+
+    @model_validator(mode="after")
+    def _without_what_is_not_there(self) -> Self:
+        for name, neutral in NEUTRAL.items():
+            value = getattr(self, name, None)
+            if value is not None and value not in neutral:
+                raise ValueError(f"{name}={value!r:.60} is not there yet: leave it out")
+        return self
+
+    @property
+    def num_answers(self) -> int:
+        """Of each prompt."""
+        return self.n or 1
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, max_tokens: int, number: int) -> Sampling:
+        """That of a prompt's answer of this number, each of which draws under a seed of its own: the request's plus it."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        temperature = 1.0 if self.temperature is None else self.temperature
+        top_p = 1.0 if self.top_p is None else self.top_p
+        # into what a generator takes
+        seed = None if self.seed is None else (self.seed + number) % 2**64
+        return Sampling(max_tokens, temperature, top_p, seed, stop, self.alternatives)
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives are told with each token's log-probability; None where none is asked for."""
+        raise NotImplementedError
+
+
+class CompletionRequest(Asked):
+    """/v1/completions: a prompt or several, as text or as token ids."""
+
+    prompt: str | Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
+    best_of: Any = None
+    echo: Any = None
+    suffix: Any = None
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or as token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [[int(token) for token in self.prompt]]  # type: ignore[arg-type]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as a chat template reads it: its content is one text."""
+        parts = self.content
+        text = "".join(part.text for part in parts) if isinstance(parts, list) else parts or ""
+        return {**self.model_dump(exclude_none=True), "content": text}
+
+
+class ChatRequest(Asked):
+    """/v1/chat/completions: messages, which the tokenizer's chat template makes a prompt of."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+    response_format: Any = None
+
+    @property
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+Kind = TypeVar("Kind", bound=Asked)
+
+
+def read_request(kind: type[Kind], body: bytes) -> Kind:
+    """The request in a body. Raises Refusal, which names a field at fault."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_input=False, include_context=False)
+        # of a field that may be of several kinds, what went wrong in the kind that came furthest
+        fault = max(faults, key=lambda each: len(each["loc"]))
+        param = str(fault["loc"][0]) if fault["loc"] else None
+        message = fault["msg"].removeprefix("Value error, ")
+        raise Refusal(400, f"{param}: {message}" if param else message, param=param, code=fault["type"]) from None

@@ -1,0 +1,63 @@
+"""`loraweave serve`, as a process that a client asks and an interruption ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+from command_line import adapter, call
+
+import loraweave as lw
+
+
+@pytest.fixture
+def hub(here):
+    with lw.Hub(here / "adapters") as opened:
+        for seed, name in enumerate(("left", "right")):
+            opened.add(adapter(name, seed))
+    return here / "adapters"
+
+
+def test_a_server_answers_for_a_formula_until_it_is_interrupted(hub, base, here):
+    words = [sys.executable, "-m", "loraweave", "serve", "--hub", hub, "--base", base, "--port", "0"]
+    process = subprocess.Popen(
+        [str(word) for word in words], cwd=here, stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_COLOR": "1"}
+    )
+    try:
+        said = ""
+        while (found := re.search(r"running on (http://127\.0\.0\.1:\d+)", said)) is None:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        body = {"model": "0.5*left + right", "prompt": "ab", "max_tokens": 3}
+        request = urllib.request.Request(
+            f"{found[1]}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            told = json.load(answer)
+        assert told["system_fingerprint"] == "0.5*left + right"
+        assert told["usage"]["completion_tokens"] in (1, 2, 3)
+    finally:
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=60)[1]
+    assert "Traceback" not in rest
+    assert process.returncode == 130
+
+
+def test_an_address_that_others_reach_needs_a_key_and_a_hub_has_to_be_there(hub, base, here):
+    refused = call("serve", "--hub", hub, "--base", base, "--host", "0.0.0.0")
+    assert (refused.exit_code, "give --api-key" in refused.stderr) == (1, True)
+    missing = call("serve", "--hub", here / "none")
+    assert (missing.exit_code, "no hub in" in missing.stderr) == (1, True)
+
+
+def test_without_its_packages_the_error_has_the_command_that_installs_them(hub, here):
+    code = "import sys; sys.modules['uvicorn'] = None; sys.argv[1:] = ['serve']; from loraweave.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=False)
+    assert (done.returncode, "pip install 'loraweave[serve]'" in done.stderr) == (1, True)
