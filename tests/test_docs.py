@@ -227,7 +227,7 @@ def test_the_python_of_the_readme(run_page):
     assert (read.mean_weights, read.by_layer) == (names["composition"].mean_weights, names["composition"].by_layer)
     assert set(names["composition"].mean_weights) <= {"passive", "negation", "antonym"}
     assert names["merged"].rank == 8
-    assert lw.Adapter.from_pretrained("plain").hash == names["composition"].adapter.hash
+    assert lw.Adapter.from_pretrained("plain").hash == names["weighed"].adapter.hash
 
 
 @pytest.mark.slow
