@@ -130,7 +130,9 @@ def _compose(
     with progress_bar(progress) as bar:
         # unknown until the searches are made, and after that too where only time bounds them
         shown = bar.add_task("measuring adapters", total=None)
-        bench = Bench(engine, tokenizer, task, scores, settings.checkpoint, lambda made: bar.update(shown, advance=made))
+        bench = Bench(
+            engine, tokenizer, task, scores, settings.checkpoint, lambda made: bar.update(shown, advance=made), progress
+        )
         ways = Ways(bench, settings, splits)
         if ways.planned != 0:
             total = None if ways.planned is None else len(pool) + ways.planned

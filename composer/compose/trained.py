@@ -76,6 +76,7 @@ class FewShot(Trial[_Trained]):
             self._tuning,
             target_modules=linear_targets(bench.engine.model),
             checkpoint=bench.checkpoint,
+            progress=bench.progress,
         )
         made = STEP_COST * self._tuning.steps * len(splits)
         self.evaluations += made

@@ -52,7 +52,8 @@ def folds(num_examples: int, count: int, seed: int) -> list[Split]:
 class Bench:
     """What all trials of one task share; examples are tokenised, and adapters measured alone, when the first trial asks.
 
-    `scores` are those of retrieval. `on_progress` is called with the evaluations just made.
+    `scores` are those of retrieval. `on_progress` is called with the evaluations just made; with `progress` a training shows
+    a bar of its own.
     """
 
     engine: Composer
@@ -61,6 +62,7 @@ class Bench:
     scores: Mapping[str, float]
     checkpoint: Path | None
     on_progress: Callable[[int], object]
+    progress: bool = False
     _losses: dict[str, ExampleLoss] = field(default_factory=dict)
 
     @property
