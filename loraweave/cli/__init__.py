@@ -22,7 +22,7 @@ from loraweave.cli.stored import (
     REMOVE_EXAMPLE,
     SAVE_EXAMPLE,
     WRITE_EXAMPLE,
-    compositions,
+    list_compositions,
     remove_composition,
     save_composition,
     write_composition,
@@ -38,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 hub.command("save-composition", epilog=SAVE_EXAMPLE)(save_composition)
-hub.command(epilog=LIST_EXAMPLE)(compositions)
+hub.command("compositions", epilog=LIST_EXAMPLE)(list_compositions)
 hub.command("write-composition", epilog=WRITE_EXAMPLE)(write_composition)
 hub.command("remove-composition", epilog=REMOVE_EXAMPLE)(remove_composition)
 app.add_typer(hub, name="hub")

@@ -46,7 +46,7 @@ def save_composition(
     answer(as_json, told, f"saved {stored.name!r}; formulas and `loraweave merge` know it as @{stored.name}")
 
 
-def compositions(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
+def list_compositions(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
     """List the compositions that a hub keeps."""
     with open_hub(hub) as opened:
         found = [

@@ -47,7 +47,8 @@ def test_a_server_answers_for_a_formula_until_it_is_interrupted(hub, base, here)
         process.send_signal(signal.SIGINT)
         rest = process.communicate(timeout=60)[1]
     assert "Traceback" not in rest
-    assert process.returncode == 130
+    # 0 where whoever started the tests ignores interrupts, as a shell does for what it runs in the background
+    assert process.returncode in (0, 130)
 
 
 def test_an_address_that_others_reach_needs_a_key_and_a_hub_has_to_be_there(hub, base, here):

@@ -22,10 +22,10 @@ def logistic(pool, **options):
 def reference(examples=EXAMPLES, **settings):
     """p_NE of scikit-learn's own predict_proba."""
     embed = Hashing().embed
-    rows = embed([text for own in examples.values() for text in own])
+    rows = embed([text for own in examples.values() for text in own]).astype(np.float64)
     labels = [name for name, own in examples.items() for _ in own]
     model = LogisticRegression(**{"C": 10.0, "tol": 1e-10, "max_iter": 10_000} | settings).fit(rows, labels)
-    return model.predict_proba(embed(TEXTS))
+    return model.predict_proba(embed(TEXTS).astype(np.float64))
 
 
 def test_probabilities_are_those_of_scikit_learn(pool):

@@ -147,7 +147,7 @@ def test_losses_and_labels_are_weighed_by_the_prompt_without_the_answer(engine, 
                 inputs = encoded(tokenizer, [task.prompt(example[0])])
                 labels = scoring.label_ids(tokenizer, task.labels)
                 with torch.no_grad():
-                    values += scoring.label_losses(model, *inputs.values(), labels)[0].tolist()
+                    values += scoring.label_losses(model, *inputs.values(), [labels])[0].tolist()
     assert found == pytest.approx(expected, abs=1e-5)
 
 

@@ -144,7 +144,7 @@ def test_labels_are_ranked_with_the_weights_of_the_text_that_they_end(engine, mo
     inputs = scoring.pad_prompts(model, tokenizer, TEXTS)
     router = by_token(pool, refresh=1)
     with torch.no_grad(), engine.activate(router):
-        found = scoring.label_losses(model, inputs["input_ids"], inputs["attention_mask"], ids)
+        found = scoring.label_losses(model, inputs["input_ids"], inputs["attention_mask"], [ids])
         pairs = [(text, label) for text in TEXTS for label in labels]
         rows = scoring.losses(model, tokenizer, lw.Task([], template="{input}"), pairs)
     lengths = torch.tensor([len(ids[place]) for _ in TEXTS for place in range(2)])

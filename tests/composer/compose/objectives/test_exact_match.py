@@ -46,7 +46,7 @@ def test_an_example_counts_unless_greedy_decoding_writes_its_target(engine, toke
 def encoded_as(targets):
     from loraweave.composer.model.batches import EncodedRow
 
-    def encode(model, tokenizer, prompts, _, end):
+    def encode(model, tokenizer, prompts, _, ends):
         pairs = zip(tokenizer(list(prompts))["input_ids"], targets, strict=True)
         return [EncodedRow(tuple(prompt), tuple(target)) for prompt, target in pairs]
 
