@@ -8,7 +8,6 @@ import io
 import lzma
 import stat
 import struct
-import sys
 import tarfile
 import tempfile
 import tracemalloc
@@ -288,9 +287,8 @@ def test_a_tar_whose_sizes_point_backwards_is_refused(tmp_path):
     checksum = sum(buffer[:148]) + 8 * 32 + sum(buffer[156:512])
     buffer[148:156] = b"%06o\0 " % checksum
     (tmp_path / "a.tar").write_bytes(bytes(buffer) + bytes(1024))
-    # from Python 3.13 on tarfile itself refuses it
-    said = "claims -256 bytes" if sys.version_info < (3, 13) else r"damaged \(ReadError: invalid offset\)"
-    with pytest.raises(AdapterCorrupt, match=said):
+    # tarfile itself refuses it in newer releases of Python
+    with pytest.raises(AdapterCorrupt, match=r"claims -256 bytes|damaged \(ReadError: invalid offset\)"):
         Adapter.from_pretrained(tmp_path / "a.tar")
 
 
