@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from loraweave.composer.model.batches import pad_rows, takes, with_positions
-from loraweave.composer.model.prefixes import cache_name
+from loraweave.composer.model.prefixes import cache_name, is_plain
 from loraweave.errors import CompositionError
 from loraweave.serving.experts import Experts
 from loraweave.serving.row import Row
@@ -114,7 +113,7 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def _require_plain(model: Any, cache: Any) -> None:
-    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+    if not is_plain(cache):
         raise CompositionError(
             f"cannot serve a {type(model).__name__}: it keeps more than plain keys and values, or only those of a window"
         )

@@ -119,12 +119,13 @@ class Averaged(Trial[tuple[Any, ...]]):
         made = self.composition(chosen, Report((), self.name, "", (), 0.0, 0), seed=0, allow_licenses=True)
         said = made.predict([text for text, _ in pairs])
         hits_N = [answer == target.strip() for answer, (_, target) in zip(said, pairs, strict=True)]
-        return self._mean_loss(chosen, examples), np.array(hits_N, dtype=np.float64)
+        each = [part.scores(own, examples)[0] for part, own in zip(self._parts, chosen, strict=True)]
+        return np.mean(each, axis=0), np.array(hits_N, dtype=np.float64)
 
     def finish(self) -> None:
-        """The examples were learned from, so that no answer to them is looked at."""
+        """The examples were learned from, so that no answer to them is looked at. The parts are finished by then."""
         (self.chosen,) = self.choices_on([self.bench.everything])
-        self.losses_N = self._mean_loss(self.chosen, self.bench.everything.seen)
+        self.losses_N = np.mean([part.losses_N for part in self._parts if part.losses_N is not None], axis=0)
 
     def result(self, chosen: tuple[Any, ...]) -> SearchResult:
         return result_of(MixtureWeights.of({}, self.bench.names))
@@ -136,11 +137,6 @@ class Averaged(Trial[tuple[Any, ...]]):
             members[part.name] = part.composition(own, of_part, seed=seed, allow_licenses=allow_licenses)
         made = super().composition(chosen, report, seed=seed, allow_licenses=allow_licenses)
         return replace(made, members=members)
-
-    def _mean_loss(self, chosen: tuple[Any, ...], examples: Sequence[int]) -> np.ndarray:
-        each = [part.scores(own, examples)[0] for part, own in zip(self._parts, chosen, strict=True)]
-        mean_N: np.ndarray = np.mean(each, axis=0)
-        return mean_N
 
 
 # of a router's training, without a budget

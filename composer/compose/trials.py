@@ -137,7 +137,7 @@ class Trial(ABC, Generic[Chosen]):
 
     @abstractmethod
     def result(self, chosen: Chosen) -> SearchResult:
-        """The choice's weights, and what it took to find them. Weights that a training began with, where it went on."""
+        """The choice's weights, and what it took to find them."""
 
     def planned(self, num_folds: int) -> int | None:
         """How many evaluations its searches or trainings will make; None where only time bounds them."""
@@ -193,9 +193,7 @@ class Trial(ABC, Generic[Chosen]):
         self.seconds += time.perf_counter() - started
 
     def finish(self) -> None:
-        """Chooses on all examples, and measures that on all of them, where it has not been done yet."""
-        if self.chosen is not None:
-            return
+        """Chooses on all examples, and measures that on all of them."""
         started, everything = time.perf_counter(), self.bench.everything
         (self.chosen,) = self.choices_on([everything])
         if everything.seen:

@@ -61,13 +61,14 @@ class Ways:
         Of "auto", what none of whose candidates can be scored is left out; `left` then says why. Of a task without
         examples nothing plain is measured, since there is nothing to compare on.
         """
-        plain = [trial for trial in self._plain if self._stays(trial)]
+        always = self._plain if self._settings.method == "auto" else [*self._plain, *self._learning]
+        for trial in always:
+            trial.run(self._folds)
         if self._settings.method != "auto":
-            for trial in self._learning:
-                trial.run(self._folds)
-            return [*plain, *self._learning]
-        if not self._folds and (sure := self._sure(plain)):
-            self.asked = sure
+            return always
+        plain = [*self._plain, *filter(self._stays, self._prompts())]
+        if not self._folds and self._is_sure(plain):
+            self.asked = "best_single"
             return plain
         members = [trial for trial in self._learning if self._stays(trial)]
         if len(members) > 1:
@@ -76,11 +77,10 @@ class Ways:
         self.asked = members[-1].name if members else None
         return [*plain, *members]
 
-    def _sure(self, plain: Sequence[Trial[Any]]) -> str | None:
-        """The best single adapter's trial, where its loss is far below that of prompts alone."""
+    def _is_sure(self, plain: Sequence[Trial[Any]]) -> bool:
+        """Whether the best single adapter's loss is far below that of prompts alone."""
         losses = {trial.name: trial.held_out_loss for trial in plain}
-        without = min(losses[name] for name in ("base", "in_context") if name in losses)
-        return "best_single" if losses["best_single"] < SURE * without else None
+        return losses["best_single"] < SURE * min(losses[name] for name in ("base", "in_context") if name in losses)
 
     def _plain_trials(self) -> list[Trial[Any]]:
         """The base model, the best single adapter, and the uniform mixture, in the way it was asked for if it was."""
@@ -93,9 +93,12 @@ class Ways:
             BestSingle(bench),
             Fixed("uniform", bench, uniform),
         ]
-        if self._settings.method == "auto" and not bench.task.demonstrations and len(bench.task.examples) > 1:
-            plain.append(self._in_context())
         return [trial for trial in plain if trial.name not in asked]
+
+    def _prompts(self) -> list[Trial[Any]]:
+        """The base in context, where there are other examples to show."""
+        task = self._bench.task
+        return [] if task.demonstrations or len(task.examples) < 2 else [self._in_context()]
 
     def _in_context(self) -> Trial[Any]:
         return Fixed("in_context", self._bench.with_demonstrations(), MixtureWeights.of({}, self._bench.names))
@@ -134,12 +137,13 @@ class Ways:
 
     def _searches(self) -> list[Trial[Any]]:
         """The search of "auto"; of one adapter there is only with and without."""
-        settings = self._settings
-        budget = None if settings.budget is None else min(EACH, settings.budget)
+        settings, budget = self._settings, self._settings.budget
+        if len(self._bench.names) == 1:
+            return []
         method = next(method for method in SEARCHES if settings.can_run(method))
-        budget = settings.budget if method != SEARCHES[0] else budget
-        asked = replace(settings, method=method, budget=budget, options={})
-        return [] if len(self._bench.names) == 1 else [Searched(self._bench, asked)]
+        if method == "gradient" and budget is not None:
+            budget = min(EACH, budget)
+        return [Searched(self._bench, replace(settings, method=method, budget=budget, options={}))]
 
     def _trainings(self, shown: Bench) -> list[Trial[Any]]:
         """The training of "auto", where its loss is the task's, and budget and time allow it."""

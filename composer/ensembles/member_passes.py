@@ -13,6 +13,7 @@ from loraweave.common.checks import is_list
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.resolve import resolve
 from loraweave.composer.model.batches import tensors_in
+from loraweave.composer.model.scoring import equal_shares
 from loraweave.errors import CompositionError, WeightingError
 from loraweave.routers.weights import MixtureWeights
 
@@ -90,7 +91,7 @@ def known_members(engine: Composer, mixtures: Sequence[Any]) -> list[Any]:
 def member_weights(weights: Sequence[float] | None, num_members: int) -> Tensor:
     """weight_M in fp64, which sums to 1; None gives all members the same. Raises WeightingError unless they are shares."""
     if weights is None:
-        return torch.full((num_members,), 1 / num_members, dtype=torch.float64)
+        return equal_shares(num_members)
     weight_M = torch.tensor([float(weight) for weight in weights], dtype=torch.float64)
     if len(weight_M) != num_members:
         raise WeightingError(f"there are {len(weight_M)} weights for {num_members} members; give one for each")

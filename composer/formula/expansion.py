@@ -74,7 +74,7 @@ class Expansion:
         """What a stored formula says, written out; None for a composition that is no formula."""
         if leaf.name in self.inside:
             circle = " -> ".join(f"@{name}" for name in [*self.inside, leaf.name])
-            raise FormulaError(f"stored formulas name each other in a circle: {circle}; save one of them anew")
+            raise FormulaError(f"stored formulas name each other in a circle: {circle}; save one of them again")
         if leaf.name not in self.known:
             found = self.find(leaf)
             self.inside.append(leaf.name)

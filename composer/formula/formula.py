@@ -122,7 +122,7 @@ class Formula:
         """SHA-256 over the canonical form with the content hash of every adapter in place of its name.
 
         Formulas of one identity have the same effect on one base model; an adapter whose content has changed makes it
-        another. ScopeError for `auto`, which is no one composition.
+        another. ScopeError for `auto`, which differs for each request.
         """
         source = source_of(hub_or_pool)
         known = self.expand(hub_or_pool)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from loraweave.common.names import unknown_expert
-from loraweave.composer.compose.saved import FORMAT_WITH_MEMBERS, FORMAT_WITH_ROUTER, SavedRecipe
+from loraweave.composer.compose.saved import FORMAT_WITH_ROUTER, SavedRecipe
 from loraweave.composer.formula.nodes import Named, Stored
 from loraweave.errors import AdapterNotFound, ScopeError
 from loraweave.hub.adapter import Adapter
@@ -93,7 +93,7 @@ Source = HubSource | PoolSource
 
 
 def source_of(given: Given | Source) -> Source:
-    """Where to look. Raises WeightingError for what is no hub, pool, list or mapping of adapters."""
+    """Where to look. Raises WeightingError for anything but a hub, a pool, a list or a mapping of adapters."""
     if isinstance(given, HubSource | PoolSource):
         return given
     return HubSource(given) if isinstance(given, Hub) else PoolSource(ExpertPool.of(given))
@@ -120,10 +120,10 @@ def _adapter_of(stored: StoredComposition, leaf: Stored) -> Adapter:
     with stored.unpacked() as folder:
         recipe = SavedRecipe.read(folder)
         if has_router(stored):
-            raise ScopeError(f"{leaf} is a router, which is no adapter and stands alone: activate formula.mixture(hub)")
-        if recipe.rest["format"] == FORMAT_WITH_MEMBERS:
+            raise ScopeError(f"{leaf} is a router, not an adapter, and stands alone: activate formula.mixture(hub)")
+        if names := recipe.member_names:
             raise ScopeError(
-                f"{leaf} is an average of {' and '.join(recipe.member_names)}, whose members answer apart: write it to a "
+                f"{leaf} is an average of {' and '.join(names)}, whose members answer apart: write it to a "
                 "folder by hub.composition(name).write(folder), and read it by Composition.from_pretrained"
             )
         return Adapter.from_pretrained(folder / "adapter", name=leaf.key)

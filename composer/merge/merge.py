@@ -26,7 +26,6 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.lowrank import algebra
 from loraweave.lowrank.factorise import factorise
 from loraweave.lowrank.truncation import worth_a_thread
-from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Factors
 
 # entries of a layer: larger ones are merged one at a time, so that no two dense updates of theirs exist at once
@@ -317,23 +316,6 @@ def _check_rank(rank: int | None, used: Sequence[_Parent]) -> None:
             f"rank={rank} is above {sides[layer]}, the smaller side of the largest layer ({layer!r}): no update has more; "
             "leave it out to keep the exact rank"
         )
-
-
-def merge_mixture(
-    pool: ExpertPool, mixture: MixtureWeights, *, method: str = "linear", name: str, allow_licenses: bool = False
-) -> Adapter:
-    """The adapter that `method` makes of the pool's experts and a mixture of task scope."""
-    if mixture.layers:
-        return merge_by_layer(pool, mixture.by_layer(), method=method, name=name, allow_licenses=allow_licenses)
-    weights = {expert: weight for expert, weight in mixture.as_dict().items() if weight}
-    return merge(
-        [pool[expert] for expert in weights],
-        list(weights.values()),
-        method=method,
-        name=name,
-        progress=False,
-        allow_licenses=allow_licenses,
-    )
 
 
 def merge_by_layer(

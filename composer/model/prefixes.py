@@ -45,8 +45,7 @@ class Prefixes:
         inputs = {name: value.to(device) for name, value in with_positions(model, ids_MP, mask_MP).items()}
         keep = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
         cache = model(**inputs, use_cache=True, **keep)[cache_name(model)]
-        plain = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
-        return cls(ids_MP, mask_MP, lengths, cache) if plain else None
+        return cls(ids_MP, mask_MP, lengths, cache) if is_plain(cache) else None
 
     def before(self, model: Any, tokenizer: Any, rows: Sequence[Sequence[int]]) -> tuple[dict[str, Tensor], Any]:
         """(inputs, cache) of as many rows of each group, one group after the other.
@@ -73,6 +72,11 @@ def _beginning(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The tokens that all rows begin with, without the last one of the shortest row."""
     columns = takewhile(lambda column: len(set(column)) == 1, zip(*(row[:-1] for row in rows), strict=False))
     return tuple(column[0] for column in columns)
+
+
+def is_plain(cache: Any) -> bool:
+    """Whether a cache holds keys and values of whole rows, and nothing else: no window, no state, no quantised ones."""
+    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def following(inputs: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:

@@ -261,8 +261,7 @@ def test_labels_in_several_orders_have_the_average_of_their_probabilities(share,
     p_NL = torch.zeros(len(inputs), len(labels), dtype=torch.float64)
     for row, text in enumerate(inputs):
         for each in task.in_orders():
-            scores = [-sum_of_losses(model, tokenizer, each.prompt(text), f" {label}\n") for label in labels]
-            p_NL[row] += torch.tensor(scores, dtype=torch.float64).softmax(dim=0)
+            p_NL[row] += p_of_labels(model, tokenizer, each.prompt(text), labels)
     assert predict(model, tokenizer, task, inputs, share=share) == [labels[int(best)] for best in p_NL.argmax(dim=1)]
 
 
@@ -275,20 +274,22 @@ def test_calibrated_labels_are_divided_by_what_neutral_inputs_give_them(share, m
     inputs = ["five", "six and one", "two", "nine", "one", "four four"]
     p_NL = torch.zeros(len(inputs), len(labels), dtype=torch.float64)
     for each in plain.in_orders():
-
-        def p_L(text, each=each):
-            scores = [-sum_of_losses(model, tokenizer, each.prompt(text), f" {label}\n") for label in labels]
-            return torch.tensor(scores, dtype=torch.float64).softmax(dim=0)
-
-        prior_L = (p_L("N/A") + p_L("[MASK]") + p_L("")) / 3
+        neutral = [each.prompt(text) for text in ("N/A", "[MASK]", "")]
+        prior_L = sum(p_of_labels(model, tokenizer, prompt, labels) for prompt in neutral) / 3
         for row, text in enumerate(inputs):
-            ratio_L = p_L(text) / prior_L
+            ratio_L = p_of_labels(model, tokenizer, each.prompt(text), labels) / prior_L
             p_NL[row] += ratio_L / ratio_L.sum()
     expected = [labels[int(best)] for best in p_NL.argmax(dim=1)]
     assert predict(model, tokenizer, replace(plain, calibrated=True), inputs, share=share) == expected
     assert predict(model, tokenizer, plain, inputs, share=share) != expected
     with pytest.raises(InvalidTask, match=r"calibrated=True .* no labels"):
         Task(LONGER, calibrated=True)
+
+
+def p_of_labels(model, tokenizer, prompt, labels):
+    """p_L by the summed log-likelihood of each label and a line break."""
+    scores = [-sum_of_losses(model, tokenizer, prompt, f" {label}\n") for label in labels]
+    return torch.tensor(scores, dtype=torch.float64).softmax(dim=0)
 
 
 def sum_of_losses(model, tokenizer, prompt, answer):
