@@ -74,10 +74,11 @@ class Answer:
         choice = {"index": index, **delta, "logprobs": logprobs, "finish_reason": finish}
         return {**self._head, "object": self.part, "choices": [choice]}
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         num_new = sum(len(choice.row.tokens) for choice in self.choices)
         num_prompt = self._num_prompt_tokens
-        return {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
+        counts = {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
+        return {**counts, "prompt_tokens_details": {"cached_tokens": self.choices[0].row.num_kept}}
 
     def _word(self, token: int) -> str:
         return str(self._tokenizer.decode([token]))

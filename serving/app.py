@@ -3,6 +3,9 @@
 a request -> read, at most body_bytes -> its prompts and its composition, in threads -> rows -> the scheduler
                                                                                          |
                                                            JSON or events <- Exchange <--'
+
+What is quick shares two threads. The opening of adapters, merges, and searches have threads apart from these and from each
+other, so that a request whose composition is there waits for none of them. Those for one composition wait for one making.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -23,14 +27,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from loraweave.hub.base import base_key
 from loraweave.hub.hub import Hub
 from loraweave.serving.answers import Answer, ChatAnswer, CompletionAnswer
 from loraweave.serving.exchange import EventStream, Exchange, unless_gone
 from loraweave.serving.limits import Limits
 from loraweave.serving.metrics import CONTENT_TYPE, Metrics
-from loraweave.serving.names import Names
-from loraweave.serving.prompts import Prompts
+from loraweave.serving.names import Names, Wanted
+from loraweave.serving.prompts import Given, Prompts
 from loraweave.serving.refusals import Refusal, refusal_of
 from loraweave.serving.requests import COMPLETION_TOKENS, Asked, ChatRequest, CompletionRequest, read_request
 from loraweave.serving.row import Row
@@ -39,10 +42,10 @@ from loraweave.serving.served import Served
 
 T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
-Read = Callable[[], tuple[str, list[tuple[int, ...]]]]
+Read = Callable[[], Given]
 
-# threads that read prompts and open adapters; more only take turns on the interpreter's lock
-NUM_READERS = 2
+# threads that read prompts and names, and that open adapters; more only take turns on the interpreter's lock
+NUM_READERS, NUM_OPENERS = 2, 2
 # what a client that went away is noted with; it hears nothing
 CLIENT_GONE = 499
 # characters that a header may have as they are
@@ -78,6 +81,14 @@ def make_app(hub: Hub, model: Any, tokenizer: Any, *, limits: Limits | None = No
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
 
 
+@dataclass(eq=False)
+class Making:
+    """A composition that a thread makes, and how many requests wait for it."""
+
+    running: asyncio.Future[Served]
+    num_waiting: int = 0
+
+
 class Face:
     """What the routes do."""
 
@@ -86,17 +97,22 @@ class Face:
         self._api_key = api_key
         self._tokenizer = tokenizer
         self._metrics = Metrics()
-        self._names = Names(hub, limits, base_key(model))
+        self._names = Names(hub, model, tokenizer, limits)
         self._prompts = Prompts(model, tokenizer)
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="loraweave-reader")
+        self._openers = ThreadPoolExecutor(NUM_OPENERS, thread_name_prefix="loraweave-opener")
+        self._mergers = ThreadPoolExecutor(1, thread_name_prefix="loraweave-merger")
+        self._searcher = ThreadPoolExecutor(1, thread_name_prefix="loraweave-searcher")
+        self._making: dict[str, Making] = {}
         self._num_open = 0
         self._metrics.watch_requests(lambda: self._num_open)
         self.scheduler = Scheduler(model, tokenizer, limits, self._metrics)
 
     def close(self) -> None:
         self.scheduler.close()
-        # a merge that is being made is not waited for
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._readers, self._openers, self._mergers, self._searcher):
+            # a merge that is being made is not waited for
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def guarded(self, path: str, handler: Handler, *, is_open: bool) -> Handler:
         """The handler behind the key, whose errors become answers, counted under its path."""
@@ -124,15 +140,15 @@ class Face:
         return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     async def models(self, request: Request) -> Response:
-        listed = await self._in_reader(self._names.listed)
+        listed = await self._within(self._later(), self._run(self._readers, self._names.listed))
         return JSONResponse({"object": "list", "data": [_model(name, created) for name, created in listed]})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name.strip() == "auto":
             return JSONResponse(_model("auto", 0))
-        served = await self._in_reader(partial(self._names.served, name, ""))
-        return JSONResponse(_model(name, 0), headers=_headers(served))
+        wanted = await self._wanted(name, "", self._later())
+        return JSONResponse(_model(name, 0), headers=_headers(wanted.formula.canonical, wanted.identity))
 
     async def completions(self, request: Request) -> Response:
         asked = read_request(CompletionRequest, await self._body(request))
@@ -150,7 +166,7 @@ class Face:
     ) -> Response:
         if self._num_open >= self._limits.waiting + self._limits.rows:
             raise too_busy(f"{self._num_open} requests are open")
-        deadline = time.monotonic() + self._limits.seconds
+        deadline = self._later()
         self._num_open += 1
         exchange = Exchange(self.scheduler, self._ended)
         try:
@@ -161,13 +177,13 @@ class Face:
                 # what fails before the first token is an answer with a status of its own
                 first = await unless_gone(request.receive, anext(pieces))
                 events = exchange.events(answer, first, pieces, usage=asked.includes_usage)
-                return EventStream(events, exchange.close, _headers(served))
+                return EventStream(events, exchange.close, _headers(served.canonical, served.identity))
             body = await unless_gone(request.receive, exchange.whole(answer))
         except BaseException:
             exchange.close()
             raise
         exchange.close()
-        return JSONResponse(body, headers=_headers(served))
+        return JSONResponse(body, headers=_headers(served.canonical, served.identity))
 
     async def _begin(
         self,
@@ -180,24 +196,65 @@ class Face:
         deadline: float,
     ) -> tuple[Answer, Served]:
         """Reads the prompts, finds the composition, and hands the rows to the scheduler."""
-        text, prompts = await self._in_reader(read, deadline)
-        if (count := len(prompts) * asked.num_answers) > self._limits.choices:
+        given = await self._within(deadline, self._run(self._readers, read))
+        if (count := len(given.ids) * asked.num_answers) > self._limits.choices:
             raise Refusal(400, f"{count} answers are asked for, above the limit of {self._limits.choices}", param="n")
-        num_new = self._prompts.num_new(prompts, max_tokens, usual, self._limits.new_tokens)
-        served = await self._in_reader(partial(self._names.served, asked.model, text), deadline)
-        for prompt in prompts:
+        served = await self._served(await self._wanted(asked.model, given.text, deadline), deadline)
+        prompts = await self._within(deadline, self._run(self._readers, partial(self._prompts.of_members, given, served)))
+        longest = max(len(ids) for of_members in prompts for ids in of_members)
+        num_new = self._prompts.num_new(longest, max_tokens, usual, self._limits.new_tokens)
+        for of_members in prompts:
             for number in range(asked.num_answers):
-                sampling = asked.sampling(num_new, number)
-                exchange.rows.append(Row(prompt, served, sampling, exchange.teller(), deadline=deadline))
+                sampling = asked.sampling(num_new, number, served.stops)
+                exchange.rows.append(Row(of_members, served, sampling, exchange.teller(), deadline=deadline))
         exchange.submit()
-        return kind(asked.model, served, self._tokenizer, exchange.rows, sum(map(len, prompts))), served
+        num_read = sum(len(ids) for of_members in prompts for ids in of_members)
+        return kind(asked.model, served, self._tokenizer, exchange.rows, num_read), served
 
-    async def _in_reader(self, work: Callable[[], T], deadline: float | None = None) -> T:
-        """What `work` returns, in one of few threads. Raises Refusal when a request's time is up; the thread goes on."""
-        running = asyncio.get_running_loop().run_in_executor(self._readers, work)
-        seconds = self._limits.seconds if deadline is None else deadline - time.monotonic()
+    async def _wanted(self, name: str, prompt: str, deadline: float) -> Wanted:
+        """What a model name says of the hub as it is now; for `auto`, what is found for the prompt."""
+        formula = await self._within(deadline, self._run(self._readers, partial(self._names.formula, name)))
+        if formula.is_auto:
+            formula = await self._within(deadline, self._run(self._searcher, partial(self._names.found_for, prompt)))
+        return await self._within(deadline, self._run(self._readers, partial(self._names.wanted, formula)))
+
+    async def _served(self, wanted: Wanted, deadline: float) -> Served:
+        """The composition, in the engine. One that nobody waits for any longer, and nobody has begun, is not made."""
+        known = self._names.known(wanted)
+        if known is not None and self.scheduler.has(known):
+            return known
+        threads = self._mergers if wanted.merges else self._openers
+        making = self._making.get(wanted.identity)
+        if making is None:
+            making = self._making[wanted.identity] = Making(self._run(threads, partial(self._make, wanted)))
+        making.num_waiting += 1
         try:
-            return await asyncio.wait_for(running, seconds)
+            return await self._within(deadline, asyncio.shield(making.running))
+        finally:
+            making.num_waiting -= 1
+            if not making.num_waiting:
+                making.running.cancel()
+                if self._making.get(wanted.identity) is making:
+                    del self._making[wanted.identity]
+
+    def _make(self, wanted: Wanted) -> Served:
+        served = self._names.make(wanted)
+        self.scheduler.prepare(served)
+        return served
+
+    def _later(self) -> float:
+        """When what begins now is over."""
+        return time.monotonic() + self._limits.seconds
+
+    @staticmethod
+    def _run(threads: ThreadPoolExecutor, work: Callable[[], T]) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(threads, work)
+
+    @staticmethod
+    async def _within(deadline: float, running: asyncio.Future[T]) -> T:
+        """What it returns. Raises Refusal when a request's time is up; a thread that has begun goes on."""
+        try:
+            return await asyncio.wait_for(running, deadline - time.monotonic())
         except TimeoutError as error:
             raise Refusal(504, "the deadline passed before the composition was there", code="deadline_exceeded") from error
 
@@ -230,9 +287,9 @@ def _model(name: str, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "loraweave"}
 
 
-def _headers(served: Served) -> dict[str, str]:
+def _headers(canonical: str, identity: str) -> dict[str, str]:
     """Which composition answers: its canonical formula, percent-encoded where a header needs it, and its identity."""
-    return {"X-Loraweave-Formula": quote(served.canonical, safe=PLAIN), "X-Loraweave-Identity": served.identity}
+    return {"X-Loraweave-Formula": quote(canonical, safe=PLAIN), "X-Loraweave-Identity": identity}
 
 
 def _refused(error: Exception) -> Response:

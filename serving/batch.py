@@ -1,12 +1,15 @@
 """The running batch: rows that advance together by one token a step, each under its own mixture.
 
-    read(rows)    prompts, filled up on the left -> the model -> first tokens; keys and values join those that are there
+    read(rows)    what is new of the prompts, filled up on the left -> the model -> first tokens; keys and values join
+                  those that are there
     step()        the last token of every row -> the model -> one token more for each
     keep(rows)    the others leave, with their keys and values and the columns that only they filled
 
+A row has a line for each member of its composition, and all of them go on with its tokens:
+
     columns       0 ........................... W-1
-    row 0         .  .  .  p  p  p  p  t  t  t        mask_BW is 0 where a row has nothing (.), which attention gives
-    row 1         p  p  p  p  p  p  p  p  t  t        weight 0, so that a row's answer is the one that it has alone
+    line 0        .  .  .  p  p  p  p  t  t  t        mask_BW is 0 where a line has nothing (.), which attention gives
+    line 1        p  p  p  p  p  p  p  p  t  t        weight 0, so that an answer is the one that it is alone
 
 Why not the paged cache of transformers' own manager: that packs all rows into one, and mixtures follow rows.
 """
@@ -14,27 +17,33 @@ Why not the paged cache of transformers' own manager: that packs all rows into o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers.cache_utils import DynamicCache
 
 from loraweave.composer.model.batches import pad_rows, takes, with_positions
-from loraweave.composer.model.prefixes import cache_name, is_plain
+from loraweave.composer.model.prefixes import cache_name, following, is_plain
 from loraweave.errors import CompositionError
+from loraweave.routers.tokens._call import prompted
 from loraweave.serving.experts import Experts
+from loraweave.serving.prefixes import Kept, KeptPrefixes
 from loraweave.serving.row import Row
+from loraweave.serving.served import Member
 
 
 class Batch:
     """Rows of one model, their keys and values, and a mask of the columns that each has filled.
 
-    Raises CompositionError for a model that is no decoder, takes no positions, or keeps more than plain keys and values:
-    rows of different ages cannot share its cache.
+    A row has a line of its own for each of its members. Rows share a batch that are equal in `Row.batch`. What is read
+    begins with what `prefixes` has of it. Raises CompositionError for a model that is no decoder, takes no positions, or
+    keeps more than plain keys and values: rows of different ages cannot share its cache.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, experts: Experts) -> None:
+    def __init__(self, model: Any, tokenizer: Any, experts: Experts, prefixes: KeptPrefixes) -> None:
         if model.config.is_encoder_decoder or not takes(model, "position_ids"):
             raise CompositionError(
                 f"cannot serve a {type(model).__name__}: rows of different ages need a decoder that takes position_ids"
@@ -43,6 +52,7 @@ class Batch:
         self._model = model
         self._tokenizer = tokenizer
         self._experts = experts
+        self._prefixes = prefixes
         self._ends = end_tokens(model, tokenizer)
         self._keep_last = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
         self._cache: Any = None
@@ -51,37 +61,53 @@ class Batch:
     @torch.no_grad()
     def read(self, rows: Sequence[Row]) -> None:
         """Reads rows from their beginning, chooses a token for each, and takes in those that go on."""
-        ids_BT, mask_BT = pad_rows(self._tokenizer, [row.ids for row in rows])
-        cache = self._advance(rows, with_positions(self._model, ids_BT, mask_BT), None)
+        ids = [each for row in rows for each in row.ids]
+        known = [self._prefixes.longest(member.state, each) for member, each in zip(_members(rows), ids, strict=True)]
+        for row in rows:
+            row.num_kept = 0
+        for row, (length, _) in zip(_by_line(rows), known, strict=True):
+            row.num_kept += length
+        width = max(length for length, _ in known)
+        rest_BT, mask_BT = pad_rows(self._tokenizer, [each[length:] for each, (length, _) in zip(ids, known, strict=True)])
+        before_BP = torch.zeros(len(ids), width, dtype=torch.long)
+        for line, (length, _) in enumerate(known):
+            before_BP[line, width - length :] = 1
+        mask_BT = torch.cat([before_BP, mask_BT], dim=1)
+        inputs = with_positions(self._model, torch.cat([before_BP, rest_BT], dim=1), mask_BT)
+        cache = self._advance(rows, following(inputs, width), _cache_of(known, width))
         _require_plain(self._model, cache)
-        mask_BT = mask_BT.to(self._device)
+        mask_BT = _compact(cache, mask_BT.to(self._device)) if width else mask_BT.to(self._device)
         if self.rows:
             _join(self._cache, cache)
             width = max(self._mask_BW.shape[1], mask_BT.shape[1])
             mask_BT = torch.cat([_filled_up(self._mask_BW, width), _filled_up(mask_BT, width)])
             cache = self._cache
         self.rows, self._cache, self._mask_BW = [*self.rows, *rows], cache, mask_BT
+        self._remember(rows)
         self.keep([row for row in self.rows if not row.over])
 
     @torch.no_grad()
     def step(self) -> None:
         """One token more for every row; those that are over leave."""
-        last_B1 = torch.tensor([[row.tokens[-1]] for row in self.rows])
+        last_B1 = torch.tensor([[row.tokens[-1]] for row in _by_line(self.rows)])
         mask_BW = pad(self._mask_BW, (0, 1), value=1)
         inputs = {"input_ids": last_B1, "attention_mask": mask_BW, "position_ids": mask_BW.sum(dim=1, keepdim=True) - 1}
         self._cache = self._advance(self.rows, inputs, self._cache)
         self._mask_BW = mask_BW
+        over = [row for row in self.rows if row.over]
+        self._remember(over)
         self.keep([row for row in self.rows if not row.over])
 
     def keep(self, rows: Sequence[Row]) -> None:
         """Lets go of all other rows."""
         if len(rows) == len(self.rows):
             return
-        kept = torch.tensor([place for place, row in enumerate(self.rows) if row in rows], device=self._device)
+        places = [place for place, row in enumerate(_by_line(self.rows)) if row in rows]
         self.rows = [row for row in self.rows if row in rows]
         if not self.rows:
             self._cache = None
             return
+        kept = torch.tensor(places, device=self._device)
         mask_BW = self._mask_BW[kept]
         first = int(mask_BW.any(dim=0).int().argmax())
         self._mask_BW = mask_BW[:, first:]
@@ -98,11 +124,39 @@ class Batch:
         given: dict[str, Any] = {name: value.to(self._device) for name, value in inputs.items()}
         if cache is not None:
             given[cache_name(self._model)] = cache
-        with self._experts.activate([row.served for row in rows]):
+        with self._experts.activate([row.served for row in rows]), self._prompted(rows):
             output = self._model(**given, use_cache=True, **self._keep_last)
-        for row, logits_V in zip(rows, output.logits[:, -1], strict=True):
-            row.take(logits_V, self._tokenizer, self._ends)
+        first = 0
+        for row in rows:
+            row.take(output.logits[first : first + len(row.prompts), -1], self._tokenizer, self._ends)
+            first += len(row.prompts)
         return output[cache_name(self._model)]
+
+    def _prompted(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
+        """Tells routers what the rows' prompts are."""
+        if rows[0].served.router is None:
+            return nullcontext()
+        return prompted(*pad_rows(self._tokenizer, [prompt for row in rows for prompt in row.prompts]))
+
+    def _remember(self, rows: Sequence[Row]) -> None:
+        """Keeps what the model has made of these rows' tokens, but for rows that failed."""
+        read = [ids for row in self.rows for ids in row.ids]
+        for line, (row, member) in enumerate(zip(_by_line(self.rows), _members(self.rows), strict=True)):
+            if row in rows and not row.failed:
+                # the last token was chosen, and not read
+                own = slice(1 - len(read[line]), None)
+                states = [(layer.keys[line, :, own], layer.values[line, :, own]) for layer in self._cache.layers]
+                self._prefixes.keep(member.state, read[line][:-1], states)
+
+
+def _members(rows: Sequence[Row]) -> list[Member]:
+    """That of each line."""
+    return [member for row in rows for member in row.served.members]
+
+
+def _by_line(rows: Sequence[Row]) -> list[Row]:
+    """The row of each line."""
+    return [row for row in rows for _ in row.prompts]
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -117,6 +171,40 @@ def _require_plain(model: Any, cache: Any) -> None:
         raise CompositionError(
             f"cannot serve a {type(model).__name__}: it keeps more than plain keys and values, or only those of a window"
         )
+
+
+def _cache_of(known: Sequence[tuple[int, Kept | None]], width: int) -> DynamicCache | None:
+    """A cache of what is known of each line's beginning, filled up on the left; None where nothing is."""
+    like = next((kept for _, kept in known if kept is not None), None)
+    if like is None:
+        return None
+    cache = DynamicCache()
+    for number, (keys_HTD, values_HTD) in enumerate(like.states):
+        states_BHWD = [
+            torch.stack(
+                [
+                    like_HTD.new_zeros(like_HTD.shape[0], width, like_HTD.shape[2])
+                    if kept is None
+                    else pad(kept.states[number][part][:, :length], (0, 0, width - length, 0))
+                    for length, kept in known
+                ]
+            )
+            for part, like_HTD in enumerate((keys_HTD, values_HTD))
+        ]
+        cache.update(*states_BHWD, number)
+    return cache
+
+
+def _compact(cache: Any, mask_BW: Tensor) -> Tensor:
+    """Moves every line's columns to the right, in their order, and cuts off those that none has left; returns the mask."""
+    width = int(mask_BW.sum(dim=1).max())
+    order_BW = mask_BW.argsort(dim=1, stable=True)[:, -width:]
+    for layer in cache.layers:
+        for name in ("keys", "values"):
+            states_BHWD = getattr(layer, name)
+            index_BHWD = order_BW[:, None, :, None].expand(-1, states_BHWD.shape[1], -1, states_BHWD.shape[3])
+            setattr(layer, name, states_BHWD.gather(2, index_BHWD))
+    return mask_BW.gather(1, order_BW)
 
 
 def _join(cache: Any, other: Any) -> None:

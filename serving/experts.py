@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,50 +18,113 @@ class Experts:
     """A Composer whose pool follows the rows. At most `most` adapters that no row uses stay, those used last.
 
     Names in the hub may come to mean other adapters; the hash of one's content does not, so a row keeps what it began with.
-    One thread uses it.
+    A router looks at its own adapters alone: it has a Composer of its own, which is kept with its composition.
+    Any thread may `load`; the others are for the one that runs the model.
     """
 
-    def __init__(self, model: Any, most: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, most: int) -> None:
         self._model = model
+        self._tokenizer = tokenizer
         self._most = most
         self._engine: Composer | None = None
         self._num_users: Counter[str] = Counter()
         self._loaded: OrderedDict[str, None] = OrderedDict()
+        self._routed: OrderedDict[str, tuple[Composer, Any]] = OrderedDict()
+        self._loading = threading.Lock()
+        self._lock = threading.Lock()
 
     @property
     def loaded(self) -> tuple[str, ...]:
         """The hashes of the adapters that the engine has, the one used longest ago first."""
         return tuple(self._loaded)
 
-    def take(self, served: Served) -> None:
-        """Loads what a row's composition lacks, and keeps it until `give_back`.
+    def has(self, served: Served) -> bool:
+        """Whether all that a composition needs is there."""
+        with self._lock:
+            return all(content in self._loaded or content in self._routed for content in _needs(served))
+
+    def load(self, served: Served) -> None:
+        """Brings what a composition needs and is not there, while others run.
 
         Raises BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that does not fit, WeightingError for a
-        weight that fp32 does not hold; the row then needs none.
+        weight that fp32 does not hold.
         """
-        MixtureWeights.of([served.mixture], tuple(served.mixture))
-        for content, adapter in served.adapters.items():
-            if content not in self._loaded:
-                if self._engine is None:
-                    self._engine = Composer(self._model, ExpertPool({content: adapter}))
-                else:
-                    self._engine.load(content, adapter)
-                self._loaded[content] = None
-            self._loaded.move_to_end(content)
-        self._num_users.update(served.adapters.keys())
+        with self._loading:
+            if served.router is not None:
+                self._load_routed(served)
+                return
+            for member in served.members:
+                MixtureWeights.of([member.weights], tuple(member.weights))
+            for content, adapter in served.adapters.items():
+                with self._lock:
+                    there = content in self._loaded
+                if not there:
+                    if self._engine is None:
+                        self._engine = Composer(self._model, ExpertPool({content: adapter}))
+                    else:
+                        self._engine.load(content, adapter)
+                with self._lock:
+                    self._loaded[content] = None
+                    self._loaded.move_to_end(content)
+            if served.adapters:
+                assert self._engine is not None
+                self._engine.prefetch(list(served.adapters))
+
+    def take(self, served: Served) -> None:
+        """Keeps what a row's composition needs until `give_back`, and loads it where it is not there.
+
+        Raises what `load` raises; the row then needs none.
+        """
+        with self._lock:
+            self._num_users.update(_needs(served))
+        if not self.has(served):
+            try:
+                self.load(served)
+            except BaseException:
+                self.give_back(served)
+                raise
 
     def give_back(self, served: Served) -> None:
         """Says that a row no longer needs its composition."""
-        self._num_users.subtract(served.adapters.keys())
-        self._num_users = +self._num_users
-        unused = [content for content in self._loaded if not self._num_users[content]]
-        for content in unused[: max(0, len(unused) - self._most)]:
-            assert self._engine is not None
-            self._engine.unload(content)
-            del self._loaded[content]
+        with self._lock:
+            self._num_users.subtract(_needs(served))
+            self._num_users = +self._num_users
+            for content in self._unused(self._loaded):
+                assert self._engine is not None
+                self._engine.unload(content)
+                del self._loaded[content]
+            for identity in self._unused(self._routed):
+                self._routed.pop(identity)[0].close()
 
     def activate(self, rows: Sequence[Served]) -> AbstractContextManager[Any]:
-        """The mixture of each row of a batch, for a `with` block around the model's call."""
+        """The mixture of each member of each row, in this order, for a `with` block around the model's call.
+
+        Where one has a router, all have the same.
+        """
+        if rows[0].router is not None:
+            engine, router = self._routed[rows[0].identity]
+            return engine.activate(router)
         if self._engine is None:
             return nullcontext()
-        return self._engine.activate([served.mixture for served in rows])
+        return self._engine.activate([member.weights for served in rows for member in served.members])
+
+    def _unused(self, there: OrderedDict[str, Any]) -> list[str]:
+        unused = [key for key in there if not self._num_users[key]]
+        return unused[: max(0, len(unused) - self._most)]
+
+    def _load_routed(self, served: Served) -> None:
+        with self._lock:
+            there = served.identity in self._routed
+        if not there:
+            assert served.router is not None
+            engine = Composer(self._model, ExpertPool(served.members[0].adapters), tokenizer=self._tokenizer)
+            served.router.require_engine(engine)
+        with self._lock:
+            if not there:
+                self._routed[served.identity] = engine, served.router
+            self._routed.move_to_end(served.identity)
+
+
+def _needs(served: Served) -> list[str]:
+    """What rows of a composition keep in the engine: adapters by their content, or its router."""
+    return [served.identity] if served.router is not None else list(served.adapters)

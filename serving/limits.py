@@ -9,15 +9,17 @@ from dataclasses import dataclass, fields
 class Limits:
     """Numbers of 1 or more, above which a request waits or is refused. A row is one answer on its way.
 
-    `rows` run in one batch, which has at most `cache_tokens` keys and values: its rows times the longest of them, prompt
-    and answer. `waiting` rows wait for it. A request has at most `body_bytes`, asks for `choices` answers of `new_tokens`,
-    and is over after `seconds`, with whatever it is then; its model has `formula_characters` and `adapters`. `loaded`
-    adapters stay in the engine after use, and the adapters of as many formulas in memory. `merges` says whether merges by
-    a method are made.
+    `rows` run at once, an average having one for each of its prompts, and keep at most `cache_tokens` keys and values: the
+    rows times the longest of them, prompt and answer. `waiting` rows wait for it. Beginnings that were read are kept, up to
+    `prefix_bytes`, which may be 0. A request has at most `body_bytes`, asks for `choices` answers of `new_tokens`, and is
+    over after `seconds`, with whatever it is then; its model has `formula_characters` and `adapters`. `loaded` adapters
+    stay in the engine after use, and the adapters of as many formulas in memory. `merges` says whether merges by a method
+    are made.
     """
 
     rows: int = 8
     cache_tokens: int = 32_768
+    prefix_bytes: int = 1 << 28
     waiting: int = 64
     body_bytes: int = 1 << 20
     choices: int = 16
@@ -31,5 +33,6 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "merges" and not value >= 1:
-                raise ValueError(f"the limit {field.name!r} is {value}; it is a number of 1 or more")
+            least = 0 if field.name in ("merges", "prefix_bytes") else 1
+            if not value >= least:
+                raise ValueError(f"the limit {field.name!r} is {value}; it is a number of {least} or more")

@@ -31,7 +31,9 @@ class Metrics:
         self._running = Gauge("running_rows", "Rows of the running batch", **known)
         self._waiting = Gauge("waiting_rows", "Rows that wait for the batch", **known)
         self._open = Gauge("open_requests", "Requests for answers that are not over", **known)
+        self._prefix_bytes = Gauge("prefix_bytes", "Bytes of beginnings that are kept", **known)
         self._prompt_tokens = Counter("prompt_tokens", "Tokens read before a row's first new one", **known)
+        self._kept_tokens = Counter("kept_tokens", "Tokens of prompts that were not read, since they are kept", **known)
         self._new_tokens = Counter("new_tokens", "Tokens chosen", **known)
         self._steps = Counter("steps", "Steps of the running batch", **known)
         self._ended = Counter("rows", "Rows that are over, by whether their client had gone", ["gone"], **known)
@@ -49,16 +51,18 @@ class Metrics:
             self._requests.labels(path, str(status[0])).inc()
             self._seconds.labels(path).observe(time.monotonic() - before)
 
-    def watch_rows(self, running: Callable[[], int], waiting: Callable[[], int]) -> None:
-        """What tells at any time how many rows there are."""
+    def watch_rows(self, running: Callable[[], int], waiting: Callable[[], int], prefix_bytes: Callable[[], int]) -> None:
+        """What tells at any time how many rows there are, and how much is kept."""
+        self._prefix_bytes.set_function(prefix_bytes)
         self._running.set_function(running)
         self._waiting.set_function(waiting)
 
     def watch_requests(self, num_open: Callable[[], int]) -> None:
         self._open.set_function(num_open)
 
-    def read(self, num_tokens: int, num_rows: int) -> None:
+    def read(self, num_tokens: int, num_kept: int, num_rows: int) -> None:
         self._prompt_tokens.inc(num_tokens)
+        self._kept_tokens.inc(num_kept)
         self._new_tokens.inc(num_rows)
 
     def stepped(self, num_rows: int) -> None:

@@ -1,68 +1,112 @@
-"""What a model name stands for: the weighted adapters of a formula over the hub, as they are at that moment."""
+"""What a model name stands for: the compositions of formulas over the hub, as it is at that moment."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Any
 
+from loraweave.composer.compose.composition import Composition
 from loraweave.composer.formula.formula import Formula, parse
-from loraweave.composer.formula.nodes import Named, Stored, leaves
-from loraweave.errors import ScopeError
+from loraweave.composer.formula.nodes import Merge, Named, Stored, Sum, leaves
+from loraweave.composer.formula.source import has_members, router_of
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.base import base_key
+from loraweave.hub.compositions import StoredComposition
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.retrieval.retriever import Retriever
+from loraweave.routers.tokens._router import TokenRouter
 from loraweave.serving.limits import Limits
 from loraweave.serving.refusals import Refusal
-from loraweave.serving.served import Served
-from loraweave.types import BaseKey
+from loraweave.serving.served import Member, Served
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A formula without stored formulas in it and without `auto`, and the hash of what it says of the hub's contents.
+
+    `merges` says that it is a merge by a method, or has one in it, which takes a while.
+    """
+
+    formula: Formula
+    identity: str
+    merges: bool = False
 
 
 class Names:
     """Formulas over a hub, which may change meanwhile. Several threads may ask; nothing is opened but what the hub stores.
 
-    `base` is the served model's key: `auto` looks at adapters for it alone.
+    `auto` looks at adapters for the served model alone.
     """
 
-    def __init__(self, hub: Hub, limits: Limits, base: BaseKey | None = None) -> None:
+    def __init__(self, hub: Hub, model: Any, tokenizer: Any, limits: Limits) -> None:
         self._hub = hub
-        self._base = base
+        self._model = model
+        self._tokenizer = tokenizer
+        self._base = base_key(model)
         self._limits = limits
         self._lock = threading.Lock()
-        # one of its own, since the first search of a hub takes seconds, which no other request waits for
-        self._search_lock = threading.Lock()
         self._known: OrderedDict[str, Served] = OrderedDict()
         self._retriever: Retriever | None = None
 
-    def served(self, name: str, prompt: str) -> Served:
-        """What a formula stands for; with `auto`, what retrieval finds for the prompt.
-
-        Raises FormulaError and what the hub raises for names that it does not have; ScopeError for routers and averages,
-        which need more than one mixture a row; Refusal for a formula above the limits.
-        """
+    def formula(self, name: str) -> Formula:
+        """What a model name says. Raises FormulaError, and Refusal for one above the limit."""
         limit = self._limits.formula_characters
         if len(name) > limit:
             raise Refusal(400, f"the model's name has {len(name)} characters, above the limit of {limit}", param="model")
-        formula = parse(name)
-        if formula.is_auto:
-            formula = self._found_for(prompt)
-        formula = formula.expand(self._hub)
-        if formula.is_base:
-            return Served()
-        if (count := len(set(leaves(formula.root)))) > self._limits.adapters:
+        return parse(name)
+
+    def found_for(self, prompt: str) -> Formula:
+        """What `auto` takes for a prompt; for one thread at a time. The first search takes seconds."""
+        if self._retriever is None:
+            self._retriever = Retriever(self._hub)
+        found = self._retriever.for_task([prompt], k=1, evidence=False, base_model=self._base) if prompt.strip() else []
+        return parse(str(Named(found[0].name)) if found else "base")
+
+    def wanted(self, formula: Formula) -> Wanted:
+        """The formula as the hub has it now; no adapter is opened.
+
+        Raises FormulaError and what the hub raises for names that it does not have, Refusal for a formula above the limits.
+        """
+        found = formula.expand(self._hub)
+        if found.is_base:
+            return Wanted(found, Served.identity)
+        if (count := len(set(leaves(found.root)))) > self._limits.adapters:
             raise Refusal(
-                400, f"{name!r:.80} has {count} adapters, above the limit of {self._limits.adapters}", param="model"
+                400, f"{formula.text!r:.80} has {count} adapters, above the limit of {self._limits.adapters}", param="model"
             )
-        found = self._kept(formula.identity(self._hub))
-        if found is None:
-            pool = formula.pool(self._hub)
-            # of these very adapters, whatever becomes of the hub meanwhile
-            mixture, adapters = self._mixture(formula, pool)
-            found = self._keep(Served(formula.canonical, formula.identity(pool), mixture, adapters))
-        return replace(found, canonical=formula.canonical)
+        merges = isinstance(found.root, Sum) and any(isinstance(term, Merge) for _, term in found.root.terms)
+        if merges and not self._limits.merges:
+            raise Refusal(400, f"{found} is a merge by a method, and this server makes none", param="model")
+        return Wanted(found, found.identity(self._hub), merges)
+
+    def known(self, wanted: Wanted) -> Served | None:
+        """The composition, where it was made before and is still kept."""
+        if wanted.formula.is_base:
+            return Served()
+        with self._lock:
+            found = self._known.get(wanted.identity)
+            if found is None:
+                return None
+            self._known.move_to_end(wanted.identity)
+        return replace(found, canonical=wanted.formula.canonical)
+
+    def make(self, wanted: Wanted) -> Served:
+        """The composition, of the hub's adapters as they are when it is called; it is kept.
+
+        Raises what the hub, `lw.merge`, `lw.router` and `Composition.from_pretrained` raise.
+        """
+        if (found := self.known(wanted)) is not None:
+            return found
+        made = self._made(wanted)
+        with self._lock:
+            self._known[made.identity] = made
+            while len(self._known) > self._limits.loaded:
+                self._known.popitem(last=False)
+        return made
 
     def listed(self) -> list[tuple[str, int]]:
         """(name, Unix time at which it was stored) of the base, every adapter and every stored composition."""
@@ -70,47 +114,50 @@ class Names:
         stored = [(str(Stored(each.name)), _seconds(each.created)) for each in self._hub.compositions()]
         return [("base", 0), *adapters, *stored]
 
-    def _found_for(self, prompt: str) -> Formula:
-        with self._search_lock:
-            if self._retriever is None:
-                self._retriever = Retriever(self._hub)
-            found = self._retriever.for_task([prompt], k=1, evidence=False, base_model=self._base) if prompt.strip() else []
-        return parse(str(Named(found[0].name)) if found else "base")
-
-    def _mixture(self, formula: Formula, pool: ExpertPool) -> tuple[Mapping[str, float], Mapping[str, Adapter]]:
-        try:
-            mixture = formula.mixture(pool)
-        except ScopeError:
-            # a method's merge, or a sum with one in it
-            if not self._limits.merges:
-                raise Refusal(400, f"{formula} is a merge by a method, and this server makes none", param="model") from None
+    def _made(self, wanted: Wanted) -> Served:
+        formula = wanted.formula
+        if (stored := formula.stored(self._hub)) is not None:
+            named = formula.canonical, formula.identity(self._hub)
+            if has_members(stored):
+                # answers of a task are one line, as in Composition.predict
+                return Served(*named, self._members(stored), stops=("\n",))
+            router = router_of(stored)
+            return Served(*named, (_routed(router, router.pool),))
+        # of these very adapters, whatever becomes of the hub meanwhile
+        pool = formula.pool(self._hub)
+        named = formula.canonical, formula.identity(pool)
+        if wanted.merges:
             # it stays here: a license may forbid to give a merge away, and not to use it
-            merged = formula.merge(pool, progress=False, allow_licenses=True)
-            return {merged.hash: 1.0}, {merged.hash: merged}
-        if not isinstance(mixture, Mapping):
-            raise ScopeError(
-                f"{formula} is a router, which weighs every token by itself; this server has weighted sums and merges so "
-                "far: ask for one, or use Composer.generate in process"
-            )
+            return Served(*named, (_whole(formula.merge(pool, progress=False, allow_licenses=True)),))
+        mixture = formula.mixture(pool)
+        if not isinstance(mixture, dict):
+            return Served(*named, (_routed(mixture, pool),))
         weights: dict[str, float] = defaultdict(float)
         for key, weight in mixture.items():
             # two names of one content are one expert
             weights[pool[key].hash] += weight
-        return dict(weights), {pool[key].hash: pool[key] for key in mixture}
+        return Served(*named, (Member(dict(weights), {pool[key].hash: pool[key] for key in mixture}),))
 
-    def _kept(self, identity: str) -> Served | None:
-        with self._lock:
-            found = self._known.get(identity)
-            if found is not None:
-                self._known.move_to_end(identity)
-            return found
+    def _members(self, stored: StoredComposition) -> tuple[Member, ...]:
+        """Each member in each of its prompt forms."""
+        with stored.unpacked() as folder:
+            members = Composition.from_pretrained(folder, self._model, self._tokenizer).members.values()
+        found = []
+        for member in members:
+            alone = Member() if member.is_base else _whole(member.adapter)
+            tasks = member.task.in_orders()
+            found += [replace(alone, share=1 / len(members) / len(tasks), task=task) for task in tasks]
+        return tuple(found)
 
-    def _keep(self, served: Served) -> Served:
-        with self._lock:
-            self._known[served.identity] = served
-            while len(self._known) > self._limits.loaded:
-                self._known.popitem(last=False)
-        return served
+
+def _whole(adapter: Adapter) -> Member:
+    """An adapter as it is."""
+    return Member({adapter.hash: 1.0}, {adapter.hash: adapter})
+
+
+def _routed(router: TokenRouter, pool: ExpertPool | None) -> Member:
+    assert pool is not None
+    return Member({}, {name: pool[name] for name in router.experts}, router)
 
 
 def _seconds(created: str) -> int:

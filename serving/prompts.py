@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
@@ -12,6 +13,16 @@ from jinja2 import TemplateError
 from loraweave.composer.model.batches import context_length
 from loraweave.serving.refusals import Refusal
 from loraweave.serving.requests import ChatRequest, CompletionRequest
+from loraweave.serving.served import Served
+
+
+@dataclass(frozen=True)
+class Given:
+    """The prompts of a request: `ids` of each as it stands; `inputs` are the same as bare texts, where they are such."""
+
+    text: str
+    ids: Sequence[tuple[int, ...]]
+    inputs: Sequence[str] | None
 
 
 class Prompts:
@@ -23,16 +34,17 @@ class Prompts:
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         self.context = context_length(model)
 
-    def of_completion(self, asked: CompletionRequest) -> tuple[str, list[tuple[int, ...]]]:
-        """(the text of the first prompt, the ids of each). Raises Refusal for unknown ids, and where there is no token."""
+    def of_completion(self, asked: CompletionRequest) -> Given:
+        """Each prompt, and the text of the first. Raises Refusal for unknown ids, and where there is no token."""
         with self._lock:
             ids = [self._ids(prompt) if isinstance(prompt, str) else self._known(prompt) for prompt in asked.prompts]
             first = asked.prompts[0]
             text = first if isinstance(first, str) else str(self._tokenizer.decode(first))
-        return text, [self._fitting(each) for each in ids]
+        texts = [prompt for prompt in asked.prompts if isinstance(prompt, str)]
+        return Given(text, [self._fitting(each) for each in ids], texts or None)
 
-    def of_chat(self, asked: ChatRequest) -> tuple[str, list[tuple[int, ...]]]:
-        """(the text of the last message, the ids of the prompt). Raises Refusal without a template, or where it refuses."""
+    def of_chat(self, asked: ChatRequest) -> Given:
+        """The template's prompt, and the last message's text. Raises Refusal without a template, or where it refuses."""
         messages = [message.for_template() for message in asked.messages]
         with self._lock:
             if self._tokenizer.chat_template is None:
@@ -44,21 +56,39 @@ class Prompts:
             except (TemplateError, TypeError, ValueError, KeyError) as error:
                 raise Refusal(400, f"the chat template refuses these messages: {error}", param="messages") from error
             ids = self._ids(text, add_special_tokens=False)
-        return messages[-1]["content"], [self._fitting(ids)]
+        last = messages[-1]["content"]
+        return Given(last, [self._fitting(ids)], [last] if len(messages) == 1 and not asked.tools else None)
 
-    def num_new(self, prompts: Sequence[tuple[int, ...]], asked: int | None, usual: int, most: int) -> int:
-        """How many new tokens each answer may have: as asked, or the usual number as far as there is room.
+    def of_members(self, given: Given, served: Served) -> list[list[tuple[int, ...]]]:
+        """For each prompt what each member of a composition is asked: the prompt, or its input in the member's own form.
+
+        Raises Refusal where members have forms of their own, and what is given is more than the input of a task.
+        """
+        tasks = [member.task for member in served.members]
+        if all(task is None for task in tasks):
+            return [[ids] * len(tasks) for ids in given.ids]
+        if given.inputs is None:
+            raise Refusal(
+                400,
+                f"{served.canonical} puts the input of its task into prompts of its own: give the input alone, as text, or "
+                "as the one message of a chat",
+            )
+        with self._lock:
+            prompts = [[text if task is None else task.prompt(text) for task in tasks] for text in given.inputs]
+            return [[self._fitting(self._ids(prompt)) for prompt in each] for each in prompts]
+
+    def num_new(self, longest: int, asked: int | None, usual: int, most: int) -> int:
+        """How many new tokens an answer to a prompt of `longest` tokens has: as asked, or the usual number if it fits.
 
         Raises Refusal above `most`, and where prompt and answer are beyond the model's context.
         """
         if asked is not None and asked > most:
             raise Refusal(400, f"max_tokens is {asked}, and this server gives at most {most}", param="max_tokens")
-        room = most if self.context is None else self.context - max(map(len, prompts))
+        room = most if self.context is None else self.context - longest
         if asked is not None and asked > room:
             raise Refusal(
                 400,
-                f"the prompt has {max(map(len, prompts))} tokens, which with max_tokens={asked} is beyond the context of "
-                f"{self.context}",
+                f"the prompt has {longest} tokens, which with max_tokens={asked} is beyond the context of {self.context}",
                 param="max_tokens",
                 code="context_length_exceeded",
             )

@@ -79,9 +79,12 @@ class Asked(BaseModel):
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, max_tokens: int, number: int) -> Sampling:
-        """That of a prompt's answer of this number, each of which draws under a seed of its own: the request's plus it."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+    def sampling(self, max_tokens: int, number: int, stops: tuple[str, ...] = ()) -> Sampling:
+        """That of a prompt's answer of this number, each of which draws under a seed of its own: the request's plus it.
+
+        It ends at `stops` too.
+        """
+        stop = (*([self.stop] if isinstance(self.stop, str) else self.stop or ()), *stops)
         temperature = 1.0 if self.temperature is None else self.temperature
         top_p = 1.0 if self.top_p is None else self.top_p
         # into what a generator takes

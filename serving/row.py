@@ -1,9 +1,9 @@
-"""One answer on its way: its tokens so far, and who is told of them."""
+"""One answer on its way: its prompts, its tokens so far, and who is told of them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.model.growing_text import GrowingText
+from loraweave.composer.model.scoring import log_average
 from loraweave.serving.refusals import Refusal
 from loraweave.serving.sampling import Chosen, Sampling, Stops, choose
 from loraweave.serving.served import Served
@@ -29,27 +30,31 @@ class Piece:
 
 
 class Row:
-    """A prompt under one composition. The scheduler's thread alone changes it, but for `gone`, which the client's side sets.
+    """A prompt for each member of one composition, all of which go on with the same tokens.
 
-    `tell` gets each Piece, or the exception that ends the row. `deadline` is a time of `time.monotonic`.
+    The scheduler's thread alone changes it, but for `gone`, which the client's side sets. `tell` gets each Piece, or the
+    exception that ends the row. `deadline` is a time of `time.monotonic`.
     """
 
     def __init__(
         self,
-        prompt: Sequence[int],
+        prompts: Sequence[Sequence[int]],
         served: Served,
         sampling: Sampling,
         tell: Callable[[Piece | BaseException], None],
         *,
         deadline: float = float("inf"),
     ) -> None:
-        self.prompt = tuple(prompt)
+        self.prompts = [tuple(prompt) for prompt in prompts]
         self.served = served
         self.sampling = sampling
         self.deadline = deadline
         self.tokens: list[int] = []
         self.over = False
         self.gone = False
+        self.failed = False
+        # tokens of the prompts that were not read, since their keys and values were there
+        self.num_kept = 0
         # whether the model failed on a batch with this row in it, and whether its experts were given back
         self.suspect = False
         self.released = False
@@ -59,22 +64,34 @@ class Row:
         self._generator: torch.Generator | None = None
 
     @property
-    def ids(self) -> tuple[int, ...]:
-        """All tokens so far, the prompt's among them."""
-        return self.prompt + tuple(self.tokens)
+    def ids(self) -> list[tuple[int, ...]]:
+        """Each member's tokens so far, its prompt's among them."""
+        return [prompt + tuple(self.tokens) for prompt in self.prompts]
 
     @property
     def longest(self) -> int:
-        """Tokens that the row has at most when it ends."""
-        return len(self.prompt) + self.sampling.max_tokens
+        """Tokens that a member has at most when the row ends."""
+        return max(map(len, self.prompts)) + self.sampling.max_tokens
 
-    def take(self, logits_V: Tensor, tokenizer: Any, ends: Collection[int]) -> None:
-        """Chooses the next token from the model's logits and tells it; `ends` are the tokens that end a sequence.
+    @property
+    def batch(self) -> Hashable:
+        """Rows that are equal in this share a batch: all without a router, those of one router, or the row alone."""
+        router = self.served.router
+        if router is None:
+            return None
+        return self if self.served.members[0].is_alone else self.served.identity
+
+    def asks_like(self, other: Row) -> bool:
+        """Whether both have the same prompts under the same weights."""
+        return self.served is other.served and self.prompts == other.prompts
+
+    def take(self, logits_MV: Tensor, tokenizer: Any, ends: Collection[int]) -> None:
+        """Chooses the next token from the members' logits and tells it; `ends` are the tokens that end a sequence.
 
         What goes wrong with this row ends this row alone.
         """
         try:
-            chosen = choose(logits_V, self.sampling, self._generator_on(logits_V.device))
+            chosen = choose(self._average(logits_MV), self.sampling, self._generator_on(logits_MV.device))
             self.tokens.append(chosen.token)
             self._tell(self._piece(chosen, tokenizer, ends))
         except Exception as error:
@@ -82,7 +99,7 @@ class Row:
 
     def fail(self, error: BaseException) -> None:
         """Ends the row with an error."""
-        self.over = True
+        self.over = self.failed = True
         self._tell(error)
 
     def require_wanted(self) -> None:
@@ -91,6 +108,14 @@ class Row:
             self.over = True
         elif not self.over and time.monotonic() > self.deadline:
             self.fail(Refusal(504, f"the deadline passed after {len(self.tokens)} tokens", code="deadline_exceeded"))
+
+    def _average(self, logits_MV: Tensor) -> Tensor:
+        """Scores whose softmax is the average of the members' probabilities."""
+        if len(logits_MV) == 1:
+            return logits_MV[0]
+        share_M = torch.tensor([member.share for member in self.served.members])
+        exact_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
+        return log_average(exact_MV.log_softmax(dim=-1)[:, None], share_M)[0]
 
     def _piece(self, chosen: Chosen, tokenizer: Any, ends: Collection[int]) -> Piece:
         told = () if self.sampling.logprobs is None else (chosen,)

@@ -1,12 +1,12 @@
 """The one thread that owns the model: rows wait, join the running batch at a step, and leave it when they are over.
 
-    submit(rows) -> waiting -> [experts loaded, prompt read] -> running -> over
-                       |                                          |
+    submit(rows) -> waiting -> [prompt read] -> running -> over
+                       |                           |
                        '------- the client has gone, or its time is up
 
-A row joins as soon as the batch has room for it, in the order of arrival: a batch has so many rows, and so many rows times
-the longest of them. Where the model fails on several rows together, each is read again alone, so that the one at fault
-fails alone.
+A row joins as soon as there is room for it, in the order of arrival: so many lines run, and so many lines times the longest
+of them. All rows of weighted sums and averages are one batch; those under one router are another, and each batch does a step
+in turn. Where the model fails on several rows together, each is read again alone, so that the one at fault fails alone.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Any
 
 from loraweave.serving.batch import Batch
 from loraweave.serving.experts import Experts
 from loraweave.serving.limits import Limits
 from loraweave.serving.metrics import Metrics
+from loraweave.serving.prefixes import KeptPrefixes
 from loraweave.serving.refusals import Refusal
 from loraweave.serving.row import Row
+from loraweave.serving.served import Served
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +39,15 @@ class Scheduler:
     def __init__(self, model: Any, tokenizer: Any, limits: Limits, metrics: Metrics) -> None:
         self._limits = limits
         self._metrics = metrics
-        self._experts = Experts(model, limits.loaded)
-        self._batch = Batch(model, tokenizer, self._experts)
+        self._experts = Experts(model, tokenizer, limits.loaded)
+        self._prefixes = KeptPrefixes(limits.prefix_bytes)
+        self._make_batch = partial(Batch, model, tokenizer, self._experts, self._prefixes)
+        # the batch of rows without a router is always there
+        self._batches: dict[Hashable, Batch] = {None: self._make_batch()}
         self._waiting: deque[Row] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        metrics.watch_rows(lambda: len(self._batch.rows), lambda: len(self._waiting))
+        metrics.watch_rows(lambda: len(self._running), lambda: len(self._waiting), lambda: self._prefixes.num_bytes)
         self._thread = threading.Thread(target=self._run, name="loraweave-scheduler", daemon=True)
 
     def start(self) -> None:
@@ -60,15 +66,29 @@ class Scheduler:
         """Whether rows that are submitted will run."""
         return self._thread.is_alive() and not self._closed
 
+    def has(self, served: Served) -> bool:
+        """Whether all that a composition needs is in the engine."""
+        return self._experts.has(served)
+
+    def prepare(self, served: Served) -> None:
+        """Brings a composition's adapters into the engine while others run. Raises what `Experts.load` raises."""
+        self._experts.load(served)
+
     def submit(self, rows: Sequence[Row]) -> None:
         """Lets all rows wait for their turn, or none. Raises Refusal, 429 where too many wait, 413 for one too long."""
         for row in rows:
-            if row.longest > self._limits.cache_tokens:
+            if len(row.prompts) * row.longest > self._limits.cache_tokens:
                 raise Refusal(
                     413,
-                    f"the prompt and its answer have up to {row.longest} tokens, and this server keeps "
+                    f"the prompt and its answer have up to {len(row.prompts) * row.longest} tokens, and this server keeps "
                     f"{self._limits.cache_tokens}; ask for fewer max_tokens, or shorten the prompt",
                     code="context_length_exceeded",
+                )
+            if len(row.prompts) > self._limits.rows:
+                raise Refusal(
+                    413,
+                    f"this average asks {len(row.prompts)} prompts at once, and this server runs {self._limits.rows} rows; "
+                    "start it with more --rows",
                 )
         with self._changed:
             if not self.alive:
@@ -93,21 +113,27 @@ class Scheduler:
             ended = error
         with self._changed:
             self._closed = True
-            left, self._waiting = [*self._batch.rows, *self._waiting], deque()
+            left, self._waiting = [*self._running, *self._waiting], deque()
         for row in left:
             row.fail(ended)
+
+    @property
+    def _running(self) -> list[Row]:
+        return [row for batch in self._batches.values() for row in batch.rows]
 
     def _turn(self) -> bool:
         """Waits for something to do and does one step of it; False when closed."""
         with self._changed:
-            while not (self._closed or self._waiting or self._batch.rows):
+            while not (self._closed or self._waiting or self._running):
                 self._changed.wait()
             if self._closed:
                 return False
         self._dismiss_unwanted()
         self._admit()
-        if self._batch.rows:
-            self._step()
+        for batch in list(self._batches.values()):
+            if batch.rows:
+                self._step(batch)
+        self._batches = {key: batch for key, batch in self._batches.items() if key is None or batch.rows}
         return True
 
     def _dismiss_unwanted(self) -> None:
@@ -115,51 +141,63 @@ class Scheduler:
             for row in self._waiting:
                 row.require_wanted()
             self._waiting = deque(row for row in self._waiting if not row.over)
-        running = self._batch.rows
-        for row in running:
-            row.require_wanted()
-        self._batch.keep([row for row in running if not row.over])
-        self._release(running)
+        for batch in self._batches.values():
+            running = batch.rows
+            for row in running:
+                row.require_wanted()
+            batch.keep([row for row in running if not row.over])
+            self._release(running)
 
     def _admit(self) -> None:
-        """Reads the prompts of waiting rows that the batch has room for."""
+        """Reads the prompts of waiting rows that there is room for."""
         joining: list[Row] = []
-        while (row := self._next([*self._batch.rows, *joining])) is not None:
+        while (row := self._next([*self._running, *joining])) is not None:
             try:
                 self._experts.take(row.served)
             except Exception as error:
                 row.fail(error)
             else:
                 joining.append(row)
-        if joining:
-            self._read(joining)
+        together: dict[tuple[Hashable, bool], list[Row]] = {}
+        for row in joining:
+            # further answers to a prompt begin with what the first has read
+            again = any(row.asks_like(other) for other in together.get((row.batch, False), ()))
+            together.setdefault((row.batch, again), []).append(row)
+        for rows in sorted(together, key=lambda key: key[1]):
+            self._read(together[rows])
 
     def _next(self, others: Sequence[Row]) -> Row | None:
         with self._changed:
-            if not self._waiting or len(others) >= self._limits.rows:
+            if not self._waiting:
                 return None
-            longest = max(row.longest for row in (self._waiting[0], *others))
-            if (len(others) + 1) * longest > self._limits.cache_tokens:
+            rows = [*others, self._waiting[0]]
+            num_lines = sum(len(row.prompts) for row in rows)
+            if num_lines > self._limits.rows or num_lines * max(row.longest for row in rows) > self._limits.cache_tokens:
                 return None
             return self._waiting.popleft()
 
     def _read(self, rows: Sequence[Row]) -> None:
-        num_tokens = sum(len(row.ids) for row in rows)
+        num_tokens = sum(map(len, (ids for row in rows for ids in row.ids)))
+        key = rows[0].batch
+        if key not in self._batches:
+            self._batches = {**self._batches, key: self._make_batch()}
+        batch = self._batches[key]
         try:
-            self._batch.read(rows)
+            batch.read(rows)
         except Exception as error:
             self._apart(rows, error)
         else:
-            self._metrics.read(num_tokens, len(rows))
+            num_kept = sum(row.num_kept for row in rows)
+            self._metrics.read(num_tokens - num_kept, num_kept, len(rows))
         self._release(rows)
 
-    def _step(self) -> None:
-        rows = self._batch.rows
+    def _step(self, batch: Batch) -> None:
+        rows = batch.rows
         try:
-            self._batch.step()
+            batch.step()
         except Exception as error:
             # what the cache holds is not known
-            self._batch.keep([])
+            batch.keep([])
             self._apart(rows, error)
         else:
             self._metrics.stepped(len(rows))

@@ -4,9 +4,10 @@ import torch
 
 from loraweave.serving.batch import Batch
 from loraweave.serving.experts import Experts
+from loraweave.serving.prefixes import KeptPrefixes
 from loraweave.serving.row import Row
 from loraweave.serving.sampling import Sampling
-from loraweave.serving.served import Served
+from loraweave.serving.served import Member, Served
 
 PROMPTS = ["abc", "the judge thanked: ", "b", "zebra 12, 34. ", "OPA? "]
 MIXTURES = [{"a": 1.0}, {}, {"b": 0.7, "c": -0.4}, {"c": 1.0}, {"a": 0.5, "b": 0.5, "c": 0.5}]
@@ -18,8 +19,12 @@ def served(adapters, weights):
     return Served(
         str(weights),
         str(weights),
-        {by_name[name].hash: weight for name, weight in weights.items()},
-        {by_name[name].hash: by_name[name] for name in weights},
+        (
+            Member(
+                {by_name[name].hash: weight for name, weight in weights.items()},
+                {by_name[name].hash: by_name[name] for name in weights},
+            ),
+        ),
     )
 
 
@@ -28,7 +33,9 @@ class Heard:
 
     def __init__(self, tokenizer, prompt, composition, sampling, **options):
         self.events = []
-        self.row = Row(tokenizer(prompt)["input_ids"], composition, sampling, self.events.append, **options)
+        self.row = Row(
+            [tokenizer(prompt)["input_ids"]] * len(composition.members), composition, sampling, self.events.append, **options
+        )
 
     @property
     def text(self):
@@ -56,9 +63,9 @@ def heard_rows(tokenizer, adapters, max_tokens=9, **options):
     ]
 
 
-def make_batch(model, tokenizer, most=8):
-    experts = Experts(model, most)
-    return Batch(model, tokenizer, experts), experts
+def make_batch(model, tokenizer, most=8, prefix_bytes=0):
+    experts = Experts(model, tokenizer, most)
+    return Batch(model, tokenizer, experts, KeptPrefixes(prefix_bytes)), experts
 
 
 def join(batch, experts, heard):
@@ -91,3 +98,17 @@ def alone(engine, prompt, weights, max_tokens=9):
     logprobs = [float(step[0].double().log_softmax(0)[token]) for step, token in zip(output.logits, tokens, strict=True)]
     ends = tokens[-1] == engine.model.generation_config.eos_token_id
     return engine.tokenizer.decode(tokens, skip_special_tokens=True), logprobs[:-1] if ends else logprobs
+
+
+@torch.no_grad()
+def averaged(engine, prompts, mixtures, shares, max_tokens=9):
+    """The greedy text of sum over members of share * softmax(logits after its prompt and all tokens so far), no cache."""
+    tokens = []
+    while len(tokens) < max_tokens and engine.model.generation_config.eos_token_id not in tokens:
+        total_V = 0
+        for prompt, mixture, share in zip(prompts, mixtures, shares, strict=True):
+            with engine.activate(mixture):
+                ids = engine.tokenizer(prompt)["input_ids"] + tokens
+                total_V = total_V + share * engine.model(torch.tensor([ids])).logits[0, -1].double().softmax(0)
+        tokens.append(int(total_V.argmax()))
+    return engine.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -30,7 +30,7 @@ from loraweave.composer.formula.nodes import (
     replaced,
 )
 from loraweave.composer.formula.parser import Parser
-from loraweave.composer.formula.source import Given, Source, has_router, router_of, source_of
+from loraweave.composer.formula.source import Given, Source, has_members, has_router, router_of, source_of
 from loraweave.composer.formula.tokens import MAX_CHARACTERS, Token, misplaced, normal, tokens
 from loraweave.composer.merge.merge import merge
 from loraweave.errors import AdapterNotFound, FormulaError, ScopeError, UnknownExpert, WeightingError
@@ -128,8 +128,8 @@ class Formula:
         known = self.expand(hub_or_pool)
         if self.is_auto:
             raise ScopeError("'auto' has no identity: retrieval chooses for each request, and what it chose has one")
-        if (stored := known._stored_router(source)) is not None:
-            return _sha256(f"router {stored.hash}")
+        if (stored := known.stored(source)) is not None:
+            return _sha256(f"{'router' if has_router(stored) else 'average'} {stored.hash}")
 
         def content(leaf: Leaf) -> Content:
             assert isinstance(leaf, Named | Stored)
@@ -152,7 +152,7 @@ class Formula:
         """
         source = source_of(hub_or_pool)
         known = self.expand(hub_or_pool)
-        if (stored := known._stored_router(source)) is not None:
+        if (stored := known.stored(source)) is not None and has_router(stored):
             found = router_of(stored).pool
             assert found is not None
             return found
@@ -172,7 +172,7 @@ class Formula:
             isinstance(known.root, Routed) or any(isinstance(leaf, Stored) for leaf in known._leaves)
         ):
             raise ScopeError(f"the mixture of {self} needs its adapters: pass the hub or the pool")
-        if hub_or_pool is not None and (stored := known._stored_router(source_of(hub_or_pool))) is not None:
+        if hub_or_pool is not None and (stored := known.stored(hub_or_pool)) is not None and has_router(stored):
             return router_of(stored)
         if isinstance(known.root, Routed):
             options = {name: plain(value) for name, value in known.root.options}
@@ -184,6 +184,17 @@ class Formula:
                     f"{term} is no weighted sum of adapters: make one of it by formula.merge(hub), and activate that"
                 )
         return {term.key: weight for weight, term in known.root.terms if isinstance(term, Named | Stored)}
+
+    def stored(self, hub_or_pool: Given | Source) -> StoredComposition | None:
+        """The stored composition that it is, where that is no adapter: a router weighs in it, or members are averaged.
+
+        None for anything else.
+        """
+        match self.root:
+            case Sum(terms=((1.0, Stored() as leaf),)):
+                found = source_of(hub_or_pool).stored(leaf)
+                return found if found is not None and (has_router(found) or has_members(found)) else None
+        return None
 
     def merge(
         self,
@@ -223,14 +234,6 @@ class Formula:
     @property
     def _leaves(self) -> list[Named | Stored]:
         return [leaf for leaf in leaves(self.root) if isinstance(leaf, Named | Stored)]
-
-    def _stored_router(self, source: Source) -> StoredComposition | None:
-        """The stored composition that it is, where a router weighs in that; None for anything else."""
-        match self.root:
-            case Sum(terms=((1.0, Stored() as leaf),)):
-                stored = source.stored(leaf)
-                return stored if stored is not None and has_router(stored) else None
-        return None
 
     def _require_adapters(self, verb: str) -> None:
         if isinstance(self.root, Auto):

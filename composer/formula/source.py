@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from loraweave.common.names import unknown_expert
-from loraweave.composer.compose.saved import FORMAT_WITH_ROUTER, SavedRecipe
+from loraweave.composer.compose.saved import FORMAT_WITH_MEMBERS, FORMAT_WITH_ROUTER, SavedRecipe
 from loraweave.composer.formula.nodes import Named, Stored
 from loraweave.errors import AdapterNotFound, ScopeError
 from loraweave.hub.adapter import Adapter
@@ -108,6 +108,11 @@ def is_base(stored: StoredComposition) -> bool:
 def has_router(stored: StoredComposition) -> bool:
     """Whether a router weighs in a stored composition."""
     return stored.recipe.get("format") == FORMAT_WITH_ROUTER
+
+
+def has_members(stored: StoredComposition) -> bool:
+    """Whether a stored composition is an average of members."""
+    return stored.recipe.get("format") == FORMAT_WITH_MEMBERS
 
 
 def router_of(stored: StoredComposition) -> TokenRouter:

@@ -26,6 +26,7 @@ def serve(
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Answers that run in one batch.")] = 8,
     cache_tokens: Annotated[int, typer.Option(min=1, help="Keys and values that the batch keeps at most.")] = 32_768,
+    prefix_bytes: Annotated[int, typer.Option(min=0, help="Bytes of prompts that are not read twice.")] = 1 << 28,
     waiting: Annotated[int, typer.Option(min=1, help="Answers that wait; more are refused with 429.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of one answer at most.")] = 1024,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600.0,
@@ -44,6 +45,7 @@ def serve(
     limits = Limits(
         rows=rows,
         cache_tokens=cache_tokens,
+        prefix_bytes=prefix_bytes,
         waiting=waiting,
         new_tokens=max_tokens,
         seconds=deadline,

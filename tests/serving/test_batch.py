@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 import pytest
 import torch
 from served_rows import MIXTURES, PROMPTS, alone, finish, heard_rows, join, make_batch, served
@@ -9,7 +11,12 @@ from served_rows import Heard as HeardRow
 
 import loraweave as lw
 from loraweave.errors import CompositionError
+from loraweave.serving.batch import Batch
+from loraweave.serving.experts import Experts
+from loraweave.serving.prefixes import KeptPrefixes
 from loraweave.serving.sampling import Sampling
+
+GREEDY = Sampling(9, temperature=0.0, logprobs=2)
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -71,7 +78,7 @@ def test_a_cache_has_a_column_for_each_token_read(setting, tokenizer, heard):
     join(batch, experts, heard[:2])
     batch.step()
     join(batch, experts, heard[2:])
-    counts = [len(row.ids) - 1 for row in batch.rows]
+    counts = [len(row.ids[0]) - 1 for row in batch.rows]
     assert batch._mask_BW.sum(dim=1).tolist() == counts
     assert all(layer.keys.shape[-2] == batch._mask_BW.shape[1] == max(counts) for layer in batch._cache.layers)
 
@@ -138,3 +145,52 @@ def test_an_encoder_decoder_and_a_sliding_window_are_refused(make_model, tokeniz
     row = HeardRow(tokenizer, "abc", served([], {}), Sampling(3, temperature=0.0))
     with pytest.raises(CompositionError, match="cannot serve a MistralForCausalLM"):
         join(batch, experts, [row])
+
+
+def test_what_was_read_under_the_same_weights_is_not_read_again(setting, tokenizer):
+    engine, adapters = setting
+    batch, experts = make_batch(engine.model, tokenizer, prefix_bytes=1 << 20)
+    prompts = ["the judge thanked: ", "the judge thanked: zebra 12", "the judge thought: zebra"]
+    first = [HeardRow(tokenizer, prompts[0], served(adapters, weights), GREEDY) for weights in (MIXTURES[2], MIXTURES[0])]
+    join(batch, experts, first)
+    finish(batch)
+    turn = prompts[0] + first[0].text + " and "
+    asked = [(turn, MIXTURES[2]), (prompts[1], MIXTURES[2]), (prompts[2], MIXTURES[2]), (turn, MIXTURES[4]), ("b", {})]
+    later = [HeardRow(tokenizer, prompt, served(adapters, weights), GREEDY) for prompt, weights in asked]
+    widths = []
+    hook = engine.model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    join(batch, experts, later[:3])
+    join(batch, experts, later[3:])
+    hook.remove()
+    counts = {prompt: len(tokenizer(prompt)["input_ids"]) for prompt, _ in asked}
+    read = [each.row.num_kept for each in later]
+    # of the answer all but the last token was read
+    begun = list(
+        takewhile(lambda pair: pair[0] == pair[1], zip(first[0].row.ids[0][:-1], later[0].row.prompts[0], strict=False))
+    )
+    assert read[0] == len(begun) >= len(first[0].row.prompts[0])
+    assert read[1] == len(tokenizer(prompts[0])["input_ids"])
+    assert read[2:] == [0, 0, 0]
+    assert widths == [counts[prompts[2]], counts[turn]]
+    finish(batch)
+    for each, (prompt, weights) in zip(later, asked, strict=True):
+        text, logprobs = alone(engine, prompt, weights)
+        assert each.text == text
+        assert each.logprobs == pytest.approx(logprobs, abs=1e-5)
+
+
+def test_what_is_kept_has_at_most_its_bytes(setting, tokenizer, heard):
+    engine, _ = setting
+    prefixes = KeptPrefixes(1 << 15)
+    experts = Experts(engine.model, tokenizer, 8)
+    batch = Batch(engine.model, tokenizer, experts, prefixes)
+    kept = []
+    for _ in range(3):
+        for each in heard_rows(tokenizer, setting[1]):
+            join(batch, experts, [each])
+            finish(batch)
+            kept.append(prefixes.num_bytes)
+    assert 0 < max(kept) <= 1 << 15
+    assert len(set(kept)) > 1

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
-from served_rows import MIXTURES, PROMPTS, Heard, alone, heard_rows, served
+from served_rows import MIXTURES, PROMPTS, Heard, alone, averaged, heard_rows, served
 
 import loraweave as lw
 from loraweave.serving.limits import Limits
@@ -15,6 +16,7 @@ from loraweave.serving.metrics import Metrics
 from loraweave.serving.refusals import Refusal
 from loraweave.serving.sampling import Sampling
 from loraweave.serving.scheduler import Scheduler
+from loraweave.serving.served import Member, Served
 
 
 @pytest.fixture
@@ -141,7 +143,7 @@ def test_a_row_beyond_its_deadline_ends_with_an_error(setting, tokenizer, make_s
 def test_a_row_on_which_the_model_fails_while_it_reads_fails_alone(setting, tokenizer, make_scheduler, held):
     engine, adapters = setting
     bad = Heard(tokenizer, "Y", served(adapters, {"a": 1.0}), Sampling(9, temperature=0.0))
-    poison = bad.row.prompt[0]
+    poison = bad.row.prompts[0][0]
     assert all(poison not in tokenizer(prompt)["input_ids"] for prompt in PROMPTS)
 
     def fail(module, args, kwargs):
@@ -213,3 +215,69 @@ def test_closing_ends_every_row_and_later_ones_are_refused(setting, tokenizer, m
     assert not scheduler.alive
     with pytest.raises(Refusal, match="stopping"):
         scheduler.submit([rows[0].row])
+
+
+@pytest.fixture
+def routers(setting):
+    """One that looks at each token alone, and one that keeps the text of its row beside the cache."""
+    pool = setting[0].pool
+    examples = {"a": ["abc"], "b": ["zebra 12"], "c": ["OPA?"]}
+    options = {"examples": examples, "embedder": "hashing", "per": "token", "template": None}
+    return [lw.router("arrow", pool, top_k=1), lw.router("similarity", pool, temperature=0.5, **options)]
+
+
+def routed(engine, router):
+    return Served(router.name, router.name, (Member({}, dict(engine.pool.adapters), router),))
+
+
+def test_rows_of_sums_routers_and_averages_each_answer_as_alone(setting, tokenizer, make_scheduler, routers):
+    engine, adapters = setting
+    greedy = Sampling(9, temperature=0.0)
+    heard = heard_rows(tokenizer, adapters)
+    by_router = [
+        (Heard(tokenizer, prompt, routed(engine, router), greedy), prompt, router)
+        for router in routers
+        for prompt in PROMPTS[:3]
+    ]
+    shares, mixtures = [0.2, 0.3, 0.5], [{"a": 1.0}, {}, {"b": 0.7, "c": -0.4}]
+    members = [
+        Member({engine.pool[name].hash: weight for name, weight in weights.items()}, served(adapters, weights).adapters)
+        for weights in mixtures
+    ]
+    average = Served("@x", "@x", tuple(replace(member, share=s) for member, s in zip(members, shares, strict=True)))
+    together = [(Heard(tokenizer, prompt, average, greedy), prompt) for prompt in PROMPTS]
+    scheduler = make_scheduler(rows=6)
+    for each in (*heard, *(each for each, *_ in by_router), *(each for each, _ in together)):
+        scheduler.submit([each.row])
+    wait_for([*heard, *(each for each, *_ in by_router), *(each for each, _ in together)])
+    require_alone(engine, heard)
+    for each, prompt, router in by_router:
+        assert each.error is None
+        assert each.text == alone(engine, prompt, router)[0]
+    for each, prompt in together:
+        assert each.text == averaged(engine, [prompt] * 3, mixtures, shares)
+
+
+def test_an_average_of_more_prompts_than_there_are_rows_is_refused(setting, tokenizer, make_scheduler):
+    average = Served("@x", "@x", (Member(), Member(), Member()))
+    with pytest.raises(Refusal, match="asks 3 prompts at once, and this server runs 2 rows") as refused:
+        make_scheduler(rows=2).submit([Heard(tokenizer, "abc", average, Sampling(2)).row])
+    assert refused.value.status == 413
+
+
+def test_further_answers_to_a_prompt_begin_with_what_the_first_has_read(setting, tokenizer, make_scheduler):
+    engine, adapters = setting
+    composition = served(adapters, MIXTURES[2])
+    prompt = "the judge thanked: zebra"
+    heard = [Heard(tokenizer, prompt, composition, Sampling(9, temperature=0.9, seed=seed)) for seed in range(3)]
+    make_scheduler(rows=3).submit([each.row for each in heard])
+    wait_for(heard)
+    num_tokens = len(heard[0].row.prompts[0])
+    assert [each.row.num_kept for each in heard] == [0, num_tokens - 1, num_tokens - 1]
+    drawn = [
+        engine.generate(
+            [prompt], mixture=MIXTURES[2], seeds=[seed], do_sample=True, temperature=0.9, top_k=0, max_new_tokens=9
+        )
+        for seed in range(3)
+    ]
+    assert [[each.text] for each in heard] == drawn

@@ -10,15 +10,18 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pytest
 import torch
-from served_rows import PROMPTS, alone
+from served_rows import PROMPTS, alone, averaged
 
 import loraweave as lw
 from loraweave.serving.limits import Limits
+from loraweave.serving.names import Names
 from loraweave.serving.run import make_server
 
 TEMPLATE = (
@@ -178,6 +181,71 @@ def test_a_merge_by_a_method_is_served_as_its_adapter(serve):
         assert (status, body["error"]["param"]) == (400, "model")
 
 
+@pytest.mark.parametrize("name", ["arrow(a, b, c; top_k=1)", "@routed"])
+def test_a_router_is_served_beside_weighted_sums(serve, name):
+    with serve() as client:
+        router = lw.router("arrow", client.engine.pool, top_k=1)
+        client.hub.save_composition("routed", lw.parse("arrow(a, b, c; top_k=1)"))
+        with ThreadPoolExecutor(6) as pool:
+            sums = [pool.submit(client.complete, "0.7*b - 0.4*c", prompt) for prompt in PROMPTS[:3]]
+            routed = [pool.submit(client.complete, name, prompt) for prompt in PROMPTS[:3]]
+        for prompt, one, other in zip(PROMPTS, routed, sums, strict=False):
+            assert one.result()[2]["choices"][0]["text"] == alone(client.engine, prompt, router)[0]
+            assert other.result()[2]["choices"][0]["text"] == alone(client.engine, prompt, {"b": 0.7, "c": -0.4})[0]
+        assert one.result()[2]["system_fingerprint"] == "arrow(a, b, c; top_k=1)"
+
+
+def test_a_stored_average_asks_each_member_in_prompts_of_its_own(serve):
+    with serve() as client:
+        engine, tokenizer = client.engine, client.engine.tokenizer
+        task = lw.Task([("a", "ab"), ("b", "ba"), ("cc", "c")], instruction="swap")
+        compose = partial(lw.compose, engine.model, tokenizer, engine.pool, progress=False)
+        shown = replace(task, demonstrations=task.examples, orders=2)
+        members = {"one": compose(task, method="uniform"), "other": replace(compose(task, method="base"), task=shown)}
+        average = replace(members["one"], members=members, pool=None, all_weights={})
+        client.hub.save_composition("both", average)
+        merged = members["one"].adapter
+        client.engine.load("one", merged)
+        prompts = [task.prompt("abc"), *(each.prompt("abc") for each in shown.in_orders())]
+        text = averaged(client.engine, prompts, [{"one": 1.0}, {}, {}], [0.5, 0.25, 0.25], 48).partition("\n")[0]
+        status, headers, body = client.complete("@both", "abc", max_tokens=48)
+        assert (status, body["choices"][0]["text"]) == (200, text)
+        assert body["usage"]["prompt_tokens"] == sum(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
+        assert average.predict(["abc"]) == [text.strip()]
+        assert headers["X-Loraweave-Identity"] == lw.parse("@both").identity(client.hub)
+        chat = {"model": "@both", "messages": [{"role": "user", "content": "abc"}], "temperature": 0, "max_tokens": 48}
+        assert client.send("POST", "/v1/chat/completions", chat)[2]["choices"][0]["message"]["content"] == text
+        for fields in ({"prompt": [5, 6]}, {"prompt": ["abc", "b"], "model": "@both", "n": 9}):
+            assert client.complete(**{"model": "@both", **fields})[0] == 400
+
+
+def test_a_slow_merge_keeps_no_other_request_waiting_and_is_left_by_its_client(serve, monkeypatch):
+    begun, free, made = threading.Event(), threading.Event(), []
+    own = Names.make
+
+    def make(self, wanted):
+        if wanted.merges:
+            begun.set()
+            assert free.wait(60)
+            made.append(wanted.formula.canonical)
+        return own(self, wanted)
+
+    monkeypatch.setattr(Names, "make", make)
+    name = "ties(a, c; density=0.5)"
+    with serve() as client, ThreadPoolExecutor(2) as pool:
+        merging = [pool.submit(client.complete, name, "zebra") for _ in range(2)]
+        assert begun.wait(60)
+        # one that was never used, and one that waits for another merge and goes
+        assert client.complete("b", "zebra")[2]["choices"][0]["text"] == alone(client.engine, "zebra", {"b": 1.0})[0]
+        with raw_request(client, model="ties(a, b)"):
+            until(lambda: client.metric("open_requests") == 3)
+        until(lambda: client.metric("open_requests") == 2)
+        free.set()
+        texts = {each.result()[2]["choices"][0]["text"] for each in merging}
+        assert len(texts) == 1
+        assert made == [lw.parse(name).canonical]
+
+
 def test_several_prompts_and_answers_are_numbered_prompt_by_prompt(serve):
     with serve() as client:
         status, _, body = client.complete("b", PROMPTS[:2], n=2, temperature=0.9, seed=5)
@@ -304,7 +372,8 @@ REFUSED = [
     ({"model": "@kep"}, 404, "model", "did you mean 'kept'"),
     ({"model": "a@7"}, 404, "model", "no version 7"),
     ({"model": "0.5*a +"}, 400, "model", r"\^"),
-    ({"model": "arrow(a, b)"}, 400, "model", "is a router"),
+    ({"model": "@kept + arrow(a, b)"}, 400, "model", "stands alone"),
+    ({"model": "mole(a, b)"}, 400, "model", "."),
     ({"model": "1e300*a"}, 400, "model", "fp32"),
     ({"model": "'" + "a" * 2000 + "'"}, 400, "model", "2002 characters, above the limit of 1024"),
     ({"model": " + ".join(f"a@{n}" for n in range(1, 18))}, 400, "model", "17 adapters, above the limit of 16"),

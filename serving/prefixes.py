@@ -1,0 +1,81 @@
+"""Keys and values of beginnings that were read before, under the very weights that a new row has.
+
+A chat's next turn, and further answers to a prompt, begin with tokens that the model has read. What it made of them depends
+on these tokens and on the weights: {content hash: weight}, or the router. Under any other weights nothing is taken.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+# shorter ones save less than they cost
+MIN_TOKENS = 16
+# each is looked at for every row that begins
+MAX_KEPT = 1024
+
+# of each layer, keys_HTD and values_HTD of one row
+States = Sequence[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Tokens and what the model made of them."""
+
+    ids: tuple[int, ...]
+    states: States
+
+    @cached_property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for pair in self.states for tensor in pair)
+
+
+class KeptPrefixes:
+    """Those used last, of at most `max_bytes` together, on the model's device. One thread uses it."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[tuple[Hashable, tuple[int, ...]], Kept] = OrderedDict()
+        self.num_bytes = 0
+
+    def longest(self, weights: Hashable | None, ids: tuple[int, ...]) -> tuple[int, Kept | None]:
+        """(number of tokens, whose) of the longest common beginning, without the last of `ids`; (0, None) for none."""
+        best, found = MIN_TOKENS - 1, None
+        for (own, _), kept in self._kept.items() if weights is not None else ():
+            if own == weights and (common := _common(kept.ids, ids)) > best:
+                best, found = common, kept
+        if found is None:
+            return 0, None
+        self._kept.move_to_end((weights, found.ids))
+        return best, found
+
+    def keep(self, weights: Hashable | None, ids: tuple[int, ...], states: States) -> None:
+        """Keeps copies of what the model made of these tokens, in place of shorter beginnings of them."""
+        if weights is None or len(ids) < MIN_TOKENS or not self._max_bytes:
+            return
+        if any(own == weights and kept[: len(ids)] == ids for own, kept in self._kept):
+            return
+        for key in [key for key in self._kept if key[0] == weights and ids[: len(key[1])] == key[1]]:
+            self._drop(key)
+        new = Kept(ids, [(keys_HTD.clone(), values_HTD.clone()) for keys_HTD, values_HTD in states])
+        self._kept[weights, ids] = new
+        self.num_bytes += new.num_bytes
+        while self.num_bytes > self._max_bytes or len(self._kept) > MAX_KEPT:
+            self._drop(next(iter(self._kept)))
+
+    def _drop(self, key: tuple[Hashable, tuple[int, ...]]) -> None:
+        self.num_bytes -= self._kept.pop(key).num_bytes
+
+
+def _common(kept: Sequence[int], ids: Sequence[int]) -> int:
+    """How many tokens both begin with; of the second at most all but the last."""
+    count = 0
+    for one, other in zip(kept, ids[:-1], strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
