@@ -282,6 +282,12 @@ def test_the_page_on_serving_gets_the_answer_of_its_formula(run_page):
 
 
 @pytest.mark.slow
+def test_the_page_on_verifying_names_its_mistake(run_page):
+    report = run_page("docs/verify.md")["report"]
+    assert {str(fault) for fault in report.faults} == {f"asked negation, {when}: got passive" for when in ("alone", "mixed")}
+
+
+@pytest.mark.slow
 def test_the_page_on_objectives(run_page):
     names = run_page("docs/objectives.md")
     ((first,), (second,)) = names["alone"]

@@ -21,7 +21,7 @@ InvalidLicense InvalidName InvalidTask LayerMismatch LoraweaveError MixtureWeigh
 Retriever Router ScopeError SearchFailed SourceUnavailable Statistics Task TrainingError UnknownExpert UnknownName
 WeightingError add analogy base_key byom clusters collect_statistics compeft compose ema ensemble experts extract
 flexlora_clients genknowsub load_base merge names negate order parse rerank router scale subtract subtract_general to_lora
-train_adapters train_encoder train_experts unlearn
+train_adapters train_encoder train_experts unlearn verify_server
 """
 
 HEAVY = ("torch", "transformers", "peft", "sklearn", "faiss", "scipy", "cma", "matplotlib")

@@ -27,6 +27,7 @@ from loraweave.cli.stored import (
     save_composition,
     write_composition,
 )
+from loraweave.cli.verify import VERIFY_EXAMPLE, verify
 
 app = typer.Typer(
     cls=Application,
@@ -46,6 +47,7 @@ app.add_typer(composing)
 app.command(epilog=MERGE_EXAMPLE)(merge)
 app.command(epilog=TRAIN_EXAMPLE)(train)
 app.command(epilog=SERVE_EXAMPLE)(serve)
+app.command(epilog=VERIFY_EXAMPLE)(verify)
 
 
 def main() -> None:

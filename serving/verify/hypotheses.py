@@ -1,0 +1,212 @@
+"""What may have answered in place of what was asked: other adapters, and what engines are known to do to one."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from loraweave.hub.adapter import Adapter
+from loraweave.types import Factors
+
+Layers = Mapping[str, Factors]
+
+# layers that engines compute as one, whose parts may be taken for each other
+PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+EXCHANGED = (("k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True, eq=False)
+class Hypothesis:
+    """What is said where it fits, and the adapters with the weights that it is; none for the base."""
+
+    verdict: str
+    parts: tuple[tuple[Adapter, float], ...] = ()
+
+    @cached_property
+    def mixture(self) -> dict[str, float] | None:
+        """{content hash: weight}, as a row of a batch has it."""
+        mixture: dict[str, float] = defaultdict(float)
+        for adapter, weight in self.parts:
+            mixture[adapter.hash] += weight
+        return dict(mixture) or None
+
+    @cached_property
+    def sign(self) -> frozenset[tuple[str, float]]:
+        """The mixture to six digits: equal ones have one effect."""
+        return frozenset((content, round(weight, 6)) for content, weight in (self.mixture or {}).items())
+
+
+BASE = Hypothesis("got the base")
+
+
+def likely(asked: Adapter) -> list[Hypothesis]:
+    """The faults by which probes are chosen: the base, half the scale, and each kind of layer left out."""
+    return [BASE, Hypothesis("scale halved", ((asked, 0.5),)), *_without_sites(asked)]
+
+
+def possible(
+    asked: Adapter,
+    others: Iterable[tuple[str, Adapter]],
+    older: Iterable[tuple[str, Adapter]] = (),
+    parts: Sequence[tuple[Adapter, float]] = (),
+    config: Any = None,
+) -> list[Hypothesis]:
+    """Every fault that is known of, the plainest first; none twice.
+
+    `others` and `older` have names; `parts` are the adapters of a weighted sum with their weights, `config` is the base
+    model's configuration, which says how many heads it has.
+    """
+    others, found = list(others), likely(asked)
+    found += [Hypothesis(f"got {name}", ((other, 1.0),)) for name, other in others]
+    found += [Hypothesis(f"an older version: {name}", ((other, 1.0),)) for name, other in older]
+    found += [Hypothesis(verdict, ((asked, factor),)) for factor, verdict in _scales(asked).items()]
+    if parts:
+        found.append(Hypothesis("weights of the sum not applied", tuple((part, 1.0) for part, _ in parts)))
+        for left, _ in parts:
+            rest = tuple((part, weight) for part, weight in parts if part is not left)
+            found.append(Hypothesis(f"{left.name} left out", rest))
+    found += [_changed(verdict, asked, layers) for verdict, layers in _damaged(asked, config)]
+    found += [Hypothesis(f"{name} added to it", ((asked, 1.0), (other, 1.0))) for name, other in others]
+    known, kept = {Hypothesis("", ((asked, 1.0),)).sign}, []
+    for hypothesis in found:
+        if hypothesis.sign not in known:
+            known.add(hypothesis.sign)
+            kept.append(hypothesis)
+    return kept
+
+
+def _changed(verdict: str, asked: Adapter, layers: Layers) -> Hypothesis:
+    return Hypothesis(verdict, ((replace(asked, layers=layers), 1.0),))
+
+
+def _scales(asked: Adapter) -> dict[float, str]:
+    """{factor: what makes it}."""
+    root = asked.rank**0.5
+    found = {
+        2.0: "scale doubled, or added twice",
+        -1.0: "subtracted instead of added",
+        1 / root: f"scale 1/{root:.3g} of its own: rank-stabilised scaling not applied?",
+        root: f"scale {root:.3g} times its own: rank-stabilised scaling where there is none?",
+        float(asked.rank): f"scale {asked.rank} times its own: alpha not divided by the rank?",
+        1 / asked.rank: f"scale 1/{asked.rank} of its own: divided by the rank twice?",
+    }
+    peft = asked.card.get("peft")
+    alpha = peft.get("lora_alpha") if isinstance(peft, Mapping) else None
+    if isinstance(alpha, int | float) and alpha and (scale := alpha / asked.rank) != 1:
+        found.setdefault(1 / scale, f"scale {1 / scale:.3g} times its own: alpha not applied?")
+    for factor in (0.25, 4.0):
+        found.setdefault(factor, f"scale {factor:g} times its own")
+    return found
+
+
+def _without_sites(asked: Adapter) -> list[Hypothesis]:
+    sites = {_site(layer) for layer in asked.layers}
+    groups = [(site,) for site in sorted(sites)] + [group for group in PACKED if set(group) < sites]
+    found = []
+    for group in groups:
+        layers = {layer: factors for layer, factors in asked.layers.items() if _site(layer) not in group}
+        if layers:
+            found.append(_changed(f"{' and '.join(group)} not applied", asked, layers))
+    return found
+
+
+def _damaged(asked: Adapter, config: Any) -> Iterator[tuple[str, Layers]]:
+    """(what is said, the layers) of the adapter as engines have been seen to load it."""
+    layers = asked.layers
+    yield from _in_other_blocks(layers)
+    for order, permute in (("as for a GGUF of llama's", _interleaved), ("as if taken from a GGUF", _parted)):
+        if (turned := _turned(layers, config, permute)) is not None:
+            yield f"rows of q_proj and k_proj permuted {order}", turned
+    for left, right in EXCHANGED:
+        if (exchanged := _exchanged(layers, left, right)) is not None:
+            yield f"{left} and {right} exchanged", exchanged
+    if (half := asked.rank // 2) and any(factors.rank > half for factors in layers.values()):
+        cut = {
+            layer: replace(factors, a_RI=factors.a_RI[:half], b_OR=factors.b_OR[:, :half])
+            for layer, factors in layers.items()
+        }
+        yield f"only {half} of {asked.rank} ranks applied", cut
+    for what, names in (("DoRA's magnitude", ("magnitude_O", "gain_O")), ("the trained bias", ("bias_O", "base_bias_O"))):
+        if any(getattr(factors, name) is not None for factors in layers.values() for name in names):
+            nothing: dict[str, Any] = dict.fromkeys(names)
+            yield f"{what} not applied", {layer: replace(factors, **nothing) for layer, factors in layers.items()}
+
+
+def _in_other_blocks(layers: Layers) -> Iterator[tuple[str, Layers]]:
+    blocks = sorted({block for layer in layers if (block := _block(layer)) is not None})
+    if len(blocks) < 2:
+        return
+    for verdict, kept in (
+        (f"block {blocks[0]} not applied", set(blocks[1:])),
+        (f"block {blocks[-1]} not applied", set(blocks[:-1])),
+        (f"only blocks {blocks[0]} to {blocks[len(blocks) // 2 - 1]} applied", set(blocks[: len(blocks) // 2])),
+        (f"only blocks {blocks[len(blocks) // 2]} to {blocks[-1]} applied", set(blocks[len(blocks) // 2 :])),
+    ):
+        yield verdict, {layer: factors for layer, factors in layers.items() if _block(layer) in kept}
+    orders = (
+        ("blocks in the order of their numbers as text", sorted(blocks, key=str)),
+        ("blocks one too late", [blocks[-1], *blocks[:-1]]),
+        ("blocks one too early", [*blocks[1:], blocks[0]]),
+    )
+    for verdict, order in orders:
+        source = dict(zip(blocks, order, strict=True))
+        moved = {layer: _with_block(layer, source) for layer in layers}
+        fits = all(name in layers and _shape(layers[name]) == _shape(layers[layer]) for layer, name in moved.items())
+        if fits and order != blocks:
+            yield verdict, {layer: layers[name] for layer, name in moved.items()}
+
+
+def _with_block(layer: str, source: Mapping[int, int]) -> str:
+    block = _block(layer)
+    return layer if block is None else _BLOCK.sub(str(source[block]), layer, count=1)
+
+
+def _turned(layers: Layers, config: Any, permute: Callable[[Tensor, int], Tensor]) -> Layers | None:
+    heads = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
+    concerned = [layer for layer in layers if _site(layer) in ("q_proj", "k_proj")]
+    if not concerned or not width or any(layers[layer].b_OR.shape[0] % width for layer in concerned):
+        return None
+    turned = {layer: replace(layers[layer], b_OR=permute(layers[layer].b_OR, width)) for layer in concerned}
+    return {**layers, **turned}
+
+
+def _interleaved(b_OR: Tensor, width: int) -> Tensor:
+    """Rows of each head in the order in which rotary pairs stand side by side."""
+    return b_OR.reshape(-1, 2, width // 2, b_OR.shape[1]).transpose(1, 2).reshape(b_OR.shape)
+
+
+def _parted(b_OR: Tensor, width: int) -> Tensor:
+    """The inverse of `_interleaved`."""
+    return b_OR.reshape(-1, width // 2, 2, b_OR.shape[1]).transpose(1, 2).reshape(b_OR.shape)
+
+
+def _exchanged(layers: Layers, left: str, right: str) -> Layers | None:
+    found = dict(layers)
+    for layer in layers:
+        if _site(layer) == left:
+            other = layer.removesuffix(left) + right
+            if other not in layers or _shape(layers[layer]) != _shape(layers[other]):
+                return None
+            found[layer], found[other] = layers[other], layers[layer]
+    return found if any(found[layer] is not layers[layer] for layer in layers) else None
+
+
+def _site(layer: str) -> str:
+    return layer.rpartition(".")[2]
+
+
+def _block(layer: str) -> int | None:
+    found = _BLOCK.search(layer)
+    return None if found is None else int(found[0])
+
+
+def _shape(factors: Factors) -> tuple[int, int]:
+    return factors.b_OR.shape[0], factors.a_RI.shape[1]

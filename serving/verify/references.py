@@ -1,0 +1,162 @@
+"""What the model at hand answers: the probes by which an adapter is known, and answers under any hypothesis.
+
+Probes are kept in a folder by the content of what they are for, so that a server is watched without loading a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraweave.common.files import whole_file
+from loraweave.composer.composer import Composer
+from loraweave.composer.model.batches import pad_id
+from loraweave.errors import AdapterUnsupported, CompositionError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.pool import ExpertPool
+from loraweave.serving.verify.answers import Answer, distance, top_of
+from loraweave.serving.verify.hypotheses import Hypothesis
+
+FORMAT = 1
+# tokens whose log-probabilities are kept at each place, and rows of one batch
+NUM_KEPT, NUM_ROWS = 64, 8
+MAX_PROMPT_TOKENS = 192
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt's token ids, and what it is answered with under each likely hypothesis, what was asked being the first."""
+
+    ids: tuple[int, ...]
+    answers: dict[str, Answer]
+
+    @property
+    def asked(self) -> Answer:
+        return next(iter(self.answers.values()))
+
+    @property
+    def separation(self) -> float:
+        """The least distance between what is asked and any other answer; infinite where there is no other."""
+        return min((distance(other, self.asked) for other in list(self.answers.values())[1:]), default=float("inf"))
+
+
+class References:
+    """The model, loaded by `load` when it is first needed, and a folder of probes; None keeps none."""
+
+    def __init__(self, load: Callable[[], tuple[Any, Any]], base: str, folder: Path | None) -> None:
+        self._load = load
+        self._base = base
+        self._folder = folder
+        self._known: dict[Any, Answer] = {}
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        return self._load()
+
+    @property
+    def config(self) -> Any:
+        """The base model's configuration."""
+        return self._loaded[0].config
+
+    def probes(self, rows: Sequence[Hypothesis], prompts: Sequence[str], count: int, num_tokens: int) -> list[Probe]:
+        """The `count` prompts under which the first hypothesis differs most from the nearest of the others, best first."""
+        said = [(row.verdict, sorted(row.sign)) for row in rows]
+        path = self._path([FORMAT, self._base, said, list(prompts), count, num_tokens])
+        kept = None if path is None else _read(path)
+        if kept is not None:
+            return kept
+        tokenizer = self._loaded[1]
+        read = [tuple(map(int, tokenizer(prompt)["input_ids"])) for prompt in prompts]
+        ids = [each for each in dict.fromkeys(read) if 0 < len(each) <= MAX_PROMPT_TOKENS]
+        answers = self.answers(rows, ids, num_tokens)
+        named = [row.verdict for row in rows]
+        found = [Probe(each, dict(zip(named, of, strict=True))) for each, of in zip(ids, answers, strict=True)]
+        chosen = sorted(found, key=lambda probe: -probe.separation)[:count]
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as target:
+                target.write_text(json.dumps([asdict(probe) for probe in chosen]), encoding="utf-8")
+        return chosen
+
+    def fits(self, adapter: Adapter) -> bool:
+        """Whether the adapter is for this model."""
+        try:
+            Composer(self._loaded[0], [adapter])
+        except (CompositionError, AdapterUnsupported):
+            return False
+        return True
+
+    @torch.no_grad()
+    def answers(self, rows: Sequence[Hypothesis], prompts: Sequence[tuple[int, ...]], num_tokens: int) -> list[list[Answer]]:
+        """For each prompt the greedy answer under each hypothesis, which are the rows of a batch.
+
+        Raises BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that is not for this model.
+        """
+        new = {row.sign: row for ids in prompts for row in rows if (row.sign, ids, num_tokens) not in self._known}
+        adapters = {adapter.hash: adapter for row in new.values() for adapter, _ in row.parts}
+        engine = Composer(self._loaded[0], ExpertPool(adapters)) if adapters else None
+        for ids in prompts:
+            left = [row for sign, row in new.items() if (sign, ids, num_tokens) not in self._known]
+            for start in range(0, len(left), NUM_ROWS):
+                batch = left[start : start + NUM_ROWS]
+                with nullcontext() if engine is None else engine.activate([row.mixture for row in batch]):
+                    answers = self._greedy(ids, len(batch), num_tokens)
+                self._known |= {(row.sign, ids, num_tokens): each for row, each in zip(batch, answers, strict=True)}
+        return [[self._known[row.sign, ids, num_tokens] for row in rows] for ids in prompts]
+
+    def _greedy(self, ids: tuple[int, ...], count: int, num_tokens: int) -> list[Answer]:
+        model, tokenizer = self._loaded
+        prompt_BT = torch.tensor([ids] * count, device=model.device)
+        output = model.generate(
+            prompt_BT,
+            attention_mask=torch.ones_like(prompt_BT),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=num_tokens,
+            pad_token_id=pad_id(tokenizer),
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        ends = model.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        tokens_BK = output.sequences[:, len(ids) :].tolist()
+        logprobs_KBV = [step.float().log_softmax(dim=-1) for step in output.logits]
+        return [self._answer(row, [step[n] for step in logprobs_KBV], ends) for n, row in enumerate(tokens_BK)]
+
+    def _answer(self, tokens: Sequence[int], logprobs_KV: Sequence[torch.Tensor], ends: set[int]) -> Answer:
+        tokenizer = self._loaded[1]
+        length = next((n + 1 for n, token in enumerate(tokens) if token in ends), len(tokens))
+        ended = tokens[length - 1] in ends
+        tops = []
+        for logprobs_V in logprobs_KV[:length]:
+            best = logprobs_V.topk(min(NUM_KEPT, len(logprobs_V)))
+            words = [tokenizer.decode([token]) for token in best.indices.tolist()]
+            tops.append(top_of(zip(words, [round(value, 6) for value in best.values.tolist()], strict=True)))
+        texts = tuple(tokenizer.decode([token]) for token in tokens[:length])
+        end = tokenizer.decode([min(ends)]) if ends else ""
+        return Answer("".join(texts[: length - ended]), texts, tuple(tops), end, ended)
+
+    def _path(self, said: Any) -> Path | None:
+        if self._folder is None:
+            return None
+        return self._folder / f"{hashlib.sha256(json.dumps(said).encode()).hexdigest()}.json"
+
+
+def _read(path: Path) -> list[Probe] | None:
+    """The probes in a file; None where there is none, or not one of ours."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            Probe(tuple(map(int, row["ids"])), {name: Answer.from_json(answer) for name, answer in row["answers"].items()})
+            for row in rows
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None

@@ -1,0 +1,227 @@
+"""Asks a server for everything that it names, and says which weights answered.
+
+base ------------------------> its distance from the model at hand: the rounding, and so the tolerance
+each name alone, then base --> as asked where all probes are within it
+all of them at once ---------> the same, with the base among them
+after a reload --------------> the same, where the server can
+what is not as asked --------> the nearest of what may have gone wrong names the culprit
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from loraweave.common.checks import require_whole
+from loraweave.common.display import tracked
+from loraweave.common.files import cache_folder
+from loraweave.errors import AdapterUnsupported, CompositionError, FormulaError, ScopeError, WeightingError
+from loraweave.hub.base import EMBEDDED, fingerprint, load_base
+from loraweave.hub.hub import Hub
+from loraweave.serving.verify.answers import Answer, distance
+from loraweave.serving.verify.asked import Asked, asked_of, base_name_of, base_of, formula_of
+from loraweave.serving.verify.client import Listed, Refused, Server
+from loraweave.serving.verify.culprits import Culprits, Replies
+from loraweave.serving.verify.references import Probe, References
+from loraweave.serving.verify.report import AS_ASKED, Finding, ServerReport
+
+# nats: what engines in fp32 differ by, what texts do not show, and what a base that is not quantised stays below
+FLOOR, TEXT, ROUGH = 2e-3, 0.25, 0.2
+# an adapter may add to the base's rounding
+FACTOR = 4.0
+QUANTISED = "differs beyond rounding: quantised base?"
+
+Reply = Answer | Refused
+
+
+def verify_server(
+    url: str,
+    hub: Hub,
+    names: Sequence[str] | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    base: str | Path | None = None,
+    base_name: str | None = None,
+    prompts: Sequence[str] = (),
+    num_probes: int = 3,
+    num_tokens: int = 8,
+    width: int = 8,
+    reload: bool = False,
+    api_key: str | None = None,
+    keep: bool = True,
+    progress: bool = True,
+) -> ServerReport:
+    """Which weights answer at an OpenAI-compatible server, for `names`, or all of its names that the hub has.
+
+    The model at hand, else `load_base(base)`, says what is right; it is loaded when first needed, and what it says of
+    probes is kept in the cache folder (`keep`). Prompts are the sample inputs of the adapters, or `prompts`; the
+    `num_probes` (1 to 6) that tell likely faults best are asked, for `num_tokens` greedy tokens. Each name is asked alone,
+    then among `width` requests at once, and with `reload`, which changes the server, after it was loaded again.
+    `base_name` is what the server calls the base, where it does not say so itself.
+
+    An answer is a fault beyond the tolerance, 4 times what the base itself differs by. Raises SourceUnavailable for a server
+    that does not answer, FormulaError for names that the hub does not have, ScopeError for routers and `auto`,
+    CompositionError for adapters of another base, WeightingError where there is nothing to ask.
+    """
+    require_whole("num_probes", num_probes, 1, WeightingError)
+    server = Server(url, api_key=api_key)
+    said = str(base or EMBEDDED) if model is None else json.dumps(fingerprint(model).to_json())
+    references = References(
+        lambda: load_base(base) if model is None else (model, tokenizer), said, cache_folder() / "verify" if keep else None
+    )
+    listed = {each.name: each for each in server.listed()}
+    own_name = base_name or ("base" if server.llama_adapters else base_name_of(listed.values(), hub))
+    asked, notes = [], []
+    for name in names or listed:
+        if name == own_name:
+            continue
+        try:
+            formula = formula_of(hub, name)
+            if not formula.is_base:
+                of = listed.get(name, Listed(name))
+                asked.append(asked_of(hub, of, formula, references, prompts, num_probes, num_tokens))
+        except (FormulaError, ScopeError, CompositionError, AdapterUnsupported) as error:
+            if names is not None:
+                raise
+            notes.append(f"not verified: {name}: {str(error).splitlines()[0]}")
+    if not asked and own_name is None:
+        raise WeightingError(f"{url} names nothing that {hub} has; it names {', '.join(listed) or 'nothing'}: pass names")
+    if own_name is None:
+        notes.append("the server's name for the base is not known, so its rounding is not measured: pass base_name")
+    own = None if own_name is None else base_of(Listed(own_name), asked, references, num_probes, num_tokens)
+    visit = Visit(server, Culprits(hub, references, asked, num_tokens), asked, own, num_tokens, width, progress)
+    findings = [*visit.alone(), *visit.mixed(), *(visit.reloaded() if reload else ())]
+    basis = "log-probabilities" if server.has_logprobs else "texts"
+    return ServerReport(
+        server.url, basis, visit.rounding, visit.tolerance, server.num_requests, tuple(findings), tuple(notes)
+    )
+
+
+class Visit:
+    """One visit to a server: what is asked, in which order, and how it is judged."""
+
+    def __init__(
+        self,
+        server: Server,
+        culprits: Culprits,
+        asked: Sequence[Asked],
+        base: Asked | None,
+        num_tokens: int,
+        width: int,
+        progress: bool,
+    ) -> None:
+        self._server = server
+        self._culprits = culprits
+        self._asked = asked
+        self._base = base
+        self._num_tokens = num_tokens
+        self._width = width
+        self._progress = progress
+        self.rounding: float | None = None
+
+    @property
+    def tolerance(self) -> float:
+        """How far an answer may be from what was asked, in nats."""
+        return ROUGH if self.rounding is None else max(self._least, FACTOR * self.rounding)
+
+    @property
+    def _least(self) -> float:
+        return FLOOR if self._server.has_logprobs else TEXT
+
+    def alone(self) -> Iterator[Finding]:
+        """One request at a time: the base, then each name and the base again."""
+        base, between = self._base, []
+        if base is not None:
+            replies = [(probe, self._reply(base, probe)) for probe in base.probes]
+            self._measure(base, replies)
+            yield self._judged(base, "alone", replies)
+        for turn, each in enumerate(self._tracked(self._asked, "alone")):
+            yield self._judged(each, "alone", [(probe, self._reply(each, probe)) for probe in each.probes])
+            if base is not None:
+                probe = base.probes[turn % len(base.probes)]
+                between.append((probe, self._reply(base, probe)))
+        if base is not None and between:
+            yield self._judged(base, "between others", between)
+
+    def mixed(self) -> Iterator[Finding]:
+        """All names, as many requests at once as may be, the base among them."""
+        most = max((len(each.probes) for each in self._asked), default=0)
+        turns: list[tuple[Asked, Probe]] = []
+        for each, number in ((each, n) for n in range(most) for each in self._asked if n < len(each.probes)):
+            if self._base is not None and len(turns) % max(2, self._width // 2) == 0:
+                turns.append((self._base, self._base.probes[len(turns) % len(self._base.probes)]))
+            turns.append((each, each.probes[number]))
+        with ThreadPoolExecutor(self._width) as threads:
+            replies = list(self._tracked(threads.map(lambda turn: self._reply(*turn), turns), "mixed"))
+        for each in (*self._asked, *([] if self._base is None else [self._base])):
+            own = [(probe, reply) for (of, probe), reply in zip(turns, replies, strict=True) if of is each]
+            if own:
+                yield self._judged(each, "mixed", own)
+
+    def reloaded(self) -> Iterator[Finding]:
+        """Each name after it was loaded again, where the server can."""
+        for each in self._tracked(self._asked, "reloaded"):
+            try:
+                done = self._server.reload(each.listed)
+            except Refused as error:
+                yield self._judged(each, "after a reload", [(each.probes[0], error)])
+                continue
+            if done:
+                yield self._judged(each, "after a reload", [(probe, self._reply(each, probe)) for probe in each.probes])
+
+    def _tracked(self, items: Any, label: str) -> Iterator[Any]:
+        return tracked(items, label, total=None, shown=self._progress)
+
+    def _reply(self, asked: Asked, probe: Probe) -> Reply:
+        try:
+            return self._server.complete(asked.name, asked.scales, probe.ids, self._num_tokens)
+        except Refused as error:
+            return error
+
+    def _measure(self, base: Asked, replies: Sequence[tuple[Probe, Reply]]) -> None:
+        """What the base differs by, from which the tolerance follows; where an adapter answers for it, what that does."""
+        answers = [(probe, reply) for probe, reply in replies if isinstance(reply, Answer)]
+        if not answers:
+            return
+        self.rounding = max(distance(reply, probe.asked) for probe, reply in answers)
+        if self.rounding > ROUGH:
+            _, score = self._culprits.nearest(base, answers, self._least)
+            if score < self.rounding / 3:
+                self.rounding = score
+
+    def _judged(self, asked: Asked, when: str, replies: Sequence[tuple[Probe, Reply]]) -> Finding:
+        """As asked where every answer is, else what answered."""
+        separation = max(probe.separation for probe in asked.probes)
+        answers = []
+        for probe, reply in replies:
+            if isinstance(reply, Refused):
+                return Finding(asked.name, when, f"refused: {reply}", float("inf"), separation, len(replies))
+            answers.append((probe, reply))
+        worst = max(distance(reply, probe.asked) for probe, reply in answers)
+        wrong = [(probe, reply) for probe, reply in answers if not self._fits(probe, reply)]
+        verdict = self._named(asked, wrong) if wrong else AS_ASKED
+        if asked is self._base and not wrong and worst > ROUGH and self._server.has_logprobs:
+            verdict = QUANTISED
+        return Finding(asked.name, when, verdict, worst, separation, len(replies), separation < 2 * self.tolerance)
+
+    def _fits(self, probe: Probe, reply: Answer) -> bool:
+        """Whether an answer is within the tolerance, and no likely fault is clearly nearer."""
+        own, *others = [distance(reply, answer) for answer in probe.answers.values()]
+        return own <= self.tolerance and (own <= self._least or own <= 2 * min(others, default=own))
+
+    def _named(self, asked: Asked, wrong: Replies) -> str:
+        best, score = self._culprits.nearest(asked, wrong, self._least)
+        own = max(distance(reply, probe.asked) for probe, reply in wrong)
+        # far better than what was asked, and an explanation by itself
+        if score <= max(self._least, min(own / 3, 2 * self.tolerance)):
+            return best.verdict
+        if len(wrong) > 1:
+            # each may have a cause of its own
+            return " / ".join(dict.fromkeys(self._named(asked, [each]) for each in wrong))
+        if self.rounding is not None and self.rounding > ROUGH:
+            return QUANTISED
+        return f"differs beyond rounding; nearest, by {score:.2g}: {best.verdict}"

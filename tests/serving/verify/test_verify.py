@@ -1,0 +1,271 @@
+"""A server of ours over a hub whose files are damaged, beside the hub as it should be: every fault has to be named."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+from server_proxy import Refuse, proxy
+
+import loraweave as lw
+from benchmarks._faults import FAULTS, write_faulty, write_sound
+from loraweave.errors import FormulaError, ScopeError, SourceUnavailable
+from loraweave.serving.limits import Limits
+from loraweave.serving.run import make_server
+
+EXAMPLES = ["abc", "the judge thanked ", "zebra 12, 34. ", "up: ", "b", "country"]
+BLOCKS = 11
+WIDTH = 4
+
+
+@contextmanager
+def running(hub, model, tokenizer, **options):
+    server = make_server(hub, model, tokenizer, port=0, limits=Limits(), log_level="critical", **options)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(60)
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    return make_model("llama", num_hidden_layers=BLOCKS, hidden_size=16, num_attention_heads=4)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, model, make_adapter):
+    """Folders of passive, its older version and negation, of rank 8 on all of the attention."""
+    root = tmp_path_factory.mktemp("folders")
+
+    def write(name, seed, where):
+        (root / where).mkdir()
+        adapter = make_adapter(model, name, rank=8, targets=("q_proj", "k_proj", "v_proj", "o_proj"), seed=seed)
+        layers = {layer: lw.Factors(0.1 * each.a_RI, each.b_OR) for layer, each in adapter.layers.items()}
+        return write_sound(lw.Adapter(name, "tiny", layers), root / where / name)
+
+    return {
+        "passive": write("passive", 1, "sound"),
+        "older": write("passive", 2, "old"),
+        "negation": write("negation", 3, "other"),
+    }
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory, folders):
+    """What is right: passive under its name and under that of every fault, as its second version, and negation."""
+    with lw.Hub(tmp_path_factory.mktemp("hub")) as opened:
+        for name in ("passive", *FAULTS):
+            opened.add(folders["older"], name=name, examples=EXAMPLES)
+            opened.add(folders["passive"], name=name, examples=EXAMPLES, replace=True)
+        opened.add(folders["negation"], name="negation", examples=EXAMPLES)
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def look(model, tokenizer):
+    def verify(url, hub, names=None, **options):
+        return lw.verify_server(
+            url, hub, names, model=model, tokenizer=tokenizer, progress=False, keep=False, num_tokens=4, **options
+        )
+
+    return verify
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory, folders, hub, model, tokenizer, look):
+    """(what a server says whose every adapter but two has a fault, what has to be said of each)."""
+    root, expected = tmp_path_factory.mktemp("faulty"), {}
+    with lw.Hub(root / "hub") as served:
+        for name in ("passive", "negation"):
+            served.add(folders[name])
+        for name in FAULTS:
+            beside = folders["negation"], folders["older"]
+            expected[name] = write_faulty(name, folders["passive"], *beside, root / name, head=WIDTH, last=BLOCKS - 1)
+            served.add(root / name, name=name)
+        with running(served, model, tokenizer) as url:
+            return look(url, hub), expected
+
+
+def verdicts(report, name):
+    return {finding.verdict for finding in report.findings if finding.asked == name}
+
+
+def test_a_sound_server_has_no_fault_alone_and_mixed_and_is_asked_twenty_times_for_each_name_at_most(
+    folders, hub, model, tokenizer, look
+):
+    with running(hub, model, tokenizer) as url:
+        report = look(url, hub, ["passive", "negation"])
+    assert report.ok, str(report)
+    asked = {(finding.asked, finding.when) for finding in report.findings}
+    assert asked >= {(name, when) for name in ("passive", "negation", "base") for when in ("alone", "mixed")}
+    assert ("base", "between others") in asked
+    assert report.rounding < 1e-4
+    assert report.requests <= 20 * 3
+    assert not any(finding.weak for finding in report.findings)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_seeded_fault_is_named(name, faulty):
+    report, expected = faulty
+    found = verdicts(report, name)
+    assert found
+    assert all(expected[name] in verdict for verdict in found), found
+
+
+def test_what_is_sound_beside_faults_is_as_asked(faulty):
+    report, _ = faulty
+    assert verdicts(report, "passive") | verdicts(report, "negation") | verdicts(report, "base") == {"as asked"}
+
+
+@pytest.fixture(scope="module")
+def url(hub, model, tokenizer):
+    """A sound server of ours."""
+    with running(hub, model, tokenizer) as found:
+        yield found
+
+
+def renamed(names):
+    def before(body, in_flight):
+        return {**body, "model": names.get(body["model"], body["model"])}
+
+    return before
+
+
+def text_only(body, in_flight):
+    if "logprobs" in body:
+        raise Refuse(400, "logprobs are not there")
+    return {**body, "model": {"negation": "base"}.get(body["model"], body["model"])}
+
+
+def test_where_a_server_gives_no_log_probabilities_texts_tell(url, hub, look):
+    with proxy(url, before=text_only) as front:
+        report = look(front, hub, ["passive", "negation"])
+    assert report.basis == "texts"
+    assert verdicts(report, "passive") | verdicts(report, "base") == {"as asked"}
+    assert verdicts(report, "negation") == {"got the base"}
+
+
+def test_a_base_that_an_adapter_answers_for_beside_others_is_seen_only_there(url, hub, look):
+    """vLLM's base row in a batch with all slots taken."""
+
+    def before(body, in_flight):
+        return {**body, "model": "negation"} if in_flight > 2 and body["model"] == "base" else body
+
+    with proxy(url, before=before) as front:
+        report = look(front, hub, ["passive", "negation"])
+    found = {finding.when: finding.verdict for finding in report.findings if finding.asked == "base"}
+    assert found == {"alone": "as asked", "between others": "as asked", "mixed": "got negation"}
+
+
+def test_an_adapter_that_answers_for_the_base_is_named_and_the_tolerance_is_still_that_of_the_engine(url, hub, look):
+    with proxy(url, before=renamed({"base": "passive"})) as front:
+        report = look(front, hub, ["passive", "negation"])
+    assert verdicts(report, "base") == {"got passive"}
+    assert verdicts(report, "passive") | verdicts(report, "negation") == {"as asked"}
+    assert report.tolerance < 0.01
+
+
+def test_a_base_of_rounded_weights_differs_beyond_rounding(folders, hub, make_model, tokenizer, look):
+    rounded = make_model("llama", num_hidden_layers=BLOCKS)
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_((parameter * 6).round() / 6)
+    with lw.Hub(hub.path.parent / "rounded") as served:
+        served.add(folders["passive"])
+        with running(served, rounded, tokenizer) as found:
+            report = look(found, hub, ["passive"])
+    assert "differs beyond rounding: quantised base?" in verdicts(report, "base")
+
+
+def test_what_an_engine_keeps_of_an_adapter_that_was_loaded_again_is_an_older_version(url, hub, look):
+    """vLLM's way to load and unload, by a server that has the old weights after it."""
+    old = []
+    listed = [{"id": "base", "parent": None}] + [
+        {"id": name, "root": f"/adapters/{name}", "parent": "base"} for name in ("passive", "negation")
+    ]
+    routes = {
+        ("GET", "/v1/models"): lambda body: {"data": listed},
+        ("POST", "/v1/unload_lora_adapter"): lambda body: {},
+        ("POST", "/v1/load_lora_adapter"): lambda body: old.append((body["lora_name"], body["lora_path"])) or {},
+    }
+
+    def before(body, in_flight):
+        return {**body, "model": "passive@1"} if old and body["model"] == "passive" else body
+
+    with proxy(url, before=before, routes=routes) as front:
+        report = look(front, hub, reload=True)
+    assert old == [("passive", "/adapters/passive"), ("negation", "/adapters/negation")]
+    found = {(finding.asked, finding.when): finding.verdict for finding in report.findings}
+    assert found["passive", "mixed"] == "as asked"
+    assert found["passive", "after a reload"] == "an older version: passive@1"
+    assert found["negation", "after a reload"] == "as asked"
+
+
+def test_formulas_are_told_from_their_parts_and_from_weights_that_do_not_count(url, hub, look):
+    changed = {"0.5*passive + 0.25*negation": "passive + negation", "passive - negation": "passive"}
+    with proxy(url, before=renamed(changed)) as front:
+        report = look(front, hub, [*changed, "0.25*passive + 0.5*negation"])
+    sum_, difference, sound = dict.fromkeys(finding.asked for finding in report.findings if finding.asked != "base")
+    assert verdicts(report, sum_) == {"weights of the sum not applied"}
+    assert verdicts(report, difference) == {"got passive"}
+    assert verdicts(report, sound) == {"as asked"}
+
+
+def test_names_that_cannot_be_asked_are_refused_or_noted(url, hub, look):
+    with pytest.raises(FormulaError, match="nothing"):
+        look(url, hub, ["nothing"])
+    with pytest.raises(ScopeError, match="auto"):
+        look(url, hub, ["auto"])
+    listed = [{"id": name} for name in ("base", "passive", "other/model")]
+    with proxy(url, routes={("GET", "/v1/models"): lambda body: {"data": listed}}) as front:
+        report = look(front, hub)
+    assert report.ok
+    assert [note for note in report.notes if note.startswith("not verified: other/model")]
+
+
+def test_a_name_that_the_server_refuses_is_a_fault_and_a_server_that_is_not_there_an_error(url, hub, look):
+    with proxy(url, before=renamed({"negation": "unknown"})) as front:
+        report = look(front, hub, ["negation"])
+    assert all(verdict.startswith("refused: 404: ") for verdict in verdicts(report, "negation"))
+    for place in (front, "adapters", "file:///etc/passwd"):
+        with pytest.raises(SourceUnavailable):
+            look(place, hub)
+
+
+def test_probes_are_kept_so_that_a_second_visit_to_a_sound_server_loads_no_model(
+    url, hub, look, model, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LORAWEAVE_CACHE", str(tmp_path))
+    loads = []
+
+    def load(base):
+        loads.append(base)
+        return model, tokenizer
+
+    monkeypatch.setattr("loraweave.serving.verify.verify.load_base", load)
+    first, second = (lw.verify_server(url, hub, ["passive"], base="tiny", progress=False) for _ in range(2))
+    assert loads == ["tiny"]
+    assert first.ok
+    assert second.ok
+    for path in (tmp_path / "verify").iterdir():
+        path.write_text("[]damaged")
+    assert lw.verify_server(url, hub, ["passive"], base="tiny", progress=False).ok
+    assert loads == ["tiny"] * 2
+
+
+def test_a_report_is_json_and_a_table(faulty):
+    report, _ = faulty
+    told = json.loads(json.dumps(report.to_json()))
+    assert told["ok"] is False
+    assert {"asked", "when", "verdict", "distance", "ok"} <= set(told["findings"][0])
+    assert "got negation" in str(report)
