@@ -110,19 +110,27 @@ class Adapter:
         return Peft.write(self._contents(), as_path(folder, "the folder of an adapter"), dtype=dtype)
 
     def export(
-        self, folder: str | Path, *, target: str = "peft", max_rank: int | None = None, allow_licenses: bool = False
+        self,
+        folder: str | Path,
+        *,
+        target: str = "peft",
+        max_rank: int | None = None,
+        base: Any = None,
+        allow_licenses: bool = False,
     ) -> ExportReport:
-        """Writes a folder for a program that loads adapters: "peft", or "vllm", whose loader takes less.
+        """Writes a folder for a program that loads adapters: one of `lw.names("targets")`, such as "peft", "vllm" or "gguf".
 
-        For vLLM every layer gets one rank by adding zeros, and the report has the server's flags. `max_rank` cuts layers
-        above it; without it the update is exact. Raises UnknownName for another target, WeightingError for a rank below
-        1, AdapterUnsupported with the way out for what the target cannot express, InvalidLicense for what was merged or is
-        cut under licenses that exclude each other or derived works, unless `allow_licenses`.
+        Most targets get one rank for all layers, by adding zeros. `max_rank` cuts layers above it; without it the update is
+        exact. `base` is the base model, its config, folder or id, for targets that must know its architecture; by default
+        what the adapter names. Raises UnknownName for another target, WeightingError for a rank below 1, BaseModelMismatch
+        for a base that cannot be read, AdapterUnsupported with the way out for what the target cannot express,
+        InvalidLicense for what was merged or is cut under licenses that exclude each other or derived works, unless
+        `allow_licenses`.
         """
         if not allow_licenses and not self._is_copy(max_rank):
             require_one_work([(self.name, stated_license(self.card.get("license")))])
         path = as_path(folder, "the folder of an export")
-        return export(self._contents(), self.name, path, target=target, max_rank=max_rank)
+        return export(self._contents(), self.name, path, target=target, max_rank=max_rank, base=base)
 
     def _is_copy(self, max_rank: int | None) -> bool:
         """Whether a cut to `max_rank` leaves an adapter as somebody published it: neither cut nor made of others."""

@@ -74,6 +74,26 @@ def _load_named(name: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
         ) from error
 
 
+def base_config(base: Any) -> Any:
+    """The config of a base model: a model's own, a config as it is, or that of a folder or id, without reading any weights.
+
+    Raises BaseModelMismatch where nothing of that name has one.
+    """
+    if not isinstance(base, str | Path):
+        return getattr(base, "config", base)
+    embedded = str(base) == EMBEDDED and _gguf_path() is not None
+    try:
+        if str(base):
+            return AutoConfig.from_pretrained(_embedded_folder() if embedded else base, trust_remote_code=False)
+        why = "the adapter names none"
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+    raise BaseModelMismatch(
+        f"the architecture of the base model {str(base)!r} is needed and cannot be read ({why}); give base=, a model, its "
+        "config, or a folder with config.json"
+    )
+
+
 def _embedded_folder() -> Path:
     """The cached safetensors of the embedded default, made on first use; safe when several processes start at once."""
     gguf = _gguf_path()

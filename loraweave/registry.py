@@ -31,6 +31,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "keys": ("loraweave.retrieval.keys",),
     "indexes": ("loraweave.hub.indexes",),
     "formats": ("loraweave.hub.formats",),
+    "targets": ("loraweave.hub.targets",),
 }
 
 

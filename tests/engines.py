@@ -49,7 +49,7 @@ def run(name: str, script: Path, given: Any, *, timeout: float = 300.0, **enviro
         files[0].write_text(json.dumps(given))
         done = subprocess.run(
             [interpreter(name), script, *files],
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+            env={**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -61,7 +61,9 @@ def run(name: str, script: Path, given: Any, *, timeout: float = 300.0, **enviro
 
 
 def interpreter(name: str) -> Path:
-    """Python of an engine's environment, which is made where it is missing."""
+    """Python of an engine's environment, which is made where it is missing; "here" is that of the tests."""
+    if name == "here":
+        return Path(sys.executable)
     if given := os.environ.get(f"LORAWEAVE_ENGINE_{name.upper()}"):
         return Path(given)
     made = ENVIRONMENTS[name]

@@ -333,7 +333,7 @@ class Composition:
     def export(
         self, folder: str | Path, *, target: str = "peft", max_rank: int | None = None, allow_licenses: bool = False
     ) -> ExportReport:
-        """Writes the composition as one adapter for "peft" or "vllm"; what `Adapter.export` does with it.
+        """Writes the composition as one adapter for one of `lw.names("targets")`; what `Adapter.export` does with it.
 
         Where prompts show demonstrations, `prompts` of its card are the whole prompts, one for each order of them, with
         "{input}" for the input.
@@ -344,7 +344,7 @@ class Composition:
         if self.task.demonstrations:
             prompts = [task.prompt("{input}") for task in self.task.in_orders()]
             portable = replace(portable, card={**portable.card, "prompts": prompts})
-        return portable.export(folder, target=target, max_rank=max_rank, allow_licenses=allow)
+        return portable.export(folder, target=target, max_rank=max_rank, base=self.model, allow_licenses=allow)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: Any, tokenizer: Any) -> Composition:

@@ -86,12 +86,12 @@ def json_text(value: Mapping[str, Any], what: str, *, indent: int | None = None)
     return text
 
 
-def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, str]) -> str:
+def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, str], library: str = "peft") -> str:
     """README.md: front matter as the model hub reads it, and what the card tells people. `facts` are about the tensors."""
     tags = [*OWN_TAGS, *[str(tag) for tag in as_list(card.get("tags"))]]
     matter: dict[str, Any] = {"base_model": base_model} if base_model else {}
     matter |= {"base_model_relation": "adapter"} if base_model else {}
-    matter |= {"library_name": "peft", "tags": list(dict.fromkeys(tags))}
+    matter |= {"library_name": library, "tags": list(dict.fromkeys(tags))}
     if license := entry(card, "license", str):
         matter |= license_fields(license)
     for key in ("language", "datasets"):

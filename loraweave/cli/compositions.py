@@ -248,14 +248,16 @@ def explain(
 @composing.command(epilog="Example: loraweave export composed --target vllm --max-rank 16 --out composed-vllm")
 def export(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A composition's or an adapter's folder.")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the PEFT folder goes.")],
-    target: Annotated[str, typer.Option(help="What will read it: peft or vllm.")] = "peft",
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the folder goes.")],
+    target: Annotated[
+        str, typer.Option(help="What will read it: peft, vllm, gguf (llama.cpp), openvino, mlx, diffusers or kohya.")
+    ] = "peft",
     max_rank: ExactRankOption = None,
     base: BaseOption = None,
     allow_licenses: AllowLicensesOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a composition or an adapter as one PEFT folder that peft or a server reads, and tell the server's flags."""
+    """Write a composition or an adapter as a folder for another program, and tell how that is started."""
     require_free(out, ADAPTER_FILE)
     import loraweave as lw
     from loraweave.hub.export import require_target
@@ -268,7 +270,10 @@ def export(
         exported = lw.Composition.from_pretrained(folder, model, tokenizer)
     else:
         exported = lw.Adapter.from_pretrained(folder)
-    report = exported.export(out, target=target, max_rank=max_rank, allow_licenses=allow_licenses)
+    if isinstance(exported, lw.Adapter):
+        report = exported.export(out, target=target, max_rank=max_rank, base=base, allow_licenses=allow_licenses)
+    else:
+        report = exported.export(out, target=target, max_rank=max_rank, allow_licenses=allow_licenses)
     if as_json:
         print_json(report.to_json())
         return

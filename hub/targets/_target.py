@@ -1,0 +1,144 @@
+"""What every export target says of itself, and what most of them share: refusals, files, names of modules."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from loraweave.common.state import save_tensors
+from loraweave.errors import AdapterUnsupported
+from loraweave.hub.formats._card import README, readme_text
+from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats._replacing import replacing, require_replaceable
+from loraweave.types import Factors
+
+# modules whose weights many base models share with each other
+TIED = {"embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "lm_head", "embed_out"}
+
+
+class Target(ABC):
+    """A program that loads adapters.
+
+    `limit` is the largest rank that it takes, None where it has none. With `one_rank` every layer gets the largest rank of
+    any by rows of zeros. `base` is a model, its config, folder or id, for targets that must know its architecture.
+    """
+
+    limit: ClassVar[int | None] = None
+    one_rank: ClassVar[bool] = False
+    # whether layers without an update and biases of zeros are left out
+    drops_zeros: ClassVar[bool] = True
+
+    @classmethod
+    @abstractmethod
+    def check(cls, contents: Contents, name: str, base: Any) -> None:
+        """Raises AdapterUnsupported, with the way out, for what the program cannot compute exactly."""
+
+    @classmethod
+    @abstractmethod
+    def write(cls, contents: Contents, name: str, folder: Path, base: Any) -> None:
+        """Writes the folder, whole or not at all."""
+
+    @classmethod
+    def program(cls, contents: Contents) -> tuple[str, ...]:
+        """The words that start a server with the base, for which `flags` are; none where there is no such command."""
+        return ()
+
+    @classmethod
+    def flags(cls, contents: Contents, name: str, folder: Path, rank: int) -> tuple[str, ...]:
+        """The server's arguments."""
+        return ()
+
+    @classmethod
+    def notes(cls, contents: Contents, folder: Path, rank: int) -> list[str]:
+        """What a user has to know about the folder."""
+        return []
+
+
+def last_names(layers: Iterable[str]) -> tuple[str, ...]:
+    """The last steps of the layers' paths, such as q_proj, sorted."""
+    return tuple(sorted({layer.rpartition(".")[2] for layer in layers}))
+
+
+def require_plain(contents: Contents, name: str, program: str, *, kinds: tuple[str, ...] = ("linear",)) -> None:
+    """Raises AdapterUnsupported for anything but low-rank factors of layers of these kinds."""
+    if contents.heads:
+        raise AdapterUnsupported(
+            f"{program} loads no trained heads, but adapter {name!r} has {', '.join(sorted(contents.heads))}: merge it into "
+            "the base with peft and serve that model, or export dataclasses.replace(adapter, heads={}) without them"
+        )
+    for layer, factors in contents.layers.items():
+        where = f"layer {layer!r} of adapter {name!r}"
+        if factors.magnitude_O is not None or factors.gain_O is not None:
+            what = "is DoRA" if factors.magnitude_O is not None else "has a gain (bound DoRA, or (IA)3)"
+            raise AdapterUnsupported(
+                f"{where} {what}, which {program} does not load: lw.to_lora(adapter, model) gives a plain LoRA of it"
+            )
+        if factors.base_bias_O is not None or (factors.bias_O is not None and bool(factors.bias_O.any())):
+            raise AdapterUnsupported(
+                f"{where} has a trained bias, which {program} does not load: merge the adapter into the base with peft and "
+                "serve that model, or leave the biases out of its layers with dataclasses.replace"
+            )
+        if factors.kind not in kinds:
+            what = {"conv": "a convolution", "embedding": "an embedding", "linear": "a linear layer"}[factors.kind]
+            raise AdapterUnsupported(
+                f"{where} is {what}, which {program} has no LoRA for: merge the adapter into the base with peft and serve "
+                "that model"
+            )
+
+
+def require_untied(contents: Contents, name: str, program: str, config: Any) -> None:
+    """Raises AdapterUnsupported for an update of one side of tied embeddings, which the program computes with as one."""
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    for layer in contents.layers:
+        if layer.rpartition(".")[2] in TIED:
+            raise AdapterUnsupported(
+                f"layer {layer!r} of adapter {name!r} is one side of embeddings that the base model ties, and {program} has "
+                "one matrix for both: train without that layer, or merge the adapter into the base with peft and serve that "
+                "model"
+            )
+
+
+def stored_factors(factors: Factors) -> tuple[Tensor, Tensor]:
+    """(a, b) in the shapes of the layer's weight: (R, I) and (O, R), or with the kernel's axes for a convolution."""
+    a_RI, b_OR = factors.a_RI.contiguous(), factors.b_OR.contiguous()
+    if factors.kind != "conv":
+        return a_RI, b_OR
+    return a_RI.reshape(a_RI.shape[0], -1, *factors.kernel), b_OR.reshape(*b_OR.shape, *(1 for _ in factors.kernel))
+
+
+def place(contents: Contents, folder: Path, library: str, files: Mapping[str, Callable[[Path], object]]) -> None:
+    """Writes the files, each by its function, a README and what is kept beside the adapter. All appear at once.
+
+    AdapterUnsupported for an adapter without effect or with values that are not finite; AdapterExists for a folder with
+    anything else in it.
+    """
+    contents.require_effect(str(folder))
+    for layer, factors in contents.layers.items():
+        for part, tensor in factors.tensors().items():
+            if not bool(tensor.isfinite().all()):
+                raise AdapterUnsupported(f"layer {layer!r}: {part} has values that are NaN or infinite")
+    own = {*files, README, *contents.files}
+    target = require_replaceable(folder, lambda path: path.name in own and not path.is_dir())
+    ranks = {factors.rank for factors in contents.layers.values()}
+    facts = {"Layers": str(len(contents.layers)), "Rank": str(max(ranks)), "Files": ", ".join(files)}
+    with replacing(target) as new:
+        for file, write in files.items():
+            write(new / file)
+            (new / file).chmod(0o644)
+        (new / README).write_text(readme_text(contents.base_model, contents.card, facts, library), encoding="utf-8")
+        for file, data in contents.files.items():
+            (new / file).write_bytes(data)
+
+
+def tensors_file(tensors: Mapping[str, Tensor]) -> Callable[[Path], object]:
+    """A writer of a safetensors file."""
+    return lambda path: save_tensors(
+        {name: tensor.detach().cpu().float().contiguous().clone() for name, tensor in tensors.items()},
+        path,
+        metadata={"format": "pt"},
+    )

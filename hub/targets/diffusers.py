@@ -1,0 +1,62 @@
+"""diffusers: `pytorch_lora_weights.safetensors` with `unet...lora_A.weight`, of one rank; ComfyUI reads it too.
+
+diffusers (loaders/lora_pipeline.py, utils/peft_utils.py of 0.42) divides by ranks that it reads off the tensors; versions
+before took one of them for all layers, so every layer has the same. A name that begins with no part of the pipeline is
+passed over without an error, `base_model.model.unet...` among them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from loraweave.errors import AdapterUnsupported
+from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats.diffusers import COMPONENTS
+from loraweave.hub.targets._target import Target, place, require_plain, stored_factors, tensors_file
+from loraweave.registry import traits
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+# where transformers 5 took the step `text_model` out of the paths; files and programs still have it
+CLIP = "encoder.layers."
+# the modules of a UNet, by which it is known where the adapter was made for it alone
+UNET = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
+
+
+@traits("images")
+class Diffusers(Target):
+    """Read by `pipeline.load_lora_weights(FOLDER)`."""
+
+    one_rank = True
+
+    @classmethod
+    def check(cls, contents: Contents, name: str, base: Any) -> None:
+        require_plain(contents, name, "diffusers", kinds=("linear", "conv"))
+        for layer in contents.layers:
+            pipeline_path(layer, name)
+
+    @classmethod
+    def write(cls, contents: Contents, name: str, folder: Path, base: Any) -> None:
+        tensors = {}
+        for layer, factors in contents.layers.items():
+            path = pipeline_path(layer, name)
+            tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = stored_factors(factors)
+        place(contents, folder, "diffusers", {WEIGHTS: tensors_file(tensors)})
+
+    @classmethod
+    def notes(cls, contents: Contents, folder: Path, rank: int) -> list[str]:
+        return [f"pipeline.load_lora_weights({str(folder)!r}) reads it, and ComfyUI the file {WEIGHTS}"]
+
+
+def pipeline_path(layer: str, name: str) -> str:
+    """The layer's path in a pipeline, which begins with a part such as `unet`; of CLIP as it was before transformers 5."""
+    part, _, rest = layer.partition(".")
+    if part in COMPONENTS:
+        return f"{part}.text_model.{rest}" if rest.startswith(CLIP) else layer
+    if layer.startswith(UNET):
+        return f"unet.{layer}"
+    raise AdapterUnsupported(
+        f"layer {layer!r} of adapter {name!r} begins with no part of a pipeline ({', '.join(COMPONENTS)}), so which model "
+        "it belongs to is not said: put that before the names of its layers with dataclasses.replace(adapter, "
+        "layers={'transformer.' + layer: ...})"
+    )

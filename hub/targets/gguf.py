@@ -1,0 +1,139 @@
+"""llama.cpp: a LoRA as GGUF, named and permuted as llama.cpp has the base, and an Ollama Modelfile beside it.
+
+After llama.cpp's conversion of models and adapters (conversion/*.py, convert_lora_to_gguf.py) and its loader
+(src/llama-adapter.cpp), as of 2026. The loader multiplies by alpha / rank with the file's one alpha, passes over norms, and
+has one matrix for tied embeddings.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from loraweave.errors import AdapterUnsupported, PackageMissing
+from loraweave.hub.base import base_config
+from loraweave.hub.formats._contents import Contents
+from loraweave.hub.licenses import stated_license
+from loraweave.hub.targets._target import Target, place, require_plain, require_untied
+from loraweave.registry import traits
+from loraweave.types import Factors
+
+# llama.cpp's architecture of a model type of transformers
+ARCHITECTURES = {
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "llama": "llama",
+    "mistral": "llama",
+    "phi": "phi2",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}
+# those whose rotary embedding turns neighbours instead of halves, so that rows of q and k have another order
+PERMUTED = ("llama", "mistral")
+ADAPTER, MODELFILE, BASE_GGUF = "adapter.gguf", "Modelfile", "base.gguf"
+
+
+@traits("unread")
+class Gguf(Target):
+    """Read by `llama-server --lora`, by every other program of llama.cpp, and by `ollama create`."""
+
+    one_rank = True
+
+    @classmethod
+    def check(cls, contents: Contents, name: str, base: Any) -> None:
+        if importlib.util.find_spec("gguf") is None:
+            raise PackageMissing("writing GGUF needs the package gguf: pip install gguf")
+        require_plain(contents, name, "llama.cpp", kinds=("linear", "embedding"))
+        config = base_config(base)
+        if (found := getattr(config, "model_type", None)) not in ARCHITECTURES:
+            raise AdapterUnsupported(
+                f"the base model of adapter {name!r} is of type {found!r}, whose tensors in llama.cpp are not known here; "
+                f"known are {', '.join(ARCHITECTURES)}: export target='peft' and use llama.cpp's convert_lora_to_gguf.py"
+            )
+        require_untied(contents, name, "llama.cpp", config)
+        for layer, factors in contents.layers.items():
+            _tensor_name(layer, config, name)
+            _order(layer, factors, config, name)
+
+    @classmethod
+    def write(cls, contents: Contents, name: str, folder: Path, base: Any) -> None:
+        config = base_config(base)
+        tensors: dict[str, Tensor] = {}
+        for layer, factors in contents.layers.items():
+            called = _tensor_name(layer, config, name)
+            # llama.cpp looks a token's row of lora_a up, and multiplies with it elsewhere
+            tensors[f"{called}.lora_a"] = factors.a_RI.T if factors.kind == "embedding" else factors.a_RI
+            tensors[f"{called}.lora_b"] = _order(layer, factors, config, name)
+        text = f"# {contents.base_model or 'the base model'} as GGUF, or its name in Ollama\nFROM ./{BASE_GGUF}\n"
+        text += f"ADAPTER ./{ADAPTER}\n"
+        written = _adapter_file(contents, name, ARCHITECTURES[config.model_type], tensors)
+        place(contents, folder, "gguf", {ADAPTER: written, MODELFILE: lambda path: path.write_text(text, encoding="utf-8")})
+
+    @classmethod
+    def notes(cls, contents: Contents, folder: Path, rank: int) -> list[str]:
+        return [
+            f"llama-server -m BASE.gguf --lora {folder / ADAPTER} applies it; the base must be the same model as GGUF",
+            f"for Ollama put the base as {BASE_GGUF} into the folder, or its name after FROM, then: ollama create NAME -f "
+            f"{folder / MODELFILE}",
+        ]
+
+
+def _tensor_name(layer: str, config: Any, name: str) -> str:
+    import gguf
+
+    known = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(known[ARCHITECTURES[config.model_type]], config.num_hidden_layers)
+    found: str | None = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
+    if found is None:
+        raise AdapterUnsupported(
+            f"layer {layer!r} of adapter {name!r} is no tensor of llama.cpp's {ARCHITECTURES[config.model_type]}: was the "
+            "adapter made for another base model?"
+        )
+    return found
+
+
+def _order(layer: str, factors: Factors, config: Any, name: str) -> Tensor:
+    """b with its rows in llama.cpp's order: within each head, the two halves of q's and k's rows are interleaved."""
+    last = layer.rpartition(".")[2]
+    if config.model_type not in PERMUTED or last not in ("q_proj", "k_proj"):
+        return factors.b_OR
+    heads = config.num_attention_heads if last == "q_proj" else config.num_key_value_heads
+    rows, rank = factors.b_OR.shape
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if rows != heads * size:
+        raise AdapterUnsupported(
+            f"layer {layer!r} of adapter {name!r} has {rows} outputs, but the base model has {heads} heads of {size}: was "
+            "the adapter made for another base model?"
+        )
+    return factors.b_OR.reshape(heads, 2, size // 2, rank).transpose(1, 2).reshape(rows, rank)
+
+
+def _adapter_file(contents: Contents, name: str, arch: str, tensors: dict[str, Tensor]) -> Callable[[Path], object]:
+    def write(path: Path) -> None:
+        import gguf
+
+        writer = gguf.GGUFWriter(path, arch)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        # alpha / rank is 1: the scale is in b
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(max(factors.rank for factors in contents.layers.values())))
+        writer.add_name(name or "adapter")
+        if license := stated_license(contents.card.get("license")):
+            writer.add_license(license)
+        if contents.base_model:
+            writer.add_base_model_count(1)
+            writer.add_base_model_name(0, contents.base_model)
+        for called, tensor in tensors.items():
+            writer.add_tensor(called, tensor.detach().cpu().float().contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    return write

@@ -1,0 +1,55 @@
+"""MLX (mlx-lm): `adapters.safetensors` with `lora_a` and `lora_b` of one rank, and a config that names every layer.
+
+mlx-lm (tuner/utils.py and tuner/lora.py of 0.32) takes one rank and one scale for all layers, and adapts the modules whose
+paths the config lists. Its models have the module paths of transformers only for some architectures.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from loraweave.errors import AdapterUnsupported
+from loraweave.hub.base import base_config
+from loraweave.hub.formats._config import CONFIG
+from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats.mlx import WEIGHTS
+from loraweave.hub.targets._target import Target, place, require_plain, require_untied, tensors_file
+
+# of transformers' model types, those whose modules mlx-lm names as transformers does
+SAME_NAMES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3")
+
+
+class Mlx(Target):
+    """Read by `mlx_lm.load(BASE, adapter_path=FOLDER)` and `mlx_lm.generate --adapter-path FOLDER`."""
+
+    one_rank = True
+
+    @classmethod
+    def check(cls, contents: Contents, name: str, base: Any) -> None:
+        require_plain(contents, name, "mlx-lm", kinds=("linear", "embedding"))
+        config = base_config(base)
+        if (found := getattr(config, "model_type", None)) not in SAME_NAMES:
+            raise AdapterUnsupported(
+                f"the base model of adapter {name!r} is of type {found!r}, whose modules mlx-lm may name otherwise; known "
+                f"are {', '.join(SAME_NAMES)}: merge the adapter into the base with peft and convert that model"
+            )
+        require_untied(contents, name, "mlx-lm", config)
+
+    @classmethod
+    def write(cls, contents: Contents, name: str, folder: Path, base: Any) -> None:
+        rank = max(factors.rank for factors in contents.layers.values())
+        # scale is what y is multiplied with, whatever the rank
+        settings = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(contents.layers)}
+        blocks = base_config(base).num_hidden_layers
+        config = {"fine_tune_type": "lora", "model": contents.base_model, "num_layers": blocks, "lora_parameters": settings}
+        tensors = {f"{layer}.lora_a": factors.a_RI.T for layer, factors in contents.layers.items()}
+        tensors |= {f"{layer}.lora_b": factors.b_OR.T for layer, factors in contents.layers.items()}
+        text = json.dumps(config, indent=1, ensure_ascii=False)
+        files = {WEIGHTS: tensors_file(tensors), CONFIG: lambda path: path.write_text(text, encoding="utf-8")}
+        place(contents, folder, "mlx", files)
+
+    @classmethod
+    def notes(cls, contents: Contents, folder: Path, rank: int) -> list[str]:
+        return [f"mlx_lm.load(BASE, adapter_path={str(folder)!r}) reads it"]

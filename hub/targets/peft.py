@@ -1,0 +1,36 @@
+"""PEFT's folder, exact for everything that PEFT's LoRA has a form for: every rank, DoRA, biases, convolutions, heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats.peft import Peft as PeftFolder
+from loraweave.hub.targets._target import TIED, Target, last_names
+
+
+class Peft(Target):
+    """Read by `peft.PeftModel.from_pretrained` and by whatever reads PEFT's folders."""
+
+    drops_zeros = False
+
+    @classmethod
+    def check(cls, contents: Contents, name: str, base: Any) -> None:
+        """Leaves it to the writer, which knows PEFT's rules."""
+
+    @classmethod
+    def write(cls, contents: Contents, name: str, folder: Path, base: Any) -> None:
+        PeftFolder.write(contents, folder)
+
+    @classmethod
+    def notes(cls, contents: Contents, folder: Path, rank: int) -> list[str]:
+        heads = [
+            f"the trained head {head!r} is a copy of its own: on a base that ties its embeddings peft computes with it "
+            "alone, but merging it into the base and saving that loses the head or the tie"
+            for head in sorted(contents.heads)
+            if set(head.split(".")) & TIED
+        ]
+        both = "on a base that ties its embeddings, merging it into the base changes both sides"
+        tied = sorted(set(last_names(contents.layers)) & TIED)
+        return [*heads, *(f"{module!r} has an update: {both}" for module in tied)]

