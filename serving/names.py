@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -12,16 +14,23 @@ from loraweave.composer.compose.composition import Composition
 from loraweave.composer.formula.formula import Formula, parse
 from loraweave.composer.formula.nodes import Merge, Named, Stored, Sum, leaves
 from loraweave.composer.formula.source import has_members, router_of
+from loraweave.errors import RetrievalError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_key
 from loraweave.hub.compositions import StoredComposition
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
+from loraweave.hub.search.search import NO_FILTERS
 from loraweave.retrieval.retriever import Retriever
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.serving.limits import Limits
 from loraweave.serving.refusals import Refusal
 from loraweave.serving.served import Member, Served
+
+# what `auto` takes at most, how sharply it prefers, and what it leaves out
+NUM_FOUND, TEMPERATURE, LEAST_SHARE = 3, 0.1, 0.1
+# of inputs like the hub's that none of its adapters is for
+FALSE_ACCEPT = 0.5
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,7 @@ class Names:
         self._lock = threading.Lock()
         self._known: OrderedDict[str, Served] = OrderedDict()
         self._retriever: Retriever | None = None
+        self._searched: tuple[int, int] | None = None
 
     def formula(self, name: str) -> Formula:
         """What a model name says. Raises FormulaError, and Refusal for one above the limit."""
@@ -60,11 +70,34 @@ class Names:
         return parse(name)
 
     def found_for(self, prompt: str) -> Formula:
-        """What `auto` takes for a prompt; for one thread at a time. The first search takes seconds."""
+        """What `auto` takes for a prompt; for one thread at a time. The first search takes seconds.
+
+        Of the adapters nearest to the input, and to the instruction where the prompt has one, softmax(score / 0.1), without
+        those below a tenth; the base where none is near enough.
+        """
+        instruction, text = _task_of(prompt)
+        if not text.strip() or not len(self._hub):
+            return parse("base")
+        found = self._searching().for_task(
+            [text], description=instruction, k=NUM_FOUND, evidence=False, base_model=self._base
+        )
+        shares = [math.exp((each.score - found[0].score) / TEMPERATURE) for each in found]
+        weights = [share / sum(shares) for share in shares if share / sum(shares) >= LEAST_SHARE]
+        terms = [f"{weight / sum(weights):.2f}*{Named(each.name)}" for weight, each in zip(weights, found, strict=False)]
+        return parse(" + ".join(terms) or "base")
+
+    def _searching(self) -> Retriever:
+        """The retriever, which finds nothing where its best score is one that other tasks' inputs reach too often."""
+        seqs = self._hub.seqs(NO_FILTERS)
+        state = len(seqs), max(seqs, default=0)
         if self._retriever is None:
             self._retriever = Retriever(self._hub)
-        found = self._retriever.for_task([prompt], k=1, evidence=False, base_model=self._base) if prompt.strip() else []
-        return parse(str(Named(found[0].name)) if found else "base")
+        if state != self._searched:
+            self._retriever.abstention, self._searched = None, state
+            # a hub of one adapter, or without samples, has nothing to compare with
+            with suppress(RetrievalError):
+                self._retriever.calibrate(false_accept=FALSE_ACCEPT)
+        return self._retriever
 
     def wanted(self, formula: Formula) -> Wanted:
         """The formula as the hub has it now; no adapter is opened.
@@ -158,6 +191,15 @@ def _whole(adapter: Adapter) -> Member:
 def _routed(router: TokenRouter, pool: ExpertPool | None) -> Member:
     assert pool is not None
     return Member({}, {name: pool[name] for name in router.experts}, router)
+
+
+def _task_of(prompt: str) -> tuple[str, str]:
+    """(instruction, input) of a prompt in the default template, demonstrations left out; ("", prompt) for any other."""
+    before, found, last = prompt.rpartition("Input: ")
+    text, asked, after = last.rpartition("\nOutput:")
+    if not (found and asked) or after.strip() or not (before.endswith("\n") or not before):
+        return "", prompt
+    return before.partition("Input: ")[0].strip(), text
 
 
 def _seconds(created: str) -> int:

@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError
@@ -49,12 +50,13 @@ class Prompts:
         with self._lock:
             if self._tokenizer.chat_template is None:
                 raise Refusal(400, "this base's tokenizer has no chat template: use /v1/completions", param="messages")
+            render = partial(self._tokenizer.apply_chat_template, messages, tokenize=False, add_generation_prompt=True)
             try:
-                text = self._tokenizer.apply_chat_template(
-                    messages, tools=asked.tools, tokenize=False, add_generation_prompt=True
-                )
+                text, without_tools = render(tools=asked.tools), render() if asked.tools else None
             except (TemplateError, TypeError, ValueError, KeyError) as error:
                 raise Refusal(400, f"the chat template refuses these messages: {error}", param="messages") from error
+            if text == without_tools:
+                raise Refusal(400, "this base's chat template does not show tools: leave them out", param="tools")
             ids = self._ids(text, add_special_tokens=False)
         last = messages[-1]["content"]
         return Given(last, [self._fitting(ids)], [last] if len(messages) == 1 and not asked.tools else None)

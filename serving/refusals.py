@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,8 @@ STATUSES: tuple[tuple[type[LoraweaveError], int], ...] = (
     (LayerMismatch, 400),
     (RetrievalError, 400),
 )
+# where the hub is, which is no client's business
+PLACE = re.compile(r" in the hub .*?(?=[;:] |\n|$)")
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -77,8 +80,7 @@ def refusal_of(error: BaseException) -> Refusal:
         for kind, status in STATUSES:
             if isinstance(told, kind):
                 missing = status == 404
-                return Refusal(
-                    status, str(error), param="model", code="model_not_found" if missing else type(error).__name__
-                )
+                message = PLACE.sub("", str(error))
+                return Refusal(status, message, param="model", code="model_not_found" if missing else type(error).__name__)
     logger.error("a request failed", exc_info=error)
     return Refusal(500, f"{type(error).__name__}: the server's log has the cause", code=type(error).__name__)

@@ -310,22 +310,31 @@ def test_a_stop_string_ends_the_text_before_it(serve):
         assert (choice["text"], choice["finish_reason"]) == (text[: text.index(text[2:4])], "stop")
 
 
-def test_auto_takes_what_retrieval_finds_for_the_prompt_and_says_so(serve, monkeypatch):
-    from loraweave.retrieval.retriever import Retriever
-
-    asked = []
-
-    def for_task(self, texts, *, k, **options):
-        asked.append((list(texts), k))
-        return self.hub.records()[1:2]
-
-    monkeypatch.setattr(Retriever, "for_task", for_task)
-    monkeypatch.setattr(Retriever, "__init__", lambda self, hub: setattr(self, "hub", hub))
+def test_auto_takes_what_retrieval_finds_for_the_prompts_input_and_says_so(serve):
+    inputs = {
+        "a": ["17 + 25", "3 + 48", "91 + 6", "12 + 12", "7 + 65"],
+        "b": ["the judge thanked the doctor.", "a cat saw the dog.", "the man ate an apple.", "she wrote a letter."],
+        "c": ["Wie spät ist es?", "Das Haus ist groß.", "Ich trinke Wasser.", "Wo ist der Bahnhof?"],
+    }
     with serve() as client:
-        _, _, body = client.complete("auto", "zebra")
-        assert asked == [(["zebra"], 1)]
-        assert body["system_fingerprint"] == "b"
-        assert body["choices"] == client.complete("b", "zebra")[2]["choices"]
+        for name, examples in inputs.items():
+            adapter = client.hub[name]
+            client.hub.remove(name)
+            client.hub.add(adapter, examples=examples, description=f"task {name}")
+        retriever = lw.Retriever(client.hub)
+        threshold = retriever.calibrate(false_accept=0.5).threshold
+        retriever.abstention = None
+        for instruction, text in [("Add the numbers.", "8 + 31"), ("", "the nurse saw the king."), ("", "0xA0; // int")]:
+            prompt = f"{instruction}\nInput: {text}\nOutput:"
+            _, _, body = client.complete("auto", prompt)
+            found = retriever.for_task([text], description=instruction, k=3)
+            shares = torch.tensor([each.score / 0.1 for each in found]).softmax(0)
+            shares = shares[shares >= 0.1] / shares[shares >= 0.1].sum()
+            terms = [f"{share:.2f}*{each.name}" for share, each in zip(shares.tolist(), found, strict=False)]
+            expected = lw.parse(" + ".join(terms) if found[0].score >= threshold else "base")
+            assert body["system_fingerprint"] == expected.canonical
+            assert body["choices"][0]["text"] == alone(client.engine, prompt, expected.mixture() or {})[0]
+        assert client.complete("auto", "8 + 31")[2]["system_fingerprint"].endswith("a")
 
 
 def test_adapters_come_and_go_while_it_runs(serve, make_adapter):
@@ -436,6 +445,7 @@ def test_other_refusals_have_the_same_shape(serve):
         assert [(found[0], set(found[2]["error"])) for found, _ in answers] == [
             (status, {"message", "type", "param", "code"}) for _, status in answers
         ]
+        assert str(client.hub.path) not in answers[2][0][2]["error"]["message"]
         assert client.send("GET", "/v1/models/0.5*a%20+%20b")[2]["id"] == "0.5*a + b"
 
 
@@ -445,6 +455,23 @@ def test_a_chat_that_the_template_refuses_is_the_clients_fault(serve):
         status, _, body = client.send("POST", "/v1/chat/completions", chat)
         assert (status, body["error"]["param"]) == (400, "messages")
         assert "no tools" in body["error"]["message"]
+
+
+def test_tools_are_shown_by_the_template_or_refused(serve):
+    tools = [{"type": "function", "function": {"name": "abc", "parameters": {}}}]
+    chat = {
+        "model": "b",
+        "messages": [{"role": "user", "content": "zebra"}],
+        "tools": tools,
+        "temperature": 0,
+        "max_tokens": 9,
+    }
+    with serve() as client:
+        status, _, body = client.send("POST", "/v1/chat/completions", chat)
+        assert (status, body["error"]["param"]) == (400, "tools")
+    with serve(template="{% if tools %}{{ tools[0].function.name }}: {% endif %}{{ messages[0].content }}") as client:
+        text = client.send("POST", "/v1/chat/completions", chat)[2]["choices"][0]["message"]["content"]
+        assert text == alone(client.engine, "abc: zebra", {"b": 1.0})[0]
 
 
 def test_without_its_key_a_server_tells_only_its_health(serve):
