@@ -2,6 +2,7 @@
 
     python -m benchmarks verify                                            our own
     python -m benchmarks verify --engine vllm --python ENV/bin/python      vLLM on CPU, in an environment of its own
+    python -m benchmarks verify --engine llama                             llama.cpp (xllamacpp), over its own HTTP
 
 One server has an adapter for every fault of `_faults.py`, beside sound ones; another has sound ones alone. No time is
 measured.
@@ -19,7 +20,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,8 +44,9 @@ START_S = 1200
 @app.command()
 def main(
     context: typer.Context,
-    engine: Annotated[str, typer.Option(help="ours, or vllm")] = "ours",
+    engine: Annotated[str, typer.Option(help="ours, vllm or llama")] = "ours",
     python: Annotated[str, typer.Option(help="the interpreter of the engine's environment")] = sys.executable,
+    gguf: Annotated[Path | None, typer.Option(help="the base for llama.cpp; the embedded one's own file by default")] = None,
     slots: Annotated[int, typer.Option(help="adapters of one of vLLM's batches, while faults are looked for")] = 24,
     sound: Annotated[int, typer.Option(help="sound probes at least")] = 1000,
     only: Annotated[str | None, typer.Option(help="faults, or sound")] = None,
@@ -55,9 +57,10 @@ def main(
     table = Table(f"verify_server and {engine}", ("what", "right", "of", "requests"))
     with tempfile.TemporaryDirectory() as root, lw.Hub(Path(root) / "hub") as hub:
         parts = write_all(run, model, Path(root), hub)
+        where = str(gguf or "") if engine == "llama" else python
         options = {"model": model, "tokenizer": tokenizer, "keep": False, "progress": False}
         if only != "sound":
-            with served(engine, python, {**parts["faults"], **parts["beside"]}, slots, model, tokenizer) as url:
+            with served(engine, where, {**parts["faults"], **parts["beside"]}, slots, model, tokenizer) as url:
                 report = lw.verify_server(url, hub, **options)
             console.print(str(report), markup=False)
             named = {name: right(report, name, said) for name, said in parts["said"].items()}
@@ -67,7 +70,7 @@ def main(
             console.print(f"not named: {[name for name, is_right in named.items() if not is_right]}", markup=False)
         if only != "faults":
             alarms = probes = requests = 0
-            with served(engine, python, parts["sound"], len(parts["sound"]) + 1, model, tokenizer) as url:
+            with served(engine, where, parts["sound"], len(parts["sound"]) + 1, model, tokenizer) as url:
                 while probes < sound:
                     report = lw.verify_server(url, hub, num_probes=6, **options)
                     alarms += sum(finding.probes for finding in report.faults)
@@ -120,35 +123,68 @@ def counted(report: Any, name: str) -> tuple[str, str]:
 
 
 @contextmanager
-def served(engine: str, python: str, folders: Mapping[str, Path], slots: int, model: Any, tokenizer: Any) -> Iterator[str]:
-    """The URL of a server that has these adapters."""
-    if engine == "ours":
-        with tempfile.TemporaryDirectory() as root, lw.Hub(root) as hub:
-            for name, folder in folders.items():
-                hub.add(folder, name=name)
-            with running(hub, model, tokenizer) as port:
-                yield f"http://127.0.0.1:{port}"
-    elif engine == "vllm":
-        with tempfile.TemporaryDirectory() as root:
+def served(engine: str, where: str, folders: Mapping[str, Path], slots: int, model: Any, tokenizer: Any) -> Iterator[str]:
+    """The URL of a server that has these adapters; `where` is vLLM's interpreter, or llama.cpp's base."""
+    with tempfile.TemporaryDirectory() as root:
+        if engine == "ours":
+            with lw.Hub(Path(root) / "served") as hub:
+                for name, folder in folders.items():
+                    hub.add(folder, name=name)
+                with running(hub, model, tokenizer) as port:
+                    yield f"http://127.0.0.1:{port}"
+        elif engine == "vllm":
             model.save_pretrained(root)
             tokenizer.save_pretrained(root)
-            with vllm(python, Path(root), folders, slots) as url:
+            with vllm(where, Path(root), folders, slots) as url:
                 yield url
-    else:
-        raise typer.BadParameter(f"--engine is ours or vllm, not {engine!r}")
+        elif engine == "llama":
+            written = [Path(root) / name / "adapter.gguf" for name in folders]
+            for folder, path in zip(folders.values(), written, strict=True):
+                lw.Adapter.from_pretrained(folder).export(path.parent, target="gguf")
+            with llama(where, written) as url:
+                yield url
+        else:
+            raise typer.BadParameter(f"--engine is ours, vllm or llama, not {engine!r}")
+
+
+@contextmanager
+def llama(base: str, adapters: Sequence[Path]) -> Iterator[str]:
+    """llama.cpp's own server in this process, with a cache in fp32."""
+    import xllamacpp
+
+    from loraweave.hub.base import _gguf_path
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = base or str(_gguf_path())
+    parameters.n_ctx, parameters.n_batch, parameters.n_parallel = 8 * 512, 512, 8
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
+    parameters.warmup = parameters.fit_params = False
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), 1.0) for path in adapters]
+    parameters.port = free_port()
+    server = xllamacpp.Server(parameters)
+    yield server.listening_address
+    del server
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 @contextmanager
 def vllm(python: str, base: Path, folders: Mapping[str, Path], slots: int) -> Iterator[str]:
     """vLLM's own server in fp32, whose log is kept beside the base until it ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     words = f"""-m vllm.entrypoints.openai.api_server --model {base} --served-model-name org/base --host 127.0.0.1
         --port {port} --dtype float32 --max-model-len 512 --max-num-seqs 16 --enforce-eager --enable-lora
         --max-lora-rank {MAX_RANK} --max-loras {slots} --max-cpu-loras {len(folders) + slots} --lora-modules"""
     command = [python, *shlex.split(words), *(f"{name}={folder}" for name, folder in folders.items())]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    # bound to a core, several engines on one machine would share the first
+    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **own}
     environment.pop("PYTHONPATH", None)
     log = base / "vllm.log"
     with log.open("w") as written:

@@ -107,7 +107,10 @@ class Server:
         except Refused:
             return {}
         rows = [row for row in found if isinstance(row, Mapping)] if isinstance(found, list) else []
-        return {PurePath(str(row.get("path"))).stem: int(row.get("id", 0)) for row in rows}
+        paths = [PurePath(str(row.get("path"))) for row in rows]
+        # our exports are all called adapter.gguf, each in a folder of its own
+        names = [path.parent.name if path.stem == "adapter" else path.stem for path in paths]
+        return {name: int(row.get("id", 0)) for name, row in zip(names, rows, strict=True)}
 
     def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The JSON of one call; a list, or what is no JSON, is under "". Waits where the server says that it is busy."""

@@ -30,8 +30,8 @@ from loraweave.serving.verify.report import AS_ASKED, Finding, ServerReport
 
 # nats: what engines in fp32 differ by, what texts do not show, and what a base that is not quantised stays below
 FLOOR, TEXT, ROUGH = 2e-3, 0.25, 0.2
-# an adapter may add to the base's rounding
-FACTOR = 4.0
+# an adapter may add to the base's rounding; what is not that part of the tolerance away cannot be told apart
+FACTOR, APART = 4.0, 0.75
 QUANTISED = "differs beyond rounding: quantised base?"
 
 Reply = Answer | Refused
@@ -206,11 +206,16 @@ class Visit:
         verdict = self._named(asked, wrong) if wrong else AS_ASKED
         if asked is self._base and not wrong and worst > ROUGH and self._server.has_logprobs:
             verdict = QUANTISED
-        return Finding(asked.name, when, verdict, worst, separation, len(replies), separation < 2 * self.tolerance)
+        return Finding(asked.name, when, verdict, worst, separation, len(replies), separation < APART * self.tolerance)
 
     def _fits(self, probe: Probe, reply: Answer) -> bool:
-        """Whether an answer is within the tolerance, and no likely fault is clearly nearer."""
-        own, *others = [distance(reply, answer) for answer in probe.answers.values()]
+        """Whether an answer is within the tolerance, and no likely fault that could be told apart is clearly nearer."""
+        own = distance(reply, probe.asked)
+        others = [
+            distance(reply, answer)
+            for answer in probe.answers.values()
+            if distance(answer, probe.asked) >= APART * self.tolerance
+        ]
         return own <= self.tolerance and (own <= self._least or own <= 2 * min(others, default=own))
 
     def _named(self, asked: Asked, wrong: Replies) -> str:

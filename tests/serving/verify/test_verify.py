@@ -12,14 +12,10 @@ import torch
 from server_proxy import Refuse, proxy
 
 import loraweave as lw
-from benchmarks._faults import FAULTS, write_faulty, write_sound
+from benchmarks._faults import FAULTS
 from loraweave.errors import FormulaError, ScopeError, SourceUnavailable
 from loraweave.serving.limits import Limits
 from loraweave.serving.run import make_server
-
-EXAMPLES = ["abc", "the judge thanked ", "zebra 12, 34. ", "up: ", "b", "country"]
-BLOCKS = 11
-WIDTH = 4
 
 
 @contextmanager
@@ -38,62 +34,15 @@ def running(hub, model, tokenizer, **options):
 
 
 @pytest.fixture(scope="module")
-def model(make_model):
-    return make_model("llama", num_hidden_layers=BLOCKS, hidden_size=16, num_attention_heads=4)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, model, make_adapter):
-    """Folders of passive, its older version and negation, of rank 8 on all of the attention."""
-    root = tmp_path_factory.mktemp("folders")
-
-    def write(name, seed, where):
-        (root / where).mkdir()
-        adapter = make_adapter(model, name, rank=8, targets=("q_proj", "k_proj", "v_proj", "o_proj"), seed=seed)
-        layers = {layer: lw.Factors(0.1 * each.a_RI, each.b_OR) for layer, each in adapter.layers.items()}
-        return write_sound(lw.Adapter(name, "tiny", layers), root / where / name)
-
-    return {
-        "passive": write("passive", 1, "sound"),
-        "older": write("passive", 2, "old"),
-        "negation": write("negation", 3, "other"),
-    }
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory, folders):
-    """What is right: passive under its name and under that of every fault, as its second version, and negation."""
-    with lw.Hub(tmp_path_factory.mktemp("hub")) as opened:
-        for name in ("passive", *FAULTS):
-            opened.add(folders["older"], name=name, examples=EXAMPLES)
-            opened.add(folders["passive"], name=name, examples=EXAMPLES, replace=True)
-        opened.add(folders["negation"], name="negation", examples=EXAMPLES)
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def look(model, tokenizer):
-    def verify(url, hub, names=None, **options):
-        return lw.verify_server(
-            url, hub, names, model=model, tokenizer=tokenizer, progress=False, keep=False, num_tokens=4, **options
-        )
-
-    return verify
-
-
-@pytest.fixture(scope="module")
-def faulty(tmp_path_factory, folders, hub, model, tokenizer, look):
+def faulty(tmp_path_factory, folders, damaged, hub, small_model, tokenizer, look):
     """(what a server says whose every adapter but two has a fault, what has to be said of each)."""
-    root, expected = tmp_path_factory.mktemp("faulty"), {}
-    with lw.Hub(root / "hub") as served:
+    with lw.Hub(tmp_path_factory.mktemp("faulty")) as served:
         for name in ("passive", "negation"):
             served.add(folders[name])
-        for name in FAULTS:
-            beside = folders["negation"], folders["older"]
-            expected[name] = write_faulty(name, folders["passive"], *beside, root / name, head=WIDTH, last=BLOCKS - 1)
-            served.add(root / name, name=name)
-        with running(served, model, tokenizer) as url:
-            return look(url, hub), expected
+        for name, folder in damaged[0].items():
+            served.add(folder, name=name)
+        with running(served, small_model, tokenizer) as url:
+            return look(url, hub), damaged[1]
 
 
 def verdicts(report, name):
@@ -101,9 +50,9 @@ def verdicts(report, name):
 
 
 def test_a_sound_server_has_no_fault_alone_and_mixed_and_is_asked_twenty_times_for_each_name_at_most(
-    folders, hub, model, tokenizer, look
+    hub, small_model, tokenizer, look
 ):
-    with running(hub, model, tokenizer) as url:
+    with running(hub, small_model, tokenizer) as url:
         report = look(url, hub, ["passive", "negation"])
     assert report.ok, str(report)
     asked = {(finding.asked, finding.when) for finding in report.findings}
@@ -128,9 +77,9 @@ def test_what_is_sound_beside_faults_is_as_asked(faulty):
 
 
 @pytest.fixture(scope="module")
-def url(hub, model, tokenizer):
+def url(hub, small_model, tokenizer):
     """A sound server of ours."""
-    with running(hub, model, tokenizer) as found:
+    with running(hub, small_model, tokenizer) as found:
         yield found
 
 
@@ -175,8 +124,8 @@ def test_an_adapter_that_answers_for_the_base_is_named_and_the_tolerance_is_stil
     assert report.tolerance < 0.01
 
 
-def test_a_base_of_rounded_weights_differs_beyond_rounding(folders, hub, make_model, tokenizer, look):
-    rounded = make_model("llama", num_hidden_layers=BLOCKS)
+def test_a_base_of_rounded_weights_differs_beyond_rounding(folders, hub, make_model, small_shape, tokenizer, look):
+    rounded = make_model("llama", **small_shape)
     with torch.no_grad():
         for parameter in rounded.parameters():
             parameter.copy_((parameter * 6).round() / 6)
@@ -243,14 +192,14 @@ def test_a_name_that_the_server_refuses_is_a_fault_and_a_server_that_is_not_ther
 
 
 def test_probes_are_kept_so_that_a_second_visit_to_a_sound_server_loads_no_model(
-    url, hub, look, model, tokenizer, tmp_path, monkeypatch
+    url, hub, small_model, tokenizer, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("LORAWEAVE_CACHE", str(tmp_path))
     loads = []
 
     def load(base):
         loads.append(base)
-        return model, tokenizer
+        return small_model, tokenizer
 
     monkeypatch.setattr("loraweave.serving.verify.verify.load_base", load)
     first, second = (lw.verify_server(url, hub, ["passive"], base="tiny", progress=False) for _ in range(2))
