@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ from loraweave.serving.verify.report import AS_ASKED, Finding, ServerReport
 FLOOR, TEXT, ROUGH = 2e-3, 0.25, 0.2
 # an adapter may add to the base's rounding; what is not that part of the tolerance away cannot be told apart
 FACTOR, APART = 4.0, 0.75
-QUANTISED = "differs beyond rounding: quantised base?"
+BEYOND = "differs beyond rounding"
+QUANTISED = f"{BEYOND}: quantised base?"
+BESIDE = f"{BEYOND} beside others only: rows of a batch get each other's adapter?"
 
 Reply = Answer | Refused
 
@@ -121,6 +124,7 @@ class Visit:
         self._num_tokens = num_tokens
         self._width = width
         self._progress = progress
+        self._sound: set[str] = set()
         self.rounding: float | None = None
 
     @property
@@ -160,7 +164,10 @@ class Visit:
         for each in (*self._asked, *([] if self._base is None else [self._base])):
             own = [(probe, reply) for (of, probe), reply in zip(turns, replies, strict=True) if of is each]
             if own:
-                yield self._judged(each, "mixed", own)
+                found = self._judged(each, "mixed", own)
+                # no adapter explains it where each of its tokens may have another one
+                beside = each.name in self._sound and found.verdict.startswith(BEYOND)
+                yield replace(found, verdict=BESIDE) if beside else found
 
     def reloaded(self) -> Iterator[Finding]:
         """Each name after it was loaded again, where the server can."""
@@ -204,6 +211,8 @@ class Visit:
         worst = max(distance(reply, probe.asked) for probe, reply in answers)
         wrong = [(probe, reply) for probe, reply in answers if not self._fits(probe, reply)]
         verdict = self._named(asked, wrong) if wrong else AS_ASKED
+        if when == "alone" and not wrong:
+            self._sound.add(asked.name)
         if asked is self._base and not wrong and worst > ROUGH and self._server.has_logprobs:
             verdict = QUANTISED
         return Finding(asked.name, when, verdict, worst, separation, len(replies), separation < APART * self.tolerance)
@@ -219,14 +228,15 @@ class Visit:
         return own <= self.tolerance and (own <= self._least or own <= 2 * min(others, default=own))
 
     def _named(self, asked: Asked, wrong: Replies) -> str:
+        """What explains these answers, together or else each by itself."""
         best, score = self._culprits.nearest(asked, wrong, self._least)
         own = max(distance(reply, probe.asked) for probe, reply in wrong)
         # far better than what was asked, and an explanation by itself
         if score <= max(self._least, min(own / 3, 2 * self.tolerance)):
             return best.verdict
         if len(wrong) > 1:
-            # each may have a cause of its own
-            return " / ".join(dict.fromkeys(self._named(asked, [each]) for each in wrong))
+            named = list(dict.fromkeys(self._named(asked, [each]) for each in wrong))
+            return " / ".join([each for each in named if not each.startswith(BEYOND)] or named[:1])
         if self.rounding is not None and self.rounding > ROUGH:
             return QUANTISED
-        return f"differs beyond rounding; nearest, by {score:.2g}: {best.verdict}"
+        return f"{BEYOND}; nearest, by {score:.2g}: {best.verdict}"
