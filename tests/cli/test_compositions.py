@@ -355,6 +355,13 @@ def test_vllm_gets_its_flags_and_the_error_of_the_cut(stored):
     assert lw.Adapter.from_pretrained("p").rank == 8
 
 
+def test_llama_cpp_gets_a_file_for_the_architecture_of_the_base(stored, base):
+    done = call("export", "mine", "--target", "gguf", "--base", base, "--out", "p")
+    assert done.exit_code == 0, done.stderr
+    assert sorted(path.name for path in (stored / "p").iterdir()) == ["Modelfile", "README.md", "adapter.gguf"]
+    assert "note: llama-server -m BASE.gguf --lora p/adapter.gguf applies it" in done.stdout
+
+
 def test_json_has_the_errors_by_layer_and_the_flags(stored):
     done = call("export", "mine", "--target", "vllm", "--out", "p", "--json")
     told = json.loads(done.stdout)

@@ -212,7 +212,8 @@ def pair(tiny_llama, make_adapter, tokenizer):
     return Composition(tiny_llama, tokenizer, Task([("x", "y")]), pool, {"a": 0.5, "b": -1.0}, "linear", report)
 
 
-@pytest.mark.parametrize("target", ["peft", "vllm"])
+# mlx has to know the architecture, which the composition's model says
+@pytest.mark.parametrize("target", ["peft", "vllm", "mlx"])
 def test_exported_composition_is_the_weighted_sum(pair, tmp_path, target):
     report = pair.export(tmp_path / "out", target=target)
     first, second = pair.pool["a"], pair.pool["b"]

@@ -23,7 +23,7 @@ CASES = [*sorted(FAMILIES), "llama, embeddings too"]
 
 
 def ask(jobs):
-    return [[torch.tensor(each) for each in job] for job in engines.run("here", SCRIPT, jobs)]
+    return [[torch.tensor(each) for each in job] for job in engines.run("here", SCRIPT, jobs, timeout=500)]
 
 
 @pytest.fixture(scope="module")

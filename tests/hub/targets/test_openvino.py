@@ -18,11 +18,6 @@ TEXTS = ["The capital of France is", "one two three"]
 TOKENS = 12
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return lw.load_base()[1]
-
-
 def texts(mixture, tokenizer):
     """Greedy continuations by the model as it is."""
     found = []
@@ -34,31 +29,25 @@ def texts(mixture, tokenizer):
     return found
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory, tokenizer):
-    """{case: (mixture, [texts of the base, texts with the adapter])}; one process runs them all."""
-    folder = tmp_path_factory.mktemp("openvino")
+@pytest.mark.slow
+def test_openvino_says_the_texts_of_the_live_mixture(tmp_path):
+    # one test for all, so that one process exports and runs all of them
+    tokenizer = lw.load_base()[1]
     mixtures, jobs = {}, []
     for case in CASES:
         mixture = mixtures[case] = tiny_mixture(case, vocab_size=len(tokenizer))
         mixture.model.generation_config.eos_token_id = None
-        mixture.model.save_pretrained(folder / case)
-        tokenizer.save_pretrained(folder / case)
-        report = mixture.merged.export(folder / f"{case} adapter", target="openvino")
+        mixture.model.save_pretrained(tmp_path / case)
+        tokenizer.save_pretrained(tmp_path / case)
+        report = mixture.merged.export(tmp_path / f"{case} adapter", target="openvino")
         weights = str(report.folder / "adapter_model.safetensors")
-        jobs.append({"model": str(folder / case), "adapter": weights, "prompts": TEXTS, "tokens": TOKENS})
+        jobs.append({"model": str(tmp_path / case), "adapter": weights, "prompts": TEXTS, "tokens": TOKENS})
     said = engines.run("openvino", SCRIPT, jobs, timeout=500)
-    return {case: (mixtures[case], each) for case, each in zip(CASES, said, strict=True)}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_openvino_says_the_texts_of_the_live_mixture(answers, case, tokenizer):
-    mixture, (base, said) = answers[case]
-    assert base == texts(mixture, tokenizer)
-    with lw.Composer(mixture.model, lw.ExpertPool(mixture.adapters)).activate(mixture.weights):
-        assert said == texts(mixture, tokenizer)
-    assert all(one != other for one, other in zip(base, said, strict=True))
+    for (case, mixture), (base, mixed) in zip(mixtures.items(), said, strict=True):
+        assert (case, base) == (case, texts(mixture, tokenizer))
+        with lw.Composer(mixture.model, lw.ExpertPool(mixture.adapters)).activate(mixture.weights):
+            assert (case, mixed) == (case, texts(mixture, tokenizer))
+        assert all(one != other for one, other in zip(base, mixed, strict=True))
 
 
 def given(**layers):
