@@ -147,7 +147,9 @@ def _loaded(folder: str, name: str) -> ModuleType | None:
         return None
     for package in _packages(folder):
         module = sys.modules.get(f"{package}.{name}")
-        if module is not None and not hasattr(module, "__path__"):
+        # another thread may be in the midst of importing it
+        ready = not getattr(getattr(module, "__spec__", None), "_initializing", False)
+        if module is not None and ready and not hasattr(module, "__path__"):
             return module
     return None
 

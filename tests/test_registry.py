@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import difflib
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
@@ -59,6 +61,19 @@ def test_one_that_was_got_before_is_got_without_listing_the_folder(folder, monke
     assert registry.get("things", "plain")() == 3
     monkeypatch.setattr(registry, "modules", None)
     assert registry.get("things", "plain")() == 3
+
+
+def test_one_that_another_thread_is_importing_is_waited_for(folder, monkeypatch):
+    begun, free = threading.Event(), threading.Event()
+    monkeypatch.setattr(sys, "begun_and_free", (begun, free), raising=False)
+    folder("slow", "import sys\nbegun, free = sys.begun_and_free\nbegun.set()\nassert free.wait(60)\ndef slow(): return 3")
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(registry.get, "things", "slow")
+        assert begun.wait(60)
+        second = threads.submit(registry.get, "things", "slow")
+        wait([second], timeout=0.2)
+        free.set()
+        assert first.result() is second.result()
 
 
 def test_getting_one_imports_no_other(folder):
