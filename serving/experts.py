@@ -56,19 +56,16 @@ class Experts:
             for member in served.members:
                 MixtureWeights.of([member.weights], tuple(member.weights))
             for content, adapter in served.adapters.items():
+                if self._is_there(content, self._loaded):
+                    continue
+                if self._engine is None:
+                    self._engine = Composer(self._model, ExpertPool({content: adapter}))
+                else:
+                    self._engine.load(content, adapter)
+                self._engine.prefetch([content])
                 with self._lock:
-                    there = content in self._loaded
-                if not there:
-                    if self._engine is None:
-                        self._engine = Composer(self._model, ExpertPool({content: adapter}))
-                    else:
-                        self._engine.load(content, adapter)
-                with self._lock:
+                    # from now on it may make room
                     self._loaded[content] = None
-                    self._loaded.move_to_end(content)
-            if served.adapters:
-                assert self._engine is not None
-                self._engine.prefetch(list(served.adapters))
 
     def take(self, served: Served) -> None:
         """Keeps what a row's composition needs until `give_back`, and loads it where it is not there.
@@ -113,16 +110,20 @@ class Experts:
         return unused[: max(0, len(unused) - self._most)]
 
     def _load_routed(self, served: Served) -> None:
+        if self._is_there(served.identity, self._routed):
+            return
+        assert served.router is not None
+        engine = Composer(self._model, ExpertPool(served.members[0].adapters), tokenizer=self._tokenizer)
+        served.router.require_engine(engine)
         with self._lock:
-            there = served.identity in self._routed
-        if not there:
-            assert served.router is not None
-            engine = Composer(self._model, ExpertPool(served.members[0].adapters), tokenizer=self._tokenizer)
-            served.router.require_engine(engine)
+            self._routed[served.identity] = engine, served.router
+
+    def _is_there(self, key: str, among: OrderedDict[str, Any]) -> bool:
+        """Whether it is; it then makes room after all others."""
         with self._lock:
-            if not there:
-                self._routed[served.identity] = engine, served.router
-            self._routed.move_to_end(served.identity)
+            if key in among:
+                among.move_to_end(key)
+            return key in among
 
 
 def _needs(served: Served) -> list[str]:

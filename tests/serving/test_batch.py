@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 
 import pytest
@@ -132,6 +134,33 @@ def test_experts_that_no_row_uses_make_room(setting, tokenizer):
     experts.take(each["a"])
     experts.give_back(each["b"])
     assert experts.loaded == (of["c"], of["a"])
+
+
+def test_what_is_loaded_is_in_the_engine_whoever_loads_and_makes_room_meanwhile(setting, tokenizer):
+    engine, adapters = setting
+    experts = Experts(engine.model, tokenizer, most=1)
+    compositions = [served(adapters, {name: 1.0}) for name in "abc"]
+    over = threading.Event()
+
+    def load():
+        while not over.is_set():
+            for composition in compositions:
+                experts.load(composition)
+
+    with ThreadPoolExecutor(1) as threads:
+        loading = threads.submit(load)
+        try:
+            for number in range(60):
+                composition = compositions[number % 3]
+                experts.take(composition)
+                with experts.activate([composition]):
+                    pass
+                experts.give_back(composition)
+        finally:
+            over.set()
+        loading.result()
+    experts.take(compositions[0])
+    assert set(experts.loaded) == set(experts._engine.pool.names)
 
 
 def test_an_encoder_decoder_and_a_sliding_window_are_refused(make_model, tokenizer):
