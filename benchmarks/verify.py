@@ -32,6 +32,7 @@ from benchmarks._faults import FAULTS, full_adapter, write_faulty, write_sound
 from benchmarks._models import base_model
 from benchmarks._run import Run, Table, console
 from benchmarks.serve import running
+from loraweave.serving.verify.verify import BEYOND
 
 app = typer.Typer()
 
@@ -112,9 +113,10 @@ def add(hub: lw.Hub, folder: Path, name: str, card: lw.Adapter) -> None:
 
 
 def right(report: Any, name: str, said: str) -> bool:
-    """Whether every finding about a name says that."""
+    """Whether every finding about a name says that, and nothing else."""
     verdicts = [finding.verdict for finding in report.findings if finding.asked == name]
-    return bool(verdicts) and all(said in verdict for verdict in verdicts)
+    plain = all(not verdict.startswith(BEYOND) and " / " not in verdict for verdict in verdicts)
+    return bool(verdicts) and plain and all(said in verdict for verdict in verdicts)
 
 
 def counted(report: Any, name: str) -> tuple[str, str]:

@@ -64,7 +64,9 @@ def _differences(served: Answer, known: Answer) -> list[float]:
         least = min(own_top.values())
         found += [logprob - own_top.get(each, least) for each, logprob in top.items() if logprob > least or each in own_top]
         if key(word) != key(own_word):
-            found.append(max(own_top.values()) - own_top.get(key(word), least))
+            # some engines leave the text of a special token, such as the end, empty
+            if key(word):
+                found.append(max(own_top.values()) - own_top.get(key(word), least))
             break
     return found
 

@@ -69,6 +69,7 @@ def test_a_seeded_fault_is_named(name, faulty):
     found = verdicts(report, name)
     assert found
     assert all(expected[name] in verdict for verdict in found), found
+    assert not any(" / " in verdict or verdict.startswith("differs") for verdict in found), found
 
 
 def test_what_is_sound_beside_faults_is_as_asked(faulty):
