@@ -30,7 +30,6 @@ def texts(mixture, tokenizer):
     return found
 
 
-@pytest.mark.skip(reason="not yet seen to pass: run it on a machine at rest, then take this line out")
 @pytest.mark.slow
 def test_openvino_says_the_texts_of_the_live_mixture(tmp_path):
     # one test for all, so that one process exports and runs all of them
