@@ -10,14 +10,17 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import shutil
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -186,16 +189,56 @@ def fingerprint(model: torch.nn.Module) -> Fingerprint:
 
     Buffers, dtype and device do not enter. A parameter on the meta device or of an integer dtype gives no samples.
     """
-    shapes = sorted((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
+    named = dict(model.named_parameters())
+    own_print, places = _shapes_and_places(named)
+    if any(p.is_meta or not p.is_floating_point() for p in named.values() if p.dim() >= 2):
+        return own_print
+    read = [named[name].detach().reshape(-1)[where.to(named[name].device)] for name, where in places]
+    return Fingerprint(own_print.shapes, _rounded(read))
+
+
+def stored_base_key(model: str) -> BaseKey:
+    """The `base_key` of a causal model in a local folder, or of one that the model hub's cache has, without loading it.
+
+    Of its weights only the samples are read. Without a fingerprint where its files are not at hand, without samples where
+    they are not safetensors of floating point under the parameters' names.
+    """
+    try:
+        folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, local_files_only=True))
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("%s cannot be read to compare it with the bases of adapters: %s", model, error)
+        return BaseKey(model)
+    own_print, places = _shapes_and_places(dict(empty.named_parameters()))
+    read: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name, where in places:
+                if name in opened.keys():  # noqa: SIM118
+                    stored = opened.get_slice(name)
+                    columns = math.prod(stored.get_shape()[1:])
+                    flat = [
+                        stored[row : row + 1].reshape(-1)[at]
+                        for row, at in zip(where // columns, where % columns, strict=True)
+                    ]
+                    read[name] = torch.stack(flat)
+    known = [read.get(name) for name, _ in places]
+    samples = _rounded([each for each in known if each is not None and each.is_floating_point()])
+    complete = len(samples) == SAMPLES_PER_TENSOR * len(places)
+    return BaseKey(model, None, Fingerprint(own_print.shapes, samples if complete else ()))
+
+
+def _shapes_and_places(named: Mapping[str, torch.Tensor]) -> tuple[Fingerprint, list[tuple[str, torch.Tensor]]]:
+    """The fingerprint without samples, and (name, places in the flat tensor) of those that are sampled."""
+    shapes = sorted((name, tuple(parameter.shape)) for name, parameter in named.items())
     digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:32]
-    matrices = sorted((name, p) for name, p in model.named_parameters() if p.dim() >= 2)
-    if any(p.is_meta or not p.is_floating_point() for _, p in matrices) or not matrices:
-        return Fingerprint(digest)
-    step = max(1, len(matrices) // NUM_TENSORS)
-    samples: list[float] = []
-    for _, parameter in matrices[::step][:NUM_TENSORS]:
-        flat = parameter.detach().reshape(-1)
-        places = torch.linspace(0, flat.shape[0] - 1, SAMPLES_PER_TENSOR, dtype=torch.float64).long()
-        # rounded to bf16 and back, so that a checkpoint loaded in fp32 and in bf16 gives the same figures
-        samples.extend(flat[places.to(flat.device)].to(torch.bfloat16).float().tolist())
-    return Fingerprint(digest, tuple(samples))
+    matrices = [(name, math.prod(shape)) for name, shape in shapes if len(shape) >= 2]
+    chosen = matrices[:: max(1, len(matrices) // NUM_TENSORS)][:NUM_TENSORS]
+    places = [(name, torch.linspace(0, size - 1, SAMPLES_PER_TENSOR, dtype=torch.float64).long()) for name, size in chosen]
+    return Fingerprint(digest), places
+
+
+def _rounded(read: Iterable[torch.Tensor]) -> tuple[float, ...]:
+    # rounded to bf16 and back, so that a checkpoint loaded in fp32 and in bf16 gives the same figures
+    return tuple(value for each in read for value in each.to(torch.bfloat16).float().tolist())
