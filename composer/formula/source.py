@@ -18,6 +18,9 @@ from loraweave.routers.tokens._saved import router as read_router
 
 Given = Hub | ExpertPool | Iterable[Adapter] | Mapping[str, Adapter]
 
+# {hash of a stored composition: hash of its adapter}, since a server asks at every request
+_CONTENTS: dict[str, str] = {}
+
 
 class PoolSource:
     """The adapters of a pool, which has no versions of its own and no compositions: both are experts under their text."""
@@ -73,9 +76,12 @@ class HubSource:
         return found if found.name == leaf.key else replace(found, name=leaf.key)
 
     def content(self, leaf: Named | Stored) -> str:
-        """The hash of the adapter's content; no adapter of the hub is opened."""
+        """The hash of the adapter's content; no adapter of the hub is opened, and a stored composition's only once."""
         if isinstance(leaf, Stored):
-            return self.adapter(leaf).hash
+            stored = self.hub.composition(leaf.name).hash
+            if stored not in _CONTENTS:
+                _CONTENTS[stored] = self.adapter(leaf).hash
+            return _CONTENTS[stored]
         if leaf.version is None:
             return self.hub.record(leaf.name).hash
         versions = {record.version: record.hash for record in self.hub.history(leaf.name)}
