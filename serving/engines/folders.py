@@ -1,0 +1,246 @@
+"""Formulas as folders on disk, named by content, that an engine loads as one LoRA adapter; at most so many bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import shutil
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from loraweave.common.names import MAX_NAME_CHARACTERS
+from loraweave.composer.formula.formula import Formula, parse
+from loraweave.composer.formula.nodes import Stored, leaves
+from loraweave.errors import AdapterCorrupt, AdapterNotFound, AdapterUnsupported, BudgetExceeded, HubLocked, ScopeError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.formats._card import read_card
+from loraweave.hub.formats._files import entry
+from loraweave.hub.hub import Hub
+from loraweave.hub.same_base import require_same_base, says_nothing
+from loraweave.types import BaseKey
+
+logger = logging.getLogger(__name__)
+
+# below the rounding of bf16, in which most servers compute
+MAX_ERROR = 1e-3
+MAX_BYTES = 4 << 30
+# a folder is removed only when nobody has used it for so long: an engine may hear late that a request has ended
+GRACE_S = 5.0
+# part of every key: folders of other layouts are other folders
+LAYOUT = "1"
+_KEY = re.compile("[0-9a-f]{32}")
+_PINNED = re.compile("(.*)#([0-9a-f]{16})", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A formula on disk. `key` hashes what it says, the content of its adapters and the rank limit; it names the folder.
+
+    `relative_error` is that of the whole update by the cut of its rank, in the Frobenius norm; 0 where nothing was cut.
+    """
+
+    key: str
+    canonical: str
+    path: Path
+    relative_error: float
+
+    @property
+    def name(self) -> str:
+        """The canonical formula and the beginning of the key: another content is another name."""
+        text = self.canonical
+        return f"{text if len(text) <= MAX_NAME_CHARACTERS else text[: MAX_NAME_CHARACTERS - 3] + '...'}#{self.key[:16]}"
+
+
+@dataclass
+class _Kept:
+    size_bytes: int
+    users: int = 0
+    free_since: float = float("-inf")
+
+
+class Folders:
+    """The folders of one server, in `root`, which no other process uses meanwhile (HubLocked).
+
+    An update of a rank above `max_rank` is cut to it, and refused where that costs more than `max_error`. Above `max_bytes`
+    the least recently used folders go, but none that is in use or was a few seconds ago: those count beyond the limit.
+    Several threads may ask; merges are made one at a time. `base` is the engine's model, where it is known.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        root: Path,
+        *,
+        max_rank: int,
+        max_error: float = MAX_ERROR,
+        max_bytes: int = MAX_BYTES,
+        base: BaseKey | None = None,
+    ) -> None:
+        self._hub, self._root, self._base = hub, root, base
+        self._max_rank, self._max_error, self._max_bytes = max_rank, max_error, max_bytes
+        self._lock = threading.RLock()
+        self._making = threading.Lock()
+        root.mkdir(parents=True, exist_ok=True)
+        self._owner = FileLock(root / ".lock")
+        try:
+            self._owner.acquire(timeout=0)
+        except Timeout:
+            raise HubLocked(f"another process serves from {root}; give this one a folder of its own") from None
+        self._kept = self._found()
+
+    def close(self) -> None:
+        """Lets another process have the folder."""
+        self._owner.release()
+
+    def key(self, name: str) -> str:
+        """The key of what a formula, or the name of a folder, says with the hub's adapters as they are now.
+
+        Raises FormulaError and what the hub raises for what is not there, ScopeError for what no adapter is: the base model,
+        routers, `auto`. AdapterNotFound for a folder's name where the content of its formula has changed.
+        """
+        return self._formula(name)[1]
+
+    def hold(self, name: str) -> Folder:
+        """The folder of a formula, or of a folder's name, made where it is missing; it stays until `release` of its key.
+
+        Besides what `key` raises: AdapterUnsupported for what the engine cannot load or only beyond the limit of the error,
+        BaseModelMismatch for adapters of another base model, BudgetExceeded for a folder above the limit.
+        """
+        with self._making:
+            formula, key = self._formula(name)
+            if not self._use(key):
+                # of these very adapters, whatever becomes of the hub meanwhile
+                pool = formula.pool(self._hub)
+                if any(isinstance(leaf, Stored) and leaf.key not in pool.names for leaf in leaves(formula.root)):
+                    raise ScopeError(f"{formula} is a router, which weighs every token by itself, and no adapter")
+                key = self._key(formula.identity(pool))
+                if not self._use(key):
+                    for each in pool.names:
+                        self._check_base(pool[each].name, pool[each].base)
+                    # it stays here: a license may forbid to give a merge away, and not to use it
+                    merged = formula.merge(pool, progress=False, allow_licenses=True)
+                    self._write(formula.canonical, key, merged)
+        path = self._root / key
+        try:
+            card = read_card(path)[0]
+            error = entry(entry(card, "export", dict), "relative_error", float)
+            if error is None:
+                raise AdapterCorrupt(f"{path} does not say how far its rank was cut; remove it")
+            self._check_error(formula.canonical, error)
+        except BaseException:
+            self.release(key)
+            raise
+        return Folder(key, formula.canonical, path, error)
+
+    def release(self, key: str) -> None:
+        """One use of a folder is over."""
+        with self._lock:
+            if (kept := self._kept.get(key)) is not None:
+                kept.users -= 1
+                kept.free_since = time.monotonic()
+
+    def surplus(self) -> list[str]:
+        """The keys of the least recently used folders that are beyond the limit; the newest is not among them."""
+        with self._lock:
+            total, found = sum(kept.size_bytes for kept in self._kept.values()), []
+            for key, kept in list(self._kept.items())[:-1]:
+                if total <= self._max_bytes:
+                    break
+                total -= kept.size_bytes
+                found.append(key)
+            return found
+
+    def trim(self) -> None:
+        """Removes what is beyond the limit and in nobody's use."""
+        with self._lock:
+            for key in self.surplus():
+                kept = self._kept[key]
+                if kept.users <= 0 and time.monotonic() - kept.free_since >= GRACE_S:
+                    old = self._root / f".{key}.old"
+                    (self._root / key).rename(old)
+                    shutil.rmtree(old, ignore_errors=True)
+                    del self._kept[key]
+
+    def touch(self, key: str) -> None:
+        """The folder was asked for just now."""
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+
+    def _formula(self, name: str) -> tuple[Formula, str]:
+        pinned = _PINNED.fullmatch(name)
+        formula = parse(pinned[1] if pinned else name).expand(self._hub)
+        if formula.is_base:
+            raise ScopeError(f"{name!r:.80} is the base model, which has no adapter: ask for the model by the server's name")
+        key = self._key(formula.identity(self._hub))
+        if pinned and not key.startswith(pinned[2]):
+            raise AdapterNotFound(
+                f"{name!r} is no longer there: its adapters have changed, and {formula.canonical!r} is now #{key[:16]}"
+            )
+        return formula, key
+
+    def _key(self, identity: str) -> str:
+        return hashlib.sha256(f"{LAYOUT} {identity} {self._max_rank}".encode()).hexdigest()[:32]
+
+    def _use(self, key: str) -> bool:
+        with self._lock:
+            if (kept := self._kept.get(key)) is None:
+                return False
+            kept.users += 1
+            self._kept.move_to_end(key)
+            return True
+
+    def _write(self, canonical: str, key: str, merged: Adapter) -> None:
+        unfinished = self._root / f".{key}.new"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            report = merged.export(unfinished, target="vllm", max_rank=self._max_rank, allow_licenses=True)
+            self._check_error(canonical, report.relative_error, merged.rank)
+            size = _size_bytes(unfinished)
+            if size > self._max_bytes:
+                raise BudgetExceeded(
+                    f"the folder of {canonical!r:.200} has {size} bytes, above the limit of {self._max_bytes} for all"
+                )
+            unfinished.rename(self._root / key)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        if report.relative_error:
+            logger.warning(
+                "%s: rank %d cut to %d, relative error %.3g", canonical, merged.rank, report.rank, report.relative_error
+            )
+        with self._lock:
+            self._kept[key] = _Kept(size, users=1)
+
+    def _check_error(self, canonical: str, error: float, rank: int | None = None) -> None:
+        if error > self._max_error:
+            raise AdapterUnsupported(
+                f"{canonical!r:.200} has {f'rank {rank}' if rank else 'a rank'} above the server's {self._max_rank}, and "
+                f"the cut changes the update by {error:.3g} of its norm, above the limit of {self._max_error:g}: ask for "
+                "fewer adapters, give the formula a rank, start the server with a larger rank, or raise that limit"
+            )
+
+    def _check_base(self, name: str, its: BaseKey) -> None:
+        if self._base is None:
+            return
+        require_same_base(f"adapter {name!r}", its, self._base, whatever_id=says_nothing(self._base.id))
+        if not self._base.proves(its):
+            logger.warning("adapter %r was made for %r, and nothing proves that %r is it", name, its.id, self._base.id)
+
+    def _found(self) -> OrderedDict[str, _Kept]:
+        """What an earlier process left, the oldest first; what it left half done is removed."""
+        for path in self._root.iterdir():
+            if path.name.startswith(".") and path.name != ".lock":
+                shutil.rmtree(path, ignore_errors=True)
+        folders = [path for path in self._root.iterdir() if _KEY.fullmatch(path.name) and path.is_dir()]
+        ordered = sorted(folders, key=lambda path: path.stat().st_mtime_ns)
+        return OrderedDict((path.name, _Kept(_size_bytes(path))) for path in ordered)
+
+
+def _size_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

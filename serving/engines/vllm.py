@@ -1,0 +1,269 @@
+"""vLLM asks for a formula as for any LoRA: what an installed loraweave adds to its server, and mends in its workers.
+
+vLLM calls `register` in each of its processes (entry points of the group GROUP). In the server that adds a resolver of
+LoRA names. vLLM asks it once for each name and keeps the answer in a table; so that a name never answers with what an
+adapter was before, and no folder goes while a request may still read it, the resolver puts a table of its own in its place
+(`_Names`). Read with vLLM 0.32: entrypoints/openai/models/serving.py, v1/core/kv_cache_utils.py, lora/worker_manager.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import sys
+import weakref
+from collections.abc import Mapping
+from contextvars import ContextVar
+from http import HTTPStatus
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+GROUP = "vllm.general_plugins"
+HUB, FOLDER = "LORAWEAVE_HUB", "LORAWEAVE_SERVED_FOLDER"
+MAX_ERROR, MAX_BYTES = "LORAWEAVE_MAX_ERROR", "LORAWEAVE_SERVED_BYTES"
+# vLLM counts the adapters that it names itself from 1, and some of its releases keep the numbers in 32 bits
+FIRST_ID = 1 << 30
+
+
+def register() -> None:
+    """Adds the resolver, and mends rows without an adapter on CPUs; nothing unless $LORAWEAVE_HUB is set.
+
+    Raises ValueError, which ends vLLM's start, for a hub that is not there and for limits that are no numbers.
+    """
+    if not os.environ.get(HUB):
+        return
+    from vllm.lora.resolver import LoRAResolverRegistry
+
+    _settings()
+    mend_rows_without_adapter()
+    if "loraweave" not in LoRAResolverRegistry.get_supported_resolvers():
+        LoRAResolverRegistry.register_resolver("loraweave", Resolver())
+    if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").strip().lower() not in ("1", "true"):
+        logger.warning("%s is set, but vLLM resolves names only with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", HUB)
+
+
+class Resolver:
+    """Formulas as LoRA requests; vLLM's protocol `LoRAResolver`."""
+
+    def __init__(self) -> None:
+        self._folders: Any = None
+        self._opening = asyncio.Lock()
+        self._ids: dict[str, int] = {}
+        self._numbers = itertools.count(FIRST_ID)
+        # name of a folder: the request that is in vLLM's hands, in the table or on its way
+        self._requests: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
+        """The request that vLLM loads for a formula; None where another resolver may know the name.
+
+        Raises vLLM's GracefulHTTPError with the status and text of the refusal.
+        """
+        server = _asking_server(sys._getframe(1))
+        try:
+            async with self._opening:
+                if self._folders is None:
+                    self._folders = await asyncio.to_thread(_folders, server, base_model_name)
+            if not isinstance(server.lora_requests, _Names):
+                server.lora_requests = _Names(server.lora_requests, self._folders)
+            folder = await asyncio.to_thread(self._folders.hold, lora_name)
+        except Exception as error:
+            return _refused(error, others=len(server.lora_resolvers) > 1)
+        request = self._request(folder)
+        server.lora_requests.forget(self._folders.surplus())
+        self._folders.trim()
+        try:
+            # vLLM does so itself, but keeps the reason of a failure from the client
+            await server.engine_client.add_lora(request)
+        except Exception as error:
+            if server.engine_client.errored:
+                raise
+            raise _error(400, f"vLLM cannot load {folder.canonical!r}: {error}") from error
+        return request
+
+    def _request(self, folder: Any) -> Any:
+        """The one request of this name: two of one name and different numbers in a batch would break vLLM's worker."""
+        known = self._requests.get(folder.name)
+        if known is not None:
+            self._folders.release(folder.key)
+            return known
+        number = self._ids.get(folder.name) or self._ids.setdefault(folder.name, next(self._numbers))
+        made = _request_type()(lora_name=folder.name, lora_int_id=number, lora_path=str(folder.path))
+        self._requests[folder.name] = made
+        # it lives as long as vLLM has it in its table or in a request that is not answered yet
+        weakref.finalize(made, self._folders.release, folder.key)
+        return made
+
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+_asked: ContextVar[Mapping[str, Any]] = ContextVar("_asked", default=_NOTHING)
+
+
+class _Names(dict[str, Any]):
+    """vLLM's table {asked name: LoRA request}, in which a formula is there only while it stands for the same content.
+
+    vLLM looks a name up several times for one HTTP request, in one task: the first look decides for all of them.
+    """
+
+    def __init__(self, known: Mapping[str, Any], folders: Any) -> None:
+        super().__init__(known)
+        self._folders = folders
+
+    def __contains__(self, name: object) -> bool:
+        if not isinstance(name, str):
+            return False
+        if name in _asked.get():
+            return True
+        request = super().get(name)
+        if request is None or not isinstance(request, _request_type()):
+            return request is not None
+        key = _key_of(request)
+        try:
+            current = self._folders.key(name)
+        except Exception:
+            # the resolver is asked next, and says why
+            current = None
+        if current != key:
+            self.pop(name, None)
+            return False
+        self._folders.touch(key)
+        _asked.set({**_asked.get(), name: request})
+        return True
+
+    def __getitem__(self, name: str) -> Any:
+        asked = _asked.get()
+        return asked[name] if name in asked else super().__getitem__(name)
+
+    def __setitem__(self, name: str, request: Any) -> None:
+        super().__setitem__(name, request)
+        if isinstance(request, _request_type()):
+            _asked.set({**_asked.get(), name: request})
+
+    def forget(self, keys: list[str]) -> None:
+        """New requests for these folders ask the resolver again; running ones keep them."""
+        gone = set(keys)
+        kind = _request_type()
+        for name in [name for name, each in self.items() if isinstance(each, kind) and _key_of(each) in gone]:
+            self.pop(name, None)
+
+
+def mend_rows_without_adapter() -> None:
+    """Gives rows without an adapter no update on CPUs, where vLLM (0.32) gives them that of the last slot.
+
+    Their index is -1, with which its CPU operators choose the last of the slots (vLLM pull requests 48421 and 49656). While
+    names come and go every slot is taken, so that the base would answer as whatever lies there. Operators that leave such
+    rows alone are left alone.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    import torch
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    for name, places in (("bgmv_expand", ()), ("bgmv_expand_slice", (0, 1))):
+        operator = getattr(lora_ops, name)
+        y_BO = torch.zeros(1, 1)
+        operator(torch.ones(1, 1), torch.ones(1, 1, 1, 1), y_BO, torch.tensor([-1]), *places, True)
+        if y_BO.item() == 0.0:
+            continue
+        mended = _without_rows_of_none(operator)
+        setattr(lora_ops, name, mended)
+        setattr(punica_cpu, name, mended)
+        logger.warning("vLLM's %s gives rows without an adapter that of the last slot; it is mended in this process", name)
+
+
+def _without_rows_of_none(operator: Any) -> Any:
+    def mended(x_BR: Any, b_SOR: Any, y_BO: Any, slots_B: Any, *rest: Any, **named: Any) -> None:
+        operator(x_BR.masked_fill((slots_B < 0)[: x_BR.shape[0], None], 0.0), b_SOR, y_BO, slots_B, *rest, **named)
+
+    return mended
+
+
+def _asking_server(frame: Any) -> Any:
+    """vLLM's OpenAIServingModels, which asks. It tells a resolver nothing of itself, so the calling frame does."""
+    server = frame.f_locals.get("self")
+    if isinstance(getattr(server, "lora_requests", None), dict) and hasattr(server, "engine_client"):
+        return server
+    raise _error(
+        500, "this release of vLLM keeps the names of its adapters elsewhere than loraweave looks: it could serve old ones"
+    )
+
+
+def _settings() -> tuple[str, dict[str, float]]:
+    """Where the hub is, and the limits that are set."""
+    hub = os.environ[HUB]
+    # opening it would make an empty one
+    if "://" not in hub and not Path(hub).is_dir():
+        raise ValueError(f"${HUB} is {hub!r}, and there is no hub: `loraweave hub add` makes one")
+    limits = {}
+    for name, option, kind in ((MAX_ERROR, "max_error", float), (MAX_BYTES, "max_bytes", int)):
+        if said := os.environ.get(name):
+            try:
+                limits[option] = kind(said)
+            except ValueError:
+                raise ValueError(f"${name} is {said!r}, which is no {'whole ' * (kind is int)}number") from None
+            if not limits[option] >= 0:
+                raise ValueError(f"${name} is {said}; it is a number of 0 or more")
+    return hub, limits
+
+
+def _folders(server: Any, model: str) -> Any:
+    from loraweave.common.files import cache_folder
+    from loraweave.hub.base import stored_base_key
+    from loraweave.hub.hub import Hub
+    from loraweave.serving.engines.folders import Folders
+
+    hub, limits = _settings()
+    return Folders(
+        Hub(hub),
+        Path(os.environ.get(FOLDER) or cache_folder() / "served"),
+        max_rank=server.engine_client.vllm_config.lora_config.max_lora_rank,
+        base=stored_base_key(model),
+        **limits,  # type: ignore[arg-type]
+    )
+
+
+def _refused(error: Exception, *, others: bool) -> None:
+    """Raises the refusal as vLLM tells it to a client, unless other resolvers may know the name."""
+    from loraweave.serving.refusals import refusal_of
+
+    refusal = refusal_of(error)
+    if others and refusal.status == 404:
+        logger.info("%s", refusal)
+        return
+    raise _error(refusal.status, str(refusal)) from error
+
+
+def _error(status: int, text: str) -> Exception:
+    import vllm.exceptions
+
+    known = getattr(vllm.exceptions, "GracefulHTTPError", None)
+    # releases before it tell a client of a ValueError as 400
+    return ValueError(text) if known is None else known(text, HTTPStatus(status))
+
+
+def _key_of(request: Any) -> str:
+    return Path(request.lora_path).name
+
+
+_types: list[type] = []
+
+
+def _request_type() -> type:
+    """vLLM's LoRARequest that can be watched, and keeps its number: vLLM gives every resolved name another one."""
+    if not _types:
+        from vllm.lora.request import LoRARequest
+
+        class FormulaRequest(LoRARequest, weakref=True):  # type: ignore[call-arg,misc]
+            def __setattr__(self, name: str, value: Any) -> None:
+                if name != "lora_int_id":
+                    super().__setattr__(name, value)
+
+        _types.append(FormulaRequest)
+    return _types[0]
