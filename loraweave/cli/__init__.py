@@ -16,6 +16,7 @@ from loraweave.cli._printing import progress_to_stderr
 from loraweave.cli.adapters import MERGE_EXAMPLE, TRAIN_EXAMPLE, merge, train
 from loraweave.cli.compositions import composing
 from loraweave.cli.hub import hub
+from loraweave.cli.load import LOAD_EXAMPLE, load
 from loraweave.cli.serve import SERVE_EXAMPLE, serve
 from loraweave.cli.stored import (
     LIST_EXAMPLE,
@@ -48,6 +49,7 @@ app.command(epilog=MERGE_EXAMPLE)(merge)
 app.command(epilog=TRAIN_EXAMPLE)(train)
 app.command(epilog=SERVE_EXAMPLE)(serve)
 app.command(epilog=VERIFY_EXAMPLE)(verify)
+app.command(epilog=LOAD_EXAMPLE)(load)
 
 
 def main() -> None:
