@@ -197,11 +197,11 @@ def fingerprint(model: torch.nn.Module) -> Fingerprint:
     return Fingerprint(own_print.shapes, _rounded(read))
 
 
-def stored_base_key(model: str) -> BaseKey:
-    """The `base_key` of a causal model in a local folder, or of one that the model hub's cache has, without loading it.
+def stored_base(model: str) -> tuple[BaseKey, dict[str, tuple[int, ...]]]:
+    """The `base_key` of a causal model in a local folder or in the model hub's cache, and its parameters' shapes.
 
-    Of its weights only the samples are read. Without a fingerprint where its files are not at hand, without samples where
-    they are not safetensors of floating point under the parameters' names.
+    Nothing is loaded: of its weights only the samples are read. Without a fingerprint and shapes where its files are not at
+    hand, without samples where they are not safetensors of floating point under the parameters' names.
     """
     try:
         folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, local_files_only=True))
@@ -209,7 +209,7 @@ def stored_base_key(model: str) -> BaseKey:
             empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, KeyError) as error:
         logger.warning("%s cannot be read to compare it with the bases of adapters: %s", model, error)
-        return BaseKey(model)
+        return BaseKey(model), {}
     own_print, places = _shapes_and_places(dict(empty.named_parameters()))
     read: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -218,15 +218,13 @@ def stored_base_key(model: str) -> BaseKey:
                 if name in opened.keys():  # noqa: SIM118
                     stored = opened.get_slice(name)
                     columns = math.prod(stored.get_shape()[1:])
-                    flat = [
-                        stored[row : row + 1].reshape(-1)[at]
-                        for row, at in zip(where // columns, where % columns, strict=True)
-                    ]
-                    read[name] = torch.stack(flat)
+                    pairs = zip(where // columns, where % columns, strict=True)
+                    read[name] = torch.stack([stored[row : row + 1].reshape(-1)[at] for row, at in pairs])
     known = [read.get(name) for name, _ in places]
     samples = _rounded([each for each in known if each is not None and each.is_floating_point()])
     complete = len(samples) == SAMPLES_PER_TENSOR * len(places)
-    return BaseKey(model, None, Fingerprint(own_print.shapes, samples if complete else ()))
+    key = BaseKey(model, None, Fingerprint(own_print.shapes, samples if complete else ()))
+    return key, {name: tuple(each.shape) for name, each in empty.named_parameters(remove_duplicate=False)}
 
 
 def _shapes_and_places(named: Mapping[str, torch.Tensor]) -> tuple[Fingerprint, list[tuple[str, torch.Tensor]]]:

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,15 @@ from filelock import FileLock, Timeout
 from loraweave.common.names import MAX_NAME_CHARACTERS
 from loraweave.composer.formula.formula import Formula, parse
 from loraweave.composer.formula.nodes import Stored, leaves
-from loraweave.errors import AdapterCorrupt, AdapterNotFound, AdapterUnsupported, BudgetExceeded, HubLocked, ScopeError
+from loraweave.errors import (
+    AdapterCorrupt,
+    AdapterNotFound,
+    AdapterUnsupported,
+    BudgetExceeded,
+    HubLocked,
+    LayerMismatch,
+    ScopeError,
+)
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._card import read_card
 from loraweave.hub.formats._files import entry
@@ -40,7 +49,7 @@ _PINNED = re.compile("(.*)#([0-9a-f]{16})", re.DOTALL)
 
 @dataclass(frozen=True)
 class Folder:
-    """A formula on disk. `key` hashes what it says, the content of its adapters and the rank limit; it names the folder.
+    """A formula on disk. `key` hashes what it says of which contents, the rank limit and the base; it names the folder.
 
     `relative_error` is that of the whole update by the cut of its rank, in the Frobenius norm; 0 where nothing was cut.
     """
@@ -69,7 +78,8 @@ class Folders:
 
     An update of a rank above `max_rank` is cut to it, and refused where that costs more than `max_error`. Above `max_bytes`
     the least recently used folders go, but none that is in use or was a few seconds ago: those count beyond the limit.
-    Several threads may ask; merges are made one at a time. `base` is the engine's model, where it is known.
+    Several threads may ask; merges are made one at a time. `base` is the engine's model and `shapes` are those of its
+    parameters, where known: vLLM passes over an update of a layer that its model does not have, and answers as the base.
     """
 
     def __init__(
@@ -81,8 +91,9 @@ class Folders:
         max_error: float = MAX_ERROR,
         max_bytes: int = MAX_BYTES,
         base: BaseKey | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
-        self._hub, self._root, self._base = hub, root, base
+        self._hub, self._root, self._base, self._shapes = hub, root, base, shapes or {}
         self._max_rank, self._max_error, self._max_bytes = max_rank, max_error, max_bytes
         self._lock = threading.RLock()
         self._making = threading.Lock()
@@ -110,7 +121,7 @@ class Folders:
         """The folder of a formula, or of a folder's name, made where it is missing; it stays until `release` of its key.
 
         Besides what `key` raises: AdapterUnsupported for what the engine cannot load or only beyond the limit of the error,
-        BaseModelMismatch for adapters of another base model, BudgetExceeded for a folder above the limit.
+        BaseModelMismatch and LayerMismatch for adapters of another base model, BudgetExceeded for a folder above the limit.
         """
         with self._making:
             formula, key = self._formula(name)
@@ -125,6 +136,7 @@ class Folders:
                         self._check_base(pool[each].name, pool[each].base)
                     # it stays here: a license may forbid to give a merge away, and not to use it
                     merged = formula.merge(pool, progress=False, allow_licenses=True)
+                    self._check_layers(merged)
                     self._write(formula.canonical, key, merged)
         path = self._root / key
         try:
@@ -186,7 +198,7 @@ class Folders:
         return formula, key
 
     def _key(self, identity: str) -> str:
-        return hashlib.sha256(f"{LAYOUT} {identity} {self._max_rank}".encode()).hexdigest()[:32]
+        return hashlib.sha256(f"{LAYOUT} {identity} {self._max_rank} {self._base}".encode()).hexdigest()[:32]
 
     def _use(self, key: str) -> bool:
         with self._lock:
@@ -231,6 +243,16 @@ class Folders:
         require_same_base(f"adapter {name!r}", its, self._base, whatever_id=says_nothing(self._base.id))
         if not self._base.proves(its):
             logger.warning("adapter %r was made for %r, and nothing proves that %r is it", name, its.id, self._base.id)
+
+    def _check_layers(self, merged: Adapter) -> None:
+        for layer, factors in merged.layers.items() if self._shapes else ():
+            own, its = self._shapes.get(f"{layer}.weight"), (factors.b_OR.shape[0], factors.a_RI.shape[1])
+            # some layers store their weight transposed
+            if own not in (its, its[::-1]):
+                raise LayerMismatch(
+                    f"{merged.name!r} updates {layer!r} with shape {its}, and the server's model has "
+                    f"{f'shape {own}' if own else 'no such layer'} there: it was made for another model"
+                )
 
     def _found(self) -> OrderedDict[str, _Kept]:
         """What an earlier process left, the oldest first; what it left half done is removed."""

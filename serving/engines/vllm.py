@@ -215,16 +215,18 @@ def _settings() -> tuple[str, dict[str, float]]:
 
 def _folders(server: Any, model: str) -> Any:
     from loraweave.common.files import cache_folder
-    from loraweave.hub.base import stored_base_key
+    from loraweave.hub.base import stored_base
     from loraweave.hub.hub import Hub
     from loraweave.serving.engines.folders import Folders
 
     hub, limits = _settings()
+    base, shapes = stored_base(model)
     return Folders(
         Hub(hub),
         Path(os.environ.get(FOLDER) or cache_folder() / "served"),
         max_rank=server.engine_client.vllm_config.lora_config.max_lora_rank,
-        base=stored_base_key(model),
+        base=base,
+        shapes=shapes,
         **limits,  # type: ignore[arg-type]
     )
 

@@ -21,6 +21,7 @@ from loraweave.errors import (
     CompositionError,
     FormulaError,
     HubLocked,
+    LayerMismatch,
     ScopeError,
 )
 from loraweave.serving.engines import folders as served
@@ -162,6 +163,15 @@ def test_an_adapter_of_another_base_model_is_refused(hub, opened):
         folders.hold("a")
         with pytest.raises(BaseModelMismatch, match=r"'foreign'.*1 of 2 sampled weights differ"):
             folders.hold("a + foreign")
+
+
+def test_an_update_of_a_layer_that_the_model_does_not_have_is_refused(hub, opened):
+    with opened(shapes={"layer.weight": (3, 5)}) as folders:
+        folders.hold("a")
+    with opened(shapes={"layer.weight": (3, 4)}) as folders, pytest.raises(LayerMismatch, match=r"\(3, 5\).*\(3, 4\)"):
+        folders.hold("b")
+    with opened(shapes={"other.weight": (3, 5)}) as folders, pytest.raises(LayerMismatch, match="no such layer"):
+        folders.hold("c")
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ def test_the_answer_names_its_composition_which_is_gone_when_an_adapter_changes(
         ("arrow(passive, negation)", "400.*router 'arrow'"),
         ("dora", "400.*DoRA.*to_lora"),
         ("ties(passive, negation)", r"400.*rank 576 above the server's 32.*above the limit of 0\.001"),
-        ("elsewhere", "400.*vLLM cannot load 'elsewhere'.*attention"),
+        ("elsewhere", r"400.*'elsewhere' updates 'model\.layers\.\d+\.attention\..*no such layer"),
     ],
 )
 def test_a_client_hears_why_it_is_refused(server, name, said):
