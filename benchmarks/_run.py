@@ -92,12 +92,14 @@ class Run:
         return sorted(path.parent for path in self.pool.glob("*/adapter_config.json"))
 
     @contextmanager
-    def hub(self, without: Collection[str] = ()) -> Iterator[lw.Hub]:
-        """A hub of all of them but those named, which is deleted at the end."""
+    def hub(self, without: Collection[str] = (), *others: Path) -> Iterator[lw.Hub]:
+        """A hub of all of them but those named, and of others, which is deleted at the end."""
         with tempfile.TemporaryDirectory() as folder, lw.Hub(folder) as hub:
             for path in self.adapters():
                 if path.name not in without:
                     hub.add(path)
+            for path in others:
+                hub.add(path, name="in_context")
             yield hub
 
 

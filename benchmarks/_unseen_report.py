@@ -18,8 +18,10 @@ from benchmarks._run import RESAMPLES, Run, Table, interval
 WAYS = (
     "base",
     "in_context",
+    "in_context_adapter",
     "lora_examples",
     "few_shot",
+    "few_shot_begun",
     "composed_and_tuned",
     "retrieved_first",
     "best_single",

@@ -11,13 +11,16 @@ on the examples alone (`lora_examples`), and one that begins as a composition (`
 retrieval puts first (`retrieved_first`); the published LoraHub recipe (`lorahub_original`: 20 adapters at random, A and
 B mixed apart, 40 evaluations by nevergrad's NGOpt, the loss as its authors coded it); a LoRA trained on the whole
 training set (`oracle`); the program of adapters that `lw.order` finds (`order`), and one adapter that learned it on
-sample inputs of the hub's cards (`order+distilled`); for joined skills the adapter that is best on the test items
+sample inputs of the hub's cards (`order+distilled`); the base with the shipped in-context adapter and the examples in its
+prompt (`in_context_adapter`), and the training that begins there (`few_shot_begun`; `few_shot` begins from nothing);
+for joined skills the adapter that is best on the test items
 (`any_single`), and both skills one after the other (`two_passes`); and every method of `compose()` by its name. With
 `+shown` behind its name, a way learns and answers under prompts that show the other examples with their answers; with
 `+calibrated` it ranks labels without their prior.
 
 --left-out takes each task of the pool as if it were unseen: its own adapter and those of the same skill are not in the hub,
-and its examples and test items are training rows. Methods, rates and budgets are chosen there, before the unseen tasks.
+the in-context adapter is the one of `examples/make_in_context.py --folds` that was trained without it, and its examples and
+test items are training rows. Methods, rates and budgets are chosen there, before the unseen tasks.
 
 Every measurement is kept in --out as it is made, so that an interrupted run goes on; it goes on, too, from what
 data/unseen.json holds. Several processes share the work by --part. --again repeats ways.
@@ -25,11 +28,13 @@ data/unseen.json holds. Several processes share the work by --part. --again repe
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -38,8 +43,9 @@ from rich.progress import track
 
 import loraweave as lw
 from benchmarks._data import DATA, NO_SEED, NO_SHOTS, Key, Measured, Store
-from benchmarks._run import Run, pairs
+from benchmarks._run import ROOT, Run, pairs
 from benchmarks._unseen_report import OF_JOINED_SKILLS, WAYS, WITHOUT_EXAMPLES, report
+from loraweave.composer.compose.compose import in_context_adapter as in_context_adapter_of
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.model.scoring import Score, evaluate, predict
 from loraweave.composer.programs.program import Program
@@ -53,6 +59,7 @@ app = typer.Typer()
 FORMS: dict[str, dict[str, Any]] = {"+shown": {"demonstrations": True}, "+calibrated": {"calibrated": True}}
 # tasks of the pool that teach one skill on other texts
 SAME_SKILL = (("sentiment_movie", "sentiment_tweet"),)
+SHIPPED_READER = ROOT / "examples" / "in_context"
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,22 @@ class Asked:
     budget: int
     num_test: int
     left_out: bool = False
+    in_context: Path | None = None
+
+    def without(self, task: str) -> tuple[str, ...]:
+        """What the hub may not have: the adapters of the task's own skill."""
+        return same_skill(task) if self.left_out else ()
+
+    def reader(self, without: tuple[str, ...]) -> list[Path]:
+        """The folder of the in-context adapter that was not trained on these tasks, if there is one."""
+        if not self.left_out:
+            return [self.in_context or SHIPPED_READER]
+        folds = sorted(self.in_context.iterdir()) if self.in_context is not None else []
+        cards = {fold: json.loads((fold / "loraweave.json").read_text(encoding="utf-8")) for fold in folds}
+        found = [fold for fold, card in cards.items() if set(without) <= set(card["left_out"])]
+        if folds and not found:
+            raise typer.BadParameter(f"no adapter of {self.in_context} was trained without {', '.join(without)}")
+        return found[:1]
 
     def wanted(self) -> Iterator[Key]:
         for shots in self.shots:
@@ -94,6 +117,7 @@ def main(
     part: Annotated[str, typer.Option(help="2/3 is the second of three processes that share the tasks")] = "1/1",
     again: Annotated[str, typer.Option(help="a,b: ways whose earlier measurements do not count")] = "",
     left_out: Annotated[bool, typer.Option(help="the pool's own tasks, each without its adapter")] = False,
+    in_context: Annotated[Path | None, typer.Option(help="in-context adapter, or folder of folds")] = None,
 ) -> None:
     """Right answers, the share of what training could gain, and the time to choose."""
     run: Run = context.obj
@@ -104,9 +128,9 @@ def main(
         number, count = (int(each) for each in part.split("/"))
         chosen = [task for task in kinds if not tasks or task in tasks.split(",")][number - 1 :: count]
         of_seeds, of_shots = ([int(each) for each in text.split(",")] for text in (seeds, shots))
-        asked = Asked(
-            {task: kinds[task] for task in chosen}, ways.split(","), of_seeds, of_shots, k, budget, num_test, left_out
-        )
+        relations = {task: kinds[task] for task in chosen}
+        limits = k, budget, num_test, left_out, in_context
+        asked = Asked(relations, ways.split(","), of_seeds, of_shots, *limits)
         measure(run, asked, store, again.split(","))
     name = "left out" if left_out else "unseen"
     store.close(run, lambda known: list(report(known, name).values()))
@@ -120,9 +144,9 @@ def measure(run: Run, asked: Asked, store: Store, again: list[str]) -> None:
     with ExitStack() as stack:
         hubs: dict[tuple[str, ...], lw.Hub] = {}
         for key in track(keys, "measuring"):
-            without = same_skill(key.task) if asked.left_out else ()
+            without = asked.without(key.task)
             if without not in hubs:
-                hubs[without] = stack.enter_context(run.hub(without))
+                hubs[without] = stack.enter_context(run.hub(without, *asked.reader(without)))
             store.keep(_measured(open_case(run, asked, model, tokenizer, hubs[without], key), key))
 
 
@@ -260,8 +284,22 @@ def composed_and_tuned(case: Case) -> Found:
     return Found(tuned.adapter, notes={"chosen": composition.report.chosen})
 
 
+def in_context_adapter(case: Case) -> Found:
+    """The base with the in-context adapter, under the examples."""
+    reader = in_context_adapter_of(case.hub, case.model)
+    return Found(reader, task=replace(case.task, demonstrations=True))
+
+
 def few_shot(case: Case) -> Found:
-    """A LoRA on all linear layers, trained on the examples under each other and asked under all of them; no guard."""
+    """A LoRA on all linear layers, trained on the examples under each other and asked under all of them; no guard.
+
+    It begins from nothing, whatever the hub has.
+    """
+    return _composed(case, "few_shot", folds=0, pool=case.hub.pool([next(iter(case.hub)).name]))
+
+
+def few_shot_begun(case: Case) -> Found:
+    """The same, from the in-context adapter on."""
     return _composed(case, "few_shot", folds=0)
 
 
@@ -316,7 +354,9 @@ OWN: dict[str, Callable[[Case], Found]] = {
         retrieved_first,
         lorahub_original,
         lora_examples,
+        in_context_adapter,
         few_shot,
+        few_shot_begun,
         composed_and_tuned,
         oracle,
         order,
@@ -327,11 +367,11 @@ OWN: dict[str, Callable[[Case], Found]] = {
 OWN["order+distilled"] = order_distilled
 
 
-def _compose(case: Case, method: str, folds: int | None = None) -> lw.Composition:
+def _compose(case: Case, method: str, folds: int | None = None, pool: lw.ExpertPool | None = None) -> lw.Composition:
     return lw.compose(
         case.model,
         case.tokenizer,
-        case.hub,
+        case.hub if pool is None else pool,
         case.task,
         method=method,
         k=case.k,
@@ -342,8 +382,8 @@ def _compose(case: Case, method: str, folds: int | None = None) -> lw.Compositio
     )
 
 
-def _composed(case: Case, method: str, folds: int | None = None) -> Found:
-    composition = _compose(case, method, folds)
+def _composed(case: Case, method: str, folds: int | None = None, pool: lw.ExpertPool | None = None) -> Found:
+    composition = _compose(case, method, folds, pool)
     report = composition.report
     held_out = {row.name: None if row.held_out_loss is None else round(row.held_out_loss, 4) for row in report.rows}
     notes = {"chosen": report.chosen, "evaluations": report.evaluations, "held_out": held_out}

@@ -16,6 +16,7 @@ from rich.table import Table
 
 import loraweave as lw
 from loraweave.common.rows import located
+from loraweave.composer.compose.compose import in_context_adapter
 from loraweave.errors import AdapterNotFound, InvalidTask
 
 NUM_EXAMPLES = 5
@@ -28,7 +29,8 @@ LABELS = {
     "gradient": "weights by layer, learned",
     "lorahub": "LoraHub",
     "in_context": "base, examples in the prompt",
-    "few_shot": "adapter, trained on the examples",
+    "in_context_adapter": "in-context adapter, examples in the prompt",
+    "few_shot": "the same, trained on the examples",
     "average": "average of the last two",
 }
 
@@ -48,6 +50,7 @@ def run(
 ) -> None:
     """Prints the tour, or its figures as JSON. AdapterNotFound or InvalidTask when pool or data are not there."""
     console = Console(stderr=as_json)
+    reader = [_shipped("in_context", "--pool")] if pool is None else []
     pool = pool or _shipped("pool", "--pool")
     unseen = load_task(data or _shipped("data", "--data"), task, seed, num_test)
     console.print(f"[bold]1. The task[/] nobody trained an adapter for: {unseen.task.instruction}")
@@ -57,7 +60,7 @@ def run(
     model, tokenizer = lw.load_base(dtype=fast_dtype())
     console.print(f"[bold]2. The base model[/] {model.name_or_path}, {time.perf_counter() - started:.0f} s")
     with tempfile.TemporaryDirectory(prefix="loraweave-demo-") as folder, lw.Hub(folder) as hub:
-        paths = sorted(path for path in pool.iterdir() if path.is_dir())
+        paths = [*sorted(path for path in pool.iterdir() if path.is_dir()), *reader]
         for path in track(paths, "   adding adapters to a hub", console=console):
             hub.add(path)
         console.print(f"[bold]3. The hub[/] holds {len(hub)} adapters. Those nearest to the task's five inputs:")
@@ -67,7 +70,7 @@ def run(
         console.print("[bold]4. Learning[/] weights and an adapter, on the five examples alone")
         composition = lw.compose(model, tokenizer, hub, unseen.task, method="auto", k=k, budget=budget, seed=seed)
         console.print(f"[bold]5. The test[/] on {len(unseen.test)} other inputs")
-        scores = _scores(composition, unseen, console)
+        scores = _scores(composition, unseen, in_context_adapter(hub, model), console)
     if as_json:
         figures = {"task": unseen.name, "chosen": composition.report.chosen, "weights": composition.mean_weights}
         print(json.dumps({**figures, "scores": scores}, indent=1, ensure_ascii=False))
@@ -119,13 +122,16 @@ def fast_dtype() -> torch.dtype:
     return min(seconds, key=lambda dtype: seconds[dtype])
 
 
-def _scores(composition: lw.Composition, unseen: DemoTask, console: Console) -> dict[str, dict[str, float]]:
+def _scores(
+    composition: lw.Composition, unseen: DemoTask, reader: lw.Adapter | None, console: Console
+) -> dict[str, dict[str, float]]:
     """Of every way that was run on all examples."""
     rows = [row for row in composition.report.rows if row.loss is not None]
     scores: dict[str, dict[str, float]] = {}
     plain = replace(composition, task=unseen.task, merge_method="linear", stored=None, members={})
     in_context = replace(plain, task=replace(unseen.task, demonstrations=True), all_weights={}, by_layer=None)
-    others = {"in_context": in_context, composition.report.chosen: composition, **composition.members}
+    prompted = {"in_context": in_context, "in_context_adapter": replace(in_context, stored=reader)}
+    others = {**prompted, composition.report.chosen: composition, **composition.members}
     for row in track(rows, "   answering", console=console):
         started = time.perf_counter()
         answering = others.get(row.name) or replace(plain, all_weights=row.weights, by_layer=row.by_layer)

@@ -130,8 +130,16 @@ def _compose(
     with progress_bar(progress) as bar:
         # unknown until the searches are made, and after that too where only time bounds them
         shown = bar.add_task("measuring adapters", total=None)
+        start = in_context_adapter(experts, model) if settings.method in ("auto", "few_shot") else None
         bench = Bench(
-            engine, tokenizer, task, scores, settings.checkpoint, lambda made: bar.update(shown, advance=made), progress
+            engine,
+            tokenizer,
+            task,
+            scores,
+            settings.checkpoint,
+            lambda made: bar.update(shown, advance=made),
+            progress,
+            start,
         )
         ways = Ways(bench, settings, splits)
         if ways.planned != 0:
@@ -144,7 +152,7 @@ def _compose(
     chosen, reason = guard(ways.asked, losses, guarded=bool(splits), best_of_all=settings.method == "auto")
     rows = {name: trial.row() for name, trial in trials.items()}
     spent = time.perf_counter() - started, sum(row.evaluations for row in rows.values())
-    report = Report(tuple(rows.values()), chosen, "; ".join([reason, *ways.left]), tuple(scores.items()), *spent)
+    report = Report(tuple(rows.values()), chosen, "; ".join([reason, *ways.remarks]), tuple(scores.items()), *spent)
     best, allow = trials[chosen], settings.allow_licenses
     return best.composition(best.chosen, report, seed=settings.seed, allow_licenses=allow)
 
@@ -165,6 +173,8 @@ def check_arguments(experts: Hub | ExpertPool, task: Task, **arguments: Any) -> 
 
 
 NUM_SHOWN = 5
+# the tag of an adapter that was trained to answer as the examples in a prompt do: where trainings under such prompts begin
+IN_CONTEXT = "in-context"
 
 
 def experts_of(given: Any) -> Hub | ExpertPool:
@@ -205,6 +215,14 @@ def fitting_hits(hub: Hub, search: Callable[..., list[Candidate]], k: int, model
     return hits
 
 
+def in_context_adapter(hub_or_pool: Hub | ExpertPool, model: nn.Module) -> Adapter | None:
+    """The hub's first adapter for the model that is tagged IN_CONTEXT; None without one, and of a pool."""
+    if isinstance(hub_or_pool, ExpertPool):
+        return None
+    tagged = hub_or_pool.records(base_model=base_key(model), tags=IN_CONTEXT)
+    return hub_or_pool[tagged[0].name] if tagged else None
+
+
 class _Beside:
     """The hub's adapters beside the model's layers, each looked at once; `why` is the first that does not fit, and why."""
 
@@ -232,13 +250,17 @@ def _base(hub: Hub, own: BaseKey, beside: _Beside) -> BaseKey:
 
 
 def _hits(retrieve: Callable[..., list[Candidate]], k: int, base: BaseKey, beside: _Beside) -> list[Candidate]:
-    """The `k` best adapters; an adapter whose base matches by names and shapes only must also fit the model's layers."""
+    """The `k` best adapters; an adapter whose base matches by names and shapes only must also fit the model's layers.
+
+    Those tagged IN_CONTEXT, which are of no task, count only where there are no others.
+    """
     asked = k
     while True:
         hits = retrieve(k=asked)
         fitting = [hit for hit in hits if base.proves(hit.record.base) or beside.fits(hit.name)]
-        if len(fitting) >= k or len(hits) < asked:
-            return fitting[:k]
+        experts = [hit for hit in fitting if IN_CONTEXT not in hit.record.tags] or fitting
+        if len(experts) >= k or len(hits) < asked:
+            return experts[:k]
         asked *= 4
 
 

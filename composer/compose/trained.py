@@ -1,4 +1,4 @@
-"""Trials that train: a LoRA under demonstrations, what it comes to beside a search, and a router."""
+"""Trials of what is trained: a LoRA under demonstrations, where it begins, its average with a search, and a router."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from loraweave.composer.compose.refine import (
 from loraweave.composer.compose.report import Report
 from loraweave.composer.compose.settings import TRAINING, Settings, router_name
 from loraweave.composer.compose.trials import Bench, Split, Trial, result_of
+from loraweave.composer.merge.merge import parent_of
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.registry import get
@@ -45,7 +46,7 @@ ORDERS = 3
 
 @dataclass(frozen=True, eq=False)
 class _Trained:
-    """An adapter that was trained: the expert `name` of the loss's engine."""
+    """An adapter that was trained, here or before: the expert `name` of the loss's engine."""
 
     name: str
     loss: ExampleLoss
@@ -55,33 +56,18 @@ class _Trained:
         return self.loss.engine.pool[self.name]
 
 
-class FewShot(Trial[_Trained]):
-    """A LoRA on all linear layers, trained on the examples that a split sees, each under the others (arXiv 2110.15943)."""
+class InContextAdapter(Trial[_Trained]):
+    """The bench's `start` as it is, asked under the examples that a split sees."""
 
-    def __init__(self, bench: Bench, tuning: Tuning) -> None:
-        super().__init__("few_shot", bench)
-        self._tuning = tuning
+    learns = False
+    steps = 0
 
-    def planned(self, num_folds: int) -> int:
-        return STEP_COST * self._tuning.steps * (num_folds + 1)
+    def __init__(self, bench: Bench, name: str = "in_context_adapter") -> None:
+        super().__init__(name, bench)
 
     def choose(self, splits: Sequence[Split]) -> list[_Trained]:
-        bench, names = self.bench, [split.name for split in splits]
-        trained = tuned_adapters(
-            bench.engine.model,
-            bench.tokenizer,
-            bench.task,
-            dict.fromkeys(names),
-            {split.name: split.seen for split in splits},
-            self._tuning,
-            target_modules=linear_targets(bench.engine.model),
-            checkpoint=bench.checkpoint,
-            progress=bench.progress,
-        )
-        made = STEP_COST * self._tuning.steps * len(splits)
-        self.evaluations += made
-        bench.on_progress(made)
-        return [_Trained(split.name, self._loss(trained[split.name], split)) for split in splits]
+        assert self.bench.start is not None
+        return [self._asked(self.bench.start, split) for split in splits]
 
     def scores(self, chosen: _Trained, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         alone = MixtureWeights.of({chosen.name: 1.0}, chosen.loss.engine.pool.names)
@@ -89,18 +75,56 @@ class FewShot(Trial[_Trained]):
         return losses_CN[0], hits_CN[0]
 
     def result(self, chosen: _Trained) -> SearchResult:
-        return result_of(MixtureWeights.of({}, self.bench.names), num_scalars(chosen.adapter))
+        return result_of(MixtureWeights.of({}, self.bench.names), num_scalars(chosen.adapter) if self.steps else 0)
 
     def composition_fields(self, chosen: _Trained) -> dict[str, Any]:
         stored = replace(chosen.adapter, name="composition")
         task = replace(chosen.loss.task, examples=self.bench.task.examples)
-        return {**super().composition_fields(chosen), "task": task, "stored": stored, "tuned_steps": self._tuning.steps}
+        parents = [] if self.bench.start is None else [parent_of(self.bench.start)]
+        fields = {"task": task, "stored": stored, "tuned_steps": self.steps, "parents": parents}
+        return {**super().composition_fields(chosen), **fields}
 
-    def _loss(self, adapter: Adapter, split: Split) -> ExampleLoss:
+    def _asked(self, adapter: Adapter, split: Split) -> _Trained:
         """On all examples; a prompt shows those that the split sees, but never its own."""
         task = self.bench.task
         shown = replace(task, demonstrations=task_of(task, split.seen).demonstrations)
-        return example_loss(self.bench.engine.model, self.bench.tokenizer, shown, ExpertPool({adapter.name: adapter}))
+        pool = ExpertPool({adapter.name: adapter})
+        return _Trained(adapter.name, example_loss(self.bench.engine.model, self.bench.tokenizer, shown, pool))
+
+
+class FewShot(InContextAdapter):
+    """A LoRA on all linear layers, trained on the examples that a split sees, each under the others (arXiv 2110.15943).
+
+    It begins as the bench's `start`, or as a new adapter.
+    """
+
+    learns = True
+
+    def __init__(self, bench: Bench, tuning: Tuning) -> None:
+        super().__init__(bench, "few_shot")
+        self._tuning = tuning
+        self.steps = tuning.steps
+
+    def planned(self, num_folds: int) -> int:
+        return STEP_COST * self.steps * (num_folds + 1)
+
+    def choose(self, splits: Sequence[Split]) -> list[_Trained]:
+        bench, names = self.bench, [split.name for split in splits]
+        trained = tuned_adapters(
+            bench.engine.model,
+            bench.tokenizer,
+            bench.task,
+            dict.fromkeys(names, bench.start),
+            {split.name: split.seen for split in splits},
+            self._tuning,
+            target_modules=linear_targets(bench.engine.model),
+            checkpoint=bench.checkpoint,
+            progress=bench.progress,
+        )
+        made = STEP_COST * self.steps * len(splits)
+        self.evaluations += made
+        bench.on_progress(made)
+        return [self._asked(trained[split.name], split) for split in splits]
 
 
 class Averaged(Trial[tuple[Any, ...]]):

@@ -23,6 +23,7 @@ from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.compose.report import Report, ReportRow
 from loraweave.composer.composer import Composer
 from loraweave.composer.train.rows import MAX_PACKED
+from loraweave.hub.adapter import Adapter
 from loraweave.routers.searches._told import SearchResult
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
@@ -53,7 +54,7 @@ class Bench:
     """What all trials of one task share; examples are tokenised, and adapters measured alone, when the first trial asks.
 
     `scores` are those of retrieval. `on_progress` is called with the evaluations just made; with `progress` a training shows
-    a bar of its own.
+    a bar of its own. A training under demonstrations begins as `start`, or as a new adapter.
     """
 
     engine: Composer
@@ -63,6 +64,7 @@ class Bench:
     checkpoint: Path | None
     on_progress: Callable[[int], object]
     progress: bool = False
+    start: Adapter | None = None
     _losses: dict[str, ExampleLoss] = field(default_factory=dict)
 
     @property

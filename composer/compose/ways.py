@@ -14,7 +14,7 @@ from typing import Any
 
 from loraweave.composer.compose.searched import Searched
 from loraweave.composer.compose.settings import OTHER_WAYS, Settings
-from loraweave.composer.compose.trained import FEW_SHOT, ORDERS, Averaged, FewShot, Routed
+from loraweave.composer.compose.trained import FEW_SHOT, ORDERS, Averaged, FewShot, InContextAdapter, Routed
 from loraweave.composer.compose.trials import Bench, BestSingle, Fixed, Split, Trial
 from loraweave.errors import InvalidTask, SearchFailed, WeightingError
 from loraweave.routers.weights import MixtureWeights
@@ -43,8 +43,8 @@ class Ways:
         self._bench = bench
         self._settings = settings
         self._folds = folds
-        # why searches were left out
-        self.left: list[str] = []
+        # what was left out and why, and where a training began
+        self.remarks: list[str] = []
         self._learning = self._make()
         self._plain = self._plain_trials()
         self.asked: str | None = settings.name if settings.method != "auto" else None
@@ -58,9 +58,15 @@ class Ways:
     def run(self) -> list[Trial[Any]]:
         """The trials, measured: base, best single, uniform mixture and, for "auto", the base in context first.
 
-        Of "auto", what none of whose candidates can be scored is left out; `left` then says why. Of a task without
+        Of "auto", what none of whose candidates can be scored is left out; `remarks` then says why. Of a task without
         examples nothing plain is measured, since there is nothing to compare on.
         """
+        trials, start = self._measured(), self._bench.start
+        if start is not None and any(isinstance(trial, FewShot) for trial in trials):
+            self.remarks.append(f"few_shot began as the hub's {start.name!r}")
+        return trials
+
+    def _measured(self) -> list[Trial[Any]]:
         always = self._plain if self._settings.method == "auto" else [*self._plain, *self._learning]
         for trial in always:
             trial.run(self._folds)
@@ -80,7 +86,8 @@ class Ways:
     def _is_sure(self, plain: Sequence[Trial[Any]]) -> bool:
         """Whether the best single adapter's loss is far below that of prompts alone."""
         losses = {trial.name: trial.held_out_loss for trial in plain}
-        return losses["best_single"] < SURE * min(losses[name] for name in ("base", "in_context") if name in losses)
+        prompts = ("base", "in_context", "in_context_adapter")
+        return losses["best_single"] < SURE * min(losses[name] for name in prompts if name in losses)
 
     def _plain_trials(self) -> list[Trial[Any]]:
         """The base model, the best single adapter, and the uniform mixture, in the way it was asked for if it was."""
@@ -96,9 +103,12 @@ class Ways:
         return [trial for trial in plain if trial.name not in asked]
 
     def _prompts(self) -> list[Trial[Any]]:
-        """The base in context, where there are other examples to show."""
+        """The base in context, where there are other examples to show, and the adapter that learned to read them."""
         task = self._bench.task
-        return [] if task.demonstrations or len(task.examples) < 2 else [self._in_context()]
+        if task.demonstrations or len(task.examples) < 2:
+            return []
+        reader = [] if self._bench.start is None else [InContextAdapter(self._bench.with_demonstrations(ORDERS))]
+        return [self._in_context(), *reader]
 
     def _in_context(self) -> Trial[Any]:
         return Fixed("in_context", self._bench.with_demonstrations(), MixtureWeights.of({}, self._bench.names))
@@ -108,7 +118,7 @@ class Ways:
             trial.run(self._folds)
         except (SearchFailed, InvalidTask) as error:
             # an objective that scores nothing, or demonstrations beyond the model's context
-            self.left.append(f"{trial.name} was left out: {error}")
+            self.remarks.append(f"{trial.name} was left out: {error}")
             return False
         return True
 

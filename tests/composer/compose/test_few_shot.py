@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -63,6 +64,48 @@ def test_few_shot_is_the_training_under_demonstrations(compose, tiny_llama, toke
     assert found.task == lw.Task(EXAMPLES, instruction="swap", demonstrations=True, orders=ORDERS)
     assert "an adapter trained on the examples" in repr(found)
     assert found.tuned_steps == 3
+
+
+@pytest.fixture
+def reader(tiny_llama, make_adapter):
+    """An adapter that is tagged as one that reads demonstrations."""
+    return replace(make_adapter(tiny_llama, "reader", seed=7), card={"tags": ["in-context"]})
+
+
+@pytest.fixture
+def hub(tmp_path, pool, reader):
+    with lw.Hub(tmp_path / "hub") as hub:
+        for adapter in [*pool.adapters.values(), reader]:
+            hub.add(adapter)
+        yield hub
+
+
+def test_few_shot_begins_as_the_adapter_of_the_hub_that_reads_demonstrations(compose, hub, reader, tiny_llama, tokenizer):
+    found = compose(hub, folds=0, seed=5)
+    shown = lw.Task(EXAMPLES, instruction="swap", demonstrations=True)
+    settings = {"steps": 3, "lr": FEW_SHOT.lr, "batch_size": FEW_SHOT.batch_size, "warmup": 0, "seed": 5, "progress": False}
+    alone = lw.train_adapters(tiny_llama, tokenizer, {"all": shown}, start={"all": reader}, **settings)["all"]
+    assert found.adapter.layers.keys() == reader.layers.keys()
+    for layer, factors in alone.layers.items():
+        torch.testing.assert_close(found.adapter.layers[layer].b_OR, factors.b_OR, rtol=1e-4, atol=1e-6)
+    assert "few_shot began as the hub's 'reader'" in found.report.reason
+    assert [parent["hash"] for parent in found.parents] == [reader.hash]
+
+
+def test_the_adapter_that_reads_demonstrations_is_no_candidate_beside_others(compose_on, hub, pool):
+    found = compose_on(hub, method="uniform", k=4)
+    assert sorted(found.mean_weights) == sorted(pool.names)
+    for name in pool.names:
+        hub.remove(name)
+    assert list(compose_on(hub, method="uniform", k=4).mean_weights) == ["reader"]
+
+
+def test_both_members_of_auto_know_where_they_come_from(compose_on, hub, reader, pool):
+    found = compose_on(hub, budget=40)
+    shown = replace(found, members={}, stored=reader, task=lw.Task(EXAMPLES, instruction="swap", demonstrations=True))
+    assert found.report["in_context_adapter"].loss == pytest.approx(np.mean(shown.losses()), rel=1e-4)
+    assert [parent["name"] for parent in found.members["few_shot"].parents] == ["reader"]
+    assert set(found.members["gradient"].mean_weights) <= set(pool.names)
 
 
 def test_a_folds_training_never_meets_what_it_is_measured_on(compose, monkeypatch):

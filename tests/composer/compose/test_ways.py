@@ -117,8 +117,11 @@ def test_an_average_has_no_adapter_and_says_where_one_is(compose, tmp_path):
     assert len(lw.Adapter.from_pretrained(report.folder).card["prompts"]) == ORDERS
 
 
-def test_an_adapter_that_answers_the_examples_already_is_taken_as_it_is(compose, tiny_llama, tokenizer, task, pool):
-    expert = lw.train_adapters(tiny_llama, tokenizer, {"it": task}, steps=120, lr=3e-2, rank=16, progress=False)["it"]
+def test_an_adapter_that_answers_the_examples_already_is_taken_as_it_is(
+    compose, tiny_llama, tokenizer, task, pool, tmp_path
+):
+    learn = partial(lw.train_adapters, tiny_llama, tokenizer, steps=120, lr=3e-2, rank=16, progress=False)
+    expert = learn({"it": task})["it"]
     found = compose({**pool.adapters, "it": expert})
     assert rows_of(found.report) == PLAIN
     assert found.report.chosen == "best_single"
@@ -128,6 +131,19 @@ def test_an_adapter_that_answers_the_examples_already_is_taken_as_it_is(compose,
     assert losses[0] < 0.5 * min(losses[1:])
     # with folds nothing is taken unseen
     assert "average" in rows_of(compose({**pool.adapters, "it": expert}, folds=2).report)
+    # nor beside an adapter that answers as well from the examples in its prompts
+    shown = lw.Task(EXAMPLES, instruction="swap", demonstrations=True)
+    reader = lw.train_adapters(tiny_llama, tokenizer, {"reader": shown}, steps=120, lr=3e-2, rank=16, progress=False)[
+        "reader"
+    ]
+    with lw.Hub(tmp_path / "hub") as hub:
+        for adapter in (*pool.adapters.values(), expert):
+            hub.add(adapter)
+        assert compose(hub).report.chosen == "best_single"
+        hub.add(reader, tags=["in-context"])
+        found = compose(hub)
+    assert found.report["in_context_adapter"].loss < 2 * found.report["best_single"].loss
+    assert found.report.chosen == "average"
 
 
 @pytest.mark.parametrize("limits", [{"budget": 39}, {"budget": None, "seconds": 0.4}, {"seconds": 5.0}], ids=str)
