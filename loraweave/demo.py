@@ -30,7 +30,7 @@ LABELS = {
     "lorahub": "LoraHub",
     "in_context": "base, examples in the prompt",
     "in_context_adapter": "in-context adapter, examples in the prompt",
-    "few_shot": "the same, trained on the examples",
+    "few_shot": "adapter, trained on the examples",
     "average": "average of the last two",
 }
 
