@@ -12,7 +12,6 @@ from loraweave.hub import base
 SCRIPT = Path(__file__).parents[2] / "engine_scripts" / "vllm_answers.py"
 
 
-@pytest.mark.skip(reason="not yet seen to pass: run it on a machine at rest, then take this line out")
 @pytest.mark.slow
 def test_vllm_computes_the_live_mixture_of_the_pool(tmp_path):
     mixture = pool_mixture()
