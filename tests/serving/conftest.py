@@ -1,0 +1,53 @@
+"""A server on loopback over a hub of three adapters."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+from server_clients import Client
+
+import loraweave as lw
+from loraweave.serving.limits import Limits
+from loraweave.serving.run import make_server
+
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "{{ message.role[0] }}: {{ message.content }}\n{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
+)
+
+
+@pytest.fixture
+def serve(tmp_path, make_model, make_adapters, tokenizer):
+    """serve(limits..., api_key=...): a client of a running server over a hub of the adapters a, b, c and @kept."""
+
+    @contextmanager
+    def run(template=TEMPLATE, api_key=None, **limits):
+        model = make_model("llama", dtype=torch.float64)
+        adapters = make_adapters(model, "llama")
+        with lw.Hub(tmp_path / "hub") as hub:
+            for adapter in adapters:
+                hub.add(adapter)
+            hub.save_composition("kept", lw.parse("0.5*a + 0.5*c"))
+            tokenizer.chat_template = template
+            server = make_server(
+                hub, model, tokenizer, port=0, limits=Limits(**limits), api_key=api_key, log_level="critical"
+            )
+            thread = threading.Thread(target=server.run)
+            thread.start()
+            try:
+                while not server.started:
+                    assert thread.is_alive()
+                    time.sleep(0.01)
+                port = server.servers[0].sockets[0].getsockname()[1]
+                yield Client(port, hub, lw.Composer(model, adapters, tokenizer=tokenizer))
+            finally:
+                server.should_exit = True
+                thread.join(60)
+                tokenizer.chat_template = None
+                assert not thread.is_alive()
+
+    return run

@@ -1,0 +1,177 @@
+"""What the server refuses, and what a full queue, a deadline and a client that leaves do to it."""
+
+from __future__ import annotations
+
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+from served_rows import alone
+from server_clients import gate_before, raw_request, until
+
+import loraweave as lw
+from loraweave.serving.run import make_server
+
+REFUSED = [
+    ({"model": "aa"}, 404, "model", "did you mean 'a'"),
+    ({"model": "@kep"}, 404, "model", "did you mean 'kept'"),
+    ({"model": "a@7"}, 404, "model", "no version 7"),
+    ({"model": "0.5*a +"}, 400, "model", r"\^"),
+    ({"model": "@kept + arrow(a, b)"}, 400, "model", "stands alone"),
+    ({"model": "mole(a, b)"}, 400, "model", "."),
+    ({"model": "1e300*a"}, 400, "model", "fp32"),
+    ({"model": "'" + "a" * 2000 + "'"}, 400, "model", "2002 characters, above the limit of 1024"),
+    ({"model": " + ".join(f"a@{n}" for n in range(1, 18))}, 400, "model", "17 adapters, above the limit of 16"),
+    ({"model": "../../etc/passwd"}, 400, "model", "."),
+    ({"model": "https://example.org/x"}, 400, "model", "."),
+    ({"model": 3}, 400, "model", "string"),
+    ({"prompt": []}, 400, None, "."),
+    ({"prompt": [70]}, 400, "prompt", "token id 70 is outside the vocabulary of 61"),
+    ({"prompt": "a" * 3000}, 413, "prompt", "the model's context is 2048"),
+    ({"prompt": "a" * 2040}, 400, "max_tokens", "beyond the context"),
+    ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
+    ({"max_tokens": 5000}, 400, "max_tokens", "at most 1024"),
+    ({"temperature": -1}, 400, "temperature", "greater than or equal to 0"),
+    ({"temperature": float("nan")}, 400, "temperature", "."),
+    ({"n": 17}, 400, "n", "17 answers are asked for, above the limit of 16"),
+    ({"stop": [""]}, 400, None, "at least 1 character"),
+    ({"logprobs": 21}, 400, "logprobs", "less than or equal to 20"),
+    ({"logit_bias": {"3": 5}}, 400, None, "logit_bias=.* is not there yet"),
+    ({"echo": True}, 400, None, "echo=True is not there yet"),
+    ({"adapter_path": "/etc"}, 400, "adapter_path", "not permitted"),
+]
+
+
+def test_what_cannot_be_answered_is_refused_by_name_and_harms_no_other(serve):
+    with serve() as client:
+        expected = client.complete("b", "zebra")[2]["choices"]
+        with ThreadPoolExecutor(2) as pool:
+            for change, status, param, said in REFUSED:
+                beside = pool.submit(client.complete, "b", "zebra")
+                found, _, body = client.complete(**change)
+                assert (found, body["error"]["param"] if param else None) == (status, param), (change, body)
+                assert re.search(said, body["error"]["message"]), (change, body)
+                assert beside.result()[2]["choices"] == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [(b"", 400), (b"{", 400), (b"\xff\xfe", 400), (b"[" * 100_000, 400), (b'"a"', 400), (b'{"model": "\\ud800"}', 400)],
+)
+def test_a_body_that_is_no_request_is_refused(serve, body, status):
+    with serve() as client:
+        for path in ("/v1/completions", "/v1/chat/completions"):
+            found, _, told = client.send("POST", path, body)
+            assert found == status
+            assert told["error"]["type"] == "invalid_request_error"
+            assert "Traceback" not in told["error"]["message"]
+
+
+def test_other_refusals_have_the_same_shape(serve):
+    with serve(template=None, body_bytes=1000) as client:
+        chat = {"model": "a", "messages": [{"role": "user", "content": "abc"}]}
+        answers = [
+            (client.send("GET", "/v1/none"), 404),
+            (client.send("GET", "/v1/completions"), 405),
+            (client.send("GET", "/v1/models/aa"), 404),
+            (client.complete(prompt="a" * 2000), 413),
+            (client.send("POST", "/v1/completions", {"model": "a"}, **{"Content-Type": "text/plain"}), 415),
+            (client.send("POST", "/v1/chat/completions", chat), 400),
+        ]
+        assert [(found[0], set(found[2]["error"])) for found, _ in answers] == [
+            (status, {"message", "type", "param", "code"}) for _, status in answers
+        ]
+        assert str(client.hub.path) not in answers[2][0][2]["error"]["message"]
+        assert client.send("GET", "/v1/models/0.5*a%20+%20b")[2]["id"] == "0.5*a + b"
+
+
+def test_a_chat_that_the_template_refuses_is_the_clients_fault(serve):
+    with serve() as client:
+        chat = {"model": "a", "messages": [{"role": "tool", "content": "abc"}]}
+        status, _, body = client.send("POST", "/v1/chat/completions", chat)
+        assert (status, body["error"]["param"]) == (400, "messages")
+        assert "no tools" in body["error"]["message"]
+
+
+def test_tools_are_shown_by_the_template_or_refused(serve):
+    tools = [{"type": "function", "function": {"name": "abc", "parameters": {}}}]
+    chat = {
+        "model": "b",
+        "messages": [{"role": "user", "content": "zebra"}],
+        "tools": tools,
+        "temperature": 0,
+        "max_tokens": 9,
+    }
+    with serve() as client:
+        status, _, body = client.send("POST", "/v1/chat/completions", chat)
+        assert (status, body["error"]["param"]) == (400, "tools")
+    with serve(template="{% if tools %}{{ tools[0].function.name }}: {% endif %}{{ messages[0].content }}") as client:
+        text = client.send("POST", "/v1/chat/completions", chat)[2]["choices"][0]["message"]["content"]
+        assert text == alone(client.engine, "abc: zebra", {"b": 1.0})[0]
+
+
+def test_without_its_key_a_server_tells_only_its_health(serve):
+    with serve(api_key="secret") as client:
+        paths = [("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/v1/completions"), ("POST", "/v1/chat/completions")]
+        assert [client.send(*path)[0] for path in paths] == [401] * 4
+        assert client.send("GET", "/v1/models", Authorization="Bearer other")[0] == 401
+        assert client.send("GET", "/v1/models", Authorization="Bearer secret")[0] == 200
+        assert client.send("GET", "/health")[::2] == (200, {"status": "ok"})
+
+
+def test_a_server_that_others_reach_needs_a_key(make_model, tokenizer, tmp_path):
+    with lw.Hub(tmp_path / "hub") as hub, pytest.raises(lw.CompositionError, match="give --api-key"):
+        make_server(hub, make_model("llama"), tokenizer, host="0.0.0.0")
+
+
+def test_a_full_queue_says_when_to_come_back(serve):
+    with serve(rows=1, waiting=1) as client, ThreadPoolExecutor(2) as pool, gate_before(client.engine.model) as gate:
+        running = pool.submit(client.complete, "b")
+        assert gate.reached.wait(60)
+        waiting = pool.submit(client.complete, "b")
+        until(lambda: client.metric("waiting_rows") == 1)
+        status, headers, body = client.complete("a")
+        assert (status, headers["Retry-After"], body["error"]["type"]) == (429, "1", "rate_limit_error")
+        gate.open()
+        assert [running.result()[0], waiting.result()[0]] == [200, 200]
+
+
+def test_a_request_is_over_at_its_deadline(serve, monkeypatch):
+    with serve(seconds=5) as client:
+        monkeypatch.setattr("loraweave.serving.app.time", SimpleNamespace(monotonic=lambda: time.monotonic() - 6))
+        status, _, body = client.complete("b")
+        assert (status, body["error"]["code"]) == (504, "deadline_exceeded")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_before_its_answer_stops_its_work_and_harms_no_other(serve, stream):
+    with serve() as client, ThreadPoolExecutor(1) as pool, gate_before(client.engine.model) as gate:
+        with raw_request(client, stream=stream):
+            assert gate.reached.wait(60)
+            beside = pool.submit(client.complete, "b", "zebra")
+            until(lambda: client.metric("open_requests") == 2)
+        until(lambda: client.metric("open_requests") == 1)
+        gate.open()
+        [choice] = beside.result()[2]["choices"]
+        assert choice["text"] == alone(client.engine, "zebra", {"b": 1.0})[0]
+        until(lambda: client.metric('rows_total{gone="true"}') == 1)
+        # those of the turn in which it left, and those of the other
+        assert client.metric("new_tokens_total") <= 2 + 9
+
+
+def test_a_client_that_leaves_its_stream_stops_its_work(serve):
+    with serve() as client, gate_before(client.engine.model) as gate:
+        gate.open()
+        with raw_request(client, stream=True) as reading:
+            received = b""
+            while b"data: " not in received:
+                received += reading.recv(4096)
+            gate.shut()
+            assert gate.reached.wait(60)
+        until(lambda: client.metric("open_requests") == 0)
+        before = client.metric("new_tokens_total")
+        gate.open()
+        until(lambda: client.metric('rows_total{gone="true"}') == 1)
+        assert client.metric("new_tokens_total") <= before + 1
