@@ -104,14 +104,19 @@ def _order(layer: str, factors: Factors, config: Any, name: str) -> Tensor:
     if config.model_type not in PERMUTED or last not in ("q_proj", "k_proj"):
         return factors.b_OR
     heads = config.num_attention_heads if last == "q_proj" else config.num_key_value_heads
-    rows, rank = factors.b_OR.shape
+    rows = factors.b_OR.shape[0]
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if rows != heads * size:
         raise AdapterUnsupported(
             f"layer {layer!r} of adapter {name!r} has {rows} outputs, but the base model has {heads} heads of {size}: was "
             "the adapter made for another base model?"
         )
-    return factors.b_OR.reshape(heads, 2, size // 2, rank).transpose(1, 2).reshape(rows, rank)
+    return interleaved(factors.b_OR, size)
+
+
+def interleaved(b_OR: Tensor, size: int) -> Tensor:
+    """b with the two halves of each head of `size` rows interleaved, so that rotary pairs stand side by side."""
+    return b_OR.reshape(-1, 2, size // 2, b_OR.shape[1]).transpose(1, 2).reshape(b_OR.shape)
 
 
 def _adapter_file(contents: Contents, name: str, arch: str, tensors: dict[str, Tensor]) -> Callable[[Path], object]:

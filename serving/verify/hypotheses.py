@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.targets.gguf import interleaved
+from loraweave.hub.targets.vllm import PACKED
 from loraweave.types import Factors
 
 Layers = Mapping[str, Factors]
 
-# layers that engines compute as one, whose parts may be taken for each other
-PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 EXCHANGED = (("k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -108,7 +108,7 @@ def _scales(asked: Adapter) -> dict[float, str]:
 
 def _without_sites(asked: Adapter) -> list[Hypothesis]:
     sites = {_site(layer) for layer in asked.layers}
-    groups = [(site,) for site in sorted(sites)] + [group for group in PACKED if set(group) < sites]
+    groups = [(site,) for site in sorted(sites)] + [group for group in PACKED.values() if set(group) < sites]
     found = []
     for group in groups:
         layers = {layer: factors for layer, factors in asked.layers.items() if _site(layer) not in group}
@@ -121,7 +121,7 @@ def _damaged(asked: Adapter, config: Any) -> Iterator[tuple[str, Layers]]:
     """(what is said, the layers) of the adapter as engines have been seen to load it."""
     layers = asked.layers
     yield from _in_other_blocks(layers)
-    for order, permute in (("as for a GGUF of llama's", _interleaved), ("as if taken from a GGUF", _parted)):
+    for order, permute in (("as for a GGUF of llama's", interleaved), ("as if taken from a GGUF", _parted)):
         if (turned := _turned(layers, config, permute)) is not None:
             yield f"rows of q_proj and k_proj permuted {order}", turned
     for left, right in EXCHANGED:
@@ -178,13 +178,8 @@ def _turned(layers: Layers, config: Any, permute: Callable[[Tensor, int], Tensor
     return {**layers, **turned}
 
 
-def _interleaved(b_OR: Tensor, width: int) -> Tensor:
-    """Rows of each head in the order in which rotary pairs stand side by side."""
-    return b_OR.reshape(-1, 2, width // 2, b_OR.shape[1]).transpose(1, 2).reshape(b_OR.shape)
-
-
 def _parted(b_OR: Tensor, width: int) -> Tensor:
-    """The inverse of `_interleaved`."""
+    """The inverse of `interleaved`."""
     return b_OR.reshape(-1, width // 2, 2, b_OR.shape[1]).transpose(1, 2).reshape(b_OR.shape)
 
 
