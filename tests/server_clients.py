@@ -1,4 +1,4 @@
-"""Clients of a server on loopback, and a gate before its model."""
+"""A server on loopback, its clients, and a gate before its model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,25 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+
+from loraweave.serving.run import make_server
+
+
+@contextmanager
+def running(hub, model, tokenizer, *, limits, **options):
+    """The port of a server that ends with the block."""
+    server = make_server(hub, model, tokenizer, port=0, limits=limits, log_level="critical", **options)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 class Client:

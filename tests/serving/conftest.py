@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from contextlib import contextmanager
 
 import pytest
 import torch
-from server_clients import Client
+from server_clients import Client, running
 
 import loraweave as lw
 from loraweave.serving.limits import Limits
-from loraweave.serving.run import make_server
 
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
@@ -33,21 +30,10 @@ def serve(tmp_path, make_model, make_adapters, tokenizer):
                 hub.add(adapter)
             hub.save_composition("kept", lw.parse("0.5*a + 0.5*c"))
             tokenizer.chat_template = template
-            server = make_server(
-                hub, model, tokenizer, port=0, limits=Limits(**limits), api_key=api_key, log_level="critical"
-            )
-            thread = threading.Thread(target=server.run)
-            thread.start()
             try:
-                while not server.started:
-                    assert thread.is_alive()
-                    time.sleep(0.01)
-                port = server.servers[0].sockets[0].getsockname()[1]
-                yield Client(port, hub, lw.Composer(model, adapters, tokenizer=tokenizer))
+                with running(hub, model, tokenizer, limits=Limits(**limits), api_key=api_key) as port:
+                    yield Client(port, hub, lw.Composer(model, adapters, tokenizer=tokenizer))
             finally:
-                server.should_exit = True
-                thread.join(60)
                 tokenizer.chat_template = None
-                assert not thread.is_alive()
 
     return run

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from contextlib import contextmanager
 
 import pytest
+import server_clients
 import torch
 from server_proxy import Refuse, proxy
 
@@ -15,22 +14,13 @@ import loraweave as lw
 from benchmarks._faults import FAULTS
 from loraweave.errors import FormulaError, ScopeError, SourceUnavailable
 from loraweave.serving.limits import Limits
-from loraweave.serving.run import make_server
 
 
 @contextmanager
 def running(hub, model, tokenizer, **options):
-    server = make_server(hub, model, tokenizer, port=0, limits=Limits(), log_level="critical", **options)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(60)
+    """The URL of a server that ends with the block."""
+    with server_clients.running(hub, model, tokenizer, limits=Limits(), **options) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
