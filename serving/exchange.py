@@ -87,7 +87,7 @@ class Exchange:
         yield "[DONE]"
 
     def close(self) -> None:
-        """Ends what is not over. Twice is fine."""
+        """Ends what is not over. May be called twice."""
         if self._open:
             self._open = False
             for row in self.rows:
