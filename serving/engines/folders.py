@@ -112,9 +112,9 @@ class Folders:
     def key(self, name: str) -> str:
         """The key of what a formula, or the name of a folder, says with the hub's adapters as they are now.
 
-        Raises FormulaError for a formula that cannot be read, what the hub raises for a name that it lacks, ScopeError for the
-        base model, routers and `auto`, which are not adapters, and AdapterNotFound for a folder's name where the content of
-        its formula has changed.
+        Raises FormulaError for a formula that cannot be read, what the hub raises for a name that it lacks, ScopeError for
+        the base model, routers and `auto`, which are not adapters, and AdapterNotFound for a folder's name where the content
+        of its formula has changed.
         """
         return self._formula(name)[1]
 

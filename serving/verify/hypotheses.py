@@ -18,6 +18,7 @@ from loraweave.types import Factors
 
 Layers = Mapping[str, Factors]
 
+# parts of layers that engines compute as one, which may be taken for each other
 EXCHANGED = (("k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
 
