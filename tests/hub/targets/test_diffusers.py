@@ -12,6 +12,7 @@ import loraweave as lw
 from loraweave.errors import AdapterUnsupported
 from loraweave.types import Factors
 
+diffusers = pytest.importorskip("diffusers")
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -28,7 +29,6 @@ TOKENS = torch.tensor([[1, 5, 9, 2, 6, 3]])
 
 def pipeline(kind):
     """A tiny random pipeline of Stable Diffusion 1 or XL, without tokenizers."""
-    import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
