@@ -47,6 +47,7 @@ def compose(
     seconds: float | None = None,
     seed: int = 0,
     space: str | None = None,
+    merge_method: str | None = None,
     folds: int | None = None,
     weights: Mapping[str, float] | None = None,
     objective: str | Callable[[Any, Examples], float] | None = None,
@@ -68,7 +69,8 @@ def compose(
     base with the examples in every prompt, and "few_shot" a LoRA trained on the examples under such prompts (`steps`, `lr`).
     A router, by name and options, weighs every token; one that learns is trained on the examples for `steps` steps (by
     default a third of the budget) at the rate `lr`. A router object is used as it is.
-    `space` "deltas" mixes the adapters' updates, "factors" mixes A and B apart, as LoraHub's authors do. `objective` is a
+    `space` "deltas" mixes the adapters' updates, "factors" mixes A and B apart, as LoraHub's authors do; `merge_method` says
+    instead that weights are those of a merge by a name of `names("methods")`, with its default options. `objective` is a
     name of `names("objectives")` or a function of (model, examples); "entropy" reads `inputs` without targets, by default
     the examples' own. `l1` * mean|w|, `l2` * mean(w^2) and `sparsity` * the number of adapters used are added to it. Each
     search has its own default objective, space and `l1`.
@@ -94,6 +96,7 @@ def compose(
         seed=seed,
         folds=folds,
         space=space,
+        merge_method=merge_method,
         weights=weights,
         objective=objective,
         inputs=inputs,

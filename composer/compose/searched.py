@@ -35,7 +35,7 @@ class Searched(MixtureTrial):
         # of a start that is found on examples, nothing is known yet
         self._start_weights: Start = None if self._start_name else settings.options.get("start")
         self.solver = self._solver(self._start_weights)
-        self.merge_method = settings.merge_method or self.solver.merge_method
+        self.merge_method = settings.meaning or self.solver.merge_method
         self._loss = settings.objective or self.solver.loss
         self._inputs: Sequence[str] | None = None
         if self._loss == "entropy":

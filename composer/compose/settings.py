@@ -13,6 +13,7 @@ from loraweave.common.files import as_path
 from loraweave.common.options import Count, NonNegative, Positive, Range, Seed, check_options, options_of, require_known
 from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.composer.compose.user_loss import Examples
+from loraweave.composer.merge.method_call import MethodCall
 from loraweave.errors import InvalidTask, LoraweaveError, ScopeError, UnknownName, WeightingError
 from loraweave.hub.hub import Hub
 from loraweave.hub.licenses import require_one_work, stated_license
@@ -39,7 +40,7 @@ STARTS = (*BEST, "base", "uniform", "retrieval")
 # a budget for any options
 PLENTY = 10**9
 # what means nothing to a router
-FOR_SEARCHES = ("seconds", "space", "objective", "inputs", "l1", "l2", "sparsity")
+FOR_SEARCHES = ("seconds", "space", "merge_method", "objective", "inputs", "l1", "l2", "sparsity")
 # what compose() adds to the options of a router that is trained
 TRAINING = ("steps", "lr")
 FEW_SHOT_OPTIONS = {"steps": Count, "lr": Positive}
@@ -66,6 +67,7 @@ class Settings:
     l2: NonNegative
     sparsity: NonNegative
     checkpoint: Path | None
+    merge_method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     allow_licenses: bool = False
 
@@ -97,9 +99,9 @@ class Settings:
         return self.method in ("auto", "few_shot") if self.method in OTHER_WAYS else solver_class(self.name).learns
 
     @property
-    def merge_method(self) -> str | None:
-        """What the search's weights mean; None for what the search itself says."""
-        return None if self.space is None else SPACES[self.space]
+    def meaning(self) -> str | None:
+        """What the search's weights mean, as a merge method; None for what the search itself says."""
+        return self.merge_method if self.space is None else SPACES[self.space]
 
     def start_name(self, found: type[Solver]) -> str | None:
         """The name of where a search begins; None where weights say it, and for the solver's own default."""
@@ -111,7 +113,7 @@ class Settings:
         if not solver_class(method).needs_gradients:
             return True
         smooth = not callable(self.objective) and self.objective != "exact_match"
-        return smooth and self.merge_method in (None, "linear")
+        return smooth and self.meaning in (None, "linear")
 
     def solver(self, experts: Sequence[str], supplied: Mapping[str, Any]) -> Solver:
         """The method's solver with its limits and options. It gets what it takes of `supplied`."""
@@ -170,15 +172,29 @@ class Settings:
         if self.space is not None and self.space not in SPACES:
             hint = nearest(self.space, SPACES)
             raise UnknownName(f"no space {self.space!r} to compose with{hint}; there are {', '.join(SPACES)}")
+        if self.merge_method is not None:
+            self._check_merge_method()
         if self.budget is None and self.seconds is None and (found is not None or self.method == "auto"):
             raise WeightingError("a search needs a budget of evaluations, or of seconds, or both")
         self._check_options(found, from_hub)
         if found is not None and not self.can_run(self.name):
             given = "a function" if callable(self.objective) else repr(self.objective or "cross_entropy")
             where = "" if self.space is None else f" in space {self.space!r}"
+            where = where if self.merge_method is None else f" through merge method {self.merge_method!r}"
             raise WeightingError(
                 f"method {self.name!r} follows gradients, but there are no gradients of {given}{where}: "
                 "take 'cross_entropy', 'labels' or 'entropy' in space 'deltas', or a method that needs none, as 'lorahub'"
+            )
+
+    def _check_merge_method(self) -> None:
+        if self.space is not None:
+            raise WeightingError(
+                f"space={self.space!r} and merge_method={self.merge_method!r} both say what weights mean; leave one out"
+            )
+        if MethodCall(self.merge_method or "").takes("statistics"):
+            raise WeightingError(
+                f"merge method {self.merge_method!r} weighs by statistics of each adapter, which a search has none of: "
+                "lw.merge(statistics=...) takes them"
             )
 
     def _check_options(self, found: type[Solver] | None, from_hub: bool) -> None:

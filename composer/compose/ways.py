@@ -159,7 +159,7 @@ class Ways:
         """The training of "auto", where its loss is the task's, and budget and time allow it."""
         settings = self._settings
         enough = settings.seconds is None and settings.budget is not None and settings.budget >= TRAINS_FROM
-        plain = settings.objective in (None, "cross_entropy") and settings.merge_method in (None, "linear")
+        plain = settings.objective in (None, "cross_entropy") and settings.meaning in (None, "linear")
         if not (enough and plain and len(shown.task.examples) > 1):
             return []
         return [FewShot(shown, replace(FEW_SHOT, seed=settings.seed))]

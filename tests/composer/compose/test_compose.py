@@ -20,6 +20,7 @@ from loraweave.common import state
 from loraweave.composer.compose import searched
 from loraweave.composer.compose.compose import guard
 from loraweave.composer.compose.loss import ExampleLoss
+from loraweave.composer.model import scoring
 from loraweave.errors import CompositionError, InvalidTask, UnknownExpert, WeightingError
 from loraweave.hub.base import fingerprint
 
@@ -230,6 +231,16 @@ def test_the_uniform_mixture_is_of_the_space_and_the_groups_asked_for(compose, t
     assert grouped.by_layer == {first: {"a": 0.5, "b": 0.5}}
     for found in (factors, grouped):
         assert found.report["uniform"].loss == pytest.approx(np.mean(found.losses()), rel=1e-4)
+
+
+def test_the_weights_of_a_search_are_those_of_the_merge_method_asked_for(compose, tiny_llama, tokenizer, pool, task):
+    found = compose(method="random", budget=2, folds=0, merge_method="ties_weighted")
+    names = list(found.mean_weights)
+    merged = lw.merge([pool[name] for name in names], list(found.mean_weights.values()), method="ties_weighted")
+    with lw.Composer(tiny_llama, [merged]).activate({merged.name: 1.0}):
+        losses = scoring.losses(tiny_llama, tokenizer, task, task.examples)
+    assert found.merge_method == "ties_weighted"
+    assert found.report["random"].loss == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
