@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
-from loraweave.common.checks import require_whole
+from loraweave.common.checks import one_or_many, require_whole
 from loraweave.common.rows import GivenRows, Row, read_rows
 from loraweave.errors import InvalidTask
 
@@ -241,6 +241,8 @@ class AlongDirections(Protocol):
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor: ...
 
 
+# what ends an answer of one line
+LINE = ("\n",)
 DEFAULT_TEMPLATE = "{instruction}\nInput: {input}\nOutput:"
 
 
@@ -251,7 +253,8 @@ class Task:
     Examples are rows in any form of `loraweave.common.rows`, kept as pairs of texts. The instruction is the rows' own where
     none is given and all rows have the same. Every input is put into the template, whatever its column is called.
     `labels` closes the set of answers: the label with the highest likelihood is predicted and `metric` becomes
-    "rank_classification". Otherwise the first line of a greedy generation is compared with the target ("exact_match").
+    "rank_classification". Otherwise the first line of a greedy generation is compared with the target ("exact_match");
+    `stop` has other texts that end an answer, none of them for one that goes on to its end of sequence.
     `template` has the fields {instruction} and {input}. `demonstrations` are (input, target) pairs that every prompt shows
     first, each in the template with its answer; True shows the examples. A prompt never shows its own input, so that what is
     learned on an example is learned under the others (MetaICL, Min et al. 2022, arXiv 2110.15943). With `orders` answers are
@@ -268,6 +271,7 @@ class Task:
     demonstrations: Sequence[tuple[str, str]] | bool = field(default=(), kw_only=True)
     orders: int = field(default=1, kw_only=True)
     calibrated: bool = field(default=False, kw_only=True)
+    stop: Sequence[str] = field(default=LINE, kw_only=True)
 
     def __post_init__(self) -> None:
         rows = read_rows(self.examples, noun="example")
@@ -291,6 +295,9 @@ class Task:
         if self.template is not None and "{input}" not in self.template:
             raise InvalidTask(f"template {self.template!r} has no field {{input}}")
         require_whole("orders", self.orders, 1, InvalidTask)
+        object.__setattr__(self, "stop", one_or_many(self.stop))
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise InvalidTask(f"stop is {self.stop!r:.80}; give the texts that end an answer, none of them empty")
         if self.calibrated and not self.labels:
             raise InvalidTask("calibrated=True divides the probabilities of labels, and the task has no labels")
 

@@ -165,12 +165,12 @@ class Composition:
             return merge_by_layer(used, self.by_layer, **given)
         return merge(list(used.adapters.values()), list(self.mean_weights.values()), progress=False, **given)
 
-    def predict(self, inputs: GivenRows) -> list[str]:
+    def predict(self, inputs: GivenRows, *, max_new_tokens: int = scoring.MAX_NEW_TOKENS) -> list[str]:
         """One answer for each input: a label when the task has labels, else the first line of a greedy generation.
 
         Inputs are texts, or those of rows. Raises InvalidTask for anything else, such as a single text.
         """
-        return self._predict(read_inputs(inputs), scoring.MAX_NEW_TOKENS)
+        return self._predict(read_inputs(inputs), max_new_tokens)
 
     def evaluate(self, pairs: GivenRows) -> dict[str, float]:
         """Scores answers to (input, target) pairs, or rows in any other form; a target may be a list of accepted ones.

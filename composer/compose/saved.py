@@ -26,7 +26,7 @@ FORMATS = (FORMAT, FORMAT_WITH_ROUTER, FORMAT_WITH_MEMBERS)
 FILE = "composition.json"
 PACKAGES = ("loraweave", "torch", "transformers", "cma")
 # of a task, what is kept
-TASK_FIELDS = ("examples", "instruction", "labels", "metric", "template", "demonstrations", "orders", "calibrated")
+TASK_FIELDS = ("examples", "instruction", "labels", "metric", "template", "demonstrations", "orders", "calibrated", "stop")
 
 
 @dataclass(frozen=True)

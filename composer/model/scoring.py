@@ -31,7 +31,7 @@ from loraweave.composer.model.batches import (
 from loraweave.composer.model.prefixes import Prefixes, cache_name, following
 from loraweave.errors import InvalidTask
 from loraweave.routers.tokens._call import prompted
-from loraweave.types import Task
+from loraweave.types import LINE, Task
 
 BATCH_SIZE = 32
 MAX_NEW_TOKENS = 48
@@ -150,7 +150,8 @@ def predict_together(
     averaged = [AveragedScores(share_M)] if len(tasks) > 1 else []
     answers = [""] * len(inputs)
     for chosen, prompts in chunks:
-        found = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, processors=averaged, prefix=prefix)
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "processors": averaged, "prefix": prefix}
+        found = generate(model, tokenizer, prompts, stop=tasks[0].stop, **settings)
         for index, answer in zip(chosen, found, strict=False):
             answers[index] = answer
     return answers
@@ -245,16 +246,19 @@ def generate(
     max_new_tokens: int = MAX_NEW_TOKENS,
     processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
     prefix: Prefixes | None = None,
+    stop: Sequence[str] = LINE,
 ) -> list[str]:
-    """The first line of each greedy continuation; generation ends at a line break.
+    """The first line of each greedy continuation, or what stands before the first of the texts in `stop`.
 
     `processors` change a step's scores before the best token is taken, as transformers' logits processors do. All prompts
     begin with the `prefix`, where one is given.
     """
     inputs, cache = _read_prompts(model, tokenizer, prompts, prefix)
-    known = {} if cache is None else {cache_name(model): cache}
-    line_break = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    known: dict[str, Any] = {} if cache is None else {cache_name(model): cache}
+    line_break = tokenizer("\n", add_special_tokens=False)["input_ids"] if tuple(stop) == LINE else ()
     ends = sorted({tokenizer.eos_token_id, *(line_break if len(line_break) == 1 else ())} - {None})
+    if stop and tuple(stop) != LINE:
+        known |= {"stop_strings": list(stop), "tokenizer": tokenizer}
     with warnings.catch_warnings():
         # a checkpoint's own sampling settings (temperature, top_p) are warned about in every greedy call
         warnings.filterwarnings("ignore", message=".*(do_sample|generation flags).*")
@@ -271,7 +275,9 @@ def generate(
         )
     start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     texts = tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
-    return [(text.strip(" ").splitlines() or [""])[0].strip() for text in texts]
+    if tuple(stop) == LINE:
+        return [(text.strip(" ").splitlines() or [""])[0].strip() for text in texts]
+    return [text[: min((place for each in stop if (place := text.find(each)) >= 0), default=None)].strip() for text in texts]
 
 
 def rank(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str]) -> list[str]:

@@ -65,6 +65,16 @@ def test_an_encoder_decoder_ranks_labels_too(kind, make_model, tokenizer):
 
 
 @torch.no_grad()
+def test_a_generation_ends_where_the_first_of_its_stop_texts_begins(tiny_llama, tokenizer):
+    whole = scoring.generate(tiny_llama, tokenizer, PROMPTS, max_new_tokens=9, stop=())
+    ends = whole[0][3:5], whole[1][2]
+    found = scoring.generate(tiny_llama, tokenizer, PROMPTS, max_new_tokens=9, stop=ends)
+    assert found == [text[: min(text.find(end) % 99 for end in ends)].strip() for text in whole]
+    asked = Task([], template="{input}", stop=ends)
+    assert predict(tiny_llama, tokenizer, asked, PROMPTS, max_new_tokens=9) == found
+
+
+@torch.no_grad()
 def test_a_generation_is_the_greedy_one_up_to_a_line_break(tiny_llama, tokenizer):
     found = scoring.generate(tiny_llama, tokenizer, PROMPTS, max_new_tokens=9)
     newline = tokenizer("\n")["input_ids"][0]
