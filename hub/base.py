@@ -6,6 +6,7 @@ dequantises it once; the result is kept as safetensors in the cache folder, so t
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -13,19 +14,19 @@ import logging
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from loraweave.common.files import cache_folder
-from loraweave.errors import AdapterCorrupt, BaseModelMismatch, PackageMissing
+from loraweave.errors import AdapterCorrupt, BaseModelMismatch, PackageMissing, WeightingError
 from loraweave.hub.stores.folder_blobs import file_digest
 from loraweave.types import BaseKey, Fingerprint
 
@@ -41,40 +42,90 @@ LAYOUT = 1
 
 
 def load_base(
-    name: str | Path | None = None, *, dtype: torch.dtype | None = None, device: str | None = None
+    name: str | Path | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    device_map: Any = None,
+    quantization_config: Any = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) of a base model, in evaluation mode.
 
     `name`: None for the embedded default, else a local folder or a model-hub id. `dtype`: None keeps fp32 for the default
     and the checkpoint's own for others. The model's `name_or_path` is what adapters record as their base model.
-    Raises PackageMissing without the embedded default's package, AdapterCorrupt for a damaged cache or package file, and
+
+    `device` puts all of it in one place, `device_map` spreads it ("auto", or {module: device}). `quantization_config`,
+    `attn_implementation` and `revision` (branch, tag or commit of a model-hub id; adapters are compared with its commit) are
+    those of transformers. `trust_remote_code=True` runs Python files of the checkpoint with your rights: read them first.
+
+    Raises PackageMissing for a package that is missing (of the embedded default, a quantisation or an attention),
+    AdapterCorrupt for a damaged cache or package file, WeightingError for arguments that exclude each other, and
     BaseModelMismatch when nothing of that name can be loaded.
     """
-    if name is None or (str(name) == EMBEDDED and _gguf_path() is not None):
+    if device is not None and device_map is not None:
+        raise WeightingError(f"device={device!r} and device_map={device_map!r} both say where the model goes: give one")
+    if not isinstance(trust_remote_code, bool):
+        raise WeightingError(f"trust_remote_code={trust_remote_code!r} is no consent: give True, or leave it out")
+    if revision is not None and (name is None or Path(name).is_dir()):
+        what = "the embedded default comes from a package" if name is None else f"{str(name)!r} is a local folder"
+        raise WeightingError(f"revision={revision!r} is one of a repository, and {what}: give the id of a repository")
+    given = {
+        "device_map": {"": device} if device is not None else device_map,
+        "quantization_config": quantization_config,
+        "attn_implementation": attn_implementation,
+    }
+    settings = {key: value for key, value in given.items() if value is not None}
+    if name is None or (revision is None and str(name) == EMBEDDED and _gguf_path() is not None):
         folder = _embedded_folder()
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
+        settings |= {"dtype": dtype or torch.float32, "local_files_only": True}
+        model = _named_errors(folder, lambda: AutoModelForCausalLM.from_pretrained(folder, **settings))
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model.config.name_or_path = model.name_or_path = EMBEDDED
     else:
-        model, tokenizer = _load_named(name, dtype)
+        settings |= {"dtype": dtype or "auto", "use_safetensors": True}
+        shared = {"trust_remote_code": trust_remote_code, "revision": revision}
+        model, tokenizer = _named_errors(name, lambda: _load_named(name, settings, shared))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if device is not None:
-        model.to(device)
     return model.eval(), tokenizer
 
 
-def _load_named(name: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
+def _load_named(name: str | Path, settings: Mapping[str, Any], shared: dict[str, Any]) -> tuple[Any, Any]:
+    config = AutoConfig.from_pretrained(name, **shared)
+    if not Path(name).is_dir():
+        # the rest comes from the commit that the config came from, which later versions of transformers do not record
+        found = try_to_load_from_cache(str(name), "config.json", revision=shared["revision"])
+        shared |= {"revision": Path(found).parent.name} if isinstance(found, str) else {}
+    loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = loader.from_pretrained(name, **settings, **shared)
+    if not Path(name).is_dir():
+        model.config._commit_hash = shared["revision"]
+    return model, AutoTokenizer.from_pretrained(name, **shared)
+
+
+def _named_errors(name: str | Path, load: Callable[[], Any]) -> Any:
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = loader.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False)
-        return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return load()
+    except ImportError as error:
+        raise PackageMissing(f"a package is missing to load {str(name)!r} as asked: {_line(error)}") from error
     except (OSError, ValueError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise BaseModelMismatch(
+                f"{str(name)!r} is of an architecture that transformers does not have, whose Python files come with the "
+                "checkpoint; they would run with your rights: read them, and pass trust_remote_code=True, with a commit as "
+                "revision= where it is a repository, if you trust them"
+            ) from error
         raise BaseModelMismatch(
-            f"cannot load a base model from {str(name)!r} ({str(error).splitlines()[0]}); give a local folder with "
+            f"cannot load a base model from {str(name)!r} ({_line(error)}); give a local folder with "
             f"config.json and safetensors, a model-hub id that can be reached, or None for the embedded {EMBEDDED}"
         ) from error
+
+
+def _line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def base_config(base: Any) -> Any:
@@ -187,11 +238,16 @@ SAMPLES_PER_TENSOR = 16
 def fingerprint(model: torch.nn.Module) -> Fingerprint:
     """Names and shapes of all parameters, hashed, and 256 weights at fixed places of the largest matrices' rows.
 
-    Buffers, dtype and device do not enter. A parameter on the meta device or of an integer dtype gives no samples.
+    Buffers, dtype and device do not enter. Parameters on the meta device, of integers or of a type of their own give no
+    samples, and those of a model that was quantised as it was loaded count with the names and shapes that they had before.
     """
     named = dict(model.named_parameters())
+    if getattr(config := getattr(model, "config", None), "quantization_config", None) is not None:
+        with torch.device("meta"):
+            named = dict(type(model)(copy.deepcopy(config)).named_parameters())  # type: ignore[arg-type]
     own_print, places = _shapes_and_places(named)
-    if any(p.is_meta or not p.is_floating_point() for p in named.values() if p.dim() >= 2):
+    matrices = [parameter for parameter in named.values() if parameter.dim() >= 2]
+    if any(p.is_meta or not p.is_floating_point() or type(p) is not nn.Parameter for p in matrices):
         return own_print
     read = [named[name].detach().reshape(-1)[where.to(named[name].device)] for name, where in places]
     return Fingerprint(own_print.shapes, _rounded(read))

@@ -205,10 +205,11 @@ def main(online):
     import loraweave as lw
     from loraweave.hub.base import fingerprint
 
-    def base(name):
-        model, tokenizer = lw.load_base(name)
+    def base(name, **keywords):
+        model, tokenizer = lw.load_base(name, **keywords)
         return {
             "name": model.name_or_path,
+            "commit": lw.base_key(model).revision,
             "samples": list(fingerprint(model).samples),
             "training": model.training,
             "tokens": tokenizer("a b")["input_ids"],
@@ -233,6 +234,8 @@ def main(online):
             "not cached": _outcome(lambda: adapter("tiny/other", local_files_only=True)),
             "without token": _outcome(lambda: adapter("tiny/private")),
             "with token": _outcome(lambda: adapter("tiny/private", token=TOKEN)),
+            "base at a revision": _outcome(lambda: base("tiny/llama", revision=COMMIT)),
+            "base at no revision": _outcome(lambda: base("tiny/llama", revision="v9")),
             "pickled base": _outcome(lambda: base("tiny/pickled")),
         }
     else:

@@ -13,9 +13,12 @@ import pytest
 import torch
 from tiny_models import write_tiny_base as write_tiny_model
 
-from loraweave.errors import AdapterCorrupt, BaseModelMismatch, PackageMissing
+from loraweave.composer.composer import Composer
+from loraweave.errors import AdapterCorrupt, BaseModelMismatch, PackageMissing, WeightingError
 from loraweave.hub import base
-from loraweave.hub.base import EMBEDDED, cache_folder, fingerprint, load_base
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.base import EMBEDDED, base_key, cache_folder, fingerprint, load_base
+from loraweave.types import Factors, Fingerprint
 
 
 @pytest.fixture
@@ -117,6 +120,112 @@ def test_the_code_of_a_checkpoint_is_never_run(tmp_path):
     with pytest.raises(BaseModelMismatch):
         load_base(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def with_code(tmp_path, monkeypatch):
+    """The folder of a tiny llama whose config and class are Python files of the checkpoint."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = tmp_path / "base"
+    write_tiny_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class Own(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    return folder
+
+
+def test_the_code_of_a_checkpoint_runs_with_consent_alone(with_code):
+    with pytest.raises(BaseModelMismatch, match=r"Python files .* read them, and pass trust_remote_code=True"):
+        load_base(with_code)
+    model, _ = load_base(with_code, trust_remote_code=True)
+    assert type(model).__name__ == "Own"
+    assert fingerprint(model).samples == fingerprint(load_base_of_class(with_code)).samples
+
+
+def load_base_of_class(folder):
+    from transformers import LlamaForCausalLM
+
+    config = json.loads((folder / "config.json").read_text())
+    del config["auto_map"]
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    return LlamaForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"device": "cpu", "device_map": "auto"}, "device='cpu' and device_map='auto'"),
+        ({"trust_remote_code": "yes"}, "trust_remote_code='yes' is no consent"),
+        ({"revision": "main"}, "is a local folder: give the id of a repository"),
+    ],
+)
+def test_arguments_that_exclude_each_other_are_refused_before_anything_is_read(tmp_path, arguments, words):
+    with pytest.raises(WeightingError, match=words):
+        load_base(tmp_path, **arguments)
+
+
+def test_the_embedded_default_has_no_revision():
+    with pytest.raises(WeightingError, match="the embedded default comes from a package"):
+        load_base(revision="main")
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_attention_is_the_one_asked_for_and_the_base_the_same(tmp_path, attention):
+    written = write_tiny_model(tmp_path)
+    model, _ = load_base(tmp_path, attn_implementation=attention)
+    assert model.config._attn_implementation == attention
+    assert fingerprint(model) == fingerprint(written)
+
+
+def test_a_quantisation_whose_package_is_missing_is_named(tmp_path):
+    from transformers import QuantoConfig
+
+    write_tiny_model(tmp_path)
+    with pytest.raises(PackageMissing, match="quanto"):
+        load_base(tmp_path, quantization_config=QuantoConfig(weights="int8"))
+
+
+def test_a_model_spread_by_a_device_map_is_the_same_base_and_answers_the_same(tmp_path):
+    written = write_tiny_model(tmp_path / "base").eval()
+    ids = torch.tensor([[3, 1]])
+    spread, _ = load_base(tmp_path / "base", device_map="auto")
+    assert fingerprint(spread) == fingerprint(written)
+    assert torch.equal(spread(ids).logits, written(ids).logits)
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+    offloaded, _ = load_base(tmp_path / "base", device_map=places)
+    # weights that are in a file until they are needed give no samples
+    assert fingerprint(offloaded) == Fingerprint(fingerprint(written).shapes)
+    assert torch.equal(offloaded(ids).logits, written(ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["int8", "nf4", "torchao"])
+def test_a_quantised_base_is_held_for_the_one_that_its_adapters_were_made_for(tmp_path, kind):
+    package = "torchao.quantization" if kind == "torchao" else "bitsandbytes"
+    quantization = pytest.importorskip(package, exc_type=ImportError)
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    written = write_tiny_model(tmp_path).eval()
+    configs = {
+        "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+        "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True),
+        "torchao": lambda: TorchAoConfig(quantization.Int8WeightOnlyConfig()),
+    }
+    model, _ = load_base(tmp_path, quantization_config=configs[kind](), device="cpu")
+    assert fingerprint(model) == Fingerprint(fingerprint(written).shapes)
+    assert base_key(written).contradicts(base_key(model)) == ""
+    other = write_tiny_model(tmp_path / "other")
+    other.lm_head = torch.nn.Linear(16, 7)
+    assert "names and shapes" in base_key(other).contradicts(base_key(model))
+    layer = "model.layers.0.self_attn.q_proj"
+    expert = Adapter("a", str(tmp_path), {layer: Factors(torch.ones(2, 16), torch.ones(16, 2))}, fingerprint(written))
+    assert list(Composer(model, [expert]).target_layers) == [layer]
 
 
 def test_the_cache_is_one_folder_that_a_variable_moves(monkeypatch, tmp_path):

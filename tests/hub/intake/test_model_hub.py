@@ -49,6 +49,11 @@ def test_a_base_model_is_loaded_by_its_id_with_its_tokenizer(found):
     assert base["tokens"] == [3, 0]
 
 
+def test_a_base_has_the_commit_that_it_was_loaded_from(found):
+    assert found["online"]["base at a revision"] == found["online"]["base"]
+    assert found["online"]["base"]["commit"] == model_hub.COMMIT
+
+
 def test_a_loaded_base_is_in_evaluation_mode_and_can_pad(found):
     assert (found["online"]["base"]["training"], found["online"]["base"]["pads"]) == (False, True)
 
@@ -75,6 +80,7 @@ def test_a_commit_is_a_revision(found):
     ("case", "error", "words"),
     [
         ("unknown base", "BaseModelMismatch", ["tiny/nothing", "local folder"]),
+        ("base at no revision", "BaseModelMismatch", ["tiny/llama", "v9"]),
         ("pickled base", "BaseModelMismatch", ["tiny/pickled", "safetensors"]),
         ("unknown adapter", "AdapterNotFound", ["tiny/nothing", "local folder"]),
         ("unknown revision", "AdapterNotFound", ["tiny/lora", "'v9'"]),
