@@ -13,8 +13,10 @@ import json
 import logging
 import math
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
+from loraweave.common.display import progress_bar
 from loraweave.common.files import cache_folder
 from loraweave.errors import AdapterCorrupt, BaseModelMismatch, PackageMissing, WeightingError
 from loraweave.hub.stores.folder_blobs import file_digest
@@ -81,7 +85,8 @@ def load_base(
     if name is None or (revision is None and str(name) == EMBEDDED and _gguf_path() is not None):
         folder = _embedded_folder()
         settings |= {"dtype": dtype or torch.float32, "local_files_only": True}
-        model = _named_errors(folder, lambda: AutoModelForCausalLM.from_pretrained(folder, **settings))
+        with without_bars():
+            model = _named_errors(folder, lambda: AutoModelForCausalLM.from_pretrained(folder, **settings))
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model.config.name_or_path = model.name_or_path = EMBEDDED
     else:
@@ -173,24 +178,45 @@ def _convert(gguf: Path, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise PackageMissing("reading the embedded base model needs the package gguf: pip install gguf")
     logger.info("converting %s to safetensors, once", gguf.name)
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # a model read from GGUF refuses save_pretrained: the same weights in a model built from the config do not
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(loaded.state_dict())
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as temporary:
+    with (
+        without_bars(),
+        progress_bar(sys.stderr.isatty()) as bar,
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as temporary,
+    ):
+        task = bar.add_task("preparing the base model, once", total=4)
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        bar.advance(task)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        bar.advance(task)
+        # a model read from GGUF refuses save_pretrained: the same weights in a model built from the config do not
+        config = loaded.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config)
+        model.load_state_dict(loaded.state_dict())
         target = Path(temporary) / "model"
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
+        bar.advance(task)
         sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
         digests = {path.name: file_digest(path) for path in sorted(target.iterdir())}
         (target / "complete.json").write_text(json.dumps({"size_bytes": sizes, "sha256": digests}, indent=1))
         if folder.exists():
             shutil.rmtree(folder)
         target.rename(folder)
+        bar.advance(task)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Leaves out transformers' progress bars inside the block, in every thread."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _complete(folder: Path) -> bool:

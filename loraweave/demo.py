@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rich.table import Table
 import loraweave as lw
 from loraweave.common.rows import located
 from loraweave.composer.compose.compose import in_context_adapter
+from loraweave.composer.model.scoring import predict
 from loraweave.errors import AdapterNotFound, InvalidTask
 
 NUM_EXAMPLES = 5
@@ -58,7 +60,9 @@ def run(
         console.print(f"   {text!r} -> {target!r}", markup=False, highlight=False)
     started = time.perf_counter()
     model, tokenizer = lw.load_base(dtype=fast_dtype())
-    console.print(f"[bold]2. The base model[/] {model.name_or_path}, {time.perf_counter() - started:.0f} s")
+    console.print(f"[bold]2. The base model[/] {model.name_or_path}, {time.perf_counter() - started:.0f} s. Its answers:")
+    shown = unseen.test[:NUM_SHOWN]
+    _print_answers(predict(model, tokenizer, unseen.task, [text for text, _ in shown]), shown, console)
     with tempfile.TemporaryDirectory(prefix="loraweave-demo-") as folder, lw.Hub(folder) as hub:
         paths = [*sorted(path for path in pool.iterdir() if path.is_dir()), *reader]
         for path in track(paths, "   adding adapters to a hub", console=console):
@@ -69,7 +73,9 @@ def run(
             console.print(f"   {hit.score:.3f}  {hit.name}: {hit.evidence}", markup=False, highlight=False)
         console.print("[bold]4. Learning[/] weights and an adapter, on the five examples alone")
         composition = lw.compose(model, tokenizer, hub, unseen.task, method="auto", k=k, budget=budget, seed=seed)
-        console.print(f"[bold]5. The test[/] on {len(unseen.test)} other inputs")
+        console.print("[bold]5. The composition[/] answers:")
+        _print_answers(composition.predict([text for text, _ in shown]), shown, console)
+        console.print(f"[bold]6. The test[/] on {len(unseen.test)} inputs, of every way on the way there")
         scores = _scores(composition, unseen, in_context_adapter(hub, model), console)
     if as_json:
         figures = {"task": unseen.name, "chosen": composition.report.chosen, "weights": composition.mean_weights}
@@ -81,10 +87,6 @@ def run(
     console.print("What it has of the adapters, on the mean over layers and members:")
     for name, weight in sorted(composition.mean_weights.items(), key=lambda item: -abs(item[1]))[:MAX_WEIGHTS]:
         console.print(f"   {weight:+.3f}  {name}", markup=False, highlight=False)
-    console.print("Some of its answers:")
-    shown = unseen.test[:NUM_SHOWN]
-    for (text, targets), answer in zip(shown, composition.predict([text for text, _ in shown]), strict=True):
-        console.print(f"   {text!r} -> {answer!r} (wanted {targets[0]!r})", markup=False, highlight=False)
 
 
 def load_task(data: Path, name: str, seed: int, num_test: int, *, num_examples: int = NUM_EXAMPLES) -> DemoTask:
@@ -122,6 +124,12 @@ def fast_dtype() -> torch.dtype:
     return min(seconds, key=lambda dtype: seconds[dtype])
 
 
+def _print_answers(answers: Sequence[str], shown: Sequence[tuple[str, list[str]]], console: Console) -> None:
+    for (text, targets), answer in zip(shown, answers, strict=True):
+        right = "right" if answer in targets else f"wanted {targets[0]!r}"
+        console.print(f"   {text!r} -> {answer!r} ({right})", markup=False, highlight=False)
+
+
 def _scores(
     composition: lw.Composition, unseen: DemoTask, reader: lw.Adapter | None, console: Console
 ) -> dict[str, dict[str, float]]:
@@ -137,6 +145,7 @@ def _scores(
         answering = others.get(row.name) or replace(plain, all_weights=row.weights, by_layer=row.by_layer)
         figures = answering.evaluate(unseen.test)
         scores[row.name] = {**figures, "seconds": row.seconds + time.perf_counter() - started}
+        console.print(f"   {figures['value']:4.0%}  {LABELS.get(row.name, row.name)}")
     return scores
 
 

@@ -165,7 +165,7 @@ class SharedTraining:
         losses = [run.losses[-1] for run in self._running if run.losses]
         mean = f"loss {sum(losses) / len(losses):.3f}, " if losses else ""
         text = f"{mean}{self.report.tokens_per_second:,.0f} tokens/s" if self.report.seconds else ""
-        self._bar.update(shown, description=names, completed=self._total - ahead + done, loss=text)
+        self._bar.update(shown, description=f"training {names}", completed=self._total - ahead + done, loss=text)
 
     def _save(self) -> None:
         if self._kept is None or not (self._running or self._waiting):

@@ -105,17 +105,13 @@ def _encoder(folder: Path) -> tuple[Any, Any]:
 def _load(folder: Path) -> tuple[Any, Any]:
     # imported here because transformers and torch take seconds, which listing or building a hub need not pay
     from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
+
+    from loraweave.hub.base import without_bars
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     # a bar for a tenth of a second would only disturb the caller's own output
-    had_bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with without_bars():
         model = AutoModel.from_pretrained(folder, local_files_only=True, dtype="float32").eval()
-    finally:
-        if had_bar:
-            logging.enable_progress_bar()
     return tokenizer, model
 
 

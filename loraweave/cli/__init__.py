@@ -15,6 +15,7 @@ from loraweave.cli._flags import JsonOption, SeedOption
 from loraweave.cli._printing import progress_to_stderr
 from loraweave.cli.adapters import MERGE_EXAMPLE, TRAIN_EXAMPLE, merge, train
 from loraweave.cli.compositions import composing
+from loraweave.cli.doctor import DOCTOR_EXAMPLE, doctor
 from loraweave.cli.hub import hub
 from loraweave.cli.load import LOAD_EXAMPLE, load
 from loraweave.cli.serve import SERVE_EXAMPLE, serve
@@ -50,6 +51,7 @@ app.command(epilog=TRAIN_EXAMPLE)(train)
 app.command(epilog=SERVE_EXAMPLE)(serve)
 app.command(epilog=VERIFY_EXAMPLE)(verify)
 app.command(epilog=LOAD_EXAMPLE)(load)
+app.command(epilog=DOCTOR_EXAMPLE)(doctor)
 
 
 def main() -> None:

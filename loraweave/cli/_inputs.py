@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from loraweave.cli._printing import note
-from loraweave.common.rows import Row, located, read_row
+from loraweave.common.rows import Row, located, located_lines, read_row
 from loraweave.errors import AdapterExists, AdapterNotFound, HubError, InvalidTask, WeightingError
 from loraweave.types import shared_instruction
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ADAPTER_FILE = "adapter_config.json"
 COMPOSITION_FILE = "composition.json"
+STDIN = Path("-")
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,12 @@ class Rows:
 
 
 def read_rows(path: Path, *, split: str) -> Rows:
-    """The rows of a .jsonl or .csv file; of those with a field "split" only those of `split` count.
+    """The rows of a .jsonl or .csv file, or of `-`, stdin; of those with a field "split" only those of `split` count.
 
     Raises InvalidTask with the file and line.
     """
-    read = [read_row(row, where, targets="several") for where, row in located(path, one_split=False)]
+    given = _of_stdin() if path == STDIN else located(path, one_split=False)
+    read = [read_row(row, where, targets="several") for where, row in given]
     if not read:
         raise InvalidTask(f'{path} has no rows; it needs lines such as {{"input": "...", "target": "..."}}')
     kept = [row for row in read if row.split in ("", split)]
@@ -60,6 +62,21 @@ def read_rows(path: Path, *, split: str) -> Rows:
     if len(kept) < len(read):
         note(f"{path.name}: {len(kept)} of {len(read)} rows, those of split {split!r}")
     return Rows(tuple(kept))
+
+
+def _of_stdin() -> Iterator[tuple[str, Any]]:
+    """(where it is, row): lines of JSON from a pipe, or what the person at the terminal answers, up to an empty input."""
+    if is_terminal():
+        note("give examples of the task, one at a time; an empty input ends them")
+        while given := typer.prompt("input", default="", show_default=False, err=True):
+            yield "what was typed", (given, typer.prompt("target", err=True))
+        return
+    yield from located_lines(sys.stdin, "stdin")
+
+
+def is_terminal() -> bool:
+    """Whether a person types what stdin gives."""
+    return sys.stdin.isatty()
 
 
 def read_weights(text: str | None, count: int) -> list[float]:

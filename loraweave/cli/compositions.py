@@ -25,6 +25,7 @@ from loraweave.cli._flags import (
 from loraweave.cli._inputs import (
     ADAPTER_FILE,
     COMPOSITION_FILE,
+    STDIN,
     is_given,
     load_model,
     open_hub,
@@ -52,7 +53,11 @@ PLOTS = (".png", ".svg", ".pdf")
 def compose(
     context: typer.Context,
     examples: Annotated[
-        Path, typer.Option(metavar="JSONL|CSV", exists=True, dir_okay=False, help='Lines {"input": "...", "target": "..."}.')
+        Path,
+        typer.Option(
+            metavar="JSONL|CSV|-",
+            help='Lines {"input": "...", "target": "..."}; - reads such lines from a pipe, or asks for examples.',
+        ),
     ],
     base: BaseOption = None,
     hub: HubOption = DEFAULT_HUB,
@@ -92,6 +97,9 @@ def compose(
     as_json: JsonOption = False,
 ) -> None:
     """Find the mixture of stored adapters that solves a task given by a few examples."""
+    # typer's own check takes - for a file
+    if examples != STDIN and not examples.is_file():
+        raise typer.BadParameter(f"--examples: file {str(examples)!r} does not exist")
     given = ("model", "tokenizer", "hub_or_pool", "task")
     reserved = (*given, "method", "k", "budget", "seed", "weights", "checkpoint", "progress", "allow_licenses")
     options = read_options(option or (), reserved=reserved)

@@ -157,10 +157,15 @@ def _of_file(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix.lower() == ".csv":
         yield from _of_csv(path, text)
         return
-    for number, line in enumerate(text.split("\n"), start=1):
+    yield from located_lines(text.split("\n"), str(path))
+
+
+def located_lines(lines: Iterable[str], of: str) -> Iterator[tuple[str, Any]]:
+    """(where it is, row) of each line of JSON that is not blank. Raises InvalidTask for a line that is not JSON."""
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        where = f"{path} line {number}"
+        where = f"{of} line {number}"
         try:
             yield where, json.loads(line)
         except (ValueError, RecursionError) as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import write_tiny_base as write_tiny_model
+from transformers.utils import logging as transformers_logging
 
 from loraweave.composer.composer import Composer
 from loraweave.errors import AdapterCorrupt, BaseModelMismatch, PackageMissing, WeightingError
@@ -277,6 +278,16 @@ def test_the_default_is_converted_once_and_never_imported(conversions, package, 
         assert tokenizer.pad_token == "</s>"
     assert conversions == [package / base.GGUF_FILE]
     assert base.PACKAGE not in sys.modules
+
+
+def test_bars_of_other_libraries_are_left_out_and_come_back():
+    # commands that ran before may have left them off
+    transformers_logging.enable_progress_bar()
+    with base.without_bars():
+        assert not transformers_logging.is_progress_bar_enabled()
+    with pytest.raises(ZeroDivisionError), base.without_bars():
+        raise ZeroDivisionError
+    assert transformers_logging.is_progress_bar_enabled()
 
 
 def test_the_defaults_own_id_is_served_from_the_package(conversions, cache):

