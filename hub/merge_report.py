@@ -140,7 +140,7 @@ class MergeReport(Mapping[str, LayerReport]):
         """
         if not self:
             raise CompositionError("this adapter was not merged, so there is nothing to plot")
-        layers = sorted(self, key=_by_number)
+        layers = sorted(self, key=by_number)
         shares = [[norm / (sum(self[layer].norms) or 1.0) for norm in self[layer].norms] for layer in layers]
         # about an eighth of an inch for a layer keeps its name legible
         size = (max(5.0, 2.5 + 0.5 * len(self.names)), min(max(2.5, 1.5 + 0.14 * len(self)), 200.0))
@@ -156,7 +156,7 @@ class MergeReport(Mapping[str, LayerReport]):
         return Path(path)
 
 
-def _by_number(layer: str) -> list[tuple[int, str]]:
+def by_number(layer: str) -> list[tuple[int, str]]:
     """What sorts layer 2 before layer 10: of parts that are numbers the shorter first."""
     return [(len(part) if part.isdecimal() else 0, part) for part in layer.split(".")]
 

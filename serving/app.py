@@ -35,7 +35,7 @@ from loraweave.serving.metrics import CONTENT_TYPE, Metrics
 from loraweave.serving.names import Names, Wanted
 from loraweave.serving.prompts import Given, Prompts
 from loraweave.serving.refusals import Refusal, refusal_of
-from loraweave.serving.requests import COMPLETION_TOKENS, Asked, ChatRequest, CompletionRequest, read_request
+from loraweave.serving.requests import COMPLETION_TOKENS, Asked, ChatRequest, CompletionRequest, read_body, read_request
 from loraweave.serving.row import Row
 from loraweave.serving.scheduler import Scheduler, too_busy
 from loraweave.serving.served import Served
@@ -151,12 +151,12 @@ class Face:
         return JSONResponse(_model(name, 0), headers=_headers(wanted.formula.canonical, wanted.identity))
 
     async def completions(self, request: Request) -> Response:
-        asked = read_request(CompletionRequest, await self._body(request))
+        asked = read_request(CompletionRequest, await read_body(request, self._limits))
         read = partial(self._prompts.of_completion, asked)
         return await self._answer(request, asked, read, CompletionAnswer, asked.max_tokens, COMPLETION_TOKENS)
 
     async def chat(self, request: Request) -> Response:
-        asked = read_request(ChatRequest, await self._body(request))
+        asked = read_request(ChatRequest, await read_body(request, self._limits))
         read = partial(self._prompts.of_chat, asked)
         max_tokens = asked.max_completion_tokens or asked.max_tokens
         return await self._answer(request, asked, read, ChatAnswer, max_tokens, self._limits.new_tokens)
@@ -257,22 +257,6 @@ class Face:
             return await asyncio.wait_for(running, deadline - time.monotonic())
         except TimeoutError as error:
             raise Refusal(504, "the deadline passed before the composition was there", code="deadline_exceeded") from error
-
-    async def _body(self, request: Request) -> bytes:
-        """The body. Raises Refusal for one that is too large, or that is not said to be JSON."""
-        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-        if kind != "application/json":
-            raise Refusal(415, f"the body's Content-Type is {kind!r}; send application/json")
-        body = bytearray()
-        try:
-            async with asyncio.timeout(self._limits.seconds):
-                async for part in request.stream():
-                    body += part
-                    if len(body) > self._limits.body_bytes:
-                        raise Refusal(413, f"the body has more than {self._limits.body_bytes} bytes")
-        except TimeoutError as error:
-            raise Refusal(408, f"the body did not come within {self._limits.seconds:g} seconds") from error
-        return bytes(body)
 
     def _require_key(self, request: Request) -> None:
         given = request.headers.get("authorization", "")

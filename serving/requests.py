@@ -5,10 +5,14 @@ A field that is not there is refused rather than ignored, so that an answer is w
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from starlette.requests import Request
 
+from loraweave.serving.limits import Limits
 from loraweave.serving.refusals import Refusal
 from loraweave.serving.sampling import Sampling
 
@@ -160,13 +164,30 @@ class ChatRequest(Asked):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-Kind = TypeVar("Kind", bound=Asked)
-
-
-def read_request(kind: type[Kind], body: bytes) -> Kind:
-    """The request in a body. Raises Refusal, which names a field at fault."""
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """The body. Raises Refusal for one that is too large, or that is not said to be JSON."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refusal(415, f"the body's Content-Type is {kind!r}; send application/json")
+    body = bytearray()
     try:
-        return kind.model_validate_json(body)
+        async with asyncio.timeout(limits.seconds):
+            async for part in request.stream():
+                body += part
+                if len(body) > limits.body_bytes:
+                    raise Refusal(413, f"the body has more than {limits.body_bytes} bytes")
+    except TimeoutError as error:
+        raise Refusal(408, f"the body did not come within {limits.seconds:g} seconds") from error
+    return bytes(body)
+
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+def read_request(kind: type[Kind], given: bytes | Mapping[str, str]) -> Kind:
+    """The request in a body or in an address. Raises Refusal, which names a field at fault."""
+    try:
+        return kind.model_validate_json(given) if isinstance(given, bytes) else kind.model_validate_strings(dict(given))
     except ValidationError as error:
         faults = error.errors(include_url=False, include_input=False, include_context=False)
         # of a field that may be of several kinds, what went wrong in the kind that came furthest

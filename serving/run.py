@@ -28,7 +28,7 @@ def make_server(
 
     Raises CompositionError for an address that other machines reach without a key, and for a model that cannot be served.
     """
-    if api_key is None and not _is_loopback(host):
+    if api_key is None and not is_loopback(host):
         raise CompositionError(
             f"other machines reach {host!r}, and without a key anyone there may use this server: give --api-key (or "
             "LORAWEAVE_API_KEY), or keep --host 127.0.0.1"
@@ -40,7 +40,8 @@ def make_server(
     )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

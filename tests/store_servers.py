@@ -126,7 +126,7 @@ def s3_server(tmp_path_factory) -> Iterator[str]:
 
 def absent(reason: str) -> None:
     if os.environ.get("CI") == "true":
-        pytest.fail(f"{reason}; in CI the servers must be there (.ci/run installs them)")
+        pytest.fail(f"{reason}; in CI it must be there (.ci/run installs it)")
     pytest.skip(reason)
 
 

@@ -26,7 +26,7 @@ def page(shown: TokenFigures, summary: str) -> str:
     shown.require_weights()
     script = _part("page.js")
     return Template(_part("page.html")).substitute(
-        style=_part("page.css"),
+        style=_part("base.css") + _part("page.css"),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         summary=escape(summary),

@@ -58,8 +58,8 @@ def test_the_wheel_has_every_source_file_under_loraweave_and_no_other_package(wh
     expected = {path.relative_to(ROOT).as_posix() for path in front} | {"loraweave/py.typed"}
     for room in ROOMS:
         expected |= {f"loraweave/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room).rglob("*.py")}
-    page = ROOT / "composer" / "explain" / "page_files"
-    expected |= {f"loraweave/{path.relative_to(ROOT).as_posix()}" for path in page.iterdir()}
+    for room in ("composer/explain", "serving/ui"):
+        expected |= {f"loraweave/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room / "page_files").iterdir()}
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert {"loraweave/hub/hub.py", "loraweave/composer/merge/methods/linear.py"} <= expected

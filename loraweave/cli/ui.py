@@ -1,0 +1,30 @@
+"""`loraweave ui`: a local page over a hub."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from loraweave.cli._flags import DEFAULT_HUB, HubOption
+from loraweave.cli._inputs import open_hub
+from loraweave.errors import PackageMissing
+
+UI_EXAMPLE = "Example: loraweave ui --hub adapters   (then open the address that it prints)"
+
+
+def ui(
+    hub: HubOption = DEFAULT_HUB,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 chooses a free one.")] = 8001,
+) -> None:
+    """Look at a hub in a browser: search, maps, sliders, and which adapter counts where. Only this machine reaches it."""
+    try:
+        from loraweave.serving.ui.app import make_ui_server
+    except ModuleNotFoundError as error:
+        raise PackageMissing(
+            f"the page needs packages that are not installed ({error}): pip install 'loraweave[serve]'"
+        ) from error
+
+    with open_hub(hub) as opened:
+        server = make_ui_server(opened, port=port)
+        server.run()

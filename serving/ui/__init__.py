@@ -1,0 +1,1 @@
+"""A local page over a hub: look, search, mix with sliders, and see which adapter counts for which token."""

@@ -1,0 +1,292 @@
+"""What the page shows of a hub: pages of its table, hits of a search, an adapter and its relatives.
+
+Everything comes from the hub's public calls; nothing here computes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraweave.composer.explain.shown import block_and_kind, group_places
+from loraweave.errors import AdapterNotFound
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.hub import Hub
+from loraweave.hub.merge_report import by_number
+from loraweave.hub.tables.filtering import Filters
+from loraweave.lowrank import algebra
+from loraweave.retrieval.retriever import Retriever
+from loraweave.serving.ui.overview import Overview, in_order
+from loraweave.types import Candidate, Record
+
+# adapters whose name has the query in it, before those that a search finds
+NUM_NAMED = 5
+NUM_ALIKE = 8
+# points of the map that take the colour of their score
+NUM_SCORED = 500
+# a first comparison of weights opens every adapter: of larger hubs only when asked
+MAX_COMPARED_UNASKED = 500
+NUM_EXAMPLES, CARD_CHARACTERS = 20, 20_000
+# of a family tree
+MAX_GENERATIONS, MAX_RELATIVES = 5, 60
+
+Name = Annotated[str, Field(min_length=1, max_length=1024)]
+
+
+class Query(BaseModel):
+    """A question; without fields of its own one that has none."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+
+class Filtered(Query):
+    """The filters that table and search share; an empty one asks for nothing."""
+
+    base: str = ""
+    license: str = ""
+    tag: str = ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"base_model": self.base or None, "license": self.license or None, "tags": self.tag or ()}
+
+
+class Listed(Filtered):
+    start: Annotated[int, Field(ge=0)] = 0
+    count: Annotated[int, Field(ge=1, le=200)] = 50
+    sort: Literal["added", "name", "license", "rank", "size_bytes"] = "added"
+    descending: bool = True
+    quarantined: bool = False
+
+
+class Searched(Filtered):
+    q: Annotated[str, Field(max_length=4000)]
+    count: Annotated[int, Field(ge=1, le=200)] = 20
+
+
+class Named(Query):
+    name: Name
+
+
+class Alike(Named):
+    by: Literal["text", "weights"] = "text"
+    asked: bool = False
+
+
+class Placed(Query):
+    seq: Annotated[int, Field(ge=0)]
+
+
+class Catalogue:
+    """A hub, read. Several threads may ask."""
+
+    def __init__(self, hub: Hub, overview: Overview) -> None:
+        self._hub = hub
+        self._overview = overview
+        self._retriever = Retriever(hub, keys=())
+
+    def summary(self) -> dict[str, Any]:
+        """The hub in a few words, and what its table can be filtered by."""
+        snapshot = self._overview.newest
+        bases = [{"name": first.base_model, "count": count} for first, count in self._hub.bases()]
+        licenses = {} if snapshot is None else snapshot.licenses
+        return {
+            "place": repr(self._hub)[4:-1].strip("'\""),
+            "count": len(self._hub),
+            "quarantined": len(self._hub.records(quarantined=True)),
+            "bases": bases,
+            "licenses": [{"name": name, "count": count} for name, count in licenses.items() if name],
+            "writable": self._hub.writable,
+        }
+
+    def listed(self, asked: Listed) -> dict[str, Any]:
+        """A page of the table."""
+        if asked.quarantined:
+            records = self._hub.records(**asked.options, quarantined=True)
+            total, page = len(records), records[asked.start : asked.start + asked.count]
+        else:
+            options = asked.options
+            seqs = self._hub.seqs(Filters(options["base_model"], options["license"], options["tags"]))
+            ordered = in_order(self._overview.newest, seqs, asked.sort, asked.descending)
+            total, wanted = len(ordered), ordered[asked.start : asked.start + asked.count]
+            found = self._hub.records_at(wanted)
+            page = [found[seq] for seq in wanted if seq in found]
+        return {"total": total, "start": asked.start, "rows": [row_of(record) for record in page]}
+
+    def searched(self, asked: Searched) -> dict[str, Any]:
+        """The hits with their scores and evidence, after adapters whose names have the query in them."""
+        hits = self._hub.search(asked.q, k=asked.count, **asked.options)
+        rows = {hit.name: hit_of(hit) for hit in hits}
+        options = asked.options
+        filters = Filters(options["base_model"], options["license"], options["tags"])
+        named: dict[str, dict[str, Any]] = {}
+        for name in self._names_with(asked.q):
+            record = self._record(name)
+            if record is not None and filters.passes(record) and not record.quarantined:
+                found = rows.pop(name, {**row_of(record), "score": None, "evidence": ""})
+                named[name] = {**found, "evidence": "; ".join(filter(None, ["its name", found["evidence"]]))}
+        return {"more": len(hits) == asked.count, "rows": [*named.values(), *rows.values()]}
+
+    def scores(self, asked: Searched) -> dict[str, Any]:
+        """The scores of the adapters nearest to a query, for the colours of their points."""
+        snapshot = self._overview.newest
+        found = self._retriever.for_task([asked.q], evidence=False, k=NUM_SCORED, **asked.options)
+        places = {} if snapshot is None else snapshot.seqs
+        shown = [(places[hit.name], hit.score) for hit in found if hit.name in places]
+        return {"seqs": [seq for seq, _ in shown], "scores": [score for _, score in shown]}
+
+    def points(self) -> dict[str, Any]:
+        """The map, or how far it is."""
+        snapshot = self._overview.newest
+        state = {"busy": self._overview.busy, "error": self._overview.error}
+        return state if snapshot is None else {**state, **snapshot.points()}
+
+    def point(self, asked: Placed) -> dict[str, Any]:
+        """The adapter of a point."""
+        found = self._hub.records_at([asked.seq]).get(asked.seq)
+        if found is None:
+            raise AdapterNotFound("the adapter of this point is gone; reload the page for the map as it is now")
+        return row_of(found)
+
+    def adapter(self, asked: Named) -> dict[str, Any]:
+        """A record with its history; no tensor is read."""
+        record = self._hub.record(asked.name)
+        own = {key: value for key, value in record.card.items() if key not in ("recipe", "report", "outputs")}
+        card = json.dumps(own, indent=1, ensure_ascii=False, sort_keys=True) if own else ""
+        outputs = record.card.get("outputs")
+        outputs = outputs if isinstance(outputs, list) else []
+        examples = [
+            {"input": text, "output": outputs[at] if at < len(outputs) and isinstance(outputs[at], str) else ""}
+            for at, text in enumerate(record.examples[:NUM_EXAMPLES])
+        ]
+        return {
+            **row_of(record),
+            "hash": record.hash,
+            "base_revision": record.base_revision or "",
+            "language": list(record.language),
+            "version": record.version,
+            "modules": list(record.target_modules),
+            "source": "" if record.source is None else record.source.location,
+            "anomalies": [{"kind": each.kind, "detail": each.detail, "score": each.score} for each in record.anomalies],
+            "examples": examples,
+            "num_examples": len(record.examples),
+            "card": card[:CARD_CHARACTERS] + ("\n…" if len(card) > CARD_CHARACTERS else ""),
+            "versions": [_version(each) for each in reversed(self._hub.history(asked.name))],
+            "family": self._family(record),
+        }
+
+    def layers(self, asked: Named) -> dict[str, Any]:
+        """The Frobenius norm of each layer's low-rank update, as a grid of kinds by blocks."""
+        adapter = self._hub.get(asked.name, quarantined=True)
+        unbound = sum(not factors.bound for factors in adapter.layers.values())
+        return {**grid(norms_of(adapter)), "unbound": unbound, "heads": sorted(adapter.heads)}
+
+    def alike(self, asked: Alike) -> dict[str, Any]:
+        """Who resembles an adapter: by its texts, or by its weights, which reads every adapter once."""
+        record = self._hub.record(asked.name)
+        if asked.by == "weights":
+            if not asked.asked and len(self._hub) > MAX_COMPARED_UNASKED:
+                return {"rows": [], "waits": len(self._hub)}
+            return {"rows": [hit_of(hit) for hit in self._retriever.like(record.name, k=NUM_ALIKE)]}
+        texts = list(record.examples) or [record.description or record.name]
+        description = record.description if record.examples else ""
+        found = self._retriever.for_task(texts[:NUM_EXAMPLES], description=description, k=NUM_ALIKE + 1)
+        return {"rows": [hit_of(hit) for hit in found if hit.name != record.name][:NUM_ALIKE]}
+
+    def _family(self, record: Record) -> list[dict[str, Any]]:
+        """What the adapter was merged from, generation by generation; the adapter itself comes first."""
+        found: list[dict[str, Any]] = [{"name": record.name, "weight": None, "child": None, "generation": 0, "known": True}]
+        ahead = [(0, record)]
+        while ahead:
+            child, own = ahead.pop(0)
+            generation = found[child]["generation"] + 1
+            found[child]["method"] = _text(_entry(own.card.get("recipe"), "method"))
+            for parent in _parents(own) if generation < MAX_GENERATIONS else ():
+                if len(found) >= MAX_RELATIVES:
+                    return found
+                name, weight = _text(_entry(parent, "name")), _entry(parent, "weight")
+                there = self._record(name)
+                known = there is not None and there.hash == _entry(parent, "hash")
+                weight = float(weight) if isinstance(weight, int | float) else None
+                found.append({"name": name, "weight": weight, "child": child, "generation": generation, "known": known})
+                if there is not None and known:
+                    ahead.append((len(found) - 1, there))
+        return found
+
+    def _record(self, name: str) -> Record | None:
+        try:
+            return self._hub.record(name) if name in self._hub else None
+        except AdapterNotFound:
+            # removed in between
+            return None
+
+    def _names_with(self, text: str) -> list[str]:
+        snapshot = self._overview.newest
+        wanted = text.strip()
+        if len(wanted) < 2:
+            return []
+        return [wanted] * (wanted in self._hub) if snapshot is None else snapshot.named(wanted, NUM_NAMED)
+
+
+def row_of(record: Record) -> dict[str, Any]:
+    """An adapter as a row of a table."""
+    return {
+        "name": record.name,
+        "description": record.description,
+        "license": record.license or "",
+        "rank": record.rank,
+        "base": record.base_model,
+        "tags": list(record.tags),
+        "size_bytes": record.size_bytes,
+        "created": record.created,
+        "quarantined": record.quarantined,
+        "num_anomalies": len(record.anomalies),
+    }
+
+
+def hit_of(hit: Candidate) -> dict[str, Any]:
+    """A row with the score and the reason why it was found."""
+    return {**row_of(hit.record), "score": hit.score, "evidence": hit.evidence}
+
+
+def norms_of(adapter: Adapter) -> dict[str, float]:
+    return {layer: algebra.norm(factors) for layer, factors in adapter.layers.items()}
+
+
+def grid(values: Mapping[str, float]) -> dict[str, Any]:
+    """A value for each layer as rows of kinds by columns of blocks, null where a block has no layer of the kind.
+
+    Blocks are in the order of their numbers, 2 before 10.
+    """
+    found = {block_and_kind(layer): value for layer, value in values.items()}
+    blocks = sorted({block for block, _ in found}, key=by_number)
+    kinds = list(group_places([kind for _, kind in found]))
+    return {"blocks": blocks, "kinds": kinds, "values": [[found.get((block, kind)) for block in blocks] for kind in kinds]}
+
+
+def _version(record: Record) -> dict[str, Any]:
+    return {
+        "version": record.version,
+        "restored": record.restored,
+        "hash": record.hash,
+        "rank": record.rank,
+        "size_bytes": record.size_bytes,
+        "created": record.created,
+    }
+
+
+def _parents(record: Record) -> list[Mapping[str, Any]]:
+    parents = _entry(record.card.get("recipe"), "parents")
+    return [each for each in parents if isinstance(each, Mapping)] if isinstance(parents, list | tuple) else []
+
+
+def _entry(mapping: Any, key: str) -> Any:
+    # a card is whatever somebody wrote into it
+    return mapping.get(key) if isinstance(mapping, Mapping) else None
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""

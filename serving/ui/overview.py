@@ -1,0 +1,264 @@
+"""Every adapter of a hub as a point on a map and as what a table sorts by, made in the background as the hub changes.
+
+Points are the first two principal components of the embeddings that the hub's search keeps. They are fitted once; what is
+added later is projected onto the same plane, until it is a tenth of all.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import threading
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans, MiniBatchKMeans
+from sklearn.decomposition import PCA
+
+from loraweave.errors import LoraweaveError
+from loraweave.hub.embedders._embedder import embedder_of
+from loraweave.hub.hub import Hub
+from loraweave.hub.tables.changes import Change
+
+Array = NDArray[Any]
+
+# points that a browser draws; of more adapters every n-th
+MAX_POINTS = 50_000
+# as many as the colours that any kind of colour vision tells apart
+MAX_CLUSTERS = 7
+# adapters up to which clusters are found on all of them at each step
+MAX_EXACT = 5000
+# the share of adapters that changed from which on the plane is fitted again
+REFIT_SHARE = 0.1
+# where a point lies on the plane, 0 to this
+SIDE = 2**16 - 1
+# an adapter whose embedding is not stored, as in a hub that cannot be written
+NOWHERE = (-1, -1, -1)
+
+_logger = logging.getLogger(__name__)
+
+
+class Entry(NamedTuple):
+    """What is known of an adapter without its record; `x`, `y` and `cluster` are -1 where it has no embedding."""
+
+    name: str
+    license: str | None
+    rank: int
+    size_bytes: int
+    created: str
+    x: int
+    y: int
+    cluster: int
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """The fitted plane: components, the corner and the size of what lies on it, and the middles of the clusters."""
+
+    pca: PCA
+    clusters: KMeans | MiniBatchKMeans
+    low_2: Array
+    span_2: Array
+
+    @classmethod
+    def of(cls, vectors_ND: Array) -> Plane:
+        num_axes = min(2, *vectors_ND.shape)
+        pca = PCA(num_axes, random_state=0).fit(vectors_ND)
+        # no more than there are different ones among the first
+        most = min(MAX_CLUSTERS, max(1, round((len(vectors_ND) / 2) ** 0.5)), len(np.unique(vectors_ND[:1000], axis=0)))
+        kind = KMeans if len(vectors_ND) <= MAX_EXACT else MiniBatchKMeans
+        clusters = kind(most, n_init=10, random_state=0).fit(vectors_ND)
+        xy_N2 = _two_columns(pca.transform(vectors_ND))
+        low_2, high_2 = xy_N2.min(axis=0), xy_N2.max(axis=0)
+        return cls(pca, clusters, low_2, np.where(high_2 > low_2, high_2 - low_2, 1.0))
+
+    def places(self, vectors_ND: Array) -> list[tuple[int, int, int]]:
+        """(x, y, cluster) of each."""
+        xy_N2 = (_two_columns(self.pca.transform(vectors_ND)) - self.low_2) / self.span_2
+        xy_N2 = np.rint(xy_N2.clip(0, 1) * SIDE).astype(int)
+        of_cluster_N = self.clusters.predict(vectors_ND)
+        return [(*xy, cluster) for xy, cluster in zip(xy_N2.tolist(), of_cluster_N.tolist(), strict=True)]
+
+
+def _two_columns(xy_NA: Array) -> Array:
+    """A plane of points on a line, or of one point, has a second axis too."""
+    return np.pad(xy_NA, ((0, 0), (0, 2 - xy_NA.shape[1])))
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """All adapters that are not in quarantine, by their place in the order of addition, as of a generation."""
+
+    identity: str = ""
+    generation: int = 0
+    entries: Mapping[int, Entry] = field(default_factory=dict)
+    plane: Plane | None = None
+    _orders: dict[tuple[str, bool], Sequence[int]] = field(default_factory=dict)
+
+    def order(self, key: str, descending: bool) -> Sequence[int]:
+        """The places sorted by a field of `Entry`; ties in order of addition."""
+        asked = key, descending
+        if asked not in self._orders:
+            self._orders[asked] = sorted(
+                self.entries, key=lambda seq: getattr(self.entries[seq], key) or "", reverse=descending
+            )
+        return self._orders[asked]
+
+    @cached_property
+    def seqs(self) -> dict[str, int]:
+        """{name: place in the order of addition}."""
+        return {entry.name: seq for seq, entry in self.entries.items()}
+
+    @cached_property
+    def licenses(self) -> dict[str | None, int]:
+        """How many adapters each license has, the most frequent first."""
+        return dict(Counter(entry.license for entry in self.entries.values()).most_common())
+
+    def named(self, text: str, count: int) -> list[str]:
+        """The first names that have the text in them, whatever its case."""
+        wanted, found = text.casefold(), []
+        for entry in self.entries.values():
+            if wanted in entry.name.casefold():
+                found.append(entry.name)
+                if len(found) == count:
+                    break
+        return found
+
+    def points(self) -> dict[str, Any]:
+        """What a browser draws: little-endian arrays in base64, x and y from 0 to 65535, and what the colours stand for."""
+        seqs = [seq for seq, entry in self.entries.items() if entry.cluster >= 0]
+        shown = seqs[:: -(-len(seqs) // MAX_POINTS) or 1]
+        entries = [self.entries[seq] for seq in shown]
+        known = list(self.licenses)[:MAX_CLUSTERS]
+        license_of = {license: number for number, license in enumerate(known)}
+        columns = {
+            "seq": np.array(shown, "<u4"),
+            "x": np.array([entry.x for entry in entries], "<u2"),
+            "y": np.array([entry.y for entry in entries], "<u2"),
+            "cluster": np.array([entry.cluster for entry in entries], "u1"),
+            "license": np.array([license_of.get(entry.license, len(known)) for entry in entries], "u1"),
+        }
+        return {
+            "generation": self.generation,
+            "count": len(shown),
+            "placed": len(seqs),
+            "total": len(self.entries),
+            "clusters": self._cluster_names(entries),
+            "licenses": [license or "none stated" for license in known] + ["other"] * (len(self.licenses) > len(known)),
+            # a small hub's points have their names beside them
+            "names": [entry.name for entry in entries] if len(shown) <= MAX_NAMED else [],
+            "columns": {name: base64.b64encode(column.tobytes()).decode() for name, column in columns.items()},
+        }
+
+    def _cluster_names(self, entries: Sequence[Entry]) -> list[str]:
+        """For each cluster the adapter in the middle of its points."""
+        names = []
+        for number in range(0 if self.plane is None else self.plane.clusters.n_clusters):
+            members = [entry for entry in entries if entry.cluster == number]
+            if not members:
+                names.append("none")
+                continue
+            xy_N2 = np.array([(entry.x, entry.y) for entry in members])
+            names.append(members[int(((xy_N2 - xy_N2.mean(axis=0)) ** 2).sum(axis=1).argmin())].name)
+        return names
+
+
+# points with names in the answer
+MAX_NAMED = 200
+
+
+class Overview:
+    """The newest snapshot of a hub. Asking for it starts a thread where the hub has changed since."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._lock = threading.Lock()
+        self._snapshot: Snapshot | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._failed_at = -1
+        self.error = ""
+
+    @property
+    def newest(self) -> Snapshot | None:
+        """The snapshot as it is, perhaps of an older generation; None before the first. `busy` says whether one is made."""
+        with self._lock:
+            generation = self._hub.generation
+            stale = (self._snapshot is None or self._snapshot.generation != generation) and self._failed_at != generation
+            if stale and self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._follow, name="loraweave-overview", daemon=True)
+                self._thread.start()
+            return self._snapshot
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None
+
+    def close(self) -> None:
+        """Begins no further snapshot, and waits for one that is being made."""
+        with self._lock:
+            self._closed, thread = True, self._thread
+        if thread is not None:
+            thread.join()
+
+    def _follow(self) -> None:
+        generation, self.error = self._hub.generation, ""
+        try:
+            if len(self._hub):
+                # a search makes and stores the embeddings that are missing
+                self._hub.search("an adapter", k=1)
+            made = followed(self._hub, self._snapshot or Snapshot())
+            with self._lock:
+                self._snapshot = made
+        except Exception as error:
+            if not isinstance(error, LoraweaveError):
+                _logger.error("the map was not made", exc_info=error)
+            self.error, self._failed_at = f"{type(error).__name__}: {error}", generation
+        finally:
+            with self._lock:
+                self._thread = None
+
+
+def followed(hub: Hub, old: Snapshot) -> Snapshot:
+    """The snapshot of the hub as it is, made of an older one where that is of this catalogue and little has changed."""
+    embedder = embedder_of("sentence").id
+    changed: dict[int, Change] = {}
+    first, after = None, 0
+    while True:
+        page = hub.changes(embedder, since=old.generation, after=after)
+        # what is written meanwhile belongs to the next snapshot
+        first = first or page
+        if old.generation and page.identity != old.identity:
+            return followed(hub, Snapshot())
+        if not page.page:
+            break
+        changed |= {change.seq: change for change in page.page}
+        after = page.page[-1].seq
+    if old.generation and len(changed) > REFIT_SHARE * len(old.entries):
+        return followed(hub, Snapshot())
+    records = {seq: change.record for seq, change in changed.items() if change.record is not None}
+    placed = {seq: change.vector[1] for seq, change in changed.items() if seq in records and change.vector is not None}
+    plane, places = old.plane, {}
+    if placed:
+        vectors_ND = np.stack(list(placed.values()))
+        plane = plane or Plane.of(vectors_ND)
+        places = dict(zip(placed, plane.places(vectors_ND), strict=True))
+    entries = {seq: entry for seq, entry in old.entries.items() if seq not in changed}
+    for seq, record in records.items():
+        own = record.name, record.license, record.rank, record.size_bytes, record.created
+        entries[seq] = Entry(*own, *places.get(seq, NOWHERE))
+    return Snapshot(first.identity, first.generation, dict(sorted(entries.items())), plane)
+
+
+def in_order(snapshot: Snapshot | None, seqs: Collection[int], key: str, descending: bool) -> list[int]:
+    """The places sorted by a field of `Entry`, or by "added", which needs no snapshot. Ones that it lacks are last."""
+    if key == "added" or snapshot is None:
+        return sorted(seqs, reverse=descending)
+    wanted = set(seqs)
+    ordered = [seq for seq in snapshot.order(key, descending) if seq in wanted]
+    return ordered + sorted(wanted.difference(ordered))

@@ -1,0 +1,53 @@
+// Which view is shown: the part of the address after "#".
+
+import { adapterView } from "/adapter.js";
+import { adaptersView } from "/adapters.js";
+import { ask, failure } from "/dom.js";
+import { watchPicks } from "/picks.js";
+
+const VIEWS = { "": [adaptersView, "Adapters"], adapter: [adapterView, "Adapter"] };
+const main = document.getElementById("main");
+let left = new AbortController();
+
+async function show() {
+  left.abort();
+  left = new AbortController();
+  const { signal } = left;
+  const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
+  const [view, title] = VIEWS[path] ?? VIEWS[""];
+  document.querySelectorAll("nav a").forEach((link) => {
+    const here = link.dataset.view === path || (path === "adapter" && link.dataset.view === "");
+    link.toggleAttribute("aria-current", here);
+    if (here) link.setAttribute("aria-current", "page");
+  });
+  const query_ = new URLSearchParams(query ?? "");
+  document.title = `${query_.get("name") ?? title} – loraweave`;
+  main.replaceChildren();
+  try {
+    await view(main, query_, signal);
+  } catch (error) {
+    if (error.name !== "AbortError") main.replaceChildren(failure(error));
+  }
+}
+
+window.addEventListener("hashchange", () => {
+  // a reader goes on at the top of the new view
+  main.focus({ preventScroll: true });
+  window.scrollTo(0, 0);
+  show();
+});
+document.getElementById("skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  main.focus();
+});
+watchPicks((kept) => {
+  const badge = document.getElementById("picked");
+  badge.textContent = String(kept.length);
+  badge.hidden = !kept.length;
+});
+ask("hub").then(({ place }) => {
+  const shown = document.getElementById("place");
+  shown.textContent = place;
+  shown.title = place;
+}, () => {});
+show();
