@@ -111,7 +111,7 @@ class Names:
             raise Refusal(
                 400, f"{formula.text!r:.80} has {count} adapters, above the limit of {self._limits.adapters}", param="model"
             )
-        merges = isinstance(found.root, Sum) and any(isinstance(term, Merge) for _, term in found.root.terms)
+        merges = any(_has_merge(member) for _, member in found.members())
         if merges and not self._limits.merges:
             raise Refusal(400, f"{found} is a merge by a method, and this server makes none", param="model")
         return Wanted(found, found.identity(self._hub), merges)
@@ -159,17 +159,8 @@ class Names:
         # of these very adapters, whatever becomes of the hub meanwhile
         pool = formula.pool(self._hub)
         named = formula.canonical, formula.identity(pool)
-        if wanted.merges:
-            # it stays here: a license may forbid to give a merge away, and not to use it
-            return Served(*named, (_whole(formula.merge(pool, progress=False, allow_licenses=True)),))
-        mixture = formula.mixture(pool)
-        if not isinstance(mixture, dict):
-            return Served(*named, (_routed(mixture, pool),))
-        weights: dict[str, float] = defaultdict(float)
-        for key, weight in mixture.items():
-            # two names of one content are one expert
-            weights[pool[key].hash] += weight
-        return Served(*named, (Member(dict(weights), {pool[key].hash: pool[key] for key in mixture}),))
+        members = formula.members()
+        return Served(*named, tuple(replace(_member(each, pool), share=share) for share, each in members))
 
     def _members(self, stored: StoredComposition) -> tuple[Member, ...]:
         """Each member in each of its prompt forms."""
@@ -181,6 +172,25 @@ class Names:
             tasks = member.task.in_orders()
             found += [replace(alone, share=1 / len(members) / len(tasks), task=task) for task in tasks]
         return tuple(found)
+
+
+def _member(formula: Formula, pool: ExpertPool) -> Member:
+    """What a formula says, as one member."""
+    if _has_merge(formula):
+        # it stays here: a license may forbid to give a merge away, and not to use it
+        return _whole(formula.merge(pool, progress=False, allow_licenses=True))
+    mixture = formula.mixture(pool)
+    if not isinstance(mixture, dict):
+        return _routed(mixture, pool)
+    weights: dict[str, float] = defaultdict(float)
+    for key, weight in mixture.items():
+        # two names of one content are one expert
+        weights[pool[key].hash] += weight
+    return Member(dict(weights), {pool[key].hash: pool[key] for key in mixture})
+
+
+def _has_merge(formula: Formula) -> bool:
+    return isinstance(formula.root, Sum) and any(isinstance(term, Merge) for _, term in formula.root.terms)
 
 
 def _whole(adapter: Adapter) -> Member:

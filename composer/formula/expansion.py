@@ -7,12 +7,15 @@ from collections.abc import Callable
 from loraweave.composer.formula.nodes import (
     Argument,
     Auto,
+    Ensemble,
     Leaf,
     Root,
     Routed,
     Stored,
     Sum,
     as_argument,
+    as_sum,
+    ensemble_of,
     leaves,
     replaced,
 )
@@ -45,11 +48,17 @@ class Expansion:
                 if len(set(experts)) < len(experts):
                     raise FormulaError(f"{root} has an expert twice when its stored formulas are written out")
                 return Routed(root.router, tuple(sorted(experts, key=str)), root.options)
+            case Ensemble():
+                members = [replaced(each, self._leaf) for each in root.members]
+                return self._within(root, ensemble_of(members, root.shares))
             case Sum(terms=((1.0, Stored() as leaf),)):
                 found = self._stored(leaf)
                 return root if found is None else found
         expanded = replaced(root, self._leaf)
-        whole = expanded if isinstance(expanded, Sum) else Sum(((1.0, expanded),))
+        return self._within(root, as_sum(expanded))
+
+    @staticmethod
+    def _within(root: Root, whole: Root) -> Root:
         if (count := len(leaves(whole))) > MAX_ADAPTERS:
             raise FormulaError(f"{root} has {count} adapters when its stored formulas are written out, above {MAX_ADAPTERS}")
         return whole

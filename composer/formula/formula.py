@@ -18,6 +18,7 @@ from loraweave.composer.formula.nodes import (
     Argument,
     Auto,
     Content,
+    Ensemble,
     Leaf,
     Merge,
     Named,
@@ -25,6 +26,9 @@ from loraweave.composer.formula.nodes import (
     Routed,
     Stored,
     Sum,
+    as_sum,
+    ensemble_of,
+    exact,
     leaves,
     plain,
     replaced,
@@ -48,8 +52,9 @@ def parse(text: str) -> Formula:
     """The composition that a formula says, such as "0.7*a + 0.3*ties(b, c; density=0.5)".
 
     `a`, `'any text'`: an adapter. `a@3`: its version 3. `@name`: a composition that the hub keeps. `method(a, b; option=1)`:
-    a merge by a name of `names("methods")`, of equal shares or with a weight for each. `router(a, b; option=1)`: a router
-    of `names("routers")`, alone. `auto`: retrieval for each request. `base`: the base model. Docs: docs/formulas.md.
+    a merge by a name of `names("methods")`, of equal shares or with a weight for each. Alone: `router(a, b; option=1)`, a
+    router of `names("routers")`; `ensemble(a, b)`, whose members' probabilities are averaged; `auto`, retrieval for each
+    request; `base`, the base model. Docs: docs/formulas.md.
 
     Raises FormulaError, whose message ends in the formula with a caret under the place, for what cannot be read, unknown
     methods, routers and options, numbers that are not finite, and above the limits: 4096 characters, 64 adapters, brackets
@@ -140,9 +145,11 @@ class Formula:
         if isinstance(root, Routed):
             experts = sorted((content(leaf) for leaf in root.experts), key=str)
             return _sha256(str(Routed(root.router, tuple(experts), root.options)))
+        if isinstance(root, Ensemble):
+            members = [replaced(each, content) for each in root.members]
+            return _sha256(str(ensemble_of(members, root.shares)))
         assert isinstance(root, Sum)
-        found = replaced(root, content)
-        return _sha256(str(found if isinstance(found, Sum) else Sum(((1.0, found),))))
+        return _sha256(str(as_sum(replaced(root, content))))
 
     def pool(self, hub_or_pool: Given) -> ExpertPool:
         """The adapters that it needs as experts, each opened once: `a`, `a@3`, `@name`.
@@ -177,6 +184,8 @@ class Formula:
         if isinstance(known.root, Routed):
             options = {name: plain(value) for name, value in known.root.options}
             return make_router(known.root.router, self.pool(hub_or_pool), **options)  # type: ignore[arg-type]
+        if isinstance(known.root, Ensemble):
+            raise ScopeError(_ENSEMBLE.format("be one mixture"))
         assert isinstance(known.root, Sum)
         for _, term in known.root.terms:
             if isinstance(term, Merge):
@@ -184,6 +193,17 @@ class Formula:
                     f"{term} is no weighted sum of adapters: make one of it by formula.merge(hub), and activate that"
                 )
         return {term.key: weight for weight, term in known.root.terms if isinstance(term, Named | Stored)}
+
+    def members(self, hub_or_pool: Given | None = None) -> tuple[tuple[float, Formula], ...]:
+        """(share, formula) of each member of an ensemble, the shares summing to 1; (1, itself) of any other formula."""
+        known = self if hub_or_pool is None else self.expand(hub_or_pool)
+        if not isinstance(known.root, Ensemble):
+            return ((1.0, known),)
+        shares = [exact(share) for share in known.root.shares or (1.0,) * len(known.root.members)]
+        return tuple(
+            (float(share / sum(shares)), Formula(as_sum(each), self.text))
+            for share, each in zip(shares, known.root.members, strict=True)
+        )
 
     def stored(self, hub_or_pool: Given | Source) -> StoredComposition | None:
         """The stored composition that it is, where that is no adapter: a router weighs in it, or members are averaged.
@@ -238,6 +258,8 @@ class Formula:
     def _require_adapters(self, verb: str) -> None:
         if isinstance(self.root, Auto):
             raise ScopeError(_AUTO.format(verb))
+        if isinstance(self.root, Ensemble) and verb == "be one adapter":
+            raise ScopeError(_ENSEMBLE.format(verb))
         if self.is_base:
             raise ScopeError(f"the base model cannot {verb}: it has no adapter; use the model as it is")
         if isinstance(self.root, Routed) and verb == "be one adapter":
@@ -312,6 +334,7 @@ class _Merging:
         )
 
 
+_ENSEMBLE = "an ensemble cannot {}: its members answer apart. formula.members(hub) has them, and lw.ensemble averages"
 _AUTO = "'auto' cannot {}: retrieval chooses for each request, by lw.Retriever or lw.compose; a formula of what it took can"
 
 

@@ -10,6 +10,9 @@ from typing import Any
 from loraweave.composer.formula.tokens import quoted
 from loraweave.errors import WeightingError
 
+# how a formula calls the average of probabilities
+ENSEMBLE = "ensemble"
+
 
 @dataclass(frozen=True)
 class Named:
@@ -98,6 +101,17 @@ class Routed:
 
 
 @dataclass(frozen=True)
+class Ensemble:
+    """The average of the probabilities of members that answer apart, in proportion to `shares`, or all alike."""
+
+    members: tuple[Argument, ...]
+    shares: tuple[float, ...] | None
+
+    def __str__(self) -> str:
+        return str(Merge(ENSEMBLE, self.members, self.shares, ()))
+
+
+@dataclass(frozen=True)
 class Auto:
     """Retrieval for each request."""
 
@@ -122,7 +136,7 @@ class Mapped:
 Leaf = Named | Stored | Content
 Term = Leaf | Merge
 Argument = Term | Sum
-Root = Sum | Routed | Auto
+Root = Sum | Routed | Ensemble | Auto
 Value = bool | int | float | str | None | Listed | Mapped
 
 
@@ -147,6 +161,11 @@ def as_argument(found: Sum) -> Argument:
     return found.terms[0][1] if len(found.terms) == 1 and found.terms[0][0] == 1.0 else found
 
 
+def as_sum(found: Argument) -> Sum:
+    """An argument as a whole formula: a sum, of one term where it is none."""
+    return found if isinstance(found, Sum) else Sum(((1.0, found),))
+
+
 def merge_of(
     method: str,
     arguments: Sequence[Argument],
@@ -160,6 +179,13 @@ def merge_of(
     numbers = tuple(weight for weight, _ in used)
     equal = all(number == 1 / len(used) for number in numbers)
     return Merge(method, tuple(each for _, each in used), None if equal else numbers, tuple(sorted(options)))
+
+
+def ensemble_of(members: Sequence[Argument], shares: Sequence[float] | None) -> Ensemble:
+    """The ensemble with its members in order; shares that are equal are left out."""
+    pairs = sorted(zip(shares or [1.0] * len(members), members, strict=True), key=lambda pair: (str(pair[1]), pair[0]))
+    numbers = tuple(share for share, _ in pairs)
+    return Ensemble(tuple(each for _, each in pairs), None if len(set(numbers)) == 1 else numbers)
 
 
 def replaced(node: Argument, leaf: Callable[[Leaf], Argument]) -> Argument:
@@ -183,6 +209,8 @@ def leaves(node: Root | Argument) -> list[Leaf]:
             return [leaf for each in node.arguments for leaf in leaves(each)]
         case Routed():
             return list(node.experts)
+        case Ensemble():
+            return [leaf for each in node.members for leaf in leaves(each)]
         case Auto():
             return []
     return [node]

@@ -1,12 +1,13 @@
 """Reads a formula by recursive descent, one method for each rule.
 
-    formula  = "auto" | router | sum
+    formula  = "auto" | router | ensemble | sum
     sum      = {sign} term {sign {sign} term}
     term     = {number "*"} (adapter | stored | merge | "base" | "(" sum ")")
     adapter  = name ["@" number]                                      a version of the hub's adapter
     stored   = "@" name                                               a composition that the hub keeps
     merge    = method "(" sum {"," sum} [";" options] ")"             a number before an argument is its weight
     router   = name "(" expert {"," expert} [";" options] ")"         an expert is an adapter or a stored one
+    ensemble = "ensemble" "(" sum {"," sum} ")"                       a number before a member is its share
     options  = word "=" value {"," word "=" value}
     value    = [sign] number | word | quoted | "[" values "]" | "{" options "}"
 
@@ -24,8 +25,10 @@ import loraweave.registry as registry
 from loraweave.common.names import checked_name
 from loraweave.common.options import check_options, options_of
 from loraweave.composer.formula.nodes import (
+    ENSEMBLE,
     Argument,
     Auto,
+    Ensemble,
     Listed,
     Mapped,
     Named,
@@ -36,6 +39,8 @@ from loraweave.composer.formula.nodes import (
     Value,
     added,
     as_argument,
+    ensemble_of,
+    leaves,
     merge_of,
     plain,
     rounded,
@@ -84,6 +89,8 @@ class Parser:
             found = Auto()
         elif self._begins_router():
             found = self._routed()
+        elif self._is(ENSEMBLE) and self.following.kind == "(":
+            found = self._ensemble()
         else:
             begin = self.piece
             factor, whole, _ = self._argument()
@@ -258,7 +265,22 @@ class Parser:
         given_options = sorted((option, value) for option, (_, value) in options.items())
         return Routed(name.value, tuple(sorted(experts, key=str)), tuple(given_options))
 
+    def _ensemble(self) -> Ensemble:
+        name, open_bracket = self._take(), self._take()
+        given = self._separated(self._placed_argument)
+        self._close(")", open_bracket)
+        if self.piece.kind != "end":
+            raise self.error("an ensemble averages what its members answer and stands alone: nothing follows it")
+        shares = self._weights(given)
+        if shares is not None and not all(share > 0 for share in shares):
+            raise self.error("the shares of an ensemble's members are above 0", name)
+        if not any(leaves(found) for _, _, found, _ in given):
+            raise self.error("the members of this ensemble are the base model, and so is their average", name)
+        return ensemble_of([found for _, _, found, _ in given], shares)
+
     def _unknown_call(self, name: Token) -> FormulaError:
+        if name.value == ENSEMBLE:
+            return self.error("an ensemble stands alone: no number, sum or bracket around it", name)
         methods, routers = registry.names("methods"), registry.names("routers")
         if name.value in routers:
             alone = (

@@ -100,6 +100,23 @@ def test_a_stored_average_asks_each_member_in_prompts_of_its_own(serve):
             assert client.complete(**{"model": "@both", **fields})[0] == 400
 
 
+def test_an_ensemble_averages_what_its_members_answer_also_without_a_chat_template(serve):
+    name = "ensemble(3*(a + 0.5*b), 1*base, 2*ties(a, c; density=0.5))"
+    with serve(template=None) as client:
+        client.engine.load("merged", lw.parse("ties(a, c; density=0.5)").merge(client.hub, progress=False))
+        mixtures = [{"a": 1.0, "b": 0.5}, {}, {"merged": 1.0}]
+        for prompt in ("zebra", "abc"):
+            expected = averaged(client.engine, [prompt] * 3, mixtures, [3 / 6, 1 / 6, 2 / 6])
+            status, headers, body = client.complete(name, prompt)
+            assert (status, body["choices"][0]["text"]) == (200, expected)
+            assert expected not in {alone(client.engine, prompt, mixture)[0] for mixture in mixtures}
+        assert headers["X-Loraweave-Identity"] == lw.parse(name).identity(client.hub)
+        chat = {"model": name, "messages": [{"role": "user", "content": "abc"}]}
+        status, _, body = client.send("POST", "/v1/chat/completions", chat)
+        assert (status, body["error"]["param"]) == (400, "messages")
+        assert "has no chat template: use /v1/completions" in body["error"]["message"]
+
+
 def test_a_slow_merge_keeps_no_other_request_waiting_and_is_left_by_its_client(serve, monkeypatch):
     begun, free, made = threading.Event(), threading.Event(), []
     own = Names.make

@@ -129,6 +129,18 @@ def test_a_router_is_that_of_lw_router_over_the_adapters(hub, pool):
     assert formula.pool(hub).names == found.members.names == ("a", "c")
 
 
+def test_the_members_of_an_ensemble_are_formulas_and_their_shares_sum_to_1(hub, pool):
+    formula = lw.parse("ensemble(3*(a + b), 1*base)")
+    assert formula.members(hub) == ((0.75, lw.parse("a + b")), (0.25, lw.parse("base")))
+    assert formula.pool(hub).names == formula.adapters(hub) == ("a", "b")
+    assert lw.parse("a - b").members() == ((1.0, lw.parse("a - b")),)
+    hub.save_composition("both", formula)
+    assert lw.parse("@both").expand(hub) == formula
+    assert lw.parse("@both").identity(hub) == formula.identity(pool) != lw.parse("ensemble(a + b, base)").identity(hub)
+    with pytest.raises(FormulaError, match="which stands alone"):
+        lw.parse("a + @both").expand(hub)
+
+
 @pytest.mark.parametrize(
     ("text", "call", "way_out"),
     [
@@ -137,6 +149,8 @@ def test_a_router_is_that_of_lw_router_over_the_adapters(hub, pool):
         ("auto", "mixture", "retrieval chooses for each request"),
         ("auto", "pool", "retrieval chooses for each request"),
         ("auto", "identity", "retrieval chooses for each request"),
+        ("ensemble(a, b)", "merge", "its members answer apart"),
+        ("ensemble(a, b)", "mixture", "its members answer apart"),
         ("base", "merge", "use the model as it is"),
         ("base", "pool", "use the model as it is"),
         ("0.5*ties(a, b) + c", "mixture", r"ties\(a, b\) is no weighted sum .* make one of it by formula.merge"),

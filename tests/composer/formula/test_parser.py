@@ -3,7 +3,7 @@
 import pytest
 
 import loraweave as lw
-from loraweave.composer.formula.nodes import Auto, Listed, Mapped, Merge, Named, Routed, Stored, Sum
+from loraweave.composer.formula.nodes import Auto, Ensemble, Listed, Mapped, Merge, Named, Routed, Stored, Sum
 from loraweave.composer.formula.parser import MAX_ADAPTERS
 from loraweave.composer.formula.tokens import MAX_CHARACTERS, MAX_DEPTH
 from loraweave.errors import FormulaError, InvalidName
@@ -34,6 +34,8 @@ def one(node):
         ("ties + 0.5*arrow", Sum(((0.5, Named("arrow")), (1.0, Named("ties"))))),
         ("dare_ties(a, b; seed=3, rank=8)", one(Merge("dare_ties", (A, B), None, (("rank", 8), ("seed", 3))))),
         ("arrow(b, @kept, a@2; top_k=none)", Routed("arrow", (Stored("kept"), Named("a", 2), B), (("top_k", None),))),
+        ("ensemble(b, 0.5*a + c, base)", Ensemble((Sum(((0.5, A), (1.0, C))), B, Sum(())), None)),
+        ("ensemble(3*b, 1*a)", Ensemble((A, B), (1.0, 3.0))),
         ("auto", Auto()),
         ("'auto'", one(Named("auto"))),
         ("base", Sum(())),
@@ -74,6 +76,7 @@ def test_an_option_may_be_a_mapping_a_word_or_a_truth_value():
         ),
         ("ties(a; density=1)", ["ties(1*a; density=1.0)", "ties(0*b, 1*a; density=1)", "ties(3*a - 2*a; density=1)"]),
         ("ties(2*a, 1*b)", ["ties(1*b, 2*a)", "ties(1.0*b, 2*(a))"]),
+        ("ensemble(a, b)", ["ensemble( b,a )", "ensemble(2*a, 2*b)", "ensemble((a), 2*b - b)"]),
         ("base", ["a - a", "0*a", "'a' - a"]),
         ("arrow(a, b; top_k=1)", ["arrow(b, 'a'; top_k=1.0)", "arrow( b,a;top_k = 1 )"]),
         ("@x - a@1", ["-a@1 + @'x'", "@ x - a @ 1"]),
@@ -96,6 +99,8 @@ def test_all_spellings_are_one_formula_with_one_text(canonical, others):
         ("a", "@a"),
         ("a@1", "'a@1'"),
         ("a + b", "ties(a, b)"),
+        ("ensemble(a, b)", "0.5*a + 0.5*b"),
+        ("ensemble(2*a, 1*b)", "ensemble((2*a), b)"),
         ("ties(a, b)", "ties(1*a, 1*b)"),
         ("ties(a, b)", "ties(a, a, b)"),
         ("ties(a, b)", "ties(a, b; density=0.2)"),
@@ -159,6 +164,13 @@ def test_what_is_not_the_same_is_another_formula(one, other):
         ("arrow(a; top_q=1)", "has no option 'top_q', did you mean 'top_k'?", "         ^~~~~"),
         ("lorahub(a, b)", "'lorahub' searches for the weights of a task", "^~~~~~~"),
         ("phatgoose(a, b)", "router 'phatgoose' is trained first", "^~~~~~~~~"),
+        ("ensemble(a, b) + c", "an ensemble averages what its members answer and stands alone", "               ^"),
+        ("0.5*ensemble(a, b)", "an ensemble stands alone", "    ^~~~~~~~"),
+        ("ensemble(a, arrow(b, c))", "weighs every token by itself and stands alone", "            ^~~~~"),
+        ("ensemble(0.5*a, b)", "give every argument a weight, or none: 1*b", "                ^"),
+        ("ensemble(a - 2*b, c; n=1)", "here should be ')'", "                   ^"),
+        ("ensemble(1*a, -1*b)", "the shares of an ensemble's members are above 0", "^~~~~~~~"),
+        ("ensemble(base, a - a)", "the members of this ensemble are the base model", "^~~~~~~~"),
         ("a + auto", "'auto' retrieves for each request and stands alone", "    ^~~~"),
     ],
 )

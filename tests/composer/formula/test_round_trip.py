@@ -55,6 +55,10 @@ def merged(terms):
 
 TERMS = st.recursive(LEAVES, lambda terms: merged(terms) | summed(terms).map(lambda text: f"({text})"), max_leaves=6)
 ROUTERS = st.lists(LEAVES, min_size=1, max_size=4, unique=True).map(lambda experts: f"arrow({', '.join(experts)}; top_k=1)")
+ENSEMBLES = st.one_of(
+    st.lists(TERMS.map(lambda term: f"({term})"), min_size=1, max_size=3),
+    st.lists(weighted(TERMS.map(lambda term: f"({term})")), min_size=1, max_size=3),
+).map(lambda members: f"ensemble({', '.join(members)})")
 SETTINGS = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -66,12 +70,12 @@ def test_any_name_that_a_hub_can_store_is_one_adapter_of_that_name(name):
 
 
 @SETTINGS
-@given(summed(TERMS) | ROUTERS)
+@given(summed(TERMS) | ROUTERS | ENSEMBLES)
 def test_the_text_of_a_formula_is_read_back_as_the_formula(text):
     formula, problem = read(text)
     if formula is None:
         # what can go wrong with texts made so: weights that cancel or that no float holds, and limits
-        assert re.search("base model|float holds|all weights|deep|written out|twice", problem)
+        assert re.search("base model|float holds|all weights|deep|written out|twice|above 0", problem)
         return
     again = lw.parse(str(formula))
     assert again == formula
