@@ -377,6 +377,7 @@ class Composer:
                     f"expert {name!r} is in use by an open activation: close its handle or leave its block first"
                 )
             self._residents.forget(lambda other: other == name)
+            self._fitting.forget(name)
             self._plans.clear()
             self._pool, self._bound = pool, bound
             self._residents.take_from(*self._source())

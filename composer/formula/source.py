@@ -18,8 +18,9 @@ from loraweave.routers.tokens._saved import router as read_router
 
 Given = Hub | ExpertPool | Iterable[Adapter] | Mapping[str, Adapter]
 
-# {hash of a stored composition: hash of its adapter}, since a server asks at every request
+# {hash of a stored composition: hash of its adapter}, since a server asks at every request; begun anew when it is full
 _CONTENTS: dict[str, str] = {}
+_MAX_CONTENTS = 4096
 
 
 class PoolSource:
@@ -79,9 +80,13 @@ class HubSource:
         """The hash of the adapter's content; no adapter of the hub is opened, and a stored composition's only once."""
         if isinstance(leaf, Stored):
             stored = self.hub.composition(leaf.name).hash
-            if stored not in _CONTENTS:
-                _CONTENTS[stored] = self.adapter(leaf).hash
-            return _CONTENTS[stored]
+            found = _CONTENTS.get(stored)
+            if found is None:
+                found = self.adapter(leaf).hash
+                if len(_CONTENTS) >= _MAX_CONTENTS:
+                    _CONTENTS.clear()
+                _CONTENTS[stored] = found
+            return found
         if leaf.version is None:
             return self.hub.record(leaf.name).hash
         versions = {record.version: record.hash for record in self.hub.history(leaf.name)}

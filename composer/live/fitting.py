@@ -103,6 +103,10 @@ class Fitting:
         self._warn({name: adapter})
         return fitted
 
+    def forget(self, name: str) -> None:
+        """Takes back what is known of an expert that is gone."""
+        self._weights.forget(name)
+
     def _fit_lazily(self, name: str, adapter: Adapter) -> Adapter:
         """The adapter of a lazy pool, fitted; the first of each base model warns for all of them."""
         fitted = self._fit(name, adapter)
@@ -254,6 +258,10 @@ class BoundWeights:
         ]
         # another mapping, since other threads may be looking at this one
         self._of = {**self._of, expert: tuple(self._seal(layer, part) for layer, part in places)}
+
+    def forget(self, expert: str) -> None:
+        """Takes back what an expert was calculated from."""
+        self._of = {name: seals for name, seals in self._of.items() if name != expert}
 
     def require_unchanged(self, experts: Iterable[str] | None, *, closely: bool) -> None:
         """Raises CompositionError, naming expert and layer, where one of these experts (None: any) is of other weights.

@@ -270,7 +270,10 @@ def test_a_hundred_cycles_of_loading_using_and_unloading_leave_no_adapter_behind
     engine = Composer(tiny_llama, adapters)
     alive = weakref.WeakSet()
     for number in range(100):
-        more = make_adapter(tiny_llama, "more", seed=number)
+        # of ranks that no other has, with biases that are resolved against the base
+        more = make_adapter(tiny_llama, "more", seed=number, rank=1 + number % 7)
+        parts = {layer: replace(part, magnitude_O=torch.ones(part.b_OR.shape[0])) for layer, part in more.layers.items()}
+        more = replace(more, layers=parts)
         alive.add(more)
         engine.load("more", more)
         with engine.activate({"more": 1.0, "e0": 0.5}):
@@ -280,6 +283,8 @@ def test_a_hundred_cycles_of_loading_using_and_unloading_leave_no_adapter_behind
     gc.collect()
     assert len(alive) == 0
     assert engine.residency.num_on_host == 1
+    assert len(engine._residents._layouts) == 1
+    assert engine._fitting._weights._of == {}
 
 
 def test_an_activation_looks_only_at_the_experts_that_it_names(tiny_llama, adapters):
