@@ -1,12 +1,14 @@
 """A server soaked in random requests: formulas, clients that leave, malformed bodies, an adapter that comes and goes.
 
-    python -m benchmarks serve [--requests 60] [--clients 8]
-    python -m benchmarks serve --tiny --requests 20000       a random model of two blocks, for its many requests
+    python -m benchmarks --out runs/soak serve --tiny --requests 20000      a random model of two blocks, in float64
+    python -m benchmarks --out runs/soak-135m serve                         SmolLM2-135M
 
-Formulas are weighted sums, merges, routers and the base; most prompts come again under other formulas, and what was read of
-them must not be taken. Every whole answer is compared with what transformers' greedy search gives for its prompt alone
-under its mixture. Where the texts differ, the two tokens at which they part have to score within 1e-4 of each other: both
-are right to rounding. No time is measured.
+The server is `loraweave serve` in a process of its own. Formulas are weighted sums, merges, routers and the base, new ones
+in each part of the run; most prompts come again under other formulas, and what was read of them must not be taken. One
+adapter is removed after each part and is there again, with other content, after the next. Every whole answer is compared
+with what transformers' greedy search gives for its prompt alone under the formula's adapters as they were then. Where the
+texts differ, the two tokens at which they part have to score within 1e-4 of each other: both are right to rounding. What a
+part has shown is kept in --out; a run that goes on there begins with a new server. No time is measured.
 """
 
 from __future__ import annotations
@@ -14,13 +16,10 @@ from __future__ import annotations
 import http.client
 import json
 import random
-import threading
-import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -28,10 +27,10 @@ import transformers
 import typer
 
 import loraweave as lw
+from benchmarks._data import kept
 from benchmarks._models import base_model, random_adapter
-from benchmarks._run import Run, Table, console, status_bytes
-from loraweave.serving.limits import Limits
-from loraweave.serving.run import make_server
+from benchmarks._run import Run, Table, console
+from benchmarks._served import Served, serving
 
 app = typer.Typer()
 
@@ -44,11 +43,13 @@ MALFORMED = (
     b'{"model": "0.5*passive +", "prompt": "a"}',
     b'{"model": "pasive", "prompt": "a"}',
 )
-NUM_TOKENS = 12
-NUM_PARTS = 10
-# of each kind; one that is drawn again asks what was asked before
-NUM_FORMULAS, NUM_PROMPTS = 200, 40
+NUM_TOKENS = 8
+PART = 500
+# of each part; one that is drawn again asks what was asked before
+NUM_FORMULAS, NUM_PROMPTS, NUM_PAIRS = 60, 12, 80
 TIE = 1e-4
+# small ones, so that everything that is kept makes room many times
+KEPT = ("--prefix-bytes", str(1 << 24), "--loaded", "4")
 
 
 @dataclass(frozen=True)
@@ -64,71 +65,95 @@ class Asked:
 @app.command()
 def main(
     context: typer.Context,
-    requests: Annotated[int, typer.Option(help="how many in all")] = 60,
+    requests: Annotated[int, typer.Option(help="how many in all")] = 1000,
     clients: Annotated[int, typer.Option(help="that send at the same time")] = 8,
     tiny: Annotated[bool, typer.Option("--tiny", help="a random model of two blocks, in float64")] = False,
 ) -> None:
     """Answers that differ from those of the model alone, refusals, and the server's memory."""
     run: Run = context.obj
-    model, tokenizer = base_model()
-    adapters = [lw.Adapter.from_pretrained(run.pool / name) for name in NAMES]
-    comes = lw.Adapter.from_pretrained(run.pool / "spell_out")
-    if tiny:
-        model = tiny_model(len(tokenizer))
-        adapters = [random_adapter(model, name, "all", run.seed) for name in NAMES]
-        comes = random_adapter(model, COMING_AND_GOING, "all", run.seed)
-    generator = random.Random(run.seed)
-    asked = drawn(run, generator, requests)
-    memory = [("before", status_bytes("RssAnon"))]
-    found: list[tuple[int, Any]] = []
-    with run.hub(without=[path.name for path in run.adapters()]) as hub:
-        for name, adapter in zip(NAMES, adapters, strict=True):
-            hub.add(adapter, name=name)
-        with running(hub, model, tokenizer) as port, ThreadPoolExecutor(clients) as threads:
-            for part in range(NUM_PARTS):
-                some = asked[part * requests // NUM_PARTS : (part + 1) * requests // NUM_PARTS]
-                futures = [threads.submit(send, port, each) for each in some]
-                if part % 2:
-                    hub.remove(COMING_AND_GOING)
-                else:
-                    hub.add(comes, name=COMING_AND_GOING)
-                found += [future.result() for future in futures]
-                memory.append((f"after {len(found)} requests", status_bytes("RssAnon")))
-    pool = lw.ExpertPool({**dict(zip(NAMES, adapters, strict=True)), COMING_AND_GOING: comes})
-    counted = judged(Alone(model, tokenizer, pool), asked, found)
-    of = "a random model" if tiny else "SmolLM2-135M-Instruct"
-    counts = Table(f"{requests} requests to {of} by {clients} clients, seed {run.seed}", ("what became of them", "requests"))
-    for what, count in sorted(counted.items()):
-        counts.add(what, str(count))
-    table = Table("memory that is the process's own", ("when", "MB"))
-    for when, num_bytes in memory:
-        table.add(when, f"{num_bytes / 1e6:.0f}")
-    run.show(counts, table)
+    found = [] if run.report else soaked(run, requests, clients, tiny)
+    found = found or [json.loads(path.read_text()) for path in sorted(run.folder().glob("part-*.json"))]
+    counted = sum((Counter(part["counts"]) for part in found), Counter())
+    total, of = counted.total(), "a random model" if tiny else "SmolLM2-135M-Instruct"
+    counts = Table(f"{total} requests to {of} by {clients} clients, seed {run.seed}", ("what became of them", "requests"))
+    for what in sorted({*counted, "wrong"}):
+        counts.add(what, str(counted[what]))
+    memory = Table("memory of the server's process", ("after requests", "MB"))
+    for number, part in enumerate(found, 1):
+        if number == 1 or number % max(1, len(found) // 10) == 0:
+            note = ", a new server" if number > 1 and part["begun"] != found[number - 2]["begun"] else ""
+            memory.add(f"{number * PART}{note}", f"{part['bytes'] / 1e6:.0f}")
+    run.show(counts, memory)
     if counted["wrong"]:
         raise typer.Exit(1)
 
 
-def tiny_model(num_tokens: int) -> Any:
-    """A random Llama of two blocks in float64, where rounding decides no token."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+def soaked(run: Run, requests: int, clients: int, tiny: bool) -> list[dict[str, Any]]:
+    """What each part of the run has shown: how many of each kind, and the server's memory after it."""
+    folder = run.folder()
+    model, tokenizer = base_model()
+    base = None
+    if tiny:
+        base = folder / "model"
+        model = tiny_model(len(tokenizer), base)
+        tokenizer.save_pretrained(base)
+        adapters = {name: random_adapter(model, name, "all", run.seed) for name in NAMES}
+    else:
+        adapters = {name: lw.Adapter.from_pretrained(run.pool / name) for name in NAMES}
+    found = []
+    with run.hub(without=[path.name for path in run.adapters()]) as hub:
+        for name, adapter in adapters.items():
+            hub.add(adapter, name=name)
+        assert hub.path is not None
+        with serving(Path(hub.path), base, *KEPT) as server, ThreadPoolExecutor(clients) as threads:
+            for number in range(requests // PART):
+
+                def part(number: int = number) -> dict[str, Any]:
+                    comes = random_adapter(model, f"comes{number // 2}", "all", run.seed)
+                    pool = lw.ExpertPool({**adapters, COMING_AND_GOING: comes})
+                    if number % 2 and COMING_AND_GOING not in hub:
+                        # the run went on here
+                        hub.add(comes, name=COMING_AND_GOING)
+                    asked = drawn(run, random.Random(f"{run.seed} {number}"))
+                    futures = [threads.submit(send, server, each) for each in asked]
+                    if number % 2:
+                        hub.remove(COMING_AND_GOING)
+                    else:
+                        hub.add(comes, name=COMING_AND_GOING)
+                    answers = [future.result() for future in futures]
+                    used = server.resident_bytes()
+                    counts = judged(Alone(model, tokenizer, pool), asked, answers)
+                    return {"counts": counts, "bytes": used, "begun": server.process.create_time()}
+
+                found.append(kept(folder / f"part-{number:04d}.json", part))
+                wrong = sum(part["counts"].get("wrong", 0) for part in found)
+                console.print(f"{(number + 1) * PART} requests, {wrong} wrong, {found[-1]['bytes'] / 1e6:.0f} MB")
+    return found
+
+
+def tiny_model(num_tokens: int, folder: Path) -> Any:
+    """A random Llama of two blocks in float64, where rounding decides no token; it is kept in the folder."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     config = transformers.LlamaConfig(vocab_size=num_tokens, num_key_value_heads=2, initializer_range=0.3, **sizes)
-    model = transformers.LlamaForCausalLM(config).double().eval().requires_grad_(False)
-    model.name_or_path = "tiny"
-    return model
+    transformers.LlamaForCausalLM(config).double().save_pretrained(folder)
+    return transformers.LlamaForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
 
 
-def drawn(run: Run, generator: random.Random, count: int) -> list[Asked]:
-    """Requests at random: 1 in 50 malformed, 1 in 10 by a client that leaves."""
+def drawn(run: Run, generator: random.Random) -> list[Asked]:
+    """The requests of a part at random: 1 in 50 malformed, 1 in 10 by a client that leaves."""
     rows = [row for task in NAMES for row in run.rows(task)[:5]]
-    prompts = [row["prompt"] if "prompt" in row else f"{row['input']}\nOutput:" for row in rows][:NUM_PROMPTS]
+    prompts = [
+        row["prompt"] if "prompt" in row else f"{row['input']}\nOutput:" for row in generator.sample(rows, NUM_PROMPTS)
+    ]
     formulas = [formula(generator) for _ in range(NUM_FORMULAS)]
+    pairs = [(generator.choice(formulas), generator.choice(prompts)) for _ in range(NUM_PAIRS)]
     asked = []
-    for _ in range(count):
+    for _ in range(PART):
         if generator.random() < 0.02:
             asked.append(Asked("malformed", generator.choice(MALFORMED)))
             continue
-        name, prompt, leaves = generator.choice(formulas), generator.choice(prompts), generator.random() < 0.1
+        (name, prompt), leaves = generator.choice(pairs), generator.random() < 0.1
         fields = {"prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "logprobs": 0, "stream": leaves}
         body = json.dumps({"model": name, **fields}).encode()
         asked.append(Asked("leaves" if leaves else "whole", body, name, prompt))
@@ -147,32 +172,18 @@ def formula(generator: random.Random) -> str:
     return terms.removeprefix("+ ")
 
 
-@contextmanager
-def running(hub: lw.Hub, model: Any, tokenizer: Any) -> Iterator[int]:
-    """The port of a server in a thread of this process."""
-    limits = Limits(rows=8, loaded=4, prefix_bytes=1 << 24)
-    server = make_server(hub, model, tokenizer, port=0, limits=limits, log_level="warning")
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.05)
-        yield server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-def send(port: int, asked: Asked) -> tuple[int, Any]:
+def send(server: Served, asked: Asked) -> tuple[int, Any]:
     """(status, body); a client that leaves reads one event and has no body."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    if asked.kind != "leaves":
+        return server.post("/v1/completions", asked.body)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=600)
     try:
         connection.request("POST", "/v1/completions", asked.body, {"Content-Type": "application/json"})
         answer = connection.getresponse()
-        if asked.kind == "leaves" and answer.status == 200:
-            answer.readline()
-            return 200, None
-        return answer.status, json.loads(answer.read())
+        if answer.status != 200:
+            return answer.status, json.loads(answer.read())
+        answer.readline()
+        return 200, None
     finally:
         connection.close()
 

@@ -10,17 +10,9 @@ measured.
 
 from __future__ import annotations
 
-import os
-import shlex
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +23,7 @@ import loraweave as lw
 from benchmarks._faults import FAULTS, full_adapter, write_faulty, write_sound
 from benchmarks._models import base_model
 from benchmarks._run import Run, Table, console
-from benchmarks.serve import running
+from benchmarks._served import llama_cpp, serving, vllm
 from loraweave.serving.verify.verify import BEYOND
 
 app = typer.Typer()
@@ -39,7 +31,6 @@ app = typer.Typer()
 # of 8 ranks each; vLLM's largest is that of two adapters at once
 FAULTY, OTHER, OLDER, MAX_RANK = "passive", "negation", "antonym", 16
 SOUND = ("past_tense", "plural", "number_words", "uppercase", "synonym", "country_capital")
-START_S = 1200
 
 
 @app.command()
@@ -132,81 +123,18 @@ def served(engine: str, where: str, folders: Mapping[str, Path], slots: int, mod
             with lw.Hub(Path(root) / "served") as hub:
                 for name, folder in folders.items():
                     hub.add(folder, name=name)
-                with running(hub, model, tokenizer) as port:
-                    yield f"http://127.0.0.1:{port}"
+                with serving(Path(root) / "served", None) as server:
+                    yield server.url
         elif engine == "vllm":
             model.save_pretrained(root)
             tokenizer.save_pretrained(root)
-            with vllm(where, Path(root), folders, slots) as url:
-                yield url
+            with vllm(where, Path(root), folders, slots=slots, max_rank=MAX_RANK) as server:
+                yield server.url
         elif engine == "llama":
             written = [Path(root) / name / "adapter.gguf" for name in folders]
             for folder, path in zip(folders.values(), written, strict=True):
                 lw.Adapter.from_pretrained(folder).export(path.parent, target="gguf")
-            with llama(where, written) as url:
-                yield url
+            with llama_cpp(where, written) as server:
+                yield server.url
         else:
             raise typer.BadParameter(f"--engine is ours, vllm or llama, not {engine!r}")
-
-
-@contextmanager
-def llama(base: str, adapters: Sequence[Path]) -> Iterator[str]:
-    """llama.cpp's own server in this process, with a cache in fp32."""
-    import xllamacpp
-
-    from loraweave.hub.base import _gguf_path
-
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = base or str(_gguf_path())
-    parameters.n_ctx, parameters.n_batch, parameters.n_parallel = 8 * 512, 512, 8
-    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
-    parameters.warmup = parameters.fit_params = False
-    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), 1.0) for path in adapters]
-    parameters.port = free_port()
-    server = xllamacpp.Server(parameters)
-    yield server.listening_address
-    del server
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-@contextmanager
-def vllm(python: str, base: Path, folders: Mapping[str, Path], slots: int) -> Iterator[str]:
-    """vLLM's own server in fp32, whose log is kept beside the base until it ends."""
-    port = free_port()
-    words = f"""-m vllm.entrypoints.openai.api_server --model {base} --served-model-name org/base --host 127.0.0.1
-        --port {port} --dtype float32 --max-model-len 512 --max-num-seqs 16 --enforce-eager --enable-lora
-        --max-lora-rank {MAX_RANK} --max-loras {slots} --max-cpu-loras {len(folders) + slots} --lora-modules"""
-    command = [python, *shlex.split(words), *(f"{name}={folder}" for name, folder in folders.items())]
-    # bound to a core, several engines on one machine would share the first
-    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
-    environment = {**os.environ, **own}
-    environment.pop("PYTHONPATH", None)
-    log = base / "vllm.log"
-    with log.open("w") as written:
-        process = subprocess.Popen(
-            command, cwd=base, env=environment, stdout=written, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(START_S):
-            if process.poll() is not None:
-                raise RuntimeError(log.read_text()[-4000:])
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(1)
-        else:
-            raise RuntimeError(f"not there after {START_S} s: {log.read_text()[-4000:]}")
-        yield url
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait()

@@ -31,6 +31,7 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of one answer at most.")] = 1024,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600.0,
     adapters: Annotated[int, typer.Option(min=1, help="Adapters of one formula at most.")] = 16,
+    loaded: Annotated[int, typer.Option(min=1, help="Adapters, and formulas with theirs, that stay in memory unused.")] = 64,
     merges: Annotated[bool, typer.Option(help="Whether formulas may have merges by a method, such as ties(a, b).")] = True,
 ) -> None:
     """Serve every formula over a hub to OpenAI clients, requests with different mixtures in one batch."""
@@ -50,6 +51,7 @@ def serve(
         new_tokens=max_tokens,
         seconds=deadline,
         adapters=adapters,
+        loaded=loaded,
         merges=merges,
     )
     with open_hub(hub) as opened:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import engines
 import pytest
 
-from benchmarks.verify import vllm
+from benchmarks._served import vllm
 
 # a busy machine takes minutes to start the server
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -22,8 +22,8 @@ def of_vllm(tmp_path_factory, small_model, tokenizer, folders, damaged, hub, loo
     small_model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     served = {**damaged[0], "passive": folders["passive"], "negation": folders["negation"]}
-    with vllm(str(engines.interpreter("vllm")), base, served, len(served) + 1) as url:
-        return look(url, hub)
+    with vllm(str(engines.interpreter("vllm")), base, served, slots=len(served) + 1, max_rank=16) as server:
+        return look(server.url, hub)
 
 
 def test_vllm_has_every_seeded_fault_named(of_vllm, damaged):
