@@ -24,7 +24,8 @@ import typer
 import loraweave as lw
 from benchmarks._run import Run, Table, pairs
 from loraweave.composer.model.scoring import losses
-from loraweave.demo import DemoTask, fast_dtype, load_task
+from loraweave.demo import DemoTask, load_task
+from loraweave.hub.base import fast_dtype
 from loraweave.lowrank import algebra
 
 OWN = ["antonym", "negation", "passive", "past_tense", "pick_first_5", "plural"]

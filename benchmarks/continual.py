@@ -21,7 +21,7 @@ import typer
 import loraweave as lw
 from benchmarks._run import Run, Table, pairs
 from loraweave.composer.model.scoring import evaluate, losses
-from loraweave.demo import fast_dtype
+from loraweave.hub.base import fast_dtype
 
 WAYS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "sequential": ("sequential", {}),

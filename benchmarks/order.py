@@ -28,7 +28,7 @@ from benchmarks._data import kept, known
 from benchmarks._run import Run, Table, pairs
 from loraweave.composer.programs.asked import Step
 from loraweave.composer.programs.program import Program
-from loraweave.demo import fast_dtype
+from loraweave.hub.base import fast_dtype
 
 NUM_EXAMPLES = 5
 LIST_SIZES = {"pick_first_5": 5, "pick_middle_5": 5, "alphabetical_first_3": 3}

@@ -30,7 +30,7 @@ import loraweave as lw
 from benchmarks._data import DATA, NO_SEED, NO_SHOTS, Key, Measured, Store, answers, kept
 from benchmarks._run import RESAMPLES, Run, Table, interval, pairs
 from loraweave.composer.model import scoring
-from loraweave.demo import fast_dtype
+from loraweave.hub.base import fast_dtype
 from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.routers.tokens._saved import router_class, router_names
 

@@ -49,7 +49,8 @@ from loraweave.composer.compose.compose import in_context_adapter as in_context_
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.model.scoring import Score, evaluate, predict
 from loraweave.composer.programs.program import Program
-from loraweave.demo import DemoTask, fast_dtype, load_task
+from loraweave.demo import DemoTask, load_task
+from loraweave.hub.base import fast_dtype
 from loraweave.routers.searches.lorahub_original import LorahubOriginal
 
 app = typer.Typer()

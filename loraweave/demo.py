@@ -20,6 +20,7 @@ from loraweave.common.rows import located
 from loraweave.composer.compose.compose import in_context_adapter
 from loraweave.composer.model.scoring import predict
 from loraweave.errors import AdapterNotFound, InvalidTask
+from loraweave.hub.base import fast_dtype
 
 NUM_EXAMPLES = 5
 NUM_SHOWN = 4
@@ -109,19 +110,6 @@ def load_task(data: Path, name: str, seed: int, num_test: int, *, num_examples: 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file, with all that they have."""
     return [row for _, row in located(path, one_split=False)]
-
-
-def fast_dtype() -> torch.dtype:
-    """bf16 where this machine multiplies it faster than fp32, else fp32: measured, since processors differ widely."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        torch.nn.functional.linear(x, weight)
-        started = time.perf_counter()
-        for _ in range(5):
-            torch.nn.functional.linear(x, weight)
-        seconds[dtype] = time.perf_counter() - started
-    return min(seconds, key=lambda dtype: seconds[dtype])
 
 
 def _print_answers(answers: Sequence[str], shown: Sequence[tuple[str, list[str]]], console: Console) -> None:

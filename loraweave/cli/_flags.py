@@ -24,6 +24,15 @@ DEFAULT_HUB = "adapters"
 BaseOption = Annotated[
     str | None, typer.Option("--base", metavar="MODEL", help="Base model: a folder or hub id; the embedded one by default.")
 ]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="TYPE",
+        help="What the base is computed in: float32, bfloat16, float16, or fast, which is bfloat16 where this machine "
+        "multiplies it faster. By default the checkpoint's own, float32 for the embedded one.",
+    ),
+]
 OptionOption = Annotated[
     list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="A setting of the method; may be repeated.")
 ]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ADAPTER_FILE = "adapter_config.json"
 COMPOSITION_FILE = "composition.json"
 STDIN = Path("-")
+DTYPES = ("float32", "bfloat16", "float16", "fast")
 
 
 @dataclass(frozen=True)
@@ -186,15 +187,22 @@ def read_pool(folder: Path) -> lw.ExpertPool:
     return lw.ExpertPool([lw.Adapter.from_pretrained(path) for path in found])
 
 
-def load_model(base: str | None) -> tuple[Any, Any]:
+def load_model(base: str | None, dtype: str | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of a base model; the bar of its loading is for terminals only, not for logs and pipes."""
+    if dtype not in (None, *DTYPES):
+        raise typer.BadParameter(f"--dtype takes {', '.join(DTYPES)}, not {dtype!r}")
+    import torch
+
     import loraweave as lw
+    from loraweave.hub.base import fast_dtype
 
     if not sys.stderr.isatty():
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-    loaded: tuple[Any, Any] = lw.load_base(base)
+    loaded: tuple[Any, Any] = lw.load_base(
+        base, dtype=fast_dtype() if dtype == "fast" else None if dtype is None else getattr(torch, dtype)
+    )
     return loaded
 
 

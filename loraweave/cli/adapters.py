@@ -13,6 +13,7 @@ from loraweave.cli._flags import (
     DEFAULT_HUB,
     AllowLicensesOption,
     BaseOption,
+    DtypeOption,
     ExactRankOption,
     HubOption,
     JsonOption,
@@ -128,6 +129,7 @@ def train(
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", file_okay=False, help="Gets a PEFT folder for each file.")],
     base: BaseOption = None,
+    dtype: DtypeOption = None,
     instruction: Annotated[
         list[str] | None, typer.Option(help="What a task asks for: once for each file, in order; from the rows by default.")
     ] = None,
@@ -166,7 +168,7 @@ def train(
     tasks = {
         name: lw.Task(rows.examples(), instruction=text) for (name, rows), text in zip(read.items(), asked, strict=True)
     }
-    model, tokenizer = load_model(base)
+    model, tokenizer = load_model(base, dtype)
     trained = lw.train_adapters(
         model,
         tokenizer,

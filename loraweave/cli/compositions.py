@@ -14,6 +14,7 @@ from loraweave.cli._flags import (
     DEFAULT_HUB,
     AllowLicensesOption,
     BaseOption,
+    DtypeOption,
     ExactRankOption,
     HubOption,
     InstructionOption,
@@ -60,6 +61,7 @@ def compose(
         ),
     ],
     base: BaseOption = None,
+    dtype: DtypeOption = None,
     hub: HubOption = DEFAULT_HUB,
     pool: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="A folder of adapter folders, used whole, not a hub.")
@@ -128,7 +130,7 @@ def compose(
         raise typer.BadParameter(
             "--prune, --tune and --rank change one adapter, and auto averages two: pass --method gradient or few_shot"
         )
-    model, tokenizer = load_model(base)
+    model, tokenizer = load_model(base, dtype)
     shown = sys.stderr.isatty()
     composed = lw.compose(model, tokenizer, source, task, **arguments, progress=shown)
     if prune is not None and not composed.is_base:
@@ -171,6 +173,7 @@ def evaluate(
         Path, typer.Argument(metavar="JSONL|CSV", exists=True, dir_okay=False, help="Rows with input and target.")
     ],
     base: BaseOption = None,
+    dtype: DtypeOption = None,
     split: Annotated[str, typer.Option(help='Of rows with a field "split", those of this one.')] = "test",
     instruction: InstructionOption = None,
     labels: LabelsOption = None,
@@ -186,12 +189,12 @@ def evaluate(
 
     if composed:
         recorded = recorded_base(folder)
-        model, tokenizer = load_model(base or recorded)
+        model, tokenizer = load_model(base or recorded, dtype)
         result: Mapping[str, Any] = lw.Composition.from_pretrained(folder, model, tokenizer).evaluate(read.accepted())
     else:
         asked = read.instruction if instruction is None else instruction
         task = lw.Task(read.examples(), instruction=asked, labels=wanted)
-        result = _evaluate_adapter(lw.Adapter.from_pretrained(folder), base, task, read.accepted())
+        result = _evaluate_adapter(lw.Adapter.from_pretrained(folder), base, dtype, task, read.accepted())
     if as_json:
         print_json(result)
         return
@@ -201,11 +204,11 @@ def evaluate(
     )
 
 
-def _evaluate_adapter(adapter: Any, base: str | None, task: Any, pairs: Any) -> dict[str, Any]:
+def _evaluate_adapter(adapter: Any, base: str | None, dtype: str | None, task: Any, pairs: Any) -> dict[str, Any]:
     import loraweave as lw
     from loraweave.composer.model.scoring import evaluate
 
-    model, tokenizer = load_model(base or adapter.base_model or None)
+    model, tokenizer = load_model(base or adapter.base_model or None, dtype)
     with lw.Composer(model, [adapter]).activate({adapter.name: 1.0}):
         score = evaluate(model, tokenizer, task, pairs)
     return {"value": score.value, "low": score.low, "high": score.high, "loss": score.loss, "count": score.count}

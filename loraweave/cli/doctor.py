@@ -88,7 +88,7 @@ def _machine() -> dict[str, Any]:
     from loraweave.common.files import cache_folder
     from loraweave.common.process import free_host_bytes
     from loraweave.composer.live.kernels._rank_tables import triton_runs
-    from loraweave.demo import fast_dtype
+    from loraweave.hub.base import fast_dtype
 
     gpu = torch.cuda.is_available()
     dtype, free = fast_dtype(), free_host_bytes()

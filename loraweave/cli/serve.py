@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from loraweave.cli._flags import DEFAULT_HUB, BaseOption, HubOption
+from loraweave.cli._flags import DEFAULT_HUB, BaseOption, DtypeOption, HubOption
 from loraweave.cli._inputs import load_model, open_hub
 from loraweave.errors import PackageMissing
 
@@ -16,6 +16,7 @@ SERVE_EXAMPLE = 'Example: loraweave serve --hub adapters   (a client then asks f
 def serve(
     hub: HubOption = DEFAULT_HUB,
     base: BaseOption = None,
+    dtype: DtypeOption = None,
     host: Annotated[str, typer.Option(help="Where to listen; other machines need --api-key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 chooses a free one.")] = 8000,
     api_key: Annotated[
@@ -55,7 +56,7 @@ def serve(
         merges=merges,
     )
     with open_hub(hub) as opened:
-        model, tokenizer = load_model(base)
+        model, tokenizer = load_model(base, dtype)
         if device is not None:
             model.to(device)
         make_server(opened, model, tokenizer, host=host, port=port, limits=limits, api_key=api_key).run()

@@ -129,6 +129,22 @@ def test_compose_asks_at_a_terminal_until_an_input_is_empty(two, base, monkeypat
     assert (done.stderr.count("input:"), done.stderr.count("target:")) == (3, 2)
 
 
+@pytest.mark.parametrize(("words", "wanted"), [((), torch.float32), (("--dtype", "bfloat16"), torch.bfloat16)])
+def test_the_base_is_computed_in_the_dtype_asked_for(two, base, monkeypatch, words, wanted):
+    seen = []
+    monkeypatch.setattr(
+        "loraweave.composer.compose.compose.compose", lambda model, *_, **__: seen.append(model.dtype) or 1 / 0
+    )
+    call("compose", "--pool", "pool", "--base", base, "--examples", "-", *words, input='{"input": "a", "target": "b"}')
+    assert seen == [wanted]
+
+
+def test_a_dtype_that_is_none_is_refused_with_those_there_are(two, rows):
+    done = call("compose", "--pool", "pool", "--examples", rows, "--dtype", "int8")
+    assert done.exit_code == 2
+    assert "float32, bfloat16, float16, fast, not 'int8'" in " ".join(done.stderr.split())
+
+
 def test_compose_uses_the_hub_by_default(here, base, rows, monkeypatch):
     seen = []
     monkeypatch.setattr(

@@ -280,6 +280,10 @@ def test_the_default_is_converted_once_and_never_imported(conversions, package, 
     assert base.PACKAGE not in sys.modules
 
 
+def test_the_fast_dtype_is_one_that_the_base_model_can_be_loaded_in():
+    assert base.fast_dtype() in (torch.float32, torch.bfloat16)
+
+
 def test_bars_of_other_libraries_are_left_out_and_come_back():
     # commands that ran before may have left them off
     transformers_logging.enable_progress_bar()
