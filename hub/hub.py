@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from loraweave.hub.adapter import Adapter
+    from loraweave.hub.health.signatures import Key
     from loraweave.hub.health.verify import Verification
     from loraweave.hub.intake.adding import Added, Addition
     from loraweave.hub.pool import ExpertPool
@@ -288,11 +289,26 @@ class Hub(CompositionShelf):
             versions.forget(connection, row)
             rows.delete(connection, row)
 
-    def verify(self) -> Verification:
-        """Reads every row and every blob and reports what is damaged: `.ok`, `.problems`, `.intact`, `.orphans`."""
+    def sign(self, key: Key, names: Iterable[str] | None = None) -> list[Record]:
+        """Signs adapters, all by default, with the Ed25519 private key in a PEM file, and gives their new records.
+
+        Raises HubError for another file, AdapterNotFound for a name that is not there; then nothing is signed.
+        """
+        from loraweave.hub.health.signatures import read_private_key, signed
+
+        private = read_private_key(key)
+        with self._catalogue.writing("signing adapters") as connection:
+            chosen = rows.every(connection) if names is None else [self._require_row(connection, name) for name in names]
+            return [rows.change(connection, row, replace(row.record, card=signed(row.record, private))) for row in chosen]
+
+    def verify(self, *, signed_by: Key | Iterable[Key] | None = None) -> Verification:
+        """Reads every row and every blob and reports what is damaged: `.ok`, `.problems`, `.intact`, `.orphans`.
+
+        With `signed_by`, public keys, an adapter that none of them has signed as it is now is a problem, too.
+        """
         from loraweave.hub.health.verify import verify
 
-        return verify(self._catalogue, self._blobs, self.path)
+        return verify(self._catalogue, self._blobs, self.path, signed_by)
 
     def gc(self) -> int:
         """Deletes blobs that no adapter's version and no composition has, and what killed writers left; the bytes freed.

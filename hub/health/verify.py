@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from loraweave.errors import HubError
 from loraweave.hub import quarantine
+from loraweave.hub.health.signatures import Key, public_keys, signature_problems
 from loraweave.hub.search import segments
 from loraweave.hub.stores.blobs import read_blob
 from loraweave.hub.stores.kept_files import blob_fault, file_problems
@@ -32,8 +33,11 @@ class Verification:
         return not self.problems
 
 
-def verify(catalogue: CatalogueStore, blobs: BlobStore, folder: Path) -> Verification:
+def verify(
+    catalogue: CatalogueStore, blobs: BlobStore, folder: Path, signed_by: Key | Iterable[Key] | None = None
+) -> Verification:
     """Reads every row, every blob and the search indexes below `folder`. Damage is reported, not raised."""
+    signers = None if signed_by is None else public_keys(signed_by)
     problems: list[str] = []
     found: list[rows.Row] = []
     older: list[rows.Row] = []
@@ -57,6 +61,8 @@ def verify(catalogue: CatalogueStore, blobs: BlobStore, folder: Path) -> Verific
     except HubError as error:
         problems.append(str(error))
     problems += segments.problems(folder)
+    if signers is not None:
+        problems += signature_problems([row.record for row in found], signers)
     intact = []
     files: dict[str, str] = {}
     for row in found:

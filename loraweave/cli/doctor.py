@@ -22,7 +22,8 @@ EXTRAS = {
     "postgres": "a hub in PostgreSQL",
     "remote": "a hub's files on S3",
     "search": "LoraHub's original search (nevergrad)",
-    "serve": "loraweave serve",
+    "serve": "loraweave serve and ui",
+    "sign": "signatures of adapters",
     "triton": "kernels for NVIDIA GPUs",
     "vllm": "formulas as model names of a vLLM server",
 }

@@ -230,11 +230,29 @@ def remove(
             note(f"removed {name!r}; `loraweave hub gc` frees its files")
 
 
-@hub.command(epilog="Example: loraweave hub verify --hub adapters")
-def verify(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
-    """Check every row and every file; exit status 1 when something is damaged."""
+@hub.command(epilog="Example: loraweave hub sign key.pem passive   (openssl genpkey -algorithm ed25519 -out key.pem)")
+def sign(
+    key: Annotated[Path, typer.Argument(metavar="PEM", exists=True, dir_okay=False, help="An Ed25519 private key.")],
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Adapters; all by default.")] = None,
+    hub: HubOption = DEFAULT_HUB,
+) -> None:
+    """Vouch for adapters: sign their weights, base, license and card. `hub verify --signed-by` checks it."""
     with open_hub(hub) as opened:
-        found = opened.verify()
+        note(f"signed {len(opened.sign(key, names or None))} adapters")
+
+
+@hub.command(epilog="Example: loraweave hub verify --hub adapters")
+def verify(
+    hub: HubOption = DEFAULT_HUB,
+    signed_by: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="A public key, a PEM file or hexadecimal, that must have signed; may be repeated."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every row and every file; exit status 1 when something is damaged, or not signed as it has to be."""
+    with open_hub(hub) as opened:
+        found = opened.verify(signed_by=signed_by or None)
     if as_json:
         print_json({"ok": found.ok, "problems": found.problems, "intact": found.intact, "orphans": found.orphans})
     else:
@@ -242,7 +260,7 @@ def verify(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
             print_rows(("problem",), [(problem,) for problem in found.problems])
         note(f"{len(found.intact)} adapters are whole; {len(found.orphans)} files belong to none (hub gc deletes them)")
     if not found.ok:
-        raise HubCorrupt(f"the hub {hub} has {len(found.problems)} problems; add the damaged adapters again")
+        raise HubCorrupt(f"the hub {hub} has {len(found.problems)} problems; add the adapters again from a source you trust")
 
 
 @hub.command(epilog="Example: loraweave hub gc --hub adapters")

@@ -18,7 +18,7 @@ from loraweave.cli._inputs import read_pool
 
 COMMANDS = ["compose", "demo", "doctor", "eval", "explain", "export", "load", "merge", "serve", "train", "ui", "verify"]
 HUB_COMMANDS = ["add", "add-tree", "bind", "gc", "history", "list", "prune", "quarantine", "release", "remove", "rollback"]
-HUB_COMMANDS += ["search", "show", "train-encoder", "verify"]
+HUB_COMMANDS += ["search", "show", "sign", "train-encoder", "verify"]
 HUB_COMMANDS += ["compositions", "remove-composition", "save-composition", "write-composition"]
 HEAVY = ("torch", "transformers", "peft", "sklearn", "faiss", "scipy", "cma", "matplotlib", "numpy")
 
