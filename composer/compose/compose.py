@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from rich.progress import Progress
 from torch import nn
 
 from loraweave.common.display import progress_bar
@@ -56,7 +57,7 @@ def compose(
     l2: float = 0.0,
     sparsity: float = 0.0,
     checkpoint: str | Path | None = None,
-    progress: bool = True,
+    progress: bool | Progress = True,
     allow_licenses: bool = False,
     **search_options: Any,
 ) -> Composition:
@@ -82,6 +83,7 @@ def compose(
     examples. Its search takes at most 16 evaluations; a budget below 40, or `seconds`, leaves its training out.
 
     `checkpoint` is a folder from which an interrupted search resumes, to the same result. `search_options` go to the search.
+    `progress` may be a `rich.progress.Progress`: its `update` is told of every step, and what that raises ends the search.
     docs/identity.md says which adapters of a hub are for this model. Adapters whose licenses exclude each other, or derived
     works, are combined only with `allow_licenses`.
     Raises UnknownName, InvalidTask, InvalidLicense and WeightingError before anything runs, BaseModelMismatch for a hub
@@ -116,7 +118,7 @@ def compose(
 
 
 def _compose(
-    model: Any, tokenizer: Any, experts: Hub | ExpertPool, task: Task, settings: Settings, progress: bool
+    model: Any, tokenizer: Any, experts: Hub | ExpertPool, task: Task, settings: Settings, progress: bool | Progress
 ) -> Composition:
     started = time.perf_counter()
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
 
 from loraweave.common.checks import is_number
 from loraweave.common.display import tracked
@@ -61,7 +62,7 @@ def tuned_adapters(
     *,
     target_modules: Sequence[str] = TARGETS,
     checkpoint: Path | None = None,
-    progress: bool = False,
+    progress: bool | Progress = False,
 ) -> dict[str, Adapter]:
     """{name: adapter} trained on some of the task's examples each, all in one batch; None begins a new adapter.
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+from rich.progress import Progress
 
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.loss import ExampleLoss
@@ -63,7 +64,7 @@ class Bench:
     scores: Mapping[str, float]
     checkpoint: Path | None
     on_progress: Callable[[int], object]
-    progress: bool = False
+    progress: bool | Progress = False
     start: Adapter | None = None
     _losses: dict[str, ExampleLoss] = field(default_factory=dict)
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from rich.progress import Progress
 from torch import nn
 
 import loraweave.registry as registry
@@ -60,7 +61,7 @@ def train_adapters(
     patience: Count | None = None,
     memory_bytes: Count | None = None,
     checkpoint: str | Path | None = None,
-    progress: bool = True,
+    progress: bool | Progress = True,
 ) -> TrainedAdapters:
     """{task name: Adapter}, in the order of `tasks`; the loss is the mean over target tokens, the base stays as it is.
 

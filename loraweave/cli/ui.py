@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from loraweave.cli._flags import DEFAULT_HUB, HubOption
-from loraweave.cli._inputs import open_hub
+from loraweave.cli._flags import DEFAULT_HUB, BaseOption, HubOption
+from loraweave.cli._inputs import load_model, open_hub
 from loraweave.errors import PackageMissing
 
 UI_EXAMPLE = "Example: loraweave ui --hub adapters   (then open the address that it prints)"
@@ -15,6 +15,7 @@ UI_EXAMPLE = "Example: loraweave ui --hub adapters   (then open the address that
 
 def ui(
     hub: HubOption = DEFAULT_HUB,
+    base: BaseOption = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 chooses a free one.")] = 8001,
 ) -> None:
     """Look at a hub in a browser: search, maps, sliders, and which adapter counts where. Only this machine reaches it."""
@@ -26,5 +27,4 @@ def ui(
         ) from error
 
     with open_hub(hub) as opened:
-        server = make_ui_server(opened, port=port)
-        server.run()
+        make_ui_server(opened, lambda: load_model(base), port=port).run()

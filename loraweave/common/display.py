@@ -21,8 +21,13 @@ PATIENCE_S = 1.0
 Item = TypeVar("Item")
 
 
-def progress_bar(shown: bool, *, field: str = "") -> Progress:
-    """A bar with the task's description, count and time left, and the text of the task's `field`, if given."""
+def progress_bar(shown: bool | Progress, *, field: str = "") -> Progress:
+    """A bar with the task's description, count and time left, and the text of the task's `field`, if given.
+
+    A `Progress` is itself: whoever gives one shows it in a way of their own.
+    """
+    if isinstance(shown, Progress):
+        return shown
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     texts = [TextColumn(f"{{task.fields[{field}]}}")] if field else []
     return Progress(*columns, *texts, disable=not shown)

@@ -46,7 +46,7 @@ export async function send(path, body, signal = undefined) {
   return response.headers.get("content-type")?.startsWith("application/json") ? answer(response) : checked(response);
 }
 
-// what a long act tells as it goes on, one JSON document a line; leaving it (signal) ends the act
+// what a long act tells as it goes on, as server-sent events; leaving it (signal) ends the act
 export async function follow(path, body, signal, told) {
   const response = await checked(await reached(fetch(`/api/${path}`, posted(body, signal))));
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -54,10 +54,10 @@ export async function follow(path, body, signal, told) {
   for (;;) {
     const { done, value } = await reached(reader.read());
     if (done) break;
-    const lines = (rest + value).split("\n");
-    rest = lines.pop();
-    for (const line of lines) {
-      const event = JSON.parse(line);
+    const events = (rest + value).split("\n\n");
+    rest = events.pop();
+    for (const text of events) {
+      const event = JSON.parse(text.slice("data: ".length));
       if (event.error) throw new Error(event.error.message);
       told(event);
     }

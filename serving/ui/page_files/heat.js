@@ -55,6 +55,6 @@ export function oranges(most) {
 }
 
 // blue above 0, orange below
-export function bothWays(value) {
-  return value < 0 ? oranges(1)(-value) : blues(1)(value);
+export function bothWays(most) {
+  return (value) => (value < 0 ? oranges(most)(-value) : blues(most)(value));
 }

@@ -2,10 +2,12 @@
 
 import { adapterView } from "/adapter.js";
 import { adaptersView } from "/adapters.js";
+import { composeView } from "/compose.js";
 import { ask, failure } from "/dom.js";
 import { watchPicks } from "/picks.js";
+import { routeView } from "/route.js";
 
-const VIEWS = { "": [adaptersView, "Adapters"], adapter: [adapterView, "Adapter"] };
+const VIEWS = { "": [adaptersView, "Adapters"], adapter: [adapterView, "Adapter"], compose: [composeView, "Compose"], route: [routeView, "Route"] };
 const main = document.getElementById("main");
 let left = new AbortController();
 

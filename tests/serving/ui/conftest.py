@@ -19,9 +19,9 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @contextmanager
-def page_served(hub, **options):
+def page_served(hub, load, **options):
     """The address of the page, whose server ends with the block."""
-    server = make_ui_server(hub, port=0, log_level="critical", **options)
+    server = make_ui_server(hub, load, port=0, log_level="critical", **options)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -107,6 +107,6 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 
 
 @pytest.fixture(scope="module")
-def address(hub):
-    with page_served(hub) as found:
+def address(hub, tiny, tokenizer):
+    with page_served(hub, lambda: (tiny, tokenizer)) as found:
         yield found

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import http.client
+import io
 import json
+import zipfile
 from urllib.parse import quote, urlencode
 
 import numpy as np
@@ -14,8 +16,10 @@ import torch
 import loraweave as lw
 from loraweave.errors import CompositionError
 from loraweave.hub.embedders._embedder import embedder_of
+from loraweave.serving.ui.acts import Left
 from loraweave.serving.ui.app import make_ui_server
 from loraweave.serving.ui.overview import Snapshot, followed
+from loraweave.serving.ui.workbench import Found, Workbench
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 
@@ -62,7 +66,7 @@ def test_another_page_may_open_the_page_and_ask_nothing(ask, site):
 
 def test_only_loopback_is_an_address_for_it(hub):
     with pytest.raises(CompositionError, match=r"ssh -L 8001:127\.0\.0\.1:8001"):
-        make_ui_server(hub, host="0.0.0.0")
+        make_ui_server(hub, lw.load_base, host="0.0.0.0")
 
 
 @pytest.mark.parametrize("path", ["/../app.py", "/%2e%2e/app.py", "/..%2fapp.py", "/page_files"])
@@ -199,3 +203,184 @@ def test_what_cannot_be_asked_is_said_in_words(ask, path, fields, status, told):
 
 def test_a_name_is_never_a_path(ask):
     assert ask(f"/api/adapter?name={quote('../../etc/passwd')}")[0] == 404
+
+
+@pytest.fixture
+def send(ask):
+    """send(path, fields...): (status, what was told: the events of a long act, else the body)."""
+
+    def post(path, **fields):
+        status, text = ask(path, method="POST", body=json.dumps(fields), headers={"Content-Type": "application/json"})
+        if isinstance(text, str) and text.startswith("data: "):
+            return status, [json.loads(event.removeprefix("data: ")) for event in text.split("\n\n")[:-1]]
+        return status, text
+
+    return post
+
+
+BLOCKS = {"model.layers.0": 0.5, "model.layers.1": -1.0}
+PARTS = [{"name": "plural", "weight": 0.75, "blocks": BLOCKS}, {"name": "past", "weight": 0.25}]
+
+
+@pytest.fixture
+def weights():
+    """The weight of PARTS in a layer, written out."""
+    return lambda layer: {"plural": BLOCKS.get(layer[:14], 0.75), "past": 0.25}
+
+
+def test_both_answers_are_those_of_the_engine(send, hub, tiny, tokenizer, weights):
+    _, events = send("/api/answer", parts=PARTS, text="abc", max_new_tokens=9)
+    engine = lw.Composer(tiny, hub.pool(["plural", "past"]), tokenizer=tokenizer)
+    layers = {layer: weights(layer) for layer in engine.pool.layer_names}
+    mixture = lw.MixtureWeights.of_layers(layers, engine.pool.names)
+    for key, by_hand in (("base", {}), ("composition", mixture)):
+        said = "".join(event.get(key, "") for event in events)
+        assert [said] == engine.generate(["abc"], mixture=by_hand, max_new_tokens=9, do_sample=False)
+
+
+def test_an_instruction_makes_the_prompt_of_a_task(send, hub, tiny, tokenizer):
+    part = [{"name": "past", "weight": 1}]
+    _, events = send("/api/answer", parts=part, instruction="Do it.", text="abc", max_new_tokens=5)
+    engine = lw.Composer(tiny, hub.pool(["past"]), tokenizer=tokenizer)
+    prompt = lw.Task([], instruction="Do it.").prompt("abc")
+    said = "".join(event.get("composition", "") for event in events)
+    assert [said] == engine.generate([prompt], mixture={"past": 1.0}, max_new_tokens=5, do_sample=False)
+
+
+def test_interference_is_that_of_the_dense_updates(send, hub, weights):
+    _, found = send("/api/mixed", parts=PARTS)
+    left, right = hub["plural"].layers, hub["past"].layers
+    dense = {}
+    for name, layers in (("plural", left), ("past", right)):
+        for layer in {*left, *right}:
+            factors = layers.get(layer)
+            update = torch.zeros(()) if factors is None else (factors.b_OR.double() @ factors.a_RI.double())
+            dense[name, layer] = weights(layer)[name] * update
+    inner = sum(float((dense["plural", layer] * dense["past", layer]).sum()) for layer in {*left, *right})
+    norms = [sum(float((dense[name, layer] ** 2).sum()) for layer in {*left, *right}) ** 0.5 for name in ("plural", "past")]
+    assert found["norms"] == pytest.approx(norms, rel=1e-5)
+    assert found["cosines"][0][1] == pytest.approx(inner / norms[0] / norms[1], abs=1e-6)
+    conflict = found["conflict"]
+    for kind, row in zip(conflict["kinds"], conflict["values"], strict=True):
+        for block, value in zip(conflict["blocks"], row, strict=True):
+            if value is None:
+                continue
+            layer = block if kind == block else f"{block}.{kind}"
+            one, other = dense["plural", layer], dense["past", layer]
+            expected = float((one * other < 0).sum() / ((one != 0) | (other != 0)).sum().clamp(min=1))
+            assert value == pytest.approx(expected, abs=1e-3)
+    # no formula has weights by block
+    assert found["formula"] == ""
+    assert send("/api/mixed", parts=PARTS[1:])[1]["formula"] == "0.25*past"
+
+
+EXAMPLES = [["ab", "c"], ["bc", "d"], ["cd", "e"]]
+
+
+@pytest.mark.parametrize("per", ["adapter", "block"])
+def test_the_weights_found_are_those_of_compose(send, hub, tiny, tokenizer, per):
+    names = ["plural", "past"]
+    _, events = send("/api/find", names=names, examples=EXAMPLES, per=per, budget=8)
+    told, found = [event for event in events if "done" in event], events[-1]
+    assert told[-1]["done"] > told[0]["done"]
+    pool = hub.pool(names)
+    blocks = {block: [layer for layer in pool.layer_names if layer.startswith(block)] for block in (*BLOCKS, "lm_head")}
+    options = {"by_layer": False} if per == "adapter" else {"groups": {key: value for key, value in blocks.items() if value}}
+    task = lw.Task([tuple(pair) for pair in EXAMPLES])
+    expected = lw.compose(tiny, tokenizer, pool, task, method="gradient", budget=8, folds=0, progress=False, **options)
+    for part in found["parts"]:
+        assert part["weight"] == pytest.approx(expected.all_weights[part["name"]], abs=1e-6)
+        for block, weight in part["blocks"].items():
+            layer = blocks[block][0]
+            assert weight == pytest.approx(expected.by_layer[layer].get(part["name"], 0.0), abs=1e-6)
+    assert bool(found["parts"][0]["blocks"]) == (per == "block")
+    assert {row["name"]: row["loss"] for row in found["rows"]}["base"] == pytest.approx(expected.report["base"].loss)
+
+
+def test_a_search_ends_where_nobody_listens(hub, tiny, tokenizer):
+    heard = []
+
+    def tell(event):
+        heard.append(event)
+        if event.get("done", 0) >= 4:
+            raise Left
+
+    asked = Found(names=["plural", "past"], examples=[("ab", "c"), ("bc", "d")], budget=400)
+    with pytest.raises(Left):
+        Workbench(hub, lambda: (tiny, tokenizer)).find(asked, tell)
+    assert heard[-1]["done"] < 10
+    # and the model is free
+    engine = lw.Composer(tiny, hub.pool(["past"]), tokenizer=tokenizer)
+    with engine.activate({"past": 1.0}):
+        pass
+
+
+def test_a_mixture_is_kept_as_a_formula_and_one_by_block_as_a_composition(send, hub, tiny, tokenizer, weights):
+    plain = [{"name": "plural", "weight": 0.5}, {"name": "past", "weight": -0.25}]
+    _, events = send("/api/save", parts=plain, name="mixed")
+    assert events[-1]["formula"] == "@mixed"
+    assert hub.composition("mixed").formula == "0.5*plural - 0.25*past"
+    # the licenses are Apache-2.0 and MIT, which go together
+    _, events = send("/api/save", parts=PARTS, name="by block")
+    with hub.composition("by block").unpacked() as folder:
+        merged = lw.Composition.from_pretrained(folder, tiny, tokenizer).adapter
+    for layer, factors in merged.layers.items():
+        parts = [(weight, hub[name].layers.get(layer)) for name, weight in weights(layer).items()]
+        expected = sum(weight * part.b_OR @ part.a_RI for weight, part in parts if part is not None)
+        torch.testing.assert_close(factors.b_OR @ factors.a_RI, expected)
+    _, events = send("/api/save", parts=plain[:1], name="mixed")
+    assert "another composition" in events[-1]["error"]["message"]
+
+
+def test_an_export_is_a_zip_of_what_the_library_writes(address, hub, tmp_path):
+    body = json.dumps({"parts": [{"name": "past", "weight": 1.0}], "target": "peft"})
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+    connection.request("POST", "/api/export", body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    data = answer.read()
+    connection.close()
+    assert answer.status == 200
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        archive.extractall(tmp_path / "export")
+    read = lw.Adapter.from_pretrained(tmp_path / "export")
+    for layer, factors in hub["past"].layers.items():
+        torch.testing.assert_close(read.delta(layer), factors.b_OR @ factors.a_RI)
+
+
+def test_the_shares_of_a_router_are_those_of_explain(send, ask, hub, tiny, tokenizer):
+    names = ["plural", "past", "capital"]
+    _, events = send("/api/route", names=names, router="arrow", text="abc abd")
+    engine = lw.Composer(tiny, hub.pool(names), tokenizer=tokenizer)
+    expected = engine.explain("abc abd", lw.router("arrow", engine.bound_pool)).total.share_E
+    assert [each["share"] for each in events[-1]["shares"]] == pytest.approx(expected.tolist())
+    status, page = ask(f"/explanation/{events[-1]['page']}")
+    assert (status, "Which expert counts where" in page) == (200, True)
+    assert "frame-ancestors 'self'" in ask.headers["Content-Security-Policy"]
+    assert ask("/explanation/none")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "told"),
+    [
+        ("/api/answer", {"parts": [{"name": "nobody", "weight": 1}], "text": "a"}, "no adapter 'nobody'"),
+        ("/api/save", {"parts": [{"name": "past", "weight": 0}], "name": "x"}, "all weights are zero"),
+        ("/api/find", {"names": ["plural", "past"], "examples": [["", ""]]}, "example 1"),
+        ("/api/route", {"names": ["plural"], "router": "arow", "text": "a"}, "did you mean 'arrow'"),
+    ],
+)
+def test_a_failure_of_a_long_act_is_told_as_its_last_event(send, path, fields, told):
+    _, events = send(path, **fields)
+    assert told in events[-1]["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "parts", [[], PARTS * 2, [{"name": "past", "weight": 1e9}], [{"name": f"a{n}", "weight": 1} for n in range(9)]]
+)
+def test_a_mixture_that_cannot_be_meant_is_refused(send, parts):
+    assert send("/api/mixed", parts=parts)[0] == 400
+
+
+def test_a_question_that_changes_something_is_json_alone(ask):
+    for path in ("save", "answer", "find", "route", "export", "mixed"):
+        assert ask(f"/api/{path}", method="POST", body="{}", headers={"Content-Type": "text/plain"})[0] == 415
+        assert ask(f"/api/{path}")[0] in (404, 405)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
+import zipfile
 
 import pytest
+from server_clients import gate_before
 
+import loraweave as lw
 from loraweave.errors import LoraweaveError
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -125,7 +130,7 @@ CONTRAST = """selector => {
         throw new Error("the page has no background");
     };
     const seen = [...document.querySelectorAll(selector)].filter(
-        (each) => each.offsetParent && each.textContent.trim() && !each.matches(".unseen, .heat td"));
+        (each) => each.offsetParent && each.textContent.trim() && !each.matches(".unseen, .heat td, .cosines td"));
     return Math.min(...seen.map((each) => {
         const [one, other] = [luminance(numbers(getComputedStyle(each).color)), luminance(behind(each))];
         return (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
@@ -141,22 +146,43 @@ def contrast(page, selector):
 TEXT = "p, a, th, td, button, dt, dd, h1, h2, h3, span, li, label, select, code, pre, input"
 
 
+@pytest.fixture
+def look_with(look):
+    """look_with(address, names, ...): the page where these adapters are picked."""
+
+    def open_page(address, names, **options):
+        page = look(address, **options)
+        page.evaluate("names => sessionStorage.setItem('loraweave.picks', JSON.stringify(names))", list(names))
+        page.reload()
+        return page
+
+    return open_page
+
+
+VIEWS = {
+    "#/?q=plural": ".evidence",
+    "#/adapter?name=inflected": "ol.alike >> nth=1",
+    "#/compose": "table.heat",
+    "#/route": ".tray",
+}
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 360])
-def test_every_view_fits_and_can_be_read(look, address, scheme, width):
-    for view in ("#/?q=plural", "#/adapter?name=inflected"):
-        page = look(f"{address}/{view}", width=width, scheme=scheme)
-        page.wait_for_selector("ol.alike >> nth=1" if "adapter" in view else ".evidence")
+def test_every_view_fits_and_can_be_read(look_with, address, scheme, width):
+    for view, there in VIEWS.items():
+        page = look_with(f"{address}/{view}", ["plural", "past"], width=width, scheme=scheme)
+        page.wait_for_selector(there)
         assert no_sideways_scrolling(page), view
         assert contrast(page, TEXT) >= 4.5, view
         dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(23, 25, 28)"
         assert dark == (scheme == "dark")
 
 
-def test_every_control_has_a_name(look, address):
-    for view in ("#/", "#/adapter?name=plural"):
-        page = look(f"{address}/{view}")
-        page.wait_for_load_state("networkidle")
+def test_every_control_has_a_name(look_with, address):
+    for view, there in VIEWS.items():
+        page = look_with(f"{address}/{view}", ["plural", "past"])
+        page.wait_for_selector(there)
         tree = page.locator("body").aria_snapshot()
         assert (
             re.findall(r"- (?:button|link|textbox|combobox|checkbox|slider|searchbox)(?: *\[.*\])?:?$", tree, re.MULTILINE)
@@ -181,3 +207,162 @@ def test_an_error_is_shown_where_it_happens(look, address, hub, monkeypatch):
     monkeypatch.undo()
     page.get_by_role("searchbox").fill("plural ")
     page.wait_for_selector(".results .evidence")
+
+
+def answers_of(page):
+    """The answers of base and composition, once both are there."""
+    page.wait_for_function("document.querySelector('.side + p').textContent.match(/^(Both say the same.)?$/)")
+    return page.locator(".answer").all_text_contents()
+
+
+def test_both_answers_follow_the_sliders(look_with, address, hub, tiny, tokenizer):
+    page = look_with(f"{address}/#/compose", ["plural", "past"])
+    page.get_by_label("Instruction").fill("")
+    page.get_by_label("Input", exact=True).fill("abc")
+    page.get_by_label("Tokens at most").fill("6")
+    engine = lw.Composer(tiny, hub.pool(["plural", "past"]), tokenizer=tokenizer)
+
+    def said(mixture):
+        (text,) = engine.generate(["abc"], mixture=mixture, max_new_tokens=6, do_sample=False)
+        return text.lstrip()
+
+    slider = page.get_by_label("Weight of plural", exact=True)
+    slider.focus()
+    page.keyboard.press("End")
+    page.get_by_text("0.5*past + 1.5*plural").wait_for()
+    page.wait_for_timeout(300)
+    assert answers_of(page) == [said(None), said({"plural": 1.5, "past": 0.5})]
+    page.keyboard.press("ArrowLeft")
+    page.get_by_text("0.5*past + 1.49*plural").wait_for()
+    page.get_by_role("button", name="All zero").click()
+    page.get_by_text("Both say the same.").wait_for()
+
+
+def test_a_slider_for_each_block(look_with, address):
+    page = look_with(f"{address}/#/compose", ["plural", "past"])
+    page.get_by_text("Blocks").first.click()
+    page.get_by_label("Weight of plural in model.layers.1").fill("1.25")
+    page.get_by_text("differs by block").wait_for()
+    # of two blocks and the head, the mean
+    expected = (0.5 + 1.25 + 0.5) / 3 if page.get_by_label("Weight of plural in lm_head").count() else (0.5 + 1.25) / 2
+    assert float(page.get_by_label("Exact weight of plural").input_value()) == pytest.approx(expected, abs=1e-3)
+    page.get_by_text("no formula has them").wait_for()
+    # it stays when the page is loaded again
+    page.reload()
+    page.get_by_text("differs by block").wait_for()
+    page.get_by_role("button", name="Equal shares").click()
+    page.get_by_text("0.5*past + 0.5*plural").wait_for()
+
+
+def test_the_map_of_interference_is_read_by_keyboard(look_with, address):
+    page = look_with(f"{address}/#/compose", ["plural", "past"])
+    page.wait_for_selector("table.heat")
+    page.locator("table.heat").focus()
+    page.keyboard.press("ArrowRight")
+    # what is no block's own stands first
+    assert re.fullmatch(r"lm_head: signs conflict in \d+ % of the entries", page.locator(".told").text_content())
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    assert re.fullmatch(r"model\.layers\.0\.\S+: signs conflict in \d+ % .*", page.locator(".told").text_content())
+    page.get_by_label("Show").select_option(label="norm of past")
+    page.locator("table.heat").focus()
+    page.keyboard.press("ArrowRight")
+    assert re.search(": (norm [0-9.]+|not updated)$", page.locator(".told").text_content())
+
+
+def fill_examples(page, rows):
+    for number, (given, wanted) in enumerate(rows, start=1):
+        page.get_by_label(f"Input {number}").fill(given)
+        page.get_by_label(f"Output {number}").fill(wanted)
+
+
+def test_weights_are_found_from_examples_and_the_sliders_go_there(look_with, address):
+    page = look_with(f"{address}/#/compose", ["plural", "past"])
+    page.get_by_role("button", name="Find weights").click()
+    page.get_by_text("There is no example yet").wait_for()
+    fill_examples(page, [("ab", "c"), ("bc", "d")])
+    before = page.get_by_label("Exact weight of plural").input_value()
+    page.get_by_role("button", name="Find weights").click()
+    page.get_by_text("The sliders are where the search ended").wait_for()
+    assert page.locator("tr.chosen").text_content().startswith("gradient")
+    assert page.get_by_label("Exact weight of plural").input_value() != before
+
+
+def test_a_search_is_stopped_and_the_weights_stay(look_with, address, tiny):
+    page = look_with(f"{address}/#/compose", ["plural", "past"])
+    answers_of(page)
+    with gate_before(tiny) as gate:
+        fill_examples(page, [("ab", "c"), ("bc", "d")])
+        page.get_by_role("button", name="Find weights").click()
+        assert gate.reached.wait(30)
+        # the keyboard is where it can stop what goes on
+        assert page.evaluate("document.activeElement.textContent") == "Stop"
+        page.keyboard.press("Enter")
+        page.get_by_text("Stopped; the weights are as they were.").wait_for()
+    assert page.get_by_label("Exact weight of plural").input_value() == "0.5"
+    page.get_by_role("button", name="All one").click()
+    page.get_by_text("past + plural").wait_for()
+    answers_of(page)
+
+
+def test_two_columns_are_pasted_as_rows(look_with, address):
+    page = look_with(f"{address}/#/compose", ["plural", "past"])
+    page.get_by_label("Input 1").focus()
+    page.evaluate(
+        """() => {
+            const clipboardData = new DataTransfer();
+            clipboardData.setData("text", "cat\\tcats\\nbox\\tboxes");
+            document.activeElement.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true }));
+        }"""
+    )
+    rows = [box.input_value() for box in page.locator("table.examples input").all()]
+    assert rows[:2] == ["cat", "cats"]
+    assert rows[-2:] == ["box", "boxes"]
+
+
+def test_a_mixture_is_saved_and_downloaded(look_with, address, hub):
+    page = look_with(f"{address}/#/compose", ["plural", "past"])
+    page.get_by_label("Name in the hub").fill("from the page")
+    page.get_by_role("button", name="Save").click()
+    page.get_by_text("@'from the page'").wait_for()
+    assert hub.composition("from the page").formula == "0.5*past + 0.5*plural"
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download").click()
+    assert download.value.suggested_filename == "peft.zip"
+    with zipfile.ZipFile(io.BytesIO(download.value.path().read_bytes())) as archive:
+        assert json.loads(archive.read("adapter_config.json"))["peft_type"] == "LORA"
+    page.get_by_label("Weight of past", exact=True).fill("1")
+    page.get_by_role("button", name="Save").click()
+    alert = page.locator("[role=alert]")
+    alert.wait_for()
+    assert "another composition" in alert.text_content()
+
+
+def test_a_router_shows_which_adapter_counts_for_which_token(look_with, address):
+    page = look_with(f"{address}/#/route", ["plural", "past", "capital"])
+    page.get_by_label("Text").fill("abc abd")
+    page.get_by_role("button", name="Show the weights").click()
+    page.wait_for_selector(".shares li >> nth=2")
+    frame = page.frame_locator("iframe")
+    frame.locator(".token").first.wait_for()
+    assert frame.locator(".token bdi").all_text_contents()[-7:] == list("abc abd")
+    frame.locator("#cells").focus()
+    page.keyboard.press("ArrowRight")
+    frame.get_by_text("Token 1").wait_for()
+    # the frame is as high as what it shows
+    high = "(frame) => frame.clientHeight >= frame.contentDocument.documentElement.scrollHeight"
+    page.wait_for_function(f"({high})(document.querySelector('iframe'))")
+
+
+def test_an_adapter_is_added_by_its_name_and_taken_out(look_with, address):
+    page = look_with(f"{address}/#/compose", ["plural"])
+    page.get_by_label("Add an adapter").fill("nobody")
+    page.get_by_role("button", name="Add", exact=True).click()
+    page.get_by_text("no adapter 'nobody'").wait_for()
+    page.get_by_label("Add an adapter").fill("past")
+    page.keyboard.press("Enter")
+    page.get_by_label("Weight of past", exact=True).wait_for()
+    page.get_by_role("button", name="Take past out").click()
+    page.get_by_label("Weight of past", exact=True).wait_for(state="detached")
+    page.get_by_role("button", name="Take plural out").click()
+    page.get_by_text("No adapter is picked yet.").wait_for()

@@ -1,0 +1,308 @@
+"""What is tried on the base model: mixtures by sliders, weights found from examples, and a router's view of a text.
+
+The model is loaded when it is first needed and belongs to one thread. Numbers are those of the library's public calls.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any, Literal, Self
+from uuid import uuid4
+
+import torch
+from pydantic import Field, model_validator
+
+import loraweave.registry as registry
+from loraweave.composer.compose.compose import compose
+from loraweave.composer.compose.composition import Composition
+from loraweave.composer.compose.report import Report
+from loraweave.composer.composer import Composer
+from loraweave.composer.explain.page import page
+from loraweave.composer.explain.shown import block_and_kind
+from loraweave.composer.formula.formula import parse
+from loraweave.composer.formula.nodes import Named, Stored
+from loraweave.composer.merge.interference import interference
+from loraweave.errors import AdapterNotFound, WeightingError
+from loraweave.hub.hub import Hub
+from loraweave.hub.merge_report import LayerReport, MergeReport, by_number
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._router import TokenRouter
+from loraweave.routers.tokens._saved import router, router_class, router_names
+from loraweave.routers.weights import MixtureWeights
+from loraweave.serving.ui.acts import Tell, ToldProgress
+from loraweave.serving.ui.catalogue import Name, Query, grid
+from loraweave.types import Task
+
+MAX_PICKED = 8
+# explanations that stay to be looked at
+MAX_KEPT = 8
+Text = Annotated[str, Field(max_length=20_000)]
+Finite = Annotated[float, Field(allow_inf_nan=False, ge=-100, le=100)]
+
+
+class Part(Query):
+    """An adapter's weight, and its weights in blocks where these differ from it."""
+
+    name: Name
+    weight: Finite
+    blocks: dict[str, Finite] = Field(default_factory=dict)
+
+    def weight_in(self, layer: str) -> float:
+        return self.blocks.get(block_and_kind(layer)[0], self.weight)
+
+
+class Picked(Query):
+    names: Annotated[list[Name], Field(min_length=1, max_length=MAX_PICKED)]
+
+
+class Mixed(Query):
+    """A mixture as the sliders stand."""
+
+    parts: Annotated[list[Part], Field(min_length=1, max_length=MAX_PICKED)]
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if len(set(self.names)) < len(self.parts):
+            raise ValueError("an adapter is there twice; give each once")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        return [part.name for part in self.parts]
+
+    @property
+    def by_block(self) -> bool:
+        return any(part.blocks for part in self.parts)
+
+    @property
+    def formula(self) -> str:
+        """The mixture as a formula; of weights by block, which no formula has, empty."""
+        return "" if self.by_block else str(parse(" + ".join(f"{part.weight!r}*{Named(part.name)}" for part in self.parts)))
+
+    def require_some(self) -> None:
+        """WeightingError where all weights are zero."""
+        if not any(part.weight or any(part.blocks.values()) for part in self.parts):
+            raise WeightingError("all weights are zero, which is the base model: move a slider first")
+
+    def by_layer(self, layers: Sequence[str]) -> dict[str, dict[str, float]]:
+        return {layer: {part.name: part.weight_in(layer) for part in self.parts} for layer in layers}
+
+
+class Asked(Query):
+    instruction: Text = ""
+    text: Text
+    max_new_tokens: Annotated[int, Field(ge=1, le=512)] = 40
+
+    @property
+    def prompt(self) -> str:
+        """As a task's prompts are where there is an instruction; else the text as it is."""
+        return Task([], instruction=self.instruction).prompt(self.text) if self.instruction.strip() else self.text
+
+
+class Answered(Mixed, Asked):
+    pass
+
+
+class Found(Picked):
+    instruction: Text = ""
+    examples: Annotated[list[tuple[Text, Text]], Field(min_length=1, max_length=200)]
+    per: Literal["adapter", "block"] = "adapter"
+    budget: Annotated[int, Field(ge=4, le=400)] = 40
+    held_out: bool = False
+
+
+class Kept(Mixed):
+    instruction: Text = ""
+    allow_licenses: bool = False
+
+
+class Saved(Kept):
+    name: Name
+    replace: bool = False
+
+
+class Exported(Kept):
+    target: str = "peft"
+
+
+class Routed(Asked):
+    names: list[Name] = Field(default_factory=list, max_length=MAX_PICKED)
+    router: str = "arrow"
+    max_new_tokens: Annotated[int, Field(ge=0, le=512)] = 0
+
+
+class Workbench:
+    """One hub, one base. `load` gives (model, tokenizer); all but `picked`, `mixed` and `explanation` is for one thread."""
+
+    def __init__(self, hub: Hub, load: Callable[[], tuple[Any, Any]]) -> None:
+        self._hub = hub
+        self._load = load
+        self._loaded: tuple[Any, Any] | None = None
+        self._engine: Composer | None = None
+        self._engine_of: tuple[tuple[str, str], ...] = ()
+        self._pages: OrderedDict[str, str] = OrderedDict()
+
+    def choices(self) -> dict[str, Any]:
+        """Names that a page lets choose from: targets of exports, and routers that need no training and no data."""
+        kinds = {name: router_class(name) for name in router_names()}
+        ready = [name for name, kind in kinds.items() if not kind.learned and kind.fit is TokenRouter.fit]
+        return {"targets": registry.names("targets"), "routers": ready}
+
+    def picked(self, asked: Picked) -> dict[str, Any]:
+        """What the sliders need to know of adapters: their blocks, and a text to try them on."""
+        pool = self._hub.pool(asked.names)
+        records = [self._hub.record(name) for name in asked.names]
+        first = next((record for record in records if record.examples), records[0])
+        return {
+            "blocks": sorted({block_and_kind(layer)[0] for layer in pool.layer_names}, key=by_number),
+            "instruction": first.description,
+            "text": first.examples[0] if first.examples else "",
+            "licenses": {record.name: record.license or "" for record in records},
+        }
+
+    def mixed(self, asked: Mixed) -> dict[str, Any]:
+        """How far the weighted updates pull the same way; no model is needed."""
+        pool = self._hub.pool(asked.names)
+        layers = {}
+        for layer, weights in asked.by_layer(pool.layer_names).items():
+            seen = interference([pool[name].layers.get(layer) for name in pool.names], list(weights.values()))
+            layers[layer] = LayerReport(0, 0, 0.0, seen.norms, seen.cosines, seen.sign_conflict)
+        report = MergeReport("linear", pool.names, tuple(part.weight for part in asked.parts), layers)
+        return {
+            "names": list(pool.names),
+            "cosines": report.cosines(),
+            "norms": [sum(row.norms[at] ** 2 for row in layers.values()) ** 0.5 for at in range(len(pool))],
+            "conflict": grid({layer: row.sign_conflict for layer, row in layers.items()}),
+            "agreement": grid({layer: fmean(row.cosines) for layer, row in layers.items() if row.cosines}),
+            "shares": [grid({layer: row.norms[at] for layer, row in layers.items()}) for at in range(len(pool))],
+            "formula": asked.formula,
+        }
+
+    def answer(self, asked: Answered, tell: Tell) -> None:
+        """Tells pieces of two answers to one prompt, in one batch: the base's and the mixture's."""
+        engine = self._composer(asked.names, tell)
+        experts, layers = engine.pool.names, engine.pool.layer_names
+        rows = MixtureWeights.of_layers(asked.by_layer(layers), experts).values_BTLE
+        mixture = MixtureWeights(torch.cat([torch.zeros_like(rows), rows]), experts, layers)
+        stream = engine.stream([asked.prompt] * 2, mixture=mixture, max_new_tokens=asked.max_new_tokens, do_sample=False)
+        # closed where nobody listens any longer, which ends the generation at its next token
+        with closing(stream) as pieces:  # type: ignore[type-var]
+            for base, composition in pieces:
+                tell({"base": base, "composition": composition})
+
+    def find(self, asked: Found, tell: Tell) -> None:
+        """Tells how far a search of weights is, and then the weights and what was compared."""
+        engine = self._composer(asked.names, tell)
+        options: dict[str, Any] = {"by_layer": False}
+        if asked.per == "block":
+            groups: dict[str, list[str]] = {}
+            for layer in engine.pool.layer_names:
+                groups.setdefault(block_and_kind(layer)[0], []).append(layer)
+            options = {"groups": groups}
+        found = compose(
+            engine.model,
+            engine.tokenizer,
+            engine.pool,
+            Task(asked.examples, instruction=asked.instruction),
+            method="gradient" if len(engine.pool) > 1 else "grid",
+            budget=asked.budget,
+            folds=3 if asked.held_out else 0,
+            # weights are only looked at: what is saved or exported asks again
+            allow_licenses=True,
+            progress=ToldProgress(tell),
+            **(options if len(engine.pool) > 1 else {}),
+        )
+        rows = [
+            {
+                "name": row.name,
+                "loss": row.loss,
+                "held_out_loss": row.held_out_loss,
+                "chosen": row.name == found.report.chosen,
+            }
+            for row in found.report.rows
+        ]
+        parts = [_part(name, found.all_weights, found.by_layer) for name in engine.pool.names]
+        tell({"parts": parts, "rows": rows, "reason": found.report.reason})
+
+    def save(self, asked: Saved, tell: Tell) -> None:
+        """Keeps the mixture in the hub: as a formula, or with weights by block as a composition."""
+        asked.require_some()
+        kept = parse(asked.formula) if asked.formula else self._composition(asked, tell)
+        stored = self._hub.save_composition(asked.name, kept, replace=asked.replace)
+        tell({"name": stored.name, "hash": stored.hash, "formula": str(Stored(stored.name))})
+
+    def export(self, asked: Exported) -> Path:
+        """A zip of the mixture as one adapter for a program, in a temporary file that is the caller's to delete."""
+        composition = self._composition(asked)
+        with tempfile.TemporaryDirectory(prefix="loraweave-") as temporary:
+            folder = Path(temporary) / "export"
+            composition.export(folder, target=asked.target)
+            place = Path(tempfile.mkstemp(prefix="loraweave-", suffix=".zip")[1])
+            with zipfile.ZipFile(place, "w") as archive:
+                for path in sorted(folder.rglob("*")):
+                    archive.write(path, path.relative_to(folder))
+        return place
+
+    def route(self, asked: Routed, tell: Tell) -> None:
+        """Tells the number of a page that shows which adapter counts for which token, to be asked from `explanation`."""
+        names = asked.names or [hit.name for hit in self._hub.search(asked.prompt, k=MAX_PICKED)]
+        engine = self._composer(names, tell)
+        made = router(asked.router, engine.bound_pool)
+        found = engine.explain(asked.prompt, made, max_new_tokens=asked.max_new_tokens)
+        number = uuid4().hex
+        self._pages[number] = page(found, f"{asked.router} over {', '.join(names)}")
+        while len(self._pages) > MAX_KEPT:
+            self._pages.popitem(last=False)
+        total = found.total
+        shares = [{"name": name, "share": float(share)} for name, share in zip(found.experts, total.share_E, strict=True)]
+        tell({"page": number, "shares": shares, "entropy": total.entropy})
+
+    def explanation(self, number: str) -> str:
+        """The page of that number. AdapterNotFound for one that is not there any more."""
+        try:
+            return self._pages[number]
+        except KeyError:
+            raise AdapterNotFound(f"the page {number!r:.40} is gone: only the last {MAX_KEPT} stay; ask again") from None
+
+    def _composer(self, names: Sequence[str], tell: Tell = lambda event: None) -> Composer:
+        """The engine of these adapters as they are now; the last one is kept."""
+        if self._loaded is None:
+            tell({"what": "Loading the base model"})
+            self._loaded = self._load()
+        wanted = tuple((name, self._hub.record(name).hash) for name in names)
+        if self._engine is None or wanted != self._engine_of:
+            tell({"what": "Reading the adapters"})
+            model, tokenizer = self._loaded
+            # under the names of the hub, whatever files call them
+            self._engine = Composer(model, ExpertPool({n: self._hub[n] for n in names}), tokenizer=tokenizer)
+            self._engine_of = wanted
+        return self._engine
+
+    def _composition(self, asked: Kept, tell: Tell = lambda event: None) -> Composition:
+        asked.require_some()
+        engine = self._composer(asked.names, tell)
+        by_layer = asked.by_layer(engine.pool.layer_names)
+        mixture = MixtureWeights.of_layers(by_layer, engine.pool.names)
+        return Composition(
+            engine.model,
+            engine.tokenizer,
+            Task([], instruction=asked.instruction),
+            engine.pool,
+            mixture.means(),
+            "linear",
+            Report((), "manual", "weights chosen by hand", (), 0.0, 0),
+            by_layer=by_layer if asked.by_block else None,
+            allow_licenses=asked.allow_licenses,
+        )
+
+
+def _part(name: str, weights: Mapping[str, float], by_layer: Mapping[str, Mapping[str, float]] | None) -> dict[str, Any]:
+    """What the sliders of an adapter are set to."""
+    blocks = {block_and_kind(layer)[0]: float(row.get(name, 0.0)) for layer, row in (by_layer or {}).items()}
+    return {"name": name, "weight": float(weights.get(name, 0.0)), "blocks": blocks}
