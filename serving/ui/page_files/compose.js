@@ -132,6 +132,7 @@ function tryOut({ mixture, about, signal }) {
     const own = asking.signal;
     if (!text.value) {
       state.replaceChildren("Write an input to see what both say.");
+      both.removeAttribute("aria-busy");
       return;
     }
     state.replaceChildren("Waiting for the model …");
@@ -154,13 +155,20 @@ function tryOut({ mixture, about, signal }) {
       const same = said.base.textContent === said.composition.textContent;
       state.replaceChildren(same ? "Both say the same." : "");
     });
+    if (!own.aborted) both.removeAttribute("aria-busy");
   };
-  const later = debounced(200, ask_);
+  const both = h("div", { class: "side", "aria-busy": "true" }, h("div", {}, h("h3", {}, "Base model"), said.base), h("div", {}, h("h3", {}, "Composition"), said.composition));
+  const soon = debounced(200, ask_);
+  const later = () => {
+    // what is there is of other weights
+    both.setAttribute("aria-busy", "true");
+    soon();
+  };
   mixture.watching.push(later);
   [instruction, text, tokens].forEach((control) => control.addEventListener("input", later));
   const place = h("section", { class: "card second" }, h("h2", {}, "Both answers"),
     h("div", { class: "asked" }, labelled("Instruction (empty: the input is the whole prompt)", instruction), labelled("Input", text), labelled("Tokens at most", tokens, { class: "short" })),
-    h("div", { class: "side" }, h("div", {}, h("h3", {}, "Base model"), said.base), h("div", {}, h("h3", {}, "Composition"), said.composition)), state);
+    both, state);
   return { place, task: { instruction, text } };
 }
 
