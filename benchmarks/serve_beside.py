@@ -29,11 +29,11 @@ import loraweave as lw
 from benchmarks._models import base_model
 from benchmarks._run import Run, Table, console
 from benchmarks._served import Served, llama_cpp, serving, vllm
-from benchmarks._timing import ratios
+from benchmarks._timing import Gate, ratios, require
 
 app = typer.Typer()
 
-ROWS, NUM_TOKENS, NUM_WORDS, NUM_MIXED = 8, 32, 24, 4
+ROWS, NUM_TOKENS, NUM_WORDS, NUM_MIXED = 8, 24, 12, 4
 BASE = "base"
 WAYS = {"adapters": "eight adapters", "mixtures": "eight mixtures of four"}
 
@@ -43,28 +43,23 @@ Mixture = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Engine:
-    """A server, and how a request under a mixture is written; None where it cannot be."""
+    """A server, how a request under a mixture is written, and whether it may be of several adapters."""
 
     served: Served
-    asks: Callable[[Mixture], dict[str, Any] | None]
+    asks: Callable[[Mixture], dict[str, Any]]
+    mixes: bool = True
 
-    def bodies(self, mixtures: list[Mixture], generator: random.Random) -> list[dict[str, Any]]:
-        """A request under each mixture, with a new prompt; none where the engine has no mixtures."""
-        found = []
-        for mixture in mixtures:
-            prompt = " ".join(f"{generator.randrange(1000):03d}" for _ in range(NUM_WORDS))
-            if (asked := self.asks(mixture)) is None:
-                return []
-            found.append({"prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, **asked})
-        return found
-
-    def seconds(self, threads: ThreadPoolExecutor, bodies: list[dict[str, Any]]) -> float:
-        """Processor time for the answers to requests that are sent at once. RuntimeError for a refusal."""
+    def ask(self, threads: ThreadPoolExecutor, mixtures: list[Mixture], prompts: list[str]) -> tuple[float, list[str]]:
+        """Processor time of one answer under each mixture, asked at once, and their texts. RuntimeError for a refusal."""
+        fixed = {"max_tokens": NUM_TOKENS, "temperature": 0}
+        bodies = [{"prompt": prompt, **fixed, **self.asks(each)} for each, prompt in zip(mixtures, prompts, strict=True)]
         before = self.served.cpu_seconds()
-        for status, body in threads.map(lambda body: self.served.post("/v1/completions", body), bodies):
+        answers = list(threads.map(lambda body: self.served.post("/v1/completions", body), bodies))
+        seconds = self.served.cpu_seconds() - before
+        for status, body in answers:
             if status != 200 or body["usage"]["completion_tokens"] != NUM_TOKENS:
                 raise RuntimeError(f"{status}: {str(body)[:500]}")
-        return self.served.cpu_seconds() - before
+        return seconds, [body["choices"][0]["text"] for _, body in answers]
 
 
 @app.command()
@@ -80,18 +75,26 @@ def main(
     drawn = [sorted(generator.sample(names, NUM_MIXED)) for _ in names]
     mixtures: list[Mixture] = [{name: round(generator.uniform(0.1, 0.6), 2) for name in each} for each in drawn]
     rows: dict[str, list[Mixture]] = {"base": [{}] * ROWS, "adapters": [{name: 1.0} for name in names], "mixtures": mixtures}
+    inputs = [str(row["input"]) for task in run.entries() for row in run.rows(task) if "input" in row]
+    words = " ".join(inputs).split()
     taken: dict[str, dict[str, list[float]]] = {engine: {way: [] for way in rows} for engine in engines.split(",")}
-    busy = []
-    rounds = run.rounds or 12
+    busy, rounds = [], run.rounds or 12
+
+    def prompts() -> list[str]:
+        return [f"Input: {' '.join(generator.choices(words, k=NUM_WORDS))}\nOutput:" for _ in range(ROWS)]
+
     with ThreadPoolExecutor(ROWS) as threads, running(run, names, list(taken), gguf) as servers:
-        # the first loads and warms up
-        for number in track(range(rounds + 1), "rounds", console=console, disable=not console.is_terminal):
+        for name, server in servers.items():
+            same = prompts()
+            told = [server.ask(threads, rows[way], same)[1] for way in rows if server.mixes or way != "mixtures"]
+            for way, texts in zip(WAYS, told[1:], strict=False):
+                differing = sum(text != other for text, other in zip(texts, told[0], strict=True))
+                require([Gate(f"{name}, {WAYS[way]}: answers equal to the base's, of {ROWS}", ROWS - differing, ROWS / 2)])
+        for number in track(range(rounds), "rounds", console=console, disable=not console.is_terminal):
             busy.append(os.getloadavg()[0])
             for name in turned(list(servers), number):
-                for way in turned(list(rows), number):
-                    if bodies := servers[name].bodies(rows[way], generator):
-                        seconds = servers[name].seconds(threads, bodies)
-                        taken[name][way] += [seconds] if number else []
+                for way in turned([way for way in rows if servers[name].mixes or way != "mixtures"], number):
+                    taken[name][way].append(servers[name].ask(threads, rows[way], prompts())[0])
     load = f"load {min(busy):.1f} to {max(busy):.1f}"
     title = f"{ROWS} answers of {NUM_TOKENS} tokens at once, {rounds} rounds, processor time of one thread, {load}"
     table = Table(title, ("engine", "seconds for the base", *(cell for way in WAYS for cell in (WAYS[way], "25-75 %"))))
@@ -136,7 +139,7 @@ def running(run: Run, names: list[str], engines: list[str], gguf: Path | None) -
                         "name a Python with vLLM in $LORAWEAVE_ENGINE_VLLM, or leave it out of --engines"
                     )
                 served = stack.enter_context(vllm(python, root / "base", folders, slots=ROWS, max_rank=8))
-                found[engine] = Engine(served, in_vllm)
+                found[engine] = Engine(served, in_vllm, mixes=False)
             elif engine == "llama":
                 written = [root / "gguf" / name / "adapter.gguf" for name in names]
                 for folder, path in zip(folders.values(), written, strict=True):
@@ -152,10 +155,8 @@ def ours(mixture: Mixture) -> dict[str, Any]:
     return {"model": " + ".join(f"{weight}*{name}" for name, weight in mixture.items()) or BASE}
 
 
-def in_vllm(mixture: Mixture) -> dict[str, Any] | None:
+def in_vllm(mixture: Mixture) -> dict[str, Any]:
     """vLLM has an adapter for each row, as it is, or none."""
-    if len(mixture) > 1:
-        return None
     return {"model": next(iter(mixture), "org/base"), "ignore_eos": True}
 
 

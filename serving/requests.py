@@ -191,7 +191,12 @@ def read_request(kind: type[Kind], given: bytes | Mapping[str, str]) -> Kind:
     except ValidationError as error:
         faults = error.errors(include_url=False, include_input=False, include_context=False)
         # of a field that may be of several kinds, what went wrong in the kind that came furthest
-        fault = max(faults, key=lambda each: len(each["loc"]))
-        param = str(fault["loc"][0]) if fault["loc"] else None
+        fault = max(faults, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
         message = fault["msg"].removeprefix("Value error, ")
-        raise Refusal(400, f"{param}: {message}" if param else message, param=param, code=fault["type"]) from None
+        param = str(fault["loc"][0]) if fault["loc"] else None
+        if param is not None:
+            message = f"{param}: {message}"
+        elif fault["type"] == "value_error":
+            # what is not there yet is named first
+            param = message.partition("=")[0]
+        raise Refusal(400, message, param=param, code=fault["type"]) from None

@@ -58,6 +58,8 @@ class Row:
         # whether the model failed on a batch with this row in it, and whether its experts were given back
         self.suspect = False
         self.released = False
+        # how many rows that came later began before it
+        self.passed = 0
         self._tell = tell
         self._stops = Stops(sampling.stop)
         self._text: GrowingText | None = None

@@ -5,8 +5,10 @@
                        '------- the client has gone, or its time is up
 
 A row joins as soon as there is room for it, in the order of arrival: so many lines run, and so many lines times the longest
-of them. All rows of weighted sums and averages are one batch; those under one router are another, and each batch does a step
-in turn. Where the model fails on several rows together, each is read again alone, so that the one at fault fails alone.
+of them. Where a token has a time to keep, a row also waits while the step with it is predicted to take longer, and rows
+whose ranks cost less pass it, a few times at most. All rows of weighted sums and averages are one batch; those under one
+router are another, and each batch does a step in turn. Where the model fails on several rows together, each is read again
+alone, so that the one at fault fails alone.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Hashable, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from loraweave.serving.batch import Batch
@@ -26,6 +29,10 @@ from loraweave.serving.prefixes import KeptPrefixes
 from loraweave.serving.refusals import Refusal
 from loraweave.serving.row import Row
 from loraweave.serving.served import Served
+from loraweave.serving.step_times import StepTimes
+
+# rows that begin before one that came earlier; then all wait for it
+MOST_PASSED = 8
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +43,11 @@ class Scheduler:
     Raises CompositionError for a model whose rows cannot share a cache.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, limits: Limits, metrics: Metrics) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, limits: Limits, metrics: Metrics, step_times: StepTimes | None = None
+    ) -> None:
         self._limits = limits
+        self._step_times = step_times or StepTimes(model.dtype.itemsize, model.device.type)
         self._metrics = metrics
         self._experts = Experts(model, tokenizer, limits.loaded)
         self._prefixes = KeptPrefixes(limits.prefix_bytes)
@@ -106,7 +116,7 @@ class Scheduler:
     def _run(self) -> None:
         ended: Exception = Refusal(503, "the server is stopping", code="unavailable")
         try:
-            while self._turn():
+            while self.turn():
                 pass
         except Exception as error:
             logger.critical("the scheduler ended", exc_info=error)
@@ -121,8 +131,8 @@ class Scheduler:
     def _running(self) -> list[Row]:
         return [row for batch in self._batches.values() for row in batch.rows]
 
-    def _turn(self) -> bool:
-        """Waits for something to do and does one step of it; False when closed."""
+    def turn(self) -> bool:
+        """What the thread does again and again: waits for something to do and does one step of it; False when closed."""
         with self._changed:
             while not (self._closed or self._waiting or self._running):
                 self._changed.wait()
@@ -167,14 +177,25 @@ class Scheduler:
             self._read(together[rows])
 
     def _next(self, others: Sequence[Row]) -> Row | None:
+        """The first waiting row that there is room and time for, or that others may not pass any longer."""
         with self._changed:
-            if not self._waiting:
-                return None
-            rows = [*others, self._waiting[0]]
-            num_lines = sum(len(row.prompts) for row in rows)
-            if num_lines > self._limits.rows or num_lines * max(row.longest for row in rows) > self._limits.cache_tokens:
-                return None
-            return self._waiting.popleft()
+            for place, row in enumerate(self._waiting):
+                if self._has_room([*others, row]) and (not others or self._is_quick([*others, row])):
+                    for earlier in islice(self._waiting, place):
+                        earlier.passed += 1
+                    del self._waiting[place]
+                    return row
+                if row.passed >= MOST_PASSED or self._limits.token_seconds == float("inf"):
+                    return None
+            return None
+
+    def _has_room(self, rows: Sequence[Row]) -> bool:
+        num_lines = sum(len(row.prompts) for row in rows)
+        return num_lines <= self._limits.rows and num_lines * max(row.longest for row in rows) <= self._limits.cache_tokens
+
+    def _is_quick(self, rows: Sequence[Row]) -> bool:
+        """Whether a token of each of these rows is predicted to come in time."""
+        return self._limits.token_seconds == float("inf") or self._step_times.predict(rows) <= self._limits.token_seconds
 
     def _read(self, rows: Sequence[Row]) -> None:
         num_tokens = sum(map(len, (ids for row in rows for ids in row.ids)))
@@ -193,6 +214,7 @@ class Scheduler:
 
     def _step(self, batch: Batch) -> None:
         rows = batch.rows
+        begun = self._step_times.clock()
         try:
             batch.step()
         except Exception as error:
@@ -200,6 +222,7 @@ class Scheduler:
             batch.keep([])
             self._apart(rows, error)
         else:
+            self._step_times.saw(rows, self._step_times.clock() - begun)
             self._metrics.stepped(len(rows))
         self._release(rows)
 

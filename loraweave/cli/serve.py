@@ -31,6 +31,9 @@ def serve(
     waiting: Annotated[int, typer.Option(min=1, help="Answers that wait; more are refused with 429.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of one answer at most.")] = 1024,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600.0,
+    token_seconds: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds that a token of a running answer may take; more answers wait.")
+    ] = None,
     adapters: Annotated[int, typer.Option(min=1, help="Adapters of one formula at most.")] = 16,
     loaded: Annotated[int, typer.Option(min=1, help="Adapters, and formulas with theirs, that stay in memory unused.")] = 64,
     merges: Annotated[bool, typer.Option(help="Whether formulas may have merges by a method, such as ties(a, b).")] = True,
@@ -51,6 +54,7 @@ def serve(
         waiting=waiting,
         new_tokens=max_tokens,
         seconds=deadline,
+        token_seconds=float("inf") if token_seconds is None else token_seconds,
         adapters=adapters,
         loaded=loaded,
         merges=merges,

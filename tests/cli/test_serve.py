@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import pytest
+import typer
 from command_line import adapter, call
 
 import loraweave as lw
+from loraweave.cli import app
 
 
 @pytest.fixture
@@ -62,3 +65,10 @@ def test_without_its_packages_the_error_has_the_command_that_installs_them(hub, 
     code = "import sys; sys.modules['uvicorn'] = None; sys.argv[1:] = ['serve']; from loraweave.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=False)
     assert (done.returncode, "pip install 'loraweave[serve]'" in done.stderr) == (1, True)
+
+
+def test_every_option_is_explained_in_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    options = [option for each in typer.main.get_command(app).commands["serve"].params for option in each.opts]
+    assert len(options) > 10
+    assert [option for option in options if f"`{option}`" not in page and f"`--no-{option[2:]}`" not in page] == []

@@ -38,8 +38,9 @@ REFUSED = [
     ({"n": 17}, 400, "n", "17 answers are asked for, above the limit of 16"),
     ({"stop": [""]}, 400, None, "at least 1 character"),
     ({"logprobs": 21}, 400, "logprobs", "less than or equal to 20"),
-    ({"logit_bias": {"3": 5}}, 400, None, "logit_bias=.* is not there yet"),
-    ({"echo": True}, 400, None, "echo=True is not there yet"),
+    ({"stop": ["a"] * 40}, 400, "stop", "at most 16 items"),
+    ({"logit_bias": {"3": 5}}, 400, "logit_bias", "logit_bias=.* is not there yet"),
+    ({"echo": True}, 400, "echo", "echo=True is not there yet"),
     ({"adapter_path": "/etc"}, 400, "adapter_path", "not permitted"),
 ]
 

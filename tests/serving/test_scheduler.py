@@ -14,9 +14,11 @@ import loraweave as lw
 from loraweave.serving.limits import Limits
 from loraweave.serving.metrics import Metrics
 from loraweave.serving.refusals import Refusal
+from loraweave.serving.row import Row
 from loraweave.serving.sampling import Sampling
-from loraweave.serving.scheduler import Scheduler
+from loraweave.serving.scheduler import MOST_PASSED, Scheduler
 from loraweave.serving.served import Member, Served
+from loraweave.serving.step_times import StepTimes
 
 
 @pytest.fixture
@@ -281,3 +283,61 @@ def test_further_answers_to_a_prompt_begin_with_what_the_first_has_read(setting,
         for seed in range(3)
     ]
     assert [[each.text] for each in heard] == drawn
+
+
+class Priced(StepTimes):
+    """A step takes 1 s and a tenth for each rank row of its lines."""
+
+    def predict(self, rows):
+        return 1 + sum(adapter.rank for row in rows for adapter in row.served.adapters.values()) / 10
+
+
+def test_rows_whose_ranks_cost_less_pass_one_that_would_slow_the_batch_a_few_times(setting, tokenizer):
+    engine, adapters = setting
+    ranks = {name: engine.pool[name].rank for name in "abc"}
+    assert ranks == {"a": 1, "b": 4, "c": 3}
+    limits = Limits(rows=3, token_seconds=1.45)
+    scheduler = Scheduler(engine.model, tokenizer, limits, Metrics(), Priced(8, "cpu"))
+    begun = []
+
+    def row(name, number):
+        def tell(piece):
+            if (name, number) not in begun:
+                begun.append((name, number))
+
+        # they end one after the other, so that the batch is never empty
+        length = Sampling(4 + (number + (name == "a")) % 3, temperature=0.0)
+        return Row([tokenizer("abc")["input_ids"]], served(adapters, {name: 1.0}), length, tell)
+
+    rows = [row("c", 0), row("b", 0), *(row("a", number) for number in range(20))]
+    # as `submit` does, before there is a thread
+    scheduler._waiting.extend(rows)
+    scheduler.turn()
+    # ranks 3 + 4 would take 1.7 s, 3 + 1 take 1.4, 4 + 1 are never in time
+    assert begun == [("c", 0), ("a", 0)]
+    while not all(each.over for each in rows):
+        scheduler.turn()
+    place = begun.index(("b", 0))
+    assert place == 1 + MOST_PASSED
+    assert [each for each in begun if each[0] == "a"] == [("a", number) for number in range(20)]
+
+
+def test_a_row_that_is_never_in_time_runs_alone(setting, tokenizer, make_scheduler):
+    heard = heard_rows(tokenizer, setting[1])
+    scheduler = make_scheduler(rows=5, token_seconds=1e-9)
+    scheduler.submit([each.row for each in heard])
+    wait_for(heard)
+    require_alone(setting[0], heard)
+
+
+def test_a_step_is_predicted_by_the_number_of_rows_and_by_what_their_ranks_are_priced_at(setting, tokenizer):
+    times = StepTimes(4, "cpu")
+    rows = [each.row for each in heard_rows(tokenizer, setting[1])]
+    assert times.predict(rows) == 0
+    price = times._updates
+    sets = [rows[:count] for count in (1, 2, 3, 4, 5)] + [rows[3:], rows[2:4], rows[1:2]]
+    for each in sets:
+        times.saw(each, 0.02 + 0.003 * len(each) + 5 * price(each))
+    for each in (rows[2:], rows[:3], rows[1:2]):
+        assert times.predict(each) == pytest.approx(0.02 + 0.003 * len(each) + 5 * price(each), rel=0.2)
+    assert times.predict(rows[2:3]) > times.predict(rows[1:2])

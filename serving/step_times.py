@@ -1,0 +1,109 @@
+"""How long a batch's next step takes: learned from its steps so far, and from what the ranks of its adapters cost.
+
+    seconds = c0 + c1 * lines + c2 * a        a: what composer/live/kernels/_cost.py prices the lines' updates at
+
+The model that picks a layer's kernel knows what ranks cost: rows padded to the largest, or each its own. What it prices is
+the updates' part; what the base and this machine take is fitted to the last steps. After CaraServe (Li et al. 2024,
+arXiv 2401.11240), whose scheduler fits two such lines, one for each kind of kernel.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from scipy.optimize import nnls
+
+from loraweave.composer.live.kernels._cost import Workload
+from loraweave.composer.live.row_weights import costs
+from loraweave.hub.adapter import Adapter
+from loraweave.serving.row import Row
+
+# steps that are remembered, and how much the first guess counts beside them: of steps
+NUM_STEPS, GUESS = 256, 1.0
+# an update takes what it is priced at
+COEFFICIENTS = (0.0, 0.0, 1.0)
+
+# {(inputs, outputs) of a layer: (how many such layers, mean rank in them)}
+Ranks = dict[tuple[int, int], tuple[int, int]]
+
+
+class StepTimes:
+    """Predicts steps of rows on layers of this dtype and device, in seconds of `clock`. One thread uses it."""
+
+    def __init__(self, itemsize: int, device: str, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self._itemsize = itemsize
+        self._device = device
+        self._ranks: WeakKeyDictionary[Adapter, Ranks] = WeakKeyDictionary()
+        self._steps: deque[tuple[tuple[float, float, float], float]] = deque(maxlen=NUM_STEPS)
+        self._fitted: np.ndarray | None = None
+
+    def saw(self, rows: Sequence[Row], seconds: float) -> None:
+        """Remembers a step of these rows."""
+        self._steps.append((self._features(rows), seconds))
+        self._fitted = None
+
+    def predict(self, rows: Sequence[Row]) -> float:
+        """Seconds of a step of these rows; 0 before any step was seen."""
+        if not self._steps:
+            return 0.0
+        if self._fitted is None:
+            self._fitted = self._fit()
+        return float(np.array(self._features(rows)) @ self._fitted)
+
+    def _fit(self) -> np.ndarray:
+        """c0, c1 and c2, none of them negative."""
+        features_SF = np.array([features for features, _ in self._steps])
+        seconds_S = np.array([seconds for _, seconds in self._steps])
+        size_F = np.maximum(features_SF.max(axis=0), 1e-9)
+        # in units of each feature's largest, the guess is as heavy as so many steps
+        guess_F = np.array(COEFFICIENTS) * size_F
+        scaled_SF = np.vstack([features_SF / size_F, GUESS * np.eye(3)])
+        found_F, _ = nnls(scaled_SF, np.concatenate([seconds_S, GUESS * guess_F]))
+        return np.asarray(found_F / size_F)
+
+    def _features(self, rows: Sequence[Row]) -> tuple[float, float, float]:
+        return 1.0, float(sum(len(row.prompts) for row in rows)), self._updates(rows)
+
+    def _updates(self, rows: Sequence[Row]) -> float:
+        """What the model prices the updates of one token for each line at."""
+        lines = [tuple(member.adapters.items()) for row in rows for member in row.served.members if member.adapters]
+        ranks = {content: self._ranks_of(adapter) for line in lines for content, adapter in line}
+        shapes = {shape for each in ranks.values() for shape in each}
+        total = 0.0
+        for shape in shapes:
+            sums = [sum(ranks[content].get(shape, (0, 0))[1] for content, _ in line) for line in lines]
+            distinct = {tuple(content for content, _ in line): rank for line, rank in zip(lines, sums, strict=True)}
+            work = Workload(
+                num_mixtures=len(lines),
+                largest=max(sums),
+                total=sum(sums),
+                num_segments=len(distinct),
+                distinct=sum(distinct.values()),
+                stacked=sum(each.get(shape, (0, 0))[1] for each in ranks.values()),
+                num_inputs=shape[0],
+                num_outputs=shape[1],
+                itemsize=self._itemsize,
+                device=self._device,
+            )
+            total += max(each.get(shape, (0, 0))[0] for each in ranks.values()) * cheapest(work)
+        return total
+
+    def _ranks_of(self, adapter: Adapter) -> Ranks:
+        if adapter not in self._ranks:
+            ranks: dict[tuple[int, int], list[int]] = defaultdict(list)
+            for factors in adapter.layers.values():
+                ranks[factors.a_RI.shape[1], factors.b_OR.shape[0]].append(factors.a_RI.shape[0])
+            self._ranks[adapter] = {shape: (len(each), round(sum(each) / len(each))) for shape, each in ranks.items()}
+        return self._ranks[adapter]
+
+
+@lru_cache(maxsize=4096)
+def cheapest(work: Workload) -> float:
+    """Seconds of the kernel that would be chosen."""
+    return min(work.rates.seconds(cost) for cost in costs(work).values())
