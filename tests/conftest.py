@@ -42,7 +42,11 @@ ROOT = Path(__file__).parents[1]
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker("slow")
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 

@@ -21,7 +21,7 @@ from loraweave.hub.intake import archives
 from loraweave.routers.tokens._saved import router_class, router_names
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 
 
 def page(name):

@@ -15,7 +15,7 @@ from loraweave.cli._flags import JsonOption
 from loraweave.cli._printing import note, print_json, print_rows
 
 DOCTOR_EXAMPLE = "Example: loraweave doctor --json"
-# what each extra is for; engines, test and dev are for those who change this package
+# what each extra is for; engines, docs, test and dev are for those who change this package
 EXTRAS = {
     "gguf": "the embedded base model, and exports for llama.cpp",
     "plot": "plots of searches, weights and trainings",

@@ -13,7 +13,7 @@ from loraweave.cli.doctor import EXTRAS
 
 def test_every_extra_of_the_package_has_a_purpose():
     given = set(importlib.metadata.metadata("loraweave").get_all("Provides-Extra"))
-    assert given - {"test", "dev", "all", "engines"} == set(EXTRAS)
+    assert given - {"test", "dev", "docs", "all", "engines"} == set(EXTRAS)
 
 
 def test_the_versions_are_those_that_are_imported_and_the_kernels_those_that_there_are():

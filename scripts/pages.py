@@ -1,0 +1,133 @@
+"""Hooks of mkdocs: the pages of the site that are made when it is built, and links to files outside of docs/.
+
+README.md is the front page. The reference has an entry for every public name, by the room that it comes from, and one for
+every command. Notebooks become tutorials. A file of the repository that a page links to is on the site, below repository/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import re
+from pathlib import Path
+
+import typer.main
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from typer.cli import get_docs_for_click
+
+import loraweave as lw
+from loraweave.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+FRONT = ROOT / "README.md"
+LINK = r"\]\(([^)#:\s]+)(?:#[^)]*)?\)"
+
+# pages of the reference, and where their names are defined; of several that fit, the longest beginning counts
+REFERENCE = {
+    "Adapters and merging": ("hub.adapter", "hub.conversion", "composer.merge", "types.Factors", "registry"),
+    "Hub and retrieval": ("hub", "retrieval", "types"),
+    "The running model": ("hub.base", "hub.pool", "composer", "routers.weights", "types.BaseKey"),
+    "Composing for a task": ("composer.compose", "composer.formula", "composer.programs", "types.Task"),
+    "Routers and experts": ("routers", "composer.experts.make", "types.Router"),
+    "Training": ("composer.train", "composer.experts"),
+    "Serving": ("serving",),
+    "Errors": ("errors",),
+}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the reference, the tutorials, the front page, and the files of the repository that pages link to."""
+    made = {f"reference/{slug(title)}.md": reference(title) for title in REFERENCE} | {"reference/commands.md": commands()}
+    made |= {f"tutorials/{path.stem}.md": tutorial(path) for path in (ROOT / "examples" / "notebooks").glob("*.ipynb")}
+    for uri, text in made.items():
+        files.append(File.generated(config, uri, content=text))
+    files.append(File.generated(config, place(FRONT), abs_src_path=str(FRONT)))
+    pages = [source for file in files.documentation_pages() if (source := source_of(file))]
+    for page in pages:  # which grows
+        for target in re.findall(LINK, page.read_text(encoding="utf-8")):
+            found = linked(page, target)
+            if found and place(found) not in files.src_uris:
+                files.append(File.generated(config, place(found), abs_src_path=str(found)))
+                if found.suffix == ".md":
+                    pages.append(found)
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """The page, its links to files leading to their places on the site."""
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]  # a column with this page alone
+    source = source_of(page.file)
+    if source is None:
+        return markdown
+
+    def moved(match: re.Match[str]) -> str:
+        found = linked(source, match[1])
+        return (
+            match[0].replace(match[1], posixpath.relpath(place(found), posixpath.dirname(page.file.src_uri)))
+            if found
+            else match[0]
+        )
+
+    return re.sub(LINK, moved, markdown)
+
+
+def source_of(file: File) -> Path | None:
+    """The file of the repository that a page is; None for one that is made here."""
+    return Path(file.abs_src_path) if file.abs_src_path else None
+
+
+def linked(page: Path, target: str) -> Path | None:
+    """The file of the repository that a page's link leads to; None where there is none, which mkdocs reports."""
+    file = Path(os.path.normpath(page.parent / target))
+    return file if file.is_file() and file.is_relative_to(ROOT) else None
+
+
+def place(file: Path) -> str:
+    """Where on the site a file of the repository is."""
+    if file == FRONT:
+        return "index.md"
+    name = file.relative_to(ROOT).as_posix()
+    return name.removeprefix("docs/") if name.startswith("docs/") else f"repository/{name}"
+
+
+def slug(title: str) -> str:
+    """A title as a file's name."""
+    return title.lower().replace(" ", "-")
+
+
+def reference(title: str) -> str:
+    """The page with an entry of mkdocstrings for each public name of the group."""
+    names = [name for name in lw.__all__ if group(name) == title]
+    return "\n\n".join([f"# {title}", *(f"::: loraweave.{name}" for name in names)])
+
+
+def group(name: str) -> str:
+    """The title of the reference's page that a public name is on."""
+    module = lw._LAZY.get(name) or vars(lw)[name].__module__
+    own = f"{module}.{name}.".removeprefix("loraweave.")
+    fits = {start: title for title, starts in REFERENCE.items() for start in starts if own.startswith(f"{start}.")}
+    if not fits:
+        raise LookupError(f"lw.{name} of {module} has no page: give it one in REFERENCE of scripts/pages.py")
+    return fits[max(fits, key=len)]
+
+
+def commands() -> str:
+    """The page of the command line, as typer describes it."""
+    command = typer.main.get_command(app)
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="loraweave", title="Commands")
+    text = re.sub(r"(?<=\w)\*(?=\w)", r"\\*", text)  # a product in a formula is not emphasis
+    return re.sub(r"^Examples?: (.+)$", r"```sh\n\1\n```", text, flags=re.MULTILINE)
+
+
+def tutorial(notebook: Path) -> str:
+    """A notebook as a page: its texts, and its code in blocks."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    texts = [("".join(cell["source"]), cell["cell_type"] == "code") for cell in cells]
+    name = notebook.relative_to(ROOT).as_posix()
+    start = f"This page is the notebook `{name}`."
+    body = [f"```python\n{text}\n```" if code else text for text, code in texts]
+    return "\n\n".join([body[0], start, *body[1:]])

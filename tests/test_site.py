@@ -1,0 +1,118 @@
+"""The site: it builds without a dead link, the reference has every public name, and how-tos do what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import loraweave as lw
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of the built site; a dead link or a name without documentation fails the build."""
+    pytest.importorskip("material")
+    pytest.importorskip("mkdocstrings")
+    folder = tmp_path_factory.mktemp("site")
+    run = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return folder
+
+
+def test_every_public_name_has_one_entry_in_the_reference(site):
+    pages = [path.read_text(encoding="utf-8") for path in (site / "reference").rglob("*.html")]
+    entries = [name for page in pages for name in re.findall(r'<h2 id="loraweave\.(\w+)"', page)]
+    assert sorted(entries) == sorted(lw.__all__)
+
+
+def test_every_command_is_in_the_reference(site):
+    from typer.main import get_command
+
+    from loraweave.cli import app
+
+    text = (site / "reference" / "commands" / "index.html").read_text(encoding="utf-8")
+    root = get_command(app)
+    names = [f"loraweave {name}" for name in root.commands] + [
+        f"loraweave hub {name}" for name in root.commands["hub"].commands
+    ]
+    assert [name for name in names if f"<code>{name}</code>" not in text] == []
+
+
+def test_the_site_loads_nothing_from_another_host(site):
+    loading = r'<(?:script|img|iframe|source|link)\b[^>]*\b(?:src|href)="(?:https?:)?//'
+    assert [path for path in site.rglob("*.html") if re.search(loading, path.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_kept_without_outputs(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert [cell["source"] for cell in cells if cell.get("outputs") or cell.get("execution_count")] == []
+
+
+def test_how_to_merge(run_page, tmp_path):
+    names = run_page("docs/howto/merge.md")
+    assert lw.Adapter.from_pretrained("merged").hash == names["small"].hash
+    assert lw.Adapter.from_pretrained("merged-in-the-shell").rank == 8
+
+
+def test_how_to_use_other_programs(run_page):
+    names = run_page("docs/howto/other_programs.md")
+    assert (names["for_vllm"].rank, names["for_vllm"].relative_error) == (6, 0.0)
+    assert (names["cut"].rank, names["cut"].relative_error > 0) == (4, True)
+
+
+@pytest.mark.slow
+def test_how_to_answer_many_requests_in_one_batch(run_page):
+    names = run_page("docs/howto/one_batch.md")
+    assert names["answers"][0] == " The doctor was thanked by the judge."
+    assert names["logits"].shape[0] == 4
+
+
+@pytest.mark.slow
+def test_how_to_compose_for_an_unseen_task(run_page):
+    names = run_page("docs/howto/unseen_task.md")
+    assert names["again"].mean_weights == names["composition"].mean_weights
+    assert names["composition"].adapter.rank > 0
+
+
+@pytest.mark.slow
+def test_how_to_use_many_machines(run_page):
+    names = run_page("docs/howto/many_machines.md")
+    assert [record.name for record in names["hub"]] == ["antonym", "plural"]
+    with lw.Hub("shared") as shared:
+        assert sorted(record.name for record in shared) == ["negation", "passive"]
+
+
+@pytest.mark.slow
+def test_how_to_route(run_page):
+    with torch.random.fork_rng():
+        names = run_page("docs/howto/router.md")
+    assert names["again"].experts == names["pool"].names
+    assert names["classifier"].experts == names["pool"].names
+
+
+# what peft itself calls by a name that transformers is going to drop
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_page_for_users_of_peft_has_pefts_numbers(run_page):
+    names = run_page("docs/howto/coming_from.md")
+    layer = names["layer"]
+    # the cross terms, from the formula
+    a, b = names["passive"].layers[layer], names["negation"].layers[layer]
+    cross = (0.7 * 0.4) ** 0.5 * (a.b_OR @ b.a_RI + b.b_OR @ a.a_RI)
+    assert torch.allclose(names["delta"]("crossed") - names["delta"]("sum"), cross, atol=1e-5)
