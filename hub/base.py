@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from loraweave.common.display import progress_bar
 from loraweave.common.files import cache_folder
 from loraweave.errors import AdapterCorrupt, BaseModelMismatch, PackageMissing, WeightingError
-from loraweave.hub.stores.folder_blobs import file_digest
+from loraweave.hub.stores.folder_blobs import file_digest, known_digest
 from loraweave.types import BaseKey, Fingerprint
 
 logger = logging.getLogger(__name__)
@@ -234,7 +234,7 @@ def without_bars() -> Iterator[None]:
 
 
 def _complete(folder: Path) -> bool:
-    """Whether the cached files are those that were written, by size and hash."""
+    """Whether the cached files are those that were written, by size and hash, which one process reads once."""
     manifest = folder / "complete.json"
     if not manifest.is_file():
         return False
@@ -247,7 +247,7 @@ def _complete(folder: Path) -> bool:
         logger.warning("%s is damaged; the model is converted again", manifest)
         return False
     for path, size, digest in files:
-        if not path.is_file() or path.stat().st_size != size or file_digest(path) != digest:
+        if not path.is_file() or path.stat().st_size != size or known_digest(path) != digest:
             logger.warning("%s is damaged; the model is converted again", path)
             return False
     return True

@@ -132,7 +132,9 @@ def blob_path(folder: Path, content_hash: str) -> Path:
 
 def require_digest(path: Path, expected: str, who: str, *, trust_cache: bool = True) -> None:
     """AdapterCorrupt when the sha256 of the file is not `expected`; a file that has not changed is read once per process."""
-    found = _digest(path, who, trust_cache)
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise AdapterCorrupt(f"{who}: blob {path} is not a regular file")
+    found = known_digest(path, trust_cache=trust_cache)
     if found != expected:
         raise AdapterCorrupt(
             f"{who}: blob {path} is damaged: its sha256 is {found}, not {expected}; "
@@ -145,10 +147,9 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(path: Path, who: str, trust_cache: bool) -> str:
+def known_digest(path: Path, *, trust_cache: bool = True) -> str:
+    """The sha256 of a file; one that has not changed is read once per process, unless `trust_cache` is off."""
     found = path.lstat()
-    if not stat.S_ISREG(found.st_mode):
-        raise AdapterCorrupt(f"{who}: blob {path} is not a regular file")
     stamp = (str(path), found.st_mtime_ns, found.st_size, found.st_ino)
     with _digests_lock:
         known = _digests.get(stamp) if trust_cache else None

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import loraweave as lw
 
 ADAPTER_FILE = "adapter_config.json"
+# by which exports without one are known
+EXPORTED_FILES = ("adapter.gguf", "pytorch_lora_weights.safetensors")
 COMPOSITION_FILE = "composition.json"
 STDIN = Path("-")
 DTYPES = ("float32", "bfloat16", "float16", "fast")
@@ -212,14 +214,15 @@ def is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def require_free(folder: Path, own: str, *, replace: bool = True) -> None:
-    """Raises AdapterExists, before long work, if `folder` holds anything but an earlier result, known by its file `own`.
+def require_free(folder: Path, *own: str, replace: bool = True) -> None:
+    """Raises AdapterExists, before long work, if `folder` holds anything but an earlier result, known by a file of `own`.
 
     Without `replace` also if it holds a result, which --force would overwrite.
     """
-    if folder.exists() and not (folder.is_dir() and ((folder / own).is_file() or not any(folder.iterdir()))):
-        raise AdapterExists(f"{folder} is a file, or holds something that has no {own}; name another folder with --out")
-    if not replace and (folder / own).is_file():
+    earlier = any((folder / file).is_file() for file in own)
+    if folder.exists() and not (folder.is_dir() and (earlier or not any(folder.iterdir()))):
+        raise AdapterExists(f"{folder} is a file, or holds something that has no {own[0]}; name another folder with --out")
+    if earlier and not replace:
         raise AdapterExists(f"{folder} holds an adapter already; pass --force to write over it, or another folder to --out")
 
 

@@ -26,6 +26,7 @@ from loraweave.cli._flags import (
 from loraweave.cli._inputs import (
     ADAPTER_FILE,
     COMPOSITION_FILE,
+    EXPORTED_FILES,
     STDIN,
     is_given,
     load_model,
@@ -269,7 +270,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write a composition or an adapter as a folder for another program, and tell how that is started."""
-    require_free(out, ADAPTER_FILE)
+    require_free(out, ADAPTER_FILE, *EXPORTED_FILES)
     import loraweave as lw
     from loraweave.hub.export import require_target
 

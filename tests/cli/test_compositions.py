@@ -404,9 +404,13 @@ def test_vllm_gets_its_flags_and_the_error_of_the_cut(stored):
     assert lw.Adapter.from_pretrained("p").rank == 8
 
 
-def test_llama_cpp_gets_a_file_for_the_architecture_of_the_base(stored, base):
-    done = call("export", "mine", "--target", "gguf", "--base", base, "--out", "p")
-    assert done.exit_code == 0, done.stderr
+def test_llama_cpp_gets_a_file_for_the_architecture_of_the_base_which_an_empty_folder_or_an_earlier_file_gives_way_to(
+    stored, base
+):
+    (stored / "p").mkdir()
+    for _ in range(2):
+        done = call("export", "mine", "--target", "gguf", "--base", base, "--out", "p")
+        assert done.exit_code == 0, done.stderr
     assert sorted(path.name for path in (stored / "p").iterdir()) == ["Modelfile", "README.md", "adapter.gguf"]
     assert "note: llama-server -m BASE.gguf --lora p/adapter.gguf applies it" in done.stdout
 

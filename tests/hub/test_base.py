@@ -19,6 +19,7 @@ from loraweave.errors import AdapterCorrupt, BaseModelMismatch, PackageMissing, 
 from loraweave.hub import base
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import EMBEDDED, base_key, cache_folder, fingerprint, load_base
+from loraweave.hub.stores import folder_blobs
 from loraweave.types import Factors, Fingerprint
 
 
@@ -292,6 +293,18 @@ def test_bars_of_other_libraries_are_left_out_and_come_back():
     with pytest.raises(ZeroDivisionError), base.without_bars():
         raise ZeroDivisionError
     assert transformers_logging.is_progress_bar_enabled()
+
+
+def test_one_process_reads_the_cached_files_once_to_check_them(conversions, cache, monkeypatch):
+    load_base()
+    read = []
+    monkeypatch.setattr(
+        folder_blobs, "file_digest", lambda path, really=folder_blobs.file_digest: read.append(path) or really(path)
+    )
+    for _ in range(2):
+        load_base()
+    assert base.base_config(EMBEDDED).model_type == "llama"
+    assert sorted(read) == sorted(path for path in cached_model(cache).iterdir() if path.name != "complete.json")
 
 
 def test_the_defaults_own_id_is_served_from_the_package(conversions, cache):
