@@ -99,22 +99,25 @@ def vllm(python: str, base: Path, folders: Mapping[str, Path], *, slots: int, ma
     command = [python, *shlex.split(words), *(f"{name}={folder}" for name, folder in folders.items())]
     # bound to a core, several engines on one machine would share the first
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    own["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     with started(command, port, own) as served:
         yield served
 
 
 @contextmanager
-def llama_cpp(base: str, adapters: Sequence[Path]) -> Iterator[Served]:
-    """llama.cpp's own server with one thread and eight slots; `base` "" is the GGUF of the embedded base's package."""
+def llama_cpp(base: str, adapters: Sequence[Path], *, slots: int = 8, cache_mib: int = 8192) -> Iterator[Served]:
+    """llama.cpp's own server with one thread; `base` "" is the GGUF of the embedded base's package.
+
+    `cache_mib` is for prompts beside the slots, which it finds whatever adapter read them.
+    """
     port = free_port()
     code = f"import sys, time; from {__name__} import llama; server = llama(*sys.argv[1:]); time.sleep(10**6)"
-    with started(
-        [sys.executable, "-c", code, str(port), base, *map(str, adapters)], port, {"PYTHONPATH": str(ROOT)}
-    ) as served:
+    words = [str(port), base, str(slots), str(cache_mib), *map(str, adapters)]
+    with started([sys.executable, "-c", code, *words], port, {"PYTHONPATH": str(ROOT)}) as served:
         yield served
 
 
-def llama(port: str, base: str, *adapters: str) -> Any:
+def llama(port: str, base: str, slots: str, cache_mib: str, *adapters: str) -> Any:
     """llama.cpp's own server in this process, with a cache in fp32."""
     import xllamacpp
 
@@ -122,7 +125,8 @@ def llama(port: str, base: str, *adapters: str) -> Any:
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = base or str(_gguf_path())
-    parameters.n_ctx, parameters.n_batch, parameters.n_parallel = 8 * 512, 512, 8
+    parameters.n_ctx, parameters.n_batch, parameters.n_parallel = int(slots) * 512, 512, int(slots)
+    parameters.cache_ram_mib = int(cache_mib)
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
     parameters.warmup = parameters.fit_params = False
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32

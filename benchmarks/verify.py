@@ -50,7 +50,7 @@ def main(
     with tempfile.TemporaryDirectory() as root, lw.Hub(Path(root) / "hub") as hub:
         parts = write_all(run, model, Path(root), hub)
         where = str(gguf or "") if engine == "llama" else python
-        options = {"model": model, "tokenizer": tokenizer, "keep": False, "progress": False}
+        options = {"model": model, "tokenizer": tokenizer, "progress": False}
         if only != "sound":
             with served(engine, where, {**parts["faults"], **parts["beside"]}, slots, model, tokenizer) as url:
                 report = lw.verify_server(url, hub, **options)
@@ -134,7 +134,7 @@ def served(engine: str, where: str, folders: Mapping[str, Path], slots: int, mod
             written = [Path(root) / name / "adapter.gguf" for name in folders]
             for folder, path in zip(folders.values(), written, strict=True):
                 lw.Adapter.from_pretrained(folder).export(path.parent, target="gguf")
-            with llama_cpp(where, written) as server:
+            with llama_cpp(where, written, cache_mib=0) as server:
                 yield server.url
         else:
             raise typer.BadParameter(f"--engine is ours, vllm or llama, not {engine!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,11 @@ def write_embedded(path: Path) -> None:
     _finish(writer)
 
 
-def write_model(path: Path, model: Any, arch: str) -> None:
-    """A small model of transformers as llama.cpp's own conversion has it; a token's text is its number."""
+def write_model(path: Path, model: Any, arch: str, texts: Sequence[str] = ()) -> None:
+    """A small model of transformers as llama.cpp's own conversion has it.
+
+    The texts of tokens are `texts`, those beyond have none; without `texts` each is its number.
+    """
     config = model.config
     names = gguf.get_tensor_name_map(
         {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers
@@ -60,14 +64,15 @@ def write_model(path: Path, model: Any, arch: str) -> None:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if arch in ("gemma2", "gemma3", "phi3"):
         writer.add_sliding_window(config.sliding_window or 0)
-    tokens = [str(number) for number in range(config.vocab_size)]
+    tokens = [*texts, *map(str, range(len(texts), config.vocab_size))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+    shown = len(texts) or len(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * shown + [gguf.TokenType.CONTROL] * (len(tokens) - shown))
     writer.add_token_merges(["1 2"])
-    writer.add_eos_token_id(0)
-    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(config.eos_token_id)
+    writer.add_bos_token_id(config.bos_token_id)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue

@@ -81,6 +81,8 @@ class Gguf(Target):
     def notes(cls, contents: Contents, folder: Path, rank: int) -> list[str]:
         return [
             f"llama-server -m BASE.gguf --lora {folder / ADAPTER} applies it; the base must be the same model as GGUF",
+            "beside other adapters start it with --cache-ram 0: its cache of prompts does not know which adapter read them "
+            "(llama.cpp's issue 26207)",
             f"for Ollama put the base as {BASE_GGUF} into the folder, or its name after FROM, then: ollama create NAME -f "
             f"{folder / MODELFILE}",
         ]

@@ -69,12 +69,17 @@ class Server:
         rows = [row for row in data if isinstance(row, Mapping)] if isinstance(data, list) else []
         return [Listed(str(row.get("id")), str(row.get("root") or ""), str(row.get("parent") or "")) for row in rows]
 
-    def complete(self, name: str, scales: Mapping[str, float], ids: Sequence[int], num_tokens: int) -> Answer:
-        """The greedy answer of that name to a prompt of token ids; `scales` is what llama.cpp is told. Raises Refused."""
+    def complete(
+        self, name: str, scales: Mapping[str, float], ids: Sequence[int], num_tokens: int, *, cached: bool = True
+    ) -> Answer:
+        """The greedy answer of that name to a prompt of token ids; `scales` is what llama.cpp is told. Raises Refused.
+
+        Without `cached`, llama.cpp reads the whole prompt again; other servers have no such switch.
+        """
         body: dict[str, Any] = {"prompt": list(ids), "max_tokens": num_tokens, "temperature": 0}
         if self.llama_adapters:
             lora = [{"id": number, "scale": scales.get(each, 0.0)} for each, number in self.llama_adapters.items()]
-            body |= {"lora": lora, "cache_prompt": True}
+            body |= {"lora": lora, "cache_prompt": cached}
         else:
             body["model"] = name
         while True:

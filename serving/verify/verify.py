@@ -35,6 +35,7 @@ FLOOR, TEXT, ROUGH = 2e-3, 0.25, 0.2
 FACTOR, APART = 4.0, 0.75
 BEYOND = "differs beyond rounding"
 QUANTISED = f"{BEYOND}: quantised base?"
+CACHED = "right without the prompt cache: a cached prefix of another adapter?"
 BESIDE = f"{BEYOND} beside others only: rows of a batch get each other's adapter?"
 
 Reply = Answer | Refused
@@ -183,9 +184,9 @@ class Visit:
     def _tracked(self, items: Any, label: str) -> Iterator[Any]:
         return tracked(items, label, total=None, shown=self._progress)
 
-    def _reply(self, asked: Asked, probe: Probe) -> Reply:
+    def _reply(self, asked: Asked, probe: Probe, *, cached: bool = True) -> Reply:
         try:
-            return self._server.complete(asked.name, asked.scales, probe.ids, self._num_tokens)
+            return self._server.complete(asked.name, asked.scales, probe.ids, self._num_tokens, cached=cached)
         except Refused as error:
             return error
 
@@ -210,7 +211,15 @@ class Visit:
             answers.append((probe, reply))
         worst = max(distance(reply, probe.asked) for probe, reply in answers)
         wrong = [(probe, reply) for probe, reply in answers if not self._fits(probe, reply)]
-        verdict = self._named(asked, wrong) if wrong else AS_ASKED
+        if wrong and self._server.llama_adapters:
+            # what llama.cpp keeps of prompts it finds by their tokens alone (its issue 26207)
+            uncached = [(probe, self._reply(asked, probe, cached=False)) for probe, _ in wrong]
+            again = [
+                (probe, reply) for probe, reply in uncached if isinstance(reply, Answer) and not self._fits(probe, reply)
+            ]
+            verdict = self._named(asked, again) if again else CACHED
+        else:
+            verdict = self._named(asked, wrong) if wrong else AS_ASKED
         if when == "alone" and not wrong:
             self._sound.add(asked.name)
         if asked is self._base and not wrong and worst > ROUGH and self._server.has_logprobs:
