@@ -197,7 +197,10 @@ def stored_adapter(blobs: BlobStore, row: Row) -> Adapter:
         {name: KeptFile(*found, partial(file_bytes, blobs, found[0], who)) for name, found in listed(record).items()}
     )
     card = without_files(record.card)
-    return Adapter(record.name, record.base_model, blob.layers, record.fingerprint, card, blob.heads, files)
+    adapter = Adapter(record.name, record.base_model, blob.layers, record.fingerprint, card, blob.heads, files)
+    # the file has the digest that was recorded with this hash, which is therefore not calculated again
+    vars(adapter)["hash"] = record.hash
+    return adapter
 
 
 def bound_record(record: Record, adapter: Adapter, model: nn.Module) -> Record:

@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from os import PathLike
 from pathlib import Path
 
@@ -58,8 +59,23 @@ def as_path(value: object, what: str, error: type[LoraweaveError] = HubError) ->
     return Path(value)
 
 
+_syncing = ContextVar("_syncing", default=True)
+
+
+@contextmanager
+def unsynced() -> Iterator[None]:
+    """Inside it this thread's `sync` does nothing: for what is synced later, or made again when it is missing."""
+    token = _syncing.set(False)
+    try:
+        yield
+    finally:
+        _syncing.reset(token)
+
+
 def sync(path: Path) -> None:
     """Makes a file's bytes, or a folder's names, survive a power failure."""
+    if not _syncing.get():
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

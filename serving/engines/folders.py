@@ -10,11 +10,14 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from loraweave.common.files import sync, unsynced
 from loraweave.common.names import MAX_NAME_CHARACTERS
 from loraweave.composer.formula.formula import Formula, parse
 from loraweave.composer.formula.nodes import Stored, leaves
@@ -43,6 +46,8 @@ MAX_BYTES = 4 << 30
 GRACE_S = 5.0
 # part of every key: folders of other layouts are other folders
 LAYOUT = "1"
+# the file of a folder that survives a power failure
+SETTLED = ".settled"
 _KEY = re.compile("[0-9a-f]{32}")
 _PINNED = re.compile("(.*)#([0-9a-f]{16})", re.DOTALL)
 
@@ -97,6 +102,7 @@ class Folders:
         self._max_rank, self._max_error, self._max_bytes = max_rank, max_error, max_bytes
         self._lock = threading.RLock()
         self._making = threading.Lock()
+        self._later = ThreadPoolExecutor(1)
         root.mkdir(parents=True, exist_ok=True)
         self._owner = FileLock(root / ".lock")
         try:
@@ -107,6 +113,7 @@ class Folders:
 
     def close(self) -> None:
         """Lets another process have the folder."""
+        self._later.shutdown()
         self._owner.release()
 
     def key(self, name: str) -> str:
@@ -213,7 +220,8 @@ class Folders:
         unfinished = self._root / f".{key}.new"
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
-            report = merged.export(unfinished, target="vllm", max_rank=self._max_rank, allow_licenses=True)
+            with unsynced():
+                report = merged.export(unfinished, target="vllm", max_rank=self._max_rank, allow_licenses=True)
             self._check_error(canonical, report.relative_error, merged.rank)
             size = _size_bytes(unfinished)
             if size > self._max_bytes:
@@ -221,6 +229,7 @@ class Folders:
                     f"the folder of {canonical!r:.200} has {size} bytes, above the limit of {self._max_bytes} for all"
                 )
             unfinished.rename(self._root / key)
+            self._later.submit(self._settle, self._root / key)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         if report.relative_error:
@@ -229,6 +238,16 @@ class Folders:
             )
         with self._lock:
             self._kept[key] = _Kept(size, users=1)
+
+    @staticmethod
+    def _settle(folder: Path) -> None:
+        """Makes a folder survive a power failure and marks it, after whoever asked for it has it."""
+        # it may have been removed meanwhile
+        with suppress(FileNotFoundError):
+            for path in folder.iterdir():
+                sync(path)
+            (folder / SETTLED).touch()
+            sync(folder)
 
     def _check_error(self, canonical: str, error: float, rank: int | None = None) -> None:
         if error > self._max_error:
@@ -261,7 +280,10 @@ class Folders:
             if path.name.startswith(".") and path.name != ".lock":
                 shutil.rmtree(path, ignore_errors=True)
         folders = [path for path in self._root.iterdir() if _KEY.fullmatch(path.name) and path.is_dir()]
-        ordered = sorted(folders, key=lambda path: path.stat().st_mtime_ns)
+        settled = [path for path in folders if (path / SETTLED).is_file()]
+        for path in set(folders).difference(settled):
+            shutil.rmtree(path, ignore_errors=True)
+        ordered = sorted(settled, key=lambda path: path.stat().st_mtime_ns)
         return OrderedDict((path.name, _Kept(_size_bytes(path))) for path in ordered)
 
 

@@ -25,7 +25,7 @@ from loraweave.errors import (
     ScopeError,
 )
 from loraweave.serving.engines import folders as served
-from loraweave.serving.engines.folders import Folders
+from loraweave.serving.engines.folders import SETTLED, Folders
 from loraweave.types import BaseKey, Fingerprint
 
 
@@ -239,6 +239,16 @@ def test_what_an_earlier_process_wrote_serves_again_and_its_leftovers_go(opened,
         assert folders.hold("a + b") == folder
     assert (folder.path / "adapter_model.safetensors").stat().st_mtime_ns == before
     assert on_disk(tmp_path) == {folder.key}
+
+
+def test_a_folder_that_may_not_have_reached_the_disk_is_made_again(opened, tmp_path):
+    with opened() as folders:
+        folder = folders.hold("a + b")
+    (folder.path / SETTLED).unlink()
+    (folder.path / "adapter_model.safetensors").write_bytes(b"")
+    with opened() as folders:
+        assert on_disk(tmp_path) == set()
+        assert (folders.hold("a + b").path / "adapter_model.safetensors").stat().st_size > 0
 
 
 def test_two_servers_do_not_share_the_folders(opened):
