@@ -191,8 +191,7 @@ def read_pool(folder: Path) -> lw.ExpertPool:
 
 def load_model(base: str | None, dtype: str | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of a base model; the bar of its loading is for terminals only, not for logs and pipes."""
-    if dtype not in (None, *DTYPES):
-        raise typer.BadParameter(f"--dtype takes {', '.join(DTYPES)}, not {dtype!r}")
+    require_dtype(dtype)
     import torch
 
     import loraweave as lw
@@ -206,6 +205,12 @@ def load_model(base: str | None, dtype: str | None = None) -> tuple[Any, Any]:
         base, dtype=fast_dtype() if dtype == "fast" else None if dtype is None else getattr(torch, dtype)
     )
     return loaded
+
+
+def require_dtype(dtype: str | None) -> None:
+    """Raises BadParameter for a --dtype that load_model does not take."""
+    if dtype not in (None, *DTYPES):
+        raise typer.BadParameter(f"--dtype takes {', '.join(DTYPES)}, not {dtype!r}")
 
 
 def is_given(context: typer.Context, name: str) -> bool:

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from loraweave.cli._flags import DEFAULT_HUB, BaseOption, HubOption
-from loraweave.cli._inputs import load_model, open_hub
+from loraweave.cli._flags import DEFAULT_HUB, BaseOption, DtypeOption, HubOption
+from loraweave.cli._inputs import load_model, open_hub, require_dtype
 from loraweave.errors import PackageMissing
 
 UI_EXAMPLE = "Example: loraweave ui --hub adapters   (then open the address that it prints)"
@@ -16,9 +16,12 @@ UI_EXAMPLE = "Example: loraweave ui --hub adapters   (then open the address that
 def ui(
     hub: HubOption = DEFAULT_HUB,
     base: BaseOption = None,
+    dtype: DtypeOption = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 chooses a free one.")] = 8001,
 ) -> None:
     """Look at a hub in a browser: search, maps, sliders, and which adapter counts where. Only this machine reaches it."""
+    # the base is loaded when the page first needs it
+    require_dtype(dtype)
     try:
         from loraweave.serving.ui.app import make_ui_server
     except ModuleNotFoundError as error:
@@ -27,4 +30,4 @@ def ui(
         ) from error
 
     with open_hub(hub) as opened:
-        make_ui_server(opened, lambda: load_model(base), port=port).run()
+        make_ui_server(opened, lambda: load_model(base, dtype), port=port).run()

@@ -168,6 +168,8 @@ class Snapshot:
         return names
 
 
+# seconds
+CLOSING_S = 2.0
 # points with names in the answer
 MAX_NAMED = 200
 
@@ -200,11 +202,11 @@ class Overview:
         return self._thread is not None
 
     def close(self) -> None:
-        """Begins no further snapshot, and waits for one that is being made."""
+        """Begins no further snapshot, and waits a moment for one that is being made, whose thread ends with the process."""
         with self._lock:
             self._closed, thread = True, self._thread
         if thread is not None:
-            thread.join()
+            thread.join(CLOSING_S)
 
     def _follow(self) -> None:
         generation, self.error = self._hub.generation, ""

@@ -19,7 +19,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @contextmanager
-def page_served(hub, load, **options):
+def running_page(hub, load, **options):
     """The address of the page, whose server ends with the block."""
     server = make_ui_server(hub, load, port=0, log_level="critical", **options)
     thread = threading.Thread(target=server.run)
@@ -106,7 +106,13 @@ def hub(tiny, make_adapters, make_adapter, tmp_path_factory):
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 
+@pytest.fixture(scope="session")
+def page_served():
+    """The address of a page over another hub: `with page_served(hub, load) as address`."""
+    return running_page
+
+
 @pytest.fixture(scope="module")
 def address(hub, tiny, tokenizer):
-    with page_served(hub, lambda: (tiny, tokenizer)) as found:
+    with running_page(hub, lambda: (tiny, tokenizer)) as found:
         yield found
