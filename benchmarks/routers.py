@@ -170,7 +170,8 @@ def _items(run: Run, entry: Mapping[str, Any], count: int) -> list[Item]:
     rows = [row for row in run.rows(entry["task"]) if row["split"] == "test"][:count]
     task, labels = _task(entry), None if entry["labels"] is None else tuple(entry["labels"])
     return [
-        Item(entry["task"], task.prompt(row["input"]), (row["target"], *row.get("also_ok", [])), labels, 0) for row in rows
+        Item(entry["task"], str(task.prompt(row["input"])), (row["target"], *row.get("also_ok", [])), labels, 0)
+        for row in rows
     ]
 
 

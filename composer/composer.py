@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraweave.common.chat import Conversation, Prompt, is_messages
 from loraweave.common.checks import is_collection, is_list
 from loraweave.common.process import lock_of
 from loraweave.common.rows import GivenRows
@@ -28,7 +29,7 @@ from loraweave.composer.live.residents import Residency, Residents
 from loraweave.composer.live.resolve import resolve, warn_of_licenses
 from loraweave.composer.live.standing_in import CLAIMS
 from loraweave.composer.merge.statistics import Statistics
-from loraweave.composer.model.generate import generation_call, stream
+from loraweave.composer.model.generate import Asked, generation_call, read_prompt, stream
 from loraweave.composer.model.layers import TargetLayer
 from loraweave.composer.overwritten import Place
 from loraweave.composer.train.routers import fit, require_learning
@@ -160,8 +161,8 @@ class Composer:
         """
         return recording(self._live, Setting(self._bound, self._fitting))
 
-    def explain(self, text: str, mixture: Any = None, *, max_new_tokens: int = 0) -> Explanation:
-        """What each token of a text gets from each expert in each layer, gathered in one forward.
+    def explain(self, text: Asked, mixture: Any = None, *, max_new_tokens: int = 0) -> Explanation:
+        """What each token of a text, or a conversation, gets from each expert in each layer, gathered in one forward.
 
         `mixture` is what activate() takes; None explains what is active. With `max_new_tokens`, the greedy continuation (an
         encoder-decoder's answer) is explained too, but for its last token, which the model never reads. An encoder-decoder's
@@ -170,12 +171,12 @@ class Composer:
         """
         self._require_open()
         self._require_tokenizer("explain()")
-        if not isinstance(text, str):
+        if not isinstance(text, str | Conversation) and not is_messages(text):
             raise CompositionError(f"explain() takes one text, but got {type(text).__name__}: explain texts one by one")
         if self._fused:
             raise AlreadyActive("a mixture that is fused into the weights has none to explain: leave fused() first")
         with torch.no_grad(), nullcontext() if mixture is None else self.activate(mixture):
-            read = plan_reading(self.model, self.tokenizer, text, max_new_tokens)
+            read = plan_reading(self.model, self.tokenizer, read_prompt(text, 0), max_new_tokens)
             with self.record() as trace, read.prompted():
                 self.model(**read.inputs)
         order = [name for name, _ in self.model.named_modules() if name in self.target_layers]
@@ -248,25 +249,26 @@ class Composer:
                 CLAIMS.give_back(self._live, modules)
 
     def generate(
-        self, texts: Sequence[str], *, mixture: Any = None, seeds: Sequence[int] | None = None, **generate_kwargs: Any
+        self, texts: Sequence[Asked], *, mixture: Any = None, seeds: Sequence[int] | None = None, **generate_kwargs: Any
     ) -> list[str]:
         """The model's continuation of each text (for an encoder-decoder, its answer), decoded without special tokens.
 
+        Of a conversation, a list of {"role", "content"}, it is the assistant's next turn, in the tokenizer's chat template.
         `mixture` is what activate() takes, with one row per text where it has rows; None leaves what is active. The other
         arguments go to the model's own `generate`. With num_return_sequences=n, each text has n answers in a row. `seeds`,
         one per text, make sampling draw for each text what it would draw alone under its seed.
         Raises ScopeError for rows or seeds that are not as many as the texts, CompositionError for ways of decoding that run
         downloaded code or a thread of their own; docs/generation.md has the list.
         """
-        resolved = self._resolve_texts(texts, mixture)
-        if not texts:
+        prompts, resolved = self._resolve_texts(texts, mixture)
+        if not prompts:
             return []
-        call = generation_call(self.model, self.tokenizer, texts, seeds, generate_kwargs)
+        call = generation_call(self.model, self.tokenizer, prompts, seeds, generate_kwargs)
         with nullcontext() if resolved is None else self.activate(resolved):
             return call.texts(call.output(self.model))
 
     def stream(
-        self, texts: Sequence[str], *, mixture: Any = None, seeds: Sequence[int] | None = None, **generate_kwargs: Any
+        self, texts: Sequence[Asked], *, mixture: Any = None, seeds: Sequence[int] | None = None, **generate_kwargs: Any
     ) -> Iterator[list[str]]:
         """generate(), as it comes: lists with one piece of text per answer, which together are what generate() returns.
 
@@ -274,10 +276,10 @@ class Composer:
         this call is left before the last piece. To stop early, close the iterator or drop it.
         Raises what generate() raises, at once where that is possible, and CompositionError for beams.
         """
-        resolved = self._resolve_texts(texts, mixture)
-        if not texts:
+        prompts, resolved = self._resolve_texts(texts, mixture)
+        if not prompts:
             return iter(())
-        call = generation_call(self.model, self.tokenizer, texts, seeds, generate_kwargs)
+        call = generation_call(self.model, self.tokenizer, prompts, seeds, generate_kwargs)
         call.require_streaming()
         outer = self._live.current() if resolved is None else None
 
@@ -290,22 +292,17 @@ class Composer:
 
         return stream(generate, self.tokenizer)
 
-    def _resolve_texts(self, texts: Sequence[str], mixture: Any) -> MixtureWeights | Router | None:
-        """The mixture for these texts, both looked over."""
+    def _resolve_texts(self, texts: Sequence[Asked], mixture: Any) -> tuple[list[Prompt], MixtureWeights | Router | None]:
+        """These texts and the mixture for them, both looked over."""
         self._require_open()
         self._require_tokenizer("generate() and stream()", "need")
         if not is_collection(texts):
             raise CompositionError(
                 f"generate() and stream() take a list of texts, but got {texts!r:.80}: put one text into a list"
             )
-        for number, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise CompositionError(
-                    f"text {number} is {text!r:.80}, and no text: what the model reads of messages is "
-                    "tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"
-                )
+        prompts = [read_prompt(text, number) for number, text in enumerate(texts)]
         if mixture is None:
-            return None
+            return prompts, None
         resolved = resolve(mixture, self._pool, self._bound)
         num_rows, num_tokens = num_rows_of(resolved), 1
         if isinstance(resolved, MixtureWeights):
@@ -317,7 +314,7 @@ class Composer:
                 f"the mixture has weights for {num_tokens} tokens, and none for those to come: give a router, or "
                 "weights that all tokens share"
             )
-        return resolved
+        return prompts, resolved
 
     def fit(self, router: LearnedRouter, dataset: Any, **settings: Any) -> None:
         """Trains a router's parameters on `dataset`; base and adapters take no part, and are as they were after it.

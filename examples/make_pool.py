@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder that gets one PEFT folder a task")
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/pool"), help="where unfinished work is kept")
     parser.add_argument("--tasks", nargs="*", help="only these tasks")
+    parser.add_argument("--chat", action="store_true", help="ask in the base's chat template, in turns")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -46,7 +47,7 @@ def main() -> None:
     entries = [entry for entry in entries if not options.tasks or entry["task"] in options.tasks]
     model, tokenizer = lw.load_base(dtype=torch.bfloat16)
     rows = {entry["task"]: read_rows(options.data / entry["file"]) for entry in entries}
-    tasks = {entry["task"]: _task(entry, rows[entry["task"]]) for entry in entries}
+    tasks = {entry["task"]: _task(entry, rows[entry["task"]], options.chat) for entry in entries}
     adapters = lw.train_adapters(model, tokenizer, tasks, checkpoint=options.checkpoint, seed=options.seed)
     results = []
     for entry in track(entries, description="scoring"):
@@ -60,9 +61,9 @@ def main() -> None:
     _print(results)
 
 
-def _task(entry: dict[str, Any], rows: list[dict[str, Any]]) -> lw.Task:
+def _task(entry: dict[str, Any], rows: list[dict[str, Any]], chat: bool) -> lw.Task:
     train = [(row["input"], row["target"]) for row in rows if row["split"] == "train"]
-    return lw.Task(train, instruction=entry["definition"], labels=entry["labels"])
+    return lw.Task(train, instruction=entry["definition"], labels=entry["labels"], chat=chat)
 
 
 def _rounded(adapter: lw.Adapter, folder: Path) -> lw.Adapter:

@@ -49,13 +49,24 @@ class DemoTask:
 
 
 def run(
-    *, pool: Path | None, data: Path | None, task: str, k: int, budget: int, seed: int, num_test: int, as_json: bool
+    *,
+    pool: Path | None,
+    data: Path | None,
+    task: str,
+    k: int,
+    budget: int,
+    seed: int,
+    num_test: int,
+    as_json: bool,
+    chat: bool = False,
 ) -> None:
     """Prints the tour, or its figures as JSON. AdapterNotFound or InvalidTask when pool or data are not there."""
     console = Console(stderr=as_json)
     reader = [_shipped("in_context", "--pool")] if pool is None else []
     pool = pool or _shipped("pool", "--pool")
     unseen = load_task(data or _shipped("data", "--data"), task, seed, num_test)
+    if chat:
+        unseen = replace(unseen, task=replace(unseen.task, chat=True, stop=None))
     console.print(f"[bold]1. The task[/] nobody trained an adapter for: {unseen.task.instruction}")
     for text, target in unseen.task.examples:
         console.print(f"   {text!r} -> {target!r}", markup=False, highlight=False)

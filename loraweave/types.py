@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
+from loraweave.common.chat import Conversation, Prompt
 from loraweave.common.checks import one_or_many, require_whole
 from loraweave.common.rows import GivenRows, Row, read_rows
 from loraweave.errors import InvalidTask
@@ -244,6 +245,7 @@ class AlongDirections(Protocol):
 # what ends an answer of one line
 LINE = ("\n",)
 DEFAULT_TEMPLATE = "{instruction}\nInput: {input}\nOutput:"
+CHAT_TEMPLATE = "{instruction}\n\n{input}"
 
 
 @dataclass(frozen=True)
@@ -254,32 +256,44 @@ class Task:
     none is given and all rows have the same. Every input is put into the template, whatever its column is called.
     `labels` closes the set of answers: the label with the highest likelihood is predicted and `metric` becomes
     "rank_classification". Otherwise the first line of a greedy generation is compared with the target ("exact_match");
-    `stop` has other texts that end an answer, none of them for one that goes on to its end of sequence.
+    `stop` has other texts that end an answer, () for one that goes on to its end of sequence.
     `template` has the fields {instruction} and {input}. `demonstrations` are (input, target) pairs that every prompt shows
     first, each in the template with its answer; True shows the examples. A prompt never shows its own input, so that what is
     learned on an example is learned under the others (MetaICL, Min et al. 2022, arXiv 2110.15943). With `orders` answers are
     averaged over so many orders of the demonstrations, as probabilities. With `calibrated` the probability of a label is
     divided by what it is for inputs that say nothing (Zhao et al. 2021, arXiv 2102.09690).
+
+    With `chat`, by default where the examples are messages, prompts are conversations in the tokenizer's chat template. They
+    begin with `system`, by default what all rows have as the system's turn; where it is empty, an input has its own, if any.
+    Demonstrations are earlier turns, and the input, after the instruction, is the user's last (docs/chat.md). The answer is
+    the assistant's whole turn, unless `stop` ends it before. An input of several turns is kept as a `Conversation`.
+
     Raises InvalidTask for what cannot be used.
     """
 
-    examples: Sequence[tuple[str, str]]
+    examples: Sequence[tuple[Prompt, str]]
     instruction: str = field(default="", kw_only=True)
     labels: Sequence[str] | None = field(default=None, kw_only=True)
     metric: str = field(default="exact_match", kw_only=True)
     template: str | None = field(default=None, kw_only=True)
-    demonstrations: Sequence[tuple[str, str]] | bool = field(default=(), kw_only=True)
+    demonstrations: Sequence[tuple[Prompt, str]] | bool = field(default=(), kw_only=True)
     orders: int = field(default=1, kw_only=True)
     calibrated: bool = field(default=False, kw_only=True)
-    stop: Sequence[str] = field(default=LINE, kw_only=True)
+    stop: Sequence[str] | None = field(default=None, kw_only=True)
+    chat: bool | None = field(default=None, kw_only=True)
+    system: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         rows = read_rows(self.examples, noun="example")
-        examples = tuple((row.input, row.targets[0]) for row in rows)
-        object.__setattr__(self, "examples", examples)
-        object.__setattr__(self, "demonstrations", self._read_demonstrations())
+        given = self.demonstrations
+        shown = (rows if given else []) if isinstance(given, bool) else read_rows(given, noun="demonstration")
+        self._read_chat([*rows, *shown])
+        for name, read in (("examples", rows), ("demonstrations", shown)):
+            object.__setattr__(self, name, tuple((self._as_kept(row.asked), row.targets[0]) for row in read))
         if not self.instruction:
-            object.__setattr__(self, "instruction", shared_instruction(rows))
+            # what a system says is its turn in a chat
+            own = [row for row in rows if row.chat is None] if self.chat else rows
+            object.__setattr__(self, "instruction", shared_instruction(own))
         if self.labels is not None:
             object.__setattr__(self, "labels", tuple(self.labels))
             object.__setattr__(self, "metric", "rank_classification")
@@ -289,14 +303,15 @@ class Task:
             raise InvalidTask(f"metric {self.metric!r} is neither 'exact_match' nor 'rank_classification'")
         if self.metric == "rank_classification" and not self.labels:
             raise InvalidTask("metric 'rank_classification' needs labels=[...], the closed set of answers")
-        for number, (_, target) in enumerate(examples, start=1):
+        for number, (_, target) in enumerate(self.examples, start=1):
             if self.labels is not None and target not in self.labels:
                 raise InvalidTask(f"example {number} has target {target!r}, which is none of the labels {self.labels}")
         if self.template is not None and "{input}" not in self.template:
             raise InvalidTask(f"template {self.template!r} has no field {{input}}")
         require_whole("orders", self.orders, 1, InvalidTask)
-        object.__setattr__(self, "stop", one_or_many(self.stop))
-        if not all(isinstance(text, str) and text for text in self.stop):
+        stop = (() if self.chat else LINE) if self.stop is None else one_or_many(self.stop)
+        object.__setattr__(self, "stop", stop)
+        if not all(isinstance(text, str) and text for text in stop):
             raise InvalidTask(f"stop is {self.stop!r:.80}; give the texts that end an answer, none of them empty")
         if self.calibrated and not self.labels:
             raise InvalidTask("calibrated=True divides the probabilities of labels, and the task has no labels")
@@ -304,16 +319,24 @@ class Task:
     @classmethod
     def of(cls, given: Task | GivenRows) -> Task:
         """The task itself, or one of these rows with nothing else set."""
-        return given if isinstance(given, Task) else cls(cast(Sequence[tuple[str, str]], given))
+        return given if isinstance(given, Task) else cls(cast(Sequence[tuple[Prompt, str]], given))
 
-    def prompt(self, text: str) -> str:
-        """The text shown to the model for one input, after the demonstrations; the answer follows after a space."""
-        return self._prompt(text, self.instruction)
+    def prompt(self, asked: Prompt) -> Prompt:
+        """What the model is shown for one input, after the demonstrations.
+
+        A text, which the answer follows after a space; of a chat a Conversation, which the assistant's turn follows.
+        """
+        return self._prompt(asked, self.instruction)
 
     @property
-    def shown(self) -> tuple[tuple[str, str], ...]:
+    def shown(self) -> tuple[tuple[Prompt, str], ...]:
         """The demonstrations."""
-        return cast(tuple[tuple[str, str], ...], self.demonstrations)
+        return cast(tuple[tuple[Prompt, str], ...], self.demonstrations)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts that end an answer."""
+        return cast(tuple[str, ...], self.stop)
 
     @property
     def answer_end(self) -> str | None:
@@ -329,22 +352,67 @@ class Task:
         starts = [len(pairs) * number // count for number in range(count)]
         return [replace(self, demonstrations=pairs[start:] + pairs[:start], orders=1) for start in starts]
 
-    def prompt_of(self, row: Row) -> str:
+    def prompt_of(self, row: Row) -> Prompt:
         """The prompt of a row that may have an instruction of its own, or be a whole prompt already."""
-        return row.input if row.whole_prompt else self._prompt(row.input, row.instruction or self.instruction)
+        if row.whole_prompt:
+            return row.input
+        if row.chat is not None and self.chat is not False:
+            return self._prompt(row.chat, self.instruction)
+        return self._prompt(row.input, row.instruction or self.instruction)
 
-    def _prompt(self, text: str, instruction: str) -> str:
+    def _prompt(self, asked: Prompt, instruction: str) -> Prompt:
+        if isinstance(asked, Conversation) if self.chat is None else self.chat:
+            return self._conversation(asked, instruction)
+        text = str(asked)
         template = DEFAULT_TEMPLATE if self.template is None else self.template
         # replaced in one pass over the template, so that braces in the user's text stay what they are
         parts = [part.replace("{instruction}", instruction) for part in template.split("{input}")]
-        shown = [f"{given.join(parts)} {target}\n\n" for given, target in self.shown if given != text]
+        shown = [f"{str(given).join(parts)} {target}\n\n" for given, target in self.shown if given != text]
         return "".join([*shown, text.join(parts)])
 
-    def _read_demonstrations(self) -> tuple[tuple[str, str], ...]:
-        if isinstance(self.demonstrations, bool):
-            return tuple(self.examples) if self.demonstrations else ()
-        rows = read_rows(self.demonstrations, noun="demonstration")
-        return tuple((row.input, row.targets[0]) for row in rows)
+    def _conversation(self, asked: Prompt, instruction: str) -> Conversation:
+        template = self.template or (CHAT_TEMPLATE if instruction else "{input}")
+        parts = [part.replace("{instruction}", instruction) for part in template.split("{input}")]
+
+        def turns(given: Prompt) -> list[tuple[str, str]]:
+            if not isinstance(given, Conversation):
+                return [("user", given.join(parts))]
+            *before, (role, last) = given.without_system.turns
+            return [*before, (role, last.join(parts))]
+
+        system = self.system or (asked.system if isinstance(asked, Conversation) else "")
+        found = [("system", system)] if system else []
+        for given, target in self.shown:
+            if given != self._as_kept(asked):
+                found += [*turns(given), ("assistant", target)]
+        return Conversation((*found, *turns(asked)))
+
+    def _read_chat(self, rows: Sequence[Row]) -> None:
+        """Whether this is a chat, and what its system says, as far as the rows tell. Raises InvalidTask where they differ.
+
+        The rows are the examples, then the demonstrations.
+        """
+        chats = [row.chat is not None for row in rows]
+        if self.chat is None and rows:
+            if len(set(chats)) > 1:
+                raise InvalidTask(
+                    f"example {chats.index(True) + 1} has messages, and example {chats.index(False) + 1} has texts "
+                    "(demonstrations count after the examples): pass chat=True to make messages of all, or chat=False to "
+                    "make texts of all"
+                )
+            object.__setattr__(self, "chat", chats[0])
+        if self.system and not self.chat:
+            raise InvalidTask("system is a turn of a chat: pass chat=True, or the text as instruction=...")
+        if self.chat and self.system is None:
+            said = {row.chat.system if row.chat is not None else "" for row in rows}
+            object.__setattr__(self, "system", said.pop() if len(said) == 1 else "")
+
+    def _as_kept(self, asked: Prompt) -> Prompt:
+        """An input as examples have it: a text, unless a chat has several turns, or a system of its own."""
+        if not isinstance(asked, Conversation) or self.chat is False:
+            return str(asked)
+        kept = asked.without_system if self.system else asked
+        return kept.turns[0][1] if len(kept.turns) == 1 else kept
 
 
 def shared_instruction(rows: Sequence[Row]) -> str:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 import numpy as np
 
 import loraweave.registry as registry
-from loraweave.common.checks import is_whole, one_or_many
+from loraweave.common.chat import Prompt
+from loraweave.common.checks import is_whole
 from loraweave.common.rows import GivenRows, Row, read_inputs, read_rows
 from loraweave.errors import RetrievalError
 from loraweave.hub.embedders._embedder import Embedder, unit
@@ -127,7 +128,7 @@ class Retriever:
     @shows_options
     def for_task(
         self,
-        texts: Iterable[str],
+        texts: Iterable[Prompt],
         *,
         description: str = "",
         evidence: bool = True,
@@ -140,7 +141,7 @@ class Retriever:
         without any text and description.
         """
         request = Request(evidence=evidence, **options)
-        query = Query(one_or_many(texts), (), description)
+        query = Query(tuple(map(str, [texts] if isinstance(texts, str) else texts)), (), description)
         return self._find([query], self._vector(query)[None], request)[0]
 
     @shows_options

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from loraweave.common.chat import Conversation, turn_end
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.formula.formula import Formula, parse
 from loraweave.composer.formula.nodes import Merge, Named, Stored, Sum, leaves
@@ -26,6 +27,7 @@ from loraweave.routers.tokens._router import TokenRouter
 from loraweave.serving.limits import Limits
 from loraweave.serving.refusals import Refusal
 from loraweave.serving.served import Member, Served
+from loraweave.types import LINE, Task
 
 # what `auto` takes at most, how sharply it prefers, and what it leaves out
 NUM_FOUND, TEMPERATURE, LEAST_SHARE = 3, 0.1, 0.1
@@ -152,8 +154,8 @@ class Names:
         if (stored := formula.stored(self._hub)) is not None:
             named = formula.canonical, formula.identity(self._hub)
             if has_members(stored):
-                # answers of a task are one line, as in Composition.predict
-                return Served(*named, self._members(stored), stops=("\n",))
+                made = self._members(stored)
+                return Served(*named, made, stops=self._stops(made[0].task))
             router = router_of(stored)
             return Served(*named, (_routed(router, router.pool),))
         # of these very adapters, whatever becomes of the hub meanwhile
@@ -161,6 +163,13 @@ class Names:
         named = formula.canonical, formula.identity(pool)
         members = formula.members()
         return Served(*named, tuple(replace(_member(each, pool), share=share) for share, each in members))
+
+    def _stops(self, task: Task | None) -> tuple[str, ...]:
+        """What ends an answer, as in Composition.predict: the task's stops, and the end of a chat's turn."""
+        if task is None:
+            return LINE
+        end = turn_end(self._tokenizer, Conversation((("user", "input"),))) if task.chat else ""
+        return (*task.stops, *([end] if end else []))
 
     def _members(self, stored: StoredComposition) -> tuple[Member, ...]:
         """Each member in each of its prompt forms."""

@@ -9,21 +9,22 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jinja2 import TemplateError
-
+from loraweave.common.chat import Conversation, Prompt, prompt_ids, rendered
 from loraweave.composer.model.batches import context_length
+from loraweave.errors import InvalidTask
 from loraweave.serving.refusals import Refusal
 from loraweave.serving.requests import ChatRequest, CompletionRequest
 from loraweave.serving.served import Served
+from loraweave.types import Task
 
 
 @dataclass(frozen=True)
 class Given:
-    """The prompts of a request: `ids` of each as it stands; `inputs` are the same as bare texts, where they are such."""
+    """The prompts of a request: `ids` of each as it stands; `inputs` are the same as inputs of a task, if they can be."""
 
     text: str
     ids: Sequence[tuple[int, ...]]
-    inputs: Sequence[str] | None
+    inputs: Sequence[Prompt] | None
 
 
 class Prompts:
@@ -50,16 +51,19 @@ class Prompts:
         with self._lock:
             if self._tokenizer.chat_template is None:
                 raise Refusal(400, "this base's tokenizer has no chat template: use /v1/completions", param="messages")
-            render = partial(self._tokenizer.apply_chat_template, messages, tokenize=False, add_generation_prompt=True)
+            render = partial(rendered, self._tokenizer, messages)
             try:
                 text, without_tools = render(tools=asked.tools), render() if asked.tools else None
-            except (TemplateError, TypeError, ValueError, KeyError) as error:
-                raise Refusal(400, f"the chat template refuses these messages: {error}", param="messages") from error
+            except InvalidTask as error:
+                raise Refusal(400, str(error), param="messages") from error
             if text == without_tools:
                 raise Refusal(400, "this base's chat template does not show tools: leave them out", param="tools")
             ids = self._ids(text, add_special_tokens=False)
-        last = messages[-1]["content"]
-        return Given(last, [self._fitting(ids)], [last] if len(messages) == 1 and not asked.tools else None)
+        turns = Conversation(tuple((message["role"], message["content"]) for message in messages))
+        # an input has neither tools nor what they said
+        plain = not asked.tools and all(message.keys() == {"role", "content"} for message in messages)
+        is_input = plain and turns.turns[-1][0] == "user"
+        return Given(messages[-1]["content"], [self._fitting(ids)], [turns] if is_input else None)
 
     def of_members(self, given: Given, served: Served) -> list[list[tuple[int, ...]]]:
         """For each prompt what each member of a composition is asked: the prompt, or its input in the member's own form.
@@ -69,15 +73,17 @@ class Prompts:
         tasks = [member.task for member in served.members]
         if all(task is None for task in tasks):
             return [[ids] * len(tasks) for ids in given.ids]
-        if given.inputs is None:
+        if given.inputs is None or not all(_is_input(asked, task) for asked in given.inputs for task in tasks if task):
             raise Refusal(
                 400,
                 f"{served.canonical} puts the input of its task into prompts of its own: give the input alone, as text, or "
-                "as the one message of a chat",
+                "as the one message of a chat; of a chat's task, as messages without a system's",
             )
         with self._lock:
-            prompts = [[text if task is None else task.prompt(text) for task in tasks] for text in given.inputs]
-            return [[self._fitting(self._ids(prompt)) for prompt in each] for each in prompts]
+            return [
+                [self._fitting(ids if task is None else self._prompt_ids(task.prompt(asked))) for task in tasks]
+                for ids, asked in zip(given.ids, given.inputs, strict=True)
+            ]
 
     def num_new(self, longest: int, asked: int | None, usual: int, most: int) -> int:
         """How many new tokens an answer to a prompt of `longest` tokens has: as asked, or the usual number if it fits.
@@ -95,6 +101,14 @@ class Prompts:
                 code="context_length_exceeded",
             )
         return min(usual, most, room) if asked is None else asked
+
+    def _prompt_ids(self, prompt: Prompt) -> Sequence[int]:
+        if isinstance(prompt, str):
+            return self._ids(prompt)
+        try:
+            return prompt_ids(self._tokenizer, [prompt])[0]
+        except InvalidTask as error:
+            raise Refusal(400, str(error), param="model") from error
 
     def _ids(self, text: str, **options: Any) -> list[int]:
         ids = list(self._tokenizer(text, **options)["input_ids"])
@@ -118,3 +132,10 @@ class Prompts:
                 code="context_length_exceeded",
             )
         return tuple(ids)
+
+
+def _is_input(asked: Prompt, task: Task) -> bool:
+    """Whether a task's prompt shows all of it: several turns are for a chat, a system's for one without its own."""
+    if isinstance(asked, str):
+        return True
+    return (not asked.system or bool(task.chat and not task.system)) and (len(asked.turns) == 1 or bool(task.chat))

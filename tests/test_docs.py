@@ -15,6 +15,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 import loraweave as lw
 from loraweave import errors, registry
+from loraweave.common.chat import prompt_ids
 from loraweave.hub.formats._reading import REFUSED
 from loraweave.hub.health import anomalies
 from loraweave.hub.intake import archives
@@ -228,6 +229,15 @@ def test_the_python_of_the_readme(run_page):
     assert set(names["composition"].mean_weights) <= {"passive", "negation", "antonym"}
     assert names["merged"].rank == 8
     assert lw.Adapter.from_pretrained("plain").hash == names["weighed"].adapter.hash
+
+
+@pytest.mark.slow
+def test_the_page_on_chats(run_page):
+    names = run_page("docs/chat.md")
+    kept, tokenizer = names["kept"], names["tokenizer"]
+    asked = tokenizer.apply_chat_template([*names["turns"][:1], {"role": "user", "content": "ox"}], tokenize=False)
+    assert tokenizer.decode(prompt_ids(tokenizer, [kept.task.prompt("ox")])[0]) == f"{asked}<|im_start|>assistant\n"
+    assert len(names["answers"]) == 2
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from loraweave.common.chat import prompt_ids
 from loraweave.common.checks import one_or_many
 from loraweave.common.display import tracked
 from loraweave.common.options import Count, check_options
@@ -216,7 +217,7 @@ def _encode_texts(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int)
     given = read_rows(texts, noun="text", targets="any")
     if not given:
         raise InvalidTask("collect_statistics takes a list of texts, or of rows with input and target, but got none")
-    pairs = [(row.input, row.targets[0]) for row in given if row.targets]
+    pairs = [(row.asked, row.targets[0]) for row in given if row.targets]
     if len(pairs) not in (0, len(given)):
         raise InvalidTask("collect_statistics takes texts, or rows with input and target, not a mixture")
     both = model.config.is_encoder_decoder
@@ -225,7 +226,7 @@ def _encode_texts(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int)
     if pairs:
         rows = encode(model, tokenizer, [text for text, _ in pairs], [target for _, target in pairs])
     else:
-        rows = [EncodedRow(tuple(ids), ()) for ids in tokenizer([row.input for row in given])["input_ids"]]
+        rows = [EncodedRow(tuple(ids), ()) for ids in prompt_ids(tokenizer, [row.asked for row in given])]
     if both:
         cut = [EncodedRow(row.prompt[:max_tokens], row.target[:max_tokens]) for row in rows]
     else:

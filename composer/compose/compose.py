@@ -15,6 +15,7 @@ from typing import Any
 from rich.progress import Progress
 from torch import nn
 
+from loraweave.common.chat import Prompt
 from loraweave.common.display import progress_bar
 from loraweave.common.rows import GivenRows
 from loraweave.composer.compose.composition import Composition
@@ -194,7 +195,7 @@ def experts_of(given: Any) -> Hub | ExpertPool:
 
 
 def candidates(
-    hub_or_pool: Hub | ExpertPool, task: Task, unlabelled: Sequence[str], k: int, model: nn.Module
+    hub_or_pool: Hub | ExpertPool, task: Task, unlabelled: Sequence[Prompt], k: int, model: nn.Module
 ) -> tuple[ExpertPool, dict[str, float]]:
     """The pool to search in, and the score of each adapter that was retrieved.
 
@@ -204,7 +205,7 @@ def candidates(
     """
     if isinstance(hub_or_pool, ExpertPool):
         return hub_or_pool, {}
-    inputs = [text for text, _ in task.examples] or list(unlabelled)
+    inputs = [str(asked) for asked in [asked for asked, _ in task.examples] or unlabelled]
     search = partial(Retriever(hub_or_pool).for_task, inputs, description=task.instruction, evidence=False)
     scores = {hit.name: hit.score for hit in fitting_hits(hub_or_pool, search, k, model)}
     return hub_or_pool.pool(list(scores)), scores

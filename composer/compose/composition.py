@@ -15,9 +15,10 @@ from typing import Any, cast
 
 import torch
 
+from loraweave.common.chat import Conversation, Prompt, is_messages, prompt_json
 from loraweave.common.display import ShownTable
 from loraweave.common.files import as_path
-from loraweave.common.rows import GivenRows, read_inputs
+from loraweave.common.rows import GivenRows, read_asked
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.compose.refine import (
     STEP_COST,
@@ -41,6 +42,7 @@ from loraweave.composer.merge.arithmetic import byom
 from loraweave.composer.merge.merge import merge, merge_by_layer, parent_of
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import untouched
+from loraweave.composer.model.generate import Asked, read_prompt
 from loraweave.composer.model.layers import with_magnitudes
 from loraweave.errors import CompositionError, ScopeError
 from loraweave.hub.adapter import Adapter
@@ -168,9 +170,10 @@ class Composition:
     def predict(self, inputs: GivenRows, *, max_new_tokens: int = scoring.MAX_NEW_TOKENS) -> list[str]:
         """One answer for each input: a label when the task has labels, else the first line of a greedy generation.
 
-        Inputs are texts, or those of rows. Raises InvalidTask for anything else, such as a single text.
+        Of a chat it is the whole turn. Inputs are texts, conversations, or those of rows. Raises InvalidTask for anything
+        else, such as a single text.
         """
-        return self._predict(read_inputs(inputs), max_new_tokens)
+        return self._predict(read_asked(inputs), max_new_tokens)
 
     def evaluate(self, pairs: GivenRows) -> dict[str, float]:
         """Scores answers to (input, target) pairs, or rows in any other form; a target may be a list of accepted ones.
@@ -185,7 +188,7 @@ class Composition:
     def score(self, pairs: GivenRows) -> scoring.Score:
         """The same, with what is right item by item."""
         read = scoring.read_answers(pairs)
-        said = self._predict([text for text, _ in read], scoring.longest_answer(self.tokenizer, read))
+        said = self._predict([asked for asked, _ in read], scoring.longest_answer(self.tokenizer, read))
         return scoring.score(said, read, self._losses(read))
 
     def losses(self) -> list[float]:
@@ -281,14 +284,14 @@ class Composition:
             tuned_steps=self.tuned_steps + steps,
         )
 
-    def explain(self, text: str, *, max_new_tokens: int = 0) -> Explanation:
+    def explain(self, text: Asked, *, max_new_tokens: int = 0) -> Explanation:
         """What each token of the prompt for an input gets from each adapter: the composition's weights, in every layer.
 
         With `max_new_tokens`, tokens of the greedy continuation are explained too; Composer.explain says which.
         """
-        if not isinstance(text, str):
+        if not isinstance(text, str | Conversation) and not is_messages(text):
             raise CompositionError(f"explain() takes one text, but got {type(text).__name__}: explain texts one by one")
-        prompt = self.task.prompt(text)
+        prompt = self.task.prompt(read_prompt(text, 0))
         if self.is_base:
             with torch.no_grad():
                 ids = torch.cat(plan_reading(self.model, self.tokenizer, prompt, max_new_tokens).parts).tolist()
@@ -335,14 +338,14 @@ class Composition:
     ) -> ExportReport:
         """Writes the composition as one adapter for one of `lw.names("targets")`; what `Adapter.export` does with it.
 
-        Where prompts show demonstrations, `prompts` of its card are the whole prompts, one for each order of them, with
-        "{input}" for the input.
+        Where prompts show demonstrations, or are a chat, `prompts` of its card are the whole prompts, texts or messages, one
+        for each order of the demonstrations, with "{input}" for the input.
         CompositionError when the composition is the base model itself.
         """
         allow = allow_licenses or self.allow_licenses
         portable = with_magnitudes(self.adapter, self.model)
-        if self.task.demonstrations:
-            prompts = [task.prompt("{input}") for task in self.task.in_orders()]
+        if self.task.demonstrations or self.task.chat:
+            prompts = [prompt_json(task.prompt("{input}")) for task in self.task.in_orders()]
             portable = replace(portable, card={**portable.card, "prompts": prompts})
         return portable.export(folder, target=target, max_rank=max_rank, base=self.model, allow_licenses=allow)
 
@@ -375,7 +378,7 @@ class Composition:
                 stack.enter_context(Composer(self.model, [self.adapter]).activate({self.adapter.name: 1.0}))
             yield
 
-    def _predict(self, texts: Sequence[str], max_new_tokens: int) -> list[str]:
+    def _predict(self, texts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
         if self.members:
             adapters = {name: member.adapter for name, member in self.members.items() if not member.is_base}
             engine = Composer(self.model, ExpertPool(adapters), tokenizer=self.tokenizer)
@@ -385,7 +388,7 @@ class Composition:
         with self._active():
             return scoring.predict(*self._on, texts, max_new_tokens=max_new_tokens, share=self.router is None)
 
-    def _losses(self, pairs: Sequence[tuple[str, str | Sequence[str]]]) -> list[float]:
+    def _losses(self, pairs: Sequence[tuple[Prompt, scoring.Targets]]) -> list[float]:
         if self.members:
             each = [member._losses(pairs) for member in self.members.values()]
             return [sum(own) / len(own) for own in zip(*each, strict=True)]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loraweave.common.chat import Prompt
 from loraweave.common.options import NonNegative, check_options, options_of
 from loraweave.composer.compose.examples import EncodedExamples
 from loraweave.composer.compose.objectives._row_sums import Kind, RowSums
@@ -114,10 +115,10 @@ MAX_NEW_TOKENS = 16
 NOTHING = "."
 
 
-def with_own_answers(engine: Composer, tokenizer: Any, task: Task, inputs: Sequence[str]) -> Task:
+def with_own_answers(engine: Composer, tokenizer: Any, task: Task, inputs: Sequence[Prompt]) -> Task:
     """The task with these inputs as its examples. Labels stay open: every input has the first as its target.
 
-    Elsewhere the targets are the first lines that greedy decoding writes under the uniform mixture of the pool, of at most
+    Elsewhere the targets are the answers that greedy decoding writes under the uniform mixture of the pool, of at most
     16 tokens, "." for an empty one. Raises InvalidTask where there are no inputs.
     """
     if not inputs or isinstance(inputs, str):
@@ -127,7 +128,7 @@ def with_own_answers(engine: Composer, tokenizer: Any, task: Task, inputs: Seque
     names = engine.pool.names
     with untouched(engine.model), engine.activate(dict.fromkeys(names, 1 / len(names))):
         prompts = [task.prompt(text) for text in inputs]
-        answers = generate(engine.model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)
+        answers = generate(engine.model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, stop=task.stops)
     return replace(task, examples=[(text, answer or NOTHING) for text, answer in zip(inputs, answers, strict=True)])
 
 
@@ -211,7 +212,7 @@ class ExampleLoss(OnExamples):
         kind: str = "cross_entropy",
         merge_method: str = "linear",
         only: Sequence[int] | None = None,
-        inputs: Sequence[str] | None = None,
+        inputs: Sequence[Prompt] | None = None,
         **terms: float,
     ) -> None:
         if inputs is not None and kind != "entropy":

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from loraweave.common.chat import prompt_json
 from loraweave.common.files import as_path
 from loraweave.composer.compose.report import Report, ReportRow
 from loraweave.composer.composer import Composer
@@ -25,7 +26,7 @@ FORMAT, FORMAT_WITH_ROUTER, FORMAT_WITH_MEMBERS = 2, 3, 4
 FORMATS = (FORMAT, FORMAT_WITH_ROUTER, FORMAT_WITH_MEMBERS)
 FILE = "composition.json"
 PACKAGES = ("loraweave", "torch", "transformers", "cma")
-# of a task, what is kept
+# of a task, what is kept beside what makes it a chat
 TASK_FIELDS = ("examples", "instruction", "labels", "metric", "template", "demonstrations", "orders", "calibrated", "stop")
 
 
@@ -107,7 +108,15 @@ def recipe_of(
         "fingerprint": fingerprint(model).to_json(),
         "members": members,
         **fields,
-        "task": {name: getattr(task, name) for name in TASK_FIELDS},
+        "task": task_json(task),
         "report": report.to_json(),
         "versions": {package: version(package) for package in PACKAGES},
     }
+
+
+def task_json(task: Task) -> dict[str, Any]:
+    """What Task() takes, as JSON."""
+    fields = {name: getattr(task, name) for name in TASK_FIELDS}
+    for name in ("examples", "demonstrations"):
+        fields[name] = [[prompt_json(asked), target] for asked, target in fields[name]]
+    return {**fields, "chat": True, "system": task.system} if task.chat else fields

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from loraweave.common.chat import Prompt
 from loraweave.composer.compose.loss import ExampleLoss, Penalty, together, together_with_gradients
 from loraweave.composer.compose.settings import BEST, Settings, solver_class
 from loraweave.composer.compose.trials import Bench, Fixed, MixtureTrial, Split
@@ -37,7 +38,7 @@ class Searched(MixtureTrial):
         self.solver = self._solver(self._start_weights)
         self.merge_method = settings.meaning or self.solver.merge_method
         self._loss = settings.objective or self.solver.loss
-        self._inputs: Sequence[str] | None = None
+        self._inputs: Sequence[Prompt] | None = None
         if self._loss == "entropy":
             # which looks at no targets
             texts = [text for text, _ in bench.task.examples]

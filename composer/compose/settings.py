@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import loraweave.registry as registry
+from loraweave.common.chat import Prompt
 from loraweave.common.checks import require_whole
 from loraweave.common.files import as_path
 from loraweave.common.options import Count, NonNegative, Positive, Range, Seed, check_options, options_of, require_known
-from loraweave.common.rows import GivenRows, read_inputs
+from loraweave.common.rows import GivenRows, read_asked
 from loraweave.composer.compose.user_loss import Examples
 from loraweave.composer.merge.method_call import MethodCall
 from loraweave.errors import InvalidTask, LoraweaveError, ScopeError, UnknownName, WeightingError
@@ -62,7 +63,7 @@ class Settings:
     space: str | None
     weights: Mapping[str, float] | None
     objective: str | Callable[[Any, Examples], float] | None
-    inputs: Sequence[str] | None
+    inputs: Sequence[Prompt] | None
     l1: NonNegative | None
     l2: NonNegative
     sparsity: NonNegative
@@ -76,7 +77,7 @@ class Settings:
         """The arguments of compose() by name. WeightingError for a checkpoint that is not a path, InvalidTask for inputs."""
         if folds is None:
             folds = FOLDS_OF_AUTO if arguments["method"] == "auto" else FOLDS
-        texts = None if inputs is None else read_inputs(inputs)
+        texts = None if inputs is None else read_asked(inputs)
         folder = None if checkpoint is None else as_path(checkpoint, "checkpoint", WeightingError)
         return cls(folds=folds, checkpoint=folder, inputs=texts, **arguments)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from loraweave.common.chat import Prompt, prompt_json
 from loraweave.composer.compose.loss import ExampleLoss, OnExamples, active_candidate
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import untouched
@@ -15,14 +16,15 @@ from loraweave.errors import InvalidTask
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
 
-Examples = list[tuple[str, str]]
+Examples = list[tuple[Prompt, str]]
 
 
 class UserLoss(OnExamples):
     """An objective: `function(model, examples)`, a number, lower is better, and the terms of ExampleLoss.
 
-    `model` answers for the candidate, in evaluation mode and without gradients; `examples` are (input, target) pairs. A
-    candidate for which the function raises an error or gives no finite number has the loss NaN; `failures` counts these.
+    `model` answers for the candidate, in evaluation mode and without gradients; `examples` are (input, target) pairs, an
+    input of several turns being a `Conversation`. A candidate for which the function raises an error or gives no finite
+    number has the loss NaN; `failures` counts these.
     Raises WeightingError for terms that cannot be used.
     """
 
@@ -47,18 +49,20 @@ class UserLoss(OnExamples):
         return {
             "function": name,
             "instruction": self.task.instruction,
-            "examples": [list(self.task.examples[index]) for index in self.only],
+            "examples": [[prompt_json(asked), target] for asked, target in self._examples()],
             **self._describe_mixtures(),
         }
 
     def __call__(self, candidates: Sequence[MixtureWeights]) -> list[float]:
         return [self._loss(candidate) for candidate in candidates]
 
+    def _examples(self) -> Examples:
+        return [self.task.examples[index] for index in self.only]
+
     def _loss(self, candidate: MixtureWeights) -> float:
-        examples = [self.task.examples[index] for index in self.only]
         try:
             with untouched(self.engine.model), torch.no_grad(), active_candidate(self.engine, candidate, self.merge_method):
-                loss = float(self.function(self.engine.model, list(examples)))
+                loss = float(self.function(self.engine.model, self._examples()))
         # an interruption is no Exception, and ends the search
         except Exception as error:
             self.failures.add_error(error)
@@ -76,7 +80,7 @@ def make_objective(
     loss: str | Callable[[Any, Examples], float],
     *,
     merge_method: str = "linear",
-    inputs: Sequence[str] | None = None,
+    inputs: Sequence[Prompt] | None = None,
     **terms: float,
 ) -> ExampleLoss | UserLoss:
     """An ExampleLoss of a kind of `names("objectives")`, or a UserLoss of `loss(model, examples)`.

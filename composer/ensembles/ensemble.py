@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loraweave.common.checks import require_whole
 from loraweave.common.options import Range, fits
-from loraweave.common.rows import GivenRows, read_inputs
+from loraweave.common.rows import GivenRows, read_asked
 from loraweave.composer.composer import Composer
 from loraweave.composer.ensembles.member_passes import (
     known_members,
@@ -298,7 +298,7 @@ def answers(
     share_M = torch.tensor([float(w) / n for w, n in zip(weight_M, orders, strict=True) for _ in range(n)])
     routed = any(not isinstance(member, Mapping | MixtureWeights | None) for member in members)
     shown = any(each[0].demonstrations for each in tasks)
-    texts = read_inputs(inputs)
+    texts = read_asked(inputs)
     with engine.activate(asked):
         return scoring.predict_together(
             engine.model,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from loraweave.common.chat import Prompt
 from loraweave.composer.explain.page import page
 from loraweave.composer.explain.plot import draw
 from loraweave.composer.explain.shown import TokenFigures
@@ -178,7 +179,7 @@ class Reading:
         return Explanation(split_text(tokenizer, torch.cat(self.parts).tolist()), tuple(layers), trace.experts, w_TLE)
 
 
-def plan_reading(model: nn.Module, tokenizer: Any, text: str, max_new_tokens: int) -> Reading:
+def plan_reading(model: nn.Module, tokenizer: Any, text: Prompt, max_new_tokens: int) -> Reading:
     """One forward over the text, and over all but the last of the tokens of its greedy continuation."""
     inputs, pad = encode_texts(model, tokenizer, [text])
     text_ids = inputs["input_ids"][0]

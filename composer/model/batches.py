@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loraweave.common.chat import Conversation, Prompt, answered_ids, prompt_ids
 from loraweave.errors import InvalidTask
 from loraweave.routers.tokens._call import prompted
 
@@ -73,22 +74,30 @@ class EncodedRow:
 
 
 def encode(
-    model: Any, tokenizer: Any, prompts: Sequence[str], targets: Sequence[str], *, ends: Sequence[str | None] = ()
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], targets: Sequence[str], *, ends: Sequence[str | None] = ()
 ) -> list[EncodedRow]:
     """Token ids of each prompt and of " target" with its end, by default the end-of-sequence token, tokenised apart.
 
-    Raises InvalidTask for a prompt or a target without tokens and for a row longer than the model's context.
+    What follows a conversation is the assistant's turn, as `answered_ids` has it. Raises what that raises, and InvalidTask
+    for a prompt or a target without tokens and for a row longer than the model's context.
     """
     # tokenizers refuse an empty list
     if not prompts:
         return []
     limit = context_length(model)
-    prompt_ids = tokenizer(list(prompts))["input_ids"]
     target_ids = answer_ids(tokenizer, targets, ends)
     rows = []
-    for number, (prompt, target) in enumerate(zip(prompt_ids, target_ids, strict=True)):
+    text_ids = iter(prompt_ids(tokenizer, [prompt for prompt in prompts if isinstance(prompt, str)]))
+    for number, (asked, target) in enumerate(zip(prompts, target_ids, strict=True)):
+        if isinstance(asked, Conversation):
+            try:
+                prompt, target = answered_ids(tokenizer, asked, targets[number])
+            except InvalidTask as error:
+                raise InvalidTask(f"row {number + 1} (prompt {str(asked)[:60]!r}): {error}") from error
+        else:
+            prompt = next(text_ids)
         if not targets[number].strip() or not target:
-            raise InvalidTask(f"row {number + 1} (prompt {prompts[number][:60]!r}) has an empty target")
+            raise InvalidTask(f"row {number + 1} (prompt {str(asked)[:60]!r}) has an empty target")
         if not prompt:
             raise InvalidTask(f"row {number + 1} (target {targets[number][:60]!r}) has an empty prompt to predict it from")
         row = EncodedRow(tuple(prompt), tuple(target))

@@ -8,14 +8,18 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from loraweave.common.chat import Conversation, Prompt, is_messages, prompt_ids
 from loraweave.composer.model.batches import has_two_sequences, pad_id, pad_rows
 from loraweave.composer.model.growing_text import GrowingText
 from loraweave.errors import CompositionError, ScopeError
+
+# a text, or a conversation: a list of {"role", "content"}
+Asked: TypeAlias = Prompt | Sequence[Mapping[str, Any]]
 
 # modes whose decoding transformers downloads as code and runs
 DOWNLOADED = ("contrastive_search", "dola_generation", "group_beam_search", "constrained_beam_search")
@@ -59,9 +63,9 @@ class GenerationCall:
 
 
 def generation_call(
-    model: nn.Module, tokenizer: Any, texts: Sequence[str], seeds: Sequence[int] | None, settings: Mapping[str, Any]
+    model: nn.Module, tokenizer: Any, texts: Sequence[Prompt], seeds: Sequence[int] | None, settings: Mapping[str, Any]
 ) -> GenerationCall:
-    """One call for a batch of texts, with the settings that the caller gave for `generate`.
+    """One call for a batch of texts and conversations, with the settings that the caller gave for `generate`.
 
     Raises CompositionError for what would run downloaded code or leave this thread, ScopeError for what takes one text only.
     """
@@ -139,9 +143,24 @@ def _words(mode: str) -> str:
     return mode.replace("_", " ") or "of an unknown kind"
 
 
-def encode_texts(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> tuple[dict[str, Tensor], int]:
+def read_prompt(given: Any, number: int) -> Prompt:
+    """Text or conversation `number` of a call. CompositionError for anything else, InvalidTask for turns of another form."""
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, Conversation) and not is_messages(given):
+        alone = ": put the messages of a conversation into a list of their own" if isinstance(given, Mapping) else ""
+        raise CompositionError(
+            f"text {number} is {given!r:.80}, and neither a text nor a conversation, a list of {{'role', 'content'}}{alone}"
+        )
+    found = given if isinstance(given, Conversation) else Conversation.read(given, f"text {number}")
+    if found.turns[-1][0] == "assistant":
+        raise CompositionError(f"text {number} ends with the assistant's turn, to which there is no answer: leave that out")
+    return found
+
+
+def encode_texts(model: nn.Module, tokenizer: Any, texts: Sequence[Prompt]) -> tuple[dict[str, Tensor], int]:
     """The token ids and their mask, padded left (right for an encoder), and the id that pads."""
-    encoded = [list(tokenizer(text)["input_ids"]) for text in texts]
+    encoded = prompt_ids(tokenizer, texts)
     for number, ids in enumerate(encoded):
         if not ids and tokenizer.bos_token_id is not None:
             ids.append(tokenizer.bos_token_id)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loraweave.common.chat import Conversation, Prompt, answered_ids, prompt_ids, turn_end
 from loraweave.common.rows import GivenRows, read_rows
 from loraweave.composer.model.batches import (
     IGNORED,
@@ -57,7 +58,7 @@ class Score:
 
 
 def losses(
-    model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[str, Targets]], *, share: bool = False
+    model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[Prompt, Targets]], *, share: bool = False
 ) -> list[float]:
     """The mean negative log-likelihood of each pair's (first) target, given its prompt; `share` is that of `predict`.
 
@@ -66,7 +67,7 @@ def losses(
     return losses_of_rows(model, tokenizer, encode_pairs(model, tokenizer, task, pairs), share=share)
 
 
-def encode_pairs(model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[str, Targets]]) -> list[EncodedRow]:
+def encode_pairs(model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[Prompt, Targets]]) -> list[EncodedRow]:
     """Token ids of each pair's prompt and (first) target."""
     targets = [accepted if isinstance(accepted, str) else accepted[0] for _, accepted in pairs]
     return encode(model, tokenizer, [task.prompt(text) for text, _ in pairs], targets, ends=[task.answer_end] * len(pairs))
@@ -92,12 +93,12 @@ def predict(
     model: Any,
     tokenizer: Any,
     task: Task,
-    inputs: Sequence[str],
+    inputs: Sequence[Prompt],
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     share: bool = False,
 ) -> list[str]:
-    """One answer for each input: the likeliest label when the task has labels, else the first generated line.
+    """One answer for each input: the likeliest label when the task has labels, else what `generate` gives.
 
     Of a task in several orders it is that of `predict_together`. With `share` the model reads once what all prompts begin
     with, where it can: not for weights that look at a whole prompt.
@@ -120,7 +121,7 @@ def predict_together(
     tokenizer: Any,
     tasks: Sequence[Task],
     share_M: Tensor,
-    inputs: Sequence[str],
+    inputs: Sequence[Prompt],
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     share: bool = False,
@@ -133,7 +134,7 @@ def predict_together(
     """
     labels, neutral = tasks[0].labels, NEUTRAL if tasks[0].calibrated else ()
     prompts_MN = [[task.prompt(text) for text in (*inputs, *neutral)] for task in tasks]
-    ids_MN = [tokenizer(prompts)["input_ids"] if prompts else [] for prompts in prompts_MN]
+    ids_MN = [prompt_ids(tokenizer, prompts) for prompts in prompts_MN]
     prefix = Prefixes.of(model, tokenizer, ids_MN) if share else None
     size = max(1, (BATCH_SIZE if labels is None else 128 // len(labels)) // len(tasks))
     by_length = sorted(range(len(ids_MN[0])), key=lambda index: len(ids_MN[0][index]))
@@ -151,7 +152,7 @@ def predict_together(
     answers = [""] * len(inputs)
     for chosen, prompts in chunks:
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "processors": averaged, "prefix": prefix}
-        found = generate(model, tokenizer, prompts, stop=tasks[0].stop, **settings)
+        found = generate(model, tokenizer, prompts, stop=tasks[0].stops, **settings)
         for index, answer in zip(chosen, found, strict=False):
             answers[index] = answer
     return answers
@@ -202,7 +203,7 @@ def evaluate(model: Any, tokenizer: Any, task: Task, pairs: GivenRows, *, seed: 
     return score(answers, pairs, losses(model, tokenizer, task, pairs, share=share), seed=seed)
 
 
-Pairs = Sequence[tuple[str, Sequence[str]]]
+Pairs = Sequence[tuple[Prompt, Sequence[str]]]
 
 
 def longest_answer(tokenizer: Any, pairs: Pairs) -> int:
@@ -222,12 +223,12 @@ def score(answers: Sequence[str], pairs: Pairs, losses: Sequence[float], *, seed
     return Score(float(np.mean(right)), low, high, float(np.mean(losses)), len(right), right)
 
 
-def read_answers(rows: GivenRows) -> list[tuple[str, tuple[str, ...]]]:
+def read_answers(rows: GivenRows) -> list[tuple[Prompt, tuple[str, ...]]]:
     """(input, accepted targets) of each row. Raises InvalidTask if there is none, or one without a target."""
     read = read_rows(rows, targets="several")
     if not read:
         raise InvalidTask("no rows, (input, target) pairs say, to evaluate on")
-    return [(row.input, row.targets) for row in read]
+    return [(row.asked, row.targets) for row in read]
 
 
 def bootstrap(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
@@ -241,7 +242,7 @@ def bootstrap(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
@@ -250,13 +251,15 @@ def generate(
 ) -> list[str]:
     """The first line of each greedy continuation, or what stands before the first of the texts in `stop`.
 
-    `processors` change a step's scores before the best token is taken, as transformers' logits processors do. All prompts
-    begin with the `prefix`, where one is given.
+    Of a conversation the end of the assistant's turn ends it too. `processors` change a step's scores before the best token
+    is taken, as transformers' logits processors do. All prompts begin with the `prefix`, where one is given.
     """
     inputs, cache = _read_prompts(model, tokenizer, prompts, prefix)
     known: dict[str, Any] = {} if cache is None else {cache_name(model): cache}
     line_break = tokenizer("\n", add_special_tokens=False)["input_ids"] if tuple(stop) == LINE else ()
-    ends = sorted({tokenizer.eos_token_id, *(line_break if len(line_break) == 1 else ())} - {None})
+    chat = next((prompt for prompt in prompts if isinstance(prompt, Conversation)), None)
+    of_turn = [] if chat is None else _turn_ends(model, tokenizer, chat)
+    ends = sorted({tokenizer.eos_token_id, *(line_break if len(line_break) == 1 else ()), *of_turn} - {None})
     if stop and tuple(stop) != LINE:
         known |= {"stop_strings": list(stop), "tokenizer": tokenizer}
     with warnings.catch_warnings():
@@ -280,7 +283,17 @@ def generate(
     return [text[: min((place for each in stop if (place := text.find(each)) >= 0), default=None)].strip() for text in texts]
 
 
-def rank(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str]) -> list[str]:
+def _turn_ends(model: Any, tokenizer: Any, chat: Conversation) -> list[int]:
+    """The tokens that end the assistant's turn: the model's own, and what the template writes first after an answer."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    known = own if isinstance(own, list) else [own]
+    end = turn_end(tokenizer, chat)
+    first = tokenizer(end, add_special_tokens=False)["input_ids"][:1] if end else []
+    # a turn that ends in words may have them before its end too
+    return [*known, *(token for token in first if token in tokenizer.all_special_ids or not end.strip())]
+
+
+def rank(model: Any, tokenizer: Any, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[str]:
     """The label of the highest summed log-likelihood after each prompt, the end-of-sequence token included."""
     return [labels[int(best)] for best in label_scores(model, tokenizer, prompts, labels).argmax(dim=1)]
 
@@ -288,7 +301,7 @@ def rank(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[st
 def label_scores(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     labels: Sequence[str],
     *,
     ends: Sequence[str | None] = (None,),
@@ -300,6 +313,15 @@ def label_scores(
     """
     inputs, cache = _read_prompts(model, tokenizer, prompts, prefix)
     ids = [label_ids(tokenizer, labels, end) for end in ends]
+    if any(isinstance(prompt, Conversation) for prompt in prompts):
+        # a template may write a turn otherwise after another prompt
+        each = len(prompts) // len(ends)
+        ids = [
+            [answered_ids(tokenizer, prompt, label)[1] for label in labels]
+            if isinstance(prompt, Conversation)
+            else ids[number // each]
+            for number, prompt in enumerate(prompts)
+        ]
     return (-label_losses(model, inputs["input_ids"], inputs["attention_mask"], ids, cache)).log_softmax(dim=1)
 
 
@@ -362,18 +384,18 @@ def _losses_after(model: Any, ids_BT: Tensor, mask_BT: Tensor, targets_NK: Tenso
 
 
 def _read_prompts(
-    model: Any, tokenizer: Any, prompts: Sequence[str], prefix: Prefixes | None
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], prefix: Prefixes | None
 ) -> tuple[dict[str, Tensor], Any]:
     """(one batch of the prompts, the cache of the `prefix` for as many rows, or None)."""
     if prefix is None:
         return pad_prompts(model, tokenizer, prompts), None
-    return prefix.before(model, tokenizer, tokenizer(list(prompts))["input_ids"])
+    return prefix.before(model, tokenizer, prompt_ids(tokenizer, prompts))
 
 
-def pad_prompts(model: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+def pad_prompts(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
     """Prompts as one batch on the model's device, padded on the left for a decoder, on the right for an encoder."""
     left, device = not model.config.is_encoder_decoder, next(model.parameters()).device
-    ids, mask = (tensor.to(device) for tensor in pad_rows(tokenizer, tokenizer(list(prompts))["input_ids"], left=left))
+    ids, mask = (tensor.to(device) for tensor in pad_rows(tokenizer, prompt_ids(tokenizer, prompts), left=left))
     return with_positions(model, ids, mask) if left else {"input_ids": ids, "attention_mask": mask}
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from loraweave.common.chat import Prompt
 from loraweave.composer.compose.examples import TokenTree, runs_trees, token_tree, tree_inputs
 from loraweave.composer.composer import Composer
 from loraweave.composer.model import scoring
@@ -46,7 +47,7 @@ class Step:
 
     def task(self, given: Task) -> Task:
         """The task of answering one text, in the template of a task given."""
-        return Task([], instruction=self.instruction, template=given.template)
+        return Task([], instruction=self.instruction, template=given.template, chat=given.chat, system=given.system)
 
 
 class Reading(NamedTuple):
@@ -56,8 +57,8 @@ class Reading(NamedTuple):
     hit: bool
 
 
-Question = tuple[Step, str]
-Target = tuple[Step, str, str]
+Question = tuple[Step, Prompt]
+Target = tuple[Step, Prompt, str]
 
 
 class Asked:
@@ -77,16 +78,16 @@ class Asked:
         return len(self._answers) + len(self._readings)
 
     def answers(self, questions: Sequence[Question]) -> list[str]:
-        """The first line of each step's greedy continuation after the prompt for its text."""
+        """What each step says greedily after the prompt for its text: the first line, or the turn of a chat."""
         new = [question for question in dict.fromkeys(questions) if question not in self._answers]
         prompts = {question: self._prompt(*question) for question in new}
         # rows of one limit, so that no row's answer depends on those beside it
-        new.sort(key=lambda question: (question[0].max_new_tokens, len(prompts[question])))
+        new.sort(key=lambda question: (question[0].max_new_tokens, len(str(prompts[question]))))
         for limit, group in groupby(new, key=lambda question: question[0].max_new_tokens):
             for rows in _chunks(list(group), scoring.BATCH_SIZE):
                 with torch.no_grad(), untouched(self._engine.model), self._engine.activate([s.mixture for s, _ in rows]):
-                    texts = [prompts[row] for row in rows]
-                    found = scoring.generate(self._engine.model, self._tokenizer, texts, max_new_tokens=limit)
+                    texts, stop = [prompts[row] for row in rows], self._tasks[rows[0][0]].stops
+                    found = scoring.generate(self._engine.model, self._tokenizer, texts, max_new_tokens=limit, stop=stop)
                 self._answers.update(zip(rows, found, strict=True))
                 self._on_progress(len(rows))
         return [self._answers[question] for question in questions]
@@ -104,10 +105,10 @@ class Asked:
                 self._on_progress(len(found))
         return [self._readings[target] for target in targets]
 
-    def _prompt(self, step: Step, text: str) -> str:
+    def _prompt(self, step: Step, asked: Prompt) -> Prompt:
         if step not in self._tasks:
             self._tasks[step] = step.task(self._task)
-        return self._tasks[step].prompt(text)
+        return self._tasks[step].prompt(asked)
 
     def _shares(self, rows: Sequence[EncodedRow]) -> bool:
         """Whether rows are run as trees; tried once, while no mixture is active."""

@@ -62,7 +62,7 @@ def distilled(
     order = torch.randperm(len(labelled), generator=seeded(settings.seed, "distil")).tolist()
     num_held = min(-(-len(labelled) // 10), len(labelled) - 1)
     held, learned = ([labelled[place] for place in places] for places in (order[:num_held], order[num_held:]))
-    own = {text for text, _ in task.examples}
+    own = {asked for asked, _ in task.examples}
     # an empty answer teaches nothing
     rows = [*task.examples, *((text, answer) for text, answer in learned if answer.strip() and text not in own)]
     name, asked = "distilled", replace(task, demonstrations=True)

@@ -9,6 +9,7 @@ from functools import partial
 from statistics import fmean
 from typing import Annotated, Any
 
+from loraweave.common.chat import Prompt
 from loraweave.common.checks import says_something
 from loraweave.common.display import progress_bar
 from loraweave.common.options import Count, Range, check_options, options_of
@@ -93,7 +94,7 @@ def order(
 
 def candidates(hub: Hub, tokenizer: Any, task: Task, k: int, model: Any) -> tuple[list[Step], list[Step], list[str]]:
     """(first steps, later steps, adapters without a description). Raises InvalidTask where none has one."""
-    inputs = [text for text, _ in task.examples]
+    inputs = [str(asked) for asked, _ in task.examples]
     by_inputs = fitting_hits(hub, partial(Retriever(hub).for_task, inputs, evidence=False), k, model)
     by_outputs: list[Candidate] = []
     if len(by_inputs) == k:
@@ -107,7 +108,7 @@ def candidates(hub: Hub, tokenizer: Any, task: Task, k: int, model: Any) -> tupl
             f"none of the {len(found)} adapters found in {hub} has a description to ask it by: give them some "
             "(hub.update(name, description=...))"
         )
-    longest = max(map(len, tokenizer([text for pair in task.examples for text in pair])["input_ids"]))
+    longest = max(map(len, tokenizer([str(text) for pair in task.examples for text in pair])["input_ids"]))
     limit = min(MAX_NEW_TOKENS, LONGER * longest + MORE)
     steps = {
         name: Step(name, record.description, record.hash, limit) for name, record in found.items() if name not in left_out
@@ -212,9 +213,9 @@ class Search:
         for number, path in enumerate(paths):
             self._found[path] = readings[number * num_examples : (number + 1) * num_examples]
 
-    def _texts(self, paths: Iterable[Order], inputs: Sequence[str]) -> dict[Order, list[str]]:
+    def _texts(self, paths: Iterable[Order], inputs: Sequence[Prompt]) -> dict[Order, Sequence[Prompt]]:
         """What each program answers to each input; the inputs themselves for the one without steps."""
-        known: dict[Order, list[str]] = {(): list(inputs)}
+        known: dict[Order, Sequence[Prompt]] = {(): inputs}
         # sorted, so that the batches are the same in every process
         wanted = sorted(paths, key=_labels)
         for length in range(1, max(map(len, wanted), default=0) + 1):

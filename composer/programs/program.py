@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from loraweave.common.chat import Prompt
 from loraweave.common.display import ShownTable, tracked
 from loraweave.common.files import as_path, whole_file
 from loraweave.common.options import Count, Positive, check_options, options_of
-from loraweave.common.rows import GivenRows, read_inputs
+from loraweave.common.rows import GivenRows, read_asked, read_inputs
 from loraweave.composer.compose.composition import Composition
-from loraweave.composer.compose.saved import TASK_FIELDS
+from loraweave.composer.compose.saved import task_json
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.model import scoring
@@ -98,7 +99,7 @@ class Program:
         Raises InvalidTask for inputs that are neither texts nor rows.
         """
         *before, last = self.steps
-        return self._answers(last, self._between(before, read_inputs(inputs)), self._last_task)
+        return self._answers(last, self._between(before, read_asked(inputs)), self._last_task)
 
     def evaluate(self, pairs: GivenRows) -> dict[str, float]:
         """What `Composition.evaluate` measures; `loss` is that of the targets under the last step."""
@@ -136,7 +137,7 @@ class Program:
         given = {"num_inputs": num_inputs, "steps": steps, "lr": lr, "rank": rank}
         check_options("distil()", given, options_of(Program.distil, after=2), error=TrainingError)
         if inputs is None:
-            own_inputs = [text for text, _ in self.task.examples]
+            own_inputs = [str(asked) for asked, _ in self.task.examples]
             found = card_inputs(self.hub, self.steps[0].name, own_inputs, num_inputs, seed)
             why = "the hub's cards have no sample inputs: give some as inputs=[...]"
         else:
@@ -149,15 +150,14 @@ class Program:
         labelled = list(zip(found, chain.from_iterable(answers), strict=True))
         settings = Distilling(num_inputs, steps, lr, rank, seed)
         instruction = self.task.instruction or " ".join(step.instruction for step in self.steps)
-        asked = Task(self.task.examples, instruction=instruction, labels=self.task.labels, template=self.task.template)
+        asked = replace(self._last_task, examples=self.task.examples, instruction=instruction)
         own = self.evaluate(self.task.examples)["loss"]
         return distilled(self.model, self.tokenizer, asked, labelled, str(self), own, self.pool, settings, progress)
 
     def save(self, path: str | Path) -> Path:
         """Writes a JSON file with the steps, the hashes of their adapters, the task and the report; no weights."""
         target = as_path(path, "the file of a program", CompositionError)
-        task = {name: getattr(self.task, name) for name in TASK_FIELDS}
-        fields = {"format": FORMAT, "steps": [asdict(step) for step in self.steps], "task": task}
+        fields = {"format": FORMAT, "steps": [asdict(step) for step in self.steps], "task": task_json(self.task)}
         with whole_file(target) as new:
             new.write_text(json.dumps({**fields, "report": asdict(self.report)}, indent=1, ensure_ascii=False), "utf-8")
         return target
@@ -188,16 +188,16 @@ class Program:
 
     @property
     def _last_task(self) -> Task:
-        return Task([], instruction=self.steps[-1].instruction, labels=self.task.labels, template=self.task.template)
+        return replace(self.steps[-1].task(self.task), labels=self.task.labels)
 
-    def _between(self, steps: Sequence[Step], texts: Sequence[str]) -> list[str]:
+    def _between(self, steps: Sequence[Step], texts: Sequence[Prompt]) -> Sequence[Prompt]:
         """What the last of these steps answers; the texts themselves without steps."""
-        found = list(texts)
+        found = texts
         for step in steps:
             found = self._answers(step, found, step.task(self.task))
         return found
 
-    def _answers(self, step: Step, texts: Sequence[str], task: Task) -> list[str]:
+    def _answers(self, step: Step, texts: Sequence[Prompt], task: Task) -> list[str]:
         with self._active(step):
             return scoring.predict(self.model, self.tokenizer, task, texts, max_new_tokens=step.max_new_tokens)
 

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from torch import nn
 
 import loraweave.registry as registry
+from loraweave.common.chat import prompt_json
 from loraweave.common.checks import is_collection
 from loraweave.common.display import progress_bar
 from loraweave.common.options import Count, Positive, Whole, check_options, options_of
@@ -232,12 +233,13 @@ class Apart:
     def _key(self, name: str) -> str:
         """Of all that a task's adapter depends on."""
         (task, *others), begin = self.tasks[name], self.begins.get(name)
-        parts: list[Any] = [asdict(self.settings), name, task.examples, task.instruction, task.template, self.base.to_json()]
+        examples = [[prompt_json(asked), target] for asked, target in task.examples]
+        parts: list[Any] = [asdict(self.settings), name, examples, task.instruction, task.template, self.base.to_json()]
         parts.append(None if begin is None else begin.hash)
         if (held_out := self.held_out.get(name)) is not None:
             rows = [[row.prompt, row.target] for row in held_out.rows]
             parts += [rows, held_out.every, held_out.patience]
-        if others or task.demonstrations:
+        if others or task.demonstrations or task.chat:
             parts.append([[row.prompt, row.target, row.labels] for row in self.rows[name]])
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self, TypeVar
 
 import torch
 
+from loraweave.common.chat import Conversation, Prompt, answered_ids
 from loraweave.common.checks import is_list, is_whole
 from loraweave.common.names import unknown_expert
 from loraweave.common.options import Range, fits
@@ -122,7 +123,7 @@ class TrainingRow(EncodedRow):
 
 
 # a row before it is encoded: its prompt, its target and what ends it, or the tokens that the caller gave; its owner's place
-Read = tuple[tuple[str, str, str | None] | None, TrainingRow | None, int]
+Read = tuple[tuple[Prompt, str, str | None] | None, TrainingRow | None, int]
 
 
 class RowReader:
@@ -312,33 +313,60 @@ def pack_task(model: Any, tokenizer: Any, task: Task, seed: int) -> list[Trainin
     """Rows that show a task's examples one after the other, and ask for each answer given those before it.
 
     The examples stand in orders drawn by the seed, one row beginning with each example of an order, so that each stands at
-    every place; few examples make about PACKED_ROWS rows. One pass over a row teaches answers under 0, 1, 2 ..
-    demonstrations (as MetaICL, arXiv 2110.15943, does in a row for each). Raises InvalidTask for an example that alone
-    exceeds the model's context.
+    every place; few examples make about PACKED_ROWS rows. A chat's row is one conversation. One pass over a row teaches
+    answers under 0, 1, 2 .. demonstrations (as MetaICL, arXiv 2110.15943, does in a row for each). Raises InvalidTask for an
+    example that alone exceeds the model's context.
     """
     alone, limit = replace(task, demonstrations=()), context_length(model) or MAX_PACKED_TOKENS
+    most = min(limit, MAX_PACKED_TOKENS)
     first = encode_pairs(model, tokenizer, alone, alone.examples)
+    count = len(task.examples)
+    orders = [
+        torch.randperm(count, generator=seeded(seed, "packed", number)).tolist()
+        for number in range(max(1, PACKED_ROWS // count))
+    ]
+    turned = [[*order[start:], *order[:start]][:MAX_PACKED] for order in orders for start in range(count)]
+    if task.chat:
+        return [_pack_turns(tokenizer, alone, [task.examples[place] for place in places], most) for places in turned]
     questions = tokenizer([f"\n\n{alone.prompt(text)}" for text, _ in task.examples], add_special_tokens=False)["input_ids"]
     answers = answer_ids(tokenizer, [target for _, target in task.examples], [""] * len(task.examples))
     (end,) = tokenizer(["\n"], add_special_tokens=False)["input_ids"]
-    count = len(task.examples)
 
     def row(places: Sequence[int]) -> TrainingRow:
         prompt, target, labels = first[places[0]].prompt, list(answers[places[0]]), list(answers[places[0]])
         for place in places[1:]:
             asked, answer = questions[place], answers[place]
-            if len(prompt) + len(target) + len(asked) + len(answer) >= min(limit, MAX_PACKED_TOKENS):
+            if len(prompt) + len(target) + len(asked) + len(answer) >= most:
                 break
             target += [*asked, *answer]
             # an answer ends with the line
             labels += [*end, *[IGNORED] * (len(asked) - len(end)), *answer]
         return TrainingRow(prompt, (*target, *end), (*labels, *end))
 
-    rows = []
-    for number in range(max(1, PACKED_ROWS // count)):
-        order = torch.randperm(count, generator=seeded(seed, "packed", number)).tolist()
-        rows += [row([*order[start:], *order[:start]][:MAX_PACKED]) for start in range(count)]
-    return rows
+    return [row(places) for places in turned]
+
+
+def _pack_turns(tokenizer: Any, task: Task, pairs: Sequence[tuple[Prompt, str]], most: int) -> TrainingRow:
+    """One conversation in which each pair is a turn of the user's and its answer, up to `most` tokens.
+
+    An answer that the template writes otherwise once more follows is not learned there.
+    """
+    ids: list[int] = []
+    begins: list[tuple[int, list[int]]] = []
+    for count, (asked, target) in enumerate(pairs):
+        prompt = replace(task, demonstrations=pairs[:count]).prompt(asked)
+        assert isinstance(prompt, Conversation)
+        before, answer = answered_ids(tokenizer, prompt, target)
+        if count and len(before) + len(answer) >= most:
+            break
+        ids = [*before, *answer]
+        begins.append((len(before), ids))
+    labels = [IGNORED] * len(ids)
+    for start, upto in begins:
+        if ids[: len(upto)] == upto:
+            labels[start : len(upto)] = upto[start:]
+    first = begins[0][0]
+    return TrainingRow(tuple(ids[:first]), tuple(ids[first:]), tuple(labels[first:]))
 
 
 def owners_of(recipe: Recipe) -> Owners:

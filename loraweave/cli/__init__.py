@@ -102,9 +102,10 @@ def demo(
     budget: Annotated[int, typer.Option(min=1, help="How many mixtures the search tries.")] = 40,
     seed: SeedOption = 0,
     num_test: Annotated[int, typer.Option(min=1, help="How many test inputs to answer.")] = 50,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask in the base's chat template, in turns.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compose stored adapters for a task nobody trained, and compare with the base model."""
     from loraweave.demo import run
 
-    run(pool=pool, data=data, task=task, k=k, budget=budget, seed=seed, num_test=num_test, as_json=as_json)
+    run(pool=pool, data=data, task=task, k=k, budget=budget, seed=seed, num_test=num_test, as_json=as_json, chat=chat)

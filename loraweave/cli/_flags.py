@@ -37,6 +37,13 @@ OptionOption = Annotated[
     list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="A setting of the method; may be repeated.")
 ]
 InstructionOption = Annotated[str | None, typer.Option(help="What the task asks for; from the rows when they agree on one.")]
+SystemOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Ask in the base's chat template, after this turn of the system's, '' for none; rows of messages do so anyway.",
+    ),
+]
 LabelsOption = Annotated[str | None, typer.Option(metavar="A,B", help="The only possible answers, separated by commas.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")]
 ManyTagsOption = Annotated[list[str] | None, typer.Option("--tag", help="A tag; may be given several times.")]

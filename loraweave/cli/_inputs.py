@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from loraweave.cli._printing import note
+from loraweave.common.chat import Prompt
 from loraweave.common.rows import Row, located, located_lines, read_row
 from loraweave.errors import AdapterExists, AdapterNotFound, HubError, InvalidTask, WeightingError
-from loraweave.types import shared_instruction
+from loraweave.types import Task, shared_instruction
 
 if TYPE_CHECKING:
     import loraweave as lw
@@ -35,18 +36,30 @@ class Rows:
 
     rows: tuple[Row, ...]
 
-    def examples(self) -> list[tuple[str, str]]:
+    def examples(self) -> list[tuple[Prompt, str]]:
         """(input, target), with the first target of each."""
-        return [(row.input, row.targets[0]) for row in self.rows]
+        return [(row.asked, row.targets[0]) for row in self.rows]
 
-    def accepted(self) -> list[tuple[str, list[str]]]:
+    def accepted(self) -> list[tuple[Prompt, list[str]]]:
         """(input, accepted targets)."""
-        return [(row.input, list(row.targets)) for row in self.rows]
+        return [(row.asked, list(row.targets)) for row in self.rows]
 
-    @property
-    def instruction(self) -> str:
-        """The one that all rows have, empty where none has one. InvalidTask where they differ."""
-        return shared_instruction(self.rows)
+    def task(
+        self,
+        instruction: str | None,
+        system: str | None,
+        *,
+        labels: Sequence[str] | None = None,
+        num_examples: int | None = None,
+    ) -> Task:
+        """The task of these rows, or of the first of them; a `system`, also an empty one, makes a chat of it.
+
+        Raises InvalidTask where no instruction is given and theirs differ.
+        """
+        if instruction is None:
+            instruction = shared_instruction([row for row in self.rows if row.chat is None])
+        chat: dict[str, Any] = {} if system is None else {"chat": True, "system": system}
+        return Task(self.examples()[:num_examples], instruction=instruction, labels=labels, **chat)
 
 
 def read_rows(path: Path, *, split: str) -> Rows:

@@ -19,6 +19,7 @@ from loraweave.cli._flags import (
     JsonOption,
     OptionOption,
     SeedOption,
+    SystemOption,
 )
 from loraweave.cli._inputs import (
     ADAPTER_FILE,
@@ -133,6 +134,7 @@ def train(
     instruction: Annotated[
         list[str] | None, typer.Option(help="What a task asks for: once for each file, in order; from the rows by default.")
     ] = None,
+    system: SystemOption = None,
     split: Annotated[str, typer.Option(help='Of rows with a field "split", those of this one.')] = "train",
     rank: Annotated[int, typer.Option(min=1, help="The adapters' rank.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps for each adapter.")] = 60,
@@ -164,10 +166,8 @@ def train(
     read = {path.stem: read_rows(path, split=split) for path in files}
     import loraweave as lw
 
-    asked = instruction or [rows.instruction for rows in read.values()]
-    tasks = {
-        name: lw.Task(rows.examples(), instruction=text) for (name, rows), text in zip(read.items(), asked, strict=True)
-    }
+    asked = dict(zip(read, instruction or (), strict=False))
+    tasks = {name: rows.task(asked.get(name), system) for name, rows in read.items()}
     model, tokenizer = load_model(base, dtype)
     trained = lw.train_adapters(
         model,
@@ -186,8 +186,8 @@ def train(
     )
     results = []
     for name, adapter in trained.items():
-        inputs = [text for text, _ in tasks[name].examples][:samples]
-        card = {**adapter.card, "description": tasks[name].instruction, "examples": inputs}
+        inputs = [str(asked) for asked, _ in tasks[name].examples][:samples]
+        card = {**adapter.card, "description": tasks[name].instruction or tasks[name].system, "examples": inputs}
         folder = replace(adapter, card=card).save_pretrained(out / name)
         results.append({"name": name, "rows": len(tasks[name].examples), "rank": adapter.rank, "out": str(folder)})
     if as_json:

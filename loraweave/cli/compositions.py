@@ -22,6 +22,7 @@ from loraweave.cli._flags import (
     LabelsOption,
     OptionOption,
     SeedOption,
+    SystemOption,
 )
 from loraweave.cli._inputs import (
     ADAPTER_FILE,
@@ -70,6 +71,7 @@ def compose(
     num_examples: Annotated[int | None, typer.Option(min=1, help="Use only the first rows; all by default.")] = None,
     split: Annotated[str, typer.Option(help='Of rows with a field "split", those of this one.')] = "train",
     instruction: InstructionOption = None,
+    system: SystemOption = None,
     labels: LabelsOption = None,
     method: Annotated[
         str,
@@ -119,8 +121,7 @@ def compose(
     from loraweave.composer.compose.settings import routes
     from loraweave.composer.compose.ways import TRAINS_FROM
 
-    asked = rows.instruction if instruction is None else instruction
-    task = lw.Task(rows.examples()[:num_examples], instruction=asked, labels=wanted)
+    task = rows.task(instruction, system, labels=wanted, num_examples=num_examples)
     source = open_hub(hub) if pool is None else read_pool(pool)
     arguments = {"method": method, "k": k, "budget": budget, "seed": seed, "checkpoint": checkpoint, **options}
     arguments["allow_licenses"] = allow_licenses
@@ -177,13 +178,16 @@ def evaluate(
     dtype: DtypeOption = None,
     split: Annotated[str, typer.Option(help='Of rows with a field "split", those of this one.')] = "test",
     instruction: InstructionOption = None,
+    system: SystemOption = None,
     labels: LabelsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score a composition or an adapter on rows with known answers; a composition brings its own task along."""
     composed = (folder / COMPOSITION_FILE).is_file()
-    if composed and (instruction is not None or labels is not None):
-        raise typer.BadParameter("a composition has its task's instruction and labels; leave --instruction and --labels out")
+    if composed and not instruction is system is labels is None:
+        raise typer.BadParameter(
+            "a composition has its task's instruction, system and labels; leave --instruction, --system and --labels out"
+        )
     wanted = read_labels(labels)
     read = read_rows(rows, split=split)
     import loraweave as lw
@@ -193,8 +197,7 @@ def evaluate(
         model, tokenizer = load_model(base or recorded, dtype)
         result: Mapping[str, Any] = lw.Composition.from_pretrained(folder, model, tokenizer).evaluate(read.accepted())
     else:
-        asked = read.instruction if instruction is None else instruction
-        task = lw.Task(read.examples(), instruction=asked, labels=wanted)
+        task = read.task(instruction, system, labels=wanted)
         result = _evaluate_adapter(lw.Adapter.from_pretrained(folder), base, dtype, task, read.accepted())
     if as_json:
         print_json(result)

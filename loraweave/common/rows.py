@@ -1,8 +1,9 @@
 """Rows of examples in every usual form, read in one place for the whole project.
 
-A row is a pair (input, target), or a mapping with the columns of one of `COLUMNS` or with `messages`. Rows come as an
-iterable of such, as a data set with named columns (`datasets.Dataset`, whose integer labels get their names), as a data
-frame, or as the path of a .jsonl or .csv file. Anything else is refused, never guessed at.
+A row is a pair (input, target), a mapping with the columns of one of `COLUMNS` or with `messages`, or these messages alone.
+An input may be messages too. Rows come as an iterable of such, as a data set with named columns (`datasets.Dataset`, whose
+integer labels get their names), as a data frame, or as the path of a .jsonl or .csv file. Anything else is refused, never
+guessed at.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
+from loraweave.common.chat import Conversation, Prompt, is_messages
 from loraweave.common.checks import are_texts, is_list
 from loraweave.errors import InvalidTask
 
@@ -28,12 +30,13 @@ Targets = Literal["one", "blank", "several", "any", "none"]
 _LISTS = ("several", "any")
 
 # the column of the input, and those that may have its target
-COLUMNS = {"input": ("target",), "prompt": ("completion", "target"), "question": ("answer",), "text": ("label",)}
+COLUMNS = {"input": ("target", "output"), "prompt": ("completion", "target"), "question": ("answer",), "text": ("label",)}
 ENDINGS = (".jsonl", ".json", ".csv")
 _BEYOND = "beyond the header"
 FORMS = (
-    "rows are pairs of texts (input, target), or mappings with input and target, prompt and completion, question and "
-    "answer, text and label, or messages; a data set or a data frame of these; or the path of a .jsonl or .csv file"
+    "rows are pairs of texts (input, target), or mappings with input and target (or output), prompt and completion, "
+    "question and answer, text and label, or messages, as a prompt may be; a data set or a data frame of these; or the path "
+    "of a .jsonl or .csv file"
 )
 
 
@@ -42,7 +45,8 @@ class Row:
     """The texts of one row. Of several accepted `targets` the first is the one to learn.
 
     `instruction` is the row's own (a column `instruction` or `definition`, or a system turn), `whole_prompt` says that the
-    input came as a `prompt`, and `split` is the column of that name; both texts are empty where the row has none.
+    input came as a text `prompt`, and `split` is the column of that name; both texts are empty where the row has none. Of a
+    row of messages, `chat` has the turns before the answer, the system's among them, and `input` is their text.
     """
 
     input: str
@@ -50,6 +54,12 @@ class Row:
     instruction: str = ""
     whole_prompt: bool = False
     split: str = ""
+    chat: Conversation | None = None
+
+    @property
+    def asked(self) -> Prompt:
+        """The turns before the answer of a row of messages; the input of any other."""
+        return self.input if self.chat is None else self.chat
 
 
 def read_rows(given: GivenRows, *, noun: str = "row", of: str = "", targets: Targets = "one") -> list[Row]:
@@ -64,6 +74,11 @@ def read_rows(given: GivenRows, *, noun: str = "row", of: str = "", targets: Tar
 def read_inputs(given: GivenRows, *, of: str = "") -> list[str]:
     """Texts, or the inputs of rows, in their order. Raises InvalidTask for anything else, such as a single text."""
     return [row.input for row in read_rows(given, noun="input", of=of, targets="none")]
+
+
+def read_asked(given: GivenRows) -> list[Prompt]:
+    """The same, with the inputs of rows of messages as conversations."""
+    return [row.asked for row in read_rows(given, noun="input", targets="none")]
 
 
 def located(given: GivenRows, *, noun: str = "row", of: str = "", one_split: bool = True) -> Iterator[tuple[str, Any]]:
@@ -91,6 +106,14 @@ def read_row(row: Any, where: str, *, targets: Targets = "one") -> Row:
             return _of_mapping({str(name): value for name, value in row.items() if not _is_missing(value)}, where, targets)
         case str() if targets in ("any", "none"):
             return Row(row)
+        case Conversation() if targets in ("any", "none"):
+            return _of_chat(row, None, "", where, targets)
+        case _ if is_messages(row):
+            return _of_mapping({"messages": row}, where, targets)
+        case [Conversation() as chat, target] if is_list(row):
+            return _of_chat(chat, target, "", where, targets)
+        case [messages, target] if is_list(row) and is_messages(messages):
+            return _of_chat(Conversation.read(messages, where), target, "", where, targets)
         # an array of two texts matches too, from numpy 2.5 on
         case [str(text), target] if is_list(row) and _are_targets(target, targets):
             return Row(text, _checked(target, text, where, targets))
@@ -190,22 +213,51 @@ def _of_mapping(row: Mapping[str, Any], where: str, targets: Targets) -> Row:
         raise InvalidTask(f"{where} has {instruction!r:.60} as its instruction, which is no text")
     column, answer = _columns(row, where, targets)
     text, given = row[column], None if answer is None else row[answer]
-    if column == "messages":
-        system, text, given = _turns(text, where, targets)
-        instruction = system or instruction
+    also = _listed(row.get("also_ok", []) if targets == "several" else [])
+    if not are_texts(also):
+        raise InvalidTask(f"{where} has {also!r:.60} as 'also_ok', which is no list of texts")
+    if column == "messages" or is_messages(text):
+        chat = Conversation.read(text, where)
+        if column == "messages" and chat.turns[-1][0] == "assistant":
+            chat, given = Conversation(chat.turns[:-1]), chat.turns[-1][1]
+        if is_messages(given):
+            given = _one_answer(Conversation.read(given, where), where)
+        given = [*_listed(given), *also] if also and given is not None else given
+        return replace(_of_chat(chat, given, instruction, where, targets), split=str(split))
     if not isinstance(text, str):
         raise InvalidTask(f"{where} has {text!r:.60} as {column!r}, which is no text: {FORMS}")
     found: tuple[str, ...] = ()
     if given is not None and targets != "none":
-        if not _are_targets(given, targets):
-            kind = "a text, or a list of texts" if targets in _LISTS else "one text"
-            way = "; give the names of labels, not their numbers" if isinstance(given, int) else ""
-            raise InvalidTask(f"{where} has {given!r:.60} as {answer!r}, which is not {kind}{way}")
-        also = _listed(row.get("also_ok", []) if targets == "several" else [])
-        if not are_texts(also):
-            raise InvalidTask(f"{where} has {also!r:.60} as 'also_ok', which is no list of texts")
-        found = _checked([*_listed(given), *also], text, where, targets)
+        found = _checked([*_texts(given, str(answer), where, targets), *also], text, where, targets)
     return Row(text, found, instruction, column == "prompt", str(split))
+
+
+def _of_chat(chat: Conversation, given: Any, instruction: str, where: str, targets: Targets) -> Row:
+    """The turns before an answer, and the answer, where there is one."""
+    roles = [role for role, _ in chat.turns]
+    if (given is None and targets not in ("any", "none")) or not roles or roles[-1] != "user":
+        said = ", ".join([*roles, *([] if given is None else ["assistant"])]) or "nobody"
+        raise InvalidTask(f"{where} has messages of {said}: the last are to be a user's and the answer to it")
+    text = str(chat)
+    found: tuple[str, ...] = ()
+    if given is not None and targets != "none":
+        found = _checked(_texts(given, "completion", where, targets), text, where, targets)
+    return Row(text, found, chat.system or instruction, chat=chat)
+
+
+def _one_answer(completion: Conversation, where: str) -> str:
+    roles = [role for role, _ in completion.turns]
+    if roles != ["assistant"]:
+        raise InvalidTask(f"{where} has a completion of {', '.join(roles)}: it is to be one turn of the assistant's")
+    return completion.turns[0][1]
+
+
+def _texts(given: Any, answer: str, where: str, targets: Targets) -> list[str]:
+    if not _are_targets(given, targets):
+        kind = "a text, or a list of texts" if targets in _LISTS else "one text"
+        way = "; give the names of labels, not their numbers" if isinstance(given, int) else ""
+        raise InvalidTask(f"{where} has {given!r:.60} as {answer!r}, which is not {kind}{way}")
+    return _listed(given)
 
 
 def _columns(row: Mapping[str, Any], where: str, targets: Targets) -> tuple[str, str | None]:
@@ -230,33 +282,6 @@ def _columns(row: Mapping[str, Any], where: str, targets: Targets) -> tuple[str,
     missing = [] if column in row else [repr(column)]
     missing += [] if any(answer in row for answer in answers) else [" or ".join(map(repr, answers))]
     raise InvalidTask(f"{has:.300}, and no {' and no '.join(missing)}: {FORMS}")
-
-
-def _turns(turns: Any, where: str, targets: Targets) -> tuple[str, str, str | None]:
-    """(system turn, input, answer) of a chat: the last turn is the answer, and those between are the input.
-
-    One turn of the user is the input as it is; several turns are lines "role: content".
-    """
-    if not is_list(turns) or not all(_is_turn(turn) for turn in turns):
-        raise InvalidTask(
-            f"{where} has {turns!r:.80} as 'messages', which is no list of {{'role', 'content'}} with texts alone"
-        )
-    chat = [(turn["role"], turn["content"]) for turn in turns]
-    system = chat.pop(0)[1] if chat and chat[0][0] == "system" else ""
-    answer = chat.pop()[1] if chat and chat[-1][0] == "assistant" else None
-    if (answer is None and targets not in ("any", "none")) or not chat or chat[-1][0] != "user":
-        roles = ", ".join(turn["role"] for turn in turns)
-        raise InvalidTask(f"{where} has messages of {roles or 'nobody'}: the last are to be a user's and the answer to it")
-    if len(chat) == 1:
-        return system, chat[0][1], answer
-    return system, "\n".join(f"{role}: {content}" for role, content in chat), answer
-
-
-def _is_turn(turn: Any) -> bool:
-    match turn:
-        case {"role": str(), "content": str()}:
-            return not turn.get("tool_calls")
-    return False
 
 
 def _is_missing(value: Any) -> bool:

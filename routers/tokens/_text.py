@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from loraweave.common.chat import Prompt
 from loraweave.common.checks import is_list, one_or_many, says_something
 from loraweave.common.names import unknown_expert
 from loraweave.common.rows import located, read_row
@@ -222,7 +223,7 @@ def read_expert_texts(router: str, pool: ExpertPool, examples: Examples, templat
         samples = [text for text in inputs if says_something(text)][:MAX_SAMPLE_INPUTS]
         if template is not None:
             task = Task([], instruction=description, template=template)
-            samples = [task.prompt(text) for text in samples]
+            samples = [str(task.prompt(text)) for text in samples]
         found[name] = samples
     return found
 
@@ -237,7 +238,7 @@ def _require_texts(router: str, name: str, given: Any) -> list[str]:
     return listed
 
 
-def read_prompts(dataset: Any) -> dict[str, list[str]]:
+def read_prompts(dataset: Any) -> dict[str, list[Prompt]]:
     """{name: prompts}, of what `labelled_tasks` takes, and of {name: texts}, which are prompts already; raises like that."""
     if isinstance(dataset, Mapping) and dataset and all(is_list(given, of=str) for given in dataset.values()):
         return {name: list(given) for name, given in dataset.items()}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from loraweave.common.chat import Prompt, prompt_ids
 from loraweave.common.display import tracked
 from loraweave.common.options import Count, Positive
 from loraweave.errors import ScopeError, WeightingError
@@ -77,16 +78,16 @@ class AverageActivation(ScoredRouter):
 
 
 def _input_means(
-    engine: Any, texts: Mapping[str, Sequence[str]], layers: Mapping[str, Sequence[int]], *, progress: bool
+    engine: Any, prompts: Mapping[str, Sequence[Prompt]], layers: Mapping[str, Sequence[int]], *, progress: bool
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(expert, {layer: mean_I}) over all tokens of the expert's texts, with that expert at weight 1, in float64.
+    """(expert, {layer: mean_I}) over all tokens of the expert's prompts, with that expert at weight 1, in float64.
 
     `layers` says which experts, by their places, update each. Text by text, so that no padding is among the tokens. Raises
     ScopeError for a layer that is not called with one vector a token.
     """
     modules = dict(engine.model.named_modules())
     places = engine.pool.places
-    for name in tracked(texts, "reading inputs", total=len(texts), shown=progress):
+    for name in tracked(prompts, "reading inputs", total=len(prompts), shown=progress):
         own = {layer: modules[layer] for layer, experts in layers.items() if places[name] in experts}
         sums = {layer: _Sum(layer) for layer in own}
         with ExitStack() as stack:
@@ -95,8 +96,8 @@ def _input_means(
             for layer, module in own.items():
                 handle = module.register_forward_pre_hook(sums[layer])
                 stack.callback(handle.remove)
-            for text in texts[name]:
-                ids_BT = torch.tensor([engine.tokenizer(text)["input_ids"]], device=engine.model.device)
+            for prompt in prompts[name]:
+                ids_BT = torch.tensor(prompt_ids(engine.tokenizer, [prompt]), device=engine.model.device)
                 engine.model(input_ids=ids_BT)
         yield name, {layer: found.mean for layer, found in sums.items()}
 

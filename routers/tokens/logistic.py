@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from loraweave.common.chat import prompt_texts
 from loraweave.common.options import Positive
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._members import Members
@@ -58,7 +59,7 @@ class Logistic(TextRouter):
         experts without examples, UnknownExpert for others.
         """
         self.require_engine(engine)
-        self._learn(read_prompts(dataset))
+        self._learn({name: prompt_texts(engine.tokenizer, given) for name, given in read_prompts(dataset).items()})
         return self
 
     def weights_of(self, vectors_ND: Tensor) -> Tensor:

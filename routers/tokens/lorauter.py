@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from loraweave.common.chat import prompt_texts
 from loraweave.common.options import Count, Positive
 from loraweave.errors import InvalidTask, WeightingError
 from loraweave.hub.pool import ExpertPool
@@ -67,7 +68,8 @@ class Lorauter(TextRouter):
         self.require_engine(engine)
         tasks = labelled_tasks(dataset)
         losses = engine.expert_losses(tasks, progress=progress)
-        self._learn({name: [task.prompt(text) for text, _ in task.examples] for name, task in tasks.items()}, losses)
+        prompts = {name: [task.prompt(asked) for asked, _ in task.examples] for name, task in tasks.items()}
+        self._learn({name: prompt_texts(engine.tokenizer, given) for name, given in prompts.items()}, losses)
         return self
 
     def weights_of(self, vectors_ND: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class Asked(Query):
     @property
     def prompt(self) -> str:
         """As a task's prompts are where there is an instruction; else the text as it is."""
-        return Task([], instruction=self.instruction).prompt(self.text) if self.instruction.strip() else self.text
+        return str(Task([], instruction=self.instruction).prompt(self.text)) if self.instruction.strip() else self.text
 
 
 class Answered(Mixed, Asked):

@@ -112,6 +112,13 @@ def test_compose_reads_lines_of_json_from_a_pipe(two, base, monkeypatch):
     assert task.examples == (("a", "b"), ("c", "d"))
 
 
+def test_compose_makes_a_chat_of_messages_and_of_texts_under_a_system(two, base, monkeypatch):
+    turns = [{"role": role, "content": text} for role, text in (("system", "Next."), ("user", "a"), ("assistant", "b"))]
+    read, _ = composed_task(monkeypatch, base, input=json.dumps({"messages": turns}) + "\n")
+    made, _ = composed_task(monkeypatch, base, "--system", "Next.", input='{"input": "a", "output": "b"}\n')
+    assert read == made == lw.Task([("a", "b")], chat=True, system="Next.")
+
+
 @pytest.mark.parametrize(
     ("given", "said"), [("", "- has no rows"), ("a,b\n", "stdin line 1 is not JSON"), ("[1]\n", "stdin line 1 is")]
 )

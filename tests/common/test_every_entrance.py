@@ -19,6 +19,10 @@ from loraweave.types import Candidate, Record
 PAIRS = [("one", "1"), ("two", "2"), ("three", "3")]
 OTHERS = [("four of them", "9"), ("five", "8"), ("s", "66")]
 PLAIN = lw.Task(())
+TEMPLATE = (
+    "{% for turn in messages %}{{ turn.role[0] }}: {{ turn.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a: {% endif %}"
+)
 
 
 class Columns:
@@ -63,12 +67,20 @@ def forms(folder, whole_prompts):
     for column, answer in (("input", "target"), ("prompt", "completion"), ("question", "answer"), ("text", "label")):
         whole = whole_prompts and column == "prompt"
         rows[column] = [{column: PLAIN.prompt(text) if whole else text, answer: target} for text, target in PAIRS]
-    turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": target}] for text, target in PAIRS]
-    rows["messages"] = [{"messages": messages} for messages in turns]
     rows["frame"] = Frame(rows["question"])
     rows["jsonl"], rows["csv as text"] = folder / "rows.jsonl", str(folder / "rows.csv")
     rows["jsonl"].write_text("".join(json.dumps(row) + "\n" for row in rows["text"]))
     (folder / "rows.csv").write_text("".join(f"{text},{target}\n" for text, target in [("input", "target"), *PAIRS]))
+    return rows
+
+
+def chat_forms(folder):
+    """The same of rows whose input is a conversation."""
+    turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": target}] for text, target in PAIRS]
+    rows = {"messages": [{"messages": messages} for messages in turns]}
+    rows["prompt"] = [{"prompt": [asked], "completion": [answer]} for asked, answer in turns]
+    rows["jsonl"] = folder / "chat.jsonl"
+    rows["jsonl"].write_text("".join(json.dumps(row) + "\n" for row in rows["prompt"]))
     return rows
 
 
@@ -79,6 +91,8 @@ class Entrances:
     TEXTS = ("predict", "answers", "inputs", "collect_statistics", "hub", "fit_fusion")
     # those that know no task, whose template would make prompts
     WHOLE_PROMPTS = ("router", "experts", "train_experts", "labelled")
+    # those that apply the chat template to messages; in the others the texts of messages count, or a task says so
+    TEMPLATE = (*WHOLE_PROMPTS, "leave_one_out", "expert_losses", "rerank", "train_adapters", "collect_statistics")
 
     def __init__(self, model, tokenizer, adapters, folder):
         self.model, self.tokenizer, self.folder = model, tokenizer, folder
@@ -195,6 +209,24 @@ def test_every_entrance_reads_every_form_equally(entrances, name, tmp_path):
     assert found == dict.fromkeys(found, found["pairs"])
     torch.manual_seed(0)
     assert getattr(entrances, name)(OTHERS) != found["pairs"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_entrance_reads_every_form_of_messages_equally(entrances, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(entrances.tokenizer, "chat_template", TEMPLATE)
+    found = {}
+    for form, rows in chat_forms(tmp_path).items():
+        torch.manual_seed(0)
+        found[form] = getattr(entrances, name)(rows)
+    assert found == dict.fromkeys(found, found["messages"])
+    torch.manual_seed(0)
+    assert (getattr(entrances, name)(PAIRS) == found["messages"]) == (name not in Entrances.TEMPLATE)
+
+
+@pytest.mark.parametrize("name", sorted({*Entrances.TEMPLATE} - {"labelled"}))
+def test_messages_without_a_template_are_refused_with_the_way_out(entrances, name, tmp_path):
+    with pytest.raises(InvalidTask, match=r"tokenizer has no chat template, .* chat=False"):
+        getattr(entrances, name)(chat_forms(tmp_path)["messages"])
 
 
 NO_ROWS = (["ab", "cd"], [{"foo": 1}], "walk", 3, None, [("one", "1"), ("two", 2)])

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loraweave.common.rows import Row, located, read_row, read_rows
+from loraweave.common.chat import Conversation
+from loraweave.common.rows import Row, located, read_asked, read_row, read_rows
 from loraweave.errors import InvalidTask
 from loraweave.types import Task
 
 WANT = [Row("cat", ("cats",)), Row("dog", ("dogs",))]
+SYSTEM = {"role": "system", "content": "Write the plural."}
 CHAT = [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "cats"}]
 
 
@@ -44,11 +46,11 @@ def mappings(column, answer):
         (pair for pair in [("cat", "cats"), ("dog", "dogs")]),
         zip(["cat", "dog"], ["cats", "dogs"], strict=True),
         mappings("input", "target"),
+        mappings("input", "output"),
         mappings("question", "answer"),
         mappings("text", "label"),
         Dataset(mappings("input", "target")),
         Dataset([{"text": "cat", "label": 0}, {"text": "dog", "label": 1}], text=None, label=ClassLabel()),
-        [{"messages": CHAT}, ("dog", "dogs")],
         [{"input": "cat", "target": "cats", "text": None, "label": float("nan")}, ("dog", "dogs")],
         [{"input": "cat", "target": ["cats"], "also_ok": []}, ("dog", "dogs")],
     ],
@@ -116,13 +118,34 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_chat_is_its_last_answer_and_the_turns_before_it():
-    system = {"role": "system", "content": "Write the plural."}
-    assert read_row({"messages": [system, *CHAT]}, "row 1") == Row("cat", ("cats",), "Write the plural.")
-    several = [system, *CHAT, {"role": "user", "content": "dog"}, {"role": "assistant", "content": "dogs"}]
-    assert read_row({"messages": several}, "row 1") == Row(
-        "user: cat\nassistant: cats\nuser: dog", ("dogs",), "Write the plural."
-    )
-    assert read_row({"messages": CHAT[:1]}, "row 1", targets="none") == Row("cat")
+    found = read_row({"messages": [SYSTEM, *CHAT]}, "row 1")
+    asked = (("system", "Write the plural."), ("user", "cat"))
+    assert found == Row("cat", ("cats",), "Write the plural.", chat=Conversation(asked))
+    several = [SYSTEM, *CHAT, {"role": "user", "content": "dog"}, {"role": "assistant", "content": "dogs"}]
+    chat = Conversation((*asked, ("assistant", "cats"), ("user", "dog")))
+    text = "user: cat\nassistant: cats\nuser: dog"
+    assert read_row({"messages": several}, "row 1") == Row(text, ("dogs",), "Write the plural.", chat=chat)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        [SYSTEM, *CHAT],
+        ([SYSTEM, CHAT[0]], "cats"),
+        {"prompt": [SYSTEM, CHAT[0]], "completion": CHAT[1:]},
+        {"prompt": [SYSTEM, CHAT[0]], "completion": "cats"},
+        {"input": [SYSTEM, CHAT[0]], "target": "cats"},
+        {"messages": [SYSTEM, {**CHAT[0], "tool_calls": None}, CHAT[1]], "id": 7},
+    ],
+)
+def test_messages_are_the_same_row_in_every_form(row):
+    assert read_row(row, "row 1") == read_row({"messages": [SYSTEM, *CHAT]}, "row 1")
+
+
+@pytest.mark.parametrize("given", [CHAT[:1], CHAT, {"messages": CHAT[:1]}, {"prompt": CHAT[:1]}, (CHAT[:1], "cats")])
+def test_messages_are_an_input_with_or_without_their_answer(given):
+    assert read_row(given, "row 1", targets="none") == Row("cat", chat=Conversation((("user", "cat"),)))
+    assert read_asked([given, "dog"]) == [Conversation((("user", "cat"),)), "dog"]
 
 
 @pytest.mark.parametrize(
@@ -137,11 +160,27 @@ def test_a_chat_is_its_last_answer_and_the_turns_before_it():
         [{"role": "user"}, CHAT[1]],
         [{"role": "user", "content": [{"type": "text", "text": "cat"}]}, CHAT[1]],
         [CHAT[0], {**CHAT[1], "tool_calls": [{"name": "plural"}]}],
+        [{"role": 3, "content": "cat"}, CHAT[1]],
     ],
 )
 def test_a_chat_without_a_question_and_its_answer_in_text_is_refused(messages):
     with pytest.raises(InvalidTask, match=r"row 4 has .*messages"):
         read_row({"messages": messages}, "row 4")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": CHAT[:1], "completion": CHAT}, "row 4 has a completion of user, assistant: .* one turn"),
+        ({"prompt": "cat", "completion": CHAT[1:]}, r"row 4 has \[{.*'completion', which is not one text"),
+        ({"prompt": CHAT, "completion": "cats"}, "row 4 has messages of user, assistant, assistant"),
+        ({"messages": [CHAT[0], {**CHAT[1], "name": "x"}]}, "row 4 has the field 'name' in turn 2"),
+        ({"messages": [CHAT[0], {"role": "assistant", "content": " "}]}, r"row 4 \(input 'cat'\) has an empty target"),
+    ],
+)
+def test_messages_of_another_form_are_named_with_the_place(row, said):
+    with pytest.raises(InvalidTask, match=said):
+        read_row(row, "row 4")
 
 
 def test_a_row_may_have_its_instruction_and_its_split():

@@ -76,6 +76,39 @@ def test_a_router_is_served_beside_weighted_sums(serve, name):
         assert one.result()[2]["system_fingerprint"] == "arrow(a, b, c; top_k=1)"
 
 
+def test_a_stored_average_of_a_chat_asks_in_the_turns_of_its_task(serve):
+    with serve() as client:
+        engine, tokenizer = client.engine, client.engine.tokenizer
+        task = lw.Task([("a", "ab"), ("b", "ba")], chat=True, system="swap", demonstrations=[("x", "y")])
+        compose = partial(lw.compose, engine.model, tokenizer, engine.pool, task, progress=False)
+        members = {name: compose(method=name) for name in ("uniform", "base")}
+        average = replace(members["uniform"], members=members, pool=None, all_weights={})
+        client.hub.save_composition("both", average)
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "abc"}]
+        said = average.predict(["abc", turns])
+        fields = {"model": "@both", "temperature": 0, "max_tokens": 48}
+        status, _, body = client.complete("@both", "abc", max_tokens=48)
+        assert (status, body["choices"][0]["text"].strip()) == (200, said[0])
+        prompt = "s: swap\nu: x\na: y\nu: abc\na: "
+        assert body["usage"]["prompt_tokens"] == 2 * len(tokenizer(prompt)["input_ids"])
+        for messages, expected in ((turns[2:], said[0]), (turns, said[1])):
+            _, _, body = client.send("POST", "/v1/chat/completions", {**fields, "messages": messages})
+            assert body["choices"][0]["message"]["content"].strip() == expected
+        messages = [{"role": "system", "content": "other"}, *turns]
+        status, _, body = client.send("POST", "/v1/chat/completions", {**fields, "messages": messages})
+        assert (status, "without a system's" in body["error"]["message"]) == (400, True)
+
+
+def test_a_chat_of_the_tasks_turns_is_asked_as_predict_asks(serve):
+    with serve() as client:
+        task = lw.Task([("a", "ab"), ("b", "ba")], chat=True, system="swap")
+        kept = lw.compose(client.engine.model, client.engine.tokenizer, client.engine.pool, task, method="uniform")
+        client.hub.save_composition("kept-chat", kept)
+        fields = {"model": "@kept-chat", "temperature": 0, "max_tokens": 48, "stop": "\n"}
+        _, _, body = client.send("POST", "/v1/chat/completions", {**fields, "messages": task.prompt("abc").messages})
+        assert body["choices"][0]["message"]["content"].strip() == kept.predict(["abc"])[0]
+
+
 def test_a_stored_average_asks_each_member_in_prompts_of_its_own(serve):
     with serve() as client:
         engine, tokenizer = client.engine, client.engine.tokenizer

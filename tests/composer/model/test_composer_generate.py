@@ -28,8 +28,8 @@ class Tokens:
     eos_token_id = 2
     bos_token_id = 1
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [int(token) for token in text.split()]}
+    def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[int(token) for token in text.split()] for text in texts]}
 
     def batch_decode(self, sequences: Tensor, *, skip_special_tokens: bool) -> list[str]:
         return [" ".join(str(token) for token in row if token > 2) for row in sequences.tolist()]

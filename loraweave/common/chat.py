@@ -1,0 +1,139 @@
+"""Conversations as prompts: the turns of a chat, and the tokens that a tokenizer's chat template makes of them.
+
+Nothing else applies a template. A prompt is a text, or a `Conversation` whose answer comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from loraweave.common.checks import is_list
+from loraweave.errors import InvalidTask
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """(role, content) of each turn. Its text is that of its one turn, or lines "role: content"; the system's is left out."""
+
+    turns: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def read(cls, messages: Any, where: str) -> Conversation:
+        """Of a list of {"role", "content"}. Raises InvalidTask, with `where`, for turns that say more than a text."""
+        if not is_messages(messages):
+            raise InvalidTask(
+                f"{where} has {messages!r:.80} as its messages, which is no list of {{'role', 'content'}} with texts alone"
+            )
+        for number, turn in enumerate(messages, start=1):
+            more = sorted(name for name, value in turn.items() if name not in ("role", "content") and value)
+            if more or not isinstance(turn["role"], str) or not isinstance(turn.get("content"), str):
+                found = f"the field {more[0]!r}" if more else f"{dict(turn)!r:.80}"
+                raise InvalidTask(
+                    f"{where} has {found} in turn {number} of its messages: a turn has a 'role' and a 'content', a text"
+                )
+        return cls(tuple((turn["role"], turn["content"]) for turn in messages))
+
+    @property
+    def system(self) -> str:
+        """What the system says first; empty where it says nothing."""
+        return self.turns[0][1] if self.turns and self.turns[0][0] == "system" else ""
+
+    @property
+    def without_system(self) -> Conversation:
+        """The turns after the system's."""
+        return Conversation(self.turns[1:]) if self.turns and self.turns[0][0] == "system" else self
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """A list of {"role", "content"}, as templates and JSON have it."""
+        return [{"role": role, "content": content} for role, content in self.turns]
+
+    def __str__(self) -> str:
+        turns = self.without_system.turns
+        return turns[0][1] if len(turns) == 1 else "\n".join(f"{role}: {content}" for role, content in turns)
+
+
+Prompt: TypeAlias = str | Conversation
+
+
+def prompt_json(prompt: Prompt) -> str | list[dict[str, str]]:
+    """A text, or the messages of a conversation, which a reader of rows takes for the same."""
+    return prompt if isinstance(prompt, str) else prompt.messages
+
+
+def is_messages(given: Any) -> bool:
+    """Whether these are turns of a chat by their form: mappings with a role."""
+    return is_list(given) and len(given) > 0 and all(isinstance(turn, Mapping) and "role" in turn for turn in given)
+
+
+def rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, answered: bool = False, **given: Any) -> str:
+    """The template's text of messages, up to where the assistant's answer begins, or to their end where it is `answered`.
+
+    Raises InvalidTask for a tokenizer without a template, and for messages that the template refuses.
+    """
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise InvalidTask(
+            "the tokenizer has no chat template, and messages need one: load the base whose tokenizer has it, set "
+            "tokenizer.chat_template, or give texts (Task(..., chat=False) makes texts of messages)"
+        )
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=not answered, **given
+        )
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise InvalidTask(f"the chat template refuses these messages: {error}") from error
+    return text
+
+
+def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of each prompt: a text's with the special tokens that it begins with, a conversation's by the template.
+
+    Raises what `rendered` raises.
+    """
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = iter(tokenizer(texts)["input_ids"] if texts else ())
+    return [next(encoded) if isinstance(prompt, str) else _ids(tokenizer, prompt, answered=False) for prompt in prompts]
+
+
+def answered_ids(tokenizer: Any, prompt: Conversation, answer: str) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt, and of the assistant's answer to it with what ends the turn.
+
+    The answer begins where the template of the prompt ends, as in TRL's SFTTrainer. Raises InvalidTask where the template of
+    the whole does not begin with that of the prompt, and what `rendered` raises.
+    """
+    asked = _ids(tokenizer, prompt, answered=False)
+    whole = _ids(tokenizer, Conversation((*prompt.turns, ("assistant", answer))), answered=True)
+    if whole[: len(asked)] != asked:
+        shared = next(
+            (place for place, pair in enumerate(zip(asked, whole, strict=False)) if pair[0] != pair[1]), len(whole)
+        )
+        raise InvalidTask(
+            f"the chat template writes {tokenizer.decode(asked[shared:])!r:.60} after the prompt {str(prompt)!r:.60} alone, "
+            f"and {tokenizer.decode(whole[shared : len(asked)])!r:.60} there once it is answered: nothing says where the "
+            "answer begins. Set a tokenizer.chat_template that writes both alike"
+        )
+    return asked, whole[len(asked) :]
+
+
+def turn_end(tokenizer: Any, prompt: Conversation) -> str:
+    """What the template writes after an answer to a prompt; empty where it changes the answer itself."""
+    answer = "answer"
+    whole = rendered(tokenizer, [*prompt.messages, {"role": "assistant", "content": answer}], answered=True)
+    before, found, end = whole.rpartition(answer)
+    return end if found and before == rendered(tokenizer, prompt.messages) else ""
+
+
+def prompt_texts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[str]:
+    """What prompts say, as routers that read text see them: a conversation's tokens as text, without special ones."""
+    ids = prompt_ids(tokenizer, [prompt for prompt in prompts if not isinstance(prompt, str)])
+    decoded = iter([tokenizer.decode(row, skip_special_tokens=True) for row in ids])
+    return [prompt if isinstance(prompt, str) else next(decoded) for prompt in prompts]
+
+
+def _ids(tokenizer: Any, conversation: Conversation, *, answered: bool) -> list[int]:
+    text = rendered(tokenizer, conversation.messages, answered=answered)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
