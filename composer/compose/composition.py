@@ -367,8 +367,15 @@ class Composition:
         return Composer(self.model, self.pool, tokenizer=self.tokenizer)
 
     @contextmanager
-    def _active(self) -> Iterator[None]:
-        """The model answers for the composition, without dropout."""
+    def activate(self) -> Iterator[Any]:
+        """`with composition.activate() as model:` has the base model itself answer for the composition, without dropout.
+
+        In the block, and in the thread that opened it, everything that takes a model works as with any other: its own
+        `generate`, a transformers pipeline, a Trainer that evaluates, lm_eval. Prompts are yours to make (task.prompt).
+        ScopeError for an average of members, which answer apart.
+        """
+        if self.members:
+            self._require_one("answer as one model")
         with ExitStack() as stack:
             stack.enter_context(untouched(self.model))
             # no Composer can exist without an adapter: the base is the model as it is
@@ -376,7 +383,7 @@ class Composition:
                 stack.enter_context(self.engine.activate(self.router))
             elif not self.is_base:
                 stack.enter_context(Composer(self.model, [self.adapter]).activate({self.adapter.name: 1.0}))
-            yield
+            yield self.model
 
     def _predict(self, texts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
         if self.members:
@@ -385,14 +392,14 @@ class Composition:
             mixtures = [{name: 1.0} if name in adapters else None for name in self.members]
             tasks = [member.task for member in self.members.values()]
             return answers(engine, mixtures, tasks, texts, max_new_tokens=max_new_tokens)
-        with self._active():
+        with self.activate():
             return scoring.predict(*self._on, texts, max_new_tokens=max_new_tokens, share=self.router is None)
 
     def _losses(self, pairs: Sequence[tuple[Prompt, scoring.Targets]]) -> list[float]:
         if self.members:
             each = [member._losses(pairs) for member in self.members.values()]
             return [sum(own) / len(own) for own in zip(*each, strict=True)]
-        with self._active():
+        with self.activate():
             return scoring.losses(*self._on, pairs, share=self.router is None)
 
     def _require_one(self, verb: str) -> None:

@@ -15,9 +15,17 @@ from torch import Tensor, nn
 
 from loraweave.common.process import holding
 from loraweave.composer.experts.forms._form import Weigh
+from loraweave.composer.experts.like_base import LikeBase
 from loraweave.composer.experts.parts import Parts, Starts, closing_blocks, make_parts, shapes_of
 from loraweave.composer.experts.running import RUNNING, Branch, Hook, Running, require_same_call, same_call
-from loraweave.composer.experts.saving import as_adapter, one_expert, read_saved_experts, require_updates, write_experts
+from loraweave.composer.experts.saving import (
+    as_adapter,
+    experts_as_files,
+    one_expert,
+    read_saved_experts,
+    require_updates,
+    write_experts,
+)
 from loraweave.composer.live.call_router import arguments_of
 from loraweave.composer.live.kernels._parts import own_precision
 from loraweave.composer.model.batches import IGNORED, tensors_in
@@ -32,10 +40,11 @@ from loraweave.routers.tokens._call import prompted, with_tokenizer
 from loraweave.routers.tokens._learned import Step, TrainingReport
 
 
-class ExpertModel(ExpertLearner):
+class ExpertModel(LikeBase, ExpertLearner):
     """The experts and gates of a recipe, live in the calls of this model; the base, called itself, is as it was.
 
-    Called and generated with like the base, whose parameters are frozen until `close()`. `task` gives the tasks of the rows,
+    Called and generated with like the base, in transformers' pipelines and Trainers too, whose attributes it has and whose
+    parameters are frozen until `close()`. `task` gives the tasks of the rows,
     by name or id, one for each or one for all, to recipes that look at them. In training mode the recipe's losses are added
     to the loss of a call with labels, by the share that a pass of a Trainer's step (`num_items_in_batch`) has of its labels;
     `terms` has those of the last call.
@@ -81,11 +90,6 @@ class ExpertModel(ExpertLearner):
         if before is not None:
             self._handles.append(module.register_forward_pre_hook(Hook(self, before, *place)))
         self._handles.append(module.register_forward_hook(Hook(self, after, *place)))
-
-    @property
-    def hf_device_map(self) -> Any:
-        """The base's, where it is spread over devices. AttributeError where it is not."""
-        return self.base_model.hf_device_map
 
     def forward(self, *args: Any, task: Any = None, **kwargs: Any) -> Any:
         """The base's output, with the recipe's losses in its `loss` in training mode."""
@@ -262,11 +266,14 @@ class ExpertModel(ExpertLearner):
         """`gradient_checkpointing_enable` by the name that later versions of transformers have for it."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **settings)
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(self, folder: str | Path, *, is_main_process: bool | None = None, state_dict: Any = None) -> Path:
         """Writes experts, gates, recipe and report as a folder, whole or not at all, that `lw.experts(folder, base)` reads.
 
+        A Trainer, which passes the last two, has its own files there, which stay; it writes in its main process alone.
         Raises WeightingError for a folder that holds something else or cannot be written, and for other values than a path.
         """
+        if is_main_process is False:
+            return Path(folder)
         if own := [name for name, parameter in self.base_model.named_parameters() if parameter.requires_grad]:
             warnings.warn(
                 f"{folder} gets experts and gates only, but {own[0]!r} and the base's other unfrozen parameters, "
@@ -274,7 +281,8 @@ class ExpertModel(ExpertLearner):
                 stacklevel=2,
             )
         state = self.expert_state()
-        return write_experts(folder, self.base_model, self.recipe, self.shapes, self.names, state, self.report)
+        made = experts_as_files(self.base_model, self.recipe, self.shapes, self.names, state, self.report)
+        return write_experts(folder, made, beside=is_main_process is not None)
 
     def load(self, folder: str | Path) -> Self:
         """Puts in what an expert model of the same recipe and base has saved; tasks are taken over where this has none.

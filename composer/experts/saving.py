@@ -1,4 +1,7 @@
-"""An expert model as a folder: experts.json says what it is and on which base, experts.safetensors has its tensors."""
+"""An expert model as a folder: experts.json says what it is and on which base, model.safetensors has its tensors.
+
+That is the name under which a Trainer that resumes looks for them; format 1 had experts.safetensors.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.common.checks import is_whole
-from loraweave.common.files import as_path
+from loraweave.common.files import as_path, whole_file
 from loraweave.common.state import tensor_bytes
 from loraweave.composer.experts.parts import asked_tensors
 from loraweave.errors import (
@@ -33,13 +36,14 @@ from loraweave.hub.base import fingerprint
 from loraweave.hub.formats._files import listing, present, read_json
 from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.formats._safetensors import hashed_tensors
+from loraweave.hub.stores.errors import storage_errors
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe
 from loraweave.routers.tokens._saved import MAX_JSON_BYTES
 from loraweave.routers.tokens._written import PACKAGES, finite, with_json_form
 from loraweave.types import Fingerprint
 
-FORMAT = 1
-FILE, TENSORS = "experts.json", "experts.safetensors"
+FORMAT = 2
+FILE, TENSORS, FIRST_TENSORS = "experts.json", "model.safetensors", "experts.safetensors"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class SavedExperts:
     """What experts.json says."""
 
     folder: Path
+    file: str
     recipe: str
     options: Mapping[str, Any]
     shapes: Mapping[str, ExpertShape]
@@ -90,8 +95,8 @@ class SavedExperts:
 
         Raises AdapterCorrupt for a file that has others, of other shapes, or with numbers that are not finite.
         """
-        file = self.folder / TENSORS
-        found = hashed_tensors(self.folder, TENSORS, self.sha256, said_by=FILE)
+        file = self.folder / self.file
+        found = hashed_tensors(self.folder, self.file, self.sha256, said_by=FILE)
         try:
             asked = asked_tensors(model, recipe, self.shapes)
         except LoraweaveError:
@@ -114,23 +119,15 @@ class SavedExperts:
         return found
 
 
-def write_experts(
-    given: str | Path,
+def experts_as_files(
     base_model: nn.Module,
     recipe: Recipe,
     shapes: Mapping[str, ExpertShape],
     names: Sequence[str],
     state: Mapping[str, Tensor],
     report: Mapping[str, Any] | None,
-) -> Path:
-    """Writes the folder whole or not at all.
-
-    Raises WeightingError for what is no path, for a folder that holds something else or cannot be written, and for options
-    that JSON has no form for.
-    """
-    folder = as_path(given, "the folder to save an expert model in", WeightingError)
-    if folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WeightingError(f"{folder} holds something that is not an expert model; name another folder")
+) -> dict[str, bytes]:
+    """The files of the folder by name. Raises WeightingError for options that JSON has no form for."""
     raw = tensor_bytes(state)
     found = {
         "format": FORMAT,
@@ -144,11 +141,30 @@ def write_experts(
         "report": finite(report),
         "versions": {package: version(package) for package in PACKAGES},
     }
-    text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
+    return {TENSORS: raw, FILE: json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False).encode()}
+
+
+def write_experts(given: str | Path, files: Mapping[str, bytes], *, beside: bool = False) -> Path:
+    """Writes the folder whole or not at all; with `beside`, into a folder whose other files stay, experts.json last.
+
+    Raises WeightingError for what is no path, and for a folder that holds something else or cannot be written.
+    """
+    folder = as_path(given, "the folder to save an expert model in", WeightingError)
+    is_other = folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir()))
+    if is_other and not beside:
+        raise WeightingError(f"{folder} holds something that is not an expert model; name another folder")
     try:
+        if beside:
+            with storage_errors(folder, "writing an expert model"):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / FILE).unlink(missing_ok=True)
+                for name, data in files.items():
+                    with whole_file(folder / name) as path:
+                        path.write_bytes(data)
+            return folder
         with replacing(folder) as new:
-            (new / TENSORS).write_bytes(raw)
-            (new / FILE).write_text(text, encoding="utf-8")
+            for name, data in files.items():
+                (new / name).write_bytes(data)
     except HubError as error:
         raise WeightingError(f"{folder} cannot be written ({error}): name another folder, or make room") from error
     return folder
@@ -167,10 +183,11 @@ def read_saved_experts(given: str | Path) -> SavedExperts:
             f"reads {FORMAT}"
         )
     try:
-        if found["format"] != FORMAT:
-            raise ValueError(f"its format is {found['format']!r}, not {FORMAT}")
+        if found["format"] not in (1, FORMAT):
+            raise ValueError(f"its format is {found['format']!r}, not 1 or {FORMAT}")
         return SavedExperts(
             folder,
+            FIRST_TENSORS if found["format"] == 1 else TENSORS,
             str(found["recipe"]),
             dict(found["options"]),
             {str(name): _shape(shape) for name, shape in found["sites"].items()},

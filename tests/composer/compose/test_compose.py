@@ -257,7 +257,7 @@ def test_adapters_with_magnitudes_are_composed_to_what_was_searched_and_saved(
     found.export(tmp_path / "peft")
     model = PeftModel.from_pretrained(copy.deepcopy(tiny_llama), tmp_path / "peft").eval()
     ids = torch.tensor([[3, 9, 4]])
-    with torch.no_grad(), found._active():
+    with torch.no_grad(), found.activate():
         wanted = tiny_llama(ids).logits
     with torch.no_grad():
         assert torch.allclose(model(ids).logits, wanted, atol=1e-4)

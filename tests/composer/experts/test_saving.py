@@ -27,10 +27,10 @@ def _edited(folder, **changes):
 def _with_tensors(folder, change):
     import hashlib
 
-    tensors = load_file(folder / "experts.safetensors")
+    tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file(tensors, folder / "experts.safetensors")
-    _edited(folder, sha256=hashlib.sha256((folder / "experts.safetensors").read_bytes()).hexdigest())
+    save_file(tensors, folder / "model.safetensors")
+    _edited(folder, sha256=hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest())
 
 
 def test_the_folder_has_recipe_options_tasks_and_ranks(saved):
@@ -39,7 +39,7 @@ def test_the_folder_has_recipe_options_tasks_and_ranks(saved):
     assert found["options"]["num_experts"] == [2, 3]
     assert found["options"]["tasks"] == []
     assert found["sites"]["model.layers.1.mlp.down_proj"]["ranks"] == [2, 2, 2]
-    assert sorted(path.name for path in saved.iterdir()) == ["experts.json", "experts.safetensors"]
+    assert sorted(path.name for path in saved.iterdir()) == ["experts.json", "model.safetensors"]
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(make_model, tmp_path):
@@ -86,8 +86,8 @@ def test_a_folder_without_experts_says_what_it_holds(make_model, tmp_path):
 
 
 def test_a_newer_format_is_refused(saved, make_model):
-    _edited(saved, format=2)
-    with pytest.raises(AdapterUnsupported, match="format 2, which a newer version of loraweave wrote"):
+    _edited(saved, format=3)
+    with pytest.raises(AdapterUnsupported, match="format 3, which a newer version of loraweave wrote"):
         lw.experts(saved, make_model("llama"))
 
 
@@ -123,7 +123,7 @@ def test_tensors_that_are_not_the_recipes_are_refused(saved, make_model, change,
 
 
 def test_a_file_that_was_cut_off_is_refused(saved, make_model):
-    file = saved / "experts.safetensors"
+    file = saved / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(AdapterCorrupt, match="not an intact safetensors file"):
         lw.experts(saved, make_model("llama"))
