@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from loraweave.composer.experts.make import experts
     from loraweave.composer.experts.together import train_experts
     from loraweave.composer.formula.formula import Formula, parse
+    from loraweave.composer.harness import evaluate_harness
     from loraweave.composer.merge.arithmetic import (
         add,
         analogy,
@@ -93,6 +94,7 @@ _MODULES = {
     "composer.compose.composition": "Composition",
     "composer.compose.compose": "compose",
     "composer.formula.formula": "Formula parse",
+    "composer.harness": "evaluate_harness",
     "composer.merge.arithmetic": "add analogy byom clusters compeft ema flexlora_clients "
     "genknowsub negate scale subtract subtract_general unlearn",
     "composer.merge.merge": "merge",
@@ -184,6 +186,7 @@ __all__ = [
     "compose",
     "ema",
     "ensemble",
+    "evaluate_harness",
     "experts",
     "extract",
     "flexlora_clients",

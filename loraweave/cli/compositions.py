@@ -172,8 +172,15 @@ def _show(composed: lw.Composition, method: str, out: Path | None, as_json: bool
 def evaluate(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A composition's or an adapter's folder.")],
     rows: Annotated[
-        Path, typer.Argument(metavar="JSONL|CSV", exists=True, dir_okay=False, help="Rows with input and target.")
-    ],
+        Path | None, typer.Argument(metavar="JSONL|CSV", exists=True, dir_okay=False, help="Rows with input and target.")
+    ] = None,
+    harness: Annotated[
+        list[str] | None, typer.Option(metavar="TASK", help="Instead of rows, a task of lm_eval; may be repeated.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="A folder with tasks for --harness, as YAML.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="How many documents of a task of --harness count.")] = None,
     base: BaseOption = None,
     dtype: DtypeOption = None,
     split: Annotated[str, typer.Option(help='Of rows with a field "split", those of this one.')] = "test",
@@ -188,6 +195,23 @@ def evaluate(
         raise typer.BadParameter(
             "a composition has its task's instruction, system and labels; leave --instruction, --system and --labels out"
         )
+    if (rows is None) == (harness is None):
+        raise typer.BadParameter("give either a file of rows, or --harness TASK")
+    if harness is not None:
+        scored = _evaluate_harness(folder, base, dtype, harness, include_path, limit)
+        if as_json:
+            print_json(scored)
+            return
+        # lm_eval joins a metric and its filter by a comma, and has the standard error as one more metric
+        shown = [
+            (name, metric.partition(",")[0], f"{value:.4f}", figures.get(metric.replace(",", "_stderr,", 1)))
+            for name, figures in scored.items()
+            for metric, value in figures.items()
+            if isinstance(value, float) and "_stderr," not in metric
+        ]
+        print_rows(("task", "metric", "value", "standard error"), shown)
+        return
+    assert rows is not None
     wanted = read_labels(labels)
     read = read_rows(rows, split=split)
     import loraweave as lw
@@ -206,6 +230,20 @@ def evaluate(
     print_rows(
         ("score", "95 % interval", "loss", "rows"), [(f"{result['value']:.3f}", interval, result["loss"], result["count"])]
     )
+
+
+def _evaluate_harness(
+    folder: Path, base: str | None, dtype: str | None, tasks: list[str], include: Path | None, limit: int | None
+) -> dict[str, dict[str, Any]]:
+    """{task: {figure: value}}."""
+    import loraweave as lw
+
+    adapter = None if (folder / COMPOSITION_FILE).is_file() else lw.Adapter.from_pretrained(folder)
+    recorded = recorded_base(folder) if adapter is None else adapter.base_model
+    model, tokenizer = load_model(base or recorded or None, dtype)
+    what = lw.Composition.from_pretrained(folder, model, tokenizer) if adapter is None else adapter
+    found = lw.evaluate_harness(what, tasks, model=model, tokenizer=tokenizer, include_path=include, limit=limit)
+    return dict(found["results"])
 
 
 def _evaluate_adapter(adapter: Any, base: str | None, dtype: str | None, task: Any, pairs: Any) -> dict[str, Any]:
