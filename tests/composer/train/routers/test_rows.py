@@ -109,7 +109,7 @@ def test_rows_of_token_ids_need_no_tokenizer(gates, pool, model):
         ([("x", "y"), ("x",)], "row 2 of dataset is"),
         ([("x", 3)], "row 1 of dataset is"),
         ([("x", " ")], "empty target"),
-        ([{"input": "x"}], "no 'target': rows are pairs"),
+        ([{"input": "x"}], "no 'target' or 'output': rows are pairs"),
         ([{"text": "x"}], r"row 1 of dataset has \['text'\], and no 'label'"),
         ([{"words": "x"}], "no 'input' and no 'target'"),
         ({"input": "x", "target": "y"}, "is one row"),
