@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,23 @@ def test_the_compose_file_opens_one_port_to_this_machine_and_has_no_password_of_
     asked = re.findall(r"\$\{(\w+)(:\?)?", COMPOSE.read_text())
     assert {name for name, _ in asked} == {"POSTGRES_PASSWORD", "LORAWEAVE_API_KEY"}
     assert all(required for _, required in asked)
+
+
+def test_the_compose_file_keeps_the_compose_specification():
+    said = yaml.safe_load(COMPOSE.read_text())
+    # extensions are free, by its rules
+    known = {name: value for name, value in said.items() if not name.startswith("x-")}
+    # made from its JSON schema
+    schema = pytest.importorskip("compose_pydantic").ComposeSpecification
+    assert len(schema.model_validate(known).services) == len(SERVICES)
+
+
+def test_the_container_file_has_nothing_that_its_linter_would_change():
+    hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed")
+    done = subprocess.run([hadolint, ROOT / "deploy" / "Containerfile"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 @pytest.mark.slow
