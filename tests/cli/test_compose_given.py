@@ -1,8 +1,12 @@
 """What `loraweave compose` is given: rows from a pipe or a terminal, and the dtype of the base."""
 
+import json
+
 import pytest
 import torch
 from command_line import call
+
+import loraweave as lw
 
 
 def composed_task(monkeypatch, base, *words, **options):
