@@ -30,7 +30,7 @@ REFERENCE = {
     "Adapters and merging": ("hub.adapter", "hub.conversion", "composer.merge", "types.Factors", "registry"),
     "Hub and retrieval": ("hub", "retrieval", "types"),
     "The running model": ("hub.base", "hub.pool", "composer", "routers.weights", "types.BaseKey"),
-    "Composing for a task": ("composer.compose", "composer.formula", "composer.programs", "types.Task"),
+    "Composing for a task": ("composer.compose", "composer.formula", "composer.programs", "composer.study", "types.Task"),
     "Routers and experts": ("routers", "composer.experts.make", "types.Router"),
     "Training": ("composer.train", "composer.experts"),
     "Serving": ("serving",),
@@ -119,6 +119,7 @@ def commands() -> str:
     """The page of the command line, as typer describes it."""
     command = typer.main.get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="loraweave", title="Commands")
+    text = re.sub(r"\*\*Commands\*\*:\n\n(?:\* .*\n)+\n", "", text)  # each of them follows
     text = re.sub(r"(?<=\w)\*(?=\w)", r"\\*", text)  # a product in a formula is not emphasis
     return re.sub(r"^Examples?: (.+)$", r"```sh\n\1\n```", text, flags=re.MULTILINE)
 
