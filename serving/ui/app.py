@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib import resources
+from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
@@ -30,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraweave.errors import AdapterNotFound, CompositionError, LoraweaveError
 from loraweave.hub.hub import Hub
+from loraweave.serving.exchange import unless_gone
 from loraweave.serving.limits import Limits
 from loraweave.serving.refusals import Refusal, refusal_of
 from loraweave.serving.requests import read_body, read_request
@@ -69,7 +71,6 @@ def make_ui_server(
     *,
     host: str = "127.0.0.1",
     port: int = 8001,
-    limits: Limits | None = None,
     log_level: str = "info",
 ) -> uvicorn.Server:
     """A server of the page over a hub; its `run()` answers until an interruption, or until `should_exit` is set.
@@ -82,95 +83,110 @@ def make_ui_server(
             f"other machines reach {host!r}, and the page has no key: keep 127.0.0.1, and come from another machine through "
             f"ssh -L {port}:127.0.0.1:{port}"
         )
-    app = make_ui(hub, load, limits=limits)
     return uvicorn.Server(
         uvicorn.Config(
-            app, host=host, port=port, log_level=log_level, access_log=False, ws="none", timeout_graceful_shutdown=1
+            make_ui(hub, load),
+            host=host,
+            port=port,
+            log_level=log_level,
+            access_log=False,
+            ws="none",
+            timeout_graceful_shutdown=1,
         )
     )
 
 
-def make_ui(hub: Hub, load: Callable[[], tuple[Any, Any]], *, limits: Limits | None = None) -> Starlette:
+def make_ui(hub: Hub, load: Callable[[], tuple[Any, Any]]) -> Starlette:
     """An ASGI application: the page, and what it asks."""
-    allowed = limits or Limits()
     overview = Overview(hub)
-    catalogue, bench = Catalogue(hub, overview), Workbench(hub, load)
-    readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="loraweave-ui")
-    # the model is used by one at a time
-    modeller = ThreadPoolExecutor(1, thread_name_prefix="loraweave-model")
+    catalogue, bench, threads = Catalogue(hub, overview), Workbench(hub, load), Threads()
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            for threads in (readers, modeller):
-                threads.shutdown(wait=False, cancel_futures=True)
+            threads.close()
             await asyncio.to_thread(overview.close)
-
-    def question(path: str, kind: type[Asked], answer: Callable[[Asked], dict[str, Any]]) -> Route:
-        """A question in an address."""
-
-        async def handle(request: Request) -> Response:
-            asked = read_request(kind, request.query_params)
-            found = await asyncio.get_running_loop().run_in_executor(readers, answer, asked)
-            return JSONResponse(found)
-
-        return Route(f"/api/{path}", _telling(handle), methods=["GET"])
-
-    def posted(path: str, kind: type[Asked], answer: Callable[[Asked], dict[str, Any]]) -> Route:
-        """A question in a body."""
-
-        async def handle(request: Request) -> Response:
-            asked = read_request(kind, await read_body(request, allowed))
-            return JSONResponse(await asyncio.get_running_loop().run_in_executor(readers, answer, asked))
-
-        return Route(f"/api/{path}", _telling(handle), methods=["POST"])
-
-    def acted(path: str, kind: type[Asked], work: Callable[[Asked, Tell], None]) -> Route:
-        """A long act on the model, which tells as it goes on."""
-
-        async def handle(request: Request) -> Response:
-            asked = read_request(kind, await read_body(request, allowed))
-            return act(modeller, lambda tell: work(asked, tell), refusal)
-
-        return Route(f"/api/{path}", _telling(handle), methods=["POST"])
-
-    async def export(request: Request) -> Response:
-        asked = read_request(Exported, await read_body(request, allowed))
-        path = await asyncio.get_running_loop().run_in_executor(modeller, bench.export, asked)
-        return FileResponse(path, media_type="application/zip", background=BackgroundTask(path.unlink))
 
     async def explanation(request: Request) -> Response:
         return HTMLResponse(bench.explanation(request.path_params["number"]), headers=EXPLANATION)
 
     routes = [
-        question("hub", Query, lambda asked: catalogue.summary()),
-        question("adapters", Listed, catalogue.listed),
-        question("search", Searched, catalogue.searched),
-        question("scores", Searched, catalogue.scores),
-        question("map", Query, lambda asked: catalogue.points()),
-        question("point", Placed, catalogue.point),
-        question("adapter", Named, catalogue.adapter),
-        question("layers", Named, catalogue.layers),
-        question("alike", Alike, catalogue.alike),
-        question("choices", Query, lambda asked: bench.choices()),
-        posted("picked", Picked, bench.picked),
-        posted("mixed", Mixed, bench.mixed),
-        acted("answer", Answered, bench.answer),
-        acted("find", Found, bench.find),
-        acted("save", Saved, bench.save),
-        acted("route", Routed, bench.route),
-        Route("/api/export", _telling(export), methods=["POST"]),
+        threads.question("hub", Query, lambda asked: catalogue.summary()),
+        threads.question("adapters", Listed, catalogue.listed),
+        threads.question("search", Searched, catalogue.searched),
+        threads.question("scores", Searched, catalogue.scores),
+        threads.question("map", Query, lambda asked: catalogue.points()),
+        threads.question("point", Placed, catalogue.point),
+        threads.question("adapter", Named, catalogue.adapter),
+        threads.question("layers", Named, catalogue.layers),
+        threads.question("alike", Alike, catalogue.alike),
+        threads.question("choices", Query, lambda asked: bench.choices()),
+        threads.question("picked", Picked, bench.picked, method="POST"),
+        threads.question("mixed", Mixed, bench.mixed, method="POST"),
+        threads.act("answer", Answered, bench.answer),
+        threads.act("find", Found, bench.find),
+        threads.act("save", Saved, bench.save),
+        threads.act("route", Routed, bench.route),
+        threads.download("export", Exported, bench.export),
         Route("/explanation/{number}", _telling(explanation), methods=["GET"]),
         Route("/base.css", _base_style, methods=["GET"]),
         Mount("/", StaticFiles(packages=[("loraweave.serving.ui", "page_files")], html=True)),
     ]
     middleware = [
-        Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
         Middleware(Guard),
+        Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
     ]
     return Starlette(routes=routes, middleware=middleware, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
+
+
+class Threads:
+    """Routes whose work runs in threads: those that read the hub, and the one that has the model."""
+
+    def __init__(self) -> None:
+        self._limits = Limits()
+        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="loraweave-ui")
+        self._modeller = ThreadPoolExecutor(1, thread_name_prefix="loraweave-model")
+
+    def close(self) -> None:
+        for threads in (self._readers, self._modeller):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def question(
+        self, path: str, kind: type[Asked], answer: Callable[[Asked], dict[str, Any]], method: str = "GET"
+    ) -> Route:
+        """A question about the hub, whose fields are in the address, or in the body of a POST."""
+
+        async def handle(request: Request) -> Response:
+            asked = read_request(kind, request.query_params) if method == "GET" else await self._read(kind, request)
+            # one whose client has gone before its turn, as with every letter that is typed, is not answered
+            running = asyncio.get_running_loop().run_in_executor(self._readers, answer, asked)
+            return JSONResponse(await unless_gone(request.receive, running))
+
+        return Route(f"/api/{path}", _telling(handle), methods=[method])
+
+    def act(self, path: str, kind: type[Asked], work: Callable[[Asked, Tell], None]) -> Route:
+        """A long act on the model, which tells as it goes on."""
+
+        async def handle(request: Request) -> Response:
+            asked = await self._read(kind, request)
+            return act(self._modeller, lambda tell: work(asked, tell), refusal)
+
+        return Route(f"/api/{path}", _telling(handle), methods=["POST"])
+
+    def download(self, path: str, kind: type[Asked], make: Callable[[Asked], Path]) -> Route:
+        """A zip, which is deleted when it is sent."""
+
+        async def handle(request: Request) -> Response:
+            asked = await self._read(kind, request)
+            made = await asyncio.get_running_loop().run_in_executor(self._modeller, make, asked)
+            return FileResponse(made, media_type="application/zip", background=BackgroundTask(made.unlink))
+
+        return Route(f"/api/{path}", _telling(handle), methods=["POST"])
+
+    async def _read(self, kind: type[Asked], request: Request) -> Asked:
+        return read_request(kind, await read_body(request, self._limits))
 
 
 class Guard:

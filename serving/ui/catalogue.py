@@ -65,6 +65,8 @@ class Listed(Filtered):
 class Searched(Filtered):
     q: Annotated[str, Field(max_length=4000)]
     count: Annotated[int, Field(ge=1, le=200)] = 20
+    # embeds the texts of adapters that were not found lately, which takes longer than the search
+    evidence: bool = True
 
 
 class Named(Query):
@@ -118,7 +120,11 @@ class Catalogue:
 
     def searched(self, asked: Searched) -> dict[str, Any]:
         """The hits with their scores and evidence, after adapters whose names have the query in them."""
-        hits = self._hub.search(asked.q, k=asked.count, **asked.options)
+        self._overview.require_search()
+        if asked.evidence:
+            hits = self._hub.search(asked.q, k=asked.count, **asked.options)
+        else:
+            hits = self._retriever.for_task([asked.q], evidence=False, k=asked.count, **asked.options)
         rows = {hit.name: hit_of(hit) for hit in hits}
         options = asked.options
         filters = Filters(options["base_model"], options["license"], options["tags"])
@@ -133,6 +139,7 @@ class Catalogue:
     def scores(self, asked: Searched) -> dict[str, Any]:
         """The scores of the adapters nearest to a query, for the colours of their points."""
         snapshot = self._overview.newest
+        self._overview.require_search()
         found = self._retriever.for_task([asked.q], evidence=False, k=NUM_SCORED, **asked.options)
         places = {} if snapshot is None else snapshot.seqs
         shown = [(places[hit.name], hit.score) for hit in found if hit.name in places]
@@ -193,7 +200,8 @@ class Catalogue:
             return {"rows": [hit_of(hit) for hit in self._retriever.like(record.name, k=NUM_ALIKE)]}
         texts = list(record.examples) or [record.description or record.name]
         description = record.description if record.examples else ""
-        found = self._retriever.for_task(texts[:NUM_EXAMPLES], description=description, k=NUM_ALIKE + 1)
+        self._overview.require_search()
+        found = self._retriever.for_task(texts[:NUM_EXAMPLES], description=description, evidence=False, k=NUM_ALIKE + 1)
         return {"rows": [hit_of(hit) for hit in found if hit.name != record.name][:NUM_ALIKE]}
 
     def _family(self, record: Record) -> list[dict[str, Any]]:

@@ -179,6 +179,8 @@ class Overview:
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
+        self._searching = threading.Lock()
+        self._searched = False
         self._lock = threading.Lock()
         self._snapshot: Snapshot | None = None
         self._thread: threading.Thread | None = None
@@ -201,6 +203,13 @@ class Overview:
     def busy(self) -> bool:
         return self._thread is not None
 
+    def require_search(self) -> None:
+        """Makes the first search of the hub, which reads and may embed all of it, or waits for the one that does."""
+        with self._searching:
+            if not self._searched:
+                self._hub.search("an adapter", k=1)
+                self._searched = True
+
     def close(self) -> None:
         """Begins no further snapshot, and waits a moment for one that is being made, whose thread ends with the process."""
         with self._lock:
@@ -212,7 +221,8 @@ class Overview:
         generation, self.error = self._hub.generation, ""
         try:
             if len(self._hub):
-                # a search makes and stores the embeddings that are missing
+                self.require_search()
+                # makes and stores the embeddings that are missing by now
                 self._hub.search("an adapter", k=1)
             made = followed(self._hub, self._snapshot or Snapshot())
             with self._lock:

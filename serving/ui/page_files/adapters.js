@@ -46,17 +46,26 @@ export async function adaptersView(main, query, signal) {
     results.setAttribute("aria-busy", "true");
     await within(results, async () => {
       if (q) {
-        const found = await ask("search", { q, count: state.count, ...shared }, own);
+        const asked = { q, count: state.count, ...shared };
+        const found = await ask("search", { ...asked, evidence: false }, own);
         heading.textContent = found.rows.length ? `${found.rows.length} best hits` : "Nothing fits.";
         const more = h("button", { type: "button", onclick: () => { state.count = Math.min(200, state.count + 20); load(); } }, "Show more");
         results.replaceChildren(hits(found.rows, signal), ...(found.more && state.count < 200 ? [more] : []));
+        map.found(q, shared);
+        results.removeAttribute("aria-busy");
+        // what speaks for the hits takes longer: not for every letter
+        await new Promise((resolve) => { setTimeout(resolve, 250); });
+        if (own.aborted) return;
+        const { rows } = await ask("search", asked, own);
+        const told = new Map(rows.map((row) => [row.name, row.evidence]));
+        results.querySelectorAll(".evidence").forEach((place) => { place.textContent = told.get(place.dataset.name) ?? ""; });
       } else {
         const { sort, descending, start, quarantined } = state;
         const page = await ask("adapters", { start, count: PAGE, sort, descending, quarantined, ...shared }, own);
         heading.textContent = count(page.total, "adapter");
         results.replaceChildren(table(page.rows, state, turn, signal), pager(page, turn));
+        map.found(q, shared);
       }
-      map.found(q, shared);
     });
     results.removeAttribute("aria-busy");
   }
@@ -119,7 +128,7 @@ function hits(rows, signal) {
     head([h("th", { scope: "col", class: "pick" }, h("span", { class: "unseen" }, "Pick")), h("th", { scope: "col", class: "name" }, "Adapter and what speaks for it"), h("th", { scope: "col", class: "score" }, "Score"), h("th", { scope: "col", class: "license" }, "License"), h("th", { scope: "col", class: "rank" }, "Rank")]),
     h("tbody", {}, ...rows.map((row) => h("tr", {},
       h("td", { class: "pick" }, pickBox(row.name, signal)),
-      h("td", { class: "name" }, title(row), h("p", { class: "soft clip" }, row.description), h("p", { class: "evidence" }, row.evidence)),
+      h("td", { class: "name" }, title(row), h("p", { class: "soft clip" }, row.description), h("p", { class: "evidence", "data-name": row.name }, row.evidence || "…")),
       h("td", { class: "score" }, row.score === null ? "–" : h("span", { class: "meter", style: { "--part": `${Math.max(0, 100 * row.score)}%` } }, row.score.toFixed(2))),
       h("td", { class: "license" }, row.license || "–"),
       h("td", { class: "rank" }, String(row.rank))))));

@@ -229,7 +229,8 @@ export function makeMap(signal, open) {
       scores = new Map();
       if (!chosen) colour.value = q ? "score" : "cluster";
       if (q) {
-        const found = await ask("scores", { q, ...filters }, signal);
+        // the table says what went wrong with a search
+        const found = await ask("scores", { q, ...filters }, signal).catch(() => ({ seqs: [] }));
         if (asked !== q) return;
         scores = new Map(found.seqs.map((seq, at) => [seq, found.scores[at]]));
       }

@@ -19,9 +19,9 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @contextmanager
-def running_page(hub, load, **options):
+def running_page(hub, load):
     """The address of the page, whose server ends with the block."""
-    server = make_ui_server(hub, load, port=0, log_level="critical", **options)
+    server = make_ui_server(hub, load, port=0, log_level="critical")
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -56,6 +56,7 @@ def test_every_answer_has_a_policy_that_names_this_server_alone(ask):
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", ""])
 def test_a_name_that_was_bent_to_this_machine_is_refused(ask, host):
     assert ask("/api/hub", headers={"Host": host})[0] == 400
+    assert "Content-Security-Policy" in ask.headers
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site"])
@@ -93,6 +94,8 @@ def test_a_hit_has_the_score_and_the_evidence_of_the_hubs_search(ask, hub):
     assert [(row["name"], row["score"], row["evidence"]) for row in found["rows"]] == [
         (hit.name, hit.score, hit.evidence) for hit in hits
     ]
+    _, sooner = ask("/api/search", q="plural of a noun", count=3, evidence="false")
+    assert [(row["name"], row["score"]) for row in sooner["rows"]] == [(hit.name, hit.score) for hit in hits]
 
 
 @pytest.fixture
