@@ -25,7 +25,9 @@ from loraweave.hub.formats._kept_files import KEPT, as_kept_files
 from loraweave.hub.formats._lora_file import PICKLES
 from loraweave.hub.formats._peft_config import PICKLE
 from loraweave.hub.formats.peft import Peft
-from loraweave.hub.intake.sources import ADAPTER_FILES, name_of, open_source
+from loraweave.hub.intake.discover import Found
+from loraweave.hub.intake.model_hub import push
+from loraweave.hub.intake.sources import ADAPTER_FILES, README, name_of, open_source
 from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.hub.merge_report import MergeReport
 from loraweave.lowrank import algebra
@@ -69,7 +71,7 @@ class Adapter:
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path,
+        source: str | Path | Found,
         *,
         name: str | None = None,
         revision: str | None = None,
@@ -131,6 +133,32 @@ class Adapter:
             require_one_work([(self.name, stated_license(self.card.get("license")))])
         path = as_path(folder, "the folder of an export")
         return export(self._contents(), self.name, path, target=target, max_rank=max_rank, base=base)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        allow_licenses: bool = False,
+    ) -> str:
+        """Uploads what `save_pretrained` writes, with its card, to `owner/name` on the model hub; returns the commit's id.
+
+        A new repository is public or private as the owner's settings say, unless `private` does. Raises HubReadOnly if the
+        token may not write there, SourceUnavailable if a retry may help, AdapterNotFound for an id of another form, and
+        InvalidLicense as `export` does.
+        """
+        if not allow_licenses and not self._is_copy(None):
+            require_one_work([(self.name, stated_license(self.card.get("license")))])
+
+        def write(folder: Path) -> None:
+            readme = self.save_pretrained(folder) / README
+            code = f"import loraweave as lw\n\nadapter = lw.Adapter.from_pretrained({repository!r})"
+            readme.write_text(f"{readme.read_text(encoding='utf-8')}\n```python\n{code}\n```\n", encoding="utf-8")
+
+        message = commit_message or f"adapter {self.name}"
+        return push(write, repository, token=token, private=private, message=message)
 
     def _is_copy(self, max_rank: int | None) -> bool:
         """Whether a cut to `max_rank` leaves an adapter as somebody published it: neither cut nor made of others."""

@@ -13,6 +13,7 @@ import torch
 
 from loraweave.errors import AdapterUnsupported, UnknownName, WeightingError
 from loraweave.hub.formats._contents import Contents
+from loraweave.hub.intake.model_hub import upload
 from loraweave.hub.licenses import stated_license
 from loraweave.hub.targets._target import Target, last_names
 from loraweave.lowrank import algebra
@@ -46,6 +47,18 @@ class ExportReport:
     def command(self) -> str:
         """The server's command line for a shell; empty if the target is not a server."""
         return shlex.join([*self.program, *self.flags])
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Uploads the folder to `owner/name` on the model hub; returns the commit's id. Raises as `Adapter.push_to_hub`."""
+        message = commit_message or f"an export for {self.target}"
+        return upload(self.folder, repository, token=token, private=private, message=message)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "folder": str(self.folder), "command": self.command}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loraweave.common.names import checked_name
 from loraweave.common.process import paused_collector
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from loraweave.hub.health.signatures import Key
     from loraweave.hub.health.verify import Verification
     from loraweave.hub.intake.adding import Added, Addition
+    from loraweave.hub.intake.discover import Found
     from loraweave.hub.pool import ExpertPool
 
 # rows of a hub in a notebook
@@ -65,9 +66,34 @@ class Hub(CompositionShelf):
             self.close()
             raise
 
+    def discover(
+        self,
+        base: Any,
+        *,
+        query: str | None = None,
+        license: Collection[str] | str | None = None,
+        max_bytes: int | None = None,
+        min_downloads: int = 0,
+        min_likes: int = 0,
+        limit: int = 20,
+        token: str | None = None,
+        progress: bool = False,
+    ) -> list[Found]:
+        """Adapters that the model hub has for a base model (an id or a model), most downloads first; `add` takes each.
+
+        Those whose cards name it as their base (`base_model:adapter:`), that have safetensors under a name of adapters, and
+        whose id contains `query`. `license` lists what is accepted, as in `records`; `max_bytes` bounds their safetensors.
+        Nothing is downloaded. Each is of one commit, which `add` reads, under all its rules for foreign files.
+        Raises AdapterNotFound for a base without an id, SourceUnavailable where the model hub does not answer.
+        """
+        from loraweave.hub.intake.discover import discover
+
+        at_least = {"min_downloads": min_downloads, "min_likes": min_likes, "max_bytes": max_bytes, "limit": limit}
+        return discover(base, query=query, license=license, **at_least, token=token, progress=progress)  # type: ignore[arg-type]
+
     def add(
         self,
-        source: str | Path | Adapter,
+        source: str | Path | Adapter | Found,
         *,
         name: str | None = None,
         description: str = "",
@@ -114,7 +140,7 @@ class Hub(CompositionShelf):
 
     def add_many(
         self,
-        sources: Iterable[str | Path | Adapter | Addition],
+        sources: Iterable[str | Path | Adapter | Found | Addition],
         *,
         stored_as: str = "factors",
         allow_pickle: bool = False,

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LATER_COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
@@ -49,8 +50,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         self.requests.append(self.path)
         raw = self.rfile.read(int(self.headers["Content-Length"]))
-        path = self.path.partition("?")[0].strip("/").split("/")[1:]
+        path = self.path.partition("?")[0].strip("/").split("/")
+        path = path if path[-1] == "batch" else path[1:]
         sent = [json.loads(line) for line in raw.splitlines()]
+        if path[-1] == "batch":
+            return self._send_json(self._lfs(sent[0]))
         if path[-1] == "validate-yaml":
             return self._send_json({"errors": [], "warnings": []})
         if path[-1] == "create":
@@ -66,9 +70,34 @@ class Handler(BaseHTTPRequestHandler):
         if path[-1] == "create":
             return self._send_json(self._create(self.root / owner / name, sent[0]))
         if path[3] == "preupload":
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in sent[0]["files"]]
+            mode = {True: "lfs", False: "regular"}
+            files = [
+                {"path": file["path"], "uploadMode": mode[file["path"].endswith(".safetensors")], "shouldIgnore": False}
+                for file in sent[0]["files"]
+            ]
             return self._send_json({"files": files})
         return self._send_json(self._commit(self.root / owner / name, sent))
+
+    def _lfs(self, sent):
+        where = f"http://127.0.0.1:{self.server.server_port}/lfs"
+        actions = [{**each, "actions": {"upload": {"href": f"{where}/{each['oid']}"}}} for each in sent["objects"]]
+        return {"transfer": "basic", "objects": actions}
+
+    def do_PUT(self):
+        place = self.root / self.path.strip("/")
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(self.rfile.read(int(self.headers["Content-Length"])))
+        self._send(200, b"", {}, body=True)
+
+    def _list(self):
+        asked = parse_qs(self.path.partition("?")[2])
+        words = json.loads((self.root / "listed.json").read_text())
+        found = [
+            each
+            for each in words
+            if set(asked.get("filter", ())) <= set(each["tags"]) and asked.get("search", [""])[0] in each["id"]
+        ]
+        return self._send_json(found)
 
     def _create(self, repository, sent):
         repository.mkdir(parents=True, exist_ok=True)
@@ -81,6 +110,10 @@ class Handler(BaseHTTPRequestHandler):
                 place = repository / line["value"]["path"]
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_bytes(base64.b64decode(line["value"]["content"]))
+            elif line["key"] == "lfsFile":
+                place = repository / line["value"]["path"]
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(self.root / "lfs" / line["value"]["oid"], place)
             else:
                 (repository / "message").write_text(line["value"]["summary"])
         where = f"http://127.0.0.1:{self.server.server_port}/{repository.parent.name}/{repository.name}/commit/{COMMIT}"
@@ -95,6 +128,8 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, *, body):
         self.requests.append(self.path)
         path = self.path.partition("?")[0].strip("/").split("/")
+        if path == ["api", "models"]:
+            return self._list()
         if path[:2] == ["api", "models"]:
             repository, rest = self.root / "/".join(path[2:4]), path[4:]
         else:
@@ -164,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
                 "sha": self.commit,
                 "private": False,
                 "tags": [],
-                "siblings": [{"rfilename": name} for name in files],
+                "siblings": [{"rfilename": name, "size": (repository / name).stat().st_size} for name in files],
             }
         return self._send(200, json.dumps(found).encode(), {"Content-Type": "application/json"}, body=body)
 
@@ -302,13 +337,83 @@ def routers(folder):
     json.dump(found, sys.stdout)
 
 
-def loaded_from(address, home, *arguments, **variables):
+def shared(root):
+    """What of each kind comes back once it was pushed, and what a hub finds."""
+    import torch
+
+    import loraweave as lw
+
+    def llama():
+        return lw.load_base(root / "tiny" / "llama")
+
+    model, tokenizer = llama()
+    lora = lw.Adapter.from_pretrained(root / "tiny" / "lora")
+    task = lw.Task([("a", "a")], instruction="say it")
+    weighed = lw.compose(model, tokenizer, [lora], task, method="manual", weights={lora.name: 0.5}, progress=False)
+    routed = lw.compose(model, tokenizer, [lora], task, method="arrow", top_k=1, folds=0, progress=False)
+    experts = lw.experts("mola", model, num_experts=(2,), rank=2, target_modules=("q_proj",))
+    ids = torch.tensor([[3, 1, 3]])
+
+    def logits(of):
+        with torch.no_grad():
+            return of(ids).logits.tolist()
+
+    def answer(composition):
+        with composition.activate() as live:
+            return logits(live)
+
+    def again(name):
+        return answer(lw.Composition.from_pretrained(name, model, tokenizer))
+
+    found = {
+        "adapter": _outcome(lambda: lora.push_to_hub("mine/lora", token=TOKEN)),
+        "export": _outcome(lambda: lora.export(root / "exported", target="vllm").push_to_hub("mine/export", token=TOKEN)),
+        "weighed": _outcome(lambda: weighed.push_to_hub("mine/weighed", token=TOKEN)),
+        "routed": _outcome(lambda: routed.push_to_hub("mine/routed", token=TOKEN)),
+        "experts": _outcome(lambda: experts.push_to_hub("mine/experts", token=TOKEN)),
+        "no right": _outcome(lambda: weighed.push_to_hub("theirs/weighed", token=TOKEN)),
+        "adapter, hashes": _outcome(lambda: [lora.hash, lw.Adapter.from_pretrained("mine/lora").hash]),
+        "export, hash": _outcome(lambda: lw.Adapter.from_pretrained("mine/export").hash),
+        "weighed, answers": _outcome(lambda: [answer(weighed), again("mine/weighed")]),
+        "routed, answers": _outcome(lambda: [answer(routed), again("mine/routed")]),
+        "experts, answers": _outcome(lambda: [logits(experts), logits(lw.experts("mine/experts", llama()[0]))]),
+        "no composition": _outcome(lambda: again("mine/lora")),
+        "no experts": _outcome(lambda: lw.experts("mine/lora", llama()[0])),
+    }
+    hub = lw.Hub(root / "hub")
+
+    def names(**filters):
+        return [str(each) for each in hub.discover("tiny/llama", **filters)]
+
+    found |= {
+        "all": _outcome(names),
+        "one": _outcome(lambda: names(limit=1)),
+        "named": _outcome(lambda: names(query="second")),
+        "mit": _outcome(lambda: names(license=["MIT"])),
+        "liked": _outcome(lambda: names(min_likes=5)),
+        "loaded": _outcome(lambda: names(min_downloads=50)),
+        "small": _outcome(lambda: names(max_bytes=10)),
+        "folder": _outcome(lambda: hub.discover(root / "tiny" / "llama")),
+    }
+
+    def add():
+        [one] = hub.discover("tiny/llama", query="second")
+        (Path.cwd() / one.repository).mkdir(parents=True)
+        record = hub.add(one)
+        figures = [one.license, one.likes, one.downloads, one.size_bytes, one.commit]
+        return [record.name, record.hash, figures, record.source.location, record.source.revision]
+
+    found["added"] = _outcome(add)
+    json.dump(found, sys.stdout)
+
+
+def loaded_from(address, home, *arguments, cwd=None, **variables):
     """What this file, run with that model hub and cache, found, and all that it printed."""
     plain = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
     own = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, __file__, *map(str, arguments)]
     environment = {**plain, **own, "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return {**json.loads(done.stdout), "printed": done.stdout + done.stderr}
 
@@ -316,6 +421,8 @@ def loaded_from(address, home, *arguments, **variables):
 if __name__ == "__main__":
     if sys.argv[1] == "troubles":
         troubles(Path(sys.argv[2]))
+    elif sys.argv[1] == "shared":
+        shared(Path(sys.argv[2]))
     elif sys.argv[1] == "routers":
         routers(Path(sys.argv[2]))
     else:

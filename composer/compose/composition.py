@@ -47,13 +47,18 @@ from loraweave.composer.model.layers import with_magnitudes
 from loraweave.errors import CompositionError, ScopeError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.export import ExportReport
+from loraweave.hub.formats._card import shared_card
 from loraweave.hub.formats._replacing import replacing
-from loraweave.hub.licenses import license_of_all, stated_license
+from loraweave.hub.intake.model_hub import push
+from loraweave.hub.intake.sources import ADAPTER_FILES, README, find_folder
+from loraweave.hub.licenses import license_of_all, require_one_work, stated_license
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router, Task
 
+# what a repository is asked for, in its folder, those of members, and those of a router's adapters
+FILES = tuple(f"*{name}" for name in (FILE, "router.json", "router.safetensors", *ADAPTER_FILES))
 # of a composition's one line: adapters, and characters of a name
 NUM_NAMED, NAME_WIDTH = 3, 40
 
@@ -349,15 +354,56 @@ class Composition:
             portable = replace(portable, card={**portable.card, "prompts": prompts})
         return portable.export(folder, target=target, max_rank=max_rank, base=self.model, allow_licenses=allow)
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, model: Any, tokenizer: Any) -> Composition:
-        """Reads a saved composition for the same base model; BaseModelMismatch for another, AdapterNotFound without one.
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Uploads what `save_pretrained` writes, with a card, to `owner/name` on the model hub; returns the commit's id.
 
-        Warns where neither weights nor ids say that the model is the same, and names and shapes do.
+        The card states base, licence, parents with their weights and licences, and the report's scores. Raises what
+        `Adapter.push_to_hub` raises, and InvalidLicense for licenses that exclude each other unless `allow_licenses`.
         """
+        if not self.allow_licenses:
+            require_one_work((name, stated_license(each.card.get("license"))) for name, each in self._used.items())
+
+        def write(folder: Path) -> None:
+            self.save_pretrained(folder)
+            parents = [{key: each.get(key) for key in ("name", "weight", "license", "hash")} for each in self._parents()]
+            sections = {"Parents": json.dumps(parents, indent=1), "Scores": str(self.report.table())}
+            read = f"composition = lw.Composition.from_pretrained({repository!r}, model, tokenizer)"
+            code = f"{read}\ncomposition.predict(['...'])"
+            base = str(getattr(self.model, "name_or_path", ""))
+            text = shared_card(f"{self!r}", base, self.license, "composition", code, sections)
+            (folder / README).write_text(text, encoding="utf-8")
+
+        message = commit_message or f"composition, {self.report.chosen}"
+        return push(write, repository, token=token, private=private, message=message)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        model: Any,
+        tokenizer: Any,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+    ) -> Composition:
+        """Reads a saved composition, from its folder or `owner/name` on the model hub, for the same base model.
+
+        Raises BaseModelMismatch for another, AdapterNotFound without one, and what a download raises. Warns where neither
+        weights nor ids say that the model is the same, and names and shapes do.
+        """
+        wanted = {"revision": revision, "token": token, "local_files_only": local_files_only}
+        folder = find_folder(source, f"a composition, which has a {FILE}", FILES, **wanted)  # type: ignore[arg-type]
         fields = (recipe := SavedRecipe.read(folder)).fields_on(model)
         for number, name in enumerate(recipe.member_names):
-            fields["members"][name] = cls.from_pretrained(Path(folder) / f"member-{number}", model, tokenizer)
+            fields["members"][name] = cls.from_pretrained(folder / f"member-{number}", model, tokenizer)
         return cls(model, tokenizer, **fields)
 
     @property
@@ -449,10 +495,14 @@ class Composition:
         row = ReportRow(name, new.all_weights, loss, None, None, seconds, evaluations, new.by_layer, num_trained)
         return replace(new, report=self.report.with_choice(row, reason))
 
+    def _parents(self) -> list[dict[str, Any]]:
+        weights = self.mean_weights
+        used = [{**parent_of(each), "name": name, "weight": weights.get(name)} for name, each in self._used.items()]
+        return used or [dict(parent) for parent in self.parents]
+
     def _recipe(self) -> dict[str, Any]:
         weights = self.mean_weights
-        parents = [{**parent_of(each), "name": name, "weight": weights.get(name)} for name, each in self._used.items()]
         kept = {name: getattr(self, name) for name in ("by_layer", "tuned_steps", "license", "merge_method", "seed")}
-        kept |= {"weights": weights, "parents": parents or [dict(parent) for parent in self.parents]}
+        kept |= {"weights": weights, "parents": self._parents()}
         router, members = self.router is not None, list(self.members)
         return recipe_of(self.model, self.task, self.report, router=router, members=members, **kept)

@@ -34,6 +34,8 @@ from loraweave.composer.train.learner import ExpertLearner, key_of
 from loraweave.composer.train.rows import places_of
 from loraweave.errors import CompositionError, ScopeError, TrainingError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.formats._card import README, shared_card
+from loraweave.hub.intake.model_hub import push
 from loraweave.routers.recipes._gate import Call, Gate, Weighing
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 from loraweave.routers.tokens._call import prompted, with_tokenizer
@@ -283,6 +285,31 @@ class ExpertModel(LikeBase, ExpertLearner):
         state = self.expert_state()
         made = experts_as_files(self.base_model, self.recipe, self.shapes, self.names, state, self.report)
         return write_experts(folder, made, beside=is_main_process is not None)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Uploads what `save_pretrained` writes, with a card, to `owner/name` on the model hub; returns the commit's id.
+
+        `lw.experts("owner/name", base)` reads it back. Raises what `Adapter.push_to_hub` raises.
+        """
+
+        def write(folder: Path) -> None:
+            self.save_pretrained(folder)
+            base = str(getattr(self.base_model, "name_or_path", ""))
+            loaded = f"model, tokenizer = lw.load_base({base!r})"
+            code = f"{loaded}\nexperts = lw.experts({repository!r}, model, tokenizer=tokenizer)"
+            sections = {"Experts": ", ".join(self.expert_names), "Tasks": ", ".join(self.tasks)}
+            title = f"Experts of recipe {self.recipe.name}"
+            (folder / README).write_text(shared_card(title, base, None, "experts", code, sections), encoding="utf-8")
+
+        message = commit_message or f"experts of recipe {self.recipe.name}"
+        return push(write, repository, token=token, private=private, message=message)
 
     def load(self, folder: str | Path) -> Self:
         """Puts in what an expert model of the same recipe and base has saved; tasks are taken over where this has none.

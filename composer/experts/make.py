@@ -18,7 +18,7 @@ from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
 from loraweave.composer.experts.parts import READER, Start, shapes_of
 from loraweave.composer.experts.parts import recipe as make_recipe
-from loraweave.composer.experts.saving import read_saved_experts
+from loraweave.composer.experts.saving import FILE, FIRST_TENSORS, TENSORS, read_saved_experts
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.merge.arithmetic import clusters
 from loraweave.composer.merge.merge import merge
@@ -26,6 +26,7 @@ from loraweave.composer.model.layers import require_model
 from loraweave.errors import AdapterUnsupported, ScopeError, UnknownName, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
+from loraweave.hub.intake.sources import find_folder
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.recipes._cluster_gates import ClusterReader
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe
@@ -42,7 +43,8 @@ def experts(
     **options: Any,
 ) -> ExpertModel:
     """The recipe of that name on a base model, untrained: until it is trained it answers as the base does. Or, for a folder
-    that `ExpertModel.save_pretrained` wrote, what was saved.
+    that `ExpertModel.save_pretrained` wrote, or `owner/name` on the model hub (with revision=, token=, local_files_only=),
+    what was saved.
 
     With a `pool` the experts begin as its adapters, of whatever ranks, in the layers that these update: an ExpertPool,
     adapters, a mapping of names to adapters, a hub, what `hub.search` found, or candidates of a Retriever with their `hub`.
@@ -61,8 +63,11 @@ def experts(
         raise UnknownName(
             f"{name!r:.60} is no recipe's name and no folder; recipes are {', '.join(registry.names('experts'))}"
         )
-    if isinstance(name, Path) or (name not in registry.names("experts") and Path(name).is_dir()):
-        return _saved(Path(name), base_model, tokenizer, options | ({} if pool is None else {"pool": pool}))
+    if isinstance(name, Path) or (name not in registry.names("experts") and ("/" in name or Path(name).is_dir())):
+        wanted = {key: options.pop(key, None) for key in ("revision", "token", "local_files_only")}
+        wanted["local_files_only"] = bool(wanted["local_files_only"])
+        folder = find_folder(name, "an expert model", (FILE, TENSORS, FIRST_TENSORS), **wanted)
+        return _saved(folder, base_model, tokenizer, options | ({} if pool is None else {"pool": pool}))
     if pool is not None:
         return start_from(name, base_model, pool, hub=hub, tokenizer=tokenizer, options=options).eval()
     # outside training, a model answers the same every time

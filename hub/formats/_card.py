@@ -23,6 +23,9 @@ MAX_README_BYTES = 2**20
 MAX_FRONT_MATTER = 2**16
 MAX_FALLBACK_TEXT = 10_000
 
+# the model hub refuses anything but an id as the base, such as a folder
+MODEL_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
 # what the writer puts in front of an adapter's own tags
 OWN_TAGS = ("lora", "loraweave")
 
@@ -89,11 +92,7 @@ def json_text(value: Mapping[str, Any], what: str, *, indent: int | None = None)
 def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, str], library: str = "peft") -> str:
     """README.md: front matter as the model hub reads it, and what the card tells people. `facts` are about the tensors."""
     tags = [*OWN_TAGS, *[str(tag) for tag in as_list(card.get("tags"))]]
-    matter: dict[str, Any] = {"base_model": base_model} if base_model else {}
-    matter |= {"base_model_relation": "adapter"} if base_model else {}
-    matter |= {"library_name": library, "tags": list(dict.fromkeys(tags))}
-    if license := entry(card, "license", str):
-        matter |= license_fields(license)
+    matter = front_matter(base_model, library, tags, entry(card, "license", str))
     for key in ("language", "datasets"):
         if listed := texts(card.get(key)):
             matter[key] = listed
@@ -118,6 +117,24 @@ def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, st
     }
     parts.extend(f"## {title}\n\n{_indent(_text(card[key]))}" for key, title in titles.items() if card.get(key))
     parts.append("Load it with `PeftModel.from_pretrained(base, folder)` or `loraweave.Adapter.from_pretrained(folder)`.")
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(base_model: str, library: str, tags: Sequence[str], license: str | None) -> dict[str, Any]:
+    """What the model hub reads of a card."""
+    matter: dict[str, Any] = {}
+    if MODEL_ID.fullmatch(base_model):
+        matter = {"base_model": base_model, "base_model_relation": "adapter"}
+    matter |= {"library_name": library, "tags": list(dict.fromkeys(tags))}
+    return matter | (license_fields(license) if license else {})
+
+
+def shared_card(title: str, base_model: str, license: str | None, kind: str, code: str, sections: Mapping[str, str]) -> str:
+    """README.md of what is no adapter of its own: front matter, Python code that uses it, and texts by their titles."""
+    front = yaml.safe_dump(front_matter(base_model, "loraweave", [*OWN_TAGS, kind], license), sort_keys=False)
+    facts = f"- Base model: {_one_line(base_model) or 'not recorded'}\n- Licence: {_one_line(license or 'not known')}"
+    parts = [f"---\n{front}---", f"# {_one_line(title)}", f"```python\nimport loraweave as lw\n\n{code}\n```", facts]
+    parts += [f"## {name}\n\n{_indent(text)}" for name, text in sections.items() if text]
     return "\n\n".join(parts) + "\n"
 
 

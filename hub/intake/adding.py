@@ -18,6 +18,7 @@ from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupport
 from loraweave.hub import licenses
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.health.anomalies import examine
+from loraweave.hub.intake.discover import Found
 from loraweave.hub.intake.fields import (
     MAX_LABEL_BYTES,
     OWN_FIELDS,
@@ -45,7 +46,7 @@ MAX_BATCH_BYTES = 2**28
 class Addition:
     """What `Hub.add` takes, for one of many."""
 
-    source: str | Path | Adapter
+    source: str | Path | Adapter | Found
     name: str | None = None
     description: str = ""
     examples: GivenRows = ()
@@ -71,7 +72,7 @@ class Added:
 def add_many(
     catalogue: CatalogueStore,
     blobs: BlobStore,
-    sources: Iterable[str | Path | Adapter | Addition],
+    sources: Iterable[str | Path | Adapter | Found | Addition],
     *,
     stored_as: str,
     allow_pickle: bool,

@@ -6,9 +6,10 @@ import errno
 import logging
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, get_token, snapshot_download
@@ -152,6 +153,22 @@ def status_of(error: BaseException) -> int | None:
 
 def _responses(error: BaseException) -> Iterator[Any]:
     return (response for cause in _chain(error) if (response := getattr(cause, "response", None)) is not None)
+
+
+def listing_error(error: BaseException, base: str, token: str | None) -> HubError:
+    """The error to raise where the model hub did not say which adapters it has for a base model."""
+    if _has(error, OfflineModeIsEnabled):
+        return SourceUnavailable(f"the model hub's adapters for {base!r} cannot be listed in offline mode (HF_HUB_OFFLINE)")
+    return SourceUnavailable(
+        f"the model hub did not list its adapters for {base!r} ({reason_of(error, token)}); go online, or run it again later"
+    )
+
+
+def push(write: Callable[[Path], object], repository: str, *, token: str | None, private: bool | None, message: str) -> str:
+    """`upload` of the folder that `write` is given to write. Returns the commit's id."""
+    with TemporaryDirectory() as place:
+        write(Path(place) / "files")
+        return upload(Path(place) / "files", repository, token=token, private=private, message=message)
 
 
 def upload(folder: Path, repository: str, *, token: str | None, private: bool | None, message: str) -> str:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 from loraweave.common.files import as_path
 from loraweave.errors import AdapterNotFound, AdapterUnsupported, SourceUnavailable
 from loraweave.hub.intake.archives import archive_suffix, unpack
+from loraweave.hub.intake.discover import Found
 from loraweave.hub.intake.model_hub import download
 
 README = "README.md"
@@ -36,7 +37,7 @@ class OpenedSource:
 
 @contextmanager
 def open_source(
-    source: str | Path,
+    source: str | Path | Found,
     *,
     revision: str | None = None,
     token: str | None = None,
@@ -49,6 +50,10 @@ def open_source(
     Raises AdapterNotFound when neither exists, with what was tried, AdapterUnsupported for a repository without a file in
     which adapters are kept. A token never appears in a message.
     """
+    if isinstance(source, Found):
+        # never a folder of that name
+        yield _download(source.repository, revision or source.commit, token, local_files_only, allow_patterns)
+        return
     archive = as_path(source, "an adapter's source", SourceUnavailable)
     if archive_suffix(archive) and archive.is_file():
         with unpack(archive) as folder:
@@ -57,7 +62,27 @@ def open_source(
         yield _locate(source, revision, token, local_files_only, allow_patterns)
 
 
-def name_of(source: str | Path) -> str:
+def find_folder(
+    source: str | Path,
+    what: str,
+    allow_patterns: Sequence[str],
+    *,
+    revision: str | None,
+    token: str | None,
+    local_files_only: bool,
+) -> Path:
+    """The local folder of `what`, or the download of `owner/name`. AdapterNotFound if it is neither."""
+    path = as_path(source, f"the folder of {what}", AdapterNotFound)
+    if path.is_dir():
+        return path
+    parts = str(source).split("/")
+    if isinstance(source, Path) or len(parts) != 2 or not all(parts) or str(source).startswith((".", "~")):
+        raise AdapterNotFound(f"no folder {str(source)!r} with {what}; save_pretrained() writes one")
+    wanted = {"revision": revision, "token": token, "local_files_only": local_files_only}
+    return download(str(source), **wanted, allow_patterns=allow_patterns).folder  # type: ignore[arg-type]
+
+
+def name_of(source: str | Path | Found) -> str:
     """The last part of a path or id, without the suffix of an archive or of a file of weights."""
     last = str(source).rstrip("/").rsplit("/", 1)[-1]
     return last.removesuffix(archive_suffix(last)).removesuffix(".safetensors") or last
@@ -71,15 +96,24 @@ def _locate(
         return OpenedSource(folder)
     owner, name, file = _parts(source)
     repository = f"{owner}/{name}"
-    patterns = [file, README] if file else allow_patterns
-    found = download(repository, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=patterns)
-    origin = {"repository": str(source), "revision": found.commit, "asked": revision or "main"}
     if file:
+        wanted = {"revision": revision, "token": token, "local_files_only": local_files_only}
+        found = download(repository, **wanted, allow_patterns=[file, README])  # type: ignore[arg-type]
         if not _is_there(found.folder / file):
             raise AdapterNotFound(
                 f"the repository {repository!r} of the model hub has no file {file!r}; see its list of files there"
             )
+        origin = {"repository": str(source), "revision": found.commit, "asked": revision or "main"}
         return OpenedSource(found.folder / file, origin)
+    return _download(repository, revision, token, local_files_only, allow_patterns)
+
+
+def _download(
+    repository: str, revision: str | None, token: str | None, local_files_only: bool, allow_patterns: Sequence[str]
+) -> OpenedSource:
+    wanted = {"revision": revision, "token": token, "local_files_only": local_files_only}
+    found = download(repository, **wanted, allow_patterns=allow_patterns)  # type: ignore[arg-type]
+    origin = {"repository": repository, "revision": found.commit, "asked": revision or "main"}
     if not any(path.suffix in _WEIGHTS or path.name.startswith("compeft.") for path in found.folder.iterdir()):
         raise AdapterUnsupported(
             f"the repository {repository!r} of the model hub has no weights under a name that adapters usually have; give a "

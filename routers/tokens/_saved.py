@@ -18,8 +18,7 @@ from loraweave.errors import AdapterCorrupt, AdapterNotFound, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._files import listing, present, read_json
 from loraweave.hub.formats._safetensors import hashed_tensors
-from loraweave.hub.intake.model_hub import download
-from loraweave.hub.intake.sources import ADAPTER_FILES
+from loraweave.hub.intake.sources import ADAPTER_FILES, find_folder
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._members import LayerTensors, Members
 from loraweave.routers.tokens._router import TokenRouter, option_names
@@ -40,18 +39,6 @@ class Saved:
     sha256: str
     num_adapters: int
     report: Mapping[str, Any] | None
-
-
-def find_folder(source: str | Path, *, revision: str | None, token: str | None, local_files_only: bool) -> Path:
-    """The local folder, or the download of `owner/name`. AdapterNotFound if it is neither."""
-    path = Path(source)
-    if path.is_dir():
-        return path
-    parts = str(source).split("/")
-    if isinstance(source, Path) or len(parts) != 2 or not all(parts) or str(source).startswith((".", "~")):
-        raise AdapterNotFound(f"no folder {str(source)!r} with a saved router; save_pretrained() of a router writes one")
-    found = download(str(source), revision=revision, token=token, local_files_only=local_files_only, allow_patterns=FILES)
-    return found.folder
 
 
 def read_saved(folder: Path) -> Saved:
@@ -166,7 +153,8 @@ def router(
     if isinstance(name, Path) or "/" in name or (name not in registry.names("routers") and Path(name).is_dir()):
         if options:
             raise WeightingError(f"a saved router has its options already: leave out {', '.join(options)}")
-        folder = find_folder(name, revision=revision, token=token, local_files_only=local_files_only)
+        wanted = {"revision": revision, "token": token, "local_files_only": local_files_only}
+        folder = find_folder(name, "a saved router", FILES, **wanted)  # type: ignore[arg-type]
         saved = read_saved(folder)
         found = read_router(folder, saved, router_class(saved.name))
         return found if experts is None else found.onto(experts)

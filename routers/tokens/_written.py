@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from loraweave.errors import WeightingError
+from loraweave.hub.formats._card import front_matter
 from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._members import Members, find_names
@@ -88,8 +88,6 @@ def with_json_form(what: str, option: str, value: Any) -> Any:
 
 
 NUM_SHOWN = 50
-_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
 _TEXT = """---
 {matter}---
 # Router {router} for {count} LoRA adapters
@@ -111,10 +109,7 @@ Its experts, in this order:
 def router_card(name: str, members: Members, repository: str, *, with_pool: bool) -> str:
     """Front matter as the model hub reads it, a few lines of code, and the experts' names."""
     base, names = members.base_model, members.names
-    matter: dict[str, Any] = {"library_name": "loraweave", "tags": ["lora", "loraweave", "router"]}
-    # the model hub refuses anything but an id, such as a folder
-    if _ID.fullmatch(base):
-        matter |= {"base_model": base, "base_model_relation": "adapter"}
+    matter = front_matter(base, "loraweave", ["lora", "loraweave", "router"], None)
     # names are free text; indented, on one line, they cannot act as markup
     shown = [" ".join(expert.split()) for expert in names[:NUM_SHOWN]]
     if len(names) > NUM_SHOWN:

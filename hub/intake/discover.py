@@ -1,0 +1,108 @@
+"""What the model hub has for a base model: adapters whose cards name it, with the figures to choose by."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from loraweave.common.display import tracked
+from loraweave.errors import AdapterNotFound, InvalidLicense, WeightingError
+from loraweave.hub.formats._card import license_of_fields
+from loraweave.hub.intake.model_hub import ERRORS, listing_error
+from loraweave.hub.licenses import canonical, is_accepted
+from loraweave.hub.same_base import says_nothing
+
+# of what the model hub lists, as many are looked at
+MAX_LISTED = 10_000
+WEIGHTS = ("adapter_model*.safetensors", "pytorch_lora_weights.safetensors", "adapters.safetensors")
+_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Found:
+    """An adapter on the model hub at one commit, which `Hub.add` takes; `size_bytes` is that of its safetensors.
+
+    All of it is what its owner, or the model hub, says: nothing was downloaded. `license` is SPDX, None where none is known.
+    """
+
+    repository: str
+    commit: str
+    base_model: str
+    license: str | None
+    downloads: int
+    likes: int
+    size_bytes: int
+    tags: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.repository
+
+
+def discover(
+    base: Any,
+    *,
+    query: str | None,
+    license: Collection[str] | str | None,
+    max_bytes: int | None,
+    min_downloads: int,
+    min_likes: int,
+    limit: int,
+    token: str | None,
+    progress: bool,
+) -> list[Found]:
+    """What `Hub.discover` says."""
+    model_id = base if isinstance(base, str) else str(getattr(base, "name_or_path", "") or "")
+    if says_nothing(model_id):
+        raise AdapterNotFound(
+            f"{model_id!r} is no id of a base model on the model hub, which lists adapters by ids: give one, such as "
+            "'HuggingFaceTB/SmolLM2-135M-Instruct'"
+        )
+    for name, value in (("limit", limit), ("max_bytes", 1 if max_bytes is None else max_bytes)):
+        if value < 1:
+            raise WeightingError(f"{name} is {value}: give at least 1")
+    api = HfApi(token=token)
+    found: list[Found] = []
+    try:
+        for info in tracked(_listed(api, model_id, query), "asking the model hub", total=None, shown=progress):
+            if (info.downloads or 0) < min_downloads or (info.likes or 0) < min_likes:
+                continue
+            stated = _license(info.tags or ())
+            if license is not None and not is_accepted(stated, license):
+                continue
+            # the list has no sizes
+            files = api.model_info(info.id, revision=info.sha, files_metadata=True).siblings or ()
+            sizes = [file.size or 0 for file in files if any(fnmatch.fnmatch(file.rfilename, each) for each in WEIGHTS)]
+            if not sizes or (max_bytes is not None and sum(sizes) > max_bytes):
+                continue
+            figures = info.downloads or 0, info.likes or 0, sum(sizes), tuple(map(str, info.tags or ()))
+            found.append(Found(info.id, info.sha, model_id, stated, *figures))
+            if len(found) == limit:
+                break
+    except ERRORS as error:
+        raise listing_error(error, model_id, token) from error
+    return found
+
+
+def _listed(api: HfApi, model_id: str, query: str | None) -> Iterator[Any]:
+    """What the model hub lists, most downloads first, under an id and a commit as they must be, with safetensors."""
+    listed = api.list_models(filter=f"base_model:adapter:{model_id}", search=query, sort="downloads", full=True)
+    for info in islice(listed, MAX_LISTED):
+        names = [file.rfilename for file in info.siblings or ()]
+        has_weights = any(fnmatch.fnmatch(name, each) for name in names for each in WEIGHTS)
+        if has_weights and _ID.fullmatch(str(info.id)) and _COMMIT.fullmatch(str(info.sha)):
+            yield info
+
+
+def _license(tags: Collection[str]) -> str | None:
+    stated = [tag.removeprefix("license:") for tag in map(str, tags) if tag.startswith("license:")]
+    with suppress(InvalidLicense):
+        return canonical(license_of_fields({"license": stated})) if stated and stated != ["other"] else None
+    return None
