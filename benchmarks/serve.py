@@ -82,7 +82,7 @@ def main(
     for number, part in enumerate(found, 1):
         if number == 1 or number % max(1, len(found) // 10) == 0:
             note = ", a new server" if number > 1 and part["begun"] != found[number - 2]["begun"] else ""
-            memory.add(f"{number * PART}{note}", f"{part['bytes'] / 1e6:.0f}")
+            memory.add(f"{min(total, number * PART)}{note}", f"{part['bytes'] / 1e6:.0f}")
     run.show(counts, memory)
     if counted["wrong"]:
         raise typer.Exit(1)
@@ -106,7 +106,7 @@ def soaked(run: Run, requests: int, clients: int, tiny: bool) -> list[dict[str, 
             hub.add(adapter, name=name)
         assert hub.path is not None
         with serving(Path(hub.path), base, *KEPT) as server, ThreadPoolExecutor(clients) as threads:
-            for number in range(requests // PART):
+            for number in range(-(-requests // PART)):
 
                 def part(number: int = number) -> dict[str, Any]:
                     comes = random_adapter(model, f"comes{number // 2}", "all", run.seed)
@@ -114,7 +114,7 @@ def soaked(run: Run, requests: int, clients: int, tiny: bool) -> list[dict[str, 
                     if number % 2 and COMING_AND_GOING not in hub:
                         # the run went on here
                         hub.add(comes, name=COMING_AND_GOING)
-                    asked = drawn(run, random.Random(f"{run.seed} {number}"))
+                    asked = drawn(run, random.Random(f"{run.seed} {number}"), min(PART, requests - number * PART))
                     futures = [threads.submit(send, server, each) for each in asked]
                     if number % 2:
                         hub.remove(COMING_AND_GOING)
@@ -127,7 +127,9 @@ def soaked(run: Run, requests: int, clients: int, tiny: bool) -> list[dict[str, 
 
                 found.append(kept(folder / f"part-{number:04d}.json", part))
                 wrong = sum(part["counts"].get("wrong", 0) for part in found)
-                console.print(f"{(number + 1) * PART} requests, {wrong} wrong, {found[-1]['bytes'] / 1e6:.0f} MB")
+                console.print(
+                    f"{min(requests, (number + 1) * PART)} requests, {wrong} wrong, {found[-1]['bytes'] / 1e6:.0f} MB"
+                )
     return found
 
 
@@ -140,7 +142,7 @@ def tiny_model(num_tokens: int, folder: Path) -> Any:
     return transformers.LlamaForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
 
 
-def drawn(run: Run, generator: random.Random) -> list[Asked]:
+def drawn(run: Run, generator: random.Random, count: int) -> list[Asked]:
     """The requests of a part at random: 1 in 50 malformed, 1 in 10 by a client that leaves."""
     rows = [row for task in NAMES for row in run.rows(task)[:5]]
     prompts = [
@@ -149,7 +151,7 @@ def drawn(run: Run, generator: random.Random) -> list[Asked]:
     formulas = [formula(generator) for _ in range(NUM_FORMULAS)]
     pairs = [(generator.choice(formulas), generator.choice(prompts)) for _ in range(NUM_PAIRS)]
     asked = []
-    for _ in range(PART):
+    for _ in range(count):
         if generator.random() < 0.02:
             asked.append(Asked("malformed", generator.choice(MALFORMED)))
             continue

@@ -47,6 +47,7 @@ class Scheduler:
         self, model: Any, tokenizer: Any, limits: Limits, metrics: Metrics, step_times: StepTimes | None = None
     ) -> None:
         self._limits = limits
+        self._keeps_time = limits.token_seconds < float("inf")
         self._step_times = step_times or StepTimes(model.dtype.itemsize, model.device.type)
         self._metrics = metrics
         self._experts = Experts(model, tokenizer, limits.loaded)
@@ -185,7 +186,7 @@ class Scheduler:
                         earlier.passed += 1
                     del self._waiting[place]
                     return row
-                if row.passed >= MOST_PASSED or self._limits.token_seconds == float("inf"):
+                if row.passed >= MOST_PASSED or not self._keeps_time:
                     return None
             return None
 
@@ -195,7 +196,7 @@ class Scheduler:
 
     def _is_quick(self, rows: Sequence[Row]) -> bool:
         """Whether a token of each of these rows is predicted to come in time."""
-        return self._limits.token_seconds == float("inf") or self._step_times.predict(rows) <= self._limits.token_seconds
+        return not self._keeps_time or self._step_times.predict(rows) <= self._limits.token_seconds
 
     def _read(self, rows: Sequence[Row]) -> None:
         num_tokens = sum(map(len, (ids for row in rows for ids in row.ids)))
@@ -222,7 +223,8 @@ class Scheduler:
             batch.keep([])
             self._apart(rows, error)
         else:
-            self._step_times.saw(rows, self._step_times.clock() - begun)
+            if self._keeps_time:
+                self._step_times.saw(rows, self._step_times.clock() - begun)
             self._metrics.stepped(len(rows))
         self._release(rows)
 
