@@ -44,8 +44,10 @@ class Served:
             total += times.user + times.system + times.children_user + times.children_system
         return total
 
-    def resident_bytes(self) -> int:
-        return int(self.process.memory_info().rss)
+    def memory(self) -> dict[str, int]:
+        """Bytes that are resident, and those of them that are no pages of files, which the system may take back."""
+        found = self.process.memory_info()
+        return {"resident": found.rss, "own": found.rss - found.shared}
 
     def post(self, path: str, body: Mapping[str, Any] | bytes) -> tuple[int, Any]:
         """(status, JSON body) of one request."""

@@ -78,11 +78,12 @@ def main(
     counts = Table(f"{total} requests to {of} by {clients} clients, seed {run.seed}", ("what became of them", "requests"))
     for what in sorted({*counted, "wrong"}):
         counts.add(what, str(counted[what]))
-    memory = Table("memory of the server's process", ("after requests", "MB"))
+    memory = Table("memory of the server's process, MB", ("after requests", "resident", "but for pages of files"))
     for number, part in enumerate(found, 1):
         if number == 1 or number % max(1, len(found) // 10) == 0:
             note = ", a new server" if number > 1 and part["begun"] != found[number - 2]["begun"] else ""
-            memory.add(f"{min(total, number * PART)}{note}", f"{part['bytes'] / 1e6:.0f}")
+            sizes = [f"{part[what] / 1e6:.0f}" if what in part else "" for what in ("resident", "own")]
+            memory.add(f"{min(total, number * PART)}{note}", *sizes)
     run.show(counts, memory)
     if counted["wrong"]:
         raise typer.Exit(1)
@@ -121,14 +122,14 @@ def soaked(run: Run, requests: int, clients: int, tiny: bool) -> list[dict[str, 
                     else:
                         hub.add(comes, name=COMING_AND_GOING)
                     answers = [future.result() for future in futures]
-                    used = server.resident_bytes()
+                    used = server.memory()
                     counts = judged(Alone(model, tokenizer, pool), asked, answers)
-                    return {"counts": counts, "bytes": used, "begun": server.process.create_time()}
+                    return {"counts": counts, **used, "begun": server.process.create_time()}
 
                 found.append(kept(folder / f"part-{number:04d}.json", part))
                 wrong = sum(part["counts"].get("wrong", 0) for part in found)
                 console.print(
-                    f"{min(requests, (number + 1) * PART)} requests, {wrong} wrong, {found[-1]['bytes'] / 1e6:.0f} MB"
+                    f"{min(requests, (number + 1) * PART)} requests, {wrong} wrong, {found[-1]['own'] / 1e6:.0f} MB"
                 )
     return found
 
