@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from loraweave.composer.merge.merge import merge
     from loraweave.composer.merge.statistics import Statistics
     from loraweave.composer.programs.order import order
+    from loraweave.composer.study.study import study
     from loraweave.composer.train.adapters import train_adapters
     from loraweave.hub.adapter import Adapter
     from loraweave.hub.base import base_key, load_base
@@ -102,6 +103,7 @@ _MODULES = {
     "composer.experts.make": "experts",
     "composer.compose.rerank": "rerank",
     "composer.programs.order": "order",
+    "composer.study.study": "study",
     "routers.tokens._saved": "router",
     "composer.compose.collect_statistics": "collect_statistics",
     "composer.merge.statistics": "Statistics",
@@ -200,6 +202,7 @@ __all__ = [
     "rerank",
     "router",
     "scale",
+    "study",
     "subtract",
     "subtract_general",
     "to_lora",

@@ -196,9 +196,9 @@ class Composition:
         said = self._predict([asked for asked, _ in read], scoring.longest_answer(self.tokenizer, read))
         return scoring.score(said, read, self._losses(read))
 
-    def losses(self) -> list[float]:
-        """The mean loss of the target's tokens, and over members, for each of the task's examples."""
-        return self._losses(self.task.examples)
+    def losses(self, pairs: GivenRows | None = None) -> list[float]:
+        """The mean loss of the (first) target's tokens, and over members, for each pair, by default the task's examples."""
+        return self._losses(self.task.examples if pairs is None else scoring.read_answers(pairs))
 
     def leave_one_out(self) -> dict[str, float]:
         """By how much the mean loss of the examples rises without each adapter, the others' weights as they are.

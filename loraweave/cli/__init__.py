@@ -29,6 +29,7 @@ from loraweave.cli.stored import (
     save_composition,
     write_composition,
 )
+from loraweave.cli.study import STUDY_EXAMPLE, study
 from loraweave.cli.ui import UI_EXAMPLE, ui
 from loraweave.cli.verify import VERIFY_EXAMPLE, verify
 
@@ -49,6 +50,7 @@ app.add_typer(hub, name="hub")
 app.add_typer(composing)
 app.command(epilog=MERGE_EXAMPLE)(merge)
 app.command(epilog=TRAIN_EXAMPLE)(train)
+app.command(epilog=STUDY_EXAMPLE)(study)
 app.command(epilog=SERVE_EXAMPLE)(serve)
 app.command(epilog=UI_EXAMPLE)(ui)
 app.command(epilog=VERIFY_EXAMPLE)(verify)

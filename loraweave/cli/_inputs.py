@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,6 +190,38 @@ def read_formula(sources: Sequence[str], hub: str) -> lw.Formula | None:
         return None
     with open_hub(hub) as opened:
         return None if sources[0] in opened else lw.parse(sources[0])
+
+
+def is_recipe(sources: Sequence[str]) -> bool:
+    """Whether the only source is a YAML file."""
+    return len(sources) == 1 and sources[0].lower().endswith((".yaml", ".yml")) and Path(sources[0]).is_file()
+
+
+def merge_recipe(path: Path, hub: str, seed: int, rules: Mapping[str, Any]) -> tuple[lw.Adapter, str]:
+    """The adapter that a recipe says, and the dtype to write it in. Flags that were given count before its own keys.
+
+    A formula is over the recipe's `pool`, its `hub`, or else `hub`; mergekit's models are folders beside the recipe, or
+    adapters of `hub`.
+    """
+    import loraweave as lw
+    from loraweave.composer.merge.recipe import Recipe, read_recipe
+
+    found = read_recipe(path)
+    if isinstance(found, Recipe):
+
+        def adapter(name: str) -> lw.Adapter:
+            beside = path.parent / name
+            return read_adapter(str(beside) if beside.is_dir() else name, hub)
+
+        return found.merge(adapter, seed=seed, **rules), found.dtype
+    own: dict[str, Any] = {key: found[key] for key in ("rank", "heads") if key in found and rules[key] in (None, "error")}
+    chosen = {**rules, **own}
+    formula = lw.parse(found["formula"])
+    if "pool" in found:
+        return formula.merge(read_pool(path.parent / found["pool"]), **chosen), "float32"
+    place = found.get("hub", hub)
+    with open_hub(place if "://" in place or "hub" not in found else str(path.parent / place)) as opened:
+        return formula.merge(opened, **chosen), "float32"
 
 
 def read_pool(folder: Path) -> lw.ExpertPool:

@@ -23,7 +23,9 @@ from loraweave.cli._flags import (
 )
 from loraweave.cli._inputs import (
     ADAPTER_FILE,
+    is_recipe,
     load_model,
+    merge_recipe,
     open_hub,
     read_adapter,
     read_formula,
@@ -60,7 +62,8 @@ def merge(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="ADAPTER", help="Adapter folders, or names in the hub; or one formula over it: '0.7*a + 0.3*ties(b, c)'."
+            metavar="ADAPTER",
+            help="Adapter folders, or names in the hub; or one formula over it, '0.7*a + 0.3*ties(b, c)', or FILE.yaml.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the merged PEFT folder goes.")],
@@ -87,32 +90,41 @@ def merge(
     hub: HubOption = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
-    """Combine adapters into one, by a method or by a formula, without a model."""
+    """Combine adapters into one, by a method, a formula or a recipe in YAML, without a model."""
     numbers = read_weights(weights, len(sources))
     options = read_options(option or (), reserved=RESERVED)
     require_free(out, ADAPTER_FILE, replace=force)
     import loraweave as lw
 
-    called = name or out.resolve().name
-    rules: dict[str, Any] = {"rank": rank, "name": called, "heads": heads, "allow_licenses": allow_licenses}
-    formula = read_formula(sources, hub)
-    if formula is not None:
-        if weights is not None or option or method != "linear" or seed:
-            raise typer.BadParameter(
-                "a formula has weights, methods, options and seeds in it: leave --weights, --method, --option and --seed out"
-            )
+    rules: dict[str, Any] = {"rank": rank, "name": name or out.resolve().name, "heads": heads}
+    rules["allow_licenses"] = allow_licenses
+    recipe = is_recipe(sources)
+    formula = None if recipe else read_formula(sources, hub)
+    if (recipe or formula is not None) and (weights is not None or option or method != "linear" or (seed and not recipe)):
+        raise typer.BadParameter(
+            "a formula or recipe has weights, methods and options in it, and a formula seeds: leave --weights, --method, "
+            "--option and --seed out"
+        )
+    dtype = "float32"
+    if recipe:
+        merged, dtype = merge_recipe(Path(sources[0]), hub, seed, rules)
+    elif formula is not None:
         with open_hub(hub) as opened:
             merged = formula.merge(opened, **rules)
     else:
         adapters = [read_adapter(source, hub) for source in sources]
         merged = lw.merge(adapters, numbers, method=method, seed=seed, **rules, **options)
     license = merged.card.get("license")
-    merged.save_pretrained(out)
+    import torch
+
+    merged.save_pretrained(out, dtype=getattr(torch, dtype))
     if plot is not None:
         merged.report.plot(plot)
     if as_json:
         told = {"out": out, "name": merged.name, "method": method, "license": license}
-        if formula is not None:
+        if recipe:
+            told |= {"recipe": sources[0], "method": merged.report.method, "dtype": dtype}
+        elif formula is not None:
             told |= {"formula": formula.canonical, "method": merged.report.method}
         else:
             used = zip(adapters, numbers, strict=True)

@@ -16,7 +16,8 @@ import loraweave as lw
 from loraweave.cli import app
 from loraweave.cli._inputs import read_pool
 
-COMMANDS = ["compose", "demo", "doctor", "eval", "explain", "export", "load", "merge", "serve", "train", "ui", "verify"]
+COMMANDS = ["compose", "demo", "doctor", "eval", "explain", "export", "load", "merge", "serve", "study", "train", "ui"]
+COMMANDS += ["verify"]
 HUB_COMMANDS = ["add", "add-tree", "bind", "gc", "history", "list", "prune", "quarantine", "release", "remove", "rollback"]
 HUB_COMMANDS += ["search", "show", "sign", "train-encoder", "verify"]
 HUB_COMMANDS += ["compositions", "remove-composition", "save-composition", "write-composition"]

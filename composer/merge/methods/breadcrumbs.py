@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loraweave.common.options import Fraction
-from loraweave.composer.merge.methods._entries import Entries, Keep, sum_pruned
+from loraweave.composer.merge.methods._entries import Entries, Keep, Prune, sum_pruned
 from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.methods._thresholds import count_of, keep_largest
 from loraweave.composer.merge.updates import DenseUpdate
@@ -24,6 +24,11 @@ def breadcrumbs(
     mergekit's `breadcrumbs`, without a sign election; the paper states both masks as percentiles. `scale` is the paper's
     alpha. fp32 products.
     """
+    return sum_pruned(experts, weights, prune_both_ends(density, gamma), scale=scale)
+
+
+def prune_both_ends(density: float, gamma: float) -> Prune:
+    """Drops the int(gamma * n) largest entries of each expert's tensor, and keeps the int(density * n) that follow."""
 
     def prune(entries: Entries, scratch_OI: Tensor) -> Keep:
         target = count_of(density, entries.size)
@@ -43,4 +48,4 @@ def breadcrumbs(
 
         return keep
 
-    return sum_pruned(experts, weights, prune, scale=scale)
+    return prune

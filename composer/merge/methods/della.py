@@ -52,12 +52,13 @@ def della(
         )
 
     def prune(entries: Entries, scratch_OI: Tensor) -> Keep:
-        return _magprune(entries, seeds, density, epsilon)
+        return magprune(entries, seeds, density, epsilon)
 
     return merge_elected(experts, weights, prune, divide=divide, scale=scale)
 
 
-def _magprune(entries: Entries, seeds: Sequence[int], density: float, epsilon: float) -> Keep:
+def magprune(entries: Entries, seeds: Sequence[int], density: float, epsilon: float, *, rescale: bool = True) -> Keep:
+    """Keeps an entry with a probability that rises with the rank of its magnitude, and divides it by that to `rescale`."""
     width = entries.shape[1]
     rising = np.linspace(-1.0, 1.0, width) if width > 1 else np.zeros(width)
     level_of_rank_I = torch.tensor([float(quantise(density + epsilon * step)) for step in rising])
@@ -67,9 +68,10 @@ def _magprune(entries: Entries, seeds: Sequence[int], density: float, epsilon: f
         level_BI = torch.empty_like(block_BI)
         level_BI.scatter_(1, _ascending(block_BI), level_of_rank_I.expand_as(block_BI))
         kept = draws.block(expert, block_BI) < level_BI.numpy()
-        # a level of zero keeps nothing, and divides nothing
-        torch.div(block_BI, level_BI.div_(LEVELS).clamp_(min=1 / LEVELS), out=out_BI)
-        np.multiply(out_BI.numpy(), kept, out=out_BI.numpy())
+        if rescale:
+            # a level of zero keeps nothing, and divides nothing
+            block_BI = torch.div(block_BI, level_BI.div_(LEVELS).clamp_(min=1 / LEVELS), out=out_BI)
+        np.multiply(block_BI.numpy(), kept, out=out_BI.numpy())
 
     return keep
 

@@ -1,0 +1,209 @@
+"""A merge as a YAML file: a formula of ours, or mergekit's schema where it means the same for adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loraweave.common.checks import is_list, is_number
+from loraweave.common.options import require_known
+from loraweave.common.yaml_file import read_yaml
+from loraweave.composer.merge.merge import merge
+from loraweave.composer.merge.mergekit import KIN, mergekit
+from loraweave.errors import WeightingError
+from loraweave.hub.adapter import Adapter
+from loraweave.registry import nearest
+
+# what merging weights means, which a file of mergekit's has beside its models
+KEYS = ("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype")
+DTYPES = ("float32", "bfloat16", "float16")
+OTHER_KEYS = {
+    "slices": "puts a model together of layers of others",
+    "modules": "merges the parts of a model apart",
+    "tokenizer_source": "chooses a tokenizer, which is the base model's here",
+    "tokenizer": "chooses a tokenizer, which is the base model's here",
+    "chat_template": "writes a template, which is the base model's here",
+}
+WHOLE = "works on whole weights, base and all, and not on what each model adds to the base"
+OTHER_METHODS = {
+    "slerp": f"{WHOLE}: nuslerp with a base_model turns the updates, and so does our method slerp",
+    "karcher": f"{WHOLE}: our method karcher is the centre of the updates",
+    "multislerp": f"{WHOLE}: our method karcher is the centre of the updates",
+    "model_stock": "takes negative shares where updates point apart, as LoRA's often do: our method model_stock takes 0",
+    "sce": "takes equal shares for updates as small as those of LoRA: our method sce has their own",
+    "passthrough": "copies layers of one model",
+    "arcee_fusion": "looks for the entries of whole weights that matter",
+    "nearswap": WHOLE,
+    "ram": WHOLE,
+}
+METHODS = ("linear", "nuslerp", *KIN)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A file of mergekit's: the method, and for each model the adapter's name or folder (None for the base) and weight."""
+
+    whose: str
+    method: str
+    models: tuple[tuple[str | None, dict[str, Any]], ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+
+    @classmethod
+    def of(cls, path: Path, said: Mapping[str, Any]) -> Recipe:
+        """Raises WeightingError, by name, for what mergekit reads and a merge of adapters cannot mean."""
+        for key, why in OTHER_KEYS.items():
+            if key in said:
+                raise WeightingError(f"{path} has {key!r}, which {why}: leave it out")
+        require_known(str(path), said, KEYS, noun="key")
+        method, dtype = said.get("merge_method"), said.get("out_dtype") or said.get("dtype") or "float32"
+        if method not in METHODS:
+            why = OTHER_METHODS.get(
+                str(method), f"is no method of mergekit's that is read here{nearest(str(method), METHODS)}"
+            )
+            raise WeightingError(
+                f"{path}: {method!r} {why}. A file with a formula has every method; read here: {', '.join(METHODS)}"
+            )
+        if dtype not in DTYPES:
+            raise WeightingError(f"{path} has dtype {dtype!r}; an adapter is written as one of {', '.join(DTYPES)}")
+        models, base = said.get("models"), said.get("base_model")
+        if not is_list(models, Mapping) or not models:
+            raise WeightingError(f"{path} has no 'models', a list of 'model' and 'parameters'")
+        if base is None and method != "linear":
+            raise WeightingError(
+                f"{path} has no base_model, which mergekit's {method} needs: what adapters add is added to it"
+            )
+        found = cls(str(path), str(method), (), said.get("parameters") or {}, str(dtype))
+        found._require_parameters("parameters", found.settings, (*found._of_models, *found._of_all))
+        return cls(
+            found.whose, found.method, tuple(found._model(each, base) for each in models), found.settings, found.dtype
+        )
+
+    @property
+    def _of_models(self) -> tuple[str, ...]:
+        """The parameters of each model, as far as they count."""
+        kin = KIN.get(self.method)
+        thinned = kin is not None and kin.thinning != "nothing"
+        return ("weight", *(["density"] if thinned else []), *([kin.extra[0]] if kin and kin.extra else []))
+
+    @property
+    def _of_all(self) -> tuple[str, ...]:
+        if self.method == "nuslerp":
+            return ("nuslerp_row_wise", "nuslerp_flatten")
+        kin = KIN.get(self.method)
+        # the mask's dtype changes no number
+        return ("normalize", *(["lambda", "int8_mask", "rescale"] if kin else []))
+
+    def _require_parameters(self, place: str, given: Any, known: Sequence[str]) -> None:
+        if not isinstance(given, Mapping):
+            raise WeightingError(f"{self.whose} has {place} {given!r:.60}, and not names with values")
+        require_known(f"{place} of {self.whose}, under {self.method}", given, known, noun="parameter")
+        for name, value in given.items():
+            if isinstance(value, list | Mapping):
+                raise WeightingError(
+                    f"{self.whose}: {name} is {value!r:.60}, which changes over the layers; give one for each adapter"
+                )
+            kind = bool if name not in ("weight", "density", "gamma", "epsilon", "lambda") else float
+            if (kind is bool) != isinstance(value, bool) or not (kind is bool or is_number(value)):
+                raise WeightingError(
+                    f"{self.whose}: {name} is {value!r:.60}; it is {'true or false' if kind is bool else 'a number'}"
+                )
+
+    def _model(self, given: Mapping[str, Any], base: str | None) -> tuple[str | None, dict[str, Any]]:
+        require_known(f"a model of {self.whose}", given, ("model", "parameters"), noun="key")
+        named, own = given.get("model"), given.get("parameters") or {}
+        if not isinstance(named, str):
+            raise WeightingError(
+                f"{self.whose} has a model {named!r:.60}; write an adapter's folder or name, or BASE+ADAPTER"
+            )
+        self._require_parameters(f"parameters of {named!r}", own, self._of_models)
+        before, plus, after = named.partition("+")
+        if plus and base not in (None, before):
+            raise WeightingError(f"{self.whose}: {named!r} is an adapter of {before!r}, and base_model is {base!r}")
+        adapter = None if named == base else after or before
+        shared = {name: value for name, value in self.settings.items() if name in self._of_models}
+        parameters = {**shared, **own}
+        if "weight" not in parameters and adapter is not None:
+            raise WeightingError(f"{self.whose}: {named!r} has no 'weight', which mergekit's {self.method} needs")
+        return adapter, parameters
+
+    def merge(self, find: Callable[[str], Adapter], *, seed: int = 0, **rules: Any) -> Adapter:
+        """The merged adapter; `rules` are those of `merge`. Raises what `merge` raises."""
+        # the base among the models adds nothing to itself
+        used = [(find(name), own) for name, own in self.models if name is not None]
+        used.sort(key=lambda pair: (pair[0].hash, pair[1]["weight"]))
+        adapters, weights = [adapter for adapter, _ in used], [float(own["weight"]) for _, own in used]
+        if self.method == "linear":
+            return merge(adapters, self._shares(weights), method="linear", seed=seed, **rules)
+        if self.method == "nuslerp":
+            return merge(adapters, weights, method="nuslerp", row_wise=self._row_wise(weights), seed=seed, **rules)
+        kin = KIN[self.method]
+        flags = {name: bool(self.settings.get(name, getattr(kin, name))) for name in ("normalize", "rescale")}
+        scale = float(self.settings.get("lambda", 1.0))
+        if kin.thinning == "nothing":
+            total = sum(weights)
+            scale /= total if flags["normalize"] and abs(total) >= 1e-8 else 1.0
+            return merge(adapters, [scale * weight for weight in weights], method="linear", seed=seed, **rules)
+        name, default = kin.extra or ("", 0.0)
+        # `merge` leaves out weights of zero, which change nothing
+        counted = [own for _, own in used if own["weight"]]
+        densities = [float(own.get("density", 1.0)) for own in counted]
+        extras = [float(own.get(name, default)) for own in counted]
+        self._require_ranges(densities, extras)
+        chosen: dict[str, Any] = {"of": self.method, "densities": densities, "extras": extras, "scale": scale, **flags}
+        return merge(adapters, weights, method=mergekit, seed=seed, **chosen, **rules)
+
+    def _shares(self, weights: Sequence[float]) -> list[float]:
+        """Of mergekit's linear, where the base model's own weight counts too."""
+        base = sum(float(own.get("weight", 0.0)) for name, own in self.models if name is None)
+        total = sum(weights) + base
+        if self.settings.get("normalize", True):
+            if total == 0.0:
+                raise WeightingError(f"{self.whose}: the weights sum to 0, by which mergekit's linear divides")
+            return [weight / total for weight in weights]
+        if abs(total - 1.0) > 1e-6:
+            raise WeightingError(
+                f"{self.whose}: without normalize, mergekit's linear multiplies the base model by {total:g}, the sum of the "
+                "weights, which no adapter can; let them sum to 1, or take task_arithmetic"
+            )
+        return list(weights)
+
+    def _row_wise(self, weights: Sequence[float]) -> bool:
+        if len(weights) != 2 or abs(sum(weights)) < 1e-6:
+            raise WeightingError(f"{self.whose}: nuslerp turns between two models whose weights do not sum to 0")
+        if self.settings.get("nuslerp_flatten", True):
+            return False
+        if self.settings.get("nuslerp_row_wise", False):
+            raise WeightingError(
+                f"{self.whose}: nuslerp_row_wise turns columns, which nuslerp here does not: it turns rows without"
+            )
+        return True
+
+    def _require_ranges(self, densities: Sequence[float], extras: Sequence[float]) -> None:
+        for density, extra in zip(densities, extras, strict=True):
+            wide = KIN[self.method].thinning == "rank" and not (extra < density < 1.0 - extra)
+            if not 0.0 < density <= 1.0 or (wide and density < 1.0) or extra < 0.0:
+                bounds = " with epsilon less than its distance from 0 and 1" if wide else ""
+                raise WeightingError(f"{self.whose}: density is {density:g}; it is above 0 and at most 1{bounds}")
+
+
+FORMULA_KEYS = ("formula", "hub", "pool", "rank", "heads")
+
+
+def read_recipe(path: Path) -> Recipe | dict[str, Any]:
+    """mergekit's file, or the keys of one of ours, with a formula. Raises WeightingError for anything else."""
+    said = read_yaml(path, WeightingError)
+    if "formula" not in said:
+        if "merge_method" not in said:
+            raise WeightingError(
+                f"{path} has {', '.join(said)}; a recipe has a 'formula', or mergekit's 'merge_method' and 'models'"
+            )
+        return Recipe.of(path, said)
+    require_known(str(path), said, FORMULA_KEYS, noun="key")
+    if not all(isinstance(said.get(key, ""), str) for key in ("formula", "hub", "pool", "heads")):
+        raise WeightingError(f"{path}: formula, hub, pool and heads are texts")
+    if "hub" in said and "pool" in said:
+        raise WeightingError(f"{path} has a hub and a pool; leave one out")
+    return said

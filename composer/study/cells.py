@@ -1,0 +1,174 @@
+"""The cells of a study: a task, a method, a number of examples and a seed, each named by the hash of all that matters."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from loraweave.common.files import whole_file
+from loraweave.composer.compose.composition import Composition
+from loraweave.composer.model.scoring import encode_pairs, longest_answer
+from loraweave.composer.study.methods import Method
+from loraweave.composer.study.study_file import Study, StudyTask
+from loraweave.errors import BaseModelMismatch
+from loraweave.hub.base import base_key
+from loraweave.hub.hub import Hub
+
+# changes when the same cell would give other answers
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """`key` is the hash; cells whose answers cannot differ have one key, such as the base model's for every seed."""
+
+    task: StudyTask
+    method: Method
+    shots: int
+    seed: int
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.task.name}, {self.method.name}, {self.shots} examples, seed {self.seed}"
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a cell has answered: a text, a loss and its number of tokens for each test row, in their order.
+
+    `seconds` and `cpu_seconds` (of the process) are what it took to make the method's composition, and not to answer.
+    """
+
+    answers: tuple[str, ...]
+    losses: tuple[float, ...]
+    tokens: tuple[int, ...]
+    seconds: float
+    cpu_seconds: float
+    chosen: str
+    weights: Mapping[str, float]
+
+
+def cells(study: Study, hub: Hub) -> list[Cell]:
+    """All of them, in the order in which they run: every method on every task with one seed, before the next seed."""
+    listed = [
+        (shots, seed, task, method)
+        for shots in study.shots
+        for seed in study.seeds
+        for task in study.tasks
+        for method in study.methods
+    ]
+    return [
+        Cell(task, method, shots, seed, _key(study, hub, task, method, shots, seed))
+        for shots, seed, task, method in listed
+        if method.applies(task.oracle)
+    ]
+
+
+def _key(study: Study, hub: Hub, task: StudyTask, method: Method, shots: int, seed: int) -> str:
+    drawn = task.drawn(shots, seed)
+    about = {
+        "format": FORMAT,
+        "loraweave": version("loraweave"),
+        "base": [study.base, study.dtype],
+        "method": method.identity(),
+        "limits": [study.k, study.budget, study.seconds],
+        "asked": [task.asked, study.max_new_tokens],
+        "test": task.test,
+        "adapters": sorted(method.adapters(hub, task.oracle).items()),
+        "examples": drawn.examples if method.reads_examples else None,
+        "seed": seed if method.reads_seed else None,
+        "rows": _digest(study.pool_data) if method.said.get("fit") == "pool" else None,
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+@cache
+def _digest(folder: Path | None) -> list[tuple[str, str]]:
+    """The names and hashes of a folder's files of rows."""
+    files = sorted(folder.glob("*.jsonl")) if folder is not None else []
+    return [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+
+
+class Store:
+    """The answers of cells in a folder, a file each, which is complete or not there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def has(self, cell: Cell) -> bool:
+        return self._path(cell).is_file()
+
+    def read(self, cell: Cell) -> Answers:
+        said = json.loads(self._path(cell).read_text(encoding="utf-8"))
+        texts, losses, tokens = (tuple(said[key]) for key in ("answers", "losses", "tokens"))
+        return Answers(texts, losses, tokens, said["seconds"], said["cpu_seconds"], said["chosen"], said["weights"])
+
+    def keep(self, cell: Cell, found: Answers) -> None:
+        named = {"task": cell.task.name, "method": cell.method.name, "shots": cell.shots, "seed": cell.seed}
+        write_whole(self._path(cell), json.dumps({**named, **asdict(found)}, ensure_ascii=False))
+
+    def require_base(self, model: Any) -> None:
+        """Raises BaseModelMismatch where the folder has answers of another base model, whatever both are called."""
+        path, own = self.folder.parent / "base.json", base_key(model).fingerprint
+        assert own is not None
+        if path.is_file():
+            known = type(own).from_json(json.loads(path.read_text(encoding="utf-8")))
+            if why := known.differs(own):
+                raise BaseModelMismatch(
+                    f"{self.folder.parent} has answers of another base model ({why}): name another 'out'"
+                )
+        write_whole(path, json.dumps(own.to_json()))
+
+    def _path(self, cell: Cell) -> Path:
+        return self.folder / f"{cell.key}.json"
+
+
+def answered(cell: Cell, study: Study, composition: Composition, spent: tuple[float, float]) -> Answers:
+    """What the composition answers to the test rows."""
+    pairs = list(cell.task.test)
+    most = study.max_new_tokens or longest_answer(composition.tokenizer, pairs)
+    texts = composition.predict([text for text, _ in pairs], max_new_tokens=most)
+    rows = encode_pairs(composition.model, composition.tokenizer, composition.task, pairs)
+    losses = [round(loss, 6) for loss in composition.losses(pairs)]
+    by_size = sorted(composition.mean_weights.items(), key=lambda item: -abs(item[1]))
+    return Answers(
+        tuple(texts),
+        tuple(losses),
+        tuple(len(row.target) for row in rows),
+        round(spent[0], 3),
+        round(spent[1], 3),
+        composition.report.chosen,
+        {name: round(weight, 6) for name, weight in by_size},
+    )
+
+
+class Pace:
+    """How long the cells that are left will take, by what those of the same method took, or else the mean of all."""
+
+    def __init__(self) -> None:
+        self._took: dict[str, list[float]] = {}
+
+    def note(self, cell: Cell, started: float) -> None:
+        self._took.setdefault(cell.method.name, []).append(time.monotonic() - started)
+
+    def left(self, cells: Sequence[Cell]) -> float | None:
+        """Seconds; None before the first cell is done."""
+        every = [seconds for took in self._took.values() for seconds in took]
+        if not every:
+            return None
+        means = {name: sum(took) / len(took) for name, took in self._took.items()}
+        return sum(means.get(cell.method.name, sum(every) / len(every)) for cell in cells)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file of which no half is ever seen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,383 @@
+"""What a study compares: everything that has a name, each made into a composition that answers one task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import loraweave.registry as registry
+from loraweave.common.checks import is_list, is_number, is_whole
+from loraweave.common.options import check_options, options_of, require_known
+from loraweave.composer.compose.collect_statistics import collect_statistics
+from loraweave.composer.compose.compose import candidates, check_arguments, compose
+from loraweave.composer.compose.composition import Composition
+from loraweave.composer.compose.report import Report
+from loraweave.composer.compose.settings import OTHER_WAYS, TRAINING, routes
+from loraweave.composer.compose.trained import STEPS
+from loraweave.composer.composer import Composer
+from loraweave.composer.formula.formula import Formula, parse
+from loraweave.composer.formula.nodes import Routed
+from loraweave.composer.live.fitting import Fitting
+from loraweave.composer.merge.merge import merge
+from loraweave.composer.merge.method_call import MethodCall
+from loraweave.composer.train.adapters import train_adapters
+from loraweave.errors import FormulaError, InvalidTask, UnknownName, WeightingError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.hub import Hub
+from loraweave.hub.pool import ExpertPool
+from loraweave.registry import nearest
+from loraweave.routers.tokens._learned import LearnedRouter
+from loraweave.routers.tokens._saved import router, router_class, router_names
+from loraweave.types import Task
+
+OWN = ("lora", "oracle", "ensemble")
+KEYS = (
+    "name",
+    "method",
+    "formula",
+    "adapters",
+    "k",
+    "budget",
+    "seconds",
+    "weights",
+    "fit",
+    "members",
+    "shown",
+    "calibrated",
+)
+# of a LoRA on the examples alone: about the processor time of a search of 40 evaluations
+LORA = {"steps": 20, "lr": 1e-3, "warmup": 3}
+# what compose() and the trainings get from the study itself
+RESERVED = (
+    "model",
+    "tokenizer",
+    "hub_or_pool",
+    "task",
+    "tasks",
+    "seed",
+    "progress",
+    "checkpoint",
+    "inputs",
+    "allow_licenses",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A method with its options. `said` has the keys of `KEYS` that were given, `options` the method's own."""
+
+    name: str
+    method: str
+    said: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    formula: Formula | None = None
+    members: tuple[Method, ...] = ()
+
+    @classmethod
+    def read(cls, given: Any) -> Method:
+        """Of a name, a formula's text, or a mapping of `KEYS` and the method's options.
+
+        Raises InvalidTask for another form, UnknownName or FormulaError for what is neither name nor formula.
+        """
+        said = {"method": given} if isinstance(given, str) else given
+        if not isinstance(said, Mapping) or ("method" in said) == ("formula" in said):
+            raise InvalidTask(
+                f"a method of a study is {given!r:.60}; it takes a name, a formula, or a mapping with one of both"
+            )
+        text = said.get("method", said.get("formula"))
+        if not isinstance(text, str):
+            raise InvalidTask(f"a method of a study is called {text!r:.60}, which is no text")
+        own = {
+            key: value for key, value in said.items() if key in KEYS and key not in ("name", "method", "formula", "members")
+        }
+        options = {key: value for key, value in said.items() if key not in KEYS}
+        members = tuple(cls.read(each) for each in said.get("members", ()))
+        name = str(said.get("name", text))
+        if "formula" not in said and text in known_methods():
+            return cls(name, text, own, options, members=members)._checked()
+        try:
+            formula = parse(text)
+        except FormulaError as error:
+            # what has brackets or signs was meant as a formula
+            if "formula" in said or set(text) & set("()*+"):
+                raise
+            raise _unknown(text) from error
+        return cls(name, text, own, options, formula)._checked()
+
+    @property
+    def reads_hub(self) -> bool:
+        """Whether retrieval finds its adapters."""
+        alone = self.method in ("base", "in_context", "lora", "oracle") or self.formula is not None
+        return not (alone or "adapters" in self.said or self.members) or (self.formula is not None and self.formula.is_auto)
+
+    @property
+    def reads_examples(self) -> bool:
+        """Whether the examples have a say in its answers, so that each draw of them has answers of its own."""
+        if self.members:
+            return any(member.reads_examples for member in self.members)
+        if self.said.get("shown") or self.reads_hub:
+            return True
+        if self.formula is not None or self.method in ("base", "oracle", "ensemble"):
+            return False
+        if self.is_merge:
+            return MethodCall(self.method).takes("statistics")
+        if self.method in router_names():
+            return router_class(self.method).learned and self.said.get("fit") != "pool"
+        return True
+
+    @property
+    def reads_seed(self) -> bool:
+        """Whether it draws at random, or has examples that are drawn."""
+        return (
+            self.reads_examples
+            or self.said.get("fit") == "pool"
+            or (self.is_merge and MethodCall(self.method).takes("seeds"))
+        )
+
+    @property
+    def is_merge(self) -> bool:
+        return self.formula is None and self.method in registry.names("methods")
+
+    def applies(self, oracle: str | None) -> bool:
+        """Whether a task with this oracle can be asked: the method `oracle` needs the name of an adapter."""
+        return oracle is not None or "oracle" not in (self.method, *(member.method for member in self.members))
+
+    def adapters(self, hub: Hub, oracle: str | None) -> dict[str, str]:
+        """{name: hash} of all that it may look at. Raises AdapterNotFound for what is not there."""
+        if self.reads_hub:
+            return {record.name: record.hash for record in hub}
+        if self.formula is not None:
+            return {"formula": self.formula.identity(hub)}
+        names = [*self.said.get("adapters", ()), *([oracle] if self.method == "oracle" and oracle else [])]
+        found = {name: hub.record(name).hash for name in names}
+        for member in self.members:
+            found |= member.adapters(hub, oracle)
+        return found
+
+    def identity(self) -> dict[str, Any]:
+        """What distinguishes it from other methods, but for its name."""
+        members = [member.identity() for member in self.members]
+        text = self.method if self.formula is None else self.formula.canonical
+        return {"method": text, "said": dict(self.said), "options": dict(self.options), "members": members}
+
+    def check(self, hub: Hub, task: Task, limits: Mapping[str, Any]) -> None:
+        """Raises what its options and names forbid, before a model is loaded."""
+        if self.formula is not None:
+            try:
+                self.formula.adapters(hub)
+            except FormulaError as error:
+                if not self.method.isidentifier():
+                    raise
+                raise _unknown(self.method) from error
+        elif self.is_composed:
+            check_arguments(_source(self, hub), task, **self.arguments(limits, seed=0))
+        for member in self.members:
+            member.check(hub, task, limits)
+
+    @property
+    def is_composed(self) -> bool:
+        """Whether compose() makes it."""
+        return self.formula is None and not self.is_merge and self.method not in OWN
+
+    def arguments(self, limits: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
+        """Those of compose(). Nothing is held out unless `folds` say so: a row of a table is the method and no stand-in."""
+        kept = {key: self.said[key] for key in ("k", "budget", "seconds", "weights") if key in self.said}
+        shared = {key: value for key, value in limits.items() if key != "seconds" or not routes(self.method)}
+        return {"method": self.method, "folds": 0, **shared, **kept, **self.options, "seed": seed}
+
+    def _checked(self) -> Method:
+        whose = f"method {self.name!r} of the study"
+        for key in ("shown", "calibrated"):
+            if not isinstance(self.said.get(key, False), bool):
+                raise InvalidTask(f"{whose} has {key}: {self.said[key]!r:.40}; it is true or false")
+        if "k" in self.said and not is_whole(self.said["k"], 1):
+            raise InvalidTask(f"{whose} has k: {self.said['k']!r:.40}; it takes a whole number of at least 1")
+        if "adapters" in self.said and not is_list(self.said["adapters"], str):
+            raise InvalidTask(f"{whose} has adapters: {self.said['adapters']!r:.60}; list their names")
+        if taken := [key for key in RESERVED if key in self.options]:
+            raise InvalidTask(f"{whose} has {taken[0]!r}, which the study gives to all methods alike: leave it out here")
+        if bool(self.members) != (self.method == "ensemble" and not {"adapters", "k"} & set(self.said)):
+            raise InvalidTask(f"{whose}: an ensemble, and nothing else, takes 'members', or else 'adapters' or 'k'")
+        if self.said.get("fit", "examples") not in ("examples", "pool"):
+            raise InvalidTask(
+                f"{whose} has fit: {self.said['fit']!r:.40}; a router learns from the 'examples' or the 'pool'"
+            )
+        if self.said.get("fit") == "pool" and (self.formula is not None or self.method not in router_names()):
+            raise InvalidTask(f"{whose} has fit: pool, which is for routers of {', '.join(router_names())}")
+        if self.formula is not None and (left := [*self.options, *({"k", "weights", "adapters"} & set(self.said))]):
+            raise InvalidTask(f"{whose} is a formula, which has all options in itself: write {left[0]!r} into it")
+        if self.is_merge:
+            MethodCall(self.method, {name: value for name, value in self.options.items() if name != "rank"})
+        if self.method == "lora" and self.formula is None:
+            check_options(whose, self.options, options_of(train_adapters, after=3))
+        if self.method in ("oracle", "ensemble") and self.formula is None:
+            require_known(whose, self.options, (), noun="option")
+        return self
+
+
+def known_methods() -> list[str]:
+    """The names that a study's methods may have, beside formulas."""
+    return sorted({*OTHER_WAYS, *OWN, *registry.names("routers"), *registry.names("methods")})
+
+
+def _unknown(text: str) -> UnknownName:
+    known = known_methods()
+    return UnknownName(
+        f"no method {text!r}{nearest(text, known)}; there are {', '.join(known)}, and formulas, of which {text!r} is none"
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task with the examples drawn for it, and what there is to answer it with.
+
+    `rows_of` gives the training rows of an adapter of the pool; `fitted` keeps routers that learned on them.
+    """
+
+    model: Any
+    tokenizer: Any
+    hub: Hub
+    name: str
+    task: Task
+    oracle: str | None
+    seed: int
+    limits: Mapping[str, Any]
+    rows_of: Callable[[str], Task]
+    allow_licenses: bool
+    fitted: dict[Any, Any]
+
+
+def made(method: Method, case: Case) -> Composition:
+    """The composition that answers for the method; raises what making it raises."""
+    shown = method.said.get("shown") or (method.method == "in_context" and method.formula is None)
+    form: dict[str, Any] = {"demonstrations": True} if shown else {}
+    if method.said.get("calibrated"):
+        form["calibrated"] = True
+    case = replace(case, task=replace(case.task, **form)) if form else case
+    if method.formula is not None:
+        return _of_formula(method.formula, case)
+    if method.is_merge:
+        return _of_adapter(_merged(method, case), case)
+    match method.method:
+        case "base" | "in_context":
+            return _base(case, method.method)
+        case "lora":
+            return _of_adapter(_trained(method, case), case)
+        case "oracle":
+            assert case.oracle is not None
+            return _of_adapter(case.hub[case.oracle], case)
+        case "ensemble":
+            return _ensemble(method, case)
+    if method.said.get("fit") == "pool":
+        return _fitted(method, case)
+    given: dict[str, Any] = {"progress": False, "allow_licenses": case.allow_licenses}
+    source = _source(method, case.hub)
+    return compose(case.model, case.tokenizer, source, case.task, **method.arguments(case.limits, seed=case.seed), **given)
+
+
+def _source(method: Method, hub: Hub) -> Hub | ExpertPool:
+    return hub.pool(method.said["adapters"]) if "adapters" in method.said else hub
+
+
+def _pool(method: Method, case: Case) -> ExpertPool:
+    """The adapters that the method names, or the k that retrieval finds, as experts of the model."""
+    if "adapters" in method.said:
+        found = case.hub.pool(method.said["adapters"])
+    else:
+        found, _ = candidates(case.hub, case.task, (), method.said.get("k", case.limits["k"]), case.model)
+    return Composer(case.model, Fitting(case.model).accepted(found), tokenizer=case.tokenizer).bound_pool
+
+
+def _of_adapter(adapter: Adapter, case: Case) -> Composition:
+    return replace(_base(case, adapter.name), stored=adapter)
+
+
+def _base(case: Case, chosen: str) -> Composition:
+    report = Report((), chosen, "as asked", (), 0.0, 0)
+    return Composition(case.model, case.tokenizer, case.task, None, {}, "linear", report, case.seed)
+
+
+def _of_formula(formula: Formula, case: Case) -> Composition:
+    if formula.is_auto:
+        return compose(case.model, case.tokenizer, case.hub, case.task, **case.limits, seed=case.seed, progress=False)
+    base = _base(case, str(formula))
+    if formula.expand(case.hub).is_base:
+        return base
+    if (stored := formula.stored(case.hub)) is not None:
+        with stored.unpacked() as folder:
+            return replace(Composition.from_pretrained(folder, case.model, case.tokenizer), task=case.task)
+    if isinstance(formula.root, Routed):
+        weighs: Any = formula.mixture(case.hub)
+        return replace(base, pool=formula.pool(case.hub), router=weighs)
+    merged = formula.merge(case.hub, heads="error", progress=False, allow_licenses=case.allow_licenses)
+    return replace(base, stored=merged)
+
+
+def _merged(method: Method, case: Case) -> Adapter:
+    pool, options = _pool(method, case), dict(method.options)
+    if MethodCall(method.method).takes("statistics"):
+        rows = [{"prompt": case.task.prompt(text), "completion": target} for text, target in case.task.examples]
+        collect = partial(collect_statistics, case.model, case.tokenizer, texts=rows, seed=case.seed, progress=False)
+        options["statistics"] = [collect(adapter) for adapter in pool.adapters.values()]
+    return merge(
+        list(pool.adapters.values()),
+        _weights(method, list(pool.names)),
+        method=method.method,
+        seed=case.seed,
+        progress=False,
+        allow_licenses=case.allow_licenses,
+        **options,
+    )
+
+
+def _weights(method: Method, names: Sequence[str]) -> list[float] | None:
+    """One for each adapter: one number for all, a list in their order, or a mapping; None for equal shares."""
+    given = method.said.get("weights")
+    if given is None:
+        return None
+    if is_number(given):
+        return [float(given)] * len(names)
+    if isinstance(given, Mapping):
+        require_known(f"weights of method {method.name!r}: they", given, names, noun="adapter")
+        return [float(given.get(name, 0.0)) for name in names]
+    if not is_list(given) or len(given) != len(names):
+        raise WeightingError(
+            f"weights of method {method.name!r} are {given!r:.60}, for {len(names)} adapters: {', '.join(names)}"
+        )
+    return list(given)
+
+
+def _trained(method: Method, case: Case) -> Adapter:
+    task = {case.name: case.task}
+    given = {**LORA, "batch_size": min(8, len(case.task.examples)), **method.options}
+    return train_adapters(case.model, case.tokenizer, task, **given, seed=case.seed, progress=False)[case.name]
+
+
+def _ensemble(method: Method, case: Case) -> Composition:
+    if method.members:
+        members = {member.name: made(member, case) for member in method.members}
+    else:
+        members = {name: _of_adapter(adapter, case) for name, adapter in _pool(method, case).adapters.items()}
+    for name, member in members.items():
+        if member.router is not None or member.members:
+            raise WeightingError(
+                f"member {name!r} of an ensemble is no one adapter: a router or an average answers by itself"
+            )
+    return replace(_base(case, " and ".join(members)), members=members)
+
+
+def _fitted(method: Method, case: Case) -> Composition:
+    """A router that learned which expert is for what from the pool's own training rows; once for each pool and seed."""
+    pool = _pool(method, case)
+    key = (str(method.identity()), case.seed, tuple(pool.names))
+    if key not in case.fitted:
+        options = {name: value for name, value in method.options.items() if name not in TRAINING}
+        new: Any = router(method.method, pool, **options)
+        training: dict[str, Any] = {name: method.options[name] for name in TRAINING if name in method.options}
+        if isinstance(new, LearnedRouter):
+            training = {"steps": STEPS, **training, "seed": case.seed, "progress": False}
+        rows = {name: case.rows_of(name) for name in pool.names}
+        case.fitted[key] = new.fit(Composer(case.model, pool, tokenizer=case.tokenizer), rows, **training)
+    return replace(_base(case, method.method), pool=pool, router=case.fitted[key])

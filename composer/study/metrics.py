@@ -1,0 +1,179 @@
+"""Metrics of answers: what each item adds up to, and the value of a sum, so that any sample of items has a value at once."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from loraweave.errors import InvalidTask, PackageMissing
+from loraweave.registry import nearest
+
+# (answer, accepted targets) -> value, the higher the better
+Function = Callable[..., float]
+# parts_NK of N items from (answers, targets, losses, tokens)
+Parts = Callable[[Sequence[str], Sequence[Sequence[str]], Sequence[float], Sequence[int]], np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """`parts` gives K numbers for each item, and `value` of sums (.., K + 1), the last being the number of items."""
+
+    name: str
+    parts: Parts
+    value: Callable[[np.ndarray], np.ndarray]
+    higher_is_better: bool = True
+    percent: bool = True
+
+
+def metric_of(name: str, normalise: Sequence[str] | None, functions: Mapping[str, Function]) -> Metric:
+    """The metric of that name. `normalise` has names of `STEPS`, which answers and targets go through first.
+
+    Without it `exact_match` trims white space and `f1` normalises as SQuAD's script does. Raises InvalidTask for unknown
+    names and PackageMissing where the metric's package is not installed.
+    """
+    if unknown := [step for step in normalise or () if step not in STEPS]:
+        raise InvalidTask(f"normalise has {unknown[0]!r}{nearest(unknown[0], STEPS)}; there are {', '.join(STEPS)}")
+    clean = partial(_normalised, steps=normalise or ())
+    if name in functions:
+        return Metric(name, partial(_each, functions[name], clean), _mean, percent=False)
+    match name:
+        case "exact_match" | "accuracy":
+            return Metric(name, partial(_each, _is_accepted, clean), _mean)
+        case "f1":
+            squad = partial(_normalised, steps=tuple(STEPS)) if normalise is None else clean
+            return Metric(name, partial(_each, _token_f1, squad), _mean)
+        case "rouge" | "rouge1" | "rouge2" | "rougeL":
+            return Metric(name, partial(_each, _rouge("rougeL" if name == "rouge" else name), clean), _mean)
+        case "bleu":
+            return Metric(name, partial(_sacrebleu, _bleu(), clean), _bleu_value)
+        case "chrf":
+            return Metric(name, partial(_sacrebleu, _chrf(), clean), _chrf_value)
+        case "perplexity":
+            return Metric(name, _log_likelihoods, _perplexity, higher_is_better=False, percent=False)
+    raise InvalidTask(f"no metric {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}, and functions of your own")
+
+
+NAMES = ("exact_match", "accuracy", "f1", "rouge", "rouge1", "rouge2", "rougeL", "bleu", "chrf", "perplexity")
+STEPS: dict[str, Callable[[str], str]] = {
+    "case": str.lower,
+    "punctuation": lambda text: "".join(character for character in text if character not in string.punctuation),
+    "articles": lambda text: re.sub(r"\b(a|an|the)\b", " ", text),
+    "space": lambda text: " ".join(text.split()),
+}
+
+
+def _normalised(text: str, steps: Sequence[str]) -> str:
+    for step in STEPS:
+        if step in steps:
+            text = STEPS[step](text)
+    return text.strip()
+
+
+def _each(
+    function: Function,
+    clean: Callable[[str], str],
+    answers: Sequence[str],
+    targets: Sequence[Sequence[str]],
+    losses: Sequence[float],
+    tokens: Sequence[int],
+) -> np.ndarray:
+    pairs = zip(answers, targets, strict=True)
+    return np.array([[float(function(clean(answer), [clean(text) for text in accepted]))] for answer, accepted in pairs])
+
+
+def _mean(sums_K: np.ndarray) -> np.ndarray:
+    return np.asarray(sums_K[..., 0] / sums_K[..., -1])
+
+
+def _is_accepted(answer: str, targets: Sequence[str]) -> float:
+    return float(answer in targets)
+
+
+def _token_f1(answer: str, targets: Sequence[str]) -> float:
+    """The harmonic mean of precision and recall over words, of the target that it is highest for."""
+    return max(_f1(answer.split(), target.split()) for target in targets)
+
+
+def _f1(found: Sequence[str], wanted: Sequence[str]) -> float:
+    if not (found and wanted):
+        return float(found == wanted)
+    return 2 * sum((Counter(found) & Counter(wanted)).values()) / (len(found) + len(wanted))
+
+
+def _rouge(kind: str) -> Function:
+    """The F measure of Lin (2004), of the target that it is highest for."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise _missing("rouge", error) from error
+    scorer = RougeScorer([kind])
+    return lambda answer, targets: max(scorer.score(target, answer)[kind].fmeasure for target in targets)
+
+
+def _bleu() -> Any:
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError as error:
+        raise _missing("bleu", error) from error
+    # its defaults; `force` only leaves a remark on tokenised texts out
+    return BLEU(force=True)
+
+
+def _chrf() -> Any:
+    try:
+        from sacrebleu.metrics import CHRF
+    except ImportError as error:
+        raise _missing("chrf", error) from error
+    return CHRF()
+
+
+def _sacrebleu(
+    scorer: Any,
+    clean: Callable[[str], str],
+    answers: Sequence[str],
+    targets: Sequence[Sequence[str]],
+    losses: Sequence[float],
+    tokens: Sequence[int],
+) -> np.ndarray:
+    """What sacrebleu counts in each item, whose sums its corpus score is made of."""
+    most = max(map(len, targets))
+    # an item with fewer accepted targets than another has its last one again, which changes no count
+    listed = [[clean(own[min(place, len(own) - 1)]) for own in targets] for place in range(most)]
+    counts_NK = scorer._extract_corpus_statistics([clean(answer) for answer in answers], listed)
+    return np.array(counts_NK, dtype=np.float64)
+
+
+def _bleu_value(sums_K: np.ndarray) -> np.ndarray:
+    return _scored(_bleu(), sums_K)
+
+
+def _chrf_value(sums_K: np.ndarray) -> np.ndarray:
+    return _scored(_chrf(), sums_K)
+
+
+def _scored(scorer: Any, sums_K: np.ndarray) -> np.ndarray:
+    rows = sums_K[..., :-1].reshape(-1, sums_K.shape[-1] - 1)
+    scores = [scorer._compute_score_from_stats([int(number) for number in row]).score for row in rows]
+    return np.array(scores).reshape(sums_K.shape[:-1]) / 100
+
+
+def _log_likelihoods(
+    answers: Sequence[str], targets: Sequence[Sequence[str]], losses: Sequence[float], tokens: Sequence[int]
+) -> np.ndarray:
+    return np.array([[loss * count, count] for loss, count in zip(losses, tokens, strict=True)], dtype=np.float64)
+
+
+def _perplexity(sums_K: np.ndarray) -> np.ndarray:
+    """exp of the mean loss of a target's token, its first target's and its end's."""
+    return np.asarray(np.exp(np.minimum(sums_K[..., 0] / sums_K[..., 1], 700.0)))
+
+
+def _missing(name: str, error: ImportError) -> PackageMissing:
+    return PackageMissing(f"metric {name!r} needs a package that is not here ({error}): pip install 'loraweave[study]'")

@@ -1,0 +1,239 @@
+"""A study's files: tables as Markdown, CSV and LaTeX, plots, all answers, and one page that has everything."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from loraweave.common.display import ShownTable, blank_figure
+from loraweave.composer.study.cells import write_whole
+from loraweave.composer.study.results import ALL, Figure, StudyResults, figure_rows
+
+# as many answers of a cell as the page shows; all are in answers.jsonl
+NUM_SHOWN = 20
+PLOTS = ("plot.png", "plot.svg")
+NOTE = (
+    "Values are means over seeds and test items, with the central 95 % of 2,000 bootstrap draws, which resample both, the "
+    "same for all methods. 'less' is the difference from the reference by the same draws: where its interval leaves 0 out, "
+    "the items tell the two apart. 'seconds' are those of making what answers. A dash is a method that a task cannot ask."
+)
+
+
+def write_report(results: StudyResults) -> None:
+    """Writes all files of the study's folder; the plots only where matplotlib is installed."""
+    folder = results.folder
+    columns, rows = figure_rows(results)
+    write_whole(folder / "table.md", markdown(results))
+    write_whole(folder / "table.csv", _csv([columns, *rows]))
+    write_whole(folder / "table.tex", latex(results))
+    write_whole(folder / "answers.jsonl", _answers(results))
+    write_whole(folder / "failures.json", json.dumps(dict(results.failures), indent=1, ensure_ascii=False))
+    drawn = draw(results, folder) if results.figures and find_spec("matplotlib") else ""
+    write_whole(folder / "report.html", page(results, drawn))
+
+
+def markdown(results: StudyResults) -> str:
+    """A table for each metric and number of examples."""
+    parts = []
+    for title, columns, rows in results.tables():
+        lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+        written = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+        parts.append(f"### {title}\n\n{written}\n")
+    return "\n".join([*parts, *([f"{NOTE}\n"] if parts else [])])
+
+
+def latex(results: StudyResults) -> str:
+    """The same as tables for booktabs; the best value of each column is bold."""
+    parts = ["% \\usepackage{booktabs}"]
+    for title, columns, rows in results.tables():
+        best = _best(results, columns, rows, lower=title.startswith("perplexity"))
+        lines = []
+        for number, row in enumerate(rows):
+            cells = [_tex(cell) for cell in row]
+            cells = [f"\\textbf{{{cell}}}" if best.get(place) == number else cell for place, cell in enumerate(cells)]
+            lines.append(" & ".join(cells) + " \\\\")
+        head = " & ".join(map(_tex, columns)) + " \\\\"
+        kinds = "l" + "r" * (len(columns) - 1)
+        body = "\n".join(lines)
+        parts.append(
+            f"\\begin{{table}}\n\\caption{{{_tex(title)}}}\n\\begin{{tabular}}{{{kinds}}}\n\\toprule\n{head}\n\\midrule\n"
+            f"{body}\n\\bottomrule\n\\end{{tabular}}\n\\end{{table}}"
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(results: StudyResults, folder: Path) -> str:
+    """Draws plot.png and plot.svg, a panel for each task and one for their mean, and returns the second as text.
+
+    One number of examples is drawn as a point and a line for each method, several as a curve over them.
+    """
+    metric = results.metrics[0]
+    own = [figure for figure in results.figures if figure.metric == metric.name]
+    tasks = list(dict.fromkeys([*(each.task for each in own if each.task == ALL), *(each.task for each in own)]))
+    if len(tasks) == 2:
+        tasks = tasks[1:]
+    methods = [method.name for method in results.study.methods]
+    curves = len(results.study.shots) > 1
+    across, tall = min(3, len(tasks)), 0.32 * len(methods) + 1.1 if not curves else 3.2
+    down = -(-len(tasks) // across)
+    plot = blank_figure("the plots of a study", figsize=(3.4 * across + 1.6, tall * down), layout="constrained")
+    panels = plot.subplots(down, across, squeeze=False, sharex=not curves, sharey=True).flatten()
+    for panel, task in zip(panels, tasks, strict=False):
+        _draw_panel(panel, [each for each in own if each.task == task], methods, results.study.shots, metric.percent)
+        panel.set_title(task, fontsize=9, loc="left")
+    for panel in panels[len(tasks) :]:
+        panel.set_axis_off()
+    if curves:
+        plot.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    (plot.supylabel if curves else plot.supxlabel)(metric.name + (" (%)" if metric.percent else ""), fontsize=9)
+    written = io.StringIO()
+    # without a date the same figures are the same file
+    plot.savefig(written, format="svg", metadata={"Date": None})
+    picture = io.BytesIO()
+    plot.savefig(picture, format="png", dpi=150)
+    write_whole(folder / PLOTS[1], written.getvalue())
+    (folder / PLOTS[0]).write_bytes(picture.getvalue())
+    return written.getvalue()
+
+
+def _draw_panel(panel: Any, figures: Sequence[Figure], methods: Sequence[str], shots: Sequence[int], percent: bool) -> None:
+    scale = 100 if percent else 1
+    panel.grid(axis="y" if len(shots) > 1 else "x", linewidth=0.4, alpha=0.6)
+    panel.tick_params(labelsize=8)
+    for place, method in enumerate(methods):
+        own = [each for each in figures if each.method == method]
+        values = [scale * each.value for each in own]
+        reach = [
+            [scale * (each.value - each.low) for each in own],
+            [scale * (each.high - each.value) for each in own],
+        ]
+        # a percentile of few items can lie on the other side of the value
+        reach = [[max(0.0, number) for number in side] for side in reach]
+        if len(shots) > 1:
+            panel.errorbar(
+                [each.shots for each in own], values, yerr=reach, label=method, marker="o", markersize=3, linewidth=1
+            )
+        else:
+            panel.errorbar(values, [place] * len(own), xerr=reach, fmt="o", markersize=4, color=f"C{place % 10}")
+    if len(shots) > 1:
+        panel.set_xticks(list(shots))
+    else:
+        panel.set_yticks(range(len(methods)), methods)
+        panel.set_ylim(len(methods) - 0.5, -0.5)
+
+
+PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>$title</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width">
+<style>
+:root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif }
+body { max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: .5rem 0 1.5rem; font-variant-numeric: tabular-nums }
+table { display: block; overflow-x: auto }
+th, td { padding: .2rem .7rem; text-align: left; border-bottom: 1px solid #8884; vertical-align: top }
+svg { max-width: 100%; height: auto; background: #fff }
+td { white-space: pre-wrap }
+.wrong { color: #b3261e } summary { cursor: pointer }
+</style></head><body>
+<h1>$title</h1>
+<p>$summary</p>
+$failures
+$plot
+$tables
+<p>$note</p>
+<h2>Answers</h2>
+<p>The first $num of each; answers.jsonl has all.</p>
+$answers
+</body></html>
+""")
+
+
+def page(results: StudyResults, plot: str) -> str:
+    """One file that loads nothing else, in which names and answers are only ever text."""
+    study = results.study
+    summary = (
+        f"{len(study.methods)} methods on {len(study.tasks)} tasks, {', '.join(map(str, study.shots))} examples, seeds "
+        f"{', '.join(map(str, study.seeds))}; base model {study.base or 'as given'}."
+    )
+    failed = ShownTable.of(("failed", "why"), results.failures.items())._repr_html_() if results.failures else ""
+    return PAGE.substitute(
+        title=escape(results.folder.resolve().name),
+        summary=escape(summary),
+        failures=failed,
+        plot=plot[plot.find("<svg") :] if plot else "",
+        tables="".join(
+            f"<h2>{escape(title)}</h2>{ShownTable.of(columns, rows)._repr_html_()}"
+            for title, columns, rows in results.tables()
+        ),
+        note=escape(NOTE),
+        num=NUM_SHOWN,
+        answers="".join(_shown_answers(results)),
+    )
+
+
+def _shown_answers(results: StudyResults) -> list[str]:
+    """Of each task and method, those of the first number of examples and seed."""
+    seen, parts = set(), []
+    for cell, found in results.answers.items():
+        if (cell.task.name, cell.method.name) in seen:
+            continue
+        seen.add((cell.task.name, cell.method.name))
+        rows = []
+        for (text, accepted), answer in list(zip(cell.task.test, found.answers, strict=True))[:NUM_SHOWN]:
+            wrong = "" if answer.strip() in [target.strip() for target in accepted] else ' class="wrong"'
+            cells = escape(str(text)), escape(answer), escape(" / ".join(accepted))
+            rows.append(f"<tr><td>{cells[0]}</td><td{wrong}>{cells[1]}</td><td>{cells[2]}</td></tr>")
+        head = "<tr><th>input</th><th>answer</th><th>accepted</th></tr>"
+        parts.append(f"<details><summary>{escape(str(cell))}</summary><table>{head}{''.join(rows)}</table></details>")
+    return parts
+
+
+def _best(results: StudyResults, columns: Sequence[str], rows: Sequence[Sequence[str]], *, lower: bool) -> dict[int, int]:
+    """{column: row} of the best value, of the columns of values."""
+    best = {}
+    for place in range(1, len(columns) - 2):
+        numbers = {number: float(row[place].split()[0]) for number, row in enumerate(rows) if row[place] != "-"}
+        if numbers:
+            best[place] = (min if lower else max)(numbers, key=lambda number: numbers[number])
+    return best
+
+
+TEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+}
+
+
+def _tex(text: str) -> str:
+    return "".join(TEX.get(character, character) for character in text)
+
+
+def _csv(rows: Sequence[Sequence[object]]) -> str:
+    written = io.StringIO()
+    csv.writer(written, lineterminator="\n").writerows(
+        ["" if isinstance(value, float) and math.isnan(value) else value for value in row] for row in rows
+    )
+    return written.getvalue()
+
+
+def _answers(results: StudyResults) -> str:
+    lines = []
+    for cell, found in results.answers.items():
+        named = {"task": cell.task.name, "method": cell.method.name, "shots": cell.shots, "seed": cell.seed}
+        for (text, accepted), answer, loss in zip(cell.task.test, found.answers, found.losses, strict=True):
+            lines.append(
+                json.dumps(
+                    {**named, "input": str(text), "targets": accepted, "answer": answer, "loss": loss}, ensure_ascii=False
+                )
+            )
+    return "\n".join([*lines, ""])

@@ -1,0 +1,219 @@
+"""The figures of a study: values with 95 % intervals, and differences from one method, over the same resampled items."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from loraweave.common.display import ShownTable
+from loraweave.composer.study.cells import Answers, Cell, Store
+from loraweave.composer.study.metrics import Metric
+from loraweave.composer.study.study_file import Study, StudyTask
+
+RESAMPLES = 2000
+# the row of a method over all tasks
+ALL = "mean"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A method's value on a task, or its mean over all tasks, with the 2.5 and 97.5 percentiles of bootstrap draws.
+
+    Each draw resamples the seeds and the test items of every task, the same for all methods; `difference` is that from the
+    reference, by the same draws, and nan for the reference itself or where it has no answers.
+    """
+
+    shots: int
+    metric: str
+    task: str
+    method: str
+    value: float
+    low: float
+    high: float
+    difference: float
+    difference_low: float
+    difference_high: float
+    num_seeds: int
+    num_items: int
+    seconds: float
+    cpu_seconds: float
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """What a study has found so far: figures, the answers of its cells, and {cell: why} of those that failed."""
+
+    study: Study
+    figures: tuple[Figure, ...]
+    answers: Mapping[Cell, Answers]
+    failures: Mapping[str, str]
+    folder: Path
+
+    def __repr__(self) -> str:
+        failed = f", {len(self.failures)} failed" if self.failures else ""
+        return f"StudyResults({len(self.answers)} cells{failed}, in {str(self.folder)!r})\n{self.table()!r}"
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """In the order of the study."""
+        return list({metric.name: metric for task in self.study.tasks for metric in task.metrics}.values())
+
+    def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
+        """(title, columns, rows) for each metric and number of examples that has figures."""
+        having = {(figure.metric, figure.shots) for figure in self.figures}
+        return [
+            (f"{metric.name}{' (%)' if metric.percent else ''}, {shots} examples", *self.cells(metric.name, shots))
+            for shots in self.study.shots
+            for metric in self.metrics
+            if (metric.name, shots) in having
+        ]
+
+    def table(self, metric: str | None = None, shots: int | None = None) -> ShownTable:
+        """Methods by tasks under one metric, by default the first, for one number of examples, by default the first."""
+        columns, rows = self.cells(metric or self.metrics[0].name, self.study.shots[0] if shots is None else shots)
+        return ShownTable.of(columns, rows)
+
+    def cells(self, metric: str, shots: int) -> tuple[list[str], list[list[str]]]:
+        """(columns, rows of texts) of that table."""
+        found = {(each.task, each.method): each for each in self.figures if (each.metric, each.shots) == (metric, shots)}
+        shown = next(each for each in self.metrics if each.name == metric)
+        tasks = [name for name in [ALL, *(task.name for task in self.study.tasks)] if any(task == name for task, _ in found)]
+        if len(tasks) == 2:
+            # the mean over one task is that task
+            tasks = tasks[1:]
+        columns = ["method", *tasks, f"less {self.study.reference}", "seconds"]
+        rows = []
+        for method in self.study.methods:
+            first = found.get((tasks[0], method.name)) if tasks else None
+            cells = [interval(found.get((task, method.name)), shown) for task in tasks]
+            rows.append([method.name, *cells, difference(first, shown), "-" if first is None else f"{first.seconds:.1f}"])
+        return columns, rows
+
+
+def interval(figure: Figure | None, metric: Metric) -> str:
+    """value [low, high], or "-" where there is none."""
+    if figure is None:
+        return "-"
+    scale, digits = (100, 1) if metric.percent else (1, 3)
+    value, low, high = (f"{scale * number:.{digits}f}" for number in (figure.value, figure.low, figure.high))
+    return f"{value} [{low}, {high}]"
+
+
+def difference(figure: Figure | None, metric: Metric) -> str:
+    """The same of the difference from the reference; bold is for what reads the table."""
+    if figure is None or np.isnan(figure.difference):
+        return "-"
+    scale, digits = (100, 1) if metric.percent else (1, 3)
+    numbers = figure.difference, figure.difference_low, figure.difference_high
+    value, low, high = (f"{scale * number:+.{digits}f}" for number in numbers)
+    return f"{value} [{low}, {high}]"
+
+
+def results_of(study: Study, cells: Sequence[Cell], store: Store, failures: Mapping[str, str], folder: Path) -> StudyResults:
+    """The figures of all cells that have answers."""
+    read = {cell.key: store.read(cell) for cell in {cell.key: cell for cell in cells}.values() if store.has(cell)}
+    answers = {cell: read[cell.key] for cell in cells if cell.key in read}
+    failed = {str(cell): failures[cell.key] for cell in cells if cell.key in failures}
+    figures = []
+    for shots in study.shots:
+        own = {cell: found for cell, found in answers.items() if cell.shots == shots}
+        for metric in {metric.name: metric for task in study.tasks for metric in task.metrics}.values():
+            figures += _figures(study, shots, metric, own)
+    return StudyResults(study, tuple(figures), answers, failed, folder)
+
+
+def _figures(study: Study, shots: int, metric: Metric, answers: Mapping[Cell, Answers]) -> list[Figure]:
+    tasks = [task for task in study.tasks if metric.name in [each.name for each in task.metrics]]
+    draws: dict[tuple[str, str], np.ndarray] = {}
+    seeds: dict[tuple[str, str], list[int]] = {}
+    for task in tasks:
+        for method in study.methods:
+            own = {cell.seed: found for cell, found in answers.items() if (cell.task, cell.method) == (task, method)}
+            if own:
+                seeds[task.name, method.name] = list(own)
+                draws[task.name, method.name] = _draws(task, metric, own, study.seeds)
+    found = []
+    for method in study.methods:
+        having = [task.name for task in tasks if (task.name, method.name) in draws]
+        for name in having:
+            spent = [each for cell, each in answers.items() if (cell.task.name, cell.method.name) == (name, method.name)]
+            size = len(next(task for task in tasks if task.name == name).test)
+            both = [draws[name, method.name], draws.get((name, study.reference))]
+            found.append(_figure(study, shots, metric, name, method.name, both, len(seeds[name, method.name]), size, spent))
+        # a mean over fewer tasks than the others' is none to compare
+        if having and len(having) == len(tasks):
+            spent = [each for cell, each in answers.items() if cell.method == method]
+            own = np.mean([draws[name, method.name] for name in having], axis=0)
+            reference = [draws.get((name, study.reference)) for name in having]
+            known = [each for each in reference if each is not None]
+            other = np.mean(known, axis=0) if len(known) == len(having) else None
+            num_seeds = min(len(seeds[name, method.name]) for name in having)
+            size = sum(len(task.test) for task in tasks)
+            found.append(_figure(study, shots, metric, ALL, method.name, [own, other], num_seeds, size, spent))
+    return found
+
+
+def _figure(
+    study: Study,
+    shots: int,
+    metric: Metric,
+    task: str,
+    method: str,
+    draws: Sequence[np.ndarray | None],
+    num_seeds: int,
+    num_items: int,
+    spent: Iterable[Answers],
+) -> Figure:
+    own_R, reference_R = draws
+    assert own_R is not None
+    nothing = np.full(len(own_R), np.nan)
+    less_R = nothing if reference_R is None or method == study.reference else own_R - reference_R
+    times = [(each.seconds, each.cpu_seconds) for each in spent]
+    seconds, cpu_seconds = (float(np.mean(part)) for part in zip(*times, strict=True))
+    return Figure(
+        shots, metric.name, task, method, *_summed(own_R), *_summed(less_R), num_seeds, num_items, seconds, cpu_seconds
+    )
+
+
+def _summed(draws_R: np.ndarray) -> tuple[float, float, float]:
+    low, high = np.percentile(draws_R[1:], [2.5, 97.5])
+    return float(draws_R[0]), float(low), float(high)
+
+
+def _draws(task: StudyTask, metric: Metric, answers: Mapping[int, Answers], seeds: Sequence[int]) -> np.ndarray:
+    """The value, and that of every resample, (1 + RESAMPLES,): the mean over seeds of the value over items."""
+    targets = [accepted for _, accepted in task.test]
+    # cells that share a key share their answers
+    parts: dict[Answers, np.ndarray] = {}
+    for found in dict.fromkeys(answers.values()):
+        counts_NK = metric.parts(found.answers, targets, found.losses, found.tokens)
+        parts[found] = _values(task, metric, counts_NK)
+    values_SR = np.array([parts[answers[seed]] for seed in seeds if seed in answers])
+    generator = np.random.default_rng(zlib.crc32(f"seeds of {task.name}".encode()))
+    drawn_RS = generator.integers(0, len(values_SR), (RESAMPLES, len(values_SR)))
+    resampled_R = values_SR[drawn_RS, np.arange(1, RESAMPLES + 1)[:, None]].mean(axis=1)
+    return np.concatenate([values_SR[:, 0].mean()[None], resampled_R])
+
+
+def _values(task: StudyTask, metric: Metric, counts_NK: np.ndarray) -> np.ndarray:
+    """The metric over all items, then over each resample of them."""
+    num_items = len(counts_NK)
+    with_count_NK = np.concatenate([counts_NK, np.ones((num_items, 1))], axis=1)
+    generator = np.random.default_rng(zlib.crc32(task.name.encode()))
+    drawn_RN = generator.integers(0, num_items, (RESAMPLES, num_items))
+    times_RN = np.apply_along_axis(np.bincount, 1, drawn_RN, minlength=num_items)
+    sums_RK = np.concatenate([with_count_NK.sum(axis=0)[None], times_RN @ with_count_NK])
+    return metric.value(sums_RK)
+
+
+def figure_rows(results: StudyResults) -> tuple[list[str], list[list[object]]]:
+    """(columns, rows) of all figures."""
+    columns = [each.name for each in fields(Figure)]
+    return columns, [[getattr(figure, name) for name in columns] for figure in results.figures]

@@ -1,0 +1,177 @@
+"""`study`: every method on every task, what is missing of it, and the tables of all."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraweave.common.display import progress_bar, tracked
+from loraweave.common.rows import located, read_row
+from loraweave.composer.study.cells import Cell, Pace, Store, answered, cells
+from loraweave.composer.study.methods import Case, made
+from loraweave.composer.study.report import write_report
+from loraweave.composer.study.results import StudyResults, results_of
+from loraweave.composer.study.study_file import Study
+from loraweave.errors import AdapterNotFound, InvalidTask
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.base import load_base
+from loraweave.hub.hub import Hub
+from loraweave.types import Task, shared_instruction
+
+
+def study(
+    study: str | Path | Mapping[str, Any],
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    hub: Hub | Iterable[Adapter] | None = None,
+    metrics: Mapping[str, Callable[..., float]] | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> StudyResults:
+    """Compares methods on tasks, as a YAML file or the same as a mapping says (docs/studies.md), and returns the figures.
+
+    Every cell (task, method, number of examples, seed) is written whole to `out`/cells when it is done, under the hash of
+    all that its answers depend on: a study that was interrupted goes on, and one that was changed runs what is new. A cell
+    that fails is named in `failures` and tried again by the next call; the others go on. Then the tables, the plots, the
+    report and all answers are written to `out`, by default the file's name with "-results".
+
+    `model` and `tokenizer` stand for the file's `base`, `hub`, a Hub or adapters, for its `hub` or `pool`. `metrics` are
+    functions by name, of an answer and the list of accepted targets, the higher the better.
+    Raises InvalidTask for a file that cannot be followed, and what unknown names, adapters and options raise, before a model
+    is loaded; BaseModelMismatch where `out` has answers of another base.
+    """
+    read = Study.read(study, metrics or {})
+    folder = Path(out) if out is not None else read.out
+    with _opened(read, hub, progress) as opened:
+        _check(read, opened)
+        wanted = cells(read, opened)
+        store = Store(folder / "cells")
+        missing = list({cell.key: cell for cell in wanted if not store.has(cell)}.values())
+        failures: dict[str, str] = {}
+        if missing:
+            folder.mkdir(parents=True, exist_ok=True)
+            if model is None:
+                dtype = None if read.dtype is None else getattr(torch, read.dtype)
+                model, tokenizer = load_base(read.base, dtype=dtype, device=read.device)
+            store.require_base(model)
+            failures = _run(read, missing, opened, store, model, tokenizer, progress)
+    results = results_of(read, wanted, store, failures, folder)
+    write_report(results)
+    return results
+
+
+def _run(
+    read: Study, missing: list[Cell], hub: Hub, store: Store, model: Any, tokenizer: Any, progress: bool
+) -> dict[str, str]:
+    """Runs the cells one by one; {key: why} of those that failed."""
+    failures: dict[str, str] = {}
+    fitted: dict[Any, Any] = {}
+    pace = Pace()
+    with progress_bar(progress, field="left") as bar:
+        shown = bar.add_task("", total=len(missing), left="")
+        for place, cell in enumerate(missing):
+            left = pace.left(missing[place:])
+            bar.update(shown, description=str(cell), left="" if left is None else f"{timedelta(seconds=round(left))} left")
+            started = time.monotonic()
+            try:
+                _answer(cell, read, hub, store, model, tokenizer, fitted)
+            except Exception as error:
+                failures[cell.key] = f"{type(error).__name__}: {error}"
+            pace.note(cell, started)
+            bar.advance(shown)
+    return failures
+
+
+def _answer(cell: Cell, read: Study, hub: Hub, store: Store, model: Any, tokenizer: Any, fitted: dict[Any, Any]) -> None:
+    case = Case(
+        model,
+        tokenizer,
+        hub,
+        cell.task.name,
+        cell.task.drawn(cell.shots, cell.seed),
+        cell.task.oracle,
+        cell.seed,
+        _limits(read),
+        lambda name: _rows_of(read, name),
+        read.allow_licenses,
+        fitted,
+    )
+    started, cpu_started = time.perf_counter(), time.process_time()
+    composition = made(cell.method, case)
+    spent = time.perf_counter() - started, time.process_time() - cpu_started
+    store.keep(cell, answered(cell, read, composition, spent))
+
+
+def _limits(read: Study) -> dict[str, Any]:
+    return {"k": read.k, "budget": read.budget, "seconds": read.seconds}
+
+
+def _rows_of(read: Study, name: str) -> Task:
+    """The training rows of an adapter of the pool. InvalidTask without any."""
+    path = None if read.pool_data is None else read.pool_data / f"{name}.jsonl"
+    if path is None or not path.is_file():
+        where = "names no pool_data" if path is None else f"has no {path}"
+        raise InvalidTask(
+            f"a router is to learn from the pool, but the study {where}: the folder of NAME.jsonl for each adapter"
+        )
+    rows = [read_row(row, where, targets="several") for where, row in located(path, one_split=False)]
+    kept = [row for row in rows if row.split in ("", "train")]
+    return Task([(row.input, row.targets[0]) for row in kept], instruction=shared_instruction(kept))
+
+
+def _check(read: Study, hub: Hub) -> None:
+    """Raises what a method's names and options forbid on every task."""
+    for task in read.tasks:
+        if task.oracle is not None:
+            hub.record(task.oracle)
+    for method in read.methods:
+        problems: list[Exception] = []
+        for task in read.tasks:
+            try:
+                method.check(hub, task.drawn(read.shots[0], read.seeds[0]), _limits(read))
+            except Exception as error:
+                problems.append(error)
+        if len(problems) == len(read.tasks):
+            raise problems[0]
+
+
+@contextmanager
+def _opened(read: Study, given: Hub | Iterable[Adapter] | None, progress: bool) -> Iterator[Hub]:
+    """The hub: the one given or named, or one for the length of the study with the adapters given or those of the pool."""
+    if isinstance(given, Hub):
+        yield given
+        return
+    if given is None and read.hub is not None:
+        if "://" not in read.hub and not (Path(read.hub) / "catalogue.sqlite").is_file():
+            raise AdapterNotFound(f"no hub in {read.hub!r}, which the study names; `loraweave hub add` makes one")
+        with Hub(read.hub) as opened:
+            yield opened
+        return
+    sources: list[Any] = list(given) if given is not None else _folders(read)
+    with tempfile.TemporaryDirectory(prefix="loraweave-study-") as folder, Hub(folder) as made:
+        for source in tracked(sources, "reading adapters", total=len(sources), shown=progress):
+            made.add(source)
+        yield made
+
+
+def _folders(read: Study) -> list[Path]:
+    """The folders of adapters in the pool's folders, or these themselves. AdapterNotFound for one without any."""
+    found: list[Path] = []
+    for folder in read.pool:
+        inside = (
+            [folder]
+            if (folder / "adapter_config.json").is_file()
+            else sorted(path.parent for path in folder.glob("*/adapter_config.json"))
+        )
+        if not inside:
+            raise AdapterNotFound(f"no adapter folder in {folder}, which the study names as its pool")
+        found += inside
+    return found

@@ -1,0 +1,293 @@
+"""What a study's file says, read strictly: base, adapters, tasks and methods, and how answers are asked for and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loraweave.common.chat import Prompt
+from loraweave.common.checks import are_texts, is_list, is_whole, one_or_many
+from loraweave.common.options import require_known
+from loraweave.common.rows import Row, located, read_row
+from loraweave.common.yaml_file import read_yaml
+from loraweave.composer.study.methods import Method
+from loraweave.composer.study.metrics import Metric, metric_of
+from loraweave.errors import InvalidTask, PackageMissing
+from loraweave.types import Task, shared_instruction
+
+NUM_TEST = 100
+DTYPES = ("float32", "bfloat16", "float16")
+# fields of a Task that a task may have
+ASKED = ("instruction", "labels", "template", "stop", "chat", "system")
+TASK_KEYS = ("name", "file", "test", "dataset", "columns", "oracle", "metrics", *ASKED)
+DATASET_KEYS = ("path", "name", "train", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class StudyTask:
+    """A task with rows to draw examples from and rows to answer, which are the same for every seed and method."""
+
+    name: str
+    train: tuple[tuple[Prompt, str], ...]
+    test: tuple[tuple[Prompt, tuple[str, ...]], ...]
+    # fields of a Task
+    asked: Mapping[str, Any]
+    oracle: str | None
+    metrics: tuple[Metric, ...]
+
+    def drawn(self, shots: int, seed: int) -> Task:
+        """With `shots` examples drawn by the seed; fewer are the first of more."""
+        if shots > len(self.train):
+            raise InvalidTask(f"task {self.name!r} has {len(self.train)} rows to draw {shots} examples from; ask for fewer")
+        order = np.random.default_rng(seed).permutation(len(self.train))[:shots]
+        return Task([self.train[place] for place in order], **self.asked)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study; the names of the fields are the keys of its file."""
+
+    tasks: tuple[StudyTask, ...]
+    methods: tuple[Method, ...]
+    base: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    hub: str | None = None
+    pool: tuple[Path, ...] = ()
+    pool_data: Path | None = None
+    shots: tuple[int, ...] = (5,)
+    seeds: tuple[int, ...] = (0,)
+    metrics: tuple[Metric, ...] = ()
+    num_test: int = NUM_TEST
+    k: int = 20
+    budget: int | None = 40
+    seconds: float | None = None
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] | None = None
+    normalise: tuple[str, ...] | None = None
+    reference: str = ""
+    allow_licenses: bool = False
+    out: Path = field(default=Path("study"))
+
+    @classmethod
+    def read(cls, given: str | Path | Mapping[str, Any], metrics: Mapping[str, Callable[..., float]]) -> Study:
+        """Of a YAML file, or of the same as a mapping; paths are relative to the file. `metrics` are functions by name.
+
+        Raises InvalidTask, or what a method's own check raises, for what cannot be followed, with near misses of names.
+        """
+        place = Path() if isinstance(given, Mapping) else Path(given)
+        said = dict(given) if isinstance(given, Mapping) else read_yaml(place, InvalidTask)
+        whose = "the study" if isinstance(given, Mapping) else str(place)
+        require_known(whose, said, [each.name for each in fields(cls)], noun="key", error=InvalidTask)
+        return _Reader(whose, place.parent, said, metrics).study(place.stem or "study")
+
+
+@dataclass(frozen=True)
+class _Reader:
+    whose: str
+    folder: Path
+    said: Mapping[str, Any]
+    functions: Mapping[str, Callable[..., float]]
+
+    def study(self, stem: str) -> Study:
+        said = self.said
+        found: dict[str, Any] = {key: self._text(key) for key in ("base", "device", "hub")}
+        # a base model may be an id of the model hub, and a hub a URL
+        if found["base"] and (self.folder / found["base"]).is_dir():
+            found["base"] = str(self.folder / found["base"])
+        if found["hub"] and "://" not in found["hub"]:
+            found["hub"] = str(self.folder / found["hub"])
+        found["dtype"] = self._one_of("dtype", DTYPES)
+        found["pool"] = tuple(self.folder / path for path in self._texts("pool"))
+        found["pool_data"] = self.folder / said["pool_data"] if self._text("pool_data") else None
+        if found["hub"] and found["pool"]:
+            raise self._wrong("has a hub and a pool; leave one out")
+        for key, default, least in (("shots", 5, 1), ("seeds", 0, 0)):
+            found[key] = tuple(dict.fromkeys(self._wholes(key, default, least)))
+        for key, number in (("num_test", NUM_TEST), ("k", 20), ("max_new_tokens", None)):
+            (found[key],) = self._wholes(key, number, 1)
+        # compose() checks both
+        found["budget"], found["seconds"] = said.get("budget", 40), said.get("seconds")
+        found["stop"] = tuple(self._texts("stop")) if "stop" in said else None
+        found["normalise"] = tuple(self._texts("normalise")) if "normalise" in said else None
+        found["allow_licenses"] = said.get("allow_licenses", False)
+        if not isinstance(found["allow_licenses"], bool):
+            raise self._wrong(f"has allow_licenses {found['allow_licenses']!r:.40}; it is true or false")
+        found["metrics"] = self._metrics(said.get("metrics", "exact_match"), found["normalise"])
+        found["methods"] = self._methods(found)
+        found["reference"] = self._reference([method.name for method in found["methods"]])
+        found["tasks"] = self._tasks(found)
+        found["out"] = self.folder / (self._text("out") or f"{stem}-results")
+        return Study(**found)
+
+    def _tasks(self, found: Mapping[str, Any]) -> tuple[StudyTask, ...]:
+        given = self.said.get("tasks")
+        listed = given if is_list(given) else [given] if isinstance(given, str | Mapping) else []
+        tasks = tuple(self._task({"file": each} if isinstance(each, str) else each, found) for each in listed)
+        self._require_names("tasks", [task.name for task in tasks])
+        return tasks
+
+    def _methods(self, found: Mapping[str, Any]) -> tuple[Method, ...]:
+        listed = self.said.get("methods")
+        methods = tuple(Method.read(each) for each in (listed if is_list(listed) else [listed] if listed else []))
+        self._require_names("methods", [method.name for method in methods])
+        return methods
+
+    def _require_names(self, key: str, names: Sequence[str]) -> None:
+        if not names:
+            raise self._wrong(f"has no {key}; list at least one")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise self._wrong(f"has two {key} of the name {twice[0]!r}; give one of them a 'name' of its own")
+
+    def _reference(self, names: Sequence[str]) -> str:
+        given = self._text("reference") or names[0]
+        require_known(
+            f"{self.whose}: reference {given!r} is none of its methods: it", [given], names, noun="method", error=InvalidTask
+        )
+        return given
+
+    def _task(self, said: Any, found: Mapping[str, Any]) -> StudyTask:
+        if not isinstance(said, Mapping):
+            raise self._wrong(f"has {said!r:.60} as a task, which is no path and no mapping")
+        require_known(f"{self.whose}: a task", said, TASK_KEYS, noun="key", error=InvalidTask)
+        if ("file" in said) == ("dataset" in said):
+            raise self._wrong(f"has a task with {', '.join(said) or 'nothing'}: it takes a 'file' or a 'dataset'")
+        name = said.get("name") or (Path(str(said["file"])).stem if "file" in said else _dataset_name(said["dataset"]))
+        reader = _Rows(self.whose, str(name), self.folder, said, found["num_test"])
+        train, test = reader.rows()
+        labels = said.get("labels")
+        if labels is not None and not (is_list(labels) and are_texts(labels)):
+            raise self._wrong(
+                f"has labels {labels!r:.80} for task {name!r}; list texts, in quotes where YAML reads yes or 1"
+            )
+        metrics = self._metrics(said["metrics"], found["normalise"]) if "metrics" in said else found["metrics"]
+        asked: dict[str, Any] = {key: said[key] for key in ("template", "chat", "system") if key in said}
+        # what messages have as the system's turn stands in them
+        asked["instruction"] = said.get("instruction") or shared_instruction(
+            [row for row in (*train, *test) if row.chat is None]
+        )
+        asked["labels"] = None if labels is None else tuple(labels)
+        asked["stop"] = tuple(one_or_many(said["stop"])) if "stop" in said else found["stop"]
+        task = StudyTask(
+            str(name),
+            tuple((row.asked, row.targets[0]) for row in train),
+            tuple((row.asked, row.targets) for row in test),
+            asked,
+            said.get("oracle"),
+            metrics,
+        )
+        # what a Task refuses is refused before anything runs
+        for shots in found["shots"]:
+            task.drawn(shots, 0)
+        return task
+
+    def _metrics(self, given: Any, normalise: tuple[str, ...] | None) -> tuple[Metric, ...]:
+        names = [given] if isinstance(given, str) else given
+        if not (is_list(names, str) and names):
+            raise self._wrong(f"has {given!r:.60} as metrics; list names")
+        found = [metric_of(name, normalise, self.functions) for name in dict.fromkeys([*names, *self.functions])]
+        return tuple(found)
+
+    def _text(self, key: str) -> str | None:
+        value = self.said.get(key)
+        if value is not None and not isinstance(value, str):
+            raise self._wrong(f"has {value!r:.60} as {key!r}, which is no text")
+        return value
+
+    def _one_of(self, key: str, known: Sequence[str]) -> str | None:
+        value = self._text(key)
+        if value is not None and value not in known:
+            raise self._wrong(f"has {key} {value!r}; it is one of {', '.join(known)}")
+        return value
+
+    def _texts(self, key: str, default: Sequence[str] = ()) -> list[str]:
+        value = self.said.get(key, default)
+        listed = [value] if isinstance(value, str) else value
+        if not (is_list(listed) and are_texts(listed)):
+            raise self._wrong(f"has {value!r:.60} as {key!r}; give a text or a list of texts")
+        return list(listed)
+
+    def _wholes(self, key: str, default: int | None, least: int) -> list[Any]:
+        value = self.said.get(key, default)
+        listed = list(value) if is_list(value) else [value]
+        single = key not in ("shots", "seeds")
+        known = all(each == default or is_whole(each, least) for each in listed)
+        if not listed or (single and len(listed) > 1) or not known:
+            kind = "a whole number" if single else "whole numbers"
+            raise self._wrong(f"has {value!r:.60} as {key!r}; it takes {kind} of at least {least}")
+        return listed
+
+    def _wrong(self, problem: str) -> InvalidTask:
+        return InvalidTask(f"{self.whose} {problem}")
+
+
+def _dataset_name(given: Any) -> str:
+    return str(given.get("path", "dataset") if isinstance(given, Mapping) else given).rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of one task: those to draw examples from, and those to answer."""
+
+    whose: str
+    name: str
+    folder: Path
+    said: Mapping[str, Any]
+    num_test: int
+
+    def rows(self) -> tuple[list[Row], list[Row]]:
+        """(train, test): by another file or split, by the column `split`, or else drawn once from all rows.
+
+        Raises InvalidTask where either has none.
+        """
+        if "dataset" in self.said:
+            train, test = self._of_dataset()
+        else:
+            train = self._read(self.folder / str(self.said["file"]), "file")
+            test = self._read(self.folder / str(self.said["test"]), "test") if "test" in self.said else []
+        if not test:
+            # of rows with a split column those of the test split are answered
+            test = [row for row in train if row.split == "test"]
+            if test:
+                train = [row for row in train if row.split in ("", "train")]
+            else:
+                order = np.random.default_rng(0).permutation(len(train))
+                mixed = [train[place] for place in order]
+                test, train = mixed[: self.num_test], mixed[self.num_test :]
+        if not (train and test):
+            raise InvalidTask(
+                f"{self.whose}: task {self.name!r} has {len(train)} rows to draw examples from and {len(test)} to answer; "
+                "it needs both, so give more rows, a 'test' file or a smaller num_test"
+            )
+        return train, test[: self.num_test]
+
+    def _read(self, given: Any, of: str) -> list[Row]:
+        columns = self.said.get("columns")
+        rows = []
+        for where, row in located(given, of=f"{of} of task {self.name!r}", one_split=False):
+            if columns is not None:
+                row = {new: row.get(old) for old, new in columns.items()}
+            rows.append(read_row(row, where, targets="several"))
+        return rows
+
+    def _of_dataset(self) -> tuple[list[Row], list[Row]]:
+        given = self.said["dataset"]
+        said = {"path": given} if isinstance(given, str) else dict(given)
+        require_known(f"{self.whose}: dataset of task {self.name!r}", said, DATASET_KEYS, noun="key", error=InvalidTask)
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise PackageMissing(f"task {self.name!r} is a data set: pip install 'loraweave[study]'") from error
+        # a folder or file of the user's is named relative to the study, like every path
+        path = str(self.folder / said["path"]) if (self.folder / said["path"]).exists() else said["path"]
+        read = [
+            self._read(load_dataset(path, said.get("name"), split=said[split]), split) if split in said else []
+            for split in ("train", "test")
+        ]
+        if not read[0]:
+            raise InvalidTask(f"{self.whose}: dataset of task {self.name!r} needs 'train', the split to draw examples from")
+        return read[0], read[1]

@@ -1,0 +1,40 @@
+"""The page on studies: its file, on a tiny model with adapters of the same names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import loraweave as lw
+from loraweave.composer.study.study_file import Study
+
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+
+
+def test_the_file_of_the_page_runs_as_it_stands(tmp_path, monkeypatch, tiny_llama, tokenizer, make_adapter):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "study.yaml").write_text(re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1])
+    adapters = [
+        replace(make_adapter(tiny_llama, name), fingerprint=lw.base_key(tiny_llama).fingerprint)
+        for name in ("plural", "uppercase")
+    ]
+    results = lw.study(tmp_path / "study.yaml", model=tiny_llama, tokenizer=tokenizer, hub=adapters, progress=False)
+    assert (len(results.answers), results.failures) == (4, {})
+    written = {path.name for path in (tmp_path / "study-results").iterdir()}
+    named = set(re.findall(r"`(?:study-results/)?([\w.]+\.(?:html|md|csv|tex|jsonl))`", PAGE))
+    assert named - {"NAME.jsonl"} <= written
+
+
+def test_the_shipped_study_can_be_followed():
+    read = Study.read(ROOT / "examples" / "study.yaml", {})
+    assert len(read.tasks) >= 3
+    assert len(read.methods) >= 10
+
+
+@pytest.mark.parametrize("key", list(Study.__dataclass_fields__))
+def test_the_page_names_every_key(key):
+    assert re.search(rf"^\| .*`{key}`", PAGE, re.MULTILINE)
