@@ -27,7 +27,7 @@ from loraweave.hub.tables.changes import Change
 
 Array = NDArray[Any]
 
-# points that a browser draws; of more adapters every n-th
+# points that a browser draws; of more adapters a sample
 MAX_POINTS = 50_000
 # as many as the colours that any kind of colour vision tells apart
 MAX_CLUSTERS = 7
@@ -131,8 +131,10 @@ class Snapshot:
 
     def points(self) -> dict[str, Any]:
         """What a browser draws: little-endian arrays in base64, x and y from 0 to 65535, and what the colours stand for."""
-        seqs = [seq for seq, entry in self.entries.items() if entry.cluster >= 0]
-        shown = seqs[:: -(-len(seqs) // MAX_POINTS) or 1]
+        seqs = shown = [seq for seq, entry in self.entries.items() if entry.cluster >= 0]
+        if len(seqs) > MAX_POINTS:
+            # at random: every n-th could miss what was added in turns
+            shown = sorted(np.random.default_rng(0).choice(seqs, MAX_POINTS, replace=False).tolist())
         entries = [self.entries[seq] for seq in shown]
         known = list(self.licenses)[:MAX_CLUSTERS]
         license_of = {license: number for number, license in enumerate(known)}

@@ -19,6 +19,7 @@ import torch
 from pydantic import Field, model_validator
 
 import loraweave.registry as registry
+from loraweave.common.chat import Prompt
 from loraweave.composer.compose.compose import compose
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.report import Report
@@ -106,7 +107,12 @@ class Asked(Query):
 
 
 class Answered(Mixed, Asked):
-    pass
+    chat: bool = False
+
+    @property
+    def question(self) -> Prompt:
+        """The prompt, or of a chat the user's turn."""
+        return Task([], instruction=self.instruction, chat=True).prompt(self.text) if self.chat else self.prompt
 
 
 class Found(Picked):
@@ -115,6 +121,7 @@ class Found(Picked):
     per: Literal["adapter", "block"] = "adapter"
     budget: Annotated[int, Field(ge=4, le=400)] = 40
     held_out: bool = False
+    chat: bool = False
 
 
 class Kept(Mixed):
@@ -190,7 +197,7 @@ class Workbench:
         experts, layers = engine.pool.names, engine.pool.layer_names
         rows = MixtureWeights.of_layers(asked.by_layer(layers), experts).values_BTLE
         mixture = MixtureWeights(torch.cat([torch.zeros_like(rows), rows]), experts, layers)
-        stream = engine.stream([asked.prompt] * 2, mixture=mixture, max_new_tokens=asked.max_new_tokens, do_sample=False)
+        stream = engine.stream([asked.question] * 2, mixture=mixture, max_new_tokens=asked.max_new_tokens, do_sample=False)
         # closed where nobody listens any longer, which ends the generation at its next token
         with closing(stream) as pieces:  # type: ignore[type-var]
             for base, composition in pieces:
@@ -209,7 +216,7 @@ class Workbench:
             engine.model,
             engine.tokenizer,
             engine.pool,
-            Task(asked.examples, instruction=asked.instruction),
+            Task(asked.examples, instruction=asked.instruction, chat=asked.chat),
             method="gradient" if len(engine.pool) > 1 else "grid",
             budget=asked.budget,
             folds=3 if asked.held_out else 0,

@@ -122,6 +122,7 @@ function tryOut({ mixture, about, signal }) {
   const instruction = h("input", { value: about.instruction, maxlength: "20000" });
   const text = h("textarea", { value: about.text, maxlength: "20000", rows: "3" });
   const tokens = h("input", { type: "number", min: "1", max: "512", value: "24" });
+  const chat = h("input", { type: "checkbox" });
   const said = { base: h("p", { class: "answer" }), composition: h("p", { class: "answer" }) };
   const state = h("p", { class: "soft", role: "status" });
   let asking = new AbortController();
@@ -144,7 +145,7 @@ function tryOut({ mixture, about, signal }) {
       state.replaceChildren("Answering …");
     };
     await within(state, async () => {
-      const body = { parts: mixture.asked, instruction: instruction.value, text: text.value, max_new_tokens: Math.max(1, Math.min(512, Number(tokens.value) || 24)) };
+      const body = { parts: mixture.asked, instruction: instruction.value, text: text.value, chat: chat.checked, max_new_tokens: Math.max(1, Math.min(512, Number(tokens.value) || 24)) };
       await follow("answer", body, own, (event) => {
         if (event.what) state.replaceChildren(`${event.what} …`);
         if (event.base === undefined) return;
@@ -165,11 +166,11 @@ function tryOut({ mixture, about, signal }) {
     soon();
   };
   mixture.watching.push(later);
-  [instruction, text, tokens].forEach((control) => control.addEventListener("input", later));
+  [instruction, text, tokens, chat].forEach((control) => control.addEventListener("input", later));
   const place = h("section", { class: "card second" }, h("h2", {}, "Both answers"),
-    h("div", { class: "asked" }, labelled("Instruction (empty: the input is the whole prompt)", instruction), labelled("Input", text), labelled("Tokens at most", tokens, { class: "short" })),
+    h("div", { class: "asked" }, labelled("Instruction (empty: the input is the whole prompt)", instruction), labelled("Input", text), h("div", { class: "row" }, labelled("Tokens at most", tokens, { class: "short" }), h("label", { class: "inline" }, chat, h("span", {}, "ask in the chat template")))),
     both, state);
-  return { place, task: { instruction, text } };
+  return { place, task: { instruction, text, chat } };
 }
 
 function agree({ mixture, signal }) {
@@ -256,7 +257,7 @@ function search({ mixture, signal }, task) {
     await within(told, async () => {
       const examples = [...rows.children].map((row) => [...row.querySelectorAll("input")].map((box) => box.value)).filter(([input, output]) => input || output);
       if (!examples.length) throw new Error("There is no example yet: write an input and the output that you want for it, better three or more.");
-      const body = { names: mixture.parts.map(({ name }) => name), instruction: task.instruction.value, examples, per: per.value, held_out: heldOut.checked };
+      const body = { names: mixture.parts.map(({ name }) => name), instruction: task.instruction.value, examples, chat: task.chat.checked, per: per.value, held_out: heldOut.checked };
       await follow("find", body, searching.signal, (found) => {
         if (found.total) bar.value = found.done / found.total;
         if (found.what) line.textContent = `${found.what} …${found.seconds_left ? ` about ${count(Math.ceil(found.seconds_left), "second")} left` : ""}`;

@@ -16,6 +16,7 @@ import torch
 import loraweave as lw
 from loraweave.errors import CompositionError
 from loraweave.hub.embedders._embedder import embedder_of
+from loraweave.serving.ui import overview
 from loraweave.serving.ui.acts import Left
 from loraweave.serving.ui.app import make_ui_server
 from loraweave.serving.ui.overview import Snapshot, followed
@@ -141,6 +142,17 @@ def test_the_map_is_the_plane_of_the_embeddings_first_two_components(ask, hub, p
     assert licenses == [record.license or "none stated" for record in hub.records()]
 
 
+def test_of_many_adapters_a_sample_is_drawn_and_all_are_counted(hub, monkeypatch, points):
+    monkeypatch.setattr(overview, "MAX_POINTS", 3)
+    whole = followed(hub, Snapshot())
+    found = whole.points()
+    assert (found["count"], found["placed"], found["total"]) == (3, len(hub), len(hub))
+    seqs = np.frombuffer(base64.b64decode(found["columns"]["seq"]), "<u4").tolist()
+    assert seqs == sorted(set(seqs))
+    assert set(seqs) < set(whole.entries)
+    assert found["names"] == [whole.entries[seq].name for seq in seqs]
+
+
 def test_the_map_follows_the_hub_without_being_fitted_again(hub, make_adapter, tiny, tmp_path):
     with lw.Hub(tmp_path / "hub") as own:
         for number in range(12):
@@ -248,6 +260,17 @@ def test_an_instruction_makes_the_prompt_of_a_task(send, hub, tiny, tokenizer):
     prompt = lw.Task([], instruction="Do it.").prompt("abc")
     said = "".join(event.get("composition", "") for event in events)
     assert [said] == engine.generate([prompt], mixture={"past": 1.0}, max_new_tokens=5, do_sample=False)
+
+
+def test_a_chat_is_asked_in_the_tokenizers_template(send, hub, tiny, tokenizer, monkeypatch):
+    template = "{% for turn in messages %}{{ turn.role[0] }}:{{ turn.content }} {% endfor %}a:"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    part = [{"name": "past", "weight": 1}]
+    _, events = send("/api/answer", parts=part, text="abc", chat=True, max_new_tokens=5)
+    engine = lw.Composer(tiny, hub.pool(["past"]), tokenizer=tokenizer)
+    said = "".join(event.get("composition", "") for event in events)
+    messages = [{"role": "user", "content": "abc"}]
+    assert [said] == engine.generate([messages], mixture={"past": 1.0}, max_new_tokens=5, do_sample=False)
 
 
 def test_interference_is_that_of_the_dense_updates(send, hub, weights):
