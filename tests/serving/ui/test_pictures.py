@@ -48,6 +48,7 @@ def test_a_task_that_no_adapter_was_trained_for_is_solved_on_the_page(look, page
         page.get_by_role("searchbox").fill("Negate the sentence")
         page.wait_for_function("() => document.querySelector('.list .adapter')?.textContent === 'negation'")
         page.get_by_text("of the 35 nearest").wait_for()
+        page.wait_for_selector(".evidence:has-text('(')")
         for name in ("negation", "passive"):
             page.get_by_label(f"Pick {name} for the composer").check()
         picture("adapters", page)
