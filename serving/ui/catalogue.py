@@ -96,7 +96,8 @@ class Catalogue:
         bases = [{"name": first.base_model, "count": count} for first, count in self._hub.bases()]
         licenses = {} if snapshot is None else snapshot.licenses
         return {
-            "place": repr(self._hub)[4:-1].strip("'\""),
+            # as Hub(place) shows it, which has no password
+            "place": repr(self._hub)[len("Hub(") : -1].strip("'\""),
             "count": len(self._hub),
             "quarantined": len(self._hub.records(quarantined=True)),
             "bases": bases,
