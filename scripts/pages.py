@@ -65,12 +65,9 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         return markdown
 
     def moved(match: re.Match[str]) -> str:
-        found = linked(source, match[1])
-        return (
-            match[0].replace(match[1], posixpath.relpath(place(found), posixpath.dirname(page.file.src_uri)))
-            if found
-            else match[0]
-        )
+        if (found := linked(source, match[1])) is None:
+            return match[0]
+        return match[0].replace(match[1], posixpath.relpath(place(found), posixpath.dirname(page.file.src_uri)), 1)
 
     return re.sub(LINK, moved, markdown)
 
