@@ -83,7 +83,9 @@ class ShownTable(Table):
     def __repr__(self) -> str:
         written = io.StringIO()
         width = shutil.get_terminal_size().columns
-        Console(file=written, width=width, markup=False, emoji=False, highlight=False, color_system=None).print(self)
+        # in a kernel rich would display the table, and write nothing to the file
+        plain = Console(file=written, width=width, markup=False, emoji=False, color_system=None, force_jupyter=False)
+        plain.print(self, highlight=False)
         return written.getvalue().rstrip("\n")
 
     def _repr_html_(self) -> str:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import loraweave as lw
+from loraweave.common.display import ShownTable
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.report import Report, ReportRow
 from loraweave.composer.explain.cost import Cost, LayerCost
@@ -117,6 +118,11 @@ def test_the_ways_compared_keep_their_names_in_80_columns(monkeypatch):
     lines = repr(Report(rows, "base", "as asked", (), 1.0, 40).table()).splitlines()
     assert all(any(f"│ {name} " in line for line in lines) for name in names)
     assert max(map(len, lines)) <= 80
+
+
+def test_the_text_of_a_table_is_a_text_in_a_kernel_too(monkeypatch):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert "passive" in repr(ShownTable.of(["name"], [["passive"]]))
 
 
 def test_a_table_at_a_plain_prompt_is_a_table(composed, pool, monkeypatch):
