@@ -377,7 +377,7 @@ class Composition:
             read = f"composition = lw.Composition.from_pretrained({repository!r}, model, tokenizer)"
             code = f"{read}\ncomposition.predict(['...'])"
             base = str(getattr(self.model, "name_or_path", ""))
-            text = shared_card(f"{self!r}", base, self.license, "composition", code, sections)
+            text = shared_card(f"Composition by {self.merge_method}", base, self.license, "composition", code, sections)
             (folder / README).write_text(text, encoding="utf-8")
 
         message = commit_message or f"composition, {self.report.chosen}"

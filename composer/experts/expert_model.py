@@ -302,8 +302,7 @@ class ExpertModel(LikeBase, ExpertLearner):
         def write(folder: Path) -> None:
             self.save_pretrained(folder)
             base = str(getattr(self.base_model, "name_or_path", ""))
-            loaded = f"model, tokenizer = lw.load_base({base!r})"
-            code = f"{loaded}\nexperts = lw.experts({repository!r}, model, tokenizer=tokenizer)"
+            code = f"experts = lw.experts({repository!r}, model, tokenizer=tokenizer)  # model: the base"
             sections = {"Experts": ", ".join(self.expert_names), "Tasks": ", ".join(self.tasks)}
             title = f"Experts of recipe {self.recipe.name}"
             (folder / README).write_text(shared_card(title, base, None, "experts", code, sections), encoding="utf-8")

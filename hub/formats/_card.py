@@ -132,7 +132,9 @@ def front_matter(base_model: str, library: str, tags: Sequence[str], license: st
 def shared_card(title: str, base_model: str, license: str | None, kind: str, code: str, sections: Mapping[str, str]) -> str:
     """README.md of what is no adapter of its own: front matter, Python code that uses it, and texts by their titles."""
     front = yaml.safe_dump(front_matter(base_model, "loraweave", [*OWN_TAGS, kind], license), sort_keys=False)
-    facts = f"- Base model: {_one_line(base_model) or 'not recorded'}\n- Licence: {_one_line(license or 'not known')}"
+    # a folder of the writer's machine tells readers nothing
+    known = base_model if MODEL_ID.fullmatch(base_model) else "not recorded"
+    facts = f"- Base model: {known}\n- Licence: {_one_line(license or 'not known')}"
     parts = [f"---\n{front}---", f"# {_one_line(title)}", f"```python\nimport loraweave as lw\n\n{code}\n```", facts]
     parts += [f"## {name}\n\n{_indent(text)}" for name, text in sections.items() if text]
     return "\n\n".join(parts) + "\n"

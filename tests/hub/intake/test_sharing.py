@@ -71,6 +71,7 @@ def test_the_cards_state_base_licence_parents_weights_scores_and_use(found):
     weighed = card("weighed")
     # the folder that the base was loaded from is no id
     assert "base_model:" not in weighed.split("---")[1]
+    assert str(found["root"]) not in weighed
     assert "license: mit" in weighed
     assert '"name": "lora"' in weighed
     assert '"weight": 0.5' in weighed
