@@ -1,6 +1,6 @@
 """What formulas cost a server beside its own base: ours, a stock vLLM and llama.cpp, eight answers at once.
 
-    LORAWEAVE_ENGINE_VLLM=/path/to/python python -m benchmarks serve-beside [--engines ours,vllm,llama] [--gguf base.gguf]
+    LORAWEAVE_ENGINE_VLLM=/path/to/python python -m benchmarks serve_beside [--engines ours,vllm,llama] [--gguf base.gguf]
 
 Each engine is a server in a process of its own with one thread, asked over HTTP for eight answers of equal length at once:
 all of the base, each of another adapter, each of another mixture of four. Its processor time, that of its children among
