@@ -1,24 +1,18 @@
-"""A composition: what was chosen for a task, ready to answer, to be kept and to be given away."""
+"""A composition: what was chosen for a task, ready to be refined, explained, kept and given away."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from html import escape
-from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from loraweave.common.chat import Conversation, Prompt, is_messages, prompt_json
-from loraweave.common.display import ShownTable
+from loraweave.common.chat import Conversation, is_messages, prompt_json
 from loraweave.common.files import as_path
-from loraweave.common.rows import GivenRows, read_asked
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.compose.refine import (
     STEP_COST,
@@ -32,173 +26,38 @@ from loraweave.composer.compose.refine import (
     targets_of,
     tuned_adapters,
 )
-from loraweave.composer.compose.report import Report, ReportRow
+from loraweave.composer.compose.report import ReportRow
 from loraweave.composer.compose.saved import FILE, SavedRecipe, recipe_of
-from loraweave.composer.compose.settings import require_no_router, router_name
+from loraweave.composer.compose.settings import router_name
+from loraweave.composer.compose.task_mixture import TaskMixture
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.ensemble import answers
 from loraweave.composer.explain.explanation import Explanation, plan_reading, split_text
 from loraweave.composer.merge.arithmetic import byom
-from loraweave.composer.merge.merge import merge, merge_by_layer, parent_of
-from loraweave.composer.model import scoring
-from loraweave.composer.model.batches import untouched
+from loraweave.composer.merge.merge import parent_of
 from loraweave.composer.model.generate import Asked, read_prompt
 from loraweave.composer.model.layers import with_magnitudes
 from loraweave.errors import CompositionError, ScopeError
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.export import ExportReport
 from loraweave.hub.formats._card import shared_card
 from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.intake.model_hub import push
 from loraweave.hub.intake.sources import ADAPTER_FILES, README, find_folder
-from loraweave.hub.licenses import license_of_all, require_one_work, stated_license
-from loraweave.hub.pool import ExpertPool
+from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
-from loraweave.types import Router, Task
 
 # what a repository is asked for, in its folder, those of members, and those of a router's adapters
 FILES = tuple(f"*{name}" for name in (FILE, "router.json", "router.safetensors", *ADAPTER_FILES))
-# of a composition's one line: adapters, and characters of a name
-NUM_NAMED, NAME_WIDTH = 3, 40
 
 
-@dataclass(frozen=True, eq=False)
-class Composition:
-    """Weights over the adapters of a pool for one task, on one model.
+@dataclass(frozen=True, eq=False, repr=False)
+class Composition(TaskMixture):
+    """What `compose` returns: a mixture for a task that can be refined, explained, kept and given away.
 
-    `pool` is None when nothing but the base is used, and for weights that were read from a folder. `merge_method` says
-    what the weights mean (a name of `names("methods")`). `all_weights` are means over the layers where `by_layer`,
-    {layer: {name: weight}}, has them. `stored` is the adapter itself where it is more than the weights say: read from a
-    folder, cut in rank, or trained on for `tuned_steps` steps. Where there is a `router`, it weighs the experts of the pool
-    for every token and layer: such a composition answers live, and no adapter and no merge has what it does. Its adapter is
-    made of adapters whose licenses exclude each other only where `allow_licenses` says so. Where it has `members`, {name:
-    composition}, each is asked in its own prompts, and their probabilities are averaged; they have no adapter together.
+    Its fields, weights, adapter and answers are those of `TaskMixture`.
     """
 
-    model: Any
-    tokenizer: Any
-    task: Task
-    pool: ExpertPool | None
-    all_weights: Mapping[str, float]
-    merge_method: str
-    report: Report
-    seed: int = 0
-    stored: Adapter | None = None
-    parents: Sequence[Mapping[str, Any]] = ()
-    by_layer: Mapping[str, Mapping[str, float]] | None = None
-    tuned_steps: int = 0
-    router: Router | None = None
-    allow_licenses: bool = False
     members: Mapping[str, Composition] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        by_size = self._by_size()
-        shown = [f"{name[:NAME_WIDTH]!r}: {weight:.4g}" for name, weight in by_size[:NUM_NAMED]]
-        rest = [f"{len(by_size) - NUM_NAMED} more"] if len(by_size) > NUM_NAMED else []
-        what = "the base model" if self.is_base else f"{{{', '.join([*shown, *rest])}}}"
-        if self.members:
-            what = f"the average of {' and '.join(self.members)}"
-        elif self.router is not None:
-            what = f"{type(self.router).__name__} over {len(self._used)} adapters"
-        elif self.stored is not None and not self.mean_weights:
-            what = "an adapter trained on the examples"
-        layers = "" if self.by_layer is None else f", means over {len(self.by_layer)} layers"
-        return f"Composition({what}{layers}, method={self.merge_method!r}, chosen={self.report.chosen[:NAME_WIDTH]!r})"
-
-    def _repr_html_(self) -> str:
-        weights = "" if self.router is not None else ShownTable.of(("adapter", "weight"), self._by_size())._repr_html_()
-        return f"<div><p>{escape(repr(self))}</p>{weights}{self.report.table()._repr_html_()}</div>"
-
-    def _by_size(self) -> list[tuple[str, float]]:
-        """(name, mean weight), the largest by magnitude first."""
-        return sorted(self.mean_weights.items(), key=lambda pair: -abs(pair[1]))
-
-    @property
-    def weights(self) -> dict[str, float] | MixtureWeights | Router:
-        """{name: weight} without zeros; MixtureWeights if each layer has its own weights; the router if each token has.
-
-        Raises ScopeError for a composition of members, each of which has its own.
-        """
-        if self.router is not None:
-            return self.router
-        self._require_one("have weights")
-        if self.by_layer is not None:
-            names = list(self.mean_weights)
-            used = {layer: {name: row[name] for name in names if name in row} for layer, row in self.by_layer.items()}
-            return MixtureWeights.of_layers(used, names)
-        return self.mean_weights
-
-    @property
-    def mean_weights(self) -> dict[str, float]:
-        """{name: weight}, averaged over the layers, and over members, of the adapters that have a weight somewhere."""
-        if each := [member.mean_weights for member in self.members.values()]:
-            return {name: sum(own.get(name, 0.0) for own in each) / len(each) for name in chain(*each)}
-        layers = self.by_layer.values() if self.by_layer is not None else (self.all_weights,)
-        used = {name for of_layer in layers for name, weight in of_layer.items() if weight}
-        return {name: float(weight) for name, weight in self.all_weights.items() if name in used}
-
-    @property
-    def is_base(self) -> bool:
-        """Whether this is the base model itself, with nothing added."""
-        return self.stored is None and self.router is None and not self.members and not self.mean_weights
-
-    @property
-    def license(self) -> str | None:
-        """The SPDX expression that binds to the licenses of all adapters that count; None where no license is known."""
-        members: list[Mapping[str, Any]] = [adapter.card for adapter in self._used.values()]
-        known = members or self.parents or ([] if self.stored is None else [self.stored.card])
-        return license_of_all(stated_license(each.get("license")) for each in known)
-
-    @cached_property
-    def adapter(self) -> Adapter:
-        """The composition as one adapter.
-
-        CompositionError when it is the base model itself, which no adapter expresses, ScopeError where a router weighs or
-        members are averaged, InvalidLicense for licenses that exclude each other, or derived works, unless
-        `allow_licenses`.
-        """
-        self._require_one("be one adapter")
-        if self.stored is not None:
-            # a tuned or cut adapter keeps its own card
-            known = {} if self.license is None else {"license": self.license}
-            return replace(self.stored, card={**self.stored.card, **known})
-        if self.is_base or self.pool is None:
-            raise CompositionError("this composition is the base model itself: there is no adapter to give")
-        # DoRA's magnitudes and trained biases are resolved against the model
-        used = Composer(self.model, self.pool.subset(self.mean_weights)).bound_pool
-        given: dict[str, Any] = {"method": self.merge_method, "name": "composition", "allow_licenses": self.allow_licenses}
-        if self.by_layer is not None:
-            return merge_by_layer(used, self.by_layer, **given)
-        return merge(list(used.adapters.values()), list(self.mean_weights.values()), progress=False, **given)
-
-    def predict(self, inputs: GivenRows, *, max_new_tokens: int = scoring.MAX_NEW_TOKENS) -> list[str]:
-        """One answer for each input: a label when the task has labels, else the first line of a greedy generation.
-
-        Of a chat it is the whole turn. Inputs are texts, conversations, or those of rows. Raises InvalidTask for anything
-        else, such as a single text.
-        """
-        return self._predict(read_asked(inputs), max_new_tokens)
-
-    def evaluate(self, pairs: GivenRows) -> dict[str, float]:
-        """Scores answers to (input, target) pairs, or rows in any other form; a target may be a list of accepted ones.
-
-        Every input is put into the task's prompt, with the task's instruction, whatever instruction its row has. `value` is
-        the share of right answers under the task's metric, `low` and `high` its 95 % bootstrap interval over the pairs,
-        `loss` the mean loss of the target tokens, and over members, `count` the number of pairs. Raises InvalidTask for rows
-        without a target (`loraweave.common.rows`).
-        """
-        return self.score(pairs).figures()
-
-    def score(self, pairs: GivenRows) -> scoring.Score:
-        """The same, with what is right item by item."""
-        read = scoring.read_answers(pairs)
-        said = self._predict([asked for asked, _ in read], scoring.longest_answer(self.tokenizer, read))
-        return scoring.score(said, read, self._losses(read))
-
-    def losses(self, pairs: GivenRows | None = None) -> list[float]:
-        """The mean loss of the (first) target's tokens, and over members, for each pair, by default the task's examples."""
-        return self._losses(self.task.examples if pairs is None else scoring.read_answers(pairs))
 
     def leave_one_out(self) -> dict[str, float]:
         """By how much the mean loss of the examples rises without each adapter, the others' weights as they are.
@@ -406,65 +265,6 @@ class Composition:
             fields["members"][name] = cls.from_pretrained(folder / f"member-{number}", model, tokenizer)
         return cls(model, tokenizer, **fields)
 
-    @property
-    def engine(self) -> Composer:
-        """A Composer of the model and the pool that the router weighs."""
-        assert self.pool is not None
-        return Composer(self.model, self.pool, tokenizer=self.tokenizer)
-
-    @contextmanager
-    def activate(self) -> Iterator[Any]:
-        """`with composition.activate() as model:` has the base model itself answer for the composition, without dropout.
-
-        In the block, and in the thread that opened it, everything that takes a model works as with any other: its own
-        `generate`, a transformers pipeline, a Trainer that evaluates, lm_eval. Prompts are yours to make (task.prompt).
-        ScopeError for an average of members, which answer apart.
-        """
-        if self.members:
-            self._require_one("answer as one model")
-        with ExitStack() as stack:
-            stack.enter_context(untouched(self.model))
-            # no Composer can exist without an adapter: the base is the model as it is
-            if self.router is not None:
-                stack.enter_context(self.engine.activate(self.router))
-            elif not self.is_base:
-                stack.enter_context(Composer(self.model, [self.adapter]).activate({self.adapter.name: 1.0}))
-            yield self.model
-
-    def _predict(self, texts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
-        if self.members:
-            adapters = {name: member.adapter for name, member in self.members.items() if not member.is_base}
-            engine = Composer(self.model, ExpertPool(adapters), tokenizer=self.tokenizer)
-            mixtures = [{name: 1.0} if name in adapters else None for name in self.members]
-            tasks = [member.task for member in self.members.values()]
-            return answers(engine, mixtures, tasks, texts, max_new_tokens=max_new_tokens)
-        with self.activate():
-            return scoring.predict(*self._on, texts, max_new_tokens=max_new_tokens, share=self.router is None)
-
-    def _losses(self, pairs: Sequence[tuple[Prompt, scoring.Targets]]) -> list[float]:
-        if self.members:
-            each = [member._losses(pairs) for member in self.members.values()]
-            return [sum(own) / len(own) for own in zip(*each, strict=True)]
-        with self.activate():
-            return scoring.losses(*self._on, pairs, share=self.router is None)
-
-    def _require_one(self, verb: str) -> None:
-        """Raises ScopeError where a router weighs or members are averaged."""
-        require_no_router(self.router, verb)
-        if names := list(self.members):
-            raise ScopeError(
-                f"an average of {' and '.join(names)} cannot {verb}: its members answer apart. Ask one of them, "
-                f"composition.members[{names[-1]!r}] (saved as member-{len(names) - 1}), or use method={names[-1]!r}"
-            )
-
-    @property
-    def _used(self) -> Mapping[str, Adapter]:
-        """The adapters of the pool, or of the members' pools, that count, by name; none where the pool is gone."""
-        if self.members:
-            return {name: each for member in self.members.values() for name, each in member._used.items()}
-        used = self.mean_weights if self.router is None or self.pool is None else self.pool.names
-        return self.pool.subset(used).adapters if self.pool and used else {}
-
     def _loss_and_mixture(self, verb: str) -> tuple[ExampleLoss, MixtureWeights]:
         """The loss on the examples by the adapters that have a weight, and the mixture over them.
 
@@ -482,10 +282,6 @@ class Composition:
         by_layer = self.by_layer is not None
         mixture = cast(MixtureWeights, self.weights) if by_layer else MixtureWeights.of(self.mean_weights, pool.names)
         return example_loss(*self._on, pool, self.merge_method), mixture
-
-    @property
-    def _on(self) -> tuple[Any, Any, Task]:
-        return self.model, self.tokenizer, self.task
 
     def _renew(
         self, name: str, reason: str, started: float, *, loss: float, evaluations: int, num_trained: int = 0, **fields: Any

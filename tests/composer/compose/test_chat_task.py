@@ -85,7 +85,7 @@ def test_demonstrations_are_earlier_turns_in_every_prompt(compose_on, task, tiny
     asked = found.members["few_shot"] if method == "auto" else found
     assert asked.task.demonstrations == tuple(PAIRS)
     ids = tokenizer(text_of("x", shown=PAIRS))["input_ids"]
-    with asked._active():
+    with asked.activate():
         said = said_by_hand(tiny_llama, tokenizer, tokenizer.decode(ids))
     assert replace(asked, task=replace(asked.task, orders=1)).predict(["x"]) == [said]
 
