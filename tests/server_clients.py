@@ -109,7 +109,8 @@ def raw_request(client, **fields):
     """The socket of a client that asks for 1000 tokens, and leaves at the block's end."""
     asked = {"model": "c", "prompt": "abc", "max_tokens": 1000, "temperature": 0, **fields}
     data = json.dumps(asked).encode()
-    head = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {len(data)}"]
+    head = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    head += [f"Content-Length: {len(data)}"]
     with socket.create_connection(("127.0.0.1", client.port), timeout=60) as opened:
         opened.sendall("\r\n".join(head).encode() + b"\r\n\r\n" + data)
         yield opened

@@ -17,6 +17,7 @@ from loraweave.composer.model.layers import require_model
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, BaseModelMismatch, CompositionError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_key, fingerprint
+from loraweave.hub.formats._files import read_bytes
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.same_base import warn_unverified
 from loraweave.routers.tokens._saved import router as read_router
@@ -25,6 +26,7 @@ from loraweave.types import BaseKey, Fingerprint, Task
 FORMAT, FORMAT_WITH_ROUTER, FORMAT_WITH_MEMBERS = 2, 3, 4
 FORMATS = (FORMAT, FORMAT_WITH_ROUTER, FORMAT_WITH_MEMBERS)
 FILE = "composition.json"
+MAX_FILE_BYTES = 2**26
 PACKAGES = ("loraweave", "torch", "transformers", "cma")
 # of a task, what is kept beside what makes it a chat
 TASK_FIELDS = ("examples", "instruction", "labels", "metric", "template", "demonstrations", "orders", "calibrated", "stop")
@@ -53,7 +55,7 @@ class SavedRecipe:
         if not path.is_file():
             raise AdapterNotFound(f"{folder} holds no {FILE}; save_pretrained() of a composition writes it")
         try:
-            recipe = json.loads(path.read_text())
+            recipe = json.loads(read_bytes(path.parent, FILE, MAX_FILE_BYTES))
             if recipe["format"] not in FORMATS:
                 known = ", ".join(map(str, FORMATS))
                 raise CompositionError(f"{path} has format {recipe['format']}, but this version reads {known}")

@@ -35,7 +35,7 @@ from loraweave.serving.exchange import unless_gone
 from loraweave.serving.limits import Limits
 from loraweave.serving.refusals import Refusal, refusal_of
 from loraweave.serving.requests import read_body, read_request
-from loraweave.serving.run import is_loopback
+from loraweave.serving.run import LOOPBACK_NAMES, is_loopback
 from loraweave.serving.ui.acts import Tell, act
 from loraweave.serving.ui.catalogue import Alike, Catalogue, Listed, Named, Placed, Query, Searched
 from loraweave.serving.ui.overview import Overview
@@ -43,7 +43,6 @@ from loraweave.serving.ui.workbench import Answered, Exported, Found, Mixed, Pic
 
 Asked = TypeVar("Asked", bound=BaseModel)
 
-HOSTS = ("127.0.0.1", "localhost", "[::1]")
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; frame-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -136,7 +135,7 @@ def make_ui(hub: Hub, load: Callable[[], tuple[Any, Any]]) -> Starlette:
     ]
     middleware = [
         Middleware(Guard),
-        Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
+        Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK_NAMES, www_redirect=False),
     ]
     return Starlette(routes=routes, middleware=middleware, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from types import SimpleNamespace
 
 import pytest
@@ -120,6 +121,16 @@ def test_without_its_key_a_server_tells_only_its_health(serve):
         assert client.send("GET", "/v1/models", Authorization="Bearer other")[0] == 401
         assert client.send("GET", "/v1/models", Authorization="Bearer secret")[0] == 200
         assert client.send("GET", "/health")[::2] == (200, {"status": "ok"})
+
+
+@pytest.mark.parametrize(("key", "status"), [(None, 400), ("secret", 200)])
+def test_without_a_key_it_answers_under_a_loopback_name_alone(serve, key, status):
+    with serve(api_key=key) as client:
+        for host, expected in (("evil.example", status), ("localhost", 200), (f"127.0.0.1:{client.port}", 200)):
+            connection = HTTPConnection("127.0.0.1", client.port, timeout=30)
+            connection.request("GET", "/health", headers={"Host": host})
+            assert connection.getresponse().status == expected
+            connection.close()
 
 
 def test_a_server_that_others_reach_needs_a_key(make_model, tokenizer, tmp_path):

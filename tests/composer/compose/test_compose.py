@@ -20,6 +20,7 @@ from loraweave.common import state
 from loraweave.composer.compose import searched
 from loraweave.composer.compose.compose import guard
 from loraweave.composer.compose.loss import ExampleLoss
+from loraweave.composer.compose.saved import MAX_FILE_BYTES
 from loraweave.composer.model import scoring
 from loraweave.errors import CompositionError, InvalidTask, UnknownExpert, WeightingError
 from loraweave.hub.base import fingerprint
@@ -332,6 +333,7 @@ def test_a_composition_of_another_base_a_newer_one_and_a_damaged_one_are_refused
     for damage, error, message in (
         (json.dumps({**json.loads(text), "format": 5}), CompositionError, "format 5"),
         (text[:100], lw.AdapterCorrupt, "damaged"),
+        (text + " " * MAX_FILE_BYTES, lw.AdapterCorrupt, "more than the limit"),
     ):
         path.write_text(damage)
         with pytest.raises(error, match=message):
