@@ -35,7 +35,7 @@ from loraweave.composer.overwritten import Place
 from loraweave.composer.train.routers import fit, require_learning
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.pool import ExpertPool
+from loraweave.hub.pool import ExpertPool, require_no_heads
 from loraweave.routers.combined import num_rows_of
 from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.routers.weights import MixtureWeights
@@ -89,7 +89,14 @@ class Composer:
 
     @property
     def bound_pool(self) -> ExpertPool:
-        """The experts with all that depends on the base layers resolved (DoRA's magnitude, a trained bias)."""
+        """The experts with all that depends on the base layers resolved (DoRA's magnitude, a trained bias).
+
+        AdapterUnsupported for an expert with trained heads: its update is the difference to this model's own head, which is
+        random where a model was loaded without one, so nothing that is kept may be made of it.
+        """
+        if not self._pool.lazy:
+            for name, adapter in self._pool.adapters.items():
+                require_no_heads(name, adapter)
         return self._bound
 
     @property

@@ -193,12 +193,11 @@ class ExpertPool:
 
 
 def require_no_heads(name: str, adapter: Adapter) -> None:
-    """AdapterUnsupported for an expert with trained heads: they replace whole weights, which no mixture of updates does."""
+    """AdapterUnsupported for an expert with trained heads, where more than live and fused mixtures is made of it."""
     if adapter.heads:
         raise AdapterUnsupported(
-            f"expert {name!r} has a trained head ({', '.join(sorted(adapter.heads))}), which cannot be mixed into a running "
-            "model: load it alone with peft after save_pretrained(), or leave the head out with "
-            "dataclasses.replace(adapter, heads={})"
+            f"expert {name!r} has a trained head ({', '.join(sorted(adapter.heads))}): a Composer of a pool in memory mixes "
+            "and fuses it, but it is searched, routed and merged only without: dataclasses.replace(adapter, heads={})"
         )
 
 

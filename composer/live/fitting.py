@@ -6,7 +6,7 @@ the same places (`ModulePaths`) and the same values in the weights that were rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.common.process import lock_of
+from loraweave.composer.live.heads import head_layers
 from loraweave.composer.live.limits import LiveLimits
 from loraweave.composer.model.layers import TargetLayer, bind, require_model, require_values, target_layer
 from loraweave.composer.overwritten import OVERWRITTEN, row_sums
@@ -93,7 +94,7 @@ class Fitting:
         return adapter if has_weights else replace(adapter, fingerprint=self._key.fingerprint)
 
     def adapter(self, name: str, adapter: Adapter) -> Adapter:
-        """The adapter with all that depends on the base layers resolved (DoRA's magnitude, a trained bias).
+        """The adapter with all that depends on the base layers resolved (DoRA's magnitude, a trained bias, trained heads).
 
         Raises BaseModelMismatch, LayerMismatch or AdapterUnsupported, naming the expert, where it does not fit;
         AlreadyActive where the base's own weights are needed and a fused mixture is in their place. Warns of one whose base
@@ -109,6 +110,7 @@ class Fitting:
 
     def _fit_lazily(self, name: str, adapter: Adapter) -> Adapter:
         """The adapter of a lazy pool, fitted; the first of each base model warns for all of them."""
+        require_no_heads(name, adapter)
         fitted = self._fit(name, adapter)
         if adapter.base not in self._said:
             self._said.add(adapter.base)
@@ -116,9 +118,11 @@ class Fitting:
         return fitted
 
     def _fit(self, name: str, adapter: Adapter) -> Adapter:
-        require_no_heads(name, adapter)
         with self._lock:
             self._require_base(name, adapter)
+            heads = head_layers(name, adapter, self._modules) if adapter.heads else {}
+            if heads:
+                adapter = replace(adapter, layers={**adapter.layers, **heads}, heads={})
             if id(adapter.form) not in self._forms:
                 found = self._find_layers(name, adapter)
                 new = {layer: found[layer] for layer in found if layer not in self._layers}
@@ -131,12 +135,12 @@ class Fitting:
             layers = self._layers
         require_values(name, adapter, self._offloaded)
         unbound = [layer for layer, _, num_inputs, *_, is_bound in adapter.form if not is_bound or not num_inputs]
-        if not unbound:
+        if not unbound and not heads:
             return adapter
-        _require_own_weights({layer: layers[layer] for layer in unbound})
+        _require_own_weights({layer: layers[layer] for layer in (*unbound, *heads)})
         # first, since it refuses weights that have no values to compare
         resolved = bind(adapter, layers)
-        self._weights.add(name, {layer: adapter.layers[layer] for layer in unbound}, layers)
+        self._weights.add(name, {layer: adapter.layers[layer] for layer in (*unbound, *heads)}, layers, heads)
         return replace(adapter, layers=resolved)
 
     def _require_base(self, name: str, adapter: Adapter) -> None:
@@ -248,13 +252,18 @@ class BoundWeights:
         self._of: dict[str, tuple[_Seal, ...]] = {}
         self._latest: dict[tuple[str, str], _Seal] = {}
 
-    def add(self, expert: str, factors: Mapping[str, Factors], layers: Mapping[str, TargetLayer]) -> None:
-        """Remembers what these factors of an expert are about to be calculated from, in place of what it had before."""
+    def add(
+        self, expert: str, factors: Mapping[str, Factors], layers: Mapping[str, TargetLayer], heads: Container[str]
+    ) -> None:
+        """Remembers what these factors of an expert are calculated from, in place of what it had before."""
         places = [
             (layers[name], part)
             for name, each in factors.items()
-            for part, asked in (("weight", each.magnitude_O), ("bias", each.base_bias_O))
-            if asked is not None
+            for part, asked in (
+                ("weight", each.magnitude_O is not None or name in heads),
+                ("bias", each.base_bias_O is not None),
+            )
+            if asked
         ]
         # another mapping, since other threads may be looking at this one
         self._of = {**self._of, expert: tuple(self._seal(layer, part) for layer, part in places)}
@@ -277,8 +286,8 @@ class BoundWeights:
                 if not seal.holds(closely=closely):
                     raise CompositionError(
                         f"the {seal.part} of layer {seal.layer.name!r} has changed since expert {expert!r}, which depends "
-                        "on it (DoRA's magnitude, a trained bias), was resolved against it: leave every activation, and "
-                        "call engine.swap(engine.pool), which takes the base as it is now"
+                        "on it (DoRA's magnitude, a trained bias or head), was resolved against it: leave every activation, "
+                        "and call engine.swap(engine.pool), which takes the base as it is now"
                     )
 
     def _seal(self, layer: TargetLayer, part: str) -> _Seal:
