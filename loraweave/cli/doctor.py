@@ -18,12 +18,14 @@ DOCTOR_EXAMPLE = "Example: loraweave doctor --json"
 # what each extra is for; engines, docs, test and dev are for those who change this package
 EXTRAS = {
     "gguf": "the embedded base model, and exports for llama.cpp",
+    "harness": "loraweave eval --harness (lm_eval)",
     "plot": "plots of searches, weights and trainings",
     "postgres": "a hub in PostgreSQL",
     "remote": "a hub's files on S3",
     "search": "LoraHub's original search (nevergrad)",
     "serve": "loraweave serve and ui",
     "sign": "signatures of adapters",
+    "study": "metrics of studies (BLEU, chrF, ROUGE), and tasks from datasets",
     "triton": "kernels for NVIDIA GPUs",
     "vllm": "formulas as model names of a vLLM server",
 }
