@@ -38,7 +38,10 @@ def _as_factors(
     asked = f"expert {expert!r} has a trained head for {path!r}"
     module: Any = modules.get(path)
     if module is None:
-        raise LayerMismatch(f"{asked}, which the model does not have; load the model that it was trained on")
+        raise LayerMismatch(
+            f"{asked}, which the model does not have: load the model that it was trained on, or leave the head out with "
+            "dataclasses.replace(adapter, heads={})"
+        )
     kind = next((each for each in (linear, embedding) if each.shape(module) is not None), None)
     if kind is None or not own.keys() <= {"weight", "bias"}:
         what = f"{type(module).__name__} with {', '.join(sorted(own))}"

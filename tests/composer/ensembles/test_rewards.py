@@ -11,7 +11,7 @@ from torch import nn
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.ensembles.rewards import Rewards, features, rewards
-from loraweave.errors import AdapterUnsupported, CompositionError, UnknownName, WeightingError
+from loraweave.errors import CompositionError, LayerMismatch, UnknownName, WeightingError
 
 MEMBERS = [{"a": 1.0}, {"b": 0.7, "c": -0.4}, None]
 
@@ -76,7 +76,7 @@ def test_a_head_that_came_with_an_adapter_is_one_of_the_heads(padded, make_model
     model = make_model("llama", dtype=torch.float64)
     head_1H = torch.randn(1, 16, dtype=torch.float64)
     own = replace(make_adapters(model, "llama")[0], heads={"score.weight": head_1H})
-    with pytest.raises(AdapterUnsupported, match=r"score\.weight"):
+    with pytest.raises(LayerMismatch, match=r"head for 'score', which the model does not have.*heads=\{\}"):
         Composer(model, [own])
     engine = Composer(model, [replace(own, heads={})])
     head = nn.Linear(16, 1, bias=False, dtype=torch.float64)
