@@ -82,7 +82,8 @@ def draw(results: StudyResults, folder: Path) -> str:
         tasks = tasks[1:]
     methods = [method.name for method in results.study.methods]
     curves = len(results.study.shots) > 1
-    across, tall = min(3, len(tasks)), 0.32 * len(methods) + 1.1 if not curves else 3.2
+    # four panels fill two rows of two
+    across, tall = 2 if len(tasks) == 4 else min(3, len(tasks)), 0.32 * len(methods) + 1.1 if not curves else 3.2
     down = -(-len(tasks) // across)
     plot = blank_figure("the plots of a study", figsize=(3.4 * across + 1.6, tall * down), layout="constrained")
     panels = plot.subplots(down, across, squeeze=False, sharex=not curves, sharey=True).flatten()
@@ -107,7 +108,8 @@ def draw(results: StudyResults, folder: Path) -> str:
 def _draw_panel(panel: Any, figures: Sequence[Figure], methods: Sequence[str], shots: Sequence[int], percent: bool) -> None:
     scale = 100 if percent else 1
     panel.grid(axis="y" if len(shots) > 1 else "x", linewidth=0.4, alpha=0.6)
-    panel.tick_params(labelsize=8)
+    # also above an empty place
+    panel.tick_params(labelsize=8, labelbottom=True)
     for place, method in enumerate(methods):
         own = [each for each in figures if each.method == method]
         values = [scale * each.value for each in own]
