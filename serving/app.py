@@ -254,7 +254,9 @@ class Face:
     async def _within(deadline: float, running: asyncio.Future[T]) -> T:
         """What it returns. Raises Refusal when a request's time is up; a thread that has begun goes on."""
         try:
-            return await asyncio.wait_for(running, deadline - time.monotonic())
+            # wait_for of Python 3.11 keeps a cancellation to itself that comes as what it waits for ends
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await running
         except TimeoutError as error:
             raise Refusal(504, "the deadline passed before the composition was there", code="deadline_exceeded") from error
 

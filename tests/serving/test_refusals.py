@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from served_rows import alone
 from server_clients import gate_before, raw_request, until
 
 import loraweave as lw
+from loraweave.serving.app import Face
 from loraweave.serving.run import make_server
 
 REFUSED = [
@@ -171,6 +173,19 @@ def test_a_client_that_goes_before_its_answer_stops_its_work_and_harms_no_other(
         until(lambda: client.metric('rows_total{gone="true"}') == 1)
         # those of the turn in which it left, and those of the other
         assert client.metric("new_tokens_total") <= 2 + 9
+
+
+def test_a_client_that_goes_just_as_a_step_of_its_request_ends_is_not_overlooked():
+    async def leave():
+        step = asyncio.get_running_loop().create_future()
+        waiting = asyncio.create_task(Face._within(time.monotonic() + 60, step))
+        await asyncio.sleep(0)
+        step.set_result("read")
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        return waiting.cancelled()
+
+    assert asyncio.run(leave())
 
 
 def test_a_client_that_leaves_its_stream_stops_its_work(serve):
