@@ -94,9 +94,8 @@ class Composer:
         AdapterUnsupported for an expert with trained heads: its update is the difference to this model's own head, which is
         random where a model was loaded without one, so nothing that is kept may be made of it.
         """
-        if not self._pool.lazy:
-            for name, adapter in self._pool.adapters.items():
-                require_no_heads(name, adapter)
+        for name in self._pool.headed:
+            require_no_heads(name, self._pool[name])
         return self._bound
 
     @property

@@ -159,6 +159,11 @@ class ExpertPool:
         return tuple(sorted({layer for form in forms.values() for layer, *_ in form}))
 
     @cached_property
+    def headed(self) -> tuple[str, ...]:
+        """The experts that have trained heads; none of a lazy pool, which opens no adapter to know."""
+        return () if self.lazy else tuple(name for name, adapter in self.adapters.items() if adapter.heads)
+
+    @cached_property
     def clashing_licenses(self) -> Mapping[str, str | None]:
         """{expert: license} where no one work of all experts keeps to their licenses; empty where one may, and if lazy."""
         if self.lazy:
