@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from os import PathLike
 from pathlib import Path
 
+from loraweave.common.process import holding
 from loraweave.errors import HubError, LoraweaveError
 
 
@@ -62,14 +63,9 @@ def as_path(value: object, what: str, error: type[LoraweaveError] = HubError) ->
 _syncing = ContextVar("_syncing", default=True)
 
 
-@contextmanager
-def unsynced() -> Iterator[None]:
+def unsynced() -> AbstractContextManager[None]:
     """Inside it this thread's `sync` does nothing: for what is synced later, or made again when it is missing."""
-    token = _syncing.set(False)
-    try:
-        yield
-    finally:
-        _syncing.reset(token)
+    return holding(_syncing, False)
 
 
 def sync(path: Path) -> None:
