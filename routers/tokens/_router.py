@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
@@ -15,7 +14,8 @@ import loraweave.registry as registry
 from loraweave.common.options import Declared, options_of
 from loraweave.errors import BaseModelMismatch, ScopeError, TrainingError, WeightingError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.intake.model_hub import upload
+from loraweave.hub.intake.model_hub import push
+from loraweave.hub.intake.sources import README
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.combined import begin, derive, known_as, needs_call
 from loraweave.routers.tokens._members import LayerTensors, Members, find_names
@@ -203,12 +203,14 @@ class TokenRouter(Declared, nn.Module):
         reads it back. Raises HubReadOnly if the token may not write there, SourceUnavailable if a retry may help,
         AdapterNotFound for an id of another form.
         """
-        with TemporaryDirectory() as place:
-            folder = self.save_pretrained(Path(place) / "router", pool=pool)
+
+        def write(folder: Path) -> None:
+            self.save_pretrained(folder, pool=pool)
             card = router_card(self.name, self.members, repository, with_pool=pool is not None)
-            (folder / "README.md").write_text(card, encoding="utf-8")
-            message = commit_message or f"router {self.name} for {len(self.experts)} experts"
-            return upload(folder, repository, token=token, private=private, message=message)
+            (folder / README).write_text(card, encoding="utf-8")
+
+        message = commit_message or f"router {self.name} for {len(self.experts)} experts"
+        return push(write, repository, token=token, private=private, message=message)
 
 
 def option_names(router: type[TokenRouter]) -> list[str]:
