@@ -16,6 +16,7 @@ from rich.console import Console
 
 import loraweave as lw
 from loraweave.demo import read_rows
+from loraweave.hub.intake.sources import adapter_folders
 
 ROOT = Path(__file__).resolve().parents[1]
 RESAMPLES = 2000
@@ -89,7 +90,7 @@ class Run:
 
     def adapters(self) -> list[Path]:
         """The adapters' folders in --pool."""
-        return sorted(path.parent for path in self.pool.glob("*/adapter_config.json"))
+        return adapter_folders(self.pool)
 
     @contextmanager
     def hub(self, without: Collection[str] = (), *others: Path) -> Iterator[lw.Hub]:

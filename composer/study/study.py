@@ -22,7 +22,10 @@ from loraweave.composer.study.study_file import Study
 from loraweave.errors import AdapterNotFound, InvalidTask
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import load_base
+from loraweave.hub.formats._config import CONFIG
 from loraweave.hub.hub import Hub
+from loraweave.hub.intake.sources import adapter_folders
+from loraweave.hub.stores.open_stores import hub_exists
 from loraweave.types import Task, shared_instruction
 
 
@@ -150,7 +153,7 @@ def _opened(read: Study, given: Hub | Iterable[Adapter] | None, progress: bool) 
         yield given
         return
     if given is None and read.hub is not None:
-        if "://" not in read.hub and not (Path(read.hub) / "catalogue.sqlite").is_file():
+        if not hub_exists(read.hub):
             raise AdapterNotFound(f"no hub in {read.hub!r}, which the study names; `loraweave hub add` makes one")
         with Hub(read.hub) as opened:
             yield opened
@@ -166,11 +169,7 @@ def _folders(read: Study) -> list[Path]:
     """The folders of adapters in the pool's folders, or these themselves. AdapterNotFound for one without any."""
     found: list[Path] = []
     for folder in read.pool:
-        inside = (
-            [folder]
-            if (folder / "adapter_config.json").is_file()
-            else sorted(path.parent for path in folder.glob("*/adapter_config.json"))
-        )
+        inside = [folder] if (folder / CONFIG).is_file() else adapter_folders(folder)
         if not inside:
             raise AdapterNotFound(f"no adapter folder in {folder}, which the study names as its pool")
         found += inside

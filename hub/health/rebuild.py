@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from loraweave.common.files import sync
 from loraweave.errors import AdapterCorrupt, HubError, HubLocked
 from loraweave.hub.stores.blobs import read_blob
+from loraweave.hub.stores.catalogue import FILE
 from loraweave.hub.stores.errors import is_damage, storage_errors
 from loraweave.hub.stores.folder_blobs import FolderBlobs, file_digest
 from loraweave.hub.stores.migrations import migrate
@@ -43,7 +44,7 @@ def rebuild(folder: str | Path, *, timeout_s: float = 30.0) -> list[str]:
     the hub open. A rebuild that was interrupted is finished by the next.
     """
     folder = Path(folder)
-    path, new = folder / "catalogue.sqlite", folder / "catalogue.sqlite.rebuilt"
+    path, new = folder / FILE, folder / f"{FILE}.rebuilt"
     with storage_errors(folder, "rebuilding the catalogue"):
         try:
             with FileLock(folder / "write.lock", timeout=timeout_s):

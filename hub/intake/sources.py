@@ -27,6 +27,11 @@ ADAPTER_FILES = (
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 
 
+def adapter_folders(folder: Path) -> list[Path]:
+    """The folders of PEFT adapters directly in `folder`, in the order of their names."""
+    return sorted(path.parent for path in folder.glob("*/adapter_config.json"))
+
+
 @dataclass(frozen=True)
 class OpenedSource:
     """A folder to read, and where it came from: of a repository its id, the commit, and the revision asked for."""

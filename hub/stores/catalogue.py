@@ -23,6 +23,8 @@ from loraweave.hub.stores.errors import storage_errors
 from loraweave.hub.stores.migrations import migrate, needs_migration
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
 
+FILE = "catalogue.sqlite"
+
 # the log may grow to this before a write moves it into the database
 CHECKPOINT_BYTES = 4 * 2**20
 
@@ -39,7 +41,7 @@ class Catalogue(CatalogueStore):
     def __init__(self, folder: Path, timeout_s: float, blobs: BlobStore) -> None:
         self.folder = folder
         self.blobs = blobs
-        self.path = folder / "catalogue.sqlite"
+        self.path = folder / FILE
         self.lock_path = folder / "write.lock"
         self.timeout_s = timeout_s
         self.closed = False

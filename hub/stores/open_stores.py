@@ -15,13 +15,18 @@ from pathlib import Path
 
 from loraweave.common.files import as_path, cache_folder, whole_file, write_new
 from loraweave.errors import HubCorrupt, HubError
-from loraweave.hub.stores.catalogue import Catalogue, state_row
+from loraweave.hub.stores.catalogue import FILE, Catalogue, state_row
 from loraweave.hub.stores.errors import storage_errors, without_credentials
 from loraweave.hub.stores.folder_blobs import FolderBlobs
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _FOLDERS = (None, "file", "local")
+
+
+def hub_exists(place: str) -> bool:
+    """Whether there is a hub in a folder. Of one at a URL only its server can say so."""
+    return "://" in place or (Path(place) / FILE).is_file()
 
 
 def open_stores(path: str | Path, blobs: str | Path | None, timeout_s: float) -> tuple[Path, CatalogueStore, BlobStore]:

@@ -17,6 +17,7 @@ from loraweave.cli._printing import note
 from loraweave.common.chat import Prompt
 from loraweave.common.rows import Row, located, located_lines, read_row
 from loraweave.errors import AdapterExists, AdapterNotFound, HubError, InvalidTask, WeightingError
+from loraweave.hub.stores.open_stores import hub_exists
 from loraweave.types import Task, shared_instruction
 
 if TYPE_CHECKING:
@@ -146,11 +147,6 @@ def read_labels(text: str | None) -> list[str] | None:
     return labels
 
 
-def hub_exists(place: str) -> bool:
-    """Whether there is a hub in a folder. Of one at a URL only its server can say so."""
-    return "://" in place or (Path(place) / "catalogue.sqlite").is_file()
-
-
 def open_hub(place: str) -> lw.Hub:
     """Opens the hub in a folder or at a URL. Never creates one: raises HubError if there is none."""
     import loraweave as lw
@@ -227,8 +223,9 @@ def merge_recipe(path: Path, hub: str, seed: int, rules: Mapping[str, Any]) -> t
 def read_pool(folder: Path) -> lw.ExpertPool:
     """The adapter folders directly in `folder`, in order of their names. Raises WeightingError if there is none."""
     import loraweave as lw
+    from loraweave.hub.intake.sources import adapter_folders
 
-    found = sorted(path.parent for path in folder.glob(f"*/{ADAPTER_FILE}"))
+    found = adapter_folders(folder)
     if not found:
         raise WeightingError(f"{folder} has no adapter folders (with {ADAPTER_FILE}) in it; `loraweave train` makes some")
     return lw.ExpertPool([lw.Adapter.from_pretrained(path) for path in found])
