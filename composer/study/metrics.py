@@ -51,10 +51,9 @@ def metric_of(name: str, normalise: Sequence[str] | None, functions: Mapping[str
             return Metric(name, partial(_each, _token_f1, squad), _mean)
         case "rouge" | "rouge1" | "rouge2" | "rougeL":
             return Metric(name, partial(_each, _rouge("rougeL" if name == "rouge" else name), clean), _mean)
-        case "bleu":
-            return Metric(name, partial(_sacrebleu, _bleu(), clean), _bleu_value)
-        case "chrf":
-            return Metric(name, partial(_sacrebleu, _chrf(), clean), _chrf_value)
+        case "bleu" | "chrf":
+            scorer = _corpus_scorer(name)
+            return Metric(name, partial(_sacrebleu, scorer, clean), partial(_corpus_scores, scorer))
         case "perplexity":
             return Metric(name, _log_likelihoods, _perplexity, higher_is_better=False, percent=False)
     raise InvalidTask(f"no metric {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}, and functions of your own")
@@ -117,21 +116,13 @@ def _rouge(kind: str) -> Function:
     return lambda answer, targets: max(scorer.score(target, answer)[kind].fmeasure for target in targets)
 
 
-def _bleu() -> Any:
+def _corpus_scorer(name: str) -> Any:
+    """sacrebleu's BLEU or CHRF with its defaults; `force` only leaves a remark on tokenised texts out."""
     try:
-        from sacrebleu.metrics import BLEU
+        from sacrebleu.metrics import BLEU, CHRF
     except ImportError as error:
-        raise _missing("bleu", error) from error
-    # its defaults; `force` only leaves a remark on tokenised texts out
-    return BLEU(force=True)
-
-
-def _chrf() -> Any:
-    try:
-        from sacrebleu.metrics import CHRF
-    except ImportError as error:
-        raise _missing("chrf", error) from error
-    return CHRF()
+        raise _missing(name, error) from error
+    return BLEU(force=True) if name == "bleu" else CHRF()
 
 
 def _sacrebleu(
@@ -150,15 +141,7 @@ def _sacrebleu(
     return np.array(counts_NK, dtype=np.float64)
 
 
-def _bleu_value(sums_K: np.ndarray) -> np.ndarray:
-    return _scored(_bleu(), sums_K)
-
-
-def _chrf_value(sums_K: np.ndarray) -> np.ndarray:
-    return _scored(_chrf(), sums_K)
-
-
-def _scored(scorer: Any, sums_K: np.ndarray) -> np.ndarray:
+def _corpus_scores(scorer: Any, sums_K: np.ndarray) -> np.ndarray:
     rows = sums_K[..., :-1].reshape(-1, sums_K.shape[-1] - 1)
     scores = [scorer._compute_score_from_stats([int(number) for number in row]).score for row in rows]
     return np.array(scores).reshape(sums_K.shape[:-1]) / 100

@@ -75,7 +75,7 @@ def draw(results: StudyResults, folder: Path) -> str:
 
     One number of examples is drawn as a point and a line for each method, several as a curve over them.
     """
-    metric = results.metrics[0]
+    metric = results.study.used_metrics[0]
     own = [figure for figure in results.figures if figure.metric == metric.name]
     tasks = list(dict.fromkeys([*(each.task for each in own if each.task == ALL), *(each.task for each in own)]))
     if len(tasks) == 2:

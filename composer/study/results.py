@@ -60,30 +60,27 @@ class StudyResults:
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
 
-    @property
-    def metrics(self) -> list[Metric]:
-        """In the order of the study."""
-        return list({metric.name: metric for task in self.study.tasks for metric in task.metrics}.values())
-
     def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
         """(title, columns, rows) for each metric and number of examples that has figures."""
         having = {(figure.metric, figure.shots) for figure in self.figures}
         return [
             (f"{metric.name}{' (%)' if metric.percent else ''}, {shots} examples", *self.cells(metric.name, shots))
             for shots in self.study.shots
-            for metric in self.metrics
+            for metric in self.study.used_metrics
             if (metric.name, shots) in having
         ]
 
     def table(self, metric: str | None = None, shots: int | None = None) -> ShownTable:
         """Methods by tasks under one metric, by default the first, for one number of examples, by default the first."""
-        columns, rows = self.cells(metric or self.metrics[0].name, self.study.shots[0] if shots is None else shots)
+        columns, rows = self.cells(
+            metric or self.study.used_metrics[0].name, self.study.shots[0] if shots is None else shots
+        )
         return ShownTable.of(columns, rows)
 
     def cells(self, metric: str, shots: int) -> tuple[list[str], list[list[str]]]:
         """(columns, rows of texts) of that table."""
         found = {(each.task, each.method): each for each in self.figures if (each.metric, each.shots) == (metric, shots)}
-        shown = next(each for each in self.metrics if each.name == metric)
+        shown = next(each for each in self.study.used_metrics if each.name == metric)
         tasks = [name for name in [ALL, *(task.name for task in self.study.tasks)] if any(task == name for task, _ in found)]
         if len(tasks) == 2:
             # the mean over one task is that task
@@ -124,7 +121,7 @@ def results_of(study: Study, cells: Sequence[Cell], store: Store, failures: Mapp
     figures = []
     for shots in study.shots:
         own = {cell: found for cell, found in answers.items() if cell.shots == shots}
-        for metric in {metric.name: metric for task in study.tasks for metric in task.metrics}.values():
+        for metric in study.used_metrics:
             figures += _figures(study, shots, metric, own)
     return StudyResults(study, tuple(figures), answers, failed, folder)
 

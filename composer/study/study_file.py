@@ -73,6 +73,11 @@ class Study:
     allow_licenses: bool = False
     out: Path = field(default=Path("study"))
 
+    @property
+    def used_metrics(self) -> list[Metric]:
+        """Those of all tasks, each once, in the order in which tasks name them."""
+        return list({metric.name: metric for task in self.tasks for metric in task.metrics}.values())
+
     @classmethod
     def read(cls, given: str | Path | Mapping[str, Any], metrics: Mapping[str, Callable[..., float]]) -> Study:
         """Of a YAML file, or of the same as a mapping; paths are relative to the file. `metrics` are functions by name.
