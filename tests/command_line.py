@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -36,6 +37,16 @@ def process(*words, cwd, **options):
     # rich and numpy would otherwise be asked for as many threads as there are cores
     env = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, **options)
+
+
+def told_address(process):
+    """The address that a starting server prints to its stderr."""
+    said = ""
+    while (found := re.search(r"running on (http://127\.0\.0\.1:\d+)", said)) is None:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    return found[1]
 
 
 def write_rows(path, rows):

@@ -13,10 +13,14 @@ from contextlib import contextmanager
 from loraweave.serving.run import make_server
 
 
-@contextmanager
-def running(hub, model, tokenizer, *, limits, **options):
+def running(hub, model, tokenizer, *, limits=None, **options):
     """The port of a server that ends with the block."""
-    server = make_server(hub, model, tokenizer, port=0, limits=limits, log_level="critical", **options)
+    return answering(make_server(hub, model, tokenizer, port=0, limits=limits, log_level="critical", **options))
+
+
+@contextmanager
+def answering(server):
+    """The port of a uvicorn server, which runs in a thread until the block ends."""
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from command_line import adapter, call
+from command_line import adapter, call, told_address
 
 import loraweave as lw
 from loraweave.cli import app
@@ -33,14 +32,10 @@ def test_a_server_answers_for_a_formula_until_it_is_interrupted(hub, base, here)
         [str(word) for word in words], cwd=here, stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_COLOR": "1"}
     )
     try:
-        said = ""
-        while (found := re.search(r"running on (http://127\.0\.0\.1:\d+)", said)) is None:
-            line = process.stderr.readline()
-            assert line, said
-            said += line
+        address = told_address(process)
         body = {"model": "0.5*left + right", "prompt": "ab", "max_tokens": 3}
         request = urllib.request.Request(
-            f"{found[1]}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=120) as answer:
             told = json.load(answer)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import urllib.request
 
-from command_line import adapter, call
+from command_line import adapter, call, told_address
 
 import loraweave as lw
 
@@ -22,14 +21,10 @@ def test_the_page_is_there_at_the_address_that_is_printed_until_it_is_interrupte
     environment = {**os.environ, "NO_COLOR": "1"}
     process = subprocess.Popen(words, cwd=here, stderr=subprocess.PIPE, text=True, env=environment)
     try:
-        said = ""
-        while (found := re.search(r"running on (http://127\.0\.0\.1:\d+)", said)) is None:
-            line = process.stderr.readline()
-            assert line, said
-            said += line
-        with urllib.request.urlopen(f"{found[1]}/", timeout=120) as answer:
+        address = told_address(process)
+        with urllib.request.urlopen(f"{address}/", timeout=120) as answer:
             assert b"<title>loraweave</title>" in answer.read()
-        with urllib.request.urlopen(f"{found[1]}/api/adapters", timeout=120) as answer:
+        with urllib.request.urlopen(f"{address}/api/adapters", timeout=120) as answer:
             assert [row["name"] for row in json.load(answer)["rows"]] == ["left"]
     finally:
         process.send_signal(signal.SIGINT)

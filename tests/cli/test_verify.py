@@ -1,15 +1,13 @@
 """`loraweave verify` beside a running server."""
 
 import json
-import threading
-import time
 
 import pytest
 from command_line import adapter, call
+from server_clients import running
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loraweave as lw
-from loraweave.serving.run import make_server
 
 
 @pytest.fixture
@@ -20,15 +18,8 @@ def url(here, base):
             for seed, name in zip(seeds, ("left", "right"), strict=True):
                 opened.add(adapter(name, seed, base_model=str(base)), examples=["abc", "the judge"])
         model = AutoModelForCausalLM.from_pretrained(base)
-        server = make_server(served, model, AutoTokenizer.from_pretrained(base), port=0, log_level="critical")
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        server.should_exit = True
-        thread.join(60)
+        with running(served, model, AutoTokenizer.from_pretrained(base)) as port:
+            yield f"http://127.0.0.1:{port}"
 
 
 def test_a_fault_is_status_1_and_json_for_scripts(url, base):

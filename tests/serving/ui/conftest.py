@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import threading
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from server_clients import answering
 from store_servers import absent
 
 import loraweave as lw
@@ -21,18 +20,8 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 @contextmanager
 def running_page(hub, load):
     """The address of the page, whose server ends with the block."""
-    server = make_ui_server(hub, load, port=0, log_level="critical")
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(60)
-        assert not thread.is_alive()
+    with answering(make_ui_server(hub, load, port=0, log_level="critical")) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
