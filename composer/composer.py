@@ -299,7 +299,7 @@ class Composer:
         return stream(generate, self.tokenizer)
 
     def _resolve_texts(self, texts: Sequence[Asked], mixture: Any) -> tuple[list[Prompt], MixtureWeights | Router | None]:
-        """These texts and the mixture for them, both looked over."""
+        """The texts as prompts and the mixture resolved, both checked."""
         self._require_open()
         self._require_tokenizer("generate() and stream()", "need")
         if not is_collection(texts):

@@ -48,8 +48,8 @@ def evaluate_harness(
     the input it is 1, since lm_eval pads rows without a mask. `seed` is that of lm_eval's draws, which leave the caller's
     alone; `settings` are other arguments of simple_evaluate. `["results"][task]` of the result has the figures.
 
-    Raises PackageMissing without lm_eval, UnknownName for an unknown task, WeightingError for what is missing or no value of
-    these kinds, ScopeError for another batch size than 1 where it must be, and for what answers as no one model.
+    Raises PackageMissing without lm_eval, UnknownName for an unknown task, WeightingError for a missing argument or a value
+    of another kind, ScopeError for a batch size other than 1 where it must be 1, and for what cannot answer as one model.
     """
     if not is_list(tasks, str) or not tasks:
         raise WeightingError(f"tasks is {tasks!r:.80}: give a list of names, such as ['arc_easy']")

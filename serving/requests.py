@@ -197,6 +197,6 @@ def read_request(kind: type[Kind], given: bytes | Mapping[str, str]) -> Kind:
         if param is not None:
             message = f"{param}: {message}"
         elif fault["type"] == "value_error":
-            # what is not there yet is named first
+            # the message begins with the field that is not supported yet
             param = message.partition("=")[0]
         raise Refusal(400, message, param=param, code=fault["type"]) from None

@@ -147,7 +147,7 @@ def experts_as_files(
 def write_experts(given: str | Path, files: Mapping[str, bytes], *, beside: bool = False) -> Path:
     """Writes the folder whole or not at all; with `beside`, into a folder whose other files stay, experts.json last.
 
-    Raises WeightingError for what is no path, and for a folder that holds something else or cannot be written.
+    Raises WeightingError if `given` is not a path, holds something else or cannot be written.
     """
     folder = as_path(given, "the folder to save an expert model in", WeightingError)
     is_other = folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir()))

@@ -162,7 +162,7 @@ def as_argument(found: Sum) -> Argument:
 
 
 def as_sum(found: Argument) -> Sum:
-    """An argument as a whole formula: a sum, of one term where it is none."""
+    """An argument as a whole formula: a sum, of one term if it is not a sum."""
     return found if isinstance(found, Sum) else Sum(((1.0, found),))
 
 

@@ -18,7 +18,7 @@ from loraweave.routers.tokens._saved import router as read_router
 
 Given = Hub | ExpertPool | Iterable[Adapter] | Mapping[str, Adapter]
 
-# {hash of a stored composition: hash of its adapter}, since a server asks at every request; begun anew when it is full
+# {hash of a stored composition: hash of its adapter}, since a server asks at every request; emptied when it is full
 _CONTENTS: dict[str, str] = {}
 _MAX_CONTENTS = 4096
 

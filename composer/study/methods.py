@@ -79,7 +79,7 @@ class Method:
     def read(cls, given: Any) -> Method:
         """Of a name, a formula's text, or a mapping of `KEYS` and the method's options.
 
-        Raises InvalidTask for another form, UnknownName or FormulaError for what is neither name nor formula.
+        Raises InvalidTask for another form, UnknownName or FormulaError if it is neither a name nor a formula.
         """
         said = {"method": given} if isinstance(given, str) else given
         if not isinstance(said, Mapping) or ("method" in said) == ("formula" in said):
@@ -145,7 +145,7 @@ class Method:
         return oracle is not None or "oracle" not in (self.method, *(member.method for member in self.members))
 
     def adapters(self, hub: Hub, oracle: str | None) -> dict[str, str]:
-        """{name: hash} of all that it may look at. Raises AdapterNotFound for what is not there."""
+        """{name: hash} of all that it may look at. Raises AdapterNotFound for a name that the hub lacks."""
         if self.reads_hub:
             return {record.name: record.hash for record in hub}
         if self.formula is not None:

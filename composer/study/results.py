@@ -95,7 +95,7 @@ class StudyResults:
 
 
 def interval(figure: Figure | None, metric: Metric) -> str:
-    """value [low, high], or "-" where there is none."""
+    """value [low, high], or "-" without a figure."""
     if figure is None:
         return "-"
     scale, digits = (100, 1) if metric.percent else (1, 3)
@@ -144,7 +144,7 @@ def _figures(study: Study, shots: int, metric: Metric, answers: Mapping[Cell, An
             size = len(next(task for task in tasks if task.name == name).test)
             both = [draws[name, method.name], draws.get((name, study.reference))]
             found.append(_figure(study, shots, metric, name, method.name, both, len(seeds[name, method.name]), size, spent))
-        # a mean over fewer tasks than the others' is none to compare
+        # means over different tasks cannot be compared
         if having and len(having) == len(tasks):
             spent = [each for cell, each in answers.items() if cell.method == method]
             own = np.mean([draws[name, method.name] for name in having], axis=0)

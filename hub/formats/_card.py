@@ -130,7 +130,7 @@ def front_matter(base_model: str, library: str, tags: Sequence[str], license: st
 
 
 def shared_card(title: str, base_model: str, license: str | None, kind: str, code: str, sections: Mapping[str, str]) -> str:
-    """README.md of what is no adapter of its own: front matter, Python code that uses it, and texts by their titles."""
+    """README.md of a composition, experts or the like: front matter, Python code that uses it, and texts by their titles."""
     front = yaml.safe_dump(front_matter(base_model, "loraweave", [*OWN_TAGS, kind], license), sort_keys=False)
     # a folder of the writer's machine tells readers nothing
     known = base_model if MODEL_ID.fullmatch(base_model) else "not recorded"

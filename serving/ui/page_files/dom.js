@@ -91,7 +91,7 @@ export function failure(error) {
   return h("p", { class: "error", role: "alert" }, error.message || String(error));
 }
 
-// runs the work; an error is shown in its place, and leaving the view is none
+// runs the work; shows an error in its place, and ignores that the view was left
 export async function within(place, work) {
   try {
     return await work();
