@@ -22,7 +22,7 @@ class LayerReport:
     `rank_in` is the rank of what the method's formula gives, `rank_out` that of the adapter, `relative_error` the Frobenius
     norm of the difference between both updates over that of the first. `norms` has |w_e D_e| for each parent, `cosines`
     those of their updates for the pairs (0, 1), (0, 2), ..., (1, 2), ..., `sign_conflict` the share of entries in which
-    two parents have opposite signs.
+    two parents have opposite signs; without `norms`, the merge did not compare its parents.
     """
 
     rank_in: int
@@ -81,10 +81,13 @@ class MergeReport(Mapping[str, LayerReport]):
         return {layer: {name: _round(getattr(row, name)) for name in _FIGURES} for layer, row in self.items()}
 
     def cosines(self) -> list[list[float]]:
-        """Cosine of the parents' whole updates, pair by pair: all layers taken as one long vector."""
+        """Cosine of the parents' whole updates, pair by pair: all layers taken as one long vector.
+
+        Raises CompositionError if the merge did not compare its parents.
+        """
         num = len(self.names)
         total, squares = [[0.0] * num for _ in range(num)], [0.0] * num
-        for row in self.values():
+        for row in self._compared():
             pairs = iter(row.cosines)
             for first in range(num):
                 squares[first] += row.norms[first] ** 2
@@ -127,7 +130,7 @@ class MergeReport(Mapping[str, LayerReport]):
                 f"{fmean(row.relative_error for row in group):.2%}",
                 f"{max(row.relative_error for row in group):.2%}",
                 _mean([cosine for row in group for cosine in row.cosines]),
-                f"{fmean(row.sign_conflict for row in group):.0%}",
+                f"{fmean(row.sign_conflict for row in group):.0%}" if all(row.norms for row in group) else "-",
             )
             for name, group in sorted(groups.items())
         ]
@@ -136,10 +139,11 @@ class MergeReport(Mapping[str, LayerReport]):
         """A heat map of layers by adapters: the share of each adapter's |w D| among all in the layer; returns the path.
 
         The suffix names the format (.png, .svg, .pdf). Raises PackageMissing without matplotlib, CompositionError for an
-        adapter that was not merged.
+        adapter that was not merged, or whose merge did not compare its parents.
         """
         if not self:
             raise CompositionError("this adapter was not merged, so there is nothing to plot")
+        self._compared()
         layers = sorted(self, key=by_number)
         shares = [[norm / (sum(self[layer].norms) or 1.0) for norm in self[layer].norms] for layer in layers]
         # about an eighth of an inch for a layer keeps its name legible
@@ -154,6 +158,12 @@ class MergeReport(Mapping[str, LayerReport]):
         figure.colorbar(image, ax=axes, label="|w D| / sum of |w D|")
         figure.savefig(path)
         return Path(path)
+
+    def _compared(self) -> list[LayerReport]:
+        """The layers' figures. Raises CompositionError if the parents' norms and cosines are not among them."""
+        if not all(row.norms for row in self.values()):
+            raise CompositionError(f"this report does not compare {' and '.join(self.names)}: merge with interference=True")
+        return list(self.values())
 
 
 def by_number(layer: str) -> list[tuple[int, str]]:

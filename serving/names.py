@@ -187,7 +187,7 @@ def _member(formula: Formula, pool: ExpertPool) -> Member:
     """What a formula says, as one member."""
     if _has_merge(formula):
         # it stays here: a license may forbid to give a merge away, and not to use it
-        return _whole(formula.merge(pool, progress=False, allow_licenses=True))
+        return _whole(formula.merge(pool, progress=False, allow_licenses=True, interference=False))
     mixture = formula.mixture(pool)
     if not isinstance(mixture, dict):
         return _routed(mixture, pool)

@@ -25,6 +25,7 @@ from loraweave.composer.model.kinds.linear import shape as linear_shape
 from loraweave.composer.model.layers import tied_parameters
 from loraweave.errors import CompositionError, InvalidTask, LayerMismatch
 from loraweave.hub.adapter import Adapter
+from loraweave.lowrank.algebra import all_finite
 
 KINDS = ("gram", "fisher")
 # positions whose distribution over the vocabulary is summed up in float64 at once
@@ -307,7 +308,7 @@ def _mean(name: str, total: Tensor | None, count: int) -> Tensor | None:
     if total is None:
         return None
     mean = (total / max(count, 1)).cpu()
-    if not bool(torch.isfinite(mean).all()):
+    if not all_finite(mean):
         raise CompositionError(f"layer {name!r} has activations or gradients that are NaN or infinite on these texts")
     return mean
 

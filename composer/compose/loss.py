@@ -30,6 +30,7 @@ from loraweave.composer.model.batches import untouched
 from loraweave.composer.model.scoring import generate
 from loraweave.errors import InvalidTask, WeightingError
 from loraweave.hub.base import fingerprint
+from loraweave.lowrank.algebra import all_finite
 from loraweave.registry import get
 from loraweave.routers.searches._solver import Objective
 from loraweave.routers.searches.lorahub import Lorahub
@@ -311,7 +312,7 @@ def _contain_failures(pairs: Pairs, evaluate: Callable[[Pairs], list[Found]]) ->
         if not math.isfinite(loss):
             objective.failures.add(f"its loss is {loss}")
             found[number] = math.nan, None
-        elif gradient is not None and not bool(torch.isfinite(gradient).all()):
+        elif gradient is not None and not all_finite(gradient):
             objective.failures.add("its gradient is not finite")
             found[number] = math.nan, None
     return found

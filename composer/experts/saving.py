@@ -37,6 +37,7 @@ from loraweave.hub.formats._files import listing, present, read_json
 from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.formats._safetensors import hashed_tensors
 from loraweave.hub.stores.errors import storage_errors
+from loraweave.lowrank.algebra import all_finite
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe
 from loraweave.routers.tokens._saved import MAX_JSON_BYTES
 from loraweave.routers.tokens._written import PACKAGES, finite, with_json_form
@@ -112,7 +113,7 @@ class SavedExperts:
                     f"{file} has {name!r} with shape {tuple(value.shape)}, but {FILE} asks for {asked[name]}: copy or "
                     "download the folder again"
                 )
-            if value.is_floating_point() and not bool(value.isfinite().all()):
+            if value.is_floating_point() and not all_finite(value):
                 raise AdapterCorrupt(
                     f"{file} has numbers in {name!r} that are not finite: copy or download the folder again"
                 )

@@ -225,12 +225,13 @@ class Formula:
         heads: str = "error",
         progress: bool = True,
         allow_licenses: bool = False,
+        interference: bool = True,
     ) -> Adapter:
         """The one adapter that it says, as `lw.merge` makes it of weighted sums and of methods, also inside each other.
 
-        `rank` cuts the result; `heads` ("error" or "average"), `progress` and `allow_licenses` are those of `lw.merge`, for
-        every merge in it. The name is the canonical form by default. Raises ScopeError, which names the way out, for
-        routers, `auto` and the base model, and what `lw.merge` raises.
+        `rank` cuts the result; `heads` ("error" or "average"), `progress`, `allow_licenses` and `interference` are those of
+        `lw.merge`, for every merge in it. The name is the canonical form by default. Raises ScopeError, which names the way
+        out, for routers, `auto` and the base model, and what `lw.merge` raises.
         """
         if heads == "first":
             raise WeightingError("a formula has no first adapter, since a + b is b + a; use heads='average', or lw.merge")
@@ -238,7 +239,7 @@ class Formula:
         known = self.expand(hub_or_pool)
         known._require_adapters("be one adapter")
         assert isinstance(known.root, Sum)
-        merging = _Merging(partial(self._adapter, source), heads, progress, allow_licenses)
+        merging = _Merging(partial(self._adapter, source), heads, progress, allow_licenses, interference)
         return merging.of(known.root, rank, name or _short(known.canonical))
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -296,6 +297,7 @@ class _Merging:
     heads: str
     progress: bool
     allow_licenses: bool
+    interference: bool
 
     def of(self, node: Argument, rank: int | None, name: str) -> Adapter:
         match node:
@@ -330,6 +332,7 @@ class _Merging:
             heads=self.heads,
             progress=self.progress,
             allow_licenses=self.allow_licenses,
+            interference=self.interference,
             **options,
         )
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from loraweave.common.options import fits
 from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate, without_figures
 from loraweave.errors import CompositionError, WeightingError
+from loraweave.lowrank.algebra import all_finite
 from loraweave.types import Factors
 
 # the largest entry of a weighted update: 256 of them still sum to what fp32 holds, 2^128
@@ -70,7 +70,7 @@ def holds(update: Factors | DenseUpdate | TruncatedUpdate) -> bool:
     """Whether a result is finite: its tensors, and the product of its factors in fp32."""
     held = without_figures(update)
     if isinstance(held, DenseUpdate):
-        return _all_finite(held.delta_OI) and (held.bias_O is None or _all_finite(held.bias_O))
+        return all_finite(held.delta_OI) and (held.bias_O is None or all_finite(held.bias_O))
     limit = torch.finfo(torch.float32).max
     bound = _norm_product(held)
     return _unsound_part(held, bound) is None and _largest(held, bound, limit) <= limit
@@ -89,17 +89,12 @@ def _number(name: str, weight: Any) -> float:
 def _unsound_part(factors: Factors, bound: float) -> str | None:
     """The first part with a value that is NaN or infinite; None where all are finite, as they are if `bound` is."""
     sound = ("a_RI", "b_OR") if math.isfinite(bound) else ()
-    return next((part for part, each in factors.tensors().items() if part not in sound and not _all_finite(each)), None)
+    return next((part for part, each in factors.tensors().items() if part not in sound and not all_finite(each)), None)
 
 
 def _norm_product(factors: Factors) -> float:
     """|B| * |A|, which no entry of the update exceeds in magnitude."""
     return float(torch.linalg.vector_norm(factors.b_OR.detach())) * float(torch.linalg.vector_norm(factors.a_RI.detach()))
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    # a NaN or infinity anywhere is in the sum too, and a sum is read at the speed of memory
-    return math.isfinite(float(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _largest(factors: Factors, bound: float, enough: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from loraweave.common.checks import is_collection, is_list, is_whole
 from loraweave.common.display import tracked
 from loraweave.common.threads import side_by_side
 from loraweave.composer.merge.input import finite_weights, require_seed, require_sound
-from loraweave.composer.merge.interference import interference
+from loraweave.composer.merge.interference import interference as compare
 from loraweave.composer.merge.method_call import Method, MethodCall, Update, layer_seeds
 from loraweave.composer.merge.statistics import Statistics
 from loraweave.composer.merge.updates import TruncatedUpdate
@@ -56,6 +56,7 @@ def merge(
     statistics: Sequence[Statistics] | None = None,
     progress: bool = True,
     allow_licenses: bool = False,
+    interference: bool = True,
     **options: Any,
 ) -> Adapter:
     """The adapters combined by `method`, a name of `names("methods")` or a function of the signature of one, with one finite
@@ -69,7 +70,8 @@ def merge(
     The other `options` are the method's own.
 
     The result's `report` has each layer's rank before and after the cut, the relative error of the cut, and how far the
-    adapters pulled the same way; its card's "recipe" names parents, weights and method, and its "license" binds to those of
+    adapters pulled the same way (unless `interference` is False, which saves about a fifth of the time of a linear merge);
+    its card's "recipe" names parents, weights and method, and its "license" binds to those of
     all parents. Parents that are under licenses known to exclude each other, or derived works, need `allow_licenses`.
 
     Raises WeightingError for weights, rank, seed or options that do not fit, UnknownName for an unknown method,
@@ -92,7 +94,7 @@ def merge(
     license = license_of_work(cards, allowed=allow_licenses or copied)
     kept_heads = merge_heads([(parent.adapter, parent.weight) for parent in given], heads)
     used = sorted(given, key=lambda parent: (parent.adapter.hash, parent.weight))
-    layers, report = _merge_layers(call, used, rank, seed, progress)
+    layers, report = _merge_layers(call, used, rank, seed, progress, interference)
     names, numbers = tuple(parent.adapter.name for parent in used), tuple(parent.weight for parent in used)
     if not layers:
         raise WeightingError(f"method {method!r} leaves no layer of {', '.join(map(repr, names))} changed")
@@ -169,7 +171,7 @@ def layer_calls(
 
 
 def _merge_layers(
-    call: MethodCall, used: Sequence[_Parent], rank: int | None, seed: int, progress: bool
+    call: MethodCall, used: Sequence[_Parent], rank: int | None, seed: int, progress: bool, interference: bool
 ) -> tuple[dict[str, Factors], dict[str, LayerReport]]:
     """The layers of the result, and what is reported of each."""
     names_used = [parent.adapter.name for parent in used]
@@ -200,9 +202,11 @@ def _merge_layers(
         factors = found.factors
         if not factors.rank and factors.bound and factors.gain_O is None and factors.bias_O is None:
             return None
-        seen = interference([experts[label].get(layer) for label in labels], weights, inner_EE=found.inner_EE)
-        figures = (found.rank_in, factors.rank, found.relative_error, seen.norms, seen.cosines, seen.sign_conflict)
-        return layer, factors, LayerReport(*figures)
+        row = LayerReport(found.rank_in, factors.rank, found.relative_error)
+        if interference:
+            seen = compare([experts[label].get(layer) for label in labels], weights, inner_EE=found.inner_EE)
+            row = replace(row, norms=seen.norms, cosines=seen.cosines, sign_conflict=seen.sign_conflict)
+        return layer, factors, row
 
     def worth(item: LayerCall) -> bool:
         updates = [f for found in experts.values() if (f := found.get(item[0])) is not None]

@@ -16,6 +16,7 @@ from loraweave.common.files import whole_file
 from loraweave.common.state import save_tensors
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, WeightingError
 from loraweave.hub.stores.errors import storage_errors
+from loraweave.lowrank.algebra import all_finite
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "loraweave_statistics"
@@ -109,7 +110,7 @@ def _layer(parts: Mapping[str, Tensor], entry: Mapping[str, Any]) -> LayerStatis
     for name, tensor in parts.items():
         if name not in _PARTS or tensor.dtype != torch.float32 or tensor.dim() != 2:
             raise ValueError(f"{where} has {name} as {tensor.dtype} of shape {tuple(tensor.shape)}")
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise ValueError(f"{where} has values in {name} that are NaN or infinite")
     if gram_II is not None and (gram_II.shape[0] != gram_II.shape[1] or bool((gram_II.diagonal() < 0).any())):
         raise ValueError(f"{where} has a gram_II of shape {tuple(gram_II.shape)} that is no mean of x^T x")

@@ -7,7 +7,6 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, LayerMismatch
@@ -68,7 +67,7 @@ def cut(update: Factors | Dense, bound: Bound, where: str, layer: BaseLayer | No
     if bound.max_error is not None and error > max(bound.max_error, 1e-6):
         raise AdapterUnsupported(_refusal(update, bound, error, where))
     for name, tensor in factors.tensors().items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not algebra.all_finite(tensor):
             raise AdapterUnsupported(f"{where}: {name} of the update has values that are NaN or infinite in fp32")
     return factors, {"rank": factors.rank, "relative_error": float(error)}
 

@@ -27,6 +27,7 @@ from loraweave.hub.formats._placing import BaseNames, Placement, divide
 from loraweave.hub.formats._safetensors import INTEGERS, dtype_name, file_metadata, read_tensors, tensor_names
 from loraweave.hub.formats.loha import Loha
 from loraweave.hub.formats.lokr import Lokr
+from loraweave.lowrank.algebra import all_finite
 from loraweave.types import Factors
 
 # as diffusers and NeMo name them
@@ -162,7 +163,7 @@ class FileFormat(Reader):
             module, part = place
             if part in held[module]:
                 raise AdapterCorrupt(f"{where}: several tensors are {part!r} of module {module!r}, one is {key!r}")
-            if not tensor.numel() or not bool(torch.isfinite(tensor).all()):
+            if not tensor.numel() or not all_finite(tensor):
                 raise AdapterCorrupt(f"{where}: {key!r} of shape {tuple(tensor.shape)} is empty, or has NaN or infinity")
             held[module][part] = tensor
             if dtype not in INTEGERS and part != "alpha":

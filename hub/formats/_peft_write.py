@@ -20,6 +20,7 @@ from loraweave.hub.formats._peft_config import PREFIX, Key, parse_key
 from loraweave.hub.formats._peft_heads import saved_modules
 from loraweave.hub.formats._replacing import replacing, require_replaceable
 from loraweave.hub.formats._safetensors import MAX_KEY_LENGTH
+from loraweave.lowrank.algebra import all_finite
 from loraweave.types import Factors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -104,7 +105,7 @@ def _check_layer(layer: str, factors: Factors) -> None:
     if not legible or "base_layer" in layer.split(".") or len(key) + 16 > MAX_KEY_LENGTH or not key.isprintable():
         raise AdapterUnsupported(f"{where} has a name that is ambiguous inside a PEFT file")
     for name, tensor in factors.tensors().items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise AdapterUnsupported(f"{where}: {name} has values that are NaN or infinite")
 
 
@@ -163,7 +164,7 @@ def _heads(heads: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
                 f"head {head!r} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}; only floating point tensors that "
                 "hold something can be written"
             )
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise AdapterUnsupported(f"head {head!r} has values that are NaN or infinite")
     return {f"{PREFIX}{head}": _to_stored(tensor, f"head {head!r}", dtype) for head, tensor in heads.items()}
 
@@ -171,7 +172,8 @@ def _heads(heads: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 def _to_stored(tensor: Tensor, what: str, dtype: torch.dtype) -> Tensor:
     # cloned, because safetensors refuses tensors that share storage
     stored = tensor.detach().to("cpu", dtype).contiguous().clone()
-    if not bool(torch.isfinite(stored).all()):
+    # the values themselves were checked
+    if dtype != tensor.dtype and not all_finite(stored):
         raise AdapterUnsupported(f"{what} has values that {dtype} cannot hold; write it as torch.float32")
     return stored
 

@@ -21,6 +21,7 @@ from loraweave.common.checks import are_texts
 from loraweave.common.process import free_host_bytes
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._files import open_file, parse_json, read_json
+from loraweave.lowrank.algebra import all_finite
 
 MAX_HEADER_BYTES = 100 * 10**6
 MAX_TENSORS = 200_000
@@ -102,7 +103,8 @@ def dtype_name(dtype: str) -> str:
 
 def require_finite(tensor: Tensor, where: str, what: str) -> None:
     """Raises AdapterCorrupt, with their number, for values that are NaN or infinite."""
-    if num := int((~torch.isfinite(tensor)).sum()):
+    if not all_finite(tensor):
+        num = int((~torch.isfinite(tensor)).sum())
         raise AdapterCorrupt(f"{where}: {num} of {tensor.numel()} values of {what} are NaN or infinite")
 
 

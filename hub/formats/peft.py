@@ -31,6 +31,7 @@ from loraweave.hub.formats._peft_config import (
 from loraweave.hub.formats._peft_heads import take_heads
 from loraweave.hub.formats._peft_write import write_folder
 from loraweave.hub.formats._safetensors import gather, require_finite
+from loraweave.lowrank.algebra import all_finite
 from loraweave.types import Factors
 
 Parts = dict[Part, Tensor]
@@ -172,7 +173,7 @@ def _scale(layer: str, factors: Factors, scale: float, config: PeftConfig) -> Fa
     b_OR = (factors.b_OR.double() * scale).float()
     bias_O = None if factors.bias_O is None else (factors.bias_O.double() * scale).float()
     for tensor in (b_OR, bias_O):
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+        if tensor is not None and not all_finite(tensor):
             raise AdapterCorrupt(f"{config.folder}: layer {layer!r}: the scale {scale:.6g} takes B beyond what fp32 holds")
     return replace(factors, b_OR=b_OR, bias_O=bias_O)
 

@@ -169,8 +169,8 @@ def _require_finite(where: str, tensor: Tensor) -> None:
             f"{where} has dtype {tensor.dtype}; only floating point factors have a meaning of their own"
         )
     # as stored: a float64 value can be beyond fp32
-    finite = torch.isfinite(tensor.float())
-    if not bool(finite.all()):
+    if not algebra.all_finite(values := tensor.float()):
+        finite = torch.isfinite(values)
         first = tuple(int(i) for i in (~finite).nonzero()[0])
         raise AdapterCorrupt(
             f"{where}: {int((~finite).sum())} of {tensor.numel()} values are not finite in fp32, the first "

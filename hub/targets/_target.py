@@ -14,6 +14,7 @@ from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._card import README, readme_text
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._replacing import replacing, require_replaceable
+from loraweave.lowrank.algebra import all_finite
 from loraweave.types import Factors
 
 # modules whose weights many base models share with each other
@@ -120,7 +121,7 @@ def place(contents: Contents, folder: Path, library: str, files: Mapping[str, Ca
     contents.require_effect(str(folder))
     for layer, factors in contents.layers.items():
         for part, tensor in factors.tensors().items():
-            if not bool(tensor.isfinite().all()):
+            if not all_finite(tensor):
                 raise AdapterUnsupported(f"layer {layer!r}: {part} has values that are NaN or infinite")
     own = {*files, README, *contents.files}
     target = require_replaceable(folder, lambda path: path.name in own and not path.is_dir())

@@ -7,6 +7,7 @@ matrices, or dense ones where those are smaller: never more memory than the fact
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -153,6 +154,12 @@ def require_in_range(factors: Factors, where: str) -> None:
             f"{where}: the product of its factors reaches {reach:.3g}, beyond what fp32 holds ({MAX_FP32:.3g}), so no "
             "composition with it would be a number; look at how it was trained, saved and scaled (lora_alpha)"
         )
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    # either would be in the sum too, and a sum takes a tenth of the time
+    return math.isfinite(float(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
 
 
 def is_zero(factors: Factors) -> bool:

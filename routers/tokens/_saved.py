@@ -20,6 +20,7 @@ from loraweave.hub.formats._files import listing, present, read_json
 from loraweave.hub.formats._safetensors import hashed_tensors
 from loraweave.hub.intake.sources import ADAPTER_FILES, find_folder
 from loraweave.hub.pool import ExpertPool
+from loraweave.lowrank.algebra import all_finite
 from loraweave.routers.tokens._members import LayerTensors, Members
 from loraweave.routers.tokens._router import TokenRouter, option_names
 from loraweave.routers.tokens._written import ADAPTERS, FILE, FORMAT, TENSORS
@@ -101,7 +102,7 @@ def _require_room(made_of: type[TokenRouter], saved: Saved, tensors: Mapping[str
 def _require_tensors(router: TokenRouter, file: Path) -> None:
     """Raises AdapterCorrupt for numbers that are not finite and for tensors of other layers than the router's."""
     for name, tensor in router.state_dict().items():
-        if not bool(tensor.isfinite().all()):
+        if not all_finite(tensor):
             raise AdapterCorrupt(f"{file} has numbers in {name!r} that are not finite: copy or download the folder again")
     layers = set(router.members.layers)
     for part in router.modules():

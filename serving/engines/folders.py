@@ -143,7 +143,7 @@ class Folders:
                     for each in pool.names:
                         self._check_base(pool[each].name, pool[each].base)
                     # it stays here: a license may forbid to give a merge away, and not to use it
-                    merged = formula.merge(pool, progress=False, allow_licenses=True)
+                    merged = formula.merge(pool, progress=False, allow_licenses=True, interference=False)
                     self._check_layers(merged)
                     self._write(formula.canonical, key, merged)
         path = self._root / key

@@ -79,7 +79,7 @@ def asked_of(
         (leaf,) = parts
         adapter = hub.get(leaf.name, version=leaf.version)
     else:
-        adapter = formula.merge(hub, progress=False, allow_licenses=True)
+        adapter = formula.merge(hub, progress=False, allow_licenses=True, interference=False)
     rows = [Hypothesis(AS_ASKED, ((adapter, 1.0),)), *likely(adapter)]
     texts = list(prompts) or _prompts(hub, formula.adapters())
     return Asked(listed, adapter, references.probes(rows, texts, num_probes, num_tokens), parts)

@@ -51,6 +51,18 @@ def test_the_cosine_of_whole_updates_is_that_of_one_long_vector(merged: Adapter)
     assert found[0][0] == 1.0
 
 
+def test_a_merge_that_does_not_compare_its_parents_gives_the_same_adapter_and_says_what_its_report_lacks(
+    merged: Adapter, tmp_path: Path
+) -> None:
+    quick = merge([adapter("left", 0), adapter("right", 1, ("m.0.q",))], [0.5, -2.0], rank=2, interference=False)
+    assert quick.hash == merged.hash
+    assert [row[1:6] for row in quick.report.rows()] == [row[1:6] for row in merged.report.rows()]
+    assert {row[6:] for row in quick.report.rows()} == {("-", "-")}
+    for act in (quick.report.cosines, lambda: quick.report.plot(tmp_path / "map.png")):
+        with pytest.raises(CompositionError, match=r"does not compare .*interference=True"):
+            act()
+
+
 def test_the_table_has_a_row_for_each_module_name(merged: Adapter) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(merged.report.table())

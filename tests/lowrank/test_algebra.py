@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -294,3 +296,11 @@ def test_unbound_to_a_magnitude_and_bound_again_an_update_is_itself():
     assert torch.allclose(again.b_OR, b_OR, atol=1e-5)
     with pytest.raises(AdapterUnsupported, match="row 1"):
         algebra.unbind(Factors(a_RI, b_OR, gain_O=torch.full((7,), -1.0)), weight_OI)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_all_finite_equals_a_look_at_every_value_also_where_infinities_cancel_or_the_sum_overflows(dtype):
+    largest = torch.finfo(dtype).max
+    for values in ([], [1.0, -2.0], [largest, largest], [math.inf, -math.inf], [0.0, math.nan], [-math.inf, 1.0]):
+        tensor = torch.tensor(values, dtype=dtype)
+        assert algebra.all_finite(tensor) is bool(torch.isfinite(tensor).all())

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from loraweave.composer.merge.methods._terms import Experts, Term, Weights, terms, weighted_bias
 from loraweave.composer.merge.statistics import LayerStatistics
 from loraweave.errors import WeightingError
+from loraweave.lowrank.algebra import all_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +63,6 @@ def _require(seen: LayerStatistics | None, part: str, found: dict[int, Term], pl
         )
     if tuple(tensor.shape) != wanted:
         raise WeightingError(f"{part} of expert {place} has shape {tuple(tensor.shape)}, but the layer {wanted}")
-    if not bool(torch.isfinite(tensor.sum())):
+    if not all_finite(tensor):
         raise WeightingError(f"{part} of expert {place} has values that are NaN or infinite; collect it again")
     return seen
