@@ -18,7 +18,7 @@ from loraweave.errors import InvalidTask
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["linear", "embedding", "conv"]
+Kind = Literal["linear", "embedding", "conv", "expert"]
 
 
 @dataclass(frozen=True, eq=False)

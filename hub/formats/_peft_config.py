@@ -27,7 +27,7 @@ MAX_RANK = 65_536
 # read by `PeftConfig` and by the reader of the tensors
 HANDLED = words(
     "peft_type base_model_name_or_path revision task_type r lora_alpha rank_pattern alpha_pattern use_rslora use_dora "
-    "lora_bias bias fan_in_fan_out target_modules init_lora_weights modules_to_save"
+    "lora_bias bias fan_in_fan_out target_modules target_parameters init_lora_weights modules_to_save"
 )
 
 # where the adapter was trained or how: the tensors in the file say which layers exist and what they hold
@@ -54,7 +54,6 @@ REFUSED = {
     "trainable_token_indices": "trained rows of the embedding",
     "layer_replication": "a base model with repeated layers",
     "alora_invocation_tokens": "an update that depends on an invocation sequence",
-    "target_parameters": "updates of bare parameters, such as fused experts (peft's merge_and_unload() writes them)",
     "megatron_config": "layers of Megatron",
     "use_qalora": "pooled inputs",
     "arrow_config": "a router over several adapters",
@@ -86,6 +85,7 @@ class PeftConfig:
     bias: str = "none"
     task_type: str = ""
     modules_to_save: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
     recorded: Mapping[str, Any] = field(default_factory=dict)
 
     def ranks(self, layers: Iterable[str]) -> dict[str, int]:
@@ -152,6 +152,7 @@ def parse(config: Mapping[str, Any], folder: Path) -> PeftConfig:
         bias=config.get("bias", "none"),
         task_type=given.text("task_type"),
         modules_to_save=given.names("modules_to_save"),
+        target_parameters=given.names("target_parameters"),
         recorded=recorded,
     )
 
@@ -223,13 +224,16 @@ def without_prefix(key: str) -> str:
     return key
 
 
-def check_all_known(keys: Iterable[str], folder: Path) -> dict[str, Key]:
-    """Every name taken apart. Raises AdapterUnsupported for a known foreign feature, AdapterCorrupt for unknown names."""
+def check_all_known(keys: Iterable[str], folder: Path, *, nested: bool = False) -> dict[str, Key]:
+    """Every name taken apart. Raises AdapterUnsupported for a known foreign feature, AdapterCorrupt for unknown names.
+
+    `nested` says that wrappers may be within wrappers, as those of several parameters of one module are.
+    """
     parsed: dict[str, Key] = {}
     unknown: list[str] = []
     for key in keys:
         found = parse_key(key)
-        _refuse_foreign(key, found, folder)
+        _refuse_foreign(key, found, folder, nested)
         if found is None:
             unknown.append(key)
         else:
@@ -267,15 +271,15 @@ def _bias(pieces: list[str]) -> Key | None:
     return Key(".".join(pieces[: -2 if wrapped else -1]), "base_bias")
 
 
-def _refuse_foreign(key: str, found: Key | None, folder: Path) -> None:
+def _refuse_foreign(key: str, found: Key | None, folder: Path, nested: bool) -> None:
     pieces = key.split(".")
     for piece in pieces:
         if piece in _FOREIGN:
             raise AdapterUnsupported(f"{folder}: tensor {key!r} is {_FOREIGN[piece]}, which has no exact form as factors")
-    if found is not None and "base_layer" in found.layer.split("."):
+    if found is not None and not nested and "base_layer" in found.layer.split("."):
         raise AdapterUnsupported(
-            f"{folder}: tensor {key!r} updates a part within a wrapped layer (attention as one module, or a bare "
-            "parameter), which has no exact form as factors of a layer"
+            f"{folder}: tensor {key!r} updates a part within a wrapped layer (attention as one module, or a parameter that "
+            "the config's target_parameters do not name), which has no exact form as factors of a layer"
         )
     if found is None and pieces[-1] == "weight" and pieces[-2:-1] and pieces[-2] in _WHOLE:
         raise AdapterUnsupported(

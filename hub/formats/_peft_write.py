@@ -18,6 +18,7 @@ from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._files import entry
 from loraweave.hub.formats._peft_config import PREFIX, Key, parse_key
 from loraweave.hub.formats._peft_heads import saved_modules
+from loraweave.hub.formats._peft_parameters import Stacked, stack_experts
 from loraweave.hub.formats._replacing import replacing, require_replaceable
 from loraweave.hub.formats._safetensors import MAX_KEY_LENGTH
 from loraweave.lowrank.algebra import all_finite
@@ -32,9 +33,11 @@ def write_folder(contents: Contents, folder: Path, *, dtype: torch.dtype) -> Pat
     if dtype not in DTYPES:
         raise AdapterUnsupported(f"cannot write {dtype} tensors; choose one of {', '.join(map(str, DTYPES))}")
     target = require_replaceable(folder, lambda path: path.name in contents.files or _is_adapter_file(path))
-    config = _config(contents)
-    tensors = _tensors(contents.layers, bool(config["lora_bias"]), dtype) | _heads(contents.heads, dtype)
-    layout = _layout(contents.layers, bool(config["lora_bias"]))
+    stacked = stack_experts(contents.layers)
+    config = _config(contents, stacked)
+    own = {layer: factors for layer, factors in contents.layers.items() if factors.kind != "expert"}
+    tensors = _tensors(own, stacked, bool(config["lora_bias"]), dtype) | _heads(contents.heads, dtype)
+    layout = _layout(own, stacked, bool(config["lora_bias"]))
     texts = {
         "adapter_config.json": json.dumps(config, indent=1, ensure_ascii=False, allow_nan=False),
         SIDECAR: sidecar_text(contents.card, contents.fingerprint, layout),
@@ -44,7 +47,7 @@ def write_folder(contents: Contents, folder: Path, *, dtype: torch.dtype) -> Pat
     return folder
 
 
-def _config(contents: Contents) -> dict[str, Any]:
+def _config(contents: Contents, stacked: Stacked) -> dict[str, Any]:
     layers = contents.layers
     for layer, factors in layers.items():
         _check_layer(layer, factors)
@@ -59,7 +62,8 @@ def _config(contents: Contents) -> dict[str, Any]:
         )
     with_bias = [layer for layer in wrapped if layers[layer].bias_O is not None]
     _check_bias(layers, with_bias, wrapped, dora)
-    ranks = {layer: max(layers[layer].rank, 1) for layer in wrapped}
+    wrapped = [layer for layer in wrapped if layers[layer].kind != "expert"]
+    ranks = {layer: max(layers[layer].rank, 1) for layer in wrapped} | dict(stacked.ranks)
     common = Counter(ranks.values()).most_common(1)[0][0]
     # anchored, since PEFT would otherwise match the name as the end of a longer one
     pattern = {f"^{_escape(layer)}": rank for layer, rank in ranks.items() if rank != common}
@@ -76,7 +80,8 @@ def _config(contents: Contents) -> dict[str, Any]:
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
         "target_modules": _targets(wrapped, [layer for layer in layers if layer not in set(wrapped)]),
-        "fan_in_fan_out": entry(known, "fan_in_fan_out", bool) or False,
+        "target_parameters": sorted(stacked.ranks) or None,
+        "fan_in_fan_out": (entry(known, "fan_in_fan_out", bool) or False) and not stacked.ranks,
         "lora_dropout": 0.0,
         "init_lora_weights": True,
         "use_rslora": False,
@@ -115,9 +120,9 @@ def _check_bias(layers: Mapping[str, Factors], with_bias: list[str], wrapped: li
     if dora:
         raise AdapterUnsupported(f"layer {with_bias[0]!r} has a bias of its own, which PEFT does not combine with DoRA")
     for layer in wrapped:
-        if layers[layer].kind == "embedding":
+        if (kind := layers[layer].kind) in ("embedding", "expert"):
             raise AdapterUnsupported(
-                f"layer {with_bias[0]!r} has a bias of its own, which PEFT refuses next to an embedding ({layer!r})"
+                f"layer {with_bias[0]!r} has a bias of its own, which PEFT refuses next to an {kind} ({layer!r})"
             )
 
 
@@ -148,13 +153,13 @@ def _escape(layer: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "_-" else f"\\{letter}" for letter in layer)
 
 
-def _tensors(layers: Mapping[str, Factors], lora_bias: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for layer, factors in layers.items():
-        path = f"{PREFIX}{layer}"
-        for suffix, tensor in _parts(factors, lora_bias).items():
-            tensors[f"{path}.{suffix}"] = _to_stored(tensor, f"layer {layer!r}", dtype)
-    return tensors
+def _tensors(layers: Mapping[str, Factors], stacked: Stacked, lora_bias: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    parts = {layer: _parts(factors, lora_bias) for layer, factors in layers.items()}
+    return {
+        f"{PREFIX}{layer}.{suffix}": _to_stored(tensor, f"layer {layer!r}", dtype)
+        for layer, own in (*parts.items(), *stacked.tensors.items())
+        for suffix, tensor in own.items()
+    }
 
 
 def _heads(heads: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -201,11 +206,12 @@ def _parts(factors: Factors, lora_bias: bool) -> dict[str, Tensor]:
     return parts
 
 
-def _layout(layers: Mapping[str, Factors], lora_bias: bool) -> dict[str, Any]:
+def _layout(layers: Mapping[str, Factors], stacked: Stacked, lora_bias: bool) -> dict[str, Any]:
     """Where zeros were added for PEFT's sake, so that reading gives back the same factors."""
     padded = [layer for layer, factors in layers.items() if lora_bias and _is_wrapped(factors) and factors.bias_O is None]
     empty = {layer: int(factors.a_RI.shape[1]) for layer, factors in layers.items() if not factors.rank}
-    return {name: notes for name, notes in (("padded_bias", padded), ("rank_zero", empty)) if notes}
+    found = (("padded_bias", padded), ("rank_zero", empty), ("expert_ranks", dict(stacked.notes)))
+    return {name: notes for name, notes in found if notes}
 
 
 def _facts(contents: Contents, dtype: torch.dtype) -> dict[str, str]:

@@ -29,6 +29,7 @@ from loraweave.hub.formats._peft_config import (
     stored_tensors,
 )
 from loraweave.hub.formats._peft_heads import take_heads
+from loraweave.hub.formats._peft_parameters import parameter_paths, path_of, split_experts, unpad
 from loraweave.hub.formats._peft_write import write_folder
 from loraweave.hub.formats._safetensors import gather, require_finite
 from loraweave.lowrank.algebra import all_finite
@@ -61,7 +62,7 @@ class Peft:
         card, fingerprint, layout = read_card(folder)
         stored, dtypes = gather(stored_tensors(folder, allow_pickle=allow_pickle), folder)
         heads, saved = take_heads(stored, config.modules_to_save, config.task_type, config.bias, folder)
-        layers = _layers_of(_parts_of(stored, folder), config, layout)
+        layers = _layers_of(_parts_of(stored, config), config, layout)
         recorded = dict(config.recorded) | ({"modules_to_save": saved} if saved else {})
         card |= {"peft": recorded, "stored_dtype": dtypes}
         contents = Contents(config.base_model or base_model_of_readme(folder), layers, fingerprint, card, heads)
@@ -80,12 +81,13 @@ class Peft:
         return write_folder(contents, Path(folder), dtype=dtype)
 
 
-def _parts_of(stored: Mapping[str, Tensor], folder: Path) -> dict[str, Parts]:
+def _parts_of(stored: Mapping[str, Tensor], config: PeftConfig) -> dict[str, Parts]:
     """The tensors by layer and part, all finite."""
+    folder = config.folder
     if not stored:
         raise AdapterUnsupported(f"{folder}: the file holds trained heads but no low-rank update, so it is not a LoRA")
     parts: dict[str, Parts] = defaultdict(dict)
-    for key, parsed in check_all_known(stored, folder).items():
+    for key, parsed in check_all_known(stored, folder, nested=bool(config.target_parameters)).items():
         tensor, where = stored[key], f"{folder}: layer {parsed.layer!r}"
         if parsed.part in parts[parsed.layer]:
             raise AdapterCorrupt(
@@ -99,12 +101,29 @@ def _parts_of(stored: Mapping[str, Tensor], folder: Path) -> dict[str, Parts]:
 
 
 def _layers_of(parts: Mapping[str, Parts], config: PeftConfig, layout: Mapping[str, Any]) -> dict[str, Factors]:
-    unscaled = {layer: _factors(layer, held, config) for layer, held in parts.items()}
-    found = {layer: factors.rank for layer, factors in unscaled.items() if factors.rank}
+    paths = parameter_paths(parts, config.target_parameters, config.folder)
+    unscaled: dict[str, Factors] = {}
+    for layer, held in parts.items():
+        path = paths.get(layer)
+        unscaled |= _experts(path, held, config) if path else {layer: _factors(layer, held, config)}
+    found = {path_of(layer, factors): factors.rank for layer, factors in unscaled.items() if factors.rank}
     scales = config.scales(found)
     _warn_of_other_ranks(found, scales, config)
-    scaled = {layer: _scale(layer, factors, scales.get(layer, 1.0), config) for layer, factors in unscaled.items()}
-    return {layer: _undo_layout(layer, factors, layout) for layer, factors in scaled.items()}
+    scaled = {
+        layer: _scale(layer, factors, scales.get(path_of(layer, factors), 1.0), config)
+        for layer, factors in unscaled.items()
+    }
+    return unpad({layer: _undo_layout(layer, factors, layout) for layer, factors in scaled.items()}, layout)
+
+
+def _experts(path: str, held: Parts, config: PeftConfig) -> dict[str, Factors]:
+    where = f"{config.folder}: parameter {path!r}"
+    if set(held) != {"a", "b"} or config.use_dora or config.lora_bias or config.recorded["fan_in_fan_out"]:
+        raise AdapterCorrupt(
+            f"{where} has {', '.join(sorted(held))}, or the config has use_dora, lora_bias or fan_in_fan_out, which PEFT "
+            "does not define for a parameter"
+        )
+    return split_experts(path, held["a"], held["b"], config.ranks([path])[path], where)
 
 
 def _warn_of_other_ranks(found: Mapping[str, int], scales: Mapping[str, float], config: PeftConfig) -> None:

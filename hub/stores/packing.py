@@ -78,7 +78,7 @@ def _check_place(place: Any) -> tuple[str, int, list[int]]:
 
 STORED_AS = ("factors", "compeft")
 FACTORS = ("a_RI", "b_OR")
-KINDS = ("linear", "embedding", "conv")
+KINDS = ("linear", "embedding", "conv", "expert")
 
 
 def take_apart(

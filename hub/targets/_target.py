@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,12 +13,21 @@ from loraweave.common.state import save_tensors
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._card import README, readme_text
 from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats._peft_parameters import path_of
 from loraweave.hub.formats._replacing import replacing, require_replaceable
 from loraweave.lowrank.algebra import all_finite
 from loraweave.types import Factors
 
 # modules whose weights many base models share with each other
 TIED = {"embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "lm_head", "embed_out"}
+
+
+_KINDS = {
+    "conv": "a convolution",
+    "embedding": "an embedding",
+    "linear": "a linear layer",
+    "expert": "an expert of a fused parameter",
+}
 
 
 class Target(ABC):
@@ -59,9 +68,9 @@ class Target(ABC):
         return []
 
 
-def last_names(layers: Iterable[str]) -> tuple[str, ...]:
-    """The last steps of the layers' paths, such as q_proj, sorted."""
-    return tuple(sorted({layer.rpartition(".")[2] for layer in layers}))
+def last_names(layers: Mapping[str, Factors]) -> tuple[str, ...]:
+    """The last steps of the layers' paths, such as q_proj, sorted; of an expert that of its parameter."""
+    return tuple(sorted({path_of(layer, factors).rpartition(".")[2] for layer, factors in layers.items()}))
 
 
 def require_plain(contents: Contents, name: str, program: str, *, kinds: tuple[str, ...] = ("linear",)) -> None:
@@ -84,10 +93,9 @@ def require_plain(contents: Contents, name: str, program: str, *, kinds: tuple[s
                 "serve that model, or leave the biases out of its layers with dataclasses.replace"
             )
         if factors.kind not in kinds:
-            what = {"conv": "a convolution", "embedding": "an embedding", "linear": "a linear layer"}[factors.kind]
             raise AdapterUnsupported(
-                f"{where} is {what}, which {program} has no LoRA for: merge the adapter into the base with peft and serve "
-                "that model"
+                f"{where} is {_KINDS[factors.kind]}, which {program} has no LoRA for: merge the adapter into the base with "
+                "peft and serve that model"
             )
 
 

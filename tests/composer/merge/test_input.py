@@ -202,3 +202,17 @@ def test_factors_that_learn_are_checked_like_others() -> None:
     require_sound(LAYERS[0], {"a": learning}, [1.0], "linear")
     with pytest.raises(CompositionError, match="use a smaller weight"):
         require_sound(LAYERS[0], {"a": learning}, [1e38], "linear")
+
+
+# a method that draws at random draws for the hash of each adapter, which has the kind in it
+@pytest.mark.parametrize("method", [name for name in METHODS if not MethodCall(name).takes("seeds")])
+def test_an_expert_of_a_fused_parameter_is_merged_as_the_linear_layer_of_its_matrix(method: str) -> None:
+    linear = [adapter("a", 1), adapter("b", 2)]
+    experts = [
+        replace(each, layers={layer: replace(part, kind="expert") for layer, part in each.layers.items()}) for each in linear
+    ]
+    expected, found = (merged(method, each, [0.4, 0.7]) for each in (linear, experts))
+    assert {part.kind for part in found.layers.values()} == {"expert"}
+    assert found.layers.keys() == expected.layers.keys()
+    for layer in expected.layers:
+        torch.testing.assert_close(found.delta(layer), expected.delta(layer))

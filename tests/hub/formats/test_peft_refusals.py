@@ -41,7 +41,6 @@ UNSUPPORTED_CONFIGS = {
     "trainable_token_indices": [1, 2],
     "layer_replication": [[0, 2]],
     "alora_invocation_tokens": [5],
-    "target_parameters": ["experts.gate_up_proj"],
     "megatron_config": {"tensor_model_parallel_size": 2},
     "use_qalora": True,
     "arrow_config": {"top_k": 3},

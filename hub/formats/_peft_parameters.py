@@ -1,0 +1,173 @@
+"""LoRA on bare parameters (PEFT's `target_parameters`): the experts of a fused parameter, each a layer of its own here.
+
+The update of expert e of parameter p of module m is the layer `m.p.e`, whose factors are of kind "expert". PEFT has those
+of all E experts in two matrices: A (E * R, I), in which an expert's rank rows follow one another, and B (O, R * E), whose
+column k * E + e is rank row k of expert e. The scale's rank is R. (O, I) are the sides of one expert's matrix as the
+parameter has them, turned round where the module says `is_transposed` (gpt-oss).
+
+A file names no parameter. PEFT wraps a module once for each, in the order in which the module declares them, so that the
+tensors of the last are at `m.lora_A`, and those of the one before at `m.base_layer.lora_A` (peft 0.21, lora/layer.py,
+ParamWrapper). Models of transformers declare them in the order of ORDER.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub.formats._files import entry
+from loraweave.types import Factors
+
+ORDER = ("gate_proj", "gate_up_proj", "up_proj", "down_proj")
+WRAPPED = ".base_layer"
+
+
+def path_of(layer: str, factors: Factors) -> str:
+    """The layer's path, for an expert that of its parameter: what PEFT's patterns and target lists name."""
+    return layer.rpartition(".")[0] if factors.kind == "expert" else layer
+
+
+def parameter_paths(layers: Iterable[str], targets: Sequence[str], folder: Path) -> dict[str, str]:
+    """The path of the parameter that each of a file's layers means, for those that mean one of `targets`.
+
+    Raises AdapterUnsupported where the file does not say which: for another number of layers below one module than
+    parameters that are targeted there, and for several parameters of names that ORDER does not have.
+    """
+    by_module: dict[str, list[str]] = defaultdict(list)
+    for layer in layers:
+        by_module[_module_of(layer)].append(layer)
+    found: dict[str, str] = {}
+    for module, held in by_module.items():
+        own = _targeted(module, targets)
+        if not own and held == [module] and f"{WRAPPED}." not in module:
+            continue
+        where = f"{folder}: module {module!r}"
+        # the outermost first
+        held.sort(key=len)
+        if held != [module + depth * WRAPPED for depth in range(len(own))]:
+            raise AdapterUnsupported(
+                f"{where} has {len(held)} updates of parameters, and the config's target_parameters name "
+                f"{', '.join(own) or 'none'} there, so nothing says which is whose"
+            )
+        for layer, parameter in zip(held, reversed(nested(own, where)), strict=True):
+            found[layer] = f"{module}.{parameter}"
+    return found
+
+
+def nested(parameters: Iterable[str], where: str) -> list[str]:
+    """One module's parameters as PEFT wraps them, the innermost first. Raises AdapterUnsupported if that is not known."""
+    own = list(parameters)
+    if len(own) > 1 and (unknown := sorted(set(own) - set(ORDER))):
+        raise AdapterUnsupported(
+            f"{where} has updates of {len(own)} parameters, whose order in a PEFT file is known for {', '.join(ORDER)} and "
+            f"not for {unknown[0]!r}; keep each parameter's update as an adapter of its own"
+        )
+    return sorted(own, key=ORDER.index) if len(own) > 1 else own
+
+
+def split_experts(path: str, a: Tensor, b: Tensor, rank: int, where: str) -> dict[str, Factors]:
+    """The factors of each expert of a parameter, unscaled. Raises AdapterCorrupt for matrices that R does not divide."""
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
+        raise AdapterCorrupt(
+            f"{where} has A of shape {tuple(a.shape)} and B of shape {tuple(b.shape)}; of E experts of rank r = {rank} they "
+            "are (E * r, I) and (O, r * E)"
+        )
+    experts = a.shape[0] // rank
+    return {
+        f"{path}.{e}": Factors(a[e * rank : (e + 1) * rank].contiguous(), b[:, e::experts].contiguous(), kind="expert")
+        for e in range(experts)
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Stacked:
+    """PEFT's matrices of parameters by wrapper and name, the rank of each parameter by path, and the notes for `unpad`."""
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    ranks: Mapping[str, int]
+    notes: Mapping[str, int]
+
+
+def stack_experts(layers: Mapping[str, Factors]) -> Stacked:
+    """The layers of kind "expert" as PEFT has them.
+
+    Ranks are filled up to the largest of a parameter, and experts up to its last, with zeros. Raises AdapterUnsupported for
+    what has no number or more than two factors, for experts of different sizes, and what `nested` raises.
+    """
+    layers = {layer: factors for layer, factors in layers.items() if factors.kind == "expert"}
+    by_path: dict[str, dict[int, Factors]] = defaultdict(dict)
+    for layer, factors in layers.items():
+        path, _, number = layer.rpartition(".")
+        if not number.isdecimal() or set(factors.tensors()) != {"a_RI", "b_OR"}:
+            raise AdapterUnsupported(f"layer {layer!r} is an expert of a parameter, which has a number and two factors only")
+        by_path[path][int(number)] = factors
+    ranks = {path: max(1, *[factors.rank for factors in experts.values()]) for path, experts in by_path.items()}
+    modules: dict[str, list[str]] = defaultdict(list)
+    for path in by_path:
+        module, _, parameter = path.rpartition(".")
+        modules[module].append(parameter)
+    stored: dict[str, dict[str, Tensor]] = {}
+    notes: dict[str, int] = {}
+    for module, parameters in modules.items():
+        for depth, parameter in enumerate(reversed(nested(parameters, f"module {module!r}"))):
+            path = f"{module}.{parameter}"
+            a, b = _stack(by_path[path], ranks[path], path, notes)
+            stored[module + depth * WRAPPED] = {"lora_A.weight": a, "lora_B.weight": b}
+    return Stacked(stored, ranks, notes)
+
+
+def unpad(layers: Mapping[str, Factors], layout: Mapping[str, Any]) -> dict[str, Factors]:
+    """Undoes what `stack_experts` filled up: zeros only, so that the notes in a foreign file cannot change a value."""
+    notes = entry(layout, "expert_ranks", dict) or {}
+    found: dict[str, Factors] = {}
+    for layer, factors in layers.items():
+        rank = notes.get(layer, factors.rank) if factors.kind == "expert" else factors.rank
+        if type(rank) is int and -1 <= rank < factors.rank:
+            keep = max(rank, 0)
+            if not bool(factors.a_RI[keep:].any()) and not bool(factors.b_OR[:, keep:].any()):
+                if rank < 0:
+                    continue
+                factors = replace(factors, a_RI=factors.a_RI[:keep], b_OR=factors.b_OR[:, :keep].contiguous())
+        found[layer] = factors
+    return found
+
+
+def _stack(experts: Mapping[int, Factors], rank: int, path: str, notes: dict[str, int]) -> tuple[Tensor, Tensor]:
+    like = next(iter(experts.values()))
+    count, num_inputs, num_outputs = max(experts) + 1, like.a_RI.shape[1], like.b_OR.shape[0]
+    if count > 65_536:
+        raise AdapterUnsupported(f"parameter {path!r} has an expert {count - 1}; at most 65,536 experts can be written")
+    a_ERI, b_ORE = torch.zeros(count, rank, num_inputs), torch.zeros(num_outputs, rank, count)
+    for e in range(count):
+        factors = experts.get(e)
+        own = -1 if factors is None else factors.rank
+        if factors is not None:
+            if (factors.b_OR.shape[0], factors.a_RI.shape[1]) != (num_outputs, num_inputs):
+                raise AdapterUnsupported(f"the experts of parameter {path!r} have updates of different sizes")
+            a_ERI[e, :own], b_ORE[:, :own, e] = factors.a_RI, factors.b_OR
+        if own != rank:
+            notes[f"{path}.{e}"] = own
+    return a_ERI.flatten(0, 1), b_ORE.flatten(1)
+
+
+def _module_of(layer: str) -> str:
+    while layer.endswith(WRAPPED):
+        layer = layer.removesuffix(WRAPPED)
+    return layer
+
+
+def _targeted(module: str, targets: Sequence[str]) -> list[str]:
+    """The parameters of a module that PEFT would wrap: it takes a target as the end of a parameter's path."""
+    found = {
+        parameter: None
+        for target in targets
+        if f".{module}.{(parameter := target.rpartition('.')[2])}".endswith(f".{target}")
+    }
+    return list(found)
