@@ -83,12 +83,18 @@ def run(
         inputs = [text for text, _ in unseen.task.examples]
         for hit in lw.Retriever(hub).for_task(inputs, description=unseen.task.instruction, k=NUM_SHOWN):
             console.print(f"   {hit.score:.3f}  {hit.name}: {hit.evidence}", markup=False, highlight=False)
+        prompted = in_context_adapter(hub, model)
+        if prompted is not None:
+            console.print("   Before anything is learned, the one that reads examples in the prompt answers:")
+            shots = replace(unseen.task, demonstrations=True)
+            with lw.Composer(model, [prompted]).activate({prompted.name: 1.0}):
+                _print_answers(predict(model, tokenizer, shots, [text for text, _ in shown]), shown, console)
         console.print("[bold]4. Learning[/] weights and an adapter, on the five examples alone")
         composition = lw.compose(model, tokenizer, hub, unseen.task, method="auto", k=k, budget=budget, seed=seed)
         console.print("[bold]5. The composition[/] answers:")
         _print_answers(composition.predict([text for text, _ in shown]), shown, console)
         console.print(f"[bold]6. The test[/] on {len(unseen.test)} inputs, of every way on the way there")
-        scores = _scores(composition, unseen, in_context_adapter(hub, model), console)
+        scores = _scores(composition, unseen, prompted, console)
     if as_json:
         figures = {"task": unseen.name, "chosen": composition.report.chosen, "weights": composition.mean_weights}
         print(json.dumps({**figures, "scores": scores}, indent=1, ensure_ascii=False))
