@@ -49,7 +49,7 @@ PART = 500
 NUM_FORMULAS, NUM_PROMPTS, NUM_PAIRS = 60, 12, 80
 TIE = 1e-4
 # small ones, so that everything that is kept makes room many times
-KEPT = ("--prefix-bytes", str(1 << 24), "--loaded", "4")
+KEPT = ("--prefix-bytes", str(1 << 21), "--loaded", "4")
 
 
 @dataclass(frozen=True)

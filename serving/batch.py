@@ -16,7 +16,7 @@ Why not the paged cache of transformers' own manager: that packs all rows into o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -32,7 +32,6 @@ from loraweave.routers.tokens._call import prompted
 from loraweave.serving.experts import Experts
 from loraweave.serving.prefixes import Kept, KeptPrefixes
 from loraweave.serving.row import Row
-from loraweave.serving.served import Member
 
 
 class Batch:
@@ -62,7 +61,7 @@ class Batch:
     def read(self, rows: Sequence[Row]) -> None:
         """Reads rows from their beginning, chooses a token for each, and takes in those that go on."""
         ids = [each for row in rows for each in row.ids]
-        known = [self._prefixes.longest(member.state, each) for member, each in zip(_members(rows), ids, strict=True)]
+        known = [self._prefixes.longest(state, each) for state, each in zip(_states(rows), ids, strict=True)]
         for row in rows:
             row.num_kept = 0
         for row, (length, _) in zip(_by_line(rows), known, strict=True):
@@ -141,17 +140,17 @@ class Batch:
     def _remember(self, rows: Sequence[Row]) -> None:
         """Keeps what the model has made of these rows' tokens, but for rows that failed."""
         read = [ids for row in self.rows for ids in row.ids]
-        for line, (row, member) in enumerate(zip(_by_line(self.rows), _members(self.rows), strict=True)):
+        for line, (row, state) in enumerate(zip(_by_line(self.rows), _states(self.rows), strict=True)):
             if row in rows and not row.failed:
                 # the last token was chosen, and not read
                 own = slice(1 - len(read[line]), None)
                 states = [(layer.keys[line, :, own], layer.values[line, :, own]) for layer in self._cache.layers]
-                self._prefixes.keep(member.state, read[line][:-1], states)
+                self._prefixes.keep(state, read[line][:-1], states)
 
 
-def _members(rows: Sequence[Row]) -> list[Member]:
-    """That of each line."""
-    return [member for row in rows for member in row.served.members]
+def _states(rows: Sequence[Row]) -> list[Hashable | None]:
+    """What keys and values of each line depend on."""
+    return [state for row in rows for state in row.served.states]
 
 
 def _by_line(rows: Sequence[Row]) -> list[Row]:

@@ -29,13 +29,6 @@ class Member:
         """Whether a row under it shares no batch: its router looks at whole calls, and keeps a state beside their cache."""
         return self.router is not None and (self.router.needs_call or bool(self.router.watched))
 
-    @property
-    def state(self) -> Hashable | None:
-        """What a token's keys and values depend on beside the tokens so far; None where they depend on more."""
-        if self.router is not None:
-            return None if self.is_alone else self.router
-        return frozenset(self.weights.items())
-
 
 @dataclass(frozen=True, eq=False)
 class Served:
@@ -54,6 +47,16 @@ class Served:
     def router(self) -> TokenRouter | None:
         """That of its only member."""
         return self.members[0].router
+
+    @property
+    def states(self) -> list[Hashable | None]:
+        """What a token's keys and values depend on beside the tokens so far, by member; None where they depend on more.
+
+        A router counts by what the formula says, and not as an object, which would live as long as its keys and values.
+        """
+        if self.router is not None:
+            return [None if member.is_alone else self.identity for member in self.members]
+        return [frozenset(member.weights.items()) for member in self.members]
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from dataclasses import replace
@@ -283,6 +284,22 @@ def test_further_answers_to_a_prompt_begin_with_what_the_first_has_read(setting,
         for seed in range(3)
     ]
     assert [[each.text] for each in heard] == drawn
+
+
+def test_what_was_read_under_a_router_is_kept_by_what_its_formula_says_and_does_not_keep_the_router(
+    setting, tokenizer, make_scheduler, routers
+):
+    engine, _ = setting
+    prompt, scheduler, found = "the judge thanked: zebra", make_scheduler(), []
+    for router in (routers[0], copy.deepcopy(routers[0])):
+        heard = Heard(tokenizer, prompt, routed(engine, router), Sampling(9, temperature=0.0))
+        assert heard.row.served.states == [router.name]
+        scheduler.submit([heard.row])
+        wait_for([heard])
+        found.append(heard)
+    assert [each.row.num_kept for each in found] == [0, len(found[0].row.prompts[0]) - 1]
+    assert found[0].text == found[1].text == alone(engine, prompt, routers[0])[0]
+    assert routed(engine, routers[1]).states == [None]
 
 
 class Priced(StepTimes):
