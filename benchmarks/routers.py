@@ -31,6 +31,7 @@ from benchmarks._data import DATA, NO_SEED, NO_SHOTS, Key, Measured, Store, answ
 from benchmarks._run import RESAMPLES, Run, Table, interval, pairs
 from loraweave.composer.model import scoring
 from loraweave.hub.base import fast_dtype
+from loraweave.routers.combined import derive
 from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.routers.tokens._saved import router_class, router_names
 
@@ -46,7 +47,10 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "arrow_sharp": ("arrow", {"temperature": 0.05}),
     "spectr_top1": ("mixture_of_top1", {"score": "spectr"}),
     "xlora_layerwise": ("xlora", {"layerwise": True}),
+    "strongest_components": ("spectr", {"top_k": 8, "temperature": 1e9}),
 }
+# over the adapters' components of rank 1; what weights are multiplied by, since a LoRA is 8 of them with weight 1
+OF_COMPONENTS: Mapping[str, float] = {"hilora": 1.0, "strongest_components": 8.0}
 
 app = typer.Typer()
 
@@ -255,6 +259,12 @@ def _way(bench: Bench, way: str, seed: int) -> tuple[lw.Composer, MixtureOf, dic
         adapter = _one_lora(bench, seed)
         engine = lw.Composer(bench.engine.model, [adapter], tokenizer=bench.engine.tokenizer)
         return engine, lambda rows: {adapter.name: 1.0}, bench.how.of(way)
+    if way in OF_COMPONENTS:
+        components = lw.Composer(bench.engine.model, pool.rank_one(), tokenizer=bench.engine.tokenizer)
+        name, settings = VARIANTS.get(way, (way, {}))
+        strength = OF_COMPONENTS[way]
+        scaled = derive(lw.router(name, components.pool, **settings), lambda own, x, layer: strength * own.weights(x, layer))
+        return components, lambda rows: scaled, {}
     router = _router(bench, way, seed)
     router.eval()
     return bench.engine, lambda rows: router, bench.how.of(way)

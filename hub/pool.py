@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Self
@@ -18,6 +18,7 @@ from loraweave.common.names import unknown_expert
 from loraweave.errors import AdapterUnsupported, BaseModelMismatch, InvalidLicense, LayerMismatch, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.licenses import require_one_work, stated_license
+from loraweave.lowrank.truncation import components
 from loraweave.types import BaseKey
 
 
@@ -146,6 +147,15 @@ class ExpertPool:
         self.known([name])
         return self.subset(other for other in self.adapters if other != name)
 
+    def rank_one(self) -> ExpertPool:
+        """The singular components of every expert as experts of rank 1: "name#1" has the strongest one of each layer.
+
+        All components of an expert with weight 1 are that expert. Their cards are its card, with its name under "part_of".
+        Raises AdapterUnsupported for an expert with a head, or one that needs its base layer (DoRA): take the bound_pool of
+        a Composer.
+        """
+        return ExpertPool({part: adapter for name in self.names for part, adapter in _components(name, self[name])})
+
     @cached_property
     def places(self) -> Mapping[str, int]:
         """Each expert's place in the order of the pool."""
@@ -204,6 +214,15 @@ def require_no_heads(name: str, adapter: Adapter) -> None:
             f"expert {name!r} has a trained head ({', '.join(sorted(adapter.heads))}): a Composer of a pool in memory mixes "
             "and fuses it, but it is searched, routed and merged only without: dataclasses.replace(adapter, heads={})"
         )
+
+
+def _components(name: str, adapter: Adapter) -> Iterator[tuple[str, Adapter]]:
+    require_no_heads(name, adapter)
+    of_layer = {layer: components(factors) for layer, factors in adapter.layers.items()}
+    for place in range(max(map(len, of_layer.values()))):
+        layers = {layer: found[place] for layer, found in of_layer.items() if place < len(found)}
+        part = f"{name}#{place + 1}"
+        yield part, replace(adapter, name=part, layers=layers, card={**adapter.card, "part_of": name})
 
 
 def _rows(num_experts: int, parts: list[tuple[int, Tensor | None]]) -> Tensor | None:

@@ -55,6 +55,34 @@ def compress(factors: Factors, rank: int) -> tuple[Factors, float]:
     return _compressed(factors, _float64(factors.a_RI), _float64(factors.b_OR), rank)
 
 
+def components(factors: Factors) -> list[Factors]:
+    """The singular components of b a as updates of rank 1, the strongest first; their sum is the update.
+
+    However the factors are written, the components are the same wherever singular values differ. Gain and bias stay with
+    the first. Raises AdapterUnsupported for an update that needs its base layer.
+    """
+    if not factors.bound:
+        raise AdapterUnsupported(
+            "an update that needs its base layer (DoRA, a trained bias) has no components of its own: take the bound_pool "
+            "of a Composer(model, pool)"
+        )
+    a_SI, b_OS = _float64(factors.a_RI), _float64(factors.b_OR)
+    rank = min(factors.rank, b_OS.shape[0], a_SI.shape[1])
+    if rank == 0:
+        return [factors]
+    with one_blas_thread(_products(factors.rank, b_OS.shape[0], a_SI.shape[1]) < LARGE):
+        a_RI, b_OR, _ = truncated(a_SI, b_OS, rank)
+    first, *rest = (
+        replace(
+            factors,
+            a_RI=torch.from_numpy(a_RI[[place]]).to(factors.a_RI),
+            b_OR=torch.from_numpy(b_OR[:, [place]]).to(factors.b_OR),
+        )
+        for place in range(rank)
+    )
+    return [first, *(replace(component, gain_O=None, bias_O=None) for component in rest)]
+
+
 class CutSum(NamedTuple):
     """A weighted sum at a smaller rank, the relative error of the cut, and <w_i D_i, w_j D_j> where the cut needed it."""
 

@@ -110,12 +110,16 @@ class TextRouter(TokenRouter):
                 f"now {found!r}: make the router again with this one"
             )
 
-    def require_of_each(self, given: Mapping[str, Any], what: str) -> None:
-        """Raises UnknownExpert for names that are not in the pool, WeightingError naming the experts that have nothing."""
+    def require_of_each(self, given: Mapping[str, Any], what: str, names: tuple[str, ...] | None = None) -> None:
+        """Raises UnknownExpert for other names than the experts', WeightingError naming the experts that have nothing.
+
+        `names` takes the place of the experts' own.
+        """
+        names = names or self.experts
         for name in given:
-            if name not in self.members.places:
-                raise unknown_expert(name, self.experts)
-        if missing := [name for name in self.experts if not given.get(name)]:
+            if name not in names:
+                raise unknown_expert(name, names)
+        if missing := [name for name in names if not given.get(name)]:
             raise WeightingError(
                 f"router {self.name!r} needs {what} of every expert, and has none of {', '.join(map(repr, missing))}: give "
                 "some, or make the router for pool.subset(...) without these"

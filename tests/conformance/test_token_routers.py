@@ -27,6 +27,7 @@ LEARNED = [name for name in ROUTERS if router_class(name).learned]
 NEEDED = {
     "similarity": {"embedder": "hashing"},
     "logistic": {"embedder": "hashing"},
+    "hilora": {"embedder": "hashing"},
     "lorauter": {
         "embedder": "hashing",
         "tasks": {"first": ["f j l"], "second": ["e e e", "f e"]},

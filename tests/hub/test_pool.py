@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import random_factors as factors
@@ -183,3 +184,27 @@ def test_a_copy_and_a_pickle_are_the_pool_again(copied):
     assert torch.equal(again.stacked("v").b_OS, pool.stacked("v").b_OS)
     with pytest.raises(TypeError):
         again.adapters["z"] = B
+
+
+def test_components_of_rank_one_are_the_singular_ones_strongest_first_and_sum_to_the_expert():
+    parts = ExpertPool([A, C]).rank_one()
+    assert parts.names == ("a#1", "a#2", "c#1", "c#2", "c#3")
+    for whole in (A, C):
+        for layer, factors_of in whole.layers.items():
+            own = [parts[name].layers.get(layer) for name in parts.names if parts[name].card["part_of"] == whole.name]
+            delta = (factors_of.b_OR.double() @ factors_of.a_RI.double()).numpy()
+            u, s, vh = np.linalg.svd(delta)
+            for place, part in enumerate(part for part in own if part is not None):
+                assert part.rank == 1
+                expected = s[place] * np.outer(u[:, place], vh[place])
+                assert np.allclose((part.b_OR @ part.a_RI).numpy(), expected, atol=1e-5 * s[0])
+            assert sum(part is not None for part in own) == factors_of.rank
+    gains = [parts[name].layers["v"].gain_O for name in ("c#1", "c#2")]
+    assert gains[0].tolist() == [0.5] * 5
+    assert gains[1] is None
+
+
+def test_an_expert_that_needs_its_base_has_no_components():
+    unbound = Adapter("d", "base", {"q": factors(0, rank=2, magnitude_O=torch.ones(5))})
+    with pytest.raises(AdapterUnsupported, match="bound_pool"):
+        ExpertPool([unbound]).rank_one()
