@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from loraweave.common.chat import Prompt
+from loraweave.common.options import options_of
 from loraweave.composer.compose.loss import ExampleLoss, Penalty, together, together_with_gradients
 from loraweave.composer.compose.settings import BEST, Settings, solver_class
 from loraweave.composer.compose.trials import Bench, Fixed, MixtureTrial, Split
@@ -17,6 +19,7 @@ from loraweave.errors import SearchFailed, WeightingError
 from loraweave.routers.searches._solver import Solver, described
 from loraweave.routers.searches._told import SearchResult, Told
 from loraweave.routers.searches.similarity import Similarity
+from loraweave.routers.tokens._text import read_expert_texts
 from loraweave.routers.weights import MixtureWeights
 
 Start = Mapping[str, float] | MixtureWeights | None
@@ -92,12 +95,16 @@ class Searched(MixtureTrial):
         return {} if given == "base" else self.bench.best(split.seen, BEST[given])
 
     def _solver(self, start: Start) -> Solver:
-        supplied = {
+        supplied: dict[str, Any] = {
             "scores": self.bench.scores,
             "layers": list(self.bench.engine.target_layers),
             "weights": self.settings.weights,
             "start": start,
         }
+        if "texts" in options_of(solver_class(self.settings.name)):
+            asked = [text for text, _ in self.bench.task.examples] or self.settings.inputs or ()
+            supplied["texts"] = read_expert_texts(self.name, self.bench.engine.pool, None, None)
+            supplied["asked"] = [str(text) for text in asked]
         options = {name: value for name, value in self.settings.options.items() if name != "start"}
         return replace(self.settings, options=options).solver(self.bench.names, supplied)
 

@@ -32,8 +32,9 @@ SPACES = {"deltas": "linear", "factors": "factor_sum"}
 FOLDS, FOLDS_OF_AUTO = 3, 0
 # ways of compose() that are no solvers
 OTHER_WAYS = ("auto", "base", "best_single", "in_context", "few_shot")
-# what compose() gives a solver that asks for it: retrieval scores, the pool's layers, the weights of "manual"
-SUPPLIED = ("scores", "layers", "weights")
+# what compose() gives a solver that asks for it: retrieval scores, the pool's layers, the weights of "manual", the sample
+# inputs of the adapters' cards, and the task's inputs
+SUPPLIED = ("scores", "layers", "weights", "texts", "asked")
 LIMITS = ("budget", "seconds", "seed")
 # how many of the best adapters share the weight 1 at a start of that name; what else a search can begin at
 BEST = {"best_single": 1, "best_three": 3}

@@ -26,6 +26,8 @@ from loraweave.routers.weights import LARGEST, MixtureWeights
 
 Start = Mapping[str, float] | MixtureWeights | None
 
+# what a formula makes its weights of
+OF_THE_TASK = ("scores", "weights", "texts", "asked")
 # consecutive candidates without a score after which a search gives up
 MAX_FAILED = 16
 
@@ -281,7 +283,7 @@ class ClosedForm(Solver):
 
     def settings(self) -> dict[str, Any]:
         """Of what the formula takes, the start has all that there is to say."""
-        return {name: value for name, value in super().settings().items() if name not in ("scores", "weights")}
+        return {name: value for name, value in super().settings().items() if name not in OF_THE_TASK}
 
     @property
     def num_trained(self) -> int:

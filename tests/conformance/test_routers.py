@@ -22,6 +22,11 @@ FORMULAS = [name for name in SEARCHES if issubclass(CLASSES[name], ClosedForm)]
 LEARNING = [name for name in SEARCHES if name not in FORMULAS]
 # what a solver cannot do without, besides the experts
 NEEDED = {
+    "adapter_soup": {
+        "texts": {"b": ["red apple"], "a": ["one two"], "v_proj": ["two three"]},
+        "asked": ["two one"],
+        "embedder": "hashing",
+    },
     "grid": {"strengths": (0.0, 1.0)},
     "manual": {"weights": {"b": 0.4}},
     "similarity": {"scores": {"a": 0.2, "v_proj": 0.1}},
@@ -35,7 +40,10 @@ ORDERLESS = [name for name in SEARCHES if "orderless" in TRAITS[name]]
 def make(name, experts, **options):
     needed = NEEDED.get(name, {})
     if name in FORMULAS and len(experts) == 1:
-        needed = {key: {experts[0]: 0.7} for key in needed}
+        needed = {
+            key: {experts[0]: next(iter(value.values()))} if isinstance(value, dict) else value
+            for key, value in needed.items()
+        }
     return CLASSES[name](experts, **needed, **options)
 
 
