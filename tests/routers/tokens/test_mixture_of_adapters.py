@@ -11,7 +11,7 @@ from loraweave.errors import InvalidTask, ScopeError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._learned import Step
 from loraweave.routers.tokens._saved import router
-from loraweave.routers.tokens.mixture_of_adapters import RunningSums
+from loraweave.routers.tokens._sequence import RunningSums
 
 DATA = {"a": [("abc abc", "cba"), ("ba ba", "ab")], "b": [("1 2 3", "1"), ("22 1", "2")], "c": [("X Y", "Z"), ("YY Z", "X")]}
 

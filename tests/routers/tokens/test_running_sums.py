@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraweave.routers.tokens.mixture_of_adapters import RunningSums
+from loraweave.routers.tokens._sequence import RunningSums
 
 
 def state_of(num_rows, num_tokens):
