@@ -17,8 +17,8 @@ from __future__ import annotations
 import copy
 import random
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -222,11 +222,19 @@ def ways(setting: Setting, make: Callable[..., Way], prefill: bool) -> dict[str,
         pass
 
     engine, model, rows = setting.engine, setting.model, setting.rows
+
+    @contextmanager
+    def invariant(mixtures: Any) -> Iterator[None]:
+        with lw.batch_invariant(model), engine.activate(mixtures):
+            yield
+
     what = "adapter" if setting.shape.experts == 1 else "mixture"
     found = {"base alone": make(setting, model, nullcontext, nothing)}
     found[f"loraweave, own {what} per row"] = make(setting, model, lambda: engine.activate(rows), nothing)
     found["loraweave, new mixture"] = make(setting, model, lambda: engine.activate(rows), engine._plans.clear)
     found[f"loraweave, one {what} for all"] = make(setting, model, lambda: engine.activate(rows[0]), nothing)
+    found["base, batch-invariant"] = make(setting, model, lambda: invariant({}), nothing)
+    found[f"loraweave, own {what} per row, batch-invariant"] = make(setting, model, lambda: invariant(rows), nothing)
     if setting.peft is not None:
         theirs = setting.peft
         # the control: a copy of the base that costs something else than the base is a fault of this benchmark

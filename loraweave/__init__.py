@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from loraweave.composer.experts.together import train_experts
     from loraweave.composer.formula.formula import Formula, parse
     from loraweave.composer.harness import evaluate_harness
+    from loraweave.composer.live.fixed_shapes import batch_invariant
     from loraweave.composer.merge.arithmetic import (
         add,
         analogy,
@@ -96,6 +97,7 @@ _MODULES = {
     "composer.compose.compose": "compose",
     "composer.formula.formula": "Formula parse",
     "composer.harness": "evaluate_harness",
+    "composer.live.fixed_shapes": "batch_invariant",
     "composer.merge.arithmetic": "add analogy byom clusters compeft ema flexlora_clients "
     "genknowsub negate scale subtract subtract_general unlearn",
     "composer.merge.merge": "merge",
@@ -181,6 +183,7 @@ __all__ = [
     "add",
     "analogy",
     "base_key",
+    "batch_invariant",
     "byom",
     "clusters",
     "collect_statistics",

@@ -14,8 +14,9 @@ class Limits:
     `prefix_bytes`, which may be 0. A request has at most `body_bytes`, asks for `choices` answers of `new_tokens`, and is
     over after `seconds`, with whatever it is then; its model has `formula_characters` and `adapters`. `loaded` adapters
     stay in the engine after use, and the adapters of as many formulas in memory. `merges` says whether merges by a method
-    are made. A step that gives every running row a token is to take `token_seconds` at most: rows that would make it longer
-    wait, and others pass them a few times.
+    are made, `batch_invariant` whether an answer has the same bits whatever runs beside it (`lw.batch_invariant`). A step
+    that gives every running row a token is to take `token_seconds` at most: rows that would make it longer wait, and others
+    pass them a few times.
     """
 
     rows: int = 8
@@ -30,11 +31,12 @@ class Limits:
     adapters: int = 16
     loaded: int = 64
     merges: bool = True
+    batch_invariant: bool = False
     token_seconds: float = float("inf")
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("merges", "prefix_bytes", "token_seconds") else 1
+            least = 0 if field.name in ("merges", "batch_invariant", "prefix_bytes", "token_seconds") else 1
             if not value >= least:
                 raise ValueError(f"the limit {field.name!r} is {value}; it is a number of {least} or more")

@@ -17,10 +17,12 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any
 
+from loraweave.composer.live.fixed_shapes import batch_invariant
 from loraweave.serving.batch import Batch
 from loraweave.serving.experts import Experts
 from loraweave.serving.limits import Limits
@@ -58,6 +60,10 @@ class Scheduler:
         self._waiting: deque[Row] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._shapes = partial(batch_invariant, model) if limits.batch_invariant else nullcontext
+        with self._shapes():
+            # a model whose products cannot be fixed is refused here
+            pass
         metrics.watch_rows(lambda: len(self._running), lambda: len(self._waiting), lambda: self._prefixes.num_bytes)
         self._thread = threading.Thread(target=self._run, name="loraweave-scheduler", daemon=True)
 
@@ -86,7 +92,8 @@ class Scheduler:
         self._experts.load(served)
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Lets all rows wait for their turn, or none. Raises Refusal, 429 where too many wait, 413 for one too long."""
+        """Lets all rows wait for their turn, or none. Raises Refusal: 429 if too many wait, 413 for one too long, 400 for
+        a router where answers are to be batch-invariant."""
         for row in rows:
             if len(row.prompts) * row.longest > self._limits.cache_tokens:
                 raise Refusal(
@@ -100,6 +107,14 @@ class Scheduler:
                     413,
                     f"this average asks {len(row.prompts)} prompts at once, and this server runs {self._limits.rows} rows; "
                     "start it with more --rows",
+                )
+            if self._limits.batch_invariant and row.served.router is not None:
+                raise Refusal(
+                    400,
+                    f"{row.served.canonical} weighs each token, and this server's answers are to have the same bits in any "
+                    "batch, which holds for sums, merges and averages: ask for one of those, or start it without "
+                    "--batch-invariant",
+                    param="model",
                 )
         with self._changed:
             if not self.alive:
@@ -117,8 +132,9 @@ class Scheduler:
     def _run(self) -> None:
         ended: Exception = Refusal(503, "the server is stopping", code="unavailable")
         try:
-            while self.turn():
-                pass
+            with self._shapes():
+                while self.turn():
+                    pass
         except Exception as error:
             logger.critical("the scheduler ended", exc_info=error)
             ended = error

@@ -19,9 +19,9 @@ AlreadyActive Anomaly BaseKey BaseModelMismatch Candidate Composer Composition C
 EmptyIndex ExpertPool Factors Fingerprint Formula FormulaError Hub HubCorrupt HubError HubFull HubLocked HubReadOnly
 InvalidLicense InvalidName InvalidTask LayerMismatch LoraweaveError MixtureWeights PackageMissing Record RetrievalError
 Retriever Router ScopeError SearchFailed SourceUnavailable Statistics Task TrainingError UnknownExpert UnknownName
-WeightingError add analogy base_key byom clusters collect_statistics compeft compose ema ensemble evaluate_harness
-experts extract flexlora_clients genknowsub load_base merge names negate order parse rerank router scale study
-subtract subtract_general to_lora train_adapters train_encoder train_experts unlearn verify_server
+WeightingError add analogy base_key batch_invariant byom clusters collect_statistics compeft compose ema ensemble
+evaluate_harness experts extract flexlora_clients genknowsub load_base merge names negate order parse rerank router
+scale study subtract subtract_general to_lora train_adapters train_encoder train_experts unlearn verify_server
 """
 
 HEAVY = ("torch", "transformers", "peft", "sklearn", "faiss", "scipy", "cma", "matplotlib")

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.composer.live.call_router import CallRouter, arguments_of
+from loraweave.composer.live.fixed_shapes import shapes_are_fixed
 from loraweave.composer.live.limits import begin_call
 from loraweave.composer.live.plan import Plan
 from loraweave.composer.live.standing_in import Hook
-from loraweave.errors import CompositionError
+from loraweave.errors import CompositionError, ScopeError
 
 # arguments of transformers' models whose first axis are the rows of the batch
 MAIN_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
@@ -62,6 +63,11 @@ class Entry(Hook):
         plan = self._current_plan()
         if plan is not None:
             self._require_unchanged(plan.experts)
+            if plan.fixed_shapes != shapes_are_fixed():
+                raise ScopeError(
+                    "batch_invariant() counts for activations that are opened inside it, with a weight for each row: open "
+                    "this one there; a router, and weights that vary by token or learn, are for other calls"
+                )
             given = _main_input(args, kwargs)
             num_rows = None if given is None else given.shape[0]
             plan.require_rows(num_rows)

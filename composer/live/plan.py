@@ -25,6 +25,7 @@ from torch import Tensor
 
 from loraweave.common.checks import is_list
 from loraweave.composer.live.call_router import CallRouter
+from loraweave.composer.live.fixed_shapes import shapes_are_fixed
 from loraweave.composer.live.kernels._parts import Adder
 from loraweave.composer.live.limits import can_be_batch, is_beside, require_batch_first, require_own_rows
 from loraweave.composer.live.recording import Note, Usage
@@ -34,7 +35,7 @@ from loraweave.composer.live.token_weights import TokenWeights
 from loraweave.composer.model.kinds import conv, linear
 from loraweave.composer.model.kinds._kind import by_row
 from loraweave.composer.model.layers import TargetLayer, is_floating
-from loraweave.errors import WeightingError
+from loraweave.errors import ScopeError, WeightingError
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router
 
@@ -90,6 +91,11 @@ class Plan:
     def num_bytes(self) -> int:
         """Of the tensors made for the layers so far."""
         return self._weights.num_bytes + (self._by_token.num_bytes if self._by_token is not self._weights else 0)
+
+    @property
+    def fixed_shapes(self) -> bool:
+        """Whether its products have fixed shapes, as `batch_invariant` asks for."""
+        return self._weights.fixed_shapes
 
     @property
     def call_router(self) -> CallRouter | None:
@@ -163,6 +169,11 @@ class Plan:
         return _sum(mixture, layer, x_BTI, y_BTO).reshape(y.shape)
 
     def _projected(self, layer: TargetLayer, x: Tensor, y: Tensor, dtype: torch.dtype, lease: Lease, usage: Usage) -> Tensor:
+        if self.fixed_shapes:
+            raise ScopeError(
+                f"layer {layer.name!r} is no matrix product, and batch_invariant() does not know its update: take adapters "
+                "without it, or leave batch_invariant() out"
+            )
         if self._by_place and layer.kind is not conv:
             require_batch_first(layer.name, y.shape)
         y_BTO = _by_token(layer.kind.rows(layer.module, y), self._weights.num_tokens, y.ndim)
@@ -233,7 +244,9 @@ def make_plan(weights: MixtureWeights | Router, names: tuple[str, ...], workspac
         active = tuple(name for name, used in zip(weights.experts, used_E.tolist(), strict=True) if used)
         mixture = MixtureWeights(values_LEBT[:, used_E].permute(2, 3, 0, 1), active, weights.layers)
     by_token = TokenWeights.fixed(mixture)
-    return Plan(active, mixture, by_token if mixture.values_BTLE.shape[1] > 1 else RowWeights(mixture, workspace), by_token)
+    if mixture.values_BTLE.shape[1] > 1:
+        return Plan(active, mixture, by_token, by_token)
+    return Plan(active, mixture, RowWeights(mixture, workspace, fixed_shapes=shapes_are_fixed()), by_token)
 
 
 NUM_KEPT = 4
@@ -274,4 +287,5 @@ def _identity(weights: MixtureWeights | Router) -> Hashable | None:
     values = weights.values_BTLE
     if values.numel() > LARGEST_KEPT or values.device.type != "cpu":
         return None
-    return weights.experts, weights.layers, tuple(values.shape), values.dtype, tuple(values.flatten().tolist())
+    known = weights.experts, weights.layers, tuple(values.shape), values.dtype, tuple(values.flatten().tolist())
+    return shapes_are_fixed(), *known

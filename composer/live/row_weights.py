@@ -52,6 +52,9 @@ class Choice:
     exact: bool = False
 
 
+FIXED = Choice("fixed_shape")
+
+
 @cache
 def row_kernels() -> dict[str, type[RowKernel]]:
     """The kernels of the registry for weights by row."""
@@ -89,8 +92,10 @@ class RowWeights:
     learns = False
     num_tokens = 1
 
-    def __init__(self, mixture: MixtureWeights, workspace: Workspace) -> None:
+    def __init__(self, mixture: MixtureWeights, workspace: Workspace, *, fixed_shapes: bool = False) -> None:
         self._mixture = mixture
+        # whether only the kernel of fixed shapes is taken
+        self.fixed_shapes = fixed_shapes
         self._workspace = workspace
         # gathered factors go back with this object, which alone refers to them
         self._borrowed: list[Tensor] = []
@@ -141,12 +146,12 @@ class RowWeights:
         else:
             ranked = self._ranked.get(ranks) or self._ranked.setdefault(ranks, RankedRows.of(self._common, ranks))
         table = AffineTable.of(placed)
-        affine = None if table is None else table.weigh(self._mixture.for_layer(layer).to(device))
+        affine = None if table is None else table.weigh(self._mixture.for_layer(layer).to(device), fixed=self.fixed_shapes)
         return _LayerRows(device, dtype, ranked, affine)
 
     def _kernel(self, found: _LayerRows, layer: TargetLayer, tokens: int, lease: Lease) -> Kernel:
         """The kernel for so many tokens a row; those of one choice share it."""
-        choice = choose(found.workload(layer.num_inputs, layer.num_outputs, tokens))
+        choice = FIXED if self.fixed_shapes else choose(found.workload(layer.num_inputs, layer.num_outputs, tokens))
         dtype = torch.promote_types(found.dtype, torch.float32) if choice.exact else found.dtype
         key = choice.path, dtype
         if key not in found.kernels:
@@ -265,17 +270,14 @@ class AffineTable:
         has_gain = [part is not None and part.gain_O is not None for part in parts]
         return cls(gain_EO, bias_EO, torch.tensor(has_gain, device=present.device))
 
-    def weigh(self, w_BTE: Tensor) -> Affine:
-        """The sums over the experts; B and T may be 1."""
+    def weigh(self, w_BTE: Tensor, *, fixed: bool = False) -> Affine:
+        """The sums over the experts; B and T may be 1. `fixed` adds one expert after the other."""
         touched_BT1 = None
         if self.gain_EO is not None and not w_BTE.requires_grad:
             touched_BT1 = ((w_BTE != 0) & self.has_gain_E).any(dim=-1, keepdim=True)
         with own_precision(w_BTE.device):
-            return Affine(
-                None if self.gain_EO is None else w_BTE.to(self.gain_EO.dtype) @ self.gain_EO,
-                None if self.bias_EO is None else w_BTE.to(self.bias_EO.dtype) @ self.bias_EO,
-                touched_BT1,
-            )
+            gain, bias = (None if each is None else _weighted(w_BTE, each, fixed) for each in (self.gain_EO, self.bias_EO))
+            return Affine(gain, bias, touched_BT1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,6 +301,16 @@ class Affine:
         if self.bias_BTO is not None:
             total = total + repeat_rows(self.bias_BTO, y_BTO.shape[0])
         return total
+
+
+def _weighted(w_BTE: Tensor, table_EO: Tensor, fixed: bool) -> Tensor:
+    w_BTE = w_BTE.to(table_EO.dtype)
+    if not fixed:
+        return w_BTE @ table_EO
+    total = w_BTE.new_zeros(*w_BTE.shape[:2], table_EO.shape[1])
+    for expert, row_O in enumerate(table_EO):
+        total += w_BTE[:, :, expert, None] * row_O
+    return total
 
 
 def _table(rows: list[Tensor | None]) -> Tensor | None:

@@ -83,6 +83,7 @@ class TokenWeights:
         learns: bool = True,
     ) -> None:
         self.learns = learns
+        self.fixed_shapes = False
         self._experts = experts
         self.weights = weights
         self._only = layers

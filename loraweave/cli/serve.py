@@ -37,6 +37,9 @@ def serve(
     adapters: Annotated[int, typer.Option(min=1, help="Adapters of one formula at most.")] = 16,
     loaded: Annotated[int, typer.Option(min=1, help="Adapters, and formulas with theirs, that stay in memory unused.")] = 64,
     merges: Annotated[bool, typer.Option(help="Whether formulas may have merges by a method, such as ties(a, b).")] = True,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="Answers have the same bits whatever runs beside them; slower.")
+    ] = False,
 ) -> None:
     """Serve every formula over a hub to OpenAI clients, requests with different mixtures in one batch."""
     try:
@@ -58,6 +61,7 @@ def serve(
         adapters=adapters,
         loaded=loaded,
         merges=merges,
+        batch_invariant=batch_invariant,
     )
     with open_hub(hub) as opened:
         model, tokenizer = load_model(base, dtype)

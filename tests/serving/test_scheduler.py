@@ -302,6 +302,30 @@ def test_what_was_read_under_a_router_is_kept_by_what_its_formula_says_and_does_
     assert routed(engine, routers[1]).states == [None]
 
 
+def test_batch_invariant_answers_have_the_same_bits_alone_and_in_a_busy_batch(setting, tokenizer, make_scheduler, routers):
+    engine, adapters = setting
+
+    def asked():
+        return [
+            Heard(tokenizer, prompt, served(adapters, weights), Sampling(6, temperature=0.0))
+            for prompt, weights in zip(PROMPTS, MIXTURES, strict=False)
+        ]
+
+    scheduler = make_scheduler(rows=4, batch_invariant=True, prefix_bytes=0)
+    alone_in_it, together = asked(), asked()
+    for each in alone_in_it:
+        scheduler.submit([each.row])
+        wait_for([each])
+    scheduler.submit([each.row for each in together])
+    wait_for(together)
+    for one, other in zip(alone_in_it, together, strict=True):
+        assert one.error is None
+        assert one.text == other.text
+        assert one.logprobs == other.logprobs
+    with pytest.raises(Refusal, match="weighs each token"):
+        scheduler.submit([Heard(tokenizer, "abc", routed(engine, routers[0]), Sampling(2)).row])
+
+
 class Priced(StepTimes):
     """A step takes 1 s and a tenth for each rank row of its lines."""
 

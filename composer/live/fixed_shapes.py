@@ -1,0 +1,270 @@
+"""Answers that do not depend by a bit on their batch mates: every sum of a forward pass runs over a shape that is fixed.
+
+A matrix product adds up in an order that its library chooses by the shape, so that a row of 8 differs in its last bits from
+the same row alone. Within `batch_invariant` the shapes are the same whatever the batch is:
+
+    linear       x_NI, padded to whole tiles of TILE tokens      each tile apart: (TILE, I) times (I, O)
+    attention    the keys that a row sees, without its padding   each tile of KEYS keys apart: (TILE, D) times (D, KEYS),
+                                                                 exp against the maximum of all, sums tile after tile
+    mixture      expert after expert, in the pool's order        `kernels/fixed_shape.py`, by the same linear
+    exp, SiLU..  by whole vectors of LANES elements              what is left of a vector has another exp
+
+Zeros that fill a tile up add nothing, and the place of a token within a tile does not matter, nor how many tokens come at
+once: a token read after a cache has the bits that it has in a whole prompt. Products that come as other functions of torch
+are refused by name. The idea is that of batch-invariant kernels (Thinking Machines, "Defeating Nondeterminism in LLM
+Inference", 2025), which vLLM has for GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.functional import pad
+from torch.overrides import TorchFunctionMode
+
+from loraweave.errors import CompositionError, ScopeError
+
+TILE = 16
+KEYS = 64
+# elements that torch's vectorised loops take at once, or a multiple of it, in any dtype
+LANES = 64
+# below torch's grain of 2^15, from which on a loop is cut at any place for several threads
+PIECE = 2**15 - LANES
+
+ELEMENTWISE = "exp sigmoid tanh sin cos erf log log1p expm1"
+
+_FIXED: ContextVar[bool] = ContextVar("loraweave_fixed_shapes", default=False)
+
+
+def shapes_are_fixed() -> bool:
+    """Whether this context is within `batch_invariant`."""
+    return _FIXED.get()
+
+
+@contextmanager
+def batch_invariant(model: nn.Module) -> Iterator[None]:
+    """Within it, a row's outputs do not depend by a bit on other rows, their mixtures, padding, or tokens read before.
+
+    It counts for calls of the model in this thread, and for activations that are opened inside. `model` is a transformers
+    model whose attention is "sdpa", on a CPU, in any floating dtype; mixtures have a weight for each row. The number of
+    threads (`torch.set_num_threads`) must stay the same, since another may round in another way.
+    Raises CompositionError for a model whose products it cannot fix, and, from a call inside, ScopeError, naming it, for a
+    product of another form and for a mixture whose weights are per token.
+    """
+    _require_sound(model)
+    running = ExitStack()
+
+    def begin(*call: Any) -> None:
+        if shapes_are_fixed():
+            running.enter_context(_FixedShapes())
+
+    def end(*call: Any) -> None:
+        running.close()
+
+    token = _FIXED.set(True)
+    hooks = model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        # an interruption passes by the hooks
+        running.close()
+        _FIXED.reset(token)
+
+
+def _require_sound(model: nn.Module) -> None:
+    kind = type(model).__name__
+    config = getattr(model, "config", None)
+    attention = getattr(config, "_attn_implementation", None)
+    if attention != "sdpa":
+        raise CompositionError(
+            f"batch_invariant() knows attention as 'sdpa', and that of {kind} is {attention!r}: load the model with "
+            "attn_implementation='sdpa'"
+        )
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True):
+        raise CompositionError(
+            f"{kind} attends within a window of {window} tokens, whose beginning batch_invariant() cannot tell from padding"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "cpu":
+            raise CompositionError(
+                f"parameter {name!r} is on {parameter.device}; batch_invariant() fixes what a CPU does: vLLM has it for GPUs"
+            )
+        if not parameter.is_floating_point():
+            raise CompositionError(f"parameter {name!r} is {parameter.dtype}; batch_invariant() takes no quantised base")
+
+
+class _FixedShapes(TorchFunctionMode):
+    """While it is entered, products have fixed shapes, or raise ScopeError."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _HANDLERS.get(func, func)(*args, **(kwargs or {}))
+
+
+def fixed_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + b for x of any leading axes, in tiles of TILE tokens."""
+    x_NI = x.reshape(-1, x.shape[-1])
+    tiles = torch.split(_in_tiles(x_NI), TILE)
+    y_NO = torch.cat([functional.linear(tile, weight_OI, bias_O) for tile in tiles])[: len(x_NI)]
+    return y_NO.reshape(*x.shape[:-1], weight_OI.shape[0])
+
+
+def fixed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(q k^T * scale) v of (B, H, T, D) over the keys that the mask leaves, in fp32 or better."""
+    if dropout_p:
+        raise ScopeError("attention drops values at random: call model.eval() before batch_invariant()")
+    if enable_gqa:
+        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
+    num_rows, num_heads, num_queries, size = query.shape
+    allowed_BQK = _allowed(attn_mask, is_causal, num_rows, num_queries, key.shape[2])
+    exact = torch.promote_types(query.dtype, torch.float32)
+    places_BK, allowed_BQK = _own_keys(allowed_BQK)
+    key_BHKD, value_BHKD = (_gather(each.to(exact), places_BK) for each in (key, value))
+    scaled = query.to(exact) * (size**-0.5 if scale is None else scale)
+    queries = pad(scaled, (0, 0, 0, -num_queries % TILE))
+    allowed_BQK = pad(allowed_BQK, (0, 0, 0, -num_queries % TILE))
+    num_tiles = queries.shape[2] // TILE
+    q_NTD = queries.reshape(-1, TILE, size)
+
+    def by_tile(tensor_BHKD: Tensor) -> Tensor:
+        """Of each tile of queries, the keys or values of its row and head."""
+        return tensor_BHKD[:, :, None].expand(-1, -1, num_tiles, -1, -1).reshape(len(q_NTD), *tensor_BHKD.shape[2:])
+
+    blocked = ~allowed_BQK.reshape(num_rows, 1, num_tiles, TILE, -1).expand(-1, num_heads, -1, -1, -1).reshape(
+        len(q_NTD), TILE, -1
+    )
+    scores = [
+        torch.bmm(q_NTD, by_tile(keys).transpose(1, 2)).masked_fill(block, -torch.inf)
+        for keys, block in zip(torch.split(key_BHKD, KEYS, dim=2), torch.split(blocked, KEYS, dim=2), strict=True)
+    ]
+    largest = torch.stack([each.amax(dim=2, keepdim=True) for each in scores]).amax(dim=0)
+    # queries of padding, and those that fill a tile up, may see nothing
+    largest = largest.masked_fill(largest == -torch.inf, 0.0)
+    total, mixed = torch.zeros_like(largest), torch.zeros_like(q_NTD[..., :1]).expand(-1, -1, value.shape[3]).clone()
+    for each, values in zip(scores, torch.split(value_BHKD, KEYS, dim=2), strict=True):
+        weights = _by_vectors(torch.exp)(each - largest)
+        total += weights.sum(dim=2, keepdim=True)
+        mixed += torch.bmm(weights, by_tile(values))
+    found = (mixed / total.clamp_(min=torch.finfo(exact).tiny)).reshape(num_rows, num_heads, -1, value.shape[3])
+    return found[:, :, :num_queries].to(query.dtype)
+
+
+def _by_vectors(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function of single elements, asked for whole vectors of them in one thread."""
+
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not x.ndim or (x.shape[-1] % LANES == 0 and x.numel() <= PIECE and x.is_contiguous()):
+            return func(x, *args, **kwargs)
+        filled = pad(x, (0, -x.shape[-1] % LANES)).contiguous()
+        found = torch.cat([func(piece, *args, **kwargs) for piece in torch.split(filled.view(-1), PIECE)])
+        return found.view_as(filled)[..., : x.shape[-1]]
+
+    return call
+
+
+def _fixed_addmm(bias_O: Tensor, x_NI: Tensor, weight_IO: Tensor) -> Tensor:
+    return fixed_linear(x_NI, weight_IO.T, bias_O)
+
+
+def _fixed_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """A product whose sums have one term is no sum; any other is refused."""
+    if left.ndim > 1 and right.ndim > 1 and left.shape[-1] == 1:
+        return left * right
+    raise _refusal("torch.matmul")
+
+
+def _refused(name: str) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise _refusal(name)
+
+    return refuse
+
+
+def _refusal(name: str) -> ScopeError:
+    return ScopeError(
+        f"the model calls {name}, whose sums depend on the batch: within batch_invariant() products must be those of "
+        "torch.nn.Linear, and attention must be 'sdpa'"
+    )
+
+
+_HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
+    functional.linear: fixed_linear,
+    functional.scaled_dot_product_attention: fixed_attention,
+    torch.addmm: _fixed_addmm,
+    torch.matmul: _fixed_matmul,
+    Tensor.matmul: _fixed_matmul,
+    Tensor.__matmul__: _fixed_matmul,
+    **{
+        getattr(place, name): _by_vectors(getattr(place, name))
+        for place, names in ((torch, ELEMENTWISE), (Tensor, ELEMENTWISE), (functional, "silu gelu softplus mish elu"))
+        for name in names.split()
+    },
+    **{
+        getattr(place, name): _refused(f"{shown}.{name}")
+        for place, shown, names in (
+            (torch, "torch", "bmm baddbmm addbmm mm mv addmv dot vdot inner tensordot einsum chain_matmul cdist"),
+            (torch, "torch", "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d lstm gru"),
+            (Tensor, "torch.Tensor", "bmm baddbmm addbmm addmm mm mv addmv dot inner addmm_ baddbmm_ addbmm_ addmv_"),
+            (functional, "torch.nn.functional", "multi_head_attention_forward bilinear"),
+        )
+        for name in names.split()
+    },
+}
+
+
+def _in_tiles(x_NI: Tensor) -> Tensor:
+    """Contiguous, with rows of zeros up to whole tiles."""
+    return pad(x_NI, (0, 0, 0, -len(x_NI) % TILE)).contiguous()
+
+
+def _allowed(mask: Tensor | None, is_causal: bool, num_rows: int, num_queries: int, num_keys: int) -> Tensor:
+    """(B, Q, K): which keys each query sees."""
+    if mask is None:
+        every = torch.ones(num_queries, num_keys, dtype=torch.bool)
+        return (every.tril() if is_causal else every).expand(num_rows, -1, -1)
+    if mask.dtype is not torch.bool:
+        lowest = torch.finfo(mask.dtype).min / 2
+        if not bool(((mask == 0) | (mask <= lowest)).all()):
+            raise ScopeError("the attention has biases by position, which batch_invariant() does not know")
+        mask = mask == 0
+    if mask.ndim == 4:
+        if mask.shape[1] != 1:
+            raise ScopeError("the attention has a mask for each head, which batch_invariant() does not know")
+        mask = mask[:, 0]
+    return mask.expand(num_rows, num_queries, num_keys)
+
+
+def _own_keys(allowed_BQK: Tensor) -> tuple[Tensor, Tensor]:
+    """The places of the keys that each row's last query sees, in their order and in whole tiles, and the mask of those."""
+    last_BK = allowed_BQK[:, -1]
+    counts_B = last_BK.sum(dim=1)
+    size = -(-int(counts_B.max()) // KEYS) * KEYS or KEYS
+    places_BK = torch.argsort(~last_BK, dim=1, stable=True)[:, :size]
+    places_BK = pad(places_BK, (0, size - places_BK.shape[1]))
+    own_BK = torch.arange(size) < counts_B[:, None]
+    among_BQK = allowed_BQK.gather(2, places_BK[:, None].expand(-1, allowed_BQK.shape[1], -1))
+    return places_BK, among_BQK & own_BK[:, None]
+
+
+def _gather(states_BHKD: Tensor, places_BK: Tensor) -> Tensor:
+    index = places_BK[:, None, :, None].expand(-1, states_BHKD.shape[1], -1, states_BHKD.shape[3])
+    return states_BHKD.gather(2, index)
