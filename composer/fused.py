@@ -164,9 +164,10 @@ class Fused:
 
     def _parameter(self, layer: TargetLayer, part: str) -> Overwritten:
         if (layer, part) not in self._kept:
-            parameter = layer.module._parameters[part]
+            parameter, like = layer.module._parameters[layer.key(part)], layer.parameter(part)
             assert parameter is not None
-            self._kept[layer, part] = Overwritten(layer, part, parameter, self._originals.slot(parameter))
+            assert like is not None
+            self._kept[layer, part] = Overwritten(layer, part, parameter, self._originals.slot(like))
         return self._kept[layer, part]
 
     def _parts(self, layer: TargetLayer, update: Factors | DenseUpdate) -> list[str]:
@@ -174,7 +175,7 @@ class Fused:
         parts = []
         if not isinstance(update, Factors) or update.rank or update.gain_O is not None:
             layer.dense_weight_OI()
-            weight = layer.module._parameters.get("weight")
+            weight = layer.module._parameters.get(layer.key("weight"))
             if weight is None or type(weight.data) is not Tensor:
                 found = "computed on the way" if weight is None else f"a {type(weight.data).__name__}"
                 raise CompositionError(
@@ -182,7 +183,7 @@ class Fused:
                     "instead"
                 )
             parts.append("weight")
-        bias = layer.module._parameters.get("bias")
+        bias = layer.module._parameters.get("bias") if layer.number is None else None
         if update.bias_O is not None and bool(update.bias_O.any()):
             if bias is None:
                 raise CompositionError(
@@ -192,7 +193,7 @@ class Fused:
         if self._tied is None:
             self._tied = tied_parameters(self._model)
         for part in parts:
-            name = f"{layer.name}.{part}"
+            name = f"{layer.path}.{layer.key(part)}"
             if name in self._tied:
                 raise CompositionError(
                     f"cannot fuse into {name!r}: its memory is also {self._tied[name]!r} (tied weights), which would change "

@@ -56,18 +56,23 @@ class Overwritten:
         return f"{self.layer.name}.{self.part}"
 
     @property
+    def _values(self) -> Tensor:
+        """The layer's part of the parameter: all of it, or one expert's matrix."""
+        return self._parameter if self.layer.number is None else self._parameter.detach()[self.layer.number]
+
+    @property
     def at_home(self) -> bool:
         """Whether the parameter has its original values, as far as this object has written to it."""
         return self._original is self._parameter
 
     def prepare(self, update: Factors | DenseUpdate, scratch: Scratch) -> None:
         """The new values into the slot, for `exchange`. Raises CompositionError for values that are not finite."""
-        self._sum(update, self._parameter, self.slot, scratch)
+        self._sum(update, self._values, self.slot, scratch)
 
     def exchange(self, scratch: Scratch) -> None:
         """The slot's values into the parameter, and the original ones into the slot."""
         spare = scratch.like(self.slot.shape, self.slot.dtype, self._parameter.device)
-        spare.copy_(self._parameter)
+        spare.copy_(self._values)
         self._original = spare
         self._assign(self.slot)
         self._seal()
@@ -77,7 +82,7 @@ class Overwritten:
     def rewrite(self, update: Factors | DenseUpdate, scratch: Scratch) -> None:
         """The original values and this update into the parameter, whatever is in it. Raises as prepare."""
         self._written = None
-        self._sum(update, self.slot, self._parameter, scratch)
+        self._sum(update, self.slot, self._values, scratch)
         self._seal()
 
     def changed(self) -> bool:
@@ -89,17 +94,17 @@ class Overwritten:
         """
         if self.at_home:
             return False
-        if self.layer.module._parameters.get(self.part) is not self._parameter:
+        if self.layer.module._parameters.get(self.layer.key(self.part)) is not self._parameter:
             return True
         if self._written is None or self._parameter.dtype != self._written[0]:
             return False
-        now = row_sums(self._parameter)
+        now = row_sums(self._values)
         return not torch.equal(now, self._written[1].to(now.device))
 
     def restore(self) -> None:
         if not self.at_home:
             self._assign(self._original)
-            self.layer.module._parameters[self.part] = self._parameter  # type: ignore[assignment]
+            self.layer.module._parameters[self.layer.key(self.part)] = self._parameter  # type: ignore[assignment]
             self._written = None
             self._original = self._parameter
 
@@ -113,10 +118,10 @@ class Overwritten:
 
     def _assign(self, values: Tensor) -> None:
         with torch.inference_mode(self._parameter.is_inference()), torch.no_grad():
-            self._parameter.copy_(values)
+            self._values.copy_(values)
 
     def _seal(self) -> None:
-        self._written = self._parameter.dtype, row_sums(self._parameter)
+        self._written = self._parameter.dtype, row_sums(self._values)
 
     def _sum(self, update: Factors | DenseUpdate, base: Tensor, target: Tensor, scratch: Scratch) -> None:
         with torch.inference_mode(target.is_inference()), torch.no_grad():

@@ -58,6 +58,10 @@ def first_order(
         # below a caller's inference_mode, tensors would take no part in a backward pass
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        if fused := next((name for name, layer in engine.target_layers.items() if layer.number is not None), None):
+            raise CompositionError(
+                f"layer {fused!r} is an expert of a fused parameter, whose slopes are not known: choose by search instead"
+            )
         slopes = [_Slopes(layer, pool.stacked(name), len(pool)) for name, layer in engine.target_layers.items()]
         for layer in slopes:
             stack.callback(layer.target.module.register_forward_hook(layer.saw, with_kwargs=True).remove)

@@ -129,7 +129,7 @@ class Fitting:
                 _require_own_weights(new)
                 self.limits.add(new)
                 self._offloaded |= {layer: target for layer, target in new.items() if target.offloaded}
-                self._paths.add(new)
+                self._paths.add(layer.path for layer in new.values())
                 self._layers |= found
                 self._forms[id(adapter.form)] = adapter.form
             layers = self._layers
@@ -209,7 +209,7 @@ class ModulePaths:
         self._steps = _Steps([], [], [])
 
     def add(self, layers: Iterable[str]) -> None:
-        """Remembers the way to these layers."""
+        """Remembers the way to these modules."""
         before = self._steps
         steps = _Steps(list(before.paths), list(before.places), list(before.modules))
         known = set(steps.paths)

@@ -18,11 +18,12 @@ from torch import Size, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.hooks import RemovableHandle
 
+from loraweave.composer.live.experts import computes_as_known
 from loraweave.composer.live.standing_in import Hook
 from loraweave.composer.model.layers import TargetLayer, use_of
 from loraweave.errors import CompositionError, LayerMismatch, ScopeError
 from loraweave.hub.adapter import Adapter
-from loraweave.routers.combined import rows_of
+from loraweave.routers.combined import needs_call, parts_of, rows_of
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router
 
@@ -35,12 +36,21 @@ class LiveLimits:
         # the layers that never run, and those whose first axis need not be the batch, each with the reason as a phrase
         self._never_called: dict[str, str] = {}
         self._out_of_order: dict[str, str] = {}
+        # of fused parameters
+        self._experts: set[str] = set()
 
     def add(self, layers: Mapping[str, TargetLayer]) -> None:
         """Looks at these layers too."""
         embeddings = {name for name, layer in layers.items() if isinstance(layer.module, nn.Embedding)}
         of_tokens = _token_embeddings(self._model) if embeddings else None
         for name, layer in layers.items():
+            if layer.number is not None:
+                self._experts.add(name)
+                if not computes_as_known(layer.module):
+                    self._never_called[name] = (
+                        f"one of the experts of a {type(layer.module).__name__}, whose forward is its own"
+                    )
+                continue
             place, _, attribute = name.rpartition(".")
             owner = self._model.get_submodule(place)
             # MultiheadAttention is the owner of such a layer, in which it keeps a weight for its own product
@@ -63,6 +73,17 @@ class LiveLimits:
                 raise LayerMismatch(
                     f"expert {expert!r} updates layer {name!r}, {why}: use fused(), which changes the weight"
                 )
+        routers = [row for row in rows if row is not None and not isinstance(row, MixtureWeights)]
+        if routers and (
+            len(rows) > 1 or needs_call(weights) or any(getattr(part, "watched", ()) for part in parts_of(weights))
+        ):
+            for name in self._experts:
+                for expert in _users(name, rows, adapters):
+                    raise ScopeError(
+                        f"expert {expert!r} updates layer {name!r}, an expert of a fused parameter, for which weights come "
+                        "from its own input alone or are given: take a router that looks at no call and no block, the same "
+                        "for all rows, or MixtureWeights"
+                    )
         # a row or token is told from its place on an axis
         varies = "row" if len(rows) > 1 else _VARIES.get(getattr(weights, "scope", ""), "")
         for name, why in self._out_of_order.items() if varies else ():
@@ -157,6 +178,16 @@ def require_batch_first(layer: str, shape: Size) -> None:
         raise ScopeError(
             f"the weights vary by row or token, but the input of layer {layer!r} is {tuple(shape)}, whose second axis and "
             f"not the first is the batch's {rows} rows: give one mixture for all rows"
+        )
+
+
+def require_rows_of_tokens(layer: str, num_tokens: int) -> None:
+    """Raises ScopeError for a layer that sees the tokens of all rows on one axis, where these cannot be told apart."""
+    rows = _ROWS.get()
+    if _BESIDE.get() or (rows is not None and num_tokens % rows):
+        raise ScopeError(
+            f"the weights vary by row or token, but layer {layer!r} has {num_tokens} tokens in a call of {rows} rows, and "
+            "which are whose cannot be told: give one mixture for all rows"
         )
 
 

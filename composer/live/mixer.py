@@ -38,6 +38,7 @@ from loraweave.common.process import holding, lock_of
 from loraweave.composer.live.call_router import CallRouter, end_router_call
 from loraweave.composer.live.compiled import bind, mix, mix_outside, number_of_layer, number_of_mixing
 from loraweave.composer.live.entry import Entry, Exit
+from loraweave.composer.live.experts import ExpertsForward
 from loraweave.composer.live.limits import end_call, watch
 from loraweave.composer.live.plan import KEPT_BYTES, Plan, make_plan
 from loraweave.composer.live.recording import Usage
@@ -177,6 +178,7 @@ class LiveLayers:
         self._handles: list[_Handle] = []
         self._own_hooks = Entry(model, require_unchanged, self._current_plan, self._begin), Exit(self._end_call)
         self._numbers: dict[str, Tensor] = {}
+        self._experts: dict[nn.Module, ExpertsForward] = {}
         self.mixes_outside: Callable[[_MixedForward, Tensor, Tensor], Tensor] | None = None
         _ALL.add(self)
 
@@ -324,6 +326,9 @@ class LiveLayers:
 
     def _take_over(self, layers: Mapping[str, TargetLayer]) -> None:
         for layer in layers.values():
+            if layer.number is not None:
+                self._take_over_expert(layer)
+                continue
             if layer.name not in self._numbers:
                 self._numbers[layer.name] = number_of_layer()
             forward = _MixedForward(self, layer, self._numbers[layer.name])
@@ -335,6 +340,14 @@ class LiveLayers:
                 self._clean_copies(layer.owner)
                 self._handles += watch(layer.name, layer.module, layer.owner, partial(self._reaches, layer.name))
 
+    def _take_over_expert(self, layer: TargetLayer) -> None:
+        forward = self._experts.get(layer.module)
+        if forward is None:
+            forward = self._experts[layer.module] = ExpertsForward(layer.module, self.current)
+            self._handles.append(forward)
+            self._clean_copies(layer.module)
+        forward.add(layer)
+
     def _reaches(self, layer: str) -> bool:
         activation = self.current()
         return activation is not None and activation.plan.reaches(layer, activation.lease)
@@ -342,7 +355,9 @@ class LiveLayers:
     def _give_back(self, num_left: int) -> None:
         while len(self._handles) > num_left:
             self._handles[-1].remove()
-            self._handles.pop()
+            removed = self._handles.pop()
+            if isinstance(removed, ExpertsForward):
+                del self._experts[removed.module]
 
     def _uninstall(self) -> None:
         try:

@@ -17,7 +17,7 @@ Axes: B rows, T tokens, I inputs, O outputs, E experts, R rank rows of one exper
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,13 @@ from loraweave.common.checks import is_list
 from loraweave.composer.live.call_router import CallRouter
 from loraweave.composer.live.fixed_shapes import shapes_are_fixed
 from loraweave.composer.live.kernels._parts import Adder
-from loraweave.composer.live.limits import can_be_batch, is_beside, require_batch_first, require_own_rows
+from loraweave.composer.live.limits import (
+    can_be_batch,
+    is_beside,
+    require_batch_first,
+    require_own_rows,
+    require_rows_of_tokens,
+)
 from loraweave.composer.live.recording import Note, Usage
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.live.row_weights import LayerMixture, RowWeights, Workspace, require_multiple
@@ -117,6 +123,27 @@ class Plan:
         if self._weights.skips(layer):
             return False
         return any(lease.updates(name, layer) for name in self.experts)
+
+    def reaches_some(self, layers: Iterable[TargetLayer], lease: Lease) -> bool:
+        """Whether that is so for one of these layers."""
+        return any(self.reaches(layer.name, lease) for layer in layers)
+
+    def at_tokens(
+        self, layer: TargetLayer, x_NI: Tensor, token_N: Tensor, num_tokens: int, lease: Lease, usage: Usage
+    ) -> Tensor | None:
+        """The update_NO of an expert of a fused parameter at N of a call's tokens, which are numbered row by row; None where
+        there is nothing to add. Raises ScopeError where rows or tokens are not the weights'.
+        """
+        if not self.reaches(layer.name, lease):
+            return None
+        if self._by_place:
+            require_rows_of_tokens(layer.name, num_tokens)
+        weight = layer.parameter("weight")
+        assert weight is not None
+        kernel, w_1NE = self._by_token.at_tokens(layer, x_NI, token_N, num_tokens, weight.dtype, lease)
+        update_NO = kernel.update(x_NI[None].to(kernel.dtype))[0]
+        self._tell(usage, layer.name, Note(update_NO[None].shape, type(kernel), w_1NE), w_1NE)
+        return update_NO
 
     def apply(self, layer: TargetLayer, x: Tensor, y: Tensor, lease: Lease, usage: Usage) -> Tensor:
         """The layer's output y = W x + bias with the weighted updates added; y itself where nothing is to be added.

@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from loraweave.composer.live.call_router import CallRouter, in_own_precision
 from loraweave.composer.live.kernels._cost import TokenWorkload
+from loraweave.composer.live.kernels._parts import Kernel
 from loraweave.composer.live.kernels.dense import Made, Stack, by_input
 from loraweave.composer.live.kernels.sorted_tokens import SortedTokens, sorting_pays
 from loraweave.composer.live.layout import PlacedFactors
@@ -150,9 +151,33 @@ class TokenWeights:
         w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
         known = self._known_of(layer.name, w_BTP)
         if hidden_NS is None and _sorts(found, layer, w_BTP, known, x_BTI):
-            return LayerMixture(SortedTokens(_parts(found, layer.name, lease), w_BTP, dtype), affine, w_BTE)
-        stack = self._side_by_side(found, layer.name, lease)
+            return LayerMixture(SortedTokens(_parts(found, layer, lease), w_BTP, dtype), affine, w_BTE)
+        stack = self._side_by_side(found, layer, lease)
         return LayerMixture(stack.weigh(w_BTP, hidden_NS, known.made), affine, w_BTE)
+
+    def at_tokens(
+        self, layer: TargetLayer, x_NI: Tensor, token_N: Tensor, num_tokens: int, dtype: torch.dtype, lease: Lease
+    ) -> tuple[Kernel, Tensor]:
+        """The kernel and w_1NE of an expert of a fused parameter, for N of a call's tokens, which lie row by row.
+
+        A router sees each token as a row of its own. Raises as `mixture`.
+        """
+        found = self._stack(layer.name, x_NI.device, dtype, lease)
+        if self.is_routed and self.num_mixtures == 1:
+            w_N1E = self._weights(x_NI[:, None], x_NI[:, None], layer.name, found)
+            w_1NE = w_N1E.expand(len(x_NI), -1, -1).transpose(0, 1)
+        else:
+            # of all tokens, by place: what is asked looks at the sizes alone
+            rows, rest = divmod(num_tokens, self.num_tokens)
+            places = x_NI.new_empty(0).expand(num_tokens if rest else rows, 1 if rest else self.num_tokens, 0)
+            w_BTE = self._weights(places, places, layer.name, found)
+            row_N, place_N = token_N // places.shape[1], token_N % places.shape[1]
+            row_N = row_N // (places.shape[0] // w_BTE.shape[0])
+            w_1NE = w_BTE[row_N, place_N if w_BTE.shape[1] > 1 else 0][None]
+        w_1NP = w_1NE if found.place_P is None else w_1NE[..., found.place_P]
+        if len(x_NI) and _sorts(found, layer, w_1NP, _Known(), x_NI[None]):
+            return SortedTokens(_parts(found, layer, lease), w_1NP, dtype), w_1NE
+        return self._side_by_side(found, layer, lease).weigh(w_1NP), w_1NE
 
     def _known_of(self, layer: str, w_BTP: Tensor) -> _Known:
         """What is known of these weights: of those that were given, or that several layers of a call share."""
@@ -180,7 +205,7 @@ class TokenWeights:
         )
         update_BTO = torch.zeros((), device=device, dtype=dtype)
         if found.experts:
-            stack = self._side_by_side(found, layer.name, lease)
+            stack = self._side_by_side(found, layer, lease)
             hidden_BTS = layer.kind.project(layer.module, x, stack.a_SI)
             hidden_BTS = hidden_BTS.reshape(*y_BTO.shape[:2], hidden_BTS.shape[2])
             w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
@@ -199,7 +224,7 @@ class TokenWeights:
             learns = torch.is_grad_enabled() and (x_BTI.requires_grad or v_PI.requires_grad)
             own = v_PI.dtype is found.dtype is x_BTI.dtype and v_PI.device == found.device and not v_PI.is_inference()
             if own and not learns and not torch._C._is_any_autocast_enabled():
-                joint_QI = found.joined(self._side_by_side(found, layer.name, lease), v_PI)
+                joint_QI = found.joined(self._side_by_side(found, layer, lease), v_PI)
                 both_BTQ = linear(x_BTI, joint_QI)
                 z_BTP = both_BTQ[..., found.num_ranks :]
                 w_BTE = self._along.weights_along(z_BTP, x_BTI, layer.name)
@@ -237,16 +262,16 @@ class TokenWeights:
         return _LayerStack(device, dtype, experts, place_P, num_ranks, AffineTable.of(placed))
 
     @staticmethod
-    def _side_by_side(found: _LayerStack, layer: str, lease: Lease) -> Stack:
+    def _side_by_side(found: _LayerStack, layer: TargetLayer, lease: Lease) -> Stack:
         if found.stack is None:
             with torch.inference_mode(False), torch.no_grad():
                 found.stack = Stack.of(_parts(found, layer, lease), found.dtype)
         return found.stack
 
 
-def _parts(found: _LayerStack, layer: str, lease: Lease) -> list[PlacedFactors]:
-    parts = [lease.part(name, layer, found.device, found.dtype) for name in found.experts]
-    return [part for part in parts if part is not None]
+def _parts(found: _LayerStack, layer: TargetLayer, lease: Lease) -> list[PlacedFactors]:
+    parts = [lease.part(name, layer.name, found.device, found.dtype) for name in found.experts]
+    return [PlacedFactors(part.b_RO, part.a_RI) if layer.turned else part for part in parts if part is not None]
 
 
 def _sorts(found: _LayerStack, layer: TargetLayer, w_BTP: Tensor, known: _Known, x_BTI: Tensor) -> bool:

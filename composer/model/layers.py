@@ -24,6 +24,7 @@ from loraweave.composer.model.kinds import conv, embedding, linear, norm
 from loraweave.composer.model.kinds._kind import LayerKind
 from loraweave.errors import CompositionError, LayerMismatch
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.formats._base_layer import expert_matrix
 from loraweave.lowrank import algebra
 from loraweave.types import Factors
 
@@ -39,6 +40,10 @@ class TargetLayer:
 
     `fresh` says that every call's output is a new tensor, which nothing else refers to. `owner` is the module around it,
     where that does not always call the layer but may compute with its weight itself.
+
+    An expert of a fused parameter is the matrix `number` of the module's parameter `attribute`; any other layer has its
+    weight in "weight". With `turned` the module multiplies that matrix from the other side than its sizes here say, which
+    PEFT does not know of Llama 4's: x is as wide as it has outputs.
     """
 
     name: str
@@ -49,9 +54,24 @@ class TargetLayer:
     kind: LayerKind = linear
     fresh: bool = False
     owner: nn.Module | None = None
+    attribute: str = "weight"
+    number: int | None = None
+    turned: bool = False
+
+    @property
+    def path(self) -> str:
+        """The module's path in the model."""
+        return self.name if self.number is None else self.name.rsplit(".", 2)[0]
+
+    def key(self, part: str) -> str:
+        """The module's name for the parameter that has the layer's "weight" or "bias"."""
+        return self.attribute if part == "weight" else part
 
     def parameter(self, part: str) -> Tensor | None:
         """The tensor "weight" or "bias" as it is now; None where the layer has none, or computes it on the way."""
+        if self.number is not None:
+            whole = self.module._parameters.get(self.attribute) if part == "weight" else None
+            return None if whole is None else whole.detach()[self.number]
         found = getattr(self.module, part, None)
         # torch's quantised layers have methods of these names
         found = found() if inspect.ismethod(found) else found
@@ -97,6 +117,8 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
     another one than the factors, that has another shape, that never runs, or whose forward is not that of its weight
     alone; CompositionError for a layer without values that nothing loads.
     """
+    if factors.kind == "expert":
+        return _expert_layer(modules, name, factors, expert)
     module = modules.get(name)
     asked = f"expert {expert!r} updates layer {name!r}"
     if module is None:
@@ -144,6 +166,28 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
             f"{asked}, whose weight is on the meta device and has no values: load the model's weights first"
         )
     return layer
+
+
+def _expert_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, expert: str) -> TargetLayer:
+    """One expert of a fused parameter. Raises as `target_layer`."""
+    if set(factors.tensors()) != {"a_RI", "b_OR"}:
+        raise LayerMismatch(f"expert {expert!r} has a gain or a bias for layer {name!r}, an expert of a fused parameter")
+    found = expert_matrix(modules, name, factors, f"expert {expert!r}")
+    sizes = found.num_outputs, found.num_inputs, found.transposed
+    turned = multiplies_columns(found.module) != found.transposed
+    layer = TargetLayer(name, found.module, *sizes, attribute=found.parameter, number=found.number, turned=turned)
+    weight = layer.parameter("weight")
+    if weight is None or weight.is_meta:
+        raise CompositionError(
+            f"expert {expert!r} updates layer {name!r}, whose weight is on the meta device: load it where it runs, without "
+            "offloading"
+        )
+    return layer
+
+
+def multiplies_columns(module: nn.Module) -> bool:
+    """Whether a module of fused experts computes x W with matrices (I, O), as gpt-oss and Llama 4 do, and not x W^T."""
+    return bool(getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts"))
 
 
 def _embeds_tokens(owner: nn.Module, module: nn.Module) -> bool:

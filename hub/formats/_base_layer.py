@@ -6,13 +6,13 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loraweave.errors import AdapterUnsupported, LayerMismatch
-from loraweave.types import Kind
+from loraweave.types import Factors, Kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +64,44 @@ def base_layer(modules: Mapping[str, nn.Module], name: str, asker: str) -> BaseL
             "without groups have an update as factors"
         )
     return found
+
+
+class ExpertMatrix(NamedTuple):
+    """One expert of a fused parameter: `module.<parameter>[number]`, a matrix (O, I), or (I, O) where it is `transposed`."""
+
+    path: str
+    module: nn.Module
+    parameter: str
+    number: int
+    num_outputs: int
+    num_inputs: int
+    transposed: bool
+
+
+def expert_matrix(modules: Mapping[str, nn.Module], name: str, factors: Factors, asker: str) -> ExpertMatrix:
+    """The matrix that the layer `<path>.<parameter>.<number>` means, seen as PEFT sees it: turned round where the module has
+    `is_transposed`. Raises LayerMismatch, naming `asker`, where the model has no such matrix, or one of another size.
+    """
+    path, parameter, number = (["", "", *name.rsplit(".", 2)])[-3:]
+    module, place = modules.get(path), f"parameter {parameter!r} of {path!r}"
+    if module is None:
+        raise missing_layer(asker, path, modules)
+    tensor = module._parameters.get(parameter)
+    if tensor is None or tensor.ndim != 3:
+        what = "none" if tensor is None else f"one of shape {tuple(tensor.shape)}"
+        raise LayerMismatch(
+            f"{asker} updates an expert of {place}, a {type(module).__name__}, which has {what}, not (E, O, I)"
+        )
+    transposed = bool(getattr(module, "is_transposed", False))
+    count, *sides = tensor.shape
+    num_outputs, num_inputs = reversed(sides) if transposed else sides
+    found = (factors.b_OR.shape[0], factors.a_RI.shape[1])
+    if not number.isdecimal() or int(number) >= count or found != (num_outputs, num_inputs):
+        raise LayerMismatch(
+            f"{asker} updates expert {number} of {place} with shape (O, I) = {found}, but the model has {count} experts of "
+            f"{(num_outputs, num_inputs)}; was the adapter made for another base model?"
+        )
+    return ExpertMatrix(path, module, parameter, int(number), num_outputs, num_inputs, transposed)
 
 
 def missing_layer(asker: str, name: str, known: Iterable[str]) -> LayerMismatch:

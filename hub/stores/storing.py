@@ -13,7 +13,7 @@ from torch import nn
 from loraweave.errors import AdapterCorrupt, AdapterExists, HubCorrupt, HubError, HubFull, LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_key
-from loraweave.hub.formats._base_layer import base_layer
+from loraweave.hub.formats._base_layer import base_layer, expert_matrix
 from loraweave.hub.formats._kept_files import KeptFile, KeptFiles
 from loraweave.hub.health.figures import Figures, store_figures
 from loraweave.hub.intake.fields import OWN_FIELDS
@@ -213,6 +213,9 @@ def bound_record(record: Record, adapter: Adapter, model: nn.Module) -> Record:
     require_same_base(f"adapter {record.name!r}", record.base, key, whatever_id=True)
     modules = dict(model.named_modules())
     for layer, factors in adapter.layers.items():
+        if factors.kind == "expert":
+            expert_matrix(modules, layer, factors, f"adapter {record.name!r}")
+            continue
         found = base_layer(modules, layer, f"adapter {record.name!r}")
         wanted = factors.b_OR.shape[0], factors.a_RI.shape[1]
         if factors.rank and wanted != (found.num_outputs, found.num_inputs):

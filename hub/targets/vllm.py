@@ -31,6 +31,12 @@ class Vllm(Target):
 
     @classmethod
     def check(cls, contents: Contents, name: str, base: Any) -> None:
+        if any(factors.kind == "expert" for factors in contents.layers.values()):
+            raise AdapterUnsupported(
+                f"adapter {name!r} updates fused experts, whose factors vLLM 0.32 divides as PEFT does only for models with "
+                "is_3d_moe_weight, or where the request has is_3d_lora_weight: write it with target='peft', and see to that "
+                "in vLLM, or use `loraweave serve`"
+            )
         require_plain(contents, name, "vLLM", kinds=("linear", "embedding"))
         if not contents.base_model:
             raise AdapterUnsupported(

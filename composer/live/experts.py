@@ -1,0 +1,181 @@
+"""Fused experts, live: the module that has the weights of all its experts in parameters of three axes, and its own router.
+
+    for each expert e that some token n reached:          (e, n) from the module's router, w_n from the mixture
+        h = gate(x_n F_e + update of F_e at n)             update at n: (x_n a^T * w_n) b^T, by `Plan.at_tokens`
+        y_n += score_en * (h D_e + update of D_e at n)
+
+The gate stands between both products, so that no sum on the module's output would do: while a mixture is active that updates
+some of its experts, this loop is the module's forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.composer.live.standing_in import StandIn, give_back
+from loraweave.composer.model.layers import TargetLayer, is_floating, multiplies_columns
+
+# the update of a parameter's expert at tokens: x_NI and their numbers -> update_NO; None where there is nothing to add
+Update = Callable[[str, int, Tensor, Tensor], Tensor | None]
+
+
+class Reached(NamedTuple):
+    """What reached one expert: rows of the module's input, the tokens that they are of, and their scores where it weighs."""
+
+    expert: int
+    row_N: Tensor
+    token_N: Tensor
+    score_N: Tensor | None
+
+
+class ExpertsForward(StandIn):
+    """Stands in for the `forward` of a module of experts while an activation is open; `mixing` gives the one that counts."""
+
+    def __init__(self, module: nn.Module, mixing: Callable[[], Any]) -> None:
+        self.module = module
+        self._mixing: Callable[[], Any] | None = mixing
+        self._layers: dict[tuple[str, int], TargetLayer] = {}
+        self._own = vars(module).get("forward")
+        self._forward = module.forward
+        self._signature = inspect.signature(type(module).forward)
+        # what it looks up has no graph, so that torch.compile leaves it out of its own
+        self._outside = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
+        module.forward = self.run  # type: ignore[method-assign]
+
+    def add(self, layer: TargetLayer) -> None:
+        """Takes an expert of the module."""
+        assert layer.number is not None
+        self._layers[layer.attribute, layer.number] = layer
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward."""
+        return (self._outside if torch.compiler.is_compiling() else self._run)(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        activation = None if self._mixing is None else self._mixing()
+        if activation is None or not activation.plan.reaches_some(self._layers.values(), activation.lease):
+            return self._forward(*args, **kwargs)
+        given = list(self._signature.bind(self.module, *args, **kwargs).arguments.values())[1:]
+        x, num_tokens, reached = _reached(self.module, given)
+
+        def update(parameter: str, number: int, x_NI: Tensor, token_N: Tensor) -> Tensor | None:
+            layer = self._layers.get((parameter, number))
+            if layer is None:
+                return None
+            found: Tensor | None = activation.plan.at_tokens(
+                layer, x_NI, token_N, num_tokens, activation.lease, activation.usage
+            )
+            return found
+
+        return _sum_of_experts(self.module, x, reached, update)
+
+    def own(self, name: str) -> Any:
+        return self._own
+
+    def remove(self) -> None:
+        """Gives the module its own forward back. Where another stands in for this one by now, that stays, and calls this."""
+        if not give_back(self.module, "forward", self._own, self):
+            self._mixing = None
+
+
+def _sum_of_experts(module: Any, x: Tensor, reached: Iterator[Reached], update: Update) -> Tensor:
+    """The module's forward, with the updates in both products."""
+    y = torch.zeros_like(x)
+    first, by_columns = ("gate_up_proj" if _gated(module) else "up_proj"), multiplies_columns(module)
+    for expert, row_N, token_N, score_N in reached:
+
+        def product(parameter: str, x_NI: Tensor, expert: int = expert, token_N: Tensor = token_N) -> Tensor:
+            weight = getattr(module, parameter)[expert]
+            made = x_NI @ weight if by_columns else nn.functional.linear(x_NI, weight)
+            if getattr(module, "has_bias", False):
+                made = made + getattr(module, f"{parameter}_bias")[expert]
+            more = update(parameter, expert, x_NI, token_N)
+            return made if more is None else made + more.to(made.dtype)
+
+        hidden_NH = product(first, x[row_N])
+        hidden_NH = _gate(module, hidden_NH) if _gated(module) else module.act_fn(hidden_NH)
+        made_NO = product("down_proj", hidden_NH)
+        if getattr(module, "has_post_expert_norm", False):
+            made_NO = module.post_expert_norm(made_NO)
+        made_NO = made_NO if score_N is None else made_NO * score_N[:, None]
+        y.index_add_(0, row_N, made_NO.to(y.dtype))
+    return y
+
+
+def _reached(module: nn.Module, given: list[Any]) -> tuple[Tensor, int, Iterator[Reached]]:
+    """The module's input as rows, the number of the call's tokens, and what reached each expert."""
+    x = given[0].reshape(-1, given[0].shape[-1])
+    count = int(module.down_proj.shape[0])  # type: ignore[union-attr, index]
+    if len(given) == 1:
+        return x, x.shape[0] // count, _not_zero(x, count)
+    return x, x.shape[0], _by_scores(given[1], given[2], count)
+
+
+def _by_scores(index_NK: Tensor, score_NK: Tensor, count: int) -> Iterator[Reached]:
+    """As transformers' routers say it, (N, K) each; experts of other processes have numbers beyond the last."""
+    with torch.no_grad():
+        hit = torch.unique(index_NK).tolist()
+    for expert in hit:
+        if 0 <= expert < count:
+            token_N, place_N = torch.where(index_NK == expert)
+            yield Reached(expert, token_N, token_N, score_NK[token_N, place_N])
+
+
+def _not_zero(x: Tensor, count: int) -> Iterator[Reached]:
+    """As Llama 4 has it: all tokens for each expert, times their score, which is 0 for those that it is not for."""
+    x_END = x.reshape(count, -1, x.shape[-1])
+    for expert in range(count):
+        token_N = x_END[expert].any(dim=-1).nonzero()[:, 0]
+        if len(token_N):
+            yield Reached(expert, token_N + expert * x_END.shape[1], token_N, None)
+
+
+def _gated(module: nn.Module) -> bool:
+    return bool(getattr(module, "has_gate", hasattr(module, "gate_up_proj")))
+
+
+def _gate(module: Any, gate_up_NH: Tensor) -> Tensor:
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(gate_up_NH)  # type: ignore[no-any-return]
+    gate_NH, up_NH = gate_up_NH.chunk(2, dim=-1)
+    return up_NH * module.act_fn(gate_NH)  # type: ignore[no-any-return]
+
+
+_KNOWN: WeakKeyDictionary[type[nn.Module], bool] = WeakKeyDictionary()
+
+
+def computes_as_known(module: nn.Module) -> bool:
+    """Whether the loop above, on a few tokens, is the forward of the module's class."""
+    if type(module) not in _KNOWN:
+        with torch.no_grad():
+            _KNOWN[type(module)] = _computes_as_known(module)
+    return _KNOWN[type(module)]
+
+
+def _computes_as_known(module: nn.Module) -> bool:
+    weight = module._parameters.get("down_proj")
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    if weight is None or weight.ndim != 3 or weight.is_meta or not is_floating(weight.dtype) or len(names) not in (1, 3):
+        return False
+    count, *sides = weight.shape
+    size = sides[1] if multiplies_columns(module) else sides[0]
+    num_rows = 3 if len(names) == 3 else 2 * count
+    given = [torch.randn(num_rows, size, generator=torch.Generator().manual_seed(0)).to(weight)]
+    if len(names) == 3:
+        place_N = torch.arange(num_rows, device=weight.device)[:, None]
+        given += [torch.cat([place_N, place_N + 1], dim=1) % count, torch.full((num_rows, 2), 0.5).to(weight)]
+    try:
+        expected = type(module).forward(module, *given)
+        x, _, reached = _reached(module, given)
+        found = _sum_of_experts(module, x, reached, lambda *asked: None)
+    except Exception:
+        # whatever a class of its own asks for
+        return False
+    near = 1e-2 * float(expected.abs().max())
+    return expected.shape == found.shape and torch.allclose(expected.float(), found.float(), rtol=1e-2, atol=near)

@@ -1,0 +1,352 @@
+"""LoRA on fused experts, live and fused, against the installed peft: tiny random models of each layout of transformers."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from loraweave.composer.compose.first_order import first_order
+from loraweave.composer.composer import Composer
+from loraweave.errors import CompositionError, LayerMismatch, ScopeError
+from loraweave.hub.adapter import Adapter
+from loraweave.routers.weights import MixtureWeights
+from loraweave.types import Factors, Task
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # tiny models are on no model hub, where some versions of peft look for their vocabulary's size
+    pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
+]
+
+SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "max_position_embeddings": 64}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "num_experts_per_tok": 2}
+SIZES |= {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 12, "num_experts": 5, "num_local_experts": 5}
+SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+FAMILIES = {
+    "mixtral": {},
+    "qwen2_moe": {},
+    "qwen3_moe": {},
+    "gpt_oss": {},
+    "llama4_text": {"num_experts_per_tok": 1, "intermediate_size_mlp": 24},
+    "deepseek_v3": {**LATENT, "n_routed_experts": 5, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4}
+    | {"first_k_dense_replace": 1, "n_shared_experts": 1},
+}
+IDS = torch.randint(3, 60, (3, 6), generator=torch.Generator().manual_seed(1))
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+both = pytest.mark.parametrize("family", ["mixtral", "llama4_text"])
+
+
+def make(family="mixtral", **settings):
+    """A fresh model in eval mode, of weights that matter, the same at every call."""
+    config = transformers.AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **settings})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.3)
+    model.name_or_path = "tiny"
+    return model.eval()
+
+
+def logits(model, ids=IDS, **inputs):
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False, **inputs).logits
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Of a family: peft's models of the adapters "a" (both parameters and a layer) and "b" (one), and both as read."""
+
+    @cache
+    def of(family: str):
+        theirs, ours = {}, {}
+        for seed, (name, targets) in enumerate({"a": EXPERTS, "b": EXPERTS[1:]}.items()):
+            layers = ["o_proj"] if name == "a" else []
+            config = LoraConfig(r=3 - seed, lora_alpha=5, target_modules=layers, target_parameters=targets)
+            model = get_peft_model(make(family), config)
+            torch.manual_seed(seed)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = 0.3 * torch.randn_like(parameter)
+            folder = Path(tmp_path_factory.mktemp(f"{family}-{name}"))
+            model.save_pretrained(str(folder), save_embedding_layers=False)
+            theirs[name], ours[name] = model.eval(), Adapter.from_pretrained(folder, name=name)
+        return theirs, ours
+
+    return of
+
+
+def near(found, expected):
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_live_and_fused_equal_peft_and_leaving_is_bit_exact(family, saved):
+    theirs, ours = saved(family)
+    model = make(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    base, engine = logits(model), Composer(model, ours)
+    for name in ours:
+        expected = logits(theirs[name])
+        assert float((expected - base).abs().max()) > 0.1
+        with engine.activate({name: 1.0}):
+            near(logits(model), expected)
+        with engine.fused({name: 1.0}):
+            near(logits(model), expected)
+    with engine.fused({"a": 1.0}) as fused:
+        fused.switch({"a": 0.3, "b": -0.5})
+        mixed = logits(model)
+        assert copy.deepcopy(model).state_dict().keys() == before.keys()
+    with engine.activate({"a": 0.3, "b": -0.5}):
+        near(logits(model), mixed)
+    with engine.activate([{"a": 0.0}, None, {}]):
+        assert torch.equal(logits(model), base)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.equal(logits(model), base)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_row_and_token_has_its_own_mixture(family, saved):
+    theirs, ours = saved(family)
+    model = make(family)
+    base, engine = logits(model), Composer(model, ours)
+    with engine.activate([{"a": 1.0}, None, {"b": 1.0}]):
+        rows = logits(model)
+        twice = logits(model, IDS.repeat_interleave(2, dim=0))
+    near(rows[0], logits(theirs["a"])[0])
+    # not to the bit: an expert multiplies the tokens of all rows at once
+    near(rows[1], base[1])
+    near(rows[2], logits(theirs["b"])[2])
+    near(twice, rows.repeat_interleave(2, dim=0))
+    # "a" up to the third token, from then on "b": rows differ by what they had before
+    w_BTE = torch.zeros(3, 6, 1, 2)
+    w_BTE[:, :3, 0, 0], w_BTE[:, 3:, 0, 1] = 1, 1
+    w_BTE[1] = 0
+    with engine.activate(MixtureWeights(w_BTE, ("a", "b"))):
+        tokens = logits(model)
+        alone = [logits_of_row(engine, model, w_BTE, row) for row in (0, 2)]
+    near(tokens[[0, 2], :3], logits(theirs["a"])[[0, 2], :3])
+    near(tokens[1], base[1])
+    near(torch.cat(alone), tokens[[0, 2]])
+
+
+def logits_of_row(engine, model, w_BTE, row):
+    with engine.activate(MixtureWeights(w_BTE[row : row + 1], ("a", "b"))):
+        return logits(model, IDS[row : row + 1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_inputs_and_weights_are_pefts(family, saved):
+    theirs, ours = saved(family)
+    target = torch.randn(3, 6, 61, generator=torch.Generator().manual_seed(2))
+
+    def loss(model, x):
+        return (model(inputs_embeds=x, use_cache=False).logits * target).sum()
+
+    expected = theirs["a"]
+    x = expected.get_input_embeddings()(IDS).detach().requires_grad_()
+    loss(expected, x).backward()
+    # the update is linear in w b, so that d loss / d w is the sum of b times its gradient
+    slope = sum(float((p.detach() * p.grad).sum()) for name, p in expected.named_parameters() if "lora_B" in name)
+    wanted = x.grad.clone()
+    expected.zero_grad()
+    model, own_x = make(family), x.detach().clone().requires_grad_()
+    w_E = torch.ones(1, 1, 1, 1, requires_grad=True)
+    with Composer(model, {"a": ours["a"]}).activate(MixtureWeights(w_E, ("a",))):
+        loss(model, own_x).backward()
+    scale = float(wanted.abs().max())
+    torch.testing.assert_close(own_x.grad / scale, wanted / scale, atol=1e-5, rtol=1e-5)
+    assert float(w_E.grad) == pytest.approx(slope, rel=1e-4)
+
+
+@both
+def test_only_tokens_that_reached_an_expert_are_multiplied_and_no_update_of_three_axes_is_made(family, saved):
+    _, ours = saved(family)
+    model = make(family)
+    engine = Composer(model, ours)
+    place = next(layer for layer in engine.target_layers if layer.endswith("experts.down_proj.0")).removesuffix(
+        ".down_proj.0"
+    )
+    experts, seen = model.get_submodule(place), []
+    fused = {tuple(experts.gate_up_proj.shape), tuple(experts.down_proj.shape)}
+    fused |= {(count, inputs, outputs) for count, outputs, inputs in fused}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    experts.register_forward_pre_hook(lambda module, args: seen.append(args))
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor) and tuple(found.shape) in fused:
+                # nothing but views of the parameters
+                assert found.untyped_storage().data_ptr() in own, function
+            return found
+
+    with engine.activate({"a": 1.0, "b": 0.5}), engine.record() as trace, Watch():
+        logits(model)
+    if family == "mixtral":
+        counts = torch.bincount(seen[0][1].flatten(), minlength=5).tolist()
+    else:
+        counts = seen[0][0].reshape(5, -1, 16).any(dim=-1).sum(dim=1).tolist()
+    assert 0 < min(count for count in counts if count) < IDS.numel()
+    for expert, count in enumerate(counts):
+        calls = trace.calls(f"{place}.down_proj.{expert}")
+        assert [call.num_rows * call.num_tokens for call in calls] == ([count] if count else [])
+
+
+class Constant:
+    def weights(self, x_BTI, layer):
+        return torch.tensor([[[0.7, 0.0]]])
+
+
+class ByInput:
+    def weights(self, x_BTI, layer):
+        w_BT1 = torch.sigmoid(x_BTI.sum(dim=-1, keepdim=True))
+        return torch.cat([w_BT1, 1 - w_BT1], dim=-1)
+
+
+class Begins(ByInput):
+    def begin(self, model, arguments):
+        return self
+
+
+@both
+def test_a_router_weighs_each_token_at_each_expert(family, saved):
+    _, ours = saved(family)
+    model = make(family)
+    engine = Composer(model, ours)
+    with engine.activate({"a": 0.7}):
+        expected = logits(model)
+    with engine.activate(Constant()):
+        near(logits(model), expected)
+    with engine.activate(ByInput()):
+        rows = logits(model)
+        near(torch.cat([logits(model, IDS[row : row + 1]) for row in range(3)]), rows)
+    assert float((rows - expected).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("router", [Begins(), [Constant(), None, Constant()]])
+def test_a_router_that_looks_at_more_than_the_tokens_that_reach_an_expert_is_refused(router, saved):
+    _, ours = saved("mixtral")
+    engine = Composer(make(), ours)
+    with pytest.raises(ScopeError, match=r"'a' updates layer '.*', an expert of a fused parameter"):
+        engine.activate(router)
+    assert not engine.active
+
+
+@both
+def test_generation_with_a_cache_gives_each_row_its_own_answer(family, saved):
+    _, ours = saved(family)
+    model = make(family)
+    engine = Composer(model, ours)
+    settings = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    with engine.activate([{"a": 1.0}, None, {"b": 1.0}]):
+        found = model.generate(IDS, **settings)
+    settings["attention_mask"] = torch.ones_like(IDS[:1])
+    for row, mixture in enumerate([{"a": 1.0}, {}, {"b": 1.0}]):
+        with engine.activate(mixture):
+            alone = model.generate(IDS[row : row + 1], **settings)[0]
+        assert torch.equal(found[row, : len(alone)], alone)
+
+
+def test_compiled_code_answers_as_eagerly(saved, fresh_compiler):
+    _, ours = saved("mixtral")
+    model = make()
+    engine, block = Composer(model, ours), model.model.layers[0].mlp
+    compiled = torch.compile(block, backend="eager")
+    x = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        plain = block(x)
+        for mixture in ([{"a": 1.0}, None, {"b": 1.0}], {"b": 0.5}):
+            with engine.activate(mixture):
+                near(compiled(x), block(x))
+                assert float((compiled(x) - plain).abs().max()) > 1e-2
+        near(compiled(x), plain)
+
+
+def test_a_block_that_checkpointing_runs_again_has_the_same_gradients(saved):
+    _, ours = saved("mixtral")
+    model = make()
+    engine = Composer(model, ours)
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.activation_checkpointing_enable({"use_reentrant": True})
+        x = model.train(checkpointed).get_input_embeddings()(IDS).detach().requires_grad_()
+        with engine.activate({"a": 1.0}):
+            model(inputs_embeds=x, use_cache=False).logits.sum().backward()
+        gradients.append(x.grad)
+    near(gradients[1], gradients[0])
+
+
+def test_half_precision_is_near_the_fused_weights(saved):
+    _, ours = saved("gpt_oss")
+    model = make("gpt_oss").bfloat16()
+    engine = Composer(model, ours)
+    with engine.activate({"a": 0.5}):
+        live = logits(model).float()
+    with engine.fused({"a": 0.5}):
+        fused = logits(model).float()
+    assert float((live - fused).abs().max()) < 0.05 * float(fused.abs().max())
+
+
+def test_a_class_with_another_forward_is_fused_but_not_mixed_live(saved):
+    _, ours = saved("mixtral")
+    model = make()
+
+    class Doubled(type(model.model.layers[0].mlp.experts)):
+        def forward(self, *given):
+            return 2 * super().forward(*given)
+
+    for layer in model.model.layers:
+        layer.mlp.experts.__class__ = Doubled
+    engine = Composer(model, ours)
+    with pytest.raises(LayerMismatch, match=r"one of the experts of a Doubled, whose forward is its own: use fused\(\)"):
+        engine.activate({"a": 1.0})
+    base = logits(model)
+    with engine.fused({"a": 1.0}):
+        assert float((logits(model) - base).abs().max()) > 0.1
+    assert torch.equal(logits(model), base)
+
+
+@pytest.mark.parametrize(
+    ("layer", "sizes", "message"),
+    [
+        ("mlp.experts.gate_up_proj.5", (48, 16), "has 5 experts of"),
+        ("mlp.experts.gate_up_proj.0", (16, 48), r"shape \(O, I\) = \(16, 48\), but the model has 5 experts of \(48, 16\)"),
+        ("mlp.experts.gate_up_proj", (48, 16), "which has none, not"),
+        ("mlp.experts.up_proj.0", (48, 16), "which has none, not"),
+        ("mlp.gate.weight.0", (5, 16), r"a MixtralTopKRouter, which has one of shape \(5, 16\)"),
+        ("mlp.router.weight.0", (5, 16), "does not have"),
+    ],
+)
+def test_an_expert_that_the_model_does_not_have_is_named(layer, sizes, message):
+    update = Factors(torch.ones(1, sizes[1]), torch.ones(sizes[0], 1), kind="expert")
+    with pytest.raises(LayerMismatch, match=message):
+        Composer(make(), [Adapter("x", "tiny", {f"model.layers.0.{layer}": update})])
+
+
+def test_parts_that_are_not_low_rank_and_weights_without_values_are_refused():
+    name = "model.layers.0.mlp.experts.down_proj.0"
+    update = Factors(torch.ones(1, 24), torch.ones(16, 1), kind="expert")
+    biased = Factors(update.a_RI, update.b_OR, bias_O=torch.ones(16), kind="expert")
+    with pytest.raises(LayerMismatch, match="gain or a bias"):
+        Composer(make(), [Adapter("x", "tiny", {name: biased})])
+    with pytest.raises(CompositionError, match="meta device"):
+        Composer(make().to("meta"), [Adapter("x", "tiny", {name: update})])
+
+
+def test_slopes_of_the_loss_say_that_they_know_no_fused_experts(saved, tokenizer):
+    _, ours = saved("mixtral")
+    with pytest.raises(CompositionError, match="an expert of a fused parameter, whose slopes"):
+        first_order(Composer(make(), ours), tokenizer, Task([("a", "b")]))
