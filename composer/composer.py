@@ -186,6 +186,11 @@ class Composer:
             with self.record() as trace, read.prompted():
                 self.model(**read.inputs)
         order = [name for name, _ in self.model.named_modules() if name in self.target_layers]
+        if not order and self.target_layers:
+            raise CompositionError(
+                "explain() shows layers that meet all tokens in their order, and the pool updates only experts of fused "
+                "parameters: record() has their weights"
+            )
         return read.explanation(self.tokenizer, trace, order)
 
     def expert_losses(self, tasks: Mapping[str, Task | GivenRows], *, progress: bool = True) -> dict[str, dict[str, float]]:

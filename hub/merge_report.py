@@ -33,6 +33,11 @@ class LayerReport:
     sign_conflict: float = 0.0
 
 
+def group_of(layer: str) -> str:
+    """The last step of a layer's path that is no number, such as q_proj: what tables put layers together by."""
+    return next((step for step in reversed(layer.split(".")) if not step.isdecimal()), layer)
+
+
 _FIGURES = tuple(each.name for each in fields(LayerReport))
 
 
@@ -120,7 +125,7 @@ class MergeReport(Mapping[str, LayerReport]):
         """The cells of `table`."""
         groups: dict[str, list[LayerReport]] = {}
         for layer, row in self.items():
-            groups.setdefault(layer.rsplit(".", 1)[-1], []).append(row)
+            groups.setdefault(group_of(layer), []).append(row)
         return [
             (
                 name,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loraweave.composer.live.recording import UsedLayer, UsedWeights
 from loraweave.composer.model.layers import TargetLayer, is_floating
+from loraweave.hub.merge_report import group_of
 from loraweave.hub.pool import ExpertPool
 from loraweave.types import Factors
 
@@ -60,7 +61,7 @@ class Cost(Mapping[str, LayerCost]):
 
         groups: dict[str, list[LayerCost]] = {}
         for layer, cost in self.items():
-            groups.setdefault(layer.rsplit(".", 1)[-1], []).append(cost)
+            groups.setdefault(group_of(layer), []).append(cost)
         table = ShownTable(title="what the mixture adds", title_justify="left")
         for column in ("layers", "count", "FLOPs", "of the base's", "bytes", "of the base's", "kernel"):
             table.add_column(column, justify="left" if column in ("layers", "kernel") else "right")

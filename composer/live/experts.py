@@ -11,7 +11,7 @@ some of its experts, this loop is the module's forward.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -40,7 +40,7 @@ class ExpertsForward(StandIn):
     def __init__(self, module: nn.Module, mixing: Callable[[], Any]) -> None:
         self.module = module
         self._mixing: Callable[[], Any] | None = mixing
-        self._layers: dict[tuple[str, int], TargetLayer] = {}
+        self._layers: dict[tuple[str, int | None], TargetLayer] = {}
         self._own = vars(module).get("forward")
         self._forward = module.forward
         self._signature = inspect.signature(type(module).forward)
@@ -48,10 +48,10 @@ class ExpertsForward(StandIn):
         self._outside = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
         module.forward = self.run  # type: ignore[method-assign]
 
-    def add(self, layer: TargetLayer) -> None:
-        """Takes an expert of the module."""
-        assert layer.number is not None
-        self._layers[layer.attribute, layer.number] = layer
+    def add(self, layers: Iterable[TargetLayer]) -> None:
+        """Takes experts of the module."""
+        # another mapping, since other threads may be looking at this one
+        self._layers = {**self._layers, **{(layer.attribute, layer.number): layer for layer in layers}}
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward."""
@@ -74,6 +74,11 @@ class ExpertsForward(StandIn):
             return found
 
         return _sum_of_experts(self.module, x, reached, update)
+
+    def reached(self) -> bool:
+        """Whether the running call's mixture updates some of the experts."""
+        activation = None if self._mixing is None else self._mixing()
+        return activation is not None and activation.plan.reaches_some(self._layers.values(), activation.lease)
 
     def own(self, name: str) -> Any:
         return self._own
@@ -151,17 +156,19 @@ _KNOWN: WeakKeyDictionary[type[nn.Module], bool] = WeakKeyDictionary()
 
 
 def computes_as_known(module: nn.Module) -> bool:
-    """Whether the loop above, on a few tokens, is the forward of the module's class."""
+    """Whether the loop above, on a few tokens, is the forward of the module's class; not where it has no plain matrices."""
+    weight = module._parameters.get("down_proj")
+    if weight is None or weight.ndim != 3 or weight.is_meta or not is_floating(weight.dtype):
+        return False
     if type(module) not in _KNOWN:
         with torch.no_grad():
-            _KNOWN[type(module)] = _computes_as_known(module)
+            _KNOWN[type(module)] = _computes_as_known(module, weight)
     return _KNOWN[type(module)]
 
 
-def _computes_as_known(module: nn.Module) -> bool:
-    weight = module._parameters.get("down_proj")
+def _computes_as_known(module: nn.Module, weight: Tensor) -> bool:
     names = list(inspect.signature(type(module).forward).parameters)[1:]
-    if weight is None or weight.ndim != 3 or weight.is_meta or not is_floating(weight.dtype) or len(names) not in (1, 3):
+    if len(names) not in (1, 3):
         return False
     count, *sides = weight.shape
     size = sides[1] if multiplies_columns(module) else sides[0]

@@ -325,9 +325,10 @@ class LiveLayers:
             self._begin(plan.call_router, arguments)
 
     def _take_over(self, layers: Mapping[str, TargetLayer]) -> None:
+        fused: dict[nn.Module, list[TargetLayer]] = {}
         for layer in layers.values():
             if layer.number is not None:
-                self._take_over_expert(layer)
+                fused.setdefault(layer.module, []).append(layer)
                 continue
             if layer.name not in self._numbers:
                 self._numbers[layer.name] = number_of_layer()
@@ -339,14 +340,20 @@ class LiveLayers:
             if layer.owner is not None:
                 self._clean_copies(layer.owner)
                 self._handles += watch(layer.name, layer.module, layer.owner, partial(self._reaches, layer.name))
+        for module, group in fused.items():
+            self._take_over_experts(module, group)
 
-    def _take_over_expert(self, layer: TargetLayer) -> None:
-        forward = self._experts.get(layer.module)
+    def _take_over_experts(self, module: nn.Module, layers: list[TargetLayer]) -> None:
+        forward = self._experts.get(module)
         if forward is None:
-            forward = self._experts[layer.module] = ExpertsForward(layer.module, self.current)
+            forward = self._experts[module] = ExpertsForward(module, self.current)
             self._handles.append(forward)
-            self._clean_copies(layer.module)
-        forward.add(layer)
+            self._clean_copies(module)
+            path = layers[0].path
+            owner = self._model.get_submodule(path.rpartition(".")[0])
+            self._clean_copies(owner)
+            self._handles += watch(path, module, owner, forward.reached)
+        forward.add(layers)
 
     def _reaches(self, layer: str) -> bool:
         activation = self.current()

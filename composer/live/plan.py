@@ -141,9 +141,9 @@ class Plan:
         weight = layer.parameter("weight")
         assert weight is not None
         kernel, w_1NE = self._by_token.at_tokens(layer, x_NI, token_N, num_tokens, weight.dtype, lease)
-        update_NO = kernel.update(x_NI[None].to(kernel.dtype))[0]
-        self._tell(usage, layer.name, Note(update_NO[None].shape, type(kernel), w_1NE), w_1NE)
-        return update_NO
+        shape = torch.Size((1, len(x_NI), layer.num_inputs if layer.turned else layer.num_outputs))
+        self._tell(usage, layer.name, Note(shape, None if kernel is None else type(kernel), w_1NE), w_1NE)
+        return None if kernel is None else kernel.update(x_NI[None].to(kernel.dtype))[0]
 
     def apply(self, layer: TargetLayer, x: Tensor, y: Tensor, lease: Lease, usage: Usage) -> Tensor:
         """The layer's output y = W x + bias with the weighted updates added; y itself where nothing is to be added.

@@ -157,7 +157,7 @@ class TokenWeights:
 
     def at_tokens(
         self, layer: TargetLayer, x_NI: Tensor, token_N: Tensor, num_tokens: int, dtype: torch.dtype, lease: Lease
-    ) -> tuple[Kernel, Tensor]:
+    ) -> tuple[Kernel | None, Tensor]:
         """The kernel and w_1NE of an expert of a fused parameter, for N of a call's tokens, which lie row by row.
 
         A router sees each token as a row of its own. Raises as `mixture`.
@@ -174,6 +174,8 @@ class TokenWeights:
             row_N, place_N = token_N // places.shape[1], token_N % places.shape[1]
             row_N = row_N // (places.shape[0] // w_BTE.shape[0])
             w_1NE = w_BTE[row_N, place_N if w_BTE.shape[1] > 1 else 0][None]
+        if not found.experts:
+            return None, w_1NE
         w_1NP = w_1NE if found.place_P is None else w_1NE[..., found.place_P]
         if len(x_NI) and _sorts(found, layer, w_1NP, _Known(), x_NI[None]):
             return SortedTokens(_parts(found, layer, lease), w_1NP, dtype), w_1NE

@@ -96,7 +96,7 @@ def expert_matrix(modules: Mapping[str, nn.Module], name: str, factors: Factors,
     count, *sides = tensor.shape
     num_outputs, num_inputs = reversed(sides) if transposed else sides
     found = (factors.b_OR.shape[0], factors.a_RI.shape[1])
-    if not number.isdecimal() or int(number) >= count or found != (num_outputs, num_inputs):
+    if number not in map(str, range(count)) or found != (num_outputs, num_inputs):
         raise LayerMismatch(
             f"{asker} updates expert {number} of {place} with shape (O, I) = {found}, but the model has {count} experts of "
             f"{(num_outputs, num_inputs)}; was the adapter made for another base model?"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,6 +18,7 @@ from loraweave.composer.compose.first_order import first_order
 from loraweave.composer.composer import Composer
 from loraweave.errors import CompositionError, LayerMismatch, ScopeError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.hub import Hub
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Factors, Task
 
@@ -350,3 +352,54 @@ def test_slopes_of_the_loss_say_that_they_know_no_fused_experts(saved, tokenizer
     _, ours = saved("mixtral")
     with pytest.raises(CompositionError, match="an expert of a fused parameter, whose slopes"):
         first_order(Composer(make(), ours), tokenizer, Task([("a", "b")]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_opens_what_is_written_and_a_hub_keeps_it(family, saved, tmp_path):
+    theirs, ours = saved(family)
+    ours["a"].save_pretrained(tmp_path / "a")
+    near(logits(PeftModel.from_pretrained(make(family), str(tmp_path / "a"))), logits(theirs["a"]))
+    model = make(family)
+    with Hub(tmp_path / "hub") as hub:
+        for name in ours:
+            hub.add(ours[name], license="mit", model=model)
+            assert hub.bind(name, model).fingerprint is not None
+        wrong = {f"{layer[:-1]}0{layer[-1]}": part for layer, part in ours["b"].layers.items()}
+        hub.add(replace(ours["b"], layers=wrong), name="c", license="mit")
+        with pytest.raises(LayerMismatch, match=r"adapter 'c' updates expert 0\d of parameter 'down_proj'"):
+            hub.bind("c", model)
+        # a lazy pool brings experts while another activation is open
+        engine = Composer(model, hub.pool(["a", "b"]))
+        with engine.activate({"b": 1.0}):
+            near(logits(model), logits(theirs["b"]))
+            with engine.activate({"a": 1.0}):
+                near(logits(model), logits(theirs["a"]))
+
+
+def test_a_block_that_computes_with_the_experts_itself_is_an_error(saved, monkeypatch):
+    _, ours = saved("mixtral")
+    model = make()
+    block = type(model.model.layers[0].mlp)
+    engine = Composer(model, ours)
+    with engine.activate({"a": 1.0}):
+        monkeypatch.setattr(block, "forward", lambda self, x: x)
+        for layer in model.model.layers:
+            monkeypatch.delitem(vars(layer.mlp), "forward", raising=False)
+        with pytest.raises(CompositionError, match=r"layer 'model\.layers\.0\.mlp\.experts' did not run"):
+            logits(model)
+
+
+def test_updates_of_rank_zero_add_nothing_and_tables_name_the_parameter(saved):
+    _, ours = saved("mixtral")
+    model = make()
+    empty = {
+        layer: replace(part, a_RI=part.a_RI[:0], b_OR=part.b_OR[:, :0])
+        for layer, part in ours["a"].layers.items()
+        if part.kind == "expert"
+    }
+    engine = Composer(model, {"a": ours["a"], "empty": Adapter("empty", "tiny", empty)})
+    with engine.activate({"empty": 1.0}):
+        near(logits(model), logits(make()))
+    with engine.activate({"a": 1.0}):
+        logits(model)
+    assert "gate_up_proj" in str(engine.cost().table().columns[0]._cells)
