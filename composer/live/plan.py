@@ -136,6 +136,11 @@ class Plan:
         """
         if not self.reaches(layer.name, lease):
             return None
+        if self.fixed_shapes:
+            raise ScopeError(
+                f"layer {layer.name!r} is an expert of a fused parameter, whose tokens are of all rows at once: leave "
+                "batch_invariant() out, or take adapters without it"
+            )
         if self._by_place:
             require_rows_of_tokens(layer.name, num_tokens)
         weight = layer.parameter("weight")

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraweave.composer.compose.first_order import first_order
 from loraweave.composer.composer import Composer
+from loraweave.composer.live.fixed_shapes import batch_invariant
 from loraweave.errors import CompositionError, LayerMismatch, ScopeError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
@@ -387,6 +388,14 @@ def test_a_block_that_computes_with_the_experts_itself_is_an_error(saved, monkey
             monkeypatch.delitem(vars(layer.mlp), "forward", raising=False)
         with pytest.raises(CompositionError, match=r"layer 'model\.layers\.0\.mlp\.experts' did not run"):
             logits(model)
+
+
+def test_a_batch_invariant_call_refuses_fused_experts(saved):
+    _, ours = saved("mixtral")
+    model = make()
+    engine = Composer(model, ours)
+    with batch_invariant(model), engine.activate({"a": 1.0}), pytest.raises(ScopeError, match=r"batch_invariant\(\)"):
+        logits(model)
 
 
 def test_updates_of_rank_zero_add_nothing_and_tables_name_the_parameter(saved):
