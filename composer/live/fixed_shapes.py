@@ -98,6 +98,11 @@ def _require_sound(model: nn.Module) -> None:
             raise CompositionError(
                 f"parameter {name!r} is on {parameter.device}; batch_invariant() fixes what a CPU does: vLLM has it for GPUs"
             )
+        if parameter.ndim == 3 and (product := getattr(config, "_experts_implementation", None)) not in (None, "eager"):
+            raise CompositionError(
+                f"parameter {name!r} has experts that {kind} multiplies by {product!r}, whose sums depend on the batch: "
+                "load the model with experts_implementation='eager'"
+            )
         if not parameter.is_floating_point():
             raise CompositionError(f"parameter {name!r} is {parameter.dtype}; batch_invariant() takes no quantised base")
 

@@ -390,10 +390,15 @@ def test_a_block_that_computes_with_the_experts_itself_is_an_error(saved, monkey
             logits(model)
 
 
-def test_a_batch_invariant_call_refuses_fused_experts(saved):
+def test_a_batch_invariant_call_takes_the_eager_experts_of_the_base_and_no_updates_of_them(saved):
     _, ours = saved("mixtral")
     model = make()
     engine = Composer(model, ours)
+    with pytest.raises(CompositionError, match=r"experts_implementation='eager'"), batch_invariant(model):
+        pass
+    model.set_experts_implementation("eager")
+    with batch_invariant(model):
+        assert torch.equal(torch.cat([logits(model, IDS[row : row + 1]) for row in range(3)]), logits(model))
     with batch_invariant(model), engine.activate({"a": 1.0}), pytest.raises(ScopeError, match=r"batch_invariant\(\)"):
         logits(model)
 
