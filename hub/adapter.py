@@ -204,6 +204,12 @@ class Adapter:
         )
 
     @cached_property
+    def num_values(self) -> int:
+        """Elements of all its factors and heads."""
+        factors = [tensor for each in self.layers.values() for tensor in each.tensors().values()]
+        return sum(tensor.numel() for tensor in (*factors, *self.heads.values()))
+
+    @cached_property
     def hash(self) -> str:
         """SHA-256 over factors and heads in a canonical order; names, cards and file layout do not enter."""
         digest = hashlib.sha256()

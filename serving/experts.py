@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,12 +25,16 @@ class Experts:
     """
 
     def __init__(self, model: Any, tokenizer: Any, most: int) -> None:
+        self._itemsize = model.dtype.itemsize
         self._model = model
         self._tokenizer = tokenizer
         self._most = most
         self._engine: Composer | None = None
         self._num_users: Counter[str] = Counter()
         self._loaded: OrderedDict[str, None] = OrderedDict()
+        # bytes of each and when it was last given back
+        self._sizes: dict[str, int] = {}
+        self._last_use: dict[str, float] = {}
         self._routed: OrderedDict[str, tuple[Composer, Any]] = OrderedDict()
         self._loading = threading.Lock()
         self._lock = threading.Lock()
@@ -37,6 +43,28 @@ class Experts:
     def loaded(self) -> tuple[str, ...]:
         """The hashes of the adapters that the engine has, the one used longest ago first."""
         return tuple(self._loaded)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of what no row uses."""
+        with self._lock:
+            return sum(self._sizes[key] for key in self._unused())
+
+    @property
+    def oldest(self) -> float:
+        """When that was used which was used longest ago, of what no row uses; infinity for nothing."""
+        with self._lock:
+            return min((self._last_use.get(key, 0.0) for key in self._unused()), default=math.inf)
+
+    def drop_oldest(self) -> None:
+        """Lets go of it."""
+        with self._loading, self._lock:
+            self._drop(min(self._unused(), key=lambda key: self._last_use.get(key, 0.0)))
+
+    def sizes(self, served: Served) -> dict[str, int]:
+        """Bytes of what a composition needs in the engine, by content."""
+        sizes = {content: self._itemsize * adapter.num_values for content, adapter in served.adapters.items()}
+        return sizes if served.router is None else {served.identity: sum(sizes.values())}
 
     def has(self, served: Served) -> bool:
         """Whether all that a composition needs is there."""
@@ -66,6 +94,8 @@ class Experts:
                 with self._lock:
                     # from now on it may make room
                     self._loaded[content] = None
+                    self._sizes[content] = self._itemsize * adapter.num_values
+                    self._last_use[content] = time.monotonic()
 
     def take(self, served: Served) -> None:
         """Keeps what a row's composition needs until `give_back`, and loads it where it is not there.
@@ -86,12 +116,11 @@ class Experts:
         with self._lock:
             self._num_users.subtract(_needs(served))
             self._num_users = +self._num_users
-            for content in self._unused(self._loaded):
-                assert self._engine is not None
-                self._engine.unload(content)
-                del self._loaded[content]
-            for identity in self._unused(self._routed):
-                self._routed.pop(identity)[0].close()
+            self._last_use.update(dict.fromkeys(_needs(served), time.monotonic()))
+            for among in (self._loaded, self._routed):
+                unused = [key for key in among if not self._num_users[key]]
+                for key in unused[: max(0, len(unused) - self._most)]:
+                    self._drop(key)
 
     def activate(self, rows: Sequence[Served]) -> AbstractContextManager[Any]:
         """The mixture of each member of each row, in this order, for a `with` block around the model's call.
@@ -105,9 +134,23 @@ class Experts:
             return nullcontext()
         return self._engine.activate([member.weights for served in rows for member in served.members])
 
-    def _unused(self, there: OrderedDict[str, Any]) -> list[str]:
-        unused = [key for key in there if not self._num_users[key]]
-        return unused[: max(0, len(unused) - self._most)]
+    def _unused(self) -> list[str]:
+        return [key for key in (*self._loaded, *self._routed) if not self._num_users[key]]
+
+    def _drop(self, key: str) -> None:
+        if key in self._routed:
+            self._routed.pop(key)[0].close()
+        else:
+            assert self._engine is not None
+            del self._loaded[key]
+            if self._loaded:
+                self._engine.unload(key)
+            else:
+                # a pool has one at least
+                self._engine.close()
+                self._engine = None
+        del self._sizes[key]
+        self._last_use.pop(key, None)
 
     def _load_routed(self, served: Served) -> None:
         if self._is_there(served.identity, self._routed):
@@ -117,6 +160,8 @@ class Experts:
         served.router.require_engine(engine)
         with self._lock:
             self._routed[served.identity] = engine, served.router
+            self._sizes |= self.sizes(served)
+            self._last_use[served.identity] = time.monotonic()
 
     def _is_there(self, key: str, among: OrderedDict[str, Any]) -> bool:
         """Whether it is; it then makes room after all others."""

@@ -16,7 +16,7 @@ class Limits:
     stay in the engine after use, and the adapters of as many formulas in memory. `merges` says whether merges by a method
     are made, `batch_invariant` whether an answer has the same bits whatever runs beside it (`lw.batch_invariant`). A step
     that gives every running row a token is to take `token_seconds` at most: rows that would make it longer wait, and others
-    pass them a few times.
+    pass them a few times. `memory_bytes` are for keys and values, beginnings and adapters together (`Memory`).
     """
 
     rows: int = 8
@@ -33,6 +33,7 @@ class Limits:
     merges: bool = True
     batch_invariant: bool = False
     token_seconds: float = float("inf")
+    memory_bytes: float = float("inf")
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -6,6 +6,8 @@ on these tokens and on the weights: {content hash: weight}, or the router. Under
 
 from __future__ import annotations
 
+import math
+import time
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -22,12 +24,13 @@ MAX_KEPT = 1024
 States = Sequence[tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Kept:
-    """Tokens and what the model made of them."""
+    """Tokens and what the model made of them; when that was last used, in seconds of `time.monotonic`."""
 
     ids: tuple[int, ...]
     states: States
+    last_use: float
 
     @cached_property
     def num_bytes(self) -> int:
@@ -40,7 +43,16 @@ class KeptPrefixes:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._kept: OrderedDict[tuple[Hashable, tuple[int, ...]], Kept] = OrderedDict()
-        self.num_bytes = 0
+        self.kept_bytes = 0
+
+    @property
+    def oldest(self) -> float:
+        """When that was used which was used longest ago; infinity for nothing."""
+        return next((kept.last_use for kept in self._kept.values()), math.inf)
+
+    def drop_oldest(self) -> None:
+        """Lets go of it."""
+        self._drop(next(iter(self._kept)))
 
     def longest(self, weights: Hashable | None, ids: tuple[int, ...]) -> tuple[int, Kept | None]:
         """(number of tokens, whose) of the longest common beginning, without the last of `ids`; (0, None) for none."""
@@ -51,6 +63,7 @@ class KeptPrefixes:
         if found is None:
             return 0, None
         self._kept.move_to_end((weights, found.ids))
+        found.last_use = time.monotonic()
         return best, found
 
     def keep(self, weights: Hashable | None, ids: tuple[int, ...], states: States) -> None:
@@ -61,14 +74,14 @@ class KeptPrefixes:
             return
         for key in [key for key in self._kept if key[0] == weights and ids[: len(key[1])] == key[1]]:
             self._drop(key)
-        new = Kept(ids, [(keys_HTD.clone(), values_HTD.clone()) for keys_HTD, values_HTD in states])
+        new = Kept(ids, [(keys_HTD.clone(), values_HTD.clone()) for keys_HTD, values_HTD in states], time.monotonic())
         self._kept[weights, ids] = new
-        self.num_bytes += new.num_bytes
-        while self.num_bytes > self._max_bytes or len(self._kept) > MAX_KEPT:
-            self._drop(next(iter(self._kept)))
+        self.kept_bytes += new.num_bytes
+        while self.kept_bytes > self._max_bytes or len(self._kept) > MAX_KEPT:
+            self.drop_oldest()
 
     def _drop(self, key: tuple[Hashable, tuple[int, ...]]) -> None:
-        self.num_bytes -= self._kept.pop(key).num_bytes
+        self.kept_bytes -= self._kept.pop(key).num_bytes
 
 
 def _common(kept: Sequence[int], ids: Sequence[int]) -> int:

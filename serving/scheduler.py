@@ -26,6 +26,7 @@ from loraweave.composer.live.fixed_shapes import batch_invariant
 from loraweave.serving.batch import Batch
 from loraweave.serving.experts import Experts
 from loraweave.serving.limits import Limits
+from loraweave.serving.memory import Memory
 from loraweave.serving.metrics import Metrics
 from loraweave.serving.prefixes import KeptPrefixes
 from loraweave.serving.refusals import Refusal
@@ -54,6 +55,7 @@ class Scheduler:
         self._metrics = metrics
         self._experts = Experts(model, tokenizer, limits.loaded)
         self._prefixes = KeptPrefixes(limits.prefix_bytes)
+        self._memory = Memory(model, limits.memory_bytes, self._prefixes, self._experts)
         self._make_batch = partial(Batch, model, tokenizer, self._experts, self._prefixes)
         # the batch of rows without a router is always there
         self._batches: dict[Hashable, Batch] = {None: self._make_batch()}
@@ -64,7 +66,7 @@ class Scheduler:
         with self._shapes():
             # a model whose products cannot be fixed is refused here
             pass
-        metrics.watch_rows(lambda: len(self._running), lambda: len(self._waiting), lambda: self._prefixes.num_bytes)
+        metrics.watch_rows(lambda: len(self._running), lambda: len(self._waiting), lambda: self._prefixes.kept_bytes)
         self._thread = threading.Thread(target=self._run, name="loraweave-scheduler", daemon=True)
 
     def start(self) -> None:
@@ -107,6 +109,13 @@ class Scheduler:
                     413,
                     f"this average asks {len(row.prompts)} prompts at once, and this server runs {self._limits.rows} rows; "
                     "start it with more --rows",
+                )
+            if not self._memory.has_room([row]):
+                raise Refusal(
+                    413,
+                    f"the answer and its adapters need up to {self._memory.needed([row])} bytes, and this server has "
+                    f"{self._limits.memory_bytes:.0f}; ask for fewer max_tokens, or start it with more --memory-bytes",
+                    code="context_length_exceeded",
                 )
             if self._limits.batch_invariant and row.served.router is not None:
                 raise Refusal(
@@ -179,6 +188,7 @@ class Scheduler:
         """Reads the prompts of waiting rows that there is room for."""
         joining: list[Row] = []
         while (row := self._next([*self._running, *joining])) is not None:
+            self._memory.make_room([*self._running, *joining, row])
             try:
                 self._experts.take(row.served)
             except Exception as error:
@@ -208,7 +218,8 @@ class Scheduler:
 
     def _has_room(self, rows: Sequence[Row]) -> bool:
         num_lines = sum(len(row.prompts) for row in rows)
-        return num_lines <= self._limits.rows and num_lines * max(row.longest for row in rows) <= self._limits.cache_tokens
+        fits = num_lines <= self._limits.rows and num_lines * max(row.longest for row in rows) <= self._limits.cache_tokens
+        return fits and self._memory.has_room(rows)
 
     def _is_quick(self, rows: Sequence[Row]) -> bool:
         """Whether a token of each of these rows is predicted to come in time."""
@@ -228,6 +239,7 @@ class Scheduler:
             num_kept = sum(row.num_kept for row in rows)
             self._metrics.read(num_tokens - num_kept, num_kept, len(rows))
         self._release(rows)
+        self._memory.make_room(self._running)
 
     def _step(self, batch: Batch) -> None:
         rows = batch.rows
@@ -243,6 +255,7 @@ class Scheduler:
                 self._step_times.saw(rows, self._step_times.clock() - begun)
             self._metrics.stepped(len(rows))
         self._release(rows)
+        self._memory.make_room(self._running)
 
     def _apart(self, rows: Sequence[Row], error: Exception) -> None:
         """Reads again alone each row of a batch on which the model failed; one that fails so, or twice, ends."""

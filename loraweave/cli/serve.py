@@ -34,6 +34,10 @@ def serve(
     token_seconds: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds that a token of a running answer may take; more answers wait.")
     ] = None,
+    memory_bytes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Bytes for keys and values, kept prompts, and adapters together; no limit by default."),
+    ] = None,
     adapters: Annotated[int, typer.Option(min=1, help="Adapters of one formula at most.")] = 16,
     loaded: Annotated[int, typer.Option(min=1, help="Adapters, and formulas with theirs, that stay in memory unused.")] = 64,
     merges: Annotated[bool, typer.Option(help="Whether formulas may have merges by a method, such as ties(a, b).")] = True,
@@ -58,6 +62,7 @@ def serve(
         new_tokens=max_tokens,
         seconds=deadline,
         token_seconds=float("inf") if token_seconds is None else token_seconds,
+        memory_bytes=float("inf") if memory_bytes is None else memory_bytes,
         adapters=adapters,
         loaded=loaded,
         merges=merges,

@@ -220,6 +220,6 @@ def test_what_is_kept_has_at_most_its_bytes(setting, tokenizer, heard):
         for each in heard_rows(tokenizer, setting[1]):
             join(batch, experts, [each])
             finish(batch)
-            kept.append(prefixes.num_bytes)
+            kept.append(prefixes.kept_bytes)
     assert 0 < max(kept) <= 1 << 15
     assert len(set(kept)) > 1

@@ -13,6 +13,7 @@ from served_rows import MIXTURES, PROMPTS, Heard, alone, averaged, heard_rows, s
 
 import loraweave as lw
 from loraweave.serving.limits import Limits
+from loraweave.serving.memory import Memory
 from loraweave.serving.metrics import Metrics
 from loraweave.serving.refusals import Refusal
 from loraweave.serving.row import Row
@@ -300,6 +301,65 @@ def test_what_was_read_under_a_router_is_kept_by_what_its_formula_says_and_does_
     assert [each.row.num_kept for each in found] == [0, len(found[0].row.prompts[0]) - 1]
     assert found[0].text == found[1].text == alone(engine, prompt, routers[0])[0]
     assert routed(engine, routers[1]).states == [None]
+
+
+def test_rows_kept_beginnings_and_adapters_share_one_budget(setting, tokenizer, make_scheduler):
+    engine, adapters = setting
+    sizes = {
+        name: 8 * sum(t.numel() for f in engine.pool[name].layers.values() for t in f.tensors().values()) for name in "abc"
+    }
+    # 2 layers, 2 heads of 4 numbers, keys and values, in float64
+    token_bytes = 2 * 2 * 2 * 4 * 8
+    rows = [row for _ in range(3) for row in heard_rows(tokenizer, adapters)]
+    largest = max(each.row.longest for each in rows)
+    scheduler = make_scheduler(rows=4, memory_bytes=2 * largest * token_bytes + sum(sizes.values()))
+    assert scheduler._memory.needed([rows[0].row]) == rows[0].row.longest * token_bytes + sum(
+        sizes[name] for name, weight in MIXTURES[0].items() if weight
+    )
+    used = []
+    hook = engine.model.register_forward_pre_hook(
+        lambda module, args: used.append(
+            scheduler._memory.needed(scheduler._running) + scheduler._prefixes.kept_bytes + scheduler._experts.kept_bytes
+        )
+    )
+    for each in rows:
+        scheduler.submit([each.row])
+    wait_for(rows)
+    hook.remove()
+    scheduler.close()
+    scheduler._memory.make_room([])
+    assert max(used) <= scheduler._limits.memory_bytes
+    assert scheduler._prefixes.kept_bytes + scheduler._experts.kept_bytes <= scheduler._limits.memory_bytes
+    for start in range(0, len(rows), len(MIXTURES)):
+        require_alone(engine, rows[start : start + len(MIXTURES)])
+    with pytest.raises(Refusal, match=r"need up to \d+ bytes, and this server has") as refused:
+        make_scheduler(memory_bytes=sizes["b"]).submit([long_row(tokenizer, adapters).row])
+    assert refused.value.status == 413
+
+
+def test_what_was_used_longest_ago_makes_room_first_whatever_it_is(setting, tokenizer, make_scheduler):
+    engine, adapters = setting
+    scheduler = make_scheduler(rows=1)
+
+    def ask(weights, prompt):
+        heard = Heard(tokenizer, prompt, served(adapters, weights), Sampling(3, temperature=0.0))
+        scheduler.submit([heard.row])
+        wait_for([heard])
+
+    ask({"a": 1.0}, "abc")
+    ask({}, "the judge thanked: zebra")
+    ask({"b": 1.0}, "abc")
+    scheduler.close()
+    prefixes, experts = scheduler._prefixes, scheduler._experts
+    by_content = {engine.pool[name].hash: name for name in "abc"}
+    order = []
+    while prefixes.kept_bytes + experts.kept_bytes:
+        before = set(experts.loaded)
+        memory = Memory(engine.model, prefixes.kept_bytes + experts.kept_bytes - 1, prefixes, experts)
+        memory.make_room([])
+        gone = before.difference(experts.loaded)
+        order.append(by_content[gone.pop()] if gone else "beginning")
+    assert order == ["a", "beginning", "b"]
 
 
 def test_batch_invariant_answers_have_the_same_bits_alone_and_in_a_busy_batch(setting, tokenizer, make_scheduler, routers):
