@@ -121,6 +121,7 @@ class Composer:
         handle's `run` takes it into another. For every layer
         y = W x + ((x a^T) * w) b^T + sum over e of w_e (gain_e y0 + bias_e); rows of weight zero are the base bit for bit.
         In a batch of k times as many rows as the mixture has (beams, return sequences), each counts for k consecutive ones.
+        An expert with invocation tokens has its weight from the last place in a row's prompt that has them on, 0 before.
 
         Inside another activation of this Composer the inner one replaces the outer. A backward pass with gradient
         checkpointing belongs inside the block, since it runs the layers again, and so does one of a model compiled by
@@ -133,13 +134,13 @@ class Composer:
             weights = resolve(mixture, self._pool, self._bound)
             if self._fused:
                 raise AlreadyActive("cannot activate while a mixture is fused into the weights: leave fused() first")
-            plan = self._plans.plan(weights, self._pool.names)
+            plan = self._plans.plan(weights, self._pool)
             if plan.call_router is not None:
                 plan.call_router.take_tokenizer(self.tokenizer)
             warn_of_licenses(weights, self._pool)
             lease = self._residents.lease(plan.experts)
             try:
-                self._fitting.limits.require(weights, self._bound.adapters)
+                self._fitting.limits.require(weights, self._bound.adapters, by_token=bool(plan.invocations))
                 self._fitting.require_unchanged(plan.experts, closely=True)
                 self._live.add(self._fitting.layers)
             except BaseException:
@@ -356,7 +357,7 @@ class Composer:
             if is_list(names, str):
                 return self._residents.prefetch(self._pool.known(names))
             weights = resolve(wanted, self._pool, self._bound)
-            return self._residents.prefetch(self._plans.plan(weights, self._pool.names).experts)
+            return self._residents.prefetch(self._plans.plan(weights, self._pool).experts)
 
     def load(self, name: str, adapter: Adapter) -> None:
         """One more expert, at the end of the pool, also while others are in use; only it is compared with the model.

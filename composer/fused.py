@@ -27,7 +27,7 @@ from loraweave.composer.merge.updates import DenseUpdate, without_figures
 from loraweave.composer.model.layers import TargetLayer, tied_parameters
 from loraweave.composer.overwritten import OVERWRITTEN, Originals, Overwritten, Place, Scratch
 from loraweave.errors import CompositionError, ScopeError, WeightingError
-from loraweave.hub.pool import ExpertPool
+from loraweave.hub.pool import ExpertPool, require_everywhere
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Factors
 
@@ -251,7 +251,10 @@ def mixture_updates(
     call = MethodCall(method, options)
     require_seed(seed)
     used = weights.values_BTLE[0, 0].any(dim=0).nonzero()[:, 0].tolist()
-    experts = {weights.experts[place]: bound.adapters[weights.experts[place]].layers for place in used}
+    adapters = {weights.experts[place]: bound.adapters[weights.experts[place]] for place in used}
+    for name, adapter in adapters.items():
+        require_everywhere(name, adapter, "weights that are written into the model count for every token")
+    experts = {name: adapter.layers for name, adapter in adapters.items()}
     # after the experts, since those of a lazy pool bring their layers along
     layers = fitting.layers
     per_layer: dict[str, dict[str, float]] = {}

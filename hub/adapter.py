@@ -43,7 +43,9 @@ class Adapter:
     `card` is JSON: description, examples, tags, license, recipe, scores. `heads` maps parameter names of the base model to
     whole trained tensors that replace the base's (PEFT's modules_to_save), fp32. `files` are those that lay beside its
     weights: tokenizer, chat template, a reward model's value_head.safetensors; they are kept and written back, and nothing
-    computes with them. Two adapters with equal `hash` have equal factors and heads.
+    computes with them. `invocation` makes it an activated LoRA (aLoRA, Greenewald et al. 2025, arXiv 2504.12397): token ids
+    from whose last occurrence in a prompt on it counts, for all that follows too; empty for one that counts everywhere.
+    Two adapters with equal `hash` have equal factors, heads and invocation tokens.
     """
 
     name: str
@@ -53,10 +55,16 @@ class Adapter:
     card: Mapping[str, Any] = field(default_factory=dict)
     heads: Mapping[str, Tensor] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
+    invocation: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layers:
             raise AdapterUnsupported(f"adapter {self.name!r} has no layers")
+        object.__setattr__(self, "invocation", tuple(self.invocation))
+        if not all(type(token) is int and token >= 0 for token in self.invocation):
+            raise AdapterUnsupported(
+                f"adapter {self.name!r}: invocation is {self.invocation!r:.60}, not a list of token ids"
+            )
         for mapping in ("layers", "card", "heads"):
             object.__setattr__(self, mapping, MappingProxyType(dict(getattr(self, mapping))))
         object.__setattr__(self, "files", as_kept_files(self.files))
@@ -100,9 +108,8 @@ class Adapter:
             contents = _reading.read(found.folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
         own_name = name or contents.card.get("name") or name_of(source)
         card = {**contents.card, "source": dict(found.origin)} if found.origin else contents.card
-        return cls(
-            own_name, contents.base_model, contents.layers, contents.fingerprint, card, contents.heads, contents.files
-        )
+        parts = contents.base_model, contents.layers, contents.fingerprint, card, contents.heads, contents.files
+        return cls(own_name, *parts, contents.invocation)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
         """Writes a plain PEFT folder, which `peft.PeftModel.from_pretrained` reads, heads and files too; returns its path.
@@ -169,7 +176,7 @@ class Adapter:
 
     def _contents(self) -> Contents:
         card = {**self.card, "name": self.name}
-        return Contents(self.base_model, self.layers, self.fingerprint, card, self.heads, self.files)
+        return Contents(self.base_model, self.layers, self.fingerprint, card, self.heads, self.files, self.invocation)
 
     @property
     def base(self) -> BaseKey:
@@ -211,7 +218,7 @@ class Adapter:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 over factors and heads in a canonical order; names, cards and file layout do not enter."""
+        """SHA-256 over factors, heads and invocation tokens in a canonical order; names, cards and layout do not enter."""
         digest = hashlib.sha256()
         for layer, factors in sorted(self.layers.items()):
             digest.update(repr((layer, factors.kind, factors.kernel)).encode())
@@ -221,10 +228,14 @@ class Adapter:
         for parameter, tensor in sorted(self.heads.items()):
             digest.update(repr(("head", parameter, tuple(tensor.shape))).encode())
             digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        if self.invocation:
+            digest.update(repr(("invocation", self.invocation)).encode())
         return digest.hexdigest()
 
     def __repr__(self) -> str:
-        return f"Adapter({self.name!r}, base_model={self.base_model!r}, rank={self.rank}, layers={len(self.layers)})"
+        invocation = f", invocation={list(self.invocation)}" if self.invocation else ""
+        sizes = f"rank={self.rank}, layers={len(self.layers)}"
+        return f"Adapter({self.name!r}, base_model={self.base_model!r}, {sizes}{invocation})"
 
 
 @lru_cache(maxsize=256)

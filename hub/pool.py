@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from loraweave.common.names import unknown_expert
-from loraweave.errors import AdapterUnsupported, BaseModelMismatch, InvalidLicense, LayerMismatch, WeightingError
+from loraweave.errors import (
+    AdapterUnsupported,
+    BaseModelMismatch,
+    InvalidLicense,
+    LayerMismatch,
+    ScopeError,
+    WeightingError,
+)
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.lowrank.truncation import components
@@ -174,6 +181,18 @@ class ExpertPool:
         return () if self.lazy else tuple(name for name, adapter in self.adapters.items() if adapter.heads)
 
     @cached_property
+    def _invocations(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def invocations(self, names: Iterable[str] | None = None) -> dict[str, tuple[int, ...]]:
+        """{expert: its invocation tokens} of those of `names` (None: all) that have any; of a lazy pool each is opened."""
+        chosen = self.names if names is None else tuple(names)
+        for name in chosen:
+            if name not in self._invocations:
+                self._invocations[name] = self.adapters[name].invocation
+        return {name: tokens for name in chosen if (tokens := self._invocations[name])}
+
+    @cached_property
     def clashing_licenses(self) -> Mapping[str, str | None]:
         """{expert: license} where no one work of all experts keeps to their licenses; empty where one may, and if lazy."""
         if self.lazy:
@@ -223,6 +242,15 @@ def _components(name: str, adapter: Adapter) -> Iterator[tuple[str, Adapter]]:
         layers = {layer: found[place] for layer, found in of_layer.items() if place < len(found)}
         part = f"{name}#{place + 1}"
         yield part, replace(adapter, name=part, layers=layers, card={**adapter.card, "part_of": name})
+
+
+def require_everywhere(name: str, adapter: Adapter, what: str) -> None:
+    """ScopeError for an expert that counts from its invocation tokens on, where, as `what` says, all tokens are alike."""
+    if adapter.invocation:
+        raise ScopeError(
+            f"expert {name!r} counts from its invocation tokens {list(adapter.invocation)} on, and {what}: activate() or "
+            "generate() with it, or take dataclasses.replace(adapter, invocation=()), which counts for every token"
+        )
 
 
 def _rows(num_experts: int, parts: list[tuple[int, Tensor | None]]) -> Tensor | None:

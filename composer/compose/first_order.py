@@ -24,7 +24,7 @@ from loraweave.composer.model.kinds import linear
 from loraweave.composer.model.layers import TargetLayer
 from loraweave.composer.model.scoring import encode_pairs
 from loraweave.errors import CompositionError
-from loraweave.hub.pool import StackedFactors
+from loraweave.hub.pool import StackedFactors, require_everywhere
 from loraweave.lowrank import algebra
 from loraweave.types import Factors, Task
 
@@ -48,6 +48,8 @@ def first_order(
     for a loss that is not finite.
     """
     model, pool = engine.model, engine.bound_pool
+    for name in pool.invocations():
+        require_everywhere(name, pool[name], "the slope of the loss is that of an expert that counts for every token")
     rows = encode_pairs(model, tokenizer, task, task.examples)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     total = 0.0

@@ -221,7 +221,9 @@ class ExampleLoss(OnExamples):
         task = task if inputs is None else with_own_answers(engine, tokenizer, task, inputs)
         super().__init__(engine, task, merge_method, only, terms)
         self.kind: Kind = get("objectives", kind)(task)
-        self.encoded = EncodedExamples(engine.model, tokenizer, task, self.kind)
+        # in a tree of texts no token has one text before it
+        trees = engine.pool.lazy or not engine.pool.invocations()
+        self.encoded = EncodedExamples(engine.model, tokenizer, task, self.kind, trees=trees)
 
     def describe(self) -> dict[str, Any]:
         """What the losses depend on: the kind and its terms, the tokens, the experts and the base model."""

@@ -202,14 +202,19 @@ class TaskMixture:
             tasks = [member.task for member in self.members.values()]
             return answers(engine, mixtures, tasks, texts, max_new_tokens=max_new_tokens)
         with self.activate():
-            return scoring.predict(*self._on, texts, max_new_tokens=max_new_tokens, share=self.router is None)
+            return scoring.predict(*self._on, texts, max_new_tokens=max_new_tokens, share=self._may_share)
 
     def _losses(self, pairs: Sequence[tuple[Prompt, scoring.Targets]]) -> list[float]:
         if self.members:
             each = [member._losses(pairs) for member in self.members.values()]
             return [sum(own) / len(own) for own in zip(*each, strict=True)]
         with self.activate():
-            return scoring.losses(*self._on, pairs, share=self.router is None)
+            return scoring.losses(*self._on, pairs, share=self._may_share)
+
+    @property
+    def _may_share(self) -> bool:
+        """Whether the weights of what prompts begin with do not depend on what follows."""
+        return self.router is None and (self.is_base or not self.adapter.invocation)
 
     def _require_one(self, verb: str) -> None:
         """Raises ScopeError where a router weighs or members are averaged."""

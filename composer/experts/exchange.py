@@ -15,6 +15,7 @@ from loraweave.composer.experts.parts import Start
 from loraweave.composer.train.learner import key_of
 from loraweave.errors import LayerMismatch, ScopeError, UnknownName, WeightingError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.pool import require_everywhere
 
 
 def put_expert(model: ExpertModel, expert: int, adapter: Adapter) -> ExpertModel:
@@ -31,6 +32,7 @@ def put_expert(model: ExpertModel, expert: int, adapter: Adapter) -> ExpertModel
             f"expert {expert!r} of recipe {model.recipe.name!r} would be {adapter!r:.60}, which is no adapter: give an "
             "Adapter, such as expert(number) of another model or one of a hub"
         )
+    require_everywhere(adapter.name, adapter, "an expert model's experts count for every token")
     layers = _layers([model], (expert,))[0]
     if beyond := sorted(set(adapter.layers) - set(layers)):
         raise LayerMismatch(

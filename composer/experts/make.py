@@ -27,7 +27,7 @@ from loraweave.errors import AdapterUnsupported, ScopeError, UnknownName, Weight
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.intake.sources import find_folder
-from loraweave.hub.pool import ExpertPool
+from loraweave.hub.pool import ExpertPool, require_everywhere
 from loraweave.routers.recipes._cluster_gates import ClusterReader
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe
 from loraweave.types import Candidate
@@ -163,6 +163,7 @@ def _grouped(pool: ExpertPool, num_experts: Any, seed: int) -> ExpertPool:
 def _require_updates(pool: ExpertPool) -> None:
     """Raises AdapterUnsupported, naming expert and layer, for an update that is no product of two factors of a layer."""
     for name, adapter in pool.adapters.items():
+        require_everywhere(name, adapter, "an expert model's experts count for every token")
         for layer, factors in adapter.layers.items():
             if factors.kind not in ("linear", "conv") or factors.gain_O is not None or factors.bias_O is not None:
                 raise AdapterUnsupported(

@@ -66,6 +66,11 @@ class CallRouter:
         """Whether the router, or one that it is made of, chooses by text."""
         return any(getattr(part, "needs_tokenizer", False) for part in parts_of(self._router))
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether weights depend on what of a row is its prompt."""
+        return self.reads_text or bool(getattr(self._router, "reads_prompts", False))
+
     def take_tokenizer(self, tokenizer: Any) -> None:
         """The tokenizer of the model, for routers that read text. CompositionError where one needs it and it is None."""
         if self.reads_text and tokenizer is None:

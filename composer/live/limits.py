@@ -61,11 +61,12 @@ class LiveLimits:
             elif name in embeddings and of_tokens is not None and id(layer.module) not in of_tokens:
                 self._out_of_order[name] = "is no embedding of tokens, and may be called once for all rows"
 
-    def require(self, weights: MixtureWeights | Router, adapters: Mapping[str, Adapter]) -> None:
+    def require(self, weights: MixtureWeights | Router, adapters: Mapping[str, Adapter], *, by_token: bool = False) -> None:
         """Raises LayerMismatch where a layer that never runs has weights that are not zero, or a router's; ScopeError where
         weights that vary by row or token meet a layer whose first axis need not be the batch.
 
-        A router for all rows computes its weights from the layer's own input, whatever the order of that is.
+        A router for all rows computes its weights from the layer's own input, whatever the order of that is, unless they
+        are said to vary `by_token`.
         """
         rows = rows_of(weights)
         for name, why in self._never_called.items():
@@ -85,7 +86,7 @@ class LiveLimits:
                         "for all rows, or MixtureWeights"
                     )
         # a row or token is told from its place on an axis
-        varies = "row" if len(rows) > 1 else _VARIES.get(getattr(weights, "scope", ""), "")
+        varies = "row" if len(rows) > 1 else "token" if by_token else _VARIES.get(getattr(weights, "scope", ""), "")
         for name, why in self._out_of_order.items() if varies else ():
             for expert in _users(name, rows, adapters):
                 raise ScopeError(

@@ -194,7 +194,7 @@ class LiveLayers:
             with self._lock:
                 if not self._open:
                     self._install()
-                if plan.call_router is not None and plan.call_router.reads_text:
+                if plan.call_router is not None and plan.call_router.reads_prompts:
                     self._tell_prompts()
                 self._watch(plan.watched)
                 self._open.append(activation)
@@ -277,7 +277,8 @@ class LiveLayers:
         key = frozenset(weights.items())
         if key not in asking.answering:
             names = asking.plan.experts
-            plan = make_plan(MixtureWeights.of(weights, names), names, Workspace(KEPT_BYTES))
+            own = MixtureWeights.of(weights, names)
+            plan = make_plan(own, names, Workspace(KEPT_BYTES), lambda _: asking.plan.invocations)
             inner = asking.answering[key] = Activation(self, plan, asking.lease, None)
             inner.usage = Usage(plan, plan.experts, plan.mixture)
         return holding(_CURRENT, asking.answering[key])

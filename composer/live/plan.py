@@ -17,7 +17,8 @@ Axes: B rows, T tokens, I inputs, O outputs, E experts, R rank rows of one exper
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -42,8 +43,12 @@ from loraweave.composer.model.kinds import conv, linear
 from loraweave.composer.model.kinds._kind import by_row
 from loraweave.composer.model.layers import TargetLayer, is_floating
 from loraweave.errors import ScopeError, WeightingError
+from loraweave.hub.pool import ExpertPool
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router
+
+# {expert: invocation tokens} of those of the experts that are given by name that have any
+Invocations = Callable[[Iterable[str]], Mapping[str, tuple[int, ...]]]
 
 # of a layer's input, for which the kernel is remembered
 NUM_KEPT_SHAPES = 64
@@ -62,6 +67,7 @@ class Plan:
     """The active experts' names and their weights. What it makes of them for a layer is kept for the next call.
 
     `mixture` has the weights of the active experts; None where each call makes them, of its input or of what learns.
+    `invocations` are those of the active experts that count from certain tokens on.
     """
 
     def __init__(
@@ -70,9 +76,11 @@ class Plan:
         mixture: MixtureWeights | None,
         weights: RowWeights | TokenWeights,
         by_token: TokenWeights,
+        invocations: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     ) -> None:
         self.experts = experts
         self.mixture = mixture
+        self.invocations = invocations
         self._weights = weights
         # the same weights, for layers whose hidden values are no product with a matrix
         self._by_token = by_token
@@ -86,7 +94,7 @@ class Plan:
     @property
     def _by_place(self) -> bool:
         """Whether a weight is told from its place among rows or tokens."""
-        return self._weights.num_mixtures > 1 or self._weights.num_tokens > 1
+        return self._weights.num_mixtures > 1 or self._weights.num_tokens > 1 or bool(self.invocations)
 
     @property
     def num_mixtures(self) -> int:
@@ -141,6 +149,11 @@ class Plan:
                 f"layer {layer.name!r} is an expert of a fused parameter, whose tokens are of all rows at once: leave "
                 "batch_invariant() out, or take adapters without it"
             )
+        if self.invocations:
+            raise ScopeError(
+                f"layer {layer.name!r} is an expert of a fused parameter, whose tokens come in an order of their own, and "
+                f"{next(iter(self.invocations))!r} counts from its invocation tokens on: mix it without adapters of such layers"
+            )
         if self._by_place:
             require_rows_of_tokens(layer.name, num_tokens)
         weight = layer.parameter("weight")
@@ -149,6 +162,13 @@ class Plan:
         shape = torch.Size((1, len(x_NI), layer.num_inputs if layer.turned else layer.num_outputs))
         self._tell(usage, layer.name, Note(shape, None if kernel is None else type(kernel), w_1NE), w_1NE)
         return None if kernel is None else kernel.update(x_NI[None].to(kernel.dtype))[0]
+
+    def again(self) -> Plan:
+        """The plan for another activation: with what was made of the experts, and nothing of what was made of calls."""
+        if not self.invocations:
+            return self
+        routed = self._by_token.again()
+        return Plan(self.experts, None, routed, routed, self.invocations)
 
     def apply(self, layer: TargetLayer, x: Tensor, y: Tensor, lease: Lease, usage: Usage) -> Tensor:
         """The layer's output y = W x + bias with the weighted updates added; y itself where nothing is to be added.
@@ -249,7 +269,12 @@ def _by_token(x_BTI: Tensor, num_tokens: int, num_axes: int) -> Tensor:
     return x_BTI
 
 
-def make_plan(weights: MixtureWeights | Router, names: tuple[str, ...], workspace: Workspace) -> Plan:
+def make_plan(
+    weights: MixtureWeights | Router,
+    names: tuple[str, ...],
+    workspace: Workspace,
+    invocations: Invocations = lambda names: {},
+) -> Plan:
     """The plan for resolved weights over a pool of these names; `workspace` has memory for gathered factors.
 
     Only experts with a weight that is not zero are active, or that learns; a router may use all of them.
@@ -262,10 +287,11 @@ def make_plan(weights: MixtureWeights | Router, names: tuple[str, ...], workspac
                 f"router {type(weights).__name__} is for experts {tuple(own)}, but the pool has {names}, in this order; "
                 "make the router for this pool, or swap() to pool.subset(router.experts)"
             )
-        routed = TokenWeights.routed(weights, names)
-        return Plan(names, None, routed, routed)
+        return _routed_plan(weights, names, invocations(names))
     if weights.values_BTLE.requires_grad:
         # the tensor itself, looked at in each call: an optimizer may change it in between
+        if own_invocations := invocations(weights.experts):
+            return _routed_plan(weights, weights.experts, own_invocations)
         learning = TokenWeights.fixed(weights)
         return Plan(weights.experts, None, learning, learning)
     with torch.inference_mode(False):
@@ -275,10 +301,20 @@ def make_plan(weights: MixtureWeights | Router, names: tuple[str, ...], workspac
         used_E = (values_LEBT != 0).transpose(0, 1).flatten(1).any(dim=1)
         active = tuple(name for name, used in zip(weights.experts, used_E.tolist(), strict=True) if used)
         mixture = MixtureWeights(values_LEBT[:, used_E].permute(2, 3, 0, 1), active, weights.layers)
+    if own_invocations := invocations(active):
+        return _routed_plan(mixture, active, own_invocations)
     by_token = TokenWeights.fixed(mixture)
     if mixture.values_BTLE.shape[1] > 1:
         return Plan(active, mixture, by_token, by_token)
     return Plan(active, mixture, RowWeights(mixture, workspace, fixed_shapes=shapes_are_fixed()), by_token)
+
+
+def _routed_plan(
+    router: MixtureWeights | Router, experts: tuple[str, ...], invocations: Mapping[str, tuple[int, ...]]
+) -> Plan:
+    """The plan for weights that are made in each call."""
+    routed = TokenWeights.routed(router, experts, invocations)
+    return Plan(experts, None, routed, routed, invocations)
 
 
 NUM_KEPT = 4
@@ -295,12 +331,13 @@ class KeptPlans:
         self._workspace = Workspace(max_bytes)
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
-    def plan(self, weights: MixtureWeights | Router, names: tuple[str, ...]) -> Plan:
-        """The plan for these weights over a pool of these names; the one that was made before, where it is kept."""
+    def plan(self, weights: MixtureWeights | Router, pool: ExpertPool) -> Plan:
+        """The plan for these weights over this pool; what was made before, where it is kept."""
         key = _identity(weights)
+        kept = None if key is None else self._plans.pop(key, None)
+        plan = make_plan(weights, pool.names, self._workspace, pool.invocations) if kept is None else kept.again()
         if key is None:
-            return make_plan(weights, names, self._workspace)
-        plan = self._plans.pop(key, None) or make_plan(weights, names, self._workspace)
+            return plan
         total = plan.num_bytes + sum(kept.num_bytes for kept in self._plans.values())
         while self._plans and (len(self._plans) >= NUM_KEPT or total > self._max_bytes):
             total -= self._plans.popitem(last=False)[1].num_bytes

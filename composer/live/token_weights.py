@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from loraweave.composer.live.row_weights import AffineTable, LayerMixture, requi
 from loraweave.composer.model.layers import TargetLayer
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.routers.combined import needs_call, num_rows_of, parts_of
+from loraweave.routers.invoked import Invoked
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import AlongDirections, Router
 
@@ -91,6 +94,7 @@ class TokenWeights:
         self.is_routed = False
         self.call_router: CallRouter | None = None
         self._along: AlongDirections | None = None
+        self._made_of: tuple[Any, ...] = ()
         # blocks whose input the router looks at
         self.watched: tuple[str, ...] = ()
         self.num_mixtures = num_mixtures
@@ -110,9 +114,13 @@ class TokenWeights:
         return cls(mixture.experts, mixture.weights, only if mixture.layers else None, num_mixtures, num_tokens, learning)
 
     @classmethod
-    def routed(cls, router: Router, experts: tuple[str, ...]) -> TokenWeights:
-        """Of weights that a router computes from each layer's input."""
-        own = in_own_precision(router)
+    def routed(
+        cls, router: Router, experts: tuple[str, ...], invocations: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    ) -> TokenWeights:
+        """Of weights that a router computes from each layer's input, for experts of which some have `invocations`."""
+        own: Any = in_own_precision(router)
+        if invocations:
+            own = Invoked(own, experts, invocations)
         call_router = CallRouter(own, type(router).__name__) if needs_call(own) else None
         weigh = (call_router or own).weights
 
@@ -122,11 +130,18 @@ class TokenWeights:
             return w_BTE
 
         found = cls(experts, weights, None, num_rows_of(router))
-        found.is_routed, found.call_router = True, call_router
+        found.is_routed, found.call_router, found._made_of = True, call_router, (router, experts, invocations)
         if call_router is None and isinstance(router, AlongDirections):
             found._along = router
+
         found.watched = tuple(path for part in parts_of(router) for path in getattr(part, "watched", ()))
         return found
+
+    def again(self) -> TokenWeights:
+        """The same of a router that has seen no call; both share the stacks."""
+        other = TokenWeights.routed(*self._made_of)
+        other._layers = self._layers
+        return other
 
     @property
     def num_bytes(self) -> int:

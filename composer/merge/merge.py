@@ -117,7 +117,21 @@ def _child(
     """The merged adapter, with the base model, fingerprint and files of its parents."""
     card = dict(card) if license is None else {**card, "license": license}
     known = next((parent.fingerprint for parent in parents if parent.fingerprint), None)
-    return Adapter(name, parents[0].base_model, layers, known, card, heads, shared_files([each.files for each in parents]))
+    files, invocation = shared_files([each.files for each in parents]), shared_invocation(parents)
+    return Adapter(name, parents[0].base_model, layers, known, card, heads, files, invocation)
+
+
+def shared_invocation(parents: Sequence[Adapter]) -> tuple[int, ...]:
+    """The invocation tokens of all parents. Raises CompositionError where they differ: no one adapter counts by token."""
+    first = parents[0]
+    for other in parents[1:]:
+        if other.invocation != first.invocation:
+            said = [f"from {list(each.invocation)} on" if each.invocation else "for every token" for each in (first, other)]
+            raise CompositionError(
+                f"cannot merge adapter {first.name!r}, which counts {said[0]}, and {other.name!r}, which counts {said[1]}: "
+                "no one adapter does both; activate() them together, or merge those with the same invocation tokens"
+            )
+    return first.invocation
 
 
 def parent_of(adapter: Adapter) -> dict[str, Any]:
@@ -296,6 +310,7 @@ def _check_together(used: Sequence[_Parent]) -> None:
                 f"{parent.adapter.hash[:12]}); rename one with dataclasses.replace(adapter, name=...)"
             )
     ExpertPool(by_name)
+    shared_invocation([parent.adapter for parent in used])
     first = used[0].adapter
     for parent in used[1:]:
         known = parent.adapter.fingerprint and first.fingerprint
@@ -340,6 +355,7 @@ def merge_by_layer(
     if not names:
         raise WeightingError("all weights are zero, which is the base model and no adapter; give at least one other weight")
     experts = {expert: pool[expert] for expert in names}
+    shared_invocation(list(experts.values()))
     license = license_of_work([(e, adapter.card) for e, adapter in experts.items()], allowed=allow_licenses)
     parts = {expert: adapter.layers for expert, adapter in experts.items()}
     hashes = {expert: adapter.hash for expert, adapter in experts.items()}

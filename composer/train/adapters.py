@@ -36,6 +36,7 @@ from loraweave.composer.train.state import load_adapter, save_adapter
 from loraweave.errors import AdapterUnsupported, TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import fingerprint
+from loraweave.hub.pool import require_everywhere
 from loraweave.types import Fingerprint, Task
 
 
@@ -252,7 +253,7 @@ def require_startable(model: Any, tasks: Collection[str], start: Mapping[str, Ad
 
     Raises TrainingError for values other than adapters, UnknownName for a name without a task, BaseModelMismatch or
     LayerMismatch for an adapter of another model, AdapterUnsupported for heads, gains, biases, magnitudes, embeddings
-    and convolutions.
+    and convolutions, ScopeError for one with invocation tokens.
     """
     if not isinstance(start, Mapping):
         raise TrainingError(f"start is {start!r:.60}; pass {{task: the adapter that it begins as}}")
@@ -263,6 +264,7 @@ def require_startable(model: Any, tasks: Collection[str], start: Mapping[str, Ad
     fitting = Fitting(model)
     for name, adapter in start.items():
         fitting.adapter(adapter.name, adapter)
+        require_everywhere(adapter.name, adapter, "training lets an adapter count for every token")
         for layer, factors in adapter.layers.items():
             if beyond := sorted(set(factors.tensors()) - TRAINED):
                 raise AdapterUnsupported(

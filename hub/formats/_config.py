@@ -84,6 +84,13 @@ class Config:
             raise AdapterCorrupt(f"{self.folder}: {name} is {shorten(value)}, not a list of module names")
         return tuple(dict.fromkeys(value))
 
+    def whole_numbers(self, name: str, *, most: int) -> tuple[int, ...]:
+        """A list of up to `most` whole numbers from 0; empty where the field is missing or null."""
+        value = self._typed(name, self.fields.get(name) or [], list, "a list of whole numbers")
+        if len(value) > most:
+            raise AdapterCorrupt(f"{self.folder}: {name} lists {len(value)} numbers, above the limit of {most}")
+        return tuple(self._count(each, f"{name}[{place}]", 0, MAX_COUNT) for place, each in enumerate(value))
+
     def table(self, name: str) -> Mapping[str, Any]:
         """An object from layer patterns to values; empty where the field is missing, null or empty."""
         return self._typed(name, self.fields.get(name) or {}, dict, "an object of layer patterns")

@@ -21,7 +21,7 @@ class Contents:
     """Layers by module path of the base model, its id, its fingerprint where known, the card as JSON, and heads.
 
     Heads are whole trained tensors by parameter name of the base model (PEFT's modules_to_save), fp32. Files lie beside the
-    weights and are kept as they are (`loraweave.hub.formats._kept_files`).
+    weights and are kept as they are (`loraweave.hub.formats._kept_files`). `invocation` is that of an `Adapter`.
     """
 
     base_model: str
@@ -30,6 +30,7 @@ class Contents:
     card: Mapping[str, Any] = field(default_factory=dict)
     heads: Mapping[str, Tensor] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
+    invocation: tuple[int, ...] = ()
 
     def require_effect(self, where: str, why: str = "every update is zero") -> None:
         """Raises AdapterUnsupported for an adapter that changes nothing."""

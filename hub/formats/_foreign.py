@@ -244,6 +244,7 @@ class LoraVariant(ForeignFormat):
         for name, value in {**flags, "bias": settings.bias != "none" and settings.bias}.items():
             if value:
                 raise AdapterUnsupported(f"{folder}: {name}={value!r} beside {cls.field}, which is not supported")
+        settings.require_plain_activation(cls.field)
         return config
 
 

@@ -23,11 +23,14 @@ from loraweave.hub.formats._safetensors import read_tensors, shards
 from loraweave.lowrank.algebra import MAX_FP32
 
 MAX_RANK = 65_536
+# tokens that activate an aLoRA
+MAX_INVOCATION = 1_000
 
 # read by `PeftConfig` and by the reader of the tensors
 HANDLED = words(
     "peft_type base_model_name_or_path revision task_type r lora_alpha rank_pattern alpha_pattern use_rslora use_dora "
-    "lora_bias bias fan_in_fan_out target_modules target_parameters init_lora_weights modules_to_save"
+    "lora_bias bias fan_in_fan_out target_modules target_parameters init_lora_weights modules_to_save "
+    "alora_invocation_tokens"
 )
 
 # where the adapter was trained or how: the tensors in the file say which layers exist and what they hold
@@ -53,7 +56,6 @@ BENIGN = {
 REFUSED = {
     "trainable_token_indices": "trained rows of the embedding",
     "layer_replication": "a base model with repeated layers",
-    "alora_invocation_tokens": "an update that depends on an invocation sequence",
     "megatron_config": "layers of Megatron",
     "use_qalora": "pooled inputs",
     "arrow_config": "a router over several adapters",
@@ -86,6 +88,7 @@ class PeftConfig:
     task_type: str = ""
     modules_to_save: tuple[str, ...] = ()
     target_parameters: tuple[str, ...] = ()
+    invocation: tuple[int, ...] = ()
     recorded: Mapping[str, Any] = field(default_factory=dict)
 
     def ranks(self, layers: Iterable[str]) -> dict[str, int]:
@@ -109,6 +112,11 @@ class PeftConfig:
             )
         return {layer: alphas[layer] / (math.sqrt(rank) if self.use_rslora else rank) for layer, rank in ranks.items()}
 
+    def require_plain_activation(self, beside: str) -> None:
+        """Raises AdapterUnsupported for an aLoRA that is something else besides."""
+        if self.invocation:
+            raise AdapterUnsupported(f"{self.folder}: alora_invocation_tokens beside {beside}, which PEFT does not combine")
+
 
 def parse(config: Mapping[str, Any], folder: Path) -> PeftConfig:
     """The parsed config.
@@ -131,6 +139,12 @@ def parse(config: Mapping[str, Any], folder: Path) -> PeftConfig:
         raise AdapterUnsupported(f"{folder}: use_dora with init_lora_weights='mica': PEFT applies only one of them")
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
         raise AdapterCorrupt(f"{folder}: bias is {shorten(config['bias'])}, none of 'none', 'all', 'lora_only'")
+    invocation = given.whole_numbers("alora_invocation_tokens", most=MAX_INVOCATION)
+    if invocation and given.text("task_type") not in ("", "CAUSAL_LM"):
+        raise AdapterUnsupported(
+            f"{folder}: alora_invocation_tokens with task_type {config['task_type']!r}: PEFT looks for them in the prompts "
+            "of a CAUSAL_LM alone, and never applies the adapter of another task"
+        )
     recorded = {name: config[name] for name in ("target_modules", "task_type", "r", "lora_alpha") if name in config}
     recorded["fan_in_fan_out"] = flags["fan_in_fan_out"]
     if revision := given.text("revision"):
@@ -153,6 +167,7 @@ def parse(config: Mapping[str, Any], folder: Path) -> PeftConfig:
         task_type=given.text("task_type"),
         modules_to_save=given.names("modules_to_save"),
         target_parameters=given.names("target_parameters"),
+        invocation=invocation,
         recorded=recorded,
     )
 

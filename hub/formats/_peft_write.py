@@ -69,6 +69,11 @@ def _config(contents: Contents, stacked: Stacked) -> dict[str, Any]:
     pattern = {f"^{_escape(layer)}": rank for layer, rank in ranks.items() if rank != common}
     known = contents.card.get("peft")
     saved, task = saved_modules(contents.heads, layers, known)
+    activated = {}
+    if contents.invocation:
+        require_activatable(contents, "the adapter")
+        # PEFT looks for the tokens in the prompts of no other task
+        task, activated = "CAUSAL_LM", {"alora_invocation_tokens": list(contents.invocation)}
     return {
         "peft_type": "LORA",
         "task_type": task,
@@ -89,7 +94,30 @@ def _config(contents: Contents, stacked: Stacked) -> dict[str, Any]:
         "lora_bias": bool(with_bias),
         "bias": _bias_mode(layers),
         "modules_to_save": saved or None,
+        **activated,
     }
+
+
+def require_activatable(contents: Contents, where: str) -> None:
+    """Raises AdapterUnsupported for invocation tokens of what PEFT cannot leave out in the tokens before them."""
+    if not contents.invocation:
+        return
+    if contents.heads:
+        raise AdapterUnsupported(
+            f"{where} has invocation tokens and the trained head {next(iter(contents.heads))!r}, which PEFT applies to "
+            "the tokens before them, too: leave the head or the tokens out"
+        )
+    for layer, factors in contents.layers.items():
+        what = {
+            "DoRA": factors.magnitude_O is not None,
+            "a trained bias of the base": factors.base_bias_O is not None,
+            f"of kind {factors.kind!r}": factors.kind != "linear",
+        }
+        if odd := [name for name, found in what.items() if found]:
+            raise AdapterUnsupported(
+                f"{where} has invocation tokens, but its layer {layer!r} is {odd[0]}: PEFT has activated LoRA for plain "
+                "factors of linear layers"
+            )
 
 
 def _check_layer(layer: str, factors: Factors) -> None:

@@ -53,9 +53,9 @@ class BaseChange(PeftReader):
                 "original ones depends on them; give the base model: Adapter.from_pretrained(..., model=model)"
             )
         contents = Peft.read(source, assumed={"init_lora_weights": True}, allow_pickle=allow_pickle)
-        scales = parse({**fields, "init_lora_weights": True}, source).scales(
-            {name: factors.rank for name, factors in contents.layers.items()}
-        )
+        settings = parse({**fields, "init_lora_weights": True}, source)
+        settings.require_plain_activation(f"init_lora_weights={init!r}")
+        scales = settings.scales({name: factors.rank for name, factors in contents.layers.items()})
         modules = dict(model.named_modules())
         layers: dict[str, Factors] = {}
         notes: dict[str, Any] = {}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from loraweave.errors import AdapterCorrupt
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._card import json_text
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._files import entry, present, read_json
@@ -70,9 +70,12 @@ class Compeft:
         """Writes the folder, which appears whole or not at all, and returns its path.
 
         An existing one is replaced only when it is empty or holds nothing but such an adapter (else AdapterExists). Raises
-        AdapterUnsupported for factors that are not ternary (`lw.compeft` makes them so), and for a card that is not JSON.
+        AdapterUnsupported for factors that are not ternary (`lw.compeft` makes them so), for invocation tokens, and for a
+        card that is not JSON.
         """
         folder = Path(folder)
+        if contents.invocation:
+            raise AdapterUnsupported("ComPEFT's layout has no place for invocation tokens: write a PEFT folder")
         description, tensors = take_apart(contents.layers, contents.heads, stored_as="compeft")
         contents.require_effect(f"cannot write to {folder}")
         head = {

@@ -85,6 +85,7 @@ class Diffusers(FileFormat):
             parsed = parse({"peft_type": "LORA", **config}, Path(where))
             if parsed.use_dora or parsed.lora_bias:
                 raise AdapterUnsupported(f"{where}: {component!r} has use_dora or lora_bias, which are not supported")
+            parsed.require_plain_activation(f"the layers of {component!r}")
             own = {name: parts for name, parts in held.items() if _component(name) == component}
             below = {name: name.removeprefix(f"{component}.") for name in own}
             ranks = {below[name]: rank_of(parts) or 1 for name, parts in own.items()}

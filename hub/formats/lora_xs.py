@@ -51,6 +51,7 @@ class LoraXs(ForeignFormat):
         settings = parse(config.fields, folder)
         if settings.use_dora or settings.lora_bias:
             raise AdapterCorrupt(f"{folder}: LoRA-XS has neither use_dora nor lora_bias")
+        settings.require_plain_activation("LoRA-XS's middle matrix")
         return config
 
     @classmethod

@@ -30,7 +30,7 @@ from loraweave.hub.formats._peft_config import (
 )
 from loraweave.hub.formats._peft_heads import take_heads
 from loraweave.hub.formats._peft_parameters import parameter_paths, path_of, split_experts, unpad
-from loraweave.hub.formats._peft_write import write_folder
+from loraweave.hub.formats._peft_write import require_activatable, write_folder
 from loraweave.hub.formats._safetensors import gather, require_finite
 from loraweave.lowrank.algebra import all_finite
 from loraweave.types import Factors
@@ -65,7 +65,9 @@ class Peft:
         layers = _layers_of(_parts_of(stored, config), config, layout)
         recorded = dict(config.recorded) | ({"modules_to_save": saved} if saved else {})
         card |= {"peft": recorded, "stored_dtype": dtypes}
-        contents = Contents(config.base_model or base_model_of_readme(folder), layers, fingerprint, card, heads)
+        base_model = config.base_model or base_model_of_readme(folder)
+        contents = Contents(base_model, layers, fingerprint, card, heads, invocation=config.invocation)
+        require_activatable(contents, str(folder))
         contents.require_effect(str(folder), "every update is zero" if config.alpha else "lora_alpha is 0")
         return contents
 

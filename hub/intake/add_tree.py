@@ -177,7 +177,7 @@ class _Walk:
     def _read(self, source: Path, path: str, now: str, before: Noted | None) -> list[Noted]:
         """What became of one source; nothing for one that waits for its batch."""
         adapter = Adapter.from_pretrained(source)
-        content = content_hash(adapter.layers, adapter.heads)
+        content = content_hash(adapter.layers, adapter.heads, adapter.invocation)
         for name in self._names(path):
             record = self._record(name)
             ours = before is not None and before.name == name and record is not None and before.hash == record.hash

@@ -188,7 +188,7 @@ def new_record(adapter: Adapter, name: str, given: Mapping[str, Any], base_model
     revision = adapter.base.revision
     record = Record(
         name=name,
-        hash=content_hash(adapter.layers, adapter.heads),
+        hash=content_hash(adapter.layers, adapter.heads, adapter.invocation),
         base_model=checked_text(name, "base_model", base_model or adapter.base_model, MAX_LABEL_BYTES),
         rank=adapter.rank,
         target_modules=last_names(adapter.layers),

@@ -1,4 +1,4 @@
-"""Blobs: an adapter's factors and heads as one immutable safetensors file, named by the hash of its content.
+"""Blobs: an adapter's content (factors, heads, invocation tokens) as one immutable safetensors file, named by its hash.
 
 All fp32 numbers are one tensor, and the metadata has the place of each part in it: opening is one map of the file.
 A blob appears by rename, complete and on disk, and is never written again: processes have it mapped into memory. Its
@@ -26,21 +26,23 @@ from loraweave.hub.stores.folder_blobs import file_digest
 from loraweave.hub.stores.packing import put_together, take_apart
 from loraweave.types import Factors
 
-# 1: a tensor for every factor; 2: heads too, or factors in another form than their own; 3: one packed tensor
-FORMAT_VERSIONS = (1, 2, 3)
+# 1: a tensor for every factor; 2: heads too, or factors in another form than their own; 3: one packed tensor; 4: that, and
+# invocation tokens, without which it would be another adapter to a version that does not know them
+FORMAT_VERSIONS = (1, 2, 3, 4)
 _METADATA_KEY = "loraweave"
 
 
 @dataclass(frozen=True)
 class Blob:
-    """What a blob holds: layers, heads, and the catalogue's row as it was when the blob was written."""
+    """What a blob holds: an adapter's content, and the catalogue's row as it was when the blob was written."""
 
     layers: Mapping[str, Factors]
     origin: Mapping[str, Any]
     heads: Mapping[str, Tensor] = field(default_factory=dict)
+    invocation: tuple[int, ...] = ()
 
     def content_hash(self) -> str:
-        return content_hash(self.layers, self.heads)
+        return content_hash(self.layers, self.heads, self.invocation)
 
 
 def blob_bytes(
@@ -48,14 +50,17 @@ def blob_bytes(
     origin: str,
     *,
     heads: Mapping[str, Tensor] = MappingProxyType({}),
+    invocation: tuple[int, ...] = (),
     stored_as: str = "factors",
 ) -> bytes:
-    """The file of layers and heads. `origin` is JSON; `stored_as="compeft"` keeps ternary factors in few bits, bit for bit.
+    """The file of an adapter's content. `origin` is JSON; `stored_as="compeft"` keeps ternary factors in few bits, exactly.
 
     Raises AdapterUnsupported for factors that are not ternary then.
     """
     description, tensors = take_apart(layers, heads, stored_as=stored_as)
-    header = {"version": FORMAT_VERSIONS[-1], **description, "origin": json.loads(origin)}
+    if invocation:
+        description["invocation"] = list(invocation)
+    header = {"version": 4 if invocation else 3, **description, "origin": json.loads(origin)}
     data: bytes = save(tensors, metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)})
     return data
 
@@ -72,7 +77,10 @@ def read_blob(path: Path, who: str) -> Blob:
             if header["version"] not in FORMAT_VERSIONS:
                 raise ValueError(f"its version is {header['version']}, not one of {FORMAT_VERSIONS}")
             layers, heads = put_together(header, file.keys(), file.get_tensor)
-            return Blob(layers, header["origin"], heads)
+            invocation = tuple(header.get("invocation", ()))
+            if not all(type(token) is int and token >= 0 for token in invocation):
+                raise ValueError(f"its invocation is {invocation!r:.60}, not token ids")
+            return Blob(layers, header["origin"], heads, invocation)
     except RuntimeError as error:
         # the file is opened twice, and what is deleted in between is missing all the same
         if not path.exists():
@@ -94,6 +102,8 @@ def examine_blob(path: Path, expected_hash: str) -> tuple[str, int]:
     return file_digest(path), path.stat().st_size
 
 
-def content_hash(layers: Mapping[str, Factors], heads: Mapping[str, Tensor] = MappingProxyType({})) -> str:
-    """The hash of layers and heads as they are now: that of an `Adapter` is kept from when it was first asked for."""
-    return Adapter("", "", layers, heads=heads).hash
+def content_hash(
+    layers: Mapping[str, Factors], heads: Mapping[str, Tensor] = MappingProxyType({}), invocation: tuple[int, ...] = ()
+) -> str:
+    """The hash of the content as it is now: that of an `Adapter` is kept from when it was first asked for."""
+    return Adapter("", "", layers, heads=heads, invocation=invocation).hash

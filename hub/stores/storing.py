@@ -176,7 +176,13 @@ def _put_blobs(blobs: BlobStore, missing: dict[str, tuple[Adapter, Record]], sto
     def each() -> Iterator[tuple[str, bytes]]:
         # one at a time: a batch of large adapters need not fit into memory twice
         for content, (adapter, record) in missing.items():
-            data = blob_bytes(adapter.layers, rows.encode(record), heads=adapter.heads, stored_as=stored_as)
+            data = blob_bytes(
+                adapter.layers,
+                rows.encode(record),
+                heads=adapter.heads,
+                invocation=adapter.invocation,
+                stored_as=stored_as,
+            )
             sizes.append(len(data))
             yield content, data
 
@@ -197,7 +203,8 @@ def stored_adapter(blobs: BlobStore, row: Row) -> Adapter:
         {name: KeptFile(*found, partial(file_bytes, blobs, found[0], who)) for name, found in listed(record).items()}
     )
     card = without_files(record.card)
-    adapter = Adapter(record.name, record.base_model, blob.layers, record.fingerprint, card, blob.heads, files)
+    parts = record.base_model, blob.layers, record.fingerprint, card, blob.heads, files, blob.invocation
+    adapter = Adapter(record.name, *parts)
     # the file has the digest that was recorded with this hash, which is therefore not calculated again
     vars(adapter)["hash"] = record.hash
     return adapter

@@ -74,7 +74,13 @@ def last_names(layers: Mapping[str, Factors]) -> tuple[str, ...]:
 
 
 def require_plain(contents: Contents, name: str, program: str, *, kinds: tuple[str, ...] = ("linear",)) -> None:
-    """Raises AdapterUnsupported for anything but low-rank factors of layers of these kinds."""
+    """Raises AdapterUnsupported for anything but low-rank factors of layers of these kinds that count for every token."""
+    if contents.invocation:
+        raise AdapterUnsupported(
+            f"adapter {name!r} counts from its invocation tokens {list(contents.invocation)} on. The files for {program} "
+            "have no place for them, and it would count for every token: target='peft' and `loraweave serve` keep them; "
+            "dataclasses.replace(adapter, invocation=()) is the plain LoRA, another model"
+        )
     if contents.heads:
         raise AdapterUnsupported(
             f"{program} loads no trained heads, but adapter {name!r} has {', '.join(sorted(contents.heads))}: merge it into "

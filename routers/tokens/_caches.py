@@ -54,20 +54,27 @@ class BesideCache(Generic[S]):
 
         Raises ScopeError for a kind of cache that cannot be followed, and for one that took tokens without this router.
         """
-        self._require_followable(cache)
+        state = self.known(cache)
         num_tokens = int(cache.get_seq_length())
-        if num_tokens == 0:
-            return None
-        state: S | None = follower(cache, self)
         known = 0 if state is None else state.get_seq_length()
-        if state is None or known < num_tokens:
+        if known < num_tokens:
             raise ScopeError(
                 f"router {self._router!r} has to see every token of a cache, but of the {num_tokens} in this one it has "
                 f"seen {known}: begin with an empty cache inside the activation, and give no other mixture in between"
             )
+        return state
+
+    def known(self, cache: Any) -> S | None:
+        """The state beside a cache, which may be of fewer tokens; None where there is none, or the cache is empty.
+
+        Raises ScopeError for a kind of cache that cannot be followed.
+        """
+        self._require_followable(cache)
+        num_tokens = int(cache.get_seq_length())
+        state: S | None = follower(cache, self) if num_tokens else None
         # a call that was broken off before the cache took its tokens
-        if known > num_tokens:
-            crop(state, known - num_tokens)
+        if state is not None and state.get_seq_length() > num_tokens:
+            crop(state, state.get_seq_length() - num_tokens)
         return state
 
     def keep(self, cache: Any | None, state: S) -> None:

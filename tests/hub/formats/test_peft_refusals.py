@@ -40,7 +40,6 @@ UNSUPPORTED_CONFIGS = {
     "peft_type": "IA3",
     "trainable_token_indices": [1, 2],
     "layer_replication": [[0, 2]],
-    "alora_invocation_tokens": [5],
     "megatron_config": {"tensor_model_parallel_size": 2},
     "use_qalora": True,
     "arrow_config": {"top_k": 3},
@@ -90,6 +89,7 @@ WRONG_VALUES = {
     "alpha_pattern": [{"q_proj": None}],
     "base_model_name_or_path": [3],
     "task_type": [["CAUSAL_LM"]],
+    "alora_invocation_tokens": [5, [-1], ["5"], [5.0], [True], [5] * 1001],
 }
 
 
@@ -394,3 +394,19 @@ def test_a_product_that_fp32_just_holds_is_read(folder):
     put(folder, {"lora_alpha": 2}, **{A: torch.full((2, 5), 1e19), B: torch.full((3, 2), 1.6e19)})
     delta = Adapter.from_pretrained(folder).delta(LAYER)
     assert delta.tolist() == [[pytest.approx(3.2e38)] * 5] * 3
+
+
+@pytest.mark.parametrize(
+    ("config", "extra", "message"),
+    [
+        ({"bias": "all"}, {f"{PATH}.base_layer.bias": torch.ones(3)}, "is a trained bias of the base"),
+        ({"use_dora": True}, {f"{PATH}.lora_magnitude_vector": torch.ones(3)}, "is DoRA"),
+        ({"modules_to_save": ["score"]}, {f"{PREFIX}score.weight": torch.ones(2, 3)}, r"the trained head 'score\.weight'"),
+        ({"task_type": "SEQ_CLS"}, {}, "never applies the adapter of another task"),
+        ({"use_bdlora": {"nblocks": 2}}, {}, "alora_invocation_tokens beside use_bdlora"),
+    ],
+)
+def test_invocation_tokens_beside_what_counts_before_them_are_refused(folder, config, extra, message):
+    put(folder, {"alora_invocation_tokens": [5, 6], **config}, **extra)
+    with pytest.raises(AdapterUnsupported, match=message):
+        Adapter.from_pretrained(folder)

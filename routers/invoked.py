@@ -1,0 +1,164 @@
+"""Activated LoRA (Greenewald et al. 2025, arXiv 2504.12397): an expert that counts from its invocation tokens on.
+
+The weight of such an expert is what the mixture says from the last place in a row's prompt at which its invocation tokens
+stand, and 0 before it, so that keys and values of the tokens before are the base's. A row without them has weight 0, as in
+PEFT. In a call whose prompt is not known, the text so far stands for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraweave.errors import ScopeError
+from loraweave.routers.combined import begin, parts_of
+from loraweave.routers.tokens._caches import BesideCache
+from loraweave.routers.tokens._call import CachedIds, Prompts, asked_of_head, count_copies, current_prompts, real_tokens
+from loraweave.routers.weights import MixtureWeights
+from loraweave.types import Router
+
+NAME = "of invocation tokens"
+# the place of tokens that are not there, and that of an expert that counts everywhere
+NEVER, ALWAYS = torch.iinfo(torch.long).max, torch.iinfo(torch.long).min
+# stands for a token of a cache that no call has shown
+UNSEEN = -1
+
+# what calls have shown of the tokens in a cache, under whatever mixture
+_BESIDE: BesideCache[CachedIds] = BesideCache(NAME)
+
+
+def last_place(row: Sequence[int], tokens: Sequence[int]) -> int | None:
+    """Where in a row the tokens stand last."""
+    wanted, first = list(tokens), tokens[0]
+    for place in range(len(row) - len(wanted), -1, -1):
+        # a slice for each place takes ten times as long
+        if row[place] == first and list(row[place : place + len(wanted)]) == wanted:
+            return place
+    return None
+
+
+class Invoked:
+    """A router, or MixtureWeights, over `experts`, of which some count from their `invocations` on: {name: token ids}."""
+
+    needs_call = True
+    reads_prompts = True
+
+    def __init__(self, router: Router, experts: tuple[str, ...], invocations: Mapping[str, tuple[int, ...]]) -> None:
+        self._router = router
+        self._invocations = [invocations.get(name, ()) for name in experts]
+        self.experts = experts
+        self.parts = parts_of(router)
+
+    def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
+        """Raises ScopeError for a call by embeddings, an encoder-decoder, and a row of which too little is known."""
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ScopeError(
+                f"expert {self._some!r} counts from its invocation tokens on, and {type(model).__name__} has an encoder and "
+                "a decoder, whose tokens differ: take dataclasses.replace(adapter, invocation=())"
+            )
+        ids_BT = arguments.get("input_ids")
+        if not isinstance(ids_BT, Tensor):
+            raise ScopeError(
+                f"expert {self._some!r} counts from its invocation tokens on, and this call of the model has no input_ids: "
+                "call it with token ids, or generate() from them"
+            )
+        cache = arguments.get("past_key_values", arguments.get("cache"))
+        num_before = 0 if cache is None else int(cache.get_seq_length())
+        prompts, mask = current_prompts(), arguments.get("attention_mask")
+        if prompts is None:
+            seen = self._see(ids_BT, cache, num_before)
+            mask_BW = _mask_of(mask, seen.shape) if mask is not None else torch.ones_like(seen)
+            start_BE = self._starts(real_tokens(seen, mask_BW), seen.device, whole=not bool((seen == UNSEEN).any()))
+        else:
+            shape = len(ids_BT), num_before + ids_BT.shape[1]
+            copies = count_copies(NAME, prompts, len(ids_BT))
+            if self not in prompts.weights:
+                prompts.weights[self] = self._starts(prompts.rows, ids_BT.device, whole=True)
+            start_BE = prompts.weights[self].repeat_interleave(copies, dim=0)
+            mask_BW = _mask_of(mask, shape, _columns(prompts, copies, shape[1]))
+        place_BT = (mask_BW.long().cumsum(dim=1) - 1)[:, num_before:]
+        on_BTE = (place_BT[:, :, None] >= start_BE.to(place_BT.device)[:, None]).float()
+        return _OfCall(begin(self._router, model, arguments), on_BTE, arguments.get("logits_to_keep"))
+
+    @property
+    def _some(self) -> str:
+        return next(name for name, tokens in zip(self.experts, self._invocations, strict=True) if tokens)
+
+    def _see(self, ids_BT: Tensor, cache: Any, num_before: int) -> Tensor:
+        """The ids of a row so far, kept beside the cache; -1 for what was put there by calls that were not seen."""
+        state = None if cache is None else _BESIDE.known(cache)
+        if state is None:
+            state = CachedIds(ids_BT.new_zeros(len(ids_BT), 0))
+        state.append(ids_BT.new_full((len(ids_BT), num_before - state.get_seq_length()), UNSEEN))
+        state.append(ids_BT)
+        _BESIDE.keep(cache, state)
+        return state.ids_BT
+
+    def _starts(self, rows: Sequence[Sequence[int]], device: torch.device, *, whole: bool) -> Tensor:
+        """start_BE: from which of its real tokens on each expert counts in each row."""
+        starts = [[last_place(row, tokens) if tokens else ALWAYS for tokens in self._invocations] for row in rows]
+        for number, row in enumerate(starts if not whole else ()):
+            if None in row and self._uses(number, len(rows), row.index(None)):
+                expert = row.index(None)
+                tokens = list(self._invocations[expert])
+                raise ScopeError(
+                    f"expert {self.experts[expert]!r} counts from its invocation tokens {tokens} on. Row {number} has none "
+                    "among the tokens that were seen, but its cache has others: call the model with the invocation, "
+                    "or generate() from all token ids of the row beside its cache"
+                )
+        return torch.tensor([[NEVER if start is None else start for start in row] for row in starts], device=device)
+
+    def _uses(self, row: int, num_rows: int, expert: int) -> bool:
+        """Whether the expert may have a weight in a row."""
+        if not isinstance(self._router, MixtureWeights):
+            return True
+        values_BTLE = self._router.values_BTLE
+        return bool(values_BTLE[row * len(values_BTLE) // num_rows, ..., expert].any())
+
+
+class _OfCall:
+    """The weights of one call: those of the router times on_BTE, 1 where an expert counts."""
+
+    def __init__(self, router: Router, on_BTE: Tensor, logits_to_keep: Any) -> None:
+        self._router = router
+        self._on_BTE = on_BTE
+        self._logits_to_keep = logits_to_keep
+        # layers that have the same weights share one tensor
+        self.shares_weights = isinstance(router, MixtureWeights) and not router.layers
+        self._made: dict[int, Tensor] = {}
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        num_tokens = x_BTI.shape[1]
+        if num_tokens in self._made:
+            return self._made[num_tokens]
+        w_BTE = self._router.weights(x_BTI, layer)
+        on_BTE = asked_of_head(self._on_BTE, num_tokens, self._logits_to_keep).to(w_BTE.device)
+        if len(w_BTE) not in (1, len(on_BTE)):
+            w_BTE = w_BTE.repeat_interleave(len(on_BTE) // len(w_BTE), dim=0)
+        w_BTE = w_BTE * on_BTE
+        if self.shares_weights:
+            self._made[num_tokens] = w_BTE
+        return w_BTE
+
+
+def _mask_of(given: Any, shape: Sequence[int], known_BW: Tensor | None = None) -> Tensor:
+    """The mask of a call, or what is known of it without; ScopeError where neither says which tokens are real."""
+    if isinstance(given, Tensor) and tuple(given.shape) == tuple(shape):
+        return given
+    if known_BW is not None and known_BW.shape[1] == shape[1]:
+        return known_BW
+    found = type(given).__name__ if not isinstance(given, Tensor) else tuple(given.shape)
+    raise ScopeError(
+        f"experts with invocation tokens count from a place in a row's text on, and the attention mask {found} does not "
+        f"tell which of its tokens {tuple(shape)} are real: give a mask of that shape, or none"
+    )
+
+
+def _columns(prompts: Prompts, copies: int, width: int) -> Tensor:
+    """The mask of prompts that a cache begins with, and of as many tokens after them as there are."""
+    mask_BW = prompts.mask_BT.repeat_interleave(copies, dim=0)
+    more = max(0, width - mask_BW.shape[1])
+    return torch.cat([mask_BW, mask_BW.new_ones(len(mask_BW), more)], dim=1)[:, :width]
