@@ -61,7 +61,7 @@ class Batch:
     def read(self, rows: Sequence[Row]) -> None:
         """Reads rows from their beginning, chooses a token for each, and takes in those that go on."""
         ids = [each for row in rows for each in row.ids]
-        known = [self._prefixes.longest(state, each) for state, each in zip(_states(rows), ids, strict=True)]
+        known = [self._prefixes.longest(states, each) for states, each in zip(_states(rows), ids, strict=True)]
         for row in rows:
             row.num_kept = 0
         for row, (length, _) in zip(_by_line(rows), known, strict=True):
@@ -133,24 +133,27 @@ class Batch:
 
     def _prompted(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
         """Tells routers what the rows' prompts are."""
-        if rows[0].served.router is None:
+        if rows[0].served.router is None and not any(m.is_activated for row in rows for m in row.served.members):
             return nullcontext()
         return prompted(*pad_rows(self._tokenizer, [prompt for row in rows for prompt in row.prompts]))
 
     def _remember(self, rows: Sequence[Row]) -> None:
         """Keeps what the model has made of these rows' tokens, but for rows that failed."""
         read = [ids for row in self.rows for ids in row.ids]
-        for line, (row, state) in enumerate(zip(_by_line(self.rows), _states(self.rows), strict=True)):
-            if row in rows and not row.failed:
-                # the last token was chosen, and not read
-                own = slice(1 - len(read[line]), None)
-                states = [(layer.keys[line, :, own], layer.values[line, :, own]) for layer in self._cache.layers]
-                self._prefixes.keep(state, read[line][:-1], states)
+        for line, (row, states) in enumerate(zip(_by_line(self.rows), _states(self.rows), strict=True)):
+            # the last token was chosen, and not read
+            num_read = len(read[line]) - 1
+            for weights, most in states if row in rows and not row.failed else ():
+                length = num_read if most is None else min(most, num_read)
+                width = self._cache.layers[0].keys.shape[-2]
+                own = slice(width - num_read, width - num_read + length)
+                kept = [(layer.keys[line, :, own], layer.values[line, :, own]) for layer in self._cache.layers]
+                self._prefixes.keep(weights, read[line][:length], kept)
 
 
-def _states(rows: Sequence[Row]) -> list[Hashable | None]:
-    """What keys and values of each line depend on."""
-    return [state for row in rows for state in row.served.states]
+def _states(rows: Sequence[Row]) -> list[list[tuple[Hashable | None, int | None]]]:
+    """Of each line, what its keys and values depend on."""
+    return [states for row in rows for states in row.served.states(row.prompts)]
 
 
 def _by_line(rows: Sequence[Row]) -> list[Row]:

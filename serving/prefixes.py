@@ -1,7 +1,8 @@
 """Keys and values of beginnings that were read before, under the very weights that a new row has.
 
 A chat's next turn, and further answers to a prompt, begin with tokens that the model has read. What it made of them depends
-on these tokens and on the weights: {content hash: weight}, or the router. Under any other weights nothing is taken.
+on these tokens and on the weights: {content hash: weight}, or the router. Under any other weights nothing is taken. An
+adapter that counts from its invocation tokens on has no weight before them, where what is kept is shared with rows without.
 """
 
 from __future__ import annotations
@@ -54,17 +55,21 @@ class KeptPrefixes:
         """Lets go of it."""
         self._drop(next(iter(self._kept)))
 
-    def longest(self, weights: Hashable | None, ids: tuple[int, ...]) -> tuple[int, Kept | None]:
-        """(number of tokens, whose) of the longest common beginning, without the last of `ids`; (0, None) for none."""
+    def longest(self, states: Sequence[tuple[Hashable | None, int | None]], ids: tuple[int, ...]) -> tuple[int, Kept | None]:
+        """(number of tokens, whose) of the longest common beginning, without the last of `ids`; (0, None) for none.
+
+        `states` are those of a Member: weights, and up to how many tokens they are the row's.
+        """
+        most = {weights: len(ids) if count is None else count for weights, count in states if weights is not None}
         best, found = MIN_TOKENS - 1, None
-        for (own, _), kept in self._kept.items() if weights is not None else ():
-            if own == weights and (common := _common(kept.ids, ids)) > best:
-                best, found = common, kept
+        for key, kept in self._kept.items() if most else ():
+            if key[0] in most and (common := min(_common(kept.ids, ids), most[key[0]])) > best:
+                best, found = common, key
         if found is None:
             return 0, None
-        self._kept.move_to_end((weights, found.ids))
-        found.last_use = time.monotonic()
-        return best, found
+        self._kept.move_to_end(found)
+        self._kept[found].last_use = time.monotonic()
+        return best, self._kept[found]
 
     def keep(self, weights: Hashable | None, ids: tuple[int, ...], states: States) -> None:
         """Keeps copies of what the model made of these tokens, in place of shorter beginnings of them."""

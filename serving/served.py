@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from loraweave.hub.adapter import Adapter
+from loraweave.routers.invoked import last_place
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.types import Task
 
@@ -29,6 +31,31 @@ class Member:
         """Whether a row under it shares no batch: its router looks at whole calls, and keeps a state beside their cache."""
         return self.router is not None and (self.router.needs_call or bool(self.router.watched))
 
+    @cached_property
+    def is_activated(self) -> bool:
+        """Whether an adapter of it counts from its invocation tokens on."""
+        return any(adapter.invocation for adapter in self.adapters.values())
+
+    def states(self, prompt: Sequence[int]) -> list[tuple[Hashable | None, int | None]]:
+        """(weights, up to how many tokens of a row with that prompt they are all there is); None for all its tokens.
+
+        An adapter with invocation tokens is among them from these on: a row's keys and values before the first of them are
+        those of a row without it.
+        """
+        starts = {
+            content: last_place(prompt, adapter.invocation)
+            for content, adapter in self.adapters.items()
+            if adapter.invocation
+        }
+        counting: set[tuple[Hashable, ...]] = {
+            (content, weight) for content, weight in self.weights.items() if content not in starts
+        }
+        found: list[tuple[Hashable | None, int | None]] = []
+        for start in sorted({start for start in starts.values() if start is not None}):
+            found.append((frozenset(counting), start))
+            counting |= {(content, self.weights[content], start) for content, own in starts.items() if own == start}
+        return [*found, (frozenset(counting), None)]
+
 
 @dataclass(frozen=True, eq=False)
 class Served:
@@ -48,15 +75,15 @@ class Served:
         """That of its only member."""
         return self.members[0].router
 
-    @property
-    def states(self) -> list[Hashable | None]:
-        """What a token's keys and values depend on beside the tokens so far, by member; None where they depend on more.
+    def states(self, prompts: Sequence[Sequence[int]]) -> list[list[tuple[Hashable | None, int | None]]]:
+        """What a token's keys and values depend on beside the tokens so far, by member, each with the prompt that it has.
 
-        A router counts by what the formula says, and not as an object, which would live as long as its keys and values.
+        As `Member.states` has it, with None for weights where they depend on more. A router counts by what the formula
+        says, and not as an object, which would live as long as its keys and values.
         """
         if self.router is not None:
-            return [None if member.is_alone else self.identity for member in self.members]
-        return [frozenset(member.weights.items()) for member in self.members]
+            return [[(None if each.is_alone or each.is_activated else self.identity, None)] for each in self.members]
+        return [member.states(prompt) for member, prompt in zip(self.members, prompts, strict=True)]
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import takewhile
 
 import pytest
@@ -208,6 +209,46 @@ def test_what_was_read_under_the_same_weights_is_not_read_again(setting, tokeniz
         text, logprobs = alone(engine, prompt, weights)
         assert each.text == text
         assert each.logprobs == pytest.approx(logprobs, abs=1e-5)
+
+
+def test_rows_of_activated_adapters_begin_with_what_the_base_has_read(setting, tokenizer):
+    engine, adapters = setting
+    invocations = {"a": "ask: ", "b": "12: ", "c": ""}
+    mine = [replace(adapter, invocation=tuple(tokenizer(invocations[adapter.name])["input_ids"])) for adapter in adapters]
+    activated = lw.Composer(engine.model, mine, tokenizer=tokenizer)
+    batch, experts = make_batch(engine.model, tokenizer, prefix_bytes=1 << 20)
+    text = "the judge thanked zebra and said nothing. "
+    base = HeardRow(tokenizer, text + "so", served(mine, {}), GREEDY)
+    join(batch, experts, [base])
+    finish(batch)
+    asked = [
+        (text + "ask: ", {"a": 1.0}),
+        (text + "12: yes", {"b": 0.7}),
+        # the plain one counts from the beginning on
+        (text + "ask: ", {"a": 1.0, "c": 1.0}),
+        (text + "of nothing", {"b": 1.0}),
+        (text + "12: ask: no", {"a": 0.5, "b": 0.5}),
+    ]
+    heard = [HeardRow(tokenizer, prompt, served(mine, weights), GREEDY) for prompt, weights in asked]
+    join(batch, experts, heard[:3])
+    batch.step()
+    join(batch, experts, heard[3:])
+    # the same prompt again, and one whose last invocation is a later one
+    later = [(asked[0][0], asked[0][1]), (text + "ask: 9 ask: ", {"a": 1.0})]
+    finish(batch)
+    heard += [HeardRow(tokenizer, prompt, served(mine, weights), GREEDY) for prompt, weights in later]
+    join(batch, experts, heard[5:])
+    finish(batch)
+    for each, (prompt, weights) in zip(heard, asked + later, strict=True):
+        answer, logprobs = alone(activated, prompt, weights)
+        assert each.text == answer
+        assert each.logprobs == pytest.approx(logprobs, abs=1e-5)
+    length, asking = len(tokenizer(text)["input_ids"]), len(tokenizer(asked[0][0])["input_ids"])
+    kept = [each.row.num_kept for each in heard]
+    assert kept[:2] == [length, length]
+    assert kept[2:5] == [0, length, length]
+    # all but the last token, and what stands before the first of both invocations
+    assert kept[5:] == [asking - 1, length]
 
 
 def test_what_is_kept_has_at_most_its_bytes(setting, tokenizer, heard):

@@ -294,13 +294,13 @@ def test_what_was_read_under_a_router_is_kept_by_what_its_formula_says_and_does_
     prompt, scheduler, found = "the judge thanked: zebra", make_scheduler(), []
     for router in (routers[0], copy.deepcopy(routers[0])):
         heard = Heard(tokenizer, prompt, routed(engine, router), Sampling(9, temperature=0.0))
-        assert heard.row.served.states == [router.name]
+        assert heard.row.served.states(heard.row.prompts) == [[(router.name, None)]]
         scheduler.submit([heard.row])
         wait_for([heard])
         found.append(heard)
     assert [each.row.num_kept for each in found] == [0, len(found[0].row.prompts[0]) - 1]
     assert found[0].text == found[1].text == alone(engine, prompt, routers[0])[0]
-    assert routed(engine, routers[1]).states == [None]
+    assert routed(engine, routers[1]).states([[5]]) == [[(None, None)]]
 
 
 def test_rows_kept_beginnings_and_adapters_share_one_budget(setting, tokenizer, make_scheduler):
