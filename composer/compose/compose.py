@@ -130,7 +130,7 @@ def _compose(
         reason = f"the base model was asked for, and {nothing}"
         report = Report((), "base", reason, (), 0.0, 0)
         return Composition(model, tokenizer, task, None, {}, "linear", report, settings.seed)
-    settings.require_licenses(pool)
+    settings.require_combinable(pool)
     engine = Composer(model, Fitting(model).accepted(pool), tokenizer=tokenizer)
     splits = folds(len(task.examples), settings.folds, settings.seed) if settings.learns and task.examples else []
     with progress_bar(progress) as bar:
@@ -175,7 +175,7 @@ def check_arguments(experts: Hub | ExpertPool, task: Task, **arguments: Any) -> 
     settings = Settings.of(**named, options=given.arguments["search_options"])
     settings.check(task, experts)
     if isinstance(experts, ExpertPool):
-        settings.require_licenses(experts)
+        settings.require_combinable(experts)
 
 
 NUM_SHOWN = 5

@@ -14,6 +14,7 @@ from loraweave.common.files import as_path
 from loraweave.common.options import Count, NonNegative, Positive, Range, Seed, check_options, options_of, require_known
 from loraweave.common.rows import GivenRows, read_asked
 from loraweave.composer.compose.user_loss import Examples
+from loraweave.composer.merge.merge import shared_invocation
 from loraweave.composer.merge.method_call import MethodCall
 from loraweave.errors import InvalidTask, LoraweaveError, ScopeError, UnknownName, WeightingError
 from loraweave.hub.hub import Hub
@@ -124,14 +125,19 @@ class Settings:
         known = options_of(found)
         return found(experts, **{name: value for name, value in given.items() if name in known}, **self.options)
 
-    def require_licenses(self, pool: ExpertPool) -> None:
+    def require_combinable(self, pool: ExpertPool) -> None:
         """Raises InvalidLicense if the composition would combine adapters whose licenses exclude each other.
+
+        CompositionError if it would combine adapters that count from different tokens on.
 
         A single adapter, the base, and mixtures that a router makes live combine nothing.
         """
         weights = {name: weight for name, weight in (self.weights or dict.fromkeys(pool.names)).items() if weight != 0.0}
         alone = self.method in ("base", "best_single", "in_context", "few_shot") or list(weights.values()) == [1.0]
-        if not (alone or self.routes or self.allow_licenses):
+        if alone or self.routes:
+            return
+        shared_invocation([pool[name] for name in weights])
+        if not self.allow_licenses:
             require_one_work((name, stated_license(pool[name].card.get("license"))) for name in weights)
 
     def check(self, task: Task, experts: Hub | ExpertPool) -> None:

@@ -297,8 +297,9 @@ def answers(
     asked = [member for member, count in zip(members, orders, strict=True) for _ in range(count)]
     share_M = torch.tensor([float(w) / n for w, n in zip(weight_M, orders, strict=True) for _ in range(n)])
     routed = any(not isinstance(member, Mapping | MixtureWeights | None) for member in members)
-    # weights that depend on a whole prompt
-    routed = routed or bool(engine.pool.invocations())
+    used = set() if routed else {name for member in members if member for name in getattr(member, "experts", member)}
+    # experts that count from a place in the whole prompt on are like routers
+    routed = routed or bool(engine.pool.invocations(used))
     shown = any(each[0].demonstrations for each in tasks)
     texts = read_asked(inputs)
     with engine.activate(asked):

@@ -272,6 +272,9 @@ def test_what_would_count_for_every_token_is_refused_by_name(engine, tmp_path):
     for target in ("vllm", "gguf", "mlx", "openvino"):
         with pytest.raises(lw.errors.AdapterUnsupported, match="invocation tokens"):
             answer.export(tmp_path / target, target=target, base=engine.model.config)
+    task = lw.Task([("a", "b"), ("c", "d")])
+    with pytest.raises(CompositionError, match=r"cannot merge adapter 'answer'"):
+        lw.compose(engine.model, print, [answer, plain], task, method="lorahub", progress=False)
     with pytest.raises(ScopeError, match="training lets an adapter count for every token"):
         lw.train_adapters(engine.model, None, {"t": [("a", "b")]}, start={"t": answer}, progress=False)
 
