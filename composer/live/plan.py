@@ -152,7 +152,7 @@ class Plan:
         if self.invocations:
             raise ScopeError(
                 f"layer {layer.name!r} is an expert of a fused parameter, whose tokens come in an order of their own, and "
-                f"{next(iter(self.invocations))!r} counts from its invocation tokens on: mix it without adapters of such layers"
+                f"{next(iter(self.invocations))!r} counts from its invocation tokens on: mix it with others"
             )
         if self._by_place:
             require_rows_of_tokens(layer.name, num_tokens)
