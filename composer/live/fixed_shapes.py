@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from loraweave.errors import CompositionError, ScopeError
 
-TILE = 16
+TILE = 8
 KEYS = 64
 # elements that torch's vectorised loops take at once, or a multiple of it, in any dtype
 LANES = 64
@@ -119,8 +119,8 @@ class _FixedShapes(TorchFunctionMode):
 def fixed_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b for x of any leading axes, in tiles of TILE tokens."""
     x_NI = x.reshape(-1, x.shape[-1])
-    tiles = torch.split(_in_tiles(x_NI), TILE)
-    y_NO = torch.cat([functional.linear(tile, weight_OI, bias_O) for tile in tiles])[: len(x_NI)]
+    tiles = [functional.linear(tile, weight_OI, bias_O) for tile in torch.split(_in_tiles(x_NI), TILE)]
+    y_NO = (tiles[0] if len(tiles) == 1 else torch.cat(tiles))[: len(x_NI)]
     return y_NO.reshape(*x.shape[:-1], weight_OI.shape[0])
 
 
@@ -177,7 +177,8 @@ def _by_vectors(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The function of single elements, asked for whole vectors of them in one thread."""
 
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not x.ndim or (x.shape[-1] % LANES == 0 and x.numel() <= PIECE and x.is_contiguous()):
+        alone = x.numel() <= PIECE or torch.get_num_threads() == 1
+        if not x.ndim or (x.shape[-1] % LANES == 0 and alone and x.is_contiguous()):
             return func(x, *args, **kwargs)
         filled = pad(x, (0, -x.shape[-1] % LANES)).contiguous()
         found = torch.cat([func(piece, *args, **kwargs) for piece in torch.split(filled.view(-1), PIECE)])
@@ -271,5 +272,5 @@ def _own_keys(allowed_BQK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gather(states_BHKD: Tensor, places_BK: Tensor) -> Tensor:
-    index = places_BK[:, None, :, None].expand(-1, states_BHKD.shape[1], -1, states_BHKD.shape[3])
-    return states_BHKD.gather(2, index)
+    rows_B1 = torch.arange(len(places_BK))[:, None]
+    return states_BHKD.transpose(1, 2)[rows_B1, places_BK].transpose(1, 2)
