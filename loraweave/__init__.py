@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from loraweave.composer.ensembles.ensemble import ensemble
     from loraweave.composer.experts.make import experts
     from loraweave.composer.experts.together import train_experts
+    from loraweave.composer.federated.federate import federate
     from loraweave.composer.formula.formula import Formula, parse
     from loraweave.composer.harness import evaluate_harness
     from loraweave.composer.live.fixed_shapes import batch_invariant
@@ -103,6 +104,7 @@ _MODULES = {
     "composer.merge.merge": "merge",
     "composer.ensembles.ensemble": "ensemble",
     "composer.experts.make": "experts",
+    "composer.federated.federate": "federate",
     "composer.compose.rerank": "rerank",
     "composer.programs.order": "order",
     "composer.study.study": "study",
@@ -194,6 +196,7 @@ __all__ = [
     "evaluate_harness",
     "experts",
     "extract",
+    "federate",
     "flexlora_clients",
     "genknowsub",
     "load_base",

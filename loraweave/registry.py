@@ -23,6 +23,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "kernels": ("loraweave.composer.live.kernels",),
     "objectives": ("loraweave.composer.compose.objectives",),
     "continual": ("loraweave.composer.train.ordered",),
+    "strategies": ("loraweave.composer.federated.strategies",),
     "routers": ("loraweave.routers.searches", "loraweave.routers.tokens"),
     "experts": ("loraweave.routers.recipes",),
     "losses": ("loraweave.routers.losses",),

@@ -44,6 +44,7 @@ SEARCHES = [name for name in registry.names("routers") if hasattr(registry.get("
     [
         ("registries.md", [name for folder in registry.FOLDERS for name in registry.names(folder)], r"\| `{}` \|"),
         ("continual.md", registry.names("continual"), r"\| `{}` \|"),
+        ("federation.md", registry.names("strategies"), r"\| `{}` \|"),
         ("objectives.md", registry.names("objectives"), r"\| `{}` \|"),
         ("routers.md", router_names(), r"(?m)^\| `{}` \|"),
         ("search.md", SEARCHES, r"(?m)^\| .*`{}`"),
@@ -342,6 +343,12 @@ def test_the_page_on_search(run_page, tmp_path):
 @pytest.mark.slow
 def test_the_page_on_continual_training(run_page):
     assert [adapter.rank for adapter in run_page("docs/continual.md")["adapters"].values()] == [4, 4]
+
+
+@pytest.mark.slow
+def test_the_page_on_federation(run_page, tmp_path):
+    assert run_page("docs/federation.md")["found"].client("server").rank == 8
+    assert (tmp_path / "rounds").is_dir()
 
 
 @pytest.mark.slow

@@ -107,8 +107,8 @@ def train_adapters(
     options = dict(continual_options or {})
     _require_way(continual, options, prepared, start or {}, linearized, held_out is not None or memory_bytes is not None)
     begins = require_startable(model, tasks, start or {})
-    layers = _target_layers(model, settings.target_modules) if continual is not None or len(begins) < len(tasks) else {}
-    rows, held_out_rows = _read_rows(model, tokenizer, prepared, judging, seed)
+    layers = target_layers(model, settings.target_modules) if continual is not None or len(begins) < len(tasks) else {}
+    rows, held_out_rows = read_rows(model, tokenizer, prepared, judging, seed)
     base, folder = fingerprint(model), checkpoint_folder(checkpoint)
     with untouched(model), progress_bar(progress, field="loss") as bar:
         if continual is None:
@@ -120,7 +120,7 @@ def train_adapters(
         return TrainedAdapters(registry.get("continual", continual)(course, **options))
 
 
-def _read_rows(
+def read_rows(
     model: Any, tokenizer: Any, tasks: Mapping[str, Sequence[Task]], judging: Judging, seed: int
 ) -> tuple[Mapping[str, Sequence[EncodedRow]], dict[str, HeldOut]]:
     """The rows of each name's tasks, packed where they may be, and those held out."""
@@ -163,7 +163,7 @@ def _require_way(
         )
 
 
-def _target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+def target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
     """(O, I) of the linear layers whose module path ends in one of `targets`; UnknownName for one that matches nothing."""
     linear = {name: shape[:2] for name, module in model.named_modules() if (shape := linear_shape(module))}
     found: dict[str, tuple[int, int]] = {}

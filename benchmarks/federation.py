@@ -1,0 +1,145 @@
+"""Clients of one task each learn together, by every strategy of `lw.federate`; and what privacy costs many small ones.
+
+    OMP_NUM_THREADS=1 python -m benchmarks --out runs/federation federation
+    OMP_NUM_THREADS=1 python -m benchmarks --out runs/federation federation --strategies '' --clients 48
+
+The first table has a client for each task, so that no two have data alike; all strategies see the same rows. Each client's
+model answers test items of its own task, and the global adapter those of all. The second has one task in many small parts,
+and the global adapter's loss under `dp_lora` at several epsilons. Rounds are kept in --out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+import loraweave as lw
+from benchmarks._run import Run, Table, pairs
+from loraweave import registry
+from loraweave.composer.model.scoring import evaluate
+from loraweave.hub.base import fast_dtype
+
+OPTIONS: dict[str, Mapping[str, Any]] = {"slora": {"density": 0.05}}
+# of clients of different strength, for the strategies that take them
+RANKS = (2, 4, 8)
+DELTA = 1e-3
+
+app = typer.Typer()
+
+
+@app.command()
+def main(
+    context: typer.Context,
+    tasks: Annotated[str, typer.Option(help="one for each client")] = "past_tense,uppercase,country_capital",
+    strategies: Annotated[str, typer.Option(help="rows of the first table")] = ",".join(
+        ["fedavg", "ffa", "flexlora", "hetlora", "federa", "slora", "fedms", "pfedlora"]
+    ),
+    rounds: Annotated[int, typer.Option(help="of every strategy")] = 4,
+    steps: Annotated[int, typer.Option(help="of a client in a round")] = 6,
+    num_test: Annotated[int, typer.Option(help="test items of each task")] = 20,
+    clients: Annotated[int, typer.Option(help="of the second table, none with 0")] = 48,
+    epsilons: Annotated[str, typer.Option(help="rows of the second table")] = "1,4,16",
+) -> None:
+    """Strategies on clients that differ, and utility against epsilon."""
+    run: Run = context.obj
+    bench = _Bench(run, *lw.load_base(dtype=fast_dtype()), tasks.split(","), num_test)
+    if strategies:
+        columns = ("strategy", "own model: " + ", ".join(bench.tasks), "global: all", "MB up, down", "seconds")
+        table = Table("clients of one task each", columns)
+        table.add("base", *bench.base(), "", "")
+        for name in strategies.split(","):
+            table.add(name, *bench.strategy(name, rounds, steps))
+        run.show(table)
+    if clients:
+        run.show(bench.private(clients, [float(each) for each in epsilons.split(",")]))
+
+
+class _Bench:
+    """The model, the tasks, and how adapters are scored."""
+
+    def __init__(self, run: Run, model: Any, tokenizer: Any, names: list[str], num_test: int) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.tasks, self.tests = {}, {}
+        for name in names:
+            rows = run.rows(name)
+            self.tasks[name] = lw.Task(pairs(rows, "train")[:32], instruction=rows[0]["definition"])
+            self.tests[name] = pairs(rows, "test")[:num_test]
+        first = run.rows(names[0])
+        self.many = lw.Task(pairs(first, "train"), instruction=first[0]["definition"])
+        self.given: dict[str, Any] = {"seed": run.seed, "checkpoint": run.folder(), "progress": False}
+
+    def base(self) -> tuple[str, str]:
+        found = [self._score(self.model, name) for name in self.tasks]
+        return ", ".join(f"{right:.0%} {loss:.2f}" for right, loss in found), self._mean(found)
+
+    def strategy(self, name: str, rounds: int, steps: int) -> tuple[str, ...]:
+        mixed = registry.get("strategies", name).mixed_ranks
+        started = time.perf_counter()
+        found = lw.federate(
+            self.model,
+            self.tokenizer,
+            self.tasks,
+            strategy=name,
+            strategy_options=OPTIONS.get(name),
+            ranks=dict(zip(self.tasks, RANKS, strict=False)) if mixed else None,
+            rounds=rounds,
+            steps=steps,
+            batch_size=4,
+            **self.given,
+        )
+        seconds = time.perf_counter() - started
+        own = [self._with(found.client(each), each) for each in self.tasks]
+        everywhere = self._mean([self._with(found.adapter, each) for each in self.tasks]) if name != "pfedlora" else ""
+        up, down = (sum(getattr(each, way) for each in found.rounds) / 1e6 for way in ("bytes_up", "bytes_down"))
+        shown = ", ".join(f"{right:.0%} {loss:.2f}" for right, loss in own)
+        return shown, everywhere, f"{up:.1f}, {down:.1f}", f"{seconds:.0f}"
+
+    def private(self, clients: int, epsilons: list[float]) -> Table:
+        """One task in as many parts as there are clients, a LoRA of rank 1 in one late layer."""
+        (name, *_), examples = self.tasks, self.many.examples
+        parts = {f"client {n}": lw.Task(examples[n::clients], instruction=self.many.instruction) for n in range(clients)}
+        columns = ("epsilon", "delta", "noise multiplier", f"{name}: loss")
+        table = Table(f"{clients} clients with {len(examples) // clients} examples each", columns)
+        table.add("base", "", "", f"{self._score(self.model, name)[1]:.2f}")
+        ways: list[tuple[str, Any]] = [("fedavg", None)]
+        ways += [("dp_lora", {"epsilon": each, "delta": DELTA, "clip": 0.3}) for each in epsilons]
+        for strategy, options in ways:
+            found = lw.federate(
+                self.model,
+                self.tokenizer,
+                parts,
+                strategy=strategy,
+                strategy_options=options,
+                rounds=5,
+                rank=1,
+                steps=2,
+                batch_size=4,
+                warmup=0,
+                lr=1e-2,
+                target_modules=("layers.29.mlp.down_proj",),
+                **self.given,
+            )
+            said = found.figures
+            cells = [f"{said[each]:.3g}" for each in ("epsilon", "delta", "noise_multiplier")] if said else ["none", "", ""]
+            table.add(*cells, f"{self._with(found.adapter, name)[1]:.2f}")
+        return table
+
+    def _mean(self, found: list[tuple[float, float]]) -> str:
+        right, loss = np.mean(found, axis=0)
+        return f"{right:.0%} {loss:.2f}"
+
+    def _with(self, made: Any, name: str) -> tuple[float, float]:
+        if not isinstance(made, lw.Adapter):
+            with made:
+                return self._score(made, name)
+        with lw.Composer(self.model, {"it": made}).activate({"it": 1.0}):
+            return self._score(self.model, name)
+
+    def _score(self, model: Any, name: str) -> tuple[float, float]:
+        """The share of right answers, and the mean loss."""
+        found = evaluate(model, self.tokenizer, self.tasks[name], self.tests[name])
+        return float(found.value), float(found.loss)

@@ -1,0 +1,176 @@
+"""Federated training of an adapter: rounds of clients that train on data of their own, by a named strategy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import loraweave.registry as registry
+from loraweave.common.checks import is_collection, is_whole
+from loraweave.common.display import progress_bar
+from loraweave.common.options import Count, Positive, Share, Whole, check_options, options_of
+from loraweave.common.rows import GivenRows
+from loraweave.common.state import checkpoint_folder
+from loraweave.composer.federated.flower import flower
+from loraweave.composer.federated.rounds import Backend, Kept, RoundReport, State, here, run_rounds
+from loraweave.composer.federated.strategies._strategy import Client, Course, Strategy
+from loraweave.composer.model.batches import untouched
+from loraweave.composer.train.adapters import read_rows, target_layers
+from loraweave.composer.train.rows import Judging
+from loraweave.composer.train.schedule import WARMUP_STEPS
+from loraweave.composer.train.settings import LoraSettings, read_tasks
+from loraweave.errors import TrainingError, UnknownName
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.base import fingerprint
+from loraweave.types import Task
+
+BACKENDS: dict[str, Backend] = {"here": here, "flower": flower}
+
+
+@dataclass(frozen=True, eq=False)
+class Federated:
+    """What a federation has made. `adapter` is the global one, `rounds` the reports; `figures` has the strategy's own,
+    such as the epsilon and delta of `dp_lora`.
+    """
+
+    adapter: Adapter
+    rounds: tuple[RoundReport, ...]
+    figures: Mapping[str, float]
+    course: Course
+    strategy: Strategy
+    state: State
+
+    def client(self, name: str) -> Any:
+        """What this client has in the end: an Adapter, or with `fedms` an expert model on the base.
+
+        Raises UnknownName for a name that is no client's.
+        """
+        clients = self.course.clients
+        if name not in clients:
+            raise UnknownName(f"no client {name!r}{registry.nearest(name, clients)}; there are {', '.join(clients)}")
+        own = self.state.own.get(name, {})
+        return self.strategy.client(self.course, self.state.server, clients[name], own, self.adapter.card)
+
+    def __str__(self) -> str:
+        lines = []
+        for number, each in enumerate(self.rounds, start=1):
+            loss = f"loss {sum(each.losses.values()) / len(each.losses):.3f}, " if each.losses else ""
+            traffic = f"{each.bytes_down / 1e6:.2f} MB down, {each.bytes_up / 1e6:.2f} MB up"
+            lines.append(f"round {number}: {len(each.losses)} clients, {loss}{traffic}, {each.seconds:.1f} s")
+            lines += [f"  without {name}: {why}" for name, why in each.left_out.items()]
+        return "\n".join([*lines, *(f"{name} {value:g}" for name, value in self.figures.items())])
+
+
+def federate(
+    model: Any,
+    tokenizer: Any,
+    clients: Mapping[str, Task | GivenRows | Sequence[Task]],
+    *,
+    strategy: str | Strategy = "flexlora",
+    strategy_options: Mapping[str, Any] | None = None,
+    rounds: Count = 5,
+    rank: Count = 8,
+    ranks: Mapping[str, int] | None = None,
+    steps: Count = 20,
+    alpha: Positive | None = None,
+    lr: Positive = 3e-3,
+    batch_size: Count = 8,
+    warmup: Whole = WARMUP_STEPS,
+    target_modules: Sequence[str] = ("q_proj", "v_proj"),
+    participation: Share = 1.0,
+    min_clients: Count = 2,
+    backend: Literal["here", "flower"] = "here",
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> Federated:
+    """What `rounds` rounds of federation make of the clients' examples: {client: Task, rows, or a list of tasks}.
+
+    In each round a share `participation` of the clients begins with what the server sends, takes `steps` steps on its own
+    rows as `train_adapters` does, each round with a warm-up and a cosine of its own, and sends its update; the `strategy`, a
+    name of `lw.names("strategies")` with its `strategy_options`, says what is sent and how updates are aggregated. `ranks`
+    has the ranks of clients that differ from `rank`, for strategies that take them; `alpha / rank` is the scale of all.
+
+    A client that raises, dies, or sends something missing, misshapen or not finite is left out of its round, and the report
+    and a logged warning say why; it keeps what it had. A round with fewer than `min_clients` usable updates is refused, if
+    any was left out. With `checkpoint`, a folder, the same call goes on where it was interrupted or refused, to the same
+    bits; only the clients that were running train again.
+
+    `backend` "flower" runs every client of a round in flower's simulation, in processes of its own; "here" runs
+    them one after the other. Raises TrainingError for settings and options out of range and for a refused round, UnknownName
+    for an unknown strategy, client or layer, InvalidTask for unusable examples, PackageMissing where the strategy or the
+    backend needs a package that is not there.
+    """
+    if not is_collection(target_modules) or not target_modules:
+        raise TrainingError(f"target_modules is {target_modules!r}; it must be a list of endings of module paths")
+    lora: dict[str, Any] = {"rank": rank, "steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed, "warmup": warmup}
+    round_by: dict[str, Any] = {"participation": participation, "min_clients": min_clients, "backend": backend}
+    given = {**lora, **round_by, "rounds": rounds, "alpha": alpha}
+    check_options("federate()", given, options_of(federate), error=TrainingError)
+    chosen = _strategy(strategy, strategy_options or {})
+    lora["alpha"] = 2.0 * rank if alpha is None else alpha
+    settings = LoraSettings(**lora, target_modules=tuple(target_modules))
+    tasks = read_tasks(clients)
+    if min_clients > len(tasks):
+        raise TrainingError(f"min_clients is {min_clients}, but there are {len(tasks)} clients: lower it")
+    own_ranks = _ranks(ranks or {}, chosen, tasks, rank)
+    rows, _ = read_rows(model, tokenizer, tasks, Judging(None, 1, None), seed)
+    counts = {name: sum(len(task.examples) for task in parts) for name, parts in tasks.items()}
+    members = {name: Client(name, rows[name], counts[name], own_ranks[name]) for name in tasks}
+    targets = target_layers(model, settings.target_modules)
+    course = Course(model, tokenizer, settings, targets, members, rounds, float(participation), fingerprint(model))
+    chosen.require(course)
+    kept = Kept(checkpoint_folder(checkpoint), _key(course, chosen))
+    with untouched(model), progress_bar(progress, field="loss") as bar:
+        state = run_rounds(course, chosen, kept, BACKENDS[backend], min_clients, bar)
+    figures = chosen.figures(course, len(state.rounds))
+    recipe = {"method": "loraweave.federate", "strategy": _named(chosen), **asdict(settings), "rounds": rounds}
+    done = {"clients": counts, "rounds": [asdict(each) for each in state.rounds], **figures}
+    layers = chosen.layers(course, state.server)
+    adapter = course.adapter(chosen.registered_name(), layers, {"recipe": recipe, "federation": done})
+    return Federated(adapter, state.rounds, figures, course, chosen, state)
+
+
+def _strategy(given: str | Strategy, options: Mapping[str, Any]) -> Strategy:
+    if isinstance(given, Strategy):
+        if options:
+            raise TrainingError(f"strategy_options has {', '.join(options)}, but the strategy is made already")
+        return given
+    made: type[Strategy] = registry.get("strategies", given)
+    check_options(f"strategy {given!r}", options, options_of(made), error=TrainingError)
+    return made(**options)
+
+
+def _ranks(given: Mapping[str, int], strategy: Strategy, clients: Mapping[str, Any], rank: int) -> dict[str, int]:
+    """Each client's rank."""
+    for name, own in given.items():
+        if name not in clients:
+            raise UnknownName(f"ranks has {name!r}{registry.nearest(name, clients)}; the clients are {', '.join(clients)}")
+        if not is_whole(own, 1):
+            raise TrainingError(f"the rank of client {name!r} is {own!r}; it must be a whole number of at least 1")
+    found = {name: given.get(name, rank) for name in clients}
+    if len(set(found.values())) > 1 and not strategy.mixed_ranks:
+        mixed = [name for name in registry.names("strategies") if registry.get("strategies", name).mixed_ranks]
+        raise TrainingError(
+            f"strategy {strategy.registered_name()!r} averages factors of one rank, and the clients' ranks are "
+            f"{sorted(set(found.values()))}: give all the same, or take {' or '.join(mixed)}"
+        )
+    return found
+
+
+def _named(strategy: Strategy) -> dict[str, Any]:
+    return {"name": strategy.registered_name(), **strategy.options}
+
+
+def _key(course: Course, strategy: Strategy) -> str:
+    """Of all that the rounds depend on."""
+    members = [
+        [name, client.rank, client.size, [[row.prompt, row.target, row.labels] for row in client.rows]]
+        for name, client in course.clients.items()
+    ]
+    about = [_named(strategy), asdict(course.settings), course.rounds, course.sample_rate, course.base.to_json(), members]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]

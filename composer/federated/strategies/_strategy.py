@@ -1,0 +1,220 @@
+"""What every strategy of federation does unless it says otherwise, and what the rounds of all have in common.
+
+All that passes between server and clients are named fp32 tensors, so that a round can be checked, kept and sent anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from loraweave.common.descent import Descent, backward
+from loraweave.common.options import Declared
+from loraweave.composer.model.batches import EncodedRow
+from loraweave.composer.train.jobs import LoraJob, TrainingJob, given_factors, new_factors
+from loraweave.composer.train.passes import SharedPass, job_losses
+from loraweave.composer.train.settings import LoraSettings
+from loraweave.errors import TrainingError
+from loraweave.hub.adapter import Adapter
+from loraweave.types import Factors, Fingerprint
+
+Tensors = dict[str, Tensor]
+Layers = Mapping[str, Factors]
+Loss = Callable[[Sequence[EncodedRow]], Tensor]
+
+A, B = ".a_RI", ".b_OR"
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client's rows, its largest rank, and its size, the number of its examples."""
+
+    name: str
+    rows: Sequence[EncodedRow]
+    size: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Course:
+    """What all rounds have in common: `layers` has (O, I) of each target layer, `sample_rate` is the share of clients."""
+
+    model: Any
+    tokenizer: Any
+    settings: LoraSettings
+    layers: Mapping[str, tuple[int, int]]
+    clients: Mapping[str, Client]
+    rounds: int
+    sample_rate: float
+    base: Fingerprint
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a client."""
+        return max(client.rank for client in self.clients.values())
+
+    @property
+    def scale(self) -> float:
+        return self.settings.alpha / self.settings.rank
+
+    def adapter(self, name: str, layers: Layers, card: Mapping[str, Any]) -> Adapter:
+        return Adapter(name, self.model.name_or_path, dict(layers), self.base, dict(card))
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a client gets at the beginning of a round, counted from 1, and what it has kept for itself since its last one."""
+
+    client: str
+    round: int
+    received: Tensors
+    own: Tensors
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a client sends, what it keeps for itself, and its losses before each step."""
+
+    update: Tensors
+    own: Tensors
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy(Declared):
+    """FedAvg on the factors of a LoRA (McMahan et al. 2017, arXiv 1602.05629); subclasses replace what they do otherwise.
+
+    Round n begins with the server's state S on every client that takes part; the clients' updates u_k make the next S, here
+    sum of n_k u_k over sum of n_k, n_k being the clients' sizes. Methods are pure: all that changes is in what they return.
+    """
+
+    noun: ClassVar[str] = "strategy"
+    error: ClassVar[type[TrainingError]] = TrainingError
+    # whether clients may have different ranks
+    mixed_ranks: ClassVar[bool] = False
+    # "count" draws a fixed number of clients for a round, "poisson" each by itself
+    sampling: ClassVar[Literal["count", "poisson"]] = "count"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def require(self, course: Course) -> None:
+        """Raises TrainingError for a course that the strategy cannot go, before the first round."""
+
+    def first(self, course: Course) -> Tensors:
+        """The server's state before the first round: one random a for all, and b zero."""
+        return tensors_of(new_layers(course))
+
+    def sent(self, course: Course, server: Tensors, client: Client, own: Tensors) -> Tensors:
+        """What the client gets: the first rank rows, as many as the client has."""
+        return truncated(server, client.rank)
+
+    def train(self, course: Course, order: Order) -> Trained:
+        """A round of a client: its steps of AdamW from what it has received."""
+        job = LoraJob(order.client, start_of(course, order.received), course.scale)
+        losses = learn(course, order, job)
+        return Trained(factors_of(job), {}, losses)
+
+    def expected(self, received: Tensors, update: Tensors) -> Mapping[str, tuple[int, ...]]:
+        """The names and shapes that an update must have."""
+        return {name: tuple(value.shape) for name, value in received.items()}
+
+    def aggregate(self, course: Course, server: Tensors, updates: Mapping[str, Tensors], number: int) -> Tensors:
+        """The server's state after round `number`, from the updates of the clients that took part."""
+        return mean(list(updates.values()), sizes(course, updates))
+
+    def layers(self, course: Course, state: Tensors) -> Layers:
+        """The update of the base that a state of the server, or what a client has received, stands for."""
+        return layers_of(state)
+
+    def client(self, course: Course, server: Tensors, client: Client, own: Tensors, card: Mapping[str, Any]) -> Any:
+        """What a client has in the end: an adapter, or an expert model."""
+        return course.adapter(client.name, self.layers(course, self.sent(course, server, client, own)), card)
+
+    def figures(self, course: Course, rounds_done: int) -> dict[str, float]:
+        """What else is to be reported after so many rounds."""
+        return {}
+
+
+def new_layers(course: Course) -> Layers:
+    """Each layer's new factors at the largest rank, a function of the seed alone."""
+    settings = course.settings
+    pairs = new_factors("federation", course.layers, rank=course.rank, seed=settings.seed, device=torch.device("cpu"))
+    return {layer: Factors(a_RI, b_OR) for layer, (a_RI, b_OR) in pairs.items()}
+
+
+def start_of(course: Course, received: Tensors) -> dict[str, tuple[Tensor, Tensor]]:
+    """The pairs (a_RI, b_OR) that a job begins with, on the model's device, the scale taken out of b."""
+    device = next(course.model.parameters()).device
+    return given_factors(layers_of(received), scale=course.scale, device=device)
+
+
+def plain_loss(course: Course, job: TrainingJob, rows: Sequence[EncodedRow]) -> Tensor:
+    """The mean loss of the rows' target tokens with the job's update, and the job's penalty."""
+    with SharedPass(course.model, [job], [len(rows)]):
+        loss = job_losses(course.model, course.tokenizer, rows, 1)[0]
+        penalty = job.penalty()
+    return loss if penalty is None else loss + penalty
+
+
+def learn(course: Course, order: Order, job: TrainingJob, *, loss: Loss | None = None, part: str = "") -> tuple[float, ...]:
+    """Takes the steps of a round down the loss of the client's rows, and returns its values.
+
+    Rows follow from the seed, the client, the round and the `part` of it. Raises TrainingError for a loss that is
+    not finite.
+    """
+    settings, rows = course.settings, course.clients[order.client].rows
+    descent = Descent(job.parameters(), settings.rate)
+    found: list[float] = []
+    for step in range(settings.steps):
+        chosen = settings.rows(rows, f"{order.client} {order.round}{part}", step)
+        job.take(chosen, step)
+        value = (partial(plain_loss, course, job) if loss is None else loss)(chosen)
+        found += backward(value[None], {f"client {order.client!r}": step})
+        descent.step(step)
+        descent.optimizer.zero_grad()
+    return tuple(found)
+
+
+def tensors_of(layers: Layers) -> Tensors:
+    """Factors as named tensors, laid out as a file gives them back: products round by layout."""
+    return {layer + suffix: part.contiguous() for layer, f in layers.items() for suffix, part in ((A, f.a_RI), (B, f.b_OR))}
+
+
+def layers_of(state: Tensors) -> Layers:
+    """The factors among named tensors, in the order of their names, by which the norms of gradients round."""
+    names = sorted(name.removesuffix(A) for name in state if name.endswith(A))
+    return {name: Factors(state[name + A], state[name + B]) for name in names}
+
+
+def factors_of(job: LoraJob) -> Tensors:
+    """What a job has learned, the scale in b: detached copies on the CPU."""
+    pairs = {layer: (a.detach().cpu().clone(), (b.detach().cpu() * job.scale)) for layer, (a, b) in job.factors.items()}
+    return tensors_of({layer: Factors(a_RI, b_OR) for layer, (a_RI, b_OR) in pairs.items()})
+
+
+def truncated(state: Tensors, rank: int) -> Tensors:
+    """The first `rank` rows of each a and columns of each b."""
+    return {name: (value[:rank] if name.endswith(A) else value[:, :rank]).contiguous() for name, value in state.items()}
+
+
+def mean(updates: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
+    """sum of w_k u_k over sum of w_k, tensor by tensor, added in float64."""
+    total = sum(weights)
+
+    def of(name: str) -> Tensor:
+        parts = [update[name].double() * (weight / total) for update, weight in zip(updates, weights, strict=True)]
+        return torch.stack(parts).sum(dim=0).float()
+
+    return {name: of(name) for name in updates[0]}
+
+
+def sizes(course: Course, names: Iterable[str]) -> list[float]:
+    """The clients' numbers of examples."""
+    return [float(course.clients[name].size) for name in names]
