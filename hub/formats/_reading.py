@@ -33,7 +33,8 @@ _ROUTED = "the update depends on the input, so that no one matrix is it"
 REFUSED = {
     **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"), _PROMPT),
     **dict.fromkeys(("CPT", "CARTRIDGE", "ADAPTION_PROMPT"), _PROMPT),
-    **dict.fromkeys(("LILY", "POLY", "XLORA"), _ROUTED),
+    "LILY": _ROUTED,
+    "XLORA": f"{_ROUTED}; lw.router(folder, pool=[...]) opens it with its adapters",
     "SHADOW": "a second model beside the base one",
     "LN_TUNING": "trained norms, which are not linear layers",
     "TRAINABLE_TOKENS": "trained rows of an embedding, which may be tied to the output head",
@@ -109,6 +110,7 @@ def _adapter_folder(folder: Path) -> Path:
         raise AdapterUnsupported(
             f"{folder}: {len(names)} folders in it hold adapters, and none stands above the others: "
             f"{', '.join(names[:MAX_LISTED])}{more}; give the path of one, for instance {str(found[-1])!r}"
+            f"{'; lw.router() opens what PEFT saved of an Arrow' if 'arrow_router' in names else ''}"
         )
     return found[0] if found else folder
 

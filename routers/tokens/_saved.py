@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import loraweave.registry as registry
 from loraweave.common.checks import is_whole
@@ -21,13 +21,15 @@ from loraweave.hub.formats._safetensors import hashed_tensors
 from loraweave.hub.intake.sources import ADAPTER_FILES, find_folder
 from loraweave.hub.pool import ExpertPool
 from loraweave.lowrank.algebra import all_finite
+from loraweave.routers.tokens._from_peft import FILES as PEFT_FILES
+from loraweave.routers.tokens._from_peft import is_from_peft, read_from_peft
 from loraweave.routers.tokens._members import LayerTensors, Members
 from loraweave.routers.tokens._router import TokenRouter, option_names
 from loraweave.routers.tokens._written import ADAPTERS, FILE, FORMAT, TENSORS
 
 # the members of a pool of thousands
 MAX_JSON_BYTES = 64 * 2**20
-FILES = (FILE, TENSORS, *(f"{ADAPTERS}/*/{name}" for name in ADAPTER_FILES))
+FILES = (FILE, TENSORS, *(f"{ADAPTERS}/*/{name}" for name in ADAPTER_FILES), *PEFT_FILES)
 
 
 @dataclass(frozen=True)
@@ -137,12 +139,14 @@ def router(
     revision: str | None = None,
     token: str | None = None,
     local_files_only: bool = False,
+    model: nn.Module | None = None,
     **options: Any,
 ) -> TokenRouter:
     """A new router by name for the experts of a pool, or a saved one from a folder or `owner/name` on the model hub.
 
     A saved router brings its options and its experts; its `pool` holds their adapters if they were saved, too. With `pool`
-    it works for that pool, whatever its order and other experts (`TokenRouter.onto`).
+    it works for that pool, whatever its order and other experts (`TokenRouter.onto`). What PEFT saved of an X-LoRA or of
+    `create_arrow_model` is read, too (docs/routers.md); `model` is the base, for an X-LoRA whose layers have own weights.
 
     Raises UnknownName, with near misses, for an unknown name; WeightingError for an unknown option or a pool that lacks its
     experts; AdapterNotFound if nothing there is a router; AdapterCorrupt for damaged files; AdapterUnsupported for files
@@ -156,6 +160,9 @@ def router(
             raise WeightingError(f"a saved router has its options already: leave out {', '.join(options)}")
         wanted = {"revision": revision, "token": token, "local_files_only": local_files_only}
         folder = find_folder(name, "a saved router", FILES, **wanted)  # type: ignore[arg-type]
+        if not present(folder, FILE) and is_from_peft(folder):
+            read = read_from_peft(folder, experts, model)
+            return read if experts is None else read.onto(experts)
         saved = read_saved(folder)
         found = read_router(folder, saved, router_class(saved.name))
         return found if experts is None else found.onto(experts)

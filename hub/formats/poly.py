@@ -1,0 +1,68 @@
+"""Polytropon as PEFT has it (Ponti et al. 2022, arXiv 2202.13914): skills mixed factor by factor, by each task's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub.formats._config import Config, words
+from loraweave.hub.formats._conversion import plain
+from loraweave.hub.formats._foreign import ForeignFormat, Layer
+from loraweave.types import Factors
+
+# PEFT's
+EPS = 1e-12
+MAX_TASKS = 10_000
+
+
+class Poly(ForeignFormat):
+    """One task's adapter, exactly of rank r: a = sum of w_s a_s and b = sum of w_s b_s / r over the skills, split by split.
+
+    w_s = sigmoid(z_s) / sum of the sigmoids, z the task's logits. A folder of several tasks has an adapter for each:
+    `of_task` reads one, and `lw.router(folder).pool` has all.
+    """
+
+    peft_type = "POLY"
+    parts = frozenset({"poly_lora_A", "poly_lora_B", "poly_router.module_logits"})
+    handled = words("r n_tasks poly_type")
+    benign = words("n_skills n_splits init_weights")
+    # None: the only one
+    task: ClassVar[int | None] = None
+
+    @classmethod
+    def of_task(cls, task: int) -> type[Poly]:
+        """The reader of that task's adapter."""
+        return type(cls.__name__, (cls,), {"task": task})
+
+    @classmethod
+    def num_tasks(cls, folder: Path) -> int:
+        """How many tasks a folder has."""
+        return cls._config(folder).count("n_tasks", 1, most=MAX_TASKS)
+
+    @classmethod
+    def _config(cls, folder: Path) -> Config:
+        config = super()._config(folder)
+        config.choice("poly_type", ["poly"], "poly")
+        if cls.task is None and (count := config.count("n_tasks", 1)) > 1:
+            raise AdapterUnsupported(
+                f"{folder}: this POLY has {count} tasks, each an adapter of its own: lw.router(folder).pool has them by "
+                "name, and hub.add takes each"
+            )
+        return config
+
+    @classmethod
+    def update(cls, layer: Layer) -> Factors:
+        a_QSDR = layer.part("poly_lora_A", None, None, None, None)
+        num_splits, num_skills, _, rank = a_QSDR.shape
+        b_QSRD = layer.part("poly_lora_B", num_splits, num_skills, rank, None)
+        logits_TP = layer.part("poly_router.module_logits", layer.config.count("n_tasks", 1), num_splits * num_skills)
+        if layer.config.count("r") != rank:
+            raise AdapterCorrupt(f"{layer.where} has rank {rank} in the file and r={layer.config.fields['r']} in the config")
+        w_QS = logits_TP[cls.task or 0].view(num_splits, num_skills).sigmoid()
+        w_QS = w_QS / (w_QS.sum(dim=1, keepdim=True) + EPS)
+        a_RI = torch.einsum("qs,qsdr->rqd", w_QS, a_QSDR).flatten(1)
+        b_OR = torch.einsum("qs,qsrd->qdr", w_QS, b_QSRD).flatten(0, 1)
+        return plain(a_RI, b_OR / rank)

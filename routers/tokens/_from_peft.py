@@ -1,0 +1,269 @@
+"""Routers that PEFT saved: the folder of its X-LoRA, that of `create_arrow_model` (Arrow and GenKnowSub), and POLY.
+
+An X-LoRA's adapter_config.json names its adapters by paths of the machine that saved it. No such path is opened: the
+adapters are those in the folders 0, 1, ... within, or the pool that is given, by the names there or in their order.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported, LoraweaveError, WeightingError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.formats._config import CONFIG, Config, config_fields, shorten, words
+from loraweave.hub.formats._peft_config import parse, stored_tensors
+from loraweave.hub.formats._safetensors import gather, require_finite
+from loraweave.hub.formats.poly import Poly as PolyFormat
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._router import TokenRouter
+from loraweave.routers.tokens._to_peft import ARROW
+from loraweave.routers.tokens.arrow import Arrow
+from loraweave.routers.tokens.poly import Poly
+from loraweave.routers.tokens.xlora import Softmax, Xlora
+from loraweave.types import Factors
+
+FILES = tuple(f"{place}{name}" for place in ("", "*/") for name in (CONFIG, "adapter_model.safetensors"))
+
+MAX_EXPERTS, MAX_DEPTH = 10_000, 1_000
+_CLASSIFIER = re.compile(r"internal_xlora_classifier\.layers\.(\d+)\.(weight|bias)")
+_BENIGN = words("peft_type auto_mapping base_model_name_or_path inference_mode peft_version revision task_type adapters")
+_READ = words(
+    "hidden_size enable_softmax enable_softmax_topk layerwise_scalings xlora_depth xlora_size xlora_dropout_p top_k_lora "
+    "use_trainable_adapters softmax_temperature scaling_pass_value global_scaling_weight"
+)
+# (enable_softmax, enable_softmax_topk)
+SOFTMAX: dict[tuple[bool, bool], Softmax] = {
+    (True, False): "all",
+    (False, True): "top_k",
+    (True, True): "twice",
+    (False, False): "none",
+}
+
+
+def is_from_peft(folder: Path) -> bool:
+    """Whether PEFT saved a router there; says nothing about its state."""
+    return config_fields(folder).get("peft_type") in ("XLORA", "POLY") or (folder / ARROW / CONFIG).is_file()
+
+
+def read_from_peft(folder: Path, pool: ExpertPool | None, model: nn.Module | None) -> TokenRouter:
+    """The router, with its adapters as `pool`. `model` is the base, for an X-LoRA with weights of each layer's own.
+
+    Raises AdapterUnsupported for what our routers compute otherwise and for adapters that are not there, AdapterCorrupt for
+    damaged files, WeightingError for a pool of other adapters.
+    """
+    if (folder / ARROW / CONFIG).is_file():
+        return _arrow(folder)
+    if config_fields(folder)["peft_type"] == "POLY":
+        return _poly(folder)
+    return _xlora(Config.of(folder), pool, model)
+
+
+def _xlora(config: Config, given: ExpertPool | None, model: nn.Module | None) -> Xlora:
+    config.check_fields(_BENIGN | _READ, {})
+    top_k, softmax = config.fields.get("top_k_lora"), SOFTMAX[_flags(config)]
+    pool = _experts(config, given)
+    layers = {name: tuple(adapter.layers) for name, adapter in pool.adapters.items()}
+    if other := [name for name in pool.names if set(layers[name]) != set(layers[pool.names[0]])]:
+        raise AdapterUnsupported(
+            f"{config.folder}: {pool.names[0]!r} and {other[0]!r} update other layers, where PEFT's softmax gives shares to "
+            "experts that a layer does not have, and ours does not: make one of such adapters by lw.router('xlora', pool)"
+        )
+    options: dict[str, Any] = {
+        "layerwise": config.flag("layerwise_scalings"),
+        "depth": config.count("xlora_depth", 1, most=MAX_DEPTH),
+        "size": config.count("xlora_size", 2048),
+        "dropout": config.number("xlora_dropout_p", 0.2),
+        "top_k": None if top_k is None else config.count("top_k_lora", most=len(pool)),
+        # the softmax of the best alone has none in PEFT
+        "temperature": 1.0 if softmax == "top_k" else config.number("softmax_temperature", 1.0),
+        "softmax": softmax,
+        "scaling_pass_value": config.number("scaling_pass_value", 0.0),
+        "global_scaling": config.number("global_scaling_weight", 1.0),
+        "hidden_size": config.count("hidden_size"),
+    }
+    # before any memory is taken
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in Xlora(pool, **options).state_dict().items()}
+    state = _classifier(config.folder, shapes)
+    router = Xlora(pool, **options)
+    if router.layerwise:
+        places = _order(config.folder, router, model)
+        last = max(state, key=lambda name: int(name.split(".")[1])).split(".")[1]
+        rows = torch.cat([len(pool) * places[layer] + torch.arange(len(pool)) for layer in router.layers])
+        state |= {f"head.{last}.{part}": state[f"head.{last}.{part}"][rows] for part in ("weight", "bias")}
+    router.load_state_dict(state)
+    router.pool = pool
+    return router.eval()
+
+
+def _poly(folder: Path) -> Poly:
+    """With the adapter of each task, which is made when it is used."""
+    names = {f"task_{number}": number for number in range(PolyFormat.of_task(0).num_tasks(folder))}
+
+    def opened(name: str) -> Adapter:
+        found = PolyFormat.of_task(names[name]).read(folder)
+        return Adapter(name, found.base_model, found.layers, found.fingerprint, found.card, found.heads)
+
+    pool = ExpertPool.on_demand(names, opened)
+    router = Poly(pool)
+    router.pool = pool
+    return router.eval()
+
+
+def _flags(config: Config) -> tuple[bool, bool]:
+    return config.flag("enable_softmax", True), config.flag("enable_softmax_topk")
+
+
+def _experts(config: Config, given: ExpertPool | None) -> ExpertPool:
+    """The adapters in the order of the config."""
+    names = config.table("adapters")
+    if not 0 < len(names) <= MAX_EXPERTS:
+        raise AdapterCorrupt(f"{config.folder}: adapters are {shorten(names)}, not from 1 to {MAX_EXPERTS} names and paths")
+    if given is not None:
+        if set(names) <= set(given.names):
+            return given.subset(names)
+        if len(given) == len(names):
+            return given
+        raise WeightingError(
+            f"{config.folder} is an X-LoRA of the adapters {', '.join(map(repr, names))}, and the pool has {len(given)} "
+            "others: give a pool that has these names, or as many adapters in their order"
+        )
+    try:
+        return ExpertPool({str(name): _inner(config.folder, str(place)) for place, name in enumerate(names)})
+    except LoraweaveError as error:
+        raise AdapterUnsupported(
+            f"{config.folder} is an X-LoRA of {len(names)} adapters, which are not in it ({error}); it names "
+            f"{shorten(dict(names))}, and what a file names is not opened: pass them, lw.router(folder, pool=[...])"
+        ) from error
+
+
+def _inner(folder: Path, name: str) -> Adapter:
+    """The adapter in a folder within, which is no link out of it."""
+    where = folder / name
+    if not where.is_dir() or not where.resolve().is_relative_to(folder.resolve()):
+        raise AdapterCorrupt(f"{folder} has no folder {name!r} in it")
+    return Adapter.from_pretrained(where, name=name)
+
+
+def _classifier(folder: Path, own: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of the network under our names, which have these shapes. Raises AdapterCorrupt for any other."""
+    found: dict[int, dict[str, Tensor]] = {}
+    tensors, _ = gather(stored_tensors(folder), folder)
+    for key, tensor in tensors.items():
+        if (match := _CLASSIFIER.search(key)) is not None:
+            require_finite(tensor, str(folder), repr(key))
+            found.setdefault(int(match[1]), {})[match[2]] = tensor
+    numbers = sorted({int(name.split(".")[1]) for name in own})
+    state = {
+        f"head.{number}.{part}": tensor
+        for number, (_, parts) in zip(numbers, sorted(found.items()), strict=False)
+        for part, tensor in parts.items()
+    }
+    if len(found) != len(numbers) or {name: tuple(tensor.shape) for name, tensor in state.items()} != own:
+        shapes = {f"layers.{number}.{part}": tuple(t.shape) for number, parts in found.items() for part, t in parts.items()}
+        raise AdapterCorrupt(
+            f"{folder}: the network of this X-LoRA has {shorten(shapes)}, and its config asks for {shorten(own)}. PEFT 0.21 "
+            "leaves out of the file each layer of it whose number is also an adapter's name (layers.0 beside adapter '0'): "
+            "save internal_xlora_classifier.state_dict() beside the config under its own names"
+        )
+    return state
+
+
+def _order(folder: Path, router: Xlora, model: nn.Module | None) -> dict[str, int]:
+    """The place of each layer among PEFT's, which are in the order of the model's modules."""
+    if model is None:
+        raise AdapterUnsupported(
+            f"{folder}: layerwise_scalings has weights for each layer in the order of the base's modules, which the files "
+            "do not say: pass the base, lw.router(folder, pool, model=model)"
+        )
+    listed = [name for name, _ in model.named_modules() if name in router.members.layers]
+    if missing := sorted(set(router.layers) - set(listed)):
+        raise AdapterUnsupported(f"{folder}: the model has no layer {missing[0]!r}, which the adapters update")
+    return {name: place for place, name in enumerate(listed)}
+
+
+def _arrow(folder: Path) -> Arrow:
+    config = Config.of(folder / ARROW)
+    settings = Config(config.folder, config.table("arrow_config"))
+    settings.check_fields(words("top_k router_temperature rng_seed use_gks task_adapter_names gks_adapter_names"), {})
+    tasks, general = _names(settings, "task_adapter_names", "task"), _names(settings, "gks_adapter_names", "gks")
+    adapters = {name: _inner(folder, name) for name in tasks}
+    for name, adapter in adapters.items():
+        _require_plain(folder, name, adapter)
+    if settings.flag("use_gks"):
+        adapters = _without_general(folder, adapters, {name: _inner(folder, name) for name in general})
+    options: dict[str, Any] = {"direction": "exact"}
+    if settings.fields.get("rng_seed") is None:
+        warnings.warn(
+            f"{folder}: rng_seed is null, with which PEFT's directions begin at random and differ from run to run; the "
+            "exact ones are taken, to which they tend",
+            UserWarning,
+            stacklevel=3,
+        )
+    else:
+        options = {"direction": "power_iteration", "seed": settings.count("rng_seed", least=0)}
+    pool = ExpertPool(adapters)
+    top_k, temperature = settings.count("top_k", 3, most=len(pool)), settings.number("router_temperature", 1.0)
+    router = Arrow(pool, top_k=top_k, temperature=temperature, **options)
+    router.pool = pool
+    return router.eval()
+
+
+def _names(settings: Config, field: str, kind: str) -> tuple[str, ...]:
+    """Names of folders as create_arrow_model gives them, and no other path."""
+    names = settings.names(field)
+    if odd := [name for name in names if not re.fullmatch(rf"{kind}_\d+", name)]:
+        raise AdapterUnsupported(f"{settings.folder}: {field} has {odd[0]!r}, which is not {kind}_ and a number")
+    return names
+
+
+def _require_plain(folder: Path, name: str, adapter: Adapter) -> None:
+    for layer, factors in adapter.layers.items():
+        if set(factors.tensors()) != {"a_RI", "b_OR"} or factors.kind != "linear" or adapter.heads or adapter.invocation:
+            raise AdapterUnsupported(
+                f"{folder}: {name!r} is more than two factors in layer {layer!r}, and PEFT's Arrow computes with lora_A and "
+                "lora_B of linear layers alone"
+            )
+
+
+def _without_general(folder: Path, tasks: Mapping[str, Adapter], general: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """Each task's a and b less the means of the general adapters' (GenKnowSub as PEFT has it, before the scales).
+
+    PEFT subtracts in its first forward, of adapters as they were loaded, and notes nowhere that it did.
+    """
+    if not general:
+        raise AdapterUnsupported(f"{folder}: use_gks is true, and gks_adapter_names has no general adapter")
+    scales = {name: _scales(folder / name, adapter) for name, adapter in {**tasks, **general}.items()}
+    means: dict[str, tuple[Tensor, Tensor]] = {}
+    for layer in next(iter(tasks.values())).layers:
+        parts = [
+            (adapter.layers[layer], scales[name][layer]) for name, adapter in general.items() if layer in adapter.layers
+        ]
+        shapes = {(part.a_RI.shape, part.b_OR.shape) for part, _ in parts}
+        shapes |= {(a.layers[layer].a_RI.shape, a.layers[layer].b_OR.shape) for a in tasks.values() if layer in a.layers}
+        if len(parts) < len(general) or len(shapes) != 1:
+            raise AdapterUnsupported(f"{folder}: not all adapters have layer {layer!r} in one rank, as PEFT's Arrow asks")
+        a_RI = torch.stack([part.a_RI.double() for part, _ in parts]).mean(dim=0)
+        means[layer] = a_RI, torch.stack([part.b_OR.double() / scale for part, scale in parts]).mean(dim=0)
+    purified = {}
+    for name, adapter in tasks.items():
+        layers = {}
+        for layer, factors in adapter.layers.items():
+            mean_a_RI, mean_b_OR = means[layer]
+            b_OR = factors.b_OR.double() - scales[name][layer] * mean_b_OR
+            layers[layer] = Factors((factors.a_RI.double() - mean_a_RI).float(), b_OR.float())
+        purified[name] = replace(adapter, layers=layers, card={**adapter.card, "general": sorted(general)})
+    return purified
+
+
+def _scales(folder: Path, adapter: Adapter) -> dict[str, float]:
+    """alpha / r of each layer, which is in b."""
+    return parse(Config.of(folder).fields, folder).scales({name: part.rank for name, part in adapter.layers.items()})

@@ -1,0 +1,156 @@
+"""Writes an X-LoRA or an Arrow as the folder that PEFT saves of its own, with the adapters in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.common.state import save_tensors
+from loraweave.errors import AdapterUnsupported
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.formats._config import CONFIG
+from loraweave.hub.formats._peft_config import PREFIX, WEIGHTS
+from loraweave.hub.formats._replacing import replacing, require_replaceable
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._members import find_names
+
+CLASSIFIER = "base_model.internal_xlora_classifier.layers"
+ARROW = "arrow_router"
+
+# (softmax of ours, whether top_k is set): (enable_softmax, enable_softmax_topk)
+_FLAGS = {
+    ("all", True): (True, False),
+    ("all", False): (True, False),
+    ("top_k", False): (True, False),
+    ("top_k", True): (False, True),
+    ("twice", True): (True, True),
+    ("twice", False): (True, True),
+    ("none", True): (False, False),
+    ("none", False): (False, False),
+}
+
+
+def write_xlora(router: Any, folder: Path, pool: ExpertPool, model: nn.Module | None) -> Path:
+    """What `Xlora.save_as_peft` promises."""
+    experts = _experts(router, pool)
+    if router.softmax == "top_k" and router.top_k is not None and router.temperature != 1:
+        raise AdapterUnsupported(
+            f"this X-LoRA has temperature={router.temperature:g} in the softmax of its top_k alone, where PEFT has none"
+        )
+    enable_softmax, enable_softmax_topk = _FLAGS[router.softmax, router.top_k is not None]
+    linears = [module for module in router.head if isinstance(module, nn.Linear)]
+    # PEFT has a dropout between layers only where it drops anything
+    step = 3 if router.dropout else 2
+    tensors = {
+        f"{CLASSIFIER}.{step * number}.{part}": tensor
+        for number, linear in enumerate(linears)
+        for part, tensor in linear.state_dict().items()
+    }
+    if router.layerwise:
+        last = f"{CLASSIFIER}.{step * (len(linears) - 1)}"
+        rows = _in_order_of(router, model)
+        tensors |= {f"{last}.{part}": tensors[f"{last}.{part}"][rows] for part in ("weight", "bias")}
+    target = require_replaceable(folder, lambda path: path.name in (CONFIG, WEIGHTS) or path.name.isdigit()).absolute()
+    config = {
+        "peft_type": "XLORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": router.members.base_model or None,
+        "inference_mode": True,
+        # PEFT opens these, and knows the adapters by their numbers
+        "adapters": {str(place): str(target / str(place)) for place in range(len(experts))},
+        "hidden_size": router.hidden_size,
+        "enable_softmax": enable_softmax,
+        "enable_softmax_topk": enable_softmax_topk,
+        "softmax_temperature": router.temperature,
+        "layerwise_scalings": router.layerwise,
+        "top_k_lora": router.top_k,
+        "xlora_depth": router.depth,
+        "xlora_size": router.size,
+        "xlora_dropout_p": router.dropout,
+        "scaling_pass_value": router.scaling_pass_value,
+        "global_scaling_weight": router.global_scaling,
+        "use_trainable_adapters": False,
+    }
+    with replacing(target) as new:
+        _write(new, config, tensors)
+        for place, adapter in enumerate(experts):
+            adapter.save_pretrained(new / str(place))
+    return folder
+
+
+def write_arrow(router: Any, folder: Path, pool: ExpertPool) -> Path:
+    """What `Arrow.save_as_peft` promises."""
+    experts = _experts(router, pool)
+    if router.direction != "power_iteration" or router.input_norm != "none":
+        raise AdapterUnsupported(
+            f"this Arrow has direction={router.direction!r} and input_norm={router.input_norm!r}, and PEFT's has "
+            "'power_iteration' and 'none': make it with those"
+        )
+    ranks = {factors.rank for adapter in experts for factors in adapter.layers.values()}
+    plain = all(set(f.tensors()) == {"a_RI", "b_OR"} and f.kind == "linear" for a in experts for f in a.layers.values())
+    if len(ranks) != 1 or not plain:
+        raise AdapterUnsupported(f"PEFT's Arrow is of plain adapters of one rank, and these have the ranks {sorted(ranks)}")
+    (rank,) = ranks
+    names = [f"task_{place}" for place in range(len(experts))]
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": router.members.base_model or None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted({layer.rpartition(".")[2] for layer in router.layers}),
+        "arrow_config": {
+            "top_k": router.top_k,
+            "router_temperature": router.temperature,
+            "rng_seed": router.seed,
+            "use_gks": False,
+            "task_adapter_names": names,
+            "gks_adapter_names": [],
+        },
+    }
+    # factors of its own, which PEFT makes and never uses
+    tensors = {}
+    for layer, routed in router.members.layers.items():
+        tensors[f"{PREFIX}{layer}.lora_A.weight"] = torch.zeros(rank, routed.num_inputs)
+        tensors[f"{PREFIX}{layer}.lora_B.weight"] = torch.zeros(routed.num_outputs, rank)
+    target = require_replaceable(folder, lambda path: path.name.startswith("task_") or path.name == ARROW)
+    with replacing(target) as new:
+        (new / ARROW).mkdir()
+        _write(new / ARROW, config, tensors)
+        for name, adapter in zip(names, experts, strict=True):
+            adapter.save_pretrained(new / name)
+    return folder
+
+
+def _experts(router: Any, pool: ExpertPool) -> list[Adapter]:
+    """The router's adapters in its order. Raises AdapterUnsupported where they update different layers."""
+    experts = [pool.adapters[name] for name in find_names(router.members, pool, router.name)]
+    every = tuple(range(len(experts)))
+    if partly := [layer for layer, routed in router.members.layers.items() if routed.experts != every]:
+        raise AdapterUnsupported(
+            f"layer {partly[0]!r} is updated by some of the adapters only. PEFT's router weighs all in every layer, and "
+            "would give other weights: only adapters of the same layers can be written"
+        )
+    return experts
+
+
+def _in_order_of(router: Any, model: nn.Module | None) -> Tensor:
+    """The rows of the last layer, layer by layer as the model's modules stand."""
+    if model is None:
+        raise AdapterUnsupported("PEFT has layerwise weights in the order of the base's modules: pass model=")
+    count, places = len(router.experts), {name: place for place, name in enumerate(router.layers)}
+    listed = [name for name, _ in model.named_modules() if name in places]
+    if len(listed) < len(places):
+        raise AdapterUnsupported(f"the model has {len(listed)} of the router's {len(places)} layers: pass its own base")
+    return torch.cat([count * places[name] + torch.arange(count) for name in listed])
+
+
+def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    (folder / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_tensors(own, folder / WEIGHTS, metadata={"format": "pt"})

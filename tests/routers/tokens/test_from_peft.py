@@ -1,0 +1,330 @@
+"""Folders that PEFT saves of its X-LoRA and of its Arrow open as routers, and give PEFT's logits."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import loraweave as lw
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported, WeightingError
+from loraweave.hub.formats._config import CONFIG
+
+peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`(gradient_checkpointing_enable|is_gradient_checkpointing)` is deprecated:FutureWarning"
+)
+
+TARGETS = ("q_proj", "v_proj", "down_proj")
+IDS_BT = torch.tensor([[5, 9, 11, 2, 30], [7, 8, 3, 30, 1]])
+
+
+@pytest.fixture
+def adapters(make_model, make_adapter):
+    return [make_adapter(make_model("llama"), str(n), rank=3, targets=TARGETS, seed=n) for n in range(3)]
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS_BT).logits
+
+
+def ours(make_model, router):
+    model = make_model("llama")
+    with lw.Composer(model, router.pool).activate(router):
+        return logits(model)
+
+
+def xlora_folder(make_model, adapters, folder, **settings):
+    """The folder of an X-LoRA with its network whole, as PEFT before 0.21 writes it, and PEFT's logits with it."""
+    paths = {adapter.name: str(adapter.save_pretrained(folder / "apart" / adapter.name)) for adapter in adapters}
+    base = make_model("llama")
+    base.config.use_cache = False
+    with warnings.catch_warnings():
+        # that its own defaults are not the best
+        warnings.simplefilter("ignore")
+        config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=16, adapters=paths, **settings)
+        made = peft.get_peft_model(base, config)
+        made.save_pretrained(folder / "saved", selected_adapters=["default"])
+        torch.manual_seed(2)
+        network = {name: 0.5 * torch.randn(t.shape) for name, t in made.internal_xlora_classifier.state_dict().items()}
+        tensors = {f"base_model.internal_xlora_classifier.{name}": tensor for name, tensor in network.items()}
+        save_file(tensors, folder / "saved" / "adapter_model.safetensors")
+        again = make_model("llama")
+        again.config.use_cache = False
+        theirs = peft.PeftModel.from_pretrained(again, folder / "saved").eval()
+    return folder / "saved", logits(theirs)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"xlora_depth": 3, "xlora_size": 6},
+        {"xlora_depth": 2, "xlora_size": 6, "xlora_dropout_p": 0.0, "softmax_temperature": 0.5},
+        {"top_k_lora": 2},
+        {"top_k_lora": 2, "enable_softmax": False, "enable_softmax_topk": True, "softmax_temperature": 0.5},
+        {"top_k_lora": 2, "enable_softmax_topk": True, "global_scaling_weight": 0.6},
+        {"enable_softmax": False},
+        {"scaling_pass_value": 0.3},
+        {"layerwise_scalings": True, "xlora_depth": 2, "xlora_size": 6},
+    ],
+    ids=lambda settings: ", ".join(settings) or "as it comes",
+)
+def test_an_xlora_that_peft_saved_gives_pefts_logits(make_model, adapters, tmp_path, settings):
+    folder, expected = xlora_folder(make_model, adapters, tmp_path, **settings)
+    router = lw.router(folder, adapters, model=make_model("llama"))
+    torch.testing.assert_close(ours(make_model, router), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits(make_model("llama")), expected, atol=1e-2)
+
+
+def test_the_adapters_are_taken_by_name_or_in_their_order_or_from_the_folder(make_model, adapters, tmp_path):
+    folder, expected = xlora_folder(make_model, adapters, tmp_path)
+    named = lw.ExpertPool([adapters[2], adapters[0], adapters[1]])
+    placed = dict(zip("xyz", adapters, strict=True))
+    for pool in (named, placed):
+        torch.testing.assert_close(ours_of(make_model, lw.router(folder, pool), pool), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(AdapterUnsupported, match=r"not in it .* what a file names is not opened: pass them"):
+        lw.router(folder)
+    for adapter in adapters:
+        adapter.save_pretrained(folder / adapter.name)
+    torch.testing.assert_close(ours(make_model, lw.router(folder)), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(WeightingError, match="the pool has 2 others"):
+        lw.router(folder, adapters[:2])
+
+
+def ours_of(make_model, router, pool):
+    model = make_model("llama")
+    with lw.Composer(model, pool).activate(router):
+        return logits(model)
+
+
+def test_a_network_that_is_not_whole_is_refused_and_the_cause_named(make_model, adapters, tmp_path):
+    folder, _ = xlora_folder(make_model, adapters, tmp_path, xlora_depth=2, xlora_size=6)
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    # what PEFT 0.21 itself leaves of it
+    save_file({name: tensor for name, tensor in tensors.items() if ".layers.0." not in name}, path)
+    with pytest.raises(AdapterCorrupt, match=r"PEFT 0\.21 leaves out of the file"):
+        lw.router(folder, adapters)
+    save_file({**tensors, "base_model.internal_xlora_classifier.layers.0.bias": torch.full((6,), torch.nan)}, path)
+    with pytest.raises(AdapterCorrupt, match="NaN"):
+        lw.router(folder, adapters)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"some_future_field": 3}, AdapterUnsupported, "some_future_field"),
+        ({"adapters": {}}, AdapterCorrupt, "not from 1 to"),
+        ({"xlora_depth": 0}, AdapterCorrupt, "xlora_depth"),
+        ({"hidden_size": 10**9}, AdapterCorrupt, "asks for"),
+        ({"layerwise_scalings": True}, AdapterCorrupt, "asks for"),
+        ({"enable_softmax": "yes"}, AdapterCorrupt, "enable_softmax"),
+        ({"top_k_lora": 4}, AdapterCorrupt, "top_k_lora"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_by_name(make_model, adapters, tmp_path, fields, error, message):
+    folder, _ = xlora_folder(make_model, adapters, tmp_path)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **fields}))
+    with pytest.raises(error, match=message):
+        lw.router(folder, adapters)
+
+
+def test_adapters_of_different_layers_and_layerwise_ones_without_the_base_are_refused(
+    make_model, make_adapter, adapters, tmp_path
+):
+    other = make_adapter(make_model("llama"), "2", rank=3, targets=("q_proj",), seed=2)
+    folder, _ = xlora_folder(make_model, [*adapters[:2], other], tmp_path / "a")
+    with pytest.raises(AdapterUnsupported, match="'0' and '2' update other layers"):
+        lw.router(folder, [*adapters[:2], other])
+    folder, _ = xlora_folder(make_model, adapters, tmp_path / "b", layerwise_scalings=True)
+    with pytest.raises(AdapterUnsupported, match="pass the base"):
+        lw.router(folder, adapters)
+
+
+def arrow_folder(make_model, adapters, general, folder, *, after=False, **settings):
+    """What create_arrow_model saves, and PEFT's logits."""
+    from peft.tuners.lora.arrow import create_arrow_model
+
+    paths = [str(adapter.save_pretrained(folder / "apart" / adapter.name)) for adapter in adapters]
+    others = [str(adapter.save_pretrained(folder / "apart" / adapter.name)) for adapter in general]
+    config = peft.ArrowConfig(top_k=2, router_temperature=0.6, use_gks=bool(general), **settings)
+    model = create_arrow_model(make_model("llama"), paths, config, others or None).eval()
+    with warnings.catch_warnings():
+        # no model hub has a tiny model, whose vocabulary PEFT would like to know
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder / "saved")
+    return folder / "saved", logits(model)
+
+
+@pytest.mark.parametrize("num_general", [0, 2])
+def test_an_arrow_that_peft_saved_gives_pefts_logits(make_model, make_adapter, adapters, tmp_path, num_general):
+    base = make_model("llama")
+    general = [make_adapter(base, f"g{n}", rank=3, targets=TARGETS, seed=10 + n) for n in range(num_general)]
+    folder, expected = arrow_folder(make_model, adapters, general, tmp_path, rng_seed=5)
+    router = lw.router(folder)
+    assert router.experts == ("task_0", "task_1", "task_2")
+    torch.testing.assert_close(ours(make_model, router), expected, atol=1e-5, rtol=1e-5)
+    kept = router.save_pretrained(tmp_path / "kept", pool=router.pool)
+    torch.testing.assert_close(ours(make_model, lw.router(kept)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_arrow_without_a_seed_is_the_one_that_peft_tends_to(make_model, adapters, tmp_path):
+    folder, _ = arrow_folder(make_model, adapters, [], tmp_path)
+    with pytest.warns(UserWarning, match="rng_seed is null"):
+        router = lw.router(folder)
+    assert router.direction == "exact"
+
+
+def test_an_arrow_names_no_folder_outside_its_own(make_model, adapters, tmp_path):
+    folder, _ = arrow_folder(make_model, adapters, [], tmp_path, rng_seed=5)
+    path = folder / "arrow_router" / CONFIG
+    config = json.loads(path.read_text())
+    config["arrow_config"]["task_adapter_names"][0] = "../apart/0"
+    path.write_text(json.dumps(config))
+    with pytest.raises(AdapterUnsupported, match=r"'\.\./apart/0', which is not task_ and a number"):
+        lw.router(folder)
+    config["arrow_config"]["task_adapter_names"][0] = "task_7"
+    path.write_text(json.dumps(config))
+    (folder / "task_7").symlink_to(tmp_path / "apart" / "0")
+    with pytest.raises(AdapterCorrupt, match="no folder 'task_7' in it"):
+        lw.router(folder)
+
+
+@pytest.fixture
+def poly(make_model, tmp_path):
+    """PEFT's POLY of three tasks, four skills and two splits, and its folder."""
+    torch.manual_seed(3)
+    sizes = {"r": 2, "n_tasks": 3, "n_skills": 4, "n_splits": 2}
+    config = peft.PolyConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_weights=False, **sizes)
+    made = peft.get_peft_model(make_model("llama"), config).eval()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "module_logits" in name:
+                parameter.copy_(torch.randn(parameter.shape))
+            elif "poly_lora" in name:
+                parameter.mul_(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made.save_pretrained(tmp_path / "poly")
+    return made, tmp_path / "poly"
+
+
+def test_a_poly_that_peft_saved_has_an_adapter_for_each_task(make_model, poly, tmp_path):
+    theirs, folder = poly
+    router = lw.router(folder)
+    assert router.experts == ("task_0", "task_1", "task_2")
+    with torch.no_grad():
+        expected = theirs(input_ids=IDS_BT, task_ids=torch.tensor([2, 1])).logits
+        first = theirs(input_ids=IDS_BT, task_ids=torch.tensor([0, 0])).logits
+    model = make_model("llama")
+    engine = lw.Composer(model, router.pool)
+    with engine.activate([{"task_2": 1.0}, {"task_1": 1.0}]):
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    with engine.activate(router):
+        torch.testing.assert_close(logits(model), first, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits(model), first, atol=1e-2)
+    with lw.Hub(tmp_path / "hub") as hub:
+        hub.add(router.pool["task_2"])
+        assert hub["task_2"].hash == router.pool["task_2"].hash
+        with pytest.raises(AdapterUnsupported, match=r"3 tasks.*lw\.router\(folder\)\.pool"):
+            hub.add(folder)
+
+
+def test_a_poly_of_one_task_is_an_adapter(make_model, tmp_path):
+    torch.manual_seed(4)
+    config = peft.PolyConfig(r=3, task_type="CAUSAL_LM", target_modules=["q_proj"], init_weights=False)
+    theirs = peft.get_peft_model(make_model("llama"), config).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(tmp_path / "poly")
+    adapter = lw.Adapter.from_pretrained(tmp_path / "poly")
+    assert adapter.rank == 3
+    model = make_model("llama")
+    with torch.no_grad(), lw.Composer(model, [adapter]).activate({adapter.name: 1.0}):
+        expected = theirs(input_ids=IDS_BT, task_ids=torch.tensor([0, 0])).logits
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"n_tasks": 4}, AdapterCorrupt, "module_logits"),
+        ({"n_tasks": 10**6}, AdapterCorrupt, "n_tasks"),
+        ({"r": 3}, AdapterCorrupt, "r=3 in the config"),
+        ({"poly_type": "of_tomorrow"}, AdapterUnsupported, "poly_type"),
+    ],
+)
+def test_a_poly_that_does_not_fit_its_config_is_refused_by_name(poly, fields, error, message):
+    path = poly[1] / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    with pytest.raises(error, match=message):
+        lw.router(poly[1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"top_k": 2, "depth": 2, "size": 6},
+        {"top_k": 2, "softmax": "twice", "temperature": 0.5, "depth": 3, "size": 6, "dropout": 0.0},
+        {"softmax": "none", "global_scaling": 0.6},
+        {"layerwise": True, "depth": 2, "size": 6},
+    ],
+    ids=str,
+)
+def test_our_xlora_is_written_as_pefts_and_gives_our_logits_there(make_model, adapters, tmp_path, options):
+    pool, base = lw.ExpertPool(adapters), make_model("llama")
+    torch.manual_seed(6)
+    router = lw.router("xlora", pool, hidden_size=16, **options)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape))
+    expected = ours_of(make_model, router, pool)
+    folder = router.save_as_peft(tmp_path / "written", pool, model=base)
+    base.config.use_cache = False
+    with warnings.catch_warnings():
+        # that its own defaults are not the best
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(base, folder).eval()
+    torch.testing.assert_close(logits(theirs), expected, atol=1e-5, rtol=1e-5)
+    again = lw.router(folder, model=make_model("llama"))
+    torch.testing.assert_close(ours(make_model, again), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_our_arrow_is_written_as_pefts_and_gives_our_logits_there(make_model, adapters, tmp_path):
+    from peft.tuners.lora.arrow import create_arrow_model
+
+    pool = lw.ExpertPool(adapters)
+    router = lw.router("arrow", pool, top_k=2, temperature=0.6, direction="power_iteration", seed=5)
+    expected = ours_of(make_model, router, pool)
+    folder = router.save_as_peft(tmp_path / "written", pool)
+    torch.testing.assert_close(ours(make_model, lw.router(folder)), expected, atol=1e-5, rtol=1e-5)
+    said = json.loads((folder / "arrow_router" / CONFIG).read_text())["arrow_config"]
+    names = said.pop("task_adapter_names")
+    said.pop("gks_adapter_names")
+    theirs = create_arrow_model(make_model("llama"), [str(folder / name) for name in names], peft.ArrowConfig(**said))
+    torch.testing.assert_close(logits(theirs.eval()), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_pefts_layouts_cannot_hold_is_refused_by_name(make_model, make_adapter, adapters, tmp_path):
+    pool, target = lw.ExpertPool(adapters), tmp_path / "written"
+    with pytest.raises(AdapterUnsupported, match="direction='exact'"):
+        lw.router("arrow", pool).save_as_peft(target, pool)
+    warm = lw.router("xlora", pool, hidden_size=16, top_k=2, temperature=0.5)
+    with pytest.raises(AdapterUnsupported, match=r"temperature=0\.5"):
+        warm.save_as_peft(target, pool)
+    with pytest.raises(AdapterUnsupported, match="pass model="):
+        lw.router("xlora", pool, hidden_size=16, layerwise=True).save_as_peft(target, pool)
+    base = make_model("llama")
+    uneven = lw.ExpertPool([*adapters[:2], make_adapter(base, "2", rank=3, targets=("q_proj",), seed=2)])
+    with pytest.raises(AdapterUnsupported, match="updated by some of the adapters only"):
+        lw.router("xlora", uneven, hidden_size=16).save_as_peft(target, uneven)
+    ranks = lw.ExpertPool([*adapters[:2], make_adapter(base, "2", rank=2, targets=TARGETS, seed=2)])
+    with pytest.raises(AdapterUnsupported, match=r"of one rank, and these have the ranks \[2, 3\]"):
+        lw.router("arrow", ranks, direction="power_iteration").save_as_peft(target, ranks)
+    assert not target.exists()
