@@ -5,8 +5,9 @@
 
 "retrieved": for each unseen task with labels, the three adapters that retrieval puts first for five examples and the
 description, in fp32. "seeds": adapters trained on one task from three starts, each with data in an order of its own, like
-the pool's (rank 8 on q_proj and v_proj, bf16 base) but for 40 steps. What was measured is kept in --out, so that an
-interrupted run goes on.
+the pool's (rank 8 on q_proj and v_proj, bf16 base) but for 40 steps. "laplace": for tasks of the pool, their own adapter,
+and its posterior from 30 training rows, linearised and as 8 drawn adapters; 50 test items, in fp32. What was measured is
+kept in --out, so that an interrupted run goes on.
 
 Every way gives a distribution over the labels (the softmax of their summed log-likelihoods); reported are the share of right
 answers, the mean negative log-likelihood of the target label in nats, and the expected calibration error in 10 bins of
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from rich.progress import track
 import loraweave as lw
 from benchmarks._data import kept, known
 from benchmarks._run import Run, Table, interval, pairs
+from loraweave.composer.ensembles.laplace import laplace
 from loraweave.composer.model.scoring import pad_prompts
 from loraweave.demo import load_task
 
@@ -37,6 +39,9 @@ SEED_TASKS = ("question_type", "intent_domain")
 ROWS_PER_CALL = 25
 NUM_BINS = 10
 RESAMPLES = 1000
+LAPLACE_TASKS = ("nli", "grammar_choice", "paraphrase")
+LAPLACE_ROWS, LAPLACE_ITEMS, NUM_DRAWN = 30, 50, 8
+OF_LAPLACE = ("base", "adapter", "linearised", "drawn")
 
 # (log_NL, targets_N) -> figure; the number of items -> which of them
 Metric = Callable[[np.ndarray, np.ndarray], float]
@@ -46,13 +51,15 @@ app = typer.Typer()
 
 
 @app.command()
-def main(context: typer.Context) -> None:
+def main(
+    context: typer.Context, kind: Annotated[str | None, typer.Option(help="retrieved, seeds or laplace: only it")] = None
+) -> None:
     """Right answers, loss and calibration of ensembles, of their members, and of the uniform mixture."""
     run: Run = context.obj
     if not run.report:
-        retrieved(run)
-        seeds(run)
-    for kind in ("retrieved", "seeds"):
+        for each in KINDS.values() if kind is None else [KINDS[kind]]:
+            each(run)
+    for kind in KINDS:
         if found := known(run.folder(), f"{kind}-*.json"):
             run.show(*tables(kind, found))
 
@@ -92,8 +99,40 @@ def seeds(run: Run) -> None:
         kept(run.folder() / f"seeds-{name}.json", measured)
 
 
-def measure(engine: lw.Composer, task: lw.Task, test: Sequence[tuple[str, str]], name: str) -> dict[str, Any]:
-    """Each way's log-probabilities of the labels for every test item."""
+def laplaces(run: Run) -> None:
+    model, tokenizer = lw.load_base()
+    for name in LAPLACE_TASKS:
+
+        def measured(name: str = name) -> dict[str, Any]:
+            entry, rows = run.entries("pool")[name], run.rows(name)
+            known_rows = pairs(rows, "train")[-LAPLACE_ROWS:]
+            task = lw.Task(known_rows, instruction=entry["definition"], labels=entry["labels"])
+            test = pairs(rows, "test")[:LAPLACE_ITEMS]
+            adapter = lw.Adapter.from_pretrained(run.pool / name)
+            with closing(lw.Composer(model, [adapter], tokenizer=tokenizer)) as engine:
+                posterior = laplace(engine, adapter.name, task, progress=False)
+            drawn = [*posterior.draw(NUM_DRAWN), adapter]
+            with closing(lw.Composer(model, drawn, tokenizer=tokenizer)) as engine:
+                found = measure(engine, task, test, name, shares=[*[1.0] * NUM_DRAWN, 0.0])
+                sure = posterior.predict([text for text, _ in test], progress=False)
+            ways = {way: found["ways"][own] for way, own in zip(OF_LAPLACE, ("base", adapter.name), strict=False)}
+            ways |= {"linearised": sure.log_probabilities.tolist(), "drawn": found["ways"]["ensemble"]}
+            return {**found, "ways": ways, "prior": posterior.prior, "log_evidence": posterior.log_evidence}
+
+        kept(run.folder() / f"laplace-{name}.json", measured)
+
+
+KINDS: Mapping[str, Callable[[Run], None]] = {"retrieved": retrieved, "seeds": seeds, "laplace": laplaces}
+
+
+def measure(
+    engine: lw.Composer,
+    task: lw.Task,
+    test: Sequence[tuple[str, str]],
+    name: str,
+    shares: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """Each way's log-probabilities of the labels for every test item; `shares` are the members' in the ensemble."""
     members = [{expert: 1.0} for expert in engine.pool.names]
     uniform = dict.fromkeys(engine.pool.names, 1 / len(members))
     parts, averages = [], []
@@ -101,8 +140,8 @@ def measure(engine: lw.Composer, task: lw.Task, test: Sequence[tuple[str, str]],
         texts = [task.prompt(text) for text, _ in test[start : start + ROWS_PER_CALL]]
         batch = pad_prompts(engine.model, engine.tokenizer, texts)
         # the base and the mixture ride along without a say
-        shares = [1.0] * len(members) + [0.0, 0.0]
-        found = lw.ensemble(engine, [*members, uniform, None], batch, labels=task.labels, weights=shares)
+        weights = [*(shares or [1.0] * len(members)), 0.0, 0.0]
+        found = lw.ensemble(engine, [*members, uniform, None], batch, labels=task.labels, weights=weights)
         parts.append(found.members_MBV)
         averages.append(found.log_probabilities)
     ways = dict(zip([*engine.pool.names, "uniform mixture", "base"], torch.cat(parts, dim=1).tolist(), strict=True))
@@ -114,10 +153,10 @@ def measure(engine: lw.Composer, task: lw.Task, test: Sequence[tuple[str, str]],
 def tables(kind: str, found: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
     table = Table(f"{kind}: right, loss of the target label in nats, calibration [95 %]", ("task", "way", *METRICS))
     for row in found:
-        for way in ("base", *row["members"], "uniform mixture", "ensemble"):
+        for way in OF_LAPLACE if kind == "laplace" else ("base", *row["members"], "uniform mixture", "ensemble"):
             table.add(row["task"], way, *_cells([row], way))
     means = Table(f"{kind}: mean over tasks", ("mean over tasks", *METRICS))
-    for way in ("base", "mean of members", "uniform mixture", "ensemble"):
+    for way in OF_LAPLACE if kind == "laplace" else ("base", "mean of members", "uniform mixture", "ensemble"):
         means.add(way, *_cells(found, way))
     yield from (means, table)
 

@@ -48,9 +48,10 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "spectr_top1": ("mixture_of_top1", {"score": "spectr"}),
     "xlora_layerwise": ("xlora", {"layerwise": True}),
     "strongest_components": ("spectr", {"top_k": 8, "temperature": 1e9}),
+    "arrow_components": ("arrow", {"top_k": 8}),
 }
 # over the adapters' components of rank 1; what weights are multiplied by, since a LoRA is 8 of them with weight 1
-OF_COMPONENTS: Mapping[str, float] = {"hilora": 1.0, "strongest_components": 8.0}
+OF_COMPONENTS: Mapping[str, float] = {"hilora": 1.0, "strongest_components": 8.0, "arrow_components": 1.0}
 
 app = typer.Typer()
 
