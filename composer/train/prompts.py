@@ -1,0 +1,79 @@
+"""A prompt as an adapter, whose weight is the prompt's strength: ControlPE (Sun et al. 2023, arXiv 2311.09773)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from loraweave.common.options import Count, Positive
+from loraweave.common.rows import GivenRows, read_asked
+from loraweave.composer.model import scoring
+from loraweave.composer.train.adapters import train_adapters
+from loraweave.errors import InvalidTask
+from loraweave.hub.adapter import Adapter
+from loraweave.types import DEFAULT_TEMPLATE, Task
+
+# the default form of a prompt, without its instruction
+PLAIN = DEFAULT_TEMPLATE.removeprefix("{instruction}\n")
+
+
+def distil_prompt(
+    model: Any,
+    tokenizer: Any,
+    teacher: Task,
+    inputs: GivenRows,
+    *,
+    student: Task | None = None,
+    name: str = "prompt",
+    max_new_tokens: Count = scoring.MAX_NEW_TOKENS,
+    rank: Count = 8,
+    steps: Count = 60,
+    lr: Positive = 3e-3,
+    batch_size: Count = 8,
+    target_modules: Sequence[str] = ("q_proj", "v_proj"),
+    seed: int = 0,
+    progress: bool = True,
+) -> Adapter:
+    """An adapter with which the model answers without the prompt as it does with the prompt and without the adapter.
+
+    The base answers unlabelled `inputs` as the `teacher` task asks it: with its instruction, demonstrations and system. On
+    these answers the adapter is trained under the prompts of `student`, by default the teacher's without all three. The loss
+    is the cross-entropy of the answers' tokens. Empty answers teach nothing and are left out.
+
+    W + w * update is the model under w times the prompt: w = 1 is the prompt, 0 the base, others lie between or beyond; sums
+    of several adapters are several prompts. `lw.compose(.., method="grid")` searches strengths on examples, as published,
+    and method="manual" takes yours. Raises InvalidTask for a teacher whose prompt says no more than the student's, and where
+    all answers are empty; what `train_adapters` raises.
+    """
+    template = PLAIN if teacher.template is None and not teacher.chat else teacher.template
+    bare = replace(
+        teacher, examples=(), instruction="", demonstrations=(), system=None, orders=1, template=template, calibrated=False
+    )
+    asked = read_asked(inputs)
+    told = bare if student is None else student
+    if not asked or teacher.prompt(asked[0]) == told.prompt(asked[0]):
+        raise InvalidTask(
+            f"there is nothing to distil: of {len(asked)} inputs, the first is asked alike by teacher and student; give the "
+            "teacher an instruction, demonstrations or a system, and inputs to answer"
+        )
+    answers = scoring.predict(model, tokenizer, teacher, asked, max_new_tokens=max_new_tokens)
+    rows = [(given, answer) for given, answer in zip(asked, answers, strict=True) if answer.strip()]
+    if not rows:
+        raise InvalidTask(
+            f"the model answers none of the {len(asked)} inputs under the teacher's prompt: {teacher.prompt(asked[0])!s:.80}"
+        )
+    made = train_adapters(
+        model,
+        tokenizer,
+        {name: replace(told, examples=rows)},
+        rank=rank,
+        steps=steps,
+        lr=lr,
+        batch_size=batch_size,
+        target_modules=target_modules,
+        seed=seed,
+        progress=progress,
+    )[name]
+    said = teacher.instruction or teacher.system or "demonstrations"
+    return replace(made, card={**made.card, "description": f"Answers as under the prompt: {said}"})
