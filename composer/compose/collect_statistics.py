@@ -64,6 +64,11 @@ def collect_statistics(
         raise InvalidTask(f"what={what!r} is not one or both of {', '.join(map(repr, KINDS))}")
     sizes = {"batch_size": batch_size, "max_tokens": max_tokens}
     check_options("collect_statistics()", sizes, dict.fromkeys(sizes, Count), error=InvalidTask)
+    if fused := next((layer for layer, part in adapter.layers.items() if part.kind == "expert"), None):
+        raise LayerMismatch(
+            f"statistics are of linear layers, and {fused!r} is an expert of a fused parameter: merge by a method that "
+            "needs none"
+        )
     # the heads are written into the model apart, since no mixture has a place for them
     engine = Composer(model, {adapter.name: replace(adapter, heads={})})
     recorders = _recorders(model, [*adapter.layers, *layers], kinds)

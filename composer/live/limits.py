@@ -182,13 +182,15 @@ def require_batch_first(layer: str, shape: Size) -> None:
         )
 
 
-def require_rows_of_tokens(layer: str, num_tokens: int) -> None:
-    """Raises ScopeError for a layer that sees the tokens of all rows on one axis, where these cannot be told apart."""
+def require_rows_of_tokens(layer: str, num_tokens: int, of_weights: int) -> None:
+    """Raises ScopeError for a layer that sees the tokens of all rows on one axis, where these cannot be told apart, or where
+    a row has not as many as the weights, which have one for all or `of_weights`."""
     rows = _ROWS.get()
-    if _BESIDE.get() or (rows is not None and num_tokens % rows):
+    each, rest = divmod(num_tokens, rows or 1)
+    if _BESIDE.get() or rest or (rows and of_weights not in (1, each)):
         raise ScopeError(
-            f"the weights vary by row or token, but layer {layer!r} has {num_tokens} tokens in a call of {rows} rows, and "
-            "which are whose cannot be told: give one mixture for all rows"
+            f"the weights vary by row or token, and have {of_weights} tokens, but layer {layer!r} has {num_tokens} in a "
+            f"call of {rows} rows: give weights for exactly the tokens of this call, or one mixture for all rows"
         )
 
 

@@ -155,7 +155,7 @@ class Plan:
                 f"{next(iter(self.invocations))!r} counts from its invocation tokens on: mix it with others"
             )
         if self._by_place:
-            require_rows_of_tokens(layer.name, num_tokens)
+            require_rows_of_tokens(layer.name, num_tokens, self._weights.num_tokens)
         weight = layer.parameter("weight")
         assert weight is not None
         kernel, w_1NE = self._by_token.at_tokens(layer, x_NI, token_N, num_tokens, weight.dtype, lease)

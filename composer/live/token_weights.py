@@ -173,7 +173,7 @@ class TokenWeights:
     def at_tokens(
         self, layer: TargetLayer, x_NI: Tensor, token_N: Tensor, num_tokens: int, dtype: torch.dtype, lease: Lease
     ) -> tuple[Kernel | None, Tensor]:
-        """The kernel and w_1NE of an expert of a fused parameter, for N of a call's tokens, which lie row by row.
+        """The kernel of an expert of a fused parameter and w_1NE, or w_11E, for N of a call's tokens, which lie row by row.
 
         A router sees each token as a row of its own. Raises as `mixture`.
         """
@@ -186,9 +186,11 @@ class TokenWeights:
             rows, rest = divmod(num_tokens, self.num_tokens)
             places = x_NI.new_empty(0).expand(num_tokens if rest else rows, 1 if rest else self.num_tokens, 0)
             w_BTE = self._weights(places, places, layer.name, found)
-            row_N, place_N = token_N // places.shape[1], token_N % places.shape[1]
-            row_N = row_N // (places.shape[0] // w_BTE.shape[0])
-            w_1NE = w_BTE[row_N, place_N if w_BTE.shape[1] > 1 else 0][None]
+            w_1NE = w_BTE
+            if w_BTE.shape[0] > 1 or w_BTE.shape[1] > 1:
+                row_N, place_N = token_N // places.shape[1], token_N % places.shape[1]
+                row_N = row_N // (places.shape[0] // w_BTE.shape[0])
+                w_1NE = w_BTE[row_N, place_N if w_BTE.shape[1] > 1 else 0][None]
         if not found.experts:
             return None, w_1NE
         w_1NP = w_1NE if found.place_P is None else w_1NE[..., found.place_P]

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from loraweave.composer.compose.collect_statistics import collect_statistics
 from loraweave.composer.compose.first_order import first_order
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.fixed_shapes import batch_invariant
@@ -142,6 +143,15 @@ def test_each_row_and_token_has_its_own_mixture(family, saved):
     near(tokens[[0, 2], :3], logits(theirs["a"])[[0, 2], :3])
     near(tokens[1], base[1])
     near(torch.cat(alone), tokens[[0, 2]])
+    of_experts = {
+        name: replace(each, layers={k: v for k, v in each.layers.items() if v.kind == "expert"})
+        for name, each in ours.items()
+    }
+    with (
+        Composer(model, of_experts).activate(MixtureWeights(w_BTE, ("a", "b"))),
+        pytest.raises(ScopeError, match=r"have 6 tokens, but layer '.*' has 36 in a call of 3 rows"),
+    ):
+        logits(model, torch.cat([IDS, IDS], dim=1))
 
 
 def logits_of_row(engine, model, w_BTE, row):
@@ -349,8 +359,10 @@ def test_parts_that_are_not_low_rank_and_weights_without_values_are_refused():
         Composer(make().to("meta"), [Adapter("x", "tiny", {name: update})])
 
 
-def test_slopes_of_the_loss_say_that_they_know_no_fused_experts(saved, tokenizer):
+def test_slopes_and_statistics_say_that_they_know_no_fused_experts(saved, tokenizer):
     _, ours = saved("mixtral")
+    with pytest.raises(LayerMismatch, match="an expert of a fused parameter: merge by a method that needs none"):
+        collect_statistics(make(), tokenizer, ours["b"], ["ab"])
     with pytest.raises(CompositionError, match="an expert of a fused parameter, whose slopes"):
         first_order(Composer(make(), ours), tokenizer, Task([("a", "b")]))
 
