@@ -6,7 +6,7 @@ the same row alone. Within `batch_invariant` the shapes are the same whatever th
     linear       x_NI, padded to whole tiles of TILE tokens      each tile apart: (TILE, I) times (I, O)
     attention    the keys that a row sees, without its padding   each tile of KEYS keys apart: (TILE, D) times (D, KEYS),
                                                                  exp against the maximum of all, sums tile after tile
-    mixture      expert after expert, in the pool's order        `kernels/fixed_shape.py`, by the same linear
+    mixture      a row's experts one after the other             `kernels/fixed_shape.py`: (TILE, I) times (I, R)
     exp, SiLU..  by whole vectors of LANES elements              what is left of a vector has another exp
 
 Zeros that fill a tile up add nothing, and the place of a token within a tile does not matter, nor how many tokens come at
@@ -124,6 +124,13 @@ def fixed_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> 
     return y_NO.reshape(*x.shape[:-1], weight_OI.shape[0])
 
 
+def fixed_products(x_MTI: Tensor, weight_MOI: Tensor) -> Tensor:
+    """x W^T of each of M matrices, whose at most TILE rows are filled up; the model's own batched products are refused."""
+    num_tokens = x_MTI.shape[1]
+    with torch._C.DisableTorchFunction():
+        return _products(pad(x_MTI, (0, 0, 0, TILE - num_tokens)), weight_MOI)[:, :num_tokens]
+
+
 def fixed_attention(
     query: Tensor,
     key: Tensor,
@@ -150,27 +157,37 @@ def fixed_attention(
     num_tiles = queries.shape[2] // TILE
     q_NTD = queries.reshape(-1, TILE, size)
 
-    def by_tile(tensor_BHKD: Tensor) -> Tensor:
+    def by_tile(states: Tensor) -> Tensor:
         """Of each tile of queries, the keys or values of its row and head."""
-        return tensor_BHKD[:, :, None].expand(-1, -1, num_tiles, -1, -1).reshape(len(q_NTD), *tensor_BHKD.shape[2:])
+        return states[:, :, None].expand(-1, -1, num_tiles, -1, -1).reshape(len(q_NTD), *states.shape[2:])
 
     blocked = ~allowed_BQK.reshape(num_rows, 1, num_tiles, TILE, -1).expand(-1, num_heads, -1, -1, -1).reshape(
         len(q_NTD), TILE, -1
     )
     scores = [
-        torch.bmm(q_NTD, by_tile(keys).transpose(1, 2)).masked_fill(block, -torch.inf)
+        _products(q_NTD, by_tile(keys)).masked_fill(block, -torch.inf)
         for keys, block in zip(torch.split(key_BHKD, KEYS, dim=2), torch.split(blocked, KEYS, dim=2), strict=True)
     ]
     largest = torch.stack([each.amax(dim=2, keepdim=True) for each in scores]).amax(dim=0)
     # queries of padding, and those that fill a tile up, may see nothing
     largest = largest.masked_fill(largest == -torch.inf, 0.0)
     total, mixed = torch.zeros_like(largest), torch.zeros_like(q_NTD[..., :1]).expand(-1, -1, value.shape[3]).clone()
-    for each, values in zip(scores, torch.split(value_BHKD, KEYS, dim=2), strict=True):
+    for each, values in zip(scores, torch.split(value_BHKD.mT, KEYS, dim=3), strict=True):
         weights = _by_vectors(torch.exp)(each - largest)
         total += weights.sum(dim=2, keepdim=True)
-        mixed += torch.bmm(weights, by_tile(values))
+        mixed += _products(weights, by_tile(values))
     found = (mixed / total.clamp_(min=torch.finfo(exact).tiny)).reshape(num_rows, num_heads, -1, value.shape[3])
     return found[:, :, :num_queries].to(query.dtype)
+
+
+def _products(x_NTI: Tensor, weight_NOI: Tensor) -> Tensor:
+    """x W^T of each of N matrices.
+
+    The library adds up otherwise for one alone, and, of a W laid out the other way, for tokens at other places of a tile.
+    """
+    if len(x_NTI) == 1:
+        return _products(x_NTI.repeat(2, 1, 1), weight_NOI.repeat(2, 1, 1))[:1]
+    return torch.bmm(x_NTI, weight_NOI.contiguous().mT)
 
 
 def _by_vectors(func: Callable[..., Tensor]) -> Callable[..., Tensor]:

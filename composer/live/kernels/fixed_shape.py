@@ -1,25 +1,30 @@
-"""One expert after the other, each by products of its own rank: what `batch_invariant` takes, and never the cheapest."""
+"""Each row's own factors, one expert of it after the other: what `batch_invariant` takes, and never the cheapest.
+
+A slot has the first, second, ... expert of each row that has so many, in the order of the pool; rows whose experts have the
+same rank share batched products. What a row adds up, and in which order, is its own.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from loraweave.composer.live.fixed_shapes import TILE, fixed_products
 from loraweave.composer.live.kernels._cost import Cost, Workload
-from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSets, group_by_mixture, place_of
+from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSets, group_by_mixture, place_of, weigh_b
 
 
 @dataclass(frozen=True, eq=False)
 class FixedShape(RowKernel):
-    """(rows, their weights as (M, 1, 1), a_RI, b_OR) of each expert, in the order of the pool."""
+    """(rows, a, weighted b) of each slot and rank."""
 
     num_rows: int
     num_outputs: int
-    experts: tuple[tuple[slice | Tensor, Tensor, Tensor, Tensor], ...]
+    slots: tuple[tuple[slice | Tensor, Tensor, Tensor], ...]
 
     @staticmethod
     def cost(work: Workload) -> Cost | None:
@@ -27,31 +32,36 @@ class FixedShape(RowKernel):
 
     @classmethod
     def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, lend: Lend | None = None) -> FixedShape:
-        experts = []
-        for place, part in enumerate(parts):
-            used = {number: weights[place] for number, row in enumerate(rows) if place in (weights := dict(row))}
-            if used:
-                exact = torch.promote_types(dtype, torch.float32)
-                w_M11 = torch.tensor(list(used.values()), dtype=exact, device=part.a_RI.device)[:, None, None]
-                rows_M = place_of(list(used), part.a_RI.device)
-                experts.append((rows_M, w_M11, part.a_RI.to(dtype), part.b_RO.to(dtype).T))
-        return cls(len(rows), parts[0].b_RO.shape[1], tuple(experts))
+        slots = []
+        for slot in range(max(map(len, rows))):
+            alike: dict[int, list[int]] = defaultdict(list)
+            for number, row in enumerate(rows):
+                if slot < len(row):
+                    alike[parts[row[slot][0]].a_RI.shape[0]].append(number)
+            for numbers in alike.values():
+                own = [(parts[place], weight) for place, weight in (rows[number][slot] for number in numbers)]
+                a_MRI = torch.stack([part.a_RI.to(dtype) for part, _ in own])
+                b_MOR = torch.stack([weigh_b([part], [weight], dtype).T.contiguous() for part, weight in own])
+                slots.append((place_of(numbers, a_MRI.device), a_MRI, b_MOR))
+        return cls(len(rows), parts[0].b_RO.shape[1], tuple(slots))
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.experts[0][2].dtype
+        return self.slots[0][1].dtype
 
     @property
     def num_bytes(self) -> int:
-        return sum(weights.nbytes for _, weights, _, _ in self.experts)
+        return sum(a_MRI.nbytes + b_MOR.nbytes for _, a_MRI, b_MOR in self.slots)
 
     def update(self, x_BTI: Tensor) -> Tensor:
         x_MNI = group_by_mixture(x_BTI, self.num_rows)
-        update_MNO = x_BTI.new_zeros(*x_MNI.shape[:2], self.num_outputs)
-        for rows_M, w_M11, a_RI, b_OR in self.experts:
-            hidden_MNR = linear(x_MNI[rows_M], a_RI)
-            update_MNO[rows_M] += linear((hidden_MNR * w_M11).to(self.dtype), b_OR)
-        return update_MNO.view(*x_BTI.shape[:2], self.num_outputs)
+        tiles = []
+        for x_MTI in torch.split(x_MNI, TILE, dim=1):
+            y_MTO = x_MTI.new_zeros(*x_MTI.shape[:2], self.num_outputs)
+            for rows_M, a_MRI, b_MOR in self.slots:
+                y_MTO[rows_M] += fixed_products(fixed_products(x_MTI[rows_M], a_MRI), b_MOR)
+            tiles.append(y_MTO)
+        return torch.cat(tiles, dim=1).view(*x_BTI.shape[:2], self.num_outputs)
 
     def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
         y_BTO += self.update(x_BTI)
