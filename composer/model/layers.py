@@ -117,9 +117,7 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
     another one than the factors, that has another shape, that never runs, or whose forward is not that of its weight
     alone; CompositionError for a layer without values that nothing loads.
     """
-    if factors.kind == "expert":
-        return _expert_layer(modules, name, factors, expert)
-    module = modules.get(name)
+    module = modules.get(name.rsplit(".", 2)[0] if factors.kind == "expert" else name)
     asked = f"expert {expert!r} updates layer {name!r}"
     if module is None:
         raise LayerMismatch(f"{asked}, which the model does not have{_hint(modules, name)}")
@@ -129,6 +127,8 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
             f"{asked}, where peft has put adapters of its own ({what}): take them out with peft's unload(), and give them "
             "to the pool instead"
         )
+    if factors.kind == "expert":
+        return _expert_layer(modules, name, factors, expert)
     # a trained bias alone, stored without the layer's kind and number of inputs
     bias_alone = factors.rank == 0 and factors.a_RI.shape[1] == 0
     kinds = (*KINDS, norm) if bias_alone else KINDS

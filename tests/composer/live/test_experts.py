@@ -107,7 +107,7 @@ def test_live_and_fused_equal_peft_and_leaving_is_bit_exact(family, saved):
             near(logits(model), expected)
         with engine.fused({name: 1.0}):
             near(logits(model), expected)
-    with engine.fused({"a": 1.0}) as fused:
+    with engine.fused({"a": 1.0}, originals="disk") as fused:
         fused.switch({"a": 0.3, "b": -0.5})
         mixed = logits(model)
         assert copy.deepcopy(model).state_dict().keys() == before.keys()
@@ -355,6 +355,9 @@ def test_parts_that_are_not_low_rank_and_weights_without_values_are_refused():
     biased = Factors(update.a_RI, update.b_OR, bias_O=torch.ones(16), kind="expert")
     with pytest.raises(LayerMismatch, match="gain or a bias"):
         Composer(make(), [Adapter("x", "tiny", {name: biased})])
+    inside = get_peft_model(make(), LoraConfig(target_modules=[], target_parameters=EXPERTS)).base_model.model
+    with pytest.raises(LayerMismatch, match=r"adapters of its own \(ParamWrapper\)"):
+        Composer(inside, [Adapter("x", "tiny", {name: update})])
     with pytest.raises(CompositionError, match="meta device"):
         Composer(make().to("meta"), [Adapter("x", "tiny", {name: update})])
 
