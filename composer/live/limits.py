@@ -66,7 +66,7 @@ class LiveLimits:
         weights that vary by row or token meet a layer whose first axis need not be the batch.
 
         A router for all rows computes its weights from the layer's own input, whatever the order of that is, unless they
-        are said to vary `by_token`.
+        are said to vary `by_token`: by a place in each row.
         """
         rows = rows_of(weights)
         for name, why in self._never_called.items():
@@ -75,16 +75,16 @@ class LiveLimits:
                     f"expert {expert!r} updates layer {name!r}, {why}: use fused(), which changes the weight"
                 )
         routers = [row for row in rows if row is not None and not isinstance(row, MixtureWeights)]
-        if routers and (
+        looks_beyond = routers and (
             len(rows) > 1 or needs_call(weights) or any(getattr(part, "watched", ()) for part in parts_of(weights))
-        ):
-            for name in self._experts:
-                for expert in _users(name, rows, adapters):
-                    raise ScopeError(
-                        f"expert {expert!r} updates layer {name!r}, an expert of a fused parameter, for which weights come "
-                        "from its own input alone or are given: take a router that looks at no call and no block, the same "
-                        "for all rows, or MixtureWeights"
-                    )
+        )
+        for name in self._experts if looks_beyond or by_token else ():
+            for expert in _users(name, rows, adapters):
+                raise ScopeError(
+                    f"expert {expert!r} updates layer {name!r}, an expert of a fused parameter, for which weights come "
+                    "from its own input alone or are given: take a router that looks at no call and no block, the same "
+                    "for all rows, or MixtureWeights, and no adapter with invocation tokens beside it"
+                )
         # a row or token is told from its place on an axis
         varies = "row" if len(rows) > 1 else "token" if by_token else _VARIES.get(getattr(weights, "scope", ""), "")
         for name, why in self._out_of_order.items() if varies else ():

@@ -149,11 +149,6 @@ class Plan:
                 f"layer {layer.name!r} is an expert of a fused parameter, whose tokens are of all rows at once: leave "
                 "batch_invariant() out, or take adapters without it"
             )
-        if self.invocations:
-            raise ScopeError(
-                f"layer {layer.name!r} is an expert of a fused parameter, whose tokens come in an order of their own, and "
-                f"{next(iter(self.invocations))!r} counts from its invocation tokens on: mix it with others"
-            )
         if self._by_place:
             require_rows_of_tokens(layer.name, num_tokens, self._weights.num_tokens)
         weight = layer.parameter("weight")

@@ -405,6 +405,18 @@ def test_a_block_that_computes_with_the_experts_itself_is_an_error(saved, monkey
             logits(model)
 
 
+def test_experts_beside_an_activated_lora_are_refused(saved):
+    _, ours = saved("mixtral")
+    model = make()
+    layer = "model.layers.0.self_attn.q_proj"
+    factors = Factors(torch.randn(2, 16), torch.randn(16, 2))
+    engine = Composer(model, {**ours, "judge": Adapter("judge", "tiny", {layer: factors}, invocation=(5,))})
+    with pytest.raises(ScopeError, match="no adapter with invocation tokens beside it"):
+        engine.activate({"judge": 1.0, "a": 1.0})
+    with engine.activate({"judge": 1.0}):
+        logits(model)
+
+
 def test_a_batch_invariant_call_takes_the_eager_experts_of_the_base_and_no_updates_of_them(saved):
     _, ours = saved("mixtral")
     model = make()
