@@ -24,10 +24,10 @@ from loraweave.hub.formats._safetensors import gather, require_finite
 from loraweave.hub.formats.poly import Poly as PolyFormat
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._router import TokenRouter
-from loraweave.routers.tokens._to_peft import ARROW
+from loraweave.routers.tokens._to_peft import ARROW, FLAGS
 from loraweave.routers.tokens.arrow import Arrow
 from loraweave.routers.tokens.poly import Poly
-from loraweave.routers.tokens.xlora import Softmax, Xlora
+from loraweave.routers.tokens.xlora import Xlora
 from loraweave.types import Factors
 
 FILES = tuple(f"{place}{name}" for place in ("", "*/") for name in (CONFIG, "adapter_model.safetensors"))
@@ -39,13 +39,6 @@ _READ = words(
     "hidden_size enable_softmax enable_softmax_topk layerwise_scalings xlora_depth xlora_size xlora_dropout_p top_k_lora "
     "use_trainable_adapters softmax_temperature scaling_pass_value global_scaling_weight"
 )
-# (enable_softmax, enable_softmax_topk)
-SOFTMAX: dict[tuple[bool, bool], Softmax] = {
-    (True, False): "all",
-    (False, True): "top_k",
-    (True, True): "twice",
-    (False, False): "none",
-}
 
 
 def is_from_peft(folder: Path) -> bool:
@@ -68,7 +61,8 @@ def read_from_peft(folder: Path, pool: ExpertPool | None, model: nn.Module | Non
 
 def _xlora(config: Config, given: ExpertPool | None, model: nn.Module | None) -> Xlora:
     config.check_fields(_BENIGN | _READ, {})
-    top_k, softmax = config.fields.get("top_k_lora"), SOFTMAX[_flags(config)]
+    flags = config.flag("enable_softmax", True), config.flag("enable_softmax_topk")
+    top_k, softmax = config.fields.get("top_k_lora"), next(name for name, own in FLAGS.items() if own == flags)
     pool = _experts(config, given)
     layers = {name: tuple(adapter.layers) for name, adapter in pool.adapters.items()}
     if other := [name for name in pool.names if set(layers[name]) != set(layers[pool.names[0]])]:
@@ -116,10 +110,6 @@ def _poly(folder: Path) -> Poly:
     router = Poly(pool)
     router.pool = pool
     return router.eval()
-
-
-def _flags(config: Config) -> tuple[bool, bool]:
-    return config.flag("enable_softmax", True), config.flag("enable_softmax_topk")
 
 
 def _experts(config: Config, given: ExpertPool | None) -> ExpertPool:

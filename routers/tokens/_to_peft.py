@@ -22,17 +22,8 @@ from loraweave.routers.tokens._members import find_names
 CLASSIFIER = "base_model.internal_xlora_classifier.layers"
 ARROW = "arrow_router"
 
-# (softmax of ours, whether top_k is set): (enable_softmax, enable_softmax_topk)
-_FLAGS = {
-    ("all", True): (True, False),
-    ("all", False): (True, False),
-    ("top_k", False): (True, False),
-    ("top_k", True): (False, True),
-    ("twice", True): (True, True),
-    ("twice", False): (True, True),
-    ("none", True): (False, False),
-    ("none", False): (False, False),
-}
+# (enable_softmax, enable_softmax_topk) of PEFT, by our softmax
+FLAGS = {"all": (True, False), "top_k": (False, True), "twice": (True, True), "none": (False, False)}
 
 
 def write_xlora(router: Any, folder: Path, pool: ExpertPool, model: nn.Module | None) -> Path:
@@ -42,7 +33,9 @@ def write_xlora(router: Any, folder: Path, pool: ExpertPool, model: nn.Module | 
         raise AdapterUnsupported(
             f"this X-LoRA has temperature={router.temperature:g} in the softmax of its top_k alone, where PEFT has none"
         )
-    enable_softmax, enable_softmax_topk = _FLAGS[router.softmax, router.top_k is not None]
+    # of all experts it is one over all
+    softmax = "all" if router.softmax == "top_k" and router.top_k is None else router.softmax
+    enable_softmax, enable_softmax_topk = FLAGS[softmax]
     linears = [module for module in router.head if isinstance(module, nn.Linear)]
     # PEFT has a dropout between layers only where it drops anything
     step = 3 if router.dropout else 2
