@@ -302,9 +302,8 @@ class LiveLayers:
         self._take_over(self._layers)
 
     def _tell_prompts(self) -> None:
-        if callable(getattr(self._model, "generate", None)) and not any(
-            isinstance(h, PromptedGenerate) for h in self._handles
-        ):
+        told = any(isinstance(handle, PromptedGenerate) for handle in self._handles)
+        if not told and callable(getattr(self._model, "generate", None)):
             self._handles.append(PromptedGenerate(self._model, self._begin_call))
 
     def _watch(self, blocks: Iterable[str]) -> None:
@@ -350,10 +349,9 @@ class LiveLayers:
             forward = self._experts[module] = ExpertsForward(module, self.current)
             self._handles.append(forward)
             self._clean_copies(module)
-            path = layers[0].path
-            owner = self._model.get_submodule(path.rpartition(".")[0])
+            owner = self._model.get_submodule(layers[0].path.rpartition(".")[0])
             self._clean_copies(owner)
-            self._handles += watch(path, module, owner, forward.reached)
+            self._handles += watch(layers[0].path, module, owner, forward.reached)
         forward.add(layers)
 
     def _reaches(self, layer: str) -> bool:
