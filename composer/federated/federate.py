@@ -19,6 +19,7 @@ from loraweave.composer.federated.flower import flower
 from loraweave.composer.federated.rounds import Backend, Kept, RoundReport, State, here, run_rounds
 from loraweave.composer.federated.strategies._strategy import Client, Course, Strategy
 from loraweave.composer.model.batches import untouched
+from loraweave.composer.model.layers import require_model
 from loraweave.composer.train.adapters import read_rows, target_layers
 from loraweave.composer.train.rows import Judging
 from loraweave.composer.train.schedule import WARMUP_STEPS
@@ -103,8 +104,9 @@ def federate(
     `backend` "flower" runs every client of a round in flower's simulation, in processes of its own; "here" runs
     them one after the other. Raises TrainingError for settings and options out of range and for a refused round, UnknownName
     for an unknown strategy, client or layer, InvalidTask for unusable examples, PackageMissing where the strategy or the
-    backend needs a package that is not there.
+    backend needs a package that is not there, CompositionError for a value that is not a model.
     """
+    require_model(model)
     if not is_collection(target_modules) or not target_modules:
         raise TrainingError(f"target_modules is {target_modules!r}; it must be a list of endings of module paths")
     lora: dict[str, Any] = {"rank": rank, "steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed, "warmup": warmup}
@@ -128,14 +130,26 @@ def federate(
     with untouched(model), progress_bar(progress, field="loss") as bar:
         state = run_rounds(course, chosen, kept, BACKENDS[backend], min_clients, bar)
     figures = chosen.figures(course, len(state.rounds))
-    recipe = {"method": "loraweave.federate", "strategy": _named(chosen), **asdict(settings), "rounds": rounds}
-    done = {"clients": counts, "rounds": [asdict(each) for each in state.rounds], **figures}
-    layers = chosen.layers(course, state.server)
-    adapter = course.adapter(chosen.registered_name(), layers, {"recipe": recipe, "federation": done})
+    card = _card(course, chosen, state, figures)
+    adapter = course.adapter(chosen.registered_name(), chosen.layers(course, state.server), card)
     return Federated(adapter, state.rounds, figures, course, chosen, state)
 
 
+def _card(course: Course, strategy: Strategy, state: State, figures: Mapping[str, float]) -> dict[str, Any]:
+    """How the adapter came about."""
+    settings, done = asdict(course.settings), dict[str, Any](figures)
+    if strategy.secret:
+        del settings["seed"]
+    else:
+        done["clients"] = {name: client.size for name, client in course.clients.items()}
+        done["rounds"] = [asdict(each) for each in state.rounds]
+    recipe = {"method": "loraweave.federate", "strategy": _named(strategy), **settings, "rounds": course.rounds}
+    return {"recipe": recipe, "federation": done}
+
+
 def _strategy(given: str | Strategy, options: Mapping[str, Any]) -> Strategy:
+    if not isinstance(options, Mapping):
+        raise TrainingError(f"strategy_options is {options!r:.60}; pass a mapping of names to values")
     if isinstance(given, Strategy):
         if options:
             raise TrainingError(f"strategy_options has {', '.join(options)}, but the strategy is made already")
@@ -147,6 +161,8 @@ def _strategy(given: str | Strategy, options: Mapping[str, Any]) -> Strategy:
 
 def _ranks(given: Mapping[str, int], strategy: Strategy, clients: Mapping[str, Any], rank: int) -> dict[str, int]:
     """Each client's rank."""
+    if not isinstance(given, Mapping):
+        raise TrainingError(f"ranks is {given!r:.60}; pass {{client: its rank}}")
     for name, own in given.items():
         if name not in clients:
             raise UnknownName(f"ranks has {name!r}{registry.nearest(name, clients)}; the clients are {', '.join(clients)}")

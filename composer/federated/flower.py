@@ -26,7 +26,7 @@ def flower(course: Course, strategy: Strategy, orders: Sequence[Order]) -> Itera
     A client takes as many cores as torch has threads here, so that several run at once with fewer threads; each process
     holds a copy of the model. After the death of one the simulation has no processes left, so every client it then fails to
     run is tried once more, alone: one that dies again is left out. Raises PackageMissing without flwr and ray, TrainingError
-    for a model that is not on the CPU.
+    for a model that is not on the CPU, and where ray does not start.
     """
     if not orders:
         return
@@ -59,14 +59,19 @@ def _simulated(course: Course, strategy: Strategy, orders: Sequence[Order]) -> d
     threads, found = torch.get_num_threads(), dict[str, Trained | str]()
     # processes import what this one can
     paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    ray.init(
-        num_cpus=max(threads, os.cpu_count() or 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": {**paths, **QUIET}},
-        _node_ip_address="127.0.0.1",
-    )
+    settings: dict[str, Any] = {
+        "num_cpus": max(threads, os.cpu_count() or 1),
+        "runtime_env": {"env_vars": {**paths, **QUIET}},
+    }
+    quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        ray.init(**settings, **quiet)
+    except Exception as error:
+        ray.shutdown()
+        raise TrainingError(
+            f"ray, on which flower's simulation runs, has not started ({error}): on a busy machine it gives up after half a "
+            "minute. With checkpoint= the same call goes on from here; backend='here' does without"
+        ) from error
     try:
         server, client = ServerApp(), ClientApp()
         client.train()(partial(_carry_out, ray.put((course, strategy)), threads))

@@ -22,7 +22,8 @@ class Pfedlora(Frozen):
     depend on nothing, so that `adapter()` is the whole.
 
     In the paper a client's part is a network of its own, all of which learns, and each half has a loss of its own, weighed
-    by mu; here the base is frozen as everywhere, and both halves are updates of its layers, weighed in their outputs.
+    by mu (`lw.federate(strategy="pfedlora")`); here the base is frozen as everywhere, and both halves are updates of its
+    layers, weighed in their outputs.
     """
 
     shared_rank: Count = 4

@@ -99,6 +99,8 @@ class Strategy(Declared):
     mixed_ranks: ClassVar[bool] = False
     # "count" draws a fixed number of clients for a round, "poisson" each by itself
     sampling: ClassVar[Literal["count", "poisson"]] = "count"
+    # whether what an adapter's card says of seeds, clients and their losses would undo what the strategy guarantees
+    secret: ClassVar[bool] = False
 
     @property
     def options(self) -> dict[str, Any]:

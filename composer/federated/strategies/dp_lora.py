@@ -32,7 +32,8 @@ class DpLora(Strategy):
     at most `epsilon`; the report has what was spent.
 
     In the paper each client takes DP-SGD steps, which protect single examples from the server too; here the server is
-    trusted, and the noise is once for all clients. The noise follows from the seed, which therefore must stay secret.
+    trusted, and the noise is once for all clients. The guarantee is for the adapter and its card; reports of the rounds and
+    the seed, from which noise and draws follow, are not for others.
     Raises PackageMissing without opacus, TrainingError for an epsilon that no noise reaches.
     """
 
@@ -41,6 +42,7 @@ class DpLora(Strategy):
     clip: Positive = 1.0
 
     sampling: ClassVar[Literal["count", "poisson"]] = "poisson"
+    secret: ClassVar[bool] = True
 
     def require(self, course: Course) -> None:
         self.noise(course)

@@ -264,6 +264,13 @@ def test_dp_lora_draws_each_client_by_itself_and_a_round_without_any_is_noise(fe
     assert found.figures["sample_rate"] == 0.3
 
 
+def test_the_card_of_dp_lora_tells_nothing_of_clients_and_seed(federate):
+    pytest.importorskip("opacus")
+    card = federate("dp_lora", rounds=1, steps=1, seed=12345).adapter.card
+    assert set(card["federation"]) == {"epsilon", "delta", "noise_multiplier", "sample_rate"}
+    assert not any(said in str(card) for said in ("12345", *SIZES, "losses", "left_out"))
+
+
 def test_pfedlora_weighs_the_losses_of_adapter_and_network_by_mu(federate):
     """The gradient of a client's weights, against autograd on mu CE(b a h) + (1 - mu) CE(W_out h) written out."""
     found = federate("pfedlora", rounds=1, steps=1, batch_size=4, options={"mu": 0.3}, warmup=0, lr=1e-3)
