@@ -51,6 +51,10 @@ class Invoked:
         self._invocations = [invocations.get(name, ()) for name in experts]
         self.experts = experts
         self.parts = parts_of(router)
+        # by row of the mixture; a router, and weights that learn, may use all
+        self._used_BE = [[True] * len(experts)]
+        if isinstance(router, MixtureWeights) and not router.values_BTLE.requires_grad:
+            self._used_BE = (router.values_BTLE != 0).flatten(1, 2).any(dim=1).tolist()
 
     def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
         """Raises ScopeError for a call by embeddings, an encoder-decoder, and a row of which too little is known."""
@@ -99,24 +103,23 @@ class Invoked:
 
     def _starts(self, rows: Sequence[Sequence[int]], device: torch.device, *, whole: bool) -> Tensor:
         """start_BE: from which of its real tokens on each expert counts in each row."""
-        starts = [[last_place(row, tokens) if tokens else ALWAYS for tokens in self._invocations] for row in rows]
-        for number, row in enumerate(starts if not whole else ()):
-            if None in row and self._uses(number, len(rows), row.index(None)):
-                expert = row.index(None)
-                tokens = list(self._invocations[expert])
-                raise ScopeError(
-                    f"expert {self.experts[expert]!r} counts from its invocation tokens {tokens} on. Row {number} has none "
-                    "among the tokens that were seen, but its cache has others: call the model with the invocation, "
-                    "or generate() from all token ids of the row beside its cache"
-                )
-        return torch.tensor([[NEVER if start is None else start for start in row] for row in starts], device=device)
-
-    def _uses(self, row: int, num_rows: int, expert: int) -> bool:
-        """Whether the expert may have a weight in a row."""
-        if not isinstance(self._router, MixtureWeights):
-            return True
-        values_BTLE = self._router.values_BTLE
-        return bool(values_BTLE[row * len(values_BTLE) // num_rows, ..., expert].any())
+        start_BE = torch.full((len(rows), len(self.experts)), ALWAYS, device=device)
+        # a prompt may be that of several rows of the mixture
+        used_BE = [[True] * len(self.experts)] if len(rows) % len(self._used_BE) else self._used_BE
+        for number, row in enumerate(rows):
+            used_E = used_BE[number * len(used_BE) // len(rows)]
+            for place, (name, tokens) in enumerate(zip(self.experts, self._invocations, strict=True)):
+                if not tokens or not used_E[place]:
+                    continue
+                start = last_place(row, tokens)
+                if start is None and not whole:
+                    raise ScopeError(
+                        f"expert {name!r} counts from its invocation tokens {list(tokens)} on. Row {number} has none among "
+                        "the tokens that were seen, but its cache has others: call the model with the invocation, or "
+                        "generate() from all token ids of the row beside its cache"
+                    )
+                start_BE[number, place] = NEVER if start is None else start
+        return start_BE
 
 
 class _OfCall:

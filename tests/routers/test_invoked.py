@@ -12,6 +12,7 @@ from transformers import DynamicCache
 import loraweave as lw
 from loraweave.errors import CompositionError, ScopeError
 from loraweave.routers.invoked import last_place
+from loraweave.routers.tokens._call import prompted
 
 ANSWER, JUDGE = (7, 8, 9), (21, 5)
 INVOCATIONS = {"answer": ANSWER, "judge": JUDGE, "plain": None}
@@ -180,6 +181,14 @@ def test_beams_and_several_sequences_are_those_of_the_row_alone(engine):
         with engine.activate(mixture or {}):
             alone = greedy(engine.model, ROWS[number : number + 1], **options)
         assert torch.equal(together[2 * number : 2 * number + 2], alone)
+
+
+def test_rows_of_one_prompt_may_have_a_mixture_each(engine):
+    rows, mixtures = ROWS[:1].expand(3, -1), [None, {"plain": 1.0}, {"answer": 1.0}]
+    with prompted(ROWS[:1], torch.ones(1, 13)):
+        found = ours(engine, rows, mixtures)
+    torch.testing.assert_close(found, ours(engine, rows, mixtures), atol=1e-5, rtol=1e-5)
+    assert torch.equal(found[2, :7], found[0, :7])
 
 
 def test_the_bases_cache_of_what_stands_before_the_invocation_serves_all(engine):
