@@ -29,10 +29,11 @@ def test_the_file_of_the_page_runs_as_it_stands(tmp_path, monkeypatch, tiny_llam
     assert named - {"NAME.jsonl"} <= written
 
 
-def test_the_shipped_study_can_be_followed():
-    read = Study.read(ROOT / "examples" / "study.yaml", {})
-    assert len(read.tasks) >= 3
-    assert len(read.methods) >= 10
+@pytest.mark.parametrize(("name", "tasks", "methods"), [("study", 3, 10), ("unseen", 18, 7)])
+def test_the_shipped_studies_can_be_followed(name, tasks, methods):
+    read = Study.read(ROOT / "examples" / f"{name}.yaml", {})
+    assert len(read.tasks) >= tasks
+    assert len(read.methods) >= methods
 
 
 @pytest.mark.parametrize("key", list(Study.__dataclass_fields__))
