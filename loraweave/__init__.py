@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from loraweave.composer.programs.order import order
     from loraweave.composer.study.study import study
     from loraweave.composer.train.adapters import train_adapters
+    from loraweave.composer.transfer import transfer
     from loraweave.hub.adapter import Adapter
     from loraweave.hub.base import base_key, load_base
     from loraweave.hub.conversion import extract, to_lora
@@ -112,6 +113,7 @@ _MODULES = {
     "composer.compose.collect_statistics": "collect_statistics",
     "composer.merge.statistics": "Statistics",
     "composer.train.adapters": "train_adapters",
+    "composer.transfer": "transfer",
     "composer.experts.together": "train_experts",
     "retrieval.training": "train_encoder",
     "hub.conversion": "extract to_lora",
@@ -215,6 +217,7 @@ __all__ = [
     "train_adapters",
     "train_encoder",
     "train_experts",
+    "transfer",
     "unlearn",
     "verify_server",
 ]

@@ -72,7 +72,7 @@ def collect_statistics(
     # the heads are written into the model apart, since no mixture has a place for them
     engine = Composer(model, {adapter.name: replace(adapter, heads={})})
     recorders = _recorders(model, [*adapter.layers, *layers], kinds)
-    rows = _encode_texts(model, tokenizer, texts, max_tokens)
+    rows = encode_texts(model, tokenizer, texts, max_tokens)
     # one by one for an encoder-decoder: a layer does not tell whether it sees the tokens of the one or of the other
     size = 1 if model.config.is_encoder_decoder else batch_size
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
@@ -87,7 +87,7 @@ def collect_statistics(
             handle = recorder.module.register_forward_hook(recorder.saw, with_kwargs=True)
             stack.callback(handle.remove)
         for group in tracked(groups, f"statistics of {adapter.name!r}", total=len(groups), shown=progress):
-            inputs, mask_BT = _inputs(model, tokenizer, [rows[index] for index in group])
+            inputs, mask_BT = padded_inputs(model, tokenizer, [rows[index] for index in group])
             for recorder in recorders.values():
                 recorder.begin(mask_BT)
             _run(model, inputs, mask_BT, [draws[index] for index in group], kinds, recorders)
@@ -219,13 +219,14 @@ def _draws(rows: Sequence[EncodedRow], seed: int) -> list[np.random.Philox]:
     return streams
 
 
-def _encode_texts(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int) -> list[EncodedRow]:
+def encode_texts(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int) -> list[EncodedRow]:
+    """Their token ids, cut to `max_tokens` (each side of an encoder-decoder). InvalidTask for none or an empty one."""
     given = read_rows(texts, noun="text", targets="any")
     if not given:
-        raise InvalidTask("collect_statistics takes a list of texts, or of rows with input and target, but got none")
+        raise InvalidTask("statistics are of a list of texts, or of rows with input and target, but there is none")
     pairs = [(row.asked, row.targets[0]) for row in given if row.targets]
     if len(pairs) not in (0, len(given)):
-        raise InvalidTask("collect_statistics takes texts, or rows with input and target, not a mixture")
+        raise InvalidTask("statistics are of texts, or of rows with input and target, not of a mixture")
     both = model.config.is_encoder_decoder
     if both and not pairs:
         raise InvalidTask("an encoder-decoder reads one text and writes another: give pairs (input, target), not texts")
@@ -245,7 +246,7 @@ def _encode_texts(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int)
     return cut
 
 
-def _inputs(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> tuple[dict[str, Tensor], Tensor]:
+def padded_inputs(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> tuple[dict[str, Tensor], Tensor]:
     """The model's arguments for some rows, padded on the right, and which tokens are real."""
     if model.config.is_encoder_decoder:
         inputs = batch(model, tokenizer, rows).inputs

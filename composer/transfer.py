@@ -1,0 +1,299 @@
+"""Carries an adapter from the base model that it was trained on to another, and predicts how much of it arrives.
+
+For each layer, x are its inputs and y its outputs, on the same tokens in the old base and in the new one. The update B A
+becomes B' A', of the same rank, in one of three ways; the dense update is never made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.common.display import tracked
+from loraweave.common.options import Count, Fraction, Positive, check_options, options_of
+from loraweave.common.rows import GivenRows
+from loraweave.composer.compose.collect_statistics import encode_texts, padded_inputs
+from loraweave.composer.model.batches import context_length, takes, untouched
+from loraweave.errors import AdapterUnsupported, BaseModelMismatch, InvalidTask, LayerMismatch
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.base import base_key
+from loraweave.hub.formats._base_layer import BaseLayer, base_layer
+from loraweave.hub.same_base import require_same_base
+from loraweave.types import Factors
+
+Way = Literal["same", "subspace", "activations"]
+# sums of products that are held at once; an adapter of more layers takes several passes over the samples
+MAX_BYTES = 4 * 2**30
+FIT, HELD_OUT = 0, 1
+OTHER_WAYS = "way='same' needs equal layers; 'activations' and 'subspace' carry linear ones to another size or depth"
+
+
+@torch.no_grad()
+def transfer(
+    adapter: Adapter,
+    old: Any,
+    new: Any,
+    tokenizer: Any,
+    samples: GivenRows,
+    *,
+    way: Way = "activations",
+    least: Fraction = 0.5,
+    ridge: Positive = 1e-4,
+    subspace: Count = 320,
+    max_tokens: Count = 256,
+    progress: bool = True,
+) -> Adapter:
+    """The adapter, trained on the model `old`, for the model `new`, with the predicted share of its effect that it keeps.
+
+    Both models read `samples`, texts or rows with input and target, up to `max_tokens` tokens of each; no label is learned
+    from. Every second sample fits, the others are held out. The ways:
+
+    - "same": B' = B, A' = A, for a base that was trained on, tuned or rounded (PortLLM, arXiv 2410.10870).
+    - "subspace": B' = P B, A' = A Q^T, from the first `subspace` singular vectors U, V of the layer's weight in each base
+      (Cross-LoRA, arXiv 2508.05232): P = U_new U_new^T for as many outputs, else U_new U_old^T; Q likewise of V.
+    - "activations": B' = N B, A' = A M, the ridge regressions y_new ~ N y_old and x_old ~ M x_new. `ridge` is relative to
+      the mean square of a feature; it draws towards the identity where both sizes agree, else towards zero.
+
+    Where the numbers of blocks differ, blocks are matched by relative depth, each at most once; the others are left out.
+
+    The prediction of a layer is 1 - E|B A x_old - K B' A' x_new|^2 / E|B A x_old|^2 on held-out samples, at least 0, K being
+    the regression y_old ~ K y_new on them. The adapter's is the mean over its layers, 0 for those left out.
+    `card["transfer"]` has both, the way and the bases; `card["recipe"]` has the parent. Scores are not taken over.
+
+    Raises AdapterUnsupported for a prediction below `least`, and for more than a plain LoRA of linear layers;
+    BaseModelMismatch for an adapter of another base than `old`, or a vocabulary that lacks tokens; LayerMismatch for layers
+    without a counterpart; InvalidTask for too few samples; WeightingError for settings outside their range.
+    """
+    given = {"way": way, "least": least, "ridge": ridge, "subspace": subspace, "max_tokens": max_tokens}
+    check_options("transfer()", given, options_of(transfer, after=5))
+    pairs, layers = matched(adapter, old, new, way), {}
+    found: dict[str, dict[str, Any]] = {name: {"to": None, "kept": 0.0} for name in adapter.layers}
+    for group in _groups(pairs):
+        seen = see(old, new, tokenizer, samples, group, max_tokens=max_tokens, progress=progress)
+        for pair in tracked(group, f"carrying {adapter.name!r}", total=len(group), shown=progress):
+            factors, moments = adapter.layers[pair.old.name], seen[pair.old.name]
+            carried = layers[pair.new.name] = carry(factors, pair, moments, way, ridge=ridge, subspace=subspace)
+            kept = kept_share(factors, carried, moments, ridge=ridge)
+            found[pair.old.name] = {"to": pair.new.name, "kept": kept}
+    share = sum(layer["kept"] for layer in found.values()) / len(found)
+    key = base_key(new)
+    if share < least:
+        raise AdapterUnsupported(
+            f"transfer of {adapter.name!r} from {adapter.base_model!r} to {key.id!r} by way={way!r} is predicted to keep "
+            f"{share:.2f} of its effect, below least={least:g}: try another way, train on the new base, or lower least"
+        )
+    # what is said of the old base does not hold for the new one
+    card = {name: value for name, value in adapter.card.items() if name not in ("report", "peft", "scores")}
+    parents = [{"hash": adapter.hash, "name": adapter.name}]
+    card["recipe"] = {"method": "transfer", "options": given, "parents": parents}
+    card["transfer"] = {"from": adapter.base_model, "to": key.id, "way": way, "kept": share, "layers": found}
+    return replace(adapter, base_model=key.id, layers=layers, fingerprint=key.fingerprint, card=card)
+
+
+class Pair(NamedTuple):
+    """A layer of the old base and its counterpart in the new one."""
+
+    old: BaseLayer
+    new: BaseLayer
+
+
+class Moments:
+    """Mean products of the old base's and the new base's vectors on the same tokens: oo, nn and no, new by old; float64.
+
+    Each is (2, rows, columns): of the samples that fit, and of those that are held out.
+    """
+
+    def __init__(self, num_old: int, num_new: int, device: torch.device) -> None:
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.oo, self.nn, self.no = zeros(2, num_old, num_old), zeros(2, num_new, num_new), zeros(2, num_new, num_old)
+
+    def add(self, half: int, old_TF: Tensor, new_TF: Tensor, num_tokens: int) -> None:
+        """Adds one sample's vectors, divided by the number of all tokens of its half."""
+        old_TF, new_TF = (x.reshape(-1, x.shape[-1]).to(self.oo) for x in (old_TF, new_TF))
+        for total, left, right in ((self.oo, old_TF, old_TF), (self.nn, new_TF, new_TF), (self.no, new_TF, old_TF)):
+            total[half].addmm_(left.T, right, alpha=1 / num_tokens)
+
+
+# of what a pair's layers have read, and of what they have written
+Seen = tuple[Moments, Moments]
+
+
+def matched(adapter: Adapter, old: nn.Module, new: nn.Module, way: Way) -> list[Pair]:
+    """The adapter's layers with their counterparts, without those of blocks that have none."""
+    asker = f"adapter {adapter.name!r}"
+    require_same_base(asker, adapter.base, base_key(old))
+    if adapter.heads:
+        raise AdapterUnsupported(f"{asker} has trained parameters of one base, the first {next(iter(adapter.heads))!r}")
+    modules_old, modules_new = dict(old.named_modules()), dict(new.named_modules())
+    pairs = []
+    for name, factors in adapter.layers.items():
+        if factors.kind != "linear" or not factors.bound or factors.gain_O is not None:
+            raise AdapterUnsupported(
+                f"{asker}: layer {name!r} is no plain LoRA of a linear layer; lw.to_lora(adapter, old) makes one of a gain"
+            )
+        layer, target = base_layer(modules_old, name, asker), _counterpart(name, modules_old, modules_new)
+        if (found := (len(factors.b_OR), factors.a_RI.shape[1])) != _sizes(layer):
+            raise LayerMismatch(
+                f"{asker} updates layer {name!r} of (O, I) {found}, which is {_sizes(layer)} in the old base"
+            )
+        if target is not None:
+            pairs.append(Pair(layer, base_layer(modules_new, target, f"{asker}, carried to the new base,")))
+        elif way == "same":
+            raise LayerMismatch(f"{asker}: layer {name!r} has no counterpart in the new base, of other depth; {OTHER_WAYS}")
+    for one, other in pairs:
+        alike = (one.name, *_sizes(one)) == (other.name, *_sizes(other))
+        if other.kind != "linear" or (way == "same" and not alike):
+            raise LayerMismatch(
+                f"{asker}: layer {one.name!r} is {one.kind} {_sizes(one)} in the old base, and its counterpart "
+                f"{other.name!r} is {other.kind} {_sizes(other)} in the new one; {OTHER_WAYS}"
+            )
+    return pairs
+
+
+def _sizes(layer: BaseLayer) -> tuple[int, int]:
+    return layer.num_outputs, layer.num_inputs
+
+
+def _counterpart(name: str, old: Mapping[str, nn.Module], new: Mapping[str, nn.Module]) -> str | None:
+    """The new base's name of a layer, None where its block has no match: the first number in a path is that of the block."""
+    parts = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)
+    if parts is None:
+        return name
+    head, number, tail = parts.groups()
+    depth_old, depth_new = (
+        sum(1 for path in modules if path.startswith(head) and path[len(head) :].isdigit()) for modules in (old, new)
+    )
+    if not depth_new:
+        return name
+    ratio = (depth_new - 1) / max(depth_old - 1, 1)
+    # nearest first, of two as near the earlier block
+    places = {block: round(block * ratio) for block in range(depth_old)}
+    rivals = [block for block, place in places.items() if place == places[int(number)]]
+    best = min(rivals, key=lambda block: (abs(block * ratio - places[block]), block))
+    return f"{head}{places[best]}{tail}" if best == int(number) else None
+
+
+def _groups(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
+    """The pairs in parts whose moments fit into MAX_BYTES."""
+    sides = [tuple(zip(_sizes(pair.old), _sizes(pair.new), strict=True)) for pair in pairs]
+    largest = max((sum(16 * (a * a + a * b + b * b) for a, b in both) for both in sides), default=1)
+    count = max(1, MAX_BYTES // largest)
+    return [pairs[start : start + count] for start in range(0, len(pairs), count)]
+
+
+def see(
+    old: Any, new: Any, tokenizer: Any, samples: GivenRows, pairs: Sequence[Pair], *, max_tokens: int, progress: bool
+) -> dict[str, Seen]:
+    """The moments of each pair, by the old layer's name, from both models reading the samples one by one."""
+    rows = encode_texts(old, tokenizer, samples, min(max_tokens, context_length(new) or max_tokens))
+    highest = max(max(row.prompt + row.target) for row in rows)
+    if highest >= (size := getattr(new.get_input_embeddings(), "num_embeddings", highest + 1)):
+        raise BaseModelMismatch(
+            f"the samples have token {highest}, but the new base's vocabulary has {size}; it must read the same tokens"
+        )
+    counts = [sum(map(len, rows[half::2])) for half in (FIT, HELD_OUT)]
+    widest = max(size for pair in pairs for layer in pair for size in _sizes(layer))
+    if min(counts) < widest:
+        raise InvalidTask(
+            f"the samples' halves have {counts[FIT]} and {counts[HELD_OUT]} tokens, too few for regressions on {widest} "
+            "features: give more or longer samples"
+        )
+    device, sides = next(new.parameters()).device, list(zip(*pairs, strict=True))
+    seen: dict[str, Seen] = {}
+    for one, other in pairs:
+        y, x = (Moments(*sizes, device) for sizes in zip(_sizes(one), _sizes(other), strict=True))
+        seen[one.name] = (x, y)
+    with untouched(old), untouched(new):
+        for number, row in enumerate(tracked(rows, "reading samples", total=len(rows), shown=progress)):
+            before, after = (
+                _vectors(model, tokenizer, row, layers) for model, layers in zip((old, new), sides, strict=True)
+            )
+            for pair, was, now in zip(pairs, before, after, strict=True):
+                if was[0].shape[:-1] != now[0].shape[:-1]:
+                    raise AdapterUnsupported(
+                        f"layer {pair.old.name!r} reads inputs {tuple(was[0].shape)} in the old base, and {pair.new.name!r} "
+                        f"{tuple(now[0].shape)} in the new one; only layers that read the same tokens can be compared"
+                    )
+                for moments, left, right in zip(seen[pair.old.name], was, now, strict=True):
+                    moments.add(number % 2, left, right, counts[number % 2])
+    return seen
+
+
+def _vectors(model: Any, tokenizer: Any, row: Any, layers: Sequence[BaseLayer]) -> list[tuple[Tensor, Tensor]]:
+    """(x, y) of each layer, for one sample without padding."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def saw(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        found[id(module)] = (args[0] if args else next(iter(kwargs.values())), output)
+
+    inputs, _ = padded_inputs(model, tokenizer, [row])
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.module.register_forward_hook(saw, with_kwargs=True).remove)
+        model(**inputs, **({"use_cache": False} if takes(model, "use_cache") else {}))
+    if missing := [layer.name for layer in layers if id(layer.module) not in found]:
+        raise AdapterUnsupported(f"layer {missing[0]!r} never ran on the samples, so that nothing is known of it")
+    return [found[id(layer.module)] for layer in layers]
+
+
+def carry(factors: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float = 1e-4, subspace: int = 320) -> Factors:
+    """The update of one layer in the new base; a bias goes with the outputs."""
+    if way == "same":
+        return factors
+    x, y = seen
+    b_OS, a_RI = factors.b_OR.double(), factors.a_RI.double()
+    if factors.bias_O is not None:
+        b_OS = torch.cat([b_OS, factors.bias_O.double()[:, None]], dim=1)
+    if way == "subspace":
+        b_OS, a_RI = _in_subspace(b_OS, a_RI, pair, subspace)
+    else:
+        gram_OO, cross_NO = _drawn(y.oo[FIT], y.no[FIT], ridge)
+        b_OS = cross_NO @ torch.linalg.solve(gram_OO, b_OS.to(gram_OO))
+        gram_NN, cross_NI = _drawn(x.nn[FIT], x.no[FIT], ridge)
+        a_RI = torch.linalg.solve(gram_NN, cross_NI @ a_RI.T.to(gram_NN)).T
+    b_OS, a_RI = b_OS.float().cpu(), a_RI.float().cpu().contiguous()
+    bias_O = b_OS[:, -1].contiguous() if factors.bias_O is not None else None
+    return replace(factors, a_RI=a_RI, b_OR=b_OS[:, : factors.rank].contiguous(), bias_O=bias_O)
+
+
+def _drawn(gram_SS: Tensor, cross_TS: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Both sides of the normal equations of t ~ N s with the penalty |N - prior|^2, the prior the identity or zero."""
+    drawn_SS = ridge * gram_SS.diagonal().mean() * torch.eye(len(gram_SS)).to(gram_SS)
+    return gram_SS + drawn_SS, cross_TS + drawn_SS if cross_TS.shape == gram_SS.shape else cross_TS
+
+
+def _in_subspace(b_OS: Tensor, a_RI: Tensor, pair: Pair, subspace: int) -> tuple[Tensor, Tensor]:
+    """P B and A Q^T. Singular vectors come in pairs of either sign; the largest entry of each u is made positive."""
+    (u_old, v_old), (u_new, v_new) = (_singular(layer.weight_OI, subspace) for layer in pair)
+    count = min(u_old.shape[1], u_new.shape[1])
+    left = u_new if len(u_old) == len(u_new) else u_old
+    right = v_new if len(v_old) == len(v_new) else v_old
+    b_OS = u_new[:, :count] @ (left[:, :count].T @ b_OS)
+    return b_OS, (a_RI @ right[:, :count]) @ v_new[:, :count].T
+
+
+def _singular(weight_OI: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    u_OK, _, v_KI = torch.linalg.svd(weight_OI, full_matrices=False)
+    sign_K = torch.gather(u_OK, 0, u_OK.abs().argmax(dim=0)[None])[0].sign()
+    return (u_OK * sign_K)[:, :count], (v_KI.T * sign_K)[:, :count]
+
+
+def kept_share(factors: Factors, carried: Factors, seen: Seen, *, ridge: float = 1e-4) -> float:
+    """The prediction of one layer, 0 to 1; 1 for an update that is zero."""
+    x, y = seen
+    b_OR, a_RI, new_b_OR, new_a_RI = (part.to(x.oo) for each in (factors, carried) for part in (each.b_OR, each.a_RI))
+    gram_NN, cross_ON = _drawn(y.nn[HELD_OUT], y.no[HELD_OUT].T, ridge)
+    old, new = (a_RI, b_OR), (new_a_RI, cross_ON @ torch.linalg.solve(gram_NN, new_b_OR))
+    terms = ((old, x.oo, old), (new, x.no, old), (new, x.nn, new))
+    size, shared, own = (
+        float((left[1].T @ right[1] * (left[0] @ moments[HELD_OUT] @ right[0].T)).sum()) for left, moments, right in terms
+    )
+    # the rest over size is 1 - (size - 2 shared + own) / size
+    return max(0.0, (2 * shared - own) / size) if size else 1.0
