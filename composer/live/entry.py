@@ -66,7 +66,7 @@ class Entry(Hook):
             if plan.fixed_shapes != shapes_are_fixed():
                 raise ScopeError(
                     "batch_invariant() counts for activations that are opened inside it, with a weight for each row: open "
-                    "this one there; a router, and weights that vary by token or learn, are for other calls"
+                    "this one there; routers, activated LoRAs, and weights that vary by token or learn, are for other calls"
                 )
             given = _main_input(args, kwargs)
             num_rows = None if given is None else given.shape[0]
