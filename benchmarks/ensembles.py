@@ -6,7 +6,7 @@
 "retrieved": for each unseen task with labels, the three adapters that retrieval puts first for five examples and the
 description, in fp32. "seeds": adapters trained on one task from three starts, each with data in an order of its own, like
 the pool's (rank 8 on q_proj and v_proj, bf16 base) but for 40 steps. "laplace": for tasks of the pool, their own adapter,
-and its posterior from 30 training rows, linearised and as 8 drawn adapters; 50 test items, in fp32. What was measured is
+and its posterior from 20 training rows, linearised and as 3 drawn adapters; 40 test items, in fp32. What was measured is
 kept in --out, so that an interrupted run goes on.
 
 Every way gives a distribution over the labels (the softmax of their summed log-likelihoods); reported are the share of right
@@ -39,8 +39,8 @@ SEED_TASKS = ("question_type", "intent_domain")
 ROWS_PER_CALL = 25
 NUM_BINS = 10
 RESAMPLES = 1000
-LAPLACE_TASKS = ("nli", "grammar_choice", "paraphrase")
-LAPLACE_ROWS, LAPLACE_ITEMS, NUM_DRAWN = 30, 50, 8
+LAPLACE_TASKS = ("paraphrase", "grammar_choice")
+LAPLACE_ROWS, LAPLACE_ITEMS, NUM_DRAWN = 20, 40, 3
 OF_LAPLACE = ("base", "adapter", "linearised", "drawn")
 
 # (log_NL, targets_N) -> figure; the number of items -> which of them
@@ -111,10 +111,10 @@ def laplaces(run: Run) -> None:
             adapter = lw.Adapter.from_pretrained(run.pool / name)
             with closing(lw.Composer(model, [adapter], tokenizer=tokenizer)) as engine:
                 posterior = laplace(engine, adapter.name, task, progress=False)
-            drawn = [*posterior.draw(NUM_DRAWN), adapter]
+                sure = posterior.predict([text for text, _ in test], progress=False)
+                drawn = [*posterior.draw(NUM_DRAWN), adapter]
             with closing(lw.Composer(model, drawn, tokenizer=tokenizer)) as engine:
                 found = measure(engine, task, test, name, shares=[*[1.0] * NUM_DRAWN, 0.0])
-                sure = posterior.predict([text for text, _ in test], progress=False)
             ways = {way: found["ways"][own] for way, own in zip(OF_LAPLACE, ("base", adapter.name), strict=False)}
             ways |= {"linearised": sure.log_probabilities.tolist(), "drawn": found["ways"]["ensemble"]}
             return {**found, "ways": ways, "prior": posterior.prior, "log_evidence": posterior.log_evidence}
