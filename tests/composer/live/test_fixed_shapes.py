@@ -152,7 +152,7 @@ def test_what_cannot_be_fixed_is_refused_by_name(engine, make_model, pool):
     with (
         batch_invariant(model),
         engine.activate(lw.router("arrow", engine.pool, top_k=1)),
-        pytest.raises(ScopeError, match="a router"),
+        pytest.raises(ScopeError, match="routers, activated LoRAs"),
     ):
         model(**batch_of(rows))
     for name, product in (("torch.bmm", torch.bmm), ("torch.matmul", lambda left, right: left @ right)):
