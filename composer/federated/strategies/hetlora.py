@@ -41,7 +41,7 @@ class Hetlora(Strategy):
     smaller after the round than before it, the client drops those rows and its rank is s from then on (at least 1). The
     server pads with zeros to the largest rank and sums a and b apart with weights |D_k| / sum of |D_j| of the whole updates,
     as `lw.merge(method="hetlora")` does. A b of zeros, as in the first round, has a sum of 0, so that nothing is pruned.
-    The paper gives no strength; 1e-3 is ours. gamma is its 0.99: one row at a time at usual ranks.
+    The default strength is ours. With a gamma of 0.99 one row goes at a time at usual ranks.
     """
 
     gamma: Annotated[float, Range(above=0, below=1)] = 0.99
