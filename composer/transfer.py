@@ -45,7 +45,7 @@ def transfer(
     *,
     way: Way = "activations",
     least: Fraction = 0.5,
-    ridge: Positive = 1e-4,
+    ridge: Positive = 0.1,
     subspace: Count = 320,
     max_tokens: Count = 256,
     progress: bool = True,
@@ -243,7 +243,7 @@ def _vectors(model: Any, tokenizer: Any, row: Any, layers: Sequence[BaseLayer]) 
     return [found[id(layer.module)] for layer in layers]
 
 
-def carry(factors: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float = 1e-4, subspace: int = 320) -> Factors:
+def carry(factors: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float = 0.1, subspace: int = 320) -> Factors:
     """The update of one layer in the new base; a bias goes with the outputs."""
     if way == "same":
         return factors
@@ -285,7 +285,7 @@ def _singular(weight_OI: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return (u_OK * sign_K)[:, :count], (v_KI.T * sign_K)[:, :count]
 
 
-def kept_share(factors: Factors, carried: Factors, seen: Seen, *, ridge: float = 1e-4) -> float:
+def kept_share(factors: Factors, carried: Factors, seen: Seen, *, ridge: float = 0.1) -> float:
     """The prediction of one layer, 0 to 1; 1 for an update that is zero."""
     x, y = seen
     b_OR, a_RI, new_b_OR, new_a_RI = (part.to(x.oo) for each in (factors, carried) for part in (each.b_OR, each.a_RI))
