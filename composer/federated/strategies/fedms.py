@@ -49,6 +49,8 @@ class Fedms(Strategy):
                 f"strategy 'fedms' got global_rounds={self.global_rounds} of {course.rounds} rounds, and none is left "
                 "for the clients' own experts: take more rounds, or fewer global ones"
             )
+        # what the recipe refuses is refused before the first round
+        self.model(course, "", self.first(course), {}).close()
 
     def sent(self, course: Course, server: Tensors, client: object, own: Tensors) -> Tensors:
         return server

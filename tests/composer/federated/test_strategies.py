@@ -13,7 +13,7 @@ from loraweave.composer.federated.rounds import here
 from loraweave.composer.federated.strategies import slora as slora_module
 from loraweave.composer.federated.strategies._strategy import Order, layers_of
 from loraweave.composer.federated.strategies.dp_lora import length
-from loraweave.errors import TrainingError
+from loraweave.errors import TrainingError, WeightingError
 
 SIZES = {"upper": 4, "double": 3, "count": 2}
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -342,6 +342,12 @@ def test_fedms_freezes_the_global_expert_and_averages_the_gates(federate):
 def test_a_stage_without_rounds_is_refused(federate, strategy, option):
     with pytest.raises(TrainingError, match=f"{option}=2 of 2 rounds"):
         federate(strategy, options={option: 2})
+
+
+def test_a_capability_beyond_the_models_blocks_is_refused_before_the_first_round(federate, tmp_path):
+    with pytest.raises(WeightingError, match="the queue has 2 blocks"):
+        federate("fedms", options={"capability": 3}, checkpoint=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_pfedlora_refuses_an_adapter_on_a_target(federate):
