@@ -131,6 +131,11 @@ def matched(adapter: Adapter, old: nn.Module, new: nn.Module, way: Way) -> list[
     require_same_base(asker, adapter.base, base_key(old))
     if adapter.heads:
         raise AdapterUnsupported(f"{asker} has trained parameters of one base, the first {next(iter(adapter.heads))!r}")
+    if adapter.invocation:
+        raise AdapterUnsupported(
+            f"{asker} counts from its invocation tokens {list(adapter.invocation)} on, which another tokenizer numbers "
+            "otherwise: train it on the new base"
+        )
     modules_old, modules_new = dict(old.named_modules()), dict(new.named_modules())
     pairs = []
     for name, factors in adapter.layers.items():

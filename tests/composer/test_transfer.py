@@ -262,6 +262,8 @@ def test_what_is_no_plain_lora_of_the_old_base_is_refused(old, make_adapter, ada
         carry(replace(make_adapter(old, "g", gain=True), fingerprint=fingerprint(old)), old, old, tokenizer)
     with pytest.raises(AdapterUnsupported, match=r"the first 'lm_head\.weight'"):
         carry(replace(adapter(), heads={"lm_head.weight": torch.zeros(61, 16)}), old, old, tokenizer)
+    with pytest.raises(AdapterUnsupported, match="counts from its invocation tokens"):
+        carry(replace(adapter(), invocation=(5, 6)), old, old, tokenizer)
     other = changed(old, lambda new: [p.add_(1) for p in new.parameters()])
     with pytest.raises(BaseModelMismatch, match="made for another base model"):
         carry(adapter(), other, old, tokenizer)
