@@ -35,7 +35,6 @@ FIT, HELD_OUT = 0, 1
 OTHER_WAYS = "way='same' needs equal layers; 'activations' and 'subspace' carry linear ones to another size or depth"
 
 
-@torch.no_grad()
 def transfer(
     adapter: Adapter,
     old: Any,
@@ -75,13 +74,14 @@ def transfer(
     check_options("transfer()", given, options_of(transfer, after=5))
     pairs, layers = matched(adapter, old, new, way), {}
     found: dict[str, dict[str, Any]] = {name: {"to": None, "kept": 0.0} for name in adapter.layers}
-    for group in _groups(pairs):
-        seen = see(old, new, tokenizer, samples, group, max_tokens=max_tokens, progress=progress)
-        for pair in tracked(group, f"carrying {adapter.name!r}", total=len(group), shown=progress):
-            factors, moments = adapter.layers[pair.old.name], seen[pair.old.name]
-            carried = layers[pair.new.name] = carry(factors, pair, moments, way, ridge=ridge, subspace=subspace)
-            kept = kept_share(factors, carried, moments, ridge=ridge)
-            found[pair.old.name] = {"to": pair.new.name, "kept": kept}
+    with torch.no_grad():
+        for group in _groups(pairs):
+            seen = see(old, new, tokenizer, samples, group, max_tokens=max_tokens, progress=progress)
+            for pair in tracked(group, f"carrying {adapter.name!r}", total=len(group), shown=progress):
+                factors, moments = adapter.layers[pair.old.name], seen[pair.old.name]
+                carried = layers[pair.new.name] = carry(factors, pair, moments, way, ridge=ridge, subspace=subspace)
+                kept = kept_share(factors, carried, moments, ridge=ridge)
+                found[pair.old.name] = {"to": pair.new.name, "kept": kept}
     share = sum(layer["kept"] for layer in found.values()) / len(found)
     key = base_key(new)
     if share < least:
