@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from loraweave.common.files import whole_file
@@ -92,7 +92,8 @@ def load_state(folder: Path, key: str, *, place: str = RUNNING) -> TrainingState
     if not path.is_file():
         return None
     try:
-        tensors = load_file(path)
+        # in one read: safetensors opens a file twice, and it may be replaced in between
+        tensors = load(path.read_bytes())
         return TrainingState(int(tensors.pop("step")), tensors)
     except (SafetensorError, KeyError) as error:
         logger.warning("the checkpoint %s is damaged (%s); its jobs start again", path, error)
