@@ -8,12 +8,21 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from loraweave.composer.composer import Composer
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.weights import MixtureWeights
 from loraweave.serving.served import Served
+
+
+@dataclass
+class _About:
+    """Bytes of an adapter or of a router's adapters, and when it came or was last given back, by `time.monotonic`."""
+
+    size: int
+    last_use: float
 
 
 class Experts:
@@ -32,9 +41,8 @@ class Experts:
         self._engine: Composer | None = None
         self._num_users: Counter[str] = Counter()
         self._loaded: OrderedDict[str, None] = OrderedDict()
-        # bytes of each and when it was last given back
-        self._sizes: dict[str, int] = {}
-        self._last_use: dict[str, float] = {}
+        # of each that is there
+        self._about: dict[str, _About] = {}
         self._routed: OrderedDict[str, tuple[Composer, Any]] = OrderedDict()
         self._loading = threading.Lock()
         self._lock = threading.Lock()
@@ -48,18 +56,18 @@ class Experts:
     def kept_bytes(self) -> int:
         """Of what no row uses."""
         with self._lock:
-            return sum(self._sizes[key] for key in self._unused())
+            return sum(self._about[key].size for key in self._unused())
 
     @property
     def oldest(self) -> float:
         """When that was used which was used longest ago, of what no row uses; infinity for nothing."""
         with self._lock:
-            return min((self._last_use.get(key, 0.0) for key in self._unused()), default=math.inf)
+            return min((self._about[key].last_use for key in self._unused()), default=math.inf)
 
     def drop_oldest(self) -> None:
         """Lets go of it."""
         with self._loading, self._lock:
-            self._drop(min(self._unused(), key=lambda key: self._last_use.get(key, 0.0)))
+            self._drop(min(self._unused(), key=lambda key: self._about[key].last_use))
 
     def sizes(self, served: Served) -> dict[str, int]:
         """Bytes of what a composition needs in the engine, by content."""
@@ -83,6 +91,7 @@ class Experts:
                 return
             for member in served.members:
                 MixtureWeights.of([member.weights], tuple(member.weights))
+            sizes = self.sizes(served)
             for content, adapter in served.adapters.items():
                 if self._is_there(content, self._loaded):
                     continue
@@ -94,8 +103,7 @@ class Experts:
                 with self._lock:
                     # from now on it may make room
                     self._loaded[content] = None
-                    self._sizes[content] = self._itemsize * adapter.num_values
-                    self._last_use[content] = time.monotonic()
+                    self._about[content] = _About(sizes[content], time.monotonic())
 
     def take(self, served: Served) -> None:
         """Keeps what a row's composition needs until `give_back`, and loads it where it is not there.
@@ -116,7 +124,9 @@ class Experts:
         with self._lock:
             self._num_users.subtract(_needs(served))
             self._num_users = +self._num_users
-            self._last_use.update(dict.fromkeys(_needs(served), time.monotonic()))
+            for key in _needs(served):
+                if key in self._about:
+                    self._about[key].last_use = time.monotonic()
             for among in (self._loaded, self._routed):
                 unused = [key for key in among if not self._num_users[key]]
                 for key in unused[: max(0, len(unused) - self._most)]:
@@ -149,8 +159,7 @@ class Experts:
                 # a pool has one at least
                 self._engine.close()
                 self._engine = None
-        del self._sizes[key]
-        self._last_use.pop(key, None)
+        del self._about[key]
 
     def _load_routed(self, served: Served) -> None:
         if self._is_there(served.identity, self._routed):
@@ -160,8 +169,7 @@ class Experts:
         served.router.require_engine(engine)
         with self._lock:
             self._routed[served.identity] = engine, served.router
-            self._sizes |= self.sizes(served)
-            self._last_use[served.identity] = time.monotonic()
+            self._about[served.identity] = _About(self.sizes(served)[served.identity], time.monotonic())
 
     def _is_there(self, key: str, among: OrderedDict[str, Any]) -> bool:
         """Whether it is; it then makes room after all others."""

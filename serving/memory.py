@@ -7,6 +7,7 @@ kept      beginnings that were read, and adapters that no row uses: they make ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ class Memory:
 
     def __init__(self, model: Any, max_bytes: float, prefixes: KeptPrefixes, experts: Experts) -> None:
         self._max_bytes = max_bytes
-        self._token_bytes = _token_bytes(model)
+        self._token_bytes = 0 if max_bytes == math.inf else _token_bytes(model)
         self._prefixes, self._experts = prefixes, experts
 
     def needed(self, rows: Sequence[Row]) -> int:
@@ -36,15 +37,18 @@ class Memory:
 
     def has_room(self, rows: Sequence[Row]) -> bool:
         """Whether the rows fit once nothing is kept beside them."""
-        return self.needed(rows) <= self._max_bytes
+        return self._max_bytes == math.inf or self.needed(rows) <= self._max_bytes
 
     def make_room(self, rows: Sequence[Row]) -> None:
         """Lets go of what is kept until it fits beside these rows."""
+        if self._max_bytes == math.inf:
+            # nothing is added up at each step of a server without a limit
+            return
         spare = self._max_bytes - self.needed(rows)
         kept: tuple[KeptPrefixes | Experts, ...] = (self._prefixes, self._experts)
         while sum(each.kept_bytes for each in kept) > spare:
             oldest = min(kept, key=lambda each: each.oldest)
-            if oldest.oldest == float("inf"):
+            if oldest.oldest == math.inf:
                 break
             oldest.drop_oldest()
 
