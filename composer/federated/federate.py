@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import loraweave.registry as registry
-from loraweave.common.checks import is_collection, is_whole
+from loraweave.common.checks import is_whole
 from loraweave.common.display import progress_bar
 from loraweave.common.options import Count, Positive, Share, Whole, check_options, options_of
 from loraweave.common.rows import GivenRows
@@ -23,7 +23,7 @@ from loraweave.composer.model.layers import require_model
 from loraweave.composer.train.adapters import read_rows, target_layers
 from loraweave.composer.train.rows import Judging
 from loraweave.composer.train.schedule import WARMUP_STEPS
-from loraweave.composer.train.settings import LoraSettings, read_tasks
+from loraweave.composer.train.settings import LoraSettings, read_endings, read_tasks
 from loraweave.errors import TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import fingerprint
@@ -107,15 +107,14 @@ def federate(
     backend needs a package that is not there, CompositionError for a value that is not a model.
     """
     require_model(model)
-    if not is_collection(target_modules) or not target_modules:
-        raise TrainingError(f"target_modules is {target_modules!r}; it must be a list of endings of module paths")
+    endings = read_endings(target_modules)
     lora: dict[str, Any] = {"rank": rank, "steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed, "warmup": warmup}
     round_by: dict[str, Any] = {"participation": participation, "min_clients": min_clients, "backend": backend}
     given = {**lora, **round_by, "rounds": rounds, "alpha": alpha}
     check_options("federate()", given, options_of(federate), error=TrainingError)
     chosen = _strategy(strategy, strategy_options or {})
     lora["alpha"] = 2.0 * rank if alpha is None else alpha
-    settings = LoraSettings(**lora, target_modules=tuple(target_modules))
+    settings = LoraSettings(**lora, target_modules=endings)
     tasks = read_tasks(clients)
     if min_clients > len(tasks):
         raise TrainingError(f"min_clients is {min_clients}, but there are {len(tasks)} clients: lower it")

@@ -15,7 +15,6 @@ from torch import nn
 
 import loraweave.registry as registry
 from loraweave.common.chat import prompt_json
-from loraweave.common.checks import is_collection
 from loraweave.common.display import progress_bar
 from loraweave.common.options import Count, Positive, Whole, check_options, options_of
 from loraweave.common.rows import GivenRows
@@ -30,7 +29,7 @@ from loraweave.composer.train.passes import lora_job
 from loraweave.composer.train.report import JobReport, TrainedAdapters
 from loraweave.composer.train.rows import HeldOut, Judging, can_be_packed, pack_task
 from loraweave.composer.train.schedule import WARMUP_STEPS
-from loraweave.composer.train.settings import LoraSettings, read_tasks
+from loraweave.composer.train.settings import LoraSettings, read_endings, read_tasks
 from loraweave.composer.train.shared import SharedPasses
 from loraweave.composer.train.state import load_adapter, save_adapter
 from loraweave.errors import AdapterUnsupported, TrainingError, UnknownName
@@ -93,14 +92,13 @@ def train_adapters(
     checkpoint that cannot be written, and a loss that is not finite (finished jobs stay in the checkpoint);
     BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that no task can start from.
     """
-    if not is_collection(target_modules) or not target_modules:
-        raise TrainingError(f"target_modules is {target_modules!r}; it must be a list of endings of module paths")
+    endings = read_endings(target_modules)
     lora: dict[str, Any] = {"rank": rank, "steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed, "warmup": warmup}
     shared_by: dict[str, Any] = {"jobs_per_batch": jobs_per_batch, "memory_bytes": memory_bytes}
     given = {**lora, **shared_by, "evaluate_every": evaluate_every, "patience": patience, "alpha": alpha}
     check_options("train_adapters()", given, options_of(train_adapters), error=TrainingError)
     lora["alpha"] = 2.0 * rank if alpha is None else alpha
-    settings = LoraSettings(**lora, target_modules=tuple(target_modules), linearized=linearized)
+    settings = LoraSettings(**lora, target_modules=endings, linearized=linearized)
     prepared = read_tasks(tasks)
     judging = Judging(held_out, evaluate_every, patience)
     judging.require({name: sum(len(task.examples) for task in parts) for name, parts in prepared.items()})

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 import torch
 from torch import Tensor
 
-from loraweave.common.checks import is_list
+from loraweave.common.checks import is_collection, is_list
 from loraweave.common.options import Count, NonNegative, Positive, Range, Whole, check_options, options_of
 from loraweave.composer.train.loss_identity import loss_identity
 from loraweave.composer.train.schedule import Pace
@@ -122,6 +122,13 @@ class LoraSettings(Pace):
     alpha: Positive = 16.0
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
     linearized: bool = False
+
+
+def read_endings(target_modules: Sequence[str]) -> tuple[str, ...]:
+    """Endings of module paths, for LoraSettings. Raises TrainingError for none, and for what is not a collection."""
+    if not is_collection(target_modules) or not target_modules:
+        raise TrainingError(f"target_modules is {target_modules!r}; it must be a list of endings of module paths")
+    return tuple(target_modules)
 
 
 def read_tasks(tasks: Mapping[str, Any]) -> dict[str, tuple[Task, ...]]:
