@@ -6,7 +6,7 @@
 A conversation that the base has read is judged by an adapter: what follows are the adapter's invocation tokens, at which an
 activated LoRA begins. It takes the base's keys and values of all before; a plain LoRA has other ones, and reads the whole
 prompt. The base itself, over its own cache, is the least that any can take. Before anything is measured, the first tokens
-over the cache have to be those of the whole prompt read anew.
+over the cache must be those of the whole prompt, read from its beginning.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ def main(
         answer: list[int] = output[0, prefix + asked :].tolist()
         return answer
 
-    anew = found("activated", False)
+    whole = found("activated", False)
     parted = generated({}) != generated({"cache": copy.deepcopy(shared)})
     require(
         [
-            Gate("activated over the cache and read anew", difference(found("activated", True), anew), LIMIT),
+            Gate("activated over the cache and the whole prompt", difference(found("activated", True), whole), LIMIT),
             Gate(f"of both, {NUM_NEW} tokens that differ", float(parted), 0.0),
-            changes("activated adapter", difference(anew, found(None, False))),
+            changes("activated adapter", difference(whole, found(None, False))),
         ]
     )
     ways = {
