@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkabl
 
 from loraweave.common.chat import Conversation, Prompt
 from loraweave.common.checks import one_or_many, require_whole
-from loraweave.common.rows import GivenRows, Row, read_rows
+from loraweave.common.rows import GivenRows, Row, read_asked, read_rows
 from loraweave.errors import InvalidTask
 
 if TYPE_CHECKING:
@@ -242,6 +242,8 @@ class AlongDirections(Protocol):
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor: ...
 
 
+# inputs that say nothing of their label
+NEUTRAL = ("N/A", "[MASK]", "")
 # what ends an answer of one line
 LINE = ("\n",)
 DEFAULT_TEMPLATE = "{instruction}\nInput: {input}\nOutput:"
@@ -261,7 +263,8 @@ class Task:
     first, each in the template with its answer; True shows the examples. A prompt never shows its own input, so that what is
     learned on an example is learned under the others (MetaICL, Min et al. 2022, arXiv 2110.15943). With `orders` answers are
     averaged over so many orders of the demonstrations, as probabilities. With `calibrated` the probability of a label is
-    divided by what it is for inputs that say nothing (Zhao et al. 2021, arXiv 2102.09690).
+    divided by its mean over some inputs: those given (Zhou et al. 2024, arXiv 2309.17249), or with True inputs that say
+    nothing (Zhao et al. 2021, arXiv 2102.09690).
 
     With `chat`, by default where the examples are messages, prompts are conversations in the tokenizer's chat template. They
     begin with `system`, by default what all rows have as the system's turn; where it is empty, an input has its own, if any.
@@ -278,7 +281,7 @@ class Task:
     template: str | None = field(default=None, kw_only=True)
     demonstrations: Sequence[tuple[Prompt, str]] | bool = field(default=(), kw_only=True)
     orders: int = field(default=1, kw_only=True)
-    calibrated: bool = field(default=False, kw_only=True)
+    calibrated: bool | Sequence[Prompt] = field(default=False, kw_only=True)
     stop: Sequence[str] | None = field(default=None, kw_only=True)
     chat: bool | None = field(default=None, kw_only=True)
     system: str | None = field(default=None, kw_only=True)
@@ -313,8 +316,10 @@ class Task:
         object.__setattr__(self, "stop", stop)
         if not all(isinstance(text, str) and text for text in stop):
             raise InvalidTask(f"stop is {self.stop!r:.80}; give the texts that end an answer, none of them empty")
+        if not isinstance(self.calibrated, bool):
+            object.__setattr__(self, "calibrated", tuple(map(self._as_kept, read_asked(self.calibrated))))
         if self.calibrated and not self.labels:
-            raise InvalidTask("calibrated=True divides the probabilities of labels, and the task has no labels")
+            raise InvalidTask("calibrated divides the probabilities of labels, and the task has no labels")
 
     @classmethod
     def of(cls, given: Task | GivenRows) -> Task:
@@ -337,6 +342,13 @@ class Task:
     def stops(self) -> tuple[str, ...]:
         """The texts that end an answer."""
         return cast(tuple[str, ...], self.stop)
+
+    @property
+    def neutral(self) -> tuple[Prompt, ...]:
+        """The inputs over which a label's mean probability is its prior; none where labels are ranked as they are."""
+        if isinstance(self.calibrated, bool):
+            return NEUTRAL if self.calibrated else ()
+        return tuple(self.calibrated)
 
     @property
     def answer_end(self) -> str | None:

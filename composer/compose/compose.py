@@ -71,11 +71,12 @@ def compose(
     base with the examples in every prompt, and "few_shot" a LoRA trained on the examples under such prompts (`steps`, `lr`).
     A router, by name and options, weighs every token; one that learns is trained on the examples for `steps` steps (by
     default a third of the budget) at the rate `lr`. A router object is used as it is.
-    `space` "deltas" mixes the adapters' updates, "factors" mixes A and B apart, as LoraHub's authors do; `merge_method` says
-    instead that weights are those of a merge by a name of `names("methods")`, with its default options. `objective` is a
-    name of `names("objectives")` or a function of (model, examples); "entropy" reads `inputs` without targets, by default
-    the examples' own. `l1` * mean|w|, `l2` * mean(w^2) and `sparsity` * the number of adapters used are added to it. Each
-    search has its own default objective, space and `l1`.
+    `space` "deltas" mixes the adapters' updates, "factors" mixes A and B apart, as LoraHub's authors do; `merge_method`
+    says instead that weights are those of a merge by a name of `names("methods")`, with its default options. `objective`
+    is a name of `names("objectives")` or a function of (model, examples); "entropy" reads `inputs` without targets, by
+    default the examples' own, and "auto" calibrates the labels of a task by the first 20 of them. `l1` * mean|w|, `l2` *
+    mean(w^2) and `sparsity` * the number of adapters used are added to it. Each search has its own default objective,
+    space and `l1`.
 
     The guard: a searched composition must do no worse on held-out examples than the base and the best single adapter, or
     the better of these two is returned. It is cross-validated over at most `folds` folds, 3 by default; each fold's search

@@ -121,4 +121,6 @@ def task_json(task: Task) -> dict[str, Any]:
     fields = {name: getattr(task, name) for name in TASK_FIELDS}
     for name in ("examples", "demonstrations"):
         fields[name] = [[prompt_json(asked), target] for asked, target in fields[name]]
+    if not isinstance(task.calibrated, bool):
+        fields["calibrated"] = [prompt_json(asked) for asked in task.calibrated]
     return {**fields, "chat": True, "system": task.system} if task.chat else fields

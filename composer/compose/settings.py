@@ -247,18 +247,18 @@ class Settings:
         loss = None
         if self.learns and not self.routes:
             loss = self.objective or ("cross_entropy" if self.method in OTHER_WAYS else solver_class(self.name).loss)
-        if self.inputs is not None and loss != "entropy":
+        if self.inputs is not None and loss != "entropy" and not (self.method == "auto" and task.labels):
             given = "a function" if callable(loss) else repr(loss)
             raise InvalidTask(
-                f"inputs without targets are for objective 'entropy', but method {self.name!r} has {given}: pass "
-                "objective='entropy', or leave inputs out"
+                "inputs without targets are for objective 'entropy', and for method 'auto' of a task with labels, but "
+                f"method {self.name!r} has {given}: pass objective='entropy', or leave inputs out"
             )
         if self.inputs is not None and not self.inputs:
             raise InvalidTask("inputs are []; give at least one text")
         # an objective given to a method that does not search must have a known name too
         if (name := loss if self.objective is None else self.objective) is not None and not callable(name):
             kind = get("objectives", name)
-            if loss is not None and self.inputs is None:
+            if loss is not None and (loss != "entropy" or self.inputs is None):
                 # the kind itself refuses tasks that it cannot score
                 kind(task)
 

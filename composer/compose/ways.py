@@ -25,6 +25,8 @@ EACH = 16
 TRAINS_FROM = 40
 # a single adapter of less than this share of the loss without adapters is taken as it is
 SURE = 0.5
+# at most as many inputs tell how likely a label is whatever the input
+CALIBRATING = 20
 # the search of "auto"; the other one where the objective has no gradients
 SEARCHES = ("gradient", "lorahub")
 
@@ -39,7 +41,8 @@ class Ways:
     def __init__(self, bench: Bench, settings: Settings, folds: Sequence[Split]) -> None:
         if settings.method == "auto" and bench.task.labels:
             # a label is not to win because the prompts make it likely whatever follows
-            bench = replace(bench, task=replace(bench.task, calibrated=True))
+            inputs = settings.inputs or [asked for asked, _ in bench.task.examples]
+            bench = replace(bench, task=replace(bench.task, calibrated=inputs[:CALIBRATING]))
         self._bench = bench
         self._settings = settings
         self._folds = folds

@@ -132,7 +132,7 @@ def predict_together(
     where the tasks are `calibrated`; decoding takes at each step the token of the highest average, which all rows of an
     input then go on from. `share` is that of `predict`.
     """
-    labels, neutral = tasks[0].labels, NEUTRAL if tasks[0].calibrated else ()
+    labels, neutral = tasks[0].labels, tasks[0].neutral
     prompts_MN = [[task.prompt(text) for text in (*inputs, *neutral)] for task in tasks]
     ids_MN = [prompt_ids(tokenizer, prompts) for prompts in prompts_MN]
     prefix = Prefixes.of(model, tokenizer, ids_MN) if share else None
@@ -158,15 +158,10 @@ def predict_together(
     return answers
 
 
-# inputs that say nothing of their label
-NEUTRAL = ("N/A", "[MASK]", "")
-
-
 def without_prior(log_p_MNL: Tensor, neutral_MCL: Tensor) -> Tensor:
-    """log of p / prior, scaled to sum 1 over the labels; the prior is the mean of p over neutral inputs.
+    """log of p / prior, scaled to sum 1 over the labels; the prior is the mean of p over C other inputs.
 
-    Contextual calibration (Zhao et al. 2021, arXiv 2102.09690): a label that a prompt makes likely whatever follows says
-    less.
+    A label that a prompt makes likely whatever follows says less (Zhao et al. 2021, arXiv 2102.09690).
     """
     prior_M1L = neutral_MCL.exp().mean(dim=1, keepdim=True)
     return (log_p_MNL - prior_M1L.log()).log_softmax(dim=-1)

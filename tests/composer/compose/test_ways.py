@@ -12,7 +12,6 @@ from rich.progress import Progress
 import loraweave as lw
 from loraweave.composer.compose import searched
 from loraweave.composer.compose.trained import FEW_SHOT, ORDERS
-from loraweave.composer.model.scoring import NEUTRAL
 from loraweave.errors import InvalidTask, ScopeError, UnknownName, WeightingError
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD")]
@@ -57,9 +56,11 @@ def test_the_members_are_what_their_methods_compose_alone(compose_on, task):
     )
 
 
-def test_its_answers_have_the_highest_average_probability(compose_on, tiny_llama, tokenizer):
+@pytest.mark.parametrize("given", [None, ["x y", "g", "h h"]])
+def test_its_answers_have_the_highest_average_probability(given, compose_on, tiny_llama, tokenizer):
     labels = ["ab", "ba", "c", "DD"]
-    found = compose_on(task=lw.Task(EXAMPLES, instruction="swap", labels=labels))
+    found = compose_on(task=lw.Task(EXAMPLES, instruction="swap", labels=labels), inputs=given)
+    others = given or [text for text, _ in EXAMPLES]
     inputs = ["e", "f g", "hh", "b"]
     p_NL = torch.zeros(len(inputs), len(labels), dtype=torch.float64)
     for member in found.members.values():
@@ -67,7 +68,7 @@ def test_its_answers_have_the_highest_average_probability(compose_on, tiny_llama
         with lw.Composer(tiny_llama, [member.adapter]).activate({member.adapter.name: 1.0}), torch.no_grad():
             for task in orders:
                 end = task.answer_end or tokenizer.eos_token
-                prior_L = sum(p_of(tiny_llama, tokenizer, task.prompt(text), labels, end) for text in NEUTRAL) / len(NEUTRAL)
+                prior_L = sum(p_of(tiny_llama, tokenizer, task.prompt(text), labels, end) for text in others) / len(others)
                 for number, text in enumerate(inputs):
                     ratio_L = p_of(tiny_llama, tokenizer, task.prompt(text), labels, end) / prior_L
                     p_NL[number] += ratio_L / ratio_L.sum() / len(orders)
@@ -95,6 +96,16 @@ def test_an_average_is_kept_whole(compose, tiny_llama, tokenizer, tmp_path):
     assert read.predict(["b", "x"]) == found.predict(["b", "x"])
     assert read.report == found.report
     assert read.mean_weights == pytest.approx(found.mean_weights)
+
+
+def test_the_inputs_that_calibrate_are_kept(compose_on, tiny_llama, tokenizer, tmp_path):
+    inputs = [f"x {number}" for number in range(25)]
+    found = compose_on(task=lw.Task(EXAMPLES, labels=["ab", "ba", "c", "DD"]), inputs=inputs)
+    found.save_pretrained(tmp_path / "kept")
+    read = lw.Composition.from_pretrained(tmp_path / "kept", tiny_llama, tokenizer)
+    assert [member.task.calibrated for member in read.members.values()] == [tuple(inputs[:20])] * 2
+    with pytest.raises(InvalidTask, match="for method 'auto' of a task with labels"):
+        compose_on(inputs=inputs)
 
 
 def test_an_average_has_no_adapter_and_says_where_one_is(compose, tmp_path):

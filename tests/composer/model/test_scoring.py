@@ -276,24 +276,27 @@ def test_labels_in_several_orders_have_the_average_of_their_probabilities(share,
 
 
 @pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize(
+    ("calibrated", "others"), [(True, ("N/A", "[MASK]", "")), (["one two", "nine", "four"], ("one two", "nine", "four"))]
+)
 @torch.no_grad()
-def test_calibrated_labels_are_divided_by_what_neutral_inputs_give_them(share, make_model, tokenizer):
+def test_calibrated_labels_are_divided_by_what_other_inputs_give_them(calibrated, others, share, make_model, tokenizer):
     model = make_model("llama", dtype=torch.float64)
     labels = ["1", "2", "3", "4", "five"]
     plain = Task(LONGER, labels=labels, template="{input}:", demonstrations=True, orders=2)
     inputs = ["five", "six and one", "two", "nine", "one", "four four"]
     p_NL = torch.zeros(len(inputs), len(labels), dtype=torch.float64)
     for each in plain.in_orders():
-        neutral = [each.prompt(text) for text in ("N/A", "[MASK]", "")]
+        neutral = [each.prompt(text) for text in others]
         prior_L = sum(p_of_labels(model, tokenizer, prompt, labels) for prompt in neutral) / 3
         for row, text in enumerate(inputs):
             ratio_L = p_of_labels(model, tokenizer, each.prompt(text), labels) / prior_L
             p_NL[row] += ratio_L / ratio_L.sum()
     expected = [labels[int(best)] for best in p_NL.argmax(dim=1)]
-    assert predict(model, tokenizer, replace(plain, calibrated=True), inputs, share=share) == expected
+    assert predict(model, tokenizer, replace(plain, calibrated=calibrated), inputs, share=share) == expected
     assert predict(model, tokenizer, plain, inputs, share=share) != expected
-    with pytest.raises(InvalidTask, match=r"calibrated=True .* no labels"):
-        Task(LONGER, calibrated=True)
+    with pytest.raises(InvalidTask, match=r"calibrated .* no labels"):
+        Task(LONGER, calibrated=calibrated)
 
 
 def p_of_labels(model, tokenizer, prompt, labels):
