@@ -263,8 +263,8 @@ class Task:
     first, each in the template with its answer; True shows the examples. A prompt never shows its own input, so that what is
     learned on an example is learned under the others (MetaICL, Min et al. 2022, arXiv 2110.15943). With `orders` answers are
     averaged over so many orders of the demonstrations, as probabilities. With `calibrated` the probability of a label is
-    divided by its mean over some inputs: those given (Zhou et al. 2024, arXiv 2309.17249), or with True inputs that say
-    nothing (Zhao et al. 2021, arXiv 2102.09690).
+    divided by its geometric mean over the inputs given, or with True by its mean over inputs that say nothing (contextual
+    calibration, Zhao et al. 2021, arXiv 2102.09690; Zhou et al. 2024, arXiv 2309.17249, average over inputs of the task).
 
     With `chat`, by default where the examples are messages, prompts are conversations in the tokenizer's chat template. They
     begin with `system`, by default what all rows have as the system's turn; where it is empty, an input has its own, if any.
@@ -345,7 +345,7 @@ class Task:
 
     @property
     def neutral(self) -> tuple[Prompt, ...]:
-        """The inputs over which a label's mean probability is its prior; none where labels are ranked as they are."""
+        """The inputs that tell the prior of each label; none where labels are ranked as they are."""
         if isinstance(self.calibrated, bool):
             return NEUTRAL if self.calibrated else ()
         return tuple(self.calibrated)

@@ -146,7 +146,9 @@ def predict_together(
             found_NL = label_scores(model, tokenizer, prompts, labels, ends=ends, prefix=prefix).double().cpu()
             log_p_MNL[:, chosen] = found_NL.view(len(tasks), len(chosen), -1)
         if neutral:
-            log_p_MNL = without_prior(log_p_MNL[:, : len(inputs)], log_p_MNL[:, len(inputs) :])
+            neutral_MCL = log_p_MNL[:, len(inputs) :]
+            prior_ML = neutral_MCL.exp().mean(dim=1).log() if tasks[0].calibrated is True else neutral_MCL.mean(dim=1)
+            log_p_MNL = without_prior(log_p_MNL[:, : len(inputs)], prior_ML)
         return [labels[int(best)] for best in log_average(log_p_MNL, share_M).argmax(dim=1)]
     averaged = [AveragedScores(share_M)] if len(tasks) > 1 else []
     answers = [""] * len(inputs)
@@ -158,13 +160,12 @@ def predict_together(
     return answers
 
 
-def without_prior(log_p_MNL: Tensor, neutral_MCL: Tensor) -> Tensor:
-    """log of p / prior, scaled to sum 1 over the labels; the prior is the mean of p over C other inputs.
+def without_prior(log_p_MNL: Tensor, log_prior_ML: Tensor) -> Tensor:
+    """log of p / prior, scaled to sum 1 over the labels.
 
     A label that a prompt makes likely whatever follows says less (Zhao et al. 2021, arXiv 2102.09690).
     """
-    prior_M1L = neutral_MCL.exp().mean(dim=1, keepdim=True)
-    return (log_p_MNL - prior_M1L.log()).log_softmax(dim=-1)
+    return (log_p_MNL - log_prior_ML[:, None]).log_softmax(dim=-1)
 
 
 class AveragedScores:

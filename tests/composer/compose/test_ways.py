@@ -68,7 +68,8 @@ def test_its_answers_have_the_highest_average_probability(given, compose_on, tin
         with lw.Composer(tiny_llama, [member.adapter]).activate({member.adapter.name: 1.0}), torch.no_grad():
             for task in orders:
                 end = task.answer_end or tokenizer.eos_token
-                prior_L = sum(p_of(tiny_llama, tokenizer, task.prompt(text), labels, end) for text in others) / len(others)
+                priors_CL = torch.stack([p_of(tiny_llama, tokenizer, task.prompt(text), labels, end) for text in others])
+                prior_L = priors_CL.prod(dim=0) ** (1 / len(others))
                 for number, text in enumerate(inputs):
                     ratio_L = p_of(tiny_llama, tokenizer, task.prompt(text), labels, end) / prior_L
                     p_NL[number] += ratio_L / ratio_L.sum() / len(orders)

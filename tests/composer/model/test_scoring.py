@@ -287,8 +287,8 @@ def test_calibrated_labels_are_divided_by_what_other_inputs_give_them(calibrated
     inputs = ["five", "six and one", "two", "nine", "one", "four four"]
     p_NL = torch.zeros(len(inputs), len(labels), dtype=torch.float64)
     for each in plain.in_orders():
-        neutral = [each.prompt(text) for text in others]
-        prior_L = sum(p_of_labels(model, tokenizer, prompt, labels) for prompt in neutral) / 3
+        neutral_CL = torch.stack([p_of_labels(model, tokenizer, each.prompt(text), labels) for text in others])
+        prior_L = neutral_CL.mean(dim=0) if calibrated is True else neutral_CL.prod(dim=0) ** (1 / len(others))
         for row, text in enumerate(inputs):
             ratio_L = p_of_labels(model, tokenizer, each.prompt(text), labels) / prior_L
             p_NL[row] += ratio_L / ratio_L.sum()
