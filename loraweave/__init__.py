@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         scale,
         subtract,
         subtract_general,
+        twin_merging,
         unlearn,
     )
     from loraweave.composer.merge.merge import merge
@@ -101,7 +102,7 @@ _MODULES = {
     "composer.harness": "evaluate_harness",
     "composer.live.fixed_shapes": "batch_invariant",
     "composer.merge.arithmetic": "add analogy byom clusters compeft ema flexlora_clients "
-    "genknowsub negate scale subtract subtract_general unlearn",
+    "genknowsub negate scale subtract subtract_general twin_merging unlearn",
     "composer.merge.merge": "merge",
     "composer.ensembles.ensemble": "ensemble",
     "composer.experts.make": "experts",
@@ -218,6 +219,7 @@ __all__ = [
     "train_encoder",
     "train_experts",
     "transfer",
+    "twin_merging",
     "unlearn",
     "verify_server",
 ]

@@ -21,8 +21,8 @@ InvalidLicense InvalidName InvalidTask LayerMismatch LoraweaveError MixtureWeigh
 Retriever Router ScopeError SearchFailed SourceUnavailable Statistics Task TrainingError UnknownExpert UnknownName
 WeightingError add analogy base_key batch_invariant byom clusters collect_statistics compeft compose ema ensemble
 evaluate_harness experts extract federate flexlora_clients genknowsub load_base merge names negate order parse rerank
-router scale study subtract subtract_general to_lora train_adapters train_encoder train_experts transfer unlearn
-verify_server
+router scale study subtract subtract_general to_lora train_adapters train_encoder train_experts transfer
+twin_merging unlearn verify_server
 """
 
 HEAVY = ("torch", "transformers", "peft", "sklearn", "faiss", "scipy", "cma", "matplotlib")

@@ -226,6 +226,33 @@ def genknowsub(
     return ExpertPool({name: subtract_general(pool[name], subtracted, name=name) for name in names})
 
 
+def twin_merging(
+    pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter],
+    shared: Adapter,
+    *,
+    rank: Count = 8,
+    progress: bool = True,
+) -> ExpertPool:
+    """{"shared": S, and by the name of each expert cut(D_e - S)}: what Twin-Merging mixes (Lu et al., arXiv 2406.15479).
+
+    S is what the experts have in common: any merge of them, such as `lw.merge(pool.adapters.values(), [0.3] * len(pool))`.
+    `rank` is that of each difference, whose largest singular values stay; as the released code's, it is 8 by default.
+    Router "twin_merging" weighs them for each text. Exclusive parts keep the description and the examples of their experts.
+
+    Raises WeightingError for a pool with a "shared" of its own and a rank below 1, and what `subtract` raises.
+    """
+    pool = ExpertPool.of(pool)
+    check_options("twin_merging", {"rank": rank}, {"rank": Count})
+    if "shared" in pool.names:
+        raise WeightingError("twin_merging() calls the common part 'shared', and the pool has an expert of that name")
+    parts = {"shared": replace(shared, name="shared")}
+    for name in tracked(pool.names, "subtracting", total=len(pool), shown=progress):
+        part = byom(subtract(pool[name], shared, name=name), rank)
+        told = {key: value for key, value in pool[name].card.items() if key in ("description", "examples")}
+        parts[name] = replace(part, card={**part.card, **told})
+    return ExpertPool(parts)
+
+
 # k of the published library of 256 tasks
 NUM_CLUSTERS = 10
 

@@ -223,6 +223,13 @@ def losses_of(logits_BKV: Tensor, targets_BK: Tensor) -> Tensor:
     return flat.view(targets_BK.shape)
 
 
+def entropies_of(logits_BKV: Tensor, targets_BK: Tensor) -> Tensor:
+    """entropy_BK of the predictions in nats, fp32 or better, 0 where the target is `IGNORED`."""
+    log_p_BKV = logits_BKV.to(torch.promote_types(logits_BKV.dtype, torch.float32)).log_softmax(dim=-1)
+    entropy_BK = -(log_p_BKV.exp() * log_p_BKV).sum(dim=-1)
+    return entropy_BK.masked_fill(targets_BK == IGNORED, 0.0)
+
+
 def mean_losses(model: Any, batch: TargetBatch) -> Tensor:
     """loss_B: the mean over a row's target tokens."""
     counts_B = (batch.targets_BK != IGNORED).sum(dim=1)

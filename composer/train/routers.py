@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loraweave.common.display import progress_bar
 from loraweave.common.randomness import seeded
-from loraweave.composer.model.batches import IGNORED, TargetBatch, batch, losses_of, target_logits, untouched
+from loraweave.composer.model.batches import IGNORED, TargetBatch, batch, entropies_of, losses_of, target_logits, untouched
 from loraweave.composer.train.checkpointed_blocks import checkpointed_blocks
 from loraweave.composer.train.progress import TrainingProgress
 from loraweave.composer.train.rows import Owners, RowReader, TrainingRow
@@ -124,8 +124,9 @@ class RouterSteps:
 
     def _losses(self, number: int, inputs: TargetBatch) -> Tensor:
         """loss_BK of each target token. Where the head is a routed layer, it sees all tokens that the others see."""
+        of = entropies_of if self._settings.loss == "entropy" else losses_of
         with self._progress.finite_weights(number):
-            return losses_of(target_logits(self._model, inputs, whole=self._head_is_routed), inputs.targets_BK)
+            return of(target_logits(self._model, inputs, whole=self._head_is_routed), inputs.targets_BK)
 
     def _terms(self, step: Step) -> dict[str, Tensor]:
         """The router's own terms, and those of the settings, with their coefficients."""

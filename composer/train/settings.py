@@ -108,10 +108,14 @@ class RouterSettings(TrainingSettings):
 
     `balance` times the balance loss is added to the loss: it is 1 where all experts get alike, E where one of E gets all. So
     is `z` times the mean squared logarithm of the scores' partition sum, which keeps scores small. 0.01 and 0.001 are usual.
+
+    `loss` "entropy" is that of the predictions at the places of the targets, whatever these are: rows need no labels, only
+    answers, such as the model's own.
     """
 
     balance: NonNegative = 0.0
     z: NonNegative = 0.0
+    loss: Literal["targets", "entropy"] = "targets"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -176,6 +177,12 @@ class Members:
         stored = data["fingerprint"]
         known = None if stored is None else Fingerprint.from_json(stored)
         return cls(names, hashes, str(data["base_model"]), known, MappingProxyType(layers))
+
+
+def most_frequent_size(members: Members) -> int:
+    """Of the layers' inputs and outputs; the smallest of several."""
+    counts = Counter(size for layer in members.layers.values() for size in (layer.num_inputs, layer.num_outputs))
+    return min(size for size, count in counts.items() if count == max(counts.values()))
 
 
 def _omit(values: tuple[str, ...], place: int) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -102,13 +102,15 @@ def block_of(layer: str) -> str | None:
 class BlockInput:
     """The hidden states that a running block was given, and what routers keep of them until it has run.
 
-    `beside` are the addresses of other tensors that it was given, such as an encoder's states.
+    `beside` are the addresses of other tensors that it was given, such as an encoder's states; `outer` is what the block was
+    given that it lies in, of those that are watched.
     """
 
     block: str
     x_BTI: Tensor
     beside: frozenset[int]
     kept: WeakKeyDictionary[object, Any] = field(default_factory=WeakKeyDictionary)
+    outer: BlockInput | None = None
 
 
 # of the running call, in each thread; autograd's own has it while it runs a block again
@@ -117,16 +119,18 @@ _RUNNING: ContextVar[BlockInput | None] = ContextVar("loraweave_block_input", de
 
 def running(given: BlockInput) -> AbstractContextManager[None]:
     """The block runs inside."""
-    return holding(_RUNNING, given)
+    return holding(_RUNNING, replace(given, outer=_RUNNING.get()))
 
 
-def running_block(router: str, layer: str, x_BTI: Tensor) -> BlockInput:
-    """What the layer's block was given.
+def running_block(router: str, layer: str, x_BTI: Tensor, block: str | None = None) -> BlockInput:
+    """What the layer's block was given, or another watched module by its path that the layer lies in.
 
     Raises ScopeError outside a call of the block, and for a layer whose input x_BTI is not of the block's tokens.
     """
-    found, block = _RUNNING.get(), block_of(layer)
-    if found is None or found.block != block:
+    found, block = _RUNNING.get(), block or block_of(layer)
+    while found is not None and found.block != block:
+        found = found.outer
+    if found is None:
         raise ScopeError(
             f"router {router!r} looks at the input of {block!r}, but layer {layer!r} ran in no call of it: call the model "
             "itself rather than a part of it, and not one that torch.compile made"

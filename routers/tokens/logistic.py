@@ -47,7 +47,7 @@ class Logistic(TextRouter):
         self.register_buffer("coefficients_", torch.empty(0))
         self.register_buffer("intercepts_", torch.empty(0))
         if (given := Members.pool_of(pool)) is not None:
-            texts = read_expert_texts(self.name, given, examples, template)
+            texts = read_expert_texts(self.name, given.subset(self.chosen), examples, template)
             if examples is not None or any(texts.values()):
                 self._learn(texts)
 
@@ -62,6 +62,11 @@ class Logistic(TextRouter):
         self._learn({name: prompt_texts(engine.tokenizer, given) for name, given in read_prompts(dataset).items()})
         return self
 
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The experts among which a text chooses."""
+        return self.experts
+
     def weights_of(self, vectors_ND: Tensor) -> Tensor:
         logits_NE = vectors_ND @ self.coefficients_.double().T + self.intercepts_.double()
         if self.form == "probabilities":
@@ -69,8 +74,8 @@ class Logistic(TextRouter):
         return torch.zeros_like(logits_NE).scatter(1, logits_NE.argmax(dim=1, keepdim=True), 1.0).float()
 
     def _learn(self, texts: Mapping[str, Sequence[str]]) -> None:
-        self.require_of_each(texts, "examples")
-        of_expert = [self.vectors(texts[name]) for name in self.experts]
+        self.require_of_each(texts, "examples", self.chosen)
+        of_expert = [self.vectors(texts[name]) for name in self.chosen]
         expert_N = torch.tensor([place for place, rows in enumerate(of_expert) for _ in rows])
         self.coefficients_, self.intercepts_ = _fit(torch.cat(of_expert), expert_N, self.inverse_penalty)
         self.remember_embedder()

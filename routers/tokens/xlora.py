@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import pairwise
@@ -20,7 +19,7 @@ from loraweave.routers.combined import under
 from loraweave.routers.tokens._caches import BesideCache
 from loraweave.routers.tokens._call import asked_of_head
 from loraweave.routers.tokens._learned import LearnedRouter
-from loraweave.routers.tokens._members import Members
+from loraweave.routers.tokens._members import Members, most_frequent_size
 from loraweave.routers.tokens._model import last_hidden
 from loraweave.routers.tokens._scores import top_k_softmax
 from loraweave.routers.tokens._to_peft import write_xlora
@@ -82,7 +81,7 @@ class Xlora(LearnedRouter):
         self.softmax = softmax
         self.scaling_pass_value = scaling_pass_value
         self.global_scaling = global_scaling
-        self.hidden_size = _most_frequent_size(self.members) if hidden_size is None else hidden_size
+        self.hidden_size = most_frequent_size(self.members) if hidden_size is None else hidden_size
         # what sums to something else says so
         if softmax == "none" or global_scaling != 1 or (softmax == "all" and top_k is not None):
             self.simplex = False
@@ -197,9 +196,3 @@ class _OfCall:
         noted_BTE, w_BTE = self._of_group[group]
         self._router.note(layer, self._scores_BTGE[:, :, group], noted_BTE)
         return asked_of_head(w_BTE, x_BTI.shape[1], self._logits_to_keep)
-
-
-def _most_frequent_size(members: Members) -> int:
-    """Of the layers' inputs and outputs; the smallest of several."""
-    counts = Counter(size for layer in members.layers.values() for size in (layer.num_inputs, layer.num_outputs))
-    return min(size for size, count in counts.items() if count == max(counts.values()))

@@ -28,6 +28,9 @@ NEEDED = {
     "similarity": {"embedder": "hashing"},
     "logistic": {"embedder": "hashing"},
     "hilora": {"embedder": "hashing"},
+    # gates of more than one kind of module
+    "wemoe": {"gated": ("mlp", "self_attn")},
+    "twin_merging": {"embedder": "hashing", "shared": "a"},
     "lorauter": {
         "embedder": "hashing",
         "tasks": {"first": ["f j l"], "second": ["e e e", "f e"]},
