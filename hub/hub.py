@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,8 @@ class Hub(CompositionShelf):
     def __init__(self, path: str | Path, *, blobs: str | Path | None = None, timeout_s: float = 30.0) -> None:
         folder, catalogue, self._blobs = open_stores(path, blobs, timeout_s)
         super().__init__(folder, catalogue)
+        # what another process opens it by
+        self._address = _absolute(path), None if blobs is None else _absolute(blobs)
         try:
             if self._catalogue.writable:
                 with storage_errors(self._catalogue.where, "opening the hub"):
@@ -65,6 +68,10 @@ class Hub(CompositionShelf):
         except BaseException:
             self.close()
             raise
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a hub travels as its address; a process opens each once
+        return _opened, self._address
 
     def discover(
         self,
@@ -415,6 +422,15 @@ class Hub(CompositionShelf):
                 if found == row:
                     raise
                 row = found
+
+
+def _absolute(place: str | Path) -> str:
+    return str(place) if "://" in str(place) else str(Path(place).absolute())
+
+
+@lru_cache(maxsize=8)
+def _opened(path: str, blobs: str | None) -> Hub:
+    return Hub(path, blobs=blobs)
 
 
 class Candidates(list[Candidate]):

@@ -18,11 +18,13 @@ from loraweave.common.chat import prompt_json
 from loraweave.common.display import progress_bar
 from loraweave.common.options import Count, Positive, Whole, check_options, options_of
 from loraweave.common.rows import GivenRows
+from loraweave.common.spread import processes_here
 from loraweave.common.state import checkpoint_folder
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.model.batches import EncodedRow, untouched
 from loraweave.composer.model.kinds.linear import shape as linear_shape
 from loraweave.composer.model.scoring import encode_pairs
+from loraweave.composer.train.groups import train_groups
 from loraweave.composer.train.jobs import LoraJob, PlannedJob, TrainingJob
 from loraweave.composer.train.ordered._course import Course
 from loraweave.composer.train.passes import lora_job
@@ -35,6 +37,7 @@ from loraweave.composer.train.state import load_adapter, save_adapter
 from loraweave.errors import AdapterUnsupported, TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import fingerprint
+from loraweave.hub.hub import Hub
 from loraweave.hub.pool import require_everywhere
 from loraweave.types import Fingerprint, Task
 
@@ -62,6 +65,8 @@ def train_adapters(
     patience: Count | None = None,
     memory_bytes: Count | None = None,
     checkpoint: str | Path | None = None,
+    hub: Hub | None = None,
+    n_jobs: int | None = None,
     progress: bool | Progress = True,
 ) -> TrainedAdapters:
     """{task name: Adapter}, in the order of `tasks`; the loss is the mean over target tokens, the base stays as it is.
@@ -84,12 +89,18 @@ def train_adapters(
     `LinearizedJob`): what tasks with a common beginning learn superposes exactly in each layer, at any weights. Tasks
     without a start share one fixed a; one with a start has twice its rank; `tangent(adapter, start)` is what it learned.
 
+    With `n_jobs` workers (-1: all cores), or those that `joblib.parallel_config` names, processes of this machine, of Ray or
+    of Dask train groups of jobs, to the same bits for any number of workers (docs/howto/many_machines.md). They load the
+    model by its name, and each may take `memory_bytes`. A `hub` gets the adapters of a group when it ends, and what it has
+    of the very same training is not trained again.
+
     With `continual`, a way of `lw.names("continual")` (docs/continual.md) and its `continual_options`, tasks are trained one
     after the other; a task's adapter is the whole model after it, and `start` can only have the first task's.
 
     Raises InvalidTask for unusable examples, UnknownName when no layer matches `target_modules` or no task a name in `start`
     or `held_out`, BudgetExceeded for a task that alone exceeds the memory, TrainingError for settings out of range, a
-    checkpoint that cannot be written, and a loss that is not finite (finished jobs stay in the checkpoint);
+    checkpoint that cannot be written, and a loss that is not finite (finished jobs stay in the checkpoint); WorkersFailed
+    for workers that cannot be had or were lost, AdapterExists for a name that the hub has for something else;
     BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that no task can start from.
     """
     endings = read_endings(target_modules)
@@ -103,7 +114,10 @@ def train_adapters(
     judging = Judging(held_out, evaluate_every, patience)
     judging.require({name: sum(len(task.examples) for task in parts) for name, parts in prepared.items()})
     options = dict(continual_options or {})
-    _require_way(continual, options, prepared, start or {}, linearized, held_out is not None or memory_bytes is not None)
+    beside = {"held_out": held_out, "memory_bytes": memory_bytes, "hub": hub, "n_jobs": n_jobs}
+    _require_way(continual, options, prepared, start or {}, linearized, beside)
+    if hub is not None and not isinstance(hub, Hub):
+        raise TrainingError(f"hub is {hub!r:.60}; pass a Hub that takes the adapters, or None")
     begins = require_startable(model, tasks, start or {})
     layers = target_layers(model, settings.target_modules) if continual is not None or len(begins) < len(tasks) else {}
     rows, held_out_rows = read_rows(model, tokenizer, prepared, judging, seed)
@@ -111,11 +125,37 @@ def train_adapters(
     with untouched(model), progress_bar(progress, field="loss") as bar:
         if continual is None:
             shared = SharedPasses(model, tokenizer, bar, folder=folder, **shared_by)
-            return Apart(shared, settings, layers, prepared, rows, held_out_rows, begins, base).train()
+            apart = Apart(shared, settings, layers, prepared, rows, held_out_rows, begins, base)
+            if hub is None and processes_here(n_jobs) is None:
+                return apart.train()
+            return _in_groups(apart, judging, hub, n_jobs)
         alone, begin = {name: parts[0] for name, parts in prepared.items()}, begins.get(next(iter(tasks)))
         on = model, tokenizer, settings, bar, layers
         course = Course(continual, options, *on, alone, rows, begin, base, jobs_per_batch, folder)
         return TrainedAdapters(registry.get("continual", continual)(course, **options))
+
+
+def _in_groups(apart: Apart, judging: Judging, hub: Hub | None, n_jobs: int | None) -> TrainedAdapters:
+    """Groups of jobs, each trained by a call of its own, here or by a worker."""
+    shared, each = apart.shared, isinstance(judging.held_out, Mapping)
+    by_name: dict[str, Any] = {
+        "tasks": apart.tasks,
+        "start": apart.begins,
+        **({"held_out": judging.held_out} if each else {}),
+    }
+    options = {
+        **asdict(apart.settings),
+        "jobs_per_batch": shared.jobs_per_batch,
+        "memory_bytes": shared.memory_bytes,
+        **({} if each else {"held_out": judging.held_out}),
+        "evaluate_every": judging.every,
+        "patience": judging.patience,
+        "checkpoint": shared.folder,
+    }
+    planned = [apart.plan(name) for name in apart.tasks]
+    keys = {name: apart.key(name) for name in apart.tasks}
+    on = shared.model, shared.tokenizer, planned, keys
+    return train_groups(train_adapters, *on, by_name, options, hub=hub, n_jobs=n_jobs, bar=shared.bar)
 
 
 def read_rows(
@@ -138,7 +178,7 @@ def _require_way(
     prepared: Mapping[str, Sequence[Task]],
     start: Mapping[str, Adapter],
     linearized: bool,
-    scheduled: bool,
+    beside: Mapping[str, Any],
 ) -> None:
     """Raises UnknownName for an unknown way, TrainingError for an option that the way does not take."""
     if way is None:
@@ -149,8 +189,8 @@ def _require_way(
         raise TrainingError(f"continual={way!r} trains on one task at a time, and {several[0]!r} is a list of tasks")
     if linearized:
         raise TrainingError(f"continual={way!r} trains adapters that are not linearized: pass one of both")
-    if scheduled:
-        raise TrainingError(f"continual={way!r} has neither held_out nor memory_bytes: leave them out")
+    if given := [option for option, value in beside.items() if value is not None]:
+        raise TrainingError(f"continual={way!r} takes none of {', '.join(beside)}: leave out {given[0]}")
     known = options_of(registry.get("continual", way), after=1)
     check_options(f"continual {way!r}", options, known, error=TrainingError)
     first = next(iter(prepared))
@@ -205,13 +245,12 @@ class Apart:
             if folder is not None:
                 save_adapter(folder, key, finished[job.name])
 
-        report = self.shared.train(self.rows, self._plan, self._key, load, save)
-        # an adapter that another version has finished says nothing of its training
-        told = {name: finished[name].card["training"] for name in self.rows if "training" in finished[name].card}
-        report.jobs = {name: JobReport.from_json(values) for name, values in told.items()}
-        return TrainedAdapters({name: finished[name] for name in self.rows}, report)
+        report = self.shared.train(self.rows, self.plan, self.key, load, save)
+        adapters = {name: finished[name] for name in self.rows}
+        report.note_jobs(adapters)
+        return TrainedAdapters(adapters, report)
 
-    def _plan(self, name: str) -> PlannedJob:
+    def plan(self, name: str) -> PlannedJob:
         settings = self.settings
         start = self.begins[name].layers if name in self.begins else None
         make = partial(lora_job, self.shared.model, name, self.layers, settings, start)
@@ -229,7 +268,7 @@ class Apart:
         card = {"recipe": recipe, "training": report.to_json()}
         return Adapter(job.name, self.shared.model.name_or_path, job.result(), self.base, card)
 
-    def _key(self, name: str) -> str:
+    def key(self, name: str) -> str:
         """Of all that a task's adapter depends on."""
         (task, *others), begin = self.tasks[name], self.begins.get(name)
         examples = [[prompt_json(asked), target] for asked, target in task.examples]

@@ -50,6 +50,11 @@ class SharedReport:
     estimated_bytes: int = 0
     peak_bytes: int | None = None
 
+    def note_jobs(self, adapters: Mapping[str, Adapter]) -> None:
+        """Takes the jobs from the adapters' cards; one that another version has finished says nothing of its training."""
+        told = {name: each.card["training"] for name, each in adapters.items() if "training" in each.card}
+        self.jobs = {name: JobReport.from_json(values) for name, values in told.items()}
+
     @property
     def tokens_per_second(self) -> float:
         return self.num_tokens / self.seconds if self.seconds else 0.0

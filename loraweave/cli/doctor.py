@@ -17,12 +17,14 @@ from loraweave.cli._printing import note, print_json, print_rows
 DOCTOR_EXAMPLE = "Example: loraweave doctor --json"
 # what each extra is for; engines, docs, test and dev are for those who change this package
 EXTRAS = {
+    "dask": "work spread over a Dask cluster (joblib.parallel_config)",
     "flower": "lw.federate with backend='flower'",
     "gguf": "the embedded base model, and exports for llama.cpp",
     "harness": "loraweave eval --harness (lm_eval)",
     "plot": "plots of searches, weights and trainings",
     "postgres": "a hub in PostgreSQL",
     "privacy": "lw.federate with strategy='dp_lora' (opacus)",
+    "ray": "work spread over a Ray cluster (joblib.parallel_config)",
     "remote": "a hub's files on S3",
     "search": "LoraHub's original search (nevergrad)",
     "serve": "loraweave serve and ui",

@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -378,3 +379,17 @@ def test_what_is_not_ternary_is_refused_in_that_form_and_nothing_is_written(hub)
         hub.add(adapter(0), stored_as="zip")
     assert len(hub) == 0
     assert not files(hub)
+
+
+def test_a_hub_travels_as_its_address_which_a_process_opens_once(hub, monkeypatch):
+    hub.add(adapter(1, "a"))
+    monkeypatch.chdir(hub.path.parent)
+    with Hub(hub.path.name) as relative:
+        sent = pickle.dumps(relative)
+    assert len(sent) < 500
+    monkeypatch.chdir("/")
+    arrived = pickle.loads(sent)
+    assert arrived.path == hub.path
+    assert arrived["a"].hash == hub["a"].hash
+    assert pickle.loads(sent) is arrived
+    arrived.close()

@@ -1,0 +1,91 @@
+"""A base model as what it was loaded from: what a worker gets in place of a model, and loads once in its process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from loraweave.errors import BaseModelMismatch
+from loraweave.hub.base import base_config, load_base
+
+# what a config says of the place and the library that it came from
+PLACES = ("_name_or_path", "_commit_hash", "transformers_version")
+
+
+@dataclass(frozen=True)
+class BaseReference:
+    """The base named `name`, at `place`, whose weights, config and vocabulary have this `digest`.
+
+    It travels without the model; in the process where it was made `load` gives the very same one.
+    """
+
+    name: str
+    place: str
+    revision: str | None
+    dtype: str
+    attention: str | None
+    device: str
+    digest: str
+    held: tuple[Any, Any] | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any) -> Self:
+        """Raises BaseModelMismatch for a model that has no folder or id to load it from."""
+        name = str(getattr(model, "name_or_path", "") or "")
+        place = str(Path(name).absolute()) if name and Path(name).is_dir() else name
+        try:
+            base_config(place)
+        except BaseModelMismatch as error:
+            raise BaseModelMismatch(
+                f"workers load the base model by its name, and {name!r} is none that can be loaded: save_pretrained() model "
+                "and tokenizer to a folder that all workers see, and lw.load_base() it from there"
+            ) from error
+        revision = None if place != name else getattr(model.config, "_commit_hash", None)
+        attention = getattr(model.config, "_attn_implementation", None)
+        dtype, device = str(model.dtype).removeprefix("torch."), str(model.device)
+        return cls(name, place, revision, dtype, attention, device, _digest(model, tokenizer), (model, tokenizer))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name, self.place, self.revision, self.dtype, self.attention, self.device, self.digest)
+
+    def load(self) -> tuple[Any, Any]:
+        """(model, tokenizer), read once by a process. Raises BaseModelMismatch where the place now has something else."""
+        return _loaded(self) if self.held is None else self.held
+
+
+@lru_cache(maxsize=1)
+def _loaded(reference: BaseReference) -> tuple[Any, Any]:
+    model, tokenizer = load_base(
+        reference.place,
+        dtype=getattr(torch, reference.dtype),
+        device=None if reference.device == "cpu" else reference.device,
+        attn_implementation=reference.attention,
+        revision=reference.revision,
+    )
+    # what adapters record as their base
+    model.config.name_or_path = model.name_or_path = reference.name
+    if (found := _digest(model, tokenizer)) != reference.digest:
+        raise BaseModelMismatch(
+            f"the base model that a worker loads from {reference.place!r} is not the one at hand (digest {found[:12]}, not "
+            f"{reference.digest[:12]}): its weights, config or tokenizer were changed since; save both, and load them again"
+        )
+    return model, tokenizer
+
+
+def _digest(model: Any, tokenizer: Any) -> str:
+    """SHA-256 of the weights, bit by bit, of the config but for places, and of the tokenizer's vocabulary and template."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    said = {key: value for key, value in model.config.to_dict().items() if key not in PLACES}
+    special = [getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
+    about = [said, sorted(tokenizer.get_vocab().items()), special, getattr(tokenizer, "chat_template", None)]
+    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+    return digest.hexdigest()

@@ -1,0 +1,314 @@
+"""Independent pieces of work on the workers that joblib names: processes of this machine, or a cluster of Ray or Dask.
+
+Where pieces run is joblib's to say, as in scikit-learn: `n_jobs=`, or `with joblib.parallel_config(backend="dask"):`. They
+are handed out by the backend's own executor and not by `joblib.Parallel`, which ends all pieces when one worker is lost
+(https://joblib.readthedocs.io/en/stable/generated/joblib.parallel_config.html names the backends).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import joblib
+import torch
+from joblib.externals.loky import ProcessPoolExecutor
+from joblib.parallel import get_active_backend
+from rich.progress import Progress
+
+from loraweave.errors import WorkersFailed
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# workers that a piece may lose before it is given up: it may be what kills them
+TRIES = 5
+# how long a number of workers is believed
+COUNTED_S = 2.0
+# pieces that lie ready for each worker of a cluster, so that none waits for the network
+READY = 2
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Why a piece has no result: what it raised, or WorkersFailed where its workers were lost."""
+
+    error: Exception
+
+
+class Workers(Protocol):
+    """Where pieces run; `room` is how many may be under way now."""
+
+    @property
+    def room(self) -> int: ...
+
+    def submit(self, call: Callable[[], Any]) -> Future[Any]: ...
+
+    def close(self) -> None: ...
+
+
+def processes_here(n_jobs: int | None) -> int | None:
+    """How many processes of this machine would work at once: 1 where only this one or a cluster does.
+
+    None where neither `n_jobs` nor joblib.parallel_config asks for anything. Raises WorkersFailed for a number that is none,
+    and for a backend that pieces cannot be spread over.
+    """
+    backend, asked = _asked(n_jobs)
+    kind = _kind(backend)
+    if kind in CLUSTERS:
+        return 1
+    if kind == "SequentialBackend":
+        return None if n_jobs is None else 1
+    if asked is None or asked > 0:
+        return asked
+    # as many as have cores for their threads; -2 leaves one of them out
+    every: int = joblib.cpu_count() // torch.get_num_threads()
+    return max(1, every + 1 + asked)
+
+
+def spread(
+    work: Callable[[Item], Result],
+    pieces: Mapping[str, Item],
+    *,
+    n_jobs: int | None,
+    label: str,
+    bar: Progress,
+) -> Iterator[tuple[str, Result | Failed]]:
+    """(name, work(piece)) of every piece as each ends, or why it failed; in this process and in order unless spread.
+
+    `work` and the pieces are pickled. A worker has as many threads of torch as this process, and runs one piece at a time,
+    so that a result has the bits that it has here. A piece whose worker dies runs again on another, at most TRIES times, and
+    costs the others nothing: what it writes must be the same, and whole, when it is written twice. Leaving the iteration
+    ends what runs. Raises WorkersFailed as `processes_here` does.
+    """
+    workers = _workers(n_jobs)
+    shown = bar.add_task(label, total=len(pieces), loss="", left="")
+    if workers is None:
+        for name, piece in pieces.items():
+            bar.update(shown, description=f"{label} {name}")
+            yield name, _attempt(work, piece)
+            bar.advance(shown)
+        return
+    waiting, tries = deque(pieces), Counter[str]()
+    running: dict[Future[Any], str] = {}
+    call = partial(_carry_out, work, torch.get_num_threads())
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers.room:
+                name = waiting.popleft()
+                running[workers.submit(partial(call, pieces[name]))] = name
+            bar.update(shown, description=f"{label} {_listed(running.values())}")
+            for future in wait(running, timeout=COUNTED_S, return_when=FIRST_COMPLETED).done:
+                name = running.pop(future)
+                lost = future.exception()
+                tries[name] += 1
+                if lost is not None and tries[name] < TRIES:
+                    logger.warning("%s: the worker of %s is lost (%s); another takes it", label, name, _line(lost))
+                    waiting.appendleft(name)
+                    continue
+                yield name, future.result() if lost is None else Failed(_given_up(name, lost))
+                bar.advance(shown)
+    finally:
+        workers.close()
+
+
+def require_all(outcomes: Mapping[str, Any]) -> None:
+    """Raises the error of the first piece that failed, with a note of the others that did."""
+    failed = {name: each.error for name, each in outcomes.items() if isinstance(each, Failed)}
+    for name, error in failed.items():
+        error.add_note(f"this was piece {name!r} of {len(outcomes)}; the same call runs what failed again")
+        for other, why in failed.items():
+            if other != name:
+                error.add_note(f"{other!r} failed, too: {type(why).__name__}: {why}")
+        raise error
+
+
+def _listed(names: Any) -> str:
+    first, *others = [*names] or [""]
+    return f"{first} and {len(others)} more" if others else first
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
+def _given_up(name: str, lost: BaseException) -> WorkersFailed:
+    return WorkersFailed(
+        f"piece {name!r} was given up after {TRIES} workers were lost with it ({_line(lost)}): look for too little memory, "
+        "or a library that crashes; n_jobs=1 runs it in this process"
+    )
+
+
+# threads of one worker share its model
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def _carry_out(work: Callable[[Item], Result], threads: int, piece: Item) -> Result | Failed:
+    """What a worker does with a piece."""
+    with _ONE_AT_A_TIME:
+        # sums of another number of threads round otherwise
+        torch.set_num_threads(threads)
+        return _attempt(work, piece)
+
+
+def _attempt(work: Callable[[Item], Result], piece: Item) -> Result | Failed:
+    try:
+        # a piece spreads nothing itself
+        with joblib.parallel_config(backend="sequential"):
+            return work(piece)
+    except Exception as error:
+        try:
+            # an error whose parts cannot travel would look like a lost worker
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            return Failed(RuntimeError(f"{type(error).__name__}: {error}"))
+        return Failed(error)
+
+
+def _asked(n_jobs: int | None) -> tuple[Any, int | None]:
+    """joblib's backend, and the number of workers that the call or joblib's configuration names."""
+    backend, said = get_active_backend()
+    if n_jobs is not None and (isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs == 0):
+        raise WorkersFailed(f"n_jobs is {n_jobs!r:.40}: give a number of workers, -1 for all there are, or None")
+    return backend, said if n_jobs is None else n_jobs
+
+
+CLUSTERS = ("DaskDistributedBackend", "RayBackend")
+HERE = ("LokyBackend", "SequentialBackend")
+
+
+def _kind(backend: Any) -> str:
+    """The name of the backend's class, or of the known one that it extends: Ray's and Dask's may not be installed."""
+    names = [kind.__name__ for kind in type(backend).__mro__]
+    for name in names:
+        if name in (*CLUSTERS, *HERE):
+            return name
+    raise WorkersFailed(
+        f"pieces cannot be spread over joblib's {names[0]}: threads would share one model, and other pools do not outlive a "
+        'lost process; name "loky", "dask" or "ray"'
+    )
+
+
+def _workers(n_jobs: int | None) -> Workers | None:
+    """None where this process does all."""
+    backend, asked = _asked(n_jobs)
+    most = asked if asked is not None and asked > 0 else None
+    match _kind(backend):
+        case "DaskDistributedBackend":
+            return _Dask(backend, most)
+        case "RayBackend":
+            return _Ray(backend, most)
+        case "LokyBackend" if (number := processes_here(n_jobs) or 1) > 1:
+            return _Processes(number)
+    return None
+
+
+class _Processes:
+    """Processes of this machine. Each has an executor of its own, since one that lost a process ends all of its others."""
+
+    def __init__(self, number: int) -> None:
+        self.room = number
+        self._idle: list[ProcessPoolExecutor] = []
+        self._busy: dict[Future[Any], ProcessPoolExecutor] = {}
+
+    def submit(self, call: Callable[[], Any]) -> Future[Any]:
+        for future, executor in [pair for pair in self._busy.items() if pair[0].done()]:
+            del self._busy[future]
+            if future.exception() is None:
+                self._idle.append(executor)
+            else:
+                executor.shutdown(wait=False, kill_workers=True)
+        executor = self._idle.pop() if self._idle else ProcessPoolExecutor(max_workers=1)
+        begun: Future[Any] = executor.submit(call)
+        self._busy[begun] = executor
+        return begun
+
+    def close(self) -> None:
+        for executor in (*self._idle, *self._busy.values()):
+            executor.shutdown(wait=False, kill_workers=True)
+
+
+class _Counted:
+    """A cluster, whose workers are counted anew every now and then, since they come and go."""
+
+    def __init__(self, count: Callable[[], int], most: int | None) -> None:
+        self._count, self._most = count, most
+        self._known, self._counted = 0, 0.0
+
+    @property
+    def room(self) -> int:
+        if self._most is not None:
+            return self._most
+        if time.monotonic() - self._counted > COUNTED_S or not self._known:
+            self._known, self._counted = self._count(), time.monotonic()
+        return READY * max(1, self._known)
+
+
+class _Dask(_Counted):
+    """The workers of a Dask client; the scheduler itself moves what a lost worker had."""
+
+    def __init__(self, backend: Any, most: int | None) -> None:
+        super().__init__(lambda: sum(backend.client.ncores().values()), most)
+        self._executor = backend.client.get_executor(pure=False, **backend.submit_kwargs)
+
+    def submit(self, call: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = self._executor.submit(call)
+        return future
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False)
+
+
+class _Ray(_Counted):
+    """Tasks of a Ray cluster; a lost one is a matter of `spread`, so that it is named and counted."""
+
+    def __init__(self, backend: Any, most: int | None) -> None:
+        ray, options = _ray(), _ray_options(backend)
+        super().__init__(lambda: int(ray.cluster_resources().get("CPU", 0) // (options["num_cpus"] or 1)), most)
+        self._run = ray.remote(_called).options(max_retries=0, **options)
+        self._cancel = partial(ray.cancel, force=True)
+        self._references: dict[Future[Any], Any] = {}
+
+    def submit(self, call: Callable[[], Any]) -> Future[Any]:
+        self._references = {future: each for future, each in self._references.items() if not future.done()}
+        reference = self._run.remote(call)
+        future: Future[Any] = reference.future()
+        self._references[future] = reference
+        return future
+
+    def close(self) -> None:
+        for future, reference in self._references.items():
+            if not future.done():
+                self._cancel(reference)
+
+
+def _called(call: Callable[[], Any]) -> Any:
+    return call()
+
+
+def _ray() -> Any:
+    """Ray, connected: to the cluster of `ray.init` or RAY_ADDRESS, else to one of this machine that listens on loopback."""
+    import ray
+
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        own = {} if "RAY_ADDRESS" in os.environ else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+        ray.init(**own)
+    return ray
+
+
+def _ray_options(backend: Any) -> dict[str, Any]:
+    """Those of a task: as many cores as torch has threads, unless `ray_remote_args` of the backend say otherwise."""
+    given = {key: value for key, value in (backend.ray_remote_args or {}).items() if not key.startswith("max_")}
+    return {"num_cpus": torch.get_num_threads(), **given}
