@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.live.resolve import resolve, warn_of_licenses
-from loraweave.composer.merge.input import require_seed
 from loraweave.composer.merge.merge import layer_calls, layer_updates
-from loraweave.composer.merge.method_call import MethodCall
+from loraweave.composer.merge.method_call import MethodCall, require_seed
 from loraweave.composer.merge.statistics import Statistics
 from loraweave.composer.merge.updates import DenseUpdate, without_figures
 from loraweave.composer.model.layers import TargetLayer, tied_parameters

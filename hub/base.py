@@ -7,7 +7,6 @@ dequantises it once; the result is kept as safetensors in the cache folder, so t
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.util
 import io
 import json
@@ -32,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from loraweave.common.display import progress_bar
 from loraweave.common.files import cache_folder
+from loraweave.common.names import text_digest
 from loraweave.errors import AdapterCorrupt, BaseModelMismatch, PackageMissing, WeightingError
 from loraweave.hub.stores.folder_blobs import file_digest, known_digest
 from loraweave.types import BaseKey, Fingerprint
@@ -329,7 +329,7 @@ def stored_base(model: str) -> tuple[BaseKey, dict[str, tuple[int, ...]]]:
 def _shapes_and_places(named: Mapping[str, torch.Tensor]) -> tuple[Fingerprint, list[tuple[str, torch.Tensor]]]:
     """The fingerprint without samples, and (name, places in the flat tensor) of those that are sampled."""
     shapes = sorted((name, tuple(parameter.shape)) for name, parameter in named.items())
-    digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:32]
+    digest = text_digest(repr(shapes))[:32]
     matrices = [(name, math.prod(shape)) for name, shape in shapes if len(shape) >= 2]
     chosen = matrices[:: max(1, len(matrices) // NUM_TENSORS)][:NUM_TENSORS]
     places = [(name, torch.linspace(0, size - 1, SAMPLES_PER_TENSOR, dtype=torch.float64).long()) for name, size in chosen]

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 from loraweave.common.names import checked_name
 from loraweave.common.process import paused_collector
 from loraweave.common.rows import GivenRows
+from loraweave.common.storage_errors import storage_errors
 from loraweave.errors import AdapterExists, AdapterNotFound, HubCorrupt, HubError, HubFull
 from loraweave.hub import quarantine
 from loraweave.hub.compositions import CompositionShelf
 from loraweave.hub.intake.fields import card_with_outputs, checked_fields, split_pairs
 from loraweave.hub.licenses import canonical
+from loraweave.hub.stores.blobs import digests
 from loraweave.hub.stores.catalogue import state_row
-from loraweave.hub.stores.errors import storage_errors
 from loraweave.hub.stores.folder_blobs import STALE_TMP_S
-from loraweave.hub.stores.kept_files import digests
 from loraweave.hub.stores.open_stores import open_stores
 from loraweave.hub.tables import filtering, rows, versions
 from loraweave.hub.tables.filtering import Filters

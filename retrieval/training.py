@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 
 from loraweave.common.descent import Descent, descend, warmed_cosine
 from loraweave.common.display import progress_bar
-from loraweave.common.files import whole_file
+from loraweave.common.files import replacing, whole_file
 from loraweave.common.options import Count, Positive, Range, Seed, check_options, options_of
 from loraweave.common.randomness import generator_of
 from loraweave.common.rows import GivenRows, read_inputs
@@ -30,7 +30,6 @@ from loraweave.common.state import TrainingState, checkpoint_folder, drop_state,
 from loraweave.errors import HubError, TrainingError
 from loraweave.hub.embedders._embedder import readable
 from loraweave.hub.embedders.sentence import ENCODER_FILE, MAX_TOKENS, MODEL_FILES, Sentence
-from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.hub import Hub
 
 CHECKPOINT_STEPS = 20

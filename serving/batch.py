@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache
 
-from loraweave.composer.model.batches import pad_rows, takes, with_positions
+from loraweave.composer.model.batches import last_logits, pad_rows, takes, with_positions
 from loraweave.composer.model.prefixes import cache_name, following, is_plain
 from loraweave.errors import CompositionError
 from loraweave.routers.tokens._call import prompted
@@ -53,7 +53,7 @@ class Batch:
         self._experts = experts
         self._prefixes = prefixes
         self._ends = end_tokens(model, tokenizer)
-        self._keep_last = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+        self._keep_last = last_logits(model)
         self._cache: Any = None
         self._mask_BW = torch.zeros(0, 0, dtype=torch.long)
 

@@ -62,6 +62,7 @@ class Names:
         self._lock = threading.Lock()
         self._known: OrderedDict[str, Served] = OrderedDict()
         self._retriever: Retriever | None = None
+        self._generation = -1
         self._searched: tuple[int, int] | None = None
 
     def formula(self, name: str) -> Formula:
@@ -90,15 +91,18 @@ class Names:
 
     def _searching(self) -> Retriever:
         """The retriever, which finds nothing where its best score is one that other tasks' inputs reach too often."""
-        seqs = self._hub.seqs(NO_FILTERS)
-        state = len(seqs), max(seqs, default=0)
         if self._retriever is None:
             self._retriever = Retriever(self._hub)
+        if (generation := self._hub.generation) == self._generation:
+            return self._retriever
+        seqs = self._hub.seqs(NO_FILTERS)
+        state = len(seqs), max(seqs, default=0)
         if state != self._searched:
             self._retriever.abstention, self._searched = None, state
             # a hub of one adapter, or without samples, has nothing to compare with
             with suppress(RetrievalError):
                 self._retriever.calibrate(false_accept=FALSE_ACCEPT)
+        self._generation = generation
         return self._retriever
 
     def wanted(self, formula: Formula) -> Wanted:

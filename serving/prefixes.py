@@ -1,4 +1,4 @@
-"""Keys and values of beginnings that were read before, under the very weights that a new row has.
+"""What a server keeps between requests: keys and values of beginnings that were read; and the budget of all its memory.
 
 A chat's next turn, and further answers to a prompt, begin with tokens that the model has read. What it made of them depends
 on these tokens and on the weights: {content hash: weight}, or the router. Under any other weights nothing is taken. An
@@ -13,8 +13,14 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
+
+from loraweave.errors import CompositionError
+from loraweave.hub.formats._placing import head_size
+from loraweave.serving.experts import Experts
+from loraweave.serving.row import Row
 
 # shorter ones save less than they cost
 MIN_TOKENS = 16
@@ -97,3 +103,53 @@ def _common(kept: Sequence[int], ids: Sequence[int]) -> int:
             break
         count += 1
     return count
+
+
+class Memory:
+    """At most `max_bytes` for rows of a model, what is kept of beginnings, and adapters. One thread uses it.
+
+    It is one pool, as in S-LoRA (Sheng et al. 2024, arXiv 2311.03285): what running rows need, their adapters included,
+    comes first. What no row uses, of beginnings and of adapters, makes room, those first that were used longest ago.
+
+    A row counts at its longest, prompt and answer, and so do the rows beside it, whose lines are filled up.
+    """
+
+    def __init__(self, model: Any, max_bytes: float, prefixes: KeptPrefixes, experts: Experts) -> None:
+        self._max_bytes = max_bytes
+        self._token_bytes = 0 if max_bytes == math.inf else _token_bytes(model)
+        self._prefixes, self._experts = prefixes, experts
+
+    def needed(self, rows: Sequence[Row]) -> int:
+        """Bytes that these rows need together."""
+        if not rows:
+            return 0
+        lines = sum(len(row.prompts) for row in rows)
+        adapters = {key: size for row in rows for key, size in self._experts.sizes(row.served).items()}
+        return lines * max(row.longest for row in rows) * self._token_bytes + sum(adapters.values())
+
+    def has_room(self, rows: Sequence[Row]) -> bool:
+        """Whether the rows fit once nothing is kept beside them."""
+        return self._max_bytes == math.inf or self.needed(rows) <= self._max_bytes
+
+    def make_room(self, rows: Sequence[Row]) -> None:
+        """Lets go of what is kept until it fits beside these rows."""
+        if self._max_bytes == math.inf:
+            # nothing is added up at each step of a server without a limit
+            return
+        spare = self._max_bytes - self.needed(rows)
+        kept: tuple[KeptPrefixes | Experts, ...] = (self._prefixes, self._experts)
+        while sum(each.kept_bytes for each in kept) > spare:
+            oldest = min(kept, key=lambda each: each.oldest)
+            if oldest.oldest == math.inf:
+                break
+            oldest.drop_oldest()
+
+
+def _token_bytes(model: Any) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    config = model.config.get_text_config()
+    size = head_size(config)
+    if size is None:
+        raise CompositionError("memory_bytes needs a model whose config has the number and the size of its attention heads")
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(2 * config.num_hidden_layers * kv_heads * size * model.dtype.itemsize)

@@ -26,9 +26,8 @@ from loraweave.composer.live.fixed_shapes import batch_invariant
 from loraweave.serving.batch import Batch
 from loraweave.serving.experts import Experts
 from loraweave.serving.limits import Limits
-from loraweave.serving.memory import Memory
 from loraweave.serving.metrics import Metrics
-from loraweave.serving.prefixes import KeptPrefixes
+from loraweave.serving.prefixes import KeptPrefixes, Memory
 from loraweave.serving.refusals import Refusal
 from loraweave.serving.row import Row
 from loraweave.serving.served import Served

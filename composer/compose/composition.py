@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from loraweave.common.chat import Conversation, is_messages, prompt_json
-from loraweave.common.files import as_path
+from loraweave.common.files import as_path, replacing
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.compose.refine import (
     STEP_COST,
@@ -39,7 +39,6 @@ from loraweave.composer.model.layers import with_magnitudes
 from loraweave.errors import CompositionError, ScopeError
 from loraweave.hub.export import ExportReport
 from loraweave.hub.formats._card import shared_card
-from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.intake.model_hub import push
 from loraweave.hub.intake.sources import ADAPTER_FILES, README, find_folder
 from loraweave.hub.licenses import require_one_work, stated_license

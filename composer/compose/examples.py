@@ -6,7 +6,6 @@ instruction is read once for all examples, and a prompt once for all labels.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraweave.common.names import text_digest
 from loraweave.composer.compose.objectives._row_sums import Kind
 from loraweave.composer.model.batches import (
     IGNORED,
@@ -89,7 +89,7 @@ class EncodedExamples:
     def digest(self, examples: Sequence[int]) -> str:
         """A hash of the tokens of these examples, and of which of their texts is right."""
         rows = [(row.prompt, row.target) for row in self._rows_of(examples)]
-        return hashlib.sha256(repr((rows, self.right_N[list(examples)].tolist())).encode()).hexdigest()
+        return text_digest(repr((rows, self.right_N[list(examples)].tolist())))
 
     def has_trees(self, examples: tuple[int, ...]) -> bool:
         """Whether a job's rows are run as trees."""

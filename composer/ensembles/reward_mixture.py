@@ -19,6 +19,7 @@ from torch.nn import functional
 from loraweave.common.files import whole_file
 from loraweave.common.randomness import with_seed
 from loraweave.common.state import save_tensors
+from loraweave.common.storage_errors import storage_errors
 from loraweave.composer.composer import Composer
 from loraweave.composer.ensembles.ensemble import align_right, without_cache
 from loraweave.composer.ensembles.member_passes import by_rows, known_members, repeated, rows_of
@@ -48,7 +49,6 @@ from loraweave.errors import (
     UnknownName,
     WeightingError,
 )
-from loraweave.hub.stores.errors import storage_errors
 from loraweave.registry import nearest
 
 FORMAT = 1

@@ -23,7 +23,7 @@ from loraweave.common.randomness import with_seed
 from loraweave.composer.composer import Composer
 from loraweave.composer.ensembles.ensemble import align_right, last_positions, without_cache
 from loraweave.composer.ensembles.member_passes import Inputs, known_members, member_passes, rows_that_fit
-from loraweave.composer.model.batches import pad_rows, takes
+from loraweave.composer.model.batches import last_logits, pad_rows
 from loraweave.errors import CompositionError, InvalidTask, TrainingError, UnknownName, WeightingError
 from loraweave.registry import nearest
 
@@ -192,8 +192,7 @@ def _last_hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
     body = model.get_decoder() if model.config.is_encoder_decoder else model.base_model
     handle = body.register_forward_hook(see)
     try:
-        arguments = {**inputs, "logits_to_keep": 1} if takes(model, "logits_to_keep") else inputs
-        model(**without_cache(model, arguments))
+        model(**without_cache(model, {**inputs, **last_logits(model)}))
     finally:
         handle.remove()
     if not seen or seen[-1] is None:

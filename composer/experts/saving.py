@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.common.checks import is_whole
-from loraweave.common.files import as_path, whole_file
+from loraweave.common.files import as_path, replacing, whole_file
 from loraweave.common.state import tensor_bytes
+from loraweave.common.storage_errors import storage_errors
 from loraweave.composer.experts.parts import asked_tensors
 from loraweave.errors import (
     AdapterCorrupt,
@@ -34,9 +35,7 @@ from loraweave.errors import (
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import fingerprint
 from loraweave.hub.formats._files import listing, present, read_json
-from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.formats._safetensors import hashed_tensors
-from loraweave.hub.stores.errors import storage_errors
 from loraweave.lowrank.algebra import all_finite
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe
 from loraweave.routers.tokens._saved import MAX_JSON_BYTES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraweave.common.display import progress_bar
+from loraweave.common.names import text_digest
 from loraweave.common.options import Count, Positive, Whole, check_options, options_of
 from loraweave.common.randomness import caller_randomness, seeded
 from loraweave.common.state import checkpoint_folder
@@ -208,7 +208,7 @@ class Together:
         judged = None if held_out is None else [list(map(_said, held_out.rows)), held_out.every, held_out.patience]
         own = [name, model.recipe.name, identity(model, learning), begun, asdict(self.pace)]
         content = json.dumps([*own, list(map(_said, self.rows[name])), judged], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:32]
+        return text_digest(content)[:32]
 
 
 def _said(row: EncodedRow) -> dict[str, Any]:

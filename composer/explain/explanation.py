@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.common.chat import Prompt
-from loraweave.composer.explain.page import page
-from loraweave.composer.explain.plot import draw
+from loraweave.composer.explain.plot import draw, page
 from loraweave.composer.explain.shown import TokenFigures
 from loraweave.composer.live.recording import Load, Trace, UsedLayer
 from loraweave.composer.model.batches import has_two_sequences

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import loraweave.registry as registry
 from loraweave.common.checks import is_whole
 from loraweave.common.display import progress_bar
+from loraweave.common.names import text_digest
 from loraweave.common.options import Count, Positive, Share, Whole, check_options, options_of
 from loraweave.common.rows import GivenRows
 from loraweave.common.state import checkpoint_folder
@@ -188,4 +188,4 @@ def _key(course: Course, strategy: Strategy) -> str:
         for name, client in course.clients.items()
     ]
     about = [_named(strategy), asdict(course.settings), course.rounds, course.sample_rate, course.base.to_json(), members]
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+    return text_digest(json.dumps(about, sort_keys=True))[:32]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from loraweave.common.names import text_digest
 from loraweave.common.randomness import seeded
 from loraweave.common.state import TrainingState, drop_state, load_state, save_state
 from loraweave.composer.federated.strategies._strategy import Course, Order, Strategy, Tensors, Trained
@@ -93,7 +93,7 @@ class Kept:
                 drop_state(self.folder, self._of(number, client))
 
     def _of(self, number: int, client: str) -> str:
-        return f"{self.key}-{number}-{hashlib.sha256(client.encode()).hexdigest()[:24]}"
+        return f"{self.key}-{number}-{text_digest(client)[:24]}"
 
     def _read(self, key: str) -> tuple[Tensors, dict[str, Any]] | None:
         state = None if self.folder is None else load_state(self.folder, key)

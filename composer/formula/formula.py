@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,9 +10,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from loraweave.common.files import as_path
-from loraweave.common.names import MAX_NAME_CHARACTERS
-from loraweave.composer.formula.expansion import Expansion
+from loraweave.common.files import as_path, replacing
+from loraweave.common.names import MAX_NAME_CHARACTERS, text_digest
 from loraweave.composer.formula.nodes import (
     Argument,
     Auto,
@@ -34,13 +32,12 @@ from loraweave.composer.formula.nodes import (
     replaced,
 )
 from loraweave.composer.formula.parser import Parser
-from loraweave.composer.formula.source import Given, Source, has_members, has_router, router_of, source_of
+from loraweave.composer.formula.source import Expansion, Given, Source, has_members, has_router, router_of, source_of
 from loraweave.composer.formula.tokens import MAX_CHARACTERS, Token, misplaced, normal, tokens
 from loraweave.composer.merge.merge import merge
 from loraweave.errors import AdapterNotFound, FormulaError, ScopeError, UnknownExpert, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.compositions import StoredComposition
-from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.tokens._saved import router as make_router
@@ -134,7 +131,7 @@ class Formula:
         if self.is_auto:
             raise ScopeError("'auto' has no identity: retrieval chooses for each request, and what it chose has one")
         if (stored := known.stored(source)) is not None:
-            return _sha256(f"{'router' if has_router(stored) else 'average'} {stored.hash}")
+            return text_digest(f"{'router' if has_router(stored) else 'average'} {stored.hash}")
 
         def content(leaf: Leaf) -> Content:
             assert isinstance(leaf, Named | Stored)
@@ -144,12 +141,12 @@ class Formula:
         root = known.root
         if isinstance(root, Routed):
             experts = sorted((content(leaf) for leaf in root.experts), key=str)
-            return _sha256(str(Routed(root.router, tuple(experts), root.options)))
+            return text_digest(str(Routed(root.router, tuple(experts), root.options)))
         if isinstance(root, Ensemble):
             members = [replaced(each, content) for each in root.members]
-            return _sha256(str(ensemble_of(members, root.shares)))
+            return text_digest(str(ensemble_of(members, root.shares)))
         assert isinstance(root, Sum)
-        return _sha256(str(as_sum(replaced(root, content))))
+        return text_digest(str(as_sum(replaced(root, content))))
 
     def pool(self, hub_or_pool: Given) -> ExpertPool:
         """The adapters that it needs as experts, each opened once: `a`, `a@3`, `@name`.
@@ -361,8 +358,4 @@ def _pairs(text: str) -> list[tuple[str, Token]]:
 
 def _short(text: str) -> str:
     """A formula's text as the name of an adapter."""
-    return text if len(text) <= MAX_NAME_CHARACTERS else f"{text[: MAX_NAME_CHARACTERS - 16]}... {_sha256(text)[:12]}"
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return text if len(text) <= MAX_NAME_CHARACTERS else f"{text[: MAX_NAME_CHARACTERS - 16]}... {text_digest(text)[:12]}"

@@ -11,10 +11,17 @@ from torch import Tensor
 
 from loraweave.common.checks import is_collection, is_list, is_whole
 from loraweave.common.display import tracked
-from loraweave.common.threads import side_by_side
-from loraweave.composer.merge.input import finite_weights, require_seed, require_sound
+from loraweave.common.process import side_by_side
 from loraweave.composer.merge.interference import interference as compare
-from loraweave.composer.merge.method_call import Method, MethodCall, Update, layer_seeds
+from loraweave.composer.merge.method_call import (
+    Method,
+    MethodCall,
+    Update,
+    finite_weights,
+    layer_seeds,
+    require_seed,
+    require_sound,
+)
 from loraweave.composer.merge.statistics import Statistics
 from loraweave.composer.merge.updates import TruncatedUpdate
 from loraweave.errors import BaseModelMismatch, CompositionError, LayerMismatch, ScopeError, WeightingError

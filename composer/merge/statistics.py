@@ -14,8 +14,8 @@ from torch import Tensor
 
 from loraweave.common.files import whole_file
 from loraweave.common.state import save_tensors
+from loraweave.common.storage_errors import storage_errors
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, WeightingError
-from loraweave.hub.stores.errors import storage_errors
 from loraweave.lowrank.algebra import all_finite
 
 FORMAT_VERSION = 1

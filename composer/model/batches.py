@@ -246,6 +246,11 @@ def takes(model: Any, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
+def last_logits(model: Any) -> dict[str, int]:
+    """The argument that asks for the logits of each row's last token alone; nothing where a model has no such argument."""
+    return {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+
+
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and frozen parameters inside; every module and parameter as it was after it."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from loraweave.composer.model.batches import pad_rows, takes, with_positions
+from loraweave.composer.model.batches import last_logits, pad_rows, takes, with_positions
 
 # a shorter prefix costs a pass of its own and saves little
 MIN_TOKENS = 32
@@ -43,8 +43,7 @@ class Prefixes:
         device = next(model.parameters()).device
         ids_MP, mask_MP = pad_rows(tokenizer, common)
         inputs = {name: value.to(device) for name, value in with_positions(model, ids_MP, mask_MP).items()}
-        keep = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
-        cache = model(**inputs, use_cache=True, **keep)[cache_name(model)]
+        cache = model(**inputs, use_cache=True, **last_logits(model))[cache_name(model)]
         return cls(ids_MP, mask_MP, lengths, cache) if is_plain(cache) else None
 
     def before(self, model: Any, tokenizer: Any, rows: Sequence[Sequence[int]]) -> tuple[dict[str, Tensor], Any]:

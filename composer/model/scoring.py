@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,11 +21,11 @@ from loraweave.composer.model.batches import (
     batch,
     context_length,
     encode,
+    last_logits,
     losses_of,
     mean_losses,
     pad_id,
     pad_rows,
-    takes,
     token_losses,
     with_positions,
 )
@@ -33,6 +33,8 @@ from loraweave.composer.model.prefixes import Prefixes, cache_name, following
 from loraweave.errors import InvalidTask
 from loraweave.routers.tokens._call import prompted
 from loraweave.types import LINE, Task
+
+T = TypeVar("T")
 
 BATCH_SIZE = 32
 MAX_NEW_TOKENS = 48
@@ -79,7 +81,7 @@ def losses_of_rows(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], *, sh
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     values = [0.0] * len(rows)
     prefix = Prefixes.of(model, tokenizer, [[row.prompt for row in rows]]) if share else None
-    for chunk in _chunks(order, BATCH_SIZE):
+    for chunk in in_chunks(order, BATCH_SIZE):
         stacked = batch(model, tokenizer, [rows[i] for i in chunk])
         if prefix is not None:
             whole = [rows[i].prompt + rows[i].target for i in chunk]
@@ -138,7 +140,7 @@ def predict_together(
     prefix = Prefixes.of(model, tokenizer, ids_MN) if share else None
     size = max(1, (BATCH_SIZE if labels is None else 128 // len(labels)) // len(tasks))
     by_length = sorted(range(len(ids_MN[0])), key=lambda index: len(ids_MN[0][index]))
-    chunks = [(chosen, [prompts[n] for prompts in prompts_MN for n in chosen]) for chosen in _chunks(by_length, size)]
+    chunks = [(chosen, [prompts[n] for prompts in prompts_MN for n in chosen]) for chosen in in_chunks(by_length, size)]
     if labels is not None:
         log_p_MNL = torch.zeros(len(tasks), len(by_length), len(labels), dtype=torch.float64)
         for chosen, prompts in chunks:
@@ -362,11 +364,10 @@ def label_losses(
 def _losses_after(model: Any, ids_BT: Tensor, mask_BT: Tensor, targets_NK: Tensor, cache: Any) -> Tensor:
     """loss_NK of a decoder, from one pass over the prompts and one over N / B targets for each, in the prompts' order."""
     count, width, name = len(targets_NK) // len(ids_BT), targets_NK.shape[1], cache_name(model)
-    keep = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
     asked = with_positions(model, ids_BT, mask_BT)
     if cache is not None:
         asked = {**following(asked, cache.get_seq_length()), name: cache}
-    first = model(**asked, **keep, use_cache=True)
+    first = model(**asked, **last_logits(model), use_cache=True)
     cache = first[name]
     cache.batch_repeat_interleave(count)
     real_NK = targets_NK != IGNORED
@@ -395,5 +396,6 @@ def pad_prompts(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> dict[s
     return with_positions(model, ids, mask) if left else {"input_ids": ids, "attention_mask": mask}
 
 
-def _chunks(items: Sequence[int], size: int) -> list[Sequence[int]]:
+def in_chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """The items in their order, `size` at a time."""
     return [items[start : start + size] for start in range(0, len(items), size)]

@@ -84,7 +84,7 @@ class Asked:
         # rows of one limit, so that no row's answer depends on those beside it
         new.sort(key=lambda question: (question[0].max_new_tokens, len(str(prompts[question]))))
         for limit, group in groupby(new, key=lambda question: question[0].max_new_tokens):
-            for rows in _chunks(list(group), scoring.BATCH_SIZE):
+            for rows in scoring.in_chunks(list(group), scoring.BATCH_SIZE):
                 with torch.no_grad(), untouched(self._engine.model), self._engine.activate([s.mixture for s, _ in rows]):
                     texts, stop = [prompts[row] for row in rows], self._tasks[rows[0][0]].stops
                     found = scoring.generate(self._engine.model, self._tokenizer, texts, max_new_tokens=limit, stop=stop)
@@ -118,7 +118,7 @@ class Asked:
 
     def _as_rows(self, rows: dict[Target, EncodedRow]) -> Iterator[tuple[list[Target], list[Reading]]]:
         model = self._engine.model
-        for some in _chunks(sorted(rows, key=lambda target: len(rows[target])), scoring.BATCH_SIZE):
+        for some in scoring.in_chunks(sorted(rows, key=lambda target: len(rows[target])), scoring.BATCH_SIZE):
             made = batch(model, self._tokenizer, [rows[target] for target in some])
             with self._engine.activate([step.mixture for step, _, _ in some]):
                 loss_BK, hit_BK = token_scores(model, made)
@@ -147,10 +147,6 @@ class Asked:
             loss_R, hit_R = tree.read(logits_PV)
             found += [Reading(loss, hit) for loss, hit in zip(loss_R.tolist(), hit_R.tolist(), strict=True)]
         return found
-
-
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _up_to(items: Iterable[Any], size: Callable[[Any], int], limit: int) -> Iterator[list[Any]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loraweave.common.files import whole_file
+from loraweave.common.names import text_digest
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.model.scoring import encode_pairs, longest_answer
 from loraweave.composer.study.methods import Method
@@ -86,7 +87,7 @@ def _key(study: Study, hub: Hub, task: StudyTask, method: Method, shots: int, se
         "seed": seed if method.reads_seed else None,
         "rows": _digest(study.pool_data) if method.said.get("fit") == "pool" else None,
     }
-    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return text_digest(json.dumps(about, sort_keys=True, default=str))[:32]
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ from torch import nn
 import loraweave.registry as registry
 from loraweave.common.chat import prompt_json
 from loraweave.common.display import progress_bar
+from loraweave.common.names import text_digest
 from loraweave.common.options import Count, Positive, Whole, check_options, options_of
 from loraweave.common.rows import GivenRows
 from loraweave.common.spread import processes_here
@@ -279,7 +279,7 @@ class Apart:
             parts += [rows, held_out.every, held_out.patience]
         if others or task.demonstrations or task.chat:
             parts.append([[row.prompt, row.target, row.labels] for row in self.rows[name]])
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+        return text_digest(json.dumps(parts, sort_keys=True))[:32]
 
 
 TRAINED = {"a_RI", "b_OR"}

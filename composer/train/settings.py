@@ -1,18 +1,25 @@
-"""Settings of a training: what the result depends on besides data, model and start."""
+"""Settings of a training: what the result depends on besides data, model and start.
+
+A loss function is among them: `loss_identity` makes it known again in another process.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraweave.common.checks import is_collection, is_list
+from loraweave.common.names import text_digest
 from loraweave.common.options import Count, NonNegative, Positive, Range, Whole, check_options, options_of
-from loraweave.composer.train.loss_identity import loss_identity
 from loraweave.composer.train.schedule import Pace
 from loraweave.errors import InvalidTask, TrainingError
 from loraweave.routers.weights import LARGEST
@@ -192,3 +199,84 @@ class ExpertSettings(TrainingSettings):
         return found if self.loss is None else {**found, "loss": loss_identity(self.loss)}
 
     aside: ClassVar[tuple[str, ...]] = (*TrainingSettings.aside, "callbacks", "loss")
+
+
+# values that are compared one by one; of a larger tensor, such as another model's, only the shape is
+MAX_VALUES = 1_000_000
+
+
+def loss_identity(function: Any) -> Any:
+    """As JSON: the function's name and code, and the numbers, texts, tensors and functions that it is bound to.
+
+    These are its defaults, what it has of the scope around it, a partial's arguments, and an object's attributes. What else
+    it reads, such as globals and the content of lists, is not looked at.
+    """
+    return _identity(function, {})
+
+
+def _identity(value: Any, seen: dict[int, Any]) -> Any:
+    match value:
+        case None | int() | float() | str():
+            return value
+        case Tensor():
+            return _digest(value)
+    # a function may have itself in its scope
+    if id(value) in seen:
+        return "above"
+    seen[id(value)] = value
+    match value:
+        case tuple():
+            return [_identity(each, seen) for each in value]
+        case partial():
+            return ["partial", _identity(value.func, seen), _identity(value.args, seen), _named(value.keywords, seen)]
+        case MethodType():
+            return ["method", _identity(value.__func__, seen), _identity(value.__self__, seen)]
+        case FunctionType():
+            return [value.__qualname__, _code(value.__code__), _named(_bound(value), seen)]
+        case type() | BuiltinFunctionType():
+            return value.__qualname__
+        case nn.Module():
+            tensors = {**dict(value.named_parameters()), **dict(value.named_buffers())}
+            return _of_object(value, {**vars(value), **tensors}, type(value).forward, seen)
+    callable_object = callable(value) and hasattr(value, "__dict__")
+    return _of_object(value, vars(value) if callable_object else {}, type(value).__call__ if callable_object else None, seen)
+
+
+def _of_object(value: Any, held: Mapping[str, Any], run: Any, seen: dict[int, Any]) -> Any:
+    """`held` are its attributes, and `run` what a call of it runs."""
+    code = _code(run.__code__) if isinstance(run, FunctionType) else None
+    attributes = {name: each for name, each in held.items() if not isinstance(each, dict)}
+    return [type(value).__qualname__, code, _named(attributes, seen)]
+
+
+def _bound(function: FunctionType) -> dict[str, Any]:
+    """What the names of a function's scope and defaults stand for."""
+    scope = inspect.getclosurevars(function).nonlocals
+    defaults = inspect.signature(function, follow_wrapped=False).parameters.values()
+    return {**scope, **{each.name: each.default for each in defaults if each.default is not inspect.Parameter.empty}}
+
+
+def _named(values: Mapping[str, Any], seen: dict[int, Any]) -> dict[str, Any]:
+    return {name: _identity(value, seen) for name, value in values.items()}
+
+
+def _digest(tensor: Tensor) -> Any:
+    shape = list(tensor.shape)
+    if tensor.numel() > MAX_VALUES:
+        return shape
+    return [shape, hashlib.sha256(tensor.detach().cpu().double().numpy().tobytes()).hexdigest()]
+
+
+def _code(code: CodeType) -> str:
+    """A digest that does not depend on where the code stands."""
+    constants = list(map(_constant, code.co_consts))
+    return text_digest(repr((code.co_code, code.co_names, constants)))
+
+
+def _constant(value: Any) -> Any:
+    match value:
+        case CodeType():
+            return _code(value)
+        case frozenset():
+            return sorted(map(repr, value))
+    return repr(value)

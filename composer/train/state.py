@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -14,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from loraweave.common.names import text_digest
 from loraweave.common.state import TrainingState, checkpoint_folder, drop_state, load_state, save_state
 from loraweave.composer.train.report import JobReport
 from loraweave.composer.train.settings import TrainingSettings
@@ -41,7 +41,7 @@ class KeptState:
         folder = checkpoint_folder(settings.checkpoint)
         data = [[row.identity() for row in part] for part in (rows, held)]
         parts = [name, *identity, settings.identity(), data]
-        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        digest = text_digest(json.dumps(parts, sort_keys=True))
         return cls(folder, f"{name}-{digest[:24]}")
 
     def save(
@@ -131,7 +131,7 @@ class RunningState:
     @property
     def key(self) -> str:
         parts = [sorted(self.keys.values()), self.sharing]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+        return text_digest(repr(parts))[:32]
 
     def write(self, state: TrainingState) -> None:
         save_state(self.folder, self.key, state)

@@ -6,7 +6,6 @@ kinds, which is subtracted, the cosine of any two is near 1.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from loraweave.common.names import text_digest
 from loraweave.hub.base import fingerprint, load_base
 from loraweave.hub.embedders._embedder import embed_in_batches, readable
 from loraweave.registry import traits
@@ -60,7 +60,7 @@ class HiddenState:
     def id(self) -> str:
         """Digest of all that decides a vector: the base model's fingerprint, truncation, reference texts."""
         settings = [fingerprint(self._load[0]).to_json(), MAX_TOKENS, _REFERENCES]
-        return f"hiddenstate:{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}"
+        return f"hiddenstate:{text_digest(json.dumps(settings))[:16]}"
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings (N, hidden size), fp32, unit norm; equal texts get equal rows."""

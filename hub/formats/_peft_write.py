@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraweave.common.files import replacing, require_replaceable
 from loraweave.common.state import save_tensors
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._card import README, SIDECAR, readme_text, sidecar_text
@@ -19,7 +20,6 @@ from loraweave.hub.formats._files import entry
 from loraweave.hub.formats._peft_config import PREFIX, Key, parse_key
 from loraweave.hub.formats._peft_heads import saved_modules
 from loraweave.hub.formats._peft_parameters import Stacked, stack_experts
-from loraweave.hub.formats._replacing import replacing, require_replaceable
 from loraweave.hub.formats._safetensors import MAX_KEY_LENGTH
 from loraweave.lowrank.algebra import all_finite
 from loraweave.types import Factors

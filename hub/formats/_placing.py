@@ -62,7 +62,7 @@ class BaseNames:
         self._flat: dict[str, list[str]] = defaultdict(list)
         for name in self.layers:
             self._flat[name.replace(".", "_")].append(name)
-        self.head_size = _head_size(getattr(model, "config", None))
+        self.head_size = head_size(getattr(model, "config", None))
 
     def by_flat(self, flat: str, component: str) -> list[str]:
         """The paths that a name with underscores can mean in this model, or in its part of that name."""
@@ -113,7 +113,7 @@ def divide(factors: Factors, placement: Placement, name: str, where: str) -> lis
     return [replace(factors, b_OR=part.reshape(-1, factors.rank).contiguous()) for part in parts]
 
 
-def _head_size(config: object) -> int | None:
+def head_size(config: object) -> int | None:
     """How many outputs belong to one attention head, by the config of a transformers model."""
     text = getattr(config, "text_config", config)
     size, hidden, heads = (getattr(text, name, None) for name in ("head_dim", "hidden_size", "num_attention_heads"))

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from loraweave.common.files import replacing, require_replaceable
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._card import json_text
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._files import entry, present, read_json
-from loraweave.hub.formats._replacing import replacing, require_replaceable
 from loraweave.hub.formats._safetensors import read_tensors, require_finite
 from loraweave.hub.stores.packing import put_together, take_apart
 from loraweave.types import Factors, Fingerprint

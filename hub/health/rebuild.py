@@ -14,10 +14,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from loraweave.common.files import sync
+from loraweave.common.storage_errors import is_damage, storage_errors
 from loraweave.errors import AdapterCorrupt, HubError, HubLocked
 from loraweave.hub.stores.blobs import read_blob
 from loraweave.hub.stores.catalogue import FILE
-from loraweave.hub.stores.errors import is_damage, storage_errors
 from loraweave.hub.stores.folder_blobs import FolderBlobs, file_digest
 from loraweave.hub.stores.migrations import migrate
 from loraweave.hub.stores.open_stores import open_blobs, read_claim

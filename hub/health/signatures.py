@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from loraweave.errors import HubError, PackageMissing
-from loraweave.hub.stores.kept_files import listed
+from loraweave.hub.stores.blobs import listed
 from loraweave.types import Record
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from loraweave.hub.indexes._exact import HeldVectors, scan_products
-from loraweave.hub.indexes._faiss import import_faiss, selector
-from loraweave.hub.indexes._recall import least_effort
+from loraweave.hub.indexes._faiss import import_faiss, least_effort, selector
 from loraweave.hub.indexes._vectors import Ranking, rescore, saved_array
 from loraweave.hub.indexes.faiss_half import NUM_RESCORED, FaissHalf
 

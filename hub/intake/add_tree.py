@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from loraweave.common.display import tracked
-from loraweave.common.names import MAX_NAME_CHARACTERS, checked_name
+from loraweave.common.names import MAX_NAME_CHARACTERS, checked_name, text_digest
+from loraweave.common.storage_errors import storage_errors
 from loraweave.errors import (
     AdapterExists,
     AdapterNotFound,
@@ -35,7 +36,6 @@ from loraweave.hub.hub import Hub
 from loraweave.hub.intake.adding import MAX_BATCH, MAX_BATCH_BYTES, Addition
 from loraweave.hub.intake.archives import archive_suffix
 from loraweave.hub.stores.blobs import content_hash
-from loraweave.hub.stores.errors import storage_errors
 from loraweave.types import Record
 
 # a fault of the hub, not of one adapter, ends the walk; the next call resumes there
@@ -208,7 +208,7 @@ class _Walk:
             self.root.resolve().name if path == "." else path.removesuffix(archive_suffix(path)).removesuffix(".safetensors")
         )
         shown = "".join("_" if unicodedata.category(letter)[0] == "C" else letter for letter in f"{self.prefix}{own}")
-        tag = f"~{hashlib.sha256(path.encode()).hexdigest()[:_TAG_CHARACTERS]}"
+        tag = f"~{text_digest(path)[:_TAG_CHARACTERS]}"
         short = unicodedata.normalize("NFC", shown).strip() or "adapter"
         tagged = f"{short[-(MAX_NAME_CHARACTERS - len(tag)) :].strip()}{tag}"
         try:
@@ -279,7 +279,7 @@ def stamp(source: Path, options: Mapping[str, Any]) -> str:
         status = entry.stat() if entry.exists() else entry.lstat()
         if not entry.is_dir():
             seen.append((entry.name, status.st_size, status.st_mtime_ns))
-    return hashlib.sha256(repr((version("loraweave"), sorted(options.items()), seen)).encode()).hexdigest()[:32]
+    return text_digest(repr((version("loraweave"), sorted(options.items()), seen)))[:32]
 
 
 def tree_sources(root: Path, unread: Callable[[OSError], None]) -> list[Path]:

@@ -9,7 +9,6 @@ kept as a file below the hub's index/, or in the cache where the hub cannot be w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import operator
@@ -23,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from loraweave.common.checks import is_number
+from loraweave.common.names import text_digest
+from loraweave.common.process import lock_of
 from loraweave.errors import HubError, RetrievalError
 from loraweave.hub.embedders._embedder import Embedder, embed_checked, embedder_of, excerpt, unit
 from loraweave.hub.indexes._vectors import index_choice
@@ -113,6 +114,7 @@ class SearchIndex:
         self._index = index
         self._choice = index_choice(index)
         self._snapshot: _Snapshot | None = None
+        self._lock = lock_of(self)
         self._unstored: dict[str, tuple[str, np.ndarray]] = {}
         # what ranks the stored vectors itself, so that only the hits come to this machine, and the generation it has keys of
         self._database = hub.vector_search if index == "auto" else None
@@ -237,6 +239,14 @@ class SearchIndex:
         ]
 
     def _update(self) -> _Snapshot:
+        snapshot = self._snapshot
+        if snapshot is not None and snapshot.generation == self.hub.generation:
+            return snapshot
+        # threads that search first wait for one reading of the hub
+        with self._lock:
+            return self._updated()
+
+    def _updated(self) -> _Snapshot:
         snapshot = self._snapshot
         if snapshot is None:
             saved = [self._load(place) for place in places(self.hub.path, writable=self.hub.writable)]
@@ -381,4 +391,4 @@ def _texts(record: Record) -> list[tuple[str, str]]:
 def _digest(record: Record) -> str:
     # the weight enters, since another release may weigh otherwise
     settled = json.dumps([DESCRIPTION_WEIGHT, _texts(record)])
-    return hashlib.sha256(settled.encode()).hexdigest()
+    return text_digest(settled)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from loraweave.common.files import sync
+from loraweave.common.storage_errors import storage_errors
 from loraweave.errors import HubCorrupt, HubError, HubLocked, HubReadOnly
-from loraweave.hub.stores.errors import storage_errors
 from loraweave.hub.stores.migrations import migrate, needs_migration
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
 

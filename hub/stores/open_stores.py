@@ -6,7 +6,6 @@ mounted would look damaged.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import uuid
@@ -14,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraweave.common.files import as_path, cache_folder, whole_file, write_new
+from loraweave.common.names import text_digest
+from loraweave.common.storage_errors import storage_errors, without_credentials
 from loraweave.errors import HubCorrupt, HubError
 from loraweave.hub.stores.catalogue import FILE, Catalogue, state_row
-from loraweave.hub.stores.errors import storage_errors, without_credentials
 from loraweave.hub.stores.folder_blobs import FolderBlobs
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
 
@@ -109,7 +109,7 @@ def open_blobs(place: str | Path, hub: str) -> BlobStore:
 
 def local_folder(where: str) -> Path:
     """The folder of this machine for what can be fetched or made again of the hub at a place."""
-    return cache_folder() / "hubs" / hashlib.sha256(where.encode()).hexdigest()[:32]
+    return cache_folder() / "hubs" / text_digest(where)[:32]
 
 
 def _scheme(place: str | Path) -> str | None:

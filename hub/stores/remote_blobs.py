@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loraweave.common.checks import one_or_many
+from loraweave.common.storage_errors import remote_errors, storage_errors, without_credentials
 from loraweave.errors import AdapterCorrupt, HubError, PackageMissing
-from loraweave.hub.stores.errors import remote_errors, storage_errors, without_credentials
 from loraweave.hub.stores.folder_blobs import STALE_TMP_S, FolderBlobs, blob_path
 from loraweave.hub.stores.protocols import BlobStore
 

@@ -10,6 +10,7 @@ from functools import partial
 
 from torch import nn
 
+from loraweave.common.storage_errors import storage_errors
 from loraweave.errors import AdapterCorrupt, AdapterExists, HubCorrupt, HubError, HubFull, LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_key
@@ -18,9 +19,17 @@ from loraweave.hub.formats._kept_files import KeptFile, KeptFiles
 from loraweave.hub.health.figures import Figures, store_figures
 from loraweave.hub.intake.fields import OWN_FIELDS
 from loraweave.hub.same_base import require_same_base
-from loraweave.hub.stores.blobs import blob_bytes, examine_blob, read_blob
-from loraweave.hub.stores.errors import storage_errors
-from loraweave.hub.stores.kept_files import LISTED, file_bytes, listed, put_files, reading_blob, without_files
+from loraweave.hub.stores.blobs import (
+    LISTED,
+    blob_bytes,
+    examine_blob,
+    file_bytes,
+    listed,
+    put_files,
+    read_blob,
+    reading_blob,
+    without_files,
+)
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
 from loraweave.hub.tables import filtering, rows, versions
 from loraweave.hub.tables.rows import Row

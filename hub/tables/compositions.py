@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loraweave.common.names import text_digest
 from loraweave.errors import HubCorrupt
 from loraweave.hub.stores.protocols import Connection
 
@@ -24,7 +24,7 @@ class CompositionRow:
 
     @property
     def hash(self) -> str:
-        return _sha256(json.dumps(sorted((path, digest) for path, (digest, _) in self.files.items())))
+        return text_digest(json.dumps(sorted((path, digest) for path, (digest, _) in self.files.items())))
 
 
 def find(connection: Connection, name: str) -> CompositionRow | None:
@@ -50,7 +50,7 @@ def put(connection: Connection, row: CompositionRow) -> None:
     text = json.dumps([row.name, row.created, row.files], sort_keys=True, separators=(",", ":"))
     connection.execute(
         "INSERT INTO compositions (name, hash, record, sha256) VALUES (?, ?, ?, ?)",
-        (row.name, row.hash, text, _sha256(text)),
+        (row.name, row.hash, text, text_digest(text)),
     )
     connection.execute("UPDATE state SET num_compositions = num_compositions + 1")
 
@@ -66,14 +66,10 @@ def delete(connection: Connection, name: str) -> bool:
 
 def _decode(found: tuple[Any, ...]) -> CompositionRow:
     name, content_hash, text, digest = found
-    if not isinstance(text, str) or _sha256(text) != digest:
+    if not isinstance(text, str) or text_digest(text) != digest:
         raise HubCorrupt(f"the row of composition {name!r} in the catalogue is damaged; save the composition again")
     told, created, files = json.loads(text)
     row = CompositionRow(told, created, {path: (str(sha256), int(size)) for path, (sha256, size) in files.items()})
     if (told, row.hash) != (name, content_hash):
         raise HubCorrupt(f"the row of composition {name!r} in the catalogue is damaged: its record is of {told!r}")
     return row
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

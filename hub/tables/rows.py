@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from loraweave.common.checks import one_or_many
+from loraweave.common.names import text_digest
 from loraweave.errors import AdapterUnsupported, HubCorrupt
 from loraweave.hub import quarantine
 from loraweave.hub.intake.fields import MAX_CARD_BYTES, OWN_FIELDS, Fields
@@ -108,7 +108,7 @@ def insert(connection: Connection, record: Record) -> Record:
     text = encode(record)
     connection.execute(
         "INSERT INTO adapters (name, hash, record, sha256) VALUES (?, ?, ?, ?)",
-        (record.name, record.hash, text, _sha256(text)),
+        (record.name, record.hash, text, text_digest(text)),
     )
     connection.execute("UPDATE state SET num_adapters = num_adapters + 1")
     if record.quarantined:
@@ -123,7 +123,7 @@ def change(connection: Connection, row: Row, record: Record) -> Record:
     text = encode(record)
     connection.execute(
         "UPDATE adapters SET name = ?, hash = ?, record = ?, sha256 = ? WHERE seq = ?",
-        (record.name, record.hash, text, _sha256(text), row.seq),
+        (record.name, record.hash, text, text_digest(text), row.seq),
     )
     if record.quarantined != row.record.quarantined:
         quarantine.mark(connection, record)
@@ -206,9 +206,9 @@ def _decode(found: tuple[Any, ...]) -> Row:
     if not isinstance(text, str):
         # a damaged page can change even the type of a strict column
         raise HubCorrupt(f"row {seq} of the catalogue is damaged: its record is {type(text).__name__}, not text")
-    if _sha256(text) != digest:
+    if text_digest(text) != digest:
         raise HubCorrupt(
-            f"row {seq} of the catalogue (adapter {name!r}) is damaged: its sha256 is {_sha256(text)}, not {digest}; "
+            f"row {seq} of the catalogue (adapter {name!r}) is damaged: its sha256 is {text_digest(text)}, not {digest}; "
             "Hub.verify() lists what can still be read"
         )
     data = json.loads(text)
@@ -254,11 +254,7 @@ def _decode_blob(found: tuple[Any, ...]) -> BlobRow:
 
 
 def _blob_sha256(blob: BlobRow) -> str:
-    return _sha256(f"{blob.hash} {blob.file_sha256} {blob.size_bytes}")
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return text_digest(f"{blob.hash} {blob.file_sha256} {blob.size_bytes}")
 
 
 # ten digits; an adapter's is far below
@@ -314,7 +310,7 @@ def within_rank(connection: Connection, max_rank: int) -> set[int]:
 def base_digest(record: Record) -> str:
     fingerprint = None if record.fingerprint is None else record.fingerprint.to_json()
     settled = json.dumps([record.base_model, record.base_revision, fingerprint], sort_keys=True)
-    return hashlib.sha256(settled.encode()).hexdigest()[:32]
+    return text_digest(settled)[:32]
 
 
 def languages(given: Collection[str] | str) -> set[str]:

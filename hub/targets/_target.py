@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from loraweave.common.files import replacing, require_replaceable
 from loraweave.common.state import save_tensors
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._card import README, readme_text
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._peft_parameters import path_of
-from loraweave.hub.formats._replacing import replacing, require_replaceable
 from loraweave.lowrank.algebra import all_finite
 from loraweave.types import Factors
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from loraweave.errors import AdapterUnsupported, PackageMissing
 from loraweave.hub.base import base_config
 from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats._placing import head_size
 from loraweave.hub.licenses import stated_license
 from loraweave.hub.targets._target import Target, place, require_plain, require_untied
 from loraweave.registry import traits
@@ -113,8 +114,8 @@ def _order(layer: str, factors: Factors, config: Any, name: str) -> Tensor:
         return factors.b_OR
     heads = config.num_attention_heads if last == "q_proj" else config.num_key_value_heads
     rows = factors.b_OR.shape[0]
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if rows != heads * size:
+    size = head_size(config)
+    if size is None or rows != heads * size:
         raise AdapterUnsupported(
             f"layer {layer!r} of adapter {name!r} has {rows} outputs, but the base model has {heads} heads of {size}: was "
             "the adapter made for another base model?"

@@ -10,28 +10,24 @@ from typing import Annotated
 import typer
 
 from loraweave import __version__
-from loraweave.cli._application import INTERRUPTED, Application, quiet_libraries
-from loraweave.cli._flags import JsonOption, SeedOption
+from loraweave.cli._application import INTERRUPTED, Application, JsonOption, SeedOption, quiet_libraries
 from loraweave.cli._printing import progress_to_stderr
 from loraweave.cli.adapters import MERGE_EXAMPLE, TRAIN_EXAMPLE, merge, train
-from loraweave.cli.compositions import composing
-from loraweave.cli.doctor import DOCTOR_EXAMPLE, doctor
-from loraweave.cli.hub import hub
-from loraweave.cli.load import LOAD_EXAMPLE, load
-from loraweave.cli.serve import SERVE_EXAMPLE, serve
-from loraweave.cli.stored import (
+from loraweave.cli.compositions import (
     LIST_EXAMPLE,
     REMOVE_EXAMPLE,
     SAVE_EXAMPLE,
     WRITE_EXAMPLE,
+    composing,
     list_compositions,
     remove_composition,
     save_composition,
     write_composition,
 )
+from loraweave.cli.doctor import DOCTOR_EXAMPLE, doctor
+from loraweave.cli.hub import hub
+from loraweave.cli.servers import LOAD_EXAMPLE, SERVE_EXAMPLE, UI_EXAMPLE, VERIFY_EXAMPLE, load, serve, ui, verify
 from loraweave.cli.study import STUDY_EXAMPLE, study
-from loraweave.cli.ui import UI_EXAMPLE, ui
-from loraweave.cli.verify import VERIFY_EXAMPLE, verify
 
 app = typer.Typer(
     cls=Application,

@@ -1,4 +1,4 @@
-"""What every command shares: errors as one line and an exit status, and `--debug` wherever it is written."""
+"""What every command shares: errors as one line and an exit status, `--debug` wherever it is written, and common flags."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -97,3 +97,47 @@ def one_line(text: str) -> str:
 
 def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
+
+
+HubOption = Annotated[
+    str, typer.Option("--hub", envvar="LORAWEAVE_HUB", metavar="PLACE", help="The hub: a folder, or postgresql://...")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+AnomaliesOption = Annotated[
+    str, typer.Option(metavar="POLICY", help="What looks wrong about an adapter: off, report, quarantine or refuse.")
+]
+AllowLicensesOption = Annotated[
+    bool, typer.Option("--allow-licenses", help="Also where licenses are known to exclude each other, or derived works.")
+]
+BlobsOption = Annotated[
+    str | None,
+    typer.Option(envvar="LORAWEAVE_BLOBS", metavar="PLACE", help="Where a new hub keeps its files: a folder, or s3://..."),
+]
+DEFAULT_HUB = "adapters"
+BaseOption = Annotated[
+    str | None, typer.Option("--base", metavar="MODEL", help="Base model: a folder or hub id; the embedded one by default.")
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="TYPE",
+        help="What the base is computed in: float32, bfloat16, float16, or fast, which is bfloat16 where this machine "
+        "multiplies it faster. By default the checkpoint's own, float32 for the embedded one.",
+    ),
+]
+OptionOption = Annotated[
+    list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="A setting of the method; may be repeated.")
+]
+InstructionOption = Annotated[str | None, typer.Option(help="What the task asks for; from the rows when they agree on one.")]
+SystemOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Ask in the base's chat template, after this turn of the system's, '' for none; rows of messages do so anyway.",
+    ),
+]
+LabelsOption = Annotated[str | None, typer.Option(metavar="A,B", help="The only possible answers, separated by commas.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")]
+ManyTagsOption = Annotated[list[str] | None, typer.Option("--tag", help="A tag; may be given several times.")]
+ExactRankOption = Annotated[int | None, typer.Option(min=1, help="Cut every layer to this rank; exact by default.")]

@@ -1,4 +1,4 @@
-"""`loraweave compose`, `eval`, `explain` and `export`: a composition is made, scored, looked at and handed on."""
+"""`loraweave compose`, `eval`, `explain` and `export`; and `hub save-composition` and its kin: compositions in a hub."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraweave.cli._application import one_line
-from loraweave.cli._flags import (
+from loraweave.cli._application import (
     DEFAULT_HUB,
     AllowLicensesOption,
     BaseOption,
@@ -23,6 +22,7 @@ from loraweave.cli._flags import (
     OptionOption,
     SeedOption,
     SystemOption,
+    one_line,
 )
 from loraweave.cli._inputs import (
     ADAPTER_FILE,
@@ -40,7 +40,7 @@ from loraweave.cli._inputs import (
     recorded_base,
     require_free,
 )
-from loraweave.cli._printing import note, print_json, print_rows, print_table
+from loraweave.cli._printing import answer, note, print_json, print_rows, print_table
 
 if TYPE_CHECKING:
     import loraweave as lw
@@ -332,3 +332,77 @@ def export(
         return
     for line in str(report).splitlines():
         typer.echo(one_line(line))
+
+
+SAVE_EXAMPLE = 'Example: loraweave hub save-composition careful "0.7*antonym - 0.3*negation"'
+LIST_EXAMPLE = "Example: loraweave hub compositions --json"
+WRITE_EXAMPLE = "Example: loraweave hub write-composition support-bot composed"
+REMOVE_EXAMPLE = "Example: loraweave hub remove-composition support-bot"
+
+NameArgument = Annotated[str, typer.Argument(help="A composition of the hub, without the @.")]
+
+
+def save_composition(
+    name: Annotated[str, typer.Argument(help="Its name; a formula says @NAME.")],
+    composition: Annotated[
+        str, typer.Argument(metavar="FOLDER|FORMULA", help="A folder of compose --out, or a formula such as 'a + 0.5*b'.")
+    ],
+    replace: Annotated[bool, typer.Option("--replace", help="In place of another composition of that name.")] = False,
+    hub: HubOption = DEFAULT_HUB,
+    as_json: JsonOption = False,
+) -> None:
+    """Keep a composition in the hub, with its report, or a formula, whose adapters must be there."""
+    import loraweave as lw
+
+    with open_hub(hub) as opened:
+        kept: Path | lw.Formula = Path(composition)
+        if (Path(composition) / COMPOSITION_FILE).is_file():
+            from loraweave.composer.compose.saved import SavedRecipe
+
+            # a damaged folder is told now, not by who reads it
+            SavedRecipe.read(composition)
+        else:
+            kept = lw.parse(composition)
+            kept.adapters(opened)
+        stored = opened.save_composition(name, kept, replace=replace)
+    told = {"name": stored.name, "hash": stored.hash, "created": stored.created, "formula": stored.formula}
+    answer(as_json, told, f"saved {stored.name!r}; formulas and `loraweave merge` know it as @{stored.name}")
+
+
+def list_compositions(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
+    """List the compositions that a hub keeps."""
+    with open_hub(hub) as opened:
+        found = [
+            {
+                "name": stored.name,
+                "created": stored.created,
+                "hash": stored.hash,
+                "formula": stored.formula,
+                "chosen": (stored.report or {}).get("chosen"),
+                "size_bytes": sum(stored.files.values()),
+            }
+            for stored in opened.compositions()
+        ]
+    if as_json:
+        print_json(found)
+        return
+    shown = [(row["name"], row["created"], row["formula"] or f"composed: {row['chosen']}") for row in found]
+    print_rows(("name", "created", "what"), shown)
+
+
+def write_composition(
+    name: NameArgument,
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where its folder goes; eval, explain and export read it.")],
+    hub: HubOption = DEFAULT_HUB,
+) -> None:
+    """Write a stored composition as the folder that it was saved from."""
+    with open_hub(hub) as opened:
+        opened.composition(name).write(out)
+    note(f"wrote {name!r} to {out}")
+
+
+def remove_composition(name: NameArgument, hub: HubOption = DEFAULT_HUB) -> None:
+    """Take a composition out of the hub; `gc` then frees its files."""
+    with open_hub(hub) as opened:
+        opened.remove_composition(name)
+    note(f"removed {name!r}; `loraweave hub gc` frees its files")

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from packaging.requirements import Requirement
 
-from loraweave.cli._flags import JsonOption
+from loraweave.cli._application import JsonOption
 from loraweave.cli._printing import note, print_json, print_rows
 
 DOCTOR_EXAMPLE = "Example: loraweave doctor --json"

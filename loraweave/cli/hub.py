@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from loraweave.cli._flags import (
+from loraweave.cli._application import (
     DEFAULT_HUB,
     AnomaliesOption,
     BaseOption,

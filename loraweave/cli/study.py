@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loraweave.cli._flags import JsonOption
+from loraweave.cli._application import JsonOption
 from loraweave.cli._printing import note, print_json, print_rows
 
 STUDY_EXAMPLE = "Example: loraweave study examples/study.yaml --out runs/study"

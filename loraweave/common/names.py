@@ -1,8 +1,9 @@
-"""Rules for adapter names: free text that fits on one line. A name never becomes a path or a module key."""
+"""Rules for adapter names: free text that fits on one line. A name never becomes a path or a module key; a digest does."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import unicodedata
 from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
@@ -53,6 +54,11 @@ def _short(value: object) -> str:
     # ascii, so that a message with a lone surrogate can be printed
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def text_digest(text: str) -> str:
+    """The sha256 of a text, in hexadecimal: what stands for it in a path, a row or a key."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def now() -> str:

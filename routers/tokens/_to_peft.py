@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraweave.common.files import replacing, require_replaceable
 from loraweave.common.state import save_tensors
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._config import CONFIG
 from loraweave.hub.formats._peft_config import PREFIX, WEIGHTS
-from loraweave.hub.formats._replacing import replacing, require_replaceable
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._members import find_names
 

@@ -14,9 +14,9 @@ import yaml  # type: ignore[import-untyped]
 from safetensors.torch import save
 from torch import Tensor
 
+from loraweave.common.files import replacing
 from loraweave.errors import WeightingError
 from loraweave.hub.formats._card import front_matter
-from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._members import Members, find_names
 

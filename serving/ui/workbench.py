@@ -24,7 +24,7 @@ from loraweave.composer.compose.compose import compose
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.report import Report
 from loraweave.composer.composer import Composer
-from loraweave.composer.explain.page import page
+from loraweave.composer.explain.plot import page
 from loraweave.composer.explain.shown import block_and_kind
 from loraweave.composer.formula.formula import parse
 from loraweave.composer.formula.nodes import Named, Stored

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.formats._placing import head_size
 from loraweave.hub.targets.gguf import interleaved
 from loraweave.hub.targets.vllm import PACKED
 from loraweave.types import Factors
@@ -170,8 +171,7 @@ def _with_block(layer: str, source: Mapping[int, int]) -> str:
 
 
 def _turned(layers: Layers, config: Any, permute: Callable[[Tensor, int], Tensor]) -> Layers | None:
-    heads = getattr(config, "num_attention_heads", None)
-    width = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
+    width = head_size(config)
     concerned = [layer for layer in layers if _site(layer) in ("q_proj", "k_proj")]
     if not concerned or not width or any(layers[layer].b_OR.shape[0] % width for layer in concerned):
         return None

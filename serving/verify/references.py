@@ -5,7 +5,6 @@ Probes are kept in a folder by the content of what they are for, so that a serve
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from loraweave.common.files import whole_file
+from loraweave.common.names import text_digest
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import pad_id
 from loraweave.errors import AdapterUnsupported, CompositionError
@@ -147,7 +147,7 @@ class References:
     def _path(self, said: Any) -> Path | None:
         if self._folder is None:
             return None
-        return self._folder / f"{hashlib.sha256(json.dumps(said).encode()).hexdigest()}.json"
+        return self._folder / f"{text_digest(json.dumps(said))}.json"
 
 
 def _read(path: Path) -> list[Probe] | None:

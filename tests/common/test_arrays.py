@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from loraweave.common import arrays, files
-from loraweave.common.arrays import map_arrays, write_arrays
+from loraweave.common import files
+from loraweave.hub.search import segments
+from loraweave.hub.search.segments import map_arrays, write_arrays
 
 ARRAYS = {
     "half": np.arange(21, dtype="<f2").reshape(3, 7),
@@ -75,7 +76,7 @@ def test_every_byte_that_is_cut_off_and_any_that_is_flipped_in_the_data_is_notic
 
 
 def test_large_arrays_are_compared_with_their_digests_on_request_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(arrays, "CHECKED_BYTES", 0)
+    monkeypatch.setattr(segments, "CHECKED_BYTES", 0)
     path = written(tmp_path)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

@@ -9,7 +9,7 @@ import scipy.linalg  # noqa: F401  its BLAS must be loaded to be counted
 import torch
 from threadpoolctl import ThreadpoolController
 
-from loraweave.common.threads import one_blas_thread, side_by_side
+from loraweave.common.process import one_blas_thread, side_by_side
 
 
 def blas_threads():

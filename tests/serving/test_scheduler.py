@@ -13,8 +13,8 @@ from served_rows import MIXTURES, PROMPTS, Heard, alone, averaged, heard_rows, s
 
 import loraweave as lw
 from loraweave.serving.limits import Limits
-from loraweave.serving.memory import Memory
 from loraweave.serving.metrics import Metrics
+from loraweave.serving.prefixes import Memory
 from loraweave.serving.refusals import Refusal
 from loraweave.serving.row import Row
 from loraweave.serving.sampling import Sampling

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from loraweave.common.descent import Descent, descend
+from loraweave.common.names import text_digest
 from loraweave.common.rows import GivenRows
 from loraweave.composer.model.batches import EncodedRow
 from loraweave.composer.model.scoring import encode_pairs
@@ -135,7 +135,7 @@ class Course:
         until = [[task, *asdict(self.tasks[task]).values()] for task in self._until(name)]
         options = sorted((key, repr(value)) for key, value in self.options.items())
         content = json.dumps([self._recipe, options, until, len(self.tasks), self.base.to_json(), kind], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:32]
+        return text_digest(content)[:32]
 
 
 def added(first: Layers, second: Layers) -> dict[str, Factors]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.compose import searched
+from loraweave.composer.compose import ways
 from loraweave.composer.model.batches import batch, encode, mean_losses
 
 
@@ -49,14 +49,14 @@ def interrupt_search(monkeypatch):
     """interrupt_search(): the second time from now on that candidates are scored is interrupted, once."""
 
     def interrupt():
-        original, calls = searched.together, count()
+        original, calls = ways.together, count()
 
         def interrupted(objectives, candidates):
             if next(calls) == 1:
                 raise KeyboardInterrupt
             return original(objectives, candidates)
 
-        monkeypatch.setattr(searched, "together", interrupted)
+        monkeypatch.setattr(ways, "together", interrupted)
 
     return interrupt
 

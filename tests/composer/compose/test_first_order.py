@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from loraweave.composer.compose.first_order import first_order, update_norm
+from loraweave.composer.compose.rerank import first_order, update_norm
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import IGNORED, batch, encode, mean_losses, target_logits
 from loraweave.errors import AlreadyActive, CompositionError
@@ -160,7 +160,7 @@ def test_the_model_is_left_as_it_was(make_model, make_adapters, tokenizer, kind)
 
 def test_an_error_in_the_backward_pass_leaves_the_model_as_it_was(tiny_llama, make_adapter, tokenizer, monkeypatch):
     engine = Composer(tiny_llama, [make_adapter(tiny_llama, "a")])
-    monkeypatch.setattr("loraweave.composer.compose.first_order._Slopes.receive", lambda self, gradient, x: 1 / 0)
+    monkeypatch.setattr("loraweave.composer.compose.rerank._Slopes.receive", lambda self, gradient, x: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         first_order(engine, tokenizer, TASK)
     assert not engine.active

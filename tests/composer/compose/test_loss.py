@@ -10,8 +10,8 @@ from torch.func import functional_call
 
 import loraweave as lw
 from loraweave.composer.compose import population
-from loraweave.composer.compose.first_order import first_order
 from loraweave.composer.compose.loss import ExampleLoss, Penalty, together, together_with_gradients
+from loraweave.composer.compose.rerank import first_order
 from loraweave.composer.model.batches import batch, encode, token_losses
 from loraweave.errors import SearchFailed, WeightingError
 from loraweave.routers.searches.adamerging import Adamerging

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.compose.first_order import first_order, update_norm
 from loraweave.composer.compose.loss import ExampleLoss
+from loraweave.composer.compose.rerank import first_order, update_norm
 from loraweave.errors import AdapterUnsupported, InvalidTask, SearchFailed, UnknownExpert, UnknownName, WeightingError
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Candidate, Record

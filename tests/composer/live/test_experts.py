@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraweave.composer.compose.collect_statistics import collect_statistics
-from loraweave.composer.compose.first_order import first_order
+from loraweave.composer.compose.rerank import first_order
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.fixed_shapes import batch_invariant
 from loraweave.errors import CompositionError, LayerMismatch, ScopeError

@@ -12,9 +12,8 @@ import torch
 import loraweave as lw
 from loraweave import registry
 from loraweave.composer.composer import Composer
-from loraweave.composer.merge.input import require_sound
 from loraweave.composer.merge.merge import merge
-from loraweave.composer.merge.method_call import MethodCall
+from loraweave.composer.merge.method_call import MethodCall, require_sound
 from loraweave.composer.merge.statistics import LayerStatistics, Statistics
 from loraweave.errors import CompositionError, LoraweaveError, UnknownName, WeightingError
 from loraweave.hub.adapter import Adapter

@@ -13,8 +13,7 @@ import loraweave as lw
 from loraweave import registry
 from loraweave.composer.model import scoring
 from loraweave.composer.programs.asked import Asked, Step
-from loraweave.composer.programs.distil import card_inputs, recombined
-from loraweave.composer.programs.program import Program
+from loraweave.composer.programs.program import Program, card_inputs, recombined
 from loraweave.errors import (
     AdapterCorrupt,
     AdapterNotFound,

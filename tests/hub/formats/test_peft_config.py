@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from loraweave.hub.formats._patterns import resolve
+from loraweave.hub.formats._config import resolve
 from loraweave.hub.formats._peft_config import BENIGN, HANDLED, REFUSED, parse
 
 

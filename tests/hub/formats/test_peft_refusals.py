@@ -324,7 +324,7 @@ PATTERNS = {
 
 @pytest.mark.parametrize("case", PATTERNS)
 def test_pattern_that_cannot_be_run_within_bounds_is_refused(folder, case, monkeypatch):
-    monkeypatch.setattr("loraweave.hub.formats._patterns.TIMEOUT_S", 0.5)
+    monkeypatch.setattr("loraweave.hub.formats._config.TIMEOUT_S", 0.5)
     put(folder, {"alpha_pattern": {PATTERNS[case]: 3}})
     with pytest.raises(AdapterUnsupported, match="alpha_pattern"):
         Peft.read(folder)

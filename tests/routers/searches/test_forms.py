@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from loraweave.errors import WeightingError
-from loraweave.routers.searches._forms import Adam, Free, Softmax, SoftmaxBias
 from loraweave.routers.searches._space import Space
+from loraweave.routers.searches.gradient import Adam, Free, Softmax, SoftmaxBias
 
 SPACE = Space(("a", "b", "c"), groups={"early": ("l0", "l1"), "late": ("l2",)})
 FORMULAS = {

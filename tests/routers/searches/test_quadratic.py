@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import lsq_linear, minimize
 
-from loraweave.routers.searches._quadratic import LEAST_CURVATURE, fit_quadratic
+from loraweave.routers.searches.first_order import LEAST_CURVATURE, fit_quadratic
 
 
 def steps_and_changes(num_points, size, seed=0):

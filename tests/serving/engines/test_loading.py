@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from loraweave.errors import AdapterUnsupported, SourceUnavailable, UnknownName
-from loraweave.serving.engines.folders import Folder
-from loraweave.serving.engines.loading import load, unload
+from loraweave.serving.engines.folders import Folder, load, unload
 
 FOLDER = Folder("0123456789abcdef" * 2, "0.5*a + 0.5*b", Path("/served/x"), 0.0)
 

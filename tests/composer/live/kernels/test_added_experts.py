@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from loraweave.composer.live.kernels import _added_experts
-from loraweave.composer.live.kernels._added_experts import add_experts
-from loraweave.composer.live.kernels._chosen_product import ChosenProduct
+from loraweave.composer.live.kernels._added_experts import ChosenProduct, add_experts
 from loraweave.composer.live.kernels._expert_product import ExpertProduct, RankRows
 
 RANKS = (2, 3, 1, 2)

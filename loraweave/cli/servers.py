@@ -1,0 +1,173 @@
+"""`loraweave serve`, `ui`, `verify` and `load`: our server, our page, and the servers of others."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loraweave.cli._application import DEFAULT_HUB, BaseOption, DtypeOption, HubOption, JsonOption
+from loraweave.cli._inputs import load_model, open_hub, require_dtype
+from loraweave.cli._printing import note, print_json, print_table
+from loraweave.errors import PackageMissing
+
+SERVE_EXAMPLE = 'Example: loraweave serve --hub adapters   (a client then asks for model "0.7*passive + 0.7*negation")'
+
+
+def serve(
+    hub: HubOption = DEFAULT_HUB,
+    base: BaseOption = None,
+    dtype: DtypeOption = None,
+    host: Annotated[str, typer.Option(help="Where to listen; other machines need --api-key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 chooses a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LORAWEAVE_API_KEY", help="What clients must send as their bearer token.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where the model runs, such as cuda; where it is loaded by default.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Answers that run in one batch.")] = 8,
+    cache_tokens: Annotated[int, typer.Option(min=1, help="Keys and values that the batch keeps at most.")] = 32_768,
+    prefix_bytes: Annotated[int, typer.Option(min=0, help="Bytes of prompts that are not read twice.")] = 1 << 28,
+    waiting: Annotated[int, typer.Option(min=1, help="Answers that wait; more are refused with 429.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of one answer at most.")] = 1024,
+    deadline: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600.0,
+    token_seconds: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds that a token of a running answer may take; more answers wait.")
+    ] = None,
+    memory_bytes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Bytes for keys and values, kept prompts, and adapters together; no limit by default."),
+    ] = None,
+    adapters: Annotated[int, typer.Option(min=1, help="Adapters of one formula at most.")] = 16,
+    loaded: Annotated[int, typer.Option(min=1, help="Adapters, and formulas with theirs, that stay in memory unused.")] = 64,
+    merges: Annotated[bool, typer.Option(help="Whether formulas may have merges by a method, such as ties(a, b).")] = True,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="Answers have the same bits whatever runs beside them; slower.")
+    ] = False,
+) -> None:
+    """Serve every formula over a hub to OpenAI clients, requests with different mixtures in one batch."""
+    try:
+        from loraweave.serving.app import make_server
+        from loraweave.serving.limits import Limits
+    except ModuleNotFoundError as error:
+        raise PackageMissing(
+            f"serving needs packages that are not installed ({error}): pip install 'loraweave[serve]'"
+        ) from error
+
+    limits = Limits(
+        rows=rows,
+        cache_tokens=cache_tokens,
+        prefix_bytes=prefix_bytes,
+        waiting=waiting,
+        new_tokens=max_tokens,
+        seconds=deadline,
+        token_seconds=float("inf") if token_seconds is None else token_seconds,
+        memory_bytes=float("inf") if memory_bytes is None else memory_bytes,
+        adapters=adapters,
+        loaded=loaded,
+        merges=merges,
+        batch_invariant=batch_invariant,
+    )
+    with open_hub(hub) as opened:
+        model, tokenizer = load_model(base, dtype)
+        if device is not None:
+            model.to(device)
+        make_server(opened, model, tokenizer, host=host, port=port, limits=limits, api_key=api_key).run()
+
+
+UI_EXAMPLE = "Example: loraweave ui --hub adapters   (then open the address that it prints)"
+
+
+def ui(
+    hub: HubOption = DEFAULT_HUB,
+    base: BaseOption = None,
+    dtype: DtypeOption = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 chooses a free one.")] = 8001,
+) -> None:
+    """Look at a hub in a browser: search, maps, sliders, and which adapter counts where. Only this machine reaches it."""
+    # the base is loaded when the page first needs it
+    require_dtype(dtype)
+    try:
+        from loraweave.serving.ui.app import make_ui_server
+    except ModuleNotFoundError as error:
+        raise PackageMissing(
+            f"the page needs packages that are not installed ({error}): pip install 'loraweave[serve]'"
+        ) from error
+
+    with open_hub(hub) as opened:
+        make_ui_server(opened, lambda: load_model(base, dtype), port=port).run()
+
+
+VERIFY_EXAMPLE = "Example: loraweave verify http://127.0.0.1:8000 --hub adapters"
+
+
+def verify(
+    url: Annotated[str, typer.Argument(help="Where the server answers: ours, vLLM's, llama.cpp's, or one like them.")],
+    names: Annotated[list[str] | None, typer.Argument(help="Adapters or formulas; all that server and hub have.")] = None,
+    hub: HubOption = DEFAULT_HUB,
+    base: BaseOption = None,
+    base_name: Annotated[
+        str | None, typer.Option(help="What the server calls the base, where it does not say so itself.")
+    ] = None,
+    probes: Annotated[int, typer.Option(min=1, max=6, help="Prompts for each name, each asked two or three times.")] = 3,
+    width: Annotated[int, typer.Option(min=1, help="Requests at once, when names are mixed.")] = 8,
+    reload: Annotated[
+        bool, typer.Option("--reload", help="Also unload and load each adapter, where the server can; changes the server.")
+    ] = False,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LORAWEAVE_API_KEY", help="The bearer token that the server wants.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a server for each of its adapters and say which weights answered; exit status 1 on any fault."""
+    import loraweave as lw
+
+    with open_hub(hub) as opened:
+        report = lw.verify_server(
+            url,
+            opened,
+            names or None,
+            base=base,
+            base_name=base_name,
+            num_probes=probes,
+            width=width,
+            reload=reload,
+            api_key=api_key,
+        )
+    if as_json:
+        print_json(report.to_json())
+    else:
+        print_table(report.table())
+        for text in report.notes:
+            note(text)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+LOAD_EXAMPLE = 'Example: loraweave load "0.7*passive + 0.7*negation" --into sglang --url http://127.0.0.1:30000'
+
+
+def load(
+    formula: Annotated[str, typer.Argument(help="What to load, such as 0.7*a + 0.3*b.")],
+    into: Annotated[str, typer.Option(help="The engine: sglang or lorax.")],
+    url: Annotated[str, typer.Option(help="Where it runs; it sees the folders under the same path.")],
+    hub: HubOption = DEFAULT_HUB,
+    folders: Annotated[Path, typer.Option(help="Where the folders of formulas lie; none is removed.")] = Path("served"),
+    max_rank: Annotated[int, typer.Option(min=1, help="The server's largest rank.")] = 64,
+    max_error: Annotated[float, typer.Option(min=0, help="What a cut to that rank may change of the update.")] = 1e-3,
+) -> None:
+    """Write a formula as a folder, load it into a running server, and tell what requests for it say, as JSON."""
+    from loraweave.serving.engines import folders as engines
+
+    engines.require_engine(into)
+    with open_hub(hub) as opened:
+        made = engines.Folders(opened, folders.absolute(), max_rank=max_rank, max_error=max_error, max_bytes=sys.maxsize)
+        try:
+            folder = made.hold(formula)
+            fields = engines.load(folder, url, engine=into)
+        finally:
+            made.close()
+    print_json({"formula": folder.canonical, "relative_error": folder.relative_error, "request": fields})
