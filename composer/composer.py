@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraweave.common.chat import Conversation, Prompt, is_messages
+from loraweave.common.chat import Prompt
 from loraweave.common.checks import is_collection, is_list
 from loraweave.common.process import lock_of
 from loraweave.common.rows import GivenRows
@@ -29,7 +29,7 @@ from loraweave.composer.live.residents import Residency, Residents
 from loraweave.composer.live.resolve import resolve, warn_of_licenses
 from loraweave.composer.live.standing_in import CLAIMS
 from loraweave.composer.merge.statistics import Statistics
-from loraweave.composer.model.generate import Asked, generation_call, read_prompt, stream
+from loraweave.composer.model.generate import Asked, generation_call, read_one, read_prompt, stream
 from loraweave.composer.model.layers import TargetLayer
 from loraweave.composer.overwritten import Place
 from loraweave.composer.train.routers import fit, require_learning
@@ -178,12 +178,11 @@ class Composer:
         """
         self._require_open()
         self._require_tokenizer("explain()")
-        if not isinstance(text, str | Conversation) and not is_messages(text):
-            raise CompositionError(f"explain() takes one text, but got {type(text).__name__}: explain texts one by one")
+        prompt = read_one(text)
         if self._fused:
             raise AlreadyActive("a mixture that is fused into the weights has none to explain: leave fused() first")
         with torch.no_grad(), nullcontext() if mixture is None else self.activate(mixture):
-            read = plan_reading(self.model, self.tokenizer, read_prompt(text, 0), max_new_tokens)
+            read = plan_reading(self.model, self.tokenizer, prompt, max_new_tokens)
             with self.record() as trace, read.prompted():
                 self.model(**read.inputs)
         order = [name for name, _ in self.model.named_modules() if name in self.target_layers]

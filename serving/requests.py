@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from starlette.requests import Request
 
 from loraweave.common.chat import Conversation, Prompt, prompt_ids, rendered
+from loraweave.common.checks import one_or_many
 from loraweave.composer.model.batches import context_length
 from loraweave.errors import InvalidTask
 from loraweave.serving.limits import Limits
@@ -97,7 +98,7 @@ class Asked(BaseModel):
 
         It ends at `stops` too.
         """
-        stop = (*([self.stop] if isinstance(self.stop, str) else self.stop or ()), *stops)
+        stop = (*one_or_many(self.stop), *stops)
         temperature = 1.0 if self.temperature is None else self.temperature
         top_p = 1.0 if self.top_p is None else self.top_p
         # into what a generator takes

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from loraweave.common.chat import Conversation, is_messages, prompt_json
+from loraweave.common.chat import prompt_json
 from loraweave.common.files import as_path, replacing
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.compose.refine import (
@@ -34,7 +34,7 @@ from loraweave.composer.composer import Composer
 from loraweave.composer.explain.explanation import Explanation, plan_reading, split_text
 from loraweave.composer.merge.arithmetic import byom
 from loraweave.composer.merge.merge import parent_of
-from loraweave.composer.model.generate import Asked, read_prompt
+from loraweave.composer.model.generate import Asked, read_one
 from loraweave.composer.model.layers import with_magnitudes
 from loraweave.errors import CompositionError, ScopeError
 from loraweave.hub.export import ExportReport
@@ -152,9 +152,7 @@ class Composition(TaskMixture):
 
         With `max_new_tokens`, tokens of the greedy continuation are explained too; Composer.explain says which.
         """
-        if not isinstance(text, str | Conversation) and not is_messages(text):
-            raise CompositionError(f"explain() takes one text, but got {type(text).__name__}: explain texts one by one")
-        prompt = self.task.prompt(read_prompt(text, 0))
+        prompt = self.task.prompt(read_one(text))
         if self.is_base:
             with torch.no_grad():
                 ids = torch.cat(plan_reading(self.model, self.tokenizer, prompt, max_new_tokens).parts).tolist()

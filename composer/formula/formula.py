@@ -128,8 +128,6 @@ class Formula:
         """
         source = source_of(hub_or_pool)
         known = self.expand(hub_or_pool)
-        if self.is_auto:
-            raise ScopeError("'auto' has no identity: retrieval chooses for each request, and what it chose has one")
         if (stored := known.stored(source)) is not None:
             return text_digest(f"{'router' if has_router(stored) else 'average'} {stored.hash}")
 
@@ -138,15 +136,16 @@ class Formula:
             with self._at(leaf):
                 return Content(source.content(leaf))
 
-        root = known.root
-        if isinstance(root, Routed):
-            experts = sorted((content(leaf) for leaf in root.experts), key=str)
-            return text_digest(str(Routed(root.router, tuple(experts), root.options)))
-        if isinstance(root, Ensemble):
-            members = [replaced(each, content) for each in root.members]
-            return text_digest(str(ensemble_of(members, root.shares)))
-        assert isinstance(root, Sum)
-        return text_digest(str(as_sum(replaced(root, content))))
+        match known.root:
+            case Auto():
+                raise ScopeError("'auto' has no identity: retrieval chooses for each request, and what it chose has one")
+            case Routed(router, experts, options):
+                said: Root = Routed(router, tuple(sorted(map(content, experts), key=str)), options)
+            case Ensemble(members, shares):
+                said = ensemble_of([replaced(each, content) for each in members], shares)
+            case Sum() as root:
+                said = as_sum(replaced(root, content))
+        return text_digest(str(said))
 
     def pool(self, hub_or_pool: Given) -> ExpertPool:
         """The adapters that it needs as experts, each opened once: `a`, `a@3`, `@name`.
@@ -178,18 +177,24 @@ class Formula:
             raise ScopeError(f"the mixture of {self} needs its adapters: pass the hub or the pool")
         if hub_or_pool is not None and (stored := known.stored(hub_or_pool)) is not None and has_router(stored):
             return router_of(stored)
-        if isinstance(known.root, Routed):
-            options = {name: plain(value) for name, value in known.root.options}
-            return make_router(known.root.router, self.pool(hub_or_pool), **options)  # type: ignore[arg-type]
-        if isinstance(known.root, Ensemble):
-            raise ScopeError(_ENSEMBLE.format("be one mixture"))
-        assert isinstance(known.root, Sum)
-        for _, term in known.root.terms:
-            if isinstance(term, Merge):
-                raise ScopeError(
-                    f"{term} is no weighted sum of adapters: make one of it by formula.merge(hub), and activate that"
-                )
-        return {term.key: weight for weight, term in known.root.terms if isinstance(term, Named | Stored)}
+        weights: dict[str, float] = {}
+        match known.root:
+            case Routed(router, _, options):
+                given = {name: plain(value) for name, value in options}
+                return make_router(router, self.pool(hub_or_pool), **given)  # type: ignore[arg-type]
+            case Ensemble():
+                raise ScopeError(_ENSEMBLE.format("be one mixture"))
+            case Sum(terms):
+                for weight, term in terms:
+                    match term:
+                        case Merge():
+                            raise ScopeError(
+                                f"{term} is no weighted sum of adapters: make one of it by formula.merge(hub), "
+                                "and activate that"
+                            )
+                        case Named() | Stored():
+                            weights[term.key] = weight
+        return weights
 
     def members(self, hub_or_pool: Given | None = None) -> tuple[tuple[float, Formula], ...]:
         """(share, formula) of each member of an ensemble, the shares summing to 1; (1, itself) of any other formula."""
@@ -254,17 +259,18 @@ class Formula:
         return [leaf for leaf in leaves(self.root) if isinstance(leaf, Named | Stored)]
 
     def _require_adapters(self, verb: str) -> None:
-        if isinstance(self.root, Auto):
-            raise ScopeError(_AUTO.format(verb))
-        if isinstance(self.root, Ensemble) and verb == "be one adapter":
-            raise ScopeError(_ENSEMBLE.format(verb))
-        if self.is_base:
-            raise ScopeError(f"the base model cannot {verb}: it has no adapter; use the model as it is")
-        if isinstance(self.root, Routed) and verb == "be one adapter":
-            raise ScopeError(
-                f"router {self.root.router!r} cannot {verb}: what it gives depends on the input. Activate it instead: "
-                "Composer(model, formula.pool(hub)).activate(formula.mixture(hub))"
-            )
+        match self.root:
+            case Auto():
+                raise ScopeError(_AUTO.format(verb))
+            case Sum(()):
+                raise ScopeError(f"the base model cannot {verb}: it has no adapter; use the model as it is")
+            case Ensemble() if verb == "be one adapter":
+                raise ScopeError(_ENSEMBLE.format(verb))
+            case Routed(router) if verb == "be one adapter":
+                raise ScopeError(
+                    f"router {router!r} cannot {verb}: what it gives depends on the input. Activate it instead: "
+                    "Composer(model, formula.pool(hub)).activate(formula.mixture(hub))"
+                )
 
     def _adapter(self, source: Source, leaf: Named | Stored) -> Adapter:
         with self._at(leaf):

@@ -190,13 +190,14 @@ def ensemble_of(members: Sequence[Argument], shares: Sequence[float] | None) -> 
 
 def replaced(node: Argument, leaf: Callable[[Leaf], Argument]) -> Argument:
     """The node with every leaf replaced by what `leaf` gives for it, in the one form again."""
-    if isinstance(node, Merge):
-        inner = [replaced(each, leaf) for each in node.arguments]
-        if any(each == Sum(()) for each in inner):
-            raise WeightingError(f"{node.method!r} merges adapters, and one of its arguments is the base model")
-        return merge_of(node.method, inner, node.weights, node.options)
-    if isinstance(node, Sum):
-        return as_argument(sum_of(added((exact(weight), replaced(term, leaf)) for weight, term in node.terms)))
+    match node:
+        case Merge(method, arguments, weights, options):
+            inner = [replaced(each, leaf) for each in arguments]
+            if any(each == Sum(()) for each in inner):
+                raise WeightingError(f"{method!r} merges adapters, and one of its arguments is the base model")
+            return merge_of(method, inner, weights, options)
+        case Sum(terms):
+            return as_argument(sum_of(added((exact(weight), replaced(term, leaf)) for weight, term in terms)))
     return leaf(node)
 
 

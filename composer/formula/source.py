@@ -83,16 +83,19 @@ class HubSource:
 
     def require(self, leaf: Named | Stored) -> None:
         """Raises AdapterNotFound, which names near misses, for one that the hub does not have."""
-        if isinstance(leaf, Stored):
-            self.hub.composition(leaf.name)
-        else:
-            self.content(leaf)
+        match leaf:
+            case Stored(name):
+                self.hub.composition(name)
+            case Named():
+                self.content(leaf)
 
     def adapter(self, leaf: Named | Stored) -> Adapter:
         """The adapter under the name that the formula has for it. ScopeError for a composition that is none."""
-        if isinstance(leaf, Stored):
-            return _adapter_of(self.hub.composition(leaf.name), leaf)
-        found = self.hub.get(leaf.name, version=leaf.version)
+        match leaf:
+            case Stored(name):
+                return _adapter_of(self.hub.composition(name), leaf)
+            case Named(name, version):
+                found = self.hub.get(name, version=version)
         return found if found.name == leaf.key else replace(found, name=leaf.key)
 
     def content(self, leaf: Named | Stored) -> str:

@@ -143,6 +143,13 @@ def _words(mode: str) -> str:
     return mode.replace("_", " ") or "of an unknown kind"
 
 
+def read_one(text: Any) -> Prompt:
+    """The text or conversation that is to be explained. CompositionError for several."""
+    if not isinstance(text, str | Conversation) and not is_messages(text):
+        raise CompositionError(f"explain() takes one text, but got {type(text).__name__}: explain texts one by one")
+    return read_prompt(text, 0)
+
+
 def read_prompt(given: Any, number: int) -> Prompt:
     """Text or conversation `number` of a call. CompositionError for anything else, InvalidTask for turns of another form."""
     if isinstance(given, str):

@@ -84,9 +84,12 @@ class Study:
 
         Raises InvalidTask, or what a method's own check raises, for what cannot be followed, with near misses of names.
         """
-        place = Path() if isinstance(given, Mapping) else Path(given)
-        said = dict(given) if isinstance(given, Mapping) else read_yaml(place, InvalidTask)
-        whose = "the study" if isinstance(given, Mapping) else str(place)
+        match given:
+            case Mapping():
+                place, said, whose = Path(), dict(given), "the study"
+            case _:
+                place = Path(given)
+                said, whose = read_yaml(place, InvalidTask), str(place)
         require_known(whose, said, [each.name for each in fields(cls)], noun="key", error=InvalidTask)
         return _Reader(whose, place.parent, said, metrics).study(place.stem or "study")
 

@@ -65,8 +65,7 @@ class Server:
         """What it says that it serves."""
         if self.llama_adapters:
             return [Listed(name) for name in self.llama_adapters]
-        data = self._call("GET", "/v1/models").get("data")
-        rows = [row for row in data if isinstance(row, Mapping)] if isinstance(data, list) else []
+        rows = _rows(self._call("GET", "/v1/models").get("data"))
         return [Listed(str(row.get("id")), str(row.get("root") or ""), str(row.get("parent") or "")) for row in rows]
 
     def complete(
@@ -108,10 +107,9 @@ class Server:
     def _llama_adapters(self) -> dict[str, int]:
         """{name: number} of the adapters that a llama.cpp server has; empty for any other server."""
         try:
-            found = self._call("GET", "/lora-adapters").get("")
+            rows = _rows(self._call("GET", "/lora-adapters").get(""))
         except Refused:
             return {}
-        rows = [row for row in found if isinstance(row, Mapping)] if isinstance(found, list) else []
         paths = [PurePath(str(row.get("path"))) for row in rows]
         # our exports are all called adapter.gguf, each in a folder of its own
         names = [path.parent.name if path.stem == "adapter" else path.stem for path in paths]
@@ -170,6 +168,10 @@ def _json(data: bytes) -> dict[str, Any]:
     except ValueError:
         value = data.decode(errors="replace")
     return value if isinstance(value, dict) else {"": value}
+
+
+def _rows(found: Any) -> list[Mapping[str, Any]]:
+    return [row for row in found if isinstance(row, Mapping)] if isinstance(found, list) else []
 
 
 def _said(data: bytes) -> str:
