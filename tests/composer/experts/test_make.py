@@ -1,5 +1,7 @@
 """What `experts` makes of a name, of stored adapters, and of a trained mixture with one more task or other options."""
 
+from __future__ import annotations
+
 import dataclasses
 
 import pytest
@@ -8,6 +10,8 @@ import torch
 import loraweave as lw
 from loraweave.composer.composer import Composer
 from loraweave.composer.experts.make import with_options, with_task
+from loraweave.composer.experts.parts import closing_blocks, layer_sites
+from loraweave.composer.model.kinds import conv, linear
 from loraweave.errors import (
     AdapterUnsupported,
     BaseModelMismatch,
@@ -348,3 +352,30 @@ def test_what_the_recipe_froze_learns_where_its_other_options_let_it(make_model)
     with with_options(first, as_released=False) as made:
         assert made.expert_parameters()[f"{site}.k_REI"].requires_grad
         assert not made.expert_parameters()[f"{site}.b_EO"].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("segformer", ["segformer.stages.0.blocks.1", "segformer.stages.1.blocks.0"]),
+        ("upernet", ["backbone.swin.encoder.layers.0.blocks.1", "backbone.swin.encoder.layers.1.blocks.0"]),
+        ("llama", ["model.layers.1"]),
+        ("bart", ["model.encoder.layers.0", "model.decoder.layers.0"]),
+        # its blocks have lists of layers of different classes, which are no stages
+        ("t5", ["encoder.block.1", "decoder.block.1"]),
+    ],
+)
+def test_the_last_block_of_each_stage_or_stack_is_closing(make_model, kind, expected):
+    assert closing_blocks(make_model(kind)) == expected
+
+
+def test_the_places_of_closing_blocks_and_outside_the_blocks_are_closing(make_model):
+    sites = layer_sites(make_model("segformer"), ["fc1", "linear_fuse", "linear_projections.1.proj"], kinds=(linear, conv))
+    assert {site.name: site.closing for site in sites} == {
+        "segformer.stages.0.blocks.0.mlp.fc1": False,
+        "segformer.stages.0.blocks.1.mlp.fc1": True,
+        "segformer.stages.1.blocks.0.mlp.fc1": True,
+        # numbered, but no stage
+        "decode_head.linear_projections.1.proj": False,
+        "decode_head.linear_fuse": True,
+    }

@@ -7,6 +7,7 @@ import torch
 
 from loraweave.errors import ScopeError
 from loraweave.routers.tokens._call import context_length, count_copies, current_prompts, prompted
+from loraweave.routers.tokens._learned import Step
 
 IDS_BT = torch.tensor([[0, 5, 6], [7, 8, 9]])
 MASK_BT = torch.tensor([[0, 1, 1], [1, 1, 0]])
@@ -57,3 +58,17 @@ def test_a_call_has_a_multiple_of_the_prompts_as_rows():
 def test_the_context_grows_with_every_refresh_and_never_beyond_the_token_but_in_the_prompt(num_prompt, refresh, lengths):
     assert [context_length(number, num_prompt, refresh) for number in range(1, 7)] == lengths
     assert all(length <= max(number, num_prompt or 0) for number, length in enumerate(lengths, start=1))
+
+
+VALUES_BTE = torch.tensor([[[1.0, 0.0], [3.0, 8.0], [5.0, 4.0]], [[2.0, 2.0], [9.0, 9.0], [4.0, 6.0]]])
+
+
+def test_the_means_of_rows_leave_padding_out():
+    step = Step(torch.tensor([[1, 1, 1], [1, 0, 1]]), torch.tensor([-1, -1]))
+    assert step.row_means(VALUES_BTE).tolist() == [[3, 4], [3, 4]]
+
+
+def test_the_means_of_rows_of_tokens_that_are_not_known_are_over_all():
+    step = Step(torch.ones(2, 5), torch.tensor([-1, -1]))
+    assert step.row_means(VALUES_BTE).tolist() == [[3, 4], [5, VALUES_BTE[1, :, 1].mean()]]
+    assert step.row_means(VALUES_BTE[:, :1]).tolist() == [[1, 0], [2, 2]]

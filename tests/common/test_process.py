@@ -1,7 +1,6 @@
-"""Pieces of work on threads: order, errors, and what they leave of the process's settings."""
-
 from __future__ import annotations
 
+import gc
 import threading
 
 import pytest
@@ -9,7 +8,25 @@ import scipy.linalg  # noqa: F401  its BLAS must be loaded to be counted
 import torch
 from threadpoolctl import ThreadpoolController
 
-from loraweave.common.process import one_blas_thread, side_by_side
+from loraweave.common.process import one_blas_thread, paused_collector, side_by_side
+
+
+def failing(seen):
+    with paused_collector():
+        seen.append(gc.isenabled())
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_collector_is_off_in_the_block_and_afterwards_what_it_was(on):
+    (gc.enable if on else gc.disable)()
+    seen = []
+    try:
+        with pytest.raises(RuntimeError):
+            failing(seen)
+        assert (seen, gc.isenabled()) == ([False], on)
+    finally:
+        gc.enable()
 
 
 def blas_threads():

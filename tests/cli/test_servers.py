@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import typer
 from command_line import adapter, call, told_address
+from server_clients import running
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loraweave as lw
 from loraweave.cli import app
@@ -67,3 +69,62 @@ def test_every_option_is_explained_in_the_page():
     options = [option for each in typer.main.get_command(app).commands["serve"].params for option in each.opts]
     assert len(options) > 10
     assert [option for option in options if f"`{option}`" not in page and f"`--no-{option[2:]}`" not in page] == []
+
+
+def test_the_page_is_there_at_the_address_that_is_printed_until_it_is_interrupted(here):
+    with lw.Hub(here / "adapters") as hub:
+        hub.add(adapter("left", 0))
+    words = [sys.executable, "-m", "loraweave", "ui", "--port", "0"]
+    environment = {**os.environ, "NO_COLOR": "1"}
+    process = subprocess.Popen(words, cwd=here, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        address = told_address(process)
+        with urllib.request.urlopen(f"{address}/", timeout=120) as answer:
+            assert b"<title>loraweave</title>" in answer.read()
+        with urllib.request.urlopen(f"{address}/api/adapters", timeout=120) as answer:
+            assert [row["name"] for row in json.load(answer)["rows"]] == ["left"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=60)[1]
+    assert "Traceback" not in rest
+    assert process.returncode in (0, 130)
+
+
+def test_what_cannot_be_meant_is_said_before_the_server_starts(here):
+    missing = call("ui", "--hub", here / "none")
+    assert (missing.exit_code, "no hub in" in missing.stderr) == (1, True)
+    wrong = call("ui", "--dtype", "float3")
+    assert (wrong.exit_code, "--dtype takes float32" in wrong.stderr) == (2, True)
+
+
+@pytest.fixture
+def url(here, base):
+    """A server for which `right` is left, too; the hub `adapters` has both as they should be."""
+    with lw.Hub("adapters") as hub, lw.Hub("served") as served:
+        for opened, seeds in ((hub, (1, 2)), (served, (1, 1))):
+            for seed, name in zip(seeds, ("left", "right"), strict=True):
+                opened.add(adapter(name, seed, base_model=str(base)), examples=["abc", "the judge"])
+        model = AutoModelForCausalLM.from_pretrained(base)
+        with running(served, model, AutoTokenizer.from_pretrained(base)) as port:
+            yield f"http://127.0.0.1:{port}"
+
+
+def test_a_fault_is_status_1_and_json_for_scripts(url, base):
+    sound = call("verify", url, "left", "--base", base, "--probes", "1")
+    assert sound.exit_code == 0, sound.output
+    assert "as asked" in sound.stdout
+    done = call("verify", url, "--base", base, "--probes", "1", "--json")
+    assert done.exit_code == 1
+    told = json.loads(done.stdout)
+    assert {each["asked"]: each["verdict"] for each in told["findings"]} == {
+        "base": "as asked",
+        "left": "as asked",
+        "right": "got left",
+    }
+
+
+def test_no_server_is_an_error_of_one_line(here, url):
+    done = call("verify", "http://127.0.0.1:9", "--hub", "adapters")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("SourceUnavailable: ")
+    assert len(done.stderr.splitlines()) == 1

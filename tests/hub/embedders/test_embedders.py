@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from loraweave.hub.embedders.form import Form
+from loraweave.hub.embedders.hashing import Hashing
+from loraweave.hub.embedders.hidden_state import _REFERENCES, HiddenState
+
+
+class Letters:
+    """A tokenizer with an id for every byte."""
+
+    bos_token_id = 1
+    eos_token_id = 2
+
+    def __call__(self, text, *, truncation, max_length):
+        return {"input_ids": [3 + byte % 58 for byte in text.encode("utf-8", "replace")][:max_length]}
+
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=61, bos_token_id=1, eos_token_id=2, **shape)).eval()
+
+
+def states(model, text):
+    """The mean last hidden state of one text alone."""
+    ids = torch.tensor([[1, *Letters()(text, truncation=True, max_length=256)["input_ids"]]])
+    with torch.no_grad():
+        return model.model(input_ids=ids).last_hidden_state[0].double().mean(dim=0).numpy()
+
+
+def test_a_vector_is_the_mean_state_without_the_mean_over_the_reference_texts(model):
+    common = np.mean([states(model, text) for text in _REFERENCES], axis=0)
+    texts = ["horse", "a much longer text than the other one", ""]
+    expected = [states(model, text) - common for text in texts]
+    expected = [row / np.linalg.norm(row) for row in expected]
+    np.testing.assert_allclose(HiddenState(model=model, tokenizer=Letters()).embed(texts), expected, atol=1e-5)
+
+
+def test_the_length_is_the_models_and_the_id_changes_with_its_weights(model):
+    embedder = HiddenState(model=model, tokenizer=Letters())
+    assert embedder.dim == 16
+    before = embedder.id
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)
+    assert HiddenState(model=model, tokenizer=Letters()).id != before
+    assert embedder.id == before
+
+
+def test_nothing_is_loaded_before_the_first_use():
+    assert HiddenState(base_model="/no/such/folder").base_model == "/no/such/folder"
+
+
+def cosine(left, right):
+    rows = Form().embed([left, right]).astype(np.float64)
+    return float(rows[0] @ rows[1])
+
+
+def test_texts_of_one_form_are_nearer_than_texts_of_one_subject():
+    assert cosine("horse", "table") > cosine("horse", "The horse ran over the table.")
+    assert cosine("apple, run, green", "dog, sit, blue") > cosine("apple, run, green", "apple")
+    assert cosine("12 30", "7 81") > cosine("12 30", "twelve thirty")
+
+
+def test_words_of_one_length_and_case_have_one_form():
+    assert abs(cosine("horse", "table") - 1.0) < 1e-6
+
+
+def test_every_mark_counts():
+    plain = Form().embed(["a b c"])[0]
+    for mark in ",.?!:;\"'-([@#/=\n":
+        assert np.abs(Form().embed([f"a{mark} b c"])[0] - plain).max() > 0.01, mark
+
+
+def test_a_single_letter_is_its_three_n_grams_written_out():
+    # " x " has the n-grams " x", "x " and " x ", each once
+    row = np.zeros(32)
+    for gram in (b" x", b"x ", b" x "):
+        code = zlib.crc32(gram)
+        row[(code // 2) % 32] += 1 if code % 2 else -1
+    np.testing.assert_allclose(Hashing(dim=32).embed(["x"])[0], row / np.linalg.norm(row), atol=1e-7)
+
+
+def test_a_repeated_word_counts_by_one_plus_log():
+    # both texts have the same n-grams in the same proportion, so the direction stays
+    once, thrice = Hashing().embed(["word", "word word word"])
+    np.testing.assert_allclose(once, thrice, atol=1e-6)
+
+
+def test_case_and_unicode_form_do_not_count():
+    rows = Hashing().embed(["Caf\u00e9", "cafe\u0301", "CAF\u00c9"])
+    assert rows[0].tobytes() == rows[1].tobytes() == rows[2].tobytes()
+
+
+def test_texts_of_like_spelling_are_nearer_than_others():
+    query, near, far = Hashing().embed(["translate the word", "translating words", "12 plus 30"])
+    assert query @ near > query @ far + 0.2
+
+
+def test_n_grams_that_cancel_still_give_a_unit_vector():
+    rows = Hashing(dim=1).embed(["x", "xy", "xyz", "ab"])
+    np.testing.assert_array_equal(np.abs(rows), 1.0)
+
+
+def test_the_id_tells_dimensions_apart():
+    assert Hashing(dim=8).id != Hashing(dim=16).id
