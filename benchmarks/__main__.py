@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import ast
+import signal
 import sys
 import warnings
 from importlib import import_module
@@ -77,6 +78,8 @@ def shared(
     import torch
     import transformers
 
+    # ends as by an exception, so that what was started ends too
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     # peft and transformers announce names that will change; in every forward, which would be timed
     warnings.simplefilter("ignore", FutureWarning)
     transformers.logging.set_verbosity_error()

@@ -16,9 +16,7 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import statistics
-import subprocess
 import tempfile
 import time
 import urllib.error
@@ -34,6 +32,7 @@ import torch
 import typer
 
 import loraweave as lw
+from benchmarks import _served
 from benchmarks._models import base_model
 from benchmarks._run import Run, Table
 
@@ -192,9 +191,7 @@ def started(python: Path, hub: lw.Hub, model: Any, tokenizer: Any, slots: int, *
     with tempfile.TemporaryDirectory() as root:
         model.save_pretrained(f"{root}/model")
         tokenizer.save_pretrained(f"{root}/model")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = _served.free_port()
         words = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", f"{root}/model"]
         words += ["--served-model-name", BASE, "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
         words += ["--max-model-len", "256", "--enforce-eager", "--enable-lora", "--max-loras", str(slots)]
@@ -207,26 +204,7 @@ def started(python: Path, hub: lw.Hub, model: Any, tokenizer: Any, slots: int, *
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
-            "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        log = Path(root, "log")
-        with log.open("w", encoding="utf-8") as said:
-            process = subprocess.Popen(words, env={**os.environ, **own, **environment}, stdout=said, stderr=said)
-        try:
-            while not answers(f"http://127.0.0.1:{port}/health"):
-                if process.poll() is not None:
-                    raise RuntimeError(f"vLLM ended: {log.read_text(encoding='utf-8')[-3000:]}")
-                time.sleep(1)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except OSError:
-        return False
+        with _served.started(words, port, {**own, **environment}) as server:
+            yield server.url

@@ -54,8 +54,14 @@ def evaluate_harness(
     if not is_list(tasks, str) or not tasks:
         raise WeightingError(f"tasks is {tasks!r:.80}: give a list of names, such as ['arc_easy']")
     mixed = _mixture_and_pool(what, hub_or_pool)
-    router = what.router if isinstance(what, Composition) else mixed and mixed[0]
-    by_input = isinstance(what, ExpertModel) or isinstance(router, TokenRouter)
+    match what:
+        case Composition():
+            router, model, tokenizer = what.router, what.model, what.tokenizer
+        case ExpertModel():
+            router, model, tokenizer = what, what, what.tokenizer if tokenizer is None else tokenizer
+        case _:
+            router = mixed and mixed[0]
+    by_input = isinstance(router, ExpertModel | TokenRouter)
     rows = batch_size if batch_size is not None else 1 if by_input else BATCH_SIZE
     if not is_whole(rows, 1):
         raise WeightingError(f"batch_size is {batch_size!r}: give a whole number of at least 1")
@@ -67,10 +73,6 @@ def evaluate_harness(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise PackageMissing(f"evaluate_harness needs lm_eval ({error}): pip install 'loraweave[harness]'") from error
-    if isinstance(what, Composition):
-        model, tokenizer = what.model, what.tokenizer
-    elif isinstance(what, ExpertModel):
-        model, tokenizer = what, what.tokenizer if tokenizer is None else tokenizer
     if model is None or tokenizer is None:
         missing = "model" if model is None else "tokenizer"
         raise WeightingError(f"evaluate_harness of {type(what).__name__} needs {missing}=: lw.load_base() gives both")
@@ -110,7 +112,7 @@ def _mixture_and_pool(what: Any, hub_or_pool: Any) -> tuple[Any, Any] | None:
         case Formula() if hub_or_pool is not None:
             return what.mixture(hub_or_pool), what.pool(hub_or_pool)
         case Mapping() | TokenRouter() if hub_or_pool is not None:
-            names = list(what) if isinstance(what, Mapping) else what.experts
+            names = list(getattr(what, "experts", what))
             return what, hub_or_pool.pool(names) if isinstance(hub_or_pool, Hub) else hub_or_pool
         case Mapping() | TokenRouter() | Formula():
             raise WeightingError(

@@ -10,7 +10,7 @@ import numpy as np
 
 import loraweave.registry as registry
 from loraweave.common.chat import Prompt
-from loraweave.common.checks import is_whole, one_or_many
+from loraweave.common.checks import is_whole
 from loraweave.common.rows import GivenRows, Row, read_inputs, read_rows
 from loraweave.errors import RetrievalError
 from loraweave.hub.embedders._embedder import Embedder, unit
@@ -141,7 +141,7 @@ class Retriever:
         without any text and description.
         """
         request = Request(evidence=evidence, **options)
-        query = Query(tuple(map(str, one_or_many(texts))), (), description)
+        query = Query(tuple(map(str, [texts] if isinstance(texts, str) else texts)), (), description)
         return self._find([query], self._vector(query)[None], request)[0]
 
     @shows_options

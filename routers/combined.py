@@ -145,7 +145,7 @@ def _sees_batch(router: Router) -> bool:
 
 def num_rows_of(router: Router) -> int:
     """How many rows of a batch a mixture tells apart; 1 for weights or a router that all rows share."""
-    return router.num_rows if isinstance(router, MixtureWeights | ByRow) else 1
+    return getattr(router, "num_rows", 1)
 
 
 def rows_of(router: Router) -> Sequence[Router | None]:

@@ -296,8 +296,7 @@ def _refused(error: Exception) -> Response:
     return JSONResponse(refusal.body, refusal.status, headers=refusal.headers)
 
 
-async def _no_route(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+async def _no_route(request: Request, error: Any) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}"
     return _refused(Refusal(error.status_code, message, headers=error.headers))
 

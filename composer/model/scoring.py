@@ -396,6 +396,6 @@ def pad_prompts(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> dict[s
     return with_positions(model, ids, mask) if left else {"input_ids": ids, "attention_mask": mask}
 
 
-def in_chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
+def in_chunks(items: list[T], size: int) -> list[list[T]]:
     """The items in their order, `size` at a time."""
     return [items[start : start + size] for start in range(0, len(items), size)]

@@ -193,8 +193,8 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     return value
 
 
-def entry(table: object, name: str, kind: type[T]) -> T | None:
-    """The value under a name in JSON that anybody may have written; None where it is missing or of another type."""
+def entry(table: object, name: str, kind: type[T] | tuple[type[T], ...]) -> T | None:
+    """The value under a name in JSON that anybody may have written; None where it is missing or of no such type."""
     value = table.get(name) if isinstance(table, Mapping) else None
     return value if isinstance(value, kind) else None
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from loraweave.errors import HubError, PackageMissing
+from loraweave.hub.formats._files import entry
 from loraweave.hub.stores.blobs import listed
 from loraweave.types import Record
 
@@ -46,16 +47,15 @@ def statement(record: Record) -> bytes:
 
 def signed(record: Record, key: Ed25519PrivateKey) -> dict[str, Any]:
     """The record's card with a signature by this key, beside those of other keys."""
-    known = record.card.get(SIGNATURES)
-    others = dict(known) if isinstance(known, dict) else {}
+    others = entry(record.card, SIGNATURES, dict) or {}
     return {**record.card, SIGNATURES: {**others, hex_of(key.public_key()): key.sign(statement(record)).hex()}}
 
 
 def signature_problems(records: Iterable[Record], signers: Mapping[str, Ed25519PublicKey]) -> Iterator[str]:
     """A sentence for each adapter that none of these keys has signed as it is now."""
     for record in records:
-        found = record.card.get(SIGNATURES)
-        by = {digits: found[digits] for digits in signers if digits in found} if isinstance(found, dict) else {}
+        found = entry(record.card, SIGNATURES, dict) or {}
+        by = {digits: found[digits] for digits in signers if digits in found}
         if not by:
             yield f"adapter {record.name!r} is not signed by {' or '.join(signers)}"
         elif not any(_is_valid(signers[digits], signature, record) for digits, signature in by.items()):

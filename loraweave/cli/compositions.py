@@ -118,32 +118,44 @@ def compose(
     rows = read_rows(examples, split=split)
     import loraweave as lw
     from loraweave.composer.compose.compose import check_arguments
-    from loraweave.composer.compose.settings import routes
-    from loraweave.composer.compose.ways import TRAINS_FROM
 
     task = rows.task(instruction, system, labels=wanted, num_examples=num_examples)
     source = open_hub(hub) if pool is None else read_pool(pool)
     arguments = {"method": method, "k": k, "budget": budget, "seed": seed, "checkpoint": checkpoint, **options}
     arguments["allow_licenses"] = allow_licenses
     check_arguments(source, task, **arguments)
-    if routes(method) and not prune is tune is rank is None:
-        raise typer.BadParameter(f"--prune, --tune and --rank change weights, but {method!r} is a router: leave them out")
-    if method == "auto" and budget >= TRAINS_FROM and not prune is tune is rank is None:
-        raise typer.BadParameter(
-            "--prune, --tune and --rank change one adapter, and auto averages two: pass --method gradient or few_shot"
-        )
+    if not prune is tune is rank is None:
+        _require_changeable(method, budget)
     model, tokenizer = load_model(base, dtype)
     shown = sys.stderr.isatty()
     composed = lw.compose(model, tokenizer, source, task, **arguments, progress=shown)
+    composed = _change(composed, prune, tune, rank, shown)
+    if out is not None:
+        composed.save_pretrained(out)
+    _show(composed, method, out, as_json)
+
+
+def _require_changeable(method: str, budget: int) -> None:
+    """Refuses methods whose result --prune, --tune and --rank cannot change."""
+    from loraweave.composer.compose.settings import routes
+    from loraweave.composer.compose.ways import TRAINS_FROM
+
+    if routes(method):
+        raise typer.BadParameter(f"--prune, --tune and --rank change weights, but {method!r} is a router: leave them out")
+    if method == "auto" and budget >= TRAINS_FROM:
+        raise typer.BadParameter(
+            "--prune, --tune and --rank change one adapter, and auto averages two: pass --method gradient or few_shot"
+        )
+
+
+def _change(
+    composed: lw.Composition, prune: float | None, tune: int | None, rank: int | None, shown: bool
+) -> lw.Composition:
     if prune is not None and not composed.is_base:
         composed = composed.prune(prune, progress=shown)
     if tune is not None:
         composed = composed.tune(tune, progress=shown)
-    if rank is not None and not composed.is_base:
-        composed = composed.cut(rank)
-    if out is not None:
-        composed.save_pretrained(out)
-    _show(composed, method, out, as_json)
+    return composed if rank is None or composed.is_base else composed.cut(rank)
 
 
 def _show(composed: lw.Composition, method: str, out: Path | None, as_json: bool) -> None:

@@ -245,6 +245,5 @@ async def _base_style(request: Request) -> Response:
     return FileResponse(str(resources.files("loraweave.composer.explain") / "page_files" / "base.css"))
 
 
-async def _no_route(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+async def _no_route(request: Request, error: Any) -> Response:
     return told(Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))

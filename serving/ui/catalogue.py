@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from loraweave.composer.explain.shown import block_and_kind, group_places
 from loraweave.errors import AdapterNotFound
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.formats._files import entry
 from loraweave.hub.hub import Hub
 from loraweave.hub.merge_report import by_number
 from loraweave.hub.tables.filtering import Filters
@@ -164,8 +165,7 @@ class Catalogue:
         record = self._hub.record(asked.name)
         own = {key: value for key, value in record.card.items() if key not in ("recipe", "report", "outputs")}
         card = json.dumps(own, indent=1, ensure_ascii=False, sort_keys=True) if own else ""
-        outputs = record.card.get("outputs")
-        outputs = outputs if isinstance(outputs, list) else []
+        outputs = entry(record.card, "outputs", list) or []
         examples = [
             {"input": text, "output": outputs[at] if at < len(outputs) and isinstance(outputs[at], str) else ""}
             for at, text in enumerate(record.examples[:NUM_EXAMPLES])
@@ -212,15 +212,22 @@ class Catalogue:
         while ahead:
             child, own = ahead.pop(0)
             generation = found[child]["generation"] + 1
-            found[child]["method"] = _text(_entry(own.card.get("recipe"), "method"))
+            found[child]["method"] = entry(own.card.get("recipe"), "method", str) or ""
             for parent in _parents(own) if generation < MAX_GENERATIONS else ():
                 if len(found) >= MAX_RELATIVES:
                     return found
-                name, weight = _text(_entry(parent, "name")), _entry(parent, "weight")
+                name, weight = entry(parent, "name", str) or "", entry(parent, "weight", (int, float))
                 there = self._record(name)
-                known = there is not None and there.hash == _entry(parent, "hash")
-                weight = float(weight) if isinstance(weight, int | float) else None
-                found.append({"name": name, "weight": weight, "child": child, "generation": generation, "known": known})
+                known = there is not None and there.hash == entry(parent, "hash", str)
+                found.append(
+                    {
+                        "name": name,
+                        "weight": None if weight is None else float(weight),
+                        "child": child,
+                        "generation": generation,
+                        "known": known,
+                    }
+                )
                 if there is not None and known:
                     ahead.append((len(found) - 1, there))
         return found
@@ -288,14 +295,6 @@ def _version(record: Record) -> dict[str, Any]:
 
 
 def _parents(record: Record) -> list[Mapping[str, Any]]:
-    parents = _entry(record.card.get("recipe"), "parents")
-    return [each for each in parents if isinstance(each, Mapping)] if isinstance(parents, list | tuple) else []
-
-
-def _entry(mapping: Any, key: str) -> Any:
     # a card is whatever somebody wrote into it
-    return mapping.get(key) if isinstance(mapping, Mapping) else None
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
+    parents = entry(record.card.get("recipe"), "parents", (list, tuple)) or ()
+    return [each for each in parents if isinstance(each, Mapping)]

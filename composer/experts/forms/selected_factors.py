@@ -25,9 +25,10 @@ class SelectedFactors(Form):
     softmax over the sum of softmax(k_p a_p).
     """
 
-    def __init__(self, recipe: Recipe, site: Site, shape: ExpertShape) -> None:
+    recipe: MixloraConditional
+
+    def __init__(self, recipe: MixloraConditional, site: Site, shape: ExpertShape) -> None:
         super().__init__(recipe, site, shape)
-        assert isinstance(recipe, MixloraConditional)
         self.recipe = recipe
         self.a_EI = nn.Parameter(torch.zeros(shape.num_experts, site.num_inputs))
         self.b_EO = nn.Parameter(torch.zeros(shape.num_experts, site.num_outputs))
