@@ -21,8 +21,8 @@ from loraweave.common.names import checked_name, near_misses, now
 from loraweave.common.storage_errors import storage_errors
 from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterNotFound, HubCorrupt, HubError, InvalidName
 from loraweave.hub.listing import Listing
-from loraweave.hub.stores.blobs import file_bytes
 from loraweave.hub.stores.catalogue import state_row
+from loraweave.hub.stores.kept_files import file_bytes
 from loraweave.hub.stores.protocols import BlobStore
 from loraweave.hub.tables import compositions as table
 from loraweave.hub.tables.compositions import CompositionRow

@@ -25,9 +25,9 @@ from loraweave.hub import quarantine
 from loraweave.hub.compositions import CompositionShelf
 from loraweave.hub.intake.fields import card_with_outputs, checked_fields, split_pairs
 from loraweave.hub.licenses import canonical
-from loraweave.hub.stores.blobs import digests
 from loraweave.hub.stores.catalogue import state_row
 from loraweave.hub.stores.folder_blobs import STALE_TMP_S
+from loraweave.hub.stores.kept_files import digests
 from loraweave.hub.stores.open_stores import open_stores
 from loraweave.hub.tables import filtering, rows, versions
 from loraweave.hub.tables.filtering import Filters

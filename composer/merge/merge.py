@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loraweave.common.checks import is_collection, is_list, is_whole
 from loraweave.common.display import tracked
-from loraweave.common.process import side_by_side
+from loraweave.common.threads import side_by_side
 from loraweave.composer.merge.interference import interference as compare
 from loraweave.composer.merge.method_call import (
     Method,

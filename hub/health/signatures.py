@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from loraweave.errors import HubError, PackageMissing
 from loraweave.hub.formats._files import entry
-from loraweave.hub.stores.blobs import listed
+from loraweave.hub.stores.kept_files import listed
 from loraweave.types import Record
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from loraweave.errors import HubError
 from loraweave.hub import quarantine
 from loraweave.hub.health.signatures import Key, public_keys, signature_problems
 from loraweave.hub.search import segments
-from loraweave.hub.stores.blobs import blob_fault, file_problems, read_blob
+from loraweave.hub.stores.blobs import read_blob
+from loraweave.hub.stores.kept_files import blob_fault, file_problems
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
 from loraweave.hub.tables import compositions, rows, vectors, versions
 

@@ -28,7 +28,8 @@ from loraweave.hub.intake.fields import (
     split_pairs,
 )
 from loraweave.hub.intake.sources import without_secrets
-from loraweave.hub.stores.blobs import content_hash, with_files
+from loraweave.hub.stores.blobs import content_hash
+from loraweave.hub.stores.kept_files import with_files
 from loraweave.hub.stores.packing import take_apart
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
 from loraweave.hub.stores.storing import Prepared, store

@@ -19,17 +19,8 @@ from loraweave.hub.formats._kept_files import KeptFile, KeptFiles
 from loraweave.hub.health.figures import Figures, store_figures
 from loraweave.hub.intake.fields import OWN_FIELDS
 from loraweave.hub.same_base import require_same_base
-from loraweave.hub.stores.blobs import (
-    LISTED,
-    blob_bytes,
-    examine_blob,
-    file_bytes,
-    listed,
-    put_files,
-    read_blob,
-    reading_blob,
-    without_files,
-)
+from loraweave.hub.stores.blobs import blob_bytes, examine_blob, read_blob
+from loraweave.hub.stores.kept_files import LISTED, file_bytes, listed, put_files, reading_blob, without_files
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
 from loraweave.hub.tables import filtering, rows, versions
 from loraweave.hub.tables.rows import Row

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraweave.common.process import one_blas_thread
+from loraweave.common.threads import one_blas_thread
 from loraweave.lowrank.truncation import column_signs, top_eigenpairs
 
 Array = NDArray[Any]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.linalg import lapack
 from torch import Tensor
 
-from loraweave.common.process import one_blas_thread
+from loraweave.common.threads import one_blas_thread
 from loraweave.errors import AdapterUnsupported
 from loraweave.types import Factors
 
