@@ -110,7 +110,7 @@ def is_accepted(license: str | None, wanted: Collection[str] | str) -> bool:
     """Whether someone who accepts the wanted licenses can use a work under this one.
 
     Of alternatives (OR) one is enough, of joint terms (AND) all are needed; `+` and WITH only add to what an id permits.
-    InvalidLicense for a wish that is no SPDX expression.
+    InvalidLicense for a wish that is not an SPDX expression.
     """
     folded = frozenset(canonical(one).casefold() for one in one_or_many(wanted))
     return license is not None and _accepted(license, folded)

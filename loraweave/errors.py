@@ -10,7 +10,7 @@ LoraweaveError
 │   ├── AdapterQuarantined (PermissionError)  stored, and not to be used before it is released
 │   ├── SourceUnavailable (ConnectionError)  the model hub cannot be reached, limits requests, or broke off
 │   ├── InvalidName (ValueError)          a name that cannot be stored
-│   ├── InvalidLicense (ValueError)       a license that is no SPDX expression, or excludes another
+│   ├── InvalidLicense (ValueError)       a license that is not an SPDX expression, or excludes another
 │   ├── HubLocked (TimeoutError)          another process holds the write lock
 │   ├── HubReadOnly (PermissionError)     the folder cannot be written
 │   ├── HubFull (OSError)                 the disk is full
@@ -85,7 +85,7 @@ class InvalidName(HubError, ValueError):
 
 
 class InvalidLicense(HubError, ValueError):
-    """A license that is no SPDX expression, or licenses that exclude each other or any work derived from an adapter."""
+    """A license that is not an SPDX expression, or licenses that exclude each other or any work derived from an adapter."""
 
 
 class HubLocked(HubError, TimeoutError):

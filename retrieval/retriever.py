@@ -49,7 +49,7 @@ class Retriever:
 
     Scores are cosines, -1 to 1. Results are sorted by score, ties by order of addition. A result is [] when the hub is
     empty, nothing passes the filters, or nothing reaches `min_score`: then the base model is the answer. Texts are cut at
-    what the embedder reads. RetrievalError for a text without a visible character, a k that is no int of 0 or more, a
+    what the embedder reads. RetrievalError for a text without a visible character, a k that is not an int of 0 or more, a
     diversity outside 0 to 1.
 
     `keys` are names of the registry or objects: the `shortlist` (200) best adapters of the index are scored by each of them,
@@ -157,8 +157,8 @@ class Retriever:
         Outputs tell apart the tasks whose inputs are alike, for adapters whose cards hold `outputs` beside their examples.
         Scored by the retriever's `keys`, by default by the `classifier`, which weighs outputs by what they do for the hub's
         own samples, and with keys=() by `mean`, `outputs` and `relation`; with a description also by `description`. An
-        example with an empty output counts by its input alone. RetrievalError without an example, InvalidTask for what is no
-        row.
+        example with an empty output counts by its input alone. RetrievalError without an example, InvalidTask for
+        anything but rows.
         """
         request = Request(**options)
         rows = read_rows(examples, noun="example", targets="blank")
@@ -268,7 +268,8 @@ class Retriever:
         """Sets and returns logistic weights of the retriever's keys, learned from inputs whose adapter is known.
 
         `held_out`: adapter name -> inputs, or examples with input and output, that are none of its samples. RetrievalError
-        for a retriever without keys, AdapterNotFound for a name that the hub does not have, InvalidTask for what is no row.
+        for a retriever without keys, AdapterNotFound for a name that the hub does not have, InvalidTask for anything but
+        rows.
         """
         if not self.keys:
             raise RetrievalError('there are no keys to weigh: Retriever(hub, keys=("mean", "description", ...))')

@@ -38,7 +38,7 @@ class Batch:
     """Rows of one model, their keys and values, and a mask of the columns that each has filled.
 
     A row has a line of its own for each of its members. Rows share a batch that are equal in `Row.batch`. What is read
-    begins with what `prefixes` has of it. Raises CompositionError for a model that is no decoder, takes no positions, or
+    begins with what `prefixes` has of it. Raises CompositionError for a model that is not a decoder, takes no positions, or
     keeps more than plain keys and values: rows of different ages cannot share its cache.
     """
 

@@ -38,7 +38,7 @@ STATUSES: tuple[tuple[type[LoraweaveError], int], ...] = (
     (InvalidName, 400),
     (RetrievalError, 400),
 )
-# where the hub is, which is no client's business
+# where the hub is, which is not a client's business
 PLACE = re.compile(r" in the hub .*?(?=[;:] |\n|$)")
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 

@@ -216,7 +216,7 @@ def with_task(model: ExpertModel, task: str) -> ExpertModel:
     """The model with one more task, which has what the recipe gives a task (an expert, a row of a gate), untrained.
 
     All tensors of the others are the same bits. The given model is closed. Raises WeightingError for a task that it has, and
-    for what is no expert model.
+    for anything but an expert model.
     """
     require_expert_model(model, "with_task()")
     return with_options(model, tasks=(*model.tasks, task))
@@ -226,7 +226,7 @@ def with_options(model: ExpertModel, **options: Any) -> ExpertModel:
     """The model with these options of its recipe instead. Experts, and rows of gates, that it has are the same bits; those
     that are new, or have another rank, are untrained.
 
-    What was frozen by hand stays so. The given model is closed. Raises WeightingError for what is no expert model, for
+    What was frozen by hand stays so. The given model is closed. Raises WeightingError for anything but an expert model, for
     options that the recipe has not, or whose values are out of range, for tasks in other places than they have, for experts
     that would go, and where tensors that both have do not fit into the new ones; the model then stays as it was.
     """
@@ -307,8 +307,8 @@ def _take_over(model: ExpertModel, made: ExpertModel) -> None:
 def fit_clusters(model: ExpertModel, texts: Sequence[str], *, seed: int = 0) -> ExpertModel:
     """Puts the recipe's clusters where k-means finds them in the embeddings of prompts, and returns the model.
 
-    Clusters and experts are saved together. Raises WeightingError for a recipe without clusters of texts, for what is no
-    expert model, and for texts that leave a cluster without a member.
+    Clusters and experts are saved together. Raises WeightingError for a recipe without clusters of texts, for anything
+    but an expert model, and for texts that leave a cluster without a member.
     """
     require_expert_model(model, "fit_clusters()")
     reader = dict(model.gates.items()).get(READER)

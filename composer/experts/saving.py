@@ -171,8 +171,8 @@ def write_experts(given: str | Path, files: Mapping[str, bytes], *, beside: bool
 
 
 def read_saved_experts(given: str | Path) -> SavedExperts:
-    """Raises AdapterNotFound for what is no folder of an expert model, AdapterCorrupt for a damaged one, AdapterUnsupported
-    for one that a newer version wrote."""
+    """Raises AdapterNotFound for anything but the folder of an expert model, AdapterCorrupt for a damaged one,
+    AdapterUnsupported for one that a newer version wrote."""
     folder = as_path(given, "the folder that save_pretrained() wrote an expert model to", AdapterNotFound)
     if not present(folder, FILE):
         raise AdapterNotFound(f"{folder} is no saved expert model: it has no {FILE}, and holds {listing(folder)}")

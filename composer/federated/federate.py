@@ -48,7 +48,7 @@ class Federated:
     def client(self, name: str) -> Any:
         """What this client has in the end: an Adapter, or with `fedms` an expert model on the base.
 
-        Raises UnknownName for a name that is no client's.
+        Raises UnknownName for a name that is not a client's.
         """
         clients = self.course.clients
         if name not in clients:

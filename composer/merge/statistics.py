@@ -113,7 +113,7 @@ def _layer(parts: Mapping[str, Tensor], entry: Mapping[str, Any]) -> LayerStatis
         if not all_finite(tensor):
             raise ValueError(f"{where} has values in {name} that are NaN or infinite")
     if gram_II is not None and (gram_II.shape[0] != gram_II.shape[1] or bool((gram_II.diagonal() < 0).any())):
-        raise ValueError(f"{where} has a gram_II of shape {tuple(gram_II.shape)} that is no mean of x^T x")
+        raise ValueError(f"{where} has a gram_II of shape {tuple(gram_II.shape)} that is not a mean of x^T x")
     if fisher_OI is not None and bool((fisher_OI < 0).any()):
         raise ValueError(f"{where} has a fisher_OI below 0")
     if type(num_tokens) is not int or num_tokens < 0 or not (norm is None or (isinstance(norm, float) and norm >= 0.0)):

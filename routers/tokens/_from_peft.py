@@ -136,7 +136,7 @@ def _experts(config: Config, given: ExpertPool | None) -> ExpertPool:
 
 
 def _inner(folder: Path, name: str) -> Adapter:
-    """The adapter in a folder within, which is no link out of it."""
+    """The adapter in a folder within, which is not a link out of it."""
     where = folder / name
     if not where.is_dir() or not where.resolve().is_relative_to(folder.resolve()):
         raise AdapterCorrupt(f"{folder} has no folder {name!r} in it")

@@ -19,7 +19,7 @@ class AdapterFusion(OutputAttention):
 
     E_e(x) = b_e a_e x is what expert e adds, without its gain and bias. A bias of the keys adds the same to every score and
     is left out. The value matrix V is left at the identity, where it begins and where its penalty |V - I|^2 draws it: the
-    published layer adds V sum w_e E_e(x), which is no mixture of the experts any more, and has a matrix of the model's
+    published layer adds V sum w_e E_e(x), which is not a mixture of the experts any more, and has a matrix of the model's
     size to train. Adapters in the paper are modules between the layers; here they are LoRAs, and each layer has
     a fusion of its own.
 

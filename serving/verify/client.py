@@ -116,7 +116,7 @@ class Server:
         return {name: int(row.get("id", 0)) for name, row in zip(names, rows, strict=True)}
 
     def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The JSON of one call; a list, or what is no JSON, is under "". Waits where the server says that it is busy."""
+        """The JSON of one call; a list, or what is not JSON, is under "". Waits where the server says that it is busy."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, self._headers, method=method)
         for attempt in range(NUM_TRIES):

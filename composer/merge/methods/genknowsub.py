@@ -14,7 +14,7 @@ def genknowsub(experts: Experts, weights: Weights) -> Factors:
     one language). Together these subtract sum of |w_g| D_g / sum of |w_g|, once, from the sum: only proportions of their
     weights count. Without a negative weight it is `linear`. An expert without the layer is a zero update whose weight stays
     in the mean. By concatenation, so exact; gains and biases enter likewise. PEFT's version subtracts the means of a and of
-    b apart, which is no subtraction of updates.
+    b apart, which is not a subtraction of updates.
     """
     general = sum(-float(weight) for weight in weights if weight < 0.0)
     return linear(experts, [w / general if w < 0.0 else w for w in weights])
