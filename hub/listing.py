@@ -13,9 +13,8 @@ from loraweave.hub import quarantine
 from loraweave.hub.stores.catalogue import state_row
 from loraweave.hub.stores.protocols import CatalogueStore, Connection, VectorSearch
 from loraweave.hub.tables import rows, versions
-from loraweave.hub.tables.changes import Changes, read_changes
 from loraweave.hub.tables.filtering import Filters, bases, matching
-from loraweave.hub.tables.vectors import read_vectors, write_vectors
+from loraweave.hub.tables.vectors import Changes, read_changes, read_vectors, write_vectors
 from loraweave.types import BaseKey, Record
 
 if TYPE_CHECKING:

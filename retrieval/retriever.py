@@ -17,8 +17,7 @@ from loraweave.hub.embedders._embedder import Embedder, unit
 from loraweave.hub.hub import Candidates, Hub
 from loraweave.hub.indexes._vectors import SCORE_DECIMALS
 from loraweave.hub.search.search import NO_FILTERS, Hit, SearchIndex, checked_count
-from loraweave.retrieval.abstention import Abstention
-from loraweave.retrieval.fusion import Fusion
+from loraweave.retrieval.fusion import Abstention, Fusion
 from loraweave.retrieval.keyed_search import Key, KeySpace, key_name
 from loraweave.retrieval.keys.classifier import Classifier
 from loraweave.retrieval.request import Query, Request, SearchOptions, shows_options

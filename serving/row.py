@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.composer.model.growing_text import GrowingText
+from loraweave.composer.model.generate import GrowingText
 from loraweave.composer.model.scoring import log_average
 from loraweave.serving.refusals import Refusal
 from loraweave.serving.sampling import Chosen, Sampling, Stops, choose

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from loraweave.errors import PackageMissing
-from loraweave.hub.indexes._exact import scan_products
-from loraweave.hub.indexes._vectors import Ranking, rescore
+from loraweave.hub.indexes._vectors import Ranking, rescore, scan_products
 
 
 def import_faiss(index: str) -> Any:

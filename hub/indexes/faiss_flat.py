@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from loraweave.hub.indexes._exact import HeldVectors, exact_best, scan_products
 from loraweave.hub.indexes._faiss import import_faiss, scan_vectors
-from loraweave.hub.indexes._vectors import Ranking
+from loraweave.hub.indexes._vectors import HeldVectors, Ranking, exact_best, scan_products
 
 # how far an fp32 product of unit vectors can be from the rounded float64 one that decides, with a margin
 SLACK = 1e-5

@@ -7,9 +7,8 @@ from functools import partial
 
 import numpy as np
 
-from loraweave.hub.indexes._exact import HeldVectors, exact_best, scan_products
 from loraweave.hub.indexes._faiss import HalfScanners, import_faiss
-from loraweave.hub.indexes._vectors import Ranking, saved_array
+from loraweave.hub.indexes._vectors import HeldVectors, Ranking, exact_best, saved_array, scan_products
 from loraweave.hub.indexes.faiss_flat import MANY_QUERIES, SLACK, SPARE, largest_norm
 
 # rows that are scored again; among so many the k-th is nearly always further from the last than fp16's rounding

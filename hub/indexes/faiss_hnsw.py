@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from loraweave.hub.indexes._exact import HeldVectors, scan_products
 from loraweave.hub.indexes._faiss import import_faiss, least_effort, selector
-from loraweave.hub.indexes._vectors import Ranking, rescore, saved_array
+from loraweave.hub.indexes._vectors import HeldVectors, Ranking, rescore, saved_array, scan_products
 from loraweave.hub.indexes.faiss_half import NUM_RESCORED, FaissHalf
 
 # below this a scan of everything is as fast, and exact

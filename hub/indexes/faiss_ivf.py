@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from loraweave.hub.indexes._exact import HeldVectors
 from loraweave.hub.indexes._faiss import HalfScanner, HalfScanners, import_faiss, least_effort
-from loraweave.hub.indexes._vectors import Ranking, rescore, saved_array
+from loraweave.hub.indexes._vectors import HeldVectors, Ranking, rescore, saved_array
 from loraweave.hub.indexes.faiss_half import NUM_RESCORED, FaissHalf, halve
 
 # below this a scan of everything is as fast, and exact

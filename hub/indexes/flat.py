@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loraweave.hub.indexes._exact import HeldVectors
-from loraweave.hub.indexes._vectors import Ranking, rank
+from loraweave.hub.indexes._vectors import HeldVectors, Ranking, rank
 
 
 class Flat(HeldVectors):

@@ -30,8 +30,8 @@ from loraweave.hub.indexes._vectors import index_choice
 from loraweave.hub.listing import Listing
 from loraweave.hub.search.segments import MAX_LATE, MIN_SAVED, Hits, Keys, Stamp, load, places, save
 from loraweave.hub.stores.protocols import VectorSearch
-from loraweave.hub.tables.changes import Change
 from loraweave.hub.tables.filtering import Filters
+from loraweave.hub.tables.vectors import Change
 from loraweave.types import Candidate, Record
 
 # The description's share of a key. The largest that costs queries by inputs nothing on the pool's training rows, while

@@ -23,7 +23,7 @@ from sklearn.decomposition import PCA
 from loraweave.errors import LoraweaveError
 from loraweave.hub.embedders._embedder import embedder_of
 from loraweave.hub.hub import Hub
-from loraweave.hub.tables.changes import Change
+from loraweave.hub.tables.vectors import Change
 
 Array = NDArray[Any]
 

@@ -12,8 +12,7 @@ import torch
 from loraweave.errors import AdapterNotFound, DimensionMismatch, InvalidTask, RetrievalError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
-from loraweave.retrieval.abstention import Abstention
-from loraweave.retrieval.fusion import Fusion
+from loraweave.retrieval.fusion import Abstention, Fusion
 from loraweave.retrieval.retriever import Retriever
 from loraweave.types import Factors
 

@@ -12,7 +12,7 @@ import torch
 from loraweave.errors import RetrievalError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
-from loraweave.retrieval.abstention import Abstention
+from loraweave.retrieval.fusion import Abstention
 from loraweave.retrieval.retriever import TASK_DESCRIPTION_WEIGHT, Retriever
 from loraweave.types import Factors
 

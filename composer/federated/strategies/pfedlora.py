@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.common.options import Range
-from loraweave.composer.federated.strategies._jobs import MatrixJob
 from loraweave.composer.federated.strategies._strategy import (
     Client,
     Course,
     Layers,
+    MatrixJob,
     Order,
     Strategy,
     Tensors,

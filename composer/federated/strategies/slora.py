@@ -10,16 +10,17 @@ from torch import Tensor
 
 from loraweave.common.options import Count, Share
 from loraweave.common.randomness import seeded
-from loraweave.composer.federated.strategies._jobs import MatrixJob, spread
 from loraweave.composer.federated.strategies._strategy import (
     Course,
     Layers,
+    MatrixJob,
     Order,
     Strategy,
     Tensors,
     Trained,
     layers_of,
     learn,
+    spread,
     tensors_of,
 )
 from loraweave.errors import TrainingError

@@ -16,8 +16,8 @@ from loraweave.hub.hub import Hub
 from loraweave.hub.search import search as search_module
 from loraweave.hub.search import segments
 from loraweave.hub.search.search import SearchIndex
-from loraweave.hub.tables.changes import CHANGED, read_changes
 from loraweave.hub.tables.filtering import Filters
+from loraweave.hub.tables.vectors import CHANGED, read_changes
 from loraweave.types import BaseKey, Factors
 
 
