@@ -112,7 +112,7 @@ def _mixture_and_pool(what: Any, hub_or_pool: Any) -> tuple[Any, Any] | None:
         case Formula() if hub_or_pool is not None:
             return what.mixture(hub_or_pool), what.pool(hub_or_pool)
         case Mapping() | TokenRouter() if hub_or_pool is not None:
-            names = list(getattr(what, "experts", what))
+            names = list(what) if isinstance(what, Mapping) else what.experts
             return what, hub_or_pool.pool(names) if isinstance(hub_or_pool, Hub) else hub_or_pool
         case Mapping() | TokenRouter() | Formula():
             raise WeightingError(

@@ -4,8 +4,8 @@ What is resolved against the base (DoRA's magnitude, a trained bias) holds only 
 the same places (`ModulePaths`) and the same values in the weights that were read (`BoundWeights`).
 
 Trained heads are updates too: a head that replaces a weight W by W' adds (W' - W) x, in factors of rank min(O, I). So a head
-mixes as every other update does: with weight 1 alone it is the head, each row of a batch may have its own, and several add up
-their differences to the base's. Its memory is one more matrix of W's shape, fp32.
+mixes as every other update does: with weight 1 alone it is the head, each row of a batch may have its own, and several add
+up their differences to the base's. Its memory is one more matrix of W's shape, fp32.
 """
 
 from __future__ import annotations
