@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.common.chat import Prompt
+from loraweave.common.names import printable
 from loraweave.composer.explain.plot import draw, page
 from loraweave.composer.explain.shown import TokenFigures
 from loraweave.composer.live.recording import Load, Trace, UsedLayer
@@ -51,7 +52,7 @@ class Explanation(TokenFigures):
                 cells.append(f"{self.effects[name]:+.4f}" if (name := self.experts[at]) in self.effects else "")
             cells += [self._layer(at), self._tokens(at)]
             # as Text, which nobody reads as markup: names are free
-            table.add_row(Text(_printable(self.experts[at])), *(Text(cell) for cell in cells))
+            table.add_row(Text(printable(self.experts[at])), *(Text(cell) for cell in cells))
         if rest := order[MAX_ROWS:]:
             table.add_row(f"{len(rest)} others", f"{total.share_E[rest].sum():.1%}", *[""] * (4 + len(effect)))
         return table
@@ -122,7 +123,7 @@ class Explanation(TokenFigures):
         by_layer_L = self.by_layer_LE[:, at].abs().nan_to_num()
         if torch.allclose(by_layer_L, by_layer_L[:1]):
             return "all alike"
-        return _printable(self.layers[int(by_layer_L.argmax())])
+        return printable(self.layers[int(by_layer_L.argmax())])
 
     def _tokens(self, at: int) -> str:
         by_token_T = self.by_token_TE[:, at].abs().nan_to_num()
@@ -130,10 +131,6 @@ class Explanation(TokenFigures):
             return "all alike"
         best = by_token_T.argsort(descending=True, stable=True)[:3].tolist()
         return ", ".join(repr(self.tokens[token]) for token in best if by_token_T[token] > 0)
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _round(value: float) -> float | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from loraweave.common.names import printable
 from loraweave.errors import FormulaError
 
 # characters of a formula, of one number in it, and brackets inside each other
@@ -67,12 +68,12 @@ def quoted(name: str) -> str:
 def misplaced(problem: str, text: str, place: Token | None) -> FormulaError:
     """The error of a problem at a place of a formula: the problem, the text, and a caret under the place."""
     if place is None:
-        return FormulaError(f"{problem}\n  {_printable(text)[: 2 * AROUND]}")
+        return FormulaError(f"{problem}\n  {printable(text)[: 2 * AROUND]}")
     start = max(0, place.start - AROUND)
     end = min(len(text), place.end + AROUND)
-    before = ("... " if start else "") + _printable(text[start : place.start])
-    rest = _printable(text[place.start : end]) + (" ..." if end < len(text) else "")
-    marked = _width(_printable(text[place.start : min(place.end, end)]))
+    before = ("... " if start else "") + printable(text[start : place.start])
+    rest = printable(text[place.start : end]) + (" ..." if end < len(text) else "")
+    marked = _width(printable(text[place.start : min(place.end, end)]))
     return FormulaError(f"{problem}\n  {before}{rest}\n  {' ' * _width(before)}^{'~' * (marked - 1)}")
 
 
@@ -129,11 +130,6 @@ def _quoted(text: str, start: int) -> Token:
         value.append(character)
         position += 1
     raise misplaced("this quote is not closed", text, Token(mark, mark, start, start + 1))
-
-
-def _printable(text: str) -> str:
-    # one for one, so that the caret stands under its place
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _width(text: str) -> int:

@@ -15,6 +15,7 @@ from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._card import README, readme_text
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._peft_parameters import path_of
+from loraweave.hub.formats.peft import Peft as PeftFolder
 from loraweave.lowrank.algebra import all_finite
 from loraweave.types import Factors
 
@@ -48,9 +49,9 @@ class Target(ABC):
         """Raises AdapterUnsupported, with the way out, for what the program cannot compute exactly."""
 
     @classmethod
-    @abstractmethod
     def write(cls, contents: Contents, name: str, folder: Path, base: Any) -> None:
-        """Writes the folder, whole or not at all."""
+        """Writes the folder, whole or not at all: PEFT's, unless the program has one of its own."""
+        PeftFolder.write(contents, folder)
 
     @classmethod
     def program(cls, contents: Contents) -> tuple[str, ...]:

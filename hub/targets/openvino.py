@@ -13,7 +13,6 @@ from typing import Any
 
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._contents import Contents
-from loraweave.hub.formats.peft import Peft as PeftFolder
 from loraweave.hub.targets._target import Target, require_plain
 
 
@@ -30,10 +29,6 @@ class Openvino(Target):
                     "looks for names inside names, may apply its update to both: export without one of them, or merge the "
                     "adapter into the base with peft and serve that model"
                 )
-
-    @classmethod
-    def write(cls, contents: Contents, name: str, folder: Path, base: Any) -> None:
-        PeftFolder.write(contents, folder)
 
     @classmethod
     def notes(cls, contents: Contents, folder: Path, rank: int) -> list[str]:

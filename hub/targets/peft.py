@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from loraweave.hub.formats._contents import Contents
-from loraweave.hub.formats.peft import Peft as PeftFolder
 from loraweave.hub.targets._target import TIED, Target, last_names
 
 
@@ -18,10 +17,6 @@ class Peft(Target):
     @classmethod
     def check(cls, contents: Contents, name: str, base: Any) -> None:
         """Leaves it to the writer, which knows PEFT's rules."""
-
-    @classmethod
-    def write(cls, contents: Contents, name: str, folder: Path, base: Any) -> None:
-        PeftFolder.write(contents, folder)
 
     @classmethod
     def notes(cls, contents: Contents, folder: Path, rank: int) -> list[str]:

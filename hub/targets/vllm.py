@@ -14,7 +14,6 @@ from typing import Any
 
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._contents import Contents
-from loraweave.hub.formats.peft import Peft as PeftFolder
 from loraweave.hub.targets._target import TIED, Target, last_names, require_plain
 
 # those that every release of vLLM takes for --max-lora-rank; recent ones also have 1
@@ -43,10 +42,6 @@ class Vllm(Target):
                 f"adapter {name!r} names no base model, by which vLLM's resolvers find it: "
                 "give it one with dataclasses.replace(adapter, base_model=...)"
             )
-
-    @classmethod
-    def write(cls, contents: Contents, name: str, folder: Path, base: Any) -> None:
-        PeftFolder.write(contents, folder)
 
     @classmethod
     def program(cls, contents: Contents) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
+from loraweave.common.names import printable
 from loraweave.errors import BaseModelUnverified, FormulaError, LoraweaveError
 
 INTERRUPTED = 130
@@ -47,7 +48,7 @@ class Application(TyperGroup):
             lines = str(error).split("\n") if isinstance(error, FormulaError) else [str(error)]
             typer.echo(f"{type(error).__name__}: {one_line(lines[0])}", err=True)
             for line in lines[1:]:
-                typer.echo(_printable(line), err=True)
+                typer.echo(printable(line), err=True)
             raise typer.Exit(1) from None
 
 
@@ -92,11 +93,7 @@ def _unverified_bases_as_lines() -> Iterator[None]:
 
 def one_line(text: str) -> str:
     """The text on one line and without control characters, which could come from a damaged or hostile file."""
-    return _printable(" ".join(text.split()))
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else " " for character in text)
+    return printable(" ".join(text.split()))
 
 
 HubOption = Annotated[

@@ -56,6 +56,11 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def printable(text: str) -> str:
+    """The text with a space for every character that a terminal would not show, one for one."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 def text_digest(text: str) -> str:
     """The sha256 of a text, in hexadecimal: what stands for it in a path, a row or a key."""
     return hashlib.sha256(text.encode()).hexdigest()
