@@ -1,4 +1,4 @@
-"""The HTTP face: routes, keys, errors in OpenAI's shape, what a request goes through, and the address it is reached at.
+"""The HTTP face: routes, keys, errors in OpenAI's shape, and what a request goes through.
 
 a request -> read, at most body_bytes -> its prompts and its composition, in threads -> rows -> the scheduler
                                                                                          |
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,16 +21,12 @@ from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
 
-from loraweave.errors import CompositionError
 from loraweave.hub.hub import Hub
 from loraweave.serving.answers import Answer, ChatAnswer, CompletionAnswer
 from loraweave.serving.exchange import EventStream, Exchange, unless_gone
@@ -299,45 +294,3 @@ def _refused(error: Exception) -> Response:
 async def _no_route(request: Request, error: Any) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}"
     return _refused(Refusal(error.status_code, message, headers=error.headers))
-
-
-# under other names a page elsewhere could be bent to this machine (DNS rebinding)
-LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
-
-
-def make_server(
-    hub: Hub,
-    model: Any,
-    tokenizer: Any,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    limits: Limits | None = None,
-    api_key: str | None = None,
-    log_level: str = "info",
-) -> uvicorn.Server:
-    """A server on an address; its `run()` answers until an interruption, or until `should_exit` is set.
-
-    Without a key it answers under a loopback name alone.
-    Raises CompositionError for an address that other machines reach without a key, and for a model that cannot be served.
-    """
-    if api_key is None and not is_loopback(host):
-        raise CompositionError(
-            f"other machines reach {host!r}, and without a key anyone there may use this server: give --api-key (or "
-            "LORAWEAVE_API_KEY), or keep --host 127.0.0.1"
-        )
-    app: ASGIApp = make_app(hub, model, tokenizer, limits=limits, api_key=api_key)
-    if api_key is None:
-        app = TrustedHostMiddleware(app, LOOPBACK_NAMES, www_redirect=False)
-    # a client may keep its stream open for as long as its request may take; stopping waits a few seconds for them
-    return uvicorn.Server(
-        uvicorn.Config(app, host=host, port=port, log_level=log_level, ws="none", timeout_graceful_shutdown=5)
-    )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

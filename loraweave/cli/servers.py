@@ -50,8 +50,8 @@ def serve(
 ) -> None:
     """Serve every formula over a hub to OpenAI clients, requests with different mixtures in one batch."""
     try:
-        from loraweave.serving.app import make_server
         from loraweave.serving.limits import Limits
+        from loraweave.serving.run import make_server
     except ModuleNotFoundError as error:
         raise PackageMissing(
             f"serving needs packages that are not installed ({error}): pip install 'loraweave[serve]'"
@@ -160,14 +160,15 @@ def load(
     max_error: Annotated[float, typer.Option(min=0, help="What a cut to that rank may change of the update.")] = 1e-3,
 ) -> None:
     """Write a formula as a folder, load it into a running server, and tell what requests for it say, as JSON."""
-    from loraweave.serving.engines import folders as engines
+    from loraweave.serving.engines import loading
+    from loraweave.serving.engines.folders import Folders
 
-    engines.require_engine(into)
+    loading.require_engine(into)
     with open_hub(hub) as opened:
-        made = engines.Folders(opened, folders.absolute(), max_rank=max_rank, max_error=max_error, max_bytes=sys.maxsize)
+        made = Folders(opened, folders.absolute(), max_rank=max_rank, max_error=max_error, max_bytes=sys.maxsize)
         try:
             folder = made.hold(formula)
-            fields = engines.load(folder, url, engine=into)
+            fields = loading.load(folder, url, engine=into)
         finally:
             made.close()
     print_json({"formula": folder.canonical, "relative_error": folder.relative_error, "request": fields})

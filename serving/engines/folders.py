@@ -1,27 +1,18 @@
-"""Formulas as folders on disk, named by content, that an engine loads as one LoRA adapter; at most so many bytes.
-
-vLLM asks for them itself; SGLang and LoRAX, which have no resolvers, load a folder by the call that each of them documents.
-SGLang: POST /load_lora_adapter and /unload_lora_adapter (docs/advanced_features/lora.ipynb). LoRAX loads what a request
-names (docs/models/adapters/index.md), so it is asked for one token. Written from these pages; neither server was run.
-"""
+"""Formulas as folders on disk, named by content, that an engine loads as one LoRA adapter; at most so many bytes."""
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -37,15 +28,12 @@ from loraweave.errors import (
     HubLocked,
     LayerMismatch,
     ScopeError,
-    SourceUnavailable,
-    UnknownName,
 )
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._card import read_card
 from loraweave.hub.formats._files import entry
 from loraweave.hub.hub import Hub
 from loraweave.hub.same_base import require_same_base, says_nothing
-from loraweave.registry import nearest
 from loraweave.types import BaseKey
 
 logger = logging.getLogger(__name__)
@@ -300,60 +288,3 @@ class Folders:
 
 def _size_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-ENGINES = ("sglang", "lorax")
-# a server reads the folder before it answers
-TIMEOUT_S = 300.0
-
-
-def load(folder: Folder, url: str, *, engine: str) -> dict[str, Any]:
-    """Loads a folder, which the server sees under the same path, and gives the fields that requests for it carry.
-
-    For SGLang {"lora_path": name} of its own API; its OpenAI API takes "BASE:name" as the model. For LoRAX {"parameters":
-    {"adapter_id", "adapter_source"}}. The name is the beginning of the folder's key: another content is another name.
-    Raises UnknownName for another engine, AdapterUnsupported with the server's words where it refuses, SourceUnavailable
-    where no such server answers.
-    """
-    require_engine(engine)
-    path = str(folder.path.absolute())
-    if engine == "sglang":
-        name = folder.key[:16]
-        _post(f"{url.rstrip('/')}/load_lora_adapter", {"lora_name": name, "lora_path": path}, folder.canonical)
-        return {"lora_path": name}
-    fields = {"adapter_id": path, "adapter_source": "local"}
-    asked = {"inputs": "a", "parameters": {**fields, "max_new_tokens": 1}}
-    _post(f"{url.rstrip('/')}/generate", asked, folder.canonical)
-    return {"parameters": fields}
-
-
-def unload(folder: Folder, url: str, *, engine: str) -> None:
-    """Lets SGLang forget a folder; LoRAX does so by itself. Raises what `load` raises."""
-    require_engine(engine)
-    if engine == "sglang":
-        _post(f"{url.rstrip('/')}/unload_lora_adapter", {"lora_name": folder.key[:16]}, folder.canonical)
-
-
-def require_engine(engine: str) -> None:
-    """Raises UnknownName for anything but an engine that a folder can be loaded into."""
-    if engine not in ENGINES:
-        raise UnknownName(
-            f"no engine {engine!r}{nearest(engine, ENGINES)}; there are {', '.join(ENGINES)}; vLLM asks loraweave by itself"
-        )
-
-
-def _post(url: str, body: dict[str, Any], what: str) -> None:
-    if not url.startswith(("http://", "https://")):
-        raise SourceUnavailable(f"{url!r} is no address of a server: it begins with http:// or https://")
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-            said = answer.read(1 << 20)
-    except urllib.error.HTTPError as error:
-        refused = error.read(2000).decode(errors="replace")
-        raise AdapterUnsupported(f"{url} refuses {what!r:.200}: {error.code} {refused}") from error
-    except OSError as error:
-        raise SourceUnavailable(f"nothing answers at {url}: {error}") from error
-    # SGLang says so in its answer too
-    if b'"success"' in said and json.loads(said).get("success") is False:
-        raise AdapterUnsupported(f"{url} refuses {what!r:.200}: {said[:2000].decode(errors='replace')}")

@@ -31,11 +31,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraweave.errors import AdapterNotFound, CompositionError, LoraweaveError
 from loraweave.hub.hub import Hub
-from loraweave.serving.app import LOOPBACK_NAMES, is_loopback
 from loraweave.serving.exchange import unless_gone
 from loraweave.serving.limits import Limits
 from loraweave.serving.refusals import Refusal, refusal_of
 from loraweave.serving.requests import read_body, read_request
+from loraweave.serving.run import LOOPBACK_NAMES, is_loopback
 from loraweave.serving.ui.acts import Tell, act
 from loraweave.serving.ui.catalogue import Alike, Catalogue, Listed, Named, Placed, Query, Searched
 from loraweave.serving.ui.overview import Overview

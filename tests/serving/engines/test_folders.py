@@ -29,7 +29,8 @@ from loraweave.errors import (
     UnknownName,
 )
 from loraweave.serving.engines import folders as served
-from loraweave.serving.engines.folders import SETTLED, Folder, Folders, load, unload
+from loraweave.serving.engines.folders import SETTLED, Folder, Folders
+from loraweave.serving.engines.loading import load, unload
 from loraweave.types import BaseKey, Fingerprint
 
 
