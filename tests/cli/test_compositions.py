@@ -291,16 +291,14 @@ def test_tokens_of_the_answer_are_explained_when_asked_for(saved, here):
     assert len(TASK.prompt("ab")) < len(tokens) <= len(TASK.prompt("ab")) + 3
 
 
-def test_the_plot_is_written_where_it_is_wanted(saved, here):
-    done = call("explain", saved, "ab", "--plot", "weights.svg")
-    assert (done.exit_code, done.stderr) == (0, "drew weights.svg\n")
-    assert "<svg" in (here / "weights.svg").read_text()
-
-
-def test_the_page_is_written_where_it_is_wanted(saved, here):
-    done = call("explain", saved, "ab", "--page", "weights.html")
-    assert (done.exit_code, done.stderr) == (0, "wrote weights.html\n")
-    assert (here / "weights.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+@pytest.mark.parametrize(
+    ("flag", "file", "said", "holds"),
+    [("--plot", "weights.svg", "drew", "<svg"), ("--page", "weights.html", "wrote", "<!doctype html>")],
+)
+def test_plot_and_page_are_written_where_they_are_wanted(flag, file, said, holds, saved, here):
+    done = call("explain", saved, "ab", flag, file)
+    assert (done.exit_code, done.stderr) == (0, f"{said} {file}\n")
+    assert holds in (here / file).read_text(encoding="utf-8")
 
 
 def test_the_base_model_has_a_table_and_no_picture(base, here):

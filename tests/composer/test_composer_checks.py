@@ -206,29 +206,17 @@ def test_a_refused_swap_keeps_the_old_pool(engine: Composer) -> None:
     assert engine.pool.names == ("a", "b", "c")
 
 
-def test_what_is_forbidden_while_active(tiny_llama: nn.Module, make_adapters: Make) -> None:
+@pytest.mark.parametrize(("use", "said"), [(Composer.activate, "activation is open"), (Composer.fused, "fused")])
+def test_what_is_forbidden_while_a_mixture_is_active_or_fused(use, said, tiny_llama: nn.Module, make_adapters: Make) -> None:
     adapters = make_adapters(tiny_llama, "llama")
     engine = Composer(tiny_llama, adapters)
-    with engine.activate({"a": 1.0}):
+    forbidden = [lambda: engine.swap(adapters), engine.close, lambda: engine.fused({"a": 1.0}).__enter__()]
+    # activations may be inside each other
+    forbidden += [lambda: engine.activate({"a": 1.0})] if use is Composer.fused else []
+    with use(engine, {"a": 1.0}):
         assert engine.active
-        for call in (lambda: engine.swap(adapters), engine.close, lambda: engine.fused({"a": 1.0}).__enter__()):
-            with pytest.raises(AlreadyActive, match="activation is open"):
-                call()
-    assert not engine.active
-
-
-def test_what_is_forbidden_while_fused(tiny_llama: nn.Module, make_adapters: Make) -> None:
-    adapters = make_adapters(tiny_llama, "llama")
-    engine = Composer(tiny_llama, adapters)
-    with engine.fused({"a": 1.0}):
-        assert engine.active
-        for call in (
-            lambda: engine.activate({"a": 1.0}),
-            lambda: engine.swap(adapters),
-            engine.close,
-            lambda: engine.fused({"a": 1.0}).__enter__(),
-        ):
-            with pytest.raises(AlreadyActive, match="fused"):
+        for call in forbidden:
+            with pytest.raises(AlreadyActive, match=said):
                 call()
     assert not engine.active
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -235,16 +236,17 @@ def test_an_unknown_client_is_refused_with_the_nearest_name(federate):
         federate("ffa", rounds=1, steps=1).client("uper")
 
 
-def test_a_missing_package_is_said_before_the_first_round(federate, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "opacus.accountants", None)
-    with pytest.raises(PackageMissing, match=r"pip install 'loraweave\[privacy\]'"):
-        federate("dp_lora")
-
-
-def test_flower_needs_its_package(federate, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(PackageMissing, match=r"pip install 'loraweave\[flower\]'"):
-        federate("fedavg", backend="flower")
+@pytest.mark.parametrize(
+    ("package", "extra", "asked"),
+    [
+        ("opacus.accountants", "privacy", {"strategy": "dp_lora"}),
+        ("ray", "flower", {"strategy": "fedavg", "backend": "flower"}),
+    ],
+)
+def test_a_missing_package_is_said_before_the_first_round(package, extra, asked, federate, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(PackageMissing, match=rf"pip install 'loraweave\[{extra}\]'"):
+        federate(**asked)
 
 
 ROOT = Path(__file__).parents[3]
