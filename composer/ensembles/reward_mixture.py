@@ -92,17 +92,6 @@ class RewardMixture(nn.Module):
         with torch.no_grad():
             return self(features(engine, members, batch).to(self.outer.weight))  # type: ignore[no-any-return]
 
-    def reordered(self, order: Sequence[int]) -> RewardMixture:
-        """The same function of the members in another order: member i of it is member order[i] of this one."""
-        if sorted(order) != list(range(len(self.members))):
-            raise WeightingError(f"{list(order)} is no order of {len(self.members)} members")
-        other = RewardMixture([self.members[index] for index in order], self.hidden_size, hashes=self.hashes)
-        state = {key: value.clone() for key, value in self.state_dict().items()}
-        blocks = state["inner.weight"].unflatten(1, (len(self.members), self.hidden_size))
-        state["inner.weight"] = blocks[:, list(order)].flatten(1)
-        other.to(self.outer.weight).load_state_dict(state)
-        return other
-
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes the head with its members' names, weights and hashes; the adapters stay where they are."""
         target = Path(folder) / FILE

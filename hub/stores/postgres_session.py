@@ -88,7 +88,6 @@ def _error_for(address: PostgresAddress, code: str | None, said: str, doing: str
     return HubError(f"{doing}: {where} refused ({code}: {said})")
 
 
-SCHEMES = ("postgresql://", "postgres://")
 DEFAULT_SCHEMA = "loraweave"
 
 # a schema's name goes into statements as it is

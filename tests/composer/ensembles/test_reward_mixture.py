@@ -63,16 +63,6 @@ def test_one_member_is_a_plain_perceptron_on_its_features(engine):
     assert torch.allclose(mixture.rewards(engine, BATCH), found, rtol=1e-5)
 
 
-def test_another_order_of_members_permutes_the_columns(engine):
-    mixture = short(engine)
-    other = mixture.reordered([2, 0, 1])
-    assert other.members == (None, {"a": 1.0}, {"b": 1.0})
-    assert torch.equal(other.inner.weight[:, :16], mixture.inner.weight[:, 32:])
-    assert torch.allclose(other.rewards(engine, BATCH), mixture.rewards(engine, BATCH), rtol=1e-5)
-    with pytest.raises(WeightingError, match="no order of 3 members"):
-        mixture.reordered([0, 1])
-
-
 def test_a_step_follows_the_pairwise_logistic_loss(engine):
     """One step of AdamW from the same start, with the gradient of -log sigmoid of the margin written out."""
     features_MNH = text_features(engine, MEMBERS, [text for pair in PAIRS for text in pair], progress=False)
