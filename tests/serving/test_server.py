@@ -241,7 +241,7 @@ def test_a_stop_string_ends_the_text_before_it(serve):
         assert (choice["text"], choice["finish_reason"]) == (text[: text.index(text[2:4])], "stop")
 
 
-def test_auto_takes_what_retrieval_finds_for_the_prompts_input_and_says_so(serve):
+def test_auto_takes_what_retrieval_finds_for_the_prompts_input_and_says_so(serve, monkeypatch):
     inputs = {
         "a": ["17 + 25", "3 + 48", "91 + 6", "12 + 12", "7 + 65"],
         "b": ["the judge thanked the doctor.", "a cat saw the dog.", "the man ate an apple.", "she wrote a letter."],
@@ -265,6 +265,13 @@ def test_auto_takes_what_retrieval_finds_for_the_prompts_input_and_says_so(serve
             expected = lw.parse(" + ".join(terms) if found[0].score >= threshold else "base")
             assert body["system_fingerprint"] == expected.canonical
             assert body["choices"][0]["text"] == alone(client.engine, prompt, expected.mixture() or {})[0]
+        seqs = lw.Hub.seqs
+
+        def of_a_base(hub, filters):
+            assert not filters.pass_all, "the places of all are read only after a change"
+            return seqs(hub, filters)
+
+        monkeypatch.setattr(lw.Hub, "seqs", of_a_base)
         assert client.complete("auto", "8 + 31")[2]["system_fingerprint"].endswith("a")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -73,6 +75,19 @@ def test_only_what_changed_is_read_again(hub, monkeypatch):
     assert [number for since, number in asked if since == 0] == []
     # three changes, then the vectors that this index stored itself, which change no adapter
     assert sum(number for _, number in asked) == 3
+
+
+def test_threads_that_search_first_at_the_same_time_read_the_hub_once(hub, monkeypatch):
+    index, begin = SearchIndex(hub, embedder=Counts()), threading.Barrier(4)
+    asked = reads(hub, monkeypatch)
+
+    def search(_):
+        begin.wait()
+        return names(index, "cat")
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(search, range(4))) == [["cat"]] * 4
+    assert sum(number for since, number in asked if since == 0) == len(WORDS)
 
 
 def test_renamed_adapters_are_found_under_the_new_name_without_embedding_again(hub):
