@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -148,24 +147,6 @@ def answered(cell: Cell, study: Study, composition: Composition, spent: tuple[fl
         composition.report.chosen,
         {name: round(weight, 6) for name, weight in by_size},
     )
-
-
-class Pace:
-    """How long the cells that are left will take, by what those of the same method took, or else the mean of all."""
-
-    def __init__(self) -> None:
-        self._took: dict[str, list[float]] = {}
-
-    def note(self, cell: Cell, started: float) -> None:
-        self._took.setdefault(cell.method.name, []).append(time.monotonic() - started)
-
-    def left(self, cells: Sequence[Cell]) -> float | None:
-        """Seconds; None before the first cell is done."""
-        every = [seconds for took in self._took.values() for seconds in took]
-        if not every:
-            return None
-        means = {name: sum(took) / len(took) for name, took in self._took.items()}
-        return sum(means.get(cell.method.name, sum(every) / len(every)) for cell in cells)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -6,15 +6,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import torch
 
 from loraweave.common.display import progress_bar, tracked
 from loraweave.common.rows import located, read_row
-from loraweave.composer.study.cells import Cell, Pace, Store, answered, cells
+from loraweave.common.spread import Failed, processes_here, spread
+from loraweave.composer.study.cells import Answers, Cell, Store, answered, cells
 from loraweave.composer.study.methods import Case, made
 from loraweave.composer.study.report import write_report
 from loraweave.composer.study.results import StudyResults, results_of
@@ -22,6 +25,7 @@ from loraweave.composer.study.study_file import Study
 from loraweave.errors import AdapterNotFound, InvalidTask
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import load_base
+from loraweave.hub.base_reference import BaseReference
 from loraweave.hub.formats._config import CONFIG
 from loraweave.hub.hub import Hub
 from loraweave.hub.intake.sources import adapter_folders
@@ -37,6 +41,7 @@ def study(
     hub: Hub | Iterable[Adapter] | None = None,
     metrics: Mapping[str, Callable[..., float]] | None = None,
     out: str | Path | None = None,
+    n_jobs: int | None = None,
     progress: bool = True,
 ) -> StudyResults:
     """Compares methods on tasks, as a YAML file or the same as a mapping says (docs/studies.md), and returns the figures.
@@ -47,9 +52,10 @@ def study(
     report and all answers are written to `out`, by default the file's name with "-results".
 
     `model` and `tokenizer` stand for the file's `base`, `hub`, a Hub or adapters, for its `hub` or `pool`. `metrics` are
-    functions by name, of an answer and the list of accepted targets, the higher the better.
+    functions by name, of an answer and the list of accepted targets, the higher the better. `n_jobs` workers, or those that
+    `joblib.parallel_config` names, answer the cells, as one process would (docs/howto/many_machines.md).
     Raises InvalidTask for a file that cannot be followed, and what unknown names, adapters and options raise, before a model
-    is loaded; BaseModelMismatch where `out` has answers of another base.
+    is loaded; BaseModelMismatch where `out` has answers of another base, WorkersFailed for workers that cannot be had.
     """
     read = Study.read(study, metrics or {})
     folder = Path(out) if out is not None else read.out
@@ -65,35 +71,57 @@ def study(
                 dtype = None if read.dtype is None else getattr(torch, read.dtype)
                 model, tokenizer = load_base(read.base, dtype=dtype, device=read.device)
             store.require_base(model)
-            failures = _run(read, missing, opened, store, model, tokenizer, progress)
+            failures = _run(read, missing, opened, store, model, tokenizer, n_jobs, progress)
     results = results_of(read, wanted, store, failures, folder)
     write_report(results)
     return results
 
 
 def _run(
-    read: Study, missing: list[Cell], hub: Hub, store: Store, model: Any, tokenizer: Any, progress: bool
+    read: Study,
+    missing: list[Cell],
+    hub: Hub,
+    store: Store,
+    model: Any,
+    tokenizer: Any,
+    n_jobs: int | None,
+    progress: bool,
 ) -> dict[str, str]:
-    """Runs the cells one by one; {key: why} of those that failed."""
+    """Runs the cells, each a piece of work for some worker, and keeps what they answer; {key: why} of those that failed."""
+    if processes_here(n_jobs) is None:
+        load: Load = partial(_held, model, tokenizer)
+    else:
+        load = BaseReference.of(model, tokenizer).load
+    # a function of a metric need not travel
+    settings = replace(read, tasks=(), methods=(), metrics=())
+    pieces = {str(cell): replace(cell, task=replace(cell.task, metrics=())) for cell in missing}
+    work = partial(_answer, load, settings, hub, token_hex(8))
     failures: dict[str, str] = {}
-    fitted: dict[Any, Any] = {}
-    pace = Pace()
-    with progress_bar(progress, field="left") as bar:
-        shown = bar.add_task("", total=len(missing), left="")
-        for place, cell in enumerate(missing):
-            left = pace.left(missing[place:])
-            bar.update(shown, description=str(cell), left="" if left is None else f"{timedelta(seconds=round(left))} left")
-            started = time.monotonic()
-            try:
-                _answer(cell, read, hub, store, model, tokenizer, fitted)
-            except Exception as error:
-                failures[cell.key] = f"{type(error).__name__}: {error}"
-            pace.note(cell, started)
-            bar.advance(shown)
+    with progress_bar(progress) as bar:
+        for name, found in spread(work, pieces, n_jobs=n_jobs, label="answering", bar=bar):
+            if isinstance(found, Failed):
+                failures[pieces[name].key] = f"{type(found.error).__name__}: {found.error}"
+            else:
+                store.keep(pieces[name], found)
+    _fitted.cache_clear()
     return failures
 
 
-def _answer(cell: Cell, read: Study, hub: Hub, store: Store, model: Any, tokenizer: Any, fitted: dict[Any, Any]) -> None:
+Load = Callable[[], tuple[Any, Any]]
+
+
+def _held(model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    return model, tokenizer
+
+
+@lru_cache(maxsize=1)
+def _fitted(study: str) -> dict[Any, Any]:
+    """What this process keeps while it answers cells of one call of `study`."""
+    return {}
+
+
+def _answer(load: Load, read: Study, hub: Hub, call: str, cell: Cell) -> Answers:
+    model, tokenizer = load()
     case = Case(
         model,
         tokenizer,
@@ -105,12 +133,12 @@ def _answer(cell: Cell, read: Study, hub: Hub, store: Store, model: Any, tokeniz
         _limits(read),
         lambda name: _rows_of(read, name),
         read.allow_licenses,
-        fitted,
+        _fitted(call),
     )
     started, cpu_started = time.perf_counter(), time.process_time()
     composition = made(cell.method, case)
     spent = time.perf_counter() - started, time.process_time() - cpu_started
-    store.keep(cell, answered(cell, read, composition, spent))
+    return answered(cell, read, composition, spent)
 
 
 def _limits(read: Study) -> dict[str, Any]:

@@ -135,6 +135,9 @@ SystemOption = Annotated[
     ),
 ]
 LabelsOption = Annotated[str | None, typer.Option(metavar="A,B", help="The only possible answers, separated by commas.")]
+WorkersOption = Annotated[
+    int | None, typer.Option(metavar="N", help="Spread the work over N processes; -1 for as many as there are cores.")
+]
 SeedOption = Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")]
 ManyTagsOption = Annotated[list[str] | None, typer.Option("--tag", help="A tag; may be given several times.")]
 ExactRankOption = Annotated[int | None, typer.Option(min=1, help="Cut every layer to this rank; exact by default.")]

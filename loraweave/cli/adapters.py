@@ -20,6 +20,7 @@ from loraweave.cli._application import (
     OptionOption,
     SeedOption,
     SystemOption,
+    WorkersOption,
 )
 from loraweave.cli._inputs import (
     ADAPTER_FILE,
@@ -165,6 +166,7 @@ def train(
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="FOLDER", file_okay=False, help="Where work is kept; OUT/.checkpoint by default.")
     ] = None,
+    workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train an adapter for each file. After an interruption the same command goes on where it stopped."""
@@ -194,6 +196,7 @@ def train(
         held_out=held_out,
         patience=patience,
         checkpoint=checkpoint or out / ".checkpoint",
+        n_jobs=workers,
         progress=sys.stderr.isatty(),
     )
     results = []

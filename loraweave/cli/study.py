@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loraweave.cli._application import JsonOption
+from loraweave.cli._application import JsonOption, WorkersOption
 from loraweave.cli._printing import note, print_json, print_rows
 
 STUDY_EXAMPLE = "Example: loraweave study examples/study.yaml --out runs/study"
@@ -26,13 +26,14 @@ def study(
         list[str] | None,
         typer.Option(metavar="MODULE:FUNCTION", help="Also score by a function of an answer and its accepted targets."),
     ] = None,
+    workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run what is missing of a study, and write its tables, plots and report; exit status 1 where a cell failed."""
     functions = _read_functions(metric or ())
     import loraweave as lw
 
-    results = lw.study(file, out=out, metrics=functions, progress=sys.stderr.isatty())
+    results = lw.study(file, out=out, metrics=functions, n_jobs=workers, progress=sys.stderr.isatty())
     if as_json:
         print_json(
             {"out": results.folder, "failures": results.failures, "figures": [vars(each) for each in results.figures]}

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 
+import joblib
 import pytest
 import torch
 
@@ -104,6 +105,25 @@ def test_a_cell_that_fails_is_named_the_others_go_on_and_the_next_run_tries_it_a
     assert results.failures == {"swap, b, 2 examples, seed 0": "RuntimeError: no memory"}
     assert [row[1] == "-" for row in results.cells("exact_match", 2)[1]] == [False, True, False]
     assert run(methods=["a", "b", "base"]).failures == {}
+
+
+def test_cells_that_two_processes_answer_are_those_of_one(said, folder, tiny_llama, tokenizer):
+    tiny_llama.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    fails = {"name": "fails", "method": "lora", "steps": 3, "lr": 1e38}
+    methods = ["base", "in_context", "a", fails, {"method": "lora", "steps": 2}]
+    metrics = {"length": lambda answer, targets: len(answer)}
+    asked = {**said, "base": str(folder / "base"), "methods": methods, "seeds": [0, 1]}
+    alone = lw.study(asked, metrics=metrics, out=folder / "one", progress=False)
+    with joblib.parallel_config(n_jobs=2):
+        spread = lw.study(asked, metrics=metrics, out=folder / "two", progress=False)
+    answered = [{str(c): (a.answers, a.losses) for c, a in found.answers.items()} for found in (alone, spread)]
+    assert answered[0] == answered[1]
+    assert alone.failures == spread.failures
+    assert [(cell, why.split(":")[0]) for cell, why in alone.failures.items()] == [
+        (f"swap, fails, 2 examples, seed {seed}", "TrainingError") for seed in (0, 1)
+    ]
+    assert [figure.value for figure in alone.figures] == [figure.value for figure in spread.figures]
 
 
 def test_answers_of_another_base_model_are_refused_whatever_it_is_called(run, tiny_llama):
