@@ -227,19 +227,20 @@ class Composer:
         seed: int = 0,
         statistics: Mapping[str, Statistics] | None = None,
         originals: Place = "memory",
+        max_loss: float | None = None,
         **options: Any,
     ) -> Iterator[Fused]:
         """Writes a task-scope mixture into the weights for the length of a `with` block; bit for bit the same after it.
 
         `method` is a name of `names("methods")`, `seed` that of random ones, `statistics` has for each expert what methods
-        that weigh by data need, `options` are the method's own. One layer is calculated at a time, and what the model then
-        is, is known to be finite before anything is written. Unlike activate(), it holds for all threads. The block's
-        handle can `switch` to another mixture.
+        that weigh by data need, `options` are the method's own. What the model then is, is known to be finite before
+        anything is written. Unlike activate(), it holds for all threads. The block's handle can `switch` to another mixture.
 
         The originals of the touched weights are kept, as many bytes as these have: in "memory", or on "disk", in a file in
-        the folder for temporary files (TMPDIR) that only this process can read and that is gone with it.
+        the folder for temporary files (TMPDIR) that only this process can read and that is gone with it. With `max_loss` a
+        quantised layer is quantised anew where that loses at most this share of its update, and else has the update live.
         Raises ScopeError for weights that vary per row or token, AlreadyActive while active, CompositionError for layers
-        that cannot be written to (quantised, tied) and for results that are not finite; nothing has changed then.
+        not to be written to (tied, or quantised without `max_loss`), or results not finite; nothing has changed then.
         """
         self._require_idle("fuse")
         self._fitting.require_unchanged(closely=True)
@@ -252,7 +253,7 @@ class Composer:
                 self._require_idle("fuse")
                 mine = self._fused = True
             CLAIMS.take(self._live, modules)
-            with fused(self.model, make, updates, originals) as written:
+            with fused(self.model, make, updates, originals, max_loss) as written:
                 yield written
         finally:
             if mine:

@@ -10,7 +10,7 @@ that whatever is refused has changed nothing; `overwritten.py` draws the states 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,8 @@ from loraweave.composer.merge.statistics import Statistics
 from loraweave.composer.merge.updates import DenseUpdate, without_figures
 from loraweave.composer.model.layers import TargetLayer, tied_parameters
 from loraweave.composer.overwritten import OVERWRITTEN, Originals, Overwritten, Place, Scratch
+from loraweave.composer.quantised_base import warn_of_full_weights
+from loraweave.composer.requantised import LayerLoss, LogitsLoss, Requantised, is_quantised, logits_loss
 from loraweave.errors import CompositionError, ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool, require_everywhere
 from loraweave.routers.weights import MixtureWeights
@@ -36,13 +38,19 @@ MakeUpdates = Callable[[Any, str, int, Mapping[str, Statistics] | None, Mapping[
 
 
 @contextmanager
-def fused(model: nn.Module, make: MakeUpdates, updates: Iterable[Update], originals: Place = "memory") -> Iterator[Fused]:
+def fused(
+    model: nn.Module,
+    make: MakeUpdates,
+    updates: Iterable[Update],
+    originals: Place = "memory",
+    max_loss: float | None = None,
+) -> Iterator[Fused]:
     """The weights of `updates` inside the block, bit for bit the model's own after it; `make` is what `switch` calls.
 
     Raises CompositionError on leaving, after restoring, when someone else changed a fused weight meanwhile; else what
     `Fused.write` raises, with the model unchanged.
     """
-    writing = Fused(model, make, originals)
+    writing = Fused(model, make, originals, max_loss)
     try:
         writing.write(updates)
         yield writing
@@ -62,14 +70,19 @@ class Fused:
     """What `Composer.fused` gives its block: the mixture that is in the weights, and the way to another one.
 
     The originals of all parameters that were ever written to take as many bytes as these. While writing, there are also one
-    parameter's own values and 4 MB.
+    parameter's own values and 4 MB; of a quantised layer a few matrices of its size in fp32.
     """
 
-    def __init__(self, model: nn.Module, make: MakeUpdates, originals: Place = "memory") -> None:
+    def __init__(
+        self, model: nn.Module, make: MakeUpdates, originals: Place = "memory", max_loss: float | None = None
+    ) -> None:
+        if max_loss is not None and not max_loss >= 0:
+            raise CompositionError(f"max_loss={max_loss!r} is not a share of 0 or more of an update that may be lost")
+        self._max_loss = max_loss
         self._originals = Originals(originals)
         self._model = model
         self._make = make
-        self._kept: dict[tuple[TargetLayer, str], Overwritten] = {}
+        self._kept: dict[tuple[TargetLayer, str], Overwritten | Requantised] = {}
         self._found_changed: list[str] = []
         self._tied: dict[str, str] | None = None
         self._left = False
@@ -79,6 +92,24 @@ class Fused:
     def original_bytes(self) -> int:
         """Bytes that the originals take, where they were asked to be kept."""
         return self._originals.num_bytes
+
+    @property
+    def losses(self) -> dict[str, LayerLoss]:
+        """Of each quantised layer that the mixture changes, what that has lost."""
+        kept = (each for each in self._kept.values() if isinstance(each, Requantised) and not each.at_home)
+        return {each.layer.name: each.loss for each in kept}
+
+    def logits_loss(self, tokenizer: Any, texts: Sequence[str]) -> LogitsLoss:
+        """How far the logits of these texts are from those with every quantised layer's update live, which is exact.
+
+        Raises CompositionError where there are no tokens to read, and after the block's end.
+        """
+        with self._lock, torch.inference_mode():
+            if self._left:
+                raise CompositionError("the fused() block of this mixture has ended: open another one")
+            return logits_loss(
+                self._model, tokenizer, texts, [each for each in self._kept.values() if isinstance(each, Requantised)]
+            )
 
     def switch(
         self,
@@ -104,9 +135,9 @@ class Fused:
         changes places with the originals. What is fused already is written over, from its original, in one pass. Layers
         that are in no update get theirs back. The parameters stay the same objects in the same memory.
 
-        Raises CompositionError for weights that are quantised, on the meta device or tied to another parameter, for values
-        that are not finite, and for fused weights that someone else has changed (which then stay). Whatever fails, and
-        interruptions, leave the base's own weights.
+        Raises CompositionError for weights that are quantised, without a `max_loss`, on the meta device or tied to another
+        parameter, for values that are not finite, and for fused weights that someone else has changed (which then stay).
+        Whatever fails, and interruptions, leave the base's own weights.
         """
         with self._lock:
             if self._left:
@@ -141,7 +172,7 @@ class Fused:
 
     def _write(self, updates: Iterable[Update]) -> None:
         scratch = Scratch()
-        new: list[Overwritten] = []
+        new: list[Overwritten | Requantised] = []
         left_out = dict(self._kept)
         for layer, update in updates:
             for part in self._parts(layer, update):
@@ -161,8 +192,11 @@ class Fused:
             kept.exchange(scratch)
             self._originals.rest(kept.slot)
 
-    def _parameter(self, layer: TargetLayer, part: str) -> Overwritten:
-        if (layer, part) not in self._kept:
+    def _parameter(self, layer: TargetLayer, part: str) -> Overwritten | Requantised:
+        if (layer, part) not in self._kept and part == "weight" and self._requantises(layer):
+            assert self._max_loss is not None
+            self._kept[layer, part] = Requantised(self._model, layer, self._max_loss)
+        elif (layer, part) not in self._kept:
             parameter, like = layer.module._parameters[layer.key(part)], layer.parameter(part)
             assert parameter is not None
             assert like is not None
@@ -172,7 +206,10 @@ class Fused:
     def _parts(self, layer: TargetLayer, update: Factors | DenseUpdate) -> list[str]:
         """Which parameters the update changes. Raises CompositionError for those that cannot be written to."""
         parts = []
-        if not isinstance(update, Factors) or update.rank or update.gain_O is not None:
+        changes = not isinstance(update, Factors) or update.rank or update.gain_O is not None
+        if changes and self._requantises(layer):
+            parts.append("weight")
+        elif changes:
             layer.dense_weight_OI()
             weight = layer.module._parameters.get(layer.key("weight"))
             if weight is None or type(weight.data) is not Tensor:
@@ -192,6 +229,9 @@ class Fused:
         if self._tied is None:
             self._tied = tied_parameters(self._model)
         for part in parts:
+            if part == "weight" and self._requantises(layer):
+                # the other use of a tied one keeps the old object
+                continue
             name = f"{layer.path}.{layer.key(part)}"
             if name in self._tied:
                 raise CompositionError(
@@ -199,6 +239,9 @@ class Fused:
                     "too; activate() the mixture instead"
                 )
         return parts
+
+    def _requantises(self, layer: TargetLayer) -> bool:
+        return self._max_loss is not None and is_quantised(layer)
 
     def _restore(self) -> None:
         for kept in self._kept.values():
@@ -253,6 +296,7 @@ def mixture_updates(
     adapters = {weights.experts[place]: bound.adapters[weights.experts[place]] for place in used}
     for name, adapter in adapters.items():
         require_everywhere(name, adapter, "weights that are written into the model count for every token")
+    warn_of_full_weights(adapters, fitting.layers)
     experts = {name: adapter.layers for name, adapter in adapters.items()}
     # after the experts, since those of a lazy pool bring their layers along
     layers = fitting.layers

@@ -24,6 +24,7 @@ from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.model.batches import EncodedRow, untouched
 from loraweave.composer.model.kinds.linear import shape as linear_shape
 from loraweave.composer.model.scoring import encode_pairs
+from loraweave.composer.quantised_base import quantization_of
 from loraweave.composer.train.groups import train_groups
 from loraweave.composer.train.jobs import LoraJob, PlannedJob, TrainingJob
 from loraweave.composer.train.ordered._course import Course
@@ -265,7 +266,7 @@ class Apart:
         recipe: dict[str, Any] = {"method": "loraweave.train_adapters", **asdict(self.settings)}
         if start is not None:
             recipe["start"] = {"hash": start.hash, "name": start.name}
-        card = {"recipe": recipe, "training": report.to_json()}
+        card = {"recipe": recipe, "training": report.to_json(), **quantization_of(self.shared.model)}
         return Adapter(job.name, self.shared.model.name_or_path, job.result(), self.base, card)
 
     def key(self, name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -80,13 +80,13 @@ def _kept_bytes(model: Any, tokenizer: Any, job: TrainingJob, prompt: int, targe
     # the second row is shorter, so that there is padding and its mask
     rows = [EncodedRow((token,) * length, (token,) * target) for length in (prompt, max(1, prompt - 1))]
     owned = chain(model.parameters(), model.buffers(), job.parameters())
-    known = {tensor.untyped_storage().data_ptr() for tensor in owned}
+    known = {storage.data_ptr() for tensor in owned for storage in _storages(tensor)}
     seen: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            seen[storage.data_ptr()] = storage.nbytes()
+        for storage in _storages(tensor):
+            if storage.data_ptr() not in known:
+                seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     noting = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
@@ -95,6 +95,15 @@ def _kept_bytes(model: Any, tokenizer: Any, job: TrainingJob, prompt: int, targe
     # what is kept lives as long as the losses do, so that no storage was counted for two
     del losses
     return sum(seen.values()) / len(rows)
+
+
+def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """Where a tensor has its values: those of its parts for one that is made of others, as torchao's quantised ones are."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _storages(getattr(tensor, name))
+    else:
+        yield tensor.untyped_storage()
 
 
 STATUS = Path("/proc/self/status")

@@ -24,6 +24,7 @@ EXTRAS = {
     "plot": "plots of searches, weights and trainings",
     "postgres": "a hub in PostgreSQL",
     "privacy": "lw.federate with strategy='dp_lora' (opacus)",
+    "quantised": "bases in int8, int4 and nf4, live and fused (bitsandbytes, torchao)",
     "ray": "work spread over a Ray cluster (joblib.parallel_config)",
     "remote": "a hub's files on S3",
     "search": "LoraHub's original search (nevergrad)",

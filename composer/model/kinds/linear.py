@@ -15,6 +15,9 @@ from loraweave.types import Kind
 
 name: Kind = "linear"
 modules = "torch.nn.Linear and transformers' Conv1D"
+# where classes are that are linear layers, and no torch.nn.Linear: quantize_dynamic's, HQQ's, GPTQ's and AWQ's
+_QUANTISED = ("torch.ao.nn.quantized.dynamic.modules.linear", "hqq.core.quantize", "gptqmodel.nn_modules.qlinear")
+
 inputs, rows, put_back = _kind.inputs_by_row, _kind.rows, _kind.put_back
 
 
@@ -22,7 +25,7 @@ def shape(module: nn.Module) -> Shape | None:
     """(O, I) of a linear layer; None for any other module."""
     if isinstance(module, Conv1D):
         return Shape(int(module.nf), int(module.weight.shape[0]), transposed=True)
-    if isinstance(module, nn.Linear) or _is_quantised_by_torch(module):
+    if isinstance(module, nn.Linear) or type(module).__module__.startswith(_QUANTISED):
         return Shape(int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
     return None
 
@@ -37,12 +40,6 @@ def refusal(module: Any) -> str:
 def project(module: Any, x: Tensor, a_SI: Tensor) -> Tensor:
     """hidden_BTS = x a^T."""
     return functional.linear(by_row(x).to(a_SI.dtype), a_SI)
-
-
-def _is_quantised_by_torch(module: nn.Module) -> bool:
-    """Whether it is what torch.ao.quantization.quantize_dynamic makes of a linear layer."""
-    kind = type(module)
-    return kind.__name__ == "Linear" and kind.__module__.startswith("torch.ao.nn.quantized.dynamic.")
 
 
 def _is_plain(module: nn.Linear) -> bool:

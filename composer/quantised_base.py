@@ -1,0 +1,121 @@
+"""What an adapter loses that was trained on quantised weights and is written into full ones.
+
+QLoRA (Dettmers et al. 2023, arXiv 2305.14314) trains D on Q(W) + D, so that W + D is another function, by W - Q(W): stated
+for each layer as |W - Q(W)| / |D|, in Frobenius norms. What `train_adapters` makes on a quantised base has that base's
+`quantization_config` as `card["quantization"]`. Other adapters do not tell, unless their card is given it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.composer.model.layers import TargetLayer
+from loraweave.composer.requantised import is_quantised
+from loraweave.errors import BaseModelUnverified, PackageMissing
+from loraweave.hub.adapter import Adapter
+from loraweave.lowrank import algebra
+
+# calculated once for each adapter
+_TOLD: WeakKeyDictionary[Adapter, str] = WeakKeyDictionary()
+
+
+def quantization_of(model: nn.Module) -> dict[str, Any]:
+    """{"quantization": the model's `quantization_config` as JSON} for a card; {} of a model that is not quantised.
+
+    A model that was quantised after it was loaded has no such config: its mark names the first such weight's type alone.
+    """
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is not None and not getattr(config, "dequantize", False):
+        return {"quantization": dict(config) if isinstance(config, Mapping) else config.to_dict()}
+    types = (type(each.data) for each in model.parameters())
+    first = next((kind.__name__ for kind in types if kind is not Tensor), None)
+    return {} if first is None else {"quantization": {"quant_method": first}}
+
+
+def warn_of_full_weights(adapters: Mapping[str, Adapter], layers: Mapping[str, TargetLayer]) -> None:
+    """A BaseModelUnverified warning for each adapter that saw quantised weights where the model has full ones."""
+    for name, adapter in adapters.items():
+        mark = adapter.card.get("quantization")
+        if not isinstance(mark, Mapping) or any(is_quantised(layers[layer]) for layer in adapter.layers if layer in layers):
+            continue
+        if adapter not in _TOLD:
+            try:
+                _TOLD[adapter] = _told(differences(adapter, mark, layers))
+            except PackageMissing as error:
+                _TOLD[adapter] = str(error)
+        warnings.warn(
+            f"expert {name!r} was trained on weights quantised by {mark.get('quant_method')}, and is now written into full "
+            f"ones: {_TOLD[adapter]}. It is exact on the base that it saw: load_base(..., quantization_config=...)",
+            BaseModelUnverified,
+            stacklevel=4,
+        )
+
+
+def differences(adapter: Adapter, mark: Mapping[str, Any], layers: Mapping[str, TargetLayer]) -> dict[str, float] | None:
+    """{layer: |W - Q(W)| / |D|} over the linear layers that `mark` quantises; None for a quantisation that weights alone do
+    not determine (GPTQ's and AWQ's look at data)."""
+    found: dict[str, float] = {}
+    skipped = mark.get("llm_int8_skip_modules") or mark.get("modules_to_not_convert") or ["lm_head"]
+    for name, factors in adapter.layers.items():
+        layer = layers.get(name)
+        if layer is None or not isinstance(layer.module, nn.Linear) or any(part in name for part in skipped):
+            continue
+        weight_OI = layer.dense_weight_OI().detach()
+        rounded_OI = quantised(weight_OI, mark)
+        if rounded_OI is None:
+            return None
+        size = algebra.norm(factors)
+        if size:
+            found[name] = float(torch.linalg.vector_norm(weight_OI.float() - rounded_OI.float())) / size
+    return found
+
+
+def quantised(weight_OI: Tensor, mark: Mapping[str, Any]) -> Tensor | None:
+    """Q(W) as the library of `mark`, a transformers `quantization_config` as JSON, makes it. PackageMissing without it."""
+    method = mark.get("quant_method")
+    try:
+        if method == "bitsandbytes":
+            return _by_bitsandbytes(weight_OI, mark)
+        if method == "torchao":
+            from torchao.quantization import quantize_
+            from transformers import TorchAoConfig
+
+            linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
+            linear.weight = nn.Parameter(weight_OI.clone(), requires_grad=False)
+            quantize_(linear, TorchAoConfig.from_dict(dict(mark)).get_apply_tensor_subclass())
+            return linear.weight.dequantize()
+    except ImportError as error:
+        raise PackageMissing(
+            f"what {method} makes of a base is not known without it: pip install 'loraweave[quantised]'"
+        ) from error
+    return None
+
+
+def _by_bitsandbytes(weight_OI: Tensor, mark: Mapping[str, Any]) -> Tensor:
+    from bitsandbytes import functional
+    from bitsandbytes import nn as layers
+
+    if mark.get("load_in_8bit"):
+        codes_OI, scales_O, _ = functional.int8_vectorwise_quant(weight_OI.half())
+        return codes_OI.float() * scales_O[:, None] / 127  # type: ignore[no-any-return]
+    nested, form = bool(mark.get("bnb_4bit_use_double_quant")), mark.get("bnb_4bit_quant_type", "fp4")
+    made = layers.Params4bit(weight_OI.contiguous(), requires_grad=False, compress_statistics=nested, quant_type=form)
+    made = made.to(weight_OI.device)
+    return functional.dequantize_4bit(made.data, made.quant_state)  # type: ignore[no-any-return]
+
+
+def _told(found: Mapping[str, float] | None) -> str:
+    if not found:
+        return "how far these are apart cannot be calculated from the weights alone"
+    shares = sorted(found.values())
+    return (
+        f"these differ by {statistics.median(shares):.2g} times its own update in the median of {len(shares)} layers, by "
+        f"{shares[0]:.2g} to {shares[-1]:.2g} in all"
+    )

@@ -1,0 +1,325 @@
+"""A quantised layer in a fused mixture: quantised anew with its update, or left as it is with the update on its output.
+
+    W      what the layer's own forward makes of unit vectors, whatever its storage
+    V      W (1 + gain) + update
+    Q(V)   quantised anew by the library that made the layer's weight, with that weight's own settings
+    loss   |V' - V| / |V - W| in Frobenius norms, V' read as W is; 1 where the whole update is rounded away
+
+What `Q` writes is another object, and the layer's own comes back as the object that it was, bit for bit. The same is what
+peft's `merge` does to a quantised layer, without a measure of what is lost (`tests/composer/test_requantised.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loraweave.composer.live.layout import Place, find_places
+from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.composer.model.kinds import linear
+from loraweave.composer.model.layers import TargetLayer, is_floating
+from loraweave.errors import CompositionError
+from loraweave.types import Factors
+
+# unit vectors that a layer reads at once
+BLOCK = 256
+# what bitsandbytes' modules know of their weight beside it
+_BESIDE = ("state", "quant_state")
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """`loss` is the error of quantising anew over the size of the update, infinite where no way to do so is known; `live`
+    says that the layer was therefore left as it is, and adds the update to its output."""
+
+    loss: float
+    live: bool
+
+
+@dataclass(frozen=True)
+class LogitsLoss:
+    """What quantising anew does to answers, over all tokens of some texts: the mean of KL(exact || fused) in nats, the share
+    of tokens with another likeliest successor, and the largest difference of two log-probabilities."""
+
+    kl: float
+    other_choice: float
+    largest: float
+
+
+def is_quantised(layer: TargetLayer) -> bool:
+    """Whether it is a linear layer whose weight nothing can be added to as it is stored."""
+    if layer.kind is not linear or layer.number is not None or layer.transposed or layer.offloaded:
+        return False
+    weight = layer.module._parameters.get("weight")
+    if weight is None:
+        # parametrized layers compute a plain weight on the way
+        return not isinstance(getattr(layer.module, "weight", None), Tensor)
+    return not weight.is_meta and (type(weight.data) is not Tensor or not is_floating(weight.dtype))
+
+
+class Requantised:
+    """The weight of a quantised layer, in the form that `Fused` handles all it writes to.
+
+    `loss` is that of the latest update; above `max_loss` the layer stays as it is and adds the update to its output.
+    """
+
+    # no copy of the original is made
+    slot = torch.empty(0)
+
+    def __init__(self, model: nn.Module, layer: TargetLayer, max_loss: float) -> None:
+        self.layer = layer
+        self.name = f"{layer.name}.weight"
+        self.loss = LayerLoss(0.0, live=False)
+        self.at_home = True
+        self._max_loss = max_loss
+        self._place = _place(model, layer)
+        self._own = _attributes(layer.module)
+        self._new: dict[str, Any] | None = None
+        self._added: _Added | None = None
+        self._hook: Any = None
+
+    @torch.no_grad()
+    def prepare(self, update: Factors | DenseUpdate, scratch: object = None) -> None:
+        """The new weight beside the layer, for `exchange`, and its loss. Raises CompositionError for values that are not
+        finite or that the weight's form cannot hold."""
+        module = self.layer.module
+        self._added, self._new = _Added(update, self._place[0]), None
+        base_OI = read_weight(self.layer, module, self._place)
+        exact_OI = base_OI + self._added.change(base_OI)
+        if not bool(exact_OI.isfinite().all()):
+            raise CompositionError(
+                f"cannot fuse into {self.name!r}: its new values would not be finite; use smaller weights"
+            )
+        loss, twin = math.inf, quantised_anew(module, exact_OI)
+        if twin is not None:
+            error = read_weight(self.layer, twin, self._place) - exact_OI
+            size = float(torch.linalg.vector_norm(exact_OI - base_OI))
+            # not a number where the form cannot hold the values
+            loss = float(torch.linalg.vector_norm(error)) / size if size else 0.0
+        if twin is not None and loss <= self._max_loss:
+            self._new = _attributes(twin)
+        self.loss = LayerLoss(loss, live=self._new is None)
+
+    def exchange(self, scratch: object = None) -> None:
+        self.at_home = False
+        if self._new is None:
+            self._hook = self.layer.module.register_forward_hook(self._added)  # type: ignore[arg-type]
+        else:
+            _put(self.layer.module, self._new)
+
+    def rewrite(self, update: Factors | DenseUpdate, scratch: object = None) -> None:
+        """Another update, from the original weight."""
+        self.restore()
+        self.prepare(update)
+        self.exchange()
+
+    def changed(self) -> bool:
+        """Whether someone else has put another weight in the place of this one; what is in it is not compared, since
+        bitsandbytes packs it otherwise when it first runs."""
+        expected = self._own if self._new is None else self._new
+        return not self.at_home and self.layer.module._parameters.get("weight") is not expected.get("weight")
+
+    def restore(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if not self.at_home:
+            _put(self.layer.module, self._own)
+            self.at_home = True
+
+    def leave(self) -> bool:
+        try:
+            return self.changed()
+        finally:
+            self.restore()
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """The layer's own weight with the update live, for the length of a block, whatever was written."""
+        new = self._new
+        if self.at_home or new is None:
+            yield
+            return
+        self.restore()
+        self._new = None
+        try:
+            self.exchange()
+            yield
+        finally:
+            self.restore()
+            self._new = new
+            self.exchange()
+
+
+class _Added:
+    """The hook that adds an update to a layer's output: y + x delta^T + gain (y - bias), in fp32 or better."""
+
+    def __init__(self, update: Factors | DenseUpdate, device: torch.device) -> None:
+        factors = (update.delta_OI,) if isinstance(update, DenseUpdate) else (update.a_RI, update.b_OR)
+        self._factors = [factor.detach().to(device, torch.float32) for factor in factors]
+        gain_O = None if isinstance(update, DenseUpdate) else update.gain_O
+        self._gain_O = None if gain_O is None else gain_O.detach().to(device, torch.float32)
+
+    def change(self, base_OI: Tensor) -> Tensor:
+        """What the update adds to the weight, (O, I)."""
+        delta_OI = self._factors[0] if len(self._factors) == 1 else self._factors[1] @ self._factors[0]
+        return delta_OI if self._gain_O is None else delta_OI + self._gain_O[:, None] * base_OI
+
+    def __call__(self, module: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        added = given[0].to(dtype)
+        for factor in self._factors:
+            added = functional.linear(added, factor.to(dtype))
+        if self._gain_O is not None:
+            bias = _bias(module)
+            y0 = y.to(dtype) if bias is None else y.to(dtype) - bias.to(dtype)
+            added = added + self._gain_O.to(dtype) * y0
+        return (y.to(dtype) + added).to(y.dtype)
+
+
+def read_weight(layer: TargetLayer, module: Any, place: Place) -> Tensor:
+    """(O, I) in fp32, as the forward of `module`, the layer's or one like it, computes with it."""
+    weight = module._parameters.get("weight")
+    if weight is not None and type(weight.data) is not Tensor:
+        # torchao's, whose forward may round its inputs too
+        return weight.data.dequantize().float()  # type: ignore[no-any-return]
+    if getattr(weight, "quant_state", None) is not None and not _is_packed(weight):
+        from bitsandbytes.functional import dequantize_4bit
+
+        # its forward would pack it for good, and what is packed learns nothing
+        return dequantize_4bit(weight.data, weight.quant_state).float()  # type: ignore[no-any-return]
+    if getattr(weight, "dtype", None) == torch.int8 and hasattr(weight, "SCB"):
+        scales_O = module.state.SCB if weight.SCB is None else weight.SCB
+        # as its forward has it, which rounds its inputs too
+        return weight.data.float() * (scales_O.float()[:, None] / 127)  # type: ignore[no-any-return]
+    device, dtype = place
+    bias, columns = _bias(module), []
+    for start in range(0, layer.num_inputs, BLOCK):
+        stop = min(start + BLOCK, layer.num_inputs)
+        x = torch.zeros(stop - start, layer.num_inputs, device=device, dtype=dtype)
+        x[torch.arange(stop - start), torch.arange(start, stop)] = 1
+        y = module.forward(x).float()
+        columns.append((y if bias is None else y - bias.float()).T)
+    return torch.cat(columns, dim=1)
+
+
+def quantised_anew(module: Any, weight_OI: Tensor) -> Any:
+    """A module like this one with another weight, quantised in the same form; None where its form has no known way back.
+
+    Forms: bitsandbytes' 4-bit (nf4, fp4) and int8, torchao's Int8Tensor and IntxUnpackedToInt8Tensor.
+    """
+    weight = module._parameters.get("weight")
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters)
+    if (bitsandbytes := sys.modules.get("bitsandbytes")) is not None:
+        if isinstance(weight, bitsandbytes.nn.Params4bit):
+            kept = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+            own = {name: getattr(weight, name) for name in kept}
+            new = bitsandbytes.nn.Params4bit(weight_OI.contiguous(), requires_grad=False, **own).to(weight.device)
+            twin._parameters["weight"], twin.quant_state = new, new.quant_state
+            if _is_packed(weight):
+                twin.forward(torch.zeros(1, weight_OI.shape[1], device=weight.device))
+            return twin
+        if isinstance(weight, bitsandbytes.nn.Int8Params) and weight.dtype == torch.int8:
+            # it takes values in fp16
+            if float(weight_OI.abs().max()) > torch.finfo(torch.float16).max:
+                return None
+            new = bitsandbytes.nn.Int8Params(weight_OI.cpu(), requires_grad=False, has_fp16_weights=False)
+            twin._parameters["weight"], twin.state = new.to(weight.device), copy.copy(module.state)
+            twin.state.CB = twin.state.SCB = None
+            return twin
+    if weight is not None and (new := _torchao_anew(weight.data, weight_OI)) is not None:
+        twin._parameters["weight"] = nn.Parameter(new, requires_grad=False)
+        return twin
+    return None
+
+
+def _is_packed(weight: Any) -> bool:
+    """Whether bitsandbytes has turned a 4-bit weight into the form that CPUs with AVX512 run, its scales rounded to bf16."""
+    return bool(getattr(weight.quant_state, "packing_format_for_cpu", False))
+
+
+def _torchao_anew(weight: Any, weight_OI: Tensor) -> Any:
+    values = weight_OI.to(weight.dtype)
+    match type(weight).__name__:
+        case "Int8Tensor" if weight.act_quant_scale is None and weight.act_pre_scale is None:
+            from torchao.quantization import PerRow, PerTensor
+
+            whole = tuple(weight.block_size) == tuple(weight.shape)
+            given = {"act_quant_kwargs": weight.act_quant_kwargs, "reduce_range": weight.reduce_range}
+            return type(weight).from_hp(values, PerTensor() if whole else PerRow(), **given)
+        case "IntxUnpackedToInt8Tensor":
+            from torchao.quantization.quant_primitives import MappingType
+
+            symmetric = not bool(weight.zero_point.any())
+            mapping = MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC
+            of = (values, tuple(weight.block_size), weight.target_dtype)
+            given = {"mapping_type": mapping, "activation_quantization": weight.activation_quantization}
+            own = {"custom_scale": weight.scale, "custom_zero_point": weight.zero_point}
+            # new scales would round the untouched part again, and the old ones may cut what has grown: the nearer of both
+            made = [
+                type(weight).from_hp(*of, **given),
+                type(weight).from_hp(*of, **given, **own, intx_choose_qparams_algorithm=None),
+            ]
+            return min(made, key=lambda each: float((each.dequantize() - values).norm()))
+    return None
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module reads its weight from."""
+    beside = {name: vars(module)[name] for name in _BESIDE if name in vars(module)}
+    return {"weight": module._parameters["weight"], **beside} if "weight" in module._parameters else beside
+
+
+def _put(module: nn.Module, attributes: dict[str, Any]) -> None:
+    for name, value in attributes.items():
+        if name == "weight":
+            module._parameters[name] = value
+        else:
+            vars(module)[name] = value
+
+
+def _bias(module: Any) -> Tensor | None:
+    found = getattr(module, "bias", None)
+    # torch's quantised layers have a method of this name
+    found = found() if callable(found) and not isinstance(found, Tensor) else found
+    return found if isinstance(found, Tensor) else None
+
+
+def _place(model: nn.Module, layer: TargetLayer) -> Place:
+    """The device of the layer's values, and the dtype of what it is given."""
+    if found := find_places(model, {layer.name: layer}).get(layer.name):
+        return found
+    tensors = [*layer.module.parameters(), *layer.module.buffers(), *model.parameters()]
+    device = next((each.device for each in tensors), torch.device("cpu"))
+    dtype = next((each.dtype for each in model.parameters() if is_floating(each.dtype)), torch.float32)
+    return device, dtype
+
+
+def logits_loss(model: nn.Module, tokenizer: Any, texts: Sequence[str], layers: Sequence[Requantised]) -> LogitsLoss:
+    """Over all tokens of the texts, each read alone. CompositionError where there is none."""
+    kl = other = count = largest = 0.0
+    device = next(model.parameters()).device
+    for text in texts:
+        given = tokenizer(text, return_tensors="pt").to(device)
+        found = model(**given).logits.float().log_softmax(dim=-1)
+        with ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(layer.exact())
+            exact = model(**given).logits.float().log_softmax(dim=-1)
+        kl += float((exact.exp() * (exact - found)).sum())
+        other += float((exact.argmax(dim=-1) != found.argmax(dim=-1)).sum())
+        count += exact.shape[:-1].numel()
+        largest = max(largest, float((exact - found).abs().max()))
+    if not count:
+        raise CompositionError("logits_loss() needs a text of at least one token")
+    return LogitsLoss(kl / count, other / count, largest)

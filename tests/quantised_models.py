@@ -1,0 +1,70 @@
+"""Single layers that libraries quantised, each in its own form; without the library the test is skipped."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loraweave.hub.adapter import Adapter
+from loraweave.types import Factors
+
+
+def imported(name: str) -> Any:
+    """The package, whatever it warns of while it is loaded; the test is skipped without it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(name, exc_type=ImportError)
+
+
+def _torchao(config: str, dtype: torch.dtype, **options: Any) -> nn.Module:
+    quantization = imported("torchao.quantization")
+    model = nn.Sequential(nn.Linear(64, 32)).to(dtype)
+    quantization.quantize_(model, getattr(quantization, config)(**options))
+    return model
+
+
+def _bitsandbytes(kind: str, **options: Any) -> nn.Module:
+    layer = getattr(imported("bitsandbytes").nn, kind)(64, 32, **options)
+    layer.load_state_dict(nn.Linear(64, 32).state_dict())
+    return nn.Sequential(layer).to("cpu")
+
+
+def _torch_dynamic() -> nn.Module:
+    quantization = imported("torch.ao.quantization")
+    return quantization.quantize_dynamic(nn.Sequential(nn.Linear(64, 32)), {nn.Linear}, dtype=torch.qint8)  # type: ignore[no-any-return]
+
+
+def _hqq() -> nn.Module:
+    quantize = imported("hqq.core.quantize")
+    config = quantize.BaseQuantizeConfig(nbits=4, group_size=32)
+    return nn.Sequential(quantize.HQQLinear(nn.Linear(64, 32), config, compute_dtype=torch.float32, device="cpu"))
+
+
+QUANTISED: dict[str, tuple[Callable[[], nn.Module], torch.dtype]] = {
+    "torchao int8": (lambda: _torchao("Int8WeightOnlyConfig", torch.float32), torch.float32),
+    "torchao int8 of bf16": (lambda: _torchao("Int8WeightOnlyConfig", torch.bfloat16), torch.bfloat16),
+    "torchao int8 inputs too": (lambda: _torchao("Int8DynamicActivationInt8WeightConfig", torch.float32), torch.float32),
+    "torchao int4": (lambda: _torchao("IntxWeightOnlyConfig", torch.float32, weight_dtype=torch.int4), torch.float32),
+    "bitsandbytes int8": (lambda: _bitsandbytes("Linear8bitLt", has_fp16_weights=False), torch.float32),
+    "bitsandbytes nf4": (lambda: _bitsandbytes("Linear4bit", quant_type="nf4", compute_dtype=torch.float32), torch.float32),
+    "torch dynamic int8": (_torch_dynamic, torch.float32),
+    "hqq": (_hqq, torch.float32),
+}
+
+
+def setting(name: str, **parts: Tensor) -> tuple[nn.Module, Tensor, Adapter]:
+    make, dtype = QUANTISED[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    factors = Factors(torch.randn(3, 64) * 0.3, torch.randn(32, 3) * 0.3, **parts)
+    return model, torch.randn(2, 5, 64).to(dtype), Adapter("a", "tiny", {"0": factors})
+
+
+def bias_of(module: nn.Module) -> Tensor:
+    bias: Any = module.bias
+    return (bias if isinstance(bias, Tensor) else bias()).detach().double()
