@@ -90,7 +90,7 @@ class Requantised:
     @torch.no_grad()
     def prepare(self, update: Factors | DenseUpdate, scratch: object = None) -> None:
         """The new weight beside the layer, for `exchange`, and its loss. Raises CompositionError for values that are not
-        finite or that the weight's form cannot hold."""
+        finite."""
         module = self.layer.module
         self._added, self._new = _Added(update, self._place[0]), None
         base_OI = read_weight(self.layer, module, self._place)
