@@ -407,7 +407,7 @@ class ExpertModel(LikeBase, ExpertLearner):
             return x_BTI.new_ones(1, 1, num_experts, dtype=torch.promote_types(x_BTI.dtype, torch.float32))
         with own_precision(x_BTI.device):
             weighing: Weighing = gate(x_BTI, call)
-        w_BTE, scores_BTE = weighing
+        w_BTE, scores_BTE, beside = weighing
         # a layer that a backward pass runs again was noted before
         if call.step is not None and torch._C._current_graph_task_id() == -1:
             run = call.run_of(site.name)
@@ -415,14 +415,9 @@ class ExpertModel(LikeBase, ExpertLearner):
             call.step.weights[place] = w_BTE
             if scores_BTE is not None:
                 call.step.scores[place] = scores_BTE
+            if beside is not None:
+                call.step.beside[place] = beside
         return w_BTE
-
-    def gate_of(self, site: Site) -> Gate | None:
-        """What weighs the experts of a site; None for weights of 1."""
-        key = key_of(self.recipe.gate_key(site))
-        if key not in self.gates:
-            return None
-        return self.gates[key]  # type: ignore[return-value]
 
     def task_ids(self, task: Any) -> Tensor | None:
         """task_B of names or ids, one for each row, or one for all. Raises UnknownName for an unknown one."""

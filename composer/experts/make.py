@@ -195,7 +195,7 @@ def _by_task(recipe: Recipe, pool: ExpertPool) -> ExpertPool:
 
 def _shape(recipe: Recipe, site: str, own: ExpertShape, pool: ExpertPool) -> ExpertShape:
     """The ranks of the pool's adapters at a site, before those of experts that the recipe has besides."""
-    if recipe.form != FORM or own.shared_a or own.shared_b or own.gains:
+    if recipe.form != FORM or own.shared_a or own.shared_b or own.gains or not recipe.learns_a:
         raise ScopeError(
             f"the experts of recipe {recipe.name!r} are not each a product of two factors of its own, and cannot begin as "
             "adapters: take another recipe, or train it from the start, without a pool"

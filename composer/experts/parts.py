@@ -61,7 +61,7 @@ def make_parts(
             gates[key] = place_like(gate, like)
         if key in gates and gates[key].skips:
             layer.most = gates[key].most  # type: ignore[assignment]
-    if (reader := recipe.reader()) is not None:
+    if (reader := recipe.reader(tuple(sites))) is not None:
         reader.reset(seeded(recipe.seed, READER))
         gates[READER] = place_like(reader, next(base_model.parameters()))
     return Parts({site.name: site for site in sites}, layers, gates)
@@ -72,11 +72,12 @@ def asked_tensors(base_model: nn.Module, recipe: Recipe, shapes: Mapping[str, Ex
     form = registry.get("forms", recipe.form)
     layers, gates = nn.ModuleDict(), nn.ModuleDict()
     with torch.device("meta"):
-        for site, shape in _sites(base_model, recipe, shapes).items():
+        sites = _sites(base_model, recipe, shapes)
+        for site, shape in sites.items():
             layers[key_of(site.name)] = form(recipe, site, shape)
             if (gate := recipe.gate(site, shape.num_experts)) is not None:
                 gates[key_of(recipe.gate_key(site))] = gate
-        if (reader := recipe.reader()) is not None:
+        if (reader := recipe.reader(tuple(sites))) is not None:
             gates[READER] = reader
     state = nn.ModuleDict({"layers": layers, "gates": gates}).state_dict()
     return {name: tuple(value.shape) for name, value in state.items()}

@@ -304,7 +304,12 @@ class ExpertJob(TrainingJob):
 
 
 def require_shareable(name: str, model: ExpertModel) -> None:
-    """Raises TrainingError for a recipe whose experts are no updates of linear layers."""
+    """Raises TrainingError for a recipe whose experts are no updates of linear layers, or whose gates `fit` moves."""
+    if model.moved():
+        raise TrainingError(
+            f"job {name!r}: recipe {model.recipe.name!r} has a bias that fit() moves after each step and a shared pass does "
+            "not: train it alone, or with bias_rate=0"
+        )
     for site in model.sites:
         module, form = model.base_model.get_submodule(site), model.layers[key_of(site)]
         if model.recipe.branches or model.sites[site].parts or not form.is_update or linear_shape(module) is None:

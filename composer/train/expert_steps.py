@@ -19,9 +19,10 @@ from loraweave.composer.train.settings import ExpertSettings
 from loraweave.composer.train.state import KeptState
 from loraweave.composer.train.tensor_rows import Feed
 from loraweave.errors import TrainingError
+from loraweave.routers.recipes._gate import Gate
 from loraweave.routers.recipes._recipe import Recipe
 from loraweave.routers.recipes._token_gates import TokenGate
-from loraweave.routers.tokens._learned import TrainingReport
+from loraweave.routers.tokens._learned import Step, TrainingReport
 
 
 class ExpertSteps(TrainerCallback):  # type: ignore[misc]
@@ -48,8 +49,10 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
             taught={row.expert for row in rows},
             learner=learner,
             owner="model",
+            moved=model.moved(),
         )
         self._overflow = Overflow(model, self.progress.report)
+        self._moves = Moves(model)
         self._first_steps = FirstSteps(model.recipe, {} if self.progress.first else named, rows, settings)
         self.num_passes = 0
         self._totals: dict[str, Tensor] = {}
@@ -67,6 +70,7 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
             self._totals[name] = self._totals.get(name, 0.0) + value.double()
         self.progress.watch.see(self._model.notes)
         self._overflow.see(self._model.notes.weights, self._feed.labels(inputs))
+        self._moves.see(self._model.notes)
         self.progress.report.tokens += self._feed.size(inputs)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -86,6 +90,7 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         number = state.global_step
+        self._moves.end_step(self._sum)
         seen = self._overflow.end_step(number, self._sum)
         self.progress.close(number, self._evaluate, mean=self._mean, seen=seen, saves=state.is_world_process_zero)
         self._tell(number)
@@ -176,6 +181,30 @@ class FirstSteps:
             f"{len(silent)} parameters of recipe {self._recipe.name!r} had no gradient after {number} steps: {shown}. What "
             "is not to learn is frozen with requires_grad_(False)"
         )
+
+
+class Moves:
+    """Counts the choices of a step's real tokens, by which gates move what no gradient moves."""
+
+    def __init__(self, model: ExpertLearner) -> None:
+        gates = {name: model.gate_of(site) for name, site in model.sites.items()}
+        self._gates = {name: gate for name, gate in gates.items() if gate is not None and gate.moved}
+        self._chosen: dict[Gate, Tensor] = {}
+
+    def see(self, step: Step) -> None:
+        """One pass of the running step."""
+        for place, w_BTE in step.weights.items() if self._gates else ():
+            # of a layer that runs several times, each run
+            if (gate := self._gates.get(place.partition(" (run ")[0])) is not None:
+                chosen_E = (step.real(w_BTE.detach()) != 0).sum(dim=0)
+                self._chosen[gate] = self._chosen.get(gate, 0) + chosen_E
+
+    @torch.no_grad()
+    def end_step(self, summed: Callable[[Tensor], Tensor]) -> None:
+        """The step is over, and its parameters are new. `summed` adds up over processes."""
+        for gate, chosen_E in self._chosen.items():
+            gate.move(summed(chosen_E))
+        self._chosen.clear()
 
 
 MUCH = 0.2

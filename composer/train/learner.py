@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraweave.routers.recipes._gate import Gate
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 
 
@@ -72,6 +73,17 @@ class ExpertLearner(nn.Module):
     def learning(self) -> dict[str, nn.Parameter]:
         """What fit() trains, by name: experts and gates, and of the base what was unfrozen by hand since."""
         return {name: value for name, value in self.named_parameters() if value.requires_grad}
+
+    def gate_of(self, site: Site) -> Gate | None:
+        """What weighs the experts of a site; None for weights of 1."""
+        key = key_of(self.recipe.gate_key(site))
+        if key not in self.gates:
+            return None
+        return self.gates[key]  # type: ignore[return-value]
+
+    def moved(self) -> list[nn.Parameter]:
+        """What fit() moves without a gradient."""
+        return [parameter for gate in self.gates.values() if isinstance(gate, Gate) for parameter in gate.moved]
 
     def take_tasks(self, tasks: tuple[str, ...]) -> None:
         """Names what rows may belong to. Parts whose size depends on the number of tasks are rebuilt; others stay."""

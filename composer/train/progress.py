@@ -26,8 +26,9 @@ class TrainingProgress:
     """What the steps of a router and of a model of experts share, whether our loop or a Trainer takes them.
 
     It goes on from what `state` has kept: `first` steps were taken before. A step is `judge`d while its gradients are there,
-    and `close`d when it is taken. `experts_of_layers` and `taught` are those of `Watch`.
-    `learner` ("router 'arrow'") and `owner` ("router"), which has the parameters, are for messages.
+    and `close`d when it is taken. `moved` are parameters that steps move without a gradient. `experts_of_layers` and
+    `taught` are those of `Watch`. `learner` ("router 'arrow'") and `owner` ("router"), which has the parameters, are for
+    messages.
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class TrainingProgress:
         taught: Collection[int],
         learner: str,
         owner: str,
+        moved: Sequence[Tensor] = (),
     ) -> None:
-        self.parameters = parameters
+        self.parameters, self._moved = parameters, moved
         self.descent = Descent(parameters, settings.rate, limit=None, weight_decay=settings.weight_decay)
         self.optimizer = self.descent.optimizer
         self.report = TrainingReport(experts, settings=settings.identity())
@@ -53,14 +55,14 @@ class TrainingProgress:
         self._started = time.monotonic()
         self._best = Best()
         recent: Sequence[Tensor] = ()
-        if (found := state.restore(parameters, self.optimizer)) is not None:
+        if (found := state.restore(parameters, self.optimizer, moved)) is not None:
             self.first, values, recent, self.report = found
             self._best = Best.again([loss for _, loss in self.report.evaluations], values)
         self.watch = Watch(experts_of_layers, self.report, settings.steps, sorted(taught))
         self.watch.recent.extend(recent)
         self._before = self.report.seconds
         # after how many steps, and which, parameters the loss was last finite with
-        self._good_step, self._good = self.first, copy_values(parameters)
+        self._good_step, self._good = self.first, copy_values(self._values_now())
 
     def show(self, bar: Progress, name: str) -> None:
         """Where the steps are shown from here on, and under which name."""
@@ -109,7 +111,8 @@ class TrainingProgress:
             self._bar.update(self._shown, advance=1, seen=f"loss {loss:.3f}{held_out}{seen}")
         if saves and (number % self._settings.checkpoint_every == 0 or last or self.stops):
             recent = list(self.watch.recent)
-            self._state.save(number, self.parameters, self.optimizer, self._best.values, recent, self.report)
+            best = self._best.values
+            self._state.save(number, self.parameters, self.optimizer, best, recent, self.report, self._moved)
 
     def require_finite(self, number: int, values: Mapping[str, float]) -> None:
         """Raises TrainingError, with the last good parameters put back, for a value of this step that is not finite."""
@@ -136,23 +139,27 @@ class TrainingProgress:
         """The parameters, after so many steps, are those to go back to."""
         if self._good[0].device == self.parameters[0].device:
             # memory that is there already costs less than new memory in every step
-            put_values(self.parameters, self._good)
+            put_values(self._values_now(), self._good)
         else:
             # a Trainer of several processes has moved them since the beginning
-            self._good = copy_values(self.parameters)
+            self._good = copy_values(self._values_now())
         self._good_step = step
 
     def put_back(self) -> str:
         """Gives the parameters their last good values, and says so."""
-        put_values(self._good, self.parameters)
+        put_values(self._good, self._values_now())
         return f"The {self._owner} has the parameters after {self._good_step} steps"
 
     def note_evaluation(self, step: int, loss: float) -> None:
         """Their loss after so many steps. Raises as `require_finite`."""
         self.require_finite(step + 1, {"the loss of the rows held out": loss})
         self.report.evaluations.append((step, loss))
-        if self._best.judge(loss, self.parameters):
+        if self._best.judge(loss, self._values_now()):
             self.report.kept = step
+
+    def _values_now(self) -> list[Tensor]:
+        """All that steps change."""
+        return [*self.parameters, *self._moved]
 
     @property
     def stops(self) -> bool:
@@ -162,7 +169,7 @@ class TrainingProgress:
     def finish(self) -> dict[str, Any]:
         """The report; the parameters are the best from here on."""
         if self._best.values:
-            put_values(self._best.values, self.parameters)
+            put_values(self._best.values, self._values_now())
         else:
             self.report.kept = len(self.report.losses)
         return self.report.to_json()

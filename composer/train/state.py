@@ -21,7 +21,7 @@ from loraweave.errors import LoraweaveError
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.tokens._learned import TrainingReport
 
-BEST, RECENT, REPORT = "best", "recent", "report"
+BEST, RECENT, MOVED, REPORT = "best", "recent", "moved", "report"
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,26 @@ class KeptState:
         best: Sequence[Tensor],
         recent: Sequence[Tensor],
         report: TrainingReport,
+        moved: Sequence[Tensor] = (),
     ) -> None:
         """Visible only when complete. A full disk is logged and does not end the training."""
         if self.folder is None:
             return
         tensors = TrainingState.of(step, parameters, optimizer).tensors
-        for part, values in ((BEST, best), (RECENT, recent)):
-            tensors |= {f"{index}.{part}": value for index, value in enumerate(values)}
+        for part, values in ((BEST, best), (RECENT, recent), (MOVED, moved)):
+            tensors |= {f"{index}.{part}": value.detach() for index, value in enumerate(values)}
         tensors[REPORT] = torch.frombuffer(bytearray(json.dumps(report.to_json()).encode()), dtype=torch.uint8)
         save_state(self.folder, self.key, TrainingState(step, tensors))
 
     def restore(
-        self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
+        self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, moved: Sequence[Tensor] = ()
     ) -> tuple[int, list[Tensor], list[Tensor], TrainingReport] | None:
         """(steps done, best parameters, recent loads, report) after putting the state back; None where there is none."""
         state = None if self.folder is None else load_state(self.folder, self.key)
         if state is None:
             return None
         step = state.restore(parameters, optimizer)
+        put_values(_numbered(state, MOVED), moved)
         report = TrainingReport.from_json(json.loads(bytes(state.tensors[REPORT].tolist())))
         return step, _numbered(state, BEST), _numbered(state, RECENT), report
 

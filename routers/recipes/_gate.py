@@ -14,11 +14,12 @@ from loraweave.routers.tokens._learned import Step, require_alike
 
 
 class Weighing(NamedTuple):
-    """w_BTE, what each expert counts, where B and T are 1 if all rows or tokens share it; and the scores_BTE before softmax
-    and choice, for losses, None where there are none."""
+    """w_BTE, what each expert counts, where B and T are 1 if all rows or tokens share it; and for losses, None where there
+    are none, the scores_BTE before softmax and choice, and what else they look at."""
 
     w_BTE: Tensor
     scores_BTE: Tensor | None = None
+    beside: Tensor | None = None
 
 
 class Gate(nn.Module):
@@ -46,6 +47,14 @@ class Gate(nn.Module):
     def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
         """Row b depends on row b alone, and on no padding."""
         raise NotImplementedError
+
+    @property
+    def moved(self) -> list[nn.Parameter]:
+        """Parameters without a gradient, which `move` changes."""
+        return []
+
+    def move(self, chosen_E: Tensor) -> None:
+        """After each step of `fit`, whose real tokens gave each expert a weight so often: moves what no gradient moves."""
 
 
 UNKNOWN = -1

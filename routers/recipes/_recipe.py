@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Never
 
@@ -84,8 +84,11 @@ class Recipe(Declared):
     heeds_tasks: ClassVar[bool] = False
     # whether rows' tasks have branches of their own in the last block of each stage
     branches: ClassVar[bool] = False
-    # what gates look at of a convolution's input: all below the "kernel" at each position, its "middle", or "nothing"
-    gates_see: ClassVar[Literal["kernel", "middle", "nothing"]] = "kernel"
+    # what gates look at: what the factors a make of the site's input ("ranks"), or else the input, which of a convolution is
+    # all below the "kernel" at each position, its "middle", or "nothing"
+    gates_see: ClassVar[Literal["kernel", "middle", "nothing", "ranks"]] = "kernel"
+    # whether the factors a learn
+    learns_a: ClassVar[bool] = True
     # default learning rate of fit()
     lr: ClassVar[float] = 3e-3
     # raised whenever the same options come to mean another training, so that older checkpoints are not resumed
@@ -144,7 +147,7 @@ class Recipe(Declared):
         """What weighs the experts of the site; None for weights of 1."""
         raise NotImplementedError
 
-    def reader(self) -> Gate | None:
+    def reader(self, sites: Sequence[Site]) -> Gate | None:
         """What looks at every call for the gates of all sites, before layers run; None where each looks for itself."""
         return None
 

@@ -269,7 +269,7 @@ def require_beginning(call: Call) -> None:
 
 def of_rows(weighing: Weighing, num_rows: int) -> Weighing:
     """The weights repeated for consecutive copies of each row, such as beams."""
-    w_BTE, scores_BTE = weighing
+    w_BTE, scores_BTE, _ = weighing
     copies = num_rows // len(w_BTE)
     if copies <= 1:
         return weighing

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from loraweave.errors import WeightingError
 from loraweave.routers.recipes._gate import Call, Gate, Weighing, draw_linear
-from loraweave.routers.tokens._scores import top_k_softmax
+from loraweave.routers.tokens._scores import top_k_softmax, top_p_of_softmax
 
 
 class TokenGate(Gate):
@@ -88,6 +88,34 @@ class TokenGate(Gate):
         return top_k_of_softmax(scores_BTE, self.top_k)
 
 
+class BiasedGate(Gate):
+    """Chooses, for each token, the `top_k` experts of the highest scores + bias_E, and training moves bias_E from 0 on.
+
+    After each step bias_e grows by `rate` where fewer real tokens than the mean chose e, and falls by it where more did:
+    busy experts are chosen less, and no loss says so (Wang et al. 2024, arXiv 2408.15664). A rate of 0 leaves the bias 0.
+    """
+
+    # a choice passes no gradient on
+    skips = True
+
+    def __init__(self, num_experts: int, *, top_k: int, rate: float) -> None:
+        super().__init__(num_experts, most=top_k)
+        self.rate = rate
+        self.bias_E = nn.Parameter(torch.zeros(num_experts), requires_grad=False)
+
+    @property
+    def moved(self) -> list[nn.Parameter]:
+        return [self.bias_E] if self.rate else []
+
+    def move(self, chosen_E: Tensor) -> None:
+        chosen_E = chosen_E.to(self.bias_E)
+        self.bias_E.add_(self.rate * (chosen_E.mean() - chosen_E).sign())
+
+    def chosen(self, biased_BTE: Tensor) -> Tensor:
+        """1 for each token's highest, 0 for the others."""
+        return torch.zeros_like(biased_BTE).scatter(-1, biased_BTE.detach().topk(self.most, dim=-1).indices, 1.0)
+
+
 def top_k_of_softmax(scores_BTE: Tensor, top_k: int) -> Tensor:
     """w_BTE: softmax over all experts, kept for the `top_k` highest of each token and 0 for the others.
 
@@ -97,20 +125,6 @@ def top_k_of_softmax(scores_BTE: Tensor, top_k: int) -> Tensor:
     p_BTE = scores_BTE.softmax(dim=-1)
     best = p_BTE.topk(top_k, dim=-1)
     return torch.zeros_like(p_BTE).scatter(-1, best.indices, best.values)
-
-
-def top_p_of_softmax(scores_BTE: Tensor, top_p: float) -> Tensor:
-    """w_BTE: softmax over all experts, kept for the fewest that sum to at least `top_p` (above 0, up to 1), else 0.
-
-    Each token has as many experts as that takes, at least one (Huang et al. 2024, arXiv 2403.07652).
-    """
-    p_BTE = scores_BTE.softmax(dim=-1)
-    if top_p >= 1:
-        return p_BTE
-    falling_BTE, order_BTE = p_BTE.detach().sort(dim=-1, descending=True, stable=True)
-    # what stands before an expert does not suffice without it
-    kept_BTE = functional.pad(falling_BTE.cumsum(dim=-1)[..., :-1], (1, 0)) < top_p
-    return p_BTE * torch.zeros_like(kept_BTE).scatter(-1, order_BTE, kept_BTE)
 
 
 def noisy(scores_BTE: Tensor, spread_BTE: Tensor) -> Tensor:

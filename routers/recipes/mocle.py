@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from loraweave.common.options import Count, Positive
@@ -70,7 +70,7 @@ class Mocle(Recipe):
             static=self.by_task,
         )
 
-    def reader(self) -> ClusterReader:
+    def reader(self, sites: Sequence[Site]) -> ClusterReader:
         """Raises UnknownName for an embedder that there is not."""
         size = None if self.as_released else self.num_features
         return ClusterReader(self._num_clusters, size, embedder=None if self.by_task else self.embedder)

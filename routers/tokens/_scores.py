@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from loraweave.hub.pool import ExpertPool
@@ -23,6 +23,20 @@ def top_k_softmax(scores_BTE: Tensor, top_k: int | None = None, temperature: flo
         return scores_BTE.softmax(dim=-1)
     best = scores_BTE.topk(top_k, dim=-1)
     return torch.zeros_like(scores_BTE).scatter_(-1, best.indices, best.values.softmax(dim=-1))
+
+
+def top_p_of_softmax(scores_BTE: Tensor, top_p: float) -> Tensor:
+    """w_BTE: softmax over all experts, kept for the fewest that sum to at least `top_p` (above 0, up to 1), else 0.
+
+    Each token has as many experts as that takes, at least one (Huang et al. 2024, arXiv 2403.07652).
+    """
+    p_BTE = scores_BTE.softmax(dim=-1)
+    if top_p >= 1:
+        return p_BTE
+    falling_BTE, order_BTE = p_BTE.detach().sort(dim=-1, descending=True, stable=True)
+    # what stands before an expert does not suffice without it
+    kept_BTE = functional.pad(falling_BTE.cumsum(dim=-1)[..., :-1], (1, 0)) < top_p
+    return p_BTE * torch.zeros_like(kept_BTE).scatter(-1, order_BTE, kept_BTE)
 
 
 def without(scores_BTE: Tensor, present: Sequence[int], filling: float = -math.inf) -> Tensor:
@@ -78,6 +92,37 @@ def least_lambda(scores_BTE: Tensor, num_shares: int) -> Tensor:
     best_BTK = scores_BTE.topk(num_shares + 1, dim=-1).values
     gaps_BTK = (best_BTK[..., :-1] - best_BTK[..., -1:]).nan_to_num(nan=0.0, posinf=math.inf)
     return 1 - gaps_BTK.sum(dim=-1, keepdim=True)
+
+
+# how far lambda stays below 1
+MARGIN = 0.01
+# of the last bias of lambda
+START = -2.5
+
+
+class Lambda(nn.Module):
+    """lambda(x) = 0.99 + logsigmoid(MLP(x)), with `hidden` ReLU units.
+
+    It is drawn as torch draws linear layers, with a last bias of -2.5, so that lambda begins around -1.6, as published. The
+    published hidden units begin at -2.5, too, where most inputs leave them at 0 and without a gradient; here they begin at
+    0.
+    """
+
+    def __init__(self, num_inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(num_inputs, hidden)
+        self.last = nn.Linear(hidden, 1)
+        self.reset_biases()
+
+    @torch.no_grad()
+    def reset_biases(self) -> None:
+        self.first.bias.zero_()
+        self.last.bias.fill_(START)
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        """lambda_BT1, below 0.99."""
+        out_BT1: Tensor = self.last(self.first(x_BTI.to(self.first.weight.dtype)).relu())
+        return 1 - MARGIN + functional.logsigmoid(out_BT1)
 
 
 def parts(pool: ExpertPool, layer: str) -> Iterator[tuple[int, Tensor, Tensor]]:

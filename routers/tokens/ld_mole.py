@@ -6,29 +6,22 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from loraweave.common.options import Count, NonNegative
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._forms import InputGates, draw_gates
 from loraweave.routers.tokens._learned import Step
 from loraweave.routers.tokens._members import Members
-from loraweave.routers.tokens._scores import least_lambda, sparsegen
-
-# how far lambda stays below 1
-MARGIN = 0.01
-# of the last bias of lambda
-START = -2.5
+from loraweave.routers.tokens._scores import Lambda, least_lambda, sparsegen
 
 
 class LdMole(InputGates):
     """w = sparsegen(g x, lambda(x)): a share of each expert on the simplex, of which as many are 0 as lambda, below 1, says.
 
-    g_EI is each layer's own. lambda(x) = 0.99 + logsigmoid(MLP(x)) has one MLP of `hidden` units for all layers with as many
-    inputs, as published (256 there): near 0.99 the best expert gets all, the lower the more experts take part. Both are
-    drawn as torch draws linear layers, with a last bias of -2.5, so that lambda begins around -1.6, as published. The
-    published hidden units begin at -2.5, too, where most inputs leave them at 0 and without a gradient; here they begin at
-    0. Weights and their number follow the input without a jump, so that gradients reach both.
+    g_EI is each layer's own, drawn as torch draws linear layers. lambda(x) = 0.99 + logsigmoid(MLP(x)) (`Lambda`) has one
+    MLP of `hidden` units for all layers with as many inputs, as published (256 there): near 0.99 the best expert gets all,
+    the lower the more experts take part. Weights and their number follow the input without a jump, so that gradients reach
+    both.
 
     `sparsity`, 0 or more, is the coefficient of a loss that draws towards at most `target` experts a token: how far lambda
     is below the least that has no more, a mean over real tokens and layers. 0 where it is reached; scores are not moved by
@@ -43,7 +36,7 @@ class LdMole(InputGates):
         self.sparsity = sparsity
         self.target = target
         widths = sorted({layer.num_inputs for layer in self.members.layers.values() if layer.num_inputs})
-        self.lambdas_ = nn.ModuleDict({str(width): _Mlp(width, hidden) for width in widths})
+        self.lambdas_ = nn.ModuleDict({str(width): Lambda(width, hidden) for width in widths})
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         """w_BTE; they sum to 1."""
@@ -56,8 +49,8 @@ class LdMole(InputGates):
         width = str(self.members.layers[layer].num_inputs)
         if width not in self.lambdas_:
             return x_BTI.new_zeros(*x_BTI.shape[:2], 1, dtype=torch.float32)
-        out_BT1: Tensor = self.lambdas_[width](x_BTI)
-        return 1 - MARGIN + functional.logsigmoid(out_BT1)
+        found_BT1: Tensor = self.lambdas_[width](x_BTI)
+        return found_BT1
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         """{"sparsity": sparsity * the mean of max(0, least lambda - lambda)}."""
@@ -67,18 +60,3 @@ class LdMole(InputGates):
             if len(self.experts) > self.target
         ]
         return {"sparsity": self.sparsity * torch.stack(shortfalls).mean()} if self.sparsity and shortfalls else {}
-
-
-class _Mlp(nn.Module):
-    """Linear, ReLU, linear to one number."""
-
-    def __init__(self, num_inputs: int, hidden: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(num_inputs, hidden)
-        self.last = nn.Linear(hidden, 1)
-        nn.init.zeros_(self.first.bias)
-        nn.init.constant_(self.last.bias, START)
-
-    def forward(self, x_BTI: Tensor) -> Tensor:
-        out_BT1: Tensor = self.last(self.first(x_BTI.to(self.first.weight.dtype)).relu())
-        return out_BT1

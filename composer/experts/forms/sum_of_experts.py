@@ -37,7 +37,8 @@ class SumOfExperts(Form):
         # experts that can count in a token; fewer where the gate skips the others
         self.most = shape.num_experts
         num_ranks = sum(shape.ranks)
-        self.a_SI = nn.Parameter(torch.zeros(max(shape.ranks) if shape.shared_a else num_ranks, site.num_inputs))
+        a_SI = torch.zeros(max(shape.ranks) if shape.shared_a else num_ranks, site.num_inputs)
+        self.a_SI = nn.Parameter(a_SI, requires_grad=recipe.learns_a)
         self.b_SO = nn.Parameter(torch.zeros(max(shape.ranks) if shape.shared_b else num_ranks, site.num_outputs))
         self.gain_EO = nn.Parameter(torch.zeros(shape.num_experts, site.num_outputs)) if shape.gains else None
         owner_S = torch.arange(shape.num_experts).repeat_interleave(torch.tensor(shape.ranks), output_size=num_ranks)
@@ -96,6 +97,11 @@ class SumOfExperts(Form):
 
     def _seen(self, module: nn.Module, x: Tensor) -> Tensor:
         """What the gate looks at, by row and position. All below a convolution's kernels is many times its input."""
+        if self.gates_see == "ranks":
+            a = self._stacked()[0]
+            if self.site.kernel:
+                return conv.project(module, x.to(a.dtype), a)
+            return functional.linear(linear.inputs(module, x, a).to(a.dtype), a)
         if not self.site.kernel:
             return linear.inputs(module, x, self.a_SI)
         if self.gates_see == "nothing":

@@ -84,7 +84,8 @@ def terms_of(make_model):
         with lw.experts(name, make_model("llama", dtype=torch.float64), **options) as made:
             torch.manual_seed(0)
             for gate in made.gates.values():
-                torch.nn.init.normal_(gate.r_EI)
+                if hasattr(gate, "r_EI"):
+                    torch.nn.init.normal_(gate.r_EI)
             made.train()(**batch, task=task)
             return made.terms, made.notes
 

@@ -21,7 +21,7 @@ def test_its_gate_is_the_router_of_transformers():
     gate, x_BTI = Mixtral(num_experts=4, top_k=2).gate(Site("up_proj", 5, 7), 4), torch.randn(2, 6, 5)
     torch.nn.init.normal_(gate.r_EI)
     theirs.weight.data.copy_(gate.r_EI.data)
-    w_BTE, scores_BTE = gate(x_BTI, Call())
+    w_BTE, scores_BTE, _ = gate(x_BTI, Call())
     scores_NE, weights_NK, chosen_NK = theirs(x_BTI)
     torch.testing.assert_close(scores_BTE.flatten(0, 1), scores_NE)
     torch.testing.assert_close(w_BTE.flatten(0, 1), torch.zeros_like(scores_NE).scatter(1, chosen_NK, weights_NK))

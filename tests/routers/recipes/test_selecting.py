@@ -8,14 +8,8 @@ from torch.nn import functional
 from transformers import SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
-from loraweave.routers.recipes._token_gates import (
-    even_share,
-    noisy,
-    top_k_of_softmax,
-    top_p_of_softmax,
-    within_capacity,
-    without_some,
-)
+from loraweave.routers.recipes._token_gates import even_share, noisy, top_k_of_softmax, within_capacity, without_some
+from loraweave.routers.tokens._scores import top_p_of_softmax
 
 
 def scores_of(*sizes, seed=0):

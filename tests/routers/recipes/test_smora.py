@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 import loraweave as lw
-from loraweave.errors import WeightingError
+from loraweave.composer.experts.together import train_experts
+from loraweave.errors import TrainingError, WeightingError
 
 LAYER = "model.layers.1.mlp.up_proj"
 BATCH = {
@@ -15,11 +17,65 @@ BATCH = {
 
 def test_a_site_adds_its_formula(adds_up):
     def weights(made, row, x_TI, x_I):
-        p_E = (made.gates[LAYER.replace(".", "/")].r_EI @ x_I).softmax(dim=0).tolist()
-        best = sorted(range(6), key=lambda e: -p_E[e])[:2]
+        gate = made.gates[LAYER.replace(".", "/")]
+        p_E = (gate.r_EI @ x_I).softmax(dim=0).tolist()
+        biased_E = (gate.r_EI @ x_I + gate.bias_E).tolist()
+        best = sorted(range(6), key=lambda e: -biased_E[e])[:2]
         return [p_E[e] if e in best else 0.0 for e in range(6)]
 
     adds_up("smora", LAYER, BATCH, weights, 3.0 / 6, rank=6, top_k=2, alpha=3.0)
+
+
+def test_each_step_moves_the_bias_against_the_ranks_that_more_tokens_than_the_mean_chose(make_model):
+    rows = [{"input_ids": [3, 9, 27, 20, 41], "labels": [-100, -100, 27, 20, 41]}, {"input_ids": [25, 3, 15]}]
+    rows[1]["labels"] = rows[1]["input_ids"]
+    with lw.experts("smora", make_model("llama"), rank=6, top_k=2, bias_rate=0.5, target_modules=(LAYER,)) as made:
+        (gate,) = made.gates.values()
+        inputs = []
+        module = made.base_model.get_submodule(LAYER)
+        handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        made.fit(rows, steps=2, batch_size=2, lr=1e-9, progress=False, gradient_accumulation=2)
+        handle.remove()
+        # two passes a step, each of one row, the shorter first and without padding
+        bias_E = torch.zeros(6)
+        for step in (inputs[:2], inputs[2:]):
+            counts_E = torch.zeros(6)
+            for x_I in torch.cat([x_BTI[0] for x_BTI in step]):
+                counts_E[(gate.r_EI @ x_I + bias_E).topk(2).indices] += 1
+            assert counts_E.sum() == 2 * (5 + 3)
+            bias_E = bias_E + 0.5 * torch.sign(counts_E.mean() - counts_E)
+        assert torch.equal(gate.bias_E, bias_E)
+        assert bias_E.any()
+
+
+def test_an_interrupted_training_goes_on_with_the_bias_it_had(make_model, tmp_path):
+    rows = [{"input_ids": [3 + i, 9, 5 + i, 6], "labels": [-100, -100, 5 + i, 6]} for i in range(7)]
+    options = {"rank": 6, "top_k": 2, "bias_rate": 0.1, "target_modules": (LAYER,)}
+
+    def fit(stops=None, **settings):
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **_):
+                if state.global_step == stops:
+                    raise KeyboardInterrupt
+
+        made = lw.experts("smora", make_model("llama"), **options)
+        return made.fit(rows, steps=4, batch_size=2, progress=False, callbacks=[Stop()], **settings)
+
+    whole = fit().expert_state()
+    with pytest.raises(KeyboardInterrupt):
+        fit(3, checkpoint=tmp_path, checkpoint_every=2)
+    again = fit(checkpoint=tmp_path, checkpoint_every=2).expert_state()
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    assert any("bias_E" in name and value.any() for name, value in whole.items())
+
+
+def test_a_bias_that_moves_shares_no_pass_with_other_jobs(make_model, tokenizer):
+    base = make_model("llama")
+    with (
+        lw.experts("smora", base, rank=6, top_k=2, target_modules=(LAYER,)) as made,
+        pytest.raises(TrainingError, match="bias_rate=0"),
+    ):
+        train_experts(base, tokenizer, {"job": (made, [("a", "b")])})
 
 
 def test_its_ranks_are_rows_of_one_lora(make_model):

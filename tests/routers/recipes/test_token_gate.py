@@ -43,7 +43,7 @@ def test_its_weights_are_the_formula(options, expected):
 
 def test_its_scores_are_what_the_softmax_was_taken_of():
     gate, x_BTI = gate_of(temperature=0.5), inputs(2, 3)
-    w_BTE, scores_BTE = gate(x_BTI, Call())
+    w_BTE, scores_BTE, _ = gate(x_BTI, Call())
     torch.testing.assert_close(scores_BTE.softmax(dim=-1), w_BTE)
 
 
