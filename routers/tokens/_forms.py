@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.tokens._learned import LearnedRouter
+from loraweave.routers.tokens._learned import LearnedRouter, Step
 from loraweave.routers.tokens._members import LayerTensors, Members, RoutedLayer
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.tokens._scores import parts, top_k_softmax, without
@@ -164,6 +164,17 @@ class InputGates(LearnedRouter):
         else:
             scores_BTE = x_BTI.new_zeros(*x_BTI.shape[:2], len(self.experts), dtype=torch.float32)
         return without(scores_BTE, self.members.layers[layer].experts)
+
+    def taught(self, step: Step) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each layer, (scores_NE, expert_N) of the real tokens of rows whose own expert updates it."""
+        for layer, scores_BTE in step.scores.items():
+            num_tokens = scores_BTE.shape[1]
+            real_BT = step.mask_of(num_tokens)
+            if real_BT is None or real_BT.shape[1] != num_tokens:
+                real_BT = step.mask_BT.new_ones(1, num_tokens).bool()
+            present_P = torch.tensor(self.members.layers[layer].experts, device=step.expert_B.device)
+            real_BT = real_BT & torch.isin(step.expert_B, present_P)[:, None]
+            yield scores_BTE[real_BT], step.expert_B[:, None].expand_as(real_BT)[real_BT]
 
 
 def draw_gates(num_experts: int, num_inputs: int) -> Tensor:

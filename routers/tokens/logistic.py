@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from loraweave.common.chat import prompt_texts
-from loraweave.common.options import Positive
+from loraweave.common.options import Positive, Share
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._members import Members
+from loraweave.routers.tokens._scores import top_p_of_softmax
 from loraweave.routers.tokens._text import Examples, TextRouter, read_expert_texts, read_prompts
 from loraweave.types import DEFAULT_TEMPLATE
 
@@ -19,9 +21,11 @@ from loraweave.types import DEFAULT_TEMPLATE
 class Logistic(TextRouter):
     """p = softmax(W u + b) of a text's vector u, fitted by scikit-learn's LogisticRegression to texts of each expert.
 
-    `form` "selection" gives the likeliest expert 1, "probabilities" each expert p. `inverse_penalty` is scikit-learn's C:
-    the squared size of W counts 1 / (2 C) beside the summed loss of all texts, so that a larger one is surer. The result is
-    the optimum, without a draw.
+    `form` "selection" gives the likeliest expert 1, "probabilities" each expert p. "top_p" is DLP-LoRA (Zhang and Li 2024,
+    arXiv 2410.01497): w = softmax(p) over the fewest experts whose p sum to at least `top_p`, .6 as in the released test,
+    and 0 for the others. There a small transformer reads the text; the softmax of probabilities is theirs, and leaves the
+    weights of those that stay near each other. `inverse_penalty` is scikit-learn's C: the squared size of W counts 1 / (2 C)
+    beside the summed loss of all texts, so that a larger one is surer. The result is the optimum, without a draw.
 
     `examples`, `template` and `embedder` are those of router `similarity`; where the cards have no sample inputs either,
     `fit` comes first. Raises WeightingError that names the experts without examples.
@@ -38,12 +42,13 @@ class Logistic(TextRouter):
         *,
         examples: Examples = None,
         embedder: str = "sentence",
-        form: Literal["selection", "probabilities"] = "selection",
+        form: Literal["selection", "probabilities", "top_p"] = "selection",
+        top_p: Share = 0.6,
         inverse_penalty: Positive = 10.0,
         template: str | None = DEFAULT_TEMPLATE,
     ) -> None:
         super().__init__(pool, embedder)
-        self.form, self.inverse_penalty, self.template = form, inverse_penalty, template
+        self.form, self.top_p, self.inverse_penalty, self.template = form, top_p, inverse_penalty, template
         self.register_buffer("coefficients_", torch.empty(0))
         self.register_buffer("intercepts_", torch.empty(0))
         if (given := Members.pool_of(pool)) is not None:
@@ -71,6 +76,9 @@ class Logistic(TextRouter):
         logits_NE = vectors_ND @ self.coefficients_.double().T + self.intercepts_.double()
         if self.form == "probabilities":
             return logits_NE.softmax(dim=1).float()
+        if self.form == "top_p":
+            p_NE = top_p_of_softmax(logits_NE, self.top_p)
+            return p_NE.masked_fill(p_NE == 0, -math.inf).softmax(dim=1).float()
         return torch.zeros_like(logits_NE).scatter(1, logits_NE.argmax(dim=1, keepdim=True), 1.0).float()
 
     def _learn(self, texts: Mapping[str, Sequence[str]]) -> None:

@@ -58,18 +58,5 @@ class MixtureOfAdapters(InputGates, BySequence):
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         """{"domain": eta * the sum over layers of the cross-entropy with each row's own expert}."""
-        sums = [
-            domain(scores_BTE[real_BT], step.expert_B[:, None].expand_as(real_BT)[real_BT])
-            for layer, scores_BTE in step.scores.items()
-            if bool((real_BT := self._taught(step, layer)).any())
-        ]
+        sums = [domain(scores_NE, expert_N) for scores_NE, expert_N in self.taught(step) if len(expert_N)]
         return {"domain": self.eta * torch.stack(sums).sum()} if self.eta and sums else {}
-
-    def _taught(self, step: Step, layer: str) -> Tensor:
-        """real_BT: the real tokens of rows whose own expert updates the layer."""
-        num_tokens = step.scores[layer].shape[1]
-        real_BT = step.mask_of(num_tokens)
-        if real_BT is None or real_BT.shape[1] != num_tokens:
-            real_BT = step.mask_BT.new_ones(1, num_tokens).bool()
-        present_P = torch.tensor(self.members.layers[layer].experts, device=step.expert_B.device)
-        return real_BT & torch.isin(step.expert_B, present_P)[:, None]

@@ -38,6 +38,24 @@ def test_a_selection_is_the_likeliest_alone(pool):
     assert torch.equal(logistic(pool).of_texts(TEXTS), torch.eye(3)[torch.from_numpy(reference().argmax(axis=1))])
 
 
+@pytest.mark.parametrize("top_p", [0.3, 0.8, 1.0])
+def test_by_top_p_the_fewest_experts_that_suffice_have_the_softmax_of_their_probabilities(pool, top_p):
+    found = logistic(pool, form="top_p", top_p=top_p, inverse_penalty=0.5).of_texts(TEXTS).tolist()
+    for p_E, w_E in zip(reference(C=0.5).tolist(), found, strict=True):
+        kept, total = [], 0.0
+        for e in sorted(range(3), key=lambda e: -p_E[e]):
+            if total < top_p - 1e-9:
+                kept.append(e)
+                total += p_E[e]
+        parts = [np.exp(p_E[e]) if e in kept else 0.0 for e in range(3)]
+        assert w_E == pytest.approx([part / sum(parts) for part in parts], abs=1e-4)
+
+
+def test_a_top_p_of_nothing_is_refused(pool):
+    with pytest.raises(WeightingError, match="top_p"):
+        logistic(pool, form="top_p", top_p=0.0)
+
+
 def test_of_two_experts_the_probabilities_are_those_of_one_logit(pool):
     two = {name: EXAMPLES[name] for name in ("a", "b")}
     found = logistic(pool.subset(["a", "b"]), examples=two, form="probabilities").of_texts(TEXTS)
