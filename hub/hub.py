@@ -25,6 +25,7 @@ from loraweave.hub import quarantine
 from loraweave.hub.compositions import CompositionShelf
 from loraweave.hub.intake.fields import card_with_outputs, checked_fields, split_pairs
 from loraweave.hub.licenses import canonical
+from loraweave.hub.listing import Candidates
 from loraweave.hub.stores.catalogue import state_row
 from loraweave.hub.stores.folder_blobs import STALE_TMP_S
 from loraweave.hub.stores.kept_files import digests
@@ -431,21 +432,3 @@ def _absolute(place: str | Path) -> str:
 @lru_cache(maxsize=8)
 def _opened(path: str, blobs: str | None) -> Hub:
     return Hub(path, blobs=blobs)
-
-
-class Candidates(list[Candidate]):
-    """Candidates, best first, and the hub that has their adapters."""
-
-    def __init__(self, candidates: Iterable[Candidate], hub: Hub) -> None:
-        super().__init__(candidates)
-        self.hub = hub
-
-    def __reduce__(self) -> tuple[type[list[Candidate]], tuple[list[Candidate]]]:
-        # a hub stays where its files are open
-        return list, (list(self),)
-
-    def _repr_html_(self) -> str:
-        from loraweave.common.display import ShownTable
-
-        rows = [(each.name, each.score, each.evidence) for each in self]
-        return ShownTable.of(("adapter", "score", "evidence"), rows)._repr_html_()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -15,7 +15,7 @@ from loraweave.hub.stores.protocols import CatalogueStore, Connection, VectorSea
 from loraweave.hub.tables import rows, versions
 from loraweave.hub.tables.filtering import Filters, bases, matching
 from loraweave.hub.tables.vectors import Changes, read_changes, read_vectors, write_vectors
-from loraweave.types import BaseKey, Record
+from loraweave.types import BaseKey, Candidate, Record
 
 if TYPE_CHECKING:
     import numpy as np
@@ -171,3 +171,21 @@ class Listing:
             else f"it has {len(self)} adapters, none of a like name"
         )
         raise AdapterNotFound(f"no adapter {name!r} in the hub {self._catalogue.where}; {hint}")
+
+
+class Candidates(list[Candidate]):
+    """Candidates, best first, and the hub that has their adapters."""
+
+    def __init__(self, candidates: Iterable[Candidate], hub: Listing) -> None:
+        super().__init__(candidates)
+        self.hub = hub
+
+    def __reduce__(self) -> tuple[type[list[Candidate]], tuple[list[Candidate]]]:
+        # a hub stays where its files are open
+        return list, (list(self),)
+
+    def _repr_html_(self) -> str:
+        from loraweave.common.display import ShownTable
+
+        rows = [(each.name, each.score, each.evidence) for each in self]
+        return ShownTable.of(("adapter", "score", "evidence"), rows)._repr_html_()

@@ -14,8 +14,9 @@ from loraweave.common.checks import is_whole
 from loraweave.common.rows import GivenRows, Row, read_inputs, read_rows
 from loraweave.errors import RetrievalError
 from loraweave.hub.embedders._embedder import Embedder, unit
-from loraweave.hub.hub import Candidates, Hub
+from loraweave.hub.hub import Hub
 from loraweave.hub.indexes._vectors import SCORE_DECIMALS
+from loraweave.hub.listing import Candidates
 from loraweave.hub.search.search import NO_FILTERS, Hit, SearchIndex, checked_count
 from loraweave.retrieval.fusion import Abstention, Fusion
 from loraweave.retrieval.keyed_search import Key, KeySpace, key_name

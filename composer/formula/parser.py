@@ -22,6 +22,7 @@ from fractions import Fraction
 from typing import TypeVar
 
 import loraweave.registry as registry
+from loraweave.common.checks import is_whole
 from loraweave.common.names import checked_name
 from loraweave.common.options import check_options, options_of
 from loraweave.composer.formula.nodes import (
@@ -228,7 +229,7 @@ class Parser:
         for option, (place, value) in options.items():
             if option in MERGE_OPTIONS:
                 least = 1 if option == "rank" else 0
-                if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                if not is_whole(value, least):
                     raise self.error(f"{option}={plain(value)!r:.80} is no whole number of {least} or more", place)
                 continue
             known = (*call.own_options, *MERGE_OPTIONS)
