@@ -20,6 +20,7 @@ from loraweave.common.files import replacing
 from loraweave.common.names import checked_name, near_misses, now
 from loraweave.common.storage_errors import storage_errors
 from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterNotFound, HubCorrupt, HubError, InvalidName
+from loraweave.hub.formats._files import entry
 from loraweave.hub.listing import Listing
 from loraweave.hub.stores.catalogue import state_row
 from loraweave.hub.stores.kept_files import file_bytes
@@ -77,8 +78,7 @@ class StoredComposition:
     @property
     def formula(self) -> str | None:
         """The text of a stored formula; None for any other composition."""
-        found = self.recipe.get("formula")
-        return found if isinstance(found, str) else None
+        return entry(self.recipe, "formula", str)
 
     @property
     def report(self) -> Mapping[str, Any] | None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache
 
-from loraweave.composer.model.batches import last_logits, pad_rows, takes, with_positions
+from loraweave.composer.model.batches import end_tokens, last_logits, pad_rows, takes, with_positions
 from loraweave.composer.model.prefixes import cache_name, following, is_plain
 from loraweave.errors import CompositionError
 from loraweave.routers.tokens._call import prompted
@@ -52,7 +52,8 @@ class Batch:
         self._tokenizer = tokenizer
         self._experts = experts
         self._prefixes = prefixes
-        self._ends = end_tokens(model, tokenizer)
+        ends = end_tokens(model)
+        self._ends = frozenset([tokenizer.eos_token_id] if ends is None else ends) - {None}
         self._keep_last = last_logits(model)
         self._cache: Any = None
         self._mask_BW = torch.zeros(0, 0, dtype=torch.long)
@@ -159,13 +160,6 @@ def _states(rows: Sequence[Row]) -> list[list[tuple[Hashable | None, int | None]
 def _by_line(rows: Sequence[Row]) -> list[Row]:
     """The row of each line."""
     return [row for row in rows for _ in row.prompts]
-
-
-def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a sequence: those of the model's generation settings, else the tokenizer's."""
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    found = tokenizer.eos_token_id if named is None else named
-    return frozenset(found if isinstance(found, list) else [] if found is None else [found])
 
 
 def _require_plain(model: Any, cache: Any) -> None:

@@ -251,6 +251,12 @@ def last_logits(model: Any) -> dict[str, int]:
     return {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
 
 
+def end_tokens(model: Any) -> list[int] | None:
+    """The tokens at which the model's generation settings end a sequence; None where they do not say."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return found if found is None or isinstance(found, list) else [found]
+
+
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and frozen parameters inside; every module and parameter as it was after it."""

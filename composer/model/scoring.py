@@ -21,6 +21,7 @@ from loraweave.composer.model.batches import (
     batch,
     context_length,
     encode,
+    end_tokens,
     last_logits,
     losses_of,
     mean_losses,
@@ -283,12 +284,10 @@ def generate(
 
 def _turn_ends(model: Any, tokenizer: Any, chat: Conversation) -> list[int]:
     """The tokens that end the assistant's turn: the model's own, and what the template writes first after an answer."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    known = own if isinstance(own, list) else [own]
     end = turn_end(tokenizer, chat)
     first = tokenizer(end, add_special_tokens=False)["input_ids"][:1] if end else []
     # a turn that ends in words may have them before its end too
-    return [*known, *(token for token in first if token in tokenizer.all_special_ids or not end.strip())]
+    return [*(end_tokens(model) or ()), *(token for token in first if token in tokenizer.all_special_ids or not end.strip())]
 
 
 def rank(model: Any, tokenizer: Any, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[str]:

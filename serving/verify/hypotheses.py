@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.formats._files import entry
 from loraweave.hub.formats._placing import head_size
 from loraweave.hub.targets.gguf import interleaved
 from loraweave.hub.targets.vllm import PACKED
@@ -99,9 +100,8 @@ def _scales(asked: Adapter) -> dict[float, str]:
         float(asked.rank): f"scale {asked.rank} times its own: alpha not divided by the rank?",
         1 / asked.rank: f"scale 1/{asked.rank} of its own: divided by the rank twice?",
     }
-    peft = asked.card.get("peft")
-    alpha = peft.get("lora_alpha") if isinstance(peft, Mapping) else None
-    if isinstance(alpha, int | float) and alpha and (scale := alpha / asked.rank) != 1:
+    alpha = entry(asked.card.get("peft"), "lora_alpha", (int, float))
+    if alpha and (scale := alpha / asked.rank) != 1:
         found.setdefault(1 / scale, f"scale {1 / scale:.3g} times its own: alpha not applied?")
     for factor in (0.25, 4.0):
         found.setdefault(factor, f"scale {factor:g} times its own")

@@ -18,7 +18,7 @@ import torch
 from loraweave.common.files import whole_file
 from loraweave.common.names import text_digest
 from loraweave.composer.composer import Composer
-from loraweave.composer.model.batches import pad_id
+from loraweave.composer.model.batches import end_tokens, pad_id
 from loraweave.errors import AdapterUnsupported, CompositionError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
@@ -125,8 +125,7 @@ class References:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        ends = model.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        ends = set(end_tokens(model) or ())
         tokens_BK = output.sequences[:, len(ids) :].tolist()
         logprobs_KBV = [step.float().log_softmax(dim=-1) for step in output.logits]
         return [self._answer(row, [step[n] for step in logprobs_KBV], ends) for n, row in enumerate(tokens_BK)]
