@@ -263,6 +263,11 @@ def _gguf_path() -> Path | None:
     return path if path is not None and path.is_file() else None
 
 
+def base_id(model: Any) -> str:
+    """The id or folder that a model was loaded by, which adapters record as their base model; "" where it does not say."""
+    return str(getattr(model, "name_or_path", "") or "")
+
+
 def base_key(model: nn.Module, *, weights: bool = True) -> BaseKey:
     """The model's id, the commit that it was loaded from where transformers knows it, and its fingerprint.
 
@@ -271,7 +276,7 @@ def base_key(model: nn.Module, *, weights: bool = True) -> BaseKey:
     config = getattr(model, "config", None)
     revision = getattr(config, "_commit_hash", None)
     own_print = fingerprint(model) if weights else None
-    return BaseKey(str(getattr(model, "name_or_path", "") or ""), revision or None, own_print)
+    return BaseKey(base_id(model), revision or None, own_print)
 
 
 NUM_TENSORS = 16

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 
 from loraweave.errors import BaseModelMismatch
-from loraweave.hub.base import base_config, load_base
+from loraweave.hub.base import base_config, base_id, load_base
 
 # what a config says of the place and the library that it came from
 PLACES = ("_name_or_path", "_commit_hash", "transformers_version")
@@ -37,7 +37,7 @@ class BaseReference:
     @classmethod
     def of(cls, model: Any, tokenizer: Any) -> Self:
         """Raises BaseModelMismatch for a model that has no folder or id to load it from."""
-        name = str(getattr(model, "name_or_path", "") or "")
+        name = base_id(model)
         place = str(Path(name).absolute()) if name and Path(name).is_dir() else name
         try:
             base_config(place)

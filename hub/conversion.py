@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, LayerMismatch
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.base import base_key, fingerprint
+from loraweave.hub.base import base_id, base_key, fingerprint
 from loraweave.hub.formats._base_layer import BaseLayer, as_base_layer, base_layer
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, Dense, cut
 from loraweave.hub.formats._files import listing, present
@@ -139,7 +139,7 @@ def extract(
     card: dict[str, Any] = {"converted_from": "full fine-tune", "conversion": notes}
     if left and others == "card":
         card["not_extracted"] = left
-    base_name = str(getattr(base_model, "name_or_path", "") or "")
+    base_name = base_id(base_model)
     return Adapter(name, base_name, factors, fingerprint(base_model), card, heads)
 
 

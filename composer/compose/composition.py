@@ -37,6 +37,7 @@ from loraweave.composer.merge.merge import parent_of
 from loraweave.composer.model.generate import Asked, read_one
 from loraweave.composer.model.layers import with_magnitudes
 from loraweave.errors import CompositionError, ScopeError
+from loraweave.hub.base import base_id
 from loraweave.hub.export import ExportReport
 from loraweave.hub.formats._card import shared_card
 from loraweave.hub.intake.model_hub import push
@@ -232,7 +233,7 @@ class Composition(TaskMixture):
             sections = {"Parents": json.dumps(parents, indent=1), "Scores": str(self.report.table())}
             read = f"composition = lw.Composition.from_pretrained({repository!r}, model, tokenizer)"
             code = f"{read}\ncomposition.predict(['...'])"
-            base = str(getattr(self.model, "name_or_path", ""))
+            base = base_id(self.model)
             text = shared_card(f"Composition by {self.merge_method}", base, self.license, "composition", code, sections)
             (folder / README).write_text(text, encoding="utf-8")
 

@@ -16,7 +16,7 @@ from loraweave.composer.composer import Composer
 from loraweave.composer.model.layers import require_model
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, BaseModelMismatch, CompositionError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.base import base_key, fingerprint
+from loraweave.hub.base import base_id, base_key, fingerprint
 from loraweave.hub.formats._files import read_bytes
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.same_base import warn_unverified
@@ -106,7 +106,7 @@ def recipe_of(
     """What composition.json holds of a composition with these fields."""
     return {
         "format": FORMAT_WITH_MEMBERS if members else FORMAT_WITH_ROUTER if router else FORMAT,
-        "base_model": getattr(model, "name_or_path", ""),
+        "base_model": base_id(model),
         "fingerprint": fingerprint(model).to_json(),
         "members": members,
         **fields,

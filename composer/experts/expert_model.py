@@ -34,6 +34,7 @@ from loraweave.composer.train.learner import ExpertLearner, key_of
 from loraweave.composer.train.rows import places_of
 from loraweave.errors import CompositionError, ScopeError, TrainingError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.base import base_id
 from loraweave.hub.formats._card import README, shared_card
 from loraweave.hub.intake.model_hub import push
 from loraweave.routers.recipes._gate import Call, Gate, Weighing
@@ -301,7 +302,7 @@ class ExpertModel(LikeBase, ExpertLearner):
 
         def write(folder: Path) -> None:
             self.save_pretrained(folder)
-            base = str(getattr(self.base_model, "name_or_path", ""))
+            base = base_id(self.base_model)
             code = f"experts = lw.experts({repository!r}, model, tokenizer=tokenizer)  # model: the base"
             sections = {"Experts": ", ".join(self.expert_names), "Tasks": ", ".join(self.tasks)}
             title = f"Experts of recipe {self.recipe.name}"

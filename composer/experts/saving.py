@@ -33,7 +33,7 @@ from loraweave.errors import (
     WeightingError,
 )
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.base import fingerprint
+from loraweave.hub.base import base_id, fingerprint
 from loraweave.hub.formats._files import listing, present, read_json
 from loraweave.hub.formats._safetensors import hashed_tensors
 from loraweave.lowrank.algebra import all_finite
@@ -134,7 +134,7 @@ def experts_as_files(
         "recipe": recipe.name,
         "options": {name: with_json_form(f"recipe {recipe.name!r}", name, value) for name, value in recipe.options.items()},
         "sites": {name: asdict(shape) for name, shape in shapes.items()},
-        "base_model": str(getattr(base_model, "name_or_path", "")),
+        "base_model": base_id(base_model),
         "fingerprint": fingerprint(base_model).to_json(),
         "names": list(names),
         "sha256": hashlib.sha256(raw).hexdigest(),
@@ -239,5 +239,5 @@ def as_adapter(
 ) -> Adapter:
     """These factors as an adapter whose card names the recipe."""
     about = {"method": "loraweave.experts", "recipe": recipe.name, **card}
-    base = str(getattr(base_model, "name_or_path", ""))
+    base = base_id(base_model)
     return Adapter(name, base, layers, fingerprint(base_model), {"recipe": about})
