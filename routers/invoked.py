@@ -16,7 +16,15 @@ from torch import Tensor
 from loraweave.errors import ScopeError
 from loraweave.routers.combined import begin, parts_of
 from loraweave.routers.tokens._caches import BesideCache
-from loraweave.routers.tokens._call import CachedIds, Prompts, asked_of_head, count_copies, current_prompts, real_tokens
+from loraweave.routers.tokens._call import (
+    CachedIds,
+    Prompts,
+    asked_of_head,
+    count_copies,
+    current_prompts,
+    has_two_sequences,
+    real_tokens,
+)
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router
 
@@ -58,7 +66,7 @@ class Invoked:
 
     def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
         """Raises ScopeError for a call by embeddings, an encoder-decoder, and a row of which too little is known."""
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if has_two_sequences(model):
             raise ScopeError(
                 f"expert {self._some!r} counts from its invocation tokens on, and {type(model).__name__} has an encoder and "
                 "a decoder, whose tokens differ: take dataclasses.replace(adapter, invocation=())"

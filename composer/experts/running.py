@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraweave.composer.live.call_router import arguments_of
-from loraweave.composer.model.batches import IGNORED, has_two_sequences, tensors_in
+from loraweave.composer.model.batches import IGNORED, tensors_in
 from loraweave.composer.train.checkpointed_blocks import Contexts
 from loraweave.errors import ScopeError, TrainingError
 from loraweave.routers.recipes._gate import Call
-from loraweave.routers.tokens._call import current_prompts
+from loraweave.routers.tokens._call import current_prompts, has_two_sequences
 from loraweave.routers.tokens._learned import Step
 
 

@@ -20,7 +20,7 @@ from loraweave.common.randomness import caller_randomness, seeded
 from loraweave.common.state import checkpoint_folder
 from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.running import Running
-from loraweave.composer.model.batches import EncodedRow, has_two_sequences, tensors_in, untouched
+from loraweave.composer.model.batches import EncodedRow, tensors_in, untouched
 from loraweave.composer.model.kinds.linear import shape as linear_shape
 from loraweave.composer.train.experts import identity, remember_start, start_digest
 from loraweave.composer.train.jobs import PlannedJob, TrainingJob
@@ -33,7 +33,7 @@ from loraweave.composer.train.shared import SharedPasses
 from loraweave.composer.train.state import load_finished, save_finished
 from loraweave.composer.train.tensor_rows import predicts_tokens
 from loraweave.errors import BudgetExceeded, TrainingError, UnknownName, WeightingError
-from loraweave.routers.tokens._call import unprompted
+from loraweave.routers.tokens._call import has_two_sequences, unprompted
 from loraweave.types import Task
 
 

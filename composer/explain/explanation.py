@@ -16,10 +16,9 @@ from loraweave.common.names import printable
 from loraweave.composer.explain.plot import draw, page
 from loraweave.composer.explain.shown import TokenFigures
 from loraweave.composer.live.recording import Load, Trace, UsedLayer
-from loraweave.composer.model.batches import has_two_sequences
 from loraweave.composer.model.generate import encode_texts, generation_call
 from loraweave.errors import CompositionError
-from loraweave.routers.tokens._call import prompted
+from loraweave.routers.tokens._call import has_two_sequences, prompted
 
 if TYPE_CHECKING:
     from loraweave.common.display import ShownTable

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from loraweave.common.process import lock_of
 from loraweave.errors import AlreadyActive
-from loraweave.routers.tokens._call import prompted
+from loraweave.routers.tokens._call import has_two_sequences, prompted
 from loraweave.routers.tokens._model import BlockInput, running
 
 
@@ -202,7 +202,7 @@ class PromptedGenerate(StandIn):
         mask_BT = kwargs.get("attention_mask")
         mask_BT = mask_BT if isinstance(mask_BT, Tensor) else self._inferred(ids_BT, kwargs)
         with prompted(ids_BT, mask_BT):
-            if getattr(getattr(self._model, "config", None), "is_encoder_decoder", False):
+            if has_two_sequences(self._model):
                 self._begin({"input_ids": ids_BT, "attention_mask": mask_BT})
             return self._generate(*args, **kwargs)
 

@@ -272,8 +272,3 @@ def untouched(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module, mode in modes:
             module.training = mode
-
-
-def has_two_sequences(model: Any) -> bool:
-    """Whether the model has an encoder and a decoder, whose tokens differ."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

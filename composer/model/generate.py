@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.common.chat import Conversation, Prompt, is_messages, prompt_ids
-from loraweave.composer.model.batches import has_two_sequences, pad_id, pad_rows
+from loraweave.composer.model.batches import pad_id, pad_rows
 from loraweave.errors import CompositionError, ScopeError
+from loraweave.routers.tokens._call import has_two_sequences
 
 # a text, or a conversation: a list of {"role", "content"}
 Asked: TypeAlias = Prompt | Sequence[Mapping[str, Any]]

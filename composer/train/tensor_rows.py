@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader
 
 from loraweave.common.display import tracked
 from loraweave.common.rows import located
-from loraweave.composer.model.batches import IGNORED, has_two_sequences, takes
+from loraweave.composer.model.batches import IGNORED, takes
 from loraweave.composer.train.learner import ExpertLearner
 from loraweave.composer.train.rows import Owners, TrainingRow, examples_of
 from loraweave.composer.train.schedule import NO_TOKENIZER, call_labelled, label_rows
 from loraweave.errors import InvalidTask, TrainingError
+from loraweave.routers.tokens._call import has_two_sequences
 
 LABELS, IMAGES, EMBEDDINGS = "labels", "pixel_values", "inputs_embeds"
 FORMS = (

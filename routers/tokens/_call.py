@@ -220,3 +220,8 @@ def with_tokenizer(tokenizer: Any) -> AbstractContextManager[None]:
 def current_tokenizer() -> Any:
     """The tokenizer of the running call; None outside of one, or if the engine has none."""
     return _TOKENIZER.get()
+
+
+def has_two_sequences(model: Any) -> bool:
+    """Whether the model has an encoder and a decoder, whose tokens differ."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

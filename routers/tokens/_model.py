@@ -17,6 +17,7 @@ from torch import Tensor
 from loraweave.common.process import holding
 from loraweave.errors import ScopeError
 from loraweave.routers.tokens._caches import BesideCache
+from loraweave.routers.tokens._call import has_two_sequences
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -43,7 +44,7 @@ def last_hidden(router: str, model: Any, arguments: Mapping[str, Any], beside: B
     it. Raises ScopeError for an encoder-decoder and for a model that gives no last hidden state, and what `BesideCache.of`
     raises.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if has_two_sequences(model):
         raise ScopeError(
             f"router {router!r} reads the last hidden state of the very tokens that it weighs, and {type(model).__name__} "
             "has an encoder and a decoder, whose tokens differ: take one that looks at each layer's input, or at the text"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from loraweave.errors import ScopeError
 from loraweave.routers.tokens._caches import BesideCache, RowsAndTokens
+from loraweave.routers.tokens._call import has_two_sequences
 from loraweave.routers.tokens._model import CACHE_NAMES, block_of
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.types import Router
@@ -70,7 +71,7 @@ class BySequence(TokenRouter):
         """The router of one call. Raises ScopeError for tokens that are not known, and what `BesideCache.of` raises."""
         if not self.needs_call:
             return self
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if has_two_sequences(model):
             raise ScopeError(
                 f"router {self.name!r} decides for one sequence, and {type(model).__name__} has an encoder and a decoder, "
                 "whose tokens differ: make it with decision='token'"

@@ -28,6 +28,7 @@ from loraweave.routers.tokens._call import (
     count_rows,
     current_prompts,
     current_tokenizer,
+    has_two_sequences,
 )
 from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._router import TokenRouter, option_names
@@ -151,7 +152,7 @@ class TextRouter(TokenRouter):
         return self._of_tokens(text.rows()).to(text.ids_BT.device)[:, None]
 
     def _per_token(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if has_two_sequences(model):
             raise ScopeError(
                 f"router {self.name!r} gives each token the weights of what stands before it, and an encoder reads a text "
                 "as a whole: make the router with per='row'"
