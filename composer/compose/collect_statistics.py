@@ -20,7 +20,7 @@ from loraweave.common.options import Count, check_options
 from loraweave.common.rows import GivenRows, read_rows
 from loraweave.composer.composer import Composer
 from loraweave.composer.merge.statistics import LayerStatistics, Statistics
-from loraweave.composer.model.batches import EncodedRow, batch, encode, pad_rows, takes, untouched
+from loraweave.composer.model.batches import EncodedRow, batch, context_length, encode, pad_rows, takes, untouched
 from loraweave.composer.model.kinds.linear import shape as linear_shape
 from loraweave.composer.model.layers import tied_parameters
 from loraweave.errors import CompositionError, InvalidTask, LayerMismatch
@@ -237,8 +237,7 @@ def encode_texts(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int) 
     if both:
         cut = [EncodedRow(row.prompt[:max_tokens], row.target[:max_tokens]) for row in rows]
     else:
-        limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
-        most = min(max_tokens, limit or max_tokens)
+        most = min(max_tokens, context_length(model) or max_tokens)
         cut = [EncodedRow((row.prompt + row.target)[:most], ()) for row in rows]
     for number, row in enumerate(cut, start=1):
         if not len(row):
