@@ -22,7 +22,8 @@ from loraweave.composer.fused import Fused, fused, mixture_updates
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.live.layout import Place as LayerPlace
 from loraweave.composer.live.layout import find_places
-from loraweave.composer.live.mixer import Activation, LiveLayers
+from loraweave.composer.live.mixer import Activation
+from loraweave.composer.live.pipeline import calls_of, live_layers, with_calls
 from loraweave.composer.live.plan import KeptPlans
 from loraweave.composer.live.recording import Setting, Trace, UsedWeights, last_weights, recording
 from loraweave.composer.live.residents import Residency, Residents
@@ -35,6 +36,7 @@ from loraweave.composer.overwritten import Place
 from loraweave.composer.train.routers import fit, require_learning
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.pipeline import model_of
 from loraweave.hub.pool import ExpertPool, require_no_heads
 from loraweave.routers.combined import num_rows_of
 from loraweave.routers.tokens._learned import LearnedRouter
@@ -45,11 +47,11 @@ from loraweave.types import Router, Task
 class Composer:
     """Puts the experts of `pool` into `model`: a pool, a list of adapters, or a mapping of names to adapters.
 
-    Making one changes nothing in the model. It checks every adapter against it first: by docs/identity.md whether this is
-    its base (BaseModelMismatch; BaseModelUnverified, a warning, where names and shapes alone say so), and every layer's
-    presence, kind and shape (LayerMismatch). A trained magnitude or bias is resolved against the base's weights
-    as they are now. Factors take no part in training. For the experts of a lazy pool all this happens when one is first
-    used, before the model runs.
+    The model may be a diffusers pipeline (docs/images.md). Making one changes nothing in it, but checks every adapter:
+    whether this is its base, by docs/identity.md (BaseModelMismatch; BaseModelUnverified, a warning, where names and shapes
+    alone say so), and each layer's presence, kind and shape (LayerMismatch). A trained magnitude or bias is resolved against
+    the base's weights as they are now. Factors take no part in training. For a lazy pool's experts all this happens when one
+    is first used.
 
     Experts that were used stay where the layers are. `device_budget_bytes` bounds what they take on devices other than the
     CPU, `host_budget_bytes` in the CPU's memory; those used longest ago then make room (docs/pools.md). None is no limit.
@@ -68,16 +70,16 @@ class Composer:
             raise CompositionError(
                 "this model is the wrapper that torch.compile made; pass the model itself: the wrapper follows it"
             )
-        self.model = model
+        self.model = model_of(model)
         self.tokenizer = tokenizer
         self._lock = lock_of(self)
         self._fused = False
         self._closed = False
         self._plans = KeptPlans()
-        self._fitting = Fitting(model)
-        self._pool = ExpertPool.of(pool)
+        self._fitting = Fitting(self.model)
+        self._pool = self._fitting.placed(ExpertPool.of(pool))
         self._bound = self._fitting.pool(self._pool)
-        self._live = LiveLayers(model, self._fitting.layers, self._fitting.require_unchanged)
+        self._live = live_layers(self.model, self._fitting)
         self._residents = Residents(
             *self._source(), device_budget_bytes=device_budget_bytes, host_budget_bytes=host_budget_bytes
         )
@@ -116,25 +118,26 @@ class Composer:
     def activate(self, mixture: Any) -> Activation:
         """Mixes the experts live, from now until the handle is closed or its `with` block left.
 
-        `mixture` is {name: weight} for all rows; a list with one of these, or None for the base, per row of the batch;
-        MixtureWeights; or a router. It counts for calls in this thread (or asyncio task) only; the
-        handle's `run` takes it into another. For every layer
+        `mixture` is {name: weight} for all rows, or {name: {start of a layer's path: weight}}; a list with one of these, or
+        None for the base, per row of the batch; MixtureWeights; a router; for pipelines also a function of (step, steps)
+        that gives one, or a Composite. It counts for calls in this thread (or asyncio task); the handle's `run` takes it
+        into another. In a layer
         y = W x + ((x a^T) * w) b^T + sum over e of w_e (gain_e y0 + bias_e); rows of weight zero are the base bit for bit.
         In a batch of k times as many rows as the mixture has (beams, return sequences), each counts for k consecutive ones.
         An expert with invocation tokens has its weight from the last place in a row's prompt that has them on, 0 before.
 
         Inside another activation of this Composer the inner one replaces the outer. A backward pass with gradient
         checkpointing belongs inside the block, since it runs the layers again, and so does one of a model compiled by
-        torch.compile, whose code follows activations whenever it was made.
-        Raises WeightingError for mixtures that do not fit, BudgetExceeded for experts that need more bytes than they may
-        have, AlreadyActive while fused or while another Composer is active.
+        torch.compile. Raises WeightingError for mixtures that do not fit, BudgetExceeded for experts of more bytes than they
+        may have, AlreadyActive while fused or while another Composer is active.
         """
         with self._lock:
             self._require_open()
-            weights = resolve(mixture, self._pool, self._bound)
+            as_weights = partial(resolve, pool=self._pool, bound=self._bound)
+            weights, by_call = calls_of(self.model, mixture, as_weights, self.activate)
             if self._fused:
                 raise AlreadyActive("cannot activate while a mixture is fused into the weights: leave fused() first")
-            plan = self._plans.plan(weights, self._pool)
+            plan = with_calls(self._plans.plan(weights, self._pool), by_call)
             if plan.call_router is not None:
                 plan.call_router.take_tokenizer(self.tokenizer)
             warn_of_licenses(weights, self._pool)
@@ -368,6 +371,7 @@ class Composer:
             self._require_not_fused("load an expert")
             if name in self._pool.adapters:
                 raise WeightingError(f"the pool has an expert {name!r} already: unload() it first, or give another name")
+            adapter = self._fitting.placed_adapter(name, adapter)
             fitted = self._fitting.adapter(name, adapter)
             self._pool, self._bound = self._pool.including(name, adapter), self._bound.including(name, fitted)
             self._residents.take_from(*self._source())
@@ -398,8 +402,8 @@ class Composer:
         """
         with self._lock:
             self._require_idle("swap the pool")
-            pool = ExpertPool.of(pool)
             fitting = Fitting(self.model)
+            pool = fitting.placed(ExpertPool.of(pool))
             bound, before = fitting.pool(pool), self._bound
             stay: set[str] = set()
             if not bound.lazy and not before.lazy:
@@ -408,7 +412,7 @@ class Composer:
             self._residents.forget(lambda name: name not in stay)
             self._plans.clear()
             self._fitting, self._pool, self._bound = fitting, pool, bound
-            self._live = LiveLayers(self.model, fitting.layers, fitting.require_unchanged)
+            self._live = live_layers(self.model, fitting)
             self._residents.take_from(*self._source())
 
     def close(self) -> None:

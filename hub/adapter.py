@@ -30,6 +30,7 @@ from loraweave.hub.intake.model_hub import push
 from loraweave.hub.intake.sources import ADAPTER_FILES, README, name_of, open_source
 from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.hub.merge_report import MergeReport
+from loraweave.hub.pipeline import model_of
 from loraweave.lowrank import algebra
 from loraweave.types import BaseKey, Factors, Fingerprint, Kind, own_memory
 
@@ -96,16 +97,17 @@ class Adapter:
         in adapter_model.bin, a pickle, are read with `allow_pickle`, by torch's safe loader, and refused without. Of a
         download `card["source"]` has the repository, the commit as revision, and the revision asked for.
 
-        Besides LoRA, most other types that PEFT trains become factors (docs/adapters.md). `model` is the base model, for
-        types whose file does not determine the update. An update that is not of low rank is cut to the smallest rank within
-        `max_error` (Frobenius norm, relative to the layer's update) and at most `rank`; `card["conversion"]` has both
+        Besides LoRA, most other types that PEFT trains become factors (docs/adapters.md). `model` is the base (or pipeline)
+        for types whose file does not determine the update. An update that is not of low rank is cut to the smallest rank
+        within `max_error` (Frobenius norm, relative to the layer's update) and at most `rank`; `card["conversion"]` has both
         figures of every layer. Raises AdapterUnsupported where `rank` leaves a larger error, and for what has no such form.
         """
         wanted = (*ADAPTER_FILES, *KEPT, *((PICKLE, *PICKLES) if allow_pickle else ()))
         with open_source(
             source, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=wanted
         ) as found:
-            contents = _reading.read(found.folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
+            base = model_of(model)
+            contents = _reading.read(found.folder, model=base, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
         own_name = name or contents.card.get("name") or name_of(source)
         card = {**contents.card, "source": dict(found.origin)} if found.origin else contents.card
         parts = contents.base_model, contents.layers, contents.fingerprint, card, contents.heads, contents.files

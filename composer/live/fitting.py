@@ -25,7 +25,8 @@ from loraweave.composer.model.layers import TargetLayer, bind, require_model, re
 from loraweave.composer.overwritten import OVERWRITTEN, row_sums
 from loraweave.errors import AdapterUnsupported, AlreadyActive, BaseModelMismatch, CompositionError, LayerMismatch
 from loraweave.hub.adapter import Adapter, Form
-from loraweave.hub.base import base_key
+from loraweave.hub.base import base_key, fingerprint
+from loraweave.hub.pipeline import Pipeline
 from loraweave.hub.pool import ExpertPool, OnDemand, require_no_heads
 from loraweave.hub.same_base import require_same_base, warn_unverified
 from loraweave.types import BaseKey, Factors
@@ -66,6 +67,8 @@ class Fitting:
     def require_unchanged(self, experts: Iterable[str] | None = None, *, closely: bool = False) -> None:
         """Raises CompositionError when the model has another module in the place of a target layer so far, or other weights
         than those that one of these experts (None: of all) depends on; `closely` looks at values too."""
+        if isinstance(self._model, Pipeline):
+            self._model.require_same_parts()
         self._paths.require_unchanged()
         self._weights.require_unchanged(experts, closely=closely)
 
@@ -76,6 +79,31 @@ class Fitting:
         fitted = {name: self._fit(name, adapter) for name, adapter in pool.adapters.items()}
         self._warn(pool.adapters)
         return ExpertPool(fitted)
+
+    def placed(self, pool: ExpertPool) -> ExpertPool:
+        """The pool with each adapter as `placed_adapter` gives it; the very pool for a model that is no pipeline."""
+        if not isinstance(self._model, Pipeline):
+            return pool
+        if pool.lazy:
+            return ExpertPool(OnDemand(pool.names, lambda name: self.placed_adapter(name, pool.adapters[name])))
+        return ExpertPool({name: self.placed_adapter(name, adapter) for name, adapter in pool.adapters.items()})
+
+    def placed_adapter(self, name: str, adapter: Adapter) -> Adapter:
+        """An adapter with its layers' paths in a pipeline, as `Pipeline.paths` finds them; as it is for another model.
+
+        What was made for one part alone is compared with that part and then counts as made for the pipeline.
+        Raises LayerMismatch for a layer without one place, BaseModelMismatch for a part with other weights.
+        """
+        if not isinstance(self._model, Pipeline):
+            return adapter
+        paths = self._model.paths(adapter.layers, f"expert {name!r}")
+        layers = {paths[layer]: factors for layer, factors in adapter.layers.items()}
+        parts = {path.partition(".")[0] for path in layers}
+        own = self._model.get_submodule(parts.pop()) if len(parts) == 1 else None
+        if own is None or adapter.fingerprint is None or adapter.fingerprint.shapes != fingerprint(own).shapes:
+            return adapter if tuple(layers) == tuple(adapter.layers) else replace(adapter, layers=layers)
+        require_same_base(f"expert {name!r}", adapter.base, base_key(own))
+        return replace(adapter, layers=layers, base_model=self._model.name_or_path, fingerprint=self._key.fingerprint)
 
     def accepted(self, pool: ExpertPool) -> ExpertPool:
         """The pool, where some experts fit by names and shapes alone with the model's fingerprint in all that have none.

@@ -47,7 +47,7 @@ def resolve(mixture: Any, pool: ExpertPool, bound: ExpertPool | None = None) -> 
         return ByRow([_resolve_row(number, row, pool, bound) for number, row in enumerate(rows)], pool.names)
     raise WeightingError(
         f"a mixture is {{name: weight}}, a list with one of these (None: the base) per row, MixtureWeights or a router, "
-        f"not {mixture!r}; {{}} is the base model"
+        f"not {mixture!r}; {{}} is the base model, and functions of (step, steps) are for diffusers pipelines"
     )
 
 
@@ -57,7 +57,33 @@ def _weights_by_name(rows: list[Mapping[str, float] | None], pool: ExpertPool) -
     for name in used:
         if name not in pool.places:
             raise unknown_expert(name, pool.names)
-    return MixtureWeights.of(rows, sorted(used, key=pool.places.__getitem__))
+    names = sorted(used, key=pool.places.__getitem__)
+    if not any(isinstance(weight, Mapping) for row in rows if row for weight in row.values()):
+        return MixtureWeights.of(rows, names)
+    layers = pool.subset(names).layer_names
+    by_layer = [[_at(layer, row) for row in rows] for layer in layers]
+    _require_blocks(rows, layers)
+    values = [MixtureWeights.of(of_layer, names).values_BTLE for of_layer in by_layer]
+    return MixtureWeights(torch.cat(values, dim=2), tuple(names), layers)
+
+
+def _at(layer: str, row: Mapping[str, Any] | None) -> dict[str, float]:
+    """{name: weight} of one layer: by {block: weight} that of the longest path that it lies below, and else 0."""
+    found = {}
+    for name, weight in (row or {}).items():
+        by_block = weight if isinstance(weight, Mapping) else {"": weight}
+        blocks = [block for block in by_block if not block or f"{layer}.".startswith(f"{block}.")]
+        found[name] = by_block[max(blocks, key=len)] if blocks else 0.0
+    return found
+
+
+def _require_blocks(rows: list[Mapping[str, Any] | None], layers: Iterable[str]) -> None:
+    for name, block in ((n, block) for row in rows if row for n, w in row.items() if isinstance(w, Mapping) for block in w):
+        if not isinstance(block, str) or (block and not any(f"{layer}.".startswith(f"{block}.") for layer in layers)):
+            raise WeightingError(
+                f"expert {name!r} has a weight for the block {block!r}, below which none of the mixture's experts updates a "
+                f"layer; a block is the beginning of a module path, such as {next(iter(layers), '')!r}"
+            )
 
 
 def _resolve_row(number: int, row: Any, pool: ExpertPool, bound: ExpertPool | None) -> Router | None:

@@ -1,0 +1,239 @@
+"""Live mixing in a diffusers pipeline: mixtures by step, by prompt and of several predictions become one mixture a call.
+
+    pipe(B prompts, n images each)
+      text encoders          B rows, step 0 of 1
+      unet, transformer      step s of S; under guidance by one doubled call: all rows without their prompts, then all with
+
+    activate(...) --> calls_of: is it one mixture for all calls?   yes: an activation as in any model
+                                                                   no:  ByCall, asked by each part's PartForward
+
+A part's forward then runs inside an inner activation of what its call needs, so that threads, leases and records are as in
+any activation. docs/images.md says what a mixture means.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.composer.live.entry import Entry, Exit
+from loraweave.composer.live.fitting import Fitting
+from loraweave.composer.live.mixer import LiveLayers
+from loraweave.composer.live.plan import Plan
+from loraweave.composer.live.standing_in import StandIn, give_back
+from loraweave.composer.model.layers import TargetLayer
+from loraweave.errors import CompositionError, ScopeError, WeightingError
+from loraweave.hub.pipeline import Pipeline
+from loraweave.routers.combined import ByRow, needs_call, num_rows_of
+from loraweave.routers.weights import MixtureWeights
+from loraweave.types import Router
+
+# the parts that run once a step
+DENOISERS = ("unet", "transformer")
+_SUFFIXES = ("", "Img2Img", "Inpaint")
+# pipelines of diffusers 0.42 whose guidance joins the rows without and with prompts in one call, and those that call twice
+_JOINED = {f"StableDiffusion{kind}{way}Pipeline" for kind in ("", "XL", "3") for way in _SUFFIXES}
+_APART = {f"Flux{way}Pipeline" for way in _SUFFIXES}
+
+Resolve = Callable[[Any], MixtureWeights | Router]
+Activate = Callable[[MixtureWeights | Router], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Composite:
+    """What denoises runs once under each of the mixtures, and the mean of its predictions counts.
+
+    Text encoders run once, under the sum of the mixtures. LoRA Composite, Multi-LoRA Composition (2402.16843), where each
+    mixture is one LoRA at weight 1. Raises WeightingError unless they are at least one mapping of names to weights.
+    """
+
+    mixtures: tuple[Mapping[str, float], ...]
+
+    def __post_init__(self) -> None:
+        if not self.mixtures or not all(isinstance(mixture, Mapping) for mixture in self.mixtures):
+            raise WeightingError(f"a Composite is a tuple of mappings {{name: weight}}, not {self.mixtures!r:.80}")
+
+    def sum(self) -> dict[str, float]:
+        """{name: weight} over all of the mixtures."""
+        names = dict.fromkeys(name for mixture in self.mixtures for name in mixture)
+        return {name: sum(mixture.get(name, 0.0) for mixture in self.mixtures) for name in names}
+
+
+class CallWeights(MixtureWeights):
+    """Weights of one call of a part, whose rows are those of that call."""
+
+
+class ByCall:
+    """The mixture of each call of a pipeline's part, where one activation has several."""
+
+    def __init__(self, pipeline: Pipeline, mixture: Any, resolve: Resolve, activate: Activate) -> None:
+        self._pipeline = pipeline
+        self._mixture = mixture
+        self._resolve = resolve
+        self._activate = activate
+        # what is wrong with it is said before a model runs
+        first = mixture(0, 1) if callable(mixture) else mixture
+        for each in first.mixtures if isinstance(first, Composite) else [first]:
+            self._checked(each)
+
+    def run(self, part: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a part's forward gives for these arguments, under the mixture of this call."""
+        mixture = self._mixture
+        if callable(mixture):
+            mixture = mixture(*(self._step(part, forward, args, kwargs) if part in DENOISERS else (0, 1)))
+        if not isinstance(mixture, Composite):
+            return self._run(mixture, part, forward, args, kwargs)
+        if part not in DENOISERS:
+            return self._run(mixture.sum(), part, forward, args, kwargs)
+        outputs = [self._run(each, part, forward, args, kwargs) for each in mixture.mixtures]
+        predictions = [output[0] for output in outputs]
+        mean = torch.stack(predictions).mean(dim=0)
+        return (mean,) if isinstance(outputs[0], tuple) else type(outputs[0])(sample=mean)
+
+    def _run(self, mixture: Any, part: str, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        weights = self._checked(mixture)
+        if isinstance(weights, MixtureWeights):
+            values_BTLE = weights.values_BTLE
+            if weights.num_rows > 1:
+                given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1]
+                values_BTLE = self._rows(values_BTLE, part, given[0].shape[0], kwargs)
+            weights = CallWeights(values_BTLE, weights.experts, weights.layers)
+        with self._activate(weights):
+            return forward(*args, **kwargs)
+
+    def _checked(self, mixture: Any) -> MixtureWeights | Router:
+        weights = self._resolve(mixture)
+        name = type(self._pipeline.pipe).__name__
+        if isinstance(weights, ByRow):
+            raise ScopeError("a pipeline has one router for all prompts: give each row {name: weight} or MixtureWeights")
+        if isinstance(weights, MixtureWeights) and weights.num_rows > 1 and name not in _JOINED | _APART:
+            known = ", ".join(sorted(_JOINED | _APART))
+            raise ScopeError(
+                f"which rows of a {name}'s calls belong to which prompt is not known: run its prompts one by one, each with "
+                f"its own mixture; rows work in {known}"
+            )
+        return weights
+
+    def _rows(self, values_BTLE: Tensor, part: str, num_rows: int, kwargs: Mapping[str, Any]) -> Tensor:
+        """Values for the rows of one call: an image's prompt for each, and all of them twice in a joined call."""
+        pipe, times = self._pipeline.pipe, 1
+        if part in DENOISERS and type(pipe).__name__ in _JOINED and kwargs.get("skip_layers") is None:
+            if not hasattr(pipe, "_guidance_scale"):
+                raise ScopeError(f"{part!r} ran before the pipeline itself, so that its rows are unknown: call the pipeline")
+            times = 2 if pipe.do_classifier_free_guidance else 1
+        images, rest = divmod(num_rows, times * len(values_BTLE))
+        if rest or not images:
+            raise ScopeError(
+                f"the mixture has {len(values_BTLE)} rows, but {part!r} was called with {num_rows} rows"
+                f"{', half of them without prompts' if times == 2 else ''}: give one mixture for each prompt"
+            )
+        return values_BTLE.repeat_interleave(images, dim=0).repeat(times, 1, 1, 1)
+
+    def _step(self, part: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> tuple[int, int]:
+        """(step, steps): the place of the call's timestep among the scheduler's, counted from 0, and their number."""
+        pipe = self._pipeline.pipe
+        now = getattr(pipe, "_current_timestep", None)
+        if now is None:
+            now = inspect.signature(forward).bind(*args, **kwargs).arguments["timestep"]
+        times = torch.unique_consecutive(pipe.scheduler.timesteps.double().cpu())
+        found = (times == torch.as_tensor(now).flatten()[0].double().cpu()).nonzero()
+        if len(found) != 1:
+            raise CompositionError(
+                f"{part!r} was called at timestep {float(torch.as_tensor(now).flatten()[0])}, which is not one of the "
+                "scheduler's, so that the step is unknown: call the pipeline itself, or give one mixture for all steps"
+            )
+        return int(found), len(times)
+
+
+def calls_of(
+    model: nn.Module, mixture: Any, resolve: Resolve, activate: Activate
+) -> tuple[MixtureWeights | Router, ByCall | None]:
+    """(weights, None) where one mixture is that of every call; else (the base's, what each call of a part has).
+
+    `mixture` may then also be a function of (step, steps) that gives one, or a Composite. Raises ScopeError for rows in a
+    pipeline whose batches are not known, and for routers that look at a whole call, since a pipeline makes several.
+    """
+    if not isinstance(model, Pipeline) or isinstance(mixture, CallWeights):
+        return resolve(mixture), None
+    if not (isinstance(mixture, Composite) or (callable(mixture) and not hasattr(mixture, "weights"))):
+        mixture = resolve(mixture)
+        if needs_call(mixture):
+            raise ScopeError(
+                f"a {type(mixture).__name__} looks at a whole call of one model, and a pipeline calls several: take a "
+                "router that looks at a layer's input alone, or give weights"
+            )
+        if num_rows_of(mixture) == 1 and not isinstance(mixture, ByRow):
+            return mixture, None
+    for name, part in model.named_children():
+        if getattr(model.pipe, name) is not part or getattr(part, "_compiled_call_impl", None) is not None:
+            raise CompositionError(
+                f"{name!r} was compiled whole by torch.compile, which keeps one mixture for all its calls: compile its "
+                f"blocks instead, by pipe.{name}.compile_repeated_blocks(), or give one mixture"
+            )
+    return resolve({}), ByCall(model, mixture, resolve, activate)
+
+
+def with_calls(plan: Plan, by_call: ByCall | None) -> Plan:
+    """The plan of an activation whose mixtures are those of `by_call`; the plan itself where that is None."""
+    if by_call is not None:
+        plan = copy.copy(plan)
+        vars(plan)["by_call"] = by_call
+    return plan
+
+
+def live_layers(model: nn.Module, fitting: Fitting) -> LiveLayers:
+    """The layers that a model's activations mix: a pipeline's, or any other model's."""
+    kind = _PipelineLayers if isinstance(model, Pipeline) else LiveLayers
+    return kind(model, fitting.layers, fitting.require_unchanged)
+
+
+class _PipelineLayers(LiveLayers):
+    """The target layers of a pipeline, whose parts are called one by one and never as one model."""
+
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, TargetLayer], require_unchanged: Callable[[Iterable[str]], None]
+    ) -> None:
+        super().__init__(model, layers, require_unchanged)
+        self._require_unchanged = require_unchanged
+
+    def _install(self) -> None:
+        super()._install()
+        for name, part in self._model.named_children():
+            self._clean_copies(part)
+            before = Entry(part, self._require_unchanged, self._current_plan, self._begin)
+            self._handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.append(part.register_forward_hook(Exit(self._end_call)))
+            self._handles.append(_PartForward(name, part, self._current_plan))
+
+
+class _PartForward(StandIn):
+    """Stands in for the forward of a pipeline's part while an activation is open, and finds the mixture of each call."""
+
+    def __init__(self, name: str, part: nn.Module, current_plan: Callable[[], Plan | None]) -> None:
+        self._name = name
+        self._part = part
+        self._current_plan = current_plan
+        self._own = vars(part).get("forward")
+        self._forward = part.forward
+        part.forward = self.run  # type: ignore[method-assign]
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The part's forward."""
+        by_call: ByCall | None = getattr(self._current_plan(), "by_call", None)
+        if by_call is None:
+            return self._forward(*args, **kwargs)
+        return by_call.run(self._name, self._forward, args, kwargs)
+
+    def own(self, name: str) -> Any:
+        return self._own
+
+    def remove(self) -> None:
+        """Gives the part its own forward back."""
+        give_back(self._part, "forward", self._own, self)

@@ -1,0 +1,76 @@
+"""Mixtures by denoising step, for `Composer(pipe).activate(...)`: functions of (step, steps) that give one for each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from loraweave.common.checks import is_whole
+from loraweave.composer.live.pipeline import Composite
+from loraweave.errors import WeightingError
+from loraweave.hub.adapter import Adapter
+from loraweave.routers.weights import MixtureWeights
+from loraweave.types import Factors
+
+# the mixture of `step`, counted from 0, of so many steps
+Schedule = Callable[[int, int], Mapping[str, float] | MixtureWeights]
+
+
+def switch(names: Sequence[str], *, every: int = 1, weight: float = 1.0) -> Schedule:
+    """One expert at a time, each for `every` steps, in turn: at step s the one at place floor(s / every) mod their number.
+
+    LoRA Switch, Multi-LoRA Composition (2402.16843), eq. 2; its code holds the first one step longer. Text encoders have the
+    first. Raises WeightingError for no names, or for `every` below 1.
+    """
+    if not names or isinstance(names, str) or not is_whole(every, 1):
+        raise WeightingError(f"switch() takes a list of names and every=1 or more steps, not {names!r} and every={every!r}")
+    return lambda step, steps: {names[step // every % len(names)]: weight}
+
+
+def composite(names: Sequence[str], *, weight: float = 1.0) -> Composite:
+    """The mean of what is predicted with each expert alone, in every step: LoRA Composite (2402.16843), eq. 3."""
+    if isinstance(names, str):
+        raise WeightingError(f"composite() takes a list of names, not {names!r}")
+    return Composite(tuple({name: weight} for name in names))
+
+
+def k_lora(content: Adapter, style: Adapter, *, alpha: float = 1.5, beta: float = 0.5) -> Schedule:
+    """In each layer and step one of two adapters alone: the content where
+
+        topK |B_c A_c| / gamma > topK |B_s A_s| * (alpha step / steps + beta),    K = rank_c * rank_s,
+
+    topK being the sum of the K largest entries and gamma the mean, over the layers of both, of the ratio of the sums of all
+    entries. Layers of one adapter alone have that adapter. K-LoRA (2502.18461), whose values alpha and beta are; its code
+    has K = 64, which is that of rank 8. Dense updates are made one layer at a time, once.
+
+    Pool names are the adapters' own. Raises WeightingError where they share no layer or have one name.
+    """
+    both = [layer for layer in content.layers if layer in style.layers]
+    if not both or content.name == style.name:
+        raise WeightingError(f"k_lora() takes two adapters of shared layers, not {content.name!r} and {style.name!r}")
+    ratios, tops = [], {}
+    for layer in both:
+        parts = content.layers[layer], style.layers[layer]
+        sums = [_sums(factors, parts[0].rank * parts[1].rank) for factors in parts]
+        tops[layer] = sums[0][0], sums[1][0]
+        ratios.append(sums[0][1] / sums[1][1] if sums[1][1] else math.inf)
+    gamma = sum(ratios) / len(ratios)
+    alone = {layer: each.name for each in (content, style) for layer in each.layers if layer not in tops}
+
+    def chosen(step: int, steps: int) -> MixtureWeights:
+        scale = alpha * step / steps + beta
+        names = {layer: content.name if of_c > of_s * scale * gamma else style.name for layer, (of_c, of_s) in tops.items()}
+        return MixtureWeights.of_layers(
+            {layer: {name: 1.0} for layer, name in {**names, **alone}.items()}, [content.name, style.name]
+        )
+
+    return chosen
+
+
+@torch.no_grad()
+def _sums(factors: Factors, k: int) -> tuple[float, float]:
+    """The sum of the k largest absolute entries of B A, and of all."""
+    entries = (factors.b_OR @ factors.a_RI).abs().flatten()
+    return float(entries.topk(min(k, len(entries))).values.sum()), float(entries.sum())

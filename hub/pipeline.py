@@ -1,0 +1,79 @@
+"""A diffusers pipeline as one model: the parts that adapters are for, each below the pipeline's own name for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from loraweave.errors import CompositionError, LayerMismatch
+from loraweave.hub.formats._base_layer import missing_layer
+from loraweave.hub.formats.diffusers import COMPONENTS
+
+
+class Pipeline(nn.Module):
+    """The text encoders of `pipe` and what denoises, as `text_encoder`, `unet` or `transformer` and so on.
+
+    A layer's path begins with its part, as in LoRA files of diffusers. Nothing of `pipe` changes. Where torch.compile made a
+    part, it is the model inside. Raises CompositionError for a pipeline without such parts.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__()
+        self.pipe = pipe
+        self.name_or_path = str(getattr(pipe, "name_or_path", None) or "")
+        for name in COMPONENTS:
+            if isinstance(part := getattr(pipe, name, None), nn.Module):
+                self.add_module(name, getattr(part, "_orig_mod", part))
+        if not self._modules:
+            raise CompositionError(
+                f"{type(pipe).__name__} has none of the parts that adapters are for: {', '.join(COMPONENTS)}"
+            )
+
+    def require_same_parts(self) -> None:
+        """Raises CompositionError where the pipeline has another model in the place of a part than when this was made."""
+        for name, part in self.named_children():
+            now = getattr(self.pipe, name, None)
+            if getattr(now, "_orig_mod", now) is not part:
+                raise CompositionError(
+                    f"{name!r} of the pipeline is not the {type(part).__name__} that was there when this Composer was made: "
+                    "make a new Composer for the pipeline as it is now"
+                )
+
+    def paths(self, layers: Iterable[str], who: str) -> dict[str, str]:
+        """Where each layer of an adapter lies here: under its own path, with or without CLIP's step `text_model`, or, if the
+        path names no part, below the one part that has such a layer.
+
+        Raises LayerMismatch, naming `who`, for a layer that lies nowhere or below several parts, and for two of one path.
+        """
+        known: dict[str, list[str]] = {}
+        for path, _ in self.named_modules():
+            known.setdefault(_plain(path), []).append(path)
+        found: dict[str, str] = {}
+        for layer in layers:
+            plain = _plain(layer)
+            fits = known.get(plain) or [path for part in self._modules for path in known.get(f"{part}.{plain}", ())]
+            if len(fits) > 1:
+                raise LayerMismatch(
+                    f"{who} updates layer {layer!r}, which can be {' or '.join(map(repr, fits))}: put the part's name "
+                    "before its layers with dataclasses.replace(adapter, layers={'text_encoder.' + layer: ...})"
+                )
+            if not fits:
+                raise missing_layer(who, layer, (path for paths in known.values() for path in paths))
+            if fits[0] in found.values():
+                raise LayerMismatch(f"{who} updates layer {fits[0]!r} twice, once as {layer!r}")
+            found[layer] = fits[0]
+        return found
+
+
+def _plain(path: str) -> str:
+    # transformers 5 took the step out of some of its text encoders
+    return re.sub(r"(^|\.)text_model\.", r"\1", path)
+
+
+def model_of(given: Any) -> Any:
+    """A diffusers pipeline as a Pipeline; anything else as it is."""
+    is_pipeline = not isinstance(given, nn.Module) and hasattr(type(given), "components") and callable(given)
+    return Pipeline(given) if is_pipeline else given
