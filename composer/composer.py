@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from loraweave.common.chat import Prompt
 from loraweave.common.checks import is_collection, is_list
@@ -47,7 +46,7 @@ from loraweave.types import Router, Task
 class Composer:
     """Puts the experts of `pool` into `model`: a pool, a list of adapters, or a mapping of names to adapters.
 
-    The model may be a diffusers pipeline (docs/images.md). Making one changes nothing in it, but checks every adapter:
+    The model may be a diffusers pipeline (docs/diffusion.md). Making one changes nothing in it, but checks every adapter:
     whether this is its base, by docs/identity.md (BaseModelMismatch; BaseModelUnverified, a warning, where names and shapes
     alone say so), and each layer's presence, kind and shape (LayerMismatch). A trained magnitude or bias is resolved against
     the base's weights as they are now. Factors take no part in training. For a lazy pool's experts all this happens when one
@@ -59,7 +58,7 @@ class Composer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter],
         *,
         tokenizer: Any = None,

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loraweave.common.files import as_path
 from loraweave.errors import AdapterUnsupported
@@ -86,7 +86,7 @@ class Adapter:
         revision: str | None = None,
         token: str | None = None,
         local_files_only: bool = False,
-        model: nn.Module | None = None,
+        model: Any = None,
         rank: int | None = None,
         max_error: float = MAX_ERROR,
         allow_pickle: bool = False,

@@ -21,6 +21,7 @@ EXTRAS = {
     "flower": "lw.federate with backend='flower'",
     "gguf": "the embedded base model, and exports for llama.cpp",
     "harness": "loraweave eval --harness (lm_eval)",
+    "images": "pipelines of images (diffusers)",
     "plot": "plots of searches, weights and trainings",
     "postgres": "a hub in PostgreSQL",
     "privacy": "lw.federate with strategy='dp_lora' (opacus)",
