@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 
 from loraweave.errors import BaseModelMismatch
-from loraweave.hub.base import base_config, base_id, load_base
+from loraweave.hub.base import base_config, base_id, load_base, without_bars
 
 # what a config says of the place and the library that it came from
 PLACES = ("_name_or_path", "_commit_hash", "transformers_version")
@@ -61,13 +61,15 @@ class BaseReference:
 
 @lru_cache(maxsize=1)
 def _loaded(reference: BaseReference) -> tuple[Any, Any]:
-    model, tokenizer = load_base(
-        reference.place,
-        dtype=getattr(torch, reference.dtype),
-        device=None if reference.device == "cpu" else reference.device,
-        attn_implementation=reference.attention,
-        revision=reference.revision,
-    )
+    # the caller has a bar of its own
+    with without_bars():
+        model, tokenizer = load_base(
+            reference.place,
+            dtype=getattr(torch, reference.dtype),
+            device=None if reference.device == "cpu" else reference.device,
+            attn_implementation=reference.attention,
+            revision=reference.revision,
+        )
     # what adapters record as their base
     model.config.name_or_path = model.name_or_path = reference.name
     if (found := _digest(model, tokenizer)) != reference.digest:

@@ -9,10 +9,10 @@ Functions that need tensors therefore import them themselves, the accepted excep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from loraweave.hub.adapter import Adapter
     from loraweave.hub.health.signatures import Key
-    from loraweave.hub.health.verify import Verification
+    from loraweave.hub.health.verify import Asked, Verification
     from loraweave.hub.intake.adding import Added, Addition
     from loraweave.hub.intake.discover import Found
     from loraweave.hub.pool import ExpertPool
@@ -335,14 +335,15 @@ class Hub(CompositionShelf):
             chosen = rows.every(connection) if names is None else [self._require_row(connection, name) for name in names]
             return [rows.change(connection, row, replace(row.record, card=signed(row.record, private))) for row in chosen]
 
-    def verify(self, *, signed_by: Key | Iterable[Key] | None = None) -> Verification:
+    def verify(self, *, signed_by: Key | Iterable[Key] | None = None, n_jobs: int | None = None) -> Verification:
         """Reads every row and every blob and reports what is damaged: `.ok`, `.problems`, `.intact`, `.orphans`.
 
         With `signed_by`, public keys, an adapter that none of them has signed as it is now is a problem, too.
+        `n_jobs` workers, or those that `joblib.parallel_config` names, read the blobs (docs/howto/many_machines.md).
         """
         from loraweave.hub.health.verify import verify
 
-        return verify(self._catalogue, self._blobs, self.path, signed_by)
+        return verify(self._catalogue, self._blobs, self.path, signed_by, partial(_blob_problems, self), n_jobs)
 
     def gc(self) -> int:
         """Deletes blobs that no adapter's version and no composition has, and what killed writers left; the bytes freed.
@@ -427,6 +428,12 @@ class Hub(CompositionShelf):
 
 def _absolute(place: str | Path) -> str:
     return str(place) if "://" in str(place) else str(Path(place).absolute())
+
+
+def _blob_problems(hub: Hub, asked: Sequence[Asked]) -> list[list[str]]:
+    from loraweave.hub.health.verify import many_blob_problems
+
+    return many_blob_problems(hub._blobs, asked)
 
 
 @lru_cache(maxsize=8)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from loraweave.common.spread import Failed, processes_here, require_all, spread
+from loraweave.common.spread import processes_here, require_all, spread
 from loraweave.composer.train.jobs import PlannedJob
 from loraweave.composer.train.memory import MemoryModel, free_bytes
 from loraweave.composer.train.report import SharedReport, TrainedAdapters
@@ -63,9 +63,7 @@ def train_groups(
     }
     given = {**options, "memory_bytes": budget, "progress": False}
     work = partial(_train_group, train, BaseReference.of(model, tokenizer), given, hub)
-    outcomes = dict(spread(work, pieces, n_jobs=n_jobs, label="training", bar=bar))
-    require_all(outcomes)
-    trained = [found for found in outcomes.values() if not isinstance(found, Failed)]
+    trained = list(require_all(dict(spread(work, pieces, n_jobs=n_jobs, label="training", bar=bar))).values())
     adapters = {name: adapter for each in trained for name, adapter in each.items()}
     if hub is not None:
         adapters = {name: hub[name] for name in keys}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
+from loraweave.common.display import progress_bar
+from loraweave.common.spread import require_all, spread
 from loraweave.errors import HubError
 from loraweave.hub import quarantine
 from loraweave.hub.health.signatures import Key, public_keys, signature_problems
@@ -33,10 +36,26 @@ class Verification:
         return not self.problems
 
 
+# adapters whose blobs are one piece of work
+MANY = 64
+
+# a blob, the hash of its content as the record has it, and whose it is
+Asked = tuple[rows.BlobRow, str, str]
+BlobProblems = Callable[[Sequence[Asked]], list[list[str]]]
+
+
 def verify(
-    catalogue: CatalogueStore, blobs: BlobStore, folder: Path, signed_by: Key | Iterable[Key] | None = None
+    catalogue: CatalogueStore,
+    blobs: BlobStore,
+    folder: Path,
+    signed_by: Key | Iterable[Key] | None,
+    blob_problems: BlobProblems,
+    n_jobs: int | None,
 ) -> Verification:
-    """Reads every row, every blob and the search indexes below `folder`. Damage is reported, not raised."""
+    """Reads every row, every blob and the search indexes below `folder`. Damage is reported, not raised.
+
+    `blob_problems`, by which a worker knows the blobs, is `many_blob_problems` of the hub, and `n_jobs` as in `spread`.
+    """
     signers = None if signed_by is None else public_keys(signed_by)
     problems: list[str] = []
     found: list[rows.Row] = []
@@ -65,8 +84,12 @@ def verify(
         problems += signature_problems([row.record for row in found], signers)
     intact = []
     files: dict[str, str] = {}
-    for row in found:
-        faults = [*_blob_problems(blobs, row, f"adapter {row.record.name!r}"), *file_problems(blobs, row.record, files)]
+    asked = [(row.blob, row.record.hash, f"adapter {row.record.name!r}") for row in found]
+    pieces = {f"from adapter {place + 1} on": asked[place : place + MANY] for place in range(0, len(asked), MANY)}
+    with progress_bar(False) as bar:
+        read = require_all(dict(spread(blob_problems, pieces, n_jobs=n_jobs, label="reading", bar=bar)))
+    for row, own in zip(found, chain.from_iterable(read[name] for name in pieces), strict=True):
+        faults = [*own, *file_problems(blobs, row.record, files)]
         if not faults:
             intact.append(row.record.name)
         elif _stands(catalogue, row):
@@ -76,7 +99,8 @@ def verify(
         # one blob serves several versions, and is read and complained about once
         if row.blob.hash not in seen:
             seen.add(row.blob.hash)
-            faults = list(_blob_problems(blobs, row, f"version {row.record.version} of adapter {row.record.name!r}"))
+            who = f"version {row.record.version} of adapter {row.record.name!r}"
+            faults = list(_blob_problems(blobs, (row.blob, row.record.hash, who)))
             problems += faults if faults and _stands(catalogue, row) else []
         faults = list(file_problems(blobs, row.record, files))
         problems += faults if faults and _stands(catalogue, row) else []
@@ -141,18 +165,24 @@ def _vector_problems(connection: Connection) -> Iterator[str]:
             yield f"the vector of row {seq} from embedder {embedder!r} is damaged; the next search makes it again"
 
 
-def _blob_problems(blobs: BlobStore, row: rows.Row, who: str) -> Iterator[str]:
-    place = blobs.place(row.blob.hash)
+def many_blob_problems(blobs: BlobStore, asked: Sequence[Asked]) -> list[list[str]]:
+    """What is wrong with each of these blobs."""
+    return [list(_blob_problems(blobs, each)) for each in asked]
+
+
+def _blob_problems(blobs: BlobStore, asked: Asked) -> Iterator[str]:
+    blob, expected, who = asked
+    place = blobs.place(blob.hash)
     try:
-        blobs.require(row.blob.hash, row.blob.file_sha256, who)
-        content = read_blob(blobs.local(row.blob.hash, row.blob.file_sha256, who), who).content_hash()
+        blobs.require(blob.hash, blob.file_sha256, who)
+        content = read_blob(blobs.local(blob.hash, blob.file_sha256, who), who).content_hash()
     except FileNotFoundError:
         yield f"{who}: blob {place} is missing; add the adapter again from its source"
     except (HubError, OSError) as error:
         yield str(error)
     else:
-        if content != row.record.hash:
-            yield f"{who}: the content of blob {place} has the hash {content}, not {row.record.hash}"
+        if content != expected:
+            yield f"{who}: the content of blob {place} has the hash {content}, not {expected}"
 
 
 def _stands(catalogue: CatalogueStore, row: rows.Row) -> bool:

@@ -18,6 +18,7 @@ from loraweave.cli._application import (
     JsonOption,
     ManyTagsOption,
     SeedOption,
+    WorkersOption,
 )
 from loraweave.cli._inputs import load_model, open_hub
 from loraweave.cli._printing import answer, note, plain, print_json, print_rows, record_row
@@ -248,11 +249,12 @@ def verify(
         list[str] | None,
         typer.Option(metavar="KEY", help="A public key, a PEM file or hexadecimal, that must have signed; may be repeated."),
     ] = None,
+    workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check every row and every file; exit status 1 when something is damaged, or not signed as it has to be."""
     with open_hub(hub) as opened:
-        found = opened.verify(signed_by=signed_by or None)
+        found = opened.verify(signed_by=signed_by or None, n_jobs=workers)
     if as_json:
         print_json({"ok": found.ok, "problems": found.problems, "intact": found.intact, "orphans": found.orphans})
     else:

@@ -123,8 +123,8 @@ def spread(
         workers.close()
 
 
-def require_all(outcomes: Mapping[str, Any]) -> None:
-    """Raises the error of the first piece that failed, with a note of the others that did."""
+def require_all(outcomes: Mapping[str, Result | Failed]) -> dict[str, Result]:
+    """The results; raises the error of the first piece that failed, with a note of the others that did."""
     failed = {name: each.error for name, each in outcomes.items() if isinstance(each, Failed)}
     for name, error in failed.items():
         error.add_note(f"this was piece {name!r} of {len(outcomes)}; the same call runs what failed again")
@@ -132,6 +132,7 @@ def require_all(outcomes: Mapping[str, Any]) -> None:
             if other != name:
                 error.add_note(f"{other!r} failed, too: {type(why).__name__}: {why}")
         raise error
+    return {name: each for name, each in outcomes.items() if not isinstance(each, Failed)}
 
 
 def _listed(names: Any) -> str:
@@ -228,7 +229,7 @@ class _Processes:
             if future.exception() is None:
                 self._idle.append(executor)
             else:
-                executor.shutdown(wait=False, kill_workers=True)
+                executor.shutdown(wait=True, kill_workers=True)
         executor = self._idle.pop() if self._idle else ProcessPoolExecutor(max_workers=1)
         begun: Future[Any] = executor.submit(call)
         self._busy[begun] = executor
@@ -236,7 +237,7 @@ class _Processes:
 
     def close(self) -> None:
         for executor in (*self._idle, *self._busy.values()):
-            executor.shutdown(wait=False, kill_workers=True)
+            executor.shutdown(wait=True, kill_workers=True)
 
 
 class _Counted:
@@ -298,13 +299,13 @@ def _called(call: Callable[[], Any]) -> Any:
 
 
 def _ray() -> Any:
-    """Ray, connected: to the cluster of `ray.init` or RAY_ADDRESS, else to one of this machine that listens on loopback."""
+    """Ray, connected to the cluster of `ray.init` or RAY_ADDRESS. None is started: it would listen on every address."""
     import ray
 
     if not ray.is_initialized():
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        own = {} if "RAY_ADDRESS" in os.environ else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
-        ray.init(**own)
+        if "RAY_ADDRESS" not in os.environ:
+            raise WorkersFailed('Ray is not connected: call ray.init(address="...") first, or set RAY_ADDRESS')
+        ray.init()
     return ray
 
 
