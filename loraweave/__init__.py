@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from loraweave.composer.programs.order import order
     from loraweave.composer.study.study import study
     from loraweave.composer.train.adapters import train_adapters
+    from loraweave.composer.train.remember import remember
     from loraweave.composer.transfer import transfer
     from loraweave.hub.adapter import Adapter
     from loraweave.hub.base import base_key, load_base
@@ -114,6 +115,7 @@ _MODULES = {
     "composer.compose.collect_statistics": "collect_statistics",
     "composer.merge.statistics": "Statistics",
     "composer.train.adapters": "train_adapters",
+    "composer.train.remember": "remember",
     "composer.transfer": "transfer",
     "composer.experts.together": "train_experts",
     "retrieval.training": "train_encoder",
@@ -208,6 +210,7 @@ __all__ = [
     "negate",
     "order",
     "parse",
+    "remember",
     "rerank",
     "router",
     "scale",

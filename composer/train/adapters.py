@@ -30,7 +30,7 @@ from loraweave.composer.train.jobs import LoraJob, PlannedJob, TrainingJob
 from loraweave.composer.train.ordered._course import Course
 from loraweave.composer.train.passes import lora_job
 from loraweave.composer.train.report import JobReport, TrainedAdapters
-from loraweave.composer.train.rows import HeldOut, Judging, can_be_packed, pack_task
+from loraweave.composer.train.rows import HeldOut, Judging, Texts, can_be_packed, pack_task
 from loraweave.composer.train.schedule import WARMUP_STEPS
 from loraweave.composer.train.settings import LoraSettings, read_endings, read_tasks
 from loraweave.composer.train.shared import SharedPasses
@@ -46,7 +46,7 @@ from loraweave.types import Fingerprint, Task
 def train_adapters(
     model: Any,
     tokenizer: Any,
-    tasks: Mapping[str, Task | GivenRows | Sequence[Task]],
+    tasks: Mapping[str, Task | Texts | GivenRows | Sequence[Task | Texts]],
     *,
     rank: Count = 8,
     steps: Count = 60,
@@ -57,6 +57,7 @@ def train_adapters(
     batch_size: Count = 8,
     target_modules: Sequence[str] = ("q_proj", "v_proj"),
     start: Mapping[str, Adapter] | None = None,
+    beside: Adapter | None = None,
     linearized: bool = False,
     continual: str | None = None,
     continual_options: Mapping[str, Any] | None = None,
@@ -75,8 +76,9 @@ def train_adapters(
     Each step runs up to `jobs_per_batch` jobs of similar length through the frozen base together, `batch_size` rows of each;
     a job gets the gradients of training it alone. When one ends, the next takes its place. `memory_bytes` is what a step may
     take, base and all, as `MemoryModel` estimates it: fewer jobs then share a step; by default it is what is free.
-    A list of tasks trains one adapter on all of them. A task that shows its own examples is trained on rows of up to 8, each
-    answer given those before it (`pack_task`), unless some are `held_out`.
+    A list of tasks trains one adapter on all of them. Of `Texts` every token is learned: continued pre-training. A task
+    that shows its own examples is trained on rows of up to 8, each answer given those before it (`pack_task`), unless some
+    are `held_out`.
     AdamW without weight decay, `warmup` steps of warm-up (at most half of all), then a cosine to zero; each job's gradient
     is clipped to norm 1. `alpha` is 2 * rank by default. `report` of the result has tokens a second, padding, memory, and
     how each job ended. The same call goes on from what `checkpoint`, a folder, has kept, to the same result.
@@ -94,6 +96,9 @@ def train_adapters(
     of Dask train groups of jobs, to the same bits for any number of workers (docs/howto/many_machines.md). They load the
     model by its name, and each may take `memory_bytes`. A `hub` gets the adapters of a group when it ends, and what it has
     of the very same training is not trained again.
+
+    Every task learns beside the adapter `beside`, which stays as it is, and only from what that one's a leaves of a layer's
+    inputs (`BesideJob`): its own update counts in any sum with that adapter as it was trained, and repeats nothing of it.
 
     With `continual`, a way of `lw.names("continual")` (docs/continual.md) and its `continual_options`, tasks are trained one
     after the other; a task's adapter is the whole model after it, and `start` can only have the first task's.
@@ -115,8 +120,10 @@ def train_adapters(
     judging = Judging(held_out, evaluate_every, patience)
     judging.require({name: sum(len(task.examples) for task in parts) for name, parts in prepared.items()})
     options = dict(continual_options or {})
-    beside = {"held_out": held_out, "memory_bytes": memory_bytes, "hub": hub, "n_jobs": n_jobs}
-    _require_way(continual, options, prepared, start or {}, linearized, beside)
+    others = {"held_out": held_out, "memory_bytes": memory_bytes, "hub": hub, "n_jobs": n_jobs}
+    _require_way(continual, options, prepared, start or {}, linearized, others)
+    if beside is not None:
+        _require_beside(model, beside, {"start": start, "linearized": linearized, "continual": continual})
     if hub is not None and not isinstance(hub, Hub):
         raise TrainingError(f"hub is {hub!r:.60}; pass a Hub that takes the adapters, or None")
     begins = require_startable(model, tasks, start or {})
@@ -126,7 +133,7 @@ def train_adapters(
     with untouched(model), progress_bar(progress, field="loss") as bar:
         if continual is None:
             shared = SharedPasses(model, tokenizer, bar, folder=folder, **shared_by)
-            apart = Apart(shared, settings, layers, prepared, rows, held_out_rows, begins, base)
+            apart = Apart(shared, settings, layers, prepared, rows, held_out_rows, begins, beside, base)
             if hub is None and processes_here(n_jobs) is None:
                 return apart.train()
             return _in_groups(apart, judging, hub, n_jobs)
@@ -152,6 +159,7 @@ def _in_groups(apart: Apart, judging: Judging, hub: Hub | None, n_jobs: int | No
         "evaluate_every": judging.every,
         "patience": judging.patience,
         "checkpoint": shared.folder,
+        "beside": apart.beside,
     }
     planned = [apart.plan(name) for name in apart.tasks]
     keys = {name: apart.key(name) for name in apart.tasks}
@@ -160,12 +168,17 @@ def _in_groups(apart: Apart, judging: Judging, hub: Hub | None, n_jobs: int | No
 
 
 def read_rows(
-    model: Any, tokenizer: Any, tasks: Mapping[str, Sequence[Task]], judging: Judging, seed: int
+    model: Any, tokenizer: Any, tasks: Mapping[str, Sequence[Task | Texts]], judging: Judging, seed: int
 ) -> tuple[Mapping[str, Sequence[EncodedRow]], dict[str, HeldOut]]:
     """The rows of each name's tasks, packed where they may be, and those held out."""
 
     def read(name: str, examples: Any) -> list[EncodedRow]:
-        task = examples if isinstance(examples, Task) else replace(tasks[name][0], examples=examples)
+        first = tasks[name][0]
+        if not isinstance(examples, Task | Texts):
+            examples = replace(first, texts=examples) if isinstance(first, Texts) else replace(first, examples=examples)
+        if isinstance(examples, Texts):
+            return examples.rows(model, tokenizer)
+        task: Task = examples
         packs = judging.held_out is None and can_be_packed(model, task)
         return [*pack_task(model, tokenizer, task, seed)] if packs else encode_pairs(model, tokenizer, task, task.examples)
 
@@ -176,10 +189,10 @@ def read_rows(
 def _require_way(
     way: str | None,
     options: Mapping[str, Any],
-    prepared: Mapping[str, Sequence[Task]],
+    prepared: Mapping[str, Sequence[Task | Texts]],
     start: Mapping[str, Adapter],
     linearized: bool,
-    beside: Mapping[str, Any],
+    others: Mapping[str, Any],
 ) -> None:
     """Raises UnknownName for an unknown way, TrainingError for an option that the way does not take."""
     if way is None:
@@ -190,8 +203,8 @@ def _require_way(
         raise TrainingError(f"continual={way!r} trains on one task at a time, and {several[0]!r} is a list of tasks")
     if linearized:
         raise TrainingError(f"continual={way!r} trains adapters that are not linearized: pass one of both")
-    if given := [option for option, value in beside.items() if value is not None]:
-        raise TrainingError(f"continual={way!r} takes none of {', '.join(beside)}: leave out {given[0]}")
+    if given := [option for option, value in others.items() if value is not None]:
+        raise TrainingError(f"continual={way!r} takes none of {', '.join(others)}: leave out {given[0]}")
     known = options_of(registry.get("continual", way), after=1)
     check_options(f"continual {way!r}", options, known, error=TrainingError)
     first = next(iter(prepared))
@@ -200,6 +213,14 @@ def _require_way(
             f"start has an adapter for task {later[0]!r}, but tasks that are learned one after the other begin once: "
             f"give the adapter to the first, {first!r}"
         )
+
+
+def _require_beside(model: Any, beside: Adapter, others: Mapping[str, Any]) -> None:
+    if clashing := [name for name, value in others.items() if value]:
+        raise TrainingError(f"beside is for new adapters that are trained apart, so {clashing[0]} must be left out")
+    if not isinstance(beside, Adapter):
+        raise TrainingError(f"nothing can be trained beside {beside!r:.60}: pass an Adapter")
+    _require_plain(Fitting(model), beside, "nothing can be trained beside")
 
 
 def target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -221,15 +242,16 @@ Layers = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Apart:
-    """`layers` has (O, I) of each target layer, `begins` the adapters that tasks begin from."""
+    """`layers` has (O, I) of each target layer, `begins` the adapters that tasks begin from; all learn beside `beside`."""
 
     shared: SharedPasses
     settings: LoraSettings
     layers: Layers
-    tasks: Mapping[str, Sequence[Task]]
+    tasks: Mapping[str, Sequence[Task | Texts]]
     rows: Mapping[str, Sequence[EncodedRow]]
     held_out: Mapping[str, HeldOut]
     begins: Mapping[str, Adapter]
+    beside: Adapter | None
     base: Fingerprint
 
     def train(self) -> TrainedAdapters:
@@ -254,7 +276,8 @@ class Apart:
     def plan(self, name: str) -> PlannedJob:
         settings = self.settings
         start = self.begins[name].layers if name in self.begins else None
-        make = partial(lora_job, self.shared.model, name, self.layers, settings, start)
+        beside = None if self.beside is None else self.beside.layers
+        make = partial(lora_job, self.shared.model, name, self.layers, settings, start, beside)
         if start is None:
             num_parameters = sum(settings.rank * (outputs + inputs) for outputs, inputs in self.layers.values())
         else:
@@ -266,19 +289,26 @@ class Apart:
         recipe: dict[str, Any] = {"method": "loraweave.train_adapters", **asdict(self.settings)}
         if start is not None:
             recipe["start"] = {"hash": start.hash, "name": start.name}
+        if self.beside is not None:
+            recipe["beside"] = {"hash": self.beside.hash, "name": self.beside.name}
         card = {"recipe": recipe, "training": report.to_json(), **quantization_of(self.shared.model)}
         return Adapter(job.name, self.shared.model.name_or_path, job.result(), self.base, card)
 
     def key(self, name: str) -> str:
         """Of all that a task's adapter depends on."""
         (task, *others), begin = self.tasks[name], self.begins.get(name)
-        examples = [[prompt_json(asked), target] for asked, target in task.examples]
-        parts: list[Any] = [asdict(self.settings), name, examples, task.instruction, task.template, self.base.to_json()]
+        said: list[Any] = [None, None, None]
+        if isinstance(task, Task):
+            examples = [[prompt_json(asked), target] for asked, target in task.examples]
+            said = [examples, task.instruction, task.template]
+        parts: list[Any] = [asdict(self.settings), name, *said, self.base.to_json()]
         parts.append(None if begin is None else begin.hash)
         if (held_out := self.held_out.get(name)) is not None:
             rows = [[row.prompt, row.target] for row in held_out.rows]
             parts += [rows, held_out.every, held_out.patience]
-        if others or task.demonstrations or task.chat:
+        if self.beside is not None:
+            parts.append(self.beside.hash)
+        if others or isinstance(task, Texts) or task.demonstrations or task.chat:
             parts.append([[row.prompt, row.target, row.labels] for row in self.rows[name]])
         return text_digest(json.dumps(parts, sort_keys=True))[:32]
 
@@ -301,17 +331,21 @@ def require_startable(model: Any, tasks: Collection[str], start: Mapping[str, Ad
         raise UnknownName(f"start has an adapter for {unknown[0]!r}, which is not a task; the tasks are {', '.join(tasks)}")
     fitting = Fitting(model)
     for name, adapter in start.items():
-        fitting.adapter(adapter.name, adapter)
-        require_everywhere(adapter.name, adapter, "training lets an adapter count for every token")
-        for layer, factors in adapter.layers.items():
-            if beyond := sorted(set(factors.tensors()) - TRAINED):
-                raise AdapterUnsupported(
-                    f"task {name!r} cannot start from adapter {adapter.name!r}: layer {layer!r} has {' and '.join(beyond)}, "
-                    "and only a_RI and b_OR are trained"
-                )
-            if factors.kind != "linear":
-                raise AdapterUnsupported(
-                    f"task {name!r} cannot start from adapter {adapter.name!r}: layer {layer!r} is of kind "
-                    f"{factors.kind!r}, and only linear layers are trained"
-                )
+        _require_plain(fitting, adapter, f"task {name!r} cannot start from")
     return dict(start)
+
+
+def _require_plain(fitting: Fitting, adapter: Adapter, refusal: str) -> None:
+    fitting.adapter(adapter.name, adapter)
+    require_everywhere(adapter.name, adapter, "training lets an adapter count for every token")
+    for layer, factors in adapter.layers.items():
+        if beyond := sorted(set(factors.tensors()) - TRAINED):
+            raise AdapterUnsupported(
+                f"{refusal} adapter {adapter.name!r}: layer {layer!r} has {' and '.join(beyond)}, and only a_RI and b_OR "
+                "are trained"
+            )
+        if factors.kind != "linear":
+            raise AdapterUnsupported(
+                f"{refusal} adapter {adapter.name!r}: layer {layer!r} is of kind {factors.kind!r}, and only linear layers "
+                "are trained"
+            )

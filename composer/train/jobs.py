@@ -15,7 +15,7 @@ from loraweave.common.randomness import seeded
 from loraweave.composer.model.batches import EncodedRow
 from loraweave.composer.train.rows import HeldOut
 from loraweave.composer.train.schedule import JobSize, Pace
-from loraweave.errors import LayerMismatch
+from loraweave.errors import LayerMismatch, TrainingError
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
@@ -155,6 +155,50 @@ class LinearizedJob(LoraJob):
         if not a_RI.requires_grad:
             return LowRank(a0_RI, b_OR, self.scale)
         return LowRank(torch.cat([a0_RI, a_RI - a0_RI]), torch.cat([b_OR, b0_OR], dim=1), self.scale)
+
+
+class BesideJob(LoraJob):
+    """A job beside a frozen adapter, in what that one leaves of a layer's inputs: y += b0 a0 x + s b a (I - q q^T) x.
+
+    q_IQ is an orthonormal basis of the rows of a0, so that the two updates have orthogonal row spaces, and sums of such jobs
+    repeat nothing of a0's: the hard form of Orthogonal Subspace Decomposition (Su et al. 2026, arXiv 2604.26768). Its text
+    was seen in part; that the projection stands within the loss, and on the inputs' side, is ours.
+    """
+
+    def __init__(self, name: str, factors: Pairs, scale: float, beside: Mapping[str, Factors]) -> None:
+        super().__init__(name, factors, scale)
+        device = next(iter(self.factors.values()))[0].device
+        self._beside = given_factors(beside, scale=scale, device=device)
+        shared = self._beside.keys() & self.factors.keys()
+        self._basis = {layer: torch.linalg.qr(self._beside[layer][0].T).Q for layer in shared}
+        if full := [layer for layer, q_IQ in self._basis.items() if q_IQ.shape[1] == len(q_IQ)]:
+            raise TrainingError(
+                f"job {name!r} has nowhere to learn in layer {full[0]!r}: the adapter beside it reads all "
+                f"{len(self._basis[full[0]])} directions of its inputs; give one of a lower rank"
+            )
+
+    @property
+    def layers(self) -> Collection[str]:
+        return {**self._beside, **self.factors}.keys()
+
+    def low_rank(self, layer: str) -> LowRank:
+        """The frozen update, and beside it the job's own."""
+        found = [self._beside[layer]] if layer in self._beside else []
+        if layer in self.factors:
+            found.append((self._projected(layer), self.factors[layer][1]))
+        a_RI, b_OR = (torch.cat(parts, dim=side) for side, parts in enumerate(zip(*found, strict=True)))
+        return LowRank(a_RI, b_OR, self.scale)
+
+    def result(self) -> dict[str, Factors]:
+        """The job's own update alone."""
+        return {
+            layer: Factors(self._projected(layer).detach().cpu(), (b_OR.detach().cpu() * self.scale).contiguous())
+            for layer, (_, b_OR) in self.factors.items()
+        }
+
+    def _projected(self, layer: str) -> Tensor:
+        a_RI, q_IQ = self.factors[layer][0], self._basis.get(layer)
+        return a_RI.clone() if q_IQ is None else a_RI - (a_RI @ q_IQ) @ q_IQ.T
 
 
 def tangent(adapter: Adapter, start: Adapter) -> Adapter:

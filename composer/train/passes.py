@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from loraweave.composer.live.call_router import arguments_of
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, tensors_in, token_losses
-from loraweave.composer.train.jobs import LinearizedJob, LoraJob, TrainingJob, given_factors, new_factors
+from loraweave.composer.train.jobs import BesideJob, LinearizedJob, LoraJob, TrainingJob, given_factors, new_factors
 from loraweave.composer.train.schedule import pad_apart
 from loraweave.composer.train.settings import LoraSettings
 from loraweave.errors import LayerMismatch
@@ -147,6 +147,7 @@ def lora_job(
     layers: Mapping[str, tuple[int, int]],
     settings: LoraSettings,
     start: Mapping[str, Factors] | None,
+    beside: Mapping[str, Factors] | None = None,
 ) -> LoraJob:
     """A job with new factors, or with those of `start`. Linearised jobs all begin with the same new a."""
     scale, device = settings.alpha / settings.rank, next(model.parameters()).device
@@ -155,6 +156,8 @@ def lora_job(
         pairs = new_factors(key, layers, rank=settings.rank, seed=settings.seed, device=device)
     else:
         pairs = given_factors(start, scale=scale, device=device)
+    if beside is not None:
+        return BesideJob(name, pairs, scale, beside)
     return (LinearizedJob if settings.linearized else LoraJob)(name, pairs, scale)
 
 

@@ -12,7 +12,7 @@ import torch
 from loraweave.common.chat import Conversation, Prompt, answered_ids
 from loraweave.common.checks import is_list, is_whole
 from loraweave.common.names import unknown_expert
-from loraweave.common.options import Range, fits
+from loraweave.common.options import Count, Range, fits
 from loraweave.common.randomness import seeded
 from loraweave.common.rows import FORMS, located, read_row
 from loraweave.composer.model.batches import IGNORED, EncodedRow, answer_ids, context_length, encode
@@ -293,6 +293,41 @@ def is_empty(rows: Any) -> bool:
 def examples_of(rows: Any) -> Any:
     """A task's examples; rows as they are."""
     return rows.examples if isinstance(rows, Task) else rows
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Plain texts to train on, instead of a task: continued pre-training, in which every token is predicted.
+
+    The tokens of all texts, an end of sequence after each, are one sequence, cut into rows of at most `length` tokens. A row
+    begins with the last token of the row before, so that each token but the first is predicted once in an epoch.
+    """
+
+    texts: Sequence[str]
+    length: Count = 256
+
+    def __post_init__(self) -> None:
+        if not is_list(self.texts, str) or not any(text.strip() for text in self.texts):
+            raise InvalidTask(f"texts are {self.texts!r:.60}; give a list of texts that are not all empty")
+        if not fits(self.length, Annotated[int, Range(least=2)]):
+            raise InvalidTask(f"length is {self.length!r}; a row has 2 tokens or more")
+
+    @property
+    def examples(self) -> Sequence[str]:
+        """The texts."""
+        return self.texts
+
+    def rows(self, model: Any, tokenizer: Any) -> list[EncodedRow]:
+        """The rows in their order. InvalidTask for an encoder-decoder, and for a length beyond the model's context."""
+        limit = context_length(model)
+        if model.config.is_encoder_decoder:
+            raise InvalidTask("an encoder-decoder reads one text and writes another: give pairs (input, target), not Texts")
+        if limit and self.length > limit:
+            raise InvalidTask(f"rows of texts have {self.length} tokens, but the model's context is {limit}: lower length")
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        ids = [token for text in self.texts for token in [*tokenizer(text, add_special_tokens=False)["input_ids"], *end]]
+        starts = range(0, max(1, len(ids) - 1), self.length - 1)
+        return [EncodedRow((ids[start],), tuple(ids[start + 1 : start + self.length])) for start in starts]
 
 
 # what a packed row shows at most: examples, and tokens; and the rows that few examples make

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from loraweave.common.checks import is_collection, is_list
 from loraweave.common.names import text_digest
 from loraweave.common.options import Count, NonNegative, Positive, Range, Whole, check_options, options_of
+from loraweave.composer.train.rows import Texts
 from loraweave.composer.train.schedule import Pace
 from loraweave.errors import InvalidTask, TrainingError
 from loraweave.routers.weights import LARGEST
@@ -142,18 +143,19 @@ def read_endings(target_modules: Sequence[str]) -> tuple[str, ...]:
     return tuple(target_modules)
 
 
-def read_tasks(tasks: Mapping[str, Any]) -> dict[str, tuple[Task, ...]]:
-    """The tasks of each name: one, or those of a list of tasks.
+def read_tasks(tasks: Mapping[str, Any]) -> dict[str, tuple[Task | Texts, ...]]:
+    """The tasks or texts of each name: one, or those of a list.
 
     Raises TrainingError for no tasks and for tasks without examples, InvalidTask for other rows.
     """
     if not isinstance(tasks, Mapping) or not tasks:
         raise TrainingError("no tasks to train: pass a mapping of names to examples")
     require_texts("task", tasks)
-    read = {}
+    read: dict[str, tuple[Task | Texts, ...]] = {}
     for name, given in tasks.items():
+        parts = [given] if isinstance(given, Texts) else given
         try:
-            read[name] = tuple(given) if is_list(given, Task) and given else (Task.of(given),)
+            read[name] = tuple(parts) if is_list(parts, Task | Texts) and parts else (Task.of(given),)
         except InvalidTask as error:
             raise InvalidTask(f"task {name!r}: {error}") from error
         if not all(task.examples for task in read[name]):

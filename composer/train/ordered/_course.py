@@ -19,6 +19,7 @@ from loraweave.common.rows import GivenRows
 from loraweave.composer.model.batches import EncodedRow
 from loraweave.composer.model.scoring import encode_pairs
 from loraweave.composer.train.passes import LoraJobs, job_losses
+from loraweave.composer.train.rows import Texts
 from loraweave.composer.train.settings import LoraSettings
 from loraweave.composer.train.state import load_adapter, save_adapter
 from loraweave.hub.adapter import Adapter
@@ -45,7 +46,7 @@ class Course:
     settings: LoraSettings
     bar: Progress
     layers: Mapping[str, tuple[int, int]]
-    tasks: Mapping[str, Task]
+    tasks: Mapping[str, Task | Texts]
     rows: Mapping[str, Sequence[EncodedRow]]
     start: Adapter | None
     base: Fingerprint

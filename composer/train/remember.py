@@ -1,0 +1,140 @@
+"""Documents as adapters: what each says is trained into one of its own, stored, and summed when it is asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from loraweave.common.checks import is_list
+from loraweave.common.options import Count, Positive, Whole, check_options, options_of
+from loraweave.common.rows import GivenRows
+from loraweave.composer.model import scoring
+from loraweave.composer.train.adapters import train_adapters
+from loraweave.errors import InvalidTask, TrainingError, UnknownName
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.hub import Hub
+from loraweave.hub.intake.adding import Addition
+from loraweave.types import CHAT_TEMPLATE, Record, Task
+
+MEMORY = "memory"
+# how questions are asked where nothing else is said
+QUESTIONS = Task([], instruction="Answer the question.")
+REWRITE = "Say the same in other words. Keep all names, numbers and facts."
+# words of a sentence that are given before the rest is asked for
+CUTS = (1 / 3, 2 / 3)
+MAX_REWRITTEN = 256
+
+
+def remember(
+    model: Any,
+    tokenizer: Any,
+    hub: Hub,
+    documents: Mapping[str, str],
+    *,
+    questions: Mapping[str, GivenRows] | None = None,
+    form: Task = QUESTIONS,
+    rewrites: Whole = 0,
+    beside: Adapter | None = None,
+    rank: Count = 2,
+    steps: Count = 60,
+    lr: Positive = 3e-3,
+    batch_size: Count = 8,
+    jobs_per_batch: Count = 4,
+    target_modules: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> list[Record]:
+    """An adapter for each document, {name: text}, stored in the hub with the tag "memory": PRAG (arXiv 2501.15915).
+
+    An adapter learns the ends of the document's sentences from their beginnings, and the answers to its `questions`, {name
+    of a document: (question, answer) rows}, as the `form` asks them: the first half with the document before the question,
+    the others without, as the authors' code does. `rewrites` more versions of the document, in the model's own words, are
+    learned like the document. The authors have a large model write the questions and a rewrite: give what yours has written.
+
+    `hub.search(question, tags="memory")` finds documents, and the authors sum those they find with weight 1 each:
+    `lw.Composer(model, hub.pool(names)).activate(dict.fromkeys(names, 1.0))`. Such sums repeat what all have learned of
+    answering. With `beside`, an adapter that answers questions of this form about other documents, each learns only from
+    what that one leaves of the inputs (OSD, arXiv 2604.26768; `train_adapters`); activate it at weight 1 with any of them.
+
+    A document that the hub has under its name gets a new version. With `checkpoint`, a folder, an interrupted call goes on.
+    Raises TrainingError for documents that are no texts, InvalidTask for one without a sentence of two words, UnknownName
+    for questions about an unknown document, and what `train_adapters` and `hub.add` raise.
+    """
+    check_options("remember()", {"rewrites": rewrites}, options_of(remember), error=TrainingError)
+    if not isinstance(documents, Mapping) or not documents or not is_list([*documents, *documents.values()], str):
+        raise TrainingError(f"documents are {documents!r:.80}; pass {{name: text}}, one or more")
+    asked = dict(questions or {})
+    if unknown := [name for name in asked if name not in documents]:
+        raise UnknownName(f"questions are about {unknown[0]!r}, which is no document; there are {', '.join(documents)}")
+    versions = _versions(model, tokenizer, documents, rewrites)
+    tasks = {
+        name: [_sentences(name, texts), *_questions(texts, form, asked.get(name, ()))] for name, texts in versions.items()
+    }
+    trained = train_adapters(
+        model,
+        tokenizer,
+        tasks,
+        beside=beside,
+        rank=rank,
+        steps=steps,
+        lr=lr,
+        batch_size=batch_size,
+        jobs_per_batch=jobs_per_batch,
+        target_modules=target_modules,
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    additions = [
+        Addition(adapter, description=documents[name], examples=split(documents[name]), tags=[MEMORY])
+        for name, adapter in trained.items()
+    ]
+    added = hub.add_many(additions, replace=True, anomalies="off")
+    for _, error in added.refused:
+        raise error
+    return [*added.records]
+
+
+def split(text: str) -> list[str]:
+    """The sentences of a text: each ends with its line, or in a full stop, question or exclamation mark before a space."""
+    return [found for part in re.split(r"(?<=[.!?])\s+|\s*\n\s*", text) if (found := " ".join(part.split()))]
+
+
+def _versions(model: Any, tokenizer: Any, documents: Mapping[str, str], rewrites: int) -> dict[str, list[str]]:
+    """Each document, and so many rewrites of it, each of the one before: answers are greedy, and would else be alike."""
+    found = {name: [text] for name, text in documents.items()}
+    chat = bool(getattr(tokenizer, "chat_template", None))
+    asking = Task([], instruction=REWRITE, chat=chat, template=CHAT_TEMPLATE if chat else None, stop=())
+    for _ in range(rewrites):
+        last = [texts[-1] for texts in found.values()]
+        answers = scoring.predict(model, tokenizer, asking, last, max_new_tokens=MAX_REWRITTEN)
+        for texts, answer in zip(found.values(), answers, strict=True):
+            # a model that says nothing has nothing to add
+            texts += [answer] if answer else []
+    return found
+
+
+def _sentences(name: str, texts: Sequence[str]) -> Task:
+    rows = list(dict.fromkeys(row for text in texts for sentence in split(text) for row in _cut(sentence)))
+    if not rows:
+        raise InvalidTask(f"document {name!r} has no sentence of two words or more: {texts[0]!r:.60}")
+    return Task(rows, template="{input}")
+
+
+def _cut(sentence: str) -> Iterator[tuple[str, str]]:
+    words = sentence.split()
+    if len(words) > 1:
+        for place in dict.fromkeys(max(1, int(share * len(words))) for share in CUTS):
+            yield " ".join(words[:place]), " ".join(words[place:])
+
+
+def _questions(texts: Sequence[str], form: Task, given: GivenRows) -> list[Task]:
+    """The questions of a document as tasks: one for each version that is shown before the first half, one for the others."""
+    rows = Task.of(given).examples
+    half = (len(rows) + 1) // 2
+    shown = [replace(form, examples=rows[:half], instruction=f"{text}\n{form.instruction}") for text in texts if rows]
+    return [*shown, *([replace(form, examples=rows[half:])] if rows[half:] else [])]
