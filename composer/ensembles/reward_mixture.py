@@ -6,10 +6,10 @@ The last hidden states of T members beside each other go through Linear(T h -> h
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,7 +36,6 @@ from loraweave.composer.ensembles.rewards import (
     pair_features,
     require_pairs,
     require_reward_head,
-    text_features,
 )
 from loraweave.composer.experts.exchange import require_expert_model
 from loraweave.composer.experts.expert_model import ExpertModel
@@ -92,39 +91,53 @@ class RewardMixture(nn.Module):
         with torch.no_grad():
             return self(features(engine, members, batch).to(self.outer.weight))  # type: ignore[no-any-return]
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What it is made of, as JSON."""
+        members = [None if member is None else dict(member) for member in self.members]
+        return {"members": members, "hidden_size": self.hidden_size, "hashes": self.hashes}
+
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes the head with its members' names, weights and hashes; the adapters stay where they are."""
-        target = Path(folder) / FILE
-        recipe = {
-            "format": FORMAT,
-            "members": [None if member is None else dict(member) for member in self.members],
-            "hidden_size": self.hidden_size,
-            "hashes": self.hashes,
-        }
-        tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-        with storage_errors(target, "saving a reward mixture"):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(target) as temporary:
-                save_tensors(tensors, temporary, metadata={"loraweave": json.dumps(recipe)})
-        return target.parent
+        return write_heads(self, Path(folder) / FILE, self.recipe)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> RewardMixture:
         """Reads what save_pretrained wrote; AdapterNotFound without it, AdapterCorrupt for a file that is damaged."""
-        path = Path(folder) / FILE
-        if not path.is_file():
-            raise AdapterNotFound(f"{folder} holds no {FILE}; save_pretrained() of a reward mixture writes it")
-        try:
-            with safe_open(path, framework="pt") as file:
-                recipe = json.loads((file.metadata() or {})["loraweave"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            if recipe["format"] != FORMAT:
-                raise CompositionError(f"{path} has format {recipe['format']}, but this version reads {FORMAT}")
-            found = cls(recipe["members"], recipe["hidden_size"], hashes=recipe["hashes"])
-            found.to(tensors["outer.weight"]).load_state_dict(tensors)
-        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise AdapterCorrupt(f"{path} is damaged ({type(error).__name__}: {error})") from error
-        return found
+        return read_heads(Path(folder) / FILE, lambda recipe: cls(**recipe))
+
+
+def write_heads(heads: nn.Module, target: Path, recipe: Mapping[str, Any]) -> Path:
+    """Writes the tensors with the recipe, whole or not at all, and returns their folder."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in heads.state_dict().items()}
+    with storage_errors(target, "saving a reward mixture"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(target) as temporary:
+            save_tensors(tensors, temporary, metadata={"loraweave": json.dumps({"format": FORMAT, **recipe})})
+    return target.parent
+
+
+H = TypeVar("H", bound=nn.Module)
+
+
+def read_heads(path: Path, make: Callable[[dict[str, Any]], H]) -> H:
+    """What `make` gives for the recipe, with the tensors of the file.
+
+    Raises AdapterNotFound without a file, AdapterCorrupt for one that is damaged, CompositionError for another format.
+    """
+    if not path.is_file():
+        raise AdapterNotFound(f"{path.parent} holds no {path.name}; save_pretrained() of such rewards writes it")
+    try:
+        with safe_open(path, framework="pt") as file:
+            recipe = json.loads((file.metadata() or {})["loraweave"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if (found_format := recipe.pop("format")) != FORMAT:
+            raise CompositionError(f"{path} has format {found_format}, but this version reads {FORMAT}")
+        found = make(recipe)
+        found.to(tensors["outer.weight"]).load_state_dict(tensors)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise AdapterCorrupt(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    return found
 
 
 def train_reward_mixture(
@@ -146,12 +159,13 @@ def train_reward_mixture(
     Raises WeightingError for other members, InvalidTask for invalid pairs, TrainingError for settings out of range and
     for a loss that is not finite.
     """
-    return _trained_mixture(engine, mixtures, pairs, HeadTraining(steps, lr, batch_size, seed), progress)
+    return trained_mixture(engine, mixtures, pairs, HeadTraining(steps, lr, batch_size, seed), progress)
 
 
-def _trained_mixture(
+def trained_mixture(
     engine: Composer, mixtures: Sequence[Any], pairs: Pairs, settings: HeadTraining, progress: bool
 ) -> RewardMixture:
+    """`train_reward_mixture`, whose settings have been checked."""
     members = known_members(engine, mixtures)
     for number, member in enumerate(members):
         if not (member is None or isinstance(member, Mapping)):
@@ -164,87 +178,6 @@ def _trained_mixture(
     head = with_seed(settings.seed, lambda: RewardMixture(members, preferred_MNH.shape[2], hashes=hashes)).to(preferred_MNH)
     fit(head, preferred_MNH, other_MNH, settings, progress=progress)
     return head
-
-
-class RoutedRewards(nn.Module):
-    """A head for each category, and the linear classifier of the base's features that finds a text's category.
-
-    The published router is a separate language model that reads the question alone.
-    """
-
-    def __init__(self, heads: Mapping[str, RewardMixture], hidden_size: int) -> None:
-        super().__init__()
-        self.categories = tuple(heads)
-        self.outer = nn.Linear(hidden_size, len(heads))
-        # names are free text, which no module may have
-        self.heads = nn.ModuleList(heads.values())
-
-    def categories_of(self, engine: Composer, batch: Mapping[str, Any]) -> list[str]:
-        """The category of each row of a batch."""
-        return [self.categories[place] for place in self._places(engine, batch).tolist()]
-
-    def rewards(self, engine: Composer, batch: Mapping[str, Any], *, questions: Mapping[str, Any] | None = None) -> Tensor:
-        """reward_B of each row of a batch, by its category's head alone; of `questions`, where given, is the category.
-
-        Raises WeightingError for another number of questions, and what the heads' `rewards` raise.
-        """
-        if questions is not None and rows_of(questions) != rows_of(batch):
-            raise WeightingError(f"there are {rows_of(questions)} questions for {rows_of(batch)} rows: give one for each")
-        place_B = self._places(engine, batch if questions is None else questions)
-        reward_B = self.outer.weight.new_zeros(len(place_B))
-        for place in sorted(set(place_B.tolist())):
-            rows = (place_B == place).nonzero()[:, 0]
-            head: Any = self.heads[place]
-            some = by_rows(align_right(batch), lambda value, rows=rows: value[rows.to(value.device)])  # type: ignore[misc]
-            reward_B[rows] = head.rewards(engine, some).to(reward_B)
-        return reward_B
-
-    @torch.no_grad()
-    def _places(self, engine: Composer, batch: Mapping[str, Any]) -> Tensor:
-        features_BH = features(engine, [None], batch)[0].to(self.outer.weight)
-        found_B: Tensor = self.outer(features_BH).argmax(dim=1)
-        return found_B
-
-
-def train_routed_rewards(
-    engine: Composer,
-    members: Mapping[str, Sequence[Member]],
-    pairs: Mapping[str, Pairs],
-    *,
-    steps: int = 300,
-    lr: float = 1e-3,
-    batch_size: int = 32,
-    seed: int = 0,
-    progress: bool = True,
-) -> RoutedRewards:
-    """RoutedRewards of the categories: each head learns from its category's pairs, the classifier from all their texts.
-
-    `members` and `pairs` are by category. Each head takes `steps` steps as `train_reward_mixture` does, and the classifier
-    as many of AdamW on the cross-entropy of all texts at once; model and adapters stay as they are.
-    Raises WeightingError for categories without pairs or members, InvalidTask for a text of two categories, and what
-    `train_reward_mixture` raises.
-    """
-    settings = HeadTraining(steps, lr, batch_size, seed)
-    if not members or set(members) != set(pairs):
-        raise WeightingError(
-            f"members are for the categories {list(members)} and pairs for {list(pairs)}: give both for each category"
-        )
-    category: dict[str, int] = {}
-    for place, name in enumerate(members):
-        for text in (text for pair in pairs[name] for text in pair):
-            if category.setdefault(text, place) != place:
-                other = list(members)[category[text]]
-                raise InvalidTask(f"text {text[:60]!r} has two categories, {other!r} and {name!r}: give it one")
-    heads = {name: _trained_mixture(engine, own, pairs[name], settings, progress) for name, own in members.items()}
-    features_NH = text_features(engine, [None], list(category), progress=progress)[0]
-    routed = with_seed(seed, lambda: RoutedRewards(heads, features_NH.shape[1])).to(features_NH)
-    category_N = torch.tensor(list(category.values()), device=features_NH.device)
-
-    def next_loss() -> Tensor:
-        return functional.cross_entropy(routed.outer(features_NH), category_N)
-
-    learn(routed.outer.parameters(), settings, next_loss, what="the classifier of categories", progress=progress)
-    return routed
 
 
 def expert_rewards(model: ExpertModel, batch: Mapping[str, Any]) -> Rewards:

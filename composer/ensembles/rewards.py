@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -148,17 +149,16 @@ def features(
     Of an encoder-decoder, of its decoder. Members and batch are those of `ensemble`; padding may be on
     either side. Raises what `ensemble` raises, and CompositionError for a model that gives no hidden state.
     """
-    members = known_members(engine, mixtures)
-    model: Any = engine.model
+    return _passes(engine, known_members(engine, mixtures), batch, rows_per_pass, partial(row_features, engine.model))
 
-    def read(inputs: dict[str, Any]) -> Tensor:
-        hidden_NTH = _last_hidden(model, inputs)
-        name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
-        place_N = last_positions(inputs, 1, hidden_NTH.shape[1], name)[:, 0].to(hidden_NTH.device)
-        found_NH = hidden_NTH[torch.arange(len(hidden_NTH), device=hidden_NTH.device), place_N]
-        return found_NH.to(torch.promote_types(found_NH.dtype, torch.float32))
 
-    return _passes(engine, members, batch, rows_per_pass, read)
+def row_features(model: Any, inputs: Inputs) -> Tensor:
+    """features_NH in fp32 or better: the last hidden state of each row's last real token, of the model as it is."""
+    hidden_NTH = _last_hidden(model, inputs)
+    name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
+    place_N = last_positions(inputs, 1, hidden_NTH.shape[1], name)[:, 0].to(hidden_NTH.device)
+    found_NH = hidden_NTH[torch.arange(len(hidden_NTH), device=hidden_NTH.device), place_N]
+    return found_NH.to(torch.promote_types(found_NH.dtype, torch.float32))
 
 
 def text_features(engine: Composer, mixtures: Sequence[Any], texts: Sequence[str], *, progress: bool = True) -> Tensor:
@@ -166,11 +166,7 @@ def text_features(engine: Composer, mixtures: Sequence[Any], texts: Sequence[str
 
     Raises CompositionError without a tokenizer, InvalidTask without texts and for one without tokens.
     """
-    if engine.tokenizer is None:
-        raise CompositionError("texts need a tokenizer: make the Composer with tokenizer=...")
-    ids = [list(row) for row in engine.tokenizer(list(texts))["input_ids"]] if texts else []
-    if not ids or not all(ids):
-        raise InvalidTask(f"text {ids.index([]) + 1} has no tokens" if ids else "there are no texts")
+    ids = text_ids(engine, texts)
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     starts = range(0, len(order), TEXTS_PER_BATCH)
     parts = []
@@ -179,6 +175,16 @@ def text_features(engine: Composer, mixtures: Sequence[Any], texts: Sequence[str
         parts.append(features(engine, mixtures, padded(engine.tokenizer, rows, next(engine.model.parameters()).device)))
     place_N = torch.tensor(order).argsort()
     return torch.cat(parts, dim=1)[:, place_N.to(parts[0].device)]
+
+
+def text_ids(engine: Composer, texts: Sequence[str]) -> list[list[int]]:
+    """The token ids of texts. Raises what `text_features` raises."""
+    if engine.tokenizer is None:
+        raise CompositionError("texts need a tokenizer: make the Composer with tokenizer=...")
+    ids = [list(row) for row in engine.tokenizer(list(texts))["input_ids"]] if texts else []
+    if not ids or not all(ids):
+        raise InvalidTask(f"text {ids.index([]) + 1} has no tokens" if ids else "there are no texts")
+    return ids
 
 
 def _last_hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -285,7 +291,7 @@ def fit(head: nn.Module, preferred_MNH: Tensor, other_MNH: Tensor, settings: Hea
 
 
 def learn(
-    parameters: Iterable[nn.Parameter], settings: HeadTraining, next_loss: Callable[[], Tensor], *, what: str, progress: bool
+    parameters: Iterable[Tensor], settings: HeadTraining, next_loss: Callable[[], Tensor], *, what: str, progress: bool
 ) -> None:
     """Takes the settings' steps of AdamW without weight decay, each down the gradient of the next loss.
 

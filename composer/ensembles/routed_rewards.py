@@ -1,0 +1,200 @@
+"""One of several rewards, by what was asked: the outer mixture of DMoERM (Quan 2024, arXiv 2403.01197)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loraweave.common.options import Whole, check_options
+from loraweave.common.randomness import with_seed
+from loraweave.composer.composer import Composer
+from loraweave.composer.ensembles.ensemble import align_right
+from loraweave.composer.ensembles.member_passes import by_rows, rows_of
+from loraweave.composer.ensembles.reward_mixture import Member, RewardMixture, read_heads, trained_mixture, write_heads
+from loraweave.composer.ensembles.rewards import (
+    Epochs,
+    HeadTraining,
+    Pairs,
+    features,
+    learn,
+    padded,
+    row_features,
+    text_features,
+    text_ids,
+)
+from loraweave.composer.model.batches import untouched
+from loraweave.composer.train.adapters import target_layers
+from loraweave.composer.train.passes import LoraJobs
+from loraweave.composer.train.settings import LoraSettings
+from loraweave.errors import BaseModelMismatch, InvalidTask, WeightingError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.base import base_key, fingerprint
+
+FILE = "routed_rewards.safetensors"
+ROUTER = "router"
+TARGETS = ("q_proj", "v_proj")
+
+
+class RoutedRewards(nn.Module):
+    """A head for each category, and a router that finds a question's category: argmax(W h + c).
+
+    h is the last hidden state of the question's last token, of the base with the LoRA `adapter`, or without where it is
+    None.
+    """
+
+    def __init__(self, heads: Mapping[str, RewardMixture], hidden_size: int, adapter: Adapter | None = None) -> None:
+        super().__init__()
+        self.categories = tuple(heads)
+        self.adapter = adapter
+        self.outer = nn.Linear(hidden_size, len(heads))
+        # names are free text, which no module may have
+        self.heads = nn.ModuleList(heads.values())
+
+    def categories_of(self, engine: Composer, batch: Mapping[str, Any]) -> list[str]:
+        """The category of each row of a batch. Raises BaseModelMismatch for another base than the router's."""
+        return [self.categories[place] for place in self._places(engine, batch).tolist()]
+
+    def rewards(self, engine: Composer, batch: Mapping[str, Any], *, questions: Mapping[str, Any] | None = None) -> Tensor:
+        """reward_B of each row of a batch, by its category's head alone; of `questions`, where given, is the category.
+
+        Raises WeightingError for another number of questions, and what `categories_of` and the heads' `rewards` raise.
+        """
+        if questions is not None and rows_of(questions) != rows_of(batch):
+            raise WeightingError(f"there are {rows_of(questions)} questions for {rows_of(batch)} rows: give one for each")
+        place_B = self._places(engine, batch if questions is None else questions)
+        reward_B = self.outer.weight.new_zeros(len(place_B))
+        for place in sorted(set(place_B.tolist())):
+            rows = (place_B == place).nonzero()[:, 0]
+            head: Any = self.heads[place]
+            some = by_rows(align_right(batch), lambda value, rows=rows: value[rows.to(value.device)])  # type: ignore[misc]
+            reward_B[rows] = head.rewards(engine, some).to(reward_B)
+        return reward_B
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes heads and router, the router's LoRA as a PEFT folder in it; the members' adapters stay where they are."""
+        if self.adapter is not None:
+            self.adapter.save_pretrained(Path(folder) / ROUTER)
+        heads = {name: head.recipe for name, head in zip(self.categories, self.heads, strict=True)}  # type: ignore[union-attr]
+        recipe = {"heads": heads, "hidden_size": self.outer.in_features, "adapted": self.adapter is not None}
+        return write_heads(self, Path(folder) / FILE, recipe)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> RoutedRewards:
+        """Reads what save_pretrained wrote; AdapterNotFound without it, AdapterCorrupt for a file that is damaged."""
+
+        def make(recipe: dict[str, Any]) -> RoutedRewards:
+            adapter = Adapter.from_pretrained(Path(folder) / ROUTER) if recipe["adapted"] else None
+            heads = {name: RewardMixture(**head) for name, head in recipe["heads"].items()}
+            return cls(heads, recipe["hidden_size"], adapter)
+
+        return read_heads(Path(folder) / FILE, make)
+
+    @torch.no_grad()
+    def _places(self, engine: Composer, batch: Mapping[str, Any]) -> Tensor:
+        with self._adapted(engine.model):
+            features_BH = features(engine, [None], batch)[0].to(self.outer.weight)
+        found_B: Tensor = self.outer(features_BH).argmax(dim=1)
+        return found_B
+
+    def _adapted(self, model: nn.Module) -> AbstractContextManager[object]:
+        """Inside, the model has the router's adapter."""
+        if self.adapter is None:
+            return nullcontext()
+        if why := self.adapter.base.differs(base_key(model)):
+            raise BaseModelMismatch(f"the router of these rewards was trained on another base model: {why}")
+        own = LoraSettings(rank=1, alpha=1.0)
+        return LoraJobs(model, {}, [ROUTER], own, {ROUTER: self.adapter.layers})
+
+
+def train_routed_rewards(
+    engine: Composer,
+    members: Mapping[str, Sequence[Member]],
+    pairs: Mapping[str, Pairs],
+    *,
+    questions: Mapping[str, Sequence[str]] | None = None,
+    rank: Whole = 8,
+    target_modules: Sequence[str] = TARGETS,
+    steps: int = 300,
+    lr: float = 1e-3,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> RoutedRewards:
+    """RoutedRewards of the categories: each head learns from its category's pairs, the router from all `questions`.
+
+    `members`, `pairs` and `questions` are by category; without questions the router learns from the texts of the pairs.
+    Each head takes `steps` steps as `train_reward_mixture` does, and the router as many of AdamW on the cross-entropy of the
+    category, over `batch_size` texts each. The published router is a language model of its own, trained as a whole, which
+    reads questions alone; here it is the base with a LoRA of `rank` in `target_modules`. With rank 0 the base stays as it
+    is, and W and c learn from all texts at once, in seconds.
+
+    Raises WeightingError for categories without pairs or members, InvalidTask for a text of two categories and a category
+    without questions, and what `train_reward_mixture` raises.
+    """
+    settings = HeadTraining(steps, lr, batch_size, seed)
+    check_options("the training", {"rank": rank}, {"rank": Whole})
+    if not members or set(members) != set(pairs):
+        raise WeightingError(
+            f"members are for the categories {list(members)} and pairs for {list(pairs)}: give both for each category"
+        )
+    category = _by_text(list(members), pairs, questions)
+    layers = target_layers(engine.model, target_modules) if rank else {}
+    heads = {name: trained_mixture(engine, own, pairs[name], settings, progress) for name, own in members.items()}
+    hidden_size = next(iter(heads.values())).hidden_size
+    found = with_seed(seed, lambda: RoutedRewards(heads, hidden_size)).to(next(iter(heads.values())).outer.weight)
+    jobs = LoraJobs(engine.model, layers, [ROUTER] if rank else [], LoraSettings(rank=max(rank, 1), alpha=16.0, seed=seed))
+    _learn_categories(engine, found, jobs, category, settings, progress)
+    if rank:
+        base = fingerprint(engine.model)
+        name = getattr(engine.model, "name_or_path", "")
+        found.adapter = Adapter(ROUTER, name, jobs.layers_of(ROUTER), base, {"categories": list(members)})
+    return found
+
+
+def _by_text(
+    names: Sequence[str], pairs: Mapping[str, Pairs], questions: Mapping[str, Sequence[str]] | None
+) -> dict[str, int]:
+    """{text: the place of its category} of all that the router learns from."""
+    if questions is not None and (lacking := [name for name in names if not questions.get(name)]):
+        raise InvalidTask(f"category {lacking[0]!r} has no questions for the router to learn from: give some of each")
+    found: dict[str, int] = {}
+    for place, name in enumerate(names):
+        texts = [text for pair in pairs[name] for text in pair] if questions is None else questions[name]
+        for text in texts:
+            if found.setdefault(text, place) != place:
+                raise InvalidTask(f"text {text[:60]!r} has two categories, {names[found[text]]!r} and {name!r}: give it one")
+    return found
+
+
+def _learn_categories(
+    engine: Composer,
+    found: RoutedRewards,
+    jobs: LoraJobs,
+    category: Mapping[str, int],
+    settings: HeadTraining,
+    progress: bool,
+) -> None:
+    """Trains the linear map, and the LoRA of `jobs` if there is one, in place."""
+    model, device = engine.model, found.outer.weight.device
+    ids, category_N = text_ids(engine, list(category)), torch.tensor(list(category.values()), device=device)
+    order = Epochs(len(ids), settings.seed)
+    known_NH = None if jobs.members else text_features(engine, [None], list(category), progress=progress)[0]
+
+    def next_loss() -> Tensor:
+        if known_NH is not None:
+            return functional.cross_entropy(found.outer(known_NH), category_N)
+        chosen = order.next(settings.batch_size)
+        rows = padded(engine.tokenizer, [ids[index] for index in chosen], next(model.parameters()).device)
+        with jobs:
+            features_NH = row_features(model, rows).to(found.outer.weight)
+        return functional.cross_entropy(found.outer(features_NH), category_N[chosen])
+
+    with untouched(model):
+        learning = [*found.outer.parameters(), *jobs.parameters()]
+        learn(learning, settings, next_loss, what="the router of categories", progress=progress)
