@@ -29,7 +29,7 @@ WAYS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "task_arithmetic, tuned": ("task_arithmetic", {"weight": 0.5, "exemplars": 8, "tuning_steps": 10}),
     "ilora": ("ilora", {}),
     "ilora, slow": ("ilora", {"decay": 0.95}),
-    "construct_vl": ("construct_vl", {}),
+    "construct_vl": ("construct_vl", {"replay": 0.0}),
     "inflora": ("inflora", {}),
 }
 FORGETTING: dict[str, Mapping[str, Any]] = {

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import loraweave as lw
+from loraweave.composer.model.batches import batch
+from loraweave.composer.model.scoring import encode_pairs
+from loraweave.composer.train.ordered import construct_vl
 from loraweave.composer.train.passes import own_parts
 from loraweave.errors import LayerMismatch
 
@@ -24,10 +27,10 @@ def test_ranks_add_up_and_every_prefix_is_a_past_model_to_the_bit(course):
 
 
 def test_executing_the_adapters_up_to_a_task_is_its_model_after_later_tasks(course, tiny_llama):
-    found = course("construct_vl")
+    found = course("construct_vl", replay=0.0)
     parts = own_parts(found)
     engine = lw.Composer(
-        tiny_llama, {**parts, "past model": course("construct_vl", {"upper": UPPER, "double": DOUBLE})["double"]}
+        tiny_llama, {**parts, "past model": course("construct_vl", {"upper": UPPER, "double": DOUBLE}, replay=0.0)["double"]}
     )
     ids = torch.tensor([[5, 9, 30, 41]])
     with torch.no_grad():
@@ -50,7 +53,7 @@ def test_a_task_begins_as_the_model_before_it(course, tiny_llama, tokenizer, mon
         return found
 
     monkeypatch.setattr(_course, "job_losses", noted)
-    before = course("construct_vl")["upper"]
+    before = course("construct_vl", replay=0.0)["upper"]
     rows, first_loss = losses[4]
     with torch.no_grad(), lw.Composer(tiny_llama, [before]).activate({"upper": 1.0}):
         expected = float(original(tiny_llama, tokenizer, rows, 1))
@@ -59,12 +62,87 @@ def test_a_task_begins_as_the_model_before_it(course, tiny_llama, tokenizer, mon
 
 def test_the_parts_are_what_each_task_added_also_to_a_start(course, tiny_llama, make_adapter):
     begin = make_adapter(tiny_llama, "begin", rank=3, targets=("q_proj", "down_proj"), seed=4)
-    found = course("construct_vl", settings={"start": {"upper": begin}})
+    found = course("construct_vl", settings={"start": {"upper": begin}}, attacks=1)
     parts = own_parts(found, start=begin)
     assert {name: part.rank for name, part in parts.items()} == dict.fromkeys(found, 2)
     for layer in found["count"].layers:
         terms = [term.delta(layer) for term in (begin, *parts.values()) if layer in term.layers]
         assert torch.allclose(sum(terms), found["count"].delta(layer), atol=1e-5)
+
+
+class Dense:
+    """A model with an adapter's dense updates in its weights, asked by embeddings: p of a row's target, and its slope."""
+
+    def __init__(self, make_model, adapter):
+        self.model = make_model("llama").requires_grad_(False)
+        for layer, factors in adapter.layers.items():
+            self.model.get_submodule(layer).weight += factors.b_OR @ factors.a_RI
+
+    def embedded(self, row):
+        return self.model.get_input_embeddings()(torch.tensor([[*row.prompt, *row.target]]))
+
+    def p(self, row, embedded):
+        logits_TV = self.model(inputs_embeds=embedded).logits[0].log_softmax(dim=-1)
+        first = len(row.prompt)
+        return torch.stack([logits_TV[first + n - 1, token] for n, token in enumerate(row.target)]).mean().exp()
+
+    def attack(self, row, attacks, size):
+        moved = self.embedded(row)
+        for _ in range(attacks):
+            moved = moved.detach().requires_grad_()
+            self.p(row, moved).backward()
+            moved = moved - size * moved.grad.sign()
+        return moved.detach()
+
+
+def test_the_replay_asks_the_new_model_to_doubt_where_an_attacked_past_one_does(
+    course, tiny_llama, make_model, tokenizer, tasks, monkeypatch
+):
+    from loraweave.composer.train.ordered import _course
+
+    seen, original = [], _course.descend
+
+    def noted(learners, losses, *rest, **settings):
+        def once(step):
+            found = losses(step)
+            seen.append((step, float(found.detach())))
+            return found
+
+        return original(learners, once, *rest, **settings)
+
+    monkeypatch.setattr(_course, "descend", noted)
+    chosen = {"batch_size": 2, "steps": 3}
+    found = course("construct_vl", replay=1.7, attacks=2, attack_size=0.2, settings=chosen)
+    with_replay = [loss for step, loss in seen if step == 0][2]
+    rows = encode_pairs(tiny_llama, tokenizer, lw.Task.of(tasks["count"]), lw.Task.of(tasks["count"]).examples)
+    # the third task begins as the second, which adds nothing: the first past model alone has another p
+    past, new = Dense(make_model, found["upper"]), Dense(make_model, found["double"])
+    terms, plain = [], []
+    for row in rows:
+        moved = past.attack(row, 2, 0.2)
+        doubt = past.p(row, past.embedded(row)) - past.p(row, moved)
+        terms.append(abs(float(doubt - (new.p(row, new.embedded(row)) - new.p(row, moved)))))
+        plain.append((-float(new.p(row, new.embedded(row)).log()), len(row.target)))
+    mean = sum(loss * count for loss, count in plain) / sum(count for _, count in plain)
+    assert with_replay == pytest.approx(mean + 1.7 * sum(terms) / len(terms), rel=1e-4)
+    assert sum(terms) > 1e-3
+
+
+def test_an_attack_leaves_padding_alone_and_the_models_embeddings_as_they_were(tiny_llama, tokenizer):
+    task = lw.Task.of([("a longer text", "A"), ("b", "B")])
+    stacked = batch(tiny_llama, tokenizer, encode_pairs(tiny_llama, tokenizer, task, task.examples))
+    tiny_llama.requires_grad_(False)
+    doubt_B, moved_BTI = construct_vl.attacked(tiny_llama, stacked, 3, 0.1)
+    assert bool((doubt_B > 0).all())
+    real_BT = stacked.inputs["attention_mask"].bool()
+    assert not bool(moved_BTI[~real_BT].any())
+    assert float(moved_BTI.abs().max()) == pytest.approx(0.3, rel=1e-5)
+    assert not tiny_llama.get_input_embeddings()._forward_hooks
+
+
+def test_replay_without_a_meaning_is_refused(course):
+    with pytest.raises(lw.TrainingError, match="replay=-1"):
+        course("construct_vl", replay=-1.0)
 
 
 def test_adapters_that_are_no_prefixes_have_no_parts(course):
