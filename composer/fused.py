@@ -9,6 +9,7 @@ that whatever is refused has changed nothing; `overwritten.py` draws the states 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraweave.common.checks import is_number
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.live.resolve import resolve, warn_of_licenses
 from loraweave.composer.merge.merge import layer_calls, layer_updates
@@ -76,7 +78,7 @@ class Fused:
     def __init__(
         self, model: nn.Module, make: MakeUpdates, originals: Place = "memory", max_loss: float | None = None
     ) -> None:
-        if max_loss is not None and not max_loss >= 0:
+        if max_loss not in (None, math.inf) and not is_number(max_loss, 0):
             raise CompositionError(f"max_loss={max_loss!r} is not a share of 0 or more of an update that may be lost")
         self._max_loss = max_loss
         self._originals = Originals(originals)

@@ -29,7 +29,7 @@ from loraweave.hub.tables import compositions as table
 from loraweave.hub.tables.compositions import CompositionRow
 
 # the file in which a folder says what it is
-RECIPES = ("composition.json", "formula.json")
+RECIPES = ("composition.json", "formula.json", "joint.json")
 MAX_FILES = 10_000
 
 

@@ -228,8 +228,8 @@ def test_the_loss_in_logits_is_that_of_the_formula_with_live_updates(tmp_path: P
             written.logits_loss(tokenizer, [])
 
 
-@pytest.mark.parametrize("limit", [-0.1, math.nan])
-def test_a_limit_that_is_no_share_is_refused(limit: float) -> None:
+@pytest.mark.parametrize("limit", [-0.1, math.nan, "a lot"])
+def test_a_limit_that_is_no_share_is_refused(limit: Any) -> None:
     model, _, adapter = setting("torchao int8")
     with (
         pytest.raises(CompositionError, match=r"max_loss.*share"),

@@ -1,0 +1,400 @@
+"""A thousand adapters in the memory of fifty: bases that many share, and a small middle of each one's own.
+
+    JointPool.fit(adapters)   clusters of like adapters; for each cluster and layer U, V (loraweave/lowrank/joint.py)
+    pool.errors               {name: |D - U M V| / |D| over all its layers}
+    pool.including(adapter)   one more, in the bases that are there
+    pool.activate(model, [..]) live: x V^T once for all rows, M for each row, U^T once; no adapter is made
+    pool.adapter(name)        what it then is as a plain adapter, for everything else
+
+Below about a hundred adapters the bases take more than they save: `pool.report` says so, and by how much.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import cast, get_args
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loraweave.common.checks import is_number, require_whole
+from loraweave.common.display import tracked
+from loraweave.common.files import replacing, require_replaceable
+from loraweave.common.names import unknown_expert
+from loraweave.composer.live.standing_in import CLAIMS
+from loraweave.composer.model.kinds._kind import by_row
+from loraweave.composer.model.layers import TargetLayer, target_layer
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported, CompositionError, ScopeError, WeightingError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.base import base_key
+from loraweave.hub.formats._card import json_text
+from loraweave.hub.formats._files import read_json
+from loraweave.hub.formats._safetensors import read_tensors, require_finite
+from loraweave.hub.pool import ExpertPool
+from loraweave.hub.same_base import require_same_base
+from loraweave.lowrank import joint
+from loraweave.lowrank.joint import Basis, Middle
+from loraweave.types import Factors, Fingerprint
+
+logger = logging.getLogger(__name__)
+
+FILE, BASES, MIDDLES, FORMAT = "joint.json", "bases.safetensors", "middles.safetensors", 1
+# numbers that stand for an adapter's layer while adapters are told apart: S x S of them
+SKETCH = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One adapter: its cluster, a middle for each layer, its error, and how many values it had."""
+
+    cluster: int
+    middles: Mapping[str, Tensor]
+    error: float
+    num_values: int
+
+
+@dataclass(frozen=True)
+class JointReport:
+    """`share` is what is kept of the adapters' values; errors are relative, in Frobenius norm."""
+
+    num_adapters: int
+    share: float
+    mean_error: float
+    largest_error: float
+
+    @property
+    def pays(self) -> bool:
+        """Whether there are enough adapters to share what is shared: as a rule, a hundred of them."""
+        return self.num_adapters >= 100 and self.share < 0.5
+
+    def __str__(self) -> str:
+        figures = (
+            f"{self.share:.1%} of the values, errors {self.mean_error:.3f} in the mean and {self.largest_error:.3f} at most"
+        )
+        if self.pays:
+            return f"{self.num_adapters} adapters in {figures}"
+        return f"{self.num_adapters} adapters in {figures}: this does not pay below about 100, store them as they are"
+
+
+@dataclass(frozen=True, eq=False)
+class JointPool:
+    """Adapters of one base as shared bases and middles; a value, which `including` copies."""
+
+    base_model: str
+    fingerprint: Fingerprint | None
+    middle: Middle
+    clusters: tuple[Mapping[str, Basis], ...]
+    members: Mapping[str, Member]
+
+    @classmethod
+    def fit(
+        cls,
+        adapters: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter],
+        *,
+        rank: int = 16,
+        clusters: int = 1,
+        middle: Middle = "full",
+        seed: int = 0,
+        progress: bool = True,
+    ) -> JointPool:
+        """Fits bases of `rank` for each of `clusters` groups of adapters, found by k-means over sketches of their updates.
+
+        Plain LoRA on linear layers only, all on the same layers. Raises AdapterUnsupported, naming the adapter, for anything
+        else, WeightingError for settings out of range, and what making an ExpertPool of them raises.
+        """
+        pool = ExpertPool.of(adapters)
+        require_whole("rank", rank, 1, WeightingError)
+        require_whole("clusters", clusters, 1, WeightingError)
+        if clusters > len(pool.names):
+            raise WeightingError(f"clusters={clusters}, and there are {len(pool.names)} adapters: take at most as many")
+        if middle not in get_args(Middle):
+            raise WeightingError(f"middle={middle!r} is none of {', '.join(get_args(Middle))}")
+        first = pool[pool.names[0]]
+        sizes = {layer: (part.b_OR.shape[0], part.a_RI.shape[1]) for layer, part in first.layers.items()}
+        for name in pool.names:
+            _require_plain(name, pool[name], sizes)
+            require_same_base(f"adapter {name!r}", pool[name].base, first.base)
+        groups = _groups(pool, clusters, seed)
+
+        def jobs() -> Iterator[tuple[list[Adapter], str]]:
+            for names in groups:
+                # of a lazy pool, opened once
+                own = [pool[name] for name in names]
+                yield from ((own, layer) for layer in first.layers)
+
+        size = len(first.layers)
+        fitted = [
+            joint.fit([each.layers[layer] for each in own], rank, middle, seed)
+            for own, layer in tracked(jobs(), "shared bases", total=len(groups) * size, shown=progress)
+        ]
+        bases = tuple(dict(zip(first.layers, fitted[at : at + size], strict=True)) for at in range(0, len(fitted), size))
+        made = cls(first.base_model, first.fingerprint, middle, bases, {})
+        cluster_of = {name: number for number, names in enumerate(groups) for name in names}
+        made = replace(made, members={name: made._member(pool[name], [cluster_of[name]]) for name in pool.names})
+        if not made.report.pays:
+            logger.warning("%s", made.report)
+        return made
+
+    def including(self, adapter: Adapter, *, max_error: float = 1.0, name: str | None = None) -> JointPool:
+        """One more adapter, in whichever bases are nearest to it; the others, and the bases, are as they were.
+
+        Raises WeightingError for a name that is taken and for an error above `max_error`, AdapterUnsupported as `fit`,
+        BaseModelMismatch for an adapter of another base.
+        """
+        name = name or adapter.name
+        if name in self.members:
+            raise WeightingError(f"the pool has an adapter {name!r} already: give another name")
+        sizes = {layer: (each.u_OR.shape[0], each.v_RI.shape[1]) for layer, each in self.clusters[0].items()}
+        _require_plain(name, adapter, sizes)
+        own = replace(adapter.base, id=self.base_model, revision=None, fingerprint=self.fingerprint)
+        require_same_base(f"adapter {name!r}", adapter.base, own)
+        found = self._member(adapter, range(len(self.clusters)))
+        if not found.error <= max_error:
+            raise WeightingError(
+                f"in the bases of this pool adapter {name!r} would have an error of {found.error:.3f}, above {max_error:g}: "
+                "keep it as it is, or fit a pool with it among the others"
+            )
+        return replace(self, members={**self.members, name: found})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.members)
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """{name: the norm of what is lost over that of the update}, over all its layers."""
+        return {name: member.error for name, member in self.members.items()}
+
+    @property
+    def report(self) -> JointReport:
+        shared = sum(basis.u_OR.numel() + basis.v_RI.numel() for bases in self.clusters for basis in bases.values())
+        own = sum(middle.numel() for member in self.members.values() for middle in member.middles.values())
+        errors = list(self.errors.values())
+        share = (shared + own) / sum(member.num_values for member in self.members.values())
+        return JointReport(len(errors), share, sum(errors) / len(errors), max(errors))
+
+    def adapter(self, name: str) -> Adapter:
+        """What is kept of an adapter, as a plain one: b = U M, a = V. UnknownExpert for a name that is not there."""
+        member = self._known(name)
+        bases = self.clusters[member.cluster]
+        layers = {
+            layer: Factors(bases[layer].v_RI, bases[layer].u_OR @ joint.as_matrix(middle))
+            for layer, middle in member.middles.items()
+        }
+        card = {"joint": {"error": member.error}}
+        return Adapter(name, self.base_model, layers, self.fingerprint, card)
+
+    def pool(self) -> ExpertPool:
+        """All of them as a lazy pool, whose adapters are made when they are used."""
+        return ExpertPool.on_demand(self.names, self.adapter)
+
+    @contextmanager
+    def activate(
+        self, model: nn.Module, mixture: Mapping[str, float] | Sequence[Mapping[str, float] | None]
+    ) -> Iterator[None]:
+        """Mixes them live for the length of the block, for calls in any thread: {name: weight} for all rows, or a list with
+        one, or None for the base, for each row; y = W x + U (sum of w M) (V x).
+
+        In a batch of k times as many rows as the list has, each counts for k in a row. Raises UnknownExpert,
+        WeightingError for weights that are not finite, LayerMismatch and BaseModelMismatch for another model,
+        AlreadyActive where another mixture is active, and ScopeError in a call with another number of rows.
+        """
+        rows = [mixture] if isinstance(mixture, Mapping) else [row or {} for row in mixture]
+        if not rows or not all(is_number(weight) for row in rows for weight in row.values()):
+            raise WeightingError("a mixture has a weight, which is a finite number, for each name, and at least one row")
+        used = sorted({self._known(name).cluster for row in rows for name in row})
+        base = base_key(model)
+        require_same_base(
+            "the joint pool", replace(base, id=self.base_model, revision=None, fingerprint=self.fingerprint), base
+        )
+        modules = dict(model.named_modules())
+        layers = {name: self._layer(modules, name) for name in self.clusters[0]}
+        hooks = {name: self._hook(name, layer, rows, used) for name, layer in layers.items() if used}
+        owner, held = object(), [model, *(layer.module for layer in layers.values())]
+        CLAIMS.take(owner, held)
+        handles = []
+        try:
+            handles = [layers[name].module.register_forward_hook(hook) for name, hook in hooks.items()]
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            CLAIMS.give_back(owner, held)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes joint.json, the bases, and the middles, each a file of its own: a hub that has the bases (of a pool that
+        has grown since) stores only what is new. `Hub.save_composition` keeps it."""
+        target = require_replaceable(Path(folder), lambda path: path.name in (FILE, BASES, MIDDLES))
+        layers = list(self.clusters[0])
+        bases = {
+            f"{number}.{place}.{part}": tensor.contiguous()
+            for number, cluster in enumerate(self.clusters)
+            for place, layer in enumerate(layers)
+            for part, tensor in (("u", cluster[layer].u_OR), ("v", cluster[layer].v_RI))
+        }
+        middles = {
+            f"{number}.{place}": member.middles[layer].contiguous()
+            for number, member in enumerate(self.members.values())
+            for place, layer in enumerate(layers)
+        }
+        members = [[name, each.cluster, each.error, each.num_values] for name, each in self.members.items()]
+        said = {"format": FORMAT, "base_model": self.base_model, "middle": self.middle, "layers": layers, "members": members}
+        said |= {"clusters": len(self.clusters), "fingerprint": self.fingerprint and self.fingerprint.to_json()}
+        with replacing(target) as new:
+            (new / FILE).write_text(json_text(said, "a joint pool"), encoding="utf-8")
+            (new / BASES).write_bytes(save(bases))
+            (new / MIDDLES).write_bytes(save(middles))
+        return target
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> JointPool:
+        """Reads what save_pretrained wrote, to the bit. AdapterCorrupt for damage, CompositionError for a newer form."""
+        folder = Path(folder)
+        said = read_json(folder, FILE)
+        try:
+            if said["format"] != FORMAT:
+                raise CompositionError(f"{folder / FILE} has format {said['format']!r:.20}, but this version reads {FORMAT}")
+            tensors = {key: tensor for key, _, tensor in read_tensors(folder, [BASES, MIDDLES])}
+            for key, tensor in tensors.items():
+                require_finite(tensor, str(folder), repr(key))
+            layers, middle = [str(layer) for layer in said["layers"]], said["middle"]
+            clusters = tuple(
+                {
+                    layer: Basis(tensors.pop(f"{number}.{at}.u"), tensors.pop(f"{number}.{at}.v"))
+                    for at, layer in enumerate(layers)
+                }
+                for number in range(int(said["clusters"]))
+            )
+            members = {}
+            for number, (name, cluster, error, num_values) in enumerate(said["members"]):
+                middles = {layer: tensors.pop(f"{number}.{at}") for at, layer in enumerate(layers)}
+                for layer, own in middles.items():
+                    rank = clusters[cluster][layer].u_OR.shape[1]
+                    wanted = (rank,) if middle == "diagonal" else (rank, rank)
+                    if clusters[cluster][layer].v_RI.shape[0] != rank or tuple(own.shape) != wanted:
+                        raise ValueError(f"layer {layer!r} of {name!r} has a middle of {tuple(own.shape)}, not {wanted}")
+                members[str(name)] = Member(int(cluster), middles, float(error), int(num_values))
+            if tensors or not members or middle not in get_args(Middle) or len(members) != len(said["members"]):
+                raise ValueError("its members, middle and tensors do not fit each other")
+            stored = said["fingerprint"]
+            fingerprint = None if stored is None else Fingerprint.from_json(stored)
+            return cls(str(said["base_model"]), fingerprint, cast(Middle, middle), clusters, members)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise AdapterCorrupt(f"{folder}: no intact joint pool ({type(error).__name__}: {error})") from error
+
+    def _known(self, name: str) -> Member:
+        if name not in self.members:
+            raise unknown_expert(name, self.members)
+        return self.members[name]
+
+    def _member(self, adapter: Adapter, clusters: Iterable[int]) -> Member:
+        """Its middles in the nearest of these clusters."""
+        found = []
+        size = sum(joint.squared_error(each, *_none_of(each)) for each in adapter.layers.values())
+        for number in clusters:
+            bases = self.clusters[number]
+            middles = {layer: joint.project(part, bases[layer], self.middle) for layer, part in adapter.layers.items()}
+            lost = sum(joint.squared_error(part, bases[layer], middles[layer]) for layer, part in adapter.layers.items())
+            found.append(Member(number, middles, math.sqrt(lost / size) if size else 0.0, adapter.num_values))
+        return min(found, key=lambda member: member.error)
+
+    def _layer(self, modules: Mapping[str, nn.Module], name: str) -> TargetLayer:
+        basis = self.clusters[0][name]
+        return target_layer(modules, name, Factors(basis.v_RI, basis.u_OR), "of the joint pool")
+
+    def _hook(self, name: str, layer: TargetLayer, rows: Sequence[Mapping[str, float]], used: Sequence[int]) -> _JointHook:
+        """U, V of the clusters in use beside each other, and for each row the middles, weighed, on their diagonal."""
+        weight = layer.parameter("weight")
+        device = torch.device("cpu") if weight is None else weight.device
+        bases = [self.clusters[number][name] for number in used]
+        starts = np.cumsum([0, *(basis.u_OR.shape[1] for basis in bases)]).tolist()
+        middles_BRR = torch.zeros(len(rows), starts[-1], starts[-1])
+        for row, mixed in zip(middles_BRR, rows, strict=True):
+            for expert, value in mixed.items():
+                member = self.members[expert]
+                at = slice(*starts[used.index(member.cluster) :][:2])
+                row[at, at] += value * joint.as_matrix(member.middles[name])
+        u_OR, v_RI = torch.cat([basis.u_OR for basis in bases], dim=1), torch.cat([basis.v_RI for basis in bases])
+        return _JointHook(name, *(each.to(device) for each in (v_RI, middles_BRR.mT.contiguous(), u_OR)))
+
+
+class _JointHook:
+    """y + ((x V^T) M^T) U^T, in the layer's dtype for the two large products and fp32 for the small one."""
+
+    def __init__(self, name: str, v_RI: Tensor, middles_BRR: Tensor, u_OR: Tensor) -> None:
+        self._name, self._v_RI, self._middles_BRR, self._u_OR = name, v_RI, middles_BRR, u_OR
+
+    def __call__(self, module: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        x = given[0]
+        if self._v_RI.dtype != y.dtype:
+            self._v_RI, self._u_OR = self._v_RI.to(y.dtype), self._u_OR.to(y.dtype)
+        hidden = functional.linear(x, self._v_RI)
+        if len(self._middles_BRR) == 1:
+            hidden = hidden.float() @ self._middles_BRR[0]
+        else:
+            copies, rest = divmod(x.shape[0], len(self._middles_BRR))
+            if rest or not copies or x.ndim < 2:
+                raise ScopeError(
+                    f"the mixture has {len(self._middles_BRR)} rows, but layer {self._name!r} is given {tuple(x.shape)}: "
+                    "give one mixture for all rows, or as many rows as the batch"
+                )
+            middles_BRR = self._middles_BRR if copies == 1 else self._middles_BRR.repeat_interleave(copies, dim=0)
+            hidden = (by_row(hidden).float() @ middles_BRR).view(*x.shape[:-1], -1)
+        return y + functional.linear(hidden.to(y.dtype), self._u_OR)
+
+
+def _none_of(factors: Factors) -> tuple[Basis, Tensor]:
+    """A basis of nothing, beside which all of an update is lost."""
+    num_out, num_in = factors.b_OR.shape[0], factors.a_RI.shape[1]
+    return Basis(torch.zeros(num_out, 1), torch.zeros(1, num_in)), torch.zeros(1, 1)
+
+
+def _require_plain(name: str, adapter: Adapter, sizes: Mapping[str, tuple[int, int]]) -> None:
+    if adapter.heads or adapter.invocation:
+        raise AdapterUnsupported(f"adapter {name!r} has heads or invocation tokens, which no bases can share: leave it out")
+    for layer, factors in adapter.layers.items():
+        if set(factors.tensors()) != {"a_RI", "b_OR"} or factors.kind != "linear":
+            raise AdapterUnsupported(
+                f"adapter {name!r} is no plain LoRA on a linear layer in {layer!r}, and only such share bases: leave it out"
+            )
+    own = {layer: (part.b_OR.shape[0], part.a_RI.shape[1]) for layer, part in adapter.layers.items()}
+    if other := sorted(set(own.items()) ^ set(sizes.items())):
+        raise AdapterUnsupported(
+            f"adapter {name!r} and the others differ in layer {other[0][0]!r}: fit a pool of its like apart"
+        )
+
+
+def _groups(pool: ExpertPool, clusters: int, seed: int) -> list[list[str]]:
+    """The names by cluster, in the pool's order; like adapters have a large inner product, which sketches keep."""
+    if clusters == 1:
+        return [list(pool.names)]
+    from sklearn.cluster import KMeans
+
+    generator = torch.Generator().manual_seed(seed)
+    draw = partial(torch.randn, generator=generator)
+    sides = {
+        layer: (draw(SKETCH, each.b_OR.shape[0]), draw(each.a_RI.shape[1], SKETCH))
+        for layer, each in pool[pool.names[0]].layers.items()
+    }
+    sketches = []
+    for name in pool.names:
+        layers = pool[name].layers
+        parts = [
+            ((left @ layers[layer].b_OR) @ (layers[layer].a_RI @ right)).flatten() for layer, (left, right) in sides.items()
+        ]
+        flat = torch.cat(parts)
+        sketches.append((flat / flat.norm().clamp_min(1e-12)).numpy())
+    labels = KMeans(clusters, n_init=4, random_state=seed).fit_predict(np.stack(sketches))
+    groups = [
+        [name for name, label in zip(pool.names, labels, strict=True) if label == number] for number in range(clusters)
+    ]
+    return [names for names in groups if names]
