@@ -109,38 +109,46 @@ def train_adapters(
     for workers that cannot be had or were lost, AdapterExists for a name that the hub has for something else;
     BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that no task can start from.
     """
-    endings = read_endings(target_modules)
     lora: dict[str, Any] = {"rank": rank, "steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed, "warmup": warmup}
     shared_by: dict[str, Any] = {"jobs_per_batch": jobs_per_batch, "memory_bytes": memory_bytes}
-    given = {**lora, **shared_by, "evaluate_every": evaluate_every, "patience": patience, "alpha": alpha}
-    check_options("train_adapters()", given, options_of(train_adapters), error=TrainingError)
-    lora["alpha"] = 2.0 * rank if alpha is None else alpha
-    settings = LoraSettings(**lora, target_modules=endings, linearized=linearized)
-    prepared = read_tasks(tasks)
-    judging = Judging(held_out, evaluate_every, patience)
+    judged: dict[str, Any] = {"evaluate_every": evaluate_every, "patience": patience}
+    settings = _settings(target_modules, linearized, alpha, {**shared_by, **judged}, **lora)
+    prepared, judging = read_tasks(tasks), Judging(held_out, evaluate_every, patience)
     judging.require({name: sum(len(task.examples) for task in parts) for name, parts in prepared.items()})
     options = dict(continual_options or {})
+    begun: dict[str, Any] = {"start": start, "linearized": linearized, "continual": continual}
     others = {"held_out": held_out, "memory_bytes": memory_bytes, "hub": hub, "n_jobs": n_jobs}
-    _require_way(continual, options, prepared, start or {}, linearized, others)
-    if beside is not None:
-        _require_beside(model, beside, {"start": start, "linearized": linearized, "continual": continual})
-    if hub is not None and not isinstance(hub, Hub):
-        raise TrainingError(f"hub is {hub!r:.60}; pass a Hub that takes the adapters, or None")
+    _require_sense(model, prepared, beside, begun, options, others)
     begins = require_startable(model, tasks, start or {})
     layers = target_layers(model, settings.target_modules) if continual is not None or len(begins) < len(tasks) else {}
     rows, held_out_rows = read_rows(model, tokenizer, prepared, judging, seed)
-    base, folder = fingerprint(model), checkpoint_folder(checkpoint)
     with untouched(model), progress_bar(progress, field="loss") as bar:
-        if continual is None:
-            shared = SharedPasses(model, tokenizer, bar, folder=folder, **shared_by)
-            apart = Apart(shared, settings, layers, prepared, rows, held_out_rows, begins, beside, base)
-            if hub is None and processes_here(n_jobs) is None:
-                return apart.train()
-            return _in_groups(apart, judging, hub, n_jobs)
-        alone, begin = {name: parts[0] for name, parts in prepared.items()}, begins.get(next(iter(tasks)))
-        on = model, tokenizer, settings, bar, layers
-        course = Course(continual, options, *on, alone, rows, begin, base, jobs_per_batch, folder)
-        return TrainedAdapters(registry.get("continual", continual)(course, **options))
+        shared = SharedPasses(model, tokenizer, bar, folder=checkpoint_folder(checkpoint), **shared_by)
+        apart = Apart(shared, settings, layers, prepared, rows, held_out_rows, begins, beside, fingerprint(model))
+        if continual is not None:
+            return _one_after_the_other(apart, continual, options)
+        alone = hub is None and processes_here(n_jobs) is None
+        return apart.train() if alone else _in_groups(apart, judging, hub, n_jobs)
+
+
+def _settings(
+    target_modules: Sequence[str], linearized: bool, alpha: float | None, others: Mapping[str, Any], **lora: Any
+) -> LoraSettings:
+    """Raises TrainingError for a setting that is out of its range, also for the others."""
+    endings = read_endings(target_modules)
+    given = {**lora, **others, "alpha": alpha}
+    check_options("train_adapters()", given, options_of(train_adapters), error=TrainingError)
+    scale = 2.0 * lora["rank"] if alpha is None else alpha
+    return LoraSettings(**lora, alpha=scale, target_modules=endings, linearized=linearized)
+
+
+def _one_after_the_other(apart: Apart, way: str, options: Mapping[str, Any]) -> TrainedAdapters:
+    """What a way of `lw.names("continual")` makes of the tasks."""
+    shared, alone = apart.shared, {name: parts[0] for name, parts in apart.tasks.items()}
+    on = shared.model, shared.tokenizer, apart.settings, shared.bar, apart.layers
+    begin = apart.begins.get(next(iter(alone)))
+    course = Course(way, options, *on, alone, apart.rows, begin, apart.base, shared.jobs_per_batch, shared.folder)
+    return TrainedAdapters(registry.get("continual", way)(course, **options))
 
 
 def _in_groups(apart: Apart, judging: Judging, hub: Hub | None, n_jobs: int | None) -> TrainedAdapters:
@@ -184,6 +192,22 @@ def read_rows(
 
     found = {name: [row for task in parts for row in read(name, task)] for name, parts in tasks.items()}
     return judging.split(found, read, seed)
+
+
+def _require_sense(
+    model: Any,
+    prepared: Mapping[str, Sequence[Task | Texts]],
+    beside: Adapter | None,
+    begun: Mapping[str, Any],
+    options: Mapping[str, Any],
+    others: Mapping[str, Any],
+) -> None:
+    """Raises TrainingError for a hub that is none and arguments that exclude each other, and what `_require_way` raises."""
+    if not isinstance(others["hub"], Hub | None):
+        raise TrainingError(f"hub is {others['hub']!r:.60}; pass a Hub that takes the adapters, or None")
+    if beside is not None:
+        _require_beside(model, beside, begun)
+    _require_way(begun["continual"], options, prepared, begun["start"] or {}, begun["linearized"], others)
 
 
 def _require_way(
