@@ -289,7 +289,7 @@ def mixture_updates(
     """What `method` makes of a task-scope mixture, for every layer that it changes; one is held at a time."""
     weights = resolve(mixture, pool)
     if not isinstance(weights, MixtureWeights) or weights.scope != "task":
-        scope = weights.scope if isinstance(weights, MixtureWeights) else f"router {type(weights).__name__}"
+        scope = getattr(weights, "scope", f"router {type(weights).__name__}")
         raise ScopeError(f"cannot fuse weights that vary with the input ({scope}): activate() them instead")
     warn_of_licenses(weights, pool)
     call = MethodCall(method, options)

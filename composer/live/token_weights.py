@@ -319,7 +319,7 @@ def _pays(*sizes: int) -> bool:
 
 def _require_experts(w_BTE: Tensor, router: object, layer: str, num_experts: int) -> None:
     if not isinstance(w_BTE, Tensor) or w_BTE.ndim != 3 or w_BTE.shape[2] != num_experts:
-        found = tuple(w_BTE.shape) if isinstance(w_BTE, Tensor) else type(w_BTE).__name__
+        found = tuple(getattr(w_BTE, "shape", ())) or type(w_BTE).__name__
         raise WeightingError(
             f"router {type(router).__name__} gave {found} for layer {layer!r}; expected w_BTE with the {num_experts} "
             "experts of the pool on its last axis"

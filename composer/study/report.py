@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Sequence
 from html import escape
 from importlib.util import find_spec
@@ -222,9 +221,7 @@ def _tex(text: str) -> str:
 
 def _csv(rows: Sequence[Sequence[object]]) -> str:
     written = io.StringIO()
-    csv.writer(written, lineterminator="\n").writerows(
-        ["" if isinstance(value, float) and math.isnan(value) else value for value in row] for row in rows
-    )
+    csv.writer(written, lineterminator="\n").writerows(["" if value != value else value for value in row] for row in rows)
     return written.getvalue()
 
 

@@ -62,8 +62,11 @@ def pico(
     if merged is None:
         return None
     aim = sum(abs(each.weight) * each.norm for each in parts) / num
-    size = algebra.norm(merged) if isinstance(merged, Factors) else float(merged.delta_OI.double().norm())
-    gamma = aim / size if rescale and size > NULL * aim else 1.0
+
+    def gamma(size: float) -> float:
+        return aim / size if rescale and size > NULL * aim else 1.0
+
     if isinstance(merged, DenseUpdate):
-        return replace(merged, delta_OI=merged.delta_OI * gamma)
-    return as_factors(merged, merged.b_OR.double() * gamma, merged.a_RI.clone(), merged.bias_O)
+        return replace(merged, delta_OI=merged.delta_OI * gamma(float(merged.delta_OI.double().norm())))
+    b_OR = merged.b_OR.double() * gamma(algebra.norm(merged))
+    return as_factors(merged, b_OR, merged.a_RI.clone(), merged.bias_O)
