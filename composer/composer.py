@@ -18,9 +18,8 @@ from loraweave.composer.explain.cost import Cost, mixture_cost
 from loraweave.composer.explain.explanation import Explanation, plan_reading
 from loraweave.composer.explain.worth import expert_losses, leave_one_out
 from loraweave.composer.fused import Fused, fused, mixture_updates
+from loraweave.composer.live import layout
 from loraweave.composer.live.fitting import Fitting
-from loraweave.composer.live.layout import Place as LayerPlace
-from loraweave.composer.live.layout import find_places
 from loraweave.composer.live.mixer import Activation
 from loraweave.composer.live.pipeline import calls_of, live_layers, with_calls
 from loraweave.composer.live.plan import KeptPlans
@@ -49,8 +48,7 @@ class Composer:
     The model may be a diffusers pipeline (docs/diffusion.md). Making one changes nothing in it, but checks every adapter:
     whether this is its base, by docs/identity.md (BaseModelMismatch; BaseModelUnverified, a warning, where names and shapes
     alone say so), and each layer's presence, kind and shape (LayerMismatch). A trained magnitude or bias is resolved against
-    the base's weights as they are now. Factors take no part in training. For a lazy pool's experts all this happens when one
-    is first used.
+    the base's weights as they are now. Factors take no part in training. A lazy pool's experts are checked on first use.
 
     Experts that were used stay where the layers are. `device_budget_bytes` bounds what they take on devices other than the
     CPU, `host_budget_bytes` in the CPU's memory; those used longest ago then make room (docs/pools.md). None is no limit.
@@ -119,8 +117,7 @@ class Composer:
 
         `mixture` is {name: weight} for all rows, or {name: {start of a layer's path: weight}}; a list with one of these, or
         None for the base, per row of the batch; MixtureWeights; a router; for pipelines also a function of (step, steps)
-        that gives one, or a Composite. It counts for calls in this thread (or asyncio task); the handle's `run` takes it
-        into another. In a layer
+        that gives one, or a Composite. It counts in this thread (or asyncio task); the handle's `run` takes it into another.
         y = W x + ((x a^T) * w) b^T + sum over e of w_e (gain_e y0 + bias_e); rows of weight zero are the base bit for bit.
         In a batch of k times as many rows as the mixture has (beams, return sequences), each counts for k consecutive ones.
         An expert with invocation tokens has its weight from the last place in a row's prompt that has them on, 0 before.
@@ -429,10 +426,10 @@ class Composer:
             "a Composer stands beside one model and cannot be copied or pickled: copy the model, and make a Composer for it"
         )
 
-    def _source(self) -> tuple[Callable[[str], Adapter], Callable[[], Mapping[str, LayerPlace]]]:
+    def _source(self) -> tuple[Callable[[str], Adapter], Callable[[], Mapping[str, layout.Place]]]:
         """What the residents ask for an expert and for the layers' places: not this object, which would make a cycle."""
         model, fitting, adapters = self.model, self._fitting, self._bound.adapters
-        return adapters.__getitem__, lambda: find_places(model, fitting.layers)
+        return adapters.__getitem__, lambda: layout.find_places(model, fitting.layers)
 
     def _require_open(self) -> None:
         if self._closed:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from loraweave.common.checks import is_whole
+from loraweave.common.checks import is_list, is_whole
 from loraweave.composer.live.pipeline import Composite
 from loraweave.errors import WeightingError
 from loraweave.hub.adapter import Adapter
@@ -24,14 +24,14 @@ def switch(names: Sequence[str], *, every: int = 1, weight: float = 1.0) -> Sche
     LoRA Switch, Multi-LoRA Composition (2402.16843), eq. 2; its code holds the first one step longer. Text encoders have the
     first. Raises WeightingError for no names, or for `every` below 1.
     """
-    if not names or isinstance(names, str) or not is_whole(every, 1):
+    if not names or not is_list(names, str) or not is_whole(every, 1):
         raise WeightingError(f"switch() takes a list of names and every=1 or more steps, not {names!r} and every={every!r}")
     return lambda step, steps: {names[step // every % len(names)]: weight}
 
 
 def composite(names: Sequence[str], *, weight: float = 1.0) -> Composite:
     """The mean of what is predicted with each expert alone, in every step: LoRA Composite (2402.16843), eq. 3."""
-    if isinstance(names, str):
+    if not is_list(names, str):
         raise WeightingError(f"composite() takes a list of names, not {names!r}")
     return Composite(tuple({name: weight} for name in names))
 

@@ -38,6 +38,7 @@ class Fitting:
     def __init__(self, model: nn.Module) -> None:
         require_model(model)
         self._model = model
+        self._pipeline = model if isinstance(model, Pipeline) else None
         self._modules = dict(model.named_modules())
         self._lock = lock_of(self)
         self._paths = ModulePaths(model)
@@ -67,8 +68,8 @@ class Fitting:
     def require_unchanged(self, experts: Iterable[str] | None = None, *, closely: bool = False) -> None:
         """Raises CompositionError when the model has another module in the place of a target layer so far, or other weights
         than those that one of these experts (None: of all) depends on; `closely` looks at values too."""
-        if isinstance(self._model, Pipeline):
-            self._model.require_same_parts()
+        if self._pipeline is not None:
+            self._pipeline.require_same_parts()
         self._paths.require_unchanged()
         self._weights.require_unchanged(experts, closely=closely)
 
@@ -82,7 +83,7 @@ class Fitting:
 
     def placed(self, pool: ExpertPool) -> ExpertPool:
         """The pool with each adapter as `placed_adapter` gives it; the very pool for a model that is no pipeline."""
-        if not isinstance(self._model, Pipeline):
+        if self._pipeline is None:
             return pool
         if pool.lazy:
             return ExpertPool(OnDemand(pool.names, lambda name: self.placed_adapter(name, pool.adapters[name])))
@@ -94,16 +95,16 @@ class Fitting:
         What was made for one part alone is compared with that part and then counts as made for the pipeline.
         Raises LayerMismatch for a layer without one place, BaseModelMismatch for a part with other weights.
         """
-        if not isinstance(self._model, Pipeline):
+        if self._pipeline is None:
             return adapter
-        paths = self._model.paths(adapter.layers, f"expert {name!r}")
+        paths = self._pipeline.paths(adapter.layers, f"expert {name!r}")
         layers = {paths[layer]: factors for layer, factors in adapter.layers.items()}
         parts = {path.partition(".")[0] for path in layers}
-        own = self._model.get_submodule(parts.pop()) if len(parts) == 1 else None
+        own = self._pipeline.get_submodule(parts.pop()) if len(parts) == 1 else None
         if own is None or adapter.fingerprint is None or adapter.fingerprint.shapes != fingerprint(own).shapes:
             return adapter if tuple(layers) == tuple(adapter.layers) else replace(adapter, layers=layers)
         require_same_base(f"expert {name!r}", adapter.base, base_key(own))
-        return replace(adapter, layers=layers, base_model=self._model.name_or_path, fingerprint=self._key.fingerprint)
+        return replace(adapter, layers=layers, base_model=self._pipeline.name_or_path, fingerprint=self._key.fingerprint)
 
     def accepted(self, pool: ExpertPool) -> ExpertPool:
         """The pool, where some experts fit by names and shapes alone with the model's fingerprint in all that have none.

@@ -67,18 +67,23 @@ def _weights_by_name(rows: list[Mapping[str, float] | None], pool: ExpertPool) -
     return MixtureWeights(torch.cat(values, dim=2), tuple(names), layers)
 
 
+def _by_block(weight: Any) -> Mapping[str, float]:
+    """{start of a layer's path: weight}; a weight alone is that of all layers."""
+    return weight if isinstance(weight, Mapping) else {"": weight}
+
+
 def _at(layer: str, row: Mapping[str, Any] | None) -> dict[str, float]:
     """{name: weight} of one layer: by {block: weight} that of the longest path that it lies below, and else 0."""
     found = {}
     for name, weight in (row or {}).items():
-        by_block = weight if isinstance(weight, Mapping) else {"": weight}
+        by_block = _by_block(weight)
         blocks = [block for block in by_block if not block or f"{layer}.".startswith(f"{block}.")]
         found[name] = by_block[max(blocks, key=len)] if blocks else 0.0
     return found
 
 
 def _require_blocks(rows: list[Mapping[str, Any] | None], layers: Iterable[str]) -> None:
-    for name, block in ((n, block) for row in rows if row for n, w in row.items() if isinstance(w, Mapping) for block in w):
+    for name, block in ((n, block) for row in rows if row for n, weight in row.items() for block in _by_block(weight)):
         if not isinstance(block, str) or (block and not any(f"{layer}.".startswith(f"{block}.") for layer in layers)):
             raise WeightingError(
                 f"expert {name!r} has a weight for the block {block!r}, below which none of the mixture's experts updates a "

@@ -334,19 +334,19 @@ def _merged(method: Method, case: Case) -> Adapter:
 
 def _weights(method: Method, names: Sequence[str]) -> list[float] | None:
     """One for each adapter: one number for all, a list in their order, or a mapping; None for equal shares."""
-    given = method.said.get("weights")
-    if given is None:
-        return None
-    if is_number(given):
-        return [float(given)] * len(names)
-    if isinstance(given, Mapping):
-        require_known(f"weights of method {method.name!r}: they", given, names, noun="adapter")
-        return [float(given.get(name, 0.0)) for name in names]
-    if not is_list(given) or len(given) != len(names):
-        raise WeightingError(
-            f"weights of method {method.name!r} are {given!r:.60}, for {len(names)} adapters: {', '.join(names)}"
-        )
-    return list(given)
+    match given := method.said.get("weights"):
+        case None:
+            return None
+        case Mapping():
+            require_known(f"weights of method {method.name!r}: they", given, names, noun="adapter")
+            return [float(given.get(name, 0.0)) for name in names]
+        case _ if is_number(given):
+            return [float(given)] * len(names)
+        case _ if is_list(given) and len(given) == len(names):
+            return list(given)
+    raise WeightingError(
+        f"weights of method {method.name!r} are {given!r:.60}, for {len(names)} adapters: {', '.join(names)}"
+    )
 
 
 def _trained(method: Method, case: Case) -> Adapter:

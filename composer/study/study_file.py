@@ -133,8 +133,11 @@ class _Reader:
         return Study(**found)
 
     def _tasks(self, found: Mapping[str, Any]) -> tuple[StudyTask, ...]:
-        given = self.said.get("tasks")
-        listed = given if is_list(given) else [given] if isinstance(given, str | Mapping) else []
+        match given := self.said.get("tasks"):
+            case str() | Mapping():
+                listed: Sequence[Any] = [given]
+            case _:
+                listed = given if is_list(given) else []
         tasks = tuple(self._task({"file": each} if isinstance(each, str) else each, found) for each in listed)
         self._require_names("tasks", [task.name for task in tasks])
         return tasks

@@ -16,6 +16,7 @@ from pathlib import PurePath
 from typing import Any
 
 from loraweave.errors import SourceUnavailable
+from loraweave.hub.formats._files import entry
 from loraweave.serving.verify.answers import Answer, top_of
 
 MAX_BYTES = 8 << 20
@@ -177,7 +178,7 @@ def _rows(found: Any) -> list[Mapping[str, Any]]:
 def _said(data: bytes) -> str:
     body = _json(data)
     error = body.get("error", body)
-    return str(error.get("message", error) if isinstance(error, Mapping) else error)[:300]
+    return str(entry(error, "message", object) or error)[:300]
 
 
 def _seconds(text: str | None) -> float:
