@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -111,7 +111,8 @@ def spread(
             bar.update(shown, description=f"{label} {_listed(running.values())}")
             for future in wait(running, timeout=COUNTED_S, return_when=FIRST_COMPLETED).done:
                 name = running.pop(future)
-                lost = future.exception()
+                # a cluster that goes away cancels what it had
+                lost = CancelledError("cancelled") if future.cancelled() else future.exception()
                 tries[name] += 1
                 if lost is not None and tries[name] < TRIES:
                     logger.warning("%s: the worker of %s is lost (%s); another takes it", label, name, _line(lost))

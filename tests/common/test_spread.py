@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 from functools import partial
+from pathlib import Path
 
+import engines
 import joblib
 import pytest
 import torch
@@ -15,6 +17,7 @@ from loraweave.common.display import progress_bar
 from loraweave.common.spread import Failed, processes_here, require_all, spread
 from loraweave.errors import InvalidTask, WorkersFailed
 
+ROOT = Path(__file__).parents[2]
 TRIED = 2
 DIES_ONCE, DIES_ALWAYS, RAISES, IS_PECULIAR = 1, 5, 2, 3
 PIECES = {f"piece {number}": number for number in range(8)}
@@ -155,3 +158,15 @@ def test_a_dask_worker_that_dies_costs_its_piece_and_no_result(dask_cluster, tmp
         found = outcomes(tmp_path, pieces, n_jobs=None)
     assert {name: result[0] for name, result in found.items()} == {name: number**2 for name, number in pieces.items()}
     assert runs(tmp_path, DIES_ONCE) == 2
+
+
+@pytest.mark.slow
+def test_a_ray_worker_that_dies_costs_its_piece_and_ray_is_not_started_unasked(tmp_path):
+    script = ROOT / "tests" / "engine_scripts" / "ray_pieces.py"
+    # ray's own processes would else yield to all others
+    settings = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    said = engines.run("flower", script, {"root": str(ROOT), "folder": str(tmp_path)}, timeout=300, **settings)
+    assert said["refused"] == 'Ray is not connected: call ray.init(address="...") first, or set RAY_ADDRESS'
+    assert said["failed"] == {"raises": "ValueError: its disk is full"}
+    assert said["elsewhere"] == ["a", "b", "c", "dies"]
+    assert said["ran"] == {"dies": 2, "raises": 1, "a": 1, "b": 1, "c": 1}

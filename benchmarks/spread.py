@@ -1,0 +1,317 @@
+"""Work spread over processes of this machine and over Ray and Dask clusters on it, whose workers are killed meanwhile.
+
+    python -m benchmarks spread overhead [--pieces 400]            what handing out a piece costs
+    python -m benchmarks spread train [--adapters 200 --every 20]  adapters trained and indexed while workers are killed
+    python -m benchmarks spread resume [--workers 2]               a study whose driver is killed
+
+Clusters are several nodes, as processes of one machine that listen on loopback; of `--backends loky,dask,ray` each needs its
+package. The base is a random Llama of two blocks over characters. What a network costs is not measured.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import string
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import joblib
+import psutil
+import torch
+import transformers
+import typer
+import yaml
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+import loraweave as lw
+from benchmarks._models import random_adapter
+from benchmarks._run import ROOT, Run, Table, console
+from loraweave.common.display import progress_bar
+from loraweave.common.spread import logger, spread
+
+app = typer.Typer()
+
+WORKERS = 4
+SECONDS = (1, 10, 60)
+Backends = Annotated[str, typer.Option(help="some of loky, dask, ray")]
+
+
+@app.command()
+def overhead(
+    context: typer.Context, backends: Backends = "loky,dask,ray", pieces: Annotated[int, typer.Option(min=50)] = 400
+) -> None:
+    """Empty pieces on four workers, beside concurrent.futures' pool; efficiency is t / (t + 4 o) at o seconds a piece."""
+    run: Run = context.obj
+    table = Table(
+        f"{pieces} empty pieces on {WORKERS} workers",
+        ("backend", "first result, s", "a piece, ms", *(f"efficiency at {seconds} s" for seconds in SECONDS)),
+    )
+    ways: dict[str, Callable[[], Iterator[Any]]] = {"concurrent.futures": lambda: _pooled(pieces)}
+    for backend in backends.split(","):
+        ways[backend] = lambda backend=backend: _spread_over(backend, pieces)
+    for name, way in ways.items():
+        first, each = _paced(way(), pieces)
+        shares = [f"{seconds / (seconds + WORKERS * each):.1%}" for seconds in SECONDS]
+        table.add(name, f"{first:.1f}", f"{1e3 * each:.2f}", *shares)
+    run.show(table)
+
+
+def _paced(results: Iterator[Any], pieces: int) -> tuple[float, float]:
+    """Seconds to the first result, and seconds a piece once all workers are there, after the first fifth."""
+    next(results)
+    started = time.perf_counter()
+    begun = [time.perf_counter() for _ in results]
+    settled = pieces // 5
+    return started - STARTED[0], (begun[-1] - begun[settled]) / (len(begun) - 1 - settled)
+
+
+# when the workers were asked for: a cluster stands before
+STARTED = [0.0]
+
+
+def _nothing(piece: int) -> int:
+    return piece
+
+
+def _pooled(pieces: int) -> Iterator[Any]:
+    STARTED[0] = time.perf_counter()
+    with ProcessPoolExecutor(WORKERS) as pool:
+        yield from as_completed([pool.submit(_nothing, piece) for piece in range(pieces)])
+
+
+def _spread_over(backend: str, pieces: int) -> Iterator[Any]:
+    with workers(backend), progress_bar(False) as bar:
+        STARTED[0] = time.perf_counter()
+        yield from spread(_nothing, {str(n): n for n in range(pieces)}, n_jobs=None, label="nothing", bar=bar)
+
+
+@contextmanager
+def workers(backend: str) -> Iterator[None]:
+    """Four workers of that kind, over which the block spreads what it does; "here" is this process."""
+    if backend == "here":
+        yield
+    elif backend == "loky":
+        with joblib.parallel_config(backend="loky", n_jobs=WORKERS):
+            yield
+    elif backend == "dask":
+        import distributed
+
+        local = {"host": "127.0.0.1", "dashboard_address": None, "threads_per_worker": 1, "silence_logs": logging.CRITICAL}
+        with (
+            distributed.LocalCluster(n_workers=WORKERS, **local) as cluster,
+            distributed.Client(cluster),
+            joblib.parallel_config(backend="dask"),
+        ):
+            yield
+    else:
+        with _ray_cluster(), joblib.parallel_config(backend="ray"):
+            yield
+
+
+@contextmanager
+def _ray_cluster() -> Iterator[None]:
+    """A head without cores, and four nodes of one core."""
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    # on a busy machine its workers would else yield to everything, and end where others fill the memory
+    settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_memory_monitor_refresh_ms": "0"}
+    os.environ.update({**settings, **paths})
+    import ray
+    from ray.cluster_utils import Cluster
+    from ray.util.joblib import register_ray
+
+    register_ray()
+    # nodes of their own loopback addresses: of 127.0.0.1 Ray makes that of the machine
+    local: list[dict[str, Any]] = [
+        {"node_ip_address": f"127.0.0.{2 + node}", "include_dashboard": False} for node in range(WORKERS + 1)
+    ]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **local[0]})
+    try:
+        for node in local[1:]:
+            cluster.add_node(num_cpus=1, **node)
+        own = {"_node_ip_address": local[0]["node_ip_address"], "log_to_driver": False, "logging_level": "ERROR"}
+        ray.init(address=cluster.address, **own)
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    backends: Backends = "loky,dask,ray",
+    adapters: Annotated[int, typer.Option(min=1, help="how many are trained")] = 200,
+    every: Annotated[float, typer.Option(help="seconds between two kills")] = 20.0,
+    steps: Annotated[int, typer.Option(min=1, help="of each training")] = 100,
+) -> None:
+    """Adapters trained into a hub on four workers, of which one is killed every few seconds, beside one process."""
+    run: Run = context.obj
+    tasks = {f"add {n}": [(str(k), str(k + n)) for k in range(8)] for n in range(adapters)}
+    table = Table(
+        f"{adapters} adapters of {steps} steps on {WORKERS} workers, one killed every {every:g} s",
+        (
+            "backend",
+            "workers killed",
+            "pieces handed out again",
+            "in the hub",
+            "found by its index",
+            "equal",
+            "s",
+        ),
+    )
+    known: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model, tokenizer = tiny_base(Path(folder) / "base")
+        for backend in ("here", *backends.split(",")):
+            lost = _Counting()
+            with lw.Hub(Path(folder) / backend) as hub, workers(backend), _killing(backend, every, run.seed) as killed, lost:
+                started = time.perf_counter()
+                settings: dict[str, Any] = {"rank": 4, "steps": steps, "batch_size": 4, "seed": run.seed}
+                trained = lw.train_adapters(model, tokenizer, tasks, hub=hub, progress=False, **settings)
+                seconds = time.perf_counter() - started
+                assert {name: adapter.hash for name, adapter in trained.items()} == {r.name: r.hash for r in hub}
+                there = {record.name: record.hash for record in hub}
+                known = known or there
+                same = sum(known[name] == digest for name, digest in there.items())
+                indexed = len({hit.name for hit in hub.search("add 17", k=2 * adapters)})
+                problems = hub.verify().problems
+            assert not problems, problems
+            table.add(backend, *map(str, (len(killed), lost.count, len(there), indexed, same)), f"{seconds:.0f}")
+            console.print(" ".join(table.rows[-1]))
+    run.show(table)
+
+
+class _Counting(logging.Handler):
+    """Counts the pieces that `spread` says it hands out again."""
+
+    count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += 1
+
+    def __enter__(self) -> None:
+        logger.addHandler(self)
+
+    def __exit__(self, *error: object) -> None:
+        logger.removeHandler(self)
+
+
+# how the processes that run pieces are called
+CALLED = {"loky": "LokyProcess", "dask": "multiprocessing", "ray": "ray::"}
+
+
+@contextmanager
+def _killing(backend: str, every: float, seed: int) -> Iterator[list[int]]:
+    """Kills one of the workers, drawn by the seed, every few seconds until the block ends; the list has their ids."""
+    killed: list[int] = []
+    over, generator = threading.Event(), random.Random(seed)
+
+    def kill() -> None:
+        while backend in CALLED and not over.wait(every):
+            found = [each for each in psutil.Process().children(recursive=True) if _works(each, backend)]
+            if found:
+                victim = generator.choice(sorted(found, key=lambda process: process.pid))
+                victim.kill()
+                killed.append(victim.pid)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        thread.join()
+
+
+def _works(process: psutil.Process, backend: str) -> bool:
+    try:
+        # loky and multiprocessing have processes beside, which track resources
+        words = " ".join(process.cmdline())
+        beside = any(word in words for word in ("resource_tracker", "forkserver", "raylet"))
+        return CALLED[backend] in words and not beside
+    except psutil.Error:
+        return False
+
+
+def tiny_base(folder: Path) -> tuple[Any, Any]:
+    """A random Llama of two blocks over printable characters, loaded from the folder that it is saved to."""
+    known = ["<pad>", "</s>", *string.printable]
+    inner = Tokenizer(models.WordLevel({token: place for place, token in enumerate(known)}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=len(known), initializer_range=0.3, pad_token_id=0, eos_token_id=1, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model, loaded = lw.load_base(folder)
+    return model.requires_grad_(False), loaded
+
+
+@app.command()
+def resume(
+    context: typer.Context, workers: Annotated[int, typer.Option(min=2)] = 2, after: Annotated[int, typer.Option()] = 30
+) -> None:
+    """A study of 6 methods on every unseen task whose driver is killed after some cells, beside one that is not."""
+    run: Run = context.obj
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        model, _ = tiny_base(folder / "base")
+        for name in "abcd":
+            random_adapter(model, name, "qv", run.seed, rank=4).save_pretrained(folder / "pool" / name)
+        lora = {"method": "lora", "steps": 5, "batch_size": 2}
+        said: dict[str, Any] = {
+            "base": "base",
+            "pool": "pool",
+            "tasks": [str(path) for path in sorted((run.data / "unseen").glob("*.jsonl"))],
+            "methods": ["base", "in_context", "0.5*a + 0.5*b", "ties(a, b, c; density=0.5)", "best_single", lora],
+            "num_test": 4,
+            "max_new_tokens": 8,
+            "metrics": ["exact_match"],
+        }
+        (folder / "study.yaml").write_text(yaml.safe_dump(said))
+        command = [sys.executable, "-m", "loraweave", "study", str(folder / "study.yaml"), "--workers", str(workers)]
+        cells = folder / "spread" / "cells"
+        first = subprocess.Popen([*command, "--out", str(folder / "spread")], stdout=subprocess.DEVNULL)
+        while first.poll() is None and len(list(cells.glob("*.json"))) < after:
+            time.sleep(0.05)
+        children = psutil.Process(first.pid).children(recursive=True)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        _, alive = psutil.wait_procs(children, timeout=30)
+        before = {path: path.stat().st_mtime_ns for path in cells.glob("*.json")}
+        subprocess.run([*command, "--out", str(folder / "spread")], check=True, stdout=subprocess.DEVNULL)
+        whole = lw.study(folder / "study.yaml", out=folder / "one", progress=False)
+        found = {path.name: _answered(path) for path in cells.glob("*.json")}
+        alone = {path.name: _answered(path) for path in (folder / "one" / "cells").glob("*.json")}
+        same = sum(found.get(name) == answers for name, answers in alone.items())
+        again = sum(path.stat().st_mtime_ns != stamp for path, stamp in before.items())
+    columns = (
+        "cells",
+        "done when the driver was killed",
+        "of these done again",
+        "workers left behind",
+        "equal",
+    )
+    table = Table(f"{len(said['tasks'])} tasks x {len(said['methods'])} methods, {workers} workers", columns)
+    table.add(*map(str, (len(alone), len(before), again, len(alive), same)))
+    assert not whole.failures, whole.failures
+    run.show(table)
+
+
+def _answered(path: Path) -> Any:
+    """What a cell has answered, without the time that it took."""
+    said = json.loads(path.read_text(encoding="utf-8"))
+    return {key: value for key, value in said.items() if key not in ("seconds", "cpu_seconds")}
