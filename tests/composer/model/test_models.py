@@ -52,6 +52,12 @@ def pixels() -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(NUM_ROWS, 3, 8, 8, generator=torch.Generator().manual_seed(1))}
 
 
+def text_with_image() -> dict[str, Tensor]:
+    # the four patches of the row's image stand in its text
+    images = torch.full((NUM_ROWS, 4), IMAGE_TOKEN)
+    return {**pixels(), "input_ids": torch.cat([images, text()["input_ids"]], dim=1)}
+
+
 def speech() -> dict[str, Tensor]:
     features = torch.randn(NUM_ROWS, 6, 16, generator=torch.Generator().manual_seed(1))
     return {"input_features": features, "decoder_input_ids": text()["input_ids"][:, :4]}
@@ -70,6 +76,9 @@ EXPERTS |= {"num_experts": 4, "num_local_experts": 4}
 SEQUENCES = {**SPECIAL, "d_model": 16, "decoder_start_token_id": 0}
 LAYERS = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
 LAYERS |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+IMAGE_TOKEN = 60
+TOWERS = {"text_config": {"model_type": "llama", **HEADS}, "image_token_index": IMAGE_TOKEN, "image_seq_length": 4}
+TOWERS |= {"vision_config": {"model_type": "clip_vision_model", **SIZES, "image_size": 8, "patch_size": 4}}
 WAVES = {"conv_dim": (8, 8), "conv_stride": (2, 2), "conv_kernel": (3, 2), "num_feat_extract_layers": 2}
 WAVES |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
 LM, SEQ2SEQ = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
@@ -139,6 +148,13 @@ FAMILIES = {
     "wav2vec2": Family("AutoModelForCTC", {**SPECIAL, **SIZES, **WAVES}, ("conv_layers.1.conv", "k_proj", "lm_head"), waves),
     "vit": Family(
         IMAGES, {**SIZES, "image_size": 8, "patch_size": 4, "num_labels": 3}, ("projection", "q_proj", "fc1"), pixels
+    ),
+    # in the text tower, the vision tower and between them
+    "llava": Family(
+        "AutoModelForImageTextToText",
+        {**TOWERS, "vision_feature_layer": -1},
+        ("linear_1", "q_proj", "fc1", "down_proj", "lm_head"),
+        text_with_image,
     ),
     "swin": Family(
         IMAGES,
