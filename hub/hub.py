@@ -275,8 +275,8 @@ class Hub(CompositionShelf):
             card = card_with_outputs(row.record.card, row.record.examples, fields.examples, outputs)
             return rows.change(connection, row, replace(row.record, card=card, **vars(fields)))
 
-    def bind(self, name: str, model: nn.Module) -> Record:
-        """Checks that the adapter fits the base model, and stores the model's revision and fingerprint with it.
+    def bind(self, name: str, model: Any) -> Record:
+        """Checks that the adapter fits the base model or pipeline, and stores its revision and fingerprint with it.
 
         BaseModelMismatch where the adapter was made for another model, LayerMismatch where a layer does not fit.
         """

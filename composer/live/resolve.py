@@ -47,7 +47,7 @@ def resolve(mixture: Any, pool: ExpertPool, bound: ExpertPool | None = None) -> 
         return ByRow([_resolve_row(number, row, pool, bound) for number, row in enumerate(rows)], pool.names)
     raise WeightingError(
         f"a mixture is {{name: weight}}, a list with one of these (None: the base) per row, MixtureWeights or a router, "
-        f"not {mixture!r}; {{}} is the base model, and functions of (step, steps) are for diffusers pipelines"
+        f"not {mixture!r}; {{}} is the base model, and functions of (step, steps) are for a pipeline's activate()"
     )
 
 

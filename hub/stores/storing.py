@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-
-from torch import nn
+from typing import Any
 
 from loraweave.common.storage_errors import storage_errors
 from loraweave.errors import AdapterCorrupt, AdapterExists, HubCorrupt, HubError, HubFull, LayerMismatch
@@ -18,6 +17,7 @@ from loraweave.hub.formats._base_layer import base_layer, expert_matrix
 from loraweave.hub.formats._kept_files import KeptFile, KeptFiles
 from loraweave.hub.health.figures import Figures, store_figures
 from loraweave.hub.intake.fields import OWN_FIELDS
+from loraweave.hub.pipeline import Pipeline, model_of
 from loraweave.hub.same_base import require_same_base
 from loraweave.hub.stores.blobs import blob_bytes, examine_blob, read_blob
 from loraweave.hub.stores.kept_files import LISTED, file_bytes, listed, put_files, reading_blob, without_files
@@ -210,20 +210,22 @@ def stored_adapter(blobs: BlobStore, row: Row) -> Adapter:
     return adapter
 
 
-def bound_record(record: Record, adapter: Adapter, model: nn.Module) -> Record:
+def bound_record(record: Record, adapter: Adapter, model: Any) -> Record:
     """The record with the model's revision and fingerprint, and its id where the adapter names no base.
 
     BaseModelMismatch where the adapter knows of another fingerprint or revision, LayerMismatch where a layer does not fit.
     """
+    model = model_of(model)
     key = base_key(model)
     # a model loaded from a folder has the folder's name as its id, so that ids alone say nothing here
     require_same_base(f"adapter {record.name!r}", record.base, key, whatever_id=True)
     modules = dict(model.named_modules())
+    paths = model.paths(adapter.layers, f"adapter {record.name!r}") if isinstance(model, Pipeline) else {}
     for layer, factors in adapter.layers.items():
         if factors.kind == "expert":
             expert_matrix(modules, layer, factors, f"adapter {record.name!r}")
             continue
-        found = base_layer(modules, layer, f"adapter {record.name!r}")
+        found = base_layer(modules, paths.get(layer, layer), f"adapter {record.name!r}")
         wanted = factors.b_OR.shape[0], factors.a_RI.shape[1]
         if factors.rank and wanted != (found.num_outputs, found.num_inputs):
             raise LayerMismatch(

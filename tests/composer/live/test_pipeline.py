@@ -245,6 +245,16 @@ class TestPlacing:
             found = latents(both.ours)
         near(found, both.of({"one": 1.0}))
 
+    def test_a_hub_binds_such_a_file_to_the_pipeline_so_that_nothing_is_left_to_warn_of(self, both, tmp_path):
+        report = both.adapters[0].export(tmp_path / "out", target="kohya")
+        with lw.Hub(tmp_path / "hub") as hub:
+            hub.add(report.folder, name="one", base_model="tiny")
+            hub.bind("one", both.ours)
+            engine = lw.Composer(both.ours, hub.pool(["one"]))
+        with engine.activate({"one": 1.0}):
+            found = latents(both.ours)
+        near(found, both.of({"one": 1.0}))
+
     def test_an_adapter_of_the_unet_alone_is_put_below_the_unet_and_compared_with_it(self, both):
         own = {layer: factors for layer, factors in both.adapters[0].layers.items() if layer.startswith("unet.")}
         whole = dataclasses.replace(both.adapters[0], layers=own)
