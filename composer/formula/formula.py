@@ -86,7 +86,7 @@ class Formula:
     @property
     def is_auto(self) -> bool:
         """Whether retrieval chooses for each request."""
-        return isinstance(self.root, Auto)
+        return self.root == Auto()
 
     @property
     def is_base(self) -> bool:
@@ -115,10 +115,10 @@ class Formula:
         known = self if hub_or_pool is None else self.expand(hub_or_pool)
         if hub_or_pool is not None:
             source = source_of(hub_or_pool)
-            for leaf in known._leaves:
+            for leaf in leaves(known.root):
                 with self._at(leaf):
                     source.require(leaf)
-        return tuple(sorted({leaf.name for leaf in known._leaves if isinstance(leaf, Named)}))
+        return tuple(sorted({leaf.name for leaf in leaves(known.root) if isinstance(leaf, Named)}))
 
     def identity(self, hub_or_pool: Given) -> str:
         """SHA-256 over the canonical form with the content hash of every adapter in place of its name.
@@ -132,7 +132,6 @@ class Formula:
             return text_digest(f"{'router' if has_router(stored) else 'average'} {stored.hash}")
 
         def content(leaf: Leaf) -> Content:
-            assert isinstance(leaf, Named | Stored)
             with self._at(leaf):
                 return Content(source.content(leaf))
 
@@ -140,7 +139,7 @@ class Formula:
             case Auto():
                 raise ScopeError("'auto' has no identity: retrieval chooses for each request, and what it chose has one")
             case Routed(router, experts, options):
-                said: Root = Routed(router, tuple(sorted(map(content, experts), key=str)), options)
+                said: Root | Merge = Merge(router, tuple(sorted(map(content, experts), key=str)), None, options)
             case Ensemble(members, shares):
                 said = ensemble_of([replaced(each, content) for each in members], shares)
             case Sum() as root:
@@ -160,7 +159,7 @@ class Formula:
             assert found is not None
             return found
         known._require_adapters("be a pool")
-        return ExpertPool({leaf.key: self._adapter(source, leaf) for leaf in dict.fromkeys(known._leaves)})
+        return ExpertPool({leaf.key: self._adapter(source, leaf) for leaf in dict.fromkeys(leaves(known.root))})
 
     def mixture(self, hub_or_pool: Given | None = None) -> dict[str, float] | TokenRouter:
         """What `Composer.activate` takes: {expert of `pool`: weight} of a plain sum, or the router.
@@ -172,7 +171,7 @@ class Formula:
         if self.is_auto:
             raise ScopeError(_AUTO.format("be a mixture"))
         if hub_or_pool is None and (
-            isinstance(known.root, Routed) or any(isinstance(leaf, Stored) for leaf in known._leaves)
+            isinstance(known.root, Routed) or any(isinstance(leaf, Stored) for leaf in leaves(known.root))
         ):
             raise ScopeError(f"the mixture of {self} needs its adapters: pass the hub or the pool")
         if hub_or_pool is not None and (stored := known.stored(hub_or_pool)) is not None and has_router(stored):
@@ -199,13 +198,14 @@ class Formula:
     def members(self, hub_or_pool: Given | None = None) -> tuple[tuple[float, Formula], ...]:
         """(share, formula) of each member of an ensemble, the shares summing to 1; (1, itself) of any other formula."""
         known = self if hub_or_pool is None else self.expand(hub_or_pool)
-        if not isinstance(known.root, Ensemble):
-            return ((1.0, known),)
-        shares = [exact(share) for share in known.root.shares or (1.0,) * len(known.root.members)]
-        return tuple(
-            (float(share / sum(shares)), Formula(as_sum(each), self.text))
-            for share, each in zip(shares, known.root.members, strict=True)
-        )
+        match known.root:
+            case Ensemble(members, given):
+                shares = [exact(share) for share in given or (1.0,) * len(members)]
+                return tuple(
+                    (float(share / sum(shares)), Formula(as_sum(each), self.text))
+                    for share, each in zip(shares, members, strict=True)
+                )
+        return ((1.0, known),)
 
     def stored(self, hub_or_pool: Given | Source) -> StoredComposition | None:
         """The stored composition that it is, where that is no adapter: a router weighs in it, or members are averaged.
@@ -253,10 +253,6 @@ class Formula:
             said = {"format": FORMAT, "formula": self.canonical}
             (new / FILE).write_text(json.dumps(said, indent=1, ensure_ascii=False), encoding="utf-8")
         return target
-
-    @property
-    def _leaves(self) -> list[Named | Stored]:
-        return [leaf for leaf in leaves(self.root) if isinstance(leaf, Named | Stored)]
 
     def _require_adapters(self, verb: str) -> None:
         match self.root:
@@ -316,8 +312,9 @@ class _Merging:
                         f"rank={rank} is asked for, and the formula has rank={options['rank']}; leave one out"
                     )
                 return self._merged(node.arguments, node.weights, node.method, options, name)
-        assert isinstance(node, Named | Stored)
-        return self.adapter(node)
+            case Named() | Stored():
+                return self.adapter(node)
+        raise TypeError(f"{node} is the content of an adapter, and for identities only")
 
     def _merged(
         self,

@@ -133,8 +133,8 @@ class Mapped:
     items: tuple[tuple[str, Value], ...]
 
 
-Leaf = Named | Stored | Content
-Term = Leaf | Merge
+Leaf = Named | Stored
+Term = Leaf | Content | Merge
 Argument = Term | Sum
 Root = Sum | Routed | Ensemble | Auto
 Value = bool | int | float | str | None | Listed | Mapped
@@ -150,9 +150,8 @@ def added(parts: Iterable[tuple[Fraction, Argument]]) -> dict[Term, Fraction]:
     """The terms of a weighted sum of terms and sums, equal ones added up; exact."""
     total: dict[Term, Fraction] = {}
     for weight, part in parts:
-        inner = [(exact(own), term) for own, term in part.terms] if isinstance(part, Sum) else [(Fraction(1), part)]
-        for own, term in inner:
-            total[term] = total.get(term, Fraction(0)) + weight * own
+        for own, term in as_sum(part).terms:
+            total[term] = total.get(term, Fraction(0)) + weight * exact(own)
     return {term: weight for term, weight in total.items() if weight}
 
 
@@ -198,6 +197,8 @@ def replaced(node: Argument, leaf: Callable[[Leaf], Argument]) -> Argument:
             return merge_of(method, inner, weights, options)
         case Sum(terms):
             return as_argument(sum_of(added((exact(weight), replaced(term, leaf)) for weight, term in terms)))
+        case Content():
+            return node
     return leaf(node)
 
 
@@ -212,7 +213,7 @@ def leaves(node: Root | Argument) -> list[Leaf]:
             return list(node.experts)
         case Ensemble():
             return [leaf for each in node.members for leaf in leaves(each)]
-        case Auto():
+        case Auto() | Content():
             return []
     return [node]
 
