@@ -203,7 +203,10 @@ def _member(formula: Formula, pool: ExpertPool) -> Member:
 
 
 def _has_merge(formula: Formula) -> bool:
-    return isinstance(formula.root, Sum) and any(isinstance(term, Merge) for _, term in formula.root.terms)
+    match formula.root:
+        case Sum(terms):
+            return any(isinstance(term, Merge) for _, term in terms)
+    return False
 
 
 def _whole(adapter: Adapter) -> Member:

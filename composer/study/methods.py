@@ -81,11 +81,15 @@ class Method:
 
         Raises InvalidTask for another form, UnknownName or FormulaError if it is neither a name nor a formula.
         """
-        said = {"method": given} if isinstance(given, str) else given
-        if not isinstance(said, Mapping) or ("method" in said) == ("formula" in said):
-            raise InvalidTask(
-                f"a method of a study is {given!r:.60}; it takes a name, a formula, or a mapping with one of both"
-            )
+        match given:
+            case str():
+                said: Mapping[str, Any] = {"method": given}
+            case Mapping() if ("method" in given) != ("formula" in given):
+                said = given
+            case _:
+                raise InvalidTask(
+                    f"a method of a study is {given!r:.60}; it takes a name, a formula, or a mapping with one of both"
+                )
         text = said.get("method", said.get("formula"))
         if not isinstance(text, str):
             raise InvalidTask(f"a method of a study is called {text!r:.60}, which is no text")
@@ -308,9 +312,10 @@ def _of_formula(formula: Formula, case: Case) -> Composition:
     if (stored := formula.stored(case.hub)) is not None:
         with stored.unpacked() as folder:
             return replace(Composition.from_pretrained(folder, case.model, case.tokenizer), task=case.task)
-    if isinstance(formula.root, Routed):
-        weighs: Any = formula.mixture(case.hub)
-        return replace(base, pool=formula.pool(case.hub), router=weighs)
+    match formula.root:
+        case Routed():
+            weighs: Any = formula.mixture(case.hub)
+            return replace(base, pool=formula.pool(case.hub), router=weighs)
     merged = formula.merge(case.hub, heads="error", progress=False, allow_licenses=case.allow_licenses)
     return replace(base, stored=merged)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -25,6 +26,7 @@ from joblib.externals.loky import ProcessPoolExecutor
 from joblib.parallel import get_active_backend
 from rich.progress import Progress
 
+from loraweave.common.checks import is_whole
 from loraweave.errors import WorkersFailed
 
 logger = logging.getLogger(__name__)
@@ -181,7 +183,7 @@ def _attempt(work: Callable[[Item], Result], piece: Item) -> Result | Failed:
 def _asked(n_jobs: int | None) -> tuple[Any, int | None]:
     """joblib's backend, and the number of workers that the call or joblib's configuration names."""
     backend, said = get_active_backend()
-    if n_jobs is not None and (isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs == 0):
+    if n_jobs is not None and not (is_whole(n_jobs, -sys.maxsize) and n_jobs):
         raise WorkersFailed(f"n_jobs is {n_jobs!r:.40}: give a number of workers, -1 for all there are, or None")
     return backend, said if n_jobs is None else n_jobs
 
