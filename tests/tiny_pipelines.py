@@ -180,7 +180,9 @@ def save_trained(kind: str, folder: Path, seed: int, rank: int = 2) -> Path:
 
 
 @torch.no_grad()
-def latents(made: Any, prompts: Any = PROMPTS[0], steps: int = 2, images: int = 1, **given: Any) -> torch.Tensor:
+def latents(
+    made: Any, prompts: Any = PROMPTS[0], steps: int = 2, images: int = 1, dtype: Any = torch.float32, **given: Any
+) -> torch.Tensor:
     """What the pipeline makes of prompts, from noise of its own for each place in the batch."""
     count = images * (1 if isinstance(prompts, str) else len(prompts))
     flux = type(made).__name__.startswith("Flux")
@@ -196,6 +198,6 @@ def latents(made: Any, prompts: Any = PROMPTS[0], steps: int = 2, images: int = 
         output_type="latent",
         height=size,
         width=size,
-        latents=noise,
+        latents=noise.to(dtype),
         **given,
     ).images

@@ -111,6 +111,11 @@ class ByCall:
     def _checked(self, mixture: Any) -> MixtureWeights | Router:
         weights = self._resolve(mixture)
         name = type(self._pipeline.pipe).__name__
+        if needs_call(weights):
+            raise ScopeError(
+                f"a {type(weights).__name__} looks at a whole call of one model, and a pipeline calls several: take a "
+                "router that looks at a layer's input alone, or give weights"
+            )
         if isinstance(weights, ByRow):
             raise ScopeError("a pipeline has one router for all prompts: give each row {name: weight} or MixtureWeights")
         if isinstance(weights, MixtureWeights) and weights.num_rows > 1 and name not in _JOINED | _APART:
@@ -139,17 +144,20 @@ class ByCall:
     def _step(self, part: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> tuple[int, int]:
         """(step, steps): the place of the call's timestep among the scheduler's, counted from 0, and their number."""
         pipe = self._pipeline.pipe
-        now = getattr(pipe, "_current_timestep", None)
-        if now is None:
-            now = inspect.signature(forward).bind(*args, **kwargs).arguments["timestep"]
-        times = torch.unique_consecutive(pipe.scheduler.timesteps.double().cpu())
-        found = (times == torch.as_tensor(now).flatten()[0].double().cpu()).nonzero()
+        given = torch.as_tensor(inspect.signature(forward).bind(*args, **kwargs).arguments["timestep"]).flatten()[0].cpu()
+        times = torch.unique_consecutive(pipe.scheduler.timesteps.cpu())
+        # rounded and divided as the pipeline does it
+        called = times.to(given.dtype) if given.is_floating_point() else times
+        called = called / 1000 if type(pipe).__name__ in _APART else called
+        found = [step for step in range(len(times)) if float(called[step]) == float(given)]
+        if len(found) > 1 and (exact := getattr(pipe, "_current_timestep", None)) is not None:
+            found = [step for step in found if float(times[step]) == float(exact)]
         if len(found) != 1:
             raise CompositionError(
-                f"{part!r} was called at timestep {float(torch.as_tensor(now).flatten()[0])}, which is not one of the "
-                "scheduler's, so that the step is unknown: call the pipeline itself, or give one mixture for all steps"
+                f"{part!r} was called at timestep {float(given)}, which is not one of the scheduler's, so that the step is "
+                "unknown: call the pipeline itself, or give one mixture for all steps"
             )
-        return int(found), len(times)
+        return found[0], len(times)
 
 
 def calls_of(
@@ -164,12 +172,7 @@ def calls_of(
         return resolve(mixture), None
     if not (isinstance(mixture, Composite) or (callable(mixture) and not hasattr(mixture, "weights"))):
         mixture = resolve(mixture)
-        if needs_call(mixture):
-            raise ScopeError(
-                f"a {type(mixture).__name__} looks at a whole call of one model, and a pipeline calls several: take a "
-                "router that looks at a layer's input alone, or give weights"
-            )
-        if num_rows_of(mixture) == 1 and not isinstance(mixture, ByRow):
+        if num_rows_of(mixture) == 1 and not isinstance(mixture, ByRow) and not needs_call(mixture):
             return mixture, None
     for name, part in model.named_children():
         if getattr(model.pipe, name) is not part or getattr(part, "_compiled_call_impl", None) is not None:

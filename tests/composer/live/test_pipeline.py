@@ -138,6 +138,14 @@ class TestWeights:
 
         near(found, both.of_theirs({"one": 1.0}, steps=3, callback_on_step_end=lower))
 
+    def test_a_step_is_known_where_timesteps_are_rounded_to_a_thousandth_in_bf16(self, both, tmp_path):
+        pipe = pipeline("flux").to(torch.bfloat16)
+        engine = lw.Composer(pipe, {"one": lw.Adapter.from_pretrained(save_trained("flux", tmp_path, 1), model=pipe)})
+        asked = []
+        with engine.activate(lambda step, steps: asked.append((step, steps)) or {"one": 1.0}):
+            latents(pipe, steps=50, dtype=torch.bfloat16)
+        assert asked[-50:] == [(step, 50) for step in range(50)]
+
     def test_k_lora_takes_in_each_layer_the_adapter_whose_largest_entries_weigh_more(self, both):
         content, style = both.adapters
         schedule, alpha, beta = k_lora(content, style), 1.5, 0.5
