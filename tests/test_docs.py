@@ -359,6 +359,13 @@ def test_the_page_on_training(run_page):
 
 
 @pytest.mark.slow
+def test_the_page_on_agents(run_page):
+    names = run_page("docs/agents.md")
+    assert names["said"] == ["WALKED", "noted the gate code", "The gate code is 4711."]
+    assert [record.name for record in names["hub"].records(tags="memory")] == ["the gate code"]
+
+
+@pytest.mark.slow
 def test_the_page_on_training_routers(run_page, tmp_path):
     report = run_page("docs/router_training.md")["report"]
     assert [step for step, _ in report.evaluations] == [0, 1, 2]
