@@ -35,8 +35,8 @@ from loraweave.routers.combined import ByRow, needs_call, num_rows_of
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router
 
-# the parts that run once a step
-DENOISERS = ("unet", "transformer")
+# how the names of the parts begin that run once for all steps
+_TEXT = "text_encoder"
 _SUFFIXES = ("", "Img2Img", "Inpaint")
 # pipelines of diffusers 0.42 whose guidance joins the rows without and with prompts in one call, and those that call twice
 _JOINED = {f"StableDiffusion{kind}{way}Pipeline" for kind in ("", "XL", "3") for way in _SUFFIXES}
@@ -87,13 +87,17 @@ class ByCall:
         """What a part's forward gives for these arguments, under the mixture of this call."""
         mixture = self._mixture
         if callable(mixture):
-            mixture = mixture(*(self._step(part, forward, args, kwargs) if part in DENOISERS else (0, 1)))
+            mixture = mixture(*(self._step(part, forward, args, kwargs) if not part.startswith(_TEXT) else (0, 1)))
         if not isinstance(mixture, Composite):
             return self._run(mixture, part, forward, args, kwargs)
-        if part not in DENOISERS:
+        if part.startswith(_TEXT):
             return self._run(mixture.sum(), part, forward, args, kwargs)
         outputs = [self._run(each, part, forward, args, kwargs) for each in mixture.mixtures]
         predictions = [output[0] for output in outputs]
+        if not all(isinstance(prediction, Tensor) for prediction in predictions):
+            raise CompositionError(
+                f"{part!r} gives no single tensor, and a Composite is a mean of predictions: give one mixture"
+            )
         mean = torch.stack(predictions).mean(dim=0)
         return (mean,) if isinstance(outputs[0], tuple) else type(outputs[0])(sample=mean)
 
@@ -129,7 +133,7 @@ class ByCall:
     def _rows(self, values_BTLE: Tensor, part: str, num_rows: int, kwargs: Mapping[str, Any]) -> Tensor:
         """Values for the rows of one call: an image's prompt for each, and all of them twice in a joined call."""
         pipe, times = self._pipeline.pipe, 1
-        if part in DENOISERS and type(pipe).__name__ in _JOINED and kwargs.get("skip_layers") is None:
+        if not part.startswith(_TEXT) and type(pipe).__name__ in _JOINED and kwargs.get("skip_layers") is None:
             if not hasattr(pipe, "_guidance_scale"):
                 raise ScopeError(f"{part!r} ran before the pipeline itself, so that its rows are unknown: call the pipeline")
             times = 2 if pipe.do_classifier_free_guidance else 1

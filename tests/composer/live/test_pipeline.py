@@ -110,6 +110,20 @@ class TestEveryLayout:
         near(both.of(composite(["one", "two"])), expected)
 
 
+TWICE = {
+    "sd3": {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0},
+    "flux": {"true_cfg_scale": 3.0, "negative_prompt": ["ink", "sea"]},
+}
+
+
+@pytest.mark.parametrize("both", TWICE, indirect=True, scope="module")
+def test_rows_are_known_where_a_step_calls_the_transformer_a_second_time(both):
+    given = {"images": 2, **TWICE[both.kind]}
+    found = both.of([None, MIXTURE], PROMPTS, **given)
+    near(found[:2], latents(both.ours, PROMPTS, **given)[:2])
+    near(found[2:], both.of(MIXTURE, PROMPTS, **given)[2:])
+
+
 @sd1
 class TestWeights:
     def test_weights_by_block_are_those_that_diffusers_has_for_blocks(self, both):
@@ -137,6 +151,20 @@ class TestWeights:
             return {}
 
         near(found, both.of_theirs({"one": 1.0}, steps=3, callback_on_step_end=lower))
+
+    def test_a_control_net_is_asked_for_its_step_too_and_has_no_mean(self, both):
+        from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+        net = ControlNetModel.from_unet(both.ours.unet, conditioning_embedding_out_channels=(4, 4)).eval()
+        pipe = StableDiffusionControlNetPipeline(**both.ours.components, controlnet=net, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        engine = lw.Composer(pipe, [dataclasses.replace(each, fingerprint=None) for each in both.adapters])
+        asked = []
+        with engine.activate(lambda step, steps: asked.append((step, steps)) or {"one": 1.0}):
+            latents(pipe, steps=2, image=torch.rand(1, 3, 16, 16))
+        assert asked[-4:] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+        with engine.activate(composite(["one"])), pytest.raises(CompositionError, match="'controlnet' gives no single"):
+            latents(pipe, image=torch.rand(1, 3, 16, 16))
 
     def test_a_step_is_known_where_timesteps_are_rounded_to_a_thousandth_in_bf16(self, both, tmp_path):
         pipe = pipeline("flux").to(torch.bfloat16)
