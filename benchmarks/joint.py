@@ -1,12 +1,11 @@
 """Many adapters in shared bases: bytes, errors, points lost on their own tasks, and the time of a token.
 
     python -m benchmarks joint
-    python -m benchmarks joint --more runs/pool2/raw --peers 0
+    python -m benchmarks --cpu joint --parts decode
 
 The adapters are the example pool's and copies with noise on every factor, of the given size beside the update; a thousand
 trained ones are more than this machine can make. Those of --more join afterwards, in the bases that are there. Peers are
-vlora-dev and lorashare at as many values as ours keep, on fewer adapters, since their singular value decompositions take
-minutes on all. Without a peer's package its row is missing.
+vlora-dev and lorashare at as many values as ours keep, on fewer adapters. Without a peer's package its row is missing.
 """
 
 from __future__ import annotations
@@ -35,48 +34,60 @@ app = typer.Typer()
 @app.command()
 def main(
     context: typer.Context,
+    parts: Annotated[str, typer.Option(help="of errors, peers, scores, decode")] = "errors,peers,scores,decode",
     count: Annotated[int, typer.Option(help="adapters in all")] = 1000,
     noise: Annotated[float, typer.Option(help="of a copy, beside the size of the update")] = 0.2,
     more: Annotated[str, typer.Option(help="a folder of adapter folders that join later")] = "",
-    settings: Annotated[
-        str, typer.Option(help="rank x clusters and middle, several with commas")
-    ] = "8x33 full,40x8 diagonal",
+    settings: Annotated[str, typer.Option(help="rank x clusters and middle, several with commas")] = "8x33 full",
+    every: Annotated[int, typer.Option(help="errors are those of one layer in so many")] = 6,
     tasks: Annotated[str, typer.Option(help="scored on their own tasks")] = "passive,plural,antonym,pick_animal_5",
-    num_test: Annotated[int, typer.Option(help="test items of each task")] = 25,
-    peers: Annotated[int, typer.Option(help="adapters of the comparison with other packages; 0 leaves it out")] = 165,
-    decode: Annotated[bool, typer.Option(help="also time a token")] = True,
+    num_test: Annotated[int, typer.Option(help="test items of each task")] = 20,
+    peers: Annotated[int, typer.Option(help="adapters of the comparison with other packages")] = 165,
 ) -> None:
     """A row for each setting, one for each peer, the scores, and a table of times."""
     run: Run = context.obj
     real = [lw.Adapter.from_pretrained(path) for path in run.adapters()]
-    model, tokenizer = lw.load_base(dtype=torch.float32)
-    table = Table(f"{count} adapters, {len(real)} trained, the others with noise of {noise:g}", COLUMNS)
-    given = {adapter.name: adapter for adapter in copies(real, count, noise, run.seed)}
-    ways = settings.split(",")
-    made = _fitted(given, ways[0])
-    _row(table, f"ours, {ways[0]}", made.report.share, made.errors)
-    if more:
-        again = [lw.Adapter.from_pretrained(path) for path in sorted(Path(more).iterdir()) if path.is_dir()]
-        grown = {one.name: made.including(one, name=f"{one.name}, again").errors[f"{one.name}, again"] for one in again}
-        _row(table, f"{len(again)} trained again, joined", made.report.share, grown)
-    for setting in ways[1:]:
-        other = _fitted(given, setting)
-        _row(table, f"ours, {setting}", other.report.share, other.errors)
-    shown = [table]
-    if peers:
-        fewer = {adapter.name: adapter for adapter in copies(real, peers, noise, run.seed)}
-        beside = Table(f"{peers} adapters, beside other packages at as many values", COLUMNS)
-        own = _fitted(fewer, ways[0])
-        _row(beside, f"ours, {ways[0]}", own.report.share, own.errors)
+    asked, first = parts.split(","), settings.split(",")[0]
+    thin = [_thinned(adapter, every) for adapter in real]
+    if "errors" in asked:
+        table = Table(
+            f"{count} adapters of {len(real)} tasks, copies with noise of {noise:g}, one layer in {every}", COLUMNS
+        )
+        given = {adapter.name: adapter for adapter in copies(thin, count, noise, run.seed)}
+        for setting in settings.split(","):
+            made = _fitted(given, setting)
+            _row(table, f"ours, {setting}", made.report.share, made.errors)
+            if more:
+                again = [lw.Adapter.from_pretrained(path) for path in sorted(Path(more).iterdir()) if path.is_dir()]
+                joining = {one.name: replace(_thinned(one, every), name=f"{one.name}, again") for one in again}
+                grown = {name: made.including(one).errors[one.name] for name, one in joining.items()}
+                _row(table, f"{len(again)} trained again, joined", made.report.share, grown)
+        run.show(table)
+    if "peers" in asked:
+        beside = Table(f"{peers} adapters, beside other packages at as many values, one layer in {every}", COLUMNS)
+        fewer = {adapter.name: adapter for adapter in copies(thin, peers, noise, run.seed)}
+        own = _fitted(fewer, first)
+        _row(beside, f"ours, {first}", own.report.share, own.errors)
         for name, peer in PEERS.items():
             if importlib.util.find_spec(name):
                 share, errors = peer(fewer, own.report.share)
                 _row(beside, name, share, errors)
-        shown.append(beside)
-    shown.append(_scores(run, model, tokenizer, given, made, tasks.split(","), num_test))
-    run.show(*shown)
-    if decode:
-        _times(run, model, tokenizer, given, made)
+        run.show(beside)
+    if not {"scores", "decode"} & set(asked):
+        return
+    # k-means finds the tasks, so that those which are scored share bases with their own copies alone
+    chosen = [adapter for adapter in real if adapter.name in tasks.split(",")]
+    scored = {adapter.name: adapter for adapter in copies(chosen, len(chosen) * (count // len(real)), noise, run.seed)}
+    made = _fitted(scored, f"{first.split('x')[0]}x{len(chosen)} full")
+    model, tokenizer = lw.load_base(dtype=torch.float32)
+    if "scores" in asked:
+        run.show(_scores(run, model, tokenizer, scored, made, tasks.split(","), num_test))
+    if "decode" in asked:
+        _times(run, model, scored, made)
+
+
+def _thinned(adapter: lw.Adapter, every: int) -> lw.Adapter:
+    return replace(adapter, layers=dict(list(adapter.layers.items())[::every]))
 
 
 COLUMNS = ("way", "values kept", "error: mean", "median", "largest")
@@ -197,7 +208,7 @@ def _scores(
     return table
 
 
-def _times(run: Run, model: Any, tokenizer: Any, given: Mapping[str, lw.Adapter], made: JointPool) -> None:
+def _times(run: Run, model: Any, given: Mapping[str, lw.Adapter], made: JointPool) -> None:
     """New tokens over a cache, for 1 row, 8 of one cluster's adapters, and 8 of as many clusters."""
     by_cluster: dict[int, list[str]] = {}
     for name, member in made.members.items():

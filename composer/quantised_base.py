@@ -22,8 +22,8 @@ from loraweave.errors import BaseModelUnverified, PackageMissing
 from loraweave.hub.adapter import Adapter
 from loraweave.lowrank import algebra
 
-# calculated once for each adapter
-_TOLD: WeakKeyDictionary[Adapter, str] = WeakKeyDictionary()
+# {a layer's module: {an adapter's hash and mark: what was said}}, so that it is calculated once for a model
+_TOLD: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
 
 
 def quantization_of(model: nn.Module) -> dict[str, Any]:
@@ -43,16 +43,22 @@ def warn_of_full_weights(adapters: Mapping[str, Adapter], layers: Mapping[str, T
     """A BaseModelUnverified warning for each adapter that saw quantised weights where the model has full ones."""
     for name, adapter in adapters.items():
         mark = adapter.card.get("quantization")
-        if not isinstance(mark, Mapping) or any(is_quantised(layers[layer]) for layer in adapter.layers if layer in layers):
+        own = [layers[layer] for layer in adapter.layers if layer in layers]
+        if not isinstance(mark, Mapping) or not own or any(map(is_quantised, own)):
             continue
-        if adapter not in _TOLD:
+        told = _TOLD.setdefault(own[0].module, {})
+        key = f"{adapter.hash} {mark}"
+        if key not in told:
             try:
-                _TOLD[adapter] = _told(differences(adapter, mark, layers))
+                told[key] = _told(differences(adapter, mark, layers))
             except PackageMissing as error:
-                _TOLD[adapter] = str(error)
+                told[key] = str(error)
+            # a card may say anything
+            except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
+                told[key] = f"its card's quantization cannot be read ({type(error).__name__}: {error})"
         warnings.warn(
             f"expert {name!r} was trained on weights quantised by {mark.get('quant_method')}, and is now written into full "
-            f"ones: {_TOLD[adapter]}. It is exact on the base that it saw: load_base(..., quantization_config=...)",
+            f"ones: {told[key]}. It is exact on the base that it saw: load_base(..., quantization_config=...)",
             BaseModelUnverified,
             stacklevel=4,
         )
