@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loraweave.common.checks import is_list
+from loraweave.common.names import checked_name
 from loraweave.common.options import Count, Positive, Whole, check_options, options_of
 from loraweave.common.rows import GivenRows
 from loraweave.composer.model import scoring
@@ -17,6 +18,7 @@ from loraweave.errors import InvalidTask, TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.intake.adding import Addition
+from loraweave.hub.intake.fields import checked_fields
 from loraweave.types import CHAT_TEMPLATE, Record, Task
 
 MEMORY = "memory"
@@ -61,8 +63,9 @@ def remember(
     what that one leaves of the inputs (OSD, arXiv 2604.26768; `train_adapters`); activate it at weight 1 with any of them.
 
     A document that the hub has under its name gets a new version. With `checkpoint`, a folder, an interrupted call goes on.
-    Raises TrainingError for documents that are no texts, InvalidTask for one without a sentence of two words, UnknownName
-    for questions about an unknown document, and what `train_adapters` and `hub.add` raise.
+    Raises TrainingError for documents that are no texts and for what is no hub, InvalidTask for one without a sentence of
+    two words, UnknownName for questions about an unknown document, InvalidName and AdapterUnsupported for a name or a text
+    that the hub does not take, before anything is trained; and what `train_adapters` raises.
     """
     check_options("remember()", {"rewrites": rewrites}, options_of(remember), error=TrainingError)
     if not isinstance(documents, Mapping) or not documents or not is_list([*documents, *documents.values()], str):
@@ -70,6 +73,12 @@ def remember(
     asked = dict(questions or {})
     if unknown := [name for name in asked if name not in documents]:
         raise UnknownName(f"questions are about {unknown[0]!r}, which is no document; there are {', '.join(documents)}")
+    if not isinstance(hub, Hub):
+        raise TrainingError(f"documents are stored in a hub, but got {hub!r:.60}: pass lw.Hub(path)")
+    fields: dict[str, Any] = {}
+    for name, text in documents.items():
+        fields[name] = {"description": text, "examples": split(text), "tags": [MEMORY]}
+        checked_fields(checked_name(name), {**fields[name], "license": None, "language": ()})
     versions = _versions(model, tokenizer, documents, rewrites)
     tasks = {
         name: [_sentences(name, texts), *_questions(texts, form, asked.get(name, ()))] for name, texts in versions.items()
@@ -89,10 +98,7 @@ def remember(
         checkpoint=checkpoint,
         progress=progress,
     )
-    additions = [
-        Addition(adapter, description=documents[name], examples=split(documents[name]), tags=[MEMORY])
-        for name, adapter in trained.items()
-    ]
+    additions = [Addition(adapter, **fields[name]) for name, adapter in trained.items()]
     added = hub.add_many(additions, replace=True, anomalies="off")
     for _, error in added.refused:
         raise error

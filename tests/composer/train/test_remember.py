@@ -13,7 +13,7 @@ from loraweave.composer.model import scoring
 from loraweave.composer.train.passes import SharedPass, job_losses, lora_job
 from loraweave.composer.train.remember import QUESTIONS, remember, split
 from loraweave.composer.train.settings import LoraSettings
-from loraweave.errors import AdapterUnsupported, InvalidTask, TrainingError, UnknownName
+from loraweave.errors import AdapterUnsupported, InvalidName, InvalidTask, TrainingError, UnknownName
 
 DOCUMENTS = {"first": "a b c d e f. b c!", "second": "e d c\nf a b"}
 ASKED = {"first": [("a b", "c"), ("b c", "d"), ("c d", "e")]}
@@ -173,6 +173,12 @@ def test_what_cannot_be_remembered_is_refused_before_anything_is_trained(model, 
         call({"one": "a. b."})
     with pytest.raises(UnknownName, match="questions are about 'two', which is no document; there are one"):
         call({"one": "a b"}, questions={"two": [("a", "b")]})
+    with pytest.raises(TrainingError, match=r"stored in a hub, but got 'memories': pass lw.Hub\(path\)"):
+        remember(model, tokenizer, "memories", {"one": "a b"}, **TRAINED)
+    with pytest.raises(InvalidName, match="an adapter's name"):
+        call({" one": "a b"})
+    with pytest.raises(AdapterUnsupported, match="the description of adapter 'one' has 200,000 bytes; the limit is 100,000"):
+        call({"one": "a b " * 50_000})
     with pytest.raises(TrainingError, match="rewrites"):
         call({"one": "a b"}, rewrites=-1)
     with pytest.raises(TrainingError, match="new adapters that are trained apart, so linearized must be left out"):
