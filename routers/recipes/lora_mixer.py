@@ -14,7 +14,6 @@ from loraweave.common.options import Count, NonNegative
 from loraweave.routers.losses.mixtral import mixtral
 from loraweave.routers.recipes._gate import Call, Weighing
 from loraweave.routers.recipes._recipe import EvenRecipe, Site, by_layer
-from loraweave.routers.recipes._row_gates import of_rows
 from loraweave.routers.recipes._token_gates import TokenGate
 from loraweave.routers.tokens._learned import Step
 from loraweave.routers.tokens._scores import top_k_softmax
@@ -33,7 +32,8 @@ class LoraMixer(EvenRecipe):
     With `hard`, the published way to train experts together on labelled data, a row of a task has the expert of its place
     alone, with weight 1, and the gates do not learn: `with_options(model, hard=False)` goes on with the gates. Or experts
     begin as adapters (`pool=`), whose factors `requires_grad_(False)` freezes, in the place of the published penalty on how
-    far they move. The authors have released no code; both coefficients are ours.
+    far they move. The authors have released no code, and the formulas are as accounts of the paper print them; both
+    coefficients are ours.
     """
 
     num_experts: Count = 8
@@ -85,9 +85,10 @@ class _MixerGate(TokenGate):
         found = super().forward(x_BTI, call)
         if not self.hard or call.task_B is None:
             return found
-        own_B1E = functional.one_hot(call.task_B.clamp(min=0), self.num_experts).to(found.w_BTE)[:, None]
-        known = of_rows(Weighing(own_B1E, (call.task_B >= 0)[:, None, None]), len(x_BTI))
-        return found._replace(w_BTE=torch.where(known.scores_BTE, known.w_BTE, found.w_BTE))  # type: ignore[arg-type]
+        # a row may have copies, such as beams
+        task_B = call.task_B.repeat_interleave(len(x_BTI) // len(call.task_B))
+        own_B1E = functional.one_hot(task_B.clamp(min=0), self.num_experts).to(found.w_BTE)[:, None]
+        return found._replace(w_BTE=torch.where((task_B >= 0)[:, None, None], own_B1E, found.w_BTE))
 
     def _choose(self, scores_BTE: Tensor) -> Tensor:
         return top_k_softmax(scores_BTE, None if self.training else self.best)
