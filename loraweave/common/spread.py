@@ -233,14 +233,28 @@ class _Processes:
                 self._idle.append(executor)
             else:
                 executor.shutdown(wait=True, kill_workers=True)
-        executor = self._idle.pop() if self._idle else ProcessPoolExecutor(max_workers=1)
+        executor = self._idle.pop() if self._idle else self._new()
         begun: Future[Any] = executor.submit(call)
         self._busy[begun] = executor
         return begun
 
+    def _new(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(max_workers=1, initializer=_end_with, initargs=(os.getpid(),))
+
     def close(self) -> None:
         for executor in (*self._idle, *self._busy.values()):
             executor.shutdown(wait=True, kill_workers=True)
+
+
+def _end_with(driver: int) -> None:
+    """Lets this process end soon after the one that started it: a driver that is killed cannot see to that itself."""
+
+    def watch() -> None:
+        while os.getppid() == driver:
+            time.sleep(COUNTED_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Counted:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import engines
 import joblib
+import psutil
 import pytest
 import torch
 
@@ -141,6 +144,29 @@ def test_backends_whose_workers_share_a_model_or_cannot_be_lost_are_refused(back
         pytest.raises(WorkersFailed, match='name "loky", "dask" or "ray"'),
     ):
         processes_here(None)
+
+
+DRIVER = """
+import time
+from loraweave.common.display import progress_bar
+from loraweave.common.spread import spread
+
+with progress_bar(False) as bar:
+    for name, _ in spread(time.sleep, {"short": 0, "long": 600, "longer": 601}, n_jobs=2, label="", bar=bar):
+        print(name, flush=True)
+"""
+
+
+def test_the_workers_of_a_driver_that_is_killed_end_too():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, env=environment)
+    assert driver.stdout.readline() == b"short\n"
+    workers = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    driver.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=120)
+    assert len(workers) >= 2
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
 @pytest.fixture
