@@ -21,7 +21,7 @@ Schedule = Callable[[int, int], Mapping[str, float] | MixtureWeights]
 def switch(names: Sequence[str], *, every: int = 1, weight: float = 1.0) -> Schedule:
     """One expert at a time, each for `every` steps, in turn: at step s the one at place floor(s / every) mod their number.
 
-    LoRA Switch, Multi-LoRA Composition (2402.16843), eq. 2; its code holds the first one step longer. Text encoders have the
+    LoRA Switch, Multi-LoRA Composition (2402.16843); its code holds the first one step longer. Text encoders have the
     first. Raises WeightingError for no names, or for `every` below 1.
     """
     if not names or not is_list(names, str) or not is_whole(every, 1):
@@ -30,7 +30,7 @@ def switch(names: Sequence[str], *, every: int = 1, weight: float = 1.0) -> Sche
 
 
 def composite(names: Sequence[str], *, weight: float = 1.0) -> Composite:
-    """The mean of what is predicted with each expert alone, in every step: LoRA Composite (2402.16843), eq. 3."""
+    """The mean of what is predicted with each expert alone, in every step: LoRA Composite (2402.16843)."""
     if not is_list(names, str):
         raise WeightingError(f"composite() takes a list of names, not {names!r}")
     return Composite(tuple({name: weight} for name in names))
@@ -42,9 +42,10 @@ def k_lora(content: Adapter, style: Adapter, *, alpha: float = 1.5, beta: float 
         topK |B_c A_c| / gamma > topK |B_s A_s| * (alpha step / steps + beta),    K = rank_c * rank_s,
 
     topK being the sum of the K largest entries and gamma the mean, over the layers of both, of the ratio of the sums of all
-    entries. Layers of one adapter alone have that adapter. K-LoRA (2502.18461), whose values alpha and beta are; its code
-    has K = 64, which is that of rank 8. Dense updates are made one layer at a time, once.
+    entries. Layers of one adapter alone have that adapter. Dense updates are made one layer at a time, once.
 
+    K-LoRA (2502.18461), after its authors' code (klora.py, utils.py), which has K = 64, that of rank 8, and counts the calls
+    of layers in the place of steps.
     Pool names are the adapters' own. Raises WeightingError where they share no layer or have one name.
     """
     both = [layer for layer in content.layers if layer in style.layers]
