@@ -127,11 +127,11 @@ class CompletionRequest(Asked):
     @property
     def prompts(self) -> list[str | list[int]]:
         """Each prompt, as text or as token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [[int(token) for token in self.prompt]]  # type: ignore[arg-type]
-        return list(self.prompt)  # type: ignore[arg-type]
+        prompt: Any = self.prompt
+        match prompt:
+            case str() | [int(), *_]:
+                return [prompt]
+        return list(prompt)
 
 
 class TextPart(BaseModel):
