@@ -125,6 +125,10 @@ class RouterSettings(TrainingSettings):
     z: NonNegative = 0.0
     loss: Literal["targets", "entropy"] = "targets"
 
+    def identity(self) -> dict[str, Any]:
+        # checkpoints from before there was another loss are gone on from
+        return {name: value for name, value in super().identity().items() if (name, value) != ("loss", "targets")}
+
 
 @dataclass(frozen=True)
 class LoraSettings(Pace):
