@@ -4,7 +4,7 @@
     python -m benchmarks quantised --adapter plural --limits 0.1
 
 The default base as several libraries quantise it, one adapter of the pool at weight 1, and prompts of the pool's tasks. The
-loss of a layer is the error of quantising anew over the size of the update. KL and other choices are over all tokens of the
+loss of a layer is the error of quantising again over the size of the update. KL and other choices are over all tokens of the
 prompts, against the same base with every update live, which is exact.
 """
 

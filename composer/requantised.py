@@ -1,8 +1,8 @@
-"""A quantised layer in a fused mixture: quantised anew with its update, or left as it is with the update on its output.
+"""A quantised layer in a fused mixture: quantised again with its update, or left as it is with the update on its output.
 
     W      what the layer's own forward makes of unit vectors, whatever its storage
     V      W (1 + gain) + update
-    Q(V)   quantised anew by the library that made the layer's weight, with that weight's own settings
+    Q(V)   quantised again by the library that made the layer's weight, with that weight's own settings
     loss   |V' - V| / |V - W| in Frobenius norms, V' read as W is; 1 where the whole update is rounded away
 
 What `Q` writes is another object, and the layer's own comes back as the object that it was, bit for bit. The same is what
@@ -38,7 +38,7 @@ _BESIDE = ("state", "quant_state")
 
 @dataclass(frozen=True)
 class LayerLoss:
-    """`loss` is the error of quantising anew over the size of the update, infinite where no way to do so is known; `live`
+    """`loss` is the error of quantising again over the size of the update, infinite where no way to do so is known; `live`
     says that the layer was therefore left as it is, and adds the update to its output."""
 
     loss: float
@@ -47,7 +47,7 @@ class LayerLoss:
 
 @dataclass(frozen=True)
 class LogitsLoss:
-    """What quantising anew does to answers, over all tokens of some texts: the mean of KL(exact || fused) in nats, the share
+    """What quantising again does to answers, over all tokens of some texts: the mean of KL(exact || fused) in nats, the share
     of tokens with another likeliest successor, and the largest difference of two log-probabilities."""
 
     kl: float
@@ -99,7 +99,7 @@ class Requantised:
             raise CompositionError(
                 f"cannot fuse into {self.name!r}: its new values would not be finite; use smaller weights"
             )
-        loss, twin = math.inf, quantised_anew(module, exact_OI)
+        loss, twin = math.inf, quantised_again(module, exact_OI)
         if twin is not None:
             error = read_weight(self.layer, twin, self._place) - exact_OI
             size = float(torch.linalg.vector_norm(exact_OI - base_OI))
@@ -212,7 +212,7 @@ def read_weight(layer: TargetLayer, module: Any, place: Place) -> Tensor:
     return torch.cat(columns, dim=1)
 
 
-def quantised_anew(module: Any, weight_OI: Tensor) -> Any:
+def quantised_again(module: Any, weight_OI: Tensor) -> Any:
     """A module like this one with another weight, quantised in the same form; None where its form has no known way back.
 
     Forms: bitsandbytes' 4-bit (nf4, fp4) and int8, torchao's Int8Tensor and IntxUnpackedToInt8Tensor.

@@ -63,7 +63,7 @@ def remember(
     what that one leaves of the inputs (OSD, arXiv 2604.26768; `train_adapters`); activate it at weight 1 with any of them.
 
     A document that the hub has under its name gets a new version. With `checkpoint`, a folder, an interrupted call goes on.
-    Raises TrainingError for documents that are no texts and for what is no hub, InvalidTask for one without a sentence of
+    Raises TrainingError unless `documents` are texts and `hub` is a Hub, InvalidTask for a document without a sentence of
     two words, UnknownName for questions about an unknown document, InvalidName and AdapterUnsupported for a name or a text
     that the hub does not take, before anything is trained; and what `train_adapters` raises.
     """

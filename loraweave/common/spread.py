@@ -258,7 +258,7 @@ def _end_with(driver: int) -> None:
 
 
 class _Counted:
-    """A cluster, whose workers are counted anew every now and then, since they come and go."""
+    """A cluster, whose workers are counted every COUNTED_S seconds, since they come and go."""
 
     def __init__(self, count: Callable[[], int], most: int | None) -> None:
         self._count, self._most = count, most

@@ -1,4 +1,4 @@
-"""Fused into quantised layers: quantised anew where little is lost, live where more is, and the layer itself after it."""
+"""Fused into quantised layers: quantised again where little is lost, live where more is, and the layer itself after it."""
 
 from __future__ import annotations
 
