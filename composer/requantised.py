@@ -47,7 +47,7 @@ class LayerLoss:
 
 @dataclass(frozen=True)
 class LogitsLoss:
-    """What quantising again does to answers, over all tokens of some texts: the mean of KL(exact || fused) in nats, the share
+    """How quantising again changes answers, over all tokens of some texts: the mean of KL(exact || fused) in nats, the share
     of tokens with another likeliest successor, and the largest difference of two log-probabilities."""
 
     kl: float
