@@ -1,7 +1,7 @@
 """Many adapters in shared bases: bytes, errors, points lost on their own tasks, and the time of a token.
 
     python -m benchmarks joint
-    python -m benchmarks --cpu joint --parts decode
+    python -m benchmarks --cpu --seconds 600 joint --parts decode
 
 The adapters are the example pool's and copies with noise on every factor, of the given size beside the update; a thousand
 trained ones are more than this machine can make. Those of --more join afterwards, in the bases that are there. Peers are
