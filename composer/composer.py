@@ -387,7 +387,7 @@ class Composer:
                 )
             self._residents.forget(lambda other: other == name)
             self._fitting.forget(name)
-            self._plans.clear()
+            self._plans.forget(name)
             self._pool, self._bound = pool, bound
             self._residents.take_from(*self._source())
 
@@ -406,7 +406,7 @@ class Composer:
                 stay = {name for name, adapter in bound.adapters.items() if before.adapters.get(name) is adapter}
             self._residents.settle()
             self._residents.forget(lambda name: name not in stay)
-            self._plans.clear()
+            self._plans = KeptPlans()
             self._fitting, self._pool, self._bound = fitting, pool, bound
             self._live = live_layers(self.model, fitting)
             self._residents.take_from(*self._source())

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraweave.composer.composer import Composer
+from loraweave.composer.live.arena import bytes_of
+from loraweave.composer.live.kernels._rank_tables import triton_runs
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.weights import MixtureWeights
 from loraweave.serving.served import Served
@@ -35,6 +37,7 @@ class Experts:
 
     def __init__(self, model: Any, tokenizer: Any, most: int) -> None:
         self._itemsize = model.dtype.itemsize
+        self._has_arena = triton_runs(model.device, model.dtype)
         self._model = model
         self._tokenizer = tokenizer
         self._most = most
@@ -72,7 +75,12 @@ class Experts:
     def sizes(self, served: Served) -> dict[str, int]:
         """Bytes of what a composition needs in the engine, by content."""
         sizes = {content: self._itemsize * adapter.num_values for content, adapter in served.adapters.items()}
-        return sizes if served.router is None else {served.identity: sum(sizes.values())}
+        if served.router is not None:
+            return {served.identity: sum(sizes.values())}
+        if self._has_arena:
+            # of mixtures by row, beside the factors where the layers are
+            sizes = {key: size + bytes_of(served.adapters[key], self._itemsize) for key, size in sizes.items()}
+        return sizes
 
     def has(self, served: Served) -> bool:
         """Whether all that a composition needs is there."""

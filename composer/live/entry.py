@@ -71,6 +71,7 @@ class Entry(Hook):
             given = _main_input(args, kwargs)
             num_rows = None if given is None else given.shape[0]
             plan.require_rows(num_rows)
+            plan.begin_call(given)
             if plan.call_router is not None:
                 self._begin(plan.call_router, arguments_of(module, args, kwargs))
             # features by (row * token) do not say how many rows they are

@@ -191,6 +191,7 @@ class LiveLayers:
         """A new activation, which replaces the outer one in this context until it is closed. It releases the lease."""
         activation = Activation(self, plan, lease, _nearest_open(_CURRENT.get()))
         try:
+            plan.enter(lease, self._layers)
             with self._lock:
                 if not self._open:
                     self._install()
@@ -404,8 +405,8 @@ class _MixedForward(StandIn):
 
     def __init__(self, live: LiveLayers, layer: TargetLayer, number: Tensor) -> None:
         self._live: LiveLayers | None = live
-        # a forward may have been replaced since the layer was looked at
-        self.layer = replace(layer, fresh=False) if layer.fresh and not gives_new_memory(layer.module) else layer
+        # it may have been replaced since the layer was looked at
+        self.layer = replace(layer, fresh=layer.fresh and gives_new_memory(layer.module))
         self._number = number
         self._own = vars(layer.module).get("forward")
         self._forward = layer.module.forward
@@ -446,5 +447,4 @@ class _MixedForward(StandIn):
 
 
 def _in_backward_thread() -> bool:
-    in_backward = torch._C._current_graph_task_id() != -1
-    return in_backward and isinstance(threading.current_thread(), threading._DummyThread)
+    return torch._C._current_graph_task_id() != -1 and isinstance(threading.current_thread(), threading._DummyThread)

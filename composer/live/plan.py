@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from loraweave.common.checks import is_list
+from loraweave.composer.live.arena import Arena
 from loraweave.composer.live.call_router import CallRouter
 from loraweave.composer.live.fixed_shapes import shapes_are_fixed
 from loraweave.composer.live.kernels._parts import Adder
@@ -84,7 +85,8 @@ class Plan:
         self._weights = weights
         # the same weights, for layers whose hidden values are no product with a matrix
         self._by_token = by_token
-        self._remembered: dict[str, dict[torch.Size, _Remembered]] = {}
+        # of the arena's board, where the plan has one, else its own
+        self._remembered = self._own = dict[str, dict[torch.Size, _Remembered]]()
 
     @property
     def learns(self) -> bool:
@@ -125,6 +127,18 @@ class Plan:
         """Raises ScopeError for a batch whose rows are no multiple of the mixture's; None where they are not known."""
         if num_rows is not None:
             require_multiple(self.num_mixtures, num_rows, "batch")
+
+    def enter(self, lease: Lease, layers: Mapping[str, TargetLayer]) -> None:
+        """An activation of the plan begins, with these target layers; it ends with its lease."""
+        if isinstance(self._weights, RowWeights) and self._weights.enter(lease, layers):
+            # the board that it had may be another's by now
+            self._remembered = self._own
+
+    def begin_call(self, given: Tensor | None) -> None:
+        """A call of the model begins, with this main input, where that is known."""
+        if isinstance(self._weights, RowWeights) and given is not None:
+            board = self._weights.begin_call(given.device)
+            self._remembered = self._own if board is None else board.remembered
 
     def reaches(self, layer: str, lease: Lease) -> bool:
         """Whether some active expert updates the layer, with weights that may not all be zero."""
@@ -200,7 +214,7 @@ class Plan:
         # for some rows of a batch, a kernel is within another
         note = Note(y.shape, None if kernel is None else type(getattr(kernel, "kernel", kernel)))
         self._tell(usage, layer.name, note, mixture.w_BTE)
-        if kernel is not None and affine is None and x.ndim == 3 and layer.fresh and mixture.w_BTE is None:
+        if kernel is not None and affine is None and x.ndim == 3 and layer.fresh and mixture.w_BTE is None and mixture.lasts:
             add = kernel.adder(dtype, x.shape)
             by_shape = self._remembered.setdefault(layer.name, {})
             if len(by_shape) >= NUM_KEPT_SHAPES:
@@ -269,6 +283,7 @@ def make_plan(
     names: tuple[str, ...],
     workspace: Workspace,
     invocations: Invocations = lambda names: {},
+    arena: Arena | None = None,
 ) -> Plan:
     """The plan for resolved weights over a pool of these names; `workspace` has memory for gathered factors.
 
@@ -301,7 +316,7 @@ def make_plan(
     by_token = TokenWeights.fixed(mixture)
     if mixture.values_BTLE.shape[1] > 1:
         return Plan(active, mixture, by_token, by_token)
-    return Plan(active, mixture, RowWeights(mixture, workspace, fixed_shapes=shapes_are_fixed()), by_token)
+    return Plan(active, mixture, RowWeights(mixture, workspace, arena, fixed_shapes=shapes_are_fixed()), by_token)
 
 
 def _routed_plan(
@@ -324,13 +339,14 @@ class KeptPlans:
     def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
         self._max_bytes = max_bytes
         self._workspace = Workspace(max_bytes)
+        self.arena = Arena(max_bytes)
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
     def plan(self, weights: MixtureWeights | Router, pool: ExpertPool) -> Plan:
         """The plan for these weights over this pool; what was made before, where it is kept."""
         key = _identity(weights)
         kept = None if key is None else self._plans.pop(key, None)
-        plan = make_plan(weights, pool.names, self._workspace, pool.invocations) if kept is None else kept.again()
+        plan = kept.again() if kept else make_plan(weights, pool.names, self._workspace, pool.invocations, self.arena)
         if key is None:
             return plan
         total = plan.num_bytes + sum(kept.num_bytes for kept in self._plans.values())
@@ -338,6 +354,11 @@ class KeptPlans:
             total -= self._plans.popitem(last=False)[1].num_bytes
         self._plans[key] = plan
         return plan
+
+    def forget(self, name: str) -> None:
+        """Keeps none any longer, nor what the arena has of an expert; those in use stay until their activations end."""
+        self.clear()
+        self.arena.forget(name)
 
     def clear(self) -> None:
         """Keeps none any longer; those in use stay until their activations end."""

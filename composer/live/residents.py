@@ -300,6 +300,8 @@ class Lease:
         self._parts: dict[str, dict[str, PlacedFactors]] = {}
         self._elsewhere: dict[tuple[str, str], PlacedFactors] = {}
         self._released = False
+        # what to do once when it is released
+        self.at_end: Callable[[], None] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -339,9 +341,17 @@ class Lease:
             again._parts, again._elsewhere = self._parts, dict(self._elsewhere)
             return again
 
+    def layers_of(self, name: str) -> frozenset[str]:
+        """The layers that the expert has factors in, wherever they are."""
+        return self._layouts[name].layers
+
+    def placed(self, name: str) -> Mapping[str, PlacedFactors]:
+        """The expert's factors in the layers whose places were known."""
+        return self._parts[name]
+
     def updates(self, name: str, layer: str) -> bool:
-        """Whether the expert has factors in a layer, wherever that is."""
-        return layer in self._layouts[name].layers
+        """Whether the expert has factors in a layer."""
+        return layer in self.layers_of(name)
 
     def part(self, name: str, layer: str, device: torch.device, dtype: torch.dtype) -> PlacedFactors | None:
         """The expert's factors in a layer, there and in that dtype; None where it has none.
@@ -365,6 +375,8 @@ class Lease:
             if self._released:
                 return
             self._released = True
+        if self.at_end is not None:
+            self.at_end()
         self._parts, self._elsewhere, self._opened = {}, {}, []
         self._residents._give_back(self)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from weakref import finalize
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import loraweave.registry as registry
 from loraweave.common.process import lock_of
+from loraweave.composer.live.arena import Arena, Board
 from loraweave.composer.live.kernels._cost import Cost, Workload
 from loraweave.composer.live.kernels._parts import (
     Kernel,
@@ -36,12 +37,13 @@ from loraweave.routers.weights import MixtureWeights
 class LayerMixture:
     """What a layer adds in one forward pass: a product and an affine part, each None where no expert has one.
 
-    `w_BTE` are the weights, where they are made in the call.
+    `w_BTE` are the weights, where they are made in the call; `lasts` says that the next call may have the same kernel.
     """
 
     kernel: Kernel | None
     affine: Affine | None
     w_BTE: Tensor | None = None
+    lasts: bool = True
 
 
 @dataclass(frozen=True)
@@ -92,20 +94,26 @@ class RowWeights:
     learns = False
     num_tokens = 1
 
-    def __init__(self, mixture: MixtureWeights, workspace: Workspace, *, fixed_shapes: bool = False) -> None:
+    def __init__(
+        self, mixture: MixtureWeights, workspace: Workspace, arena: Arena | None = None, *, fixed_shapes: bool = False
+    ) -> None:
         self._mixture = mixture
         # whether only the kernel of fixed shapes is taken
         self.fixed_shapes = fixed_shapes
+        values = mixture.values_BTLE
+        own_rows = not mixture.layers and values.dtype is torch.float32 and bool((values != values[:1]).any())
+        self._arena = arena if own_rows and not fixed_shapes else None
+        self._board: Board | None = None
+        # activations that are open, which share it
+        self._open: dict[int, tuple[Lease, Mapping[str, TargetLayer]]] = {}
+        self._lock = lock_of(self)
         self._workspace = workspace
         # gathered factors go back with this object, which alone refers to them
         self._borrowed: list[Tensor] = []
         self._return = finalize(self, workspace.give, self._borrowed)
         self._return.atexit = False
-        self.num_mixtures = mixture.values_BTLE.shape[0]
-        self._common = _rows(mixture.values_BTLE[:, :, 0]) if not mixture.layers else None
-        self._used = {
-            layer for index, layer in enumerate(mixture.layers) if bool((mixture.values_BTLE[:, :, index] != 0).any())
-        }
+        self.num_mixtures = values.shape[0]
+        self._used = {layer for index, layer in enumerate(mixture.layers) if bool((values[:, :, index] != 0).any())}
         self._layers: dict[str, _LayerRows] = {}
         # of the layers in which the experts have these ranks, 0 where one has none
         self._ranked: dict[tuple[int, ...], RankedRows] = {}
@@ -120,8 +128,36 @@ class RowWeights:
         """Says that a graph of autograd may keep what was gathered longer than this object."""
         self._return.detach()
 
+    @cached_property
+    def _common(self) -> RowSets | None:
+        """Where all layers share the weights."""
+        return None if self._mixture.layers else _rows(self._mixture.values_BTLE[:, :, 0])
+
     def skips(self, layer: str) -> bool:
-        return not any(self._common) if self._common is not None else layer not in self._used
+        return layer not in self._used if self._mixture.layers else not self._mixture.experts
+
+    def enter(self, lease: Lease, layers: Mapping[str, TargetLayer]) -> bool:
+        """An activation of these weights begins, and ends with its lease. Whether it is the only one."""
+        with self._lock:
+            self._open[id(lease)] = lease, layers
+            lease.at_end = partial(self._leave, id(lease))
+            return len(self._open) == 1
+
+    def _leave(self, number: int) -> None:
+        with self._lock:
+            del self._open[number]
+            if not self._open and self._arena is not None and self._board is not None:
+                self._arena.give_back(self._board)
+                self._board = None
+
+    def begin_call(self, device: torch.device) -> Board | None:
+        """A call of the model begins, of inputs there: the board that its layers may use, where Triton's kernels run."""
+        if self._arena is None or not triton_runs(device, torch.float32) or torch._C._are_functorch_transforms_active():
+            return None
+        with self._lock:
+            if self._board is None and self._open:
+                self._board = self._arena.take(self._mixture, *next(iter(self._open.values())))
+            return self._board
 
     def mixture(
         self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
@@ -129,6 +165,8 @@ class RowWeights:
         """Raises ScopeError, naming the layer and both counts, where the rows are no multiple of the mixture's."""
         num_rows, num_tokens = x_BTI.shape[:2]
         require_multiple(self.num_mixtures, num_rows, f"input of layer {layer.name!r}")
+        if (on_board := self._on_board(layer, x_BTI, device, dtype)) is not None:
+            return on_board
         found = self._layers.get(layer.name)
         with torch.inference_mode(False), torch.no_grad():
             if found is None or found.device != device or found.dtype != dtype:
@@ -136,7 +174,18 @@ class RowWeights:
             kernel = None
             if found.ranked.touched:
                 kernel = self._kernel(found, layer, num_rows // self.num_mixtures * num_tokens, lease)
-        return LayerMixture(kernel, found.affine)
+        return LayerMixture(kernel, found.affine, lasts=self._board is None)
+
+    def _on_board(self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype) -> LayerMixture | None:
+        """What the layer adds by the arena; None where a gradient may outlive the board, or the layer is elsewhere."""
+        learns = torch.is_grad_enabled() and x_BTI.requires_grad
+        if self._arena is None or self._board is None or learns or torch._C._are_functorch_transforms_active():
+            return None
+        if layer.name not in self._board.groups.of_layer:
+            return LayerMixture(None, None)
+        one = x_BTI.shape[0] * x_BTI.shape[1] == self.num_mixtures
+        kernel = self._arena.kernel(self._board, layer, device, dtype, one=one)
+        return None if kernel is None else LayerMixture(kernel, None)
 
     def _make_rows(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerRows:
         placed = [lease.part(name, layer, device, dtype) for name in self._mixture.experts]

@@ -45,6 +45,13 @@ def test_the_kernels_conform_like_every_other_in_the_interpreter():
 
 
 @with_triton
+def test_they_serve_every_mixture_of_an_arena_in_the_interpreter():
+    printed = run("-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "arena_cases.py", TRITON_INTERPRET="1")
+    assert " passed" in printed
+    assert "skipped" not in printed
+
+
+@with_triton
 def test_the_kernels_compile_for_a_gpu_and_use_its_tensor_cores_in_half_precision(tmp_path):
     printed = run(HERE / "compile_triton.py", TRITON_CACHE_DIR=str(tmp_path))
     lines = [line.split() for line in printed.splitlines()]

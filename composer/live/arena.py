@@ -1,0 +1,305 @@
+"""Factors that stay where they are while mixtures come and go: another mixture of a batch is one small tensor written.
+
+    an arena    a_CI and b_CO of each layer: C rank rows, of which an expert has the same ones in all layers
+                |  e0 e0  |  e1 e1 e1 e1  |  ..  |  e2  |       as many as its largest rank; a layer reads its own rank
+    a board     count_M, index_MR, w_MR    of M rows: how many rank rows, which, and how much each counts,
+                                           once for each group of layers in which the experts have the same ranks
+
+Boards keep their addresses, and so do arenas until they grow, so that what is made for a layer and a board (kernels, a
+recorded graph) serves every later mixture of as many rows. The idea is that of the slots of vLLM and of S-LoRA (Sheng et
+al., MLSys 2024). A board is one activation's until that ends. The naive twin is the path without an arena, which gathers
+factors for each mixture (`row_weights.py`); `tests/composer/live/kernels/arena_cases.py` compares both with the formula.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loraweave.common.process import lock_of
+from loraweave.composer.live.kernels._parts import Kernel
+from loraweave.composer.live.kernels._rank_tables import RankTables, triton_runs
+from loraweave.composer.live.kernels.triton_gathered import TritonGathered
+from loraweave.composer.live.kernels.triton_segments import TritonSegments
+from loraweave.composer.live.layout import PlacedFactors
+from loraweave.composer.live.residents import Lease
+from loraweave.composer.model.kinds import linear
+from loraweave.composer.model.layers import TargetLayer
+from loraweave.hub.adapter import Adapter
+from loraweave.routers.weights import MixtureWeights
+
+# the width of a board is a multiple of it, so that mixtures of about as many ranks share one
+COLUMNS = 8
+# what an arena grows by at least: it is copied each time
+GROWTH = 1.25
+MOST_FREE_BOARDS = 16
+
+
+class _Table(NamedTuple):
+    """One layer's rank rows."""
+
+    a_CI: Tensor
+    b_CO: Tensor
+
+
+@dataclass(eq=False)
+class _Slot:
+    """An expert's rows, from `start` on, and the number of its ranks by layer."""
+
+    start: int
+    size: int
+    profile: int
+    num_users: int = 0
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Layers by the ranks that experts of P profiles have in them."""
+
+    of_layer: Mapping[str, int]
+    ranks_GP: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Board:
+    """The rank rows of M rows in each group of layers, at fixed addresses; `remembered` is what was made for them."""
+
+    key: tuple[Any, ...]
+    groups: _Groups
+    flat_by_device: Mapping[torch.device, Tensor]
+    slots: tuple[_Slot, ...]
+    remembered: dict[str, Any] = field(default_factory=dict)
+    kernels: dict[tuple[str, bool], Kernel] = field(default_factory=dict)
+
+
+class Arena:
+    """Takes experts in, and lends boards. Experts that nobody uses go where all would take more than `max_bytes`, those used
+    longest ago first; what is used at once has no limit. Any thread may call.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._lock = lock_of(self)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._moves = -1
+        # the first row is zeros, which those point to that have nothing else
+        self._capacity = 1
+        self._tables: dict[str, _Table] = {}
+        # the one used longest ago first
+        self._slots: OrderedDict[str, _Slot] = OrderedDict()
+        self._profiles: dict[tuple[tuple[str, int], ...], int] = {}
+        self._groups: dict[tuple[int, ...], _Groups] = {}
+        self._free: OrderedDict[tuple[Any, ...], list[Board]] = OrderedDict()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all layers' rank rows, those included that no expert has."""
+        return self._capacity * self._row_bytes
+
+    @property
+    def _row_bytes(self) -> int:
+        return sum(sum(rows.shape[1] * rows.itemsize for rows in (t.a_CI, t.b_CO)) for t in self._tables.values())
+
+    def take(self, mixture: MixtureWeights, lease: Lease, layers: Mapping[str, TargetLayer]) -> Board | None:
+        """A board with this mixture of M rows, which all layers share, until `give_back`.
+
+        None where an expert has more than factors, where the place of a layer is not known or has no Triton, and while
+        experts of a model that has moved since are in use.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if lease.moves != self._moves:
+                if any(slot.num_users for slot in self._slots.values()):
+                    return None
+                self._clear()
+                self._moves = lease.moves
+            slots = self._enter(mixture.experts, lease, layers)
+            if slots is None or not any(slot.size for slot in slots):
+                return None
+            board = self._board(mixture.values_BTLE[:, 0, 0].cpu().numpy(), slots)
+            for slot in slots:
+                slot.num_users += 1
+            return board
+
+    def give_back(self, board: Board) -> None:
+        """Others may have the board, and what its experts have."""
+        with self._lock:
+            for slot in board.slots:
+                slot.num_users -= 1
+            # of an arena that has grown since, it is none
+            if board.key[0] == (self._moves, self._capacity):
+                self._free.setdefault(board.key, []).append(board)
+                self._free.move_to_end(board.key)
+                if sum(map(len, self._free.values())) > MOST_FREE_BOARDS:
+                    key, boards = next(iter(self._free.items()))
+                    boards.pop()
+                    if not boards:
+                        del self._free[key]
+
+    def forget(self, name: str) -> None:
+        """Another expert may have the name. Memory goes once little of it is used."""
+        with self._lock:
+            self._slots.pop(name, None)
+            if not any(slot.num_users for slot in self._slots.values()) and 2 * self._num_rows < self._capacity:
+                self._clear()
+
+    @property
+    def _num_rows(self) -> int:
+        return sum(slot.size for slot in self._slots.values())
+
+    def kernel(
+        self, board: Board, layer: TargetLayer, device: torch.device, dtype: torch.dtype, *, one: bool
+    ) -> Kernel | None:
+        """What adds the board's mixture to a layer, for `one` token a row or more; None where the layer is elsewhere."""
+        if (found := board.kernels.get((layer.name, one))) is None:
+            table = self._tables[layer.name]
+            group = board.groups.of_layer[layer.name]
+            num_rows, width = board.key[1], board.key[2]
+            flat = board.flat_by_device[table.a_CI.device][group]
+            index_MR, w_MR = flat[num_rows:].view(2, num_rows, width)
+            tables = RankTables(table.a_CI, table.b_CO, index_MR, w_MR.view(torch.float32), flat[:num_rows])
+            found = board.kernels[layer.name, one] = _kernel(tables, one=one)
+        table = self._tables[layer.name]
+        return found if table.a_CI.device == device and table.a_CI.dtype == dtype else None
+
+    def _enter(self, names: Sequence[str], lease: Lease, layers: Mapping[str, TargetLayer]) -> tuple[_Slot, ...] | None:
+        for name in names:
+            if name not in self._slots:
+                parts = _parts(name, lease, layers)
+                if parts is None:
+                    return None
+                self._slots[name] = self._filled(parts, names)
+            self._slots.move_to_end(name)
+        return tuple(self._slots[name] for name in names)
+
+    def _filled(self, parts: Mapping[str, PlacedFactors], staying: Sequence[str]) -> _Slot:
+        for layer, part in parts.items():
+            if layer not in self._tables:
+                widths = part.a_RI.shape[1], part.b_RO.shape[1]
+                self._tables[layer] = _Table(*(part.a_RI.new_zeros(self._capacity, width) for width in widths))
+        ranks = tuple((layer, part.a_RI.shape[0]) for layer, part in parts.items())
+        size = max((rank for _, rank in ranks), default=0)
+        slot = _Slot(self._room(size, staying), size, self._profiles.setdefault(ranks, len(self._profiles)))
+        for layer, part in parts.items():
+            own = slice(slot.start, slot.start + part.a_RI.shape[0])
+            self._tables[layer].a_CI[own] = part.a_RI
+            self._tables[layer].b_CO[own] = part.b_RO
+        return slot
+
+    def _room(self, size: int, staying: Sequence[str]) -> int:
+        """Where so many rows are free: rows that were left, those of experts that nobody uses, or new ones."""
+        while (start := self._gap(size)) + size > self._capacity:
+            idle = next((name for name, slot in self._slots.items() if not slot.num_users and name not in staying), None)
+            if idle is None or (start + size) * self._row_bytes <= self._max_bytes:
+                self._grow(max(start + size, min(int(self._capacity * GROWTH), self._max_bytes // max(self._row_bytes, 1))))
+            else:
+                del self._slots[idle]
+        return start
+
+    def _gap(self, size: int) -> int:
+        """The first row after which so many are nobody's, be they there yet or not."""
+        start = 1
+        for slot in sorted(self._slots.values(), key=lambda slot: slot.start):
+            if slot.start - start >= size:
+                break
+            start = slot.start + slot.size
+        return start
+
+    def _grow(self, capacity: int) -> None:
+        # they have kernels that read the old tensors
+        self._free.clear()
+        for layer, table in self._tables.items():
+            # one layer after the other, so that only one is there twice
+            a_CI, b_CO = (rows.new_zeros(capacity, rows.shape[1]) for rows in (table.a_CI, table.b_CO))
+            a_CI[: self._capacity], b_CO[: self._capacity] = table.a_CI, table.b_CO
+            self._tables[layer] = _Table(a_CI, b_CO)
+        self._capacity = capacity
+
+    def _board(self, w_ME: NDArray[np.float32], slots: tuple[_Slot, ...]) -> Board:
+        profiles = tuple(sorted({slot.profile for slot in slots}))
+        groups = self._groups.get(profiles) or self._groups.setdefault(profiles, self._group(profiles))
+        profile_E = np.array([profiles.index(slot.profile) for slot in slots])
+        start_E = np.array([slot.start for slot in slots])
+        row_N, expert_N = np.nonzero(w_ME)
+        rank_GN = groups.ranks_GP[:, profile_E[expert_N]]
+        count_GM = np.stack([np.bincount(row_N, rank_N, len(w_ME)) for rank_N in rank_GN]).astype(np.int32)
+        width = max(COLUMNS, -(-int(count_GM.max(initial=0)) // COLUMNS) * COLUMNS)
+        written = _spread(row_N, rank_GN, start_E[expert_N], w_ME[row_N, expert_N], count_GM, width)
+        key = (self._moves, self._capacity), len(w_ME), width, profiles
+        if free := self._free.get(key):
+            kept = free.pop()
+            board = replace(kept, slots=slots)
+        else:
+            devices = {table.a_CI.device for table in self._tables.values()}
+            flats = {device: torch.empty(written.shape, dtype=torch.int32, device=device) for device in devices}
+            board = Board(key, groups, flats, slots)
+        for flat in board.flat_by_device.values():
+            # from pageable memory, so that it has been read when this returns
+            flat.copy_(torch.from_numpy(written))
+        return board
+
+    def _group(self, profiles: tuple[int, ...]) -> _Groups:
+        known = {number: dict(ranks) for ranks, number in self._profiles.items()}
+        ranks_of = {layer: tuple(known[number].get(layer, 0) for number in profiles) for layer in self._tables}
+        distinct = sorted({ranks for ranks in ranks_of.values() if any(ranks)})
+        of_layer = {layer: distinct.index(ranks) for layer, ranks in ranks_of.items() if any(ranks)}
+        return _Groups(of_layer, np.array(distinct, dtype=np.int64).reshape(len(distinct), len(profiles)))
+
+
+def _parts(name: str, lease: Lease, layers: Mapping[str, TargetLayer]) -> Mapping[str, PlacedFactors] | None:
+    """An expert's factors in the layers that are products with a matrix; None where that is not all that it does there."""
+    placed = lease.placed(name)
+    if not lease.layers_of(name) <= layers.keys():
+        return None
+    wanted = {layer for layer in lease.layers_of(name) if layers[layer].kind is linear and layers[layer].number is None}
+    if not wanted <= placed.keys():
+        return None
+    found = {layer: part for layer, part in placed.items() if layer in wanted}
+    fits = all(part.gain_O is None and part.bias_O is None for part in found.values())
+    return found if fits and all(triton_runs(part.a_RI.device, part.a_RI.dtype) for part in found.values()) else None
+
+
+def bytes_of(adapter: Adapter, itemsize: int) -> int:
+    """What an adapter takes of an arena whose layers are its own."""
+    widths = sum(factors.a_RI.shape[1] + factors.b_OR.shape[0] for factors in adapter.layers.values())
+    return itemsize * widths * max((factors.rank for factors in adapter.layers.values()), default=0)
+
+
+def _spread(
+    row_N: NDArray[np.int64],
+    rank_GN: NDArray[np.int64],
+    start_N: NDArray[np.int64],
+    w_N: NDArray[np.float32],
+    count_GM: NDArray[np.int32],
+    width: int,
+) -> NDArray[np.int32]:
+    """count_M, index_MR and the bits of w_MR for each group, of N uses of an expert by a row, in the order of the rows."""
+    num_groups, num_rows = count_GM.shape
+    found = np.zeros((num_groups, num_rows * (1 + 2 * width)), np.int32)
+    found[:, :num_rows] = count_GM
+    for written, rank_N, count_M in zip(found, rank_GN, count_GM, strict=True):
+        use_S = np.repeat(np.arange(len(row_N)), rank_N)
+        rank_row_S = np.arange(len(use_S))
+        within_S = rank_row_S - (np.cumsum(rank_N) - rank_N)[use_S]
+        column_S = rank_row_S - (np.cumsum(count_M) - count_M)[row_N[use_S]]
+        index_MR, w_MR = written[num_rows:].reshape(2, num_rows, width)
+        index_MR[row_N[use_S], column_S] = start_N[use_S] + within_S
+        w_MR.view(np.float32)[row_N[use_S], column_S] = w_N[use_S]
+    return found
+
+
+def _kernel(tables: RankTables, *, one: bool) -> Kernel:
+    if one:
+        return TritonGathered(tables)
+    num_rows = len(tables.count_G)
+    # each row is a segment of its own, whichever rows have the same mixture
+    first_G = torch.arange(num_rows + 1, dtype=torch.int32, device=tables.a_DI.device)
+    return TritonSegments(tables, num_rows, 1, first_G[:-1], first_G)
