@@ -4,7 +4,8 @@
 
 Each document has five invented facts. The adapters learn its sentences and five questions in one wording; the questions
 that are counted have another. "task" is an adapter that learned the answering from other documents, beside which the
-document adapters of the last rows were trained (OSD). k documents are those that the hub's search finds.
+document adapters of the last rows were trained (OSD). Only exact answers count: the base alone answers in sentences, and
+"task" taught it the form. k documents are those that the hub's search finds.
 """
 
 from __future__ import annotations
@@ -128,6 +129,7 @@ def _ways(k: int) -> Sequence[tuple[str, int, int, str, Mapping[str, float]]]:
         (f"the sum of {k} adapters", 0, k, "alone", {}),
         ("one document and its adapter", 1, 1, "alone", {}),
         ("the task's adapter", 0, 0, "beside", {"task": 1.0}),
+        ("one document under the task's adapter", 1, 0, "beside", {"task": 1.0}),
         ("the task's, and one beside it", 0, 1, "beside", {"task": 1.0}),
         (f"the task's, and the sum of {k} beside it", 0, k, "beside", {"task": 1.0}),
     ]
