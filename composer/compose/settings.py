@@ -31,6 +31,8 @@ from loraweave.types import Router, Task
 SPACES = {"deltas": "linear", "factors": "factor_sum"}
 # an average of ways needs no guard
 FOLDS, FOLDS_OF_AUTO = 3, 0
+# examples from which on "auto" compares its ways on some of them, a long training among these
+MANY = 50
 # ways of compose() that are no solvers
 OTHER_WAYS = ("auto", "base", "best_single", "in_context", "few_shot")
 # what compose() gives a solver that asks for it: retrieval scores, the pool's layers, the weights of "manual", the sample
@@ -100,6 +102,10 @@ class Settings:
             # a router object is used as it is
             return _class_of(self.method, LearnedRouter) is not None
         return self.method in ("auto", "few_shot") if self.method in OTHER_WAYS else solver_class(self.name).learns
+
+    def has_many(self, task: Task) -> bool:
+        """Whether "auto" has enough examples to hold a fifth of them out, and to train for long."""
+        return self.method == "auto" and not self.folds and len(task.examples) >= MANY
 
     @property
     def meaning(self) -> str | None:

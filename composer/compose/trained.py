@@ -22,6 +22,7 @@ from loraweave.composer.compose.refine import (
     linear_targets,
     num_scalars,
     pool_of,
+    targets_of,
     task_of,
     tuned_adapters,
 )
@@ -41,6 +42,8 @@ from loraweave.types import Router
 
 # of a LoRA under demonstrations, chosen by leave-one-out on the example pool; as many orders of them in the prompts
 FEW_SHOT = Tuning(steps=10, lr=5e-4, batch_size=2)
+# of a LoRA on many examples
+LONG = Tuning(steps=80, lr=3e-3, batch_size=8)
 ORDERS = 3
 
 
@@ -100,10 +103,11 @@ class FewShot(InContextAdapter):
 
     learns = True
 
-    def __init__(self, bench: Bench, tuning: Tuning) -> None:
-        super().__init__(bench, "few_shot")
+    def __init__(self, bench: Bench, tuning: Tuning, name: str = "few_shot") -> None:
+        super().__init__(bench, name)
         self._tuning = tuning
         self.steps = tuning.steps
+        self.target_modules = linear_targets(bench.engine.model)
 
     def planned(self, num_folds: int) -> int:
         return STEP_COST * self.steps * (num_folds + 1)
@@ -117,7 +121,7 @@ class FewShot(InContextAdapter):
             dict.fromkeys(names, bench.start),
             {split.name: split.seen for split in splits},
             self._tuning,
-            target_modules=linear_targets(bench.engine.model),
+            target_modules=self.target_modules,
             checkpoint=bench.checkpoint,
             progress=bench.progress,
         )
@@ -125,6 +129,15 @@ class FewShot(InContextAdapter):
         self.evaluations += made
         bench.on_progress(made)
         return [self._asked(trained[split.name], split) for split in splits]
+
+
+class Lora(FewShot):
+    """A new LoRA on the pool's layers, trained on the examples that a split sees, and asked without them."""
+
+    def __init__(self, bench: Bench, tuning: Tuning) -> None:
+        folder = None if bench.checkpoint is None else bench.checkpoint / "lora"
+        super().__init__(replace(bench, start=None, checkpoint=folder), tuning, "lora")
+        self.target_modules = targets_of(bench.engine.pool)
 
 
 class Averaged(Trial[tuple[Any, ...]]):

@@ -50,6 +50,11 @@ def folds(num_examples: int, count: int, seed: int) -> list[Split]:
     ]
 
 
+def held_out(num_examples: int, seed: int) -> Split:
+    """A fifth of the examples held out, drawn by the seed."""
+    return folds(num_examples, 5, seed)[0]
+
+
 @dataclass(frozen=True, eq=False)
 class Bench:
     """What all trials of one task share; examples are tokenised, and adapters measured alone, when the first trial asks.
@@ -188,11 +193,8 @@ class Trial(ABC, Generic[Chosen]):
     def hold_out(self, folds: Sequence[Split]) -> None:
         """Measures it on the held-out examples of all folds."""
         started, self._was_held_out = time.perf_counter(), bool(folds)
-        size = len(self.bench.task.examples) if folds else 0
-        self._held_losses_N, self._held_hits_N = np.zeros(size), np.zeros(size)
-        for split, chosen in zip(folds, self.choices_on(folds), strict=True):
-            held = list(split.held)
-            self._held_losses_N[held], self._held_hits_N[held] = self.scores(chosen, split.held)
+        measured = [self.scores(chosen, split.held) for split, chosen in zip(folds, self.choices_on(folds), strict=True)]
+        self._held_losses_N, self._held_hits_N = np.concatenate(measured, axis=1) if measured else np.zeros((2, 0))
         self.seconds += time.perf_counter() - started
 
     def finish(self) -> None:

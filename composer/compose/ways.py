@@ -10,7 +10,7 @@ A search is such a trial: a solver asks for candidates, and the examples that it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from loraweave.common.chat import Prompt
 from loraweave.common.options import options_of
 from loraweave.composer.compose.loss import ExampleLoss, Penalty, together, together_with_gradients
 from loraweave.composer.compose.settings import BEST, OTHER_WAYS, Settings, solver_class
-from loraweave.composer.compose.trained import FEW_SHOT, ORDERS, Averaged, FewShot, InContextAdapter, Routed
+from loraweave.composer.compose.trained import FEW_SHOT, LONG, ORDERS, Averaged, FewShot, InContextAdapter, Lora, Routed
 from loraweave.composer.compose.trials import Bench, BestSingle, Fixed, MixtureTrial, Split, Trial
 from loraweave.composer.compose.user_loss import UserLoss, make_objective
 from loraweave.errors import InvalidTask, SearchFailed, WeightingError
@@ -77,7 +77,7 @@ class Ways:
         examples nothing plain is measured, since there is nothing to compare on.
         """
         trials, start = self._measured(), self._bench.start
-        if start is not None and any(isinstance(trial, FewShot) for trial in trials):
+        if start is not None and any(trial.name == "few_shot" for trial in trials):
             self.remarks.append(f"few_shot began as the hub's {start.name!r}")
         return trials
 
@@ -91,12 +91,23 @@ class Ways:
         if not self._folds and self._is_sure(plain):
             self.asked = "best_single"
             return plain
+        if self._settings.has_many(self._bench.task):
+            return [*plain, *self._compared(plain)]
         members = [trial for trial in self._learning if self._stays(trial)]
         if len(members) > 1:
             members = [*members, Averaged(members)]
             members[-1].run(self._folds)
         self.asked = members[-1].name if members else None
         return [*plain, *members]
+
+    def _compared(self, plain: Sequence[Trial[Any]]) -> list[Trial[Any]]:
+        """All that learns, on the examples held out; only the best goes on to learn from all."""
+        measured = [way for way in self._learning if self._stays(way, Trial.hold_out)]
+        best = min([*plain, *measured], key=lambda way: way.held_out_loss)
+        if best in measured:
+            best.finish()
+        self.asked = best.name
+        return measured
 
     def _is_sure(self, plain: Sequence[Trial[Any]]) -> bool:
         """Whether the best single adapter's loss is far below that of prompts alone."""
@@ -128,9 +139,9 @@ class Ways:
     def _in_context(self) -> Trial[Any]:
         return Fixed("in_context", self._bench.with_demonstrations(), MixtureWeights.of({}, self._bench.names))
 
-    def _stays(self, trial: Trial[Any]) -> bool:
+    def _stays(self, trial: Trial[Any], run: Callable[[Trial[Any], Sequence[Split]], object] = Trial.run) -> bool:
         try:
-            trial.run(self._folds)
+            run(trial, self._folds)
         except (SearchFailed, InvalidTask) as error:
             # an objective that scores nothing, or demonstrations beyond the model's context
             self.remarks.append(f"{trial.name} was left out: {error}")
@@ -177,7 +188,8 @@ class Ways:
         plain = settings.objective in (None, "cross_entropy") and settings.meaning in (None, "linear")
         if not (enough and plain and len(shown.task.examples) > 1):
             return []
-        return [FewShot(shown, replace(FEW_SHOT, seed=settings.seed))]
+        longer = [Lora(self._bench, replace(LONG, seed=settings.seed))] if settings.has_many(shown.task) else []
+        return [FewShot(shown, replace(FEW_SHOT, seed=settings.seed)), *longer]
 
 
 Start = Mapping[str, float] | MixtureWeights | None

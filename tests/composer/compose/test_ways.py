@@ -99,6 +99,21 @@ def test_an_average_is_kept_whole(compose, tiny_llama, tokenizer, tmp_path):
     assert read.mean_weights == pytest.approx(found.mean_weights)
 
 
+def test_of_many_examples_a_fifth_chooses_among_the_ways_and_the_best_learns_from_all(compose_on, tmp_path):
+    many = lw.Task([(f"{first} {second}", first) for first in "abcde" for second in "fghijklmno"], instruction="first")
+    found = compose_on(task=many, checkpoint=tmp_path)
+    assert rows_of(found.report) == [*PLAIN, "gradient", "few_shot", "lora"]
+    best = min(found.report.rows, key=lambda row: row.held_out_loss)
+    assert found.report.chosen == best.name == "lora"
+    # the others were trained for the comparison alone
+    assert [found.report[name].loss for name in ("gradient", "few_shot")] == [None] * 2
+    assert sum(found.losses()) / 50 == pytest.approx(best.loss, rel=1e-4)
+    assert found.task == many
+    assert not found.members
+    assert "lora" not in rows_of(compose_on(task=lw.Task(many.examples[:49], instruction="first")).report)
+    assert "lora" not in rows_of(compose_on(task=many, budget=20).report)
+
+
 def test_the_inputs_that_calibrate_are_kept(compose_on, tiny_llama, tokenizer, tmp_path):
     inputs = [f"x {number}" for number in range(25)]
     found = compose_on(task=lw.Task(EXAMPLES, labels=["ab", "ba", "c", "DD"]), inputs=inputs)
