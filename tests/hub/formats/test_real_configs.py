@@ -20,6 +20,7 @@ import torch
 from peft_models import Tree, save
 from safetensors.torch import save_file
 from torch import nn
+from transformers import SamConfig, SamModel
 from transformers.pytorch_utils import Conv1D
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
@@ -176,9 +177,16 @@ def test_a_real_adapter_computes_what_peft_computes_with_it_and_is_written_as_it
 
 
 @pytest.mark.parametrize("rank", [2, 4, 8])
-def test_real_files_whose_names_do_not_tell_the_layers_are_refused_by_those_names(rank):
-    with pytest.raises(AdapterUnsupported, match=r"no known layout.*'w_a_000'"):
-        Adapter.from_pretrained(SHARED / "real_adapters" / f"sam_vitb_rank{rank}")
+def test_a_real_sam_file_opens_with_its_model_and_is_refused_without(rank):
+    folder = SHARED / "real_adapters" / f"sam_vitb_rank{rank}"
+    with pytest.raises(AdapterUnsupported, match="w_a_000 and so on name no layer; give the Segment Anything model"):
+        Adapter.from_pretrained(folder)
+    with torch.device("meta"):
+        model = SamModel(SamConfig())
+    opened = Adapter.from_pretrained(folder, model=model)
+    assert list(opened.layers) == [f"vision_encoder.layers.{number}.attn.qkv" for number in range(12)]
+    # of the rank for each of query and value
+    assert opened.rank == 2 * rank
 
 
 def test_a_real_git_lfs_pointer_is_named_as_one():
