@@ -184,7 +184,8 @@ class Trial(ABC, Generic[Chosen]):
     def run(self, folds: Sequence[Split]) -> None:
         """Measures it on held-out examples and on all."""
         started = time.perf_counter()
-        folds = folds if self.learns else []
+        # what sees nothing is the same on all examples, unless only some of them are held out
+        folds = folds if self.learns or len(folds) == 1 else []
         self.choices_on([*folds, self.bench.everything])
         self.seconds += time.perf_counter() - started
         self.hold_out(folds)
