@@ -39,6 +39,8 @@ A leaf also inherits the built-in exception that a caller would guess. Errors ar
 their message says what was asked, what was found, and the way out. `BaseModelUnverified` alone is a warning.
 """
 
+from typing import Self
+
 
 class LoraweaveError(Exception):
     """The root of every error raised by loraweave."""
@@ -158,6 +160,10 @@ class AlreadyActive(CompositionError, RuntimeError):
 
 class BudgetExceeded(CompositionError, MemoryError):
     """Experts, or a training, that need more bytes than they may have."""
+
+    # MemoryError's refuses to make this class where Dask's workers unpickle one
+    def __new__(cls, *args: object) -> Self:
+        return Exception.__new__(cls, *args)
 
 
 class TrainingError(LoraweaveError, RuntimeError):

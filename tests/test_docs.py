@@ -264,7 +264,7 @@ def test_the_page_on_explanations_says_what_its_picture_shows(run_page, tmp_path
         for token, w_E in zip(explanation.tokens, explanation.by_token_TE, strict=True)
     }
     assert strongest["seventeen"] == ["number_words", "addition"]
-    assert (strongest["German"][0], strongest["letters"][0]) == ("intent_domain", "second_letter")
+    assert (strongest["German"][0], strongest["letters"][0]) == ("past_tense", "intent_domain")
     shares = dict(zip(names["used"].experts, names["load"].share_E.tolist(), strict=True))
     assert sum(shares.values()) == pytest.approx(1)
     assert {layer.num_tokens for layer in names["trace"].weights.layers.values()} <= set(range(5, 12))

@@ -103,7 +103,8 @@ def _moved(model: Any, moved_BTI: Tensor | None) -> Iterator[None]:
         handle.remove()
         return output + moved_BTI
 
-    handle = model.get_input_embeddings().register_forward_hook(move)
+    reader = model.get_encoder() if model.config.is_encoder_decoder else model
+    handle = reader.get_input_embeddings().register_forward_hook(move)
     try:
         yield
     finally:

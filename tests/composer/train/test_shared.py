@@ -213,7 +213,7 @@ def test_a_job_that_does_not_fit_alone_is_refused_before_the_first_step(tiny_lla
         ({"held_out": 0.5, "patience": 0}, TrainingError, "got patience=0"),
         ({"held_out": 0.5, "evaluate_every": 1.5}, TrainingError, "got evaluate_every=1.5"),
         ({"held_out": 0.5, "tasks": {"one": [("a", "A")]}}, TrainingError, "task 'one' has one example"),
-        ({"held_out": 0.5, "continual": "sequential"}, TrainingError, "'sequential' has neither held_out"),
+        ({"held_out": 0.5, "continual": "sequential"}, TrainingError, "'sequential' takes none of held_out"),
         ({"memory_bytes": 0}, TrainingError, "got memory_bytes=0"),
     ],
 )

@@ -63,7 +63,7 @@ def test_a_value_outside_its_kind_is_refused(name, option, value, kind, pool):
     [
         ("arrow", "direction", "power_iterations", "'exact', 'power_iteration', did you mean 'power_iteration'?"),
         ("arrow", "input_norm", "l2", "'none', 'unit'"),
-        ("logistic", "form", "mixture", "'selection', 'probabilities'"),
+        ("logistic", "form", "mixture", "'selection', 'probabilities', 'top_p'"),
         ("lora_flow", "bias", "inner", "'outside', 'inside'"),
         ("mixture_of_adapters", "decision", "sequense", "'sequence', 'token', did you mean 'sequence'?"),
         ("mixture_of_top1", "score", "arow", "'arrow', 'spectr', did you mean 'arrow'?"),
