@@ -30,7 +30,7 @@ def construct_vl(
     of the row's target tokens), and p' that with the embeddings of the row's tokens moved `attacks` times by `attack_size` *
     sign(-dp_s'/de): what makes the past model doubt has to make the new one doubt as much. As in the released code, at whose
     settings these are the defaults, but that p there is the probability that text and image match. Each past task costs
-    attacks + 4 more passes a step; `replay=0` is the prefix alone.
+    attacks + 3 more passes a step, and all together one; `replay=0` is the prefix alone.
 
     The paper's learnable weight of each earlier part and layer (`ada_weights`, off in its runs) is a mixture of `own_parts`,
     which any search can learn afterwards.
@@ -48,13 +48,16 @@ def _lesson(course: Course, replay: float, attacks: int, size: float, name: str,
 
     def losses(step: int) -> Tensor:
         loss_J = plain(step)
-        stacked = batch(model, course.tokenizer, settings.rows(course.rows[name], name, step)) if past else None
+        if not past:
+            return loss_J
+        stacked = batch(model, course.tokenizer, settings.rows(course.rows[name], name, step))
+        with course.frozen(prefix), jobs:
+            clean_B = certainty(model, stacked)
         for layers in past:
-            assert stacked is not None
             with course.frozen(layers):
                 doubt_B, moved_BTI = attacked(model, stacked, attacks, size)
             with course.frozen(prefix), jobs:
-                own_B = certainty(model, stacked) - certainty(model, stacked, moved_BTI)
+                own_B = clean_B - certainty(model, stacked, moved_BTI)
             loss_J = loss_J + replay * (doubt_B - own_B).abs().mean()
         return loss_J
 
