@@ -41,7 +41,7 @@ from loraweave.hub.formats._files import read_json
 from loraweave.hub.formats._safetensors import read_tensors, require_finite
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.same_base import require_same_base
-from loraweave.lowrank import joint
+from loraweave.lowrank import algebra, joint
 from loraweave.lowrank.joint import Basis, Middle
 from loraweave.types import Factors, Fingerprint
 
@@ -119,7 +119,7 @@ class JointPool:
         if middle not in get_args(Middle):
             raise WeightingError(f"middle={middle!r} is none of {', '.join(get_args(Middle))}")
         first = pool[pool.names[0]]
-        sizes = {layer: (part.b_OR.shape[0], part.a_RI.shape[1]) for layer, part in first.layers.items()}
+        sizes = _sizes(first)
         for name in pool.names:
             _require_plain(name, pool[name], sizes)
             require_same_base(f"adapter {name!r}", pool[name].base, first.base)
@@ -299,7 +299,7 @@ class JointPool:
     def _member(self, adapter: Adapter, clusters: Iterable[int]) -> Member:
         """Its middles in the nearest of these clusters."""
         found = []
-        size = sum(joint.squared_error(each, *_none_of(each)) for each in adapter.layers.values())
+        size = sum(algebra.norm(each) ** 2 for each in adapter.layers.values())
         for number in clusters:
             bases = self.clusters[number]
             middles = {layer: joint.project(part, bases[layer], self.middle) for layer, part in adapter.layers.items()}
@@ -352,22 +352,20 @@ class _JointHook:
         return y + functional.linear(hidden.to(y.dtype), self._u_OR)
 
 
-def _none_of(factors: Factors) -> tuple[Basis, Tensor]:
-    """A basis of nothing, beside which all of an update is lost."""
-    num_out, num_in = factors.b_OR.shape[0], factors.a_RI.shape[1]
-    return Basis(torch.zeros(num_out, 1), torch.zeros(1, num_in)), torch.zeros(1, 1)
+def _sizes(adapter: Adapter) -> dict[str, tuple[int, int]]:
+    """(O, I) of each layer."""
+    return {layer: (part.b_OR.shape[0], part.a_RI.shape[1]) for layer, part in adapter.layers.items()}
 
 
 def _require_plain(name: str, adapter: Adapter, sizes: Mapping[str, tuple[int, int]]) -> None:
     if adapter.heads or adapter.invocation:
         raise AdapterUnsupported(f"adapter {name!r} has heads or invocation tokens, which no bases can share: leave it out")
     for layer, factors in adapter.layers.items():
-        if set(factors.tensors()) != {"a_RI", "b_OR"} or factors.kind != "linear":
+        if not factors.is_product or factors.kind != "linear":
             raise AdapterUnsupported(
                 f"adapter {name!r} is no plain LoRA on a linear layer in {layer!r}, and only such share bases: leave it out"
             )
-    own = {layer: (part.b_OR.shape[0], part.a_RI.shape[1]) for layer, part in adapter.layers.items()}
-    if other := sorted(set(own.items()) ^ set(sizes.items())):
+    if other := sorted(set(_sizes(adapter).items()) ^ set(sizes.items())):
         raise AdapterUnsupported(
             f"adapter {name!r} and the others differ in layer {other[0][0]!r}: fit a pool of its like apart"
         )

@@ -11,6 +11,7 @@ from loraweave.common.checks import is_list, is_whole
 from loraweave.composer.live.pipeline import Composite
 from loraweave.errors import WeightingError
 from loraweave.hub.adapter import Adapter
+from loraweave.lowrank import algebra
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Factors
 
@@ -46,7 +47,8 @@ def k_lora(content: Adapter, style: Adapter, *, alpha: float = 1.5, beta: float 
 
     K-LoRA (2502.18461), after its authors' code (klora.py, utils.py), which has K = 64, that of rank 8, and counts the calls
     of layers in the place of steps.
-    Pool names are the adapters' own. Raises WeightingError where they share no layer or have one name.
+    Pool names are the adapters' own. Raises WeightingError where they share no layer or have one name, AdapterUnsupported
+    for DoRA and (IA)3, whose update is no matrix of its own.
     """
     both = [layer for layer in content.layers if layer in style.layers]
     if not both or content.name == style.name:
@@ -73,5 +75,5 @@ def k_lora(content: Adapter, style: Adapter, *, alpha: float = 1.5, beta: float 
 @torch.no_grad()
 def _sums(factors: Factors, k: int) -> tuple[float, float]:
     """The sum of the k largest absolute entries of B A, and of all."""
-    entries = (factors.b_OR @ factors.a_RI).abs().flatten()
+    entries = algebra.delta(factors).abs().flatten()
     return float(entries.topk(min(k, len(entries))).values.sum()), float(entries.sum())

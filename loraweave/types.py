@@ -50,6 +50,11 @@ class Factors:
         """Whether the update is known without the base layer."""
         return self.magnitude_O is None and self.base_bias_O is None
 
+    @property
+    def is_product(self) -> bool:
+        """Whether the update is b a alone, without a gain, a bias or a magnitude."""
+        return self.tensors().keys() == {"a_RI", "b_OR"}
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are present, by field name."""
         fields = ("a_RI", "b_OR", "gain_O", "bias_O", "magnitude_O", "base_bias_O")

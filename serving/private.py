@@ -52,8 +52,7 @@ def split(adapter: Adapter) -> tuple[Adapter, dict[str, Tensor]]:
     """
     layers, cores = {}, {}
     for name, factors in adapter.layers.items():
-        beside = [part for part in ("gain_O", "bias_O", "magnitude_O", "base_bias_O") if getattr(factors, part) is not None]
-        if beside or factors.kind != "linear" or adapter.heads or adapter.invocation:
+        if not factors.is_product or factors.kind != "linear" or adapter.heads or adapter.invocation:
             raise AdapterUnsupported(
                 f"layer {name!r} of adapter {adapter.name!r} is more than b a of a linear layer: make it a plain "
                 "LoRA first, by lw.to_lora(adapter, model)"

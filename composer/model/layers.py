@@ -170,7 +170,7 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
 
 def _expert_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, expert: str) -> TargetLayer:
     """One expert of a fused parameter. Raises as `target_layer`."""
-    if set(factors.tensors()) != {"a_RI", "b_OR"}:
+    if not factors.is_product:
         raise LayerMismatch(f"expert {expert!r} has a gain or a bias for layer {name!r}, an expert of a fused parameter")
     found = expert_matrix(modules, name, factors, f"expert {expert!r}")
     sizes = found.num_outputs, found.num_inputs, found.transposed

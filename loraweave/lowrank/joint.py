@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from loraweave.lowrank import algebra
 from loraweave.types import Factors
 
 Middle = Literal["full", "diagonal"]
@@ -59,10 +60,9 @@ def squared_error(update: Factors, basis: Basis, middle_RR: Tensor) -> float:
     """|D - U M V|^2, without D."""
     u_OR, v_RI, m_RR = basis.u_OR.double(), basis.v_RI.double(), as_matrix(middle_RR).double()
     b_OR, a_RI = update.b_OR.double(), update.a_RI.double()
-    own = ((b_OR.T @ b_OR) * (a_RI @ a_RI.T)).sum()
     cross = (((u_OR.T @ b_OR) @ (a_RI @ v_RI.T)) * m_RR).sum()
     theirs = ((u_OR.T @ u_OR @ m_RR @ (v_RI @ v_RI.T)) * m_RR).sum()
-    return max(float(own - 2 * cross + theirs), 0.0)
+    return max(algebra.inner(update, update) + float(theirs - 2 * cross), 0.0)
 
 
 def as_matrix(middle: Tensor) -> Tensor:
@@ -75,10 +75,8 @@ def _stacked(updates: list[Factors]) -> tuple[Tensor, Tensor]:
     b_EOR = torch.zeros(len(updates), updates[0].b_OR.shape[0], rank)
     a_ERI = torch.zeros(len(updates), rank, updates[0].a_RI.shape[1])
     for place, each in enumerate(updates):
-        b_OR, a_RI = each.b_OR.float(), each.a_RI.float()
-        size = float(((b_OR.T @ b_OR) * (a_RI @ a_RI.T)).sum().clamp_min(0).sqrt())
-        b_EOR[place, :, : each.rank] = b_OR / (size or 1.0)
-        a_ERI[place, : each.rank] = a_RI
+        b_EOR[place, :, : each.rank] = each.b_OR / (algebra.norm(each) or 1.0)
+        a_ERI[place, : each.rank] = each.a_RI
     return b_EOR, a_ERI
 
 
