@@ -237,7 +237,7 @@ def quantised_again(module: Any, weight_OI: Tensor) -> Any:
             twin._parameters["weight"], twin.state = new.to(weight.device), copy.copy(module.state)
             twin.state.CB = twin.state.SCB = None
             return twin
-    if weight is not None and (new := _torchao_anew(weight.data, weight_OI)) is not None:
+    if weight is not None and (new := _torchao_again(weight.data, weight_OI)) is not None:
         twin._parameters["weight"] = nn.Parameter(new, requires_grad=False)
         return twin
     return None
@@ -248,7 +248,7 @@ def _is_packed(weight: Any) -> bool:
     return bool(getattr(weight.quant_state, "packing_format_for_cpu", False))
 
 
-def _torchao_anew(weight: Any, weight_OI: Tensor) -> Any:
+def _torchao_again(weight: Any, weight_OI: Tensor) -> Any:
     values = weight_OI.to(weight.dtype)
     match type(weight).__name__:
         case "Int8Tensor" if weight.act_quant_scale is None and weight.act_pre_scale is None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from loraweave.errors import CompositionError, LayerMismatch
+from loraweave.hub.base import base_id
 from loraweave.hub.formats._base_layer import missing_layer
 from loraweave.hub.formats.diffusers import COMPONENTS
 
@@ -23,7 +24,7 @@ class Pipeline(nn.Module):
     def __init__(self, pipe: Any) -> None:
         super().__init__()
         self.pipe = pipe
-        self.name_or_path = str(getattr(pipe, "name_or_path", None) or "")
+        self.name_or_path = base_id(pipe)
         for name in COMPONENTS:
             if isinstance(part := getattr(pipe, name, None), nn.Module):
                 self.add_module(name, getattr(part, "_orig_mod", part))

@@ -34,7 +34,7 @@ from loraweave.composer.train.passes import LoraJobs
 from loraweave.composer.train.settings import LoraSettings
 from loraweave.errors import BaseModelMismatch, InvalidTask, WeightingError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.base import base_key, fingerprint
+from loraweave.hub.base import base_id, base_key, fingerprint
 
 FILE = "routed_rewards.safetensors"
 ROUTER = "router"
@@ -152,8 +152,7 @@ def train_routed_rewards(
     _learn_categories(engine, found, jobs, category, settings, progress)
     if rank:
         base = fingerprint(engine.model)
-        name = getattr(engine.model, "name_or_path", "")
-        found.adapter = Adapter(ROUTER, name, jobs.layers_of(ROUTER), base, {"categories": list(members)})
+        found.adapter = Adapter(ROUTER, base_id(engine.model), jobs.layers_of(ROUTER), base, {"categories": list(members)})
     return found
 
 

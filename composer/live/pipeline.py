@@ -191,7 +191,7 @@ def with_calls(plan: Plan, by_call: ByCall | None) -> Plan:
     """The plan of an activation whose mixtures are those of `by_call`; the plan itself where that is None."""
     if by_call is not None:
         plan = copy.copy(plan)
-        vars(plan)["by_call"] = by_call
+        plan.by_call = by_call
     return plan
 
 
@@ -233,10 +233,10 @@ class _PartForward(StandIn):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The part's forward."""
-        by_call: ByCall | None = getattr(self._current_plan(), "by_call", None)
-        if by_call is None:
+        plan = self._current_plan()
+        if plan is None or plan.by_call is None:
             return self._forward(*args, **kwargs)
-        return by_call.run(self._name, self._forward, args, kwargs)
+        return plan.by_call.run(self._name, self._forward, args, kwargs)
 
     def own(self, name: str) -> Any:
         return self._own

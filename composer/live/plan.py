@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,6 +85,8 @@ class Plan:
         self._weights = weights
         # the same weights, for layers whose hidden values are no product with a matrix
         self._by_token = by_token
+        # what gives each call of a pipeline's part its own mixture, where calls differ
+        self.by_call: Any = None
         # of the arena's board, where the plan has one, else its own
         self._remembered = self._own = dict[str, dict[torch.Size, _Remembered]]()
 

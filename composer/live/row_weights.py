@@ -178,8 +178,9 @@ class RowWeights:
 
     def _on_board(self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype) -> LayerMixture | None:
         """What the layer adds by the arena; None where a gradient may outlive the board, or the layer is elsewhere."""
-        learns = torch.is_grad_enabled() and x_BTI.requires_grad
-        if self._arena is None or self._board is None or learns or torch._C._are_functorch_transforms_active():
+        if self._arena is None or self._board is None:
+            return None
+        if (torch.is_grad_enabled() and x_BTI.requires_grad) or torch._C._are_functorch_transforms_active():
             return None
         if layer.name not in self._board.groups.of_layer:
             return LayerMixture(None, None)
