@@ -10,8 +10,8 @@ from typing import Any
 from rich.progress import Progress
 
 from loraweave.common.spread import processes_here, require_all, spread
-from loraweave.composer.train.jobs import PlannedJob
-from loraweave.composer.train.memory import MemoryModel, free_bytes
+from loraweave.composer.train.jobs import PlannedJob, sizes_of
+from loraweave.composer.train.memory import MemoryModel, step_budget
 from loraweave.composer.train.report import SharedReport, TrainedAdapters
 from loraweave.composer.train.schedule import groups
 from loraweave.hub.adapter import Adapter
@@ -49,11 +49,15 @@ def train_groups(
     adapters as one batch, which is there whole or not at all, and a group that is there under the same `keys` is not
     trained again. When all others have ended, raises what the first group that failed has raised.
     """
-    budget = options["memory_bytes"] or _budget(model, processes_here(n_jobs) or 1)
-    sizes = {job.name: job.size(is_encoder_decoder=bool(model.config.is_encoder_decoder)) for job in planned}
     largest = max(planned, key=lambda job: job.num_parameters)
     memory = MemoryModel.of(model, tokenizer, largest.make())
-    together = groups(sizes, options["jobs_per_batch"], lambda jobs: budget is None or memory.peak(jobs) <= budget)
+    budget = options["memory_bytes"]
+    if budget is None and (budget := step_budget(memory, next(model.parameters()).device)) is not None:
+        # as many processes of this machine do the same
+        budget //= processes_here(n_jobs) or 1
+    together = groups(
+        sizes_of(model, planned), options["jobs_per_batch"], lambda jobs: budget is None or memory.peak(jobs) <= budget
+    )
     pieces = {
         ", ".join(names): Group(
             {argument: {name: values[name] for name in names if name in values} for argument, values in by_name.items()},
@@ -68,16 +72,6 @@ def train_groups(
     if hub is not None:
         adapters = {name: hub[name] for name in keys}
     return TrainedAdapters({name: adapters[name] for name in keys}, _report(trained, adapters))
-
-
-def _budget(model: Any, processes: int) -> int | None:
-    """What a step may take, base and all, where so many processes of this machine do the same."""
-    device = next(model.parameters()).device
-    free = free_bytes(device)
-    if free is None:
-        return None
-    weights: int = sum(tensor.nbytes for tensor in model.parameters())
-    return (free + weights) // processes
 
 
 def _train_group(

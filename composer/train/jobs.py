@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -264,3 +264,9 @@ class PlannedJob:
             num_parameters=self.num_parameters,
             num_copies=NUM_COPIES + (self.held_out is not None),
         )
+
+
+def sizes_of(model: Any, planned: Iterable[PlannedJob]) -> dict[str, JobSize]:
+    """What each job, by name, will bring to a step of the model."""
+    is_encoder_decoder = bool(model.config.is_encoder_decoder)
+    return {job.name: job.size(is_encoder_decoder=is_encoder_decoder) for job in planned}

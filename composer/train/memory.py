@@ -117,6 +117,12 @@ def free_bytes(device: torch.device) -> int | None:
     return free_host_bytes() if device.type == "cpu" else None
 
 
+def step_budget(memory: MemoryModel, device: torch.device) -> int | None:
+    """What a step may take of the device, the base's weights among it; None where the system does not say."""
+    free = free_bytes(device)
+    return None if free is None else free + memory.weight_bytes
+
+
 class MemoryUse:
     """How much more than now is in use later, at most: on a CUDA device what torch allocates, else of the whole process."""
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from loraweave.common.descent import Descent, FlatParameters, backward
 from loraweave.common.state import TrainingState
 from loraweave.composer.model.batches import IGNORED, batch, token_losses
-from loraweave.composer.train.jobs import PlannedJob, TrainingJob
-from loraweave.composer.train.memory import MemoryModel, MemoryUse, free_bytes
+from loraweave.composer.train.jobs import PlannedJob, TrainingJob, sizes_of
+from loraweave.composer.train.memory import MemoryModel, MemoryUse, step_budget
 from loraweave.composer.train.passes import SharedPass, range_losses
 from loraweave.composer.train.report import JobReport, SharedReport
 from loraweave.composer.train.schedule import JobSize, groups, successor
@@ -43,8 +43,7 @@ class SharedTraining:
         self.model, self.tokenizer = shared.model, shared.tokenizer
         self.report = SharedReport()
         self._waiting = {job.name: job for job in planned}
-        is_encoder_decoder = bool(self.model.config.is_encoder_decoder)
-        self._sizes = {job.name: job.size(is_encoder_decoder=is_encoder_decoder) for job in planned}
+        self._sizes = sizes_of(self.model, planned)
         self._running: list[JobProgress] = []
         self._bar, self._jobs_per_batch, self._budget = shared.bar, shared.jobs_per_batch, shared.memory_bytes
         self._kept = kept
@@ -83,9 +82,8 @@ class SharedTraining:
         return device
 
     def _require_room(self) -> None:
-        free = free_bytes(self._device)
-        if self._budget is None and free is not None:
-            self._budget = free + self._memory.weight_bytes
+        if self._budget is None:
+            self._budget = step_budget(self._memory, self._device)
         for name, size in self._sizes.items():
             if not self._fits([size]):
                 needed, allowed = self._memory.peak([size]), self._budget or 0
