@@ -123,7 +123,7 @@ class Requantised:
         self.exchange()
 
     def changed(self) -> bool:
-        """Whether someone else has put another weight in the place of this one; what is in it is not compared, since
+        """Whether someone else has put another weight in place of this one; what is in it is not compared, since
         bitsandbytes packs it otherwise when it first runs."""
         expected = self._own if self._new is None else self._new
         return not self.at_home and self.layer.module._parameters.get("weight") is not expected.get("weight")

@@ -46,7 +46,7 @@ def k_lora(content: Adapter, style: Adapter, *, alpha: float = 1.5, beta: float 
     entries. Layers of one adapter alone have that adapter. Dense updates are made one layer at a time, once.
 
     K-LoRA (2502.18461), after its authors' code (klora.py, utils.py), which has K = 64, that of rank 8, and counts the calls
-    of layers in the place of steps.
+    of layers instead of steps.
     Pool names are the adapters' own. Raises WeightingError where they share no layer or have one name, AdapterUnsupported
     for DoRA and (IA)3, whose update is no matrix of its own.
     """

@@ -34,7 +34,7 @@ class Pipeline(nn.Module):
             )
 
     def require_same_parts(self) -> None:
-        """Raises CompositionError where the pipeline has another model in the place of a part than when this was made."""
+        """Raises CompositionError where the pipeline has another model in place of a part than when this was made."""
         for name, part in self.named_children():
             now = getattr(self.pipe, name, None)
             if getattr(now, "_orig_mod", now) is not part:

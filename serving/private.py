@@ -70,7 +70,7 @@ class Traffic:
     """Bytes of numbers and of their heads, both ways, and what they were for.
 
     `tokens` is the number of tokens that ran through the base; `spared` is how much more it were if each layer's whole input
-    and output went over, in the place of A x and M A x.
+    and output went over, instead of A x and M A x.
     """
 
     sent: int = 0

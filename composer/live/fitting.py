@@ -66,7 +66,7 @@ class Fitting:
             return dict(self._layers)
 
     def require_unchanged(self, experts: Iterable[str] | None = None, *, closely: bool = False) -> None:
-        """Raises CompositionError when the model has another module in the place of a target layer so far, or other weights
+        """Raises CompositionError when the model has another module in place of a target layer so far, or other weights
         than those that one of these experts (None: of all) depends on; `closely` looks at values too."""
         if self._pipeline is not None:
             self._pipeline.require_same_parts()

@@ -95,7 +95,7 @@ class TensorReader:
 
     def _require(self, columns: Mapping[str, Tensor], where: str) -> None:
         """Raises InvalidTask for a row that the model cannot take, or not together with the first one."""
-        # embeddings are in the place of tokens
+        # embeddings are in place of tokens
         needed = [self._main] if EMBEDDINGS not in columns else []
         needed += [LABELS] if self._loss is None else []
         if missing := [each for each in needed if each not in columns]:

@@ -55,7 +55,7 @@ def bind(factors: Factors, weight_OI: Tensor, bias_O: Tensor | None) -> Factors:
 
 
 def unbind(factors: Factors, weight_OI: Tensor) -> Factors:
-    """The same update with DoRA's magnitude in the place of its gain, to be bound to the same base again.
+    """The same update with DoRA's magnitude instead of its gain, to be bound to the same base again.
 
     With r = 1 + gain, b is divided by r, and m = r |W + b a|. Raises AdapterUnsupported where r is 0 in a row of b that is
     not, which no magnitude expresses.

@@ -31,7 +31,7 @@ class LoraMixer(EvenRecipe):
 
     With `hard`, the published way to train experts together on labelled data, a row of a task has the expert of its place
     alone, with weight 1, and the gates do not learn: `with_options(model, hard=False)` goes on with the gates. Or experts
-    begin as adapters (`pool=`), whose factors `requires_grad_(False)` freezes, in the place of the published penalty on how
+    begin as adapters (`pool=`), whose factors `requires_grad_(False)` freezes, instead of the published penalty on how
     far they move. The authors have released no code, and the formulas are as accounts of the paper print them; both
     coefficients are ours.
     """

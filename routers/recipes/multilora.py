@@ -17,7 +17,7 @@ from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site, uniform
 class Multilora(Recipe):
     """y = y0 + alpha / rank * sum over j of gain_j * (B_j A_j x), with no gate: all `num_experts` are always on.
 
-    gain_jO begins as 0 in the place of B, which is drawn uniformly as A is, each by its own number of inputs, so that no few
+    gain_jO begins as 0 instead of B, which is drawn uniformly as A is, each by its own number of inputs, so that no few
     directions take all of the update. `adapter()` is the whole as one adapter, of at most `num_experts` times the rank. The
     paper has 3 to 5 experts of rank 32.
     """

@@ -17,7 +17,7 @@ from loraweave.routers.tokens._router import TokenRouter
 class MixtureOfTop1(TokenRouter):
     """Weight 1 for the expert with the highest score, 0 for the others; of equal scores the expert named first.
 
-    `score` names the router whose scores count. A probability below 1 in the place of the 1 would shrink an update that was
+    `score` names the router whose scores count. A probability below 1 in place of the 1 would shrink an update that was
     trained at its full strength (unit scale; Hard-Routed MoR-LoRA, arXiv 2606.31413).
     """
 

@@ -1,4 +1,4 @@
-"""compose() with a router in the place of a search."""
+"""compose() with a router instead of a search."""
 
 from __future__ import annotations
 

@@ -197,13 +197,19 @@ def test_experts_that_nobody_uses_make_room(takes):
     assert None not in takes
 
 
-def test_a_name_that_stands_for_another_expert_has_its_factors():
+def two_experts_used_once():
+    """(base, its two adapters, an engine whose arena has both, an input of a row for each, the mixture of each row)."""
     base, adapters = model(), experts(a=2, b=3)
     engine = Composer(base, adapters)
     x_BTI, rows = torch.ones(2, 1, 7), [{"a": 1.0}, {"b": 1.0}]
+    with torch.no_grad(), engine.activate(rows):
+        base(x_BTI)
+    return base, adapters, engine, x_BTI, rows
+
+
+def test_a_name_that_stands_for_another_expert_has_its_factors():
+    base, adapters, engine, x_BTI, rows = two_experts_used_once()
     with torch.no_grad():
-        with engine.activate(rows):
-            base(x_BTI)
         other = adapter("a", {"0": 4, "2": 1}, 77)
         engine.unload("a")
         engine.load("a", other)
@@ -212,12 +218,8 @@ def test_a_name_that_stands_for_another_expert_has_its_factors():
 
 
 def test_a_model_that_moves_to_another_dtype_has_its_experts_there(takes):
-    base, adapters = model(), experts(a=2, b=3)
-    engine = Composer(base, adapters)
-    x_BTI, rows = torch.ones(2, 1, 7), [{"a": 1.0}, {"b": 1.0}]
+    base, adapters, engine, x_BTI, _ = two_experts_used_once()
     with torch.no_grad():
-        with engine.activate(rows):
-            base(x_BTI)
         base.bfloat16()
         with engine.activate([{"a": 1.0}, {"b": 0.5}]):
             found = base(x_BTI.bfloat16())
