@@ -74,40 +74,34 @@ def train_adapters(
     """{task name: Adapter}, in the order of `tasks`; the loss is the mean over target tokens, the base stays as it is.
 
     Each step runs up to `jobs_per_batch` jobs of similar length through the frozen base together, `batch_size` rows of each;
-    a job gets the gradients of training it alone. When one ends, the next takes its place. `memory_bytes` is what a step may
-    take, base and all, as `MemoryModel` estimates it: fewer jobs then share a step; by default it is what is free.
-    A list of tasks trains one adapter on all of them. Of `Texts` every token is learned: continued pre-training. A task
-    that shows its own examples is trained on rows of up to 8, each answer given those before it (`pack_task`), unless some
-    are `held_out`.
-    AdamW without weight decay, `warmup` steps of warm-up (at most half of all), then a cosine to zero; each job's gradient
+    a job gets the gradients of training it alone. A step takes at most `memory_bytes`, base and all, as `MemoryModel`
+    estimates it (by default what is free); where memory is short, fewer jobs share it. A list of tasks trains one adapter
+    on all of them. Of `Texts` every token is learned: continued pre-training. A task that shows its own examples is trained
+    on rows of up to 8, each answer given those before it (`pack_task`), unless some are `held_out`.
+    AdamW without weight decay, `warmup` steps of warm-up (at most half of all), then a cosine to zero; a job's gradient
     is clipped to norm 1. `alpha` is 2 * rank by default. `report` of the result has tokens a second, padding, memory, and
     how each job ended. The same call goes on from what `checkpoint`, a folder, has kept, to the same result.
 
-    `held_out`, a share of each task's examples between 0 and 1, or examples by task, is not trained on, but evaluated every
-    `evaluate_every` steps and after the last; the factors of the lowest loss are kept. With `patience`, a task ends when so
-    many evaluations in a row brought none lower.
+    `held_out`, a share of each task's examples between 0 and 1, or examples by task, is evaluated every `evaluate_every`
+    steps and after the last; the best factors are kept, and `patience` evaluations without better ones end a task.
 
     A task named in `start` begins as that adapter and keeps its layers and ranks, whatever `rank` and `target_modules` are;
-    `alpha / rank` is the scale of all. With `linearized` every adapter is trained to first order at its beginning (L-LoRA,
-    `LinearizedJob`): what tasks with a common beginning learn superposes exactly in each layer, at any weights. Tasks
-    without a start share one fixed a; one with a start has twice its rank; `tangent(adapter, start)` is what it learned.
+    `alpha / rank` is the scale of all. With `linearized` every adapter is trained to first order at its beginning (L-LoRA):
+    `LinearizedJob` says what that keeps, and `tangent(adapter, start)` is what a task with a start has learned.
 
-    With `n_jobs` workers (-1: all cores), or those that `joblib.parallel_config` names, processes of this machine, of Ray or
-    of Dask train groups of jobs, to the same bits for any number of workers (docs/howto/many_machines.md). They load the
-    model by its name, and each may take `memory_bytes`. A `hub` gets the adapters of a group when it ends, and what it has
-    of the very same training is not trained again.
+    With `n_jobs` workers (-1: all cores), or those that `joblib.parallel_config` names, processes of this machine, Ray or
+    Dask train groups of jobs, to the same bits for any number of workers (docs/howto/many_machines.md). Each loads the model
+    by its name. A `hub` gets a group's adapters when it ends; what it has of the same training is not trained again.
 
-    Every task learns beside the adapter `beside`, which stays as it is, and only from what that one's a leaves of a layer's
-    inputs (`BesideJob`): its own update counts in any sum with that adapter as it was trained, and repeats nothing of it.
-
-    With `continual`, a way of `lw.names("continual")` (docs/continual.md) and its `continual_options`, tasks are trained one
-    after the other; a task's adapter is the whole model after it, and `start` can only have the first task's.
+    Every task learns beside the adapter `beside`, which stays as it is, from what that one's a leaves of a layer's inputs
+    (`BesideJob`). With `continual`, a way of `lw.names("continual")`, and `continual_options`, tasks are trained one after
+    the other (docs/continual.md); a task's adapter is the whole model after it, and only the first task can have a `start`.
 
     Raises InvalidTask for unusable examples, UnknownName when no layer matches `target_modules` or no task a name in `start`
     or `held_out`, BudgetExceeded for a task that alone exceeds the memory, TrainingError for settings out of range, a
-    checkpoint that cannot be written, and a loss that is not finite (finished jobs stay in the checkpoint); WorkersFailed
-    for workers that cannot be had or were lost, AdapterExists for a name that the hub has for something else;
-    BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that no task can start from.
+    checkpoint that cannot be written and a loss that is not finite; WorkersFailed for workers that cannot be had or were
+    lost, AdapterExists for a name that the hub has for something else; BaseModelMismatch, LayerMismatch or
+    AdapterUnsupported for an adapter that no task can start from.
     """
     lora: dict[str, Any] = {"rank": rank, "steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed, "warmup": warmup}
     shared_by: dict[str, Any] = {"jobs_per_batch": jobs_per_batch, "memory_bytes": memory_bytes}
