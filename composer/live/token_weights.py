@@ -25,7 +25,7 @@ from loraweave.errors import ScopeError, WeightingError
 from loraweave.routers.combined import needs_call, num_rows_of, parts_of
 from loraweave.routers.invoked import Invoked
 from loraweave.routers.weights import MixtureWeights
-from loraweave.types import AlongDirections, Router
+from loraweave.types import AlongDirections, Router, Valued
 
 # experts of a token that sorting has to beat before a router looks at its input
 SOME_CHOSEN = 2
@@ -49,6 +49,9 @@ class _LayerStack:
     joint_QI: Tensor | None = None
     directions_PI: Tensor | None = None
     version: int = 0
+    # the stack with V b instead of b, of the V whose version this is
+    turned: Stack | None = None
+    turned_by: tuple[Tensor, int] | None = None
 
     def joined(self, stack: Stack, v_PI: Tensor) -> Tensor:
         """joint_QI for directions as they are now."""
@@ -59,9 +62,25 @@ class _LayerStack:
             self.directions_PI, self.version = v_PI, v_PI._version
         return self.joint_QI
 
+    def turned_stack(self, stack: Stack, v_OO: Tensor) -> Stack:
+        """The stack with V b_e as each expert's b; made again when V was changed, and in every call while it learns."""
+        if v_OO.requires_grad and torch.is_grad_enabled():
+            return replace(stack, b_SO=stack.b_SO @ v_OO.to(stack.b_SO).T)
+        if (
+            self.turned is None
+            or self.turned_by is None
+            or self.turned_by[0] is not v_OO
+            or self.turned_by[1] != v_OO._version
+        ):
+            with torch.inference_mode(False), torch.no_grad():
+                self.turned = replace(stack, b_SO=stack.b_SO @ v_OO.detach().to(stack.b_SO).T)
+            self.turned_by = v_OO, v_OO._version
+        return self.turned
+
     @property
     def num_bytes(self) -> int:
         extra = 0 if self.directions_PI is None else self.directions_PI.nbytes
+        extra += 0 if self.turned is None else self.turned.b_SO.nbytes
         return extra + (0 if self.stack is None else self.stack.num_bytes)
 
 
@@ -94,6 +113,7 @@ class TokenWeights:
         self.is_routed = False
         self.call_router: CallRouter | None = None
         self._along: AlongDirections | None = None
+        self._valued: Valued | None = None
         self._made_of: tuple[Any, ...] = ()
         # blocks whose input the router looks at
         self.watched: tuple[str, ...] = ()
@@ -133,7 +153,9 @@ class TokenWeights:
         found.is_routed, found.call_router, found._made_of = True, call_router, (router, experts, invocations)
         if call_router is None and isinstance(router, AlongDirections):
             found._along = router
-
+        for part in parts_of(router):
+            if isinstance(part, Valued) and part.values:
+                found._valued = _alone(part, router)
         found.watched = tuple(path for part in parts_of(router) for path in getattr(part, "watched", ()))
         return found
 
@@ -165,7 +187,7 @@ class TokenWeights:
             return LayerMixture(None, affine, w_BTE)
         w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
         known = self._known_of(layer.name, w_BTP)
-        if hidden_NS is None and _sorts(found, layer, w_BTP, known, x_BTI):
+        if hidden_NS is None and self._valued is None and _sorts(found, layer, w_BTP, known, x_BTI):
             return LayerMixture(SortedTokens(_parts(found, layer, lease), w_BTP, dtype), affine, w_BTE)
         stack = self._side_by_side(found, layer, lease)
         return LayerMixture(stack.weigh(w_BTP, hidden_NS, known.made), affine, w_BTE)
@@ -194,7 +216,7 @@ class TokenWeights:
         if not found.experts:
             return None, w_1NE
         w_1NP = w_1NE if found.place_P is None else w_1NE[..., found.place_P]
-        if len(x_NI) and _sorts(found, layer, w_1NP, _Known(), x_NI[None]):
+        if len(x_NI) and self._valued is None and _sorts(found, layer, w_1NP, _Known(), x_NI[None]):
             return SortedTokens(_parts(found, layer, lease), w_1NP, dtype), w_1NE
         return self._side_by_side(found, layer, lease).weigh(w_1NP), w_1NE
 
@@ -280,12 +302,22 @@ class TokenWeights:
         num_ranks = sum(part.a_RI.shape[0] for part in with_rank.values())
         return _LayerStack(device, dtype, experts, place_P, num_ranks, AffineTable.of(placed))
 
-    @staticmethod
-    def _side_by_side(found: _LayerStack, layer: TargetLayer, lease: Lease) -> Stack:
+    def _side_by_side(self, found: _LayerStack, layer: TargetLayer, lease: Lease) -> Stack:
         if found.stack is None:
             with torch.inference_mode(False), torch.no_grad():
                 found.stack = Stack.of(_parts(found, layer, lease), found.dtype)
-        return found.stack
+        v_OO = None if self._valued is None else self._valued.value_matrix(layer.name)
+        return found.stack if v_OO is None else found.turned_stack(found.stack, v_OO)
+
+
+def _alone(part: Valued, router: Router) -> Valued:
+    """The part. Raises ScopeError unless it is the router: weights that others make of its own leave V out."""
+    if part is not router:
+        raise ScopeError(
+            f"router {type(part).__name__} turns what its mixture adds by a matrix of its own, so that it cannot be a part "
+            f"of {type(router).__name__}: activate it by itself, for all rows and its own pool, or make it with values=False"
+        )
+    return part
 
 
 def _parts(found: _LayerStack, layer: TargetLayer, lease: Lease) -> list[PlacedFactors]:
