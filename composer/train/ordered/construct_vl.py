@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,12 +12,19 @@ from torch import Tensor
 
 from loraweave.common.options import Count, NonNegative, Positive
 from loraweave.composer.model.batches import TargetBatch, batch, mean_losses
-from loraweave.composer.train.ordered._course import Course, Layers, by_prefix
+from loraweave.composer.train.jobs import LoraJob, LowRank
+from loraweave.composer.train.ordered._course import Course, Layers, added
 from loraweave.hub.adapter import Adapter
+from loraweave.types import Factors
 
 
 def construct_vl(
-    course: Course, *, replay: NonNegative = 2.0, attacks: Count = 9, attack_size: Positive = 0.01
+    course: Course,
+    *,
+    replay: NonNegative = 2.0,
+    attacks: Count = 9,
+    attack_size: Positive = 0.01,
+    ada_weights: bool = False,
 ) -> dict[str, Adapter]:
     """{task t: the sum of the adapters of tasks 0 to t}, each trained while the earlier ones are in the model and frozen.
 
@@ -32,47 +38,81 @@ def construct_vl(
     settings these are the defaults, but that p there is the probability that text and image match. Each past task costs
     attacks + 3 more passes a step, and all together one; `replay=0` is the prefix alone.
 
-    The paper's learnable weight of each earlier part and layer (`ada_weights`, off in its runs) is a mixture of `own_parts`,
-    which any search can learn afterwards.
+    With `ada_weights`, off in the released code too, the update of task t is the sum over i <= t of v_i b_i a_i in each
+    layer. b_i and a_i are what task i has learned; v of this task and layer begins as ones and learns with b_t and a_t. As
+    later tasks have other weights, the results are then no prefixes of each other.
     """
-    return by_prefix(course, partial(_lesson, course, replay, attacks, attack_size))
+    names = list(course.rows)
+    found: dict[str, Adapter] = {}
+    parts: Layers = course.first
+    for number, name in enumerate(names):
+        past = [found[earlier].layers for earlier in names[:number]]
+        lesson = partial(_learn, course, replay, attacks, attack_size, ada_weights, name, parts, past)
+        found[name], *unweighed = course.once(name, lesson, ("", "parts") if ada_weights else ("",))
+        parts = unweighed[0].layers if ada_weights else found[name].layers
+    return found
 
 
-def _lesson(course: Course, replay: float, attacks: int, size: float, name: str, prefix: Layers) -> Layers:
-    settings, model = course.settings, course.model
-    if not replay:
-        return course.learned(name, frozen=prefix)
+def _learn(
+    course: Course, replay: float, attacks: int, size: float, ada: bool, name: str, parts: Layers, past: Sequence[Layers]
+) -> list[Layers]:
+    """The model's update after the task, and with weights beside it the sum of the parts without them."""
     jobs = course.jobs([name])
-    plain = course.plain(jobs, prefix)
-    past = [after(course, prefix, number + 1) for number in range(list(course.rows).index(name))]
+    if ada:
+        (job,) = jobs.members
+        jobs.members = (weighed := Weighed(job, course.first, parts),)
+    frozen, settings, model = course.first if ada else parts, course.settings, course.model
+    plain = course.plain(jobs, frozen)
 
     def losses(step: int) -> Tensor:
         loss_J = plain(step)
-        if not past:
+        if not past or not replay:
             return loss_J
         stacked = batch(model, course.tokenizer, settings.rows(course.rows[name], name, step))
-        with course.frozen(prefix), jobs:
+        with course.frozen(frozen), jobs:
             clean_B = certainty(model, stacked)
         for layers in past:
             with course.frozen(layers):
                 doubt_B, moved_BTI = attacked(model, stacked, attacks, size)
-            with course.frozen(prefix), jobs:
+            with course.frozen(frozen), jobs:
                 own_B = clean_B - certainty(model, stacked, moved_BTI)
             loss_J = loss_J + replay * (doubt_B - own_B).abs().mean()
         return loss_J
 
     course.run(jobs, losses)
-    return jobs.layers_of(name)
+    if not ada:
+        return [added(parts, jobs.layers_of(name))]
+    return [added(course.first, weighed.result()), added(parts, weighed.own())]
 
 
-def after(course: Course, prefix: Layers, count: int) -> Layers:
-    """The update that the model had after so many tasks, out of the sum after more of them."""
-    found = {}
-    for layer, factors in prefix.items():
-        began = course.first[layer].rank if layer in course.first else 0
-        rank = began + (count * course.settings.rank if layer in course.layers else 0)
-        found[layer] = replace(factors, a_RI=factors.a_RI[:rank], b_OR=factors.b_OR[:, :rank])
-    return found
+class Weighed(LoraJob):
+    """A job's own factors after those of earlier tasks, which stay, all times a learned weight of each task and layer."""
+
+    def __init__(self, job: LoraJob, first: Layers, parts: Layers) -> None:
+        super().__init__(job.name, {layer: (a.detach(), b.detach()) for layer, (a, b) in job.factors.items()}, job.scale)
+        self._earlier: dict[str, tuple[Tensor, Tensor]] = {}
+        self.weights: dict[str, Tensor] = {}
+        for layer, (a_RI, b_OR) in self.factors.items():
+            # what the first task began as is no part
+            began = first[layer].rank if layer in first else 0
+            part = parts.get(layer)
+            earlier_a = a_RI[:0].detach() if part is None else part.a_RI[began:].to(a_RI)
+            earlier_b = b_OR[:, :0].detach() if part is None else part.b_OR[:, began:].to(b_OR)
+            self._earlier[layer] = earlier_a, earlier_b / job.scale
+            self.weights[layer] = torch.ones(len(earlier_a) // len(a_RI) + 1, device=a_RI.device, requires_grad=True)
+
+    def parameters(self) -> list[Tensor]:
+        return [*super().parameters(), *self.weights.values()]
+
+    def low_rank(self, layer: str) -> LowRank:
+        own_a, own_b = self.factors[layer]
+        earlier_a, earlier_b = self._earlier[layer]
+        v_S = self.weights[layer].repeat_interleave(len(own_a))
+        return LowRank(torch.cat([earlier_a, own_a]), torch.cat([earlier_b, own_b], dim=1) * v_S, self.scale)
+
+    def own(self) -> dict[str, Factors]:
+        """What the task has learned, without its weight."""
+        return LoraJob(self.name, self.factors, self.scale).result()
 
 
 def certainty(model: Any, stacked: TargetBatch, moved_BTI: Tensor | None = None) -> Tensor:

@@ -140,6 +140,29 @@ def test_an_attack_leaves_padding_alone_and_the_models_embeddings_as_they_were(t
     assert not tiny_llama.get_input_embeddings()._forward_hooks
 
 
+def test_with_ada_weights_a_task_weighs_the_unchanged_parts_of_all_before_it(course, make_adapter, tiny_llama):
+    begin = make_adapter(tiny_llama, "begin", rank=3, targets=("q_proj", "down_proj"), seed=4)
+    found = course("construct_vl", ada_weights=True, replay=0.5, attacks=1, settings={"start": {"upper": begin}})
+    for layer in found["upper"].layers:
+        start = begin.layers[layer].rank if layer in begin.layers else 0
+        if layer not in {each for each in found["count"].layers if "q_proj" in each or "v_proj" in each}:
+            assert torch.equal(found["count"].delta(layer), begin.delta(layer))
+            continue
+        upper, double, count = (found[name].layers[layer] for name in ("upper", "double", "count"))
+        assert torch.equal(count.a_RI[: start + 2], upper.a_RI)
+        assert torch.equal(count.a_RI[: start + 4], double.a_RI)
+        if start:
+            assert torch.equal(count.b_OR[:, :start], begin.layers[layer].b_OR)
+        # b of a part in two models: the same columns up to one factor, which is not 1
+        for part, (one, other) in {0: (double, count), 1: (double, count)}.items():
+            columns = slice(start + 2 * part, start + 2 * part + 2)
+            ratio = (other.b_OR[:, columns] / one.b_OR[:, columns]).flatten()
+            assert torch.allclose(ratio, ratio[0].expand_as(ratio), rtol=1e-4)
+            assert 1e-4 < abs(float(ratio[0]) - 1) < 0.2
+    with pytest.raises(LayerMismatch, match="does not begin with the one before"):
+        own_parts(found, start=begin)
+
+
 def test_replay_without_a_meaning_is_refused(course):
     with pytest.raises(lw.TrainingError, match="replay=-1"):
         course("construct_vl", replay=-1.0)
