@@ -2,6 +2,7 @@
 
     python -m benchmarks hub scale [--largest 1000000]     adding, opening, looking up, searching, memory, disk
     python -m benchmarks hub speed [--count 200000]        queries a second and recall@10 beside bare faiss
+    python -m benchmarks hub add [--width 576]             adding many, beside reading and hashing their files
     python -m benchmarks hub blobs                         opening an adapter of 420 tensors
 
 Adapters are synthetic: real rows of the catalogue and real keys of 384 dimensions, clustered as keys of texts are, and files
@@ -10,6 +11,8 @@ for a sample only. One thread (OMP_NUM_THREADS=1) unless said.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
 import resource
@@ -33,7 +36,7 @@ from safetensors.torch import load_file, save_file
 
 import loraweave as lw
 from benchmarks._run import Table, best_of, console, status_bytes
-from benchmarks._timing import Gate, Way, compare, require
+from benchmarks._timing import Gate, Way, compare, require, timed
 from loraweave import registry
 from loraweave.hub.search import search
 from loraweave.hub.search.search import SearchIndex
@@ -224,6 +227,46 @@ def _way(index: Any, query_QD: np.ndarray, batch: int) -> Way:
 def _recall(index: Any, query_QD: np.ndarray, want_QK: np.ndarray) -> float:
     found_QK = index.search(query_QD, 10)[1]
     return float(np.mean([len(np.intersect1d(a, b)) for a, b in zip(found_QK, want_QK, strict=True)]) / want_QK.shape[1])
+
+
+@app.command()
+def add(
+    context: typer.Context, width: Annotated[int, typer.Option(help="of the model; 576 is SmolLM2-135M's")] = 576
+) -> None:
+    """`add_many` of 64 adapters of 120 tensors (q and v of 30 blocks, rank 8), beside reading and hashing files alone."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {f"model.layers.{n}.self_attn.{m}_proj": width // part for n in range(30) for m, part in (("q", 1), ("v", 3))}
+
+    def factors(outputs: int) -> lw.Factors:
+        return lw.Factors(torch.randn(8, width, generator=generator), torch.randn(outputs, 8, generator=generator))
+
+    adapters = [lw.Adapter(f"a{n}", "base", {name: factors(size) for name, size in sizes.items()}) for n in range(64)]
+    with tempfile.TemporaryDirectory() as place:
+        folders = [adapter.save_pretrained(Path(place) / adapter.name) for adapter in adapters]
+        files = [folder / "adapter_model.safetensors" for folder in folders]
+        numbers = itertools.count()
+
+        def added(sources: Sequence[Any]) -> None:
+            with lw.Hub(Path(place) / f"hub{next(numbers)}") as hub:
+                if refused := hub.add_many(sources).refused:
+                    raise SystemExit(f"{len(refused)} are refused, the first: {refused[0]}")
+
+        def forget() -> None:
+            for adapter in adapters:
+                vars(adapter).pop("hash", None)
+
+        ways = {
+            "load_file and sha256 of each": Way(
+                lambda: [(load_file(file), hashlib.sha256(file.read_bytes()).digest()) for file in files], work=64
+            ),
+            "add_many of adapters": Way(lambda: added(adapters), forget, work=64),
+            "add_many of folders": Way(lambda: added(folders), work=64),
+        }
+        taken = timed(replace(context.obj, cpu=True), "adding", ways, rounds=7, seconds=90.0)
+    table = Table(f"64 adapters of 120 tensors, width {width}: processor time", ("way", "ms an adapter"))
+    for name, seconds in taken.items():
+        table.add(name, f"{min(seconds) / 64 * 1e3:.2f}")
+    context.obj.show(table)
 
 
 @app.command()

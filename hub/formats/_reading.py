@@ -70,8 +70,9 @@ def read(
         contents = _read(folder, model, rank, max_error, allow_pickle)
         if folder.is_dir():
             contents = replace(contents, files=read_kept(folder))
-    for layer, factors in contents.layers.items():
-        algebra.require_in_range(factors, f"{folder}: layer {layer!r}")
+    if not algebra.within_range(tensor for factors in contents.layers.values() for tensor in factors.tensors().values()):
+        for layer, factors in contents.layers.items():
+            algebra.require_in_range(factors, f"{folder}: layer {layer!r}")
     return contents
 
 

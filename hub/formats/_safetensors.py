@@ -9,7 +9,9 @@ import hashlib
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
@@ -30,6 +32,9 @@ NODES_OF_TENSOR = 16
 MAX_NODES = 500_000
 MAX_KEY_LENGTH = 512
 MAX_DIMENSIONS = 8
+# tensors that are read at once, and a header that is kept from its first look to its second
+RUN_BYTES = 2**24
+KEPT_HEADER_BYTES = 2**20
 
 FLOATS = {
     "F64": torch.float64,
@@ -57,7 +62,7 @@ class Entry:
 
 
 def read_tensors(folder: Path, names: list[str], *, integers: bool = False) -> Iterator[tuple[str, str, Tensor]]:
-    """(key, dtype in the file, tensor in fp32) of every tensor in the named files, one at a time.
+    """(key, dtype in the file, tensor in fp32) of every tensor in the named files, in the order of their bytes.
 
     All headers are checked before the first tensor is read. With `integers`, tensors of whole numbers (places in another
     tensor) are read too, as int64. Raises AdapterCorrupt for a damaged file or a key that two files hold,
@@ -76,11 +81,12 @@ def read_tensors(folder: Path, names: list[str], *, integers: bool = False) -> I
                     f"{folder}: tensor {key!r} has dtype {entry.dtype}; only floating point factors "
                     f"({', '.join(FLOATS)}) have an exact meaning, so save the adapter in one of them"
                 )
-    _require_memory(folder, [entry for entries, _ in headers.values() for entry in entries.values()])
-    for name, (entries, start) in headers.items():
+    runs = {name: _runs(entries) for name, (entries, _) in headers.items()}
+    _require_memory(folder, [run for each in runs.values() for run in each])
+    for name, (_, start) in headers.items():
         with open_file(folder, name) as (file, _):
-            for key, entry in entries.items():
-                yield key, entry.dtype, _read_tensor(file, folder, name, key, entry, start)
+            for run in runs[name]:
+                yield from _read_run(file, folder, name, run, start)
 
 
 def gather(stored: Iterable[tuple[str, str, Tensor]], folder: Path) -> tuple[dict[str, Tensor], str]:
@@ -133,10 +139,10 @@ def tensor_names(folder: Path, name: str) -> list[str]:
 
 def file_metadata(folder: Path, name: str) -> dict[str, str]:
     """The texts that a file's header has about the file itself."""
-    return _header_of(folder, name)[2]
+    return dict(_header_of(folder, name)[2])
 
 
-def _header_of(folder: Path, name: str) -> tuple[dict[str, Entry], int, dict[str, str]]:
+def _header_of(folder: Path, name: str) -> tuple[Mapping[str, Entry], int, Mapping[str, str]]:
     """The entries of a file, where its data begins, and what the header says about the file."""
     with open_file(folder, name) as (file, size):
         try:
@@ -145,7 +151,7 @@ def _header_of(folder: Path, name: str) -> tuple[dict[str, Entry], int, dict[str
             raise AdapterCorrupt(f"{folder}: {name} is not an intact safetensors file: {error}") from error
 
 
-def _header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], int, dict[str, str]]:
+def _header(file: BinaryIO, size: int) -> tuple[Mapping[str, Entry], int, Mapping[str, str]]:
     if size < 10:
         raise ValueError(f"it has {size} bytes, fewer than the smallest header")
     length = int.from_bytes(file.read(8), "little")
@@ -154,6 +160,14 @@ def _header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], int, dict[str,
     if 8 + length > size:
         raise ValueError(f"its header claims {length} bytes, but the file has {size}; it was cut off")
     raw = file.read(length)
+    parse = _parsed if length <= KEPT_HEADER_BYTES else _parsed.__wrapped__
+    entries, metadata = parse(raw, size - 8 - length)
+    return entries, 8 + length, metadata
+
+
+@lru_cache(maxsize=1)
+def _parsed(raw: bytes, data_bytes: int) -> tuple[Mapping[str, Entry], Mapping[str, str]]:
+    """The tensors that a header describes, which cover the data, and what it says about the file; ValueError otherwise."""
     # parsed JSON takes many times the room of its text, so its parts are counted first
     num_tensors, nodes = raw.count(b'"dtype"'), raw.count(b",") + raw.count(b"[") + raw.count(b"{")
     if num_tensors > MAX_TENSORS or nodes > MAX_NODES + NODES_OF_TENSOR * num_tensors:
@@ -168,8 +182,8 @@ def _header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], int, dict[str,
     if not isinstance(metadata, dict) or not are_texts(metadata.values()):
         raise ValueError("its __metadata__ is not a mapping of texts")
     entries = {key: _entry(key, value) for key, value in table.items()}
-    _check_cover(entries, size - 8 - length)
-    return entries, 8 + length, metadata
+    _check_cover(entries, data_bytes)
+    return MappingProxyType(entries), MappingProxyType(metadata)
 
 
 def _entry(key: str, value: Any) -> Entry:
@@ -194,12 +208,18 @@ def _entry(key: str, value: Any) -> Entry:
 
 
 def _is_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(count) is int and 0 <= count < 2**63 for count in value)
+    if not isinstance(value, list):
+        return False
+    # a loop: all() over a generator takes three times as long, and there are two lists for each tensor
+    for count in value:  # noqa: SIM110
+        if type(count) is not int or not 0 <= count < 2**63:
+            return False
+    return True
 
 
 def _check_cover(entries: Mapping[str, Entry], data_bytes: int) -> None:
     position = 0
-    for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+    for key, entry in sorted(entries.items(), key=_by_place):
         if entry.begin != position:
             word = "overlaps the tensor before it" if entry.begin < position else "leaves a gap before it"
             raise ValueError(f"tensor {key!r} begins at byte {entry.begin} of the data and {word}, which ends at {position}")
@@ -208,10 +228,30 @@ def _check_cover(entries: Mapping[str, Entry], data_bytes: int) -> None:
         raise ValueError(f"its tensors need {position} bytes of data, but it holds {data_bytes}")
 
 
-def _require_memory(folder: Path, entries: Collection[Entry]) -> None:
-    """AdapterUnsupported where the tensors in fp32, and once more the largest as it is stored, are more than is free."""
+Run = list[tuple[str, Entry]]
+
+
+def _runs(entries: Mapping[str, Entry]) -> list[Run]:
+    """Tensors of one dtype that lie side by side, up to `RUN_BYTES` together: each run is read and converted at once."""
+    runs: list[Run] = []
+    for key, entry in sorted(entries.items(), key=_by_place):
+        first = runs[-1][0][1] if runs else None
+        if first is not None and first.dtype == entry.dtype and entry.end - first.begin <= RUN_BYTES:
+            runs[-1].append((key, entry))
+        else:
+            runs.append([(key, entry)])
+    return runs
+
+
+def _by_place(item: tuple[str, Entry]) -> tuple[int, int]:
+    return item[1].begin, item[1].end
+
+
+def _require_memory(folder: Path, runs: Collection[Run]) -> None:
+    """AdapterUnsupported where the tensors in fp32, and once more the largest run as it is stored, are more than is free."""
+    entries = [entry for run in runs for _, entry in run]
     needed = sum(max(4, 8 * (entry.dtype in INTEGERS)) * math.prod(entry.shape) for entry in entries)
-    needed += max((entry.end - entry.begin for entry in entries), default=0)
+    needed += max((run[-1][1].end - run[0][1].begin for run in runs), default=0)
     free = free_host_bytes()
     if free is not None and needed > free:
         raise AdapterUnsupported(
@@ -220,17 +260,20 @@ def _require_memory(folder: Path, entries: Collection[Entry]) -> None:
         )
 
 
-def _read_tensor(file: BinaryIO, folder: Path, name: str, key: str, entry: Entry, start: int) -> Tensor:
-    if entry.begin == entry.end:
-        return torch.zeros(entry.shape)
-    buffer = bytearray(entry.end - entry.begin)
-    file.seek(start + entry.begin)
-    count = file.readinto(buffer)  # type: ignore[attr-defined]
-    if count != len(buffer):
+def _read_run(file: BinaryIO, folder: Path, name: str, run: Run, start: int) -> Iterator[tuple[str, str, Tensor]]:
+    """(key, dtype in the file, tensor) of each, in fp32 or int64; those of a run are views of one vector."""
+    begin, dtype = run[0][1].begin, run[0][1].dtype
+    buffer = bytearray(run[-1][1].end - begin)
+    file.seek(start + begin)
+    if (count := file.readinto(buffer)) != len(buffer):  # type: ignore[attr-defined]
+        key = next(key for key, entry in run if entry.end - begin > count)
         raise AdapterCorrupt(f"{folder}: {name} ended within tensor {key!r}; it changed while it was read")
-    if entry.dtype in INTEGERS:
-        return torch.frombuffer(buffer, dtype=INTEGERS[entry.dtype]).reshape(entry.shape).long()
-    return torch.frombuffer(buffer, dtype=FLOATS[entry.dtype]).reshape(entry.shape).float()
+    if dtype in INTEGERS:
+        flat = torch.frombuffer(buffer, dtype=INTEGERS[dtype]).long() if buffer else torch.zeros(0)
+    else:
+        flat = torch.frombuffer(buffer, dtype=FLOATS[dtype]).float() if buffer else torch.zeros(0)
+    for (key, entry), part in zip(run, torch.split(flat, [math.prod(entry.shape) for _, entry in run]), strict=True):
+        yield key, dtype, part.view(entry.shape)
 
 
 def hashed_tensors(folder: Path, name: str, digest: str, *, said_by: str) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ from loraweave.hub.formats._peft_heads import take_heads
 from loraweave.hub.formats._peft_parameters import parameter_paths, path_of, split_experts, unpad
 from loraweave.hub.formats._peft_write import require_activatable, write_folder
 from loraweave.hub.formats._safetensors import gather, require_finite
-from loraweave.lowrank.algebra import all_finite
+from loraweave.lowrank.algebra import all_finite, within_range
 from loraweave.types import Factors
 
 Parts = dict[Part, Tensor]
@@ -89,13 +90,15 @@ def _parts_of(stored: Mapping[str, Tensor], config: PeftConfig) -> dict[str, Par
     if not stored:
         raise AdapterUnsupported(f"{folder}: the file holds trained heads but no low-rank update, so it is not a LoRA")
     parts: dict[str, Parts] = defaultdict(dict)
+    ordinary = within_range(stored.values())
     for key, parsed in check_all_known(stored, folder, nested=bool(config.target_parameters)).items():
         tensor, where = stored[key], f"{folder}: layer {parsed.layer!r}"
         if parsed.part in parts[parsed.layer]:
             raise AdapterCorrupt(
                 f"{folder}: several tensors are the part {parsed.part!r} of layer {parsed.layer!r}, one is {key!r}"
             )
-        require_finite(tensor, where, repr(key))
+        if not ordinary:
+            require_finite(tensor, where, repr(key))
         if tensor.numel() == 0:
             raise AdapterCorrupt(f"{where}: {key!r} has shape {tuple(tensor.shape)} and holds nothing")
         parts[parsed.layer][parsed.part] = tensor
@@ -156,6 +159,8 @@ def _factors(layer: str, held: Parts, config: PeftConfig) -> Factors:
         raise AdapterCorrupt(f"{where} has {', '.join(sorted(held))}, not the two factors A and B of one update")
     factors = matrices(a, b, embedding, where)
     _check_flags(held, factors, config, where)
+    if held.keys() <= {"a", "b"}:
+        return factors
     size = factors.b_OR.shape[0]
     return replace(
         factors,
@@ -190,13 +195,19 @@ def _magnitude(tensor: Tensor | None, where: str, factors: Factors) -> Tensor | 
 
 
 def _scale(layer: str, factors: Factors, scale: float, config: PeftConfig) -> Factors:
-    """b and bias times the scale, multiplied in float64 and rounded once."""
-    b_OR = (factors.b_OR.double() * scale).float()
-    bias_O = None if factors.bias_O is None else (factors.bias_O.double() * scale).float()
+    """b and bias times the scale, as if multiplied in float64 and rounded once."""
+    if scale == 1:
+        return factors
+    b_OR, bias_O = _times(factors.b_OR, scale), None if factors.bias_O is None else _times(factors.bias_O, scale)
     for tensor in (b_OR, bias_O):
         if tensor is not None and not all_finite(tensor):
             raise AdapterCorrupt(f"{config.folder}: layer {layer!r}: the scale {scale:.6g} takes B beyond what fp32 holds")
     return replace(factors, b_OR=b_OR, bias_O=bias_O)
+
+
+def _times(tensor: Tensor, scale: float) -> Tensor:
+    # a product of two fp32 numbers is exact in float64, so fp32 rounds it to the same number
+    return tensor * scale if ctypes.c_float(scale).value == scale else (tensor.double() * scale).float()
 
 
 def _undo_layout(layer: str, factors: Factors, layout: Mapping[str, Any]) -> Factors:

@@ -53,8 +53,15 @@ class Figures:
 def figures_of(adapter: Adapter, base_model: str) -> Figures:
     """The figures of the low-rank updates; gains, biases, magnitudes and heads are left out."""
     layers = {name: algebra.within_sides(adapter.layers[name]) for name in sorted(adapter.layers)}
-    spectra_L2 = _spectra(list(layers.values()))
-    return Figures(_kin(base_model, layers), tuple(layers), spectra_L2[:, 0], spectra_L2[:, 1], _code(layers))
+    names = tuple(layers)
+    spectra_L2, sketch_K = np.full((len(names), 2), np.nan), torch.zeros(CODE_BITS)
+    for places in _stacks(list(layers.values())):
+        a_SRI = torch.stack([layers[names[place]].a_RI for place in places]).float()
+        b_SRO = torch.stack([layers[names[place]].b_OR for place in places]).float().mT
+        spectra_L2[places] = _spectra(b_SRO, a_SRI)
+        sketch_K += _sketch(b_SRO, a_SRI, [names[place] for place in places])
+    code = np.packbits(sketch_K.numpy() > 0).tobytes()
+    return Figures(_kin(base_model, layers), names, spectra_L2[:, 0], spectra_L2[:, 1], code)
 
 
 def hamming(left: bytes, right: bytes) -> int:
@@ -62,41 +69,36 @@ def hamming(left: bytes, right: bytes) -> int:
     return (int.from_bytes(left) ^ int.from_bytes(right)).bit_count()
 
 
-def _spectra(layers: Sequence[Factors]) -> Array:
-    """(log norm, logit of the dominant share) of each layer."""
-    found_L2 = np.full((len(layers), 2), np.nan)
-    by_rank = defaultdict(list)
-    for position, factors in enumerate(layers):
+def _stacks(layers: Sequence[Factors]) -> Iterator[Sequence[int]]:
+    """The places of the layers of each shape, in parts that fit a stack; those of rank 0 in none."""
+    by_shape = defaultdict(list)
+    for place, factors in enumerate(layers):
         if factors.rank:
-            by_rank[factors.rank].append(position)
-    for positions in _stacks(by_rank):
-        grams = [(_gram(layers[position].b_OR.T), _gram(layers[position].a_RI)) for position in positions]
-        b_NRR, a_NRR = (torch.stack([pair[side][0] for pair in grams]) for side in (0, 1))
-        # the squares of the singular values of b a are the eigenvalues of (b^T b)(a a^T)
-        values_NR, vectors_NRR = torch.linalg.eigh(b_NRR)
-        root_NRR = vectors_NRR * values_NR.clamp(min=0).sqrt()[:, None, :]
-        squares_NR = torch.linalg.eigvalsh(root_NRR.mT @ a_NRR @ root_NRR).clamp(min=0).numpy()
-        sizes_N = np.array([np.log(left[1]) + np.log(right[1]) if left[1] and right[1] else np.nan for left, right in grams])
-        energy_N = np.where(squares_NR.sum(axis=1) > 0, squares_NR.sum(axis=1), np.nan)
-        share_N = np.minimum(squares_NR[:, -1] / energy_N, _NEARLY_ALL)
-        found_L2[positions] = np.stack([0.5 * np.log(energy_N) + sizes_N, np.log(share_N / (1 - share_N))], axis=1)
-    return found_L2
+            by_shape[factors.rank, factors.a_RI.shape[1], factors.b_OR.shape[0]].append(place)
+    for (rank, *sides), places in by_shape.items():
+        count = max(1, _STACK // (rank * max(sides)))
+        for start in range(0, len(places), count):
+            yield places[start : start + count]
 
 
-def _stacks(by_rank: Mapping[int, Sequence[int]]) -> Iterator[Sequence[int]]:
-    """The positions of each rank, in parts whose Gram matrices fit a stack."""
-    for rank, positions in by_rank.items():
-        count = max(1, _STACK // rank**2)
-        for start in range(0, len(positions), count):
-            yield positions[start : start + count]
+def _spectra(b_SRO: Tensor, a_SRI: Tensor) -> Array:
+    """(log norm, logit of the dominant share) of each layer of a stack."""
+    (b_SRR, b_size_S), (a_SRR, a_size_S) = _gram(b_SRO), _gram(a_SRI)
+    # the squares of the singular values of b a are the eigenvalues of (b^T b)(a a^T)
+    values_SR, vectors_SRR = torch.linalg.eigh(b_SRR)
+    root_SRR = vectors_SRR * values_SR.clamp(min=0).sqrt()[:, None, :]
+    squares_SR = torch.linalg.eigvalsh(root_SRR.mT @ a_SRR @ root_SRR).clamp(min=0).numpy()
+    energy_S = np.where(squares_SR.sum(axis=1) > 0, squares_SR.sum(axis=1), np.nan)
+    share_S = np.minimum(squares_SR[:, -1] / energy_S, _NEARLY_ALL)
+    size_S = np.log(np.where(b_size_S, b_size_S, np.nan)) + np.log(np.where(a_size_S, a_size_S, np.nan))
+    return np.stack([0.5 * np.log(energy_S) + size_S, np.log(share_S / (1 - share_S))], axis=1)
 
 
-def _gram(rows_RN: Tensor) -> tuple[Tensor, float]:
+def _gram(rows_SRN: Tensor) -> tuple[Tensor, Array]:
     """rows rows^T of the rows divided by their largest entry, which keeps it within what numbers hold, and that entry."""
-    rows_RN = rows_RN.float()
-    size = float(rows_RN.abs().max())
-    scaled_RN = rows_RN / size if size else rows_RN
-    return (scaled_RN @ scaled_RN.T).double(), size
+    size_S = rows_SRN.abs().amax(dim=(1, 2))
+    scaled_SRN = rows_SRN / torch.where(size_S > 0, size_S, 1)[:, None, None]
+    return (scaled_SRN @ scaled_SRN.mT).double(), size_S.double().numpy()
 
 
 def _kin(base_model: str, layers: Mapping[str, Factors]) -> str:
@@ -106,14 +108,16 @@ def _kin(base_model: str, layers: Mapping[str, Factors]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _code(layers: Mapping[str, Factors]) -> bytes:
-    """Signs of sum over layers of +-u^T b a v for fixed random u and v: their products are inner products of updates."""
-    sketch_K = torch.zeros(CODE_BITS)
-    for name, factors in layers.items():
-        left_KR = _projection(0)[:, : factors.b_OR.shape[0]] @ _fold(factors.b_OR.float(), 0)
-        right_KR = _projection(1)[:, : factors.a_RI.shape[1]] @ _fold(factors.a_RI.float().T, 1)
-        sketch_K += _layer_signs(name) * (left_KR * right_KR).sum(dim=1)
-    return np.packbits(sketch_K.numpy() > 0).tobytes()
+def _sketch(b_SRO: Tensor, a_SRI: Tensor, names: Sequence[str]) -> Tensor:
+    """sum over layers of +-u^T b a v for fixed random u and v: products of sketches are inner products of updates.
+
+    Layers that are alike are one matrix product, not one each.
+    """
+    left_SRK, right_SRK = (
+        _fold(rows_SRN, side) @ _projection(side)[:, : rows_SRN.shape[2]].T for side, rows_SRN in enumerate((b_SRO, a_SRI))
+    )
+    signs_SK = torch.stack([_layer_signs(name) for name in names])
+    return torch.einsum("sk,srk,srk->k", signs_SK, left_SRK, right_SRK)
 
 
 @lru_cache(maxsize=4096)
@@ -122,14 +126,14 @@ def _layer_signs(name: str) -> Tensor:
     return torch.from_numpy(1 - 2 * bits_K.astype(np.float32))
 
 
-def _fold(rows_NR: Tensor, side: int) -> Tensor:
-    """Rows beyond `_FOLD` added to those before them with random signs, which keeps inner products in expectation."""
-    size = rows_NR.shape[0]
+def _fold(rows_SRN: Tensor, side: int) -> Tensor:
+    """Entries beyond `_FOLD` added to those before them with random signs, which keeps inner products in expectation."""
+    size = rows_SRN.shape[2]
     if size <= _FOLD:
-        return rows_NR
+        return rows_SRN
     sign_N = torch.from_numpy(_signs(size, side))
-    padded_NR = torch.nn.functional.pad(rows_NR * sign_N[:, None], (0, 0, 0, -size % _FOLD))
-    return padded_NR.view(-1, _FOLD, rows_NR.shape[1]).sum(dim=0)
+    padded_SRN = torch.nn.functional.pad(rows_SRN * sign_N, (0, -size % _FOLD))
+    return padded_SRN.reshape(*padded_SRN.shape[:2], -1, _FOLD).sum(dim=2)
 
 
 @lru_cache(maxsize=2)

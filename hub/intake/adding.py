@@ -136,13 +136,10 @@ def require_storable(adapter: Adapter, stored_as: str = "factors") -> None:
     form for.
     """
     for layer, factors in adapter.layers.items():
-        where = f"adapter {adapter.name!r}, layer {layer!r}"
-        _require_shapes(where, factors)
-        for part, tensor in factors.tensors().items():
-            _require_finite(f"{where}, {part}", tensor)
-        algebra.require_in_range(factors, where)
-    for head, tensor in adapter.heads.items():
-        _require_finite(f"adapter {adapter.name!r}, head {head!r}", tensor)
+        _require_shapes(f"adapter {adapter.name!r}, layer {layer!r}", factors)
+    tensors = [tensor for factors in adapter.layers.values() for tensor in factors.tensors().values()]
+    if not algebra.within_range([*tensors, *adapter.heads.values()]):
+        _require_numbers(adapter)
     if not adapter.heads and all(algebra.is_zero(factors) for factors in adapter.layers.values()):
         raise AdapterUnsupported(
             f"adapter {adapter.name!r} is without effect: the updates of all its {len(adapter.layers)} layers are zero; "
@@ -150,6 +147,16 @@ def require_storable(adapter: Adapter, stored_as: str = "factors") -> None:
         )
     if stored_as != "factors":
         take_apart(adapter.layers, {}, stored_as=stored_as)
+
+
+def _require_numbers(adapter: Adapter) -> None:
+    for layer, factors in adapter.layers.items():
+        where = f"adapter {adapter.name!r}, layer {layer!r}"
+        for part, tensor in factors.tensors().items():
+            _require_finite(f"{where}, {part}", tensor)
+        algebra.require_in_range(factors, where)
+    for head, tensor in adapter.heads.items():
+        _require_finite(f"adapter {adapter.name!r}, head {head!r}", tensor)
 
 
 def _require_shapes(where: str, factors: Factors) -> None:

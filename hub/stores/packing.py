@@ -28,10 +28,8 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[Places, Tensor]:
     for name, tensor in tensors.items():
         places.append((name, offset, list(tensor.shape)))
         offset += tensor.numel()
-    flat = torch.empty(offset, dtype=torch.float32)
-    for name, start, _ in places:
-        flat[start : start + tensors[name].numel()] = tensors[name].detach().reshape(-1)
-    return places, flat
+    rows = [tensor.detach().cpu().float().reshape(-1) for tensor in tensors.values()]
+    return places, torch.cat(rows) if rows else torch.empty(0)
 
 
 def unpack(places: Any, flat: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ matrices, or dense ones where those are smaller: never more memory than the fact
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -155,6 +155,21 @@ def require_in_range(factors: Factors, where: str) -> None:
             f"{where}: the product of its factors reaches {reach:.3g}, beyond what fp32 holds ({MAX_FP32:.3g}), so no "
             "composition with it would be a number; look at how it was trained, saved and scaled (lora_alpha)"
         )
+
+
+def within_range(tensors: Iterable[Tensor]) -> bool:
+    """Whether all values, and all products and sums of products of two tensors, are surely finite in fp32.
+
+    One pass in the place of one for each question: by Cauchy and Schwarz the norm of all together bounds them. False says
+    only that each has to be looked at; so do tensors of whole numbers.
+    """
+    total = 0.0
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            return False
+        total += float(torch.linalg.vector_norm(tensor.detach())) ** 2
+    # of tensors a and b together at most (|a|^2 + |b|^2) / 2 bounds |a| |b|
+    return total <= MAX_FP32
 
 
 def all_finite(tensor: Tensor) -> bool:

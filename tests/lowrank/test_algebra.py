@@ -304,3 +304,14 @@ def test_all_finite_equals_a_look_at_every_value_also_where_infinities_cancel_or
     for values in ([], [1.0, -2.0], [largest, largest], [math.inf, -math.inf], [0.0, math.nan], [-math.inf, 1.0]):
         tensor = torch.tensor(values, dtype=dtype)
         assert algebra.all_finite(tensor) is bool(torch.isfinite(tensor).all())
+
+
+@pytest.mark.parametrize(
+    ("values", "within"),
+    [([1.0, -2.0], True), ([1e18, 1e19], True), ([1e20, 1.0], False), ([math.inf, 1.0], False), ([math.nan, 0.0], False)],
+)
+def test_tensors_within_range_are_those_whose_norm_squared_fp32_holds(values, within):
+    tensors = [torch.tensor([value]) for value in values]
+    assert algebra.within_range(tensors) is within
+    assert algebra.within_range([each.double() for each in tensors]) is within
+    assert not algebra.within_range([torch.tensor([1])])

@@ -128,5 +128,5 @@ def test_where_the_file_system_knows_no_holes_a_file_is_whole(tmp_path, monkeypa
 def test_tensors_that_need_more_memory_than_is_free_are_refused_with_both_figures(tall, tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemAvailable:   1000 kB\n")
     monkeypatch.setattr(process, "MEMINFO", tmp_path / "meminfo")
-    with pytest.raises(AdapterUnsupported, match="need 1,440,000 bytes of memory to be read, but 1,024,000 are free"):
+    with pytest.raises(AdapterUnsupported, match="need 1,920,000 bytes of memory to be read, but 1,024,000 are free"):
         Adapter.from_pretrained(tall)

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from loraweave.common.state import save_tensors
 from loraweave.errors import AdapterCorrupt, HubError, HubFull, HubReadOnly
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.formats import _peft_write
-from loraweave.hub.formats._safetensors import hashed_tensors
+from loraweave.hub.formats import _peft_write, _safetensors
+from loraweave.hub.formats._safetensors import hashed_tensors, read_tensors
 from loraweave.types import Factors
 
 
@@ -75,3 +75,15 @@ def test_tensors_are_read_where_the_hash_is_theirs_and_another_is_refused_with_b
     assert {name: tensor.tolist() for name, tensor in found.items()} == {"a": [0.0, 1.0, 2.0]}
     with pytest.raises(AdapterCorrupt, match=f"has SHA-256 {digest[:12]}, but about.json says 000000000000"):
         hashed_tensors(tmp_path, "values.safetensors", "0" * 64, said_by="about.json")
+
+
+@pytest.mark.parametrize("run_bytes", [1, 24, 2**24])
+def test_tensors_come_one_by_one_however_many_are_read_at_once(tmp_path, monkeypatch, run_bytes):
+    generator = torch.Generator().manual_seed(0)
+    kinds = (torch.float32, torch.bfloat16, torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    tensors = {f"t{n}": torch.randn(n, 3, generator=generator).to(kind) for n, kind in enumerate(kinds)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    monkeypatch.setattr(_safetensors, "RUN_BYTES", run_bytes)
+    found = {key: tensor for key, _, tensor in read_tensors(tmp_path, ["x.safetensors"])}
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensor.float()) for key, tensor in tensors.items())
