@@ -26,7 +26,7 @@ from rich.progress import track
 import loraweave as lw
 from benchmarks._data import kept, known
 from benchmarks._run import Run, Table, pairs
-from loraweave.composer.programs.asked import Step
+from loraweave.composer.compose.asked import Step
 from loraweave.composer.programs.program import Program
 from loraweave.hub.base import fast_dtype
 

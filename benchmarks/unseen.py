@@ -45,7 +45,7 @@ import loraweave as lw
 from benchmarks._data import DATA, NO_SEED, NO_SHOTS, Key, Measured, Store
 from benchmarks._run import ROOT, Run, pairs
 from benchmarks._unseen_report import OF_JOINED_SKILLS, WAYS, WITHOUT_EXAMPLES, report
-from loraweave.composer.compose.compose import in_context_adapter as in_context_adapter_of
+from loraweave.composer.compose.candidates import in_context_adapter as in_context_adapter_of
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.model.scoring import Score, evaluate, predict
 from loraweave.composer.programs.program import Program

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import loraweave as lw
-from loraweave.composer.compose.compose import IN_CONTEXT
+from loraweave.composer.compose.candidates import IN_CONTEXT
 from loraweave.composer.compose.refine import linear_targets
 from loraweave.demo import read_rows
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 import loraweave as lw
 from loraweave.common.rows import located
-from loraweave.composer.compose.compose import in_context_adapter
+from loraweave.composer.compose.candidates import in_context_adapter
 from loraweave.composer.model.scoring import predict
 from loraweave.errors import AdapterNotFound, InvalidTask
 from loraweave.hub.base import fast_dtype

@@ -14,7 +14,7 @@ from loraweave.common.chat import Conversation, turn_end
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.formula.formula import Formula, parse
 from loraweave.composer.formula.nodes import Merge, Named, Stored, Sum, leaves
-from loraweave.composer.formula.source import has_members, router_of
+from loraweave.composer.formula.source import has_parts, router_of
 from loraweave.errors import RetrievalError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_key
@@ -157,7 +157,7 @@ class Names:
         formula = wanted.formula
         if (stored := formula.stored(self._hub)) is not None:
             named = formula.canonical, formula.identity(self._hub)
-            if has_members(stored):
+            if has_parts(stored):
                 made = self._members(stored)
                 return Served(*named, made, stops=self._stops(made[0].task))
             router = router_of(stored)

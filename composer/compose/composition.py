@@ -27,7 +27,7 @@ from loraweave.composer.compose.refine import (
     tuned_adapters,
 )
 from loraweave.composer.compose.report import ReportRow
-from loraweave.composer.compose.saved import FILE, SavedRecipe, recipe_of
+from loraweave.composer.compose.saved import FILE, PARTS, SavedRecipe, recipe_of
 from loraweave.composer.compose.settings import router_name
 from loraweave.composer.compose.task_mixture import TaskMixture
 from loraweave.composer.composer import Composer
@@ -58,6 +58,7 @@ class Composition(TaskMixture):
     """
 
     members: Mapping[str, Composition] = field(default_factory=dict)
+    steps: Mapping[str, Composition] = field(default_factory=dict)
 
     def leave_one_out(self) -> dict[str, float]:
         """By how much the mean loss of the examples rises without each adapter, the others' weights as they are.
@@ -175,7 +176,7 @@ class Composition(TaskMixture):
         """Writes composition.json and, unless it is the base model, the merged adapter as a PEFT folder.
 
         Where a router weighs, it writes the router and its adapters; ScopeError for a router that `lw.router` cannot make.
-        Members go to folders of their own in it.
+        Members and steps go to folders of their own in it.
         """
         target = as_path(folder, "the folder of a composition", CompositionError)
         if target.exists() and not (target / FILE).is_file() and any(target.iterdir()):
@@ -188,10 +189,10 @@ class Composition(TaskMixture):
                         "can be saved"
                     )
                 self.router.save_pretrained(new / "router", pool=pool_of(self.router, self.engine))
-            elif not self.is_base and not self.members:
+            elif not self.is_base and not self.parts:
                 with_magnitudes(self.adapter, self.model).save_pretrained(new / "adapter")
-            for number, member in enumerate(self.members.values()):
-                member.save_pretrained(new / f"member-{number}")
+            for number, part in enumerate([*self.members.values(), *self.steps.values()]):
+                part.save_pretrained(new / f"member-{number}")
             (new / FILE).write_text(json.dumps(self._recipe(), indent=1, ensure_ascii=False))
         return target
 
@@ -259,8 +260,8 @@ class Composition(TaskMixture):
         wanted = {"revision": revision, "token": token, "local_files_only": local_files_only}
         folder = find_folder(source, f"a composition, which has a {FILE}", FILES, **wanted)  # type: ignore[arg-type]
         fields = (recipe := SavedRecipe.read(folder)).fields_on(model)
-        for number, name in enumerate(recipe.member_names):
-            fields["members"][name] = cls.from_pretrained(folder / f"member-{number}", model, tokenizer)
+        for number, name in enumerate(recipe.part_names):
+            fields[str(recipe.parts)][name] = cls.from_pretrained(folder / f"member-{number}", model, tokenizer)
         return cls(model, tokenizer, **fields)
 
     def _loss_and_mixture(self, verb: str) -> tuple[ExampleLoss, MixtureWeights]:
@@ -298,5 +299,5 @@ class Composition(TaskMixture):
         weights = self.mean_weights
         kept = {name: getattr(self, name) for name in ("by_layer", "tuned_steps", "license", "merge_method", "seed")}
         kept |= {"weights": weights, "parents": self._parents()}
-        router, members = self.router is not None, list(self.members)
-        return recipe_of(self.model, self.task, self.report, router=router, members=members, **kept)
+        parts = {name: list(getattr(self, name)) for name in PARTS}
+        return recipe_of(self.model, self.task, self.report, router=self.router is not None, parts=parts, **kept)

@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from loraweave.common.options import Count, check_options
 from loraweave.common.rows import GivenRows
+from loraweave.composer.compose.candidates import experts_of
 from loraweave.composer.compose.collect_statistics import GradientTap
-from loraweave.composer.compose.compose import experts_of
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import batch, mean_losses, untouched

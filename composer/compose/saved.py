@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,8 +23,10 @@ from loraweave.hub.same_base import warn_unverified
 from loraweave.routers.tokens._saved import router as read_router
 from loraweave.types import BaseKey, Fingerprint, Task
 
-FORMAT, FORMAT_WITH_ROUTER, FORMAT_WITH_MEMBERS = 2, 3, 4
-FORMATS = (FORMAT, FORMAT_WITH_ROUTER, FORMAT_WITH_MEMBERS)
+FORMAT, FORMAT_WITH_ROUTER = 2, 3
+# of compositions of others, by what these are
+PARTS = {"members": 4, "steps": 5}
+FORMATS = (FORMAT, FORMAT_WITH_ROUTER, *PARTS.values())
 FILE = "composition.json"
 MAX_FILE_BYTES = 2**26
 PACKAGES = ("loraweave", "torch", "transformers", "cma")
@@ -44,9 +46,14 @@ class SavedRecipe:
     rest: dict[str, Any]
 
     @property
-    def member_names(self) -> list[str]:
-        """Of the members, whose folders are member-0, member-1 and so on."""
-        return list(self.rest["members"]) if self.rest["format"] == FORMAT_WITH_MEMBERS else []
+    def parts(self) -> str | None:
+        """ "members" or "steps"; None for one mixture."""
+        return next((name for name, number in PARTS.items() if self.rest["format"] == number), None)
+
+    @property
+    def part_names(self) -> list[str]:
+        """Of the members or steps, whose folders are member-0, member-1 and so on."""
+        return [] if self.parts is None else list(self.rest[self.parts])
 
     @classmethod
     def read(cls, folder: str | Path) -> SavedRecipe:
@@ -79,7 +86,7 @@ class SavedRecipe:
         if not its.proves(own):
             warn_unverified([str(self.folder)], its, own)
         fields = {key: recipe[key] for key in ("seed", "parents", "merge_method")}
-        fields |= {"task": self.task, "report": self.report, "pool": None, "all_weights": {}, "members": {}}
+        fields |= {"task": self.task, "report": self.report, "pool": None, "all_weights": {}, "members": {}, "steps": {}}
         # the model is the one that it was composed on, whatever its experts say of their base
         if recipe["format"] == FORMAT_WITH_ROUTER:
             router = read_router(self.folder / "router")
@@ -88,7 +95,7 @@ class SavedRecipe:
             experts = router.pool.adapters.items()
             pool = ExpertPool({name: replace(each, fingerprint=own.fingerprint) for name, each in experts})
             return {**fields, "router": router, "pool": pool}
-        if recipe["format"] == FORMAT_WITH_MEMBERS:
+        if self.parts is not None:
             return fields
         fields |= {"all_weights": recipe["weights"], "by_layer": recipe["by_layer"], "tuned_steps": recipe["tuned_steps"]}
         kept = self.folder / "adapter"
@@ -101,14 +108,14 @@ class SavedRecipe:
 
 
 def recipe_of(
-    model: Any, task: Task, report: Report, *, router: bool, members: Sequence[str], **fields: Any
+    model: Any, task: Task, report: Report, *, router: bool, parts: Mapping[str, Sequence[str]], **fields: Any
 ) -> dict[str, Any]:
-    """What composition.json holds of a composition with these fields."""
+    """What composition.json holds of a composition with these fields; `parts` are the names of its members and steps."""
     return {
-        "format": FORMAT_WITH_MEMBERS if members else FORMAT_WITH_ROUTER if router else FORMAT,
+        "format": next((PARTS[name] for name, own in parts.items() if own), FORMAT_WITH_ROUTER if router else FORMAT),
         "base_model": base_id(model),
         "fingerprint": fingerprint(model).to_json(),
-        "members": members,
+        **parts,
         **fields,
         "task": task_json(task),
         "report": report.to_json(),

@@ -13,10 +13,11 @@ from typing import Any
 from loraweave.common.chat import Prompt
 from loraweave.common.display import ShownTable
 from loraweave.common.rows import GivenRows, read_asked
+from loraweave.composer.compose.asked import answer_limit
 from loraweave.composer.compose.report import Report
 from loraweave.composer.compose.settings import require_no_router
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.ensemble import answers
+from loraweave.composer.ensembles.ensemble import answers_to
 from loraweave.composer.merge.merge import merge, merge_by_layer
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import untouched
@@ -41,7 +42,8 @@ class TaskMixture:
     folder, cut in rank, or trained on for `tuned_steps` steps. Where there is a `router`, it weighs the experts of the pool
     for every token and layer: such a composition answers live, and no adapter and no merge has what it does. Its adapter is
     made of adapters whose licenses exclude each other only where `allow_licenses` says so. Where it has `members`, {name:
-    composition}, each is asked in its own prompts, and their probabilities are averaged; they have no adapter together.
+    composition}, each is asked in its own prompts, and their probabilities are averaged; where it has `steps`, {name:
+    composition}, each answers what the one before it answered. Neither has one adapter.
     """
 
     model: Any
@@ -59,14 +61,15 @@ class TaskMixture:
     router: Router | None = None
     allow_licenses: bool = False
     members: Mapping[str, TaskMixture] = field(default_factory=dict)
+    steps: Mapping[str, TaskMixture] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         by_size = self._by_size()
         shown = [f"{name[:NAME_WIDTH]!r}: {weight:.4g}" for name, weight in by_size[:NUM_NAMED]]
         rest = [f"{len(by_size) - NUM_NAMED} more"] if len(by_size) > NUM_NAMED else []
         what = "the base model" if self.is_base else f"{{{', '.join([*shown, *rest])}}}"
-        if self.members:
-            what = f"the average of {' and '.join(self.members)}"
+        if self.parts:
+            what = self._said
         elif self.router is not None:
             what = f"{type(self.router).__name__} over {len(self._used)} adapters"
         elif self.stored is not None and not self.mean_weights:
@@ -87,7 +90,7 @@ class TaskMixture:
     def weights(self) -> dict[str, float] | MixtureWeights | Router:
         """{name: weight} without zeros; MixtureWeights if each layer has its own weights; the router if each token has.
 
-        Raises ScopeError for a composition of members, each of which has its own.
+        Raises ScopeError for a composition of members or steps, each of which has its own.
         """
         if self.router is not None:
             return self.router
@@ -100,8 +103,8 @@ class TaskMixture:
 
     @property
     def mean_weights(self) -> dict[str, float]:
-        """{name: weight}, averaged over the layers, and over members, of the adapters that have a weight somewhere."""
-        if each := [member.mean_weights for member in self.members.values()]:
+        """{name: weight}, averaged over the layers, and over parts, of the adapters that have a weight somewhere."""
+        if each := [part.mean_weights for part in self.parts.values()]:
             return {name: sum(own.get(name, 0.0) for own in each) / len(each) for name in chain(*each)}
         layers = self.by_layer.values() if self.by_layer is not None else (self.all_weights,)
         used = {name for of_layer in layers for name, weight in of_layer.items() if weight}
@@ -110,7 +113,17 @@ class TaskMixture:
     @property
     def is_base(self) -> bool:
         """Whether this is the base model itself, with nothing added."""
-        return self.stored is None and self.router is None and not self.members and not self.mean_weights
+        return self.stored is None and self.router is None and not self.parts and not self.mean_weights
+
+    @property
+    def parts(self) -> Mapping[str, TaskMixture]:
+        """The members, or the steps; empty for one mixture."""
+        return self.members or self.steps
+
+    @property
+    def _said(self) -> str:
+        """What the parts are together, for messages."""
+        return f"the average of {' and '.join(self.members)}" if self.members else f"the program {' > '.join(self.steps)}"
 
     @property
     def license(self) -> str | None:
@@ -123,8 +136,8 @@ class TaskMixture:
     def adapter(self) -> Adapter:
         """The composition as one adapter.
 
-        CompositionError when it is the base model itself, which no adapter expresses, ScopeError where a router weighs or
-        members are averaged, InvalidLicense for licenses that exclude each other, or derived works, unless
+        CompositionError when it is the base model itself, which no adapter expresses, ScopeError where a router weighs and
+        for members or steps, InvalidLicense for licenses that exclude each other, or derived works, unless
         `allow_licenses`.
         """
         self._require_one("be one adapter")
@@ -181,9 +194,9 @@ class TaskMixture:
 
         In the block, and in the thread that opened it, everything that takes a model works as with any other: its own
         `generate`, a transformers pipeline, a Trainer that evaluates, lm_eval. Prompts are yours to make (task.prompt).
-        ScopeError for an average of members, which answer apart.
+        ScopeError for members and steps, which answer apart.
         """
-        if self.members:
+        if self.parts:
             self._require_one("answer as one model")
         with ExitStack() as stack:
             stack.enter_context(untouched(self.model))
@@ -196,11 +209,15 @@ class TaskMixture:
 
     def _predict(self, texts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
         if self.members:
-            adapters = {name: member.adapter for name, member in self.members.items() if not member.is_base}
+            last = {name: member._last for name, member in self.members.items()}
+            adapters = {name: member.adapter for name, member in last.items() if not member.is_base}
             engine = Composer(self.model, ExpertPool(adapters), tokenizer=self.tokenizer)
-            mixtures = [{name: 1.0} if name in adapters else None for name in self.members]
-            tasks = [member.task for member in self.members.values()]
-            return answers(engine, mixtures, tasks, texts, max_new_tokens=max_new_tokens)
+            mixtures = [{name: 1.0} if name in adapters else None for name in last]
+            tasks = [member.task for member in last.values()]
+            inputs_MN = [member._between(texts) for member in self.members.values()]
+            return answers_to(engine, mixtures, tasks, inputs_MN, max_new_tokens=max_new_tokens)
+        if self.steps:
+            return self._last._predict(self._between(texts), max_new_tokens)
         with self.activate():
             return scoring.predict(*self._on, texts, max_new_tokens=max_new_tokens, share=self._may_share)
 
@@ -208,8 +225,24 @@ class TaskMixture:
         if self.members:
             each = [member._losses(pairs) for member in self.members.values()]
             return [sum(own) / len(own) for own in zip(*each, strict=True)]
+        if self.steps:
+            texts = self._between([asked for asked, _ in pairs])
+            return self._last._losses([(text, targets) for text, (_, targets) in zip(texts, pairs, strict=True)])
         with self.activate():
             return scoring.losses(*self._on, pairs, share=self._may_share)
+
+    @property
+    def _last(self) -> TaskMixture:
+        """The last step, where there are some."""
+        return list(self.steps.values())[-1] if self.steps else self
+
+    def _between(self, texts: Sequence[Prompt]) -> Sequence[Prompt]:
+        """What the last step is asked: what those before it answer, one after the other, or the texts themselves."""
+        before = list(self.steps.values())[:-1]
+        limit = answer_limit(self.tokenizer, self.task.examples) if before else 0
+        for step in before:
+            texts = step._predict(texts, limit)
+        return texts
 
     @property
     def _may_share(self) -> bool:
@@ -217,19 +250,26 @@ class TaskMixture:
         return self.router is None and (self.is_base or not self.adapter.invocation)
 
     def _require_one(self, verb: str) -> None:
-        """Raises ScopeError where a router weighs or members are averaged."""
+        """Raises ScopeError where a router weighs, and for members or steps."""
         require_no_router(self.router, verb)
-        if names := list(self.members):
+        if self.steps:
             raise ScopeError(
-                f"an average of {' and '.join(names)} cannot {verb}: its members answer apart. Ask one of them, "
-                f"composition.members[{names[-1]!r}] (saved as member-{len(names) - 1}), or use method={names[-1]!r}"
+                f"{self._said} cannot {verb}: its steps answer one after the other. Ask one of composition.steps, or let "
+                "one adapter learn the program: lw.order(...).distil()"
+            )
+        if self.members:
+            names = [name for name, member in self.members.items() if not member.steps]
+            raise ScopeError(
+                f"{self._said} cannot {verb}: its members answer apart. Ask one of them, "
+                f"composition.members[{names[-1]!r}] (saved as member-{list(self.members).index(names[-1])}), "
+                f"or use method={names[-1]!r}"
             )
 
     @property
     def _used(self) -> Mapping[str, Adapter]:
-        """The adapters of the pool, or of the members' pools, that count, by name; none where the pool is gone."""
-        if self.members:
-            return {name: each for member in self.members.values() for name, each in member._used.items()}
+        """The adapters of the pool, or of the parts' pools, that count, by name; none where the pool is gone."""
+        if self.parts:
+            return {name: each for part in self.parts.values() for name, each in part._used.items()}
         used = self.mean_weights if self.router is None or self.pool is None else self.pool.names
         return self.pool.subset(used).adapters if self.pool and used else {}
 

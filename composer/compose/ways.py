@@ -2,7 +2,8 @@
 
 "auto" learns twice from the examples: weights for the stored adapters, and a LoRA under prompts that show the examples. Its
 answer is the average of both members' probabilities, which leave-one-out on the example pool put above either alone and
-above choosing one of them on held-out examples (benchmarks/TABLES.md). Where one stored adapter answers the examples
+above choosing one of them on held-out examples (benchmarks/TABLES.md). A third member is the program of stored adapters that
+the examples point to, unless its loss is far above that of prompts alone. Where one stored adapter answers the examples
 already, it is taken as it is: what was trained on more than five examples is not learned from them again.
 
 A search is such a trial: a solver asks for candidates, and the examples that it sees tell it their losses.
@@ -20,11 +21,13 @@ from torch import Tensor
 from loraweave.common.chat import Prompt
 from loraweave.common.options import options_of
 from loraweave.composer.compose.loss import ExampleLoss, Penalty, together, together_with_gradients
+from loraweave.composer.compose.program_search import labels_of
+from loraweave.composer.compose.programmed import Programmed
 from loraweave.composer.compose.settings import BEST, OTHER_WAYS, Settings, solver_class
 from loraweave.composer.compose.trained import FEW_SHOT, LONG, ORDERS, Averaged, FewShot, InContextAdapter, Lora, Routed
 from loraweave.composer.compose.trials import Bench, BestSingle, Fixed, MixtureTrial, Split, Trial
 from loraweave.composer.compose.user_loss import UserLoss, make_objective
-from loraweave.errors import InvalidTask, SearchFailed, WeightingError
+from loraweave.errors import InvalidLicense, InvalidTask, SearchFailed, WeightingError
 from loraweave.routers.searches._solver import Solver, described
 from loraweave.routers.searches._told import SearchResult, Told
 from loraweave.routers.searches.similarity import Similarity
@@ -37,6 +40,10 @@ EACH = 16
 TRAINS_FROM = 40
 # a single adapter of less than this share of the loss without adapters is taken as it is
 SURE = 0.5
+# with a lower loss, in nats a token, without anything learned no program is sought
+NEAR = 0.5
+# a program of FAR times that loss is no member
+FAR = 2.0
 # at most as many inputs tell how likely a label is whatever the input
 CALIBRATING = 20
 # the search of "auto"; the other one where the objective has no gradients
@@ -94,15 +101,18 @@ class Ways:
         if self._settings.has_many(self._bench.task):
             return [*plain, *self._compared(plain)]
         members = [trial for trial in self._learning if self._stays(trial)]
-        if len(members) > 1:
-            members = [*members, Averaged(members)]
-            members[-1].run(self._folds)
-        self.asked = members[-1].name if members else None
-        return [*plain, *members]
+        programs = [trial for trial in self._programs(plain) if self._stays(trial)]
+        averaged = members + [program for program in programs if self._is_near(program, plain)]
+        average = [Averaged(averaged)] if len(averaged) > 1 else []
+        for trial in average:
+            trial.run(self._folds)
+        self.asked = next((trial.name for trial in [*average, *averaged]), None)
+        return [*plain, *members, *programs, *average]
 
     def _compared(self, plain: Sequence[Trial[Any]]) -> list[Trial[Any]]:
         """All that learns, on the examples held out; only the best goes on to learn from all."""
-        measured = [way for way in self._learning if self._stays(way, Trial.hold_out)]
+        ways = [*self._learning, *self._programs(plain)]
+        measured = [way for way in ways if self._stays(way, Trial.hold_out)]
         best = min([*plain, *measured], key=lambda way: way.held_out_loss)
         if best in measured:
             best.finish()
@@ -128,6 +138,21 @@ class Ways:
         ]
         return [trial for trial in plain if trial.name not in asked]
 
+    def _programs(self, plain: Sequence[Trial[Any]]) -> list[Programmed]:
+        """The program of "auto", for tasks without labels that neither prompts nor one adapter come near to."""
+        hub, labels = self._bench.hub, self._bench.task.labels
+        if hub is None or labels is not None or not self._has_room or _least(plain) < NEAR:
+            return []
+        return [Programmed(self._bench, hub, self._settings)]
+
+    def _is_near(self, program: Programmed, plain: Sequence[Trial[Any]]) -> bool:
+        """Whether the program's loss is not far above those of prompts alone; `remarks` then says what it is."""
+        loss, least = program.held_out_loss, _least(plain)
+        is_near = loss < FAR * least
+        why = "" if is_near else f" was left out: its loss is {loss:.3f}, and {least:.3f} without anything learned"
+        self.remarks.append(f"program {' > '.join(labels_of(program.chosen or ()))}{why}")
+        return is_near
+
     def _prompts(self) -> list[Trial[Any]]:
         """The base in context, where there are other examples to show, and the adapter that learned to read them."""
         task = self._bench.task
@@ -142,8 +167,8 @@ class Ways:
     def _stays(self, trial: Trial[Any], run: Callable[[Trial[Any], Sequence[Split]], object] = Trial.run) -> bool:
         try:
             run(trial, self._folds)
-        except (SearchFailed, InvalidTask) as error:
-            # an objective that scores nothing, or demonstrations beyond the model's context
+        except (SearchFailed, InvalidTask, InvalidLicense) as error:
+            # an objective that scores nothing, demonstrations beyond the model's context, adapters that cannot be asked
             self.remarks.append(f"{trial.name} was left out: {error}")
             return False
         return True
@@ -182,17 +207,27 @@ class Ways:
         return [Searched(self._bench, replace(settings, method=method, budget=budget, options={}))]
 
     def _trainings(self, shown: Bench) -> list[Trial[Any]]:
-        """The training of "auto", where its loss is the task's, and budget and time allow it."""
+        """The training of "auto"."""
         settings = self._settings
-        enough = settings.seconds is None and settings.budget is not None and settings.budget >= TRAINS_FROM
-        plain = settings.objective in (None, "cross_entropy") and settings.meaning in (None, "linear")
-        if not (enough and plain and len(shown.task.examples) > 1):
+        if not self._has_room:
             return []
         longer = [Lora(self._bench, replace(LONG, seed=settings.seed))] if settings.has_many(shown.task) else []
         return [FewShot(shown, replace(FEW_SHOT, seed=settings.seed)), *longer]
 
+    @property
+    def _has_room(self) -> bool:
+        """Whether "auto" does more than search: its loss is the task's, and examples, budget and time allow it."""
+        settings = self._settings
+        enough = settings.seconds is None and settings.budget is not None and settings.budget >= TRAINS_FROM
+        plain = settings.objective in (None, "cross_entropy") and settings.meaning in (None, "linear")
+        return enough and plain and len(self._bench.task.examples) > 1
+
 
 Start = Mapping[str, float] | MixtureWeights | None
+
+
+def _least(trials: Sequence[Trial[Any]]) -> float:
+    return min(trial.held_out_loss for trial in trials)
 
 
 class Searched(MixtureTrial):

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from loraweave.common.chat import Prompt
 from loraweave.common.checks import require_whole
 from loraweave.common.options import Range, fits
 from loraweave.common.rows import GivenRows, read_asked
@@ -287,28 +288,42 @@ def answers(
     `mixtures` and `weights` are those of `ensemble`; raises what it raises, CompositionError without a tokenizer, and
     InvalidTask for inputs that are no texts and no rows, and for tasks that are fewer than the members or differ in labels.
     """
+    texts = read_asked(inputs)
+    tasks = _tasks_of(task, len(mixtures))
+    return answers_to(engine, mixtures, tasks, [texts] * len(tasks), weights=weights, max_new_tokens=max_new_tokens)
+
+
+def answers_to(
+    engine: Composer,
+    mixtures: Sequence[Any],
+    tasks: Sequence[Task],
+    inputs_MN: Sequence[Sequence[Prompt]],
+    *,
+    weights: Sequence[float] | None = None,
+    max_new_tokens: int = scoring.MAX_NEW_TOKENS,
+) -> list[str]:
+    """The same for N inputs that each of M members is given in a form of its own."""
     members = known_members(engine, mixtures)
     weight_M = member_weights(weights, len(members))
     tokenizer = engine.tokenizer
     if tokenizer is None:
         raise CompositionError("answers() need a tokenizer: make the Composer with tokenizer=...")
-    tasks = [each.in_orders() for each in _tasks_of(task, len(members))]
-    orders = [len(each) for each in tasks]
+    in_orders = [each.in_orders() for each in tasks]
+    orders = [len(each) for each in in_orders]
     asked = [member for member, count in zip(members, orders, strict=True) for _ in range(count)]
     share_M = torch.tensor([float(w) / n for w, n in zip(weight_M, orders, strict=True) for _ in range(n)])
     routed = any(not isinstance(member, Mapping | MixtureWeights | None) for member in members)
     used = set() if routed else {name for member in members if member for name in getattr(member, "experts", member)}
     # experts that count from a place in the whole prompt on are like routers
     routed = routed or bool(engine.pool.invocations(used))
-    shown = any(each[0].demonstrations for each in tasks)
-    texts = read_asked(inputs)
+    shown = any(each[0].demonstrations for each in in_orders)
     with engine.activate(asked):
         return scoring.predict_together(
             engine.model,
             tokenizer,
-            [each for own in tasks for each in own],
+            [each for own in in_orders for each in own],
             share_M,
-            texts,
+            [texts for texts, count in zip(inputs_MN, orders, strict=True) for _ in range(count)],
             max_new_tokens=max_new_tokens,
             share=shown and not routed,
         )

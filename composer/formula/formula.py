@@ -32,7 +32,7 @@ from loraweave.composer.formula.nodes import (
     replaced,
 )
 from loraweave.composer.formula.parser import Parser
-from loraweave.composer.formula.source import Expansion, Given, Source, has_members, has_router, router_of, source_of
+from loraweave.composer.formula.source import Expansion, Given, Source, has_parts, has_router, router_of, source_of
 from loraweave.composer.formula.tokens import MAX_CHARACTERS, Token, misplaced, normal, tokens
 from loraweave.composer.merge.merge import merge
 from loraweave.errors import AdapterNotFound, FormulaError, ScopeError, UnknownExpert, WeightingError
@@ -215,7 +215,7 @@ class Formula:
         match self.root:
             case Sum(terms=((1.0, Stored() as leaf),)):
                 found = source_of(hub_or_pool).stored(leaf)
-                return found if found is not None and (has_router(found) or has_members(found)) else None
+                return found if found is not None and (has_router(found) or has_parts(found)) else None
         return None
 
     def merge(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from loraweave.common.names import unknown_expert
-from loraweave.composer.compose.saved import FORMAT_WITH_MEMBERS, FORMAT_WITH_ROUTER, SavedRecipe
+from loraweave.composer.compose.saved import FORMAT_WITH_ROUTER, PARTS, SavedRecipe
 from loraweave.composer.formula.nodes import (
     Argument,
     Auto,
@@ -143,9 +143,9 @@ def has_router(stored: StoredComposition) -> bool:
     return stored.recipe.get("format") == FORMAT_WITH_ROUTER
 
 
-def has_members(stored: StoredComposition) -> bool:
-    """Whether a stored composition is an average of members."""
-    return stored.recipe.get("format") == FORMAT_WITH_MEMBERS
+def has_parts(stored: StoredComposition) -> bool:
+    """Whether a stored composition is an average of members, or steps one after the other."""
+    return stored.recipe.get("format") in PARTS.values()
 
 
 def router_of(stored: StoredComposition) -> TokenRouter:
@@ -159,10 +159,10 @@ def _adapter_of(stored: StoredComposition, leaf: Stored) -> Adapter:
         recipe = SavedRecipe.read(folder)
         if has_router(stored):
             raise ScopeError(f"{leaf} is a router, not an adapter, and stands alone: activate formula.mixture(hub)")
-        if names := recipe.member_names:
+        if names := recipe.part_names:
             raise ScopeError(
-                f"{leaf} is an average of {' and '.join(names)}, whose members answer apart: write it to a "
-                "folder by hub.composition(name).write(folder), and read it by Composition.from_pretrained"
+                f"{leaf} has the {recipe.parts} {' and '.join(names)}, which answer apart: write it to a folder by "
+                "hub.composition(name).write(folder), and read it by Composition.from_pretrained"
             )
         return Adapter.from_pretrained(folder / "adapter", name=leaf.key)
 

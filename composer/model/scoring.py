@@ -108,8 +108,9 @@ def predict(
     """
     tasks = task.in_orders()
     share = share and bool(task.demonstrations)
+    inputs_MN = [inputs] * len(tasks)
     return predict_together(
-        model, tokenizer, tasks, equal_shares(len(tasks)), inputs, max_new_tokens=max_new_tokens, share=share
+        model, tokenizer, tasks, equal_shares(len(tasks)), inputs_MN, max_new_tokens=max_new_tokens, share=share
     )
 
 
@@ -124,19 +125,19 @@ def predict_together(
     tokenizer: Any,
     tasks: Sequence[Task],
     share_M: Tensor,
-    inputs: Sequence[Prompt],
+    inputs_MN: Sequence[Sequence[Prompt]],
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     share: bool = False,
 ) -> list[str]:
-    """One answer for each input from what it is under the prompts of M tasks, whose probabilities are averaged.
+    """One answer for each of N inputs under the prompts of M tasks, whose probabilities are averaged.
 
-    A batch has the rows of the first task, then those of the next. The labels' probabilities are averaged, without the prior
-    where the tasks are `calibrated`; decoding takes at each step the token of the highest average, which all rows of an
-    input then go on from. `share` is that of `predict`.
+    `inputs_MN` has each input as it is put to each task. A batch has the rows of the first task, then those of the next.
+    The labels' probabilities are averaged, without the prior where the tasks are `calibrated`; decoding takes at each step
+    the token of the highest average, which all rows of an input then go on from. `share` is that of `predict`.
     """
     labels, neutral = tasks[0].labels, tasks[0].neutral
-    prompts_MN = [[task.prompt(text) for text in (*inputs, *neutral)] for task in tasks]
+    prompts_MN = [[task.prompt(text) for text in (*own, *neutral)] for task, own in zip(tasks, inputs_MN, strict=True)]
     ids_MN = [prompt_ids(tokenizer, prompts) for prompts in prompts_MN]
     prefix = Prefixes.of(model, tokenizer, ids_MN) if share else None
     size = max(1, (BATCH_SIZE if labels is None else 128 // len(labels)) // len(tasks))
@@ -149,12 +150,12 @@ def predict_together(
             found_NL = label_scores(model, tokenizer, prompts, labels, ends=ends, prefix=prefix).double().cpu()
             log_p_MNL[:, chosen] = found_NL.view(len(tasks), len(chosen), -1)
         if neutral:
-            neutral_MCL = log_p_MNL[:, len(inputs) :]
+            neutral_MCL = log_p_MNL[:, len(inputs_MN[0]) :]
             prior_ML = neutral_MCL.exp().mean(dim=1).log() if tasks[0].calibrated is True else neutral_MCL.mean(dim=1)
-            log_p_MNL = without_prior(log_p_MNL[:, : len(inputs)], prior_ML)
+            log_p_MNL = without_prior(log_p_MNL[:, : len(inputs_MN[0])], prior_ML)
         return [labels[int(best)] for best in log_average(log_p_MNL, share_M).argmax(dim=1)]
     averaged = [AveragedScores(share_M)] if len(tasks) > 1 else []
-    answers = [""] * len(inputs)
+    answers = [""] * len(by_length)
     for chosen, prompts in chunks:
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "processors": averaged, "prefix": prefix}
         found = generate(model, tokenizer, prompts, stop=tasks[0].stops, **settings)

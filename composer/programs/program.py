@@ -26,7 +26,9 @@ from loraweave.common.files import as_path, whole_file
 from loraweave.common.options import Count, Positive, check_options, options_of
 from loraweave.common.randomness import seeded
 from loraweave.common.rows import GivenRows, read_asked, read_inputs
+from loraweave.composer.compose.asked import Step
 from loraweave.composer.compose.composition import Composition
+from loraweave.composer.compose.program_search import ProgramRow
 from loraweave.composer.compose.refine import STEP_COST, linear_targets, loss_with, num_scalars
 from loraweave.composer.compose.report import Report, ReportRow
 from loraweave.composer.compose.saved import task_json
@@ -35,7 +37,6 @@ from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.merge.merge import parent_of
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import untouched
-from loraweave.composer.programs.asked import Step
 from loraweave.composer.train.adapters import train_adapters
 from loraweave.composer.train.rows import MAX_PACKED, can_be_packed
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, CompositionError, InvalidTask, TrainingError
@@ -171,17 +172,6 @@ def recombined(texts: Sequence[str], count: int, seed: int) -> list[str]:
 
 FORMAT = 1
 SHOWN = 12
-
-
-@dataclass(frozen=True)
-class ProgramRow:
-    """A program that was measured: the mean loss of the targets' tokens under its last step, in nats, on the first
-    `num_examples` examples, and the share of these that greedy decoding would write."""
-
-    steps: tuple[str, ...]
-    loss: float
-    hits: float
-    num_examples: int
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from typing import Any
 import loraweave.registry as registry
 from loraweave.common.checks import is_list, is_number, is_whole
 from loraweave.common.options import check_options, options_of, require_known
+from loraweave.composer.compose.candidates import candidates
 from loraweave.composer.compose.collect_statistics import collect_statistics
-from loraweave.composer.compose.compose import candidates, check_arguments, compose
+from loraweave.composer.compose.compose import check_arguments, compose
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.report import Report
 from loraweave.composer.compose.settings import OTHER_WAYS, TRAINING, routes

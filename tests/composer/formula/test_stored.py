@@ -159,7 +159,7 @@ def test_a_stored_average_of_members_is_kept_and_says_that_it_is_no_adapter(hub,
     members = {"one": composed("uniform"), "other": composed("base")}
     average = replace(members["one"], members=members, pool=None, all_weights={})
     hub.save_composition("both", average)
-    with pytest.raises(ScopeError, match="@both is an average of one and other"):
+    with pytest.raises(ScopeError, match="@both has the members one and other"):
         lw.parse("@both").merge(hub)
     again = lw.Composition.from_pretrained(hub.composition("both").write(tmp_path / "out"), average.model, average.tokenizer)
     assert again.members["one"].adapter.hash == members["one"].adapter.hash

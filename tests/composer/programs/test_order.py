@@ -11,8 +11,8 @@ import torch
 
 import loraweave as lw
 from loraweave import registry
+from loraweave.composer.compose.asked import Asked, Step
 from loraweave.composer.model import scoring
-from loraweave.composer.programs.asked import Asked, Step
 from loraweave.composer.programs.program import Program, card_inputs, recombined
 from loraweave.errors import (
     AdapterCorrupt,

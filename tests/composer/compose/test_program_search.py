@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import loraweave as lw
-from loraweave.composer.programs import order as searching
-from loraweave.composer.programs.asked import Reading, Step
-from loraweave.composer.programs.order import Search
+from loraweave.composer.compose import program_search as searching
+from loraweave.composer.compose.asked import Reading, Step
+from loraweave.composer.compose.program_search import ProgramSearch
 from loraweave.errors import SearchFailed
 
 FUNCTIONS = {
@@ -56,7 +56,7 @@ def task_of(*names):
 
 def found(task, max_steps=3, asking=None, gain=0.1, beam=4):
     steps = list(STEPS.values())
-    search = Search(asking or Asking(), task, [*steps, BASE], [*steps, BASE], beam)
+    search = ProgramSearch(asking or Asking(), task, [*steps, BASE], [*steps, BASE], beam)
     search.run(max_steps)
     path, _ = search.best(gain)
     return [step.label for step in path], search

@@ -50,6 +50,11 @@ class Step:
         return Task([], instruction=self.instruction, template=given.template, chat=given.chat, system=given.system)
 
 
+def answer_limit(tokenizer: Any, examples: Sequence[tuple[Prompt, str]]) -> int:
+    """How many tokens a step's answer has at most, by the longest text of a task's examples."""
+    return scoring.longest_answer(tokenizer, [(asked, (str(asked), target)) for asked, target in examples])
+
+
 class Reading(NamedTuple):
     """The mean loss of a target's tokens, and whether greedy decoding would write them."""
 

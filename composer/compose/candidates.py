@@ -1,0 +1,132 @@
+"""Which adapters of a hub or a pool are candidates for a task on a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from os import PathLike
+from typing import Any
+
+from torch import nn
+
+from loraweave.common.chat import Prompt
+from loraweave.composer.live.fitting import misfit
+from loraweave.errors import BaseModelMismatch, EmptyIndex, WeightingError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.base import base_key
+from loraweave.hub.hub import Hub
+from loraweave.hub.pool import ExpertPool
+from loraweave.hub.same_base import says_nothing
+from loraweave.retrieval.retriever import Retriever
+from loraweave.types import BaseKey, Candidate, Task
+
+NUM_SHOWN = 5
+# the tag of an adapter that was trained to answer as the examples in a prompt do: where trainings under such prompts begin
+IN_CONTEXT = "in-context"
+
+
+def experts_of(given: Any) -> Hub | ExpertPool:
+    """The hub or the pool; a list or a mapping of adapters as a pool. Raises WeightingError for anything else."""
+    match given:
+        case Hub() | ExpertPool():
+            return given
+        case str() | PathLike():
+            path = str(given)
+            raise WeightingError(f"adapters are chosen from a hub, and {path!r} is its path: pass lw.Hub({path!r})")
+    return ExpertPool(given)
+
+
+def candidates(
+    hub_or_pool: Hub | ExpertPool, task: Task, unlabelled: Sequence[Prompt], k: int, model: nn.Module
+) -> tuple[ExpertPool, dict[str, float]]:
+    """The pool to search in, and the score of each adapter that was retrieved.
+
+    Of a hub the `k` adapters that fit the task best among those that the model's weights or id speak for. Where its id tells
+    nothing, or none is known to be for it, those count too that fit by the names and shapes of their layers.
+    Raises EmptyIndex for an empty hub, BaseModelMismatch for one without an adapter for the model.
+    """
+    if isinstance(hub_or_pool, ExpertPool):
+        return hub_or_pool, {}
+    inputs = [str(asked) for asked in [asked for asked, _ in task.examples] or unlabelled]
+    search = partial(Retriever(hub_or_pool).for_task, inputs, description=task.instruction, evidence=False)
+    scores = {hit.name: hit.score for hit in fitting_hits(hub_or_pool, search, k, model)}
+    return hub_or_pool.pool(list(scores)), scores
+
+
+def fitting_hits(hub: Hub, search: Callable[..., list[Candidate]], k: int, model: nn.Module) -> list[Candidate]:
+    """The `k` best hits of a search of the hub among the adapters for this model. Raises what `candidates` raises."""
+    beside = _Beside(hub, dict(model.named_modules()))
+    base = _base(hub, base_key(model), beside)
+    hits = _hits(partial(search, base_model=base), k, base, beside)
+    if not hits:
+        raise _nothing_for(hub, base, beside)
+    return hits
+
+
+def in_context_adapter(hub_or_pool: Hub | ExpertPool, model: nn.Module) -> Adapter | None:
+    """The hub's first adapter for the model that is tagged IN_CONTEXT; None without one, and of a pool."""
+    if isinstance(hub_or_pool, ExpertPool):
+        return None
+    tagged = hub_or_pool.records(base_model=base_key(model), tags=IN_CONTEXT)
+    return hub_or_pool[tagged[0].name] if tagged else None
+
+
+class _Beside:
+    """The hub's adapters beside the model's layers, each looked at once; `why` is the first that does not fit, and why."""
+
+    def __init__(self, hub: Hub, modules: Mapping[str, nn.Module]) -> None:
+        self._hub, self._modules = hub, modules
+        self._known: dict[str, bool] = {}
+        self.why = ""
+
+    def fits(self, name: str) -> bool:
+        if name not in self._known:
+            why = misfit(self._modules, name, self._hub[name])
+            self._known[name] = not why
+            self.why = self.why or why
+        return self._known[name]
+
+
+def _base(hub: Hub, own: BaseKey, beside: _Beside) -> BaseKey:
+    """The model's key; its `alike` lists the bases in the hub that match by names and shapes only, where that is enough."""
+    bases = [first for first, _ in hub.bases()]
+    if not says_nothing(own.id) and any(not own.differs(first.base) for first in bases):
+        return own
+    open_to = [first for first in bases if own.differs(first.base) and not own.contradicts(first.base)]
+    # adapters that name no base may be for several: each is looked at when it is found
+    return replace(own, alike=tuple(first.base for first in open_to if not first.base_model or beside.fits(first.name)))
+
+
+def _hits(retrieve: Callable[..., list[Candidate]], k: int, base: BaseKey, beside: _Beside) -> list[Candidate]:
+    """The `k` best adapters; an adapter whose base matches by names and shapes only must also fit the model's layers.
+
+    Those tagged IN_CONTEXT, which are of no task, count only where there are no others.
+    """
+    asked = k
+    while True:
+        hits = retrieve(k=asked)
+        fitting = [hit for hit in hits if base.proves(hit.record.base) or beside.fits(hit.name)]
+        experts = [hit for hit in fitting if IN_CONTEXT not in hit.record.tags] or fitting
+        if len(experts) >= k or len(hits) < asked:
+            return experts[:k]
+        asked *= 4
+
+
+def _nothing_for(hub: Hub, base: BaseKey, beside: _Beside) -> BaseModelMismatch | EmptyIndex:
+    counts: Counter[str] = Counter()
+    for first, number in hub.bases():
+        counts[first.base_model] += number
+    if not counts:
+        return EmptyIndex(f"{hub} has no adapters to compose: hub.add(...) some, or method='base' is the model as it is")
+    listed = ", ".join(
+        f"{number} for {base_model or 'a base without a name'!r}" for base_model, number in counts.most_common(NUM_SHOWN)
+    )
+    more = f" and {len(counts) - NUM_SHOWN} other bases" if len(counts) > NUM_SHOWN else ""
+    why = f" ({beside.why})" if beside.why else ""
+    return BaseModelMismatch(
+        f"none of the hub's {counts.total()} adapters is for this base model ({base.id!r}): it has {listed}{more}{why}. "
+        "Load one of these (load_base(...), --base), or bind those that were made for this model to it (hub.bind(name, "
+        "model), `loraweave hub bind`); method='base' is the model as it is"
+    )

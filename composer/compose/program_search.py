@@ -1,0 +1,218 @@
+"""The search for a program: which adapters, one after the other, give the targets of a few examples the lowest loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+from rich.progress import Progress
+
+from loraweave.common.chat import Prompt
+from loraweave.common.checks import says_something
+from loraweave.common.display import progress_bar
+from loraweave.composer.compose.asked import Asked, Reading, Step, answer_limit
+from loraweave.composer.compose.candidates import fitting_hits
+from loraweave.composer.composer import Composer
+from loraweave.composer.live.fitting import Fitting
+from loraweave.errors import BaseModelMismatch, InvalidTask, SearchFailed
+from loraweave.hub.hub import Hub
+from loraweave.retrieval.retriever import Retriever
+from loraweave.types import Candidate, Task
+
+# after so many examples, so many programs of one length go on
+ROUNDS = ((1, 32), (2, 12))
+# adapters that a search by outputs compares
+SHORTLIST = 1000
+
+# a longer program's loss must be lower by this share
+GAIN = 0.1
+
+Order = tuple[Step, ...]
+
+
+def search_programs(
+    model: Any,
+    tokenizer: Any,
+    hub: Hub,
+    task: Task,
+    *,
+    k: int = 20,
+    max_steps: int = 3,
+    beam: int = 3,
+    progress: bool | Progress = False,
+) -> ProgramSearch:
+    """The programs of up to `max_steps` steps, measured on the task's examples.
+
+    Raises InvalidTask where no adapter has a description, and what `fitting_hits` raises.
+    """
+    first, later, left_out = _steps(hub, tokenizer, task, k, model)
+    pool = hub.pool(list(dict.fromkeys(step.name for step in [*first, *later] if step.name is not None)))
+    engine = Composer(model, Fitting(model).accepted(pool), tokenizer=tokenizer)
+    with progress_bar(progress) as bar:
+        shown = bar.add_task("asking adapters", total=None)
+        asking = Asked(engine, tokenizer, task, lambda count: bar.update(shown, advance=count))
+        search = ProgramSearch(asking, task, first, later, beam, left_out)
+        search.run(max_steps)
+        bar.update(shown, total=bar.tasks[shown].completed)
+    engine.close()
+    return search
+
+
+def _steps(hub: Hub, tokenizer: Any, task: Task, k: int, model: Any) -> tuple[list[Step], list[Step], list[str]]:
+    """(first steps, later steps, adapters without a description). Raises InvalidTask where none has one."""
+    inputs = [str(asked) for asked, _ in task.examples]
+    by_inputs = fitting_hits(hub, partial(Retriever(hub).for_task, inputs, evidence=False), k, model)
+    by_outputs: list[Candidate] = []
+    if len(by_inputs) == k:
+        # otherwise these are all that there are
+        search = Retriever(hub, keys=("outputs",), shortlist=SHORTLIST).for_examples
+        by_outputs = _or_none(partial(fitting_hits, hub, partial(search, task.examples), k, model))
+    found = {hit.name: hit.record for hit in [*by_inputs, *by_outputs]}
+    left_out = [name for name, record in found.items() if not says_something(record.description)]
+    if len(left_out) == len(found):
+        raise InvalidTask(
+            f"none of the {len(found)} adapters found in {hub} has a description to ask it by: give them some "
+            "(hub.update(name, description=...))"
+        )
+    limit = answer_limit(tokenizer, task.examples)
+    steps = {
+        name: Step(name, record.description, record.hash, limit) for name, record in found.items() if name not in left_out
+    }
+    base = [Step(None, task.instruction)] if says_something(task.instruction) else []
+    first = [steps[hit.name] for hit in by_inputs if hit.name in steps]
+    return [*first, *base], [*steps.values(), *base], left_out
+
+
+def _or_none(search: Callable[[], list[Candidate]]) -> list[Candidate]:
+    """What a search by outputs finds; nothing where no card has any."""
+    try:
+        return search()
+    except BaseModelMismatch:
+        return []
+
+
+def labels_of(path: Order) -> tuple[str, ...]:
+    return tuple(step.label for step in path)
+
+
+@dataclass(frozen=True)
+class ProgramRow:
+    """A program that was measured: the mean loss of the targets' tokens under its last step, in nats, on the first
+    `num_examples` examples, and the share of these that greedy decoding would write."""
+
+    steps: tuple[str, ...]
+    loss: float
+    hits: float
+    num_examples: int
+
+
+@dataclass(eq=False)
+class ProgramSearch:
+    """Programs by length, each measured on more examples as long as it is among the best.
+
+    `left_out` are adapters without a description, which cannot be asked.
+    """
+
+    asking: Asked
+    task: Task
+    first: Sequence[Step]
+    later: Sequence[Step]
+    beam: int
+    left_out: Sequence[str] = ()
+    # readings of each program, in the order of the examples
+    _found: dict[Order, list[Reading]] = field(default_factory=dict)
+
+    def run(self, max_steps: int) -> None:
+        """Measures programs of up to so many steps.
+
+        Ends early where one writes every example, and where no longer one is better than all shorter ones.
+        """
+        self._measure([(step,) for step in dict.fromkeys([*self.first, *self.later])], len(self.task.examples))
+        for length in range(2, max_steps + 1):
+            if any(all(reading.hit for reading in found) for found in self._whole().values()):
+                return
+            if length > 2 and self._least(length - 1) >= min(map(self._least, range(1, length - 1))):
+                return
+            tried = self._pairs() if length == 2 else self._longer(length)
+            for num_examples, kept in [*ROUNDS, (len(self.task.examples), 0)]:
+                if num_examples <= len(self.task.examples):
+                    self._measure(tried, num_examples)
+                    tried = sorted(tried, key=self._loss)[: kept or None]
+
+    def best(self, gain: float = GAIN) -> tuple[Order, str]:
+        """The program to take, and why. Raises SearchFailed where no loss is finite."""
+        by_length: dict[int, Order] = {}
+        # the base is last among equal ones, else the earlier
+        for path in sorted(self._whole(), key=lambda path: (self._loss(path), any(step.name is None for step in path))):
+            by_length.setdefault(len(path), path)
+        chosen: Order | None = None
+        for path in (by_length[length] for length in sorted(by_length)):
+            least = float("inf") if chosen is None else (1 - gain) * self._loss(chosen)
+            if self._loss(path) < least:
+                chosen = path
+        if chosen is None:
+            raise SearchFailed(f"none of {len(self._found)} programs has a finite loss; see whether the model is damaged")
+        single = self._loss(by_length[1])
+        reason = f"loss {self._loss(chosen):.3f}, of the best single step {single:.3f}"
+        return chosen, reason
+
+    def rows(self) -> list[ProgramRow]:
+        """Every program measured."""
+        found = [
+            ProgramRow(labels_of(path), self._loss(path), fmean(reading.hit for reading in readings), len(readings))
+            for path, readings in self._found.items()
+        ]
+        return sorted(found, key=lambda row: (-row.num_examples, row.loss))
+
+    def _pairs(self) -> list[Order]:
+        return [(first, last) for first in self.first for last in self.later if first != last]
+
+    def _longer(self, length: int) -> list[Order]:
+        """The best programs of one step less with one step more, at any place."""
+        shorter = sorted((path for path in self._whole() if len(path) == length - 1), key=self._loss)[: self.beam]
+        made: dict[Order, None] = {}
+        for path in shorter:
+            for place in range(length):
+                for step in self.first if place == 0 else self.later:
+                    if step not in path:
+                        made[(*path[:place], step, *path[place:])] = None
+        return list(made)
+
+    def _least(self, length: int) -> float:
+        return min((self._loss(path) for path in self._whole() if len(path) == length), default=math.inf)
+
+    def _whole(self) -> dict[Order, list[Reading]]:
+        """The programs that were measured on all examples."""
+        return {path: found for path, found in self._found.items() if len(found) == len(self.task.examples)}
+
+    def _loss(self, path: Order) -> float:
+        loss = fmean(reading.loss for reading in self._found[path])
+        # NaN is worse than everything
+        return loss if loss == loss else float("inf")
+
+    def _measure(self, paths: Sequence[Order], num_examples: int) -> None:
+        """Reads the targets of the first `num_examples` examples under the last step of each program."""
+        examples = self.task.examples[:num_examples]
+        texts = self._texts({path[:-1] for path in paths}, [text for text, _ in examples])
+        targets = [
+            (path[-1], texts[path[:-1]][number], target) for path in paths for number, (_, target) in enumerate(examples)
+        ]
+        readings = self.asking.readings(targets)
+        for number, path in enumerate(paths):
+            self._found[path] = readings[number * num_examples : (number + 1) * num_examples]
+
+    def _texts(self, paths: Iterable[Order], inputs: Sequence[Prompt]) -> dict[Order, Sequence[Prompt]]:
+        """What each program answers to each input; the inputs themselves for the one without steps."""
+        known: dict[Order, Sequence[Prompt]] = {(): inputs}
+        # sorted, so that the batches are the same in every process
+        wanted = sorted(paths, key=labels_of)
+        for length in range(1, max(map(len, wanted), default=0) + 1):
+            begun = list(dict.fromkeys(path[:length] for path in wanted if len(path) >= length))
+            answers = self.asking.answers([(path[-1], text) for path in begun for text in known[path[:-1]]])
+            for number, path in enumerate(begun):
+                known[path] = answers[number * len(inputs) : (number + 1) * len(inputs)]
+        return known

@@ -1,0 +1,73 @@
+"""The trial of a program: stored adapters that answer one after the other, found by the examples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from loraweave.composer.compose.asked import Step
+from loraweave.composer.compose.composition import Composition
+from loraweave.composer.compose.program_search import Order, labels_of, search_programs
+from loraweave.composer.compose.refine import task_of
+from loraweave.composer.compose.report import Report
+from loraweave.composer.compose.settings import Settings
+from loraweave.composer.compose.trials import Bench, Split, Trial, result_of
+from loraweave.composer.live.fitting import Fitting
+from loraweave.composer.train.rows import MAX_PACKED
+from loraweave.hub.hub import Hub
+from loraweave.routers.searches._told import SearchResult
+from loraweave.routers.weights import MixtureWeights
+
+
+class Programmed(Trial[Order]):
+    """The program of adapters of the hub that `lw.order` finds by the first examples that a split sees."""
+
+    def __init__(self, bench: Bench, hub: Hub, settings: Settings) -> None:
+        super().__init__("program", bench)
+        self._hub, self._settings = hub, settings
+
+    def choose(self, splits: Sequence[Split]) -> list[Order]:
+        return [self._search(split.seen[:MAX_PACKED]) for split in splits]
+
+    def scores(self, chosen: Order, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        pairs = [self.bench.task.examples[place] for place in examples]
+        # licenses were asked for when it was chosen
+        made = self.composition(chosen, Report((), self.name, "", (), 0.0, 0), seed=0, allow_licenses=True)
+        said = made.predict([text for text, _ in pairs])
+        hits_N = [answer == target.strip() for answer, (_, target) in zip(said, pairs, strict=True)]
+        return np.array(made.losses(pairs)), np.array(hits_N, dtype=np.float64)
+
+    def result(self, chosen: Order) -> SearchResult:
+        return result_of(MixtureWeights.of({}, self.bench.names))
+
+    def composition(self, chosen: Order, report: Report, *, seed: int, allow_licenses: bool) -> Composition:
+        made = super().composition(chosen, report, seed=seed, allow_licenses=allow_licenses)
+        steps = {}
+        for label, step in zip(labels_of(chosen), chosen, strict=True):
+            of_step = replace(report, chosen=label, reason=f"a step of {' > '.join(labels_of(chosen))}")
+            steps[label] = replace(made, **self._step_fields(step), report=of_step)
+        return replace(made, pool=None, steps=steps)
+
+    def _step_fields(self, step: Step) -> dict[str, Any]:
+        task = step.task(self.bench.task)
+        if step.name is None:
+            return {"task": task, "pool": None}
+        pool = Fitting(self.bench.engine.model).accepted(self._hub.pool([step.name]))
+        return {"task": task, "pool": pool, "all_weights": {step.name: 1.0}}
+
+    def _search(self, examples: Sequence[int]) -> Order:
+        """Raises InvalidTask where no adapter has a description, InvalidLicense for steps that may not be combined."""
+        task = task_of(self.bench.task, examples)
+        bench = self.bench
+        search = search_programs(
+            bench.engine.model, bench.tokenizer, self._hub, task, k=self._settings.k, progress=bench.progress
+        )
+        # an evaluation is a candidate scored on all examples
+        self.evaluations += math.ceil(search.asking.count / len(examples))
+        chosen, _ = search.best()
+        self._settings.require_combinable(self._hub.pool([step.name for step in chosen if step.name is not None]))
+        return chosen
