@@ -102,7 +102,7 @@ class Ways:
             return [*plain, *self._compared(plain)]
         members = [trial for trial in self._learning if self._stays(trial)]
         programs = [trial for trial in self._programs(plain) if self._stays(trial)]
-        averaged = members + [program for program in programs if self._is_near(program, plain)]
+        averaged = members + [program for program in programs if self._joins(program, plain)]
         average = [Averaged(averaged)] if len(averaged) > 1 else []
         for trial in average:
             trial.run(self._folds)
@@ -145,13 +145,16 @@ class Ways:
             return []
         return [Programmed(self._bench, hub, self._settings)]
 
-    def _is_near(self, program: Programmed, plain: Sequence[Trial[Any]]) -> bool:
-        """Whether the program's loss is not far above those of prompts alone; `remarks` then says what it is."""
-        loss, least = program.held_out_loss, _least(plain)
-        is_near = loss < FAR * least
-        why = "" if is_near else f" was left out: its loss is {loss:.3f}, and {least:.3f} without anything learned"
-        self.remarks.append(f"program {' > '.join(labels_of(program.chosen or ()))}{why}")
-        return is_near
+    def _joins(self, program: Programmed, plain: Sequence[Trial[Any]]) -> bool:
+        """Whether the program is a member; `remarks` then says what it is. Of one adapter a weight is learned anyway."""
+        steps, loss, least = labels_of(program.chosen or ()), program.held_out_loss, _least(plain)
+        why = ""
+        if len(steps) == 1:
+            why = " was left out: it has one step"
+        elif loss >= FAR * least:
+            why = f" was left out: its loss is {loss:.3f}, and {least:.3f} without anything learned"
+        self.remarks.append(f"program {' > '.join(steps)}{why}")
+        return not why
 
     def _prompts(self) -> list[Trial[Any]]:
         """The base in context, where there are other examples to show, and the adapter that learned to read them."""

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
-import numpy as np
 import pytest
-import torch
 
 import loraweave as lw
-from loraweave import registry
 from loraweave.composer.compose.asked import Asked, Step
 from loraweave.composer.model import scoring
 from loraweave.composer.programs.program import Program, card_inputs, recombined
@@ -25,51 +21,13 @@ from loraweave.errors import (
     WeightingError,
 )
 
-LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
-LETTERS = {"one": dict(zip("abcd", "efgh", strict=True)), "two": dict(zip("efgh", "ijkl", strict=True))}
 DESCRIPTIONS = {"one": "go on", "two": "do it"}
 EXAMPLES = [("a", "i"), ("b", "j"), ("c", "k"), ("d", "l")]
 
 
-class OneDirection:
-    """Every text is alike, so that a search finds all adapters in the order of the hub."""
-
-    dim = 2
-    id = "one direction"
-
-    def embed(self, texts):
-        return np.tile(np.array([1.0, 0.0], dtype=np.float32), (len(texts), 1))
-
-
-@pytest.fixture(scope="module")
-def trained_on(make_model, tokenizer):
-    """(model, adapters "one" and "two"), each of which answers four letters with four others."""
-    model = make_model("llama")
-    tasks = {name: lw.Task(list(pairs.items()), instruction=DESCRIPTIONS[name]) for name, pairs in LETTERS.items()}
-    made = lw.train_adapters(
-        model, tokenizer, tasks, target_modules=LAYERS, rank=8, steps=150, lr=1e-2, batch_size=4, progress=False
-    )
-    cards = {name: {"examples": list(pairs), "outputs": list(pairs.values())} for name, pairs in LETTERS.items()}
-    return model, {name: replace(adapter, card={**adapter.card, **cards[name]}) for name, adapter in made.items()}
-
-
 @pytest.fixture
-def hub(trained_on, tmp_path, monkeypatch):
-    """A hub of both and of an adapter that answers nothing in particular."""
-    get = registry.get
-    monkeypatch.setattr(registry, "get", lambda folder, name: OneDirection if folder == "embedders" else get(folder, name))
-    _, adapters = trained_on
-    with lw.Hub(tmp_path / "hub") as hub:
-        for name, adapter in adapters.items():
-            hub.add(adapter, description=DESCRIPTIONS[name])
-        noise = {layer: replace(f, b_OR=1e-3 * torch.ones_like(f.b_OR)) for layer, f in adapters["one"].layers.items()}
-        hub.add(replace(adapters["one"], name="nothing", layers=noise, card={}), description="say no")
-        yield hub
-
-
-@pytest.fixture
-def program(trained_on, tokenizer, hub):
-    return lw.order(trained_on[0], tokenizer, hub, EXAMPLES, progress=False)
+def program(trained_letters, tokenizer, letter_hub):
+    return lw.order(trained_letters[0], tokenizer, letter_hub, EXAMPLES, progress=False)
 
 
 def test_the_order_of_two_trained_adapters_is_found_and_answers(program):
@@ -80,8 +38,8 @@ def test_the_order_of_two_trained_adapters_is_found_and_answers(program):
     assert program.report.chosen == ("one", "two")
 
 
-def test_the_loss_of_a_program_is_that_of_the_targets_after_what_the_first_step_answers(program, trained_on, tokenizer):
-    model, adapters = trained_on
+def test_the_loss_of_a_program_is_that_of_the_targets_after_what_the_first_step_answers(program, trained_letters, tokenizer):
+    model, adapters = trained_letters
     asked = {name: lw.Task([], instruction=text) for name, text in DESCRIPTIONS.items()}
     for first, last in (("one", "two"), ("two", "one")):
         with lw.Composer(model, [adapters[first]]).activate({first: 1.0}):
@@ -94,8 +52,10 @@ def test_the_loss_of_a_program_is_that_of_the_targets_after_what_the_first_step_
 
 
 @pytest.mark.parametrize("trees", [True, False])
-def test_readings_are_the_losses_of_each_row_alone_and_no_question_is_asked_twice(trained_on, tokenizer, hub, trees):
-    model, adapters = trained_on
+def test_readings_are_the_losses_of_each_row_alone_and_no_question_is_asked_twice(
+    trained_letters, tokenizer, letter_hub, trees
+):
+    model, adapters = trained_letters
     steps = [Step(name, DESCRIPTIONS[name]) for name in ("one", "two")] + [Step(None, "say it")]
     counted = []
     asking = Asked(lw.Composer(model, list(adapters.values())), tokenizer, lw.Task([]), counted.append)
@@ -114,15 +74,15 @@ def test_readings_are_the_losses_of_each_row_alone_and_no_question_is_asked_twic
     assert not found[1].hit
 
 
-def test_a_single_adapter_that_solves_the_task_is_the_program(trained_on, tokenizer, hub):
-    found = lw.order(trained_on[0], tokenizer, hub, list(LETTERS["two"].items()), progress=False)
+def test_a_single_adapter_that_solves_the_task_is_the_program(trained_letters, tokenizer, letter_hub):
+    found = lw.order(trained_letters[0], tokenizer, letter_hub, list(zip("efgh", "ijkl", strict=True)), progress=False)
     assert str(found) == "two"
     assert {len(row.steps) for row in found.report.rows} == {1}
 
 
-def test_labels_are_ranked_by_the_last_step(trained_on, tokenizer, hub):
+def test_labels_are_ranked_by_the_last_step(trained_letters, tokenizer, letter_hub):
     task = lw.Task(EXAMPLES, labels=["i", "j", "k", "l"])
-    found = lw.order(trained_on[0], tokenizer, hub, task, progress=False)
+    found = lw.order(trained_letters[0], tokenizer, letter_hub, task, progress=False)
     assert found.predict(["b", "c"]) == ["j", "k"]
 
 
@@ -141,11 +101,11 @@ def test_a_distilled_program_answers_alike_in_one_pass_and_says_what_was_lost(pr
     assert lw.Adapter.from_pretrained(tmp_path / "plain").hash == made.adapter.hash
 
 
-def test_without_inputs_the_cards_of_the_hub_are_asked(program, hub):
-    assert card_inputs(hub, "one", ["a", "b"], 3, 0) == ["a", "b", "c"]
+def test_without_inputs_the_cards_of_the_hub_are_asked(program, letter_hub):
+    assert card_inputs(letter_hub, "one", ["a", "b"], 3, 0) == ["a", "b", "c"]
     # letters alone look like letters alone, whatever adapter they are of
-    assert card_inputs(hub, "two", ["a", "b"], 9, 0) == ["e", "f", "g", "h", "a", "b", "c", "d"]
-    assert set(card_inputs(hub, None, ["A: 1, 2, 3.", "B: 4, 5, 6."], 99, 0)) == {
+    assert card_inputs(letter_hub, "two", ["a", "b"], 9, 0) == ["e", "f", "g", "h", "a", "b", "c", "d"]
+    assert set(card_inputs(letter_hub, None, ["A: 1, 2, 3.", "B: 4, 5, 6."], 99, 0)) == {
         f"{mark}: {one}, {two}, {three}." for mark in "AB" for one in "14" for two in "25" for three in "36"
     } - {"A: 1, 2, 3.", "B: 4, 5, 6."}
     assert program.distil(num_inputs=6, steps=2, progress=False).report.chosen == "distilled"
@@ -162,27 +122,29 @@ def test_new_inputs_have_each_word_where_a_text_of_as_many_words_has_it():
     assert recombined([], 9, seed=0) == recombined(["alone", "one"], 9, seed=0) == []
 
 
-def test_a_saved_program_comes_back_and_a_changed_adapter_is_refused(program, trained_on, tokenizer, hub, tmp_path):
-    model, adapters = trained_on
+def test_a_saved_program_comes_back_and_a_changed_adapter_is_refused(
+    program, trained_letters, tokenizer, letter_hub, tmp_path
+):
+    model, adapters = trained_letters
     path = program.save(tmp_path / "program.json")
-    back = Program.load(path, model, tokenizer, hub)
+    back = Program.load(path, model, tokenizer, letter_hub)
     assert (back.steps, back.task, back.report) == (program.steps, program.task, program.report)
     assert back.predict(["c"]) == ["k"]
-    hub.add(lw.scale(adapters["two"], 0.5), name="two", replace=True)
+    letter_hub.add(lw.scale(adapters["two"], 0.5), name="two", replace=True)
     with pytest.raises(CompositionError, match="made with adapter 'two' of content"):
-        Program.load(path, model, tokenizer, hub)
-    hub.remove("two")
+        Program.load(path, model, tokenizer, letter_hub)
+    letter_hub.remove("two")
     with pytest.raises(AdapterNotFound):
-        Program.load(path, model, tokenizer, hub)
+        Program.load(path, model, tokenizer, letter_hub)
 
 
-def test_a_program_of_another_model_is_refused(program, make_model, tokenizer, hub, tmp_path):
+def test_a_program_of_another_model_is_refused(program, make_model, tokenizer, letter_hub, tmp_path):
     other = make_model("llama", hidden_size=24)
     with pytest.raises(BaseModelMismatch):
-        Program.load(program.save(tmp_path / "program.json"), other, tokenizer, hub)
+        Program.load(program.save(tmp_path / "program.json"), other, tokenizer, letter_hub)
 
 
-def test_damaged_and_newer_files_are_refused(program, trained_on, tokenizer, hub, tmp_path):
+def test_damaged_and_newer_files_are_refused(program, trained_letters, tokenizer, letter_hub, tmp_path):
     path = program.save(tmp_path / "program.json")
     saved = json.loads(path.read_text())
     for text, error, said in (
@@ -192,19 +154,19 @@ def test_damaged_and_newer_files_are_refused(program, trained_on, tokenizer, hub
     ):
         path.write_text(text)
         with pytest.raises(error, match=said):
-            Program.load(path, trained_on[0], tokenizer, hub)
+            Program.load(path, trained_letters[0], tokenizer, letter_hub)
     with pytest.raises(AdapterNotFound, match="there is no file"):
-        Program.load(tmp_path / "gone.json", trained_on[0], tokenizer, hub)
+        Program.load(tmp_path / "gone.json", trained_letters[0], tokenizer, letter_hub)
 
 
-def test_what_cannot_be_ordered_is_refused_by_name(trained_on, tokenizer, hub, tmp_path):
-    model, adapters = trained_on
+def test_what_cannot_be_ordered_is_refused_by_name(trained_letters, tokenizer, letter_hub, tmp_path):
+    model, adapters = trained_letters
     with pytest.raises(InvalidTask, match="no examples to find an order by"):
-        lw.order(model, tokenizer, hub, lw.Task([], instruction="go"))
+        lw.order(model, tokenizer, letter_hub, lw.Task([], instruction="go"))
     with pytest.raises(WeightingError, match=r"asks adapters by their descriptions in a hub, but got ExpertPool"):
         lw.order(model, tokenizer, lw.ExpertPool(list(adapters.values())), EXAMPLES)
     with pytest.raises(WeightingError, match=r"order\(\) got max_steps=0"):
-        lw.order(model, tokenizer, hub, EXAMPLES, max_steps=0)
+        lw.order(model, tokenizer, letter_hub, EXAMPLES, max_steps=0)
     with lw.Hub(tmp_path / "bare") as bare:
         with pytest.raises(EmptyIndex):
             lw.order(model, tokenizer, bare, EXAMPLES, progress=False)
