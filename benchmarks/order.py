@@ -2,12 +2,13 @@
 
     python -m benchmarks --out runs/order --data DATA order
     python -m benchmarks --out runs/order --data DATA order --tasks past_upper --k 33 --distil
+    python -m benchmarks --out runs/order --data DATA order --auto
     python -m benchmarks --out runs/order --report order
 
 The settings of `order` are chosen here, before the unseen tasks. A task's rows are those of its first skill, or lists made
 of another skill's inputs; each further skill is code, or looks the word up in its own rows. Five rows are the examples.
-Right answers of the program that was found are shown beside those of the order by which the task was made. Measurements are
-kept in --out.
+Right answers of the program that was found are shown beside those of the order by which the task was made; with --auto also
+those of `compose(method="auto")`, with and without its program. Measurements are kept in --out.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -26,11 +27,13 @@ from rich.progress import track
 import loraweave as lw
 from benchmarks._data import kept, known
 from benchmarks._run import Run, Table, pairs
+from benchmarks.unseen import SHIPPED_READER
 from loraweave.composer.compose.asked import Step
 from loraweave.composer.programs.program import Program
 from loraweave.hub.base import fast_dtype
 
 NUM_EXAMPLES = 5
+AUTO = ("auto", "auto without program")
 LIST_SIZES = {"pick_first_5": 5, "pick_middle_5": 5, "alphabetical_first_3": 3}
 BY_CODE: dict[str, Callable[[str], str]] = {
     "uppercase": str.upper,
@@ -81,24 +84,25 @@ def main(
     gain: Annotated[float, typer.Option(help="share by which a longer program's loss is lower")] = 0.1,
     num_test: Annotated[int, typer.Option(help="test rows of each task")] = 20,
     distil: Annotated[bool, typer.Option("--distil", help="also one adapter for each program")] = False,
+    auto: Annotated[bool, typer.Option("--auto", help="also compose(method='auto')")] = False,
 ) -> None:
     """The order found, right answers, and the time it took."""
     run: Run = context.obj
     folder = run.folder()
     if not run.report:
         model, tokenizer = lw.load_base(dtype=fast_dtype())
-        with run.hub() as hub:
+        with run.hub((), *([SHIPPED_READER] if auto else [])) as hub:
 
             def figures(name: str) -> dict[str, Any]:
                 settings = {"k": k, "max_steps": max_steps, "gain": gain}
-                return _measured(run, model, tokenizer, hub, name, settings, num_test, distil)
+                return _measured(run, model, tokenizer, hub, name, settings, num_test, distil, auto)
 
             for name in track(tasks.split(","), "measuring"):
-                kept(folder / f"{name}-{run.seed}-{k}-{max_steps}-{gain}-{distil}.json", partial(figures, name))
-    columns = ("task", "made as", "found", "loss", "loss as made", "right", "right as made", "distilled", "processor s")
-    table = Table("programs found from five examples", columns)
+                kept(folder / f"{name}-{run.seed}-{k}-{max_steps}-{gain}-{distil}-{auto}.json", partial(figures, name))
+    columns = ("task", "made as", "found", "loss", "loss as made", "right", "right as made", "distilled", *AUTO)
+    table = Table("programs found from five examples", (*columns, "processor s"))
     for found in known(folder, "*.json"):
-        table.add(*(str(found.get(column, "-")) for column in columns))
+        table.add(*(str(found.get(column, "-")) for column in table.columns))
     run.show(table)
 
 
@@ -125,7 +129,15 @@ def _apply(words: Mapping[str, Mapping[str, str]], skill: str, text: str) -> str
 
 
 def _measured(
-    run: Run, model: Any, tokenizer: Any, hub: lw.Hub, name: str, settings: dict[str, Any], num_test: int, distil: bool
+    run: Run,
+    model: Any,
+    tokenizer: Any,
+    hub: lw.Hub,
+    name: str,
+    settings: dict[str, Any],
+    num_test: int,
+    distil: bool,
+    auto: bool,
 ) -> dict[str, Any]:
     joined = TASKS[name]
     rows = joined_rows(run, joined.skills, run.seed)
@@ -153,4 +165,10 @@ def _measured(
         torch.manual_seed(run.seed)
         single = program.distil(progress=False)
         found |= {"distilled": single.evaluate(test)["value"], "distilling": single.report.reason}
+    if auto:
+        composed = lw.compose(model, tokenizer, hub, task, seed=run.seed, progress=False)
+        without = {name: member for name, member in composed.members.items() if name != "program"}
+        each = composed, replace(composed, members=without)
+        found |= {column: one.evaluate(test)["value"] for column, one in zip(AUTO, each, strict=True)}
+        found["auto's reason"] = composed.report.reason
     return found

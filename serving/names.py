@@ -178,7 +178,9 @@ class Names:
     def _members(self, stored: StoredComposition) -> tuple[Member, ...]:
         """Each member in each of its prompt forms."""
         with stored.unpacked() as folder:
-            members = Composition.from_pretrained(folder, self._model, self._tokenizer).members.values()
+            read = Composition.from_pretrained(folder, self._model, self._tokenizer)
+        # steps answer one after the other: they have no adapter, and say so
+        members = list(read.members.values()) or [read]
         found = []
         for member in members:
             alone = Member() if member.is_base else _whole(member.adapter)

@@ -57,13 +57,13 @@ def compose(
 ) -> Composition:
     """Finds the `k` adapters of a hub that fit the task's examples best, weighs them, and returns the composition.
 
-    A pool or a list of adapters is used whole. `method` "auto" learns weights for the adapters, and a LoRA under prompts
-    that show the examples, and averages the probabilities of both (docs/search.md); `members` of the composition has them.
-    A single adapter that answers the examples already is returned as it is. A name of `names("routers")` runs that search
-    alone; "best_single" takes the adapter of the lowest loss, "manual" the given `weights`, "base" none, "in_context" the
-    base with the examples in every prompt, and "few_shot" a LoRA trained on the examples under such prompts (`steps`, `lr`).
-    A router, by name and options, weighs every token; one that learns is trained on the examples for `steps` steps (by
-    default a third of the budget) at the rate `lr`. A router object is used as it is.
+    A pool or a list of adapters is used whole. `method` "auto" learns weights for the adapters and a LoRA under prompts that
+    show the examples, looks in a hub for a program of adapters, and averages their probabilities (docs/search.md); the
+    composition's `members` has them. A single adapter that answers the examples already is returned as it is. A name of
+    `names("routers")` runs that search alone; "best_single" takes the adapter of the lowest loss, "manual" the given
+    `weights`, "base" none, "in_context" the base with the examples in every prompt, and "few_shot" a LoRA trained on the
+    examples under such prompts (`steps`, `lr`). A router, by name and options, weighs every token; one that learns trains
+    on the examples for `steps` steps (by default a third of the budget) at the rate `lr`. A router object stays as it is.
     `space` "deltas" mixes the adapters' updates, "factors" mixes A and B apart, as LoraHub's authors do; `merge_method`
     says instead that weights are those of a merge by a name of `names("methods")`, with its default options. `objective`
     is a name of `names("objectives")` or a function of (model, examples); "entropy" reads `inputs` without targets, by
@@ -76,12 +76,11 @@ def compose(
     search has the same `budget` of evaluations (candidates scored on all examples) or `seconds`, and never sees the
     fold. `folds=0`, the default of "auto", turns the guard off. With folds "auto" returns the way of the lowest loss on
     held-out examples; from 50 examples on it does so without folds, too, on a fifth of them, and a LoRA of 80 steps
-    competes. Its search takes at most 16 evaluations; a budget below 40, or `seconds`, leaves its training out.
+    competes. Its search takes at most 16 evaluations; with a budget below 40, or `seconds`, it does nothing else.
 
     `checkpoint` is a folder from which an interrupted search resumes, to the same result. `search_options` go to the search.
     `progress` may be a `rich.progress.Progress`: its `update` is told of every step, and what that raises ends the search.
-    docs/identity.md says which adapters of a hub are for this model. Adapters whose licenses exclude each other, or derived
-    works, are combined only with `allow_licenses`.
+    docs/identity.md says which adapters of a hub are for this model, and which licenses need `allow_licenses`.
     Raises UnknownName, InvalidTask, InvalidLicense and WeightingError before anything runs, BaseModelMismatch for a hub
     without an adapter for this model and EmptyIndex for an empty one (unless method="base"), SearchFailed when no candidate
     can be scored.

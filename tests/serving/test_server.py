@@ -133,6 +133,19 @@ def test_a_stored_average_asks_each_member_in_prompts_of_its_own(serve):
             assert client.complete(**{"model": "@both", **fields})[0] == 400
 
 
+def test_a_stored_program_is_refused_alone_and_among_members(serve):
+    with serve() as client:
+        task = lw.Task([("a", "ab"), ("b", "ba"), ("cc", "c")], instruction="swap")
+        one = lw.compose(client.engine.model, client.engine.tokenizer, client.engine.pool, task, method="uniform")
+        program = replace(one, steps={"first": one, "last": one}, pool=None, all_weights={})
+        client.hub.save_composition("steps", program)
+        client.hub.save_composition("both", replace(program, steps={}, members={"one": one, "program": program}))
+        for name in ("@steps", "@both"):
+            status, _, body = client.complete(name, "abc")
+            assert status == 400
+            assert "the program first > last cannot be one adapter" in body["error"]["message"]
+
+
 def test_an_ensemble_averages_what_its_members_answer_also_without_a_chat_template(serve):
     name = "ensemble(3*(a + 0.5*b), 1*base, 2*ties(a, c; density=0.5))"
     with serve(template=None) as client:
