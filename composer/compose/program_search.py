@@ -25,6 +25,8 @@ from loraweave.types import Candidate, Task
 
 # after so many examples, so many programs of one length go on
 ROUNDS = ((1, 32), (2, 12))
+# so many steps, those of the lowest loss alone, may be the last of longer programs
+LASTS = 8
 # adapters that a search by outputs compares
 SHORTLIST = 1000
 
@@ -169,15 +171,20 @@ class ProgramSearch:
         return sorted(found, key=lambda row: (-row.num_examples, row.loss))
 
     def _pairs(self) -> list[Order]:
-        return [(first, last) for first in self.first for last in self.later if first != last]
+        return [(first, last) for first in self.first for last in self._lasts() if first != last]
+
+    def _lasts(self) -> list[Step]:
+        """The steps of the lowest loss alone: what answers in the targets' form reads them best, whatever it is asked."""
+        return sorted(dict.fromkeys([*self.first, *self.later]), key=lambda step: self._loss((step,)))[:LASTS]
 
     def _longer(self, length: int) -> list[Order]:
         """The best programs of one step less with one step more, at any place."""
         shorter = sorted((path for path in self._whole() if len(path) == length - 1), key=self._loss)[: self.beam]
         made: dict[Order, None] = {}
+        steps = [self.first, *[self.later] * (length - 2), self._lasts()]
         for path in shorter:
             for place in range(length):
-                for step in self.first if place == 0 else self.later:
+                for step in steps[place]:
                     if step not in path:
                         made[(*path[:place], step, *path[place:])] = None
         return list(made)

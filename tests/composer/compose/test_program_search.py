@@ -126,3 +126,11 @@ def test_where_no_loss_is_a_number_nothing_is_chosen():
 
     with pytest.raises(SearchFailed, match="none of 49 programs has a finite loss"):
         found(task_of("upper"), 2, Broken())
+
+
+def test_only_the_best_steps_alone_may_be_last(monkeypatch):
+    monkeypatch.setattr(searching, "LASTS", 2)
+    _, search = found(task_of("first", "plural", "upper"), max_steps=3)
+    alone = sorted((row for row in search.rows() if len(row.steps) == 1), key=lambda row: row.loss)
+    best = {row.steps[0] for row in alone if row.loss <= alone[1].loss}
+    assert {row.steps[-1] for row in search.rows() if len(row.steps) > 1} <= best
