@@ -12,11 +12,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rule:
-    """A module as a file names it, and where it lies in the base; several targets take B's rows in turn, by `shares`."""
+    """A module as a file names it, and where it lies in the base; several targets take B's rows in turn, by `shares`.
+
+    With `turned`, a module of twice as many outputs as inputs has (shift, scale) where the base has (scale, shift).
+    """
 
     source: str
     targets: tuple[str, ...]
     shares: tuple[int, ...] = (1,)
+    turned: bool = False
 
 
 def expand(names: str) -> list[str]:
@@ -97,6 +101,9 @@ FLUX = _same(
 )
 
 
+FINAL_MODULATION = Rule("final_layer.adaLN_modulation.1", ("transformer.norm_out.linear",), turned=True)
+
+
 def _original_flux() -> list[Rule]:
     """The same as its authors name it: query, key and value in one projection, and in single blocks the MLP beside them."""
     double, single = "transformer.transformer_blocks.#", "transformer.single_transformer_blocks.#"
@@ -113,7 +120,11 @@ def _original_flux() -> list[Rule]:
         "single_blocks.#.modulation.lin": f"{single}.norm.linear",
         "img_in": "transformer.x_embedder",
         "txt_in": "transformer.context_embedder",
+        "final_layer.linear": "transformer.proj_out",
     }
+    for own, other in {"time": "timestep", "vector": "text", "guidance": "guidance"}.items():
+        for place, name in enumerate(("in_layer", "out_layer"), 1):
+            one_to_one[f"{own}_in.{name}"] = f"transformer.time_text_embed.{other}_embedder.linear_{place}"
     fused = {
         "double_blocks.#.img_attn.qkv": [f"{double}.attn.to_{part}" for part in "qkv"],
         "double_blocks.#.txt_attn.qkv": [f"{double}.attn.add_{part}_proj" for part in "qkv"],
@@ -124,10 +135,42 @@ def _original_flux() -> list[Rule]:
         *(Rule(source, tuple(targets), (1, 1, 1)) for source, targets in fused.items()),
         # the MLP of a block is four times as wide as its attention
         Rule("single_blocks.#.linear1", tuple(mlp), (1, 1, 1, 4)),
+        FINAL_MODULATION,
     ]
 
 
 ORIGINAL_FLUX = _original_flux()
+
+
+def _original_sd3() -> list[Rule]:
+    """Stable Diffusion 3 as its authors name it: the image and the text of a block side by side."""
+    block = "transformer.transformer_blocks.#"
+    rules = [
+        Rule("context_embedder", ("transformer.context_embedder",)),
+        Rule("x_embedder.proj", ("transformer.pos_embed.proj",)),
+        Rule("final_layer.linear", ("transformer.proj_out",)),
+        FINAL_MODULATION,
+        # the last block's text has no more than these two
+        Rule("joint_blocks.#.context_block.adaLN_modulation.1", (f"{block}.norm1_context.linear",), turned=True),
+        Rule("joint_blocks.#.context_block.attn.qkv", tuple(f"{block}.attn.add_{part}_proj" for part in "qkv"), (1, 1, 1)),
+        Rule("joint_blocks.#.context_block.attn.proj", (f"{block}.attn.to_add_out",)),
+        Rule("joint_blocks.#.x_block.adaLN_modulation.1", (f"{block}.norm1.linear",)),
+    ]
+    for attention in ("attn", "attn2"):
+        source = f"joint_blocks.#.x_block.{attention}"
+        rules.append(Rule(f"{source}.qkv", tuple(f"{block}.{attention}.to_{part}" for part in "qkv"), (1, 1, 1)))
+        rules.append(Rule(f"{source}.proj", (f"{block}.{attention}.to_out.0",)))
+    for own, other in {"x_block": "ff", "context_block": "ff_context"}.items():
+        rules.append(Rule(f"joint_blocks.#.{own}.mlp.fc1", (f"{block}.{other}.net.0.proj",)))
+        rules.append(Rule(f"joint_blocks.#.{own}.mlp.fc2", (f"{block}.{other}.net.2",)))
+    for own, other in {"t": "timestep", "y": "text"}.items():
+        for place in (1, 2):
+            target = f"transformer.time_text_embed.{other}_embedder.linear_{place}"
+            rules.append(Rule(f"{own}_embedder.mlp.{2 * place - 2}", (target,)))
+    return rules
+
+
+ORIGINAL_SD3 = _original_sd3()
 
 _CLIP = (
     "text_model.encoder.layers.#.self_attn.{q_proj,k_proj,v_proj,out_proj} text_model.encoder.layers.#.mlp.{fc1,fc2} "

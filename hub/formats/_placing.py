@@ -24,12 +24,13 @@ _OPTIONAL = re.compile(r"^(?:unet|transformer|text_encoder|text_encoder_2|text_e
 class Placement:
     """The paths that one module of a file stands for, and in which proportions they share the rows of B.
 
-    With `groups`, B is that many equal runs of rows, each of which is shared so.
+    With `groups`, B is that many equal runs of rows, each of which is shared so. `turned` is that of a Rule.
     """
 
     targets: tuple[str, ...]
     shares: tuple[int, ...] = (1,)
     groups: int = 1
+    turned: bool = False
 
 
 class Rules:
@@ -48,7 +49,7 @@ class Rules:
             hit = pattern.fullmatch(flat)
             if hit is not None:
                 targets = tuple(_fill(target, hit.groups()) for target in rule.targets)
-                placement = Placement(targets, rule.shares)
+                placement = Placement(targets, rule.shares, turned=rule.turned)
                 found += [] if placement in found else [placement]
         return found
 
@@ -99,9 +100,9 @@ def only(placements: Sequence[Placement], name: str, where: str, *, model_given:
 
 
 def divide(factors: Factors, placement: Placement, name: str, where: str) -> list[Factors]:
-    """The update of each target: all of A, and its rows of B."""
+    """The update of each target: its rows of B, and the rows of A that these use."""
     if len(placement.targets) == 1:
-        return [factors]
+        return [turned(factors) if placement.turned else factors]
     rows, total = factors.b_OR.shape[0], placement.groups * sum(placement.shares)
     if rows % total:
         raise AdapterUnsupported(
@@ -110,7 +111,22 @@ def divide(factors: Factors, placement: Placement, name: str, where: str) -> lis
         )
     grouped = factors.b_OR.reshape(placement.groups, rows // placement.groups, factors.rank)
     parts = torch.split_with_sizes(grouped, [rows // total * share for share in placement.shares], dim=1)
-    return [replace(factors, b_OR=part.reshape(-1, factors.rank).contiguous()) for part in parts]
+    return [_used(replace(factors, b_OR=part.reshape(-1, factors.rank).contiguous())) for part in parts]
+
+
+def _used(factors: Factors) -> Factors:
+    # files that join several updates in one have zeros outside its blocks
+    used_R = factors.b_OR.any(dim=0)
+    if bool(used_R.all()) or not bool(used_R.any()):
+        return factors
+    return replace(factors, a_RI=factors.a_RI[used_R].contiguous(), b_OR=factors.b_OR[:, used_R].contiguous())
+
+
+def turned(factors: Factors) -> Factors:
+    """The update with both halves of its outputs in each other's place, where each half is as large as the inputs."""
+    if len(factors.b_OR) != 2 * factors.a_RI.shape[1]:
+        return factors
+    return replace(factors, b_OR=torch.cat(factors.b_OR.chunk(2)[::-1]))
 
 
 def head_size(config: object) -> int | None:

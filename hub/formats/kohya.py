@@ -7,13 +7,13 @@ from collections.abc import Collection
 from functools import cache
 
 from loraweave.errors import AdapterUnsupported
-from loraweave.hub.formats._known_modules import FLUX, ORIGINAL_FLUX, ORIGINAL_UNET, UNET, text_encoder
+from loraweave.hub.formats._known_modules import FLUX, ORIGINAL_FLUX, ORIGINAL_SD3, ORIGINAL_UNET, UNET, text_encoder
 from loraweave.hub.formats._lora_file import MATRICES, FileFormat
 from loraweave.hub.formats._placing import BaseNames, Placement, Rules, only
 
 # the prefix of a module, the pipeline's part that it belongs to, and the architectures that may be
 PREFIXES = {
-    "lora_unet_": ("unet", (UNET, ORIGINAL_UNET, ORIGINAL_FLUX, FLUX)),
+    "lora_unet_": ("unet", (UNET, ORIGINAL_UNET, ORIGINAL_FLUX, ORIGINAL_SD3, FLUX)),
     "lora_transformer_": ("transformer", (FLUX,)),
     "lora_te_": ("text_encoder", (text_encoder("text_encoder"),)),
     "lora_te1_": ("text_encoder", (text_encoder("text_encoder"),)),
@@ -37,8 +37,8 @@ class Kohya(FileFormat):
     """Delta = alpha/r up down, as LoRA, LoCon (convolutions), LoHa or LoKr. A name is looked up, never taken apart.
 
     Underscores stand for dots and for themselves. The base model, where it is given, says what a name means, else a
-    table of the modules of Stable Diffusion 1, 2 and XL and FLUX.1 with their CLIP text encoders; the paths then begin with
-    the part of diffusers' pipeline, as in `unet.mid_block.attentions.0.proj_in`.
+    table of the modules of Stable Diffusion 1, 2, 3 and XL and FLUX.1 with their CLIP text encoders; the paths then begin
+    with the part of diffusers' pipeline, as in `unet.mid_block.attentions.0.proj_in`.
     """
 
     example = (

@@ -1,46 +1,63 @@
 """kohya's sd-scripts, as ComfyUI and WebUIs read it: `lora_unet_..._to_q.lora_down.weight` with an alpha for each module.
 
 In such a file underscores stand for dots and for themselves. A layer is written only if this package's own reader, which
-looks names up in a table, finds the very same layer again.
+looks names up in a table, finds the very same layer again. The transformers of FLUX.1 and Stable Diffusion 3 have their
+authors' names, in which one module is several of diffusers' layers (networks/convert_flux_lora.py of sd-scripts): A has the
+rows of all of them, and B is zero outside their blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats._known_modules import ORIGINAL_FLUX, ORIGINAL_SD3, Rule
+from loraweave.hub.formats._placing import turned
 from loraweave.hub.formats.kohya import Kohya as KohyaFile
 from loraweave.hub.targets._target import Target, place, require_plain, stored_factors, tensors_file
 from loraweave.hub.targets.diffusers import WEIGHTS, pipeline_path
 from loraweave.registry import traits
+from loraweave.types import Factors
 
-PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-# of the text encoder where it is the only one
+PREFIXES = {"unet": "lora_unet_", "transformer": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+# of the text encoder where it is the only one, beside a UNet
 SINGLE = "lora_te_"
+# by how the classes of diffusers begin
+FAMILIES = {"Flux": ORIGINAL_FLUX, "SD3": ORIGINAL_SD3}
+ELSEWHERE = "use target='diffusers'"
+
+
+class _Module(NamedTuple):
+    """A module of the file: the rule that its name comes from, and the layers that it joins, None for one without update."""
+
+    rule: Rule
+    layers: tuple[str | None, ...]
 
 
 @traits("images")
 class Kohya(Target):
-    """Read by ComfyUI, by WebUIs and by diffusers' `load_lora_weights`."""
+    """Read by ComfyUI, by WebUIs and by diffusers' `load_lora_weights` (of Stable Diffusion 3 by ComfyUI and WebUIs)."""
 
     one_rank = True
 
     @classmethod
     def check(cls, contents: Contents, name: str, base: Any) -> None:
         require_plain(contents, name, "kohya's layout", kinds=("linear", "conv"))
-        _modules(contents, name)
+        for module, joined in _modules(contents, name, base).items():
+            _joined(module, joined, contents, name)
 
     @classmethod
     def write(cls, contents: Contents, name: str, folder: Path, base: Any) -> None:
         tensors: dict[str, Tensor] = {}
-        for layer, module in _modules(contents, name).items():
-            factors = contents.layers[layer]
+        for module, joined in _modules(contents, name, base).items():
+            factors = _joined(module, joined, contents, name)
             tensors[f"{module}.lora_down.weight"], tensors[f"{module}.lora_up.weight"] = stored_factors(factors)
             tensors[f"{module}.alpha"] = torch.tensor(float(factors.rank))
         place(contents, folder, "diffusers", {WEIGHTS: tensors_file(tensors)})
@@ -50,28 +67,78 @@ class Kohya(Target):
         return [f"ComfyUI, WebUIs and pipeline.load_lora_weights({str(folder)!r}) read the file {WEIGHTS}"]
 
 
-def _modules(contents: Contents, name: str) -> dict[str, str]:
-    """The name of each layer in such a file."""
-    several = any(layer.startswith("text_encoder_2.") for layer in contents.layers)
-    prefixes = PREFIXES if several else {**PREFIXES, "text_encoder": SINGLE}
-    return {layer: _module(layer, name, prefixes) for layer in contents.layers}
-
-
-def _module(layer: str, name: str, prefixes: Mapping[str, str]) -> str:
-    path = pipeline_path(layer, name)
-    part, _, rest = path.partition(".")
-    where = f"layer {layer!r} of adapter {name!r}"
-    if part not in prefixes:
-        raise AdapterUnsupported(
-            f"{where} is of a {part}, for which kohya's layout has no names here: use target='diffusers'"
+def _modules(contents: Contents, name: str, base: Any) -> dict[str, _Module]:
+    """The modules of such a file by name."""
+    paths = {layer: pipeline_path(layer, name) for layer in contents.layers}
+    single = not any(path.startswith(("text_encoder_2.", "transformer.")) for path in paths.values())
+    prefixes = {**PREFIXES, "text_encoder": SINGLE} if single else PREFIXES
+    rules = _rules([path for path in paths.values() if path.startswith("transformer.")], name, base)
+    found: dict[str, _Module] = {}
+    for layer, path in paths.items():
+        part, _, rest = path.partition(".")
+        where = f"layer {layer!r} of adapter {name!r}"
+        if part not in prefixes:
+            raise AdapterUnsupported(f"{where} is of a {part}, for which kohya's layout has no names here: {ELSEWHERE}")
+        rule, number = rules[path] if part == "transformer" else (Rule(rest, (path,)), "")
+        module = prefixes[part] + rule.source.replace("#", number).replace(".", "_")
+        targets = tuple(target.replace("#", number) for target in rule.targets)
+        try:
+            read = KohyaFile.place(module, None, where).targets
+        except AdapterUnsupported as error:
+            raise AdapterUnsupported(f"{where} would be {module!r}, which cannot be read back: {ELSEWHERE}") from error
+        if read != targets:
+            raise AdapterUnsupported(f"{where} would be {module!r}, which is read as {read[0]!r}: {ELSEWHERE}")
+        known = found.get(module, _Module(rule, (None,) * len(targets))).layers
+        found[module] = _Module(
+            rule, tuple(layer if target == path else own for own, target in zip(known, targets, strict=True))
         )
-    module = prefixes[part] + rest.replace(".", "_")
-    try:
-        found = KohyaFile.place(module, None, where).targets
-    except AdapterUnsupported as error:
+    return found
+
+
+def _rules(paths: list[str], name: str, base: Any) -> dict[str, tuple[Rule, str]]:
+    """The rule of each path of a transformer with the number of its block, in the one family of models that has them all."""
+    kind = type(getattr(base, "transformer", base)).__name__
+    named = [family for family in FAMILIES if kind.startswith(family)]
+    tables = {family: {path: _rule(path, FAMILIES[family]) for path in paths} for family in named or FAMILIES}
+    fits = {family: table for family, table in tables.items() if all(table.values())}
+    if paths and len(fits) > 1:
         raise AdapterUnsupported(
-            f"{where} would be {module!r}, which cannot be read back: use target='diffusers'"
-        ) from error
-    if found != (path,):
-        raise AdapterUnsupported(f"{where} would be {module!r}, which is read as {found[0]!r}: use target='diffusers'")
-    return module
+            f"the layers of adapter {name!r} can lie in a transformer of {' or of '.join(fits)}, and kohya's layout has "
+            "other names in each: say which by base=pipe, the pipeline or its transformer"
+        )
+    if not fits:
+        layer = next(path for table in tables.values() for path, rule in table.items() if rule is None)
+        raise AdapterUnsupported(
+            f"layer {layer!r} of adapter {name!r} is of a transformer, for which kohya's layout has no names here "
+            f"({' and '.join(tables)} are known): {ELSEWHERE}"
+        )
+    return {path: rule for table in fits.values() for path, rule in table.items() if rule is not None}
+
+
+def _rule(path: str, table: list[Rule]) -> tuple[Rule, str] | None:
+    number = next(iter(re.findall(r"\.(\d+)\.", path)), "")
+    for rule in table:
+        if path in (target.replace("#", number, 1) for target in rule.targets):
+            return rule, number
+    return None
+
+
+def _joined(module: str, joined: _Module, contents: Contents, name: str) -> Factors:
+    """The update of all of a module's layers: their B below each other if they share A, else in blocks."""
+    parts = [None if layer is None else contents.layers[layer] for layer in joined.layers]
+    known = [part for part in parts if part is not None]
+    first = known[0]
+    if len(parts) == 1:
+        return turned(first) if joined.rule.turned else first
+    shares = joined.rule.shares
+    unit = max(len(part.b_OR) // share for part, share in zip(parts, shares, strict=True) if part is not None)
+    if any(part is not None and len(part.b_OR) != unit * share for part, share in zip(parts, shares, strict=True)):
+        rows = {layer: len(contents.layers[layer].b_OR) for layer in joined.layers if layer is not None}
+        raise AdapterUnsupported(
+            f"adapter {name!r}: {module!r} would join layers of {rows} outputs, which are not in the proportion "
+            f"{' : '.join(map(str, shares))}: {ELSEWHERE}"
+        )
+    if all(part is not None and torch.equal(part.a_RI, first.a_RI) for part in parts):
+        return replace(first, b_OR=torch.cat([part.b_OR for part in known]))
+    blocks = [torch.zeros(unit * share, 0) if part is None else part.b_OR for part, share in zip(parts, shares, strict=True)]
+    return replace(first, a_RI=torch.cat([part.a_RI for part in known]), b_OR=torch.block_diag(*blocks))  # type: ignore[no-untyped-call]
