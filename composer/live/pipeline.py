@@ -37,10 +37,10 @@ from loraweave.types import Router
 
 # how the names of the parts begin that run once for all steps
 _TEXT = "text_encoder"
-_SUFFIXES = ("", "Img2Img", "Inpaint")
+SUFFIXES = ("", "Img2Img", "Inpaint")
 # pipelines of diffusers 0.42 whose guidance joins the rows without and with prompts in one call, and those that call twice
-_JOINED = {f"StableDiffusion{kind}{way}Pipeline" for kind in ("", "XL", "3") for way in _SUFFIXES}
-_APART = {f"Flux{way}Pipeline" for way in _SUFFIXES}
+_JOINED = {f"StableDiffusion{kind}{way}Pipeline" for kind in ("", "XL", "3") for way in SUFFIXES}
+_APART = {f"Flux{way}Pipeline" for way in SUFFIXES}
 
 Resolve = Callable[[Any], MixtureWeights | Router]
 Activate = Callable[[MixtureWeights | Router], AbstractContextManager[Any]]
