@@ -36,7 +36,10 @@ TASK_FIELDS = ("examples", "instruction", "labels", "metric", "template", "demon
 
 @dataclass(frozen=True)
 class SavedRecipe:
-    """The task, the report and the base of a composition that was saved; `rest` has what else the file says."""
+    """The task, the report and the base of a composition that was saved; `rest` has what else the file says.
+
+    `parts` is "members", "steps" or None; those in `part_names` have the folders member-0, member-1 and so on.
+    """
 
     folder: Path
     task: Task
@@ -44,16 +47,8 @@ class SavedRecipe:
     base: Fingerprint
     base_model: str
     rest: dict[str, Any]
-
-    @property
-    def parts(self) -> str | None:
-        """ "members" or "steps"; None for one mixture."""
-        return next((name for name, number in PARTS.items() if self.rest["format"] == number), None)
-
-    @property
-    def part_names(self) -> list[str]:
-        """Of the members or steps, whose folders are member-0, member-1 and so on."""
-        return [] if self.parts is None else list(self.rest[self.parts])
+    parts: str | None
+    part_names: tuple[str, ...]
 
     @classmethod
     def read(cls, folder: str | Path) -> SavedRecipe:
@@ -70,7 +65,9 @@ class SavedRecipe:
             rows = tuple(ReportRow(**{**row, "losses": tuple(row["losses"])}) for row in recipe["report"].pop("rows"))
             report = Report(rows, **{**recipe["report"], "candidates": tuple(map(tuple, recipe["report"]["candidates"]))})
             base = Fingerprint.from_json(recipe["fingerprint"])
-            return cls(path.parent, task, report, base, recipe["base_model"], recipe)
+            parts = next((name for name, number in PARTS.items() if recipe["format"] == number), None)
+            names = () if parts is None else tuple(recipe[parts])
+            return cls(path.parent, task, report, base, recipe["base_model"], recipe, parts, names)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdapterCorrupt(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
