@@ -83,7 +83,8 @@ class ExpertLearner(nn.Module):
 
     def moved(self) -> list[nn.Parameter]:
         """What fit() moves without a gradient."""
-        return [parameter for gate in self.gates.values() if isinstance(gate, Gate) for parameter in gate.moved]
+        gates = [gate for gate in self.gates.values() if isinstance(gate, Gate)]
+        return [parameter for part in (*gates, *self.layers.values()) for parameter in part.moved]  # type: ignore[union-attr]
 
     def take_tasks(self, tasks: tuple[str, ...]) -> None:
         """Names what rows may belong to. Parts whose size depends on the number of tasks are rebuilt; others stay."""

@@ -33,12 +33,13 @@ class Mlore(Recipe):
     experts, as released for PASCAL-Context. `balance` times the sum over layers of the loss `cv_squared` of the mean weights
     is added. Defaults are those for PASCAL-Context, except for `renormalised`.
 
-    The published block is a head of its own: it has biases, BatchNorms, a GELU and 1 x 1 convolutions of each task around
-    the sum, learns for each position what it counts in the mean, and G gives its input no gradient. Here the sum is the
-    update of a convolution of the base. Every B begins as 0, so that training begins at the base, and uniform with
-    `as_released`.
+    Here the sum is the update of a convolution of the base. Every B begins as 0, so that training begins at the base. In
+    evaluation a row's weights are constants, and the sum one convolution: W + sum of w B A.
 
-    In evaluation a row's weights are constants, and the sum one convolution: W + sum of w B A.
+    The published block is a head of its own. With `as_released` it stands in the convolution's place (the form
+    `convolution_block`): biases, BatchNorms, a GELU and 1 x 1 convolutions of each task are around the sum, G gives its
+    input no gradient, and B begins uniform, so that nothing begins at the base. With `positions`, their number in an image,
+    the gate learns for each what it counts in the mean, as published, and refuses images of another number.
     """
 
     rank: Count = 72
@@ -50,7 +51,9 @@ class Mlore(Recipe):
     # the convolutions of UperNet, and of decoders after its pattern
     target_modules: tuple[str, ...] = ("conv",)
     as_released: bool = False
+    positions: Count | None = None
 
+    form: ClassVar[str] = "convolution_block"
     needs_tasks: ClassVar[bool] = True
     gates_see = "middle"
 
@@ -58,6 +61,8 @@ class Mlore(Recipe):
         super().__post_init__()
         if self.alpha is not None:
             self.refuse("alpha", "it takes None: the gate alone scales the sum")
+        if self.as_released and self.dropout:
+            self.refuse("dropout", "it takes 0 with as_released: the released block has none")
         if not self.ranks:
             self.refuse("ranks", "it takes the rank of each mixed expert")
         self.require_top_k(len(self.ranks))
@@ -85,6 +90,7 @@ class Mlore(Recipe):
             generic=self.generic,
             top_k=self.top_k,
             renormalised=self.renormalised,
+            positions=self.positions,
         )
 
     def start(self, site: Site, expert: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -101,6 +107,8 @@ class Mlore(Recipe):
 class SpatialGate(Gate):
     """f = [mean over positions of U3 GELU(LN(U1 x)), U2 GELU(LN(mean over positions of x))], and (m, s, p) = V f.
 
+    Given a number of `positions`, the second mean is a learned sum over them, with a bias.
+
     Of the mixed experts, those with the `top_k` highest m + s * noise count: softmax over these, or softmax over all if not
     `renormalised`. Noise is in training alone. The generic expert, where there is one, has 1; the one of the row's task p,
     and those of other tasks 0. They are in that order. All U, LN and V are the task's own; x_BTC are the channels at each
@@ -116,28 +124,31 @@ class SpatialGate(Gate):
         generic: bool,
         top_k: int,
         renormalised: bool,
+        positions: int | None = None,
     ) -> None:
         super().__init__(num_mixed + generic + num_tasks, most=top_k + generic + 1)
         self.num_mixed, self.num_tasks = num_mixed, num_tasks
         self.generic, self.top_k, self.renormalised = generic, top_k, renormalised
         # of fewer than 4 values, LayerNorm leaves next to nothing
         width = max(4, num_channels // 4)
-        self.u1, self.norm1 = _Linear(num_tasks, num_channels, width), _Norm(num_tasks, width)
-        self.u3 = _Linear(num_tasks, width, width)
-        self.norm2, self.u2 = _Norm(num_tasks, num_channels), _Linear(num_tasks, num_channels, width)
-        self.v = _Linear(num_tasks, 2 * width, 2 * num_mixed + 1)
+        self.u1, self.norm1 = TaskLinear(num_tasks, num_channels, width), _Norm(num_tasks, width)
+        self.u3 = TaskLinear(num_tasks, width, width)
+        self.norm2, self.u2 = _Norm(num_tasks, num_channels), TaskLinear(num_tasks, num_channels, width)
+        self.v = TaskLinear(num_tasks, 2 * width, 2 * num_mixed + 1)
+        self.over_positions = None if positions is None else TaskLinear(num_tasks, positions, 1)
 
     def reset(self, generator: torch.Generator) -> None:
         """Each U, V and their biases uniform between -1/sqrt(I) and 1/sqrt(I), as torch draws a linear layer."""
-        for part in (self.u1, self.u3, self.u2, self.v):
-            part.reset(generator)
+        for part in (self.u1, self.u3, self.u2, self.v, self.over_positions):
+            if part is not None:
+                part.reset(generator)
 
     def forward(self, x_BTC: Tensor, call: Call) -> Weighing:
         """Raises ScopeError for a layer that sees parts of images, for texts, and for a call whose tasks are not known."""
-        task_B = self._tasks(x_BTC, call)
+        task_B = image_tasks(x_BTC, call)
         x_BTC = x_BTC.to(self.v.weight_KOI.dtype)
         each_B1H = self.u3(functional.gelu(self.norm1(self.u1(x_BTC, task_B), task_B)), task_B).mean(dim=1, keepdim=True)
-        mean_B1H = self.u2(functional.gelu(self.norm2(x_BTC.mean(dim=1, keepdim=True), task_B)), task_B)
+        mean_B1H = self.u2(functional.gelu(self.norm2(self._mean(x_BTC, task_B), task_B)), task_B)
         made_B1V = self.v(torch.cat([each_B1H, mean_B1H], dim=-1), task_B)
         scores_B1E, spread_B1E, p_B11 = made_B1V.split([self.num_mixed, self.num_mixed, 1], dim=-1)
         if self.training:
@@ -147,24 +158,34 @@ class SpatialGate(Gate):
         own_B1K = functional.one_hot(task_B, self.num_tasks).to(p_B11)[:, None] * p_B11
         return Weighing(torch.cat([choose(scores_B1E, self.top_k), ones_B1G, own_B1K], dim=-1), scores_B1E)
 
-    def _tasks(self, x_BTC: Tensor, call: Call) -> Tensor:
-        if call.ids_BT is not None or call.follows:
+    def _mean(self, x_BTC: Tensor, task_B: Tensor) -> Tensor:
+        if self.over_positions is None:
+            return x_BTC.mean(dim=1, keepdim=True)
+        known = self.over_positions.weight_KOI.shape[2]
+        if x_BTC.shape[1] != known:
             raise ScopeError(
-                "the gate looks at all positions of an image at once: for texts, take a recipe with another gate"
+                f"the gate has learned weights of {known} positions, and this image has {x_BTC.shape[1]}: give images of "
+                "one size, or leave out positions"
             )
-        if call.task_B is None:
-            raise ScopeError(
-                "the gate looks at the task of each row, and this call has none: give task=..., one for each row"
-            )
-        if len(call.task_B) != len(x_BTC):
-            raise ScopeError(
-                f"the gate looks at whole images, {len(call.task_B)} in this call, but its layer sees {len(x_BTC)} parts of "
-                "them: leave layers that see windows out of target_modules"
-            )
-        return call.task_B
+        mean_BC1: Tensor = self.over_positions(x_BTC.mT, task_B)
+        return mean_BC1.mT
 
 
-class _Linear(nn.Module):
+def image_tasks(x_BTC: Tensor, call: Call) -> Tensor:
+    """task_B of the images whose positions these are. Raises ScopeError for texts, parts of images and unknown tasks."""
+    if call.ids_BT is not None or call.follows:
+        raise ScopeError("the gate looks at all positions of an image at once: for texts, take a recipe with another gate")
+    if call.task_B is None:
+        raise ScopeError("the gate looks at the task of each row, and this call has none: give task=..., one for each row")
+    if len(call.task_B) != len(x_BTC):
+        raise ScopeError(
+            f"the gate looks at whole images, {len(call.task_B)} in this call, but its layer sees {len(x_BTC)} parts of "
+            "them: leave layers that see windows out of target_modules"
+        )
+    return call.task_B
+
+
+class TaskLinear(nn.Module):
     """x W^T + bias with the W and bias of each row's task."""
 
     def __init__(self, num_tasks: int, num_inputs: int, num_outputs: int) -> None:

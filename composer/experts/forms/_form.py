@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Form(nn.Module):
     `forward` is."""
 
     # whether the sum of its experts at constant weights is an update of the layer, as factors
-    is_update: ClassVar[bool] = False
+    is_update: bool = False
 
     def __init__(self, recipe: Recipe, site: Site, shape: ExpertShape) -> None:
         super().__init__()
@@ -43,6 +43,11 @@ class Form(nn.Module):
     def reset(self, starts: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Puts in what each expert begins with: (a_RI, b_RO), of one part of the site after the other."""
         raise NotImplementedError
+
+    @property
+    def moved(self) -> list[nn.Parameter]:
+        """Parameters without a gradient, which its own forward changes in training."""
+        return []
 
     def forward(self, module: nn.Module, args: Args, y: Tensor, weigh: Weigh) -> Tensor:
         """The output of the place, whose module gave y for `args`; maybe in y's own memory."""

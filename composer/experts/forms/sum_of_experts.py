@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ class SumOfExperts(Form):
     the same dropout.
     """
 
-    is_update: ClassVar[bool] = True
+    is_update = True
     owner_S: Tensor
     own_row_S: Tensor
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +21,7 @@ class TaskBranches(SumOfExperts):
     """
 
     # a branch adds to another stream's output
-    is_update: ClassVar[bool] = False
+    is_update = False
 
     def __init__(self, recipe: Mtlora, site: Site, shape: ExpertShape) -> None:
         super().__init__(recipe, site, shape)

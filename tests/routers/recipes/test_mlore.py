@@ -6,6 +6,7 @@ from torch.nn import functional
 
 import loraweave as lw
 from loraweave.errors import ScopeError
+from loraweave.routers.recipes._gate import Call
 
 TASKS = ("segmentation", "depth")
 PLACE = "decode_head.fpn_convs.0.conv"
@@ -122,6 +123,105 @@ def test_as_released_it_does_not_begin_as_the_base(model, pixels):
             b_SO = made.layers[PLACE.replace(".", "/")].b_SO
             # kaiming_uniform of a 1 x 1 convolution from 4 channels
             assert b_SO[1:5].abs().max() <= 4**-0.5
+
+
+def released(made, base, x, task, *, statistics=None):
+    """MOEBlock of one task, from single convolutions; with `statistics`, {norm: (mean, variance)}, as in evaluation."""
+    place = PLACE.replace(".", "/")
+    layer, gate, conv = made.layers[place], made.gates[place], functional.conv2d
+
+    def pixelwise(part, x):
+        return conv(x, part.weight_KOI[task][..., None, None], part.bias_KO[task])
+
+    def norm(name, x):
+        part, known = layer.block[name], statistics and statistics[name]
+        mean, variance = known or (x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), unbiased=False))
+        unit = (x - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
+        return unit * part.weight_KO[task][:, None, None] + part.bias_KO[task][:, None, None]
+
+    def expert(number, x):
+        first, last = sum(layer.shape.ranks[:number]), sum(layer.shape.ranks[: number + 1])
+        hidden = conv(x, layer.a_SI[first:last].view(last - first, 8, 3, 3), layer.c_S[first:last], padding=1)
+        return conv(hidden, layer.b_SO[first:last].T[..., None, None], layer.d_EO[number])
+
+    z = pixelwise(layer.block["enter"], x)
+    gate.eval()
+    with torch.no_grad():
+        call = Call(task_B=torch.full((len(x),), task))
+        w = gate(z.flatten(2).mT, call).w_BTE[:, 0, :, None, None, None]
+    mixed = sum(w[:, number] * expert(number, z) for number in range(4))
+    generic = expert(4, z) - layer.d_EO[4][:, None, None] if made.recipe.generic else 0
+    shared = conv(z, base.weight, base.bias, padding=1) + generic
+    place_of_own = 4 + made.recipe.generic + task
+    summed = norm("mixed_norm", mixed) + w[:, place_of_own] * expert(place_of_own, z) + shared
+    return pixelwise(layer.block["leave"], functional.gelu(norm("norm", summed)))
+
+
+def test_as_released_a_place_is_the_authors_block_with_statistics_of_each_task(model, pixels):
+    base = model.get_submodule(PLACE)
+    with trained(model, as_released=True, positions=64) as made, torch.no_grad():
+        layer, gate = made.layers[PLACE.replace(".", "/")], made.gates[PLACE.replace(".", "/")]
+        layer.d_EO.normal_()
+        # the spread of noise is 0, so that training draws nothing
+        for part in (gate.v.weight_KOI, gate.v.bias_KO):
+            part[:, 4:8] = 0
+        # what the generic expert reads has no bias in the authors' code, which has one dense convolution
+        layer.c_S[10:18] = 0
+        tasks = torch.tensor([1, 0, 1])
+        made.train()
+        x, y, _ = seen_at(made, pixels, tasks.tolist())
+        for task in (0, 1):
+            own = tasks == task
+            torch.testing.assert_close(y[own], released(made, base, x[own], task), rtol=1e-6, atol=1e-8)
+        made.eval()
+        x, y, _ = seen_at(made, pixels, tasks.tolist())
+        for task in (0, 1):
+            known = {
+                name: (layer.block[name].mean_KO[task], layer.block[name].variance_KO[task])
+                for name in ("mixed_norm", "norm")
+            }
+            own = tasks == task
+            torch.testing.assert_close(y[own], released(made, base, x[own], task, statistics=known), rtol=1e-6, atol=1e-8)
+        assert not torch.equal(layer.block["norm"].mean_KO[0], layer.block["norm"].mean_KO[1])
+        with pytest.raises(ScopeError, match="learned weights of 64 positions, and this image has 256"):
+            made(pixel_values=torch.cat([torch.cat([pixels] * 2, dim=2)] * 2, dim=3), task=0)
+
+
+def test_as_released_the_shared_path_gives_its_input_no_gradient(model, pixels):
+    with trained(model, as_released=True, ranks=(1,), top_k=1) as made:
+        layer = made.layers[PLACE.replace(".", "/")]
+        with torch.no_grad():
+            for part in (layer.b_SO[:1], layer.b_SO[9:], layer.d_EO):
+                part.zero_()
+        made(pixel_values=pixels, task=[0, 1, 0]).logits.sum().backward()
+        assert float(layer.block["enter"].weight_KOI.grad.abs().max()) == 0
+        assert float(layer.b_SO.grad[1:9].abs().max()) > 0
+
+
+def test_as_released_it_is_trained_resumed_saved_and_is_no_adapter(model, pixels, tmp_path):
+    rows = [
+        {"pixel_values": pixels[n].clone(), "labels": torch.zeros(16, 16).long(), "task": TASKS[n % 2]} for n in range(3)
+    ]
+    with lw.experts("mlore", model, as_released=True, seed=2, **OPTIONS) as made:
+        made.fit(rows, steps=3, batch_size=2, progress=False)
+        assert float(made.layers[PLACE.replace(".", "/")].block["norm"].mean_KO.abs().min()) > 0
+        made.save_pretrained(tmp_path / "saved")
+        expected = made(pixel_values=pixels, task=[0, 1, 0]).logits
+        with pytest.raises(lw.LoraweaveError):
+            made.expert(0)
+    with lw.experts(tmp_path / "saved", model) as opened:
+        assert torch.equal(opened(pixel_values=pixels, task=[0, 1, 0]).logits, expected)
+    with lw.experts("mlore", model, as_released=True, seed=2, **OPTIONS) as made:
+        made.fit(rows, steps=3, batch_size=2, progress=False)
+        assert torch.equal(made(pixel_values=pixels, task=[0, 1, 0]).logits, expected)
+
+
+def test_as_released_it_takes_convolutions_and_no_dropout(make_model):
+    place = "decode_head.linear_projections.1.proj"
+    with pytest.raises(lw.LayerMismatch, match="is linear, and the released block is of convolutions"):
+        lw.experts("mlore", make_model("segformer"), as_released=True, **{**OPTIONS, "target_modules": (place,)})
+    with pytest.raises(lw.WeightingError, match=r"dropout=0\.1; it takes 0 with as_released"):
+        lw.experts("mlore", make_model("upernet"), as_released=True, dropout=0.1, **OPTIONS)
 
 
 def test_balance_is_the_variation_of_the_mean_weights_of_the_mixed_experts(model, pixels):
