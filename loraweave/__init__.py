@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from loraweave.composer.programs.order import order
     from loraweave.composer.study.study import study
     from loraweave.composer.train.adapters import train_adapters
+    from loraweave.composer.train.hypernetwork import Hypernetwork, train_hypernetwork
     from loraweave.composer.train.remember import remember
     from loraweave.composer.transfer import transfer
     from loraweave.hub.adapter import Adapter
@@ -115,6 +116,7 @@ _MODULES = {
     "composer.compose.collect_statistics": "collect_statistics",
     "composer.merge.statistics": "Statistics",
     "composer.train.adapters": "train_adapters",
+    "composer.train.hypernetwork": "Hypernetwork train_hypernetwork",
     "composer.train.remember": "remember",
     "composer.transfer": "transfer",
     "composer.experts.together": "train_experts",
@@ -167,6 +169,7 @@ __all__ = [
     "HubFull",
     "HubLocked",
     "HubReadOnly",
+    "Hypernetwork",
     "InvalidLicense",
     "InvalidName",
     "InvalidTask",
@@ -221,6 +224,7 @@ __all__ = [
     "train_adapters",
     "train_encoder",
     "train_experts",
+    "train_hypernetwork",
     "transfer",
     "twin_merging",
     "unlearn",
