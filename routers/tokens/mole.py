@@ -28,8 +28,12 @@ class Mole(OutputRouter):
 
     E_i(x) = b_i a_i x is what expert i adds, without its gain and bias. Each layer weighs for itself, each token for itself:
     the paper's matrix-wise gate at sequence length 1, since one over the whole sequence would look ahead. The paper's gates
-    of a whole block or network need every expert's run through it, and are not here. The projection has E * O * E numbers
-    in a layer, drawn with a standard deviation of 0.02; tau starts at 1 and stays above 0 (its logarithm is learned).
+    of a whole block or network weigh what each expert makes of all of it, x' + f_FFN(LN(x') | expert) for a block, and add
+    these outputs: every block would run once for each expert, and no layer has a mixture. They are not here; the authors'
+    repository (yushuiwx/MoLE) has no code of any.
+
+    The projection has E * O * E numbers in a layer, drawn with a standard deviation of 0.02; tau starts at 1 and stays above
+    0 (its logarithm is learned).
 
     `balance`, 0 or more, is the coefficient of -log of the product over experts of q_i, the expert's mean weight over the
     real tokens and its layers: E log E where all weigh alike, without bound where one is not used. `masked` names experts
