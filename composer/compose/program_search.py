@@ -30,9 +30,6 @@ LASTS = 8
 # adapters that a search by outputs compares
 SHORTLIST = 1000
 
-# a longer program's loss must be lower by this share
-GAIN = 0.1
-
 Order = tuple[Step, ...]
 
 
@@ -145,7 +142,7 @@ class ProgramSearch:
                     self._measure(tried, num_examples)
                     tried = sorted(tried, key=self._loss)[: kept or None]
 
-    def best(self, gain: float = GAIN) -> tuple[Order, str]:
+    def best(self, gain: float) -> tuple[Order, str]:
         """The program to take, and why. Raises SearchFailed where no loss is finite."""
         by_length: dict[int, Order] = {}
         # the base is last among equal ones, else the earlier

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from loraweave.common.options import Count, Range, check_options, options_of
 from loraweave.common.rows import GivenRows
 from loraweave.composer.compose.candidates import experts_of
-from loraweave.composer.compose.program_search import GAIN, labels_of, search_programs
+from loraweave.composer.compose.program_search import labels_of, search_programs
 from loraweave.composer.model.layers import require_model
 from loraweave.composer.programs.program import OrderReport, Program, pool_of
 from loraweave.errors import CompositionError, InvalidTask, WeightingError
@@ -26,7 +26,7 @@ def order(
     k: Count = 20,
     max_steps: Count = 3,
     beam: Count = 3,
-    gain: Annotated[float, Range(least=0, below=1)] = GAIN,
+    gain: Annotated[float, Range(least=0, below=1)] = 0.1,
     progress: bool = True,
 ) -> Program:
     """The program `a > b > ...` whose last step gives the task's targets the lowest mean loss; each step asked by its own
