@@ -21,7 +21,7 @@ import typer
 import loraweave as lw
 from benchmarks._data import kept
 from benchmarks._run import Run, Table, interval, pairs
-from loraweave.composer.model.scoring import evaluate
+from loraweave.composer.model.scoring import losses
 from loraweave.hub.base import fast_dtype
 
 NUM_PARTS = 5
@@ -38,12 +38,12 @@ def main(
     steps: Annotated[str, typer.Option(help="of each way")] = "600,60",
     num_test: Annotated[int, typer.Option(help="test items of each task")] = 10,
 ) -> None:
-    """A row for each way to answer: loss and right answers over the tasks that were left out."""
+    """A row for each way to answer, over the tasks that were left out."""
     run: Run = context.obj
     torch.manual_seed(run.seed)
     model, tokenizer = lw.load_base(dtype=fast_dtype())
     numbers = dict(zip(ways.split(","), map(int, steps.split(",")), strict=True))
-    found: dict[str, list[list[dict[str, Any]]]] = {}
+    found: dict[str, list[float]] = {}
     for part in map(int, parts.split(",")):
         for way, answers in _part(run, model, tokenizer, part, numbers, num_test).items():
             found.setdefault(way, []).append(answers)
@@ -57,10 +57,8 @@ def main(
     run.show(table)
 
 
-def _part(
-    run: Run, model: Any, tokenizer: Any, part: int, numbers: dict[str, int], num_test: int
-) -> dict[str, list[dict[str, Any]]]:
-    """{way: {loss, right} of each task that is left out}."""
+def _part(run: Run, model: Any, tokenizer: Any, part: int, numbers: dict[str, int], num_test: int) -> dict[str, list[float]]:
+    """{way: the loss of each task that is left out}."""
     folder = run.folder()
     with run.hub() as hub:
         left = sorted(run.entries("pool"))[part::NUM_PARTS]
@@ -91,15 +89,15 @@ def _part(
         for way, adapters in made.items():
             mixtures[way] = {name: ({name: adapter}, {name: 1.0}) for name, adapter in adapters.items()}
 
-        def asked(way: str, name: str) -> dict[str, Any]:
+        def asked(way: str, name: str) -> float:
             rows = run.rows(name)
             items = pairs(rows, "test")[:num_test]
             task = lw.Task(items, instruction=rows[0]["definition"])
             adapters, weights = mixtures[way][name]
             if not adapters:
-                return _figures(evaluate(model, tokenizer, task, items))
+                return float(np.mean(losses(model, tokenizer, task, items)))
             with lw.Composer(model, adapters).activate(weights):
-                return _figures(evaluate(model, tokenizer, task, items))
+                return float(np.mean(losses(model, tokenizer, task, items)))
 
         return {
             way: [
@@ -126,10 +124,6 @@ def _network(
 def _said(run: Run, name: str) -> dict[str, Any]:
     rows = run.rows(name)
     return {"description": rows[0]["definition"], "examples": pairs(rows, "train")[:NUM_SHOWN]}
-
-
-def _figures(score: Any) -> dict[str, Any]:
-    return {"loss": score.loss, "right": score.value}
 
 
 def _mean(values: list[float], seed: int) -> str:

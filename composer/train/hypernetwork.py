@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -255,8 +256,7 @@ def train_hypernetwork(
     else:
         if start.layers != layers:
             raise TrainingError(f"start makes {len(start.layers)} layers, the adapters have {len(layers)}, not all the same")
-        network = Hypernetwork(base, layers, reads, rank=start.rank, width=start.width)
-        network.load_state_dict(start.state_dict())
+        network = copy.deepcopy(start).train()
     parents = [{"hash": record.hash, "name": record.name} for record in records]
     network.recipe = {**settings, "way": "factors" if model is None else "answers", "parents": parents, "license": license}
     if model is None:
