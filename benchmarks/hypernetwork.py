@@ -46,14 +46,11 @@ def main(
     found: dict[str, list[float]] = {}
     for part in map(int, parts.split(",")):
         for way, answers in _part(run, model, tokenizer, part, numbers, num_test).items():
-            found.setdefault(way, []).append(answers)
-    title = (
-        f"{len(found['base'])} parts of {NUM_PARTS}, {num_test} test items a task, {NUM_SHOWN} examples and a description"
-    )
-    table = Table(title, ("answered by", "loss", "right answers"))
-    for way, folds in found.items():
-        items = [item for answers in folds for item in answers]
-        table.add(way, *(_mean([item[field] for item in items], run.seed) for field in ("loss", "right")))
+            found.setdefault(way, []).extend(answers)
+    title = f"{num_test} test items of each of {len(found['base'])} tasks, told by a description and {NUM_SHOWN} examples"
+    table = Table(title, ("answered by", "loss, mean over tasks"))
+    for way, values in found.items():
+        table.add(way, _mean(values, run.seed))
     run.show(table)
 
 

@@ -26,11 +26,18 @@ from loraweave.composer.model.batches import EncodedRow, untouched
 from loraweave.composer.model.scoring import encode_pairs
 from loraweave.composer.train.jobs import LoraJob
 from loraweave.composer.train.passes import SharedPass, job_losses
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported, DimensionMismatch, InvalidTask, TrainingError
+from loraweave.errors import (
+    AdapterCorrupt,
+    AdapterNotFound,
+    AdapterUnsupported,
+    DimensionMismatch,
+    InvalidTask,
+    TrainingError,
+)
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_key
 from loraweave.hub.embedders._embedder import Embedder, embed_checked, embedder_of, unit
-from loraweave.hub.formats._files import entry, read_json
+from loraweave.hub.formats._files import entry, listing, present, read_json
 from loraweave.hub.formats._safetensors import hashed_tensors
 from loraweave.hub.hub import Hub
 from loraweave.hub.licenses import license_of_work
@@ -98,8 +105,10 @@ class Hypernetwork(nn.Module):
     def adapter(self, *, description: str = "", examples: GivenRows | None = None, name: str = "made") -> Adapter:
         """The adapter for a task of which one knows a description, (input, target) examples, or both.
 
-        Raises InvalidTask without either.
+        Raises InvalidTask without either, and for a description that is no text.
         """
+        if not isinstance(description, str):
+            raise InvalidTask(f"description is {description!r:.60}; it must be a text")
         rows = () if examples is None else Task.of(examples).examples
         shown = [_shown(str(asked), target) for asked, target in rows]
         text_E = text_vector(*_vectors(self.embedder, description, shown), range(len(shown)))
@@ -141,10 +150,12 @@ class Hypernetwork(nn.Module):
     def from_pretrained(cls, folder: str | Path, *, embedder: str | Path | Embedder = "sentence") -> Self:
         """Reads what `save_pretrained` wrote; `embedder` is the one that it was trained with.
 
-        Raises DimensionMismatch for another embedder, AdapterCorrupt for files that are damaged or were changed,
-        AdapterUnsupported for a format that a newer version wrote.
+        Raises AdapterNotFound for a folder without one, DimensionMismatch for another embedder, AdapterCorrupt for files
+        that are damaged or were changed, AdapterUnsupported for a format that a newer version wrote.
         """
         path, reads = as_path(folder, "the folder of a hypernetwork"), embedder_of(embedder)
+        if not present(path, FILE):
+            raise AdapterNotFound(f"{path} is no hypernetwork: it has no {FILE}, and holds {listing(path)}")
         said = read_json(path, FILE)
         if is_whole(said.get("format"), FORMAT + 1):
             raise AdapterUnsupported(
@@ -230,14 +241,9 @@ def train_hypernetwork(
     InvalidLicense for licenses that exclude each other or derived works, unless `allow_licenses`.
     """
     settings = {"steps": steps, "tasks_per_step": tasks_per_step, "rows_per_task": rows_per_task, "lr": lr, "seed": seed}
-    check_options(
-        "train_hypernetwork()",
-        {**settings, "rank": rank, "width": width},
-        options_of(train_hypernetwork),
-        error=TrainingError,
-    )
-    if not isinstance(hub, Hub) or (model is None) != (tokenizer is None):
-        raise TrainingError("a hypernetwork learns from a Hub's adapters; pass model and tokenizer both, or neither")
+    given = {**settings, "rank": rank, "width": width}
+    check_options("train_hypernetwork()", given, options_of(train_hypernetwork), error=TrainingError)
+    _require_sense(hub, model, tokenizer, names, start)
     chosen = None if names is None else list(names)
     records = hub.records() if chosen is None else [hub.record(name) for name in chosen]
     if len(records) < 2:
@@ -268,6 +274,15 @@ def train_hypernetwork(
             answer = _answering(model, tokenizer, rows, settings)
             _descend(network, texts, settings, answer, progress)
     return network.eval()
+
+
+def _require_sense(hub: Any, model: Any, tokenizer: Any, names: Any, start: Any) -> None:
+    if not isinstance(hub, Hub) or not isinstance(model, nn.Module | None) or (model is None) != (tokenizer is None):
+        raise TrainingError("a hypernetwork learns from a Hub's adapters; pass model and tokenizer both, or neither")
+    if not isinstance(start, Hypernetwork | None) or isinstance(names, str):
+        raise TrainingError(
+            f"start is {start!r:.40}, a Hypernetwork or None, and names {names!r:.60}, a list of names or None"
+        )
 
 
 Made = Sequence[tuple[list[str], Tensor, Tensor]]

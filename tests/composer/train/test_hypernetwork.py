@@ -14,6 +14,7 @@ from loraweave.composer.train import hypernetwork
 from loraweave.composer.train.hypernetwork import Hypernetwork, squared_distance, train_hypernetwork
 from loraweave.errors import (
     AdapterCorrupt,
+    AdapterNotFound,
     AdapterUnsupported,
     DimensionMismatch,
     InvalidLicense,
@@ -179,6 +180,8 @@ def test_a_folder_that_was_changed_is_refused(network, tmp_path):
     (folder / "hypernetwork.safetensors").write_bytes(b"")
     with pytest.raises(AdapterCorrupt):
         Hypernetwork.from_pretrained(folder, embedder="hashing")
+    with pytest.raises(AdapterNotFound, match=r"is no hypernetwork: it has no hypernetwork\.json"):
+        Hypernetwork.from_pretrained(tmp_path, embedder="hashing")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
     with pytest.raises(TrainingError, match="holds something that is no hypernetwork"):
@@ -188,6 +191,10 @@ def test_a_folder_that_was_changed_is_refused(network, tmp_path):
 def test_what_nothing_can_be_learned_from_is_refused_by_name(hub, network, tiny_llama, tokenizer, make_adapter):
     with pytest.raises(InvalidTask, match="nothing is said of the task"):
         network.adapter(description=" ")
+    with pytest.raises(InvalidTask, match="description is None; it must be a text"):
+        network.adapter(description=None)
+    with pytest.raises(TrainingError, match="names 'upper', a list of names"):
+        train_hypernetwork(hub, names="upper", **SMALL)
     with pytest.raises(TrainingError, match="1 adapters are no pool"):
         train_hypernetwork(hub, names=["upper"], **SMALL)
     with pytest.raises(TrainingError, match="pass model and tokenizer both"):
