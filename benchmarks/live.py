@@ -22,6 +22,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from unittest.mock import patch
 
 import peft
 import torch
@@ -45,6 +46,7 @@ from benchmarks._models import (
 )
 from benchmarks._run import Run, console
 from benchmarks._timing import Gate, Way, compare, require
+from loraweave.composer.live import row_weights
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 16
@@ -228,9 +230,17 @@ def ways(setting: Setting, make: Callable[..., Way], prefill: bool) -> dict[str,
         with lw.batch_invariant(model), engine.activate(mixtures):
             yield
 
+    @contextmanager
+    def by_torch() -> Iterator[None]:
+        # what a layer remembers of the first call holds for the next
+        with patch.object(row_weights, "native_runs", lambda *place: False), plain.activate(rows):
+            yield
+
+    plain = lw.Composer(model, engine.pool)
     what = "adapter" if setting.shape.experts == 1 else "mixture"
     found = {"base alone": make(setting, model, nullcontext, nothing)}
     found[f"loraweave, own {what} per row"] = make(setting, model, lambda: engine.activate(rows), nothing)
+    found[f"loraweave, own {what} per row, without compiled code"] = make(setting, model, by_torch, nothing)
     found["loraweave, new mixture"] = make(setting, model, lambda: engine.activate(rows), engine._plans.clear)
     found[f"loraweave, one {what} for all"] = make(setting, model, lambda: engine.activate(rows[0]), nothing)
     found["base, batch-invariant"] = make(setting, model, lambda: invariant({}), nothing)
@@ -271,11 +281,15 @@ def main(
     size: Annotated[int, typer.Option(help="adapters in the pool")] = 20,
     rank: Annotated[int, typer.Option(help="of each adapter")] = 8,
     experts: Annotated[int, typer.Option(help="of each row's mixture, 1 to 4", min=1, max=4)] = 1,
+    blocks: Annotated[int | None, typer.Option(help="of the model; all by default")] = None,
     peers: Annotated[bool, typer.Option(help="measure peft and polylora too")] = True,
 ) -> None:
     """Time relative to the base model's own pass over the same tokens."""
     run: Run = context.obj
     model, _ = base_model()
+    if blocks is not None:
+        model.model.layers = model.model.layers[:blocks]
+        model.config.num_hidden_layers = blocks
     setting = Setting(model, Shape(rows, tokens, size, rank, experts, targets), peers=peers, seed=run.seed)
     require(gates(setting))
     setting.to(getattr(torch, dtype))

@@ -15,6 +15,7 @@ import loraweave.registry as registry
 from loraweave.common.process import lock_of
 from loraweave.composer.live.arena import Arena, Board
 from loraweave.composer.live.kernels._cost import Cost, Workload
+from loraweave.composer.live.kernels._native import native_runs
 from loraweave.composer.live.kernels._parts import (
     Kernel,
     RowKernel,
@@ -298,6 +299,7 @@ class _LayerRows:
             itemsize=self.dtype.itemsize,
             device=self.device.type,
             triton=triton_runs(self.device, self.dtype),
+            native=torch.get_num_threads() if native_runs(self.device, self.dtype) else 0,
         )
 
 

@@ -96,12 +96,14 @@ def _machine() -> dict[str, Any]:
     import loraweave.registry as registry
     from loraweave.common.files import cache_folder
     from loraweave.common.process import free_host_bytes
+    from loraweave.composer.live.kernels._native import library
     from loraweave.composer.live.kernels._rank_tables import triton_runs
     from loraweave.hub.base import fast_dtype
 
     gpu = torch.cuda.is_available()
     dtype, free = fast_dtype(), free_host_bytes()
     triton = triton_runs(torch.device("cuda" if gpu else "cpu"), dtype)
+    absent = {name for name, there in (("triton", triton), ("native", library() is not None)) if not there}
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
@@ -109,6 +111,7 @@ def _machine() -> dict[str, Any]:
         "vector instructions": torch.backends.cpu.get_cpu_capability(),
         "GPU": torch.cuda.get_device_name() if gpu else "none",
         "faster dtype": str(dtype).removeprefix("torch."),
-        "kernels": ", ".join(name for name in registry.names("kernels") if triton or not name.startswith("triton")),
+        "kernels": ", ".join(name for name in registry.names("kernels") if name.split("_")[0] not in absent),
+        "compiled mixtures": "none (no C compiler, or LORAWEAVE_NATIVE=0)" if "native" in absent else "yes",
         "cache": str(cache_folder()),
     }

@@ -7,6 +7,7 @@
                                 merged      multiplied out once, one product
     a mixture for each row      gathered    each row's factors side by side, batched products
                                 segments    a pair of products for each distinct mixture
+                                native_rows few tokens in one call of compiled code, on a CPU
                                 triton_gathered, triton_segments    the same in one launch each, on a GPU
     weights by token            dense       all experts for all tokens, masked by the weights
                                 sorted_tokens    each expert meets only the tokens that chose it

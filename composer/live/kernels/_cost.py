@@ -53,7 +53,8 @@ class Workload:
 
     `num_mixtures` rows of the mixture that use any expert, each with `tokens` tokens; `largest` and `total` are the
     largest rank sum of a row and the sum over rows; `num_segments` distinct mixtures have `distinct` rank rows together,
-    and all their experts `stacked`. `triton` says that its kernels run there.
+    and all their experts `stacked`. `triton` says that its kernels run there; `native` is 0 where compiled code does not,
+    which uses one thread, and else the number of threads that torch has.
     """
 
     num_mixtures: int
@@ -68,6 +69,7 @@ class Workload:
     itemsize: int = 4
     device: str = "cpu"
     triton: bool = False
+    native: int = 0
 
     @property
     def rates(self) -> Rates:

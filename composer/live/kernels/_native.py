@@ -1,0 +1,83 @@
+"""The library of `native.c`: compiled for this processor at first use, kept in the cache folder, loaded once a process.
+
+Any C compiler does (`CC`, else cc, gcc or clang), in under a second; without one, or with LORAWEAVE_NATIVE=0, the kernels of
+PyTorch are taken, which make the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from loraweave.common.files import cache_folder, whole_file
+
+SOURCE = Path(__file__).with_name("native.c")
+# no -ffast-math: a library linked with it changes how the whole thread rounds
+FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC")
+_SECONDS = 60
+
+_logger = logging.getLogger(__name__)
+
+
+class Table(ctypes.Structure):
+    """`Table` of native.c."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("num_rows", "num_inputs", "num_outputs")] + [
+        (name, ctypes.c_void_p) for name in ("a", "b", "starts", "firsts", "counts", "weights", "sums")
+    ]
+
+
+def native_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the library is there, for such layers."""
+    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and library() is not None
+
+
+@cache
+def library() -> ctypes.PyDLL | None:
+    """The library; None, and a log line says why, where it cannot be had."""
+    if os.environ.get("LORAWEAVE_NATIVE") == "0":
+        return None
+    try:
+        # calls take microseconds, less than another thread's turn would
+        found = ctypes.PyDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or error
+        _logger.info("mixtures run without the library of %s: %s", SOURCE.name, str(said).strip()[:500])
+        return None
+    for add in (found.add_f32, found.add_bf16):
+        add.argtypes, add.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p], None
+    return found
+
+
+def _compiled() -> Path:
+    """The library's file, made where it is not there yet. OSError or SubprocessError where that fails."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
+    if compiler is None:
+        raise OSError("there is no C compiler (cc, gcc, clang, or $CC)")
+    # for this very processor: a folder may be shared by several machines
+    parts = SOURCE.read_bytes(), " ".join(FLAGS).encode(), compiler.encode(), _processor().encode()
+    target = cache_folder() / "native" / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
+    if not target.exists():
+        _logger.info("compiling %s with %s, once for this machine; it is kept as %s", SOURCE.name, compiler, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(target) as temporary:
+            command = [compiler, *FLAGS, "-o", str(temporary), str(SOURCE)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+    return target
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    except OSError:
+        return f"{platform.machine()} {platform.processor()} {platform.node()}"

@@ -1,0 +1,160 @@
+"""Per-row mixtures of few tokens in one call of compiled code: no casts, no copies by row, no zeros to fill ranks up.
+
+The factors of a batch lie side by side, each once, in the layer's own dtype; each row adds up its own in fp32. What
+`_formula` says in PyTorch is what `native.c` calculates; without a compiler this path is not offered.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.live.kernels._cost import Cost, Workload
+from loraweave.composer.live.kernels._native import Table, library
+from loraweave.composer.live.kernels._parts import Adder, Lend, Part, RowKernel, RowSets, group_by_mixture
+
+# beyond, products of matrices are faster
+MOST_TOKENS = 64
+
+
+class Beside(NamedTuple):
+    """What an operation and a call take, in those of torch."""
+
+    flops: float
+    calls: float
+
+
+# by bytes of a number
+NATIVE = {4: Beside(2.0, 0.5), 2: Beside(10.0, 0.15)}
+
+
+@dataclass(frozen=True, eq=False)
+class NativeRows(RowKernel):
+    """The distinct factors of M mixtures; `entries` has (first rank row, how many, weight) of each expert of each row."""
+
+    widens: ClassVar[bool] = False
+
+    a_DI: Tensor
+    b_DO: Tensor
+    entries: tuple[tuple[tuple[int, int, float], ...], ...]
+
+    @staticmethod
+    def cost(work: Workload) -> Cost | None:
+        if not work.native or work.num_mixtures * work.tokens > MOST_TOKENS:
+            return None
+        rates = NATIVE[work.itemsize]
+        product = work.of_products(work.total * work.tokens, work.stacked, calls=0)
+        # one thread does what the rates know of two
+        slower = max(1.0, work.native / 2)
+        return Cost(product.flops * rates.flops * slower, product.num_bytes * slower, rates.calls)
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, lend: Lend | None = None) -> NativeRows:
+        used = sorted({place for row in rows for place, _ in row})
+        firsts, first = {}, 0
+        for place in used:
+            firsts[place] = first
+            first += parts[place].a_RI.shape[0]
+        a_DI = _joined([parts[place].a_RI for place in used], first, dtype, lend)
+        b_DO = _joined([parts[place].b_RO for place in used], first, dtype, lend)
+        entries = tuple(tuple((firsts[p], parts[p].a_RI.shape[0], weight) for p, weight in row) for row in rows)
+        return cls(a_DI, b_DO, entries)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.a_DI.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.a_DI.nbytes + self.b_DO.nbytes
+
+    def update(self, x_BTI: Tensor) -> Tensor:
+        if torch._C._are_functorch_transforms_active():
+            return self._formula(x_BTI)
+        update_BTO: Tensor = _Product.apply(x_BTI, self)  # type: ignore[no-untyped-call]
+        return update_BTO
+
+    def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
+        self.adder(y_BTO.dtype, x_BTI.shape)(x_BTI, y_BTO)
+
+    def adder(self, dtype: torch.dtype, shape: torch.Size) -> Adder:
+        add = self._native
+        if add is None or dtype is not self.dtype:
+            return self._add_formula
+        address, tokens = ctypes.addressof(self._table), shape[0] * shape[1] // len(self.entries)
+
+        def add_native(x_BTI: Tensor, y_BTO: Tensor) -> None:
+            if not x_BTI.is_contiguous() or x_BTI.dtype is not dtype:
+                x_BTI = x_BTI.to(dtype).contiguous()
+            try:
+                add(address, tokens, x_BTI.data_ptr(), y_BTO.data_ptr())
+            except RuntimeError:
+                # tensors of functorch and of tracing have no memory of their own
+                self._add_formula(x_BTI, y_BTO)
+
+        return add_native
+
+    @cached_property
+    def _native(self) -> Any:
+        """The function of the library for this dtype, if there is one."""
+        found, names = library(), {torch.float32: "add_f32", torch.bfloat16: "add_bf16"}
+        return None if found is None or self.dtype not in names else getattr(found, names[self.dtype])
+
+    @cached_property
+    def _table(self) -> Table:
+        starts, entries = [0], [entry for row in self.entries for entry in row]
+        for row in self.entries:
+            starts.append(starts[-1] + len(row))
+        integers = (starts, [first for first, _, _ in entries], [count for _, count, _ in entries])
+        numbers = [torch.tensor(each, dtype=torch.int64) for each in integers]
+        weights = torch.tensor([weight for _, _, weight in entries], dtype=torch.float32)
+        owned = self.a_DI, self.b_DO, *numbers, weights, torch.empty(self.b_DO.shape[1])
+        table = Table(len(self.entries), self.a_DI.shape[1], self.b_DO.shape[1], *(each.data_ptr() for each in owned))
+        # the memory that it points to
+        table.owned = owned
+        return table
+
+    def _add_formula(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
+        y_BTO.add_(self._formula(x_BTI.to(self.dtype)))
+
+    def _formula(self, x_BTI: Tensor) -> Tensor:
+        """The naive twin, with gradients: one mixture after the other."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        updates = []
+        for x_NI, row in zip(group_by_mixture(x_BTI, len(self.entries)).to(wide), self.entries, strict=True):
+            update_NO = x_NI.new_zeros(len(x_NI), self.b_DO.shape[1])
+            for first, count, weight in row:
+                hidden_NR = x_NI @ self.a_DI[first : first + count].to(wide).T
+                update_NO = update_NO + weight * hidden_NR @ self.b_DO[first : first + count].to(wide)
+            updates.append(update_NO)
+        return torch.stack(updates).to(self.dtype).view(*x_BTI.shape[:2], self.b_DO.shape[1])
+
+
+class _Product(torch.autograd.Function):
+    """The updates; their gradient is the same with a and b in each other's place."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTI: Tensor, kernel: NativeRows) -> Tensor:
+        ctx.kernel = kernel
+        update_BTO = x_BTI.new_zeros(*x_BTI.shape[:2], kernel.b_DO.shape[1])
+        kernel.add_(x_BTI, update_BTO)
+        return update_BTO
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTO: Tensor) -> tuple[Tensor, None]:
+        kernel = ctx.kernel
+        # as a product with a gradient of its own, for those who differentiate twice
+        return _Product.apply(grad_BTO, NativeRows(kernel.b_DO, kernel.a_DI, kernel.entries)), None  # type: ignore[no-untyped-call]
+
+
+def _joined(factors: Sequence[Tensor], num_ranks: int, dtype: torch.dtype, lend: Lend | None) -> Tensor:
+    if lend is None or any(each.dtype is not dtype for each in factors):
+        return torch.cat(list(factors)).to(dtype)
+    width = factors[0].shape[1]
+    return torch.cat(list(factors), out=lend(num_ranks * width).view(num_ranks, width))

@@ -1,0 +1,131 @@
+"""Compiled rows against the formula in float64, with and without a compiler; nothing half-made is ever loaded."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+import pytest
+import torch
+
+from loraweave.composer.live.kernels import _native
+from loraweave.composer.live.kernels._cost import Workload
+from loraweave.composer.live.kernels.native_rows import NativeRows
+from loraweave.composer.live.layout import PlacedFactors
+from loraweave.composer.live.row_weights import choose
+
+needs_a_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """Nothing is compiled or loaded yet."""
+    monkeypatch.setenv("LORAWEAVE_CACHE", str(tmp_path))
+    _native.library.cache_clear()
+    yield tmp_path / "native"
+    _native.library.cache_clear()
+
+
+def mixtures(dtype, inputs, outputs, ranks=(8, 3, 16, 1), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    parts = [
+        PlacedFactors(
+            torch.randn(r, inputs, generator=generator).to(dtype), torch.randn(r, outputs, generator=generator).to(dtype)
+        )
+        for r in ranks
+    ]
+    # a row of several, one of one, one without any, and one that another has too
+    rows = (((0, 0.5), (1, -2.0), (2, 0.25)), ((3, 1.0),), (), ((0, 0.5), (1, -2.0), (2, 0.25)))
+    return parts, rows
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("sizes", [(1, 1), (31, 33), (64, 100), (577, 193)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_the_formula_rounded_once(dtype, sizes, tokens):
+    parts, rows = mixtures(dtype, *sizes)
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(len(rows), tokens, size, generator=generator).to(dtype) for size in sizes)
+    wanted, reach = y.double(), y.double().abs()
+    for row, mixture in enumerate(rows):
+        for place, weight in mixture:
+            a, b = parts[place].a_RI.double(), parts[place].b_RO.double()
+            wanted[row] += weight * (x[row].double() @ a.T) @ b
+            reach[row] += abs(weight) * (x[row].double().abs() @ a.abs().T) @ b.abs()
+    found = y.clone()
+    kernel = NativeRows.of(parts, rows, dtype)
+    assert kernel._native is not None
+    kernel.adder(dtype, x.shape)(x, found)
+    # sums in fp32 are off by units of what is summed, the result by half a unit of itself
+    assert bool(((found.double() - wanted).abs() <= 64 * 2.0**-24 * reach + ULP[dtype] * wanted.abs()).all())
+    twin = y.double() + kernel._formula(x).double()
+    assert bool(((found.double() - twin).abs() <= 64 * 2.0**-24 * reach + 3 * ULP[dtype] * reach).all())
+    assert torch.equal(found[2], y[2])
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(dtype):
+    parts, rows = mixtures(dtype, 65, 40)
+    x, y = torch.randn(4, 1, 65).to(dtype), torch.randn(4, 1, 40).to(dtype)
+    together = y.clone()
+    NativeRows.of(parts, rows, dtype).adder(dtype, x.shape)(x, together)
+    for row in range(4):
+        alone = y[row : row + 1].clone()
+        if rows[row]:
+            NativeRows.of(parts, (rows[row],), dtype).adder(dtype, alone.shape)(x[row : row + 1], alone)
+        assert torch.equal(alone[0], together[row])
+
+
+@needs_a_compiler
+def test_numbers_that_are_not_finite_and_half_way_are_rounded_as_torch_rounds_them():
+    part = PlacedFactors(torch.ones(1, 1, dtype=torch.bfloat16), torch.ones(1, 1, dtype=torch.bfloat16))
+    values = [1.0, 2.0**-9, -(2.0**-8), 3 * 2.0**-9, float("inf"), float("-inf"), float("nan"), 3.3e38, 2.0**-130]
+    for value in values:
+        x = torch.tensor([[[value]]], dtype=torch.bfloat16)
+        y = torch.ones(1, 1, 1, dtype=torch.bfloat16)
+        wanted = (y.float() + x.float()).bfloat16()
+        NativeRows.of([part], (((0, 1.0),),), torch.bfloat16).adder(torch.bfloat16, x.shape)(x, y)
+        assert torch.equal(y, wanted) or bool(y.isnan() & wanted.isnan()), value
+
+
+@needs_a_compiler
+def test_it_is_compiled_once_with_a_line_in_the_log_and_nothing_unfinished_beside_it(fresh, caplog):
+    with caplog.at_level(logging.INFO, logger=_native.__name__):
+        assert _native.library() is not None
+        _native.library.cache_clear()
+        assert _native.library() is not None
+    assert [record.message.split(" ")[0] for record in caplog.records] == ["compiling"]
+    assert [path.suffix for path in fresh.iterdir()] == [".so"]
+
+
+@pytest.mark.parametrize("why", ["no compiler", "it fails", "asked not to"])
+def test_without_the_library_the_kernels_of_torch_are_taken_and_the_log_says_why(fresh, monkeypatch, caplog, why):
+    if why == "no compiler":
+        monkeypatch.setenv("PATH", "")
+        monkeypatch.delenv("CC", raising=False)
+    elif why == "it fails":
+        monkeypatch.setenv("CC", "false")
+    else:
+        monkeypatch.setenv("LORAWEAVE_NATIVE", "0")
+    with caplog.at_level(logging.INFO, logger=_native.__name__):
+        assert not _native.native_runs(torch.device("cpu"), torch.float32)
+    told = {"no compiler": "no C compiler", "it fails": "non-zero exit status", "asked not to": ""}[why]
+    assert told in caplog.text
+    assert not fresh.exists() or list(fresh.iterdir()) == []
+    parts, rows = mixtures(torch.float32, 5, 7)
+    x, y = torch.randn(4, 1, 5), torch.zeros(4, 1, 7)
+    kernel = NativeRows.of(parts, rows, torch.float32)
+    kernel.adder(torch.float32, x.shape)(x, y)
+    assert torch.equal(y, kernel._formula(x))
+
+
+def test_it_is_chosen_for_few_tokens_where_it_runs_and_left_where_torch_has_many_threads():
+    work = Workload(8, 32, 256, 8, 256, 256, num_inputs=576, num_outputs=576, native=1)
+    for itemsize in (4, 2):
+        one = Workload(**{**vars(work), "itemsize": itemsize})
+        assert choose(one).path == "native_rows"
+        for other in ({"native": 0}, {"tokens": 64}, {"native": 64}):
+            assert choose(Workload(**{**vars(one), **other})).path != "native_rows"
