@@ -29,8 +29,8 @@ def write_embedded(path: Path) -> None:
     _finish(writer)
 
 
-def write_model(path: Path, model: Any, arch: str, texts: Sequence[str] = ()) -> None:
-    """A small model of transformers as llama.cpp's own conversion has it.
+def write_model(path: Path, model: Any, arch: str, texts: Sequence[str] = (), quantised: str | None = None) -> None:
+    """A small model of transformers as llama.cpp's own conversion has it, its matrices in the type `quantised` where given.
 
     The texts of tokens are `texts`, those beyond have none; without `texts` each is its number.
     """
@@ -82,7 +82,12 @@ def write_model(path: Path, model: Any, arch: str, texts: Sequence[str] = ()) ->
             tensor = tensor + 1
         called = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert called is not None, name
-        writer.add_tensor(called, tensor.float().contiguous().numpy())
+        values = tensor.float().contiguous().numpy()
+        if quantised is None or values.ndim < 2:
+            writer.add_tensor(called, values)
+        else:
+            kind = gguf.GGMLQuantizationType[quantised]
+            writer.add_tensor(called, gguf.quants.quantize(values, kind), raw_dtype=kind)
     _finish(writer)
 
 

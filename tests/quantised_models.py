@@ -45,6 +45,17 @@ def _hqq() -> nn.Module:
     return nn.Sequential(quantize.HQQLinear(nn.Linear(64, 32), config, compute_dtype=torch.float32, device="cpu"))
 
 
+def _gptqmodel(kind: str, name: str) -> nn.Module:
+    layer = getattr(imported(f"gptqmodel.nn_modules.qlinear.{kind}"), name)
+    linear = nn.Linear(64, 32)
+    scales_OG = linear.weight.data.unflatten(1, (2, 32)).abs().amax(dim=-1) / 7
+    settings = {"bits": 4, "group_size": 32, "sym": True, "desc_act": False, "bias": True, "pack_dtype": torch.int32}
+    made = layer(in_features=64, out_features=32, register_buffers=True, **settings)
+    made.pack(linear, scales_OG, torch.full((32, 2), 8.0), torch.arange(64, dtype=torch.int32) // 32)
+    made.post_init()
+    return nn.Sequential(made)
+
+
 QUANTISED: dict[str, tuple[Callable[[], nn.Module], torch.dtype]] = {
     "torchao int8": (lambda: _torchao("Int8WeightOnlyConfig", torch.float32), torch.float32),
     "torchao int8 of bf16": (lambda: _torchao("Int8WeightOnlyConfig", torch.bfloat16), torch.bfloat16),
@@ -54,6 +65,8 @@ QUANTISED: dict[str, tuple[Callable[[], nn.Module], torch.dtype]] = {
     "bitsandbytes nf4": (lambda: _bitsandbytes("Linear4bit", quant_type="nf4", compute_dtype=torch.float32), torch.float32),
     "torch dynamic int8": (_torch_dynamic, torch.float32),
     "hqq": (_hqq, torch.float32),
+    "GPTQ": (lambda: _gptqmodel("torch", "TorchLinear"), torch.bfloat16),
+    "AWQ": (lambda: _gptqmodel("torch_awq", "AwqTorchLinear"), torch.bfloat16),
 }
 
 

@@ -10,10 +10,12 @@ from peft import LoraConfig, get_peft_model
 from quantised_models import QUANTISED, bias_of, imported, setting
 from tiny_models import Make
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loraweave.composer.composer import Composer
 from loraweave.errors import CompositionError
 from loraweave.hub.adapter import Adapter
+from loraweave.types import Factors
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -89,3 +91,32 @@ def test_a_model_that_torchao_quantised_equals_peft_on_it(make_model: Make, tmp_
         found = own(input_ids=ids).logits
     expected = theirs(input_ids=ids).logits
     assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@torch.no_grad()
+def test_a_base_read_from_quantised_gguf_is_exact_on_the_dequantised_weights(kind: str, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    from gguf_models import write_model
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    torch.manual_seed(0)
+    made, path = LlamaForCausalLM(LlamaConfig(**sizes)), "model.layers.0.mlp.down_proj"
+    write_model(tmp_path / "m.gguf", made, "llama", quantised=kind)
+    [stored] = [each for each in gguf.GGUFReader(tmp_path / "m.gguf").tensors if each.name == "blk.0.ffn_down.weight"]
+    weight_OI = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type)).double()
+    assert not torch.allclose(weight_OI, made.get_submodule(path).weight.double(), atol=1e-5)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
+    factors, seen = Factors(torch.randn(2, 64), torch.randn(32, 2)), []
+    base.get_submodule(path).register_forward_hook(lambda module, args, y: seen.append((args[0].double(), y.double())))
+    engine, ids = Composer(base, [Adapter("a", "tiny", {path: factors})]), torch.arange(3, 17).view(2, 7)
+    plain = base(input_ids=ids).logits
+    with engine.activate([{"a": 0.7}, None]):
+        base(input_ids=ids)
+    with engine.fused({"a": 0.7}):
+        base(input_ids=ids)
+    sums = [weight_OI, weight_OI + 0.7 * factors.b_OR.double() @ factors.a_RI.double()]
+    (x_live, live), (x_fused, fused) = seen[1:]
+    for x, y, weight in ((x_live[0], live[0], sums[1]), (x_live[1], live[1], sums[0]), (x_fused, fused, sums[1])):
+        torch.testing.assert_close(y, x @ weight.T, rtol=1e-5, atol=1e-5)
+    assert torch.equal(base(input_ids=ids).logits, plain)
