@@ -4,7 +4,8 @@
     python -m benchmarks --out runs/transfer transfer --bases rounded,random
 
 Each adapter is scored on test items of its own task: kept is the gain in exact matches over the new base alone, as a share
-of the gain in the old one. The samples are prompts of other tasks, without answers. Finished bases are kept in --out.
+of the gain in the old one. Predicted are the share of the effect, from prompts of other tasks, and the share of answers that
+stay, from prompts of the own task; neither has seen an answer of the data. Finished bases are kept in --out.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ WAYS: tuple[transfer.Way, ...] = ("same", "subspace", "activations")
 LEARNED, FUSED, DROPPED = ("synonym", "negation", "number_words", "translate_en_fr"), "past_tense", 20
 # below this share of the gain, a transfer has failed
 FAILED = 0.5
+# prompts of its own task that an adapter answers in both bases
+NUM_ASKED = 10
 
 app = typer.Typer()
 
@@ -65,12 +68,15 @@ def main(
     before = kept(folder / "old.json", lambda: [scores(old, {}), scores(old, {adapter.name: adapter for adapter in given})])
     gains = {name: before[1][name] - before[0][name] for name in items}
     samples = _samples(run, num_samples, set(items))
+    prompts = {name: _prompts(run, name)[:NUM_ASKED] for name in items}
+    said = kept(folder / "answers.json", lambda: {each.name: _answers(old, each, tokenizer, prompts) for each in given})
     table = Table(
-        f"kept and predicted shares of the gain, {num_test} items of each task, {num_samples} prompts; in the old base "
+        f"kept, predicted by effect, predicted by {NUM_ASKED} answers: shares of the gain, {num_test} items of each task, "
+        f"{num_samples} prompts; in the old base "
         + ", ".join(f"{name} {before[0][name]:.0%} to {before[1][name]:.0%}" for name in items),
         ("new base", "way", *items, "mean"),
     )
-    cells: list[tuple[float, float]] = []
+    cells: list[tuple[float, ...]] = []
     for base in bases.split(","):
 
         def measured(base: str = base) -> dict[str, Any]:
@@ -78,17 +84,21 @@ def main(
             new.name_or_path = base
             alone, found = scores(new, {}), {}
             for way, (carried, predicted) in _carried(given, old, new, tokenizer, samples).items():
-                found[way] = {"scores": scores(new, carried), "predicted": predicted}
+                stay = {name: _share(said[name], _answers(new, each, tokenizer, prompts)) for name, each in carried.items()}
+                found[way] = {"scores": scores(new, carried), "predicted": predicted, "answers": stay}
             return {"alone": alone, "ways": found}
 
         known = kept(folder / f"{base}.json", measured)
         for way, found in known["ways"].items():
             shares = [(found["scores"][name] - known["alone"][name]) / gains[name] for name in items]
-            predicted = [found["predicted"][name] for name in items]
-            cells += zip(shares, predicted, strict=True)
-            both = [*zip(shares, predicted, strict=True), (np.mean(shares), np.mean(predicted))]
-            table.add(base, way, *(f"{share:.2f}, {guess:.2f}" for share, guess in both))
-    table.title += f"; AUC of the prediction for transfers that keep below {FAILED:g}: {_auc(cells)}"
+            of_each = list(
+                zip(shares, *([found[by][name] for name in items] for by in ("predicted", "answers")), strict=True)
+            )
+            cells += of_each
+            shown = [*of_each, np.mean(of_each, axis=0)]
+            table.add(base, way, *(", ".join(f"{value:.2f}" for value in values) for values in shown))
+    aucs = " and ".join(_auc([(cell[0], cell[by]) for cell in cells]) for by in (1, 2))
+    table.title += f"; AUC of the two predictions for transfers that keep below {FAILED:g}: {aucs}"
     run.show(table)
 
 
@@ -97,15 +107,25 @@ def _task(run: Run, name: str, num_test: int) -> lw.Task:
     return lw.Task(pairs(rows, "test")[:num_test], instruction=rows[0]["definition"])
 
 
+def _prompts(run: Run, name: str) -> list[str]:
+    """The prompts of a task's training inputs."""
+    rows = run.rows(name)
+    task = rows[0]["definition"]
+    return [str(lw.Task([asked], instruction=task).prompt(asked[0])) for asked in pairs(rows, "train")]
+
+
+def _answers(model: Any, adapter: lw.Adapter, tokenizer: Any, prompts: Mapping[str, list[str]]) -> list[str]:
+    return transfer.answers(model, adapter, tokenizer, prompts[adapter.name])
+
+
+def _share(before: list[str], after: list[str]) -> float:
+    return sum(one == other for one, other in zip(before, after, strict=True)) / len(before)
+
+
 def _samples(run: Run, count: int, without: set[str]) -> list[str]:
     """Prompts of the pool's other tasks in turn."""
     tasks = [name for name in run.entries("pool") if name not in without]
-    found = []
-    for number in range(count):
-        rows = run.rows(tasks[number % len(tasks)])
-        asked = pairs(rows, "train")[number // len(tasks)]
-        found.append(lw.Task([asked], instruction=rows[0]["definition"]).prompt(asked[0]))
-    return [str(text) for text in found]
+    return [_prompts(run, tasks[number % len(tasks)])[number // len(tasks)] for number in range(count)]
 
 
 def _carried(

@@ -20,7 +20,9 @@ from loraweave.common.display import tracked
 from loraweave.common.options import Count, Fraction, Positive, check_options, options_of
 from loraweave.common.rows import GivenRows
 from loraweave.composer.compose.collect_statistics import encode_texts, padded_inputs
+from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import context_length, takes, untouched
+from loraweave.composer.model.generate import Asked
 from loraweave.errors import AdapterUnsupported, BaseModelMismatch, InvalidTask, LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_key
@@ -32,6 +34,8 @@ Way = Literal["same", "subspace", "activations"]
 # sums of products that are held at once; an adapter of more layers takes several passes over the samples
 MAX_BYTES = 4 * 2**30
 FIT, HELD_OUT = 0, 1
+# tokens of an answer that is compared
+MAX_ANSWER = 24
 OTHER_WAYS = "way='same' needs equal layers; 'activations' and 'subspace' carry linear ones to another size or depth"
 
 
@@ -43,6 +47,7 @@ def transfer(
     samples: GivenRows,
     *,
     way: Way = "activations",
+    prompts: Sequence[Asked] = (),
     least: Fraction = 0.5,
     ridge: Positive = 0.1,
     subspace: Count = 320,
@@ -64,7 +69,9 @@ def transfer(
 
     The prediction of a layer is 1 - E|B A x_old - K B' A' x_new|^2 / E|B A x_old|^2 on held-out samples, at least 0, K being
     the regression y_old ~ K y_new on them. The adapter's is the mean over its layers, 0 for those left out.
-    `card["transfer"]` has both, the way and the bases; `card["recipe"]` has the parent. Scores are not taken over.
+    With `prompts`, of the adapter's own task and without answers, what is predicted is instead the share of them that `new`
+    with the new adapter answers word for word as `old` does with the old one, greedily, up to MAX_ANSWER tokens.
+    `card["transfer"]` has all of these, the way and the bases; `card["recipe"]` has the parent. Scores are not taken over.
 
     Raises AdapterUnsupported for a prediction below `least`, and for more than a plain LoRA of linear layers;
     BaseModelMismatch for an adapter of another base than `old`, or a vocabulary that lacks tokens; LayerMismatch for layers
@@ -84,17 +91,33 @@ def transfer(
                 found[pair.old.name] = {"to": pair.new.name, "kept": kept}
     share = sum(layer["kept"] for layer in found.values()) / len(found)
     key = base_key(new)
+    about = {"from": adapter.base_model, "to": key.id, "way": way, "kept": share, "layers": found}
+    made = replace(adapter, base_model=key.id, layers=layers, fingerprint=key.fingerprint)
+    if prompts:
+        pairs_of_answers = zip(
+            answers(old, adapter, tokenizer, prompts), answers(new, made, tokenizer, prompts), strict=True
+        )
+        share = about["answers"] = sum(was == now for was, now in pairs_of_answers) / len(prompts)
     if share < least:
         raise AdapterUnsupported(
             f"transfer of {adapter.name!r} from {adapter.base_model!r} to {key.id!r} by way={way!r} is predicted to keep "
-            f"{share:.2f} of its effect, below least={least:g}: try another way, train on the new base, or lower least"
+            f"{share:.2f} of its {'answers' if prompts else 'effect'}, below least={least:g}: try another way, train on the "
+            "new base, or lower least"
         )
     # what is said of the old base does not hold for the new one
     card = {name: value for name, value in adapter.card.items() if name not in ("report", "peft", "scores")}
     parents = [{"hash": adapter.hash, "name": adapter.name}]
     card["recipe"] = {"method": "transfer", "options": given, "parents": parents}
-    card["transfer"] = {"from": adapter.base_model, "to": key.id, "way": way, "kept": share, "layers": found}
-    return replace(adapter, base_model=key.id, layers=layers, fingerprint=key.fingerprint, card=card)
+    return replace(made, card={**card, "transfer": about})
+
+
+def answers(model: Any, adapter: Adapter, tokenizer: Any, prompts: Sequence[Asked]) -> list[str]:
+    """The model's greedy answer to each prompt under the adapter, up to MAX_ANSWER tokens."""
+    engine = Composer(model, [adapter], tokenizer=tokenizer)
+    return [
+        engine.generate([prompt], mixture={adapter.name: 1.0}, do_sample=False, max_new_tokens=MAX_ANSWER)[0]
+        for prompt in prompts
+    ]
 
 
 class Pair(NamedTuple):

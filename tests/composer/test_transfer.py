@@ -248,6 +248,30 @@ def test_a_base_of_other_random_weights_is_predicted_as_a_failure(old, adapter, 
             carry(adapter(), old, new, tokenizer, way=way)
 
 
+def test_with_prompts_the_prediction_is_the_share_of_answers_that_stay(old, adapter, tokenizer):
+    given, prompts = adapter(ALL), TEXTS[:6]
+    generator = torch.Generator().manual_seed(1)
+    noise = [3e-4 * torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in old.parameters()]
+    new = changed(old, lambda new: [p.add_(n) for p, n in zip(new.parameters(), noise, strict=True)])
+    carried = carry(given, old, new, tokenizer, way="same", prompts=prompts, least=0.0)
+
+    def greedy(model, adapter, prompt):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        start = ids.shape[1]
+        with torch.no_grad(), lw.Composer(model, [adapter]).activate({"a": 1.0}):
+            while ids.shape[1] < start + 24 and (
+                ids.shape[1] == start or ids[0, -1] != model.generation_config.eos_token_id
+            ):
+                ids = torch.cat([ids, model(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+
+    same = [greedy(old, given, prompt) == greedy(new, carried, prompt) for prompt in prompts]
+    assert 0 < sum(same) < len(prompts)
+    assert carried.card["transfer"]["answers"] == sum(same) / len(prompts)
+    with pytest.raises(AdapterUnsupported, match=rf"keep {sum(same) / len(prompts):.2f} of its answers, below least=1"):
+        carry(given, old, new, tokenizer, way="same", prompts=prompts, least=1.0)
+
+
 def test_layers_of_another_size_or_depth_are_refused_by_the_same_update(old, make_model, adapter, tokenizer):
     wide = with_neurons(old, torch.arange(24), 5)
     with pytest.raises(LayerMismatch, match=r"\(16, 24\).*\(16, 29\).*'activations'"):
