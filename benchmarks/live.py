@@ -2,6 +2,7 @@
 
     python -m benchmarks --threads 2 live prefill                  8 rows of 128 tokens, each with its own adapter of 20
     python -m benchmarks --threads 2 live decode --experts 4       16 greedy tokens with KV cache, a mixture of four per row
+    python -m benchmarks --threads 1 --cpu live decode --blocks 6   the first six blocks alone
     python -m benchmarks --threads 2 live decode --dtype bfloat16 --rows 32 --size 100 --no-peers
 
 Opening an activation and making its weights are part of our time; peft's `set_adapter` and `set_scale`, and its merging of
@@ -281,7 +282,7 @@ def main(
     size: Annotated[int, typer.Option(help="adapters in the pool")] = 20,
     rank: Annotated[int, typer.Option(help="of each adapter")] = 8,
     experts: Annotated[int, typer.Option(help="of each row's mixture, 1 to 4", min=1, max=4)] = 1,
-    blocks: Annotated[int | None, typer.Option(help="of the model; all by default")] = None,
+    blocks: Annotated[int | None, typer.Option(help="the first so many, without the head; all by default")] = None,
     peers: Annotated[bool, typer.Option(help="measure peft and polylora too")] = True,
 ) -> None:
     """Time relative to the base model's own pass over the same tokens."""
@@ -290,6 +291,8 @@ def main(
     if blocks is not None:
         model.model.layers = model.model.layers[:blocks]
         model.config.num_hidden_layers = blocks
+        # the output head would outweigh so few
+        model.lm_head = torch.nn.Linear(model.config.hidden_size, 64, bias=False).requires_grad_(False)
     setting = Setting(model, Shape(rows, tokens, size, rank, experts, targets), peers=peers, seed=run.seed)
     require(gates(setting))
     setting.to(getattr(torch, dtype))

@@ -177,10 +177,13 @@ def test_an_embedder_an_index_and_a_key_search_a_hub(make_adapter, tiny_llama, t
 
 def test_a_kernel_is_chosen_where_it_costs_least(make_adapters, tiny_llama):
     engine = lw.Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
-    for weights, names in (({"a": 1.0}, {"guest_kernel"}), ([{"a": 1.0}, {"a": 2.0}], {"gathered"})):
+    for weights, names in (({"a": 1.0}, {"guest_kernel"}), ([{"a": 1.0}, {"a": 2.0}], {"gathered", "native_rows"})):
         with engine.activate(weights):
             tiny_llama(torch.tensor([[3, 9, 27], [4, 8, 16]]))
-        assert {used.kernel for used in engine.last_weights.layers.values()} - {""} == names
+        # of ours, that which this machine runs
+        found = {used.kernel for used in engine.last_weights.layers.values()} - {""}
+        assert len(found) == 1
+        assert found <= names
 
 
 def test_a_format_is_read(tmp_path):

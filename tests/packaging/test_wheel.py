@@ -57,7 +57,11 @@ def test_the_wheel_has_every_source_file_under_loraweave_and_no_other_package(wh
     front = (ROOT / "loraweave").rglob("*.py")
     expected = {path.relative_to(ROOT).as_posix() for path in front} | {"loraweave/py.typed"}
     for room in ROOMS:
-        expected |= {f"loraweave/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room).rglob("*.py")}
+        expected |= {
+            f"loraweave/{path.relative_to(ROOT).as_posix()}"
+            for path in (ROOT / room).rglob("*.[cp]*")
+            if path.suffix in (".c", ".py")
+        }
     for room in ("composer/explain", "serving/ui"):
         expected |= {f"loraweave/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room / "page_files").iterdir()}
     names = zipfile.ZipFile(wheel).namelist()

@@ -93,7 +93,7 @@ def test_the_kernel_of_each_layer_is_a_file_of_its_folder(engine: Composer) -> N
         with engine.activate(mixture):
             engine.model(torch.ones(2, 6, IN))
         found.add(engine.cost()["0"].kernel)
-    assert found <= {"dense", "gathered", "merged", "segments", "shared", "sorted_tokens"}
+    assert found <= {"dense", "gathered", "merged", "native_rows", "segments", "shared", "sorted_tokens"}
     assert len(found) > 1
 
 
