@@ -23,7 +23,7 @@ from loraweave.routers.searches._told import SearchResult
 from loraweave.routers.weights import MixtureWeights
 
 # a longer program's loss must be lower by this share: with five examples a needless third step often seems to help a little
-GAIN = 0.3
+GAIN = 0.2
 
 
 class Programmed(Trial[Order]):
