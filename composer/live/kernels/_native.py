@@ -66,9 +66,12 @@ def _compiled() -> Path:
     # for this very processor: a folder may be shared by several machines
     parts = SOURCE.read_bytes(), " ".join(FLAGS).encode(), compiler.encode(), _processor().encode()
     target = cache_folder() / "native" / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = target.parent.stat()
+    if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & 0o022):
+        raise OSError(f"others may write to {target.parent}, so that nothing is loaded from it: chmod 700, and own it")
     if not target.exists():
         _logger.info("compiling %s with %s, once for this machine; it is kept as %s", SOURCE.name, compiler, target)
-        target.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(target) as temporary:
             command = [compiler, *FLAGS, "-o", str(temporary), str(SOURCE)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)

@@ -101,6 +101,18 @@ def test_it_is_compiled_once_with_a_line_in_the_log_and_nothing_unfinished_besid
     assert [path.suffix for path in fresh.iterdir()] == [".so"]
 
 
+@needs_a_compiler
+def test_no_library_is_loaded_from_a_folder_that_others_may_write_to(fresh, caplog):
+    fresh.mkdir(mode=0o700)
+    fresh.chmod(0o777)
+    with caplog.at_level(logging.INFO, logger=_native.__name__):
+        assert not _native.native_runs(torch.device("cpu"), torch.float32)
+    assert f"others may write to {fresh}" in caplog.text
+    _native.library.cache_clear()
+    fresh.chmod(0o700)
+    assert _native.native_runs(torch.device("cpu"), torch.float32)
+
+
 @pytest.mark.parametrize("why", ["no compiler", "it fails", "asked not to"])
 def test_without_the_library_the_kernels_of_torch_are_taken_and_the_log_says_why(fresh, monkeypatch, caplog, why):
     if why == "no compiler":
