@@ -1,0 +1,130 @@
+"""Whether an adapter's weights look like those of adapters with a planted backdoor: a logistic regression on spectra.
+
+Puertolas Merenciano et al. 2026, arXiv 2602.15195: five statistics of the updates of the attention's q, k, v and o, twenty
+numbers in all. docs/anomalies.md says what this found on 200 adapters, and what it cannot see.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from loraweave.errors import AdapterUnsupported
+from loraweave.hub.adapter import Adapter
+from loraweave.lowrank import algebra
+from loraweave.types import Factors
+
+Array = NDArray[np.float64]
+
+STATISTICS = ("leading", "norm", "energy", "entropy", "kurtosis")
+
+# entries of an update that are looked at together
+_BLOCK = 2**22
+
+
+def spectral_statistics(factors: Factors) -> Array:
+    """The five STATISTICS of an update b a that is not zero, whose singular values are s and whose entries are w.
+
+    leading = s_1, norm = sqrt(sum of s_i^2), energy = s_1^2 / sum of s_i^2, entropy = -sum of p_i ln p_i with
+    p_i = s_i^2 / sum of s_j^2, kurtosis = mean of (w - mean w)^4 / (mean of (w - mean w)^2)^2, which is 3 of a normal
+    distribution. Raises AdapterUnsupported for an update of zero, and for one with a magnitude or gain (DoRA, (IA)3).
+    """
+    if not factors.bound or factors.gain_O is not None:
+        raise AdapterUnsupported("an update with a magnitude or gain (DoRA, (IA)3) has no spectrum without its base")
+    b_OR, a_RI = factors.b_OR.double(), factors.a_RI.double()
+    if algebra.is_zero(factors):
+        raise AdapterUnsupported("an update of zero has no spectrum")
+    core_RR = torch.linalg.qr(b_OR, mode="r").R @ torch.linalg.qr(a_RI.T, mode="r").R.T
+    s_R = torch.linalg.svdvals(core_RR).numpy()
+    p_R = s_R**2 / (s_R**2).sum()
+    entropy = -float((p_R[p_R > 0] * np.log(p_R[p_R > 0])).sum())
+    count = b_OR.shape[0] * a_RI.shape[1]
+    mean = float(b_OR.sum(dim=0) @ a_RI.sum(dim=1)) / count
+    second = fourth = 0.0
+    size = max(1, _BLOCK // a_RI.shape[1])
+    for start in range(0, len(b_OR), size):
+        squares_NI = (b_OR[start : start + size] @ a_RI - mean).square_()
+        second, fourth = second + float(squares_NI.sum()), fourth + float(squares_NI.square_().sum())
+    return np.array([s_R[0], np.linalg.norm(s_R), p_R[0], entropy, fourth * count / second**2])
+
+
+def signature(adapter: Adapter) -> dict[str, Array]:
+    """By projection, the last part of the layers' names such as "q_proj", the mean of each statistic over its layers.
+
+    Layers with an update of zero do not count. Raises AdapterUnsupported where none is left, and as `spectral_statistics`.
+    """
+    found = defaultdict(list)
+    for name, factors in adapter.layers.items():
+        if not (factors.bound and factors.gain_O is None and algebra.is_zero(factors)):
+            found[name.rpartition(".")[2]].append(spectral_statistics(factors))
+    if not found:
+        raise AdapterUnsupported(f"adapter {adapter.name!r} has no update that is not zero")
+    return {projection: np.mean(found[projection], axis=0) for projection in sorted(found)}
+
+
+@dataclass(frozen=True)
+class BackdoorDetector:
+    """probability = 1 / (1 + exp(-(intercept + sum of coefficient * (statistic - mean) / scale))).
+
+    The numbers of all projections stand in one row, those of a projection in the order of STATISTICS. It knows adapters of
+    the kind that it was fitted on only: another rank, learning rate or number of steps moves the statistics, too.
+    """
+
+    projections: tuple[str, ...]
+    means: tuple[float, ...]
+    scales: tuple[float, ...]
+    coefficients: tuple[float, ...]
+    intercept: float
+
+    @classmethod
+    def fit(cls, clean: Iterable[Adapter], poisoned: Iterable[Adapter]) -> BackdoorDetector:
+        """The logistic regression with the L2 penalty 1 on standardised statistics (scikit-learn's default).
+
+        Raises AdapterUnsupported for less than two adapters on either side, and for others than the first's projections.
+        """
+        sides = [[signature(adapter) for adapter in side] for side in (clean, poisoned)]
+        if min(map(len, sides)) < 2:
+            raise AdapterUnsupported(
+                f"a detector is fitted on clean and on poisoned adapters, here {len(sides[0])} and {len(sides[1])}: give "
+                "two of each at least, of one base, and a hundred to trust it"
+            )
+        projections = tuple(sides[0][0])
+        x_NF = np.stack([_row(each, projections) for side in sides for each in side])
+        return cls.from_statistics(projections, x_NF, [0] * len(sides[0]) + [1] * len(sides[1]))
+
+    @classmethod
+    def from_statistics(cls, projections: Sequence[str], x_NF: Array, poisoned_N: Any) -> BackdoorDetector:
+        """The same from signatures that are known, one row each, and whether each adapter is poisoned."""
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.preprocessing import StandardScaler
+
+        scaler = StandardScaler().fit(x_NF)
+        model = LogisticRegression(max_iter=5000).fit(scaler.transform(x_NF), poisoned_N)
+        rows = (scaler.mean_, scaler.scale_, model.coef_[0])
+        means, scales, coefficients = (tuple(map(float, row)) for row in rows)
+        return cls(tuple(projections), means, scales, coefficients, float(model.intercept_[0]))
+
+    def probability(self, adapter: Adapter) -> float:
+        """That of a backdoor, 0 to 1. Raises AdapterUnsupported for other projections than those of the fit."""
+        return float(self.probabilities(_row(signature(adapter), self.projections)[None])[0])
+
+    def probabilities(self, x_NF: Array) -> Array:
+        """Those of signatures, one row each."""
+        z_N = self.intercept + (x_NF - np.array(self.means)) / np.array(self.scales) @ np.array(self.coefficients)
+        found: Array = 1 / (1 + np.exp(-z_N))
+        return found
+
+
+def _row(found: Mapping[str, Array], projections: Sequence[str]) -> Array:
+    if tuple(found) != tuple(projections):
+        raise AdapterUnsupported(
+            f"the adapter updates {', '.join(found)}, and the detector knows {', '.join(projections)}: fit one on adapters "
+            "that update the same"
+        )
+    return np.concatenate([found[projection] for projection in projections])
