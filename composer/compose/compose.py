@@ -179,7 +179,7 @@ def check_arguments(experts: Hub | ExpertPool, task: Task, **arguments: Any) -> 
 # what a searched composition is compared with
 PLAIN = ("base", "best_single")
 REASONS = {
-    "average": "the members' probabilities, averaged; folds=2 compares the ways on held-out examples",
+    "average": "the members' probabilities, averaged",
     "best_single": "it answers the examples already, far better than prompts alone",
 }
 

@@ -94,20 +94,28 @@ class Ways:
             trial.run(self._folds)
         if self._settings.method != "auto":
             return always
-        plain = [*self._plain, *filter(self._stays, self._prompts())]
+        prompts = [trial for trial in self._prompts() if self._stays(trial)]
+        plain = [*self._plain, *prompts]
         if not self._folds and self._is_sure(plain):
             self.asked = "best_single"
             return plain
+        if self._is_one:
+            self.remarks.append("one example is shown in prompts, and not learned from: two would tell how well ways do")
+            return [*plain, *self._average(prompts)]
         if self._settings.has_many(self._bench.task):
             return [*plain, *self._compared(plain)]
         members = [trial for trial in self._learning if self._stays(trial)]
         programs = [trial for trial in self._programs(plain) if self._stays(trial)]
         averaged = members + [program for program in programs if self._joins(program, plain)]
-        average = [Averaged(averaged)] if len(averaged) > 1 else []
+        return [*plain, *members, *programs, *self._average(averaged)]
+
+    def _average(self, members: Sequence[Trial[Any]]) -> list[Trial[Any]]:
+        """The average of the members, which is then asked for; none of one alone."""
+        average: list[Trial[Any]] = [Averaged(members)] if len(members) > 1 else []
         for trial in average:
             trial.run(self._folds)
-        self.asked = next((trial.name for trial in [*average, *averaged]), None)
-        return [*plain, *members, *programs, *average]
+        self.asked = next((trial.name for trial in [*average, *members]), None)
+        return average
 
     def _compared(self, plain: Sequence[Trial[Any]]) -> list[Trial[Any]]:
         """All that learns, on the examples held out; only the best goes on to learn from all."""
@@ -120,8 +128,13 @@ class Ways:
         return measured
 
     def _is_sure(self, plain: Sequence[Trial[Any]]) -> bool:
-        """Whether the best single adapter's loss is far below that of prompts alone."""
+        """Whether the best single adapter's loss is far below that of prompts alone.
+
+        No prompt can show the only example that it asks for: of one, the adapter must also be the one that retrieval finds.
+        """
         losses = {trial.name: trial.held_out_loss for trial in plain}
+        if self._is_one and self._bench.best([0], 1).keys() != set(list(self._bench.scores)[:1]):
+            return False
         prompts = ("base", "in_context", "in_context_adapter")
         return losses["best_single"] < SURE * min(losses[name] for name in prompts if name in losses)
 
@@ -159,7 +172,7 @@ class Ways:
     def _prompts(self) -> list[Trial[Any]]:
         """The base in context, where there are other examples to show, and the adapter that learned to read them."""
         task = self._bench.task
-        if task.demonstrations or len(task.examples) < 2:
+        if task.demonstrations or not (len(task.examples) > 1 or self._is_one):
             return []
         reader = [] if self._bench.start is None else [InContextAdapter(self._bench.with_demonstrations(ORDERS))]
         return [self._in_context(), *reader]
@@ -188,7 +201,7 @@ class Ways:
             case "in_context":
                 return [self._in_context()]
             case "auto":
-                return [*self._searches(), *self._trainings(shown)]
+                return [] if self._is_one else [*self._searches(), *self._trainings(shown)]
         if settings.method in OTHER_WAYS:
             return []
         if len(names) == 1 and settings.learns and settings.method != "grid":
@@ -218,12 +231,22 @@ class Ways:
         return [FewShot(shown, replace(FEW_SHOT, seed=settings.seed)), *longer]
 
     @property
+    def _is_one(self) -> bool:
+        """Whether "auto" has one example to show, and nothing to compare ways on."""
+        task, settings = self._bench.task, self._settings
+        return settings.method == "auto" and len(task.examples) == 1 and not task.demonstrations and self._asks_the_task
+
+    @property
+    def _asks_the_task(self) -> bool:
+        """Whether the loss is the task's own, of mixtures of updates."""
+        return self._settings.objective in (None, "cross_entropy") and self._settings.meaning in (None, "linear")
+
+    @property
     def _has_room(self) -> bool:
         """Whether "auto" does more than search: its loss is the task's, and examples, budget and time allow it."""
         settings = self._settings
         enough = settings.seconds is None and settings.budget is not None and settings.budget >= TRAINS_FROM
-        plain = settings.objective in (None, "cross_entropy") and settings.meaning in (None, "linear")
-        return enough and plain and len(self._bench.task.examples) > 1
+        return enough and self._asks_the_task and len(self._bench.task.examples) > 1
 
 
 Start = Mapping[str, float] | MixtureWeights | None

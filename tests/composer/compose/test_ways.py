@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -316,3 +317,28 @@ def shown_by_the_bar(monkeypatch):
 
     monkeypatch.setattr(Progress, "update", spy)
     return completed, totals
+
+
+def test_one_example_is_shown_in_every_prompt_since_nothing_compares_ways_on_it(
+    compose, pool, tiny_llama, tokenizer, tmp_path
+):
+    one = lw.Task(EXAMPLES[:1], instruction="swap")
+    found = compose(task=one)
+    assert rows_of(found.report) == PLAIN
+    assert (found.report.chosen, found.is_base) == ("in_context", True)
+    assert found.task.prompt("e") == "swap\nInput: a\nOutput: ab\n\nswap\nInput: e\nOutput:"
+    reader = lw.train_adapters(tiny_llama, tokenizer, {"reader": one}, steps=5, rank=2, progress=False)["reader"]
+    with lw.Hub(tmp_path / "hub") as hub:
+        for adapter in pool.adapters.values():
+            hub.add(adapter)
+        hub.add(reader, tags=["in-context"])
+        found = compose(hub, task=one)
+        assert list(found.members) == ["in_context", "in_context_adapter"]
+        assert [member.task.demonstrations for member in found.members.values()] == [tuple(EXAMPLES[:1])] * 2
+        assert found.members["in_context_adapter"].adapter.hash == reader.hash
+        # what answers it already counts where retrieval finds it too
+        expert = lw.train_adapters(tiny_llama, tokenizer, {"it": one}, steps=120, lr=3e-2, rank=16, progress=False)["it"]
+        hub.add(replace(expert, card={"examples": ["a"], "description": "swap"}))
+        assert compose(hub, task=one).report.chosen == "best_single"
+        hub.update("it", examples=["nothing like it, at any rate"], description="count the sheep")
+        assert compose(hub, task=one).report.chosen == "average"
