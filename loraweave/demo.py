@@ -34,7 +34,8 @@ LABELS = {
     "in_context": "base, examples in the prompt",
     "in_context_adapter": "in-context adapter, examples in the prompt",
     "few_shot": "adapter, trained on the examples",
-    "average": "average of the last two",
+    "program": "adapters, one after the other",
+    "average": "average of what was learned",
 }
 
 
@@ -139,7 +140,9 @@ def _scores(
     composition: lw.Composition, unseen: DemoTask, reader: lw.Adapter | None, console: Console
 ) -> dict[str, dict[str, float]]:
     """Of every way that was run on all examples."""
-    rows = [row for row in composition.report.rows if row.loss is not None]
+    # of a program that was left out nothing but its loss is kept
+    left_out = {"program"} - composition.members.keys()
+    rows = [row for row in composition.report.rows if row.loss is not None and row.name not in left_out]
     scores: dict[str, dict[str, float]] = {}
     plain = replace(composition, task=unseen.task, merge_method="linear", stored=None, members={})
     in_context = replace(plain, task=replace(unseen.task, demonstrations=True), all_weights={}, by_layer=None)
