@@ -2,7 +2,7 @@
 
 Puertolas Merenciano et al. 2026, arXiv 2602.15195: five statistics of the updates of the attention's q, k, v and o, twenty
 numbers in all. What we read of it, abstract and accounts, names the statistics and the regression; that layers are averaged,
-and that entropy is of squares, is our choice. docs/anomalies.md says how little is known of how well it works.
+and that entropy is of squares, is our choice. docs/anomalies.md says how well it works.
 """
 
 from __future__ import annotations
