@@ -247,21 +247,6 @@ class AlongDirections(Protocol):
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor: ...
 
 
-@runtime_checkable
-class Valued(Protocol):
-    """A router that, if `values`, turns what a layer's mixture adds: y += V sum over e of w_e b_e a_e x.
-
-    V_OO is `value_matrix(layer)`, and None the identity. Gains and biases are added as they are. Such a router is activated
-    by itself, not within others.
-    """
-
-    values: bool
-
-    def value_matrix(self, layer: str) -> Tensor | None: ...
-
-    def weights(self, x_BTI: Tensor, layer: str) -> Tensor: ...
-
-
 # inputs that say nothing of their label
 NEUTRAL = ("N/A", "[MASK]", "")
 # what ends an answer of one line

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,6 +33,21 @@ def begin(router: Router, model: Any, arguments: Mapping[str, Any]) -> Router:
 def parts_of(router: Any) -> list[Any]:
     """A router and those that it is made of."""
     return list(getattr(router, "parts", [router]))
+
+
+@runtime_checkable
+class Valued(Protocol):
+    """A router that, if `values`, turns what a layer's mixture adds: y += V sum over e of w_e b_e a_e x.
+
+    V_OO is `value_matrix(layer)`, and None the identity. Gains and biases are added as they are. Such a router is activated
+    by itself, not within others.
+    """
+
+    values: bool
+
+    def value_matrix(self, layer: str) -> Tensor | None: ...
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor: ...
 
 
 # makes w_BTE for x_BTI and a layer of the router that is given

@@ -22,10 +22,10 @@ from loraweave.composer.live.residents import Lease
 from loraweave.composer.live.row_weights import AffineTable, LayerMixture, require_multiple
 from loraweave.composer.model.layers import TargetLayer
 from loraweave.errors import ScopeError, WeightingError
-from loraweave.routers.combined import needs_call, num_rows_of, parts_of
+from loraweave.routers.combined import Valued, needs_call, num_rows_of, parts_of
 from loraweave.routers.invoked import Invoked
 from loraweave.routers.weights import MixtureWeights
-from loraweave.types import AlongDirections, Router, Valued
+from loraweave.types import AlongDirections, Router
 
 # experts of a token that sorting has to beat before a router looks at its input
 SOME_CHOSEN = 2

@@ -160,8 +160,8 @@ def require_in_range(factors: Factors, where: str) -> None:
 def within_range(tensors: Iterable[Tensor]) -> bool:
     """Whether all values, and all products and sums of products of two tensors, are surely finite in fp32.
 
-    One pass in the place of one for each question: by Cauchy and Schwarz the norm of all together bounds them. False says
-    only that each has to be looked at; so do tensors of whole numbers.
+    By Cauchy and Schwarz the norm of all together bounds them, which takes one pass. False says only that each has to be
+    looked at; so do tensors of whole numbers.
     """
     total = 0.0
     for tensor in tensors:

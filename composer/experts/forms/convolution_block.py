@@ -1,4 +1,4 @@
-"""The sum of experts of a convolution, or the whole block that MLoRE's authors released in the place of one."""
+"""The sum of experts of a convolution, or the whole block that MLoRE's authors released."""
 
 from __future__ import annotations
 
