@@ -168,7 +168,8 @@ class ProgramSearch:
         return sorted(found, key=lambda row: (-row.num_examples, row.loss))
 
     def _pairs(self) -> list[Order]:
-        return [(first, last) for first in self.first for last in self._lasts() if first != last]
+        lasts = self._lasts()
+        return [(first, last) for first in self.first for last in lasts if first != last]
 
     def _lasts(self) -> list[Step]:
         """The steps of the lowest loss alone: what answers in the targets' form reads them best, whatever it is asked."""

@@ -37,12 +37,8 @@ class Programmed(Trial[Order]):
         return [self._search(split.seen[:MAX_PACKED]) for split in splits]
 
     def scores(self, chosen: Order, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        pairs = [self.bench.task.examples[place] for place in examples]
-        # licenses were asked for when it was chosen
-        made = self.composition(chosen, Report((), self.name, "", (), 0.0, 0), seed=0, allow_licenses=True)
-        said = made.predict([text for text, _ in pairs])
-        hits_N = [answer == target.strip() for answer, (_, target) in zip(said, pairs, strict=True)]
-        return np.array(made.losses(pairs)), np.array(hits_N, dtype=np.float64)
+        made, hits_N = self.hits(chosen, examples)
+        return np.array(made.losses([self.bench.task.examples[place] for place in examples])), hits_N
 
     def result(self, chosen: Order) -> SearchResult:
         return result_of(MixtureWeights.of({}, self.bench.names))
@@ -64,8 +60,7 @@ class Programmed(Trial[Order]):
 
     def _search(self, examples: Sequence[int]) -> Order:
         """Raises InvalidTask where no adapter has a description, InvalidLicense for steps that may not be combined."""
-        task = task_of(self.bench.task, examples)
-        bench = self.bench
+        bench, task = self.bench, task_of(self.bench.task, examples)
         search = search_programs(
             bench.engine.model, bench.tokenizer, self._hub, task, k=self._settings.k, progress=bench.progress
         )

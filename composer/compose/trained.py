@@ -151,13 +151,9 @@ class Averaged(Trial[tuple[Any, ...]]):
         return list(zip(*(part.choices_on(splits) for part in self._parts), strict=True))
 
     def scores(self, chosen: tuple[Any, ...], examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        pairs = [self.bench.task.examples[place] for place in examples]
-        # licenses were asked for before anything was measured
-        made = self.composition(chosen, Report((), self.name, "", (), 0.0, 0), seed=0, allow_licenses=True)
-        said = made.predict([text for text, _ in pairs])
-        hits_N = [answer == target.strip() for answer, (_, target) in zip(said, pairs, strict=True)]
+        _, hits_N = self.hits(chosen, examples)
         each = [part.scores(own, examples)[0] for part, own in zip(self._parts, chosen, strict=True)]
-        return np.mean(each, axis=0), np.array(hits_N, dtype=np.float64)
+        return np.mean(each, axis=0), hits_N
 
     def finish(self) -> None:
         """The examples were learned from, so that no answer to them is looked at. The parts are finished by then."""

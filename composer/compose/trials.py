@@ -167,6 +167,15 @@ class Trial(ABC, Generic[Chosen]):
             **self.composition_fields(chosen),
         )
 
+    def hits(self, chosen: Chosen, examples: Sequence[int]) -> tuple[Composition, np.ndarray]:
+        """The choice as a composition, and whether it answers each of these examples with its target."""
+        pairs = [self.bench.task.examples[place] for place in examples]
+        # licenses were asked for when it was chosen
+        made = self.composition(chosen, Report((), self.name, "", (), 0.0, 0), seed=0, allow_licenses=True)
+        said = made.predict([text for text, _ in pairs])
+        right_N = [answer == target.strip() for answer, (_, target) in zip(said, pairs, strict=True)]
+        return made, np.array(right_N, dtype=np.float64)
+
     def composition_fields(self, chosen: Chosen) -> dict[str, Any]:
         """What a composition has of a choice beside its weights."""
         return {"task": self.bench.task, "pool": self.bench.engine.pool, "merge_method": self.merge_method}

@@ -66,12 +66,8 @@ class _LayerStack:
         """The stack with V b_e as each expert's b; made again when V was changed, and in every call while it learns."""
         if v_OO.requires_grad and torch.is_grad_enabled():
             return replace(stack, b_SO=stack.b_SO @ v_OO.to(stack.b_SO).T)
-        if (
-            self.turned is None
-            or self.turned_by is None
-            or self.turned_by[0] is not v_OO
-            or self.turned_by[1] != v_OO._version
-        ):
+        known_OO, version = self.turned_by or (None, 0)
+        if self.turned is None or known_OO is not v_OO or version != v_OO._version:
             with torch.inference_mode(False), torch.no_grad():
                 self.turned = replace(stack, b_SO=stack.b_SO @ v_OO.detach().to(stack.b_SO).T)
             self.turned_by = v_OO, v_OO._version
