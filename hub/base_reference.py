@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Self
 
 import torch
 
+from loraweave.common.spread import processes_here
 from loraweave.errors import BaseModelMismatch
 from loraweave.hub.base import base_config, base_id, load_base, without_bars
 
@@ -57,6 +59,16 @@ class BaseReference:
     def load(self) -> tuple[Any, Any]:
         """(model, tokenizer), read once by a process. Raises BaseModelMismatch where the place now has something else."""
         return _loaded(self) if self.held is None else self.held
+
+
+def base_loader(model: Any, tokenizer: Any, n_jobs: int | None) -> Callable[[], tuple[Any, Any]]:
+    """What gives (model, tokenizer) where pieces run: these two in this process, and by their name on `n_jobs` workers.
+
+    Raises BaseModelMismatch as `BaseReference.of` does, where there are workers.
+    """
+    if processes_here(n_jobs) is None:
+        return lambda: (model, tokenizer)
+    return BaseReference.of(model, tokenizer).load
 
 
 @lru_cache(maxsize=1)

@@ -16,7 +16,7 @@ import torch
 
 from loraweave.common.display import progress_bar, tracked
 from loraweave.common.rows import located, read_row
-from loraweave.common.spread import Failed, processes_here, spread
+from loraweave.common.spread import Failed, spread
 from loraweave.composer.study.cells import Answers, Cell, Store, answered, cells
 from loraweave.composer.study.methods import Case, made
 from loraweave.composer.study.report import write_report
@@ -25,7 +25,7 @@ from loraweave.composer.study.study_file import Study
 from loraweave.errors import AdapterNotFound, InvalidTask
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import load_base
-from loraweave.hub.base_reference import BaseReference
+from loraweave.hub.base_reference import base_loader
 from loraweave.hub.formats._config import CONFIG
 from loraweave.hub.hub import Hub
 from loraweave.hub.intake.sources import adapter_folders
@@ -88,10 +88,7 @@ def _run(
     progress: bool,
 ) -> dict[str, str]:
     """Runs the cells, each a piece of work for some worker, and keeps what they answer; {key: why} of those that failed."""
-    if processes_here(n_jobs) is None:
-        load: Load = partial(_held, model, tokenizer)
-    else:
-        load = BaseReference.of(model, tokenizer).load
+    load = base_loader(model, tokenizer, n_jobs)
     # a function of a metric need not travel
     settings = replace(read, tasks=(), methods=(), metrics=())
     pieces = {str(cell): replace(cell, task=replace(cell.task, metrics=())) for cell in missing}
@@ -107,20 +104,13 @@ def _run(
     return failures
 
 
-Load = Callable[[], tuple[Any, Any]]
-
-
-def _held(model: Any, tokenizer: Any) -> tuple[Any, Any]:
-    return model, tokenizer
-
-
 @lru_cache(maxsize=1)
 def _fitted(study: str) -> dict[Any, Any]:
     """What this process keeps while it answers cells of one call of `study`."""
     return {}
 
 
-def _answer(load: Load, read: Study, hub: Hub, call: str, cell: Cell) -> Answers:
+def _answer(load: Callable[[], tuple[Any, Any]], read: Study, hub: Hub, call: str, cell: Cell) -> Answers:
     model, tokenizer = load()
     case = Case(
         model,

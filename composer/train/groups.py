@@ -15,7 +15,7 @@ from loraweave.composer.train.memory import MemoryModel, step_budget
 from loraweave.composer.train.report import SharedReport, TrainedAdapters
 from loraweave.composer.train.schedule import groups
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.base_reference import BaseReference
+from loraweave.hub.base_reference import base_loader
 from loraweave.hub.hub import Hub
 
 # trains tasks by name, as `train_adapters` does
@@ -66,7 +66,7 @@ def train_groups(
         for names in together
     }
     given = {**options, "memory_bytes": budget, "progress": False}
-    work = partial(_train_group, train, BaseReference.of(model, tokenizer), given, hub)
+    work = partial(_train_group, train, base_loader(model, tokenizer, n_jobs), given, hub)
     trained = list(require_all(dict(spread(work, pieces, n_jobs=n_jobs, label="training", bar=bar))).values())
     adapters = {name: adapter for each in trained for name, adapter in each.items()}
     if hub is not None:
@@ -75,12 +75,16 @@ def train_groups(
 
 
 def _train_group(
-    train: Train, base: BaseReference, options: Mapping[str, Any], hub: Hub | None, group: Group
+    train: Train,
+    load: Callable[[], tuple[Any, Any]],
+    options: Mapping[str, Any],
+    hub: Hub | None,
+    group: Group,
 ) -> TrainedAdapters:
     """The adapters, or, when they are in the hub, none: they travel as its names."""
     if hub is not None and all(_is_there(hub, name, key) for name, key in group.keys.items()):
         return TrainedAdapters({}, SharedReport())
-    model, tokenizer = base.load()
+    model, tokenizer = load()
     trained = train(model, tokenizer, **group.by_name, **options)
     if hub is None:
         return trained

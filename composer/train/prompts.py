@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from loraweave.common.chat import Prompt, prompt_ids
+from loraweave.common.display import progress_bar
 from loraweave.common.options import Count, Positive
 from loraweave.common.rows import GivenRows, read_asked
+from loraweave.common.spread import require_all, spread
 from loraweave.composer.model import scoring
 from loraweave.composer.train.adapters import train_adapters
 from loraweave.errors import InvalidTask
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.base_reference import base_loader
 from loraweave.types import DEFAULT_TEMPLATE, Task
 
 # the default form of a prompt, without its instruction
@@ -33,6 +38,7 @@ def distil_prompt(
     batch_size: Count = 8,
     target_modules: Sequence[str] = ("q_proj", "v_proj"),
     seed: int = 0,
+    n_jobs: int | None = None,
     progress: bool = True,
 ) -> Adapter:
     """An adapter with which the model answers without the prompt as it does with the prompt and without the adapter.
@@ -43,7 +49,10 @@ def distil_prompt(
 
     W + w * update is the model under w times the prompt: w = 1 is the prompt, 0 the base, others lie between or beyond; sums
     of several adapters are several prompts. `lw.compose(.., method="grid")` searches strengths on examples, as published,
-    and method="manual" takes yours. Raises InvalidTask for a teacher whose prompt says no more than the student's, and where
+    and method="manual" takes yours.
+
+    `n_jobs` workers, or those that `joblib.parallel_config` names, answer the inputs as one process would
+    (docs/howto/many_machines.md). Raises InvalidTask for a teacher whose prompt says no more than the student's, and where
     all answers are empty; what `train_adapters` raises.
     """
     template = PLAIN if teacher.template is None and not teacher.chat else teacher.template
@@ -57,7 +66,7 @@ def distil_prompt(
             f"there is nothing to distil: of {len(asked)} inputs, the first is asked alike by teacher and student; give the "
             "teacher an instruction, demonstrations or a system, and inputs to answer"
         )
-    answers = scoring.predict(model, tokenizer, teacher, asked, max_new_tokens=max_new_tokens)
+    answers = _answers(model, tokenizer, teacher, asked, max_new_tokens, n_jobs, progress)
     rows = [(given, answer) for given, answer in zip(asked, answers, strict=True) if answer.strip()]
     if not rows:
         raise InvalidTask(
@@ -77,3 +86,30 @@ def distil_prompt(
     )[name]
     said = teacher.instruction or teacher.system or "demonstrations"
     return replace(made, card={**made.card, "description": f"Answers as under the prompt: {said}"})
+
+
+def _answers(
+    model: Any,
+    tokenizer: Any,
+    teacher: Task,
+    asked: Sequence[Prompt],
+    max_new_tokens: int,
+    n_jobs: int | None,
+    progress: bool,
+) -> list[str]:
+    """The base's answers, in pieces of like length, which are the same for any number of workers."""
+    lengths = [len(ids) for ids in prompt_ids(tokenizer, [teacher.prompt(text) for text in asked])]
+    order = sorted(range(len(asked)), key=lengths.__getitem__)
+    parts = scoring.in_chunks(order, scoring.BATCH_SIZE)
+    pieces = {f"{number} of {len(parts)}": [asked[place] for place in part] for number, part in enumerate(parts, start=1)}
+    work = partial(_answered, base_loader(model, tokenizer, n_jobs), teacher, max_new_tokens)
+    with progress_bar(progress) as bar:
+        found = require_all(dict(spread(work, pieces, n_jobs=n_jobs, label="answering", bar=bar)))
+    answers = dict(zip(order, (answer for name in pieces for answer in found[name]), strict=True))
+    return [answers[place] for place in range(len(asked))]
+
+
+def _answered(
+    load: Callable[[], tuple[Any, Any]], teacher: Task, max_new_tokens: int, inputs: Sequence[Prompt]
+) -> list[str]:
+    return scoring.predict(*load(), teacher, inputs, max_new_tokens=max_new_tokens)

@@ -13,7 +13,7 @@ import json
 import logging
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -48,10 +48,13 @@ NUM_EVIDENCE_CACHED = 1024
 # of the nearest, so many more than four times those wanted are tried on a filter
 _NUM_TRIED = 32
 
-# adapters whose keys a database gets at a time: a first search that is interrupted keeps what it has
+# adapters whose keys are one piece of work
+NUM_SPREAD = 64
+
+# adapters whose keys are stored at a time: a first search that is interrupted keeps what it has
 _BATCH = 500
 
-# records that a snapshot keeps
+# records that a snapshot keeps, and that a database is asked for at a time
 _MAX_RECORDS = 4096
 
 _logger = logging.getLogger(__name__)
@@ -111,6 +114,8 @@ class SearchIndex:
     def __init__(self, hub: Listing, *, embedder: str | Embedder = "sentence", index: str = "auto") -> None:
         self.hub = hub
         self.embedder = embedder_of(embedder)
+        # what a worker opens it by
+        self._given = embedder
         self._index = index
         self._choice = index_choice(index)
         self._snapshot: _Snapshot | None = None
@@ -184,10 +189,11 @@ class SearchIndex:
         try:
             # read before the rows: a write in between makes the next search look again, never the reverse
             generation = self.hub.generation
-            while generation != self._ready and (records := database.unready(self.embedder.id, _BATCH)):
+            while generation != self._ready and (records := database.unready(self.embedder.id, _MAX_RECORDS)):
                 _logger.info("embedding %d adapters with %s", len(records), self.embedder.id)
-                made = [(record.name, _digest(record), self._key(record)) for record in records]
-                self.hub.store_vectors(self.embedder.id, made)
+                for part, made in self._made(records):
+                    stored = [(record.name, _digest(record), key_D) for record, key_D in zip(part, made, strict=True)]
+                    self.hub.store_vectors(self.embedder.id, stored)
                 generation = self.hub.generation
             self._ready = generation
         except HubError as error:
@@ -323,9 +329,11 @@ class SearchIndex:
                 keys_ND[position] = known
         if missing:
             _logger.info("embedding %d of %d adapters with %s", len(missing), len(records), self.embedder.id)
-            for position in missing:
-                keys_ND[position] = self._key(records[position])
-            self._store([(records[position].name, digests[position], keys_ND[position]) for position in missing])
+            places = {records[position].name: position for position in missing}
+            for part, made in self._made([records[position] for position in missing]):
+                own = [places[record.name] for record in part]
+                keys_ND[own] = made
+                self._store([(records[place].name, digests[place], keys_ND[place]) for place in own])
         return keys_ND
 
     def _store(self, made: list[tuple[str, str, np.ndarray]]) -> None:
@@ -336,14 +344,55 @@ class SearchIndex:
             _logger.info("%d embeddings are not stored: %s", len(made), error)
             self._unstored = {**self._unstored, **{name: (digest, key_D) for name, digest, key_D in made}}
 
-    def _key(self, record: Record) -> np.ndarray:
+    def _made(self, records: Sequence[Record]) -> Iterator[tuple[Sequence[Record], list[np.ndarray]]]:
+        """The keys of some records at a time; those of many by the workers that `joblib.parallel_config` names, if any."""
+        if len(records) > NUM_SPREAD:
+            # with torch, which a search by another embedder can do without
+            from loraweave.common.spread import processes_here
+
+            if processes_here(None) is not None:
+                yield from _spread_keys(self._given, records)
+                return
+        for start in range(0, len(records), _BATCH):
+            part = records[start : start + _BATCH]
+            yield part, _keys_of(self._embedded, part)
+
+
+def _keys_of(embed: _Embed, records: Sequence[Record]) -> list[np.ndarray]:
+    keys = []
+    for record in records:
         kinds, texts = zip(*_texts(record), strict=True)
-        rows_ND = self._embedded(texts).astype(np.float64)
+        rows_ND = embed(texts).astype(np.float64)
         samples_ND = rows_ND[[kind == "sample input" for kind in kinds]]
-        if not len(samples_ND):
-            return unit(rows_ND[0])
-        key_D = unit(samples_ND.mean(axis=0))
-        return unit(key_D + DESCRIPTION_WEIGHT * rows_ND[-1]) if kinds[-1] == "description" else key_D
+        key_D = unit(samples_ND.mean(axis=0)) if len(samples_ND) else unit(rows_ND[0])
+        if len(samples_ND) and kinds[-1] == "description":
+            key_D = unit(key_D + DESCRIPTION_WEIGHT * rows_ND[-1])
+        keys.append(key_D)
+    return keys
+
+
+def _spread_keys(given: Any, records: Sequence[Record]) -> Iterator[tuple[Sequence[Record], list[np.ndarray]]]:
+    """The keys of each piece as it ends. When all have ended, raises what the first that failed has raised."""
+    from loraweave.common.display import progress_bar
+    from loraweave.common.spread import Failed, require_all, spread
+
+    parts = [records[start : start + NUM_SPREAD] for start in range(0, len(records), NUM_SPREAD)]
+    pieces = {part[0].name: part for part in parts}
+    ended = {}
+    with progress_bar(True) as bar:
+        for name, found in spread(partial(_keys_by, given), pieces, n_jobs=None, label="embedding", bar=bar):
+            ended[name] = found
+            if not isinstance(found, Failed):
+                yield pieces[name], found
+    require_all(ended)
+
+
+def _keys_by(given: Any, records: Sequence[Record]) -> list[np.ndarray]:
+    """The keys by an embedder, which a worker opens once where it has a name."""
+    return _keys_of(partial(embed_checked, _embedder_named(given) if isinstance(given, str) else given), records)
+
+
+_embedder_named = lru_cache(maxsize=1)(embedder_of)
 
 
 # for each hub, what an embedder made of adapters' own texts: a new search of the hub does not embed them again

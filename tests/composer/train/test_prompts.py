@@ -43,6 +43,17 @@ def test_the_stronger_it_is_the_likelier_are_the_prompted_answers(model, tokeniz
     assert losses[0] > losses[1] > losses[2]
 
 
+def test_two_workers_answer_as_one_process_does(make_model, tokenizer, tmp_path, monkeypatch):
+    make_model("llama").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = lw.load_base(tmp_path)
+    monkeypatch.setattr(scoring, "BATCH_SIZE", 2)
+    teacher = lw.Task([], instruction="x y", demonstrations=[("d", "e")])
+    settings = {**SETTINGS, "steps": 2}
+    one = distil_prompt(model, tokenizer, teacher, INPUTS, **settings)
+    assert distil_prompt(model, tokenizer, teacher, INPUTS, n_jobs=2, **settings).hash == one.hash
+
+
 def test_a_prompt_that_says_nothing_is_refused(model, tokenizer):
     with pytest.raises(InvalidTask, match="of 6 inputs, the first is asked alike"):
         distil_prompt(model, tokenizer, lw.Task([], template="{input}"), INPUTS, **SETTINGS)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import weakref
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -44,6 +45,36 @@ def found(index, text, k=10, min_score=None, **filters):
 
 def scores(candidates):
     return {candidate.name: candidate.score for candidate in candidates}
+
+
+class Fussy(Counts):
+    """Cannot read of one adapter."""
+
+    def embed(self, texts):
+        if "sum" in texts:
+            raise RetrievalError("sum is no word")
+        return super().embed(texts)
+
+
+def test_workers_make_the_keys_of_one_process_and_keep_those_beside_a_failure(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(search_module, "NUM_SPREAD", 1)
+    index = SearchIndex(hub, embedder=Fussy())
+    with joblib.parallel_config(n_jobs=2), pytest.raises(RetrievalError, match="sum is no word") as raised:
+        found(index, "cat")
+    assert raised.value.__notes__ == ["this was piece 'adding' of 4; the same call runs what failed again"]
+    kept = hub.vectors(Counts().id)
+    assert sorted(kept) == ["cinema", "pets", "word"]
+    found(SearchIndex(hub, embedder=Counts()), "cat")
+    alone = hub.vectors(Counts().id)
+    assert len(alone) == 4
+    with Hub(tmp_path / "again") as again:
+        for record in hub:
+            again.add(hub[record.name], examples=record.examples, description=record.description)
+        found(SearchIndex(again, embedder=Counts()), "cat")
+        made = again.vectors(Counts().id)
+    assert {name: (digest, key_D.tolist()) for name, (digest, key_D) in alone.items()} == {
+        name: (digest, key_D.tolist()) for name, (digest, key_D) in made.items()
+    }
 
 
 def test_a_key_is_the_unit_mean_of_sample_inputs_with_the_description_mixed_in(hub):
