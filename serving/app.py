@@ -86,7 +86,9 @@ def make_app(hub: Hub, model: Any, tokenizer: Any, *, limits: Limits | None = No
         route("/v1/completions", "POST", face.completions),
         route("/v1/chat/completions", "POST", face.chat),
     ]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
+    app.state.face = face
+    return app
 
 
 @dataclass(eq=False)
@@ -134,7 +136,7 @@ class Face:
                 except ClientDisconnect:
                     response = Response(status_code=CLIENT_GONE)
                 except Exception as error:
-                    response = _refused(error)
+                    response = refused(error)
                 status[0] = response.status_code
                 return response
 
@@ -286,11 +288,12 @@ def _headers(canonical: str, identity: str) -> dict[str, str]:
     return {"X-Loraweave-Formula": quote(canonical, safe=PLAIN), "X-Loraweave-Identity": identity}
 
 
-def _refused(error: Exception) -> Response:
+def refused(error: Exception) -> Response:
+    """What a client is told of an error."""
     refusal = refusal_of(error)
     return JSONResponse(refusal.body, refusal.status, headers=refusal.headers)
 
 
 async def _no_route(request: Request, error: Any) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return _refused(Refusal(error.status_code, message, headers=error.headers))
+    return refused(Refusal(error.status_code, message, headers=error.headers))

@@ -27,6 +27,7 @@ EXTRAS = {
     "privacy": "lw.federate with strategy='dp_lora' (opacus)",
     "quantised": "bases in int8, int4 and nf4, live and fused (bitsandbytes, torchao)",
     "ray": "work spread over a Ray cluster (joblib.parallel_config)",
+    "ray-serve": "replicas of the server on Ray Serve",
     "remote": "a hub's files on S3",
     "search": "LoraHub's original search (nevergrad)",
     "serve": "loraweave serve and ui",

@@ -1,0 +1,146 @@
+"""Replicas of the server on Ray Serve: a request goes where its formula's factors and beginnings are.
+
+a client -> Ray's proxy -> Front, which reads the formula -> by Ray's model multiplexing, a Replica -> its own `make_app`
+
+A replica tells Ray the formulas that it had last. A request goes to one that had its formula; where these are busy for a
+second, or there is none, to the one that had the fewest (https://docs.ray.io/en/latest/serve/model-multiplexing.html).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from types import MappingProxyType
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from loraweave.composer.formula.formula import parse
+from loraweave.errors import CompositionError, FormulaError, PackageMissing
+from loraweave.hub.base import load_base
+from loraweave.hub.hub import Hub
+from loraweave.serving.app import make_app, refused
+from loraweave.serving.limits import Limits
+from loraweave.serving.refusals import Refusal
+from loraweave.serving.requests import read_body
+from loraweave.serving.scheduler import too_busy
+
+# of a request's scope, what the routes read and a message to another process can hold
+SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers")
+# the replica that answered
+HEADER = b"x-loraweave-replica"
+
+
+def replicated(
+    hub: Hub,
+    *,
+    api_key: str,
+    num_replicas: int = 2,
+    base: Mapping[str, Any] = MappingProxyType({}),
+    limits: Limits | None = None,
+    ray_actor_options: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
+    """An application for `ray.serve.run`: servers over one hub, of which each has the base model that `base` names.
+
+    `base` are the arguments of `lw.load_base`, `limits` those of each replica, `ray_actor_options` what Ray gives it, like
+    {"num_gpus": 1}. A replica with `limits.rows` requests is busy, and `limits.waiting` requests wait for one that is not;
+    more are refused with 429. The hub travels as its address, and clients send `api_key` as their bearer token.
+    Raises CompositionError for an empty key, since Ray's proxies may listen on every address, PackageMissing without Ray.
+    """
+    if not api_key:
+        raise CompositionError("replicas may be reached from other machines: give the api_key that their clients send")
+    try:
+        from ray import serve
+    except ImportError as error:
+        raise PackageMissing(f"replicas run on Ray Serve ({error}): pip install 'loraweave[ray-serve]'") from error
+    limits = limits or Limits()
+    options = {"num_replicas": num_replicas, "ray_actor_options": dict(ray_actor_options)}
+    queues = {"max_ongoing_requests": limits.rows, "max_queued_requests": limits.waiting}
+    replicas = serve.deployment(Replica, **options, **queues).bind(hub, dict(base), limits, api_key)  # type: ignore[arg-type]
+    # it waits for replicas, and has no work of its own
+    most = 2 * (limits.waiting + limits.rows * num_replicas)
+    return serve.deployment(Front, max_ongoing_requests=most).bind(replicas, limits)
+
+
+class Front:
+    """Reads which formula a request asks for, and passes the request on."""
+
+    def __init__(self, replicas: Any, limits: Limits) -> None:
+        self._replicas, self._limits = replicas.options(stream=True), limits
+
+    async def __call__(self, request: Request) -> Response:
+        from ray.serve.exceptions import BackPressureError
+
+        try:
+            body = await read_body(request, self._limits) if request.method == "POST" else b""
+            scope = {key: request.scope[key] for key in SCOPE if key in request.scope}
+            messages = self._replicas.options(multiplexed_model_id=formula_of(body)).answer.remote(scope, body)
+            start = await anext(messages)
+        except BackPressureError:
+            return refused(too_busy("all replicas are, and many requests wait"))
+        except Refusal as error:
+            return refused(error)
+        response = StreamingResponse((each["body"] async for each in messages), start["status"])
+        response.raw_headers = start["headers"]
+        return response
+
+
+def formula_of(body: bytes) -> str:
+    """The formula in its one form; empty, for any replica, where there is none or each prompt has its own (`auto`)."""
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError, FormulaError):
+        formula = parse(json.loads(body)["model"])
+        return "" if formula.is_auto else formula.canonical
+    return ""
+
+
+class Replica:
+    """One server, with the base model in its process."""
+
+    def __init__(self, hub: Hub, base: Mapping[str, Any], limits: Limits, api_key: str) -> None:
+        from ray import serve
+
+        @serve.multiplexed(max_num_models_per_replica=limits.loaded)  # type: ignore[untyped-decorator]
+        async def note(formula: str) -> str:
+            return formula
+
+        model, tokenizer = load_base(**base)
+        self._app = make_app(hub, model, tokenizer, limits=limits, api_key=api_key)
+        self._app.state.face.scheduler.start()
+        # Ray hears of the formula from this
+        self._note = note
+        self._name = serve.get_replica_context().replica_id.unique_id
+
+    async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[dict[str, Any]]:
+        """The messages of the answer, as ASGI has them. The request ends with the iteration."""
+        from ray import serve
+
+        if formula := serve.get_multiplexed_model_id():
+            await self._note(formula)
+        asked = [{"type": "http.request", "body": body, "more_body": False}]
+        sent: asyncio.Queue[Any] = asyncio.Queue()
+
+        async def receive() -> Any:
+            # after the body a client says nothing; that it has gone, Ray tells by a cancellation
+            return asked.pop() if asked else await asyncio.Event().wait()
+
+        answering = asyncio.create_task(self._app(scope, receive, sent.put))
+        answering.add_done_callback(lambda _: sent.put_nowait(None))
+        try:
+            while (message := await sent.get()) is not None:
+                if message["type"] == "http.response.start":
+                    message["headers"] = [*message["headers"], (HEADER, self._name.encode())]
+                yield message
+            await answering
+        finally:
+            answering.cancel()
+
+    def check_health(self) -> None:
+        """Ray starts another replica where this raises."""
+        if not self._app.state.face.scheduler.alive:
+            raise RuntimeError("the scheduler has stopped")
+
+    def __del__(self) -> None:
+        self._app.state.face.close()
