@@ -27,6 +27,7 @@ from loraweave.errors import BaseModelMismatch, CompositionError, EmptyIndex
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
+from loraweave.retrieval.retriever import Retriever
 from loraweave.types import Router, Task
 
 
@@ -116,8 +117,10 @@ def _compose(
     model: Any, tokenizer: Any, experts: Hub | ExpertPool, task: Task, settings: Settings, progress: bool | Progress
 ) -> Composition:
     started = time.perf_counter()
+    # one, since what it fits to the hub's cards serves a later search too
+    source = Retriever(experts) if isinstance(experts, Hub) else experts
     try:
-        pool, scores = candidates(experts, task, settings.inputs or (), settings.k, model)
+        pool, scores = candidates(source, task, settings.inputs or (), settings.k, model)
     except (EmptyIndex, BaseModelMismatch) as nothing:
         if settings.method != "base":
             raise
@@ -143,7 +146,7 @@ def _compose(
             lambda made: bar.update(shown, advance=made),
             progress,
             start,
-            experts if isinstance(experts, Hub) else None,
+            source if isinstance(source, Retriever) else None,
         )
         ways = Ways(bench, settings, splits)
         if ways.planned != 0:

@@ -19,7 +19,6 @@ from loraweave.composer.compose.candidates import fitting_hits
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.fitting import Fitting
 from loraweave.errors import BaseModelMismatch, InvalidTask, SearchFailed
-from loraweave.hub.hub import Hub
 from loraweave.retrieval.retriever import Retriever
 from loraweave.types import Candidate, Task
 
@@ -36,35 +35,36 @@ Order = tuple[Step, ...]
 def search_programs(
     model: Any,
     tokenizer: Any,
-    hub: Hub,
+    retriever: Retriever,
     task: Task,
     *,
     k: int = 20,
     max_steps: int = 3,
     beam: int = 3,
+    gain: float = 0.0,
     progress: bool | Progress = False,
 ) -> ProgramSearch:
-    """The programs of up to `max_steps` steps, measured on the task's examples.
+    """The programs of adapters of the retriever's hub of up to `max_steps` steps, measured on the task's examples.
 
     Raises InvalidTask where no adapter has a description, and what `fitting_hits` raises.
     """
-    first, later, left_out = _steps(hub, tokenizer, task, k, model)
-    pool = hub.pool(list(dict.fromkeys(step.name for step in [*first, *later] if step.name is not None)))
+    first, later, left_out = _steps(retriever, tokenizer, task, k, model)
+    pool = retriever.hub.pool(list(dict.fromkeys(step.name for step in [*first, *later] if step.name is not None)))
     engine = Composer(model, Fitting(model).accepted(pool), tokenizer=tokenizer)
     with progress_bar(progress) as bar:
         shown = bar.add_task("asking adapters", total=None)
         asking = Asked(engine, tokenizer, task, lambda count: bar.update(shown, advance=count))
-        search = ProgramSearch(asking, task, first, later, beam, left_out)
+        search = ProgramSearch(asking, task, first, later, beam, gain, left_out)
         search.run(max_steps)
         bar.update(shown, total=bar.tasks[shown].completed)
     engine.close()
     return search
 
 
-def _steps(hub: Hub, tokenizer: Any, task: Task, k: int, model: Any) -> tuple[list[Step], list[Step], list[str]]:
+def _steps(retriever: Retriever, tokenizer: Any, task: Task, k: int, model: Any) -> tuple[list[Step], list[Step], list[str]]:
     """(first steps, later steps, adapters without a description). Raises InvalidTask where none has one."""
-    inputs = [str(asked) for asked, _ in task.examples]
-    by_inputs = fitting_hits(hub, partial(Retriever(hub).for_task, inputs, evidence=False), k, model)
+    hub, inputs = retriever.hub, [str(asked) for asked, _ in task.examples]
+    by_inputs = fitting_hits(hub, partial(retriever.for_task, inputs, evidence=False), k, model)
     by_outputs: list[Candidate] = []
     if len(by_inputs) == k:
         # otherwise these are all that there are
@@ -113,7 +113,8 @@ class ProgramRow:
 class ProgramSearch:
     """Programs by length, each measured on more examples as long as it is among the best.
 
-    `left_out` are adapters without a description, which cannot be asked.
+    A longer program is better where its loss is lower by more than the share `gain`. `left_out` are adapters without a
+    description, which cannot be asked.
     """
 
     asking: Asked
@@ -121,6 +122,7 @@ class ProgramSearch:
     first: Sequence[Step]
     later: Sequence[Step]
     beam: int
+    gain: float = 0.0
     left_out: Sequence[str] = ()
     # readings of each program, in the order of the examples
     _found: dict[Order, list[Reading]] = field(default_factory=dict)
@@ -128,13 +130,13 @@ class ProgramSearch:
     def run(self, max_steps: int) -> None:
         """Measures programs of up to so many steps.
 
-        Ends early where one writes every example, and where no longer one is better than all shorter ones.
+        Ends early where one writes every example, and where no program of the last length is better than all shorter ones.
         """
         self._measure([(step,) for step in dict.fromkeys([*self.first, *self.later])], len(self.task.examples))
         for length in range(2, max_steps + 1):
             if any(all(reading.hit for reading in found) for found in self._whole().values()):
                 return
-            if length > 2 and self._least(length - 1) >= min(map(self._least, range(1, length - 1))):
+            if length > 2 and len(self._chosen()) < length - 1:
                 return
             tried = self._pairs() if length == 2 else self._longer(length)
             for num_examples, kept in [*ROUNDS, (len(self.task.examples), 0)]:
@@ -142,22 +144,24 @@ class ProgramSearch:
                     self._measure(tried, num_examples)
                     tried = sorted(tried, key=self._loss)[: kept or None]
 
-    def best(self, gain: float) -> tuple[Order, str]:
+    def best(self) -> tuple[Order, str]:
         """The program to take, and why. Raises SearchFailed where no loss is finite."""
+        chosen = self._chosen()
+        if not chosen:
+            raise SearchFailed(f"none of {len(self._found)} programs has a finite loss; see whether the model is damaged")
+        return chosen, f"loss {self._loss(chosen):.3f}, of the best single step {self._least(1):.3f}"
+
+    def _chosen(self) -> Order:
+        """The best program; () where no loss is finite."""
         by_length: dict[int, Order] = {}
         # the base is last among equal ones, else the earlier
         for path in sorted(self._whole(), key=lambda path: (self._loss(path), any(step.name is None for step in path))):
             by_length.setdefault(len(path), path)
-        chosen: Order | None = None
+        chosen: Order = ()
         for path in (by_length[length] for length in sorted(by_length)):
-            least = float("inf") if chosen is None else (1 - gain) * self._loss(chosen)
-            if self._loss(path) < least:
+            if self._loss(path) < ((1 - self.gain) * self._loss(chosen) if chosen else math.inf):
                 chosen = path
-        if chosen is None:
-            raise SearchFailed(f"none of {len(self._found)} programs has a finite loss; see whether the model is damaged")
-        single = self._loss(by_length[1])
-        reason = f"loss {self._loss(chosen):.3f}, of the best single step {single:.3f}"
-        return chosen, reason
+        return chosen
 
     def rows(self) -> list[ProgramRow]:
         """Every program measured."""

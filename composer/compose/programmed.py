@@ -18,7 +18,7 @@ from loraweave.composer.compose.settings import Settings
 from loraweave.composer.compose.trials import Bench, Split, Trial, result_of
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.train.rows import MAX_PACKED
-from loraweave.hub.hub import Hub
+from loraweave.retrieval.retriever import Retriever
 from loraweave.routers.searches._told import SearchResult
 from loraweave.routers.weights import MixtureWeights
 
@@ -29,9 +29,9 @@ GAIN = 0.2
 class Programmed(Trial[Order]):
     """The program that `lw.order` finds by the first examples that a split sees, where a longer one must gain GAIN."""
 
-    def __init__(self, bench: Bench, hub: Hub, settings: Settings) -> None:
+    def __init__(self, bench: Bench, retriever: Retriever, settings: Settings) -> None:
         super().__init__("program", bench)
-        self._hub, self._settings = hub, settings
+        self._retriever, self._hub, self._settings = retriever, retriever.hub, settings
 
     def choose(self, splits: Sequence[Split]) -> list[Order]:
         return [self._search(split.seen[:MAX_PACKED]) for split in splits]
@@ -61,11 +61,12 @@ class Programmed(Trial[Order]):
     def _search(self, examples: Sequence[int]) -> Order:
         """Raises InvalidTask where no adapter has a description, InvalidLicense for steps that may not be combined."""
         bench, task = self.bench, task_of(self.bench.task, examples)
+        limits: dict[str, Any] = {"k": self._settings.k, "gain": GAIN}
         search = search_programs(
-            bench.engine.model, bench.tokenizer, self._hub, task, k=self._settings.k, progress=bench.progress
+            bench.engine.model, bench.tokenizer, self._retriever, task, **limits, progress=bench.progress
         )
         # an evaluation is a candidate scored on all examples
         self.evaluations += math.ceil(search.asking.count / len(examples))
-        chosen, _ = search.best(GAIN)
+        chosen, _ = search.best()
         self._settings.require_combinable(self._hub.pool([step.name for step in chosen if step.name is not None]))
         return chosen

@@ -25,7 +25,7 @@ from loraweave.composer.compose.report import Report, ReportRow
 from loraweave.composer.composer import Composer
 from loraweave.composer.train.rows import MAX_PACKED
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.hub import Hub
+from loraweave.retrieval.retriever import Retriever
 from loraweave.routers.searches._told import SearchResult
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
@@ -61,7 +61,8 @@ class Bench:
     """What all trials of one task share; examples are tokenised, and adapters measured alone, when the first trial asks.
 
     `scores` are those of retrieval. `on_progress` is called with the evaluations just made; with `progress` a training shows
-    a bar of its own. A training under demonstrations begins as `start`, or as a new adapter; programs are of the `hub`.
+    a bar of its own. A training under demonstrations begins as `start`, or as a new adapter; programs are of the
+    `retriever`'s hub.
     """
 
     engine: Composer
@@ -72,7 +73,7 @@ class Bench:
     on_progress: Callable[[int], object]
     progress: bool | Progress = False
     start: Adapter | None = None
-    hub: Hub | None = None
+    retriever: Retriever | None = None
     _losses: dict[str, ExampleLoss] = field(default_factory=dict)
 
     @property

@@ -153,10 +153,10 @@ class Ways:
 
     def _programs(self, plain: Sequence[Trial[Any]]) -> list[Programmed]:
         """The program of "auto", for tasks without labels that neither prompts nor one adapter come near to."""
-        hub, labels = self._bench.hub, self._bench.task.labels
-        if hub is None or labels is not None or not self._has_room or _least(plain) < NEAR:
+        retriever, labels = self._bench.retriever, self._bench.task.labels
+        if retriever is None or labels is not None or not self._has_room or _least(plain) < NEAR:
             return []
-        return [Programmed(self._bench, hub, self._settings)]
+        return [Programmed(self._bench, retriever, self._settings)]
 
     def _joins(self, program: Programmed, plain: Sequence[Trial[Any]]) -> bool:
         """Whether the program is a member; `remarks` then says what it is. Of one adapter a weight is learned anyway."""

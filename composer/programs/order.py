@@ -14,6 +14,7 @@ from loraweave.composer.programs.program import OrderReport, Program, pool_of
 from loraweave.errors import CompositionError, InvalidTask, WeightingError
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
+from loraweave.retrieval.retriever import Retriever
 from loraweave.types import Task
 
 
@@ -56,8 +57,9 @@ def order(
     if not callable(tokenizer):
         raise CompositionError(f"the examples need the model's tokenizer, and {type(tokenizer).__name__} is not one")
     started = time.perf_counter()
-    search = search_programs(model, tokenizer, hub, asked, k=k, max_steps=max_steps, beam=beam, progress=progress)
-    chosen, reason = search.best(gain)
+    limits: dict[str, Any] = {"k": k, "max_steps": max_steps, "beam": beam, "gain": gain}
+    search = search_programs(model, tokenizer, Retriever(hub), asked, **limits, progress=progress)
+    chosen, reason = search.best()
     rows, seconds = tuple(search.rows()), time.perf_counter() - started
     report = OrderReport(rows, labels_of(chosen), reason, tuple(search.left_out), search.asking.count, seconds)
     return Program(model, tokenizer, asked, chosen, hub, pool_of(chosen, hub, model), report)

@@ -29,6 +29,7 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.registry import nearest
+from loraweave.retrieval.retriever import Retriever
 from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.routers.tokens._saved import router, router_class, router_names
 from loraweave.types import Task
@@ -291,7 +292,7 @@ def _pool(method: Method, case: Case) -> ExpertPool:
     if "adapters" in method.said:
         found = case.hub.pool(method.said["adapters"])
     else:
-        found, _ = candidates(case.hub, case.task, (), method.said.get("k", case.limits["k"]), case.model)
+        found, _ = candidates(Retriever(case.hub), case.task, (), method.said.get("k", case.limits["k"]), case.model)
     return Composer(case.model, Fitting(case.model).accepted(found), tokenizer=case.tokenizer).bound_pool
 
 

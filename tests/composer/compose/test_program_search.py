@@ -56,9 +56,9 @@ def task_of(*names):
 
 def found(task, max_steps=3, asking=None, gain=0.1, beam=4):
     steps = list(STEPS.values())
-    search = ProgramSearch(asking or Asking(), task, [*steps, BASE], [*steps, BASE], beam)
+    search = ProgramSearch(asking or Asking(), task, [*steps, BASE], [*steps, BASE], beam, gain)
     search.run(max_steps)
-    path, _ = search.best(gain)
+    path, _ = search.best()
     return [step.label for step in path], search
 
 
@@ -94,6 +94,16 @@ def test_a_longer_program_must_gain_its_share():
     task = task_of("plural", "upper")
     assert found(task, 2, Close(), gain=0.1)[0] == ["upper"]
     assert found(task, 2, Close(), gain=0.04)[0] == ["plural", "upper"]
+
+
+def test_three_steps_are_tried_only_where_two_gain_their_share():
+    class Close(Asking):
+        def readings(self, targets):
+            return [Reading(0.95 if text.endswith("s") else 1.0, False) for step, text, _ in targets]
+
+    task = task_of("plural", "upper")
+    assert {len(row.steps) for row in found(task, 3, Close(), gain=0.1)[1].rows()} == {1, 2}
+    assert {len(row.steps) for row in found(task, 3, Close(), gain=0.04)[1].rows()} == {1, 2, 3}
 
 
 def test_the_base_is_a_step_only_where_it_wins():
