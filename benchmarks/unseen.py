@@ -9,7 +9,8 @@
 The ways: the base model without an example (`base`) and with the examples in its prompt (`in_context`); a LoRA trained
 on the examples alone (`lora_examples`), and one that begins as a composition (`composed_and_tuned`); the adapter that
 retrieval puts first (`retrieved_first`); the published LoraHub recipe (`lorahub_original`: 20 adapters at random, A and
-B mixed apart, 40 evaluations by nevergrad's NGOpt, the loss as its authors coded it); a LoRA trained on the whole
+B mixed apart, 40 evaluations by nevergrad's NGOpt, the loss as its authors coded it); AdaMerging, which learns from
+the first 20 test inputs without their answers (`adamerging`); a LoRA trained on the whole
 training set (`oracle`); the program of adapters that `lw.order` finds (`order`), and one adapter that learned it on
 sample inputs of the hub's cards (`order+distilled`); the base with the shipped in-context adapter and the examples in its
 prompt (`in_context_adapter`), and the training that begins there (`few_shot_begun`; `few_shot` begins from nothing);
@@ -45,6 +46,7 @@ import loraweave as lw
 from benchmarks._data import DATA, NO_SEED, NO_SHOTS, Key, Measured, Store
 from benchmarks._run import ROOT, Run, pairs
 from benchmarks._unseen_report import OF_JOINED_SKILLS, WAYS, WITHOUT_EXAMPLES, report
+from loraweave.common.chat import Prompt
 from loraweave.composer.compose.candidates import in_context_adapter as in_context_adapter_of
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.model.scoring import Score, evaluate, predict
@@ -187,6 +189,8 @@ RECIPE_POOL = 20
 # about the processor time of the published recipe; twice the steps or three times the rate came out alike
 FEW_SHOT: dict[str, Any] = {"steps": 20, "lr": 1e-3, "warmup": 3}
 LEARNED_STEPS = 8
+# test inputs that are shown to AdaMerging
+UNLABELLED = 20
 ORACLE: dict[str, Any] = {"steps": 80, "lr": 3e-3}
 
 
@@ -273,6 +277,11 @@ def lorahub_original(case: Case) -> Found:
     return Found(lw.merge(adapters, weights, method=method, name="original"))
 
 
+def adamerging(case: Case) -> Found:
+    """AdaMerging on the first test inputs, as published: it looks at what it is to answer, but not at the answers."""
+    return _composed(case, "adamerging", folds=0, inputs=[text for text, _ in case.unseen.test[:UNLABELLED]])
+
+
 def lora_examples(case: Case) -> Found:
     """A LoRA of rank 8 trained on the examples alone, all of them (at most 8) in each step."""
     return Found(_trained(case, case.task, batch_size=min(8, len(case.task.examples)), **FEW_SHOT))
@@ -354,6 +363,7 @@ OWN: dict[str, Callable[[Case], Found]] = {
         in_context,
         retrieved_first,
         lorahub_original,
+        adamerging,
         lora_examples,
         in_context_adapter,
         few_shot,
@@ -368,7 +378,13 @@ OWN: dict[str, Callable[[Case], Found]] = {
 OWN["order+distilled"] = order_distilled
 
 
-def _compose(case: Case, method: str, folds: int | None = None, pool: lw.ExpertPool | None = None) -> lw.Composition:
+def _compose(
+    case: Case,
+    method: str,
+    folds: int | None = None,
+    pool: lw.ExpertPool | None = None,
+    inputs: list[Prompt] | None = None,
+) -> lw.Composition:
     return lw.compose(
         case.model,
         case.tokenizer,
@@ -379,12 +395,13 @@ def _compose(case: Case, method: str, folds: int | None = None, pool: lw.ExpertP
         budget=case.budget,
         seed=case.seed,
         folds=folds,
+        inputs=inputs,
         progress=False,
     )
 
 
-def _composed(case: Case, method: str, folds: int | None = None, pool: lw.ExpertPool | None = None) -> Found:
-    composition = _compose(case, method, folds, pool)
+def _composed(case: Case, method: str, **given: Any) -> Found:
+    composition = _compose(case, method, **given)
     report = composition.report
     held_out = {row.name: None if row.held_out_loss is None else round(row.held_out_loss, 4) for row in report.rows}
     notes = {"chosen": report.chosen, "evaluations": report.evaluations, "held_out": held_out}
