@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loraweave.composer.compose.collect_statistics import make_recorders, recording, results
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.pipeline import SUFFIXES
-from loraweave.composer.merge.statistics import LayerStatistics, Statistics
-from loraweave.errors import CompositionError, LayerMismatch, WeightingError
+from loraweave.composer.merge.statistics import Statistics
+from loraweave.errors import CompositionError, WeightingError
 from loraweave.hub.adapter import Adapter
 
 PIPELINES = {f"StableDiffusion{kind}{way}Pipeline" for kind in ("", "XL") for way in SUFFIXES}
@@ -31,31 +31,15 @@ def inputs_of(pipe: Any, adapter: Adapter, run: Callable[[], object]) -> Statist
     count, those without prompts under guidance too. Raises LayerMismatch for convolutions, CompositionError for a layer that
     does not run, and what Composer raises for an adapter that does not fit.
     """
-    if other := next((layer for layer, part in adapter.layers.items() if part.kind != "linear"), None):
-        raise LayerMismatch(f"statistics are of linear layers, and {other!r} of adapter {adapter.name!r} is none")
-    engine, counts = Composer(pipe, [adapter]), dict.fromkeys(adapter.layers, 0)
-    sums: dict[str, Tensor] = {}
-
-    def saw(layer: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x_NI = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-        sums[layer] = x_NI.T @ x_NI + sums.get(layer, 0)
-        counts[layer] += len(x_NI)
-
+    engine = Composer(pipe, [adapter])
     paths = engine.model.paths(adapter.layers, f"adapter {adapter.name!r}")
-    handles = [
-        engine.model.get_submodule(path).register_forward_pre_hook(partial(saw, layer)) for layer, path in paths.items()
-    ]
-    try:
-        with torch.no_grad(), engine.activate({adapter.name: 1.0}):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    if missing := [layer for layer, count in counts.items() if not count]:
-        raise CompositionError(f"layer {missing[0]!r} never ran: run() must call the pipeline on a prompt of its adapter")
-    return Statistics(
-        adapter.hash, {layer: LayerStatistics(sums[layer].cpu() / counts[layer], None, counts[layer]) for layer in counts}
-    )
+    recorders = dict(zip(paths, make_recorders(engine.model, paths.values(), ("gram",)).values(), strict=True))
+    for recorder in recorders.values():
+        # one row, of which every token counts
+        recorder.begin(torch.ones(1, 1, dtype=torch.bool))
+    with recording(recorders), torch.no_grad(), engine.activate({adapter.name: 1.0}):
+        run()
+    return Statistics(adapter.hash, results(recorders, 1))
 
 
 class _Region(NamedTuple):

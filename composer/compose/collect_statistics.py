@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,14 @@ from loraweave.common.display import tracked
 from loraweave.common.options import Count, check_options
 from loraweave.common.rows import GivenRows, read_rows
 from loraweave.composer.composer import Composer
+from loraweave.composer.live.experts import watched
 from loraweave.composer.merge.statistics import LayerStatistics, Statistics
 from loraweave.composer.model.batches import EncodedRow, batch, context_length, encode, pad_rows, takes, untouched
 from loraweave.composer.model.kinds.linear import shape as linear_shape
-from loraweave.composer.model.layers import tied_parameters
+from loraweave.composer.model.layers import multiplies_columns, tied_parameters
 from loraweave.errors import CompositionError, InvalidTask, LayerMismatch
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.formats._base_layer import ExpertMatrix, expert_matrix
 from loraweave.lowrank.algebra import all_finite
 
 KINDS = ("gram", "fisher")
@@ -52,6 +55,8 @@ def collect_statistics(
     the model itself at each position (Matena and Raffel 2022), or of one class where the model is a classifier. The draw
     depends on `seed` and the text alone. `what` limits both to one of them; without "fisher" there is no backward pass.
 
+    For an expert of a fused parameter, X has zeros in the rows of tokens that do not reach it.
+
     `texts` are texts, or rows with input and target (`loraweave.common.rows`), which an encoder-decoder needs; the first
     `max_tokens` tokens count (of each side for an encoder-decoder). Whole Gram and Fisher matrices are held, the gradient of
     one layer at a time. The model is left as it was: weights, gradients, training mode, random state.
@@ -64,14 +69,9 @@ def collect_statistics(
         raise InvalidTask(f"what={what!r} is not one or both of {', '.join(map(repr, KINDS))}")
     sizes = {"batch_size": batch_size, "max_tokens": max_tokens}
     check_options("collect_statistics()", sizes, dict.fromkeys(sizes, Count), error=InvalidTask)
-    if fused := next((layer for layer, part in adapter.layers.items() if part.kind == "expert"), None):
-        raise LayerMismatch(
-            f"statistics are of linear layers, and {fused!r} is an expert of a fused parameter: merge by a method that "
-            "needs none"
-        )
     # the heads are written into the model apart, since no mixture has a place for them
     engine = Composer(model, {adapter.name: replace(adapter, heads={})})
-    recorders = _recorders(model, [*adapter.layers, *layers], kinds)
+    recorders = make_recorders(model, [*adapter.layers, *layers], kinds)
     rows = encode_texts(model, tokenizer, texts, max_tokens)
     # one by one for an encoder-decoder: a layer does not tell whether it sees the tokens of the one or of the other
     size = 1 if model.config.is_encoder_decoder else batch_size
@@ -83,18 +83,16 @@ def collect_statistics(
         stack.enter_context(_heads(model, adapter))
         stack.enter_context(engine.activate({adapter.name: 1.0}))
         stack.enter_context(torch.set_grad_enabled("fisher" in kinds))
-        for recorder in recorders.values():
-            handle = recorder.module.register_forward_hook(recorder.saw, with_kwargs=True)
-            stack.callback(handle.remove)
+        stack.enter_context(recording(recorders))
         for group in tracked(groups, f"statistics of {adapter.name!r}", total=len(groups), shown=progress):
             inputs, mask_BT = padded_inputs(model, tokenizer, [rows[index] for index in group])
             for recorder in recorders.values():
                 recorder.begin(mask_BT)
             _run(model, inputs, mask_BT, [draws[index] for index in group], kinds, recorders)
-    return Statistics(adapter.hash, _results(recorders, len(rows)))
+    return Statistics(adapter.hash, results(recorders, len(rows)))
 
 
-class _Recorder:
+class Recorder:
     """Sums of one layer, on its device: over tokens x^T x, over texts the squared gradient."""
 
     def __init__(self, name: str, module: nn.Module, shape: tuple[int, int], kinds: Collection[str]) -> None:
@@ -109,26 +107,29 @@ class _Recorder:
         self._wanted = torch.zeros((), device=device, requires_grad="fisher" in kinds)
 
     def begin(self, mask_BT: Tensor) -> None:
-        """The next batch: which of its tokens are real."""
+        """The next batch: which of its tokens are real; of one row, all are."""
         self._mask_BT = mask_BT
         self._num_calls = 0
         self._seen: list[tuple[list[Tensor], list[Tensor]]] = []
 
     def saw(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        self.num_tokens += sum(map(len, self._real(x)))
+        return self._record(x, output, self._real)
+
+    def _record(self, x: Tensor, output: Tensor, by_text: Callable[[Tensor], list[Tensor]]) -> Tensor | None:
         self._num_calls += 1
-        for x_TI in self._real(x):
-            self.num_tokens += len(x_TI)
-            if self.gram_II is not None:
-                x_TI = x_TI.float()
-                self.gram_II.addmm_(x_TI.T, x_TI)
+        if self.gram_II is not None:
+            x_TI = torch.cat(by_text(x)).float()
+            self.gram_II.addmm_(x_TI.T, x_TI)
         if self.fisher_OI is None:
             return None
-        return GradientTap.apply(output, self._wanted, x, self.receive)  # type: ignore[no-untyped-call, no-any-return]
+        receive = partial(self._receive, by_text)
+        return GradientTap.apply(output, self._wanted, x, receive)  # type: ignore[no-untyped-call, no-any-return]
 
-    def receive(self, gradient: Tensor, x: Tensor) -> None:
+    def _receive(self, by_text: Callable[[Tensor], list[Tensor]], gradient: Tensor, x: Tensor) -> None:
         """The gradient of log p at the layer's output. A layer that ran several times has all of them first."""
-        self._seen.append((self._real(gradient), self._real(x)))
+        self._seen.append((by_text(gradient), by_text(x)))
         if len(self._seen) == self._num_calls:
             self.finish()
 
@@ -158,13 +159,73 @@ class _Recorder:
         return [row[kept] for row, kept in zip(x, mask_BT, strict=True)]
 
 
+class ExpertRecorder(Recorder):
+    """The same of an expert of a fused parameter. Where it is `turned`, its factors have the sides as (I, O)."""
+
+    def __init__(self, matrix: ExpertMatrix, kinds: Collection[str]) -> None:
+        sides = matrix.num_outputs, matrix.num_inputs
+        self.turned = multiplies_columns(matrix.module) != matrix.transposed
+        name = f"{matrix.path}.{matrix.parameter}.{matrix.number}"
+        super().__init__(name, matrix.module, sides[::-1] if self.turned else sides, kinds)
+        self.place = matrix.parameter, matrix.number
+
+    def saw(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        """The module of all its experts ran."""
+        self.num_tokens += self._mask_BT.numel() if len(self._mask_BT) == 1 else int(self._mask_BT.sum())
+
+    def reached(self, x_NI: Tensor, token_N: Tensor, made_NO: Tensor, num_tokens: int) -> Tensor:
+        """Some of the call's tokens reached the expert; what it made of them."""
+        mask_BT = self._mask_BT.to(token_N.device)
+        if num_tokens != mask_BT.numel():
+            raise CompositionError(
+                f"the experts of {self.name!r} run on {num_tokens} tokens for a batch of {tuple(mask_BT.shape)}, so that "
+                "padding cannot be told from text: use batch_size=1"
+            )
+        real_N = mask_BT.flatten()[token_N]
+        row_N = (token_N // mask_BT.shape[1])[real_N]
+
+        def by_text(value: Tensor) -> list[Tensor]:
+            return [value[real_N][row_N == row] for row in range(len(mask_BT))]
+
+        found = self._record(x_NI.detach(), made_NO, by_text)
+        return made_NO if found is None else found
+
+
+@contextmanager
+def recording(recorders: Mapping[str, Recorder]) -> Iterator[None]:
+    """Inside, the recorders see what their layers read and, where they ask for it, the gradients that pass."""
+    experts: dict[nn.Module, dict[tuple[str, int], ExpertRecorder]] = {}
+    with ExitStack() as stack:
+        for recorder in recorders.values():
+            handle = recorder.module.register_forward_hook(recorder.saw, with_kwargs=True)
+            stack.callback(handle.remove)
+            if isinstance(recorder, ExpertRecorder):
+                experts.setdefault(recorder.module, {})[recorder.place] = recorder
+        for module, own in experts.items():
+            stack.enter_context(watched(module, partial(_show, own)))
+        yield
+
+
+def _show(
+    recorders: Mapping[tuple[str, int], ExpertRecorder],
+    parameter: str,
+    number: int,
+    x_NI: Tensor,
+    token_N: Tensor,
+    made_NO: Tensor,
+    num_tokens: int,
+) -> Tensor:
+    recorder = recorders.get((parameter, number))
+    return made_NO if recorder is None else recorder.reached(x_NI, token_N, made_NO, num_tokens)
+
+
 def _run(
     model: Any,
     inputs: Mapping[str, Tensor],
     mask_BT: Tensor,
     draws: Sequence[np.random.Philox],
     kinds: Collection[str],
-    recorders: Mapping[str, _Recorder],
+    recorders: Mapping[str, Recorder],
 ) -> None:
     settings: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
     if "fisher" not in kinds:
@@ -284,19 +345,24 @@ def _heads(model: nn.Module, adapter: Adapter) -> Iterator[None]:
                 parameters[name].copy_(original)
 
 
-def _recorders(model: nn.Module, names: Sequence[str], kinds: Collection[str]) -> dict[str, _Recorder]:
+def make_recorders(model: nn.Module, names: Iterable[str], kinds: Collection[str]) -> dict[str, Recorder]:
+    """A recorder for each layer. Raises LayerMismatch for any that is neither linear nor an expert of a fused parameter."""
     modules = dict(model.named_modules())
-    found = {}
+    found: dict[str, Recorder] = {}
     for name in dict.fromkeys(names):
+        if name not in modules and name.rpartition(".")[2].isdigit() and name.rsplit(".", 2)[0] in modules:
+            found[name] = ExpertRecorder(expert_matrix(modules, name, None, "collect_statistics()"), kinds)
+            continue
         shape = linear_shape(modules[name]) if name in modules else None
         if shape is None:
             what = type(modules[name]).__name__ if name in modules else "none of the model's"
             raise LayerMismatch(f"statistics are of linear layers (torch.nn.Linear, Conv1D), and {name!r} is {what}")
-        found[name] = _Recorder(name, modules[name], shape[:2], kinds)
+        found[name] = Recorder(name, modules[name], shape[:2], kinds)
     return found
 
 
-def _results(recorders: Mapping[str, _Recorder], num_texts: int) -> dict[str, LayerStatistics]:
+def results(recorders: Mapping[str, Recorder], num_texts: int) -> dict[str, LayerStatistics]:
+    """What they have seen. Raises CompositionError for a layer that never ran, or values that are not finite."""
     layers: dict[str, LayerStatistics] = {}
     fishers = {name: _mean(name, recorder.fisher_OI, num_texts) for name, recorder in recorders.items()}
     present = [tensor for tensor in fishers.values() if tensor is not None]
@@ -305,7 +371,9 @@ def _results(recorders: Mapping[str, _Recorder], num_texts: int) -> dict[str, La
         if not recorder.num_tokens:
             raise CompositionError(f"layer {name!r} never ran on these texts, so there is nothing to record of it")
         gram_II = _mean(name, recorder.gram_II, recorder.num_tokens)
-        layers[name] = LayerStatistics(gram_II, fishers[name], recorder.num_tokens, norm)
+        fisher_OI, turned = fishers[name], isinstance(recorder, ExpertRecorder) and recorder.turned
+        fisher_OI = fisher_OI.T.contiguous() if turned and fisher_OI is not None else fisher_OI
+        layers[name] = LayerStatistics(gram_II, fisher_OI, recorder.num_tokens, norm, turned)
     return layers
 
 

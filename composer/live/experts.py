@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -20,9 +21,12 @@ from torch import Tensor, nn
 
 from loraweave.composer.live.standing_in import StandIn, give_back
 from loraweave.composer.model.layers import TargetLayer, is_floating, multiplies_columns
+from loraweave.errors import LayerMismatch
 
 # the update of a parameter's expert at tokens: x_NI and their numbers -> update_NO; None where there is nothing to add
 Update = Callable[[str, int, Tensor, Tensor], Tensor | None]
+# the same with what the expert made of them, and the number of all tokens; it gives what counts in its place
+See = Callable[[str, int, Tensor, Tensor, Tensor, int], Tensor]
 
 
 class Reached(NamedTuple):
@@ -39,6 +43,7 @@ class ExpertsForward(StandIn):
 
     def __init__(self, module: nn.Module, mixing: Callable[[], Any]) -> None:
         self.module = module
+        self.see: See | None = None
         self._mixing: Callable[[], Any] | None = mixing
         self._layers: dict[tuple[str, int | None], TargetLayer] = {}
         self._own = vars(module).get("forward")
@@ -59,21 +64,22 @@ class ExpertsForward(StandIn):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         activation = None if self._mixing is None else self._mixing()
-        if activation is None or not activation.plan.reaches_some(self._layers.values(), activation.lease):
+        active = activation is not None and activation.plan.reaches_some(self._layers.values(), activation.lease)
+        if not active and self.see is None:
             return self._forward(*args, **kwargs)
         given = list(self._signature.bind(self.module, *args, **kwargs).arguments.values())[1:]
         x, num_tokens, reached = _reached(self.module, given)
 
         def update(parameter: str, number: int, x_NI: Tensor, token_N: Tensor) -> Tensor | None:
             layer = self._layers.get((parameter, number))
-            if layer is None:
+            if layer is None or activation is None:
                 return None
             found: Tensor | None = activation.plan.at_tokens(
                 layer, x_NI, token_N, num_tokens, activation.lease, activation.usage
             )
             return found
 
-        return _sum_of_experts(self.module, x, reached, update)
+        return _sum_of_experts(self.module, x, reached, update, self.see, num_tokens)
 
     def reached(self) -> bool:
         """Whether the running call's mixture updates some of the experts."""
@@ -89,7 +95,25 @@ class ExpertsForward(StandIn):
             self._mixing = None
 
 
-def _sum_of_experts(module: Any, x: Tensor, reached: Iterator[Reached], update: Update) -> Tensor:
+@contextmanager
+def watched(module: nn.Module, see: See) -> Iterator[None]:
+    """Inside, every product of an expert is shown to `see`. Raises LayerMismatch for a class that computes otherwise."""
+    if not computes_as_known(module):
+        raise LayerMismatch(f"a {type(module).__name__} computes with its experts otherwise than those that can be watched")
+    running = getattr(module.forward, "__self__", None)
+    standing = running if isinstance(running, ExpertsForward) else ExpertsForward(module, lambda: None)
+    standing.see = see
+    try:
+        yield
+    finally:
+        standing.see = None
+        if standing is not running:
+            standing.remove()
+
+
+def _sum_of_experts(
+    module: Any, x: Tensor, reached: Iterator[Reached], update: Update, see: See | None = None, num_tokens: int = 0
+) -> Tensor:
     """The module's forward, with the updates in both products."""
     y = torch.zeros_like(x)
     first, by_columns = ("gate_up_proj" if _gated(module) else "up_proj"), multiplies_columns(module)
@@ -101,7 +125,8 @@ def _sum_of_experts(module: Any, x: Tensor, reached: Iterator[Reached], update: 
             if getattr(module, "has_bias", False):
                 made = made + getattr(module, f"{parameter}_bias")[expert]
             more = update(parameter, expert, x_NI, token_N)
-            return made if more is None else made + more.to(made.dtype)
+            made = made if more is None else made + more.to(made.dtype)
+            return made if see is None else see(parameter, expert, x_NI, token_N, made, num_tokens)
 
         hidden_NH = product(first, x[row_N])
         hidden_NH = _gate(module, hidden_NH) if _gated(module) else module.act_fn(hidden_NH)

@@ -28,12 +28,14 @@ class LayerStatistics:
     """One layer: gram_II = X^T X / n over n tokens, fisher_OI the mean squared gradient; None where not collected.
 
     `fisher_norm` is the Frobenius norm of the Fisher over all layers that were recorded with this one, where known.
+    With `turned` the layer's factors have the sides as (I, O), and fisher_OI has too: PEFT's view of Llama 4's experts.
     """
 
     gram_II: Tensor | None
     fisher_OI: Tensor | None
     num_tokens: int
     fisher_norm: float | None = None
+    turned: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +62,8 @@ class Statistics:
         for number, (layer, seen) in enumerate(sorted(self.layers.items())):
             parts = {part: getattr(seen, part) for part in _PARTS if getattr(seen, part) is not None}
             norm = seen.fisher_norm
-            entries.append({"path": layer, "num_tokens": seen.num_tokens, "fisher_norm": norm, "parts": list(parts)})
+            entry = {"path": layer, "num_tokens": seen.num_tokens, "fisher_norm": norm, "parts": list(parts)}
+            entries.append({**entry, "turned": True} if seen.turned else entry)
             # numbered, since a module path may hold any character
             for part, tensor in parts.items():
                 plain = tensor.detach().cpu().float().contiguous()
@@ -118,4 +121,4 @@ def _layer(parts: Mapping[str, Tensor], entry: Mapping[str, Any]) -> LayerStatis
         raise ValueError(f"{where} has a fisher_OI below 0")
     if type(num_tokens) is not int or num_tokens < 0 or not (norm is None or (isinstance(norm, float) and norm >= 0.0)):
         raise ValueError(f"{where} has num_tokens {num_tokens!r} and fisher_norm {norm!r}")
-    return LayerStatistics(gram_II, fisher_OI, num_tokens, norm)
+    return LayerStatistics(gram_II, fisher_OI, num_tokens, norm, entry.get("turned") is True)

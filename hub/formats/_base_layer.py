@@ -78,9 +78,10 @@ class ExpertMatrix(NamedTuple):
     transposed: bool
 
 
-def expert_matrix(modules: Mapping[str, nn.Module], name: str, factors: Factors, asker: str) -> ExpertMatrix:
+def expert_matrix(modules: Mapping[str, nn.Module], name: str, factors: Factors | None, asker: str) -> ExpertMatrix:
     """The matrix that the layer `<path>.<parameter>.<number>` means, seen as PEFT sees it: turned round where the module has
-    `is_transposed`. Raises LayerMismatch, naming `asker`, where the model has no such matrix, or one of another size.
+    `is_transposed`. Raises LayerMismatch, naming `asker`, where the model has no such matrix, or one of another size than
+    the factors, where they are given.
     """
     path, parameter, number = (["", "", *name.rsplit(".", 2)])[-3:]
     module, place = modules.get(path), f"parameter {parameter!r} of {path!r}"
@@ -95,13 +96,14 @@ def expert_matrix(modules: Mapping[str, nn.Module], name: str, factors: Factors,
     transposed = bool(getattr(module, "is_transposed", False))
     count, *sides = tensor.shape
     num_outputs, num_inputs = reversed(sides) if transposed else sides
-    found = (factors.b_OR.shape[0], factors.a_RI.shape[1])
-    if number not in map(str, range(count)) or found != (num_outputs, num_inputs):
+    sizes = num_outputs, num_inputs
+    found = sizes if factors is None else (factors.b_OR.shape[0], factors.a_RI.shape[1])
+    if number not in map(str, range(count)) or found != sizes:
         raise LayerMismatch(
             f"{asker} updates expert {number} of {place} with shape (O, I) = {found}, but the model has {count} experts of "
-            f"{(num_outputs, num_inputs)}; was the adapter made for another base model?"
+            f"{sizes}; was the adapter made for another base model?"
         )
-    return ExpertMatrix(path, module, parameter, int(number), num_outputs, num_inputs, transposed)
+    return ExpertMatrix(path, module, parameter, int(number), *sizes, transposed)
 
 
 def missing_layer(asker: str, name: str, known: Iterable[str]) -> LayerMismatch:

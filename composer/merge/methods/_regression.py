@@ -19,23 +19,27 @@ def regression(found: Sequence[Share], *, off_diagonal: float, from_mean: bool) 
     """The D that minimises sum of w_e tr((D - D_e) G_e (D - D_e)^T), and of all that do the one nearest to the start.
 
     The start is the weighted mean of the updates, or zero (the base model). G_e has its off-diagonal multiplied by
-    `off_diagonal`. With S = sum of w_e G_e and P the projection onto its range,
+    `off_diagonal`; of a turned layer, D^T stands for D. With S = sum of w_e G_e and P the projection onto its range,
     D = sum of b_e (w_e a_e G_e S^+  [+ w_e / sum of w * a_e (1 - P)]), of rank sum of R_e. Solved in float64.
     """
-    weight_sum = sum(share.weight for share in found)
+    weight_sum, turned = sum(share.weight for share in found), any(share.seen.turned for share in found)
     inputs = _Inputs.of(found, off_diagonal)
     parts_a, parts_b = [], []
     for share in found:
         if share.term is None:
             continue
-        a_RI = share.term.factors.a_RI.double()
+        factors = share.term.factors
+        a_RI, b_OR = (factors.b_OR.T, factors.a_RI.T) if turned else (factors.a_RI, factors.b_OR)
+        a_RI = a_RI.double()
         new_RI = inputs.applied(a_RI @ (_shrink_gram(share, off_diagonal) * share.weight))
         if from_mean:
             new_RI += inputs.unseen(a_RI) * (share.weight / weight_sum)
         parts_a.append(new_RI)
-        parts_b.append(share.term.factors.b_OR.float())
+        parts_b.append(b_OR.float())
     first = next(share.term for share in found if share.term is not None).factors
-    return replace(first, a_RI=torch.cat(parts_a).float(), b_OR=torch.cat(parts_b, dim=1), bias_O=share_bias(found))
+    a_RI, b_OR = torch.cat(parts_a).float(), torch.cat(parts_b, dim=1)
+    a_RI, b_OR = (b_OR.T, a_RI.T) if turned else (a_RI, b_OR)
+    return replace(first, a_RI=a_RI, b_OR=b_OR, bias_O=share_bias(found))
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,8 +52,7 @@ def share_bias(found: Sequence[Share]) -> Tensor | None:
 
 def _require(seen: LayerStatistics | None, part: str, found: dict[int, Term], place: int) -> LayerStatistics:
     first = next(iter(found.values())).factors
-    num_out, num_in = first.b_OR.shape[0], first.a_RI.shape[1]
-    wanted = (num_in, num_in) if part == "gram_II" else (num_out, num_in)
+    num_out, num_in = sides = first.b_OR.shape[0], first.a_RI.shape[1]
     tensor = None if seen is None else getattr(seen, part)
     if seen is None or tensor is None:
         what = part.split("_")[0]
@@ -61,6 +60,8 @@ def _require(seen: LayerStatistics | None, part: str, found: dict[int, Term], pl
             f"the method needs {part} of expert {place}, whose statistics do not have it for this layer: collect them with "
             f"collect_statistics(model, tokenizer, adapter, texts, what=({what!r},))"
         )
+    size = num_out if seen.turned else num_in
+    wanted = (size, size) if part == "gram_II" else sides
     if tuple(tensor.shape) != wanted:
         raise WeightingError(f"{part} of expert {place} has shape {tuple(tensor.shape)}, but the layer {wanted}")
     if not all_finite(tensor):
