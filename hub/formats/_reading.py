@@ -24,6 +24,7 @@ from loraweave.hub.formats._lora_file import PICKLES, FileFormat, is_pickle, lor
 from loraweave.hub.formats._pickle import texts_in_pickle
 from loraweave.hub.formats._safetensors import tensor_names
 from loraweave.hub.formats.peft import Peft
+from loraweave.hub.formats.poly import Poly
 from loraweave.lowrank import algebra
 
 _PROMPT = "trained vectors in front of the text or in the cache of attention, not an update of weights"
@@ -34,7 +35,7 @@ REFUSED = {
     **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"), _PROMPT),
     **dict.fromkeys(("CPT", "CARTRIDGE", "ADAPTION_PROMPT"), _PROMPT),
     "LILY": _ROUTED,
-    "XLORA": f"{_ROUTED}; lw.router(folder, pool=[...]) opens it with its adapters",
+    "XLORA": f"{_ROUTED}; lw.router(folder, pool=[...]) opens it, and its adapters are in folders of their own",
     "SHADOW": "a second model beside the base one",
     "LN_TUNING": "trained norms, which are not linear layers",
     "TRAINABLE_TOKENS": "trained rows of an embedding, which may be tied to the output head",
@@ -60,14 +61,20 @@ def read(
 ) -> Contents:
     """The contents of an adapter folder of any registered format, or of the one adapter in a folder of folders.
 
+    `<folder>/task_N` is a task of the POLY in a folder.
+
     `model`, `rank`, `max_error` and `allow_pickle` as in `ForeignFormat.read`; a plain LoRA is cut only where `rank` asks
     for it. Raises AdapterUnsupported for a type that has no form as factors, with the reason, and for several adapters;
     AdapterCorrupt if a file changed meanwhile; AdapterSuspicious for factors whose product is beyond fp32; and what the
     format's reader raises.
     """
-    folder = _adapter_folder(Path(folder))
+    task = Poly.task_in(Path(folder))
+    folder = _adapter_folder(Path(folder)) if task is None else Path(folder).parent
     with require_unchanged(folder):
-        contents = _read(folder, model, rank, max_error, allow_pickle)
+        if task is None:
+            contents = _read(folder, model, rank, max_error, allow_pickle)
+        else:
+            contents = Poly.of_task(task).read(folder, model=model, rank=rank, max_error=max_error)
         if folder.is_dir():
             contents = replace(contents, files=read_kept(folder))
     if not algebra.within_range(tensor for factors in contents.layers.values() for tensor in factors.tensors().values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,7 +23,7 @@ class Poly(ForeignFormat):
     """One task's adapter, exactly of rank r: a = sum of w_s a_s and b = sum of w_s b_s / r over the skills, split by split.
 
     w_s = sigmoid(z_s) / sum of the sigmoids, z the task's logits. A folder of several tasks has an adapter for each:
-    `of_task` reads one, and `lw.router(folder).pool` has all.
+    the path `<folder>/task_N` means one, and `lw.router(folder).pool` has all.
     """
 
     peft_type = "POLY"
@@ -38,6 +39,12 @@ class Poly(ForeignFormat):
         return type(cls.__name__, (cls,), {"task": task})
 
     @classmethod
+    def task_in(cls, path: Path) -> int | None:
+        """N of the path `<folder of a POLY>/task_N`, None for any other; no file has that name."""
+        match = re.fullmatch(r"task_(0|[1-9]\d{0,8})", path.name)
+        return int(match[1]) if match and not path.exists() and cls.recognises(path.parent) else None
+
+    @classmethod
     def num_tasks(cls, folder: Path) -> int:
         """How many tasks a folder has."""
         return cls._config(folder).count("n_tasks", 1, most=MAX_TASKS)
@@ -46,10 +53,11 @@ class Poly(ForeignFormat):
     def _config(cls, folder: Path) -> Config:
         config = super()._config(folder)
         config.choice("poly_type", ["poly"], "poly")
-        if cls.task is None and (count := config.count("n_tasks", 1)) > 1:
+        count = config.count("n_tasks", 1)
+        if count > 1 if cls.task is None else cls.task >= count:
             raise AdapterUnsupported(
-                f"{folder}: this POLY has {count} tasks, each an adapter of its own: lw.router(folder).pool has them by "
-                "name, and hub.add takes each"
+                f"{folder}: this POLY has {count} tasks, each an adapter of its own: give the path of one, "
+                f"{str(folder / 'task_0')!r} to {str(folder / f'task_{count - 1}')!r}; lw.router(folder).pool has all"
             )
         return config
 

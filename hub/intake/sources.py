@@ -97,7 +97,9 @@ def _locate(
     source: str | Path, revision: str | None, token: str | None, local_files_only: bool, allow_patterns: Sequence[str]
 ) -> OpenedSource:
     folder = Path(source)
-    if str(source) and _is_there(folder):
+    from loraweave.hub.formats.poly import Poly
+
+    if str(source) and (_is_there(folder) or Poly.task_in(folder) is not None):
         return OpenedSource(folder)
     owner, name, file = _parts(source)
     repository = f"{owner}/{name}"

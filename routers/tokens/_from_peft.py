@@ -100,13 +100,8 @@ def _xlora(config: Config, given: ExpertPool | None, model: nn.Module | None) ->
 
 def _poly(folder: Path) -> Poly:
     """With the adapter of each task, which is made when it is used."""
-    names = {f"task_{number}": number for number in range(PolyFormat.of_task(0).num_tasks(folder))}
-
-    def opened(name: str) -> Adapter:
-        found = PolyFormat.of_task(names[name]).read(folder)
-        return Adapter(name, found.base_model, found.layers, found.fingerprint, found.card, found.heads)
-
-    pool = ExpertPool.on_demand(names, opened)
+    names = [f"task_{number}" for number in range(PolyFormat.of_task(0).num_tasks(folder))]
+    pool = ExpertPool.on_demand(names, lambda name: Adapter.from_pretrained(folder / name))
     router = Poly(pool)
     router.pool = pool
     return router.eval()

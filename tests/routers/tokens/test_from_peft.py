@@ -229,10 +229,13 @@ def test_a_poly_that_peft_saved_has_an_adapter_for_each_task(make_model, poly, t
         torch.testing.assert_close(logits(model), first, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(logits(model), first, atol=1e-2)
     with lw.Hub(tmp_path / "hub") as hub:
-        hub.add(router.pool["task_2"])
-        assert hub["task_2"].hash == router.pool["task_2"].hash
-        with pytest.raises(AdapterUnsupported, match=r"3 tasks.*lw\.router\(folder\)\.pool"):
-            hub.add(folder)
+        records = hub.add_many([folder / name for name in router.experts]).records
+        assert [record.name for record in records] == list(router.experts)
+        with lw.Composer(model, hub.pool(["task_1", "task_2"])).activate([{"task_2": 1.0}, {"task_1": 1.0}]):
+            torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+        for wrong in (folder, folder / "task_3"):
+            with pytest.raises(AdapterUnsupported, match=r"has 3 tasks.*task_0' to .*task_2'; lw\.router\(folder\)\.pool"):
+                hub.add(wrong)
 
 
 def test_a_poly_of_one_task_is_an_adapter(make_model, tmp_path):
