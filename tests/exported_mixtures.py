@@ -41,6 +41,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 32},
 }
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+# mixtures of experts, whose fused parameters have updates too
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"head_dim": 32, **EXPERTS},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": {**EXPERTS, "head_dim": 32, "norm_topk_prob": True},
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,12 @@ class Mixture:
 def tiny_mixture(family: str, *, everywhere: bool = False, **sizes: int) -> Mixture:
     """Two adapters of ranks 2 and 3 on all layers of the blocks; with `everywhere` on both embeddings, untied, too."""
     torch.manual_seed(0)
-    options = {**SIZES, **FAMILIES[family], **sizes, **({"tie_word_embeddings": False} if everywhere else {})}
+    options = {
+        **SIZES,
+        **{**FAMILIES, **MIXTURES}[family],
+        **sizes,
+        **({"tie_word_embeddings": False} if everywhere else {}),
+    }
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options)).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -86,6 +98,11 @@ def tiny_mixture(family: str, *, everywhere: bool = False, **sizes: int) -> Mixt
 def _adapter(model: nn.Module, rank: int, everywhere: bool) -> lw.Adapter:
     layers = {}
     for name, module in model.named_modules():
+        for part, weight in module.named_parameters(name, recurse=False):
+            if weight.ndim == 3:
+                for expert, (num_out, num_in) in enumerate([weight.shape[1:]] * len(weight)):
+                    factors = Factors(torch.randn(rank, num_in), 0.1 * torch.randn(num_out, rank), kind="expert")
+                    layers[f"{part}.{expert}"] = factors
         linear = isinstance(module, nn.Linear) and (everywhere or name != "lm_head")
         if linear or (everywhere and isinstance(module, nn.Embedding)):
             num_out, num_in = module.weight.shape if linear else module.weight.T.shape

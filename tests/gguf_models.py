@@ -53,6 +53,12 @@ def write_model(path: Path, model: Any, arch: str, texts: Sequence[str] = (), qu
     full = rotary.get("full_attention", rotary)
     writer.add_rope_dimension_count(int(size * full.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(full["rope_theta"])
+    if experts := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
+        if shared := getattr(config, "shared_expert_intermediate_size", None):
+            writer.add_expert_shared_feed_forward_length(shared)
     if arch == "phi2":
         writer.add_layer_norm_eps(config.layer_norm_eps)
     else:
@@ -80,8 +86,15 @@ def write_model(path: Path, model: Any, arch: str, texts: Sequence[str] = (), qu
             tensor = _neighbours(tensor, tensor.shape[0] // size)
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             tensor = tensor + 1
+        if name.endswith("experts.gate_up_proj"):
+            gate, up = tensor.chunk(2, dim=1)
+            for part, own in (("gate_proj", gate), ("up_proj", up)):
+                called = names.get_name(name.replace("gate_up_proj", part))
+                writer.add_tensor(f"{called}.weight", own.float().contiguous().numpy())
+            continue
         called = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert called is not None, name
+        called += ".weight" if name.endswith("experts.down_proj") else ""
         values = tensor.float().contiguous().numpy()
         if quantised is None or values.ndim < 2:
             writer.add_tensor(called, values)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from loraweave.errors import AdapterUnsupported, PackageMissing
@@ -30,13 +31,16 @@ ARCHITECTURES = {
     "gemma3_text": "gemma3",
     "llama": "llama",
     "mistral": "llama",
+    "mixtral": "llama",
     "phi": "phi2",
     "phi3": "phi3",
     "qwen2": "qwen2",
+    "qwen2_moe": "qwen2moe",
     "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
 }
 # those whose rotary embedding turns neighbours instead of halves, so that rows of q and k have another order
-PERMUTED = ("llama", "mistral")
+PERMUTED = ("llama", "mistral", "mixtral")
 ADAPTER, MODELFILE, BASE_GGUF = "adapter.gguf", "Modelfile", "base.gguf"
 
 
@@ -50,7 +54,7 @@ class Gguf(Target):
     def check(cls, contents: Contents, name: str, base: Any) -> None:
         if importlib.util.find_spec("gguf") is None:
             raise PackageMissing("writing GGUF needs the package gguf: pip install gguf")
-        require_plain(contents, name, "llama.cpp", kinds=("linear", "embedding"))
+        require_plain(contents, name, "llama.cpp", kinds=("linear", "embedding", "expert"))
         config = base_config(base)
         if (found := getattr(config, "model_type", None)) not in ARCHITECTURES:
             raise AdapterUnsupported(
@@ -60,15 +64,20 @@ class Gguf(Target):
         require_untied(contents, name, "llama.cpp", config)
         names = _tensor_names(config)
         for layer, factors in contents.layers.items():
-            _tensor_name(layer, names, config, name)
-            _order(layer, factors, config, name)
+            if factors.kind == "expert":
+                _require_expert(layer, names, config, name)
+            else:
+                _tensor_name(layer, names, config, name)
+                _order(layer, factors, config, name)
 
     @classmethod
     def write(cls, contents: Contents, name: str, folder: Path, base: Any) -> None:
         config = base_config(base)
         names = _tensor_names(config)
-        tensors: dict[str, Tensor] = {}
+        tensors = _of_experts(contents, names, config, name)
         for layer, factors in contents.layers.items():
+            if factors.kind == "expert":
+                continue
             called = _tensor_name(layer, names, config, name)
             # llama.cpp looks a token's row of lora_a up, and multiplies with it elsewhere
             tensors[f"{called}.lora_a"] = factors.a_RI.T if factors.kind == "embedding" else factors.a_RI
@@ -105,6 +114,48 @@ def _tensor_name(layer: str, names: Any, config: Any, name: str) -> str:
             "adapter made for another base model?"
         )
     return found
+
+
+def _num_experts(config: Any) -> int:
+    return int(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0)
+
+
+def _matrices(parameter: str) -> list[str]:
+    """The matrices that llama.cpp has of a parameter of experts, whose rows follow one another."""
+    place, _, last = parameter.rpartition(".")
+    return [f"{place}.gate_proj", f"{place}.up_proj"] if last == "gate_up_proj" else [parameter]
+
+
+def _require_expert(layer: str, names: Any, config: Any, name: str) -> None:
+    parameter, _, number = layer.rpartition(".")
+    for path in _matrices(parameter):
+        _tensor_name(path, names, config, name)
+    if not number.isdigit() or int(number) >= _num_experts(config):
+        raise AdapterUnsupported(
+            f"adapter {name!r} updates expert {number} of {parameter!r}, and the base model has {_num_experts(config)} "
+            "experts: was the adapter made for another base model?"
+        )
+
+
+def _of_experts(contents: Contents, names: Any, config: Any, name: str) -> dict[str, Tensor]:
+    """lora_a (E, R, I) and lora_b (E, O, R) of each matrix of experts, with zeros for an expert without an update."""
+    parameters: dict[str, dict[int, Factors]] = {}
+    for layer, factors in contents.layers.items():
+        if factors.kind == "expert":
+            parameter, _, number = layer.rpartition(".")
+            parameters.setdefault(parameter, {})[int(number)] = factors
+    tensors: dict[str, Tensor] = {}
+    for parameter, own in parameters.items():
+        first = next(iter(own.values()))
+        none = Factors(torch.zeros_like(first.a_RI), torch.zeros_like(first.b_OR))
+        each = [own.get(number, none) for number in range(_num_experts(config))]
+        paths = _matrices(parameter)
+        parts = torch.stack([part.b_OR for part in each]).chunk(len(paths), dim=1)
+        for path, b_EOR in zip(paths, parts, strict=True):
+            called = _tensor_name(path, names, config, name).removesuffix(".weight")
+            tensors[f"{called}.weight.lora_a"] = torch.stack([part.a_RI for part in each])
+            tensors[f"{called}.weight.lora_b"] = b_EOR
+    return tensors
 
 
 def _order(layer: str, factors: Factors, config: Any, name: str) -> Tensor:

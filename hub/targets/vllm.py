@@ -33,8 +33,8 @@ class Vllm(Target):
         if any(factors.kind == "expert" for factors in contents.layers.values()):
             raise AdapterUnsupported(
                 f"adapter {name!r} updates fused experts, whose factors vLLM 0.32 divides as PEFT does only for models with "
-                "is_3d_moe_weight, or where the request has is_3d_lora_weight: write it with target='peft', and see to that "
-                "in vLLM, or use `loraweave serve`"
+                "is_3d_moe_weight, or under --enable-mixed-moe-lora-format where the request has is_3d_lora_weight: write "
+                "it with target='peft', and see to that in vLLM, or use `loraweave serve`"
             )
         require_plain(contents, name, "vLLM", kinds=("linear", "embedding"))
         if not contents.base_model:

@@ -8,8 +8,8 @@ import gguf
 import gguf_models
 import pytest
 import torch
-from exported_mixtures import FAMILIES, pool_mixture, tiny_mixture
-from transformers import GPT2Config, LlamaConfig
+from exported_mixtures import FAMILIES, MIXTURES, pool_mixture, tiny_mixture
+from transformers import GPT2Config, LlamaConfig, MixtralConfig
 
 import loraweave as lw
 from loraweave.errors import AdapterUnsupported, BaseModelMismatch
@@ -19,7 +19,7 @@ from loraweave.types import Factors
 SCRIPT = Path(__file__).parents[2] / "engine_scripts" / "llama_cpp.py"
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
 TIED, UNTIED = (LlamaConfig(**SIZES, tie_word_embeddings=tied) for tied in (True, False))
-CASES = [*sorted(FAMILIES), "llama, embeddings too"]
+CASES = [*sorted(FAMILIES | MIXTURES), "llama, embeddings too"]
 
 
 def ask(jobs):
@@ -74,7 +74,7 @@ def test_llama_cpp_computes_the_live_mixture_of_the_pool_on_the_real_base(tmp_pa
 
 
 def test_every_architecture_that_is_exported_is_run():
-    assert set(FAMILIES) == set(ARCHITECTURES)
+    assert set(FAMILIES | MIXTURES) == set(ARCHITECTURES)
 
 
 REFUSED = {
@@ -94,6 +94,11 @@ REFUSED = {
         lambda given: with_layer(given, "model.layers.0.self_attn.k_proj"),
         UNTIED,
         "k_proj' .* has 6 outputs, but the base model has 2 heads of 16",
+    ),
+    "an expert beyond the last": (
+        lambda given: with_layer(given, "model.layers.0.mlp.experts.down_proj.8", "expert"),
+        MixtralConfig(**SIZES, num_local_experts=8),
+        "updates expert 8 of 'model.layers.0.mlp.experts.down_proj', and the base model has 8",
     ),
     "a convolution": (
         lambda given: with_layer(given, "model.layers.0.mlp.up_proj", "conv"),
