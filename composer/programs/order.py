@@ -37,16 +37,16 @@ def order(
     outputs are most like its targets. All single steps are measured, then pairs that end in one of the eight best of them,
     then the `beam` best programs with one more step at any place, up to `max_steps`; the worse ones are dropped after one
     example, and again after two. Where the task has an instruction, the base asked by it is a step like others, the last
-    among equal ones. A longer program is taken where its loss is lower by more than the share `gain`. No adapter occurs
-    twice in a program, and the model is asked no question twice.
+    among equal ones. A longer program is taken where its loss is lower by more than the share `gain`; three steps are tried
+    only where two would be taken. No adapter occurs twice in a program, and the model is asked no question twice.
 
     Raises InvalidTask for a task without examples and a hub without descriptions, WeightingError for settings out of range
     and for anything but a hub, EmptyIndex and BaseModelMismatch for a hub without an adapter for the model, SearchFailed
     where no program has a finite loss.
     """
     asked = Task.of(task)
-    given = {"k": k, "max_steps": max_steps, "beam": beam, "gain": gain}
-    check_options("order()", given, options_of(order, after=4), error=WeightingError)
+    limits: dict[str, Any] = {"k": k, "max_steps": max_steps, "beam": beam, "gain": gain}
+    check_options("order()", limits, options_of(order, after=4), error=WeightingError)
     if isinstance(experts_of(hub), ExpertPool):
         raise WeightingError(
             f"order() asks adapters by their descriptions in a hub, but got {type(hub).__name__}: pass lw.Hub"
@@ -57,7 +57,6 @@ def order(
     if not callable(tokenizer):
         raise CompositionError(f"the examples need the model's tokenizer, and {type(tokenizer).__name__} is not one")
     started = time.perf_counter()
-    limits: dict[str, Any] = {"k": k, "max_steps": max_steps, "beam": beam, "gain": gain}
     search = search_programs(model, tokenizer, Retriever(hub), asked, **limits, progress=progress)
     chosen, reason = search.best()
     rows, seconds = tuple(search.rows()), time.perf_counter() - started
