@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -27,6 +27,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from loraweave.common.chat import Prompt
+from loraweave.composer.model.scoring import answer_in
 from loraweave.hub.hub import Hub
 from loraweave.serving.answers import Answer, ChatAnswer, CompletionAnswer
 from loraweave.serving.exchange import EventStream, Exchange, unless_gone
@@ -45,6 +47,7 @@ from loraweave.serving.requests import (
     read_request,
 )
 from loraweave.serving.row import Row
+from loraweave.serving.sampling import Sampling
 from loraweave.serving.scheduler import Scheduler, too_busy
 from loraweave.serving.served import Served
 
@@ -210,7 +213,7 @@ class Face:
         if (count := len(given.ids) * asked.num_answers) > self._limits.choices:
             raise Refusal(400, f"{count} answers are asked for, above the limit of {self._limits.choices}", param="n")
         served = await self._served(await self._wanted(asked.model, given.text, deadline), deadline)
-        prompts = await self._within(deadline, self._run(self._readers, partial(self._prompts.of_members, given, served)))
+        prompts = await self._asked(given, served, deadline)
         longest = max(len(ids) for of_members in prompts for ids in of_members)
         num_new = self._prompts.num_new(longest, max_tokens, usual, self._limits.new_tokens)
         for of_members in prompts:
@@ -220,6 +223,32 @@ class Face:
         exchange.submit()
         num_read = sum(len(ids) for of_members in prompts for ids in of_members)
         return kind(asked.model, served, self._tokenizer, exchange.rows, num_read), served
+
+    async def _asked(self, given: Given, served: Served, deadline: float) -> list[list[tuple[int, ...]]]:
+        """For each prompt what each member is asked, when all that answers before a member has answered."""
+        between = {}
+        for before in {member.before for member in served.members if member.before}:
+            said = given
+            for step in before:
+                said = replace(said, inputs=await self._said(said, step, deadline))
+            between[before] = said.inputs or ()
+        read = partial(self._prompts.of_members, given, served, between)
+        return await self._within(deadline, self._run(self._readers, read))
+
+    async def _said(self, given: Given, step: Served, deadline: float) -> list[Prompt]:
+        """The answer of a step to each input, as Composition.predict has it between two steps."""
+        prompts = await self._asked(given, step, deadline)
+        longest = max(len(ids) for of_members in prompts for ids in of_members)
+        num_new = self._prompts.num_new(longest, step.max_new_tokens, 0, self._limits.new_tokens)
+        sampling = Sampling(num_new, temperature=0.0, stop=step.stops)
+        with Exchange(self.scheduler, lambda: None) as exchange:
+            for of_members in prompts:
+                exchange.rows.append(Row(of_members, step, sampling, exchange.teller(), deadline=deadline))
+            exchange.submit()
+            texts = [""] * len(prompts)
+            async for index, piece in exchange.pieces():
+                texts[index] += piece.text
+        return [answer_in(text, step.stops) for text in texts]
 
     async def _wanted(self, name: str, prompt: str, deadline: float) -> Wanted:
         """What a model name says of the hub as it is now; for `auto`, what is found for the prompt."""

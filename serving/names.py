@@ -11,11 +11,12 @@ from datetime import datetime
 from typing import Any
 
 from loraweave.common.chat import Conversation, turn_end
+from loraweave.composer.compose.asked import answer_limit
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.formula.formula import Formula, parse
 from loraweave.composer.formula.nodes import Merge, Named, Stored, Sum, leaves
 from loraweave.composer.formula.source import has_parts, router_of
-from loraweave.errors import RetrievalError
+from loraweave.errors import CompositionError, RetrievalError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_key
 from loraweave.hub.compositions import StoredComposition
@@ -179,14 +180,23 @@ class Names:
         """Each member in each of its prompt forms."""
         with stored.unpacked() as folder:
             read = Composition.from_pretrained(folder, self._model, self._tokenizer)
-        # steps answer one after the other: they have no adapter, and say so
         members = list(read.members.values()) or [read]
-        found = []
-        for member in members:
-            alone = Member() if member.is_base else _whole(member.adapter)
-            tasks = member.task.in_orders()
-            found += [replace(alone, share=1 / len(members) / len(tasks), task=task) for task in tasks]
-        return tuple(found)
+        return tuple(asked for member in members for asked in self._asked(member, 1 / len(members)))
+
+    def _asked(self, member: Composition, share: float) -> list[Member]:
+        """The member in each of its prompt forms; of a program, the last step after those before it."""
+        *earlier, last = list(member.steps.items()) or [("", member)]
+        limit = answer_limit(self._tokenizer, member.task.examples) if earlier else 0
+        before = []
+        for name, step in earlier:
+            if step.task.labels:
+                raise CompositionError(f"step {name!r} answers by a label, which this server does not rank")
+            stops = self._stops(step.task)
+            before.append(Served(name, name, tuple(self._asked(step, 1.0)), stops, max_new_tokens=limit))
+        mixture = last[1]
+        alone = Member() if mixture.is_base else _whole(mixture.adapter)
+        tasks = mixture.task.in_orders()
+        return [replace(alone, share=share / len(tasks), task=task, before=tuple(before)) for task in tasks]
 
 
 def _member(formula: Formula, pool: ExpertPool) -> Member:

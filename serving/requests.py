@@ -11,6 +11,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -259,24 +260,29 @@ class Prompts:
         is_input = plain and turns.turns[-1][0] == "user"
         return Given(messages[-1]["content"], [self._fitting(ids)], [turns] if is_input else None)
 
-    def of_members(self, given: Given, served: Served) -> list[list[tuple[int, ...]]]:
+    def of_members(
+        self, given: Given, served: Served, between: Mapping[tuple[Served, ...], Sequence[Prompt]] = MappingProxyType({})
+    ) -> list[list[tuple[int, ...]]]:
         """For each prompt what each member of a composition is asked: the prompt, or its input in the member's own form.
 
-        Raises Refusal where members have forms of their own, and what is given is more than the input of a task.
+        `between` has what was answered before a member, which is then its input. Raises Refusal where members have forms of
+        their own, and what is given is more than the input of a task.
         """
-        tasks = [member.task for member in served.members]
-        if all(task is None for task in tasks):
-            return [[ids] * len(tasks) for ids in given.ids]
-        if given.inputs is None or not all(_is_input(asked, task) for asked in given.inputs for task in tasks if task):
-            raise Refusal(
-                400,
-                f"{served.canonical} puts the input of its task into prompts of its own: give the input alone, as text, or "
-                "as the one message of a chat; of a chat's task, as messages without a system's",
-            )
+        asked_M = [(member.task, between.get(member.before, given.inputs)) for member in served.members]
+        for task, inputs in asked_M:
+            if task is not None and not (inputs is not None and all(_is_input(each, task) for each in inputs)):
+                raise Refusal(
+                    400,
+                    f"{served.canonical} puts the input of its task into prompts of its own: give the input alone, as text, "
+                    "or as the one message of a chat; of a chat's task, as messages without a system's",
+                )
         with self._lock:
             return [
-                [self._fitting(ids if task is None else self._prompt_ids(task.prompt(asked))) for task in tasks]
-                for ids, asked in zip(given.ids, given.inputs, strict=True)
+                [
+                    self._fitting(ids if task is None or inputs is None else self._prompt_ids(task.prompt(inputs[number])))
+                    for task, inputs in asked_M
+                ]
+                for number, ids in enumerate(given.ids)
             ]
 
     def num_new(self, longest: int, asked: int | None, usual: int, most: int) -> int:

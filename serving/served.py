@@ -18,6 +18,7 @@ class Member:
 
     Where there is a `router`, it weighs `adapters`, under its own names for them, for each token. `share` is the member's
     part of the average of probabilities, `task` puts inputs into prompts of its own where they are not asked as they stand.
+    The compositions `before` answer first, one after the other; the last answer is the member's input.
     """
 
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -25,6 +26,7 @@ class Member:
     router: TokenRouter | None = None
     share: float = 1.0
     task: Task | None = None
+    before: tuple[Served, ...] = ()
 
     @property
     def is_alone(self) -> bool:
@@ -62,13 +64,14 @@ class Served:
     """The members of a row, whose probabilities are averaged at each token; one but for an average.
 
     `canonical` is the formula in its one form, `identity` the hash of what it says with the content of its adapters.
-    `stops` end an answer beside what a request asks for.
+    `stops` end an answer beside what a request asks for; one that others go on from has at most `max_new_tokens`.
     """
 
     canonical: str = "base"
     identity: str = "base"
     members: tuple[Member, ...] = (Member(),)
     stops: tuple[str, ...] = ()
+    max_new_tokens: int = 0
 
     @property
     def router(self) -> TokenRouter | None:
@@ -87,5 +90,7 @@ class Served:
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        """Those of all members."""
-        return {content: adapter for member in self.members for content, adapter in member.adapters.items()}
+        """Those of all members, and of what answers before them."""
+        steps = [step for member in self.members for step in member.before]
+        own = {content: adapter for member in self.members for content, adapter in member.adapters.items()}
+        return own | {content: adapter for step in steps for content, adapter in step.adapters.items()}

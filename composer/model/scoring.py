@@ -278,9 +278,14 @@ def generate(
         )
     start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     texts = tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
+    return [answer_in(text, stop) for text in texts]
+
+
+def answer_in(text: str, stop: Sequence[str]) -> str:
+    """The first line of a continuation, or what stands before the first of the texts in `stop`."""
     if tuple(stop) == LINE:
-        return [(text.strip(" ").splitlines() or [""])[0].strip() for text in texts]
-    return [text[: min((place for each in stop if (place := text.find(each)) >= 0), default=None)].strip() for text in texts]
+        return (text.strip(" ").splitlines() or [""])[0].strip()
+    return text[: min((place for each in stop if (place := text.find(each)) >= 0), default=None)].strip()
 
 
 def _turn_ends(model: Any, tokenizer: Any, chat: Conversation) -> list[int]:

@@ -133,17 +133,35 @@ def test_a_stored_average_asks_each_member_in_prompts_of_its_own(serve):
             assert client.complete(**{"model": "@both", **fields})[0] == 400
 
 
-def test_a_stored_program_is_refused_alone_and_among_members(serve):
+def test_a_stored_program_answers_step_by_step_alone_and_among_members(serve):
     with serve() as client:
+        model, tokenizer, pool = client.engine.model, client.engine.tokenizer, client.engine.pool
         task = lw.Task([("a", "ab"), ("b", "ba"), ("cc", "c")], instruction="swap")
+        one = lw.compose(model, tokenizer, pool, task, method="uniform")
+        other = replace(one, task=replace(task, instruction="again"), all_weights={"a": 1.0})
+        base = replace(one, task=replace(task, instruction="say it"), pool=None, all_weights={})
+        program = replace(base, task=task, steps={"first": other, "then": base, "last": one})
+        both = replace(program, steps={}, members={"one": one, "program": program})
+        # what is asked is not what the last step is asked
+        assert program._between(["abc", "ba b"]) != ["abc", "ba b"]
+        for name, composition in (("steps", program), ("both", both)):
+            client.hub.save_composition(name, composition)
+            status, _, body = client.complete(f"@{name}", ["abc", "ba b"], max_tokens=48)
+            assert status == 200
+            said = [each["text"].strip() for each in body["choices"]]
+            assert said == composition.predict(["abc", "ba b"], max_new_tokens=48)
+            assert client.complete(f"@{name}", [5, 6])[0] == 400
+
+
+def test_a_program_whose_first_step_ranks_labels_is_refused(serve):
+    with serve() as client:
+        task = lw.Task([("a", "ab"), ("b", "ba")], instruction="swap")
         one = lw.compose(client.engine.model, client.engine.tokenizer, client.engine.pool, task, method="uniform")
-        program = replace(one, steps={"first": one, "last": one}, pool=None, all_weights={})
-        client.hub.save_composition("steps", program)
-        client.hub.save_composition("both", replace(program, steps={}, members={"one": one, "program": program}))
-        for name in ("@steps", "@both"):
-            status, _, body = client.complete(name, "abc")
-            assert status == 400
-            assert "the program first > last cannot be one adapter" in body["error"]["message"]
+        ranked = replace(one, task=replace(task, labels=["ab", "ba"]))
+        client.hub.save_composition("steps", replace(one, steps={"which": ranked, "last": one}, pool=None, all_weights={}))
+        status, _, body = client.complete("@steps", "abc")
+        assert status == 400
+        assert "step 'which' answers by a label" in body["error"]["message"]
 
 
 def test_an_ensemble_averages_what_its_members_answer_also_without_a_chat_template(serve):
