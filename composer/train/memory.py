@@ -87,7 +87,8 @@ def _kept_bytes(model: Any, tokenizer: Any, job: TrainingJob, prompt: int, targe
         for storage in _storages(tensor):
             if storage.data_ptr() not in known:
                 seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # an output that its own node keeps would keep the node: neither would ever be freed
+        return tensor.detach()
 
     noting = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with torch.enable_grad(), noting, SharedPass(model, [job], [len(rows)]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import pytest
@@ -59,6 +60,19 @@ def test_the_weights_are_those_of_the_base(tiny_llama, tokenizer):
     found = MemoryModel.of(tiny_llama.requires_grad_(False), tokenizer, job)
     assert (found.weight_bytes, found.vocabulary) == (expected, 61)
     assert job.parameters()[0].grad is None
+
+
+def num_tensors():
+    gc.collect()
+    return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+
+
+def test_nothing_of_what_is_counted_stays_in_memory(tiny_llama, tokenizer):
+    job = LoraJobs(tiny_llama, LAYERS["llama"], ["one"], LoraSettings(rank=3, alpha=6.0)).members[0]
+    MemoryModel.of(tiny_llama.requires_grad_(False), tokenizer, job)
+    before = num_tensors()
+    MemoryModel.of(tiny_llama, tokenizer, job)
+    assert num_tensors() == before
 
 
 CPU = torch.device("cpu")
