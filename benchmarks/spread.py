@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,12 +39,13 @@ import loraweave as lw
 from benchmarks._models import random_adapter
 from benchmarks._run import ROOT, Run, Table, console
 from loraweave.common.display import progress_bar
-from loraweave.common.spread import logger, spread
+from loraweave.common.spread import Failed, logger, spread
 
 app = typer.Typer()
 
 WORKERS = 4
-SECONDS = (1, 10, 60)
+# how many pieces of so many seconds
+PIECES = {1: 80, 10: 16, 60: 8}
 Backends = Annotated[str, typer.Option(help="some of loky, dask, ray")]
 
 
@@ -52,55 +53,66 @@ Backends = Annotated[str, typer.Option(help="some of loky, dask, ray")]
 def overhead(
     context: typer.Context, backends: Backends = "loky,dask,ray", pieces: Annotated[int, typer.Option(min=50)] = 400
 ) -> None:
-    """Empty pieces on four workers, beside concurrent.futures' pool; efficiency is t / (t + 4 o) at o seconds a piece."""
+    """Empty and sleeping pieces on four workers, beside concurrent.futures' pool.
+
+    The efficiency is the share of the time between the first and the last piece of each worker in which it had one.
+    """
     run: Run = context.obj
     table = Table(
-        f"{pieces} empty pieces on {WORKERS} workers",
-        ("backend", "first result, s", "a piece, ms", *(f"efficiency at {seconds} s" for seconds in SECONDS)),
+        f"{pieces} empty pieces on {WORKERS} workers, and {', '.join(f'{n} of {each} s' for each, n in PIECES.items())}",
+        ("backend", "first result, s", "a piece, ms", *(f"efficiency at {seconds} s" for seconds in PIECES)),
     )
-    ways: dict[str, Callable[[], Iterator[Any]]] = {"concurrent.futures": lambda: _pooled(pieces)}
-    for backend in backends.split(","):
-        ways[backend] = lambda backend=backend: _spread_over(backend, pieces)
-    for name, way in ways.items():
-        first, each = _paced(way(), pieces)
-        shares = [f"{seconds / (seconds + WORKERS * each):.1%}" for seconds in SECONDS]
-        table.add(name, f"{first:.1f}", f"{1e3 * each:.2f}", *shares)
+    for backend in ("concurrent.futures", *backends.split(",")):
+        with workers(backend):
+            first, each = _paced(backend, pieces)
+            shares = [_share(_results(backend, [seconds] * count)) for seconds, count in PIECES.items()]
+        table.add(backend, f"{first:.1f}", f"{1e3 * each:.2f}", *(f"{share:.2%}" for share in shares))
+        console.print(" ".join(table.rows[-1]))
     run.show(table)
 
 
-def _paced(results: Iterator[Any], pieces: int) -> tuple[float, float]:
+def _paced(backend: str, pieces: int) -> tuple[float, float]:
     """Seconds to the first result, and seconds a piece once all workers are there, after the first fifth."""
-    next(results)
-    started = time.perf_counter()
-    begun = [time.perf_counter() for _ in results]
+    asked = time.perf_counter()
+    ended = [time.perf_counter() for _ in _results(backend, [0] * pieces)]
     settled = pieces // 5
-    return started - STARTED[0], (begun[-1] - begun[settled]) / (len(begun) - 1 - settled)
+    return ended[0] - asked, (ended[-1] - ended[settled]) / (len(ended) - 1 - settled)
 
 
-# when the workers were asked for: a cluster stands before
-STARTED = [0.0]
+# which process slept, from when to when; all are of one machine
+Slept = tuple[int, float, float]
 
 
-def _nothing(piece: int) -> int:
-    return piece
+def _sleep(seconds: float) -> Slept:
+    begun = time.monotonic()
+    time.sleep(seconds)
+    return os.getpid(), begun, time.monotonic()
 
 
-def _pooled(pieces: int) -> Iterator[Any]:
-    STARTED[0] = time.perf_counter()
-    with ProcessPoolExecutor(WORKERS) as pool:
-        yield from as_completed([pool.submit(_nothing, piece) for piece in range(pieces)])
+def _share(slept: Iterator[Slept]) -> float:
+    by_worker: dict[int, list[tuple[float, float]]] = {}
+    for worker, begun, ended in slept:
+        by_worker.setdefault(worker, []).append((begun, ended))
+    busy = sum(ended - begun for own in by_worker.values() for begun, ended in own)
+    return busy / sum(max(ended for _, ended in own) - min(begun for begun, _ in own) for own in by_worker.values())
 
 
-def _spread_over(backend: str, pieces: int) -> Iterator[Any]:
-    with workers(backend), progress_bar(False) as bar:
-        STARTED[0] = time.perf_counter()
-        yield from spread(_nothing, {str(n): n for n in range(pieces)}, n_jobs=None, label="nothing", bar=bar)
+def _results(backend: str, seconds: list[float]) -> Iterator[Slept]:
+    if backend == "concurrent.futures":
+        with ProcessPoolExecutor(WORKERS) as pool:
+            yield from (each.result() for each in as_completed([pool.submit(_sleep, each) for each in seconds]))
+        return
+    pieces = {str(number): each for number, each in enumerate(seconds)}
+    with progress_bar(False) as bar:
+        for _, found in spread(_sleep, pieces, n_jobs=None, label="sleeping", bar=bar):
+            assert not isinstance(found, Failed), found.error
+            yield found
 
 
 @contextmanager
 def workers(backend: str) -> Iterator[None]:
-    """Four workers of that kind, over which the block spreads what it does; "here" is this process."""
-    if backend == "here":
+    """Four workers of that kind, over which the block spreads what it does, unless it is this process or has a pool."""
+    if backend in ("here", "concurrent.futures"):
         yield
     elif backend == "loky":
         with joblib.parallel_config(backend="loky", n_jobs=WORKERS):

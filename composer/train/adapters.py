@@ -29,6 +29,7 @@ from loraweave.composer.train.groups import train_groups
 from loraweave.composer.train.jobs import LoraJob, PlannedJob, TrainingJob
 from loraweave.composer.train.ordered._course import Course
 from loraweave.composer.train.passes import lora_job
+from loraweave.composer.train.processes import Processes
 from loraweave.composer.train.report import JobReport, TrainedAdapters
 from loraweave.composer.train.rows import HeldOut, Judging, Texts, can_be_packed, pack_task
 from loraweave.composer.train.schedule import WARMUP_STEPS
@@ -92,6 +93,8 @@ def train_adapters(
     With `n_jobs` workers (-1: all cores), or those that `joblib.parallel_config` names, processes of this machine, Ray or
     Dask train groups of jobs, to the same bits for any number of workers (docs/howto/many_machines.md). Each loads the model
     by its name. A `hub` gets a group's adapters when it ends; what it has of the same training is not trained again.
+    Processes of `torchrun` or `accelerate launch` that make the same call share the rows of each step, as one with all of
+    them to rounding; their number divides `batch_size`.
 
     Every task learns beside the adapter `beside`, which stays as it is, from what that one's a leaves of a layer's inputs
     (`BesideJob`). With `continual`, a way of `lw.names("continual")`, and `continual_options`, tasks are trained one after
@@ -199,6 +202,9 @@ def _require_sense(
     """Raises TrainingError for a hub that is none and arguments that exclude each other, and what `_require_way` raises."""
     if not isinstance(others["hub"], Hub | None):
         raise TrainingError(f"hub is {others['hub']!r:.60}; pass a Hub that takes the adapters, or None")
+    alone = [option for option in ("hub", "n_jobs") if others[option] is not None] + ["continual"] * bool(begun["continual"])
+    if alone and (count := Processes.launched(next(model.parameters()).device).count) > 1:
+        raise TrainingError(f"{count} processes were launched, which share the rows of each step, and {alone[0]} is for one")
     if beside is not None:
         _require_beside(model, beside, begun)
     _require_way(begun["continual"], options, prepared, begun["start"] or {}, begun["linearized"], others)

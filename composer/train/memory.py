@@ -98,12 +98,12 @@ def _kept_bytes(model: Any, tokenizer: Any, job: TrainingJob, prompt: int, targe
     return sum(seen.values()) / len(rows)
 
 
-def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """Where a tensor has its values: those of its parts for one that is made of others, as torchao's quantised ones are."""
+def _storages(tensor: Any) -> Iterator[torch.UntypedStorage]:
+    """Where a tensor has its values: those of its parts for one that is made of others, as torchao's and FSDP's are."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _storages(getattr(tensor, name))
-    else:
+    elif isinstance(tensor, Tensor):
         yield tensor.untyped_storage()
 
 

@@ -14,6 +14,7 @@ from loraweave.common.display import progress_bar
 from loraweave.common.randomness import seeded
 from loraweave.composer.model.batches import IGNORED, TargetBatch, batch, entropies_of, losses_of, target_logits, untouched
 from loraweave.composer.train.checkpointed_blocks import checkpointed_blocks
+from loraweave.composer.train.processes import Processes
 from loraweave.composer.train.progress import TrainingProgress
 from loraweave.composer.train.rows import Owners, RowReader, TrainingRow
 from loraweave.composer.train.schedule import NO_TOKENIZER, Pass, pad_apart, passes, streams
@@ -43,6 +44,7 @@ class RouterSteps:
         self._model, self._tokenizer = model, NO_TOKENIZER if tokenizer is None else tokenizer
         self._router, self._settings, self._held = router, settings, held
         self._accelerator = accelerator
+        self._processes = Processes.launched(next(model.parameters()).device)
         learning = [parameter for parameter in router.parameters() if parameter.requires_grad]
         self._taught = {row.expert for row in rows}
         self._progress = TrainingProgress(
@@ -64,26 +66,36 @@ class RouterSteps:
     def take_all(self) -> None:
         """Takes what steps are left, and leaves the router with the best parameters and its report."""
         progress = self._progress
+        self._processes.require_alike("router", self._said(progress.first), progress.parameters)
         for number in range(progress.first + 1, self._settings.steps + 1):
             if number == 1:
                 self._evaluate(0)
             self._step(number)
-            progress.close(number, self._evaluate)
+            progress.close(number, self._evaluate, mean=self._mean, saves=not self._processes.rank)
             if progress.stops:
                 break
         self._router.report = progress.finish()
+
+    def _said(self, first: int) -> str:
+        """What all processes have alike, but for the parameters."""
+        rows = [row.identity() for stream in self._streams for row in stream.rows] if self._processes.count > 1 else []
+        return repr([first, self._settings.identity(), rows, len(self._held)])
 
     def _step(self, number: int) -> None:
         """One step of the optimizer, down the mean loss over its target tokens."""
         settings, progress = self._settings, self._progress
         progress.optimizer.zero_grad()
         groups = [stream.at(number - 1, settings.batch_size) for stream in self._streams]
-        num_passes = settings.gradient_accumulation or len(groups)
+        parts = self._parts(groups)
         self._router.train()
         totals: dict[str, float] = {}
-        for index, part in enumerate(passes(groups, num_passes)):
+        for index, part in self._processes.share(list(enumerate(parts))):
             for name, value in self._pass(number, index, part).items():
                 totals[name] = totals.get(name, 0.0) + value
+        progress.report.tokens += sum(len(row) for part in parts for row in part.rows)
+        summed = self._processes.sum(torch.tensor(list(totals.values()), dtype=torch.float64))
+        totals = dict(zip(totals, summed.tolist(), strict=True))
+        self._processes.sum_gradients(progress.parameters)
         loss = totals.pop("loss") / len(groups)
         norm = progress.judge(number, loss, totals)
         if number == 1:
@@ -94,6 +106,20 @@ class RouterSteps:
                 parameter.grad.mul_(settings.clip / norm)
         progress.good(number - 1)
         progress.descent.step(number - 1)
+
+    def _parts(self, groups: Sequence[Sequence[TrainingRow]]) -> list[Pass]:
+        """The passes of a step, of which each process has as many."""
+        count, asked = self._processes.count, self._settings.gradient_accumulation
+        parts = passes(groups, asked or -(-len(groups) // count) * count)
+        if len(parts) % count:
+            raise TrainingError(
+                f"a step of {sum(map(len, groups))} rows in {len(parts)} passes does not divide among {count} launched "
+                f"processes: take a batch_size, and a gradient_accumulation if any, that is a multiple of {count}"
+            )
+        return parts
+
+    def _mean(self, seen: Tensor) -> Tensor:
+        return (self._processes.sum(seen) / self._processes.count).cpu()
 
     def _pass(self, number: int, index: int, part: Pass) -> dict[str, float]:
         """Adds the gradient of one pass; what it contributes to the step's loss and to each term."""
@@ -119,7 +145,6 @@ class RouterSteps:
         finally:
             self._router.step = None
         self._progress.watch.see(step)
-        self._progress.report.tokens += sum(map(len, part.rows))
         return {"loss": float(loss.detach()), **{name: float(value.detach()) for name, value in terms.items()}}
 
     def _losses(self, number: int, inputs: TargetBatch) -> Tensor:
@@ -145,6 +170,7 @@ class RouterSteps:
         self._router.eval()
         total, count = 0.0, 0
         ordered = sorted(self._held, key=len)
+        # every process all of them: with its part of the base it takes part in each call
         for start in range(0, len(ordered), self._settings.batch_size):
             inputs = batch(self._model, self._tokenizer, ordered[start : start + self._settings.batch_size])
             with self._accelerator.autocast():
@@ -275,11 +301,6 @@ def accelerator_for(device: torch.device, mixed_precision: str) -> Iterator[Any]
             raise TrainingError(
                 f"mixed_precision={mixed_precision!r} does not fit the Accelerator that this process has already: {error}"
             ) from error
-        if accelerator.num_processes > 1:
-            raise TrainingError(
-                f"a router is trained in one process, but {accelerator.num_processes} were launched: start one; a large "
-                "model may be spread over devices by device_map"
-            )
         yield accelerator
     finally:
         if own:

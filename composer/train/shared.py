@@ -14,14 +14,15 @@ from torch import Tensor
 
 from loraweave.common.descent import Descent, FlatParameters, backward
 from loraweave.common.state import TrainingState
-from loraweave.composer.model.batches import IGNORED, batch, token_losses
-from loraweave.composer.train.jobs import PlannedJob, TrainingJob, sizes_of
+from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, token_losses
+from loraweave.composer.train.jobs import LoraJob, PlannedJob, TrainingJob, sizes_of
 from loraweave.composer.train.memory import MemoryModel, MemoryUse, step_budget
 from loraweave.composer.train.passes import SharedPass, range_losses
+from loraweave.composer.train.processes import Processes
 from loraweave.composer.train.report import JobReport, SharedReport
 from loraweave.composer.train.schedule import JobSize, groups, successor
 from loraweave.composer.train.state import Best, RunningState, put_values
-from loraweave.errors import BudgetExceeded
+from loraweave.errors import BudgetExceeded, TrainingError
 
 CHECKPOINT_STEPS = 20
 
@@ -48,6 +49,13 @@ class SharedTraining:
         self._bar, self._jobs_per_batch, self._budget = shared.bar, shared.jobs_per_batch, shared.memory_bytes
         self._kept = kept
         self._capacity = 0
+        self.processes = processes = Processes.launched(self._device)
+        for job in planned if processes.count > 1 else ():
+            if job.pace.batch_size % processes.count:
+                raise TrainingError(
+                    f"job {job.name!r} has steps of {job.pace.batch_size} rows, which do not divide among {processes.count} "
+                    f"launched processes: take a batch_size that is a multiple of {processes.count}"
+                )
 
     def run(self, ended: Ended) -> SharedReport:
         """Trains all jobs; `ended` is called with each as it ends.
@@ -62,6 +70,7 @@ class SharedTraining:
         self._total = sum(job.pace.steps for job in self._waiting.values())
         shown = self._bar.add_task("", total=self._total, loss="")
         self._resume()
+        self._require_alike(self._running)
         while self._running or self._waiting:
             self._admit()
             self._show(shown)
@@ -72,7 +81,7 @@ class SharedTraining:
                 self._save()
         if (grown := usage.grown()) is not None:
             self.report.peak_bytes = self._memory.weight_bytes + grown
-        if self._kept is not None:
+        if self._kept is not None and not self.processes.rank:
             self._kept.drop()
         return self.report
 
@@ -83,7 +92,7 @@ class SharedTraining:
 
     def _require_room(self) -> None:
         if self._budget is None:
-            self._budget = step_budget(self._memory, self._device)
+            self._budget = self.processes.least(step_budget(self._memory, self._device))
         for name, size in self._sizes.items():
             if not self._fits([size]):
                 needed, allowed = self._memory.peak([size]), self._budget or 0
@@ -110,9 +119,23 @@ class SharedTraining:
             self._begin([name])
 
     def _begin(self, names: Sequence[str]) -> None:
-        self._running += [JobProgress(self._waiting.pop(name)) for name in names]
+        begun = [JobProgress(self._waiting.pop(name)) for name in names]
+        self._require_alike(begun)
+        self._running += begun
         self._evaluate()
         self.report.estimated_bytes = max(self.report.estimated_bytes, self._memory.peak(self._running_sizes()))
+
+    def _require_alike(self, runs: Sequence[JobProgress]) -> None:
+        """Raises TrainingError where launched processes cannot share these jobs, or have others."""
+        if self.processes.count == 1:
+            return
+        if strange := [run.planned.name for run in runs if not isinstance(run.job, LoraJob)]:
+            raise TrainingError(
+                f"job {strange[0]!r} is a model of experts, and several in one pass are trained in one process: fit() each "
+                "of them in the launched ones"
+            )
+        said = repr([(run.planned.name, run.planned.pace, run.planned.rows, run.step) for run in runs])
+        self.processes.require_alike("jobs", said, [vector for run in runs for vector in run.vectors])
 
     def _running_sizes(self) -> list[JobSize]:
         return [self._sizes[run.planned.name] for run in self._running]
@@ -121,15 +144,11 @@ class SharedTraining:
         started = time.perf_counter()
         chosen = [run.planned.rows_at(run.step) for run in self._running]
         rows = [row for own in chosen for row in own]
-        for run, own in zip(self._running, chosen, strict=True):
-            run.job.take(own, run.step)
-        with SharedPass(self.model, [run.job for run in self._running], [len(own) for own in chosen]):
-            losses_J = range_losses(self.model, self.tokenizer, rows, [len(own) for own in chosen])
-            penalties = [run.job.penalty() for run in self._running]
-        pairs = zip(losses_J, penalties, strict=True)
-        total_J = torch.stack([loss if penalty is None else loss + penalty for loss, penalty in pairs])
-        values = backward(total_J, {f"job {run.planned.name!r}": run.step for run in self._running})
+        total_J = self._losses(chosen)
+        steps = {f"job {run.planned.name!r}": run.step for run in self._running}
+        values = backward(total_J, steps, whole_J=self.processes.sum(total_J))
         for run, own, value in zip(self._running, chosen, values, strict=True):
+            self.processes.sum_gradients(run.vectors)
             run.take_step(value, sum(len(row) for row in own))
         self.report.seconds += time.perf_counter() - started
         self.report.num_steps += 1
@@ -138,6 +157,24 @@ class SharedTraining:
         if self.model.config.is_encoder_decoder:
             width = max(len(row.prompt) for row in rows) + max(len(row.target) for row in rows)
         self.report.num_computed += len(rows) * width
+
+    def _losses(self, chosen: Sequence[Sequence[EncodedRow]]) -> Tensor:
+        """loss_J of the rows chosen for each job, with its penalty; of several processes each has its part of it."""
+        own_J = [self.processes.share(rows) for rows in chosen]
+        counts = [len(own) for own in own_J]
+        for run, own in zip(self._running, own_J, strict=True):
+            run.job.take(own, run.step)
+        with SharedPass(self.model, [run.job for run in self._running], counts):
+            losses_J = range_losses(self.model, self.tokenizer, [row for own in own_J for row in own], counts)
+            penalties = [run.job.penalty() for run in self._running]
+        if self.processes.count > 1:
+            shares = [_num_targets(own) / _num_targets(rows) for own, rows in zip(own_J, chosen, strict=True)]
+            losses_J = losses_J * losses_J.new_tensor(shares)
+        if self.processes.rank:
+            # the first process has them
+            return losses_J
+        pairs = zip(losses_J, penalties, strict=True)
+        return torch.stack([loss if penalty is None else loss + penalty for loss, penalty in pairs])
 
     def _evaluate(self) -> None:
         """The held-out losses of all jobs for which it is time."""
@@ -166,7 +203,7 @@ class SharedTraining:
         self._bar.update(shown, description=f"training {names}", completed=self._total - ahead + done, loss=text)
 
     def _save(self) -> None:
-        if self._kept is None or not (self._running or self._waiting):
+        if self._kept is None or self.processes.rank or not (self._running or self._waiting):
             return
         tensors = {"step": torch.tensor([self.report.num_steps]), "capacity": torch.tensor(self._capacity)}
         for place, run in enumerate(self._running):
@@ -217,7 +254,15 @@ class SharedPasses:
         if not left:
             return SharedReport()
         training = SharedTraining(self, [plan(name) for name in left], kept)
-        return training.run(lambda job, report: save(self.folder, keys[job.name], job, report))
+        folder = None if training.processes.rank else self.folder
+        report = training.run(lambda job, report: save(folder, keys[job.name], job, report))
+        # what the first process has written, all may read
+        training.processes.wait()
+        return report
+
+
+def _num_targets(rows: Sequence[EncodedRow]) -> int:
+    return sum(label != IGNORED for row in rows for label in row.labels)
 
 
 ALL_STEPS = "all steps"
@@ -246,6 +291,11 @@ class JobProgress:
         self.step += 1
         self.losses.append(loss)
         self.num_tokens += num_tokens
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        """What it trains."""
+        return self._flat.vectors
 
     @property
     def due(self) -> bool:

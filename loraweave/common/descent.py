@@ -78,12 +78,13 @@ def descend(
         bar.update(shown, advance=1, loss=f"loss {float(loss_J.detach().mean()):.3f}")
 
 
-def backward(loss_J: Tensor, steps: Mapping[str, int]) -> list[float]:
+def backward(loss_J: Tensor, steps: Mapping[str, int], *, whole_J: Tensor | None = None) -> list[float]:
     """Adds the gradients of the losses and returns the losses as numbers. `steps` has each learner's step, from 0.
 
+    Where the losses are parts, `whole_J` has what they are parts of, which is returned.
     Raises TrainingError for a loss that is not finite, before any gradient changes.
     """
-    losses: list[float] = loss_J.tolist()
+    losses: list[float] = (loss_J if whole_J is None else whole_J).tolist()
     for (name, step), loss in zip(steps.items(), losses, strict=True):
         if not math.isfinite(loss):
             raise TrainingError(f"the loss of {name} is {loss} at step {step + 1}; lower lr, or look for damaged examples")

@@ -7,6 +7,7 @@ from live_models import IDS, logits
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
+import loraweave as lw
 from loraweave.composer.composer import Composer
 from loraweave.errors import CompositionError
 from loraweave.hub.adapter import Adapter
@@ -41,6 +42,24 @@ def adapters(make_adapter, tiny_llama):
         Adapter("a", "tiny", {**first.layers, "model.embed_tokens": embedding}),
         make_adapter(tiny_llama, "b", targets=EVERY, seed=2, gain=True),
     ]
+
+
+def test_adapters_and_routers_learn_the_same_over_the_offloaded_layers_of_a_device_map(
+    make_model, make_adapter, tiny_llama, tokenizer, tmp_path
+):
+    rows = [{"input_ids": [5, 9, 11, 30, 7], "labels": [-100, -100, 11, -100, 7]}] * 2
+    texts = {"same": [("ab", "ab"), ("c", "c")]}
+    found = []
+    for model in (make_model("llama"), _by_device_map(make_model("llama"), tmp_path)):
+        engine = Composer(model, [make_adapter(tiny_llama, name, seed=seed) for seed, name in enumerate("ab")])
+        torch.manual_seed(0)
+        router = lw.router("mole", engine.pool)
+        router.fit(engine, rows, steps=2, batch_size=2, warmup=0, progress=False)
+        trained = lw.train_adapters(model, tokenizer, texts, rank=2, steps=2, batch_size=2, progress=False)
+        found.append((router.state_dict(), trained["same"].hash))
+    assert found[0][1] == found[1][1]
+    for name, value in found[0][0].items():
+        torch.testing.assert_close(found[1][0][name], value, rtol=1e-4, atol=1e-6)
 
 
 @offloading
