@@ -137,31 +137,58 @@ def predict_together(
     the token of the highest average, which all rows of an input then go on from. `share` is that of `predict`.
     """
     labels, neutral = tasks[0].labels, tasks[0].neutral
-    prompts_MN = [[task.prompt(text) for text in (*own, *neutral)] for task, own in zip(tasks, inputs_MN, strict=True)]
-    ids_MN = [prompt_ids(tokenizer, prompts) for prompts in prompts_MN]
-    prefix = Prefixes.of(model, tokenizer, ids_MN) if share else None
-    size = max(1, (BATCH_SIZE if labels is None else 128 // len(labels)) // len(tasks))
-    by_length = sorted(range(len(ids_MN[0])), key=lambda index: len(ids_MN[0][index]))
-    chunks = [(chosen, [prompts[n] for prompts in prompts_MN for n in chosen]) for chosen in in_chunks(by_length, size)]
     if labels is not None:
-        log_p_MNL = torch.zeros(len(tasks), len(by_length), len(labels), dtype=torch.float64)
-        for chosen, prompts in chunks:
-            ends = [task.answer_end for task in tasks]
-            found_NL = label_scores(model, tokenizer, prompts, labels, ends=ends, prefix=prefix).double().cpu()
-            log_p_MNL[:, chosen] = found_NL.view(len(tasks), len(chosen), -1)
+        log_p_MNL = _label_scores_by_task(model, tokenizer, tasks, labels, inputs_MN, share)
         if neutral:
-            neutral_MCL = log_p_MNL[:, len(inputs_MN[0]) :]
+            # examples that the prompts show are asked under the others: they would leave nothing to share
+            neutral_MCL = _label_scores_by_task(model, tokenizer, tasks, labels, [neutral] * len(tasks), share)
             prior_ML = neutral_MCL.exp().mean(dim=1).log() if tasks[0].calibrated is True else neutral_MCL.mean(dim=1)
-            log_p_MNL = without_prior(log_p_MNL[:, : len(inputs_MN[0])], prior_ML)
+            log_p_MNL = without_prior(log_p_MNL, prior_ML)
         return [labels[int(best)] for best in log_average(log_p_MNL, share_M).argmax(dim=1)]
     averaged = [AveragedScores(share_M)] if len(tasks) > 1 else []
-    answers = [""] * len(by_length)
+    answers = [""] * len(inputs_MN[0])
+    prefix, chunks = _batches(model, tokenizer, tasks, inputs_MN, BATCH_SIZE, share)
     for chosen, prompts in chunks:
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "processors": averaged, "prefix": prefix}
         found = generate(model, tokenizer, prompts, stop=tasks[0].stops, **settings)
         for index, answer in zip(chosen, found, strict=False):
             answers[index] = answer
     return answers
+
+
+def _label_scores_by_task(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    labels: Sequence[str],
+    inputs_MN: Sequence[Sequence[Prompt]],
+    share: bool,
+) -> Tensor:
+    """log p_MNL over the labels after each input in each task's prompt, float64 on the CPU."""
+    ends = [task.answer_end for task in tasks]
+    log_p_MNL = torch.zeros(len(tasks), len(inputs_MN[0]), len(labels), dtype=torch.float64)
+    prefix, chunks = _batches(model, tokenizer, tasks, inputs_MN, 128 // len(labels), share)
+    for chosen, prompts in chunks:
+        found_NL = label_scores(model, tokenizer, prompts, labels, ends=ends, prefix=prefix).double().cpu()
+        log_p_MNL[:, chosen] = found_NL.view(len(tasks), len(chosen), -1)
+    return log_p_MNL
+
+
+def _batches(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    inputs_MN: Sequence[Sequence[Prompt]],
+    num_rows: int,
+    share: bool,
+) -> tuple[Prefixes | None, list[tuple[list[int], list[Prompt]]]]:
+    """What is read once, and batches of like length: (places of the inputs, their prompts, one task after the other)."""
+    prompts_MN = [[task.prompt(text) for text in own] for task, own in zip(tasks, inputs_MN, strict=True)]
+    ids_MN = [prompt_ids(tokenizer, prompts) for prompts in prompts_MN]
+    by_length = sorted(range(len(ids_MN[0])), key=lambda index: len(ids_MN[0][index]))
+    chunks = in_chunks(by_length, max(1, num_rows // len(tasks)))
+    prefix = Prefixes.of(model, tokenizer, ids_MN) if share else None
+    return prefix, [(chosen, [prompts[n] for prompts in prompts_MN for n in chosen]) for chosen in chunks]
 
 
 def without_prior(log_p_MNL: Tensor, log_prior_ML: Tensor) -> Tensor:

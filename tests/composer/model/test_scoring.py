@@ -228,6 +228,25 @@ def test_demonstrations_that_are_read_once_give_the_answers_and_losses_of_whole_
         torch.testing.assert_close(losses(model, tokenizer, task, pairs[:3], share=True), alone, rtol=1e-9, atol=0)
 
 
+def test_demonstrations_are_read_once_also_where_labels_are_calibrated_by_them(make_model, tokenizer):
+    model = make_model("llama", dtype=torch.float64)
+    shown = [text for text, _ in SHOWN]
+    task = Task(SHOWN, labels=["1", "2", "3", "4"], template="{input}:", demonstrations=SHOWN, orders=2, calibrated=shown)
+    inputs = [f"{number} five" for number in range(40)]
+    counts = []
+
+    def count(_, args, kwargs):
+        counts[-1] += kwargs["input_ids"].numel()
+
+    with model.register_forward_pre_hook(count, with_kwargs=True):
+        answers = []
+        for share in (False, True):
+            counts.append(0)
+            answers.append(predict(model, tokenizer, task, inputs, share=share))
+    assert answers[0] == answers[1]
+    assert counts[1] < 0.6 * counts[0]
+
+
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_a_prefix_is_shared_only_where_it_is_long_and_a_decoder_reads_it(kind, make_model, tokenizer):
     rows = [[5] * 40 + [token] for token in (6, 7)]
