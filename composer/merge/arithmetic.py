@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -22,15 +23,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loraweave.common.checks import is_whole
-from loraweave.common.display import tracked
+from loraweave.common.display import progress_bar, tracked
 from loraweave.common.options import Count, Fraction, NonNegative, Positive, Share, check_options, options_of
+from loraweave.common.spread import require_all, spread
 from loraweave.composer.merge.merge import merge
-from loraweave.errors import AdapterUnsupported, WeightingError
+from loraweave.errors import AdapterUnsupported, LayerMismatch, WeightingError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.hub import Hub
 from loraweave.hub.merge_report import LayerReport
 from loraweave.hub.pool import ExpertPool
 from loraweave.lowrank import algebra
-from loraweave.lowrank.truncation import summed_by_owner
 from loraweave.types import Factors
 
 
@@ -258,7 +260,11 @@ NUM_CLUSTERS = 10
 
 
 def clusters(
-    pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter], *, num_clusters: int = NUM_CLUSTERS, seed: int = 0
+    pool: Hub | ExpertPool | Iterable[Adapter] | Mapping[str, Adapter],
+    *,
+    num_clusters: int = NUM_CLUSTERS,
+    seed: int = 0,
+    n_jobs: int | None = None,
 ) -> list[tuple[str, ...]]:
     """The names of the pool's adapters in at most `num_clusters` groups, the largest first (MBC, Ostapenko et al. 2024).
 
@@ -267,41 +273,74 @@ def clusters(
     so two trainings from different starts as if they were unlike. MBC then trains one adapter on the tasks of each cluster:
     `lw.train_adapters(model, tokenizer, {" ".join(names): [*of those tasks' examples] for names in clusters(pool)})`.
 
-    Raises WeightingError for more clusters than adapters, and for an adapter without any update.
+    `n_jobs` workers, or those that `joblib.parallel_config` names, compare blocks of adapters, to the same bits; they open
+    those of a hub themselves. Raises WeightingError for more clusters than adapters, and for an adapter without any update.
     """
     from sklearn.cluster import KMeans
 
-    pool = ExpertPool.of(pool)
+    if not isinstance(pool, Hub):
+        pool = ExpertPool.of(pool)
     if not is_whole(num_clusters, 1) or num_clusters > len(pool):
         raise WeightingError(
             f"num_clusters is {num_clusters!r}, but the pool has {len(pool)} adapters; it is a whole number from 1 to that"
         )
-    found_E = KMeans(num_clusters, n_init=10, random_state=seed).fit_predict(similarities(pool))
+    names, cosines_EE = similarities(pool, n_jobs=n_jobs)
+    found_E = KMeans(num_clusters, n_init=10, random_state=seed).fit_predict(cosines_EE)
     groups: dict[int, list[str]] = {}
-    for name, cluster in zip(pool.names, found_E.tolist(), strict=True):
+    for name, cluster in zip(names, found_E.tolist(), strict=True):
         groups.setdefault(cluster, []).append(name)
     # of equal sizes, that of the adapter named first
     return [tuple(names) for names in sorted(groups.values(), key=len, reverse=True)]
 
 
-def similarities(pool: ExpertPool) -> NDArray[np.float64]:
-    """cos_EE of the updates of all layers side by side, from the factors alone; what a layer has not is zero there.
+# adapters of a side of the block that is one piece of work
+BLOCK = 64
+Side = ExpertPool | Sequence[str]
 
-    Gains and biases do not enter. Raises AdapterUnsupported for unbound updates, WeightingError for an update of zero.
+
+def similarities(pool: Hub | ExpertPool, *, n_jobs: int | None = None) -> tuple[Sequence[str], NDArray[np.float64]]:
+    """The names, and cos_EE of the updates of all layers side by side, from the factors; a missing layer is zero there.
+
+    Gains and biases do not enter. Raises AdapterUnsupported for unbound updates, WeightingError for an update of zero,
+    LayerMismatch for layers of several shapes.
     """
-    inner_EE = np.zeros((len(pool), len(pool)))
-    for layer in pool.layer_names:
-        factors = pool.stacked(layer)
-        a_SI, b_OS = factors.a_SI.double(), factors.b_OS.double()
-        product_SS = ((a_SI @ a_SI.T) * (b_OS.T @ b_OS)).numpy()
-        ranks = torch.bincount(factors.owner_S, minlength=len(pool)).tolist()
-        inner_EE += summed_by_owner(product_SS, ranks)
+    hub = pool if isinstance(pool, Hub) else None
+    names = pool.names if isinstance(pool, ExpertPool) else [record.name for record in pool.records()]
+    parts = [range(start, min(start + BLOCK, len(names))) for start in range(0, len(names), BLOCK)]
+    own = [[names[place] for place in part] for part in parts]
+    sides: list[Side] = own if isinstance(pool, Hub) else [pool.subset(part) for part in own]  # type: ignore[assignment]
+    places = {f"{a + 1} x {b + 1} of {len(parts)}": (a, b) for a in range(len(parts)) for b in range(a, len(parts))}
+    pieces = {name: (sides[a], sides[b]) for name, (a, b) in places.items()}
+    inner_EE = np.zeros((len(names), len(names)))
+    with progress_bar(len(pieces) > 1) as bar:
+        work = partial(_inner_products, hub)
+        for name, found in require_all(dict(spread(work, pieces, n_jobs=n_jobs, label="comparing", bar=bar))).items():
+            rows, columns = (parts[place] for place in places[name])
+            inner_EE[np.ix_(rows, columns)], inner_EE[np.ix_(columns, rows)] = found, found.T
     norms_E = np.sqrt(inner_EE.diagonal())
-    for name, norm in zip(pool.names, norms_E.tolist(), strict=True):
+    for name, norm in zip(names, norms_E.tolist(), strict=True):
         if norm == 0:
             raise WeightingError(f"adapter {name!r} updates nothing, and is like no other: leave it out")
     cosines_EE: NDArray[np.float64] = inner_EE / (norms_E * norms_E[:, None])
-    return cosines_EE
+    return names, cosines_EE
+
+
+def _inner_products(hub: Hub | None, sides: tuple[Side, Side]) -> NDArray[np.float64]:
+    """inner_EF of the updates of two parts of a pool, which of a hub are names."""
+    left, right = (side if isinstance(side, ExpertPool) else cast(Hub, hub).pool(side) for side in sides)
+    inner_EF = torch.zeros(len(left), len(right), dtype=torch.float64)
+    there = set(right.layer_names)
+    for layer in [layer for layer in left.layer_names if layer in there]:
+        one, other = left.stacked(layer), right.stacked(layer)
+        shapes = [(len(each.b_OS), each.a_SI.shape[1]) for each in (one, other)]
+        if shapes[0] != shapes[1]:
+            raise LayerMismatch(
+                f"layer {layer!r} has shape {shapes[0]} in {left.names[0]!r}, {shapes[1]} in {right.names[0]!r}"
+            )
+        product_ST = (one.a_SI.double() @ other.a_SI.double().T) * (one.b_OS.double().T @ other.b_OS.double())
+        rows_ET = product_ST.new_zeros(len(left), product_ST.shape[1]).index_add_(0, one.owner_S, product_ST)
+        inner_EF.index_add_(1, other.owner_S, rows_ET)
+    return inner_EF.numpy()
 
 
 def flexlora_clients(

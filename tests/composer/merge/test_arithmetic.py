@@ -16,6 +16,7 @@ from loraweave.composer.merge import arithmetic
 from loraweave.composer.merge.arithmetic import clusters, flexlora_clients, genknowsub, similarities
 from loraweave.errors import AdapterUnsupported, CompositionError, LayerMismatch, WeightingError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.types import Factors
 
@@ -268,7 +269,28 @@ def pool():
 def test_similarities_are_the_cosines_of_the_dense_updates(pool):
     dense = [np.concatenate([a.delta(layer).double().numpy().ravel() for layer in LAYERS]) for a in pool.adapters.values()]
     rows = np.stack([row / np.linalg.norm(row) for row in dense])
-    assert np.allclose(similarities(pool), rows @ rows.T, atol=1e-6)
+    names, cosines = similarities(pool)
+    assert names == pool.names
+    assert np.allclose(cosines, rows @ rows.T, atol=1e-6)
+
+
+def test_workers_compare_the_blocks_of_a_hub_or_a_pool_to_the_bits_of_one_process(pool, tmp_path, monkeypatch):
+    dense = [np.concatenate([a.delta(layer).double().numpy().ravel() for layer in LAYERS]) for a in pool.adapters.values()]
+    rows = np.stack([row / np.linalg.norm(row) for row in dense])
+    monkeypatch.setattr(arithmetic, "BLOCK", 4)
+    alone = similarities(pool)[1]
+    assert np.allclose(alone, rows @ rows.T, atol=1e-6)
+    assert np.array_equal(similarities(pool, n_jobs=2)[1], alone)
+    with Hub(tmp_path / "hub") as hub:
+        for each in pool.adapters.values():
+            hub.add(each)
+        names, found = similarities(hub, n_jobs=2)
+        assert tuple(names) == pool.names
+        assert np.array_equal(found, alone)
+        assert clusters(hub, num_clusters=3) == clusters(pool, num_clusters=3)
+        hub.add(Adapter("other", "tiny", layers={"q": Factors(torch.ones(1, 5), torch.ones(24, 1))}))
+        with pytest.raises(LayerMismatch, match="'q'"):
+            clusters(hub, num_clusters=3)
 
 
 def test_planted_clusters_are_found_whatever_the_gauge_of_the_factors(pool):
