@@ -218,6 +218,14 @@ def present(folder: Path, name: str) -> bool:
     return os.path.lexists(folder / name)
 
 
+def folder_within(folder: Path, name: str) -> Path:
+    """The folder of that name in `folder`. Raises AdapterCorrupt for none, and for a link that leaves `folder`."""
+    where = folder / name
+    if not where.is_dir() or not where.resolve().is_relative_to(folder.resolve()):
+        raise AdapterCorrupt(f"{folder} has no folder {name!r} in it")
+    return where
+
+
 def _inside(folder: Path, name: str) -> Path:
     path = folder / name
     # os.path: a name that no file can have is not a link either, and is refused on opening

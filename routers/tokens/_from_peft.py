@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, LoraweaveError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._config import CONFIG, Config, config_fields, shorten, words
+from loraweave.hub.formats._files import folder_within
 from loraweave.hub.formats._peft_config import parse, stored_tensors
 from loraweave.hub.formats._safetensors import gather, require_finite
 from loraweave.hub.formats.poly import Poly as PolyFormat
@@ -131,11 +132,7 @@ def _experts(config: Config, given: ExpertPool | None) -> ExpertPool:
 
 
 def _inner(folder: Path, name: str) -> Adapter:
-    """The adapter in a folder within, which is not a link out of it."""
-    where = folder / name
-    if not where.is_dir() or not where.resolve().is_relative_to(folder.resolve()):
-        raise AdapterCorrupt(f"{folder} has no folder {name!r} in it")
-    return Adapter.from_pretrained(where, name=name)
+    return Adapter.from_pretrained(folder_within(folder, name), name=name)
 
 
 def _classifier(folder: Path, own: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from loraweave.common.checks import is_whole
 from loraweave.common.options import require_known
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, AdapterUnsupported, LoraweaveError, UnknownName, WeightingError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.formats._files import listing, present, read_json
+from loraweave.hub.formats._files import folder_within, listing, present, read_json
 from loraweave.hub.formats._safetensors import hashed_tensors
 from loraweave.hub.intake.sources import ADAPTER_FILES, find_folder
 from loraweave.hub.pool import ExpertPool
@@ -120,10 +120,7 @@ def _require_tensors(router: TokenRouter, file: Path) -> None:
 def _read_pool(folder: Path, members: Members) -> ExpertPool:
     adapters = {}
     for number, (name, digest) in enumerate(zip(members.names, members.hashes, strict=True)):
-        where = folder / ADAPTERS / str(number)
-        # a link could lead anywhere
-        if not where.is_dir() or not where.resolve().is_relative_to(folder.resolve()):
-            raise AdapterCorrupt(f"{folder} has no folder {ADAPTERS}/{number} in it, which is expert {name!r}")
+        where = folder_within(folder, f"{ADAPTERS}/{number}")
         adapters[name] = Adapter.from_pretrained(where)
         if adapters[name].hash != digest:
             raise AdapterCorrupt(

@@ -238,10 +238,10 @@ def test_an_adapter_of_other_content_in_the_folder_is_refused(tmp_path, pool):
 def test_adapters_outside_of_the_folder_are_not_read(tmp_path, pool):
     folder = router("arrow", pool).save_pretrained(tmp_path / "router", pool=pool)
     (folder / "adapters").rename(tmp_path / "elsewhere")
-    with pytest.raises(AdapterCorrupt, match="has no folder adapters/0"):
+    with pytest.raises(AdapterCorrupt, match="has no folder 'adapters/0'"):
         router(folder)
     (folder / "adapters").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(AdapterCorrupt, match="has no folder adapters/0"):
+    with pytest.raises(AdapterCorrupt, match="has no folder 'adapters/0'"):
         router(folder)
 
 
