@@ -13,7 +13,7 @@ import json
 import logging
 import operator
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from loraweave.hub.listing import Listing
 from loraweave.hub.search.segments import MAX_LATE, MIN_SAVED, Hits, Keys, Stamp, load, places, save
 from loraweave.hub.stores.protocols import VectorSearch
 from loraweave.hub.tables.filtering import Filters
-from loraweave.hub.tables.vectors import Change
+from loraweave.hub.tables.rows import Said
 from loraweave.types import Candidate, Record
 
 # The description's share of a key. The largest that costs queries by inputs nothing on the pool's training rows, while
@@ -61,6 +61,9 @@ _logger = logging.getLogger(__name__)
 
 # all adapters that are not in quarantine
 NO_FILTERS = Filters()
+
+# what a key is made of
+Spoken = Record | Said
 
 _Embed = Callable[[tuple[str, ...]], np.ndarray]
 
@@ -277,7 +280,8 @@ class SearchIndex:
 
     def _follow(self, old: _Snapshot) -> _Snapshot:
         """The snapshot brought up to date by what changed since; a new one where it is not of this catalogue's past."""
-        gone, seqs, keys, records = [], [], [], dict(old.records)
+        gone, keys, records = [], [], dict(old.records)
+        seqs: list[int] = []
         first, after = None, 0
         while True:
             changes = self.hub.changes(self.embedder.id, since=old.generation, after=after)
@@ -287,9 +291,9 @@ class SearchIndex:
             for change in changes.page:
                 records.pop(change.seq, None)
                 gone.append(change.seq)
-            present = [change for change in changes.page if change.record is not None]
-            seqs += [change.seq for change in present]
-            keys.append(self._keys(present))
+            present = {change.seq: (change.said, change.vector) for change in changes.page if change.said is not None}
+            seqs += present
+            keys.append(self._keys(present.values()))
             if not changes.page:
                 break
             after = changes.page[-1].seq
@@ -314,27 +318,27 @@ class SearchIndex:
         opened = self._load(place) if save(place, keys, stamp) else None
         return replace(snapshot, keys=opened[0]) if opened and opened[1] == stamp else snapshot
 
-    def _keys(self, changes: Sequence[Change]) -> np.ndarray:
-        """The key of every changed adapter (N, D): stored ones where their texts are unchanged, else made and stored."""
-        records = [change.record for change in changes if change.record is not None]
-        digests = [_digest(record) for record in records]
-        keys_ND = np.empty((len(records), self.embedder.dim), dtype=np.float32)
-        missing = []
-        for position, (change, record, digest) in enumerate(zip(changes, records, digests, strict=True)):
-            choices = (change.vector, self._unstored.get(record.name))
-            known = next((c[1] for c in choices if c and c[0] == digest and c[1].shape == keys_ND.shape[1:]), None)
-            if known is None:
-                missing.append(position)
+    def _keys(self, present: Collection[tuple[Said, tuple[str, np.ndarray] | None]]) -> np.ndarray:
+        """The key of every one (N, D): a stored one where its texts are unchanged, else made and stored."""
+        keys: list[np.ndarray] = []
+        missing: dict[str, tuple[int, Said, str]] = {}
+        for said, stored in present:
+            digest = _digest(said)
+            for known in (stored, self._unstored.get(said.name)):
+                if known is not None and known[0] == digest and known[1].shape == (self.embedder.dim,):
+                    keys.append(known[1])
+                    break
             else:
-                keys_ND[position] = known
+                keys.append(np.empty(self.embedder.dim, np.float32))
+                missing[said.name] = len(keys) - 1, said, digest
         if missing:
-            _logger.info("embedding %d of %d adapters with %s", len(missing), len(records), self.embedder.id)
-            places = {records[position].name: position for position in missing}
-            for part, made in self._made([records[position] for position in missing]):
-                own = [places[record.name] for record in part]
-                keys_ND[own] = made
-                self._store([(records[place].name, digests[place], keys_ND[place]) for place in own])
-        return keys_ND
+            _logger.info("embedding %d of %d adapters with %s", len(missing), len(present), self.embedder.id)
+            for part, made in self._made([said for _, said, _ in missing.values()]):
+                for one, key_D in zip(part, made, strict=True):
+                    keys[missing[one.name][0]][:] = key_D
+                rows = [missing[one.name] for one in part]
+                self._store([(said.name, digest, keys[place]) for place, said, digest in rows])
+        return np.concatenate([np.empty(0, np.float32), *keys]).reshape(-1, self.embedder.dim)
 
     def _store(self, made: list[tuple[str, str, np.ndarray]]) -> None:
         try:
@@ -344,7 +348,7 @@ class SearchIndex:
             _logger.info("%d embeddings are not stored: %s", len(made), error)
             self._unstored = {**self._unstored, **{name: (digest, key_D) for name, digest, key_D in made}}
 
-    def _made(self, records: Sequence[Record]) -> Iterator[tuple[Sequence[Record], list[np.ndarray]]]:
+    def _made(self, records: Sequence[Spoken]) -> Iterator[tuple[Sequence[Spoken], list[np.ndarray]]]:
         """The keys of some records at a time; those of many by the workers that `joblib.parallel_config` names, if any."""
         if len(records) > NUM_SPREAD:
             # with torch, which a search by another embedder can do without
@@ -358,7 +362,7 @@ class SearchIndex:
             yield part, _keys_of(self._embedded, part)
 
 
-def _keys_of(embed: _Embed, records: Sequence[Record]) -> list[np.ndarray]:
+def _keys_of(embed: _Embed, records: Sequence[Spoken]) -> list[np.ndarray]:
     keys = []
     for record in records:
         kinds, texts = zip(*_texts(record), strict=True)
@@ -371,7 +375,7 @@ def _keys_of(embed: _Embed, records: Sequence[Record]) -> list[np.ndarray]:
     return keys
 
 
-def _spread_keys(given: Any, records: Sequence[Record]) -> Iterator[tuple[Sequence[Record], list[np.ndarray]]]:
+def _spread_keys(given: Any, records: Sequence[Spoken]) -> Iterator[tuple[Sequence[Spoken], list[np.ndarray]]]:
     """The keys of each piece as it ends. When all have ended, raises what the first that failed has raised."""
     from loraweave.common.display import progress_bar
     from loraweave.common.spread import Failed, require_all, spread
@@ -387,7 +391,7 @@ def _spread_keys(given: Any, records: Sequence[Record]) -> Iterator[tuple[Sequen
     require_all(ended)
 
 
-def _keys_by(given: Any, records: Sequence[Record]) -> list[np.ndarray]:
+def _keys_by(given: Any, records: Sequence[Spoken]) -> list[np.ndarray]:
     """The keys by an embedder, which a worker opens once where it has a name."""
     return _keys_of(partial(embed_checked, _embedder_named(given) if isinstance(given, str) else given), records)
 
@@ -428,7 +432,7 @@ def checked_threshold(min_score: Any) -> None:
         raise RetrievalError(f"min_score is {min_score!r}; it must be a finite number, or None for no threshold")
 
 
-def _texts(record: Record) -> list[tuple[str, str]]:
+def _texts(record: Spoken) -> list[tuple[str, str]]:
     """What speaks for an adapter, as (kind, text): sample inputs and description, or without both its name."""
     samples = [text for text in record.examples if text.strip()][:MAX_SAMPLE_INPUTS]
     texts = [("sample input", text) for text in samples]
@@ -437,7 +441,7 @@ def _texts(record: Record) -> list[tuple[str, str]]:
     return texts or [("name", record.name)]
 
 
-def _digest(record: Record) -> str:
+def _digest(record: Spoken) -> str:
     # the weight enters, since another release may weigh otherwise
     settled = json.dumps([DESCRIPTION_WEIGHT, _texts(record)])
     return text_digest(settled)

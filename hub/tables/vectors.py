@@ -15,9 +15,7 @@ from loraweave.errors import DimensionMismatch
 from loraweave.hub import quarantine
 from loraweave.hub.stores.catalogue import state_row
 from loraweave.hub.stores.protocols import Connection
-from loraweave.hub.tables import rows, vectors
-from loraweave.hub.tables.rows import MOST_PARAMETERS
-from loraweave.types import Record
+from loraweave.hub.tables import rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,18 +42,15 @@ def vectors_at(connection: Connection, embedder: str, seqs: Sequence[int]) -> di
     """seq -> (digest of the embedded text, fp32 vector) of those rows. A damaged one counts as absent."""
     import numpy as np
 
-    columns = "SELECT seq, text_digest, vector, sha256 FROM vectors WHERE embedder = ? AND seq IN"
-    kept = {}
-    for start in range(0, len(seqs), MOST_PARAMETERS):
-        part = seqs[start : start + MOST_PARAMETERS]
-        marks = ", ".join("?" * len(part))
-        for seq, text_digest, vector, digest in connection.execute(f"{columns} ({marks})", (embedder, *part)).fetchall():
-            if row_sha256(embedder, seq, text_digest, bytes(vector)) == digest:
-                kept[seq] = text_digest, np.frombuffer(vector, dtype="<f4").copy()
-    return kept
+    select = "SELECT seq, text_digest, vector, sha256 FROM vectors WHERE embedder = ? AND seq"
+    return {
+        seq: (text_digest, np.frombuffer(vector, dtype="<f4"))
+        for seq, text_digest, vector, digest in rows.at_seqs(connection, select, seqs, (embedder,))
+        if row_sha256(embedder, seq, text_digest, vector) == digest
+    }
 
 
-def write_vectors(connection: Connection, embedder: str, rows: Sequence[tuple[str, str, np.ndarray]]) -> None:
+def write_vectors(connection: Connection, embedder: str, made: Sequence[tuple[str, str, np.ndarray]]) -> None:
     """Stores (name, digest of the text, vector) rows; a name that is no longer there is passed over.
 
     Vectors of another size under the same embedder are dropped: they came from another version of it.
@@ -63,8 +58,8 @@ def write_vectors(connection: Connection, embedder: str, rows: Sequence[tuple[st
     """
     import numpy as np
 
-    vectors = [np.ascontiguousarray(vector, dtype="<f4") for _, _, vector in rows]
-    for (name, _, _), vector in zip(rows, vectors, strict=True):
+    vectors = [np.ascontiguousarray(vector, dtype="<f4") for _, _, vector in made]
+    for (name, _, _), vector in zip(made, vectors, strict=True):
         if vector.ndim != 1 or vector.shape != vectors[0].shape or not vector.size:
             raise DimensionMismatch(
                 f"the vector of {name!r} from embedder {embedder!r} has shape {vector.shape}, the first {vectors[0].shape}; "
@@ -77,7 +72,7 @@ def write_vectors(connection: Connection, embedder: str, rows: Sequence[tuple[st
         one = connection.execute("SELECT length(vector) FROM vectors WHERE embedder = ? LIMIT 1", (embedder,)).fetchone()
         if one is not None and one[0] != vectors[0].nbytes:
             connection.execute("DELETE FROM vectors WHERE embedder = ?", (embedder,))
-    for (name, text_digest, _), vector in zip(rows, vectors, strict=True):
+    for (name, text_digest, _), vector in zip(made, vectors, strict=True):
         found = connection.execute("SELECT seq FROM adapters WHERE name = ?", (name,)).fetchone()
         if found is not None:
             data = vector.tobytes()
@@ -104,13 +99,13 @@ CHANGED = "SELECT seq FROM changes WHERE generation > ? AND +seq > ? ORDER BY +s
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """An adapter's place in the order of addition, its record, and its stored vector, if any.
+    """An adapter's place in the order of addition, what it says of itself, and its stored vector, if any.
 
-    `record` is None for one that is gone or in quarantine, `vector` is (digest of the text that was embedded, fp32 vector).
+    `said` is None for one that is gone or in quarantine, `vector` is (digest of the text that was embedded, fp32 vector).
     """
 
     seq: int
-    record: Record | None
+    said: rows.Said | None
     vector: tuple[str, np.ndarray] | None
 
 
@@ -136,7 +131,7 @@ def read_changes(connection: Connection, embedder: str, *, since: int, after: in
         every = "SELECT seq FROM adapters WHERE seq > ? ORDER BY seq LIMIT ?"
         seqs = [seq for (seq,) in connection.execute(every, (after, limit)).fetchall()]
     # one that was put in quarantine is as good as gone until its release
-    records = {row.seq: row.record for row in rows.some(connection, seqs) if not row.record.quarantined}
-    stored = vectors.vectors_at(connection, embedder, list(records))
-    page = [Change(seq, records.get(seq), stored.get(seq)) for seq in seqs]
+    said = rows.said(connection, seqs)
+    stored = vectors_at(connection, embedder, list(said))
+    page = [Change(seq, said.get(seq), stored.get(seq)) for seq in seqs]
     return Changes(str(identity), int(generation), int(num_adapters) - quarantine.count(connection), tuple(page))

@@ -255,7 +255,7 @@ def followed(hub: Hub, old: Snapshot) -> Snapshot:
         after = page.page[-1].seq
     if old.generation and len(changed) > REFIT_SHARE * len(old.entries):
         return followed(hub, Snapshot())
-    records = {seq: change.record for seq, change in changed.items() if change.record is not None}
+    records = hub.records_at([seq for seq, change in changed.items() if change.said is not None])
     placed = {seq: change.vector[1] for seq, change in changed.items() if seq in records and change.vector is not None}
     plane, places = old.plane, {}
     if placed:

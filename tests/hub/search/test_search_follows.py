@@ -230,7 +230,7 @@ def test_rows_and_vectors_are_read_by_few_statements(hub):
         connection.set_trace_callback(statements.append)
         changes = read_changes(connection, "counts", since=0, after=0, limit=4096, where="here")
         connection.set_trace_callback(None)
-    assert [change.record.name for change in changes.page][-1] == "a59"
+    assert [change.said.name for change in changes.page][-1] == "a59"
     assert all(change.vector is not None for change in changes.page)
     assert len(statements) < 10
 
@@ -311,7 +311,7 @@ def test_changes_come_in_pages_by_seq(hub):
     hub.remove("film")
     first = hub.changes("counts", since=before, limit=2)
     second = hub.changes("counts", since=before, after=first.page[-1].seq, limit=2)
-    seen = [(change.seq, change.record and change.record.name) for change in (*first.page, *second.page)]
+    seen = [(change.seq, change.said and change.said.name) for change in (*first.page, *second.page)]
     assert seen == [(1, "cat"), (4, None), (5, "word")]
     assert (first.generation, first.num_adapters) == (before + 4, 4)
     assert not hub.changes("counts", since=before + 4).page
@@ -321,3 +321,22 @@ def test_what_changed_is_found_by_its_generation_and_not_among_all_rows(hub):
     with hub._catalogue.reading() as connection:
         plan = connection.execute(f"EXPLAIN QUERY PLAN {CHANGED}", (1, 0, 9)).fetchall()
     assert "changes_by_generation (generation>?)" in plan[0][3]
+
+
+def test_what_adapters_say_is_what_their_records_say_wherever_their_rows_lie(hub):
+    from loraweave.hub.tables import rows
+
+    for number in range(12):
+        hub.add(adapter(f"a{number}", 40 + number), description=f"text {number}", examples=[f"é {number}", "cat"])
+    hub.remove("a3")
+    hub.quarantine("a5")
+    with hub._catalogue.reading() as connection:
+        every = {row.seq: row.record for row in rows.every(connection)}
+        seqs = sorted(every)
+        # neighbours, also around a row that is gone, then rows far apart, in any order, and some that are not there
+        for asked in (seqs, seqs[::-1], [seqs[0], seqs[-1]], seqs[::5], [*seqs[2:4], 10_000], [10_000], []):
+            found = rows.said(connection, asked)
+            wanted = {seq: every[seq] for seq in sorted(asked) if seq in every and not every[seq].quarantined}
+            assert found == {seq: (one.name, one.description, one.examples) for seq, one in wanted.items()}
+            assert list(found) == list(wanted)
+            assert [row.seq for row in rows.some(connection, asked)] == sorted(seq for seq in asked if seq in every)
