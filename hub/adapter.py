@@ -226,10 +226,10 @@ class Adapter:
             digest.update(repr((layer, factors.kind, factors.kernel)).encode())
             for part, tensor in factors.tensors().items():
                 digest.update(repr((part, tuple(tensor.shape))).encode())
-                digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
+                digest.update(algebra.on_host(tensor).contiguous().numpy().data)
         for parameter, tensor in sorted(self.heads.items()):
             digest.update(repr(("head", parameter, tuple(tensor.shape))).encode())
-            digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
+            digest.update(algebra.on_host(tensor).contiguous().numpy().data)
         if self.invocation:
             digest.update(repr(("invocation", self.invocation)).encode())
         return digest.hexdigest()

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Kind = Literal["linear", "embedding", "conv", "expert"]
+# the fields of `Factors` that are tensors
+_PARTS = ("a_RI", "b_OR", "gain_O", "bias_O", "magnitude_O", "base_bias_O")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +59,8 @@ class Factors:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are present, by field name."""
-        fields = ("a_RI", "b_OR", "gain_O", "bias_O", "magnitude_O", "base_bias_O")
-        return {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+        held = vars(self)
+        return {name: held[name] for name in _PARTS if held[name] is not None}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), **{name: own_memory(tensor) for name, tensor in self.tensors().items()}}

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from loraweave.errors import AdapterUnsupported
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound
 from loraweave.lowrank import algebra
 from loraweave.types import Factors, Fingerprint
@@ -36,6 +37,37 @@ class Contents:
         """Raises AdapterUnsupported for an adapter that changes nothing."""
         if not self.heads and all(map(algebra.is_zero, self.layers.values())):
             raise AdapterUnsupported(f"{where}: the adapter is without effect: {why}")
+
+
+def require_numbers(layers: Mapping[str, Factors], heads: Mapping[str, Tensor], where: str) -> None:
+    """Raises AdapterCorrupt for values that fp32 does not hold, AdapterSuspicious for factors whose product it does not.
+
+    Also AdapterUnsupported for tensors of whole numbers.
+    """
+    tensors = [tensor for factors in layers.values() for tensor in factors.tensors().values()]
+    if algebra.within_range([*tensors, *heads.values()]):
+        return
+    for layer, factors in layers.items():
+        for part, tensor in factors.tensors().items():
+            _require_finite(f"{where} layer {layer!r}, {part}", tensor)
+        algebra.require_in_range(factors, f"{where} layer {layer!r}")
+    for head, tensor in heads.items():
+        _require_finite(f"{where} head {head!r}", tensor)
+
+
+def _require_finite(where: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise AdapterUnsupported(
+            f"{where} has dtype {tensor.dtype}; only floating point factors have a meaning of their own"
+        )
+    # as stored: a float64 value can be beyond fp32
+    if not algebra.all_finite(values := tensor.float()):
+        finite = torch.isfinite(values)
+        first = tuple(int(i) for i in (~finite).nonzero()[0])
+        raise AdapterCorrupt(
+            f"{where}: {int((~finite).sum())} of {tensor.numel()} values are not finite in fp32, the first "
+            f"{float(tensor[first])} at {first}"
+        )
 
 
 class Reader(ABC):

@@ -52,7 +52,7 @@ def require_unchanged(folder: Path) -> Iterator[None]:
 
 def _states(folder: Path, fresh_ns: int) -> dict[str, State]:
     try:
-        paths = [folder] if not folder.is_dir() else [path for path in folder.iterdir() if _counts(path.name)]
+        paths = [folder / name for name in os.listdir(folder) if _counts(name)] if folder.is_dir() else [folder]
     except OSError:
         paths = []
     states: dict[str, State] = {}
@@ -82,7 +82,7 @@ def _digest(path: Path) -> str:
 
 
 def _counts(name: str) -> bool:
-    return name in NAMES or Path(name).suffix in SUFFIXES
+    return name in NAMES or os.path.splitext(name)[1] in SUFFIXES
 
 
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
@@ -215,7 +215,7 @@ def listing(folder: Path) -> str:
 
 def present(folder: Path, name: str) -> bool:
     """Whether the folder has an entry of that name, of whatever kind; a dangling link counts."""
-    return os.path.lexists(folder / name)
+    return os.path.lexists(os.path.join(folder, name))
 
 
 def folder_within(folder: Path, name: str) -> Path:

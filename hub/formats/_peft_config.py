@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -211,8 +211,7 @@ _WHOLE = words("base_layer embed_tokens lm_head wte shared word_embeddings embed
 _KOHYA = ("lora_down", "lora_up")
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """One tensor name taken apart; `adapter` is the adapter's name inside the key, empty where there is none."""
 
     layer: str

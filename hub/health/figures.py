@@ -57,7 +57,7 @@ def figures_of(adapter: Adapter, base_model: str) -> Figures:
     spectra_L2, sketch_K = np.full((len(names), 2), np.nan), torch.zeros(CODE_BITS)
     for places in _stacks(list(layers.values())):
         a_SRI = torch.stack([layers[names[place]].a_RI for place in places]).float()
-        b_SRO = torch.stack([layers[names[place]].b_OR for place in places]).float().mT
+        b_SRO = torch.stack([layers[names[place]].b_OR for place in places]).float().mT.contiguous()
         spectra_L2[places] = _spectra(b_SRO, a_SRI)
         sketch_K += _sketch(b_SRO, a_SRI, [names[place] for place in places])
     code = np.packbits(sketch_K.numpy() > 0).tobytes()
@@ -85,8 +85,11 @@ def _spectra(b_SRO: Tensor, a_SRI: Tensor) -> Array:
     """(log norm, logit of the dominant share) of each layer of a stack."""
     (b_SRR, b_size_S), (a_SRR, a_size_S) = _gram(b_SRO), _gram(a_SRI)
     # the squares of the singular values of b a are the eigenvalues of (b^T b)(a a^T)
-    values_SR, vectors_SRR = torch.linalg.eigh(b_SRR)
-    root_SRR = vectors_SRR * values_SR.clamp(min=0).sqrt()[:, None, :]
+    root_SRR, failed_S = torch.linalg.cholesky_ex(b_SRR)
+    if bool(failed_S.any()):
+        # of a lower rank than it has rows
+        values_SR, vectors_SRR = torch.linalg.eigh(b_SRR)
+        root_SRR = vectors_SRR * values_SR.clamp(min=0).sqrt()[:, None, :]
     squares_SR = torch.linalg.eigvalsh(root_SRR.mT @ a_SRR @ root_SRR).clamp(min=0).numpy()
     energy_S = np.where(squares_SR.sum(axis=1) > 0, squares_SR.sum(axis=1), np.nan)
     share_S = np.minimum(squares_SR[:, -1] / energy_S, _NEARLY_ALL)
@@ -117,7 +120,7 @@ def _sketch(b_SRO: Tensor, a_SRI: Tensor, names: Sequence[str]) -> Tensor:
         _fold(rows_SRN, side) @ _projection(side)[:, : rows_SRN.shape[2]].T for side, rows_SRN in enumerate((b_SRO, a_SRI))
     )
     signs_SK = torch.stack([_layer_signs(name) for name in names])
-    return torch.einsum("sk,srk,srk->k", signs_SK, left_SRK, right_SRK)
+    return (signs_SK * (left_SRK * right_SRK).sum(dim=1)).sum(dim=0)
 
 
 @lru_cache(maxsize=4096)

@@ -8,15 +8,13 @@ from operator import length_hint
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from loraweave.common.display import tracked
 from loraweave.common.names import checked_name, now
 from loraweave.common.rows import GivenRows
 from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported, LoraweaveError
 from loraweave.hub import licenses
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.formats._contents import require_numbers
 from loraweave.hub.health.anomalies import examine
 from loraweave.hub.intake.discover import Found
 from loraweave.hub.intake.fields import (
@@ -125,21 +123,17 @@ def prepare(addition: Addition, *, stored_as: str, allow_pickle: bool) -> tuple[
     given = {key: getattr(addition, key) for key in OWN_FIELDS}
     own_name = checked_name(adapter.name if name is None else name)
     record = new_record(adapter, own_name, given, addition.base_model, None if source is adapter else str(source))
-    require_storable(adapter, stored_as)
+    _require_storable(adapter, stored_as)
+    if source is adapter:
+        # of what was read, reading has looked at every number
+        require_numbers(adapter.layers, adapter.heads, f"adapter {adapter.name!r},")
     return adapter, record
 
 
-def require_storable(adapter: Adapter, stored_as: str = "factors") -> None:
-    """AdapterCorrupt for factors that do not fit each other or are not finite, AdapterUnsupported for no effect at all.
-
-    AdapterSuspicious for factors whose product is beyond fp32. Also AdapterUnsupported for factors that `stored_as` has no
-    form for.
-    """
+def _require_storable(adapter: Adapter, stored_as: str) -> None:
+    """AdapterCorrupt for factors that do not fit each other, AdapterUnsupported for no effect and no form in `stored_as`."""
     for layer, factors in adapter.layers.items():
         _require_shapes(f"adapter {adapter.name!r}, layer {layer!r}", factors)
-    tensors = [tensor for factors in adapter.layers.values() for tensor in factors.tensors().values()]
-    if not algebra.within_range([*tensors, *adapter.heads.values()]):
-        _require_numbers(adapter)
     if not adapter.heads and all(algebra.is_zero(factors) for factors in adapter.layers.values()):
         raise AdapterUnsupported(
             f"adapter {adapter.name!r} is without effect: the updates of all its {len(adapter.layers)} layers are zero; "
@@ -147,16 +141,6 @@ def require_storable(adapter: Adapter, stored_as: str = "factors") -> None:
         )
     if stored_as != "factors":
         take_apart(adapter.layers, {}, stored_as=stored_as)
-
-
-def _require_numbers(adapter: Adapter) -> None:
-    for layer, factors in adapter.layers.items():
-        where = f"adapter {adapter.name!r}, layer {layer!r}"
-        for part, tensor in factors.tensors().items():
-            _require_finite(f"{where}, {part}", tensor)
-        algebra.require_in_range(factors, where)
-    for head, tensor in adapter.heads.items():
-        _require_finite(f"adapter {adapter.name!r}, head {head!r}", tensor)
 
 
 def _require_shapes(where: str, factors: Factors) -> None:
@@ -169,21 +153,6 @@ def _require_shapes(where: str, factors: Factors) -> None:
             raise AdapterCorrupt(f"{where}: {part} has shape {tuple(tensor.shape)}, but the layer has {b[0]} outputs")
     if a[0] == 0 and not vectors:
         raise AdapterCorrupt(f"{where}: the update has rank 0 and nothing else")
-
-
-def _require_finite(where: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise AdapterUnsupported(
-            f"{where} has dtype {tensor.dtype}; only floating point factors have a meaning of their own"
-        )
-    # as stored: a float64 value can be beyond fp32
-    if not algebra.all_finite(values := tensor.float()):
-        finite = torch.isfinite(values)
-        first = tuple(int(i) for i in (~finite).nonzero()[0])
-        raise AdapterCorrupt(
-            f"{where}: {int((~finite).sum())} of {tensor.numel()} values are not finite in fp32, the first "
-            f"{float(tensor[first])} at {first}"
-        )
 
 
 def new_record(adapter: Adapter, name: str, given: Mapping[str, Any], base_model: str | None, place: str | None) -> Record:

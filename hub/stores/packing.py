@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.stores import ternary
+from loraweave.lowrank.algebra import on_host
 from loraweave.types import Factors
 
 PACKED = "packed"
@@ -28,7 +29,7 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[Places, Tensor]:
     for name, tensor in tensors.items():
         places.append((name, offset, list(tensor.shape)))
         offset += tensor.numel()
-    rows = [tensor.detach().cpu().float().reshape(-1) for tensor in tensors.values()]
+    rows = [on_host(tensor).reshape(-1) for tensor in tensors.values()]
     return places, torch.cat(rows) if rows else torch.empty(0)
 
 

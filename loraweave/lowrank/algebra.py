@@ -160,15 +160,21 @@ def require_in_range(factors: Factors, where: str) -> None:
 def within_range(tensors: Iterable[Tensor]) -> bool:
     """Whether all values, and all products and sums of products of two tensors, are surely finite in fp32.
 
-    By Cauchy and Schwarz the norm of all together bounds them, which takes one pass. False says only that each has to be
-    looked at; so do tensors of whole numbers.
+    By Cauchy and Schwarz the norm of all together bounds them, which takes one pass; tensors that fill one memory, as those
+    read from a file do, are one vector. False says only that each has to be looked at; so do tensors of whole numbers.
     """
-    total = 0.0
+    by_memory: dict[tuple[int, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         if not tensor.is_floating_point():
             return False
-        total += float(torch.linalg.vector_norm(tensor.detach())) ** 2
-    # of tensors a and b together at most (|a|^2 + |b|^2) / 2 bounds |a| |b|
+        by_memory.setdefault((tensor.untyped_storage().data_ptr(), tensor.dtype), []).append(tensor.detach())
+    total = 0.0
+    for parts in by_memory.values():
+        memory = parts[0].untyped_storage()
+        if len(parts) > 1 and memory.nbytes() <= sum(part.nbytes for part in parts):
+            parts = [parts[0].new_empty(0).set_(memory)]  # type: ignore[call-overload]
+        total += sum(float(torch.linalg.vector_norm(part)) ** 2 for part in parts)
+    # it bounds |a| |b| of any two tensors, the same numbers counted in both or not
     return total <= MAX_FP32
 
 
@@ -176,6 +182,14 @@ def all_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite."""
     # either would be in the sum too, and a sum takes a tenth of the time
     return math.isfinite(float(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """The tensor as it is stored: detached, in fp32, in this machine's memory. One that is all that is not touched."""
+    # three calls that do nothing take longer than this question, and an adapter has hundreds of tensors
+    if tensor.dtype is torch.float32 and tensor.is_cpu and not tensor.requires_grad:
+        return tensor
+    return tensor.detach().cpu().float()
 
 
 def is_zero(factors: Factors) -> bool:

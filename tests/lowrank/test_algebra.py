@@ -315,3 +315,9 @@ def test_tensors_within_range_are_those_whose_norm_squared_fp32_holds(values, wi
     assert algebra.within_range(tensors) is within
     assert algebra.within_range([each.double() for each in tensors]) is within
     assert not algebra.within_range([torch.tensor([1])])
+    # as views of one vector, which are looked at together, also where they are a part of it or overlap
+    whole = torch.tensor([*values, 5.0])
+    views = list(torch.split(whole, 1))
+    assert algebra.within_range(views) is algebra.within_range([whole[:2], whole[1:]]) is within
+    assert algebra.within_range(views[2:]) is True
+    assert algebra.within_range([whole[2:], whole[2:].reshape(1, 1)]) is True

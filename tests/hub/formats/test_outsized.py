@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from loraweave.common import process
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.formats import _files
+from loraweave.hub.formats import _files, _safetensors
 from loraweave.hub.formats._conversion import Bound, cut
 from loraweave.hub.health.figures import figures_of
 from loraweave.hub.hub import Hub
@@ -128,5 +128,8 @@ def test_where_the_file_system_knows_no_holes_a_file_is_whole(tmp_path, monkeypa
 def test_tensors_that_need_more_memory_than_is_free_are_refused_with_both_figures(tall, tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemAvailable:   1000 kB\n")
     monkeypatch.setattr(process, "MEMINFO", tmp_path / "meminfo")
+    # an adapter of ordinary size is read without asking
+    Adapter.from_pretrained(tall)
+    monkeypatch.setattr(_safetensors, "ALWAYS_FREE_BYTES", 1_919_999)
     with pytest.raises(AdapterUnsupported, match="need 1,920,000 bytes of memory to be read, but 1,024,000 are free"):
         Adapter.from_pretrained(tall)

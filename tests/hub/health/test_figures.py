@@ -49,6 +49,19 @@ def test_norms_and_shares_are_those_of_the_dense_updates():
         assert 1 / (1 + np.exp(-found.dominance_L[position])) == pytest.approx(share, abs=1e-5)
 
 
+def test_a_factor_whose_columns_depend_on_each_other_has_the_figures_of_its_product():
+    # neither of the ranks that it has too many nor an update of zero beside it has a Cholesky factor
+    whole = layers()
+    for name, factors in whole.items():
+        twice = Factors(torch.cat([factors.a_RI] * 2), torch.cat([0.25 * factors.b_OR, 0.75 * factors.b_OR], dim=1))
+        found = figures({name: twice, "zero": Factors(0 * twice.a_RI, 0 * twice.b_OR)})
+        values = np.linalg.svd((factors.b_OR @ factors.a_RI).numpy(), compute_uv=False)
+        place = found.layers.index(name)
+        share = min(values[0] ** 2 / (values**2).sum(), 1 - 1e-6)
+        assert found.log_norm_L[place] == pytest.approx(0.5 * np.log((values**2).sum()), abs=1e-5)
+        assert 1 / (1 + np.exp(-found.dominance_L[place])) == pytest.approx(share, abs=1e-5)
+
+
 def test_another_factoring_of_the_same_update_has_the_same_figures():
     generator = torch.Generator().manual_seed(9)
     moved = {}
