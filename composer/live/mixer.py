@@ -11,7 +11,7 @@
                                 '- usage   what each layer used (recording.py)
 
     a call        Entry: modules, rows and router looked at -> layers -> Exit
-    a warm layer  _MixedForward.run -> Plan.apply -> Kernel.add_: three frames, which is what a step of generation pays
+    a warm layer  _MixedForward.run -> a kernel's adder, without a look at the plan: what a step of generation pays
 
 Which activation counts is a context variable, so threads and asyncio tasks do not see each other's mixtures, and one
 without a mixture runs the plain base. Nothing else in the model changes: its class, parameters and state_dict stay, and a
@@ -39,8 +39,8 @@ from loraweave.composer.live.call_router import CallRouter, end_router_call
 from loraweave.composer.live.compiled import bind, mix, mix_outside, number_of_layer, number_of_mixing
 from loraweave.composer.live.entry import Entry, Exit
 from loraweave.composer.live.experts import ExpertsForward
-from loraweave.composer.live.limits import end_call, watch
-from loraweave.composer.live.plan import KEPT_BYTES, Plan, make_plan
+from loraweave.composer.live.limits import end_call, is_beside, watch
+from loraweave.composer.live.plan import KEPT_BYTES, Plan, Warm, make_plan
 from loraweave.composer.live.recording import Usage
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.live.row_weights import Workspace
@@ -410,6 +410,8 @@ class _MixedForward(StandIn):
         self._number = number
         self._own = vars(layer.module).get("forward")
         self._forward = layer.module.forward
+        # who asked last, with an x of which shape, and how its update is added: what each step of a generation asks again
+        self._last: tuple[Activation | None, torch.Size | None, Warm | None] = None, None, None
         bind(number, self)
 
     def mixing(self) -> Activation | None:
@@ -427,6 +429,15 @@ class _MixedForward(StandIn):
             if activation is None:
                 return y
         x = args[0] if args else next(iter(kwargs.values()))
+        asker, shape, warm = self._last
+        if asker is not activation or shape != x.shape:
+            warm = activation.plan.warm(self.layer, x.shape)
+            if warm is not None:
+                self._last = activation, x.shape, warm
+        if warm is not None and warm.fits(x, y) and not is_beside():
+            activation.usage.saw(self.layer.name, warm.note)
+            warm.add(x, y)
+            return y
         return activation.plan.apply(self.layer, x, y, activation.lease, activation.usage)
 
     def _traced(self, x: Tensor, y: Tensor) -> Tensor:

@@ -55,13 +55,18 @@ Invocations = Callable[[Iterable[str]], Mapping[str, tuple[int, ...]]]
 NUM_KEPT_SHAPES = 64
 
 
-class _Remembered(NamedTuple):
+class Warm(NamedTuple):
     """How a layer's update is added for inputs of one shape, what they and the outputs have to be, and what to note."""
 
     add: Adder
     dtype: torch.dtype
     device: torch.device
     note: Note
+
+    def fits(self, x: Tensor, y: Tensor) -> bool:
+        """Whether a layer's new output may be written to: no gradient goes through it. x is where y is, or it had failed."""
+        own = x.dtype is y.dtype is self.dtype and y.device == self.device
+        return own and not y.requires_grad and y.is_contiguous()
 
 
 class Plan:
@@ -88,7 +93,7 @@ class Plan:
         # what gives each call of a pipeline's part its own mixture, where calls differ
         self.by_call: Any = None
         # of the arena's board, where the plan has one, else its own
-        self._remembered = self._own = dict[str, dict[torch.Size, _Remembered]]()
+        self._remembered = self._own = dict[str, dict[torch.Size, Warm]]()
 
     @property
     def learns(self) -> bool:
@@ -181,6 +186,11 @@ class Plan:
         routed = self._by_token.again()
         return Plan(self.experts, None, routed, routed, self.invocations)
 
+    def warm(self, layer: TargetLayer, shape: torch.Size) -> Warm | None:
+        """What is remembered for inputs of the shape, good until the activation ends; None where nothing is."""
+        by_shape = self._remembered.get(layer.name)
+        return by_shape.get(shape) if by_shape is not None and layer.fresh else None
+
     def apply(self, layer: TargetLayer, x: Tensor, y: Tensor, lease: Lease, usage: Usage) -> Tensor:
         """The layer's output y = W x + bias with the weighted updates added; y itself where nothing is to be added.
 
@@ -189,13 +199,11 @@ class Plan:
         The result may be written into y's own memory.
         Raises ScopeError, naming the layer and both counts, where that does not come out even.
         """
-        by_shape = self._remembered.get(layer.name)
-        if by_shape is not None and layer.fresh and (remembered := by_shape.get(x.shape)) is not None:
-            add, dtype, device, note = remembered
-            if _in_place(x, y, dtype, device) and not is_beside():
-                usage.saw(layer.name, note)
-                add(x, y)
-                return y
+        warm = self.warm(layer, x.shape)
+        if warm is not None and warm.fits(x, y) and not is_beside():
+            usage.saw(layer.name, warm.note)
+            warm.add(x, y)
+            return y
         if not self.experts or self._weights.skips(layer.name):
             usage.saw(layer.name, Note(y.shape))
             return y
@@ -221,8 +229,8 @@ class Plan:
             by_shape = self._remembered.setdefault(layer.name, {})
             if len(by_shape) >= NUM_KEPT_SHAPES:
                 by_shape.clear()
-            by_shape[x.shape] = _Remembered(add, dtype, y.device, note)
-            if _in_place(x, y, dtype, y.device):
+            by_shape[x.shape] = warm = Warm(add, dtype, y.device, note)
+            if warm.fits(x, y):
                 add(x, y)
                 return y
         if torch.is_grad_enabled() and x.requires_grad:
@@ -265,11 +273,6 @@ def _sum(mixture: LayerMixture, layer: TargetLayer, x_BTI: Tensor, y_BTO: Tensor
         return kernel.plus(x_BTI, y_BTO)
     # into the update's own memory, which nothing else refers to, rather than a third tensor of this size
     return kernel.update(x_BTI).to(y_BTO.dtype).add_(y_BTO)
-
-
-def _in_place(x: Tensor, y: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a layer's new output may be written to: no gradient goes through it. x is where y is, or it had failed."""
-    return x.dtype is dtype and y.dtype is dtype and y.device == device and not y.requires_grad and y.is_contiguous()
 
 
 def _by_token(x_BTI: Tensor, num_tokens: int, num_axes: int) -> Tensor:

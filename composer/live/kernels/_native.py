@@ -31,9 +31,9 @@ _logger = logging.getLogger(__name__)
 class Table(ctypes.Structure):
     """`Table` of native.c."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("num_rows", "num_inputs", "num_outputs")] + [
-        (name, ctypes.c_void_p) for name in ("a", "b", "starts", "firsts", "counts", "weights", "sums")
-    ]
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("num_rows", "num_tokens", "num_inputs", "num_outputs", "num_factors")
+    ] + [(name, ctypes.c_void_p) for name in ("a", "b", "counts", "weights", "work")]
 
 
 def native_runs(device: torch.device, dtype: torch.dtype) -> bool:
@@ -54,7 +54,7 @@ def library() -> ctypes.PyDLL | None:
         _logger.info("mixtures run without the library of %s: %s", SOURCE.name, str(said).strip()[:500])
         return None
     for add in (found.add_f32, found.add_bf16):
-        add.argtypes, add.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p], None
+        add.argtypes, add.restype = [ctypes.c_void_p] * 3, None
     return found
 
 

@@ -1,7 +1,8 @@
-/* y += sum over the rank rows s of a row's mixture of w_s (a_s . x) b_s, row by row, as `naive.py` has it.
+/* y += sum over the rank rows s of a row's mixture of w_s (a_s . x) b_s, as `naive.py` has it.
 
-   Sums and weights are in fp32, whatever the factors are stored in; y is rounded once. A row's numbers do not depend on the
-   other rows. `native_rows.py` compiles this file and says what the fields hold. */
+   All a_s . x come first, then the sums, factor by factor: each is read once, in the order of memory, for all tokens that use
+   it. Sums and weights are in fp32, whatever the factors are stored in; y is rounded once. A row's numbers do not depend on
+   the other rows. `native_rows.py` compiles this file and says what the fields hold. */
 
 #include <stdint.h>
 #include <string.h>
@@ -10,13 +11,11 @@
 #endif
 
 typedef struct {
-    int64_t num_rows, num_inputs, num_outputs;
-    const void *a, *b;      /* rank rows of num_inputs, and of num_outputs */
-    const int64_t *starts;  /* of each row, and one more: where its entries begin */
-    const int64_t *firsts;  /* of each entry: its first rank row, */
-    const int64_t *counts;  /* how many it has, */
-    const float *weights;   /* and their weight */
-    float *sums;            /* num_outputs numbers to work with */
+    int64_t num_rows, num_tokens, num_inputs, num_outputs, num_factors;
+    const void *a, *b;      /* rank rows of num_inputs, and of num_outputs, one factor's after the other's */
+    const int64_t *counts;  /* of each factor: its rank rows; then of each, and one more, where its uses begin: */
+    const float *weights;   /* each one's weight; and its row, after those */
+    float *work;            /* of each token: num_outputs, and one for each rank row that it uses */
 } Table;
 
 typedef uint16_t bf16;
@@ -40,7 +39,7 @@ static inline float round_f32(float value) { return value; }
 
 /* what is read next comes from memory, four rank rows of it, while the processor is busy with these */
 static inline void fetch(const void *start, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)start + at, 0, 2);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)start + at, 0, 3);
 }
 
 #define DOT(T) \
@@ -76,30 +75,38 @@ static inline void fetch(const void *start, int64_t bytes) {
         for (int64_t o = 0; o < n; o++) \
             sums[o] += h0 * widen_##T(b[o]) + h1 * widen_##T(b1[o]) + h2 * widen_##T(b2[o]) + h3 * widen_##T(b3[o]); \
     } \
-    void add_##T(const Table *t, int64_t num_tokens, const T *restrict x, T *restrict y) { \
-        const int64_t in = t->num_inputs, out = t->num_outputs; \
-        float *restrict sums = t->sums; \
-        for (int64_t row = 0; row < t->num_rows; row++) \
-            for (int64_t token = 0; token < num_tokens; token++, x += in, y += out) { \
-                if (t->starts[row] == t->starts[row + 1]) continue; \
-                memset(sums, 0, out * sizeof *sums); \
-                for (int64_t e = t->starts[row]; e < t->starts[row + 1]; e++) { \
-                    const T *a = (const T *)t->a + t->firsts[e] * in, *b = (const T *)t->b + t->firsts[e] * out; \
-                    const float w = t->weights[e]; \
-                    int64_t r = 0; \
-                    float h[4]; \
-                    for (; r + 4 <= t->counts[e]; r += 4) { \
-                        fetch(b + r * out, 4 * out * sizeof *b); \
-                        dots_##T(a + r * in, x, in, h); \
-                        fetch(a + (r + 4) * in, 4 * in * sizeof *a); \
-                        for (int k = 0; k < 4; k++) h[k] *= w; \
-                        add_four_##T(sums, b + r * out, out, h); \
+    void add_##T(const Table *t, const T *restrict x, T *restrict y) { \
+        const int64_t num_tokens = t->num_tokens, in = t->num_inputs, out = t->num_outputs; \
+        const int64_t num_sums = t->num_rows * num_tokens * out; \
+        float *restrict sums = t->work, *restrict h = sums + num_sums; \
+        const T *a = t->a, *b = t->b; \
+        const int64_t *counts = t->counts, *starts = counts + t->num_factors, *rows = starts + t->num_factors + 1; \
+        for (int64_t f = 0; f < t->num_factors; a += counts[f++] * in) \
+            for (int64_t r = 0, n; r < counts[f]; r += n) { \
+                n = counts[f] - r < 4 ? 1 : 4; \
+                fetch(a + (r + n) * in, n * in * sizeof *a); \
+                for (int64_t u = starts[f]; u < starts[f + 1]; u++) \
+                    for (int64_t token = rows[u] * num_tokens, k = 0; k < num_tokens; token++, k++, h += n) { \
+                        if (n == 4) dots_##T(a + r * in, x + token * in, in, h); \
+                        else *h = dot_##T(a + r * in, x + token * in, in); \
+                        for (int64_t i = 0; i < n; i++) h[i] *= t->weights[u]; \
                     } \
-                    for (; r < t->counts[e]; r++) add_one_##T(sums, b + r * out, out, w * dot_##T(a + r * in, x, in)); \
-                } \
-                _Pragma("omp simd") \
-                for (int64_t o = 0; o < out; o++) y[o] = round_##T(widen_##T(y[o]) + sums[o]); \
             } \
+        /* what nothing is added to stays what it is, 0 with its sign */ \
+        for (int64_t o = 0; o < num_sums; o++) sums[o] = -0.0f; \
+        h = sums + num_sums; \
+        for (int64_t f = 0; f < t->num_factors; b += counts[f++] * out) \
+            for (int64_t r = 0, n; r < counts[f]; r += n) { \
+                n = counts[f] - r < 4 ? 1 : 4; \
+                fetch(b + (r + n) * out, n * out * sizeof *b); \
+                for (int64_t u = starts[f]; u < starts[f + 1]; u++) \
+                    for (int64_t token = rows[u] * num_tokens, k = 0; k < num_tokens; token++, k++, h += n) { \
+                        if (n == 4) add_four_##T(sums + token * out, b + r * out, out, h); \
+                        else add_one_##T(sums + token * out, b + r * out, out, *h); \
+                    } \
+            } \
+        _Pragma("omp simd") \
+        for (int64_t o = 0; o < num_sums; o++) y[o] = round_##T(widen_##T(y[o]) + sums[o]); \
     }
 
 #define f32 float

@@ -7,9 +7,11 @@ The factors of a batch lie side by side, each once, in the layer's own dtype; ea
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -87,13 +89,13 @@ class NativeRows(RowKernel):
         add = self._native
         if add is None or dtype is not self.dtype:
             return self._add_formula
-        address, tokens = ctypes.addressof(self._table), shape[0] * shape[1] // len(self.entries)
+        address = ctypes.addressof(self._table(shape[0] * shape[1] // len(self.entries)))
 
         def add_native(x_BTI: Tensor, y_BTO: Tensor) -> None:
-            if not x_BTI.is_contiguous() or x_BTI.dtype is not dtype:
-                x_BTI = x_BTI.to(dtype).contiguous()
+            if not x_BTI.is_contiguous():
+                x_BTI = x_BTI.contiguous()
             try:
-                add(address, tokens, x_BTI.data_ptr(), y_BTO.data_ptr())
+                add(address, x_BTI.data_ptr(), y_BTO.data_ptr())
             except RuntimeError:
                 # tensors of functorch and of tracing have no memory of their own
                 self._add_formula(x_BTI, y_BTO)
@@ -107,18 +109,25 @@ class NativeRows(RowKernel):
         return None if found is None or self.dtype not in names else getattr(found, names[self.dtype])
 
     @cached_property
-    def _table(self) -> Table:
-        starts, entries = [0], [entry for row in self.entries for entry in row]
-        for row in self.entries:
-            starts.append(starts[-1] + len(row))
-        integers = (starts, [first for first, _, _ in entries], [count for _, count, _ in entries])
-        numbers = [torch.tensor(each, dtype=torch.int64) for each in integers]
-        weights = torch.tensor([weight for _, _, weight in entries], dtype=torch.float32)
-        owned = self.a_DI, self.b_DO, *numbers, weights, torch.empty(self.b_DO.shape[1])
-        table = Table(len(self.entries), self.a_DI.shape[1], self.b_DO.shape[1], *(each.data_ptr() for each in owned))
+    def _tables(self) -> dict[int, Table]:
+        return {}
+
+    def _table(self, tokens: int) -> Table:
+        """What the library reads for so many tokens a row; kept as long as the kernel."""
+        if tokens in self._tables:
+            return self._tables[tokens]
+        uses = sorted((first, count, row, weight) for row, own in enumerate(self.entries) for first, count, weight in own)
+        counts = {first: count for first, count, _, _ in uses}
+        starts = accumulate(Counter(first for first, *_ in uses).values(), initial=0)
+        numbers = torch.tensor([*counts.values(), *starts, *(row for _, _, row, _ in uses)])
+        weights = torch.tensor([weight for *_, weight in uses])
+        outputs = self.b_DO.shape[1]
+        work = _work(tokens * (len(self.entries) * outputs + sum(count for _, count, _, _ in uses)))
+        sizes = len(self.entries), tokens, self.a_DI.shape[1], outputs, len(counts)
+        table = Table(*sizes, *(each.data_ptr() for each in (self.a_DI, self.b_DO, numbers, weights, work)))
         # the memory that it points to
-        table.owned = owned
-        return table
+        table.owned = self.a_DI, self.b_DO, numbers, weights, work
+        return self._tables.setdefault(tokens, table)
 
     def _add_formula(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
         y_BTO.add_(self._formula(x_BTI.to(self.dtype)))
@@ -151,6 +160,16 @@ class _Product(torch.autograd.Function):
         kernel = ctx.kernel
         # as a product with a gradient of its own, for those who differentiate twice
         return _Product.apply(grad_BTO, NativeRows(kernel.b_DO, kernel.a_DI, kernel.entries)), None  # type: ignore[no-untyped-call]
+
+
+_WORK = [torch.empty(0)]
+
+
+def _work(num_elements: int) -> Tensor:
+    """Memory of the library's own in fp32, of which one call at a time makes use: it holds Python's lock."""
+    if _WORK[0].numel() < num_elements:
+        _WORK[0] = torch.empty(num_elements, dtype=torch.float32)
+    return _WORK[0]
 
 
 def _joined(factors: Sequence[Tensor], num_ranks: int, dtype: torch.dtype, lend: Lend | None) -> Tensor:
