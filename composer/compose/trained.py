@@ -40,8 +40,10 @@ from loraweave.routers.tokens._saved import router
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router
 
-# of a LoRA under demonstrations, chosen by leave-one-out on the example pool; as many orders of them in the prompts
+# of a LoRA under demonstrations, a new one and one that begins as the in-context adapter, chosen by leave-one-out on the
+# example pool; as many orders of them in the prompts
 FEW_SHOT = Tuning(steps=10, lr=5e-4, batch_size=2)
+BEGUN = Tuning(steps=6, lr=8e-4, batch_size=2)
 # of a LoRA on many examples
 LONG = Tuning(steps=80, lr=3e-3, batch_size=8)
 ORDERS = 3

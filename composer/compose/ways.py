@@ -24,7 +24,17 @@ from loraweave.composer.compose.loss import ExampleLoss, Penalty, together, toge
 from loraweave.composer.compose.program_search import labels_of
 from loraweave.composer.compose.programmed import Programmed
 from loraweave.composer.compose.settings import BEST, OTHER_WAYS, Settings, solver_class
-from loraweave.composer.compose.trained import FEW_SHOT, LONG, ORDERS, Averaged, FewShot, InContextAdapter, Lora, Routed
+from loraweave.composer.compose.trained import (
+    BEGUN,
+    FEW_SHOT,
+    LONG,
+    ORDERS,
+    Averaged,
+    FewShot,
+    InContextAdapter,
+    Lora,
+    Routed,
+)
 from loraweave.composer.compose.trials import Bench, BestSingle, Fixed, MixtureTrial, Split, Trial
 from loraweave.composer.compose.user_loss import UserLoss, make_objective
 from loraweave.errors import InvalidLicense, InvalidTask, SearchFailed, WeightingError
@@ -197,7 +207,7 @@ class Ways:
             return [Routed(bench, settings)]
         match settings.method:
             case "few_shot":
-                return [FewShot(shown, replace(FEW_SHOT, **settings.options, seed=settings.seed))]
+                return [self._few_shot(shown)]
             case "in_context":
                 return [self._in_context()]
             case "auto":
@@ -228,7 +238,12 @@ class Ways:
         if not self._has_room:
             return []
         longer = [Lora(self._bench, replace(LONG, seed=settings.seed))] if settings.has_many(shown.task) else []
-        return [FewShot(shown, replace(FEW_SHOT, seed=settings.seed)), *longer]
+        return [self._few_shot(shown), *longer]
+
+    def _few_shot(self, shown: Bench) -> FewShot:
+        tuning, settings = FEW_SHOT if shown.start is None else BEGUN, self._settings
+        given = settings.options if settings.method == "few_shot" else {}
+        return FewShot(shown, replace(tuning, **given, seed=settings.seed))
 
     @property
     def _is_one(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.compose import refine
-from loraweave.composer.compose.trained import FEW_SHOT, ORDERS
+from loraweave.composer.compose.trained import BEGUN, FEW_SHOT, ORDERS
 from loraweave.errors import InvalidTask, WeightingError
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD")]
@@ -83,7 +83,7 @@ def hub(tmp_path, pool, reader):
 def test_few_shot_begins_as_the_adapter_of_the_hub_that_reads_demonstrations(compose, hub, reader, tiny_llama, tokenizer):
     found = compose(hub, folds=0, seed=5)
     shown = lw.Task(EXAMPLES, instruction="swap", demonstrations=True)
-    settings = {"steps": 3, "lr": FEW_SHOT.lr, "batch_size": FEW_SHOT.batch_size, "warmup": 0, "seed": 5, "progress": False}
+    settings = {"steps": 3, "lr": BEGUN.lr, "batch_size": BEGUN.batch_size, "warmup": 0, "seed": 5, "progress": False}
     alone = lw.train_adapters(tiny_llama, tokenizer, {"all": shown}, start={"all": reader}, **settings)["all"]
     assert found.adapter.layers.keys() == reader.layers.keys()
     for layer, factors in alone.layers.items():
