@@ -3,6 +3,7 @@
     python -m benchmarks spread overhead [--pieces 400]            what handing out a piece costs
     python -m benchmarks spread train [--adapters 200 --every 20]  adapters trained and indexed while workers are killed
     python -m benchmarks spread resume [--workers 2]               a study whose driver is killed
+    python -m benchmarks spread replicas                           where requests for a formula go
 
 Clusters are several nodes, as processes of one machine that listen on loopback; of `--backends loky,dask,ray` each needs its
 package. The base is a random Llama of two blocks over characters. What a network costs is not measured.
@@ -15,13 +16,15 @@ import logging
 import os
 import random
 import signal
+import socket
 import string
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,13 +135,16 @@ def workers(backend: str) -> Iterator[None]:
             yield
 
 
+def _ray_settings() -> dict[str, str]:
+    # on a busy machine its workers would else yield to everything, and end where others fill the memory
+    settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_memory_monitor_refresh_ms": "0"}
+    return {**settings, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+
+
 @contextmanager
 def _ray_cluster() -> Iterator[None]:
     """A head without cores, and four nodes of one core."""
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-    # on a busy machine its workers would else yield to everything, and end where others fill the memory
-    settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_memory_monitor_refresh_ms": "0"}
-    os.environ.update({**settings, **paths})
+    os.environ.update(_ray_settings())
     import ray
     from ray.cluster_utils import Cluster
     from ray.util.joblib import register_ray
@@ -327,3 +333,111 @@ def _answered(path: Path) -> Any:
     """What a cell has answered, without the time that it took."""
     said = json.loads(path.read_text(encoding="utf-8"))
     return {key: value for key, value in said.items() if key not in ("seconds", "cpu_seconds")}
+
+
+@app.command()
+def replicas(
+    context: typer.Context,
+    formulas: Annotated[int, typer.Option(min=1)] = 12,
+    turns: Annotated[int, typer.Option(min=2)] = 6,
+) -> None:
+    """Conversations, each with a formula of its own, on two replicas of Ray Serve, and on two servers taken at random."""
+    run: Run = context.obj
+    weights = [round((number + 1) / (formulas + 1), 2) for number in range(formulas)]
+    names = [f"{weight}*a + {round(1 - weight, 2)}*b" for weight in weights]
+    columns = ("way", "answers where the formula was last", "prompt tokens not read again", "ms a request, median")
+    table = Table(f"{formulas} formulas, {turns} turns of each", columns)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        model, _ = tiny_base(folder / "base")
+        with lw.Hub(folder / "hub") as hub:
+            hub.add_many([random_adapter(model, name, "qv", run.seed, rank=4) for name in "ab"])
+        chance = random.Random(run.seed)
+        ways: dict[str, Any] = {"two servers, at random": _servers, "Ray Serve, two replicas": _ray_serve}
+        for way, started in ways.items():
+            with started(folder) as ports:
+                table.add(way, *_conversations(names, turns, lambda ports=ports: chance.choice(ports)))
+                console.print(" ".join(table.rows[-1]))
+    run.show(table)
+
+
+KEY = "benchmark"
+FIRST = "The first lines of every conversation are the same, and long enough to be worth a place in memory. "
+
+
+def _conversations(names: list[str], turns: int, port: Callable[[], int]) -> tuple[str, str, str]:
+    texts, last, again, kept, read = dict.fromkeys(names, FIRST), dict.fromkeys(names, ""), 0, 0, 0
+    took = []
+    for turn in range(turns):
+        for name in names:
+            begun = time.perf_counter()
+            where, answer = _complete(port(), name, texts[name])
+            took.append(time.perf_counter() - begun)
+            again += bool(turn) and where == last[name]
+            last[name], usage = where, answer["usage"]
+            kept += usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+            read += usage["prompt_tokens"]
+            texts[name] += answer["choices"][0]["text"] + f" And then, in turn {turn}? "
+    return f"{again / (len(names) * (turns - 1)):.0%}", f"{kept / read:.0%}", f"{1e3 * sorted(took)[len(took) // 2]:.1f}"
+
+
+def _complete(port: int, name: str, prompt: str) -> tuple[str, dict[str, Any]]:
+    """Who answered, and what."""
+    asked = {"model": name, "prompt": prompt, "max_tokens": 8, "temperature": 0}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(asked).encode(), headers)
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return answer.headers.get("X-Loraweave-Replica", str(port)), json.load(answer)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _servers(folder: Path) -> Iterator[list[int]]:
+    ports = [_free_port() for _ in range(2)]
+    command = [sys.executable, "-m", "loraweave", "serve", "--hub", str(folder / "hub"), "--base", str(folder / "base")]
+    silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    servers = [subprocess.Popen([*command, "--api-key", KEY, "--port", str(port)], **silent) for port in ports]
+    try:
+        for port in ports:
+            _wait_for(port)
+        yield ports
+    finally:
+        for server in servers:
+            server.terminate()
+            server.wait()
+
+
+def _wait_for(port: int) -> None:
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+        except OSError:
+            time.sleep(0.2)
+        else:
+            return
+    raise TimeoutError(f"no server on port {port}")
+
+
+@contextmanager
+def _ray_serve(folder: Path) -> Iterator[list[int]]:
+    os.environ.update(_ray_settings())
+    import ray
+    from ray import serve
+
+    from loraweave.serving.replicas import replicated
+
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    try:
+        port = _free_port()
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        with lw.Hub(folder / "hub") as hub:
+            serve.run(replicated(hub, api_key=KEY, base={"name": str(folder / "base")}), route_prefix="/")
+            yield [port]
+    finally:
+        serve.shutdown()
+        ray.shutdown()

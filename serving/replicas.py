@@ -72,16 +72,21 @@ class Front:
         self._replicas, self._limits = replicas.options(stream=True), limits
 
     async def __call__(self, request: Request) -> Response:
+        from ray.exceptions import RayError
         from ray.serve.exceptions import BackPressureError
 
         try:
             body = await read_body(request, self._limits) if request.method == "POST" else b""
             scope = {key: request.scope[key] for key in SCOPE if key in request.scope}
             messages = self._replicas.options(multiplexed_model_id=formula_of(body)).answer.remote(scope, body)
-            start = await anext(messages)
+            async with asyncio.timeout(self._limits.seconds):
+                start = await anext(messages)
         except BackPressureError:
             return refused(too_busy("all replicas are, and many requests wait"))
-        except Refusal as error:
+        except TimeoutError:
+            return refused(Refusal(504, "the deadline passed before a replica answered", code="deadline_exceeded"))
+        except (Refusal, RayError) as error:
+            # a replica that died has no answer to tell
             return refused(error)
         response = StreamingResponse((each["body"] async for each in messages), start["status"])
         response.raw_headers = start["headers"]
