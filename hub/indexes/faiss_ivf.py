@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -128,7 +128,7 @@ class FaissIvf(HeldVectors):
             return
         # the work of finding the lists and that of looking into them are then of one size
         centres_CD = _find_centres(self._vectors_ND, round(2 * math.sqrt(len(self))))
-        nearest_N = _nearest(self._vectors_ND, centres_CD)
+        nearest_N = nearest(self._vectors_ND, centres_CD)
         rows_N = np.argsort(nearest_N, kind="stable").astype(np.int64)
         starts = np.searchsorted(nearest_N[rows_N], np.arange(len(centres_CD) + 1)).astype(np.int64)
         codes_ND = np.empty(self._vectors_ND.shape, np.float16)
@@ -144,6 +144,13 @@ _SAMPLES_PER_CENTRE = 32
 _NUM_ROUNDS = 6
 _BLOCK_ROWS = 4096
 
+# from so many centres on they are looked for in groups, as many as its square root
+_MANY_CENTRES = 400
+_NEAR_GROUPS = 4
+_NUM_PROBED, _LEAST_RIGHT = 1024, 0.95
+# rows whose products with a group are large enough to be fast
+_GROUPED_ROWS = 2**15
+
 
 def _find_centres(vectors_ND: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
     """`count` unit vectors (count, D) that vectors gather around, by spherical k-means (Dhillon and Modha 2001).
@@ -153,9 +160,13 @@ def _find_centres(vectors_ND: np.ndarray, count: int, seed: int = 0) -> np.ndarr
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.permutation(len(vectors_ND))[: count * _SAMPLES_PER_CENTRE])
     sample_SD = _unit(vectors_ND[chosen])
+    return _gathered(sample_SD, count, rng)
+
+
+def _gathered(sample_SD: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     centres_CD = sample_SD[np.sort(rng.permutation(len(sample_SD))[:count])]
     for _ in range(_NUM_ROUNDS):
-        nearest_S = _nearest(sample_SD, centres_CD)
+        nearest_S = nearest(sample_SD, centres_CD)
         order_S = np.argsort(nearest_S, kind="stable")
         used_U, first_U = np.unique(nearest_S[order_S], return_index=True)
         # a centre without a vector moves to one of the sample, where it can win some
@@ -164,7 +175,48 @@ def _find_centres(vectors_ND: np.ndarray, count: int, seed: int = 0) -> np.ndarr
     return centres_CD
 
 
-def _nearest(vectors_ND: np.ndarray, centres_CD: np.ndarray) -> np.ndarray:
+def nearest(vectors_ND: np.ndarray, centres_CD: np.ndarray) -> np.ndarray:
+    """The centre with the largest inner product for each vector (N,); nearly always, where there are many centres.
+
+    Those are gathered around centres of their own, and a vector is compared with the centres around the few of these that
+    are nearest to it: an eighth of the work at 2,000. Where that is wrong for some of a sample, as for vectors without
+    clusters, all are compared by the naive twin, `nearest_of_all`.
+    """
+    probe_PD = vectors_ND[:: max(1, len(vectors_ND) // _NUM_PROBED)]
+    if len(centres_CD) < _MANY_CENTRES or len(vectors_ND) < 4 * _NUM_PROBED:
+        return nearest_of_all(vectors_ND, centres_CD)
+    find = _grouped(centres_CD)
+    right = float(np.mean(find(probe_PD) == nearest_of_all(probe_PD, centres_CD)))
+    return find(vectors_ND) if right >= _LEAST_RIGHT else nearest_of_all(vectors_ND, centres_CD)
+
+
+def _grouped(centres_CD: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    groups_GD = _gathered(_unit(centres_CD), round(math.sqrt(len(centres_CD))), np.random.default_rng(0))
+    group_C = nearest_of_all(centres_CD, groups_GD)
+    members = [np.flatnonzero(group_C == group) for group in range(len(groups_GD))]
+    own = [(members_M, centres_CD[members_M]) for members_M in members]
+
+    def find(vectors_ND: np.ndarray) -> np.ndarray:
+        found_N = np.zeros(len(vectors_ND), np.int64)
+        for start in range(0, len(vectors_ND), _GROUPED_ROWS):
+            part_BD = vectors_ND[start : start + _GROUPED_ROWS]
+            near_BW = np.argpartition(part_BD @ -groups_GD.T, _NEAR_GROUPS, axis=1)[:, :_NEAR_GROUPS]
+            best_B, at_B = np.full(len(part_BD), -np.inf, np.float32), found_N[start : start + _GROUPED_ROWS]
+            for group, (members_M, centres_MD) in enumerate(own):
+                rows_R = np.flatnonzero((near_BW == group).any(axis=1))
+                if not len(members_M) or not len(rows_R):
+                    continue
+                products_RM = part_BD[rows_R] @ centres_MD.T
+                first_R = products_RM.argmax(axis=1)
+                score_R = products_RM[np.arange(len(rows_R)), first_R]
+                better_R = score_R > best_B[rows_R]
+                best_B[rows_R[better_R]], at_B[rows_R[better_R]] = score_R[better_R], members_M[first_R[better_R]]
+        return found_N
+
+    return find
+
+
+def nearest_of_all(vectors_ND: np.ndarray, centres_CD: np.ndarray) -> np.ndarray:
     """The centre with the largest inner product for each vector (N,)."""
     found_N = np.empty(len(vectors_ND), np.int64)
     for start in range(0, len(vectors_ND), _BLOCK_ROWS):

@@ -194,6 +194,23 @@ def test_the_same_vectors_make_the_same_lists():
     assert all(np.array_equal(first[key], second[key]) for key in first)
 
 
+def test_the_centre_found_by_groups_is_the_nearest_of_all_for_nearly_all_vectors_with_clusters(monkeypatch):
+    vectors, centres = np.split(clustered(5450, seed=1), [5000])
+    found, want = faiss_ivf._grouped(centres)(vectors), faiss_ivf.nearest_of_all(vectors, centres)
+    np.testing.assert_array_equal(want, np.argmax(vectors @ centres.T, axis=1))
+    assert 0.95 < np.mean(found == want) < 1
+    np.testing.assert_array_equal(faiss_ivf.nearest(vectors, centres), found)
+    # with all groups near but one, which is the farthest, every centre that counts is compared
+    monkeypatch.setattr(faiss_ivf, "_NEAR_GROUPS", round(450**0.5) - 1)
+    np.testing.assert_array_equal(faiss_ivf.nearest(vectors, centres), want)
+
+
+def test_vectors_without_clusters_are_compared_with_all_centres():
+    rng = np.random.default_rng(0)
+    vectors, centres = unit(rng.normal(size=(5000, 24))), unit(rng.normal(size=(450, 24)))
+    np.testing.assert_array_equal(faiss_ivf.nearest(vectors, centres), faiss_ivf.nearest_of_all(vectors, centres))
+
+
 def test_as_many_lists_are_looked_into_as_the_vectors_take():
     rng = np.random.default_rng(0)
     smooth = unit(rng.normal(size=(3000, 24)))
