@@ -171,14 +171,16 @@ class Arena:
         return found if table.a_CI.device == device and table.a_CI.dtype == dtype else None
 
     def _enter(self, names: Sequence[str], lease: Lease, layers: Mapping[str, TargetLayer]) -> tuple[_Slot, ...] | None:
+        found = []
         for name in names:
-            if name not in self._slots:
+            if (slot := self._slots.get(name)) is None:
                 parts = _parts(name, lease, layers)
                 if parts is None:
                     return None
-                self._slots[name] = self._filled(parts, names)
+                slot = self._slots[name] = self._filled(parts, names)
             self._slots.move_to_end(name)
-        return tuple(self._slots[name] for name in names)
+            found.append(slot)
+        return tuple(found)
 
     def _filled(self, parts: Mapping[str, PlacedFactors], staying: Sequence[str]) -> _Slot:
         for layer, part in parts.items():
@@ -224,15 +226,16 @@ class Arena:
         self._capacity = capacity
 
     def _board(self, w_ME: NDArray[np.float32], slots: tuple[_Slot, ...]) -> Board:
-        profiles = tuple(sorted({slot.profile for slot in slots}))
+        profile_of = [slot.profile for slot in slots]
+        profiles = tuple(sorted(set(profile_of)))
         groups = self._groups.get(profiles) or self._groups.setdefault(profiles, self._group(profiles))
-        profile_E = np.array([profiles.index(slot.profile) for slot in slots])
         start_E = np.array([slot.start for slot in slots])
-        row_N, expert_N = np.nonzero(w_ME)
-        rank_GN = groups.ranks_GP[:, profile_E[expert_N]]
-        count_GM = np.stack([np.bincount(row_N, rank_N, len(w_ME)) for rank_N in rank_GN]).astype(np.int32)
+        rank_GE = groups.ranks_GP[:, [profiles.index(profile) for profile in profile_of]]
+        used_ME = w_ME != 0
+        expert_N = used_ME.nonzero()[1]
+        count_GM = (used_ME @ rank_GE.T).T
         width = max(COLUMNS, -(-int(count_GM.max(initial=0)) // COLUMNS) * COLUMNS)
-        written = _spread(row_N, rank_GN, start_E[expert_N], w_ME[row_N, expert_N], count_GM, width)
+        written = _spread(rank_GE[:, expert_N], start_E[expert_N], w_ME[used_ME], count_GM, width)
         key = (self._moves, self._capacity), len(w_ME), width, profiles
         if free := self._free.get(key):
             kept = free.pop()
@@ -274,25 +277,26 @@ def bytes_of(adapter: Adapter, itemsize: int) -> int:
 
 
 def _spread(
-    row_N: NDArray[np.int64],
     rank_GN: NDArray[np.int64],
     start_N: NDArray[np.int64],
     w_N: NDArray[np.float32],
-    count_GM: NDArray[np.int32],
+    count_GM: NDArray[np.int64],
     width: int,
 ) -> NDArray[np.int32]:
-    """count_M, index_MR and the bits of w_MR for each group, of N uses of an expert by a row, in the order of the rows."""
+    """count_M, index_MR and the bits of w_MR for each group, of N uses of an expert by a row, in the order of the rows.
+
+    The fewer calls the better: after a step of the model each finds its code and data outside the caches.
+    """
     num_groups, num_rows = count_GM.shape
     found = np.zeros((num_groups, num_rows * (1 + 2 * width)), np.int32)
     found[:, :num_rows] = count_GM
     for written, rank_N, count_M in zip(found, rank_GN, count_GM, strict=True):
-        use_S = np.repeat(np.arange(len(row_N)), rank_N)
-        rank_row_S = np.arange(len(use_S))
-        within_S = rank_row_S - (np.cumsum(rank_N) - rank_N)[use_S]
-        column_S = rank_row_S - (np.cumsum(count_M) - count_M)[row_N[use_S]]
         index_MR, w_MR = written[num_rows:].reshape(2, num_rows, width)
-        index_MR[row_N[use_S], column_S] = start_N[use_S] + within_S
-        w_MR.view(np.float32)[row_N[use_S], column_S] = w_N[use_S]
+        # what is filled of each row, from its left, which row by row is the order of the uses
+        filled_MR = np.arange(width) < count_M[:, None]
+        shift_S = (start_N + rank_N - rank_N.cumsum()).repeat(rank_N)
+        index_MR[filled_MR] = shift_S + np.arange(len(shift_S))
+        w_MR.view(np.float32)[filled_MR] = w_N.repeat(rank_N)
     return found
 
 
