@@ -202,7 +202,8 @@ def _require_sense(
     """Raises TrainingError for a hub that is none and arguments that exclude each other, and what `_require_way` raises."""
     if not isinstance(others["hub"], Hub | None):
         raise TrainingError(f"hub is {others['hub']!r:.60}; pass a Hub that takes the adapters, or None")
-    alone = [option for option in ("hub", "n_jobs") if others[option] is not None] + ["continual"] * bool(begun["continual"])
+    whole = {"hub": others["hub"], "n_jobs": processes_here(others["n_jobs"]), "continual": begun["continual"]}
+    alone = [option for option, value in whole.items() if value is not None]
     if alone and (count := Processes.launched(next(model.parameters()).device).count) > 1:
         raise TrainingError(f"{count} processes were launched, which share the rows of each step, and {alone[0]} is for one")
     if beside is not None:
