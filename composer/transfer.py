@@ -1,13 +1,13 @@
 """Carries an adapter from the base model that it was trained on to another, and predicts how much of it arrives.
 
 For each layer, x are its inputs and y its outputs, on the same tokens in the old base and in the new one. The update B A
-becomes B' A', of the same rank, in one of three ways; the dense update is never made.
+becomes B' A' in one of four ways. Only "restore" makes a dense update, of one layer at a time.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -26,17 +26,22 @@ from loraweave.composer.model.generate import Asked
 from loraweave.errors import AdapterUnsupported, BaseModelMismatch, InvalidTask, LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_key
-from loraweave.hub.formats._base_layer import BaseLayer, base_layer
+from loraweave.hub.formats._base_layer import BaseLayer, as_base_layer, base_layer
 from loraweave.hub.same_base import require_same_base
+from loraweave.lowrank.factorise import factorise
 from loraweave.types import Factors
 
-Way = Literal["same", "subspace", "activations"]
+Way = Literal["same", "subspace", "activations", "restore"]
 # sums of products that are held at once; an adapter of more layers takes several passes over the samples
 MAX_BYTES = 4 * 2**30
 FIT, HELD_OUT = 0, 1
 # tokens of an answer that is compared
 MAX_ANSWER = 24
-OTHER_WAYS = "way='same' needs equal layers; 'activations' and 'subspace' carry linear ones to another size or depth"
+# ways for equal layers alone
+EQUAL = ("same", "restore")
+OTHER_WAYS = (
+    "way='same' and 'restore' need equal layers; 'activations' and 'subspace' carry linear ones to another size or depth"
+)
 
 
 def transfer(
@@ -51,6 +56,7 @@ def transfer(
     least: Fraction = 0.5,
     ridge: Positive = 0.1,
     subspace: Count = 320,
+    rank: Count = 16,
     max_tokens: Count = 256,
     progress: bool = True,
 ) -> Adapter:
@@ -65,10 +71,15 @@ def transfer(
     - "activations": B' = N B, A' = A M, the ridge regressions y_new ~ N y_old and x_old ~ M x_new. `ridge` is relative to
       the mean square of a feature; it draws towards the identity where both sizes agree, else towards zero.
 
+    - "restore": B' A' is the best approximation, of at most `rank`, of B A - (W_new - W_old), also in the linear layers that
+      the adapter leaves alone and the new base does not: while it is active, the new base is the old one. Where the new one
+      is the old one with an adapter fused into it, `rank` of both ranks' sum is exact.
+
     Where the numbers of blocks differ, blocks are matched by relative depth, each at most once; the others are left out.
 
     The prediction of a layer is 1 - E|B A x_old - K B' A' x_new|^2 / E|B A x_old|^2 on held-out samples, at least 0, K being
-    the regression y_old ~ K y_new on them. The adapter's is the mean over its layers, 0 for those left out.
+    the regression y_old ~ K y_new on them; with "restore", 1 - E|(B A - (W_new - W_old) - B' A') x_old|^2 / E|B A x_old|^2.
+    The adapter's is the mean over its layers, 0 for those left out.
     With `prompts`, of the adapter's own task and without answers, what is predicted is instead the share of them that `new`
     with the new adapter answers word for word as `old` does with the old one, greedily, up to MAX_ANSWER tokens.
     `card["transfer"]` has all of these, the way and the bases; `card["recipe"]` has the parent. Scores are not taken over.
@@ -77,7 +88,8 @@ def transfer(
     BaseModelMismatch for an adapter of another base than `old`, or a vocabulary that lacks tokens; LayerMismatch for layers
     without a counterpart; InvalidTask for too few samples; WeightingError for settings outside their range.
     """
-    given = {"way": way, "least": least, "ridge": ridge, "subspace": subspace, "max_tokens": max_tokens}
+    given = {"way": way, "least": least, "ridge": ridge, "subspace": subspace, "rank": rank}
+    given["max_tokens"] = max_tokens
     check_options("transfer()", given, options_of(transfer, after=5))
     pairs, layers = matched(adapter, old, new, way), {}
     found: dict[str, dict[str, Any]] = {name: {"to": None, "kept": 0.0} for name in adapter.layers}
@@ -85,10 +97,12 @@ def transfer(
         for group in _groups(pairs):
             seen = see(old, new, tokenizer, samples, group, max_tokens=max_tokens, progress=progress)
             for pair in tracked(group, f"carrying {adapter.name!r}", total=len(group), shown=progress):
-                factors, moments = adapter.layers[pair.old.name], seen[pair.old.name]
-                carried = layers[pair.new.name] = carry(factors, pair, moments, way, ridge=ridge, subspace=subspace)
-                kept = kept_share(factors, carried, moments, ridge=ridge)
-                found[pair.old.name] = {"to": pair.new.name, "kept": kept}
+                factors, moments = _update_of(adapter, pair.old), seen[pair.old.name]
+                carried = carry(factors, pair, moments, way, ridge=ridge, subspace=subspace, rank=rank)
+                layers[pair.new.name] = carried
+                if pair.old.name in found:
+                    kept = kept_share(factors, carried, moments, pair if way == "restore" else None, ridge=ridge)
+                    found[pair.old.name] = {"to": pair.new.name, "kept": kept}
     share = sum(layer["kept"] for layer in found.values()) / len(found)
     key = base_key(new)
     about = {"from": adapter.base_model, "to": key.id, "way": way, "kept": share, "layers": found}
@@ -173,16 +187,37 @@ def matched(adapter: Adapter, old: nn.Module, new: nn.Module, way: Way) -> list[
             )
         if target is not None:
             pairs.append(Pair(layer, base_layer(modules_new, target, f"{asker}, carried to the new base,")))
-        elif way == "same":
+        elif way in EQUAL:
             raise LayerMismatch(f"{asker}: layer {name!r} has no counterpart in the new base, of other depth; {OTHER_WAYS}")
     for one, other in pairs:
         alike = (one.name, *_sizes(one)) == (other.name, *_sizes(other))
-        if other.kind != "linear" or (way == "same" and not alike):
+        if other.kind != "linear" or (way in EQUAL and not alike):
             raise LayerMismatch(
                 f"{asker}: layer {one.name!r} is {one.kind} {_sizes(one)} in the old base, and its counterpart "
                 f"{other.name!r} is {other.kind} {_sizes(other)} in the new one; {OTHER_WAYS}"
             )
-    return pairs
+    return [*pairs, *_changed(modules_old, modules_new, adapter.layers)] if way == "restore" else pairs
+
+
+def _changed(old: Mapping[str, nn.Module], new: Mapping[str, nn.Module], known: Collection[str]) -> list[Pair]:
+    """The linear layers, but those known, whose weights differ in the two bases."""
+    both = ((as_base_layer(name, old[name]), as_base_layer(name, new[name])) for name in old if name in new)
+    return [
+        Pair(one, other)
+        for one, other in both
+        if one is not None
+        and other is not None
+        and one.name not in known
+        and one.kind == other.kind == "linear"
+        and _sizes(one) == _sizes(other)
+        and not torch.equal(one.weight_OI, other.weight_OI)
+    ]
+
+
+def _update_of(adapter: Adapter, layer: BaseLayer) -> Factors:
+    """The adapter's update of a layer, of rank 0 where it has none."""
+    none = Factors(torch.zeros(0, layer.num_inputs), torch.zeros(layer.num_outputs, 0))
+    return adapter.layers.get(layer.name, none)
 
 
 def _sizes(layer: BaseLayer) -> tuple[int, int]:
@@ -271,10 +306,15 @@ def _vectors(model: Any, tokenizer: Any, row: Any, layers: Sequence[BaseLayer]) 
     return [found[id(layer.module)] for layer in layers]
 
 
-def carry(factors: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float = 0.1, subspace: int = 320) -> Factors:
+def carry(
+    factors: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float = 0.1, subspace: int = 320, rank: int = 16
+) -> Factors:
     """The update of one layer in the new base; a bias goes with the outputs."""
     if way == "same":
         return factors
+    if way == "restore":
+        a_RI, b_OR, _ = factorise(_wanted(factors, pair).float(), rank=rank)
+        return replace(factors, a_RI=a_RI, b_OR=b_OR)
     x, y = seen
     b_OS, a_RI = factors.b_OR.double(), factors.a_RI.double()
     if factors.bias_O is not None:
@@ -289,6 +329,11 @@ def carry(factors: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float = 
     b_OS, a_RI = b_OS.float().cpu(), a_RI.float().cpu().contiguous()
     bias_O = b_OS[:, -1].contiguous() if factors.bias_O is not None else None
     return replace(factors, a_RI=a_RI, b_OR=b_OS[:, : factors.rank].contiguous(), bias_O=bias_O)
+
+
+def _wanted(factors: Factors, pair: Pair) -> Tensor:
+    """B A - (W_new - W_old), float64 on the CPU: what makes the old layer with its update of the new one."""
+    return factors.b_OR.double() @ factors.a_RI.double() - (pair.new.weight_OI - pair.old.weight_OI)
 
 
 def _drawn(gram_SS: Tensor, cross_TS: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -313,9 +358,15 @@ def _singular(weight_OI: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return (u_OK * sign_K)[:, :count], (v_KI.T * sign_K)[:, :count]
 
 
-def kept_share(factors: Factors, carried: Factors, seen: Seen, *, ridge: float = 0.1) -> float:
-    """The prediction of one layer, 0 to 1; 1 for an update that is zero."""
+def kept_share(factors: Factors, carried: Factors, seen: Seen, restored: Pair | None = None, *, ridge: float = 0.1) -> float:
+    """The prediction of one layer, 0 to 1; 1 for an update that is zero. `restored` is the pair of way "restore"."""
     x, y = seen
+    if restored is not None:
+        update_OI = factors.b_OR.double() @ factors.a_RI.double()
+        rest_OI = _wanted(factors, restored) - carried.b_OR.double() @ carried.a_RI.double()
+        gram_II = x.oo[HELD_OUT].cpu()
+        left, whole = (float(((d_OI @ gram_II) * d_OI).sum()) for d_OI in (rest_OI, update_OI))
+        return max(0.0, 1 - left / whole) if whole else 1.0
     b_OR, a_RI, new_b_OR, new_a_RI = (part.to(x.oo) for each in (factors, carried) for part in (each.b_OR, each.a_RI))
     gram_NN, cross_ON = _drawn(y.nn[HELD_OUT], y.no[HELD_OUT].T, ridge)
     old, new = (a_RI, b_OR), (new_a_RI, cross_ON @ torch.linalg.solve(gram_NN, new_b_OR))

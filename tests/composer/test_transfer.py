@@ -188,6 +188,49 @@ def test_the_same_update_is_carried_bit_for_bit_and_its_card_names_parent_and_ba
     lw.Composer(new, [carried])
 
 
+def test_restored_the_new_base_is_the_old_one_under_the_adapter_and_at_a_lower_rank_the_best_of_it(
+    old, adapter, make_adapter, tokenizer
+):
+    given, other = adapter(rank=3), make_adapter(old, "b", rank=2, targets=ALL, seed=5)
+
+    def fuse(new):
+        for layer in other.layers:
+            new.get_submodule(layer).weight += other.delta(layer)
+
+    new = changed(old, fuse)
+    carried = carry(given, old, new, tokenizer, way="restore", rank=5)
+    assert torch.allclose(logits(new, carried), logits(old, given), rtol=1e-4, atol=1e-5)
+    same = replace(given, base_model=carried.base_model, fingerprint=carried.fingerprint)
+    assert not torch.allclose(logits(new, same), logits(old, given), atol=1e-2)
+    assert set(carried.layers) == set(other.layers)
+    assert carried.card["transfer"]["kept"] == pytest.approx(1.0, abs=1e-6)
+    cut = carry(given, old, new, tokenizer, way="restore", rank=2, least=0.01)
+    shares = {}
+    for layer, update in cut.layers.items():
+        wanted = (given.delta(layer) if layer in given.layers else 0) - other.delta(layer)
+        wanted = wanted.double()
+        sigma = torch.linalg.svdvals(wanted)
+        lost = wanted - (update.b_OR @ update.a_RI).double()
+        assert lost.norm() == pytest.approx(float(sigma[2:].norm()), rel=1e-4, abs=1e-6)
+        if layer in given.layers:
+            x = inputs_of(old, layer, tokenizer, TEXTS[1::2])
+            effect = x @ given.delta(layer).double().T
+            shares[layer] = max(0.0, 1 - float(((x @ lost.T) ** 2).sum() / (effect**2).sum()))
+    found = cut.card["transfer"]["layers"]
+    assert {layer: found[layer]["kept"] for layer in shares} == pytest.approx(shares, abs=1e-4)
+
+
+def inputs_of(model, layer, tokenizer, texts):
+    """What a layer reads of the texts, one token a row."""
+    seen = []
+    handle = model.get_submodule(layer).register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    with torch.no_grad():
+        for text in texts:
+            model(input_ids=torch.tensor([tokenizer(text)["input_ids"]]))
+    handle.remove()
+    return torch.cat(seen).double()
+
+
 def test_subspace_is_cross_lora_written_out_where_the_sizes_agree(old, adapter, tokenizer):
     new = changed(old, lambda new: [p.add_(0.3 * torch.randn_like(p)) for p in new.parameters()])
     given, name = adapter(), "model.layers.0.self_attn.q_proj"
