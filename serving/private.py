@@ -29,6 +29,7 @@ from loraweave.composer.train.jobs import TrainingJob
 from loraweave.composer.train.passes import SharedPass
 from loraweave.errors import AdapterUnsupported, LayerMismatch, SourceUnavailable
 from loraweave.hub.adapter import Adapter
+from loraweave.lowrank import algebra
 from loraweave.types import Factors
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ FLOAT = np.dtype("<f4")
 
 
 def split(adapter: Adapter) -> tuple[Adapter, dict[str, Tensor]]:
-    """(the public part, {layer: M_RR}): b a = B M A exactly, with A = Q_a^T and B = Q_b of a^T = Q_a R_a and b = Q_b R_b.
+    """(the public part, {layer: M_RR}): b a = B M A exactly, with A = p^T and B = q of `algebra.orthonormal`.
 
     The public adapter's factors are A and B: what the update reads and writes, and nothing of what it does with it. Where A
     and B were drawn at random and M alone was trained, as published, they say nothing at all.
@@ -57,10 +58,9 @@ def split(adapter: Adapter) -> tuple[Adapter, dict[str, Tensor]]:
                 f"layer {name!r} of adapter {adapter.name!r} is more than b a of a linear layer: make it a plain "
                 "LoRA first, by lw.to_lora(adapter, model)"
             )
-        q_IR, ra_RR = torch.linalg.qr(factors.a_RI.double().T)
-        q_OR, rb_RR = torch.linalg.qr(factors.b_OR.double())
-        layers[name] = Factors(q_IR.T.float().contiguous(), q_OR.float().contiguous())
-        cores[name] = (rb_RR @ ra_RR.T).float()
+        q_OR, core_RR, p_IR = algebra.orthonormal(factors.a_RI, factors.b_OR)
+        layers[name] = Factors(p_IR.T.float().contiguous(), q_OR.float().contiguous())
+        cores[name] = core_RR.float()
     public = Adapter(f"public part of {adapter.name}", adapter.base_model, layers, adapter.fingerprint)
     return public, cores
 

@@ -41,8 +41,7 @@ def spectral_statistics(factors: Factors) -> Array:
     b_OR, a_RI = factors.b_OR.double(), factors.a_RI.double()
     if algebra.is_zero(factors):
         raise AdapterUnsupported("an update of zero has no spectrum")
-    core_RR = torch.linalg.qr(b_OR, mode="r").R @ torch.linalg.qr(a_RI.T, mode="r").R.T
-    s_R = torch.linalg.svdvals(core_RR).numpy()
+    s_R = torch.linalg.svdvals(algebra.orthonormal(a_RI, b_OR)[1]).numpy()
     p_R = s_R**2 / (s_R**2).sum()
     entropy = -float((p_R[p_R > 0] * np.log(p_R[p_R > 0])).sum())
     count = b_OR.shape[0] * a_RI.shape[1]

@@ -131,6 +131,13 @@ def norm(factors: Factors) -> float:
     return float(max(inner(factors, factors), 0.0) ** 0.5)
 
 
+def orthonormal(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(q_OR, core_RR, p_IR) with b a = q core p^T, the columns of q and of p orthonormal; float64."""
+    p_IR, right_RR = torch.linalg.qr(a_RI.double().T)
+    q_OR, left_RR = torch.linalg.qr(b_OR.double())
+    return q_OR, left_RR @ right_RR.T, p_IR
+
+
 def within_sides(factors: Factors) -> Factors:
     """The same update at a rank of at most min(O, I): above, one factor is the identity and the other b a, in float64."""
     num_out, num_in = factors.b_OR.shape[0], factors.a_RI.shape[1]

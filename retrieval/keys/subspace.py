@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loraweave.errors import HubError
 from loraweave.hub.adapter import Adapter
+from loraweave.lowrank.algebra import orthonormal
 from loraweave.retrieval.keyed_search import KeySpace
 from loraweave.retrieval.request import Query
 from loraweave.types import Factors, Record
@@ -47,11 +48,10 @@ def overlap(left: Adapter, right: Adapter) -> float:
 
 def _sides(factors: Factors) -> tuple[Tensor, Tensor]:
     """Orthonormal bases of the update's row space (I, r) and column space (O, r), from the factors."""
-    qa_IR, ra_RR = torch.linalg.qr(factors.a_RI.double().T)
-    qb_OR, rb_RR = torch.linalg.qr(factors.b_OR.double())
-    u_RR, values_R, vh_RR = torch.linalg.svd(rb_RR @ ra_RR.T)
+    q_OR, core_RR, p_IR = orthonormal(factors.a_RI, factors.b_OR)
+    u_RR, values_R, vh_RR = torch.linalg.svd(core_RR)
     rank = int((values_R > _RANK_TOLERANCE * values_R[0]).sum()) if values_R.numel() else 0
-    return qa_IR @ vh_RR[:rank].T, qb_OR @ u_RR[:, :rank]
+    return p_IR @ vh_RR[:rank].T, q_OR @ u_RR[:, :rank]
 
 
 def _angles(left_DR: Tensor, right_DR: Tensor) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraweave.hub.pool import ExpertPool
+from loraweave.lowrank.algebra import orthonormal
 
 
 def top_k_softmax(scores_BTE: Tensor, top_k: int | None = None, temperature: float = 1.0) -> Tensor:
@@ -137,13 +138,19 @@ def parts(pool: ExpertPool, layer: str) -> Iterator[tuple[int, Tensor, Tensor]]:
             yield place, factors.a_SI[mine_S].double(), factors.b_OS[:, mine_S].double()
 
 
+def right_vectors(a_RI: Tensor, b_OR: Tensor) -> Tensor:
+    """The right singular vectors of b a as rows, those of singular values that are not zero, the largest first."""
+    _, core_RR, p_IR = orthonormal(a_RI, b_OR)
+    _, values_R, vectors_RR = torch.linalg.svd(core_RR, full_matrices=False)
+    kept: Tensor = vectors_RR[values_R > 2.0**-18 * values_R.max()] @ p_IR.T
+    return kept.to(a_RI.dtype)
+
+
 def top_direction(a_RI: Tensor, b_OR: Tensor) -> Tensor:
     """The top right singular vector v_I of b a, the sign being that of its largest entry; zero where b a is."""
-    # |r a x| = |b a x| for every x, where b = q r with orthonormal q
-    _, values_R, vectors_RI = torch.linalg.svd(torch.linalg.qr(b_OR).R @ a_RI, full_matrices=False)
-    v_I: Tensor = vectors_RI[0]
-    sign = v_I[v_I.abs().argmax()].sign()
-    return v_I.mul(sign).mul(values_R[0] > 0)
+    vectors_RI = right_vectors(a_RI, b_OR)
+    v_I = vectors_RI[0] if len(vectors_RI) else a_RI.new_zeros(a_RI.shape[1])
+    return v_I * v_I[v_I.abs().argmax()].sign()
 
 
 def power_iteration(a_RI: Tensor, b_OR: Tensor, start_I: Tensor, steps: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from loraweave.common.options import Count, Fraction, Positive
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._members import LayerTensors, Members
-from loraweave.routers.tokens._scores import parts, without
+from loraweave.routers.tokens._scores import parts, right_vectors, without
 from loraweave.routers.tokens._sequence import BySequence, Decision
 
 TEMPERATURE = 1.0
@@ -56,7 +56,7 @@ class Mass(BySequence):
             for layer, routed in self.members.layers.items():
                 rows, owners = [torch.zeros(0, routed.num_inputs)], []
                 for place, a_RI, b_OR in parts(given, layer):
-                    v_RI = _right_vectors(a_RI, b_OR)[:k]
+                    v_RI = right_vectors(a_RI, b_OR)[:k]
                     rows.append(v_RI.float())
                     owners += [place] * len(v_RI)
                 self.directions_[layer] = torch.cat(rows)
@@ -90,11 +90,3 @@ class Mass(BySequence):
         taken_BTK = best.values > self.threshold
         taken_BTK[..., 0] = True
         return torch.zeros_like(p_BTE).scatter(-1, best.indices, taken_BTK.to(p_BTE.dtype))
-
-
-def _right_vectors(a_RI: Tensor, b_OR: Tensor) -> Tensor:
-    """The right singular vectors of b a as rows, those of singular values that are not zero, the largest first."""
-    # |r a x| = |b a x| for every x, where b = q r with orthonormal q
-    _, values_R, vectors_RI = torch.linalg.svd(torch.linalg.qr(b_OR).R @ a_RI, full_matrices=False)
-    kept: Tensor = vectors_RI[values_R > 2.0**-18 * values_R.max()]
-    return kept

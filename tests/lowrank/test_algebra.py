@@ -34,6 +34,16 @@ def dense(found):
     return found.b_OR.double().numpy() @ found.a_RI.double().numpy()
 
 
+@given(st.integers(0, 2**16), SIZES, SIZES, SIZES)
+@settings(max_examples=30, deadline=None)
+def test_a_product_is_a_core_between_orthonormal_columns(seed, rank, outputs, inputs):
+    found = factors(seed, rank, outputs, inputs)
+    q, core, p = (part.numpy() for part in algebra.orthonormal(found.a_RI, found.b_OR))
+    np.testing.assert_allclose(q @ core @ p.T, dense(found), atol=1e-9)
+    for columns in (q, p):
+        np.testing.assert_allclose(columns.T @ columns, np.eye(columns.shape[1]), atol=1e-9)
+
+
 def changed_gauge(found, seed):
     """The same update b a written as (b R^-1)(R a), R far from orthogonal."""
     rotation = torch.linalg.qr(random((seed, 2), found.rank, found.rank)).Q

@@ -10,6 +10,7 @@ from loraweave.composer.merge.methods._span import shares
 from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.methods.svd import svd
 from loraweave.composer.merge.updates import TruncatedUpdate
+from loraweave.lowrank.algebra import orthonormal
 from loraweave.registry import traits
 from loraweave.types import Factors
 
@@ -30,7 +31,6 @@ def flexlora(experts: Experts, weights: Weights, *, rank: int | None = None) -> 
 
 def _right_orthonormal(factors: Factors) -> Factors:
     """The same update with the rows of a orthonormal and b = U Sigma, largest first."""
-    q_OR, r_RR = torch.linalg.qr(factors.b_OR.double())
-    p_IR, s_RR = torch.linalg.qr(factors.a_RI.double().T)
-    u_RR, sigma_R, vh_RR = torch.linalg.svd(r_RR @ s_RR.T, full_matrices=False)
+    q_OR, core_RR, p_IR = orthonormal(factors.a_RI, factors.b_OR)
+    u_RR, sigma_R, vh_RR = torch.linalg.svd(core_RR, full_matrices=False)
     return replace(factors, a_RI=(vh_RR @ p_IR.T).float(), b_OR=(q_OR @ (u_RR * sigma_R)).float())
