@@ -1,11 +1,12 @@
 """Many adapters in shared bases: bytes, errors, points lost on their own tasks, and the time of a token.
 
-    python -m benchmarks joint
-    python -m benchmarks --cpu --seconds 600 joint --parts decode
+    python -m benchmarks --out runs/joint joint --parts make --rounds 3
+    python -m benchmarks --out runs/joint joint
+    python -m benchmarks --cpu --seconds 600 --out runs/joint joint --parts decode
 
-The adapters are the example pool's and copies with noise on every factor, of the given size beside the update; a thousand
-trained ones are more than this machine can make. Those of --more join afterwards, in the bases that are there. Peers are
-vlora-dev and lorashare at as many values as ours keep, on fewer adapters. Without a peer's package its row is missing.
+Made first, and kept in --out: copies of the example pool's adapters, each trained further by itself on rows drawn with
+replacement. Those of --more join afterwards, in the bases that are there. Peers are vlora-dev and lorashare at as many
+values as ours keep. Without a peer's package its row is missing.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from __future__ import annotations
 import importlib.util
 import math
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 
@@ -30,60 +33,64 @@ from loraweave.composer.model.scoring import evaluate, losses
 
 app = typer.Typer()
 
+# of a round: copies of each task, which share a pass; their steps, and rows of a step
+COPIES, STEPS, ROWS = 12, 4, 2
+LR, ALPHA = 2e-3, 16
+
 
 @app.command()
 def main(
     context: typer.Context,
-    parts: Annotated[str, typer.Option(help="of errors, peers, scores, decode")] = "errors,peers,scores,decode",
-    count: Annotated[int, typer.Option(help="adapters in all")] = 1000,
-    noise: Annotated[float, typer.Option(help="of a copy, beside the size of the update")] = 0.2,
+    parts: Annotated[str, typer.Option(help="of make, errors, peers, scores, decode")] = "errors,peers,scores,decode",
+    rounds: Annotated[int, typer.Option(help=f"of making {COPIES} copies of each adapter")] = 3,
+    counts: Annotated[str, typer.Option(help="adapters, several numbers with commas")] = "58,116,232,1000",
     more: Annotated[str, typer.Option(help="a folder of adapter folders that join later")] = "",
-    settings: Annotated[str, typer.Option(help="rank x clusters and middle, several with commas")] = "8x33 full",
+    settings: Annotated[str, typer.Option(help="rank x clusters and middle, several with commas")] = "8x29 full",
     every: Annotated[int, typer.Option(help="errors are those of one layer in so many")] = 6,
     tasks: Annotated[str, typer.Option(help="scored on their own tasks")] = "passive,plural,antonym,pick_animal_5",
     num_test: Annotated[int, typer.Option(help="test items of each task")] = 20,
-    peers: Annotated[int, typer.Option(help="adapters of the comparison with other packages")] = 165,
 ) -> None:
-    """A row for each setting, one for each peer, the scores, and a table of times."""
+    """A row for each number and setting, one for each peer, the scores, and a table of times."""
     run: Run = context.obj
-    real = [lw.Adapter.from_pretrained(path) for path in run.adapters()]
-    asked, first = parts.split(","), settings.split(",")[0]
-    thin = [_thinned(adapter, every) for adapter in real]
-    if "errors" in asked:
-        table = Table(
-            f"{count} adapters of {len(real)} tasks, copies with noise of {noise:g}, one layer in {every}", COLUMNS
-        )
-        given = {adapter.name: adapter for adapter in copies(thin, count, noise, run.seed)}
-        for setting in settings.split(","):
-            made = _fitted(given, setting)
-            _row(table, f"ours, {setting}", made.report.share, made.errors)
-            if more:
-                again = [lw.Adapter.from_pretrained(path) for path in sorted(Path(more).iterdir()) if path.is_dir()]
-                joining = {one.name: replace(_thinned(one, every), name=f"{one.name}, again") for one in again}
-                grown = {name: made.including(one).errors[one.name] for name, one in joining.items()}
-                _row(table, f"{len(again)} trained again, joined", made.report.share, grown)
+    names = [path.name for path in run.adapters() if path.name in run.entries("pool")]
+    asked, each = parts.split(","), settings.split(",")
+    if "make" in asked:
+        train_copies(run, names, rounds)
+    if "errors" in asked or "peers" in asked:
+        known = [_thinned(lw.Adapter.from_pretrained(path, name=path.name), every) for path in _paths(run, names)]
+        table = Table(f"adapters of {len(names)} tasks, trained copies, one layer in {every}", ("adapters", *COLUMNS))
+        for count in sorted({min(int(text), len(known)) for text in counts.split(",")}):
+            given = {adapter.name: adapter for adapter in known[:count]}
+            for setting in each:
+                made = _fitted(given, setting)
+                _row(table, count, f"ours, {setting}", made.report.share, made.errors)
+                if "peers" in asked and count == min(int(counts.split(",")[-1]), len(known)):
+                    for name, peer in PEERS.items():
+                        if importlib.util.find_spec(name):
+                            _row(table, count, name, *peer(given, made.report.share))
+        if more:
+            again = [lw.Adapter.from_pretrained(path) for path in sorted(Path(more).iterdir()) if path.is_dir()]
+            joining = {one.name: replace(_thinned(one, every), name=f"{one.name}, again") for one in again}
+            grown = {name: made.including(one).errors[one.name] for name, one in joining.items()}
+            _row(table, len(again), "trained again, joined", made.report.share, grown)
         run.show(table)
-    if "peers" in asked:
-        beside = Table(f"{peers} adapters, beside other packages at as many values, one layer in {every}", COLUMNS)
-        fewer = {adapter.name: adapter for adapter in copies(thin, peers, noise, run.seed)}
-        own = _fitted(fewer, first)
-        _row(beside, f"ours, {first}", own.report.share, own.errors)
-        for name, peer in PEERS.items():
-            if importlib.util.find_spec(name):
-                share, errors = peer(fewer, own.report.share)
-                _row(beside, name, share, errors)
-        run.show(beside)
     if not {"scores", "decode"} & set(asked):
         return
     # k-means finds the tasks, so that those which are scored share bases with their own copies alone
-    chosen = [adapter for adapter in real if adapter.name in tasks.split(",")]
-    scored = {adapter.name: adapter for adapter in copies(chosen, len(chosen) * (count // len(real)), noise, run.seed)}
-    made = _fitted(scored, f"{first.split('x')[0]}x{len(chosen)} full")
+    chosen = _paths(run, tasks.split(","))
+    scored = {path.name: lw.Adapter.from_pretrained(path, name=path.name) for path in chosen}
+    made = _fitted(scored, f"{each[0].split('x')[0]}x{len(tasks.split(','))} full")
     model, tokenizer = lw.load_base(dtype=torch.float32)
     if "scores" in asked:
         run.show(_scores(run, model, tokenizer, scored, made, tasks.split(","), num_test))
     if "decode" in asked:
         _times(run, model, scored, made)
+
+
+def _paths(run: Run, names: list[str]) -> list[Path]:
+    """The pool's adapters, then the copies that were made: the first of each task, the second of each, and so on."""
+    copies = [path for name in names for path in run.folder().glob(f"{name}.*")]
+    return [*(run.pool / name for name in names), *sorted(copies, key=lambda path: (int(path.suffix[1:]), path.name))]
 
 
 def _thinned(adapter: lw.Adapter, every: int) -> lw.Adapter:
@@ -93,24 +100,33 @@ def _thinned(adapter: lw.Adapter, every: int) -> lw.Adapter:
 COLUMNS = ("way", "values kept", "error: mean", "median", "largest")
 
 
-def copies(real: list[lw.Adapter], count: int, noise: float, seed: int) -> list[lw.Adapter]:
-    """`count` adapters: the real ones, then copies of them in turn, called NAME.1 and so on."""
-    generator = torch.Generator().manual_seed(seed)
-    found = real[:count]
-    for number in range(len(found), count):
-        one = real[number % len(real)]
-        layers = {name: _noisy(part, noise, generator) for name, part in one.layers.items()}
-        found.append(replace(one, name=f"{one.name}.{number // len(real)}", layers=layers))
-    return found
-
-
-def _noisy(part: lw.Factors, noise: float, generator: torch.Generator) -> lw.Factors:
-    """Half of the noise's square in each factor, so that b a changes by about `noise` of its norm."""
-    a_RI, b_OR = (
-        own + torch.randn(own.shape, generator=generator) * (noise / math.sqrt(2 * own.numel()) * own.norm())
-        for own in (part.a_RI, part.b_OR)
-    )
-    return lw.Factors(a_RI, b_OR)
+def train_copies(run: Run, names: list[str], rounds: int) -> None:
+    """Makes NAME.1, NAME.2, ..: each begins as the pool's adapter and learns from rows of its own drawing."""
+    model, tokenizer = lw.load_base(dtype=torch.bfloat16)
+    for number in range(rounds):
+        for task in names:
+            rows, start = run.rows(task), lw.Adapter.from_pretrained(run.pool / task)
+            given, places = pairs(rows, "train"), range(number * COPIES, (number + 1) * COPIES)
+            own = {f"{task}.{place + 1}": np.random.default_rng([run.seed, place]) for place in places}
+            if all((run.folder() / name).is_dir() for name in own):
+                continue
+            drawn = {name: [given[n] for n in draw.integers(len(given), size=STEPS * ROWS)] for name, draw in own.items()}
+            made = lw.train_adapters(
+                model,
+                tokenizer,
+                {name: lw.Task(each, instruction=rows[0]["definition"]) for name, each in drawn.items()},
+                start=dict.fromkeys(own, start),
+                steps=STEPS,
+                batch_size=ROWS,
+                lr=LR,
+                alpha=ALPHA,
+                warmup=0,
+                jobs_per_batch=COPIES,
+                progress=False,
+            )
+            for name, adapter in made.items():
+                adapter.save_pretrained(run.folder() / name)
+            print(f"{task} {number}: {time.process_time():.0f} s", flush=True)
 
 
 def _fitted(given: Mapping[str, lw.Adapter], setting: str) -> JointPool:
@@ -119,10 +135,10 @@ def _fitted(given: Mapping[str, lw.Adapter], setting: str) -> JointPool:
     return JointPool.fit(given, rank=rank, clusters=clusters, middle=middle)  # type: ignore[arg-type]
 
 
-def _row(table: Table, name: str, share: float, errors: Mapping[str, float]) -> None:
+def _row(table: Table, count: int, name: str, share: float, errors: Mapping[str, float]) -> None:
     ordered = sorted(errors.values())
     figures = (sum(ordered) / len(ordered), ordered[len(ordered) // 2], ordered[-1])
-    table.add(name, f"{share:.1%}", *(f"{value:.3f}" for value in figures))
+    table.add(str(count), name, f"{share:.1%}", *(f"{value:.3f}" for value in figures))
 
 
 def _vlora(given: Mapping[str, lw.Adapter], share: float) -> tuple[float, dict[str, float]]:

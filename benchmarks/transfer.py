@@ -27,7 +27,7 @@ from loraweave.composer import transfer
 from loraweave.composer.model.scoring import evaluate
 from loraweave.lowrank import algebra
 
-WAYS: tuple[transfer.Way, ...] = ("same", "subspace", "activations")
+WAYS: tuple[transfer.Way, ...] = ("same", "subspace", "activations", "restore")
 # what a copy is trained on, what is fused into one, and which block one lacks
 LEARNED, FUSED, DROPPED = ("synonym", "negation", "number_words", "translate_en_fr"), "past_tense", 20
 # below this share of the gain, a transfer has failed
@@ -133,14 +133,23 @@ def _carried(
 ) -> dict[str, tuple[dict[str, lw.Adapter], dict[str, float]]]:
     """By way, the adapters in the new base and their predictions, whatever they are; one recording serves all of them."""
     matches = transfer.matched(adapters[0], old, new, "activations")
-    ways = WAYS if len(matches) == len(adapters[0].layers) else WAYS[1:]
+    ways = WAYS[1:3]
+    if len(matches) == len(adapters[0].layers):
+        # where other layers differ too, "restore" would have an update in each of them
+        alone = len(transfer.matched(adapters[0], old, new, "restore")) == len(matches)
+        ways = WAYS if alone else WAYS[:3]
     layers: dict[str, list[dict[str, lw.Factors]]] = {way: [{} for _ in adapters] for way in ways}
     shares: dict[str, list[list[float]]] = {way: [[] for _ in adapters] for way in ways}
     seen = transfer.see(old, new, tokenizer, samples, matches, max_tokens=256, progress=True)
     for pair in matches:
         factors = [adapter.layers[pair.old.name] for adapter in adapters]
         for way in ways:
-            # the ways are linear in b and in a, so that all adapters are carried at once
+            if way == "restore":
+                for number, part in enumerate(factors):
+                    layers[way][number][pair.new.name] = carried = transfer.carry(part, pair, seen[pair.old.name], way)
+                    shares[way][number].append(transfer.kept_share(part, carried, seen[pair.old.name], pair))
+                continue
+            # the others are linear in b and in a, so that all adapters are carried at once
             stacked = transfer.carry(algebra.add(factors), pair, seen[pair.old.name], way)
             ranks = [part.rank for part in factors]
             parts = zip(stacked.a_RI.split(ranks), stacked.b_OR.split(ranks, dim=1), strict=True)
