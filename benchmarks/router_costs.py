@@ -14,10 +14,11 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from unittest.mock import patch
 
 import peft
 import torch
@@ -40,6 +41,7 @@ from benchmarks._models import (
 )
 from benchmarks._run import Run, console
 from benchmarks._timing import Gate, Way, compare, require
+from loraweave.composer.live.kernels import dense
 from loraweave.routers.tokens._learned import Step
 
 NUM_EXPERTS = 4
@@ -194,6 +196,17 @@ def loss(forward: Callable[..., Any], **inputs: Tensor) -> Tensor:
     return cross_entropy(logits_NV, torch.arange(logits_NV.shape[0]) % logits_NV.shape[1])
 
 
+def by_torch(active: Context) -> Context:
+    """The same without the compiled library, for few tokens."""
+
+    @contextmanager
+    def found() -> Iterator[None]:
+        with patch.object(dense, "native_runs", lambda *place: False), active():
+            yield
+
+    return found
+
+
 def ways(setting: Setting, what: str) -> Mapping[str, Way]:
     """Every way by its label, the base first."""
     if what == "train":
@@ -210,10 +223,14 @@ def ways(setting: Setting, what: str) -> Mapping[str, Way]:
         if what == "forward":
             found["loraweave, weights given by token"] = make(setting.model, setting.active(setting.given))
         found["loraweave, arrow"] = make(setting.model, setting.active(setting.arrow))
+        if what == "generate":
+            found["loraweave, arrow, without compiled code"] = make(setting.model, by_torch(setting.active(setting.arrow)))
         if setting.peft is not None:
             found["peft, arrow"] = make(setting.peft)
     if setting.xlora is not None:
         found["loraweave, xlora"] = make(setting.model, setting.xlora.active)
+        if what == "generate":
+            found["loraweave, xlora, without compiled code"] = make(setting.model, by_torch(setting.xlora.active))
         if setting.xlora.peft is not None:
             # which keeps no cache
             found["peft, xlora"] = make(setting.xlora.peft, cached=False)

@@ -223,7 +223,7 @@ class Plan:
         kernel, affine = mixture.kernel, mixture.affine
         # for some rows of a batch, a kernel is within another
         note = Note(y.shape, None if kernel is None else type(getattr(kernel, "kernel", kernel)))
-        self._tell(usage, layer.name, note, mixture.w_BTE)
+        self._tell(usage, layer.name, note, mixture.w_BTE, again=mixture.again)
         if kernel is not None and affine is None and x.ndim == 3 and layer.fresh and mixture.w_BTE is None and mixture.lasts:
             add = kernel.adder(dtype, x.shape)
             by_shape = self._remembered.setdefault(layer.name, {})
@@ -254,11 +254,11 @@ class Plan:
         self._tell(usage, layer.name, Note(y.shape), w_BTE)
         return layer.kind.put_back(y_BTO + update_BTO.to(y.dtype), y)
 
-    def _tell(self, usage: Usage, layer: str, note: Note, w_BTE: Tensor | None) -> None:
+    def _tell(self, usage: Usage, layer: str, note: Note, w_BTE: Tensor | None, *, again: bool = False) -> None:
         if self.mixture is not None or w_BTE is None:
             usage.saw(layer, note)
         else:
-            usage.chose(layer, note, w_BTE)
+            usage.chose(layer, note, w_BTE, again=again)
 
 
 def _sum(mixture: LayerMixture, layer: TargetLayer, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:

@@ -76,9 +76,11 @@ class Usage:
         if _STATE.get() is not self._quiet:
             self._tell(layer, note)
 
-    def chose(self, layer: str, note: Note, w_BTE: Tensor) -> None:
-        """A call with weights that were made in it. Raises WeightingError where they are not finite, at once on a CPU."""
-        self.made.require_finite(layer, w_BTE)
+    def chose(self, layer: str, note: Note, w_BTE: Tensor, *, again: bool = False) -> None:
+        """A call with weights that were made in it. Raises WeightingError where they are not finite, at once on a CPU;
+        weights that an earlier layer had are not looked at `again`."""
+        if not again:
+            self.made.require_finite(layer, w_BTE)
         # what learns may be changed in place by the next step
         note = note._replace(w_BTE=w_BTE.detach().clone() if w_BTE.requires_grad else w_BTE)
         if layer in self._counted:

@@ -38,13 +38,15 @@ from loraweave.routers.weights import MixtureWeights
 class LayerMixture:
     """What a layer adds in one forward pass: a product and an affine part, each None where no expert has one.
 
-    `w_BTE` are the weights, where they are made in the call; `lasts` says that the next call may have the same kernel.
+    `w_BTE` are the weights, where they are made in the call, and `again` says that an earlier layer of it had the same;
+    `lasts` says that the next call may have the same kernel.
     """
 
     kernel: Kernel | None
     affine: Affine | None
     w_BTE: Tensor | None = None
     lasts: bool = True
+    again: bool = False
 
 
 @dataclass(frozen=True)

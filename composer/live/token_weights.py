@@ -82,11 +82,13 @@ class _LayerStack:
 
 @dataclass(eq=False)
 class _Known:
-    """Of weights: how many a token are not zero, once that was counted; for what layers share, also what was made of it."""
+    """Of weights: how many a token are not zero, once that was counted, and whether a layer met them; for what layers share,
+    also what was made of it."""
 
     w_BTP: Tensor | None = None
     made: Made | None = None
     chosen: float | None = None
+    met: bool = False
 
 
 class TokenWeights:
@@ -183,10 +185,12 @@ class TokenWeights:
             return LayerMixture(None, affine, w_BTE)
         w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
         known = self._known_of(layer.name, w_BTP)
+        # those of all experts, and not some copied from them
+        again, known.met = known.met and w_BTP is w_BTE, True
         if hidden_NS is None and self._valued is None and _sorts(found, layer, w_BTP, known, x_BTI):
-            return LayerMixture(SortedTokens(_parts(found, layer, lease), w_BTP, dtype), affine, w_BTE)
+            return LayerMixture(SortedTokens(_parts(found, layer, lease), w_BTP, dtype), affine, w_BTE, again=again)
         stack = self._side_by_side(found, layer, lease)
-        return LayerMixture(stack.weigh(w_BTP, hidden_NS, known.made), affine, w_BTE)
+        return LayerMixture(stack.weigh(w_BTP, hidden_NS, known.made), affine, w_BTE, again=again)
 
     def at_tokens(
         self, layer: TargetLayer, x_NI: Tensor, token_N: Tensor, num_tokens: int, dtype: torch.dtype, lease: Lease

@@ -15,8 +15,10 @@ import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from loraweave.common.files import cache_folder, whole_file
 
@@ -24,6 +26,10 @@ SOURCE = Path(__file__).with_name("native.c")
 # no -ffast-math: a library linked with it changes how the whole thread rounds
 FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC")
 _SECONDS = 60
+# as its functions' names end
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+# beyond, products of matrices are faster
+MOST_TOKENS = 64
 
 _logger = logging.getLogger(__name__)
 
@@ -38,7 +44,24 @@ class Table(ctypes.Structure):
 
 def native_runs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the library is there, for such layers."""
-    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and library() is not None
+    return device.type == "cpu" and dtype in DTYPES and library() is not None
+
+
+def function(name: str, dtype: torch.dtype) -> Any:
+    """The library's function of that name for a dtype; None where there is none."""
+    found = library()
+    return None if found is None or dtype not in DTYPES else getattr(found, f"{name}_{DTYPES[dtype]}")
+
+
+def work(num_elements: int) -> Tensor:
+    """Memory for the library in fp32, of which one call at a time makes use: it holds Python's lock."""
+    if _WORK[0].numel() < num_elements:
+        with torch.inference_mode(False):
+            _WORK[0] = torch.empty(num_elements, dtype=torch.float32)
+    return _WORK[0]
+
+
+_WORK = [torch.empty(0)]
 
 
 @cache
@@ -53,8 +76,9 @@ def library() -> ctypes.PyDLL | None:
         said = getattr(error, "stderr", None) or error
         _logger.info("mixtures run without the library of %s: %s", SOURCE.name, str(said).strip()[:500])
         return None
-    for add in (found.add_f32, found.add_bf16):
-        add.argtypes, add.restype = [ctypes.c_void_p] * 3, None
+    for name, num_given in (("add", 3), ("mix", 4)):
+        for function in (getattr(found, f"{name}_{dtype}") for dtype in DTYPES.values()):
+            function.argtypes, function.restype = [ctypes.c_void_p] * num_given, None
     return found
 
 

@@ -5,8 +5,10 @@ For weights that vary by token or learn, and for rows that share one small set o
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch.nn.functional import linear
 
 from loraweave.composer.live.kernels._cost import Cost, TokenWorkload, Workload
 from loraweave.composer.live.kernels._expert_product import ExpertProduct, RankRows, weigh
+from loraweave.composer.live.kernels._native import MOST_TOKENS, Table, function, native_runs, work
 from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSets, repeat_rows, stack_a
 from loraweave.composer.live.kernels.naive import mix
 
@@ -40,6 +43,23 @@ class Stack:
     @property
     def num_bytes(self) -> int:
         return self.a_SI.nbytes + self.b_SO.nbytes
+
+    @cached_property
+    def _tables(self) -> dict[tuple[int, int], Table]:
+        return {}
+
+    def table(self, num_tokens: int, stride: int) -> Table:
+        """What the compiled library reads for hidden values of so many tokens, one every `stride` numbers."""
+        found = self._tables.get((num_tokens, stride))
+        if found is None:
+            outputs = self.b_SO.shape[1]
+            owned = self.b_SO, torch.tensor(self.ranks), work(num_tokens * outputs)
+            b, counts, sums = (each.data_ptr() for each in owned)
+            found = Table(num_tokens, 1, stride, outputs, len(self.ranks), None, b, counts, None, sums)
+            # the memory that it points to
+            found.owned = owned
+            self._tables[num_tokens, stride] = found
+        return found
 
     def weigh(self, w_BTP: Tensor, hidden_NS: Tensor | None = None, made: Made | None = None) -> Dense:
         """With the weights of the parts; B and T may be 1. `hidden_NS` is x a^T of the x to come, where it is known."""
@@ -101,8 +121,25 @@ class Dense(RowKernel):
         hidden_NS = self.hidden_NS
         if hidden_NS is None:
             hidden_NS = linear(x_BTI.reshape(-1, x_BTI.shape[2]), self.stack.a_SI)
+        if self._added(hidden_NS, x_BTI.shape, y_BTO):
+            return
         # below autocast the hidden values are in half precision
         y_BTO.view(-1, b_SO.shape[1]).addmm_(self._mixed(hidden_NS, x_BTI.shape).to(b_SO.dtype), b_SO)
+
+    def _added(self, hidden_NS: Tensor, shape: torch.Size, y_BTO: Tensor) -> bool:
+        """Adds what few hidden values count in one call of compiled code. Whether it could."""
+        b_SO, num_tokens = self.stack.b_SO, len(hidden_NS)
+        dtype = b_SO.dtype
+        if num_tokens * torch.get_num_threads() > MOST_TOKENS or not hidden_NS.dtype is y_BTO.dtype is dtype:
+            return False
+        if not native_runs(b_SO.device, dtype) or hidden_NS.stride(1) != 1:
+            return False
+        w_BTP = self.w_BTP
+        if w_BTP.shape[:2] != shape[:2] or w_BTP.dtype is not torch.float32 or not w_BTP.is_contiguous():
+            w_BTP = self._by_token(shape).to(torch.float32).expand(num_tokens, -1).contiguous()
+        table = ctypes.addressof(self.stack.table(num_tokens, hidden_NS.stride(0)))
+        function("mix", dtype)(table, hidden_NS.data_ptr(), w_BTP.data_ptr(), y_BTO.data_ptr())
+        return True
 
     def plus(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
         """In y's own memory where autograd allows that: no layer needs its own output for its gradients."""

@@ -109,9 +109,35 @@ static inline void fetch(const void *start, int64_t bytes) {
         for (int64_t o = 0; o < num_sums; o++) y[o] = round_##T(widen_##T(y[o]) + sums[o]); \
     }
 
+/* y += (hidden * w) b, of the hidden values of num_rows tokens, a row every num_inputs: w has a number for each token and
+   factor, and what counts 0 adds nothing, whatever its value */
+#define MIX(T) \
+    void mix_##T(const Table *t, const T *restrict hidden, const float *restrict w, T *restrict y) { \
+        const int64_t num_tokens = t->num_rows, out = t->num_outputs, num_sums = num_tokens * out; \
+        float *restrict sums = t->work; \
+        const T *b = t->b; \
+        for (int64_t o = 0; o < num_sums; o++) sums[o] = -0.0f; \
+        for (int64_t f = 0; f < t->num_factors; b += t->counts[f] * out, hidden += t->counts[f++]) \
+            for (int64_t r = 0, n; r < t->counts[f]; r += n) { \
+                n = t->counts[f] - r < 4 ? 1 : 4; \
+                fetch(b + (r + n) * out, n * out * sizeof *b); \
+                for (int64_t token = 0; token < num_tokens; token++) { \
+                    const float weight = w[token * t->num_factors + f]; \
+                    float h[4]; \
+                    if (weight == 0) continue; \
+                    for (int64_t i = 0; i < n; i++) h[i] = weight * widen_##T(hidden[token * t->num_inputs + r + i]); \
+                    if (n == 4) add_four_##T(sums + token * out, b + r * out, out, h); \
+                    else add_one_##T(sums + token * out, b + r * out, out, *h); \
+                } \
+            } \
+        _Pragma("omp simd") \
+        for (int64_t o = 0; o < num_sums; o++) y[o] = round_##T(widen_##T(y[o]) + sums[o]); \
+    }
+
 #define f32 float
 DOT(f32)
 ADD(f32)
+MIX(f32)
 
 #ifdef __AVX512BF16__
 static inline float dot_bf16(const bf16 *restrict a, const bf16 *restrict x, int64_t n) {
@@ -133,3 +159,4 @@ static inline void dots_bf16(const bf16 *restrict a, const bf16 *restrict x, int
 DOT(bf16)
 #endif
 ADD(bf16)
+MIX(bf16)

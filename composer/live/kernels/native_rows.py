@@ -17,12 +17,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from loraweave.composer.live.kernels import _native
 from loraweave.composer.live.kernels._cost import Cost, Workload
-from loraweave.composer.live.kernels._native import Table, library
+from loraweave.composer.live.kernels._native import MOST_TOKENS, Table
 from loraweave.composer.live.kernels._parts import Adder, Lend, Part, RowKernel, RowSets, group_by_mixture
-
-# beyond, products of matrices are faster
-MOST_TOKENS = 64
 
 
 class Beside(NamedTuple):
@@ -86,7 +84,7 @@ class NativeRows(RowKernel):
         self.adder(y_BTO.dtype, x_BTI.shape)(x_BTI, y_BTO)
 
     def adder(self, dtype: torch.dtype, shape: torch.Size) -> Adder:
-        add = self._native
+        add = _native.function("add", dtype)
         if add is None or dtype is not self.dtype:
             return self._add_formula
         address = ctypes.addressof(self._table(shape[0] * shape[1] // len(self.entries)))
@@ -103,12 +101,6 @@ class NativeRows(RowKernel):
         return add_native
 
     @cached_property
-    def _native(self) -> Any:
-        """The function of the library for this dtype, if there is one."""
-        found, names = library(), {torch.float32: "add_f32", torch.bfloat16: "add_bf16"}
-        return None if found is None or self.dtype not in names else getattr(found, names[self.dtype])
-
-    @cached_property
     def _tables(self) -> dict[int, Table]:
         return {}
 
@@ -122,7 +114,7 @@ class NativeRows(RowKernel):
         numbers = torch.tensor([*counts.values(), *starts, *(row for _, _, row, _ in uses)])
         weights = torch.tensor([weight for *_, weight in uses])
         outputs = self.b_DO.shape[1]
-        work = _work(tokens * (len(self.entries) * outputs + sum(count for _, count, _, _ in uses)))
+        work = _native.work(tokens * (len(self.entries) * outputs + sum(count for _, count, _, _ in uses)))
         sizes = len(self.entries), tokens, self.a_DI.shape[1], outputs, len(counts)
         table = Table(*sizes, *(each.data_ptr() for each in (self.a_DI, self.b_DO, numbers, weights, work)))
         # the memory that it points to
@@ -160,16 +152,6 @@ class _Product(torch.autograd.Function):
         kernel = ctx.kernel
         # as a product with a gradient of its own, for those who differentiate twice
         return _Product.apply(grad_BTO, NativeRows(kernel.b_DO, kernel.a_DI, kernel.entries)), None  # type: ignore[no-untyped-call]
-
-
-_WORK = [torch.empty(0)]
-
-
-def _work(num_elements: int) -> Tensor:
-    """Memory of the library's own in fp32, of which one call at a time makes use: it holds Python's lock."""
-    if _WORK[0].numel() < num_elements:
-        _WORK[0] = torch.empty(num_elements, dtype=torch.float32)
-    return _WORK[0]
 
 
 def _joined(factors: Sequence[Tensor], num_ranks: int, dtype: torch.dtype, lend: Lend | None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from loraweave.composer.live.kernels import _native
 from loraweave.composer.live.kernels._cost import Workload
+from loraweave.composer.live.kernels.dense import Stack
 from loraweave.composer.live.kernels.native_rows import NativeRows
 from loraweave.composer.live.layout import PlacedFactors
 from loraweave.composer.live.row_weights import choose
@@ -56,7 +57,7 @@ def test_it_is_the_formula_rounded_once(dtype, sizes, tokens):
             reach[row] += abs(weight) * (x[row].double().abs() @ a.abs().T) @ b.abs()
     found = y.clone()
     kernel = NativeRows.of(parts, rows, dtype)
-    assert kernel._native is not None
+    assert _native.function("add", dtype) is not None
     kernel.adder(dtype, x.shape)(x, found)
     # sums in fp32 are off by units of what is summed, the result by half a unit of itself
     assert bool(((found.double() - wanted).abs() <= 64 * 2.0**-24 * reach + ULP[dtype] * wanted.abs()).all())
@@ -141,3 +142,31 @@ def test_it_is_chosen_for_few_tokens_where_it_runs_and_left_where_torch_has_many
         assert choose(one).path == "native_rows"
         for other in ({"native": 0}, {"tokens": 64}, {"native": 64}):
             assert choose(Workload(**{**vars(one), **other})).path != "native_rows"
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("known", ["nothing", "hidden values", "one mixture for all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_by_token_are_the_formula_and_zero_adds_nothing_of_what_has_overflowed(dtype, known):
+    ranks, (inputs, outputs) = (8, 3, 1), (65, 33)
+    parts, _ = mixtures(dtype, inputs, outputs, ranks)
+    stack = Stack.of(parts, dtype)
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(3, 2, size, generator=generator).to(dtype) for size in (inputs, outputs))
+    shape = (1, 1, 3) if known == "one mixture for all" else (3, 2, 3)
+    w = torch.randn(*shape, generator=generator)
+    w[..., 1] = 0
+    hidden = torch.cat([x @ stack.a_SI.T, x], dim=2)[..., : sum(ranks)].flatten(0, 1)
+    hidden[:, 8:11] = float("inf")
+    kernel = stack.weigh(w, hidden if known == "hidden values" else None)
+    wanted, reach = y.double(), y.double().abs()
+    for place in (0, 2):
+        a, b = parts[place].a_RI.double(), parts[place].b_RO.double()
+        wanted += w[..., place, None].double() * ((x.double() @ a.T) @ b)
+        reach += w[..., place, None].double().abs() * ((x.double().abs() @ a.abs().T) @ b.abs())
+    found = y.clone()
+    assert kernel._added(x.flatten(0, 1) @ stack.a_SI.T, x.shape, y.clone())
+    kernel.add_(x, found)
+    # the hidden values are rounded to the dtype, as a layer's are
+    bound = (64 * 2.0**-24 + ULP[dtype]) * reach + ULP[dtype] * wanted.abs()
+    assert bool(((found.double() - wanted).abs() <= bound).all())
