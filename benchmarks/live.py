@@ -265,7 +265,7 @@ def limits(setting: Setting) -> tuple[float, float]:
     shape, model = setting.shape, setting.model
     width = sum(layer.num_inputs + layer.num_outputs for layer in setting.engine.target_layers.values())
     block = sum(parameter.numel() for name, parameter in model.named_parameters() if "layers." in name)
-    weights = block + model.get_input_embeddings().weight.numel()
+    weights = block + model.get_output_embeddings().weight.numel()
     ranks = shape.experts * shape.rank
     distinct = len({name for row in setting.rows for name in row}) * shape.rank
     return 1 + ranks * width / block, 1 + distinct * width / weights

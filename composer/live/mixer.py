@@ -410,8 +410,8 @@ class _MixedForward(StandIn):
         self._number = number
         self._own = vars(layer.module).get("forward")
         self._forward = layer.module.forward
-        # who asked last, with an x of which shape, and how its update is added: what each step of a generation asks again
-        self._last: tuple[Activation | None, torch.Size | None, Warm | None] = None, None, None
+        # who asked last, and what is remembered there for this layer
+        self._last: tuple[Activation | None, dict[torch.Size, Warm]] = None, {}
         bind(number, self)
 
     def mixing(self) -> Activation | None:
@@ -429,11 +429,11 @@ class _MixedForward(StandIn):
             if activation is None:
                 return y
         x = args[0] if args else next(iter(kwargs.values()))
-        asker, shape, warm = self._last
-        if asker is not activation or shape != x.shape:
-            warm = activation.plan.warm(self.layer, x.shape)
-            if warm is not None:
-                self._last = activation, x.shape, warm
+        asker, by_shape = self._last
+        if asker is not activation:
+            by_shape = activation.plan.warm(self.layer)
+            self._last = activation, by_shape
+        warm = by_shape.get(x.shape)
         if warm is not None and warm.fits(x, y) and not is_beside():
             activation.usage.saw(self.layer.name, warm.note)
             warm.add(x, y)

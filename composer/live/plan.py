@@ -186,10 +186,9 @@ class Plan:
         routed = self._by_token.again()
         return Plan(self.experts, None, routed, routed, self.invocations)
 
-    def warm(self, layer: TargetLayer, shape: torch.Size) -> Warm | None:
-        """What is remembered for inputs of the shape, good until the activation ends; None where nothing is."""
-        by_shape = self._remembered.get(layer.name)
-        return by_shape.get(shape) if by_shape is not None and layer.fresh else None
+    def warm(self, layer: TargetLayer) -> dict[torch.Size, Warm]:
+        """What is remembered for inputs of each shape, now and later, until the activation ends."""
+        return self._remembered.setdefault(layer.name, {}) if layer.fresh else {}
 
     def apply(self, layer: TargetLayer, x: Tensor, y: Tensor, lease: Lease, usage: Usage) -> Tensor:
         """The layer's output y = W x + bias with the weighted updates added; y itself where nothing is to be added.
@@ -199,7 +198,7 @@ class Plan:
         The result may be written into y's own memory.
         Raises ScopeError, naming the layer and both counts, where that does not come out even.
         """
-        warm = self.warm(layer, x.shape)
+        warm = self.warm(layer).get(x.shape)
         if warm is not None and warm.fits(x, y) and not is_beside():
             usage.saw(layer.name, warm.note)
             warm.add(x, y)
@@ -226,7 +225,7 @@ class Plan:
         self._tell(usage, layer.name, note, mixture.w_BTE, again=mixture.again)
         if kernel is not None and affine is None and x.ndim == 3 and layer.fresh and mixture.w_BTE is None and mixture.lasts:
             add = kernel.adder(dtype, x.shape)
-            by_shape = self._remembered.setdefault(layer.name, {})
+            by_shape = self.warm(layer)
             if len(by_shape) >= NUM_KEPT_SHAPES:
                 by_shape.clear()
             by_shape[x.shape] = warm = Warm(add, dtype, y.device, note)

@@ -53,6 +53,10 @@ def function(name: str, dtype: torch.dtype) -> Any:
     return None if found is None or dtype not in DTYPES else getattr(found, f"{name}_{DTYPES[dtype]}")
 
 
+# whether something takes notes of torch's operations, which a call of the library is not: tracing, a count of operations
+is_watched = torch._C._len_torch_dispatch_stack
+
+
 def work(num_elements: int) -> Tensor:
     """Memory for the library in fp32, of which one call at a time makes use: it holds Python's lock."""
     if _WORK[0].numel() < num_elements:
@@ -77,8 +81,8 @@ def library() -> ctypes.PyDLL | None:
         _logger.info("mixtures run without the library of %s: %s", SOURCE.name, str(said).strip()[:500])
         return None
     for name, num_given in (("add", 3), ("mix", 4)):
-        for function in (getattr(found, f"{name}_{dtype}") for dtype in DTYPES.values()):
-            function.argtypes, function.restype = [ctypes.c_void_p] * num_given, None
+        for made in (getattr(found, f"{name}_{dtype}") for dtype in DTYPES.values()):
+            made.argtypes, made.restype = [ctypes.c_void_p] * num_given, None
     return found
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from loraweave.composer.live.kernels._cost import Cost, TokenWorkload, Workload
 from loraweave.composer.live.kernels._expert_product import ExpertProduct, RankRows, weigh
-from loraweave.composer.live.kernels._native import MOST_TOKENS, Table, function, native_runs, work
+from loraweave.composer.live.kernels._native import MOST_TOKENS, Table, function, is_watched, native_runs, work
 from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSets, repeat_rows, stack_a
 from loraweave.composer.live.kernels.naive import mix
 
@@ -127,12 +127,13 @@ class Dense(RowKernel):
         y_BTO.view(-1, b_SO.shape[1]).addmm_(self._mixed(hidden_NS, x_BTI.shape).to(b_SO.dtype), b_SO)
 
     def _added(self, hidden_NS: Tensor, shape: torch.Size, y_BTO: Tensor) -> bool:
-        """Adds what few hidden values count in one call of compiled code. Whether it could."""
+        """Adds what the hidden values of few tokens count, in one call of compiled code. Whether it could."""
         b_SO, num_tokens = self.stack.b_SO, len(hidden_NS)
         dtype = b_SO.dtype
         if num_tokens * torch.get_num_threads() > MOST_TOKENS or not hidden_NS.dtype is y_BTO.dtype is dtype:
             return False
-        if not native_runs(b_SO.device, dtype) or hidden_NS.stride(1) != 1:
+        # a tensor of another class may have no memory of its own
+        if not native_runs(b_SO.device, dtype) or is_watched() or type(y_BTO) is not Tensor or hidden_NS.stride(1) != 1:
             return False
         w_BTP = self.w_BTP
         if w_BTP.shape[:2] != shape[:2] or w_BTP.dtype is not torch.float32 or not w_BTP.is_contiguous():

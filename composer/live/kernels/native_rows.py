@@ -90,6 +90,9 @@ class NativeRows(RowKernel):
         address = ctypes.addressof(self._table(shape[0] * shape[1] // len(self.entries)))
 
         def add_native(x_BTI: Tensor, y_BTO: Tensor) -> None:
+            if _native.is_watched():
+                self._add_formula(x_BTI, y_BTO)
+                return
             if not x_BTI.is_contiguous():
                 x_BTI = x_BTI.contiguous()
             try:

@@ -7,13 +7,17 @@ import shutil
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from loraweave.composer.composer import Composer
 from loraweave.composer.live.kernels import _native
 from loraweave.composer.live.kernels._cost import Workload
 from loraweave.composer.live.kernels.dense import Stack
 from loraweave.composer.live.kernels.native_rows import NativeRows
 from loraweave.composer.live.layout import PlacedFactors
 from loraweave.composer.live.row_weights import choose
+from loraweave.hub.adapter import Adapter
+from loraweave.types import Factors
 
 needs_a_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
@@ -170,3 +174,16 @@ def test_weights_by_token_are_the_formula_and_zero_adds_nothing_of_what_has_over
     # the hidden values are rounded to the dtype, as a layer's are
     bound = (64 * 2.0**-24 + ULP[dtype]) * reach + ULP[dtype] * wanted.abs()
     assert bool(((found.double() - wanted).abs() <= bound).all())
+
+
+@needs_a_compiler
+def test_what_is_traced_of_a_warm_layer_has_the_mixture_in_torchs_own_operations():
+    factors = {name: Factors(torch.randn(4, 16), torch.randn(16, 4)) for name in "abc"}
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16)).requires_grad_(False)
+    engine = Composer(model, {name: Adapter(name, "tiny", {"0": each}) for name, each in factors.items()})
+    x = torch.randn(3, 1, 16)
+    with torch.no_grad(), engine.activate([{name: 1.0} for name in factors]):
+        wanted = model(x)
+        traced = make_fx(model)(x)
+    assert torch.allclose(traced(x), wanted, atol=1e-5)
+    assert not torch.allclose(model(x), wanted, atol=1e-5)
