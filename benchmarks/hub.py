@@ -38,6 +38,7 @@ import loraweave as lw
 from benchmarks._run import Table, best_of, console, status_bytes
 from benchmarks._timing import Gate, Way, compare, require, timed
 from loraweave import registry
+from loraweave.common.files import whole_file, write_new
 from loraweave.hub.search import search
 from loraweave.hub.search.search import SearchIndex
 from loraweave.hub.stores.blobs import read_blob
@@ -255,10 +256,20 @@ def add(
             for adapter in adapters:
                 vars(adapter).pop("hash", None)
 
+        def stored() -> None:
+            """What no hub can do without: a hash of the content, one of the file, and the file on the disk."""
+            for file in files:
+                load_file(file)
+                data = file.read_bytes()
+                hashlib.sha256(data), hashlib.sha256(data)
+                with whole_file(Path(place) / "stored") as temporary:
+                    write_new(temporary, data)
+
         ways = {
             "load_file and sha256 of each": Way(
                 lambda: [(load_file(file), hashlib.sha256(file.read_bytes()).digest()) for file in files], work=64
             ),
+            "load_file, two sha256, written and synced": Way(stored, work=64),
             "add_many of adapters": Way(lambda: added(adapters), forget, work=64),
             "add_many of folders": Way(lambda: added(folders), work=64),
         }
