@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from itertools import compress
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Size, nn
@@ -26,6 +26,12 @@ from loraweave.hub.adapter import Adapter
 from loraweave.routers.combined import needs_call, parts_of, rows_of
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router
+
+
+class Handle(Protocol):
+    """What an activation puts into a model, and takes out at its end."""
+
+    def remove(self) -> None: ...
 
 
 class LiveLimits:
@@ -268,3 +274,8 @@ class Step(Hook):
 
     def __call__(self, *given: Any) -> None:
         self._step()
+
+
+def in_backward_thread() -> bool:
+    """Whether this is a thread of autograd's own, which runs a backward pass."""
+    return torch._C._current_graph_task_id() != -1 and isinstance(threading.current_thread(), threading._DummyThread)

@@ -28,7 +28,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -39,7 +39,7 @@ from loraweave.composer.live.call_router import CallRouter, end_router_call
 from loraweave.composer.live.compiled import bind, mix, mix_outside, number_of_layer, number_of_mixing
 from loraweave.composer.live.entry import Entry, Exit
 from loraweave.composer.live.experts import ExpertsForward
-from loraweave.composer.live.limits import end_call, is_beside, watch
+from loraweave.composer.live.limits import Handle, end_call, in_backward_thread, is_beside, watch
 from loraweave.composer.live.plan import KEPT_BYTES, Plan, Warm, make_plan
 from loraweave.composer.live.recording import Usage
 from loraweave.composer.live.residents import Lease
@@ -52,7 +52,6 @@ from loraweave.routers.tokens._caches import FollowedCaches
 from loraweave.routers.weights import MixtureWeights
 
 T = TypeVar("T")
-
 _CURRENT: ContextVar[Activation | None] = ContextVar("loraweave_activation", default=None)
 
 
@@ -156,10 +155,6 @@ def _current(live: LiveLayers) -> Activation | None:
     return next((each for each in _chain(_CURRENT.get()) if each.live is live and not each.closed), None)
 
 
-class _Handle(Protocol):
-    def remove(self) -> None: ...
-
-
 class LiveLayers:
     """The target layers of one Composer, mixed as long as an activation is open in any thread.
 
@@ -175,7 +170,7 @@ class LiveLayers:
         self._modules = [model, *(layer.module for layer in self._layers.values())]
         self._lock = lock_of(self)
         self._open: list[Activation] = []
-        self._handles: list[_Handle] = []
+        self._handles: list[Handle] = []
         self._own_hooks = Entry(model, require_unchanged, self._current_plan, self._begin), Exit(self._end_call)
         self._numbers: dict[str, Tensor] = {}
         self._experts: dict[nn.Module, ExpertsForward] = {}
@@ -248,8 +243,8 @@ class LiveLayers:
     def current(self) -> Activation | None:
         """What counts for the running call."""
         activation = _current(self)
-        if activation is None and _in_backward_thread():
-            # gradient checkpointing runs the forward again in a thread of autograd's own, which has no context
+        if activation is None and in_backward_thread():
+            # gradient checkpointing runs the forward again there, without a context
             candidates = list(self._open)
             if len(candidates) > 1:
                 raise CompositionError(
@@ -297,8 +292,7 @@ class LiveLayers:
         self._clean_copies(self._model)
         before, after = self._own_hooks
         self._handles.append(self._model.register_forward_pre_hook(before, with_kwargs=True))
-        # not one that is always called, whose number torch.compile would remember; after an error, the end of the
-        # activation does the same
+        # one that is always called has a number that torch.compile remembers; after an error, an activation's end is enough
         self._handles.append(self._model.register_forward_hook(after))
         self._take_over(self._layers)
 
@@ -399,8 +393,7 @@ if hasattr(os, "register_at_fork"):
 class _MixedForward(StandIn):
     """Stands in for one layer's `forward` while an activation is open: what that gives, and the update on top.
 
-    In the place of a forward hook, since it costs a fraction of one in every call, and since torch.compile looks whether a
-    module has a forward of its own, but takes hooks for something that never changes.
+    A forward hook would cost several times as much in every call, and torch.compile takes hooks for what never changes.
     """
 
     def __init__(self, live: LiveLayers, layer: TargetLayer, number: Tensor) -> None:
@@ -455,7 +448,3 @@ class _MixedForward(StandIn):
         """Gives the layer its own forward back. Where another stands in for this one by now, that stays, and calls this."""
         if not give_back(self.layer.module, "forward", self._own, self):
             self._live = None
-
-
-def _in_backward_thread() -> bool:
-    return torch._C._current_graph_task_id() != -1 and isinstance(threading.current_thread(), threading._DummyThread)

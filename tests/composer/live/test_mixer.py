@@ -352,7 +352,7 @@ def test_an_interruption_while_layers_are_taken_over_leaves_nothing(engine, monk
 
 def test_a_thread_of_autograd_belongs_to_the_only_activation_or_is_named(engine, monkeypatch):
     # with a GPU, autograd runs checkpointed layers again in a thread of its own, which has no context
-    monkeypatch.setattr("loraweave.composer.live.mixer._in_backward_thread", lambda: True)
+    monkeypatch.setattr("loraweave.composer.live.mixer.in_backward_thread", lambda: True)
     with engine.activate({"a": 1.0}):
         expected = logits(engine.model)
         assert torch.equal(in_thread(lambda: logits(engine.model)), expected)
