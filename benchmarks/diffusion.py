@@ -3,8 +3,8 @@
     python -m benchmarks diffusion
 
 ZipLoRA learns in a UNet of diffusers, 16 attention layers of width 32 and 64; the other form has W + D_c diag(m_c) +
-D_s diag(m_s) as each layer's weight and the same optimiser. The fusion is of two layers 320 wide on 600 inputs each, of as
-many directions as inputs have in a text encoder; the authors run L-BFGS from the base's weights.
+D_s diag(m_s) as each layer's weight and the same optimiser. The fusion is of one layer 320 wide for two
+concepts, on 600 random inputs each that lie in 200 directions; L-BFGS is the authors' optimiser, its settings are ours.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from loraweave.composer.zip_lora import zip_lora
 app = typer.Typer()
 STEPS, LR, OVERLAP, RANK = 100, 0.01, 0.01, 4
 NAMES = ("content", "style")
-# width, inputs of each concept, directions that they lie in, iterations of the authors' fusion of a UNet
+# width, inputs of each concept, directions that they lie in, iterations of L-BFGS
 WIDTH, INPUTS, DIRECTIONS, ITERATIONS = 320, 600, 200, 50
 
 
