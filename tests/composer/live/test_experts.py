@@ -4,96 +4,38 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
-import transformers
+from expert_families import (
+    EXPERTS,
+    FAMILIES,
+    IDS,
+    WARNINGS,
+    both,
+    logits,
+    make,
+    near,
+    save_families,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loraweave.composer.compose import collect_statistics as collecting
 from loraweave.composer.compose.rerank import first_order
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.fixed_shapes import batch_invariant
-from loraweave.composer.merge.merge import merge
-from loraweave.composer.merge.statistics import Statistics
 from loraweave.errors import CompositionError, LayerMismatch, ScopeError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Factors, Task
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    # tiny models are on no model hub, where some versions of peft look for their vocabulary's size
-    pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
-]
-
-SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "max_position_embeddings": 64}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "num_experts_per_tok": 2}
-SIZES |= {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 12, "num_experts": 5, "num_local_experts": 5}
-SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
-FAMILIES = {
-    "mixtral": {},
-    "qwen2_moe": {},
-    "qwen3_moe": {},
-    "gpt_oss": {},
-    "llama4_text": {"num_experts_per_tok": 1, "intermediate_size_mlp": 24},
-    "deepseek_v3": {**LATENT, "n_routed_experts": 5, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4}
-    | {"first_k_dense_replace": 1, "n_shared_experts": 1},
-}
-IDS = torch.randint(3, 60, (3, 6), generator=torch.Generator().manual_seed(1))
-EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-both = pytest.mark.parametrize("family", ["mixtral", "llama4_text"])
-
-
-def make(family="mixtral", **settings):
-    """A fresh model in eval mode, of weights that matter, the same at every call."""
-    config = transformers.AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **settings})
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.3)
-    model.name_or_path = "tiny"
-    return model.eval()
-
-
-def logits(model, ids=IDS, **inputs):
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False, **inputs).logits
+pytestmark = WARNINGS
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Of a family: peft's models of the adapters "a" (both parameters and a layer) and "b" (one), and both as read."""
-
-    @cache
-    def of(family: str):
-        theirs, ours = {}, {}
-        for seed, (name, targets) in enumerate({"a": EXPERTS, "b": EXPERTS[1:]}.items()):
-            layers = ["o_proj"] if name == "a" else []
-            config = LoraConfig(r=3 - seed, lora_alpha=5, target_modules=layers, target_parameters=targets)
-            model = get_peft_model(make(family), config)
-            torch.manual_seed(seed)
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = 0.3 * torch.randn_like(parameter)
-            folder = Path(tmp_path_factory.mktemp(f"{family}-{name}"))
-            model.save_pretrained(str(folder), save_embedding_layers=False)
-            theirs[name], ours[name] = model.eval(), Adapter.from_pretrained(folder, name=name)
-        return theirs, ours
-
-    return of
-
-
-def near(found, expected):
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    return save_families(tmp_path_factory)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -368,115 +310,6 @@ def test_slopes_say_that_they_know_no_fused_experts(saved, tokenizer):
     _, ours = saved("mixtral")
     with pytest.raises(CompositionError, match="an expert of a fused parameter, whose slopes"):
         first_order(Composer(make(), ours), tokenizer, Task([("a", "b")]))
-
-
-TEXTS = ["a dog", "two birds sing", "x", "Once upon a time"]
-
-
-def draw_by_place(logits, mask_BT, draws):
-    """The gradient of log p for labels that do not depend on the model: the ids 3, 4, 5, .. by position."""
-    found = -logits.float().softmax(dim=-1) * mask_BT[..., None]
-    for row, place in mask_BT.nonzero().tolist():
-        found[row, place, 3 + place] += 1.0
-    return found
-
-
-def reference(model, adapter, tokenizer):
-    """{layer: (Gram matrix of what its experts' module reads, Fisher)} with the updates in the weights, by autograd."""
-    modules, grams, squares = dict(model.named_modules()), {}, {}
-    parts = {layer: layer.rsplit(".", 2) for layer in adapter.layers if ".experts." in layer}
-    turned = {layer: type(modules[parts[layer][0]]).__name__ == "Llama4TextExperts" for layer in parts}
-    with torch.no_grad():
-        for layer in adapter.layers:
-            if layer not in parts:
-                modules[layer].weight += adapter.delta(layer)
-                continue
-            path, parameter, number = parts[layer]
-            weight = getattr(modules[path], parameter)[int(number)]
-            # of gpt-oss peft knows that the sides are turned, of Llama 4 it does not
-            delta = adapter.delta(layer)
-            weight += delta.T if type(modules[path]).__name__ == "GptOssExperts" else delta
-
-    def saw(path, module, args):
-        given = args[0].detach().flatten(0, -2)
-        for layer, (own, parameter, number) in parts.items():
-            if own == path and parameter == "gate_up_proj":
-                if len(args) == 1:
-                    x = given.unflatten(0, (5, -1))[int(number)]
-                else:
-                    x = given[(args[1] == int(number)).any(dim=-1)]
-                grams[layer] = grams.get(layer, 0) + x.T @ x / sum(map(len, TEXTS))
-
-    handles = [
-        modules[path].register_forward_pre_hook(lambda m, args, path=path: saw(path, m, args))
-        for path in {path for path, _, _ in parts.values()}
-    ]
-    for text in TEXTS:
-        model.zero_grad()
-        log_p = model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits.log_softmax(dim=-1)
-        sum(log_p[0, place, 3 + place] for place in range(log_p.shape[1])).backward()
-        for layer, (path, parameter, number) in parts.items():
-            grad = getattr(modules[path], parameter).grad[int(number)]
-            grad = grad.T if type(modules[path]).__name__ == "GptOssExperts" else grad
-            squares[layer] = squares.get(layer, 0) + grad**2 / len(TEXTS)
-    for handle in handles:
-        handle.remove()
-    return grams, squares, turned
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_statistics_of_experts_are_those_of_the_dense_model_text_by_text(family, saved, tokenizer, monkeypatch):
-    monkeypatch.setattr(collecting, "_drawn_gradient", draw_by_place)
-    _, ours = saved(family)
-    model = make(family)
-    grams, squares, turned = reference(make(family), ours["a"], tokenizer)
-    for size in (1, 3):
-        found = collecting.collect_statistics(model, tokenizer, ours["a"], TEXTS, batch_size=size, progress=False).layers
-        assert set(found) == set(ours["a"].layers)
-        assert set(grams) < set(squares)
-        for layer, gram in grams.items():
-            near(found[layer].gram_II, gram)
-        for layer, square in squares.items():
-            near(found[layer].fisher_OI, square)
-        assert {found[layer].turned for layer in turned} == {family == "llama4_text"}
-        assert {found[layer].num_tokens for layer in turned} == {sum(map(len, TEXTS))}
-    assert not any("forward" in vars(module) for module in model.modules())
-    # an adapter without these experts saw what those that have them are merged with
-    plain = replace(ours["a"], layers={layer: part for layer, part in ours["a"].layers.items() if layer not in turned})
-    beside = collecting.collect_statistics(model, tokenizer, plain, TEXTS, what="gram", layers=list(turned), progress=False)
-    assert all(beside.layers[layer].gram_II.shape == found[layer].gram_II.shape for layer in turned)
-
-
-@both
-def test_methods_that_weigh_by_data_merge_experts(family, saved, tokenizer, tmp_path):
-    _, ours = saved(family)
-    pair, weights = list(ours.values()), [0.7, 0.3]
-    seen = [
-        collecting.collect_statistics(make(family), tokenizer, each, texts, layers=list(ours["a"].layers), progress=False)
-        for each, texts in zip(pair, (TEXTS[:2], TEXTS[2:]), strict=True)
-    ]
-    seen = [Statistics.load(each.save(tmp_path / f"{number}")) for number, each in enumerate(seen)]
-    made = {
-        name: merge(pair, weights, method=name, statistics=seen, rank=None)
-        for name in ("regmean", "fisher", "least_squares")
-    }
-    for layer in made["regmean"].layers:
-        turned = family == "llama4_text" and ".experts." in layer
-        deltas = [each.delta(layer).double() if layer in each.layers else 0 * pair[0].delta(layer).double() for each in pair]
-        fishers = [each.layers[layer].fisher_OI.double() * weight for each, weight in zip(seen, weights, strict=True)]
-        # below that a floor counts
-        reached = torch.stack(fishers).amin(dim=0) > 1e-5
-        mean = sum(f * d for f, d in zip(fishers, deltas, strict=True)) / sum(fishers)
-        torch.testing.assert_close(made["fisher"].delta(layer).double()[reached], mean[reached], atol=1e-3, rtol=1e-3)
-        deltas = [delta.T if turned else delta for delta in deltas]
-        grams = [each.layers[layer].gram_II.double() * weight for each, weight in zip(seen, weights, strict=True)]
-        wanted = sum(d @ g for d, g in zip(deltas, grams, strict=True)) @ torch.linalg.pinv(sum(grams), rtol=1e-6)
-        found = made["least_squares"].delta(layer).double()
-        values, vectors = torch.linalg.eigh(sum(grams))
-        roots = vectors * values.clamp(min=0).sqrt()
-        torch.testing.assert_close((found.T if turned else found) @ roots, wanted @ roots, atol=1e-4, rtol=1e-3)
-    with Composer(make(family), [made["regmean"]]).activate({made["regmean"].name: 1.0}):
-        pass
 
 
 @pytest.mark.parametrize("family", FAMILIES)
