@@ -93,8 +93,7 @@ def train_adapters(
     With `n_jobs` workers (-1: all cores), or those that `joblib.parallel_config` names, processes of this machine, Ray or
     Dask train groups of jobs, to the same bits for any number of workers (docs/howto/many_machines.md). Each loads the model
     by its name. A `hub` gets a group's adapters when it ends; what it has of the same training is not trained again.
-    Processes of `torchrun` or `accelerate launch` that make the same call share the rows of each step, as one with all of
-    them to rounding; their number divides `batch_size`.
+    Processes of `torchrun` or `accelerate launch` share the rows of each step; their number divides `batch_size`.
 
     Every task learns beside the adapter `beside`, which stays as it is, from what that one's a leaves of a layer's inputs
     (`BesideJob`). With `continual`, a way of `lw.names("continual")`, and `continual_options`, tasks are trained one after
@@ -102,9 +101,8 @@ def train_adapters(
 
     Raises InvalidTask for unusable examples, UnknownName when no layer matches `target_modules` or no task a name in `start`
     or `held_out`, BudgetExceeded for a task that alone exceeds the memory, TrainingError for settings out of range, a
-    checkpoint that cannot be written and a loss that is not finite; WorkersFailed for workers that cannot be had or were
-    lost, AdapterExists for a name that the hub has for something else; BaseModelMismatch, LayerMismatch or
-    AdapterUnsupported for an adapter that no task can start from.
+    checkpoint that cannot be written and a loss that is not finite, WorkersFailed for lost workers, AdapterExists for a name
+    that the hub has, BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that no task can start from.
     """
     lora: dict[str, Any] = {"rank": rank, "steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed, "warmup": warmup}
     shared_by: dict[str, Any] = {"jobs_per_batch": jobs_per_batch, "memory_bytes": memory_bytes}
