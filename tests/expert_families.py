@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from tiny_models import draw_model
 
 from loraweave.hub.adapter import Adapter
 
@@ -41,14 +41,7 @@ both = pytest.mark.parametrize("family", ["mixtral", "llama4_text"])
 def make(family="mixtral", **settings):
     """A fresh model in eval mode, of weights that matter, the same at every call."""
     config = transformers.AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **settings})
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.3)
-    model.name_or_path = "tiny"
-    return model.eval()
+    return draw_model(lambda: transformers.AutoModelForCausalLM.from_config(config))
 
 
 def logits(model, ids=IDS, **inputs):

@@ -154,22 +154,29 @@ TARGETS = {
 }
 
 
+def draw_model(make: Callable[[], Any]) -> Any:
+    """The model that `make` builds, in eval mode, with the same random weights at every call."""
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        torch.manual_seed(0)
+        model = make()
+        # the usual initialisation is so small that half the layers would not be seen in the output
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.3)
+    model.name_or_path = "tiny"
+    return model.eval()
+
+
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., nn.Module]:
     """make_model("llama", dtype=...): a fresh model in eval mode, of weights that matter, the same at every call."""
 
     def make(kind: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            torch.manual_seed(0)
-            model = MODELS[kind](**changes)
-            # the usual initialisation is so small that half the layers would not be seen in the output
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    nn.init.normal_(parameter, std=0.3)
+        model = draw_model(lambda: MODELS[kind](**changes))
         for part in model.modules():
             # what the adapters below name as their base
             part.name_or_path = "tiny"
-        return model.eval().to(dtype)
+        return model.to(dtype)
 
     return make
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from torch import nn
+from tiny_models import draw_model
 
 import loraweave as lw
 from loraweave.composer.compose.examples import runs_trees, token_tree, tree_inputs
@@ -47,15 +47,9 @@ TASK = lw.Task([("a", "ab"), ("bb", "ba"), ("ccc", "c"), ("d", "DD")], instructi
 
 def make(family, settings, dtype=torch.float64):
     config = transformers.AutoConfig.for_model(family, **settings)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.3)
-    model.name_or_path = "tiny"
+    model = draw_model(lambda: transformers.AutoModelForCausalLM.from_config(config))
     # the products over experts are in fp32 at most
-    return model.eval().to(torch.float32 if "num_experts" in settings else dtype)
+    return model.to(torch.float32 if "num_experts" in settings else dtype)
 
 
 def rows(model, tokenizer):

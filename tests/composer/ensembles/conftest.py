@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from tiny_models import draw_model
 
 from loraweave.composer.composer import Composer
 
@@ -40,14 +40,7 @@ def reward_model_of():
 
     def make(kind):
         model_class, config_class, sizes = made[kind]
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = model_class(config_class(**sizes, **common))
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    nn.init.normal_(parameter, std=0.3)
-        model.name_or_path = "tiny"
-        return model.eval().double()
+        return draw_model(lambda: model_class(config_class(**sizes, **common))).double()
 
     return make
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import draw_model
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
@@ -183,14 +184,7 @@ def make(family: str) -> nn.Module:
     """A fresh model in eval mode, of weights that matter, the same at every call."""
     auto, settings = FAMILIES[family].auto, FAMILIES[family].settings
     config = transformers.AutoConfig.for_model(family, **settings)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = getattr(transformers, auto).from_config(config)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.3)
-    model.name_or_path = "tiny"
-    return model.eval()  # type: ignore[no-any-return]
+    return draw_model(lambda: getattr(transformers, auto).from_config(config))  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
