@@ -147,7 +147,7 @@ def _carried(
             if way == "restore":
                 for number, part in enumerate(factors):
                     layers[way][number][pair.new.name] = carried = transfer.carry(part, pair, seen[pair.old.name], way)
-                    shares[way][number].append(transfer.kept_share(part, carried, seen[pair.old.name], pair))
+                    shares[way][number].append(transfer.kept_share(part, carried, pair, seen[pair.old.name], way))
                 continue
             # the others are linear in b and in a, so that all adapters are carried at once
             stacked = transfer.carry(algebra.add(factors), pair, seen[pair.old.name], way)
@@ -156,7 +156,8 @@ def _carried(
             for number, (a_RI, b_OR) in enumerate(parts):
                 carried = lw.Factors(a_RI, b_OR)
                 layers[way][number][pair.new.name] = carried
-                shares[way][number].append(transfer.kept_share(factors[number], carried, seen[pair.old.name]))
+                kept = transfer.kept_share(factors[number], carried, pair, seen[pair.old.name], way)
+                shares[way][number].append(kept)
     key = lw.base_key(new)
     found: dict[str, tuple[dict[str, lw.Adapter], dict[str, float]]] = {}
     for way in ways:

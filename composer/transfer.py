@@ -101,7 +101,7 @@ def transfer(
                 carried = carry(factors, pair, moments, way, ridge=ridge, subspace=subspace, rank=rank)
                 layers[pair.new.name] = carried
                 if pair.old.name in found:
-                    kept = kept_share(factors, carried, moments, pair if way == "restore" else None, ridge=ridge)
+                    kept = kept_share(factors, carried, pair, moments, way, ridge=ridge)
                     found[pair.old.name] = {"to": pair.new.name, "kept": kept}
     share = sum(layer["kept"] for layer in found.values()) / len(found)
     key = base_key(new)
@@ -358,15 +358,21 @@ def _singular(weight_OI: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return (u_OK * sign_K)[:, :count], (v_KI.T * sign_K)[:, :count]
 
 
-def kept_share(factors: Factors, carried: Factors, seen: Seen, restored: Pair | None = None, *, ridge: float = 0.1) -> float:
-    """The prediction of one layer, 0 to 1; 1 for an update that is zero. `restored` is the pair of way "restore"."""
+def kept_share(factors: Factors, carried: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float = 0.1) -> float:
+    """The prediction of one layer, 0 to 1; 1 for an update that is zero."""
+    return _restored(factors, carried, pair, seen) if way == "restore" else _regressed(factors, carried, seen, ridge)
+
+
+def _restored(factors: Factors, carried: Factors, pair: Pair, seen: Seen) -> float:
+    update_OI = factors.b_OR.double() @ factors.a_RI.double()
+    rest_OI = _wanted(factors, pair) - carried.b_OR.double() @ carried.a_RI.double()
+    gram_II = seen[0].oo[HELD_OUT].cpu()
+    left, whole = (float(((d_OI @ gram_II) * d_OI).sum()) for d_OI in (rest_OI, update_OI))
+    return max(0.0, 1 - left / whole) if whole else 1.0
+
+
+def _regressed(factors: Factors, carried: Factors, seen: Seen, ridge: float) -> float:
     x, y = seen
-    if restored is not None:
-        update_OI = factors.b_OR.double() @ factors.a_RI.double()
-        rest_OI = _wanted(factors, restored) - carried.b_OR.double() @ carried.a_RI.double()
-        gram_II = x.oo[HELD_OUT].cpu()
-        left, whole = (float(((d_OI @ gram_II) * d_OI).sum()) for d_OI in (rest_OI, update_OI))
-        return max(0.0, 1 - left / whole) if whole else 1.0
     b_OR, a_RI, new_b_OR, new_a_RI = (part.to(x.oo) for each in (factors, carried) for part in (each.b_OR, each.a_RI))
     gram_NN, cross_ON = _drawn(y.nn[HELD_OUT], y.no[HELD_OUT].T, ridge)
     old, new = (a_RI, b_OR), (new_a_RI, cross_ON @ torch.linalg.solve(gram_NN, new_b_OR))
