@@ -227,7 +227,7 @@ class Face:
     async def _asked(self, given: Given, served: Served, deadline: float) -> list[list[tuple[int, ...]]]:
         """For each prompt what each member is asked, when all that answers before a member has answered."""
         between = {}
-        for before in {member.before for member in served.members if member.before}:
+        for before in dict.fromkeys(member.before for member in served.members if member.before):
             said = given
             for step in before:
                 said = replace(said, inputs=await self._said(said, step, deadline))

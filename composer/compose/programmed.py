@@ -31,7 +31,7 @@ class Programmed(Trial[Order]):
 
     def __init__(self, bench: Bench, retriever: Retriever, settings: Settings) -> None:
         super().__init__("program", bench)
-        self._retriever, self._hub, self._settings = retriever, retriever.hub, settings
+        self._retriever, self._settings = retriever, settings
 
     def choose(self, splits: Sequence[Split]) -> list[Order]:
         return [self._search(split.seen[:MAX_PACKED]) for split in splits]
@@ -55,18 +55,17 @@ class Programmed(Trial[Order]):
         task = step.task(self.bench.task)
         if step.name is None:
             return {"task": task, "pool": None}
-        pool = Fitting(self.bench.engine.model).accepted(self._hub.pool([step.name]))
+        pool = Fitting(self.bench.engine.model).accepted(self._retriever.hub.pool([step.name]))
         return {"task": task, "pool": pool, "all_weights": {step.name: 1.0}}
 
     def _search(self, examples: Sequence[int]) -> Order:
         """Raises InvalidTask where no adapter has a description, InvalidLicense for steps that may not be combined."""
         bench, task = self.bench, task_of(self.bench.task, examples)
-        limits: dict[str, Any] = {"k": self._settings.k, "gain": GAIN}
-        search = search_programs(
-            bench.engine.model, bench.tokenizer, self._retriever, task, **limits, progress=bench.progress
-        )
+        model, tokenizer, k = bench.engine.model, bench.tokenizer, self._settings.k
+        search = search_programs(model, tokenizer, self._retriever, task, k=k, gain=GAIN, progress=bench.progress)
         # an evaluation is a candidate scored on all examples
         self.evaluations += math.ceil(search.asking.count / len(examples))
         chosen, _ = search.best()
-        self._settings.require_combinable(self._hub.pool([step.name for step in chosen if step.name is not None]))
+        names = [step.name for step in chosen if step.name is not None]
+        self._settings.require_combinable(self._retriever.hub.pool(names))
         return chosen
