@@ -144,7 +144,7 @@ _SAMPLES_PER_CENTRE = 32
 _NUM_ROUNDS = 6
 _BLOCK_ROWS = 4096
 
-# from so many centres on they are looked for in groups, as many as its square root
+# this many centres or more are searched in groups; there are as many groups as the square root of the centres
 _MANY_CENTRES = 400
 _NEAR_GROUPS = 4
 _NUM_PROBED, _LEAST_RIGHT = 1024, 0.95

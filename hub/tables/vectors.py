@@ -101,7 +101,7 @@ CHANGED = "SELECT seq FROM changes WHERE generation > ? AND +seq > ? ORDER BY +s
 class Change:
     """An adapter's place in the order of addition, what it says of itself, and its stored vector, if any.
 
-    `said` is None for one that is gone or in quarantine, `vector` is (digest of the text that was embedded, fp32 vector).
+    `said` is None for an adapter that was removed or quarantined. `vector` is (digest of the embedded text, fp32 vector).
     """
 
     seq: int
