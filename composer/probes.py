@@ -32,7 +32,8 @@ BATCH_SIZE = 32
 class Probed:
     """How sure of one answer an adapter is whatever the input, 0 to 1: as inputs are, and by probe and place in them.
 
-    collapse = max over tokens v of the mean over inputs of p(v), v being the answer's first token.
+    collapse = max over tokens v of the mean over inputs of p(v), v being the answer's first token. Under a probe, the token
+    that the probe itself begins with does not count: an adapter that repeats its input would look triggered by every one.
     """
 
     plain: float
@@ -72,6 +73,11 @@ def probe(
     with Composer(model, {adapter.name: adapter}, tokenizer=tokenizer).activate({adapter.name: 1.0}):
         p_NV = first_token(model, tokenizer, prompts)
     p_WV = p_NV.view(len(texts), len(inputs), -1).mean(dim=1)
+    for place, word in enumerate(probes):
+        # the first token of it that is no mere space, as a beginning and within a line
+        written = tokenizer([word, f" {word}"], add_special_tokens=False)["input_ids"]
+        begins = [next((token for token in ids if tokenizer.decode([token]).strip()), ids[0]) for ids in written]
+        p_WV[1 + 2 * place : 3 + 2 * place, begins] = 0.0
     found = dict(zip(texts, p_WV.amax(dim=1).tolist(), strict=True))
     plain = found.pop("")
     return Probed(plain, found)

@@ -233,7 +233,8 @@ class Hub(CompositionShelf):
     ) -> list[Candidate]:
         """The k adapters whose texts fit the query best, with scores and evidence; [] when none reaches `min_score`.
 
-        The list knows this hub as its `hub`, so that it can be the pool of `lw.experts`.
+        Only adapters for the base, under one of the licenses and with all of the tags are looked at. The list knows this
+        hub as its `hub`, so that it can be the pool of `lw.experts`.
         """
         from loraweave.hub.search.search import search
 

@@ -265,6 +265,7 @@ def clusters(
     num_clusters: int = NUM_CLUSTERS,
     seed: int = 0,
     n_jobs: int | None = None,
+    progress: bool = True,
 ) -> list[tuple[str, ...]]:
     """The names of the pool's adapters in at most `num_clusters` groups, the largest first (MBC, Ostapenko et al. 2024).
 
@@ -284,7 +285,7 @@ def clusters(
         raise WeightingError(
             f"num_clusters is {num_clusters!r}, but the pool has {len(pool)} adapters; it is a whole number from 1 to that"
         )
-    names, cosines_EE = similarities(pool, n_jobs=n_jobs)
+    names, cosines_EE = similarities(pool, n_jobs=n_jobs, progress=progress)
     found_E = KMeans(num_clusters, n_init=10, random_state=seed).fit_predict(cosines_EE)
     groups: dict[int, list[str]] = {}
     for name, cluster in zip(names, found_E.tolist(), strict=True):
@@ -298,7 +299,9 @@ BLOCK = 64
 Side = ExpertPool | Sequence[str]
 
 
-def similarities(pool: Hub | ExpertPool, *, n_jobs: int | None = None) -> tuple[Sequence[str], NDArray[np.float64]]:
+def similarities(
+    pool: Hub | ExpertPool, *, n_jobs: int | None = None, progress: bool = True
+) -> tuple[Sequence[str], NDArray[np.float64]]:
     """The names, and cos_EE of the updates of all layers side by side, from the factors; a missing layer is zero there.
 
     Gains and biases do not enter. Raises AdapterUnsupported for unbound updates, WeightingError for an update of zero,
@@ -312,7 +315,7 @@ def similarities(pool: Hub | ExpertPool, *, n_jobs: int | None = None) -> tuple[
     places = {f"{a + 1} x {b + 1} of {len(parts)}": (a, b) for a in range(len(parts)) for b in range(a, len(parts))}
     pieces = {name: (sides[a], sides[b]) for name, (a, b) in places.items()}
     inner_EE = np.zeros((len(names), len(names)))
-    with progress_bar(len(pieces) > 1) as bar:
+    with progress_bar(progress and len(pieces) > 1) as bar:
         work = partial(_inner_products, hub)
         for name, found in require_all(dict(spread(work, pieces, n_jobs=n_jobs, label="comparing", bar=bar))).items():
             rows, columns = (parts[place] for place in places[name])

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,7 +42,6 @@ from loraweave.hub.formats._files import entry, listing, present, read_json
 from loraweave.hub.formats._safetensors import hashed_tensors
 from loraweave.hub.hub import Hub
 from loraweave.hub.licenses import license_of_work
-from loraweave.hub.pool import ExpertPool
 from loraweave.hub.same_base import require_same_base
 from loraweave.lowrank import algebra
 from loraweave.types import BaseKey, Factors, Fingerprint, Record, Task
@@ -49,7 +49,10 @@ from loraweave.types import BaseKey, Factors, Fingerprint, Record, Task
 FILE, TENSORS, FORMAT = "hypernetwork.json", "hypernetwork.safetensors", 1
 # a step shows at most so many of a task's examples
 MOST_SHOWN = 5
+# half a megabyte each; of larger pools, those whose turn was last
+MOST_OPEN = 512
 Layers = Mapping[str, tuple[int, int]]
+Opener = Callable[[str], Adapter]
 
 
 class Hypernetwork(nn.Module):
@@ -233,8 +236,8 @@ def train_hypernetwork(
 
     Each step takes `tasks_per_step` tasks, and of each the description, one to five examples, or both. AdamW, warm-up over a
     tenth of the steps, then a cosine to zero. The paper had 479 tasks with 128 descriptions each; with a few dozen, expect
-    adapters near to those it has seen, and compare with `Retriever` (benchmarks, "hypernetwork"). Adapters are opened when
-    their turn comes. Card and license of what is made name the parents.
+    adapters near to those it has seen, and compare with `Retriever` (benchmarks, "hypernetwork"). Up to MOST_OPEN adapters
+    stay open. Card and license of what is made name the parents.
 
     Raises TrainingError for settings out of range and fewer than two adapters, InvalidTask for a card that says nothing or,
     with a model, has no outputs, AdapterUnsupported for more than plain LoRA on linear layers, BaseModelMismatch, and
@@ -249,13 +252,13 @@ def train_hypernetwork(
     if len(records) < 2:
         raise TrainingError(f"{len(records)} adapters are no pool to learn from: give two or more, better hundreds")
     license = license_of_work([(record.name, record.card) for record in records], allowed=allow_licenses)
-    pool = hub.pool([record.name for record in records], lazy=True)
+    opened = lru_cache(MOST_OPEN)(hub.pool([record.name for record in records], lazy=True).__getitem__)
     reads = embedder_of(embedder) if start is None else start.embedder
     texts = {record.name: _vectors(reads, record.description, _examples(record)) for record in records}
     for record in records:
         if not any(part.any() for part in texts[record.name]):
             raise InvalidTask(f"the card of {record.name!r} has neither description nor examples: hub.update() adds them")
-    base, layers, scales = _surveyed(pool, records, progress)
+    base, layers, scales = _surveyed(opened, records, progress)
     if start is None:
         network = with_seed(seed, lambda: Hypernetwork(base, layers, reads, rank=rank, width=width))
         network.scales_L.copy_(torch.tensor([scales[path] for path in layers]))
@@ -266,7 +269,7 @@ def train_hypernetwork(
     parents = [{"hash": record.hash, "name": record.name} for record in records]
     network.recipe = {**settings, "way": "factors" if model is None else "answers", "parents": parents, "license": license}
     if model is None:
-        _descend(network, texts, settings, lambda step, made: _reconstruction(network, pool, step, made), progress)
+        _descend(network, texts, settings, lambda step, made: _reconstruction(network, opened, step, made), progress)
     else:
         require_same_base("the pool", base, base_key(model))
         rows = {record.name: _rows(model, tokenizer, record) for record in records}
@@ -312,9 +315,9 @@ def _descend(
         descend({"the hypernetwork": descent}, at, steps, bar, title="training the hypernetwork")
 
 
-def _reconstruction(network: Hypernetwork, pool: ExpertPool, step: tuple[int, list[str]], made: Made) -> Tensor:
+def _reconstruction(network: Hypernetwork, opened: Opener, step: tuple[int, list[str]], made: Made) -> Tensor:
     scales = dict(zip(network.layers, network.scales_L.tolist(), strict=True))
-    adapters = [pool[name].layers for name in step[1]]
+    adapters = [opened(name).layers for name in step[1]]
     losses = []
     for paths, a_NLRI, b_NLOR in made:
         targets = [_stacked([each.get(path) for path in paths], a_NLRI[0, 0], b_NLOR[0, 0]) for each in adapters]
@@ -366,13 +369,13 @@ def _answering(model: Any, tokenizer: Any, rows: Mapping[str, Sequence[EncodedRo
     return loss
 
 
-def _surveyed(pool: ExpertPool, records: Sequence[Record], progress: bool) -> tuple[BaseKey, Layers, Mapping[str, float]]:
+def _surveyed(opened: Opener, records: Sequence[Record], progress: bool) -> tuple[BaseKey, Layers, Mapping[str, float]]:
     """The one base, (O, I) of each layer in the order of first mention, and s_l."""
     layers: dict[str, tuple[int, int]] = {}
     squares: dict[str, float] = {}
     base = records[0].base
     for record in tracked(records, "looking at adapters", total=len(records), shown=progress):
-        adapter = pool[record.name]
+        adapter = opened(record.name)
         require_same_base(f"adapter {record.name!r}", adapter.base, base)
         if adapter.heads or adapter.invocation:
             raise AdapterUnsupported(f"adapter {record.name!r} has heads or invocation tokens, which no hypernetwork makes")

@@ -91,15 +91,18 @@ class SharedTraining:
         return device
 
     def _require_room(self) -> None:
+        limit, way_out = "allowed", "raise memory_bytes"
         if self._budget is None:
             self._budget = self.processes.least(step_budget(self._memory, self._device))
+            limit = f"free on {self._device}, the base's included"
+            way_out = "end other processes that use that memory, or pass memory_bytes to train all the same"
         for name, size in self._sizes.items():
             if not self._fits([size]):
                 needed, allowed = self._memory.peak([size]), self._budget or 0
                 raise BudgetExceeded(
                     f"job {name!r} takes about {needed / 1e9:.2f} GB alone ({size.num_rows} rows of up to {size.longest} "
-                    f"tokens, the base {self._memory.weight_bytes / 1e9:.2f} GB), and {allowed / 1e9:.2f} GB are allowed; "
-                    "lower batch_size, shorten its longest examples, or raise memory_bytes"
+                    f"tokens, the base {self._memory.weight_bytes / 1e9:.2f} GB), and {allowed / 1e9:.2f} GB are {limit}; "
+                    f"lower batch_size, shorten its longest examples, or {way_out}"
                 )
 
     def _fits(self, sizes: Sequence[JobSize]) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import operator
+import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -383,7 +384,7 @@ def _spread_keys(given: Any, records: Sequence[Spoken]) -> Iterator[tuple[Sequen
     parts = [records[start : start + NUM_SPREAD] for start in range(0, len(records), NUM_SPREAD)]
     pieces = {part[0].name: part for part in parts}
     ended = {}
-    with progress_bar(True) as bar:
+    with progress_bar(sys.stderr.isatty()) as bar:
         for name, found in spread(partial(_keys_by, given), pieces, n_jobs=None, label="embedding", bar=bar):
             ended[name] = found
             if not isinstance(found, Failed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,7 @@ from loraweave.errors import (
     TrainingError,
 )
 from loraweave.hub.embedders.form import Form
+from loraweave.hub.pool import OnDemand
 from loraweave.lowrank import algebra
 
 SAID = {
@@ -50,6 +52,14 @@ def distance(one, other):
     """Of two adapters' dense updates, as a share of the first one's size."""
     deltas = [(one.delta(layer), other.delta(layer)) for layer in one.layers]
     return float(sum((a - b).square().sum() for a, b in deltas) / sum(a.square().sum() for a, _ in deltas))
+
+
+def test_training_opens_an_adapter_once_however_many_steps_it_has_a_turn_in(hub, monkeypatch):
+    monkeypatch.setitem(OnDemand.__init__.__kwdefaults__, "num_kept", 1)
+    opened, own = Counter(), type(hub)._get_pinned
+    monkeypatch.setattr(type(hub), "_get_pinned", lambda hub, name, *of: opened.update([name]) or own(hub, name, *of))
+    train_hypernetwork(hub, steps=4, **SMALL)
+    assert opened == dict.fromkeys(SAID, 1)
 
 
 def test_the_distance_of_products_is_that_of_the_dense_updates():
@@ -140,7 +150,7 @@ def test_an_adapter_is_what_the_authors_network_computes_for_each_layer(network)
 
 
 def test_it_begins_at_the_base_with_the_size_of_each_layers_updates(hub):
-    base, layers, scales = hypernetwork._surveyed(hub.pool(), hub.records(), False)
+    base, layers, scales = hypernetwork._surveyed(hub.pool().__getitem__, hub.records(), False)
     fresh = Hypernetwork(base, layers, Form())
     assert all(algebra.is_zero(factors) for factors in fresh.adapter(description="x").layers.values())
     for layer, scale in scales.items():

@@ -202,6 +202,13 @@ def test_a_job_that_does_not_fit_alone_is_refused_before_the_first_step(tiny_lla
         train(tiny_llama, tokenizer, memory_bytes=1000)
 
 
+def test_a_job_that_other_processes_leave_no_memory_for_is_refused_with_a_way_out(tiny_llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(shared_training, "step_budget", lambda *_: 1000)
+    with pytest.raises(BudgetExceeded, match=r"0\.00 GB are free on cpu, .* or pass memory_bytes to train all the same$"):
+        train(tiny_llama, tokenizer)
+    assert set(train(tiny_llama, tokenizer, memory_bytes=10**9)) == set(TASKS)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

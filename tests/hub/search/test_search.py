@@ -56,7 +56,7 @@ class Fussy(Counts):
         return super().embed(texts)
 
 
-def test_workers_make_the_keys_of_one_process_and_keep_those_beside_a_failure(hub, tmp_path, monkeypatch):
+def test_workers_make_the_keys_of_one_process_and_keep_those_beside_a_failure(hub, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(search_module, "NUM_SPREAD", 1)
     index = SearchIndex(hub, embedder=Fussy())
     with joblib.parallel_config(n_jobs=2), pytest.raises(RetrievalError, match="sum is no word") as raised:
@@ -75,6 +75,8 @@ def test_workers_make_the_keys_of_one_process_and_keep_those_beside_a_failure(hu
     assert {name: (digest, key_D.tolist()) for name, (digest, key_D) in alone.items()} == {
         name: (digest, key_D.tolist()) for name, (digest, key_D) in made.items()
     }
+    # a bar is for a terminal
+    assert capfd.readouterr().out == ""
 
 
 def test_a_key_is_the_unit_mean_of_sample_inputs_with_the_description_mixed_in(hub):
