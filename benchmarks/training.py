@@ -27,7 +27,7 @@ from benchmarks._models import ALL, ATTENTION, LIMIT, RANK, base_model, differen
 from benchmarks._run import Run, Table
 from benchmarks._timing import Gate, Way, compare, require
 from loraweave.composer.model.batches import IGNORED, TargetBatch, token_losses, with_positions
-from loraweave.composer.model.kinds.linear import shape as linear_shape
+from loraweave.composer.model.kinds import linear
 from loraweave.composer.train.jobs import PlannedJob
 from loraweave.composer.train.passes import LoraJobs
 from loraweave.composer.train.schedule import Pace
@@ -53,7 +53,7 @@ class Jobs:
         layers = {
             name: shape[:2]
             for name, module in model.named_modules()
-            if name.endswith(endings) and (shape := linear_shape(module))
+            if name.endswith(endings) and (shape := linear.shape(module))
         }
         names = [f"job{number}" for number in range(NUM_JOBS)]
         self.fused = LoraJobs(model, layers, names, LoraSettings(rank=RANK, alpha=float(RANK), seed=seed))

@@ -31,7 +31,7 @@ from loraweave.common.display import tracked
 from loraweave.common.files import replacing, require_replaceable
 from loraweave.common.names import unknown_expert
 from loraweave.composer.live.standing_in import CLAIMS
-from loraweave.composer.model.kinds._kind import by_row
+from loraweave.composer.model.kinds import by_row
 from loraweave.composer.model.layers import TargetLayer, target_layer
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter

@@ -23,7 +23,7 @@ from loraweave.composer.composer import Composer
 from loraweave.composer.live.experts import watched
 from loraweave.composer.merge.statistics import LayerStatistics, Statistics
 from loraweave.composer.model.batches import EncodedRow, batch, context_length, encode, pad_rows, takes, untouched
-from loraweave.composer.model.kinds.linear import shape as linear_shape
+from loraweave.composer.model.kinds import linear
 from loraweave.composer.model.layers import multiplies_columns, tied_parameters
 from loraweave.errors import CompositionError, InvalidTask, LayerMismatch
 from loraweave.hub.adapter import Adapter
@@ -353,7 +353,7 @@ def make_recorders(model: nn.Module, names: Iterable[str], kinds: Collection[str
         if name not in modules and name.rpartition(".")[2].isdigit() and name.rsplit(".", 2)[0] in modules:
             found[name] = ExpertRecorder(expert_matrix(modules, name, None, "collect_statistics()"), kinds)
             continue
-        shape = linear_shape(modules[name]) if name in modules else None
+        shape = linear.shape(modules[name]) if name in modules else None
         if shape is None:
             what = type(modules[name]).__name__ if name in modules else "none of the model's"
             raise LayerMismatch(f"statistics are of linear layers (torch.nn.Linear, Conv1D), and {name!r} is {what}")

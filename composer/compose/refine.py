@@ -19,9 +19,8 @@ from loraweave.common.display import tracked
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.composer import Composer
 from loraweave.composer.merge.arithmetic import byom
-from loraweave.composer.model import scoring
+from loraweave.composer.model import kinds, scoring
 from loraweave.composer.model.batches import untouched
-from loraweave.composer.model.kinds.linear import shape as linear_shape
 from loraweave.composer.train.adapters import train_adapters
 from loraweave.composer.train.rows import shows_its_examples
 from loraweave.errors import WeightingError
@@ -113,7 +112,7 @@ def targets_of(pool: ExpertPool | None) -> Sequence[str]:
 def linear_targets(model: Any) -> Sequence[str]:
     """What the paths of a model's linear layers end in, without its head."""
     head = model.get_output_embeddings()
-    linear = {name for name, module in model.named_modules() if linear_shape(module) and module is not head}
+    linear = {name for name, module in model.named_modules() if kinds.linear.shape(module) and module is not head}
     return sorted({name.rsplit(".", 1)[-1] for name in linear})
 
 

@@ -14,8 +14,7 @@ from loraweave.common.options import options_of, require_known
 from loraweave.common.randomness import seeded
 from loraweave.composer.experts.forms._form import place_like
 from loraweave.composer.experts.running import input_embeddings
-from loraweave.composer.model.kinds import linear
-from loraweave.composer.model.kinds._kind import LayerKind, is_near
+from loraweave.composer.model.kinds import LayerKind, is_near, linear
 from loraweave.composer.train.learner import key_of
 from loraweave.errors import LayerMismatch, UnknownName
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site

@@ -21,7 +21,7 @@ from loraweave.common.state import checkpoint_folder
 from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.running import Running
 from loraweave.composer.model.batches import EncodedRow, tensors_in, untouched
-from loraweave.composer.model.kinds.linear import shape as linear_shape
+from loraweave.composer.model.kinds import linear
 from loraweave.composer.train.experts import identity, remember_start, start_digest
 from loraweave.composer.train.jobs import PlannedJob, TrainingJob
 from loraweave.composer.train.learner import key_of
@@ -273,7 +273,7 @@ class ExpertJob(TrainingJob):
     def update(self, layer: str, x_BTI: Tensor) -> Tensor:
         """What the site's experts add to its output."""
         module: nn.Module = self.model.base_model.get_submodule(layer)
-        shape = linear_shape(module)
+        shape = linear.shape(module)
         assert shape is not None
         own_BTI = self._own.cut(x_BTI)
         zero_BTO = own_BTI.new_zeros(*own_BTI.shape[:-1], shape.num_outputs)
@@ -312,7 +312,7 @@ def require_shareable(name: str, model: ExpertModel) -> None:
         )
     for site in model.sites:
         module, form = model.base_model.get_submodule(site), model.layers[key_of(site)]
-        if model.recipe.branches or model.sites[site].parts or not form.is_update or linear_shape(module) is None:
+        if model.recipe.branches or model.sites[site].parts or not form.is_update or linear.shape(module) is None:
             raise TrainingError(
                 f"job {name!r}: the experts of recipe {model.recipe.name!r} at {site!r} are no update of a linear "
                 "layer, so its rows cannot share a pass with others: train it alone"

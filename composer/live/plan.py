@@ -40,8 +40,7 @@ from loraweave.composer.live.recording import Note, Usage
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.live.row_weights import LayerMixture, RowWeights, Workspace, require_multiple
 from loraweave.composer.live.token_weights import TokenWeights
-from loraweave.composer.model.kinds import conv, linear
-from loraweave.composer.model.kinds._kind import by_row
+from loraweave.composer.model.kinds import by_row, conv, linear
 from loraweave.composer.model.layers import TargetLayer, is_floating
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loraweave.composer.model.kinds import conv, embedding, linear, norm
-from loraweave.composer.model.kinds._kind import LayerKind
+from loraweave.composer.model.kinds import LayerKind, conv, embedding, linear, norm
 from loraweave.errors import CompositionError, LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._base_layer import expert_matrix

@@ -22,7 +22,7 @@ from loraweave.common.spread import processes_here
 from loraweave.common.state import checkpoint_folder
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.model.batches import EncodedRow, untouched
-from loraweave.composer.model.kinds.linear import shape as linear_shape
+from loraweave.composer.model.kinds import linear
 from loraweave.composer.model.scoring import encode_pairs
 from loraweave.composer.quantised_base import quantization_of
 from loraweave.composer.train.groups import train_groups
@@ -248,16 +248,16 @@ def _require_beside(model: Any, beside: Adapter, others: Mapping[str, Any]) -> N
 
 def target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
     """(O, I) of the linear layers whose module path ends in one of `targets`; UnknownName for one that matches nothing."""
-    linear = {name: shape[:2] for name, module in model.named_modules() if (shape := linear_shape(module))}
+    shapes = {name: shape[:2] for name, module in model.named_modules() if (shape := linear.shape(module))}
     found: dict[str, tuple[int, int]] = {}
     for target in targets:
-        matching = {name: shape for name, shape in linear.items() if f".{name}".endswith(f".{target}")}
+        matching = {name: shape for name, shape in shapes.items() if f".{name}".endswith(f".{target}")}
         if not matching:
-            endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+            endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in shapes}))
             raise UnknownName(f"no linear layer matches {target!r} of target_modules; the model has {endings}")
         found |= matching
     # in the model's order, whatever the order of the targets
-    return {name: shape for name, shape in linear.items() if name in found}
+    return {name: shape for name, shape in shapes.items() if name in found}
 
 
 Layers = Mapping[str, tuple[int, int]]

@@ -11,7 +11,7 @@ from torch.nn import functional
 from loraweave.composer.experts.forms._form import Args, Form, Seen, Weigh, fitting
 from loraweave.composer.experts.parts import LAYOUTS, feed_forward_sites
 from loraweave.composer.live.kernels._added_experts import sort_by_expert
-from loraweave.composer.model.kinds._kind import by_row
+from loraweave.composer.model.kinds import by_row
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from loraweave.composer.experts.forms._form import Args, Form, Seen, Weigh, fitting
 from loraweave.composer.experts.parts import layer_sites
-from loraweave.composer.model.kinds import linear
-from loraweave.composer.model.kinds._kind import by_row
+from loraweave.composer.model.kinds import by_row, linear
 from loraweave.errors import ScopeError
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 

@@ -12,8 +12,7 @@ from loraweave.common.randomness import seeded
 from loraweave.composer.experts.forms._form import Args, Form, Weigh, fitting
 from loraweave.composer.experts.parts import layer_sites
 from loraweave.composer.live.kernels._parts import own_precision
-from loraweave.composer.model.kinds import linear
-from loraweave.composer.model.kinds._kind import by_row
+from loraweave.composer.model.kinds import by_row, linear
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 from loraweave.routers.recipes.mixlora_conditional import MixloraConditional
 

@@ -29,7 +29,7 @@ from loraweave.composer.federated.strategies._strategy import (
     tensors_of,
 )
 from loraweave.composer.model.batches import EncodedRow
-from loraweave.composer.model.kinds.linear import shape as linear_shape
+from loraweave.composer.model.kinds import linear
 from loraweave.composer.train.jobs import LoraJob, new_factors
 from loraweave.errors import TrainingError
 from loraweave.hub.adapter import Adapter
@@ -59,7 +59,7 @@ class Pfedlora(Strategy):
 
     def first(self, course: Course) -> Tensors:
         head = _head(course)
-        shape = linear_shape(course.model.get_submodule(head))
+        shape = linear.shape(course.model.get_submodule(head))
         assert shape is not None
         cpu, seed = torch.device("cpu"), course.settings.seed
         (pair,) = new_factors("federation", {head: shape[:2]}, rank=course.rank, seed=seed, device=cpu).values()
@@ -96,7 +96,7 @@ class Pfedlora(Strategy):
 def _head(course: Course) -> str:
     """The path of the output layer."""
     head = course.model.get_output_embeddings() if hasattr(course.model, "get_output_embeddings") else None
-    if head is None or linear_shape(head) is None:
+    if head is None or linear.shape(head) is None:
         raise TrainingError("strategy 'pfedlora' needs a model with a linear output layer, beside which the adapter lies")
     found: str = next(name for name, module in course.model.named_modules() if module is head)
     return found
