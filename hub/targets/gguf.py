@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loraweave.errors import AdapterUnsupported, PackageMissing
@@ -20,6 +19,7 @@ from loraweave.hub.base import base_config
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._placing import head_size
 from loraweave.hub.licenses import stated_license
+from loraweave.hub.targets._experts import matrices, require_known, stacked
 from loraweave.hub.targets._target import Target, place, require_plain, require_untied
 from loraweave.registry import traits
 from loraweave.types import Factors
@@ -65,7 +65,9 @@ class Gguf(Target):
         names = _tensor_names(config)
         for layer, factors in contents.layers.items():
             if factors.kind == "expert":
-                _require_expert(layer, names, config, name)
+                for path in matrices(layer.rpartition(".")[0]):
+                    _tensor_name(path, names, config, name)
+                require_known(layer, config, name)
             else:
                 _tensor_name(layer, names, config, name)
                 _order(layer, factors, config, name)
@@ -74,7 +76,10 @@ class Gguf(Target):
     def write(cls, contents: Contents, name: str, folder: Path, base: Any) -> None:
         config = base_config(base)
         names = _tensor_names(config)
-        tensors = _of_experts(contents, names, config, name)
+        tensors: dict[str, Tensor] = {}
+        for path, factors_of_experts in stacked(contents, config).items():
+            called = f"{_tensor_name(path, names, config, name).removesuffix('.weight')}.weight"
+            tensors[f"{called}.lora_a"], tensors[f"{called}.lora_b"] = factors_of_experts
         for layer, factors in contents.layers.items():
             if factors.kind == "expert":
                 continue
@@ -114,48 +119,6 @@ def _tensor_name(layer: str, names: Any, config: Any, name: str) -> str:
             "adapter made for another base model?"
         )
     return found
-
-
-def _num_experts(config: Any) -> int:
-    return int(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0)
-
-
-def _matrices(parameter: str) -> list[str]:
-    """The matrices that llama.cpp has of a parameter of experts, whose rows follow one another."""
-    place, _, last = parameter.rpartition(".")
-    return [f"{place}.gate_proj", f"{place}.up_proj"] if last == "gate_up_proj" else [parameter]
-
-
-def _require_expert(layer: str, names: Any, config: Any, name: str) -> None:
-    parameter, _, number = layer.rpartition(".")
-    for path in _matrices(parameter):
-        _tensor_name(path, names, config, name)
-    if not number.isdigit() or int(number) >= _num_experts(config):
-        raise AdapterUnsupported(
-            f"adapter {name!r} updates expert {number} of {parameter!r}, and the base model has {_num_experts(config)} "
-            "experts: was the adapter made for another base model?"
-        )
-
-
-def _of_experts(contents: Contents, names: Any, config: Any, name: str) -> dict[str, Tensor]:
-    """lora_a (E, R, I) and lora_b (E, O, R) of each matrix of experts, with zeros for an expert without an update."""
-    parameters: dict[str, dict[int, Factors]] = {}
-    for layer, factors in contents.layers.items():
-        if factors.kind == "expert":
-            parameter, _, number = layer.rpartition(".")
-            parameters.setdefault(parameter, {})[int(number)] = factors
-    tensors: dict[str, Tensor] = {}
-    for parameter, own in parameters.items():
-        first = next(iter(own.values()))
-        none = Factors(torch.zeros_like(first.a_RI), torch.zeros_like(first.b_OR))
-        each = [own.get(number, none) for number in range(_num_experts(config))]
-        paths = _matrices(parameter)
-        parts = torch.stack([part.b_OR for part in each]).chunk(len(paths), dim=1)
-        for path, b_EOR in zip(paths, parts, strict=True):
-            called = _tensor_name(path, names, config, name).removesuffix(".weight")
-            tensors[f"{called}.weight.lora_a"] = torch.stack([part.a_RI for part in each])
-            tensors[f"{called}.weight.lora_b"] = b_EOR
-    return tensors
 
 
 def _order(layer: str, factors: Factors, config: Any, name: str) -> Tensor:

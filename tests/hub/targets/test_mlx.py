@@ -6,23 +6,24 @@ from pathlib import Path
 import engines
 import pytest
 import torch
-from exported_mixtures import FAMILIES, tiny_mixture
+from exported_mixtures import FAMILIES, MIXTURES, tiny_mixture
 from transformers import GPT2Config
 
 import loraweave as lw
 from loraweave.errors import AdapterUnsupported
-from loraweave.hub.targets.mlx import SAME_NAMES
+from loraweave.hub.targets.mlx import EXPERTS, SAME_NAMES
 
 SCRIPT = Path(__file__).parents[2] / "engine_scripts" / "mlx_lm_answers.py"
-CASES = [*sorted(FAMILIES), "llama, embeddings too"]
+CASES = [*sorted(FAMILIES | MIXTURES), "llama, embeddings too"]
 
 
 def save(model, folder):
-    """A folder with the names of rotary settings from before transformers 5, which some of mlx-lm's models read alone."""
+    """A folder with the names of settings from before transformers 5, which some of mlx-lm's models read alone."""
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     rotary = config["rope_parameters"]
     old = {name: rotary[name] for name in ("rope_theta", "partial_rotary_factor") if name in rotary}
+    old |= {"num_experts": config["num_local_experts"]} if "num_local_experts" in config else {}
     (folder / "config.json").write_text(json.dumps({**config, **old}))
 
 
@@ -33,7 +34,9 @@ def answers(tmp_path_factory):
     mixtures, jobs = {}, []
     for case in CASES:
         family, _, more = case.partition(", ")
-        mixture = mixtures[case] = tiny_mixture(family, everywhere=bool(more))
+        # mlx-lm's mixtral has heads of hidden size / number of heads
+        sizes = {"head_dim": 16} if family == "mixtral" else {}
+        mixture = mixtures[case] = tiny_mixture(family, everywhere=bool(more), **sizes)
         save(mixture.model, folder / case)
         report = mixture.merged.export(folder / f"{case} adapter", target="mlx", base=folder / case)
         asked = {"model": str(folder / case), "prompts": mixture.prompts}
@@ -54,7 +57,7 @@ def test_mlx_lm_computes_the_live_mixture(answers, case):
 
 
 def test_every_model_type_that_is_exported_is_run():
-    assert set(FAMILIES) == set(SAME_NAMES)
+    assert (set(FAMILIES), set(MIXTURES)) == (set(SAME_NAMES), set(EXPERTS))
 
 
 def test_the_folder_is_read_back_as_it_was(tmp_path):

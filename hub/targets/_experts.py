@@ -1,0 +1,51 @@
+"""Fused experts for programs that keep gate, up and down of all experts as one tensor each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraweave.errors import AdapterUnsupported
+from loraweave.hub.formats._contents import Contents
+from loraweave.types import Factors
+
+
+def num_experts(config: Any) -> int:
+    """Experts of each layer of this base, 0 where it has none."""
+    return int(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0)
+
+
+def matrices(parameter: str) -> list[str]:
+    """The matrices that such a program has of a parameter of experts, whose rows follow one another."""
+    place, _, last = parameter.rpartition(".")
+    return [f"{place}.gate_proj", f"{place}.up_proj"] if last == "gate_up_proj" else [parameter]
+
+
+def require_known(layer: str, config: Any, name: str) -> None:
+    """Raises AdapterUnsupported for an expert that the base does not have."""
+    parameter, _, number = layer.rpartition(".")
+    if not number.isdigit() or int(number) >= num_experts(config):
+        raise AdapterUnsupported(
+            f"adapter {name!r} updates expert {number} of {parameter!r}, and the base model has {num_experts(config)} "
+            "experts: was the adapter made for another base model?"
+        )
+
+
+def stacked(contents: Contents, config: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """{path of a matrix: (a_ERI, b_EOR)}, zeros for an expert without an update; gate and up have one a."""
+    parameters: dict[str, dict[int, Factors]] = {}
+    for layer, factors in contents.layers.items():
+        if factors.kind == "expert":
+            parameter, _, number = layer.rpartition(".")
+            parameters.setdefault(parameter, {})[int(number)] = factors
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for parameter, own in parameters.items():
+        first = next(iter(own.values()))
+        none = Factors(torch.zeros_like(first.a_RI), torch.zeros_like(first.b_OR))
+        each = [own.get(number, none) for number in range(num_experts(config))]
+        paths, a_ERI = matrices(parameter), torch.stack([part.a_RI for part in each])
+        parts = torch.stack([part.b_OR for part in each]).chunk(len(paths), dim=1)
+        found |= {path: (a_ERI, b_EOR) for path, b_EOR in zip(paths, parts, strict=True)}
+    return found
