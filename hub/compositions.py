@@ -29,12 +29,12 @@ from loraweave.hub.tables import compositions as table
 from loraweave.hub.tables.compositions import CompositionRow
 
 # the file in which a folder says what it is
-RECIPES = ("composition.json", "formula.json", "joint.json")
+RECIPES = ("composition.json", "formula.json", "joint.json", "router.json")
 MAX_FILES = 10_000
 
 
 class SavesFolder(Protocol):
-    """What can be kept: a Composition, or a Formula."""
+    """What can be kept: a Composition, a Formula, a router or a JointPool."""
 
     def save_pretrained(self, folder: Path, /) -> Path: ...
 
@@ -67,7 +67,7 @@ class StoredComposition:
 
     @cached_property
     def recipe(self) -> Mapping[str, Any]:
-        """What its composition.json or formula.json says. AdapterCorrupt for a damaged or missing file."""
+        """What the file of RECIPES in it says. AdapterCorrupt for a damaged or missing one."""
         (path,) = [path for path in RECIPES if path in self._row.files]
         try:
             found: Mapping[str, Any] = json.loads(self.read(path))
@@ -123,7 +123,7 @@ class CompositionShelf(Listing):
     def save_composition(
         self, name: str, composition: SavesFolder | str | Path, *, replace: bool = False
     ) -> StoredComposition:
-        """Keeps a Composition, a Formula, or the folder of either that was saved, with its report, under a name.
+        """Keeps a Composition, a Formula, a router with its adapters, or the folder that one was saved to, under a name.
 
         Compositions have names of their own, beside those of the adapters; a formula names one by `@name`. The same content
         under the same name is there already and stays. It is there whole or not at all. Raises AdapterExists for other
@@ -194,12 +194,15 @@ def _saved(composition: SavesFolder | str | Path, place: Path) -> Path:
         if not _recipe_in(Path(composition)):
             raise HubError(
                 f"{str(composition)!r:.80} is no folder with {' or '.join(RECIPES)}; save_composition() takes a "
-                "Composition, a formula read by lw.parse(text), or the folder that either was saved to"
+                "Composition, a formula read by lw.parse(text), a router, or the folder that one was saved to"
             )
         return Path(composition)
     if not callable(getattr(composition, "save_pretrained", None)):
-        raise HubError(f"a {type(composition).__name__} is no composition; pass a Composition, lw.parse(text), or a folder")
-    composition.save_pretrained(place)
+        raise HubError(
+            f"a {type(composition).__name__} is no composition; pass a Composition, lw.parse(text), a router, or a folder"
+        )
+    # a router is whole with its adapters
+    getattr(composition, "save_whole", composition.save_pretrained)(place)
     if not _recipe_in(place):
         raise HubError(f"a {type(composition).__name__} is no composition: it saves no {' or '.join(RECIPES)}")
     return place

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from loraweave.common.files import as_path, replacing
 from loraweave.common.names import MAX_NAME_CHARACTERS, text_digest
@@ -155,9 +155,7 @@ class Formula:
         source = source_of(hub_or_pool)
         known = self.expand(hub_or_pool)
         if (stored := known.stored(source)) is not None and has_router(stored):
-            found = router_of(stored).pool
-            assert found is not None
-            return found
+            return cast(ExpertPool, router_of(stored).pool)
         known._require_adapters("be a pool")
         return ExpertPool({leaf.key: self._adapter(source, leaf) for leaf in dict.fromkeys(leaves(known.root))})
 

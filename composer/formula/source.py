@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from loraweave.common.names import unknown_expert
+from loraweave.composer.compose.saved import FILE as COMPOSITION
 from loraweave.composer.compose.saved import FORMAT_WITH_ROUTER, PARTS, SavedRecipe
 from loraweave.composer.formula.nodes import (
     Argument,
@@ -34,6 +35,7 @@ from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.tokens._saved import router as read_router
+from loraweave.routers.tokens._written import FILE as ROUTER
 
 Given = Hub | ExpertPool | Iterable[Adapter] | Mapping[str, Adapter]
 
@@ -135,30 +137,41 @@ def source_of(given: Given | Source) -> Source:
 def is_base(stored: StoredComposition) -> bool:
     """Whether a stored composition is the base model itself."""
     folders = ("adapter/", "router/", "member-0/")
-    return stored.formula is None and not any(path.startswith(folders) for path in stored.files)
+    return COMPOSITION in stored.files and not any(path.startswith(folders) for path in stored.files)
 
 
 def has_router(stored: StoredComposition) -> bool:
-    """Whether a router weighs in a stored composition."""
-    return stored.recipe.get("format") == FORMAT_WITH_ROUTER
+    """Whether a router weighs in a stored composition, or is all of it."""
+    return ROUTER in stored.files or (COMPOSITION in stored.files and stored.recipe.get("format") == FORMAT_WITH_ROUTER)
 
 
 def has_parts(stored: StoredComposition) -> bool:
     """Whether a stored composition is an average of members, or steps one after the other."""
-    return stored.recipe.get("format") in PARTS.values()
+    return COMPOSITION in stored.files and stored.recipe.get("format") in PARTS.values()
 
 
 def router_of(stored: StoredComposition) -> TokenRouter:
-    """The router of a stored composition, with its adapters as `pool`."""
+    """The router of a stored composition, with its adapters as `pool`. ScopeError for one that was saved without them."""
     with stored.unpacked() as folder:
-        return read_router(folder / "router")
+        found = read_router(folder if ROUTER in stored.files else folder / "router")
+    if found.pool is None:
+        raise ScopeError(
+            f"@{stored.name} is a router that was saved without its adapters: save the folder of "
+            "router.save_pretrained(folder, pool=pool)"
+        )
+    return found
 
 
 def _adapter_of(stored: StoredComposition, leaf: Stored) -> Adapter:
+    if has_router(stored):
+        raise ScopeError(f"{leaf} is a router, not an adapter, and stands alone: activate formula.mixture(hub)")
+    if COMPOSITION not in stored.files:
+        raise ScopeError(
+            f"{leaf} is a pool in shared bases, not an adapter: read it by JointPool.from_pretrained, from the folder of "
+            "hub.composition(name).write(folder)"
+        )
     with stored.unpacked() as folder:
         recipe = SavedRecipe.read(folder)
-        if has_router(stored):
-            raise ScopeError(f"{leaf} is a router, not an adapter, and stands alone: activate formula.mixture(hub)")
         if names := recipe.part_names:
             raise ScopeError(
                 f"{leaf} has the {recipe.parts} {' and '.join(names)}, which answer apart: write it to a folder by "

@@ -36,7 +36,7 @@ REFUSED = {
     **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"), _PROMPT),
     **dict.fromkeys(("CPT", "CARTRIDGE", "ADAPTION_PROMPT"), _PROMPT),
     "LILY": _ROUTED,
-    "XLORA": f"{_ROUTED}; lw.router(folder, pool=[...]) opens it, and its adapters are in folders of their own",
+    "XLORA": f"{_ROUTED}; router = lw.router(folder, pool=[...]) opens it, hub.save_composition(name, router) keeps it",
     "SHADOW": "a second model beside the base one",
     "LN_TUNING": "trained norms, which are not linear layers",
     "TRAINABLE_TOKENS": "trained rows of an embedding, which may be tied to the output head",
@@ -47,6 +47,8 @@ REFUSED = {
         "between machines, change the update"
     ),
 }
+
+ARROW = "; router = lw.router(folder) opens what PEFT saved of an Arrow, and hub.save_composition(name, router) keeps it"
 
 MAX_DEPTH = 3
 MAX_ENTRIES = 10_000
@@ -117,7 +119,7 @@ def _adapter_folder(folder: Path) -> Path:
         raise AdapterUnsupported(
             f"{folder}: {len(names)} folders in it hold adapters, and none stands above the others: "
             f"{', '.join(names[:MAX_LISTED])}{more}; give the path of one, for instance {str(found[-1])!r}"
-            f"{'; lw.router() opens what PEFT saved of an Arrow' if 'arrow_router' in names else ''}"
+            f"{ARROW if 'arrow_router' in names else ''}"
         )
     return found[0] if found else folder
 

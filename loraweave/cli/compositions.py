@@ -357,22 +357,26 @@ NameArgument = Annotated[str, typer.Argument(help="A composition of the hub, wit
 def save_composition(
     name: Annotated[str, typer.Argument(help="Its name; a formula says @NAME.")],
     composition: Annotated[
-        str, typer.Argument(metavar="FOLDER|FORMULA", help="A folder of compose --out, or a formula such as 'a + 0.5*b'.")
+        str, typer.Argument(metavar="FOLDER|FORMULA", help="A folder of compose --out or of a router, or a formula.")
     ],
     replace: Annotated[bool, typer.Option("--replace", help="In place of another composition of that name.")] = False,
     hub: HubOption = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
-    """Keep a composition in the hub, with its report, or a formula, whose adapters must be there."""
+    """Keep a composition with its report, a router with its adapters, or a formula, whose adapters the hub must have."""
     import loraweave as lw
+    from loraweave.hub.compositions import SavesFolder
+    from loraweave.routers.tokens._saved import is_saved_router
 
     with open_hub(hub) as opened:
-        kept: Path | lw.Formula = Path(composition)
+        kept: Path | SavesFolder = Path(composition)
         if (Path(composition) / COMPOSITION_FILE).is_file():
             from loraweave.composer.compose.saved import SavedRecipe
 
             # a damaged folder is told now, not by who reads it
             SavedRecipe.read(composition)
+        elif is_saved_router(Path(composition)):
+            kept = lw.router(Path(composition))
         else:
             kept = lw.parse(composition)
             kept.adapters(opened)

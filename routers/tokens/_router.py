@@ -188,6 +188,15 @@ class TokenRouter(Declared, nn.Module):
         kept: dict[str, Any] = {"options": self.options, "members": self.members, "report": self.report}
         return write_router(Path(folder), pool, name=self.name, tensors=self.state_dict(), **kept)
 
+    def save_whole(self, folder: str | Path) -> Path:
+        """`save_pretrained` with the adapters that it came with, `pool`, as a hub keeps it. ScopeError where it has none."""
+        if self.pool is None:
+            raise ScopeError(
+                f"router {self.name!r} has no adapters of its own, without which nothing can be mixed: give the folder of "
+                "router.save_pretrained(folder, pool=pool)"
+            )
+        return self.save_pretrained(folder, pool=self.pool)
+
     def push_to_hub(
         self,
         repository: str,

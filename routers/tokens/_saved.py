@@ -44,6 +44,11 @@ class Saved:
     report: Mapping[str, Any] | None
 
 
+def is_saved_router(folder: Path) -> bool:
+    """Whether a router of ours or of PEFT's was saved there; says nothing about its state."""
+    return present(folder, FILE) or is_from_peft(folder)
+
+
 def read_saved(folder: Path) -> Saved:
     """Raises AdapterNotFound if the folder holds no router, AdapterCorrupt if it is damaged, AdapterUnsupported if a newer
     version wrote it."""

@@ -412,3 +412,17 @@ def test_eval_scores_by_a_task_of_lm_eval(two, base, here, monkeypatch):
     assert "letters" in call(*words).stdout
     assert call("eval", two / "left", "--base", base).exit_code == 2
     assert call(*words[:2], "rows.jsonl", *words[2:]).exit_code == 2
+
+
+def test_a_routers_folder_is_kept_with_its_adapters_and_a_formula_is_that_router(two, here):
+    pool = lw.ExpertPool([lw.Adapter.from_pretrained(two / name, name=name) for name in ("left", "right")])
+    lw.Hub("hub").close()
+    lw.router("arrow", pool, top_k=1).save_pretrained("mix", pool=pool)
+    done = call("hub", "save-composition", "mix", "mix", "--hub", "hub")
+    assert done.exit_code == 0, done.stderr
+    with lw.Hub("hub") as hub:
+        assert lw.parse("@mix").mixture(hub).experts == pool.names
+    lw.router("arrow", pool).save_pretrained("alone")
+    done = call("hub", "save-composition", "alone", "alone", "--hub", "hub")
+    assert done.exit_code == 1
+    assert "has no adapters of its own" in " ".join(done.stderr.split())

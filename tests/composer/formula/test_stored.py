@@ -11,6 +11,7 @@ from tiny_hubs import adapter
 
 import loraweave as lw
 from loraweave.composer.formula.nodes import leaves
+from loraweave.composer.joint import JointPool
 from loraweave.errors import AdapterExists, FormulaError, ScopeError
 
 
@@ -170,3 +171,18 @@ def test_a_stored_composition_that_is_the_base_adds_nothing(hub, composed):
     hub.save_composition("nothing", composed("base"))
     assert lw.parse("a + @nothing").expand(hub) == lw.parse("a")
     assert lw.parse("@nothing").expand(hub).is_base
+
+
+def test_a_stored_router_without_its_adapters_is_refused_by_name(hub, tmp_path):
+    router = lw.router("arrow", hub.pool())
+    with pytest.raises(ScopeError, match="router 'arrow' has no adapters of its own"):
+        hub.save_composition("mix", router)
+    hub.save_composition("mix", router.save_pretrained(tmp_path / "alone"))
+    with pytest.raises(ScopeError, match="@mix is a router that was saved without its adapters"):
+        lw.parse("@mix").mixture(hub)
+
+
+def test_a_stored_pool_in_shared_bases_is_no_adapter_and_not_the_base(hub):
+    hub.save_composition("users", JointPool.fit(hub.pool(), rank=2, progress=False))
+    with pytest.raises(ScopeError, match="@users is a pool in shared bases"):
+        lw.parse("a + @users").merge(hub, progress=False)

@@ -331,3 +331,38 @@ def test_what_pefts_layouts_cannot_hold_is_refused_by_name(make_model, make_adap
     with pytest.raises(AdapterUnsupported, match=r"of one rank, and these have the ranks \[2, 3\]"):
         lw.router("arrow", ranks, direction="power_iteration").save_as_peft(target, ranks)
     assert not target.exists()
+
+
+def stored(tmp_path, router):
+    """The router that a hub gives back from the formula that names it, after the hub was closed."""
+    with lw.Hub(tmp_path / "hub") as hub:
+        hub.save_composition("mix", router)
+    with lw.Hub(tmp_path / "hub") as hub:
+        mix = lw.parse("@mix")
+        assert mix.pool(hub).names == router.experts
+        return mix.mixture(hub)
+
+
+@pytest.mark.parametrize("settings", [{}, {"layerwise_scalings": True}], ids=str)
+def test_a_hub_keeps_an_xlora_that_peft_saved_and_gives_pefts_logits(make_model, adapters, tmp_path, settings):
+    folder, expected = xlora_folder(make_model, adapters, tmp_path, **settings)
+    router = stored(tmp_path, lw.router(folder, adapters, model=make_model("llama")))
+    torch.testing.assert_close(ours(make_model, router), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_general", [0, 2])
+def test_a_hub_keeps_an_arrow_that_peft_saved_and_gives_pefts_logits(
+    make_model, make_adapter, adapters, tmp_path, num_general
+):
+    general = [make_adapter(make_model("llama"), f"g{n}", rank=3, targets=TARGETS, seed=10 + n) for n in range(num_general)]
+    folder, expected = arrow_folder(make_model, adapters, general, tmp_path, rng_seed=5)
+    with lw.Hub(tmp_path / "hub") as hub, pytest.raises(AdapterUnsupported, match=r"save_composition\(name, router\) keeps"):
+        hub.add(folder)
+    torch.testing.assert_close(ours(make_model, stored(tmp_path, lw.router(folder))), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_hub_keeps_a_poly_that_peft_saved(make_model, poly, tmp_path):
+    theirs, folder = poly
+    with torch.no_grad():
+        expected = theirs(input_ids=IDS_BT, task_ids=torch.tensor([0, 0])).logits
+    torch.testing.assert_close(ours(make_model, stored(tmp_path, lw.router(folder))), expected, atol=1e-5, rtol=1e-5)
