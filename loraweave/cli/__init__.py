@@ -12,7 +12,7 @@ import typer
 from loraweave import __version__
 from loraweave.cli._application import INTERRUPTED, Application, JsonOption, SeedOption, quiet_libraries
 from loraweave.cli._printing import progress_to_stderr
-from loraweave.cli.adapters import MERGE_EXAMPLE, TRAIN_EXAMPLE, merge, train
+from loraweave.cli.adapters import MERGE_EXAMPLE, STUDY_EXAMPLE, TRAIN_EXAMPLE, merge, study, train
 from loraweave.cli.compositions import (
     LIST_EXAMPLE,
     REMOVE_EXAMPLE,
@@ -27,7 +27,6 @@ from loraweave.cli.compositions import (
 from loraweave.cli.doctor import DOCTOR_EXAMPLE, doctor
 from loraweave.cli.hub import hub
 from loraweave.cli.servers import LOAD_EXAMPLE, SERVE_EXAMPLE, UI_EXAMPLE, VERIFY_EXAMPLE, load, serve, ui, verify
-from loraweave.cli.study import STUDY_EXAMPLE, study
 
 app = typer.Typer(
     cls=Application,
