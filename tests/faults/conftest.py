@@ -19,7 +19,7 @@ SHORT = {
     "crowd": ("crowd", [20, 3]),
     "readonly": ("readonly", []),
     "outsized": ("outsized", [6]),
-    "fuzz": ("fuzz", [5_000, 0]),
+    "fuzz": ("fuzz", [2_500, 0]),
 }
 
 

@@ -13,8 +13,8 @@ def require_clean(found, num_cases):
     assert min(outcomes["AdapterUnsupported"], outcomes["added"]) > num_cases / 100
 
 
-def test_five_thousand_mutated_folders_are_taken_or_refused_by_name(short):
-    require_clean(short("fuzz"), 5_000)
+def test_thousands_of_mutated_folders_are_taken_or_refused_by_name(short):
+    require_clean(short("fuzz"), 2_500)
 
 
 def test_a_folder_that_asks_for_more_than_it_holds_is_refused_within_twice_its_size(short):

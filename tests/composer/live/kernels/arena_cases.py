@@ -72,7 +72,7 @@ def takes(monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-2)])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     ranks=st.lists(RANKS, min_size=4, max_size=4),
     batches=st.lists(ROWS, min_size=1, max_size=4),

@@ -31,22 +31,11 @@ def run(*arguments, **environment):
 
 
 @with_triton
-def test_the_kernels_keep_their_rules_in_the_interpreter():
-    printed = run("-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "triton_cases.py", TRITON_INTERPRET="1")
-    assert " passed" in printed
-    assert "skipped" not in printed
-
-
-@with_triton
-def test_the_kernels_conform_like_every_other_in_the_interpreter():
+def test_the_kernels_keep_their_rules_conform_like_every_other_and_serve_arenas_in_the_interpreter():
     # but for a case of rounding to bfloat16, which the interpreter cuts off
-    cases = ("-k", "triton and not applied_in_fp32", HERE / "test_naive.py")
-    assert " passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", *cases, TRITON_INTERPRET="1")
-
-
-@with_triton
-def test_they_serve_every_mixture_of_an_arena_in_the_interpreter():
-    printed = run("-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "arena_cases.py", TRITON_INTERPRET="1")
+    chosen = "not (test_naive and not triton) and not (triton and applied_in_fp32)"
+    files = (HERE / name for name in ("triton_cases.py", "arena_cases.py", "test_naive.py"))
+    printed = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files, TRITON_INTERPRET="1")
     assert " passed" in printed
     assert "skipped" not in printed
 
