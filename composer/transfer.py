@@ -31,12 +31,14 @@ from loraweave.hub.same_base import require_same_base
 from loraweave.lowrank.factorise import factorise
 from loraweave.types import Factors
 
-Way = Literal["same", "subspace", "activations", "restore"]
+Way = Literal["auto", "same", "subspace", "activations", "restore"]
 # sums of products that are held at once; an adapter of more layers takes several passes over the samples
 MAX_BYTES = 4 * 2**30
 FIT, HELD_OUT = 0, 1
 # tokens of an answer that is compared
 MAX_ANSWER = 24
+# the relative error that rounding may leave where a fused adapter was restored
+ROUNDING = 1e-3
 # ways for equal layers alone
 EQUAL = ("same", "restore")
 OTHER_WAYS = (
@@ -51,7 +53,7 @@ def transfer(
     tokenizer: Any,
     samples: GivenRows,
     *,
-    way: Way = "activations",
+    way: Way = "auto",
     prompts: Sequence[Asked] = (),
     least: Fraction = 0.5,
     ridge: Positive = 0.1,
@@ -63,7 +65,8 @@ def transfer(
     """The adapter, trained on the model `old`, for the model `new`, with the predicted share of its effect that it keeps.
 
     Both models read `samples`, texts or rows with input and target, up to `max_tokens` tokens of each; no label is learned
-    from. Every second sample fits, the others are held out. The ways:
+    from. Every second sample fits, the others are held out. "auto" is "restore" where that is exact, which shows that
+    an adapter was fused, else "activations". The ways:
 
     - "same": B' = B, A' = A, for a base that was trained on, tuned or rounded (PortLLM, arXiv 2410.10870).
     - "subspace": B' = P B, A' = A Q^T, from the first `subspace` singular vectors U, V of the layer's weight in each base
@@ -91,6 +94,8 @@ def transfer(
     given = {"way": way, "least": least, "ridge": ridge, "subspace": subspace, "rank": rank}
     given["max_tokens"] = max_tokens
     check_options("transfer()", given, options_of(transfer, after=5))
+    if way == "auto":
+        way = given["way"] = "restore" if _restores(adapter, old, new, rank) else "activations"
     pairs, layers = matched(adapter, old, new, way), {}
     found: dict[str, dict[str, Any]] = {name: {"to": None, "kept": 0.0} for name in adapter.layers}
     with torch.no_grad():
@@ -132,6 +137,23 @@ def answers(model: Any, adapter: Adapter, tokenizer: Any, prompts: Sequence[Aske
         engine.generate([prompt], mixture={adapter.name: 1.0}, do_sample=False, max_new_tokens=MAX_ANSWER)[0]
         for prompt in prompts
     ]
+
+
+def _restores(adapter: Adapter, old: nn.Module, new: nn.Module, rank: int) -> bool:
+    """Whether the bases' layers are equal and "restore" is exact at a low `rank`, but for rounding."""
+    try:
+        pairs = matched(adapter, old, new, "restore")
+    except LayerMismatch:
+        return False
+    changed = [pair for pair in pairs if not torch.equal(pair.old.weight_OI, pair.new.weight_OI)]
+    # any difference has a rank of its smaller side
+    low = all(2 * rank <= min(_sizes(pair.old)) for pair in changed)
+    return bool(changed) and low and all(_cut_off(adapter, pair, rank) <= ROUNDING for pair in changed)
+
+
+def _cut_off(adapter: Adapter, pair: Pair, rank: int) -> float:
+    """The relative error of "restore" in one layer."""
+    return factorise(_wanted(_update_of(adapter, pair.old), pair).float(), rank=rank)[2]
 
 
 class Pair(NamedTuple):

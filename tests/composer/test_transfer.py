@@ -35,7 +35,7 @@ def adapter(old, make_adapter):
 
 
 def carry(adapter, old, new, tokenizer, **settings):
-    return lw.transfer(adapter, old, new, tokenizer, TEXTS, **{"progress": False, **settings})
+    return lw.transfer(adapter, old, new, tokenizer, TEXTS, **{"way": "activations", "progress": False, **settings})
 
 
 def logits(model, adapter=None):
@@ -313,6 +313,25 @@ def test_with_prompts_the_prediction_is_the_share_of_answers_that_stay(old, adap
     assert carried.card["transfer"]["answers"] == sum(same) / len(prompts)
     with pytest.raises(AdapterUnsupported, match=rf"keep {sum(same) / len(prompts):.2f} of its answers, below least=1"):
         carry(given, old, new, tokenizer, way="same", prompts=prompts, least=1.0)
+
+
+def test_a_fused_adapter_is_found_by_the_low_rank_of_the_change_and_only_then_restored(
+    old, adapter, make_adapter, tokenizer
+):
+    given, other = adapter(rank=2), make_adapter(old, "b", rank=1, targets=ALL, seed=5)
+
+    def fuse(new):
+        for layer in other.layers:
+            new.get_submodule(layer).weight += other.delta(layer)
+
+    new = changed(old, fuse)
+    carried = carry(given, old, new, tokenizer, way="auto", rank=3)
+    assert carried.card["transfer"]["way"] == carried.card["recipe"]["options"]["way"] == "restore"
+    assert torch.allclose(logits(new, carried), logits(old, given), rtol=1e-4, atol=1e-5)
+    noisy = changed(new, lambda new: [p.add_(1e-2 * torch.randn_like(p)) for p in new.parameters()])
+    for base, rank in ((new, 2), (noisy, 3), (noisy, 16), (changed(old, lambda new: None), 3)):
+        found = carry(given, old, base, tokenizer, way="auto", rank=rank, least=0.0)
+        assert found.card["transfer"]["way"] == "activations"
 
 
 def test_layers_of_another_size_or_depth_are_refused_by_the_same_update(old, make_model, adapter, tokenizer):
