@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from loraweave.lowrank.truncation import column_signs, top_eigenpairs
 
 Array = NDArray[Any]
 
-# entries of a block that is converted to float64: 2 MiB
-BLOCK = 2**18
+# entries of a block that is converted to float64: small enough for a core's own cache
+BLOCK = 2**16
 # up to this side a Gram matrix costs less than a search of the subspace, and one BLAS thread is best
 SMALL_SIDE = 1024
 # how much the error may be above that of the best approximation, relative to it; below the second value both are equal
@@ -32,6 +33,10 @@ MOST_EXPONENT = 24
 WIDTH = 32
 # the residual of the last look, relative to the largest eigenvalue, at which fp32 has no more to give
 FLOOR = 2e-6
+# products of a search by a filter: more take as long as half an eigen-decomposition; of one polynomial: fp32 holds no more
+MOST_PRODUCTS, MOST_DEGREE = 32, 12
+# where a filter's lower part ends at the least, relative to the largest eigenvalue, for the same reason
+SMALLEST_EDGE = 1e-2
 # the least that is divided by
 TINY = 1e-300
 
@@ -47,18 +52,18 @@ def factorise(delta_OI: Tensor, *, rank: int | None = None, max_error: float = 0
     against a bound, and done again in float64 where the bound does not show it. The largest entry of each column of b is
     positive. Takes the memory of the Gram matrix of the smaller side, at sides above 1,024 usually a small part of that.
     """
-    if not bool(delta_OI.any()):
-        return delta_OI.new_zeros(0, delta_OI.shape[1]), delta_OI.new_zeros(delta_OI.shape[0], 0), 0.0
     num_out, num_in = delta_OI.shape
+    values = delta_OI.detach().cpu().float()
+    least, largest = map(float, torch.aminmax(values)) if values.numel() else (0.0, 0.0)
+    if least == largest == 0.0:
+        return delta_OI.new_zeros(0, num_in), delta_OI.new_zeros(num_out, 0), 0.0
     side = min(num_out, num_in)
     if (rank is None or rank >= side) and max_error <= 0.0:
         if num_out <= num_in:
             return delta_OI, torch.eye(num_out), 0.0
         return torch.eye(num_in), delta_OI, 0.0
-    values = delta_OI.detach().cpu().float()
     # a power of two takes nothing from any entry, and keeps squares within what fp32 holds
-    least, largest = torch.aminmax(values)
-    exponent = math.frexp(max(-float(least), float(largest)))[1]
+    exponent = math.frexp(max(-least, largest))[1]
     far = abs(exponent) > MOST_EXPONENT
     matrix = (torch.ldexp(values, torch.tensor(-exponent)) if far else values).numpy()
     if side <= SMALL_SIDE:
@@ -87,6 +92,10 @@ def _factorised(delta_OI: Array, rank: int | None, max_error: float) -> tuple[Ar
         tried = min(most, 2 * tried)
 
 
+def _energy(block: Array) -> float:
+    return float(np.vdot(block, block))
+
+
 class _Dense:
     """A matrix seen from its smaller side N (the other is M): products with it, in fp32, or float64 block by block."""
 
@@ -94,7 +103,7 @@ class _Dense:
         self.delta_OI = delta_OI
         self.wide = delta_OI.shape[0] <= delta_OI.shape[1]
         self.side = min(delta_OI.shape)
-        self.energy = float(sum(np.square(block).sum() for _, block in self.blocks()))
+        self.energy = sum(_energy(block) for _, block in self.blocks())
 
     def blocks(self) -> Iterator[tuple[slice, Array]]:
         """Whole rows in float64."""
@@ -137,7 +146,7 @@ class _Dense:
         if left > REST_FP64 * self.energy:
             return left
         b_OR, a_RI = (u_NR * sigma_R, v_MR.T) if self.wide else (v_MR * sigma_R, u_NR.T)
-        return float(sum(np.square(block - b_OR[rows] @ a_RI).sum() for rows, block in self.blocks()))
+        return sum(_energy(block - b_OR[rows] @ a_RI) for rows, block in self.blocks())
 
     def factors(self, u_NR: Array, sigma_R: Array, v_MR: Array, rank: int) -> tuple[Array, Array, float]:
         u_NR, sigma_R, v_MR = u_NR[:, :rank], sigma_R[:rank], v_MR[:, :rank]
@@ -149,14 +158,17 @@ class _Dense:
     def _in_fp32(self, rank: int) -> tuple[Array, Array, Array] | None:
         """`best` from products in fp32, or None unless a bound shows that its error is that of the best approximation."""
         if self.side <= SMALL_SIDE:
-            # one more than wanted says how far the rest is away
-            energy_R, vectors_NR = top_eigenpairs(self.gram(np.float32).T, rank + 1)
-            start_NR, next_energy = vectors_NR[:, :rank], float(energy_R[rank])
+            gram_NN = self.gram(np.float32)
+            found = filtered_subspace(gram_NN, rank, energy=self.energy)
+            if found is None:
+                # one more than wanted says how far the rest is away
+                energy_R, vectors_NR = top_eigenpairs(gram_NN.T, rank + 1)
+                found = vectors_NR[:, :rank], float(energy_R[rank])
         else:
             found = top_subspace(lambda x_NR: self.to_small(self.to_large(x_NR)), self.side, rank, energy=self.energy)
-            if found is None:
-                return None
-            start_NR, next_energy = found
+        if found is None:
+            return None
+        start_NR, next_energy = found
         u_NR, sigma_R, v_MR = self._refined(start_NR)
         left = self.energy - float(np.square(sigma_R).sum())
         if left < REST_FP32 * self.energy:
@@ -187,6 +199,48 @@ class _Dense:
         return total_IR
 
 
+def filtered_subspace(
+    gram_NN: Array, rank: int, *, energy: float, excess: float = 1e-6, most: int = MOST_PRODUCTS
+) -> tuple[Array, float] | None:
+    """(vectors_NR, next value) as `top_subspace`, of a small positive matrix in fp32; None beyond `most` products.
+
+    A block of vectors goes through a Chebyshev polynomial that is small on the lower part of the spectrum, as large as
+    what the Ritz values say of it (Zhou, Saad, Tiago and Chelikowsky 2006).
+    """
+    width = min(max(WIDTH, 2 * rank), len(gram_NN))
+    if 2 * width > len(gram_NN):
+        return None
+    x_NW, products = gram_NN @ (gram_NN @ _start(len(gram_NN), width)), 3
+    while True:
+        x_NW, _ = np.linalg.qr(x_NW / np.abs(x_NW).max(axis=0))
+        image_NW = gram_NN @ x_NW
+        values_W, turn_WW = np.linalg.eigh((x_NW.T @ image_NW).astype(np.float64))
+        values_W, turn_WW = values_W[::-1], turn_WW[:, ::-1].astype(np.float32)
+        x_NW, image_NW = x_NW @ turn_WW, image_NW @ turn_WW
+        residual = float(np.linalg.norm(image_NW[:, :rank] - x_NW[:, :rank] * values_W[:rank].astype(np.float32)))
+        floor, gap = FLOOR * float(values_W[0]), float(values_W[rank - 1] - values_W[rank])
+        left = excess * (energy - float(values_W[:rank].sum()))
+        if energy_missed(residual, gap, rank) <= left or residual <= floor:
+            return x_NW[:, :rank], float(values_W[rank])
+        # a little more than the degree that takes the residual to where that holds
+        wanted = max(floor, math.sqrt(max(left, 0.0) * max(gap, left / rank) / (2 * rank)))
+        edge = max(float(values_W[(rank + width) // 2]), SMALLEST_EDGE * float(values_W[0]))
+        growth = math.acosh(max(2 * float(values_W[rank - 1]) / edge - 1, 1.0))
+        if growth * (most - products) < math.log(residual / wanted):
+            return None
+        degree = min(max(2, math.ceil(math.log(residual / wanted) / growth)), MOST_DEGREE)
+        products += degree
+        before_NW, x_NW = x_NW, image_NW * np.float32(2 / edge) - x_NW
+        for _ in range(degree - 1):
+            before_NW, x_NW = x_NW, gram_NN @ (x_NW * np.float32(4 / edge)) - 2 * x_NW - before_NW
+
+
+@lru_cache(maxsize=4)
+def _start(size: int, width: int) -> Array:
+    """Fixed pseudo-random columns, so that a search gives the same every time."""
+    return np.random.Generator(np.random.Philox(key=0)).standard_normal((size, width), dtype=np.float32)
+
+
 def top_subspace(
     product: Callable[[Array], Array], size: int, rank: int, *, energy: float, excess: float = 5e-7
 ) -> tuple[Array, float] | None:
@@ -194,12 +248,10 @@ def top_subspace(
 
     Block Lanczos for a large matrix that is known by its products: `product` multiplies columns (N, W) by the matrix,
     whose trace is `energy`. Stops when what the values can still gain is within `excess` of the rest of the trace; None
-    when a subspace of half of `size` is not enough. Starts from fixed pseudo-random columns, so that it gives the same
-    every time.
+    when a subspace of half of `size` is not enough.
     """
     width = min(max(WIDTH, rank + 8), size)
-    start_NW = np.random.Generator(np.random.Philox(key=0)).standard_normal((size, width), dtype=np.float32)
-    block_NW, _ = np.linalg.qr(start_NW)
+    block_NW, _ = np.linalg.qr(_start(size, width))
     most = size // 2 // width
     if most * width <= rank + 1:
         return None

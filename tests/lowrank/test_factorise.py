@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loraweave.lowrank import factorise as module
-from loraweave.lowrank.factorise import energy_missed, factorise, top_subspace
+from loraweave.lowrank.factorise import energy_missed, factorise, filtered_subspace, top_subspace
 
 
 def orthogonal(seed, rows, columns):
@@ -141,9 +141,12 @@ def test_a_matrix_in_columns_is_as_one_in_rows(way):
     torch.testing.assert_close(b @ a, turned_b @ turned_a, rtol=1e-4, atol=1e-5)
 
 
-def test_fp32_is_not_believed_where_the_bound_does_not_show_the_error(monkeypatch):
+@pytest.mark.parametrize("search", ["filtered_subspace", "top_eigenpairs"])
+def test_fp32_is_not_believed_where_the_bound_does_not_show_the_error(monkeypatch, search):
     delta = with_spectrum(SPECTRA["flat"] + 0.1 * np.arange(90)[::-1], 90, 133)
-    monkeypatch.setattr(module, "top_eigenpairs", _spoilt(module.top_eigenpairs))
+    if search == "top_eigenpairs":
+        monkeypatch.setattr(module, "filtered_subspace", lambda *given, **options: None)
+    monkeypatch.setattr(module, search, _spoilt(getattr(module, search)))
     a, b, error = factorise(delta, rank=6)
     assert error == pytest.approx(best_error(delta, 6), rel=1e-9)
     assert real_error(delta, a, b) == pytest.approx(error, rel=1e-6)
@@ -152,14 +155,31 @@ def test_fp32_is_not_believed_where_the_bound_does_not_show_the_error(monkeypatc
 def _spoilt(right):
     """Eigenvectors that are off by a few per cent whenever they were asked for in fp32."""
 
-    def wrong(matrix, rank):
-        values, vectors = right(matrix, rank)
-        if matrix.dtype == np.float32:
-            noise = np.random.default_rng(6).standard_normal(vectors.shape, dtype=np.float32)
-            vectors = np.linalg.qr(vectors + 0.02 * noise)[0]
-        return values, vectors
+    def wrong(matrix, rank, **options):
+        found = right(matrix, rank, **options)
+        if matrix.dtype != np.float32:
+            return found
+        # vectors come first from one, second from the other
+        return [_turned(each) if np.ndim(each) == 2 else each for each in found]
 
     return wrong
+
+
+def _turned(vectors):
+    noise = np.random.default_rng(6).standard_normal(vectors.shape, dtype=np.float32)
+    return np.linalg.qr(vectors + 0.02 * noise)[0]
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_a_filter_finds_the_largest_eigenvalues_or_says_that_it_takes_too_long(spectrum):
+    delta = with_spectrum(SPECTRA[spectrum], 90, 133).numpy()
+    energy = float(np.square(delta, dtype=np.float64).sum())
+    found = filtered_subspace(delta @ delta.T, 6, energy=energy)
+    if found is not None:
+        exact = np.linalg.svd(delta.astype(np.float64), compute_uv=False) ** 2
+        assert np.square(found[0].T.astype(np.float64) @ delta).sum() >= exact[:6].sum() - 1e-6 * energy
+        assert found[1] <= exact[6] + 1e-6 * exact[0]
+    assert (found is None) == (spectrum in ("nearly flat", "equal at the cut"))
 
 
 def test_the_bound_holds_for_wrong_subspaces_and_is_tight_for_right_ones():
