@@ -113,6 +113,6 @@ def _machine() -> dict[str, Any]:
         "GPU": torch.cuda.get_device_name() if gpu else "none",
         "faster dtype": str(dtype).removeprefix("torch."),
         "kernels": ", ".join(name for name in registry.names("kernels") if name.split("_")[0] not in absent),
-        "compiled mixtures": "none (no C compiler, or LORAWEAVE_NATIVE=0)" if "native" in absent else "yes",
+        "compiled code": "none (no C compiler, or LORAWEAVE_NATIVE=0)" if "native" in absent else "yes",
         "cache": str(cache_folder()),
     }

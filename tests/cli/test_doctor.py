@@ -22,7 +22,7 @@ def test_the_versions_are_those_that_are_imported_and_the_kernels_those_that_the
     told = json.loads(call("doctor", "--json").stdout)
     assert told["versions"]["torch"] == importlib.metadata.version("torch")
     kernels = told["machine"]["kernels"].split(", ")
-    there = {"triton": torch.cuda.is_available(), "native": told["machine"]["compiled mixtures"] == "yes"}
+    there = {"triton": torch.cuda.is_available(), "native": told["machine"]["compiled code"] == "yes"}
     assert set(kernels) == {name for name in registry.names("kernels") if there.get(name.split("_")[0], True)}
 
 

@@ -1,18 +1,8 @@
-"""The library of `native.c`: compiled for this processor at first use, kept in the cache folder, loaded once a process.
-
-Any C compiler does (`CC`, else cc, gcc or clang), in under a second; without one, or with LORAWEAVE_NATIVE=0, the kernels of
-PyTorch are taken, which make the same.
-"""
+"""The library of `native.c`, whose calls take microseconds."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,18 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.common.files import cache_folder, whole_file
+from loraweave.common import native
 
 SOURCE = Path(__file__).with_name("native.c")
-# no -ffast-math: a library linked with it changes how the whole thread rounds
-FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC")
-_SECONDS = 60
 # as its functions' names end
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # beyond, products of matrices are faster
 MOST_TOKENS = 64
-
-_logger = logging.getLogger(__name__)
 
 
 class Table(ctypes.Structure):
@@ -69,46 +54,11 @@ _WORK = [torch.empty(0)]
 
 
 @cache
-def library() -> ctypes.PyDLL | None:
-    """The library; None, and a log line says why, where it cannot be had."""
-    if os.environ.get("LORAWEAVE_NATIVE") == "0":
-        return None
-    try:
-        # calls take microseconds, less than another thread's turn would
-        found = ctypes.PyDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or error
-        _logger.info("mixtures run without the library of %s: %s", SOURCE.name, str(said).strip()[:500])
-        return None
-    for name, num_given in (("add", 3), ("mix", 4)):
-        for made in (getattr(found, f"{name}_{dtype}") for dtype in DTYPES.values()):
-            made.argtypes, made.restype = [ctypes.c_void_p] * num_given, None
+def library() -> ctypes.CDLL | None:
+    """The library, with its functions' types; None where it cannot be had."""
+    found = native.library(SOURCE, brief=True)
+    if found is not None:
+        for name, num_given in (("add", 3), ("mix", 4)):
+            for made in (getattr(found, f"{name}_{dtype}") for dtype in DTYPES.values()):
+                made.argtypes, made.restype = [ctypes.c_void_p] * num_given, None
     return found
-
-
-def _compiled() -> Path:
-    """The library's file, made where it is not there yet. OSError or SubprocessError where that fails."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
-    if compiler is None:
-        raise OSError("there is no C compiler (cc, gcc, clang, or $CC)")
-    # for this very processor: a folder may be shared by several machines
-    parts = SOURCE.read_bytes(), " ".join(FLAGS).encode(), compiler.encode(), _processor().encode()
-    target = cache_folder() / "native" / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = target.parent.stat()
-    if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & 0o022):
-        raise OSError(f"others may write to {target.parent}, so that nothing is loaded from it: chmod 700, and own it")
-    if not target.exists():
-        _logger.info("compiling %s with %s, once for this machine; it is kept as %s", SOURCE.name, compiler, target)
-        with whole_file(target) as temporary:
-            command = [compiler, *FLAGS, "-o", str(temporary), str(SOURCE)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
-    return target
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-    except OSError:
-        return f"{platform.machine()} {platform.processor()} {platform.node()}"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from loraweave.common import native
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.kernels import _native
 from loraweave.composer.live.kernels._cost import Workload
@@ -27,9 +28,14 @@ ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 def fresh(tmp_path, monkeypatch):
     """Nothing is compiled or loaded yet."""
     monkeypatch.setenv("LORAWEAVE_CACHE", str(tmp_path))
-    _native.library.cache_clear()
+    forget()
     yield tmp_path / "native"
+    forget()
+
+
+def forget():
     _native.library.cache_clear()
+    native.library.cache_clear()
 
 
 def mixtures(dtype, inputs, outputs, ranks=(8, 3, 16, 1), seed=0):
@@ -98,9 +104,9 @@ def test_numbers_that_are_not_finite_and_half_way_are_rounded_as_torch_rounds_th
 
 @needs_a_compiler
 def test_it_is_compiled_once_with_a_line_in_the_log_and_nothing_unfinished_beside_it(fresh, caplog):
-    with caplog.at_level(logging.INFO, logger=_native.__name__):
+    with caplog.at_level(logging.INFO, logger=native.__name__):
         assert _native.library() is not None
-        _native.library.cache_clear()
+        forget()
         assert _native.library() is not None
     assert [record.message.split(" ")[0] for record in caplog.records] == ["compiling"]
     assert [path.suffix for path in fresh.iterdir()] == [".so"]
@@ -110,10 +116,10 @@ def test_it_is_compiled_once_with_a_line_in_the_log_and_nothing_unfinished_besid
 def test_no_library_is_loaded_from_a_folder_that_others_may_write_to(fresh, caplog):
     fresh.mkdir(mode=0o700)
     fresh.chmod(0o777)
-    with caplog.at_level(logging.INFO, logger=_native.__name__):
+    with caplog.at_level(logging.INFO, logger=native.__name__):
         assert not _native.native_runs(torch.device("cpu"), torch.float32)
     assert f"others may write to {fresh}" in caplog.text
-    _native.library.cache_clear()
+    forget()
     fresh.chmod(0o700)
     assert _native.native_runs(torch.device("cpu"), torch.float32)
 
@@ -127,7 +133,7 @@ def test_without_the_library_the_kernels_of_torch_are_taken_and_the_log_says_why
         monkeypatch.setenv("CC", "false")
     else:
         monkeypatch.setenv("LORAWEAVE_NATIVE", "0")
-    with caplog.at_level(logging.INFO, logger=_native.__name__):
+    with caplog.at_level(logging.INFO, logger=native.__name__):
         assert not _native.native_runs(torch.device("cpu"), torch.float32)
     told = {"no compiler": "no C compiler", "it fails": "non-zero exit status", "asked not to": ""}[why]
     assert told in caplog.text
