@@ -22,6 +22,7 @@ from loraweave.composer.merge.method_call import (
     require_seed,
     require_sound,
 )
+from loraweave.composer.merge.methods._entries import ALONE
 from loraweave.composer.merge.statistics import Statistics
 from loraweave.composer.merge.updates import TruncatedUpdate
 from loraweave.errors import BaseModelMismatch, CompositionError, LayerMismatch, ScopeError, WeightingError
@@ -34,9 +35,6 @@ from loraweave.lowrank import algebra
 from loraweave.lowrank.factorise import factorise
 from loraweave.lowrank.truncation import worth_a_thread
 from loraweave.types import Factors
-
-# entries of a layer: larger ones are merged one at a time, so that no two dense updates of theirs exist at once
-SHARED = 2**22
 
 # a layer, and what gives its update
 LayerCall = tuple[str, Callable[[], Update | None]]
@@ -232,7 +230,7 @@ def _merge_layers(
     def worth(item: LayerCall) -> bool:
         updates = [f for found in experts.values() if (f := found.get(item[0])) is not None]
         entries = updates[0].b_OR.shape[0] * updates[0].a_RI.shape[1]
-        return entries <= SHARED and worth_a_thread(updates)
+        return entries <= ALONE and worth_a_thread(updates)
 
     merged = side_by_side(done, calls, worth=worth)
     tracked_layers = tracked(merged, f"merging by {call.method}", total=len(names), shown=progress)

@@ -19,7 +19,7 @@ from loraweave.common.options import require_known
 from loraweave.common.yaml_file import read_yaml
 from loraweave.composer.merge.merge import merge
 from loraweave.composer.merge.methods._dropout import prune_random
-from loraweave.composer.merge.methods._entries import Entries, Keep, Prune, sum_pruned
+from loraweave.composer.merge.methods._entries import Entries, Prune, Rule, sum_pruned
 from loraweave.composer.merge.methods._signs import merge_elected
 from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.methods._thresholds import prune_smallest
@@ -105,40 +105,42 @@ def _thinned(thinning: str, densities: Sequence[float], extras: Sequence[float],
                 return prune_random(seeds, density)[0]
             case "outliers":
                 return prune_both_ends(density, extra)
-        return lambda entries, scratch_OI: magprune(entries, seeds, density, extra, rescale=False)
+        return lambda entries: magprune(entries, seeds, density, extra, rescale=False)
 
-    def prune(entries: Entries, scratch_OI: Tensor) -> Keep:
-        keeps = [of_place(place)(entries, scratch_OI) for place in entries.places]
-
-        def keep(expert: int, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
-            keeps[expert](expert, rows, block_BI, out_BI)
-
-        return keep
+    def prune(entries: Entries) -> Sequence[Rule]:
+        return [of_place(place)(entries)[expert] for expert, place in enumerate(entries.places)]
 
     return prune
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """What a rule leaves, times a factor."""
+
+    rule: Rule
+    factor: float
+    numbers: None = None
+
+    def apply(self, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
+        self.rule.apply(rows, block_BI, out_BI)
+        out_BI.mul_(self.factor)
 
 
 def _with_norm(prune: Prune) -> Prune:
     """What is left of each expert's tensor, multiplied so that its sum of magnitudes is that of the whole."""
 
-    def rescaled(entries: Entries, scratch_OI: Tensor) -> Keep:
-        before_E, after_E = _norms(entries, None), _norms(entries, prune(entries, scratch_OI))
+    def rescaled(entries: Entries) -> Sequence[Rule]:
+        rules = prune(entries)
+        before_E, after_E = _norms(entries, None), _norms(entries, rules)
         factors_E = [b / a if min(a, b) >= TINY else 1.0 for b, a in zip(before_E, after_E, strict=True)]
-        # draws are asked for in order, once: these are the same again
-        plain = prune(entries, scratch_OI)
-
-        def keep(expert: int, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
-            plain(expert, rows, block_BI, out_BI)
-            out_BI.mul_(factors_E[expert])
-
-        return keep
+        return list(map(_Scaled, rules, factors_E))
 
     return rescaled
 
 
-def _norms(entries: Entries, keep: Keep | None) -> list[float]:
+def _norms(entries: Entries, rules: Sequence[Rule] | None) -> list[float]:
     sums = [0.0] * len(entries)
-    for _, stack_EBI in entries.stacks(keep):
+    for _, stack_EBI in entries.stacks(rules):
         for expert, block_BI in enumerate(stack_EBI):
             sums[expert] += float(block_BI.abs().double().sum())
     return sums

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraweave.composer.merge.methods._entries import ROW_GROUP, Entries, Keep, Prune
+from loraweave.composer.merge.methods._entries import Entries, Prune, Rule
+from loraweave.composer.merge.methods._entries_c import Numbers
 
 # an entry's draw is 16 bits, so a probability is a multiple of 1 / LEVELS
 LEVELS = 2**16
@@ -19,39 +21,55 @@ def quantise(probability: float) -> int:
     return max(1, round(probability * LEVELS)) if probability > 0 else 0
 
 
-class Draws:
-    """16 random bits for each entry of each expert: entry number i has the i-th 16 bits of its expert's Philox stream.
+def draws(seed: int, first: int, shape: tuple[int, int]) -> NDArray[np.uint16]:
+    """16 bits for each entry of a block from flat index `first` on, a multiple of 4.
 
-    `seeds` are those of the experts first given, 63 bits each; a bias has a stream of its own. The blocks of an expert
-    must be asked for in order, each once.
+    Entry number i has the i-th 16 bits, the lower ones first, of the words of SplitMix64 (Steele, Lea and Flood 2014) from
+    that seed on.
     """
+    size = shape[0] * shape[1]
+    # overflow is what the generator is made of
+    words = np.arange(first // 4 + 1, first // 4 + 1 + -(-size // 4), dtype=np.uint64) * _STEP + np.uint64(seed)
+    for shift, factor in _MIX:
+        words ^= words >> shift
+        words *= factor
+    words ^= words >> np.uint64(31)
+    return words.astype("<u8", copy=False).view("<u2")[:size].reshape(shape)
 
-    def __init__(self, entries: Entries, seeds: Sequence[int]) -> None:
-        part = 1 if entries.bias else 0
-        self._streams = [np.random.Philox(key=(part << 64) + int(seeds[place])) for place in entries.places]
 
-    def block(self, expert: int, block_BI: Tensor) -> NDArray[np.uint16]:
-        """The draws of the next block, in its shape."""
-        size = block_BI.numel()
-        raw = self._streams[expert].random_raw(-(-size // ROW_GROUP))
-        return raw.astype("<u8", copy=False).view("<u2")[:size].reshape(tuple(block_BI.shape))
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+_MIX = (
+    (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
+    (np.uint64(27), np.uint64(0x94D049BB133111EB)),
+)
+
+
+def stream(entries: Entries, seeds: Sequence[int], expert: int) -> int:
+    """The seed of an expert's tensor. `seeds` are those of the experts first given, 63 bits each; a bias has another."""
+    return int(seeds[entries.places[expert]]) | (1 << 63 if entries.bias else 0)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Keeps the entries whose draw is below a level."""
+
+    seed: int
+    level: int
+
+    @property
+    def numbers(self) -> Numbers:
+        return Numbers(seed=self.seed, level=self.level)
+
+    def apply(self, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
+        drawn = draws(self.seed, rows.start * block_BI.shape[1], (block_BI.shape[0], block_BI.shape[1]))
+        np.multiply(block_BI.numpy(), drawn < self.level, out=out_BI.numpy())
 
 
 def prune_random(seeds: Sequence[int], density: float) -> tuple[Prune, float]:
     """Keeps each entry with a probability of `density`, and that probability as quantised (1 where it is zero)."""
     level = quantise(density)
 
-    def prune(entries: Entries, scratch_OI: Tensor) -> Keep:
-        draws = Draws(entries, seeds)
-
-        def keep(expert: int, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
-            if level == LEVELS:
-                out_BI.copy_(block_BI)
-            elif level == 0:
-                out_BI.zero_()
-            else:
-                np.multiply(block_BI.numpy(), draws.block(expert, block_BI) < level, out=out_BI.numpy())
-
-        return keep
+    def prune(entries: Entries) -> Sequence[Rule]:
+        return [Drop(stream(entries, seeds, expert), level) for expert in range(len(entries))]
 
     return prune, level / LEVELS if level else 1.0

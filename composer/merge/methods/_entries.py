@@ -1,12 +1,22 @@
-"""The entries of every expert's update, read in blocks of whole rows: at most one dense layer is ever in memory."""
+"""The entries of every expert's update, read in blocks of whole rows: at most one dense layer is ever in memory.
+
+Where the library of `entries.c` is there, it calculates the products, and the merges whose rules it knows; `Entries.read`
+and `stacks` are the naive twin.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import ctypes
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from loraweave.common.threads import side_by_side
+from loraweave.composer.merge.methods._entries_c import EVERY, TILE, WIDE, Expert, Merge, Numbers, library
 from loraweave.composer.merge.methods._terms import Experts, Term, Weights, terms
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.types import Factors
@@ -15,18 +25,35 @@ from loraweave.types import Factors
 BLOCK = 2**15
 # whole groups of rows, so that a block holds a multiple of 4 entries: one 64-bit draw serves 4 of them
 ROW_GROUP = 4
+# entries of a layer: larger ones are merged one at a time, so that no two dense updates of theirs exist at once
+ALONE = 2**22
+# a sample has every such row, and of it every such column
+SAMPLE_ROWS, SAMPLE_COLUMNS = 4, 8
 
-# writes what is left of an expert's block: (expert, rows, block_BI, out_BI)
-Keep = Callable[[int, slice, Tensor, Tensor], None]
-# what a method leaves of one tensor of every expert: (entries, scratch of their shape) -> keep
-Prune = Callable[["Entries", Tensor], Keep]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Rule(Protocol):
+    """What is left of an expert's entries."""
+
+    def apply(self, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
+        """Writes what is left of a block, and zeros elsewhere."""
+
+    @property
+    def numbers(self) -> Numbers | None:
+        """The same for the library; None where it does not know such rules."""
+
+
+# the rules of one tensor of every expert
+Prune = Callable[["Entries"], Sequence[Rule]]
 
 
 class Entries:
     """One tensor of every expert (the update's matrix, or its bias as one row), each as a product b_OR a_RI in fp32.
 
-    A product is computed again whenever it is read, always in the same blocks and into the same buffer, so that two
-    passes see the same bits. `weights` and `places` (among the experts first given) belong to the experts in order.
+    A product is computed again whenever it is read, always in the same blocks, so that two passes see the same bits.
+    `weights` and `places` (among the experts first given) belong to the experts in order.
     """
 
     def __init__(self, products: Sequence[tuple[Tensor, Tensor]], found: Sequence[Term], *, bias: bool = False) -> None:
@@ -36,7 +63,6 @@ class Entries:
         self.bias = bias
         self.shape = (int(products[0][0].shape[0]), int(products[0][1].shape[1]))
         self._rows = max(1, BLOCK // max(1, self.shape[1]) // ROW_GROUP) * ROW_GROUP
-        self._buffer = torch.empty(min(self._rows, self.shape[0]), self.shape[1])
 
     def __len__(self) -> int:
         return len(self.products)
@@ -49,28 +75,101 @@ class Entries:
         for start in range(0, self.shape[0], self._rows):
             yield slice(start, min(start + self._rows, self.shape[0]))
 
-    def read(self, expert: int, rows: slice) -> Tensor:
-        """The block (B, I) of one expert; the memory is used again by the next read."""
+    def read(self, expert: int, rows: slice, out_BI: Tensor) -> Tensor:
+        """The block (B, I) of one expert, written to contiguous memory."""
         b_OR, a_RI = self.products[expert]
-        return torch.mm(b_OR[rows], a_RI, out=self._buffer[: rows.stop - rows.start])
+        compiled = library()
+        if compiled is None:
+            return torch.mm(b_OR[rows], a_RI, out=out_BI)
+        packed = torch.empty(max(1, a_RI.shape[0]) * WIDE)
+        compiled.read_entries(
+            ctypes.byref(self._in_c(expert)), self.shape[1], rows.start, rows.stop, packed.data_ptr(), out_BI.data_ptr()
+        )
+        return out_BI
 
     def magnitudes(self, expert: int) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of the absolute values of one expert, in order."""
+        """Blocks of the absolute values of one expert, in order; the memory is used again by the next block."""
+        buffer_BI = self._buffer()
         for rows in self.blocks():
-            yield rows, self.read(expert, rows).abs_()
+            yield rows, self.read(expert, rows, buffer_BI[: rows.stop - rows.start]).abs_()
 
-    def stacks(self, keep: Keep | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of all experts (E, B, I), each passed through `keep`; the memory is used again by the next block."""
-        stack_EBI = torch.empty(len(self), *self._buffer.shape)
+    def sample(self, expert: int) -> NDArray[np.float32]:
+        """Some of the magnitudes of one expert, spread over its rows and columns; to rounding."""
+        b_OR, a_RI = self.products[expert]
+        return torch.mm(b_OR[::SAMPLE_ROWS], a_RI[:, ::SAMPLE_COLUMNS]).abs_().view(-1).numpy()
+
+    def narrow(self, expert: int, low: float, high: float, room: int) -> tuple[int, NDArray[np.float32]]:
+        """How many magnitudes of one expert are above `high`, and those from `low` to it, of which `room` are expected."""
+        compiled = library()
+        if compiled is None:
+            above, between = 0, []
+            for _, magnitudes_BI in self.magnitudes(expert):
+                values = magnitudes_BI.numpy()
+                above += int(np.count_nonzero(values > high))
+                between.append(values[(values >= low) & (values <= high)])
+            return above, np.concatenate(between)
+        packed = torch.empty(max(1, self.products[expert][1].shape[0]) * WIDE)
+        while True:
+            found, larger = np.empty(room, np.float32), ctypes.c_int64(0)
+            number = compiled.narrow_entries(
+                ctypes.byref(self._in_c(expert)), *reversed(self.shape), low, high,
+                packed.data_ptr(), found.ctypes.data, room, ctypes.byref(larger),
+            )  # fmt: skip
+            if number <= room:
+                return larger.value, found[:number]
+            room = number
+
+    def stacks(self, rules: Sequence[Rule] | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of all experts (E, B, I), each pruned by its rule; the memory is used again by the next block."""
+        buffer_BI = self._buffer()
+        stack_EBI = torch.empty(len(self), *buffer_BI.shape)
         for rows in self.blocks():
             part_EBI = stack_EBI[:, : rows.stop - rows.start]
-            for expert in range(len(self)):
-                block_BI = self.read(expert, rows)
-                if keep is None:
-                    part_EBI[expert].copy_(block_BI)
+            for expert, part_BI in enumerate(part_EBI):
+                if rules is None:
+                    self.read(expert, rows, part_BI)
                 else:
-                    keep(expert, rows, block_BI, part_EBI[expert])
+                    rules[expert].apply(rows, self.read(expert, rows, buffer_BI[: len(part_BI)]), part_BI)
             yield rows, part_EBI
+
+    def merge(self, rules: Sequence[Rule], weights: Sequence[float], out_OI: Tensor, **options: Any) -> Merge | None:
+        """The sum of the pruned entries by their weights, or an election (`options` are fields of `Merge`), by the library.
+
+        None, and nothing is written, where the library is missing or does not know a rule.
+        """
+        compiled, numbers = library(), [rule.numbers for rule in rules]
+        known = [each for each in numbers if each is not None]
+        if compiled is None or len(known) < len(numbers):
+            return None
+        experts = (Expert * len(self))(*map(self._in_c, range(len(self)), weights, known))
+        room = TILE * len(self) + WIDE * sum(a_RI.shape[0] for _, a_RI in self.products)
+
+        def run(rows: slice) -> Merge:
+            made, work = Merge(len(self), *self.shape, **options), torch.empty(room)
+            compiled.merge_entries(ctypes.byref(made), experts, rows.start, rows.stop, work.data_ptr(), out_OI.data_ptr())
+            return made
+
+        parts = self.by_threads(run, self._parts())
+        return Merge(cancelled=any(part.cancelled for part in parts), balance=sum(part.balance for part in parts))
+
+    def by_threads(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """`function` of each item: on several threads for a layer that is merged alone, if the library does the work."""
+        if self.size <= ALONE or library() is None:
+            return list(map(function, items))
+        return list(side_by_side(function, items))
+
+    def _parts(self) -> list[slice]:
+        """The rows, in parts of whole groups: one for each thread where `by_threads` has several."""
+        number = torch.get_num_threads() if self.size > ALONE else 1
+        step = -(-self.shape[0] // number // ROW_GROUP) * ROW_GROUP
+        return [slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step)]
+
+    def _buffer(self) -> Tensor:
+        return torch.empty(min(self._rows, self.shape[0]), self.shape[1])
+
+    def _in_c(self, expert: int, weight: float = 1.0, numbers: Numbers = EVERY) -> Expert:
+        b_OR, a_RI = self.products[expert]
+        return Expert(b_OR.data_ptr(), a_RI.data_ptr(), a_RI.shape[0], weight, *numbers)
 
 
 def tensors(found: Sequence[Term]) -> Iterator[Entries]:
@@ -98,8 +197,11 @@ def sum_pruned(experts: Experts, weights: Weights, prune: Prune, *, scale: float
     """One layer's scale * sum of w_e tau_e, tau_e being what `prune` leaves of expert e."""
 
     def rule(entries: Entries, out_OI: Tensor) -> None:
-        weights_E11 = torch.tensor([weight * scale for weight in entries.weights])[:, None, None]
-        for rows, stack_EBI in entries.stacks(prune(entries, out_OI)):
+        weights_E, rules = [weight * scale for weight in entries.weights], prune(entries)
+        if entries.merge(rules, weights_E, out_OI) is not None:
+            return
+        weights_E11 = torch.tensor(weights_E)[:, None, None]
+        for rows, stack_EBI in entries.stacks(rules):
             # multiplied before the sum, not within it: a fused product would leave a rounding error of x - x
             torch.sum(stack_EBI.mul_(weights_E11), dim=0, out=out_OI[rows])
 
@@ -107,7 +209,7 @@ def sum_pruned(experts: Experts, weights: Weights, prune: Prune, *, scale: float
 
 
 def _plain(factor: Tensor) -> Tensor:
-    return factor.detach().to("cpu", torch.float32)
+    return factor.detach().to("cpu", torch.float32).contiguous()
 
 
 def _row(factors: Factors) -> tuple[Tensor, Tensor]:

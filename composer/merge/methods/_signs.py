@@ -5,13 +5,14 @@ A method of this family is a file with its formula, its source and its defaults,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._entries import Entries, Prune, merged
+from loraweave.composer.merge.methods._entries import Entries, Prune, Rule, merged
 from loraweave.composer.merge.methods._terms import Experts, Weights, terms
 from loraweave.composer.merge.updates import DenseUpdate
 
@@ -39,9 +40,20 @@ def merge_elected(
     although somebody voted; it is called only when that happens.
     """
 
+    options = {
+        "elects": True,
+        "weighted": weighted,
+        "counts": majority == "frequency",
+        "divides": ("nothing", "count", "weights").index(divide),
+        "scale": scale,
+    }
+
     def rule(entries: Entries, out_OI: Tensor) -> None:
-        keep, weights_E = prune(entries, out_OI), torch.tensor(entries.weights)
-        for rows, stack_EBI in entries.stacks(keep):
+        rules = prune(entries)
+        if _by_library(entries, rules, out_OI, tie, **options):
+            return
+        weights_E = torch.tensor(entries.weights)
+        for rows, stack_EBI in entries.stacks(rules):
             stack_EN = stack_EBI.reshape(len(entries), -1)
             if weighted:
                 # before the sum, and not within it: a fused product would leave a rounding error of x - x
@@ -57,6 +69,16 @@ def merge_elected(
             out_OI[rows] = result_N.mul_(scale).view(stack_EBI.shape[1:])
 
     return merged(terms(experts, weights), rule)
+
+
+def _by_library(
+    entries: Entries, rules: Sequence[Rule], out_OI: Tensor, tie: Callable[[], float] | None, **options: Any
+) -> bool:
+    """Whether the library could merge them."""
+    found = entries.merge(rules, entries.weights, out_OI, tie=1.0, **options)
+    if found is not None and found.cancelled and tie is not None and tie() < 0:
+        entries.merge(rules, entries.weights, out_OI, tie=-1.0, **options)
+    return found is not None
 
 
 def divisor_of(aggregate: str) -> str:

@@ -11,10 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraweave.composer.merge.methods._entries import Entries, Keep, Prune
+from loraweave.composer.merge.methods._entries import Entries, Prune
+from loraweave.composer.merge.methods._entries_c import Numbers
 
-# how many of an fp32 number's 32 bits the second look at a histogram resolves
-LOW_BITS = 16
+# fewer magnitudes than that are looked at without a sample first
+SAMPLED = 2**14
+# magnitudes near the cut that are expected of any tensor
+ROOM = 2**10
 
 Blocks = Callable[[], Iterator[tuple[slice, Tensor]]]
 
@@ -25,6 +28,10 @@ class Cut:
 
     value: float
     last: float = -1
+
+    @property
+    def numbers(self) -> Numbers:
+        return Numbers(self.value, int(min(self.last, 2**62)))
 
     def apply(self, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
         """Writes the entries of a block that are kept, and zeros elsewhere."""
@@ -73,79 +80,73 @@ def largest(blocks: Blocks, count: int, scratch_OI: Tensor) -> Cut:
     return Cut(value, _place(blocks, value, int(np.count_nonzero(ordered[size - count :] == value))))
 
 
-def keep_largest(entries: Entries, count: int, scratch_OI: Tensor) -> Keep:
-    """Keeps the `count` largest entries of each expert."""
-    return keep_above([largest(_magnitudes(entries, expert), count, scratch_OI) for expert in range(len(entries))])
+def keep_largest(entries: Entries, count: int) -> Sequence[Cut]:
+    """Keeps exactly the `count` largest magnitudes of each expert (zeros aside), of equal ones the earlier."""
+    return entries.by_threads(lambda expert: _largest(entries, expert, count), range(len(entries)))
 
 
 def prune_smallest(density: float) -> Prune:
     """Keeps the int(density * entries) largest magnitudes of each expert's tensor, of equal ones the earlier."""
-    return lambda entries, scratch_OI: keep_largest(entries, count_of(density, entries.size), scratch_OI)
+    return lambda entries: keep_largest(entries, count_of(density, entries.size))
 
 
-def keep_above(cuts: Sequence[Cut]) -> Keep:
-    """Keeps what each expert's cut keeps."""
+def _largest(entries: Entries, expert: int, count: int) -> Cut:
+    if count <= 0:
+        return NOTHING
+    value, rest, equal = kth_largest([(entries, expert)], count)
+    if value == 0.0:
+        return EVERYTHING
+    if rest == equal:
+        return Cut(value, entries.size)
+    return Cut(value, _place(lambda: entries.magnitudes(expert), value, rest))
 
-    def keep(expert: int, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
-        cuts[expert].apply(rows, block_BI, out_BI)
 
-    return keep
+def kth_largest(parts: Sequence[tuple[Entries, int]], count: int) -> tuple[float, int, int]:
+    """The `count`-th largest magnitude (1 or more) of an expert's tensors, exactly; how many equal ones are among the
+    `count` largest, and how many there are.
 
-
-class Histogram:
-    """The k-th largest of magnitudes that come tensor by tensor, from counts over their fp32 bit patterns.
-
-    For numbers that are not negative the order of the bit patterns is the order of the values. First `add` everything,
-    then `narrow`, then `refine` everything once more; `value` is then exact.
+    Where there are fewer magnitudes, the others count as zeros. A sample says about where it lies (Floyd and Rivest
+    1975); one pass counts what is larger and keeps what is near, and another follows where the sample was wrong.
     """
-
-    def __init__(self) -> None:
-        self._high = torch.zeros(2 ** (31 - LOW_BITS), dtype=torch.int64)
-        self._low = np.zeros(2**LOW_BITS, dtype=np.int64)
-        self._waiting: list[NDArray[np.uint32]] = []
-        self._bin = 0
-        self._rest = 0
-
-    def add(self, scratch_OI: Tensor) -> None:
-        """Counts a tensor of magnitudes, which is overwritten."""
-        bits = scratch_OI.view(torch.int32).bitwise_right_shift_(LOW_BITS).view(-1)
-        self._high += torch.bincount(bits, minlength=len(self._high))
-
-    def narrow(self, count: int) -> None:
-        """Settles for which k `value` is asked: the `count`-th largest, 1 or more."""
-        above = self._high.flip(0).cumsum(0)
-        place = int(torch.searchsorted(above, count))
-        # where there are fewer magnitudes than asked for, the others are zeros that nobody added
-        self._bin = max(0, len(above) - 1 - place)
-        self._rest = count - int(above[place - 1]) if 0 < place < len(above) else count
-
-    def refine(self, magnitudes_BI: Tensor) -> None:
-        """Looks at a block again."""
-        magnitudes = magnitudes_BI.numpy()
-        low, high = (np.uint32(edge << LOW_BITS).view(np.float32) for edge in (self._bin, self._bin + 1))
-        inside = magnitudes >= low
-        inside &= magnitudes < high
-        self._waiting.append(magnitudes[inside].view(np.uint32))
-        if sum(map(len, self._waiting)) > len(self._low):
-            self._settle()
-
-    @property
-    def value(self) -> float:
-        self._settle()
-        above = self._low[::-1].cumsum()
-        place = int(np.searchsorted(above, self._rest))
-        low = max(0, len(above) - 1 - place)
-        return float(np.uint32((self._bin << LOW_BITS) | low).view(np.float32))
-
-    def _settle(self) -> None:
-        if self._waiting:
-            lows = np.concatenate(self._waiting) & np.uint32(2**LOW_BITS - 1)
-            self._low += np.bincount(lows, minlength=len(self._low))
-            self._waiting = []
+    size = sum(entries.size for entries, _ in parts)
+    if count > size:
+        return 0.0, 0, 0
+    low, high = 0.0, math.inf
+    if size > SAMPLED:
+        low, high = _bracket(np.concatenate([entries.sample(expert) for entries, expert in parts]), count / size)
+    while True:
+        above, near = 0, []
+        for entries, expert in parts:
+            larger, between = entries.narrow(expert, low, high, ROOM + entries.size // 16)
+            above += larger
+            near.append(between)
+        if above >= count:
+            low, high = high, math.inf
+        elif above + sum(map(len, near)) >= count:
+            break
+        elif low > 0.0:
+            low, high = 0.0, low
+        else:
+            # what is missing is no number
+            return 0.0, 0, 0
+    values, rest = np.concatenate(near), count - above
+    place = len(values) - rest
+    values.partition(place)
+    found = values[place]
+    return float(found), int(np.count_nonzero(values[place:] == found)), int(np.count_nonzero(values == found))
 
 
-def _magnitudes(entries: Entries, expert: int) -> Blocks:
-    return lambda: entries.magnitudes(expert)
+def _bracket(sample: NDArray[np.float32], share: float) -> tuple[float, float]:
+    """Magnitudes between which the one lies, in all likelihood, that `share` of all are as large as or larger."""
+    margin = 0.01 + 2.0 / math.sqrt(len(sample))
+    places = [round((1.0 - share + move) * len(sample)) for move in (margin, -margin)]
+    found = [math.inf, 0.0]
+    for number, place in enumerate(places):
+        if 0 <= place < len(sample):
+            # one place at a time, which is faster by far than both in one call
+            sample.partition(place)
+            found[number], sample = float(sample[place]), sample[: place + 1]
+    return found[1], found[0]
 
 
 def _place(blocks: Blocks, value: float, number: int) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from loraweave.common.options import Fraction
-from loraweave.composer.merge.methods._entries import Entries, Keep, Prune, sum_pruned
+from loraweave.composer.merge.methods._entries import Entries, Prune, Rule, sum_pruned
 from loraweave.composer.merge.methods._terms import Experts, Weights
-from loraweave.composer.merge.methods._thresholds import count_of, keep_largest
+from loraweave.composer.merge.methods._thresholds import Cut, count_of, keep_largest
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.registry import traits
 
@@ -27,25 +30,28 @@ def breadcrumbs(
     return sum_pruned(experts, weights, prune_both_ends(density, gamma), scale=scale)
 
 
+@dataclass(frozen=True)
+class Between:
+    """Keeps what `reach` keeps and `outliers` does not."""
+
+    reach: Cut
+    outliers: Cut
+    numbers: None = None
+
+    def apply(self, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
+        outliers_BI = torch.empty_like(block_BI)
+        self.reach.apply(rows, block_BI, out_BI)
+        self.outliers.apply(rows, block_BI, outliers_BI)
+        # both are the same numbers or zeros, so the difference is exact
+        out_BI.sub_(outliers_BI)
+
+
 def prune_both_ends(density: float, gamma: float) -> Prune:
     """Drops the int(gamma * n) largest entries of each expert's tensor, and keeps the int(density * n) that follow."""
 
-    def prune(entries: Entries, scratch_OI: Tensor) -> Keep:
+    def prune(entries: Entries) -> Sequence[Rule]:
         target = count_of(density, entries.size)
         reach = min(entries.size, target + count_of(gamma, entries.size))
-        keep_reach = keep_largest(entries, reach, scratch_OI)
-        keep_outliers = keep_largest(entries, reach - target, scratch_OI)
-        outliers_BI = torch.empty(0)
-
-        def keep(expert: int, rows: slice, block_BI: Tensor, left_BI: Tensor) -> None:
-            nonlocal outliers_BI
-            if outliers_BI.shape != block_BI.shape:
-                outliers_BI = torch.empty_like(block_BI)
-            keep_reach(expert, rows, block_BI, left_BI)
-            keep_outliers(expert, rows, block_BI, outliers_BI)
-            # both are the same numbers or zeros, so the difference is exact
-            left_BI.sub_(outliers_BI)
-
-        return keep
+        return list(map(Between, keep_largest(entries, reach), keep_largest(entries, reach - target)))
 
     return prune

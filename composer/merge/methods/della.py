@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from loraweave.common.options import Fraction
-from loraweave.composer.merge.methods._dropout import LEVELS, Draws, quantise
-from loraweave.composer.merge.methods._entries import Entries, Keep
+from loraweave.composer.merge.methods._dropout import LEVELS, draws, quantise, stream
+from loraweave.composer.merge.methods._entries import Entries, Rule
 from loraweave.composer.merge.methods._signs import divisor_of, merge_elected
 from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.updates import DenseUpdate
@@ -51,29 +52,40 @@ def della(
             f"{density + epsilon:.6g}, outside (0, 1]: epsilon must be below density and at most 1 - density"
         )
 
-    def prune(entries: Entries, scratch_OI: Tensor) -> Keep:
+    def prune(entries: Entries) -> Sequence[Rule]:
         return magprune(entries, seeds, density, epsilon)
 
     return merge_elected(experts, weights, prune, divide=divide, scale=scale)
 
 
-def magprune(entries: Entries, seeds: Sequence[int], density: float, epsilon: float, *, rescale: bool = True) -> Keep:
+def magprune(
+    entries: Entries, seeds: Sequence[int], density: float, epsilon: float, *, rescale: bool = True
+) -> Sequence[Rule]:
     """Keeps an entry with a probability that rises with the rank of its magnitude, and divides it by that to `rescale`."""
     width = entries.shape[1]
     rising = np.linspace(-1.0, 1.0, width) if width > 1 else np.zeros(width)
     level_of_rank_I = torch.tensor([float(quantise(density + epsilon * step)) for step in rising])
-    draws = Draws(entries, seeds)
+    return [Ranked(stream(entries, seeds, expert), level_of_rank_I, rescale) for expert in range(len(entries))]
 
-    def keep(expert: int, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """Keeps the entries whose draw is below the level of their rank in the row, from the smallest magnitude on."""
+
+    seed: int
+    level_of_rank_I: Tensor
+    rescale: bool
+    numbers: None = None
+
+    def apply(self, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
         level_BI = torch.empty_like(block_BI)
-        level_BI.scatter_(1, _ascending(block_BI), level_of_rank_I.expand_as(block_BI))
-        kept = draws.block(expert, block_BI) < level_BI.numpy()
-        if rescale:
+        level_BI.scatter_(1, _ascending(block_BI), self.level_of_rank_I.expand_as(block_BI))
+        drawn = draws(self.seed, rows.start * block_BI.shape[1], (block_BI.shape[0], block_BI.shape[1]))
+        kept = drawn < level_BI.numpy()
+        if self.rescale:
             # a level of zero keeps nothing, and divides nothing
             block_BI = torch.div(block_BI, level_BI.div_(LEVELS).clamp_(min=1 / LEVELS), out=out_BI)
         np.multiply(block_BI.numpy(), kept, out=out_BI.numpy())
-
-    return keep
 
 
 def _ascending(block_BI: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Literal
@@ -9,10 +10,10 @@ from typing import Literal
 import torch
 
 from loraweave.common.options import Fraction
-from loraweave.composer.merge.methods._entries import Entries, Keep, tensors
+from loraweave.composer.merge.methods._entries import Entries, Rule, tensors
 from loraweave.composer.merge.methods._signs import divisor_of, merge_elected, vote
 from loraweave.composer.merge.methods._terms import Experts, Term, Weights, terms
-from loraweave.composer.merge.methods._thresholds import EVERYTHING, NOTHING, Cut, Histogram, count_of, keep_above
+from loraweave.composer.merge.methods._thresholds import EVERYTHING, NOTHING, Cut, count_of, kth_largest
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.registry import traits
 
@@ -24,8 +25,8 @@ class Survey:
         self._layers = layers
         self.cuts = cuts
 
-    def keep(self, entries: Entries) -> Keep:
-        return keep_above([self.cuts[place] for place in entries.places])
+    def rules(self, entries: Entries) -> Sequence[Rule]:
+        return [self.cuts[place] for place in entries.places]
 
     @cached_property
     def majority(self) -> float:
@@ -36,7 +37,12 @@ class Survey:
         balance = 0
         for found in self._layers:
             for entries in tensors(found):
-                for _, stack_EBI in entries.stacks(self.keep(entries)):
+                rules = self.rules(entries)
+                counted = entries.merge(rules, entries.weights, torch.empty(entries.shape), elects=True, weighted=True)
+                if counted is not None:
+                    balance += counted.balance
+                    continue
+                for _, stack_EBI in entries.stacks(rules):
                     weighted_EN = stack_EBI.reshape(len(entries), -1) * torch.tensor(entries.weights)[:, None]
                     balance += int(vote(weighted_EN, "total").sign_().sum())
         return 1.0 if balance >= 0 else -1.0
@@ -68,7 +74,7 @@ def ties(
     return merge_elected(
         experts,
         weights,
-        lambda entries, scratch_OI: seen.keep(entries),
+        seen.rules,
         divide=divisor_of(aggregate),
         scale=scale,
         tie=lambda: seen.majority,
@@ -81,25 +87,15 @@ def survey(layers: Iterable[Experts], weights: Weights, *, density: Fraction = 0
 
 
 def _survey(layers: Sequence[Sequence[Term]], density: float) -> Survey:
-    """Each expert's k-th largest magnitude over all layers: counted by bit pattern, in two passes over the products."""
+    """Each expert's k-th largest magnitude over all layers."""
     size = sum(entries.size for found in layers if found for entries in tensors(found))
     places = sorted({term.place for found in layers for term in found})
     count = count_of(density, size)
     if count == 0 or count == size:
         return Survey(layers, dict.fromkeys(places, EVERYTHING if count else NOTHING))
-    histograms = {place: Histogram() for place in places}
-    for found in layers:
-        for entries in tensors(found) if found else ():
-            scratch_OI = torch.empty(entries.shape)
-            for expert, place in enumerate(entries.places):
-                for rows, magnitudes_BI in entries.magnitudes(expert):
-                    scratch_OI[rows] = magnitudes_BI
-                histograms[place].add(scratch_OI)
-    for histogram in histograms.values():
-        histogram.narrow(count)
+    parts: dict[int, list[tuple[Entries, int]]] = {place: [] for place in places}
     for found in layers:
         for entries in tensors(found) if found else ():
             for expert, place in enumerate(entries.places):
-                for _, magnitudes_BI in entries.magnitudes(expert):
-                    histograms[place].refine(magnitudes_BI)
-    return Survey(layers, {place: Cut(histogram.value, torch.inf) for place, histogram in histograms.items()})
+                parts[place].append((entries, expert))
+    return Survey(layers, {place: Cut(kth_largest(own, count)[0], math.inf) for place, own in parts.items()})

@@ -18,6 +18,8 @@ from loraweave.composer.merge.methods.ties_per_layer import ties_per_layer
 from loraweave.composer.merge.methods.ties_weighted import ties_weighted
 from loraweave.types import Factors
 
+pytestmark = pytest.mark.usefixtures("entries_way")
+
 METHODS = [ties, ties_per_layer, ties_weighted, ties_count]
 WEIGHTS = [0.7, -0.4, 1.3, 0.9]
 
@@ -206,7 +208,7 @@ def test_a_sum_of_zero_takes_the_sign_of_most_entries_of_the_model() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_single_expert_of_weight_one_at_density_one_is_given_back(method) -> None:
-    update = factors(0)
+    update = whole(dense(factors(0)).tolist())
     assert torch.equal(method([update], [1.0], density=1.0).delta_OI, dense(update))
 
 

@@ -1,0 +1,68 @@
+"""The library of `entries.c`: products of factors, their magnitudes, and pruned merges of them, tile by tile."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from loraweave.common import native
+
+SOURCE = Path(__file__).with_name("entries.c")
+# entries of a tile, and of its width, as in entries.c
+TILE, WIDE = 256, 64
+_int, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+class Expert(ctypes.Structure):
+    """`Expert` of entries.c."""
+
+    _fields_ = (
+        ("b", _pointer),
+        ("a", _pointer),
+        ("rank", _int),
+        ("weight", _float),
+        ("value", _float),
+        ("last", _int),
+        ("seed", ctypes.c_uint64),
+        ("level", _int),
+    )
+
+
+class Merge(ctypes.Structure):
+    """`Merge` of entries.c."""
+
+    _fields_ = (
+        *((name, _int) for name in ("num_experts", "num_outputs", "num_inputs", "elects", "weighted", "counts", "divides")),
+        *((name, _float) for name in ("scale", "tie")),
+        *((name, _int) for name in ("cancelled", "balance")),
+    )
+
+
+class Numbers(NamedTuple):
+    """What is left of an expert's entries: magnitudes above `value`, or equal to it up to the flat index `last`, and of
+    those the ones whose 16 bits from the stream of `seed` are below `level` (-1 draws nothing)."""
+
+    value: float = -1.0
+    last: int = -1
+    seed: int = 0
+    level: int = -1
+
+
+EVERY = Numbers()
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library, with its functions' types; None where it cannot be had."""
+    found = native.library(SOURCE, brief=False)
+    if found is not None:
+        found.read_entries.argtypes = [_pointer, _int, _int, _int, _pointer, _pointer]
+        found.narrow_entries.argtypes = [_pointer, _int, _int, _float, _float, _pointer, _pointer, _int, _pointer]
+        found.narrow_entries.restype = _int
+        found.merge_entries.argtypes, found.merge_entries.restype = (
+            [_pointer, _pointer, _int, _int, _pointer, _pointer],
+            None,
+        )
+    return found

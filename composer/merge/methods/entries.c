@@ -1,0 +1,223 @@
+/* The entries of the products b a of several experts, pruned and merged tile by tile: no dense update is ever stored.
+
+   `_entries_c.py` compiles this file and says what the fields hold; `_entries.py`, `_signs.py`, `_thresholds.py` and
+   `_dropout.py` have the same in PyTorch. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "draws are read as little-endian words"
+#endif
+
+enum { HIGH = 4, WIDE = 64, TILE = HIGH * WIDE, LANES = 16, PER_ROW = WIDE / LANES };
+
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float half __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
+typedef double doubles __attribute__((vector_size(4 * LANES)));
+typedef int32_t flags __attribute__((vector_size(4 * LANES)));
+
+typedef struct {
+    const float *b, *a;   /* num_outputs x rank, rank x num_inputs */
+    int64_t rank;
+    float weight;
+    float value;          /* kept are magnitudes above it, and those equal to it up to the flat index `last`, .. */
+    int64_t last;
+    uint64_t seed;        /* .. of which the 16 bits drawn are below level; a negative level draws nothing */
+    int64_t level;
+} Expert;
+
+typedef struct {
+    int64_t num_experts, num_outputs, num_inputs;
+    int64_t elects, weighted, counts, divides;  /* `merge_elected`'s; divides: by 0 nothing, 1 a count, 2 weights */
+    float scale, tie;
+    int64_t cancelled;    /* found: whether an election of votes that are not all zero came to nothing, .. */
+    int64_t balance;      /* .. and how many more entries elected the positive sign than the negative */
+} Merge;
+
+/* HIGH rows of b by WIDE columns of a, which lie side by side: each entry's sum runs over the ranks in order */
+static void multiply(const float *const *b, const float *a, int64_t rank, float *tile) {
+    lanes sums[HIGH * PER_ROW] = {0};
+    for (int64_t r = 0; r < rank; r++, a += WIDE)
+        for (int o = 0; o < HIGH; o++)
+            for (int k = 0; k < PER_ROW; k++) sums[o * PER_ROW + k] += b[o][r] * *(const lanes *)(a + k * LANES);
+    memcpy(tile, sums, sizeof sums);
+}
+
+/* the columns from `column` on side by side, zeros beyond the last one */
+static int64_t pack(const Expert *e, int64_t num_inputs, int64_t column, float *packed) {
+    const int64_t width = num_inputs - column < WIDE ? num_inputs - column : WIDE;
+    for (int64_t r = 0; r < e->rank; r++, packed += WIDE) {
+        memcpy(packed, e->a + r * num_inputs + column, width * sizeof *packed);
+        memset(packed + width, 0, (WIDE - width) * sizeof *packed);
+    }
+    return width;
+}
+
+/* the tile of the rows from `row` on; beyond `end` the last one again */
+static void fill(const Expert *e, const float *packed, int64_t row, int64_t end, float *tile) {
+    const float *b[HIGH];
+    for (int o = 0; o < HIGH; o++) b[o] = e->b + (row + o < end ? row + o : end - 1) * e->rank;
+    multiply(b, packed, e->rank, tile);
+}
+
+/* rows start to end of one expert's entries; `packed` has room for rank * WIDE numbers */
+void read_entries(const Expert *e, int64_t num_inputs, int64_t start, int64_t end, float *packed, float *out) {
+    float tile[TILE];
+    for (int64_t column = 0; column < num_inputs; column += WIDE) {
+        const int64_t width = pack(e, num_inputs, column, packed);
+        for (int64_t row = start; row < end; row += HIGH) {
+            fill(e, packed, row, end, tile);
+            for (int64_t o = 0; o < HIGH && row + o < end; o++)
+                memcpy(out + (row + o - start) * num_inputs + column, tile + o * WIDE, width * sizeof *out);
+        }
+    }
+}
+
+/* appends the magnitudes of a line from low to high, as far as there is room; returns how many they are */
+static inline int64_t collect(const float *line, int64_t width, float low, float high, float *between, int64_t room,
+                              int64_t *above) {
+    int64_t found = 0;
+#ifdef __AVX512F__
+    for (int64_t n = 0; n < width; n += LANES) {
+        const __mmask16 there = width - n < LANES ? (1u << (width - n)) - 1 : 0xffff;
+        const __m512 size = _mm512_abs_ps(_mm512_maskz_loadu_ps(there, line + n));
+        const __mmask16 over = _mm512_mask_cmp_ps_mask(there, size, _mm512_set1_ps(high), _CMP_GT_OQ);
+        const __mmask16 reached = _mm512_mask_cmp_ps_mask(there, size, _mm512_set1_ps(low), _CMP_GE_OQ);
+        const __mmask16 inside = _mm512_mask_cmp_ps_mask(reached, size, _mm512_set1_ps(high), _CMP_LE_OQ);
+        const int64_t number = __builtin_popcount(inside), left = room - found;
+        *above += __builtin_popcount(over);
+        if (left > 0) {
+            const __mmask16 fits = left < number ? (1u << left) - 1 : (1u << number) - 1;
+            _mm512_mask_storeu_ps(between + found, fits, _mm512_maskz_compress_ps(inside, size));
+        }
+        found += number;
+    }
+#else
+    for (int64_t n = 0; n < width; n++) {
+        const float size = fabsf(line[n]);
+        *above += size > high;
+        if (size >= low && size <= high) {
+            if (found < room) between[found] = size;
+            found++;
+        }
+    }
+#endif
+    return found;
+}
+
+/* Writes one expert's magnitudes from low to high, as many as there is room for; returns how many there are, and adds to
+   `above` how many are larger. */
+int64_t narrow_entries(const Expert *e, int64_t num_inputs, int64_t num_outputs, float low, float high, float *packed,
+                       float *between, int64_t room, int64_t *above) {
+    float tile[TILE];
+    int64_t found = 0;
+    for (int64_t column = 0; column < num_inputs; column += WIDE) {
+        const int64_t width = pack(e, num_inputs, column, packed);
+        for (int64_t row = 0; row < num_outputs; row += HIGH) {
+            fill(e, packed, row, num_outputs, tile);
+            for (int64_t o = 0; o < HIGH && row + o < num_outputs; o++)
+                found += collect(tile + o * WIDE, width, low, high, between + found, room - found, above);
+        }
+    }
+    return found;
+}
+
+/* the w-th word of SplitMix64 (Steele, Lea and Flood 2014) from `seed` on */
+static inline uint64_t word(uint64_t seed, uint64_t w) {
+    uint64_t z = seed + (w + 1) * 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+/* What an expert's rule leaves of a line of WIDE entries, of which the first has that flat index, times the weight. Never
+   inlined: a sum that had this product within it would leave a rounding error of x - x. */
+static __attribute__((noinline)) void prune(const Expert *e, int64_t first, float weight, float *line) {
+    int32_t kept[WIDE];
+    const int64_t upto = e->last - first;
+    const int32_t last = upto < -1 ? -1 : upto > WIDE ? WIDE : (int32_t)upto;
+    for (int n = 0; n < WIDE; n++) {
+        const float size = fabsf(line[n]);
+        kept[n] = (size > e->value) | ((size == e->value) & (n <= last));
+    }
+    if (e->level >= 0) {
+        enum { WORDS = WIDE / 4 + 8 };
+        uint64_t words[WORDS];
+        uint16_t draws[4 * WORDS];
+        for (int w = 0; w < WORDS; w++) words[w] = word(e->seed, (uint64_t)first / 4 + w);
+        memcpy(draws, words, sizeof words);
+        const uint16_t *own = draws + first % 4;
+        const int32_t level = (int32_t)e->level;
+        for (int n = 0; n < WIDE; n++) kept[n] &= own[n] < level;
+    }
+    for (int n = 0; n < WIDE; n++) line[n] = kept[n] ? weight * line[n] : 0;
+}
+
+/* a where the flag is set, else b */
+static inline lanes pick(flags set, lanes a, lanes b) { return (lanes)(((flags)a & set) | ((flags)b & ~set)); }
+
+/* LANES entries of every expert, one every TILE numbers: the sum of what agrees with the elected sign */
+static inline void elect(const Merge *m, const Expert *experts, const float *entries, flags *tally, float *out) {
+    const lanes zero = {0}, one = zero + 1;
+    lanes votes = zero, sums = zero, divisors = zero;
+    doubles exact[2] = {{0}, {0}};
+    flags voted = {0};
+    for (int64_t e = 0; e < m->num_experts; e++) {
+        const lanes own = *(const lanes *)(entries + e * TILE);
+        if (m->counts) votes += pick(own > 0, one, zero) - pick(own < 0, one, zero);
+        else
+            for (int k = 0; k < 2; k++)
+                exact[k] += __builtin_convertvector(((const half *)(entries + e * TILE))[k], doubles);
+        voted |= own != 0;
+    }
+    /* a sum of fp32 numbers is zero or at least 2^-149, which fp32 has too */
+    if (!m->counts)
+        for (int k = 0; k < 2; k++) ((half *)&votes)[k] = __builtin_convertvector(exact[k], half);
+    tally[0] += (votes < 0) - (votes > 0);
+    tally[1] |= (votes == 0) & voted;
+    votes = pick(votes == 0, zero + m->tie, votes);
+    for (int64_t e = 0; e < m->num_experts; e++) {
+        const lanes own = *(const lanes *)(entries + e * TILE);
+        const flags agrees = (((flags)own ^ (flags)votes) >= 0) & (own != 0);
+        sums += (m->weighted ? 1 : experts[e].weight) * pick(agrees, own, zero);
+        divisors += pick(agrees, zero + (m->divides == 2 ? experts[e].weight : 1), zero);
+    }
+    if (m->divides) sums /= pick(divisors == 0, one, divisors);
+    *(lanes *)out = sums * m->scale;
+}
+
+/* Rows start to end of the merge of all experts; `work` has room for WIDE numbers of every rank and a TILE of every expert. */
+void merge_entries(Merge *m, const Expert *experts, int64_t start, int64_t end, float *work, float *out) {
+    float *tiles = work, line[WIDE];
+    flags tally[2] = {{0}};
+    for (int64_t column = 0; column < m->num_inputs; column += WIDE) {
+        float *packed = work + m->num_experts * TILE;
+        int64_t width = 0;
+        for (int64_t e = 0; e < m->num_experts; packed += experts[e++].rank * WIDE)
+            width = pack(experts + e, m->num_inputs, column, packed);
+        for (int64_t row = start; row < end; row += HIGH) {
+            packed = work + m->num_experts * TILE;
+            for (int64_t e = 0; e < m->num_experts; packed += experts[e++].rank * WIDE) {
+                const float weight = m->elects && !m->weighted ? 1 : experts[e].weight;
+                fill(experts + e, packed, row, end, tiles + e * TILE);
+                for (int o = 0; o < HIGH; o++)
+                    prune(experts + e, (row + o) * m->num_inputs + column, weight, tiles + e * TILE + o * WIDE);
+            }
+            for (int64_t o = 0; o < HIGH && row + o < end; o++) {
+                if (m->elects)
+                    for (int k = 0; k < WIDE; k += LANES) elect(m, experts, tiles + o * WIDE + k, tally, line + k);
+                else {
+                    memset(line, 0, sizeof line);
+                    for (int64_t e = 0; e < m->num_experts; e++)
+                        for (int n = 0; n < WIDE; n++) line[n] += tiles[e * TILE + o * WIDE + n];
+                }
+                memcpy(out + (row + o) * m->num_inputs + column, line, width * sizeof *out);
+            }
+        }
+    }
+    for (int n = 0; n < LANES; n++) m->balance += tally[0][n], m->cancelled |= tally[1][n];
+}
