@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from loraweave.common.display import progress_bar
 from loraweave.common.files import cache_folder
 from loraweave.common.names import text_digest
-from loraweave.errors import AdapterCorrupt, BaseModelMismatch, PackageMissing, WeightingError
+from loraweave.errors import AdapterCorrupt, BaseModelMismatch, CompositionError, PackageMissing, WeightingError
 from loraweave.hub.stores.folder_blobs import file_digest, known_digest
 from loraweave.types import BaseKey, Fingerprint
 
@@ -73,6 +73,8 @@ def load_base(
     """
     if device is not None and device_map is not None:
         raise WeightingError(f"device={device!r} and device_map={device_map!r} both say where the model goes: give one")
+    if not isinstance(dtype, torch.dtype | None):
+        raise WeightingError(f"dtype={dtype!r} is no torch.dtype: give torch.float32 or torch.bfloat16, or leave it out")
     if not isinstance(trust_remote_code, bool):
         raise WeightingError(f"trust_remote_code={trust_remote_code!r} is no consent: give True, or leave it out")
     if revision is not None and (name is None or Path(name).is_dir()):
@@ -279,6 +281,19 @@ def base_key(model: nn.Module, *, weights: bool = True) -> BaseKey:
     return BaseKey(base_id(model), revision or None, own_print)
 
 
+# where pipelines keep the model that adapters are for
+PARTS = ("transformer", "unet", "model")
+
+
+def require_model(model: Any) -> None:
+    """Raises CompositionError if `model` is not a module; the message names the part of a pipeline that is one."""
+    if isinstance(model, nn.Module):
+        return
+    part = next((name for name in PARTS if isinstance(getattr(model, name, None), nn.Module)), None)
+    way_out = "load it first, as lw.load_base() does" if part is None else f"pass its .{part}"
+    raise CompositionError(f"adapters go onto a model, a torch.nn.Module, and {model!r:.60} is none: {way_out}")
+
+
 NUM_TENSORS = 16
 SAMPLES_PER_TENSOR = 16
 
@@ -289,6 +304,7 @@ def fingerprint(model: torch.nn.Module) -> Fingerprint:
     Buffers, dtype and device do not enter. Parameters on the meta device, of integers or of a type of their own give no
     samples, and those of a model that was quantised as it was loaded count with the names and shapes that they had before.
     """
+    require_model(model)
     named = dict(model.named_parameters())
     if getattr(config := getattr(model, "config", None), "quantization_config", None) is not None:
         with torch.device("meta"):

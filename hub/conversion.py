@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, LayerMismatch
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.base import base_id, base_key, fingerprint
+from loraweave.hub.base import base_id, base_key, fingerprint, require_model
 from loraweave.hub.formats._base_layer import BaseLayer, as_base_layer, base_layer
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, Dense, cut
 from loraweave.hub.formats._files import listing, present
@@ -108,6 +108,7 @@ def extract(
     bound = Bound(rank, MAX_ERROR if max_error is None and rank is None else max_error)
     if others not in ("error", "card", "heads"):
         raise AdapterUnsupported(f"others is {others!r}; known are 'error', 'card' and 'heads'")
+    require_model(base_model)
     base = dict(base_model.named_parameters())
     places = _linear_parameters(base_model, layers)
     found: dict[str, Factors] = {}

@@ -294,6 +294,9 @@ class Task:
     system: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        for name in ("instruction", "template", "system"):
+            if not isinstance(text := getattr(self, name), str | None):
+                raise InvalidTask(f"{name} is {text!r:.80}; it must be a text")
         rows = read_rows(self.examples, noun="example")
         given = self.demonstrations
         shown = (rows if given else []) if isinstance(given, bool) else read_rows(given, noun="demonstration")

@@ -217,6 +217,14 @@ OPTIONS = {
     "an option of no router": lambda w: lw.router("arrow", w.pool, top_q=1),
     "as many experts as there are not": lambda w: lw.router("arrow", w.pool, top_k=9),
     "a search for a number": lambda w: lw.Retriever(w.hub).candidates(5),
+    "a dtype by a wrong name": lambda w: lw.load_base(dtype="float3"),
+    "an instruction that is a number": lambda w: lw.Task([("a", "b")], instruction=3),
+    "a template that is a number": lambda w: lw.Task([("a", "b")], template=3),
+    "a study that is a number": lambda w: lw.study(3),
+    "the difference to no model": lambda w: lw.extract(None, w.model),
+    "a plain LoRA on no model": lambda w: lw.to_lora(w.adapters[0], None),
+    "the key of no model": lambda w: lw.base_key(None),
+    "the opposite of a name": lambda w: lw.negate("a"),
 }
 
 CALLS = {

@@ -22,9 +22,9 @@ from loraweave.composer.compose.user_loss import Examples
 from loraweave.composer.compose.ways import Ways
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.fitting import Fitting
-from loraweave.composer.model.layers import require_model
 from loraweave.errors import BaseModelMismatch, CompositionError, EmptyIndex
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.base import require_model
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.retrieval.retriever import Retriever

@@ -13,10 +13,9 @@ from loraweave.common.chat import prompt_json
 from loraweave.common.files import as_path
 from loraweave.composer.compose.report import Report, ReportRow
 from loraweave.composer.composer import Composer
-from loraweave.composer.model.layers import require_model
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, BaseModelMismatch, CompositionError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.base import base_id, base_key, fingerprint
+from loraweave.hub.base import base_id, base_key, fingerprint, require_model
 from loraweave.hub.formats._files import read_bytes
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.same_base import warn_unverified

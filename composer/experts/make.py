@@ -22,9 +22,9 @@ from loraweave.composer.experts.saving import FILE, FIRST_TENSORS, TENSORS, read
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.merge.arithmetic import clusters
 from loraweave.composer.merge.merge import merge
-from loraweave.composer.model.layers import require_model
 from loraweave.errors import AdapterUnsupported, ScopeError, UnknownName, WeightingError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.base import require_model
 from loraweave.hub.hub import Hub
 from loraweave.hub.intake.sources import find_folder
 from loraweave.hub.pool import ExpertPool, require_everywhere

@@ -19,14 +19,13 @@ from loraweave.composer.federated.flower import flower
 from loraweave.composer.federated.rounds import Backend, Kept, RoundReport, State, here, run_rounds
 from loraweave.composer.federated.strategies._strategy import Client, Course, Strategy
 from loraweave.composer.model.batches import untouched
-from loraweave.composer.model.layers import require_model
 from loraweave.composer.train.adapters import read_rows, target_layers
 from loraweave.composer.train.rows import Judging
 from loraweave.composer.train.schedule import WARMUP_STEPS
 from loraweave.composer.train.settings import LoraSettings, read_endings, read_tasks
 from loraweave.errors import TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.base import fingerprint
+from loraweave.hub.base import fingerprint, require_model
 from loraweave.types import Task
 
 BACKENDS: dict[str, Backend] = {"here": here, "flower": flower}

@@ -42,7 +42,8 @@ def negate(adapter: Adapter, *, name: str | None = None, heads: str = "error") -
     Twice is the adapter itself, bit for bit. An unbound update is refused: what replaces the base's weight or bias has no
     opposite without the base.
     """
-    return scale(adapter, -1.0, name=name or f"negated {adapter.name}", heads=heads)
+    found = scale(adapter, -1.0, name=name, heads=heads)
+    return found if name else replace(found, name=f"negated {adapter.name}")
 
 
 def scale(adapter: Adapter, weight: float, *, name: str | None = None, heads: str = "error") -> Adapter:

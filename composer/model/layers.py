@@ -371,16 +371,3 @@ def _loads(code: CodeType) -> Iterator[tuple[str, bool]]:
         asked = then[1] in _ABOUT or any(argument == "isinstance" for _, argument in steps[max(0, place - 2) : place])
         if part[1] == "weight" and not asked:
             yield str(attribute), True
-
-
-# where pipelines keep the model that adapters are for
-PARTS = ("transformer", "unet", "model")
-
-
-def require_model(model: Any) -> None:
-    """Raises CompositionError if `model` is not a module; the message names the part of a pipeline that is one."""
-    if isinstance(model, nn.Module):
-        return
-    part = next((name for name in PARTS if isinstance(getattr(model, name, None), nn.Module)), None)
-    way_out = "load it first, as lw.load_base() does" if part is None else f"pass its .{part}"
-    raise CompositionError(f"adapters go onto a model, a torch.nn.Module, and {model!r:.60} is none: {way_out}")

@@ -9,9 +9,9 @@ from loraweave.common.options import Count, Range, check_options, options_of
 from loraweave.common.rows import GivenRows
 from loraweave.composer.compose.candidates import experts_of
 from loraweave.composer.compose.program_search import labels_of, search_programs
-from loraweave.composer.model.layers import require_model
 from loraweave.composer.programs.program import OrderReport, Program, pool_of
 from loraweave.errors import CompositionError, InvalidTask, WeightingError
+from loraweave.hub.base import require_model
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.retrieval.retriever import Retriever

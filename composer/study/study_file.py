@@ -11,6 +11,7 @@ import numpy as np
 
 from loraweave.common.chat import Prompt
 from loraweave.common.checks import are_texts, is_list, is_whole, one_or_many
+from loraweave.common.files import as_path
 from loraweave.common.options import require_known
 from loraweave.common.rows import Row, located, read_row
 from loraweave.common.yaml_file import read_yaml
@@ -88,7 +89,7 @@ class Study:
             case Mapping():
                 place, said, whose = Path(), dict(given), "the study"
             case _:
-                place = Path(given)
+                place = as_path(given, "the file of a study", InvalidTask)
                 said, whose = read_yaml(place, InvalidTask), str(place)
         require_known(whose, said, [each.name for each in fields(cls)], noun="key", error=InvalidTask)
         return _Reader(whose, place.parent, said, metrics).study(place.stem or "study")
