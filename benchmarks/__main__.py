@@ -66,7 +66,7 @@ def shared(
     context: typer.Context,
     rounds: Annotated[int | None, typer.Option(help="at most this many rounds")] = None,
     seconds: Annotated[float | None, typer.Option(help="no round that would end later")] = None,
-    threads: Annotated[int, typer.Option(help="of torch; 0 leaves its own number")] = 1,
+    threads: Annotated[int, typer.Option(help="of torch and of numpy's products; 0 leaves their own numbers")] = 1,
     cpu: Annotated[bool, typer.Option("--cpu", help="count processor time, for one thread on a busy machine")] = False,
     seed: Annotated[int, typer.Option(help="of what is drawn, where there is one seed")] = 0,
     data: Annotated[Path, typer.Option(help="has MANIFEST.json, pool/*.jsonl, unseen/*.jsonl")] = Run.data,
@@ -77,6 +77,7 @@ def shared(
 ) -> None:
     import torch
     import transformers
+    from threadpoolctl import threadpool_limits
 
     # ends as by an exception, so that what was started ends too
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -86,6 +87,7 @@ def shared(
     transformers.logging.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
+        threadpool_limits(threads)
     context.obj = Run(rounds, seconds, threads, cpu, seed, data, pool, out, report, save)
 
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from loraweave.common.names import checked_name
 from loraweave.common.process import paused_collector
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from loraweave.hub.intake.discover import Found
     from loraweave.hub.pool import ExpertPool
 
+T = TypeVar("T")
+
 # rows of a hub in a notebook
 SHOWN = 20
 
@@ -62,6 +64,7 @@ class Hub(CompositionShelf):
         super().__init__(folder, catalogue)
         # what another process opens it by
         self._address = _absolute(path), None if blobs is None else _absolute(blobs)
+        self._kept: dict[str, Any] = {}
         try:
             if self._catalogue.writable:
                 with storage_errors(self._catalogue.where, "opening the hub"):
@@ -73,6 +76,13 @@ class Hub(CompositionShelf):
     def __reduce__(self) -> tuple[Any, ...]:
         # a hub travels as its address; a process opens each once
         return _opened, self._address
+
+    def kept(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` gives, made once and kept under this name as long as the hub: what searches it, say."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        found: T = self._kept[name]
+        return found
 
     def discover(
         self,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar, Unpack, overload
+from functools import partial
+from typing import TYPE_CHECKING, Self, TypeVar, Unpack, overload
 
 import numpy as np
 
@@ -89,6 +90,11 @@ class Retriever:
         self._space = KeySpace(hub, self._index)
 
     # mypy cannot know that the first case wins for a str, which is an Iterable[str] too
+    @classmethod
+    def of(cls, hub: Hub) -> Self:
+        """The hub's retriever with all settings as they are by default; one, so that cards are fitted once."""
+        return hub.kept("retriever", partial(cls, hub))
+
     @overload
     def candidates(  # type: ignore[overload-overlap]
         self,

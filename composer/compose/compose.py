@@ -117,8 +117,7 @@ def _compose(
     model: Any, tokenizer: Any, experts: Hub | ExpertPool, task: Task, settings: Settings, progress: bool | Progress
 ) -> Composition:
     started = time.perf_counter()
-    # one, since what it fits to the hub's cards serves a later search too
-    source = Retriever(experts) if isinstance(experts, Hub) else experts
+    source = Retriever.of(experts) if isinstance(experts, Hub) else experts
     try:
         pool, scores = candidates(source, task, settings.inputs or (), settings.k, model)
     except (EmptyIndex, BaseModelMismatch) as nothing:

@@ -7,7 +7,7 @@ instruction is read once for all examples, and a prompt once for all labels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -59,16 +59,37 @@ class JobBatch:
         return logits_at(model, self.inputs, place_K)
 
 
-class EncodedExamples:
-    """Each example has one row for every text that the loss reads after its prompt. Without `trees` rows stay rows."""
+def in_turn(task: Task) -> list[Task]:
+    """The task for each of its examples, showing the demonstrations on the longer side of that example, the outer first.
 
-    def __init__(self, model: Any, tokenizer: Any, task: Task, kind: Kind, *, trees: bool = True) -> None:
+    Such prompts continue each other, so that a tree reads the demonstrations twice, not once for each example. An example
+    is asked under at least half of the others, and under all demonstrations where it is none of them.
+    """
+    shown, tasks = task.shown, []
+    for pair in task.examples:
+        place = shown.index(pair) if pair in shown else len(shown)
+        before, after = shown[:place], shown[place + 1 :]
+        tasks.append(replace(task, demonstrations=before if len(before) >= len(after) else after[::-1]))
+    return tasks
+
+
+class EncodedExamples:
+    """Each example has one row for every text that the loss reads after its prompt. Without `trees` rows stay rows.
+
+    `turned` asks each in the prompt that `in_turn` gives it.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, task: Task, kind: Kind, *, trees: bool = True, turned: bool = False
+    ) -> None:
         self._model = model
         self._may_share = trees
         self._tokenizer = tokenizer
         self.num_texts = len(kind.targets[0])
         self.right_N = torch.tensor(kind.right)
-        prompts = [task.prompt(text) for (text, _), texts in zip(task.examples, kind.targets, strict=True) for _ in texts]
+        tasks = in_turn(task) if turned else [task] * len(task.examples)
+        asked = [own.prompt(text) for own, (text, _) in zip(tasks, task.examples, strict=True)]
+        prompts = [prompt for prompt, texts in zip(asked, kind.targets, strict=True) for _ in texts]
         targets = [text for texts in kind.targets for text in texts]
         self._rows = encode(model, tokenizer, prompts, targets, ends=[task.answer_end] * len(targets))
         self._trees: dict[tuple[int, ...], list[TokenTree]] = {}

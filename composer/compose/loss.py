@@ -198,7 +198,8 @@ class ExampleLoss(OnExamples):
     `Penalty`: l1, by default LoraHub's published 0.05, l2 and sparsity.
     `merge_method` says what weights mean: "linear" is the sum of deltas, run live with one mixture a row; any other name is
     merged and written into the base for each candidate. `only` restricts the loss to some examples, by index. `inputs`, for
-    "entropy" alone, are texts without targets that take the place of the task's examples.
+    "entropy" alone, are texts without targets that take the place of the task's examples. With `turned`, examples that the
+    prompts show are asked as `in_turn` says, which costs less than under all others.
 
     A candidate that raises an error, or whose loss is not finite, has the loss NaN; `failures` counts these.
     Raises InvalidTask for examples that the kind cannot be taken of, WeightingError for terms that cannot be used.
@@ -214,6 +215,7 @@ class ExampleLoss(OnExamples):
         merge_method: str = "linear",
         only: Sequence[int] | None = None,
         inputs: Sequence[Prompt] | None = None,
+        turned: bool = False,
         **terms: float,
     ) -> None:
         if inputs is not None and kind != "entropy":
@@ -223,7 +225,7 @@ class ExampleLoss(OnExamples):
         self.kind: Kind = get("objectives", kind)(task)
         # in a tree of texts no token has one text before it
         trees = engine.pool.lazy or not engine.pool.invocations()
-        self.encoded = EncodedExamples(engine.model, tokenizer, task, self.kind, trees=trees)
+        self.encoded = EncodedExamples(engine.model, tokenizer, task, self.kind, trees=trees, turned=turned)
 
     def describe(self) -> dict[str, Any]:
         """What the losses depend on: the kind and its terms, the tokens, the experts and the base model."""

@@ -62,7 +62,7 @@ class Bench:
 
     `scores` are those of retrieval. `on_progress` is called with the evaluations just made; with `progress` a training shows
     a bar of its own. A training under demonstrations begins as `start`, or as a new adapter; programs are of the
-    `retriever`'s hub.
+    `retriever`'s hub. With `turned`, examples that the prompts show are measured as `in_turn` says.
     """
 
     engine: Composer
@@ -74,6 +74,7 @@ class Bench:
     progress: bool | Progress = False
     start: Adapter | None = None
     retriever: Retriever | None = None
+    turned: bool = False
     _losses: dict[str, ExampleLoss] = field(default_factory=dict)
 
     @property
@@ -85,7 +86,7 @@ class Bench:
         if self.task.demonstrations:
             return self
         shown = self.task.examples[:MAX_PACKED]
-        return replace(self, task=replace(self.task, demonstrations=shown, orders=orders), _losses={})
+        return replace(self, task=replace(self.task, demonstrations=shown, orders=orders), turned=True, _losses={})
 
     @property
     def everything(self) -> Split:
@@ -95,8 +96,8 @@ class Bench:
     def loss(self, merge_method: str = "linear") -> ExampleLoss:
         """The loss on all examples, without terms for the weights."""
         if merge_method not in self._losses:
-            made = ExampleLoss(self.engine, self.tokenizer, self.task, merge_method=merge_method, l1=0.0)
-            self._losses[merge_method] = made
+            settings: dict[str, Any] = {"merge_method": merge_method, "turned": self.turned, "l1": 0.0}
+            self._losses[merge_method] = ExampleLoss(self.engine, self.tokenizer, self.task, **settings)
         return self._losses[merge_method]
 
     @cached_property

@@ -57,7 +57,7 @@ def order(
     if not callable(tokenizer):
         raise CompositionError(f"the examples need the model's tokenizer, and {type(tokenizer).__name__} is not one")
     started = time.perf_counter()
-    search = search_programs(model, tokenizer, Retriever(hub), asked, **limits, progress=progress)
+    search = search_programs(model, tokenizer, Retriever.of(hub), asked, **limits, progress=progress)
     chosen, reason = search.best()
     rows, seconds = tuple(search.rows()), time.perf_counter() - started
     report = OrderReport(rows, labels_of(chosen), reason, tuple(search.left_out), search.asking.count, seconds)

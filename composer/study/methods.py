@@ -292,7 +292,7 @@ def _pool(method: Method, case: Case) -> ExpertPool:
     if "adapters" in method.said:
         found = case.hub.pool(method.said["adapters"])
     else:
-        found, _ = candidates(Retriever(case.hub), case.task, (), method.said.get("k", case.limits["k"]), case.model)
+        found, _ = candidates(Retriever.of(case.hub), case.task, (), method.said.get("k", case.limits["k"]), case.model)
     return Composer(case.model, Fitting(case.model).accepted(found), tokenizer=case.tokenizer).bound_pool
 
 

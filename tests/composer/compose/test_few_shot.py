@@ -22,6 +22,10 @@ def task():
     return lw.Task(EXAMPLES, instruction="swap")
 
 
+# what stands before each example in turn: the others on its longer side, the outer first
+BEFORE = [[3, 2, 1], [3, 2], [0, 1], [0, 1, 2]]
+
+
 @pytest.fixture
 def compose(compose_on):
     return partial(compose_on, method="few_shot", steps=3)
@@ -32,15 +36,19 @@ def test_in_context_is_the_base_under_the_other_examples(compose_on, tiny_llama,
     assert found.is_base
     assert found.task.demonstrations == task.examples
     expected = []
-    for text, target in task.examples:
-        prompt = "".join(f"swap\nInput: {x}\nOutput: {y}\n\n" for x, y in task.examples if x != text)
+    for (text, target), before in zip(EXAMPLES, BEFORE, strict=True):
+        prompt = "".join(f"swap\nInput: {x}\nOutput: {y}\n\n" for x, y in map(EXAMPLES.__getitem__, before))
         ids = tokenizer(f"{prompt}swap\nInput: {text}\nOutput:")["input_ids"]
         answer = tokenizer(f" {target}\n", add_special_tokens=False)["input_ids"]
         with torch.no_grad():
             logs = tiny_llama(input_ids=torch.tensor([ids + answer])).logits[0].double().log_softmax(dim=1)
         expected.append(-np.mean([float(logs[len(ids) - 1 + k, token]) for k, token in enumerate(answer)]))
     assert found.report["in_context"].loss == pytest.approx(np.mean(expected), rel=1e-4)
-    assert found.losses() == pytest.approx(expected, rel=1e-4)
+    everyone = [
+        replace(found, task=replace(task, demonstrations=[x for x in EXAMPLES if x != own])).losses([own])
+        for own in EXAMPLES
+    ]
+    assert found.losses() == pytest.approx(np.concatenate(everyone), rel=1e-4)
 
 
 def test_few_shot_is_the_training_under_demonstrations(compose, tiny_llama, tokenizer, task):
@@ -102,8 +110,11 @@ def test_the_adapter_that_reads_demonstrations_is_no_candidate_beside_others(com
 
 def test_both_members_of_auto_know_where_they_come_from(compose_on, hub, reader, pool):
     found = compose_on(hub, budget=40)
-    shown = replace(found, members={}, stored=reader, task=lw.Task(EXAMPLES, instruction="swap", demonstrations=True))
-    assert found.report["in_context_adapter"].loss == pytest.approx(np.mean(shown.losses()), rel=1e-4)
+    alone, losses = replace(found, members={}, stored=reader), []
+    for example, before in zip(EXAMPLES, BEFORE, strict=True):
+        shown = lw.Task(EXAMPLES, instruction="swap", demonstrations=[EXAMPLES[place] for place in before])
+        losses += replace(alone, task=shown).losses([example])
+    assert found.report["in_context_adapter"].loss == pytest.approx(np.mean(losses), rel=1e-4)
     assert [parent["name"] for parent in found.members["few_shot"].parents] == ["reader"]
     assert set(found.members["gradient"].mean_weights) <= set(pool.names)
 

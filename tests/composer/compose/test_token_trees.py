@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import transformers
 from tiny_models import draw_model
 
 import loraweave as lw
-from loraweave.composer.compose.examples import runs_trees, token_tree, tree_inputs
+from loraweave.composer.compose.examples import in_turn, runs_trees, token_tree, tree_inputs
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, encode, mean_losses
 from loraweave.demo import load_task
@@ -54,6 +55,22 @@ def make(family, settings, dtype=torch.float64):
 
 def rows(model, tokenizer):
     return encode(model, tokenizer, [TASK.prompt(x) for x, _ in TASK.examples], [y for _, y in TASK.examples])
+
+
+def test_examples_in_turn_are_read_in_two_passes_over_the_demonstrations(tiny_llama, tokenizer):
+    task = lw.Task([(letter, letter.upper()) for letter in "abcdefg"], instruction="shout", demonstrations=True)
+    shown = ["".join(text for text, _ in own.shown) for own in in_turn(task)]
+    assert shown == ["gfedcb", "gfedc", "gfed", "abc", "abcd", "abcde", "abcdef"]
+    others = replace(task, demonstrations=[("x", "X"), ("y", "Y")])
+    assert [own.shown for own in in_turn(others)] == [others.shown] * 7
+
+    def tokens(tasks):
+        prompts = [own.prompt(text) for own, (text, _) in zip(tasks, task.examples, strict=True)]
+        rows = encode(tiny_llama, tokenizer, prompts, [target for _, target in task.examples])
+        return len(token_tree(rows)), max(map(len, rows))
+
+    turned, longest = tokens(in_turn(task))
+    assert turned < 2.1 * longest < 0.6 * tokens([task] * 7)[0]
 
 
 @pytest.fixture
