@@ -130,7 +130,8 @@ class ProgramSearch:
     def run(self, max_steps: int) -> None:
         """Measures programs of up to so many steps.
 
-        Ends early where one writes every example, and where no program of the last length is better than all shorter ones.
+        Ends early where one writes every example, where no program of the last length is better than all shorter ones, and
+        where none of those that are measured now is better than the best shorter one on the same examples.
         """
         self._measure([(step,) for step in dict.fromkeys([*self.first, *self.later])], len(self.task.examples))
         for length in range(2, max_steps + 1):
@@ -138,11 +139,14 @@ class ProgramSearch:
                 return
             if length > 2 and len(self._chosen()) < length - 1:
                 return
+            shorter = self._found[min(self._whole(), key=self._loss)]
             tried = self._pairs() if length == 2 else self._longer(length)
             for num_examples, kept in [*ROUNDS, (len(self.task.examples), 0)]:
                 if num_examples <= len(self.task.examples):
                     self._measure(tried, num_examples)
                     tried = sorted(tried, key=self._loss)[: kept or None]
+                    if not tried or self._loss(tried[0]) >= _mean_loss(shorter[:num_examples]):
+                        return
 
     def best(self) -> tuple[Order, str]:
         """The program to take, and why. Raises SearchFailed where no loss is finite."""
@@ -199,9 +203,7 @@ class ProgramSearch:
         return {path: found for path, found in self._found.items() if len(found) == len(self.task.examples)}
 
     def _loss(self, path: Order) -> float:
-        loss = fmean(reading.loss for reading in self._found[path])
-        # NaN is worse than everything
-        return loss if loss == loss else float("inf")
+        return _mean_loss(self._found[path])
 
     def _measure(self, paths: Sequence[Order], num_examples: int) -> None:
         """Reads the targets of the first `num_examples` examples under the last step of each program."""
@@ -225,3 +227,9 @@ class ProgramSearch:
             for number, path in enumerate(begun):
                 known[path] = answers[number * len(inputs) : (number + 1) * len(inputs)]
         return known
+
+
+def _mean_loss(readings: Sequence[Reading]) -> float:
+    """The mean over examples; NaN is worse than everything."""
+    loss = fmean(reading.loss for reading in readings)
+    return loss if loss == loss else math.inf

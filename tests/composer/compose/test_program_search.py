@@ -106,6 +106,16 @@ def test_three_steps_are_tried_only_where_two_gain_their_share():
     assert {len(row.steps) for row in found(task, 3, Close(), gain=0.04)[1].rows()} == {1, 2, 3}
 
 
+def test_pairs_are_measured_on_as_long_as_one_is_better_than_the_best_step_on_the_same_examples():
+    names, search = found(lw.Task([(text, "qqqqqqq") for text in WORDS]))
+    assert len(names) == 1
+    assert {row.num_examples for row in search.rows() if len(row.steps) == 2} == {1}
+    rows = [(text, FUNCTIONS["plural"](text) if number else text[::-1][1:]) for number, text in enumerate(WORDS)]
+    names, search = found(lw.Task(rows))
+    assert names == ["plural"]
+    assert {row.num_examples for row in search.rows() if len(row.steps) == 2} == {1, 2}
+
+
 def test_the_base_is_a_step_only_where_it_wins():
     same_as_upper = Asking(base=str.upper)
     assert found(task_of("upper"), asking=same_as_upper)[0] == ["upper"]
