@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from loraweave.hub.adapter import Adapter
     from loraweave.hub.health.signatures import Key
     from loraweave.hub.health.verify import Asked, Verification
-    from loraweave.hub.intake.adding import Added, Addition
+    from loraweave.hub.intake.adding import Added, Addition, Read
     from loraweave.hub.intake.discover import Found
     from loraweave.hub.pool import ExpertPool
 
@@ -148,9 +148,8 @@ class Hub(CompositionShelf):
         from loraweave.hub.stores.storing import store
 
         addition = Addition(source, name, description, examples, tags, license, base_model, language)
-        adapter, record = prepare(addition, stored_as=stored_as, allow_pickle=allow_pickle)
-        examined = examine(self._catalogue, self._blobs, adapter, record, anomalies, model)
-        batch = [(adapter, *examined)]
+        prepared = prepare(addition, stored_as=stored_as, allow_pickle=allow_pickle)
+        batch = [examine(self._catalogue, self._blobs, prepared, anomalies, model)]
         ((stored, refused),) = store(self._catalogue, self._blobs, batch, stored_as=stored_as, as_version=replace)
         if refused is not None:
             raise refused
@@ -164,6 +163,7 @@ class Hub(CompositionShelf):
         allow_pickle: bool = False,
         replace: bool = False,
         anomalies: str | Mapping[str, str] = "report",
+        n_jobs: int | None = None,
         progress: bool = False,
     ) -> Added:
         """Adds many as `add` does, in fewer waits for the disk: `.records` has those that are there now, `.refused` why not.
@@ -171,6 +171,10 @@ class Hub(CompositionShelf):
         A batch of up to 256 is there whole or not at all; those in it are not compared with each other for anomalies. Called
         again after an interruption with the same sources it goes on: what is there already is only read. `progress` shows a
         bar on the terminal.
+
+        `n_jobs` workers, or those that `joblib.parallel_config` names, read and check a list of folders, files and
+        repositories, and put their content into the store; the rows come from here, in the order of the list
+        (docs/howto/many_machines.md). A piece whose workers are lost is in `.refused`.
         """
         from loraweave.hub.intake.adding import add_many
 
@@ -183,6 +187,8 @@ class Hub(CompositionShelf):
             replace=replace,
             anomalies=anomalies,
             progress=progress,
+            n_jobs=n_jobs,
+            by_worker=partial(_read_piece, self),
         )
 
     def __getitem__(self, name: str) -> Adapter:
@@ -445,6 +451,12 @@ def _blob_problems(hub: Hub, asked: Sequence[Asked]) -> list[list[str]]:
     from loraweave.hub.health.verify import many_blob_problems
 
     return many_blob_problems(hub._blobs, asked)
+
+
+def _read_piece(hub: Hub, additions: Sequence[Addition], **reading: Any) -> list[Read]:
+    from loraweave.hub.intake.adding import read_piece
+
+    return read_piece(hub._catalogue, hub._blobs, additions, **reading)
 
 
 @lru_cache(maxsize=8)

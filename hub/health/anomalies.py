@@ -22,10 +22,10 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.health.figures import Figures, alike, figures_of, reference
 from loraweave.hub.search.similar import cosine
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
-from loraweave.hub.stores.storing import stored_adapter
+from loraweave.hub.stores.storing import Prepared, stored_adapter
 from loraweave.hub.tables import rows
 from loraweave.lowrank import algebra
-from loraweave.types import Anomaly, Record
+from loraweave.types import Anomaly
 
 Array = NDArray[Any]
 
@@ -154,27 +154,26 @@ _logger = logging.getLogger(__name__)
 def examine(
     catalogue: CatalogueStore,
     blobs: BlobStore,
-    adapter: Adapter,
-    record: Record,
+    prepared: Prepared,
     policy: str | Mapping[str, str],
     model: nn.Module | None = None,
-) -> tuple[Record, Figures | None]:
-    """The record with what was found, in quarantine where the policy says so, and the figures to store with it.
+) -> Prepared:
+    """The same, its record with what was found, in quarantine where the policy says so, and with the figures to store.
 
     No figures for a policy that is "off" for every kind, and for content that is stored under the name already. Raises
     AdapterSuspicious where the policy refuses what was found, AdapterUnsupported for an unknown policy.
     """
-    chosen = checked_policy(policy)
+    chosen, record = checked_policy(policy), prepared.record
     with catalogue.reading() as connection:
         existing = rows.find(connection, record.name)
     if set(chosen.values()) == {"off"} or (existing is not None and existing.record.hash == record.hash):
-        return record, None
-    figures = figures_of(adapter, record.base_model)
+        return replace(prepared, figures=None)
+    figures = prepared.figures or figures_of(prepared.read(blobs), record.base_model)
     with catalogue.reading() as connection:
         found = against_pool(figures, reference(connection, figures, record.hash))
         near = [row for name in alike(connection, figures, record.name) if (row := rows.find(connection, name))]
-    found += _duplicates(blobs, adapter, record, near)
-    found += against_model(adapter, model) if model is not None else []
+    found += _duplicates(blobs, prepared, near)
+    found += against_model(prepared.read(blobs), model) if model is not None else []
     found = [anomaly for anomaly in found if chosen[anomaly.kind] != "off"]
     refused = [anomaly for anomaly in found if chosen[anomaly.kind] == "refuse"]
     if refused:
@@ -185,18 +184,19 @@ def examine(
     for anomaly in found:
         _logger.info("adapter %r: %s: %s", record.name, anomaly.kind, anomaly.detail)
     quarantined = any(chosen[anomaly.kind] == "quarantine" for anomaly in found)
-    return replace(record, anomalies=tuple(found), quarantined=quarantined), figures
+    record = replace(record, anomalies=tuple(found), quarantined=quarantined)
+    return replace(prepared, record=record, figures=figures)
 
 
-def _duplicates(blobs: BlobStore, adapter: Adapter, record: Record, near: list[rows.Row]) -> list[Anomaly]:
+def _duplicates(blobs: BlobStore, prepared: Prepared, near: list[rows.Row]) -> list[Anomaly]:
     """The most similar of the adapters with like sketches, if its updates have nearly the same direction."""
     for row in near:
-        if row.record.hash == record.hash:
+        if row.record.hash == prepared.record.hash:
             return [Anomaly("duplicate", f"it has the content of {row.record.name!r}", 1.0)]
     best = 0.0, ""
     for row in near[:_MAX_COMPARED]:
         try:
-            score, _ = cosine(adapter, stored_adapter(blobs, row))
+            score, _ = cosine(prepared.read(blobs), stored_adapter(blobs, row))
         except HubError as error:
             # a damaged adapter hinders nobody from adding another; verify tells of it
             _logger.info("not compared with %r: %s", row.record.name, error)

@@ -15,6 +15,7 @@ from typing import Any
 
 from loraweave.common.display import tracked
 from loraweave.common.names import MAX_NAME_CHARACTERS, checked_name, text_digest
+from loraweave.common.spread import processes_here
 from loraweave.common.storage_errors import storage_errors
 from loraweave.errors import (
     AdapterExists,
@@ -27,20 +28,22 @@ from loraweave.errors import (
     HubReadOnly,
     InvalidName,
     LoraweaveError,
+    WorkersFailed,
 )
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._reading import is_adapter
 from loraweave.hub.formats.peft import Peft
 from loraweave.hub.health.anomalies import checked_policy
 from loraweave.hub.hub import Hub
-from loraweave.hub.intake.adding import MAX_BATCH, MAX_BATCH_BYTES, Addition
+from loraweave.hub.intake.adding import MAX_BATCH, Addition
 from loraweave.hub.intake.archives import archive_suffix
-from loraweave.hub.stores.blobs import content_hash
 from loraweave.types import Record
 
 # a fault of the hub, not of one adapter, ends the walk; the next call resumes there
 _ENDING = (HubFull, HubLocked, HubReadOnly, HubCorrupt)
 _TAG_CHARACTERS = 8
+# that are handed to workers at once; the journal knows of none of them before all are there
+MAX_SPREAD = 4096
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,15 @@ def add_tree(
     license: str | None = None,
     anomalies: str | Mapping[str, str] = "report",
     dry_run: bool = False,
+    n_jobs: int | None = None,
     progress: bool = False,
 ) -> TreeReport:
     """Adds every folder, LoRA file and archive at or below `root` that is an adapter; links are not followed.
 
     A name is `prefix` and the path; where it stands for something else already, a part of the path's hash is added. A
     second call, also after an interruption, reads only what has changed since, refused adapters too. `dry_run` only finds
-    and names. Raises AdapterNotFound for a tree without adapters, and any fault of the hub itself.
+    and names. `n_jobs` workers, or those that `joblib.parallel_config` names, read what is new, as in `Hub.add_many`; they
+    must see the tree at the same path. Raises AdapterNotFound for a tree without adapters, and any fault of the hub itself.
     """
     folder = Path(root)
     if not folder.is_dir():
@@ -92,7 +97,7 @@ def add_tree(
         raise AdapterNotFound(f"no folder or archive at or below {str(root)!r} holds an adapter")
     options = {"tags": sorted(tags), "license": license, "prefix": prefix, "anomalies": checked_policy(anomalies)}
     journal = TreeJournal(hub.path, folder)
-    walk = _Walk(hub, folder, prefix, options, {} if dry_run else journal.read())
+    walk = _Walk(hub, folder, prefix, options, {} if dry_run else journal.read(), n_jobs, progress)
     entries = []
     for error in unread:
         path = os.path.relpath(error.filename or folder, folder)
@@ -120,10 +125,11 @@ class _Walk:
     prefix: str
     options: Mapping[str, Any]
     known: Mapping[str, Noted]
+    n_jobs: int | None
+    progress: bool
     given: dict[str, str] = field(default_factory=dict)
-    # adapters that wait for their batch, with what is noted once they are there
-    waiting: list[tuple[Adapter, Noted]] = field(default_factory=list)
-    waiting_bytes: int = 0
+    # sources under new names that wait for their batch, with what is noted once they are there
+    waiting: list[tuple[Path, Noted]] = field(default_factory=list)
 
     def find(self, source: Path) -> Noted:
         path = self._path(source)
@@ -151,47 +157,48 @@ class _Walk:
             raise
         except HubError as error:
             return [_refusal(path, now, self._names(path)[0], error)]
-        if not done:
-            layers = self.waiting[-1][0].layers.values()
-            self.waiting_bytes += sum(tensor.nbytes for factors in layers for tensor in factors.tensors().values())
-        full = len(self.waiting) >= MAX_BATCH or self.waiting_bytes >= MAX_BATCH_BYTES
-        return [*done, *(self.settle() if full else [])]
+        most = MAX_BATCH if processes_here(self.n_jobs) is None else MAX_SPREAD
+        return [*done, *(self.settle() if len(self.waiting) >= most else [])]
 
     def settle(self) -> list[Noted]:
         """Adds the batch that waits, and says what became of each."""
-        waiting, self.waiting, self.waiting_bytes = self.waiting, [], 0
+        waiting, self.waiting = self.waiting, []
         if not waiting:
             return []
         tags, license = self.options["tags"], self.options["license"]
-        additions = [Addition(adapter, noted.name, tags=tags, license=license) for adapter, noted in waiting]
-        added = self.hub.add_many(additions, anomalies=self.options["anomalies"])
-        why = {record.name: _oddities(record) for record in added.records}
+        additions = [Addition(source.absolute(), noted.name, tags=tags, license=license) for source, noted in waiting]
+        settings = {"anomalies": self.options["anomalies"], "n_jobs": self.n_jobs}
+        spread = processes_here(self.n_jobs) is not None
+        added = self.hub.add_many(additions, **settings, progress=self.progress and spread)
+        there = {record.name: record for record in added.records}
         errors = dict(added.refused)
         return [
-            replace(noted, why=why[noted.name])
-            if noted.name in why
+            replace(noted, hash=there[noted.name].hash, why=_oddities(there[noted.name]))
+            if noted.name in there
             else _refusal(noted.path, noted.stamp, noted.name, errors[noted.name])
             for _, noted in waiting
         ]
 
     def _read(self, source: Path, path: str, now: str, before: Noted | None) -> list[Noted]:
         """What became of one source; nothing for one that waits for its batch."""
-        adapter = Adapter.from_pretrained(source)
-        content = content_hash(adapter.layers, adapter.heads, adapter.invocation)
+        adapter: Adapter | None = None
         for name in self._names(path):
             record = self._record(name)
-            ours = before is not None and before.name == name and record is not None and before.hash == record.hash
-            if self.given.get(name, path) != path or not (record is None or record.hash == content or ours):
+            if self.given.get(name, path) != path:
                 continue
-            self.given[name] = path
             if record is None:
-                self.waiting.append((adapter, Noted(path, now, "added", name, content)))
+                self.given[name] = path
+                self.waiting.append((source, Noted(path, now, "added", name)))
                 return []
-            if record.hash == content:
-                return [Noted(path, now, "present", name, content)]
-            tags, license, anomalies = (self.options[key] for key in ("tags", "license", "anomalies"))
-            added = self.hub.add(adapter, name=name, tags=tags, license=license, replace=True, anomalies=anomalies)
-            return [Noted(path, now, "updated", name, content, _oddities(added))]
+            adapter = adapter or Adapter.from_pretrained(source)
+            if record.hash == adapter.hash:
+                self.given[name] = path
+                return [Noted(path, now, "present", name, adapter.hash)]
+            if before is not None and (before.name, before.hash) == (name, record.hash):
+                self.given[name] = path
+                tags, license, anomalies = (self.options[key] for key in ("tags", "license", "anomalies"))
+                added = self.hub.add(adapter, name=name, tags=tags, license=license, replace=True, anomalies=anomalies)
+                return [Noted(path, now, "updated", name, adapter.hash, _oddities(added))]
         names = " and ".join(map(repr, self._names(path)))
         raise AdapterExists(f"{path!r}: the names {names} stand for other adapters; give a prefix")
 
@@ -218,8 +225,8 @@ class _Walk:
 
 
 def _refusal(path: str, now: str, name: str, error: LoraweaveError) -> Noted:
-    # what the hub holds decided, not the files: the next walk looks again
-    now = "" if isinstance(error, AdapterExists | AdapterSuspicious) else now
+    # what the hub holds or the workers decided, not the files: the next walk looks again
+    now = "" if isinstance(error, AdapterExists | AdapterSuspicious | WorkersFailed) else now
     return Noted(path, now, "refused", name, why=f"{type(error).__name__}: {error}")
 
 

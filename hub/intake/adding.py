@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from operator import length_hint
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from loraweave.common.display import tracked
+from loraweave.common.display import progress_bar, tracked
 from loraweave.common.names import checked_name, now
 from loraweave.common.rows import GivenRows
-from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported, LoraweaveError
+from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported, LoraweaveError, WorkersFailed
 from loraweave.hub import licenses
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._contents import require_numbers
-from loraweave.hub.health.anomalies import examine
+from loraweave.hub.health.anomalies import checked_policy, examine
+from loraweave.hub.health.figures import figures_of
 from loraweave.hub.intake.discover import Found
 from loraweave.hub.intake.fields import (
     MAX_LABEL_BYTES,
@@ -30,7 +33,7 @@ from loraweave.hub.stores.blobs import content_hash
 from loraweave.hub.stores.kept_files import with_files
 from loraweave.hub.stores.packing import take_apart
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
-from loraweave.hub.stores.storing import Prepared, store
+from loraweave.hub.stores.storing import Prepared, drop_content, store, store_content
 from loraweave.hub.tables import rows
 from loraweave.hub.targets._target import last_names
 from loraweave.lowrank import algebra
@@ -39,6 +42,10 @@ from loraweave.types import Factors, Record, Source
 # a batch ends at either: what waits for it is lost when the process is killed, and lies in memory until then
 MAX_BATCH = 256
 MAX_BATCH_BYTES = 2**28
+# sources that are one piece of work
+PIECE = 32
+
+Read = Prepared | LoraweaveError
 
 
 @dataclass(frozen=True)
@@ -78,43 +85,132 @@ def add_many(
     replace: bool,
     anomalies: str | Mapping[str, str],
     progress: bool,
+    n_jobs: int | None,
+    by_worker: Callable[..., list[Read]],
 ) -> Added:
-    """Adds all, batch by batch; `Hub.add_many`."""
+    """Adds all, batch by batch; `Hub.add_many`. `by_worker` is `read_piece` of the hub that a worker opens."""
     records: list[Record] = []
     refused: list[tuple[str, LoraweaveError]] = []
     waiting: list[Prepared] = []
     waiting_bytes = 0
+    left_out: list[Prepared] = []
 
     def settle() -> None:
-        for record, error in store(catalogue, blobs, waiting, stored_as=stored_as, as_version=replace) if waiting else ():
+        stored = store(catalogue, blobs, waiting, stored_as=stored_as, as_version=replace) if waiting else []
+        for prepared, (record, error) in zip(waiting, stored, strict=True):
             if error is None:
                 records.append(record)
             else:
                 refused.append((record.name, error))
+                left_out.append(prepared)
         waiting.clear()
 
-    for source in tracked(sources, "adding adapters", total=length_hint(sources) or None, shown=progress):
-        addition = source if isinstance(source, Addition) else Addition(source)
-        try:
-            adapter, record = prepare(addition, stored_as=stored_as, allow_pickle=allow_pickle)
-        except LoraweaveError as error:
-            refused.append((addition.label, error))
+    reading = {"stored_as": stored_as, "allow_pickle": allow_pickle}
+    if _is_spread(sources, n_jobs):
+        figures = set(checked_policy(anomalies).values()) != {"off"}
+        found = _from_workers(sources, partial(by_worker, figures=figures, **reading), n_jobs, progress)
+    else:
+        items = tracked(sources, "adding adapters", total=length_hint(sources) or None, shown=progress)
+        found = ((addition, _try_to_read(addition, **reading)) for addition in map(_addition, items))
+    for addition, prepared in found:
+        if isinstance(prepared, LoraweaveError):
+            refused.append((addition.label, prepared))
             continue
         try:
             # what else fails here is the hub's own store, for which no adapter is to blame
-            waiting.append((adapter, *examine(catalogue, blobs, adapter, record, anomalies)))
+            waiting.append(examine(catalogue, blobs, prepared, anomalies))
         except AdapterSuspicious as error:
             refused.append((addition.label, error))
+            left_out.append(prepared)
             continue
-        waiting_bytes += sum(t.nbytes for factors in waiting[-1][0].layers.values() for t in factors.tensors().values())
+        waiting_bytes += prepared.num_bytes
         if len(waiting) >= MAX_BATCH or waiting_bytes >= MAX_BATCH_BYTES:
             settle()
             waiting_bytes = 0
     settle()
+    drop_content(catalogue, blobs, left_out)
     return Added(tuple(records), tuple(refused))
 
 
-def prepare(addition: Addition, *, stored_as: str, allow_pickle: bool) -> tuple[Adapter, Record]:
+def read_piece(
+    catalogue: CatalogueStore,
+    blobs: BlobStore,
+    additions: Sequence[Addition],
+    *,
+    stored_as: str,
+    allow_pickle: bool,
+    figures: bool,
+) -> list[Read]:
+    """What a worker makes of some sources: read, checked, and their content in the store, where it waits for its rows."""
+    found: list[Read] = []
+    held: dict[int, Prepared] = {}
+
+    def put_away() -> None:
+        stored = store_content(catalogue, blobs, list(held.values()), stored_as=stored_as) if held else []
+        for place, each in zip(held, stored, strict=True):
+            found[place] = each
+        held.clear()
+
+    for addition in additions:
+        each = _try_to_read(addition, stored_as=stored_as, allow_pickle=allow_pickle)
+        if isinstance(each, Prepared):
+            if figures:
+                each = replace(each, figures=figures_of(each.read(blobs), each.record.base_model))
+            held[len(found)] = each
+        found.append(each)
+        if sum(each.num_bytes for each in held.values()) >= MAX_BATCH_BYTES:
+            put_away()
+    put_away()
+    return found
+
+
+def _is_spread(sources: Iterable[Any], n_jobs: int | None) -> TypeGuard[Sequence[Any]]:
+    """Whether workers read the sources: a list of places; adapters that are in this process stay there."""
+    from loraweave.common.spread import processes_here
+
+    return (
+        processes_here(n_jobs) is not None
+        and isinstance(sources, Sequence)
+        and not any(isinstance(_addition(source).source, Adapter) for source in sources)
+    )
+
+
+def _from_workers(
+    sources: Sequence[Any], work: Callable[[Sequence[Addition]], list[Read]], n_jobs: int | None, progress: bool
+) -> Iterator[tuple[Addition, Read]]:
+    """What workers read, in the order of the sources. Those whose workers are lost again and again are refused."""
+    from loraweave.common.spread import spread
+
+    additions = [_addition(source) for source in sources]
+    parts = [additions[start : start + PIECE] for start in range(0, len(additions), PIECE)]
+    pieces = {f"{number} of {len(parts)}, from {part[0].label} on": part for number, part in enumerate(parts, start=1)}
+    ended: dict[str, list[Read]] = {}
+    turn = deque(pieces)
+    with progress_bar(progress) as bar:
+        for name, found in spread(work, pieces, n_jobs=n_jobs, label="reading", bar=bar):
+            if isinstance(found, list):
+                ended[name] = found
+            elif isinstance(found.error, WorkersFailed):
+                ended[name] = [found.error] * len(pieces[name])
+            else:
+                raise found.error
+            while turn and turn[0] in ended:
+                name = turn.popleft()
+                yield from zip(pieces[name], ended.pop(name), strict=True)
+
+
+def _addition(source: str | Path | Adapter | Found | Addition) -> Addition:
+    return source if isinstance(source, Addition) else Addition(source)
+
+
+def _try_to_read(addition: Addition, **reading: Any) -> Read:
+    try:
+        return prepare(addition, **reading)
+    except LoraweaveError as error:
+        return error
+
+
+def prepare(addition: Addition, *, stored_as: str, allow_pickle: bool) -> Prepared:
     """The adapter that is to be added, read and checked, and its record. Raises what `Hub.add` raises before it writes."""
     source, name = addition.source, addition.name
     adapter = (
@@ -127,7 +223,8 @@ def prepare(addition: Addition, *, stored_as: str, allow_pickle: bool) -> tuple[
     if source is adapter:
         # of what was read, reading has looked at every number
         require_numbers(adapter.layers, adapter.heads, f"adapter {adapter.name!r},")
-    return adapter, record
+    num_bytes = sum(tensor.nbytes for factors in adapter.layers.values() for tensor in factors.tensors().values())
+    return Prepared(adapter, record, num_bytes=num_bytes)
 
 
 def _require_storable(adapter: Adapter, stored_as: str) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from loraweave.hub.intake.fields import OWN_FIELDS
 from loraweave.hub.pipeline import Pipeline, model_of
 from loraweave.hub.same_base import require_same_base
 from loraweave.hub.stores.blobs import blob_bytes, examine_blob, read_blob
-from loraweave.hub.stores.kept_files import LISTED, file_bytes, listed, put_files, reading_blob, without_files
+from loraweave.hub.stores.kept_files import LISTED, digests, file_bytes, listed, put_files, reading_blob, without_files
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
 from loraweave.hub.tables import filtering, rows, versions
 from loraweave.hub.tables.rows import Row
@@ -97,8 +97,36 @@ def usable_blob(catalogue: CatalogueStore, blobs: BlobStore, content: str) -> ro
     return known
 
 
-# read, checked and looked over
-Prepared = tuple[Adapter, Record, Figures | None]
+@dataclass(frozen=True)
+class Prepared:
+    """An adapter that was read and checked, with its record and the figures that are to be stored.
+
+    Where a worker read it there is no adapter here but its blob in the store, whose `origin` is the record that the worker
+    wrote it with, None where the blob was there before.
+    """
+
+    adapter: Adapter | None
+    record: Record
+    figures: Figures | None = None
+    num_bytes: int = 0
+    blob: rows.BlobRow | None = None
+    origin: Record | None = None
+
+    def read(self, blobs: BlobStore) -> Adapter:
+        """The adapter. AdapterCorrupt where its blob was collected or damaged since a worker wrote it."""
+        if self.adapter is not None:
+            return self.adapter
+        assert self.blob is not None
+        return stored_adapter(blobs, Row(0, self.record, self.blob))
+
+    def usable_blob(self, catalogue: CatalogueStore, blobs: BlobStore) -> rows.BlobRow | None:
+        """The stored blob of its content; None where it is to be written, also for what a worker could not know."""
+        content = self.record.hash
+        if self.origin not in (None, self.record):
+            return None
+        if self.blob is not None and all(map(blobs.has, (content, *digests([self.record])))):
+            return self.blob
+        return usable_blob(catalogue, blobs, content)
 
 
 def store(
@@ -110,35 +138,30 @@ def store(
     becomes the next version with `as_version`, and is AdapterExists without. Any error that is raised leaves the catalogue
     as it was before the batch.
     """
-    doing = f"adding adapter {batch[0][1].name!r}" if len(batch) == 1 else f"adding {len(batch)} adapters"
+    doing = _doing(batch)
     outcomes: list[tuple[Record, AdapterExists | None]] = []
     warned = []
     with catalogue.locked(doing):
         wanted = _new_content(catalogue, batch, as_version)
-        known = {content: usable_blob(catalogue, blobs, content) for content in wanted}
-        missing = {content: wanted[content] for content, blob in known.items() if blob is None}
-        absent = [content for content in missing if not blobs.has(content)]
+        known = {content: each.usable_blob(catalogue, blobs) for content, each in wanted.items()}
+        absent = [content for content, blob in known.items() if blob is None and not blobs.has(content)]
         try:
             with storage_errors(catalogue.where, doing):
-                for content in known.keys() - missing.keys():
-                    blobs.settle(content)
-                written = _put_blobs(blobs, missing, stored_as)
-                for adapter, record, _ in batch:
-                    if record.hash in wanted:
-                        put_files(blobs, adapter.files)
+                written = _put_content(blobs, wanted, known, stored_as)
             with catalogue.transaction(doing) as connection:
-                for _, record, figures in batch:
-                    existing = rows.find(connection, record.name)
-                    other_base = filtering.contradiction(connection, record)
+                for each in batch:
+                    existing = rows.find(connection, each.record.name)
+                    other_base = filtering.contradiction(connection, each.record)
                     try:
-                        new = beside(existing, record, as_version=as_version)
+                        new = beside(existing, each.record, as_version=as_version)
                     except AdapterExists as error:
                         # also of two of one name in the batch: the first took it
-                        outcomes.append((record, error))
+                        outcomes.append((each.record, error))
                         continue
                     blob = written.get(new.hash) or known[new.hash]
                     assert blob is not None
-                    stored = put_rows(connection, new, blob, existing, figures, written=new.hash in written)
+                    now = new.hash in written or wanted[new.hash].origin is not None
+                    stored = put_rows(connection, new, blob, existing, each.figures, written=now)
                     outcomes.append((stored, None))
                     if other_base:
                         warned.append((stored, other_base))
@@ -157,39 +180,82 @@ def store(
     return outcomes
 
 
-def _new_content(
-    catalogue: CatalogueStore, batch: Sequence[Prepared], as_version: bool
-) -> dict[str, tuple[Adapter, Record]]:
+def store_content(
+    catalogue: CatalogueStore, blobs: BlobStore, batch: Sequence[Prepared], *, stored_as: str
+) -> list[Prepared]:
+    """The batch without its adapters, whose blobs and files are in the store for `store` to give them rows."""
+    doing = _doing(batch)
+    wanted: dict[str, Prepared] = {}
+    for each in batch:
+        wanted.setdefault(each.record.hash, each)
+    with catalogue.locked(doing), storage_errors(catalogue.where, doing):
+        known = {content: usable_blob(catalogue, blobs, content) for content in wanted}
+        written = _put_content(blobs, wanted, known, stored_as)
+    return [
+        replace(
+            each,
+            adapter=None,
+            blob=written.get(content) or known[content],
+            origin=each.record if content in written and wanted[content] is each else None,
+        )
+        for each in batch
+        for content in [each.record.hash]
+    ]
+
+
+def drop_content(catalogue: CatalogueStore, blobs: BlobStore, refused: Sequence[Prepared]) -> None:
+    """Removes the blobs that workers wrote for adapters that the hub then refused, unless another has the content."""
+    written = [each.record.hash for each in refused if each.origin is not None]
+    doing = f"removing {len(written)} refused adapters"
+    if not written:
+        return
+    with catalogue.locked(doing), storage_errors(catalogue.where, doing), catalogue.reading() as connection:
+        for content in written:
+            if rows.find_blob(connection, content) is None:
+                with suppress(FileNotFoundError):
+                    blobs.remove(content)
+
+
+def _doing(batch: Sequence[Prepared]) -> str:
+    return f"adding adapter {batch[0].record.name!r}" if len(batch) == 1 else f"adding {len(batch)} adapters"
+
+
+def _new_content(catalogue: CatalogueStore, batch: Sequence[Prepared], as_version: bool) -> dict[str, Prepared]:
     """Content hash -> the first that has it, of those whose name can be used as far as can be told beforehand."""
-    wanted: dict[str, tuple[Adapter, Record]] = {}
+    wanted: dict[str, Prepared] = {}
     with catalogue.reading() as connection:
-        for adapter, record, _ in batch:
+        for each in batch:
             with suppress(AdapterExists):
-                new = beside(rows.find(connection, record.name), record, as_version=as_version)
-                wanted.setdefault(record.hash, (adapter, new))
+                new = beside(rows.find(connection, each.record.name), each.record, as_version=as_version)
+                wanted.setdefault(each.record.hash, replace(each, record=new))
     return wanted
 
 
-def _put_blobs(blobs: BlobStore, missing: dict[str, tuple[Adapter, Record]], stored_as: str) -> dict[str, rows.BlobRow]:
+def _put_content(
+    blobs: BlobStore, wanted: Mapping[str, Prepared], known: Mapping[str, rows.BlobRow | None], stored_as: str
+) -> dict[str, rows.BlobRow]:
+    """Writes the blobs that are not known, and all files; makes the others last. The caller holds the lock."""
+    missing = {content: each for content, each in wanted.items() if known[content] is None}
+    for content in known.keys() - missing.keys():
+        blobs.settle(content)
     sizes = []
 
-    def each() -> Iterator[tuple[str, bytes]]:
+    def data() -> Iterator[tuple[str, bytes]]:
         # one at a time: a batch of large adapters need not fit into memory twice
-        for content, (adapter, record) in missing.items():
-            data = blob_bytes(
-                adapter.layers,
-                rows.encode(record),
-                heads=adapter.heads,
-                invocation=adapter.invocation,
-                stored_as=stored_as,
-            )
-            sizes.append(len(data))
-            yield content, data
+        for content, each in missing.items():
+            adapter = each.read(blobs)
+            own = {"heads": adapter.heads, "invocation": adapter.invocation, "stored_as": stored_as}
+            file = blob_bytes(adapter.layers, rows.encode(each.record), **own)  # type: ignore[arg-type]
+            sizes.append(len(file))
+            yield content, file
 
-    digests = blobs.put_many(each()) if missing else []
+    digests_of = blobs.put_many(data()) if missing else []
+    for each in wanted.values():
+        if each.adapter is not None:
+            put_files(blobs, each.adapter.files)
     return {
         content: rows.BlobRow(content, digest, size_bytes)
-        for content, digest, size_bytes in zip(missing, digests, sizes, strict=True)
+        for content, digest, size_bytes in zip(missing, digests_of, sizes, strict=True)
     }
 
 

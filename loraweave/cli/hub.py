@@ -107,6 +107,7 @@ def add_tree(
     anomalies: AnomaliesOption = "report",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only find and name them.")] = False,
     report: Annotated[Path | None, typer.Option(metavar="JSON", dir_okay=False, help="Write the report here too.")] = None,
+    workers: WorkersOption = None,
     hub: HubOption = DEFAULT_HUB,
     blobs: BlobsOption = None,
     as_json: JsonOption = False,
@@ -124,6 +125,7 @@ def add_tree(
             license=license,
             anomalies=anomalies,
             dry_run=dry_run,
+            n_jobs=workers,
             progress=sys.stderr.isatty(),
         )
     if report is not None:

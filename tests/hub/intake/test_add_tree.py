@@ -75,6 +75,16 @@ def test_every_adapter_of_the_tree_is_added_under_its_path(hub, tree):
     assert {record.tags for record in hub} == {("bulk",)}
 
 
+def test_a_tree_that_workers_read_is_that_of_one_process(hub, tree, tmp_path):
+    with Hub(tmp_path / "other") as other:
+        alone, found = add_tree(other, tree), add_tree(hub, tree, n_jobs=1)
+        assert found == alone
+        assert [(record.name, record.hash, record.source) for record in hub] == [
+            (record.name, record.hash, record.source) for record in other
+        ]
+    assert add_tree(hub, tree, n_jobs=1).counts() == {"present": 4, "refused": 1}
+
+
 def test_a_folder_of_lora_files_holds_one_adapter_in_each(hub, tmp_path):
     root = tmp_path / "files"
     (root / "styles").mkdir(parents=True)
@@ -119,7 +129,7 @@ def test_an_interrupted_walk_goes_on_with_the_rest(hub, tree, read, monkeypatch)
             raise KeyboardInterrupt
         return original(self, *words, **keywords)
 
-    monkeypatch.setattr(module, "MAX_BATCH", 2)
+    monkeypatch.setattr(module, "MAX_BATCH", 3)
     monkeypatch.setattr(Hub, "add_many", interrupted)
     with pytest.raises(KeyboardInterrupt):
         add_tree(hub, tree)

@@ -1,5 +1,6 @@
 import errno
 import os
+from dataclasses import replace
 
 import pytest
 import tiny_hubs
@@ -11,6 +12,7 @@ from loraweave.hub.hub import Hub
 from loraweave.hub.intake import adding
 from loraweave.hub.intake.adding import Addition
 from loraweave.hub.stores import folder_blobs
+from loraweave.hub.stores.blobs import read_blob
 from loraweave.hub.stores.folder_blobs import blob_path
 from loraweave.types import Factors
 
@@ -68,6 +70,34 @@ def test_names_and_fields_can_be_given_for_each_and_folders_are_read(hub, tmp_pa
     added = hub.add_many([Addition(MANY[0], name="first", license="mit", tags=["x"]), tmp_path / "folder"])
     assert [(r.name, r.license, r.tags) for r in added.records] == [("first", "MIT", ("x",)), ("a3", None, ("seed 3",))]
     assert hub["a3"].hash == MANY[3].hash
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Adapters of which one is broken, one asks for the name of another, and one has the content of another."""
+    (tmp_path / "of" / "broken").mkdir(parents=True)
+    for place, one in (*enumerate(MANY[:6]), ("more", MANY[2])):
+        one.save_pretrained(tmp_path / "of" / str(place))
+    more = [tmp_path / "of" / "broken", Addition(tmp_path / "of" / "4", name="a1"), tmp_path / "of" / "more"]
+    return [*(tmp_path / "of" / str(place) for place in range(5)), *more, tmp_path / "of" / "5"]
+
+
+def all_but_the_time(hub, added):
+    records = [replace(record, created="") for aside in (False, True) for record in hub.records(quarantined=aside)]
+    origins = [{**read_blob(blob_path(hub.path, one.hash), "it").origin, "created": ""} for one in records]
+    return records, origins, [(label, str(error)) for label, error in added.refused], hub.verify()
+
+
+@pytest.mark.parametrize(("n_jobs", "policy"), [(1, "refuse"), (1, "quarantine"), (2, "report")])
+def test_workers_that_read_leave_the_hub_of_one_process(hub, tmp_path, folders, monkeypatch, n_jobs, policy):
+    monkeypatch.setattr(adding, "PIECE", 2)
+    with Hub(tmp_path / "other") as other:
+        alone = all_but_the_time(other, other.add_many(folders, anomalies=policy))
+    assert all_but_the_time(hub, hub.add_many(folders, anomalies=policy, n_jobs=n_jobs)) == alone
+    records, origins, refused, verification = alone
+    assert [label for label, _ in refused][:2] == [str(tmp_path / "of" / "broken"), "a1"]
+    assert not verification.orphans
+    assert [bool(one["anomalies"]) for one in origins] == [bool(record.anomalies) for record in records]
 
 
 def test_the_same_content_in_a_batch_is_stored_once_under_both_names(hub):
@@ -173,7 +203,7 @@ def test_a_store_that_fails_while_an_adapter_is_looked_over_is_told_and_no_adapt
     real, looked_over = adding.examine, []
 
     def failing(catalogue, blobs, one, *rest):
-        looked_over.append(one.name)
+        looked_over.append(one.record.name)
         if len(looked_over) == 3:
             raise HubError("reading the hub: stale file handle")
         return real(catalogue, blobs, one, *rest)
