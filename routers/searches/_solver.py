@@ -6,6 +6,7 @@ A solver sees names and losses, never a model: (experts, objective) -> MixtureWe
 from __future__ import annotations
 
 import math
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -248,6 +249,11 @@ class Solver(Declared, ABC):
     def _require_limits(self) -> None:
         if self.budget is None and self.seconds is None:
             raise WeightingError("a search needs a budget of evaluations, or of seconds, or both")
+        if self.seconds is not None and (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise WeightingError(
+                f"{count} processes were launched, and each would end its search after another number of candidates with "
+                f"seconds={self.seconds:g}: give a budget of evaluations instead, which all of them share"
+            )
         least, what = self._least
         if self.budget is not None and self.budget < least:
             raise WeightingError(

@@ -87,6 +87,13 @@ def test_seconds_end_a_search_and_cut_its_last_population(clock):
     assert result.seconds == 8.0
 
 
+def test_seconds_are_refused_in_several_processes_which_would_part(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert Walk(NAMES, budget=3).solve(lambda candidates: [0.0] * len(candidates)).evaluations == 3
+    with pytest.raises(WeightingError, match=r"2 processes were launched, .* with seconds=8: give a budget"):
+        Walk(NAMES, budget=3, seconds=8.0)
+
+
 def test_a_resumed_search_has_only_the_seconds_that_are_left(clock, tmp_path):
     asked = []
 
