@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ import torch
 from torch import nn
 
 from loraweave.common.chat import Prompt
-from loraweave.common.display import ShownTable, tracked
+from loraweave.common.display import ShownTable, progress_bar
 from loraweave.common.files import as_path, whole_file
 from loraweave.common.options import Count, Positive, check_options, options_of
 from loraweave.common.randomness import seeded
 from loraweave.common.rows import GivenRows, read_asked, read_inputs
+from loraweave.common.spread import processes_here, require_all, spread
 from loraweave.composer.compose.asked import Step
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.program_search import ProgramRow
@@ -40,6 +42,7 @@ from loraweave.composer.model.batches import untouched
 from loraweave.composer.train.adapters import train_adapters
 from loraweave.composer.train.rows import MAX_PACKED, can_be_packed
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, CompositionError, InvalidTask, TrainingError
+from loraweave.hub.base_reference import base_loader
 from loraweave.hub.embedders.form import Form
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
@@ -252,6 +255,7 @@ class Program:
         lr: Positive = Distilling.lr,
         rank: Count = Distilling.rank,
         seed: int = 0,
+        n_jobs: int | None = None,
         progress: bool = True,
     ) -> Composition:
         """One adapter, trained by `train_adapters` to answer as the program does, asked by the task's instruction under its
@@ -261,7 +265,9 @@ class Program:
         in the hub's cards, those of the first step's adapter before others, and new ones of their words. A tenth of them is
         held out. The task's own examples are learned with their targets. All linear layers are trained, two rows of up to 8
         inputs a step. The report's reason has the agreement with the program on the inputs held out, and both losses of the
-        examples. Raises InvalidTask where there are no inputs, TrainingError for settings out of range.
+        examples. `n_jobs` workers, or those that `joblib.parallel_config` names, label the inputs as one process would, by
+        adapters of the hub (docs/howto/many_machines.md). Raises InvalidTask where there are no inputs, TrainingError for
+        settings out of range.
         """
         given = {"num_inputs": num_inputs, "steps": steps, "lr": lr, "rank": rank}
         check_options("distil()", given, options_of(Program.distil, after=2), error=TrainingError)
@@ -274,9 +280,15 @@ class Program:
         found = [text for text in dict.fromkeys(found) if text.strip()]
         if not found:
             raise InvalidTask(f"there is nothing for program {str(self)!r} to label; {why}")
-        parts = [found[start : start + scoring.BATCH_SIZE] for start in range(0, len(found), scoring.BATCH_SIZE)]
-        answers = [self.predict(part) for part in tracked(parts, "labelling", total=len(parts), shown=progress)]
-        labelled = list(zip(found, chain.from_iterable(answers), strict=True))
+        parts = scoring.in_chunks(found, scoring.BATCH_SIZE)
+        pieces = {f"{number} of {len(parts)}": part for number, part in enumerate(parts, start=1)}
+        work: Callable[[list[str]], list[str]] = self.predict
+        if processes_here(n_jobs) is not None:
+            bare = replace(self, model=None, tokenizer=None, pool=None)
+            work = partial(_labels, base_loader(self.model, self.tokenizer, n_jobs), bare)
+        with progress_bar(progress) as bar:
+            answers = require_all(dict(spread(work, pieces, n_jobs=n_jobs, label="labelling", bar=bar)))
+        labelled = list(zip(found, chain.from_iterable(answers[name] for name in pieces), strict=True))
         settings = Distilling(num_inputs, steps, lr, rank, seed)
         instruction = self.task.instruction or " ".join(step.instruction for step in self.steps)
         asked = replace(self._last_task, examples=self.task.examples, instruction=instruction)
@@ -337,6 +349,13 @@ class Program:
             if self.pool is not None and step.mixture is not None:
                 stack.enter_context(Composer(self.model, self.pool).activate(step.mixture))
             yield
+
+
+def _labels(load: Callable[[], tuple[Any, Any]], program: Program, inputs: Sequence[str]) -> list[str]:
+    """What a worker answers by a program that came without model and pool."""
+    model, tokenizer = load()
+    pool = pool_of(program.steps, program.hub, model)
+    return replace(program, model=model, tokenizer=tokenizer, pool=pool).predict(inputs)
 
 
 def pool_of(steps: Sequence[Step], hub: Hub, model: nn.Module) -> ExpertPool | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -190,3 +191,18 @@ def test_the_code_of_the_page_runs(run_page):
     names = run_page("docs/programs.md")
     assert str(names["program"]) == "past_tense > uppercase"
     assert names["single"].report.reason.startswith("learned past_tense > uppercase from ")
+
+
+def test_two_workers_label_as_one_process_does_by_the_hub_alone(program, letter_hub, tmp_path, monkeypatch):
+    for part in (program.model, program.tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    model, tokenizer = lw.load_base(tmp_path / "base")
+    there, settings = replace(program, model=model, tokenizer=tokenizer), {"steps": 2, "progress": False}
+    monkeypatch.setattr(scoring, "BATCH_SIZE", 2)
+    alone = there.distil(["a", "b", "c", "d"], **settings)
+    found = there.distil(["a", "b", "c", "d"], n_jobs=2, **settings)
+    assert found.adapter.hash == alone.adapter.hash
+    assert found.report.reason == alone.report.reason
+    letter_hub.add(replace(letter_hub["two"], name="one"), replace=True)
+    with pytest.raises(CompositionError, match="the program was made with adapter 'one' of content"):
+        there.distil(["a", "b"], n_jobs=1, **settings)
