@@ -97,11 +97,11 @@ def gather(stored: Iterable[tuple[str, str, Tensor]], folder: Path) -> tuple[dic
     dtypes: set[str] = set()
     for key, dtype, tensor in stored:
         tensors[key] = tensor
-        if dtype in FLOATS:
-            dtypes.add(dtype_name(dtype))
+        dtypes.add(dtype)
     if not tensors:
         raise AdapterCorrupt(f"{folder}: the file holds no tensors")
-    return tensors, "+".join(sorted(dtypes))
+    # named once each: torch takes microseconds to write a dtype's name
+    return tensors, "+".join(sorted(dtype_name(dtype) for dtype in dtypes & FLOATS.keys()))
 
 
 def dtype_name(dtype: str) -> str:

@@ -15,7 +15,7 @@ from loraweave.hub.indexes.faiss_flat import MANY_QUERIES, SLACK, SPARE, largest
 NUM_RESCORED = 50
 
 # rows that are rounded at a time
-_BLOCK_ROWS = 2**16
+_BLOCK_ROWS = 2**10
 
 # fp16's largest number: beyond it a code would be infinite
 _LARGEST = 65504.0

@@ -9,7 +9,6 @@ kept as a file below the hub's index/, or in the cache where the hub cannot be w
 
 from __future__ import annotations
 
-import json
 import logging
 import operator
 import sys
@@ -17,6 +16,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any
 
@@ -289,17 +289,17 @@ class SearchIndex:
             first = first or changes
             if old.generation and (changes.identity != old.identity or changes.generation < old.generation):
                 return self._follow(self._empty())
-            for change in changes.page:
-                records.pop(change.seq, None)
-                gone.append(change.seq)
+            if old.generation:
+                for change in changes.page:
+                    records.pop(change.seq, None)
+                    gone.append(change.seq)
             present = {change.seq: (change.said, change.vector) for change in changes.page if change.said is not None}
             seqs += present
             keys.append(self._keys(present.values()))
             if not changes.page:
                 break
             after = changes.page[-1].seq
-        gone_M = np.array(gone if old.generation else [], np.int64)
-        followed = old.keys.changed(gone_M, np.array(seqs, np.int64), np.concatenate(keys))
+        followed = old.keys.changed(np.array(gone, np.int64), np.array(seqs, np.int64), np.concatenate(keys))
         if len(followed) != changes.num_adapters and changes.generation == first.generation and old.generation:
             # a catalogue that was put back from a copy and has gone another way since has the same identity
             return self._follow(self._empty())
@@ -325,8 +325,8 @@ class SearchIndex:
         missing: dict[str, tuple[int, Said, str]] = {}
         for said, stored in present:
             digest = _digest(said)
-            for known in (stored, self._unstored.get(said.name)):
-                if known is not None and known[0] == digest and known[1].shape == (self.embedder.dim,):
+            for known in (stored, self._unstored.get(said.name)) if self._unstored else (stored,):
+                if known is not None and known[0] == digest and known[1].size == self.embedder.dim:
                     keys.append(known[1])
                     break
             else:
@@ -443,6 +443,6 @@ def _texts(record: Spoken) -> list[tuple[str, str]]:
 
 
 def _digest(record: Spoken) -> str:
-    # the weight enters, since another release may weigh otherwise
-    settled = json.dumps([DESCRIPTION_WEIGHT, _texts(record)])
-    return text_digest(settled)
+    # JSON of the texts and the weight, since another release may weigh otherwise: a third of json.dumps's time
+    texts = ", ".join(f"[{encode_basestring_ascii(kind)}, {encode_basestring_ascii(text)}]" for kind, text in _texts(record))
+    return text_digest(f"[{DESCRIPTION_WEIGHT}, [{texts}]]")

@@ -104,9 +104,11 @@ def at_seqs(
         part = ordered[start : start + MOST_PARAMETERS]
         if part[-1] - part[0] < 2 * len(part):
             # neighbours are read as they lie, which takes a third of the time of finding each
-            wanted = set(part)
             rows = connection.execute(f"{select} BETWEEN ? AND ? ORDER BY 1", (*given, part[0], part[-1])).fetchall()
-            yield from (row for row in rows if row[0] in wanted)
+            if len(part) <= part[-1] - part[0]:
+                wanted = set(part)
+                rows = [row for row in rows if row[0] in wanted]
+            yield from rows
         else:
             marks = ", ".join("?" * len(part))
             yield from connection.execute(f"{select} IN ({marks}) ORDER BY 1", (*given, *part)).fetchall()

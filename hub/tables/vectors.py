@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from loraweave.errors import DimensionMismatch
 from loraweave.hub import quarantine
@@ -97,8 +97,7 @@ if TYPE_CHECKING:
 CHANGED = "SELECT seq FROM changes WHERE generation > ? AND +seq > ? ORDER BY +seq LIMIT ?"
 
 
-@dataclass(frozen=True, eq=False)
-class Change:
+class Change(NamedTuple):
     """An adapter's place in the order of addition, what it says of itself, and its stored vector, if any.
 
     `said` is None for an adapter that was removed or quarantined. `vector` is (digest of the embedded text, fp32 vector).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import torch
 from counted_words import WORDS, Counts
 from tiny_hubs import flip, run_sql
 
+from loraweave.common.names import text_digest
 from loraweave.errors import HubCorrupt
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
@@ -19,6 +21,7 @@ from loraweave.hub.search import search as search_module
 from loraweave.hub.search import segments
 from loraweave.hub.search.search import SearchIndex
 from loraweave.hub.tables.filtering import Filters
+from loraweave.hub.tables.rows import Said
 from loraweave.hub.tables.vectors import CHANGED, read_changes
 from loraweave.types import BaseKey, Factors
 
@@ -340,3 +343,11 @@ def test_what_adapters_say_is_what_their_records_say_wherever_their_rows_lie(hub
             assert found == {seq: (one.name, one.description, one.examples) for seq, one in wanted.items()}
             assert list(found) == list(wanted)
             assert [row.seq for row in rows.some(connection, asked)] == sorted(seq for seq in asked if seq in every)
+
+
+def test_a_key_stands_for_the_texts_as_json_which_earlier_releases_have_stored():
+    for name, description, examples in (("a", "", ()), ("b", 'said "so"\n\u00e9 \U0001f600', ("", " x ", "two\ttabs\x00"))):
+        one = Said(name, description, examples)
+        assert search_module._digest(one) == text_digest(
+            json.dumps([search_module.DESCRIPTION_WEIGHT, search_module._texts(one)])
+        )
