@@ -86,7 +86,7 @@ def held_out(kernel_NN: np.ndarray, labels_N: np.ndarray, folds_N: np.ndarray, r
 
 
 def choose(kernels_PNN: np.ndarray, labels_N: np.ndarray, folds_N: np.ndarray, start: Choice) -> Choice:
-    """The shares, ridge and temperature that foretell held-out samples best, by coordinate descent from `start`.
+    """The shares, ridge and temperature that predict held-out samples best, by coordinate descent from `start`.
 
     Its loss is never above that of `start`. Samples that are alone in their class do not count; if all are, the start stays.
     """

@@ -43,7 +43,7 @@ class SearchOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Request:
-    """The keywords of one search; RetrievalError for one that cannot be meant."""
+    """The keywords of one search; RetrievalError for one that makes no sense."""
 
     k: int = 20
     base_model: str | BaseKey | None = None
@@ -98,8 +98,8 @@ class Request:
     def page(self, hits: Sequence[Hit], count: int) -> list[Hit]:
         """The first `count` of the hits after the one of `after`, and at least at `min_score`.
 
-        A candidate of an earlier page that has another score by now, or is gone, is passed by its old score: what is added
-        or removed meanwhile repeats none and loses none, but for equals of a candidate that is gone, which come again.
+        Where that candidate's score has changed since, or it is gone, its old score marks the place. What is added or
+        removed between pages then repeats and hides nothing, but candidates that tied with one that is gone come again.
         """
         fitting = list(hits)
         if self.after is not None:

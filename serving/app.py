@@ -282,7 +282,7 @@ class Face:
         return served
 
     def _later(self) -> float:
-        """When what begins now is over."""
+        """The deadline of a request that begins now, by `time.monotonic`."""
         return time.monotonic() + self._limits.seconds
 
     @staticmethod

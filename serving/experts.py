@@ -63,12 +63,12 @@ class Experts:
 
     @property
     def oldest(self) -> float:
-        """When that was used which was used longest ago, of what no row uses; infinity for nothing."""
+        """When the least recently used of what no row uses was last used; infinity where there is none."""
         with self._lock:
             return min((self._about[key].last_use for key in self._unused()), default=math.inf)
 
     def drop_oldest(self) -> None:
-        """Lets go of it."""
+        """Drops what `oldest` is about."""
         with self._loading, self._lock:
             self._drop(min(self._unused(), key=lambda key: self._about[key].last_use))
 
@@ -180,7 +180,7 @@ class Experts:
             self._about[served.identity] = _About(self.sizes(served)[served.identity], time.monotonic())
 
     def _is_there(self, key: str, among: OrderedDict[str, Any]) -> bool:
-        """Whether it is; it then makes room after all others."""
+        """Whether it is loaded; if so, it is now the last to make room."""
         with self._lock:
             if key in among:
                 among.move_to_end(key)

@@ -54,11 +54,11 @@ class KeptPrefixes:
 
     @property
     def oldest(self) -> float:
-        """When that was used which was used longest ago; infinity for nothing."""
+        """When the least recently used one was last used; infinity where there is none."""
         return next((kept.last_use for kept in self._kept.values()), math.inf)
 
     def drop_oldest(self) -> None:
-        """Lets go of it."""
+        """Drops what `oldest` is about."""
         self._drop(next(iter(self._kept)))
 
     def longest(self, states: Sequence[tuple[Hashable | None, int | None]], ids: tuple[int, ...]) -> tuple[int, Kept | None]:

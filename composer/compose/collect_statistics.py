@@ -393,7 +393,7 @@ Receiver = Callable[[Tensor, Tensor], None]
 class GradientTap(torch.autograd.Function):
     """The identity on a layer's output, which hands the gradient that passes, and the layer's input, to a receiver.
 
-    `wanted` is any tensor that requires a gradient: an edge of the graph that makes the backward pass come by, although
+    `wanted` is any tensor that requires a gradient: an edge of the graph that makes the backward pass reach it, although
     neither the model's parameters nor its inputs want one.
     """
 

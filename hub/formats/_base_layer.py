@@ -79,7 +79,7 @@ class ExpertMatrix(NamedTuple):
 
 
 def expert_matrix(modules: Mapping[str, nn.Module], name: str, factors: Factors | None, asker: str) -> ExpertMatrix:
-    """The matrix that the layer `<path>.<parameter>.<number>` means, seen as PEFT sees it: turned round where the module has
+    """The matrix that the layer `<path>.<parameter>.<number>` means, seen as PEFT sees it: transposed where the module has
     `is_transposed`. Raises LayerMismatch, naming `asker`, where the model has no such matrix, or one of another size than
     the factors, where they are given.
     """

@@ -249,7 +249,7 @@ class LoraVariant(ForeignFormat):
 
 
 def check_size(layer: Layer, rows: int, columns: int) -> None:
-    """Raises AdapterUnsupported for a matrix beyond this machine, or any, which a small file can ask for."""
+    """Raises AdapterUnsupported for a matrix that this machine, or any, cannot hold: a small file can ask for one."""
     free = free_host_bytes()
     # in float64, and as the factors or the error that are computed of it
     if free is not None and 16 * rows * columns > free:

@@ -3,7 +3,7 @@
 The update of expert e of parameter p of module m is the layer `m.p.e`, whose factors are of kind "expert". PEFT has those
 of all E experts in two matrices: A (E * R, I), in which an expert's rank rows follow one another, and B (O, R * E), whose
 column k * E + e is rank row k of expert e. The scale's rank is R. (O, I) are the sides of one expert's matrix as the
-parameter has them, turned round where the module says `is_transposed` (gpt-oss).
+parameter has them, transposed where the module says `is_transposed` (gpt-oss).
 
 A file names no parameter. PEFT wraps a module once for each, in the order in which the module declares them, so that the
 tensors of the last are at `m.lora_A`, and those of the one before at `m.base_layer.lora_A` (peft 0.21, lora/layer.py,

@@ -27,7 +27,7 @@ _MANY_WANTED = 500
 class FaissHnsw(HeldVectors):
     """Vectors of `dim` numbers in order of addition. PackageMissing without faiss.
 
-    Scores are exact, but a row that the walk does not come by is missed. How far it has to go is measured on a hundred of
+    Scores are exact, but a row that the walk does not reach is missed. How far it has to go is measured on a hundred of
     the vectors: twice as far as it takes to find 97 % of their ten nearest. The graph takes minutes to make at 10^6 vectors
     and is copied when it is loaded. Up to 10,000 vectors everything is scanned, and nothing is missed.
     """

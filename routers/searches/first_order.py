@@ -2,7 +2,7 @@
 
 The loss is taken for a quadratic function of the weights, through the slopes at the best candidate and the changes between
 those told so far. The next candidate is the model's lowest point in the box and not farther than the trust radius from the
-best one, which grows while the model foretells the loss and shrinks where it does not. A quadratic loss of E weights is
+best one, which grows while the model predicts the loss and shrinks where it does not. A quadratic loss of E weights is
 solved after E + 1 candidates, one without cross terms after about three.
 
 The model is
@@ -48,7 +48,7 @@ class FirstOrder(Solver):
     """Asks for the start, the base model unless given, and then for the lowest point of the model, one at a time.
 
     `radius` is how far a weight may go in the first step; `ridge` draws the model's curvature towards the same in all
-    directions. It ends before its budget where the model foretells no lower loss. The other arguments are `Solver`'s.
+    directions. It ends before its budget where the model predicts no lower loss. The other arguments are `Solver`'s.
     """
 
     needs_gradients: ClassVar[bool] = True

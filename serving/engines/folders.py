@@ -158,7 +158,7 @@ class Folders:
         return Folder(key, formula.canonical, path, error)
 
     def release(self, key: str) -> None:
-        """One use of a folder is over."""
+        """Ends one use of a folder."""
         with self._lock:
             if (kept := self._kept.get(key)) is not None:
                 kept.users -= 1
@@ -176,7 +176,7 @@ class Folders:
             return found
 
     def trim(self) -> None:
-        """Removes what is beyond the limit and in nobody's use."""
+        """Removes what is beyond the limit and not in use."""
         with self._lock:
             for key in self.surplus():
                 kept = self._kept[key]
@@ -187,7 +187,7 @@ class Folders:
                     del self._kept[key]
 
     def touch(self, key: str) -> None:
-        """The folder was asked for just now."""
+        """Marks the folder as just used."""
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -240,7 +240,7 @@ class Folders:
 
     @staticmethod
     def _settle(folder: Path) -> None:
-        """Makes a folder survive a power failure and marks it, after whoever asked for it has it."""
+        """Makes a folder survive a power failure and marks it, after it was handed out."""
         # it may have been removed meanwhile
         with suppress(FileNotFoundError):
             for path in folder.iterdir():

@@ -239,7 +239,7 @@ class Overview:
 
 
 def followed(hub: Hub, old: Snapshot) -> Snapshot:
-    """The snapshot of the hub as it is, made of an older one where that is of this catalogue and little has changed."""
+    """A snapshot of the hub as it is now, built on an older one of the same catalogue if little has changed."""
     embedder = embedder_of("sentence").id
     changed: dict[int, Change] = {}
     first, after = None, 0

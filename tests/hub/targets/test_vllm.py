@@ -1,13 +1,14 @@
-"""vLLM computes what the live mixture says; what its loader takes is in tests/hub/test_export.py."""
+"""vLLM computes what the live mixture says; what its loader takes is in tests/hub/test_export.py.
+
+That it does on the real model, too, is in tests/serving/engines/test_vllm.py, whose server makes such folders.
+"""
 
 from pathlib import Path
 
 import engines
 import pytest
 import torch
-from exported_mixtures import pool_mixture, tiny_mixture
-
-from loraweave.hub import base
+from exported_mixtures import tiny_mixture
 
 SCRIPT = Path(__file__).parents[2] / "engine_scripts" / "vllm_answers.py"
 # heads of 32 or more, the least that its CPU attention has
@@ -25,7 +26,6 @@ SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "OMP_NUM_THREADS": "1",
 }
-CASES = ["the pool", *SIZES]
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +33,20 @@ def answers(tmp_path_factory):
     """{case: (mixture, vLLM's log-probabilities without the adapter, with it)}; one process runs them all."""
     folder = tmp_path_factory.mktemp("vllm")
     mixtures, jobs = {}, []
-    for case in CASES:
-        mixture = mixtures[case] = pool_mixture() if case not in SIZES else tiny_mixture(case, **SIZES[case])
-        model = folder / case
-        if case in SIZES:
-            mixture.model.save_pretrained(model)
+    for case, sizes in SIZES.items():
+        mixture = mixtures[case] = tiny_mixture(case, **sizes)
+        mixture.model.save_pretrained(folder / case)
         report = mixture.merged.export(folder / f"{case} adapter", target="vllm")
-        given = {"model": str(model if case in SIZES else base._embedded_folder()), "adapter": str(report.folder)}
+        given = {"model": str(folder / case), "adapter": str(report.folder)}
         given |= {"prompts": mixture.prompts, "vocabulary": mixture.model.config.vocab_size}
         jobs.append({**given, "max_lora_rank": int(report.flags[report.flags.index("--max-lora-rank") + 1])})
     said = engines.run("vllm", SCRIPT, jobs, timeout=900, **SETTINGS)
-    return {case: (mixtures[case], *each) for case, each in zip(CASES, said, strict=True)}
+    return {case: (mixtures[case], *each) for case, each in zip(SIZES, said, strict=True)}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SIZES)
 def test_vllm_computes_the_live_mixture(answers, case):
     mixture, without, said = answers[case]
     for ours, theirs, base_only in zip(mixture.live(), map(torch.tensor, said), map(torch.tensor, without), strict=True):
