@@ -147,7 +147,7 @@ def store(
         absent = [content for content, blob in known.items() if blob is None and not blobs.has(content)]
         try:
             with storage_errors(catalogue.where, doing):
-                written = _put_content(blobs, wanted, known, stored_as)
+                written = _put_content(blobs, batch, wanted, known, stored_as)
             with catalogue.transaction(doing) as connection:
                 for each in batch:
                     existing = rows.find(connection, each.record.name)
@@ -190,7 +190,7 @@ def store_content(
         wanted.setdefault(each.record.hash, each)
     with catalogue.locked(doing), storage_errors(catalogue.where, doing):
         known = {content: usable_blob(catalogue, blobs, content) for content in wanted}
-        written = _put_content(blobs, wanted, known, stored_as)
+        written = _put_content(blobs, batch, wanted, known, stored_as)
     return [
         replace(
             each,
@@ -232,9 +232,13 @@ def _new_content(catalogue: CatalogueStore, batch: Sequence[Prepared], as_versio
 
 
 def _put_content(
-    blobs: BlobStore, wanted: Mapping[str, Prepared], known: Mapping[str, rows.BlobRow | None], stored_as: str
+    blobs: BlobStore,
+    batch: Sequence[Prepared],
+    wanted: Mapping[str, Prepared],
+    known: Mapping[str, rows.BlobRow | None],
+    stored_as: str,
 ) -> dict[str, rows.BlobRow]:
-    """Writes the blobs that are not known, and all files; makes the others last. The caller holds the lock."""
+    """Writes the blobs that are not known, and the files of all that is wanted; makes other blobs last. Holding the lock."""
     missing = {content: each for content, each in wanted.items() if known[content] is None}
     for content in known.keys() - missing.keys():
         blobs.settle(content)
@@ -250,8 +254,9 @@ def _put_content(
             yield content, file
 
     digests_of = blobs.put_many(data()) if missing else []
-    for each in wanted.values():
-        if each.adapter is not None:
+    for each in batch:
+        # those of one content may have different files
+        if each.adapter is not None and each.record.hash in wanted:
             put_files(blobs, each.adapter.files)
     return {
         content: rows.BlobRow(content, digest, size_bytes)

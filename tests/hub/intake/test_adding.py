@@ -107,6 +107,15 @@ def test_the_same_content_in_a_batch_is_stored_once_under_both_names(hub):
     assert len(hub) == 2
 
 
+@pytest.mark.parametrize("n_jobs", [None, 1])
+def test_those_of_one_content_keep_the_files_that_each_came_with(hub, tmp_path, n_jobs):
+    for text in ("one", "two"):
+        replace(MANY[0], name=text, files={"tokenizer.json": text.encode()}).save_pretrained(tmp_path / text)
+    hub.add_many([tmp_path / "one", tmp_path / "two"], n_jobs=n_jobs)
+    assert {name: bytes(hub[name].files["tokenizer.json"]) for name in ("one", "two")} == {"one": b"one", "two": b"two"}
+    assert hub.verify().ok
+
+
 def test_of_two_contents_for_one_name_in_a_batch_the_first_has_it_or_they_are_versions(hub):
     both = [adapter("same", 1), adapter("same", 2)]
     added = hub.add_many(both)
