@@ -229,7 +229,7 @@ def elementwise_section(run: Run, model: Callable[[], Any], whole: int) -> None:
             f"peft, {kind}": Way(lambda kind=kind: setting.in_peft(kind, svd_rank=rank, density=DENSITY), setting.forget),
             "loraweave, merge": Way(lambda ours=ours: setting.ours(ours, rank=rank, density=DENSITY)),
         }
-        compare(run, kind, ways, {"times as fast": (f"peft, {kind}", True)}, rounds=ROUNDS)
+        compare(run, kind, ways, {"times as fast": (f"peft, {kind}", True)}, rounds=ROUNDS, seconds=150)
     setting.forget()
 
 
