@@ -204,8 +204,8 @@ def filtered_subspace(
 ) -> tuple[Array, float] | None:
     """(vectors_NR, next value) as `top_subspace`, of a small positive matrix in fp32; None beyond `most` products.
 
-    A block of vectors goes through a Chebyshev polynomial that is small on the lower part of the spectrum, as large as
-    what the Ritz values say of it (Zhou, Saad, Tiago and Chelikowsky 2006).
+    A block of vectors goes through a Chebyshev polynomial that is small on the lower part of the spectrum, which ends
+    where the block's Ritz values say (Zhou, Saad, Tiago and Chelikowsky 2006).
     """
     width = min(max(WIDTH, 2 * rank), len(gram_NN))
     if 2 * width > len(gram_NN):
@@ -222,7 +222,7 @@ def filtered_subspace(
         left = excess * (energy - float(values_W[:rank].sum()))
         if energy_missed(residual, gap, rank) <= left or residual <= floor:
             return x_NW[:, :rank], float(values_W[rank])
-        # a little more than the degree that takes the residual to where that holds
+        # the residual at which that holds, and the degree that should take it there
         wanted = max(floor, math.sqrt(max(left, 0.0) * max(gap, left / rank) / (2 * rank)))
         edge = max(float(values_W[(rank + width) // 2]), SMALLEST_EDGE * float(values_W[0]))
         growth = math.acosh(max(2 * float(values_W[rank - 1]) / edge - 1, 1.0))

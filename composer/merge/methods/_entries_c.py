@@ -61,8 +61,6 @@ def library() -> ctypes.CDLL | None:
         found.read_entries.argtypes = [_pointer, _int, _int, _int, _pointer, _pointer]
         found.narrow_entries.argtypes = [_pointer, _int, _int, _float, _float, _pointer, _pointer, _int, _pointer]
         found.narrow_entries.restype = _int
-        found.merge_entries.argtypes, found.merge_entries.restype = (
-            [_pointer, _pointer, _int, _int, _pointer, _pointer],
-            None,
-        )
+        found.merge_entries.argtypes = [_pointer, _pointer, _int, _int, _pointer, _pointer]
+        found.read_entries.restype = found.merge_entries.restype = None
     return found

@@ -3,7 +3,6 @@
    `_entries_c.py` compiles this file and says what the fields hold; `_entries.py`, `_signs.py`, `_thresholds.py` and
    `_dropout.py` have the same in PyTorch. */
 
-#include <math.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef __AVX512F__
@@ -13,12 +12,35 @@
 #error "draws are read as little-endian words"
 #endif
 
-enum { HIGH = 4, WIDE = 64, TILE = HIGH * WIDE, LANES = 16, PER_ROW = WIDE / LANES };
+/* numbers of a register, and how many registers of a line are summed at a time, so that all sums stay in registers */
+#if defined __AVX512F__
+enum { LANES = 16, AT_ONCE = 4 };
+#elif defined __AVX__
+enum { LANES = 8, AT_ONCE = 2 };
+#else
+enum { LANES = 4, AT_ONCE = 2 };
+#endif
+enum { HIGH = 4, WIDE = 64, TILE = HIGH * WIDE };
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float half __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
 typedef double doubles __attribute__((vector_size(4 * LANES)));
 typedef int32_t flags __attribute__((vector_size(4 * LANES)));
+typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+/* where the LANES entries from n on of a line are before `end` */
+static inline flags before(int64_t n, int32_t end) {
+    flags place;
+    memcpy(&place, numbers, sizeof place);
+    return place + (int32_t)n < end;
+}
+
+static inline lanes magnitude(lanes values) { return (lanes)((flags)values & 0x7fffffff); }
+
+/* a where the flag is set, else b */
+static inline lanes pick(flags set, lanes a, lanes b) { return (lanes)(((flags)a & set) | ((flags)b & ~set)); }
 
 typedef struct {
     const float *b, *a;   /* num_outputs x rank, rank x num_inputs */
@@ -40,11 +62,14 @@ typedef struct {
 
 /* HIGH rows of b by WIDE columns of a, which lie side by side: each entry's sum runs over the ranks in order */
 static void multiply(const float *const *b, const float *a, int64_t rank, float *tile) {
-    lanes sums[HIGH * PER_ROW] = {0};
-    for (int64_t r = 0; r < rank; r++, a += WIDE)
-        for (int o = 0; o < HIGH; o++)
-            for (int k = 0; k < PER_ROW; k++) sums[o * PER_ROW + k] += b[o][r] * *(const lanes *)(a + k * LANES);
-    memcpy(tile, sums, sizeof sums);
+    for (int n = 0; n < WIDE; n += AT_ONCE * LANES) {
+        lanes sums[HIGH * AT_ONCE] = {0};
+        const float *line = a + n;
+        for (int64_t r = 0; r < rank; r++, line += WIDE)
+            for (int o = 0; o < HIGH; o++)
+                for (int k = 0; k < AT_ONCE; k++) sums[o * AT_ONCE + k] += b[o][r] * *(const lanes *)(line + k * LANES);
+        for (int o = 0; o < HIGH; o++) memcpy(tile + o * WIDE + n, sums + o * AT_ONCE, AT_ONCE * sizeof *sums);
+    }
 }
 
 /* the columns from `column` on side by side, zeros beyond the last one */
@@ -82,14 +107,14 @@ static inline int64_t collect(const float *line, int64_t width, float low, float
                               int64_t *above) {
     int64_t found = 0;
 #ifdef __AVX512F__
+    const __m512 least = _mm512_set1_ps(low), most = _mm512_set1_ps(high);
     for (int64_t n = 0; n < width; n += LANES) {
         const __mmask16 there = width - n < LANES ? (1u << (width - n)) - 1 : 0xffff;
         const __m512 size = _mm512_abs_ps(_mm512_maskz_loadu_ps(there, line + n));
-        const __mmask16 over = _mm512_mask_cmp_ps_mask(there, size, _mm512_set1_ps(high), _CMP_GT_OQ);
-        const __mmask16 reached = _mm512_mask_cmp_ps_mask(there, size, _mm512_set1_ps(low), _CMP_GE_OQ);
-        const __mmask16 inside = _mm512_mask_cmp_ps_mask(reached, size, _mm512_set1_ps(high), _CMP_LE_OQ);
+        const __mmask16 reached = _mm512_mask_cmp_ps_mask(there, size, least, _CMP_GE_OQ);
+        const __mmask16 inside = _mm512_mask_cmp_ps_mask(reached, size, most, _CMP_LE_OQ);
         const int64_t number = __builtin_popcount(inside), left = room - found;
-        *above += __builtin_popcount(over);
+        *above += __builtin_popcount(_mm512_mask_cmp_ps_mask(there, size, most, _CMP_GT_OQ));
         if (left > 0) {
             const __mmask16 fits = left < number ? (1u << left) - 1 : (1u << number) - 1;
             _mm512_mask_storeu_ps(between + found, fits, _mm512_maskz_compress_ps(inside, size));
@@ -97,14 +122,21 @@ static inline int64_t collect(const float *line, int64_t width, float low, float
         found += number;
     }
 #else
-    for (int64_t n = 0; n < width; n++) {
-        const float size = fabsf(line[n]);
-        *above += size > high;
-        if (size >= low && size <= high) {
-            if (found < room) between[found] = size;
-            found++;
-        }
+    flags larger = {0};
+    for (int64_t n = 0; n < width; n += LANES) {
+        const lanes size = magnitude(*(const lanes *)(line + n));
+        const flags there = before(n, (int32_t)width), inside = there & (size >= low) & (size <= high);
+        uint64_t words[LANES / 2], any = 0;
+        memcpy(words, &inside, sizeof words);
+        for (int k = 0; k < LANES / 2; k++) any |= words[k];
+        larger -= there & (size > high);
+        if (any)
+            for (int k = 0; k < LANES; k++) {
+                if (inside[k] && found < room) between[found] = size[k];
+                found -= inside[k];
+            }
     }
+    for (int k = 0; k < LANES; k++) *above += larger[k];
 #endif
     return found;
 }
@@ -137,28 +169,23 @@ static inline uint64_t word(uint64_t seed, uint64_t w) {
 /* What an expert's rule leaves of a line of WIDE entries, of which the first has that flat index, times the weight. Never
    inlined: a sum that had this product within it would leave a rounding error of x - x. */
 static __attribute__((noinline)) void prune(const Expert *e, int64_t first, float weight, float *line) {
-    int32_t kept[WIDE];
-    const int64_t upto = e->last - first;
-    const int32_t last = upto < -1 ? -1 : upto > WIDE ? WIDE : (int32_t)upto;
-    for (int n = 0; n < WIDE; n++) {
-        const float size = fabsf(line[n]);
-        kept[n] = (size > e->value) | ((size == e->value) & (n <= last));
+    enum { WORDS = WIDE / 4 + 1 };
+    const int64_t upto = e->last + 1 - first;
+    const int32_t end = upto < 0 ? 0 : upto > WIDE ? WIDE : (int32_t)upto, level = (int32_t)e->level;
+    const lanes zero = {0};
+    uint16_t draws[4 * WORDS];
+    if (level >= 0)
+        for (int w = 0; w < WORDS; w++) {
+            const uint64_t drawn = word(e->seed, (uint64_t)first / 4 + w);
+            memcpy(draws + 4 * w, &drawn, sizeof drawn);
+        }
+    for (int n = 0; n < WIDE; n += LANES) {
+        const lanes own = *(const lanes *)(line + n), size = magnitude(own);
+        flags kept = (size > e->value) | ((size == e->value) & before(n, end));
+        if (level >= 0) kept &= __builtin_convertvector(*(const shorts *)(draws + first % 4 + n), flags) < level;
+        *(lanes *)(line + n) = pick(kept, weight * own, zero);
     }
-    if (e->level >= 0) {
-        enum { WORDS = WIDE / 4 + 8 };
-        uint64_t words[WORDS];
-        uint16_t draws[4 * WORDS];
-        for (int w = 0; w < WORDS; w++) words[w] = word(e->seed, (uint64_t)first / 4 + w);
-        memcpy(draws, words, sizeof words);
-        const uint16_t *own = draws + first % 4;
-        const int32_t level = (int32_t)e->level;
-        for (int n = 0; n < WIDE; n++) kept[n] &= own[n] < level;
-    }
-    for (int n = 0; n < WIDE; n++) line[n] = kept[n] ? weight * line[n] : 0;
 }
-
-/* a where the flag is set, else b */
-static inline lanes pick(flags set, lanes a, lanes b) { return (lanes)(((flags)a & set) | ((flags)b & ~set)); }
 
 /* LANES entries of every expert, one every TILE numbers: the sum of what agrees with the elected sign */
 static inline void elect(const Merge *m, const Expert *experts, const float *entries, flags *tally, float *out) {
