@@ -181,7 +181,8 @@ class Names:
         with stored.unpacked() as folder:
             read = Composition.from_pretrained(folder, self._model, self._tokenizer)
         members = list(read.members.values()) or [read]
-        return tuple(asked for member in members for asked in self._asked(member, 1 / len(members)))
+        total = sum(member.share for member in members)
+        return tuple(asked for member in members for asked in self._asked(member, member.share / total))
 
     def _asked(self, member: Composition, share: float) -> list[Member]:
         """The member in each of its prompt forms; of a program, the last step after those before it."""

@@ -297,7 +297,9 @@ class Composition(TaskMixture):
 
     def _recipe(self) -> dict[str, Any]:
         weights = self.mean_weights
-        kept = {name: getattr(self, name) for name in ("by_layer", "tuned_steps", "license", "merge_method", "seed")}
+        kept = {
+            name: getattr(self, name) for name in ("by_layer", "tuned_steps", "license", "merge_method", "seed", "share")
+        }
         kept |= {"weights": weights, "parents": self._parents()}
-        parts = {name: list(getattr(self, name)) for name in PARTS}
+        parts = {name: list(getattr(self, name)) for name in dict.fromkeys(PARTS.values())}
         return recipe_of(self.model, self.task, self.report, router=self.router is not None, parts=parts, **kept)

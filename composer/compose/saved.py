@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loraweave.common.chat import prompt_json
+from loraweave.common.checks import is_number
 from loraweave.common.files import as_path
 from loraweave.composer.compose.report import Report, ReportRow
 from loraweave.composer.composer import Composer
@@ -23,9 +24,9 @@ from loraweave.routers.tokens._saved import router as read_router
 from loraweave.types import BaseKey, Fingerprint, Task
 
 FORMAT, FORMAT_WITH_ROUTER = 2, 3
-# of compositions of others, by what these are
-PARTS = {"members": 4, "steps": 5}
-FORMATS = (FORMAT, FORMAT_WITH_ROUTER, *PARTS.values())
+# of compositions of others, what these are; members have equal shares in the first, and may have any in the last
+PARTS = {4: "members", 5: "steps", 6: "members"}
+FORMATS = (FORMAT, FORMAT_WITH_ROUTER, *PARTS)
 FILE = "composition.json"
 MAX_FILE_BYTES = 2**26
 PACKAGES = ("loraweave", "torch", "transformers", "cma")
@@ -64,7 +65,7 @@ class SavedRecipe:
             rows = tuple(ReportRow(**{**row, "losses": tuple(row["losses"])}) for row in recipe["report"].pop("rows"))
             report = Report(rows, **{**recipe["report"], "candidates": tuple(map(tuple, recipe["report"]["candidates"]))})
             base = Fingerprint.from_json(recipe["fingerprint"])
-            parts = next((name for name, number in PARTS.items() if recipe["format"] == number), None)
+            parts = PARTS.get(recipe["format"])
             names = () if parts is None else tuple(recipe[parts])
             return cls(path.parent, task, report, base, recipe["base_model"], recipe, parts, names)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -83,6 +84,11 @@ class SavedRecipe:
             warn_unverified([str(self.folder)], its, own)
         fields = {key: recipe[key] for key in ("seed", "parents", "merge_method")}
         fields |= {"task": self.task, "report": self.report, "pool": None, "all_weights": {}, "members": {}, "steps": {}}
+        fields["share"] = recipe.get("share", 1.0)
+        if not is_number(fields["share"], 0) or not fields["share"]:
+            raise AdapterCorrupt(
+                f"{self.folder} has the share {fields['share']!r}, which is no number above 0; compose again"
+            )
         # the model is the one that it was composed on, whatever its experts say of their base
         if recipe["format"] == FORMAT_WITH_ROUTER:
             router = read_router(self.folder / "router")
@@ -108,7 +114,9 @@ def recipe_of(
 ) -> dict[str, Any]:
     """What composition.json holds of a composition with these fields; `parts` are the names of its members and steps."""
     return {
-        "format": next((PARTS[name] for name, own in parts.items() if own), FORMAT_WITH_ROUTER if router else FORMAT),
+        "format": max(
+            (number for number, name in PARTS.items() if parts[name]), default=FORMAT_WITH_ROUTER if router else FORMAT
+        ),
         "base_model": base_id(model),
         "fingerprint": fingerprint(model).to_json(),
         **parts,

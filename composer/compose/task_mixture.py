@@ -42,8 +42,8 @@ class TaskMixture:
     folder, cut in rank, or trained on for `tuned_steps` steps. Where there is a `router`, it weighs the experts of the pool
     for every token and layer: such a composition answers live, and no adapter and no merge has what it does. Its adapter is
     made of adapters whose licenses exclude each other only where `allow_licenses` says so. Where it has `members`, {name:
-    composition}, each is asked in its own prompts, and their probabilities are averaged; where it has `steps`, {name:
-    composition}, each answers what the one before it answered. Neither has one adapter.
+    composition}, each is asked in its own prompts, and their probabilities are averaged by their `share` of all shares;
+    where it has `steps`, {name: composition}, each answers what the one before it answered. Neither has one adapter.
     """
 
     model: Any
@@ -62,6 +62,7 @@ class TaskMixture:
     allow_licenses: bool = False
     members: Mapping[str, TaskMixture] = field(default_factory=dict)
     steps: Mapping[str, TaskMixture] = field(default_factory=dict)
+    share: float = 1.0
 
     def __repr__(self) -> str:
         by_size = self._by_size()
@@ -105,7 +106,8 @@ class TaskMixture:
     def mean_weights(self) -> dict[str, float]:
         """{name: weight}, averaged over the layers, and over parts, of the adapters that have a weight somewhere."""
         if each := [part.mean_weights for part in self.parts.values()]:
-            return {name: sum(own.get(name, 0.0) for own in each) / len(each) for name in chain(*each)}
+            shares = [part.share for part in self.parts.values()]
+            return {name: _average([own.get(name, 0.0) for own in each], shares) for name in chain(*each)}
         layers = self.by_layer.values() if self.by_layer is not None else (self.all_weights,)
         used = {name for of_layer in layers for name, weight in of_layer.items() if weight}
         return {name: float(weight) for name, weight in self.all_weights.items() if name in used}
@@ -215,7 +217,8 @@ class TaskMixture:
             mixtures = [{name: 1.0} if name in adapters else None for name in last]
             tasks = [member.task for member in last.values()]
             inputs_MN = [member._between(texts) for member in self.members.values()]
-            return answers_to(engine, mixtures, tasks, inputs_MN, max_new_tokens=max_new_tokens)
+            shares = [member.share for member in self.members.values()]
+            return answers_to(engine, mixtures, tasks, inputs_MN, weights=shares, max_new_tokens=max_new_tokens)
         if self.steps:
             return self._last._predict(self._between(texts), max_new_tokens)
         with self.activate():
@@ -223,8 +226,9 @@ class TaskMixture:
 
     def _losses(self, pairs: Sequence[tuple[Prompt, scoring.Targets]]) -> list[float]:
         if self.members:
+            shares = [member.share for member in self.members.values()]
             each = [member._losses(pairs) for member in self.members.values()]
-            return [sum(own) / len(own) for own in zip(*each, strict=True)]
+            return [_average(own, shares) for own in zip(*each, strict=True)]
         if self.steps:
             texts = self._between([asked for asked, _ in pairs])
             return self._last._losses([(text, targets) for text, (_, targets) in zip(texts, pairs, strict=True)])
@@ -276,3 +280,7 @@ class TaskMixture:
     @property
     def _on(self) -> tuple[Any, Any, Task]:
         return self.model, self.tokenizer, self.task
+
+
+def _average(values: Sequence[float], shares: Sequence[float]) -> float:
+    return sum(value * share for value, share in zip(values, shares, strict=True)) / sum(shares)

@@ -43,7 +43,9 @@ from loraweave.types import Router
 # of a LoRA under demonstrations, a new one and one that begins as the in-context adapter, chosen by leave-one-out on the
 # example pool; as many orders of them in the prompts
 FEW_SHOT = Tuning(steps=10, lr=5e-4, batch_size=2)
-BEGUN = Tuning(steps=6, lr=8e-4, batch_size=2)
+BEGUN = Tuning(steps=8, lr=8e-4, batch_size=1)
+# of a member of an average, where it is not 1; by leave-one-out too
+SHARES = {"few_shot": 2.0, "program": 2.0}
 # of a LoRA on many examples
 LONG = Tuning(steps=80, lr=3e-3, batch_size=8)
 ORDERS = 3
@@ -143,11 +145,12 @@ class Lora(FewShot):
 
 
 class Averaged(Trial[tuple[Any, ...]]):
-    """What other trials chose, each asked in its own prompts: the average of their probabilities."""
+    """What other trials chose, each asked in its own prompts: the average of their probabilities, by `SHARES`."""
 
     def __init__(self, parts: Sequence[Trial[Any]]) -> None:
         super().__init__("average", parts[0].bench)
         self._parts = parts
+        self._shares = [SHARES.get(part.name, 1.0) for part in parts]
 
     def choose(self, splits: Sequence[Split]) -> list[tuple[Any, ...]]:
         return list(zip(*(part.choices_on(splits) for part in self._parts), strict=True))
@@ -155,21 +158,23 @@ class Averaged(Trial[tuple[Any, ...]]):
     def scores(self, chosen: tuple[Any, ...], examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         _, hits_N = self.hits(chosen, examples)
         each = [part.scores(own, examples)[0] for part, own in zip(self._parts, chosen, strict=True)]
-        return np.mean(each, axis=0), hits_N
+        return np.average(each, axis=0, weights=self._shares), hits_N
 
     def finish(self) -> None:
         """The examples were learned from, so that no answer to them is looked at. The parts are finished by then."""
         (self.chosen,) = self.choices_on([self.bench.everything])
-        self.losses_N = np.mean([part.losses_N for part in self._parts if part.losses_N is not None], axis=0)
+        each = [part.losses_N for part in self._parts if part.losses_N is not None]
+        self.losses_N = np.average(each, axis=0, weights=self._shares)
 
     def result(self, chosen: tuple[Any, ...]) -> SearchResult:
         return result_of(MixtureWeights.of({}, self.bench.names))
 
     def composition(self, chosen: tuple[Any, ...], report: Report, *, seed: int, allow_licenses: bool) -> Composition:
         members = {}
-        for part, own in zip(self._parts, chosen, strict=True):
+        for part, own, share in zip(self._parts, chosen, self._shares, strict=True):
             of_part = replace(report, chosen=part.name, reason=f"a member of {self.name}")
-            members[part.name] = part.composition(own, of_part, seed=seed, allow_licenses=allow_licenses)
+            member = part.composition(own, of_part, seed=seed, allow_licenses=allow_licenses)
+            members[part.name] = replace(member, share=share)
         made = super().composition(chosen, report, seed=seed, allow_licenses=allow_licenses)
         return replace(made, members=members)
 

@@ -44,8 +44,8 @@ from loraweave.routers.searches.similarity import Similarity
 from loraweave.routers.tokens._text import read_expert_texts
 from loraweave.routers.weights import MixtureWeights
 
-# evaluations of the search of "auto": 8 steps of the gradient
-EACH = 16
+# evaluations of the search of "auto": 5 steps of the gradient
+EACH = 10
 # the least budget with which "auto" trains too
 TRAINS_FROM = 40
 # a single adapter of less than this share of the loss without adapters is taken as it is

@@ -147,7 +147,7 @@ def has_router(stored: StoredComposition) -> bool:
 
 def has_parts(stored: StoredComposition) -> bool:
     """Whether a stored composition is an average of members, or steps one after the other."""
-    return COMPOSITION in stored.files and stored.recipe.get("format") in PARTS.values()
+    return COMPOSITION in stored.files and stored.recipe.get("format") in PARTS
 
 
 def router_of(stored: StoredComposition) -> TokenRouter:

@@ -116,12 +116,13 @@ def test_a_stored_average_asks_each_member_in_prompts_of_its_own(serve):
         compose = partial(lw.compose, engine.model, tokenizer, engine.pool, progress=False)
         shown = replace(task, demonstrations=task.examples, orders=2)
         members = {"one": compose(task, method="uniform"), "other": replace(compose(task, method="base"), task=shown)}
+        members["other"] = replace(members["other"], share=3.0)
         average = replace(members["one"], members=members, pool=None, all_weights={})
         client.hub.save_composition("both", average)
         merged = members["one"].adapter
         client.engine.load("one", merged)
         prompts = [task.prompt("abc"), *(each.prompt("abc") for each in shown.in_orders())]
-        text = averaged(client.engine, prompts, [{"one": 1.0}, {}, {}], [0.5, 0.25, 0.25], 48).partition("\n")[0]
+        text = averaged(client.engine, prompts, [{"one": 1.0}, {}, {}], [0.25, 0.375, 0.375], 48).partition("\n")[0]
         status, headers, body = client.complete("@both", "abc", max_tokens=48)
         assert (status, body["choices"][0]["text"]) == (200, text)
         assert body["usage"]["prompt_tokens"] == sum(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)

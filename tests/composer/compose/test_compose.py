@@ -331,8 +331,9 @@ def test_a_composition_of_another_base_a_newer_one_and_a_damaged_one_are_refused
         lw.Composition.from_pretrained(path.parent, make_model("llama", vocab_size=67), tokenizer)
     text = path.read_text()
     for damage, error, message in (
-        (json.dumps({**json.loads(text), "format": 6}), CompositionError, "format 6"),
+        (json.dumps({**json.loads(text), "format": 7}), CompositionError, "format 7"),
         (json.dumps({**json.loads(text), "format": 5, "steps": None}), lw.AdapterCorrupt, "damaged"),
+        (json.dumps({**json.loads(text), "share": 0}), lw.AdapterCorrupt, "share 0, which is no number above 0"),
         (text[:100], lw.AdapterCorrupt, "damaged"),
         (text + " " * MAX_FILE_BYTES, lw.AdapterCorrupt, "more than the limit"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -45,7 +46,7 @@ def test_composing_averages_where_nothing_else_is_asked_for(compose_on):
 
 def test_the_members_are_what_their_methods_compose_alone(compose_on, task):
     found = compose_on(seed=3)
-    gradient = compose_on(method="gradient", budget=16, folds=0, seed=3)
+    gradient = compose_on(method="gradient", budget=ways.EACH, folds=0, seed=3)
     few_shot = compose_on(method="few_shot", folds=0, seed=3)
     for name, alone in {"gradient": gradient, "few_shot": few_shot}.items():
         assert found.members[name].losses() == pytest.approx(alone.losses(), rel=1e-5)
@@ -53,7 +54,7 @@ def test_the_members_are_what_their_methods_compose_alone(compose_on, task):
     assert found.members["gradient"].task == task
     assert found.members["few_shot"].task == lw.Task(EXAMPLES, instruction="swap", demonstrations=True, orders=ORDERS)
     assert found.losses() == pytest.approx(
-        [(a + b) / 2 for a, b in zip(gradient.losses(), few_shot.losses(), strict=True)], rel=1e-5
+        [(a + 2 * b) / 3 for a, b in zip(gradient.losses(), few_shot.losses(), strict=True)], rel=1e-5
     )
 
 
@@ -73,7 +74,7 @@ def test_its_answers_have_the_highest_average_probability(given, compose_on, tin
                 prior_L = priors_CL.prod(dim=0) ** (1 / len(others))
                 for number, text in enumerate(inputs):
                     ratio_L = p_of(tiny_llama, tokenizer, task.prompt(text), labels, end) / prior_L
-                    p_NL[number] += ratio_L / ratio_L.sum() / len(orders)
+                    p_NL[number] += member.share * ratio_L / ratio_L.sum() / len(orders)
     assert found.predict(inputs) == [labels[int(best)] for best in p_NL.argmax(dim=1)]
     expected = [labels[int(best)] == "ab" for best in p_NL.argmax(dim=1)]
     assert found.evaluate([(text, "ab") for text in inputs])["value"] == pytest.approx(sum(expected) / 4)
@@ -93,11 +94,23 @@ def test_an_average_is_kept_whole(compose, tiny_llama, tokenizer, tmp_path):
     found = compose()
     found.save_pretrained(tmp_path / "kept")
     read = lw.Composition.from_pretrained(tmp_path / "kept", tiny_llama, tokenizer)
-    assert list(read.members) == ["gradient", "few_shot"]
+    assert {name: member.share for name, member in read.members.items()} == {"gradient": 1.0, "few_shot": 2.0}
     assert read.losses() == pytest.approx(found.losses(), rel=1e-4)
     assert read.predict(["b", "x"]) == found.predict(["b", "x"])
     assert read.report == found.report
     assert read.mean_weights == pytest.approx(found.mean_weights)
+
+
+def test_an_average_that_was_saved_without_shares_has_equal_ones(compose, tiny_llama, tokenizer, tmp_path):
+    found = compose()
+    found.save_pretrained(tmp_path)
+    for path in tmp_path.rglob("composition.json"):
+        recipe = json.loads(path.read_text())
+        del recipe["share"]
+        path.write_text(json.dumps({**recipe, "format": 4 if path.parent == tmp_path else recipe["format"]}))
+    read = lw.Composition.from_pretrained(tmp_path, tiny_llama, tokenizer)
+    each = [member.losses() for member in found.members.values()]
+    assert read.losses() == pytest.approx([(a + b) / 2 for a, b in zip(*each, strict=True)], rel=1e-4)
 
 
 def test_of_many_examples_a_fifth_chooses_among_the_ways_and_the_best_learns_from_all(compose_on, tmp_path):
@@ -140,7 +153,7 @@ def test_an_average_has_no_adapter_and_says_where_one_is(compose, tmp_path):
             act()
     assert "the average of gradient and few_shot" in repr(found)
     weights = found.members["gradient"].mean_weights
-    assert found.mean_weights == pytest.approx({name: weight / 2 for name, weight in weights.items()})
+    assert found.mean_weights == pytest.approx({name: weight / 3 for name, weight in weights.items()})
     report = found.members["few_shot"].export(tmp_path / "out")
     assert len(lw.Adapter.from_pretrained(report.folder).card["prompts"]) == ORDERS
 
@@ -184,7 +197,7 @@ def test_a_small_budget_and_a_time_limit_leave_the_training_out(compose, limits)
 def test_the_search_makes_no_more_evaluations_than_its_budget(compose):
     assert compose(budget=10).report["gradient"].evaluations == 10
     report = compose(budget=1000).report
-    assert report["gradient"].evaluations == 16
+    assert report["gradient"].evaluations == 10
     assert report["few_shot"].evaluations == 3 * FEW_SHOT.steps
 
 
@@ -193,7 +206,7 @@ def test_with_folds_the_lowest_loss_on_held_out_examples_is_returned(compose, se
     report = compose(seed=seed, folds=2).report
     held_out = {row.name: row.held_out_loss for row in report.rows}
     assert report.chosen == min(held_out, key=held_out.get)
-    assert held_out["average"] == pytest.approx((held_out["gradient"] + held_out["few_shot"]) / 2)
+    assert held_out["average"] == pytest.approx((held_out["gradient"] + 2 * held_out["few_shot"]) / 3)
     assert 0.0 <= report["average"].held_out_hits <= 1.0
 
 
@@ -293,7 +306,7 @@ def test_one_adapter_alone_is_not_searched_but_its_strength_is(compose, pool):
 def test_the_bar_ends_at_its_total(compose, options, num_folds, pool, monkeypatch):
     completed, totals = shown_by_the_bar(monkeypatch)
     compose(progress=True, **options)
-    each = 16 if options.get("method") is None else options["budget"]
+    each = ways.EACH if options.get("method") is None else options["budget"]
     assert completed[-1] == totals[-1] == len(pool) + (num_folds + 1) * each
 
 
