@@ -24,6 +24,8 @@ from loraweave.routers.weights import MixtureWeights
 
 # a longer program's loss must be lower by this share: with five examples a needless third step often seems to help a little
 GAIN = 0.2
+# three steps are sought from so many programs of two
+BEAM = 1
 
 
 class Programmed(Trial[Order]):
@@ -62,7 +64,8 @@ class Programmed(Trial[Order]):
         """Raises InvalidTask where no adapter has a description, InvalidLicense for steps that may not be combined."""
         bench, task = self.bench, task_of(self.bench.task, examples)
         model, tokenizer, k = bench.engine.model, bench.tokenizer, self._settings.k
-        search = search_programs(model, tokenizer, self._retriever, task, k=k, gain=GAIN, progress=bench.progress)
+        limits: dict[str, Any] = {"k": k, "gain": GAIN, "beam": BEAM}
+        search = search_programs(model, tokenizer, self._retriever, task, **limits, progress=bench.progress)
         # an evaluation is a candidate scored on all examples
         self.evaluations += math.ceil(search.asking.count / len(examples))
         chosen, _ = search.best()
