@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -276,16 +277,26 @@ def tree_inputs(trees: Sequence[TokenTree], pad: int, dtype: torch.dtype, device
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window")
 MASKED = ("eager", "sdpa")
 NUM_TRIED = 4
+# what a model did with the rows that were tried, by its attention and dtype; with others of its windows it does the same
+_TRIED: WeakKeyDictionary[nn.Module, dict[tuple[str, torch.dtype], bool]] = WeakKeyDictionary()
 
 
 def runs_trees(model: nn.Module, tokenizer: Any, rows: Sequence[EncodedRow]) -> bool:
-    """Whether these rows have the same losses as a tree, to rounding, in the model as it is; some of them are tried.
+    """Whether rows have the same losses as a tree, to rounding, in the model as it is; some of the first ones are tried.
 
     False, without a trial, for encoder-decoders, for models that take no positions (recurrent ones, ALiBi), for attention
     that takes no mask of four axes, and for windows that are shorter than the longest row.
     """
     if not _could(model, rows):
         return False
+    known = _TRIED.setdefault(model, {})
+    key = str(getattr(model.config, "_attn_implementation", None)), _dtype(model)
+    if key not in known:
+        known[key] = _are_alike(model, tokenizer, rows)
+    return known[key]
+
+
+def _are_alike(model: nn.Module, tokenizer: Any, rows: Sequence[EncodedRow]) -> bool:
     # distinct rows, from the shortest to the longest
     distinct = sorted(dict.fromkeys(rows), key=len)
     step = max(1, (len(distinct) - 1) / (NUM_TRIED - 1))
