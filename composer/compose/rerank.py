@@ -9,17 +9,20 @@ ever formed. Gain and bias meet sum g * y0 and sum g.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loraweave.common.display import progress_bar
 from loraweave.common.options import Count, check_options
 from loraweave.common.rows import GivenRows
+from loraweave.common.spread import require_all, spread
 from loraweave.composer.compose.candidates import experts_of
 from loraweave.composer.compose.collect_statistics import GradientTap
 from loraweave.composer.compose.loss import ExampleLoss
@@ -27,9 +30,10 @@ from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import batch, mean_losses, untouched
 from loraweave.composer.model.kinds import linear
 from loraweave.composer.model.layers import TargetLayer
-from loraweave.composer.model.scoring import encode_pairs
+from loraweave.composer.model.scoring import encode_pairs, in_chunks
 from loraweave.errors import CompositionError, InvalidTask, SearchFailed, UnknownName, WeightingError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.base_reference import base_loader
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool, StackedFactors, require_everywhere
 from loraweave.lowrank import algebra
@@ -42,6 +46,8 @@ _Ranking = dict[str, tuple[float, str]]
 
 WAYS = ("first_order", "gradient_similarity", "probe")
 PLACES = ("uniform", "base")
+# candidates that are one piece of work
+PIECE = 64
 
 
 def rerank(
@@ -55,6 +61,8 @@ def rerank(
     weight: float = 1.0,
     around: str = "uniform",
     batch_size: int = 8,
+    n_jobs: int | None = None,
+    progress: bool = True,
 ) -> list[Candidate]:
     """The candidates, best first by what they do on the task's examples; score and evidence say what that is.
 
@@ -64,6 +72,10 @@ def rerank(
     does fall with the adapter live at `weight` (a forward pass over the examples for each candidate).
     `around` is where the first two begin: at the "uniform" mixture of the candidates, whose weights sum to `weight`, or at
     the "base" model.
+
+    Probes, and slopes at the base, are of 64 candidates at a time, so that thousands need not fit into memory. `n_jobs`
+    workers, or those that `joblib.parallel_config` names, take them to the same bits, and open the adapters of a hub
+    themselves (docs/howto/many_machines.md); what begins at the uniform mixture is one pass of this process.
 
     Equal scores keep their order. The loss is the mean over the examples of the mean loss of their target tokens.
     Raises UnknownName, InvalidTask and WeightingError before anything is run; what Composer raises for an adapter that does
@@ -83,24 +95,53 @@ def rerank(
         return []
     names = list(dict.fromkeys(candidate.name for candidate in candidates))
     experts = experts_of(hub_or_pool)
-    pool = experts.subset(names) if isinstance(experts, ExpertPool) else experts.pool(names)
-    engine = Composer(model, pool, tokenizer=tokenizer)
-    if by == "probe":
-        ranked = _by_probe(engine, tokenizer, asked, weight)
+    hub = experts if isinstance(experts, Hub) else None
+    rank = partial(_ranked, hub=hub, task=asked, by=by, weight=weight, around=around, batch_size=batch_size)
+    together = by != "probe" and around == "uniform"
+    parts = in_chunks(names, len(names) if together else PIECE)
+    sides = [part if isinstance(experts, Hub) else experts.subset(part) for part in parts]
+    if len(sides) == 1:
+        ranked = rank(lambda: (model, tokenizer), sides[0])
     else:
-        mixture = {} if around == "base" else dict.fromkeys(names, weight / len(names))
-        begun = first_order(engine, tokenizer, asked, mixture=mixture, batch_size=batch_size)
-        start = f"loss {begun.loss:.3f} of the {'base model' if around == 'base' else 'uniform mixture'} begins to change by"
-        ranked = _by_slope(begun.slopes, weight, start) if by == "first_order" else _by_cosine(engine, begun, weight, start)
-    engine.close()
+        pieces = {f"{number} of {len(sides)}": side for number, side in enumerate(sides, start=1)}
+        work = partial(rank, base_loader(model, tokenizer, n_jobs))
+        with progress_bar(progress) as bar:
+            found = require_all(dict(spread(work, pieces, n_jobs=n_jobs, label="probing", bar=bar)))
+        ranked = {name: each for own in found.values() for name, each in own.items()}
     if not any(math.isfinite(score) for score, _ in ranked.values()):
         raise SearchFailed(f"none of the {len(names)} candidates has a finite score by {by!r} on the examples")
-    found = []
+    reranked = []
     for candidate in candidates:
         score, evidence = ranked[candidate.name]
         worst_if_broken = score if math.isfinite(score) else -math.inf
-        found.append(replace(candidate, score=worst_if_broken, evidence=f"{evidence}; {candidate.evidence}"))
-    return sorted(found, key=lambda candidate: -candidate.score)
+        reranked.append(replace(candidate, score=worst_if_broken, evidence=f"{evidence}; {candidate.evidence}"))
+    return sorted(reranked, key=lambda candidate: -candidate.score)
+
+
+def _ranked(
+    load: Callable[[], tuple[Any, Any]],
+    side: ExpertPool | Sequence[str],
+    *,
+    hub: Hub | None,
+    task: Task,
+    by: str,
+    weight: float,
+    around: str,
+    batch_size: int,
+) -> _Ranking:
+    """Score and evidence of some candidates, which of a hub are names."""
+    model, tokenizer = load()
+    pool = side if isinstance(side, ExpertPool) else cast(Hub, hub).pool(side)
+    engine = Composer(model, pool, tokenizer=tokenizer)
+    try:
+        if by == "probe":
+            return _by_probe(engine, tokenizer, task, weight)
+        mixture = {} if around == "base" else dict.fromkeys(pool.names, weight / len(pool))
+        begun = first_order(engine, tokenizer, task, mixture=mixture, batch_size=batch_size)
+        start = f"loss {begun.loss:.3f} of the {'base model' if around == 'base' else 'uniform mixture'} begins to change by"
+        return _by_slope(begun.slopes, weight, start) if by == "first_order" else _by_cosine(engine, begun, weight, start)
+    finally:
+        engine.close()
 
 
 def _by_slope(slopes: Mapping[str, float], weight: float, start: str) -> _Ranking:

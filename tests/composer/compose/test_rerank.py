@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import loraweave as lw
+from loraweave.composer.compose import rerank as module
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.compose.rerank import first_order, update_norm
 from loraweave.composer.composer import Composer
@@ -84,6 +85,26 @@ def test_a_probe_scores_by_the_measured_fall_of_the_loss(tiny_llama, tokenizer, 
     assert {c.name: c.score for c in found} == pytest.approx(
         {name: base - loss for name, loss in zip(pool.names, losses, strict=True)}, abs=1e-5
     )
+
+
+@pytest.mark.parametrize("by", WAYS)
+def test_pieces_on_workers_score_as_one_process_does(by, make_model, make_adapters, tokenizer, tmp_path, monkeypatch):
+    for part in (make_model("llama"), tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    model, tokenizer = lw.load_base(tmp_path / "base")
+    adapters = [replace(adapter, base_model=model.name_or_path) for adapter in make_adapters(model, "llama")]
+    listed = candidates_for([adapter.name for adapter in adapters])
+    asked = {"by": by, "around": "base", "weight": 0.5, "progress": False}
+    with lw.Hub(tmp_path / "hub") as hub:
+        hub.add_many(adapters)
+        whole = lw.rerank(model, tokenizer, hub, EXAMPLES, listed, **asked)
+        monkeypatch.setattr(module, "PIECE", 2)
+        alone = lw.rerank(model, tokenizer, hub, EXAMPLES, listed, **asked)
+        # processes take seconds to start
+        spread = lw.rerank(model, tokenizer, hub, EXAMPLES, listed, n_jobs=2 if by == "probe" else 1, **asked)
+    assert spread == alone
+    assert [each.name for each in alone] == [each.name for each in whole]
+    assert [each.score for each in alone] == pytest.approx([each.score for each in whole], abs=1e-5)
 
 
 def test_near_weight_zero_the_first_order_is_the_probe(make_model, make_adapters, tokenizer):
