@@ -149,7 +149,7 @@ def test_a_hub_keeps_experts_and_names_their_parameters(hub):
     assert hub.record("a").target_modules == ("down_proj", "up_proj")
 
 
-@pytest.mark.parametrize("target", ["vllm", "mlx", "kohya", "diffusers"])
+@pytest.mark.parametrize("target", ["vllm", "kohya", "diffusers"])
 def test_a_program_without_a_form_for_fused_experts_is_named(tmp_path, target):
     adapter = Adapter("a", "base", {"m.experts.down_proj.0": expert(0)})
     with pytest.raises(
