@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from loraweave.common.names import checked_name
 from loraweave.common.process import paused_collector
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from loraweave.hub.intake.discover import Found
     from loraweave.hub.pool import ExpertPool
 
-T = TypeVar("T")
-
 # rows of a hub in a notebook
 SHOWN = 20
 
@@ -64,7 +62,6 @@ class Hub(CompositionShelf):
         super().__init__(folder, catalogue)
         # what another process opens it by
         self._address = _absolute(path), None if blobs is None else _absolute(blobs)
-        self._kept: dict[str, Any] = {}
         try:
             if self._catalogue.writable:
                 with storage_errors(self._catalogue.where, "opening the hub"):
@@ -76,13 +73,6 @@ class Hub(CompositionShelf):
     def __reduce__(self) -> tuple[Any, ...]:
         # a hub travels as its address; a process opens each once
         return _opened, self._address
-
-    def kept(self, name: str, make: Callable[[], T]) -> T:
-        """What `make` gives, made once and kept under this name as long as the hub: what searches it, say."""
-        if name not in self._kept:
-            self._kept[name] = make()
-        found: T = self._kept[name]
-        return found
 
     def discover(
         self,
@@ -178,18 +168,9 @@ class Hub(CompositionShelf):
         """
         from loraweave.hub.intake.adding import add_many
 
-        return add_many(
-            self._catalogue,
-            self._blobs,
-            sources,
-            stored_as=stored_as,
-            allow_pickle=allow_pickle,
-            replace=replace,
-            anomalies=anomalies,
-            progress=progress,
-            n_jobs=n_jobs,
-            by_worker=partial(_read_piece, self),
-        )
+        settings: dict[str, Any] = {"stored_as": stored_as, "allow_pickle": allow_pickle, "replace": replace}
+        settings |= {"anomalies": anomalies, "progress": progress, "n_jobs": n_jobs, "by_worker": partial(_read_piece, self)}
+        return add_many(self._catalogue, self._blobs, sources, **settings)
 
     def __getitem__(self, name: str) -> Adapter:
         """The adapter, its tensors mapped from the blob. AdapterNotFound names near misses; AdapterCorrupt for damage."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from loraweave.common.names import checked_name, near_misses
 from loraweave.errors import AdapterNotFound, InvalidName
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+T = TypeVar("T")
+
+
 class Listing:
     """The catalogue of a hub, read; of what a search makes, it also keeps the vectors. `Hub` adds blobs and writing.
 
@@ -30,6 +33,14 @@ class Listing:
     def __init__(self, path: Path, catalogue: CatalogueStore) -> None:
         self.path = path
         self._catalogue = catalogue
+        self._kept: dict[str, Any] = {}
+
+    def kept(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` gives, made once and kept under this name as long as the hub: what searches it, say."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        found: T = self._kept[name]
+        return found
 
     def __contains__(self, name: object) -> bool:
         try:
