@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from operator import eq
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -73,7 +74,6 @@ def transfer(
       (Cross-LoRA, arXiv 2508.05232): P = U_new U_new^T for as many outputs, else U_new U_old^T; Q likewise of V.
     - "activations": B' = N B, A' = A M, the ridge regressions y_new ~ N y_old and x_old ~ M x_new. `ridge` is relative to
       the mean square of a feature; it draws towards the identity where both sizes agree, else towards zero.
-
     - "restore": B' A' is the best approximation, of at most `rank`, of B A - (W_new - W_old), also in the linear layers that
       the adapter leaves alone and the new base does not: while it is active, the new base is the old one. Where the new one
       is the old one with an adapter fused into it, `rank` of both ranks' sum is exact.
@@ -113,10 +113,8 @@ def transfer(
     about = {"from": adapter.base_model, "to": key.id, "way": way, "kept": share, "layers": found}
     made = replace(adapter, base_model=key.id, layers=layers, fingerprint=key.fingerprint)
     if prompts:
-        pairs_of_answers = zip(
-            answers(old, adapter, tokenizer, prompts), answers(new, made, tokenizer, prompts), strict=True
-        )
-        share = about["answers"] = sum(was == now for was, now in pairs_of_answers) / len(prompts)
+        said, says = answers(old, adapter, tokenizer, prompts), answers(new, made, tokenizer, prompts)
+        share = about["answers"] = sum(map(eq, said, says)) / len(prompts)
     if share < least:
         raise AdapterUnsupported(
             f"transfer of {adapter.name!r} from {adapter.base_model!r} to {key.id!r} by way={way!r} is predicted to keep "
