@@ -93,9 +93,9 @@ def mergekit(
 
 def _thinned(thinning: str, densities: Sequence[float], extras: Sequence[float], seeds: Sequence[int]) -> Prune:
     """Each expert by its own numbers, which go by its place among those given."""
+    settings = list(zip(densities, extras, strict=True))
 
-    def of_place(place: int) -> Prune:
-        density, extra = densities[place], extras[place]
+    def by(density: float, extra: float) -> Prune:
         if density >= 1.0:
             return prune_smallest(1.0)
         match thinning:
@@ -108,7 +108,9 @@ def _thinned(thinning: str, densities: Sequence[float], extras: Sequence[float],
         return lambda entries: magprune(entries, seeds, density, extra, rescale=False)
 
     def prune(entries: Entries) -> Sequence[Rule]:
-        return [of_place(place)(entries)[expert] for expert, place in enumerate(entries.places)]
+        # the rules of all experts are found at once, so each setting is asked for them once
+        rules = {each: by(*each)(entries) for each in dict.fromkeys(settings[place] for place in entries.places)}
+        return [rules[settings[place]][expert] for expert, place in enumerate(entries.places)]
 
     return prune
 

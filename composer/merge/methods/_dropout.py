@@ -37,6 +37,12 @@ def draws(seed: int, first: int, shape: tuple[int, int]) -> NDArray[np.uint16]:
     return words.astype("<u8", copy=False).view("<u2")[:size].reshape(shape)
 
 
+def draws_for(seed: int, rows: slice, block_BI: Tensor) -> NDArray[np.uint16]:
+    """`draws` for a block of whole rows."""
+    num_rows, width = block_BI.shape
+    return draws(seed, rows.start * width, (num_rows, width))
+
+
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 _MIX = (
     (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
@@ -61,8 +67,7 @@ class Drop:
         return Numbers(seed=self.seed, level=self.level)
 
     def apply(self, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
-        drawn = draws(self.seed, rows.start * block_BI.shape[1], (block_BI.shape[0], block_BI.shape[1]))
-        np.multiply(block_BI.numpy(), drawn < self.level, out=out_BI.numpy())
+        np.multiply(block_BI.numpy(), draws_for(self.seed, rows, block_BI) < self.level, out=out_BI.numpy())
 
 
 def prune_random(seeds: Sequence[int], density: float) -> tuple[Prune, float]:

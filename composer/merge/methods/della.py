@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loraweave.common.options import Fraction
-from loraweave.composer.merge.methods._dropout import LEVELS, draws, quantise, stream
+from loraweave.composer.merge.methods._dropout import LEVELS, draws_for, quantise, stream
 from loraweave.composer.merge.methods._entries import Entries, Rule
 from loraweave.composer.merge.methods._signs import divisor_of, merge_elected
 from loraweave.composer.merge.methods._terms import Experts, Weights
@@ -80,8 +80,7 @@ class Ranked:
     def apply(self, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
         level_BI = torch.empty_like(block_BI)
         level_BI.scatter_(1, _ascending(block_BI), self.level_of_rank_I.expand_as(block_BI))
-        drawn = draws(self.seed, rows.start * block_BI.shape[1], (block_BI.shape[0], block_BI.shape[1]))
-        kept = drawn < level_BI.numpy()
+        kept = draws_for(self.seed, rows, block_BI) < level_BI.numpy()
         if self.rescale:
             # a level of zero keeps nothing, and divides nothing
             block_BI = torch.div(block_BI, level_BI.div_(LEVELS).clamp_(min=1 / LEVELS), out=out_BI)
