@@ -116,9 +116,12 @@ def linear_targets(model: Any) -> Sequence[str]:
     return sorted({name.rsplit(".", 1)[-1] for name in linear})
 
 
-def example_loss(model: Any, tokenizer: Any, task: Task, pool: ExpertPool, merge_method: str = "linear") -> ExampleLoss:
+def example_loss(
+    model: Any, tokenizer: Any, task: Task, pool: ExpertPool, merge_method: str = "linear", *, turned: bool = False
+) -> ExampleLoss:
     """The loss on the task's examples by mixtures of a pool, without terms for the weights."""
-    return ExampleLoss(Composer(model, pool, tokenizer=tokenizer), tokenizer, task, merge_method=merge_method, l1=0.0)
+    engine = Composer(model, pool, tokenizer=tokenizer)
+    return ExampleLoss(engine, tokenizer, task, merge_method=merge_method, turned=turned, l1=0.0)
 
 
 def loss_with(model: Any, tokenizer: Any, task: Task, adapter: Adapter | None) -> float:

@@ -106,8 +106,7 @@ class TaskMixture:
     def mean_weights(self) -> dict[str, float]:
         """{name: weight}, averaged over the layers, and over parts, of the adapters that have a weight somewhere."""
         if each := [part.mean_weights for part in self.parts.values()]:
-            shares = [part.share for part in self.parts.values()]
-            return {name: _average([own.get(name, 0.0) for own in each], shares) for name in chain(*each)}
+            return {name: self._average([own.get(name, 0.0) for own in each]) for name in chain(*each)}
         layers = self.by_layer.values() if self.by_layer is not None else (self.all_weights,)
         used = {name for of_layer in layers for name, weight in of_layer.items() if weight}
         return {name: float(weight) for name, weight in self.all_weights.items() if name in used}
@@ -121,6 +120,14 @@ class TaskMixture:
     def parts(self) -> Mapping[str, TaskMixture]:
         """The members, or the steps; empty for one mixture."""
         return self.members or self.steps
+
+    @property
+    def _shares(self) -> list[float]:
+        return [part.share for part in self.parts.values()]
+
+    def _average(self, values: Sequence[float]) -> float:
+        """Of one value for each part, by their shares."""
+        return sum(value * share for value, share in zip(values, self._shares, strict=True)) / sum(self._shares)
 
     @property
     def _said(self) -> str:
@@ -217,8 +224,7 @@ class TaskMixture:
             mixtures = [{name: 1.0} if name in adapters else None for name in last]
             tasks = [member.task for member in last.values()]
             inputs_MN = [member._between(texts) for member in self.members.values()]
-            shares = [member.share for member in self.members.values()]
-            return answers_to(engine, mixtures, tasks, inputs_MN, weights=shares, max_new_tokens=max_new_tokens)
+            return answers_to(engine, mixtures, tasks, inputs_MN, weights=self._shares, max_new_tokens=max_new_tokens)
         if self.steps:
             return self._last._predict(self._between(texts), max_new_tokens)
         with self.activate():
@@ -226,9 +232,8 @@ class TaskMixture:
 
     def _losses(self, pairs: Sequence[tuple[Prompt, scoring.Targets]]) -> list[float]:
         if self.members:
-            shares = [member.share for member in self.members.values()]
             each = [member._losses(pairs) for member in self.members.values()]
-            return [_average(own, shares) for own in zip(*each, strict=True)]
+            return [self._average(own) for own in zip(*each, strict=True)]
         if self.steps:
             texts = self._between([asked for asked, _ in pairs])
             return self._last._losses([(text, targets) for text, (_, targets) in zip(texts, pairs, strict=True)])
@@ -280,7 +285,3 @@ class TaskMixture:
     @property
     def _on(self) -> tuple[Any, Any, Task]:
         return self.model, self.tokenizer, self.task
-
-
-def _average(values: Sequence[float], shares: Sequence[float]) -> float:
-    return sum(value * share for value, share in zip(values, shares, strict=True)) / sum(shares)

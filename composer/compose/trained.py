@@ -18,6 +18,7 @@ from loraweave.composer.compose.population import Job, row_sums
 from loraweave.composer.compose.refine import (
     STEP_COST,
     Tuning,
+    example_loss,
     linear_targets,
     num_scalars,
     pool_of,
@@ -28,7 +29,6 @@ from loraweave.composer.compose.refine import (
 from loraweave.composer.compose.report import Report
 from loraweave.composer.compose.settings import TRAINING, Settings, router_name
 from loraweave.composer.compose.trials import Bench, Split, Trial, result_of
-from loraweave.composer.composer import Composer
 from loraweave.composer.merge.merge import parent_of
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
@@ -95,8 +95,8 @@ class InContextAdapter(Trial[_Trained]):
         """On all examples; a prompt shows some of those that the split sees (`in_turn`), but never its own."""
         task = self.bench.task
         shown = replace(task, demonstrations=task_of(task, split.seen).demonstrations)
-        engine = Composer(self.bench.engine.model, ExpertPool({adapter.name: adapter}), tokenizer=self.bench.tokenizer)
-        return _Trained(adapter.name, ExampleLoss(engine, self.bench.tokenizer, shown, turned=True, l1=0.0))
+        model, tokenizer, pool = self.bench.engine.model, self.bench.tokenizer, ExpertPool({adapter.name: adapter})
+        return _Trained(adapter.name, example_loss(model, tokenizer, shown, pool, turned=True))
 
 
 class FewShot(InContextAdapter):

@@ -96,8 +96,9 @@ class Bench:
     def loss(self, merge_method: str = "linear") -> ExampleLoss:
         """The loss on all examples, without terms for the weights."""
         if merge_method not in self._losses:
-            settings: dict[str, Any] = {"merge_method": merge_method, "turned": self.turned, "l1": 0.0}
-            self._losses[merge_method] = ExampleLoss(self.engine, self.tokenizer, self.task, **settings)
+            self._losses[merge_method] = ExampleLoss(
+                self.engine, self.tokenizer, self.task, merge_method=merge_method, turned=self.turned, l1=0.0
+            )
         return self._losses[merge_method]
 
     @cached_property
