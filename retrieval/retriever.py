@@ -89,12 +89,12 @@ class Retriever:
         self._shortlist = usual if shortlist is None else checked_count(shortlist, "shortlist", least=1)
         self._space = KeySpace(hub, self._index)
 
-    # mypy cannot know that the first case wins for a str, which is an Iterable[str] too
     @classmethod
     def of(cls, hub: Hub) -> Self:
         """The hub's retriever with all settings as they are by default; one, so that cards are fitted once."""
         return hub.kept("retriever", partial(cls, hub))
 
+    # mypy cannot know that the first case wins for a str, which is an Iterable[str] too
     @overload
     def candidates(  # type: ignore[overload-overlap]
         self,

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,12 @@ class _Walk:
     n_jobs: int | None
     progress: bool
     given: dict[str, str] = field(default_factory=dict)
-    # sources under new names that wait for their batch, with what is noted once they are there
+    # sources whose names are new, until their batch is added; each with its line of the report
     waiting: list[tuple[Path, Noted]] = field(default_factory=list)
+
+    @cached_property
+    def _is_spread(self) -> bool:
+        return processes_here(self.n_jobs) is not None
 
     def find(self, source: Path) -> Noted:
         path = self._path(source)
@@ -157,7 +162,7 @@ class _Walk:
             raise
         except HubError as error:
             return [_refusal(path, now, self._names(path)[0], error)]
-        most = MAX_BATCH if processes_here(self.n_jobs) is None else MAX_SPREAD
+        most = MAX_SPREAD if self._is_spread else MAX_BATCH
         return [*done, *(self.settle() if len(self.waiting) >= most else [])]
 
     def settle(self) -> list[Noted]:
@@ -168,8 +173,7 @@ class _Walk:
         tags, license = self.options["tags"], self.options["license"]
         additions = [Addition(source.absolute(), noted.name, tags=tags, license=license) for source, noted in waiting]
         settings = {"anomalies": self.options["anomalies"], "n_jobs": self.n_jobs}
-        spread = processes_here(self.n_jobs) is not None
-        added = self.hub.add_many(additions, **settings, progress=self.progress and spread)
+        added = self.hub.add_many(additions, **settings, progress=self.progress and self._is_spread)
         there = {record.name: record for record in added.records}
         errors = dict(added.refused)
         return [
