@@ -56,6 +56,16 @@ def changed(model, change):
     return new
 
 
+def fused(model, adapter):
+    """Another base: this one with an adapter in its weights."""
+
+    def fuse(new):
+        for layer in adapter.layers:
+            new.get_submodule(layer).weight += adapter.delta(layer)
+
+    return changed(model, fuse)
+
+
 def rotated(model):
     """The same function with its hidden space turned: a norm of weight 1 commutes with an orthogonal matrix."""
     q_HH, _ = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
@@ -192,12 +202,7 @@ def test_restored_the_new_base_is_the_old_one_under_the_adapter_and_at_a_lower_r
     old, adapter, make_adapter, tokenizer
 ):
     given, other = adapter(rank=3), make_adapter(old, "b", rank=2, targets=ALL, seed=5)
-
-    def fuse(new):
-        for layer in other.layers:
-            new.get_submodule(layer).weight += other.delta(layer)
-
-    new = changed(old, fuse)
+    new = fused(old, other)
     carried = carry(given, old, new, tokenizer, way="restore", rank=5)
     assert torch.allclose(logits(new, carried), logits(old, given), rtol=1e-4, atol=1e-5)
     same = replace(given, base_model=carried.base_model, fingerprint=carried.fingerprint)
@@ -319,12 +324,7 @@ def test_a_fused_adapter_is_found_by_the_low_rank_of_the_change_and_only_then_re
     old, adapter, make_adapter, tokenizer
 ):
     given, other = adapter(rank=2), make_adapter(old, "b", rank=1, targets=ALL, seed=5)
-
-    def fuse(new):
-        for layer in other.layers:
-            new.get_submodule(layer).weight += other.delta(layer)
-
-    new = changed(old, fuse)
+    new = fused(old, other)
     carried = carry(given, old, new, tokenizer, way="auto", rank=3)
     assert carried.card["transfer"]["way"] == carried.card["recipe"]["options"]["way"] == "restore"
     assert torch.allclose(logits(new, carried), logits(old, given), rtol=1e-4, atol=1e-5)
