@@ -69,6 +69,7 @@ class Programmed(Trial[Order]):
         # an evaluation is a candidate scored on all examples
         self.evaluations += math.ceil(search.asking.count / len(examples))
         chosen, _ = search.best()
-        names = [step.name for step in chosen if step.name is not None]
-        self._settings.require_combinable(self._retriever.hub.pool(names))
+        # the base alone combines nothing
+        if names := [step.name for step in chosen if step.name is not None]:
+            self._settings.require_combinable(self._retriever.hub.pool(names))
         return chosen

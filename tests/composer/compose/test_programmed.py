@@ -9,6 +9,7 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.compose import settings, ways
+from loraweave.composer.compose.program_search import ProgramSearch
 from loraweave.composer.model import scoring
 from loraweave.errors import ScopeError
 
@@ -152,3 +153,11 @@ def test_a_program_of_one_step_is_no_member_since_its_weight_is_learned(compose,
     found = compose_of(compose, task=lw.Task(list(zip("efgh", "ijkl", strict=True)), instruction="go on and on"))
     assert list(found.members) == ["gradient", "few_shot"]
     assert "program two was left out: it has one step" in found.report.reason
+
+
+def test_the_base_alone_is_no_program_and_raises_nothing(compose, monkeypatch):
+    best = ProgramSearch._chosen
+    monkeypatch.setattr(ProgramSearch, "_chosen", lambda search: best(search) and (search.first[-1],))
+    found = compose()
+    assert list(found.members) == ["gradient", "few_shot"]
+    assert "program (base) was left out: it has one step" in found.report.reason
