@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from loraweave.composer.compose.collect_statistics import collect_statistics
     from loraweave.composer.compose.compose import compose
     from loraweave.composer.compose.composition import Composition
+    from loraweave.composer.compose.pool_statistics import pool_statistics
     from loraweave.composer.compose.rerank import rerank
     from loraweave.composer.composer import Composer
     from loraweave.composer.ensembles.ensemble import ensemble
@@ -114,6 +115,7 @@ _MODULES = {
     "composer.study.study": "study",
     "routers.tokens._saved": "router",
     "composer.compose.collect_statistics": "collect_statistics",
+    "composer.compose.pool_statistics": "pool_statistics",
     "composer.merge.statistics": "Statistics",
     "composer.train.adapters": "train_adapters",
     "composer.train.hypernetwork": "Hypernetwork train_hypernetwork",
@@ -213,6 +215,7 @@ __all__ = [
     "negate",
     "order",
     "parse",
+    "pool_statistics",
     "remember",
     "rerank",
     "router",

@@ -1,0 +1,70 @@
+"""What methods that weigh by data need of many adapters, each from running the model with it over texts of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+from loraweave.common.display import progress_bar
+from loraweave.common.rows import GivenRows, Row, read_rows
+from loraweave.common.spread import require_all, spread
+from loraweave.composer.compose.candidates import experts_of
+from loraweave.composer.compose.collect_statistics import KINDS, collect_statistics
+from loraweave.composer.merge.statistics import Statistics
+from loraweave.errors import InvalidTask
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.base_reference import base_loader
+from loraweave.hub.hub import Hub
+from loraweave.hub.pool import ExpertPool
+
+
+def pool_statistics(
+    model: Any,
+    tokenizer: Any,
+    hub_or_pool: Hub | ExpertPool | Iterable[Adapter] | Mapping[str, Adapter],
+    texts: Mapping[str, GivenRows],
+    *,
+    what: Collection[str] = KINDS,
+    layers: Collection[str] = (),
+    batch_size: int = 8,
+    max_tokens: int = 256,
+    seed: int = 0,
+    n_jobs: int | None = None,
+    progress: bool = True,
+) -> dict[str, Statistics]:
+    """{name: what `collect_statistics` finds} of the adapters that are named in `texts`, each from its own texts.
+
+    `n_jobs` workers, or those that `joblib.parallel_config` names, each take an adapter at a time, to the same bits, and
+    open those of a hub themselves (docs/howto/many_machines.md). The options are those of `collect_statistics`; `layers`
+    are recorded of every adapter. All matrices come back into this process.
+
+    Raises InvalidTask for texts that are no mapping or are none, UnknownExpert or AdapterNotFound for a name that is not
+    there, before anything runs; then what `collect_statistics` raises, with the adapter's name in a note.
+    """
+    if not isinstance(texts, Mapping) or not texts:
+        raise InvalidTask(f"texts are {texts!r:.80}; give {{name of an adapter: its texts}}, one at least")
+    experts = experts_of(hub_or_pool)
+    # rows may come from what cannot travel, as a file or a data set
+    rows = {name: read_rows(given, noun="text", of=repr(name), targets="any") for name, given in texts.items()}
+    hub = experts if isinstance(experts, Hub) else None
+    sides = {name: experts[name] if isinstance(experts, ExpertPool) else experts.record(name).name for name in rows}
+    pieces = {name: (sides[name], own) for name, own in rows.items()}
+    options = {"what": what, "layers": layers, "batch_size": batch_size, "max_tokens": max_tokens, "seed": seed}
+    work = partial(_collected, base_loader(model, tokenizer, n_jobs), hub, options)
+    with progress_bar(progress) as bar:
+        found = require_all(dict(spread(work, pieces, n_jobs=n_jobs, label="statistics of", bar=bar)))
+    return {name: found[name] for name in texts}
+
+
+def _collected(
+    load: Callable[[], tuple[Any, Any]],
+    hub: Hub | None,
+    options: Mapping[str, Any],
+    piece: tuple[Adapter | str, Sequence[Row]],
+) -> Statistics:
+    """Those of one adapter, which of a hub is a name."""
+    side, rows = piece
+    adapter = side if isinstance(side, Adapter) else cast(Hub, hub)[side]
+    texts = [(row.asked, row.targets[0]) if row.targets else row.asked for row in rows]
+    return collect_statistics(*load(), adapter, texts, progress=False, **options)
