@@ -89,6 +89,18 @@ def test_max_error_takes_the_smallest_rank_within_it(way, spectrum, max_error):
     assert real_error(delta, a, b) <= max_error + 3e-7
 
 
+@pytest.mark.parametrize("sine", [1.0, 1e-2, 1e-5, 1e-7, 0.0])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_basis_is_orthonormal_and_spans_the_columns_however_close_they_are(sine, dtype):
+    draw = np.random.default_rng(0)
+    columns = draw.standard_normal((50, 1)) + sine * draw.standard_normal((50, 4))
+    columns = (columns * [1.0, 1e-6, 1e6, 1.0]).astype(dtype)
+    basis = module._orthonormal(columns)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(4), atol=1e-6)
+    columns = columns / np.linalg.norm(columns, axis=0)
+    np.testing.assert_allclose(basis @ (basis.T @ columns), columns, atol=1e-6)
+
+
 def test_rank_wins_over_max_error():
     delta = with_spectrum(SPECTRA["slow decay"], 90, 133)
     a, _, error = factorise(delta, rank=4, max_error=1e-3)

@@ -96,7 +96,10 @@ class Entries:
     def sample(self, expert: int) -> NDArray[np.float32]:
         """Some of the magnitudes of one expert, spread over its rows and columns; to rounding."""
         b_OR, a_RI = self.products[expert]
-        return torch.mm(b_OR[::SAMPLE_ROWS], a_RI[:, ::SAMPLE_COLUMNS]).abs_().view(-1).numpy()
+        # numpy's product takes half the time of torch's on slices
+        values: NDArray[np.float32] = b_OR.numpy()[::SAMPLE_ROWS] @ a_RI.numpy()[:, ::SAMPLE_COLUMNS]
+        np.abs(values, out=values)
+        return values.reshape(-1)
 
     def narrow(self, expert: int, low: float, high: float, room: int) -> tuple[int, NDArray[np.float32]]:
         """How many magnitudes of one expert are above `high`, and those from `low` to it, of which `room` are expected."""

@@ -27,6 +27,7 @@ typedef float half __attribute__((vector_size(2 * LANES), aligned(4), may_alias)
 typedef double doubles __attribute__((vector_size(4 * LANES)));
 typedef int32_t flags __attribute__((vector_size(4 * LANES)));
 typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint64_t words __attribute__((vector_size(2 * LANES)));
 
 static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
@@ -41,6 +42,13 @@ static inline lanes magnitude(lanes values) { return (lanes)((flags)values & 0x7
 
 /* a where the flag is set, else b */
 static inline lanes pick(flags set, lanes a, lanes b) { return (lanes)(((flags)a & set) | ((flags)b & ~set)); }
+
+static inline int any(flags set) {
+    uint64_t words[LANES / 2], found = 0;
+    memcpy(words, &set, sizeof words);
+    for (int k = 0; k < LANES / 2; k++) found |= words[k];
+    return found != 0;
+}
 
 typedef struct {
     const float *b, *a;   /* num_outputs x rank, rank x num_inputs */
@@ -60,16 +68,67 @@ typedef struct {
     int64_t balance;      /* .. and how many more entries elected the positive sign than the negative */
 } Merge;
 
-/* HIGH rows of b by WIDE columns of a, which lie side by side: each entry's sum runs over the ranks in order */
-static void multiply(const float *const *b, const float *a, int64_t rank, float *tile) {
+/* what is left of a tile, where it is the same for whole lines */
+typedef struct {
+    float least[HIGH];    /* magnitudes below it are zeros */
+    uint64_t state[HIGH]; /* of the draws, at the first entry of each row */
+    int32_t level;
+    float weight;
+} Left;
+
+/* SplitMix64 (Steele, Lea and Flood 2014): the word that a state gives, and what a step adds to it */
+#define STEP 0x9e3779b97f4a7c15u
+#define MIX(z)                                       \
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;       \
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;       \
+    z ^= z >> 31;
+
+/* the draws of LANES entries, the first of which is the n-th, a multiple of 4, after that of the state */
+static inline flags draws(uint64_t state, int64_t n) {
+    static const uint64_t steps[4] = {STEP, STEP * 2, STEP * 3, STEP * 4};
+    words z;
+    memcpy(&z, steps, sizeof z);
+    z += state + n / 4 * STEP;
+    MIX(z)
+    return __builtin_convertvector((shorts)z, flags);
+}
+
+/* HIGH rows of b by WIDE columns of a, which lie side by side: each entry's sum runs over the ranks in order. With `left`,
+   what is left of them times the weight. The functions made of it are never inlined: a sum that had this product within it
+   would leave a rounding error of x - x. */
+static inline __attribute__((always_inline)) void products(const float *const *b, const float *a, int64_t rank,
+                                                           const Left *left, int drawn, float *tile) {
     for (int n = 0; n < WIDE; n += AT_ONCE * LANES) {
         lanes sums[HIGH * AT_ONCE] = {0};
         const float *line = a + n;
         for (int64_t r = 0; r < rank; r++, line += WIDE)
             for (int o = 0; o < HIGH; o++)
                 for (int k = 0; k < AT_ONCE; k++) sums[o * AT_ONCE + k] += b[o][r] * *(const lanes *)(line + k * LANES);
-        for (int o = 0; o < HIGH; o++) memcpy(tile + o * WIDE + n, sums + o * AT_ONCE, AT_ONCE * sizeof *sums);
+        for (int o = 0; o < HIGH; o++)
+            for (int k = 0; k < AT_ONCE; k++) {
+                lanes own = sums[o * AT_ONCE + k];
+                if (left) {
+                    flags kept = magnitude(own) >= left->least[o];
+                    if (drawn) kept &= draws(left->state[o], n + k * LANES) < left->level;
+                    own = pick(kept, left->weight * own, (lanes){0});
+                }
+                *(lanes *)(tile + o * WIDE + n + k * LANES) = own;
+            }
     }
+}
+
+static __attribute__((noinline)) void multiply(const float *const *b, const float *a, int64_t rank, float *tile) {
+    products(b, a, rank, NULL, 0, tile);
+}
+
+static __attribute__((noinline)) void multiply_cut(const float *const *b, const float *a, int64_t rank, const Left *left,
+                                                   float *tile) {
+    products(b, a, rank, left, 0, tile);
+}
+
+static __attribute__((noinline)) void multiply_drawn(const float *const *b, const float *a, int64_t rank, const Left *left,
+                                                     float *tile) {
+    products(b, a, rank, left, 1, tile);
 }
 
 /* the columns from `column` on side by side, zeros beyond the last one */
@@ -82,10 +141,15 @@ static int64_t pack(const Expert *e, int64_t num_inputs, int64_t column, float *
     return width;
 }
 
-/* the tile of the rows from `row` on; beyond `end` the last one again */
+/* the rows of b from `row` on; beyond `end` the last one again */
+static inline void rows_of(const Expert *e, int64_t row, int64_t end, const float **b) {
+    for (int o = 0; o < HIGH; o++) b[o] = e->b + (row + o < end ? row + o : end - 1) * e->rank;
+}
+
+/* the tile of the rows from `row` on */
 static void fill(const Expert *e, const float *packed, int64_t row, int64_t end, float *tile) {
     const float *b[HIGH];
-    for (int o = 0; o < HIGH; o++) b[o] = e->b + (row + o < end ? row + o : end - 1) * e->rank;
+    rows_of(e, row, end, b);
     multiply(b, packed, e->rank, tile);
 }
 
@@ -111,26 +175,22 @@ static inline int64_t collect(const float *line, int64_t width, float low, float
     for (int64_t n = 0; n < width; n += LANES) {
         const __mmask16 there = width - n < LANES ? (1u << (width - n)) - 1 : 0xffff;
         const __m512 size = _mm512_abs_ps(_mm512_maskz_loadu_ps(there, line + n));
-        const __mmask16 reached = _mm512_mask_cmp_ps_mask(there, size, least, _CMP_GE_OQ);
-        const __mmask16 inside = _mm512_mask_cmp_ps_mask(reached, size, most, _CMP_LE_OQ);
-        const int64_t number = __builtin_popcount(inside), left = room - found;
-        *above += __builtin_popcount(_mm512_mask_cmp_ps_mask(there, size, most, _CMP_GT_OQ));
-        if (left > 0) {
-            const __mmask16 fits = left < number ? (1u << left) - 1 : (1u << number) - 1;
-            _mm512_mask_storeu_ps(between + found, fits, _mm512_maskz_compress_ps(inside, size));
-        }
-        found += number;
+        const __mmask16 larger = _mm512_mask_cmp_ps_mask(there, size, most, _CMP_GT_OQ);
+        const __mmask16 inside = _mm512_mask_cmp_ps_mask(there, size, least, _CMP_GE_OQ) & ~larger;
+        const __m512 packed = _mm512_maskz_compress_ps(inside, size);
+        /* beyond what is found, a whole store writes zeros, over which the next one writes */
+        if (found + LANES <= room) _mm512_storeu_ps(between + found, packed);
+        else if (found < room) _mm512_mask_storeu_ps(between + found, (1u << (room - found)) - 1, packed);
+        *above += __builtin_popcount(larger);
+        found += __builtin_popcount(inside);
     }
 #else
     flags larger = {0};
     for (int64_t n = 0; n < width; n += LANES) {
         const lanes size = magnitude(*(const lanes *)(line + n));
         const flags there = before(n, (int32_t)width), inside = there & (size >= low) & (size <= high);
-        uint64_t words[LANES / 2], any = 0;
-        memcpy(words, &inside, sizeof words);
-        for (int k = 0; k < LANES / 2; k++) any |= words[k];
         larger -= there & (size > high);
-        if (any)
+        if (any(inside))
             for (int k = 0; k < LANES; k++) {
                 if (inside[k] && found < room) between[found] = size[k];
                 found -= inside[k];
@@ -158,54 +218,92 @@ int64_t narrow_entries(const Expert *e, int64_t num_inputs, int64_t num_outputs,
     return found;
 }
 
-/* the w-th word of SplitMix64 (Steele, Lea and Flood 2014) from `seed` on */
-static inline uint64_t word(uint64_t seed, uint64_t w) {
-    uint64_t z = seed + (w + 1) * 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
-
 /* What an expert's rule leaves of a line of WIDE entries, of which the first has that flat index, times the weight. Never
-   inlined: a sum that had this product within it would leave a rounding error of x - x. */
+   inlined, for the reason of `products`. */
 static __attribute__((noinline)) void prune(const Expert *e, int64_t first, float weight, float *line) {
     enum { WORDS = WIDE / 4 + 1 };
     const int64_t upto = e->last + 1 - first;
     const int32_t end = upto < 0 ? 0 : upto > WIDE ? WIDE : (int32_t)upto, level = (int32_t)e->level;
     const lanes zero = {0};
-    uint16_t draws[4 * WORDS];
+    uint16_t drawn[4 * WORDS];
     if (level >= 0)
         for (int w = 0; w < WORDS; w++) {
-            const uint64_t drawn = word(e->seed, (uint64_t)first / 4 + w);
-            memcpy(draws + 4 * w, &drawn, sizeof drawn);
+            uint64_t z = e->seed + ((uint64_t)first / 4 + w + 1) * STEP;
+            MIX(z)
+            memcpy(drawn + 4 * w, &z, sizeof z);
         }
     for (int n = 0; n < WIDE; n += LANES) {
         const lanes own = *(const lanes *)(line + n), size = magnitude(own);
         flags kept = (size > e->value) | ((size == e->value) & before(n, end));
-        if (level >= 0) kept &= __builtin_convertvector(*(const shorts *)(draws + first % 4 + n), flags) < level;
+        if (level >= 0) kept &= __builtin_convertvector(*(const shorts *)(drawn + first % 4 + n), flags) < level;
         *(lanes *)(line + n) = pick(kept, weight * own, zero);
     }
+}
+
+/* the least number above one that is not negative; no number, which nothing reaches, above infinity */
+static inline float next_above(float value) {
+    int32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    bits += 1;
+    memcpy(&value, &bits, sizeof bits);
+    return value;
+}
+
+/* `fill`, and what the expert's rule leaves of it, times the weight */
+static void fill_pruned(const Expert *e, const float *packed, int64_t row, int64_t end, int64_t num_inputs, int64_t column,
+                        float weight, float *tile) {
+    const float *b[HIGH];
+    Left left = {.level = (int32_t)e->level, .weight = weight};
+    const int drawn = e->level >= 0;
+    int whole = !drawn || num_inputs % 4 == 0;
+    rows_of(e, row, end, b);
+    for (int o = 0; o < HIGH; o++) {
+        const int64_t first = (row + o) * num_inputs + column, upto = e->last + 1 - first;
+        left.least[o] = upto >= WIDE || e->value < 0 ? e->value : next_above(e->value);
+        left.state[o] = e->seed + (uint64_t)first / 4 * STEP;
+        whole &= upto >= WIDE || upto <= 0;
+    }
+    if (whole) (drawn ? multiply_drawn : multiply_cut)(b, packed, e->rank, &left, tile);
+    else {
+        multiply(b, packed, e->rank, tile);
+        for (int o = 0; o < HIGH; o++) prune(e, (row + o) * num_inputs + column, weight, tile + o * WIDE);
+    }
+}
+
+/* a line of every expert, one every TILE numbers, added in their order */
+static inline void sum(int64_t num_experts, const float *entries, float *out) {
+    lanes sums[WIDE / LANES] = {0};
+    for (int64_t e = 0; e < num_experts; e++)
+        for (int k = 0; k < WIDE / LANES; k++) sums[k] += *(const lanes *)(entries + e * TILE + k * LANES);
+    memcpy(out, sums, sizeof sums);
+}
+
+/* the sign of the sum over experts of the entries, in float64: a sum of fp32 numbers is zero or at least 2^-149, as in fp32 */
+static __attribute__((noinline)) lanes exact_votes(int64_t num_experts, const float *entries) {
+    doubles exact[2] = {{0}, {0}};
+    lanes votes;
+    for (int64_t e = 0; e < num_experts; e++)
+        for (int k = 0; k < 2; k++)
+            exact[k] += __builtin_convertvector(((const half *)(entries + e * TILE))[k], doubles);
+    for (int k = 0; k < 2; k++) ((half *)&votes)[k] = __builtin_convertvector(exact[k], half);
+    return votes;
 }
 
 /* LANES entries of every expert, one every TILE numbers: the sum of what agrees with the elected sign */
 static inline void elect(const Merge *m, const Expert *experts, const float *entries, flags *tally, float *out) {
     const lanes zero = {0}, one = zero + 1;
-    lanes votes = zero, sums = zero, divisors = zero;
-    doubles exact[2] = {{0}, {0}};
-    flags voted = {0};
+    lanes votes = zero, sizes = zero, sums = zero, divisors = zero;
     for (int64_t e = 0; e < m->num_experts; e++) {
         const lanes own = *(const lanes *)(entries + e * TILE);
         if (m->counts) votes += pick(own > 0, one, zero) - pick(own < 0, one, zero);
-        else
-            for (int k = 0; k < 2; k++)
-                exact[k] += __builtin_convertvector(((const half *)(entries + e * TILE))[k], doubles);
-        voted |= own != 0;
+        else votes += own;
+        sizes += magnitude(own);
     }
-    /* a sum of fp32 numbers is zero or at least 2^-149, which fp32 has too */
-    if (!m->counts)
-        for (int k = 0; k < 2; k++) ((half *)&votes)[k] = __builtin_convertvector(exact[k], half);
+    /* what fp32 rounds of a sum of n numbers is below n 2^-23 times that of their sizes */
+    const flags unsure = (magnitude(votes) < sizes * ((float)m->num_experts * 0x1p-23f)) | (sizes > 0x1p120f);
+    if (!m->counts && any(unsure)) votes = exact_votes(m->num_experts, entries);
     tally[0] += (votes < 0) - (votes > 0);
-    tally[1] |= (votes == 0) & voted;
+    tally[1] |= (votes == 0) & (sizes != 0);
     votes = pick(votes == 0, zero + m->tie, votes);
     for (int64_t e = 0; e < m->num_experts; e++) {
         const lanes own = *(const lanes *)(entries + e * TILE);
@@ -230,18 +328,12 @@ void merge_entries(Merge *m, const Expert *experts, int64_t start, int64_t end, 
             packed = work + m->num_experts * TILE;
             for (int64_t e = 0; e < m->num_experts; packed += experts[e++].rank * WIDE) {
                 const float weight = m->elects && !m->weighted ? 1 : experts[e].weight;
-                fill(experts + e, packed, row, end, tiles + e * TILE);
-                for (int o = 0; o < HIGH; o++)
-                    prune(experts + e, (row + o) * m->num_inputs + column, weight, tiles + e * TILE + o * WIDE);
+                fill_pruned(experts + e, packed, row, end, m->num_inputs, column, weight, tiles + e * TILE);
             }
             for (int64_t o = 0; o < HIGH && row + o < end; o++) {
                 if (m->elects)
                     for (int k = 0; k < WIDE; k += LANES) elect(m, experts, tiles + o * WIDE + k, tally, line + k);
-                else {
-                    memset(line, 0, sizeof line);
-                    for (int64_t e = 0; e < m->num_experts; e++)
-                        for (int n = 0; n < WIDE; n++) line[n] += tiles[e * TILE + o * WIDE + n];
-                }
+                else sum(m->num_experts, tiles + o * WIDE, line);
                 memcpy(out + (row + o) * m->num_inputs + column, line, width * sizeof *out);
             }
         }

@@ -70,6 +70,16 @@ def test_it_keeps_the_entries_that_its_twin_keeps(method, monkeypatch) -> None:
     assert int(((found - twin).abs() > 1e-5).sum()) <= 2
 
 
+@pytest.mark.parametrize(("last", "mean"), [(1.0, 2.0**24), (-1.0, -(2.0**24)), (0.0, 2.0**25)])
+def test_an_election_that_fp32_would_round_is_decided_in_float64(entries_way, last, mean) -> None:
+    large = torch.full((1, 70), 2.0**25)
+    columns = [torch.full((1, 70), last), large, -large]
+    experts = [Factors(column, torch.ones(5, 1)) for column in columns]
+    found = ties_per_layer(experts, [1.0, 1.0, 1.0], density=1.0).delta_OI
+    # the sum as fp32 rounds it is 0 in all three
+    assert torch.equal(found, torch.full((5, 70), mean))
+
+
 def entries_of(update: Factors) -> Entries:
     return next(tensors(terms([update], [1.0])))
 
