@@ -21,6 +21,8 @@ from loraweave.types import Task
 
 # of one pass, in tokens that are read
 MAX_TREE, MAX_TOKENS = 384, 1024
+# answers that one call of the model's generate writes: their tokens cost little beside another one's passes
+MAX_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,21 @@ Target = tuple[Step, Prompt, str]
 
 
 class Asked:
-    """What is known so far; `on_progress` is called with the number of questions just answered."""
+    """What is known so far; `on_progress` is called with the number of questions just answered.
 
-    def __init__(self, engine: Composer, tokenizer: Any, task: Task, on_progress: Callable[[int], object]) -> None:
+    Answers end after `most` tokens, where a step's own limit is higher.
+    """
+
+    def __init__(
+        self,
+        engine: Composer,
+        tokenizer: Any,
+        task: Task,
+        on_progress: Callable[[int], object],
+        most: int = scoring.MAX_NEW_TOKENS,
+    ) -> None:
         self._engine, self._tokenizer, self._task = engine, tokenizer, task
-        self._on_progress = on_progress
+        self._on_progress, self._most = on_progress, most
         self._answers: dict[Question, str] = {}
         self._readings: dict[Target, Reading] = {}
         self._tasks: dict[Step, Task] = {}
@@ -87,9 +99,9 @@ class Asked:
         new = [question for question in dict.fromkeys(questions) if question not in self._answers]
         prompts = {question: self._prompt(*question) for question in new}
         # rows of one limit, so that no row's answer depends on those beside it
-        new.sort(key=lambda question: (question[0].max_new_tokens, len(str(prompts[question]))))
-        for limit, group in groupby(new, key=lambda question: question[0].max_new_tokens):
-            for rows in scoring.in_chunks(list(group), scoring.BATCH_SIZE):
+        new.sort(key=lambda question: (self._limit(question), len(str(prompts[question]))))
+        for limit, group in groupby(new, key=self._limit):
+            for rows in scoring.in_chunks(list(group), MAX_ROWS):
                 with torch.no_grad(), untouched(self._engine.model), self._engine.activate([s.mixture for s, _ in rows]):
                     texts, stop = [prompts[row] for row in rows], self._tasks[rows[0][0]].stops
                     found = scoring.generate(self._engine.model, self._tokenizer, texts, max_new_tokens=limit, stop=stop)
@@ -109,6 +121,9 @@ class Asked:
                 self._readings.update(zip(some, found, strict=True))
                 self._on_progress(len(found))
         return [self._readings[target] for target in targets]
+
+    def _limit(self, question: Question) -> int:
+        return min(question[0].max_new_tokens, self._most)
 
     def _prompt(self, step: Step, asked: Prompt) -> Prompt:
         if step not in self._tasks:

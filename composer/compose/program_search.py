@@ -53,7 +53,9 @@ def search_programs(
     engine = Composer(model, Fitting(model).accepted(pool), tokenizer=tokenizer)
     with progress_bar(progress) as bar:
         shown = bar.add_task("asking adapters", total=None)
-        asking = Asked(engine, tokenizer, task, lambda count: bar.update(shown, advance=count))
+        # as many tokens as the longest text, and four: what goes on and on does not hold up the others
+        most = answer_limit(tokenizer, task.examples) // 2 + 2
+        asking = Asked(engine, tokenizer, task, lambda count: bar.update(shown, advance=count), most)
         search = ProgramSearch(asking, task, first, later, beam, gain, left_out)
         search.run(max_steps)
         bar.update(shown, total=bar.tasks[shown].completed)
@@ -68,8 +70,8 @@ def _steps(retriever: Retriever, tokenizer: Any, task: Task, k: int, model: Any)
     by_outputs: list[Candidate] = []
     if len(by_inputs) == k:
         # otherwise these are all that there are
-        search = Retriever(hub, keys=("outputs",), shortlist=SHORTLIST).for_examples
-        by_outputs = _or_none(partial(fitting_hits, hub, partial(search, task.examples), k, model))
+        search = hub.kept("retriever by outputs", partial(Retriever, hub, keys=("outputs",), shortlist=SHORTLIST))
+        by_outputs = _or_none(partial(fitting_hits, hub, partial(search.for_examples, task.examples), k, model))
     found = {hit.name: hit.record for hit in [*by_inputs, *by_outputs]}
     left_out = [name for name, record in found.items() if not says_something(record.description)]
     if len(left_out) == len(found):
@@ -81,7 +83,7 @@ def _steps(retriever: Retriever, tokenizer: Any, task: Task, k: int, model: Any)
     steps = {
         name: Step(name, record.description, record.hash, limit) for name, record in found.items() if name not in left_out
     }
-    base = [Step(None, task.instruction)] if says_something(task.instruction) else []
+    base = [Step(None, task.instruction, None, limit)] if says_something(task.instruction) else []
     first = [steps[hit.name] for hit in by_inputs if hit.name in steps]
     return [*first, *base], [*steps.values(), *base], left_out
 
@@ -141,6 +143,9 @@ class ProgramSearch:
                 return
             shorter = self._found[min(self._whole(), key=self._loss)]
             tried = self._pairs() if length == 2 else self._longer(length)
+            if length == 2:
+                # most pairs come to the second round: one batch has the answers of both
+                self._texts({path[:-1] for path in tried}, [text for text, _ in self.task.examples[: ROUNDS[1][0]]])
             for num_examples, kept in [*ROUNDS, (len(self.task.examples), 0)]:
                 if num_examples <= len(self.task.examples):
                     self._measure(tried, num_examples)
@@ -154,6 +159,10 @@ class ProgramSearch:
         if not chosen:
             raise SearchFailed(f"none of {len(self._found)} programs has a finite loss; see whether the model is damaged")
         return chosen, f"loss {self._loss(chosen):.3f}, of the best single step {self._least(1):.3f}"
+
+    def readings(self, path: Order) -> list[Reading]:
+        """Of a program that was measured, in the order of the examples."""
+        return self._found[path]
 
     def _chosen(self) -> Order:
         """The best program; () where no loss is finite."""

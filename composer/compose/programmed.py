@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from loraweave.composer.compose.asked import Step
+from loraweave.composer.compose.asked import Reading, Step
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.program_search import Order, labels_of, search_programs
 from loraweave.composer.compose.refine import task_of
@@ -34,11 +34,16 @@ class Programmed(Trial[Order]):
     def __init__(self, bench: Bench, retriever: Retriever, settings: Settings) -> None:
         super().__init__("program", bench)
         self._retriever, self._settings = retriever, settings
+        # what the searches have measured of programs that were chosen, by example
+        self._read: dict[tuple[Order, int], Reading] = {}
 
     def choose(self, splits: Sequence[Split]) -> list[Order]:
         return [self._search(split.seen[:MAX_PACKED]) for split in splits]
 
     def scores(self, chosen: Order, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        if all((chosen, place) in self._read for place in examples):
+            read = [self._read[chosen, place] for place in examples]
+            return np.array([each.loss for each in read]), np.array([each.hit for each in read], dtype=np.float64)
         made, hits_N = self.hits(chosen, examples)
         return np.array(made.losses([self.bench.task.examples[place] for place in examples])), hits_N
 
@@ -69,6 +74,7 @@ class Programmed(Trial[Order]):
         # an evaluation is a candidate scored on all examples
         self.evaluations += math.ceil(search.asking.count / len(examples))
         chosen, _ = search.best()
+        self._read |= {(chosen, place): read for place, read in zip(examples, search.readings(chosen), strict=True)}
         # the base alone combines nothing
         if names := [step.name for step in chosen if step.name is not None]:
             self._settings.require_combinable(self._retriever.hub.pool(names))

@@ -75,6 +75,27 @@ def test_readings_are_the_losses_of_each_row_alone_and_no_question_is_asked_twic
     assert not found[1].hit
 
 
+def test_answers_end_at_the_lower_limit_and_are_one_batch_whatever_step_is_asked(
+    trained_letters, tokenizer, letter_hub, monkeypatch
+):
+    model, adapters = trained_letters
+    questions = [(Step("one", DESCRIPTIONS["one"]), "a"), (Step(None, "say it", max_new_tokens=4), "a")]
+    calls = []
+    generate = scoring.generate
+
+    def counted(model, tokenizer, prompts, **options):
+        calls.append((len(prompts), options["max_new_tokens"]))
+        return generate(model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr(scoring, "generate", counted)
+    engine = lw.Composer(model, list(adapters.values()))
+    answers = {most: Asked(engine, tokenizer, lw.Task([]), [].append, most).answers(questions) for most in (2, 8)}
+    assert calls == [(2, 2), (1, 4), (1, 8)]
+    for cut, whole in zip(answers[2], answers[8], strict=True):
+        assert whole.startswith(cut)
+    assert len(answers[2][1]) < len(answers[8][1])
+
+
 def test_a_single_adapter_that_solves_the_task_is_the_program(trained_letters, tokenizer, letter_hub):
     found = lw.order(trained_letters[0], tokenizer, letter_hub, list(zip("efgh", "ijkl", strict=True)), progress=False)
     assert str(found) == "two"
