@@ -5,14 +5,16 @@
 
 Each adapter is scored on test items of its own task: kept is the gain in exact matches over the new base alone, as a share
 of the gain in the old one. Predicted are the share of the effect, from prompts of other tasks, and the share of answers that
-stay, from prompts of the own task; neither has seen an answer of the data. Finished bases are kept in --out.
+stay, from prompts of the own task that teach nothing; neither has seen an answer of the data. Cells are kept in --out.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache, partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -23,17 +25,21 @@ from torch import nn
 import loraweave as lw
 from benchmarks._data import kept
 from benchmarks._run import Run, Table, pairs
-from loraweave.composer import transfer
+from loraweave.composer import old_answers, transfer
 from loraweave.composer.model.scoring import evaluate
 from loraweave.lowrank import algebra
 
 WAYS: tuple[transfer.Way, ...] = ("same", "subspace", "activations", "restore")
+# the adapters of "activations", after steps on what the old base answers
+LEARNED = "learned"
 # what a copy is trained on, what is fused into one, and which block one lacks
-LEARNED, FUSED, DROPPED = ("synonym", "negation", "number_words", "translate_en_fr"), "past_tense", 20
+TRAINED, FUSED, DROPPED = ("synonym", "negation", "number_words", "translate_en_fr"), "past_tense", 20
 # below this share of the gain, a transfer has failed
 FAILED = 0.5
-# prompts of its own task that an adapter answers in both bases
-NUM_ASKED = 10
+# prompts of its own task that an adapter answers in both bases; every fourth judges, and the steps see the others
+NUM_ASKED = 80
+
+Carried = dict[str, tuple[dict[str, lw.Adapter], dict[str, float]]]
 
 app = typer.Typer()
 
@@ -43,59 +49,74 @@ def main(
     context: typer.Context,
     adapters: Annotated[str, typer.Option(help="of the example pool")] = "passive,plural,pick_animal_5,antonym",
     bases: Annotated[str, typer.Option(help="rows")] = "rounded,trained,fused,dropped,random",
-    num_test: Annotated[int, typer.Option(help="test items of each task")] = 40,
-    num_samples: Annotated[int, typer.Option(help="prompts that the activations are recorded on")] = 120,
+    ways: Annotated[str, typer.Option(help="rows of each base, where they are for it")] = ",".join((*WAYS, LEARNED)),
+    num_test: Annotated[int, typer.Option(help="test items of each task")] = 50,
+    num_samples: Annotated[int, typer.Option(help="prompts that the activations are recorded on")] = 100,
+    steps: Annotated[int, typer.Option(help="of learning the old base's answers")] = 40,
 ) -> None:
     """A row for each base and way: of each adapter the share that was kept and the one that was predicted."""
     run: Run = context.obj
     old, tokenizer = lw.load_base(dtype=torch.float32)
-    given = [lw.Adapter.from_pretrained(run.pool / name) for name in adapters.split(",")]
-    items = {adapter.name: _task(run, adapter.name, num_test) for adapter in given}
+    given = {name: lw.Adapter.from_pretrained(run.pool / name) for name in adapters.split(",")}
+    tasks = {name: _task(run, name, num_test) for name in given}
+    folder, samples = run.folder(), _samples(run, num_samples, set(given))
+    prompts = {name: old_answers.split(_prompts(run, name)[:NUM_ASKED]) for name in given}
+    num_lessons, num_judges = map(len, next(iter(prompts.values())))
 
-    def scores(model: Any, carried: Mapping[str, lw.Adapter]) -> dict[str, float]:
-        """The share of right answers of each task, by its adapter, or by the model alone where there is none."""
-        engine = lw.Composer(model, carried) if carried else None
-        found = {}
-        for name, task in items.items():
-            if engine is None:
-                found[name] = evaluate(model, tokenizer, task, task.examples).value
-            else:
-                with engine.activate({name: 1.0}):
-                    found[name] = evaluate(model, tokenizer, task, task.examples).value
-        return found
+    @cache
+    def in_old(name: str) -> list[Any]:
+        """What the old base answers to the prompts that teach, and to those that judge."""
+        asked = partial(old_answers.answers, old, given[name], tokenizer, taught=True, progress=True)
+        return [asked(part) for part in prompts[name]]
 
-    folder = run.folder()
-    before = kept(folder / "old.json", lambda: [scores(old, {}), scores(old, {adapter.name: adapter for adapter in given})])
-    gains = {name: before[1][name] - before[0][name] for name in items}
-    samples = _samples(run, num_samples, set(items))
-    prompts = {name: _prompts(run, name)[:NUM_ASKED] for name in items}
-    said = kept(folder / "answers.json", lambda: {each.name: _answers(old, each, tokenizer, prompts) for each in given})
+    def score(model: Any, name: str, adapter: lw.Adapter | None = None) -> float:
+        """The share of right answers by an adapter, or by the model alone."""
+        with nullcontext() if adapter is None else lw.Composer(model, [adapter]).activate({name: 1.0}):
+            return evaluate(model, tokenizer, tasks[name], tasks[name].examples).value
+
+    def measured(new: Any, way: str, name: str, carried: Carried) -> dict[str, float]:
+        adapters, predicted = carried["activations" if way == LEARNED else way]
+        adapter, (shown, said) = adapters[name], in_old(name)
+        if way == LEARNED:
+            how = old_answers.Learning(steps, old_answers.LR, run.seed)
+            adapter, _ = old_answers.learned(adapter, new, tokenizer, shown, said, how, progress=True)
+        stay = old_answers.agreement(tokenizer, said, old_answers.answers(new, adapter, tokenizer, prompts[name][1]))
+        return {"score": score(new, name, adapter), "predicted": predicted[name], "answers": stay}
+
+    before = [
+        kept(folder / f"old-{name}.json", lambda name=name: [score(old, name), score(old, name, given[name])])
+        for name in given
+    ]
     table = Table(
-        f"kept, predicted by effect, predicted by {NUM_ASKED} answers: shares of the gain, {num_test} items of each task, "
-        f"{num_samples} prompts; in the old base "
-        + ", ".join(f"{name} {before[0][name]:.0%} to {before[1][name]:.0%}" for name in items),
-        ("new base", "way", *items, "mean"),
+        f"kept, predicted by effect, predicted by {num_judges} answers: shares of the gain, {num_test} items of each task, "
+        f"{num_samples} prompts of other tasks, {steps} steps on {num_lessons} prompts of its own; in the old base "
+        + ", ".join(f"{name} {alone:.0%} to {by:.0%}" for name, (alone, by) in zip(given, before, strict=True)),
+        ("new base", "way", *given, "mean", "over the old base alone"),
     )
     cells: list[tuple[float, ...]] = []
     for base in bases.split(","):
-
-        def measured(base: str = base) -> dict[str, Any]:
-            new = BASES[base](run, old, tokenizer)
-            new.name_or_path = base
-            alone, found = scores(new, {}), {}
-            for way, (carried, predicted) in _carried(given, old, new, tokenizer, samples).items():
-                stay = {name: _share(said[name], _answers(new, each, tokenizer, prompts)) for name, each in carried.items()}
-                found[way] = {"scores": scores(new, carried), "predicted": predicted, "answers": stay}
-            return {"alone": alone, "ways": found}
-
-        known = kept(folder / f"{base}.json", measured)
-        for way, found in known["ways"].items():
-            shares = [(found["scores"][name] - known["alone"][name]) / gains[name] for name in items]
-            of_each = list(
-                zip(shares, *([found[by][name] for name in items] for by in ("predicted", "answers")), strict=True)
-            )
+        made = cache(partial(_made, base, run, old, tokenizer))
+        carried = cache(
+            lambda base=base, made=made: _carried(base, [*given.values()], old, made(), tokenizer, samples, ways.split(","))
+        )
+        alone = [kept(folder / f"{base}-{name}.json", lambda name=name, made=made: score(made(), name)) for name in given]
+        for way in ways.split(","):
+            if way in UNFIT.get(base, ()):
+                continue
+            found = [
+                kept(
+                    folder / f"{base}-{way}-{name}.json",
+                    lambda name=name, way=way, made=made, carried=carried: measured(made(), way, name, carried()),
+                )
+                for name in given
+            ]
+            parts = list(zip(found, alone, before, strict=True))
+            of_each = [
+                ((each["score"] - now) / (by - was), each["predicted"], each["answers"]) for each, now, (was, by) in parts
+            ]
             cells += of_each
-            shown = [*of_each, np.mean(of_each, axis=0)]
+            over_old = np.mean([(each["score"] - was) / (by - was) for each, _, (was, by) in parts])
+            shown = [*of_each, np.mean(of_each, axis=0), [over_old]]
             table.add(base, way, *(", ".join(f"{value:.2f}" for value in values) for values in shown))
     aucs = " and ".join(_auc([(cell[0], cell[by]) for cell in cells]) for by in (1, 2))
     table.title += f"; AUC of the two predictions for transfers that keep below {FAILED:g}: {aucs}"
@@ -114,14 +135,6 @@ def _prompts(run: Run, name: str) -> list[str]:
     return [str(lw.Task([asked], instruction=task).prompt(asked[0])) for asked in pairs(rows, "train")]
 
 
-def _answers(model: Any, adapter: lw.Adapter, tokenizer: Any, prompts: Mapping[str, list[str]]) -> list[str]:
-    return transfer.answers(model, adapter, tokenizer, prompts[adapter.name])
-
-
-def _share(before: list[str], after: list[str]) -> float:
-    return sum(one == other for one, other in zip(before, after, strict=True)) / len(before)
-
-
 def _samples(run: Run, count: int, without: set[str]) -> list[str]:
     """Prompts of the pool's other tasks in turn."""
     tasks = [name for name in run.entries("pool") if name not in without]
@@ -129,15 +142,12 @@ def _samples(run: Run, count: int, without: set[str]) -> list[str]:
 
 
 def _carried(
-    adapters: list[lw.Adapter], old: Any, new: Any, tokenizer: Any, samples: list[str]
-) -> dict[str, tuple[dict[str, lw.Adapter], dict[str, float]]]:
+    base: str, adapters: list[lw.Adapter], old: Any, new: Any, tokenizer: Any, samples: list[str], chosen: list[str]
+) -> Carried:
     """By way, the adapters in the new base and their predictions, whatever they are; one recording serves all of them."""
     matches = transfer.matched(adapters[0], old, new, "activations")
-    ways = WAYS[1:3]
-    if len(matches) == len(adapters[0].layers):
-        # where other layers differ too, "restore" would have an update in each of them
-        alone = len(transfer.matched(adapters[0], old, new, "restore")) == len(matches)
-        ways = WAYS if alone else WAYS[:3]
+    wanted = {"activations" if way == LEARNED else way for way in chosen}
+    ways = [way for way in WAYS if way in wanted and way not in UNFIT.get(base, ())]
     layers: dict[str, list[dict[str, lw.Factors]]] = {way: [{} for _ in adapters] for way in ways}
     shares: dict[str, list[list[float]]] = {way: [[] for _ in adapters] for way in ways}
     seen = transfer.see(old, new, tokenizer, samples, matches, max_tokens=256, progress=True)
@@ -159,7 +169,7 @@ def _carried(
                 kept = transfer.kept_share(factors[number], carried, pair, seen[pair.old.name], way)
                 shares[way][number].append(kept)
     key = lw.base_key(new)
-    found: dict[str, tuple[dict[str, lw.Adapter], dict[str, float]]] = {}
+    found: Carried = {}
     for way in ways:
         made = zip(adapters, layers[way], shares[way], strict=True)
         results = [
@@ -193,7 +203,7 @@ def _rounded(run: Run, old: Any, tokenizer: Any) -> Any:
 def _trained(run: Run, old: Any, tokenizer: Any) -> Any:
     """All weights trained for 20 steps of 8 rows of four other tasks."""
     new = copy.deepcopy(old).requires_grad_(True)
-    rows = [pairs(run.rows(name), "train") for name in LEARNED]
+    rows = [pairs(run.rows(name), "train") for name in TRAINED]
     optimizer = torch.optim.AdamW(new.parameters(), lr=5e-5)
     for step in range(20):
         texts = [f"Input: {text}\nOutput: {target}" for task in rows for text, target in task[2 * step : 2 * step + 2]]
@@ -235,3 +245,11 @@ BASES: dict[str, Callable[[Run, Any, Any], Any]] = {
     "dropped": _dropped,
     "random": _random,
 }
+# "same" and "restore" need equal layers; where all have changed, "restore" would have an update in each of them
+UNFIT = {"dropped": ("same", "restore"), **dict.fromkeys(("rounded", "trained", "random"), ("restore",))}
+
+
+def _made(base: str, run: Run, old: Any, tokenizer: Any) -> Any:
+    new = BASES[base](run, old, tokenizer)
+    new.name_or_path = base
+    return new

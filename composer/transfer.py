@@ -11,19 +11,18 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from operator import eq
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from loraweave.common.display import tracked
-from loraweave.common.options import Count, Fraction, Positive, check_options, options_of
+from loraweave.common.options import Count, Fraction, Positive, Seed, Whole, check_options, options_of
 from loraweave.common.rows import GivenRows
 from loraweave.composer.compose.collect_statistics import encode_texts, padded_inputs
-from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import context_length, takes, untouched
 from loraweave.composer.model.generate import Asked
+from loraweave.composer.old_answers import LR, Learning, agreement, answers, learned, split
 from loraweave.errors import AdapterUnsupported, BaseModelMismatch, InvalidTask, LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_key
@@ -36,8 +35,6 @@ Way = Literal["auto", "same", "subspace", "activations", "restore"]
 # sums of products that are held at once; an adapter of more layers takes several passes over the samples
 MAX_BYTES = 4 * 2**30
 FIT, HELD_OUT = 0, 1
-# tokens of an answer that is compared
-MAX_ANSWER = 24
 # the relative error that rounding may leave where a fused adapter was restored
 ROUNDING = 1e-3
 # ways for equal layers alone
@@ -61,6 +58,9 @@ def transfer(
     subspace: Count = 320,
     rank: Count = 16,
     max_tokens: Count = 256,
+    steps: Whole = 0,
+    lr: Positive = LR,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> Adapter:
     """The adapter, trained on the model `old`, for the model `new`, with the predicted share of its effect that it keeps.
@@ -85,41 +85,42 @@ def transfer(
     The adapter's is the mean over its layers, 0 for those left out.
     With `prompts`, of the adapter's own task and without answers, what is predicted is instead the share of them that `new`
     with the new adapter answers word for word as `old` does with the old one, greedily, up to MAX_ANSWER tokens.
+    With `steps`, the new adapter first learns those answers, by so many steps on its a and b at rates that fall from `lr`:
+    the divergence of `new`'s predictions from `old`'s at their tokens. Every fourth prompt judges, alone, and the others
+    teach, in an order that follows from `seed`. Where the steps bring it no nearer to those that judge, it stays as it was;
+    `card["transfer"]["learned"]` says so, with the numbers of prompts and the loss before and after.
     `card["transfer"]` has all of these, the way and the bases; `card["recipe"]` has the parent. Scores are not taken over.
 
     Raises AdapterUnsupported for a prediction below `least`, and for more than a plain LoRA of linear layers;
     BaseModelMismatch for an adapter of another base than `old`, or a vocabulary that lacks tokens; LayerMismatch for layers
-    without a counterpart; InvalidTask for too few samples; WeightingError for settings outside their range.
+    without a counterpart; InvalidTask for too few samples or prompts; TrainingError for a loss that is not finite;
+    WeightingError for settings outside their range.
     """
-    given = {"way": way, "least": least, "ridge": ridge, "subspace": subspace, "rank": rank}
-    given["max_tokens"] = max_tokens
+    given: dict[str, Any] = {"way": way, "least": least, "ridge": ridge, "subspace": subspace, "rank": rank}
+    given |= {"max_tokens": max_tokens, "steps": steps, "lr": lr, "seed": seed}
     check_options("transfer()", given, options_of(transfer, after=5))
+    lessons, judges = split(prompts) if steps else ([], list(prompts))
+    restored = _restored_layers(adapter, old, new, rank) if way == "auto" else {}
     if way == "auto":
-        way = given["way"] = "restore" if _restores(adapter, old, new, rank) else "activations"
-    pairs, layers = matched(adapter, old, new, way), {}
-    found: dict[str, dict[str, Any]] = {name: {"to": None, "kept": 0.0} for name in adapter.layers}
-    with torch.no_grad():
-        for group in _groups(pairs):
-            seen = see(old, new, tokenizer, samples, group, max_tokens=max_tokens, progress=progress)
-            for pair in tracked(group, f"carrying {adapter.name!r}", total=len(group), shown=progress):
-                factors, moments = _update_of(adapter, pair.old), seen[pair.old.name]
-                carried = carry(factors, pair, moments, way, ridge=ridge, subspace=subspace, rank=rank)
-                layers[pair.new.name] = carried
-                if pair.old.name in found:
-                    kept = kept_share(factors, carried, pair, moments, way, ridge=ridge)
-                    found[pair.old.name] = {"to": pair.new.name, "kept": kept}
+        way = given["way"] = "restore" if restored else "activations"
+    layers, found = _carried_layers(adapter, old, new, tokenizer, samples, restored, given, progress)
     share = sum(layer["kept"] for layer in found.values()) / len(found)
     key = base_key(new)
     about = {"from": adapter.base_model, "to": key.id, "way": way, "kept": share, "layers": found}
     made = replace(adapter, base_model=key.id, layers=layers, fingerprint=key.fingerprint)
-    if prompts:
-        said, says = answers(old, adapter, tokenizer, prompts), answers(new, made, tokenizer, prompts)
-        share = about["answers"] = sum(map(eq, said, says)) / len(prompts)
+    if judges:
+        said = answers(old, adapter, tokenizer, judges, taught=bool(lessons), progress=progress)
+        if lessons:
+            shown = answers(old, adapter, tokenizer, lessons, taught=True, progress=progress)
+            how = Learning(steps, lr, seed)
+            made, about["learned"] = learned(made, new, tokenizer, shown, said, how, progress=progress)
+        says = answers(new, made, tokenizer, judges, progress=progress)
+        share = about["answers"] = agreement(tokenizer, said, says)
     if share < least:
         raise AdapterUnsupported(
             f"transfer of {adapter.name!r} from {adapter.base_model!r} to {key.id!r} by way={way!r} is predicted to keep "
-            f"{share:.2f} of its {'answers' if prompts else 'effect'}, below least={least:g}: try another way, train on the "
-            "new base, or lower least"
+            f"{share:.2f} of its {'answers' if prompts else 'effect'}, below least={least:g}: try another way, "
+            f"{'more steps' if lessons else 'prompts and steps'}, train on the new base, or lower least"
         )
     # what is said of the old base does not hold for the new one
     card = {name: value for name, value in adapter.card.items() if name not in ("report", "peft", "scores")}
@@ -128,30 +129,60 @@ def transfer(
     return replace(made, card={**card, "transfer": about})
 
 
-def answers(model: Any, adapter: Adapter, tokenizer: Any, prompts: Sequence[Asked]) -> list[str]:
-    """The model's greedy answer to each prompt under the adapter, up to MAX_ANSWER tokens."""
-    engine = Composer(model, [adapter], tokenizer=tokenizer)
-    return [
-        engine.generate([prompt], mixture={adapter.name: 1.0}, do_sample=False, max_new_tokens=MAX_ANSWER)[0]
-        for prompt in prompts
-    ]
+def _carried_layers(
+    adapter: Adapter,
+    old: Any,
+    new: Any,
+    tokenizer: Any,
+    samples: GivenRows,
+    restored: Mapping[str, Factors],
+    given: Mapping[str, Any],
+    progress: bool,
+) -> tuple[dict[str, Factors], dict[str, dict[str, Any]]]:
+    """The layers in the new base, those `restored` as they are; and where each of the adapter's went and what it keeps."""
+    way, ridge = given["way"], given["ridge"]
+    layers: dict[str, Factors] = {}
+    found: dict[str, dict[str, Any]] = {name: {"to": None, "kept": 0.0} for name in adapter.layers}
+    with torch.no_grad():
+        for group in _groups(matched(adapter, old, new, way)):
+            seen = see(old, new, tokenizer, samples, group, max_tokens=given["max_tokens"], progress=progress)
+            for pair in tracked(group, f"carrying {adapter.name!r}", total=len(group), shown=progress):
+                factors, moments = _update_of(adapter, pair.old), seen[pair.old.name]
+                carried = restored.get(pair.old.name)
+                if carried is None:
+                    carried = carry(factors, pair, moments, way, ridge=ridge, subspace=given["subspace"], rank=given["rank"])
+                layers[pair.new.name] = carried
+                if pair.old.name in found:
+                    kept = kept_share(factors, carried, pair, moments, way, ridge=ridge)
+                    found[pair.old.name] = {"to": pair.new.name, "kept": kept}
+    return layers, found
 
 
-def _restores(adapter: Adapter, old: nn.Module, new: nn.Module, rank: int) -> bool:
-    """Whether the bases' layers are equal and "restore" is exact at a low `rank`, but for rounding."""
+def _restored_layers(adapter: Adapter, old: nn.Module, new: nn.Module, rank: int) -> dict[str, Factors]:
+    """What "restore" makes of the layers that differ, by the old names, where it is exact at a low `rank` but for rounding.
+
+    Empty where it is not, or where the bases' layers are not equal.
+    """
     try:
         pairs = matched(adapter, old, new, "restore")
     except LayerMismatch:
-        return False
+        return {}
     changed = [pair for pair in pairs if not torch.equal(pair.old.weight_OI, pair.new.weight_OI)]
+    found: dict[str, Factors] = {}
     # any difference has a rank of its smaller side
-    low = all(2 * rank <= min(_sizes(pair.old)) for pair in changed)
-    return bool(changed) and low and all(_cut_off(adapter, pair, rank) <= ROUNDING for pair in changed)
+    if any(2 * rank > min(_sizes(pair.old)) for pair in changed):
+        return found
+    for pair in changed:
+        found[pair.old.name], error = _restored(_update_of(adapter, pair.old), pair, rank)
+        if error > ROUNDING:
+            return {}
+    return found
 
 
-def _cut_off(adapter: Adapter, pair: Pair, rank: int) -> float:
-    """The relative error of "restore" in one layer."""
-    return factorise(_wanted(_update_of(adapter, pair.old), pair).float(), rank=rank)[2]
+def _restored(factors: Factors, pair: Pair, rank: int) -> tuple[Factors, float]:
+    """What "restore" makes of a layer, and its relative error."""
+    a_RI, b_OR, error = factorise(_wanted(factors, pair).float(), rank=rank)
+    return replace(factors, a_RI=a_RI, b_OR=b_OR), error
 
 
 class Pair(NamedTuple):
@@ -333,8 +364,7 @@ def carry(
     if way == "same":
         return factors
     if way == "restore":
-        a_RI, b_OR, _ = factorise(_wanted(factors, pair).float(), rank=rank)
-        return replace(factors, a_RI=a_RI, b_OR=b_OR)
+        return _restored(factors, pair, rank)[0]
     x, y = seen
     b_OS, a_RI = factors.b_OR.double(), factors.a_RI.double()
     if factors.bias_O is not None:
@@ -380,10 +410,10 @@ def _singular(weight_OI: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def kept_share(factors: Factors, carried: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float = 0.1) -> float:
     """The prediction of one layer, 0 to 1; 1 for an update that is zero."""
-    return _restored(factors, carried, pair, seen) if way == "restore" else _regressed(factors, carried, seen, ridge)
+    return _left(factors, carried, pair, seen) if way == "restore" else _regressed(factors, carried, seen, ridge)
 
 
-def _restored(factors: Factors, carried: Factors, pair: Pair, seen: Seen) -> float:
+def _left(factors: Factors, carried: Factors, pair: Pair, seen: Seen) -> float:
     update_OI = factors.b_OR.double() @ factors.a_RI.double()
     rest_OI = _wanted(factors, pair) - carried.b_OR.double() @ carried.a_RI.double()
     gram_II = seen[0].oo[HELD_OUT].cpu()

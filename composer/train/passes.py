@@ -18,10 +18,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from loraweave.composer.live.call_router import arguments_of
-from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, tensors_in, token_losses
+from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, tensors_in
 from loraweave.composer.train.jobs import BesideJob, LinearizedJob, LoraJob, TrainingJob, given_factors, new_factors
 from loraweave.composer.train.schedule import pad_apart
 from loraweave.composer.train.settings import LoraSettings
+from loraweave.composer.train.taught import row_losses
 from loraweave.errors import LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.tokens._call import current_prompts
@@ -248,7 +249,7 @@ def range_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], row_cou
     if model.config.is_encoder_decoder:
         # what gates are asked for counts the tokens of either
         stacked = pad_apart(stacked)
-    sums_B = token_losses(model, stacked).sum(dim=1)
+    sums_B = row_losses(model, rows, stacked).sum(dim=1)
     counts_B = (stacked.targets_BK != IGNORED).sum(dim=1)
     sizes = list(row_counts)
     pairs = zip(torch.split(sums_B, sizes), torch.split(counts_B, sizes), strict=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loraweave.common.descent import Descent, FlatParameters, backward
 from loraweave.common.state import TrainingState
-from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, token_losses
+from loraweave.composer.model.batches import IGNORED, EncodedRow, batch
 from loraweave.composer.train.jobs import LoraJob, PlannedJob, TrainingJob, sizes_of
 from loraweave.composer.train.memory import MemoryModel, MemoryUse, step_budget
 from loraweave.composer.train.passes import SharedPass, range_losses
@@ -22,6 +22,7 @@ from loraweave.composer.train.processes import Processes
 from loraweave.composer.train.report import JobReport, SharedReport
 from loraweave.composer.train.schedule import JobSize, groups, successor
 from loraweave.composer.train.state import Best, RunningState, put_values
+from loraweave.composer.train.taught import row_losses
 from loraweave.errors import BudgetExceeded, TrainingError
 
 CHECKPOINT_STEPS = 20
@@ -361,11 +362,12 @@ def held_out_losses(model: Any, tokenizer: Any, due: Sequence[JobProgress]) -> l
     while runs := [run for run, rows in waiting.items() if rows]:
         chosen = {run: waiting[run][: run.planned.pace.batch_size] for run in runs}
         sizes = [len(rows) for rows in chosen.values()]
-        stacked = batch(model, tokenizer, [row for rows in chosen.values() for row in rows])
+        rows_B = [row for rows in chosen.values() for row in rows]
+        stacked = batch(model, tokenizer, rows_B)
         for run, rows in chosen.items():
             run.job.take(rows, None)
         with SharedPass(model, [run.job for run in runs], sizes):
-            losses_BK = token_losses(model, stacked).double()
+            losses_BK = row_losses(model, rows_B, stacked).double()
         real_BK = stacked.targets_BK != IGNORED
         for run, losses, real in zip(runs, torch.split(losses_BK, sizes), torch.split(real_BK, sizes), strict=True):
             totals[run] += float(losses.sum())

@@ -11,6 +11,7 @@ from torch import nn
 
 import loraweave as lw
 from loraweave.composer import transfer as transferring
+from loraweave.composer.old_answers import Learning, agreement, answers, learned, split
 from loraweave.errors import AdapterUnsupported, BaseModelMismatch, InvalidTask, LayerMismatch, WeightingError
 from loraweave.hub.base import fingerprint
 
@@ -320,13 +321,40 @@ def test_with_prompts_the_prediction_is_the_share_of_answers_that_stay(old, adap
         carry(given, old, new, tokenizer, way="same", prompts=prompts, least=1.0)
 
 
+def test_with_steps_it_learns_the_old_answers_to_three_of_four_prompts_and_the_others_predict(old, adapter, tokenizer):
+    given = adapter(ALL)
+    generator = torch.Generator().manual_seed(1)
+    noise = [0.02 * torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in old.parameters()]
+    new = changed(old, lambda new: [p.add_(n) for p, n in zip(new.parameters(), noise, strict=True)])
+    settings = {"way": "same", "prompts": TEXTS[:24], "least": 0.0}
+    found = carry(given, old, new, tokenizer, **settings, steps=5, lr=3e-3, seed=2)
+    closed = carry(given, old, new, tokenizer, **{**settings, "prompts": ()})
+    lessons, judges = (answers(old, given, tokenizer, part, taught=True) for part in split(TEXTS[:24]))
+    by_hand, about = learned(closed, new, tokenizer, lessons, judges, Learning(5, 3e-3, 2), progress=False)
+    assert found.hash == by_hand.hash != closed.hash
+    report = found.card["transfer"]
+    assert report["learned"] == about
+    assert (about["prompts"], about["judges"]) == (18, 6)
+    assert report["answers"] == agreement(tokenizer, judges, answers(new, found, tokenizer, TEXTS[:24:4]))
+    options = found.card["recipe"]["options"]
+    assert (options["steps"], options["lr"], options["seed"]) == (5, 3e-3, 2)
+    with pytest.raises(InvalidTask, match="of 0 prompts none is left to learn from"):
+        carry(given, old, new, tokenizer, **{**settings, "prompts": ()}, steps=5)
+
+
 def test_a_fused_adapter_is_found_by_the_low_rank_of_the_change_and_only_then_restored(
-    old, adapter, make_adapter, tokenizer
+    old, adapter, make_adapter, tokenizer, monkeypatch
 ):
     given, other = adapter(rank=2), make_adapter(old, "b", rank=1, targets=ALL, seed=5)
     new = fused(old, other)
+    made, factorise = [], transferring.factorise
+    monkeypatch.setattr(
+        transferring, "factorise", lambda dense, **rest: made.append(dense.shape) or factorise(dense, **rest)
+    )
     carried = carry(given, old, new, tokenizer, way="auto", rank=3)
     assert carried.card["transfer"]["way"] == carried.card["recipe"]["options"]["way"] == "restore"
+    # each changed layer once
+    assert len(made) == len(other.layers)
     assert torch.allclose(logits(new, carried), logits(old, given), rtol=1e-4, atol=1e-5)
     noisy = changed(new, lambda new: [p.add_(1e-2 * torch.randn_like(p)) for p in new.parameters()])
     for base, rank in ((new, 2), (noisy, 3), (noisy, 16), (changed(old, lambda new: None), 3)):
