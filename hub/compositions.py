@@ -120,6 +120,11 @@ class CompositionShelf(Listing):
 
     _blobs: BlobStore
 
+    @staticmethod
+    def open_mixture(folder: Path, model: Any) -> SavesFolder:
+        """What peft saved there of a mixture, for the base `model` or None: the front door's `lw.router`, above the hub."""
+        raise HubError(f"{folder} is a mixture of adapters, which only the Hub of `import loraweave` opens: take lw.Hub")
+
     def save_composition(
         self, name: str, composition: SavesFolder | str | Path, *, replace: bool = False
     ) -> StoredComposition:

@@ -22,7 +22,7 @@ from loraweave.common.rows import GivenRows
 from loraweave.common.storage_errors import storage_errors
 from loraweave.errors import AdapterExists, AdapterNotFound, HubCorrupt, HubError, HubFull
 from loraweave.hub import quarantine
-from loraweave.hub.compositions import CompositionShelf
+from loraweave.hub.compositions import CompositionShelf, StoredComposition
 from loraweave.hub.intake.fields import card_with_outputs, checked_fields, split_pairs
 from loraweave.hub.licenses import canonical
 from loraweave.hub.listing import Candidates
@@ -115,8 +115,9 @@ class Hub(CompositionShelf):
         replace: bool = False,
         anomalies: str | Mapping[str, str] = "report",
         model: nn.Module | None = None,
-    ) -> Record:
+    ) -> Record | StoredComposition:
         """Stores an adapter, folder, archive or model hub repository; what is not given comes from the adapter and its card.
+        The folder of a mixture that PEFT saved (X-LoRA, Arrow, POLY) is kept with its adapters, by `save_composition`.
 
         The same content under the same name is there already: its record is returned as it is, and a damaged blob is
         replaced. `stored_as="compeft"` keeps the ternary factors that `compeft` makes in 0.3 to 1.5 bits an entry, bit for
@@ -135,9 +136,12 @@ class Hub(CompositionShelf):
         """
         from loraweave.hub.health.anomalies import examine
         from loraweave.hub.intake.adding import Addition, prepare
+        from loraweave.hub.intake.mixtures import is_mixture, keep_mixture
         from loraweave.hub.stores.storing import store
 
         addition = Addition(source, name, description, examples, tags, license, base_model, language)
+        if is_mixture(source):
+            return keep_mixture(self, addition, replace=replace, model=model)
         prepared = prepare(addition, stored_as=stored_as, allow_pickle=allow_pickle)
         batch = [examine(self._catalogue, self._blobs, prepared, anomalies, model)]
         ((stored, refused),) = store(self._catalogue, self._blobs, batch, stored_as=stored_as, as_version=replace)

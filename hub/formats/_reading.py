@@ -48,7 +48,7 @@ REFUSED = {
     ),
 }
 
-ARROW = "; router = lw.router(folder) opens what PEFT saved of an Arrow, and hub.save_composition(name, router) keeps it"
+ARROW = "; router = lw.router(folder) opens what PEFT saved of an Arrow, and hub.add(folder) keeps it"
 
 MAX_DEPTH = 3
 MAX_ENTRIES = 10_000

@@ -202,6 +202,7 @@ class _Walk:
                 self.given[name] = path
                 tags, license, anomalies = (self.options[key] for key in ("tags", "license", "anomalies"))
                 added = self.hub.add(adapter, name=name, tags=tags, license=license, replace=True, anomalies=anomalies)
+                assert isinstance(added, Record)
                 return [Noted(path, now, "updated", name, adapter.hash, _oddities(added))]
         names = " and ".join(map(repr, self._names(path)))
         raise AdapterExists(f"{path!r}: the names {names} stand for other adapters; give a prefix")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,7 @@ from loraweave.cli._inputs import load_model, open_hub
 from loraweave.cli._printing import answer, note, plain, print_json, print_rows, record_row
 from loraweave.common.rows import located, read_row
 from loraweave.errors import HubCorrupt
+from loraweave.hub.compositions import StoredComposition
 
 # what `show` prints of one field
 MAX_CELL = 400
@@ -70,7 +71,7 @@ def add(
     samples = [] if examples is None else _samples(examples)
     import loraweave as lw
 
-    stored = []
+    stored: list[dict[str, Any]] = []
     with lw.Hub(hub, blobs=blobs) as opened:
         for source in sources:
             record = opened.add(
@@ -86,7 +87,13 @@ def add(
                 language=language or (),
                 replace=replace,
             )
-            stored.append(record)
+            if isinstance(record, StoredComposition):
+                stored.append({"name": record.name, "hash": record.hash, "created": record.created})
+                note(
+                    f"kept the mixture {record.name!r} with its adapters; formulas and the server know it as @{record.name}"
+                )
+                continue
+            stored.append(record_row(record))
             base = record.base_model or "a base that it does not name"
             version = f" as version {record.version}" if record.version > 1 else ""
             note(f"added {record.name!r}{version}, rank {record.rank}, for {base}")
@@ -95,7 +102,7 @@ def add(
             if record.quarantined:
                 note(f"{record.name!r} is in quarantine; `loraweave hub release` takes it out")
     if as_json:
-        print_json([record_row(record) for record in stored])
+        print_json(stored)
 
 
 @hub.command("add-tree", epilog="Example: loraweave hub add-tree examples/pool --tag pool --report added.json")

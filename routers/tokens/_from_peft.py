@@ -23,9 +23,10 @@ from loraweave.hub.formats._files import folder_within
 from loraweave.hub.formats._peft_config import parse, stored_tensors
 from loraweave.hub.formats._safetensors import gather, require_finite
 from loraweave.hub.formats.poly import Poly as PolyFormat
+from loraweave.hub.intake.mixtures import ARROW
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._router import TokenRouter
-from loraweave.routers.tokens._to_peft import ARROW, FLAGS
+from loraweave.routers.tokens._to_peft import FLAGS
 from loraweave.routers.tokens.arrow import Arrow
 from loraweave.routers.tokens.poly import Poly
 from loraweave.routers.tokens.xlora import Xlora

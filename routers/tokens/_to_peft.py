@@ -16,11 +16,11 @@ from loraweave.errors import AdapterUnsupported
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._config import CONFIG
 from loraweave.hub.formats._peft_config import PREFIX, WEIGHTS
+from loraweave.hub.intake.mixtures import ARROW
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._members import find_names
 
 CLASSIFIER = "base_model.internal_xlora_classifier.layers"
-ARROW = "arrow_router"
 
 # (enable_softmax, enable_softmax_topk) of PEFT, by our softmax
 FLAGS = {"all": (True, False), "top_k": (False, True), "twice": (True, True), "none": (False, False)}

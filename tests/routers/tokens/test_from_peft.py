@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loraweave as lw
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported, WeightingError
+from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterUnsupported, HubError, WeightingError
 from loraweave.hub.formats._config import CONFIG
 
 peft = pytest.importorskip("peft")
@@ -233,9 +233,8 @@ def test_a_poly_that_peft_saved_has_an_adapter_for_each_task(make_model, poly, t
         assert [record.name for record in records] == list(router.experts)
         with lw.Composer(model, hub.pool(["task_1", "task_2"])).activate([{"task_2": 1.0}, {"task_1": 1.0}]):
             torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
-        for wrong in (folder, folder / "task_3"):
-            with pytest.raises(AdapterUnsupported, match=r"has 3 tasks.*task_0' to .*task_2'; lw\.router\(folder\)\.pool"):
-                hub.add(wrong)
+        with pytest.raises(AdapterUnsupported, match=r"has 3 tasks.*task_0' to .*task_2'; lw\.router\(folder\)\.pool"):
+            hub.add(folder / "task_3")
 
 
 def test_a_poly_of_one_task_is_an_adapter(make_model, tmp_path):
@@ -333,20 +332,31 @@ def test_what_pefts_layouts_cannot_hold_is_refused_by_name(make_model, make_adap
     assert not target.exists()
 
 
-def stored(tmp_path, router):
-    """The router that a hub gives back from the formula that names it, after the hub was closed."""
+def stored(tmp_path, put):
+    """The router that a hub gives back from the formula that names it, after the hub into which it was put was closed."""
     with lw.Hub(tmp_path / "hub") as hub:
-        hub.save_composition("mix", router)
+        assert put(hub).name == "mix"
+        assert len(hub) == 0
     with lw.Hub(tmp_path / "hub") as hub:
         mix = lw.parse("@mix")
+        router = mix.mixture(hub)
         assert mix.pool(hub).names == router.experts
-        return mix.mixture(hub)
+        return router
 
 
 @pytest.mark.parametrize("settings", [{}, {"layerwise_scalings": True}], ids=str)
 def test_a_hub_keeps_an_xlora_that_peft_saved_and_gives_pefts_logits(make_model, adapters, tmp_path, settings):
     folder, expected = xlora_folder(make_model, adapters, tmp_path, **settings)
-    router = stored(tmp_path, lw.router(folder, adapters, model=make_model("llama")))
+    base = make_model("llama")
+    router = stored(tmp_path / "a", lambda hub: hub.save_composition("mix", lw.router(folder, adapters, model=base)))
+    torch.testing.assert_close(ours(make_model, router), expected, atol=1e-5, rtol=1e-5)
+    with lw.Hub(tmp_path / "b" / "hub") as hub:
+        with pytest.raises(AdapterUnsupported, match=r"3 adapters, which are not in it .* lw\.router\(folder, pool="):
+            hub.add(folder, name="mix", model=base)
+        assert hub.compositions() == []
+    for place, adapter in enumerate(adapters):
+        adapter.save_pretrained(folder / str(place))
+    router = stored(tmp_path / "b", lambda hub: hub.add(folder, name="mix", model=base))
     torch.testing.assert_close(ours(make_model, router), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -356,13 +366,36 @@ def test_a_hub_keeps_an_arrow_that_peft_saved_and_gives_pefts_logits(
 ):
     general = [make_adapter(make_model("llama"), f"g{n}", rank=3, targets=TARGETS, seed=10 + n) for n in range(num_general)]
     folder, expected = arrow_folder(make_model, adapters, general, tmp_path, rng_seed=5)
-    with lw.Hub(tmp_path / "hub") as hub, pytest.raises(AdapterUnsupported, match=r"save_composition\(name, router\) keeps"):
-        hub.add(folder)
-    torch.testing.assert_close(ours(make_model, stored(tmp_path, lw.router(folder))), expected, atol=1e-5, rtol=1e-5)
+    router = stored(tmp_path, lambda hub: hub.add(folder.rename(tmp_path / "mix")))
+    torch.testing.assert_close(ours(make_model, router), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_hub_keeps_a_poly_that_peft_saved(make_model, poly, tmp_path):
     theirs, folder = poly
     with torch.no_grad():
         expected = theirs(input_ids=IDS_BT, task_ids=torch.tensor([0, 0])).logits
-    torch.testing.assert_close(ours(make_model, stored(tmp_path, lw.router(folder))), expected, atol=1e-5, rtol=1e-5)
+    router = stored(tmp_path, lambda hub: hub.add(str(folder), name="mix"))
+    torch.testing.assert_close(ours(make_model, router), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_mixture_that_cannot_be_kept_whole_leaves_the_hub_as_it_was(make_model, make_adapter, adapters, tmp_path):
+    folder, _ = arrow_folder(make_model, adapters, [], tmp_path, rng_seed=5)
+    with lw.Hub(tmp_path / "hub") as hub:
+        with pytest.raises(HubError, match=r"mixture of adapters.*which has no tags: leave it out"):
+            hub.add(folder, tags=["x"])
+        with pytest.raises(HubError, match="which has no description"):
+            hub.add(folder, description="x", license="MIT")
+        ((_, refused),) = hub.add_many([folder]).refused
+        assert "hub.add(folder) keeps it" in str(refused)
+        hub.add(folder, name="mix")
+        again = hub.add(folder, name="mix")
+        assert [each.hash for each in hub.compositions()] == [again.hash]
+        other, _ = arrow_folder(make_model, adapters[:2], [], tmp_path / "other", rng_seed=5)
+        with pytest.raises(AdapterExists, match="pass replace=True"):
+            hub.add(other, name="mix")
+        assert hub.add(other, name="mix", replace=True).hash != again.hash
+        (other / "task_1" / "adapter_model.safetensors").write_bytes(b"damaged")
+        with pytest.raises(AdapterCorrupt):
+            hub.add(other, name="new")
+        assert [each.name for each in hub.compositions()] == ["mix"]
+        assert len(hub) == 0
