@@ -66,13 +66,18 @@ class FaissHalf(HeldVectors):
         return exact_best(halves, query_QD, self._vectors_ND, k, max(NUM_RESCORED, 2 * k), slack_Q)
 
 
+def codes(vectors_ND: np.ndarray) -> np.ndarray:
+    """fp16 copies of the rows."""
+    return np.clip(vectors_ND, -_LARGEST, _LARGEST).astype(np.float16)
+
+
 def halve(vectors_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """fp16 copies of the rows, and (the largest norm, at least 1; the largest distance of a row to its copy)."""
     codes_ND = np.empty(vectors_ND.shape, np.float16)
     distance = 0.0
     for start in range(0, len(vectors_ND), _BLOCK_ROWS):
         rows_BD = vectors_ND[start : start + _BLOCK_ROWS]
-        codes_ND[start : start + _BLOCK_ROWS] = np.clip(rows_BD, -_LARGEST, _LARGEST)
+        codes_ND[start : start + _BLOCK_ROWS] = codes(rows_BD)
         lost_BD = rows_BD - codes_ND[start : start + _BLOCK_ROWS]
         distance = max(distance, float(np.sqrt(np.einsum("nd,nd->n", lost_BD, lost_BD).max())))
     # a margin for the rounding of these very sums

@@ -10,7 +10,7 @@ import numpy as np
 
 from loraweave.hub.indexes._faiss import HalfScanner, HalfScanners, import_faiss, least_effort
 from loraweave.hub.indexes._vectors import HeldVectors, Ranking, rescore, saved_array
-from loraweave.hub.indexes.faiss_half import NUM_RESCORED, FaissHalf, halve
+from loraweave.hub.indexes.faiss_half import NUM_RESCORED, FaissHalf, codes
 
 # below this a scan of everything is as fast, and exact
 MIN_CLUSTERED = 10_000
@@ -67,7 +67,7 @@ class FaissIvf(HeldVectors):
             self._make()
             return
         rows_N = np.concatenate([lists.rows_N, np.arange(len(self) - len(new_ND), len(self))])
-        codes_ND = np.concatenate([lists.codes_ND, halve(new_ND)[0]])
+        codes_ND = np.concatenate([lists.codes_ND, codes(new_ND)])
         self._lists = _Lists(lists.share, lists.centres_CD, lists.starts, rows_N, codes_ND)
 
     def _load(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -132,7 +132,9 @@ class FaissIvf(HeldVectors):
         rows_N = np.argsort(nearest_N, kind="stable").astype(np.int64)
         starts = np.searchsorted(nearest_N[rows_N], np.arange(len(centres_CD) + 1)).astype(np.int64)
         codes_ND = np.empty(self._vectors_ND.shape, np.float16)
-        codes_ND[:] = halve(self._vectors_ND)[0][rows_N]
+        for start in range(0, len(self), _BLOCK_ROWS):
+            part = slice(start, start + _BLOCK_ROWS)
+            codes_ND[part] = codes(self._vectors_ND[rows_N[part]])
         made = _Lists(1.0, centres_CD.astype(np.float32), starts, rows_N, codes_ND)
         self._all, self._lists = None, made
         share = least_effort(SHARES, lambda query_QD, k, share: self._look(query_QD, k, share, None)[1], self._vectors_ND)

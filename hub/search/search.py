@@ -281,8 +281,10 @@ class SearchIndex:
 
     def _follow(self, old: _Snapshot) -> _Snapshot:
         """The snapshot brought up to date by what changed since; a new one where it is not of this catalogue's past."""
-        gone, keys, records = [], [], dict(old.records)
+        gone, records = [], dict(old.records)
         seqs: list[int] = []
+        # where all are read they have their place from the start: a copy of all keys would be a tenth of the work
+        keys_ND = np.empty((0 if old.generation else len(self.hub), self.embedder.dim), np.float32)
         first, after = None, 0
         while True:
             changes = self.hub.changes(self.embedder.id, since=old.generation, after=after)
@@ -294,12 +296,15 @@ class SearchIndex:
                     records.pop(change.seq, None)
                     gone.append(change.seq)
             present = {change.seq: (change.said, change.vector) for change in changes.page if change.said is not None}
+            known = len(seqs)
             seqs += present
-            keys.append(self._keys(present.values()))
+            if len(keys_ND) < len(seqs):
+                keys_ND = np.concatenate([keys_ND[:known], np.empty((len(present), self.embedder.dim), np.float32)])
+            self._fill(keys_ND[known : len(seqs)], present.values())
             if not changes.page:
                 break
             after = changes.page[-1].seq
-        followed = old.keys.changed(np.array(gone, np.int64), np.array(seqs, np.int64), np.concatenate(keys))
+        followed = old.keys.changed(np.array(gone, np.int64), np.array(seqs, np.int64), keys_ND[: len(seqs)])
         if len(followed) != changes.num_adapters and changes.generation == first.generation and old.generation:
             # a catalogue that was put back from a copy and has gone another way since has the same identity
             return self._follow(self._empty())
@@ -308,19 +313,17 @@ class SearchIndex:
     def _save(self, snapshot: _Snapshot) -> _Snapshot:
         """The snapshot, its keys mapped from a file where they are many and were not."""
         keys = snapshot.keys
-        if (
-            len(keys.segments) != 1
-            or len(keys) < MIN_SAVED
-            or not keys.segments[0].index.arrays()["vectors"].flags.writeable
-        ):
+        if len(keys.segments) != 1 or len(keys) < MIN_SAVED:
+            return snapshot
+        if not keys.segments[0].index.arrays()["vectors"].flags.writeable:
             return snapshot
         stamp = Stamp(snapshot.identity, snapshot.generation, self.embedder.id, self._index)
         place = places(self.hub.path, writable=self.hub.writable)[-1]
         opened = self._load(place) if save(place, keys, stamp) else None
         return replace(snapshot, keys=opened[0]) if opened and opened[1] == stamp else snapshot
 
-    def _keys(self, present: Collection[tuple[Said, tuple[str, np.ndarray] | None]]) -> np.ndarray:
-        """The key of every one (N, D): a stored one where its texts are unchanged, else made and stored."""
+    def _fill(self, keys_ND: np.ndarray, present: Collection[tuple[Said, tuple[str, np.ndarray] | None]]) -> None:
+        """Writes the key of every one: a stored one where its texts are unchanged, else made and stored."""
         keys: list[np.ndarray] = []
         missing: dict[str, tuple[int, Said, str]] = {}
         for said, stored in present:
@@ -339,7 +342,7 @@ class SearchIndex:
                     keys[missing[one.name][0]][:] = key_D
                 rows = [missing[one.name] for one in part]
                 self._store([(said.name, digest, keys[place]) for place, said, digest in rows])
-        return np.concatenate([np.empty(0, np.float32), *keys]).reshape(-1, self.embedder.dim)
+        np.concatenate([np.empty(0, np.float32), *keys], out=keys_ND.reshape(-1))
 
     def _store(self, made: list[tuple[str, str, np.ndarray]]) -> None:
         try:
@@ -435,8 +438,7 @@ def checked_threshold(min_score: Any) -> None:
 
 def _texts(record: Spoken) -> list[tuple[str, str]]:
     """What speaks for an adapter, as (kind, text): sample inputs and description, or without both its name."""
-    samples = [text for text in record.examples if text.strip()][:MAX_SAMPLE_INPUTS]
-    texts = [("sample input", text) for text in samples]
+    texts = [("sample input", text) for text in record.examples if text.strip()][:MAX_SAMPLE_INPUTS]
     if record.description.strip():
         texts.append(("description", record.description))
     return texts or [("name", record.name)]

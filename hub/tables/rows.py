@@ -17,6 +17,7 @@ from loraweave.types import Anomaly, Fingerprint, Record, Source
 
 _COLUMNS = "adapters.seq, adapters.name, adapters.hash, adapters.record, adapters.sha256"
 BLOB_COLUMNS = "blobs.hash, blobs.file_sha256, blobs.size_bytes, blobs.sha256"
+_DECODER = json.JSONDecoder()
 _SELECT = f"SELECT {_COLUMNS}, {BLOB_COLUMNS} FROM adapters LEFT JOIN blobs ON blobs.hash = adapters.hash"
 
 # of a record, stored as they are
@@ -257,7 +258,9 @@ def _decode_json(seq: int, name: str | None, content_hash: str | None, text: Any
             f"row {seq} of the catalogue (adapter {name!r}) is damaged: its sha256 is {text_digest(text)}, not {digest}; "
             "Hub.verify() lists what can still be read"
         )
-    data: dict[str, Any] = json.loads(text)
+    data: dict[str, Any]
+    # what `encode` wrote has no space around it, for which `loads` would look
+    data, _ = _DECODER.raw_decode(text)
     for column, value in (("name", name), ("hash", content_hash)):
         if value is not None and data[column] != value:
             raise HubCorrupt(

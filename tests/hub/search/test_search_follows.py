@@ -93,6 +93,21 @@ def test_threads_that_search_first_at_the_same_time_read_the_hub_once(hub, monke
     assert sum(number for since, number in asked if since == 0) == len(WORDS)
 
 
+def test_adapters_that_are_added_while_all_are_read_are_found(hub, monkeypatch):
+    original = Hub.changes
+
+    def changed(self, embedder_id, **options):
+        changes = original(self, embedder_id, **options)
+        monkeypatch.setattr(Hub, "changes", original)
+        add_new(hub)
+        return changes
+
+    monkeypatch.setattr(Hub, "changes", changed)
+    index = SearchIndex(hub, embedder=Counts())
+    assert names(index, "cat cat dog", k=3) == ["new 0", "new 1", "new 2"]
+    assert names(index, WORDS[-1]) == [WORDS[-1]]
+
+
 def test_renamed_adapters_are_found_under_the_new_name_without_embedding_again(hub):
     embedder = Counts()
     index = SearchIndex(hub, embedder=embedder)
