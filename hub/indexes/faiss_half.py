@@ -68,7 +68,8 @@ class FaissHalf(HeldVectors):
 
 def codes(vectors_ND: np.ndarray) -> np.ndarray:
     """fp16 copies of the rows."""
-    return np.clip(vectors_ND, -_LARGEST, _LARGEST).astype(np.float16)
+    made: np.ndarray = np.clip(vectors_ND, -_LARGEST, _LARGEST).astype(np.float16)
+    return made
 
 
 def halve(vectors_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
