@@ -9,13 +9,16 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import joblib
 from rich.progress import Progress
 
 from loraweave.common.display import progress_bar
 from loraweave.common.rows import GivenRows
+from loraweave.common.spread import Crew, crew
 from loraweave.composer.compose.candidates import candidates, experts_of, in_context_adapter
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.report import Report
+from loraweave.composer.compose.scoring_workers import ScoringWorkers
 from loraweave.composer.compose.settings import Settings
 from loraweave.composer.compose.trials import Bench, folds, held_out
 from loraweave.composer.compose.user_loss import Examples
@@ -52,6 +55,7 @@ def compose(
     l2: float = 0.0,
     sparsity: float = 0.0,
     checkpoint: str | Path | None = None,
+    n_jobs: int | None = None,
     progress: bool | Progress = True,
     allow_licenses: bool = False,
     **search_options: Any,
@@ -80,6 +84,8 @@ def compose(
     competes. Its search takes at most 10 evaluations; with a budget below 40, or `seconds`, it does nothing else.
 
     `checkpoint` is a folder from which an interrupted search resumes, to the same result. `search_options` go to the search.
+    `n_jobs` workers, or those that `joblib.parallel_config` names, score the candidates of a generation, of all folds
+    together, in the batches and to the bits of one process (docs/howto/many_machines.md).
     `progress` may be a `rich.progress.Progress`: its `update` is told of every step, and what that raises ends the search.
     docs/identity.md says which adapters of a hub are for this model, and which licenses need `allow_licenses`.
     Raises UnknownName, InvalidTask, InvalidLicense and WeightingError before anything runs, BaseModelMismatch for a hub
@@ -110,11 +116,18 @@ def compose(
     require_model(model)
     if not callable(tokenizer):
         raise CompositionError(f"the examples need the model's tokenizer, and {type(tokenizer).__name__} is not one")
-    return _compose(model, tokenizer, experts, task, settings, progress)
+    with crew(n_jobs) as workers:
+        return _compose(model, tokenizer, experts, task, settings, workers, progress)
 
 
 def _compose(
-    model: Any, tokenizer: Any, experts: Hub | ExpertPool, task: Task, settings: Settings, progress: bool | Progress
+    model: Any,
+    tokenizer: Any,
+    experts: Hub | ExpertPool,
+    task: Task,
+    settings: Settings,
+    workers: Crew,
+    progress: bool | Progress,
 ) -> Composition:
     started = time.perf_counter()
     source = Retriever.of(experts) if isinstance(experts, Hub) else experts
@@ -132,7 +145,10 @@ def _compose(
         splits = [held_out(len(task.examples), settings.seed)]
     else:
         splits = folds(len(task.examples), settings.folds, settings.seed) if settings.learns and task.examples else []
-    with progress_bar(progress) as bar:
+    hub = experts if isinstance(experts, Hub) else None
+    scoring = None if workers.is_here else ScoringWorkers(workers, engine, tokenizer, hub)
+    # what is trained shares its steps, and has nothing to spread
+    with joblib.parallel_config(backend="sequential"), progress_bar(progress) as bar:
         # unknown until the searches are made, and after that too where only time bounds them
         shown = bar.add_task("measuring adapters", total=None)
         start = in_context_adapter(experts, model) if settings.method in ("auto", "few_shot") else None
@@ -146,6 +162,7 @@ def _compose(
             progress,
             start,
             source if isinstance(source, Retriever) else None,
+            workers=scoring,
         )
         ways = Ways(bench, settings, splits)
         if ways.planned != 0:

@@ -7,7 +7,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from functools import partial
+from itertools import chain
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -20,15 +22,18 @@ from loraweave.composer.compose.objectives._row_sums import Kind, RowSums
 from loraweave.composer.compose.population import (
     MAX_CANDIDATES,
     Job,
+    Passes,
     can_be_factor_sums,
     factor_sums,
-    learning_sums,
+    pass_slopes,
+    pass_sums,
     row_sums,
 )
+from loraweave.composer.compose.scoring_workers import Parcel, ScoringWorkers
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import untouched
-from loraweave.composer.model.scoring import generate
-from loraweave.errors import InvalidTask, WeightingError
+from loraweave.composer.model.scoring import generate, in_chunks
+from loraweave.errors import InvalidTask, WeightingError, WorkersFailed
 from loraweave.hub.base import fingerprint
 from loraweave.lowrank.algebra import all_finite
 from loraweave.registry import get
@@ -38,6 +43,8 @@ from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
 
 Candidates = Sequence[MixtureWeights]
+Piece = TypeVar("Piece")
+Made = TypeVar("Made")
 
 
 def together(objectives: Sequence[Objective], candidates: Sequence[Candidates]) -> list[list[float]]:
@@ -199,7 +206,8 @@ class ExampleLoss(OnExamples):
     `merge_method` says what weights mean: "linear" is the sum of deltas, run live with one mixture a row; any other name is
     merged and written into the base for each candidate. `only` restricts the loss to some examples, by index. `inputs`, for
     "entropy" alone, are texts without targets that take the place of the task's examples. With `turned`, examples that the
-    prompts show are asked as `in_turn` says, which costs less than under all others.
+    prompts show are asked as `in_turn` says, which costs less than under all others. Forward passes are dealt out to the
+    `workers`, where they are more than one.
 
     A candidate that raises an error, or whose loss is not finite, has the loss NaN; `failures` counts these.
     Raises InvalidTask for examples that the kind cannot be taken of, WeightingError for terms that cannot be used.
@@ -216,6 +224,7 @@ class ExampleLoss(OnExamples):
         only: Sequence[int] | None = None,
         inputs: Sequence[Prompt] | None = None,
         turned: bool = False,
+        workers: ScoringWorkers | None = None,
         **terms: float,
     ) -> None:
         if inputs is not None and kind != "entropy":
@@ -226,6 +235,9 @@ class ExampleLoss(OnExamples):
         # in a tree of texts no token has one text before it
         trees = engine.pool.lazy or not engine.pool.invocations()
         self.encoded = EncodedExamples(engine.model, tokenizer, task, self.kind, trees=trees, turned=turned)
+        self._workers = workers
+        made = partial(ExampleLoss, task=task, kind=kind, merge_method=merge_method, turned=turned)
+        self._parcel = None if workers is None else Parcel.of(made)
 
     def describe(self) -> dict[str, Any]:
         """What the losses depend on: the kind and its terms, the tokens, the experts and the base model."""
@@ -238,6 +250,12 @@ class ExampleLoss(OnExamples):
 
     def __call__(self, candidates: Sequence[MixtureWeights]) -> list[float]:
         return score([(self, candidate) for candidate in candidates])
+
+    def deal(self, work: Callable[[ExampleLoss, Piece], Made], pieces: Sequence[Piece]) -> list[Made]:
+        """work(self, piece) of each piece, several of them by the workers. Raises what the first that fails has raised."""
+        if self._workers is None or self._parcel is None or len(pieces) == 1:
+            return [work(self, piece) for piece in pieces]
+        return self._workers.deal(self._parcel, work, pieces)
 
     def gradients(self, candidates: Sequence[MixtureWeights]) -> tuple[list[float], list[Tensor]]:
         """The loss of each candidate, and d loss / d values_BTLE, of the shape of its values; NaN for a failed one.
@@ -305,6 +323,9 @@ def _contain_failures(pairs: Pairs, evaluate: Callable[[Pairs], list[Found]]) ->
     """What `evaluate` returns for the pairs; when it raises, the pairs at fault are found by halving."""
     try:
         found = evaluate(pairs) if pairs else []
+    # no candidate is at fault
+    except WorkersFailed:
+        raise
     # an interruption is no Exception, and ends the search
     except Exception as error:
         if len(pairs) == 1:
@@ -330,47 +351,57 @@ def _losses(pairs: Pairs) -> list[Found]:
 def _sums(pairs: Pairs, needs: frozenset[str]) -> list[RowSums]:
     """The sums of each pair, of one forward pass for many, or of one for each where a merge is written into the base."""
     first, _ = pairs[0]
+    jobs = [Job(mixture, each.only) for each, mixture in pairs]
     if first.merge_method == "linear":
-        return row_sums(first.engine, first.encoded, [Job(mixture, each.only) for each, mixture in pairs], needs)
+        passes = Passes.of(first.encoded, jobs)
+        return passes.joined(first.deal(partial(_live_sums, needs), passes.each))
     first.encoded.prepare()
     if first.merge_method == "factor_sum" and can_be_factor_sums(first.engine.bound_pool, [mixture for _, mixture in pairs]):
-        return _factor_sums(pairs, needs)
-    found = []
-    for objective, mixture in pairs:
-        with active_candidate(first.engine, mixture, first.merge_method):
-            found += row_sums(first.engine, first.encoded, [Job(None, objective.only)], needs)
+        return list(chain.from_iterable(first.deal(partial(_factor_sums, needs), in_chunks(jobs, MAX_CANDIDATES))))
+    return first.deal(partial(_merged_sums, needs), jobs)
+
+
+def _live_sums(needs: frozenset[str], on: ExampleLoss, part: Sequence[Job]) -> list[RowSums]:
+    return pass_sums(on.engine, on.encoded, part, needs)
+
+
+def _merged_sums(needs: frozenset[str], on: ExampleLoss, job: Job) -> RowSums:
+    assert job.mixture is not None
+    with active_candidate(on.engine, job.mixture, on.merge_method):
+        (found,) = row_sums(on.engine, on.encoded, [replace(job, mixture=None)], needs)
     return found
 
 
-def _factor_sums(pairs: Pairs, needs: frozenset[str]) -> list[RowSums]:
+def _factor_sums(needs: frozenset[str], on: ExampleLoss, part: Sequence[Job]) -> list[RowSums]:
     """The same for LoraHub's sums of factors, of one forward pass for many: each candidate is an expert of its own."""
-    first, _ = pairs[0]
-    found = []
-    for start in range(0, len(pairs), MAX_CANDIDATES):
-        part = pairs[start : start + MAX_CANDIDATES]
-        engine = factor_sums(first.engine, [mixture for _, mixture in part])
-        rows = torch.eye(len(part))[:, None, None, None]
-        jobs = [
-            Job(MixtureWeights(row, engine.pool.names), objective.only)
-            for row, (objective, _) in zip(rows, part, strict=True)
-        ]
-        found += row_sums(engine, first.encoded, jobs, needs)
-    return found
+    engine = factor_sums(on.engine, [job.mixture for job in part if job.mixture is not None])
+    rows = torch.eye(len(part))[:, None, None, None]
+    jobs = [replace(job, mixture=MixtureWeights(row, engine.pool.names)) for row, job in zip(rows, part, strict=True)]
+    return row_sums(engine, on.encoded, jobs, needs)
 
 
 def _slopes(pairs: Pairs) -> list[Found]:
     first, _ = pairs[0]
     jobs = [Job(mixture, objective.only) for objective, mixture in pairs]
     found = [objective.term(mixture.values_BTLE) for objective, mixture in pairs]
-    for values_CTLE, numbers, sums in learning_sums(first.engine, first.encoded, jobs, first.kind.needs):
-        # of a job in parts, each has its examples' share of the mean
-        losses = [
-            first.kind.losses(own).double().sum() / len(pairs[number][0].only)
-            for number, own in zip(numbers, sums, strict=True)
-        ]
-        # a candidate's loss depends on its own values alone
-        (gradient_CTLE,) = torch.autograd.grad(torch.stack(losses).sum(), values_CTLE)
-        for number, loss, each in zip(numbers, losses, gradient_CTLE, strict=True):
+    passes = Passes.of(first.encoded, jobs, backward=True)
+    # a job of many examples comes in parts, each with its examples' share of the mean
+    numbers = [number for number, count in enumerate(passes.parts_of_job) for _ in range(count)]
+    counts = iter([len(jobs[number].examples) for number in numbers])
+    pieces = [(part, [next(counts) for _ in part]) for part in passes.each]
+    in_order = iter(numbers)
+    for losses, slopes_CTLE in first.deal(_live_slopes, pieces):
+        for loss, slope in zip(losses, slopes_CTLE, strict=True):
+            number = next(in_order)
             known, gradient = found[number]
-            found[number] = known + float(loss.detach()), gradient + each[None]
+            found[number] = known + loss, gradient + slope[None]
     return [(loss, gradient) for loss, gradient in found]
+
+
+def _live_slopes(on: ExampleLoss, piece: tuple[Sequence[Job], Sequence[int]]) -> tuple[list[float], Tensor]:
+    part, counts = piece
+
+    def losses(sums: list[RowSums]) -> list[Tensor]:
+        return [on.kind.losses(own).double().sum() / count for own, count in zip(sums, counts, strict=True)]
+
+    return pass_slopes(on.engine, on.encoded, part, on.kind.needs, losses)

@@ -6,10 +6,11 @@ A sum of factors has the rank of one expert, however many are in it, so that a p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import chain, islice
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -30,6 +31,10 @@ MAX_TOKENS = 8192
 MAX_TOKENS_WITH_GRADIENTS = 1024
 
 
+# the loss of each job from its sums
+Losses = Callable[[list[RowSums]], list[Tensor]]
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """One candidate, to be scored on some examples by index; without a mixture, the model as it is.
@@ -42,38 +47,58 @@ class Job:
     num_targets: int | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Passes:
+    """The forward passes that jobs take: each has some parts of jobs, all in order; job j has parts_of_job[j] of them."""
+
+    each: list[list[Job]]
+    parts_of_job: list[int]
+
+    @classmethod
+    def of(cls, encoded: EncodedExamples, jobs: Sequence[Job], *, backward: bool = False) -> Self:
+        """Those of all jobs; `backward` ones hold fewer tokens."""
+        max_tokens = MAX_TOKENS_WITH_GRADIENTS if backward else MAX_TOKENS
+        encoded.prepare()
+        pieces = [_pieces(encoded, job, max_tokens) for job in jobs]
+        return cls(list(_passes(encoded, [piece for own in pieces for piece in own], max_tokens)), list(map(len, pieces)))
+
+    def joined(self, found: Iterable[Sequence[RowSums]]) -> list[RowSums]:
+        """The sums of each job, in the order of the jobs, from those of each pass."""
+        in_order = chain.from_iterable(found)
+        return [RowSums.join(list(islice(in_order, count))) for count in self.parts_of_job]
+
+
 def row_sums(engine: Composer, encoded: EncodedExamples, jobs: Sequence[Job], needs: frozenset[str]) -> list[RowSums]:
     """The sums that each job needs, in the order of the jobs; without gradients."""
+    passes = Passes.of(encoded, jobs)
+    return passes.joined([pass_sums(engine, encoded, part, needs) for part in passes.each])
+
+
+def pass_sums(engine: Composer, encoded: EncodedExamples, part: Sequence[Job], needs: frozenset[str]) -> list[RowSums]:
+    """The sums that each job of one pass needs."""
     encoded.prepare()
-    pieces = [_pieces(encoded, job, MAX_TOKENS) for job in jobs]
-    found: list[RowSums] = []
     with untouched(engine.model), torch.no_grad():
-        for part in _passes(encoded, [piece for own in pieces for piece in own], MAX_TOKENS):
-            found += _forward(engine, encoded, part, needs)
-    in_order = iter(found)
-    return [RowSums.join([next(in_order) for _ in own]) for own in pieces]
+        return _forward(engine, encoded, part, needs)
 
 
-def learning_sums(
-    engine: Composer, encoded: EncodedExamples, jobs: Sequence[Job], needs: frozenset[str]
-) -> Iterator[tuple[Tensor, list[int], list[RowSums]]]:
-    """(values_CTLE, number_C, sums of C) of one forward pass after the other: C jobs by their number, or parts of jobs.
+def pass_slopes(
+    engine: Composer, encoded: EncodedExamples, part: Sequence[Job], needs: frozenset[str], losses: Losses
+) -> tuple[list[float], Tensor]:
+    """The loss of each of C jobs of one pass, and their slopes by values_CTLE; both have fp32 or better.
 
-    A job of many examples comes in parts, each with the sums of some of them. The values take part in gradients, which are
-    to be taken before the next pass. They have fp32 or better.
+    `losses` gives the loss of each job from the sums of all. It is to depend on the job's own values alone.
     """
     encoded.prepare()
-    pieces = [_pieces(encoded, job, MAX_TOKENS_WITH_GRADIENTS) for job in jobs]
-    numbers = iter([number for number, own in enumerate(pieces) for _ in own])
     with ExitStack() as stack:
         stack.enter_context(untouched(engine.model))
         # below a caller's inference_mode, tensors would take no part in a backward pass
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for part in _passes(encoded, [piece for own in pieces for piece in own], MAX_TOKENS_WITH_GRADIENTS):
-            values_CTLE = _values(part).detach().clone()
-            values_CTLE = values_CTLE.to(torch.promote_types(values_CTLE.dtype, torch.float32)).requires_grad_()
-            yield values_CTLE, [next(numbers) for _ in part], _forward(engine, encoded, part, needs, values_CTLE)
+        values_CTLE = _values(part).detach().clone()
+        values_CTLE = values_CTLE.to(torch.promote_types(values_CTLE.dtype, torch.float32)).requires_grad_()
+        found = losses(_forward(engine, encoded, part, needs, values_CTLE))
+        (slopes_CTLE,) = torch.autograd.grad(torch.stack(found).sum(), values_CTLE)
+    return [float(loss.detach()) for loss in found], slopes_CTLE
 
 
 def _pieces(encoded: EncodedExamples, job: Job, max_tokens: int) -> list[Job]:

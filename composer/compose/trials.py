@@ -22,6 +22,7 @@ from rich.progress import Progress
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.compose.report import Report, ReportRow
+from loraweave.composer.compose.scoring_workers import ScoringWorkers
 from loraweave.composer.composer import Composer
 from loraweave.composer.train.rows import MAX_PACKED
 from loraweave.hub.adapter import Adapter
@@ -62,7 +63,8 @@ class Bench:
 
     `scores` are those of retrieval. `on_progress` is called with the evaluations just made; with `progress` a training shows
     a bar of its own. A training under demonstrations begins as `start`, or as a new adapter; programs are of the
-    `retriever`'s hub. With `turned`, examples that the prompts show are measured as `in_turn` says.
+    `retriever`'s hub. With `turned`, examples that the prompts show are measured as `in_turn` says. The `workers` take the
+    forward passes of a generation of candidates, of all splits together.
     """
 
     engine: Composer
@@ -75,6 +77,7 @@ class Bench:
     start: Adapter | None = None
     retriever: Retriever | None = None
     turned: bool = False
+    workers: ScoringWorkers | None = None
     _losses: dict[str, ExampleLoss] = field(default_factory=dict)
 
     @property
@@ -96,9 +99,8 @@ class Bench:
     def loss(self, merge_method: str = "linear") -> ExampleLoss:
         """The loss on all examples, without terms for the weights."""
         if merge_method not in self._losses:
-            self._losses[merge_method] = ExampleLoss(
-                self.engine, self.tokenizer, self.task, merge_method=merge_method, turned=self.turned, l1=0.0
-            )
+            settings: dict[str, Any] = {"merge_method": merge_method, "turned": self.turned, "workers": self.workers}
+            self._losses[merge_method] = ExampleLoss(self.engine, self.tokenizer, self.task, **settings, l1=0.0)
         return self._losses[merge_method]
 
     @cached_property

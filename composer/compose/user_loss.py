@@ -10,6 +10,7 @@ import torch
 
 from loraweave.common.chat import Prompt, prompt_json
 from loraweave.composer.compose.loss import ExampleLoss, OnExamples, active_candidate
+from loraweave.composer.compose.scoring_workers import ScoringWorkers
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import untouched
 from loraweave.errors import InvalidTask
@@ -81,16 +82,27 @@ def make_objective(
     *,
     merge_method: str = "linear",
     inputs: Sequence[Prompt] | None = None,
+    workers: ScoringWorkers | None = None,
     **terms: float,
 ) -> ExampleLoss | UserLoss:
     """An ExampleLoss of a kind of `names("objectives")`, or a UserLoss of `loss(model, examples)`.
 
-    `terms` are those of `Penalty`. Raises what the objectives raise, UnknownName for an unknown kind, and InvalidTask for a
+    `terms` are those of `Penalty`. A function, which may close over anything, is called in this process, whatever `workers`
+    there are. Raises what the objectives raise, UnknownName for an unknown kind, and InvalidTask for a
     function with `inputs`.
     """
     if not callable(loss):
         return ExampleLoss(
-            engine, tokenizer, task, kind=loss, merge_method=merge_method, only=None, inputs=inputs, turned=False, **terms
+            engine,
+            tokenizer,
+            task,
+            kind=loss,
+            merge_method=merge_method,
+            only=None,
+            inputs=inputs,
+            turned=False,
+            workers=workers,
+            **terms,
         )
     if inputs is not None:
         raise InvalidTask("a function as the objective is called with the task's examples; inputs are for 'entropy'")

@@ -360,9 +360,15 @@ class Searched(MixtureTrial):
         terms = {"l1": l1, "l2": settings.l2, "sparsity": settings.sparsity}
         if self._loss == "cross_entropy" and self.merge_method == "linear" and bench.task.examples:
             return bench.loss().penalised(Penalty(**terms))
-        engine, tokenizer, merge_method = bench.engine, bench.tokenizer, self.merge_method
         return make_objective(
-            engine, tokenizer, bench.task, self._loss, merge_method=merge_method, inputs=self._inputs, **terms
+            bench.engine,
+            bench.tokenizer,
+            bench.task,
+            self._loss,
+            merge_method=self.merge_method,
+            inputs=self._inputs,
+            workers=bench.workers,
+            **terms,
         )
 
     def _count(self, made: int) -> None:

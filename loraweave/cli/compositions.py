@@ -22,6 +22,7 @@ from loraweave.cli._application import (
     OptionOption,
     SeedOption,
     SystemOption,
+    WorkersOption,
     one_line,
 )
 from loraweave.cli._inputs import (
@@ -99,6 +100,7 @@ def compose(
     seed: SeedOption = 0,
     allow_licenses: AllowLicensesOption = False,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the composition goes.")] = None,
+    workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find the mixture of stored adapters that solves a task given by a few examples."""
@@ -106,7 +108,7 @@ def compose(
     if examples != STDIN and not examples.is_file():
         raise typer.BadParameter(f"--examples: file {str(examples)!r} does not exist")
     given = ("model", "tokenizer", "hub_or_pool", "task")
-    reserved = (*given, "method", "k", "budget", "seed", "weights", "checkpoint", "progress", "allow_licenses")
+    reserved = (*given, "method", "k", "budget", "seed", "weights", "checkpoint", "n_jobs", "progress", "allow_licenses")
     options = read_options(option or (), reserved=reserved)
     if weight:
         options["weights"] = read_named_weights(weight)
@@ -128,7 +130,7 @@ def compose(
         _require_changeable(method, budget)
     model, tokenizer = load_model(base, dtype)
     shown = sys.stderr.isatty()
-    composed = lw.compose(model, tokenizer, source, task, **arguments, progress=shown)
+    composed = lw.compose(model, tokenizer, source, task, **arguments, n_jobs=workers, progress=shown)
     composed = _change(composed, prune, tune, rank, shown)
     if out is not None:
         composed.save_pretrained(out)

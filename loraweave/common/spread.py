@@ -15,7 +15,8 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -94,18 +95,50 @@ def spread(
     costs the others nothing: what it writes must be the same, and whole, when it is written twice. Leaving the iteration
     ends what runs. Raises WorkersFailed as `processes_here` does.
     """
+    with crew(n_jobs) as workers:
+        yield from workers.spread(work, pieces, label=label, bar=bar)
+
+
+@contextmanager
+def crew(n_jobs: int | None) -> Iterator[Crew]:
+    """The workers of one round of pieces after the other. Leaving the block ends what runs, and the processes of loky.
+
+    Raises WorkersFailed as `processes_here` does.
+    """
     workers = _workers(n_jobs)
-    shown = bar.add_task(label, total=len(pieces), loss="", left="")
-    if workers is None:
-        for name, piece in pieces.items():
-            bar.update(shown, description=f"{label} {name}")
-            yield name, _attempt(work, piece)
-            bar.advance(shown)
-        return
-    waiting, tries = deque(pieces), Counter[str]()
-    running: dict[Future[Any], str] = {}
-    call = partial(_carry_out, work, torch.get_num_threads())
     try:
+        yield Crew(workers)
+    finally:
+        if workers is not None:
+            workers.close()
+
+
+class Crew:
+    """Workers that keep between rounds what they have loaded; without `workers` this process does all."""
+
+    def __init__(self, workers: Workers | None) -> None:
+        self._workers = workers
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process does all."""
+        return self._workers is None
+
+    def spread(
+        self, work: Callable[[Item], Result], pieces: Mapping[str, Item], *, label: str, bar: Progress
+    ) -> Iterator[tuple[str, Result | Failed]]:
+        """One round, as the function `spread` has it."""
+        workers = self._workers
+        shown = bar.add_task(label, total=len(pieces), loss="", left="")
+        if workers is None:
+            for name, piece in pieces.items():
+                bar.update(shown, description=f"{label} {name}")
+                yield name, _attempt(work, piece)
+                bar.advance(shown)
+            return
+        waiting, tries = deque(pieces), Counter[str]()
+        running: dict[Future[Any], str] = {}
+        call = partial(_carry_out, work, torch.get_num_threads())
         while waiting or running:
             while waiting and len(running) < workers.room:
                 name = waiting.popleft()
@@ -122,8 +155,6 @@ def spread(
                     continue
                 yield name, future.result() if lost is None else Failed(_given_up(name, lost))
                 bar.advance(shown)
-    finally:
-        workers.close()
 
 
 def require_all(outcomes: Mapping[str, Result | Failed]) -> dict[str, Result]:
@@ -233,13 +264,19 @@ class _Processes:
                 self._idle.append(executor)
             else:
                 executor.shutdown(wait=True, kill_workers=True)
-        executor = self._idle.pop() if self._idle else self._new()
+        while self._idle:
+            executor = self._idle.pop()
+            try:
+                return self._begin(executor, call)
+            # its process was lost between two pieces
+            except BrokenExecutor:
+                executor.shutdown(wait=True, kill_workers=True)
+        return self._begin(ProcessPoolExecutor(max_workers=1, initializer=_end_with, initargs=(os.getpid(),)), call)
+
+    def _begin(self, executor: ProcessPoolExecutor, call: Callable[[], Any]) -> Future[Any]:
         begun: Future[Any] = executor.submit(call)
         self._busy[begun] = executor
         return begun
-
-    def _new(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(max_workers=1, initializer=_end_with, initargs=(os.getpid(),))
 
     def close(self) -> None:
         for executor in (*self._idle, *self._busy.values()):

@@ -1,0 +1,118 @@
+"""The workers of a search: what each holds while candidates are scored, and how these are dealt out.
+
+A worker loads the base by its name and opens the adapters of a hub by theirs, once; with each batch of candidates come the
+candidates alone, and a digest of what they are scored on. A batch is one that this process would make, so that it has the
+same bits wherever it runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any, Self, TypeVar
+
+from loraweave.common.display import progress_bar
+from loraweave.common.spread import Crew, require_all
+from loraweave.composer.composer import Composer
+from loraweave.composer.live.fitting import Fitting
+from loraweave.errors import AdapterNotFound, CompositionError, WorkersFailed
+from loraweave.hub.base_reference import BaseReference
+from loraweave.hub.hub import Hub
+from loraweave.hub.pool import ExpertPool
+
+Piece = TypeVar("Piece")
+Made = TypeVar("Made")
+
+# tasks, and ways to ask them, whose tokens a worker keeps
+NUM_KEPT = 8
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Something that is pickled once; a process that gets it several times can know it by its digest."""
+
+    digest: str
+    packed: bytes = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, content: Any) -> Self:
+        packed = pickle.dumps(content)
+        return cls(hashlib.sha256(packed).hexdigest(), packed)
+
+    def open(self) -> Any:
+        return pickle.loads(self.packed)
+
+
+class ScoringWorkers:
+    """The crew, each of whom holds the engine's base and adapters, which are those of the hub where there is one.
+
+    Raises BaseModelMismatch for a base that has no folder or id to load it from, CompositionError for a lazy pool.
+    """
+
+    def __init__(self, crew: Crew, engine: Composer, tokenizer: Any, hub: Hub | None) -> None:
+        pool = engine.pool
+        if pool.lazy:
+            raise CompositionError(
+                "the adapters of a lazy pool cannot be sent to workers: pass the hub itself, or n_jobs=1 to search in this "
+                "process"
+            )
+        side = pool if hub is None else {name: adapter.hash for name, adapter in pool.adapters.items()}
+        self._crew = crew
+        self._engine = Parcel.of(_Engine(BaseReference.of(engine.model, tokenizer), hub, side))
+
+    def deal(self, objective: Parcel, work: Callable[[Any, Piece], Made], pieces: Sequence[Piece]) -> list[Made]:
+        """work(objective, piece) of each; of the objective the parcel has what makes it of an engine and a tokenizer.
+
+        Raises what the first that fails has raised, WorkersFailed where workers are lost or cannot hold what they must.
+        """
+        named = {f"{number} of {len(pieces)}": piece for number, piece in enumerate(pieces, start=1)}
+        with progress_bar(False) as bar:
+            call = partial(_carry_out, self._engine, objective, work)
+            found = require_all(dict(self._crew.spread(call, named, label="scoring", bar=bar)))
+        return [found[name] for name in named]
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """The base, and the adapters: a pool, or the names and hashes of a hub's."""
+
+    base: BaseReference
+    hub: Hub | None
+    side: ExpertPool | Mapping[str, str]
+
+    def make(self) -> tuple[Composer, Any]:
+        model, tokenizer = self.base.load()
+        pool = self.side if isinstance(self.side, ExpertPool) else self._of_hub(self.side)
+        return Composer(model, Fitting(model).accepted(pool), tokenizer=tokenizer), tokenizer
+
+    def _of_hub(self, hashes: Mapping[str, str]) -> ExpertPool:
+        assert self.hub is not None
+        pool = self.hub.pool(hashes)
+        for name, adapter in pool.adapters.items():
+            if adapter.hash != hashes[name]:
+                raise AdapterNotFound(f"adapter {name!r} of {self.hub} was replaced while the search ran; search again")
+        return pool
+
+
+def _carry_out(engine: Parcel, objective: Parcel, work: Callable[[Any, Piece], Made], piece: Piece) -> Made:
+    try:
+        made = _objective(engine, objective)
+    except Exception as error:
+        raise WorkersFailed(f"a worker cannot hold what is searched ({type(error).__name__}: {error})") from error
+    return work(made, piece)
+
+
+@lru_cache(maxsize=NUM_KEPT)
+def _objective(engine: Parcel, objective: Parcel) -> Any:
+    return objective.open()(*_engine(engine))
+
+
+@lru_cache(maxsize=1)
+def _engine(engine: Parcel) -> tuple[Composer, Any]:
+    # those of another engine would keep its base in memory
+    _objective.cache_clear()
+    made: _Engine = engine.open()
+    return made.make()
