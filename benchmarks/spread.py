@@ -113,25 +113,25 @@ def _results(backend: str, seconds: list[float]) -> Iterator[Slept]:
 
 
 @contextmanager
-def workers(backend: str) -> Iterator[None]:
-    """Four workers of that kind, over which the block spreads what it does, unless it is this process or has a pool."""
+def workers(backend: str, count: int = WORKERS) -> Iterator[None]:
+    """So many workers of that kind, over which the block spreads what it does, unless it is this process or has a pool."""
     if backend in ("here", "concurrent.futures"):
         yield
     elif backend == "loky":
-        with joblib.parallel_config(backend="loky", n_jobs=WORKERS):
+        with joblib.parallel_config(backend="loky", n_jobs=count):
             yield
     elif backend == "dask":
         import distributed
 
         local = {"host": "127.0.0.1", "dashboard_address": None, "threads_per_worker": 1, "silence_logs": logging.CRITICAL}
         with (
-            distributed.LocalCluster(n_workers=WORKERS, **local) as cluster,
+            distributed.LocalCluster(n_workers=count, **local) as cluster,
             distributed.Client(cluster),
             joblib.parallel_config(backend="dask"),
         ):
             yield
     else:
-        with _ray_cluster(), joblib.parallel_config(backend="ray"):
+        with _ray_cluster(count), joblib.parallel_config(backend="ray"):
             yield
 
 
@@ -142,8 +142,8 @@ def _ray_settings() -> dict[str, str]:
 
 
 @contextmanager
-def _ray_cluster() -> Iterator[None]:
-    """A head without cores, and four nodes of one core."""
+def _ray_cluster(count: int) -> Iterator[None]:
+    """A head without cores, and so many nodes of one core."""
     os.environ.update(_ray_settings())
     import ray
     from ray.cluster_utils import Cluster
@@ -152,7 +152,7 @@ def _ray_cluster() -> Iterator[None]:
     register_ray()
     # nodes of their own loopback addresses: of 127.0.0.1 Ray makes that of the machine
     local: list[dict[str, Any]] = [
-        {"node_ip_address": f"127.0.0.{2 + node}", "include_dashboard": False} for node in range(WORKERS + 1)
+        {"node_ip_address": f"127.0.0.{2 + node}", "include_dashboard": False} for node in range(count + 1)
     ]
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **local[0]})
     try:
@@ -193,8 +193,8 @@ def train(
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = tiny_base(Path(folder) / "base")
         for backend in ("here", *backends.split(",")):
-            lost = _Counting()
-            with lw.Hub(Path(folder) / backend) as hub, workers(backend), _killing(backend, every, run.seed) as killed, lost:
+            lost = Counting()
+            with lw.Hub(Path(folder) / backend) as hub, workers(backend), killing(backend, every, run.seed) as killed, lost:
                 started = time.perf_counter()
                 settings: dict[str, Any] = {"rank": 4, "steps": steps, "batch_size": 4, "seed": run.seed}
                 trained = lw.train_adapters(model, tokenizer, tasks, hub=hub, progress=False, **settings)
@@ -211,7 +211,7 @@ def train(
     run.show(table)
 
 
-class _Counting(logging.Handler):
+class Counting(logging.Handler):
     """Counts the pieces that `spread` says it hands out again."""
 
     count = 0
@@ -231,7 +231,7 @@ CALLED = {"loky": "LokyProcess", "dask": "multiprocessing", "ray": "ray::"}
 
 
 @contextmanager
-def _killing(backend: str, every: float, seed: int) -> Iterator[list[int]]:
+def killing(backend: str, every: float, seed: int) -> Iterator[list[int]]:
     """Kills one of the workers, drawn by the seed, every few seconds until the block ends; the list has their ids."""
     killed: list[int] = []
     over, generator = threading.Event(), random.Random(seed)
