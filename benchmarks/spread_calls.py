@@ -1,6 +1,6 @@
 """Every call that spreads, on workers of which one is killed every few seconds, beside the same call in one process.
 
-    python -m benchmarks spread-calls [--backends loky,dask,ray --every 45]
+    python -m benchmarks spread_calls [--backends loky,dask,ray --every 45]
 
 The base is a random Llama of two blocks over characters, the adapters are random: only whether results are equal is told.
 """
