@@ -1,4 +1,4 @@
-"""A hub of two adapters that were trained for one mapping of letters each, so that one after the other solves a third."""
+"""A base in a folder, and a hub of two adapters trained on letters each, so that one after the other solves a third task."""
 
 from __future__ import annotations
 
@@ -50,3 +50,12 @@ def letter_hub(trained_letters, tmp_path, monkeypatch):
         noise = {layer: replace(f, b_OR=1e-3 * torch.ones_like(f.b_OR)) for layer, f in adapters["one"].layers.items()}
         hub.add(replace(adapters["one"], name="nothing", layers=noise, card={}), description="say no")
         yield hub
+
+
+@pytest.fixture(scope="module")
+def base(make_model, tokenizer, tmp_path_factory):
+    """(model, tokenizer) from a folder, which workers can load too."""
+    folder = tmp_path_factory.mktemp("base")
+    make_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return lw.load_base(folder)

@@ -18,15 +18,6 @@ OPTIONS = {"batch_size": 2, "max_tokens": 6, "seed": 3, "layers": ["model.layers
 
 
 @pytest.fixture(scope="module")
-def base(make_model, tokenizer, tmp_path_factory):
-    """(model, tokenizer) from a folder, which workers can load too."""
-    folder = tmp_path_factory.mktemp("base")
-    make_model("llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return lw.load_base(folder)
-
-
-@pytest.fixture(scope="module")
 def adapters(base, make_adapter):
     made = {name: make_adapter(base[0], name, seed=seed) for seed, name in enumerate("ab")}
     return {name: replace(adapter, base_model=base[0].name_or_path) for name, adapter in made.items()}

@@ -24,15 +24,6 @@ NAMES = tuple("abcd")
 
 
 @pytest.fixture(scope="module")
-def base(make_model, tokenizer, tmp_path_factory):
-    """(model, tokenizer) from a folder, which workers can load too."""
-    folder = tmp_path_factory.mktemp("base")
-    make_model("llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return lw.load_base(folder)
-
-
-@pytest.fixture(scope="module")
 def hub(base, make_adapter, tmp_path_factory):
     made = [make_adapter(base[0], name, seed=seed) for seed, name in enumerate(NAMES)]
     with lw.Hub(tmp_path_factory.mktemp("hub")) as hub:

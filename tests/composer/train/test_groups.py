@@ -20,15 +20,6 @@ TASKS = {
 SETTINGS = {"rank": 2, "steps": 3, "batch_size": 2, "jobs_per_batch": 2, "progress": False}
 
 
-@pytest.fixture(scope="module")
-def base(make_model, tokenizer, tmp_path_factory):
-    """(model, tokenizer) from a folder, which workers can load too."""
-    folder = tmp_path_factory.mktemp("base")
-    make_model("llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return lw.load_base(folder)
-
-
 def train(base, tasks=TASKS, **options):
     return train_adapters(*base, tasks, **{**SETTINGS, **options})
 
