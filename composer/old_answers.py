@@ -12,6 +12,7 @@ from loraweave.common.display import progress_bar, tracked
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import EncodedRow, end_tokens, untouched
 from loraweave.composer.model.generate import Asked, generation_call, read_prompt
+from loraweave.composer.model.scoring import in_chunks
 from loraweave.composer.train.adapters import Apart, require_startable
 from loraweave.composer.train.rows import HeldOut
 from loraweave.composer.train.settings import LoraSettings
@@ -45,15 +46,15 @@ def answers(
     With `taught` they are TaughtRows, with the model's predictions of the answers.
     """
     asked = [read_prompt(prompt, number) for number, prompt in enumerate(prompts)]
-    starts = range(0, len(asked), BATCH_SIZE)
+    parts = in_chunks(asked, BATCH_SIZE)
     ends = set(end_tokens(model) or ())
     found: list[EncodedRow] = []
     # what an encoder-decoder generates begins with the token that starts its decoder
     first = 1 if has_two_sequences(model) else 0
     with untouched(model), Composer(model, [adapter], tokenizer=tokenizer).activate({adapter.name: 1.0}):
-        for start in tracked(starts, f"answering in {model.name_or_path}", total=len(starts), shown=progress):
+        for part in tracked(parts, f"answering in {model.name_or_path}", total=len(parts), shown=progress):
             settings = {"do_sample": False, "max_new_tokens": MAX_ANSWER}
-            call = generation_call(model, tokenizer, asked[start : start + BATCH_SIZE], None, settings)
+            call = generation_call(model, tokenizer, part, None, settings)
             said = call.new_tokens(call.output(model))[:, first:].tolist()
             read = zip(call.arguments["input_ids"], call.arguments["attention_mask"].bool(), strict=True)
             rows = [

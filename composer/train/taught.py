@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.model.batches import IGNORED, EncodedRow, TargetBatch, batch, target_logits, token_losses
+from loraweave.composer.model.scoring import in_chunks
 
 # tokens whose probabilities are kept at each place
 LIKELIEST = 64
@@ -34,8 +35,7 @@ class TaughtRow(EncodedRow):
 def taught_by(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> list[TaughtRow]:
     """The rows, with the predictions of the model for their targets."""
     found: list[TaughtRow] = []
-    for start in range(0, len(rows), BATCH_SIZE):
-        part = rows[start : start + BATCH_SIZE]
+    for part in in_chunks(list(rows), BATCH_SIZE):
         stacked = batch(model, tokenizer, part)
         logits_NV = target_logits(model, stacked)[stacked.targets_BK != IGNORED]
         ids_NM = logits_NV.topk(min(LIKELIEST, logits_NV.shape[1]), dim=1).indices
