@@ -3,7 +3,7 @@
 A matrix product adds up in an order that its library chooses by the shape, so that a row of 8 differs in its last bits from
 the same row alone. Within `batch_invariant` the shapes are the same whatever the batch is:
 
-    linear       x_NI, padded to whole tiles of TILE tokens      each tile apart: (TILE, I) times (I, O)
+    linear       x_NI, padded to whole tiles of TILE tokens      each tile apart: (TILE, I) times (I, O), O >= TILE
     attention    the keys that a row sees, without its padding   each tile of KEYS keys apart: (TILE, D) times (D, KEYS),
                                                                  exp against the maximum of all, sums tile after tile
     mixture      a row's experts one after the other             `kernels/fixed_shape.py`: (TILE, I) times (I, R)
@@ -118,10 +118,14 @@ class _FixedShapes(TorchFunctionMode):
 
 def fixed_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b for x of any leading axes, in tiles of TILE tokens."""
+    num_outputs = weight_OI.shape[0]
+    if num_outputs < TILE:
+        weight_OI = _in_tiles(weight_OI)
+        bias_O = None if bias_O is None else pad(bias_O, (0, TILE - num_outputs))
     x_NI = x.reshape(-1, x.shape[-1])
     tiles = [functional.linear(tile, weight_OI, bias_O) for tile in torch.split(_in_tiles(x_NI), TILE)]
-    y_NO = (tiles[0] if len(tiles) == 1 else torch.cat(tiles))[: len(x_NI)]
-    return y_NO.reshape(*x.shape[:-1], weight_OI.shape[0])
+    y_NO = (tiles[0] if len(tiles) == 1 else torch.cat(tiles))[: len(x_NI), :num_outputs]
+    return y_NO.reshape(*x.shape[:-1], num_outputs)
 
 
 def fixed_products(x_MTI: Tensor, weight_MOI: Tensor) -> Tensor:
@@ -183,11 +187,14 @@ def fixed_attention(
 def _products(x_NTI: Tensor, weight_NOI: Tensor) -> Tensor:
     """x W^T of each of N matrices.
 
-    The library adds up otherwise for one alone, and, of a W laid out the other way, for tokens at other places of a tile.
+    The library adds up otherwise for one alone, and, of a W that has few outputs or is laid out the other way, for tokens at
+    other places of a tile: W is filled up to whole tiles of outputs.
     """
     if len(x_NTI) == 1:
         return _products(x_NTI.repeat(2, 1, 1), weight_NOI.repeat(2, 1, 1))[:1]
-    return torch.bmm(x_NTI, weight_NOI.contiguous().mT)
+    num_outputs = weight_NOI.shape[1]
+    filled_NOI = pad(weight_NOI, (0, 0, 0, -num_outputs % TILE)).contiguous()
+    return torch.bmm(x_NTI, filled_NOI.mT)[..., :num_outputs]
 
 
 def _by_vectors(func: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 import loraweave as lw
-from loraweave.composer.live.fixed_shapes import KEYS, TILE, batch_invariant, fixed_attention, fixed_linear
+from loraweave.composer.live.fixed_shapes import KEYS, TILE, batch_invariant, fixed_attention, fixed_linear, fixed_products
 from loraweave.errors import CompositionError, ScopeError
 
 # sizes at which the libraries' products differ with the number of rows, and ones that fill no vector
@@ -124,6 +124,21 @@ def test_a_product_in_tiles_equals_the_formula_for_any_number_of_tokens():
     for leading in ((), (1,), (TILE,), (3, 11), (2, 0)):
         x = torch.randn(*leading, 7, generator=generator, dtype=torch.float64)
         assert torch.allclose(fixed_linear(x, weight, bias), x @ weight.T + bias, rtol=1e-12)
+
+
+@pytest.mark.parametrize("num_outputs", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("size", [64, 72])
+def test_products_of_few_outputs_have_the_bits_that_they_have_alone(size, num_outputs):
+    generator = torch.Generator().manual_seed(num_outputs)
+    token, weight = torch.randn(size, generator=generator), torch.randn(num_outputs, size, generator=generator)
+    alone = fixed_linear(token, weight)
+    product = fixed_products(token.view(1, 1, -1), weight[None])[0, 0]
+    for place in range(TILE):
+        x = torch.randn(3, TILE, size, generator=generator)
+        weights = torch.randn(3, num_outputs, size, generator=generator)
+        x[1, place], weights[1] = token, weight
+        assert torch.equal(fixed_linear(x[1], weight)[place], alone)
+        assert torch.equal(fixed_products(x, weights)[1, place], product)
 
 
 def test_gains_biases_and_layers_of_gpt2_are_invariant_too(make_model, make_adapter):
