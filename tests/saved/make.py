@@ -7,6 +7,7 @@ mola's loss as it is since).
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -14,10 +15,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 import loraweave as lw
 
@@ -103,6 +107,22 @@ def router(name: str, pool: lw.ExpertPool) -> Any:
     return made
 
 
+@contextmanager
+def in_float64(model: nn.Module) -> Iterator[nn.Module]:
+    """A copy of a Llama whose norms and rotary tables are in float64 too; transformers has them in float32 in any dtype."""
+
+    def norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+    def tables(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        steps = torch.arange(len(self.inv_freq), dtype=x.dtype) / len(self.inv_freq)
+        angles = (position_ids[..., None] * self.config.rope_parameters["rope_theta"] ** -steps).repeat(1, 1, 2)
+        return angles.cos(), angles.sin()
+
+    with patch.object(LlamaRMSNorm, "forward", norm), patch.object(LlamaRotaryEmbedding, "forward", tables):
+        yield copy.deepcopy(model).double()
+
+
 @torch.no_grad()
 def answered(model: nn.Module) -> torch.Tensor:
     return model(input_ids=IDS_BT).logits.contiguous()
@@ -152,7 +172,6 @@ def make(folder: Path, model: nn.Module, tokenizer: Any, adapters: list[lw.Adapt
         for adapter, examples in zip(adapters, texts, strict=True)
     ]
     pool = lw.ExpertPool(own)
-    expected = {"base": answered(model)}
     for adapter in own:
         adapter.save_pretrained(folder / "adapters" / adapter.name)
     merged = lw.merge(own, [0.7, -0.4, 1.0], method="ties", rank=2, name="merged")
@@ -163,34 +182,38 @@ def make(folder: Path, model: nn.Module, tokenizer: Any, adapters: list[lw.Adapt
         hub.add(replace(merged, name="a"), description="another a", replace=True)
         hub.update("b", tags=["letter", "second"])
         hashes = {record.name: record.hash for record in hub}
-    with lw.Composer(model, pool).activate({"a": 0.5, "c": -1.0}):
-        expected["mixture"] = answered(model)
+    expected = {}
     for name in ROUTERS:
         made = router(name, pool)
         made.save_pretrained(folder / "routers" / name, pool=pool if name == "arrow" else None)
         for key, value in made.state_dict().items():
             expected[f"routers.{name}.{key}"] = value.contiguous().clone()
-    for name in ("arrow", "phatgoose", "xlora", "lora_flow"):
-        with lw.Composer(model, pool, tokenizer=tokenizer).activate(router(name, pool)):
-            expected[f"answers.{name}"] = answered(model)
     for name, options in RECIPES.items():
         with lw.experts(name, model, **options) as made:
             changed(made.expert_parameters())
             made.save_pretrained(folder / "experts" / name)
-            with torch.no_grad():
-                told = {"task": ["sums", "colours"]} if made.recipe.needs_tasks else {}
-                expected[f"experts.{name}"] = made(input_ids=IDS_BT, **told).logits.contiguous()
     found = {}
     for method, options in {
         "lorahub": SEARCH,
         "gradient": {**SEARCH, "method": "gradient", "folds": 0},
         "arrow": {**SEARCH, "method": "arrow"},
     }.items():
-        composed = lw.compose(model, tokenizer, pool, task(), **options)
-        composed.save_pretrained(folder / "compositions" / method)
-        found[method] = composed.report.chosen
-        with lw.Composer(model, pool, tokenizer=tokenizer).activate(composed.weights):
-            expected[f"compositions.{method}"] = answered(model)
+        found[method] = lw.compose(model, tokenizer, pool, task(), **options)
+        found[method].save_pretrained(folder / "compositions" / method)
+    with in_float64(model) as exact:
+        activated = {
+            "mixture": {"a": 0.5, "c": -1.0},
+            **{f"answers.{name}": router(name, pool) for name in ("arrow", "phatgoose", "xlora", "lora_flow")},
+            **{f"compositions.{method}": composed.weights for method, composed in found.items()},
+        }
+        expected["base"] = answered(exact)
+        for key, weights in activated.items():
+            with lw.Composer(exact, pool, tokenizer=tokenizer).activate(weights):
+                expected[key] = answered(exact)
+        for name in RECIPES:
+            with torch.no_grad(), lw.experts(folder / "experts" / name, exact) as made:
+                told = {"task": ["sums", "colours"]} if made.recipe.needs_tasks else {}
+                expected[f"experts.{name}"] = made(input_ids=IDS_BT, **told).logits.contiguous()
     for name, train in trainings(model, tokenizer, pool).items():
         kept = folder / "checkpoints" / name
         with counted(model) as runs:
@@ -200,7 +223,8 @@ def make(folder: Path, model: nn.Module, tokenizer: Any, adapters: list[lw.Adapt
             train(kept)
         assert any(kept.rglob("*")), name
     save_file(expected, folder / "expected.safetensors")
-    note = {"version": lw.__version__, "hashes": hashes, "compositions": found}
+    chosen = {method: composed.report.chosen for method, composed in found.items()}
+    note = {"version": lw.__version__, "hashes": hashes, "compositions": chosen}
     (folder / "expected.json").write_text(json.dumps(note, indent=1) + "\n")
 
 

@@ -1,5 +1,9 @@
-"""Folders that PEFT saves of its X-LoRA and of its Arrow open as routers, and give PEFT's logits."""
+"""Folders that PEFT saves of its X-LoRA and of its Arrow open as routers, and give PEFT's logits.
 
+Both run in float64: the networks are drawn so that a processor's rounding in float32 moves logits by more than 1e-5.
+"""
+
+import copy
 import json
 import warnings
 
@@ -31,9 +35,9 @@ def logits(model):
     return model(input_ids=IDS_BT).logits
 
 
-def ours(make_model, router):
-    model = make_model("llama")
-    with lw.Composer(model, router.pool).activate(router):
+def ours(make_model, router, pool=None):
+    model = make_model("llama").double()
+    with lw.Composer(model, pool or router.pool).activate(copy.deepcopy(router).double()):
         return logits(model)
 
 
@@ -55,7 +59,7 @@ def xlora_folder(make_model, adapters, folder, **settings):
         again = make_model("llama")
         again.config.use_cache = False
         theirs = peft.PeftModel.from_pretrained(again, folder / "saved").eval()
-    return folder / "saved", logits(theirs)
+    return folder / "saved", logits(theirs.double())
 
 
 @pytest.mark.parametrize(
@@ -77,7 +81,7 @@ def test_an_xlora_that_peft_saved_gives_pefts_logits(make_model, adapters, tmp_p
     folder, expected = xlora_folder(make_model, adapters, tmp_path, **settings)
     router = lw.router(folder, adapters, model=make_model("llama"))
     torch.testing.assert_close(ours(make_model, router), expected, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(logits(make_model("llama")), expected, atol=1e-2)
+    assert not torch.allclose(logits(make_model("llama").double()), expected, atol=1e-2)
 
 
 def test_the_adapters_are_taken_by_name_or_in_their_order_or_from_the_folder(make_model, adapters, tmp_path):
@@ -85,7 +89,7 @@ def test_the_adapters_are_taken_by_name_or_in_their_order_or_from_the_folder(mak
     named = lw.ExpertPool([adapters[2], adapters[0], adapters[1]])
     placed = dict(zip("xyz", adapters, strict=True))
     for pool in (named, placed):
-        torch.testing.assert_close(ours_of(make_model, lw.router(folder, pool), pool), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours(make_model, lw.router(folder, pool), pool), expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(AdapterUnsupported, match=r"not in it .* what a file names is not opened: pass them"):
         lw.router(folder)
     for adapter in adapters:
@@ -93,12 +97,6 @@ def test_the_adapters_are_taken_by_name_or_in_their_order_or_from_the_folder(mak
     torch.testing.assert_close(ours(make_model, lw.router(folder)), expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(WeightingError, match="the pool has 2 others"):
         lw.router(folder, adapters[:2])
-
-
-def ours_of(make_model, router, pool):
-    model = make_model("llama")
-    with lw.Composer(model, pool).activate(router):
-        return logits(model)
 
 
 def test_a_network_that_is_not_whole_is_refused_and_the_cause_named(make_model, adapters, tmp_path):
@@ -158,7 +156,7 @@ def arrow_folder(make_model, adapters, general, folder, *, after=False, **settin
         # no model hub has a tiny model, whose vocabulary PEFT would like to know
         warnings.simplefilter("ignore")
         model.save_pretrained(folder / "saved")
-    return folder / "saved", logits(model)
+    return folder / "saved", logits(model.double())
 
 
 @pytest.mark.parametrize("num_general", [0, 2])
@@ -286,14 +284,14 @@ def test_our_xlora_is_written_as_pefts_and_gives_our_logits_there(make_model, ad
     with torch.no_grad():
         for parameter in router.parameters():
             parameter.copy_(0.5 * torch.randn(parameter.shape))
-    expected = ours_of(make_model, router, pool)
+    expected = ours(make_model, router, pool)
     folder = router.save_as_peft(tmp_path / "written", pool, model=base)
     base.config.use_cache = False
     with warnings.catch_warnings():
         # that its own defaults are not the best
         warnings.simplefilter("ignore")
         theirs = peft.PeftModel.from_pretrained(base, folder).eval()
-    torch.testing.assert_close(logits(theirs), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(theirs.double()), expected, atol=1e-5, rtol=1e-5)
     again = lw.router(folder, model=make_model("llama"))
     torch.testing.assert_close(ours(make_model, again), expected, atol=1e-5, rtol=1e-5)
 
@@ -303,14 +301,14 @@ def test_our_arrow_is_written_as_pefts_and_gives_our_logits_there(make_model, ad
 
     pool = lw.ExpertPool(adapters)
     router = lw.router("arrow", pool, top_k=2, temperature=0.6, direction="power_iteration", seed=5)
-    expected = ours_of(make_model, router, pool)
+    expected = ours(make_model, router, pool)
     folder = router.save_as_peft(tmp_path / "written", pool)
     torch.testing.assert_close(ours(make_model, lw.router(folder)), expected, atol=1e-5, rtol=1e-5)
     said = json.loads((folder / "arrow_router" / CONFIG).read_text())["arrow_config"]
     names = said.pop("task_adapter_names")
     said.pop("gks_adapter_names")
     theirs = create_arrow_model(make_model("llama"), [str(folder / name) for name in names], peft.ArrowConfig(**said))
-    torch.testing.assert_close(logits(theirs.eval()), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(theirs.double().eval()), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_what_pefts_layouts_cannot_hold_is_refused_by_name(make_model, make_adapter, adapters, tmp_path):
@@ -373,7 +371,7 @@ def test_a_hub_keeps_an_arrow_that_peft_saved_and_gives_pefts_logits(
 def test_a_hub_keeps_a_poly_that_peft_saved(make_model, poly, tmp_path):
     theirs, folder = poly
     with torch.no_grad():
-        expected = theirs(input_ids=IDS_BT, task_ids=torch.tensor([0, 0])).logits
+        expected = theirs.double()(input_ids=IDS_BT, task_ids=torch.tensor([0, 0])).logits
     router = stored(tmp_path, lambda hub: hub.add(str(folder), name="mix"))
     torch.testing.assert_close(ours(make_model, router), expected, atol=1e-5, rtol=1e-5)
 
