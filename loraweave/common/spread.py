@@ -8,6 +8,7 @@ are handed out by the backend's own executor and not by `joblib.Parallel`, which
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
 import sys
@@ -39,6 +40,8 @@ Result = TypeVar("Result")
 TRIES = 5
 # how long a number of workers is believed
 COUNTED_S = 2.0
+# after so long without any worker a cluster is believed dead; one that grows on demand may take minutes for its first
+GONE_S = 300.0
 # pieces that lie ready for each worker of a cluster, so that none waits for the network
 READY = 2
 
@@ -51,7 +54,7 @@ class Failed:
 
 
 class Workers(Protocol):
-    """Where pieces run; `room` is how many may be under way now."""
+    """Where pieces run; `room` is how many may be under way now. It raises WorkersFailed where no worker will come back."""
 
     @property
     def room(self) -> int: ...
@@ -93,7 +96,7 @@ def spread(
     `work` and the pieces are pickled. A worker has as many threads of torch as this process, and runs one piece at a time,
     so that a result has the bits that it has here. A piece whose worker dies runs again on another, at most TRIES times, and
     costs the others nothing: what it writes must be the same, and whole, when it is written twice. Leaving the iteration
-    ends what runs. Raises WorkersFailed as `processes_here` does.
+    ends what runs. Raises WorkersFailed as `processes_here` does, and where a cluster has had no worker for GONE_S seconds.
     """
     with crew(n_jobs) as workers:
         yield from workers.spread(work, pieces, label=label, bar=bar)
@@ -140,7 +143,7 @@ class Crew:
         running: dict[Future[Any], str] = {}
         call = partial(_carry_out, work, torch.get_num_threads())
         while waiting or running:
-            while waiting and len(running) < workers.room:
+            while len(running) < workers.room and waiting:
                 name = waiting.popleft()
                 running[workers.submit(partial(call, pieces[name]))] = name
             bar.update(shown, description=f"{label} {_listed(running.values())}")
@@ -299,15 +302,21 @@ class _Counted:
 
     def __init__(self, count: Callable[[], int], most: int | None) -> None:
         self._count, self._most = count, most
-        self._known, self._counted = 0, 0.0
+        self._known, self._counted, self._seen = 0, -math.inf, time.monotonic()
 
     @property
     def room(self) -> int:
-        if self._most is not None:
-            return self._most
-        if time.monotonic() - self._counted > COUNTED_S or not self._known:
-            self._known, self._counted = self._count(), time.monotonic()
-        return READY * max(1, self._known)
+        now = time.monotonic()
+        if now - self._counted > COUNTED_S:
+            self._known, self._counted = self._count(), now
+        if self._known:
+            self._seen = now
+        elif now - self._seen > GONE_S:
+            raise WorkersFailed(
+                f"the cluster has had no worker for {GONE_S:.0f} s: look whether its head and its workers run, connect to it "
+                "again, and make the same call; n_jobs=1 runs the pieces in this process"
+            )
+        return READY * max(1, self._known) if self._most is None else self._most
 
 
 class _Dask(_Counted):

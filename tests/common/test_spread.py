@@ -186,6 +186,15 @@ def test_a_dask_worker_that_dies_costs_its_piece_and_no_result(dask_cluster, tmp
     assert runs(tmp_path, DIES_ONCE) == 2
 
 
+def test_a_cluster_whose_workers_stay_away_is_believed_dead(dask_cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(spreading, "GONE_S", 3.0)
+    monkeypatch.setattr(spreading, "COUNTED_S", 0.5)
+    dask_cluster.cluster.scale(0)
+    with joblib.parallel_config(backend="dask"), pytest.raises(WorkersFailed, match="had no worker for 3 s"):
+        outcomes(tmp_path, {"piece": 1}, n_jobs=None)
+    assert runs(tmp_path, 1) == 0
+
+
 @pytest.mark.slow
 def test_a_ray_worker_that_dies_costs_its_piece_and_ray_is_not_started_unasked(tmp_path):
     script = ROOT / "tests" / "engine_scripts" / "ray_pieces.py"
