@@ -313,8 +313,8 @@ class _Counted:
             self._seen = now
         elif now - self._seen > GONE_S:
             raise WorkersFailed(
-                f"the cluster has had no worker for {GONE_S:.0f} s: look whether its head and its workers run, connect to it "
-                "again, and make the same call; n_jobs=1 runs the pieces in this process"
+                f"the cluster has had no worker for {GONE_S:.0f} s: look whether its head and its workers run, connect "
+                "to it again, and make the same call; n_jobs=1 runs the pieces in this process"
             )
         return READY * max(1, self._known) if self._most is None else self._most
 

@@ -27,8 +27,9 @@ BLOCK = 2**15
 ROW_GROUP = 4
 # entries of a layer: larger ones are merged one at a time, so that no two dense updates of theirs exist at once
 ALONE = 2**22
-# a sample has every such row, and of it every such column
-SAMPLE_ROWS, SAMPLE_COLUMNS = 4, 8
+# a sample has every such row, and of it every such column; where these are more, each row has a part of the columns
+SAMPLE_ROWS, SAMPLE_COLUMNS, SAMPLE = 4, 8, 2**17
+EVERY_ROW = slice(None)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -71,9 +72,11 @@ class Entries:
     def size(self) -> int:
         return self.shape[0] * self.shape[1]
 
-    def blocks(self) -> Iterator[slice]:
-        for start in range(0, self.shape[0], self._rows):
-            yield slice(start, min(start + self._rows, self.shape[0]))
+    def blocks(self, within: slice = EVERY_ROW, *, times: int = 1) -> Iterator[slice]:
+        """The rows, or those of a part, in blocks, or in so many blocks at once."""
+        start, stop, _ = within.indices(self.shape[0])
+        for first in range(start, stop, times * self._rows):
+            yield slice(first, min(first + times * self._rows, stop))
 
     def read(self, expert: int, rows: slice, out_BI: Tensor) -> Tensor:
         """The block (B, I) of one expert, written to contiguous memory."""
@@ -87,35 +90,40 @@ class Entries:
         )
         return out_BI
 
-    def magnitudes(self, expert: int) -> Iterator[tuple[slice, Tensor]]:
+    def magnitudes(self, expert: int, within: slice = EVERY_ROW) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of the absolute values of one expert, in order; the memory is used again by the next block."""
         buffer_BI = self._buffer()
-        for rows in self.blocks():
+        for rows in self.blocks(within):
             yield rows, self.read(expert, rows, buffer_BI[: rows.stop - rows.start]).abs_()
 
     def sample(self, expert: int) -> NDArray[np.float32]:
         """Some of the magnitudes of one expert, spread over its rows and columns; to rounding."""
         b_OR, a_RI = self.products[expert]
         # numpy's product takes half the time of torch's on slices
-        values: NDArray[np.float32] = b_OR.numpy()[::SAMPLE_ROWS] @ a_RI.numpy()[:, ::SAMPLE_COLUMNS]
-        np.abs(values, out=values)
-        return values.reshape(-1)
+        rows, columns = b_OR.numpy()[::SAMPLE_ROWS], a_RI.numpy()[:, ::SAMPLE_COLUMNS]
+        groups = max(1, len(rows) * columns.shape[1] // SAMPLE)
+        parts: list[NDArray[np.float32]] = [(rows[g::groups] @ columns[:, g::groups]).reshape(-1) for g in range(groups)]
+        return np.abs(np.concatenate(parts))
 
-    def narrow(self, expert: int, low: float, high: float, room: int) -> tuple[int, NDArray[np.float32]]:
+    def narrow(
+        self, expert: int, low: float, high: float, room: int, within: slice = EVERY_ROW
+    ) -> tuple[int, NDArray[np.float32]]:
         """How many magnitudes of one expert are above `high`, and those from `low` to it, of which `room` are expected."""
         compiled = library()
         if compiled is None:
             above, between = 0, []
-            for _, magnitudes_BI in self.magnitudes(expert):
+            for _, magnitudes_BI in self.magnitudes(expert, within):
                 values = magnitudes_BI.numpy()
                 above += int(np.count_nonzero(values > high))
                 between.append(values[(values >= low) & (values <= high)])
             return above, np.concatenate(between)
-        packed = torch.empty(max(1, self.products[expert][1].shape[0]) * WIDE)
+        b_OR, a_RI = self.products[expert]
+        packed, part_OR = torch.empty(max(1, a_RI.shape[0]) * WIDE), b_OR[within]
+        own = Expert(part_OR.data_ptr(), a_RI.data_ptr(), a_RI.shape[0], 1.0, *EVERY)
         while True:
             found, larger = np.empty(room, np.float32), ctypes.c_int64(0)
             number = compiled.narrow_entries(
-                ctypes.byref(self._in_c(expert)), *reversed(self.shape), low, high,
+                ctypes.byref(own), a_RI.shape[1], len(part_OR), low, high,
                 packed.data_ptr(), found.ctypes.data, room, ctypes.byref(larger),
             )  # fmt: skip
             if number <= room:

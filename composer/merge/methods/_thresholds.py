@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from loraweave.composer.merge.methods._entries_c import Numbers
 SAMPLED = 2**14
 # magnitudes near the cut that are expected of any tensor
 ROOM = 2**10
+# blocks in which an entry is looked for at once
+BLOCKS_OF_PART = 16
 
 Blocks = Callable[[], Iterator[tuple[slice, Tensor]]]
 
@@ -98,7 +101,16 @@ def _largest(entries: Entries, expert: int, count: int) -> Cut:
         return EVERYTHING
     if rest == equal:
         return Cut(value, entries.size)
-    return Cut(value, _place(lambda: entries.magnitudes(expert), value, rest))
+    # first in which of few large parts it lies, then where in that one
+    for rows in entries.blocks(times=BLOCKS_OF_PART):
+        if rows.stop == entries.shape[0]:
+            break
+        _, found = entries.narrow(expert, value, value, ROOM, rows)
+        if rest <= len(found):
+            break
+        rest -= len(found)
+    place = _place(partial(entries.magnitudes, expert, rows), value, rest)
+    return Cut(value, rows.start * entries.shape[1] + place)
 
 
 def kth_largest(parts: Sequence[tuple[Entries, int]], count: int) -> tuple[float, int, int]:

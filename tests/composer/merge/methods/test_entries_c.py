@@ -104,6 +104,30 @@ def test_the_cut_is_that_of_a_sorted_list_whatever_a_sample_says(entries_way, wh
         assert (among, equal) == (count - int((values > value).sum()), int((values == value).sum()))
 
 
+@pytest.mark.parametrize("block", [200, 2**15], ids=["many parts", "one part"])
+def test_of_equal_entries_the_earlier_are_kept_wherever_they_lie(entries_way, monkeypatch, block) -> None:
+    monkeypatch.setattr(_entries, "BLOCK", block)
+    entries = entries_of(whole(0, 2, (330, 52)))
+    assert entries.size > _thresholds.SAMPLED
+    values = entries.read(0, slice(0, 330), torch.empty(entries.shape)).abs().flatten().numpy()
+    order = np.argsort(-values, kind="stable")
+    for count in (1, 700, 5_000, 9_000, int((values > 0).sum())):
+        (cut,) = _thresholds.keep_largest(entries, count)
+        place = np.arange(len(values))
+        kept = (values > cut.value) | ((values == cut.value) & (place <= cut.last))
+        assert np.array_equal(np.flatnonzero(kept), np.sort(order[:count]))
+
+
+def test_a_smaller_sample_is_a_part_of_the_larger(entries_way, monkeypatch) -> None:
+    entries = entries_of(random_factors(0, 3, 96, 320))
+    every = entries.sample(0)
+    assert len(every) == 24 * 40
+    monkeypatch.setattr(_entries, "SAMPLE", 100)
+    some = entries.sample(0)
+    assert len(some) == pytest.approx(len(every) / 9, rel=0.2)
+    assert np.abs(some[:, None] - every).min(axis=1).max() < 1e-5
+
+
 def test_the_cut_of_several_tensors_is_that_of_their_entries_together(entries_way) -> None:
     parts = [entries_of(random_factors(seed, 2, *shape)) for seed, shape in enumerate([(140, 150), (3, 5), (90, 70)])]
     values = np.concatenate(
