@@ -17,6 +17,8 @@ from loraweave.types import Record
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from loraweave.hub.compositions import StoredComposition
+
 # in a pipe a row is one line of any length, so that grep and cut work
 PIPE_WIDTH = 10_000
 
@@ -67,6 +69,12 @@ def record_row(record: Record) -> dict[str, Any]:
     names = "name hash base_model rank target_modules license tags description size_bytes created language version restored"
     shown = {name: plain(getattr(record, name)) for name in (*names.split(), "base_revision")}
     return {**shown, "source": record.source and vars(record.source), "parents": plain(record.parents)}
+
+
+def composition_row(stored: StoredComposition) -> dict[str, Any]:
+    """A composition of a hub, as JSON; `chosen` is what a search has found."""
+    found = {"name": stored.name, "created": stored.created, "hash": stored.hash, "formula": stored.formula}
+    return {**found, "chosen": (stored.report or {}).get("chosen"), "size_bytes": sum(stored.files.values())}
 
 
 def plain(value: Any) -> Any:

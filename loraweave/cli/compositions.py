@@ -41,7 +41,7 @@ from loraweave.cli._inputs import (
     recorded_base,
     require_free,
 )
-from loraweave.cli._printing import answer, note, print_json, print_rows, print_table
+from loraweave.cli._printing import answer, composition_row, note, print_json, print_rows, print_table
 
 if TYPE_CHECKING:
     import loraweave as lw
@@ -383,24 +383,14 @@ def save_composition(
             kept = lw.parse(composition)
             kept.adapters(opened)
         stored = opened.save_composition(name, kept, replace=replace)
-    told = {"name": stored.name, "hash": stored.hash, "created": stored.created, "formula": stored.formula}
-    answer(as_json, told, f"saved {stored.name!r}; formulas and `loraweave merge` know it as @{stored.name}")
+    told = f"saved {stored.name!r}; formulas and `loraweave merge` know it as @{stored.name}"
+    answer(as_json, composition_row(stored), told)
 
 
 def list_compositions(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
     """List the compositions that a hub keeps."""
     with open_hub(hub) as opened:
-        found = [
-            {
-                "name": stored.name,
-                "created": stored.created,
-                "hash": stored.hash,
-                "formula": stored.formula,
-                "chosen": (stored.report or {}).get("chosen"),
-                "size_bytes": sum(stored.files.values()),
-            }
-            for stored in opened.compositions()
-        ]
+        found = [composition_row(stored) for stored in opened.compositions()]
     if as_json:
         print_json(found)
         return

@@ -21,7 +21,7 @@ from loraweave.cli._application import (
     WorkersOption,
 )
 from loraweave.cli._inputs import load_model, open_hub
-from loraweave.cli._printing import answer, note, plain, print_json, print_rows, record_row
+from loraweave.cli._printing import answer, composition_row, note, plain, print_json, print_rows, record_row
 from loraweave.common.rows import located, read_row
 from loraweave.errors import HubCorrupt
 from loraweave.hub.compositions import StoredComposition
@@ -88,7 +88,7 @@ def add(
                 replace=replace,
             )
             if isinstance(record, StoredComposition):
-                stored.append({"name": record.name, "hash": record.hash, "created": record.created})
+                stored.append(composition_row(record))
                 note(
                     f"kept the mixture {record.name!r} with its adapters; formulas and the server know it as @{record.name}"
                 )
