@@ -81,6 +81,11 @@ def _with_its_files(connection: Connection, existing: rows.Row, record: Record) 
     return existing.record
 
 
+def _has_row(catalogue: CatalogueStore, content: str) -> bool:
+    with catalogue.reading() as connection:
+        return rows.find_blob(connection, content) is not None
+
+
 def usable_blob(catalogue: CatalogueStore, blobs: BlobStore, content: str) -> rows.BlobRow | None:
     """The stored blob of that content; None when there is none or it is damaged, and is to be written."""
     try:
@@ -102,7 +107,7 @@ class Prepared:
     """An adapter that was read and checked, with its record and the figures that are to be stored.
 
     Where a worker read it there is no adapter here but its blob in the store, whose `origin` is the record that the worker
-    wrote it with, None where the blob was there before.
+    wrote it with, None where the blob was there before, also from another worker.
     """
 
     adapter: Adapter | None
@@ -123,6 +128,9 @@ class Prepared:
         """The stored blob of its content; None where it is to be written, also for what a worker could not know."""
         content = self.record.hash
         if self.origin not in (None, self.record):
+            return None
+        if self.adapter is None and self.origin is None and not _has_row(catalogue, content):
+            # another worker may have written it, with its own record
             return None
         if self.blob is not None and all(map(blobs.has, (content, *digests([self.record])))):
             return self.blob

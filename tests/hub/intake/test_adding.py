@@ -14,6 +14,7 @@ from loraweave.hub.intake.adding import Addition
 from loraweave.hub.stores import folder_blobs
 from loraweave.hub.stores.blobs import read_blob
 from loraweave.hub.stores.folder_blobs import blob_path
+from loraweave.hub.stores.storing import store
 from loraweave.types import Factors
 
 
@@ -98,6 +99,24 @@ def test_workers_that_read_leave_the_hub_of_one_process(hub, tmp_path, folders, 
     assert [label for label, _ in refused][:2] == [str(tmp_path / "of" / "broken"), "a1"]
     assert not verification.orphans
     assert [bool(one["anomalies"]) for one in origins] == [bool(record.anomalies) for record in records]
+
+
+def test_a_blob_has_the_record_that_is_stored_whichever_worker_writes_it_first(tmp_path, folders):
+    of_four = tmp_path / "of" / "4"
+    found = {}
+    for order in ((0, 1), (1, 0)):
+        with Hub(tmp_path / str(order)) as hub:
+            hub.add(tmp_path / "of" / "1")
+            sources = (Addition(of_four), Addition(of_four, name="a1"))
+            read = {}
+            for place in order:
+                own = {"stored_as": "factors", "allow_pickle": False, "figures": False}
+                (read[place],) = adding.read_piece(hub._catalogue, hub._blobs, [sources[place]], **own)
+            stored = store(hub._catalogue, hub._blobs, [read[0], read[1]], stored_as="factors", as_version=False)
+            assert [error is None for _, error in stored] == [True, False]
+            found[order] = read_blob(blob_path(hub.path, hub.record("a4").hash), "it").origin["name"]
+            assert hub.verify().ok
+    assert set(found.values()) == {"a4"}
 
 
 def test_the_same_content_in_a_batch_is_stored_once_under_both_names(hub):
