@@ -119,9 +119,9 @@ class _FixedShapes(TorchFunctionMode):
 def fixed_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b for x of any leading axes, in tiles of TILE tokens."""
     num_outputs = weight_OI.shape[0]
-    if num_outputs < TILE:
-        weight_OI = _in_tiles(weight_OI)
-        bias_O = None if bias_O is None else pad(bias_O, (0, TILE - num_outputs))
+    weight_OI = _with_outputs(weight_OI)
+    if bias_O is not None and num_outputs < TILE:
+        bias_O = pad(bias_O, (0, TILE - num_outputs))
     x_NI = x.reshape(-1, x.shape[-1])
     tiles = [functional.linear(tile, weight_OI, bias_O) for tile in torch.split(_in_tiles(x_NI), TILE)]
     y_NO = (tiles[0] if len(tiles) == 1 else torch.cat(tiles))[: len(x_NI), :num_outputs]
@@ -187,14 +187,11 @@ def fixed_attention(
 def _products(x_NTI: Tensor, weight_NOI: Tensor) -> Tensor:
     """x W^T of each of N matrices.
 
-    The library adds up otherwise for one alone, and, of a W that has few outputs or is laid out the other way, for tokens at
-    other places of a tile: W is filled up to whole tiles of outputs.
+    The library adds up otherwise for one alone, and, of a W laid out the other way, for tokens at other places of a tile.
     """
     if len(x_NTI) == 1:
         return _products(x_NTI.repeat(2, 1, 1), weight_NOI.repeat(2, 1, 1))[:1]
-    num_outputs = weight_NOI.shape[1]
-    filled_NOI = pad(weight_NOI, (0, 0, 0, -num_outputs % TILE)).contiguous()
-    return torch.bmm(x_NTI, filled_NOI.mT)[..., :num_outputs]
+    return torch.bmm(x_NTI, _with_outputs(weight_NOI).contiguous().mT)[..., : weight_NOI.shape[1]]
 
 
 def _by_vectors(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -259,6 +256,12 @@ _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
         for name in names.split()
     },
 }
+
+
+def _with_outputs(weight: Tensor) -> Tensor:
+    """W (O, I), or several, with outputs of zeros up to TILE: of fewer, sums depend on a token's place in its tile."""
+    missing = TILE - weight.shape[-2]
+    return pad(weight, (0, 0, 0, missing)) if missing > 0 else weight
 
 
 def _in_tiles(x_NI: Tensor) -> Tensor:
