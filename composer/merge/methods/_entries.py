@@ -27,7 +27,7 @@ BLOCK = 2**15
 ROW_GROUP = 4
 # entries of a layer: larger ones are merged one at a time, so that no two dense updates of theirs exist at once
 ALONE = 2**22
-# a sample has every such row, and of it every such column; where these are more, each row has a part of the columns
+# a sample has every such row, and of it every such column; where that is more than twice SAMPLE, a part of them each
 SAMPLE_ROWS, SAMPLE_COLUMNS, SAMPLE = 4, 8, 2**17
 EVERY_ROW = slice(None)
 
@@ -74,9 +74,9 @@ class Entries:
 
     def blocks(self, within: slice = EVERY_ROW, *, times: int = 1) -> Iterator[slice]:
         """The rows, or those of a part, in blocks, or in so many blocks at once."""
-        start, stop, _ = within.indices(self.shape[0])
-        for first in range(start, stop, times * self._rows):
-            yield slice(first, min(first + times * self._rows, stop))
+        places = range(self.shape[0])[within]
+        for start in places[:: times * self._rows]:
+            yield slice(start, min(start + times * self._rows, places.stop))
 
     def read(self, expert: int, rows: slice, out_BI: Tensor) -> Tensor:
         """The block (B, I) of one expert, written to contiguous memory."""
@@ -117,13 +117,12 @@ class Entries:
                 above += int(np.count_nonzero(values > high))
                 between.append(values[(values >= low) & (values <= high)])
             return above, np.concatenate(between)
-        b_OR, a_RI = self.products[expert]
-        packed, part_OR = torch.empty(max(1, a_RI.shape[0]) * WIDE), b_OR[within]
-        own = Expert(part_OR.data_ptr(), a_RI.data_ptr(), a_RI.shape[0], 1.0, *EVERY)
+        packed = torch.empty(max(1, self.products[expert][1].shape[0]) * WIDE)
+        num_rows = len(range(self.shape[0])[within])
         while True:
             found, larger = np.empty(room, np.float32), ctypes.c_int64(0)
             number = compiled.narrow_entries(
-                ctypes.byref(own), a_RI.shape[1], len(part_OR), low, high,
+                ctypes.byref(self._in_c(expert, within=within)), self.shape[1], num_rows, low, high,
                 packed.data_ptr(), found.ctypes.data, room, ctypes.byref(larger),
             )  # fmt: skip
             if number <= room:
@@ -178,9 +177,9 @@ class Entries:
     def _buffer(self) -> Tensor:
         return torch.empty(min(self._rows, self.shape[0]), self.shape[1])
 
-    def _in_c(self, expert: int, weight: float = 1.0, numbers: Numbers = EVERY) -> Expert:
+    def _in_c(self, expert: int, weight: float = 1.0, numbers: Numbers = EVERY, *, within: slice = EVERY_ROW) -> Expert:
         b_OR, a_RI = self.products[expert]
-        return Expert(b_OR.data_ptr(), a_RI.data_ptr(), a_RI.shape[0], weight, *numbers)
+        return Expert(b_OR[within].data_ptr(), a_RI.data_ptr(), a_RI.shape[0], weight, *numbers)
 
 
 def tensors(found: Sequence[Term]) -> Iterator[Entries]:
