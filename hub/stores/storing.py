@@ -81,18 +81,18 @@ def _with_its_files(connection: Connection, existing: rows.Row, record: Record) 
     return existing.record
 
 
-def _has_row(catalogue: CatalogueStore, content: str) -> bool:
-    with catalogue.reading() as connection:
-        return rows.find_blob(connection, content) is not None
+def _recorded_blob(catalogue: CatalogueStore, content: str) -> rows.BlobRow | None:
+    """The row of that blob; None for a damaged one too."""
+    try:
+        with catalogue.reading() as connection:
+            return rows.find_blob(connection, content)
+    except HubCorrupt:
+        return None
 
 
 def usable_blob(catalogue: CatalogueStore, blobs: BlobStore, content: str) -> rows.BlobRow | None:
     """The stored blob of that content; None when there is none or it is damaged, and is to be written."""
-    try:
-        with catalogue.reading() as connection:
-            known = rows.find_blob(connection, content)
-    except HubCorrupt:
-        known = None
+    known = _recorded_blob(catalogue, content)
     try:
         if known is None:
             return rows.BlobRow(content, *examine_blob(blobs.local(content, None, "blob"), content))
@@ -129,7 +129,7 @@ class Prepared:
         content = self.record.hash
         if self.origin not in (None, self.record):
             return None
-        if self.adapter is None and self.origin is None and not _has_row(catalogue, content):
+        if self.adapter is None and self.origin is None and _recorded_blob(catalogue, content) is None:
             # another worker may have written it, with its own record
             return None
         if self.blob is not None and all(map(blobs.has, (content, *digests([self.record])))):
