@@ -143,6 +143,7 @@ class Crew:
         running: dict[Future[Any], str] = {}
         call = partial(_carry_out, work, torch.get_num_threads())
         while waiting or running:
+            # also where none waits: a cluster that is gone is found out here
             while len(running) < workers.room and waiting:
                 name = waiting.popleft()
                 running[workers.submit(partial(call, pieces[name]))] = name
@@ -302,16 +303,16 @@ class _Counted:
 
     def __init__(self, count: Callable[[], int], most: int | None) -> None:
         self._count, self._most = count, most
-        self._known, self._counted, self._seen = 0, -math.inf, time.monotonic()
+        # since when no worker was counted: infinity while there is one
+        self._known, self._counted, self._empty = 0, -math.inf, math.inf
 
     @property
     def room(self) -> int:
         now = time.monotonic()
         if now - self._counted > COUNTED_S:
             self._known, self._counted = self._count(), now
-        if self._known:
-            self._seen = now
-        elif now - self._seen > GONE_S:
+            self._empty = math.inf if self._known else min(self._empty, now)
+        if now - self._empty > GONE_S:
             raise WorkersFailed(
                 f"the cluster has had no worker for {GONE_S:.0f} s: look whether its head and its workers run, connect "
                 "to it again, and make the same call; n_jobs=1 runs the pieces in this process"

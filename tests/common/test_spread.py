@@ -195,6 +195,25 @@ def test_a_cluster_whose_workers_stay_away_is_believed_dead(dask_cluster, tmp_pa
     assert runs(tmp_path, 1) == 0
 
 
+def test_a_cluster_is_empty_from_the_first_look_that_finds_no_worker(monkeypatch):
+    now, workers = 0.0, 2
+    monkeypatch.setattr(spreading.time, "monotonic", lambda: now)
+    cluster = spreading._Counted(lambda: workers, None)
+    assert cluster.room == 4
+    # nobody looks while the caller does something else
+    now, workers = 1_000.0, 0
+    assert cluster.room == 2
+    now = 1_250.0
+    assert cluster.room == 2
+    now, workers = 1_290.0, 1
+    assert cluster.room == 2
+    now, workers = 1_310.0, 0
+    assert cluster.room == 2
+    now = 1_620.0
+    with pytest.raises(WorkersFailed, match="had no worker for 300 s"):
+        _ = cluster.room
+
+
 @pytest.mark.slow
 def test_a_ray_worker_that_dies_costs_its_piece_and_ray_is_not_started_unasked(tmp_path):
     script = ROOT / "tests" / "engine_scripts" / "ray_pieces.py"
