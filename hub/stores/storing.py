@@ -127,13 +127,14 @@ class Prepared:
     def usable_blob(self, catalogue: CatalogueStore, blobs: BlobStore) -> rows.BlobRow | None:
         """The stored blob of its content; None where it is to be written, also for what a worker could not know."""
         content = self.record.hash
-        if self.origin not in (None, self.record):
-            return None
-        if self.adapter is None and self.origin is None and _recorded_blob(catalogue, content) is None:
-            # another worker may have written it, with its own record
-            return None
-        if self.blob is not None and all(map(blobs.has, (content, *digests([self.record])))):
-            return self.blob
+        if self.blob is not None:
+            known = _recorded_blob(catalogue, content)
+            if known is None and self.origin != self.record:
+                # the file has the record of another worker, or one that has changed since
+                return None
+            # a batch before this one may have written the file anew, and its row says so
+            if known in (None, self.blob) and all(map(blobs.has, (content, *digests([self.record])))):
+                return self.blob
         return usable_blob(catalogue, blobs, content)
 
 
@@ -229,13 +230,16 @@ def _doing(batch: Sequence[Prepared]) -> str:
 
 
 def _new_content(catalogue: CatalogueStore, batch: Sequence[Prepared], as_version: bool) -> dict[str, Prepared]:
-    """Content hash -> the first that has it, of those whose name can be used as far as can be told beforehand."""
+    """Content hash -> the first that has it, of those whose name can be used."""
     wanted: dict[str, Prepared] = {}
+    taken: dict[str, str] = {}
     with catalogue.reading() as connection:
         for each in batch:
             with suppress(AdapterExists):
                 new = beside(rows.find(connection, each.record.name), each.record, as_version=as_version)
-                wanted.setdefault(each.record.hash, replace(each, record=new))
+                # of two of one name the first takes it, as when the rows are stored
+                if as_version or taken.setdefault(new.name, new.hash) == new.hash:
+                    wanted.setdefault(new.hash, replace(each, record=new))
     return wanted
 
 

@@ -101,22 +101,42 @@ def test_workers_that_read_leave_the_hub_of_one_process(hub, tmp_path, folders, 
     assert [bool(one["anomalies"]) for one in origins] == [bool(record.anomalies) for record in records]
 
 
-def test_a_blob_has_the_record_that_is_stored_whichever_worker_writes_it_first(tmp_path, folders):
-    of_four = tmp_path / "of" / "4"
-    found = {}
-    for order in ((0, 1), (1, 0)):
-        with Hub(tmp_path / str(order)) as hub:
-            hub.add(tmp_path / "of" / "1")
-            sources = (Addition(of_four), Addition(of_four, name="a1"))
-            read = {}
-            for place in order:
-                own = {"stored_as": "factors", "allow_pickle": False, "figures": False}
-                (read[place],) = adding.read_piece(hub._catalogue, hub._blobs, [sources[place]], **own)
-            stored = store(hub._catalogue, hub._blobs, [read[0], read[1]], stored_as="factors", as_version=False)
-            assert [type(error) for _, error in stored] == [type(None), AdapterExists]
-            found[order] = read_blob(blob_path(hub.path, hub.record("a4").hash), "it").origin["name"]
-            assert hub.verify().ok
-    assert set(found.values()) == {"a4"}
+def read_by_a_worker(hub, *sources):
+    own = {"stored_as": "factors", "allow_pickle": False, "figures": False}
+    return adding.read_piece(hub._catalogue, hub._blobs, sources, **own)
+
+
+def store_batch(hub, *batch):
+    return [type(error) for _, error in store(hub._catalogue, hub._blobs, batch, stored_as="factors", as_version=False)]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("batches", [[(0, 1)], [(0,), (1,)]])
+def test_a_blob_has_the_record_that_is_stored_whichever_worker_writes_it_first(hub, tmp_path, folders, order, batches):
+    sources = (tmp_path / "of" / "2", tmp_path / "of" / "more")
+    read = {}
+    for place in order:
+        (read[place],) = read_by_a_worker(hub, Addition(sources[place]))
+    for batch in batches:
+        assert store_batch(hub, *(read[place] for place in batch)) == [type(None)] * len(batch)
+    assert read_blob(blob_path(hub.path, hub.record("a2").hash), "it").origin["source"][0] == str(sources[0])
+    assert hub.verify().ok
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_blob_keeps_its_record_when_another_of_its_content_is_refused(hub, tmp_path, folders, order, is_there):
+    if is_there:
+        hub.add(tmp_path / "of" / "1")
+    sources = [
+        (Addition(tmp_path / "of" / "4"),),
+        (Addition(tmp_path / "of" / "1"), Addition(tmp_path / "of" / "4", name="a1")),
+    ]
+    read = {place: read_by_a_worker(hub, *sources[place]) for place in order}
+    assert store_batch(hub, *read[1]) == [type(None), AdapterExists]
+    assert store_batch(hub, *read[0]) == [type(None)]
+    assert read_blob(blob_path(hub.path, hub.record("a4").hash), "it").origin["name"] == "a4"
+    assert hub.verify().ok
 
 
 def test_the_same_content_in_a_batch_is_stored_once_under_both_names(hub):
