@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from loraweave.serving.answers import Answer
-from loraweave.serving.refusals import refusal_of
+from loraweave.serving.refusals import Refusal, refusal_of
 from loraweave.serving.row import Piece, Row
 from loraweave.serving.scheduler import Scheduler
 
@@ -117,7 +117,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             # OSError: the client has gone
-            with suppress(ClientDisconnect, OSError):
+            with suppress(ClientDisconnect, OSError, Stopping):
                 await unless_gone(receive, self._send_all(send))
         finally:
             self._close()
@@ -129,8 +129,18 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+class Stopping(Refusal):
+    """The server was told to stop, and its time for what it had begun is over."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "the server is stopping; ask again when it runs")
+
+
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
-    """What `work` returns or raises; it is cancelled, with ClientDisconnect, when the client goes first."""
+    """What `work` returns or raises.
+
+    It is cancelled with ClientDisconnect when the client goes first, and with Stopping when the server gives it up.
+    """
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -142,6 +152,8 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
         if not working.done():
             raise ClientDisconnect
         return working.result()
+    except asyncio.CancelledError:
+        raise Stopping from None
     finally:
         for task in (working, going):
             task.cancel()

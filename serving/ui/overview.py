@@ -230,7 +230,8 @@ class Overview:
             with self._lock:
                 self._snapshot = made
         except Exception as error:
-            if not isinstance(error, LoraweaveError):
+            # once closed, what the thread uses goes away beneath it
+            if not self._closed and not isinstance(error, LoraweaveError):
                 _logger.error("the map was not made", exc_info=error)
             self.error, self._failed_at = f"{type(error).__name__}: {error}", generation
         finally:

@@ -6,12 +6,15 @@ import base64
 import http.client
 import io
 import json
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote, urlencode
 
 import numpy as np
 import pytest
 import torch
+from server_clients import answering, until
 
 import loraweave as lw
 from loraweave.errors import CompositionError
@@ -19,7 +22,8 @@ from loraweave.hub.embedders._embedder import embedder_of
 from loraweave.serving.ui import overview
 from loraweave.serving.ui.acts import Left
 from loraweave.serving.ui.app import make_ui_server
-from loraweave.serving.ui.overview import Snapshot, followed
+from loraweave.serving.ui.catalogue import Catalogue
+from loraweave.serving.ui.overview import Overview, Snapshot, followed
 from loraweave.serving.ui.workbench import Found, Workbench
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
@@ -165,6 +169,52 @@ def test_the_map_follows_the_hub_without_being_fitted_again(hub, make_adapter, t
     assert after.plane is before.plane
     assert after.entries[4].name == "renamed"
     assert [after.entries[seq] == before.entries[seq] for seq in before.entries] == [seq != 4 for seq in before.entries]
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_a_map_that_fails_is_an_error_in_the_log_unless_the_page_is_closed(hub, monkeypatch, caplog, is_closed):
+    begun, end = threading.Event(), threading.Event()
+
+    def fail(*_):
+        begun.set()
+        assert end.wait(60)
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(overview, "followed", fail)
+    monkeypatch.setattr(overview, "CLOSING_S", 0.01)
+    made = Overview(hub)
+    assert made.newest is None
+    assert begun.wait(60)
+    if is_closed:
+        made.close()
+    end.set()
+    until(lambda: not made.busy)
+    assert ["the map was not made" in record.message for record in caplog.records] == [True] * (not is_closed)
+
+
+def test_a_question_that_is_not_answered_when_the_server_stops_is_told_so(hub, monkeypatch, capfd):
+    begun, end = threading.Event(), threading.Event()
+
+    def wait(*_):
+        begun.set()
+        assert end.wait(60)
+
+    monkeypatch.setattr(Catalogue, "summary", wait)
+    server = make_ui_server(hub, pytest.fail, port=0)
+    server.config.timeout_graceful_shutdown = 0.01
+    try:
+        with ThreadPoolExecutor(1) as client, answering(server) as port:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            connection.request("GET", "/api/hub")
+            asked = client.submit(connection.getresponse)
+            assert begun.wait(60)
+            server.should_exit = True
+            answer = asked.result(60)
+            assert (answer.status, "the server is stopping" in answer.read().decode()) == (503, True)
+    finally:
+        end.set()
+    told = capfd.readouterr().err
+    assert ("Finished server process" in told, "Traceback" in told) == (True, False)
 
 
 def test_an_adapters_page_has_its_versions_parents_and_card(ask, hub):
