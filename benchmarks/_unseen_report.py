@@ -36,6 +36,7 @@ WAYS = (
     "first_order",
     "gradient",
     "auto",
+    "auto_more",
     "oracle",
     "order",
     "order+distilled",
