@@ -255,9 +255,9 @@ def killing(backend: str, every: float, seed: int) -> Iterator[list[int]]:
 
 def _works(process: psutil.Process, backend: str) -> bool:
     try:
-        # loky and multiprocessing have processes beside, which track resources
+        # loky and multiprocessing have processes beside, which track resources; a node of Ray ends with its agents
         words = " ".join(process.cmdline())
-        beside = any(word in words for word in ("resource_tracker", "forkserver", "raylet"))
+        beside = any(word in words for word in ("resource_tracker", "forkserver", "raylet", "Agent"))
         return CALLED[backend] in words and not beside
     except psutil.Error:
         return False
