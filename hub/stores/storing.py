@@ -125,7 +125,7 @@ class Prepared:
         return stored_adapter(blobs, Row(0, self.record, self.blob))
 
     def usable_blob(self, catalogue: CatalogueStore, blobs: BlobStore) -> rows.BlobRow | None:
-        """The stored blob of its content; None where it is to be written, also for what a worker could not know."""
+        """The stored blob of its content; None where it is to be written."""
         content = self.record.hash
         if self.blob is not None:
             known = _recorded_blob(catalogue, content)
