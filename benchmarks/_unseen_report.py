@@ -36,7 +36,6 @@ WAYS = (
     "first_order",
     "gradient",
     "auto",
-    "auto_more",
     "oracle",
     "order",
     "order+distilled",

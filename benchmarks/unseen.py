@@ -14,7 +14,7 @@ the first 20 test inputs without their answers (`adamerging`); a LoRA trained on
 training set (`oracle`); the program of adapters that `lw.order` finds (`order`), and one adapter that learned it on
 sample inputs of the hub's cards (`order+distilled`); the base with the shipped in-context adapter and the examples in its
 prompt (`in_context_adapter`), and the training that begins there (`few_shot_begun`; `few_shot` begins from nothing);
-`auto` with a budget that buys a second training (`auto_more`); for joined skills the adapter that is best on the test items
+for joined skills the adapter that is best on the test items
 (`any_single`), and both skills one after the other (`two_passes`); and every method of `compose()` by its name. With
 `+shown` behind its name, a way learns and answers under prompts that show the other examples with their answers; with
 `+calibrated` it ranks labels without their prior.
@@ -49,7 +49,6 @@ from benchmarks._unseen_report import OF_JOINED_SKILLS, WAYS, WITHOUT_EXAMPLES, 
 from loraweave.common.chat import Prompt
 from loraweave.composer.compose.candidates import in_context_adapter as in_context_adapter_of
 from loraweave.composer.compose.loss import ExampleLoss
-from loraweave.composer.compose.ways import TWO_FROM
 from loraweave.composer.model.scoring import Score, evaluate, predict
 from loraweave.composer.programs.program import Program
 from loraweave.demo import DemoTask, load_task
@@ -314,11 +313,6 @@ def few_shot_begun(case: Case) -> Found:
     return _composed(case, "few_shot", folds=0)
 
 
-def auto_more(case: Case) -> Found:
-    """`auto` with a budget that buys a second training."""
-    return _composed(replace(case, budget=TWO_FROM), "auto")
-
-
 def oracle(case: Case) -> Found:
     """The same LoRA trained on the task's whole training set."""
     return Found(_trained(case, replace(case.task, examples=case.training), batch_size=8, **ORACLE))
@@ -375,7 +369,6 @@ OWN: dict[str, Callable[[Case], Found]] = {
         few_shot,
         few_shot_begun,
         composed_and_tuned,
-        auto_more,
         oracle,
         order,
         any_single,

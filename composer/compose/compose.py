@@ -81,8 +81,7 @@ def compose(
     search has the same `budget` of evaluations (candidates scored on all examples) or `seconds`, and never sees the
     fold. `folds=0`, the default of "auto", turns the guard off. With folds "auto" returns the way of the lowest loss on
     held-out examples; from 50 examples on it does so without folds, too, on a fifth of them, and a LoRA of 80 steps
-    competes. Its search takes at most 10 evaluations; with a budget below 40, or `seconds`, it does nothing else; from
-    70 on it trains a second LoRA under such prompts, as a new adapter, where the first began as one of the hub.
+    competes. Its search takes at most 10 evaluations; with a budget below 40, or `seconds`, it does nothing else.
 
     `checkpoint` is a folder from which an interrupted search resumes, to the same result. `search_options` go to the search.
     `n_jobs` workers, or those that `joblib.parallel_config` names, score the candidates of a generation, of all folds

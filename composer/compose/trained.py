@@ -45,7 +45,7 @@ from loraweave.types import Router
 FEW_SHOT = Tuning(steps=10, lr=5e-4, batch_size=2)
 BEGUN = Tuning(steps=8, lr=8e-4, batch_size=1)
 # of a member of an average, where it is not 1; by leave-one-out too
-SHARES = {"few_shot": 2.0, "few_shot_new": 2.0, "program": 2.0}
+SHARES = {"few_shot": 2.0, "program": 2.0}
 # of a LoRA on many examples
 LONG = Tuning(steps=80, lr=3e-3, batch_size=8)
 ORDERS = 3
@@ -135,19 +135,12 @@ class FewShot(InContextAdapter):
         return [self._asked(trained[split.name], split) for split in splits]
 
 
-class NewFewShot(FewShot):
-    """The same from a new adapter on, whatever the bench has as `start`: it errs elsewhere, which an average gains by."""
-
-    def __init__(self, bench: Bench, tuning: Tuning, name: str = "few_shot_new") -> None:
-        folder = None if bench.checkpoint is None else bench.checkpoint / name
-        super().__init__(replace(bench, start=None, checkpoint=folder), tuning, name)
-
-
-class Lora(NewFewShot):
+class Lora(FewShot):
     """A new LoRA on the pool's layers, trained on the examples that a split sees, and asked without them."""
 
     def __init__(self, bench: Bench, tuning: Tuning) -> None:
-        super().__init__(bench, tuning, "lora")
+        folder = None if bench.checkpoint is None else bench.checkpoint / "lora"
+        super().__init__(replace(bench, start=None, checkpoint=folder), tuning, "lora")
         self.target_modules = targets_of(bench.engine.pool)
 
 

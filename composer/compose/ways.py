@@ -3,9 +3,8 @@
 "auto" learns twice from the examples: weights for the stored adapters, and a LoRA under prompts that show the examples. Its
 answer is the average of both members' probabilities, which leave-one-out on the example pool put above either alone and
 above choosing one of them on held-out examples (benchmarks/TABLES.md). A third member is the program of stored adapters that
-the examples point to, unless its loss is far above that of prompts alone; a larger budget trains a second LoRA. Where one
-stored adapter answers the examples already, it is taken as it is: what was trained on more than five examples is not learned
-from them again.
+the examples point to, unless its loss is far above that of prompts alone. Where one stored adapter answers the examples
+already, it is taken as it is: what was trained on more than five examples is not learned from them again.
 
 A search is such a trial: a solver asks for candidates, and the examples that it sees tell it their losses.
 """
@@ -34,7 +33,6 @@ from loraweave.composer.compose.trained import (
     FewShot,
     InContextAdapter,
     Lora,
-    NewFewShot,
     Routed,
 )
 from loraweave.composer.compose.trials import Bench, BestSingle, Fixed, MixtureTrial, Split, Trial
@@ -48,9 +46,8 @@ from loraweave.routers.weights import MixtureWeights
 
 # evaluations of the search of "auto": 5 steps of the gradient
 EACH = 10
-# the least budget with which "auto" trains too, and with which it trains a second LoRA under demonstrations
+# the least budget with which "auto" trains too
 TRAINS_FROM = 40
-TWO_FROM = 70
 # a single adapter of less than this share of the loss without adapters is taken as it is
 SURE = 0.5
 # with a lower loss, in nats a token, without anything learned no program is sought
@@ -236,15 +233,12 @@ class Ways:
         return [Searched(self._bench, replace(settings, method=method, budget=budget, options={}))]
 
     def _trainings(self, shown: Bench) -> list[Trial[Any]]:
-        """The trainings of "auto"."""
-        settings, budget = self._settings, self._settings.budget
-        if not self._has_room or budget is None:
+        """The training of "auto"."""
+        settings = self._settings
+        if not self._has_room:
             return []
-        first = self._few_shot(shown)
-        if settings.has_many(shown.task):
-            return [first, Lora(self._bench, replace(LONG, seed=settings.seed))]
-        buys_two = budget >= TWO_FROM and shown.start is not None
-        return [first, NewFewShot(shown, replace(FEW_SHOT, seed=settings.seed))] if buys_two else [first]
+        longer = [Lora(self._bench, replace(LONG, seed=settings.seed))] if settings.has_many(shown.task) else []
+        return [self._few_shot(shown), *longer]
 
     def _few_shot(self, shown: Bench) -> FewShot:
         tuning, settings = FEW_SHOT if shown.start is None else BEGUN, self._settings

@@ -12,7 +12,6 @@ import torch
 import loraweave as lw
 from loraweave.composer.compose import refine
 from loraweave.composer.compose.trained import BEGUN, FEW_SHOT, ORDERS
-from loraweave.composer.compose.ways import TWO_FROM
 from loraweave.errors import InvalidTask, WeightingError
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD")]
@@ -118,25 +117,6 @@ def test_both_members_of_auto_know_where_they_come_from(compose_on, hub, reader,
     assert found.report["in_context_adapter"].loss == pytest.approx(np.mean(losses), rel=1e-4)
     assert [parent["name"] for parent in found.members["few_shot"].parents] == ["reader"]
     assert set(found.members["gradient"].mean_weights) <= set(pool.names)
-
-
-@pytest.mark.parametrize(("budget", "added"), [(TWO_FROM - 1, []), (TWO_FROM, ["few_shot_new"])])
-def test_a_larger_budget_trains_a_second_lora_as_a_new_adapter(compose_on, hub, pool, budget, added):
-    found = compose_on(hub, budget=budget, seed=5)
-    assert list(found.members) == ["gradient", "few_shot", *added]
-    assert [member.share for member in found.members.values()] == [1.0, *[2.0] * (1 + len(added))]
-    alone = compose_on(method="few_shot", folds=0, seed=5)
-    for name in added:
-        assert found.members[name].losses() == pytest.approx(alone.losses(), rel=1e-4)
-        assert found.members[name].task == alone.task
-        assert not found.members[name].parents
-    each = [np.array(member.losses()) for member in found.members.values()]
-    assert found.losses() == pytest.approx((each[0] + 2 * sum(each[1:])) / (1 + 2 * len(each[1:])), rel=1e-4)
-    assert found.report.evaluations <= budget + len(pool)
-
-
-def test_a_larger_budget_without_an_adapter_to_begin_with_trains_no_second_like_the_first(compose_on):
-    assert list(compose_on(budget=TWO_FROM).members) == ["gradient", "few_shot"]
 
 
 def test_a_folds_training_never_meets_what_it_is_measured_on(compose, monkeypatch):
