@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -388,7 +389,7 @@ class MadeWeights:
             known = self._zeros.get(layer)
             self._zeros[layer] = zero if known is None or known.device != zero.device else known + zero
         # the sum of finite weights is finite unless it overflows, and takes one pass
-        elif not bool(w_BTE.sum().isfinite()) and not bool(w_BTE.isfinite().all()):
+        elif not math.isfinite(w_BTE.sum().item()) and not bool(w_BTE.isfinite().all()):
             expert = int((~w_BTE.isfinite()).flatten(0, 1).any(dim=0).int().argmax())
             raise WeightingError(self._message(layer, f", first for expert {self._experts[expert]!r}"))
 

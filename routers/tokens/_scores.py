@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from loraweave.hub.pool import ExpertPool
 from loraweave.lowrank.algebra import orthonormal
+from loraweave.routers.tokens._top_k import top_k_native
 
 
 def top_k_softmax(scores_BTE: Tensor, top_k: int | None = None, temperature: float = 1.0) -> Tensor:
@@ -22,6 +23,9 @@ def top_k_softmax(scores_BTE: Tensor, top_k: int | None = None, temperature: flo
     scores_BTE = scores_BTE / temperature if temperature != 1.0 else scores_BTE
     if top_k is None or top_k >= scores_BTE.shape[-1]:
         return scores_BTE.softmax(dim=-1)
+    w_BTE = top_k_native(scores_BTE, top_k)
+    if w_BTE is not None:
+        return w_BTE
     best = scores_BTE.topk(top_k, dim=-1)
     return torch.zeros_like(scores_BTE).scatter_(-1, best.indices, best.values.softmax(dim=-1))
 
