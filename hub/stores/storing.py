@@ -132,7 +132,7 @@ class Prepared:
             if known is None and self.origin != self.record:
                 # the file has the record of another worker, or one that has changed since
                 return None
-            # a batch before this one may have written the file anew, and its row says so
+            # an earlier batch may have rewritten the file, and then its row has another digest
             if known in (None, self.blob) and all(map(blobs.has, (content, *digests([self.record])))):
                 return self.blob
         return usable_blob(catalogue, blobs, content)

@@ -16,6 +16,8 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from loraweave.common.files import cache_folder, whole_file
 
 # no -ffast-math: a library linked with it changes how the whole thread rounds
@@ -23,6 +25,9 @@ FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=fast", "-fno-ma
 _SECONDS = 60
 
 _logger = logging.getLogger(__name__)
+
+# whether something takes notes of torch's operations, which a call of a library is not: tracing, a count of operations
+is_watched = torch._C._len_torch_dispatch_stack
 
 
 @cache

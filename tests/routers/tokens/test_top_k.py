@@ -60,7 +60,9 @@ def test_a_tokens_weights_have_the_same_bits_in_every_batch():
     assert torch.equal(top_k_softmax(scores_BTE.transpose(0, 1), 3), whole_BTE.transpose(0, 1))
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop:UserWarning", "ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning"
+)
 def test_what_it_cannot_do_is_left_to_torch(monkeypatch):
     scores_BTE = scores(2, 3, 8)
     learned_BTE = scores_BTE.clone().requires_grad_()
