@@ -61,7 +61,9 @@ def test_a_tokens_weights_have_the_same_bits_in_every_batch():
 
 
 @pytest.mark.filterwarnings(
-    "ignore:There is a performance drop:UserWarning", "ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning"
+    "ignore:There is a performance drop:UserWarning",
+    "ignore:`torch.jit.trace",  # a DeprecationWarning or a FutureWarning, by torch's version
+    "ignore::torch.jit.TracerWarning",
 )
 def test_what_it_cannot_do_is_left_to_torch(monkeypatch):
     scores_BTE = scores(2, 3, 8)
