@@ -2,7 +2,7 @@
 
     python -m benchmarks --threads 2 live prefill                  8 rows of 128 tokens, each with its own adapter of 20
     python -m benchmarks --threads 2 live decode --experts 4       16 greedy tokens with KV cache, a mixture of four per row
-    python -m benchmarks --threads 1 --cpu live decode --blocks 6   the first six blocks alone
+    python -m benchmarks --threads 1 --cpu live decode --blocks 6 --stored float16    the first six blocks alone
     python -m benchmarks --threads 2 live decode --dtype bfloat16 --rows 32 --size 100 --no-peers
 
 Opening an activation and making its weights are part of our time; peft's `set_adapter` and `set_scale`, and its merging of
@@ -20,7 +20,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from unittest.mock import patch
@@ -48,6 +48,7 @@ from benchmarks._models import (
 from benchmarks._run import Run, console
 from benchmarks._timing import Gate, Way, compare, require
 from loraweave.composer.live import row_weights
+from loraweave.composer.live.kernels import _native
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 16
@@ -68,6 +69,7 @@ class Shape:
     rank: int
     experts: int
     targets: str
+    stored: torch.dtype = torch.float32
 
 
 class Peft:
@@ -127,13 +129,24 @@ def in_polylora(model: Any, experts: Sequence[lw.Adapter], shape: Shape) -> Any 
     return wrapped
 
 
+def _stored(adapter: lw.Adapter, dtype: torch.dtype) -> lw.Adapter:
+    """As it is in fp32 after its file held it in that dtype."""
+    layers = {
+        layer: replace(factors, a_RI=factors.a_RI.to(dtype).float(), b_OR=factors.b_OR.to(dtype).float())
+        for layer, factors in adapter.layers.items()
+    }
+    return replace(adapter, layers=layers)
+
+
 class Setting:
     """The model with our Composer, the same model in the peers, and the mixtures that all are asked for."""
 
     def __init__(self, model: Any, shape: Shape, *, peers: bool, seed: int) -> None:
         self.model, self.shape = model, shape
         distinct = min(shape.pool, NUM_DISTINCT)
-        made = random_adapters(model, distinct, shape.targets, seed, rank=shape.rank)
+        made = [
+            _stored(each, shape.stored) for each in random_adapters(model, distinct, shape.targets, seed, rank=shape.rank)
+        ]
         pool = {f"expert{number}": made[number % distinct] for number in range(shape.pool)}
         self.engine = lw.Composer(model, pool)
         rng = random.Random(seed)
@@ -231,17 +244,25 @@ def ways(setting: Setting, make: Callable[..., Way], prefill: bool) -> dict[str,
         with lw.batch_invariant(model), engine.activate(mixtures):
             yield
 
-    @contextmanager
-    def by_torch() -> Iterator[None]:
+    def without(module: Any, name: str, instead: Any) -> Context:
         # what a layer remembers of the first call holds for the next
-        with patch.object(row_weights, "native_runs", lambda *place: False), plain.activate(rows):
-            yield
+        plain = lw.Composer(model, engine.pool)
 
-    plain = lw.Composer(model, engine.pool)
+        @contextmanager
+        def changed() -> Iterator[None]:
+            with patch.object(module, name, lambda *given: instead), plain.activate(rows):
+                yield
+
+        return changed
+
     what = "adapter" if setting.shape.experts == 1 else "mixture"
     found = {"base alone": make(setting, model, nullcontext, nothing)}
     found[f"loraweave, own {what} per row"] = make(setting, model, lambda: engine.activate(rows), nothing)
+    by_torch = without(row_weights, "native_runs", False)
     found[f"loraweave, own {what} per row, without compiled code"] = make(setting, model, by_torch, nothing)
+    if setting.shape.stored is not torch.float32:
+        in_fp32 = without(_native, "shorten", None)
+        found[f"loraweave, own {what} per row, factors read in fp32"] = make(setting, model, in_fp32, nothing)
     found["loraweave, new mixture"] = make(setting, model, lambda: engine.activate(rows), engine._plans.clear)
     found[f"loraweave, one {what} for all"] = make(setting, model, lambda: engine.activate(rows[0]), nothing)
     found["base, batch-invariant"] = make(setting, model, lambda: invariant({}), nothing)
@@ -281,6 +302,9 @@ def main(
     tokens: Annotated[int, typer.Option(help="of a row in prefill")] = 128,
     size: Annotated[int, typer.Option(help="adapters in the pool")] = 20,
     rank: Annotated[int, typer.Option(help="of each adapter")] = 8,
+    stored: Annotated[
+        Literal["float32", "float16", "bfloat16"], typer.Option(help="what the adapters' files hold")
+    ] = "float32",
     experts: Annotated[int, typer.Option(help="of each row's mixture, 1 to 4", min=1, max=4)] = 1,
     blocks: Annotated[int | None, typer.Option(help="the first so many, without the head; all by default")] = None,
     peers: Annotated[bool, typer.Option(help="measure peft and polylora too")] = True,
@@ -293,13 +317,15 @@ def main(
         model.config.num_hidden_layers = blocks
         # the output head would outweigh so few
         model.lm_head = torch.nn.Linear(model.config.hidden_size, 64, bias=False).requires_grad_(False)
-    setting = Setting(model, Shape(rows, tokens, size, rank, experts, targets), peers=peers, seed=run.seed)
+    shape = Shape(rows, tokens, size, rank, experts, targets, getattr(torch, stored))
+    setting = Setting(model, shape, peers=peers, seed=run.seed)
     require(gates(setting))
     setting.to(getattr(torch, dtype))
     prefilled = what == "prefill"
-    shape = f"{rows}x{tokens}" if prefilled else f"{rows} rows, {NEW_TOKENS} tokens"
+    passed = f"{rows}x{tokens}" if prefilled else f"{rows} rows, {NEW_TOKENS} tokens"
     console.print(f"peft {peft.__version__}, torch {torch.__version__}")
-    title = f"{what} {shape}, {experts} of {size} adapters of rank {rank} a row, on {targets}, {dtype}"
+    kept = "" if stored == "float32" else f", stored in {stored}"
+    title = f"{what} {passed}, {experts} of {size} adapters of rank {rank} a row, on {targets}, {dtype}{kept}"
     found = ways(setting, prefill_way if prefilled else decode_way, prefilled)
     compare(run, title, found, {"time, base = 1": ("base alone", False)}, seconds=90.0)
     flops, num_bytes = limits(setting)

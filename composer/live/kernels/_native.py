@@ -13,8 +13,11 @@ from torch import Tensor
 from loraweave.common import native
 
 SOURCE = Path(__file__).with_name("native.c")
-# as its functions' names end
-DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+# what x and y may be, and what factors are stored in then; float16 where the processor reads it
+STORED = {torch.float32: (torch.float32, torch.float16, torch.bfloat16), torch.bfloat16: (torch.bfloat16,)}
+# NARROW of native.c takes so many numbers at once
+LANES = 16
 # beyond, products of matrices are faster
 MOST_TOKENS = 64
 
@@ -29,13 +32,31 @@ class Table(ctypes.Structure):
 
 def native_runs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the library is there, for such layers."""
-    return device.type == "cpu" and dtype in DTYPES and library() is not None
+    return device.type == "cpu" and dtype in STORED and library() is not None
 
 
-def function(name: str, dtype: torch.dtype) -> Any:
-    """The library's function of that name for a dtype; None where there is none."""
-    found = library()
-    return None if found is None or dtype not in DTYPES else getattr(found, f"{name}_{DTYPES[dtype]}")
+def function(name: str, dtype: torch.dtype, stored: torch.dtype) -> Any:
+    """The library's function of that name for x and y of a dtype and factors stored in another; None where there is none."""
+    if dtype not in STORED or stored not in STORED[dtype]:
+        return None
+    return getattr(library(), f"{name}_{NAMES[stored]}_{NAMES[dtype]}", None)
+
+
+def shorten(*matrices: Tensor) -> list[Tensor] | None:
+    """The same numbers in the first form of 16 bits that has all of them; None where none has, or they are not in fp32.
+
+    Adapters are mostly kept in such a form, and what a step of few tokens costs is reading them.
+    """
+    if any(m.dtype is not torch.float32 or not m.is_contiguous() or m.numel() % LANES for m in matrices):
+        return None
+    for stored in STORED[torch.float32][1:]:
+        narrow = getattr(library(), f"narrow_{NAMES[stored]}", None)
+        with torch.inference_mode(False):
+            found = [torch.empty_like(matrix, dtype=stored) for matrix in matrices]
+        pairs = zip(matrices, found, strict=True)
+        if narrow is not None and all(narrow(m.data_ptr(), short.data_ptr(), m.numel()) for m, short in pairs):
+            return found
+    return None
 
 
 def work(num_elements: int) -> Tensor:
@@ -53,8 +74,14 @@ _WORK = [torch.empty(0)]
 def library() -> ctypes.CDLL | None:
     """The library, with its functions' types; None where it cannot be had."""
     found = native.library(SOURCE, brief=True)
-    if found is not None:
-        for name, num_given in (("add", 3), ("mix", 4)):
-            for made in (getattr(found, f"{name}_{dtype}") for dtype in DTYPES.values()):
-                made.argtypes, made.restype = [ctypes.c_void_p] * num_given, None
+    if found is None:
+        return None
+    pairs = [f"{NAMES[stored]}_{NAMES[dtype]}" for dtype, forms in STORED.items() for stored in forms]
+    given: dict[str, list[Any]] = {f"add_{pair}": [ctypes.c_void_p] * 3 for pair in pairs}
+    given |= {f"mix_{pair}": [ctypes.c_void_p] * 4 for pair in pairs}
+    given |= {f"narrow_{short}": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] for short in ("f16", "bf16")}
+    for name, types in given.items():
+        # what is for float16 is not there on every processor
+        if (made := getattr(found, name, None)) is not None:
+            made.argtypes, made.restype = types, ctypes.c_int if name.startswith("narrow") else None
     return found

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from loraweave.common.native import is_watched
 from loraweave.composer.live.kernels._cost import Cost, TokenWorkload, Workload
 from loraweave.composer.live.kernels._expert_product import ExpertProduct, RankRows, weigh
-from loraweave.composer.live.kernels._native import MOST_TOKENS, Table, function, native_runs, work
+from loraweave.composer.live.kernels._native import MOST_TOKENS, Table, function, native_runs, shorten, work
 from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSets, repeat_rows, stack_a
 from loraweave.composer.live.kernels.naive import mix
 
@@ -43,20 +43,28 @@ class Stack:
 
     @property
     def num_bytes(self) -> int:
-        return self.a_SI.nbytes + self.b_SO.nbytes
+        return sum(each.nbytes for each in (self.a_SI, self.b_SO, *(vars(self).get("short") or ())))
 
     @cached_property
-    def _tables(self) -> dict[tuple[int, int], Table]:
+    def _tables(self) -> dict[tuple[int, int | None], Table]:
         return {}
 
-    def table(self, num_tokens: int, stride: int) -> Table:
-        """What the compiled library reads for hidden values of so many tokens, one every `stride` numbers."""
+    @cached_property
+    def short(self) -> list[Tensor] | None:
+        """Both factors row by row in 16 bits, where these hold the same numbers."""
+        return shorten(self.a_SI.contiguous(), self.b_SO)
+
+    def table(self, num_tokens: int, stride: int | None) -> Table:
+        """What the compiled library reads for so many tokens: short factors for inputs, with a `stride` what hidden values
+        of one every so many numbers need."""
         found = self._tables.get((num_tokens, stride))
         if found is None:
-            outputs = self.b_SO.shape[1]
-            owned = self.b_SO, torch.tensor(self.ranks), work(num_tokens * outputs)
-            b, counts, sums = (each.data_ptr() for each in owned)
-            found = Table(num_tokens, 1, stride, outputs, len(self.ranks), None, b, counts, None, sums)
+            a_SI, b_SO = self.short or (self.a_SI, self.b_SO)
+            outputs = b_SO.shape[1]
+            owned = a_SI, b_SO, torch.tensor(self.ranks), work(num_tokens * (outputs + len(a_SI)))
+            a, b, counts, sums = (each.data_ptr() for each in owned)
+            first, width = (a, a_SI.shape[1]) if stride is None else (None, stride)
+            found = Table(num_tokens, 1, width, outputs, len(self.ranks), first, b, counts, None, sums)
             # the memory that it points to
             found.owned = owned
             self._tables[num_tokens, stride] = found
@@ -118,30 +126,35 @@ class Dense(RowKernel):
         return self._product(None, x_BTI).view(*x_BTI.shape[:2], self.stack.b_SO.shape[1])
 
     def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
-        b_SO = self.stack.b_SO
-        hidden_NS = self.hidden_NS
+        b_SO, hidden_NS = self.stack.b_SO, self.hidden_NS
+        native = self._runs_native(x_BTI, y_BTO)
+        if native and hidden_NS is None and self.stack.short:
+            self._add_native(x_BTI.contiguous(), None, x_BTI.shape, y_BTO)
+            return
         if hidden_NS is None:
             hidden_NS = linear(x_BTI.reshape(-1, x_BTI.shape[2]), self.stack.a_SI)
-        if self._added(hidden_NS, x_BTI.shape, y_BTO):
-            return
         # below autocast the hidden values are in half precision
+        if native and hidden_NS.dtype is self.dtype and hidden_NS.stride(1) == 1:
+            self._add_native(hidden_NS, hidden_NS.stride(0), x_BTI.shape, y_BTO)
+            return
         y_BTO.view(-1, b_SO.shape[1]).addmm_(self._mixed(hidden_NS, x_BTI.shape).to(b_SO.dtype), b_SO)
 
-    def _added(self, hidden_NS: Tensor, shape: torch.Size, y_BTO: Tensor) -> bool:
-        """Adds what the hidden values of few tokens count, in one call of compiled code. Whether it could."""
-        b_SO, num_tokens = self.stack.b_SO, len(hidden_NS)
-        dtype = b_SO.dtype
-        if num_tokens * torch.get_num_threads() > MOST_TOKENS or not hidden_NS.dtype is y_BTO.dtype is dtype:
+    def _runs_native(self, x_BTI: Tensor, y_BTO: Tensor) -> bool:
+        """Whether few tokens' update is one call of compiled code."""
+        num_tokens, dtype = x_BTI.shape[0] * x_BTI.shape[1], self.dtype
+        if num_tokens * torch.get_num_threads() > MOST_TOKENS or not x_BTI.dtype is y_BTO.dtype is dtype:
             return False
         # a tensor of another class may have no memory of its own
-        if not native_runs(b_SO.device, dtype) or is_watched() or type(y_BTO) is not Tensor or hidden_NS.stride(1) != 1:
-            return False
-        w_BTP = self.w_BTP
+        return native_runs(self.stack.b_SO.device, dtype) and not is_watched() and type(y_BTO) is type(x_BTI) is Tensor
+
+    def _add_native(self, read: Tensor, stride: int | None, shape: torch.Size, y_BTO: Tensor) -> None:
+        """Adds what inputs of that shape count, of which the library reads these, or their hidden values at a stride."""
+        num_tokens, w_BTP = shape[0] * shape[1], self.w_BTP
         if w_BTP.shape[:2] != shape[:2] or w_BTP.dtype is not torch.float32 or not w_BTP.is_contiguous():
             w_BTP = self._by_token(shape).to(torch.float32).expand(num_tokens, -1).contiguous()
-        table = ctypes.addressof(self.stack.table(num_tokens, hidden_NS.stride(0)))
-        function("mix", dtype)(table, hidden_NS.data_ptr(), w_BTP.data_ptr(), y_BTO.data_ptr())
-        return True
+        table = self.stack.table(num_tokens, stride)
+        mix = function("mix", self.dtype, table.owned[1].dtype)
+        mix(ctypes.addressof(table), read.data_ptr(), w_BTP.data_ptr(), y_BTO.data_ptr())
 
     def plus(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
         """In y's own memory where autograd allows that: no layer needs its own output for its gradients."""

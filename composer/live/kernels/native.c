@@ -1,12 +1,12 @@
 /* y += sum over the rank rows s of a row's mixture of w_s (a_s . x) b_s, as `naive.py` has it.
 
    All a_s . x come first, then the sums, factor by factor: each is read once, in the order of memory, for all tokens that use
-   it. Sums and weights are in fp32, whatever the factors are stored in; y is rounded once. A row's numbers do not depend on
-   the other rows. `native_rows.py` compiles this file and says what the fields hold. */
+   it. Sums and weights are in fp32, whatever the factors are stored in, and in one order; y is rounded once. A row's numbers
+   do not depend on the other rows. `native_rows.py` compiles this file and says what the fields hold. */
 
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512BF16__
+#if defined(__F16C__) || defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
@@ -18,7 +18,14 @@ typedef struct {
     float *work;            /* of each token: num_outputs, and one for each rank row that it uses */
 } Table;
 
-typedef uint16_t bf16;
+typedef uint16_t bf16, f16;
+typedef float f32;
+
+/* sixteen numbers at once, of a processor whose registers hold fewer in several of them */
+#define LANES 16
+typedef float lanes __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 static inline float widen_bf16(bf16 value) {
     uint32_t bits = (uint32_t)value << 16;
@@ -37,49 +44,93 @@ static inline bf16 round_bf16(float value) {
 static inline float widen_f32(float value) { return value; }
 static inline float round_f32(float value) { return value; }
 
+static inline lanes load_f32(const float *from) {
+    lanes found;
+    memcpy(&found, from, sizeof found);
+    return found;
+}
+
+static inline void store_f32(float *to, lanes values) { memcpy(to, &values, sizeof values); }
+
+static inline lanes load_bf16(const bf16 *from) {
+    halves found;
+    memcpy(&found, from, sizeof found);
+    return (lanes)(__builtin_convertvector(found, words) << 16);
+}
+
+static inline void store_bf16(bf16 *to, lanes values) {
+    halves found = __builtin_convertvector((words)values >> 16, halves);
+    memcpy(to, &found, sizeof found);
+}
+
+#ifdef __F16C__
+static inline float widen_f16(f16 value) { return _cvtsh_ss(value); }
+
+static inline lanes load_f16(const f16 *from) {
+#ifdef __AVX512F__
+    return (lanes)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#else
+    __m256 found[2] = {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)),
+                       _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from + 1))};
+    return load_f32((const float *)found);
+#endif
+}
+
+static inline void store_f16(f16 *to, lanes values) {
+#ifdef __AVX512F__
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT));
+#else
+    float wide[LANES];
+    store_f32(wide, values);
+    for (int64_t i = 0; i < LANES; i += 8)
+        _mm_storeu_si128((__m128i *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(wide + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+}
+#endif
+
+static inline float sum_of(lanes values) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int k = 0; k < half; k++) values[k] += values[k + half];
+    return values[0];
+}
+
 /* what is read next comes from memory, four rank rows of it, while the processor is busy with these */
 static inline void fetch(const void *start, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)start + at, 0, 3);
 }
 
-#define DOT(T) \
-    static inline float dot_##T(const T *restrict a, const T *restrict x, int64_t n) { \
-        float sum = 0; \
-        _Pragma("omp simd reduction(+ : sum)") \
-        for (int64_t i = 0; i < n; i++) sum += widen_##T(a[i]) * widen_##T(x[i]); \
-        return sum; \
-    } \
-    static inline void dots_##T(const T *restrict a, const T *restrict x, int64_t n, float *restrict h) { \
-        const T *restrict a1 = a + n, *restrict a2 = a1 + n, *restrict a3 = a2 + n; \
-        float s0 = 0, s1 = 0, s2 = 0, s3 = 0; \
-        _Pragma("omp simd reduction(+ : s0, s1, s2, s3)") \
-        for (int64_t i = 0; i < n; i++) { \
-            float xi = widen_##T(x[i]); \
-            s0 += widen_##T(a[i]) * xi; \
-            s1 += widen_##T(a1[i]) * xi; \
-            s2 += widen_##T(a2[i]) * xi; \
-            s3 += widen_##T(a3[i]) * xi; \
+/* F is what factors are stored in, T what x and y are */
+#define DOT(F, T) \
+    static inline void dots_##F##_##T(const F *restrict a, const T *restrict x, int64_t n, int num, float *restrict h) { \
+        lanes sums[4] = {{0}}; \
+        int64_t i = 0; \
+        for (; i + LANES <= n; i += LANES) { \
+            const lanes xi = load_##T(x + i); \
+            for (int k = 0; k < num; k++) sums[k] += load_##F(a + k * n + i) * xi; \
         } \
-        h[0] = s0, h[1] = s1, h[2] = s2, h[3] = s3; \
+        for (int k = 0; k < num; k++) { \
+            float rest = 0; \
+            for (int64_t j = i; j < n; j++) rest += widen_##F(a[k * n + j]) * widen_##T(x[j]); \
+            h[k] = sum_of(sums[k]) + rest; \
+        } \
     }
 
-#define ADD(T) \
-    static inline void add_one_##T(float *restrict sums, const T *restrict b, int64_t n, float h) { \
-        _Pragma("omp simd") \
-        for (int64_t o = 0; o < n; o++) sums[o] += h * widen_##T(b[o]); \
+#define ADD(F, T) \
+    static inline void add_rows_##F##_##T(float *restrict sums, const F *restrict b, int64_t n, int num, const float *h) { \
+        int64_t o = 0; \
+        for (; o + LANES <= n; o += LANES) { \
+            lanes sum = load_f32(sums + o); \
+            for (int k = 0; k < num; k++) sum += h[k] * load_##F(b + k * n + o); \
+            store_f32(sums + o, sum); \
+        } \
+        for (; o < n; o++) \
+            for (int k = 0; k < num; k++) sums[o] += h[k] * widen_##F(b[k * n + o]); \
     } \
-    static inline void add_four_##T(float *restrict sums, const T *restrict b, int64_t n, const float *restrict h) { \
-        const T *restrict b1 = b + n, *restrict b2 = b1 + n, *restrict b3 = b2 + n; \
-        const float h0 = h[0], h1 = h[1], h2 = h[2], h3 = h[3]; \
-        _Pragma("omp simd") \
-        for (int64_t o = 0; o < n; o++) \
-            sums[o] += h0 * widen_##T(b[o]) + h1 * widen_##T(b1[o]) + h2 * widen_##T(b2[o]) + h3 * widen_##T(b3[o]); \
-    } \
-    void add_##T(const Table *t, const T *restrict x, T *restrict y) { \
+    void add_##F##_##T(const Table *t, const T *restrict x, T *restrict y) { \
         const int64_t num_tokens = t->num_tokens, in = t->num_inputs, out = t->num_outputs; \
         const int64_t num_sums = t->num_rows * num_tokens * out; \
         float *restrict sums = t->work, *restrict h = sums + num_sums; \
-        const T *a = t->a, *b = t->b; \
+        const F *a = t->a, *b = t->b; \
         const int64_t *counts = t->counts, *starts = counts + t->num_factors, *rows = starts + t->num_factors + 1; \
         for (int64_t f = 0; f < t->num_factors; a += counts[f++] * in) \
             for (int64_t r = 0, n; r < counts[f]; r += n) { \
@@ -87,8 +138,8 @@ static inline void fetch(const void *start, int64_t bytes) {
                 fetch(a + (r + n) * in, n * in * sizeof *a); \
                 for (int64_t u = starts[f]; u < starts[f + 1]; u++) \
                     for (int64_t token = rows[u] * num_tokens, k = 0; k < num_tokens; token++, k++, h += n) { \
-                        if (n == 4) dots_##T(a + r * in, x + token * in, in, h); \
-                        else *h = dot_##T(a + r * in, x + token * in, in); \
+                        if (n == 4) dots_##F##_##T(a + r * in, x + token * in, in, 4, h); \
+                        else dots_##F##_##T(a + r * in, x + token * in, in, 1, h); \
                         for (int64_t i = 0; i < n; i++) h[i] *= t->weights[u]; \
                     } \
             } \
@@ -101,62 +152,90 @@ static inline void fetch(const void *start, int64_t bytes) {
                 fetch(b + (r + n) * out, n * out * sizeof *b); \
                 for (int64_t u = starts[f]; u < starts[f + 1]; u++) \
                     for (int64_t token = rows[u] * num_tokens, k = 0; k < num_tokens; token++, k++, h += n) { \
-                        if (n == 4) add_four_##T(sums + token * out, b + r * out, out, h); \
-                        else add_one_##T(sums + token * out, b + r * out, out, *h); \
+                        if (n == 4) add_rows_##F##_##T(sums + token * out, b + r * out, out, 4, h); \
+                        else add_rows_##F##_##T(sums + token * out, b + r * out, out, 1, h); \
                     } \
             } \
         _Pragma("omp simd") \
         for (int64_t o = 0; o < num_sums; o++) y[o] = round_##T(widen_##T(y[o]) + sums[o]); \
     }
 
-/* y += (hidden * w) b, of the hidden values of num_rows tokens, a row every num_inputs: w has a number for each token and
-   factor, and what counts 0 adds nothing, whatever its value */
-#define MIX(T) \
-    void mix_##T(const Table *t, const T *restrict hidden, const float *restrict w, T *restrict y) { \
-        const int64_t num_tokens = t->num_rows, out = t->num_outputs, num_sums = num_tokens * out; \
-        float *restrict sums = t->work; \
-        const T *b = t->b; \
+/* y += (hidden * w) b of num_rows tokens: w has a number for each token and factor, and what counts 0 adds nothing, whatever
+   its value. x has inputs a row, whose hidden values are x a^T; without an a, it has the hidden values, a row every
+   num_inputs */
+#define MIX(F, T) \
+    void mix_##F##_##T(const Table *t, const T *restrict x, const float *restrict w, T *restrict y) { \
+        const int64_t num_tokens = t->num_rows, in = t->num_inputs, out = t->num_outputs, num_sums = num_tokens * out; \
+        float *restrict sums = t->work, *restrict h = sums + num_sums; \
+        const F *a = t->a, *b = t->b; \
+        for (int64_t f = 0; f < t->num_factors && a; a += t->counts[f++] * in) \
+            for (int64_t r = 0, n; r < t->counts[f]; r += n) { \
+                n = t->counts[f] - r < 4 ? 1 : 4; \
+                fetch(a + (r + n) * in, n * in * sizeof *a); \
+                for (int64_t token = 0; token < num_tokens; token++, h += n) { \
+                    if (w[token * t->num_factors + f] == 0) continue; \
+                    if (n == 4) dots_##F##_##T(a + r * in, x + token * in, in, 4, h); \
+                    else dots_##F##_##T(a + r * in, x + token * in, in, 1, h); \
+                } \
+            } \
         for (int64_t o = 0; o < num_sums; o++) sums[o] = -0.0f; \
-        for (int64_t f = 0; f < t->num_factors; b += t->counts[f] * out, hidden += t->counts[f++]) \
+        h = sums + num_sums; \
+        for (int64_t f = 0; f < t->num_factors; b += t->counts[f] * out, x += a ? 0 : t->counts[f], f++) \
             for (int64_t r = 0, n; r < t->counts[f]; r += n) { \
                 n = t->counts[f] - r < 4 ? 1 : 4; \
                 fetch(b + (r + n) * out, n * out * sizeof *b); \
-                for (int64_t token = 0; token < num_tokens; token++) { \
+                for (int64_t token = 0; token < num_tokens; token++, h += n) { \
                     const float weight = w[token * t->num_factors + f]; \
-                    float h[4]; \
+                    float own[4]; \
                     if (weight == 0) continue; \
-                    for (int64_t i = 0; i < n; i++) h[i] = weight * widen_##T(hidden[token * t->num_inputs + r + i]); \
-                    if (n == 4) add_four_##T(sums + token * out, b + r * out, out, h); \
-                    else add_one_##T(sums + token * out, b + r * out, out, *h); \
+                    for (int64_t i = 0; i < n; i++) own[i] = weight * (a ? h[i] : widen_##T(x[token * in + r + i])); \
+                    if (n == 4) add_rows_##F##_##T(sums + token * out, b + r * out, out, 4, own); \
+                    else add_rows_##F##_##T(sums + token * out, b + r * out, out, 1, own); \
                 } \
             } \
         _Pragma("omp simd") \
         for (int64_t o = 0; o < num_sums; o++) y[o] = round_##T(widen_##T(y[o]) + sums[o]); \
     }
 
-#define f32 float
-DOT(f32)
-ADD(f32)
-MIX(f32)
+/* whether n numbers, a multiple of LANES, are all the same in the shorter form, in which they are written as far as they are */
+#define NARROW(F) \
+    int narrow_##F(const float *restrict from, F *restrict to, int64_t n) { \
+        for (int64_t i = 0; i < n; i += LANES) { \
+            const lanes values = load_f32(from + i); \
+            store_##F(to + i, values); \
+            const words other = (words)(load_##F(to + i) != values); \
+            uint32_t any = 0; \
+            for (int k = 0; k < LANES; k++) any |= other[k]; \
+            if (any) return 0; \
+        } \
+        return 1; \
+    }
+
+#define ALL(F, T) \
+    DOT(F, T) \
+    ADD(F, T) \
+    MIX(F, T)
+
+ALL(f32, f32)
+ALL(bf16, f32)
+NARROW(bf16)
+#ifdef __F16C__
+ALL(f16, f32)
+NARROW(f16)
+#endif
 
 #ifdef __AVX512BF16__
-static inline float dot_bf16(const bf16 *restrict a, const bf16 *restrict x, int64_t n) {
-    float sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += widen_bf16(a[i]) * widen_bf16(x[i]);
-    return sum;
-}
-
-static inline void dots_bf16(const bf16 *restrict a, const bf16 *restrict x, int64_t n, float *restrict h) {
+static inline void dots_bf16_bf16(const bf16 *restrict a, const bf16 *restrict x, int64_t n, int num, float *restrict h) {
     __m512 s[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t i = 0; i < n; i += 32) {
         const __mmask32 there = n - i < 32 ? (1u << (n - i)) - 1 : 0xffffffff;
         const __m512bh xi = (__m512bh)_mm512_maskz_loadu_epi16(there, x + i);
-        for (int k = 0; k < 4; k++) s[k] = _mm512_dpbf16_ps(s[k], (__m512bh)_mm512_maskz_loadu_epi16(there, a + k * n + i), xi);
+        for (int k = 0; k < num; k++) s[k] = _mm512_dpbf16_ps(s[k], (__m512bh)_mm512_maskz_loadu_epi16(there, a + k * n + i), xi);
     }
-    for (int k = 0; k < 4; k++) h[k] = _mm512_reduce_add_ps(s[k]);
+    for (int k = 0; k < num; k++) h[k] = _mm512_reduce_add_ps(s[k]);
 }
 #else
-DOT(bf16)
+DOT(bf16, bf16)
 #endif
-ADD(bf16)
-MIX(bf16)
+ADD(bf16, bf16)
+MIX(bf16, bf16)

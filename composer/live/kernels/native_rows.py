@@ -1,7 +1,8 @@
 """Per-row mixtures of few tokens in one call of compiled code: no casts, no copies by row, no zeros to fill ranks up.
 
-The factors of a batch lie side by side, each once, in the layer's own dtype; each row adds up its own in fp32. What
-`_formula` says in PyTorch is what `native.c` calculates; without a compiler this path is not offered.
+The factors of a batch lie side by side, each once, in the layer's own dtype, or in 16 bits where these hold the same
+numbers; each row adds up its own in fp32. What `_formula` says in PyTorch is what `native.c` calculates; without a compiler
+this path is not offered.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class NativeRows(RowKernel):
     a_DI: Tensor
     b_DO: Tensor
     entries: tuple[tuple[tuple[int, int, float], ...], ...]
+    dtype: torch.dtype
 
     @staticmethod
     def cost(work: Workload) -> Cost | None:
@@ -62,14 +64,13 @@ class NativeRows(RowKernel):
         for place in used:
             firsts[place] = first
             first += parts[place].a_RI.shape[0]
-        a_DI = _joined([parts[place].a_RI for place in used], first, dtype, lend)
-        b_DO = _joined([parts[place].b_RO for place in used], first, dtype, lend)
         entries = tuple(tuple((firsts[p], parts[p].a_RI.shape[0], weight) for p, weight in row) for row in rows)
-        return cls(a_DI, b_DO, entries)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.a_DI.dtype
+        factors = [parts[place].a_RI for place in used], [parts[place].b_RO for place in used]
+        # the first tells mostly what a look at all would
+        short = used and dtype is torch.float32 and _native.shorten(factors[0][0])
+        joined = _native.shorten(*map(torch.cat, factors)) if short else None
+        a_DI, b_DO = joined or [_joined(each, first, dtype, lend) for each in factors]
+        return cls(a_DI, b_DO, entries, dtype)
 
     @property
     def num_bytes(self) -> int:
@@ -85,7 +86,7 @@ class NativeRows(RowKernel):
         self.adder(y_BTO.dtype, x_BTI.shape)(x_BTI, y_BTO)
 
     def adder(self, dtype: torch.dtype, shape: torch.Size) -> Adder:
-        add = _native.function("add", dtype)
+        add = _native.function("add", dtype, self.a_DI.dtype)
         if add is None or dtype is not self.dtype:
             return self._add_formula
         address = ctypes.addressof(self._table(shape[0] * shape[1] // len(self.entries)))
@@ -155,7 +156,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad_BTO: Tensor) -> tuple[Tensor, None]:
         kernel = ctx.kernel
         # as a product with a gradient of its own, for those who differentiate twice
-        return _Product.apply(grad_BTO, NativeRows(kernel.b_DO, kernel.a_DI, kernel.entries)), None  # type: ignore[no-untyped-call]
+        return _Product.apply(grad_BTO, NativeRows(kernel.b_DO, kernel.a_DI, kernel.entries, kernel.dtype)), None  # type: ignore[no-untyped-call]
 
 
 def _joined(factors: Sequence[Tensor], num_ranks: int, dtype: torch.dtype, lend: Lend | None) -> Tensor:

@@ -67,7 +67,7 @@ def test_it_is_the_formula_rounded_once(dtype, sizes, tokens):
             reach[row] += abs(weight) * (x[row].double().abs() @ a.abs().T) @ b.abs()
     found = y.clone()
     kernel = NativeRows.of(parts, rows, dtype)
-    assert _native.function("add", dtype) is not None
+    assert _native.function("add", dtype, dtype) is not None
     kernel.adder(dtype, x.shape)(x, found)
     # sums in fp32 are off by units of what is summed, the result by half a unit of itself
     assert bool(((found.double() - wanted).abs() <= 64 * 2.0**-24 * reach + ULP[dtype] * wanted.abs()).all())
@@ -88,6 +88,62 @@ def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(dtype):
         if rows[row]:
             NativeRows.of(parts, (rows[row],), dtype).adder(dtype, alone.shape)(x[row : row + 1], alone)
         assert torch.equal(alone[0], together[row])
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(("stored", "scale"), [(torch.float16, 1.0), (torch.bfloat16, 1e-6)])
+def test_factors_in_fp32_are_read_in_16_bits_where_these_hold_them_and_no_bit_changes(monkeypatch, stored, scale):
+    if _native.function("add", torch.float32, stored) is None:
+        pytest.skip(f"this processor does not read {stored}")
+    parts, rows = mixtures(torch.float32, 80, 48)
+    short = [PlacedFactors(*((scale * each).to(stored).float() for each in (part.a_RI, part.b_RO))) for part in parts]
+    x, y = torch.randn(4, 2, 80), torch.randn(4, 2, 48)
+
+    def added(parts, rows=rows):
+        kernel, found = NativeRows.of(parts, rows, torch.float32), y[: len(rows)].clone()
+        kernel.adder(torch.float32, x[: len(rows)].shape)(x[: len(rows)], found)
+        torch.testing.assert_close(found, y[: len(rows)] + kernel._formula(x[: len(rows)]))
+        return kernel.a_DI.dtype, kernel.b_DO.dtype, kernel.dtype, found
+
+    *dtypes, found = added(short)
+    assert dtypes == [stored, stored, torch.float32]
+    # beside one that has more bits all are in fp32
+    *dtypes, beside = added([*short[:3], parts[3]])
+    assert dtypes == [torch.float32] * 3
+    assert torch.equal(beside[::2], found[::2])
+    assert added(short, rows[:1])[-1].equal(found[:1])
+    monkeypatch.setattr(_native, "shorten", lambda *_: None)
+    assert torch.equal(added(short)[-1], found)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(
+    ("value", "stored"),
+    [
+        (1 + 2.0**-10, torch.float16),
+        (2.0**-24, torch.float16),
+        (-65504.0, torch.float16),
+        (2.0**-25, torch.bfloat16),
+        (65536.0, torch.bfloat16),
+        (1 + 2.0**-11, None),
+        (1 + 2.0**-23, None),
+        (float("nan"), None),
+    ],
+)
+def test_numbers_are_shortened_only_where_all_stay_what_they_are(value, stored):
+    numbers = torch.tensor([0.0, -0.0, 1.0, -3.0]).repeat(8, 4)
+    numbers[5, 7] = value
+    if stored is not None and _native.function("add", torch.float32, stored) is None:
+        pytest.skip(f"this processor does not read {stored}")
+    found = _native.shorten(torch.ones(1, 16), numbers)
+    if stored is None:
+        assert found is None
+        return
+    assert [each.dtype for each in found] == [stored, stored]
+    assert torch.equal(found[1].float(), numbers)
+    assert torch.equal(found[1].signbit(), numbers.signbit())
+    assert _native.shorten(numbers[:, :15]) is None
+    assert _native.shorten(numbers.double()) is None
 
 
 @needs_a_compiler
@@ -156,11 +212,15 @@ def test_it_is_chosen_for_few_tokens_where_it_runs_and_left_where_torch_has_many
 
 @needs_a_compiler
 @pytest.mark.parametrize("known", ["nothing", "hidden values", "one mixture for all"])
+@pytest.mark.parametrize("sizes", [(65, 33), (64, 48)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_by_token_are_the_formula_and_zero_adds_nothing_of_what_has_overflowed(dtype, known):
-    ranks, (inputs, outputs) = (8, 3, 1), (65, 33)
+def test_weights_by_token_are_the_formula_and_zero_adds_nothing_of_what_has_overflowed(dtype, sizes, known):
+    ranks, (inputs, outputs) = (8, 3, 1), sizes
     parts, _ = mixtures(dtype, inputs, outputs, ranks)
+    if inputs == 64:
+        parts = [PlacedFactors(part.a_RI.bfloat16().to(dtype), part.b_RO.bfloat16().to(dtype)) for part in parts]
     stack = Stack.of(parts, dtype)
+    assert (stack.short is not None) == (dtype is torch.float32 and inputs == 64)
     generator = torch.Generator().manual_seed(1)
     x, y = (torch.randn(3, 2, size, generator=generator).to(dtype) for size in (inputs, outputs))
     shape = (1, 1, 3) if known == "one mixture for all" else (3, 2, 3)
@@ -175,7 +235,7 @@ def test_weights_by_token_are_the_formula_and_zero_adds_nothing_of_what_has_over
         wanted += w[..., place, None].double() * ((x.double() @ a.T) @ b)
         reach += w[..., place, None].double().abs() * ((x.double().abs() @ a.abs().T) @ b.abs())
     found = y.clone()
-    assert kernel._added(x.flatten(0, 1) @ stack.a_SI.T, x.shape, y.clone())
+    assert kernel._runs_native(x, y)
     kernel.add_(x, found)
     # the hidden values are rounded to the dtype, as a layer's are
     bound = (64 * 2.0**-24 + ULP[dtype]) * reach + ULP[dtype] * wanted.abs()
