@@ -67,7 +67,7 @@ class NativeRows(RowKernel):
         entries = tuple(tuple((firsts[p], parts[p].a_RI.shape[0], weight) for p, weight in row) for row in rows)
         factors = [parts[place].a_RI for place in used], [parts[place].b_RO for place in used]
         # the first tells mostly what a look at all would
-        short = used and dtype is torch.float32 and _native.shorten(factors[0][0])
+        short = dtype is torch.float32 and _native.shorten(factors[0][0])
         joined = _native.shorten(*map(torch.cat, factors)) if short else None
         a_DI, b_DO = joined or [_joined(each, first, dtype, lend) for each in factors]
         return cls(a_DI, b_DO, entries, dtype)
