@@ -10,6 +10,11 @@
 #include <immintrin.h>
 #endif
 
+/* no product is fused with the sum it goes to: which ones gcc would fuse depends on the form that factors are stored in */
+#ifndef __clang__
+#pragma GCC optimize("fp-contract=off")
+#endif
+
 typedef struct {
     int64_t num_rows, num_tokens, num_inputs, num_outputs, num_factors;
     const void *a, *b;      /* rank rows of num_inputs, and of num_outputs, one factor's after the other's */
