@@ -5,8 +5,7 @@
 
 A row shows up to eight examples of a task one after the other, and asks for each answer given those before it (MetaICL, Min
 et al. 2022, arXiv 2110.15943). The adapter that ships was made with seed 0 from all 33 tasks, see make_pool.py, and from 85
-of tasks_by_rule.py. An interrupted run goes on where it stopped (--checkpoint). Each adapter takes about 20 minutes of one
-core.
+of tasks_by_rule.py. An interrupted run goes on where it stopped (--checkpoint). It took about 45 minutes of one busy core.
 """
 
 from __future__ import annotations
@@ -88,7 +87,8 @@ def _make(
 
 def _words_and_sentences(data: Path, entries: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     """Common words of three to nine letters, in their order, and sentences of at most nine words."""
-    given = {entry["task"]: [text for text, _ in _rows(data, entry)] for entry in entries}
+    needed = [entry for entry in entries if entry["task"] in (*WORDS, *SENTENCES)]
+    given = {entry["task"]: [text for text, _ in _rows(data, entry)] for entry in needed}
     listed = {word for task in WORDS for text in given[task] for word in text.split(", ")}
     words = sorted(word for word in listed if word.isalpha() and word.islower() and 3 <= len(word) <= 9)
     return words, [text for task in SENTENCES for text in given[task] if len(text.split()) <= 9]

@@ -14,9 +14,9 @@ from loraweave.common import native
 
 SOURCE = Path(__file__).with_name("native.c")
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-# what x and y may be, and what factors are stored in then; float16 where the processor reads it
+# dtypes of x and y, each with those that its factors may be stored in; float16 needs a processor that converts it
 STORED = {torch.float32: (torch.float32, torch.float16, torch.bfloat16), torch.bfloat16: (torch.bfloat16,)}
-# NARROW of native.c takes so many numbers at once
+# as in native.c: NARROW handles this many numbers at once
 LANES = 16
 # beyond, products of matrices are faster
 MOST_TOKENS = 64
@@ -43,18 +43,19 @@ def function(name: str, dtype: torch.dtype, stored: torch.dtype) -> Any:
 
 
 def shorten(*matrices: Tensor) -> list[Tensor] | None:
-    """The same numbers in the first form of 16 bits that has all of them; None where none has, or they are not in fp32.
+    """Returns the fp32 matrices in float16, else in bfloat16, if that changes no number; else None.
 
-    Adapters are mostly kept in such a form, and what a step of few tokens costs is reading them.
+    Most adapters are stored in 16 bits, and a step of few tokens spends its time on reading factors.
     """
     if any(m.dtype is not torch.float32 or not m.is_contiguous() or m.numel() % LANES for m in matrices):
         return None
     for stored in STORED[torch.float32][1:]:
         narrow = getattr(library(), f"narrow_{NAMES[stored]}", None)
+        if narrow is None:
+            continue
         with torch.inference_mode(False):
             found = [torch.empty_like(matrix, dtype=stored) for matrix in matrices]
-        pairs = zip(matrices, found, strict=True)
-        if narrow is not None and all(narrow(m.data_ptr(), short.data_ptr(), m.numel()) for m, short in pairs):
+        if all(narrow(m.data_ptr(), short.data_ptr(), m.numel()) for m, short in zip(matrices, found, strict=True)):
             return found
     return None
 
@@ -81,7 +82,7 @@ def library() -> ctypes.CDLL | None:
     given |= {f"mix_{pair}": [ctypes.c_void_p] * 4 for pair in pairs}
     given |= {f"narrow_{short}": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] for short in ("f16", "bf16")}
     for name, types in given.items():
-        # what is for float16 is not there on every processor
+        # the library has those for float16 only if the processor converts it
         if (made := getattr(found, name, None)) is not None:
             made.argtypes, made.restype = types, ctypes.c_int if name.startswith("narrow") else None
     return found

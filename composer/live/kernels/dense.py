@@ -55,8 +55,7 @@ class Stack:
         return shorten(self.a_SI.contiguous(), self.b_SO)
 
     def table(self, num_tokens: int, stride: int | None) -> Table:
-        """What the compiled library reads for so many tokens: short factors for inputs, with a `stride` what hidden values
-        of one every so many numbers need."""
+        """What the library reads: for inputs, which needs `short`; or, with a `stride`, for hidden values."""
         found = self._tables.get((num_tokens, stride))
         if found is None:
             a_SI, b_SO = self.short or (self.a_SI, self.b_SO)
@@ -148,7 +147,7 @@ class Dense(RowKernel):
         return native_runs(self.stack.b_SO.device, dtype) and not is_watched() and type(y_BTO) is type(x_BTI) is Tensor
 
     def _add_native(self, read: Tensor, stride: int | None, shape: torch.Size, y_BTO: Tensor) -> None:
-        """Adds what inputs of that shape count, of which the library reads these, or their hidden values at a stride."""
+        """Adds the update for inputs of `shape`; the library reads them, or their hidden values if there is a `stride`."""
         num_tokens, w_BTP = shape[0] * shape[1], self.w_BTP
         if w_BTP.shape[:2] != shape[:2] or w_BTP.dtype is not torch.float32 or not w_BTP.is_contiguous():
             w_BTP = self._by_token(shape).to(torch.float32).expand(num_tokens, -1).contiguous()
