@@ -43,9 +43,9 @@ from loraweave.types import Router
 # of a LoRA under demonstrations, a new one and one that begins as the in-context adapter, chosen by leave-one-out on the
 # example pool; as many orders of them in the prompts
 FEW_SHOT = Tuning(steps=10, lr=5e-4, batch_size=2)
-BEGUN = Tuning(steps=8, lr=8e-4, batch_size=1)
+BEGUN = Tuning(steps=6, lr=8e-4, batch_size=1)
 # of a member of an average, where it is not 1; by leave-one-out too
-SHARES = {"few_shot": 2.0, "program": 2.0}
+SHARES = {"few_shot": 3.0, "program": 3.0}
 # of a LoRA on many examples
 LONG = Tuning(steps=80, lr=3e-3, batch_size=8)
 ORDERS = 3
