@@ -54,7 +54,7 @@ def test_the_members_are_what_their_methods_compose_alone(compose_on, task):
     assert found.members["gradient"].task == task
     assert found.members["few_shot"].task == lw.Task(EXAMPLES, instruction="swap", demonstrations=True, orders=ORDERS)
     assert found.losses() == pytest.approx(
-        [(a + 2 * b) / 3 for a, b in zip(gradient.losses(), few_shot.losses(), strict=True)], rel=1e-5
+        [(a + 3 * b) / 4 for a, b in zip(gradient.losses(), few_shot.losses(), strict=True)], rel=1e-5
     )
 
 
@@ -153,7 +153,7 @@ def test_an_average_has_no_adapter_and_says_where_one_is(compose, tmp_path):
             act()
     assert "the average of gradient and few_shot" in repr(found)
     weights = found.members["gradient"].mean_weights
-    assert found.mean_weights == pytest.approx({name: weight / 3 for name, weight in weights.items()})
+    assert found.mean_weights == pytest.approx({name: weight / 4 for name, weight in weights.items()})
     report = found.members["few_shot"].export(tmp_path / "out")
     assert len(lw.Adapter.from_pretrained(report.folder).card["prompts"]) == ORDERS
 
@@ -206,7 +206,7 @@ def test_with_folds_the_lowest_loss_on_held_out_examples_is_returned(compose, se
     report = compose(seed=seed, folds=2).report
     held_out = {row.name: row.held_out_loss for row in report.rows}
     assert report.chosen == min(held_out, key=held_out.get)
-    assert held_out["average"] == pytest.approx((held_out["gradient"] + 2 * held_out["few_shot"]) / 3)
+    assert held_out["average"] == pytest.approx((held_out["gradient"] + 3 * held_out["few_shot"]) / 4)
     assert 0.0 <= report["average"].held_out_hits <= 1.0
 
 
