@@ -64,7 +64,7 @@ def test_its_probabilities_are_averaged_after_what_the_first_step_answers(found,
 
 def test_the_loss_of_an_average_is_the_mean_of_its_members_also_of_the_program(found):
     each = [member.losses() for member in found.members.values()]
-    assert found.losses() == pytest.approx([(a + 2 * b + 2 * c) / 5 for a, b, c in zip(*each, strict=True)])
+    assert found.losses() == pytest.approx([(a + 3 * b + 3 * c) / 7 for a, b, c in zip(*each, strict=True)])
 
 
 def test_a_composition_with_a_program_is_kept_whole(found, trained_letters, tokenizer, letter_hub, tmp_path):
