@@ -39,7 +39,7 @@ from benchmarks._run import Table, best_of, console, status_bytes
 from benchmarks._timing import Gate, Way, compare, require, timed
 from loraweave import registry
 from loraweave.common.files import whole_file, write_new
-from loraweave.hub.search import search
+from loraweave.hub.search.keys import digest_of
 from loraweave.hub.search.search import SearchIndex
 from loraweave.hub.stores.blobs import read_blob
 from loraweave.hub.stores.folder_blobs import blob_path
@@ -404,7 +404,7 @@ def fill(folder: Path, records: Sequence[lw.Record], keys_ND: np.ndarray) -> Non
         for one in records:
             rows.put_blob(connection, rows.BlobRow(one.hash, "0" * 64, 1000))
             rows.insert(connection, one)
-        made = [(one.name, search._digest(one), key_D) for one, key_D in zip(records, keys_ND, strict=True)]
+        made = [(one.name, digest_of(one), key_D) for one, key_D in zip(records, keys_ND, strict=True)]
         vectors.write_vectors(connection, Synthetic.id, made)
 
 

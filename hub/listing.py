@@ -110,7 +110,7 @@ class Listing:
         """Whether the hub can be written; reading works either way."""
         return self._catalogue.writable
 
-    def changes(self, embedder_id: str, *, since: int = 0, after: int = 0, limit: int = 4096) -> Changes:
+    def changes(self, embedder_id: str, *, since: int = 0, after: int = 0, limit: int = 256) -> Changes:
         """The next `limit` adapters above seq `after` that changed later than generation `since`; since 0 it is all."""
         with self._catalogue.reading() as connection:
             where = self._catalogue.where

@@ -14,7 +14,8 @@ from loraweave.common.options import Declared
 from loraweave.errors import HubError, LoraweaveError, RetrievalError
 from loraweave.hub.embedders._embedder import unit
 from loraweave.hub.hub import Hub
-from loraweave.hub.search.search import MAX_SAMPLE_INPUTS, SearchIndex
+from loraweave.hub.search.keys import MAX_SAMPLE_INPUTS
+from loraweave.hub.search.search import SearchIndex
 from loraweave.retrieval.request import Query
 from loraweave.types import Record
 

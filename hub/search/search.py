@@ -1,47 +1,35 @@
-"""Finding adapters by what they do: a key per adapter, an index over the keys, and the reasons for a hit.
+"""Finding adapters by what they do: an index over their keys, and the reasons for a hit.
 
-The scheme is LoraRetriever's (Zhao et al. 2024): an adapter's key is the mean embedding of sample inputs, the query is
-the embedding of the input at hand, the score their inner product. Unlike the original, keys have unit norm again: the
-norm of a mean grows with how alike the samples are, so that it would favour narrow adapters (recall@1 on the pool's
-training inputs .49 without, .58 with). The catalogue is the truth: the index follows its log of changes, and a large one is
-kept as a file below the hub's index/, or in the cache where the hub cannot be written, which the next process maps.
+The query is the embedding of the input at hand, the score its inner product with a key. The catalogue is the truth: the
+index follows its log of changes, and a large one is kept as a file below the hub's index/, or in the cache where the hub
+cannot be written, which the next process maps.
 """
 
 from __future__ import annotations
 
 import logging
 import operator
-import sys
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from json.encoder import encode_basestring_ascii
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from loraweave.common.checks import is_number
-from loraweave.common.names import text_digest
 from loraweave.common.process import lock_of
 from loraweave.errors import HubError, RetrievalError
-from loraweave.hub.embedders._embedder import Embedder, embed_checked, embedder_of, excerpt, unit
+from loraweave.hub.embedders._embedder import Embedder, embed_checked, embedder_of, excerpt
 from loraweave.hub.indexes._vectors import index_choice
 from loraweave.hub.listing import Listing
+from loraweave.hub.search.keys import Embed, digest_of, made_keys, texts_of
 from loraweave.hub.search.segments import MAX_LATE, MIN_SAVED, Hits, Keys, Stamp, load, places, save
 from loraweave.hub.stores.protocols import VectorSearch
 from loraweave.hub.tables.filtering import Filters
 from loraweave.hub.tables.rows import Said
 from loraweave.types import Candidate, Record
-
-# The description's share of a key. The largest that costs queries by inputs nothing on the pool's training rows, while
-# queries by another wording of it find the adapter first in .68 instead of .19 of the cases (benchmarks/retrieval.py).
-# 0.5 would give .87, but lose .02 of recall@1 from one input.
-DESCRIPTION_WEIGHT = 0.3
-
-# more sample inputs hardly move a mean, but each costs an embedding
-MAX_SAMPLE_INPUTS = 50
 
 # adapters whose sample inputs stay embedded for the evidence: 50 x 384 x 4 bytes = 77 kB each at most
 NUM_EVIDENCE_CACHED = 1024
@@ -49,11 +37,8 @@ NUM_EVIDENCE_CACHED = 1024
 # of the nearest, so many more than four times those wanted are tried on a filter
 _NUM_TRIED = 32
 
-# adapters whose keys are one piece of work
-NUM_SPREAD = 64
-
-# adapters whose keys are stored at a time: a first search that is interrupted keeps what it has
-_BATCH = 500
+# adapters without a key that are gathered over pages, so that there is work for many workers
+_MANY_MISSING = 4096
 
 # records that a snapshot keeps, and that a database is asked for at a time
 _MAX_RECORDS = 4096
@@ -62,11 +47,6 @@ _logger = logging.getLogger(__name__)
 
 # all adapters that are not in quarantine
 NO_FILTERS = Filters()
-
-# what a key is made of
-Spoken = Record | Said
-
-_Embed = Callable[[tuple[str, ...]], np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +66,14 @@ class _Snapshot:
     generation: int
     keys: Keys
     records: dict[int, Record]
+
+
+class _Missing(NamedTuple):
+    """An adapter without a stored key: what it says, the digest of that, and where its key goes."""
+
+    said: Said
+    digest: str
+    key_D: np.ndarray
 
 
 def search(
@@ -178,7 +166,7 @@ class SearchIndex:
 
     def samples(self, record: Record) -> np.ndarray:
         """The record's sample inputs (M, D), embedded once for its key, its evidence and whoever asks."""
-        kinds, texts = zip(*_texts(record), strict=True)
+        kinds, texts = zip(*texts_of(record), strict=True)
         rows_ND: np.ndarray = self._embedded(texts)[[kind == "sample input" for kind in kinds]]
         return rows_ND
 
@@ -195,8 +183,8 @@ class SearchIndex:
             generation = self.hub.generation
             while generation != self._ready and (records := database.unready(self.embedder.id, _MAX_RECORDS)):
                 _logger.info("embedding %d adapters with %s", len(records), self.embedder.id)
-                for part, made in self._made(records):
-                    stored = [(record.name, _digest(record), key_D) for record, key_D in zip(part, made, strict=True)]
+                for part, made in made_keys(self._embedded, self._given, records):
+                    stored = [(record.name, digest_of(record), key_D) for record, key_D in zip(part, made, strict=True)]
                     self.hub.store_vectors(self.embedder.id, stored)
                 generation = self.hub.generation
             self._ready = generation
@@ -207,13 +195,13 @@ class SearchIndex:
         found = []
         for query_D in query_QD:
             nearest = database.nearest(self.embedder.id, query_D, k, seqs)
-            if nearest is None or any(near.text_digest != _digest(near.record) for near in nearest):
+            if nearest is None or any(near.text_digest != digest_of(near.record) for near in nearest):
                 return None
             found.append([Hit(near.record, near.score, near.key_D) for near in nearest])
         return found
 
     def _evidence(self, query_D: np.ndarray, record: Record) -> str:
-        kinds, texts = zip(*_texts(record), strict=True)
+        kinds, texts = zip(*texts_of(record), strict=True)
         scores_N = self._embedded(texts).astype(np.float64) @ query_D
         best = int(np.argmax(scores_N))
         return f"{kinds[best]} {excerpt(texts[best])!r} ({scores_N[best]:.2f})"
@@ -284,7 +272,8 @@ class SearchIndex:
         gone, records = [], dict(old.records)
         seqs: list[int] = []
         # where all are read they have their place from the start: a copy of all keys would be a tenth of the work
-        keys_ND = np.empty((0 if old.generation else len(self.hub), self.embedder.dim), np.float32)
+        room_ND = np.empty((0 if old.generation else len(self.hub), self.embedder.dim), np.float32)
+        parts, missing = [room_ND[:0]], []
         first, after = None, 0
         while True:
             changes = self.hub.changes(self.embedder.id, since=old.generation, after=after)
@@ -296,15 +285,20 @@ class SearchIndex:
                     records.pop(change.seq, None)
                     gone.append(change.seq)
             present = {change.seq: (change.said, change.vector) for change in changes.page if change.said is not None}
-            known = len(seqs)
+            part_ND = room_ND[len(seqs) : len(seqs) + len(present)]
+            if len(part_ND) < len(present):
+                part_ND = np.empty((len(present), self.embedder.dim), np.float32)
+            parts.append(part_ND)
             seqs += present
-            if len(keys_ND) < len(seqs):
-                keys_ND = np.concatenate([keys_ND[:known], np.empty((len(present), self.embedder.dim), np.float32)])
-            self._fill(keys_ND[known : len(seqs)], present.values())
+            missing += self._fill(part_ND, present.values())
+            if len(missing) >= _MANY_MISSING or not changes.page:
+                self._make(missing)
+                missing = []
             if not changes.page:
                 break
             after = changes.page[-1].seq
-        followed = old.keys.changed(np.array(gone, np.int64), np.array(seqs, np.int64), keys_ND[: len(seqs)])
+        keys_ND = room_ND[: len(seqs)] if len(seqs) <= len(room_ND) else np.concatenate(parts)
+        followed = old.keys.changed(np.array(gone, np.int64), np.array(seqs, np.int64), keys_ND)
         if len(followed) != changes.num_adapters and changes.generation == first.generation and old.generation:
             # a catalogue that was put back from a copy and has gone another way since has the same identity
             return self._follow(self._empty())
@@ -322,27 +316,32 @@ class SearchIndex:
         opened = self._load(place) if save(place, keys, stamp) else None
         return replace(snapshot, keys=opened[0]) if opened and opened[1] == stamp else snapshot
 
-    def _fill(self, keys_ND: np.ndarray, present: Collection[tuple[Said, tuple[str, np.ndarray] | None]]) -> None:
-        """Writes the key of every one: a stored one where its texts are unchanged, else made and stored."""
+    def _fill(self, keys_ND: np.ndarray, present: Collection[tuple[Said, tuple[str, np.ndarray] | None]]) -> list[_Missing]:
+        """Writes the stored key of each whose texts are unchanged; gives those that have none."""
         keys: list[np.ndarray] = []
-        missing: dict[str, tuple[int, Said, str]] = {}
+        missing = []
         for said, stored in present:
-            digest = _digest(said)
+            digest = digest_of(said)
             for known in (stored, self._unstored.get(said.name)) if self._unstored else (stored,):
                 if known is not None and known[0] == digest and known[1].size == self.embedder.dim:
                     keys.append(known[1])
                     break
             else:
-                keys.append(np.empty(self.embedder.dim, np.float32))
-                missing[said.name] = len(keys) - 1, said, digest
-        if missing:
-            _logger.info("embedding %d of %d adapters with %s", len(missing), len(present), self.embedder.id)
-            for part, made in self._made([said for _, said, _ in missing.values()]):
-                for one, key_D in zip(part, made, strict=True):
-                    keys[missing[one.name][0]][:] = key_D
-                rows = [missing[one.name] for one in part]
-                self._store([(said.name, digest, keys[place]) for place, said, digest in rows])
+                missing.append(_Missing(said, digest, keys_ND[len(keys)]))
+                keys.append(keys_ND[len(keys)])
         np.concatenate([np.empty(0, np.float32), *keys], out=keys_ND.reshape(-1))
+        return missing
+
+    def _make(self, missing: Sequence[_Missing]) -> None:
+        """Writes and stores the keys of those that have none."""
+        if missing:
+            _logger.info("embedding %d adapters with %s", len(missing), self.embedder.id)
+        by_name = {one.said.name: one for one in missing}
+        for part, made in made_keys(self._embedded, self._given, [one.said for one in missing]):
+            ready = [by_name[said.name] for said in part]
+            for one, key_D in zip(ready, made, strict=True):
+                one.key_D[:] = key_D
+            self._store([(one.said.name, one.digest, key_D) for one, key_D in zip(ready, made, strict=True)])
 
     def _store(self, made: list[tuple[str, str, np.ndarray]]) -> None:
         try:
@@ -352,62 +351,12 @@ class SearchIndex:
             _logger.info("%d embeddings are not stored: %s", len(made), error)
             self._unstored = {**self._unstored, **{name: (digest, key_D) for name, digest, key_D in made}}
 
-    def _made(self, records: Sequence[Spoken]) -> Iterator[tuple[Sequence[Spoken], list[np.ndarray]]]:
-        """The keys of some records at a time; those of many by the workers that `joblib.parallel_config` names, if any."""
-        if len(records) > NUM_SPREAD:
-            # with torch, which a search by another embedder can do without
-            from loraweave.common.spread import processes_here
-
-            if processes_here(None) is not None:
-                yield from _spread_keys(self._given, records)
-                return
-        for start in range(0, len(records), _BATCH):
-            part = records[start : start + _BATCH]
-            yield part, _keys_of(self._embedded, part)
-
-
-def _keys_of(embed: _Embed, records: Sequence[Spoken]) -> list[np.ndarray]:
-    keys = []
-    for record in records:
-        kinds, texts = zip(*_texts(record), strict=True)
-        rows_ND = embed(texts).astype(np.float64)
-        samples_ND = rows_ND[[kind == "sample input" for kind in kinds]]
-        key_D = unit(samples_ND.mean(axis=0)) if len(samples_ND) else unit(rows_ND[0])
-        if len(samples_ND) and kinds[-1] == "description":
-            key_D = unit(key_D + DESCRIPTION_WEIGHT * rows_ND[-1])
-        keys.append(key_D)
-    return keys
-
-
-def _spread_keys(given: Any, records: Sequence[Spoken]) -> Iterator[tuple[Sequence[Spoken], list[np.ndarray]]]:
-    """The keys of each piece as it ends. When all have ended, raises what the first that failed has raised."""
-    from loraweave.common.display import progress_bar
-    from loraweave.common.spread import Failed, require_all, spread
-
-    parts = [records[start : start + NUM_SPREAD] for start in range(0, len(records), NUM_SPREAD)]
-    pieces = {part[0].name: part for part in parts}
-    ended = {}
-    with progress_bar(sys.stderr.isatty()) as bar:
-        for name, found in spread(partial(_keys_by, given), pieces, n_jobs=None, label="embedding", bar=bar):
-            ended[name] = found
-            if not isinstance(found, Failed):
-                yield pieces[name], found
-    require_all(ended)
-
-
-def _keys_by(given: Any, records: Sequence[Spoken]) -> list[np.ndarray]:
-    """The keys by an embedder, which a worker opens once where it has a name."""
-    return _keys_of(partial(embed_checked, _embedder_named(given) if isinstance(given, str) else given), records)
-
-
-_embedder_named = lru_cache(maxsize=1)(embedder_of)
-
 
 # for each hub, what an embedder made of adapters' own texts: a new search of the hub does not embed them again
-_OWN_TEXTS: weakref.WeakKeyDictionary[Any, dict[tuple[type, str], _Embed]] = weakref.WeakKeyDictionary()
+_OWN_TEXTS: weakref.WeakKeyDictionary[Any, dict[tuple[type, str], Embed]] = weakref.WeakKeyDictionary()
 
 
-def _own_texts(hub: Listing, embedder: Embedder) -> _Embed:
+def _own_texts(hub: Listing, embedder: Embedder) -> Embed:
     """What embeds an adapter's texts together and remembers it, shared by the hub's searches with such an embedder."""
     cache = lru_cache(maxsize=NUM_EVIDENCE_CACHED)(partial(embed_checked, embedder))
     if isinstance(hub, weakref.ProxyTypes):
@@ -434,17 +383,3 @@ def checked_threshold(min_score: Any) -> None:
     """RetrievalError when the threshold is neither None nor a finite number."""
     if min_score is not None and not is_number(min_score):
         raise RetrievalError(f"min_score is {min_score!r}; it must be a finite number, or None for no threshold")
-
-
-def _texts(record: Spoken) -> list[tuple[str, str]]:
-    """What speaks for an adapter, as (kind, text): sample inputs and description, or without both its name."""
-    texts = [("sample input", text) for text in record.examples if text.strip()][:MAX_SAMPLE_INPUTS]
-    if record.description.strip():
-        texts.append(("description", record.description))
-    return texts or [("name", record.name)]
-
-
-def _digest(record: Spoken) -> str:
-    # JSON of the texts and the weight, since another release may weigh otherwise: a third of json.dumps's time
-    texts = ", ".join(f"[{encode_basestring_ascii(kind)}, {encode_basestring_ascii(text)}]" for kind, text in _texts(record))
-    return text_digest(f"[{DESCRIPTION_WEIGHT}, [{texts}]]")

@@ -21,7 +21,7 @@ import scipy.sparse
 from loraweave.common.options import Count
 from loraweave.hub.embedders._embedder import readable
 from loraweave.hub.embedders.form import Form
-from loraweave.hub.search.search import MAX_SAMPLE_INPUTS
+from loraweave.hub.search.keys import MAX_SAMPLE_INPUTS
 from loraweave.registry import traits
 from loraweave.retrieval import kernel_ridge
 from loraweave.retrieval.kernel_ridge import Choice, Fit

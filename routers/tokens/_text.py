@@ -18,7 +18,7 @@ from loraweave.errors import InvalidTask, ScopeError, WeightingError
 from loraweave.hub.embedders._embedder import Embedder, embedder_of
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
-from loraweave.hub.search.search import MAX_SAMPLE_INPUTS
+from loraweave.hub.search.keys import MAX_SAMPLE_INPUTS
 from loraweave.routers.tokens._caches import BesideCache
 from loraweave.routers.tokens._call import (
     CallText,

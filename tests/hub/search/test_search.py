@@ -17,8 +17,10 @@ from loraweave import registry
 from loraweave.errors import DimensionMismatch, HubReadOnly, RetrievalError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
+from loraweave.hub.search import keys as keys_module
 from loraweave.hub.search import search as search_module
-from loraweave.hub.search.search import DESCRIPTION_WEIGHT, MAX_SAMPLE_INPUTS, SearchIndex, checked_count
+from loraweave.hub.search.keys import DESCRIPTION_WEIGHT, MAX_SAMPLE_INPUTS
+from loraweave.hub.search.search import SearchIndex, checked_count
 from loraweave.hub.tables.filtering import Filters
 from loraweave.types import Factors
 
@@ -57,7 +59,7 @@ class Fussy(Counts):
 
 
 def test_workers_make_the_keys_of_one_process_and_keep_those_beside_a_failure(hub, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(search_module, "NUM_SPREAD", 1)
+    monkeypatch.setattr(keys_module, "NUM_SPREAD", 1)
     index = SearchIndex(hub, embedder=Fussy())
     with joblib.parallel_config(n_jobs=2), pytest.raises(RetrievalError, match="sum is no word") as raised:
         found(index, "cat")

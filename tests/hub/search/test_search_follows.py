@@ -17,8 +17,8 @@ from loraweave.common.names import text_digest
 from loraweave.errors import HubCorrupt
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
+from loraweave.hub.search import keys, segments
 from loraweave.hub.search import search as search_module
-from loraweave.hub.search import segments
 from loraweave.hub.search.search import SearchIndex
 from loraweave.hub.tables.filtering import Filters
 from loraweave.hub.tables.rows import Said
@@ -239,6 +239,27 @@ def test_a_process_that_follows_many_changes_saves_the_index_for_the_next(hub, m
     assert sum(number for _, number in asked) == 3
 
 
+@pytest.mark.parametrize("page", [1, 2, 4096])
+def test_keys_that_are_missing_on_several_pages_are_made_together_and_stored(hub, monkeypatch, page):
+    hub.store_vectors("counts", [("dog", text_digest("of other texts"), np.ones(5))])
+    original, batches = Hub.changes, []
+    monkeypatch.setattr(Hub, "changes", lambda self, *names, **options: original(self, *names, **options, limit=page))
+    monkeypatch.setattr(search_module, "_MANY_MISSING", 2)
+    watched = search_module.made_keys
+
+    def counted(embed, given, records):
+        batches.append(len(records))
+        return watched(embed, given, records)
+
+    monkeypatch.setattr(search_module, "made_keys", counted)
+    index = SearchIndex(hub, embedder=Counts())
+    for word in WORDS:
+        assert names(index, word) == [word]
+    assert sum(batches) == len(WORDS)
+    assert max(batches) == max(2, min(page, len(WORDS)))
+    assert {name: key.argmax() for name, (_, key) in hub.vectors("counts").items()} == {w: n for n, w in enumerate(WORDS)}
+
+
 def test_rows_and_vectors_are_read_by_few_statements(hub):
     for number in range(60):
         hub.add(adapter(f"a{number}", 9 + number), examples=["cat"])
@@ -363,6 +384,4 @@ def test_what_adapters_say_is_what_their_records_say_wherever_their_rows_lie(hub
 def test_a_key_stands_for_the_texts_as_json_which_earlier_releases_have_stored():
     for name, description, examples in (("a", "", ()), ("b", 'said "so"\n\u00e9 \U0001f600', ("", " x ", "two\ttabs\x00"))):
         one = Said(name, description, examples)
-        assert search_module._digest(one) == text_digest(
-            json.dumps([search_module.DESCRIPTION_WEIGHT, search_module._texts(one)])
-        )
+        assert keys.digest_of(one) == text_digest(json.dumps([keys.DESCRIPTION_WEIGHT, keys.texts_of(one)]))
