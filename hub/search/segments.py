@@ -15,6 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,18 +47,24 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
         kind = next(kind for kind, dtype in _DTYPES.items() if array.dtype == np.dtype(dtype))
         header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
         end += array.nbytes
-    digests = {name: _digest(array) for name, array in arrays.items()}
-    header["__metadata__"] = {"loraweave": json.dumps({**metadata, "sha256": digests}, sort_keys=True)}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     path.parent.mkdir(exist_ok=True)
-    with whole_file(path) as temporary:
+    with whole_file(path) as temporary, ThreadPoolExecutor(1) as hashing:
+        # the digests are of one length, so that the arrays have their places before these are known
+        digests = hashing.submit(lambda: {name: _digest(array) for name, array in arrays.items()})
         with temporary.open("xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(_header(header, metadata, dict.fromkeys(arrays, "0" * 64)))
             for array in arrays.values():
                 for block in _blocks(array):
                     file.write(block)
+            file.seek(0)
+            file.write(_header(header, metadata, digests.result()))
         temporary.chmod(0o444)
+
+
+def _header(table: Mapping[str, Any], metadata: Mapping[str, Any], digests: Mapping[str, str]) -> bytes:
+    text = json.dumps({**table, "__metadata__": {"loraweave": json.dumps({**metadata, "sha256": digests}, sort_keys=True)}})
+    padded = text.encode() + b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return len(padded).to_bytes(8, "little") + padded
 
 
 def map_arrays(path: Path, *, all_digests: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
