@@ -6,11 +6,11 @@
 
 #include <stdint.h>
 #include <string.h>
-#if defined(__F16C__) || defined(__AVX512BF16__)
+#if defined(__F16C__) || defined(__FMA__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
-/* no product is fused with the sum it goes to: which ones gcc would fuse depends on the form that factors are stored in */
+/* no product is fused with the sum it goes to but by `fused`: which ones gcc would fuse depends on the form of the factors */
 #ifndef __clang__
 #pragma GCC optimize("fp-contract=off")
 #endif
@@ -29,6 +29,8 @@ typedef float f32;
 /* sixteen numbers at once, of a processor whose registers hold fewer in several of them */
 #define LANES 16
 typedef float lanes __attribute__((vector_size(4 * LANES)));
+typedef float eight __attribute__((vector_size(32)));
+typedef float four __attribute__((vector_size(16)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
@@ -93,39 +95,80 @@ static inline void store_f16(f16 *to, lanes values) {
 }
 #endif
 
+/* the halves added to each other, until one number is left */
 static inline float sum_of(lanes values) {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int k = 0; k < half; k++) values[k] += values[k + half];
-    return values[0];
+    eight eights[2];
+    four fours[2];
+    memcpy(eights, &values, sizeof eights);
+    eights[0] += eights[1];
+    memcpy(fours, eights, sizeof fours);
+    fours[0] += fours[1];
+    return (fours[0][0] + fours[0][2]) + (fours[0][1] + fours[0][3]);
 }
 
-/* what is read next comes from memory, four rank rows of it, while the processor is busy with these */
+/* a b + c, rounded once where the processor can */
+static inline lanes fused(lanes a, lanes b, lanes c) {
+#if defined(__AVX512F__)
+    return (lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    __m256 x[2], y[2], z[2];
+    memcpy(x, &a, sizeof x), memcpy(y, &b, sizeof y), memcpy(z, &c, sizeof z);
+    for (int k = 0; k < 2; k++) z[k] = _mm256_fmadd_ps(x[k], y[k], z[k]);
+    memcpy(&c, z, sizeof c);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
+/* how many rank rows are read at once, whose sums fill the registers */
+#ifdef __AVX512F__
+enum { MANY = 8 };
+#else
+enum { MANY = 4 };
+#endif
+
+static inline int64_t at_once(int64_t left) { return left < 4 ? 1 : left < MANY ? 4 : MANY; }
+
+/* a call of `function`, the last argument of which is n, as one of a number that the compiler knows */
+#define BY_NUMBER(n, function, ...) \
+    if (n == MANY) function(__VA_ARGS__, MANY); \
+    else if (n == 4) function(__VA_ARGS__, 4); \
+    else function(__VA_ARGS__, 1);
+
+/* a loop that the compiler writes out, so that an array that it goes through stays in registers */
+#define WRITTEN_OUT _Pragma("GCC unroll 8")
+
+/* what is read next comes from memory, some rank rows of it, while the processor is busy with these */
 static inline void fetch(const void *start, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)start + at, 0, 3);
 }
 
 /* F is what factors are stored in, T what x and y are */
 #define DOT(F, T) \
-    static inline void dots_##F##_##T(const F *restrict a, const T *restrict x, int64_t n, int num, float *restrict h) { \
-        lanes sums[4] = {{0}}; \
+    static inline void dots_##F##_##T(const F *restrict a, const T *restrict x, int64_t n, float *restrict h, int num) { \
+        lanes sums[MANY] = {{0}}; \
         int64_t i = 0; \
         for (; i + LANES <= n; i += LANES) { \
             const lanes xi = load_##T(x + i); \
-            for (int k = 0; k < num; k++) sums[k] += load_##F(a + k * n + i) * xi; \
+            WRITTEN_OUT for (int k = 0; k < num; k++) sums[k] = fused(load_##F(a + k * n + i), xi, sums[k]); \
         } \
+        WRITTEN_OUT for (int k = 0; k < num; k++) h[k] = sum_of(sums[k]); \
         for (int k = 0; k < num; k++) { \
             float rest = 0; \
             for (int64_t j = i; j < n; j++) rest += widen_##F(a[k * n + j]) * widen_##T(x[j]); \
-            h[k] = sum_of(sums[k]) + rest; \
+            h[k] += rest; \
         } \
     }
 
 #define ADD(F, T) \
-    static inline void add_rows_##F##_##T(float *restrict sums, const F *restrict b, int64_t n, int num, const float *h) { \
+    static inline void add_rows_##F##_##T(float *restrict sums, const F *restrict b, int64_t n, const float *h, int num) { \
+        lanes own[MANY]; \
         int64_t o = 0; \
+        WRITTEN_OUT for (int k = 0; k < num; k++) own[k] = h[k] - (lanes){0}; \
         for (; o + LANES <= n; o += LANES) { \
             lanes sum = load_f32(sums + o); \
-            for (int k = 0; k < num; k++) sum += h[k] * load_##F(b + k * n + o); \
+            WRITTEN_OUT for (int k = 0; k < num; k++) sum = fused(own[k], load_##F(b + k * n + o), sum); \
             store_f32(sums + o, sum); \
         } \
         for (; o < n; o++) \
@@ -139,12 +182,11 @@ static inline void fetch(const void *start, int64_t bytes) {
         const int64_t *counts = t->counts, *starts = counts + t->num_factors, *rows = starts + t->num_factors + 1; \
         for (int64_t f = 0; f < t->num_factors; a += counts[f++] * in) \
             for (int64_t r = 0, n; r < counts[f]; r += n) { \
-                n = counts[f] - r < 4 ? 1 : 4; \
+                n = at_once(counts[f] - r); \
                 fetch(a + (r + n) * in, n * in * sizeof *a); \
                 for (int64_t u = starts[f]; u < starts[f + 1]; u++) \
                     for (int64_t token = rows[u] * num_tokens, k = 0; k < num_tokens; token++, k++, h += n) { \
-                        if (n == 4) dots_##F##_##T(a + r * in, x + token * in, in, 4, h); \
-                        else dots_##F##_##T(a + r * in, x + token * in, in, 1, h); \
+                        BY_NUMBER(n, dots_##F##_##T, a + r * in, x + token * in, in, h) \
                         for (int64_t i = 0; i < n; i++) h[i] *= t->weights[u]; \
                     } \
             } \
@@ -153,12 +195,11 @@ static inline void fetch(const void *start, int64_t bytes) {
         h = sums + num_sums; \
         for (int64_t f = 0; f < t->num_factors; b += counts[f++] * out) \
             for (int64_t r = 0, n; r < counts[f]; r += n) { \
-                n = counts[f] - r < 4 ? 1 : 4; \
+                n = at_once(counts[f] - r); \
                 fetch(b + (r + n) * out, n * out * sizeof *b); \
                 for (int64_t u = starts[f]; u < starts[f + 1]; u++) \
                     for (int64_t token = rows[u] * num_tokens, k = 0; k < num_tokens; token++, k++, h += n) { \
-                        if (n == 4) add_rows_##F##_##T(sums + token * out, b + r * out, out, 4, h); \
-                        else add_rows_##F##_##T(sums + token * out, b + r * out, out, 1, h); \
+                        BY_NUMBER(n, add_rows_##F##_##T, sums + token * out, b + r * out, out, h) \
                     } \
             } \
         _Pragma("omp simd") \
@@ -175,27 +216,25 @@ static inline void fetch(const void *start, int64_t bytes) {
         const F *a = t->a, *b = t->b; \
         for (int64_t f = 0; f < t->num_factors && a; a += t->counts[f++] * in) \
             for (int64_t r = 0, n; r < t->counts[f]; r += n) { \
-                n = t->counts[f] - r < 4 ? 1 : 4; \
+                n = at_once(t->counts[f] - r); \
                 fetch(a + (r + n) * in, n * in * sizeof *a); \
                 for (int64_t token = 0; token < num_tokens; token++, h += n) { \
                     if (w[token * t->num_factors + f] == 0) continue; \
-                    if (n == 4) dots_##F##_##T(a + r * in, x + token * in, in, 4, h); \
-                    else dots_##F##_##T(a + r * in, x + token * in, in, 1, h); \
+                    BY_NUMBER(n, dots_##F##_##T, a + r * in, x + token * in, in, h) \
                 } \
             } \
         for (int64_t o = 0; o < num_sums; o++) sums[o] = -0.0f; \
         h = sums + num_sums; \
         for (int64_t f = 0; f < t->num_factors; b += t->counts[f] * out, x += a ? 0 : t->counts[f], f++) \
             for (int64_t r = 0, n; r < t->counts[f]; r += n) { \
-                n = t->counts[f] - r < 4 ? 1 : 4; \
+                n = at_once(t->counts[f] - r); \
                 fetch(b + (r + n) * out, n * out * sizeof *b); \
                 for (int64_t token = 0; token < num_tokens; token++, h += n) { \
                     const float weight = w[token * t->num_factors + f]; \
-                    float own[4]; \
+                    float own[MANY]; \
                     if (weight == 0) continue; \
                     for (int64_t i = 0; i < n; i++) own[i] = weight * (a ? h[i] : widen_##T(x[token * in + r + i])); \
-                    if (n == 4) add_rows_##F##_##T(sums + token * out, b + r * out, out, 4, own); \
-                    else add_rows_##F##_##T(sums + token * out, b + r * out, out, 1, own); \
+                    BY_NUMBER(n, add_rows_##F##_##T, sums + token * out, b + r * out, out, own) \
                 } \
             } \
         _Pragma("omp simd") \
@@ -230,14 +269,16 @@ NARROW(f16)
 #endif
 
 #ifdef __AVX512BF16__
-static inline void dots_bf16_bf16(const bf16 *restrict a, const bf16 *restrict x, int64_t n, int num, float *restrict h) {
-    __m512 s[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+static inline void dots_bf16_bf16(const bf16 *restrict a, const bf16 *restrict x, int64_t n, float *restrict h, int num) {
+    __m512 s[MANY];
+    WRITTEN_OUT for (int k = 0; k < num; k++) s[k] = _mm512_setzero_ps();
     for (int64_t i = 0; i < n; i += 32) {
         const __mmask32 there = n - i < 32 ? (1u << (n - i)) - 1 : 0xffffffff;
         const __m512bh xi = (__m512bh)_mm512_maskz_loadu_epi16(there, x + i);
-        for (int k = 0; k < num; k++) s[k] = _mm512_dpbf16_ps(s[k], (__m512bh)_mm512_maskz_loadu_epi16(there, a + k * n + i), xi);
+        WRITTEN_OUT for (int k = 0; k < num; k++)
+            s[k] = _mm512_dpbf16_ps(s[k], (__m512bh)_mm512_maskz_loadu_epi16(there, a + k * n + i), xi);
     }
-    for (int k = 0; k < num; k++) h[k] = _mm512_reduce_add_ps(s[k]);
+    WRITTEN_OUT for (int k = 0; k < num; k++) h[k] = _mm512_reduce_add_ps(s[k]);
 }
 #else
 DOT(bf16, bf16)

@@ -102,9 +102,13 @@ static inline __attribute__((always_inline)) void products(const float *const *b
         lanes sums[HIGH * AT_ONCE] = {0};
         const float *line = a + n;
         for (int64_t r = 0; r < rank; r++, line += WIDE)
+#pragma GCC unroll 4
             for (int o = 0; o < HIGH; o++)
+#pragma GCC unroll 4
                 for (int k = 0; k < AT_ONCE; k++) sums[o * AT_ONCE + k] += b[o][r] * *(const lanes *)(line + k * LANES);
+#pragma GCC unroll 4
         for (int o = 0; o < HIGH; o++)
+#pragma GCC unroll 4
             for (int k = 0; k < AT_ONCE; k++) {
                 lanes own = sums[o * AT_ONCE + k];
                 if (left) {
