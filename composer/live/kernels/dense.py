@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from loraweave.common.native import is_watched
 from loraweave.composer.live.kernels._cost import Cost, TokenWorkload, Workload
 from loraweave.composer.live.kernels._expert_product import ExpertProduct, RankRows, weigh
-from loraweave.composer.live.kernels._native import MOST_TOKENS, Table, function, native_runs, shorten, work
+from loraweave.composer.live.kernels._native import Table, function, shorten, takes, work
 from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSets, repeat_rows, stack_a
 from loraweave.composer.live.kernels.naive import mix
 
@@ -43,27 +43,35 @@ class Stack:
 
     @property
     def num_bytes(self) -> int:
-        return sum(each.nbytes for each in (self.a_SI, self.b_SO, *(vars(self).get("short") or ())))
+        made = vars(self)
+        held = (self.a_SI, self.b_SO, *made.get("by_row", ()), *made.get("b_by_row", ()))
+        return sum({id(each): each.nbytes for each in held}.values())
 
     @cached_property
     def _tables(self) -> dict[tuple[int, int | None], Table]:
         return {}
 
     @cached_property
-    def short(self) -> list[Tensor] | None:
-        """Both factors row by row in 16 bits, where these hold the same numbers."""
-        return shorten(self.a_SI.contiguous(), self.b_SO)
+    def by_row(self) -> list[Tensor]:
+        """Both factors row by row, in 16 bits where these hold the same numbers."""
+        a_SI = self.a_SI.contiguous()
+        return shorten(a_SI, self.b_SO) or [a_SI, self.b_SO]
+
+    @cached_property
+    def b_by_row(self) -> list[Tensor]:
+        """b alone, likewise."""
+        return shorten(self.b_SO) or [self.b_SO]
 
     def table(self, num_tokens: int, stride: int | None) -> Table:
-        """What the library reads: for inputs, which needs `short`; or, with a `stride`, for hidden values."""
+        """What the library reads: for inputs; or, with a `stride`, for hidden values."""
         found = self._tables.get((num_tokens, stride))
         if found is None:
-            a_SI, b_SO = self.short or (self.a_SI, self.b_SO)
-            outputs = b_SO.shape[1]
-            owned = a_SI, b_SO, torch.tensor(self.ranks), work(num_tokens * (outputs + len(a_SI)))
-            a, b, counts, sums = (each.data_ptr() for each in owned)
-            first, width = (a, a_SI.shape[1]) if stride is None else (None, stride)
-            found = Table(num_tokens, 1, width, outputs, len(self.ranks), first, b, counts, None, sums)
+            factors = self.by_row if stride is None else self.b_by_row
+            (num_ranks, outputs), width = self.b_SO.shape, self.a_SI.shape[1] if stride is None else stride
+            owned = *factors, torch.tensor(self.ranks), work(num_tokens * (outputs + num_ranks))
+            *a, b, counts, sums = (each.data_ptr() for each in owned)
+            found = Table(num_tokens, 1, width, outputs, len(self.ranks), a[0] if a else None, b, counts, None, sums)
+            found.stored = factors[0].dtype
             # the memory that it points to
             found.owned = owned
             self._tables[num_tokens, stride] = found
@@ -127,8 +135,9 @@ class Dense(RowKernel):
     def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
         b_SO, hidden_NS = self.stack.b_SO, self.hidden_NS
         native = self._runs_native(x_BTI, y_BTO)
-        if native and hidden_NS is None and self.stack.short:
-            self._add_native(x_BTI.contiguous(), None, x_BTI.shape, y_BTO)
+        if native and hidden_NS is None:
+            read = x_BTI if x_BTI.is_contiguous() else x_BTI.contiguous()
+            self._add_native(read, None, x_BTI.shape, y_BTO)
             return
         if hidden_NS is None:
             hidden_NS = linear(x_BTI.reshape(-1, x_BTI.shape[2]), self.stack.a_SI)
@@ -140,11 +149,10 @@ class Dense(RowKernel):
 
     def _runs_native(self, x_BTI: Tensor, y_BTO: Tensor) -> bool:
         """Whether few tokens' update is one call of compiled code."""
-        num_tokens, dtype = x_BTI.shape[0] * x_BTI.shape[1], self.dtype
-        if num_tokens * torch.get_num_threads() > MOST_TOKENS or not x_BTI.dtype is y_BTO.dtype is dtype:
-            return False
         # a tensor of another class may have no memory of its own
-        return native_runs(self.stack.b_SO.device, dtype) and not is_watched() and type(y_BTO) is type(x_BTI) is Tensor
+        if not x_BTI.dtype is y_BTO.dtype is self.dtype or not type(y_BTO) is type(x_BTI) is Tensor:
+            return False
+        return takes(x_BTI) and not is_watched()
 
     def _add_native(self, read: Tensor, stride: int | None, shape: torch.Size, y_BTO: Tensor) -> None:
         """Adds the update for inputs of `shape`; the library reads them, or their hidden values if there is a `stride`."""
@@ -152,7 +160,7 @@ class Dense(RowKernel):
         if w_BTP.shape[:2] != shape[:2] or w_BTP.dtype is not torch.float32 or not w_BTP.is_contiguous():
             w_BTP = self._by_token(shape).to(torch.float32).expand(num_tokens, -1).contiguous()
         table = self.stack.table(num_tokens, stride)
-        mix = function("mix", self.dtype, table.owned[1].dtype)
+        mix = function("mix", self.dtype, table.stored)
         mix(ctypes.addressof(table), read.data_ptr(), w_BTP.data_ptr(), y_BTO.data_ptr())
 
     def plus(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:

@@ -220,7 +220,7 @@ def test_weights_by_token_are_the_formula_and_zero_adds_nothing_of_what_has_over
     if inputs == 64:
         parts = [PlacedFactors(part.a_RI.bfloat16().to(dtype), part.b_RO.bfloat16().to(dtype)) for part in parts]
     stack = Stack.of(parts, dtype)
-    assert (stack.short is not None) == (dtype is torch.float32 and inputs == 64)
+    assert (stack.by_row[0].dtype is not dtype) == (dtype is torch.float32 and inputs == 64)
     generator = torch.Generator().manual_seed(1)
     x, y = (torch.randn(3, 2, size, generator=generator).to(dtype) for size in (inputs, outputs))
     shape = (1, 1, 3) if known == "one mixture for all" else (3, 2, 3)
