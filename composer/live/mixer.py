@@ -427,7 +427,7 @@ class _MixedForward(StandIn):
             by_shape = activation.plan.warm(self.layer)
             self._last = activation, by_shape
         warm = by_shape.get(x.shape)
-        if warm is not None and not warm.chooses and warm.fits(x, y) and not is_beside():
+        if warm is not None and warm.fits(x, y) and not is_beside():
             activation.usage.saw(self.layer.name, warm.note)
             warm.add(x, y)
             return y

@@ -55,13 +55,9 @@ NUM_KEPT_SHAPES = 64
 
 
 class Warm(NamedTuple):
-    """How a layer's update is added for inputs of one shape, what they and the outputs have to be, and what to note.
-
-    Where `add` is a `Choosing`, which gives the weights that it made, it `chooses`.
-    """
+    """How a layer's update is added for inputs of one shape, what they and the outputs have to be, and what to note."""
 
     add: Adder
-    chooses: bool
     dtype: torch.dtype
     device: torch.device
     note: Note
@@ -203,14 +199,9 @@ class Plan:
         """
         warm = self.warm(layer).get(x.shape)
         if warm is not None and warm.fits(x, y) and not is_beside():
-            if not warm.chooses:
-                usage.saw(layer.name, warm.note)
-                warm.add(x, y)
-                return y
-            if not _may_be_recorded():
-                w_BTE, again = warm.add(x, y)
-                usage.chose(layer.name, warm.note, w_BTE, again=again)
-                return y
+            usage.saw(layer.name, warm.note)
+            warm.add(x, y)
+            return y
         if not self.experts or self._weights.skips(layer.name):
             usage.saw(layer.name, Note(y.shape))
             return y
@@ -231,27 +222,20 @@ class Plan:
         # for some rows of a batch, a kernel is within another
         note = Note(y.shape, None if kernel is None else type(getattr(kernel, "kernel", kernel)))
         self._tell(usage, layer.name, note, mixture.w_BTE, again=mixture.again)
-        if kernel is not None and affine is None and x.ndim == 3 and layer.fresh:
-            if mixture.w_BTE is None and mixture.lasts:
-                add = kernel.adder(dtype, x.shape)
-                warm = self._remember(layer, x.shape, Warm(add, False, dtype, y.device, note))
-                if warm.fits(x, y):
-                    add(x, y)
-                    return y
-            elif choosing := None if self._by_place else self._by_token.adder(layer, x_BTI):
-                self._remember(layer, x.shape, Warm(choosing, True, dtype, y.device, note))
+        if kernel is not None and affine is None and x.ndim == 3 and layer.fresh and mixture.w_BTE is None and mixture.lasts:
+            add = kernel.adder(dtype, x.shape)
+            by_shape = self.warm(layer)
+            if len(by_shape) >= NUM_KEPT_SHAPES:
+                by_shape.clear()
+            by_shape[x.shape] = warm = Warm(add, dtype, y.device, note)
+            if warm.fits(x, y):
+                add(x, y)
+                return y
         if torch.is_grad_enabled() and x.requires_grad:
             self._weights.escaped()
         # a view of it could not be changed where it has a gradient
         y_BTO = y if y.shape[:-1] == x_BTI.shape[:2] else y.reshape(*x_BTI.shape[:2], layer.num_outputs)
         return _sum(mixture, layer, x_BTI, y_BTO).reshape(y.shape)
-
-    def _remember(self, layer: TargetLayer, shape: torch.Size, warm: Warm) -> Warm:
-        by_shape = self.warm(layer)
-        if len(by_shape) >= NUM_KEPT_SHAPES:
-            by_shape.clear()
-        by_shape[shape] = warm
-        return warm
 
     def _projected(self, layer: TargetLayer, x: Tensor, y: Tensor, dtype: torch.dtype, lease: Lease, usage: Usage) -> Tensor:
         if self.fixed_shapes:
@@ -287,11 +271,6 @@ def _sum(mixture: LayerMixture, layer: TargetLayer, x_BTI: Tensor, y_BTO: Tensor
         return kernel.plus(x_BTI, y_BTO)
     # into the update's own memory, which nothing else refers to, rather than a third tensor of this size
     return kernel.update(x_BTI).to(y_BTO.dtype).add_(y_BTO)
-
-
-def _may_be_recorded() -> bool:
-    """Whether autograd or torch.func may look at what a router calculates, or autocast changes its precision."""
-    return torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or torch._C._are_functorch_transforms_active()
 
 
 def _by_token(x_BTI: Tensor, num_tokens: int, num_axes: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -26,9 +27,6 @@ from loraweave.routers.combined import Valued, needs_call, num_rows_of, parts_of
 from loraweave.routers.invoked import Invoked
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import AlongDirections, Router
-
-# adds an update to y; gives the weights that it made, and whether an earlier layer of the call had them
-Choosing = Callable[[Tensor, Tensor], tuple[Tensor, bool]]
 
 # experts of a token that sorting has to beat before a router looks at its input
 SOME_CHOSEN = 2
@@ -186,30 +184,14 @@ class TokenWeights:
         affine = None if found.table is None else found.table.weigh(w_BTE)
         if not found.experts:
             return LayerMixture(None, affine, w_BTE)
-        w_BTP, known, again = self._meet(layer.name, w_BTE, found)
+        w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
+        known = self._known_of(layer.name, w_BTP)
+        # those of all experts, and not some copied from them
+        again, known.met = known.met and w_BTP is w_BTE, True
         if hidden_NS is None and self._valued is None and _sorts(found, layer, w_BTP, known, x_BTI):
             return LayerMixture(SortedTokens(_parts(found, layer, lease), w_BTP, dtype), affine, w_BTE, again=again)
         stack = self._side_by_side(found, layer, lease)
         return LayerMixture(stack.weigh(w_BTP, hidden_NS, known.made), affine, w_BTE, again=again)
-
-    def adder(self, layer: TargetLayer, x_BTI: Tensor) -> Choosing | None:
-        """What adds to y the update that `mixture` has for later inputs of that shape, on which only the weights depend.
-
-        None where these are not a router's, where tokens may be sorted, and where an expert has a gain or a bias.
-        """
-        found = self._layers.get(layer.name)
-        if not self.is_routed or found is None or found.stack is None or found.table is not None:
-            return None
-        if _sorting_may_pay(found, layer, x_BTI, 1):
-            return None
-
-        def add(x_BTI: Tensor, y_BTO: Tensor) -> tuple[Tensor, bool]:
-            w_BTE, hidden_NS = self._weigh(layer, x_BTI, found, None)
-            w_BTP, known, again = self._meet(layer.name, w_BTE, found)
-            self._side_by_side(found, layer, None).weigh(w_BTP, hidden_NS, known.made).add_(x_BTI, y_BTO)
-            return w_BTE, again
-
-        return add
 
     def at_tokens(
         self, layer: TargetLayer, x_NI: Tensor, token_N: Tensor, num_tokens: int, dtype: torch.dtype, lease: Lease
@@ -238,14 +220,6 @@ class TokenWeights:
         if len(x_NI) and self._valued is None and _sorts(found, layer, w_1NP, _Known(), x_NI[None]):
             return SortedTokens(_parts(found, layer, lease), w_1NP, dtype), w_1NE
         return self._side_by_side(found, layer, lease).weigh(w_1NP), w_1NE
-
-    def _meet(self, layer: str, w_BTE: Tensor, found: _LayerStack) -> tuple[Tensor, _Known, bool]:
-        """w_BTP of the experts with factors, what is known of them, and whether an earlier layer met them."""
-        w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
-        known = self._known_of(layer, w_BTP)
-        # those of all experts, and not some copied from them
-        again, known.met = known.met and w_BTP is w_BTE, True
-        return w_BTP, known, again
 
     def _known_of(self, layer: str, w_BTP: Tensor) -> _Known:
         """What is known of these weights: of those that were given, or that several layers of a call share."""
@@ -282,9 +256,7 @@ class TokenWeights:
             update_BTO = update_BTO + found.table.weigh(w_BTE).on(y_BTO, layer.parameter("bias"))
         return update_BTO, w_BTE
 
-    def _weigh(
-        self, layer: TargetLayer, x_BTI: Tensor, found: _LayerStack, lease: Lease | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _weigh(self, layer: TargetLayer, x_BTI: Tensor, found: _LayerStack, lease: Lease) -> tuple[Tensor, Tensor | None]:
         """w_BTE; and x a^T as (N, S), where that and what a router looks at are one product.
 
         Not where gradients go through the router, nor where the product would be less exact than the router's own.
@@ -306,9 +278,7 @@ class TokenWeights:
     def _weights(self, x_BTI: Tensor, rows: Tensor, layer: str, found: _LayerStack) -> Tensor:
         exact = torch.promote_types(found.dtype, torch.float32)
         if self.learns:
-            w_BTE = self.weights(x_BTI, layer)
-            if w_BTE.dtype is not exact or w_BTE.device != found.device:
-                w_BTE = w_BTE.to(found.device, exact)
+            w_BTE = self.weights(x_BTI, layer).to(found.device, exact)
         elif (sent_BTE := self._sent.get(layer)) is not None and (sent_BTE.device, sent_BTE.dtype) == (found.device, exact):
             w_BTE = sent_BTE
         else:
@@ -333,10 +303,8 @@ class TokenWeights:
         num_ranks = sum(part.a_RI.shape[0] for part in with_rank.values())
         return _LayerStack(device, dtype, experts, place_P, num_ranks, AffineTable.of(placed))
 
-    def _side_by_side(self, found: _LayerStack, layer: TargetLayer, lease: Lease | None) -> Stack:
-        """The layer's factors; without a lease those that were put side by side before."""
+    def _side_by_side(self, found: _LayerStack, layer: TargetLayer, lease: Lease) -> Stack:
         if found.stack is None:
-            assert lease is not None
             with torch.inference_mode(False), torch.no_grad():
                 found.stack = Stack.of(_parts(found, layer, lease), found.dtype)
         v_OO = None if self._valued is None else self._valued.value_matrix(layer.name)
@@ -399,3 +367,47 @@ def _require_fit(w_BTE: Tensor, x_BTI: Tensor, layer: str) -> None:
             "exactly the tokens of this call, or activate() a router, which computes them from the input"
         )
     require_multiple(w_BTE.shape[0], num_rows, f"input of layer {layer!r}")
+
+
+class MadeWeights:
+    """Looks over what one activation's calls make of their input, or of parameters, for `experts`.
+
+    A GPU is not asked before the end: it sums zeros, which are no number once a weight was none.
+    """
+
+    def __init__(self, experts: tuple[str, ...]) -> None:
+        self._experts = experts
+        self._zeros: dict[str, Tensor] = {}
+
+    def require_finite(self, layer: str, w_BTE: Tensor) -> None:
+        """Raises WeightingError for a weight on the CPU that is not finite; one elsewhere is noted for `require_all`."""
+        if torch._C._are_functorch_transforms_active() or w_BTE.is_meta:
+            return
+        w_BTE = w_BTE.detach()
+        if w_BTE.device.type != "cpu":
+            zero = (w_BTE * 0).sum()
+            known = self._zeros.get(layer)
+            self._zeros[layer] = zero if known is None or known.device != zero.device else known + zero
+        # the sum of finite weights is finite unless it overflows, and takes one pass
+        elif not math.isfinite(w_BTE.sum().item()) and not bool(w_BTE.isfinite().all()):
+            expert = int((~w_BTE.isfinite()).flatten(0, 1).any(dim=0).int().argmax())
+            raise WeightingError(self._message(layer, f", first for expert {self._experts[expert]!r}"))
+
+    def require_all(self) -> None:
+        """Raises WeightingError, once, for weights noted so far; waits for the devices that they are on."""
+        zeros, self._zeros = self._zeros, {}
+        by_device: dict[torch.device, dict[str, Tensor]] = {}
+        for layer, zero in zeros.items():
+            by_device.setdefault(zero.device, {})[layer] = zero
+        for found in by_device.values():
+            sound = torch.stack([zero.float() for zero in found.values()]).isfinite().tolist()
+            for layer, finite in zip(found, sound, strict=True):
+                if not finite:
+                    raise WeightingError(self._message(layer, ""))
+
+    @staticmethod
+    def _message(layer: str, where: str) -> str:
+        return (
+            f"the weights that were made for layer {layer!r} are not finite{where}: look at the router's parameters, or "
+            "lower the rate at which the weights learn"
+        )

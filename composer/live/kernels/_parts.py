@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from loraweave.composer.live.kernels._cost import Cost, Workload
 # of each row of a batch: which parts count for it, and how much; parts of weight 0 are left out
 RowSets = tuple[tuple[tuple[int, float], ...], ...]
 
-Adder = Callable[[Tensor, Tensor], Any]
+Adder = Callable[[Tensor, Tensor], object]
 # flat memory of so many elements, of the kernel's dtype
 Lend = Callable[[int], Tensor]
 

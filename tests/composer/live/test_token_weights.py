@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.live.plan import Plan
-from loraweave.errors import ScopeError, WeightingError
+from loraweave.errors import ScopeError
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.tokens._saved import router
 from loraweave.types import Factors
@@ -132,68 +131,6 @@ def test_directions_that_change_count_from_then_on(three):
                 formula = expected(three, router, x_BTI)
             assert torch.allclose(found, formula, rtol=1e-4, atol=1e-4 * float(formula.abs().max()))
             router.v_PI.mul_(0.5)
-
-
-class Alone:
-    """A router without directions."""
-
-    def weights(self, x_BTI, layer):
-        return torch.stack([x_BTI.mean(dim=-1), x_BTI.amax(dim=-1), x_BTI[..., 0]], dim=-1)
-
-
-@pytest.fixture
-def cold(monkeypatch):
-    """The shapes of the outputs of layers that nothing was remembered for."""
-    shapes, original = [], Plan._general
-
-    def watched(self, layer, x, y, lease, usage):
-        shapes.append(tuple(y.shape))
-        return original(self, layer, x, y, lease, usage)
-
-    monkeypatch.setattr(Plan, "_general", watched)
-    return shapes
-
-
-@pytest.mark.parametrize("kind", ["along", "alone", "arrow"])
-def test_a_layer_remembers_how_a_router_is_asked_and_not_what_it_said(kind, three, cold):
-    def make():
-        return {"along": Squared, "alone": Alone}[kind]() if kind != "arrow" else router("arrow", three.pool, top_k=2)
-
-    x_BTI, other_BTI = torch.randn(2, 2, 1, NUM_INPUTS)
-    with torch.no_grad(), three.activate(make()):
-        three.model(other_BTI)
-        found, used = three.model(x_BTI), three.last_weights["0"]
-        assert len(cold) == 1
-        three.model(x_BTI[:1])
-        assert len(cold) == 2
-    with torch.no_grad(), three.activate(make()):
-        assert torch.equal(three.model(x_BTI), found)
-        assert torch.equal(three.last_weights["0"], used)
-    assert len(cold) == 3
-
-
-def test_a_router_is_asked_anew_where_something_looks_at_what_it_calculates(three, cold):
-    x_BTI = torch.randn(2, 1, NUM_INPUTS)
-    with three.activate(Squared(learned=True)):
-        with torch.no_grad():
-            found = three.model(x_BTI)
-            three.model(x_BTI)
-        assert len(cold) == 1
-        assert three.model(x_BTI).requires_grad
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            three.model(x_BTI)
-        assert len(cold) == 3
-        with torch.no_grad():
-            mapped = torch.func.vmap(three.model)(x_BTI[:, None])[:, 0]
-    torch.testing.assert_close(mapped, found, rtol=1e-4, atol=1e-4)
-
-
-def test_what_is_not_finite_is_named_in_a_warm_layer_too(three):
-    x_BTI = torch.randn(2, 1, NUM_INPUTS)
-    with torch.no_grad(), three.activate(Squared()):
-        three.model(x_BTI)
-        with pytest.raises(WeightingError, match="layer '0' are not finite, first for expert 'a'"):
-            three.model(x_BTI * float("inf"))
 
 
 def test_gradients_go_through_the_router_itself(three):
