@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import operator
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -273,7 +273,8 @@ class SearchIndex:
         seqs: list[int] = []
         # where all are read they have their place from the start: a copy of all keys would be a tenth of the work
         room_ND = np.empty((0 if old.generation else len(self.hub), self.embedder.dim), np.float32)
-        parts, missing = [room_ND[:0]], []
+        parts = [room_ND[:0]]
+        missing: dict[str, _Missing] = {}
         first, after = None, 0
         while True:
             changes = self.hub.changes(self.embedder.id, since=old.generation, after=after)
@@ -290,10 +291,12 @@ class SearchIndex:
                 part_ND = np.empty((len(present), self.embedder.dim), np.float32)
             parts.append(part_ND)
             seqs += present
-            missing += self._fill(part_ND, present.values())
-            if len(missing) >= _MANY_MISSING or not changes.page:
+            found = self._fill(part_ND, present.values())
+            # what was renamed meanwhile may have left its name to another
+            if len(missing) >= _MANY_MISSING or found.keys() & missing.keys() or not changes.page:
                 self._make(missing)
-                missing = []
+                missing = {}
+            missing |= found
             if not changes.page:
                 break
             after = changes.page[-1].seq
@@ -316,10 +319,12 @@ class SearchIndex:
         opened = self._load(place) if save(place, keys, stamp) else None
         return replace(snapshot, keys=opened[0]) if opened and opened[1] == stamp else snapshot
 
-    def _fill(self, keys_ND: np.ndarray, present: Collection[tuple[Said, tuple[str, np.ndarray] | None]]) -> list[_Missing]:
-        """Writes the stored key of each whose texts are unchanged; gives those that have none."""
+    def _fill(
+        self, keys_ND: np.ndarray, present: Collection[tuple[Said, tuple[str, np.ndarray] | None]]
+    ) -> dict[str, _Missing]:
+        """Writes the stored key of each whose texts are unchanged; gives those that have none, by name."""
         keys: list[np.ndarray] = []
-        missing = []
+        missing = {}
         for said, stored in present:
             digest = digest_of(said)
             for known in (stored, self._unstored.get(said.name)) if self._unstored else (stored,):
@@ -327,18 +332,17 @@ class SearchIndex:
                     keys.append(known[1])
                     break
             else:
-                missing.append(_Missing(said, digest, keys_ND[len(keys)]))
+                missing[said.name] = _Missing(said, digest, keys_ND[len(keys)])
                 keys.append(keys_ND[len(keys)])
         np.concatenate([np.empty(0, np.float32), *keys], out=keys_ND.reshape(-1))
         return missing
 
-    def _make(self, missing: Sequence[_Missing]) -> None:
+    def _make(self, missing: Mapping[str, _Missing]) -> None:
         """Writes and stores the keys of those that have none."""
         if missing:
             _logger.info("embedding %d adapters with %s", len(missing), self.embedder.id)
-        by_name = {one.said.name: one for one in missing}
-        for part, made in made_keys(self._embedded, self._given, [one.said for one in missing]):
-            ready = [by_name[said.name] for said in part]
+        for part, made in made_keys(self._embedded, self._given, [one.said for one in missing.values()]):
+            ready = [missing[said.name] for said in part]
             for one, key_D in zip(ready, made, strict=True):
                 one.key_D[:] = key_D
             self._store([(one.said.name, one.digest, key_D) for one, key_D in zip(ready, made, strict=True)])

@@ -165,6 +165,7 @@ static inline void fetch(const void *start, int64_t bytes) {
     static inline void add_rows_##F##_##T(float *restrict sums, const F *restrict b, int64_t n, const float *h, int num) { \
         lanes own[MANY]; \
         int64_t o = 0; \
+        /* as a sum with 0, a negative 0 would lose its sign */ \
         WRITTEN_OUT for (int k = 0; k < num; k++) own[k] = h[k] - (lanes){0}; \
         for (; o + LANES <= n; o += LANES) { \
             lanes sum = load_f32(sums + o); \

@@ -94,8 +94,8 @@ static inline flags draws(uint64_t state, int64_t n) {
 }
 
 /* HIGH rows of b by WIDE columns of a, which lie side by side: each entry's sum runs over the ranks in order. With `left`,
-   what is left of them times the weight. The functions made of it are never inlined: a sum that had this product within it
-   would leave a rounding error of x - x. */
+   what is left of them times the weight. Its loops are written out, or gcc puts the sums on the stack. The functions made of
+   it are never inlined: a sum that had this product within it would leave a rounding error of x - x. */
 static inline __attribute__((always_inline)) void products(const float *const *b, const float *a, int64_t rank,
                                                            const Left *left, int drawn, float *tile) {
     for (int n = 0; n < WIDE; n += AT_ONCE * LANES) {

@@ -260,6 +260,23 @@ def test_keys_that_are_missing_on_several_pages_are_made_together_and_stored(hub
     assert {name: key.argmax() for name, (_, key) in hub.vectors("counts").items()} == {w: n for n, w in enumerate(WORDS)}
 
 
+def test_a_name_that_another_takes_between_two_pages_has_the_key_of_each(hub, monkeypatch):
+    original = Hub.changes
+
+    def changes(self, *names, after, **options):
+        if after == 1:
+            self.rename("cat", "bird")
+            self.add(adapter("cat", 9), examples=["film film cat"])
+        return original(self, *names, after=after, **options, limit=1)
+
+    index = SearchIndex(hub, embedder=Counts())
+    with monkeypatch.context() as patch:
+        patch.setattr(Hub, "changes", changes)
+        keys_ND = index._follow(index._empty()).keys.segments[0].keys_ND
+    np.testing.assert_allclose(np.linalg.norm(keys_ND, axis=1), 1, rtol=1e-6)
+    assert keys_ND[[0, -1]].argmax(axis=1).tolist() == [WORDS.index("cat"), WORDS.index("film")]
+
+
 def test_rows_and_vectors_are_read_by_few_statements(hub):
     for number in range(60):
         hub.add(adapter(f"a{number}", 9 + number), examples=["cat"])
