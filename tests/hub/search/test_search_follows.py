@@ -272,6 +272,7 @@ def test_a_name_that_another_takes_between_two_pages_has_the_key_of_each(hub, mo
     index = SearchIndex(hub, embedder=Counts())
     with monkeypatch.context() as patch:
         patch.setattr(Hub, "changes", changes)
+        patch.setattr(np, "empty", lambda shape, dtype=float: np.full(shape, 9, dtype))
         keys_ND = index._follow(index._empty()).keys.segments[0].keys_ND
     np.testing.assert_allclose(np.linalg.norm(keys_ND, axis=1), 1, rtol=1e-6)
     assert keys_ND[[0, -1]].argmax(axis=1).tolist() == [WORDS.index("cat"), WORDS.index("film")]
