@@ -201,7 +201,7 @@ def by_torch(active: Context) -> Context:
 
     @contextmanager
     def found() -> Iterator[None]:
-        with patch.object(dense, "takes", lambda x: False), active():
+        with patch.object(dense, "native_runs", lambda *place: False), active():
             yield
 
     return found

@@ -111,7 +111,10 @@ class Listing:
         return self._catalogue.writable
 
     def changes(self, embedder_id: str, *, since: int = 0, after: int = 0, limit: int = 256) -> Changes:
-        """The next `limit` adapters above seq `after` that changed later than generation `since`; since 0 it is all."""
+        """The next `limit` adapters above seq `after` that changed later than generation `since`; since 0 it is all.
+
+        Pages are small, since the time that Python's collector takes grows with the rows that are alive.
+        """
         with self._catalogue.reading() as connection:
             where = self._catalogue.where
             return read_changes(connection, embedder_id, since=since, after=after, limit=limit, where=where)

@@ -39,25 +39,25 @@ CHECKED_BYTES = 2**25
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
     """Writes and syncs a temporary file, then renames it to `path`; an error leaves nothing behind."""
-    header: dict[str, Any] = {}
+    table: dict[str, Any] = {}
     end = 0
     # the format allows no gaps: wide numbers first, so that every array begins at a multiple of its numbers' size
     arrays = dict(sorted(arrays.items(), key=lambda entry: (-entry[1].itemsize, -entry[1].nbytes)))
     for name, array in arrays.items():
         kind = next(kind for kind, dtype in _DTYPES.items() if array.dtype == np.dtype(dtype))
-        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
+        table[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
         end += array.nbytes
     path.parent.mkdir(exist_ok=True)
     with whole_file(path) as temporary, ThreadPoolExecutor(1) as hashing:
         # the digests are of one length, so that the arrays have their places before these are known
         digests = hashing.submit(lambda: {name: _digest(array) for name, array in arrays.items()})
         with temporary.open("xb") as file:
-            file.write(_header(header, metadata, dict.fromkeys(arrays, "0" * 64)))
+            file.write(_header(table, metadata, dict.fromkeys(arrays, "0" * 64)))
             for array in arrays.values():
                 for block in _blocks(array):
                     file.write(block)
             file.seek(0)
-            file.write(_header(header, metadata, digests.result()))
+            file.write(_header(table, metadata, digests.result()))
         temporary.chmod(0o444)
 
 

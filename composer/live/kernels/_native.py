@@ -35,12 +35,6 @@ def native_runs(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in STORED and library() is not None
 
 
-def takes(x_BTI: Tensor) -> bool:
-    """Whether the library takes inputs like these, which are few tokens for the threads there are."""
-    few = x_BTI.shape[0] * x_BTI.shape[1] * torch.get_num_threads() <= MOST_TOKENS
-    return few and native_runs(x_BTI.device, x_BTI.dtype)
-
-
 def function(name: str, dtype: torch.dtype, stored: torch.dtype) -> Any:
     """The library's function of that name for x and y of a dtype and factors stored in another; None where there is none."""
     if dtype not in STORED or stored not in STORED[dtype]:

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from loraweave.common.native import is_watched
 from loraweave.composer.live.kernels._cost import Cost, TokenWorkload, Workload
 from loraweave.composer.live.kernels._expert_product import ExpertProduct, RankRows, weigh
-from loraweave.composer.live.kernels._native import Table, function, shorten, takes, work
+from loraweave.composer.live.kernels._native import MOST_TOKENS, Table, function, native_runs, shorten, work
 from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSets, repeat_rows, stack_a
 from loraweave.composer.live.kernels.naive import mix
 
@@ -71,7 +71,6 @@ class Stack:
             owned = *factors, torch.tensor(self.ranks), work(num_tokens * (outputs + num_ranks))
             *a, b, counts, sums = (each.data_ptr() for each in owned)
             found = Table(num_tokens, 1, width, outputs, len(self.ranks), a[0] if a else None, b, counts, None, sums)
-            found.stored = factors[0].dtype
             # the memory that it points to
             found.owned = owned
             self._tables[num_tokens, stride] = found
@@ -136,8 +135,7 @@ class Dense(RowKernel):
         b_SO, hidden_NS = self.stack.b_SO, self.hidden_NS
         native = self._runs_native(x_BTI, y_BTO)
         if native and hidden_NS is None:
-            read = x_BTI if x_BTI.is_contiguous() else x_BTI.contiguous()
-            self._add_native(read, None, x_BTI.shape, y_BTO)
+            self._add_native(x_BTI.contiguous(), None, x_BTI.shape, y_BTO)
             return
         if hidden_NS is None:
             hidden_NS = linear(x_BTI.reshape(-1, x_BTI.shape[2]), self.stack.a_SI)
@@ -149,10 +147,11 @@ class Dense(RowKernel):
 
     def _runs_native(self, x_BTI: Tensor, y_BTO: Tensor) -> bool:
         """Whether few tokens' update is one call of compiled code."""
-        # a tensor of another class may have no memory of its own
-        if not x_BTI.dtype is y_BTO.dtype is self.dtype or not type(y_BTO) is type(x_BTI) is Tensor:
+        num_tokens, dtype = x_BTI.shape[0] * x_BTI.shape[1], self.dtype
+        if num_tokens * torch.get_num_threads() > MOST_TOKENS or not x_BTI.dtype is y_BTO.dtype is dtype:
             return False
-        return takes(x_BTI) and not is_watched()
+        # a tensor of another class may have no memory of its own
+        return native_runs(self.stack.b_SO.device, dtype) and not is_watched() and type(y_BTO) is type(x_BTI) is Tensor
 
     def _add_native(self, read: Tensor, stride: int | None, shape: torch.Size, y_BTO: Tensor) -> None:
         """Adds the update for inputs of `shape`; the library reads them, or their hidden values if there is a `stride`."""
@@ -160,7 +159,7 @@ class Dense(RowKernel):
         if w_BTP.shape[:2] != shape[:2] or w_BTP.dtype is not torch.float32 or not w_BTP.is_contiguous():
             w_BTP = self._by_token(shape).to(torch.float32).expand(num_tokens, -1).contiguous()
         table = self.stack.table(num_tokens, stride)
-        mix = function("mix", self.dtype, table.stored)
+        mix = function("mix", self.dtype, table.owned[0].dtype)
         mix(ctypes.addressof(table), read.data_ptr(), w_BTP.data_ptr(), y_BTO.data_ptr())
 
     def plus(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
