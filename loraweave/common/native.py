@@ -1,7 +1,8 @@
 """Libraries of C files: compiled for this processor at first use, kept in the cache folder, loaded once a process.
 
 Any C compiler does (`CC`, else cc, gcc or clang), in about a second; without one, or with LORAWEAVE_NATIVE=0, what needs
-them takes the way of PyTorch, which makes the same.
+them takes the way of PyTorch, which makes the same. LORAWEAVE_NATIVE may name an older processor as the compiler's -march
+does: x86-64 has what every such processor has.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from loraweave.common.files import cache_folder, whole_file
 
 # no -ffast-math: a library linked with it changes how the whole thread rounds
-FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC")
+FLAGS = ("-O3", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC")
 _SECONDS = 60
 
 _logger = logging.getLogger(__name__)
@@ -51,8 +52,10 @@ def _compiled(source: Path) -> Path:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
     if compiler is None:
         raise OSError("there is no C compiler (cc, gcc, clang, or $CC)")
+    named = os.environ.get("LORAWEAVE_NATIVE", "")
+    flags = *FLAGS, f"-march={'native' if named in ('', '1') else named}"
     # for this very processor: a folder may be shared by several machines
-    parts = source.read_bytes(), " ".join(FLAGS).encode(), compiler.encode(), _processor().encode()
+    parts = source.read_bytes(), " ".join(flags).encode(), compiler.encode(), _processor().encode()
     target = cache_folder() / "native" / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = target.parent.stat()
@@ -61,7 +64,7 @@ def _compiled(source: Path) -> Path:
     if not target.exists():
         _logger.info("compiling %s with %s, once for this machine; it is kept as %s", source.name, compiler, target)
         with whole_file(target) as temporary:
-            command = [compiler, *FLAGS, "-o", str(temporary), str(source)]
+            command = [compiler, *flags, "-o", str(temporary), str(source)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
     return target
 
