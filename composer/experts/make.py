@@ -79,7 +79,8 @@ def _saved(folder: Path, base_model: nn.Module, tokenizer: Any, options: Mapping
         raise WeightingError(f"{folder} has options of its own; {', '.join(options)} cannot be given again")
     saved = read_saved_experts(folder)
     saved.require_base(base_model)
-    made = make_recipe(saved.recipe, saved.options)
+    before: Mapping[str, Any] = registry.get("experts", saved.recipe).before
+    made = make_recipe(saved.recipe, {**before, **saved.options})
     # what does not fit is found before memory is taken and the base is touched
     tensors = saved.tensors(base_model, made)
     model = ExpertModel(base_model, made, tokenizer=tokenizer, shapes=saved.shapes, names=saved.names)

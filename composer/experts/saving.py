@@ -75,8 +75,8 @@ class SavedExperts:
         if recipe.name != self.recipe:
             raise WeightingError(f"{self.folder} has experts of recipe {self.recipe!r}, not {recipe.name!r}: {instead}")
         own = json.loads(json.dumps(recipe.options))
-        # an option that there was not yet has its default
-        saved = {**json.loads(json.dumps(type(recipe)().options)), **self.options}
+        # an option that there was not yet has its default, or what the recipe says that it meant
+        saved = {**json.loads(json.dumps({**type(recipe)().options, **recipe.before})), **self.options}
         for option in sorted(set(own) | set(saved)):
             if option != "seed" and own.get(option) != saved.get(option):
                 raise WeightingError(

@@ -93,6 +93,8 @@ class Recipe(Declared):
     lr: ClassVar[float] = 3e-3
     # raised whenever the same options come to mean another training, so that older checkpoints are not resumed
     revision: ClassVar[int] = 1
+    # options by name that a saved folder without them means, where that is not the default
+    before: ClassVar[Mapping[str, Any]] = {}
     # parts of parameters' names without a gradient in the first step, because their factor begins as 0
     silent_at_first: ClassVar[tuple[str, ...]] = ("a_SI",)
 

@@ -1,5 +1,8 @@
 """Every rank an expert: the formula at a site, and the loss that keeps the ranks busy."""
 
+import json
+import math
+
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -7,6 +10,7 @@ from transformers import TrainerCallback
 import loraweave as lw
 from loraweave.composer.experts.together import train_experts
 from loraweave.errors import TrainingError, WeightingError
+from loraweave.routers.recipes.smora import Smora
 
 LAYER = "model.layers.1.mlp.up_proj"
 BATCH = {
@@ -15,15 +19,56 @@ BATCH = {
 }
 
 
-def test_a_site_adds_its_formula(adds_up):
+def test_a_site_adds_the_released_formula(adds_up):
     def weights(made, row, x_TI, x_I):
-        gate = made.gates[LAYER.replace(".", "/")]
+        (gate,) = made.gates.values()
+        # the bias counts in the weights, too
+        assert gate.bias_E.all()
+        values = [
+            1 / (1 + math.exp(-score)) + bias
+            for score, bias in zip((gate.r_EI @ x_I).tolist(), gate.bias_E.tolist(), strict=True)
+        ]
+        best = sorted(range(6), key=lambda e: -values[e])[:2]
+        whole = sum(values[e] for e in best)
+        return [2 * values[e] / whole if e in best else 0.0 for e in range(6)]
+
+    adds_up("smora", LAYER, BATCH, weights, 3.0 / 2, rank=6, top_k=2, alpha=3.0)
+
+
+def test_its_sizes_are_the_released_ones():
+    """Rank 64, of which a token uses 8, alpha 16 and a bias that moves by 1e-5."""
+    recipe = Smora()
+    assert (recipe.rank, recipe.top_k, recipe.scale, recipe.bias_rate) == (64, 8, 16 / 8, 1e-5)
+
+
+def test_softmax_adds_what_it_added_before(adds_up):
+    def weights(made, row, x_TI, x_I):
+        (gate,) = made.gates.values()
         p_E = (gate.r_EI @ x_I).softmax(dim=0).tolist()
         biased_E = (gate.r_EI @ x_I + gate.bias_E).tolist()
         best = sorted(range(6), key=lambda e: -biased_E[e])[:2]
         return [p_E[e] if e in best else 0.0 for e in range(6)]
 
-    adds_up("smora", LAYER, BATCH, weights, 3.0 / 6, rank=6, top_k=2, alpha=3.0)
+    adds_up("smora", LAYER, BATCH, weights, 3.0 / 6, rank=6, top_k=2, alpha=3.0, by="softmax")
+
+
+def test_a_folder_from_before_the_released_formula_answers_as_it_did(make_model, trained, tmp_path):
+    base, options = make_model("llama"), {"rank": 6, "top_k": 2, "target_modules": (LAYER,)}
+    with trained(lw.experts("smora", base, by="softmax", **options)) as made:
+        expected = made(**BATCH).logits
+        made.save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "experts.json"
+    said = json.loads(file.read_text())
+    assert said["options"].pop("by") == "softmax"
+    file.write_text(json.dumps(said))
+    with lw.experts(tmp_path / "saved", base) as again:
+        assert again.recipe.by == "softmax"
+        assert torch.equal(again(**BATCH).logits, expected)
+    with (
+        lw.experts("smora", base, **options) as made,
+        pytest.raises(WeightingError, match="with by 'softmax', but this model has 'sigmoid'"),
+    ):
+        made.load(tmp_path / "saved")
 
 
 def test_each_step_moves_the_bias_against_the_ranks_that_more_tokens_than_the_mean_chose(make_model):
@@ -41,7 +86,7 @@ def test_each_step_moves_the_bias_against_the_ranks_that_more_tokens_than_the_me
         for step in (inputs[:2], inputs[2:]):
             counts_E = torch.zeros(6)
             for x_I in torch.cat([x_BTI[0] for x_BTI in step]):
-                counts_E[(gate.r_EI @ x_I + bias_E).topk(2).indices] += 1
+                counts_E[((gate.r_EI @ x_I).sigmoid() + bias_E).topk(2).indices] += 1
             assert counts_E.sum() == 2 * (5 + 3)
             bias_E = bias_E + 0.5 * torch.sign(counts_E.mean() - counts_E)
         assert torch.equal(gate.bias_E, bias_E)
