@@ -83,6 +83,7 @@ def _xlora(config: Config, given: ExpertPool | None, model: nn.Module | None) ->
         "softmax": softmax,
         "scaling_pass_value": config.number("scaling_pass_value", 0.0),
         "global_scaling": config.number("global_scaling_weight", 1.0),
+        "as_peft": True,
         "hidden_size": config.count("hidden_size"),
     }
     # before any memory is taken

@@ -29,12 +29,17 @@ FLAGS = {"all": (True, False), "top_k": (False, True), "twice": (True, True), "n
 def write_xlora(router: Any, folder: Path, pool: ExpertPool, model: nn.Module | None) -> Path:
     """What `Xlora.save_as_peft` promises."""
     experts = _experts(router, pool)
-    if router.softmax == "top_k" and router.top_k is not None and router.temperature != 1:
+    # of all experts it is one over all, where the scaling pass is not peft's
+    softmax = "all" if router.softmax == "top_k" and router.top_k is None and not router.as_peft else router.softmax
+    if softmax == "top_k" and router.temperature != 1:
         raise AdapterUnsupported(
             f"this X-LoRA has temperature={router.temperature:g} in the softmax of its top_k alone, where PEFT has none"
         )
-    # of all experts it is one over all
-    softmax = "all" if router.softmax == "top_k" and router.top_k is None else router.softmax
+    if not router.as_peft and router.scaling_pass_value and (router.top_k is not None or softmax in ("top_k", "twice")):
+        raise AdapterUnsupported(
+            f"this X-LoRA has scaling_pass_value={router.scaling_pass_value:g} for all adapters, where PEFT applies top_k "
+            "and its softmax, too: train one with as_peft=True, or with a scaling_pass_value of 0"
+        )
     enable_softmax, enable_softmax_topk = FLAGS[softmax]
     linears = [module for module in router.head if isinstance(module, nn.Linear)]
     # PEFT has a dropout between layers only where it drops anything

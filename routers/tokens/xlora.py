@@ -44,10 +44,13 @@ class Xlora(LearnedRouter):
     that the weights sum to global_scaling; "all" over all before the others are set to 0, so that they sum to less; "twice"
     that, and once more over the kept weights, which levels them; "none": the logits are the weights. peft's XLoraConfig is
     "all" as it comes, "top_k" (at temperature 1) with enable_softmax_topk alone, "twice" with both, "none" with neither.
-    An expert that leaves a layer alone takes no part in its softmax.
+    An expert that leaves a layer alone takes no part in its softmax; "twice" leaves out what the first softmax rounds to 0.
 
     The state is the base's, or with a `scaling_pass_value` v of the base with each adapter at weight v * global_scaling.
-    `hidden_size` is by default the size that inputs and outputs of the pool's layers have most often.
+    `as_peft` applies the choice to these equal values, too: the `top_k` adapters that torch.topk picks among them on that
+    device keep theirs, the others have 0, and with "top_k" or "twice" each keeps global_scaling / their number instead. It
+    also leaves a logit of exactly 0 out of the softmax "top_k". Routers read from peft's folders have it. `hidden_size` is
+    by default the size that inputs and outputs of the pool's layers have most often.
 
     Every call of the model is preceded by a pass of its tokens through the base. Under a key-value cache that pass has a
     cache of its own beside it, so that generation with a cache is generation without. While it trains, the states of each
@@ -69,6 +72,7 @@ class Xlora(LearnedRouter):
         softmax: Softmax = "top_k",
         scaling_pass_value: float = 0.0,
         global_scaling: Positive | Annotated[float, Range(below=0)] = 1.0,
+        as_peft: bool = False,
         hidden_size: Count | None = None,
     ) -> None:
         super().__init__(pool)
@@ -81,6 +85,7 @@ class Xlora(LearnedRouter):
         self.softmax = softmax
         self.scaling_pass_value = scaling_pass_value
         self.global_scaling = global_scaling
+        self.as_peft = as_peft
         self.hidden_size = most_frequent_size(self.members) if hidden_size is None else hidden_size
         # what sums to something else says so
         if softmax == "none" or global_scaling != 1 or (softmax == "all" and top_k is not None):
@@ -132,15 +137,23 @@ class Xlora(LearnedRouter):
     def _choose(self, scores_BTGE: Tensor, absent_GE: Tensor) -> Tensor:
         """w_BTGE before the global scaling."""
         some_BTGE = scores_BTGE.masked_fill(absent_GE, -torch.inf)
-        if self.softmax == "top_k":
+        if self.softmax == "top_k" and not self.as_peft:
             return top_k_softmax(some_BTGE, self.top_k, self.temperature)
-        w_BTGE = some_BTGE if self.softmax == "none" else (some_BTGE / self.temperature).softmax(dim=-1)
+        over_all = self.softmax in ("all", "twice")
+        w_BTGE = (some_BTGE / self.temperature).softmax(dim=-1) if over_all else some_BTGE
         num_kept = len(self.experts) if self.top_k is None else self.top_k
         best = w_BTGE.topk(num_kept, dim=-1)
         left_out = torch.ones_like(w_BTGE, dtype=torch.bool).scatter(-1, best.indices, False) | absent_GE
-        if self.softmax == "twice":
-            return w_BTGE.masked_fill(left_out, -torch.inf).softmax(dim=-1)
+        if self._softens_chosen:
+            left_out = left_out | (w_BTGE == 0)
+            temperature = 1.0 if over_all else self.temperature
+            w_BTGE = (w_BTGE / temperature).masked_fill(left_out, -torch.inf).softmax(dim=-1)
         return w_BTGE.masked_fill(left_out, 0.0)
+
+    @property
+    def _softens_chosen(self) -> bool:
+        """True if a softmax is taken of the chosen experts alone."""
+        return self.softmax in ("top_k", "twice")
 
     def _hidden(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
         """hidden_BTD of a call; what is known of a row that trains is not computed again."""
@@ -161,9 +174,21 @@ class Xlora(LearnedRouter):
         return hidden_BTD
 
     def _read(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
-        weight = self.scaling_pass_value * self.global_scaling
-        with under(dict.fromkeys(self.experts, weight)) if weight else nullcontext():
+        weights = self._of_scaling_pass(next(model.parameters()).device)
+        with under(weights) if any(weights.values()) else nullcontext():
             return last_hidden(self.name, model, arguments, self._beside)
+
+    def _of_scaling_pass(self, device: torch.device) -> dict[str, float]:
+        """Return each expert's weight in the pass that gives the states."""
+        value, num_experts = self.scaling_pass_value, len(self.experts)
+        chosen = set(range(num_experts))
+        if self.as_peft and value:
+            if self.top_k is not None:
+                chosen = set(torch.full((num_experts,), value, device=device).topk(self.top_k).indices.tolist())
+            if self._softens_chosen:
+                value = 1 / len(chosen)
+        weight = value * self.global_scaling
+        return {expert: weight if place in chosen else 0.0 for place, expert in enumerate(self.experts)}
 
     def _make_head(self) -> nn.Sequential:
         sizes = [self.hidden_size, *[self.size] * (self.depth - 1)]

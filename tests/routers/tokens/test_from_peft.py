@@ -6,6 +6,7 @@ Both run in float64: the networks are drawn so that a processor's rounding in fl
 import copy
 import json
 import warnings
+from itertools import product
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def ours(make_model, router, pool=None):
         return logits(model)
 
 
-def xlora_folder(make_model, adapters, folder, **settings):
+def xlora_folder(make_model, adapters, folder, *, size=0.5, **settings):
     """The folder of an X-LoRA with its network whole, as PEFT before 0.21 writes it, and PEFT's logits with it."""
     paths = {adapter.name: str(adapter.save_pretrained(folder / "apart" / adapter.name)) for adapter in adapters}
     base = make_model("llama")
@@ -53,13 +54,20 @@ def xlora_folder(make_model, adapters, folder, **settings):
         made = peft.get_peft_model(base, config)
         made.save_pretrained(folder / "saved", selected_adapters=["default"])
         torch.manual_seed(2)
-        network = {name: 0.5 * torch.randn(t.shape) for name, t in made.internal_xlora_classifier.state_dict().items()}
+        network = {name: size * torch.randn(t.shape) for name, t in made.internal_xlora_classifier.state_dict().items()}
         tensors = {f"base_model.internal_xlora_classifier.{name}": tensor for name, tensor in network.items()}
         save_file(tensors, folder / "saved" / "adapter_model.safetensors")
-        again = make_model("llama")
-        again.config.use_cache = False
-        theirs = peft.PeftModel.from_pretrained(again, folder / "saved").eval()
-    return folder / "saved", logits(theirs.double())
+    return folder / "saved", pefts(make_model, folder / "saved")
+
+
+def pefts(make_model, folder):
+    """The logits of PEFT's X-LoRA in a folder."""
+    base = make_model("llama")
+    base.config.use_cache = False
+    with warnings.catch_warnings():
+        # that its own defaults are not the best
+        warnings.simplefilter("ignore")
+        return logits(peft.PeftModel.from_pretrained(base, folder).eval().double())
 
 
 @pytest.mark.parametrize(
@@ -82,6 +90,50 @@ def test_an_xlora_that_peft_saved_gives_pefts_logits(make_model, adapters, tmp_p
     router = lw.router(folder, adapters, model=make_model("llama"))
     torch.testing.assert_close(ours(make_model, router), expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(logits(make_model("llama").double()), expected, atol=1e-2)
+
+
+# (enable_softmax, enable_softmax_topk), top_k_lora, scaling_pass_value, global_scaling_weight, softmax_temperature
+GRID = list(product(product((True, False), repeat=2), (None, 1, 2, 3), (0.0, 0.3), (1.0, -0.5), (1.0, 0.5)))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [{"use_trainable_adapters": True}, {"layerwise_scalings": True, "xlora_depth": 2, "xlora_size": 6}],
+    ids=["shared by layers", "by layer"],
+)
+def test_every_combination_of_options_gives_pefts_logits(make_model, adapters, tmp_path, network):
+    folder, _ = xlora_folder(make_model, adapters, tmp_path, **network)
+    config = json.loads((folder / CONFIG).read_text())
+    for (softmax, softmax_top_k), top_k, scaling_pass_value, global_scaling, temperature in GRID:
+        settings = {
+            "enable_softmax": softmax,
+            "enable_softmax_topk": softmax_top_k,
+            "top_k_lora": top_k,
+            "scaling_pass_value": scaling_pass_value,
+            "global_scaling_weight": global_scaling,
+            "softmax_temperature": temperature,
+        }
+        (folder / CONFIG).write_text(json.dumps({**config, **settings}))
+        expected = pefts(make_model, folder)
+        found = ours(make_model, lw.router(folder, adapters, model=make_model("llama")))
+        # each layer of the two blocks sums at most 24 products in float64, in two passes: not 10^4 roundings on the way
+        bound = 1e4 * torch.finfo(torch.float64).eps * float(expected.abs().max())
+        torch.testing.assert_close(found, expected, atol=bound, rtol=0.0, msg=f"{settings}: {{}}".format)
+
+
+@pytest.mark.parametrize(
+    ("size", "settings"),
+    [
+        # logits of 0 alone
+        (0.0, {"enable_softmax": False, "enable_softmax_topk": True}),
+        # a first softmax of 1 and zeros
+        (0.5, {"enable_softmax_topk": True, "top_k_lora": 2, "softmax_temperature": 1e-4}),
+    ],
+    ids=["logits", "probabilities"],
+)
+def test_zeros_are_left_out_of_the_softmax_of_the_chosen_as_in_peft(make_model, adapters, tmp_path, size, settings):
+    folder, expected = xlora_folder(make_model, adapters, tmp_path, size=size, **settings)
+    torch.testing.assert_close(ours(make_model, lw.router(folder, adapters)), expected, atol=1e-9, rtol=0.0)
 
 
 def test_the_adapters_are_taken_by_name_or_in_their_order_or_from_the_folder(make_model, adapters, tmp_path):
@@ -274,6 +326,9 @@ def test_a_poly_that_does_not_fit_its_config_is_refused_by_name(poly, fields, er
         {"top_k": 2, "softmax": "twice", "temperature": 0.5, "depth": 3, "size": 6, "dropout": 0.0},
         {"softmax": "none", "global_scaling": 0.6},
         {"layerwise": True, "depth": 2, "size": 6},
+        {"top_k": 2, "softmax": "all", "scaling_pass_value": 0.3, "as_peft": True},
+        {"softmax": "top_k", "scaling_pass_value": 0.3, "as_peft": True},
+        {"softmax": "none", "scaling_pass_value": 0.3},
     ],
     ids=str,
 )
@@ -318,6 +373,9 @@ def test_what_pefts_layouts_cannot_hold_is_refused_by_name(make_model, make_adap
     warm = lw.router("xlora", pool, hidden_size=16, top_k=2, temperature=0.5)
     with pytest.raises(AdapterUnsupported, match=r"temperature=0\.5"):
         warm.save_as_peft(target, pool)
+    passed = lw.router("xlora", pool, hidden_size=16, top_k=2, softmax="all", scaling_pass_value=0.3)
+    with pytest.raises(AdapterUnsupported, match=r"scaling_pass_value=0\.3 for all adapters.*as_peft=True"):
+        passed.save_as_peft(target, pool)
     with pytest.raises(AdapterUnsupported, match="pass model="):
         lw.router("xlora", pool, hidden_size=16, layerwise=True).save_as_peft(target, pool)
     base = make_model("llama")
