@@ -51,7 +51,7 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "arrow_components": ("arrow", {"top_k": 8}),
 }
 # over the adapters' components of rank 1; what weights are multiplied by, since a LoRA is 8 of them with weight 1
-OF_COMPONENTS: Mapping[str, float] = {"hilora": 1.0, "strongest_components": 8.0, "arrow_components": 1.0}
+OF_COMPONENTS: Mapping[str, float] = {"strongest_components": 8.0, "arrow_components": 1.0}
 
 app = typer.Typer()
 
@@ -262,7 +262,7 @@ def _way(bench: Bench, way: str, seed: int) -> tuple[lw.Composer, MixtureOf, dic
         return engine, lambda rows: {adapter.name: 1.0}, bench.how.of(way)
     if way in OF_COMPONENTS:
         components = lw.Composer(bench.engine.model, pool.rank_one(), tokenizer=bench.engine.tokenizer)
-        name, settings = VARIANTS.get(way, (way, {}))
+        name, settings = VARIANTS[way]
         strength = OF_COMPONENTS[way]
         scaled = derive(lw.router(name, components.pool, **settings), lambda own, x, layer: strength * own.weights(x, layer))
         return components, lambda rows: scaled, {}

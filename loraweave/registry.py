@@ -35,6 +35,12 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "targets": ("loraweave.hub.targets",),
 }
 
+_SAVED = "of the same adapters, which a saved router has in its adapters/0, adapters/1 and so on (docs/tried.md)"
+# names that a folder had once: why they went, and what to use
+WITHDRAWN = {
+    ("routers", "mass"): f"it did not choose as the published MASS does; make 'arrow' or 'spectr' {_SAVED}",
+    ("routers", "hilora"): f"it did not route as the published HiLoRA does; make 'similarity' or 'logistic' {_SAVED}",
+}
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -124,7 +130,7 @@ def _from_plugin(folder: str, name: str) -> Any:
     what = folder.removesuffix("s")
     if point is None:
         known = modules(folder)
-        raise UnknownName(f"no {what} {name!r}{nearest(name, known)}; there are {', '.join(sorted(known))}")
+        raise UnknownName(f"no {what} {name!r}{instead(folder, name, known)}; there are {', '.join(sorted(known))}")
     whose = f"{what} {name!r} of package {point.dist.name if point.dist else '?'!r} ({point.value})"
     if point.module.rpartition(".")[2] != name:
         # saved folders know a thing by the name of its file
@@ -153,6 +159,12 @@ def _loaded(folder: str, name: str) -> ModuleType | None:
         if module is not None and ready and not hasattr(module, "__path__"):
             return module
     return None
+
+
+def instead(folder: str, name: str, known: Iterable[str]) -> str:
+    """Return ": it was withdrawn, since .." for a name that a folder had once, else what `nearest` says of `known`."""
+    why = WITHDRAWN.get((folder, name))
+    return nearest(name, known) if why is None else f": it was withdrawn, since {why}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -103,6 +103,15 @@ def test_a_name_like_no_other_is_answered_with_all_names_alone():
         registry.get("methods", "qqqq")
 
 
+@pytest.mark.parametrize(
+    ("name", "way_out"), [("mass", "make 'arrow' or 'spectr'"), ("hilora", "make 'similarity' or 'logistic'")]
+)
+def test_a_withdrawn_name_is_answered_with_the_reason_and_the_way_out(name, way_out):
+    assert name not in registry.names("routers")
+    with pytest.raises(UnknownName, match=rf"no router '{name}': it was withdrawn, since .*{way_out}.*docs/tried.md"):
+        registry.get("routers", name)
+
+
 @pytest.mark.parametrize("name", ["_contents", "__init__", "../hub", "peft.Peft", "", "combined"])
 def test_only_listed_names_are_ever_imported(name):
     for folder_name in ("formats", "routers"):

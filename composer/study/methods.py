@@ -28,7 +28,6 @@ from loraweave.errors import FormulaError, InvalidTask, UnknownName, WeightingEr
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
-from loraweave.registry import nearest
 from loraweave.retrieval.retriever import Retriever
 from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.routers.tokens._saved import router, router_class, router_names
@@ -230,9 +229,8 @@ def known_methods() -> list[str]:
 
 def _unknown(text: str) -> UnknownName:
     known = known_methods()
-    return UnknownName(
-        f"no method {text!r}{nearest(text, known)}; there are {', '.join(known)}, and formulas, of which {text!r} is none"
-    )
+    hint = registry.instead("routers", text, known)
+    return UnknownName(f"no method {text!r}{hint}; there are {', '.join(known)}, and formulas, of which {text!r} is none")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ LEARNED = [name for name in ROUTERS if router_class(name).learned]
 NEEDED = {
     "similarity": {"embedder": "hashing"},
     "logistic": {"embedder": "hashing"},
-    "hilora": {"embedder": "hashing"},
     # gates of more than one kind of module
     "wemoe": {"gated": ("mlp", "self_attn")},
     "twin_merging": {"embedder": "hashing", "shared": "a"},

@@ -155,6 +155,7 @@ def test_fusing_a_router_is_refused_with_the_way_out(tiny_llama, pool):
     ("options", "error", "message"),
     [
         ({"method": "arow"}, UnknownName, "did you mean 'arrow'"),
+        ({"method": "mass"}, UnknownName, "it was withdrawn, .*make 'arrow' or 'spectr'"),
         ({"method": 5}, WeightingError, "method is 5; give the name of"),
         ({"method": lw.MixtureWeights.of({"a": 1.0}, ["a"])}, WeightingError, "method='manual'"),
         ({"method": Half(), "top_k": 2}, WeightingError, "method 'Half' has no option 'top_k'"),

@@ -143,6 +143,7 @@ def test_what_is_not_the_same_is_another_formula(one, other):
         ("' a'", "neither begins nor ends with a space", "^~~~"),
         ("a + tyes(a, b)", "no method or router 'tyes', did you mean 'ties'?", "    ^~~~"),
         ("arow(a, b)", "no method or router 'arow', did you mean 'arrow'?", "^~~~"),
+        ("mass(a, b)", "no method or router 'mass': it was withdrawn, since it did not choose", "^~~~"),
         ("ties(a, b; densty=1)", "no option 'densty', did you mean 'density'?", "           ^~~~~~"),
         ("ties(a, b; density=2)", "density=2; it takes a finite number of at least 0", "           ^~~~~~~"),
         ("ties(a, b; aggregate=meen)", "did you mean 'mean'?", "           ^~~~~~~~~"),

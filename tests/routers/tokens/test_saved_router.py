@@ -124,6 +124,15 @@ def test_a_newer_format_is_refused(folder):
         router(folder)
 
 
+def test_a_withdrawn_router_is_refused_with_the_way_out_by_name_and_as_a_folder(pool, folder):
+    refused = r"no router 'mass': it was withdrawn, .*make 'arrow' or 'spectr' of the same adapters.*adapters/0"
+    with pytest.raises(UnknownName, match=refused):
+        router("mass", pool)
+    changed(folder, router="mass")
+    with pytest.raises(UnknownName, match=refused):
+        router(folder)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
