@@ -108,10 +108,11 @@ def _common(kept: Sequence[int], ids: Sequence[int]) -> int:
 class Memory:
     """At most `max_bytes` for rows of a model, what is kept of beginnings, and adapters. One thread uses it.
 
-    It is one pool, as in S-LoRA (Sheng et al. 2024, arXiv 2311.03285): what running rows need, their adapters included,
-    comes first. What no row uses, of beginnings and of adapters, makes room, those first that were used longest ago.
+    What running rows need, their adapters included, comes first. What no row uses, of beginnings and of adapters, makes
+    room, those first that were used longest ago.
 
-    A row counts at its longest, prompt and answer, and so do the rows beside it, whose lines are filled up.
+    A row counts at its longest, prompt and answer, and so do the rows beside it, whose lines are filled up. This adds up
+    bytes and places nothing: the one budget is S-LoRA's (Sheng et al. 2024, arXiv 2311.03285), its pages are not here.
     """
 
     def __init__(self, model: Any, max_bytes: float, prefixes: KeptPrefixes, experts: Experts) -> None:

@@ -3,8 +3,8 @@
     seconds = c0 + c1 * lines + c2 * a        a: what composer/live/kernels/_cost.py prices the lines' updates at
 
 The model that picks a layer's kernel knows what ranks cost: rows padded to the largest, or each its own. What it prices is
-the updates' part; what the base and this machine take is fitted to the last steps. After CaraServe (Li et al. 2024,
-arXiv 2401.11240), whose scheduler fits two such lines, one for each kind of kernel.
+the updates' part; what the base and this machine take is fitted to the last steps. CaraServe (Li et al. 2024, arXiv
+2401.11240) fits two such lines, one for each kind of kernel, and chooses among servers by them; here one server admits.
 """
 
 from __future__ import annotations

@@ -21,11 +21,13 @@ from loraweave.types import DEFAULT_TEMPLATE
 class Logistic(TextRouter):
     """p = softmax(W u + b) of a text's vector u, fitted by scikit-learn's LogisticRegression to texts of each expert.
 
-    `form` "selection" gives the likeliest expert 1, "probabilities" each expert p. "top_p" is DLP-LoRA (Zhang and Li 2024,
-    arXiv 2410.01497): w = softmax(p) over the fewest experts whose p sum to at least `top_p`, .6 as in the released test,
-    and 0 for the others. There a small transformer reads the text; the softmax of probabilities is theirs, and leaves the
-    weights of those that stay near each other. `inverse_penalty` is scikit-learn's C: the squared size of W counts 1 / (2 C)
-    beside the summed loss of all texts, so that a larger one is surer. The result is the optimum, without a draw.
+    `form` "selection" gives the likeliest expert 1, "probabilities" each expert p. "top_p" has the weights of DLP-LoRA
+    (Zhang and Li 2024, arXiv 2410.01497): softmax(p) over the fewest experts whose p sum to at least `top_p`, .6 as in the
+    released test, and 0 for the others. The softmax of probabilities is theirs, and leaves the weights of those that stay
+    near each other; their p is that of a small transformer, trained on the texts.
+
+    `inverse_penalty` is scikit-learn's C: the squared size of W counts 1 / (2 C) beside the summed loss of all texts, so
+    that a larger one is surer. The result is the optimum, without a draw.
 
     `examples`, `template` and `embedder` are those of router `similarity`; where the cards have no sample inputs either,
     `fit` comes first. Raises WeightingError that names the experts without examples.

@@ -1,4 +1,4 @@
-"""Twin-Merging (Lu et al., NeurIPS 2024, arXiv 2406.15479): what all experts share, and of each what a text asks for."""
+"""Twin-Merging (Lu et al., NeurIPS 2024, arXiv 2406.15479), its router a logistic regression in place of an MLP."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ class TwinMerging(Logistic):
     It is for a pool of `lw.twin_merging(pool, shared)`, with which a layer's update is S + sum over t of p_t cut(D_t - S).
     Without a cut this is sum of p_t D_t, whatever S.
 
-    W and b are fitted as by router `logistic`, whose other options these are; the published R is a perceptron of three
-    layers on the shared model's last hidden state. `embedder="hidden_state"` comes nearest to that: the base's own states.
+    W and b are fitted as by router `logistic`, whose other options these are; the published R is a trained perceptron of
+    three layers on the shared model's last hidden state. `embedder="hidden_state"` comes nearest to that: the base's own
+    states.
+
     Raises UnknownExpert where the pool has no `shared`, WeightingError where it has nothing else, and for exclusive parts
     without examples.
     """
