@@ -7,7 +7,7 @@ import { pickBox, tray } from "/picks.js";
 const PAGE = 50;
 const COLUMNS = [["name", "Adapter"], ["license", "License"], ["rank", "Rank"], ["size_bytes", "Size"], ["added", "Added"]];
 
-export async function adaptersView(main, query, signal) {
+export async function adaptersView(main, query, signal, summary) {
   const state = { q: query.get("q") ?? "", base: "", license: "", quarantined: false, sort: "added", descending: true, start: 0, count: 20 };
   const search = h("input", { type: "search", value: state.q, placeholder: "What should it do? Or an example input", autocomplete: "off", spellcheck: "false", maxlength: "4000" });
   const base = h("select", {});
@@ -25,15 +25,10 @@ export async function adaptersView(main, query, signal) {
     h("div", { class: "columns" }, h("section", { "aria-label": "Adapters" }, heading, toMap, results), map.place),
   );
 
-  const summary = await ask("hub", {}, signal);
   options(base, "all", summary.bases, "no name");
   options(license, "any", summary.licenses);
   held.hidden = !summary.quarantined;
   held.lastChild.textContent = `in quarantine (${summary.quarantined})`;
-  if (!summary.count && !summary.quarantined) {
-    results.append(h("p", { class: "empty" }, "This hub has no adapters yet. In a shell: ", h("code", {}, `loraweave hub add FOLDER --hub ${summary.place}`)));
-    return;
-  }
 
   let asking = new AbortController();
   async function load() {

@@ -3,7 +3,7 @@
 import { adapterView } from "/adapter.js";
 import { adaptersView } from "/adapters.js";
 import { composeView } from "/compose.js";
-import { ask, failure } from "/dom.js";
+import { ask, failure, h } from "/dom.js";
 import { watchPicks } from "/picks.js";
 import { routeView } from "/route.js";
 
@@ -26,10 +26,23 @@ async function show() {
   document.title = `${query_.get("name") ?? title} – loraweave`;
   main.replaceChildren();
   try {
-    await view(main, query_, signal);
+    const hub = await ask("hub", {}, signal);
+    const place = document.getElementById("place");
+    place.textContent = place.title = hub.place;
+    if (hub.count || hub.quarantined || path === "adapter") await view(main, query_, signal, hub);
+    else main.append(howToFill(hub.place));
   } catch (error) {
     if (error.name !== "AbortError") main.replaceChildren(failure(error));
   }
+}
+
+function howToFill(place) {
+  const quoted = /^[\w@%+=:,.\/-]+$/.test(place) ? place : `'${place.replaceAll("'", "'\\''")}'`;
+  const command = (verb) => h("p", {}, h("code", {}, `loraweave hub ${verb} --hub ${quoted}`));
+  return h("section", { class: "empty" },
+    h("h1", {}, "This hub has no adapters yet"),
+    h("p", {}, "Add some in a shell, then load this page again. One adapter, by its folder, its file or its id on the model hub:"), command("add FOLDER"),
+    h("p", {}, "Or every adapter below a folder:"), command("add-tree FOLDER"));
 }
 
 window.addEventListener("hashchange", () => {
@@ -47,9 +60,4 @@ watchPicks((kept) => {
   badge.textContent = String(kept.length);
   badge.hidden = !kept.length;
 });
-ask("hub").then(({ place }) => {
-  const shown = document.getElementById("place");
-  shown.textContent = place;
-  shown.title = place;
-}, () => {});
 show();

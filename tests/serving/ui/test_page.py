@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import zipfile
+from dataclasses import replace
 
 import pytest
 from server_clients import gate_before
@@ -337,6 +339,13 @@ def test_a_mixture_is_saved_and_downloaded(look_with, address, hub):
     assert "another composition" in alert.text_content()
 
 
+# as high as what it shows, and as wide
+FRAME_FITS = """() => {
+    const frame = document.querySelector("iframe"), shown = frame.contentDocument.documentElement;
+    return frame.clientHeight >= shown.scrollHeight && shown.scrollWidth <= frame.clientWidth;
+}"""
+
+
 @pytest.mark.parametrize("width", [1280, 360])
 def test_a_router_shows_which_adapter_counts_for_which_token(look_with, address, width):
     page = look_with(f"{address}/#/route", ["plural", "past", "capital"], width=width)
@@ -349,14 +358,46 @@ def test_a_router_shows_which_adapter_counts_for_which_token(look_with, address,
     frame.locator("#cells").focus()
     page.keyboard.press("ArrowRight")
     frame.get_by_text("Token 1").wait_for()
-    # the frame is as high as what it shows, and no wider than the page
-    page.wait_for_function(
-        """() => {
-            const frame = document.querySelector("iframe"), shown = frame.contentDocument.documentElement;
-            return frame.clientHeight >= shown.scrollHeight && shown.scrollWidth <= frame.clientWidth;
-        }"""
-    )
+    page.wait_for_function(FRAME_FITS)
     assert no_sideways_scrolling(page)
+
+
+# whether what has the focus is seen as a whole
+UNCOVERED = """() => {
+    const own = document.activeElement, box = own.getBoundingClientRect();
+    return [box.top + 1, (box.top + box.bottom) / 2, box.bottom - 1].every(
+        (top) => own.contains(document.elementFromPoint(box.left + box.width / 2, top)));
+}"""
+
+
+@pytest.mark.parametrize("width", [1280, 768, 360])
+def test_no_heading_covers_the_example_that_is_edited(look_with, address, width):
+    page = look_with(f"{address}/#/compose", ["plural", "past"], width=width, height=420)
+    for _ in range(9):
+        page.get_by_role("button", name="Add a row").click()
+    boxes = page.locator("table.examples input")
+    assert boxes.count() == 24
+    boxes.last.click()
+    for _ in range(23):
+        page.keyboard.press("Shift+Tab")
+        assert page.evaluate(UNCOVERED)
+    # also where the row is scrolled to the top by hand
+    for number in (2, 12):
+        boxes.nth(number).focus()
+        page.evaluate("scrollBy(0, document.activeElement.getBoundingClientRect().top - 2)")
+        page.keyboard.type("x")
+        assert page.evaluate(UNCOVERED)
+
+
+def test_no_heading_covers_what_the_keyboard_goes_to(look, address):
+    page = look(address, height=200)
+    page.get_by_text("5 adapters.").wait_for()
+    links = page.locator("table.list tbody :is(a, input)")
+    links.last.focus()
+    for _ in range(links.count() - 1):
+        page.keyboard.press("Shift+Tab")
+        assert page.evaluate("document.activeElement.closest('tbody') !== null")
+        assert page.evaluate(UNCOVERED)
 
 
 def test_an_adapter_is_added_by_its_name_and_taken_out(look_with, address):
@@ -371,3 +412,58 @@ def test_an_adapter_is_added_by_its_name_and_taken_out(look_with, address):
     page.get_by_label("Weight of past", exact=True).wait_for(state="detached")
     page.get_by_role("button", name="Take plural out").click()
     page.get_by_text("No adapter is picked yet.").wait_for()
+
+
+@pytest.mark.parametrize("width", [1280, 768, 360])
+def test_every_view_of_an_empty_hub_says_how_to_fill_it(look, page_served, tmp_path, tiny, tokenizer, width):
+    with lw.Hub(tmp_path / "my hub") as empty, page_served(empty, lambda: (tiny, tokenizer)) as address:
+        place = shlex.quote(str(tmp_path / "my hub"))
+        for view in ("#/", "#/compose", "#/route"):
+            page = look(f"{address}/{view}", width=width)
+            page.get_by_role("heading", name="This hub has no adapters yet").wait_for()
+            commands = page.locator("main code").all_text_contents()
+            assert commands == [f"loraweave hub {verb} FOLDER --hub {place}" for verb in ("add", "add-tree")]
+            assert page.locator("main :is(canvas, form)").count() == 0
+            assert no_sideways_scrolling(page)
+
+
+# no place to break a line in
+WORD = "x" * 900
+
+
+@pytest.fixture(scope="module")
+def long_words(tiny, make_adapter, tokenizer, tmp_path_factory, page_served):
+    """The address of a page over a hub whose texts are words of hundreds of letters."""
+    name = WORD[:200]
+    with lw.Hub(tmp_path_factory.mktemp("page") / WORD[:200]) as opened:
+        for number, each in enumerate((name, "y")):
+            card = {"license": "Apache-2.0", "tags": [WORD[:60]], "note": WORD}
+            made = make_adapter(tiny, each, seed=number)
+            opened.add(replace(made, card=card), description=WORD, examples=[(WORD, WORD)])
+        merged = lw.merge([opened[name], opened["y"]], [0.5, 0.5], name=f"z{name[1:]}", progress=False)
+        opened.add(merged, description=WORD, anomalies="off")
+        with page_served(opened, lambda: (tiny, tokenizer)) as address:
+            yield address
+
+
+LONG_VIEWS = {
+    "#/": "table.list",
+    f"#/?q={WORD}": ".evidence",
+    f"#/adapter?name=z{WORD[:199]}": "ol.alike >> nth=1",
+    f"#/adapter?name=nobody{WORD}": "[role=alert]",
+    "#/compose": "table.heat",
+    "#/route": ".tray",
+}
+
+
+@pytest.mark.parametrize("width", [1280, 768, 360])
+def test_a_word_of_any_length_is_wrapped_in_every_view(look_with, long_words, width):
+    for view, there in LONG_VIEWS.items():
+        page = look_with(f"{long_words}/{view}", [WORD[:200], "y"], width=width)
+        page.wait_for_selector(there)
+        assert no_sideways_scrolling(page), view
+    page.get_by_label("Text").fill(WORD[:100])
+    page.get_by_role("button", name="Show the weights").click()
+    page.frame_locator("iframe").locator(".token").first.wait_for()
+    page.wait_for_function(FRAME_FITS)
+    assert no_sideways_scrolling(page)
