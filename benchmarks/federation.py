@@ -1,16 +1,18 @@
 """Clients of one task each learn together, by every strategy of `lw.federate`; and what privacy costs many small ones.
 
     OMP_NUM_THREADS=1 python -m benchmarks --out runs/federation federation
-    OMP_NUM_THREADS=1 python -m benchmarks --out runs/federation federation --strategies '' --clients 24
+    OMP_NUM_THREADS=1 python -m benchmarks --out runs/federation federation --strategies '' --clients 24 --holders 0
+    OMP_NUM_THREADS=1 python -m benchmarks --out runs/federation federation --strategies '' --clients 0
 
 The first table has a client for each task, so that no two have data alike; all strategies see the same rows. Each client's
 model answers test items of its own task, and the global adapter those of all. The second has one task in many small parts,
-and the global adapter's loss under `dp_lora` at several epsilons. Rounds are kept in --out.
+and the global adapter's loss under `dp_fedavg` at several epsilons; the third the same task in few large parts, under
+`dp_lora`, at the same epsilons. Rounds are kept in --out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -42,7 +44,8 @@ def main(
     steps: Annotated[int, typer.Option(help="of a client in a round")] = 6,
     num_test: Annotated[int, typer.Option(help="test items of each task")] = 8,
     clients: Annotated[int, typer.Option(help="of the second table, none with 0")] = 24,
-    epsilons: Annotated[str, typer.Option(help="rows of the second table")] = "2,8,32",
+    holders: Annotated[int, typer.Option(help="clients of the third table, none with 0")] = 3,
+    epsilons: Annotated[str, typer.Option(help="rows of the second and third table")] = "2,8,32",
 ) -> None:
     """Strategies on clients that differ, and utility against epsilon."""
     run: Run = context.obj
@@ -59,8 +62,15 @@ def main(
         for name in strategies.split(","):
             table.add(name, *bench.strategy(name, rounds, steps))
         run.show(table)
+    budgets = [float(each) for each in epsilons.split(",")]
     if clients:
-        run.show(bench.private(clients, [float(each) for each in epsilons.split(",")]))
+        ways: list[tuple[str, Any]] = [("fedavg", None)]
+        ways += [("dp_fedavg", {"epsilon": each, "delta": DELTA, "clip": 0.5}) for each in budgets]
+        run.show(bench.private(clients, ways, steps=1, batch_size=2, lr=2e-2))
+    if holders:
+        kinds = [("example", 1e6), *(("example", each) for each in budgets), *(("batch", each) for each in budgets)]
+        ways = [("dp_lora", {"epsilon": each, "delta": DELTA, "clip": 0.5, "clip_by": kind}) for kind, each in kinds]
+        run.show(bench.private(holders, ways, steps=2, batch_size=24, lr=0.5))
 
 
 class _Bench:
@@ -102,15 +112,13 @@ class _Bench:
         up, down = (sum(getattr(each, way) for each in found.rounds) / 1e6 for way in ("bytes_up", "bytes_down"))
         return _shown(own), f"{np.mean(alike):.2f}", f"{up:.1f}, {down:.1f}"
 
-    def private(self, clients: int, epsilons: list[float]) -> Table:
-        """One task in as many parts as there are clients, a LoRA of rank 1 in one late layer."""
+    def private(self, clients: int, ways: Sequence[tuple[str, Any]], **settings: Any) -> Table:
+        """One task in as many parts as there are clients, a LoRA of rank 1 in one late layer, by strategies and options."""
         (name, *_), examples = self.tasks, self.many.examples
         parts = {f"client {n}": lw.Task(examples[n::clients], instruction=self.many.instruction) for n in range(clients)}
-        columns = ("epsilon", "delta", "noise multiplier", f"{name}: loss")
+        columns = ("strategy", "epsilon", "delta", "noise multiplier", f"{name}: loss")
         table = Table(f"{clients} clients with {len(examples) // clients} examples each", columns)
-        table.add("base", "", "", f"{self._loss(self.model, name):.2f}")
-        ways: list[tuple[str, Any]] = [("fedavg", None)]
-        ways += [("dp_lora", {"epsilon": each, "delta": DELTA, "clip": 0.5}) for each in epsilons]
+        table.add("base", "", "", "", f"{self._loss(self.model, name):.2f}")
         for strategy, options in ways:
             found = lw.federate(
                 self.model,
@@ -120,16 +128,15 @@ class _Bench:
                 strategy_options=options,
                 rounds=4,
                 rank=1,
-                steps=1,
-                batch_size=2,
                 warmup=0,
-                lr=2e-2,
                 target_modules=("layers.29.mlp.down_proj",),
+                **settings,
                 **self.given,
             )
             said = found.figures
             cells = [f"{said[each]:.3g}" for each in ("epsilon", "delta", "noise_multiplier")] if said else ["none", "", ""]
-            table.add(*cells, f"{self._with(found.adapter, name):.2f}")
+            way = ", ".join([strategy, *([options["clip_by"]] if "clip_by" in (options or {}) else [])])
+            table.add(way, *cells, f"{self._with(found.adapter, name):.2f}")
         return table
 
     def _with(self, made: Any, name: str) -> float:

@@ -20,7 +20,7 @@ from loraweave.composer.federated.rounds import Backend, Kept, RoundReport, Stat
 from loraweave.composer.federated.strategies._strategy import Client, Course, Strategy
 from loraweave.composer.model.batches import untouched
 from loraweave.composer.train.adapters import read_rows, target_layers
-from loraweave.composer.train.rows import Judging
+from loraweave.composer.train.rows import Judging, Texts
 from loraweave.composer.train.schedule import WARMUP_STEPS
 from loraweave.composer.train.settings import LoraSettings, read_endings, read_tasks
 from loraweave.errors import TrainingError, UnknownName
@@ -58,9 +58,9 @@ class Federated:
     def __str__(self) -> str:
         lines = []
         for number, each in enumerate(self.rounds, start=1):
-            loss = f"loss {sum(each.losses.values()) / len(each.losses):.3f}, " if each.losses else ""
             traffic = f"{each.bytes_down / 1e6:.2f} MB down, {each.bytes_up / 1e6:.2f} MB up"
-            lines.append(f"round {number}: {len(each.losses)} clients, {loss}{traffic}, {each.seconds:.1f} s")
+            parts = [f"{len(each.losses)} clients", *([each.loss] if each.loss else []), traffic, f"{each.seconds:.1f} s"]
+            lines.append(f"round {number}: {', '.join(parts)}")
             lines += [f"  without {name}: {why}" for name, why in each.left_out.items()]
         return "\n".join([*lines, *(f"{name} {value:g}" for name, value in self.figures.items())])
 
@@ -120,11 +120,12 @@ def federate(
     own_ranks = _ranks(ranks or {}, chosen, tasks, rank)
     rows, _ = read_rows(model, tokenizer, tasks, Judging(None, 1, None), seed)
     counts = {name: sum(len(task.examples) for task in parts) for name, parts in tasks.items()}
-    members = {name: Client(name, rows[name], counts[name], own_ranks[name]) for name in tasks}
+    apart = {name: not any(isinstance(task, Texts) or task.shown for task in parts) for name, parts in tasks.items()}
+    members = {name: Client(name, rows[name], counts[name], own_ranks[name], apart[name]) for name in tasks}
     targets = target_layers(model, settings.target_modules)
     course = Course(model, tokenizer, settings, targets, members, rounds, float(participation), fingerprint(model))
     chosen.require(course)
-    kept = Kept(checkpoint_folder(checkpoint), _key(course, chosen))
+    kept = _kept(checkpoint_folder(checkpoint), course, chosen)
     with untouched(model), progress_bar(progress, field="loss") as bar:
         state = run_rounds(course, chosen, kept, BACKENDS[backend], min_clients, bar)
     figures = chosen.figures(course, len(state.rounds))
@@ -180,11 +181,27 @@ def _named(strategy: Strategy) -> dict[str, Any]:
     return {"name": strategy.registered_name(), **strategy.options}
 
 
-def _key(course: Course, strategy: Strategy) -> str:
-    """Of all that the rounds depend on."""
+def _kept(folder: Path | None, course: Course, strategy: Strategy) -> Kept:
+    """Return where the rounds are kept, with those that were kept under a former name.
+
+    Raises TrainingError where the folder has rounds of another strategy that had this one's name.
+    """
+    kept, other = Kept(folder, _key(course, _named(strategy))), strategy.replaced
+    if other is not None and other.former is not None and kept.has(_key(course, other.former)):
+        raise TrainingError(
+            f"checkpoint {str(folder)!r} has rounds of what strategy {strategy.registered_name()!r} was before, and "
+            f"{other.registered_name()!r} is now: go on with that, or name another folder"
+        )
+    if strategy.former is not None:
+        kept.take_over(_key(course, strategy.former))
+    return kept
+
+
+def _key(course: Course, strategy: Mapping[str, Any]) -> str:
+    """Of all that the rounds depend on; `strategy` has its name and options."""
     members = [
         [name, client.rank, client.size, [[row.prompt, row.target, row.labels] for row in client.rows]]
         for name, client in course.clients.items()
     ]
-    about = [_named(strategy), asdict(course.settings), course.rounds, course.sample_rate, course.base.to_json(), members]
+    about = [dict(strategy), asdict(course.settings), course.rounds, course.sample_rate, course.base.to_json(), members]
     return text_digest(json.dumps(about, sort_keys=True))[:32]

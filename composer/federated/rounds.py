@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from loraweave.common.names import text_digest
 from loraweave.common.randomness import seeded
-from loraweave.common.state import TrainingState, drop_state, load_state, save_state
+from loraweave.common.state import RUNNING, TrainingState, drop_state, load_state, save_state
 from loraweave.composer.federated.strategies._strategy import Course, Order, Strategy, Tensors, Trained
 from loraweave.composer.model.batches import untouched
 from loraweave.errors import TrainingError
@@ -31,16 +31,22 @@ SERVER, OWN, UPDATE, REPORT = "server/", "own/", "update/", "report"
 
 @dataclass(frozen=True)
 class RoundReport:
-    """One round: the mean loss of each client that took part, and why others that were drawn were left out.
+    """One round: the mean loss of each client that took part, None if it told none, and why others were left out.
 
     `bytes_down` and `bytes_up` are of the tensors that the server sent and of the updates that it used.
     """
 
-    losses: Mapping[str, float]
+    losses: Mapping[str, float | None]
     left_out: Mapping[str, str]
     bytes_down: int
     bytes_up: int
     seconds: float
+
+    @property
+    def loss(self) -> str:
+        """ "loss 1.234", the mean over the clients that told theirs; "" if none did."""
+        told = [loss for loss in self.losses.values() if loss is not None]
+        return f"loss {sum(told) / len(told):.3f}" if told else ""
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,16 @@ class Kept:
             for client in clients:
                 drop_state(self.folder, self._of(number, client))
 
+    def has(self, key: str) -> bool:
+        """Whether rounds are kept under a key."""
+        return self.folder is not None and any((self.folder / RUNNING).glob(f"{key}*"))
+
+    def take_over(self, former: str) -> None:
+        """Gives rounds that are kept under a former key this one, if nothing is kept under this one yet."""
+        if self.folder is not None and not self.has(self.key):
+            for path in list((self.folder / RUNNING).glob(f"{former}*")):
+                path.rename(path.with_name(path.name.replace(former, self.key)))
+
     def _of(self, number: int, client: str) -> str:
         return f"{self.key}-{number}-{text_digest(client)[:24]}"
 
@@ -118,8 +134,7 @@ def run_rounds(course: Course, strategy: Strategy, kept: Kept, backend: Backend,
     shown = bar.add_task("rounds", total=course.rounds, completed=len(state.rounds), loss="")
     while len(state.rounds) < course.rounds:
         state = _round(course, strategy, kept, backend, min_clients, state)
-        losses = state.rounds[-1].losses.values()
-        bar.update(shown, advance=1, loss=f"loss {sum(losses) / len(losses):.3f}" if losses else "")
+        bar.update(shown, advance=1, loss=state.rounds[-1].loss)
     return state
 
 
@@ -145,7 +160,7 @@ def _round(course: Course, strategy: Strategy, kept: Kept, backend: Backend, min
     if broken := [name for name, value in server.items() if not bool(value.isfinite().all())]:
         raise TrainingError(f"round {number}: the updates are finite, but their aggregate {broken[0]!r} is not: lower lr")
     report = RoundReport(
-        {name: sum(trained.losses) / len(trained.losses) for name, trained in used.items()},
+        {name: _mean(trained.losses) for name, trained in used.items()},
         left_out,
         sum(map(num_bytes, sent.values())),
         sum(num_bytes(trained.update) for trained in used.values()),
@@ -156,6 +171,10 @@ def _round(course: Course, strategy: Strategy, kept: Kept, backend: Backend, min
     kept.save_state(after)
     kept.forget(number, drawn)
     return after
+
+
+def _mean(losses: Sequence[float]) -> float | None:
+    return sum(losses) / len(losses) if losses else None
 
 
 def draw(course: Course, strategy: Strategy, number: int, min_clients: int) -> list[str]:

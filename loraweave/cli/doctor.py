@@ -24,7 +24,7 @@ EXTRAS = {
     "images": "pipelines of images (diffusers)",
     "plot": "plots of searches, weights and trainings",
     "postgres": "a hub in PostgreSQL",
-    "privacy": "lw.federate with strategy='dp_lora' (opacus)",
+    "privacy": "lw.federate with strategy='dp_lora' or 'dp_fedavg' (opacus)",
     "quantised": "bases in int8, int4 and nf4, live and fused (bitsandbytes, torchao)",
     "ray": "work spread over a Ray cluster (joblib.parallel_config)",
     "ray-serve": "replicas of the server on Ray Serve",

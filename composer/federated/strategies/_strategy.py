@@ -33,12 +33,16 @@ A, B = ".a_RI", ".b_OR"
 
 @dataclass(frozen=True)
 class Client:
-    """A client's rows, its largest rank, and its size, the number of its examples."""
+    """A client's rows, its largest rank, and its size, the number of its examples.
+
+    `rows_apart` is whether each row has one of the examples in it, and nothing of another.
+    """
 
     name: str
     rows: Sequence[EncodedRow]
     size: int
     rank: int
+    rows_apart: bool
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a client sends, what it keeps for itself, and its losses before each step."""
+    """What a client sends, what it keeps for itself, and its losses before each step, if it tells them."""
 
     update: Tensors
     own: Tensors
@@ -106,6 +110,16 @@ class Strategy(Declared):
     @property
     def options(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def former(self) -> Mapping[str, Any] | None:
+        """The name and options under which the same rounds were kept before, if under others."""
+        return None
+
+    @property
+    def replaced(self) -> Strategy | None:
+        """The strategy that had this one's name before, if another had, with the options that both have."""
+        return None
 
     def require(self, course: Course) -> None:
         """Raises TrainingError for a course that the strategy cannot go, before the first round."""

@@ -1,118 +1,150 @@
-"""DP-LoRA (Liu et al. 2023, arXiv 2312.17493), by clients: clipped updates, Gaussian noise, and what both guarantee."""
+"""DP-LoRA (Liu et al. 2023, arXiv 2312.17493): clients clip the gradients of each step, and add noise to them themselves."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from loraweave.common.options import Positive, Range
 from loraweave.common.randomness import seeded
-from loraweave.composer.federated.strategies._strategy import Course, Order, Strategy, Tensors, Trained
-from loraweave.errors import PackageMissing, TrainingError
-
-# of Renyi divergence; small budgets need high ones
-ORDERS = [1 + tenth / 10 for tenth in range(1, 100)] + [*range(11, 64), 80, 96, 128, 192, 256, 512, 1024]
+from loraweave.composer.federated.strategies._privacy import least_noise, length, spent
+from loraweave.composer.federated.strategies._strategy import (
+    Course,
+    Order,
+    Strategy,
+    Tensors,
+    Trained,
+    factors_of,
+    mean,
+    plain_loss,
+    start_of,
+)
+from loraweave.composer.federated.strategies.dp_fedavg import DpFedavg
+from loraweave.composer.model.batches import EncodedRow
+from loraweave.composer.train.jobs import LoraJob
+from loraweave.errors import TrainingError
 
 
 @dataclass(frozen=True, kw_only=True)
 class DpLora(Strategy):
-    """(epsilon, delta)-differential privacy for a client's whole data, spent over all rounds together.
+    """(epsilon, delta)-differential privacy for each single example, from everyone, the server too.
 
-    Every round draws each of the N clients with probability q (`participation`). A client whose a and b moved by d_k sends
-    u_k = d_k min(1, clip / |d_k|), the norm being over all layers; the server adds (sum of u_k + sigma clip z) / (q N) to a
-    and b, z standard normal, with the same weight for every client, whose sizes are data too (DP-FedAvg, McMahan et al.
-    2018, arXiv 1710.06963). sigma is the least noise whose epsilon after all rounds, by the Renyi accountant of opacus, is
-    at most `epsilon`; the report has what was spent.
+    In a step, a client with n examples draws each of them with probability q = min(1, batch_size / n). g_a and g_b are the
+    gradients of the mean loss of those drawn, 0 where none is, in the a and in the b of all layers. With
+    clip(g) = g min(1, C / |g|), C being `clip`, and z standard normal, the client moves
 
-    In the paper each client takes DP-SGD steps, which protect single examples from the server too; here the server is
-    trusted, and the noise is once for all clients. The guarantee is for the adapter and its card; reports of the rounds and
-    the seed, from which noise and draws follow, are not for others.
-    Raises PackageMissing without opacus, TrainingError for an epsilon that no noise reaches.
+        a by -rate (clip(g_a) + sigma S z)    and    b by -rate (clip(g_b) + sigma S z).
+
+    This is the paper's Algorithm 1, which clips the gradient of a whole batch (`clip_by` "batch"). One example can turn both
+    clipped gradients round there, so S = 2 sqrt(2) C. With `clip_by` "example" the gradients g_i of each example's own loss
+    are clipped, as in DP-SGD (Abadi et al. 2016, arXiv 1607.00133): in the place of the brackets stands
+    (sum of clip(g_i) + sigma S z) / (q n), with S = sqrt(2) C.
+
+    The server takes the mean of the clients' a and b, in which all count alike. sigma is the least noise whose epsilon by
+    the Renyi accountant of opacus is at most `epsilon`, after all steps of all rounds at the q of the smallest client; that
+    a client may sit out rounds (`participation`) is not counted in its favour. The paper's own sigma is sigma S / C; its
+    bound on it is for one step, in which one example changes a gradient by at most C.
+
+    A client sends a and b and nothing else, so reports have no losses. n is taken as known. The seed, from which draws and
+    noise follow, is not for others. Raises PackageMissing without opacus, TrainingError for an epsilon that no noise
+    reaches and for clients whose rows have more than one example in them.
     """
 
     epsilon: Positive = 8.0
     delta: Annotated[float, Range(above=0, below=1)] = 1e-5
     clip: Positive = 1.0
+    clip_by: Literal["batch", "example"] = "batch"
 
-    sampling: ClassVar[Literal["count", "poisson"]] = "poisson"
     secret: ClassVar[bool] = True
 
+    @property
+    def replaced(self) -> DpFedavg:
+        return DpFedavg(epsilon=self.epsilon, delta=self.delta, clip=self.clip)
+
     def require(self, course: Course) -> None:
+        if mixed := [client.name for client in course.clients.values() if not client.rows_apart]:
+            raise TrainingError(
+                f"strategy 'dp_lora' protects single examples, and rows of client {mixed[0]!r} have several in them: give "
+                "pairs without demonstrations, and no Texts"
+            )
         self.noise(course)
 
+    @property
+    def sensitivity(self) -> float:
+        """S: by how much one example can change what noise is added to."""
+        return math.sqrt(2) * self.clip * (2 if self.clip_by == "batch" else 1)
+
     def noise(self, course: Course) -> float:
-        """sigma, the noise's standard deviation in units of `clip`."""
-        return _least_noise(self.epsilon, self.delta, course.rounds, course.sample_rate)
+        """sigma, the noise's standard deviation in units of S."""
+        budget = {"epsilon": self.epsilon, "delta": self.delta, "sample_rate": _highest_rate(course)}
+        return least_noise(self.registered_name(), **budget, steps=course.rounds * course.settings.steps)
 
     def train(self, course: Course, order: Order) -> Trained:
-        trained = super().train(course, order)
-        moved = {name: value - order.received[name] for name, value in trained.update.items()}
-        factor = min(1.0, self.clip / max(length(moved), 1e-30))
-        return Trained({name: value * factor for name, value in moved.items()}, {}, trained.losses)
+        settings, sigma = course.settings, self.noise(course)
+        job = LoraJob(order.client, start_of(course, order.received), course.scale)
+        for step in range(settings.steps):
+            gradients = self.gradients(course, job, drawn(course, order, step))
+            generator = seeded(settings.seed, "noise", order.client, order.round, step)
+            share = 1.0 if self.clip_by == "batch" else 1 / _expected(course, order.client)
+            with torch.no_grad():
+                for parameter, gradient in zip(job.parameters(), gradients, strict=True):
+                    z = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+                    parameter -= settings.rate(step) * share * (gradient + sigma * self.sensitivity * z)
+        return Trained(factors_of(job), {}, ())
 
     def aggregate(self, course: Course, server: Tensors, updates: Mapping[str, Tensors], number: int) -> Tensors:
-        """Whatever the clients sent, none counts with more than `clip`. A round may have drawn none."""
-        sigma, expected = self.noise(course), course.sample_rate * len(course.clients)
-        generator = seeded(course.settings.seed, "noise", number)
-        factors = [min(1.0, self.clip / max(length(update), 1e-30)) for update in updates.values()]
-        found: Tensors = {}
-        for name, value in server.items():
-            summed = sigma * self.clip * torch.randn(value.shape, generator=generator, dtype=torch.float64)
-            for factor, update in zip(factors, updates.values(), strict=True):
-                summed += factor * update[name].double()
-            found[name] = (value.double() + summed / expected).float()
-        return found
+        return mean(list(updates.values()), [1.0] * len(updates))
 
     def figures(self, course: Course, rounds_done: int) -> dict[str, float]:
-        """What is guaranteed after so many rounds, and with which noise."""
-        sigma = self.noise(course)
-        accountant = _opacus()[0]()
-        accountant.history = [(sigma, course.sample_rate, rounds_done)]
-        with _any_order():
-            spent = float(accountant.get_epsilon(self.delta, alphas=ORDERS)) if rounds_done else 0.0
-        return {"epsilon": spent, "delta": self.delta, "noise_multiplier": sigma, "sample_rate": course.sample_rate}
+        """What is guaranteed for an example of the smallest client after so many rounds, and with which noise."""
+        sigma, rate = self.noise(course), _highest_rate(course)
+        steps = rounds_done * course.settings.steps
+        epsilon = spent(self.registered_name(), sigma, delta=self.delta, steps=steps, sample_rate=rate)
+        return {"epsilon": epsilon, "delta": self.delta, "noise_multiplier": sigma, "sample_rate": rate}
+
+    def gradients(self, course: Course, job: LoraJob, rows: Sequence[EncodedRow]) -> list[Tensor]:
+        """Return the sum of the clipped gradients of the job's parameters, of all rows together or of each for itself."""
+        summed = [torch.zeros_like(parameter) for parameter in job.parameters()]
+        for part in [rows] if self.clip_by == "batch" and rows else [[row] for row in rows]:
+            loss = plain_loss(course, job, part)
+            gradients = torch.autograd.grad(loss, job.parameters(), allow_unused=True, materialize_grads=True)
+            for kind in (0, 1):
+                for total, gradient in zip(summed[kind::2], clipped(gradients[kind::2], self.clip), strict=True):
+                    total += gradient
+        return summed
 
 
-def length(update: Tensors) -> float:
-    """The Euclidean norm of all tensors together."""
-    return math.sqrt(sum(float(value.double().square().sum()) for _, value in sorted(update.items())))
+def drawn(course: Course, order: Order, step: int) -> list[EncodedRow]:
+    """Return the client's rows of a step: each by itself, a function of the seed, the client, the round and the step."""
+    rows = course.clients[order.client].rows
+    generator = seeded(course.settings.seed, "rows", order.client, order.round, step)
+    chance = torch.rand(len(rows), generator=generator, dtype=torch.float64)
+    rate = _rate(course, order.client)
+    return [row for row, value in zip(rows, chance.tolist(), strict=True) if value < rate]
 
 
-@lru_cache
-def _least_noise(epsilon: float, delta: float, rounds: int, sample_rate: float) -> float:
-    _, least = _opacus()
-    budget = {"target_epsilon": epsilon, "target_delta": delta, "steps": rounds, "sample_rate": sample_rate}
-    try:
-        with _any_order():
-            found: float = least(**budget, accountant="rdp", alphas=ORDERS)
-    except ValueError as error:
-        raise TrainingError(
-            f"no noise gives strategy 'dp_lora' epsilon={epsilon!r} at delta={delta!r} in {rounds} rounds ({error}): raise "
-            "epsilon, or take fewer rounds"
-        ) from error
-    return found
+def clipped(gradients: Sequence[Tensor], limit: float) -> list[Tensor]:
+    """Return the gradients, shortened together to `limit`; zeros if one is not finite, which would tell of the rows."""
+    size = length(gradients)
+    if not math.isfinite(size):
+        return [torch.zeros_like(gradient) for gradient in gradients]
+    return [gradient * min(1.0, limit / max(size, 1e-30)) for gradient in gradients]
 
 
-@contextmanager
-def _any_order() -> Iterator[None]:
-    """Every order gives a bound that holds; opacus warns where the tightest that it tries is the last."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Optimal order is the")
-        yield
+def _rate(course: Course, client: str) -> float:
+    """The probability with which each of a client's examples is in a step."""
+    return min(1.0, course.settings.batch_size / len(course.clients[client].rows))
 
 
-def _opacus() -> tuple[Any, Any]:
-    """The accountant, and what finds the least noise."""
-    try:
-        from opacus.accountants import RDPAccountant
-        from opacus.accountants.utils import get_noise_multiplier
-    except ImportError as error:
-        raise PackageMissing(f"strategy 'dp_lora' needs opacus ({error}): pip install 'loraweave[privacy]'") from error
-    return RDPAccountant, get_noise_multiplier
+def _expected(course: Course, client: str) -> float:
+    """q n, the expected number of rows of a step."""
+    return float(min(course.settings.batch_size, len(course.clients[client].rows)))
+
+
+def _highest_rate(course: Course) -> float:
+    return max(_rate(course, client) for client in course.clients)

@@ -11,8 +11,8 @@ from torch.nn import functional
 import loraweave as lw
 from loraweave.composer.federated.rounds import here
 from loraweave.composer.federated.strategies import slora as slora_module
+from loraweave.composer.federated.strategies._privacy import length
 from loraweave.composer.federated.strategies._strategy import Order, layers_of
-from loraweave.composer.federated.strategies.dp_lora import length
 from loraweave.errors import TrainingError, WeightingError
 
 SIZES = {"upper": 4, "double": 3, "count": 2}
@@ -203,10 +203,10 @@ def test_a_client_of_federa_trains_beside_the_rest_of_the_weight(federate):
     torch.testing.assert_close(found.adapter.delta(LAYER).double(), moved, rtol=1e-3, atol=1e-6)
 
 
-def test_dp_lora_adds_noise_to_the_sum_of_clipped_updates(federate):
+def test_dp_fedavg_adds_noise_to_the_sum_of_clipped_updates(federate):
     pytest.importorskip("opacus")
     clip = 0.05
-    found = federate("dp_lora", rounds=1, options={"clip": clip, "epsilon": 5.0, "delta": 1e-3})
+    found = federate("dp_fedavg", rounds=1, options={"clip": clip, "epsilon": 5.0, "delta": 1e-3})
     course, strategy = found.course, found.strategy
     first = strategy.first(course)
     plain = updates_of(federate("fedavg", rounds=1))
@@ -225,12 +225,12 @@ def test_dp_lora_adds_noise_to_the_sum_of_clipped_updates(federate):
     assert abs(float((noise / sigma).mean())) < 4 / math.sqrt(len(noise))
 
 
-def test_what_a_client_of_dp_lora_sends_is_never_longer_than_the_clip(federate):
+def test_what_a_client_of_dp_fedavg_sends_is_never_longer_than_the_clip(federate):
     pytest.importorskip("opacus")
-    found = federate("dp_lora", rounds=1, options={"clip": 0.05})
+    found = federate("dp_fedavg", rounds=1, options={"clip": 0.05})
     first = found.strategy.first(found.course)
     trained = updates_of(found)
-    assert all(length(each.update) <= 0.05 * (1 + 1e-6) for each in trained.values())
+    assert all(length(each.update.values()) <= 0.05 * (1 + 1e-6) for each in trained.values())
     # nor does the server count a client that does not keep to it with more
     honest = {name: each.update for name, each in trained.items()}
     greedy = honest | {"upper": {name: 1000 * value for name, value in honest["upper"].items()}}
@@ -240,9 +240,9 @@ def test_what_a_client_of_dp_lora_sends_is_never_longer_than_the_clip(federate):
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 2.0, 8.0])
-def test_the_noise_of_dp_lora_keeps_to_its_epsilon(federate, epsilon):
+def test_the_noise_of_dp_fedavg_keeps_to_its_epsilon(federate, epsilon):
     pytest.importorskip("opacus")
-    found = federate("dp_lora", rounds=4, steps=1, options={"epsilon": epsilon, "delta": 1e-3})
+    found = federate("dp_fedavg", rounds=4, steps=1, options={"epsilon": epsilon, "delta": 1e-3})
     sigma = found.figures["noise_multiplier"]
 
     # every client in every round: T Gaussian mechanisms have Renyi divergence T a / (2 sigma^2) of order a
@@ -256,17 +256,17 @@ def test_the_noise_of_dp_lora_keeps_to_its_epsilon(federate, epsilon):
     assert epsilon - 0.05 <= found.figures["epsilon"] <= epsilon
 
 
-def test_dp_lora_draws_each_client_by_itself_and_a_round_without_any_is_noise(federate):
+def test_dp_fedavg_draws_each_client_by_itself_and_a_round_without_any_is_noise(federate):
     pytest.importorskip("opacus")
-    found = federate("dp_lora", rounds=6, steps=1, participation=0.3, options={"delta": 1e-3})
+    found = federate("dp_fedavg", rounds=6, steps=1, participation=0.3, options={"delta": 1e-3})
     drawn = [len(each.losses) for each in found.rounds]
     assert min(drawn) == 0 < max(drawn)
     assert found.figures["sample_rate"] == 0.3
 
 
-def test_the_card_of_dp_lora_tells_nothing_of_clients_and_seed(federate):
+def test_the_card_of_dp_fedavg_tells_nothing_of_clients_and_seed(federate):
     pytest.importorskip("opacus")
-    card = federate("dp_lora", rounds=1, steps=1, seed=12345).adapter.card
+    card = federate("dp_fedavg", rounds=1, steps=1, seed=12345).adapter.card
     assert set(card["federation"]) == {"epsilon", "delta", "noise_multiplier", "sample_rate"}
     assert not any(said in str(card) for said in ("12345", *SIZES, "losses", "left_out"))
 
