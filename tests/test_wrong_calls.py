@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from typer.testing import CliRunner
 
 import loraweave as lw
@@ -248,6 +249,51 @@ def test_a_wrong_call_is_refused_by_name(call, world):
     # a sentence, and not the name of something alone
     assert len(str(caught.value).split()) > 3
     assert not world.engine.active
+
+
+BASES = {
+    "compose": lambda w, base: lw.compose(base, w.tokenizer, w.hub, w.task, progress=False),
+    "compose the base": lambda w, base: lw.compose(base, w.tokenizer, w.hub, w.task, method="base", progress=False),
+    "Composer": lambda w, base: lw.Composer(base, w.pool),
+    "Composition.from_pretrained": lambda w, base: lw.Composition.from_pretrained(
+        w.composed.save_pretrained(w.folder / "composed"), base, w.tokenizer
+    ),
+    "train_adapters": lambda w, base: lw.train_adapters(base, w.tokenizer, {"t": w.task}, steps=1, progress=False),
+    "federate": federate,
+    "experts": lambda w, base: lw.experts("mola", base),
+    "order": lambda w, base: lw.order(base, w.tokenizer, w.hub, w.task, progress=False),
+    "rerank": lambda w, base: lw.rerank(
+        base, w.tokenizer, w.hub, w.task, [lw.Candidate(record.name, 1.0, "", record) for record in w.hub]
+    ),
+    "collect_statistics": lambda w, base: lw.collect_statistics(base, w.tokenizer, w.adapters[0], ["ab"]),
+    "hub.bind": lambda w, base: w.hub.bind("a", base),
+    "to_lora": lambda w, base: lw.to_lora(w.adapters[0], base),
+    "base_key": lambda w, base: lw.base_key(base),
+}
+
+
+OF_PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@OF_PEFT
+@pytest.mark.parametrize("call", BASES.values(), ids=BASES)
+def test_pefts_adapters_in_a_base_are_refused_with_the_way_out(call, world, make_model):
+    model = get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(lw.CompositionError, match=r"PeftModel\w* of peft, .* pass model\.unload\(\)"):
+        call(world, model)
+    with pytest.raises(lw.CompositionError, match=r"'model\.layers\.0\.self_attn\.q_proj' is peft's Linear.* unload\(\)"):
+        call(world, model.get_base_model())
+
+
+@OF_PEFT
+def test_the_way_out_of_a_peft_model_is_a_base(world, make_model):
+    base = make_model("llama")
+    expected = lw.base_key(base)
+    assert lw.base_key(get_peft_model(base, LoraConfig(target_modules=["q_proj"])).unload()) == expected
+    prompted = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(lw.CompositionError, match=r"pass model\.get_base_model\(\)"):
+        lw.base_key(prompted)
+    assert lw.base_key(prompted.get_base_model()) == expected
 
 
 @pytest.mark.parametrize(

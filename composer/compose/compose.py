@@ -212,7 +212,7 @@ def guard(
     gives way to the better of these two where it is worse, or to the best of all, a plain one where they are equal.
     """
     if asked is not None and not guarded:
-        return asked, REASONS.get(asked, "as asked") if best_of_all else "as asked"
+        return asked, REASONS.get(asked, f"auto became {asked}") if best_of_all else "as asked"
     plain = min(PLAIN, key=lambda name: held_out_losses[name])
     if asked is None:
         return plain, "there was nothing to learn"

@@ -124,6 +124,9 @@ class Ways:
         average: list[Trial[Any]] = [Averaged(members)] if len(members) > 1 else []
         for trial in average:
             trial.run(self._folds)
+        if self._untrained and not self._is_one:
+            used = "".join(f", and {trial.name} used {trial.evaluations} evaluations" for trial in members)
+            self.remarks.append(f"{self._untrained}, so that it trains nothing{used}")
         self.asked = next((trial.name for trial in [*average, *members]), None)
         return average
 
@@ -257,11 +260,19 @@ class Ways:
         return self._settings.objective in (None, "cross_entropy") and self._settings.meaning in (None, "linear")
 
     @property
+    def _untrained(self) -> str:
+        """Why "auto" does no more than search, by its settings; "" where they let it train."""
+        settings = self._settings
+        if settings.seconds is not None:
+            return f"seconds={settings.seconds:g} bounds auto"
+        if settings.budget is not None and settings.budget < TRAINS_FROM:
+            return f"auto's budget of {settings.budget} is below {TRAINS_FROM}"
+        return "" if self._asks_the_task else "auto is given another loss than the task's, or another meaning of weights"
+
+    @property
     def _has_room(self) -> bool:
         """Whether "auto" does more than search: its loss is the task's, and examples, budget and time allow it."""
-        settings = self._settings
-        enough = settings.seconds is None and settings.budget is not None and settings.budget >= TRAINS_FROM
-        return enough and self._asks_the_task and len(self._bench.task.examples) > 1
+        return not self._untrained and len(self._bench.task.examples) > 1
 
 
 Start = Mapping[str, float] | MixtureWeights | None

@@ -121,11 +121,6 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
     if module is None:
         raise LayerMismatch(f"{asked}, which the model does not have{_hint(modules, name)}")
     what = type(module).__name__
-    if hasattr(module, "base_layer"):
-        raise LayerMismatch(
-            f"{asked}, where peft has put adapters of its own ({what}): take them out with peft's unload(), and give them "
-            "to the pool instead"
-        )
     if factors.kind == "expert":
         return _expert_layer(modules, name, factors, expert)
     # a trained bias alone, stored without the layer's kind and number of inputs

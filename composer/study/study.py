@@ -12,8 +12,6 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-import torch
-
 from loraweave.common.display import progress_bar, tracked
 from loraweave.common.rows import located, read_row
 from loraweave.common.spread import Failed, spread
@@ -68,8 +66,7 @@ def study(
         if missing:
             folder.mkdir(parents=True, exist_ok=True)
             if model is None:
-                dtype = None if read.dtype is None else getattr(torch, read.dtype)
-                model, tokenizer = load_base(read.base, dtype=dtype, device=read.device)
+                model, tokenizer = load_base(read.base, dtype=read.dtype, device=read.device)
             store.require_base(model)
             failures = _run(read, missing, opened, store, model, tokenizer, n_jobs, progress)
     results = results_of(read, wanted, store, failures, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import typer
 from loraweave.cli._printing import note
 from loraweave.common.chat import Prompt
 from loraweave.common.rows import Row, located, located_lines, read_row
-from loraweave.errors import AdapterExists, AdapterNotFound, HubError, InvalidTask, WeightingError
+from loraweave.errors import AdapterExists, AdapterNotFound, HubError, InvalidTask, ScopeError, WeightingError
 from loraweave.hub.stores.open_stores import hub_exists
 from loraweave.types import Task, shared_instruction
 
@@ -234,8 +235,6 @@ def read_pool(folder: Path) -> lw.ExpertPool:
 def load_model(base: str | None, dtype: str | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of a base model; the bar of its loading is for terminals only, not for logs and pipes."""
     require_dtype(dtype)
-    import torch
-
     import loraweave as lw
     from loraweave.hub.base import fast_dtype
 
@@ -243,9 +242,7 @@ def load_model(base: str | None, dtype: str | None = None) -> tuple[Any, Any]:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-    loaded: tuple[Any, Any] = lw.load_base(
-        base, dtype=fast_dtype() if dtype == "fast" else None if dtype is None else getattr(torch, dtype)
-    )
+    loaded: tuple[Any, Any] = lw.load_base(base, dtype=fast_dtype() if dtype == "fast" else dtype)
     return loaded
 
 
@@ -278,6 +275,30 @@ def recorded_base(folder: Path) -> str | None:
     from loraweave.composer.compose.saved import SavedRecipe
 
     return SavedRecipe.read(folder).base_model or None
+
+
+def require_one_adapter(folder: Path, command: str, *rest: str) -> None:
+    """Raise ScopeError for the folder of an average or a program, with the command and its `rest` for each of its parts.
+
+    Parts that are programs themselves are left out.
+    """
+    from loraweave.composer.compose.saved import SavedRecipe
+
+    recipe = SavedRecipe.read(folder)
+    if recipe.parts is None:
+        return
+    what, apart = ("the average of", "answer apart") if recipe.parts == "members" else ("the program", "answer in turn")
+    parts = {name: folder / f"member-{number}" for number, name in enumerate(recipe.part_names)}
+    commands = [
+        f"`{shlex.join(['loraweave', command, str(path), *rest])}` takes {name}"
+        for name, path in parts.items()
+        if SavedRecipe.read(path).parts is None
+    ]
+    named = " and ".join(parts) if recipe.parts == "members" else " > ".join(parts)
+    raise ScopeError(
+        f"{str(folder)!r} is {what} {named}, whose {recipe.parts} {apart}, so no one adapter does what it does: "
+        + ", ".join(commands)
+    )
 
 
 def _number(text: str, flag: str) -> float:

@@ -40,6 +40,7 @@ from loraweave.cli._inputs import (
     read_rows,
     recorded_base,
     require_free,
+    require_one_adapter,
 )
 from loraweave.cli._printing import answer, composition_row, note, print_json, print_rows, print_table
 
@@ -294,6 +295,7 @@ def explain(
         raise typer.BadParameter(f"--page takes a file that ends in .html, not {page.name!r}")
     import loraweave as lw
 
+    require_one_adapter(folder, "explain", text)
     recorded = recorded_base(folder)
     model, tokenizer = load_model(base or recorded)
     composed = lw.Composition.from_pretrained(folder, model, tokenizer)
@@ -332,6 +334,8 @@ def export(
     require_target(target)
     exported: lw.Composition | lw.Adapter
     if (folder / COMPOSITION_FILE).is_file() or not (folder / ADAPTER_FILE).is_file():
+        limit = [] if max_rank is None else ["--max-rank", str(max_rank)]
+        require_one_adapter(folder, "export", "--target", target, *limit, "--out", str(out))
         recorded = recorded_base(folder)
         model, tokenizer = load_model(base or recorded)
         exported = lw.Composition.from_pretrained(folder, model, tokenizer)

@@ -1,5 +1,6 @@
 """`loraweave compose`, `eval`, `explain` and `export`."""
 
+import dataclasses
 import json
 import shlex
 import shutil
@@ -49,6 +50,39 @@ def test_a_composition_by_a_router_is_made_scored_and_explained_and_never_export
     exported = call("export", "c", "--out", "p")
     assert (exported.exit_code, exported.stderr.split(":")[0]) == (1, "ScopeError")
     assert not Path("p").exists()
+
+
+def test_an_average_is_answered_with_commands_that_export_and_explain_its_members(two, base, rows):
+    made = call("compose", "--base", base, "--pool", two, "--examples", rows, "--out", "my average")
+    assert made.exit_code == 0, made.stderr
+    for asked in (["export", "my average", "--target", "vllm", "--out", "made of it"], ["explain", "my average", "a b"]):
+        refused = call(*asked)
+        assert (refused.exit_code, refused.stderr.split(":")[0]) == (1, "ScopeError"), refused.stderr
+        assert "'my average' is the average of gradient and few_shot" in refused.stderr
+        commands = [shlex.split(text)[1:] for text in refused.stderr.split("`")[1::2]]
+        assert [words[1] for words in commands] == ["my average/member-0", "my average/member-1"]
+        assert [[words[0], *words[2:]] for words in commands] == [[asked[0], *asked[2:]]] * 2
+        for words in commands:
+            done = call(*words)
+            assert done.exit_code == 0, done.stderr
+            shutil.rmtree("made of it", ignore_errors=True)
+
+
+def test_a_program_is_answered_with_commands_that_export_its_steps(two, base, rows):
+    words = ["--base", base, "--pool", two, "--examples", rows, "--method", "manual"]
+    steps = {}
+    model, tokenizer = lw.load_base(str(base))
+    for name in ("left", "right"):
+        assert call("compose", *words, "--weight", f"{name}=1", "--out", name).exit_code == 0
+        steps[name] = lw.Composition.from_pretrained(name, model, tokenizer)
+    dataclasses.replace(steps["left"], stored=None, all_weights={}, steps=steps).save_pretrained("both")
+    refused = call("export", "both", "--max-rank", 3, "--out", "p")
+    assert (refused.exit_code, refused.stderr.split(":")[0]) == (1, "ScopeError"), refused.stderr
+    assert "'both' is the program left > right, whose steps answer in turn" in refused.stderr
+    command = shlex.split(refused.stderr.split("`")[3])
+    assert command == ["loraweave", "export", "both/member-1", "--target", "peft", "--max-rank", "3", "--out", "p"]
+    assert call(*command[1:]).exit_code == 0
+    assert torch.allclose(lw.Adapter.from_pretrained("p").delta(LAYERS[0]), adapter("right", 1).delta(LAYERS[0]))
 
 
 def test_a_composition_is_pruned_tuned_and_cut_on_the_way(two, base, rows):

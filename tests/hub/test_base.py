@@ -75,10 +75,37 @@ def test_a_loaded_model_is_in_evaluation_mode(tmp_path):
     assert not load_base(tmp_path)[0].training
 
 
-@pytest.mark.parametrize(("asked", "found"), [(None, torch.bfloat16), (torch.float32, torch.float32)])
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        (None, torch.bfloat16),
+        (torch.float32, torch.float32),
+        ("float32", torch.float32),
+        ("torch.float16", torch.float16),
+        ("float64", torch.float64),
+    ],
+)
 def test_a_folder_keeps_the_checkpoints_dtype_unless_asked(tmp_path, asked, found):
     write_tiny_model(tmp_path, dtype=torch.bfloat16)
     assert load_base(tmp_path, dtype=asked)[0].dtype == found
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            {"dtype": "bf16"},
+            r"dtype='bf16' .* did you mean 'bfloat16'\?: give float32, bfloat16, float16, float64, as a text",
+        ),
+        ({"dtype": "int8"}, "dtype='int8' is no dtype of weights"),
+        ({"dtype": 16}, "dtype=16 is no dtype of weights"),
+        ({"torch_dtype": "bfloat16"}, r"load_base\(\) has no argument 'torch_dtype', did you mean 'dtype'\?"),
+    ],
+)
+def test_a_wrong_dtype_is_answered_with_the_right_names(tmp_path, asked, said):
+    write_tiny_model(tmp_path)
+    with pytest.raises(WeightingError, match=said):
+        load_base(tmp_path, **asked)
 
 
 @pytest.mark.parametrize(("pad", "token"), [(False, "</s>"), (True, "<pad>")])

@@ -187,11 +187,23 @@ def test_an_adapter_that_answers_the_examples_already_is_taken_as_it_is(
     assert found.report.chosen == "average"
 
 
-@pytest.mark.parametrize("limits", [{"budget": 39}, {"budget": None, "seconds": 0.4}, {"seconds": 5.0}], ids=str)
-def test_a_small_budget_and_a_time_limit_leave_the_training_out(compose, limits):
+@pytest.mark.parametrize(
+    ("limits", "why"),
+    [
+        ({"budget": 39}, "auto's budget of 39 is below 40"),
+        ({"budget": 5}, "auto's budget of 5 is below 40"),
+        ({"budget": None, "seconds": 0.4}, "seconds=0.4 bounds auto"),
+        ({"seconds": 5.0}, "seconds=5 bounds auto"),
+    ],
+    ids=str,
+)
+def test_a_small_budget_and_a_time_limit_leave_the_training_out_and_the_report_says_so(compose, limits, why):
     found = compose(**limits)
     assert rows_of(found.report) == [*PLAIN, "gradient"]
     assert (found.report.chosen, found.members) == ("gradient", {})
+    used = found.report["gradient"].evaluations
+    said = f"auto became gradient; {why}, so that it trains nothing, and gradient used {used} evaluations"
+    assert found.report.reason == said
 
 
 def test_the_search_makes_no_more_evaluations_than_its_budget(compose):
@@ -216,6 +228,9 @@ def test_objectives_without_gradients_are_searched_without_them(compose, tiny_ll
         report = compose(equal, budget=40, **options).report
         assert rows_of(report) == [*PLAIN, "lorahub"], (options, report.reason)
         assert report["lorahub"].evaluations == 40
+        assert report.reason.startswith(
+            "auto became lorahub; auto is given another loss than the task's, or another meaning"
+        )
 
 
 def test_a_search_whose_candidates_all_fail_is_left_out(compose, pool, monkeypatch):
