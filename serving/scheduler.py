@@ -89,12 +89,23 @@ class Scheduler:
         return self._experts.has(served)
 
     def prepare(self, served: Served) -> None:
-        """Brings a composition's adapters into the engine while others run. Raises what `Experts.load` raises."""
+        """Brings a composition's adapters into the engine while others run.
+
+        Raises what `Experts.load` raises, and Refusal with status 400 where answers are to be batch-invariant and tokens of
+        a row have weights of their own.
+        """
+        if self._limits.batch_invariant and (why := served.apart):
+            raise Refusal(
+                400,
+                f"{served.canonical} is refused: {why}, and this server's answers have the same bits in any batch, so that "
+                "all tokens of a row must share their weights; ask for a sum, a merge or an average of other adapters, or "
+                "start the server without --batch-invariant",
+                param="model",
+            )
         self._experts.load(served)
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Lets all rows wait for their turn, or none. Raises Refusal: 429 if too many wait, 413 for one too long, 400 for
-        a router where answers are to be batch-invariant."""
+        """Lets all rows wait for their turn, or none. Raises Refusal: 429 if too many wait, 413 for one too long."""
         for row in rows:
             if len(row.prompts) * row.longest > self._limits.cache_tokens:
                 raise Refusal(
@@ -115,14 +126,6 @@ class Scheduler:
                     f"the answer and its adapters need up to {self._memory.needed([row])} bytes, and this server has "
                     f"{self._limits.memory_bytes:.0f}; ask for fewer max_tokens, or start it with more --memory-bytes",
                     code="context_length_exceeded",
-                )
-            if self._limits.batch_invariant and row.served.router is not None:
-                raise Refusal(
-                    400,
-                    f"{row.served.canonical} weighs each token, and this server's answers are to have the same bits in any "
-                    "batch, which holds for sums, merges and averages: ask for one of those, or start it without "
-                    "--batch-invariant",
-                    param="model",
                 )
         with self._changed:
             if not self.alive:

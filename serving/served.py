@@ -78,6 +78,20 @@ class Served:
         """That of its only member."""
         return self.members[0].router
 
+    @property
+    def apart(self) -> str:
+        """What gives each token of a row its own weights, in a member or what answers before it; empty if nothing does."""
+        for member in self.members:
+            if member.router is not None:
+                return f"router {member.router.name!r} weighs each token"
+            for adapter in member.adapters.values():
+                if adapter.invocation:
+                    return f"adapter {adapter.name!r} counts from its invocation tokens on"
+            for step in member.before:
+                if step.apart:
+                    return step.apart
+        return ""
+
     def states(self, prompts: Sequence[Sequence[int]]) -> list[list[tuple[Hashable | None, int | None]]]:
         """What a token's keys and values depend on beside the tokens so far, by member, each with the prompt that it has.
 

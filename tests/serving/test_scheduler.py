@@ -362,8 +362,8 @@ def test_what_was_used_longest_ago_makes_room_first_whatever_it_is(setting, toke
     assert order == ["a", "beginning", "b"]
 
 
-def test_batch_invariant_answers_have_the_same_bits_alone_and_in_a_busy_batch(setting, tokenizer, make_scheduler, routers):
-    engine, adapters = setting
+def test_batch_invariant_answers_have_the_same_bits_alone_and_in_a_busy_batch(setting, tokenizer, make_scheduler):
+    adapters = setting[1]
 
     def asked():
         return [
@@ -382,8 +382,25 @@ def test_batch_invariant_answers_have_the_same_bits_alone_and_in_a_busy_batch(se
         assert one.error is None
         assert one.text == other.text
         assert one.logprobs == other.logprobs
-    with pytest.raises(Refusal, match="weighs each token"):
-        scheduler.submit([Heard(tokenizer, "abc", routed(engine, routers[0]), Sampling(2)).row])
+
+
+def test_a_batch_invariant_server_loads_nothing_that_weighs_tokens_apart(setting, make_scheduler, routers):
+    engine, adapters = setting
+    activated = replace(adapters[0], invocation=(1, 2))
+    late = served([activated, adapters[1]], {"a": 0.5, "b": 0.5})
+    by_router = routed(engine, routers[0])
+    then = Served("then", "then", (Member({}, {}, before=(served(adapters, {"b": 1.0}), late)),))
+    scheduler = make_scheduler(batch_invariant=True)
+    counts = "adapter 'a' counts from its invocation tokens on"
+    said = {late: counts, then: counts, by_router: f"router '{routers[0].name}' weighs each token"}
+    for asked, why in said.items():
+        with pytest.raises(Refusal, match=f"{why}, .* without --batch-invariant") as refused:
+            scheduler.prepare(asked)
+        assert (refused.value.status, refused.value.body["error"]["param"]) == (400, "model")
+        assert not scheduler.has(asked)
+    both = served(adapters, {"a": 0.5, "b": 0.5})
+    scheduler.prepare(both)
+    assert scheduler.has(both)
 
 
 class Priced(StepTimes):
