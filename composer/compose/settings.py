@@ -21,7 +21,7 @@ from loraweave.hub.hub import Hub
 from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.hub.pool import ExpertPool
 from loraweave.registry import get, nearest
-from loraweave.routers.searches._solver import Solver
+from loraweave.routers.searches._solver import Solver, require_one_clock
 from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.routers.tokens._router import TokenRouter, option_names
 from loraweave.routers.weights import MixtureWeights
@@ -190,6 +190,7 @@ class Settings:
             self._check_merge_method()
         if self.budget is None and self.seconds is None and (found is not None or self.method == "auto"):
             raise WeightingError("a search needs a budget of evaluations, or of seconds, or both")
+        require_one_clock(self.seconds)
         self._check_options(found, from_hub)
         if found is not None and not self.can_run(self.name):
             given = "a function" if callable(self.objective) else repr(self.objective or "cross_entropy")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self, TypeVar
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from loraweave.common.process import launched_processes
 from loraweave.common.state import tensor_bytes
 from loraweave.errors import TrainingError
 
@@ -29,7 +29,7 @@ class Processes:
     @classmethod
     def launched(cls, device: torch.device) -> Self:
         """Those that were launched, to which accelerate connects this one; without a launch this one alone."""
-        if os.environ.get("WORLD_SIZE", "1") == "1" and not (dist.is_available() and dist.is_initialized()):
+        if launched_processes() == 1:
             return cls(device)
         from accelerate import PartialState
 

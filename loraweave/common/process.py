@@ -1,4 +1,4 @@
-"""State of the process: garbage collection, locks across forks, context variables and free memory."""
+"""State of the process: garbage collection, locks across forks, context variables, its launch and free memory."""
 
 from __future__ import annotations
 
@@ -60,6 +60,15 @@ def holding(variable: ContextVar[T], value: T) -> Iterator[None]:
         yield
     finally:
         variable.reset(token)
+
+
+def launched_processes() -> int:
+    """Return how many processes were launched to work together: torch.distributed's, or those of `torchrun`; 1 without."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 MEMINFO = Path("/proc/meminfo")

@@ -6,7 +6,6 @@ A solver sees names and losses, never a model: (experts, objective) -> MixtureWe
 from __future__ import annotations
 
 import math
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from loraweave.common.display import progress_bar
 from loraweave.common.options import Count, Declared, Positive, Seed
+from loraweave.common.process import launched_processes
 from loraweave.errors import SearchFailed, WeightingError
 from loraweave.registry import traits
 from loraweave.routers.searches._space import Space
@@ -249,17 +249,22 @@ class Solver(Declared, ABC):
     def _require_limits(self) -> None:
         if self.budget is None and self.seconds is None:
             raise WeightingError("a search needs a budget of evaluations, or of seconds, or both")
-        if self.seconds is not None and (count := os.environ.get("WORLD_SIZE", "1")) != "1":
-            raise WeightingError(
-                f"{count} processes were launched, and each would end its search after another number of candidates with "
-                f"seconds={self.seconds:g}: give a budget of evaluations instead, which all of them share"
-            )
+        require_one_clock(self.seconds)
         least, what = self._least
         if self.budget is not None and self.budget < least:
             raise WeightingError(
                 f"budget is {self.budget} evaluations, but {type(self).__name__} needs at least {least}, {what}; "
                 "raise the budget, or ask for less"
             )
+
+
+def require_one_clock(seconds: float | None) -> None:
+    """Raises WeightingError for seconds in one of several launched processes, whose clocks would part their searches."""
+    if seconds is not None and (count := launched_processes()) > 1:
+        raise WeightingError(
+            f"{count} processes were launched, and each would end its search after another number of candidates with "
+            f"seconds={seconds:g}: give a budget of evaluations instead, which all of them share"
+        )
 
 
 @traits("ends_early")

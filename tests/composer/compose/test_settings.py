@@ -20,6 +20,13 @@ def pool():
     return lw.ExpertPool([lw.Adapter(name, "tiny", {"0": Factors(torch.ones(1, 4), torch.ones(3, 1))}) for name in "ab"])
 
 
+@pytest.mark.parametrize("method", ["auto", "gradient", "lorahub"])
+def test_seconds_are_refused_in_several_processes_before_anything_runs(pool, monkeypatch, method):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(WeightingError, match=r"2 processes were launched, .* with seconds=8: give a budget"):
+        lw.compose(None, None, pool, TASK, method=method, seconds=8.0)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

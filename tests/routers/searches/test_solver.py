@@ -87,8 +87,13 @@ def test_seconds_end_a_search_and_cut_its_last_population(clock):
     assert result.seconds == 8.0
 
 
-def test_seconds_are_refused_in_several_processes_which_would_part(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize("launched", ["by torchrun", "by the script itself"])
+def test_seconds_are_refused_in_several_processes_which_would_part(monkeypatch, launched):
+    if launched == "by torchrun":
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    else:
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     assert Walk(NAMES, budget=3).solve(lambda candidates: [0.0] * len(candidates)).evaluations == 3
     with pytest.raises(WeightingError, match=r"2 processes were launched, .* with seconds=8: give a budget"):
         Walk(NAMES, budget=3, seconds=8.0)
