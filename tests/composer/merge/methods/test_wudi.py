@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ from tiny_models import dense_array as dense
 from tiny_models import random_factors
 
 from loraweave.composer.merge.methods.wudi import wudi
+from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.types import Factors
 
 factors = partial(random_factors, num_out=9, num_in=11)
@@ -105,6 +107,24 @@ def test_it_is_nearer_to_what_the_released_code_gives_than_the_sum_and_the_minim
     miss = np.linalg.norm(dense(wudi(experts, [1.0] * 4)) - theirs)
     assert miss < 0.95 * np.linalg.norm(sum(deltas) - theirs)
     assert miss < 0.95 * np.linalg.norm(dense(exact(experts, [1.0] * 4)) - theirs)
+
+
+@pytest.mark.parametrize("apart", [1.0, 0.1, 1e-3])
+@pytest.mark.parametrize("size", SIZES)
+def test_released_is_the_released_steps(apart: float, size: float) -> None:
+    experts, weights = of_nearly_equal_a(apart, size), [1.0, 0.7, -0.4, 2.0]
+    theirs = released(weighted(experts, weights))
+    found = wudi(experts, weights, minimiser="released")
+    assert isinstance(found, DenseUpdate)
+    # both take the steps in float64, and ours is rounded to fp32 at the end
+    assert np.abs(found.delta_OI.double().numpy() - theirs).max() <= 2.0**-23 * np.abs(theirs).max()
+
+
+def test_released_weighs_biases_and_stays_at_the_minimum() -> None:
+    f = replace(factors(0, 3), bias_O=torch.arange(9.0))
+    found = wudi([f], [-0.7], minimiser="released")
+    assert np.abs(found.delta_OI.numpy() + 0.7 * dense(f)).max() <= 2.0**-22 * np.abs(dense(f)).max()
+    assert torch.equal(found.bias_O, (-0.7 * torch.arange(9.0).double()).float())
 
 
 def test_no_entry_moves_further_on_average_than_300_steps_of_1e_5() -> None:
