@@ -24,15 +24,21 @@ def terms_of(model: nn.Module) -> int:
     return sum(weight[0].numel() for weight in model.parameters() if weight.ndim > 1)
 
 
-def assert_near(found: Tensor, wanted: Tensor, terms: int, size: Tensor | float | None = None) -> None:
+def assert_near(
+    found: Tensor,
+    wanted: Tensor,
+    terms: int,
+    size: Tensor | float | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Raise AssertionError if two ways to calculate the same part by more than twice what each may be off.
 
-    `size` is the sum of the magnitudes of the products; without it, the largest magnitude in `wanted`.
+    `size` is the sum of the magnitudes of the products; without it, the largest magnitude in `wanted`. `dtype` is what the
+    sums were rounded to; without it, the coarser one of both tensors.
     """
     assert found.shape == wanted.shape
     if size is None:
         size = wanted.detach().abs().max()
-    coarse = max(found.dtype, wanted.dtype, key=unit)
-    allowed = 2 * rounding(terms, size, coarse)
+    allowed = 2 * rounding(terms, size, dtype or max(found.dtype, wanted.dtype, key=unit))
     parted = (found.detach().double() - wanted.detach().double()).abs()
     assert bool((parted <= allowed).all()), f"they part by {float((parted / allowed).max()):.3g} of what rounding allows"

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rounding import assert_near, terms_of
 from transformers import DynamicCache
 
 from loraweave.composer.compose.compose import compose
@@ -137,9 +138,9 @@ def test_a_row_does_not_depend_on_the_others_nor_on_padding(name, model, pool):
     made = make(name, pool)
     weights, logits = weights_of(model, pool, made)
     alone, own = weights_of(model, pool, made, rows=[1], columns=slice(2, None))
-    assert torch.allclose(logits[1, 2:], own[0], atol=1e-5)
+    assert_near(logits[1, 2:], own[0], terms_of(model))
     for layer, w_BTE in alone.items():
-        assert torch.allclose(weights[layer][1, 2:], w_BTE[0], atol=1e-5)
+        assert_near(weights[layer][1, 2:], w_BTE[0], terms_of(model))
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from rounding import unit
 
 from loraweave.errors import AdapterUnsupported
 from loraweave.lowrank.truncation import compress, compress_sum
 from loraweave.types import Factors
 
 OUT, IN = 23, 31
+# the most that a product of two factors, one of which is orthogonal, changes where both are rounded to fp32, in parts of it
+ROUNDED = 2 * unit(torch.float32)
 
 
 def generator(seed):
@@ -61,7 +64,7 @@ def test_stacks_taller_and_flatter_than_the_layer_are_cut_to_the_dense_optimum(o
     small, error = compress(update, rank)
     expected, best = truth(dense(update), rank)
     assert small.rank == rank
-    assert distance(small, expected, np.linalg.norm(expected)) < 1e-7
+    assert distance(small, expected, np.linalg.norm(expected)) <= ROUNDED
     assert error == pytest.approx(best, rel=1e-9)
 
 
@@ -69,7 +72,7 @@ def test_a_stack_of_many_rows_needs_a_part_of_the_eigenvectors_only():
     update = factors(1, 100, 150, 170)
     small, error = compress(update, 8)
     expected, best = truth(dense(update), 8)
-    assert distance(small, expected, np.linalg.norm(expected)) < 1e-7
+    assert distance(small, expected, np.linalg.norm(expected)) <= ROUNDED
     assert error == pytest.approx(best, rel=1e-9)
 
 
@@ -79,7 +82,7 @@ def test_an_expert_given_twice_is_that_expert_with_both_weights(weight, rank):
     expert = factors(2, 4)
     small, error = compress(stacked(expert, scaled(expert, weight)), rank)
     expected, best = truth((1 + weight) * dense(expert), rank)
-    assert distance(small, expected, np.linalg.norm(dense(expert))) < 2e-7
+    assert distance(small, expected, np.linalg.norm(expected)) <= ROUNDED
     # fp32 experts of rank 4: what is beyond that is zero
     assert error == pytest.approx(best, rel=1e-7, abs=1e-14)
 
@@ -97,8 +100,8 @@ def test_what_experts_that_nearly_cancel_leave_is_right():
     update = stacked(expert, scaled(expert, -1.0), scaled(rest, 1e-5))
     small, error = compress(update, 2)
     expected, best = truth(1e-5 * dense(rest), 2)
-    # 1e-15 of what cancelled is 1e-10 of what is left; the weight 1e-5 was rounded to fp32
-    assert distance(small, expected, np.linalg.norm(expected)) < 2e-7
+    # 1e-15 of what cancelled is 1e-10 of what is left; the weighted rest was rounded to fp32, too
+    assert distance(small, expected, np.linalg.norm(expected)) <= 2 * ROUNDED
     assert error == pytest.approx(best, rel=1e-6)
 
 
@@ -124,7 +127,7 @@ def test_how_size_is_spread_over_the_factors_does_not_matter(gauge):
     other = Factors(update.a_RI * stretch[:, None], update.b_OR / stretch)
     expected, best = truth(dense(other), 4)
     small, error = compress(other, 4)
-    assert distance(small, expected, np.linalg.norm(expected)) < 1e-7
+    assert distance(small, expected, np.linalg.norm(expected)) <= ROUNDED
     assert error == pytest.approx(best, rel=1e-7)
 
 
@@ -169,7 +172,7 @@ def test_huge_and_tiny_updates_are_as_exact_as_others():
         update = Factors(update.a_RI * size, update.b_OR * size)
         expected, best = truth(dense(update), 3)
         small, error = compress(update, 3)
-        assert distance(small, expected, np.linalg.norm(expected)) < 1e-7
+        assert distance(small, expected, np.linalg.norm(expected)) <= ROUNDED
         assert error == pytest.approx(best, rel=1e-9)
 
 
@@ -179,7 +182,7 @@ def test_a_sum_is_cut_before_its_weighted_factors_are_rounded():
     exact = sum(weight * dense(expert) for weight, expert in zip(weights, experts, strict=True))
     expected, best = truth(exact, 3)
     small, error, _ = compress_sum(experts, weights, 3)
-    assert distance(small, expected, np.linalg.norm(expected)) < 1e-7
+    assert distance(small, expected, np.linalg.norm(expected)) <= ROUNDED
     assert error == pytest.approx(best, rel=1e-9)
 
 

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from rounding import assert_near, terms_of
 
 from loraweave.composer.composer import Composer
 from loraweave.errors import LayerMismatch, ScopeError
@@ -124,8 +125,8 @@ def test_in_a_list_of_mixtures_a_row_has_the_weights_that_it_has_alone(model, po
     found = logits([made, other, made.onto(pool)], rows.repeat_interleave(3, dim=0))
     for number, mixture in enumerate([made, other, made]):
         alone = logits(mixture, rows[number : number + 1])
-        assert torch.allclose(found[3 * number : 3 * number + 3], alone.expand(3, -1, -1), atol=1e-5)
-    assert torch.allclose(logits([None, made], rows[:2])[0], logits({}, rows[:1])[0], atol=1e-5)
+        assert_near(found[3 * number : 3 * number + 3], alone.expand(3, -1, -1), terms_of(model))
+    assert_near(logits([None, made], rows[:2])[0], logits({}, rows[:1])[0], terms_of(model))
 
 
 @pytest.mark.parametrize("num_targets", [3, 5])

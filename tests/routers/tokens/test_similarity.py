@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from rounding import assert_near, terms_of
 
 import loraweave as lw
 from loraweave.composer.composer import Composer
@@ -132,7 +133,7 @@ def test_a_row_of_a_batch_has_what_it_has_alone(engine, model, pool, tokenizer):
         for row, text in enumerate(TEXTS):
             alone = model(**encoded(tokenizer, [text])).logits[0]
             positions = scoring.with_positions(model, *encoded(tokenizer, TEXTS).values())
-            assert torch.allclose(model(**positions).logits[row, -len(alone) :], alone, atol=1e-5)
+            assert_near(model(**positions).logits[row, -len(alone) :], alone, terms_of(model))
     assert together.shape[0] == 3
 
 

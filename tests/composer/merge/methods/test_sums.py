@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from rounding import assert_near
 from tiny_models import Make, dense
 from tiny_models import random_factors as factors
 
@@ -110,7 +111,8 @@ def test_it_gives_the_same_delta_as_peft(method, peft_type: str, in_peft: Make) 
     weights = [0.7, 0.4, 1.3]
     model.add_weighted_adapter(["0", "1", "2"], weights, "merged", combination_type=peft_type)
     expected_OI = model.base_model.model.layer.get_delta_weight("merged").detach().double()
-    assert close(whole(method(experts, weights)), expected_OI)
+    # a decomposition is off by its size times the rounding of at most one term for each entry
+    assert_near(dense(whole(method(experts, weights))), expected_OI, terms=expected_OI.numel(), dtype=torch.float32)
 
 
 def test_general_knowledge_is_a_mean_that_is_subtracted_once() -> None:
