@@ -17,9 +17,10 @@ class Fedms(Frozen):
     together in the first stage. Expert 1 is the client's own. One gate for the whole model sees the input embeddings, or
     with `per_site` each site has one for its input, as models without token embeddings need.
 
-    Sparsely activated LoRA: of the blocks in the order of `queue`, by default from the first to the last, the first
-    `capability` have a local expert, None for all; elsewhere g E_global(x) is all. Training goes on with more of them by
-    `with_options(model, capability=...)`. The gates of the clients are averaged in each round (`federated_average`).
+    Of the blocks in the order of `queue`, by default from the first to the last, the first `capability` have a local expert,
+    None for all; elsewhere g E_global(x) is all. The paper's Sparsely Activated LoRA activates more of them in training as
+    resources allow; here the caller does, by `with_options(model, capability=...)`, and training goes on from there. The
+    gates of the clients are averaged in each round (`federated_average`).
     """
 
     per_site: bool = False

@@ -1,4 +1,4 @@
-"""MoLE (Wu, Huang and Wei, ICLR 2024, arXiv 2404.13628): a gate on the outputs of all experts, held in balance."""
+"""MoLE (Wu, Huang and Wei, ICLR 2024, arXiv 2404.13628): a gate in each layer on the outputs of all experts, in balance."""
 
 from __future__ import annotations
 

@@ -37,7 +37,9 @@ class Fedms(Strategy):
     In the first `global_rounds` the clients train one LoRA, FedAvg on a and b: the global expert. Then that is frozen, and
     client k trains an expert of its own and the gate of y = y0 + g E_global(x) + (1 - g) E_k(x), the recipe `fedms` of
     `lw.experts`; the server averages the gates alone. `capability` is the recipe's: how many blocks have an expert of the
-    client. A client has an expert model in the end. Raises TrainingError if no round is left for the second stage.
+    client. It is one number for all clients and rounds: the paper's Sparsely Activated LoRA, which activates more blocks in
+    the course of the training as a client's resources allow, is not built. A client has an expert model in the end. Raises
+    TrainingError if no round is left for the second stage.
     """
 
     global_rounds: Count = 1
