@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,6 +70,7 @@ def federate(
     tokenizer: Any,
     clients: Mapping[str, Task | GivenRows | Sequence[Task]],
     *,
+    models: Mapping[str, Any] | None = None,
     strategy: str | Strategy = "flexlora",
     strategy_options: Mapping[str, Any] | None = None,
     rounds: Count = 5,
@@ -94,6 +95,8 @@ def federate(
     rows as `train_adapters` does, each round with a warm-up and a cosine of its own, and sends its update; the `strategy`, a
     name of `lw.names("strategies")` with its `strategy_options`, says what is sent and how updates are aggregated. `ranks`
     has the ranks of clients that differ from `rank`, for strategies that take them; `alpha / rank` is the scale of all.
+    `models` has the models of clients that bring their own, for strategies that take them; the tokenizer is the same for
+    all, and a target module may be one of some models alone.
 
     A client that raises, dies, or sends something missing, misshapen or not finite is left out of its round, and the report
     and a logged warning say why; it keeps what it had. A round with fewer than `min_clients` usable updates is refused, if
@@ -118,12 +121,8 @@ def federate(
     if min_clients > len(tasks):
         raise TrainingError(f"min_clients is {min_clients}, but there are {len(tasks)} clients: lower it")
     own_ranks = _ranks(ranks or {}, chosen, tasks, rank)
-    rows, _ = read_rows(model, tokenizer, tasks, Judging(None, 1, None), seed)
-    counts = {name: sum(len(task.examples) for task in parts) for name, parts in tasks.items()}
-    apart = {name: not any(isinstance(task, Texts) or task.shown for task in parts) for name, parts in tasks.items()}
-    members = {name: Client(name, rows[name], counts[name], own_ranks[name], apart[name]) for name in tasks}
-    targets = target_layers(model, settings.target_modules)
-    course = Course(model, tokenizer, settings, targets, members, rounds, float(participation), fingerprint(model))
+    own_models = _models(models or {}, chosen, tasks)
+    course = _course(model, tokenizer, tasks, own_models, own_ranks, settings, rounds, float(participation))
     chosen.require(course)
     kept = _kept(checkpoint_folder(checkpoint), course, chosen)
     with untouched(model), progress_bar(progress, field="loss") as bar:
@@ -132,6 +131,31 @@ def federate(
     card = _card(course, chosen, state, figures)
     adapter = course.adapter(chosen.registered_name(), chosen.layers(course, state.server), card)
     return Federated(adapter, state.rounds, figures, course, chosen, state)
+
+
+def _course(
+    model: Any,
+    tokenizer: Any,
+    tasks: Mapping[str, Sequence[Task | Texts]],
+    own_models: Mapping[str, Any],
+    ranks: Mapping[str, int],
+    settings: LoraSettings,
+    rounds: int,
+    sample_rate: float,
+) -> Course:
+    """What all rounds have in common, from what the caller gave."""
+    members = {}
+    for name, parts in tasks.items():
+        rows, _ = read_rows(own_models.get(name, model), tokenizer, {name: parts}, Judging(None, 1, None), settings.seed)
+        size = sum(len(task.examples) for task in parts)
+        apart = not any(isinstance(task, Texts) or task.shown for task in parts)
+        members[name] = Client(name, rows[name], size, ranks[name], apart)
+    targets, own_targets = _layers(model, own_models, settings.target_modules)
+    course = Course(model, tokenizer, settings, targets, members, rounds, sample_rate, fingerprint(model))
+    own = {
+        name: replace(course, model=its, layers=own_targets[name], base=fingerprint(its)) for name, its in own_models.items()
+    }
+    return replace(course, own=own)
 
 
 def _card(course: Course, strategy: Strategy, state: State, figures: Mapping[str, float]) -> dict[str, Any]:
@@ -177,6 +201,53 @@ def _ranks(given: Mapping[str, int], strategy: Strategy, clients: Mapping[str, A
     return found
 
 
+def _models(given: Mapping[str, Any], strategy: Strategy, clients: Mapping[str, Any]) -> dict[str, Any]:
+    """The models of clients that bring their own."""
+    if not isinstance(given, Mapping):
+        raise TrainingError(f"models is {given!r:.60}; pass {{client: its model}}")
+    for name, own in given.items():
+        if name not in clients:
+            raise UnknownName(f"models has {name!r}{registry.nearest(name, clients)}; the clients are {', '.join(clients)}")
+        require_model(own)
+        if not strategy.own_models:
+            take = [each for each in registry.names("strategies") if registry.get("strategies", each).own_models]
+            raise TrainingError(
+                f"strategy {strategy.registered_name()!r} exchanges updates of one model, and models has one of client "
+                f"{name!r}: leave it out, or take {' or '.join(take)}"
+            )
+    return dict(given)
+
+
+Layers = dict[str, tuple[int, int]]
+
+
+def _layers(model: Any, own_models: Mapping[str, Any], endings: Sequence[str]) -> tuple[Layers, dict[str, Layers]]:
+    """(O, I) of the target layers of the model, and of each client's own.
+
+    Raises UnknownName for an ending that matches nothing in any of them, and for a model in which none matches.
+    """
+
+    def matches(model: Any, ending: str) -> bool:
+        try:
+            return bool(target_layers(model, (ending,)))
+        except UnknownName:
+            return False
+
+    every = [model, *own_models.values()]
+    nowhere = [ending for ending in endings if not any(matches(one, ending) for one in every)]
+
+    def layers_of(model: Any) -> Layers:
+        return target_layers(model, nowhere or [ending for ending in endings if matches(model, ending)] or endings)
+
+    targets, own_targets = layers_of(model), {}
+    for name, own in own_models.items():
+        try:
+            own_targets[name] = layers_of(own)
+        except UnknownName as error:
+            raise UnknownName(f"the model of client {name!r}: {error}") from error
+    return targets, own_targets
+
+
 def _named(strategy: Strategy) -> dict[str, Any]:
     return {"name": strategy.registered_name(), **strategy.options}
 
@@ -204,4 +275,6 @@ def _key(course: Course, strategy: Mapping[str, Any]) -> str:
         for name, client in course.clients.items()
     ]
     about = [dict(strategy), asdict(course.settings), course.rounds, course.sample_rate, course.base.to_json(), members]
+    if course.own:
+        about.append({name: own.base.to_json() for name, own in course.own.items()})
     return text_digest(json.dumps(about, sort_keys=True))[:32]

@@ -24,16 +24,18 @@ def flower(course: Course, strategy: Strategy, orders: Sequence[Order]) -> Itera
     """Carries out the orders in one simulation; what a client trains is what it would train in this process, bit for bit.
 
     A client takes as many cores as torch has threads here, so that several run at once with fewer threads; each process
-    holds a copy of the model. After the death of one the simulation has no processes left, so every client it then fails to
+    holds a copy of all models. After the death of one the simulation has no processes left, so every client it then fails to
     run is tried once more, alone: one that dies again is left out. Raises PackageMissing without flwr and ray, TrainingError
     for a model that is not on the CPU, and where ray does not start.
     """
     if not orders:
         return
-    if (device := next(course.model.parameters()).device).type != "cpu":
-        raise TrainingError(
-            f"the backend 'flower' shares a model on the CPU with its processes, and this one is on {device}"
-        )
+    for each in (course, *course.own.values()):
+        if (device := next(each.model.parameters()).device).type != "cpu":
+            raise TrainingError(
+                f"the backend 'flower' shares models on the CPU with its processes, and {each.model.name_or_path!r} is on "
+                f"{device}"
+            )
     found = _simulated(course, strategy, orders)
     for order in orders:
         outcome = found[order.client]

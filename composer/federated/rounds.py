@@ -227,7 +227,7 @@ def here(course: Course, strategy: Strategy, orders: Sequence[Order]) -> Iterato
     """Carries out the orders in this process, one after the other; an exception of a client leaves it out of the round."""
     for order in orders:
         try:
-            with untouched(course.model):
+            with untouched(course.of(order.client).model):
                 yield order.client, strategy.train(course, order)
         except Exception as error:
             yield order.client, f"{type(error).__name__}: {error}"

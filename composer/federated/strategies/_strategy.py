@@ -6,7 +6,7 @@ All that passes between server and clients are named fp32 tensors, so that a rou
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -47,7 +47,10 @@ class Client:
 
 @dataclass(frozen=True)
 class Course:
-    """What all rounds have in common: `layers` has (O, I) of each target layer, `sample_rate` is the share of clients."""
+    """What all rounds have in common: `layers` has (O, I) of each target layer, `sample_rate` is the share of clients.
+
+    `own` has the same with model, layers and base of their own, for clients that bring them.
+    """
 
     model: Any
     tokenizer: Any
@@ -57,6 +60,11 @@ class Course:
     rounds: int
     sample_rate: float
     base: Fingerprint
+    own: Mapping[str, Course] = field(default_factory=dict)
+
+    def of(self, client: str) -> Course:
+        """Return the course on the client's own model, or this one if it brings none."""
+        return self.own.get(client, self)
 
     @property
     def rank(self) -> int:
@@ -102,6 +110,8 @@ class Strategy(Declared):
     error: ClassVar[type[TrainingError]] = TrainingError
     # whether clients may have different ranks
     mixed_ranks: ClassVar[bool] = False
+    # whether clients may have models of their own
+    own_models: ClassVar[bool] = False
     # "count" draws a fixed number of clients for a round, "poisson" each by itself
     sampling: ClassVar[Literal["count", "poisson"]] = "count"
     # whether what an adapter's card says of seeds, clients and their losses would undo what the strategy guarantees
@@ -109,7 +119,7 @@ class Strategy(Declared):
 
     @property
     def options(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {option.name: getattr(self, option.name) for option in fields(self)}
 
     @property
     def former(self) -> Mapping[str, Any] | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,57 +40,69 @@ from loraweave.types import Factors
 
 @dataclass(frozen=True, kw_only=True)
 class Pfedlora(Strategy):
-    """F_k(x) = W_out h_k(x) is client k's network, A(x) = b a h_k(x) the adapter on the same last hidden states h_k.
+    """F_k(x) = W_k h_k(x) is client k's network, A(x) = b a h_k(x) the adapter on the same last hidden states h_k.
 
-    A round of client k: with A frozen, all weights of the target layers learn from mu CE(A) + (1 - mu) CE(F_k); then, with
-    those frozen, a and b learn from CE(A), in as many steps again. The server averages a and b by the clients' sizes. The
-    weights stay with the client; name all linear layers in `target_modules` for a network all of which learns.
+    Networks may differ in everything before h_k (`lw.federate(models=...)`: kind, depth, heads, widths within) and in their
+    weights. The size of h_k and the vocabulary are the same, so that one a and one b fit all; the authors' networks, too,
+    differ before the 500 features that all end in. A round of client k: with A frozen, all weights of the target layers
+    learn from mu CE(A) + (1 - mu) CE(F_k); then, with those frozen, a and b learn from CE(A), in as many steps again. The
+    server averages a and b by the clients' sizes. The weights stay with the client; name all linear layers in
+    `target_modules` for a network all of which learns.
 
-    A client answers with W_out h_k + mu b a h_k: what is reported for it is one adapter, of full rank in the target layers.
-    The paper's clients have networks of different kinds before h; here all begin as one base. Raises TrainingError for
-    a model whose output layer is not linear, or is a target itself.
+    A client answers with W_k h_k + mu b a h_k: what is reported for it is one adapter of its model, of full rank in the
+    target layers. Raises TrainingError for a model whose output layer is not linear, is a target itself, or has another
+    shape than the others'.
     """
 
     mu: Annotated[float, Range(above=0, below=1)] = 0.5
 
+    own_models: ClassVar[bool] = True
+
     def require(self, course: Course) -> None:
-        if (head := _head(course)) in course.layers:
-            raise TrainingError(f"strategy 'pfedlora' puts the adapter on {head!r}: leave it out of target_modules")
+        shape = _shape(course)
+        for name in course.clients:
+            own = course.of(name)
+            if (head := _head(own)) in own.layers:
+                raise TrainingError(f"strategy 'pfedlora' puts the adapter on {head!r}: leave it out of target_modules")
+            if _shape(own) != shape:
+                raise TrainingError(
+                    f"strategy 'pfedlora' has one adapter for all clients, but the output layer of client {name!r} has the "
+                    f"shape {_shape(own)} (vocabulary, hidden size), and the model's {shape}: give models with both alike"
+                )
 
     def first(self, course: Course) -> Tensors:
-        head = _head(course)
-        shape = linear.shape(course.model.get_submodule(head))
-        assert shape is not None
         cpu, seed = torch.device("cpu"), course.settings.seed
-        (pair,) = new_factors("federation", {head: shape[:2]}, rank=course.rank, seed=seed, device=cpu).values()
-        return tensors_of({head: Factors(*pair)})
+        layers = {_head(course): _shape(course)}
+        (pair,) = new_factors("federation", layers, rank=course.rank, seed=seed, device=cpu).values()
+        return tensors_of({_head(course): Factors(*pair)})
 
     def train(self, course: Course, order: Order) -> Trained:
-        head = _head(course)
-        module = course.model.get_submodule(head)
-        device = next(course.model.parameters()).device
-        begun = {layer: order.own.get(layer, torch.zeros(shape)).to(device) for layer, shape in course.layers.items()}
-        network = MatrixJob(order.client, begun, course.layers)
-        adapter = LoraJob(order.client, start_of(course, order.received), course.scale)
+        own = course.of(order.client)
+        device = next(own.model.parameters()).device
+        begun = {layer: order.own.get(layer, torch.zeros(shape)).to(device) for layer, shape in own.layers.items()}
+        network = MatrixJob(order.client, begun, own.layers)
+        adapter = LoraJob(order.client, start_of(own, order.received), own.scale)
+        (head,) = adapter.layers
 
         def of_adapter(rows: Sequence[EncodedRow]) -> Tensor:
-            with _instead(module, partial(_output, adapter, head)):
-                return plain_loss(course, network, rows)
+            with _instead(own.model.get_submodule(_head(own)), partial(_output, adapter, head)):
+                return plain_loss(own, network, rows)
 
         def of_both(rows: Sequence[EncodedRow]) -> Tensor:
-            return self.mu * of_adapter(rows) + (1 - self.mu) * plain_loss(course, network, rows)
+            return self.mu * of_adapter(rows) + (1 - self.mu) * plain_loss(own, network, rows)
 
         with _frozen(adapter.parameters()):
-            local = learn(course, order, network, loss=of_both, part=" network")
+            local = learn(own, order, network, loss=of_both, part=" network")
         with _frozen(network.parameters()):
-            shared = learn(course, order, adapter, loss=of_adapter, part=" adapter")
+            shared = learn(own, order, adapter, loss=of_adapter, part=" adapter")
         return Trained(factors_of(adapter), network.learned(), local + shared)
 
     def client(self, course: Course, server: Tensors, client: Client, own: Tensors, card: Mapping[str, Any]) -> Adapter:
         """The client's network with mu times the adapter."""
-        shared = {layer: algebra.scale(factors, self.mu) for layer, factors in layers_of(server).items()}
+        course = course.of(client.name)
+        (shared,) = layers_of(server).values()
         local: Layers = {layer: Factors(*factorise(delta_OI)[:2]) for layer, delta_OI in own.items()}
-        return course.adapter(client.name, {**local, **shared}, card)
+        return course.adapter(client.name, {**local, _head(course): algebra.scale(shared, self.mu)}, card)
 
 
 def _head(course: Course) -> str:
@@ -100,6 +112,13 @@ def _head(course: Course) -> str:
         raise TrainingError("strategy 'pfedlora' needs a model with a linear output layer, beside which the adapter lies")
     found: str = next(name for name, module in course.model.named_modules() if module is head)
     return found
+
+
+def _shape(course: Course) -> tuple[int, int]:
+    """(O, I) of the output layer: the vocabulary and the hidden size."""
+    shape = linear.shape(course.model.get_submodule(_head(course)))
+    assert shape is not None
+    return shape[0], shape[1]
 
 
 def _output(adapter: LoraJob, head: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
