@@ -16,6 +16,8 @@ from typing import Any, BinaryIO, TypeVar
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, HubError
 
 SUFFIXES = {".json", ".safetensors", ".md"}
+# norms and embeddings that LongLoRA and SinkLoRA train beside a LoRA
+BESIDE = "trainable_params.bin"
 NAMES = {"adapter_model.bin", "pytorch_lora_weights.bin", "model_weights.ckpt"}
 # a file written so lately may be written again without another time: clocks of file systems have coarse steps
 FRESH_S = 2.0

@@ -50,6 +50,7 @@ BENIGN = {
     "qalora_group_size": "only use_qalora uses it",
     "runtime_config": "where the computation runs",
     "merge_weights": "how PEFT before 0.4 switched to evaluation",
+    "mora_type": "only use_mora uses it",
 }
 
 # what has no exact form as factors, unless it is null, false or empty
@@ -65,6 +66,7 @@ REFUSED = {
     "velora_config": "compressed activations with their own buffers",
     "ensure_weight_tying": "factors shared by tied layers",
     "enable_lora": "factors for parts of a fused projection",
+    "use_mora": "one square matrix between inputs and outputs",
 }
 
 # they choose where training starts and leave the base model's weights as they are

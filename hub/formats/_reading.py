@@ -20,7 +20,7 @@ from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._config import CONFIG, Config
 from loraweave.hub.formats._contents import Contents, require_numbers
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut
-from loraweave.hub.formats._files import MAX_LISTED, entry, present, require_unchanged
+from loraweave.hub.formats._files import BESIDE, MAX_LISTED, entry, present, require_unchanged
 from loraweave.hub.formats._kept_files import read_kept
 from loraweave.hub.formats._lora_file import PICKLES, FileFormat, is_pickle, lora_files, refuse_pickle
 from loraweave.hub.formats._pickle import texts_in_pickle
@@ -92,6 +92,12 @@ def is_adapter(folder: Path) -> bool:
 
 
 def _read(folder: Path, model: nn.Module | None, rank: int | None, max_error: float, allow_pickle: bool) -> Contents:
+    if present(folder, BESIDE):
+        raise AdapterUnsupported(
+            f"{folder}: {BESIDE} has norms and embeddings that were trained beside the LoRA (LongLoRA, SinkLoRA), which is "
+            "not the whole update: merge both into the base by their merge_lora_weights_and_save_hf_model.py, and take the "
+            "result as the base or lw.extract(base, merged, others='heads'); without this file the LoRA is read alone"
+        )
     bound = Bound(rank, max_error)
     fields = Config.of(folder).fields if present(folder, CONFIG) else {}
     layout = _layout_of(folder, fields, allow_pickle)

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from loraweave.common.files import as_path
 from loraweave.errors import AdapterNotFound, AdapterUnsupported, SourceUnavailable
+from loraweave.hub.formats._files import BESIDE
 from loraweave.hub.intake.archives import archive_suffix, unpack
 from loraweave.hub.intake.discover import Found
 from loraweave.hub.intake.model_hub import download
@@ -22,6 +23,8 @@ ADAPTER_FILES = (
     "adapters.safetensors",
     "compeft.*",
     "loraweave.json",
+    # never opened: a folder that has it is refused
+    BESIDE,
     README,
 )
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")

@@ -200,3 +200,20 @@ def test_the_extracted_adapter_turns_the_base_into_the_fine_tune(base):
         torch.testing.assert_close(
             layer.weight + (dense.T if name == "down" else dense), wanted.weight, atol=1e-6, rtol=1e-5
         )
+
+
+def test_lte_s_heads_come_out_as_one_lora_whether_they_were_merged_once_or_twice(base):
+    """LTE as released (github.com/minyoungg/LTE) adds the mean over heads of s (B A - B' A'), B' A' merged before."""
+    heads, scale = 3, 4096 / 32
+    torch.manual_seed(1)
+    first, last = ([(0.01 * torch.randn(11, 1), 0.1 * torch.randn(1, 7)) for _ in range(heads)] for _ in range(2))
+
+    def mean(found):
+        return scale * sum(b @ a for b, a in found) / heads
+
+    other = tuned(base, up__weight=mean(first))
+    with torch.no_grad():
+        other.up.weight += mean(last) - mean(first)
+    adapter = extract(base, other, max_error=1e-4)
+    assert adapter.layers["up"].rank == heads
+    torch.testing.assert_close(adapter.delta("up"), mean(last), atol=1e-5, rtol=1e-4)

@@ -1,7 +1,9 @@
-"""LoRA with one field or one matrix more: BD-LoRA, KaSA, LoRA-XS, and parts of fused projections.
+"""LoRA with one field, matrix or file more: BD-LoRA, KaSA, LoRA-XS, parts of fused projections, and LongLoRA.
 
 What of them peft computes is compared in test_other_types.py; here is what it has no longer, or never had.
 """
+
+import copy
 
 import peft
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.conversion import extract
 from loraweave.hub.formats.merged_linear import MergedLinear
 
 FUSED = "transformer.h.0.self_attention.query_key_value"
@@ -151,3 +154,33 @@ def test_a_layer_without_its_middle_matrix_is_refused(stored):
     save_file({key: value for key, value in load_file(path).items() if "first" not in key or "latent" not in key}, path)
     with pytest.raises(AdapterCorrupt, match="'first' lacks the tensor 'default_lora_latent_mapping"):
         Adapter.from_pretrained(folder)
+
+
+# LongLoRA (github.com/dvlab-research/LongLoRA) and SinkLoRA after their get_trainable_weights.py
+def test_norms_and_embeddings_that_were_trained_beside_a_lora_are_refused_with_the_way_out(tmp_path):
+    put(tmp_path, lora())
+    alone = Adapter.from_pretrained(tmp_path)
+    torch.save({"model.norm.weight": torch.ones(5)}, tmp_path / "trainable_params.bin")
+    for consent in (False, True):
+        with pytest.raises(
+            AdapterUnsupported, match=r"trainable_params.bin .*LongLoRA.*extract\(base, merged, others='heads'\)"
+        ):
+            Adapter.from_pretrained(tmp_path, allow_pickle=consent)
+    (tmp_path / "trainable_params.bin").unlink()
+    assert Adapter.from_pretrained(tmp_path).hash == alone.hash
+
+
+def test_longlora_merged_as_its_authors_merge_it_is_its_lora_and_the_rest_as_heads():
+    torch.manual_seed(0)
+    base = Tree({"embed_tokens": nn.Embedding(9, 6), "q_proj": nn.Linear(6, 10, bias=False), "norm": nn.LayerNorm(6)})
+    merged, a, b = copy.deepcopy(base), torch.randn(2, 6), torch.randn(10, 2)
+    with torch.no_grad():
+        merged.embed_tokens.weight += 0.1 * torch.randn(9, 6)
+        merged.norm.weight += 0.1
+        # alpha 16, rank 8 in the released script
+        merged.q_proj.weight += 16 / 8 * b @ a
+    found = extract(base, merged, others="heads")
+    assert found.layers["q_proj"].rank == 2
+    torch.testing.assert_close(found.delta("q_proj"), 2 * b @ a, rtol=1e-4, atol=1e-4)
+    assert set(found.heads) == {"embed_tokens.weight", "norm.weight"}
+    assert torch.equal(found.heads["norm.weight"], merged.norm.weight)

@@ -50,7 +50,8 @@ def test_an_id_is_downloaded_with_revision_token_and_the_adapters_files_only(tmp
     assert repository == "owner/name"
     assert (keywords["revision"], keywords["token"], keywords["local_files_only"]) == ("v1", "secret", False)
     assert "adapter_config.json" in keywords["allow_patterns"]
-    assert not any(pattern.endswith(".bin") for pattern in keywords["allow_patterns"])
+    # never opened: a folder that has it is refused
+    assert [pattern for pattern in keywords["allow_patterns"] if pattern.endswith(".bin")] == ["trainable_params.bin"]
 
 
 def test_consent_asks_for_the_pickles_of_every_layout_and_nothing_else_does(asked):
