@@ -90,7 +90,7 @@ def compose(
     docs/identity.md says which adapters of a hub are for this model, and which licenses need `allow_licenses`.
     Raises UnknownName, InvalidTask, InvalidLicense and WeightingError before anything runs, BaseModelMismatch for a hub
     without an adapter for this model and EmptyIndex for an empty one (unless method="base"), SearchFailed when no candidate
-    can be scored.
+    can be scored, BudgetExceeded where memory is short for a training, which names how much of it is free.
     """
     settings = Settings.of(
         method=method,

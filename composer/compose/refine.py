@@ -23,7 +23,7 @@ from loraweave.composer.model import kinds, scoring
 from loraweave.composer.model.batches import untouched
 from loraweave.composer.train.adapters import train_adapters
 from loraweave.composer.train.rows import shows_its_examples
-from loraweave.errors import WeightingError
+from loraweave.errors import BudgetExceeded, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._members import Members
@@ -65,7 +65,7 @@ def tuned_adapters(
 ) -> dict[str, Adapter]:
     """{name: adapter} trained on some of the task's examples each, all in one batch; None begins a new adapter.
 
-    `target_modules` are for new adapters.
+    `target_modules` are for new adapters. Raises BudgetExceeded for a training that memory is short for.
     """
     begun = {
         name: start if start.rank <= tuning.rank else byom(start, tuning.rank)
@@ -73,21 +73,26 @@ def tuned_adapters(
         if start is not None
     }
     jobs = {name: task_of(task, chosen) for name, chosen in examples.items()}
-    return train_adapters(
-        model,
-        tokenizer,
-        jobs,
-        start=begun,
-        steps=tuning.steps,
-        lr=tuning.lr,
-        batch_size=min(tuning.batch_size, max(len(chosen) for chosen in examples.values())),
-        jobs_per_batch=len(jobs),
-        target_modules=target_modules,
-        warmup=0,
-        seed=tuning.seed,
-        checkpoint=checkpoint,
-        progress=progress,
-    )
+    try:
+        return train_adapters(
+            model,
+            tokenizer,
+            jobs,
+            start=begun,
+            steps=tuning.steps,
+            lr=tuning.lr,
+            batch_size=min(tuning.batch_size, max(len(chosen) for chosen in examples.values())),
+            jobs_per_batch=len(jobs),
+            target_modules=target_modules,
+            warmup=0,
+            seed=tuning.seed,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+    except BudgetExceeded as error:
+        raise BudgetExceeded(
+            f"{error}. compose() takes no batch_size and no memory_bytes, and its method 'lorahub' trains no adapter"
+        ) from error
 
 
 def task_of(task: Task, seen: Sequence[int]) -> Task:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ class SharedTraining:
         return device
 
     def _require_room(self) -> None:
-        limit, way_out = "allowed", "raise memory_bytes"
+        limit, way_out = "allowed", "or raise memory_bytes"
         if self._budget is None:
             self._budget = self.processes.least(step_budget(self._memory, self._device))
             limit = f"free on {self._device}, the base's included"
@@ -100,10 +100,13 @@ class SharedTraining:
         for name, size in self._sizes.items():
             if not self._fits([size]):
                 needed, allowed = self._memory.peak([size]), self._budget or 0
+                smaller = range(size.num_rows - 1, 0, -1)
+                fitting = next((rows for rows in smaller if self._fits([replace(size, num_rows=rows)])), None)
+                fewer = "" if fitting is None else f"lower batch_size to {fitting}, "
                 raise BudgetExceeded(
                     f"job {name!r} takes about {needed / 1e9:.2f} GB alone ({size.num_rows} rows of up to {size.longest} "
                     f"tokens, the base {self._memory.weight_bytes / 1e9:.2f} GB), and {allowed / 1e9:.2f} GB are {limit}; "
-                    f"lower batch_size, shorten its longest examples, or {way_out}"
+                    f"{fewer}shorten its longest examples, {way_out}"
                 )
 
     def _fits(self, sizes: Sequence[JobSize]) -> bool:

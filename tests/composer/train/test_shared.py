@@ -204,9 +204,19 @@ def test_a_job_that_does_not_fit_alone_is_refused_before_the_first_step(tiny_lla
 
 def test_a_job_that_other_processes_leave_no_memory_for_is_refused_with_a_way_out(tiny_llama, tokenizer, monkeypatch):
     monkeypatch.setattr(shared_training, "step_budget", lambda *_: 1000)
-    with pytest.raises(BudgetExceeded, match=r"0\.00 GB are free on cpu, .* or pass memory_bytes to train all the same$"):
+    way_out = "shorten its longest examples, end other processes that use that memory, or pass memory_bytes to train all"
+    with pytest.raises(BudgetExceeded, match=rf"0\.00 GB are free on cpu, the base's included; {way_out} the same$"):
         train(tiny_llama, tokenizer)
     assert set(train(tiny_llama, tokenizer, memory_bytes=10**9)) == set(TASKS)
+
+
+def test_a_refusal_says_how_many_rows_a_step_would_fit(tiny_llama, tokenizer):
+    one = {"upper": TASKS["upper"]}
+    most = train(tiny_llama, tokenizer, one, batch_size=5).report.estimated_bytes
+    memory = (most + train(tiny_llama, tokenizer, one, batch_size=4).report.estimated_bytes) // 2
+    with pytest.raises(BudgetExceeded, match=r"\(5 rows .* are allowed; lower batch_size to 4, shorten its longest"):
+        train(tiny_llama, tokenizer, one, batch_size=5, memory_bytes=memory)
+    assert set(train(tiny_llama, tokenizer, one, batch_size=4, memory_bytes=memory)) == set(one)
 
 
 @pytest.mark.parametrize(
