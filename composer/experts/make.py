@@ -154,10 +154,10 @@ def _grouped(pool: ExpertPool, num_experts: Any, seed: int) -> ExpertPool:
             "or None for all of them"
         )
     merged = {}
-    for names in clusters(pool, num_clusters=num_experts, seed=seed):
-        adapters = [pool[name] for name in names]
-        alone = len(names) == 1
-        merged["+".join(names)] = adapters[0] if alone else merge(adapters, [1 / len(names)] * len(names), method="linear")
+    for names in clusters(pool, num_clusters=num_experts, seed=seed, progress=False):
+        adapters, equal = [pool[name] for name in names], [1 / len(names)] * len(names)
+        mean = adapters[0] if len(names) == 1 else merge(adapters, equal, method="linear", progress=False)
+        merged["+".join(names)] = mean
     return ExpertPool(merged)
 
 

@@ -11,6 +11,7 @@ import loraweave as lw
 from loraweave.composer.composer import Composer
 from loraweave.composer.experts.make import with_options, with_task
 from loraweave.composer.experts.parts import closing_blocks, layer_sites
+from loraweave.composer.merge import arithmetic
 from loraweave.composer.model.kinds import conv, linear
 from loraweave.errors import (
     AdapterUnsupported,
@@ -96,6 +97,13 @@ def test_fewer_experts_begin_as_the_means_of_alike_adapters(model, make_adapter)
         for number, adapter in enumerate([first, second]):
             for layer in adapter.layers:
                 torch.testing.assert_close(made.expert(number).delta(layer), adapter.delta(layer))
+
+
+def test_grouping_adapters_shows_no_bar_since_no_argument_could_leave_it_out(model, make_adapter, monkeypatch, capfd):
+    monkeypatch.setattr(arithmetic, "BLOCK", 2)
+    pool = [make_adapter(model, name, seed=seed) for seed, name in enumerate("abcde")]
+    with lw.experts("mixtral", model, pool=pool, num_experts=2):
+        assert capfd.readouterr().out == ""
 
 
 def test_without_a_number_of_experts_each_adapter_is_a_task(model, adapters):
