@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import loraweave as lw
+from loraweave.common.display import ShownTable
 from loraweave.common.rows import located
 from loraweave.composer.compose.candidates import in_context_adapter
 from loraweave.composer.model.scoring import predict
@@ -157,8 +157,8 @@ def _scores(
     return scores
 
 
-def _table(composition: lw.Composition, scores: dict[str, dict[str, float]]) -> Table:
-    table = Table(title="Right answers on the test inputs", title_justify="left")
+def _table(composition: lw.Composition, scores: dict[str, dict[str, float]]) -> ShownTable:
+    table = ShownTable(title="Right answers on the test inputs", title_justify="left")
     for column in ("", "score", "95 % interval", "loss", "seconds"):
         table.add_column(column, justify="right" if column else "left")
     chosen, cells = composition.report.chosen, {}

@@ -78,8 +78,7 @@ class Report:
 
         table = ShownTable(title=f"chosen: {self.chosen} ({self.reason})", title_justify="left")
         for column in ("", "loss", "held-out loss", "held-out hits", "trained", "seconds", "evaluations"):
-            # where it is narrow, headings are broken before names are
-            table.add_column(column, justify="left" if not column else "right", no_wrap=not column, overflow="fold")
+            table.add_column(column, justify="left" if not column else "right")
         for row in self.rows:
             figures = (cell(row.loss, ".3f"), cell(row.held_out_loss, ".3f"), cell(row.held_out_hits, ".0%"))
             spent = (str(row.num_trained), f"{row.seconds:.1f}", str(row.evaluations))

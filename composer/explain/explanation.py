@@ -42,7 +42,7 @@ class Explanation(TokenFigures):
         effect = ("loss without it",) if self.effects else ()
         for column in ("expert", "share", "chosen", "mean weight", *effect, "most in layer", "most at tokens"):
             words = column in ("expert", "most in layer", "most at tokens")
-            table.add_column(column, justify="left" if words else "right", overflow="fold")
+            table.add_column(column, justify="left" if words else "right")
         order = total.share_E.argsort(descending=True, stable=True).tolist()
         for at in order[:MAX_ROWS]:
             figures = (total.share_E[at], total.chosen_E[at], self.by_layer_LE[:, at].nanmean())

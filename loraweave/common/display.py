@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import re
 import shutil
 import sys
 import time
@@ -10,13 +12,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import Any, TypeVar
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from loraweave.errors import PackageMissing
 
 PATIENCE_S = 1.0
+# how a number or a time may stand in a text: 0.5, [80.1, +3%], 1e-05 or 2026-12-01T10:30:00Z
+NUMBER = re.compile(r"[(\[]?[-+]?\.?\d[\d.,:TZ+-]*(e[-+]?\d+)?%?[)\],;:]*")
+# the characters that a column of texts keeps, and the first one, before the last column goes
+LEAST, LEAST_NAME = 8, 25
 
 Item = TypeVar("Item")
 
@@ -66,7 +73,11 @@ def count_along(axes: Any) -> None:
 
 
 class ShownTable(Table):
-    """A rich Table that a plain Python prompt prints as a table and a notebook shows as HTML that holds only text."""
+    """A rich Table that a plain Python prompt prints as a table and a notebook shows as HTML that holds only text.
+
+    However narrow the terminal is, no number and no word of a heading is broken: texts wrap first, then columns go, the last
+    ones first, and a line below the table names them.
+    """
 
     @classmethod
     def of(cls, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> ShownTable:
@@ -79,6 +90,33 @@ class ShownTable(Table):
         for row in listed:
             table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
         return table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from Table.__rich_console__(self._fitted(options.max_width), console, options)
+
+    def _fitted(self, width: int) -> ShownTable:
+        """Return a copy that `width` characters hold: every column has a width of its own, and the last ones may be gone."""
+        least = [_least_width(column, is_first=not at) for at, column in enumerate(self.columns)]
+
+        def spare(kept: int) -> int:
+            # a border and two blanks for each column, and one more border
+            return width - sum(least[:kept]) - 3 * kept - 1
+
+        kept = next((number for number in range(len(least), 2, -1) if spare(number) >= 0), min(2, len(least)))
+        least[0] = max(1, least[0] + min(0, spare(kept)))
+        columns = [copy.copy(column) for column in self.columns[:kept]]
+        wanted = [max(0, _natural_width(column) - least[at]) for at, column in enumerate(columns)]
+        left = max(0, spare(kept))
+        # those that want little get it, and the others share the rest
+        for served, at in enumerate(sorted(range(kept), key=wanted.__getitem__)):
+            extra = min(wanted[at], left // (kept - served))
+            left -= extra
+            columns[at].width, columns[at].no_wrap, columns[at].overflow = least[at] + extra, False, "fold"
+        fitted = copy.copy(self)
+        fitted.columns = columns
+        if gone := [str(column.header) for column in self.columns[kept:]]:
+            fitted.caption, fitted.caption_justify = f"left out, for want of width: {', '.join(gone)}", "left"
+        return fitted
 
     def __repr__(self) -> str:
         written = io.StringIO()
@@ -101,6 +139,18 @@ class ShownTable(Table):
     def _repr_mimebundle_(self, include: Sequence[str], exclude: Sequence[str], **kwargs: Any) -> dict[str, str]:
         # rich's own would read names as markup
         return {"text/plain": repr(self), "text/html": self._repr_html_()}
+
+
+def _natural_width(column: Column) -> int:
+    return max(cell_len(line) for text in (column.header, *column.cells) for line in str(text).split("\n"))
+
+
+def _least_width(column: Column, *, is_first: bool) -> int:
+    """Return the characters of the column's longest number and of its heading's longest word, and what a text keeps."""
+    cells = [str(cell) for cell in column.cells]
+    words = [word for cell in cells for word in cell.split() if NUMBER.fullmatch(word)]
+    whole = [*(cells if column.justify == "right" else words), *str(column.header).split()]
+    return max([min(_natural_width(column), LEAST_NAME if is_first else LEAST), *map(cell_len, whole)])
 
 
 def _text(cell: object) -> str:

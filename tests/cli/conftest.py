@@ -1,7 +1,8 @@
-"""A base model in a folder, a pool of two adapters for it, and a file of rows."""
+"""A base model in a folder, a pool of two adapters for it, a file of rows, and an embedder that needs no model."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from command_line import adapter, write_rows
 
@@ -26,3 +27,22 @@ def two(here):
 @pytest.fixture
 def rows(here):
     return write_rows(here / "rows.jsonl", [{"input": text, "target": target} for text, target in PAIRS])
+
+
+class WordEmbedder:
+    """Counts of three words, so that a search is known without a model."""
+
+    dim = 3
+    id = "words"
+
+    def embed(self, texts):
+        counts = np.array([[text.count(word) + 1e-3 for word in ("opposite", "smile", "query")] for text in texts])
+        return (counts / np.linalg.norm(counts, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def words_embedder(monkeypatch):
+    from loraweave import registry
+
+    get = registry.get
+    monkeypatch.setattr(registry, "get", lambda folder, name: WordEmbedder if folder == "embedders" else get(folder, name))

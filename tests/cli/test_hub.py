@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import command_line
-import numpy as np
 import pytest
 import torch
 from command_line import call
@@ -21,31 +20,12 @@ from loraweave.types import Factors
 adapter = partial(command_line.adapter, base_model="org/base")
 
 
-class WordEmbedder:
-    """Counts of three words, so that a search is known without a model."""
-
-    dim = 3
-    id = "words"
-
-    def embed(self, texts):
-        counts = np.array([[text.count(word) + 1e-3 for word in ("opposite", "smile", "query")] for text in texts])
-        return (counts / np.linalg.norm(counts, axis=1, keepdims=True)).astype(np.float32)
-
-
 @pytest.fixture
 def hub(here):
     with lw.Hub("adapters") as opened:
         opened.add(adapter("antonym", 0), tags=["lexical"], license="MIT", description="the opposite of a word")
         opened.add(adapter("[bold] :smile: 😀", 1, base_model="org/other", card={"steps": 3}), tags=["lexical", "odd"])
         yield opened
-
-
-@pytest.fixture
-def words_embedder(monkeypatch):
-    from loraweave import registry
-
-    get = registry.get
-    monkeypatch.setattr(registry, "get", lambda folder, name: WordEmbedder if folder == "embedders" else get(folder, name))
 
 
 def test_add_makes_a_hub_of_several_folders(here):
