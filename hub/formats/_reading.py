@@ -6,6 +6,7 @@ A PEFT folder names its type; a folder without adapter_config.json is asked of e
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -124,8 +125,8 @@ def _adapter_folder(folder: Path) -> Path:
         more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
         raise AdapterUnsupported(
             f"{folder}: {len(names)} folders in it hold adapters, and none stands above the others: "
-            f"{', '.join(names[:MAX_LISTED])}{more}; give the path of one, for instance {str(found[-1])!r}"
-            f"{ARROW if 'arrow_router' in names else ''}"
+            f"{', '.join(names[:MAX_LISTED])}{more}; give the path of one, for instance {str(found[-1])!r}, or store all: "
+            f"`loraweave hub add-tree {shlex.quote(str(folder))}`{ARROW if 'arrow_router' in names else ''}"
         )
     return found[0] if found else folder
 
@@ -143,7 +144,8 @@ def _folders_below(folder: Path) -> Iterator[Path]:
         seen += len(folders) + len(files)
         if seen > MAX_ENTRIES:
             raise AdapterUnsupported(
-                f"{folder}: no adapter in it, and below it more than {MAX_ENTRIES} files; give the adapter's own folder"
+                f"{folder}: no adapter in it, and below it more than {MAX_ENTRIES} files; give the adapter's own folder, or "
+                f"store all that are there: `loraweave hub add-tree {shlex.quote(str(folder))}`"
             )
         folders[:] = sorted(name for name in folders if not name.startswith(".") and not (path / name).is_symlink())
 

@@ -97,11 +97,18 @@ def is_terminal() -> bool:
     return sys.stdin.isatty()
 
 
-def read_weights(text: str | None, count: int) -> list[float]:
-    """One number for each adapter, separated by commas; equal weights that sum to 1 when there is no text."""
+def read_weights(text: str | None, sources: Sequence[str]) -> list[float]:
+    """Return one number for each adapter, separated by commas; equal weights that sum to 1 when there is no text."""
+    count = len(sources)
     if text is None:
         return [1 / count] * count
-    weights = [_number(part, "--weights") for part in text.split(",")]
+    parts = text.split(",")
+    # the shell splits at blanks, and numbers after one come as adapters
+    stray = [source for source in sources if _is_number(source)]
+    if stray and len(parts) != count:
+        whole = ",".join([*filter(None, parts), *stray])
+        raise typer.BadParameter(f"--weights takes numbers separated by commas, without blanks: --weights {whole}")
+    weights = [_number(part, "--weights") for part in parts]
     if len(weights) != count:
         raise typer.BadParameter(f"--weights has {len(weights)} numbers for {count} adapters; give one for each")
     return weights
@@ -299,6 +306,13 @@ def require_one_adapter(folder: Path, command: str, *rest: str) -> None:
         f"{str(folder)!r} is {what} {named}, whose {recipe.parts} {apart}, so no one adapter does what it does: "
         + ", ".join(commands)
     )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _number(text: str, flag: str) -> float:

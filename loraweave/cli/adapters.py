@@ -94,7 +94,7 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Combine adapters into one, by a method, a formula or a recipe in YAML, without a model."""
-    numbers = read_weights(weights, len(sources))
+    numbers = read_weights(weights, sources)
     options = read_options(option or (), reserved=RESERVED)
     require_free(out, ADAPTER_FILE, replace=force)
     import loraweave as lw

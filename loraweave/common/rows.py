@@ -131,6 +131,8 @@ def _source(given: GivenRows, noun: str, of: str) -> Iterator[tuple[str, Any]]:
         raise InvalidTask(f"{whole}: got one mapping with {names:.200}, not rows: pass a list of rows, or one of its parts")
     records = _records(given)
     if records is None:
+        if isinstance(given, str) and noun == "input":
+            raise InvalidTask(f"{whole}: got the text {given!r:.60} alone: give a list of texts, [{given!r:.60}]")
         raise InvalidTask(f"{whole}: got {given!r:.80}, not rows: {FORMS}")
     names_of = _class_names(getattr(given, "features", None))
     for number, row in enumerate(records, start=1):

@@ -254,6 +254,11 @@ def test_what_is_no_rows_is_named(given, said):
         read_rows(given, of="pairs of it")
 
 
+def test_one_text_for_a_list_of_inputs_is_answered_with_the_list():
+    with pytest.raises(InvalidTask, match=r"got the text 'hello' alone: give a list of texts, \['hello'\]$"):
+        read_asked("hello")
+
+
 def test_rows_of_several_splits_are_not_taken_together():
     rows = [{"input": "x", "target": "y", "split": split} for split in ("train", "train", "test")]
     with pytest.raises(InvalidTask, match="row 3 of dataset is of split 'test', and those before it of 'train'"):

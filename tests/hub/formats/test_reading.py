@@ -52,8 +52,11 @@ def test_the_weights_of_an_adapter_alone_are_refused_with_its_folder(tmp_path):
 def test_several_adapters_are_refused_and_listed_with_the_way_out(tmp_path):
     for step in (500, 1000):
         put(tmp_path / f"checkpoint-{step}")
-    with pytest.raises(AdapterUnsupported, match=r"2 folders.*checkpoint-1000, checkpoint-500; give the path of one"):
+    with pytest.raises(
+        AdapterUnsupported, match=r"2 folders.*checkpoint-1000, checkpoint-500; give the path of one"
+    ) as refused:
         Adapter.from_pretrained(tmp_path)
+    assert str(refused.value).endswith(f"or store all: `loraweave hub add-tree {tmp_path}`")
 
 
 def test_hidden_folders_links_and_what_lies_too_deep_are_not_entered(tmp_path):
