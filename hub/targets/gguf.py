@@ -2,7 +2,8 @@
 
 After llama.cpp's conversion of models and adapters (conversion/*.py, convert_lora_to_gguf.py) and its loader
 (src/llama-adapter.cpp), as of 2026. The loader multiplies by alpha / rank with the file's one alpha, passes over norms, and
-has one matrix for tied embeddings.
+has one matrix for tied embeddings. From 0.34.1 on `ollama create` refuses a Modelfile with ADAPTER (ollama's pull request
+14969), so that the Modelfile names the base with the adapter merged into it, which llama.cpp's llama-export-lora writes.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ ARCHITECTURES = {
 }
 # those whose rotary embedding turns neighbours instead of halves, so that rows of q and k have another order
 PERMUTED = ("llama", "mistral", "mixtral")
-ADAPTER, MODELFILE, BASE_GGUF = "adapter.gguf", "Modelfile", "base.gguf"
+ADAPTER, MODELFILE, MERGED = "adapter.gguf", "Modelfile", "merged.gguf"
 
 
 @traits("unread")
 class Gguf(Target):
-    """Read by `llama-server --lora`, by every other program of llama.cpp, and by `ollama create`."""
+    """Read by `llama-server --lora`, by every other program of llama.cpp, and, once merged, by `ollama create`."""
 
     one_rank = True
 
@@ -87,8 +88,8 @@ class Gguf(Target):
             # llama.cpp looks a token's row of lora_a up, and multiplies with it elsewhere
             tensors[f"{called}.lora_a"] = factors.a_RI.T if factors.kind == "embedding" else factors.a_RI
             tensors[f"{called}.lora_b"] = _order(layer, factors, config, name)
-        text = f"# {contents.base_model or 'the base model'} as GGUF, or its name in Ollama\nFROM ./{BASE_GGUF}\n"
-        text += f"ADAPTER ./{ADAPTER}\n"
+        text = f"# {contents.base_model or 'the base model'} as GGUF, with {ADAPTER} merged into it: llama-export-lora\n"
+        text += f"FROM ./{MERGED}\n"
         written = _adapter_file(contents, name, ARCHITECTURES[config.model_type], tensors)
         place(contents, folder, "gguf", {ADAPTER: written, MODELFILE: lambda path: path.write_text(text, encoding="utf-8")})
 
@@ -98,8 +99,8 @@ class Gguf(Target):
             f"llama-server -m BASE.gguf --lora {folder / ADAPTER} applies it; the base must be the same model as GGUF",
             "beside other adapters start it with --cache-ram 0: its cache of prompts does not know which adapter read them "
             "(llama.cpp's issue 26207)",
-            f"for Ollama put the base as {BASE_GGUF} into the folder, or its name after FROM, then: ollama create NAME -f "
-            f"{folder / MODELFILE}",
+            f"for Ollama, which from 0.34.1 on takes no ADAPTER, merge it into the base: llama-export-lora -m BASE.gguf --lora "
+            f"{folder / ADAPTER} -o {folder / MERGED}; then: ollama create NAME -f {folder / MODELFILE}",
         ]
 
 

@@ -132,7 +132,7 @@ def test_a_base_whose_architecture_is_not_known_is_asked_for(tmp_path):
         given.export(tmp_path / "out", target="gguf")
 
 
-def test_the_file_names_its_base_and_its_license_and_ollama_finds_it(tmp_path):
+def test_the_file_names_its_base_and_its_license_and_the_modelfile_names_the_merged_base(tmp_path):
     mixture = tiny_mixture("llama")
     given = replace(mixture.merged, card={"license": "mit"}, base_model="org/base")
     report = given.export(tmp_path / "out", target="gguf", base=mixture.model)
@@ -142,5 +142,9 @@ def test_the_file_names_its_base_and_its_license_and_ollama_finds_it(tmp_path):
     assert (said["adapter.type"], said["adapter.lora.alpha"]) == ("lora", 5.0)
     assert (said["general.base_model.0.name"], said["general.license"]) == ("org/base", "MIT")
     lines = (report.folder / "Modelfile").read_text().splitlines()
-    assert lines[1:] == ["FROM ./base.gguf", "ADAPTER ./adapter.gguf"]
+    # from 0.34.1 on Ollama refuses every Modelfile with ADAPTER
+    assert lines[1:] == ["FROM ./merged.gguf"]
+    merging = f"llama-export-lora -m BASE.gguf --lora {report.folder}/adapter.gguf -o {report.folder}/merged.gguf"
+    assert merging in str(report)
+    assert f"ollama create NAME -f {report.folder}/Modelfile" in str(report)
     assert (report.folder / "adapter.gguf").is_file()
