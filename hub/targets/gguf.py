@@ -99,8 +99,8 @@ class Gguf(Target):
             f"llama-server -m BASE.gguf --lora {folder / ADAPTER} applies it; the base must be the same model as GGUF",
             "beside other adapters start it with --cache-ram 0: its cache of prompts does not know which adapter read them "
             "(llama.cpp's issue 26207)",
-            f"for Ollama, which from 0.34.1 on takes no ADAPTER, merge it into the base: llama-export-lora -m BASE.gguf --lora "
-            f"{folder / ADAPTER} -o {folder / MERGED}; then: ollama create NAME -f {folder / MODELFILE}",
+            "for Ollama, which from 0.34.1 on takes no ADAPTER, merge it into the base: llama-export-lora -m BASE.gguf "
+            f"--lora {folder / ADAPTER} -o {folder / MERGED}; then: ollama create NAME -f {folder / MODELFILE}",
         ]
 
 
