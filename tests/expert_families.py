@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from rounding import assert_near
 from tiny_models import draw_model
 
 from loraweave.hub.adapter import Adapter
@@ -50,7 +51,8 @@ def logits(model, ids=IDS, **inputs):
 
 
 def near(found, expected):
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    # at most eight products after one another in each layer, and the head's, of at most 24 inputs
+    assert_near(found, expected, 24 * (8 * SIZES["num_hidden_layers"] + 1))
 
 
 def save_families(tmp_path_factory):

@@ -19,7 +19,7 @@ def rounding(terms: int, size: Tensor | float, dtype: torch.dtype = torch.float3
     return 2 * terms * unit(dtype) * torch.as_tensor(size, dtype=torch.float64)
 
 
-def terms_of(model: nn.Module) -> int:
+def num_terms(model: nn.Module) -> int:
     """Return how many products are summed one after the other on the way through a model: each layer's inputs."""
     return sum(weight[0].numel() for weight in model.parameters() if weight.ndim > 1)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rounding import assert_near, terms_of
+from rounding import assert_near, num_terms
 from transformers import DynamicCache
 
 from loraweave.composer.compose.compose import compose
@@ -138,9 +138,9 @@ def test_a_row_does_not_depend_on_the_others_nor_on_padding(name, model, pool):
     made = make(name, pool)
     weights, logits = weights_of(model, pool, made)
     alone, own = weights_of(model, pool, made, rows=[1], columns=slice(2, None))
-    assert_near(logits[1, 2:], own[0], terms_of(model))
+    assert_near(logits[1, 2:], own[0], num_terms(model))
     for layer, w_BTE in alone.items():
-        assert_near(weights[layer][1, 2:], w_BTE[0], terms_of(model))
+        assert_near(weights[layer][1, 2:], w_BTE[0], num_terms(model))
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -156,7 +156,7 @@ def test_the_order_of_the_experts_does_not_matter(name, model, pool):
         pytest.skip("its parameters are in the order of the experts")
     turned = pool.subset(reversed(pool.names))
     second = make(name, turned)
-    assert torch.allclose(weights_of(model, pool, first)[1], weights_of(model, turned, second)[1], atol=1e-5)
+    assert_near(weights_of(model, turned, second)[1], weights_of(model, pool, first)[1], num_terms(model))
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -250,7 +250,7 @@ def test_for_a_pool_of_other_order_and_more_experts_it_gives_the_same_logits(nam
     # a layer that the new expert alone updates has no weights
     assert not again.simplex
     weights, logits = weights_of(model, larger, again)
-    assert torch.allclose(logits, weights_of(model, pool, made)[1], atol=1e-5)
+    assert_near(logits, weights_of(model, pool, made)[1], num_terms(model))
     assert not any(w_BTE[..., 0].any() for w_BTE in weights.values())
     assert torch.equal(generated(model, larger, again), generated(model, pool, made))
 
@@ -296,7 +296,7 @@ def test_experts_that_need_their_base_layers_are_routed_as_bound_ones(name, mode
         logits = model(IDS_BT).logits
     assert bool(torch.isfinite(logits).all())
     weights, expected = weights_of(model, engine.bound_pool, made, rows=slice(2, None))
-    assert torch.allclose(logits[2:], expected, atol=1e-5)
+    assert_near(logits[2:], expected, num_terms(model))
     assert set(weights) == set(unbound.layer_names)
 
 

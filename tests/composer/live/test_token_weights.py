@@ -135,7 +135,7 @@ def test_directions_that_change_count_from_then_on(three):
 
 def test_gradients_go_through_the_router_itself(three):
     router = Squared(learned=True)
-    x_BTI = torch.randn(2, 5, NUM_INPUTS, requires_grad=True)
+    x_BTI, c_BTO = torch.randn(2, 5, NUM_INPUTS, requires_grad=True), torch.randn(2, 5, NUM_OUTPUTS)
     grads = []
     for ours in (True, False):
         if ours:
@@ -143,7 +143,7 @@ def test_gradients_go_through_the_router_itself(three):
                 found = three.model(x_BTI)
         else:
             found = expected(three, router, x_BTI)
-        grads.append(torch.autograd.grad(found.sin().sum(), [x_BTI, router.v_PI]))
+        grads.append(torch.autograd.grad((found * c_BTO).sum(), [x_BTI, router.v_PI]))
     assert router.calls == ["alone"]
     for mine, theirs in zip(*grads, strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))

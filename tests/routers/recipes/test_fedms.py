@@ -26,7 +26,8 @@ def test_a_site_adds_its_formula(make_model, make_adapter, per_site, trained):
         seen = {}
         model.get_submodule(LAYER).register_forward_hook(lambda _, args, y: seen.update(x=args[0], y=y))
         made(input_ids=IDS_BT, attention_mask=MASK_BT, labels=LABELS_BT)
-        weight, delta_OI = model.get_submodule(LAYER).weight, adapter.delta(LAYER).double()
+        weight, whole = model.get_submodule(LAYER).weight, adapter.layers[LAYER]
+        delta_OI = whole.b_OR.double() @ whole.a_RI.double()
         for row, prompt in enumerate(PROMPTS):
             if per_site:
                 scores_E = made.gates[LAYER.replace(".", "/")].r_EI @ seen["x"][row, prompt].mean(dim=0)

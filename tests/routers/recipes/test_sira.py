@@ -1,5 +1,7 @@
 """Sparse top-k with capacity and dropout of experts in training, and with neither in evaluation."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional
@@ -52,7 +54,8 @@ def test_in_training_tokens_do_without_experts_that_they_have_in_evaluation(term
     _, notes = terms_of("sira", batch, expert_dropout=0.4, capacity=None, target_modules=("q_proj", "up_proj"))
     for layer, w_BTE in notes.weights.items():
         gone_BTE = notes.scores[layer] == -torch.inf
-        assert float(gone_BTE.double().mean()) == pytest.approx(0.4, abs=0.08)
+        # five standard deviations of the share of n draws
+        assert float(gone_BTE.double().mean()) == pytest.approx(0.4, abs=5 * math.sqrt(0.4 * 0.6 / gone_BTE.numel()))
         assert not w_BTE[gone_BTE].any()
         assert torch.equal((w_BTE != 0).sum(dim=-1), torch.full((2, 20), 4))
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rounding import assert_near, terms_of
+from rounding import assert_near, num_terms
 
 from loraweave.composer.composer import Composer
 from loraweave.routers.tokens._saved import router
@@ -97,6 +97,6 @@ def test_the_named_mode_is_the_installed_peft(make_model, make_adapter, tmp_path
         model = make_model("llama")
         settings = {"top_k": 3, "temperature": 0.6}
         with Composer(model, adapters).activate(router("arrow", adapters, direction="power_iteration", seed=5, **settings)):
-            assert_near(model(ids_BT).logits, expected, terms_of(model))
+            assert_near(model(ids_BT).logits, expected, num_terms(model))
         with Composer(model, adapters).activate(router("arrow", adapters, **settings)):
             assert not torch.allclose(model(ids_BT).logits, expected, atol=1e-5)

@@ -10,7 +10,7 @@ from itertools import product
 
 import pytest
 import torch
-from rounding import assert_near, terms_of
+from rounding import assert_near, num_terms
 from safetensors.torch import load_file, save_file
 
 import loraweave as lw
@@ -275,15 +275,15 @@ def test_a_poly_that_peft_saved_has_an_adapter_for_each_task(make_model, poly, t
     model = make_model("llama")
     engine = lw.Composer(model, router.pool)
     with engine.activate([{"task_2": 1.0}, {"task_1": 1.0}]):
-        assert_near(logits(model), expected, terms_of(model))
+        assert_near(logits(model), expected, num_terms(model))
     with engine.activate(router):
-        assert_near(logits(model), first, terms_of(model))
+        assert_near(logits(model), first, num_terms(model))
     assert not torch.allclose(logits(model), first, atol=1e-2)
     with lw.Hub(tmp_path / "hub") as hub:
         records = hub.add_many([folder / name for name in router.experts]).records
         assert [record.name for record in records] == list(router.experts)
         with lw.Composer(model, hub.pool(["task_1", "task_2"])).activate([{"task_2": 1.0}, {"task_1": 1.0}]):
-            assert_near(logits(model), expected, terms_of(model))
+            assert_near(logits(model), expected, num_terms(model))
         with pytest.raises(AdapterUnsupported, match=r"has 3 tasks.*task_0' to .*task_2'; lw\.router\(folder\)\.pool"):
             hub.add(folder / "task_3")
 
@@ -300,7 +300,7 @@ def test_a_poly_of_one_task_is_an_adapter(make_model, tmp_path):
     model = make_model("llama")
     with torch.no_grad(), lw.Composer(model, [adapter]).activate({adapter.name: 1.0}):
         expected = theirs(input_ids=IDS_BT, task_ids=torch.tensor([0, 0])).logits
-        assert_near(logits(model), expected, terms_of(model))
+        assert_near(logits(model), expected, num_terms(model))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from rounding import assert_near, terms_of
+from rounding import assert_near, num_terms
 
 from loraweave.composer.composer import Composer
 from loraweave.errors import LayerMismatch, ScopeError
@@ -125,8 +125,8 @@ def test_in_a_list_of_mixtures_a_row_has_the_weights_that_it_has_alone(model, po
     found = logits([made, other, made.onto(pool)], rows.repeat_interleave(3, dim=0))
     for number, mixture in enumerate([made, other, made]):
         alone = logits(mixture, rows[number : number + 1])
-        assert_near(found[3 * number : 3 * number + 3], alone.expand(3, -1, -1), terms_of(model))
-    assert_near(logits([None, made], rows[:2])[0], logits({}, rows[:1])[0], terms_of(model))
+        assert_near(found[3 * number : 3 * number + 3], alone.expand(3, -1, -1), num_terms(model))
+    assert_near(logits([None, made], rows[:2])[0], logits({}, rows[:1])[0], num_terms(model))
 
 
 @pytest.mark.parametrize("num_targets", [3, 5])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rounding import assert_near, terms_of
+from rounding import assert_near, num_terms
 from transformers import DynamicCache
 
 from loraweave.composer.composer import Composer
@@ -118,7 +118,7 @@ def test_a_call_that_broke_off_leaves_the_sums_as_the_cache_is(block, model, poo
                 model(IDS_BT[:, :1], **{name: cache})
             return
         rest = model(IDS_BT[:, 3:], **{name: cache}).logits
-    assert_near(rest, whole[:, 3:], terms_of(model))
+    assert_near(rest, whole[:, 3:], num_terms(model))
 
 
 def test_decisions_of_a_row_do_not_depend_on_other_rows_nor_on_later_tokens(model, pool):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from rounding import assert_near, terms_of
+from rounding import assert_near, num_terms
 
 import loraweave as lw
 from loraweave.composer.composer import Composer
@@ -133,7 +133,7 @@ def test_a_row_of_a_batch_has_what_it_has_alone(engine, model, pool, tokenizer):
         for row, text in enumerate(TEXTS):
             alone = model(**encoded(tokenizer, [text])).logits[0]
             positions = scoring.with_positions(model, *encoded(tokenizer, TEXTS).values())
-            assert_near(model(**positions).logits[row, -len(alone) :], alone, terms_of(model))
+            assert_near(model(**positions).logits[row, -len(alone) :], alone, num_terms(model))
     assert together.shape[0] == 3
 
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from rounding import assert_near, terms_of
+from rounding import assert_near, num_terms
 
 import loraweave as lw
 from loraweave.composer.composer import Composer
@@ -125,7 +125,7 @@ def test_a_callers_own_loop_over_a_cache_gives_what_one_call_gives(engine, model
         with torch.no_grad(), engine.activate(mixture):
             expected = model(**inputs).logits
     real_BT = inputs["attention_mask"].bool()
-    assert_near(found[real_BT], expected[real_BT], terms_of(model))
+    assert_near(found[real_BT], expected[real_BT], num_terms(model))
 
 
 def test_a_cache_that_another_mixture_filled_is_refused_by_name(engine, model, pool, tokenizer, cache_name):

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from rounding import assert_near, terms_of
+from rounding import assert_near, num_terms
 from transformers import DynamicCache
 
 from loraweave.composer.composer import Composer
@@ -83,7 +83,7 @@ def test_a_conversation_goes_on_under_its_cache(name, model, pool, cache_argumen
         with torch.no_grad(), engine.activate(made):
             model(IDS_BT.flip(0))
             found.append(model(IDS_BT[:, first:last], attention_mask=MASK_BT[:, :last], **{argument: cache}).logits)
-    assert_near(torch.cat(found, dim=1), whole, terms_of(model))
+    assert_near(torch.cat(found, dim=1), whole, num_terms(model))
     with torch.no_grad():
         model(IDS_BT[:, :2], **{argument: cache})
         with engine.activate(made), pytest.raises(ScopeError, match="of the 7 in this one it has seen 0"):
@@ -97,7 +97,7 @@ def test_a_call_that_makes_the_cache_itself_can_be_gone_on_from(name, model, poo
             output = model(IDS_BT[:, first:last], use_cache=True, **{argument: cache})
             cache = output[argument]
             found.append(output.logits)
-    assert_near(torch.cat(found, dim=1), logits_of(model, pool, made), terms_of(model))
+    assert_near(torch.cat(found, dim=1), logits_of(model, pool, made), num_terms(model))
     assert type(cache) is DynamicCache
 
 
