@@ -93,6 +93,11 @@ class PeftConfig:
     invocation: tuple[int, ...] = ()
     recorded: Mapping[str, Any] = field(default_factory=dict)
 
+    def targets_module(self, module: str) -> bool:
+        """True if `target_modules` is a list and names the module; a pattern is never run."""
+        listed = self.recorded.get("target_modules")
+        return isinstance(listed, list) and any(type(end) is str and f".{module}".endswith(f".{end}") for end in listed)
+
     def ranks(self, layers: Iterable[str]) -> dict[str, int]:
         """The rank that PEFT would give each layer."""
         return resolve_patterns(self.folder, "rank_pattern", self.rank_pattern, layers, self.rank)[0]

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._files import entry
+from loraweave.hub.formats._peft_config import Part, PeftConfig
 from loraweave.types import Factors
 
 ORDER = ("gate_proj", "gate_up_proj", "up_proj", "down_proj")
@@ -34,21 +34,23 @@ def path_of(layer: str, factors: Factors) -> str:
     return layer.rpartition(".")[0] if factors.kind == "expert" else layer
 
 
-def parameter_paths(layers: Iterable[str], targets: Sequence[str], folder: Path) -> dict[str, str]:
-    """The path of the parameter that each of a file's layers means, for those that mean one of `targets`.
+def parameter_paths(parts: Mapping[str, Mapping[Part, Tensor]], config: PeftConfig) -> dict[str, str]:
+    """The path of the parameter that each of a file's layers means, for those that mean one of the config's targets.
 
     Raises AdapterUnsupported where the file does not say which: for another number of layers below one module than
-    parameters that are targeted there, and for several parameters of names that ORDER does not have.
+    parameters that are targeted there, and for several parameters of names that ORDER does not have; and for a target that
+    is no parameter of several experts, which PEFT ignores, refuses or applies to a single matrix.
     """
     by_module: dict[str, list[str]] = defaultdict(list)
-    for layer in layers:
+    for layer in parts:
         by_module[_module_of(layer)].append(layer)
     found: dict[str, str] = {}
     for module, held in by_module.items():
-        own = _targeted(module, targets)
-        if not own and held == [module] and f"{WRAPPED}." not in module:
+        own = _targeted(module, config.target_parameters)
+        where = f"{config.folder}: module {module!r}"
+        is_alone = held == [module] and f"{WRAPPED}." not in module
+        if is_alone and (not own or _is_layer(module, own, parts[module], config, where)):
             continue
-        where = f"{folder}: module {module!r}"
         # the outermost first
         held.sort(key=len)
         if held != [module + depth * WRAPPED for depth in range(len(own))]:
@@ -58,7 +60,47 @@ def parameter_paths(layers: Iterable[str], targets: Sequence[str], folder: Path)
             )
         for layer, parameter in zip(held, reversed(nested(own, where)), strict=True):
             found[layer] = f"{module}.{parameter}"
+    _require_parameters(found, by_module, config)
     return found
+
+
+def _is_layer(module: str, own: Mapping[str, bool], held: Mapping[Part, Tensor], config: PeftConfig, where: str) -> bool:
+    """True if a module that `own` may be parameters of, and has one update, is itself what that updates.
+
+    Raises AdapterUnsupported for a parameter of a module that is a target too, and for one of a single matrix.
+    """
+    certain = [parameter for parameter, is_certain in own.items() if is_certain]
+    if config.targets_module(module):
+        if certain:
+            raise AdapterUnsupported(
+                f"{where} is one of target_modules, and target_parameters name {certain[0]!r} of it, which PEFT does not "
+                "combine: take the name out of target_parameters if the adapter is a plain LoRA"
+            )
+        return True
+    if "a" not in held:
+        return not certain
+    parameter = next(iter(own))
+    path = f"{module}.{parameter}"
+    is_single = held["a"].shape[:1] == (config.ranks([path])[path],)
+    # of ORDER, versions before wrote an adapter of the first expert alone so
+    if is_single and not (certain and parameter in ORDER):
+        raise AdapterUnsupported(
+            f"{where} has an update of one matrix, and target_parameters name {parameter!r}, which would be no parameter of "
+            "several experts: name the module in the list of target_modules, and parameters by whole paths"
+        )
+    return False
+
+
+def _require_parameters(found: Mapping[str, str], modules: Iterable[str], config: PeftConfig) -> None:
+    """Raises AdapterUnsupported for a target that is a module of the file, and none of its parameters."""
+    for target in config.target_parameters:
+        if any(f".{path}".endswith(f".{target}") for path in found.values()):
+            continue
+        if module := next((module for module in modules if f".{module}".endswith(f".{target}")), None):
+            raise AdapterUnsupported(
+                f"{config.folder}: target_parameters name {target!r}, which is the module {module!r} and no parameter of "
+                "several experts; PEFT would ignore it: take it out of target_parameters if the adapter is a plain LoRA"
+            )
 
 
 def nested(parameters: Iterable[str], where: str) -> list[str]:
@@ -141,7 +183,9 @@ def unpad(layers: Mapping[str, Factors], layout: Mapping[str, Any]) -> dict[str,
 
 def _stack(experts: Mapping[int, Factors], rank: int, path: str, notes: dict[str, int]) -> tuple[Tensor, Tensor]:
     like = next(iter(experts.values()))
-    count, num_inputs, num_outputs = max(experts) + 1, like.a_RI.shape[1], like.b_OR.shape[0]
+    # a file with one matrix of a parameter of another name would not be read
+    least = 1 if path.rpartition(".")[2] in ORDER else 2
+    count, num_inputs, num_outputs = max(least, max(experts) + 1), like.a_RI.shape[1], like.b_OR.shape[0]
     if count > 65_536:
         raise AdapterUnsupported(f"parameter {path!r} has an expert {count - 1}; at most 65,536 experts can be written")
     a_ERI, b_ORE = torch.zeros(count, rank, num_inputs), torch.zeros(num_outputs, rank, count)
@@ -163,11 +207,15 @@ def _module_of(layer: str) -> str:
     return layer
 
 
-def _targeted(module: str, targets: Sequence[str]) -> list[str]:
-    """The parameters of a module that PEFT would wrap: it takes a target as the end of a parameter's path."""
-    found = {
-        parameter: None
-        for target in targets
-        if f".{module}.{(parameter := target.rpartition('.')[2])}".endswith(f".{target}")
-    }
-    return list(found)
+def _targeted(module: str, targets: Sequence[str]) -> dict[str, bool]:
+    """The parameters of a module that PEFT would wrap if it has them, and whether it certainly does.
+
+    PEFT takes a target as the end of a parameter's path: one without a point may be a parameter of any module, and every
+    layer has a `weight`.
+    """
+    found: dict[str, bool] = {}
+    for target in targets:
+        parent, _, parameter = target.rpartition(".")
+        if parameter and not f".{module}".endswith(f".{target}") and f".{module}.{parameter}".endswith(f".{target}"):
+            found[parameter] = found.get(parameter, False) or bool(parent) or parameter == "weight"
+    return found

@@ -106,7 +106,7 @@ def _parts_of(stored: Mapping[str, Tensor], config: PeftConfig) -> dict[str, Par
 
 
 def _layers_of(parts: Mapping[str, Parts], config: PeftConfig, layout: Mapping[str, Any]) -> dict[str, Factors]:
-    paths = parameter_paths(parts, config.target_parameters, config.folder)
+    paths = parameter_paths(parts, config)
     unscaled: dict[str, Factors] = {}
     for layer, held in parts.items():
         path = paths.get(layer)

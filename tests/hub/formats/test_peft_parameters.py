@@ -60,6 +60,7 @@ CONFIGS = {
     "one": {"target_parameters": ["experts.down_proj"]},
     "beside a layer": {"target_modules": ["router"]},
     "patterns": {"rank_pattern": {"0.experts.down_proj": 3}, "alpha_pattern": {"gate_up_proj": 7}, "use_rslora": True},
+    "bare names beside a layer": {"target_modules": ["router"], "target_parameters": ["down_proj", "gate_up_proj"]},
     "one block": {"target_parameters": ["blocks.1.experts.down_proj", "0.experts.gate_up_proj", BOTH[1]]},
 }
 
@@ -114,6 +115,46 @@ def stacked(module="m.experts", rank=2):
 def test_a_file_that_does_not_say_which_parameter_is_meant_is_refused(tmp_path, targets, tensors, message):
     with pytest.raises(AdapterUnsupported, match=message):
         Peft.read(put(tmp_path / "a", tensors, target_parameters=targets))
+
+
+PLAIN = lora("m.attn.q_proj") | lora("m.attn.v_proj")
+
+
+@pytest.mark.parametrize(
+    ("targets", "modules", "message"),
+    [
+        (["q_proj"], ["q_proj", "v_proj"], r"'q_proj', which is the module 'm\.attn\.q_proj' and no parameter"),
+        (["attn.q_proj"], ["q_proj", "v_proj"], r"'attn\.q_proj', which is the module"),
+        (["q_proj"], None, r"'m\.attn\.v_proj' has an update of one matrix, .* name 'q_proj'"),
+        (["down_proj"], r".*_proj", r"'m\.attn\.q_proj' has an update of one matrix, .* name 'down_proj'"),
+        (["q_proj.weight"], ["v_proj"], r"'m\.attn\.q_proj' has an update of one matrix, .* name 'weight'"),
+        (["q_proj.weight"], ["q_proj", "v_proj"], r"'m\.attn\.q_proj' is one of target_modules, .* name 'weight' of it"),
+        (["weight"], ["q_proj", "v_proj"], r"'m\.attn\.q_proj' is one of target_modules, .* name 'weight' of it"),
+    ],
+)
+def test_a_name_that_is_no_parameter_of_several_experts_is_refused(tmp_path, targets, modules, message):
+    folder = put(tmp_path / "a", PLAIN, target_parameters=targets, target_modules=modules)
+    with pytest.raises(AdapterUnsupported, match=message):
+        Peft.read(folder)
+
+
+def test_layers_of_target_modules_stay_layers_beside_names_of_other_parameters(tmp_path):
+    tensors = PLAIN | stacked() | {"base_model.model.m.norm.bias": torch.ones(3)}
+    names = {"target_parameters": ["gate_up_proj"], "target_modules": ["q_proj", "v_proj"], "bias": "all"}
+    found = Peft.read(put(tmp_path / "a", tensors, **names)).layers
+    assert {layer: factors.kind for layer, factors in found.items()} == {
+        "m.attn.q_proj": "linear",
+        "m.attn.v_proj": "linear",
+        "m.norm": "linear",
+        **{f"m.experts.gate_up_proj.{e}": "expert" for e in range(EXPERTS)},
+    }
+
+
+@pytest.mark.parametrize("parameter", ["down_proj", "weight"])
+def test_the_first_expert_alone_comes_back(tmp_path, parameter):
+    ours = Adapter("a", "base", {f"m.experts.{parameter}.0": expert(0)})
+    ours.save_pretrained(tmp_path)
+    assert Adapter.from_pretrained(tmp_path).hash == ours.hash
 
 
 @pytest.mark.parametrize("change", [{"r": 4}, {"use_dora": True}, {"lora_bias": True}, {"fan_in_fan_out": True}])
