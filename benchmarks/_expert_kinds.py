@@ -143,7 +143,7 @@ def tables() -> dict[str, Table]:
 
 
 def report(found: Sequence[Measured]) -> dict[str, Table]:
-    """Means over tasks, and over the seeds of each, with 95 % intervals by bootstrap over the items of each task."""
+    """Means over tasks, and over the seeds of each, with 95 % intervals of draws of the items: Wilson's for shares."""
     kinds: dict[str, list[Measured]] = {}
     for each in found:
         kinds.setdefault(each.key.way, []).append(each)
@@ -202,7 +202,7 @@ def _scores(
             str(_num_seeds(own)),
             "yes" if KINDS[kind].given else "",
             f"{own[0].notes.get('parameters', 0) / 1e6:.1f}",
-            _interval(_of(by_task[name], first)),
+            _interval(_of(by_task[name], first), are_shares=True),
             _range(own),
             "" if name == one_lora else _interval(above),
             f"{np.mean([each.loss for each in own]):.3f}",
@@ -249,8 +249,8 @@ def _retention(kinds: Mapping[str, Sequence[Measured]], by_task: Mapping[str, By
         before = _of(_by_task([each for each in kinds[name] if each.key.seed in seeds]), first)
         after = _of(by_task[name + THEN], first)
         later = {task: values for task, values in by_task[name + THEN].items() if task not in first}
-        cells = [_interval(each) for each in (before, after, _difference(after, before), later)]
-        table.add(name, str(len(seeds)), *cells)
+        share_cells = [_interval(each, are_shares=True) for each in (before, after, later)]
+        table.add(name, str(len(seeds)), *share_cells[:2], _interval(_difference(after, before)), share_cells[2])
     return table
 
 
@@ -282,10 +282,11 @@ def _range(found: Sequence[Measured]) -> str:
     return f"{min(means):.3f} to {max(means):.3f}"
 
 
-def _interval(by_task: ByTask) -> str:
+def _interval(by_task: ByTask, *, are_shares: bool = False) -> str:
     generator = np.random.default_rng(0)
     drawn = [
         _mean({task: values[generator.integers(0, len(values), len(values))] for task, values in by_task.items()})
         for _ in range(RESAMPLES)
     ]
-    return interval(np.array([_mean(by_task), *drawn]), 3)
+    count = sum(map(len, by_task.values())) if are_shares else None
+    return interval(np.array([_mean(by_task), *drawn]), 3, share_of=count)

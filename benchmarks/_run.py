@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 import loraweave as lw
+from loraweave.common.intervals import wilson_of_draws
 from loraweave.demo import read_rows
 from loraweave.hub.intake.sources import adapter_folders
 
@@ -109,11 +110,19 @@ def pairs(rows: list[dict[str, Any]], split: str) -> list[tuple[str, str]]:
     return [(row["input"], row["target"]) for row in rows if row["split"] == split]
 
 
-def interval(draws_R: np.ndarray, digits: int = 2, unit: Callable[[float], str] | None = None) -> str:
-    """The first value, and 2.5 and 97.5 percentiles of the others, which were drawn and may be NaN: "0.40 [0.26, 0.54]"."""
+def interval(
+    draws_R: np.ndarray, digits: int = 2, unit: Callable[[float], str] | None = None, *, share_of: int | None = None
+) -> str:
+    """The first value, and 2.5 and 97.5 percentiles of the others, which were drawn and may be NaN: "0.40 [0.26, 0.54]".
+
+    The limits of a share of right answers, of `share_of` items, are Wilson's, with the variance of the draws.
+    """
     show = unit or (lambda value: f"{value:.{digits}f}")
     drawn_R = draws_R[1:]
-    low, high = np.percentile(drawn_R[~np.isnan(drawn_R)], [2.5, 97.5])
+    if share_of is None:
+        low, high = np.percentile(drawn_R[~np.isnan(drawn_R)], [2.5, 97.5])
+    else:
+        low, high = wilson_of_draws(float(draws_R[0]), drawn_R, share_of)
     return f"{show(draws_R[0])} [{show(low)}, {show(high)}]"
 
 

@@ -1,7 +1,7 @@
 """Tables of what `unseen` has measured.
 
-Every interval is the central 95 % of bootstrap draws: each draw resamples a task's seeds and its test items, the
-same for all ways that are compared with each other.
+Shares of right answers have Wilson's interval, as `loraweave.common.intervals` says; all others are the central 95 % of
+bootstrap draws: each draw resamples a task's seeds and its test items, the same for all ways that are compared.
 """
 
 from __future__ import annotations
@@ -85,6 +85,10 @@ class Results:
         num_items = min(len(right_N) for row in rows for right_N in row)
         return np.array([[right_N[:num_items] for right_N in row] for row in rows], dtype=np.float64)
 
+    def num_items(self, task: str, way: str) -> int:
+        """The items of the task that this way answered, with one seed."""
+        return int(self.right_WSN(task, [way]).shape[-1])
+
     def _found(self, task: str, way: str, seed: int) -> Measured:
         return self.by[task, way][NO_SEED if way in WITHOUT_EXAMPLES else seed]
 
@@ -134,7 +138,9 @@ def _scores(results: Results, ways: Sequence[str]) -> Table:
     drawn = {way: {task: results.draws_RW(task, [way])[:, 0] for task in results.tasks([way])} for way in ways}
     for task in tasks:
         chosen = Counter(found.notes["chosen"] for found in results.by.get((task, "auto"), {}).values())
-        cells = [interval(drawn[way][task]) if task in drawn[way] else "-" for way in ways]
+        cells = [
+            interval(drawn[way][task], share_of=results.num_items(task, way)) if task in drawn[way] else "-" for way in ways
+        ]
         table.add(
             task, results.relations[task], *cells, ", ".join(f"{name} {count}" for name, count in chosen.most_common())
         )
@@ -143,15 +149,15 @@ def _scores(results: Results, ways: Sequence[str]) -> Table:
         for relation in dict.fromkeys(results.relations[task] for task in tasks)
     }
     for label, group in {**groups, "mean of all": tasks}.items():
-        table.add(label, "", *(_mean_cell(drawn[way], group) for way in ways), "")
+        table.add(label, "", *(_mean_cell(results, drawn[way], way, group) for way in ways), "")
     return table
 
 
-def _mean_cell(drawn: Mapping[str, np.ndarray], group: Sequence[str]) -> str:
+def _mean_cell(results: Results, drawn: Mapping[str, np.ndarray], way: str, group: Sequence[str]) -> str:
     known = [drawn[task] for task in group if task in drawn]
     if len(known) < len(group):
         return f"({len(known)} of {len(group)})"
-    return interval(np.mean(known, axis=0), 3)
+    return interval(np.mean(known, axis=0), 3, share_of=sum(results.num_items(task, way) for task in group))
 
 
 def gaining(results: Results) -> tuple[list[str], list[str]]:

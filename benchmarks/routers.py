@@ -364,8 +364,12 @@ def table(measured: Mapping[Key, Measured]) -> Table:
         pool_R, unseen_R = drawn["pool"], drawn["unseen"]
         share = None if pool_R is None or oracle_R is None else pool_R / oracle_R
         above = None if unseen_R is None or retrieved_R is None else unseen_R - retrieved_R
-        cells = (*drawn.values(), share, above)
-        table.add(way, str(seeds[way]), *("" if draws_R is None else interval(draws_R, 3) for draws_R in cells))
+        rights = [
+            "" if draws_R is None else interval(draws_R, 3, share_of=sum(counts[task] for task in groups[name]))
+            for name, draws_R in drawn.items()
+        ]
+        others = ["" if draws_R is None else interval(draws_R, 3) for draws_R in (share, above)]
+        table.add(way, str(seeds[way]), *rights, *others)
     return table.without_empty()
 
 

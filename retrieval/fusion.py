@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from loraweave.common.intervals import wilson
 from loraweave.errors import RetrievalError
 
 KINDS = ("mean", "reciprocal_rank", "logistic")
@@ -131,10 +132,6 @@ def _ranks(scores_N: np.ndarray) -> np.ndarray:
     return shares_N
 
 
-# normal quantile of a 95 % interval
-_Z = 1.96
-
-
 @dataclass(frozen=True)
 class Abstention:
     """A search whose best score is below `threshold` finds nothing. `search` names the embedder, keys and fusion it is for.
@@ -182,7 +179,7 @@ class Abstention:
             inputs_per_query=inputs_per_query,
             target_false_accept=false_accept,
             false_accept=share,
-            false_accept_high=_wilson_high(share, len(foreign_N)),
+            false_accept_high=wilson(share, len(foreign_N))[1],
             accept=float((own_N >= threshold).mean()),
             num_own=len(own_N),
             num_foreign=len(foreign_N),
@@ -202,9 +199,3 @@ class Abstention:
         except (ValueError, TypeError) as error:
             raise RetrievalError(f"{path} holds no calibrated threshold: {error}; Abstention.save writes one") from error
         return found
-
-
-def _wilson_high(share: float, count: int) -> float:
-    centre = share + _Z * _Z / (2 * count)
-    spread = _Z * math.sqrt(share * (1 - share) / count + _Z * _Z / (4 * count * count))
-    return min(1.0, (centre + spread) / (1 + _Z * _Z / count))

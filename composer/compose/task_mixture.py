@@ -175,7 +175,7 @@ class TaskMixture:
         """Scores answers to (input, target) pairs, or rows in any other form; a target may be a list of accepted ones.
 
         Every input is put into the task's prompt, with the task's instruction, whatever instruction its row has. `value` is
-        the share of right answers under the task's metric, `low` and `high` its 95 % bootstrap interval over the pairs,
+        the share of right answers under the task's metric, `low` and `high` its 95 % interval (Wilson's),
         `loss` the mean loss of the target tokens, and over members, `count` the number of pairs. Raises InvalidTask for rows
         without a target (`loraweave.common.rows`).
         """

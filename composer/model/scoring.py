@@ -1,4 +1,4 @@
-"""Answers of a model and their scores: ranked labels, the first line of a greedy generation, intervals by bootstrap."""
+"""Answers of a model and their scores: ranked labels, the first line of a greedy generation, and Wilson's intervals."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loraweave.common.chat import Conversation, Prompt, answered_ids, prompt_ids, turn_end
+from loraweave.common.intervals import wilson
 from loraweave.common.rows import GivenRows, read_rows
 from loraweave.composer.model.batches import (
     IGNORED,
@@ -39,14 +40,13 @@ T = TypeVar("T")
 
 BATCH_SIZE = 32
 MAX_NEW_TOKENS = 48
-RESAMPLES = 2000
 
 Targets = str | Sequence[str]
 
 
 @dataclass(frozen=True)
 class Score:
-    """Share of right answers (0 to 1) with its 95 % bootstrap interval over items, and the mean loss of the targets."""
+    """Share of right answers (0 to 1) with its 95 % interval (Wilson), and the mean loss of the targets."""
 
     value: float
     low: float
@@ -219,7 +219,7 @@ def log_average(log_p_MBV: Tensor, share_M: Tensor) -> Tensor:
     return torch.logsumexp(log_p_MBV + share_M.to(log_p_MBV).log()[:, None, None], dim=0)
 
 
-def evaluate(model: Any, tokenizer: Any, task: Task, pairs: GivenRows, *, seed: int = 0, share: bool = False) -> Score:
+def evaluate(model: Any, tokenizer: Any, task: Task, pairs: GivenRows, *, share: bool = False) -> Score:
     """Predicts every input and compares with its accepted targets (one text, or several), after trimming white space.
 
     `share` is that of `predict`.
@@ -227,7 +227,7 @@ def evaluate(model: Any, tokenizer: Any, task: Task, pairs: GivenRows, *, seed: 
     pairs = read_answers(pairs)
     most = longest_answer(tokenizer, pairs)
     answers = predict(model, tokenizer, task, [text for text, _ in pairs], max_new_tokens=most, share=share)
-    return score(answers, pairs, losses(model, tokenizer, task, pairs, share=share), seed=seed)
+    return score(answers, pairs, losses(model, tokenizer, task, pairs, share=share))
 
 
 Pairs = Sequence[tuple[Prompt, Sequence[str]]]
@@ -243,11 +243,11 @@ def longest_answer(tokenizer: Any, pairs: Pairs) -> int:
     return min(MAX_NEW_TOKENS, 2 * longest + 4)
 
 
-def score(answers: Sequence[str], pairs: Pairs, losses: Sequence[float], *, seed: int = 0) -> Score:
+def score(answers: Sequence[str], pairs: Pairs, losses: Sequence[float]) -> Score:
     """Of one answer and one loss for each pair; white space around an answer does not count."""
     right = tuple(a.strip() in [t.strip() for t in accepted] for a, (_, accepted) in zip(answers, pairs, strict=True))
-    low, high = bootstrap(right, seed=seed)
-    return Score(float(np.mean(right)), low, high, float(np.mean(losses)), len(right), right)
+    share = float(np.mean(right))
+    return Score(share, *wilson(share, len(right)), float(np.mean(losses)), len(right), right)
 
 
 def read_answers(rows: GivenRows) -> list[tuple[Prompt, tuple[str, ...]]]:
@@ -256,14 +256,6 @@ def read_answers(rows: GivenRows) -> list[tuple[Prompt, tuple[str, ...]]]:
     if not read:
         raise InvalidTask("no rows, (input, target) pairs say, to evaluate on")
     return [(row.asked, row.targets) for row in read]
-
-
-def bootstrap(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
-    """The 2.5 and 97.5 percentiles of the mean over 2,000 resamples of the items."""
-    generator = np.random.default_rng(seed)
-    array = np.asarray(values, dtype=np.float64)
-    means = array[generator.integers(0, len(array), size=(RESAMPLES, len(array)))].mean(axis=1)
-    return float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))
 
 
 def generate(

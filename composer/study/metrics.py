@@ -31,6 +31,11 @@ class Metric:
     higher_is_better: bool = True
     percent: bool = True
 
+    @property
+    def is_mean(self) -> bool:
+        """Whether the value is the mean of one number for each item."""
+        return self.value is _mean
+
 
 def metric_of(name: str, normalise: Sequence[str] | None, functions: Mapping[str, Function]) -> Metric:
     """The metric of that name. `normalise` has names of `STEPS`, which answers and targets go through first.

@@ -20,9 +20,10 @@ from loraweave.composer.study.results import ALL, Figure, StudyResults, figure_r
 NUM_SHOWN = 20
 PLOTS = ("plot.png", "plot.svg")
 NOTE = (
-    "Values are means over seeds and test items, with the central 95 % of 2,000 bootstrap draws, which resample both, the "
-    "same for all methods. 'less' is the difference from the reference by the same draws: where its interval leaves 0 out, "
-    "the items tell the two apart. 'seconds' are those of making what answers. A dash is a method that a task cannot ask."
+    "Values are means over seeds and test items. Shares of right answers have Wilson's 95 % interval, other values the "
+    "central 95 % of 2,000 bootstrap draws, which resample seeds and items, the same for all methods. 'less' is the "
+    "difference from the reference by these draws: where its interval leaves 0 out, the items tell the two apart. 'seconds' "
+    "are those of making what answers. A dash is a method that a task cannot ask."
 )
 
 

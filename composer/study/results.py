@@ -1,4 +1,8 @@
-"""The figures of a study: values with 95 % intervals, and differences from one method, over the same resampled items."""
+"""The figures of a study: values with 95 % intervals, and differences from one method, over the same resampled items.
+
+A share of right answers, a metric that is 0 or 1 for each item, has Wilson's interval, which has a width also where all
+answers are right. Other values, and all differences, have that of bootstrap draws.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,12 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from loraweave.common.display import ShownTable
+from loraweave.common.intervals import wilson, wilson_of_draws
 from loraweave.composer.study.cells import Answers, Cell, Store
 from loraweave.composer.study.metrics import Metric
 from loraweave.composer.study.study_file import Study, StudyTask
@@ -21,10 +27,10 @@ ALL = "mean"
 
 @dataclass(frozen=True)
 class Figure:
-    """A method's value on a task, or its mean over all tasks, with the 2.5 and 97.5 percentiles of bootstrap draws.
+    """A method's value on a task, or its mean over all tasks, with its 95 % interval.
 
-    Each draw resamples the seeds and the test items of every task, the same for all methods; `difference` is that from the
-    reference, by the same draws, and nan for the reference itself or where it has no answers.
+    `difference` is that from the reference, and nan for the reference itself or where it has no answers. Its interval is
+    the 2.5 and 97.5 percentiles of draws that resample the seeds and the test items of every task, the same for all methods.
     """
 
     shots: int
@@ -41,6 +47,36 @@ class Figure:
     num_items: int
     seconds: float
     cpu_seconds: float
+
+
+class Draws(NamedTuple):
+    """A value and that of each bootstrap draw. `share_of` counts the items whose share it is, and is None for other values.
+
+    `are_independent` says whether each of these items was answered once, with one task and one seed.
+    """
+
+    values_R: np.ndarray
+    share_of: int | None
+    are_independent: bool
+
+    def summed(self) -> tuple[float, float, float]:
+        """(value, low, high)."""
+        value, drawn_R = float(self.values_R[0]), self.values_R[1:]
+        if self.share_of is None:
+            low, high = (float(limit) for limit in np.percentile(drawn_R, [2.5, 97.5]))
+        elif self.are_independent:
+            low, high = wilson(value, self.share_of)
+        else:
+            low, high = wilson_of_draws(value, drawn_R, self.share_of)
+        return value, low, high
+
+    @classmethod
+    def mean(cls, parts: Sequence[Draws]) -> Draws:
+        """The mean of values that are drawn apart."""
+        counts = [part.share_of for part in parts]
+        share_of = None if None in counts else sum(count or 0 for count in counts)
+        values_R = np.mean([part.values_R for part in parts], axis=0)
+        return cls(values_R, share_of, len(parts) == 1 and parts[0].are_independent)
 
 
 @dataclass(frozen=True)
@@ -128,7 +164,7 @@ def results_of(study: Study, cells: Sequence[Cell], store: Store, failures: Mapp
 
 def _figures(study: Study, shots: int, metric: Metric, answers: Mapping[Cell, Answers]) -> list[Figure]:
     tasks = [task for task in study.tasks if metric.name in [each.name for each in task.metrics]]
-    draws: dict[tuple[str, str], np.ndarray] = {}
+    draws: dict[tuple[str, str], Draws] = {}
     seeds: dict[tuple[str, str], list[int]] = {}
     for task in tasks:
         for method in study.methods:
@@ -147,10 +183,10 @@ def _figures(study: Study, shots: int, metric: Metric, answers: Mapping[Cell, An
         # means over different tasks cannot be compared
         if having and len(having) == len(tasks):
             spent = [each for cell, each in answers.items() if cell.method == method]
-            own = np.mean([draws[name, method.name] for name in having], axis=0)
+            own = Draws.mean([draws[name, method.name] for name in having])
             reference = [draws.get((name, study.reference)) for name in having]
             known = [each for each in reference if each is not None]
-            other = np.mean(known, axis=0) if len(known) == len(having) else None
+            other = Draws.mean(known) if len(known) == len(having) else None
             num_seeds = min(len(seeds[name, method.name]) for name in having)
             size = sum(len(task.test) for task in tasks)
             found.append(_figure(study, shots, metric, ALL, method.name, [own, other], num_seeds, size, spent))
@@ -163,40 +199,39 @@ def _figure(
     metric: Metric,
     task: str,
     method: str,
-    draws: Sequence[np.ndarray | None],
+    draws: Sequence[Draws | None],
     num_seeds: int,
     num_items: int,
     spent: Iterable[Answers],
 ) -> Figure:
-    own_R, reference_R = draws
-    assert own_R is not None
-    nothing = np.full(len(own_R), np.nan)
-    less_R = nothing if reference_R is None or method == study.reference else own_R - reference_R
+    own, reference = draws
+    assert own is not None
+    nothing = np.full(len(own.values_R), np.nan)
+    less_R = nothing if reference is None or method == study.reference else own.values_R - reference.values_R
+    less = Draws(less_R, None, False)
     times = [(each.seconds, each.cpu_seconds) for each in spent]
     seconds, cpu_seconds = (float(np.mean(part)) for part in zip(*times, strict=True))
     return Figure(
-        shots, metric.name, task, method, *_summed(own_R), *_summed(less_R), num_seeds, num_items, seconds, cpu_seconds
+        shots, metric.name, task, method, *own.summed(), *less.summed(), num_seeds, num_items, seconds, cpu_seconds
     )
 
 
-def _summed(draws_R: np.ndarray) -> tuple[float, float, float]:
-    low, high = np.percentile(draws_R[1:], [2.5, 97.5])
-    return float(draws_R[0]), float(low), float(high)
-
-
-def _draws(task: StudyTask, metric: Metric, answers: Mapping[int, Answers], seeds: Sequence[int]) -> np.ndarray:
-    """The value, and that of every resample, (1 + RESAMPLES,): the mean over seeds of the value over items."""
+def _draws(task: StudyTask, metric: Metric, answers: Mapping[int, Answers], seeds: Sequence[int]) -> Draws:
+    """The value, and that of every resample: the mean over seeds of the value over items."""
     targets = [accepted for _, accepted in task.test]
     # cells that share a key share their answers
     parts: dict[Answers, np.ndarray] = {}
+    is_share = metric.is_mean
     for found in dict.fromkeys(answers.values()):
         counts_NK = metric.parts(found.answers, targets, found.losses, found.tokens)
         parts[found] = _values(task, metric, counts_NK)
+        is_share = is_share and bool(np.isin(counts_NK, (0, 1)).all())
     values_SR = np.array([parts[answers[seed]] for seed in seeds if seed in answers])
     generator = np.random.default_rng(zlib.crc32(f"seeds of {task.name}".encode()))
     drawn_RS = generator.integers(0, len(values_SR), (RESAMPLES, len(values_SR)))
     resampled_R = values_SR[drawn_RS, np.arange(1, RESAMPLES + 1)[:, None]].mean(axis=1)
-    return np.concatenate([values_SR[:, 0].mean()[None], resampled_R])
+    values_R = np.concatenate([values_SR[:, 0].mean()[None], resampled_R])
+    return Draws(values_R, len(targets) if is_share else None, len(values_SR) == 1)
 
 
 def _values(task: StudyTask, metric: Metric, counts_NK: np.ndarray) -> np.ndarray:

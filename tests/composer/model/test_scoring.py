@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import IGNORED, batch, encode, mean_losses, token_losses, token_scores
@@ -95,12 +96,12 @@ def test_every_accepted_target_counts_as_right(tiny_llama, tokenizer, monkeypatc
     assert score.value == pytest.approx(2 / 3)
 
 
-def test_the_interval_of_equal_items_is_a_point_and_of_mixed_ones_holds_the_mean():
-    assert scoring.bootstrap([1.0] * 7) == (1.0, 1.0)
-    low, high = scoring.bootstrap([1.0] * 50 + [0.0] * 50)
-    # the standard error of the mean of 100 fair coins is 0.05
-    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.02)
-    assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.02)
+@pytest.mark.parametrize(("right", "count"), [(12, 12), (2, 2), (0, 3), (5, 8)])
+def test_the_interval_of_a_score_is_wilsons(right, count):
+    answers = ["a"] * right + ["b"] * (count - right)
+    score = scoring.score(answers, [("x", ("a",))] * count, [1.0] * count)
+    expected = binomtest(right, count).proportion_ci(method="wilson")
+    assert (score.low, score.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
 
 
 def test_nothing_to_evaluate_is_refused(tiny_llama, tokenizer):

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
+from loraweave.common.intervals import wilson
 from loraweave.composer.study import results
 from loraweave.composer.study.cells import Answers
 from loraweave.composer.study.metrics import metric_of
@@ -62,15 +64,44 @@ def test_a_missing_package_is_named_with_what_installs_it(monkeypatch, name, mod
         metric_of(name, None, {})
 
 
-def test_a_figure_is_the_mean_over_seeds_and_its_interval_that_of_resampled_seeds_and_items():
-    targets = [["a"]] * 40
-    task = SimpleNamespace(name="t", test=[("", own) for own in targets])
-    right = [[True] * 30 + [False] * 10, [True] * 10 + [False] * 30]
-    rest = (1.0,) * 40, (1,) * 40, 0.0, 0.0, "", {}
+def drawn(right, metric="exact_match"):
+    """The draws of a task whose items were answered right or wrong, seed by seed."""
+    count = len(right[0])
+    task = SimpleNamespace(name="t", test=[("", ["a"])] * count)
+    rest = (1.0,) * count, (1,) * count, 0.0, 0.0, "", {}
     answers = {seed: Answers(tuple("a" if hit else "b" for hit in hits), *rest) for seed, hits in enumerate(right)}
-    draws_R = results._draws(task, metric_of("exact_match", None, {}), answers, [0, 1])
+    return results._draws(task, metric_of(metric, None, {"half": lambda answer, _: 0.5 * (answer == "a")}), answers, [0, 1])
+
+
+def test_a_figure_is_the_mean_over_seeds_and_its_draws_resample_seeds_and_items():
+    right = [[True] * 30 + [False] * 10, [True] * 10 + [False] * 30]
+    draws_R = drawn(right).values_R
     assert draws_R[0] == 0.5
     generator = np.random.default_rng(1)
     seeds_RS, items_RN = generator.integers(0, 2, (4000, 2)), generator.integers(0, 40, (4000, 40))
     expected_R = np.array(right)[seeds_RS[:, :, None], items_RN[:, None, :]].mean(axis=(1, 2))
     assert np.percentile(draws_R[1:], [2.5, 97.5]) == pytest.approx(np.percentile(expected_R, [2.5, 97.5]), abs=0.03)
+
+
+@pytest.mark.parametrize(("right", "count"), [(12, 12), (2, 2), (0, 5), (9, 12)])
+def test_the_interval_of_a_share_of_one_seed_is_wilsons(right, count):
+    expected = binomtest(right, count).proportion_ci(method="wilson")
+    found = drawn([[True] * right + [False] * (count - right)]).summed()
+    assert found == pytest.approx((right / count, expected.low, expected.high), rel=1e-12)
+
+
+def test_the_interval_of_a_share_over_seeds_or_tasks_is_wilsons_with_the_variance_of_the_draws():
+    over_seeds = drawn([[True] * 30 + [False] * 10, [True] * 10 + [False] * 30])
+    over_tasks = results.Draws.mean([drawn([[True] * 3 + [False]]), drawn([[True] + [False] * 4])])
+    for draws in (over_seeds, over_tasks):
+        share = draws.values_R[0]
+        as_many = share * (1 - share) / draws.values_R[1:].var()
+        assert draws.summed() == pytest.approx((share, *wilson(share, as_many)), rel=1e-12)
+    # where the draws say nothing, the items of all tasks count
+    assert results.Draws.mean([drawn([[True] * 4]), drawn([[True] * 8])]).summed() == (1.0, *wilson(1.0, 12))
+
+
+def test_a_value_that_is_no_share_keeps_the_percentiles_of_its_draws():
+    draws = drawn([[True] * 6 + [False] * 2], "half")
+    low, high = np.percentile(draws.values_R[1:], [2.5, 97.5])
+    assert draws.summed() == (0.375, low, high)
