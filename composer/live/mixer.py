@@ -11,7 +11,7 @@
                                 '- usage   what each layer used (recording.py)
 
     a call        Entry: modules, rows and router looked at -> layers -> Exit
-    a warm layer  _MixedForward.run -> a kernel's adder, without a look at the plan: what a step of generation pays
+    a layer       _MixedForward.run -> Plan.apply -> a kernel's adder, where it is warm: what a step of generation pays
 
 Which activation counts is a context variable, so threads and asyncio tasks do not see each other's mixtures, and one
 without a mixture runs the plain base. Nothing else in the model changes: its class, parameters and state_dict stay, and a
@@ -39,8 +39,8 @@ from loraweave.composer.live.call_router import CallRouter, end_router_call
 from loraweave.composer.live.compiled import bind, mix, mix_outside, number_of_layer, number_of_mixing
 from loraweave.composer.live.entry import Entry, Exit
 from loraweave.composer.live.experts import ExpertsForward
-from loraweave.composer.live.limits import Handle, end_call, in_backward_thread, is_beside, watch
-from loraweave.composer.live.plan import KEPT_BYTES, Plan, Warm, make_plan
+from loraweave.composer.live.limits import Handle, end_call, in_backward_thread, watch
+from loraweave.composer.live.plan import KEPT_BYTES, Plan, make_plan
 from loraweave.composer.live.recording import Usage
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.live.row_weights import Workspace
@@ -403,8 +403,6 @@ class _MixedForward(StandIn):
         self._number = number
         self._own = vars(layer.module).get("forward")
         self._forward = layer.module.forward
-        # who asked last, and what is remembered there for this layer
-        self._last: tuple[Activation | None, dict[torch.Size, Warm]] = None, {}
         bind(number, self)
 
     def mixing(self) -> Activation | None:
@@ -422,15 +420,6 @@ class _MixedForward(StandIn):
             if activation is None:
                 return y
         x = args[0] if args else next(iter(kwargs.values()))
-        asker, by_shape = self._last
-        if asker is not activation:
-            by_shape = activation.plan.warm(self.layer)
-            self._last = activation, by_shape
-        warm = by_shape.get(x.shape)
-        if warm is not None and warm.fits(x, y) and not is_beside():
-            activation.usage.saw(self.layer.name, warm.note)
-            warm.add(x, y)
-            return y
         return activation.plan.apply(self.layer, x, y, activation.lease, activation.usage)
 
     def _traced(self, x: Tensor, y: Tensor) -> Tensor:

@@ -185,10 +185,6 @@ class Plan:
         routed = self._by_token.again()
         return Plan(self.experts, None, routed, routed, self.invocations)
 
-    def warm(self, layer: TargetLayer) -> dict[torch.Size, Warm]:
-        """What is remembered for inputs of each shape, now and later, until the activation ends."""
-        return self._remembered.setdefault(layer.name, {}) if layer.fresh else {}
-
     def apply(self, layer: TargetLayer, x: Tensor, y: Tensor, lease: Lease, usage: Usage) -> Tensor:
         """The layer's output y = W x + bias with the weighted updates added; y itself where nothing is to be added.
 
@@ -197,7 +193,8 @@ class Plan:
         The result may be written into y's own memory.
         Raises ScopeError, naming the layer and both counts, where that does not come out even.
         """
-        warm = self.warm(layer).get(x.shape)
+        by_shape = self._remembered.get(layer.name)
+        warm = by_shape.get(x.shape) if by_shape and layer.fresh else None
         if warm is not None and warm.fits(x, y) and not is_beside():
             usage.saw(layer.name, warm.note)
             warm.add(x, y)
@@ -224,7 +221,7 @@ class Plan:
         self._tell(usage, layer.name, note, mixture.w_BTE, again=mixture.again)
         if kernel is not None and affine is None and x.ndim == 3 and layer.fresh and mixture.w_BTE is None and mixture.lasts:
             add = kernel.adder(dtype, x.shape)
-            by_shape = self.warm(layer)
+            by_shape = self._remembered.setdefault(layer.name, {})
             if len(by_shape) >= NUM_KEPT_SHAPES:
                 by_shape.clear()
             by_shape[x.shape] = warm = Warm(add, dtype, y.device, note)

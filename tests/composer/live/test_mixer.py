@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -35,6 +36,16 @@ def test_an_exception_in_the_update_itself_leaves_nothing(engine):
 class _Failing:
     def weights(self, x_BTI, layer):
         return torch.full((1, 1, 3), 1 / 0)
+
+
+def test_an_inner_activation_that_has_ended_is_kept_by_no_layer(engine):
+    with engine.activate({"a": 1.0}):
+        with engine.activate({"b": 1.0}) as inner:
+            logits(engine.model)
+        ended = weakref.ref(inner)
+        del inner
+        gc.collect()
+        assert ended() is None
 
 
 def test_a_handle_is_not_closed_by_another_thread(engine):
