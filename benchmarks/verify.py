@@ -24,6 +24,7 @@ from benchmarks._faults import FAULTS, full_adapter, write_faulty, write_sound
 from benchmarks._models import base_model
 from benchmarks._run import Run, Table, console
 from benchmarks._served import llama_cpp, serving, vllm
+from loraweave.hub.formats._placing import head_size
 from loraweave.serving.verify.verify import BEYOND
 
 app = typer.Typer()
@@ -83,7 +84,8 @@ def write_all(run: Run, model: Any, root: Path, hub: lw.Hub) -> dict[str, Any]:
         sound[name] = write_sound(full_adapter(model, adapter, number), root / "sound" / name)
         if name != OLDER:
             add(hub, sound[name], name, adapter)
-    head, last = model.config.hidden_size // model.config.num_attention_heads, model.config.num_hidden_layers - 1
+    head, last = head_size(model.config), model.config.num_hidden_layers - 1
+    assert head is not None
     faults, said = {}, {}
     card = lw.Adapter.from_pretrained(folders[FAULTY])
     for fault in FAULTS:
