@@ -94,7 +94,7 @@ _AT_3E_3: Mapping[str, Kind] = {
     "llava_mole": Kind("llava_mole", forward_experts(16, 3)),
     "mixlora": Kind("mixlora", {**forward_experts(), "target_modules": ("mlp",)}),
     "fedms": Kind("fedms", {"rank": 6}, given=True, federated=True),
-    "pfedlora": Kind("pfedlora", {"shared_rank": 4, "rank": 7}, given=True, federated=True),
+    "local_and_shared": Kind("local_and_shared", {"shared_rank": 4, "rank": 7}, given=True, federated=True),
     "one_lora_alone": Kind("mola", ONE_LORA, given=True, apart=True),
     "mola_8888_alone": Kind("mola", MOLA, given=True, apart=True),
     "octavius_alone": Kind("octavius", OCTAVIUS, given=True, apart=True),

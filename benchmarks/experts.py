@@ -310,7 +310,7 @@ def federated(
     federation = Federation(model, tokenizer, rows, batch_size, seed, kind.lr)
     first = int(steps * FIRST) // (len(data) * ROUNDS)
     last = steps // (len(data) * ROUNDS) - first
-    train_all = _fedms if kind.recipe == "fedms" else _pfedlora
+    train_all = _fedms if kind.recipe == "fedms" else _in_turn
     return train_all(federation, kind.all_options(len(data)), first, last)
 
 
@@ -333,9 +333,9 @@ def _fedms(federation: Federation, options: Mapping[str, Any], first: int, last:
     return clients, _notes(clients, num_shared, last_loss)
 
 
-def _pfedlora(federation: Federation, options: Mapping[str, Any], first: int, last: int) -> tuple[Clients, dict[str, float]]:
+def _in_turn(federation: Federation, options: Mapping[str, Any], first: int, last: int) -> tuple[Clients, dict[str, float]]:
     """In each round the local expert learns, then the shared one, which all have the mean of."""
-    clients, num_shared = federation.clients("pfedlora", **options), 0
+    clients, num_shared = federation.clients("local_and_shared", **options), 0
     for _ in range(ROUNDS):
         last_loss = federation.learn(clients, last)
         clients = {task: with_options(client, phase="shared") for task, client in clients.items()}

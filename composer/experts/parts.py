@@ -26,6 +26,8 @@ Start = tuple[Tensor, Tensor]
 Starts = Mapping[str, Sequence[Start | None]]
 # among the gates
 READER = "reader"
+# what recipes are named now that had another name when they were saved
+RENAMED = {"pfedlora": "local_and_shared"}
 
 
 class Parts(NamedTuple):
@@ -287,7 +289,15 @@ def _does_what_it_says(block: nn.Module, layout: Layout) -> bool:
 
 
 def recipe(name: str, options: Mapping[str, Any]) -> Recipe:
-    """The recipe of that name with these options; lists are taken for tuples."""
+    """The recipe of that name with these options; lists are taken for tuples.
+
+    Raises UnknownName for an unknown name, and for the former name of a recipe.
+    """
+    if name in RENAMED:
+        raise UnknownName(
+            f"the recipe that was {name!r} is named {RENAMED[name]!r} now, for what it is; the system of that name is a "
+            f"strategy of federation: lw.federate(..., strategy={name!r})"
+        )
     made_of: type[Recipe] = registry.get("experts", name)
     require_known(f"recipe {name!r}", options, options_of(made_of))
     given: dict[str, Any] = {

@@ -20,7 +20,7 @@ from loraweave.common.checks import is_whole
 from loraweave.common.files import as_path, replacing, whole_file
 from loraweave.common.state import tensor_bytes
 from loraweave.common.storage_errors import storage_errors
-from loraweave.composer.experts.parts import asked_tensors
+from loraweave.composer.experts.parts import RENAMED, asked_tensors
 from loraweave.errors import (
     AdapterCorrupt,
     AdapterNotFound,
@@ -188,7 +188,7 @@ def read_saved_experts(given: str | Path) -> SavedExperts:
         return SavedExperts(
             folder,
             FIRST_TENSORS if found["format"] == 1 else TENSORS,
-            str(found["recipe"]),
+            RENAMED.get(found["recipe"], str(found["recipe"])),
             dict(found["options"]),
             {str(name): _shape(shape) for name, shape in found["sites"].items()},
             str(found["base_model"]),

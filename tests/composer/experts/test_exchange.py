@@ -16,8 +16,10 @@ SIZES = (100.0, 300.0)
 
 
 def client(model, seed, **options):
-    """One of recipe pfedlora, or another, with experts and gates of its own."""
-    made = lw.experts(options.pop("recipe", "pfedlora"), model, **{"target_modules": ("q_proj", "v_proj"), **options})
+    """One of recipe local_and_shared, or another, with experts and gates of its own."""
+    made = lw.experts(
+        options.pop("recipe", "local_and_shared"), model, **{"target_modules": ("q_proj", "v_proj"), **options}
+    )
     generator = torch.Generator().manual_seed(seed)
     for layer in made.layers.values():
         random = [tuple(torch.randn(part.shape, generator=generator) for part in start) for start in layer.starts()]
@@ -81,7 +83,7 @@ def test_clients_that_differ_in_what_they_exchange_are_refused_and_stay_as_they_
     for other, what in (
         (
             client(make_model("llama"), 2, shared_rank=3),
-            r"expert 0 at 'model.layers.0.self_attn.q_proj' of client 1 \(pfedlora\)",
+            r"expert 0 at 'model.layers.0.self_attn.q_proj' of client 1 \(local_and_shared\)",
         ),
         (client(make_model("llama"), 2, target_modules=("q_proj",)), "the layers with these experts of client 1"),
     ):
@@ -115,7 +117,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(make_model,
         put_expert(made, 0, make_adapter(model, "given", targets=("q_proj", "down_proj")))
     with pytest.raises(LayerMismatch, match=r"inputs and outputs \(5, 16, 16\) .* and expert 0 takes \(4, 16, 16\)"):
         put_expert(made, 0, make_adapter(model, "given", rank=5))
-    with pytest.raises(UnknownName, match="recipe 'pfedlora' has no expert 2 in any layer"):
+    with pytest.raises(UnknownName, match="recipe 'local_and_shared' has no expert 2 in any layer"):
         put_expert(made, 2, make_adapter(model, "given", rank=2))
     assert made.expert(0).hash == before
 
@@ -158,7 +160,9 @@ def test_an_expert_that_no_layer_has_is_refused(make_model):
 def test_what_is_no_adapter_is_not_put_in(make_model, given):
     made = client(make_model("llama"), 1)
     before = made.expert(0).hash
-    with pytest.raises(WeightingError, match=f"expert 0 of recipe 'pfedlora' would be {given!r}, which is no adapter"):
+    with pytest.raises(
+        WeightingError, match=f"expert 0 of recipe 'local_and_shared' would be {given!r}, which is no adapter"
+    ):
         put_expert(made, 0, given)
     assert made.expert(0).hash == before
 

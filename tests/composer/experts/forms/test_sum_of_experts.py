@@ -13,7 +13,7 @@ from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
 from loraweave.errors import LayerMismatch, ScopeError
 from loraweave.routers.recipes._gate import Gate, Weighing
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
-from loraweave.routers.recipes.pfedlora import Pfedlora
+from loraweave.routers.recipes.local_and_shared import LocalAndShared
 
 CONVOLUTIONS = {
     "plain": lambda: nn.Conv2d(3, 5, 3),
@@ -219,7 +219,7 @@ def frozen_starts(seed=0):
 @pytest.mark.parametrize("phase", ["local", "shared"])
 def test_it_is_the_sum_of_experts(phase):
     frozen, learned = (
-        PartlyFrozen(Pfedlora(phase=phase), SITE, SHAPE),
+        PartlyFrozen(LocalAndShared(phase=phase), SITE, SHAPE),
         SumOfExperts(Recipe(), SITE, SHAPE),
     )
     for layer in (frozen, learned):
@@ -238,7 +238,7 @@ def test_it_is_the_sum_of_experts(phase):
 @pytest.mark.parametrize(("phase", "own_rank"), [("local", 3), ("shared", 2)])
 def test_what_learns_has_the_gradient_that_it_has_beside_others_that_learn(phase, own_rank):
     frozen, learned = (
-        PartlyFrozen(Pfedlora(phase=phase), SITE, SHAPE),
+        PartlyFrozen(LocalAndShared(phase=phase), SITE, SHAPE),
         SumOfExperts(Recipe(), SITE, SHAPE),
     )
     module, x_BTI = torch.nn.Linear(5, 7), torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1))
@@ -253,7 +253,7 @@ def test_what_learns_has_the_gradient_that_it_has_beside_others_that_learn(phase
 
 @pytest.mark.parametrize("phase", ["local", "shared"])
 def test_what_was_put_in_is_given_back(phase):
-    layer = PartlyFrozen(Pfedlora(phase=phase), SITE, SHAPE)
+    layer = PartlyFrozen(LocalAndShared(phase=phase), SITE, SHAPE)
     layer.reset(frozen_starts())
     for (a_RI, b_RO), (given_a_RI, given_b_RO) in zip(layer.starts(), frozen_starts(), strict=True):
         assert torch.equal(a_RI, given_a_RI)

@@ -1,4 +1,4 @@
-"""pFedLoRA (Yi et al. 2023, arXiv 2310.13283): a small expert that clients exchange beside one that stays with each."""
+"""A small expert that clients exchange beside one that stays with each, and that learn in turn (Yi et al. 2023)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Phase = Literal["local", "shared"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pfedlora(Frozen):
+class LocalAndShared(Frozen):
     """y = y0 + alpha / rank * (mu B_0 A_0 x + (1 - mu) B_1 A_1 x), of which one half learns at a time.
 
     Expert 0, of `shared_rank`, is the small one of the same shape in all clients, whose mean over clients every one gets
@@ -21,9 +21,9 @@ class Pfedlora(Frozen):
     shared, in "shared" expert 0 from what is local: `with_options(model, phase=...)` goes from one to the other. The weights
     depend on nothing, so that `adapter()` is the whole.
 
-    In the paper a client's part is a network of its own, all of which learns, and each half has a loss of its own, weighed
-    by mu (`lw.federate(strategy="pfedlora")`); here the base is frozen as everywhere, and both halves are updates of its
-    layers, weighed in their outputs.
+    That is not pFedLoRA (arXiv 2310.13283), in which a client's part is a network of its own, all of which learns, and each
+    half has a loss of its own, weighed by mu: `lw.federate(strategy="pfedlora")`. Here the base is frozen as everywhere, and
+    both halves are updates of its layers, weighed in their outputs.
     """
 
     shared_rank: Count = 4
