@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from rounding import rounding
 
 import loraweave as lw
 from loraweave.errors import LayerMismatch, ScopeError, UnknownName
@@ -164,7 +165,9 @@ def test_on_a_base_in_half_precision_it_is_near_the_sum(make_pair):
     made.base_model.to(torch.bfloat16)
     own = made(input_ids=IDS).logits
     assert own.dtype == torch.bfloat16
-    torch.testing.assert_close(own.double(), expected, rtol=0.1, atol=0.05 * float(expected.abs().max()))
+    # ten operations after one another in each of two layers, and the head, round to bfloat16
+    off = rounding(10 * 2 + 1, expected.abs().max(), torch.bfloat16)
+    assert bool(((own.double() - expected).abs() <= off).all())
 
 
 def test_no_expert_and_no_mixture_is_an_adapter(make_pair):
