@@ -155,6 +155,8 @@ def _carried(
     seen = transfer.see(old, new, tokenizer, samples, matches, max_tokens=256, progress=True)
     for pair in matches:
         factors = [adapter.layers[pair.old.name] for adapter in adapters]
+        # one judge for all ways and adapters
+        ridge = transfer.reading_ridge(seen[pair.old.name])
         for way in ways:
             if way == "restore":
                 for number, part in enumerate(factors):
@@ -168,7 +170,7 @@ def _carried(
             for number, (a_RI, b_OR) in enumerate(parts):
                 carried = lw.Factors(a_RI, b_OR)
                 layers[way][number][pair.new.name] = carried
-                kept = transfer.kept_share(factors[number], carried, pair, seen[pair.old.name], way)
+                kept = transfer.kept_share(factors[number], carried, pair, seen[pair.old.name], way, ridge=ridge)
                 shares[way][number].append(kept)
     key = lw.base_key(new)
     found: Carried = {}

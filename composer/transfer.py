@@ -20,6 +20,7 @@ from loraweave.common.display import tracked
 from loraweave.common.options import Count, Fraction, Positive, Seed, Whole, check_options, options_of
 from loraweave.common.rows import GivenRows
 from loraweave.composer.compose.collect_statistics import encode_texts, padded_inputs
+from loraweave.composer.drawn_regression import choose_ridge, drawn
 from loraweave.composer.model.batches import context_length, takes, untouched
 from loraweave.composer.model.generate import Asked
 from loraweave.composer.old_answers import LR, Learning, agreement, answers, learned, split
@@ -54,7 +55,7 @@ def transfer(
     way: Way = "auto",
     prompts: Sequence[Asked] = (),
     least: Fraction = 0.5,
-    ridge: Positive = 0.1,
+    ridge: Positive | None = None,
     subspace: Count = 320,
     rank: Count = 16,
     max_tokens: Count = 256,
@@ -73,7 +74,8 @@ def transfer(
     - "subspace": B' = P B, A' = A Q^T, from the first `subspace` singular vectors U, V of the layer's weight in each base
       (Cross-LoRA, arXiv 2508.05232): P = U_new U_new^T for as many outputs, else U_new U_old^T; Q likewise of V.
     - "activations": B' = N B, A' = A M, the ridge regressions y_new ~ N y_old and x_old ~ M x_new. `ridge` is relative to
-      the mean square of a feature; it draws towards the identity where both sizes agree, else towards zero.
+      the mean square of a feature; it draws towards the identity where both sizes agree, else towards zero. By default
+      each regression has the largest that its error on the other samples allows (`choose_ridge`).
     - "restore": B' A' is the best approximation, of at most `rank`, of B A - (W_new - W_old), also in the linear layers that
       the adapter leaves alone and the new base does not: while it is active, the new base is the old one. Where the new one
       is the old one with an adapter fused into it, `rank` of both ranks' sum is exact.
@@ -358,7 +360,7 @@ def _vectors(model: Any, tokenizer: Any, row: Any, layers: Sequence[BaseLayer]) 
 
 
 def carry(
-    factors: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float = 0.1, subspace: int = 320, rank: int = 16
+    factors: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float | None = None, subspace: int = 320, rank: int = 16
 ) -> Factors:
     """The update of one layer in the new base; a bias goes with the outputs."""
     if way == "same":
@@ -372,10 +374,12 @@ def carry(
     if way == "subspace":
         b_OS, a_RI = _in_subspace(b_OS, a_RI, pair, subspace)
     else:
-        gram_OO, cross_NO = _drawn(y.oo[FIT], y.no[FIT], ridge)
+        ridge_n = ridge or choose_ridge(y.oo, y.no, y.nn, FIT)
+        gram_OO, cross_NO = drawn(y.oo[FIT], y.no[FIT], ridge_n)
         b_OS = cross_NO @ torch.linalg.solve(gram_OO, b_OS.to(gram_OO))
-        gram_NN, cross_NI = _drawn(x.nn[FIT], x.no[FIT], ridge)
-        a_RI = torch.linalg.solve(gram_NN, cross_NI @ a_RI.T.to(gram_NN)).T
+        ridge_m = ridge or choose_ridge(x.nn, x.no.mT, x.oo, FIT)
+        gram_NN, cross_IN = drawn(x.nn[FIT], x.no[FIT].T, ridge_m)
+        a_RI = torch.linalg.solve(gram_NN, cross_IN.T @ a_RI.T.to(gram_NN)).T
     b_OS, a_RI = b_OS.float().cpu(), a_RI.float().cpu().contiguous()
     bias_O = b_OS[:, -1].contiguous() if factors.bias_O is not None else None
     return replace(factors, a_RI=a_RI, b_OR=b_OS[:, : factors.rank].contiguous(), bias_O=bias_O)
@@ -384,12 +388,6 @@ def carry(
 def _wanted(factors: Factors, pair: Pair) -> Tensor:
     """B A - (W_new - W_old), float64 on the CPU: what makes the old layer with its update of the new one."""
     return factors.b_OR.double() @ factors.a_RI.double() - (pair.new.weight_OI - pair.old.weight_OI)
-
-
-def _drawn(gram_SS: Tensor, cross_TS: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Both sides of the normal equations of t ~ N s with the penalty |N - prior|^2, the prior the identity or zero."""
-    drawn_SS = ridge * gram_SS.diagonal().mean() * torch.eye(len(gram_SS)).to(gram_SS)
-    return gram_SS + drawn_SS, cross_TS + drawn_SS if cross_TS.shape == gram_SS.shape else cross_TS
 
 
 def _in_subspace(b_OS: Tensor, a_RI: Tensor, pair: Pair, subspace: int) -> tuple[Tensor, Tensor]:
@@ -408,7 +406,7 @@ def _singular(weight_OI: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return (u_OK * sign_K)[:, :count], (v_KI.T * sign_K)[:, :count]
 
 
-def kept_share(factors: Factors, carried: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float = 0.1) -> float:
+def kept_share(factors: Factors, carried: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float | None = None) -> float:
     """The prediction of one layer, 0 to 1; 1 for an update that is zero."""
     return _left(factors, carried, pair, seen) if way == "restore" else _regressed(factors, carried, seen, ridge)
 
@@ -421,10 +419,16 @@ def _left(factors: Factors, carried: Factors, pair: Pair, seen: Seen) -> float:
     return max(0.0, 1 - left / whole) if whole else 1.0
 
 
-def _regressed(factors: Factors, carried: Factors, seen: Seen, ridge: float) -> float:
+def reading_ridge(seen: Seen) -> float:
+    """Return the ridge that `choose_ridge` gives K, y_old ~ K y_new, fitted to the samples held out."""
+    _, y = seen
+    return choose_ridge(y.nn, y.no.mT, y.oo, HELD_OUT)
+
+
+def _regressed(factors: Factors, carried: Factors, seen: Seen, ridge: float | None) -> float:
     x, y = seen
     b_OR, a_RI, new_b_OR, new_a_RI = (part.to(x.oo) for each in (factors, carried) for part in (each.b_OR, each.a_RI))
-    gram_NN, cross_ON = _drawn(y.nn[HELD_OUT], y.no[HELD_OUT].T, ridge)
+    gram_NN, cross_ON = drawn(y.nn[HELD_OUT], y.no[HELD_OUT].T, ridge or reading_ridge(seen))
     old, new = (a_RI, b_OR), (new_a_RI, cross_ON @ torch.linalg.solve(gram_NN, new_b_OR))
     terms = ((old, x.oo, old), (new, x.no, old), (new, x.nn, new))
     size, shared, own = (

@@ -1,0 +1,60 @@
+"""Ridge regressions from mean products, drawn towards the identity, and the ridge that rows held out of the fit choose.
+
+    N = argmin over N of E|t - N s|^2 + w |N - P|^2,   w = ridge * the mean square of a feature of s
+
+P is the identity where t and s have as many features, else zero. Products are (2, rows, columns): of two halves of the rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RIDGES = tuple(10.0 ** (power / 2) for power in range(-16, 3))
+# how much above the least an error may be for a larger ridge, as a share of its noise over its signal
+TOLERANCE = 1.1
+# of the size of t: what rounding leaves of an error
+ROUNDING = 1e-12
+
+
+def drawn(gram_SS: Tensor, cross_TS: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return G and C of N = C G^-1, for E s s^T and E t s^T."""
+    drawn_SS = ridge * gram_SS.diagonal().mean() * torch.eye(len(gram_SS)).to(gram_SS)
+    return gram_SS + drawn_SS, cross_TS + drawn_SS if cross_TS.shape == gram_SS.shape else cross_TS
+
+
+def choose_ridge(gram_2SS: Tensor, cross_2TS: Tensor, target_2TT: Tensor, fit: int) -> float:
+    """Return the largest of RIDGES that the other half does not speak against, for N fitted to the half `fit`.
+
+    An error is e = E|t - N s|^2 / E|t|^2 on the other half, and e / (1 - e) its noise over its signal. What is within
+    TOLERANCE times the least of that is as good, as by the rule of one standard error (Breiman et al. 1984, 3.4.3): what
+    the rows leave open, the larger ridge keeps as it is in P.
+    """
+    errors = _errors(gram_2SS, cross_2TS, target_2TT, fit)
+    odds = [error / (1 - error) if error < 1 else torch.inf for error in errors]
+    return max(ridge for ridge, odd in zip(RIDGES, odds, strict=True) if odd <= TOLERANCE * min(odds))
+
+
+def _errors(gram_2SS: Tensor, cross_2TS: Tensor, target_2TT: Tensor, fit: int) -> list[float]:
+    """The error of every ridge, at least ROUNDING, from one decomposition.
+
+    With G = V diag(g) V^T of the fit, N = (C + w P) V diag(1 / (g + w)) V^T, so that E|t - N s|^2 needs the products of
+    that with the other half once, and for each ridge only sums over their entries.
+    """
+    judge = 1 - fit
+    gram_SS, cross_TS = gram_2SS[fit], cross_2TS[fit]
+    value_S, v_SS = torch.linalg.eigh(gram_SS)
+    c_TS, judged_TS = cross_TS @ v_SS, cross_2TS[judge] @ v_SS
+    p_TS = v_SS if cross_TS.shape == gram_SS.shape else torch.zeros_like(c_TS)
+    judged_SS = v_SS.T @ gram_2SS[judge] @ v_SS
+    cc_SS, cp_SS, pp_SS = c_TS.T @ c_TS, c_TS.T @ p_TS, p_TS.T @ p_TS
+    along_c_S, along_p_S = (judged_TS * c_TS).sum(dim=0), (judged_TS * p_TS).sum(dim=0)
+    size, mean = target_2TT[judge].diagonal().sum(), gram_SS.diagonal().mean()
+    errors = []
+    for ridge in RIDGES:
+        w = ridge * mean
+        d_S = 1 / (value_S.clamp_min(0) + w)
+        own = (d_S[:, None] * d_S * (cc_SS + w * (cp_SS + cp_SS.T) + w * w * pp_SS) * judged_SS).sum()
+        shared = (d_S * (along_c_S + w * along_p_S)).sum()
+        errors.append(max(float((size - 2 * shared + own) / size), ROUNDING) if size else ROUNDING)
+    return errors
