@@ -35,11 +35,11 @@ def native_runs(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in STORED and library() is not None
 
 
-def function(name: str, dtype: torch.dtype, stored: torch.dtype) -> Any:
-    """The library's function of that name for x and y of a dtype and factors stored in another; None where there is none."""
+def function(dtype: torch.dtype, stored: torch.dtype) -> Any:
+    """The library's `add` for x and y of a dtype and factors stored in another; None where there is none."""
     if dtype not in STORED or stored not in STORED[dtype]:
         return None
-    return getattr(library(), f"{name}_{NAMES[stored]}_{NAMES[dtype]}", None)
+    return getattr(library(), f"add_{NAMES[stored]}_{NAMES[dtype]}", None)
 
 
 def shorten(*matrices: Tensor) -> list[Tensor] | None:
@@ -78,8 +78,7 @@ def library() -> ctypes.CDLL | None:
     if found is None:
         return None
     pairs = [f"{NAMES[stored]}_{NAMES[dtype]}" for dtype, forms in STORED.items() for stored in forms]
-    given: dict[str, list[Any]] = {f"add_{pair}": [ctypes.c_void_p] * 3 for pair in pairs}
-    given |= {f"mix_{pair}": [ctypes.c_void_p] * 4 for pair in pairs}
+    given: dict[str, list[Any]] = {f"add_{pair}": [ctypes.c_void_p] * 4 for pair in pairs}
     given |= {f"narrow_{short}": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] for short in ("f16", "bf16")}
     for name, types in given.items():
         # the library has those for float16 only if the processor converts it

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -68,9 +68,9 @@ class Stack:
         if found is None:
             factors = self.by_row if stride is None else self.b_by_row
             (num_ranks, outputs), width = self.b_SO.shape, self.a_SI.shape[1] if stride is None else stride
-            owned = *factors, torch.tensor(self.ranks), work(num_tokens * (outputs + num_ranks))
-            *a, b, counts, sums = (each.data_ptr() for each in owned)
-            found = Table(num_tokens, 1, width, outputs, len(self.ranks), a[0] if a else None, b, counts, None, sums)
+            owned = *factors, _uses(self.ranks, num_tokens), work(num_tokens * (outputs + num_ranks))
+            *a, b, uses, sums = (each.data_ptr() for each in owned)
+            found = Table(num_tokens, 1, width, outputs, len(self.ranks), a[0] if a else None, b, uses, None, sums)
             # the memory that it points to
             found.owned = owned
             self._tables[num_tokens, stride] = found
@@ -159,8 +159,8 @@ class Dense(RowKernel):
         if w_BTP.shape[:2] != shape[:2] or w_BTP.dtype is not torch.float32 or not w_BTP.is_contiguous():
             w_BTP = self._by_token(shape).to(torch.float32).expand(num_tokens, -1).contiguous()
         table = self.stack.table(num_tokens, stride)
-        mix = function("mix", self.dtype, table.owned[0].dtype)
-        mix(ctypes.addressof(table), read.data_ptr(), w_BTP.data_ptr(), y_BTO.data_ptr())
+        add = function(self.dtype, table.owned[0].dtype)
+        add(ctypes.addressof(table), read.data_ptr(), w_BTP.data_ptr(), y_BTO.data_ptr())
 
     def plus(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
         """In y's own memory where autograd allows that: no layer needs its own output for its gradients."""
@@ -204,6 +204,13 @@ class Dense(RowKernel):
         if w_BTP.shape[0] * w_BTP.shape[1] != 1:
             w_BTP = w_BTP.expand(*shape[:2], w_BTP.shape[2])
         return w_BTP.reshape(w_BTP.shape[0] * w_BTP.shape[1], w_BTP.shape[2])
+
+
+@lru_cache(maxsize=256)
+def _uses(ranks: tuple[int, ...], num_tokens: int) -> Tensor:
+    """The numbers of a table in which each token is a row that uses every factor; of all layers of these ranks."""
+    starts = [num_tokens * number for number in range(len(ranks) + 1)]
+    return torch.tensor([*ranks, *starts, *(len(ranks) * [*range(num_tokens)])])
 
 
 def by_input(a_SI: Tensor) -> Tensor:

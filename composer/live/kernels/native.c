@@ -4,6 +4,7 @@
    it. Sums and weights are in fp32, whatever the factors are stored in, and in one order; y is rounded once. A row's numbers
    do not depend on the other rows. `native_rows.py` compiles this file and says what the fields hold. */
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #if defined(__F16C__) || defined(__FMA__) || defined(__AVX512F__)
@@ -144,6 +145,8 @@ static inline void fetch(const void *start, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)start + at, 0, 3);
 }
 
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 /* F is what factors are stored in, T what x and y are */
 #define DOT(F, T) \
     static inline void dots_##F##_##T(const F *restrict a, const T *restrict x, int64_t n, float *restrict h, int num) { \
@@ -161,6 +164,9 @@ static inline void fetch(const void *start, int64_t bytes) {
         } \
     }
 
+/* A w has the weights in the place of the table's: a number for each row and factor, and a use of one that is 0 adds nothing,
+   whatever its value. x has num_inputs numbers a token, whose hidden values are x a^T; without an a, these are the hidden
+   values themselves. Each of the three ways is compiled by itself, without a look at what it has within its loops */
 #define ADD(F, T) \
     static inline void add_rows_##F##_##T(float *restrict sums, const F *restrict b, int64_t n, const float *h, int num) { \
         lanes own[MANY]; \
@@ -175,71 +181,50 @@ static inline void fetch(const void *start, int64_t bytes) {
         for (; o < n; o++) \
             for (int k = 0; k < num; k++) sums[o] += h[k] * widen_##F(b[k * n + o]); \
     } \
-    void add_##F##_##T(const Table *t, const T *restrict x, T *restrict y) { \
-        const int64_t num_tokens = t->num_tokens, in = t->num_inputs, out = t->num_outputs; \
+    static ALWAYS_INLINE void sum_##F##_##T( \
+        const Table *t, const F *a, const T *restrict x, const float *restrict w, T *restrict y) { \
+        const int64_t num_tokens = t->num_tokens, in = t->num_inputs, out = t->num_outputs, num_factors = t->num_factors; \
         const int64_t num_sums = t->num_rows * num_tokens * out; \
         float *restrict sums = t->work, *restrict h = sums + num_sums; \
-        const F *a = t->a, *b = t->b; \
-        const int64_t *counts = t->counts, *starts = counts + t->num_factors, *rows = starts + t->num_factors + 1; \
-        for (int64_t f = 0; f < t->num_factors; a += counts[f++] * in) \
+        const int64_t *counts = t->counts, *starts = counts + num_factors, *rows = starts + num_factors + 1; \
+        const F *b = t->b; \
+        for (int64_t f = 0, first = 0; f < num_factors; a += a ? counts[f] * in : 0, first += counts[f++]) \
             for (int64_t r = 0, n; r < counts[f]; r += n) { \
                 n = at_once(counts[f] - r); \
-                fetch(a + (r + n) * in, n * in * sizeof *a); \
-                for (int64_t u = starts[f]; u < starts[f + 1]; u++) \
+                if (a) fetch(a + (r + n) * in, n * in * sizeof *a); \
+                for (int64_t u = starts[f]; u < starts[f + 1]; u++) { \
+                    const float weight = w ? w[rows[u] * num_factors + f] : t->weights[u]; \
+                    if (w && weight == 0) continue; \
                     for (int64_t token = rows[u] * num_tokens, k = 0; k < num_tokens; token++, k++, h += n) { \
-                        BY_NUMBER(n, dots_##F##_##T, a + r * in, x + token * in, in, h) \
-                        for (int64_t i = 0; i < n; i++) h[i] *= t->weights[u]; \
+                        if (a) { \
+                            BY_NUMBER(n, dots_##F##_##T, a + r * in, x + token * in, in, h) \
+                        } else \
+                            for (int64_t i = 0; i < n; i++) h[i] = widen_##T(x[token * in + first + r + i]); \
+                        for (int64_t i = 0; i < n; i++) h[i] *= weight; \
                     } \
+                } \
             } \
         /* what nothing is added to stays what it is, 0 with its sign */ \
         for (int64_t o = 0; o < num_sums; o++) sums[o] = -0.0f; \
         h = sums + num_sums; \
-        for (int64_t f = 0; f < t->num_factors; b += counts[f++] * out) \
+        for (int64_t f = 0; f < num_factors; b += counts[f++] * out) \
             for (int64_t r = 0, n; r < counts[f]; r += n) { \
                 n = at_once(counts[f] - r); \
                 fetch(b + (r + n) * out, n * out * sizeof *b); \
-                for (int64_t u = starts[f]; u < starts[f + 1]; u++) \
+                for (int64_t u = starts[f]; u < starts[f + 1]; u++) { \
+                    if (w && w[rows[u] * num_factors + f] == 0) continue; \
                     for (int64_t token = rows[u] * num_tokens, k = 0; k < num_tokens; token++, k++, h += n) { \
                         BY_NUMBER(n, add_rows_##F##_##T, sums + token * out, b + r * out, out, h) \
                     } \
-            } \
-        _Pragma("omp simd") \
-        for (int64_t o = 0; o < num_sums; o++) y[o] = round_##T(widen_##T(y[o]) + sums[o]); \
-    }
-
-/* y += (hidden * w) b of num_rows tokens: w has a number for each token and factor, and what counts 0 adds nothing, whatever
-   its value. x has inputs a row, whose hidden values are x a^T; without an a, it has the hidden values, a row every
-   num_inputs */
-#define MIX(F, T) \
-    void mix_##F##_##T(const Table *t, const T *restrict x, const float *restrict w, T *restrict y) { \
-        const int64_t num_tokens = t->num_rows, in = t->num_inputs, out = t->num_outputs, num_sums = num_tokens * out; \
-        float *restrict sums = t->work, *restrict h = sums + num_sums; \
-        const F *a = t->a, *b = t->b; \
-        for (int64_t f = 0; f < t->num_factors && a; a += t->counts[f++] * in) \
-            for (int64_t r = 0, n; r < t->counts[f]; r += n) { \
-                n = at_once(t->counts[f] - r); \
-                fetch(a + (r + n) * in, n * in * sizeof *a); \
-                for (int64_t token = 0; token < num_tokens; token++, h += n) { \
-                    if (w[token * t->num_factors + f] == 0) continue; \
-                    BY_NUMBER(n, dots_##F##_##T, a + r * in, x + token * in, in, h) \
-                } \
-            } \
-        for (int64_t o = 0; o < num_sums; o++) sums[o] = -0.0f; \
-        h = sums + num_sums; \
-        for (int64_t f = 0; f < t->num_factors; b += t->counts[f] * out, x += a ? 0 : t->counts[f], f++) \
-            for (int64_t r = 0, n; r < t->counts[f]; r += n) { \
-                n = at_once(t->counts[f] - r); \
-                fetch(b + (r + n) * out, n * out * sizeof *b); \
-                for (int64_t token = 0; token < num_tokens; token++, h += n) { \
-                    const float weight = w[token * t->num_factors + f]; \
-                    float own[MANY]; \
-                    if (weight == 0) continue; \
-                    for (int64_t i = 0; i < n; i++) own[i] = weight * (a ? h[i] : widen_##T(x[token * in + r + i])); \
-                    BY_NUMBER(n, add_rows_##F##_##T, sums + token * out, b + r * out, out, own) \
                 } \
             } \
         _Pragma("omp simd") \
         for (int64_t o = 0; o < num_sums; o++) y[o] = round_##T(widen_##T(y[o]) + sums[o]); \
+    } \
+    void add_##F##_##T(const Table *t, const T *restrict x, const float *restrict w, T *restrict y) { \
+        if (!w) sum_##F##_##T(t, t->a, x, NULL, y); \
+        else if (t->a) sum_##F##_##T(t, t->a, x, w, y); \
+        else sum_##F##_##T(t, NULL, x, w, y); \
     }
 
 /* whether n numbers, a multiple of LANES, are all the same in the shorter form, in which they are written as far as they are */
@@ -258,8 +243,7 @@ static inline void fetch(const void *start, int64_t bytes) {
 
 #define ALL(F, T) \
     DOT(F, T) \
-    ADD(F, T) \
-    MIX(F, T)
+    ADD(F, T)
 
 ALL(f32, f32)
 ALL(bf16, f32)
@@ -285,4 +269,3 @@ static inline void dots_bf16_bf16(const bf16 *restrict a, const bf16 *restrict x
 DOT(bf16, bf16)
 #endif
 ADD(bf16, bf16)
-MIX(bf16, bf16)

@@ -86,7 +86,7 @@ class NativeRows(RowKernel):
         self.adder(y_BTO.dtype, x_BTI.shape)(x_BTI, y_BTO)
 
     def adder(self, dtype: torch.dtype, shape: torch.Size) -> Adder:
-        add = _native.function("add", dtype, self.a_DI.dtype)
+        add = _native.function(dtype, self.a_DI.dtype)
         if add is None or dtype is not self.dtype:
             return self._add_formula
         address = ctypes.addressof(self._table(shape[0] * shape[1] // len(self.entries)))
@@ -98,7 +98,7 @@ class NativeRows(RowKernel):
             if not x_BTI.is_contiguous():
                 x_BTI = x_BTI.contiguous()
             try:
-                add(address, x_BTI.data_ptr(), y_BTO.data_ptr())
+                add(address, x_BTI.data_ptr(), None, y_BTO.data_ptr())
             except RuntimeError:
                 # tensors of functorch and of tracing have no memory of their own
                 self._add_formula(x_BTI, y_BTO)

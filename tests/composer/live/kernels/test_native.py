@@ -75,7 +75,7 @@ def test_it_is_the_formula_rounded_once(dtype, sizes, tokens):
     wanted, off = formula(parts, rows, x, y)
     found = y.clone()
     kernel = NativeRows.of(parts, rows, dtype)
-    assert _native.function("add", dtype, dtype) is not None
+    assert _native.function(dtype, dtype) is not None
     kernel.adder(dtype, x.shape)(x, found)
     # sums in fp32, and the result rounded once
     assert bool(((found.double() - wanted).abs() <= off + unit(dtype) * wanted.abs()).all())
@@ -102,7 +102,7 @@ def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(dtype):
 @needs_a_compiler
 @pytest.mark.parametrize(("stored", "scale"), [(torch.float16, 1.0), (torch.bfloat16, 1e-6)])
 def test_factors_in_fp32_are_read_in_16_bits_where_these_hold_them_and_no_bit_changes(monkeypatch, stored, scale):
-    if _native.function("add", torch.float32, stored) is None:
+    if _native.function(torch.float32, stored) is None:
         pytest.skip(f"this processor does not read {stored}")
     parts, rows = mixtures(torch.float32, 80, 48)
     short = [PlacedFactors(*((scale * each).to(stored).float() for each in (part.a_RI, part.b_RO))) for part in parts]
@@ -143,7 +143,7 @@ def test_factors_in_fp32_are_read_in_16_bits_where_these_hold_them_and_no_bit_ch
 def test_numbers_are_shortened_only_where_all_stay_what_they_are(value, stored):
     numbers = torch.tensor([0.0, -0.0, 1.0, -3.0]).repeat(8, 4)
     numbers[5, 7] = value
-    if stored is not None and _native.function("add", torch.float32, stored) is None:
+    if stored is not None and _native.function(torch.float32, stored) is None:
         pytest.skip(f"this processor does not read {stored}")
     found = _native.shorten(torch.ones(1, 16), numbers)
     if stored is None:
