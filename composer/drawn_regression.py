@@ -36,7 +36,7 @@ def choose_ridge(gram_2SS: Tensor, cross_2TS: Tensor, target_2TT: Tensor, fit: i
 
 
 def _errors(gram_2SS: Tensor, cross_2TS: Tensor, target_2TT: Tensor, fit: int) -> list[float]:
-    """The error of every ridge, at least ROUNDING, from one decomposition.
+    """Return the error of every ridge, at least ROUNDING, from one decomposition.
 
     With G = V diag(g) V^T of the fit, N = (C + w P) V diag(1 / (g + w)) V^T, so that E|t - N s|^2 needs the products of
     that with the other half once, and for each ridge only sums over their entries.

@@ -17,8 +17,10 @@ from loraweave.hub.formats._foreign import Layer, LoraVariant, check_size
 from loraweave.types import Factors
 
 A, B = "lora_A.weight", "lora_B.weight"
-# compressed and repeated by every S-th feature or by neighbours, and the type that turns blocks
-EVERY, NEIGHBOURS, TURNED = {"in": (1, 4), "out": (1, 3)}, {"in": (2, 3), "out": (2, 4)}, 6
+# types whose inputs, or outputs, go together by every S-th feature; those of the others do by neighbours
+EVERY_INPUT, EVERY_OUTPUT = (1, 4), (1, 3)
+# the type that turns blocks
+TURNED = 6
 
 
 class Mora(LoraVariant):
@@ -44,22 +46,23 @@ class Mora(LoraVariant):
             raise AdapterCorrupt(f"{layer.where}: lora_A and lora_B differ, which are MoRA's one matrix stored twice")
         if kind == TURNED:
             return Dense(_turned(layer, square_SS, num_out, num_in))
-        filled = -(-num_in // side) * side if kind in EVERY["in"] else num_in
-        row_F = torch.arange(filled) % side if kind in EVERY["in"] else _neighbours(num_in, side)
+        filled = -(-num_in // side) * side if kind in EVERY_INPUT else num_in
+        row_F = torch.arange(filled) % side if kind in EVERY_INPUT else _neighbours(num_in, side)
         compress_SI = square_SS.new_zeros(side, num_in)
         places = (row_F, torch.arange(filled) % num_in)
         compress_SI.index_put_(places, torch.ones(filled, dtype=compress_SI.dtype), accumulate=True)
-        row_O = torch.arange(num_out) % side if kind in EVERY["out"] else _neighbours(num_out, side)
+        row_O = torch.arange(num_out) % side if kind in EVERY_OUTPUT else _neighbours(num_out, side)
         return plain(square_SS @ compress_SI, torch.eye(side, dtype=square_SS.dtype)[row_O])
 
 
 def _neighbours(size: int, count: int) -> Tensor:
-    """The group of each of `size` features: `count` groups of neighbours, the first ones larger by one."""
+    """Return the group of each of `size` features: `count` groups of neighbours, the first ones larger by one."""
     larger = torch.arange(count) < size % count
     return torch.arange(count).repeat_interleave(size // count + larger.long())
 
 
 def _turned(layer: Layer, square_SS: Tensor, num_out: int, num_in: int) -> Tensor:
+    """Return the update (O, I) of type 6: M turned in each block on the diagonal, folded and repeated to the layer's sizes."""
     side = len(square_SS)
     blocks, half = -(-num_in // side), side // 2
     check_size(layer, blocks * side, blocks * side)
