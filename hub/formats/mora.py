@@ -62,7 +62,7 @@ def _neighbours(size: int, count: int) -> Tensor:
 
 
 def _turned(layer: Layer, square_SS: Tensor, num_out: int, num_in: int) -> Tensor:
-    """Return the update (O, I) of type 6: M turned in each block on the diagonal, folded and repeated to the layer's sizes."""
+    """Return the update (O, I) of type 6: M turned in each block of the diagonal, folded and repeated to (O, I)."""
     side = len(square_SS)
     blocks, half = -(-num_in // side), side // 2
     check_size(layer, blocks * side, blocks * side)
