@@ -7,10 +7,12 @@ P is the identity where t and s have as many features, else zero. Products are (
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-RIDGES = tuple(10.0 ** (power / 2) for power in range(-16, 3))
+RIDGES: tuple[float, ...] = tuple(10.0 ** (power / 2) for power in range(-16, 3))
 # how much above the least an error may be for a larger ridge, as a share of its noise over its signal
 TOLERANCE = 1.1
 # of the size of t: what rounding leaves of an error
@@ -31,7 +33,7 @@ def choose_ridge(gram_2SS: Tensor, cross_2TS: Tensor, target_2TT: Tensor, fit: i
     the rows leave open, the larger ridge keeps as it is in P.
     """
     errors = _errors(gram_2SS, cross_2TS, target_2TT, fit)
-    odds = [error / (1 - error) if error < 1 else torch.inf for error in errors]
+    odds = [error / (1 - error) if error < 1 else math.inf for error in errors]
     return max(ridge for ridge, odd in zip(RIDGES, odds, strict=True) if odd <= TOLERANCE * min(odds))
 
 

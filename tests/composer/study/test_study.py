@@ -140,6 +140,7 @@ def test_answers_of_another_base_model_are_refused_whatever_it_is_called(run, ti
         ({"taks": []}, InvalidTask, "no key 'taks', did you mean 'tasks'"),
         ({"methods": []}, InvalidTask, "has no methods"),
         ({"methods": ["lorhub"]}, UnknownName, "no method 'lorhub', did you mean 'lorahub'"),
+        ({"methods": ["hilora"]}, UnknownName, "no method 'hilora': it was withdrawn, since .*make 'similarity'"),
         ({"methods": ["ties(a, c)"]}, FormulaError, "'c'"),
         ({"methods": [{"method": "ties", "densty": 0.3, "adapters": ["a"]}]}, WeightingError, "did you mean 'density'"),
         ({"methods": [{"method": "lorahub", "sigm": 0.3}]}, WeightingError, "did you mean 'sigma'"),
