@@ -35,7 +35,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "targets": ("loraweave.hub.targets",),
 }
 
-_SAVED = "of the same adapters, which a saved router has in its adapters/0, adapters/1 and so on (docs/tried.md)"
+_SAVED = "of the same adapters (adapters/0, adapters/1 and so on of a router saved with its pool; see docs/tried.md)"
 # names that a folder had once: why they went, and what to use
 WITHDRAWN = {
     ("routers", "mass"): f"it did not choose as the published MASS does; make 'arrow' or 'spectr' {_SAVED}",

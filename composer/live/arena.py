@@ -6,9 +6,9 @@
                                            once for each group of layers in which the experts have the same ranks
 
 Boards keep their addresses, and so do arenas until they grow, so that what is made for a layer and a board (kernels, a
-recorded graph) serves every later mixture of as many rows. The idea is that of the slots of vLLM and of S-LoRA (Sheng et
-al., MLSys 2024). A board is one activation's until that ends. The naive twin is the path without an arena, which gathers
-factors for each mixture (`row_weights.py`); `tests/composer/live/kernels/arena_cases.py` compares both with the formula.
+recorded graph) serves every later mixture of as many rows. The idea is that of vLLM's slots. A board is one activation's
+until that ends. The naive twin is the path without an arena, which gathers factors for each mixture (`row_weights.py`);
+`tests/composer/live/kernels/arena_cases.py` compares both with the formula.
 """
 
 from __future__ import annotations
