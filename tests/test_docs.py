@@ -228,6 +228,9 @@ def test_the_python_of_the_readme(run_page):
     read = lw.Composition.from_pretrained("composed", names["model"], names["tokenizer"])
     assert (read.mean_weights, read.by_layer) == (names["composition"].mean_weights, names["composition"].by_layer)
     assert set(names["composition"].mean_weights) <= {"passive", "negation", "antonym"}
+    readme, printed = (ROOT / "README.md").read_text(encoding="utf-8"), "\n".join(names["answers"])
+    assert f"```\n{printed}\n```" in readme
+    assert f"# {names['composition'].predict(['The senator helped the doctor.'])}\n" in readme
     assert names["merged"].rank == 8
     assert lw.Adapter.from_pretrained("plain").hash == names["weighed"].adapter.hash
 
@@ -297,10 +300,10 @@ def test_the_page_on_generation_whose_three_ways_give_one_answer(run_page, capsy
 def test_the_page_on_serving_gets_the_answer_of_its_formula(run_page):
     names = run_page("docs/serving.md")
     engine = lw.Composer(names["model"], names["hub"].pool(), tokenizer=names["tokenizer"])
-    mixture = {"passive": 0.8, "negation": 0.7}
+    mixture = {"passive": 1.1, "negation": 0.9}
     alone = engine.generate([names["asked"]["prompt"]], mixture=mixture, max_new_tokens=16, do_sample=False)
-    assert [choice["text"] for choice in names["body"]["choices"]] == alone
-    assert names["body"]["system_fingerprint"] == "0.7*negation + 0.8*passive"
+    assert [choice["text"] for choice in names["body"]["choices"]] == alone == [" The doctor was not thanked by the judge."]
+    assert names["body"]["system_fingerprint"] == "0.9*negation + 1.1*passive"
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from loraweave.cli._inputs import load_model, open_hub, require_dtype
 from loraweave.cli._printing import note, print_json, print_table
 from loraweave.errors import PackageMissing
 
-SERVE_EXAMPLE = 'Example: loraweave serve --hub adapters   (a client then asks for model "0.7*passive + 0.7*negation")'
+SERVE_EXAMPLE = 'Example: loraweave serve --hub adapters   (a client then asks for model "1.1*passive + 0.9*negation")'
 
 
 def serve(
@@ -147,7 +147,7 @@ def verify(
         raise typer.Exit(1)
 
 
-LOAD_EXAMPLE = 'Example: loraweave load "0.7*passive + 0.7*negation" --into sglang --url http://127.0.0.1:30000'
+LOAD_EXAMPLE = 'Example: loraweave load "1.1*passive + 0.9*negation" --into sglang --url http://127.0.0.1:30000'
 
 
 def load(
