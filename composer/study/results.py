@@ -183,13 +183,13 @@ def _figures(study: Study, shots: int, metric: Metric, answers: Mapping[Cell, An
         # means over different tasks cannot be compared
         if having and len(having) == len(tasks):
             spent = [each for cell, each in answers.items() if cell.method == method]
-            own = Draws.mean([draws[name, method.name] for name in having])
+            over_tasks = Draws.mean([draws[name, method.name] for name in having])
             reference = [draws.get((name, study.reference)) for name in having]
             known = [each for each in reference if each is not None]
             other = Draws.mean(known) if len(known) == len(having) else None
             num_seeds = min(len(seeds[name, method.name]) for name in having)
             size = sum(len(task.test) for task in tasks)
-            found.append(_figure(study, shots, metric, ALL, method.name, [own, other], num_seeds, size, spent))
+            found.append(_figure(study, shots, metric, ALL, method.name, [over_tasks, other], num_seeds, size, spent))
     return found
 
 
