@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkabl
 
 from loraweave.common.chat import Conversation, Prompt
 from loraweave.common.checks import one_or_many, require_whole
-from loraweave.common.rows import GivenRows, Row, read_asked, read_rows
+from loraweave.common.rows import GivenRows, Row, read_rows, shared_instruction
 from loraweave.errors import InvalidTask
 
 if TYPE_CHECKING:
@@ -270,8 +270,8 @@ class Task:
     first, each in the template with its answer; True shows the examples. A prompt never shows its own input, so that what is
     learned on an example is learned under the others (MetaICL, Min et al. 2022, arXiv 2110.15943). With `orders` answers are
     averaged over so many orders of the demonstrations, as probabilities. With `calibrated` the probability of a label is
-    divided by its geometric mean over the inputs given, or with True by its mean over inputs that say nothing (contextual
-    calibration, Zhao et al. 2021, arXiv 2102.09690; Zhou et al. 2024, arXiv 2309.17249, average over inputs of the task).
+    divided by its geometric mean over the inputs given, of rows with a label over those of other labels; with True by its
+    mean over inputs that say nothing (Zhao et al. 2021, arXiv 2102.09690; over inputs: Zhou et al. 2024, arXiv 2309.17249).
 
     With `chat`, by default where the examples are messages, prompts are conversations in the tokenizer's chat template. They
     begin with `system`, by default what all rows have as the system's turn; where it is empty, an input has its own, if any.
@@ -288,7 +288,7 @@ class Task:
     template: str | None = field(default=None, kw_only=True)
     demonstrations: Sequence[tuple[Prompt, str]] | bool = field(default=(), kw_only=True)
     orders: int = field(default=1, kw_only=True)
-    calibrated: bool | Sequence[Prompt] = field(default=False, kw_only=True)
+    calibrated: bool | Sequence[Prompt | tuple[Prompt, str]] = field(default=False, kw_only=True)
     stop: Sequence[str] | None = field(default=None, kw_only=True)
     chat: bool | None = field(default=None, kw_only=True)
     system: str | None = field(default=None, kw_only=True)
@@ -316,9 +316,14 @@ class Task:
             raise InvalidTask(f"metric {self.metric!r} is neither 'exact_match' nor 'rank_classification'")
         if self.metric == "rank_classification" and not self.labels:
             raise InvalidTask("metric 'rank_classification' needs labels=[...], the closed set of answers")
-        for number, (_, target) in enumerate(self.examples, start=1):
-            if self.labels is not None and target not in self.labels:
-                raise InvalidTask(f"example {number} has target {target!r}, which is none of the labels {self.labels}")
+        if not isinstance(self.calibrated, bool):
+            object.__setattr__(self, "calibrated", tuple(map(self._neutral, read_rows(self.calibrated, targets="any"))))
+        if self.calibrated and not self.labels:
+            raise InvalidTask("calibrated divides the probabilities of labels, and the task has no labels")
+        for noun, pairs in (("example", self.examples), ("calibrating input", self.neutral)):
+            for number, (_, target) in enumerate(pairs, start=1):
+                if self.labels is not None and target not in (*self.labels, None):
+                    raise InvalidTask(f"{noun} {number} has target {target!r}, which is none of the labels {self.labels}")
         if self.template is not None and "{input}" not in self.template:
             raise InvalidTask(f"template {self.template!r} has no field {{input}}")
         require_whole("orders", self.orders, 1, InvalidTask)
@@ -326,10 +331,6 @@ class Task:
         object.__setattr__(self, "stop", stop)
         if not all(isinstance(text, str) and text for text in stop):
             raise InvalidTask(f"stop is {self.stop!r:.80}; give the texts that end an answer, none of them empty")
-        if not isinstance(self.calibrated, bool):
-            object.__setattr__(self, "calibrated", tuple(map(self._as_kept, read_asked(self.calibrated))))
-        if self.calibrated and not self.labels:
-            raise InvalidTask("calibrated divides the probabilities of labels, and the task has no labels")
 
     @classmethod
     def of(cls, given: Task | GivenRows) -> Task:
@@ -354,11 +355,10 @@ class Task:
         return cast(tuple[str, ...], self.stop)
 
     @property
-    def neutral(self) -> tuple[Prompt, ...]:
-        """The inputs that tell the prior of each label; none where labels are ranked as they are."""
-        if isinstance(self.calibrated, bool):
-            return NEUTRAL if self.calibrated else ()
-        return tuple(self.calibrated)
+    def neutral(self) -> tuple[tuple[Prompt, str | None], ...]:
+        """The inputs that tell the prior of each label, with their own label or None; none to rank labels as they are."""
+        given = (NEUTRAL if self.calibrated else ()) if isinstance(self.calibrated, bool) else self.calibrated
+        return tuple(each if isinstance(each, tuple) else (each, None) for each in given)
 
     @property
     def answer_end(self) -> str | None:
@@ -429,20 +429,14 @@ class Task:
             said = {row.chat.system if row.chat is not None else "" for row in rows}
             object.__setattr__(self, "system", said.pop() if len(said) == 1 else "")
 
+    def _neutral(self, row: Row) -> Prompt | tuple[Prompt, str]:
+        """Return an input as `calibrated` keeps it, with its label where the row has one."""
+        kept = self._as_kept(row.asked)
+        return (kept, row.targets[0]) if row.targets else kept
+
     def _as_kept(self, asked: Prompt) -> Prompt:
         """An input as examples have it: a text, unless a chat has several turns, or a system of its own."""
         if not isinstance(asked, Conversation) or self.chat is False:
             return str(asked)
         kept = asked.without_system if self.system else asked
         return kept.turns[0][1] if len(kept.turns) == 1 else kept
-
-
-def shared_instruction(rows: Sequence[Row]) -> str:
-    """The one instruction of all rows, empty where none has one. Raises InvalidTask where they differ."""
-    for number, row in enumerate(rows, start=1):
-        if row.instruction != rows[0].instruction:
-            raise InvalidTask(
-                f"example 1 has the instruction {rows[0].instruction!r:.60}, and example {number} {row.instruction!r:.60}: "
-                "pass the task's as instruction=..., or write each into its input"
-            )
-    return rows[0].instruction if rows else ""

@@ -133,5 +133,7 @@ def task_json(task: Task) -> dict[str, Any]:
     for name in ("examples", "demonstrations"):
         fields[name] = [[prompt_json(asked), target] for asked, target in fields[name]]
     if not isinstance(task.calibrated, bool):
-        fields["calibrated"] = [prompt_json(asked) for asked in task.calibrated]
+        fields["calibrated"] = [
+            prompt_json(asked) if label is None else [prompt_json(asked), label] for asked, label in task.neutral
+        ]
     return {**fields, "chat": True, "system": task.system} if task.chat else fields

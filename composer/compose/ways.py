@@ -70,7 +70,7 @@ class Ways:
     def __init__(self, bench: Bench, settings: Settings, folds: Sequence[Split]) -> None:
         if settings.method == "auto" and bench.task.labels:
             # a label is not to win because the prompts make it likely whatever follows
-            inputs = settings.inputs or [asked for asked, _ in bench.task.examples]
+            inputs = settings.inputs or bench.task.examples
             bench = replace(bench, task=replace(bench.task, calibrated=inputs[:CALIBRATING]))
         self._bench = bench
         self._settings = settings

@@ -141,9 +141,9 @@ def predict_together(
         log_p_MNL = _label_scores_by_task(model, tokenizer, tasks, labels, inputs_MN, share)
         if neutral:
             # examples that the prompts show are asked under the others: they would leave nothing to share
-            neutral_MCL = _label_scores_by_task(model, tokenizer, tasks, labels, [neutral] * len(tasks), share)
-            prior_ML = neutral_MCL.exp().mean(dim=1).log() if tasks[0].calibrated is True else neutral_MCL.mean(dim=1)
-            log_p_MNL = without_prior(log_p_MNL, prior_ML)
+            asked = [text for text, _ in neutral]
+            neutral_MCL = _label_scores_by_task(model, tokenizer, tasks, labels, [asked] * len(tasks), share)
+            log_p_MNL = without_prior(log_p_MNL, log_prior(neutral_MCL, tasks[0]))
         return [labels[int(best)] for best in log_average(log_p_MNL, share_M).argmax(dim=1)]
     averaged = [AveragedScores(share_M)] if len(tasks) > 1 else []
     answers = [""] * len(inputs_MN[0])
@@ -189,6 +189,22 @@ def _batches(
     chunks = in_chunks(by_length, max(1, num_rows // len(tasks)))
     prefix = Prefixes.of(model, tokenizer, ids_MN) if share else None
     return prefix, [(chosen, [prompts[n] for prompts in prompts_MN for n in chosen]) for chosen in chunks]
+
+
+def log_prior(log_p_MCL: Tensor, task: Task) -> Tensor:
+    """Return log_prior_ML, how likely each label is whatever the input, by the task's C neutral inputs.
+
+    A label's is its mean log-probability over the inputs that are not known to be answered with it: a member that has
+    learned an example is sure of it, and would take a label that most examples have for one that is likely anyway. Inputs
+    that all have one label tell nothing (zeros). With `calibrated=True` it is the logarithm of the mean probability.
+    """
+    if task.calibrated is True:
+        return log_p_MCL.exp().mean(dim=1).log()
+    own = [label for _, label in task.neutral]
+    if len(set(own)) == 1 and own[0] is not None:
+        return torch.zeros_like(log_p_MCL[:, 0])
+    other_CL = torch.tensor([[label != answer for label in task.labels or ()] for answer in own]).to(log_p_MCL)
+    return (log_p_MCL * other_CL).sum(dim=1) / other_CL.sum(dim=0)
 
 
 def without_prior(log_p_MNL: Tensor, log_prior_ML: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from secrets import token_hex
 from typing import Any
 
 from loraweave.common.display import progress_bar, tracked
-from loraweave.common.rows import located, read_row
+from loraweave.common.rows import located, read_row, shared_instruction
 from loraweave.common.spread import Failed, spread
 from loraweave.composer.study.cells import Answers, Cell, Store, answered, cells
 from loraweave.composer.study.methods import Case, made
@@ -28,7 +28,7 @@ from loraweave.hub.formats._config import CONFIG
 from loraweave.hub.hub import Hub
 from loraweave.hub.intake.sources import adapter_folders
 from loraweave.hub.stores.open_stores import hub_exists
-from loraweave.types import Task, shared_instruction
+from loraweave.types import Task
 
 
 def study(

@@ -13,12 +13,12 @@ from loraweave.common.chat import Prompt
 from loraweave.common.checks import are_texts, is_list, is_whole, one_or_many
 from loraweave.common.files import as_path
 from loraweave.common.options import require_known
-from loraweave.common.rows import Row, located, read_row
+from loraweave.common.rows import Row, located, read_row, shared_instruction
 from loraweave.common.yaml_file import read_yaml
 from loraweave.composer.study.methods import Method
 from loraweave.composer.study.metrics import Metric, metric_of
 from loraweave.errors import InvalidTask, PackageMissing
-from loraweave.types import Task, shared_instruction
+from loraweave.types import Task
 
 NUM_TEST = 100
 DTYPES = ("float32", "bfloat16", "float16")

@@ -16,10 +16,10 @@ import typer
 
 from loraweave.cli._printing import note
 from loraweave.common.chat import Prompt
-from loraweave.common.rows import Row, located, located_lines, read_row
+from loraweave.common.rows import Row, located, located_lines, read_row, shared_instruction
 from loraweave.errors import AdapterExists, AdapterNotFound, HubError, InvalidTask, ScopeError, WeightingError
 from loraweave.hub.stores.open_stores import hub_exists
-from loraweave.types import Task, shared_instruction
+from loraweave.types import Task
 
 if TYPE_CHECKING:
     import loraweave as lw

@@ -81,6 +81,17 @@ def read_asked(given: GivenRows) -> list[Prompt]:
     return [row.asked for row in read_rows(given, noun="input", targets="none")]
 
 
+def shared_instruction(rows: Sequence[Row]) -> str:
+    """Return the one instruction of all rows, empty where none has one. Raises InvalidTask where they differ."""
+    for number, row in enumerate(rows, start=1):
+        if row.instruction != rows[0].instruction:
+            raise InvalidTask(
+                f"example 1 has the instruction {rows[0].instruction!r:.60}, and example {number} {row.instruction!r:.60}: "
+                "pass the task's as instruction=..., or write each into its input"
+            )
+    return rows[0].instruction if rows else ""
+
+
 def located(given: GivenRows, *, noun: str = "row", of: str = "", one_split: bool = True) -> Iterator[tuple[str, Any]]:
     """(where it is, the row as it came) of each row; integer labels of a data set are already their names.
 

@@ -62,7 +62,8 @@ def test_the_members_are_what_their_methods_compose_alone(compose_on, task):
 def test_its_answers_have_the_highest_average_probability(given, compose_on, tiny_llama, tokenizer):
     labels = ["ab", "ba", "c", "DD"]
     found = compose_on(task=lw.Task(EXAMPLES, instruction="swap", labels=labels), inputs=given)
-    others = given or [text for text, _ in EXAMPLES]
+    # inputs without answers tell the prior of every label, an example that of the labels that it does not have
+    others = [(text, None) for text in given] if given else EXAMPLES
     inputs = ["e", "f g", "hh", "b"]
     p_NL = torch.zeros(len(inputs), len(labels), dtype=torch.float64)
     for member in found.members.values():
@@ -70,14 +71,20 @@ def test_its_answers_have_the_highest_average_probability(given, compose_on, tin
         with lw.Composer(tiny_llama, [member.adapter]).activate({member.adapter.name: 1.0}), torch.no_grad():
             for task in orders:
                 end = task.answer_end or tokenizer.eos_token
-                priors_CL = torch.stack([p_of(tiny_llama, tokenizer, task.prompt(text), labels, end) for text in others])
-                prior_L = priors_CL.prod(dim=0) ** (1 / len(others))
+                p_CL = [p_of(tiny_llama, tokenizer, task.prompt(text), labels, end) for text, _ in others]
+                prior_L = torch.stack([geometric_mean_of_others(p_CL, others, place) for place in range(len(labels))])
                 for number, text in enumerate(inputs):
                     ratio_L = p_of(tiny_llama, tokenizer, task.prompt(text), labels, end) / prior_L
                     p_NL[number] += member.share * ratio_L / ratio_L.sum() / len(orders)
     assert found.predict(inputs) == [labels[int(best)] for best in p_NL.argmax(dim=1)]
     expected = [labels[int(best)] == "ab" for best in p_NL.argmax(dim=1)]
     assert found.evaluate([(text, "ab") for text in inputs])["value"] == pytest.approx(sum(expected) / 4)
+
+
+def geometric_mean_of_others(p_CL, others, place):
+    """Of the probability of the label at this place of ab, ba, c, DD, after the inputs that have another answer."""
+    counted = [p_L[place] for p_L, (_, answer) in zip(p_CL, others, strict=True) if answer != ("ab", "ba", "c", "DD")[place]]
+    return torch.stack(counted).prod() ** (1 / len(counted))
 
 
 def p_of(model, tokenizer, prompt, labels, end):
@@ -134,6 +141,11 @@ def test_the_inputs_that_calibrate_are_kept(compose_on, tiny_llama, tokenizer, t
     found.save_pretrained(tmp_path / "kept")
     read = lw.Composition.from_pretrained(tmp_path / "kept", tiny_llama, tokenizer)
     assert [member.task.calibrated for member in read.members.values()] == [tuple(inputs[:20])] * 2
+    found = compose_on(task=lw.Task(EXAMPLES, labels=["ab", "ba", "c", "DD"]))
+    found.save_pretrained(tmp_path / "with examples")
+    read = lw.Composition.from_pretrained(tmp_path / "with examples", tiny_llama, tokenizer)
+    assert [member.task.calibrated for member in read.members.values()] == [tuple(EXAMPLES)] * 2
+    assert read.predict(["b", "x"]) == found.predict(["b", "x"])
     with pytest.raises(InvalidTask, match="for method 'auto' of a task with labels"):
         compose_on(inputs=inputs)
 

@@ -319,6 +319,74 @@ def test_calibrated_labels_are_divided_by_what_other_inputs_give_them(calibrated
         Task(LONGER, calibrated=calibrated)
 
 
+def stated(monkeypatch, p_of):
+    """`predict` ranks labels by p_of(prompt), {label: probability}, in the place of a model's own."""
+
+    def scores(model, tokenizer, prompts, labels, **_):
+        return torch.tensor([[p_of(prompt)[label] for label in labels] for prompt in prompts]).double().log()
+
+    monkeypatch.setattr(scoring, "label_scores", scores)
+
+
+UNBALANCED = [("a 1", "A"), ("a 2", "A"), ("a 3", "A"), ("a 4", "A"), ("b 1", "B")]
+
+
+def test_members_that_learned_four_examples_of_one_label_are_not_turned_against_it(tiny_llama, tokenizer, monkeypatch):
+    learned = {asked for asked, _ in UNBALANCED}
+
+    def p_of(prompt):
+        # surer of the examples than of other inputs, and right of both
+        right = 0.95 if prompt in learned else 0.8
+        return {"A": right, "B": 1 - right} if prompt.startswith("a") else {"A": 1 - right, "B": right}
+
+    stated(monkeypatch, p_of)
+    task = Task(UNBALANCED, labels=["A", "B"], template="{input}")
+    inputs = ["a 5", "a 6", "a 7", "b 2"]
+    right = ["A", "A", "A", "B"]
+    assert predict(tiny_llama, tokenizer, task, inputs) == right
+    # the geometric mean over all of them divides A by .53 and B by .09
+    assert predict(tiny_llama, tokenizer, replace(task, calibrated=[asked for asked, _ in UNBALANCED]), inputs) != right
+    members = [replace(task, calibrated=UNBALANCED)] * 2
+    given = tiny_llama, tokenizer, members, scoring.equal_shares(2), [inputs] * 2
+    assert scoring.predict_together(*given) == right
+
+
+def calibrated_alone(p_of, task, asked):
+    """p_L of one input, each label by its geometric mean over the inputs that have another answer, or an unknown one."""
+    ratios = []
+    for label in task.labels:
+        others = [text for text, answer in task.neutral if answer != label]
+        product = 1.0
+        for text in others:
+            product *= p_of(text)[label]
+        # of a label that all inputs have, nothing tells how likely it is whatever the input
+        comparable = len({answer for _, answer in task.neutral}) > 1 or task.neutral[0][1] is None
+        ratios.append(p_of(asked)[label] / (product ** (1 / len(others)) if comparable else 1.0))
+    return [ratio / sum(ratios) for ratio in ratios]
+
+
+@pytest.mark.parametrize(
+    "answers", ["AAAAB", "AABBC", "CCCCC", "ABC", "A", "AB??", "AA?", "???"], ids=lambda answers: f"of {answers}"
+)
+def test_an_input_whose_answer_is_known_tells_the_prior_of_the_other_labels(answers, tiny_llama, tokenizer, monkeypatch):
+    drawn = np.random.default_rng(len(answers))
+    inputs = [f"input {number}" for number in range(40)]
+    neutral = [text if answer == "?" else (text, answer) for text, answer in zip(inputs, answers, strict=False)]
+    p_NL = drawn.dirichlet([0.5] * 4, size=len(inputs))
+    known = {text: dict(zip("ABCD", p_L, strict=True)) for text, p_L in zip(inputs, p_NL, strict=True)}
+    stated(monkeypatch, known.__getitem__)
+    task = Task([], labels=list("ABCD"), template="{input}", calibrated=neutral)
+    expected = [task.labels[int(np.argmax(calibrated_alone(known.__getitem__, task, asked)))] for asked in inputs]
+    assert predict(tiny_llama, tokenizer, task, inputs) == expected
+    plain = predict(tiny_llama, tokenizer, replace(task, calibrated=False), inputs)
+    assert (plain == expected) == (answers in ("A", "CCCCC"))
+
+
+def test_a_known_answer_that_is_no_label_is_refused():
+    with pytest.raises(InvalidTask, match=r"calibrating input 2 has target 'C', .* none of the labels \('A', 'B'\)"):
+        Task([], labels=["A", "B"], calibrated=[("a", "A"), ("c", "C")])
+
+
 def p_of_labels(model, tokenizer, prompt, labels):
     """p_L by the summed log-likelihood of each label and a line break."""
     scores = [-sum_of_losses(model, tokenizer, prompt, f" {label}\n") for label in labels]
