@@ -51,10 +51,10 @@ def write(path, number, count):
     return ()
 
 
-def read(path, done):
-    """Sentences on what a reader must never see, until the file `done` is there."""
+def read(path, done, parent):
+    """Yield a sentence on what a reader must never see, until the file `done` is there or the process `parent` is gone."""
     with Hub(path) as hub:
-        while not done.exists():
+        while not done.exists() and os.getppid() == parent:
             records = hub.records()
             if len({record.name for record in records}) != len(records):
                 yield "one name twice"
@@ -82,7 +82,8 @@ def crowd(folder, num_writers, count):
         held = hub["held"]
         hub.remove("held")
     reading, telling = os.pipe()
-    readers = [forked(lambda: read(path, done), telling) for _ in range(2)]
+    driver = os.getpid()
+    readers = [forked(lambda: read(path, done, driver), telling) for _ in range(2)]
     writers = [forked(lambda number=number: write(path, number, count), telling) for number in range(num_writers)]
     with Hub(path) as hub, hub._catalogue.reading() as connection:
         # one moment of the hub, which lasts while everything else happens
