@@ -11,6 +11,7 @@ A search is such a trial: a solver asks for candidates, and the examples that it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,8 @@ EACH = 10
 TRAINS_FROM = 40
 # a single adapter of less than this share of the loss without adapters is taken as it is
 SURE = 0.5
+# with labels, unless these suit it by luck with at least this probability
+LUCK = 0.05
 # with a lower loss, in nats a token, without anything learned no program is sought
 NEAR = 0.5
 # a program of FAR times that loss is no member
@@ -141,15 +144,28 @@ class Ways:
         return measured
 
     def _is_sure(self, plain: Sequence[Trial[Any]]) -> bool:
-        """Whether the best single adapter's loss is far below that of prompts alone.
+        """Return True if the best single adapter's loss is far below that of prompts alone, and that is no luck.
 
         No prompt can show the only example that it asks for: of one, the adapter must also be the one that retrieval finds.
+        An adapter that writes labels whatever the input has a low loss, too, and a few labels suit one of many by luck.
         """
         losses = {trial.name: trial.held_out_loss for trial in plain}
         if self._is_one and self._bench.best([0], 1).keys() != set(list(self._bench.scores)[:1]):
             return False
         prompts = ("base", "in_context", "in_context_adapter")
-        return losses["best_single"] < SURE * min(losses[name] for name in prompts if name in losses)
+        if losses["best_single"] >= SURE * min(losses[name] for name in prompts if name in losses):
+            return False
+        return self._bench.task.labels is None or self._luck() < LUCK
+
+    def _luck(self) -> float:
+        """Return the `luck` of the best single adapter among those that retrieval ranks no lower, or among a whole pool."""
+        bench, task = self._bench, self._bench.task
+        (single,) = best = bench.best(range(len(task.examples)), 1)
+        loss = ExampleLoss(bench.engine, bench.tokenizer, task, kind="labels", l1=0.0)
+        (losses_N,), _ = loss.scores([MixtureWeights.of(best, bench.names)])
+        ranked = list(bench.scores)
+        num_tried = ranked.index(single) + 1 if ranked else len(bench.names)
+        return luck(losses_N.tolist(), [label for _, label in task.examples], num_tried)
 
     def _plain_trials(self) -> list[Trial[Any]]:
         """The base model, the best single adapter, and the uniform mixture, in the way it was asked for if it was."""
@@ -276,6 +292,18 @@ class Ways:
 
 
 Start = Mapping[str, float] | MixtureWeights | None
+
+
+def luck(losses_N: Sequence[float], labels_N: Sequence[str], num_tried: int) -> float:
+    """Return a bound on the probability that the best of `num_tried` adapters finds labels so likely that say nothing.
+
+    `losses_N` are -log p of each example's label, among all labels. If labels are drawn without regard to the inputs, an
+    adapter finds them x times as likely as their own frequencies do with a probability of at most 1 / x (Markov's
+    inequality; universal inference, Wasserman et al. 2020, arXiv 1912.11436).
+    """
+    frequencies = [labels_N.count(label) / len(labels_N) for label in labels_N]
+    log_guess = math.fsum(map(math.log, frequencies))
+    return math.exp(min(0.0, math.log(num_tried) + log_guess + math.fsum(losses_N)))
 
 
 def _least(trials: Sequence[Trial[Any]]) -> float:

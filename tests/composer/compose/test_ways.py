@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from rich.progress import Progress
@@ -197,6 +199,61 @@ def test_an_adapter_that_answers_the_examples_already_is_taken_as_it_is(
         found = compose(hub)
     assert found.report["in_context_adapter"].loss < 2 * found.report["best_single"].loss
     assert found.report.chosen == "average"
+
+
+def test_an_adapter_that_only_writes_labels_is_not_taken_for_one_that_answers(compose, tiny_llama, tokenizer, pool):
+    learn = partial(lw.train_adapters, tiny_llama, tokenizer, steps=120, lr=3e-2, rank=16, progress=False)
+    examples = [("a", "no"), ("b", "yes"), ("cc", "no"), ("d", "no")]
+    either = [(asked, label) for asked, _ in examples for label in ("yes", "no")]
+    writer = learn({"writer": lw.Task(either, instruction="vote")})["writer"]
+    found = compose({**pool.adapters, "writer": writer}, task=lw.Task(examples, instruction="vote", labels=["yes", "no"]))
+    # it writes one of the labels, which prompts alone seldom do, whatever the input
+    losses = [found.report[name].loss for name in ("best_single", "base", "in_context")]
+    assert losses[0] < 0.5 * min(losses[1:])
+    assert found.report.chosen == "average"
+
+
+def test_labels_are_answered_already_where_they_are_not_right_by_luck(compose, tiny_llama, tokenizer, pool, tmp_path):
+    learn = partial(lw.train_adapters, tiny_llama, tokenizer, steps=120, lr=3e-2, rank=16, progress=False)
+    expert = learn({"it": lw.Task(EXAMPLES, instruction="swap")})["it"]
+    # four labels, by one of four adapters: 4 / 4^4
+    task = lw.Task(EXAMPLES, instruction="swap", labels=["ab", "ba", "c", "DD"])
+    assert compose({**pool.adapters, "it": expert}, task=task).report.chosen == "best_single"
+    votes = [("a", "no"), ("b", "yes"), ("cc", "no"), ("d", "no"), ("e f", "yes")]
+    task = lw.Task(votes, instruction="vote", labels=["yes", "no"])
+    voter = replace(learn({"voter": task})["voter"], card={"examples": ["a", "b"], "description": "vote"})
+    # two labels, three and two times: .035 where retrieval finds it first, .14 as one of four
+    with lw.Hub(tmp_path / "hub") as hub:
+        for adapter in (*pool.adapters.values(), voter):
+            hub.add(adapter)
+        assert compose(hub, task=task).report.chosen == "best_single"
+    assert compose({**pool.adapters, "voter": voter}, task=task).report.chosen == "average"
+
+
+@pytest.mark.parametrize("frequencies", [(0.5, 0.5), (0.9, 0.1), (0.2, 0.2, 0.6)], ids=str)
+@pytest.mark.parametrize("num_adapters", [1, 3])
+def test_luck_bounds_how_often_labels_drawn_at_random_suit_some_adapter(frequencies, num_adapters):
+    num_labels, num_examples = len(frequencies), 6
+    p_ANL = np.random.default_rng(0).dirichlet([0.3] * num_labels, size=(num_adapters, num_examples))
+    # and one that always says the most frequent label
+    p_ANL[0] = 1e-3
+    p_ANL[0, :, np.argmax(frequencies)] = 1 - 1e-3 * (num_labels - 1)
+    found = []
+    for labels in itertools.product(range(num_labels), repeat=num_examples):
+        losses_AN = [[-math.log(p_L[label]) for p_L, label in zip(p_NL, labels, strict=True)] for p_NL in p_ANL]
+        least = min(ways.luck(losses_N, labels, num_adapters) for losses_N in losses_AN)
+        found.append((least, math.prod(frequencies[label] for label in labels)))
+    assert sum(drawn for _, drawn in found) == pytest.approx(1.0)
+    for bound in (0.05, 0.2, 0.5, 0.9):
+        assert sum(drawn for least, drawn in found if least <= bound) <= bound
+
+
+def test_luck_is_the_share_of_labels_that_are_as_frequent_where_an_adapter_is_sure():
+    # 3/5 and 2/5 to the number of each; of one label alone nothing can be said
+    assert ways.luck([0.0] * 5, list("AABBB"), 1) == pytest.approx(0.4**2 * 0.6**3, rel=1e-12)
+    assert ways.luck([0.1] * 5, list("AABBB"), 2) == pytest.approx(2 * 0.4**2 * 0.6**3 * math.exp(0.5), rel=1e-12)
+    assert ways.luck([0.0] * 5, list("AAAAA"), 1) == 1.0
+    assert ways.luck([2000.0] * 5, list("ABCDE"), 1) == ways.luck([math.nan] * 5, list("ABCDE"), 1) == 1.0
 
 
 @pytest.mark.parametrize(
