@@ -247,7 +247,10 @@ REFUSED = [(name, rows) for name in NAMES for rows in NO_ROWS if (name, rows) no
 
 @pytest.mark.parametrize(("name", "rows"), REFUSED)
 def test_every_entrance_refuses_what_is_no_rows(entrances, name, rows):
-    places = r"(row|example|input|text) [12]\b" if isinstance(rows, list) else rf"got {rows!r}, not rows"
+    if isinstance(rows, list):
+        places = r"(row|example|input|text) [12]\b"
+    else:
+        places = rf"got {rows!r}, not rows|got the text {rows!r} alone: give a list of texts"
     with pytest.raises(InvalidTask, match=places):
         getattr(entrances, name)(rows)
 

@@ -211,7 +211,7 @@ def test_a_calibration_that_fails_leaves_the_threshold_as_it_was(hub, plane):
     for wrong in (["1", ""], []):
         with pytest.raises(RetrievalError):
             retriever.calibrate(wrong, ["120"])
-    with pytest.raises(InvalidTask, match="the inputs: got '120', not rows"):
+    with pytest.raises(InvalidTask, match="the inputs: got the text '120' alone"):
         retriever.calibrate(["1"], "120")
     with pytest.raises(RetrievalError, match="inputs_per_query is 0"):
         retriever.calibrate(["1"], ["120"], inputs_per_query=0)

@@ -175,7 +175,7 @@ def test_settings_that_cannot_be_used_are_named_before_anything_runs(tiny, tmp_p
 
 
 def test_a_text_in_the_place_of_a_tasks_inputs_is_not_taken_for_its_letters(tiny, tmp_path):
-    with pytest.raises(InvalidTask, match="the inputs of 'a': got 'walk', not rows"):
+    with pytest.raises(InvalidTask, match="the inputs of 'a': got the text 'walk' alone"):
         train(tiny, tmp_path / "out", {**INPUTS, "a": "walk"})
 
 

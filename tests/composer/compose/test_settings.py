@@ -54,7 +54,7 @@ def test_seconds_are_refused_in_several_processes_before_anything_runs(pool, mon
         ({"method": "gradient", "space": "factors"}, WeightingError, "no gradients of .* in space 'factors'"),
         ({"method": "gradient", "betas": 0.9}, WeightingError, "options of method 'gradient'"),
         ({"method": "grid", "strengths": 3}, WeightingError, "options of method 'grid'"),
-        ({"method": "adamerging", "inputs": "abc"}, InvalidTask, "the inputs: got 'abc', not rows"),
+        ({"method": "adamerging", "inputs": "abc"}, InvalidTask, "the inputs: got the text 'abc' alone"),
         ({"method": "adamerging", "inputs": []}, InvalidTask, r"inputs are \[\]"),
         ({"method": "adamerging", "inputs": ["a", 5]}, InvalidTask, "input 2 is 5, not a text"),
         (

@@ -215,7 +215,9 @@ def test_probes_are_kept_so_that_a_second_visit_to_a_sound_server_loads_no_model
     assert loads == ["tiny"] * 2
 
 
-def test_a_report_is_json_and_a_table(faulty):
+def test_a_report_is_json_and_a_table(faulty, monkeypatch):
+    # in 80 columns a verdict takes two lines
+    monkeypatch.setenv("COLUMNS", "160")
     report, _ = faulty
     told = json.loads(json.dumps(report.to_json()))
     assert told["ok"] is False
