@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from quantised_models import QUANTISED, bias_of, imported, setting
+from rounding import assert_near, unit
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
@@ -49,8 +50,8 @@ def test_with_a_limit_of_zero_fused_equals_live(part: str, name: str) -> None:
         found = model(x)
         assert written.losses["0"].live
         assert written.losses["0"].loss > 0
-    tolerance = 1e-5 if x.dtype == torch.float32 else 1e-2
-    assert float((found - live).abs().max()) <= tolerance * float(live.abs().max())
+    # in fp32 the sums of 64 inputs and three rank rows; in half precision the result
+    assert_near(found, live, 64 + 3 if x.dtype == torch.float32 else 1)
     assert torch.equal(model(x), base)
 
 
@@ -81,6 +82,12 @@ ROUNDED = {
 }
 
 
+def int8_products_are_exact() -> bool:
+    """False on processors without VNNI, where torch adds up pairs of products of int8 in 16 bits, which saturate."""
+    largest = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.T) == 64 * 127**2).all())
+
+
 @pytest.mark.parametrize("name", ROUNDED)
 @torch.no_grad()
 def test_above_the_limit_the_weight_is_the_sum_rounded_by_the_librarys_rule(name: str) -> None:
@@ -95,9 +102,12 @@ def test_above_the_limit_the_weight_is_the_sum_rounded_by_the_librarys_rule(name
     assert (np.abs(found - expected) <= 1e-2 * np.abs(exact).max()).mean() > 0.99
     assert not loss.live
     assert loss.loss == pytest.approx(np.linalg.norm(found - exact) / np.linalg.norm(exact - weight), rel=0.02)
+    if name == "torchao int8 inputs too" and not int8_products_are_exact():
+        return
     linear = nn.functional.linear(x.double(), torch.from_numpy(found), bias_of(model[0]))
-    # bitsandbytes' product on CPUs is one of bf16, int8 rounds the inputs
-    assert float((y - linear).abs().max()) <= 0.02 * float(linear.abs().max())
+    # bitsandbytes' product on CPUs is one of bf16, which rounds both factors and the result; int8 rounds an input to a 255th
+    sizes = x.abs().amax(dim=-1, keepdim=True).double() * torch.from_numpy(np.abs(found).sum(axis=1))
+    assert bool(((y - linear).abs() <= 3 * unit(torch.bfloat16) * sizes).all())
 
 
 @torch.no_grad()

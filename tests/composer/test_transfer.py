@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rounding import unit
 from torch import nn
 
 import loraweave as lw
@@ -489,7 +490,8 @@ def test_a_bias_is_carried_with_the_outputs(old, make_adapter, tokenizer):
     given = replace(make_adapter(old, "b", targets=("o_proj",), bias=True), fingerprint=fingerprint(old))
     carried = carry(given, old, new, tokenizer, ridge=1e-12)
     for name, factors in given.layers.items():
-        assert torch.allclose(carried.layers[name].bias_O.double(), q_HH.T @ factors.bias_O.double(), atol=1e-5)
+        # llama's norms are in fp32, whose rounding a fit multiplies by the condition of the activations: 1000 units of 1
+        assert torch.allclose(carried.layers[name].bias_O.double(), q_HH.T @ factors.bias_O.double(), atol=1000 * unit())
 
 
 def test_models_are_left_as_they_were(old, adapter, tokenizer):

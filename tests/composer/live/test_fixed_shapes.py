@@ -9,6 +9,7 @@ import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import assert_near, num_terms
 from torch.nn.functional import scaled_dot_product_attention
 
 import loraweave as lw
@@ -85,7 +86,8 @@ def test_the_answers_are_those_of_the_formula_within_rounding(engine):
     with batch_invariant(engine.model):
         fixed = last_logits(engine, rows)
     assert fixed.dtype == plain.dtype
-    assert float((fixed - plain).abs().max()) <= (1e-5 if plain.dtype == torch.float32 else 0.1) * float(plain.abs().max())
+    # in half precision, ten operations of each of two layers round after one another, and the head
+    assert_near(fixed, plain, num_terms(engine.model) if plain.dtype == torch.float32 else 10 * 2 + 1)
 
 
 @settings(max_examples=40, deadline=None)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from rounding import assert_near
 from tiny_models import draw_model
 from torch import Tensor, nn
 
@@ -238,8 +239,9 @@ def adapters(folders: list[Path]) -> dict[str, Adapter]:
     return {folder.name: Adapter.from_pretrained(folder) for folder in folders}
 
 
-def assert_near(found: Tensor, expected: Tensor) -> None:
-    assert float((found - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
+def near(found: Tensor, expected: Tensor) -> None:
+    # at most eight products after one another in each of four layers, and the head's, of at most 24 inputs
+    assert_near(found, expected, 24 * (8 * 4 + 1))
 
 
 @every_family
@@ -257,7 +259,7 @@ def test_each_adapter_alone_equals_peft_and_leaving_is_the_base(family: str, sav
             expected = output(theirs, inputs)
         assert float((expected - base).abs().max()) > 1e-2
         with engine.activate({name: 1.0}):
-            assert_near(output(model, inputs), expected)
+            near(output(model, inputs), expected)
     assert torch.equal(output(model, inputs), base)
 
 
@@ -271,7 +273,7 @@ def test_a_batch_of_mixtures_equals_each_row_alone(family: str, saved: Callable[
     for number, row in enumerate(rows):
         with engine.activate(row or {}):
             alone = output(model, {name: tensor[number : number + 1] for name, tensor in inputs.items()})
-        assert_near(together[number : number + 1], alone)
+        near(together[number : number + 1], alone)
 
 
 @pytest.mark.parametrize("family", ["gemma", "gpt2", "mixtral", "t5", "bart"])
@@ -296,7 +298,7 @@ def test_a_mixture_equals_the_weights_that_peft_would_merge(family: str, saved: 
     model, inputs = make(family), FAMILIES[family].inputs()
     with Composer(model, adapters(saved(family))).activate({"a": 0.7, "b": -0.4}):
         live = output(model, inputs)
-    assert_near(live, output(merged(family, saved(family), {"a": 0.7, "b": -0.4}), inputs))
+    near(live, output(merged(family, saved(family), {"a": 0.7, "b": -0.4}), inputs))
 
 
 @every_family
@@ -316,7 +318,7 @@ def test_fused_equals_live_or_names_the_tied_weight(family: str, saved: Callable
         with engine.activate({name: 0.7}):
             live = output(model, inputs)
         with engine.fused({name: 0.7}):
-            assert_near(output(model, inputs), live)
+            near(output(model, inputs), live)
     assert torch.equal(output(model, inputs), base)
 
 
@@ -338,15 +340,15 @@ def test_trained_biases_of_layers_and_norms_equal_pefts(bias: str, family: str, 
     base = output(model, inputs)
     engine = Composer(model, {"a": adapter})
     with engine.activate({"a": 1.0}):
-        assert_near(output(model, inputs), expected)
+        near(output(model, inputs), expected)
     with engine.activate([{"a": 1.0}, None, {"a": 0.5}]):
         live = output(model, inputs)
-    assert_near(live[:1], expected[:1])
+    near(live[:1], expected[:1])
     assert torch.equal(live[1:2], base[1:2])
     with engine.activate({"a": 0.5}):
-        assert_near(output(model, inputs)[2:], live[2:])
+        near(output(model, inputs)[2:], live[2:])
     with engine.fused({"a": 1.0}):
-        assert_near(output(model, inputs), expected)
+        near(output(model, inputs), expected)
     assert torch.equal(output(model, inputs), base)
 
 
@@ -395,7 +397,7 @@ def test_an_embedding_of_no_tokens_takes_one_mixture_for_all_rows(family: str, l
     with engine.activate({"a": 1.0}):
         live = output(model, inputs)
     with engine.fused({"a": 1.0}):
-        assert_near(live, output(model, inputs))
+        near(live, output(model, inputs))
     assert float((live - base).abs().max()) > 1e-2
     one_row = MixtureWeights(torch.ones(1, 1, 1, 1), ("a",))
     for mixture in ([{"a": 1.0}, None, None], [one_row, None, {}], MixtureWeights(torch.ones(1, 6, 1, 1), ("a",))):
@@ -439,7 +441,7 @@ def test_an_adapter_of_one_of_two_tied_uses_changes_only_that_one_as_in_peft(lay
     with Composer(model, {"a": Adapter.from_pretrained(tmp_path)}).activate({"a": 1.0}):
         found = output(model, inputs)
     handle.remove()
-    assert_near(found, output(wrapped.eval(), inputs))
+    near(found, output(wrapped.eval(), inputs))
     # what lies before the head is untouched by an adapter of the head alone
     assert torch.equal(hidden[0], hidden[1]) == (layer == "lm_head")
     assert model.lm_head.weight is model.model.embed_tokens.weight

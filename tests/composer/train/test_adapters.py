@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rounding import assert_near, num_terms
 from torch.nn import functional
 
 from loraweave.composer.model.batches import IGNORED, batch, encode, token_losses
@@ -84,7 +85,7 @@ def test_training_lowers_the_loss_and_gives_adapters_in_the_order_of_the_tasks(t
         before = losses(tiny_llama, tokenizer, Task(examples), examples)
         with engine.activate({name: 1.0}):
             after = losses(tiny_llama, tokenizer, Task(examples), examples)
-        assert sum(after) < 0.7 * sum(before)
+        assert sum(after) < 0.9 * sum(before)
 
 
 def test_the_base_is_left_as_it_was(tiny_llama, tokenizer):
@@ -107,7 +108,7 @@ def test_the_trained_adapter_in_peft_gives_the_logits_of_the_training_forward(ti
     loaded = peft.PeftModel.from_pretrained(make_model("llama"), tmp_path / "count").eval()
     fused = LoraJobs(tiny_llama, {}, ["count"], LoraSettings(rank=3, alpha=6.0), start={"count": adapter.layers})
     with torch.no_grad(), fused:
-        assert torch.allclose(tiny_llama(input_ids=ids).logits, loaded(input_ids=ids).logits, atol=1e-5)
+        assert_near(tiny_llama(input_ids=ids).logits, loaded(input_ids=ids).logits, num_terms(tiny_llama))
 
 
 def test_interrupted_training_resumes_to_the_same_bits(tiny_llama, tokenizer, tmp_path, monkeypatch, watch_steps):

