@@ -195,15 +195,13 @@ def log_prior(log_p_MCL: Tensor, task: Task) -> Tensor:
     """Return log_prior_ML, how likely each label is whatever the input, by the task's C neutral inputs.
 
     A label's is its mean log-probability over the inputs that are not known to be answered with it: a member that has
-    learned an example is sure of it, and would take a label that most examples have for one that is likely anyway. Inputs
-    that all have one label tell nothing (zeros). With `calibrated=True` it is the logarithm of the mean probability.
+    learned an example is sure of it, and would take a label that most examples have for one that is likely anyway. A label
+    that all inputs have takes all. With `calibrated=True` it is the logarithm of the mean probability.
     """
     if task.calibrated is True:
         return log_p_MCL.exp().mean(dim=1).log()
-    own = [label for _, label in task.neutral]
-    if len(set(own)) == 1 and own[0] is not None:
-        return torch.zeros_like(log_p_MCL[:, 0])
-    other_CL = torch.tensor([[label != answer for label in task.labels or ()] for answer in own]).to(log_p_MCL)
+    other_CL = torch.tensor([[label != own for label in task.labels or ()] for _, own in task.neutral]).to(log_p_MCL)
+    other_CL[:, other_CL.sum(dim=0) == 0] = 1
     return (log_p_MCL * other_CL).sum(dim=1) / other_CL.sum(dim=0)
 
 

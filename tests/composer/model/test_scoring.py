@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -352,16 +353,15 @@ def test_members_that_learned_four_examples_of_one_label_are_not_turned_against_
 
 
 def calibrated_alone(p_of, task, asked):
-    """p_L of one input, each label by its geometric mean over the inputs that have another answer, or an unknown one."""
+    """p_L of one input, each label by its geometric mean over the inputs that have another answer, or an unknown one.
+
+    Of a label that all inputs have, over all.
+    """
     ratios = []
     for label in task.labels:
-        others = [text for text, answer in task.neutral if answer != label]
-        product = 1.0
-        for text in others:
-            product *= p_of(text)[label]
-        # of a label that all inputs have, nothing tells how likely it is whatever the input
-        comparable = len({answer for _, answer in task.neutral}) > 1 or task.neutral[0][1] is None
-        ratios.append(p_of(asked)[label] / (product ** (1 / len(others)) if comparable else 1.0))
+        others = [text for text, answer in task.neutral if answer != label] or [text for text, _ in task.neutral]
+        product = math.prod(p_of(text)[label] for text in others)
+        ratios.append(p_of(asked)[label] / product ** (1 / len(others)))
     return [ratio / sum(ratios) for ratio in ratios]
 
 
@@ -378,8 +378,7 @@ def test_an_input_whose_answer_is_known_tells_the_prior_of_the_other_labels(answ
     task = Task([], labels=list("ABCD"), template="{input}", calibrated=neutral)
     expected = [task.labels[int(np.argmax(calibrated_alone(known.__getitem__, task, asked)))] for asked in inputs]
     assert predict(tiny_llama, tokenizer, task, inputs) == expected
-    plain = predict(tiny_llama, tokenizer, replace(task, calibrated=False), inputs)
-    assert (plain == expected) == (answers in ("A", "CCCCC"))
+    assert predict(tiny_llama, tokenizer, replace(task, calibrated=False), inputs) != expected
 
 
 def test_a_known_answer_that_is_no_label_is_refused():
