@@ -28,6 +28,7 @@ from torch import Tensor
 from benchmarks._run import Run, Table, console
 from benchmarks._timing import Gate, require
 from loraweave.composer.live.kernels._cost import RATES, Cost, Rates, Workload
+from loraweave.composer.live.kernels._native import native_runs
 from loraweave.composer.live.kernels._parts import Kernel, RowSets
 from loraweave.composer.live.layout import PlacedFactors
 from loraweave.composer.live.row_weights import Choice, choose, costs, row_kernels
@@ -83,6 +84,7 @@ def workload(case: Case, dtype: torch.dtype) -> Workload:
         num_inputs=case.num_inputs,
         num_outputs=case.num_outputs,
         itemsize=dtype.itemsize,
+        native=torch.get_num_threads() if native_runs(torch.device("cpu"), dtype) else 0,
     )
 
 
@@ -171,7 +173,13 @@ def main(
         if kind.itemsize == 2 and case.rows * case.tokens <= MOST_EXACT:
             ways += [Choice(path, exact=True) for path in costs(work) if row_kernels()[path].widens]
         measured.append((work, {way: seconds(way, case, kind, repeats, timer) for way in ways}))
-    pairs = [(costs(work)[way.path], s) for work, found in measured for way, s in found.items() if not way.exact]
+    # compiled code has rates of its own, in those of torch
+    pairs = [
+        (costs(work)[way.path], s)
+        for work, found in measured
+        for way, s in found.items()
+        if not way.exact and way.path != "native_rows"
+    ]
     console.print(f"fitted for {dtype}, {run.threads} thread(s): {fitted(pairs)}")
     console.print(f"in use: {RATES['cpu', kind.itemsize]}")
     report(run, measured)
