@@ -66,6 +66,13 @@ def random_factors(num_out: int, num_in: int, rank: int, generator: torch.Genera
     return lw.Factors(a_RI, torch.randn(num_out, rank, generator=generator) * 0.02)
 
 
+def keep_blocks(model: Any, count: int) -> None:
+    """Leaves out all blocks but the first, and the output head, which would outweigh so few."""
+    model.model.layers = model.model.layers[:count]
+    model.config.num_hidden_layers = count
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, 64, bias=False).requires_grad_(False)
+
+
 def tokens(model: Any, rows: int, count: int, seed: int) -> Tensor:
     """ids_BT at random."""
     generator = torch.Generator().manual_seed(seed)

@@ -40,6 +40,7 @@ from benchmarks._models import (
     changes,
     difference,
     in_peft,
+    keep_blocks,
     mix_in_peft,
     prefill,
     random_adapters,
@@ -313,10 +314,7 @@ def main(
     run: Run = context.obj
     model, _ = base_model()
     if blocks is not None:
-        model.model.layers = model.model.layers[:blocks]
-        model.config.num_hidden_layers = blocks
-        # the output head would outweigh so few
-        model.lm_head = torch.nn.Linear(model.config.hidden_size, 64, bias=False).requires_grad_(False)
+        keep_blocks(model, blocks)
     shape = Shape(rows, tokens, size, rank, experts, targets, getattr(torch, stored))
     setting = Setting(model, shape, peers=peers, seed=run.seed)
     require(gates(setting))

@@ -35,6 +35,7 @@ from benchmarks._models import (
     changes,
     difference,
     generate,
+    keep_blocks,
     prefill,
     random_adapters,
     tokens,
@@ -57,8 +58,12 @@ app = typer.Typer()
 class Setting:
     """One base model with our Composer, and for each router a copy of it in peft with the same experts."""
 
-    def __init__(self, rows: int, length: int, rank: int, routers: Sequence[str], *, peers: bool, seed: int) -> None:
+    def __init__(
+        self, rows: int, length: int, rank: int, routers: Sequence[str], *, blocks: int | None, peers: bool, seed: int
+    ) -> None:
         self.model, _ = base_model()
+        if blocks is not None:
+            keep_blocks(self.model, blocks)
         self.pool = lw.ExpertPool(random_adapters(self.model, NUM_EXPERTS, "all", seed, rank=rank))
         self.engine = lw.Composer(self.model, self.pool)
         self.ids_BT = tokens(self.model, rows, length, seed)
@@ -79,6 +84,11 @@ class Setting:
 
     def active(self, mixture: Any) -> Context:
         return lambda: self.engine.activate(mixture)
+
+    def to(self, dtype: torch.dtype) -> None:
+        for model in (self.model, self.peft, None if self.xlora is None else self.xlora.peft):
+            if model is not None:
+                model.to(dtype)
 
 
 @torch.no_grad()
@@ -245,14 +255,18 @@ def main(
     rows: Annotated[int, typer.Option(help="of the batch")] = 8,
     length: Annotated[int, typer.Option("--tokens", help="of a row in forward, at least 32")] = 128,
     rank: Annotated[int, typer.Option(help="of each adapter")] = 8,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of the base model and the factors")] = "float32",
+    blocks: Annotated[int | None, typer.Option(help="the first so many, without the head; all by default")] = None,
     peers: Annotated[bool, typer.Option(help="measure peft too")] = True,
 ) -> None:
     """Prints the gates, and the ratios if they are green."""
     run: Run = context.obj
     chosen = ["xlora"] if what == "train" else routers.split(",")
-    setting = Setting(rows, length, rank, chosen, peers=peers, seed=run.seed)
+    setting = Setting(rows, length, rank, chosen, blocks=blocks, peers=peers, seed=run.seed)
     require(all_gates(setting))
+    setting.to(getattr(torch, dtype))
     size = f"{rows} rows, {NEW_TOKENS} tokens after {PROMPT_TOKENS}" if what == "generate" else f"{rows}x{length}"
     console.print(f"peft {peft.__version__}, torch {torch.__version__}")
-    title = f"{what} {size}, {NUM_EXPERTS} adapters of rank {rank} on all linear layers, fp32"
+    kept = "" if blocks is None else f", first {blocks} blocks without the head"
+    title = f"{what} {size}, {NUM_EXPERTS} adapters of rank {rank} on all linear layers, {dtype}{kept}"
     compare(run, title, ways(setting, what), {"time, base = 1": ("base alone", False)}, seconds=120.0)
