@@ -32,6 +32,22 @@ class Environment:
 
 
 ENVIRONMENTS = {
+    # both change what transformers imports, and gptqmodel asks for newer packages than it needs
+    "quantised": Environment(
+        (
+            "--no-deps",
+            "--no-build-isolation",
+            "hqq==0.2.8.post1",
+            "gptqmodel==7.7.0",
+            "termcolor==3.3.0",
+            "einops==0.8.2",
+            "pypcre==0.6.4",
+            "logbar==0.4.15",
+            "device-smi==0.5.7",
+            "tokenicer==0.0.14",
+            "defuser==0.0.28",
+        )
+    ),
     "mlx": Environment(("mlx[cpu]==0.32.4", "mlx-lm==0.32.2")),
     # which asks for older rich, typer, packaging, starlette and uvicorn than the tests have
     "flower": Environment(("flwr[simulation]==1.42.0",)),

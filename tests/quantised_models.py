@@ -1,7 +1,12 @@
-"""Single layers that libraries quantised, each in its own form; without the library the test is skipped."""
+"""Single layers that libraries quantised, each in its own form, of those libraries that are installed.
+
+HQQ and gptqmodel are in an environment of their own (tests/engines.py); tests/composer/model/test_quantised.py runs these
+tests there.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +20,7 @@ from loraweave.types import Factors
 
 
 def imported(name: str) -> Any:
-    """The package, whatever it warns of while it is loaded; the test is skipped without it."""
+    """Return the module, whatever it warns of while it is loaded; skip the test where it is not installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip(name, exc_type=ImportError)
@@ -64,10 +69,15 @@ QUANTISED: dict[str, tuple[Callable[[], nn.Module], torch.dtype]] = {
     "bitsandbytes int8": (lambda: _bitsandbytes("Linear8bitLt", has_fp16_weights=False), torch.float32),
     "bitsandbytes nf4": (lambda: _bitsandbytes("Linear4bit", quant_type="nf4", compute_dtype=torch.float32), torch.float32),
     "torch dynamic int8": (_torch_dynamic, torch.float32),
+}
+# in an environment of their own
+APART = {
     "hqq": (_hqq, torch.float32),
     "GPTQ": (lambda: _gptqmodel("torch", "TorchLinear"), torch.bfloat16),
     "AWQ": (lambda: _gptqmodel("torch_awq", "AwqTorchLinear"), torch.bfloat16),
 }
+if importlib.util.find_spec("gptqmodel"):
+    QUANTISED = APART
 
 
 def setting(name: str, **parts: Tensor) -> tuple[nn.Module, Tensor, Adapter]:
