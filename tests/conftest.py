@@ -1,4 +1,4 @@
-"""What holds for every test: no network, a seed, no cache of the user's, and the slow tests last."""
+"""What holds for every test: no network, a seed, no cache of the user's, and the long tests last."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ trained, model, pool, engine = _tiny.trained, _tiny.model, _tiny.pool, _tiny.eng
 
 ROOT = Path(__file__).parents[1]
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+# fixtures that start what `scripts/check fast` does without
+APART = {"browser", "postgres_server", "s3_server", "short_reports"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -47,7 +49,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.suffix == ".ipynb":
             item.add_marker("slow")
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+        if APART.intersection(getattr(item, "fixturenames", ())) or on_postgres(item):
+            item.add_marker("apart")
+    items.sort(key=lambda item: any(map(item.get_closest_marker, ("slow", "apart"))))
+
+
+def on_postgres(item: pytest.Item) -> bool:
+    """Return whether a parameter of the test puts its hub on PostgreSQL."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return any(isinstance(value, str) and value.startswith("postgres") for value in parameters)
 
 
 def pytest_collection_finish() -> None:
