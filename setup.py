@@ -4,7 +4,7 @@ import sys
 
 from setuptools import find_packages, setup
 
-ROOMS = ("hub", "retrieval", "routers", "composer", "serving")
+ROOMS = ("hub", "retrieval", "routers", "composer", "serving", "extensions")
 
 packages = ["loraweave", "loraweave.cli", "loraweave.common", "loraweave.lowrank"]
 package_dir = {"loraweave": "loraweave"}

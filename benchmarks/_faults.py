@@ -1,6 +1,6 @@
 """What engines have been seen to do to an adapter, done to the files of its folder, so that a server that is right is wrong.
 
-Each is written on PEFT's tensors and settings, apart from how `loraweave.serving.verify` thinks of them.
+Each is written on PEFT's tensors and settings, apart from how `loraweave.extensions.verify` thinks of them.
 """
 
 from __future__ import annotations

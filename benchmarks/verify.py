@@ -1,4 +1,4 @@
-"""Seeded faults that `lw.verify_server` names, and sound probes that it takes for faults, in a real server.
+"""Seeded faults that `verify_server` names, and sound probes that it takes for faults, in a real server.
 
     python -m benchmarks verify                                            our own
     python -m benchmarks verify --engine vllm --python ENV/bin/python      vLLM on CPU, in an environment of its own
@@ -24,8 +24,9 @@ from benchmarks._faults import FAULTS, full_adapter, write_faulty, write_sound
 from benchmarks._models import base_model
 from benchmarks._run import Run, Table, console
 from benchmarks._served import llama_cpp, serving, vllm
+from loraweave.extensions.verify import verify_server
+from loraweave.extensions.verify.verify import BEYOND
 from loraweave.hub.formats._placing import head_size
-from loraweave.serving.verify.verify import BEYOND
 
 app = typer.Typer()
 
@@ -54,7 +55,7 @@ def main(
         options = {"model": model, "tokenizer": tokenizer, "progress": False}
         if only != "sound":
             with served(engine, where, {**parts["faults"], **parts["beside"]}, slots, model, tokenizer) as url:
-                report = lw.verify_server(url, hub, **options)
+                report = verify_server(url, hub, **options)
             console.print(str(report), markup=False)
             named = {name: right(report, name, said) for name, said in parts["said"].items()}
             table.add("faults named", str(sum(named.values())), str(len(named)), str(report.requests))
@@ -65,7 +66,7 @@ def main(
             alarms = probes = requests = 0
             with served(engine, where, parts["sound"], len(parts["sound"]) + 1, model, tokenizer) as url:
                 while probes < sound:
-                    report = lw.verify_server(url, hub, num_probes=6, **options)
+                    report = verify_server(url, hub, num_probes=6, **options)
                     alarms += sum(finding.probes for finding in report.faults)
                     probes += sum(finding.probes for finding in report.findings)
                     requests += report.requests

@@ -88,7 +88,6 @@ if TYPE_CHECKING:
     from loraweave.retrieval.training import train_encoder
     from loraweave.routers.tokens._saved import router
     from loraweave.routers.weights import MixtureWeights
-    from loraweave.serving.verify.verify import verify_server
 
 # the same names by module: a process imports what it uses, a type checker reads the imports above
 _MODULES = {
@@ -124,7 +123,6 @@ _MODULES = {
     "composer.experts.together": "train_experts",
     "retrieval.training": "train_encoder",
     "hub.conversion": "extract to_lora",
-    "serving.verify.verify": "verify_server",
 }
 _LAZY = {name: f"loraweave.{module}" for module, held in _MODULES.items() for name in held.split()}
 
@@ -235,5 +233,4 @@ __all__ = [
     "transfer",
     "twin_merging",
     "unlearn",
-    "verify_server",
 ]

@@ -1,7 +1,8 @@
 """A folder is a registry: `get("methods", "ties")` imports `composer/merge/methods/ties.py` and returns its `ties`.
 
-Other packages add a file of theirs by an entry point, `loraweave.methods` with `name = package.name` for a method; a name
-of ours stays ours. Nothing has to be listed anywhere else.
+An extension adds files of its own by a folder of the registry's name, `extensions/x/methods/` for a method; another package
+adds a file by an entry point, `loraweave.methods` with `name = package.name`. A name of ours stays ours. Nothing has to be
+listed anywhere else.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -44,8 +47,35 @@ WITHDRAWN = {
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-# where a folder's entry points are called otherwise than the folder
+# where entry points and folders of extensions are called otherwise than the registry
 GROUPS = {"experts": "loraweave.recipes"}
+
+# whose folders are the extensions; no other file of the core names one
+EXTENSIONS = "loraweave.extensions"
+
+
+def extensions() -> dict[str, Path]:
+    """Return {name: folder} of the extensions that are installed, sorted by name; none of them is imported."""
+    return _extensions(tuple(sys.path))
+
+
+def registries() -> list[str]:
+    """Return the name of every registry: the core's, then those that extensions bring, sorted.
+
+    Each package inside an extension is the folder of a registry.
+    """
+    names_by_folder = {_group(name).removeprefix("loraweave."): name for name in FOLDERS}
+    folders = {module.name for path in extensions().values() for module in pkgutil.iter_modules([str(path)]) if module.ispkg}
+    return [*FOLDERS, *sorted(folders - set(names_by_folder))]
+
+
+def brought(part: str) -> dict[str, str]:
+    """Return {name: module} of a part that is no registry: extensions' files `part`.py, then entry points `loraweave.part`.
+
+    Of one name the extension's counts.
+    """
+    files = {name: f"{EXTENSIONS}.{name}.{part}" for name, path in extensions().items() if (path / f"{part}.py").is_file()}
+    return {name: point.module for name, point in _plugins(part, tuple(sys.path)).items()} | files
 
 
 def names(folder: str) -> list[str]:
@@ -54,7 +84,10 @@ def names(folder: str) -> list[str]:
 
 
 def modules(folder: str) -> dict[str, str]:
-    """{name: module} of a registry: our files, then what other packages register. Of one name the first counts."""
+    """Return {name: module} of a registry: the core's files, then extensions', then what other packages register.
+
+    Of one name the first counts.
+    """
     return {name: point.module for name, point in _plugins(folder, tuple(sys.path)).items()} | _files(folder)
 
 
@@ -103,24 +136,53 @@ def _entry(module: ModuleType, name: str) -> Any:
 
 
 def _files(folder: str) -> dict[str, str]:
-    """{name: module} of our own files."""
-    found: dict[str, str] = {}
+    """Return {name: module} of the core's files and those of extensions."""
+    files: dict[str, str] = {}
     for package in _packages(folder):
-        try:
-            path = importlib.import_module(package).__path__
-        except ModuleNotFoundError:
-            continue
-        for module in pkgutil.iter_modules(path):
+        for module in pkgutil.iter_modules(_paths(package)):
             if not module.ispkg and not module.name.startswith("_"):
-                found.setdefault(module.name, f"{package}.{module.name}")
-    return found
+                files.setdefault(module.name, f"{package}.{module.name}")
+    return files
+
+
+def _paths(package: str) -> Iterable[str]:
+    """Return the folders of a registry's package; that of an extension is not imported for it."""
+    if package.startswith(f"{EXTENSIONS}."):
+        extension, folder = package.removeprefix(f"{EXTENSIONS}.").split(".")
+        return [str(extensions()[extension] / folder)]
+    try:
+        return importlib.import_module(package).__path__
+    except ModuleNotFoundError:
+        return []
+
+
+@cache
+def _extensions(path: tuple[str, ...]) -> dict[str, Path]:
+    """Return what `extensions` returns, for a path on which modules are looked for."""
+    spec = find_spec(EXTENSIONS)
+    places = [] if spec is None or spec.submodule_search_locations is None else spec.submodule_search_locations
+    packages = [(module.name, place) for place in places for module in pkgutil.iter_modules([place]) if module.ispkg]
+    return {name: Path(place, name) for name, place in sorted(packages)}
+
+
+@cache
+def _extension_packages(folder: str, path: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the packages that extensions add to a registry; registries are asked for often, folders do not change."""
+    inner = _group(folder).removeprefix("loraweave.")
+    holders = [name for name, place in _extensions(path).items() if (place / inner / "__init__.py").is_file()]
+    return tuple(f"{EXTENSIONS}.{name}.{inner}" for name in holders)
+
+
+def _group(folder: str) -> str:
+    """Return the group of entry points of a registry."""
+    return GROUPS.get(folder, f"loraweave.{folder}")
 
 
 @cache
 def _plugins(folder: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
     """{name: entry point} of the packages on a path; nothing of them is imported."""
     found: dict[str, EntryPoint] = {}
-    for point in entry_points(group=GROUPS.get(folder, f"loraweave.{folder}")):
+    for point in entry_points(group=_group(folder)):
         found.setdefault(point.name, point)
     return found
 
@@ -143,9 +205,11 @@ def _from_plugin(folder: str, name: str) -> Any:
 
 
 def _packages(folder: str) -> tuple[str, ...]:
-    if folder not in FOLDERS:
-        raise UnknownName(f"no registry {folder!r}{nearest(folder, list(FOLDERS))}; there are {', '.join(FOLDERS)}")
-    return FOLDERS[folder]
+    packages = (*FOLDERS.get(folder, ()), *_extension_packages(folder, tuple(sys.path)))
+    if not packages and folder not in FOLDERS:
+        known = registries()
+        raise UnknownName(f"no registry {folder!r}{nearest(folder, known)}; there are {', '.join(known)}")
+    return packages
 
 
 def _loaded(folder: str, name: str) -> ModuleType | None:

@@ -1,17 +1,23 @@
 """Hooks of mkdocs: the pages of the site that are made when it is built, and links to files outside of docs/.
 
-README.md is the front page. The reference has an entry for every public name, by the room that it comes from, and one for
-every command. Notebooks become tutorials. A file of the repository that a page links to is on the site, below repository/.
+README.md is the front page. The reference has an entry for every public name, by the room that it comes from, for those of
+each extension and of `loraweave.extend`, and one for every command. Notebooks become tutorials. Pages of extensions are
+docs/extensions/*.md and, of other packages, NAME.md in the package that the entry point NAME of `loraweave.pages` names. A
+file of the repository that a page links to is on the site, below repository/.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import os
 import posixpath
 import re
+from importlib.resources import files as resources
 from pathlib import Path
 
+import tables
 import typer.main
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -19,6 +25,7 @@ from mkdocs.structure.pages import Page
 from typer.cli import get_docs_for_click
 
 import loraweave as lw
+from loraweave import extend, registry
 from loraweave.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,10 +45,23 @@ REFERENCE = {
 }
 
 
+def on_config(config: MkDocsConfig) -> None:
+    """Add the pages of extensions and of other packages to the part of the navigation that is for them."""
+    [pages] = [entry["Extensions"] for entry in config.nav or () if "Extensions" in entry]
+    names = {path.stem for path in (ROOT / "docs" / "extensions").glob("*.md")} | set(registry.brought("pages"))
+    pages.extend(f"extensions/{name}.md" for name in sorted(names))
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the reference, the tutorials, the front page, and the files of the repository that pages link to."""
     made = {f"reference/{slug(title)}.md": reference(title) for title in REFERENCE} | {"reference/commands.md": commands()}
     made |= {f"tutorials/{path.stem}.md": tutorial(path) for path in (ROOT / "examples" / "notebooks").glob("*.ipynb")}
+    made |= {"reference/extensions.md": extensions(), "reference/extending.md": extending()}
+    made |= {
+        f"extensions/{name}.md": (resources(module) / f"{name}.md").read_text(encoding="utf-8")
+        for name, module in registry.brought("pages").items()
+        if f"extensions/{name}.md" not in files.src_uris
+    }
     for uri, text in made.items():
         files.append(File.generated(config, uri, content=text))
     files.append(File.generated(config, place(FRONT), abs_src_path=str(FRONT)))
@@ -100,6 +120,25 @@ def reference(title: str) -> str:
     """The page with an entry of mkdocstrings for each public name of the group."""
     names = [name for name in lw.__all__ if group(name) == title]
     return "\n\n".join([f"# {title}", *(f"::: loraweave.{name}" for name in names)])
+
+
+def extensions() -> str:
+    """Return the page with the public names and the registered ones of each extension."""
+    parts = ["# Extensions", "Each answers a question that some users have; the rest works without it."]
+    for name, folder in registry.extensions().items():
+        package = f"{registry.EXTENSIONS}.{name}"
+        said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+        more = f"\n\nMore on [its page](../extensions/{name}.md)." if (ROOT / f"docs/extensions/{name}.md").is_file() else ""
+        parts += [f"## {name}", said + more]
+        for public in importlib.import_module(package).__all__:
+            parts.append(f"::: {package}.{public}\n    options: {{heading_level: 3}}")
+        parts += tables.tables(lambda place, package=package: place.startswith(f"{package}."), heading="###")
+    return "\n\n".join(parts)
+
+
+def extending() -> str:
+    """Return the page with the names of `loraweave.extend`."""
+    return "\n\n".join(["# Extending", extend.__doc__ or "", *(f"::: loraweave.extend.{name}" for name in extend.__all__)])
 
 
 def group(name: str) -> str:

@@ -127,6 +127,15 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, make_model, tokenizer):
+    """A folder with a tiny Llama and its tokenizer, as `--base` takes it."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer.save_pretrained(folder)
+    make_model("llama").save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def run_page(tmp_path, monkeypatch):
     """run_page("docs/routers.md"): the names after the page's blocks, run in order in a folder where only the examples are.

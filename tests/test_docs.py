@@ -36,20 +36,26 @@ def test_the_page_of_registered_names_is_current():
     assert page("registries.md") == run.stdout, "run scripts/tables.py"
 
 
-SEARCHES = [name for name in registry.names("routers") if hasattr(registry.get("routers", name), "ask")]
+def of_core(folder):
+    """The names of a registry but for those of extensions, which their own pages have."""
+    return [name for name, module in registry.modules(folder).items() if not module.startswith(f"{registry.EXTENSIONS}.")]
+
+
+ROUTERS = [name for name in router_names() if name in of_core("routers")]
+SEARCHES = [name for name in of_core("routers") if hasattr(registry.get("routers", name), "ask")]
 
 
 @pytest.mark.parametrize(
     ("name", "entries", "form"),
     [
-        ("registries.md", [name for folder in registry.FOLDERS for name in registry.names(folder)], r"\| `{}` \|"),
-        ("continual.md", registry.names("continual"), r"\| `{}` \|"),
-        ("federation.md", registry.names("strategies"), r"\| `{}` \|"),
-        ("objectives.md", registry.names("objectives"), r"\| `{}` \|"),
-        ("routers.md", router_names(), r"(?m)^\| `{}` \|"),
+        ("registries.md", [name for folder in registry.FOLDERS for name in of_core(folder)], r"\| `{}` \|"),
+        ("continual.md", of_core("continual"), r"\| `{}` \|"),
+        ("federation.md", of_core("strategies"), r"\| `{}` \|"),
+        ("objectives.md", of_core("objectives"), r"\| `{}` \|"),
+        ("routers.md", ROUTERS, r"(?m)^\| `{}` \|"),
         ("search.md", SEARCHES, r"(?m)^\| .*`{}`"),
-        ("merging.md", registry.names("methods"), "`{}`"),
-        ("retrieval.md", registry.names("embedders") + registry.names("keys"), "`{}`"),
+        ("merging.md", of_core("methods"), "`{}`"),
+        ("retrieval.md", of_core("embedders") + of_core("keys"), "`{}`"),
         ("anomalies.md", anomalies.KINDS, r"\| `{}` \|"),
         ("anomalies.md", anomalies.POLICIES, '`"{}"`'),
         ("architecture.md", [name for name, found in vars(errors).items() if isinstance(found, type)], r"\b{}\b"),
@@ -87,7 +93,7 @@ def test_the_page_refuses_what_the_reader_refuses():
     assert {kind for kind, text in TYPES.items() if not text.startswith("refused")} <= read | {"LORA"}
 
 
-@pytest.mark.parametrize("name", router_names())
+@pytest.mark.parametrize("name", ROUTERS)
 def test_the_table_of_routers_says_what_is_trained_and_who_can_join(name):
     cells = re.search(rf"^\| `{name}` \|(.*)\|$", page("routers.md"), re.MULTILINE)[1].split("|")
     _, trained, joins, _ = [cell.strip() for cell in cells]
@@ -112,7 +118,7 @@ def test_a_file_that_a_page_links_to_exists(path):
 @pytest.mark.parametrize("path", [path for path in PAGES if path.name != "CHANGELOG.md"], ids=lambda path: path.name)
 def test_a_source_file_that_a_page_names_exists(path):
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    named = set(re.findall(r"`((?:hub|retrieval|routers|composer|tests|loraweave|scripts|docs)/[\w./-]+)`", text))
+    named = set(re.findall(r"`((?:hub|retrieval|routers|composer|extensions|tests|loraweave|scripts|docs)/[\w./-]+)`", text))
     assert sorted(name for name in named if not (ROOT / name).exists()) == []
 
 
@@ -304,12 +310,6 @@ def test_the_page_on_serving_gets_the_answer_of_its_formula(run_page):
     alone = engine.generate([names["asked"]["prompt"]], mixture=mixture, max_new_tokens=16, do_sample=False)
     assert [choice["text"] for choice in names["body"]["choices"]] == alone == [" The doctor was not thanked by the judge."]
     assert names["body"]["system_fingerprint"] == "0.9*negation + 1.1*passive"
-
-
-@pytest.mark.slow
-def test_the_page_on_verifying_names_its_mistake(run_page):
-    report = run_page("docs/verify.md")["report"]
-    assert {str(fault) for fault in report.faults} == {f"asked negation, {when}: got passive" for when in ("alone", "mixed")}
 
 
 @pytest.mark.slow

@@ -7,74 +7,13 @@ import graphlib
 import re
 import sys
 import tomllib
-from functools import cache
 from importlib.metadata import packages_distributions
-from pathlib import Path
+
+from import_statements import AT_ROOT, MODULES, ROOMS, ROOT, imported, parsed, statements
 
 from loraweave.registry import FOLDERS
 
-ROOT = Path(__file__).parents[1]
-# upstream first
-ROOMS = ("hub", "retrieval", "routers", "composer", "serving")
 FLOORS = ("errors", "registry", "common", "types", "lowrank", *ROOMS)
-OURS = ("loraweave", *ROOMS)
-
-
-def sources():
-    """{dotted module name: path} of everything that is installed."""
-    found = {}
-    for path in (ROOT / "loraweave").rglob("*.py"):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        # links in loraweave/ show the rooms to type checkers
-        if parts[1] not in ROOMS:
-            found[".".join(parts)] = path
-    for room in ROOMS:
-        for path in (ROOT / room).rglob("*.py"):
-            found[".".join(("loraweave", *path.relative_to(ROOT).with_suffix("").parts))] = path
-    return {name.removesuffix(".__init__"): path for name, path in found.items()}
-
-
-@cache
-def parsed(path):
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def only_for_types(node):
-    return isinstance(node, ast.If) and getattr(node.test, "attr", getattr(node.test, "id", "")) == "TYPE_CHECKING"
-
-
-@cache
-def statements(path):
-    """Every import statement of a file, whether only a type checker sees it, and whether only a call runs it."""
-    found, waiting = [], [(parsed(path), False, False)]
-    while waiting:
-        node, typed, called = waiting.pop()
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            found.append((node, typed, called))
-        elif not isinstance(node, ast.expr):
-            typed |= only_for_types(node)
-            called |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-            waiting += [(child, typed, called) for child in ast.iter_child_nodes(node)]
-    return found
-
-
-def imported(path, modules=(), *, at_run_time=False, inside_functions=True):
-    """The dotted names of the modules that a file imports; `from a import b` is a.b where that is a module of ours."""
-    found = set()
-    for node, typed, called in statements(path):
-        if (at_run_time and typed) or (called and not inside_functions):
-            continue
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif node.level == 0:
-            for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                # what is taken out of the door itself names the door, whatever it is
-                found |= {node.module} if inner not in modules else {inner, *({"loraweave"} & {node.module})}
-    return found
-
-
-MODULES = sources()
 
 
 def ours(module):
@@ -100,7 +39,7 @@ def test_imports_are_absolute_and_never_load_a_room_as_a_top_level_package():
     wrong = []
     for path in MODULES.values():
         relative = [node.lineno for node, *_ in statements(path) if isinstance(node, ast.ImportFrom) and node.level]
-        bare = {name.split(".")[0] for name in imported(path)} & set(ROOMS)
+        bare = {name.split(".")[0] for name in imported(path)} & set(AT_ROOT)
         if relative or bare:
             wrong.append((path, relative, bare))
     assert wrong == []
@@ -131,9 +70,9 @@ def test_every_third_party_import_is_declared():
     declared = [line for part in (project["dependencies"], *project["optional-dependencies"].values()) for line in part]
     normal = {re.split(r"[\s\[<>=!~;]", line)[0].lower().replace("_", "-") for line in declared}
     distributions = packages_distributions()
-    undeclared = set()
+    undeclared, of_ours = set(), {"loraweave", *AT_ROOT}
     for name, path in MODULES.items():
-        for package in {module.split(".")[0] for module in imported(path)} - set(OURS) - set(sys.stdlib_module_names):
+        for package in {module.split(".")[0] for module in imported(path)} - of_ours - set(sys.stdlib_module_names):
             owners = {owner.lower().replace("_", "-") for owner in distributions.get(package, [package])}
             if not owners & normal:
                 undeclared.add((name, package))

@@ -22,7 +22,7 @@ RetrievalError Retriever Router ScopeError SearchFailed SourceUnavailable Statis
 UnknownName WeightingError add analogy base_key batch_invariant byom clusters collect_statistics compeft compose ema
 ensemble evaluate_harness experts extract federate flexlora_clients genknowsub load_base merge names negate order
 parse pool_statistics remember rerank router scale study subtract subtract_general to_lora train_adapters train_encoder
-train_experts train_hypernetwork transfer twin_merging unlearn verify_server
+train_experts train_hypernetwork transfer twin_merging unlearn
 """
 
 HEAVY = ("torch", "transformers", "peft", "sklearn", "faiss", "scipy", "cma", "matplotlib")

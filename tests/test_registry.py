@@ -10,7 +10,7 @@ import pytest
 from loraweave import registry
 from loraweave.errors import UnknownName
 
-ENTRIES = [(folder, name) for folder in registry.FOLDERS for name in registry.names(folder)]
+ENTRIES = [(folder, name) for folder in registry.registries() for name in registry.names(folder)]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import loraweave as lw
+from loraweave import registry
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
@@ -40,6 +42,15 @@ def test_every_public_name_has_one_entry_in_the_reference(site):
     pages = [path.read_text(encoding="utf-8") for path in (site / "reference").rglob("*.html")]
     entries = [name for page in pages for name in re.findall(r'<h2 id="loraweave\.(\w+)"', page)]
     assert sorted(entries) == sorted(lw.__all__)
+
+
+def test_every_public_name_of_an_extension_and_of_the_face_for_those_who_extend_has_an_entry(site):
+    pages = [path.read_text(encoding="utf-8") for path in (site / "reference").rglob("*.html")]
+    entries = {name for page in pages for name in re.findall(r'<h[23] id="(loraweave\.ext[\w.]+)"', page)}
+    packages = {f"{registry.EXTENSIONS}.{name}" for name in registry.extensions()} | {"loraweave.extend"}
+    names = {f"{package}.{name}" for package in packages for name in importlib.import_module(package).__all__}
+    # classes have entries for their members, too
+    assert names - entries == set()
 
 
 def test_every_command_is_in_the_reference(site):

@@ -26,7 +26,7 @@ from loraweave.cli.compositions import (
 )
 from loraweave.cli.doctor import DOCTOR_EXAMPLE, doctor
 from loraweave.cli.hub import hub
-from loraweave.cli.servers import LOAD_EXAMPLE, SERVE_EXAMPLE, UI_EXAMPLE, VERIFY_EXAMPLE, load, serve, ui, verify
+from loraweave.cli.servers import LOAD_EXAMPLE, SERVE_EXAMPLE, UI_EXAMPLE, load, serve, ui
 
 app = typer.Typer(
     cls=Application,
@@ -48,7 +48,6 @@ app.command(epilog=TRAIN_EXAMPLE)(train)
 app.command(epilog=STUDY_EXAMPLE)(study)
 app.command(epilog=SERVE_EXAMPLE)(serve)
 app.command(epilog=UI_EXAMPLE)(ui)
-app.command(epilog=VERIFY_EXAMPLE)(verify)
 app.command(epilog=LOAD_EXAMPLE)(load)
 app.command(epilog=DOCTOR_EXAMPLE)(doctor)
 

@@ -1,8 +1,12 @@
-"""What every command shares: errors as one line and an exit status, `--debug` wherever it is written, and common flags."""
+"""What every command shares: errors as one line and an exit status, `--debug` wherever it is written, and common flags.
+
+The root group also takes in the verbs of extensions and of other packages.
+"""
 
 from __future__ import annotations
 
 import errno
+import importlib
 import logging
 import sys
 import warnings
@@ -12,9 +16,11 @@ from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
+from typer.main import get_group
 
+from loraweave import registry
 from loraweave.common.names import printable
-from loraweave.errors import BaseModelUnverified, FormulaError, LoraweaveError
+from loraweave.errors import BaseModelUnverified, FormulaError, LoraweaveError, PluginFailed
 
 INTERRUPTED = 130
 
@@ -23,7 +29,31 @@ class Application(TyperGroup):
     """The root group. Exit status 0 done, 1 a named error on one line of stderr, 2 wrong usage, 130 interrupted.
 
     Below an error in a formula stand the formula and a caret. With --debug an error keeps its traceback.
+
+    The file `commands.py` of an extension, or the module of an entry point `loraweave.commands`, has a `typer.Typer` named
+    `app`, whose commands stand beside ours, or one named `hub`, whose commands are those of `loraweave hub`. Names of ours
+    stay ours.
     """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        for name, module in registry.brought("commands").items():
+            try:
+                self._add_commands(vars(importlib.import_module(module)))
+            except Exception as error:
+                # the other commands still run
+                why = one_line(f"{type(error).__name__}: {error}")
+                typer.echo(f"warning: the commands of {name!r} ({module}) cannot be used: {why}", err=True)
+
+    def _add_commands(self, module: dict[str, Any]) -> None:
+        if not {"app", "hub"} & set(module):
+            raise PluginFailed("it has neither a typer.Typer named app nor one named hub")
+        for name, group in (("app", self), ("hub", self.commands.get("hub"))):
+            if name in module and isinstance(group, TyperGroup):
+                # as the help of our own commands is written
+                module[name].rich_markup_mode = None
+                for called, command in get_group(module[name]).commands.items():
+                    group.commands.setdefault(called, command)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         # people write --debug at the end of the line that failed; it belongs to the root, so it is moved there

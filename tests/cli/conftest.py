@@ -1,4 +1,4 @@
-"""A base model in a folder, a pool of two adapters for it, a file of rows, and an embedder that needs no model."""
+"""A pool of two adapters for the base, a file of rows, and an embedder that needs no model."""
 
 from __future__ import annotations
 
@@ -7,14 +7,6 @@ import pytest
 from command_line import adapter, write_rows
 
 PAIRS = [("a", "b"), ("c", "d"), ("e", "f")]
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory, make_model, tokenizer):
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer.save_pretrained(folder)
-    make_model("llama").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("hub", "retrieval", "routers", "composer", "serving")
+ROOMS = ("hub", "retrieval", "routers", "composer", "serving", "extensions")
 FILES = ("pyproject.toml", "setup.py", "LICENSE", "NOTICE", "README.md")
 
 

@@ -15,15 +15,10 @@ from typing import Any
 
 import torch
 
-from loraweave.common.files import whole_file
-from loraweave.common.names import text_digest
-from loraweave.composer.composer import Composer
-from loraweave.composer.model.batches import end_tokens, pad_id
-from loraweave.errors import AdapterUnsupported, CompositionError
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.pool import ExpertPool
-from loraweave.serving.verify.answers import Answer, distance, top_of
-from loraweave.serving.verify.hypotheses import Hypothesis
+from loraweave import Adapter, AdapterUnsupported, Composer, CompositionError, ExpertPool
+from loraweave.extend import end_tokens, pad_id, text_digest, whole_file
+from loraweave.extensions.verify.answers import Answer, distance, top_of
+from loraweave.extensions.verify.hypotheses import Hypothesis
 
 FORMAT = 1
 # tokens whose log-probabilities are kept at each place, and rows of one batch

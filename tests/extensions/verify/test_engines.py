@@ -9,7 +9,7 @@ import pytest
 import loraweave as lw
 from benchmarks._served import llama_cpp, vllm
 from benchmarks.vllm_formulas import post
-from loraweave.serving.verify.verify import CACHED
+from loraweave.extensions.verify.verify import CACHED
 
 # a busy machine takes minutes to start the server
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from loraweave.common.display import ShownTable
+from loraweave.extend import ShownTable
 
 AS_ASKED = "as asked"
 

@@ -6,6 +6,7 @@ import pytest
 
 import loraweave as lw
 from benchmarks._faults import FAULTS, write_faulty, write_sound
+from loraweave.extensions.verify import verify_server
 
 EXAMPLES = ["abc", "the judge thanked ", "zebra 12, 34. ", "up: ", "b", "country"]
 # blocks whose numbers have another order as text, and heads as wide as engines take
@@ -65,7 +66,7 @@ def hub(tmp_path_factory, folders):
 @pytest.fixture(scope="session")
 def look(small_model, tokenizer):
     def verify(url, hub, names=None, **options):
-        return lw.verify_server(
+        return verify_server(
             url, hub, names, model=small_model, tokenizer=tokenizer, progress=False, keep=False, num_tokens=4, **options
         )
 

@@ -13,8 +13,9 @@ from server_proxy import Refuse, proxy
 import loraweave as lw
 from benchmarks._faults import FAULTS
 from loraweave.errors import FormulaError, ScopeError, SourceUnavailable
+from loraweave.extensions.verify import verify_server
+from loraweave.extensions.verify.answers import Answer, distance, top_of
 from loraweave.serving.limits import Limits
-from loraweave.serving.verify.answers import Answer, distance, top_of
 
 
 @contextmanager
@@ -204,14 +205,14 @@ def test_probes_are_kept_so_that_a_second_visit_to_a_sound_server_loads_no_model
         loads.append(base)
         return small_model, tokenizer
 
-    monkeypatch.setattr("loraweave.serving.verify.verify.load_base", load)
-    first, second = (lw.verify_server(url, hub, ["passive"], base="tiny", progress=False) for _ in range(2))
+    monkeypatch.setattr("loraweave.extensions.verify.verify.load_base", load)
+    first, second = (verify_server(url, hub, ["passive"], base="tiny", progress=False) for _ in range(2))
     assert loads == ["tiny"]
     assert first.ok
     assert second.ok
     for path in (tmp_path / "verify").iterdir():
         path.write_text("[]damaged")
-    assert lw.verify_server(url, hub, ["passive"], base="tiny", progress=False).ok
+    assert verify_server(url, hub, ["passive"], base="tiny", progress=False).ok
     assert loads == ["tiny"] * 2
 
 

@@ -11,16 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.formats._files import entry
-from loraweave.hub.formats._placing import head_size
-from loraweave.hub.targets.gguf import interleaved
-from loraweave.hub.targets.vllm import PACKED
-from loraweave.types import Factors
+from loraweave import Adapter, Factors
+from loraweave.extend import entry, head_size
 
 Layers = Mapping[str, Factors]
 
-# parts of layers that engines compute as one, which may be taken for each other
+# parts of layers that engines compute as one, which may be left out together
+PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# and which may be taken for each other
 EXCHANGED = (("k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -110,7 +108,7 @@ def _scales(asked: Adapter) -> dict[float, str]:
 
 def _without_sites(asked: Adapter) -> list[Hypothesis]:
     sites = {_site(layer) for layer in asked.layers}
-    groups = [(site,) for site in sorted(sites)] + [group for group in PACKED.values() if set(group) < sites]
+    groups = [(site,) for site in sorted(sites)] + [group for group in PACKED if set(group) < sites]
     found = []
     for group in groups:
         layers = {layer: factors for layer, factors in asked.layers.items() if _site(layer) not in group}
@@ -123,7 +121,7 @@ def _damaged(asked: Adapter, config: Any) -> Iterator[tuple[str, Layers]]:
     """(what is said, the layers) of the adapter as engines have been seen to load it."""
     layers = asked.layers
     yield from _in_other_blocks(layers)
-    for order, permute in (("as for a GGUF of llama's", interleaved), ("as if taken from a GGUF", _parted)):
+    for order, permute in (("as for a GGUF of llama's", _interleaved), ("as if taken from a GGUF", _parted)):
         if (turned := _turned(layers, config, permute)) is not None:
             yield f"rows of q_proj and k_proj permuted {order}", turned
     for left, right in EXCHANGED:
@@ -179,8 +177,13 @@ def _turned(layers: Layers, config: Any, permute: Callable[[Tensor, int], Tensor
     return {**layers, **turned}
 
 
+def _interleaved(b_OR: Tensor, width: int) -> Tensor:
+    """Return b with the two halves of each head of `width` rows interleaved, so that rotary pairs stand side by side."""
+    return b_OR.reshape(-1, 2, width // 2, b_OR.shape[1]).transpose(1, 2).reshape(b_OR.shape)
+
+
 def _parted(b_OR: Tensor, width: int) -> Tensor:
-    """The inverse of `interleaved`."""
+    """The inverse of `_interleaved`."""
     return b_OR.reshape(-1, width // 2, 2, b_OR.shape[1]).transpose(1, 2).reshape(b_OR.shape)
 
 

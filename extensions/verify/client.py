@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from loraweave.errors import SourceUnavailable
-from loraweave.hub.formats._files import entry
-from loraweave.serving.verify.answers import Answer, top_of
+from loraweave import SourceUnavailable
+from loraweave.extend import entry
+from loraweave.extensions.verify.answers import Answer, top_of
 
 MAX_BYTES = 8 << 20
 # alternatives of each token that are asked for, until the server takes it; None is a text alone

@@ -16,20 +16,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loraweave.common.checks import require_whole
-from loraweave.common.display import tracked
-from loraweave.common.files import cache_folder
-from loraweave.composer.formula.nodes import Named
-from loraweave.errors import AdapterUnsupported, CompositionError, FormulaError, ScopeError, WeightingError
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.base import EMBEDDED, fingerprint, load_base
-from loraweave.hub.hub import Hub
-from loraweave.serving.verify.answers import Answer, distance
-from loraweave.serving.verify.asked import Asked, asked_of, base_name_of, base_of, formula_of
-from loraweave.serving.verify.client import Listed, Refused, Server
-from loraweave.serving.verify.hypotheses import BASE, Hypothesis, possible
-from loraweave.serving.verify.references import Probe, References
-from loraweave.serving.verify.report import AS_ASKED, Finding, ServerReport
+from loraweave import (
+    Adapter,
+    AdapterUnsupported,
+    CompositionError,
+    FormulaError,
+    Hub,
+    ScopeError,
+    WeightingError,
+    load_base,
+)
+from loraweave.extend import EMBEDDED, Named, cache_folder, fingerprint, require_whole, tracked
+from loraweave.extensions.verify.answers import Answer, distance
+from loraweave.extensions.verify.asked import Asked, asked_of, base_name_of, base_of, formula_of
+from loraweave.extensions.verify.client import Listed, Refused, Server
+from loraweave.extensions.verify.hypotheses import BASE, Hypothesis, possible
+from loraweave.extensions.verify.references import Probe, References
+from loraweave.extensions.verify.report import AS_ASKED, Finding, ServerReport
 
 # nats: what engines in fp32 differ by, what texts do not show, and what a base that is not quantised stays below
 FLOOR, TEXT, ROUGH = 2e-3, 0.25, 0.2

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from loraweave.composer.formula.formula import Formula, parse
-from loraweave.composer.formula.nodes import Named, Sum
-from loraweave.errors import FormulaError
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.hub import Hub
-from loraweave.serving.verify.client import Listed
-from loraweave.serving.verify.hypotheses import BASE, Hypothesis, likely
-from loraweave.serving.verify.references import Probe, References
-from loraweave.serving.verify.report import AS_ASKED
-from loraweave.types import DEFAULT_TEMPLATE
+from loraweave import Adapter, Formula, FormulaError, Hub, parse
+from loraweave.extend import DEFAULT_TEMPLATE, Named, Sum
+from loraweave.extensions.verify.client import Listed
+from loraweave.extensions.verify.hypotheses import BASE, Hypothesis, likely
+from loraweave.extensions.verify.references import Probe, References
+from loraweave.extensions.verify.report import AS_ASKED
 
 # prompts of which the best become probes, and names whose first probe the base is asked too
 NUM_CANDIDATES, NUM_OF_BASE = 6, 8
