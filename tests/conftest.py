@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections import defaultdict
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -71,6 +72,25 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--property", default="", help="of an entry's properties, try those that have this in their names")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Print how many properties were tried (tests/properties.py), and which of them entries skipped and why."""
+    calls = [report for some in terminalreporter.stats.values() for report in some if getattr(report, "when", "") == "call"]
+    tried = [value for report in calls for key, value in report.user_properties if key == "properties"]
+    entries = defaultdict(list)
+    for _, skipped in tried:
+        for entry, sentence, reason in skipped:
+            entries[sentence, reason].append(entry)
+    if tried:
+        count = sum(map(len, entries.values()))
+        terminalreporter.section(f"{sum(number for number, _ in tried)} properties of {len(tried)} entries, {count} skipped")
+    for (sentence, reason), names in sorted(entries.items()):
+        terminalreporter.line(f"SKIPPED {sentence}: {reason} ({', '.join(sorted(names))})")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def only_loopback():
     """A connection to another machine is an error that no retry or fallback takes for an ordinary failure."""
@@ -103,12 +123,17 @@ def own_cache(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def seeded():
+    """Seed the random generators before a test, and return the function that does so again."""
     import numpy as np
     import torch
 
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+    def seed():
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+
+    seed()
+    return seed
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from properties import Properties
 
 from loraweave import registry
 from loraweave.errors import PackageMissing
@@ -25,66 +26,71 @@ TEXTS = [
 # than what is left, which enlarges the noise of fp32
 TRAITS = {name: registry.traits_of(registry.get("embedders", name)) for name in registry.names("embedders")}
 NAMES = [pytest.param(name, marks=pytest.mark.slow if "base_model" in said else ()) for name, said in TRAITS.items()]
+PROPERTIES = Properties(TRAITS)
 
 
-@pytest.fixture(params=NAMES, scope="module")
-def embedder(request):
+@pytest.mark.parametrize("name", NAMES)
+def test_an_embedder_keeps_all_properties(name, request):
     try:
-        made = registry.get("embedders", request.param)()
-        made.embed(["a"])
+        embedder = registry.get("embedders", name)()
+        embedder.embed(["a"])
     except PackageMissing as error:
         pytest.skip(str(error))
-    return made
-
-
-@pytest.fixture(scope="module")
-def rows(embedder):
-    """The rows of all texts in one call."""
-    return embedder.embed(TEXTS)
+    # rows: those of all texts in one call
+    PROPERTIES.walk(request, name, embedder=embedder, rows=embedder.embed(TEXTS))
 
 
 def rounding(embedder):
     return 2e-5 if "centred" in registry.traits_of(type(embedder)) else 2e-6
 
 
-def test_embeddings_are_finite_fp32_rows_of_unit_norm(embedder, rows):
+@PROPERTIES.add()
+def embeddings_are_finite_fp32_rows_of_unit_norm(embedder, rows):
     assert rows.shape == (len(TEXTS), embedder.dim)
     assert rows.dtype == np.float32
     np.testing.assert_allclose((rows.astype(np.float64) ** 2).sum(axis=1), 1.0, atol=1e-5)
 
 
-def test_no_texts_give_no_rows(embedder):
+@PROPERTIES.add()
+def no_texts_give_no_rows(embedder):
     assert embedder.embed([]).shape == (0, embedder.dim)
 
 
-def test_a_batch_equals_its_texts_one_by_one(embedder, rows):
+@PROPERTIES.add()
+def a_batch_equals_its_texts_one_by_one(embedder, rows):
     one_by_one = np.concatenate([embedder.embed([text]) for text in TEXTS])
     np.testing.assert_allclose(rows, one_by_one, atol=rounding(embedder))
 
 
-def test_the_order_of_a_batch_does_not_matter(embedder, rows):
+@PROPERTIES.add()
+def the_order_of_a_batch_does_not_matter(embedder, rows):
     np.testing.assert_allclose(embedder.embed(TEXTS[::-1])[::-1], rows, atol=rounding(embedder))
 
 
-def test_equal_texts_get_equal_rows(rows):
+@PROPERTIES.add()
+def equal_texts_get_equal_rows(rows):
     assert rows[0].tobytes() == rows[7].tobytes()
 
 
-def test_a_second_call_gives_the_same_bytes(embedder, rows):
+@PROPERTIES.add()
+def a_second_call_gives_the_same_bytes(embedder, rows):
     assert embedder.embed(TEXTS).tobytes() == rows.tobytes()
 
 
-def test_different_texts_differ(embedder):
+@PROPERTIES.add()
+def different_texts_differ(embedder):
     rows = embedder.embed(["the cat sat", "12 + 30"])
     assert rows[0] @ rows[1] < 0.9
 
 
-def test_ten_megabytes_equal_their_beginning(embedder):
+@PROPERTIES.add()
+def ten_megabytes_equal_their_beginning(embedder):
     text = "cat and dog " * 900_000
     np.testing.assert_allclose(embedder.embed([text]), embedder.embed([text[:16_384]]), atol=1e-6)
 
 
-def test_the_id_is_stable_and_names_the_embedder(embedder):
+@PROPERTIES.add()
+def the_id_is_stable_and_names_the_embedder(embedder):
     again = type(embedder)()
     assert again.id == embedder.id
     assert embedder.id.startswith(f"{type(embedder).__name__.lower()}:")

@@ -1,10 +1,12 @@
-"""What every recipe of trainable experts promises, by the file that it is in."""
+"""What every recipe of trainable experts promises: one case for each file of composer/experts."""
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
+from properties import Properties
 from torch.nn.functional import cross_entropy
 
 import loraweave as lw
@@ -33,13 +35,8 @@ OPTIONS = {
 }
 # recipes for dense prediction, on images
 VISION = [name for name in RECIPES if "images" in registry.traits_of(registry.get("experts", name))]
-TEXT = tuple(name for name in RECIPES if name not in VISION)
-on_text = pytest.mark.parametrize("name", TEXT, indirect=True)
-
-
-@pytest.fixture(params=RECIPES)
-def name(request):
-    return request.param
+TEXT = [name for name in RECIPES if name not in VISION]
+PROPERTIES = Properties(RECIPES)
 
 
 def built(name, model, **more):
@@ -52,13 +49,13 @@ def kind_of(name):
     return "segformer" if name in VISION else "llama"
 
 
-@pytest.fixture
+@PROPERTIES.given
 def experts(name, make_model):
     with built(name, make_model(kind_of(name), dtype=torch.float64)) as experts:
         yield experts
 
 
-@pytest.fixture
+@PROPERTIES.given
 def trained(experts):
     """With values that differ from those at the beginning everywhere."""
     generator = torch.Generator().manual_seed(1)
@@ -104,7 +101,13 @@ def tasks_of(experts, *ids):
 ROWS = ([3, 9, 27, 20, 60, 58], [5, 25, 3, 15], [11, 7, 44, 19, 8, 21, 33])
 
 
-def test_before_training_it_is_the_base(name, make_model):
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_keeps_all_properties(name, request, make_model):
+    PROPERTIES.walk(request, name, make_model=make_model)
+
+
+@PROPERTIES.add()
+def before_training_it_is_the_base(name, make_model):
     model = make_model(kind_of(name))
     inputs = inputs_for(name, ROWS, torch.float32)
     base = model(**inputs).logits
@@ -112,7 +115,8 @@ def test_before_training_it_is_the_base(name, make_model):
         torch.testing.assert_close(experts(**inputs, **tasks_of(experts, 0, 1, 0)).logits, base, rtol=1e-5, atol=1e-5)
 
 
-def test_the_base_called_itself_is_as_it_was_and_stays_so(name, trained):
+@PROPERTIES.add()
+def the_base_called_itself_is_as_it_was_and_stays_so(name, trained):
     inputs, before = inputs_for(name, ROWS), copy.deepcopy(trained.base_model.state_dict())
     assert not torch.equal(
         trained(**inputs, **tasks_of(trained, 0, 1, 0)).logits, base := trained.base_model(**inputs).logits
@@ -126,15 +130,16 @@ def test_the_base_called_itself_is_as_it_was_and_stays_so(name, trained):
     assert torch.equal(trained.base_model(**inputs).logits, base)
 
 
-def test_a_row_depends_on_no_other_row_and_no_padding(name, trained):
+@PROPERTIES.add()
+def a_row_depends_on_no_other_row_and_no_padding(name, trained):
     together = trained(**inputs_for(name, ROWS), **tasks_of(trained, 0, 1, 0)).logits
     for number, row in enumerate(ROWS):
         alone = trained(**inputs_for(name, [row], length=len(row)), **tasks_of(trained, (0, 1, 0)[number])).logits
         torch.testing.assert_close(together[number, -alone.shape[1] :], alone[0], rtol=1e-8, atol=1e-8)
 
 
-@on_text
-def test_gradients_of_a_padded_batch_are_the_sum_of_those_of_its_rows(trained):
+@PROPERTIES.add(of=TEXT)
+def gradients_of_a_padded_batch_are_the_sum_of_those_of_its_rows(trained):
     def add_gradients(rows, tasks, length):
         inputs = batch(rows, length=length)
         labels = labels_for("", inputs)
@@ -154,8 +159,8 @@ def test_gradients_of_a_padded_batch_are_the_sum_of_those_of_its_rows(trained):
     assert any(gradient.any() for gradient in together.values())
 
 
-@on_text
-def test_generation_with_a_cache_is_generation_without(trained):
+@PROPERTIES.add(of=TEXT)
+def generation_with_a_cache_is_generation_without(trained):
     inputs = {key: value for key, value in batch(ROWS).items() if key != "position_ids"}
     settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     tasks = tasks_of(trained, 1, 0, 1)
@@ -163,8 +168,8 @@ def test_generation_with_a_cache_is_generation_without(trained):
     assert torch.equal(cached, trained.generate(**inputs, **tasks, **settings, use_cache=False))
 
 
-@on_text
-def test_generation_of_beams_is_that_of_each_row_alone(trained):
+@PROPERTIES.add(of=TEXT)
+def generation_of_beams_is_that_of_each_row_alone(trained):
     settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2, "eos_token_id": None, "pad_token_id": 0}
     inputs = {key: value for key, value in batch(ROWS).items() if key != "position_ids"}
     together = trained.generate(**inputs, **tasks_of(trained, 1, 0, 1), **settings)
@@ -175,7 +180,8 @@ def test_generation_of_beams_is_that_of_each_row_alone(trained):
         assert torch.equal(together[number, -4:], answer[0, -4:])
 
 
-def test_after_one_step_all_that_learns_has_a_gradient(name, experts):
+@PROPERTIES.add()
+def after_one_step_all_that_learns_has_a_gradient(name, experts):
     inputs = inputs_for(name, ROWS)
     inputs["labels"] = labels_for(name, inputs)
     optimizer = torch.optim.SGD(experts.expert_parameters().values(), lr=0.5)
@@ -194,7 +200,8 @@ def _learns(parameter):
     return parameter.grad is not None and bool(parameter.grad.any())
 
 
-def test_tokens_sorted_by_expert_have_the_values_and_gradients_of_all_experts_for_all(name, trained, monkeypatch):
+@PROPERTIES.add()
+def tokens_sorted_by_expert_have_the_values_and_gradients_of_all_experts_for_all(name, trained, monkeypatch):
     inputs = inputs_for(name, ROWS)
     inputs["labels"] = labels_for(name, inputs)
     found = []
@@ -208,29 +215,34 @@ def test_tokens_sorted_by_expert_have_the_values_and_gradients_of_all_experts_fo
     torch.testing.assert_close(*found)
 
 
-def test_its_values_are_determined_by_its_seed(name, make_model):
+@PROPERTIES.add()
+def its_values_are_determined_by_its_seed(name, make_model):
     first, again, other = (built(name, make_model(kind_of(name)), seed=seed).expert_state() for seed in (3, 3, 4))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
-def test_its_options_are_json(experts, name):
+@PROPERTIES.add()
+def its_options_are_json(experts, name):
     again = make_recipe(name, json.loads(json.dumps(experts.recipe.options)))
     assert again == experts.recipe
 
 
-def test_an_unknown_option_is_refused_by_name(name, make_model):
+@PROPERTIES.add()
+def an_unknown_option_is_refused_by_name(name, make_model):
     with pytest.raises(WeightingError, match="did you mean 'dropout'"):
         built(name, make_model(kind_of(name)), dropuot=0.1)
 
 
-def test_evaluation_answers_alike_every_time(name, trained):
+@PROPERTIES.add()
+def evaluation_answers_alike_every_time(name, trained):
     inputs = inputs_for(name, ROWS)
     first = trained(**inputs, **tasks_of(trained, 0, 1, 0)).logits
     assert torch.equal(trained(**inputs, **tasks_of(trained, 0, 1, 0)).logits, first)
 
 
-def test_a_copy_has_the_experts_and_goes_its_own_way(name, trained):
+@PROPERTIES.add()
+def a_copy_has_the_experts_and_goes_its_own_way(name, trained):
     inputs, tasks = inputs_for(name, ROWS), tasks_of(trained, 0, 1, 0)
     before = trained(**inputs, **tasks).logits
     copied = copy.deepcopy(trained)
@@ -243,7 +255,8 @@ def test_a_copy_has_the_experts_and_goes_its_own_way(name, trained):
     assert torch.equal(base(**inputs).logits, trained.base_model(**inputs).logits)
 
 
-def test_what_was_saved_answers_alike_bit_for_bit(trained, name, make_model, tmp_path):
+@PROPERTIES.add()
+def what_was_saved_answers_alike_bit_for_bit(trained, name, make_model, tmp_path):
     inputs, tasks = inputs_for(name, ROWS), tasks_of(trained, 0, 1, 0)
     expected = trained(**inputs, **tasks).logits
     trained.save_pretrained(tmp_path / "saved")
@@ -254,9 +267,9 @@ def test_what_was_saved_answers_alike_bit_for_bit(trained, name, make_model, tmp
         assert torch.equal(other.load(tmp_path / "saved")(**inputs, **tasks).logits, expected)
 
 
-@on_text
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-def test_blocks_that_run_again_in_the_backward_pass_have_the_same_gradients(name, trained):
+@PROPERTIES.add(of=TEXT)
+def blocks_that_run_again_in_the_backward_pass_have_the_same_gradients(name, trained):
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
     inputs, found = batch(ROWS), []
     inputs["labels"] = labels_for(name, inputs)
     trained.train()
@@ -271,12 +284,14 @@ def test_blocks_that_run_again_in_the_backward_pass_have_the_same_gradients(name
         torch.testing.assert_close(found[1][key], gradient, rtol=0, atol=0)
 
 
-def test_an_option_of_another_type_is_refused_by_name(name, make_model):
+@PROPERTIES.add()
+def an_option_of_another_type_is_refused_by_name(name, make_model):
     with pytest.raises(WeightingError, match=f"recipe '{name}' got dropout='much'; it takes a finite number"):
         built(name, make_model(kind_of(name)), dropout="much")
 
 
-def test_a_base_stays_frozen_until_the_last_recipe_has_left_it(name, make_model):
+@PROPERTIES.add()
+def a_base_stays_frozen_until_the_last_recipe_has_left_it(name, make_model):
     model = make_model(kind_of(name))
     first, second = built(name, model), built(name, model)
     first.close()
@@ -285,8 +300,8 @@ def test_a_base_stays_frozen_until_the_last_recipe_has_left_it(name, make_model)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@on_text
-def test_fit_reaches_all_that_learns_and_lowers_the_loss(name, make_model):
+@PROPERTIES.add(of=TEXT)
+def fit_reaches_all_that_learns_and_lowers_the_loss(name, make_model):
     rows = [
         {"input_ids": [*row, 5 + number, 6], "labels": [-100] * len(row) + [5 + number, 6], "task": TASKS[number % 2]}
         for number, row in enumerate(ROWS * 2)

@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from properties import Properties
 from safetensors.torch import save_file
 
 from loraweave import registry
@@ -24,14 +25,13 @@ FILES = {name: layout for name, layout in FORMATS.items() if issubclass(layout, 
 FOREIGN = {name: layout for name, layout in FORMATS.items() if issubclass(layout, ForeignFormat)}
 
 
-@pytest.fixture(params=FORMATS)
-def layout(request):
-    return FORMATS[request.param]
+WRITTEN = [name for name, layout in FORMATS.items() if hasattr(layout, "write")]
+PROPERTIES = Properties(FORMATS)
 
 
-@pytest.fixture(params=[name for name, found in FORMATS.items() if hasattr(found, "write")])
-def written(request):
-    return FORMATS[request.param]
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_keeps_all_properties(name, request):
+    PROPERTIES.walk(request, name, layout=FORMATS[name], written=FORMATS[name])
 
 
 def contents(seed=0, *, ternary=True):
@@ -53,7 +53,8 @@ def hash_of(given):
     return Adapter("a", "base", given.layers).hash
 
 
-def test_values_of_any_kind_come_back_exactly_or_are_refused(written, tmp_path):
+@PROPERTIES.add(of=WRITTEN)
+def values_of_any_kind_come_back_exactly_or_are_refused(written, tmp_path):
     given = contents(ternary=False)
     folder = tmp_path / "adapter"
     with contextlib.suppress(HubError):
@@ -61,7 +62,8 @@ def test_values_of_any_kind_come_back_exactly_or_are_refused(written, tmp_path):
     assert not folder.exists() or hash_of(written.read(folder)) == hash_of(given)
 
 
-def test_reading_gives_back_what_was_written(written, tmp_path):
+@PROPERTIES.add(of=WRITTEN)
+def reading_gives_back_what_was_written(written, tmp_path):
     given = contents()
     folder = written.write(given, tmp_path / "adapter")
     assert written.recognises(folder)
@@ -71,17 +73,20 @@ def test_reading_gives_back_what_was_written(written, tmp_path):
     assert found.card["description"] == "sorts"
 
 
-def test_every_tensor_of_the_files_matters(written, tmp_path):
+@PROPERTIES.add(of=WRITTEN)
+def every_tensor_of_the_files_matters(written, tmp_path):
     first, second = (written.read(written.write(contents(seed), tmp_path / str(seed))) for seed in (1, 2))
     assert hash_of(first) != hash_of(second)
 
 
-def test_an_adapter_of_any_written_format_is_read_without_naming_it(written, tmp_path):
+@PROPERTIES.add(of=WRITTEN)
+def an_adapter_of_any_written_format_is_read_without_naming_it(written, tmp_path):
     folder = written.write(contents(), tmp_path / "adapter")
     assert Adapter.from_pretrained(folder).hash == hash_of(written.read(folder))
 
 
-def test_an_empty_folder_missing_parents_and_an_older_adapter_give_way(written, tmp_path):
+@PROPERTIES.add(of=WRITTEN)
+def an_empty_folder_missing_parents_and_an_older_adapter_give_way(written, tmp_path):
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "a" / "b", tmp_path / "empty"):
         written.write(contents(1), folder)
@@ -89,7 +94,8 @@ def test_an_empty_folder_missing_parents_and_an_older_adapter_give_way(written, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "empty"]
 
 
-def test_a_folder_with_other_files_and_a_file_are_left_alone(written, tmp_path):
+@PROPERTIES.add(of=WRITTEN)
+def a_folder_with_other_files_and_a_file_are_left_alone(written, tmp_path):
     folder = written.write(contents(), tmp_path / "adapter")
     (folder / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("mine")
@@ -99,7 +105,8 @@ def test_a_folder_with_other_files_and_a_file_are_left_alone(written, tmp_path):
     assert hash_of(written.read(folder)) == hash_of(contents())
 
 
-def test_a_failure_while_writing_leaves_the_older_adapter_and_nothing_else(written, tmp_path, monkeypatch):
+@PROPERTIES.add(of=WRITTEN)
+def a_failure_while_writing_leaves_the_older_adapter_and_nothing_else(written, tmp_path, monkeypatch):
     def interrupted(descriptor):
         raise KeyboardInterrupt
 
@@ -119,23 +126,24 @@ UNWRITTEN = {
 }
 
 
-@pytest.mark.parametrize("case", UNWRITTEN)
-def test_what_cannot_be_written_is_refused_and_nothing_appears(written, tmp_path, case):
+@PROPERTIES.add(of=WRITTEN, case=UNWRITTEN)
+def what_cannot_be_written_is_refused_and_nothing_appears(written, tmp_path, case):
     given, named = UNWRITTEN[case]
     with pytest.raises(AdapterUnsupported, match=named):
         written.write(given, tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_something_else_is_not_recognised_and_refused_by_name(layout, tmp_path):
+@PROPERTIES.add()
+def a_folder_of_something_else_is_not_recognised_and_refused_by_name(layout, tmp_path):
     (tmp_path / "notes.txt").write_text("nothing here")
     assert not layout.recognises(tmp_path)
     with pytest.raises(HubError, match=r"notes\.txt"):
         layout.read(tmp_path)
 
 
-@pytest.mark.parametrize("name", FOREIGN)
-def test_a_type_is_recognised_by_its_own_name_alone(name, tmp_path):
+@PROPERTIES.add(of=FOREIGN)
+def a_type_is_recognised_by_its_own_name_alone(name, tmp_path):
     others = [found for found in FOREIGN.values() if found.peft_type != FOREIGN[name].peft_type]
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": FOREIGN[name].peft_type}))
     assert not any(other.recognises(tmp_path) for other in others)
@@ -144,8 +152,8 @@ def test_a_type_is_recognised_by_its_own_name_alone(name, tmp_path):
 
 
 # the fields of LoRA are those of formats/peft.py
-@pytest.mark.parametrize("name", [name for name, found in FOREIGN.items() if found.peft_type != "LORA"])
-def test_every_field_of_a_types_config_is_known_or_refused(name):
+@PROPERTIES.add(of=[name for name, found in FOREIGN.items() if found.peft_type != "LORA"])
+def every_field_of_a_types_config_is_known_or_refused(name):
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     found = FOREIGN[name]
@@ -155,17 +163,16 @@ def test_every_field_of_a_types_config_is_known_or_refused(name):
     assert set().union(*tables) <= fields
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_file_is_known_by_the_names_in_it_and_by_one_layout_alone(name):
+@PROPERTIES.add(of=FILES)
+def a_file_is_known_by_the_names_in_it_and_by_one_layout_alone(name):
     assert [other for other, found in FILES.items() if found.knows(FILES[name].example)] == [name]
     parts = [FILES[name].split(tensor) for tensor in FILES[name].example]
     assert parts[0][0] == parts[1][0]
     assert [part for _, part in parts] == ["down", "up"]
 
 
-@pytest.mark.parametrize("spoiled", ["NaN", "nothing", "an unknown tensor", "a cut"])
-@pytest.mark.parametrize("name", FILES)
-def test_a_spoiled_file_is_refused_by_name(name, spoiled, tmp_path):
+@PROPERTIES.add(of=FILES, spoiled=["NaN", "nothing", "an unknown tensor", "a cut"])
+def a_spoiled_file_is_refused_by_name(name, spoiled, tmp_path):
     down, up = FILES[name].example
     held = {down: torch.ones(5, 5), up: torch.ones(5, 5)}
     if spoiled == "an unknown tensor":

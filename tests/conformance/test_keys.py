@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from properties import Properties
 
 from loraweave import registry
 from loraweave.hub.adapter import Adapter
@@ -13,6 +14,8 @@ from loraweave.hub.search.search import SearchIndex
 from loraweave.retrieval.keyed_search import KeySpace
 from loraweave.retrieval.request import Query
 from loraweave.types import Factors
+
+PROPERTIES = Properties(registry.names("keys"))
 
 
 def adapter(name, seed, **card):
@@ -38,9 +41,9 @@ def space(hub):
     return KeySpace(hub, SearchIndex(hub, embedder="hashing"))
 
 
-@pytest.fixture(params=registry.names("keys"))
-def key(request):
-    return request.param, registry.get("keys", request.param)()
+@PROPERTIES.given
+def key(name):
+    return name, registry.get("keys", name)()
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,13 @@ def query():
     return Query(("5 + 5", "horse"), ("10", "HORSE"), "adds numbers", adapter("query", 4))
 
 
-def test_scores_are_one_number_from_minus_one_to_one_for_each_record_or_nan(key, query, hub, space):
+@pytest.mark.parametrize("name", PROPERTIES.entries)
+def test_a_key_keeps_all_properties(name, request, query, hub, space):
+    PROPERTIES.walk(request, name, query=query, hub=hub, space=space)
+
+
+@PROPERTIES.add()
+def scores_are_one_number_from_minus_one_to_one_for_each_record_or_nan(key, query, hub, space):
     scores_N = key[1].scores(query, hub.records(), space)
     assert scores_N.shape == (4,)
     known_N = scores_N[~np.isnan(scores_N)]
@@ -58,21 +67,25 @@ def test_scores_are_one_number_from_minus_one_to_one_for_each_record_or_nan(key,
     assert np.ptp(known_N) > 1e-3
 
 
-def test_a_query_that_lacks_everything_gets_no_opinion(key, hub, space):
+@PROPERTIES.add()
+def a_query_that_lacks_everything_gets_no_opinion(key, hub, space):
     assert np.isnan(key[1].scores(Query(), hub.records(), space)).all()
 
 
-def test_no_records_give_no_scores(key, query, space):
+@PROPERTIES.add()
+def no_records_give_no_scores(key, query, space):
     assert key[1].scores(query, [], space).shape == (0,)
 
 
-def test_the_order_of_the_records_does_not_matter(key, query, hub, space):
+@PROPERTIES.add()
+def the_order_of_the_records_does_not_matter(key, query, hub, space):
     records = hub.records()
     forward_N, backward_N = (key[1].scores(query, some, space) for some in (records, records[::-1]))
     np.testing.assert_allclose(backward_N[::-1], forward_N, atol=1e-9)
 
 
-def test_a_score_does_not_depend_on_the_other_records(key, query, hub, space):
+@PROPERTIES.add()
+def a_score_does_not_depend_on_the_other_records(key, query, hub, space):
     if "relative" in registry.traits_of(type(key[1])):
         pytest.skip("compares adapters with each other")
     records = hub.records()
@@ -80,6 +93,7 @@ def test_a_score_does_not_depend_on_the_other_records(key, query, hub, space):
     np.testing.assert_allclose(alone_N, key[1].scores(query, records, space), atol=1e-9)
 
 
-def test_a_second_call_gives_the_same(key, query, hub, space):
+@PROPERTIES.add()
+def a_second_call_gives_the_same(key, query, hub, space):
     first_N, second_N = (key[1].scores(query, hub.records(), space) for _ in range(2))
     np.testing.assert_array_equal(first_N, second_N)

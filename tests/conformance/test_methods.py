@@ -1,4 +1,4 @@
-"""What every merge method keeps, whoever wrote it: one run per file of composer/methods."""
+"""What every merge method keeps, whoever wrote it: one case for each file of composer/merge/methods."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from properties import Properties
 
 from loraweave import registry
 from loraweave.composer.merge.method_call import MethodCall
@@ -26,6 +27,7 @@ METHODS = registry.names("methods")
 # apart, so that the split of an update into factors counts. one_a: all experts have one a
 TRAITS = {name: registry.traits_of(registry.get("methods", name)) for name in METHODS}
 KNOWN = {"lossy", "shares", "pairs", "by_factors", "one_a"}
+PROPERTIES = Properties(METHODS)
 
 Update = Factors | DenseUpdate | TruncatedUpdate
 
@@ -74,9 +76,9 @@ class Method:
         return [abs(weight) for weight in wanted] if "shares" in TRAITS[self.name] else list(wanted)
 
 
-@pytest.fixture(params=METHODS)
-def method(request: pytest.FixtureRequest) -> Method:
-    return Method(request.param)
+@PROPERTIES.given
+def method(name: str) -> Method:
+    return Method(name)
 
 
 def tensors(update: Update | None) -> list[torch.Tensor]:
@@ -90,6 +92,11 @@ def dense(update: Update | None) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else parts[0] @ parts[1]
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_keeps_all_properties(name: str, request: pytest.FixtureRequest) -> None:
+    PROPERTIES.walk(request, name)
+
+
 def test_there_are_methods() -> None:
     assert {"linear", "factor_sum", "ties", "core_space", "svd", "fisher"} <= set(METHODS)
 
@@ -98,7 +105,7 @@ def test_a_method_says_of_itself_only_what_is_tested_here() -> None:
     assert set().union(*TRAITS.values()) == KNOWN
 
 
-@pytest.mark.parametrize("name", METHODS)
+@PROPERTIES.add()
 @settings(max_examples=12, deadline=None)
 @given(
     num_experts=st.integers(1, 4),
@@ -107,7 +114,7 @@ def test_a_method_says_of_itself_only_what_is_tested_here() -> None:
     num_in=st.integers(1, 6),
     seed=st.integers(0, 99),
 )
-def test_the_result_fits_the_layer_and_is_finite(
+def the_result_fits_the_layer_and_is_finite(
     name: str, num_experts: int, rank: int, num_out: int, num_in: int, seed: int
 ) -> None:
     method = Method(name)
@@ -122,29 +129,30 @@ def test_the_result_fits_the_layer_and_is_finite(
     assert bool(torch.isfinite(dense(found)).all())
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(lambda: [factors(0), factors(0)], id="identical"),
-        pytest.param(lambda: [factors(0), replace(factors(0), b_OR=-factors(0).b_OR)], id="opposite"),
-        pytest.param(lambda: [Factors(torch.zeros(2, 7), torch.zeros(5, 2)) for _ in range(2)], id="zero"),
-        pytest.param(lambda: [factors(0), Factors(torch.zeros(3, 7), torch.zeros(5, 3))], id="one zero"),
-        pytest.param(lambda: [Factors(torch.ones(1, 7), torch.ones(5, 1)) for _ in range(2)], id="equal magnitudes"),
-    ],
-)
-def test_hard_experts_give_no_nan(method: Method, make: Callable[[], list[Factors]]) -> None:
-    found = method(method.experts(*make()), [1.0, 1.0])
+HARD: dict[str, Callable[[], list[Factors]]] = {
+    "identical": lambda: [factors(0), factors(0)],
+    "opposite": lambda: [factors(0), replace(factors(0), b_OR=-factors(0).b_OR)],
+    "zero": lambda: [Factors(torch.zeros(2, 7), torch.zeros(5, 2)) for _ in range(2)],
+    "one zero": lambda: [factors(0), Factors(torch.zeros(3, 7), torch.zeros(5, 3))],
+    "equal magnitudes": lambda: [Factors(torch.ones(1, 7), torch.ones(5, 1)) for _ in range(2)],
+}
+
+
+@PROPERTIES.add(hard=list(HARD))
+def hard_experts_give_no_nan(method: Method, hard: str) -> None:
+    found = method(method.experts(*HARD[hard]()), [1.0, 1.0])
     assert found is None or bool(torch.isfinite(dense(found)).all())
 
 
-@pytest.mark.parametrize("rank", [2, 0])
-def test_updates_of_zero_give_zero(method: Method, rank: int) -> None:
+@PROPERTIES.add(rank=[2, 0])
+def updates_of_zero_give_zero(method: Method, rank: int) -> None:
     zero = Factors(torch.zeros(rank, 7), torch.zeros(5, rank))
     found = method([zero, zero], [1.0, 1.0])
     assert found is None or not dense(found).any()
 
 
-def test_the_experts_are_not_changed(method: Method) -> None:
+@PROPERTIES.add()
+def the_experts_are_not_changed(method: Method) -> None:
     experts, weights = method.experts(factors(0), factors(1)), method.weights(0.7, -0.4)
     before, given_weights = [tensor.clone() for each in experts for tensor in (each.a_RI, each.b_OR)], list(weights)
     method(experts, weights)
@@ -152,7 +160,8 @@ def test_the_experts_are_not_changed(method: Method) -> None:
     assert weights == given_weights
 
 
-def test_the_result_shares_no_memory_with_an_expert_that_could_change_it(method: Method) -> None:
+@PROPERTIES.add()
+def the_result_shares_no_memory_with_an_expert_that_could_change_it(method: Method) -> None:
     experts = method.experts(factors(0), factors(1))
     found = method(experts, [1.0, 1.0])
     before = dense(found)
@@ -162,24 +171,28 @@ def test_the_result_shares_no_memory_with_an_expert_that_could_change_it(method:
     assert torch.equal(dense(found), before)
 
 
-def test_it_is_deterministic(method: Method) -> None:
+@PROPERTIES.add()
+def it_is_deterministic(method: Method) -> None:
     experts, weights = method.experts(factors(0), factors(1)), method.weights(0.7, -0.4)
     assert torch.equal(dense(method(experts, weights)), dense(method(experts, weights)))
 
 
-def test_the_order_of_experts_does_not_matter(method: Method) -> None:
+@PROPERTIES.add()
+def the_order_of_experts_does_not_matter(method: Method) -> None:
     seeds, values = ([0, 1], [0.7, -0.4]) if "pairs" in TRAITS[method.name] else ([0, 1, 2], [0.7, -0.4, 1.3])
     experts, weights = method.experts(*map(factors, seeds)), method.weights(*values)
     forth, back = method(experts, weights, seeds), method(experts[::-1], weights[::-1], seeds[::-1])
     assert torch.allclose(dense(forth), dense(back), rtol=1e-5, atol=1e-5)
 
 
-def test_weights_of_zero_change_nothing(method: Method) -> None:
+@PROPERTIES.add()
+def weights_of_zero_change_nothing(method: Method) -> None:
     found = method(method.experts(factors(0), factors(1)), [0.0, 0.0])
     assert found is None or not dense(found).any()
 
 
-def test_an_expert_of_weight_zero_does_not_count(method: Method) -> None:
+@PROPERTIES.add()
+def an_expert_of_weight_zero_does_not_count(method: Method) -> None:
     experts = method.experts(factors(0), factors(1), factors(2))
     if "pairs" in TRAITS[method.name]:
         some, all_but_one = method(experts, [0.7, 0.0, 0.3]), method([experts[0], experts[2]], [0.7, 0.3])
@@ -188,18 +201,21 @@ def test_an_expert_of_weight_zero_does_not_count(method: Method) -> None:
     assert torch.allclose(dense(some), dense(all_but_one), rtol=1e-6, atol=1e-6)
 
 
-def test_no_expert_with_the_layer_leaves_it_alone(method: Method) -> None:
+@PROPERTIES.add()
+def no_expert_with_the_layer_leaves_it_alone(method: Method) -> None:
     assert method([None, None], [1.0, 1.0]) is None
 
 
-def test_an_expert_without_the_layer_counts_as_zero(method: Method) -> None:
+@PROPERTIES.add()
+def an_expert_without_the_layer_counts_as_zero(method: Method) -> None:
     if TRAITS[method.name] & {"pairs", "shares"}:
         pytest.skip("an absent layer is a zero update of its own share here, which its own tests check")
     found = method([None, factors(1)], [0.5, 1.0])
     assert torch.allclose(dense(found), dense(method([factors(1)], [1.0], [1])), rtol=1e-6, atol=1e-6)
 
 
-def test_a_single_weight_of_one_gives_that_adapter(method: Method) -> None:
+@PROPERTIES.add()
+def a_single_weight_of_one_gives_that_adapter(method: Method) -> None:
     if "lossy" in TRAITS[method.name]:
         pytest.skip("its formula changes a single adapter too")
     for rank in (1, 3):
@@ -208,8 +224,8 @@ def test_a_single_weight_of_one_gives_that_adapter(method: Method) -> None:
         assert torch.allclose(dense(found), dense(experts[1]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if "one_a" not in TRAITS[name]])
-def test_only_the_updates_count_unless_the_method_mixes_factors(name: str) -> None:
+@PROPERTIES.add(of=[name for name in METHODS if "one_a" not in TRAITS[name]])
+def only_the_updates_count_unless_the_method_mixes_factors(name: str) -> None:
     method, by_factors = Method(name), "by_factors" in TRAITS[name]
     pair, three = ([(0, 3), (1, 3)], [0.7, -0.4]), ([(0, 2), (1, 1), (2, 3)], [1.0, 0.5, -2.0])
     sizes, values = pair if by_factors or "pairs" in TRAITS[name] else three
@@ -225,14 +241,16 @@ def test_only_the_updates_count_unless_the_method_mixes_factors(name: str) -> No
     assert not by_factors or float((found - other).norm()) > 0.1
 
 
-def test_the_kind_of_layer_stays(method: Method) -> None:
+@PROPERTIES.add()
+def the_kind_of_layer_stays(method: Method) -> None:
     experts = [replace(each, kind="conv", kernel=(1, 1)) for each in method.experts(factors(0), factors(1))]
     found = method(experts, [0.5, 0.5])
     held = found.factors if isinstance(found, TruncatedUpdate) else found
     assert (held.kind, held.kernel) == ("conv", (1, 1))
 
 
-def test_blocks_and_threads_do_not_show(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+@PROPERTIES.add()
+def blocks_and_threads_do_not_show(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     experts = method.experts(factors(0, 3, 37, 11), factors(1, 3, 37, 11))
     before = dense(method(experts, method.weights(0.7, -0.4)))
     monkeypatch.setattr(_entries, "BLOCK", 50)
@@ -245,27 +263,31 @@ def test_blocks_and_threads_do_not_show(method: Method, monkeypatch: pytest.Monk
     assert torch.allclose(after, before, rtol=1e-6, atol=1e-6)
 
 
-def test_the_global_generators_are_not_touched(method: Method) -> None:
+@PROPERTIES.add()
+def the_global_generators_are_not_touched(method: Method) -> None:
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     method(method.experts(factors(0), factors(1)), [1.0, 1.0])
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert (np.random.get_state()[1] == numpy_state).all()
 
 
-def test_updates_of_different_shape_are_refused(method: Method) -> None:
+@PROPERTIES.add()
+def updates_of_different_shape_are_refused(method: Method) -> None:
     for other in (factors(1, 3, 5, 6), replace(factors(1), kind="conv", kernel=(1, 1))):
         with pytest.raises(LayerMismatch):
             method([factors(0), other], [1.0, 1.0])
 
 
-@pytest.mark.parametrize(("part", "word"), [("magnitude_O", "DoRA"), ("base_bias_O", "base bias")])
-def test_updates_that_need_the_base_layer_are_refused(method: Method, part: str, word: str) -> None:
+@PROPERTIES.add(named=[("magnitude_O", "DoRA"), ("base_bias_O", "base bias")])
+def updates_that_need_the_base_layer_are_refused(method: Method, named: tuple[str, str]) -> None:
+    part, word = named
     plain, unbound = method.experts(factors(0), factors(1))
     with pytest.raises(AdapterUnsupported, match=rf"method '{method.name}', layer .*{word}"):
         method([plain, replace(unbound, **{part: torch.ones(5)})], [1.0, 0.5])
 
 
-def test_a_gain_is_merged_or_refused_and_never_lost(method: Method) -> None:
+@PROPERTIES.add()
+def a_gain_is_merged_or_refused_and_never_lost(method: Method) -> None:
     plain, gaining = method.experts(factors(0), factors(1))
     try:
         found = method([plain, replace(gaining, gain_O=torch.ones(5))], [1.0, 0.5])
@@ -275,21 +297,21 @@ def test_a_gain_is_merged_or_refused_and_never_lost(method: Method) -> None:
     assert held.gain_O.any()
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if "shares" in TRAITS[name]])
-def test_shares_are_not_negative(name: str) -> None:
+@PROPERTIES.add(of=[name for name in METHODS if "shares" in TRAITS[name]])
+def shares_are_not_negative(name: str) -> None:
     method = Method(name)
     with pytest.raises(WeightingError, match=r"shares|sum to 0"):
         method(method.experts(factors(0), factors(1)), [1.0, -1.0])
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if "pairs" in TRAITS[name]])
-def test_a_method_for_pairs_refuses_three(name: str) -> None:
+@PROPERTIES.add(of=[name for name in METHODS if "pairs" in TRAITS[name]])
+def a_method_for_pairs_refuses_three(name: str) -> None:
     with pytest.raises(WeightingError, match=r"got 3.*karcher"):
         Method(name)([factors(0), factors(1), None], [1.0, 1.0, 1.0])
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_the_defaults_of_the_options_are_in_their_ranges(name: str) -> None:
+@PROPERTIES.add()
+def the_defaults_of_the_options_are_in_their_ranges(name: str) -> None:
     parameters = inspect.signature(registry.get("methods", name)).parameters
     MethodCall(name, {option: parameters[option].default for option in MethodCall(name).own_options})
 
@@ -330,10 +352,11 @@ OUTSIDE: list[tuple[str, list[object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "option", "values"), [(name, option, values) for option, values, names in OUTSIDE for name in names.split()]
-)
-def test_options_outside_their_range_are_refused(name: str, option: str, values: list[object]) -> None:
+def options_outside_their_range_are_refused(name: str, option: str, values: list[object]) -> None:
     for value in values:
         with pytest.raises(WeightingError, match=f"method '{name}' got {option}="):
             MethodCall(name, {option: value})
+
+
+for option, values, names in OUTSIDE:
+    PROPERTIES.add(of=names.split(), option=[option], values=[values])(options_outside_their_range_are_refused)

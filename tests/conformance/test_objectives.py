@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from properties import Properties
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import loraweave as lw
@@ -21,6 +22,7 @@ TASKS = {
 
 # kinds whose loss of an example depends on how many tokens the others have
 TOGETHER = {"LorahubOriginal"}
+PROPERTIES = Properties(registry.names("objectives"))
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +59,20 @@ def candidates(count):
     return [lw.MixtureWeights(row[None, None, None], tuple("abc")) for row in values]
 
 
-@pytest.fixture(params=[(name, task) for name in registry.names("objectives") for task in TASKS], ids="-".join)
-def objective(request, engine, tokenizer):
-    name, task = request.param
+@pytest.mark.parametrize("name", PROPERTIES.entries)
+def test_a_kind_of_loss_keeps_all_properties(name, request, engine, tokenizer):
+    PROPERTIES.walk(request, name, engine=engine, tokenizer=tokenizer)
+
+
+@PROPERTIES.given
+def objective(name, task, engine, tokenizer):
     if name == "labels" and task == "free":
         pytest.skip("ranks labels")
     return ExampleLoss(engine, tokenizer, TASKS[task], kind=name, l1=0.0)
 
 
-def test_losses_are_finite_and_one_for_each_example(objective):
+@PROPERTIES.add(task=TASKS)
+def losses_are_finite_and_one_for_each_example(objective):
     losses, hits = objective.scores(candidates(4))
     assert losses.shape == hits.shape == (4, 3)
     assert hits.dtype == bool
@@ -73,13 +80,15 @@ def test_losses_are_finite_and_one_for_each_example(objective):
     assert (losses >= 0).all()
 
 
-def test_a_population_has_the_losses_of_each_candidate_alone(objective):
+@PROPERTIES.add(task=TASKS)
+def a_population_has_the_losses_of_each_candidate_alone(objective):
     together = objective(candidates(4))
     assert together == pytest.approx([objective([each])[0] for each in candidates(4)], rel=1e-9)
     assert together == pytest.approx(objective.scores(candidates(4))[0].mean(axis=1).tolist(), rel=1e-6)
 
 
-def test_an_example_has_the_same_loss_among_others_and_alone(objective):
+@PROPERTIES.add(task=TASKS)
+def an_example_has_the_same_loss_among_others_and_alone(objective):
     if type(objective.kind).__name__ in TOGETHER:
         pytest.skip("examples share a divisor")
     losses, hits = objective.scores(candidates(2))
@@ -89,12 +98,14 @@ def test_an_example_has_the_same_loss_among_others_and_alone(objective):
         assert (own_hits[:, 0] == hits[:, index]).all()
 
 
-def test_the_order_of_experts_does_not_matter(objective):
+@PROPERTIES.add(task=TASKS)
+def the_order_of_experts_does_not_matter(objective):
     turned = [lw.MixtureWeights(each.values_BTLE.flip(3), ("c", "b", "a")) for each in candidates(3)]
     assert objective(turned) == pytest.approx(objective(candidates(3)), rel=1e-9)
 
 
-def test_examples_in_several_passes_have_the_same_losses_and_gradients(objective, monkeypatch):
+@PROPERTIES.add(task=TASKS)
+def examples_in_several_passes_have_the_same_losses_and_gradients(objective, monkeypatch):
     losses = objective(candidates(2))
     gradients = objective.gradients(candidates(2))[1] if objective.differentiable else []
     monkeypatch.setattr(population, "MAX_TOKENS", 4)
@@ -106,7 +117,8 @@ def test_examples_in_several_passes_have_the_same_losses_and_gradients(objective
         assert torch.allclose(torch.cat(found), torch.cat(gradients), rtol=1e-9, atol=1e-12)
 
 
-def test_gradients_are_slopes_where_there_are_any(objective):
+@PROPERTIES.add(task=TASKS)
+def gradients_are_slopes_where_there_are_any(objective):
     if not objective.differentiable:
         pytest.skip("has none")
     (each,) = candidates(1)

@@ -1,4 +1,7 @@
-"""What every search of routers/ must do: ask, be told, stop at its budget, and give the best it was told of."""
+"""What every search of routers/ must do: ask, be told, stop at its budget, and give the best it was told of.
+
+One case for each file of routers/searches.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from properties import Properties
 
 from loraweave import registry
 from loraweave.errors import SearchFailed, WeightingError
@@ -35,6 +39,7 @@ NEEDED = {
 # stands, since no draw and no order is in it
 TRAITS = {name: registry.traits_of(CLASSES[name]) for name in SEARCHES}
 ORDERLESS = [name for name in SEARCHES if "orderless" in TRAITS[name]]
+PROPERTIES = Properties(SEARCHES)
 
 
 def make(name, experts, **options):
@@ -72,9 +77,13 @@ class Distance:
         return torch.cat([candidate.values_BTLE for candidate in self.seen])
 
 
-@pytest.mark.parametrize("budget", [9, 12, 17])
 @pytest.mark.parametrize("name", SEARCHES)
-def test_it_stops_after_exactly_its_budget_and_returns_the_best(name, budget):
+def test_a_search_keeps_all_properties(name, request):
+    PROPERTIES.walk(request, name)
+
+
+@PROPERTIES.add(budget=[9, 12, 17])
+def it_stops_after_exactly_its_budget_and_returns_the_best(name, budget):
     solver, told = make(name, NAMES, budget=budget, seed=1), []
     while not solver.stop() and (candidates := solver.ask()):
         losses, gradients = Distance().gradients(candidates)
@@ -91,8 +100,8 @@ def test_it_stops_after_exactly_its_budget_and_returns_the_best(name, budget):
     assert result.evaluations == solver.spent == solver.cost * len(told)
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-def test_candidates_are_finite_task_weights_of_its_experts_and_the_result_is_one_of_them(name):
+@PROPERTIES.add()
+def candidates_are_finite_task_weights_of_its_experts_and_the_result_is_one_of_them(name):
     objective = Distance()
     result = make(name, NAMES, budget=12, seed=0).solve(objective)
     assert all(candidate.scope == "task" and candidate.experts == NAMES for candidate in objective.seen)
@@ -101,16 +110,16 @@ def test_candidates_are_finite_task_weights_of_its_experts_and_the_result_is_one
     assert result.weights == pytest.approx(best.as_dict(), abs=1e-6)
 
 
-@pytest.mark.parametrize("name", LEARNING)
-def test_no_candidate_leaves_the_box(name):
+@PROPERTIES.add(of=LEARNING)
+def no_candidate_leaves_the_box(name):
     objective = Distance(target=3.0)
     make(name, NAMES, budget=40, low=-0.25, high=1.0).solve(objective)
     assert float(objective.values.min()) >= -0.25
     assert float(objective.values.max()) <= 1.0
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-def test_the_same_seed_gives_the_same_candidates_and_global_generators_are_left_alone(name):
+@PROPERTIES.add()
+def the_same_seed_gives_the_same_candidates_and_global_generators_are_left_alone(name):
     first, second = Distance(), Distance()
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     make(name, NAMES, budget=12, seed=4).solve(first)
@@ -119,9 +128,8 @@ def test_the_same_seed_gives_the_same_candidates_and_global_generators_are_left_
     assert torch.equal(first.values, second.values)
 
 
-@pytest.mark.parametrize("killed_after", [1, 4])
-@pytest.mark.parametrize("name", LEARNING)
-def test_a_search_that_was_interrupted_goes_on_bit_for_bit(name, killed_after, tmp_path):
+@PROPERTIES.add(of=LEARNING, killed_after=[1, 4])
+def a_search_that_was_interrupted_goes_on_bit_for_bit(name, killed_after, tmp_path):
     class Killed(Distance):
         def __call__(self, candidates):
             if len(self.sizes) == killed_after:
@@ -143,16 +151,16 @@ def test_a_search_that_was_interrupted_goes_on_bit_for_bit(name, killed_after, t
     assert len(stored.losses) == len(whole.seen)
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-def test_a_pool_of_one_can_be_searched(name):
+@PROPERTIES.add()
+def a_pool_of_one_can_be_searched(name):
     objective = Distance(target=0.6)
     result = make(name, ["alone"], budget=40, seed=1).solve(objective)
     assert list(result.weights) == ["alone"]
     assert result.loss == min(result.losses) <= 0.6
 
 
-@pytest.mark.parametrize("name", LEARNING)
-def test_groups_of_layers_have_weights_of_their_own(name):
+@PROPERTIES.add(of=LEARNING)
+def groups_of_layers_have_weights_of_their_own(name):
     groups = {"early": ["q0", "q1"], "late": ["q2"]}
     objective = Distance(target=[[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
     result = make(name, ["a", "b"], budget=60, groups=groups).solve(objective)
@@ -162,8 +170,8 @@ def test_groups_of_layers_have_weights_of_their_own(name):
     assert result.num_trained == 4
 
 
-@pytest.mark.parametrize("name", ORDERLESS)
-def test_the_order_of_the_experts_does_not_matter(name):
+@PROPERTIES.add(of=ORDERLESS)
+def the_order_of_the_experts_does_not_matter(name):
     target_E, order = torch.tensor([0.4, -0.1, 0.2, 0.9]), [2, 0, 3, 1]
     names = ["d", "a", "c", "b"]
     first = make(name, names, budget=40).solve(Distance(target_E)).weights
@@ -171,8 +179,8 @@ def test_the_order_of_the_experts_does_not_matter(name):
     assert second == pytest.approx(first, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", LEARNING)
-def test_seconds_end_it_too(name, monkeypatch):
+@PROPERTIES.add(of=LEARNING)
+def seconds_end_it_too(name, monkeypatch):
     class Clock:
         now = 100.0
 
@@ -189,24 +197,23 @@ def test_seconds_end_it_too(name, monkeypatch):
     assert result.seconds == 13.0 or "ends_early" in TRAITS[name]
 
 
-@pytest.mark.parametrize("name", LEARNING)
-def test_candidates_without_a_loss_count_and_are_never_chosen(name):
+@PROPERTIES.add(of=LEARNING)
+def candidates_without_a_loss_count_and_are_never_chosen(name):
     objective = Distance(spoil=range(1, 40, 3))
     result = make(name, NAMES, budget=40).solve(objective)
     assert result.failed == len([number for number in objective.spoil if number < len(objective.seen)])
     assert math.isfinite(result.loss)
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-def test_a_search_without_any_loss_fails_by_name(name):
+@PROPERTIES.add()
+def a_search_without_any_loss_fails_by_name(name):
     with pytest.raises(SearchFailed, match="could be scored"):
         make(name, NAMES, budget=40).solve(Distance(spoil=range(40)))
 
 
-@pytest.mark.parametrize("name", LEARNING)
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+@PROPERTIES.add(
+    of=LEARNING,
+    refused=[
         ({"low": 1.0, "high": -1.0}, "low is 1.0 and high is -1.0; swap them"),
         ({"budget": 0}, "got budget=0;"),
         ({"budget": None}, "a budget of evaluations, or of seconds"),
@@ -216,19 +223,20 @@ def test_a_search_without_any_loss_fails_by_name(name):
         ({"groups": {"early": []}}, "group 'early' has no layers"),
     ],
 )
-def test_settings_that_no_search_can_use_are_refused(name, options, message):
+def settings_that_no_search_can_use_are_refused(name, refused):
+    options, message = refused
     with pytest.raises(WeightingError, match=message):
         make(name, NAMES, **options)
 
 
-@pytest.mark.parametrize("name", [*LEARNING, "uniform"])
-def test_a_pool_without_experts_is_refused(name):
+@PROPERTIES.add(of=[*LEARNING, "uniform"])
+def a_pool_without_experts_is_refused(name):
     with pytest.raises(WeightingError, match="at least one expert"):
         make(name, [])
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-def test_its_curve_can_be_drawn(name, tmp_path):
+@PROPERTIES.add()
+def its_curve_can_be_drawn(name, tmp_path):
     pytest.importorskip("matplotlib")
     result = make(name, NAMES, budget=12).solve(Distance())
     path = result.plot(tmp_path / "curve.png")

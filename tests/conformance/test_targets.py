@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from properties import Properties
 from transformers import LlamaConfig
 
 import loraweave as lw
@@ -13,6 +14,7 @@ from loraweave.hub.targets._target import Target
 from loraweave.types import Factors
 
 TARGETS = registry.names("targets")
+PROPERTIES = Properties(TARGETS)
 SIZES = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
 BASE = LlamaConfig(**SIZES, tie_word_embeddings=False)
 LANGUAGE = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj"]
@@ -28,12 +30,17 @@ def adapter(target, ranks=(3, 2)):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_target_is_one(target):
+def test_a_target_keeps_all_properties(target, request):
+    PROPERTIES.walk(request, target, target=target)
+
+
+@PROPERTIES.add()
+def a_target_is_one(target):
     assert issubclass(registry.get("targets", target), Target)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_an_export_is_exact_and_takes_the_place_of_an_earlier_one(target, tmp_path):
+@PROPERTIES.add()
+def an_export_is_exact_and_takes_the_place_of_an_earlier_one(target, tmp_path):
     given = adapter(target)
     for _ in range(2):
         report = given.export(tmp_path / "out", target=target, base=BASE)
@@ -42,8 +49,8 @@ def test_an_export_is_exact_and_takes_the_place_of_an_earlier_one(target, tmp_pa
     assert "base_model: org/base" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_an_export_is_read_back_as_it_was(target, tmp_path):
+@PROPERTIES.add()
+def an_export_is_read_back_as_it_was(target, tmp_path):
     if "unread" in registry.traits_of(registry.get("targets", target)):
         pytest.skip("this package does not read the layout; its engine does in tests/hub/targets")
     given = adapter(target)
@@ -53,8 +60,8 @@ def test_an_export_is_read_back_as_it_was(target, tmp_path):
         torch.testing.assert_close(again.delta(layer), given.delta(layer), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_a_cut_is_reported(target, tmp_path):
+@PROPERTIES.add()
+def a_cut_is_reported(target, tmp_path):
     given = adapter(target)
     report = given.export(tmp_path / "out", target=target, base=BASE, max_rank=2)
     first, second = given.layers
@@ -64,8 +71,8 @@ def test_a_cut_is_reported(target, tmp_path):
     assert report.rank == 2
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_a_folder_with_other_files_is_left_alone(target, tmp_path):
+@PROPERTIES.add()
+def a_folder_with_other_files_is_left_alone(target, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(AdapterExists, match=r"thesis\.txt"):
         adapter(target).export(tmp_path, target=target, base=BASE)
@@ -79,9 +86,8 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("target", TARGETS)
-def test_what_no_program_can_compute_is_refused_and_nothing_is_written(target, change, tmp_path):
+@PROPERTIES.add(change=CHANGES)
+def what_no_program_can_compute_is_refused_and_nothing_is_written(target, change, tmp_path):
     given = adapter(target)
     given = replace(given, layers={layer: CHANGES[change](factors) for layer, factors in given.layers.items()})
     with pytest.raises(AdapterUnsupported):

@@ -1,4 +1,4 @@
-"""What every router of routers/ that looks at the input must do."""
+"""What every router of routers/ that looks at the input must do: one case for each file of routers/tokens."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from properties import Properties
 from rounding import assert_near, num_terms
 from transformers import DynamicCache
 
@@ -24,6 +25,7 @@ from loraweave.types import Factors, Task
 
 ROUTERS = router_names()
 LEARNED = [name for name in ROUTERS if router_class(name).learned]
+PROPERTIES = Properties(ROUTERS)
 # what a router cannot do without, besides the pool
 NEEDED = {
     "similarity": {"embedder": "hashing"},
@@ -57,7 +59,12 @@ def shown(adapter, examples):
     return replace(adapter, card={"examples": examples})
 
 
-@pytest.fixture
+@PROPERTIES.given
+def model(make_model):
+    return make_model("llama")
+
+
+@PROPERTIES.given
 def pool(model, make_adapters):
     texts = [["f j l", "c e"], ["h i d", "h h"], ["e e e", "f e"]]
     return ExpertPool([shown(a, own) for a, own in zip(make_adapters(model, "llama"), texts, strict=True)])
@@ -106,7 +113,13 @@ def generated(model, pool, made, **settings):
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_weights_are_finite_numbers_for_the_experts_of_the_pool(name, model, pool):
+def test_a_router_keeps_all_properties(name, request, make_model, make_adapter, make_adapters, tokenizer):
+    shared = {"make_model": make_model, "make_adapter": make_adapter, "make_adapters": make_adapters, "tokenizer": tokenizer}
+    PROPERTIES.walk(request, name, **shared)
+
+
+@PROPERTIES.add()
+def weights_are_finite_numbers_for_the_experts_of_the_pool(name, model, pool):
     made = make(name, pool)
     assert made.experts == pool.names
     weights, _ = weights_of(model, pool, made)
@@ -117,8 +130,8 @@ def test_weights_are_finite_numbers_for_the_experts_of_the_pool(name, model, poo
         assert not bool(w_BTE[..., absent].any())
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_weights_of_every_token_sum_to_1_where_the_router_says_so(name, model, pool):
+@PROPERTIES.add()
+def weights_of_every_token_sum_to_1_where_the_router_says_so(name, model, pool):
     made = make(name, pool)
     weights, _ = weights_of(model, pool, made)
     sums = torch.cat([w_BTE[MASK_BT.bool()].sum(dim=-1) for w_BTE in weights.values()])
@@ -126,15 +139,15 @@ def test_weights_of_every_token_sum_to_1_where_the_router_says_so(name, model, p
         assert torch.allclose(sums, torch.ones_like(sums), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_it_is_deterministic(name, model, pool):
+@PROPERTIES.add()
+def it_is_deterministic(name, model, pool):
     made = make(name, pool)
     assert not made.training
     assert torch.equal(weights_of(model, pool, made)[1], weights_of(model, pool, made)[1])
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_a_row_does_not_depend_on_the_others_nor_on_padding(name, model, pool):
+@PROPERTIES.add()
+def a_row_does_not_depend_on_the_others_nor_on_padding(name, model, pool):
     made = make(name, pool)
     weights, logits = weights_of(model, pool, made)
     alone, own = weights_of(model, pool, made, rows=[1], columns=slice(2, None))
@@ -143,14 +156,14 @@ def test_a_row_does_not_depend_on_the_others_nor_on_padding(name, model, pool):
         assert_near(weights[layer][1, 2:], w_BTE[0], num_terms(model))
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_generation_with_the_cache_is_generation_without(name, model, pool):
+@PROPERTIES.add()
+def generation_with_the_cache_is_generation_without(name, model, pool):
     made = make(name, pool)
     assert torch.equal(generated(model, pool, made, use_cache=True), generated(model, pool, made, use_cache=False))
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_the_order_of_the_experts_does_not_matter(name, model, pool):
+@PROPERTIES.add()
+def the_order_of_the_experts_does_not_matter(name, model, pool):
     first = make(name, pool)
     if first.learned:
         pytest.skip("its parameters are in the order of the experts")
@@ -159,8 +172,8 @@ def test_the_order_of_the_experts_does_not_matter(name, model, pool):
     assert_near(weights_of(model, turned, second)[1], weights_of(model, pool, first)[1], num_terms(model))
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_other_factors_of_the_same_updates_give_the_same_weights(name, model, pool):
+@PROPERTIES.add()
+def other_factors_of_the_same_updates_give_the_same_weights(name, model, pool):
     draw = torch.Generator().manual_seed(3)
 
     def turned(part):
@@ -175,8 +188,8 @@ def test_other_factors_of_the_same_updates_give_the_same_weights(name, model, po
         assert torch.allclose(found[layer], w_BTE, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_every_parameter_gets_a_gradient_through_the_model(name, model, pool):
+@PROPERTIES.add()
+def every_parameter_gets_a_gradient_through_the_model(name, model, pool):
     made = make(name, pool).train()
     if not made.learned:
         assert list(made.parameters()) == []
@@ -189,8 +202,8 @@ def test_every_parameter_gets_a_gradient_through_the_model(name, model, pool):
     assert still == []
 
 
-@pytest.mark.parametrize("name", LEARNED)
-def test_blocks_that_run_again_for_their_gradients_give_the_same(name, model, pool):
+@PROPERTIES.add(of=LEARNED)
+def blocks_that_run_again_for_their_gradients_give_the_same(name, model, pool):
     made, gradients = make(name, pool).train(), []
     model.requires_grad_(False)
     for checkpointing in (False, True):
@@ -206,8 +219,8 @@ def test_blocks_that_run_again_for_their_gradients_give_the_same(name, model, po
     assert any(bool(gradient.any()) for gradient in gradients[0].values())
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_gradients_through_it_are_finite(name, model, pool):
+@PROPERTIES.add()
+def gradients_through_it_are_finite(name, model, pool):
     made = make(name, pool)
     # a token whose every hidden value is 0 in the first layer
     with torch.no_grad():
@@ -217,8 +230,8 @@ def test_gradients_through_it_are_finite(name, model, pool):
     assert all(bool(torch.isfinite(p.grad).all()) for p in (*model.parameters(), *made.parameters()) if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_another_pool_is_refused_by_name(name, model, pool, make_adapter):
+@PROPERTIES.add()
+def another_pool_is_refused_by_name(name, model, pool, make_adapter):
     made = make(name, pool)
     changed = pool.including("b", make_adapter(model, "b", rank=2, targets=("q_proj",), seed=99))
     with pytest.raises(WeightingError, match="for an expert 'b' with hash"), composer(model, changed).activate(made):
@@ -228,8 +241,8 @@ def test_another_pool_is_refused_by_name(name, model, pool, make_adapter):
         pass
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_saved_and_read_again_it_gives_the_same_logits(name, model, pool, tmp_path):
+@PROPERTIES.add()
+def saved_and_read_again_it_gives_the_same_logits(name, model, pool, tmp_path):
     made = make(name, pool)
     made.save_pretrained(tmp_path / "router")
     again = router(tmp_path / "router")
@@ -238,8 +251,8 @@ def test_saved_and_read_again_it_gives_the_same_logits(name, model, pool, tmp_pa
     assert torch.equal(weights_of(model, pool, again)[1], weights_of(model, pool, made)[1])
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_for_a_pool_of_other_order_and_more_experts_it_gives_the_same_logits(name, model, pool, make_adapter, tmp_path):
+@PROPERTIES.add()
+def for_a_pool_of_other_order_and_more_experts_it_gives_the_same_logits(name, model, pool, make_adapter, tmp_path):
     made = make(name, pool)
     made.save_pretrained(tmp_path / "router")
     larger = ExpertPool({"new": make_adapter(model, "new", rank=2, targets=("o_proj", "q_proj")), "x": pool["b"]})
@@ -255,8 +268,8 @@ def test_for_a_pool_of_other_order_and_more_experts_it_gives_the_same_logits(nam
     assert torch.equal(generated(model, larger, again), generated(model, pool, made))
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_an_expert_that_joins_and_leaves_again_leaves_the_rest_as_it_was(name, model, pool, make_adapter, tmp_path):
+@PROPERTIES.add()
+def an_expert_that_joins_and_leaves_again_leaves_the_rest_as_it_was(name, model, pool, make_adapter, tmp_path):
     made = make(name, pool)
     new = shown(make_adapter(model, "new", rank=3, targets=("q_proj", "o_proj")), ["b h j"])
     if any(part.per_expert is None for part in made.parts):
@@ -281,8 +294,8 @@ def test_an_expert_that_joins_and_leaves_again_leaves_the_rest_as_it_was(name, m
     assert torch.equal(weights_of(model, pool, again)[1], weights_of(model, pool, left)[1])
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_experts_that_need_their_base_layers_are_routed_as_bound_ones(name, model, pool):
+@PROPERTIES.add()
+def experts_that_need_their_base_layers_are_routed_as_bound_ones(name, model, pool):
     dora = {
         layer: replace(part, magnitude_O=torch.linspace(0.5, 2, len(part.b_OR))) for layer, part in pool["a"].layers.items()
     }
@@ -300,8 +313,8 @@ def test_experts_that_need_their_base_layers_are_routed_as_bound_ones(name, mode
     assert set(weights) == set(unbound.layer_names)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_the_model_is_bit_for_bit_what_it_was_after_an_error(name, model, pool):
+@PROPERTIES.add()
+def the_model_is_bit_for_bit_what_it_was_after_an_error(name, model, pool):
     made = make(name, pool)
     with torch.no_grad():
         before = model(IDS_BT).logits
@@ -317,8 +330,8 @@ def test_the_model_is_bit_for_bit_what_it_was_after_an_error(name, model, pool):
         assert torch.equal(model(IDS_BT).logits, before)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_a_composition_by_it_is_the_same_when_read_again(name, model, pool, tokenizer, tmp_path):
+@PROPERTIES.add()
+def a_composition_by_it_is_the_same_when_read_again(name, model, pool, tokenizer, tmp_path):
     task = Task([("a", "ab"), ("b c", "ba")], instruction="swap")
     composed = compose(model, tokenizer, pool, task, method=make(name, pool), progress=False)
     again = Composition.from_pretrained(composed.save_pretrained(tmp_path / "composed"), model, tokenizer)
@@ -330,8 +343,8 @@ def test_a_composition_by_it_is_the_same_when_read_again(name, model, pool, toke
     assert all(math.isfinite(value) for value in rise.values())
 
 
-@pytest.mark.parametrize("name", [name for name in ROUTERS if name != "lora_flow"])
-def test_rows_of_a_batch_have_it_in_its_own_precision_below_autocast(name, model, pool):
+@PROPERTIES.add(of=[name for name in ROUTERS if name != "lora_flow"])
+def rows_of_a_batch_have_it_in_its_own_precision_below_autocast(name, model, pool):
     made = make(name, pool)
     engine, whole = composer(model, pool), {}
     for mixture in (made, [made] * len(IDS_BT)):
@@ -344,16 +357,16 @@ def test_rows_of_a_batch_have_it_in_its_own_precision_below_autocast(name, model
             assert torch.allclose(whole.setdefault(layer, w_BTE), w_BTE, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_a_copy_and_a_pickle_give_the_same_logits(name, model, pool):
+@PROPERTIES.add()
+def a_copy_and_a_pickle_give_the_same_logits(name, model, pool):
     made = make(name, pool)
     logits = weights_of(model, pool, made)[1]
     for again in (deepcopy(made), pickle.loads(pickle.dumps(made))):
         assert torch.equal(weights_of(model, pool, again)[1], logits)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_a_cache_that_the_model_made_is_continued_like_one_that_was_passed(name, model, pool):
+@PROPERTIES.add()
+def a_cache_that_the_model_made_is_continued_like_one_that_was_passed(name, model, pool):
     made, found = make(name, pool), []
     for cache in (None, DynamicCache(config=model.config)):
         with torch.no_grad(), composer(model, pool).activate(made):
