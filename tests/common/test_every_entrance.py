@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from properties import Properties
 
 import loraweave as lw
 from loraweave.cli._inputs import read_rows as read_file
@@ -190,16 +191,22 @@ class Entrances:
 
 
 NAMES = [name for name in vars(Entrances) if name.islower() and not name.startswith("_")]
+PROPERTIES = Properties(NAMES)
 
 
-@pytest.fixture
-def entrances(tiny_llama, tokenizer, make_adapter, tmp_path):
-    adapters = [make_adapter(tiny_llama, name, seed=seed) for seed, name in enumerate("ab")]
-    return Entrances(tiny_llama, tokenizer, adapters, tmp_path)
+@PROPERTIES.given
+def entrances(make_model, tokenizer, make_adapter, tmp_path):
+    model = make_model("llama")
+    return Entrances(model, tokenizer, [make_adapter(model, name, seed=seed) for seed, name in enumerate("ab")], tmp_path)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_entrance_reads_every_form_equally(entrances, name, tmp_path):
+def test_an_entrance_keeps_all_properties(name, request, make_model, tokenizer, make_adapter):
+    PROPERTIES.walk(request, name, make_model=make_model, tokenizer=tokenizer, make_adapter=make_adapter)
+
+
+@PROPERTIES.add()
+def every_entrance_reads_every_form_equally(entrances, name, tmp_path):
     found = {}
     for form, rows in forms(tmp_path, name in Entrances.WHOLE_PROMPTS).items():
         # what is drawn at the beginning of experts and routers
@@ -211,8 +218,8 @@ def test_every_entrance_reads_every_form_equally(entrances, name, tmp_path):
     assert getattr(entrances, name)(OTHERS) != found["pairs"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_entrance_reads_every_form_of_messages_equally(entrances, name, tmp_path, monkeypatch):
+@PROPERTIES.add()
+def every_entrance_reads_every_form_of_messages_equally(entrances, name, tmp_path, monkeypatch):
     monkeypatch.setattr(entrances.tokenizer, "chat_template", TEMPLATE)
     found = {}
     for form, rows in chat_forms(tmp_path).items():
@@ -223,8 +230,8 @@ def test_every_entrance_reads_every_form_of_messages_equally(entrances, name, tm
     assert (getattr(entrances, name)(PAIRS) == found["messages"]) == (name not in Entrances.TEMPLATE)
 
 
-@pytest.mark.parametrize("name", sorted({*Entrances.TEMPLATE} - {"labelled"}))
-def test_messages_without_a_template_are_refused_with_the_way_out(entrances, name, tmp_path):
+@PROPERTIES.add(of=sorted({*Entrances.TEMPLATE} - {"labelled"}))
+def messages_without_a_template_are_refused_with_the_way_out(entrances, name, tmp_path):
     with pytest.raises(InvalidTask, match=r"tokenizer has no chat template, .* chat=False"):
         getattr(entrances, name)(chat_forms(tmp_path)["messages"])
 
@@ -242,17 +249,20 @@ TAKEN += [
     ("held_out", 3),
     ("held_out", None),
 ]
-REFUSED = [(name, rows) for name in NAMES for rows in NO_ROWS if (name, rows) not in TAKEN]
 
 
-@pytest.mark.parametrize(("name", "rows"), REFUSED)
-def test_every_entrance_refuses_what_is_no_rows(entrances, name, rows):
+def every_entrance_refuses_what_is_no_rows(entrances, name, rows):
     if isinstance(rows, list):
         places = r"(row|example|input|text) [12]\b"
     else:
         places = rf"got {rows!r}, not rows|got the text {rows!r} alone: give a list of texts"
     with pytest.raises(InvalidTask, match=places):
         getattr(entrances, name)(rows)
+
+
+for rows in NO_ROWS:
+    refusing = [name for name in NAMES if (name, rows) not in TAKEN]
+    PROPERTIES.add(of=refusing, rows=[rows])(every_entrance_refuses_what_is_no_rows)
 
 
 def test_a_file_on_the_command_line_is_read_the_same(tmp_path):
@@ -262,8 +272,9 @@ def test_a_file_on_the_command_line_is_read_the_same(tmp_path):
     assert written["csv as text"].endswith("rows.csv")
 
 
-def test_the_loss_of_rows_is_that_of_their_texts_and_not_of_their_columns(entrances):
+def test_the_loss_of_rows_is_that_of_their_texts_and_not_of_their_columns(make_model, tokenizer, make_adapter, tmp_path):
+    composition = entrances(make_model, tokenizer, make_adapter, tmp_path).composition
     rows = [{"input": text, "target": target} for text, target in PAIRS]
-    loss = entrances.composition.evaluate(rows)["loss"]
-    assert loss == entrances.composition.evaluate(PAIRS)["loss"]
-    assert loss != entrances.composition.evaluate([("input", "target")] * 3)["loss"]
+    loss = composition.evaluate(rows)["loss"]
+    assert loss == composition.evaluate(PAIRS)["loss"]
+    assert loss != composition.evaluate([("input", "target")] * 3)["loss"]

@@ -9,6 +9,7 @@ import torch
 from peft.tuners.boft.layer import BOFTLayer
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from peft_models import FREE, TARGETS, gap, odd, save, tiny
+from properties import Properties
 
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.conversion import to_lora
@@ -114,7 +115,7 @@ CUT = {
 }
 
 CASES = EXACT | CUT
-SIZES = [(name, odd_sizes) for name, case in CASES.items() for odd_sizes in ([False, True] if case.odd else [False])]
+PROPERTIES = Properties(CASES)
 
 
 @pytest.fixture(scope="module")
@@ -131,15 +132,21 @@ def saved(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize(("name", "odd_sizes"), SIZES)
-def test_the_factors_compute_what_peft_computes(saved, name, odd_sizes):
+@pytest.mark.parametrize("name", CASES)
+def test_a_type_keeps_all_properties(name, request, saved):
+    PROPERTIES.walk(request, name, saved=saved)
+
+
+@PROPERTIES.add(odd_sizes=[False])
+@PROPERTIES.add(of=[name for name, case in CASES.items() if case.odd], odd_sizes=[True])
+def the_factors_compute_what_peft_computes(saved, name, odd_sizes):
     base, folder, model = saved(name, odd_sizes)
     adapter = Adapter.from_pretrained(folder, model=base() if CASES[name].base else None, max_error=1e-6)
     assert gap(model, adapter, base()) < 1e-5
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_an_exact_type_keeps_its_rank_and_loses_nothing(saved, name):
+@PROPERTIES.add(of=EXACT)
+def an_exact_type_keeps_its_rank_and_loses_nothing(saved, name):
     base, folder, _ = saved(name, False)
     adapter = Adapter.from_pretrained(folder, model=base(), max_error=0.5)
     notes = adapter.card["conversion"]
@@ -147,8 +154,8 @@ def test_an_exact_type_keeps_its_rank_and_loses_nothing(saved, name):
     assert EXACT[name].rank in (None, notes["inner.0"]["rank"])
 
 
-@pytest.mark.parametrize("name", CUT)
-def test_what_is_cut_loses_what_the_card_says_and_no_more_than_the_bound(saved, name):
+@PROPERTIES.add(of=CUT)
+def what_is_cut_loses_what_the_card_says_and_no_more_than_the_bound(saved, name):
     base, folder, _ = saved(name, False)
     whole, less = (Adapter.from_pretrained(folder, model=base(), max_error=error) for error in (0.0, 0.3))
     for layer, note in less.card["conversion"].items():
@@ -160,28 +167,28 @@ def test_what_is_cut_loses_what_the_card_says_and_no_more_than_the_bound(saved, 
         assert note["rank"] == 1 or float((sigma[note["rank"] - 1 :].sum() / sigma.sum()).sqrt()) > 0.3
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.base])
-def test_a_type_that_needs_no_base_reads_the_same_with_it(saved, name):
+@PROPERTIES.add(of=[name for name, case in CASES.items() if not case.base])
+def a_type_that_needs_no_base_reads_the_same_with_it(saved, name):
     base, folder, _ = saved(name, False)
     assert Adapter.from_pretrained(folder).hash == Adapter.from_pretrained(folder, model=base()).hash
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.base])
-def test_a_type_that_needs_the_base_says_so(saved, name):
+@PROPERTIES.add(of=[name for name, case in CASES.items() if case.base])
+def a_type_that_needs_the_base_says_so(saved, name):
     _, folder, _ = saved(name, False)
     with pytest.raises(ValueError, match=r"model=model"):
         Adapter.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["vera", "miss", "fourierft", "shira", "randlora"])
-def test_shapes_alone_are_enough_for_types_that_do_not_read_the_weights(saved, name):
+@PROPERTIES.add(of=["vera", "miss", "fourierft", "shira", "randlora"])
+def shapes_alone_are_enough_for_types_that_do_not_read_the_weights(saved, name):
     base, folder, _ = saved(name, False)
     shapes, whole = (Adapter.from_pretrained(folder, model=model) for model in (base().to("meta"), base()))
     assert shapes.hash == whole.hash
 
 
-@pytest.mark.parametrize("name", ["loha", "oft", "vera", "ia3 of outputs"])
-def test_what_was_read_is_written_as_a_lora_that_peft_loads(saved, name, tmp_path):
+@PROPERTIES.add(of=["loha", "oft", "vera", "ia3 of outputs"])
+def what_was_read_is_written_as_a_lora_that_peft_loads(saved, name, tmp_path):
     base, folder, model = saved(name, False)
     adapter = Adapter.from_pretrained(folder, model=base(), max_error=1e-6)
     if name == "ia3 of outputs":
