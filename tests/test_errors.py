@@ -4,6 +4,7 @@ import inspect
 import re
 
 import pytest
+from properties import Properties
 
 from loraweave import errors
 from loraweave.errors import LoraweaveError
@@ -28,6 +29,12 @@ def drawn_tree():
 
 TREE = drawn_tree()
 LEAVES = sorted(set(TREE) - {parent for parent, _ in TREE.values()})
+PROPERTIES = Properties(sorted(CLASSES))
+
+
+@pytest.mark.parametrize("name", PROPERTIES.entries)
+def test_a_class_keeps_all_properties(name, request):
+    PROPERTIES.walk(request, name)
 
 
 def builtin_bases(cls):
@@ -38,21 +45,21 @@ def test_the_drawn_tree_names_every_class_and_no_other():
     assert set(TREE) == set(CLASSES)
 
 
-@pytest.mark.parametrize("name", sorted(set(TREE) - {"LoraweaveError"}))
-def test_a_class_has_the_parent_and_the_built_ins_that_the_tree_draws(name):
+@PROPERTIES.add(of=sorted(set(TREE) & set(CLASSES) - {"LoraweaveError"}))
+def a_class_has_the_parent_and_the_built_ins_that_the_tree_draws(name):
     parent, builtins = TREE[name]
     assert CLASSES[name].__bases__[0] is CLASSES[parent]
     assert builtin_bases(CLASSES[name]) == builtins
 
 
-@pytest.mark.parametrize("name", LEAVES)
-def test_a_leaf_is_also_a_built_in_that_a_caller_would_guess(name):
+@PROPERTIES.add(of=sorted(set(LEAVES) & set(CLASSES)))
+def a_leaf_is_also_a_built_in_that_a_caller_would_guess(name):
     bases = {base for base in CLASSES[name].__mro__ if base.__module__ == "builtins"}
     assert bases - {BaseException, Exception, object}
 
 
-@pytest.mark.parametrize("name", sorted(CLASSES))
-def test_the_text_of_an_error_is_its_message(name):
+@PROPERTIES.add()
+def the_text_of_an_error_is_its_message(name):
     message = "no adapter 'x' in the hub"
     assert str(CLASSES[name](message)) == message
 
@@ -61,8 +68,8 @@ def test_an_error_without_a_message_has_an_empty_text():
     assert str(LoraweaveError()) == ""
 
 
-@pytest.mark.parametrize("name", sorted(CLASSES))
-def test_every_error_is_caught_as_a_loraweave_error_and_survives_pickling(name):
+@PROPERTIES.add()
+def every_error_is_caught_as_a_loraweave_error_and_survives_pickling(name):
     import pickle
 
     again = pickle.loads(pickle.dumps(CLASSES[name]("what was asked")))
@@ -70,6 +77,6 @@ def test_every_error_is_caught_as_a_loraweave_error_and_survives_pickling(name):
     assert (type(again), str(again)) == (CLASSES[name], "what was asked")
 
 
-@pytest.mark.parametrize("name", sorted(CLASSES))
-def test_every_class_has_a_docstring_of_one_sentence(name):
+@PROPERTIES.add()
+def every_class_has_a_docstring_of_one_sentence(name):
     assert re.fullmatch(r"[A-Z][^\n]+\.", CLASSES[name].__doc__)

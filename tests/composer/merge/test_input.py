@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from properties import Properties
 
 import loraweave as lw
 from loraweave import registry
@@ -21,6 +22,7 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.types import Factors
 
 METHODS = registry.names("methods")
+PROPERTIES = Properties(METHODS)
 LAYERS = ("layers.0.q", "layers.0.v")
 WRONG = ["a", None, [], {}, {1: 2}, float("nan"), float("inf"), -1, 2.5, True, 1e38, 10**400, object(), torch.ones(2)]
 
@@ -64,7 +66,12 @@ def finite_or_refused(method: str, weight: float = 1.0, **options: Any) -> bool:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_factors_in_memory_that_are_not_finite_are_named(method: str) -> None:
+def test_a_method_keeps_all_properties(method: str, request: pytest.FixtureRequest) -> None:
+    PROPERTIES.walk(request, method, method=method)
+
+
+@PROPERTIES.add()
+def factors_in_memory_that_are_not_finite_are_named(method: str) -> None:
     for part in ("a_RI", "b_OR"):
         for value in (float("nan"), float("inf"), -float("inf")):
             says = f"1 of 1[04] values in {part} of adapter 'spoilt' are NaN or infinite in layer '{LAYERS[1]}'"
@@ -72,8 +79,8 @@ def test_factors_in_memory_that_are_not_finite_are_named(method: str) -> None:
                 merged(method, [adapter("a", 0), spoilt(part, value)], [1.0, 1.0])
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_huge_weights_give_a_finite_update_or_are_refused(method: str) -> None:
+@PROPERTIES.add()
+def huge_weights_give_a_finite_update_or_are_refused(method: str) -> None:
     for weight in (1e19, 1e25, 1e30, 1e35, 1e36, 1e37, 1e38, 3e38, 1e300, -1e38):
         assert finite_or_refused(method, weight)
 
@@ -112,8 +119,8 @@ NO_WEIGHTS: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_weights_ranks_and_seeds_that_are_no_numbers_are_refused(method: str) -> None:
+@PROPERTIES.add()
+def weights_ranks_and_seeds_that_are_no_numbers_are_refused(method: str) -> None:
     adapters = [adapter("a", 0), adapter("b", 1)]
     for weights, says in NO_WEIGHTS:
         with pytest.raises(WeightingError, match=says):
@@ -126,8 +133,8 @@ def test_weights_ranks_and_seeds_that_are_no_numbers_are_refused(method: str) ->
             merged(method, adapters, [1.0, 1.0], seed=seed)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_option_takes_its_kind_or_is_refused(method: str) -> None:
+@PROPERTIES.add()
+def every_option_takes_its_kind_or_is_refused(method: str) -> None:
     for option in MethodCall(method).own_options:
         for value in WRONG:
             assert finite_or_refused(method, **{option: value})
@@ -204,8 +211,8 @@ def test_factors_that_learn_are_checked_like_others() -> None:
 
 
 # a method that draws at random draws for the hash of each adapter, which has the kind in it
-@pytest.mark.parametrize("method", [name for name in METHODS if not MethodCall(name).takes("seeds")])
-def test_an_expert_of_a_fused_parameter_is_merged_as_the_linear_layer_of_its_matrix(method: str) -> None:
+@PROPERTIES.add(of=[name for name in METHODS if not MethodCall(name).takes("seeds")])
+def an_expert_of_a_fused_parameter_is_merged_as_the_linear_layer_of_its_matrix(method: str) -> None:
     linear = [adapter("a", 1), adapter("b", 2)]
     experts = [
         replace(each, layers={layer: replace(part, kind="expert") for layer, part in each.layers.items()}) for each in linear

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from peft_models import lora, put, save
+from properties import Properties
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -179,13 +180,21 @@ def saved(tmp_path_factory):
     return make
 
 
+PROPERTIES = Properties(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_config_keeps_all_properties(name, request, saved):
+    PROPERTIES.walk(request, name, saved=saved)
+
+
 def tuned_layers(model):
     named = model.named_modules()
     return {name.removeprefix(PREFIX): module for name, module in named if isinstance(module, peft.tuners.lora.LoraLayer)}
 
 
-@pytest.mark.parametrize("name", [name for name in UPDATES if "dora" not in name])
-def test_delta_of_every_layer_is_pefts(saved, name):
+@PROPERTIES.add(of=[name for name in UPDATES if "dora" not in name])
+def delta_of_every_layer_is_pefts(saved, name):
     folder, model = saved(name)
     layers = Peft.read(folder).layers
     tuned = tuned_layers(model)
@@ -198,8 +207,8 @@ def test_delta_of_every_layer_is_pefts(saved, name):
         torch.testing.assert_close(delta_OI, theirs.reshape(delta_OI.shape), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dora", "dora on conv1d of gpt2"])
-def test_bound_dora_changes_a_layers_output_as_peft_does(saved, name):
+@PROPERTIES.add(of=["dora", "dora on conv1d of gpt2"])
+def bound_dora_changes_a_layers_output_as_peft_does(saved, name):
     folder, model = saved(name)
     x_TI = torch.randn(5, 24, generator=torch.Generator().manual_seed(2))
     for layer, module in tuned_layers(model).items():
@@ -212,8 +221,8 @@ def test_bound_dora_changes_a_layers_output_as_peft_does(saved, name):
             torch.testing.assert_close(ours_TO, module(x_TI), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["lora_bias", "lora_bias on a convolution"])
-def test_bias_of_lora_b_is_scaled_like_the_update(saved, name):
+@PROPERTIES.add(of=["lora_bias", "lora_bias on a convolution"])
+def bias_of_lora_b_is_scaled_like_the_update(saved, name):
     folder, model = saved(name)
     for layer, module in tuned_layers(model).items():
         theirs_O = module.lora_B["default"].bias.detach() * module.scaling["default"]
@@ -232,8 +241,8 @@ def test_trained_biases_of_every_layer_are_read_as_they_are_and_give_a_layer_wit
     assert (alone.rank, alone.b_OR.shape) == (0, (24, 0))
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_saved_modules_are_heads_by_the_parameters_that_they_replace(saved, name):
+@PROPERTIES.add(of=HEADS)
+def saved_modules_are_heads_by_the_parameters_that_they_replace(saved, name):
     folder, model = saved(name)
     contents = Peft.read(folder)
     assert sorted(contents.heads) == CASES[name][2]
@@ -247,8 +256,8 @@ def test_saved_modules_are_heads_by_the_parameters_that_they_replace(saved, name
         assert torch.equal(tensor, own)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_written_folder_gives_pefts_outputs_again_and_no_key_is_missing_or_unexpected(saved, name, tmp_path):
+@PROPERTIES.add()
+def written_folder_gives_pefts_outputs_again_and_no_key_is_missing_or_unexpected(saved, name, tmp_path):
     folder, model = saved(name)
     Peft.write(Peft.read(folder), tmp_path / "out")
     again = loaded(tmp_path / "out", name)
@@ -259,14 +268,14 @@ def test_written_folder_gives_pefts_outputs_again_and_no_key_is_missing_or_unexp
     assert not [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_reading_a_written_folder_gives_the_same_hash(saved, name, tmp_path):
+@PROPERTIES.add()
+def reading_a_written_folder_gives_the_same_hash(saved, name, tmp_path):
     adapter = Adapter.from_pretrained(saved(name)[0], name="x")
     assert Adapter.from_pretrained(adapter.save_pretrained(tmp_path / "out")).hash == adapter.hash
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_heads_without_a_record_of_their_config_load_too(saved, name, tmp_path):
+@PROPERTIES.add(of=HEADS)
+def heads_without_a_record_of_their_config_load_too(saved, name, tmp_path):
     folder, model = saved(name)
     Peft.write(replace(Peft.read(folder), card={}), tmp_path / "out")
     torch.testing.assert_close(output(loaded(tmp_path / "out", name)), output(model), rtol=1e-6, atol=1e-6)
