@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from warm_workers import warm_workers as warm_workers
 
 import loraweave as lw
 from loraweave import registry

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from warm_workers import warm_workers as warm_workers
 
 from loraweave.hub.hub import Hub
 

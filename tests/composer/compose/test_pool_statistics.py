@@ -43,6 +43,7 @@ def assert_same(found, expected):
             assert torch.equal(seen.fisher_OI, known.fisher_OI)
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_on_two_workers_they_have_the_bits_of_each_adapter_alone(base, adapters, hub):
     alone = {name: lw.collect_statistics(*base, adapters[name], rows, **OPTIONS) for name, rows in ROWS.items()}
     assert_same(lw.pool_statistics(*base, hub, ROWS, n_jobs=2, **OPTIONS), alone)

@@ -87,6 +87,7 @@ def test_a_probe_scores_by_the_measured_fall_of_the_loss(tiny_llama, tokenizer, 
     )
 
 
+@pytest.mark.usefixtures("warm_workers")
 @pytest.mark.parametrize("by", WAYS)
 def test_pieces_on_workers_score_as_one_process_does(by, make_model, make_adapters, tokenizer, tmp_path, monkeypatch):
     for part in (make_model("llama"), tokenizer):

@@ -31,8 +31,8 @@ def hub(base, make_adapter, tmp_path_factory):
         yield hub
 
 
-@pytest.fixture(scope="module")
-def two():
+@pytest.fixture
+def two(warm_workers):
     with crew(2) as workers:
         yield workers
 
@@ -42,7 +42,7 @@ def engine(base, hub):
     return lw.Composer(base[0], hub.pool(), tokenizer=base[1])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def scoring(two, engine, base, hub):
     return ScoringWorkers(two, engine, base[1], hub)
 
@@ -123,6 +123,7 @@ def test_a_candidate_that_cannot_be_scored_fails_as_in_one_process(engine, base,
     assert alone.failures.count == 1
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_a_search_on_two_workers_finds_what_one_process_finds(base, hub):
     def told(composition):
         rows = composition.report.rows

@@ -274,6 +274,7 @@ def test_similarities_are_the_cosines_of_the_dense_updates(pool):
     assert np.allclose(cosines, rows @ rows.T, atol=1e-6)
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_workers_compare_the_blocks_of_a_hub_or_a_pool_to_the_bits_of_one_process(pool, tmp_path, monkeypatch, capfd):
     dense = [np.concatenate([a.delta(layer).double().numpy().ravel() for layer in LAYERS]) for a in pool.adapters.values()]
     rows = np.stack([row / np.linalg.norm(row) for row in dense])

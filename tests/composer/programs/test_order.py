@@ -214,6 +214,7 @@ def test_the_code_of_the_page_runs(run_page):
     assert names["single"].report.reason.startswith("learned past_tense > uppercase from ")
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_two_workers_label_as_one_process_does_by_the_hub_alone(program, letter_hub, tmp_path, monkeypatch):
     for part in (program.model, program.tokenizer):
         part.save_pretrained(tmp_path / "base")

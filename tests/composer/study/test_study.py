@@ -107,6 +107,7 @@ def test_a_cell_that_fails_is_named_the_others_go_on_and_the_next_run_tries_it_a
     assert run(methods=["a", "b", "base"]).failures == {}
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_cells_that_two_processes_answer_are_those_of_one(said, folder, tiny_llama, tokenizer):
     tiny_llama.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")

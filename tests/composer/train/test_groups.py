@@ -42,6 +42,7 @@ def test_groups_in_one_process_have_the_bits_and_the_report_of_jobs_that_share_s
     assert [getattr(grouped.report, count) for count in counts] == [getattr(alone.report, count) for count in counts]
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_two_processes_train_into_a_hub_the_adapters_of_one_process(base, alone, tmp_path):
     with lw.Hub(tmp_path / "hub") as hub, joblib.parallel_config(n_jobs=2):
         trained = train(base, hub=hub)

@@ -43,6 +43,7 @@ def test_the_stronger_it_is_the_likelier_are_the_prompted_answers(model, tokeniz
     assert losses[0] > losses[1] > losses[2]
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_two_workers_answer_as_one_process_does(make_model, tokenizer, tmp_path, monkeypatch):
     make_model("llama").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

@@ -38,6 +38,7 @@ def test_a_sound_hub_has_no_problems(hub):
     assert report.intact == ("adapter 0", "adapter 1", "adapter 2")
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_two_processes_find_what_one_finds(hub, monkeypatch):
     monkeypatch.setattr(loraweave.hub.health.verify, "MANY", 1)
     flip(blob_of(hub, "adapter 0"))

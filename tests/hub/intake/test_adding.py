@@ -89,6 +89,7 @@ def all_but_the_time(hub, added):
     return records, origins, [(label, str(error)) for label, error in added.refused], hub.verify()
 
 
+@pytest.mark.usefixtures("warm_workers")
 @pytest.mark.parametrize(("n_jobs", "policy"), [(1, "refuse"), (1, "quarantine"), (2, "report")])
 def test_workers_that_read_leave_the_hub_of_one_process(hub, tmp_path, folders, monkeypatch, n_jobs, policy):
     monkeypatch.setattr(adding, "PIECE", 2)

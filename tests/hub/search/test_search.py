@@ -58,6 +58,7 @@ class Fussy(Counts):
         return super().embed(texts)
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_workers_make_the_keys_of_one_process_and_keep_those_beside_a_failure(hub, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(keys_module, "NUM_SPREAD", 1)
     index = SearchIndex(hub, embedder=Fussy())
