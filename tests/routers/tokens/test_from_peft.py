@@ -61,14 +61,19 @@ def xlora_folder(make_model, adapters, folder, *, size=0.5, **settings):
     return folder / "saved", pefts(make_model, folder / "saved")
 
 
-def pefts(make_model, folder):
-    """The logits of PEFT's X-LoRA in a folder."""
+def peft_model(make_model, folder):
+    """PEFT's X-LoRA in a folder."""
     base = make_model("llama")
     base.config.use_cache = False
     with warnings.catch_warnings():
         # that its own defaults are not the best
         warnings.simplefilter("ignore")
-        return logits(peft.PeftModel.from_pretrained(base, folder).eval().double())
+        return peft.PeftModel.from_pretrained(base, folder).eval().double()
+
+
+def pefts(make_model, folder):
+    """The logits of PEFT's X-LoRA in a folder."""
+    return logits(peft_model(make_model, folder))
 
 
 @pytest.mark.parametrize(
@@ -105,6 +110,9 @@ GRID = list(product(product((True, False), repeat=2), (None, 1, 2, 3), (0.0, 0.3
 def test_every_combination_of_options_gives_pefts_logits(make_model, adapters, tmp_path, network):
     folder, _ = xlora_folder(make_model, adapters, tmp_path, **network)
     config = json.loads((folder / CONFIG).read_text())
+    base, model = make_model("llama"), make_model("llama").double()
+    theirs = peft_model(make_model, folder)
+    classifier = theirs.internal_xlora_classifier
     for (softmax, softmax_top_k), top_k, scaling_pass_value, global_scaling, temperature in GRID:
         settings = {
             "enable_softmax": softmax,
@@ -114,12 +122,20 @@ def test_every_combination_of_options_gives_pefts_logits(make_model, adapters, t
             "global_scaling_weight": global_scaling,
             "softmax_temperature": temperature,
         }
+        # PEFT takes these two from its config when it is made, and the others when it runs
+        vars(classifier.config).update(settings)
+        classifier.softmax.temperature = temperature
+        theirs.set_scaling_pass_value(scaling_pass_value)
+        expected = logits(theirs)
         (folder / CONFIG).write_text(json.dumps({**config, **settings}))
-        expected = pefts(make_model, folder)
-        found = ours(make_model, lw.router(folder, adapters, model=make_model("llama")))
+        router = lw.router(folder, adapters, model=base)
+        with lw.Composer(model, router.pool).activate(router.double()):
+            found = logits(model)
         # each layer of the two blocks sums at most 24 products in float64, in two passes: not 10^4 roundings on the way
         bound = 1e4 * torch.finfo(torch.float64).eps * float(expected.abs().max())
         torch.testing.assert_close(found, expected, atol=bound, rtol=0.0, msg=f"{settings}: {{}}".format)
+    # what was set is what PEFT reads from the folder
+    torch.testing.assert_close(expected, pefts(make_model, folder), atol=bound, rtol=0.0)
 
 
 @pytest.mark.parametrize(
