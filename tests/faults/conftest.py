@@ -23,13 +23,19 @@ SHORT = {
 }
 
 
+def pytest_itemcollected(item):
+    # the first of these waits for all parts, on a busy machine for longer than a test may take
+    if "short" in item.fixturenames:
+        item.add_marker(pytest.mark.timeout(1800))
+
+
 def reports(folder, parts, timeout_s):
     return run_program(PROGRAM, folder, json.dumps(parts), timeout_s=timeout_s)
 
 
 @pytest.fixture(scope="session")
 def short_reports(tmp_path_factory):
-    return dict(zip(SHORT, reports(tmp_path_factory.mktemp("faults"), list(SHORT.values()), 550), strict=True))
+    return dict(zip(SHORT, reports(tmp_path_factory.mktemp("faults"), list(SHORT.values()), 1700), strict=True))
 
 
 @pytest.fixture

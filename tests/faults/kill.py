@@ -22,16 +22,33 @@ def kill_at(number, change, path):
         return died, bool(pipe.read())
 
 
-def points(change, path, most):
-    """The numbers of the system calls to die before: all, or up to `most` of those that change files, spread evenly."""
+def kind(child, call, root):
+    """What a call does to what: its name, and the file or the folder right below the hub's that it is about."""
+    path = os.path.relpath(child.path(call) or "/", root)
+    return f"{call.name} {'outside' if path.startswith('..') else path.split(os.sep)[0]}"
+
+
+def points(change, path, most, met):
+    """The numbers of the system calls to die before, each with its kind.
+
+    All, or up to `most` of those that change files, spread evenly, and one of each kind that is not in `met` yet.
+    """
     with traced.Traced(lambda: change.run(path)) as child:
-        calls = list(child.calls())
+        kinds = [kind(child, call, path) if call.name in traced.CHANGING else None for call in child.calls()]
     if child.status:
         raise RuntimeError(f"the change failed by itself with status {child.status}")
     if not most:
-        return range(len(calls) + 1)
-    changing = [number for number, call in enumerate(calls) if call.name in traced.CHANGING]
-    return sorted({changing[i * len(changing) // most] for i in range(most)})
+        return dict(enumerate([*kinds, None]))
+    places = {}
+    for number, made in enumerate(kinds):
+        if made is not None:
+            places.setdefault(made, []).append(number)
+    changing = sorted(number for numbers in places.values() for number in numbers)
+    chosen = {changing[i * len(changing) // most] for i in range(most)}
+    # not the first of each kind: what tells two calls of a kind apart is what came before them
+    chosen |= {numbers[len(numbers) // 2] for made, numbers in places.items() if made not in met}
+    met.update(places)
+    return {number: kinds[number] for number in sorted(chosen)}
 
 
 def copy(start, path):
@@ -60,24 +77,24 @@ def faults(change, path, *, done, old, new):
         return [repr(error)]
 
 
-def kill_everywhere(folder, change, most):
+def kill_everywhere(folder, change, most, met):
     change.prepare(start := folder / "start")
     with change.known_steps():
         # here first: what a child imports, the next one would import again, by other calls
         change.run(copy(start, folder / "new"))
         new = state(folder / "new")
-        numbers = points(change, copy(start, folder / "whole"), most)
+        kinds = points(change, copy(start, folder / "whole"), most, met)
         old = state(copy(start, folder / "old")) if change.readable else None
         bad, kills = [], 0
-        for number in numbers:
+        for number in kinds:
             died, done = kill_at(number, change, copy(start, folder / "killed"))
             kills += died
             if found := faults(change, folder / "killed", done=done, old=old, new=new):
                 bad.append([number, *found])
-    return {"kills": kills, "points": len(numbers), "bad": bad[:3]}
+    return {"kills": kills, "points": len(kinds), "kinds": sorted({made for made in kinds.values() if made}), "bad": bad[:3]}
 
 
 def report(folder, most):
-    """Kills each change at up to `most` system calls that change files, or with 0 at every system call."""
-    changes = worlds.CHANGES if traced.can_trace() else {}
-    return {name: kill_everywhere(folder / name, change, most) for name, change in changes.items()}
+    """Kills each change at `most` system calls that change files and one of each new kind; with 0 at every system call."""
+    changes, met = worlds.CHANGES if traced.can_trace() else {}, set()
+    return {name: kill_everywhere(folder / name, change, most, met) for name, change in changes.items()}

@@ -28,9 +28,10 @@ def test_any_call_that_fails_is_named_and_changes_nothing(long):
 def test_a_change_killed_before_a_call_that_changes_files_loses_nothing_and_can_be_repeated(short):
     found = short("kill")
     assert bad(found) == {}
-    # a change of few calls has few points to be killed at
-    assert all(result["kills"] >= min(8, result["points"]) for result in found.values()), found
-    assert all(result["points"] >= 5 for result in found.values()), found
+    # a run may make a call or two less than the one in which they were counted
+    assert all(result["kills"] >= result["points"] - 2 >= 3 for result in found.values()), found
+    calls = {kind.split()[0] for result in found.values() for kind in result["kinds"]}
+    assert calls >= {"openat", "write", "pwrite64", "ftruncate", "fsync", "fdatasync"}
 
 
 @pytest.mark.faults_long
