@@ -23,9 +23,12 @@ SHAPES = [(3, 1, 1, 17, 33, 5), (4, 1, 1, 300, 257, 21), (2, 3, 5, 65, 130, 9), 
 KERNELS = ("triton_gathered", "triton_segments")
 
 
-def case(shape, dtype):
+def case(shape, dtype, kernel="triton_segments"):
     """x, a, b, w and the gradient of the output; one mixture is empty and one there twice, where there are enough."""
     num_mixtures, on_end, tokens, num_inputs, num_outputs, num_ranks = shape
+    # each token is a program of its own to this kernel, which the interpreter runs one after the other
+    if kernel == "triton_gathered" and DEVICE == "cpu":
+        tokens = min(tokens, 2)
     generator = torch.Generator().manual_seed(sum(shape))
 
     def random(*sizes):
@@ -61,7 +64,7 @@ def close(found, wanted, dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_values_and_gradients_equal_naives(product, kernel, shape, dtype):
-    x_BTI, a_SI, b_OS, w_BTS, grad_BTO = case(shape, dtype)
+    x_BTI, a_SI, b_OS, w_BTS, grad_BTO = case(shape, dtype, kernel)
     wanted, wanted_grad = exact(x_BTI, a_SI, b_OS, w_BTS, grad_BTO)
     x_BTI.requires_grad_()
     found = product(kernel, x_BTI, a_SI, b_OS, w_BTS)
@@ -75,7 +78,7 @@ def test_values_and_gradients_equal_naives(product, kernel, shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_added_in_place_it_is_rounded_once(kernel, shape, dtype):
-    x_BTI, a_SI, b_OS, w_BTS, y_BTO = case(shape, dtype)
+    x_BTI, a_SI, b_OS, w_BTS, y_BTO = case(shape, dtype, kernel)
     wanted, _ = exact(x_BTI, a_SI, b_OS, w_BTS, y_BTO)
     wanted += y_BTO.double()
     rows = row_sets(w_BTS)
