@@ -80,7 +80,7 @@ def kill_while_creating(folder):
 
 
 def kill_at_random(path, rounds):
-    """Two writers at once, killed at a random moment; what they acknowledged must be there."""
+    """Two writers at once, killed at a random moment after they acknowledged something; all of that must be there."""
     rng = random.Random(0)
     acknowledged, kills = set(), 0
     for turn in range(rounds):
@@ -94,12 +94,13 @@ def kill_at_random(path, rounds):
 
         children = [forked(lambda first=first: work(first)) for first in (turn * 20_000 + 100, turn * 20_000 + 10_100)]
         os.close(writing)
-        time.sleep(0.03 + 0.12 * rng.random())
+        said = os.read(reading, 1)
+        time.sleep(0.12 * rng.random())
         for child in children:
             os.kill(child, signal.SIGKILL)
         kills += sum(ended(child) == -signal.SIGKILL for child in children)
         with os.fdopen(reading) as pipe:
-            acknowledged |= {int(line) for line in pipe.read().split("\n") if line}
+            acknowledged |= {int(line) for line in (said.decode() + pipe.read()).split("\n") if line}
     with Hub(path) as hub:
         problems = list(hub.verify().problems)
         lost = sorted(seed for seed in acknowledged if f"adapter {seed}" not in hub)

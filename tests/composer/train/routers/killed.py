@@ -1,8 +1,9 @@
-"""A training that the test beside it kills: python killed.py checkpoint-folder steps."""
+"""A training that the test beside it kills: python killed.py checkpoint-folder steps last; after `last` steps it waits."""
 
 from __future__ import annotations
 
 import sys
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -38,4 +39,13 @@ def train(folder: Path, steps: int, *, seed: int) -> Mole:
 
 
 if __name__ == "__main__":
+    losses, taken = Mole.losses, count()
+
+    def held(router, step):
+        if next(taken) == int(sys.argv[3]):
+            print("held", flush=True)
+            sys.stdin.read()
+        return losses(router, step)
+
+    Mole.losses = held
     train(Path(sys.argv[1]), int(sys.argv[2]), seed=0)
