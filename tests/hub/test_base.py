@@ -397,7 +397,7 @@ def test_two_processes_at_once_convert_once(tmp_path, package):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=60)
+        process.join()
     assert [process.exitcode for process in processes] == [0, 0]
     assert log.read_text() == "converted\n"
 

@@ -117,7 +117,7 @@ def test_the_figures_of_an_engine_count_hits_and_misses(tiny_llama, adapters):
 @pytest.mark.parametrize("wanted", [["e1", "e2"], {"e1": 1.0, "e2": 0.5}, [{"e1": 1.0}, {"e2": 1.0}]])
 def test_what_was_prefetched_is_a_hit_for_the_activation(wanted, tiny_llama, adapters):
     engine = Composer(tiny_llama, ExpertPool.on_demand(adapters, adapters.__getitem__))
-    engine.prefetch(wanted).result(timeout=10)
+    engine.prefetch(wanted).result(timeout=60)
     before = engine.residency
     with engine.activate({"e1": 1.0, "e2": 0.5}):
         logits(tiny_llama, ROWS)
@@ -132,7 +132,7 @@ def test_an_error_while_prefetching_is_raised_by_the_activation_that_wants_the_e
         return adapters[name]
 
     engine = Composer(tiny_llama, ExpertPool.on_demand(adapters, opener))
-    assert isinstance(engine.prefetch(["e3"]).exception(timeout=10), AdapterNotFound)
+    assert isinstance(engine.prefetch(["e3"]).exception(timeout=60), AdapterNotFound)
     with engine.activate({"e1": 1.0}):
         logits(tiny_llama, ROWS)
     with pytest.raises(AdapterNotFound, match="no adapter 'e3' any more"):

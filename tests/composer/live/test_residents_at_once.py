@@ -20,7 +20,7 @@ from loraweave.errors import BudgetExceeded
 def succeeds_in_a_fork(call):
     child = os.fork()
     if not child:
-        signal.alarm(20)
+        signal.alarm(120)
         try:
             call()
             os._exit(0)
@@ -33,11 +33,11 @@ def succeeds_in_a_fork(call):
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_forked_process_does_not_wait_for_the_thread_that_it_does_not_have():
     residents = Residents(ADAPTERS.__getitem__, lambda: PLACES)
-    residents.prefetch(["e1"]).result(timeout=10)
+    residents.prefetch(["e1"]).result(timeout=60)
 
     def there():
         residents.settle()
-        residents.prefetch(["e2"]).result(timeout=10)
+        residents.prefetch(["e2"]).result(timeout=60)
 
     assert succeeds_in_a_fork(there)
     residents.close()
@@ -51,19 +51,19 @@ def test_a_process_forked_while_an_expert_is_on_its_way_brings_it_itself():
 
     def opener(name):
         if os.getpid() == here and begun.is_set():
-            go.wait(timeout=20)
+            go.wait(timeout=120)
         begun.set()
         return ADAPTERS[name]
 
     residents = Residents(opener, lambda: PLACES, staged=everything)
     coming = residents.prefetch(["e1"])
-    begun.wait(timeout=10)
+    begun.wait(timeout=60)
     # the second opening, for the page itself, holds the locks on its way
     while not residents.in_use("e1"):
         time.sleep(0.001)
     assert succeeds_in_a_fork(lambda: assert_the_adapters_own(residents.lease(["e1", "e2"]), "e1"))
     go.set()
-    coming.result(timeout=10)
+    coming.result(timeout=60)
     residents.close()
 
 
@@ -145,7 +145,7 @@ class Paging(RuleBasedStateMachine):
 
     @rule(names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=2, unique=True))
     def prefetch(self, names):
-        error = self.residents.prefetch(names).exception(timeout=10)
+        error = self.residents.prefetch(names).exception(timeout=60)
         assert error is None or isinstance(error, BudgetExceeded)
 
     @rule(dtype=st.sampled_from([torch.float32, torch.bfloat16]))

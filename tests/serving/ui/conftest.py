@@ -49,7 +49,7 @@ def look(browser):
     def open_page(address, *, width=1280, height=900, scheme="light"):
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
         contexts.append(context)
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(120_000)
         page = context.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))
         own = address.split("#")[0]
