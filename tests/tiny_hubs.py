@@ -8,21 +8,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
+from tiny_models import random_adapter
 
 from loraweave.common import files
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.stores import folder_blobs
-from loraweave.types import Factors
 
 
 def adapter(seed, name=None, *, layers=("layer",), base_model="org/base", **fields):
     """An update of rank 2 from 5 inputs to 3 outputs in each layer, the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    factors = {
-        layer: Factors(torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator)) for layer in layers
-    }
-    return Adapter(f"adapter {seed}" if name is None else name, base_model, factors, **fields)
+    name = f"adapter {seed}" if name is None else name
+    return random_adapter(name, dict.fromkeys(layers, (2, 5, 3)), seed, base_model=base_model, **fields)
 
 
 class Saved:

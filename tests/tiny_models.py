@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -356,10 +356,28 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(**batch).logits  # type: ignore[no-any-return]
 
 
-def random_factors(seed: int, rank: int = 3, num_out: int = 5, num_in: int = 7, **parts: Any) -> Factors:
-    """An update of normal a and b, the same for the same seed; `parts` are its further fields."""
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator), **parts)
+def random_factors(
+    seed: int | torch.Generator,
+    rank: int = 3,
+    num_out: int = 5,
+    num_in: int = 7,
+    *,
+    scale: float = 1.0,
+    **parts: Any,
+) -> Factors:
+    """Return an update of normal a and `scale` times normal b, the same for the same seed; `parts` are further fields."""
+    draw = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+    a_RI, b_OR = torch.randn(rank, num_in, generator=draw), torch.randn(num_out, rank, generator=draw)
+    return Factors(a_RI, scale * b_OR, **parts)
+
+
+def random_adapter(
+    name: str, layers: Mapping[str, tuple[int, int, int]], seed: int = 0, *, base_model: str = "tiny", **fields: Any
+) -> Adapter:
+    """Return an adapter of random factors; `layers` maps each path to (rank, inputs, outputs), `fields` are further ones."""
+    draw = torch.Generator().manual_seed(seed)
+    factors = {layer: random_factors(draw, rank, num_out, num_in) for layer, (rank, num_in, num_out) in layers.items()}
+    return Adapter(name, base_model, factors, **fields)
 
 
 def dense(update: Any) -> Tensor:
@@ -377,7 +395,7 @@ def write_tiny_base(folder: Any, *, dtype: torch.dtype = torch.float32, pad: boo
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "<pad>": 4}, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()
@@ -386,8 +404,6 @@ def write_tiny_base(folder: Any, *, dtype: torch.dtype = torch.float32, pad: boo
         tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **special
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=5, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
-    ).to(dtype)
+    model = _llama(vocab_size=5, num_hidden_layers=1, num_key_value_heads=4, pad_token_id=None).to(dtype)
     model.save_pretrained(folder)
     return model

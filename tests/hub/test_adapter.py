@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from tiny_models import random_factors as factors
 
 from loraweave.errors import AdapterNotFound, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
@@ -15,11 +16,6 @@ from loraweave.hub.hub import Hub
 from loraweave.types import Factors, Fingerprint
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
-
-
-def factors(seed, rank=3, outputs=5, inputs=7, **parts):
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator), **parts)
 
 
 def adapter(name="a", **changes):

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from tiny_models import linear_layers, random_factors
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraweave.errors import AdapterExists, AdapterUnsupported, LoraweaveError, UnknownName, WeightingError
@@ -37,14 +37,11 @@ def llama():
 
 def adapter(ranks, seed=0, **fields):
     """Random updates of a llama's layers; `ranks` by the ending of their names."""
-    generator = torch.Generator().manual_seed(seed)
-    layers = {}
-    for name, module in llama().named_modules():
-        rank = ranks.get(name.rsplit(".", 1)[-1])
-        if rank is not None and isinstance(module, nn.Linear):
-            num_out, num_in = module.weight.shape
-            a_RI, b_OR = torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator)
-            layers[name] = Factors(a_RI, b_OR * 0.05)
+    draw = torch.Generator().manual_seed(seed)
+    layers = {
+        name: random_factors(draw, ranks[name.rsplit(".", 1)[-1]], *shape, scale=0.05)
+        for name, shape in linear_layers(llama(), tuple(ranks)).items()
+    }
     return Adapter(fields.pop("name", "some adapter"), fields.pop("base_model", "org/base"), layers, **fields)
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, LayerMismatch
@@ -167,22 +166,12 @@ def test_a_folder_without_weights_is_refused(base, tmp_path):
         extract(base, tmp_path)
 
 
-def test_a_head_that_shares_its_weight_with_the_embedding_is_no_linear_layer_of_its_own():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=19,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    )
-    base = LlamaForCausalLM(config)
+def test_a_head_that_shares_its_weight_with_the_embedding_is_no_linear_layer_of_its_own(make_model):
+    base = make_model("llama", tie_word_embeddings=True)
     other = copy.deepcopy(base)
     other.tie_weights()
     with torch.no_grad():
-        other.model.layers[1].mlp.up_proj.weight += low_rank(12, 8, 2)
+        other.model.layers[1].mlp.up_proj.weight += low_rank(24, 16, 2)
         other.lm_head.weight += 0.1
     with pytest.raises(AdapterUnsupported, match=r"1 parameters outside.*embed_tokens"):
         extract(base, other)

@@ -4,11 +4,10 @@ import itertools
 import warnings
 
 import pytest
-import torch
+import tiny_hubs
 from packaging.licenses import canonicalize_license_expression
 
 from loraweave.errors import InvalidLicense
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.licenses import (
     LISTED,
@@ -20,11 +19,10 @@ from loraweave.hub.licenses import (
     of_card,
     require_one_work,
 )
-from loraweave.types import Factors
 
 
 def adapter(name, **card):
-    return Adapter(name, "org/base", {"layer": Factors(torch.eye(2), torch.ones(3, 2) * (1 + len(name)))}, card=card)
+    return tiny_hubs.adapter(len(name), name, card=card)
 
 
 @pytest.mark.parametrize(

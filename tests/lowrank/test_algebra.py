@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import dense_array as dense
 
 from loraweave.errors import AdapterUnsupported, LayerMismatch
 from loraweave.lowrank import algebra
@@ -28,10 +29,6 @@ def random(seed, *shape):
 
 def factors(seed, rank=3, outputs=5, inputs=7, **parts):
     return Factors(random((seed, 0), rank, inputs), random((seed, 1), outputs, rank), **parts)
-
-
-def dense(found):
-    return found.b_OR.double().numpy() @ found.a_RI.double().numpy()
 
 
 @given(st.integers(0, 2**16), SIZES, SIZES, SIZES)

@@ -5,21 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny_models import dense_array as dense
+from tiny_models import random_factors
 
 from loraweave.lowrank import joint
 from loraweave.types import Factors
 
 
 def updates(count: int, rank: int, num_out: int = 13, num_in: int = 11, seed: int = 0) -> list[Factors]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        Factors(torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator))
-        for _ in range(count)
-    ]
-
-
-def dense(factors: Factors) -> np.ndarray:
-    return (factors.b_OR.double() @ factors.a_RI.double()).numpy()
+    draw = torch.Generator().manual_seed(seed)
+    return [random_factors(draw, rank, num_out, num_in) for _ in range(count)]
 
 
 def restored(factors: Factors, basis: joint.Basis, middle: joint.Middle) -> np.ndarray:

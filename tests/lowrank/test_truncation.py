@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from rounding import unit
+from tiny_models import dense_array as dense
+from tiny_models import random_factors
 
 from loraweave.errors import AdapterUnsupported
 from loraweave.lowrank.truncation import compress, compress_sum
@@ -21,11 +23,7 @@ def generator(seed):
 
 
 def factors(seed, rank, outputs=OUT, inputs=IN):
-    draw = generator(seed)
-    return Factors(
-        torch.from_numpy(draw.standard_normal((rank, inputs))).float(),
-        torch.from_numpy(draw.standard_normal((outputs, rank))).float(),
-    )
+    return random_factors(seed, rank, outputs, inputs)
 
 
 def stacked(*terms):
@@ -34,10 +32,6 @@ def stacked(*terms):
 
 def scaled(term, weight):
     return Factors(term.a_RI, term.b_OR * weight)
-
-
-def dense(found):
-    return found.b_OR.double().numpy() @ found.a_RI.double().numpy()
 
 
 def truth(matrix, rank):

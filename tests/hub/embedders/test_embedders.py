@@ -22,12 +22,8 @@ class Letters:
 
 
 @pytest.fixture(scope="module")
-def model():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=61, bos_token_id=1, eos_token_id=2, **shape)).eval()
+def model(make_model):
+    return make_model("llama")
 
 
 def states(model, text):

@@ -7,6 +7,7 @@ import json
 import pickle
 
 import pytest
+import tiny_hubs
 import torch
 from safetensors.torch import load, save
 
@@ -15,7 +16,6 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats import _kept_files
 from loraweave.hub.health.rebuild import rebuild
 from loraweave.hub.hub import Hub
-from loraweave.types import Factors
 
 FILES = {
     "added_tokens.json": json.dumps({"<tool>": 99}).encode(),
@@ -27,9 +27,7 @@ FILES = {
 
 
 def adapter(seed=0, name="a", **parts):
-    made = torch.Generator().manual_seed(seed)
-    layers = {"model.layers.0.q_proj": Factors(torch.randn(2, 8, generator=made), torch.randn(8, 2, generator=made))}
-    return Adapter(name, "org/base", layers, **parts)
+    return tiny_hubs.adapter(seed, name, layers=["model.layers.0.q_proj"], **parts)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, LayerMismatch
 from loraweave.hub.adapter import Adapter
@@ -14,10 +13,10 @@ NEMO = "model.decoder.layers.1."
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(make_model):
     heads = {"num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "head_dim": SIZE}
     sizes = {"vocab_size": 11, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+    return make_model("llama", **sizes, **heads)
 
 
 def pair(num_out, num_in, seed):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft_models import lora, put
+from tiny_models import random_factors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -91,7 +92,7 @@ def test_an_update_of_a_rank_far_above_its_sides_is_read_added_and_compared_with
 
 def test_the_inner_product_is_that_of_the_dense_updates_whichever_rank_is_large():
     made = torch.Generator().manual_seed(1)
-    low, high = (Factors(torch.randn(rank, 5, generator=made), torch.randn(3, rank, generator=made)) for rank in (2, 700))
+    low, high = (random_factors(made, rank, 3, 5) for rank in (2, 700))
     for left, right in ((low, high), (high, low), (high, high)):
         expected = float((left.b_OR.double() @ left.a_RI.double() * (right.b_OR.double() @ right.a_RI.double())).sum())
         assert algebra.inner(left, right) == pytest.approx(expected)

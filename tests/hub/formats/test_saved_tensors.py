@@ -10,19 +10,17 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import random_adapter
 
 from loraweave.common.state import save_tensors
 from loraweave.errors import AdapterCorrupt, HubError, HubFull, HubReadOnly
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats import _peft_write, _safetensors
 from loraweave.hub.formats._safetensors import hashed_tensors, read_tensors
-from loraweave.types import Factors
 
 
 def adapter(seed):
-    generator = torch.Generator().manual_seed(seed)
-    factors = Factors(torch.randn(2, 500, generator=generator), torch.randn(300, 2, generator=generator))
-    return Adapter("x", "org/base", {"model.layer": factors})
+    return random_adapter("x", {"model.layer": (2, 500, 300)}, seed)
 
 
 @contextmanager

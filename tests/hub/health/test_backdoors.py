@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny_models import dense_array as dense
+from tiny_models import random_factors
 
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.adapter import Adapter
@@ -12,19 +14,9 @@ from loraweave.hub.health.backdoors import STATISTICS, BackdoorDetector, signatu
 from loraweave.types import Factors
 
 
-def factors(seed, outputs=7, inputs=5, rank=3, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    a_RI, b_OR = torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator)
-    return Factors(a_RI, scale * b_OR)
-
-
 def adapter(seed, scale=1.0, projections=("q_proj", "v_proj"), layers=2):
     names = [f"model.{layer}.{projection}" for layer in range(layers) for projection in projections]
-    return Adapter(f"a{seed}", "base", {name: factors(10 * seed + n, scale=scale) for n, name in enumerate(names)})
-
-
-def dense(update):
-    return update.b_OR.double().numpy() @ update.a_RI.double().numpy()
+    return Adapter(f"a{seed}", "base", {name: random_factors(10 * seed + n, scale=scale) for n, name in enumerate(names)})
 
 
 def statistic(name, w_OI):
@@ -43,15 +35,15 @@ def statistic(name, w_OI):
 
 
 @pytest.mark.parametrize("name", STATISTICS)
-@pytest.mark.parametrize("shape", [(7, 5, 3), (1, 4, 1), (63, 2, 2), (3, 3, 5)])
+@pytest.mark.parametrize("shape", [(3, 7, 5), (1, 1, 4), (2, 63, 2), (5, 3, 3)])
 def test_a_statistic_is_that_of_the_dense_update(name, shape):
-    update = factors(0, *shape)
+    update = random_factors(0, *shape)
     found = spectral_statistics(update)[STATISTICS.index(name)]
     assert found == pytest.approx(statistic(name, dense(update)), rel=1e-9, abs=1e-12)
 
 
 def test_large_updates_are_read_in_blocks_with_the_same_kurtosis(monkeypatch):
-    update = factors(1, 63, 9, 2)
+    update = random_factors(1, 2, 63, 9)
     monkeypatch.setattr("loraweave.hub.health.backdoors._BLOCK", 20)
     assert spectral_statistics(update)[4] == pytest.approx(statistic("kurtosis", dense(update)), rel=1e-9)
 
@@ -72,7 +64,7 @@ def test_a_signature_is_the_mean_over_the_layers_of_a_projection():
 
 def test_layers_of_zero_do_not_count():
     given = adapter(0)
-    zero = Factors(torch.zeros(2, 5), torch.zeros(7, 2))
+    zero = Factors(torch.zeros(2, 7), torch.zeros(5, 2))
     more = Adapter("more", "base", {**given.layers, "model.2.q_proj": zero})
     np.testing.assert_array_equal(signature(more)["q_proj"], signature(given)["q_proj"])
 

@@ -3,12 +3,11 @@
 import json
 
 import pytest
-import torch
+import tiny_hubs
 
 import loraweave as lw
 from loraweave.errors import AdapterNotFound, HubError
 from loraweave.hub.health.signatures import MAX_KEY_BYTES, SIGNATURES, statement
-from loraweave.types import Factors
 
 ed25519 = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ed25519")
 serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
@@ -17,10 +16,8 @@ PLAIN = {"encoding": serialization.Encoding.PEM, "format": serialization.Private
 
 
 def adapter(name, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    factors = Factors(torch.randn(2, 4, generator=generator), torch.randn(6, 2, generator=generator))
     card = {"description": f"does {name}", "examples": ["a", "b"], "license": "MIT"}
-    return lw.Adapter(name, "tiny", {"layer": factors}, card=card, files={"tokenizer.json": b"{}"})
+    return tiny_hubs.adapter(seed, name, base_model="tiny", card=card, files={"tokenizer.json": b"{}"})
 
 
 def write_key(folder, number):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import pytest
-import torch
+import tiny_hubs
 
 from loraweave.errors import AdapterUnsupported, InvalidTask
-from loraweave.hub.adapter import Adapter
-from loraweave.types import Factors
 
 PAIRS = [("horse", "horses"), ("child", "children")]
 
 
 def adapter(**card):
-    return Adapter("plural", "base", {"q": Factors(torch.ones(1, 3), torch.ones(2, 1))}, card=card)
+    return tiny_hubs.adapter(0, "plural", card=card)
 
 
 def test_pairs_become_sample_inputs_with_an_output_each(hub):

@@ -10,24 +10,21 @@ import weakref
 import joblib
 import numpy as np
 import pytest
-import torch
+import tiny_hubs
 from counted_words import Counts
 
 from loraweave import registry
 from loraweave.errors import DimensionMismatch, HubReadOnly, RetrievalError, UnknownName
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.search import keys as keys_module
 from loraweave.hub.search import search as search_module
 from loraweave.hub.search.keys import DESCRIPTION_WEIGHT, MAX_SAMPLE_INPUTS
 from loraweave.hub.search.search import SearchIndex, checked_count
 from loraweave.hub.tables.filtering import Filters
-from loraweave.types import Factors
 
 
 def adapter(name, base_model="base"):
-    a_RI, b_OR = torch.ones(1, 3), torch.ones(2, 1)
-    return Adapter(name, base_model, {"layer": Factors(a_RI, b_OR)})
+    return tiny_hubs.adapter(0, name, base_model=base_model)
 
 
 @pytest.fixture

@@ -9,13 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import torch
+import tiny_hubs
 from counted_words import WORDS, Counts
 from tiny_hubs import flip, run_sql
 
 from loraweave.common.names import text_digest
 from loraweave.errors import HubCorrupt
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.search import keys, segments
 from loraweave.hub.search import search as search_module
@@ -23,11 +22,11 @@ from loraweave.hub.search.search import SearchIndex
 from loraweave.hub.tables.filtering import Filters
 from loraweave.hub.tables.rows import Said
 from loraweave.hub.tables.vectors import CHANGED, read_changes
-from loraweave.types import BaseKey, Factors
+from loraweave.types import BaseKey
 
 
 def adapter(name, seed=0):
-    return Adapter(name, "base", {"layer": Factors(torch.full((1, 3), 1.0 + seed), torch.ones(2, 1))})
+    return tiny_hubs.adapter(seed, name, base_model="base")
 
 
 @pytest.fixture

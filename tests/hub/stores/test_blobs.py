@@ -3,11 +3,13 @@ import json
 import math
 import os
 import stat
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny_models import random_factors
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
@@ -17,14 +19,10 @@ from loraweave.hub.stores.folder_blobs import STALE_TMP_S, FolderBlobs, blob_pat
 from loraweave.types import Factors
 
 
-def factors(seed, rank=3, outputs=5, inputs=7, **parts):
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(
-        torch.randn(rank, inputs, generator=generator),
-        torch.randn(outputs, rank, generator=generator),
-        **{name: torch.randn(outputs, generator=generator) for name in parts.pop("vectors", ())},
-        **parts,
-    )
+def factors(seed, rank=3, outputs=5, inputs=7, *, vectors=(), **parts):
+    draw = torch.Generator().manual_seed(seed)
+    update = random_factors(draw, rank, outputs, inputs, **parts)
+    return replace(update, **{name: torch.randn(outputs, generator=draw) for name in vectors})
 
 
 LAYERS = {
