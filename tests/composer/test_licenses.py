@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 import pytest
-import torch
+import tiny_hubs
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
@@ -15,19 +15,13 @@ import loraweave.cli
 from loraweave.composer.merge.arithmetic import negate, scale, subtract
 from loraweave.composer.merge.merge import merge, merge_by_layer
 from loraweave.errors import InvalidLicense
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
-from loraweave.types import Factors
 
 LAYERS = ("layers.0.q_proj", "layers.0.v_proj")
 
 
 def adapter(name, license=None):
-    generator = torch.Generator().manual_seed(sum(map(ord, name)))
-    layers = {
-        layer: Factors(torch.randn(2, 4, generator=generator), torch.randn(3, 2, generator=generator)) for layer in LAYERS
-    }
-    return Adapter(name, "org/base", layers, card={} if license is None else {"license": license})
+    return tiny_hubs.adapter(ord(name), name, layers=LAYERS, card={} if license is None else {"license": license})
 
 
 def by_layer(adapters, **options):
@@ -191,8 +185,7 @@ def test_a_composition_that_was_trained_on_keeps_its_license(tiny_llama, tokeniz
 
 
 def one(license, **card):
-    layers = {LAYERS[0]: Factors(torch.randn(2, 4), torch.randn(3, 2))}
-    return lw.Adapter("x", "org/base", layers, card={"license": license, **card})
+    return tiny_hubs.adapter(0, "x", layers=LAYERS[:1], card={"license": license, **card})
 
 
 def test_an_export_of_a_copy_is_allowed_and_one_that_cuts_is_a_derived_work(tmp_path):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from tiny_models import random_adapter
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -34,10 +35,8 @@ def test_no_cuda_graph_holds_an_operator():
 
 
 def _sequence(dtype):
-    generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 5), nn.GELU(), nn.Linear(5, 3)).to(dtype)
-    layers = {"0": Factors(torch.randn(2, 9, generator=generator), torch.randn(5, 2, generator=generator))}
-    return model, Composer(model, [Adapter("a", "tiny", layers)])
+    return model, Composer(model, [random_adapter("a", {"0": (2, 9, 5)})])
 
 
 # opcheck looks at every tensor's gradient

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from live_models import in_thread
+from tiny_models import random_adapter
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
@@ -14,11 +15,6 @@ from loraweave.composer.model.layers import use_of
 from loraweave.errors import CompositionError, LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
-
-
-def adapter(layer, num_out, num_in):
-    torch.manual_seed(0)
-    return Adapter("a", "tiny", {layer: Factors(torch.randn(2, num_in), torch.randn(num_out, 2))})
 
 
 class Everything(nn.Module):
@@ -82,7 +78,7 @@ def _wavlm():
 @torch.no_grad()
 def test_a_layer_that_its_owner_never_calls_is_refused_live_and_fused_right(make):
     model, layer, run = make()
-    own = adapter(layer, 4, 4)
+    own = random_adapter("a", {layer: (2, 4, 4)})
     base = run(model)
     engine = Composer(model, [own])
     for mixture in ({"a": 1.0}, [{"a": 1.0}, None]):
@@ -108,7 +104,7 @@ def test_a_router_is_refused_for_a_layer_that_never_runs():
 
     model, layer, _ = _attention()
     with pytest.raises(LayerMismatch, match="never calls"):
-        Composer(model, [adapter(layer, 4, 4)]).activate(Constant())
+        Composer(model, [random_adapter("a", {layer: (2, 4, 4)})]).activate(Constant())
 
 
 class Sometimes(nn.Module):
@@ -128,7 +124,7 @@ def test_an_owner_that_did_not_call_its_layer_this_time_is_noticed():
     torch.manual_seed(0)
     model, x = nn.Sequential(Sometimes()), torch.randn(2, 4)
     base, own = model(x), {name: set(vars(module)) for name, module in model.named_modules()}
-    engine = Composer(model, [adapter("0.inner", 4, 4)])
+    engine = Composer(model, [random_adapter("a", {"0.inner": (2, 4, 4)})])
     with engine.activate({"a": 1.0}):
         live = model(x)
         model[0].fast = True
@@ -157,7 +153,7 @@ def test_a_layer_with_a_watched_owner_can_be_compiled():
     model, x = nn.Sequential(Sometimes()), torch.randn(2, 4)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     base = compiled(x)
-    with Composer(model, [adapter("0.inner", 4, 4)]).activate([{"a": 1.0}, None]):
+    with Composer(model, [random_adapter("a", {"0.inner": (2, 4, 4)})]).activate([{"a": 1.0}, None]):
         assert torch.allclose(compiled(x), model(x), rtol=1e-5, atol=1e-6)
     assert torch.equal(compiled(x), base)
 

@@ -4,21 +4,18 @@ import sys
 
 import pytest
 import torch
+from tiny_models import random_adapter
 from torch import nn
 
 from loraweave.composer.composer import Composer
-from loraweave.hub.adapter import Adapter
 from loraweave.routers.weights import MixtureWeights
-from loraweave.types import Factors
 
 
 @pytest.fixture
 def engine():
     """Of one layer that is frozen, and adapters "a" and "b" of different ranks."""
-    generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 5)).double().requires_grad_(False)
-    factors = [Factors(*(torch.randn(*s, generator=generator) for s in ((r, 7), (5, r)))) for r in (2, 3)]
-    return Composer(model, [Adapter(name, "tiny", {"0": f}) for name, f in zip("ab", factors, strict=True)])
+    return Composer(model, [random_adapter(name, {"0": (rank, 7, 5)}, rank) for name, rank in (("a", 2), ("b", 3))])
 
 
 def formula(engine, x, rows):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_models import random_adapter
 from torch import nn
 
 from loraweave.composer.composer import Composer
@@ -55,14 +56,10 @@ def test_weights_of_any_dtype_count_as_numbers(dtype, engine):
 
 
 def test_a_router_answers_in_its_own_precision_below_autocast():
-    draw = torch.Generator().manual_seed(0)
-    adapters = [
-        Adapter(name, "tiny", {"0": Factors(torch.randn(3, 64, generator=draw), torch.randn(32, 3, generator=draw))})
-        for name in ("a", "b", "c")
-    ]
+    adapters = [random_adapter(name, {"0": (3, 64, 32)}, seed) for seed, name in enumerate("abc")]
     engine = Composer(nn.Sequential(nn.Linear(64, 32)), adapters)
     made = router("arrow", adapters)
-    x_BTI = torch.randn(2, 5, 64, generator=draw)
+    x_BTI = torch.randn(2, 5, 64)
     with torch.no_grad(), engine.activate(made), torch.autocast("cpu", torch.bfloat16):
         engine.model(x_BTI)
     assert torch.equal(engine.last_weights["0"], made.weights(x_BTI, "0"))

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_models import Make, dense
+from tiny_models import Make, dense, random_factors
 from torch import Tensor, nn
 
 from loraweave.composer.merge import arithmetic
@@ -24,13 +24,12 @@ SHAPES = {"one": (5, 7), "two": (6, 4), "three": (3, 3)}
 
 
 def adapter(name: str, seed: int, rank: int = 2, layers: tuple[str, ...] = ("one", "two"), **parts: Tensor) -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    made = {}
+    draw = torch.Generator().manual_seed(seed)
+    factors = {}
     for layer in layers:
-        num_out, num_in = SHAPES[layer]
-        a_RI, b_OR = torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator)
-        made[layer] = Factors(a_RI, b_OR, **{part: tensor[:num_out] for part, tensor in parts.items()})
-    return Adapter(name, "base", made)
+        cut = {part: tensor[: SHAPES[layer][0]] for part, tensor in parts.items()}
+        factors[layer] = random_factors(draw, rank, *SHAPES[layer], **cut)
+    return Adapter(name, "base", factors)
 
 
 def equals(found: Adapter, weights: dict[Adapter, float]) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from tiny_models import random_factors
 
 from loraweave.composer.merge.arithmetic import byom, compeft
 from loraweave.errors import AdapterUnsupported
@@ -14,14 +16,12 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.types import Factors
 
-
-def factors(seed, rank=4, num_out=9, num_in=11, **parts):
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator), **parts)
+factors = partial(random_factors, rank=4, num_out=9, num_in=11)
 
 
 def adapter(**layers):
-    return Adapter("one", "base", layers or {"x": factors(0), "y": factors(1, rank=2)}, card={"tags": ["t"], "report": {}})
+    layers = layers or {"x": factors(0), "y": factors(1, rank=2)}
+    return Adapter("one", "base", layers, card={"tags": ["t"], "report": {}})
 
 
 def tensors(one):

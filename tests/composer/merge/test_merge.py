@@ -33,12 +33,8 @@ Q, V = "layers.0.q", "layers.0.v"
 
 
 def adapter(name: str, seed: int, *, rank: int = 3, layers: tuple[str, ...] = (Q, V), **parts: Tensor) -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    return Adapter(name, "tiny", {layer: Factors(random(rank, 7), random(5, rank), **parts) for layer in layers})
+    draw = torch.Generator().manual_seed(seed)
+    return Adapter(name, "tiny", {layer: random_factors(draw, rank, **parts) for layer in layers})
 
 
 def weighted(adapters: list[Adapter], weights: list[float], layer: str) -> Tensor:

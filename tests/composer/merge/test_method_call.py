@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 import torch
+from tiny_models import random_factors
 
 from loraweave.composer.merge.merge import merge
 from loraweave.composer.merge.method_call import MethodCall, layer_seeds
@@ -40,9 +41,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 def adapter(name: str, seed: int, layers: tuple[str, ...] = ("q", "v"), rank: int = 2) -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    factors = Factors(torch.randn(rank, 7, generator=generator), torch.randn(5, rank, generator=generator))
-    return Adapter(name, "tiny", dict.fromkeys(layers, factors))
+    return Adapter(name, "tiny", dict.fromkeys(layers, random_factors(seed, rank)))
 
 
 def test_what_merge_supplies_is_no_option_of_the_user(spied: list[object]) -> None:

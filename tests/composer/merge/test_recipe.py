@@ -5,25 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
+from tiny_models import random_factors
 
 from loraweave.composer.merge.recipe import KIN, METHODS, OTHER_METHODS, Recipe, read_recipe
 from loraweave.errors import WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.lowrank import algebra
-from loraweave.types import Factors
 
 LAYER = "model.layer"
 
 
 @pytest.fixture(scope="module")
 def adapters():
-    generator = torch.Generator().manual_seed(0)
-
-    def factors(rank):
-        a_RI, b_OR = torch.randn(rank, 11, generator=generator), torch.randn(7, rank, generator=generator)
-        return Factors(a_RI, b_OR, bias_O=torch.randn(7, generator=generator))
-
-    return {name: Adapter(name, "org/base", {LAYER: factors(rank)}) for name, rank in (("x", 2), ("y", 3), ("z", 1))}
+    draw = torch.Generator().manual_seed(0)
+    ranks = {"x": 2, "y": 3, "z": 1}
+    factors = {n: random_factors(draw, r, 7, 11, bias_O=torch.randn(7, generator=draw)) for n, r in ranks.items()}
+    return {name: Adapter(name, "org/base", {LAYER: update}) for name, update in factors.items()}
 
 
 def write(tmp_path, said):

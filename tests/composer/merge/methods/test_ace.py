@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny_models import random_factors
 
 from loraweave.composer.merge.methods.ace import ace
 from loraweave.errors import WeightingError
@@ -15,10 +16,7 @@ from loraweave.types import Factors
 
 def updates(sizes, num_out, num_in, rank):
     draw = torch.Generator().manual_seed(5)
-    return [
-        Factors(torch.randn(rank, num_in, generator=draw), size * torch.randn(num_out, rank, generator=draw))
-        for size in sizes
-    ]
+    return [random_factors(draw, rank, num_out, num_in, scale=size) for size in sizes]
 
 
 def dense(experts, weights, eps=1e-2, k_fraction=0.3):
