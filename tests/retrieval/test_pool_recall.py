@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+import tiny_hubs
 
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.retrieval.retriever import Retriever
-from loraweave.types import Factors
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NUM_ROWS = 10
@@ -30,8 +28,7 @@ def retriever(tmp_path_factory):
     with Hub(tmp_path_factory.mktemp("hub")) as hub:
         for number, folder in enumerate(sorted(path for path in (EXAMPLES / "pool").iterdir() if path.is_dir())):
             card = json.loads((folder / "loraweave.json").read_text(encoding="utf-8"))
-            torch.manual_seed(number)
-            hub.add(Adapter(folder.name, "none", {"layer": Factors(torch.randn(1, 3), torch.randn(2, 1))}, card=card))
+            hub.add(tiny_hubs.adapter(number, folder.name, base_model="none", card=card))
         yield Retriever(hub, embedder="sentence_form")
 
 

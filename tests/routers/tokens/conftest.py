@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import random_adapter
 
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._saved import router
-from loraweave.types import Factors
 
 
 @pytest.fixture(scope="session")
-def random_adapter():
-    """random_adapter(name, {layer: (rank, inputs, outputs)}, seed): an adapter of random factors."""
-
-    def make(name, layers, seed):
-        draw = torch.Generator().manual_seed(seed)
-        drawn = {
-            layer: Factors(torch.randn(rank, num_in, generator=draw), torch.randn(num_out, rank, generator=draw))
-            for layer, (rank, num_in, num_out) in layers.items()
-        }
-        return Adapter(name, "tiny", drawn)
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def random_pool(random_adapter):
+def random_pool():
     """random_pool({layer: (rank, inputs, outputs)}, ...): a pool of e0, e1, ..."""
     return lambda *experts: ExpertPool([random_adapter(f"e{n}", layers, n) for n, layers in enumerate(experts)])
 

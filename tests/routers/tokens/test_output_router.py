@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_models import random_factors
 
 from loraweave.composer.composer import Composer
 from loraweave.errors import AdapterUnsupported
@@ -22,7 +23,7 @@ ROUTERS = ("adapter_fusion", "mole", "ramole")
 def pool():
     draw = torch.Generator().manual_seed(0)
     gains = [Factors(torch.zeros(0, 20), torch.zeros(7, 0), gain_O=torch.randn(7, generator=draw)) for _ in range(2)]
-    parts = [Factors(torch.randn(r, 20, generator=draw), torch.randn(12, r, generator=draw)) for r in (4, 15)]
+    parts = [random_factors(draw, rank, 12, 20) for rank in (4, 15)]
     zero = Factors(torch.randn(2, 20, generator=draw), torch.zeros(12, 2))
     return ExpertPool(
         [

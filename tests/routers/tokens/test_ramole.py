@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from tiny_models import random_adapter
 
 from loraweave.composer.composer import Composer
 from loraweave.errors import BaseModelMismatch, WeightingError
@@ -20,21 +21,16 @@ from loraweave.types import Factors
 LAYER = "q"
 
 
-@pytest.fixture
-def adapter(random_adapter):
-    """adapter(name, seed, {layer: rank})"""
+def adapter(name, seed, ranks):
+    """Return an adapter of small factors; `ranks` are by layer."""
     sizes = {LAYER: 12, "v": 7, "o": 5}
-
-    def make(name, seed, ranks):
-        made = random_adapter(name, {layer: (rank, 20, sizes[layer]) for layer, rank in ranks.items()}, seed)
-        quarter = {layer: Factors(part.a_RI / 4, part.b_OR / 4) for layer, part in made.layers.items()}
-        return replace(made, layers=quarter)
-
-    return make
+    drawn = random_adapter(name, {layer: (rank, 20, sizes[layer]) for layer, rank in ranks.items()}, seed)
+    quarter = {layer: Factors(part.a_RI / 4, part.b_OR / 4) for layer, part in drawn.layers.items()}
+    return replace(drawn, layers=quarter)
 
 
 @pytest.fixture
-def pool(adapter):
+def pool():
     ranks = ({LAYER: 4}, {LAYER: 2, "v": 3}, {LAYER: 30}, {LAYER: 1, "v": 2})
     return ExpertPool([adapter(f"e{place}", place, own) for place, own in enumerate(ranks)])
 
@@ -105,7 +101,7 @@ def test_gradients_are_those_of_finite_differences(pool, x_BTI, has_exact_gradie
     assert has_exact_gradients(trained(pool, rank=2), LAYER, x_BTI[:1, :2], names)
 
 
-def test_an_expert_that_was_never_trained_joins_and_the_others_keep_their_ratios(pool, x_BTI, trained, adapter):
+def test_an_expert_that_was_never_trained_joins_and_the_others_keep_their_ratios(pool, x_BTI, trained):
     made = trained(pool)
     new = adapter("new", 9, {LAYER: 5, "v": 2})
     before, after = made.weights(x_BTI, LAYER), made.add_expert("new", new).weights(x_BTI, LAYER)
@@ -122,7 +118,7 @@ def test_without_an_expert_the_others_keep_their_ratios(pool, x_BTI, trained):
     assert torch.allclose(after, before / before.sum(dim=-1, keepdim=True), atol=1e-9)
 
 
-def test_layers_that_join_weigh_alike_and_are_saved(pool, x_BTI, tmp_path, trained, adapter):
+def test_layers_that_join_weigh_alike_and_are_saved(pool, x_BTI, tmp_path, trained):
     grown = trained(pool).add_expert("n1", adapter("n1", 9, {LAYER: 2, "o": 2}))
     grown = grown.add_expert("n2", adapter("n2", 10, {"o": 4}))
     found = grown.weights(x_BTI, "o")
@@ -160,7 +156,7 @@ def test_without_dropout_training_sees_all_experts(pool, x_BTI, trained):
     assert torch.equal(made.train().weights(x_BTI, LAYER), made.eval().weights(x_BTI, LAYER))
 
 
-def test_pools_of_other_layers_or_another_base_are_refused_by_name(pool, adapter):
+def test_pools_of_other_layers_or_another_base_are_refused_by_name(pool):
     with pytest.raises(
         WeightingError, match="trained for 2 layers, the first 'q', but the pool updates 1 others, the first 'o'"
     ):

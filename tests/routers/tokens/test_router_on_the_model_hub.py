@@ -6,21 +6,18 @@ import json
 
 import model_hub_server as model_hub
 import pytest
-import torch
+import tiny_hubs
 
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._saved import router
 from loraweave.routers.tokens._written import router_card
-from loraweave.types import Factors
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     root, home = tmp_path_factory.mktemp("served"), tmp_path_factory.mktemp("home")
-    torch.manual_seed(0)
-    adapters = [Adapter(name, "tiny", {"layer": Factors(torch.randn(2, 8), torch.randn(6, 2))}) for name in ("a", "b")]
+    adapters = [tiny_hubs.adapter(seed, name, base_model="tiny") for seed, name in enumerate("ab")]
     arrow = router("arrow", adapters)
     folder = arrow.save_pretrained(tmp_path_factory.mktemp("saved") / "arrow", pool=ExpertPool(adapters))
     adapters[0].save_pretrained(root / "tiny" / "lora")
@@ -64,8 +61,7 @@ def test_the_card_names_base_and_experts_and_no_folder_as_the_base(found):
     assert "base_model: tiny\n" in card
     assert "\n    a\n    b\n" in card
     assert "lw.router('mine/arrow')" in card
-    torch.manual_seed(0)
-    local = Adapter("# x\n---", "/home/me/base", {"layer": Factors(torch.randn(2, 8), torch.randn(6, 2))})
+    local = tiny_hubs.adapter(0, "# x\n---", base_model="/home/me/base")
     text = router_card("arrow", Members.of(ExpertPool([local])), "mine/arrow", with_pool=False)
     assert "base_model" not in text
     assert text.endswith("\n    # x ---\n")
