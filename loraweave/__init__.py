@@ -76,7 +76,6 @@ if TYPE_CHECKING:
     from loraweave.composer.programs.order import order
     from loraweave.composer.study.study import study
     from loraweave.composer.train.adapters import train_adapters
-    from loraweave.composer.train.hypernetwork import Hypernetwork, train_hypernetwork
     from loraweave.composer.train.remember import remember
     from loraweave.composer.transfer import transfer
     from loraweave.hub.adapter import Adapter
@@ -117,7 +116,6 @@ _MODULES = {
     "composer.compose.pool_statistics": "pool_statistics",
     "composer.merge.statistics": "Statistics",
     "composer.train.adapters": "train_adapters",
-    "composer.train.hypernetwork": "Hypernetwork train_hypernetwork",
     "composer.train.remember": "remember",
     "composer.transfer": "transfer",
     "composer.experts.together": "train_experts",
@@ -173,7 +171,6 @@ __all__ = [
     "HubFull",
     "HubLocked",
     "HubReadOnly",
-    "Hypernetwork",
     "InvalidLicense",
     "InvalidName",
     "InvalidTask",
@@ -229,7 +226,6 @@ __all__ = [
     "train_adapters",
     "train_encoder",
     "train_experts",
-    "train_hypernetwork",
     "transfer",
     "twin_merging",
     "unlearn",

@@ -21,16 +21,16 @@ import loraweave as lw
 from loraweave import errors, extend, registry
 
 LIMITS = {
-    "files of the core": 581,
-    "lines of the core": 82_900,
-    "lines of the product": 84_200,
+    "files of the core": 580,
+    "lines of the core": 82_357,
+    "lines of the product": 83_592,
     "lines of the largest extension": 4_000,
     "loose files of composer/": 12,
-    "public names but errors": 57,
+    "public names but errors": 55,
     "names for those who extend": 100,
     "imports below loraweave. in the pages": 29,
-    "values named found, own, each, given or asked": 1_380,
-    "docstrings that are no order": 1_885,
+    "values named found, own, each, given or asked": 1_374,
+    "docstrings that are no order": 1_879,
 }
 # limits that stay: an extension, and the face of the core for all of them, is small enough to be read
 FIXED = {"lines of the largest extension", "names for those who extend"}

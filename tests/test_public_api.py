@@ -17,12 +17,12 @@ NAMES = """
 Adapter AdapterCorrupt AdapterExists AdapterNotFound AdapterQuarantined AdapterSuspicious AdapterUnsupported
 AlreadyActive Anomaly BaseKey BaseModelMismatch Candidate Composer Composition CompositionError DimensionMismatch
 EmptyIndex ExpertPool Factors Fingerprint Formula FormulaError Hub HubCorrupt HubError HubFull HubLocked HubReadOnly
-Hypernetwork InvalidLicense InvalidName InvalidTask LayerMismatch LoraweaveError MixtureWeights PackageMissing Record
+InvalidLicense InvalidName InvalidTask LayerMismatch LoraweaveError MixtureWeights PackageMissing Record
 RetrievalError Retriever Router ScopeError SearchFailed SourceUnavailable Statistics Task TrainingError UnknownExpert
 UnknownName WeightingError add analogy base_key batch_invariant byom clusters collect_statistics compeft compose ema
 ensemble evaluate_harness experts extract federate flexlora_clients genknowsub load_base merge names negate order
 parse pool_statistics remember rerank router scale study subtract subtract_general to_lora train_adapters train_encoder
-train_experts train_hypernetwork transfer twin_merging unlearn
+train_experts transfer twin_merging unlearn
 """
 
 HEAVY = ("torch", "transformers", "peft", "sklearn", "faiss", "scipy", "cma", "matplotlib")
