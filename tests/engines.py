@@ -59,6 +59,15 @@ ENVIRONMENTS = {
     ),
 }
 MAKING_S = 1200
+# Ray's processes neither yield to all others nor report home; on a busy machine none is believed dead or killed for memory
+RAY = {
+    "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_worker_register_timeout_seconds": "300",
+    "RAY_health_check_failure_threshold": "100",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def run(name: str, script: Path, given: Any, *, timeout: float = 300.0, **environment: str) -> Any:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -170,27 +171,31 @@ def test_the_workers_of_a_driver_that_is_killed_end_too():
 
 
 @pytest.fixture
-def dask_cluster():
-    """Two worker processes behind a scheduler, all on loopback; ends with no process left."""
+def dask_client():
+    """dask_client(workers): a client of so many worker processes behind a scheduler, all on loopback; then none is left."""
     distributed = pytest.importorskip("distributed")
-    settings = {"n_workers": 2, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
-    with distributed.LocalCluster(**settings, silence_logs=50) as cluster, distributed.Client(cluster) as client:
-        yield client
+
+    @contextmanager
+    def client(num_workers):
+        settings = {"n_workers": num_workers, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
+        with distributed.LocalCluster(**settings, silence_logs=50) as cluster, distributed.Client(cluster) as opened:
+            yield opened
+
+    return client
 
 
-def test_a_dask_worker_that_dies_costs_its_piece_and_no_result(dask_cluster, tmp_path):
+def test_a_dask_worker_that_dies_costs_its_piece_and_no_result(dask_client, tmp_path):
     pieces = {f"piece {number}": number for number in (0, DIES_ONCE, 4)}
-    with joblib.parallel_config(backend="dask"):
+    with dask_client(2), joblib.parallel_config(backend="dask"):
         found = outcomes(tmp_path, pieces, n_jobs=None)
     assert {name: result[0] for name, result in found.items()} == {name: number**2 for name, number in pieces.items()}
     assert runs(tmp_path, DIES_ONCE) == 2
 
 
-def test_a_cluster_whose_workers_stay_away_is_believed_dead(dask_cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(spreading, "GONE_S", 3.0)
-    monkeypatch.setattr(spreading, "COUNTED_S", 0.5)
-    dask_cluster.cluster.scale(0)
-    with joblib.parallel_config(backend="dask"), pytest.raises(WorkersFailed, match="had no worker for 3 s"):
+def test_a_cluster_whose_workers_stay_away_is_believed_dead(dask_client, tmp_path, monkeypatch):
+    monkeypatch.setattr(spreading, "GONE_S", 1.0)
+    monkeypatch.setattr(spreading, "COUNTED_S", 0.1)
+    with dask_client(0), joblib.parallel_config(backend="dask"), pytest.raises(WorkersFailed, match="had no worker for 1 s"):
         outcomes(tmp_path, {"piece": 1}, n_jobs=None)
     assert runs(tmp_path, 1) == 0
 
@@ -217,9 +222,7 @@ def test_a_cluster_is_empty_from_the_first_look_that_finds_no_worker(monkeypatch
 @pytest.mark.slow
 def test_a_ray_worker_that_dies_costs_its_piece_and_ray_is_not_started_unasked(tmp_path):
     script = ROOT / "tests" / "engine_scripts" / "ray_pieces.py"
-    # ray's own processes would else yield to all others
-    settings = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
-    said = engines.run("flower", script, {"root": str(ROOT), "folder": str(tmp_path)}, timeout=300, **settings)
+    said = engines.run("flower", script, {"root": str(ROOT), "folder": str(tmp_path)}, timeout=500, **engines.RAY)
     assert said["refused"] == 'Ray is not connected: call ray.init(address="...") first, or set RAY_ADDRESS'
     assert said["failed"] == {"raises": "ValueError: its disk is full"}
     assert said["elsewhere"] == ["a", "b", "c", "dies"]
