@@ -116,6 +116,8 @@ def test_the_command_lines_serve_a_hub_on_postgresql_and_s3(image, postgres_serv
         while run([sys.executable, *rest]).returncode:
             assert process.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < ending
+            # each of these starts a Python
+            time.sleep(0.5)
         assert (made := run([*loraweave, *added.split()])).returncode == 0, made.stderr
         asked = {
             "model": "passive",
