@@ -49,7 +49,8 @@ def test_two_workers_answer_as_one_process_does(make_model, tokenizer, tmp_path,
     tokenizer.save_pretrained(tmp_path)
     model, tokenizer = lw.load_base(tmp_path)
     monkeypatch.setattr(scoring, "BATCH_SIZE", 2)
-    teacher = lw.Task([], instruction="x y", demonstrations=[("d", "e")])
+    # where a prompt ends with its input, each has an answer of its own
+    teacher = lw.Task([], instruction="x y", template="{instruction} {input}")
     settings = {**SETTINGS, "steps": 2}
     one = distil_prompt(model, tokenizer, teacher, INPUTS, **settings)
     assert distil_prompt(model, tokenizer, teacher, INPUTS, n_jobs=2, **settings).hash == one.hash
