@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import dense_array as dense
 
-from loraweave.errors import AdapterUnsupported, LayerMismatch
+from loraweave.errors import AdapterSuspicious, AdapterUnsupported, LayerMismatch
 from loraweave.lowrank import algebra
 from loraweave.types import Factors
 
@@ -219,6 +219,14 @@ def test_a_dora_whose_magnitude_is_the_norm_of_the_merged_weight_is_a_plain_lora
     np.testing.assert_allclose(dense(bound), dense(update), rtol=1e-5, atol=1e-6)
 
 
+def test_a_dora_beside_a_weight_that_it_takes_back_is_refused_with_the_row():
+    update = factors(1, magnitude_O=torch.ones(5))
+    weight = random(0, 5, 7)
+    weight[[3, 4]] = -(update.b_OR @ update.a_RI)[[3, 4]]
+    with pytest.raises(AdapterUnsupported, match="which is 0 in row 3 of"):
+        algebra.bind(update, weight, None)
+
+
 def test_the_binding_of_a_dora_does_not_depend_on_its_gauge():
     weight, magnitude, update = random(0, 5, 7), random(1, 5).abs(), factors(2)
     one = algebra.bind(Factors(update.a_RI, update.b_OR, magnitude_O=magnitude), weight, None)
@@ -328,3 +336,49 @@ def test_tensors_within_range_are_those_whose_norm_squared_fp32_holds(values, wi
     assert algebra.within_range(views) is algebra.within_range([whole[:2], whole[1:]]) is within
     assert algebra.within_range(views[2:]) is True
     assert algebra.within_range([whole[2:], whole[2:].reshape(1, 1)]) is True
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(3, 7), (7, 3), (5, 5), (1, 1)])
+@pytest.mark.parametrize("more", [-1, 0, 1, 6])
+def test_within_sides_an_update_is_itself_or_the_product_beside_an_identity(outputs, inputs, more):
+    side = min(outputs, inputs)
+    update = factors(0, max(side + more, 1), outputs, inputs, bias_O=random(1, outputs))
+    within = algebra.within_sides(update)
+    if update.rank <= side:
+        assert within is update
+        return
+    one, other = (within.b_OR, within.a_RI) if outputs <= inputs else (within.a_RI, within.b_OR)
+    assert torch.equal(one, torch.eye(side, dtype=torch.float64))
+    np.testing.assert_allclose(other, dense(update), atol=1e-12)
+    assert within.bias_O is update.bias_O
+
+
+@pytest.mark.parametrize(
+    ("b_OR", "a_RI", "within"),
+    [
+        (torch.full((9, 1), 1e19), torch.full((1, 9), 1e19), True),
+        (torch.full((2, 1), algebra.MAX_FP32), torch.ones(1, 1), True),
+        # the sum of two terms of 2.25e38 is beyond fp32, and so is one on the way to 0
+        (torch.full((1, 2), 1.5e19), torch.full((2, 1), 1.5e19), False),
+        (torch.full((2, 2), 1.5e19), torch.tensor([[1.5e19], [-1.5e19]]), False),
+        (torch.tensor([[1e20, 0.0]]), torch.tensor([[0.0], [1e20]]), True),
+        (torch.tensor([[1e20, 1.0], [1e19, 1.0]]), torch.tensor([[1.0, 1e19], [1.0, 1.0]]), False),
+        (torch.tensor([[math.inf]]), torch.tensor([[1.0]]), False),
+    ],
+)
+def test_factors_are_in_range_when_no_sum_of_their_terms_is_beyond_fp32(b_OR, a_RI, within):
+    if within:
+        algebra.require_in_range(Factors(a_RI, b_OR), "expert 'x'")
+        return
+    with pytest.raises(AdapterSuspicious, match=r"expert 'x': .* beyond what fp32 holds"):
+        algebra.require_in_range(Factors(a_RI, b_OR), "expert 'x'")
+
+
+def test_on_host_a_tensor_is_itself_or_a_detached_copy_in_fp32():
+    tensor = random(0, 3, 4).float()
+    assert algebra.on_host(tensor) is tensor
+    for other in (tensor.double(), tensor.bfloat16(), tensor.clone().requires_grad_()):
+        host = algebra.on_host(other)
+        assert not host.requires_grad
+        assert torch.equal(host, other.detach().float())
+        assert host.dtype == torch.float32

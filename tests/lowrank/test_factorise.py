@@ -90,12 +90,14 @@ def test_max_error_takes_the_smallest_rank_within_it(way, spectrum, max_error):
 
 
 @pytest.mark.parametrize("sine", [1.0, 1e-2, 1e-5, 1e-7, 0.0])
+@pytest.mark.parametrize("sizes", [(1.0, 1e-6, 1e6, 1.0), (1e6, 1e6, 1e6, 1e6)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_basis_is_orthonormal_and_spans_the_columns_however_close_they_are(sine, dtype):
+def test_a_basis_is_orthonormal_and_spans_the_columns_however_close_they_are(sine, dtype, sizes):
     draw = np.random.default_rng(0)
     columns = draw.standard_normal((50, 1)) + sine * draw.standard_normal((50, 4))
-    columns = (columns * [1.0, 1e-6, 1e6, 1.0]).astype(dtype)
+    columns = (columns * sizes).astype(dtype)
     basis = module._orthonormal(columns)
+    assert basis.dtype == dtype
     np.testing.assert_allclose(basis.T @ basis, np.eye(4), atol=1e-6)
     columns = columns / np.linalg.norm(columns, axis=0)
     np.testing.assert_allclose(basis @ (basis.T @ columns), columns, atol=1e-6)
@@ -153,9 +155,24 @@ def test_a_matrix_in_columns_is_as_one_in_rows(way):
     torch.testing.assert_close(b @ a, turned_b @ turned_a, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("block", [1, 200])
+@pytest.mark.parametrize("shape", [(60, 150), (150, 60), (140, 150), (150, 140)])
+@pytest.mark.parametrize("spectrum", ["slow decay", "low rank and noise", "eight decades"])
+def test_in_whichever_blocks_a_matrix_is_read_the_approximation_is_the_best(monkeypatch, spectrum, shape, block):
+    monkeypatch.setattr(module, "BLOCK", block)
+    delta = with_spectrum(SPECTRA[spectrum][:60], *shape)
+    for rank in (6, 50):
+        a, b, error = factorise(delta, rank=rank)
+        best = best_error(delta, rank)
+        assert real_error(delta, a, b) == pytest.approx(best, rel=1e-6, abs=5e-7)
+        assert error == pytest.approx(best, rel=1e-6, abs=1e-8)
+
+
+# a power of two changes no digit, so it must not change what is believed either
+@pytest.mark.parametrize("size", [2.0**-10, 1.0, 2.0**10])
 @pytest.mark.parametrize("search", ["filtered_subspace", "top_eigenpairs"])
-def test_fp32_is_not_believed_where_the_bound_does_not_show_the_error(monkeypatch, search):
-    delta = with_spectrum(SPECTRA["flat"] + 0.1 * np.arange(90)[::-1], 90, 133)
+def test_fp32_is_not_believed_where_the_bound_does_not_show_the_error(monkeypatch, search, size):
+    delta = size * with_spectrum(SPECTRA["flat"] + 0.1 * np.arange(90)[::-1], 90, 133)
     if search == "top_eigenpairs":
         monkeypatch.setattr(module, "filtered_subspace", lambda *given, **options: None)
     monkeypatch.setattr(module, search, _spoilt(getattr(module, search)))
@@ -208,6 +225,16 @@ def test_the_bound_holds_for_wrong_subspaces_and_is_tight_for_right_ones():
         gap = small[0] - np.linalg.eigvalsh(other.T @ symmetric @ other)[-1]
         missed = values[-3:].sum() - small.sum()
         assert -1e-9 <= missed <= energy_missed(residual, gap, 3) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("residual", "gap", "expected"),
+    [(3.0, 8.0, 1.0), (3.0, 0.0, 3.0), (3.0, -8.0, 3.0), (0.0, 8.0, 0.0), (0.0, 0.0, 0.0)],
+)
+def test_each_value_may_miss_what_the_papers_bound_says(residual, gap, expected):
+    # 2 r^2 / (gap + sqrt(gap^2 + 4 r^2)); 8 and 6 are the sides of a 10
+    assert energy_missed(residual, gap, 1) == expected
+    assert energy_missed(residual, gap, 5) == 5 * expected
 
 
 def test_a_subspace_too_large_for_the_search_is_refused():

@@ -10,7 +10,14 @@ from tiny_models import dense_array as dense
 from tiny_models import random_factors
 
 from loraweave.errors import AdapterUnsupported
-from loraweave.lowrank.truncation import compress, compress_sum
+from loraweave.lowrank.truncation import (
+    components,
+    compress,
+    compress_sum,
+    summed_by_owner,
+    top_eigenpairs,
+    worth_a_thread,
+)
 from loraweave.types import Factors
 
 OUT, IN = 23, 31
@@ -99,18 +106,20 @@ def test_what_experts_that_nearly_cancel_leave_is_right():
     assert error == pytest.approx(best, rel=1e-6)
 
 
+@pytest.mark.parametrize("size", [1e-5, 1.0, 1e5])
 @pytest.mark.parametrize("rank", [1, 3, 8, 12, 16])
-def test_singular_values_over_eight_decades_are_right_to_the_rounding_of_the_largest(rank):
-    update = with_spectrum(np.logspace(0, -8, 17))
+def test_singular_values_over_eight_decades_are_right_to_the_rounding_of_the_largest(rank, size):
+    update = with_spectrum(size * np.logspace(0, -8, 17))
     small, error = compress(update, rank)
     expected, best = truth(dense(update), rank)
-    assert distance(small, expected, 1.0) < 1e-8
+    assert distance(small, expected, size) < 1e-8
     assert error == pytest.approx(best, rel=1e-6)
 
 
+@pytest.mark.parametrize("size", [1e-5, 1.0, 1e5])
 @pytest.mark.parametrize("tail", [1e-3, 1e-5, 1e-7, 1e-9, 1e-12])
-def test_the_error_is_accurate_when_it_is_tiny(tail):
-    _, error = compress(with_spectrum([1.0, 0.9, 0.8, tail, tail / 2]), 3)
+def test_the_error_is_accurate_when_it_is_tiny(tail, size):
+    _, error = compress(with_spectrum(size * np.array([1.0, 0.9, 0.8, tail, tail / 2])), 3)
     assert error == pytest.approx(tail * (1.25 / 2.45) ** 0.5, rel=1e-3)
 
 
@@ -191,6 +200,7 @@ def test_a_sum_of_few_rank_rows_is_exact_and_gains_and_biases_sum_with_the_weigh
         torch.testing.assert_close(total.bias_O, -1.5 * bias)
         torch.testing.assert_close(total.gain_O, -2.0 * gain)
         assert (error == 0.0) == (rank == 5)
+        assert torch.equal(total.a_RI, torch.cat([first.a_RI, second.a_RI])) == (rank == 5)
     exact, _, _ = compress_sum([first, second], [0.5, -2.0], 9)
     np.testing.assert_allclose(dense(exact), 0.5 * dense(first) - 2.0 * dense(second), rtol=1e-5, atol=1e-5)
 
@@ -199,3 +209,73 @@ def test_a_sum_of_few_rank_rows_is_exact_and_gains_and_biases_sum_with_the_weigh
 def test_a_sum_cut_to_no_rank_is_refused(rank):
     with pytest.raises(AdapterUnsupported, match=f"rank {rank} is below 1"):
         compress_sum([factors(0, 2)], [1.0], rank)
+
+
+@pytest.mark.parametrize("ranks", [(2, 3), (1, 0, 2), (0, 2, 0), (0, 0)])
+def test_the_entries_of_a_product_are_summed_by_the_updates_that_own_rows_and_columns(ranks):
+    product = generator(0).standard_normal((sum(ranks), sum(ranks)))
+    owners = np.repeat(np.arange(len(ranks)), ranks)
+    expected = [[product[np.ix_(owners == i, owners == j)].sum() for j in range(len(ranks))] for i in range(len(ranks))]
+    sums = summed_by_owner(product, ranks)
+    assert sums.dtype == product.dtype
+    np.testing.assert_allclose(sums, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_the_cut_of_a_sum_says_the_inner_products_of_its_weighted_updates():
+    experts, weights = [factors(0, 2), factors(1, 3), factors(2, 1)], [0.3, -0.7, 1.1]
+    deltas = [weight * dense(expert) for expert, weight in zip(experts, weights, strict=True)]
+    expected = [[(one * other).sum() for other in deltas] for one in deltas]
+    np.testing.assert_allclose(compress_sum(experts, weights, 2).inner_EE, expected, rtol=1e-10)
+    # a sum that is as tall as the layer is cut from the dense update, which has none of them
+    assert compress_sum([factors(3, 12), factors(4, OUT - 12)], [1.0, 1.0], 2).inner_EE is None
+
+
+@pytest.mark.parametrize(("rank", "outputs", "inputs"), [(3, 5, 7), (9, 4, 6), (1, 3, 2)])
+def test_components_are_the_singular_triplets_and_gain_and_bias_stay_with_the_first(rank, outputs, inputs):
+    update = factors(11, rank, outputs, inputs)
+    update = Factors(update.a_RI, update.b_OR, torch.ones(outputs), torch.arange(outputs).float())
+    parts = components(update)
+    u, sigma, vh = np.linalg.svd(dense(update), full_matrices=False)
+    assert len(parts) == min(rank, outputs, inputs)
+    for place, part in enumerate(parts):
+        expected = sigma[place] * np.outer(u[:, place], vh[place])
+        np.testing.assert_allclose(dense(part), expected, atol=ROUNDED * sigma[0])
+        assert (part.a_RI.dtype, part.b_OR.dtype) == (torch.float32, torch.float32)
+        assert (part.gain_O is update.gain_O) == (part.bias_O is update.bias_O) == (place == 0)
+        assert place == 0 or (part.gain_O is None and part.bias_O is None)
+
+
+def test_an_update_of_rank_zero_is_its_only_component():
+    update = Factors(torch.zeros(0, 4), torch.zeros(3, 0), bias_O=torch.ones(3))
+    assert components(update) == [update]
+
+
+@pytest.mark.parametrize("part", ["magnitude_O", "base_bias_O"])
+def test_an_update_that_needs_its_base_layer_has_no_components(part):
+    update = factors(0, 2)
+    with pytest.raises(AdapterUnsupported, match="bound_pool"):
+        components(Factors(update.a_RI, update.b_OR, **{part: torch.ones(OUT)}))
+
+
+@pytest.mark.parametrize(("size", "rank"), [(7, 2), (90, 5), (90, 60), (1, 1)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_largest_eigenpairs_fall_and_have_the_precision_of_the_matrix(size, rank, dtype):
+    root = generator(0).standard_normal((size, size))
+    symmetric = (root @ root.T).astype(dtype)
+    expected = np.linalg.eigvalsh(symmetric.astype(np.float64))[::-1][:rank]
+    values, vectors = top_eigenpairs(np.array(symmetric, order="F"), rank)
+    assert values.dtype == vectors.dtype == dtype
+    # backward stable: off by the rounding of as many terms, in parts of the largest
+    bound = size * np.finfo(dtype).eps * expected[0]
+    np.testing.assert_allclose(values, expected, atol=bound)
+    np.testing.assert_allclose(symmetric @ vectors, vectors * values, atol=bound)
+
+
+def test_a_cut_of_more_than_ten_million_products_is_worth_a_thread():
+    def update(rank, outputs=7, inputs=4):
+        return Factors(torch.zeros(rank, inputs), torch.zeros(outputs, rank))
+
+    assert not worth_a_thread([])
+    # of s rank rows, s^2 (O + I)
+    assert worth_a_thread([update(900), update(100)])
+    assert not worth_a_thread([update(900), update(50)])
