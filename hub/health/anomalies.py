@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from loraweave.errors import AdapterSuspicious, AdapterUnsupported, HubError
+from loraweave.errors import AdapterSuspicious, AdapterUnsupported, HubCorrupt, HubError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.health.figures import Figures, alike, figures_of, reference
 from loraweave.hub.search.similar import cosine
-from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
+from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
 from loraweave.hub.stores.storing import Prepared, stored_adapter
 from loraweave.hub.tables import rows
 from loraweave.lowrank import algebra
@@ -171,7 +171,7 @@ def examine(
     figures = prepared.figures or figures_of(prepared.read(blobs), record.base_model)
     with catalogue.reading() as connection:
         found = against_pool(figures, reference(connection, figures, record.hash))
-        near = [row for name in alike(connection, figures, record.name) if (row := rows.find(connection, name))]
+        near = [row for name in alike(connection, figures, record.name) if (row := _undamaged(connection, name))]
     found += _duplicates(blobs, prepared, near)
     found += against_model(prepared.read(blobs), model) if model is not None else []
     found = [anomaly for anomaly in found if chosen[anomaly.kind] != "off"]
@@ -186,6 +186,14 @@ def examine(
     quarantined = any(chosen[anomaly.kind] == "quarantine" for anomaly in found)
     record = replace(record, anomalies=tuple(found), quarantined=quarantined)
     return replace(prepared, record=record, figures=figures)
+
+
+def _undamaged(connection: Connection, name: str) -> rows.Row | None:
+    """Return the row of that name, or None if it is damaged, which adding the same content may be about to repair."""
+    try:
+        return rows.find(connection, name)
+    except HubCorrupt:
+        return None
 
 
 def _duplicates(blobs: BlobStore, prepared: Prepared, near: list[rows.Row]) -> list[Anomaly]:

@@ -29,6 +29,11 @@ def test_other_dtypes_become_fp32():
     assert flat.tolist() == [torch.tensor(0.1).item(), 0.5]
 
 
+def test_a_tensor_of_eight_axes_comes_back():
+    tensor = torch.arange(6.0).view(1, 2, 1, 3, 1, 1, 1, 1)
+    assert torch.equal(unpack(*pack({"a": tensor}))["a"], tensor)
+
+
 def test_nothing_packs_to_an_empty_vector():
     assert unpack(*pack({})) == {}
 

@@ -14,7 +14,7 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.tables.filtering import Filters
 from loraweave.retrieval.retriever import Retriever
-from loraweave.types import BaseKey, Factors
+from loraweave.types import BaseKey, Factors, Fingerprint
 
 NUMBERS = itertools.count()
 
@@ -70,6 +70,28 @@ def test_rows_and_records_pass_alike(hub, filters, wanted):
     assert [record.name for record in hub.records_at(hub.seqs(filters)).values()] == [f"a{number}" for number in wanted]
     assert [record.name for record in hub if filters.passes(record)] == [f"a{number}" for number in wanted]
     assert hub.verify().ok
+
+
+def test_each_base_model_is_listed_once_with_its_first_adapter_and_the_number_of_those_not_in_quarantine(hub):
+    assert [(record.name, count) for record, count in hub.bases()] == [("a0", 2), ("a1", 2)]
+    hub.quarantine("a0")
+    assert [(record.name, count) for record, count in hub.bases()] == [("a1", 2), ("a2", 1)]
+    hub.quarantine("a2")
+    assert [(record.name, count) for record, count in hub.bases()] == [("a1", 2)]
+
+
+def test_only_a_fingerprint_that_differs_from_all_others_of_its_base_model_is_warned_of(hub):
+    def update(name, base, fingerprint):
+        factors = Factors(torch.full((1, 2), float(len(hub) + 9)), torch.ones(2, 1))
+        return Adapter(name, base, {"layer": factors}, fingerprint)
+
+    known, other = Fingerprint("known"), Fingerprint("other")
+    # the first of a base model, one of no base model, one without a fingerprint, the same again
+    for name, base, fingerprint in (("b", "c", known), ("d", "", other), ("e", "c", None), ("f", "c", known)):
+        hub.add(update(name, base, fingerprint))
+    with pytest.warns(UserWarning, match="'g' is stored, but its base 'c' is not the model that others in this hub call so"):
+        hub.add(update("g", "c", other))
+    hub.add(update("h", "c", other))
 
 
 def test_the_size_is_the_blobs(hub):
