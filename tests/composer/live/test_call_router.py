@@ -6,6 +6,7 @@ import torch
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.call_router import in_own_precision
 from loraweave.errors import CompositionError, ScopeError
+from loraweave.routers.combined import under
 from loraweave.routers.tokens._saved import router
 from loraweave.routers.weights import MixtureWeights
 
@@ -53,6 +54,31 @@ def test_it_sees_the_base_and_every_layer_gets_the_weights_of_the_call(model, ad
             assert torch.allclose(model(IDS_BT).logits, expected, atol=1e-12)
             assert torch.allclose(model(input_ids=IDS_BT[:1]).logits, expected[:1], atol=1e-12)
     assert [arguments["input_ids"].shape for arguments in router.seen] == [(2, 4), (1, 4)]
+
+
+class Comparing(ByLastHidden):
+    """Looks at what the model answers under two mixtures, and gives all tokens the second."""
+
+    def begin(self, model, arguments):
+        for mixture in ({self.experts[0]: 0.5}, {self.experts[1]: -1.0, self.experts[0]: 0.25}):
+            with under(mixture):
+                self.seen.append(model(arguments["input_ids"]).logits)
+        return MixtureWeights.of(mixture, self.experts)
+
+
+def test_a_router_sees_what_the_model_answers_under_mixtures_of_its_experts(model, adapters):
+    engine, names = Composer(model, adapters), tuple(a.name for a in adapters)
+    router, expected = Comparing(names), []
+    with torch.no_grad():
+        for mixture in ({names[0]: 0.5}, {names[1]: -1.0, names[0]: 0.25}):
+            with engine.activate(mixture):
+                expected.append(model(IDS_BT).logits)
+        with engine.activate(router):
+            answer = model(IDS_BT).logits
+    for found, wanted in zip([*router.seen, answer], [*expected, expected[1]], strict=True):
+        assert torch.allclose(found, wanted, atol=1e-12)
+    with pytest.raises(ScopeError, match="only inside a call that a Composer sees"), under({names[0]: 1.0}):
+        pass
 
 
 def test_a_part_of_the_model_alone_has_no_weights(model, adapters):

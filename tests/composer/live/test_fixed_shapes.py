@@ -13,6 +13,7 @@ from rounding import assert_near, num_terms
 from torch.nn.functional import scaled_dot_product_attention
 
 import loraweave as lw
+from loraweave.composer.live import fixed_shapes
 from loraweave.composer.live.fixed_shapes import KEYS, TILE, batch_invariant, fixed_attention, fixed_linear, fixed_products
 from loraweave.errors import CompositionError, ScopeError
 
@@ -88,6 +89,21 @@ def test_the_answers_are_those_of_the_formula_within_rounding(engine):
     assert fixed.dtype == plain.dtype
     # in half precision, ten operations of each of two layers round after one another, and the head
     assert_near(fixed, plain, num_terms(engine.model) if plain.dtype == torch.float32 else 10 * 2 + 1)
+
+
+@pytest.mark.parametrize("width", [1, 17, fixed_shapes.LANES, fixed_shapes.LANES + 1, 3 * fixed_shapes.LANES + 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_functions_of_single_elements_give_a_row_the_bits_that_it_has_alone(dtype, width):
+    # between 0 and 1, where all of them are defined
+    x = torch.rand(7, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    functions = [getattr(torch, name) for name in fixed_shapes.ELEMENTWISE.split()]
+    functions += [getattr(torch.Tensor, name) for name in fixed_shapes.ELEMENTWISE.split()]
+    functions += [torch.nn.functional.silu, torch.nn.functional.gelu, torch.nn.functional.softplus]
+    for function in functions:
+        with fixed_shapes._FixedShapes():
+            together, alone = function(x), torch.cat([function(row[None]) for row in x])
+        assert torch.equal(together, alone)
+        assert_near(together, function(x.double()), 4)
 
 
 @settings(max_examples=40, deadline=None)

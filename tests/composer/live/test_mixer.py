@@ -48,6 +48,17 @@ def test_an_inner_activation_that_has_ended_is_kept_by_no_layer(engine):
         assert ended() is None
 
 
+def test_an_activation_that_outlived_the_one_around_it_ends_without_the_others(engine):
+    with engine.activate({"a": 1.0}):
+        expected = logits(engine.model)
+        with engine.activate({"b": 1.0}):
+            inner = engine.activate({"b": -1.0})
+        assert torch.equal(logits(engine.model), expected)
+        inner.__exit__(None, None, None)
+        assert torch.equal(logits(engine.model), expected)
+    assert num_hooks(engine.model) == 0
+
+
 def test_a_handle_is_not_closed_by_another_thread(engine):
     handle = engine.activate({"a": 1.0})
     assert isinstance(in_thread(handle.close), AlreadyActive)

@@ -170,3 +170,12 @@ def test_fusing_and_switching_warn_too(licensed):
         pass
     with licensed.fused({"a": 1.0, "c": 1.0}) as fused, pytest.warns(UserWarning, match="GPL-3.0-only"):
         fused.switch({"a": 1.0, "b": 1.0})
+
+
+def test_an_expert_alone_is_no_work_derived_from_it_and_a_mixture_is(tiny_llama, make_adapters):
+    adapters = [dataclasses.replace(each, card={"license": "CC-BY-ND-4.0"}) for each in make_adapters(tiny_llama, "llama")]
+    engine = lw.Composer(tiny_llama, adapters)
+    assert warned(engine, {"a": 0.5}) == []
+    assert warned(engine, [{"a": 1.0}, {"b": 1.0}]) == []
+    [said] = warned(engine, {"a": 0.5, "b": 0.5})
+    assert "'a' is under CC-BY-ND-4.0, which permits no work derived from it" in said

@@ -6,7 +6,7 @@ from tiny_models import random_adapter
 from torch import nn
 
 from loraweave.composer.composer import Composer
-from loraweave.errors import ScopeError
+from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.tokens._saved import router
 from loraweave.types import Factors
@@ -53,6 +53,25 @@ def test_weights_of_any_dtype_count_as_numbers(dtype, engine):
         found = engine.model(x_BTI)
     assert found.dtype == torch.float32
     assert torch.allclose(found, engine.model(x_BTI) + x_BTI.sum(dim=-1, keepdim=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_no_number_is_told_with_its_layer_and_expert(value):
+    adapters = [Adapter(name, "tiny", {"0": Factors(torch.ones(1, 4), torch.ones(3, 1))}) for name in "abc"]
+    engine, router = Composer(nn.Sequential(nn.Linear(4, 3)), adapters), Constant(2, 5, 3)
+    router.w_BTE[1, 3, 1] = value
+    with engine.activate(router), pytest.raises(WeightingError, match=r"layer '0' .* first for expert 'b'"):
+        engine.model(torch.ones(2, 5, 4))
+
+
+def test_a_model_that_changes_its_precision_has_the_formula_in_the_new_one(engine):
+    x_BTI = torch.randn(2, 5, 4)
+    with torch.no_grad(), engine.activate(Constant(1, 1, 1)):
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            model, x = engine.model.to(dtype), x_BTI.to(dtype)
+            expected = nn.functional.linear(x, model[0].weight + 1, model[0].bias)
+            # ten products and sums, of numbers below 10
+            torch.testing.assert_close(model(x), expected, rtol=0, atol=100 * torch.finfo(dtype).eps)
 
 
 def test_a_router_answers_in_its_own_precision_below_autocast():
@@ -183,9 +202,10 @@ def test_a_router_of_one_expert_a_token_is_its_formula_though_only_chosen_expert
     engine = Composer(model, adapters)
     with torch.no_grad(), engine.activate(TopOne()):
         found_BTO = model(x_BTI)
-        used = engine.cost()
+        used, told_BTE = engine.cost(), engine.last_weights["0"]
     assert next(iter(used.layers.values())).kernel == "sorted_tokens"
     w_BTE = TopOne().weights(x_BTI, "0").double()
+    assert torch.equal(told_BTE.double(), w_BTE)
     expected_BTO = model(x_BTI).detach().clone()
     for number, adapter in enumerate(adapters):
         factors = adapter.layers["0"]

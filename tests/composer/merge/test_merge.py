@@ -19,6 +19,7 @@ from loraweave.errors import (
     AdapterUnsupported,
     BaseModelMismatch,
     CompositionError,
+    InvalidLicense,
     LayerMismatch,
     ScopeError,
     UnknownName,
@@ -349,3 +350,18 @@ def test_an_absent_expert_and_a_zero_update_have_no_norm_and_no_cosine() -> None
 def test_one_expert_conflicts_with_nobody() -> None:
     found = interference([factors(0)], [1.0])
     assert (found.cosines, found.sign_conflict) == ((), 0.0)
+
+
+def test_only_a_copy_of_an_adapter_whose_license_forbids_derived_works_needs_no_permission() -> None:
+    one = replace(adapter("a", 0), card={"license": "CC-BY-ND-4.0"})
+    assert merge([one], [1.0]).card["license"] == "CC-BY-ND-4.0"
+    derived = [
+        partial(merge, [one], [2.0]),
+        partial(merge, [one], [1.0], rank=2),
+        partial(merge, [one], [1.0], method="ties"),
+        partial(merge, [one, adapter("b", 1)], [1.0, 1.0]),
+    ]
+    for work in derived:
+        with pytest.raises(InvalidLicense, match=r"'a' is under CC-BY-ND-4\.0, which permits no work derived from it"):
+            work()
+        assert work(allow_licenses=True).card["license"].startswith("CC-BY-ND-4.0")

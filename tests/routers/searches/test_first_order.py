@@ -171,3 +171,22 @@ def test_the_lowest_point_does_not_depend_on_the_units_of_the_loss(scale):
     s_KD, y_KD = np.eye(2), np.array([[3.0, 0.0], [0.0, 5.0]]) * scale
     model = fit_quadratic(np.zeros(2), np.array([-3.0, 10.0]) * scale, s_KD, y_KD, curvature=scale, ridge=1e-9)
     assert model.lowest(np.full(2, -9.0), np.full(2, 9.0)) == pytest.approx([1.0, -2.0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("length", "fallen", "expected"),
+    [
+        # by quarters of the foretold fall, which is 4: less than one, between one and three, more than three
+        (0.4, 0.9, 0.2),
+        (0.4, -3.0, 0.2),
+        (0.4, -math.inf, 0.1),
+        (0.4, 1.0, 0.5),
+        (0.5, 3.0, 0.5),
+        (0.5, 3.1, 1.0),
+        (0.4, 3.1, 0.5),
+    ],
+)
+def test_what_is_trusted_shrinks_after_a_disappointment_and_grows_after_a_step_to_its_edge(length, fallen, expected):
+    search = FirstOrder(["a"], radius=0.5)
+    search._foretold = 4.0
+    assert search._trust(length, fallen) == expected

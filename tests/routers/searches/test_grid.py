@@ -6,7 +6,9 @@ import itertools
 import math
 
 import numpy as np
+import pytest
 
+from loraweave.errors import WeightingError
 from loraweave.routers.searches.grid import Grid
 
 NAMES = ("a", "b", "c")
@@ -101,3 +103,18 @@ def test_candidates_that_cannot_be_scored_are_passed_over():
 def test_one_strength_of_one_expert_is_a_lattice_too():
     assert Grid(["a"], budget=2, strengths=[1.0]).solve(Quadratic([0.9])).weights == {"a": 1.0}
     assert Grid(["a"], budget=2, strengths=[1.0], coordinate=True).solve(Quadratic([0.9])).weights == {"a": 1.0}
+
+
+def test_strengths_at_the_edges_of_the_box_are_taken_and_those_beyond_refused():
+    result = Grid(["a"], budget=3, strengths=(-0.5, 0.75), low=-0.5, high=0.75).solve(Quadratic([-0.4]))
+    assert result.weights == {"a": -0.5}
+    for outside in (-0.51, 0.76):
+        with pytest.raises(WeightingError, match=rf"strength {outside} is outside \[-0\.5, 0\.75\]"):
+            Grid(["a"], budget=3, strengths=(0.0, outside), low=-0.5, high=0.75)
+
+
+@pytest.mark.parametrize("coordinate", [False, True])
+def test_of_points_with_equal_losses_the_first_stays(coordinate):
+    grid = Grid(["a", "b"], budget=20, strengths=(0.0, 0.5, 1.0), coordinate=coordinate)
+    result = grid.solve(lambda candidates: [1.0] * len(candidates))
+    assert list(result.weights.values()) == grid.first.tolist()

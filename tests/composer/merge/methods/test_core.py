@@ -12,7 +12,7 @@ from tiny_models import dense_array as dense
 from tiny_models import random_factors
 
 from loraweave import registry
-from loraweave.composer.merge.methods._core import joint, shared_basis, spectra
+from loraweave.composer.merge.methods._core import clean, joint, shared_basis, spectra
 from loraweave.composer.merge.methods._terms import terms
 from loraweave.composer.merge.methods.iso_c import iso_c
 from loraweave.composer.merge.methods.iso_cts import iso_cts
@@ -212,3 +212,10 @@ def test_zeros_and_opposites() -> None:
     cancelled = tsv([f, Factors(f.a_RI, -f.b_OR)], [1.0, 1.0])
     assert cancelled.rank == 0
     assert not dense(tsv([f], [1.0], scale=0.0)).any()
+
+
+def test_coordinates_of_a_millionth_of_the_largest_are_zeros() -> None:
+    x = torch.tensor([-1.0, 2.0**-19, -(2.0**-20), 2.0**-21, 0.0]).double()
+    for size in (1.0, 2.0**40, 2.0**-40):
+        assert (clean(size * x) / size).tolist() == [-1.0, 2.0**-19, 0.0, 0.0, 0.0]
+    assert clean(x[:0]).shape == (0,)

@@ -10,7 +10,7 @@ import torch
 from tiny_models import dense_array as dense
 from tiny_models import random_factors
 
-from loraweave.composer.merge.methods.lego import lego
+from loraweave.composer.merge.methods.lego import _signs, lego
 from loraweave.types import Factors
 
 factors = partial(random_factors, num_out=9, num_in=11)
@@ -64,6 +64,15 @@ def test_a_unit_and_its_negative_are_the_same_unit() -> None:
     sign = torch.tensor([1.0, -1.0, -1.0])
     flipped = Factors(second.a_RI * sign[:, None], second.b_OR * sign)
     assert np.abs(dense(lego([first, second], [1.0, 1.0])) - dense(lego([first, flipped], [1.0, 1.0]))).max() < 1e-6
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)])
+def test_units_that_a_chain_of_like_ones_links_point_the_same_way(order: tuple[int, ...]) -> None:
+    # neighbours are 35 degrees apart, so that the ends of the chain point away from each other
+    angles = np.radians(35.0) * np.array(order)
+    flips = np.array([1.0, -1.0, -1.0, 1.0])
+    signs = _signs(flips[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)).numpy()
+    assert len(set(signs * flips)) == 1
 
 
 def test_the_order_of_ranks_and_of_experts_plays_no_part() -> None:

@@ -48,6 +48,12 @@ def test_magnitude_prune_is_peft_s_on_the_dense_updates(density: float, shape: t
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_magnitude_prune_keeps_half_of_the_entries_unless_told_otherwise() -> None:
+    update = whole(factors(0))
+    assert torch.equal(magnitude_prune([update], [2.0]).delta_OI, magnitude_prune([update], [2.0], density=0.5).delta_OI)
+    assert int((magnitude_prune([factors(0)], [2.0]).delta_OI != 0).sum()) == 35 // 2
+
+
 def test_magnitude_prune_keeps_the_largest_by_a_sorted_list() -> None:
     update = factors(0)
     order = sorted(range(35), key=lambda i: -abs(float(dense(update).flatten()[i])))

@@ -74,6 +74,17 @@ def test_weak_directions_gain_what_pruning_takes_from_them() -> None:
     assert np.abs(row[np.abs(row) >= bound]).sum() < 0.5 * np.abs(row).sum()
 
 
+def test_a_direction_that_is_pruned_from_every_expert_takes_no_part() -> None:
+    experts = [factors(0, 2), factors(1, 2)]
+    for f in experts:
+        u, _, vh = torch.linalg.svd(f.b_OR @ f.a_RI)
+        f.b_OR[:] = u[:, :2] * torch.tensor([1.0, 1e-3])
+        f.a_RI[:] = vh[:2]
+    found = robust_merge(experts, [1.0, 1.0], density=0.3)
+    assert found.rank == 2
+    assert np.abs(dense(found) - reference(experts, [1.0, 1.0], 0.3)).max() < 1e-5
+
+
 def test_an_update_of_zeros_does_not_count() -> None:
     zero, f = Factors(torch.zeros(2, 11), torch.zeros(9, 2)), factors(0, 2)
     assert np.abs(dense(robust_merge([zero, f], [1.0, 1.0])) - dense(robust_merge([f], [1.0]))).max() < 1e-6
