@@ -98,6 +98,10 @@ def test_a_rank_above_what_there_is_is_cut_and_exact() -> None:
     basis = joint.fit(given, 50)
     assert basis.u_OR.shape == (13, 4)
     assert lost(given, basis, "full") <= 1e-8
+    for each in given:
+        # four products that each round to fp32, in parts of the square of the norm
+        error = joint.squared_error(each, basis, joint.project(each, basis))
+        assert 0.0 <= error <= 1e-6 * np.linalg.norm(dense(each)) ** 2
 
 
 def test_a_seed_has_one_result_and_nothing_is_lost_of_nothing() -> None:

@@ -6,15 +6,17 @@ import copy
 import gc
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, MistralConfig, StaticCache
 
 from loraweave.composer.composer import Composer
 from loraweave.errors import ScopeError
 from loraweave.routers.tokens._caches import BesideCache, FollowedCaches
 from loraweave.routers.tokens._call import CachedIds
+from loraweave.routers.tokens._model import _cache_like
 from loraweave.routers.weights import MixtureWeights
 
 IDS_BT = torch.tensor([[5, 9, 11, 2], [7, 8, 3, 30]])
@@ -223,3 +225,13 @@ def test_it_reads_with_the_cache_what_it_reads_without(way, make_model, make_ada
         for seen_BT in read:
             num_sure = max(seen_BT.shape[1] - 2, 5)
             assert torch.equal(seen_BT[:, :num_sure], output[:, :num_sure])
+
+
+@pytest.mark.parametrize("recording", [False, True])
+def test_a_cache_of_windows_keeps_what_may_be_taken_back_where_the_callers_does(recording):
+    model = SimpleNamespace(config=MistralConfig(num_hidden_layers=2, sliding_window=4))
+    given = DynamicCache(config=model.config)
+    if recording:
+        given.activate_past_recording()
+    assert [layer.record_past for layer in _cache_like(given, model).layers] == [recording] * 2
+    assert not any(layer.record_past for layer in _cache_like(None, model).layers)
