@@ -117,4 +117,6 @@ def test_strengths_at_the_edges_of_the_box_are_taken_and_those_beyond_refused():
 def test_of_points_with_equal_losses_the_first_stays(coordinate):
     grid = Grid(["a", "b"], budget=20, strengths=(0.0, 0.5, 1.0), coordinate=coordinate)
     result = grid.solve(lambda candidates: [1.0] * len(candidates))
-    assert list(result.weights.values()) == grid.first.tolist()
+    assert list(result.weights.values()) == grid.first.tolist() == [0.0, 0.0]
+    # one weight at a time: the start, and the two other strengths of each weight, once
+    assert result.evaluations == (1 + 2 * 2 if coordinate else 3**2)

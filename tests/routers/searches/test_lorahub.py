@@ -36,6 +36,15 @@ def test_it_asks_for_the_papers_l1_term():
     assert Lorahub(NAMES).l1 == 0.05
 
 
+def test_a_restart_has_twice_the_population_and_steps_of_a_quarter_of_the_box():
+    search = Lorahub(NAMES, low=-1.0, high=3.0, population=6)
+    for restarts, population in ((1, 12), (2, 24)):
+        search._restarted = restarts
+        strategy = search._evolution()
+        assert (strategy.sigma, strategy.popsize) == (1.0, population)
+        assert ((strategy.mean >= -1.0) & (strategy.mean <= 3.0)).all()
+
+
 def test_the_search_comes_close_to_the_optimum():
     result = Lorahub(NAMES, budget=400).solve(Quadratic())
     assert [result.weights[name] for name in NAMES] == pytest.approx(BEST.tolist(), abs=0.02)

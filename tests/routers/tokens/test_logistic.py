@@ -34,6 +34,10 @@ def test_probabilities_are_those_of_scikit_learn(pool):
         assert np.allclose(found.numpy(), reference(C=strength), atol=1e-4)
 
 
+def test_the_embedders_id_is_kept_in_bytes(pool):
+    assert bytes(logistic(pool).embedder_id_.numpy()).decode() == Hashing().id
+
+
 def test_a_selection_is_the_likeliest_alone(pool):
     assert torch.equal(logistic(pool).of_texts(TEXTS), torch.eye(3)[torch.from_numpy(reference().argmax(axis=1))])
 
