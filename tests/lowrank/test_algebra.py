@@ -107,6 +107,16 @@ def test_add_refuses_updates_of_another_shape_or_kind_and_shows_both(other):
         algebra.add([factors(0), other])
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_updates_are_alike_if_none_of_them_has_another_shape(place):
+    terms = [factors(0), factors(1), factors(2)]
+    algebra.require_alike(terms)
+    algebra.require_alike(terms[:1])
+    terms[place] = factors(3, outputs=4)
+    with pytest.raises(LayerMismatch):
+        algebra.require_alike(terms)
+
+
 @given(SEEDS, SIZES, SIZES, SIZES, SIZES)
 @settings(max_examples=40, deadline=None)
 def test_inner_is_the_sum_over_elements_of_the_dense_product(seed, left_rank, right_rank, outputs, inputs):

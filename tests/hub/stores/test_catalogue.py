@@ -25,6 +25,19 @@ def test_a_fork_waits_for_no_hub_that_is_idle_and_both_sides_go_on(tmp_path, mon
         assert hub.verify().ok
 
 
+def test_an_emptied_log_takes_no_space_and_loses_nothing(tmp_path):
+    log = tmp_path / "hub" / "catalogue.sqlite-wal"
+    with Hub(tmp_path / "hub") as hub:
+        hub.add(adapter(1))
+        assert log.stat().st_size > 0
+        with hub._catalogue.locked("emptying the log"):
+            hub._catalogue.empty_log()
+        assert log.stat().st_size == 0
+        assert hub.verify().ok
+    with Hub(tmp_path / "hub") as hub:
+        assert [record.name for record in hub] == ["adapter 1"]
+
+
 def test_reading_a_folder_that_cannot_be_written_makes_no_file_in_it(tmp_path, monkeypatch):
     with Hub(tmp_path / "hub") as hub:
         hub.add(adapter(1))
