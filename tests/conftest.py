@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 from collections import defaultdict
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -21,23 +20,26 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("COLUMNS", None)
 os.environ.pop("LINES", None)
 
-
-def _beside(file_name):
-    # the tests are no package, so that one file of them cannot import another
-    spec = spec_from_file_location(Path(file_name).stem, Path(__file__).with_name(file_name))
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-_servers = _beside("store_servers.py")
-postgres_server, s3_server = _servers.postgres_server, _servers.s3_server
-
-_tiny = _beside("tiny_models.py")
-make_model, make_adapter, make_adapters = _tiny.make_model, _tiny.make_adapter, _tiny.make_adapters
-tiny_llama, tiny_gpt2, tiny_t5, tiny_bert = _tiny.tiny_llama, _tiny.tiny_gpt2, _tiny.tiny_t5, _tiny.tiny_bert
-cache_argument, with_dense_update, tokenizer = _tiny.cache_argument, _tiny.with_dense_update, _tiny.tokenizer
-trained, model, pool, engine = _tiny.trained, _tiny.model, _tiny.pool, _tiny.engine
+from shared_models import pytest_runtest_teardown, share_in_session  # noqa: F401
+from store_servers import postgres_server, s3_server  # noqa: F401
+from tiny_models import (  # noqa: F401
+    base,
+    cache_argument,
+    engine,
+    make_adapter,
+    make_adapters,
+    make_model,
+    model,
+    pool,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_t5,
+    tokenizer,
+    tokens_of,
+    trained,
+    with_dense_update,
+)
 
 ROOT = Path(__file__).parents[1]
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -152,15 +154,6 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory, make_model, tokenizer):
-    """A folder with a tiny Llama and its tokenizer, as `--base` takes it."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer.save_pretrained(folder)
-    make_model("llama").save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def run_page(tmp_path, monkeypatch):
     """run_page("docs/routers.md"): the names after the page's blocks, run in order in a folder where only the examples are.
@@ -199,7 +192,7 @@ def tiny_encoder(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tiny-encoder")
     known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz0123456789 "]
-    made = _tiny.tokens_of(known, pad_token="[PAD]", unk_token="[UNK]")
+    made = tokens_of(known, pad_token="[PAD]", unk_token="[UNK]")
     template = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     made.backend_tokenizer.post_processor = template
     made.save_pretrained(folder)

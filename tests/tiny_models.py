@@ -183,8 +183,8 @@ def make_model() -> Callable[..., nn.Module]:
 
 def _tiny(kind: str) -> Any:
     @pytest.fixture(name=f"tiny_{kind}")
-    def tiny(make_model: Callable[..., nn.Module]) -> nn.Module:
-        return make_model(kind)
+    def tiny(share_in_session: Make, make_model: Make) -> nn.Module:
+        return share_in_session(kind, lambda: make_model(kind))
 
     return tiny
 
@@ -315,14 +315,23 @@ def tokenizer() -> Any:
     return tokens_of([*special.values(), *"abcdefghijklmnopqrstuvwxyzABCDEFINOPRUY0123456789 \n:,.?"], **special)
 
 
-@pytest.fixture
-def model(make_model: Callable[..., nn.Module]) -> nn.Module:
-    return make_model("llama")
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: Any, make_model: Callable[..., nn.Module], tokenizer: Any) -> Any:
+    """A folder with a tiny Llama and its tokenizer, as `--base` takes it."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer.save_pretrained(folder)
+    make_model("llama").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
-def pool(model: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> lw.ExpertPool:
-    return lw.ExpertPool(make_adapters(model, "llama"))
+def model(tiny_llama: nn.Module) -> nn.Module:
+    return tiny_llama
+
+
+@pytest.fixture
+def pool(share_in_session: Make, tiny_llama: nn.Module, make_adapters: Make) -> lw.ExpertPool:
+    return share_in_session("pool of the llama", lambda: lw.ExpertPool(make_adapters(tiny_llama, "llama")))
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ def own_rows(model, tokenizer, rows):
 # TRL's own settings warn of a name that transformers will take away
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("base", ["tiny", pytest.param("SmolLM2", marks=pytest.mark.slow)])
+@pytest.mark.own_models
 def test_rows_are_those_of_trl_token_for_token_with_their_loss(base, chatty, tiny_llama, tmp_path):
     tokenizer = chatty if base == "tiny" else AutoTokenizer.from_pretrained(_embedded_folder(), local_files_only=True)
     own = own_rows(tiny_llama, tokenizer, [{"messages": messages} for messages in ROWS])
@@ -72,6 +73,7 @@ def test_rows_are_those_of_trl_token_for_token_with_their_loss(base, chatty, tin
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.own_models
 def test_a_packed_row_of_a_chat_is_a_conversation_with_all_answers_learned_as_in_trl(chatty, tiny_llama, tmp_path):
     pairs = [(f"{letter} {number}", f"{letter}{number}") for number, letter in enumerate("abcde")]
     packed = pack_task(tiny_llama, chatty, lw.Task(pairs, chat=True, system="Plural.", demonstrations=True), seed=3)

@@ -22,11 +22,6 @@ KINDS = ["llama", "gpt2", "t5", "bert"]
 LAYER = "model.layers.0.self_attn.q_proj"
 
 
-@pytest.fixture
-def engine(tiny_llama: nn.Module, make_adapters: Make) -> Composer:
-    return Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kind", KINDS)
 def test_live_equals_the_dense_formula(

@@ -25,11 +25,6 @@ from loraweave.types import Factors
 LAYER = "model.layers.0.self_attn.q_proj"
 
 
-@pytest.fixture
-def engine(tiny_llama: nn.Module, make_adapters: Make) -> Composer:
-    return Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
-
-
 @pytest.mark.parametrize("name", ["mlp", "0", "a/b", "v_proj", "🧶", "", "model.layers.0"])
 def test_any_text_is_a_name(name: str, tiny_llama: nn.Module, make_adapter: Make) -> None:
     adapter = make_adapter(tiny_llama, "plain")

@@ -26,13 +26,12 @@ from loraweave.types import Factors
 
 
 @pytest.fixture
-def engine(tiny_llama: nn.Module, make_adapters: Make) -> Iterator[Composer]:
+def engine(engine: Composer, tiny_llama: nn.Module) -> Iterator[Composer]:
     """A Composer whose model has every bit of the base at the end of each test, and nothing that is active."""
     before = bits(tiny_llama)
-    made = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
-    yield made
+    yield engine
     assert bits(tiny_llama) == before
-    assert not made.active
+    assert not engine.active
 
 
 def refused(engine: Composer, error: type[Exception], match: str, mixture: Any = None, **options: Any) -> None:

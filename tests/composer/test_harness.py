@@ -110,6 +110,7 @@ def test_an_expert_model_is_scored_as_a_model(make_model, tokenizer, tasks):
         assert (losses - base).abs().max() > 0.01
 
 
+@pytest.mark.own_models
 def test_the_callers_random_numbers_and_the_model_are_as_before(adapters, tiny_llama, tokenizer, tasks):
     tiny_llama.train()
     torch.manual_seed(5)

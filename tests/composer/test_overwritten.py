@@ -97,6 +97,7 @@ def test_an_interruption_at_any_line_gives_back_every_bit() -> None:
     assert number > 500
 
 
+@pytest.mark.own_models
 def test_an_error_about_one_parameter_does_not_keep_the_others_from_coming_back(
     tiny_llama: nn.Module, make_adapters: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ def test_a_collapse_is_the_largest_mean_probability_of_one_first_token(model, to
 
 
 @torch.no_grad()
+@pytest.mark.own_models
 def test_an_adapter_that_answers_with_the_probe_itself_has_not_collapsed(model, tokenizer, make_adapter):
     adapter, own = make_adapter(model, "one"), tokenizer.convert_tokens_to_ids("z")
     # a bias that makes z the answer to nearly everything

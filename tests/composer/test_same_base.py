@@ -38,9 +38,10 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def model(tiny_llama):
-    tiny_llama.name_or_path = "org/base"
-    return tiny_llama
+def model(make_model):
+    model = make_model("llama")
+    model.name_or_path = "org/base"
+    return model
 
 
 @pytest.fixture

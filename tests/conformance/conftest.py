@@ -25,3 +25,9 @@ def place(request, tmp_path):
 def hub(place):
     with opened(place) as hub:
         yield hub
+
+
+@pytest.fixture
+def model(make_model):
+    """A llama of the test's own: properties are gradients, too."""
+    return make_model("llama")

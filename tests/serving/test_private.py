@@ -94,6 +94,7 @@ def test_the_parts_multiply_to_the_update_and_the_public_one_knows_its_subspaces
             assert torch.allclose(first @ first.T, second @ second.T, atol=1e-3)
 
 
+@pytest.mark.own_models
 def test_two_processes_give_the_logits_of_one_and_a_base_that_is_killed_is_named(tiny_llama, adapter, parts, tmp_path):
     public, cores = split(adapter)
     tiny_llama.save_pretrained(tmp_path / "base")

@@ -1,4 +1,4 @@
-"""Five examples of a task, a pool of three adapters of different ranks and layers, and compose() of them."""
+"""Five examples of a task, pools, and compose() of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,6 @@ import torch
 import loraweave as lw
 from loraweave.composer.compose import ways
 from loraweave.composer.model.batches import batch, encode, mean_losses
-
-
-@pytest.fixture
-def pool(tiny_llama, make_adapters):
-    return lw.ExpertPool(make_adapters(tiny_llama, "llama"))
 
 
 @pytest.fixture

@@ -55,6 +55,7 @@ def test_a_pipeline_in_the_block_gives_what_it_gives_of_the_merged_model(composi
     assert torch.equal(answers(tiny_llama)[0], base_logits)
 
 
+@pytest.mark.own_models
 def test_a_trainer_in_the_block_evaluates_the_composition(composition, merged, tmp_path):
     ids = torch.tensor([3, 9, 27, 20])
     rows = [{"input_ids": ids, "labels": ids}] * 2

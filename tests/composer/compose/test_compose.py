@@ -159,6 +159,7 @@ def test_an_interrupted_compose_resumes_to_the_same_weights(compose, interrupt_s
 
 
 @pytest.mark.parametrize("changed", ["task", "objective", "l2", "adapter", "base", "dtype"])
+@pytest.mark.own_models
 def test_the_checkpoint_of_another_objective_is_refused(compose, tiny_llama, pool, task, tmp_path, changed):
     random = {"method": "random", "start": "base", "checkpoint": tmp_path}
     compose(**random)

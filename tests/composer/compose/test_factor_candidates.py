@@ -53,6 +53,7 @@ def test_a_population_has_the_losses_of_factors_mixed_apart(engine, tokenizer):
     assert expected[0] != pytest.approx(expected[1], rel=1e-2)
 
 
+@pytest.mark.own_models
 def test_views_together_share_one_forward_pass(engine, tokenizer):
     whole = ExampleLoss(engine, tokenizer, TASK, merge_method="factor_sum", l1=0.0)
     whole(mixtures()[:1])

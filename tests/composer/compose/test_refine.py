@@ -214,6 +214,7 @@ def pair(tiny_llama, make_adapter, tokenizer):
 
 # mlx has to know the architecture, which the composition's model says
 @pytest.mark.parametrize("target", ["peft", "vllm", "mlx"])
+@pytest.mark.own_models
 def test_exported_composition_is_the_weighted_sum(pair, tmp_path, target):
     report = pair.export(tmp_path / "out", target=target)
     first, second = pair.pool["a"], pair.pool["b"]
@@ -226,17 +227,20 @@ def test_exported_composition_is_the_weighted_sum(pair, tmp_path, target):
     assert report.relative_error == 0.0
 
 
+@pytest.mark.own_models
 def test_exported_composition_can_be_cut(pair, tmp_path):
     report = pair.export(tmp_path / "out", target="vllm", max_rank=1)
     assert report.rank == 1
     assert 0 < report.relative_error < 1
 
 
+@pytest.mark.own_models
 def test_composition_that_is_the_base_has_nothing_to_export(pair, tmp_path):
     with pytest.raises(CompositionError, match="the base model itself"):
         replace(pair, all_weights={}).export(tmp_path / "out")
 
 
+@pytest.mark.own_models
 def test_command_exports_a_stored_composition(pair, tmp_path, monkeypatch):
     pair.save_pretrained(tmp_path / "c")
     monkeypatch.setattr(compositions, "load_model", lambda base: (pair.model, pair.tokenizer))
@@ -247,6 +251,7 @@ def test_command_exports_a_stored_composition(pair, tmp_path, monkeypatch):
     assert Adapter.from_pretrained(tmp_path / "p").rank == pair.adapter.rank
 
 
+@pytest.mark.own_models
 def test_head_is_never_left_out_of_a_mixture_without_a_word(pair):
     headed = replace(pair.pool["a"], heads=HEAD)
     for use in (

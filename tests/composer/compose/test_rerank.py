@@ -354,6 +354,7 @@ def test_another_composer_that_is_active_is_no_base_to_measure_on(tiny_llama, ma
         first_order(Composer(tiny_llama, [adapter]), tokenizer, TASK)
 
 
+@pytest.mark.own_models
 def test_a_loss_that_is_not_finite_is_named(tiny_llama, make_adapter, tokenizer):
     engine = Composer(tiny_llama, [make_adapter(tiny_llama, "a")])
     with torch.no_grad():

@@ -121,6 +121,7 @@ def test_an_encoder_decoder_runs_its_rows_plainly(tiny_t5, tokenizer):
     assert not runs_trees(tiny_t5, tokenizer, rows(tiny_t5, tokenizer))
 
 
+@pytest.mark.own_models
 def test_a_model_that_ignores_the_mask_is_found_out_by_trial(tiny_llama, tokenizer, monkeypatch):
     inner = tiny_llama.model
     forward = inner.forward
@@ -132,6 +133,7 @@ def test_a_model_that_ignores_the_mask_is_found_out_by_trial(tiny_llama, tokeniz
     assert not runs_trees(tiny_llama, tokenizer, rows(tiny_llama, tokenizer))
 
 
+@pytest.mark.own_models
 def test_a_model_that_refuses_the_mask_runs_its_rows_plainly(tiny_llama, tokenizer, monkeypatch):
     inner = tiny_llama.model
     forward = inner.forward

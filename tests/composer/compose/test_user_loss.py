@@ -17,11 +17,6 @@ TASK = lw.Task([("a", "ab"), ("b", "ba"), ("cc", "c")])
 IDS = torch.tensor([[5, 6, 7]])
 
 
-@pytest.fixture
-def engine(tiny_llama, make_adapters):
-    return lw.Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
-
-
 def candidates(*weights):
     return [lw.MixtureWeights.of({"a": weight}, "abc") for weight in weights]
 
@@ -48,6 +43,7 @@ def test_the_function_gets_the_examples_of_the_view(engine):
     assert seen == [[("cc", "c"), ("a", "ab")]]
 
 
+@pytest.mark.own_models
 def test_the_model_is_evaluated_and_takes_no_part_in_gradients(engine):
     engine.model.train()
     states = []

@@ -32,11 +32,6 @@ BATCH = {
 }
 
 
-@pytest.fixture
-def engine(tiny_llama, make_adapters, tokenizer):
-    return Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=tokenizer)
-
-
 def short(engine, **changes):
     return train_reward_mixture(engine, MEMBERS, PAIRS, **{"steps": 3, "progress": False, **changes})
 
@@ -154,6 +149,7 @@ def test_another_adapter_of_the_same_name_is_refused(engine, make_adapter):
         mixture.rewards(Composer(engine.model, adapters), BATCH)
 
 
+@pytest.mark.own_models
 def test_bad_pairs_and_settings_are_refused_before_the_model_runs(engine):
     engine.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     for pairs, told in ([[], "no pairs"], [[("a", "a")], "to itself"], [["ab"], "pair 1"], [[("a", "")], "no tokens"]):

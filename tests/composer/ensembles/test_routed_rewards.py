@@ -21,11 +21,6 @@ QUESTIONS = {"sums, and such": ["1 2 3", "4 5 0"], "talk": ["to be", "yes, it is
 
 
 @pytest.fixture
-def engine(tiny_llama, make_adapters, tokenizer):
-    return Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=tokenizer)
-
-
-@pytest.fixture
 def routed(engine):
     return train_routed_rewards(engine, CATEGORIES, CATEGORY_PAIRS, rank=0, steps=150, lr=1e-2, progress=False)
 

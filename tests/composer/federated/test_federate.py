@@ -141,6 +141,7 @@ def test_a_federation_that_was_killed_goes_on_to_the_same_bits(federate, tmp_pat
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "hetlora", "slora", "federa", "pfedlora", "fedms", "ffa"])
+@pytest.mark.own_models
 def test_the_order_in_which_tensors_arrive_changes_no_bit(federate, strategy):
     found = federate(strategy, rounds=2, steps=2)
     course, server = found.course, found.state.server

@@ -24,10 +24,9 @@ def hub(tmp_path):
 
 
 @pytest.fixture
-def composed(tiny_llama, tokenizer, make_adapters):
+def composed(tiny_llama, tokenizer, pool):
     """compose(method, **options) on a tiny model, of a pool of three."""
     task = lw.Task([("a", "ab"), ("b", "ba"), ("cc", "c")], instruction="swap")
-    pool = lw.ExpertPool(make_adapters(tiny_llama, "llama"))
 
     def run(method, **options):
         return lw.compose(tiny_llama, tokenizer, pool, task, method=method, progress=False, **options)

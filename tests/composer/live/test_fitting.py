@@ -52,6 +52,7 @@ def test_a_layer_replaced_since_is_refused(how, engine):
     use(engine, how)
 
 
+@pytest.mark.own_models
 def test_resized_token_embeddings_are_noticed_where_they_replace_a_target(engine, tiny_llama, make_adapter):
     elsewhere = Composer(tiny_llama, [make_adapter(tiny_llama, "a", targets=("q_proj",))])
     tiny_llama.resize_token_embeddings(70, mean_resizing=False)
@@ -85,6 +86,7 @@ def peft_model(model):
     return peft.get_peft_model(model, config)
 
 
+@pytest.mark.own_models
 def test_peft_on_the_same_model_is_named(engine):
     base = logits(engine.model)
     wrapped = peft_model(engine.model)
@@ -95,6 +97,7 @@ def test_peft_on_the_same_model_is_named(engine):
     use(engine, "activate")
 
 
+@pytest.mark.own_models
 def test_peft_put_in_while_active_is_named_and_goes_without_a_trace(engine):
     base = logits(engine.model)
     with engine.activate({"a": 1.0}):
@@ -118,6 +121,11 @@ def test_a_model_with_pefts_adapters_in_it_is_refused(make_model, make_adapters)
 
 LAYER = "model.layers.1.self_attn.q_proj"
 CHANGED = rf"weight of layer '{LAYER}' has changed since expert 'd', .* engine\.swap\(engine\.pool\)"
+
+
+@pytest.fixture
+def engine(tiny_llama, pool):
+    return Composer(tiny_llama, pool)
 
 
 @pytest.fixture

@@ -101,6 +101,7 @@ def test_an_exception_in_a_streamer_leaves_nothing(engine):
     "where", ["lm_head", "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj", "model.norm"]
 )
 @pytest.mark.usefixtures("unharmed")
+@pytest.mark.own_models
 def test_an_exception_in_the_backward_leaves_nothing(where, engine):
     def fail(*_):
         raise RuntimeError("injected")
@@ -326,6 +327,7 @@ def test_users_own_hooks_meet_the_layer_as_if_its_weights_were_the_mixtures(
     assert all(torch.allclose(one, other, rtol=1e-9, atol=1e-9) for one, other in zip(found, expected, strict=True))
 
 
+@pytest.mark.own_models
 def test_what_users_set_on_the_model_while_active_stays(engine):
     with engine.activate(ROWS):
         mixed = logits(engine.model)
@@ -352,6 +354,7 @@ def test_activations_by_the_thousand_leave_memory_flat(times, engine):
     assert open_and_close(times) < first + times // 2
 
 
+@pytest.mark.own_models
 def test_a_forward_that_someone_put_around_a_layer_meanwhile_stays_and_mixes_once(engine):
     base = logits(engine.model)
     with engine.activate(ROWS):

@@ -223,6 +223,7 @@ def seen(module, args, kwargs, output):
     """A hook of the caller's own, which a copy keeps."""
 
 
+@pytest.mark.own_models
 def test_state_and_saved_files_while_active_are_the_bases(engine, tmp_path):
     before = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
     base = logits(engine.model)
@@ -245,6 +246,7 @@ def test_users_hooks_see_the_mixed_output(engine):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.own_models
 def test_the_factors_follow_a_model_that_changes_its_dtype(dtype, engine):
     with engine.activate({"a": 0.5, "b": -0.5}):
         before = logits(engine.model)
@@ -263,6 +265,7 @@ def test_autocast_mixes_like_any_half_precision_layer(engine):
     assert float((exact - found.float()).abs().max()) <= 0.3
 
 
+@pytest.mark.own_models
 def test_training_works_after_a_first_use_in_inference_mode(engine):
     mixture = MixtureWeights(torch.ones(1, 1, 1, 3), ("a", "b", "c"))
     with engine.activate(mixture):

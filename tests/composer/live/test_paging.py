@@ -164,6 +164,7 @@ def test_prefetching_beside_activations_in_threads_leaves_each_its_own_mixture(t
     assert engine.residency.host_bytes == 0
 
 
+@pytest.mark.own_models
 def test_a_model_that_moved_has_its_experts_moved_too(tiny_llama, adapters):
     engine = Composer(tiny_llama, adapters)
     with engine.activate({"e0": 1.0}):

@@ -49,6 +49,7 @@ def test_padding_that_ends_sequences_counts_where_no_mask_says_otherwise(model, 
     assert reader.seen == [IDS_BT.tolist()]
 
 
+@pytest.mark.own_models
 def test_a_generate_that_somebody_had_put_there_is_there_again(model, pool, reader, tokenizer):
     own = model.generate
     model.generate = lambda *args, **kwargs: own(*args, **kwargs)

@@ -38,11 +38,6 @@ class ByInput:
 
 
 @pytest.fixture
-def engine(tiny_llama, make_adapters, tokenizer):
-    return Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=tokenizer)
-
-
-@pytest.fixture
 def alike(tiny_llama, make_adapter, tokenizer):
     """All experts update the same layers."""
     adapters = [make_adapter(tiny_llama, name, seed=seed) for seed, name in enumerate("abc")]
@@ -247,6 +242,7 @@ def test_only_the_block_and_only_the_engine_is_recorded(alike):
 
 # the name that transformers 5.3 knows
 @pytest.mark.filterwarnings("ignore:`(gradient_checkpointing_enable|is_gradient_checkpointing)` is deprecated:FutureWarning")
+@pytest.mark.own_models
 def test_a_layer_that_the_backward_pass_runs_again_is_noted_once(alike):
     alike.model.train().gradient_checkpointing_enable({"use_reentrant": False})
     alike.model.enable_input_require_grads()
@@ -305,6 +301,7 @@ def test_a_router_for_one_row_and_weights_for_another_are_both_seen(alike):
         assert bool((w_BTE[0] != 0).all())
 
 
+@pytest.mark.own_models
 def test_compiled_code_is_seen_too(alike):
     torch._dynamo.reset()
     compiled = torch.compile(alike.model, backend="eager", fullgraph=True)

@@ -171,6 +171,7 @@ def test_a_hit_is_a_target_token_that_is_the_most_likely_one(tiny_llama, tokeniz
         assert hits[row, -len(expected) :].tolist() == expected
 
 
+@pytest.mark.own_models
 def test_losses_of_few_tokens_equal_those_of_whole_rows(tiny_llama, tokenizer):
     rows = [
         TrainingRow((5, 6, 7), (8, 9, 10, 11, 12), (IGNORED, 9, IGNORED, IGNORED, 12)),

@@ -22,8 +22,8 @@ ROWS = [{"a": 1.0}, {"b": 0.5, "c": -0.5}, None]
 
 
 @pytest.fixture
-def engine(tiny_llama: nn.Module, make_adapters: Make, tokenizer: Any) -> Iterator[Composer]:
-    yield Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=tokenizer)
+def engine(engine: Composer, tiny_llama: nn.Module) -> Iterator[Composer]:
+    yield engine
     assert [thread for thread in threading.enumerate() if thread.name == "loraweave-stream"] == []
     assert sum(len(module._forward_hooks) for module in tiny_llama.modules()) == 0
 
@@ -41,6 +41,7 @@ def joined(pieces: Iterator[list[str]]) -> list[str]:
     ],
     ids=["greedy", "seeded", "static cache"],
 )
+@pytest.mark.own_models
 def test_the_pieces_are_what_generate_returns(settings: dict[str, Any], engine: Composer) -> None:
     expected = engine.generate(TEXTS, mixture=ROWS, max_new_tokens=20, **settings)
     pieces = list(engine.stream(TEXTS, mixture=ROWS, max_new_tokens=20, **settings))

@@ -108,6 +108,7 @@ def test_a_cell_that_fails_is_named_the_others_go_on_and_the_next_run_tries_it_a
 
 
 @pytest.mark.usefixtures("warm_workers")
+@pytest.mark.own_models
 def test_cells_that_two_processes_answer_are_those_of_one(said, folder, tiny_llama, tokenizer):
     tiny_llama.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
@@ -127,6 +128,7 @@ def test_cells_that_two_processes_answer_are_those_of_one(said, folder, tiny_lla
     assert [figure.value for figure in alone.figures] == [figure.value for figure in spread.figures]
 
 
+@pytest.mark.own_models
 def test_answers_of_another_base_model_are_refused_whatever_it_is_called(run, tiny_llama):
     run()
     with torch.no_grad():

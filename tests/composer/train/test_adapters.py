@@ -88,6 +88,7 @@ def test_training_lowers_the_loss_and_gives_adapters_in_the_order_of_the_tasks(t
         assert sum(after) < 0.9 * sum(before)
 
 
+@pytest.mark.own_models
 def test_the_base_is_left_as_it_was(tiny_llama, tokenizer):
     before = {name: tensor.clone() for name, tensor in tiny_llama.state_dict().items()}
     tiny_llama.train()
@@ -125,6 +126,7 @@ def test_interrupted_training_resumes_to_the_same_bits(tiny_llama, tokenizer, tm
 
 
 @pytest.mark.parametrize("continual", [None, "sequential"])
+@pytest.mark.own_models
 def test_the_checkpoint_of_another_base_of_the_same_shapes_is_not_used(tiny_llama, tokenizer, tmp_path, continual):
     train(tiny_llama, tokenizer, continual=continual, checkpoint=tmp_path)
     with torch.no_grad():
@@ -254,6 +256,7 @@ def test_the_forward_of_a_started_job_is_that_of_the_adapters_dense_update(make_
         assert torch.allclose(found[0], model(input_ids=ids).logits[0], atol=1e-12)
 
 
+@pytest.mark.own_models
 def test_jobs_of_other_layers_and_ranks_get_gradients_in_their_own_factors_alone(tiny_llama, tokenizer, begin):
     jobs = LoraJobs(tiny_llama, LAYERS, ["new", "old"], LoraSettings(rank=3, alpha=6.0), start={"old": begin.layers})
     rows = encode(tiny_llama, tokenizer, ["a", "b", "c", "d"], ["A", "B", "C", "D"])

@@ -14,6 +14,9 @@ from transformers import TrainerCallback
 import loraweave as lw
 from loraweave.errors import InvalidTask, TrainingError, UnknownName
 
+# a recipe's experts stay in the model
+pytestmark = pytest.mark.own_models
+
 OPTIONS = {"num_experts": (2, 3), "rank": 2, "target_modules": ("q_proj", "down_proj")}
 SETTINGS = {"steps": 3, "batch_size": 4, "warmup": 0, "progress": False}
 ROWS = [

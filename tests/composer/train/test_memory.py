@@ -54,6 +54,7 @@ def test_the_peak_is_weights_factors_with_their_copies_what_is_kept_and_the_logi
     assert estimate.peak([short]) < estimate.peak([short, long])
 
 
+@pytest.mark.own_models
 def test_the_weights_are_those_of_the_base(tiny_llama, tokenizer):
     job = LoraJobs(tiny_llama, LAYERS["llama"], ["one"], LoraSettings(rank=3, alpha=6.0)).members[0]
     expected = sum(p.numel() * 4 for p in tiny_llama.parameters()) + sum(b.nbytes for b in tiny_llama.buffers())
@@ -67,6 +68,7 @@ def num_tensors():
     return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
 
 
+@pytest.mark.own_models
 def test_nothing_of_what_is_counted_stays_in_memory(tiny_llama, tokenizer):
     job = LoraJobs(tiny_llama, LAYERS["llama"], ["one"], LoraSettings(rank=3, alpha=6.0)).members[0]
     MemoryModel.of(tiny_llama.requires_grad_(False), tokenizer, job)

@@ -61,6 +61,7 @@ def generated(model, pool, made, ids_BT=IDS_BT, mask_BT=MASK_BT, **settings):
         return model.generate(ids_BT, attention_mask=mask_BT, **{**GREEDY, **settings})
 
 
+@pytest.mark.own_models
 def test_the_expert_of_a_token_has_the_highest_mean_over_the_real_tokens_up_to_it(model, pool):
     made, inputs = sharp(pool), {}
     for layer in pool.layer_names:
@@ -144,6 +145,7 @@ def test_gates_that_know_each_rows_domain_give_that_domains_adapter(make_model, 
 
 
 @pytest.mark.filterwarnings("ignore:`(gradient_checkpointing_enable|is_gradient_checkpointing)` is deprecated:FutureWarning")
+@pytest.mark.own_models
 def test_gradient_checkpointing_gives_the_same_gradient_and_sums_nothing_twice(model, pool, monkeypatch):
     found, put, own = [], [], RunningSums.put
     monkeypatch.setattr(RunningSums, "put", lambda state, layer, sums_BTE: (put.append(layer), own(state, layer, sums_BTE)))

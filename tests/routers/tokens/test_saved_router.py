@@ -37,11 +37,6 @@ IDS_BT = torch.tensor([[5, 9, 11, 2, 30], [3, 4, 7, 8, 3]])
 
 
 @pytest.fixture
-def pool(tiny_llama, make_adapters):
-    return ExpertPool(make_adapters(tiny_llama, "llama"))
-
-
-@pytest.fixture
 def folder(pool, tmp_path):
     """Of a saved Arrow."""
     return router("arrow", pool).save_pretrained(tmp_path / "router")

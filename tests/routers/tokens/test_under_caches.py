@@ -129,6 +129,7 @@ def test_some_rows_of_a_batch_have_it_and_others_not(name, model, pool):
             assert torch.equal(found, torch.stack([each[row] for row, each in enumerate(alone)]))
 
 
+@pytest.mark.own_models
 def test_a_static_cache_and_an_encoder_decoder_are_refused_by_name(name, model, pool, make_model, make_adapters):
     with pytest.raises(ScopeError, match="StaticCache"):
         generated(model, pool, made_of(name, pool), cache_implementation="static")

@@ -126,6 +126,7 @@ def test_fit_by_entropy_makes_predictions_surer_whatever_the_targets_say(model, 
         engine.fit(router("wemoe", pool), rows, loss="surprise", **steps)
 
 
+@pytest.mark.own_models
 def test_what_cannot_be_meant_is_refused_by_name(model, pool, make_adapter):
     attention = ExpertPool([make_adapter(model, "a", targets=("q_proj",))])
     with pytest.raises(WeightingError, match="no layer of the pool lies in a module named 'mlp'"):

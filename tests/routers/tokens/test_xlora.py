@@ -45,6 +45,7 @@ def used(model, pool, made, ids_BT=IDS_BT):
     return {layer: engine.last_weights[layer] for layer in engine.last_weights}, logits
 
 
+@pytest.mark.own_models
 def test_weights_are_the_softmax_of_a_network_on_the_last_hidden_state(model, pool):
     made = xlora(pool, depth=3, size=7, layerwise=True, temperature=0.7, global_scaling=1.5)
     first, second, last = (layer for layer in made.head if isinstance(layer, torch.nn.Linear))
@@ -60,6 +61,7 @@ def test_weights_are_the_softmax_of_a_network_on_the_last_hidden_state(model, po
         assert torch.allclose(weights[layer].double(), expected_BTE, atol=1e-5)
 
 
+@pytest.mark.own_models
 def test_the_top_k_of_all_ways_of_softmax(model, pool):
     logits_BTE = None
     for softmax in ("top_k", "all", "twice", "none"):
@@ -180,6 +182,7 @@ def test_it_is_pefts_with_the_same_network(theirs, ours, model, pool, make_model
         assert_near(model(input_ids=IDS_BT, attention_mask=MASK_BT).logits, expected, num_terms(model))
 
 
+@pytest.mark.own_models
 def test_a_scaling_pass_under_the_adapters_is_cached_and_not_recorded(model, pool, make_adapter):
     made = xlora(pool, scaling_pass_value=0.4)
     engine = Composer(model, pool)
@@ -201,6 +204,7 @@ def test_a_scaling_pass_under_the_adapters_is_cached_and_not_recorded(model, poo
     assert all(torch.equal(found[0], other) for other in found)
 
 
+@pytest.mark.own_models
 def test_a_row_that_trains_again_needs_no_scaling_pass_again(model, pool):
     rows = [{"input_ids": [5, 9, 11, 2 + number], "labels": [-100, 9, 11, 2 + number]} for number in range(5)]
     rows.append({"input_ids": [7, 8], "labels": [-100, 8]})

@@ -128,6 +128,7 @@ def test_the_replay_asks_the_new_model_to_doubt_where_an_attacked_past_one_does(
     assert sum(terms) > 1e-3
 
 
+@pytest.mark.own_models
 def test_an_attack_leaves_padding_alone_and_the_models_embeddings_as_they_were(tiny_llama, tokenizer):
     task = lw.Task.of([("a longer text", "A"), ("b", "B")])
     stacked = batch(tiny_llama, tokenizer, encode_pairs(tiny_llama, tokenizer, task, task.examples))

@@ -34,6 +34,7 @@ def test_there_are_the_ways_of_the_docs():
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.own_models
 def test_each_task_has_an_adapter_that_mixes_like_any_other(train, way, tiny_llama, tasks):
     found = train(way)
     assert list(found) == list(tasks)
@@ -53,6 +54,7 @@ def test_each_task_has_an_adapter_that_mixes_like_any_other(train, way, tiny_lla
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.own_models
 def test_the_base_is_left_as_it_was(train, way, tiny_llama):
     before = {name: tensor.clone() for name, tensor in tiny_llama.state_dict().items()}
     train(way)
@@ -76,6 +78,7 @@ def test_encoder_decoders_and_transposed_weights_are_trained_too(train, way, kin
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.own_models
 def test_without_a_step_worth_the_name_every_model_is_the_start(train, way, begin):
     for start in ({}, {"upper": begin}):
         for adapter in train(way, start=start, lr=1e-30).values():
@@ -89,6 +92,7 @@ class _Killed(Exception):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.own_models
 def test_a_course_killed_in_its_last_task_resumes_to_the_same_bits(train, way, tmp_path, monkeypatch):
     whole = train(way, jobs_per_batch=1)
     original, runs = Course.run, []
@@ -108,6 +112,7 @@ def test_a_course_killed_in_its_last_task_resumes_to_the_same_bits(train, way, t
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.own_models
 def test_another_order_of_earlier_tasks_is_another_course(train, way, tmp_path, tasks):
     first = train(way, checkpoint=tmp_path)
     swapped = {name: tasks[name] for name in ("double", "upper", "count")}

@@ -44,6 +44,7 @@ def test_the_slow_adapter_is_the_average_of_factors_apart(pair):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(slow.parameters(), expected, strict=True))
 
 
+@pytest.mark.own_models
 def test_a_course_follows_every_step_of_all_tasks(course, monkeypatch):
     decays = []
     original = way.follow
@@ -52,6 +53,7 @@ def test_a_course_follows_every_step_of_all_tasks(course, monkeypatch):
     assert decays == pytest.approx([0, 1 / 2, 2 / 3, 3 / 4, *[0.8] * 8])
 
 
+@pytest.mark.own_models
 def test_with_decay_1_the_slow_adapter_is_the_mean_over_all_steps(course, monkeypatch):
     seen = []
     original = way.follow
@@ -72,6 +74,7 @@ def test_the_consistency_loss_is_0_for_equal_adapters_and_only_counts_where_the_
     assert float(way.lag(plastic, stable)) == pytest.approx((1.0 + 0.25) / 4)
 
 
+@pytest.mark.own_models
 def test_hidden_states_are_those_of_real_tokens_and_do_not_see_padding(tiny_llama, tokenizer):
     rows = encode(tiny_llama, tokenizer, ["a longer prompt", "b"], ["A", "BB"])
     with torch.no_grad():
@@ -84,6 +87,7 @@ def test_hidden_states_are_those_of_real_tokens_and_do_not_see_padding(tiny_llam
     assert torch.allclose(together, torch.cat(expected), atol=1e-4)
 
 
+@pytest.mark.own_models
 def test_the_loss_of_a_later_task_is_the_mean_of_its_own_and_that_of_replayed_examples(
     course, tiny_llama, tokenizer, monkeypatch, tasks
 ):
@@ -107,6 +111,7 @@ def test_the_loss_of_a_later_task_is_the_mean_of_its_own_and_that_of_replayed_ex
     assert found[1] == pytest.approx(sum(expected) / 2, abs=1e-5)
 
 
+@pytest.mark.own_models
 def test_a_consistency_loss_is_added_where_the_adapters_differ(course, monkeypatch, tasks):
     found, original = {}, Course.run
 

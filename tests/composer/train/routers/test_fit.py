@@ -54,6 +54,7 @@ def test_the_first_loss_is_that_of_the_targets_under_the_first_weights(engine, m
     assert made.report["losses"][0] == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.own_models
 def test_a_step_is_adamw_on_the_clipped_gradient_of_the_mean_loss(engine, model, gates, pool, data):
     made, twin = gates(pool), gates(pool)
     row = {"input_ids": [5, 9, 11, 30, 7], "labels": [IGNORED, IGNORED, 11, IGNORED, 7]}
@@ -107,6 +108,7 @@ def _state(model):
 
 
 @pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.own_models
 def test_the_model_is_left_as_it_was_also_after_an_error(engine, model, gates, pool, data, fails, monkeypatch):
     from accelerate.state import is_initialized
 
