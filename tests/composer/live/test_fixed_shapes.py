@@ -106,6 +106,18 @@ def test_functions_of_single_elements_give_a_row_the_bits_that_it_has_alone(dtyp
         assert_near(together, function(x.double()), 4)
 
 
+@pytest.mark.parametrize("outputs", [1, TILE - 1, TILE, TILE + 1])
+@pytest.mark.parametrize("tokens", [1, TILE, TILE + 3])
+def test_few_outputs_and_few_tokens_are_those_of_the_formula(tokens, outputs):
+    generator = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(*size, generator=generator).double() for size in ((2, tokens, 5), (outputs, 5), (outputs,)))
+    torch.testing.assert_close(fixed_linear(x, w, b), x @ w.T + b, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(fixed_linear(x, w), x @ w.T, rtol=1e-13, atol=1e-13)
+    if tokens <= TILE:
+        both = torch.stack([w, -w])
+        torch.testing.assert_close(fixed_products(x, both), x @ both.mT, rtol=1e-13, atol=1e-13)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     heads=st.integers(1, 3),

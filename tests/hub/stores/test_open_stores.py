@@ -32,6 +32,15 @@ def test_a_hub_in_a_folder_remembers_where_its_blobs_are(places):
             assert hub.verify().ok
 
 
+def test_an_empty_folder_that_is_there_is_taken_for_the_blobs(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    for _ in range(2):
+        with Hub(tmp_path / "hub", blobs=tmp_path / "blobs") as hub:
+            hub.add(adapter(0))
+            assert hub.verify().ok
+    assert len(list((tmp_path / "blobs").glob("blobs/*/*.safetensors"))) == 1
+
+
 def test_another_place_for_the_blobs_is_refused_with_both_names(places, tmp_path):
     with pytest.raises(HubError, match=f"are at {places[1]}, not at {tmp_path / 'elsewhere'}"):
         Hub(places[0], blobs=tmp_path / "elsewhere")
