@@ -285,7 +285,10 @@ def _range(found: Sequence[Measured]) -> str:
 def _interval(by_task: ByTask, *, are_shares: bool = False) -> str:
     generator = np.random.default_rng(0)
     places = [[generator.integers(0, len(values), len(values)) for values in by_task.values()] for _ in range(RESAMPLES)]
-    means = [values[np.stack(own_RN)].mean(axis=1) for values, own_RN in zip(by_task.values(), zip(*places), strict=True)]
+    means = [
+        values[np.stack(own_RN)].mean(axis=1)
+        for values, own_RN in zip(by_task.values(), zip(*places, strict=True), strict=True)
+    ]
     drawn = np.stack(means, axis=1).mean(axis=1)
     count = sum(map(len, by_task.values())) if are_shares else None
     return interval(np.array([_mean(by_task), *drawn]), 3, share_of=count)
