@@ -99,6 +99,8 @@ def test_functions_of_single_elements_give_a_row_the_bits_that_it_has_alone(dtyp
     functions = [getattr(torch, name) for name in fixed_shapes.ELEMENTWISE.split()]
     functions += [getattr(torch.Tensor, name) for name in fixed_shapes.ELEMENTWISE.split()]
     functions += [getattr(torch.nn.functional, name) for name in ("silu", "gelu", "softplus", "mish", "elu")]
+    # with what it was called with beside
+    functions += [lambda x: torch.nn.functional.softplus(x, 2.0), lambda x: torch.nn.functional.elu(x - 0.5, alpha=0.3)]
     for function in functions:
         with fixed_shapes._FixedShapes():
             together, alone = function(x), torch.cat([function(row[None]) for row in x])
