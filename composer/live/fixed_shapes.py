@@ -32,6 +32,8 @@ from loraweave.errors import CompositionError, ScopeError
 
 TILE = 8
 KEYS = 64
+# inputs that a library's vectors take at once, or a multiple of it, in any dtype
+VECTOR = 16
 # elements that torch's vectorised loops take at once, or a multiple of it, in any dtype
 LANES = 64
 # below torch's grain of 2^15, from which on a loop is cut at any place for several threads
@@ -119,7 +121,7 @@ class _FixedShapes(TorchFunctionMode):
 def fixed_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b for x of any leading axes, in tiles of TILE tokens."""
     num_outputs = weight_OI.shape[0]
-    weight_OI = _with_outputs(weight_OI)
+    x, weight_OI = _with_inputs(x), _with_inputs(_with_outputs(weight_OI))
     if bias_O is not None and num_outputs < TILE:
         bias_O = pad(bias_O, (0, TILE - num_outputs))
     x_NI = x.reshape(-1, x.shape[-1])
@@ -191,7 +193,8 @@ def _products(x_NTI: Tensor, weight_NOI: Tensor) -> Tensor:
     """
     if len(x_NTI) == 1:
         return _products(x_NTI.repeat(2, 1, 1), weight_NOI.repeat(2, 1, 1))[:1]
-    return torch.bmm(x_NTI, _with_outputs(weight_NOI).contiguous().mT)[..., : weight_NOI.shape[1]]
+    wide_NOI = _with_inputs(_with_outputs(weight_NOI)).contiguous()
+    return torch.bmm(_with_inputs(x_NTI), wide_NOI.mT)[..., : weight_NOI.shape[1]]
 
 
 def _by_vectors(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -262,6 +265,15 @@ def _with_outputs(weight: Tensor) -> Tensor:
     """W (O, I), or several, with outputs of zeros up to TILE: of fewer, sums depend on a token's place in its tile."""
     missing = TILE - weight.shape[-2]
     return pad(weight, (0, 0, 0, missing)) if missing > 0 else weight
+
+
+def _with_inputs(x: Tensor) -> Tensor:
+    """Return x, or a W, with inputs of zeros up to whole vectors: of fewer, each row begins at another place of a vector.
+
+    Few outputs are then summed in another order for some rows than for others.
+    """
+    missing = -x.shape[-1] % VECTOR
+    return pad(x, (0, missing)) if missing else x
 
 
 def _in_tiles(x_NI: Tensor) -> Tensor:

@@ -120,6 +120,19 @@ def test_few_outputs_and_few_tokens_are_those_of_the_formula(tokens, outputs):
         torch.testing.assert_close(fixed_products(x, both), x @ both.mT, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [1, TILE - 1, TILE, TILE + 1])
+@pytest.mark.parametrize("inputs", [1, 5, 6, 31, 72])
+def test_a_token_has_the_same_outputs_at_every_place_of_a_tile(inputs, outputs, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(*size, generator=generator).to(dtype) for size in ((2, TILE, inputs), (2, outputs, inputs)))
+    for found, alone in (
+        (fixed_linear(x, w[0]), [fixed_linear(x[:, place], w[0]) for place in range(TILE)]),
+        (fixed_products(x, w), [fixed_products(x[:, place : place + 1], w)[:, 0] for place in range(TILE)]),
+    ):
+        assert torch.equal(found, torch.stack(alone, dim=1))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     heads=st.integers(1, 3),
