@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 import loraweave as lw
-from loraweave.common.intervals import wilson_of_draws
+from loraweave.common.intervals import wilson
 from loraweave.demo import read_rows
 from loraweave.hub.intake.sources import adapter_folders
 
@@ -122,7 +122,7 @@ def interval(
     if share_of is None:
         low, high = np.percentile(drawn_R[~np.isnan(drawn_R)], [2.5, 97.5])
     else:
-        low, high = wilson_of_draws(float(draws_R[0]), drawn_R, share_of)
+        low, high = wilson(float(draws_R[0]), share_of, drawn_R)
     return f"{show(draws_R[0])} [{show(low)}, {show(high)}]"
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from loraweave.common.display import ShownTable
-from loraweave.common.intervals import wilson, wilson_of_draws
+from loraweave.common.intervals import wilson
 from loraweave.composer.study.cells import Answers, Cell, Store
 from loraweave.composer.study.metrics import Metric
 from loraweave.composer.study.study_file import Study, StudyTask
@@ -64,10 +64,8 @@ class Draws(NamedTuple):
         value, drawn_R = float(self.values_R[0]), self.values_R[1:]
         if self.share_of is None:
             low, high = (float(limit) for limit in np.percentile(drawn_R, [2.5, 97.5]))
-        elif self.are_independent:
-            low, high = wilson(value, self.share_of)
         else:
-            low, high = wilson_of_draws(value, drawn_R, self.share_of)
+            low, high = wilson(value, self.share_of, None if self.are_independent else drawn_R)
         return value, low, high
 
     @classmethod

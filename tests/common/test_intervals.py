@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from loraweave.common.intervals import wilson, wilson_of_draws
+from loraweave.common.intervals import wilson
 
 
 @pytest.mark.parametrize(("right", "count"), [(12, 12), (2, 2), (1, 1), (0, 1), (0, 50), (3, 7), (49, 50), (1, 2000)])
@@ -18,12 +18,12 @@ def test_the_interval_of_a_share_is_wilsons(right, count):
 def test_draws_count_as_many_answers_as_have_their_variance():
     # two points around the share, whose variance is 0.05 squared: that of 84 answers at a share of 0.3
     drawn_R = 0.3 + 0.05 * np.array([-1.0, 1.0] * 10)
-    assert wilson_of_draws(0.3, drawn_R, 40) == pytest.approx(wilson(0.3, 0.3 * 0.7 / 0.05**2), rel=1e-12)
+    assert wilson(0.3, 40, drawn_R) == pytest.approx(wilson(0.3, 0.3 * 0.7 / 0.05**2), rel=1e-12)
     expected = binomtest(3, 10).proportion_ci(method="wilson")
     as_ten = 0.3 + (0.3 * 0.7 / 10) ** 0.5 * np.array([-1.0, 1.0] * 10)
-    assert wilson_of_draws(0.3, as_ten, 40) == pytest.approx((expected.low, expected.high), rel=1e-9)
+    assert wilson(0.3, 40, as_ten) == pytest.approx((expected.low, expected.high), rel=1e-9)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_draws_that_are_all_alike_leave_the_items_independent(share):
-    assert wilson_of_draws(share, np.full(100, share), 12) == wilson(share, 12)
+    assert wilson(share, 12, np.full(100, share)) == wilson(share, 12)
