@@ -13,10 +13,10 @@ Z = 1.959963984540054
 def wilson(share: float, count: float, drawn_R: np.ndarray | None = None) -> tuple[float, float]:
     """Return the interval of a `share`, 0 to 1, of `count` independent answers; `count` is above 0.
 
-    Of answers that are not independent, over several seeds or tasks, `drawn_R` has bootstrap draws of the share. The interval is then
-    that of as many independent answers as would have the variance of the draws: the effective sample size of Franco,
-    Little, Louis and Slud (2019, Journal of Survey Statistics and Methodology 7). Draws that are all alike say nothing of
-    it; the answers then count as independent.
+    Of answers that are not independent, over several seeds or tasks, `drawn_R` has bootstrap draws of the share. The
+    interval is then that of as many independent answers as would have the variance of the draws: the effective sample size
+    of Franco, Little, Louis and Slud (2019, Journal of Survey Statistics and Methodology 7). Draws that are all alike say
+    nothing of it; the answers then count as independent.
     """
     if drawn_R is not None and float(np.ptp(drawn_R)) >= 1e-9 and share not in (0, 1):
         count = share * (1 - share) / float(np.var(drawn_R))
