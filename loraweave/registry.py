@@ -192,7 +192,7 @@ def _from_plugin(folder: str, name: str) -> Any:
     what = folder.removesuffix("s")
     if point is None:
         known = modules(folder)
-        raise UnknownName(f"no {what} {name!r}{instead(folder, name, known)}; there are {', '.join(sorted(known))}")
+        raise UnknownName(f"no {what} {name!r}{nearest(name, known, folder)}; there are {', '.join(sorted(known))}")
     whose = f"{what} {name!r} of package {point.dist.name if point.dist else '?'!r} ({point.value})"
     if point.module.rpartition(".")[2] != name:
         # saved folders know a thing by the name of its file
@@ -225,13 +225,12 @@ def _loaded(folder: str, name: str) -> ModuleType | None:
     return None
 
 
-def instead(folder: str, name: str, known: Iterable[str]) -> str:
-    """Return ": it was withdrawn, since .." for a name that a folder had once, else what `nearest` says of `known`."""
-    why = WITHDRAWN.get((folder, name))
-    return nearest(name, known) if why is None else f": it was withdrawn, since {why}"
+def nearest(name: str, known: Iterable[str], folder: str = "") -> str:
+    """Return ", did you mean 'x'?", of `known`, for an error about a name; "" where none is alike.
 
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ ", did you mean 'x'?" with the one of `known` that is most like a name, for an error; "" where none is alike."""
+    Of a name that the registry `folder` had once, it is ": it was withdrawn, since ..".
+    """
+    if (why := WITHDRAWN.get((folder, name))) is not None:
+        return f": it was withdrawn, since {why}"
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f", did you mean {close[0]!r}?" if close else ""

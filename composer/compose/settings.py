@@ -343,7 +343,7 @@ def solver_class(method: str) -> type[Solver]:
     """The class of that name; UnknownName, which names near misses, for one that compose() cannot use."""
     known = (*OTHER_WAYS, *registry.names("routers"))
     if method not in known:
-        hint = registry.instead("routers", method, known)
+        hint = nearest(method, known, "routers")
         raise UnknownName(f"no method {method!r} to compose with{hint}; there are {', '.join(sorted(known))}")
     if (found := _class_of(method, Solver)) is None:  # type: ignore[type-abstract]
         raise UnknownName(f"router {method!r} does not search for weights: activate() it instead of composing with it")

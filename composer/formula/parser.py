@@ -288,7 +288,7 @@ class Parser:
                 f"router {name.value!r} weighs every token by itself and stands alone: no number, sum or bracket around it"
             )
             return self.error(_why_no_router(name.value) or alone, name)
-        hint = registry.instead("routers", name.value, [*methods, *router_names()])
+        hint = registry.nearest(name.value, [*methods, *router_names()], "routers")
         return self.error(f"there is no method or router {name.value!r}{hint}; lw.names('methods') lists them", name)
 
     def _options(self, open_bracket: Token) -> dict[str, tuple[Token, Value]]:

@@ -229,7 +229,7 @@ def known_methods() -> list[str]:
 
 def _unknown(text: str) -> UnknownName:
     known = known_methods()
-    hint = registry.instead("routers", text, known)
+    hint = registry.nearest(text, known, "routers")
     return UnknownName(f"no method {text!r}{hint}; there are {', '.join(known)}, and formulas, of which {text!r} is none")
 
 

@@ -180,7 +180,7 @@ def router_class(name: str) -> type[TokenRouter]:
     """The class of that name. UnknownName for an unknown name, and for a search, which is no router."""
     if name not in registry.names("routers"):
         known = router_names()
-        raise UnknownName(f"no router {name!r}{registry.instead('routers', name, known)}; there are {', '.join(known)}")
+        raise UnknownName(f"no router {name!r}{registry.nearest(name, known, 'routers')}; there are {', '.join(known)}")
     found = _look_up(name)
     if not _is_router(found):
         raise UnknownName(
