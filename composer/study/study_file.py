@@ -13,7 +13,7 @@ from loraweave.common.chat import Prompt
 from loraweave.common.checks import are_texts, is_list, is_whole, one_or_many
 from loraweave.common.files import as_path
 from loraweave.common.options import require_known
-from loraweave.common.rows import Row, located, read_row, shared_instruction
+from loraweave.common.rows import Row, read_rows, shared_instruction
 from loraweave.common.yaml_file import read_yaml
 from loraweave.composer.study.methods import Method
 from loraweave.composer.study.metrics import Metric, metric_of
@@ -278,13 +278,8 @@ class _Rows:
         return train, test[: self.num_test]
 
     def _read(self, given: Any, of: str) -> list[Row]:
-        columns = self.said.get("columns")
-        rows = []
-        for where, row in located(given, of=f"{of} of task {self.name!r}", one_split=False):
-            if columns is not None:
-                row = {new: row.get(old) for old, new in columns.items()}
-            rows.append(read_row(row, where, targets="several"))
-        return rows
+        columns, whose = self.said.get("columns"), f"{of} of task {self.name!r}"
+        return read_rows(given, of=whose, targets="several", columns=columns, one_split=False)
 
     def _of_dataset(self) -> tuple[list[Row], list[Row]]:
         given = self.said["dataset"]

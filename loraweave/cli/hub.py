@@ -22,7 +22,7 @@ from loraweave.cli._application import (
 )
 from loraweave.cli._inputs import load_model, open_hub
 from loraweave.cli._printing import answer, composition_row, note, plain, print_json, print_rows, record_row
-from loraweave.common.rows import located, read_row
+from loraweave.common.rows import read_rows
 from loraweave.errors import HubCorrupt
 from loraweave.hub.compositions import StoredComposition
 
@@ -404,7 +404,7 @@ def release(
 
 def _samples(path: Path) -> list[str] | list[tuple[str, str]]:
     """The inputs of the rows, with their first targets where every row has one."""
-    read = [read_row(row, where, targets="any") for where, row in located(path, one_split=False)]
+    read = read_rows(path, targets="any", one_split=False)
     if all(row.targets for row in read):
         return [(row.input, row.targets[0]) for row in read]
     return [row.input for row in read]

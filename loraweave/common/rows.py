@@ -62,13 +62,23 @@ class Row:
         return self.input if self.chat is None else self.chat
 
 
-def read_rows(given: GivenRows, *, noun: str = "row", of: str = "", targets: Targets = "one") -> list[Row]:
-    """The rows in their order. `noun` and `of` name them in messages: "row 3 of dataset".
+def read_rows(
+    given: GivenRows,
+    *,
+    noun: str = "row",
+    of: str = "",
+    targets: Targets = "one",
+    columns: Mapping[str, str] | None = None,
+    one_split: bool = True,
+) -> list[Row]:
+    """Return the rows in their order. `noun` and `of` name them in messages: "row 3 of dataset".
 
-    Raises InvalidTask if these are not rows, and for a row of another form, with its number and contents.
+    `columns` has {column: usual name} of rows whose columns have other names; their other columns do not count.
+    Raises InvalidTask if these are not rows, for a row of another form, with its number and contents, and, with `one_split`,
+    for rows of more than one `split`.
     """
-    rows = located(given, noun=noun, of=of, one_split=targets != "none")
-    return [read_row(row, where, targets=targets) for where, row in rows]
+    rows = located(given, noun=noun, of=of, one_split=one_split and targets != "none")
+    return [read_row(_renamed(row, columns), where, targets=targets) for where, row in rows]
 
 
 def read_inputs(given: GivenRows, *, of: str = "") -> list[str]:
@@ -130,6 +140,13 @@ def read_row(row: Any, where: str, *, targets: Targets = "one") -> Row:
             return Row(text, _checked(target, text, where, targets))
     what = "a text, nor a pair of texts" if targets in ("any", "none") else "a pair of texts (input, target)"
     raise InvalidTask(f"{where} is {row!r:.80}, not {what}: {FORMS}")
+
+
+def _renamed(row: Any, columns: Mapping[str, str] | None) -> Any:
+    """Return a row with the columns under their usual names."""
+    if columns is None or not isinstance(row, Mapping):
+        return row
+    return {name: row.get(column) for column, name in columns.items()}
 
 
 def _source(given: GivenRows, noun: str, of: str) -> Iterator[tuple[str, Any]]:

@@ -263,7 +263,17 @@ def test_rows_of_several_splits_are_not_taken_together():
     rows = [{"input": "x", "target": "y", "split": split} for split in ("train", "train", "test")]
     with pytest.raises(InvalidTask, match="row 3 of dataset is of split 'test', and those before it of 'train'"):
         read_rows(rows, of="dataset")
-    assert len(list(located(rows, one_split=False))) == 3
+    assert len(list(located(rows, one_split=False))) == len(read_rows(rows, one_split=False)) == 3
+
+
+def test_columns_of_other_names_are_read_under_the_usual_ones_and_the_rest_does_not_count():
+    rows = [{"sentence": "cat", "class": "animal", "text": "not this"}, {"sentence": "oak", "class": "plant", "label": 3}]
+    columns = {"sentence": "input", "class": "target"}
+    assert read_rows(rows, columns=columns) == [Row("cat", ("animal",)), Row("oak", ("plant",))]
+    with pytest.raises(InvalidTask, match=r"row 1 has .*no 'target' or 'output'"):
+        read_rows(rows, columns={"sentence": "input", "klass": "target"})
+    with pytest.raises(InvalidTask, match="row 1 is 'cat', not a pair of texts"):
+        read_rows(["cat"], columns=columns)
 
 
 def test_a_label_without_a_name_keeps_its_number_and_is_refused():
