@@ -181,10 +181,14 @@ class TaskMixture:
         """
         return self.score(pairs).figures()
 
-    def score(self, pairs: GivenRows) -> scoring.Score:
-        """The same, with what is right item by item."""
+    def score(self, pairs: GivenRows, *, max_new_tokens: int | None = None) -> scoring.Score:
+        """Return the same with each item's answer, loss and whether it is right.
+
+        An answer has at most `max_new_tokens`, by default as many as a right one can need.
+        """
         read = scoring.read_answers(pairs)
-        said = self._predict([asked for asked, _ in read], scoring.longest_answer(self.tokenizer, read))
+        most = scoring.longest_answer(self.tokenizer, read) if max_new_tokens is None else max_new_tokens
+        said = self._predict([asked for asked, _ in read], most)
         return scoring.score(said, read, self._losses(read))
 
     def losses(self, pairs: GivenRows | None = None) -> list[float]:

@@ -54,6 +54,8 @@ class Score:
     loss: float
     count: int
     right: tuple[bool, ...]
+    answers: tuple[str, ...]
+    losses: tuple[float, ...]
 
     def figures(self) -> dict[str, float]:
         """All but the single items."""
@@ -261,7 +263,8 @@ def score(answers: Sequence[str], pairs: Pairs, losses: Sequence[float]) -> Scor
     """Of one answer and one loss for each pair; white space around an answer does not count."""
     right = tuple(a.strip() in [t.strip() for t in accepted] for a, (_, accepted) in zip(answers, pairs, strict=True))
     share = float(np.mean(right))
-    return Score(share, *wilson(share, len(right)), float(np.mean(losses)), len(right), right)
+    low, high = wilson(share, len(right))
+    return Score(share, low, high, float(np.mean(losses)), len(right), right, tuple(answers), tuple(losses))
 
 
 def read_answers(rows: GivenRows) -> list[tuple[Prompt, tuple[str, ...]]]:

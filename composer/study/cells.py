@@ -14,7 +14,7 @@ from typing import Any
 from loraweave.common.files import whole_file
 from loraweave.common.names import text_digest
 from loraweave.composer.compose.composition import Composition
-from loraweave.composer.model.scoring import encode_pairs, longest_answer
+from loraweave.composer.model.scoring import encode_pairs
 from loraweave.composer.study.methods import Method
 from loraweave.composer.study.study_file import Study, StudyTask
 from loraweave.errors import BaseModelMismatch
@@ -131,16 +131,14 @@ class Store:
 
 
 def answered(cell: Cell, study: Study, composition: Composition, spent: tuple[float, float]) -> Answers:
-    """What the composition answers to the test rows."""
+    """Return what the composition answers to the test rows."""
     pairs = list(cell.task.test)
-    most = study.max_new_tokens or longest_answer(composition.tokenizer, pairs)
-    texts = composition.predict([text for text, _ in pairs], max_new_tokens=most)
+    score = composition.score(pairs, max_new_tokens=study.max_new_tokens)
     rows = encode_pairs(composition.model, composition.tokenizer, composition.task, pairs)
-    losses = [round(loss, 6) for loss in composition.losses(pairs)]
     by_size = sorted(composition.mean_weights.items(), key=lambda item: -abs(item[1]))
     return Answers(
-        tuple(texts),
-        tuple(losses),
+        score.answers,
+        tuple(round(loss, 6) for loss in score.losses),
         tuple(len(row.target) for row in rows),
         round(spent[0], 3),
         round(spent[1], 3),

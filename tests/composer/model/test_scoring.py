@@ -94,6 +94,8 @@ def test_every_accepted_target_counts_as_right(tiny_llama, tokenizer, monkeypatc
     task = Task([], instruction="rhyme")
     score = scoring.evaluate(tiny_llama, tokenizer, task, [("thin", ["win", "bin"]), ("a", "pin"), ("b", "other")])
     assert score.right == (True, True, False)
+    assert score.answers == ("win", " pin ", "tin")
+    assert sum(score.losses) / 3 == pytest.approx(score.loss)
     assert score.value == pytest.approx(2 / 3)
 
 
