@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from loraweave.composer.compose.candidates import candidates, experts_of, in_con
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.report import Report
 from loraweave.composer.compose.scoring_workers import ScoringWorkers
-from loraweave.composer.compose.settings import Settings
+from loraweave.composer.compose.settings import Settings, method_names
 from loraweave.composer.compose.trials import Bench, folds, held_out
 from loraweave.composer.compose.user_loss import Examples
 from loraweave.composer.compose.ways import Ways
@@ -137,8 +138,7 @@ def _compose(
         if settings.method != "base":
             raise
         reason = f"the base model was asked for, and {nothing}"
-        report = Report((), "base", reason, (), 0.0, 0)
-        return Composition(model, tokenizer, task, None, {}, "linear", report, settings.seed)
+        return Composition.of(model, tokenizer, task, reason=reason, seed=settings.seed)
     settings.require_combinable(pool)
     engine = Composer(model, Fitting(model).accepted(pool), tokenizer=tokenizer)
     if settings.has_many(task):
@@ -180,19 +180,48 @@ def _compose(
     return best.composition(best.chosen, report, seed=settings.seed, allow_licenses=allow)
 
 
-ARGUMENTS = signature(compose)
+SIGNATURE = signature(compose)
 
 
-def check_arguments(experts: Hub | ExpertPool, task: Task, **arguments: Any) -> None:
-    """Raises what compose() raises of these arguments before it looks at the model."""
-    given = ARGUMENTS.bind(None, None, experts, task, **arguments)
-    given.apply_defaults()
-    known = {field.name for field in fields(Settings)}
-    named = {name: value for name, value in given.arguments.items() if name in known}
-    settings = Settings.of(**named, options=given.arguments["search_options"])
-    settings.check(task, experts)
-    if isinstance(experts, ExpertPool):
-        settings.require_combinable(experts)
+@dataclass(frozen=True, eq=False)
+class ComposeCall:
+    """A call of compose() that waits for its model; `arguments` are those by name.
+
+    Raises what compose() raises of its arguments before it looks at the model.
+    """
+
+    experts: Hub | ExpertPool
+    task: Task
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._settings.check(self.task, self.experts)
+        if isinstance(self.experts, ExpertPool):
+            self._settings.require_combinable(self.experts)
+
+    def __call__(self, model: Any, tokenizer: Any, *, n_jobs: int | None = None, progress: bool = True) -> Composition:
+        """Return what compose() returns."""
+        beside: dict[str, Any] = {"n_jobs": n_jobs, "progress": progress}
+        return compose(model, tokenizer, self.experts, self.task, **self.arguments, **beside)
+
+    def engine(self, model: Any, tokenizer: Any) -> Composer:
+        """Return a Composer of the adapters to choose from: those of a pool, or the `k` of a hub that fit the task best."""
+        source = Retriever.of(self.experts) if isinstance(self.experts, Hub) else self.experts
+        pool, _ = candidates(source, self.task, self._settings.inputs or (), self._settings.k, model)
+        return Composer(model, Fitting(model).accepted(pool), tokenizer=tokenizer)
+
+    @staticmethod
+    def methods() -> list[str]:
+        """Return the names that `method` takes, sorted."""
+        return method_names()
+
+    @cached_property
+    def _settings(self) -> Settings:
+        given = SIGNATURE.bind(None, None, self.experts, self.task, **self.arguments)
+        given.apply_defaults()
+        known = {each.name for each in fields(Settings)}
+        named = {name: value for name, value in given.arguments.items() if name in known}
+        return Settings.of(**named, options=given.arguments["search_options"])
 
 
 # what a searched composition is compared with

@@ -26,7 +26,7 @@ from loraweave.composer.compose.refine import (
     targets_of,
     tuned_adapters,
 )
-from loraweave.composer.compose.report import ReportRow
+from loraweave.composer.compose.report import Report, ReportRow
 from loraweave.composer.compose.saved import FILE, PARTS, SavedRecipe, recipe_of
 from loraweave.composer.compose.settings import router_name
 from loraweave.composer.compose.task_mixture import TaskMixture
@@ -36,15 +36,18 @@ from loraweave.composer.merge.arithmetic import byom
 from loraweave.composer.merge.merge import parent_of
 from loraweave.composer.model.generate import Asked, read_one
 from loraweave.composer.model.layers import with_magnitudes
-from loraweave.errors import CompositionError, ScopeError
+from loraweave.errors import CompositionError, ScopeError, WeightingError
+from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_id
 from loraweave.hub.export import ExportReport
 from loraweave.hub.formats._card import shared_card
 from loraweave.hub.intake.model_hub import push
 from loraweave.hub.intake.sources import ADAPTER_FILES, README, find_folder
 from loraweave.hub.licenses import require_one_work, stated_license
+from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
+from loraweave.types import Task
 
 # what a repository is asked for, in its folder, those of members, and those of a router's adapters
 FILES = tuple(f"*{name}" for name in (FILE, "router.json", "router.safetensors", *ADAPTER_FILES))
@@ -59,6 +62,47 @@ class Composition(TaskMixture):
 
     members: Mapping[str, Composition] = field(default_factory=dict)
     steps: Mapping[str, Composition] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        task: Task,
+        what: Adapter | TokenRouter | Mapping[str, Composition] | None = None,
+        *,
+        pool: ExpertPool | None = None,
+        name: str = "base",
+        reason: str = "as asked",
+        seed: int = 0,
+    ) -> Composition:
+        """Return the composition that answers a task by `what`, for which nothing is searched.
+
+        That is an adapter, a router over the adapters of `pool`, members by name whose probabilities are averaged, or None
+        for the base model. `name` and `reason` are what its report says of it.
+        Raises WeightingError for anything else, ScopeError for a member that is more than one adapter.
+        """
+        fields: dict[str, Any]
+        match what:
+            case None:
+                fields = {}
+            case Adapter():
+                fields = {"stored": what}
+            case TokenRouter() if pool is not None:
+                fields = {"router": what, "pool": pool}
+            case Mapping() if what and all(isinstance(member, Composition) for member in what.values()):
+                fields = {"members": what}
+            case _:
+                raise WeightingError(
+                    f"a composition is of an adapter, a router and its pool, or compositions by name, not of {what!r:.80}"
+                )
+        for member, composition in fields.get("members", {}).items():
+            if composition.router is not None or composition.members:
+                raise ScopeError(
+                    f"member {member!r} of an average is no one adapter: a router or an average answers by itself"
+                )
+        report = Report((), name, reason, (), 0.0, 0)
+        return replace(cls(model, tokenizer, task, None, {}, "linear", report, seed), **fields)
 
     def leave_one_out(self) -> dict[str, float]:
         """By how much the mean loss of the examples rises without each adapter, the others' weights as they are.

@@ -339,12 +339,17 @@ def _class_of(name: str | Router, kind: type[Kind]) -> type[Kind] | None:
     return found if isinstance(found, type) and issubclass(found, kind) else None
 
 
+def method_names() -> list[str]:
+    """Return the names of the methods of compose(), sorted."""
+    return sorted((*OTHER_WAYS, *registry.names("routers")))
+
+
 def solver_class(method: str) -> type[Solver]:
     """The class of that name; UnknownName, which names near misses, for one that compose() cannot use."""
-    known = (*OTHER_WAYS, *registry.names("routers"))
+    known = method_names()
     if method not in known:
         hint = nearest(method, known, "routers")
-        raise UnknownName(f"no method {method!r} to compose with{hint}; there are {', '.join(sorted(known))}")
+        raise UnknownName(f"no method {method!r} to compose with{hint}; there are {', '.join(known)}")
     if (found := _class_of(method, Solver)) is None:  # type: ignore[type-abstract]
         raise UnknownName(f"router {method!r} does not search for weights: activate() it instead of composing with it")
     return found

@@ -119,19 +119,18 @@ def compose(
     if out is not None:
         require_free(out, COMPOSITION_FILE)
     rows = read_rows(examples, split=split)
-    import loraweave as lw
-    from loraweave.composer.compose.compose import check_arguments
+    from loraweave.composer.compose.compose import ComposeCall
 
     task = rows.task(instruction, system, labels=wanted, num_examples=num_examples)
     source = open_hub(hub) if pool is None else read_pool(pool)
     arguments = {"method": method, "k": k, "budget": budget, "seed": seed, "checkpoint": checkpoint, **options}
     arguments["allow_licenses"] = allow_licenses
-    check_arguments(source, task, **arguments)
+    call = ComposeCall(source, task, arguments)
     if not prune is tune is rank is None:
         _require_changeable(method, budget)
     model, tokenizer = load_model(base, dtype)
     shown = sys.stderr.isatty()
-    composed = lw.compose(model, tokenizer, source, task, **arguments, n_jobs=workers, progress=shown)
+    composed = call(model, tokenizer, n_jobs=workers, progress=shown)
     composed = _change(composed, prune, tune, rank, shown)
     if out is not None:
         composed.save_pretrained(out)
