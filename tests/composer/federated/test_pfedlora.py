@@ -70,6 +70,7 @@ def is_first_step(moved, gradient, lr):
     torch.testing.assert_close(moved[clear], -lr * gradient.sign()[clear], rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.own_models
 @pytest.mark.parametrize("client", SIZES)
 def test_a_round_of_each_architecture_is_that_of_the_formula(run, client):
     mu, lr = 0.3, 1e-3
@@ -105,6 +106,7 @@ def test_a_round_of_each_architecture_is_that_of_the_formula(run, client):
         is_first_step(trained.update[name] / unit - part.detach(), gradient, lr)
 
 
+@pytest.mark.own_models
 def test_clients_of_all_architectures_send_the_same_small_adapter_which_is_averaged_by_size(run):
     found = run(rounds=1)
     course, strategy = found.course, found.strategy

@@ -271,6 +271,7 @@ def test_the_card_of_dp_fedavg_tells_nothing_of_clients_and_seed(federate):
     assert not any(said in str(card) for said in ("12345", *SIZES, "losses", "left_out"))
 
 
+@pytest.mark.own_models
 def test_pfedlora_weighs_the_losses_of_adapter_and_network_by_mu(federate):
     """The gradient of a client's weights, against autograd on mu CE(b a h) + (1 - mu) CE(W_out h) written out."""
     found = federate("pfedlora", rounds=1, steps=1, batch_size=4, options={"mu": 0.3}, warmup=0, lr=1e-3)
