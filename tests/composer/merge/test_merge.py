@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loraweave.composer.merge.interference import interference
 from loraweave.composer.merge.merge import merge
+from loraweave.composer.merge.methods.linear import linear
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.errors import (
     AdapterUnsupported,
@@ -365,3 +366,8 @@ def test_only_a_copy_of_an_adapter_whose_license_forbids_derived_works_needs_no_
         with pytest.raises(InvalidLicense, match=r"'a' is under CC-BY-ND-4\.0, which permits no work derived from it"):
             work()
         assert work(allow_licenses=True).card["license"].startswith("CC-BY-ND-4.0")
+
+
+def test_a_merge_by_a_function_has_the_functions_name() -> None:
+    merged = merge([adapter("a", 0), adapter("b", 1)], [0.5, 0.5], method=linear)
+    assert merged.card["recipe"]["method"] == merged.report.method == "linear"
