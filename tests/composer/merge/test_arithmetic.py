@@ -302,7 +302,8 @@ def test_planted_clusters_are_found_whatever_the_gauge_of_the_factors(pool):
 
 def test_one_cluster_is_the_pool_and_more_than_adapters_are_refused(pool):
     assert clusters(pool, num_clusters=1) == [pool.names]
-    assert clusters(list(pool.adapters.values()), num_clusters=3) == found
+    adapters = list(pool.adapters.values())
+    assert clusters(adapters, num_clusters=3) == clusters(pool, num_clusters=3)
     with pytest.raises(WeightingError, match="num_clusters is 10, but the pool has 9 adapters"):
         clusters(pool)
 
