@@ -43,6 +43,7 @@ from benchmarks._models import random_adapter
 from benchmarks._run import ROOT, Run, Table, console
 from loraweave.common.display import progress_bar
 from loraweave.common.spread import Failed, logger, spread
+from loraweave.extensions.study import study
 
 app = typer.Typer()
 
@@ -311,7 +312,7 @@ def resume(
         _, alive = psutil.wait_procs(children, timeout=30)
         before = {path: path.stat().st_mtime_ns for path in cells.glob("*.json")}
         subprocess.run([*command, "--out", str(folder / "spread")], check=True, stdout=subprocess.DEVNULL)
-        whole = lw.study(folder / "study.yaml", out=folder / "one", progress=False)
+        whole = study(folder / "study.yaml", out=folder / "one", progress=False)
         found = {path.name: _answered(path) for path in cells.glob("*.json")}
         alone = {path.name: _answered(path) for path in (folder / "one" / "cells").glob("*.json")}
         same = sum(found.get(name) == answers for name, answers in alone.items())

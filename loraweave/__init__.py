@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from loraweave.composer.experts.together import train_experts
     from loraweave.composer.federated.federate import federate
     from loraweave.composer.formula.formula import Formula, parse
-    from loraweave.composer.harness import evaluate_harness
     from loraweave.composer.live.fixed_shapes import batch_invariant
     from loraweave.composer.merge.arithmetic import (
         add,
@@ -74,7 +73,6 @@ if TYPE_CHECKING:
     from loraweave.composer.merge.merge import merge
     from loraweave.composer.merge.statistics import Statistics
     from loraweave.composer.programs.order import order
-    from loraweave.composer.study.study import study
     from loraweave.composer.train.adapters import train_adapters
     from loraweave.composer.train.remember import remember
     from loraweave.composer.transfer import transfer
@@ -100,7 +98,6 @@ _MODULES = {
     "composer.compose.composition": "Composition",
     "composer.compose.compose": "compose",
     "composer.formula.formula": "Formula parse",
-    "composer.harness": "evaluate_harness",
     "composer.live.fixed_shapes": "batch_invariant",
     "composer.merge.arithmetic": "add analogy byom clusters compeft ema flexlora_clients "
     "genknowsub negate scale subtract subtract_general twin_merging unlearn",
@@ -110,7 +107,6 @@ _MODULES = {
     "composer.federated.federate": "federate",
     "composer.compose.rerank": "rerank",
     "composer.programs.order": "order",
-    "composer.study.study": "study",
     "routers.tokens._saved": "router",
     "composer.compose.collect_statistics": "collect_statistics",
     "composer.compose.pool_statistics": "pool_statistics",
@@ -202,7 +198,6 @@ __all__ = [
     "compose",
     "ema",
     "ensemble",
-    "evaluate_harness",
     "experts",
     "extract",
     "federate",
@@ -219,7 +214,6 @@ __all__ = [
     "rerank",
     "router",
     "scale",
-    "study",
     "subtract",
     "subtract_general",
     "to_lora",

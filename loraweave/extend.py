@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loraweave.common.descent import Descent, descend
     from loraweave.common.display import ShownTable, blank_figure, progress_bar, tracked
     from loraweave.common.files import cache_folder, replacing, whole_file
+    from loraweave.common.intervals import wilson
     from loraweave.common.names import printable, text_digest
     from loraweave.common.options import (
         Count,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from loraweave.common.randomness import caller_randomness, seeded, with_seed
     from loraweave.common.rows import GivenRows, Row, read_rows
     from loraweave.common.spread import Failed, spread
+    from loraweave.common.yaml_file import read_yaml
+    from loraweave.composer.compose.compose import ComposeCall
     from loraweave.composer.experts.expert_model import ExpertModel
     from loraweave.composer.formula.nodes import Named, Sum
     from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
     from loraweave.composer.train.rows import Texts
     from loraweave.composer.train.settings import LoraSettings
     from loraweave.hub.base import EMBEDDED, fingerprint
+    from loraweave.hub.base_reference import base_loader
     from loraweave.hub.embedders._embedder import Embedder
     from loraweave.hub.formats._contents import Contents, Reader
     from loraweave.hub.formats._files import entry
@@ -65,7 +69,7 @@ if TYPE_CHECKING:
     from loraweave.hub.targets._target import Target
     from loraweave.lowrank import algebra
     from loraweave.lowrank.factorise import factorise
-    from loraweave.registry import get, nearest, traits, traits_of
+    from loraweave.registry import get, nearest, traits
     from loraweave.retrieval.keyed_search import Key
     from loraweave.routers.recipes._recipe import Recipe
     from loraweave.routers.searches._solver import Solver
@@ -78,7 +82,7 @@ if TYPE_CHECKING:
 # the same names by module: a process imports what it uses, a type checker reads the imports above
 _MODULES = {
     # what a registry holds
-    "registry": "get nearest traits traits_of",
+    "registry": "get nearest traits",
     "common.options": "Count Declared Fraction NonNegative Positive Range Rate Share Whole check_options options_of",
     "composer.merge.updates": "DenseUpdate TruncatedUpdate",
     "hub.embedders._embedder": "Embedder",
@@ -95,7 +99,9 @@ _MODULES = {
     # models, training and scoring
     "common.descent": "Descent descend",
     "common.randomness": "caller_randomness seeded with_seed",
+    "common.intervals": "wilson",
     "common.spread": "Failed spread",
+    "composer.compose.compose": "ComposeCall",
     "composer.experts.expert_model": "ExpertModel",
     "composer.formula.nodes": "Named Sum",
     "composer.model.batches": "EncodedRow TargetBatch batch end_tokens mean_losses pad_id takes untouched",
@@ -107,6 +113,7 @@ _MODULES = {
     "composer.train.rows": "Texts",
     "composer.train.settings": "LoraSettings",
     "hub.base": "EMBEDDED fingerprint",
+    "hub.base_reference": "base_loader",
     "hub.formats._placing": "head_size",
     "lowrank": "algebra",
     "lowrank.factorise": "factorise",
@@ -117,6 +124,7 @@ _MODULES = {
     "common.files": "cache_folder replacing whole_file",
     "common.names": "printable text_digest",
     "common.rows": "GivenRows Row read_rows",
+    "common.yaml_file": "read_yaml",
     "hub.formats._files": "entry",
     "types": "DEFAULT_TEMPLATE",
     # the command line
@@ -138,6 +146,7 @@ __all__ = [
     "DEFAULT_TEMPLATE",
     "EMBEDDED",
     "BaseOption",
+    "ComposeCall",
     "Contents",
     "Count",
     "Declared",
@@ -181,6 +190,7 @@ __all__ = [
     "TruncatedUpdate",
     "Whole",
     "algebra",
+    "base_loader",
     "batch",
     "blank_figure",
     "cache_folder",
@@ -211,6 +221,7 @@ __all__ = [
     "printable",
     "progress_bar",
     "read_rows",
+    "read_yaml",
     "replacing",
     "require_whole",
     "router_class",
@@ -223,8 +234,8 @@ __all__ = [
     "top_k_softmax",
     "tracked",
     "traits",
-    "traits_of",
     "untouched",
     "whole_file",
+    "wilson",
     "with_seed",
 ]

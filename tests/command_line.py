@@ -7,14 +7,17 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import torch
 from typer.testing import CliRunner
 
 import loraweave as lw
 from loraweave.cli import app
+from loraweave.common.display import NUMBER
 from loraweave.types import Factors
 
+WIDE = 10_000
 LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
 
 
@@ -52,3 +55,49 @@ def told_address(process):
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def _tables(text):
+    """[(heading, pieces of its cells) by column] of each table in a text."""
+    found, heads = [], []
+    for line in text.splitlines():
+        parts = [part.strip() for part in line[1:-1].split(line[0])] if line[:1] in ("┃", "│") else []
+        if line.startswith("┏"):
+            heads = []
+        elif line.startswith("┃"):
+            heads = [f"{head} {part}".strip() for head, part in zip(heads or [""] * len(parts), parts, strict=True)]
+        elif line.startswith("┡"):
+            found.append([(head, []) for head in heads])
+        for (_, pieces), part in zip(found[-1] if parts and line[0] == "│" else [], parts, strict=False):
+            pieces += part.split()
+    return found
+
+
+def _output(words, width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    done = call(*words)
+    assert done.exit_code == 0, done.stderr
+    return done.stdout
+
+
+def check_table(words, width, monkeypatch):
+    """The output in `width` columns beside that without a limit."""
+    narrow, wide = _output(words, width, monkeypatch), _output(words, WIDE, monkeypatch)
+    assert max(map(len, narrow.splitlines())) <= width
+    assert "…" not in narrow
+    pairs = list(zip(_tables(narrow), _tables(wide), strict=True))
+    assert pairs
+    for fitted, whole in pairs:
+        heads = [head for head, _ in whole]
+        # columns go from the right, and never the first two
+        assert [head for head, _ in fitted] == heads[: len(fitted)]
+        assert len(fitted) >= min(2, len(heads))
+        if left_out := heads[len(fitted) :]:
+            assert f"left out, for want of width: {', '.join(left_out)}" in " ".join(narrow.split())
+        for (head, pieces), (_, cells) in zip(fitted, whole, strict=False):
+            # a second run takes other seconds, and a name that is broken may leave a number
+            assert head == "seconds" or _numbers(cells) - _numbers(pieces) == Counter(), head
+
+
+def _numbers(pieces):
+    return Counter(piece for piece in pieces if NUMBER.fullmatch(piece))

@@ -21,16 +21,16 @@ import loraweave as lw
 from loraweave import errors, extend, registry
 
 LIMITS = {
-    "files of the core": 580,
-    "lines of the core": 82_357,
-    "lines of the product": 83_592,
+    "files of the core": 571,
+    "lines of the core": 80_614,
+    "lines of the product": 83_745,
     "lines of the largest extension": 4_000,
-    "loose files of composer/": 12,
-    "public names but errors": 55,
+    "loose files of composer/": 11,
+    "public names but errors": 53,
     "names for those who extend": 100,
     "imports below loraweave. in the pages": 29,
-    "values named found, own, each, given or asked": 1_374,
-    "docstrings that are no order": 1_879,
+    "values named found, own, each, given or asked": 1_373,
+    "docstrings that are no order": 1_874,
 }
 # limits that stay: an extension, and the face of the core for all of them, is small enough to be read
 FIXED = {"lines of the largest extension", "names for those who extend"}

@@ -285,17 +285,6 @@ def test_the_page_on_explanations_says_what_its_picture_shows(run_page, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_page_on_lm_eval_scores_a_mixture_and_its_formula_alike(run_page, monkeypatch, tmp_path):
-    pytest.importorskip("lm_eval")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    names = run_page("docs/harness.md")
-    mixed, formula = (names[kind]["results"]["pick_color"] for kind in ("mixed", "formula"))
-    assert mixed["acc,none"] == formula["acc,none"]
-    assert 0 <= names["base"]["acc,none"] <= 1
-
-
-@pytest.mark.slow
 def test_the_page_on_generation_whose_three_ways_give_one_answer(run_page, capsys):
     names = run_page("docs/generation.md")
     answers = names["answers"]

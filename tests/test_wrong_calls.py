@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import loraweave as lw
 from loraweave.cli import app
+from loraweave.extensions.study import study
 from loraweave.types import Factors
 
 CHAT = [{"role": "user", "content": "a"}]
@@ -221,7 +222,7 @@ OPTIONS = {
     "a dtype by a wrong name": lambda w: lw.load_base(dtype="float3"),
     "an instruction that is a number": lambda w: lw.Task([("a", "b")], instruction=3),
     "a template that is a number": lambda w: lw.Task([("a", "b")], template=3),
-    "a study that is a number": lambda w: lw.study(3),
+    "a study that is a number": lambda w: study(3),
     "the difference to no model": lambda w: lw.extract(None, w.model),
     "a plain LoRA on no model": lambda w: lw.to_lora(w.adapters[0], None),
     "the key of no model": lambda w: lw.base_key(None),

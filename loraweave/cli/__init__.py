@@ -12,7 +12,7 @@ import typer
 from loraweave import __version__
 from loraweave.cli._application import INTERRUPTED, Application, JsonOption, SeedOption, quiet_libraries
 from loraweave.cli._printing import progress_to_stderr
-from loraweave.cli.adapters import MERGE_EXAMPLE, STUDY_EXAMPLE, TRAIN_EXAMPLE, merge, study, train
+from loraweave.cli.adapters import MERGE_EXAMPLE, TRAIN_EXAMPLE, merge, train
 from loraweave.cli.compositions import (
     LIST_EXAMPLE,
     REMOVE_EXAMPLE,
@@ -45,7 +45,6 @@ app.add_typer(hub, name="hub")
 app.add_typer(composing)
 app.command(epilog=MERGE_EXAMPLE)(merge)
 app.command(epilog=TRAIN_EXAMPLE)(train)
-app.command(epilog=STUDY_EXAMPLE)(study)
 app.command(epilog=SERVE_EXAMPLE)(serve)
 app.command(epilog=UI_EXAMPLE)(ui)
 app.command(epilog=LOAD_EXAMPLE)(load)

@@ -1,10 +1,8 @@
-"""`loraweave merge`, `train` and `study`: adapters or rows in, and adapters or figures out."""
+"""`loraweave merge` and `train`: adapters or rows in, and adapters out."""
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -211,51 +209,3 @@ def train(
         print_json(results)
     else:
         print_rows(("name", "rows", "rank", "folder"), [tuple(result.values()) for result in results])
-
-
-STUDY_EXAMPLE = "Example: loraweave study examples/study.yaml --out runs/study"
-
-
-def study(
-    file: Annotated[Path, typer.Argument(metavar="YAML", exists=True, dir_okay=False, help="Tasks, methods and settings.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", file_okay=False, help="Cells, tables and report; beside the file by default."),
-    ] = None,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(metavar="MODULE:FUNCTION", help="Also score by a function of an answer and its accepted targets."),
-    ] = None,
-    workers: WorkersOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Run what is missing of a study, and write its tables, plots and report; exit status 1 where a cell failed."""
-    functions = _read_functions(metric or ())
-    import loraweave as lw
-
-    results = lw.study(file, out=out, metrics=functions, n_jobs=workers, progress=sys.stderr.isatty())
-    if as_json:
-        print_json(
-            {"out": results.folder, "failures": results.failures, "figures": [vars(each) for each in results.figures]}
-        )
-    else:
-        for title, columns, rows in results.tables():
-            typer.echo(title)
-            print_rows(columns, rows)
-        for cell, why in results.failures.items():
-            note(f"failed: {cell}: {why}")
-        note(f"wrote {results.folder / 'report.html'}, and the tables, plots and answers beside it")
-    if results.failures:
-        raise typer.Exit(1)
-
-
-def _read_functions(given: Sequence[str]) -> dict[str, Callable[..., Any]]:
-    """Functions by name. A file cannot name one, since importing a module runs it: only the command can."""
-    found: dict[str, Callable[..., Any]] = {}
-    for text in given:
-        module, _, name = text.partition(":")
-        try:
-            found[name] = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise typer.BadParameter(f"--metric {text!r} cannot be imported ({error}); give MODULE:FUNCTION") from None
-    return found

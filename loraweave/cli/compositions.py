@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loraweave import registry
 from loraweave.cli._application import (
     DEFAULT_HUB,
     AllowLicensesOption,
@@ -249,14 +251,19 @@ def evaluate(
 def _evaluate_harness(
     folder: Path, base: str | None, dtype: str | None, tasks: list[str], include: Path | None, limit: int | None
 ) -> dict[str, dict[str, Any]]:
-    """{task: {figure: value}}."""
+    """Return {task: {figure: value}} of lm_eval's tasks, by the extension that asks them."""
     import loraweave as lw
+
+    extensions = registry.brought("harness")
+    if not extensions:
+        raise typer.BadParameter("--harness: none of the extensions that are installed asks lm_eval's tasks")
+    evaluate_harness = importlib.import_module(next(iter(extensions.values()))).evaluate_harness
 
     adapter = None if (folder / COMPOSITION_FILE).is_file() else lw.Adapter.from_pretrained(folder)
     recorded = recorded_base(folder) if adapter is None else adapter.base_model
     model, tokenizer = load_model(base or recorded or None, dtype)
     what = lw.Composition.from_pretrained(folder, model, tokenizer) if adapter is None else adapter
-    found = lw.evaluate_harness(what, tasks, model=model, tokenizer=tokenizer, include_path=include, limit=limit)
+    found = evaluate_harness(what, tasks, model=model, tokenizer=tokenizer, include_path=include, limit=limit)
     return dict(found["results"])
 
 

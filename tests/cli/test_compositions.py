@@ -430,22 +430,10 @@ def test_a_head_that_vllm_cannot_load_is_one_line_of_stderr(stored):
     assert call("export", "headed", "--out", "p").exit_code == 0
 
 
-def test_eval_scores_by_a_task_of_lm_eval(two, base, here, monkeypatch):
-    pytest.importorskip("lm_eval")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", here / "cache")
-    (here / "rows.jsonl").write_text('{"text": "a", "choices": ["a", "b"], "right": 1}\n' * 2)
-    (here / "tasks").mkdir()
-    (here / "tasks" / "letters.yaml").write_text(
-        f"task: letters\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: {here / 'rows.jsonl'}}}\n"
-        "test_split: test\noutput_type: multiple_choice\n"
-        'doc_to_text: "{{text}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{right}}"\n'
-    )
-    words = ["eval", two / "left", "--harness", "letters", "--include-path", "tasks", "--base", base]
-    done = call(*words, "--json")
-    assert json.loads(done.stdout)["letters"]["acc,none"] in (0.0, 1.0)
-    assert "letters" in call(*words).stdout
-    assert call("eval", two / "left", "--base", base).exit_code == 2
-    assert call(*words[:2], "rows.jsonl", *words[2:]).exit_code == 2
+def test_eval_says_so_where_no_extension_asks_the_tasks_of_lm_eval(two, base, monkeypatch):
+    monkeypatch.setattr("loraweave.registry.brought", lambda part: {})
+    done = call("eval", two / "left", "--harness", "letters", "--base", base)
+    assert (done.exit_code, "none of the extensions" in done.stderr) == (2, True)
 
 
 def test_a_routers_folder_is_kept_with_its_adapters_and_a_formula_is_that_router(two, here):

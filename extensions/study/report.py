@@ -12,9 +12,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from loraweave.common.display import ShownTable, blank_figure
-from loraweave.composer.study.cells import write_whole
-from loraweave.composer.study.results import ALL, Figure, StudyResults, figure_rows
+from loraweave.extend import ShownTable, blank_figure
+from loraweave.extensions.study.cells import write_whole
+from loraweave.extensions.study.results import ALL, Figure, StudyResults, figure_rows
 
 # as many answers of a cell as the page shows; all are in answers.jsonl
 NUM_SHOWN = 20

@@ -6,9 +6,10 @@ import json
 from dataclasses import replace
 
 import pytest
+from warm_workers import warm_workers as warm_workers
 
 import loraweave as lw
-from loraweave.hub.base import fingerprint
+from loraweave.extensions.study import study
 
 WORDS = ["ab", "ba", "cd", "dc", "ef", "fe", "gh", "hg"]
 
@@ -23,7 +24,7 @@ def folder(tmp_path, tiny_llama, make_adapter, rows):
     """A folder with pool/a, pool/b and swap.jsonl."""
     for seed, name in enumerate("ab"):
         adapter = make_adapter(tiny_llama, name, seed=seed)
-        replace(adapter, fingerprint=fingerprint(tiny_llama)).save_pretrained(tmp_path / "pool" / name)
+        replace(adapter, fingerprint=lw.base_key(tiny_llama).fingerprint).save_pretrained(tmp_path / "pool" / name)
     (tmp_path / "swap.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path
 
@@ -39,7 +40,7 @@ def said(folder):
 def run(said, tiny_llama, tokenizer):
     """run(**changed): that study with other keys."""
 
-    def study(*, functions=None, **changed):
-        return lw.study({**said, **changed}, model=tiny_llama, tokenizer=tokenizer, metrics=functions, progress=False)
+    def run(*, functions=None, **changed):
+        return study({**said, **changed}, model=tiny_llama, tokenizer=tokenizer, metrics=functions, progress=False)
 
-    return study
+    return run

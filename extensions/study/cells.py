@@ -11,15 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from loraweave.common.files import whole_file
-from loraweave.common.names import text_digest
-from loraweave.composer.compose.composition import Composition
-from loraweave.composer.model.scoring import encode_pairs
-from loraweave.composer.study.methods import Method
-from loraweave.composer.study.study_file import Study, StudyTask
-from loraweave.errors import BaseModelMismatch
-from loraweave.hub.base import base_key
-from loraweave.hub.hub import Hub
+from loraweave import BaseModelMismatch, Composition, Hub, base_key
+from loraweave.extend import encode_pairs, text_digest, whole_file
+from loraweave.extensions.study.methods import Method
+from loraweave.extensions.study.study_file import Study, StudyTask
 
 # changes when the same cell would give other answers
 FORMAT = 1

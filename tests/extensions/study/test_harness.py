@@ -11,6 +11,7 @@ from peft import PeftModel
 
 import loraweave as lw
 from loraweave.errors import ScopeError, UnknownName, WeightingError
+from loraweave.extensions.study import evaluate_harness
 
 pytest.importorskip("lm_eval")
 pytestmark = [
@@ -48,7 +49,7 @@ def tasks(tmp_path, monkeypatch):
 
 def scores(what, folder, **arguments):
     """(accuracy, log-likelihoods of all choices in the order of the documents)."""
-    found = lw.evaluate_harness(what, ["letters"], include_path=folder, bootstrap_iters=0, **arguments)
+    found = evaluate_harness(what, ["letters"], include_path=folder, bootstrap_iters=0, **arguments)
     samples = sorted(found["samples"]["letters"], key=lambda sample: sample["doc_id"])
     losses = torch.tensor([[answer[0][0] for answer in sample["resps"]] for sample in samples])
     return found["results"]["letters"]["acc,none"], losses
@@ -134,4 +135,4 @@ def test_the_callers_random_numbers_and_the_model_are_as_before(adapters, tiny_l
 )
 def test_what_cannot_be_scored_is_a_named_error(what, arguments, error, words, tiny_llama, tokenizer):
     with pytest.raises(error, match=words):
-        lw.evaluate_harness(what, **{"model": tiny_llama, "tokenizer": tokenizer, **arguments})
+        evaluate_harness(what, **{"model": tiny_llama, "tokenizer": tokenizer, **arguments})

@@ -7,17 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from loraweave.common.checks import is_list, is_whole
-from loraweave.common.randomness import caller_randomness
-from loraweave.composer.compose.composition import Composition
-from loraweave.composer.composer import Composer
-from loraweave.composer.experts.expert_model import ExpertModel
-from loraweave.composer.formula.formula import Formula
-from loraweave.composer.model.batches import untouched
-from loraweave.errors import PackageMissing, ScopeError, UnknownName, WeightingError
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.hub import Hub
-from loraweave.routers.tokens._router import TokenRouter
+from loraweave import Adapter, Composer, Composition, Formula, Hub, PackageMissing, ScopeError, UnknownName, WeightingError
+from loraweave.extend import ExpertModel, TokenRouter, caller_randomness, is_list, is_whole, untouched
 
 BATCH_SIZE = 8
 

@@ -12,23 +12,16 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from loraweave.common.display import progress_bar, tracked
-from loraweave.common.rows import located, read_row, shared_instruction
-from loraweave.common.spread import Failed, spread
-from loraweave.composer.study.cells import Answers, Cell, Store, answered, cells
-from loraweave.composer.study.methods import Case, made
-from loraweave.composer.study.report import write_report
-from loraweave.composer.study.results import StudyResults, results_of
-from loraweave.composer.study.study_file import Study
-from loraweave.errors import AdapterNotFound, InvalidTask
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.base import load_base
-from loraweave.hub.base_reference import base_loader
-from loraweave.hub.formats._config import CONFIG
-from loraweave.hub.hub import Hub
-from loraweave.hub.intake.sources import adapter_folders
-from loraweave.hub.stores.open_stores import hub_exists
-from loraweave.types import Task
+from loraweave import Adapter, AdapterNotFound, Hub, InvalidTask, Task, load_base
+from loraweave.extend import Failed, base_loader, open_hub, progress_bar, read_rows, spread, tracked
+from loraweave.extensions.study.cells import Answers, Cell, Store, answered, cells
+from loraweave.extensions.study.methods import Case, made
+from loraweave.extensions.study.report import write_report
+from loraweave.extensions.study.results import StudyResults, results_of
+from loraweave.extensions.study.study_file import Study, shared_instruction
+
+# what every folder of an adapter has
+CONFIG = "adapter_config.json"
 
 
 def study(
@@ -42,7 +35,7 @@ def study(
     n_jobs: int | None = None,
     progress: bool = True,
 ) -> StudyResults:
-    """Compares methods on tasks, as a YAML file or the same as a mapping says (docs/studies.md), and returns the figures.
+    """Compare methods on tasks, as a YAML file or a mapping says (docs/extensions/study.md), and return the figures.
 
     Every cell (task, method, number of examples, seed) is written whole to `out`/cells when it is done, under the hash of
     all that its answers depend on: a study that was interrupted goes on, and one that was changed runs what is new. A cell
@@ -140,7 +133,7 @@ def _rows_of(read: Study, name: str) -> Task:
         raise InvalidTask(
             f"a router is to learn from the pool, but the study {where}: the folder of NAME.jsonl for each adapter"
         )
-    rows = [read_row(row, where, targets="several") for where, row in located(path, one_split=False)]
+    rows = read_rows(path, targets="several", one_split=False)
     kept = [row for row in rows if row.split in ("", "train")]
     return Task([(row.input, row.targets[0]) for row in kept], instruction=shared_instruction(kept))
 
@@ -168,9 +161,7 @@ def _opened(read: Study, given: Hub | Iterable[Adapter] | None, progress: bool) 
         yield given
         return
     if given is None and read.hub is not None:
-        if not hub_exists(read.hub):
-            raise AdapterNotFound(f"no hub in {read.hub!r}, which the study names; `loraweave hub add` makes one")
-        with Hub(read.hub) as opened:
+        with open_hub(read.hub) as opened:
             yield opened
         return
     sources: list[Any] = list(given) if given is not None else _folders(read)
@@ -184,7 +175,7 @@ def _folders(read: Study) -> list[Path]:
     """The folders of adapters in the pool's folders, or these themselves. AdapterNotFound for one without any."""
     found: list[Path] = []
     for folder in read.pool:
-        inside = [folder] if (folder / CONFIG).is_file() else adapter_folders(folder)
+        inside = [folder] if (folder / CONFIG).is_file() else sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
         if not inside:
             raise AdapterNotFound(f"no adapter folder in {folder}, which the study names as its pool")
         found += inside

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from loraweave.common.chat import Prompt
-from loraweave.common.checks import are_texts, is_list, is_whole, one_or_many
-from loraweave.common.files import as_path
-from loraweave.common.options import require_known
-from loraweave.common.rows import Row, read_rows, shared_instruction
-from loraweave.common.yaml_file import read_yaml
-from loraweave.composer.study.methods import Method
-from loraweave.composer.study.metrics import Metric, metric_of
-from loraweave.errors import InvalidTask, PackageMissing
-from loraweave.types import Task
+from loraweave import InvalidTask, PackageMissing, Task
+from loraweave.extend import Prompt, Row, check_options, is_list, is_whole, read_rows, read_yaml
+from loraweave.extensions.study.methods import Method
+from loraweave.extensions.study.metrics import Metric, metric_of
 
 NUM_TEST = 100
 DTYPES = ("float32", "bfloat16", "float16")
@@ -88,10 +82,12 @@ class Study:
         match given:
             case Mapping():
                 place, said, whose = Path(), dict(given), "the study"
-            case _:
-                place = as_path(given, "the file of a study", InvalidTask)
+            case str() | Path():
+                place = Path(given)
                 said, whose = read_yaml(place, InvalidTask), str(place)
-        require_known(whose, said, [each.name for each in fields(cls)], noun="key", error=InvalidTask)
+            case _:
+                raise InvalidTask(f"a study is the path of a YAML file, or a mapping, and not {given!r:.80}")
+        _require_known(whose, said, [each.name for each in fields(cls)])
         return _Reader(whose, place.parent, said, metrics).study(place.stem or "study")
 
 
@@ -157,22 +153,20 @@ class _Reader:
 
     def _reference(self, names: Sequence[str]) -> str:
         given = self._text("reference") or names[0]
-        require_known(
-            f"{self.whose}: reference {given!r} is none of its methods: it", [given], names, noun="method", error=InvalidTask
-        )
+        _require_known(f"{self.whose}: reference {given!r} is none of its methods: it", [given], names, noun="method")
         return given
 
     def _task(self, said: Any, found: Mapping[str, Any]) -> StudyTask:
         if not isinstance(said, Mapping):
             raise self._wrong(f"has {said!r:.60} as a task, which is no path and no mapping")
-        require_known(f"{self.whose}: a task", said, TASK_KEYS, noun="key", error=InvalidTask)
+        _require_known(f"{self.whose}: a task", said, TASK_KEYS)
         if ("file" in said) == ("dataset" in said):
             raise self._wrong(f"has a task with {', '.join(said) or 'nothing'}: it takes a 'file' or a 'dataset'")
         name = said.get("name") or (Path(str(said["file"])).stem if "file" in said else _dataset_name(said["dataset"]))
         reader = _Rows(self.whose, str(name), self.folder, said, found["num_test"])
         train, test = reader.rows()
         labels = said.get("labels")
-        if labels is not None and not (is_list(labels) and are_texts(labels)):
+        if labels is not None and not is_list(labels, str):
             raise self._wrong(
                 f"has labels {labels!r:.80} for task {name!r}; list texts, in quotes where YAML reads yes or 1"
             )
@@ -183,7 +177,8 @@ class _Reader:
             [row for row in (*train, *test) if row.chat is None]
         )
         asked["labels"] = None if labels is None else tuple(labels)
-        asked["stop"] = tuple(one_or_many(said["stop"])) if "stop" in said else found["stop"]
+        stop = said.get("stop")
+        asked["stop"] = found["stop"] if "stop" not in said else (stop,) if isinstance(stop, str) else tuple(stop or ())
         task = StudyTask(
             str(name),
             tuple((row.asked, row.targets[0]) for row in train),
@@ -219,7 +214,7 @@ class _Reader:
     def _texts(self, key: str, default: Sequence[str] = ()) -> list[str]:
         value = self.said.get(key, default)
         listed = [value] if isinstance(value, str) else value
-        if not (is_list(listed) and are_texts(listed)):
+        if not is_list(listed, str):
             raise self._wrong(f"has {value!r:.60} as {key!r}; give a text or a list of texts")
         return list(listed)
 
@@ -235,6 +230,17 @@ class _Reader:
 
     def _wrong(self, problem: str) -> InvalidTask:
         return InvalidTask(f"{self.whose} {problem}")
+
+
+def shared_instruction(rows: Sequence[Row]) -> str:
+    """Return the instruction of a task of these rows. Raises InvalidTask where theirs differ."""
+    plain = [{"input": row.input, "target": row.targets[0], "instruction": row.instruction} for row in rows]
+    return Task(plain).instruction  # type: ignore[arg-type]
+
+
+def _require_known(whose: str, given: Iterable[str], known: Sequence[str], *, noun: str = "key") -> None:
+    """Raise InvalidTask for an unknown name, with the nearest and all of them."""
+    check_options(whose, dict.fromkeys(given), dict.fromkeys(known, Any), noun=noun, error=InvalidTask)
 
 
 def _dataset_name(given: Any) -> str:
@@ -284,7 +290,7 @@ class _Rows:
     def _of_dataset(self) -> tuple[list[Row], list[Row]]:
         given = self.said["dataset"]
         said = {"path": given} if isinstance(given, str) else dict(given)
-        require_known(f"{self.whose}: dataset of task {self.name!r}", said, DATASET_KEYS, noun="key", error=InvalidTask)
+        _require_known(f"{self.whose}: dataset of task {self.name!r}", said, DATASET_KEYS)
         try:
             from datasets import load_dataset
         except ImportError as error:

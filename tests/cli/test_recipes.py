@@ -1,4 +1,4 @@
-"""`loraweave study`, and `loraweave merge` of a recipe."""
+"""`loraweave merge` of a recipe."""
 
 import json
 
@@ -8,41 +8,6 @@ from command_line import call
 from safetensors.torch import load_file
 
 import loraweave as lw
-
-
-@pytest.fixture
-def file(two, rows, base):
-    methods = "methods: [base, {name: examples shown, method: base, shown: true}]"
-    said = f"base: {base}\ntasks: rows.jsonl\n{methods}\nshots: 1\nnum_test: 2\n"
-    (two.parent / "study.yaml").write_text(said)
-    return two.parent / "study.yaml"
-
-
-def test_a_study_prints_a_table_for_each_metric_and_says_where_the_rest_is(file, monkeypatch):
-    (file.parent / "own_metrics.py").write_text("def length(answer, targets):\n    return len(answer)\n")
-    monkeypatch.syspath_prepend(str(file.parent))
-    done = call("study", file, "--out", "runs", "--metric", "own_metrics:length")
-    assert done.exit_code == 0, done.output
-    assert "exact_match (%), 1 examples\n" in done.stdout
-    assert "length, 1 examples\n" in done.stdout
-    assert "wrote runs/report.html" in done.stderr
-    told = json.loads(call("study", file, "--out", "runs", "--json").stdout)
-    assert told["failures"] == {}
-    assert {figure["method"] for figure in told["figures"]} == {"base", "examples shown"}
-
-
-def test_a_study_with_a_cell_that_fails_ends_with_status_1_and_names_it(file):
-    file.write_text(file.read_text().replace("methods: [", "methods: [{method: lora, target_modules: [nowhere]}, "))
-    done = call("study", file)
-    assert done.exit_code == 1
-    assert "failed: rows, lora, 1 examples, seed 0: UnknownName: " in done.stderr
-    assert (file.parent / "study-results" / "report.html").is_file()
-
-
-@pytest.mark.parametrize("text", ["own", "nowhere:length", "json:lenght", ":dumps"])
-def test_a_metric_that_cannot_be_imported_is_wrong_usage(file, text):
-    done = call("study", file, "--metric", text)
-    assert (done.exit_code, "give MODULE:FUNCTION" in " ".join(done.stderr.split())) == (2, True)
 
 
 def test_a_recipe_with_a_formula_is_that_formula_over_its_pool(two, here):

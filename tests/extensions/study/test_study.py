@@ -12,8 +12,8 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.model import scoring
-from loraweave.composer.study import study as running
 from loraweave.errors import BaseModelMismatch, FormulaError, InvalidTask, UnknownName, WeightingError
+from loraweave.extensions.study import running, study
 
 
 def answers_of(results, method):
@@ -116,9 +116,9 @@ def test_cells_that_two_processes_answer_are_those_of_one(said, folder, tiny_lla
     methods = ["base", "in_context", "a", fails, {"method": "lora", "steps": 2}]
     metrics = {"length": lambda answer, targets: len(answer)}
     asked = {**said, "base": str(folder / "base"), "methods": methods, "seeds": [0, 1]}
-    alone = lw.study(asked, metrics=metrics, out=folder / "one", progress=False)
+    alone = study(asked, metrics=metrics, out=folder / "one", progress=False)
     with joblib.parallel_config(n_jobs=2):
-        spread = lw.study(asked, metrics=metrics, out=folder / "two", progress=False)
+        spread = study(asked, metrics=metrics, out=folder / "two", progress=False)
     answered = [{str(c): (a.answers, a.losses) for c, a in found.answers.items()} for found in (alone, spread)]
     assert answered[0] == answered[1]
     assert alone.failures == spread.failures

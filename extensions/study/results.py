@@ -14,11 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from loraweave.common.display import ShownTable
-from loraweave.common.intervals import wilson
-from loraweave.composer.study.cells import Answers, Cell, Store
-from loraweave.composer.study.metrics import Metric
-from loraweave.composer.study.study_file import Study, StudyTask
+from loraweave.extend import ShownTable, wilson
+from loraweave.extensions.study.cells import Answers, Cell, Store
+from loraweave.extensions.study.metrics import Metric
+from loraweave.extensions.study.study_file import Study, StudyTask
 
 RESAMPLES = 2000
 # the row of a method over all tasks

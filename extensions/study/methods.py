@@ -5,33 +5,43 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import signature
 from typing import Any
 
-import loraweave.registry as registry
-from loraweave.common.checks import is_list, is_number, is_whole
-from loraweave.common.options import check_options, options_of, require_known
-from loraweave.composer.compose.candidates import candidates
-from loraweave.composer.compose.collect_statistics import collect_statistics
-from loraweave.composer.compose.compose import check_arguments, compose
-from loraweave.composer.compose.composition import Composition
-from loraweave.composer.compose.report import Report
-from loraweave.composer.compose.settings import OTHER_WAYS, TRAINING, routes
-from loraweave.composer.compose.trained import STEPS
-from loraweave.composer.composer import Composer
-from loraweave.composer.formula.formula import Formula, parse
-from loraweave.composer.formula.nodes import Routed
-from loraweave.composer.live.fitting import Fitting
-from loraweave.composer.merge.merge import merge
-from loraweave.composer.merge.method_call import MethodCall
-from loraweave.composer.train.adapters import train_adapters
-from loraweave.errors import FormulaError, InvalidTask, UnknownName, WeightingError
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.hub import Hub
-from loraweave.hub.pool import ExpertPool
-from loraweave.retrieval.retriever import Retriever
-from loraweave.routers.tokens._learned import LearnedRouter
-from loraweave.routers.tokens._saved import router, router_class, router_names
-from loraweave.types import Task
+from loraweave import (
+    Adapter,
+    Composer,
+    Composition,
+    ExpertPool,
+    Formula,
+    FormulaError,
+    Hub,
+    InvalidTask,
+    Task,
+    UnknownName,
+    WeightingError,
+    collect_statistics,
+    merge,
+    names,
+    parse,
+    router,
+    train_adapters,
+)
+from loraweave.extend import (
+    ComposeCall,
+    LearnedRouter,
+    Sum,
+    TokenRouter,
+    check_options,
+    get,
+    is_list,
+    is_number,
+    is_whole,
+    nearest,
+    options_of,
+    router_class,
+    router_names,
+)
 
 OWN = ("lora", "oracle", "ensemble")
 KEYS = (
@@ -50,6 +60,11 @@ KEYS = (
 )
 # of a LoRA on the examples alone: about the processor time of a search of 40 evaluations
 LORA = {"steps": 20, "lr": 1e-3, "warmup": 3}
+# of a router on the pool's own rows, and what of its options is for its training
+FIT_STEPS = 20
+TRAINING = ("steps", "lr")
+# what merge() gives a method that asks for it, or takes itself
+SUPPLIED = ("seeds", "statistics", "survey", "rank")
 # what compose() and the trainings get from the study itself
 RESERVED = (
     "model",
@@ -127,7 +142,7 @@ class Method:
         if self.formula is not None or self.method in ("base", "oracle", "ensemble"):
             return False
         if self.is_merge:
-            return MethodCall(self.method).takes("statistics")
+            return _takes(self.method, "statistics")
         if self.method in router_names():
             return router_class(self.method).learned and self.said.get("fit") != "pool"
         return True
@@ -135,15 +150,11 @@ class Method:
     @property
     def reads_seed(self) -> bool:
         """Whether it draws at random, or has examples that are drawn."""
-        return (
-            self.reads_examples
-            or self.said.get("fit") == "pool"
-            or (self.is_merge and MethodCall(self.method).takes("seeds"))
-        )
+        return self.reads_examples or self.said.get("fit") == "pool" or (self.is_merge and _takes(self.method, "seeds"))
 
     @property
     def is_merge(self) -> bool:
-        return self.formula is None and self.method in registry.names("methods")
+        return self.formula is None and self.method in names("methods")
 
     def applies(self, oracle: str | None) -> bool:
         """Whether a task with this oracle can be asked: the method `oracle` needs the name of an adapter."""
@@ -155,8 +166,8 @@ class Method:
             return {record.name: record.hash for record in hub}
         if self.formula is not None:
             return {"formula": self.formula.identity(hub)}
-        names = [*self.said.get("adapters", ()), *([oracle] if self.method == "oracle" and oracle else [])]
-        found = {name: hub.record(name).hash for name in names}
+        needed = [*self.said.get("adapters", ()), *([oracle] if self.method == "oracle" and oracle else [])]
+        found = {name: hub.record(name).hash for name in needed}
         for member in self.members:
             found |= member.adapters(hub, oracle)
         return found
@@ -177,7 +188,7 @@ class Method:
                     raise
                 raise _unknown(self.method) from error
         elif self.is_composed:
-            check_arguments(_source(self, hub), task, **self.arguments(limits, seed=0))
+            ComposeCall(_source(self, hub), task, self.arguments(limits, seed=0))
         for member in self.members:
             member.check(hub, task, limits)
 
@@ -187,9 +198,9 @@ class Method:
         return self.formula is None and not self.is_merge and self.method not in OWN
 
     def arguments(self, limits: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
-        """Those of compose(). Nothing is held out unless `folds` say so: a row of a table is the method and no stand-in."""
+        """Return those of compose(). Without `folds` nothing is held out: a row of a table is the method and no stand-in."""
         kept = {key: self.said[key] for key in ("k", "budget", "seconds", "weights") if key in self.said}
-        shared = {key: value for key, value in limits.items() if key != "seconds" or not routes(self.method)}
+        shared = {key: value for key, value in limits.items() if key != "seconds" or not _routes(self.method)}
         return {"method": self.method, "folds": 0, **shared, **kept, **self.options, "seed": seed}
 
     def _checked(self) -> Method:
@@ -214,22 +225,35 @@ class Method:
         if self.formula is not None and (left := [*self.options, *({"k", "weights", "adapters"} & set(self.said))]):
             raise InvalidTask(f"{whose} is a formula, which has all options in itself: write {left[0]!r} into it")
         if self.is_merge:
-            MethodCall(self.method, {name: value for name, value in self.options.items() if name != "rank"})
+            options = {name: value for name, value in self.options.items() if name != "rank"}
+            kinds = options_of(get("methods", self.method), after=2, beside=SUPPLIED)
+            check_options(f"method {self.method!r}", options, kinds)
         if self.method == "lora" and self.formula is None:
             check_options(whose, self.options, options_of(train_adapters, after=3))
         if self.method in ("oracle", "ensemble") and self.formula is None:
-            require_known(whose, self.options, (), noun="option")
+            check_options(whose, self.options, {})
         return self
 
 
 def known_methods() -> list[str]:
     """The names that a study's methods may have, beside formulas."""
-    return sorted({*OTHER_WAYS, *OWN, *registry.names("routers"), *registry.names("methods")})
+    return sorted({*ComposeCall.methods(), *OWN, *names("methods")})
+
+
+def _takes(method: str, parameter: str) -> bool:
+    """Return True if a merge method asks for what is no option of the user's."""
+    return parameter in signature(get("methods", method)).parameters
+
+
+def _routes(method: str) -> bool:
+    """Return True if a router weighs, which has no search to bound."""
+    found = get("routers", method) if method in names("routers") else None
+    return isinstance(found, type) and issubclass(found, TokenRouter)
 
 
 def _unknown(text: str) -> UnknownName:
     known = known_methods()
-    hint = registry.nearest(text, known, "routers")
+    hint = nearest(text, known, "routers")
     return UnknownName(f"no method {text!r}{hint}; there are {', '.join(known)}, and formulas, of which {text!r} is none")
 
 
@@ -266,7 +290,7 @@ def made(method: Method, case: Case) -> Composition:
         return _of_adapter(_merged(method, case), case)
     match method.method:
         case "base" | "in_context":
-            return _base(case, method.method)
+            return _of(None, method.method, case)
         case "lora":
             return _of_adapter(_trained(method, case), case)
         case "oracle":
@@ -276,9 +300,8 @@ def made(method: Method, case: Case) -> Composition:
             return _ensemble(method, case)
     if method.said.get("fit") == "pool":
         return _fitted(method, case)
-    given: dict[str, Any] = {"progress": False, "allow_licenses": case.allow_licenses}
-    source = _source(method, case.hub)
-    return compose(case.model, case.tokenizer, source, case.task, **method.arguments(case.limits, seed=case.seed), **given)
+    arguments = {**method.arguments(case.limits, seed=case.seed), "allow_licenses": case.allow_licenses}
+    return _composed(_source(method, case.hub), arguments, case)
 
 
 def _source(method: Method, hub: Hub) -> Hub | ExpertPool:
@@ -287,42 +310,41 @@ def _source(method: Method, hub: Hub) -> Hub | ExpertPool:
 
 def _pool(method: Method, case: Case) -> ExpertPool:
     """The adapters that the method names, or the k that retrieval finds, as experts of the model."""
-    if "adapters" in method.said:
-        found = case.hub.pool(method.said["adapters"])
-    else:
-        found, _ = candidates(Retriever.of(case.hub), case.task, (), method.said.get("k", case.limits["k"]), case.model)
-    return Composer(case.model, Fitting(case.model).accepted(found), tokenizer=case.tokenizer).bound_pool
+    # of the base nothing is checked but the number of adapters
+    call = ComposeCall(_source(method, case.hub), case.task, {"method": "base", "k": method.said.get("k", case.limits["k"])})
+    return call.engine(case.model, case.tokenizer).bound_pool
+
+
+def _composed(source: Hub | ExpertPool, arguments: Mapping[str, Any], case: Case) -> Composition:
+    return ComposeCall(source, case.task, arguments)(case.model, case.tokenizer, progress=False)
+
+
+def _of(what: Any, name: str, case: Case, pool: ExpertPool | None = None) -> Composition:
+    return Composition.of(case.model, case.tokenizer, case.task, what, pool=pool, name=name, seed=case.seed)
 
 
 def _of_adapter(adapter: Adapter, case: Case) -> Composition:
-    return replace(_base(case, adapter.name), stored=adapter)
-
-
-def _base(case: Case, chosen: str) -> Composition:
-    report = Report((), chosen, "as asked", (), 0.0, 0)
-    return Composition(case.model, case.tokenizer, case.task, None, {}, "linear", report, case.seed)
+    return _of(adapter, adapter.name, case)
 
 
 def _of_formula(formula: Formula, case: Case) -> Composition:
     if formula.is_auto:
-        return compose(case.model, case.tokenizer, case.hub, case.task, **case.limits, seed=case.seed, progress=False)
-    base = _base(case, str(formula))
+        return _composed(case.hub, {**case.limits, "seed": case.seed}, case)
+    name = str(formula)
     if formula.expand(case.hub).is_base:
-        return base
+        return _of(None, name, case)
     if (stored := formula.stored(case.hub)) is not None:
         with stored.unpacked() as folder:
             return replace(Composition.from_pretrained(folder, case.model, case.tokenizer), task=case.task)
-    match formula.root:
-        case Routed():
-            weighs: Any = formula.mixture(case.hub)
-            return replace(base, pool=formula.pool(case.hub), router=weighs)
+    if not isinstance(formula.root, Sum):
+        return _of(formula.mixture(case.hub), name, case, formula.pool(case.hub))
     merged = formula.merge(case.hub, heads="error", progress=False, allow_licenses=case.allow_licenses)
-    return replace(base, stored=merged)
+    return _of(merged, name, case)
 
 
 def _merged(method: Method, case: Case) -> Adapter:
     pool, options = _pool(method, case), dict(method.options)
-    if MethodCall(method.method).takes("statistics"):
+    if _takes(method.method, "statistics"):
         rows = [{"prompt": case.task.prompt(text), "completion": target} for text, target in case.task.examples]
         collect = partial(collect_statistics, case.model, case.tokenizer, texts=rows, seed=case.seed, progress=False)
         options["statistics"] = [collect(adapter) for adapter in pool.adapters.values()]
@@ -337,20 +359,21 @@ def _merged(method: Method, case: Case) -> Adapter:
     )
 
 
-def _weights(method: Method, names: Sequence[str]) -> list[float] | None:
+def _weights(method: Method, experts: Sequence[str]) -> list[float] | None:
     """One for each adapter: one number for all, a list in their order, or a mapping; None for equal shares."""
     match given := method.said.get("weights"):
         case None:
             return None
         case Mapping():
-            require_known(f"weights of method {method.name!r}: they", given, names, noun="adapter")
-            return [float(given.get(name, 0.0)) for name in names]
+            kinds = dict.fromkeys(experts, Any)
+            check_options(f"weights of method {method.name!r}: they", given, kinds, noun="adapter")
+            return [float(given.get(name, 0.0)) for name in experts]
         case _ if is_number(given):
-            return [float(given)] * len(names)
-        case _ if is_list(given) and len(given) == len(names):
+            return [float(given)] * len(experts)
+        case _ if is_list(given) and len(given) == len(experts):
             return list(given)
     raise WeightingError(
-        f"weights of method {method.name!r} are {given!r:.60}, for {len(names)} adapters: {', '.join(names)}"
+        f"weights of method {method.name!r} are {given!r:.60}, for {len(experts)} adapters: {', '.join(experts)}"
     )
 
 
@@ -365,12 +388,7 @@ def _ensemble(method: Method, case: Case) -> Composition:
         members = {member.name: made(member, case) for member in method.members}
     else:
         members = {name: _of_adapter(adapter, case) for name, adapter in _pool(method, case).adapters.items()}
-    for name, member in members.items():
-        if member.router is not None or member.members:
-            raise WeightingError(
-                f"member {name!r} of an ensemble is no one adapter: a router or an average answers by itself"
-            )
-    return replace(_base(case, " and ".join(members)), members=members)
+    return _of(members, " and ".join(members), case)
 
 
 def _fitted(method: Method, case: Case) -> Composition:
@@ -382,7 +400,7 @@ def _fitted(method: Method, case: Case) -> Composition:
         new: Any = router(method.method, pool, **options)
         training: dict[str, Any] = {name: method.options[name] for name in TRAINING if name in method.options}
         if isinstance(new, LearnedRouter):
-            training = {"steps": STEPS, **training, "seed": case.seed, "progress": False}
+            training = {"steps": FIT_STEPS, **training, "seed": case.seed, "progress": False}
         rows = {name: case.rows_of(name) for name in pool.names}
         case.fitted[key] = new.fit(Composer(case.model, pool, tokenizer=case.tokenizer), rows, **training)
-    return replace(_base(case, method.method), pool=pool, router=case.fitted[key])
+    return _of(case.fitted[key], method.method, case, pool)

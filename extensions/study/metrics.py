@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from loraweave.errors import InvalidTask, PackageMissing
-from loraweave.registry import nearest
+from loraweave import InvalidTask, PackageMissing
+from loraweave.extend import nearest
 
 # (answer, accepted targets) -> value, the higher the better
 Function = Callable[..., float]
