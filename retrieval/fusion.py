@@ -1,4 +1,4 @@
-"""How the scores of several keys become one score, and when the best one is too low to be of use.
+"""Fusion of several keys' scores into one score, and the threshold below which the best one is too low to be of use.
 
 One score is their mean, their ranks, or weights that were learned. `Abstention` says "use the base model": its threshold on
 the best score lets through few inputs that no adapter is for.
@@ -28,7 +28,7 @@ _MEAN_WEIGHTS = {"relation": 0.3}
 
 @dataclass(frozen=True)
 class Fusion:
-    """`weights` are by key; one that is not named weighs 1 (`relation` 0.3 in a mean, and 0 for "logistic").
+    """A way to fuse keys' scores; a key that `weights` lacks weighs 1 (`relation` 0.3 in a mean, all 0 in "logistic").
 
     "mean": the weighted mean of the scores, -1 to 1. "reciprocal_rank": the weighted mean of 61 / (60 + rank), 0 to 1, which
     needs no common scale. "logistic": the probability that an adapter is the right one, from scores that are standardised
@@ -44,7 +44,7 @@ class Fusion:
             raise RetrievalError(f"fusion {self.kind!r} is unknown; there are {', '.join(KINDS)}")
 
     def fuse(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:
-        """scores_N from each key's scores_N; NaN where no key has an opinion."""
+        """Return the fused scores_N, NaN where no key has an opinion. RetrievalError if the weights sum to 0 or less."""
         useful = {name: scores_N for name, scores_N in parts.items() if not np.isnan(scores_N).all()}
         if not useful:
             return np.full(len(next(iter(parts.values()))), np.nan)
@@ -63,7 +63,7 @@ class Fusion:
 
     @classmethod
     def fit(cls, searches: Iterable[tuple[Mapping[str, np.ndarray], int]]) -> Fusion:
-        """Logistic weights from searches whose right adapter is known: (each key's scores_N, its position)."""
+        """Return a logistic fusion learned from searches: (each key's scores_N, the position of the right adapter)."""
         from sklearn.linear_model import LogisticRegression
 
         rows: list[np.ndarray] = []
@@ -82,12 +82,12 @@ class Fusion:
         return cls("logistic", weights, round(float(model.intercept_[0]), 6))
 
     def save(self, path: str | Path) -> None:
-        """Writes the fusion as JSON."""
+        """Write the fusion as JSON."""
         Path(path).write_text(json.dumps({**asdict(self), "weights": dict(self.weights)}, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Fusion:
-        """Reads what `save` wrote. RetrievalError for anything else."""
+        """Read what `save` wrote. Raises RetrievalError for anything else."""
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             weights = {str(name): float(weight) for name, weight in found["weights"].items()}
@@ -102,14 +102,14 @@ class Fusion:
 
 
 def _mask_unknown(parts: Mapping[str, np.ndarray], fused_N: np.ndarray) -> np.ndarray:
-    """The scores, NaN where no key has an opinion."""
+    """Return the fused scores with NaN where no key has an opinion."""
     silent_N = np.all([np.isnan(scores_N) for scores_N in parts.values()], axis=0)
     known_N: np.ndarray = np.where(silent_N, np.nan, fused_N)
     return known_N
 
 
 def standardise(parts: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Each key's scores at mean 0 and deviation 1 over the adapters (N, K); 0 where it has no opinion or all are equal."""
+    """Scale each key's scores to mean 0, deviation 1 over adapters (N, K); 0 if they are equal, or for no opinion."""
     columns = []
     for scores_N in parts.values():
         filled_N = _fill(scores_N)
@@ -119,13 +119,13 @@ def standardise(parts: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _fill(scores_N: np.ndarray) -> np.ndarray:
-    """NaN replaced by the mean of the rest."""
+    """Replace NaN by the mean of the other scores, or by 0 if all are NaN."""
     known_N = ~np.isnan(scores_N)
     return np.where(known_N, scores_N, scores_N[known_N].mean() if known_N.any() else 0.0)
 
 
 def _ranks(scores_N: np.ndarray) -> np.ndarray:
-    """(RANK_CONSTANT + 1) / (RANK_CONSTANT + rank), the best at rank 1; equal scores share the best of their ranks."""
+    """Return (RANK_CONSTANT + 1) / (RANK_CONSTANT + rank), the best at rank 1; equal scores share their best rank."""
     filled_N = _fill(scores_N)
     better_N = len(filled_N) - np.searchsorted(np.sort(filled_N), filled_N, side="right")
     shares_N: np.ndarray = (RANK_CONSTANT + 1) / (RANK_CONSTANT + 1 + better_N)
@@ -134,7 +134,7 @@ def _ranks(scores_N: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Abstention:
-    """A search whose best score is below `threshold` finds nothing. `search` names the embedder, keys and fusion it is for.
+    """A threshold below which a search's best score counts as nothing, for the embedder, keys and fusion in `search`.
 
     `false_accept` is the share of the foreign inputs that got through when it was calibrated, `false_accept_high` the upper
     end of its 95 % interval (Wilson), `accept` the share of the own inputs.
@@ -160,7 +160,7 @@ class Abstention:
         search: str = "",
         inputs_per_query: int = 1,
     ) -> Abstention:
-        """The lowest threshold at which at most the share `false_accept` of the foreign scores passes."""
+        """Choose the lowest threshold at which at most the share `false_accept` of the foreign scores passes."""
         if not 0.0 <= false_accept < 1.0:
             raise RetrievalError(f"false_accept is {false_accept!r}; it is a share and must be at least 0 and below 1")
         if not own_scores or not foreign_scores:
@@ -186,12 +186,12 @@ class Abstention:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes the threshold and how it came about as JSON."""
+        """Write the threshold, and what it was calibrated with, as JSON."""
         Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Abstention:
-        """Reads what `save` wrote. RetrievalError for anything else."""
+        """Read what `save` wrote. Raises RetrievalError for anything else."""
         try:
             found = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
             if not math.isfinite(found.threshold):

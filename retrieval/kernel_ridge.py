@@ -1,4 +1,4 @@
-"""Kernel ridge classification in closed form, and what it says of samples and of classes that it has not seen.
+"""Kernel ridge classification in closed form, with its predictions for samples and classes that it has not seen.
 
 The dual weights of n samples in C classes are alpha = (K + ridge I)^-1 Y, where Y_NC is 1 in the column of a sample's class
 and else 0. Class c is then a direction in the kernel's space, w_c = sum over n of alpha_nc phi(x_n), and the score of x is
@@ -32,9 +32,7 @@ _NOTHING = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """`shares_P` of the kernels sum to 1. Probabilities: softmax(cosines / temperature); `loss` is their mean -log for
-    the right class of held-out samples, in nats.
-    """
+    """The kernels' shares (sum 1), ridge and temperature; `loss` is the mean held-out -log of the right class, in nats."""
 
     shares_P: np.ndarray
     ridge: float
@@ -50,13 +48,13 @@ class Fit:
     norms_C: np.ndarray
 
     def cosines(self, kernel_QN: np.ndarray) -> np.ndarray:
-        """The score of every query in every class (Q, C), -1 to 1; 0 for a class without a direction."""
+        """Return the score of every query in every class (Q, C), -1 to 1; 0 for a class without a direction."""
         found_QC: np.ndarray = kernel_QN @ self.dual_NC / self.norms_C
         return found_QC
 
 
 def fit(kernel_NN: np.ndarray, labels_N: np.ndarray, ridge: float) -> Fit:
-    """The classes' directions; O(N^3 / 3)."""
+    """Solve for the classes' directions; O(N^3 / 3)."""
     factor = cho_factor(kernel_NN + ridge * np.eye(len(kernel_NN)), lower=True, check_finite=False)
     targets_NC = _targets(labels_N)
     dual_NC = cho_solve(factor, targets_NC, check_finite=False)
@@ -66,7 +64,7 @@ def fit(kernel_NN: np.ndarray, labels_N: np.ndarray, ridge: float) -> Fit:
 
 
 def held_out(kernel_NN: np.ndarray, labels_N: np.ndarray, folds_N: np.ndarray, ridge: float) -> np.ndarray:
-    """Each sample's cosines (N, C) by the fit to the samples of all other folds; O(N^3). 0 with a class of none."""
+    """Return each sample's cosines (N, C) by the fit to all other folds; 0 for a class with no sample there. O(N^3)."""
     inverse_NN = _inverse(kernel_NN + ridge * np.eye(len(kernel_NN)))
     targets_NC = _targets(labels_N)
     dual_NC = inverse_NN @ targets_NC
@@ -86,7 +84,7 @@ def held_out(kernel_NN: np.ndarray, labels_N: np.ndarray, folds_N: np.ndarray, r
 
 
 def choose(kernels_PNN: np.ndarray, labels_N: np.ndarray, folds_N: np.ndarray, start: Choice) -> Choice:
-    """The shares, ridge and temperature that predict held-out samples best, by coordinate descent from `start`.
+    """Choose the shares, ridge and temperature that predict held-out samples best, by coordinate descent from `start`.
 
     Its loss is never above that of `start`. Samples that are alone in their class do not count; if all are, the start stays.
     """
@@ -118,18 +116,18 @@ def choose(kernels_PNN: np.ndarray, labels_N: np.ndarray, folds_N: np.ndarray, s
 
 
 def loss_at(cosines_NC: np.ndarray, labels_N: np.ndarray, temperature: float) -> float:
-    """The mean -log softmax(cosines / temperature) of the right class, in nats."""
+    """Return the mean of -log softmax(cosines / temperature) of the right class, in nats."""
     return float(-log_softmax(cosines_NC / temperature)[np.arange(len(labels_N)), labels_N].mean())
 
 
 def log_softmax(logits_NC: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
+    """Return the logarithm of the softmax over the last axis."""
     found_NC: np.ndarray = _log_softmax(logits_NC, axis=-1)
     return found_NC
 
 
 def _inverse(matrix_NN: np.ndarray) -> np.ndarray:
-    """Of a positive definite matrix, in half the time that np.linalg.inv takes."""
+    """Invert a positive definite matrix, in half the time that np.linalg.inv takes."""
     lower_NN, _ = lapack.dpotrf(matrix_NN, lower=True)
     half_NN = np.tril(lapack.dpotri(lower_NN, lower=True)[0])
     inverse_NN: np.ndarray = half_NN + np.tril(half_NN, -1).T
@@ -142,6 +140,6 @@ def _targets(labels_N: np.ndarray) -> np.ndarray:
 
 
 def _norms(squares_C: np.ndarray, whole_C: np.ndarray) -> np.ndarray:
-    """Their roots; infinite where nothing is left of the whole, so that every cosine with it is 0."""
+    """Return the square roots; infinite where nothing is left of `whole_C`, so that every cosine with the class is 0."""
     norms_C: np.ndarray = np.where(squares_C > _NOTHING * whole_C, np.sqrt(np.maximum(squares_C, 0.0)), np.inf)
     return norms_C

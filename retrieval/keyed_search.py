@@ -1,4 +1,4 @@
-"""What a key is, and the texts and adapters of a hub that keys look at."""
+"""The protocol of keys, and the texts and adapters of a hub that keys look at."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def key_name(key: Key) -> str:
-    """A key object under the name of its class, as files of the registry are named."""
+    """Name a key object by its class, as the registry's files are named: `MyKey` is "my_key"."""
     return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in type(key).__name__).lstrip("_")
 
 
@@ -66,21 +66,21 @@ class KeySpace:
 
     @property
     def dim(self) -> int:
-        """Numbers of a text's vector."""
+        """The length of a text's vector."""
         return self._index.embedder.dim
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors (N, dim), float64; (0, dim) without texts."""
+        """Embed texts as unit vectors (N, dim), float64; (0, dim) without texts."""
         if not texts:
             return np.empty((0, self.dim))
         return self._embed(tuple(texts)).astype(np.float64)
 
     def samples(self, record: Record) -> np.ndarray:
-        """The record's sample inputs (M, dim)."""
+        """Return the vectors of the record's sample inputs (M, dim)."""
         return self._index.samples(record).astype(np.float64)
 
     def pairs(self, record: Record) -> list[tuple[str, str]]:
-        """The record's sample inputs with their outputs, which its card may hold as `outputs` in the same order."""
+        """Pair the sample inputs with the card's `outputs`, without empty ones; [] unless there is one for each."""
         outputs = record.card.get("outputs")
         if not is_list(outputs) or len(outputs) != len(record.examples):
             return []
@@ -88,7 +88,7 @@ class KeySpace:
         return [(i, o) for i, o in pairs if i.strip() and says_something(o)][:MAX_SAMPLE_INPUTS]
 
     def once(self, what: str, record: Record, make: Callable[[Record], np.ndarray]) -> np.ndarray:
-        """What `make` gives for a record, made again only when the record has changed. `what` tells makers apart."""
+        """Return `make(record)`, called again only if the record has changed. `what` tells makers apart."""
         known = self._made_once.get((what, record.name))
         if known is not None and (known[0] is record or known[0] == record):
             return known[1]
@@ -99,19 +99,19 @@ class KeySpace:
         return made
 
     def sample_mean(self, record: Record) -> np.ndarray:
-        """The direction of the mean of the sample inputs (dim,); zeros without any."""
+        """Return the direction of the mean of the record's sample inputs (dim,); zeros if it has none."""
         return self.once("sample mean", record, lambda record: self.mean(self.samples(record)))
 
     def mean(self, rows_ND: np.ndarray) -> np.ndarray:
-        """The direction of the mean (dim,); zeros without rows."""
+        """Return the direction of the rows' mean (dim,); zeros without rows."""
         return unit(rows_ND.mean(axis=0)).astype(np.float64) if len(rows_ND) else np.zeros(self.dim)
 
     def adapter(self, record: Record) -> Adapter:
-        """The record's adapter; what Hub raises for a damaged one."""
+        """Load the record's adapter. Raises what Hub raises for a damaged one."""
         return self._adapter(record.name, record.hash)
 
     def stored(self, key_id: str, records: Sequence[Record], make: Callable[[Adapter], np.ndarray]) -> np.ndarray:
-        """A vector of each adapter's content (N, D), kept in the catalogue once made; NaN for an adapter that is damaged."""
+        """Return one vector for each adapter (N, D), made once and kept in the catalogue; NaN for a damaged adapter."""
         known = self.hub.vectors(key_id)
         rows: list[np.ndarray | None] = []
         made = []

@@ -1,4 +1,4 @@
-"""How much of a search is wanted, and of which adapters."""
+"""The keywords of a search: how much of it is wanted, and of which adapters."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SearchOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Request:
-    """The keywords of one search; RetrievalError for one that makes no sense."""
+    """The keywords of one search. Raises RetrievalError for a value that makes no sense."""
 
     k: int = 20
     base_model: str | BaseKey | None = None
@@ -73,11 +73,11 @@ class Request:
 
     @property
     def num_choice(self) -> int:
-        """How many hits diversity chooses from; without it, how many are answered."""
+        """The number of hits that diversity chooses from, or of hits returned without diversity."""
         return max(_MIN_CHOICE, _CHOICE_PER_CANDIDATE * self.k) if self.diversity and self.k else self.k
 
     def choose(self, hits: list[Hit]) -> list[Hit]:
-        """What is answered, of the page or of what diversity chooses from."""
+        """Choose the answer from `hits`: the diverse ones, or all of them without diversity."""
         return diverse(hits, self.k, self.diversity) if self.diversity else hits
 
     @property
@@ -85,7 +85,7 @@ class Request:
         return Filters(self.base_model, self.license, self.tags, self.language, self.max_rank, self.max_size_bytes)
 
     def is_settled_by(self, hits: Sequence[Hit], count: int) -> bool:
-        """Whether the page of `count` stays what it is when more hits follow these, which are in descending order."""
+        """Return whether the page of `count` stays as it is when more hits follow these, which are in descending order."""
         if not hits or not count:
             return not count
         if self.min_score is not None and hits[-1].score < self.min_score:
@@ -96,7 +96,7 @@ class Request:
         return seen and len(self.page(hits, count)) == count
 
     def page(self, hits: Sequence[Hit], count: int) -> list[Hit]:
-        """The first `count` of the hits after the one of `after`, and at least at `min_score`.
+        """Return the first `count` of the hits after the candidate `after`, without those below `min_score`.
 
         Where that candidate's score has changed since, or it is gone, its old score marks the place. What is added or
         removed between pages then repeats and hides nothing, but candidates that tied with one that is gone come again.
@@ -113,10 +113,10 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """Inputs of one task, their outputs where known (one for each input, empty where it has none; or none at all), its
-    description, an adapter.
+    """What is known of one task: inputs, outputs, a description, an adapter.
 
-    A key compares what it knows; a query that lacks that part gets no opinion from it.
+    `outputs` has one for each input, empty where it has none, or is empty as a whole. A key compares the part that it
+    knows; a query that lacks this part gets no opinion from it.
     """
 
     inputs: tuple[str, ...] = ()
@@ -126,7 +126,7 @@ class Query:
 
 
 def diverse(hits: Sequence[Hit], num_wanted: int, diversity: float) -> list[Hit]:
-    """The hits that are chosen, in their original order (by score)."""
+    """Choose hits by maximal marginal relevance, in their original order (by score)."""
     if not hits or not num_wanted:
         return []
     keys_ND = np.stack([hit.key_D for hit in hits]).astype(np.float64)
@@ -144,7 +144,7 @@ def diverse(hits: Sequence[Hit], num_wanted: int, diversity: float) -> list[Hit]
 
 
 def shows_options(search: Search) -> Search:
-    """Puts the keywords of `SearchOptions`, with their defaults, in the signature that help() and editors show."""
+    """Put the keywords of `SearchOptions`, with their defaults, in the signature that help() and editors show."""
     own, shared = inspect.signature(search), inspect.signature(Request).parameters
     given = [each for each in own.parameters.values() if each.kind is not each.VAR_KEYWORD]
     shown = [shared[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in SearchOptions.__annotations__]

@@ -1,4 +1,4 @@
-"""Which adapters fit an input, several inputs, or a task given by a few of them."""
+"""The search for adapters that fit an input, several inputs, or a task shown by a few of them."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ _LEAST_ASKED = 50
 
 
 class Retriever:
-    """Searches a hub. `embedder` and `index` are names of the registry (`loraweave.names`) or, for the first, an object or
-    the folder of an encoder that `train_encoder` wrote.
+    """A search for adapters of a hub by texts, examples or weights.
 
-    Scores are cosines, -1 to 1. Results are sorted by score, ties by order of addition. A result is [] when the hub is
-    empty, nothing passes the filters, or nothing reaches `min_score`: then the base model is the answer. Texts are cut at
-    what the embedder reads. RetrievalError for a text without a visible character, a k that is not an int of 0 or more, a
-    diversity outside 0 to 1.
+    `embedder` and `index` are names of the registry (`loraweave.names`); `embedder` may be an object, or the folder of an
+    encoder that `train_encoder` wrote. Scores are cosines, -1 to 1. Results are sorted by score, ties by order of addition.
+    A result is [] when the hub is empty, nothing passes the filters, or nothing reaches `min_score`: then the base model is
+    the answer. Texts are cut at what the embedder reads. RetrievalError for a text without a visible character, a k that is
+    no int of 0 or more, a diversity outside 0 to 1.
 
     `keys` are names of the registry or objects: the `shortlist` (200) best adapters of the index are scored by each of them,
-    and scores are what `fusion` makes of these. By default the key `classifier` scores the 50 best, beside `description`
-    where the query has one; a search by a description alone, or for more than 50, is the index's. With keys=() every search
-    by texts is, through the whole hub. With `abstention` (see `calibrate`) a search by texts whose best score is below its
-    threshold finds nothing; a threshold of a plain search keeps the searches plain.
+    and `fusion` makes one score of these. By default the key `classifier` scores the 50 best, beside `description` where the
+    query has one; a search by a description alone, or for more than 50, is left to the index. With keys=() the index alone
+    scores every search by texts, through the whole hub. With `abstention` (see `calibrate`) a search by texts whose best
+    score is below its threshold finds nothing; a threshold of a plain search keeps the searches plain.
 
     All searches give `k` adapters (20), take a `min_score` and a `diversity`, share the filters `base_model`, `license`,
     `tags`, `language` (one, or any of several), `max_rank` and `max_size_bytes`, and page by `after`: the last candidate of
@@ -91,7 +91,7 @@ class Retriever:
 
     @classmethod
     def of(cls, hub: Hub) -> Self:
-        """The hub's retriever with all settings as they are by default; one, so that cards are fitted once."""
+        """Return the hub's retriever with default settings, the same one each time, so that cards are fitted once."""
         return hub.kept("retriever", partial(cls, hub))
 
     # mypy cannot know that the first case wins for a str, which is an Iterable[str] too
@@ -115,7 +115,7 @@ class Retriever:
         text_or_texts: str | Iterable[str],
         **options: Unpack[SearchOptions],
     ) -> list[Candidate] | list[list[Candidate]]:
-        """The k adapters that fit a text best, or for several texts a list for each.
+        """Return the k adapters that fit a text best, or one such list for each of several texts.
 
         By default the text is taken for an input of a task. A description goes to `for_task`, or to any search with keys=().
 
@@ -140,7 +140,7 @@ class Retriever:
         evidence: bool = True,
         **options: Unpack[SearchOptions],
     ) -> list[Candidate]:
-        """The k adapters that fit one task best, by several of its inputs.
+        """Return the k adapters that fit one task best, by several of its inputs.
 
         Five inputs find the right adapter much more often than one of them; a description of the task does more still.
         Without `evidence`, what matched is left empty, which saves embedding the found adapters' own texts. RetrievalError
@@ -158,7 +158,7 @@ class Retriever:
         description: str = "",
         **options: Unpack[SearchOptions],
     ) -> list[Candidate]:
-        """The k adapters that fit a task best, by examples of it: rows in any form of `loraweave.common.rows`.
+        """Return the k adapters that fit a task best, by examples of it: rows in any form of `loraweave.common.rows`.
 
         Outputs tell apart the tasks whose inputs are alike, for adapters whose cards hold `outputs` beside their examples.
         Scored by the retriever's `keys`, by default by the `classifier`, which weighs outputs by what they do for the hub's
@@ -186,7 +186,7 @@ class Retriever:
         keys: Sequence[str | Key] = ("spectral",),
         **options: Unpack[SearchOptions],
     ) -> list[Candidate]:
-        """The k adapters whose weights are most like those of an adapter, which is named or given, best first.
+        """Return the k adapters whose weights are most like those of an adapter, which is named or given, best first.
 
         A named adapter is not among them. Only the keys `spectral` and `subspace` read weights. The first search reads every
         adapter once; the sketches are kept in the catalogue. AdapterNotFound for a name that the hub does not have.
@@ -207,7 +207,7 @@ class Retriever:
 
     @shows_options
     def probabilities(self, rows: GivenRows, **options: Unpack[SearchOptions]) -> dict[str, float]:
-        """How probable each adapter is for a task, by its inputs or examples of it: the k most probable, best first.
+        """Return how probable the k likeliest adapters are for a task, by its inputs or examples, best first.
 
         By the key `classifier` among the shortlist, given that one of these is right and that the rows are independent;
         calibrated on held-out samples of the adapters. {} for an empty hub. RetrievalError without rows.
@@ -226,7 +226,7 @@ class Retriever:
         false_accept: float = 0.05,
         inputs_per_query: int = 1,
     ) -> Abstention:
-        """Sets and returns the threshold below which a search finds nothing ("use the base model").
+        """Set and return the threshold below which a search finds nothing ("use the base model").
 
         `own`: inputs of tasks that adapters are for, none of them a sample input; `foreign`: inputs of tasks that no adapter
         is for. At most the share `false_accept` of the foreign ones passes. Scores grow with the number of inputs, so a
@@ -256,7 +256,7 @@ class Retriever:
         return self.abstention
 
     def _held_out_scores(self, classifier: Classifier, inputs_per_query: int) -> tuple[list[float], list[float]]:
-        """The best scores of the hub's own samples in groups, where each was held out, and where its adapter was."""
+        """Return the best scores of groups of the hub's samples: with the samples held out, then with their adapter."""
         seqs = self.hub.seqs(NO_FILTERS)
         spaced = seqs[:: max(1, -(-len(seqs) // self._shortlist))]
         records = list(self.hub.records_at(spaced).values())
@@ -271,7 +271,7 @@ class Retriever:
         return own, foreign
 
     def fit_fusion(self, held_out: Mapping[str, GivenRows], *, inputs_per_query: int = 1) -> Fusion:
-        """Sets and returns logistic weights of the retriever's keys, learned from inputs whose adapter is known.
+        """Set and return logistic weights of the retriever's keys, learned from inputs whose adapter is known.
 
         `held_out`: adapter name -> inputs, or examples with input and output, that are none of its samples. RetrievalError
         for a retriever without keys, AdapterNotFound for a name that the hub does not have, InvalidTask for anything but
@@ -297,17 +297,17 @@ class Retriever:
         return found[0].score if found else -1.0
 
     def _near(self, query_D: np.ndarray, request: Request) -> list[Hit]:
-        """The shortlist of the index that passes the filters."""
+        """Return the index's shortlist of adapters that pass the filters."""
         return self._index.hits(query_D[None], self._shortlist, request.filters)[0]
 
     def _parts(self, query: Query, records: Sequence[Record], keys: Mapping[str, Key]) -> dict[str, np.ndarray]:
-        """Each key's scores_N of the records."""
+        """Return each key's scores_N of the records."""
         return {name: key.scores(query, records, self._space) for name, key in keys.items()}
 
     def _ranked(
         self, query: Query, hits: Sequence[Hit], keys: Mapping[str, Key], fusion: Fusion
     ) -> tuple[list[Hit], dict[str, str]]:
-        """The hits by descending fused score, ties in their order, and by name what the keys said of each.
+        """Return the hits by descending fused score, ties in their order, and each key's score of them as text by name.
 
         Adapters that no key has an opinion on are left out.
         """
@@ -324,7 +324,7 @@ class Retriever:
         return [Hit(hits[n].record, float(fused_N[n]), hits[n].key_D) for n in order], opinions
 
     def _vector(self, query: Query) -> np.ndarray:
-        """What the index is searched by: the direction of the inputs' mean plus that of the description."""
+        """Return the index's search vector: the direction of the inputs' mean plus that of the description."""
         # the keys' space keeps the vectors for the keys
         embed = self._space.embed
         query_D = np.zeros(self._index.embedder.dim)
@@ -338,7 +338,7 @@ class Retriever:
         return unit(query_D)
 
     def _keys_of(self, query: Query, request: Request) -> Mapping[str, Key]:
-        """What scores the shortlist for a query; none where the index's own scores stand."""
+        """Return the keys that score the shortlist for a query; {} where the index's own scores stand."""
         if self._classifier is None or not query.inputs or request.num_choice > self._shortlist:
             return self.keys
         return {"classifier": self._classifier, **_resolve(_description_key(query))}
@@ -358,7 +358,7 @@ class Retriever:
         return found
 
     def _hits(self, query_QD: np.ndarray, request: Request) -> list[list[Hit]]:
-        """The page of each query from the index, or what diversity chooses from."""
+        """Return each query's page from the index, or the hits that diversity chooses from."""
         num_choice = request.num_choice
         num_asked = num_choice
         while True:
@@ -380,7 +380,7 @@ class Retriever:
         ]
 
     def _abstain(self, query: Query, found: list[Candidate], request: Request) -> list[Candidate]:
-        """What was found, or nothing where the best is not good enough; later pages follow the first."""
+        """Return the candidates, or [] if the best is below the threshold; later pages follow the first."""
         if self.abstention is None or not found or request.after is not None:
             return found
         # a description beside the inputs moves the scores of every search a little, by whatever keys
@@ -393,7 +393,7 @@ class Retriever:
         return found if found[0].score >= self.abstention.threshold else []
 
     def _search_id(self, keys: Mapping[str, Key]) -> str:
-        """What scores depend on, besides the hub."""
+        """Return the text that identifies what scores depend on, besides the hub."""
         if not keys:
             return self._index.embedder.id
         return f"{self._index.embedder.id} keys {', '.join(keys)} fusion {self.fusion.kind}"
@@ -404,19 +404,19 @@ def _description_key(query: Query) -> tuple[str, ...]:
 
 
 def _query(rows: Sequence[Row]) -> Query:
-    """The inputs of the rows, and their outputs if all have one."""
+    """Return a query by the rows' inputs, and their outputs if all have one."""
     outputs = tuple(row.targets[0] for row in rows if row.targets and row.targets[0].strip())
     return Query(tuple(row.input for row in rows), outputs if len(outputs) == len(rows) else ())
 
 
 def _resolve(keys: str | Sequence[str | Key]) -> dict[str, Key]:
-    """Key objects by name; a single name counts as one. UnknownName for a name that no file of retrieval/keys has."""
+    """Map names to key objects; a single name counts as one. UnknownName for a name that no file of retrieval/keys has."""
     keys = [keys] if isinstance(keys, str) else keys
     return dict((key, registry.get("keys", key)()) if isinstance(key, str) else (key_name(key), key) for key in keys)
 
 
 def _groups_of(items: Sequence[Item], size: int) -> list[tuple[Item, ...]]:
-    """The items in groups of `size`, in their order; what is left over is dropped. RetrievalError for a size below 1."""
+    """Split the items into groups of `size`, in their order, dropping the rest. RetrievalError for a size below 1."""
     if not is_whole(size, 1):
         raise RetrievalError(f"inputs_per_query is {size!r}; it must be an int of 1 or more")
     return [tuple(items[start : start + size]) for start in range(0, len(items) - size + 1, size)]

@@ -1,4 +1,4 @@
-"""Fine-tunes the sentence encoder on the sample inputs of adapters, so that inputs of one task lie close together.
+"""Fine-tuning of the sentence encoder on adapters' sample inputs, so that inputs of one task lie close together.
 
 LoraRetriever's loss (Zhao et al. 2024, arXiv 2402.09997): for an input x and another input x+ of the same task,
 -log exp(cos(x, x+) / t) / (exp(cos(x, x+) / t) + sum over inputs x- of the batch's other tasks of exp(cos(x, x-) / t)).
@@ -38,7 +38,7 @@ RECIPE_FILE = "recipe.json"
 
 @dataclass(frozen=True)
 class EncoderRecipe:
-    """What determines a fine-tuned encoder, besides the texts and the encoder that it began as."""
+    """The settings that determine a fine-tuned encoder, besides the texts and the encoder that it began as."""
 
     steps: Count
     tasks_per_step: Annotated[int, Range(least=2)]
@@ -62,7 +62,7 @@ def train_encoder(
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> Sentence:
-    """The encoder, fine-tuned and saved in the folder `out`: `Retriever(hub, embedder=...)` takes it, or the folder.
+    """Fine-tune the encoder and save it in the folder `out`: `Retriever(hub, embedder=...)` takes it, or the folder.
 
     Trains on a mapping of task names to inputs, or on the sample inputs in a hub's cards; tasks with fewer than two
     different inputs are left out. Each step has `inputs_per_task` inputs of `tasks_per_step` tasks. `start` is the encoder
@@ -92,7 +92,7 @@ def train_encoder(
 
 
 def contrastive_loss(unit_ND: Tensor, task_N: Tensor, temperature: float) -> Tensor:
-    """The mean of LoraRetriever's loss over rows; a row's positive is the next row of its task, the last one's the first.
+    """Return the mean of LoraRetriever's loss over rows; a row's positive is the next of its task, the last one's the first.
 
     Rows of one task lie side by side, and each task has at least two.
     """
@@ -139,7 +139,7 @@ def _train(
 
 
 def _learning(model: Any) -> list[Tensor]:
-    """The parameters that learn: all but the word embeddings, and the pooler, which a mean of hidden states leaves out."""
+    """Return the parameters that learn: all but the word embeddings and the pooler, which the mean leaves out."""
     words = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
     model.requires_grad_(False)
     learning = [p for name, p in model.named_parameters() if id(p) not in words and not name.startswith("pooler.")]
@@ -149,7 +149,7 @@ def _learning(model: Any) -> list[Tensor]:
 
 
 def _embed(tokenizer: Any, model: Any, texts: Sequence[str]) -> Tensor:
-    """unit_ND as the embedder `sentence` computes it, with a gradient."""
+    """Embed texts as unit_ND, as the embedder `sentence` does, with a gradient."""
     tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     hidden_NTD = model(**tokens).last_hidden_state
     mask_NT1 = tokens["attention_mask"][..., None].to(hidden_NTD.dtype)
@@ -157,7 +157,7 @@ def _embed(tokenizer: Any, model: Any, texts: Sequence[str]) -> Tensor:
 
 
 def _batch(inputs: Mapping[str, Sequence[str]], recipe: EncoderRecipe, step: int) -> tuple[list[str], Tensor]:
-    """Texts of one step and the task of each, a function of the seed and the step alone."""
+    """Draw the texts of one step and the task of each, from the seed and the step alone."""
     generator = generator_of(f"{recipe.seed}/{step}")
     names = sorted(inputs)
     chosen = torch.randperm(len(names), generator=generator)[: recipe.tasks_per_step].tolist()
@@ -171,7 +171,7 @@ def _batch(inputs: Mapping[str, Sequence[str]], recipe: EncoderRecipe, step: int
 
 
 def _inputs(hub_or_inputs: Hub | Mapping[str, GivenRows]) -> dict[str, list[str]]:
-    """The different inputs of every task that has two or more of them."""
+    """Map each task to its different inputs, leaving out tasks with fewer than two."""
     if isinstance(hub_or_inputs, Hub):
         given: dict[str, Sequence[str]] = {record.name: record.examples for record in hub_or_inputs.records()}
     else:
@@ -181,7 +181,7 @@ def _inputs(hub_or_inputs: Hub | Mapping[str, GivenRows]) -> dict[str, list[str]
 
 
 def _save(target: Path, begin: Sentence, model: Any, recipe: EncoderRecipe, tasks: Sequence[str]) -> None:
-    """The folder, which is whole or not there. TrainingError where it cannot be written."""
+    """Write the encoder's folder, whole or not at all. Raises TrainingError where it cannot be written."""
     try:
         with replacing(target) as temporary:
             for name in MODEL_FILES:
@@ -212,7 +212,7 @@ def _key(recipe: EncoderRecipe, inputs: Mapping[str, Sequence[str]], begin: Sent
 
 
 def _claim(folder: Path, recipe: EncoderRecipe, key: str) -> None:
-    """Notes in the checkpoint folder what it is for; TrainingError when it is for something else."""
+    """Note in the checkpoint folder which training it is for. Raises TrainingError if it is for another."""
     path = folder / RECIPE_FILE
     own = {**asdict(recipe), "key": key}
     if path.is_file():

@@ -1,1 +1,1 @@
-"""One file per way to tell from an adapter how well it fits a query."""
+"""Ways to tell from an adapter how well it fits a query, one a file."""

@@ -1,4 +1,4 @@
-"""A classifier over the sample inputs of all adapters at hand, in closed form: whose inputs does this one belong to?
+"""A classifier over the sample inputs of all adapters at hand, in closed form: it tells whose inputs a text belongs to.
 
 Its kernel is a mixture: the embedder's cosine, a Gaussian of the look (`form`), and the cosine of TF-IDF vectors of words
 and marks. A query with outputs adds the same of the outputs, and how they stand to the inputs (`relation_of`). The mixture
@@ -47,7 +47,7 @@ _Pair = tuple[str, str]
 
 
 class TfIdf:
-    """1 + ln(count), times 1 + ln((1 + N) / (1 + texts with the word)) by the N `texts`; rows at norm 1.
+    """TF-IDF vectors: 1 + ln(count), times 1 + ln((1 + N) / (1 + texts with the word)) by the N `texts`; rows at norm 1.
 
     A word that the N texts lack counts in the norm alone, so that a query looks no more like them than a held-out text.
     """
@@ -88,7 +88,7 @@ class _Look:
         return cls(dense_ND, Form().embed(texts).astype(np.float64), tfidf.rows(texts))
 
     def kernels(self, other: _Look) -> list[np.ndarray]:
-        """(N, M) each, 1 at most."""
+        """Return the three kernels with another look's M texts, (N, M) each, at most 1."""
         form_NM = np.exp(-_FORM_RATE * (1.0 - self.form_NF @ other.form_NF.T))
         return [self.dense_ND @ other.dense_ND.T, form_NM, (self.words_NV @ other.words_NV.T).toarray()]
 
@@ -105,11 +105,11 @@ class _Fitted:
     fit: Fit
 
     def mixed(self) -> np.ndarray:
-        """The kernel of the samples (N, N)."""
+        """Return the mixed kernel of the samples (N, N)."""
         return _mix(self.choice.shares_P, _kernels(self.looks, self.relation_NF, self.looks, self.relation_NF))
 
     def cosines(self, pairs: Sequence[_Pair], space: KeySpace) -> np.ndarray:
-        """(Q, C) of Q examples."""
+        """Return the cosine of each of Q examples with each adapter's direction (Q, C)."""
         sides = list(zip(*pairs, strict=True))[: len(self.looks)]
         looks = [_Look.of(texts, space.embed(texts), tfidf) for texts, tfidf in zip(sides, self.tfidfs, strict=True)]
         kernels_PQN = _kernels(looks, _relation(pairs), self.looks, self.relation_NF)
@@ -136,7 +136,7 @@ class Classifier(DeclaredKey):
         return self._judge(query, records, space)[0]
 
     def probabilities(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
-        """How probable each adapter is, given that one of them is right and the inputs are independent. They sum to 1.
+        """Return how probable each adapter is if one of them is right and the inputs are independent. They sum to 1.
 
         NaN for a query without inputs.
         """
@@ -145,9 +145,9 @@ class Classifier(DeclaredKey):
         return probable_N
 
     def held_out(self, records: Sequence[Record], space: KeySpace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The adapter of each sample input (N,), as a place in order of names, and its cosines (N, C) by two fits.
+        """Return the adapter of each sample input (N,), as a place in order of names, and its cosines (N, C) by two fits.
 
-        The first has not seen it, and the second has seen none of its adapter's samples: there its own adapter has -inf.
+        The first fit has not seen the sample; the second has seen none of its adapter's samples, so its adapter has -inf.
         """
         fitted = self._fitted(sorted(records, key=attrgetter("name")), space, outputs=False)
         kernel_NN, labels_N, ridge = fitted.mixed(), fitted.labels_N, fitted.choice.ridge
@@ -157,7 +157,7 @@ class Classifier(DeclaredKey):
         return labels_N, own_NC, foreign_NC
 
     def _judge(self, query: Query, records: Sequence[Record], space: KeySpace) -> tuple[np.ndarray, np.ndarray]:
-        """The mean cosine and the summed logits of each record; NaN for a query without inputs."""
+        """Return the mean cosine and the summed logits of each record; NaN for a query without inputs."""
         if not query.inputs or not records:
             return np.full(len(records), np.nan), np.full(len(records), np.nan)
         # in one order, since every query brings the same adapters in another
@@ -180,7 +180,7 @@ class Classifier(DeclaredKey):
         return cosines_N / len(pairs), logits_N
 
     def _fitted(self, records: list[Record], space: KeySpace, *, outputs: bool) -> _Fitted:
-        """What does not depend on the query; kept, since one search after the other meets the same adapters."""
+        """Return the fit to these records, kept because one search after another meets the same adapters."""
         for known in self._kept:
             if known[1] == outputs and known[2] is space and known[0] == records:
                 return known[3]
@@ -222,7 +222,7 @@ class Classifier(DeclaredKey):
 
 
 def _pairs(record: Record, space: KeySpace) -> list[_Pair]:
-    """The sample inputs with their outputs, or none unless each has one; without inputs, what else tells of the adapter."""
+    """Pair the sample inputs with their outputs, or "" unless all have one; without inputs, take the description or name."""
     inputs = [text for text in record.examples if text.strip()][:MAX_SAMPLE_INPUTS]
     pairs = space.pairs(record)
     if inputs and len(pairs) == len(inputs):
@@ -231,7 +231,7 @@ def _pairs(record: Record, space: KeySpace) -> list[_Pair]:
 
 
 def _folds(labels_N: np.ndarray) -> np.ndarray:
-    """The place of each sample among those of its class: the first of each are held out together, then the second ones.
+    """Return each sample's number within its class: all first samples are held out together, then all second ones.
 
     Held out alone, a sample meets its own class one smaller than the others, and looks less like it than a query does.
     """
@@ -244,7 +244,7 @@ def _relation(pairs: Sequence[_Pair]) -> np.ndarray:
 
 
 def _kernels(looks: list[_Look], relation_NF: np.ndarray, others: list[_Look], relation_MF: np.ndarray) -> np.ndarray:
-    """(P, N, M): three of the inputs, and with outputs three of these and one of their relation to the inputs."""
+    """Return the kernels (P, N, M): three of the inputs, then, with outputs, three of these and one of the relation."""
     kernels = [kernel for look, other in zip(looks, others, strict=True) for kernel in look.kernels(other)]
     return np.stack(kernels + [relation_NF @ relation_MF.T] * (len(looks) > 1))
 

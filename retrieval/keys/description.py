@@ -1,4 +1,4 @@
-"""The adapter's description against the query's, or against its examples where it has none."""
+"""The adapter's description against the query's, or against the query's examples if it has no description."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loraweave.types import Record
 
 
 class Description:
-    """The cosine of the two texts; of the description with the mean over inputs and outputs for a query without one."""
+    """The cosine of the two descriptions, or of the adapter's with the mean of the query's inputs and outputs."""
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
         asked = [query.description] if query.description.strip() else [*query.inputs, *filter(str.strip, query.outputs)]

@@ -1,4 +1,4 @@
-"""Means as the linear discriminant sees them: directions in which one adapter's sample inputs vary anyway count less."""
+"""Means as a linear discriminant compares them: directions in which one adapter's sample inputs vary anyway count less."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Discriminant(DeclaredKey):
         return scores_N
 
     def _fit(self, records: list[Record], space: KeySpace) -> _Whitened:
-        """What does not depend on the query; kept, since one search after the other meets the same adapters."""
+        """Return the records' means and covariance, kept because search after search meets the same adapters."""
         last = self._last
         if last is not None and last[1] is space and last[0] == records:
             return last[2]

@@ -12,7 +12,7 @@ from loraweave.types import Record
 
 
 class Mean:
-    """The cosine of the two means. The strongest single key for inputs, and the cheapest."""
+    """The cosine of the two means, the strongest single key for inputs and the cheapest."""
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
         query_D = space.mean(space.embed(query.inputs))

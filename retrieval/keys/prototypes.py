@@ -15,7 +15,7 @@ _MAX_ROUNDS = 20
 
 
 class Prototypes(DeclaredKey):
-    """For adapters of several kinds of input. `count`: prototypes of an adapter at most, 1 or more."""
+    """The mean cosine of inputs with their nearest prototype; `count`: prototypes of an adapter at most, 1 or more."""
 
     def __init__(self, *, count: Count = 3) -> None:
         self.count = count
@@ -31,9 +31,7 @@ class Prototypes(DeclaredKey):
 
 
 def centres(samples_MD: np.ndarray, count: int) -> np.ndarray:
-    """Unit vectors (K, D), K <= count: centres that start at the sample nearest to the mean, then at the farthest;
-    none without samples.
-    """
+    """Return unit vectors (K, D), K <= count, by k-means from the sample nearest to the mean and those farthest off."""
     if not len(samples_MD):
         return samples_MD
     chosen = [int(np.argmax(samples_MD @ samples_MD.mean(axis=0)))]

@@ -33,7 +33,7 @@ def _mean(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
 
 
 def relation_of(given: str, answer: str) -> np.ndarray:
-    """13 numbers from -1 to 1 that tell how the output `answer` stands to the input `given`, at unit norm together."""
+    """Describe how `answer` stands to `given`: 13 numbers, -1 to 1 before the whole is scaled to norm 1."""
     own, other = given.casefold(), answer.casefold()
     words, answer_words = own.split(), other.split()
     letters, answer_letters = set(own), set(other)

@@ -1,4 +1,4 @@
-"""Weights: the singular directions of two adapters' updates, weighted by their singular values, from a small sketch.
+"""The singular directions of two adapters' updates, weighted by their singular values, from a small sketch of the weights.
 
 Each layer's update b a is multiplied by a fixed random matrix on either side, which needs no dense update; the inner product
 of two sketches is that of the updates on average (Johnson and Lindenstrauss 1984), and layers are independent of each other.
@@ -26,7 +26,7 @@ ID = f"spectral:1:{SIDE}"
 
 
 class Spectral:
-    """About the cosine of the two updates over all layers, within some hundredths, from 576 numbers an adapter."""
+    """An estimate of the cosine of the two updates over all layers, within some hundredths, from 576 numbers an adapter."""
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
         if query.adapter is None or not records:
@@ -37,7 +37,7 @@ class Spectral:
 
 
 def sketch(adapter: Adapter) -> np.ndarray:
-    """A unit vector (576,) of the adapter's updates; gains, biases and magnitudes are left out."""
+    """Sketch the adapter's updates as a unit vector (576,), without gains, biases and magnitudes."""
     total_MM = np.zeros((SIDE, SIDE))
     for layer, factors in sorted(adapter.layers.items()):
         a_RI, b_OR = factors.a_RI.double().numpy(), factors.b_OR.double().numpy()
@@ -48,7 +48,7 @@ def sketch(adapter: Adapter) -> np.ndarray:
 
 @lru_cache(maxsize=512)
 def _random(name: str, width: int) -> np.ndarray:
-    """A fixed Gaussian matrix (M, width) of its own for each side of each layer."""
+    """Draw the Gaussian matrix (SIDE, width) that belongs to one side of one layer, always the same."""
     seed = int.from_bytes(hashlib.sha256(f"{name}/{width}".encode()).digest()[:16], "little")
     rows_MW: np.ndarray = np.random.Generator(np.random.Philox(key=seed)).standard_normal((SIDE, width), dtype=np.float32)
     return rows_MW

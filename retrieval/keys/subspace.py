@@ -1,4 +1,4 @@
-"""Weights: the principal angles between what two adapters read and write, layer by layer, whatever its size."""
+"""The principal angles between what two adapters' weights read and write, layer by layer, whatever the updates' size."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Subspace:
 
 
 def overlap(left: Adapter, right: Adapter) -> float:
-    """The mean over shared layers and both sides of |U^T V|^2 / min(rank); NaN without a shared layer of one shape."""
+    """Return the mean over shared layers and both sides of |U^T V|^2 / min(rank); NaN if no layer is shared in one shape."""
     found = []
     for layer in left.layers.keys() & right.layers.keys():
         one, other = left.layers[layer], right.layers[layer]
@@ -47,7 +47,7 @@ def overlap(left: Adapter, right: Adapter) -> float:
 
 
 def _sides(factors: Factors) -> tuple[Tensor, Tensor]:
-    """Orthonormal bases of the update's row space (I, r) and column space (O, r), from the factors."""
+    """Return orthonormal bases of the update's row space (I, r) and column space (O, r), from the factors."""
     q_OR, core_RR, p_IR = orthonormal(factors.a_RI, factors.b_OR)
     u_RR, values_R, vh_RR = torch.linalg.svd(core_RR)
     rank = int((values_R > _RANK_TOLERANCE * values_R[0]).sum()) if values_R.numel() else 0

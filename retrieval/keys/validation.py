@@ -1,4 +1,4 @@
-"""Query -> task -> adapter: the scores that adapters reached on the tasks that the query is like (LoRAuter)."""
+"""The scores that adapters reached on the tasks that the query is like: query -> task -> adapter (LoRAuter)."""
 
 from __future__ import annotations
 

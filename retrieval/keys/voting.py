@@ -1,4 +1,4 @@
-"""Every sample input votes: the mean similarity of each of the query's inputs to the sample inputs nearest to it."""
+"""A vote of all sample inputs: the mean similarity of each of the query's inputs to the sample inputs nearest to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loraweave.types import Record
 
 
 class Voting(DeclaredKey):
-    """`nearest`: how many sample inputs vote on one input, 1 or more; an adapter with fewer is judged by all of them."""
+    """The mean vote of the `nearest` (1 or more) sample inputs on each input, or of all where an adapter has fewer."""
 
     def __init__(self, *, nearest: Count = 5) -> None:
         self.nearest = nearest
