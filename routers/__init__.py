@@ -1,1 +1,1 @@
-"""How much each expert counts."""
+"""Routers: what decides how much each expert counts."""

@@ -1,4 +1,4 @@
-"""One shape of router: `begin` shows it a call of the model, `weights` weighs a layer's input; and routers made of others.
+"""The shape of routers, and routers made of others: `begin` shows one a call of the model, `weights` weighs a layer's input.
 
 `begin` and `needs_call` treat every object with `weights` alike, with a `begin` of its own or without. What wraps a router
 is a function handed to `derive`; `ByRow` has a router for each row of the batch.
@@ -21,23 +21,23 @@ from loraweave.types import Router
 
 
 def needs_call(router: Any) -> bool:
-    """Whether a router is shown each call of the model by `begin` before it weighs a layer's input."""
+    """Return whether `begin` has to show a router each call of the model before it weighs a layer's input."""
     return bool(getattr(router, "needs_call", hasattr(router, "begin")))
 
 
 def begin(router: Router, model: Any, arguments: Mapping[str, Any]) -> Router:
-    """The router of one call of the model, whose arguments these are by name: itself where it needs no call."""
+    """Return the router for one call of the model with these named arguments; `router` itself if it needs no call."""
     return router.begin(model, arguments) if needs_call(router) else router  # type: ignore[attr-defined, no-any-return]
 
 
 def parts_of(router: Any) -> list[Any]:
-    """A router and those that it is made of."""
+    """List the routers that a router is made of; itself if it has no parts."""
     return list(getattr(router, "parts", [router]))
 
 
 @runtime_checkable
 class Valued(Protocol):
-    """A router that, if `values`, turns what a layer's mixture adds: y += V sum over e of w_e b_e a_e x.
+    """A router that, if `values` is true, transforms what a layer's mixture adds: y += V sum over e of w_e b_e a_e x.
 
     V_OO is `value_matrix(layer)`, and None the identity. Gains and biases are added as they are. Such a router is activated
     by itself, not within others.
@@ -50,12 +50,12 @@ class Valued(Protocol):
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor: ...
 
 
-# makes w_BTE for x_BTI and a layer of the router that is given
+# makes w_BTE of a router, x_BTI and a layer
 Weigh = Callable[[Router, Tensor, str], Tensor]
 
 
 def derive(router: Router, weigh: Weigh, *, shares_weights: bool = False) -> Router:
-    """The router whose weights are `weigh(router, x_BTI, layer)`, in a call of the model those of the router of that call.
+    """Make a router whose weights are `weigh(router, x_BTI, layer)`, in a call of the model with the router of that call.
 
     `shares_weights` says that weigh() gives the router's own tensors, unchanged.
     """
@@ -79,12 +79,12 @@ class _Derived:
 
 
 class ByRow:
-    """w_BTE whose rows come from one router each; None is the base. All are over `experts`, in this order, except
-    MixtureWeights, which may name only some of them.
+    """A router with one router, or None for the base, for each row of the batch.
 
-    A batch of k times as many rows uses each router for k consecutive rows. A router sees its own rows only, unless it is
-    shown the call or compares a layer's input with that of its block: such a router is given the whole batch, once a layer,
-    and the rows of what it gives depend on no others.
+    All are over `experts`, in this order, except MixtureWeights, which may name only some of them. A batch of k times as
+    many rows uses each router for k consecutive rows. A router sees its own rows only, unless it is shown the call or
+    compares a layer's input with that of its block: such a router is given the whole batch, once a layer, and a row of what
+    it gives depends on no others.
     """
 
     def __init__(self, routers: Sequence[Router | None], experts: tuple[str, ...]) -> None:
@@ -103,7 +103,7 @@ class ByRow:
         return [part for router in self.routers if router is not None for part in parts_of(router)]
 
     def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
-        """The router of one call, where one of its routers sees the batch; else itself."""
+        """Return the router for one call if any of the routers sees the batch, else `self`."""
         of_call = {router: begin(router, model, arguments) for router in self._of_batch}
 
         def weigh(rows: Router, x_BTI: Tensor, layer: str) -> Tensor:
@@ -112,11 +112,11 @@ class ByRow:
         return derive(self, weigh) if of_call else self
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Raises ScopeError for rows that are no multiple of the routers, WeightingError for weights of another shape."""
+        """Return w_BTE. ScopeError unless the rows are a multiple of the routers, WeightingError for another shape of w."""
         return self._joined(x_BTI, layer, {})
 
     def _joined(self, x_BTI: Tensor, layer: str, of_batch: Mapping[Router, Tensor]) -> Tensor:
-        """w_BTE of all rows; `of_batch` are the weights that routers gave to the whole batch."""
+        """Return w_BTE of all rows; `of_batch` has the weights that routers gave to the whole batch."""
         copies, rest = divmod(x_BTI.shape[0], self.num_rows)
         if rest:
             raise ScopeError(
@@ -134,7 +134,7 @@ class ByRow:
         return torch.cat([w_BTE.expand(-1, longest, -1) for w_BTE in by_row])
 
     def _weights_of(self, number: int, x_BTI: Tensor, layer: str, w_BTE: Tensor | None) -> Tensor:
-        """w_BTE of one router's rows, asked for where it is None; T is as long as the router gave it."""
+        """Return w_BTE of one router's rows, computed if it is None; T is as long as the router gave it."""
         router = self.routers[number]
         copies, num_tokens = x_BTI.shape[:2]
         if router is None:
@@ -154,22 +154,22 @@ class ByRow:
 
 
 def _sees_batch(router: Router) -> bool:
-    """Whether a router is given all rows: it is shown the call, or compares a layer's input with that of its block."""
+    """Return whether a router is given all rows: it is shown the call, or compares its input with that of its block."""
     return needs_call(router) or any(getattr(part, "watched", ()) for part in parts_of(router))
 
 
 def num_rows_of(router: Router) -> int:
-    """How many rows of a batch a mixture tells apart; 1 for weights or a router that all rows share."""
+    """Count the rows of a batch that a mixture tells apart; 1 for weights or a router that all rows share."""
     return getattr(router, "num_rows", 1)
 
 
 def rows_of(router: Router) -> Sequence[Router | None]:
-    """The router of each row of a batch; of all rows where they share one."""
+    """List the router of each row of a batch, or the one that all rows share."""
     return router.routers if isinstance(router, ByRow) else (router,)
 
 
 def masked(router: Router, place: int, *, renormalise: bool = False) -> Router:
-    """Weight 0 for the expert at that place, all other weights as they are.
+    """Return the router with weight 0 for the expert at `place` and all other weights as they are.
 
     With `renormalise` the others are scaled so that each token's sum is what it was; where they sum to 0, they stay.
     """
@@ -179,7 +179,7 @@ def masked(router: Router, place: int, *, renormalise: bool = False) -> Router:
 
 
 def _without_expert(w_E: Tensor, place: int, renormalise: bool) -> Tensor:
-    """Weights, experts on the last axis, without one of them."""
+    """Return weights, experts on the last axis, with 0 for one of them."""
     left_E = w_E.clone()
     left_E[..., place] = 0
     if not renormalise:
@@ -194,13 +194,13 @@ _ANSWERING: ContextVar[Answering | None] = ContextVar("loraweave_answering", def
 
 
 def answering(with_weights: Answering) -> AbstractContextManager[None]:
-    """Inside, `under` is this."""
+    """Make `with_weights` what `under` calls inside the context."""
     return holding(_ANSWERING, with_weights)
 
 
 @contextmanager
 def under(weights: Mapping[str, float]) -> Iterator[None]:
-    """Inside, the model answers with {name: weight}. Raises ScopeError outside a Composer's call."""
+    """Make the model answer with {name: weight} inside the context. Raises ScopeError outside a Composer's call."""
     found = _ANSWERING.get()
     if found is None:
         raise ScopeError(
@@ -212,7 +212,7 @@ def under(weights: Mapping[str, float]) -> Iterator[None]:
 
 @contextmanager
 def known_as(names: Mapping[str, str]) -> Iterator[None]:
-    """Inside, the experts are known by the keys instead of the values."""
+    """Rename experts inside the context: `under` takes the keys of `names` instead of the values."""
     found = _ANSWERING.get()
     if found is None:
         yield

@@ -39,7 +39,7 @@ _BESIDE: BesideCache[CachedIds] = BesideCache(NAME)
 
 
 def last_place(row: Sequence[int], tokens: Sequence[int]) -> int | None:
-    """Where in a row the tokens stand last."""
+    """Return the place in a row where the tokens begin for the last time, or None."""
     wanted, first = list(tokens), tokens[0]
     for place in range(len(row) - len(wanted), -1, -1):
         # a slice for each place takes ten times as long
@@ -49,7 +49,7 @@ def last_place(row: Sequence[int], tokens: Sequence[int]) -> int | None:
 
 
 class Invoked:
-    """A router, or MixtureWeights, over `experts`, of which some count from their `invocations` on: {name: token ids}."""
+    """A router or MixtureWeights over `experts`, some of which count from their `invocations` ({name: token ids}) on."""
 
     needs_call = True
     reads_prompts = True
@@ -65,7 +65,7 @@ class Invoked:
             self._used_BE = (router.values_BTLE != 0).flatten(1, 2).any(dim=1).tolist()
 
     def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
-        """Raises ScopeError for a call by embeddings, an encoder-decoder, and a row of which too little is known."""
+        """Return the call's router. ScopeError without ids, for an encoder-decoder, and for a row of unknown tokens."""
         if has_two_sequences(model):
             raise ScopeError(
                 f"expert {self._some!r} counts from its invocation tokens on, and {type(model).__name__} has an encoder and "
@@ -100,7 +100,7 @@ class Invoked:
         return next(name for name, tokens in zip(self.experts, self._invocations, strict=True) if tokens)
 
     def _see(self, ids_BT: Tensor, cache: Any, num_before: int) -> Tensor:
-        """The ids of a row so far, kept beside the cache; -1 for what was put there by calls that were not seen."""
+        """Return the ids of the rows so far, kept beside the cache; -1 for tokens from calls that were not seen."""
         state = None if cache is None else _BESIDE.known(cache)
         if state is None:
             state = CachedIds(ids_BT.new_zeros(len(ids_BT), 0))
@@ -110,7 +110,7 @@ class Invoked:
         return state.ids_BT
 
     def _starts(self, rows: Sequence[Sequence[int]], device: torch.device, *, whole: bool) -> Tensor:
-        """start_BE: from which of its real tokens on each expert counts in each row."""
+        """Return start_BE: the real token of each row from which on each expert counts."""
         start_BE = torch.full((len(rows), len(self.experts)), ALWAYS, device=device)
         # a prompt may be that of several rows of the mixture
         used_BE = [[True] * len(self.experts)] if len(rows) % len(self._used_BE) else self._used_BE
@@ -131,7 +131,7 @@ class Invoked:
 
 
 class _OfCall:
-    """The weights of one call: those of the router times on_BTE, 1 where an expert counts."""
+    """The weights of one call: those of the router times on_BTE, which is 1 where an expert counts."""
 
     def __init__(self, router: Router, on_BTE: Tensor, logits_to_keep: Any) -> None:
         self._router = router
@@ -156,7 +156,7 @@ class _OfCall:
 
 
 def _mask_of(given: Any, shape: Sequence[int], known_BW: Tensor | None = None) -> Tensor:
-    """The mask of a call, or what is known of it without; ScopeError where neither says which tokens are real."""
+    """Return the call's mask, else `known_BW`. Raises ScopeError if neither says which tokens are real."""
     if isinstance(given, Tensor) and tuple(given.shape) == tuple(shape):
         return given
     if known_BW is not None and known_BW.shape[1] == shape[1]:
@@ -169,7 +169,7 @@ def _mask_of(given: Any, shape: Sequence[int], known_BW: Tensor | None = None) -
 
 
 def _columns(prompts: Prompts, copies: int, width: int) -> Tensor:
-    """The mask of prompts that a cache begins with, and of as many tokens after them as there are."""
+    """Return the mask of the prompts that a cache begins with, cut or extended by ones to `width`."""
     mask_BW = prompts.mask_BT.repeat_interleave(copies, dim=0)
     more = max(0, width - mask_BW.shape[1])
     return torch.cat([mask_BW, mask_BW.new_ones(len(mask_BW), more)], dim=1)[:, :width]

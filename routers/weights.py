@@ -20,7 +20,7 @@ RowWeights = Mapping[str, float] | None
 
 @dataclass(frozen=True, eq=False)
 class MixtureWeights:
-    """values_BTLE: how much each expert counts for each instance, token and layer; an axis of size 1 is shared.
+    """The weights of a mixture, values_BTLE, for each instance, token, layer and expert; an axis of size 1 is shared.
 
     `layers` names the L axis and is empty when that axis has size 1. Values are finite and of any sign.
     Raises WeightingError for values that are not finite or do not fit the names.
@@ -51,7 +51,7 @@ class MixtureWeights:
     def of(
         cls, weights: MixtureWeights | Mapping[str, float] | Sequence[RowWeights], experts: Sequence[str]
     ) -> MixtureWeights:
-        """Task scope from {name: weight}; instance scope from a list with one such mapping, or None (base), per row."""
+        """Return task scope for {name: weight}, instance scope for a list of one such mapping, or None (base), per row."""
         match weights:
             case MixtureWeights():
                 return weights
@@ -74,7 +74,7 @@ class MixtureWeights:
 
     @property
     def num_rows(self) -> int:
-        """How many rows of a batch it tells apart; 1 where all share it."""
+        """The number of rows of a batch that the weights tell apart; 1 where all share them."""
         return int(self.values_BTLE.shape[0])
 
     @property
@@ -84,7 +84,7 @@ class MixtureWeights:
         return "instance" if self.values_BTLE.shape[0] > 1 else "task"
 
     def for_layer(self, layer: str) -> Tensor:
-        """w_BTE of one layer; a layer that `layers` does not name gets zeros."""
+        """Return w_BTE of one layer; zeros for a layer that `layers` does not name."""
         if not self.layers:
             return self.values_BTLE[:, :, 0]
         if layer not in self.layers:
@@ -92,36 +92,36 @@ class MixtureWeights:
         return self.values_BTLE[:, :, self.layers.index(layer)]
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """w_BTE, whatever the input."""
+        """Return w_BTE, whatever the input."""
         return self.for_layer(layer)
 
     def as_dict(self) -> dict[str, float]:
-        """{name: weight} of a task-scope mixture that all layers share; ScopeError otherwise."""
+        """Return {name: weight} of a task-scope mixture that all layers share. Raises ScopeError for any other."""
         if self.scope != "task" or self.layers:
             raise ScopeError(f"weights of {self.scope} scope with {len(self.layers)} separate layers are no single mapping")
         return {name: float(value) for name, value in zip(self.experts, self.values_BTLE[0, 0, 0], strict=True)}
 
     def by_layer(self) -> dict[str, dict[str, float]]:
-        """{layer: {name: weight}} of a task-scope mixture whose layers have weights of their own; ScopeError otherwise."""
+        """Return {layer: {name: weight}} of a task-scope mixture with weights by layer. Raises ScopeError for any other."""
         if self.scope != "task" or not self.layers:
             raise ScopeError(f"{self.scope} weights with {len(self.layers)} separate layers are no mapping by layer")
         return {layer: dict(zip(self.experts, self.for_layer(layer)[0, 0].tolist(), strict=True)) for layer in self.layers}
 
     @classmethod
     def of_layers(cls, weights: Mapping[str, Mapping[str, float]], experts: Sequence[str]) -> MixtureWeights:
-        """Task scope from {layer: {name: weight}}; experts that a layer does not name get 0 there."""
+        """Return task scope for {layer: {name: weight}}; experts that a layer does not name get 0 there."""
         rows = [cls.of(of_layer, experts).values_BTLE[0, 0] for of_layer in weights.values()]
         return cls(torch.cat(rows)[None, None], tuple(experts), tuple(weights))
 
     def means(self) -> dict[str, float]:
-        """{name: weight} of a task-scope mixture, averaged over its layers."""
+        """Return {name: weight} of a task-scope mixture, averaged over its layers. ScopeError for any other scope."""
         if self.scope != "task":
             raise ScopeError(f"weights of {self.scope} scope are no single mapping")
         return dict(zip(self.experts, self.values_BTLE[0, 0].double().mean(dim=0).tolist(), strict=True))
 
 
 def _number(name: str, weight: Any) -> float:
-    """The weight given for an expert as a number of fp32; one that is NaN or infinite is for MixtureWeights to refuse."""
+    """Return an expert's weight as a number that fp32 holds; NaN and infinity are for MixtureWeights to refuse."""
     if isinstance(weight, Tensor) and weight.requires_grad:
         raise WeightingError(
             f"the weight of expert {name!r} is to be learned, and a mapping would cut it off from its gradient: "

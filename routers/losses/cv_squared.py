@@ -1,4 +1,4 @@
-"""The squared coefficient of variation of what experts are used."""
+"""The squared coefficient of variation of how much experts are used."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def cv_squared(use: Tensor) -> Tensor:
-    """The variance of all entries, none of them negative, over their squared mean (Shazeer et al. 2017, arXiv 1701.06538).
+    """Return the variance of all entries, none below 0, over their squared mean (Shazeer et al. 2017, arXiv 1701.06538).
 
     0 where all are alike, and their number where one has everything. The variance is that of a sample, divided by one less
     than the number, as in code that followed the paper.

@@ -1,4 +1,4 @@
-"""The loss of a gate that shall know the domain of what it sees."""
+"""The loss of a gate that has to know the domain of its input."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch.nn import functional
 
 
 def domain(scores_NE: Tensor, domain_N: Tensor) -> Tensor:
-    """The cross-entropy of softmax(scores) with the place of each one's own expert, a mean over those that have one.
+    """Return the cross-entropy of softmax(scores) with the row's own expert, a mean over the rows that have one.
 
-    A `domain_N` below 0 is not known and takes no part; 0 where none is known. log(E) where all experts are alike, 0 where
-    each has all its probability on its own expert, and without a bound where it has it on another.
+    A row with `domain_N` below 0 has none; 0 where no row has one. log(E) where all experts are alike, 0 where each row has
+    all its probability on its own expert, and without a bound where it has it on another.
     """
     known_N = domain_N >= 0
     if not known_N.any():

@@ -1,4 +1,4 @@
-"""LoRAMoE's balance within halves of the experts: what each row uses more is the half of its own kind."""
+"""LoRAMoE's balance within halves of the experts, where each row uses the half of its own kind more."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from loraweave.routers.losses.cv_squared import cv_squared
 
 
 def localised(use_BE: Tensor, first_B: Tensor, delta: float) -> Tensor:
-    """`cv_squared` of use_BE * I_BE, where I is 1 - delta in a row's own half and 1 + delta in the other.
+    """Return `cv_squared` of use_BE * I_BE, where I is 1 - delta in a row's own half and 1 + delta in the other.
 
     `first_B` says whose own half is the first; `use_BE` has the mean weights of each row's real tokens, as a sum would weigh
     rows by their lengths. 0 where a row uses each expert of its own half (1 + delta) / (1 - delta) times as much as each of

@@ -1,4 +1,4 @@
-"""The loss that keeps scores small."""
+"""The z-loss, which keeps scores small."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def z(scores_NE: Tensor) -> Tensor:
-    """The mean of logsumexp(scores)^2, of the real tokens of one layer (Zoph et al. 2022, arXiv 2202.08906).
+    """Return the mean of logsumexp(scores)^2 over the real tokens of one layer (Zoph et al. 2022, arXiv 2202.08906).
 
     log(E)^2 where all scores are 0, and the square of the highest where it is far above the others.
     """

@@ -1,1 +1,1 @@
-"""Recipes of trainable mixtures: experts, gates and where they go; one file each."""
+"""Recipes of trainable mixtures: their experts, gates and sites, one file each."""

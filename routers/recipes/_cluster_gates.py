@@ -1,4 +1,4 @@
-"""Gates that weigh a row by the cluster that its prompt is in, and what finds the clusters of a call's rows."""
+"""Gates that weigh a row by the cluster of its prompt, and the reader that finds the clusters of a call's rows."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ NUM_KEPT = 65536
 
 
 class ClusterGate(Gate):
-    """w of the expert that p = softmax(g c / temperature) is highest for is that p, w of the last, universal one 1 - p.
+    """A gate by clusters: the expert of the highest p = softmax(g c / temperature) weighs p, the last, universal one 1 - p.
 
     c_H is the embedding of the row's cluster, which a `ClusterReader` of the model found; g_EH has the other experts.
     """
 
-    # of p in w of the best expert
+    # exponent of p in the weight of the best expert
     power = 1
 
     def __init__(self, num_features: int, num_experts: int, *, temperature: float, static: bool) -> None:
@@ -44,11 +44,11 @@ class ClusterGate(Gate):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """g_EH uniform between -1/sqrt(H) and 1/sqrt(H), as torch draws a linear layer."""
+        """Draw g_EH uniformly between -1/sqrt(H) and 1/sqrt(H), as torch draws a linear layer."""
         draw_linear(self.g_EH, generator)
 
     def forward(self, x_BTI: Tensor | None, call: Call) -> Weighing:
-        """Raises ScopeError where no call of the whole model has begun."""
+        """Return the weights of each row's cluster. Raises ScopeError where no call of the whole model has begun."""
         if _CLUSTERS not in call.kept:
             raise ScopeError(
                 "the gate looks at the clusters of the rows of the whole model's call, and this layer runs outside of one: "
@@ -61,15 +61,15 @@ class ClusterGate(Gate):
         return of_rows(Weighing(w_B1E), len(w_B1E) if x_BTI is None else len(x_BTI))
 
     def scores(self, call: Call) -> Tensor:
-        """scores_BE before the temperature, without the universal expert."""
+        """Return scores_BE before the temperature, without the universal expert."""
         c_BH: Tensor = call.kept[_OF_ROWS]
         return c_BH @ self.g_EH.T
 
 
 class ReleasedClusterGate(ClusterGate):
-    """As `ClusterGate`, by the authors' code: scores are g c + bias with a c_KH of the site's own, in training with normal
-    noise of the standard deviation `noise`, and w of the best expert is p^2, that of the universal one 1 - p.
+    """`ClusterGate` as in the authors' code: the best expert weighs p^2, the universal one 1 - p.
 
+    Scores are g c + bias with a c_KH of the site's own, in training with normal noise of the standard deviation `noise`.
     Needs a `ClusterReader` without embeddings.
     """
 
@@ -85,7 +85,7 @@ class ReleasedClusterGate(ClusterGate):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """g_EH and bias_E as torch draws a linear layer, c_KH as it draws an embedding."""
+        """Draw g_EH and bias_E as torch draws a linear layer, c_KH as it draws an embedding."""
         super().reset(generator)
         bound = self.g_EH.shape[1] ** -0.5
         self.bias_E.uniform_(-bound, bound, generator=generator)
@@ -100,7 +100,7 @@ class ReleasedClusterGate(ClusterGate):
 
 
 class ClusterReader(Gate):
-    """Finds each row's cluster before the model runs: its task, or without an `embedder` of texts' nearest centroid.
+    """A reader that finds each row's cluster before the model runs: its task, or with an `embedder` the nearest centroid.
 
     c_KH are the clusters' embeddings, which are learned, where `num_features` says their size. With an embedder, `fit` makes
     the centroids of clusters from texts, and a row belongs to the nearest one of its prompt's embedding.
@@ -127,13 +127,13 @@ class ClusterReader(Gate):
         return embedder_of(self.embedder)
 
     def reset(self, generator: torch.Generator) -> None:
-        """c_KH normal, as torch draws an embedding."""
+        """Draw c_KH from the normal distribution, as torch draws an embedding."""
         if self.c_KH is not None:
             with torch.no_grad():
                 self.c_KH.normal_(generator=generator)
 
     def fit(self, texts: Sequence[str], *, seed: int = 0) -> None:
-        """Puts the centroids where k-means has them for the embeddings of these texts.
+        """Set the centroids to those that k-means finds for the embeddings of these texts.
 
         Raises WeightingError where texts are no part of the recipe, and for fewer different texts than clusters, or clusters
         that none of them is nearest to.
@@ -166,7 +166,7 @@ class ClusterReader(Gate):
         self.made_by.copy_(self._digest())
 
     def clusters(self, texts: Sequence[str]) -> list[int]:
-        """The place of the nearest centroid of each text. Raises WeightingError before `fit`, and for another embedder."""
+        """Return the place of each text's nearest centroid. Raises WeightingError before `fit`, and for another embedder."""
         if not bool(self.count_K.any()):
             raise WeightingError("the gates know no clusters yet: fit_clusters(model, texts) finds them, before fit()")
         if not torch.equal(self.made_by.cpu(), self._digest()):
@@ -183,7 +183,7 @@ class ClusterReader(Gate):
         return [found[text] for text in texts]
 
     def begin(self, call: Call) -> None:
-        """Raises ScopeError for a call whose clusters are not known, and what `clusters` raises."""
+        """Note the clusters of a call's rows in it. ScopeError where they are unknown; raises what `clusters` raises."""
         if _CLUSTERS not in call.kept:
             k_B = call.kept[_CLUSTERS] = self._of_tasks(call) if self.embedder is None else self._of_prompts(call)
             if self.c_KH is not None:
@@ -222,7 +222,7 @@ class ClusterReader(Gate):
 
 
 def _nearest(vectors_ND: Tensor, centroid_KD: Tensor) -> Tensor:
-    """The place of each vector's nearest centroid; of several, the first."""
+    """Return the place of each vector's nearest centroid, the first of several equally near."""
     # the vectors' own squares are the same for all
     centroid_KD = centroid_KD.to(vectors_ND.dtype)
     return (centroid_KD.square().sum(dim=1) - 2 * vectors_ND @ centroid_KD.T).argmin(dim=1)

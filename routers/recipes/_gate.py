@@ -1,4 +1,4 @@
-"""The form of every gate, and the call of the model that it looks at."""
+"""The base class of gates, and the call of the model that they look at."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from loraweave.routers.tokens._learned import Step, require_alike
 
 
 class Weighing(NamedTuple):
-    """w_BTE, what each expert counts, where B and T are 1 if all rows or tokens share it; and for losses, None where there
-    are none, the scores_BTE before softmax and choice, and what else they look at."""
+    """The weights w_BTE of experts, with B or T of 1 if all rows or tokens share them, and what losses need.
+
+    These are scores_BTE, before softmax and choice, and what `beside` them a loss looks at; None where there are none.
+    """
 
     w_BTE: Tensor
     scores_BTE: Tensor | None = None
@@ -23,7 +25,7 @@ class Weighing(NamedTuple):
 
 
 class Gate(nn.Module):
-    """Weighs the experts of one place of a model, or of several that share it.
+    """A module that weighs the experts of one place of a model, or of several that share it.
 
     `most` is how many weights of a token can be other than 0. `skips` says that a weight of exactly 0 has no gradient, so
     that its expert may be left out. `static` says that the weights depend on no input: with None as x_BTI and a call of one
@@ -39,22 +41,22 @@ class Gate(nn.Module):
         self.most = num_experts if most is None else most
 
     def reset(self, generator: torch.Generator) -> None:
-        """Draws what the gate begins with."""
+        """Draw the gate's initial values."""
 
     def begin(self, call: Call) -> None:
-        """Looks at a call, or at the prompts of a generation, before any layer runs."""
+        """Look at a call, or at the prompts of a generation, before any layer runs."""
 
     def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
-        """Row b depends on row b alone, and on no padding."""
+        """Weigh the experts of a layer's input. Row b depends on row b alone, and on no padding."""
         raise NotImplementedError
 
     @property
     def moved(self) -> list[nn.Parameter]:
-        """Parameters without a gradient, which `move` changes."""
+        """The parameters without a gradient, which `move` changes."""
         return []
 
     def move(self, chosen_E: Tensor) -> None:
-        """After each step of `fit`, whose real tokens gave each expert a weight so often: moves what no gradient moves."""
+        """Move what no gradient moves after a step of `fit`, whose real tokens chose each expert `chosen_E` times."""
 
 
 UNKNOWN = -1
@@ -62,7 +64,7 @@ UNKNOWN = -1
 
 @dataclass(eq=False)
 class Call:
-    """One pass of the model: its tokens, and what each row is.
+    """One pass of the model: its tokens, and what is known of each row.
 
     `real_BT` and `prompt_BT` say which tokens are no padding, and which of those are of the row's prompt; None is all.
     `ids_BT` are the tokens themselves and `embed` gives their input embeddings x_BTI, where they are known. `task_B` has the
@@ -87,12 +89,12 @@ class Call:
     runs: Counter[Hashable] = field(default_factory=Counter)
 
     def run_of(self, what: Hashable) -> int:
-        """How often that ran before in this pass; it is counted as one more run."""
+        """Return how often `what` ran before in this pass, and count one more run."""
         self.runs[what] += 1
         return self.runs[what] - 1
 
     def real_of(self, x_BTI: Tensor) -> Tensor | None:
-        """real_BT for the tokens of a layer's input; None where all are real, or are others than the call's.
+        """Return real_BT for the tokens of a layer's input; None where all are real, or are others than the call's.
 
         Raises ScopeError where it could be an encoder's or a decoder's, whose padding differs.
         """
@@ -103,7 +105,7 @@ class Call:
         return of_encoder_BT
 
     def prompt_of(self, x_BTI: Tensor) -> Tensor | None:
-        """prompt_BT for the tokens of a layer's input; None where all count, or are others than the call's."""
+        """Return prompt_BT for the tokens of a layer's input; None where all count, or are others than the call's."""
         return self._of(self.prompt_BT, x_BTI)
 
     @staticmethod
@@ -113,6 +115,6 @@ class Call:
 
 @torch.no_grad()
 def draw_linear(weight_EI: Tensor, generator: torch.Generator) -> None:
-    """Fills it as torch draws a linear layer: uniform between -1/sqrt(I) and 1/sqrt(I)."""
+    """Fill a weight as torch draws a linear layer: uniformly between -1/sqrt(I) and 1/sqrt(I)."""
     bound = weight_EI.shape[-1] ** -0.5
     weight_EI.uniform_(-bound, bound, generator=generator)

@@ -62,7 +62,7 @@ class ExpertShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Declared):
-    """Options that every recipe has. y = y0 + sum over e of w_e * alpha / rank * B_e A_e dropout(x) at each site.
+    """The base class of recipes, with the options of all: y = y0 + sum over e of w_e * alpha / rank * B_e A_e dropout(x).
 
     `target_modules` are endings of module paths. `tasks` names what a row may belong to, in the order of their ids; fit()
     takes the names of its dataset where it is left empty. `seed` determines all initial values.
@@ -80,12 +80,12 @@ class Recipe(Declared):
     form: ClassVar[str] = "sum_of_experts"
     # whether every row has to have a task
     needs_tasks: ClassVar[bool] = False
-    # whether it looks at the task of a row that has one, though not every row has to have one
+    # whether gates look at the task of a row that has one, though not every row has to have one
     heeds_tasks: ClassVar[bool] = False
-    # whether rows' tasks have branches of their own in the last block of each stage
+    # whether each task has a branch of its own in the last block of each stage
     branches: ClassVar[bool] = False
-    # what gates look at: what the factors a make of the site's input ("ranks"), or else the input, which of a convolution is
-    # all below the "kernel" at each position, its "middle", or "nothing"
+    # what gates see: the "ranks" that the factors a make of the site's input, or that input, for a convolution all below
+    # the "kernel" at each position, or its "middle", or "nothing"
     gates_see: ClassVar[Literal["kernel", "middle", "nothing", "ranks"]] = "kernel"
     # whether the factors a learn
     learns_a: ClassVar[bool] = True
@@ -93,9 +93,9 @@ class Recipe(Declared):
     lr: ClassVar[float] = 3e-3
     # raised whenever the same options come to mean another training, so that older checkpoints are not resumed
     revision: ClassVar[int] = 1
-    # options by name that a saved folder without them means, where that is not the default
+    # options that a saved folder lacks, {name: value}, where their value there is not today's default
     before: ClassVar[Mapping[str, Any]] = {}
-    # parts of parameters' names without a gradient in the first step, because their factor begins as 0
+    # parts of the names of parameters that have no gradient in the first step, because their factor begins as 0
     silent_at_first: ClassVar[tuple[str, ...]] = ("a_SI",)
 
     def __post_init__(self) -> None:
@@ -111,17 +111,17 @@ class Recipe(Declared):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options it was made with, by name."""
+        """The options that the recipe was made with, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def num_streams(self) -> int:
-        """How many streams run side by side in the blocks where branches leave: 1 is the shared one alone."""
+        """The number of streams that run side by side in blocks where branches leave; 1 is the shared one alone."""
         return 1
 
     @property
     def num_first_steps(self) -> int:
-        """How many steps of training it takes at most until all that learns has had a gradient.
+        """The number of training steps after which every parameter that learns has had a gradient, at the latest.
 
         In the first step one factor is 0 and the other learns. Where a row has few of the experts, they may be others in the
         second, and one of E is met again by the step of number E + 1.
@@ -130,48 +130,48 @@ class Recipe(Declared):
 
     @property
     def scale(self) -> float:
-        """alpha / rank, or what the recipe puts before its sum instead."""
+        """The factor before the sum: alpha / rank, unless the recipe says otherwise."""
         return (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank
 
     def shape(self, site: Site) -> ExpertShape | None:
-        """The experts of a site; None for one that gets none."""
+        """Return the shape of a site's experts, or None for a site that gets none."""
         raise NotImplementedError
 
     def roles(self, site: Site, shape: ExpertShape) -> tuple[Hashable, ...]:
-        """What each expert of a site is, by which one is known again below other options: by default its place."""
+        """Return a key for each expert of a site, by which it is recognised under other options; by default its place."""
         return tuple(range(shape.num_experts))
 
     def gate_key(self, site: Site) -> str:
-        """Sites with the same key share a gate; by default each has its own."""
+        """Return the key of a site's gate: sites with the same key share one; by default each has its own."""
         return site.name
 
     def gate(self, site: Site, num_experts: int) -> Gate | None:
-        """What weighs the experts of the site; None for weights of 1."""
+        """Make the gate that weighs the experts of the site, or None for weights of 1."""
         raise NotImplementedError
 
     def reader(self, sites: Sequence[Site]) -> Gate | None:
-        """What looks at every call for the gates of all sites, before layers run; None where each looks for itself."""
+        """Make the reader that looks at calls for the gates of all sites before layers run; None if each gate does."""
         return None
 
     def start(self, site: Site, expert: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(a_RI, b_RO) an expert begins with: a uniform between -1/sqrt(I) and 1/sqrt(I), b zero."""
+        """Draw the (a_RI, b_RO) that an expert begins with: a uniformly between -1/sqrt(I) and 1/sqrt(I), b zero."""
         a_RI = uniform(rank, site.num_inputs, generator)
         return a_RI, torch.zeros(rank, site.num_outputs)
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
-        """Named terms to add to the model's loss, with their coefficients."""
+        """Return named terms to add to the model's loss, with their coefficients applied."""
         return {}
 
     def factor_losses(self, a_SI: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Named terms of what the experts' factors a are at each site, with their coefficients."""
+        """Return named terms of the loss by the experts' factors a at each site, with their coefficients applied."""
         return {}
 
     def refuse(self, option: str, way_out: str) -> Never:
-        """Raises WeightingError for an option's value."""
+        """Raise WeightingError for the value of an option."""
         raise WeightingError(f"recipe {self.name!r} got {option}={getattr(self, option)!r}; {way_out}")
 
     def embedding_size(self, site: Site) -> int:
-        """The size of the model's input embeddings. Raises LayerMismatch where it has none."""
+        """Return the size of the model's input embeddings. Raises LayerMismatch if it has none."""
         if not site.num_features:
             raise LayerMismatch(
                 f"the gate of recipe {self.name!r} looks at embeddings of tokens, and this model has none: "
@@ -180,14 +180,14 @@ class Recipe(Declared):
         return site.num_features
 
     def require_top_k(self, num_experts: int) -> None:
-        """Raises WeightingError for a `top_k` above the number of experts."""
+        """Raise WeightingError if `top_k` is above the number of experts."""
         if self.options["top_k"] > num_experts:
             self.refuse("top_k", f"it takes a whole number from 1 to the number of experts, {num_experts}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvenRecipe(Recipe):
-    """A recipe all of whose sites have `num_experts` experts of its rank."""
+    """A recipe whose sites all have `num_experts` experts of its rank."""
 
     num_experts: Count = 8
 
@@ -202,7 +202,7 @@ class EvenRecipe(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class TopKRecipe(EvenRecipe):
-    """An even recipe whose tokens each have `top_k` experts. `balance` times the loss `mixtral` is added."""
+    """An even recipe that gives each token `top_k` experts, and adds `balance` times the loss `mixtral`."""
 
     top_k: Count = 2
     balance: NonNegative = 0.0
@@ -220,7 +220,7 @@ class TopKRecipe(EvenRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRecipe(Recipe):
-    """A recipe of one LoRA for each task: y = y0 + alpha / rank * B_e A_e dropout(x), e the expert of the row's task."""
+    """A recipe with one LoRA for each task: y = y0 + alpha / rank * B_e A_e dropout(x), e the expert of the row's task."""
 
     needs_tasks = True
 
@@ -235,28 +235,28 @@ class TaskRecipe(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class Frozen(Recipe):
-    """A recipe some of whose experts do not learn."""
+    """A recipe with experts that do not learn."""
 
     form: ClassVar[str] = "partly_frozen"
 
     @property
     def frozen(self) -> tuple[int, ...]:
-        """The places of those experts."""
+        """The places of the experts that do not learn."""
         raise NotImplementedError
 
 
 def uniform(rank: int, num_inputs: int, generator: torch.Generator) -> Tensor:
-    """a_RI between -1/sqrt(I) and 1/sqrt(I), as PEFT draws it (kaiming_uniform with a = sqrt(5))."""
+    """Draw a_RI uniformly between -1/sqrt(I) and 1/sqrt(I), as PEFT does (kaiming_uniform with a = sqrt(5))."""
     return float(num_inputs**-0.5) * torch.rand(rank, num_inputs, generator=generator).mul(2).sub(1)
 
 
 def balance_term(coefficient: float, step: Step, top_k: int) -> Mapping[str, Tensor]:
-    """{"balance": coefficient * the mean over sites of the loss `mixtral`}, of `switch` for a `top_k` of 1; {} for 0."""
+    """Return {"balance": coefficient * the mean over sites of the loss `mixtral`, or `switch` for top_k 1}; {} for 0."""
     if not coefficient:
         return {}
     return {"balance": coefficient * by_layer(step, lambda scores_NE: mixtral(scores_NE, top_k)).mean()}
 
 
 def by_layer(step: Step, loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """loss_L of the scores_NE of the real tokens of each layer that has scores."""
+    """Return loss_L of the scores_NE of the real tokens of each layer that has scores."""
     return torch.stack([loss(step.real(scores_BTE)) for scores_BTE in step.scores.values()])

@@ -20,7 +20,7 @@ _HAVE_PROMPTS = "every row has a prompt"
 
 
 class RowGate(Gate):
-    """scores = r mean(x) with r_EI, x the site's input at the real tokens of a row's prompt, of which `weights` makes w_B1E.
+    """A gate by scores r mean(x) with r_EI, x the site's input at the real tokens of a row's prompt; `weights` makes w_B1E.
 
     What was decided for a row holds for the tokens that follow its prompt. `padding` counts the prompt's padding, too.
     """
@@ -33,15 +33,15 @@ class RowGate(Gate):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """r_EI uniform between -1/sqrt(I) and 1/sqrt(I), as torch draws a linear layer."""
+        """Draw r_EI uniformly between -1/sqrt(I) and 1/sqrt(I), as torch draws a linear layer."""
         draw_linear(self.r_EI, generator)
 
     def weights(self, scores_B1E: Tensor, call: Call) -> Tensor:
-        """w_B1E."""
+        """Return w_B1E for these scores."""
         raise NotImplementedError
 
     def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
-        """Raises ScopeError where the site does not see the prompts that the call has."""
+        """Return the weights by the rows' prompts. Raises ScopeError where the site does not see the call's prompts."""
         # a site that runs twice in a pass sees other inputs the second time
         place = (self, call.run_of(self))
         # a backward pass that runs layers again needs what the first pass computed, not what it found
@@ -74,14 +74,14 @@ class RowGate(Gate):
 
 
 class MeanGate(RowGate):
-    """w = softmax(r mean(x)) with r_EI."""
+    """A gate with w = softmax(r mean(x)), with r_EI."""
 
     def weights(self, scores_B1E: Tensor, call: Call) -> Tensor:
         return scores_B1E.softmax(dim=-1)
 
 
 class DomainGate(RowGate):
-    """w = 1 for the expert with the highest r mean(x), 0 for the others, with the gradient of softmax(r mean(x)); r_EI.
+    """A gate with w = 1 for the expert of the highest r mean(x), 0 for others, and the gradient of softmax(r mean(x)); r_EI.
 
     With `oracle` a row whose domain the call knows has the expert of that place instead.
     """
@@ -99,7 +99,7 @@ class DomainGate(RowGate):
 
 
 class FactorGate(RowGate):
-    """w = [softmax(r_a h), softmax(r_b h)] with h = mean(x) over a row's prompt: of E factors a, and of E factors b.
+    """A gate of E factors a and E factors b: w = [softmax(r_a h), softmax(r_b h)] with h = mean(x) over a row's prompt.
 
     They are scores, of which a form chooses the best. r_EI is that of the factors a, and then of b.
     """
@@ -114,7 +114,7 @@ class FactorGate(RowGate):
 
 
 class EmbeddingGate(Gate):
-    """w = softmax over the `top_k` highest of r mean(x), x the input embeddings of the prompt's tokens, with r_EH.
+    """A gate with w = softmax over the `top_k` highest of r mean(x), with r_EH and x the prompt's input embeddings.
 
     All sites that share it have these weights, which are decided before the model has read the prompt.
 
@@ -133,20 +133,20 @@ class EmbeddingGate(Gate):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """r_EH uniform between -1/sqrt(H) and 1/sqrt(H), as torch draws a linear layer; or normal."""
+        """Draw r_EH as torch draws a linear layer, uniformly between -1/sqrt(H) and 1/sqrt(H), or from N(0, 1)."""
         if self.normal:
             self.r_EH.normal_(generator=generator)
         else:
             draw_linear(self.r_EH, generator)
 
     def begin(self, call: Call) -> None:
-        """Decides. Raises ScopeError for a call that goes on from a cache that another one has begun."""
+        """Decide the weights of a call. Raises ScopeError for a call that goes on from another one's cache."""
         if self not in call.kept:
             require_beginning(call)
             call.kept[self] = self.of_prompts(call)
 
     def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
-        """Raises ScopeError where no call of the whole model has begun."""
+        """Return the weights decided for the call. Raises ScopeError where no call of the whole model has begun."""
         if self not in call.kept:
             raise ScopeError(
                 "the gate decides by the prompts of the whole model's call, and this layer runs outside of one: call the "
@@ -155,7 +155,7 @@ class EmbeddingGate(Gate):
         return of_rows(call.kept[self], len(x_BTI))
 
     def of_prompts(self, call: Call) -> Weighing:
-        """Raises ScopeError for a call whose tokens are not known."""
+        """Return the weights for the call's prompts. Raises ScopeError for a call whose tokens are not known."""
         if call.embed is None:
             raise ScopeError(
                 "the gate decides by the embeddings of a row's prompt, and this call has no tokens: call the model with "
@@ -167,7 +167,7 @@ class EmbeddingGate(Gate):
 
 
 class TaskGate(Gate):
-    """w = softmax(g e_task) with an embedding e_KD of each of K tasks and g_ED; in fp32 or better."""
+    """A gate with w = softmax(g e_task), with an embedding e_KD of each of K tasks and g_ED; in fp32 or better."""
 
     static = True
 
@@ -178,12 +178,12 @@ class TaskGate(Gate):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """e_KD normal, g_ED uniform between -1/sqrt(D) and 1/sqrt(D), as torch draws an embedding and a linear layer."""
+        """Draw e_KD from the normal distribution, g_ED uniformly between -1/sqrt(D) and 1/sqrt(D), as torch does."""
         self.e_KD.normal_(generator=generator)
         draw_linear(self.g_ED, generator)
 
     def forward(self, x_BTI: Tensor | None, call: Call) -> Weighing:
-        """Raises ScopeError for a call whose tasks are not known."""
+        """Return the weights of each row's task. Raises ScopeError for a call whose tasks are not known."""
         if call.task_B is None:
             raise ScopeError(
                 "the gate looks at the task of each row, and this call has none: give task=..., one for each row"
@@ -193,7 +193,7 @@ class TaskGate(Gate):
 
 
 class TaskSwitch(Gate):
-    """w_e = scale_e for the experts of the row's task, and 0 for the others.
+    """A gate with w_e = scale_e for the experts of the row's task, and 0 for the others.
 
     `used` has, for each task and at last for rows without one, which experts count. With `learned` the scales learn.
     """
@@ -217,7 +217,7 @@ class TaskSwitch(Gate):
 
 
 class ConstantGate(Gate):
-    """The same w_E for everything, which does not learn."""
+    """A gate with the same w_E for everything, which does not learn."""
 
     static = True
     w_E: Tensor
@@ -234,7 +234,7 @@ class ConstantGate(Gate):
 
 
 def prompt_mean(x_BTI: Tensor, call: Call, *, padding: bool = False) -> Tensor:
-    """The mean_BI of x over the real tokens of each row's prompt, in fp32 or better; `padding` counts that, too.
+    """Return the mean_BI of x over the real tokens of each row's prompt, in fp32 or better; `padding` counts padding, too.
 
     Raises ScopeError for a row that has no such token.
     """
@@ -259,7 +259,7 @@ def prompt_mean(x_BTI: Tensor, call: Call, *, padding: bool = False) -> Tensor:
 
 
 def require_beginning(call: Call) -> None:
-    """Raises ScopeError for a call whose rows began in another one, whose prompts nothing was decided by."""
+    """Raise ScopeError for a call that goes on from a cache, so that its rows' prompts were not seen."""
     if call.follows:
         raise ScopeError(
             "the gate decides by the prompt of a row, which this call with a cache has not: use the model's own generate(), "
@@ -268,7 +268,7 @@ def require_beginning(call: Call) -> None:
 
 
 def of_rows(weighing: Weighing, num_rows: int) -> Weighing:
-    """The weights repeated for consecutive copies of each row, such as beams."""
+    """Repeat the weights for consecutive copies of each row, such as beams."""
     w_BTE, scores_BTE, _ = weighing
     copies = num_rows // len(w_BTE)
     if copies <= 1:

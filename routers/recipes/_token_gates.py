@@ -1,4 +1,4 @@
-"""The gate that weighs each token by the input of its layer, and how its scores become weights."""
+"""The gate that weighs each token by the input of its layer, and the functions that turn its scores into weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loraweave.routers.tokens._scores import top_k_softmax, top_p_of_softmax
 
 
 class TokenGate(Gate):
-    """w = softmax(r x / temperature) over the `top_k` highest scores of each token, with r_EI; in fp32 or better.
+    """A gate with w = softmax(r x / temperature) over each token's `top_k` highest scores, with r_EI; in fp32 or better.
 
     `top_k` None is all experts; or each token has the fewest whose probabilities sum to `top_p`. Softmax, then the best k,
     then made to sum to 1 is the same; with `sums_to_one` False the softmax of all is kept as it is. In training alone,
@@ -57,7 +57,7 @@ class TokenGate(Gate):
         self.n_EI = nn.Parameter(torch.empty(num_experts, num_inputs)) if noise else None
 
     def reset(self, generator: torch.Generator) -> None:
-        """r_EI as torch draws a linear layer: uniform between -1/sqrt(I) and 1/sqrt(I); n_EI as 0."""
+        """Draw r_EI as torch draws a linear layer, uniformly between -1/sqrt(I) and 1/sqrt(I), and set n_EI to 0."""
         draw_linear(self.r_EI, generator)
         if self.n_EI is not None:
             nn.init.zeros_(self.n_EI)
@@ -89,7 +89,7 @@ class TokenGate(Gate):
 
 
 class BiasedGate(Gate):
-    """Chooses, for each token, the `top_k` experts of the highest scores + bias_E, and training moves bias_E from 0 on.
+    """A gate that chooses, for each token, the `top_k` highest scores + bias_E, and whose bias_E training moves from 0 on.
 
     After each step bias_e grows by `rate` where fewer real tokens than the mean chose e, and falls by it where more did:
     busy experts are chosen less, and no loss says so (Wang et al. 2024, arXiv 2408.15664). A rate of 0 leaves the bias 0.
@@ -112,12 +112,12 @@ class BiasedGate(Gate):
         self.bias_E.add_(self.rate * (chosen_E.mean() - chosen_E).sign())
 
     def chosen(self, biased_BTE: Tensor) -> Tensor:
-        """1 for each token's highest, 0 for the others."""
+        """Return 1 for the chosen experts, each token's highest, and 0 for the others."""
         return torch.zeros_like(biased_BTE).scatter(-1, biased_BTE.detach().topk(self.most, dim=-1).indices, 1.0)
 
 
 def top_k_of_softmax(scores_BTE: Tensor, top_k: int) -> Tensor:
-    """w_BTE: softmax over all experts, kept for the `top_k` highest of each token and 0 for the others.
+    """Return w_BTE: softmax over all experts, kept for the `top_k` highest of each token and 0 for the others.
 
     It sums to less than 1, so that a single expert's weight, too, has a gradient to its scores (Switch Transformers, Fedus
     et al. 2021, arXiv 2101.03961).
@@ -128,12 +128,12 @@ def top_k_of_softmax(scores_BTE: Tensor, top_k: int) -> Tensor:
 
 
 def noisy(scores_BTE: Tensor, spread_BTE: Tensor) -> Tensor:
-    """The scores plus normal noise with the standard deviation softplus(spread) (Shazeer et al. 2017, arXiv 1701.06538)."""
+    """Add normal noise with the standard deviation softplus(spread) to scores (Shazeer et al. 2017, arXiv 1701.06538)."""
     return scores_BTE + torch.randn_like(scores_BTE) * functional.softplus(spread_BTE)
 
 
 def without_some(scores_BTE: Tensor, share: float, least: int = 1) -> Tensor:
-    """The scores with -inf for experts drawn for each token alone, each with probability `share`; `least` always stay."""
+    """Set scores of each token to -inf, each with probability `share` and drawn for it alone; `least` always stay."""
     drawn_BTE = torch.rand_like(scores_BTE)
     stays_BTE = (drawn_BTE >= share).scatter(-1, drawn_BTE.topk(least, dim=-1).indices, True)
     return scores_BTE.masked_fill(~stays_BTE, -math.inf)
@@ -142,7 +142,7 @@ def without_some(scores_BTE: Tensor, share: float, least: int = 1) -> Tensor:
 def within_capacity(
     w_BTE: Tensor, capacity_B: Tensor, real_BT: Tensor | None = None, *, prioritised: bool = False
 ) -> Tensor:
-    """The weights, but 0 for every token of a row after the first `capacity_B` real ones that an expert got.
+    """Return the weights with 0 for every token of a row after the first `capacity_B` real ones that an expert got.
 
     With `prioritised` an expert keeps those that it weighs most, wherever they are (Batch Prioritized Routing, Riquelme et
     al. 2021, arXiv 2106.05974, within a row), the earlier of equal ones. Weights that stay are as they were. A token depends
@@ -160,6 +160,6 @@ def within_capacity(
 
 
 def even_share(real_BT: Tensor, num_experts: int, top_k: int, factor: float) -> Tensor:
-    """capacity_B: `factor` times the tokens that each expert of a row has where all have alike many, rounded up."""
+    """Return capacity_B: `factor` times each expert's tokens of a row if all have equally many, rounded up."""
     # in this order a factor of 1 is exact
     return (real_BT.sum(dim=1) * (factor * top_k) / num_experts).ceil()

@@ -9,7 +9,7 @@ from loraweave.routers.recipes._recipe import ATTENTION, FEED_FORWARD, TaskRecip
 
 @dataclass(frozen=True, kw_only=True)
 class Dmoerm(TaskRecipe):
-    """Each of `tasks` is a capability point, with a LoRA of its own in every layer and in the head, `score`.
+    """A LoRA in every layer and in the head, `score`, for each capability point of a reward model that `tasks` names.
 
     This is the second of the published phases, in which each learns from the preferences that were labelled for its point
     (`composer/ensembles/reward_mixture.py`). In the third they are frozen, and `composer/ensembles/reward_mixture.py` reads

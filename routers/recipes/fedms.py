@@ -11,7 +11,7 @@ from loraweave.routers.recipes._row_gates import EmbeddingGate, MeanGate
 
 @dataclass(frozen=True, kw_only=True)
 class Fedms(Frozen):
-    """y = y0 + g E_global(x) + (1 - g) E_local(x), (g, 1 - g) = softmax(r mean(x)) of a row's prompt.
+    """The mixture y = y0 + g E_global(x) + (1 - g) E_local(x), with (g, 1 - g) = softmax(r mean(x)) of a row's prompt.
 
     Expert 0 is the global one, which does not learn: `put_expert(model, 0, adapter)` puts in what the clients have trained
     together in the first stage. Expert 1 is the client's own. One gate for the whole model sees the input embeddings, or
@@ -37,14 +37,14 @@ class Fedms(Frozen):
         return (0,)
 
     def shape(self, site: Site) -> ExpertShape:
-        """Raises WeightingError if the model lacks the blocks that the queue or the capability names."""
+        """Return ranks, 0 for an inactive expert. WeightingError if the model lacks a block of queue or capability."""
         return ExpertShape((self.rank, self.rank if self._is_active(site) else 0))
 
     def gate_key(self, site: Site) -> str:
         return site.name if self.per_site else "all"
 
     def gate(self, site: Site, num_experts: int) -> EmbeddingGate | MeanGate:
-        """Raises LayerMismatch for one gate on a model without input embeddings."""
+        """Make the gate. Raises LayerMismatch for one gate on a model without input embeddings."""
         if self.per_site:
             return MeanGate(site.num_inputs, num_experts)
         return EmbeddingGate(self.embedding_size(site), num_experts, top_k=num_experts)

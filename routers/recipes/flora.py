@@ -1,4 +1,4 @@
-"""FLoRA (Wen and Chaudhuri 2023, arXiv 2312.05677): each row of a batch its own adapter, which may multiply the weights."""
+"""FLoRA (Wen and Chaudhuri 2023, arXiv 2312.05677): an adapter for each row of a batch, which may multiply the weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loraweave.routers.recipes._recipe import Site, TaskRecipe
 
 @dataclass(frozen=True, kw_only=True)
 class Flora(TaskRecipe):
-    """Each of `tasks` has an expert of its own, and a row that of its task: y = (W * (b_e^T a_e)) x + bias, elementwise.
+    """An expert for each of `tasks`, which a row of that task has: y = (W * (b_e^T a_e)) x + bias, elementwise.
 
     That is the sum over ranks of b_er * (W (a_er * x)), so that one product with W serves rows of all tasks. The first rank
     begins as ones, which leaves W as it is; of the others, of which the paper does not say it, a begins normal and b as 0.

@@ -16,7 +16,7 @@ from loraweave.routers.recipes._token_gates import BiasedGate
 
 @dataclass(frozen=True, kw_only=True)
 class Flylora(Recipe):
-    """y = y0 + alpha / rank * B diag(w) A x, where w is 1 for the `top_k` ranks of the largest |A x + d|, and 0 else.
+    """The update y = y0 + alpha / rank * B diag(w) A x, with w 1 for the `top_k` ranks of the largest |A x + d|, else 0.
 
     A is frozen: each of its `rank` rows has `density` of its numbers from N(0, 1 / rank^2), at places drawn at random, and 0
     elsewhere, so that it is router and projection in one, and B alone learns. None is a density of top_k / rank. The bias
@@ -48,7 +48,7 @@ class Flylora(Recipe):
         return _RankGate(num_experts, top_k=self.top_k, rate=self.bias_rate, signed=self.by == "value")
 
     def start(self, site: Site, expert: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """a sparse and normal, b zero."""
+        """Draw a, sparse and normal, with b zero."""
         density = self.top_k / self.rank if self.density is None else self.density
         a_RI = torch.zeros(rank, site.num_inputs)
         places = torch.randperm(site.num_inputs, generator=generator)[: max(1, int(density * site.num_inputs))]
@@ -57,7 +57,7 @@ class Flylora(Recipe):
 
 
 class _RankGate(BiasedGate):
-    """Looks at what the site's own factors a make of its input."""
+    """A gate that sees the outputs of the site's own factors a."""
 
     def __init__(self, num_experts: int, *, top_k: int, rate: float, signed: bool) -> None:
         super().__init__(num_experts, top_k=top_k, rate=rate)

@@ -20,7 +20,7 @@ WORD = r"(?u)\b\w+\b"
 
 @dataclass(frozen=True, kw_only=True)
 class Hydralora(EvenRecipe):
-    """y = y0 + alpha / rank * sum over e of w_e B_e A x with w = softmax(r x) over all experts, for each token and site.
+    """The mixture y = y0 + alpha / rank * sum over e of w_e B_e A x, with w = softmax(r x), for each token and site.
 
     All experts of a site have one A. No loss is added. Sizes are those of the released script; how many experts the data
     asks for, `Hydralora.experts_for(texts)` says.
@@ -39,7 +39,7 @@ class Hydralora(EvenRecipe):
 
     @staticmethod
     def experts_for(texts: Sequence[str], *, most: int = 10, seed: int = 0) -> int:
-        """How many clusters the training texts have: the number of k-means over TF-IDF with the best mean silhouette.
+        """Count the clusters of the training texts: the number of k-means over TF-IDF with the best mean silhouette.
 
         From 2 to `most`, at most one less than there are different texts with a word; 1 for fewer than three. Of more than
         5000 a part is drawn by `seed`. The paper finds the number by k-means; the silhouette is our measure of it. Raises

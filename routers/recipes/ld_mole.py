@@ -1,4 +1,4 @@
-"""LD-MoLE (Zhuang et al. 2025, arXiv 2509.25684): how many experts a token gets is learned, too, with the experts."""
+"""LD-MoLE (Zhuang et al. 2025, arXiv 2509.25684): experts trained with gates that learn how many of them a token gets."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from loraweave.routers.recipes._recipe import EvenRecipe, Site
 from loraweave.routers.tokens._learned import Step
 from loraweave.routers.tokens._scores import Lambda, least_lambda, sparsegen
 
-# in Call.kept: the LambdaReader of the model
+# in Call.kept: the model's _LambdaReader
 _READER = "what says lambda"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LdMole(EvenRecipe):
-    """y = y0 + alpha / rank * sum over e of w_e B_e A_e x, with w = sparsegen(r x, lambda(x)), for each token and site.
+    """The mixture y = y0 + alpha / rank * sum over e of w_e B_e A_e x, w = sparsegen(r x, lambda(x)) by token and site.
 
     w is a share of each expert on the simplex, of which as many are 0 as lambda, below 1, says. r_EI is each site's own, and
     lambda(x) = 0.99 + logsigmoid(MLP(x)) has one MLP of `hidden` units for all sites with as many inputs. Weights and their
@@ -62,7 +62,7 @@ class LdMole(EvenRecipe):
 
 
 def _unevenness(w_NE: Tensor) -> Tensor:
-    """E * sum over e of f_e p_e: 1 where all experts are alike."""
+    """Return E * sum over e of f_e p_e, which is 1 where all experts are alike."""
     chosen_NE = (w_NE > 0).to(w_NE)
     return w_NE.shape[1] * (chosen_NE.sum(dim=0) / chosen_NE.sum() * w_NE.mean(dim=0)).sum()
 
@@ -73,11 +73,11 @@ class _SparsegenGate(Gate):
         self.r_EI = nn.Parameter(torch.empty(num_experts, num_inputs))
 
     def reset(self, generator: torch.Generator) -> None:
-        """r_EI as torch draws a linear layer: uniform between -1/sqrt(I) and 1/sqrt(I)."""
+        """Draw r_EI as torch draws a linear layer, uniformly between -1/sqrt(I) and 1/sqrt(I)."""
         draw_linear(self.r_EI, generator)
 
     def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
-        """Raises ScopeError where no call of the whole model has begun."""
+        """Weigh by scores and lambda. Raises ScopeError where no call of the whole model has begun."""
         if _READER not in call.kept:
             raise ScopeError(
                 "the gate looks at lambda, which all sites share, and this layer runs outside of a call of the whole model: "
@@ -89,7 +89,7 @@ class _SparsegenGate(Gate):
 
 
 class _LambdaReader(Gate):
-    """Has the MLPs of lambda, one for each number of inputs."""
+    """The holder of lambda's MLPs, one for each number of inputs."""
 
     def __init__(self, widths: Sequence[int], hidden: int) -> None:
         super().__init__(1)
@@ -106,7 +106,7 @@ class _LambdaReader(Gate):
         call.kept[_READER] = self
 
     def lambdas_of(self, x_BTI: Tensor) -> Tensor:
-        """lambda_BT1, on the device of the site."""
+        """Return lambda_BT1, on the device of the site."""
         own = self.lambdas[str(x_BTI.shape[-1])]
         found: Tensor = own(x_BTI.to(own.last.weight.device)).to(x_BTI.device)  # type: ignore[union-attr, arg-type]
         return found

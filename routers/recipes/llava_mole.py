@@ -15,7 +15,7 @@ from loraweave.routers.tokens._learned import Step
 
 @dataclass(frozen=True, kw_only=True)
 class LlavaMole(EvenRecipe):
-    """w = softmax(r x) of the expert where it is highest, 0 for the others, for each token and site of the feed-forward.
+    """A mixture with w = softmax(r x) of the expert where it is highest, else 0, by token and site of the feed-forward.
 
     The gate learns by that probability alone: which expert is the best has no gradient. `balance` times the mean over sites
     of the loss `switch`, 1 where all experts are alike, is added. Published, for three kinds of data: 3 experts of rank 32.

@@ -1,4 +1,4 @@
-"""A small expert that clients exchange beside one that stays with each, and that learn in turn (Yi et al. 2023)."""
+"""Two experts that learn in turn: a small one that clients exchange, and one that stays with each (Yi et al. 2023)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Phase = Literal["local", "shared"]
 
 @dataclass(frozen=True, kw_only=True)
 class LocalAndShared(Frozen):
-    """y = y0 + alpha / rank * (mu B_0 A_0 x + (1 - mu) B_1 A_1 x), of which one half learns at a time.
+    """The mixture y = y0 + alpha / rank * (mu B_0 A_0 x + (1 - mu) B_1 A_1 x), of which one half learns at a time.
 
     Expert 0, of `shared_rank`, is the small one of the same shape in all clients, whose mean over clients every one gets
     (`federated_average`); expert 1, of `rank`, stays with the client. In `phase` "local" expert 1 learns from what is

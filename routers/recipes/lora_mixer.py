@@ -21,7 +21,7 @@ from loraweave.routers.tokens._scores import top_k_softmax
 
 @dataclass(frozen=True, kw_only=True)
 class LoraMixer(EvenRecipe):
-    """y = y0 + alpha / rank * sum over e of w_e B_e A_e x at the layers of the attention, for each token and site.
+    """The mixture y = y0 + alpha / rank * sum over e of w_e B_e A_e x, by token and site, at the layers of the attention.
 
     In training w = softmax(r x) over all experts; otherwise softmax over the `top_k` highest of r x, 3 as published. Added
     is the mean over sites of `balance` * sum over e of p_e f_e + `entropy` * the mean of H(softmax(r x)), over real tokens,

@@ -19,7 +19,7 @@ from loraweave.routers.tokens._learned import Step
 
 @dataclass(frozen=True, kw_only=True)
 class Loramoe(EvenRecipe):
-    """w = softmax(r x) over all experts, for each token and site of the feed-forward layers.
+    """A mixture with w = softmax(r x) over all experts, for each token and site of the feed-forward layers.
 
     `balance` times the sum over sites of the loss `localised` is added: rows of the tasks that `knowledge` names shall use
     the first half of the experts more than the second, the others the second, (1 + `delta`) / (1 - `delta`) times as much
@@ -58,7 +58,7 @@ class Loramoe(EvenRecipe):
         return TokenGate(site.num_inputs, num_experts)
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
-        """Raises ScopeError for rows without a task, where `knowledge` tells tasks apart."""
+        """Return the balance term. Raises ScopeError for rows without a task, where `knowledge` tells tasks apart."""
         if self.as_released or not self.balance:
             return {}
         first_B, delta = self._knows(step), self.delta if self.knowledge else 0.0
@@ -66,7 +66,7 @@ class Loramoe(EvenRecipe):
         return {"balance": self.balance * torch.stack(by_site).sum()}
 
     def _knows(self, step: Step) -> Tensor:
-        """first_B: whether a row is of a task of knowledge."""
+        """Return first_B: whether each row is of a task of knowledge."""
         num_rows, missing = len(step.expert_B), int((step.expert_B < 0).sum())
         if self.knowledge and missing:
             raise ScopeError(

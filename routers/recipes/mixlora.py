@@ -18,7 +18,7 @@ from loraweave.routers.tokens._learned import Step
 
 @dataclass(frozen=True, kw_only=True)
 class Mixlora(EvenRecipe):
-    """y = sum over e of w_e * FFN_e(x), where FFN_e is the frozen block with LoRA factors of its own in each of its layers.
+    """The mixture y = sum over e of w_e * FFN_e(x), where FFN_e is the frozen block with LoRA factors in each of its layers.
 
     The experts are mixed after the non-linearity, so that no expert, and no mixture, is an update of layers.
     `target_modules` are endings of the paths of feed-forward blocks ("DenseReluDense" in T5). For each token and block, with
@@ -74,7 +74,7 @@ class _NormalGate(TokenGate):
 
 
 def _of_those_chosen(step: Step) -> Tensor:
-    """The mean over sites of E * sum over e of f_e p_e, where a token has as many experts as its weights that are not 0."""
+    """Return the mean over sites of E * sum over e of f_e p_e, where a token has the experts whose weights are not 0."""
     found = []
     for site, scores_BTE in step.scores.items():
         p_NE, w_NE = step.real(scores_BTE).softmax(dim=1), step.real(step.weights[site])

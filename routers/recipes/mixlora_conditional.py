@@ -12,7 +12,7 @@ from loraweave.routers.recipes._row_gates import FactorGate
 
 @dataclass(frozen=True, kw_only=True)
 class MixloraConditional(Recipe):
-    """y = y0 + alpha / rank * sum over p of b_p (a_p x), a_p and b_p the p-th best of pools of `num_experts` each.
+    """The mixture y = y0 + alpha / rank * sum over p of b_p (a_p x), with the p-th best of `num_experts` factors a, and b.
 
     With h the mean of a site's input over the prompt of a row, the best `rank` factors a are those of the highest r_a h, and
     so are those of b where `conditional` is False. Otherwise b is chosen by softmax(r_b h) + `a_weight` * softmax(sum over p

@@ -11,7 +11,7 @@ from loraweave.routers.recipes._token_gates import TokenGate
 
 @dataclass(frozen=True, kw_only=True)
 class Mixtral(TopKRecipe):
-    """w = softmax over the `top_k` highest of r x, for each token and site.
+    """A mixture with w = softmax over the `top_k` highest of r x, for each token and site.
 
     `balance` times the mean over sites of the loss `mixtral` is added, which is k where all experts are alike; 0.02 in the
     published model's configuration. With `noise`, training adds to r x normal noise with the standard deviation

@@ -18,7 +18,7 @@ from loraweave.routers.tokens._learned import Step
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureOfLoras(Recipe):
-    """w = 1 for the expert with the highest r mean(x), 0 for the others, with the mean over the tokens of a row's prompt.
+    """A mixture with w = 1 for the expert of the highest r mean(x), else 0, by the mean over a row's prompt.
 
     `tasks` are the domains, each with one expert, and every site decides for itself. `eta` times the sum over sites of the
     cross-entropy of softmax(r mean(x)) with the row's own domain is added to the loss of the model, which teaches the gates

@@ -25,7 +25,7 @@ from loraweave.routers.tokens._scores import top_k_softmax
 @traits("images")
 @dataclass(frozen=True, kw_only=True)
 class Mlore(Recipe):
-    """y = y0 + sum over e of w_e(task, x) B_e A_e x + G x + p(task, x) B_task A_task x, the A with the kernel of the layer.
+    """The sum y0 + sum over e of w_e(task, x) B_e A_e x + G x + p(task, x) B_task A_task x, each A with the layer's kernel.
 
     `ranks` are those of the mixed experts, of which each image has `top_k`, and `rank` that of each task's own. G, the path
     that all share, is as free as the layer's weight; `generic` False leaves it out. The gate is a `SpatialGate`, with noise
@@ -105,7 +105,7 @@ class Mlore(Recipe):
 
 
 class SpatialGate(Gate):
-    """f = [mean over positions of U3 GELU(LN(U1 x)), U2 GELU(LN(mean over positions of x))], and (m, s, p) = V f.
+    """A gate for each task: (m, s, p) = V [mean over positions of U3 GELU(LN(U1 x)), U2 GELU(LN(mean over positions of x))].
 
     Given a number of `positions`, the second mean is a learned sum over them, with a bias.
 
@@ -138,13 +138,13 @@ class SpatialGate(Gate):
         self.over_positions = None if positions is None else TaskLinear(num_tasks, positions, 1)
 
     def reset(self, generator: torch.Generator) -> None:
-        """Each U, V and their biases uniform between -1/sqrt(I) and 1/sqrt(I), as torch draws a linear layer."""
+        """Draw each U, V and their biases uniformly between -1/sqrt(I) and 1/sqrt(I), as torch draws a linear layer."""
         for part in (self.u1, self.u3, self.u2, self.v, self.over_positions):
             if part is not None:
                 part.reset(generator)
 
     def forward(self, x_BTC: Tensor, call: Call) -> Weighing:
-        """Raises ScopeError for a layer that sees parts of images, for texts, and for a call whose tasks are not known."""
+        """Weigh the experts of each image. ScopeError for layers that see parts of images, texts, and unknown tasks."""
         task_B = image_tasks(x_BTC, call)
         x_BTC = x_BTC.to(self.v.weight_KOI.dtype)
         each_B1H = self.u3(functional.gelu(self.norm1(self.u1(x_BTC, task_B), task_B)), task_B).mean(dim=1, keepdim=True)
@@ -172,7 +172,7 @@ class SpatialGate(Gate):
 
 
 def image_tasks(x_BTC: Tensor, call: Call) -> Tensor:
-    """task_B of the images whose positions these are. Raises ScopeError for texts, parts of images and unknown tasks."""
+    """Return task_B of the images with these positions. ScopeError for texts, parts of images and unknown tasks."""
     if call.ids_BT is not None or call.follows:
         raise ScopeError("the gate looks at all positions of an image at once: for texts, take a recipe with another gate")
     if call.task_B is None:
@@ -186,7 +186,7 @@ def image_tasks(x_BTC: Tensor, call: Call) -> Tensor:
 
 
 class TaskLinear(nn.Module):
-    """x W^T + bias with the W and bias of each row's task."""
+    """A linear layer x W^T + bias with the W and bias of each row's task."""
 
     def __init__(self, num_tasks: int, num_inputs: int, num_outputs: int) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class TaskLinear(nn.Module):
 
 
 class _Norm(nn.Module):
-    """LayerNorm with the factor and bias of each row's task."""
+    """A LayerNorm with the factor and bias of each row's task."""
 
     def __init__(self, num_tasks: int, num_features: int) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ RELEASED_FEATURES, RELEASED_NOISE = 384, 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Mocle(Recipe):
-    """y = y0 + p E_best(x) + (1 - p) E_universal(x), p the highest of softmax(g c / temperature) of `num_experts` experts.
+    """The mixture y = y0 + p E_best(x) + (1 - p) E_universal(x), p the highest of softmax(g c / temperature) over experts.
 
     c is the learned embedding, of `num_features` numbers, of the cluster that a row is in; each site has its own g, and the
     universal expert is one more. Clusters are the centroids of `num_clusters` groups of texts' embeddings, which
@@ -71,7 +71,7 @@ class Mocle(Recipe):
         )
 
     def reader(self, sites: Sequence[Site]) -> ClusterReader:
-        """Raises UnknownName for an embedder that there is not."""
+        """Make the reader of clusters. Raises UnknownName for an unknown embedder."""
         size = None if self.as_released else self.num_features
         return ClusterReader(self._num_clusters, size, embedder=None if self.by_task else self.embedder)
 

@@ -1,4 +1,4 @@
-"""MOELoRA (Liu et al. 2023, arXiv 2310.18339): the weights of small experts depend on the task of the row."""
+"""MOELoRA (Liu et al. 2023, arXiv 2310.18339): small experts whose weights depend on the task of the row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STD_OF_A = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class Moelora(Recipe):
-    """w = softmax(g e_task), with an embedding of `num_features` numbers for each of `tasks`.
+    """A mixture with w = softmax(g e_task), with an embedding of `num_features` numbers for each of `tasks`.
 
     y = y0 + alpha / rank * sum over e of w_e B_e A_e x, where the experts have `rank` / `num_experts` each and the scale is
     that of the whole rank, as published. `shared` is one gate for all sites instead of one for each. a begins normal with a
@@ -48,6 +48,6 @@ class Moelora(Recipe):
         return TaskGate(len(self.tasks), self.num_features, num_experts)
 
     def start(self, site: Site, expert: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """a normal, b zero."""
+        """Draw a from the normal distribution, with b zero."""
         a_RI = STD_OF_A * torch.randn(rank, site.num_inputs, generator=generator)
         return a_RI, torch.zeros(rank, site.num_outputs)

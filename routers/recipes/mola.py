@@ -19,7 +19,7 @@ from loraweave.routers.tokens._model import block_of
 
 @dataclass(frozen=True, kw_only=True)
 class Mola(Recipe):
-    """w = softmax over the `top_k` highest of r x, for each token and site.
+    """A mixture with w = softmax over the `top_k` highest of r x, for each token and site.
 
     `num_experts` has the experts of as many groups of blocks, from the first to the last, as equal as they come: the
     published (2, 4, 6, 8). Groups are at most as many as blocks.
@@ -49,7 +49,7 @@ class Mola(Recipe):
         return max(self.num_experts) + 1
 
     def shape(self, site: Site) -> ExpertShape:
-        """Raises WeightingError for more groups than the model has blocks."""
+        """Return the shape of the block's group. Raises WeightingError for more groups than the model has blocks."""
         if len(self.num_experts) > max(1, site.num_blocks):
             self.refuse(
                 "num_experts", f"it takes a number for each group of blocks, and the model has {site.num_blocks} blocks"
@@ -72,5 +72,5 @@ class Mola(Recipe):
 
 
 def _group(site: Site, num_groups: int) -> int:
-    """The group of a site's block, counted from 0; a site outside the blocks is in the last one."""
+    """Return the group of a site's block, counted from 0; the last one for a site outside the blocks."""
     return num_groups - 1 if site.block is None else site.block * num_groups // site.num_blocks

@@ -9,7 +9,7 @@ from loraweave.routers.recipes._recipe import FEED_FORWARD, TopKRecipe
 
 @dataclass(frozen=True, kw_only=True)
 class Moral(TopKRecipe):
-    """w = softmax over the `top_k` highest of r x, for each token and site of the feed-forward layers.
+    """A mixture with w = softmax over the `top_k` highest of r x, for each token and site of the feed-forward layers.
 
     What sets MoRAL apart is what it learns from, pairs of a question and its answer one after the other, and how that is
     measured; its mixture is this plain one. `balance` times the mean over sites of the loss `mixtral` may be added, by

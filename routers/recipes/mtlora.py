@@ -15,18 +15,18 @@ from loraweave.routers.recipes._row_gates import TaskSwitch
 @traits("images")
 @dataclass(frozen=True, kw_only=True)
 class Mtlora(Recipe):
-    """Shared stream: y = W x + s B A x. In the last block of each stage a task's branch leaves it, with experts of its own
-    at `task_modules`: y_t = W x + s_t B_t A_t x_t, with x of the shared stream, which goes on to the next stage, and x_t of
-    the branch, which goes to the task's output.
+    """A shared stream y = W x + s B A x, from which a branch of each task leaves in the last block of each stage.
+
+    The branch has experts of its own at `task_modules`: y_t = W x + s_t B_t A_t x_t, with x of the shared stream, which goes
+    on to the next stage, and x_t of the branch, which goes to the task's output.
 
     `mode` "matrix" is that; with "matrixv2" the branch has s B A x, too. With "addition" the shared stream has
     W x + LayerNorm(sum over t of y_t) at these places, inside blocks. The LayerNorm's factor begins as 0, so that it begins
     as the base, and as 1 with `as_released`, as in the released code.
 
     `rank` and `shared_scale` s are of the shared experts; `task_rank` and `task_scale` s_t of the tasks', one for all or one
-    for each, as published for Swin-T. There is no alpha / rank. `trainable_scales` lets the scales learn.
-
-    Dropout is before every update; the released code has none before those of a branch whose x_t is its own.
+    for each, as published for Swin-T. There is no alpha / rank. `trainable_scales` lets the scales learn. Dropout is before
+    every update; the released code has none before those of a branch whose x_t is its own.
 
     The published model gives the outputs of all tasks for an image; here a row has one task, and an image that is asked for
     several is several rows. A place outside the blocks is of the branch.
@@ -90,7 +90,7 @@ class Mtlora(Recipe):
         return 0 if self.mode == "addition" and self.is_branched(site) else 1
 
     def is_branched(self, site: Site) -> bool:
-        """Whether the tasks have experts of their own here."""
+        """Return whether the tasks have experts of their own at a site."""
         if not self.tasks:
             self.refuse("tasks", "name those that get experts of their own")
         found = site.closing and any(_ends(site.name, ending) for ending in self.task_modules)
@@ -101,7 +101,7 @@ class Mtlora(Recipe):
         return found
 
     def _for_tasks(self, option: str) -> tuple[Any, ...]:
-        """One value for each task."""
+        """Return an option's value for each task."""
         value = getattr(self, option)
         values = value if isinstance(value, tuple) else (value,) * max(len(self.tasks), 1)
         if self.tasks and len(values) != len(self.tasks):

@@ -15,7 +15,7 @@ from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site, uniform
 
 @dataclass(frozen=True, kw_only=True)
 class Multilora(Recipe):
-    """y = y0 + alpha / rank * sum over j of gain_j * (B_j A_j x), with no gate: all `num_experts` are always on.
+    """The sum y = y0 + alpha / rank * sum over j of gain_j * (B_j A_j x), with no gate: all `num_experts` are always on.
 
     gain_jO begins as 0 instead of B, which is drawn uniformly as A is, each by its own number of inputs, so that no few
     directions take all of the update. `adapter()` is the whole as one adapter, of at most `num_experts` times the rank. The
@@ -33,6 +33,6 @@ class Multilora(Recipe):
         return None
 
     def start(self, site: Site, expert: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """a_RI uniform between -1/sqrt(I) and 1/sqrt(I), b_RO between -1/sqrt(R) and 1/sqrt(R)."""
+        """Draw a_RI uniformly between -1/sqrt(I) and 1/sqrt(I), b_RO between -1/sqrt(R) and 1/sqrt(R)."""
         a_RI = uniform(rank, site.num_inputs, generator)
         return a_RI, uniform(site.num_outputs, rank, generator).T

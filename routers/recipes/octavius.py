@@ -1,4 +1,4 @@
-"""Octavius (Chen et al., ICLR 2024, arXiv 2311.02684): one gate for the whole model, from a row's instruction."""
+"""Octavius (Chen et al., ICLR 2024, arXiv 2311.02684): one gate for the whole model, which reads a row's instruction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loraweave.routers.recipes._row_gates import EmbeddingGate
 
 @dataclass(frozen=True, kw_only=True)
 class Octavius(EvenRecipe):
-    """w = softmax over the `top_k` highest of r mean(x), x the input embeddings of the tokens of a row's prompt.
+    """A mixture with w = softmax over the `top_k` highest of r mean(x), x the input embeddings of a row's prompt.
 
     All sites and tokens of a row have the same w. The prompt is what stands before the first label, or what generate() is
     given; its padding does not count.
@@ -38,7 +38,7 @@ class Octavius(EvenRecipe):
         return "all"
 
     def gate(self, site: Site, num_experts: int) -> EmbeddingGate:
-        """Raises LayerMismatch for a model without input embeddings."""
+        """Make the gate. Raises LayerMismatch for a model without input embeddings."""
         return EmbeddingGate(
             self.embedding_size(site), num_experts, top_k=self.top_k, normal=self.as_released, padding=self.as_released
         )

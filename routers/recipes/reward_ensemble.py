@@ -15,7 +15,7 @@ from loraweave.routers.recipes._recipe import ATTENTION, FEED_FORWARD, TaskRecip
 
 @dataclass(frozen=True, kw_only=True)
 class RewardEnsemble(TaskRecipe):
-    """Each of `tasks` is a member: a LoRA of its own in every layer and in the head, `score`, of a reward model.
+    """A LoRA in every layer and in the head, `score`, of a reward model for each member of the ensemble that `tasks` names.
 
     A row has the member that `task` names; `composer/ensembles/reward_mixture.py` gives the rewards of all of them, and
     trains them on preferences. In training, `diversity` times the mean over sites of the loss `nuclear_norm` of the members'

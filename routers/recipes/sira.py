@@ -1,4 +1,4 @@
-"""SiRA (Zhu et al. 2023, arXiv 2311.09179): sparse top-k with a capacity of each expert, and dropout of experts."""
+"""SiRA (Zhu et al. 2023, arXiv 2311.09179): sparse top-k with a capacity for each expert, and dropout of experts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loraweave.routers.recipes._token_gates import TokenGate
 
 @dataclass(frozen=True, kw_only=True)
 class Sira(TopKRecipe):
-    """w = softmax(r x), kept for the `top_k` highest and 0 for the others, for each token and site.
+    """A mixture with w = softmax(r x), kept for the `top_k` highest and 0 for the others, for each token and site.
 
     In training alone, a token does without each expert with the probability `expert_dropout`, whose score is then none, so
     that its probability goes to the others; `top_k` always stay. And an expert has at most `capacity` times its even share

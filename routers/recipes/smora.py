@@ -1,4 +1,4 @@
-"""SMoRA (Zhao et al. 2025, arXiv 2501.15103): every rank of one LoRA is an expert, and a token gets the best few."""
+"""SMoRA (Zhao et al. 2025, arXiv 2501.15103): one LoRA whose ranks are the experts, of which a token gets the best few."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loraweave.routers.tokens._learned import Step
 
 @dataclass(frozen=True, kw_only=True)
 class Smora(Recipe):
-    """y = y0 + alpha / top_k * B diag(w) A x, where w = top_k * v / sum of v for the `top_k` highest v = sigmoid(r x) + d.
+    """The update y = y0 + alpha / top_k * B diag(w) A x, w = top_k * v / sum of v, of the best `top_k` v = sigmoid(r x) + d.
 
     Other weights are 0. `rank` ranks make one LoRA, of which a token uses `top_k`. The bias d of a site begins as 0, has no
     gradient, and moves by `bias_rate`: up for ranks that fewer tokens than the mean have had, down for the others.
@@ -73,7 +73,7 @@ class _RankGate(BiasedGate):
         self.r_EI = nn.Parameter(torch.empty(num_experts, num_inputs))
 
     def reset(self, generator: torch.Generator) -> None:
-        """r_EI as torch draws a linear layer: uniform between -1/sqrt(I) and 1/sqrt(I)."""
+        """Draw r_EI as torch draws a linear layer, uniformly between -1/sqrt(I) and 1/sqrt(I)."""
         draw_linear(self.r_EI, generator)
 
     def forward(self, x_BTI: Tensor, call: Call) -> Weighing:

@@ -16,7 +16,7 @@ from loraweave.routers.tokens._learned import Step
 
 @dataclass(frozen=True, kw_only=True)
 class Switch(EvenRecipe):
-    """w = softmax(r x) of the expert where it is highest, 0 for the others, for each token and site.
+    """A mixture with w = softmax(r x) of the expert where it is highest, 0 for the others, for each token and site.
 
     The probability stays below 1, and is what gives the gate a gradient. In training an expert has at most `capacity` times
     its even share T/E of each row's tokens, the first ones, or with `prioritised` those that it weighs most; to the others

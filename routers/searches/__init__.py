@@ -1,1 +1,1 @@
-"""Searches for the weights of a task: one file each, on one Solver."""
+"""Searches for the weights of a task, one a file, on one base class `Solver`."""

@@ -27,7 +27,7 @@ from loraweave.routers.weights import LARGEST, MixtureWeights
 
 Start = Mapping[str, float] | MixtureWeights | None
 
-# what a formula makes its weights of
+# options that describe a task, from which a formula makes its weights
 OF_THE_TASK = ("scores", "weights", "texts", "asked")
 # consecutive candidates without a score after which a search gives up
 MAX_FAILED = 16
@@ -35,7 +35,7 @@ MAX_FAILED = 16
 
 @dataclass(eq=False)
 class Solver(Declared, ABC):
-    """Asks for candidates until `budget` evaluations are spent, or `seconds`, whichever comes first.
+    """A search that asks for candidates until `budget` evaluations or `seconds` are spent, whichever comes first.
 
     `experts` are the names the weights belong to, which lie in [low, high]. `start` is the first candidate: a mapping, or
     MixtureWeights; nothing is the base model. With `groups`, {name: layers}, each group of layers has weights of its own.
@@ -55,7 +55,7 @@ class Solver(Declared, ABC):
     loss: ClassVar[str] = "cross_entropy"
     merge_method = "linear"
     l1: ClassVar[float] = 0.0
-    # False for weights that no example had a part in
+    # False for weights that do not depend on the examples
     learns: ClassVar[bool] = True
     # a backward pass through frozen weights is as much arithmetic as the forward pass
     cost: ClassVar[int] = 1
@@ -87,31 +87,31 @@ class Solver(Declared, ABC):
 
     @classmethod
     def begins(cls, options: Mapping[str, Any]) -> str | None:
-        """Where compose() starts it unless told otherwise: a name of its `STARTS`, None for the solver's own default."""
+        """Name where compose() starts the search by default, one of its `STARTS`; None for the solver's own start."""
         return "best_single"
 
     @property
     def num_trained(self) -> int:
-        """The number of scalars that are chosen."""
+        """The number of scalars that the search chooses."""
         return self.space.size
 
     @abstractmethod
     def _propose(self) -> list[np.ndarray]:
-        """The next vectors; those beyond the budget are dropped."""
+        """Return the next vectors to try; `ask` drops those beyond the budget."""
 
     def _require_options(self) -> None:
-        """Raises WeightingError for options of the subclass that cannot be used."""
+        """Raise WeightingError for options of the subclass that cannot be used."""
 
     def _learn(self, vectors: Sequence[np.ndarray], losses: Sequence[float], gradients: Sequence[np.ndarray]) -> None:
-        """Takes in the losses of the vectors asked for, infinite for a failed one, and the gradients by them."""
+        """Take in the losses of the vectors asked for, infinite for a failed one, and their gradients by the vectors."""
 
     @property
     def _least(self) -> tuple[int, str]:
-        """The fewest evaluations that the search can do anything with, and what they are."""
+        """The fewest evaluations that the search can work with, and what they are for."""
         return self.cost, "one candidate"
 
     def ask(self) -> list[MixtureWeights]:
-        """The next candidates: the same ones until their losses are told, and none when the search is over."""
+        """Return the next candidates: the same ones until their losses are told, and [] when the search is over."""
         if self._started is None:
             self._started = time.monotonic()
         if not self._asked and not self._finished and (left := self._left()) > 0:
@@ -120,7 +120,7 @@ class Solver(Declared, ABC):
         return [self.space.mixture(vector) for vector in self._asked]
 
     def tell(self, losses: Sequence[float], gradients: Sequence[Tensor] | None = None) -> None:
-        """The losses of the candidates asked for, in their order; NaN or infinity for one that cannot be scored.
+        """Take the losses of the candidates asked for, in their order; NaN or infinity for one that cannot be scored.
 
         `gradients` are d loss / d values_BTLE, for a solver that needs them; one that is not finite fails its candidate.
         """
@@ -150,15 +150,15 @@ class Solver(Declared, ABC):
 
     @property
     def spent(self) -> int:
-        """The evaluations so far."""
+        """The number of evaluations so far."""
         return self.cost * len(self._told.losses)
 
     def stop(self) -> bool:
-        """Whether the search is over: its budget used up, or nothing left to ask."""
+        """Return whether the search is over: its budget is used up, or there is nothing left to ask."""
         return self._finished or (not self._asked and self._left() < 1)
 
     def result(self) -> SearchResult:
-        """The best candidate so far; the earlier one when losses are equal. SearchFailed when none could be scored."""
+        """Return the best candidate so far, the earlier one of equal losses. Raises SearchFailed if none could be scored."""
         losses = self._told.losses
         if not any(map(math.isfinite, losses)):
             raise SearchFailed(f"none of {len(losses)} candidates could be scored (NaN or infinite loss)")
@@ -174,7 +174,7 @@ class Solver(Declared, ABC):
         on_progress: Callable[[int], object] | None = None,
         progress: bool = False,
     ) -> SearchResult:
-        """Runs the search to its end and returns the best candidate.
+        """Run the search to its end and return the best candidate.
 
         With `checkpoint`, a JSON file, all that is told is kept; the same search resumed from it asks for the same
         candidates and comes to the same result. A file of other settings is refused, and so is one of another objective
@@ -198,7 +198,7 @@ class Solver(Declared, ABC):
         return self.result()
 
     def replay(self, told: Told) -> None:
-        """Takes in what an earlier run of the same search was told."""
+        """Repeat an earlier run of the same search from what it was told."""
         self._earlier_s = told.seconds
         position = 0
         for size in told.sizes:
@@ -208,12 +208,12 @@ class Solver(Declared, ABC):
             position += size
 
     def keep(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Writes all that was told so far to a checkpoint of these settings."""
+        """Write all that was told so far to a checkpoint of these settings."""
         self._told.seconds = self._elapsed()
         self._told.write(path, settings)
 
     def settings(self) -> dict[str, Any]:
-        """What determines the candidates, besides the losses; a checkpoint of other settings is refused."""
+        """Return what determines the candidates besides the losses; a checkpoint of other settings is refused."""
         options = {option.name: getattr(self, option.name) for option in fields(self)}
         experts, groups = self.space.experts, self.space.groups
         return {"solver": type(self).__name__, **options, "experts": experts, "start": self.first.tolist(), "groups": groups}
@@ -234,7 +234,7 @@ class Solver(Declared, ABC):
         return self._earlier_s + (0.0 if self._started is None else time.monotonic() - self._started)
 
     def _left(self) -> int:
-        """How many candidates may still be asked for."""
+        """Return how many more candidates the budget and the seconds allow."""
         left = 10**9 if self.budget is None else (self.budget - self.spent) // self.cost
         if self.seconds is None:
             return left
@@ -259,7 +259,7 @@ class Solver(Declared, ABC):
 
 
 def require_one_clock(seconds: float | None) -> None:
-    """Raises WeightingError for seconds in one of several launched processes, whose clocks would part their searches."""
+    """Raise WeightingError for seconds in one of several launched processes, whose clocks would part their searches."""
     if seconds is not None and (count := launched_processes()) > 1:
         raise WeightingError(
             f"{count} processes were launched, and each would end its search after another number of candidates with "
@@ -270,7 +270,7 @@ def require_one_clock(seconds: float | None) -> None:
 @traits("ends_early")
 @dataclass(eq=False, kw_only=True)
 class ClosedForm(Solver):
-    """Asks for the weights of the formula and is done: it chooses nothing, and makes one evaluation whatever the budget.
+    """A formula that asks for its own weights and is done: it chooses nothing, and makes one evaluation whatever the budget.
 
     MixtureWeights by layer are asked for as they are, also without `groups`. Raises WeightingError as `Solver` does.
     """
@@ -290,10 +290,10 @@ class ClosedForm(Solver):
 
     @abstractmethod
     def _weights(self) -> Mapping[str, float] | MixtureWeights:
-        """What the formula gives."""
+        """Return the weights of the formula."""
 
     def settings(self) -> dict[str, Any]:
-        """Of what the formula takes, the start has all that there is to say."""
+        """Omit the formula's inputs, because the start determines the result."""
         return {name: value for name, value in super().settings().items() if name not in OF_THE_TASK}
 
     @property
@@ -308,7 +308,7 @@ class ClosedForm(Solver):
 
 
 class Objective(Protocol):
-    """The loss of candidates, lower is better; NaN or infinity marks one that cannot be scored.
+    """A loss of candidates, lower is better; NaN or infinity marks one that cannot be scored.
 
     Several candidates come in one call, so that an objective can evaluate a whole population in one forward pass. The
     result must not depend on how candidates are grouped into calls, beyond rounding.
@@ -318,7 +318,7 @@ class Objective(Protocol):
 
 
 def described(objective: Objective) -> dict[str, Any]:
-    """What an objective with `describe()` says that its losses depend on, for JSON; nothing of any other."""
+    """Return what an objective with `describe()` says that its losses depend on, for JSON; {} for any other."""
     describe = getattr(objective, "describe", None)
     return {} if describe is None else {"objective": describe()}
 
@@ -327,5 +327,5 @@ class DifferentiableObjective(Objective, Protocol):
     """An objective that can say how each loss changes with the candidate's weights."""
 
     def gradients(self, candidates: Sequence[MixtureWeights]) -> tuple[Sequence[float], Sequence[Tensor]]:
-        """The loss of each candidate, and d loss / d values_BTLE, in the shape of its values."""
+        """Return the loss of each candidate, and d loss / d values_BTLE, in the shape of its values."""
         ...

@@ -1,4 +1,4 @@
-"""The vectors that a search moves in, and the mixture weights that they stand for."""
+"""The space of vectors that a search moves in, and the mixture weights that they stand for."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Space:
 
     @property
     def size(self) -> int:
-        """The number of weights."""
+        """The number of weights in a vector."""
         return max(len(self.groups), 1) * len(self.experts)
 
     @cached_property
@@ -53,18 +53,18 @@ class Space:
 
     @cached_property
     def group_L(self) -> np.ndarray:
-        """The number of the group of each layer."""
+        """The number of each layer's group (L,)."""
         counts = [len(layers) for layers in self.groups.values()]
         return np.repeat(np.arange(len(counts)), counts)
 
     def mixture(self, vector: np.ndarray) -> MixtureWeights:
-        """Task-scope weights in fp32, by layer where there are groups."""
+        """Return the task-scope weights of a vector, in fp32, by layer where there are groups."""
         values_GE = torch.tensor(np.asarray(vector), dtype=torch.float32).view(-1, len(self.experts))
         values_LE = values_GE[torch.from_numpy(self.group_L)] if self.groups else values_GE
         return MixtureWeights(values_LE[None, None], self.experts, self.layers)
 
     def vector(self, weights: Mapping[str, float] | MixtureWeights | None) -> np.ndarray:
-        """The vector of a mixture; experts it does not name get 0. None is the vector of zeros.
+        """Return the vector of a mixture, with 0 for experts it does not name; the vector of zeros for None.
 
         Of a mixture by layer, a group gets the mean over its layers. Raises WeightingError for names that are no experts,
         weights outside the box, and mixtures of another scope than task.
@@ -81,7 +81,7 @@ class Space:
         return vector
 
     def pull(self, gradient_BTLE: Tensor) -> np.ndarray:
-        """The gradient by the vector, from that by the mixture's values: summed over the layers of each group."""
+        """Turn the gradient by a mixture's values into that by the vector: a sum over the layers of each group."""
         gradient_LE = gradient_BTLE.detach().double().cpu()[0, 0]
         if not self.groups:
             return gradient_LE.sum(dim=0).numpy()
@@ -112,7 +112,7 @@ class Space:
 def layer_groups(
     groups: Mapping[str, Sequence[str]] | None, layers: Sequence[str] | None, *, by_layer: bool
 ) -> Mapping[str, Sequence[str]] | None:
-    """`groups` if given, else one for each of `layers`, else none: weights that all layers share, as without `by_layer`.
+    """Return `groups` if given, else one for each of `layers`, else None, as without `by_layer`: all layers share weights.
 
     Raises WeightingError for a layer named twice.
     """

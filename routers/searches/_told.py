@@ -1,4 +1,4 @@
-"""What a search has been told, in one JSON file that is replaced whole: asked again, it comes to the same candidates."""
+"""A search's losses in one JSON file that is replaced whole: told them again, a search comes to the same candidates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Told:
-    """Losses, and gradients where the search wants them, of all candidates so far, and the seconds they took.
+    """The losses of all candidates so far, their gradients where the search wants them, and the seconds they took.
 
     `sizes` are the numbers of candidates that were asked for at a time. A gradient is written in hexadecimal notation,
     which gives back every bit.
@@ -35,7 +35,7 @@ class Told:
 
     @classmethod
     def read(cls, path: Path, settings: Mapping[str, Any]) -> Told:
-        """The content of a checkpoint, empty without a file. WeightingError if it is damaged or of other settings."""
+        """Read a checkpoint, empty if there is no file. WeightingError if it is damaged or of other settings."""
         if not path.is_file():
             return cls()
         try:
@@ -53,7 +53,7 @@ class Told:
         return cls(sizes, losses, gradients, seconds)
 
     def write(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Replaces the checkpoint. If that fails, the search goes on and the log says so."""
+        """Replace the checkpoint. If that fails, log it and let the search go on."""
         content = {
             "settings": settings,
             "sizes": self.sizes,
@@ -87,7 +87,7 @@ class SearchResult:
 
     @property
     def weights(self) -> dict[str, float]:
-        """{expert: weight}; ScopeError when layers have weights of their own."""
+        """The weights {expert: weight}. Raises ScopeError if layers have weights of their own."""
         return self.mixture.as_dict()
 
     @property
@@ -96,16 +96,16 @@ class SearchResult:
 
     @property
     def failed(self) -> int:
-        """How many candidates could not be scored."""
+        """The number of candidates that could not be scored."""
         return sum(not math.isfinite(loss) for loss in self.losses)
 
     def curve(self) -> list[tuple[int, float]]:
-        """(evaluations so far, lowest loss so far) after each candidate."""
+        """Return (evaluations so far, lowest loss so far) after each candidate."""
         best = np.minimum.accumulate(self.losses).tolist()
         return [(self.cost * (number + 1), loss) for number, loss in enumerate(best)]
 
     def plot(self, path: str | Path) -> Path:
-        """Writes a picture of the losses and of the lowest so far; the file's ending says which kind.
+        """Draw the losses and the lowest so far into a picture file, whose ending says which kind.
 
         Raises PackageMissing without matplotlib.
         """

@@ -23,7 +23,7 @@ BUDGET = 2000
 
 @dataclass(eq=False, kw_only=True)
 class Adamerging(Gradient):
-    """`Gradient` of free weights with the published start, step and number of steps; 1000 steps are 2000 evaluations.
+    """A `Gradient` search over free weights with the published start, step and number of steps; 1000 are 2000 evaluations.
 
     Layer-wise where `layers` are given, task-wise with `by_layer=False`. Where the budget allows for other than 1000 steps,
     `lr` is by default 1 / steps, for a weight moves by about `lr` in each. The published code clamps weights to [0, 1] in
@@ -46,5 +46,5 @@ class Adamerging(Gradient):
 
     @classmethod
     def begins(cls, options: Mapping[str, Any]) -> str | None:
-        """At 0.3 each, as published."""
+        """Return None: the search starts at 0.3 each, as published."""
         return None

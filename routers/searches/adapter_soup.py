@@ -18,7 +18,7 @@ from loraweave.routers.searches._solver import ClosedForm
 
 @dataclass(eq=False, kw_only=True)
 class AdapterSoup(ClosedForm):
-    """Weights 1/n for n chosen adapters: no training, and one merged adapter for the whole task.
+    """Weights of 1/n for n chosen adapters: no training, and one merged adapter for the whole task.
 
     `texts` are each expert's sample inputs, {expert: texts}, `asked` the inputs of the task; compose() gives those of the
     adapters' cards and of the task. With the embedder's unit vectors, `form`
@@ -70,7 +70,7 @@ class AdapterSoup(ClosedForm):
 
 
 def _shares(texts: Sequence[np.ndarray], asked_ND: np.ndarray) -> np.ndarray:
-    """The share of the inputs in each expert's Gaussian, (E,)."""
+    """Return the share of the inputs in each expert's Gaussian (E,)."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 

@@ -27,7 +27,7 @@ NEAREST, FARTHEST = 0.01, 0.3
 
 @dataclass(eq=False, kw_only=True)
 class Bayesian(Solver):
-    """Asks for the start and `initial` - 1 points spread around it, then for `population` candidates at a time.
+    """A search from the start and `initial` - 1 points spread around it, then by `population` candidates at a time.
 
     Each of those is chosen as if the ones before it had the losses expected of them. A failed candidate counts as the worst
     so far. By default a third of the budget is initial, and at most one more than twice the number of weights. The other
@@ -66,7 +66,7 @@ class Bayesian(Solver):
         return [low + (high - low) * unit for unit in chosen]
 
     def _fill_box(self) -> list[np.ndarray]:
-        """A Latin hypercube around the start: of each weight, every part of its range has one point."""
+        """Draw a Latin hypercube around the start: each part of each weight's range has one point."""
         count, generator = self._num_initial - 1, np.random.default_rng([self.seed, 0])
         places = np.stack([generator.permutation(count) for _ in range(self.space.size)], axis=1)
         units = (places + generator.uniform(size=places.shape)) / max(count, 1)
@@ -76,7 +76,7 @@ class Bayesian(Solver):
         return list(self.first + spread * (points - self.first))
 
     def _observations(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where the candidates are in the unit box, and the logarithms of their losses, of mean 0 and deviation 1.
+        """Return the candidates' points in the unit box, and the logarithms of their losses, of mean 0 and deviation 1.
 
         The logarithm begins at the lowest loss: spoilt models have losses of a hundred times the differences that matter.
         """
@@ -97,7 +97,7 @@ class Bayesian(Solver):
 
 
 def _fit_kernel(units: np.ndarray, losses: np.ndarray) -> Any:
-    """The kernel that makes the losses most likely."""
+    """Fit the kernel that makes the losses most likely."""
     # scikit-learn takes a second to import and the catalogue should not wait for it
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
@@ -113,7 +113,7 @@ def _fit_kernel(units: np.ndarray, losses: np.ndarray) -> Any:
 
 
 def _predict(kernel: Any, units: np.ndarray, losses: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of the loss of each draw, without the noise."""
+    """Return the mean and deviation of the loss of each draw, without the noise."""
     from sklearn.gaussian_process import GaussianProcessRegressor
 
     process = GaussianProcessRegressor(kernel, optimizer=None).fit(units, losses)
@@ -123,7 +123,7 @@ def _predict(kernel: Any, units: np.ndarray, losses: np.ndarray, draws: np.ndarr
 
 
 def expected_improvement(mean_N: np.ndarray, deviation_N: np.ndarray, best: float) -> np.ndarray:
-    """E[max(best - y, 0)] for each y distributed as N(mean, deviation^2); a deviation of 0 is no uncertainty."""
+    """Return E[max(best - y, 0)] for each y distributed as N(mean, deviation^2); a deviation of 0 means no uncertainty."""
     below_N = best - mean_N
     sure_N = deviation_N <= 0
     z_N = below_N / np.where(sure_N, 1.0, deviation_N)

@@ -1,4 +1,4 @@
-"""Weights from slopes: one backward pass gives the loss's slope by every weight, a few more how the slopes change.
+"""First-order search for weights: one backward pass gives the loss's slope by every weight, a few more their changes.
 
 The loss is taken for a quadratic function of the weights, through the slopes at the best candidate and the changes between
 those told so far. The next candidate is the model's lowest point in the box and not farther than the trust radius from the
@@ -37,7 +37,7 @@ from loraweave.routers.searches._solver import Solver
 
 RADIUS = 0.5
 RIDGE = 1e-4
-# a smaller step, or a smaller foretold fall of the loss, ends the search
+# a smaller step, or a smaller predicted fall of the loss, ends the search
 LEAST_STEP = 1e-5
 LEAST_FALL = 1e-9
 
@@ -45,7 +45,7 @@ LEAST_FALL = 1e-9
 @traits("ends_early", "orderless")
 @dataclass(eq=False, kw_only=True)
 class FirstOrder(Solver):
-    """Asks for the start, the base model unless given, and then for the lowest point of the model, one at a time.
+    """A search that asks for the start, by default the base model, then for the lowest point of its model, one at a time.
 
     `radius` is how far a weight may go in the first step; `ridge` draws the model's curvature towards the same in all
     directions. It ends before its budget where the model predicts no lower loss. The other arguments are `Solver`'s.
@@ -66,7 +66,7 @@ class FirstOrder(Solver):
 
     @classmethod
     def begins(cls, options: Mapping[str, Any]) -> str | None:
-        """At the base model: one backward pass there has the slopes of all adapters."""
+        """Return None: the search starts at the base model, where one backward pass has the slopes of all adapters."""
         return None
 
     @property
@@ -99,7 +99,7 @@ class FirstOrder(Solver):
                 self._known.append((vector, loss, gradient))
 
     def _trust(self, length: float, fallen: float) -> float:
-        """The next radius after a step of a length, by how much of the foretold fall of the loss there was."""
+        """Return the next radius after a step, by what share of the predicted fall of the loss there was."""
         if fallen < 0.25 * self._foretold:
             return length / 4 if fallen == -math.inf else length / 2
         return 2 * self._trusted if fallen > 0.75 * self._foretold and length > 0.99 * self._trusted else self._trusted
@@ -114,7 +114,7 @@ LEAST_CURVATURE = 1e-3
 
 @dataclass(frozen=True)
 class Quadratic:
-    """The model's parts: c, g and d have D entries, basis_DQ orthonormal columns, and inner_QQ is M."""
+    """The parts of the model: c, g and d have D entries, basis_DQ orthonormal columns, and inner_QQ is M."""
 
     centre: np.ndarray
     slope: np.ndarray
@@ -123,15 +123,15 @@ class Quadratic:
     inner_QQ: np.ndarray
 
     def hessian_times(self, step: np.ndarray) -> np.ndarray:
-        """H step."""
+        """Return H step."""
         return np.asarray(self.diagonal * step + self.basis_DQ @ (self.inner_QQ @ (self.basis_DQ.T @ step)))
 
     def change(self, step: np.ndarray) -> float:
-        """m(c + step) - m(c)."""
+        """Return m(c + step) - m(c)."""
         return float(self.slope @ step + step @ self.hessian_times(step) / 2)
 
     def lowest(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """A point of the box [low, high], which has c in it, at which the model has no descent left."""
+        """Return a point of the box [low, high], which contains c, at which the model has no descent left."""
         # scipy takes longer to import than a catalogue of solvers should
         from scipy.optimize import minimize
 
@@ -153,7 +153,7 @@ class Quadratic:
 def fit_quadratic(
     centre: np.ndarray, slope: np.ndarray, steps_KD: np.ndarray, changes_KD: np.ndarray, *, curvature: float, ridge: float
 ) -> Quadratic:
-    """The model of these s_k and y_k; `curvature` is h where there are none, or none that curves upwards."""
+    """Fit the model to these s_k and y_k; `curvature` is h if there are none, or none that curves upwards."""
     lengths_K1 = np.linalg.norm(steps_KD, axis=1, keepdims=True)
     s_KD, y_KD = steps_KD / lengths_K1, changes_KD / lengths_K1
     along_K = (s_KD * y_KD).sum(axis=1)
@@ -172,6 +172,6 @@ def fit_quadratic(
 
 
 def _span(rows_ND: np.ndarray) -> np.ndarray:
-    """Orthonormal columns that span the rows."""
+    """Return orthonormal columns that span the rows."""
     _, sizes, right_ND = np.linalg.svd(rows_ND, full_matrices=False)
     return np.asarray(right_ND[sizes > 1e-12 * max(sizes, default=0.0)].T)

@@ -1,4 +1,4 @@
-"""Weights learned by gradient descent on a few examples, the experts frozen.
+"""Weights learned by gradient descent on a few examples, with the experts frozen.
 
 Three published forms. `softmax` (Asadi et al. 2024, arXiv 2402.15414): w_l = softmax(p_l) over the experts of each layer,
 p = 0 at first, which is the uniform mixture. `free` (LoRA Soups' CAT, Prabhakar et al. 2025, arXiv 2410.13025): a weight of
@@ -23,7 +23,7 @@ from loraweave.registry import traits
 from loraweave.routers.searches._solver import Solver
 from loraweave.routers.searches._space import Space, layer_groups
 
-# of what an expert has in an even mixture, the least that a softmax begins with
+# the least that a softmax begins with, as a share of an even weight
 LEAST_SHARE = 0.1
 
 
@@ -40,22 +40,22 @@ class Form(ABC):
 
     @abstractmethod
     def parameters(self, vector: np.ndarray) -> np.ndarray:
-        """Those that give this vector, or the one nearest to it in the form's sense."""
+        """Return the parameters that give this vector, or the nearest one to it in the form's sense."""
 
     @abstractmethod
     def vector(self, parameters: np.ndarray) -> np.ndarray: ...
 
     @abstractmethod
     def pull(self, parameters: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-        """The gradient by the parameters, from that by the vector."""
+        """Turn the gradient by the vector into that by the parameters."""
 
     def inside(self, parameters: np.ndarray) -> np.ndarray:
-        """The parameters, changed as little as puts their vector into the box."""
+        """Return the parameters, changed as little as brings their vector into the box."""
         return parameters
 
 
 class Free(Form):
-    """w = p: any sign, any sum."""
+    """The form w = p: any sign, any sum."""
 
     def parameters(self, vector: np.ndarray) -> np.ndarray:
         return vector
@@ -71,7 +71,7 @@ class Free(Form):
 
 
 class Softmax(Form):
-    """w = softmax(p) over the experts of each group: positive, and of sum 1.
+    """The form w = softmax(p) over the experts of each group: positive, and of sum 1.
 
     Any other vector is changed into one: negative weights count as 0, all are divided by their sum, and those below
     LEAST_SHARE / E are raised to it; where nothing is positive, the weights are even.
@@ -108,7 +108,7 @@ class Softmax(Form):
 
 
 class SoftmaxBias(Form):
-    """w = softmax(p) + b, parameters p then b: the bias lets weights leave the simplex."""
+    """The form w = softmax(p) + b, parameters p then b: the bias lets weights leave the simplex."""
 
     def __init__(self, space: Space) -> None:
         super().__init__(space)
@@ -148,7 +148,7 @@ class Adam:
         self._square = np.zeros(size)
 
     def step(self, gradient: np.ndarray, lr: float) -> np.ndarray:
-        """What is to be added to the parameters after one more gradient."""
+        """Return the step to add to the parameters after one more gradient."""
         self._count += 1
         first, second = self.betas
         self._mean = first * self._mean + (1 - first) * gradient
@@ -167,7 +167,7 @@ WARMUP = 2
 @traits("orderless")
 @dataclass(eq=False, kw_only=True)
 class Gradient(Solver):
-    """Takes one step of Adam for each candidate told, and returns the best candidate, not the last.
+    """A search that takes one step of Adam for each candidate told, and returns the best candidate, not the last.
 
     `layers`, those of the pool, have weights of their own, each or by `groups`; without both, or with `by_layer=False`, all
     share theirs. By default softmax and free weights go by layer and `softmax_bias` does not. Without a start it begins at
@@ -207,7 +207,7 @@ class Gradient(Solver):
 
     @classmethod
     def begins(cls, options: Mapping[str, Any]) -> str | None:
-        """Free weights go best from the three best adapters, the published softmax from all alike."""
+        """Name the best default start: the three best adapters for free weights, the uniform mixture for other forms."""
         return "best_three" if options.get("form", "free") == "free" else "uniform"
 
     @property
@@ -237,7 +237,7 @@ class Gradient(Solver):
         self._finished = self.patience is not None and self._fruitless >= self.patience
 
     def _factor(self) -> float:
-        """What of the step is taken now, 0 to 1."""
+        """Return the share of the step to take now, 0 to 1."""
         if self.schedule == "constant" or self.budget is None:
             return 1.0
         steps, made = self.budget // self.cost, len(self._vectors)

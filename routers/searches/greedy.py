@@ -1,4 +1,4 @@
-"""Greedy selection of adapters: those that help are averaged, as a greedy soup (Wortsman et al. 2022, arXiv 2203.05482).
+"""Greedy selection of adapters: those that help are averaged, as in a greedy soup (Wortsman et al. 2022, arXiv 2203.05482).
 
 AdapterSoup averages adapters that a retriever picks (Chronopoulou et al. 2023, arXiv 2302.07027); here the losses pick them.
 """
@@ -19,7 +19,7 @@ from loraweave.routers.searches._solver import Solver
 @traits("ends_early", "orderless")
 @dataclass(eq=False, kw_only=True)
 class Greedy(Solver):
-    """Asks for the start and every expert alone, then adds experts, then takes out those that do not help.
+    """A search that asks for the start and every expert alone, then adds experts, then takes out those that do not help.
 
     Adding begins with the expert of the lowest loss alone; the others are tried in the order of their losses, and each stays
     if the loss is lower with it. Then the mixtures without one of the members are asked for together, and the best of them
@@ -64,7 +64,7 @@ class Greedy(Solver):
         self._finished = self._finished or not self._propose()
 
     def _order(self, losses: Sequence[float]) -> None:
-        """The best alone as the first member, the others in the order in which they are tried; none that has no loss."""
+        """Take the best expert as the first member and order the others by their losses, without those that have none."""
         scored = [place for place, loss in enumerate(losses) if math.isfinite(loss)]
         ordered = sorted(scored, key=lambda place: losses[place])
         self._members, self._untried = ordered[:1], ordered[1:]

@@ -23,7 +23,7 @@ POPULATION = 8
 @traits("ends_early")
 @dataclass(eq=False, kw_only=True)
 class Grid(Solver):
-    """Asks for the start, then for every other point of the lattice in order, the last weight varying fastest.
+    """A search that asks for the start, then for every other point of a lattice in order, the last weight varying fastest.
 
     With `coordinate=True` one weight at a time tries all `strengths`, from the start on, and keeps the best if that is an
     improvement; sweeps are repeated until one changes nothing. The other arguments are `Solver`'s. Raises WeightingError
@@ -46,7 +46,7 @@ class Grid(Solver):
         return self._line() if self.coordinate else self._points()
 
     def _points(self) -> list[np.ndarray]:
-        """The next points of the lattice, by their numbers in the base of the number of strengths."""
+        """Return the next points of the lattice, by their numbers in base `len(strengths)`."""
         made = len(self._vectors) - 1
         numbers = range(made, min(made + POPULATION, self._num_points - 1))
         # the start has been asked for, where it is a point
@@ -61,7 +61,7 @@ class Grid(Solver):
 
     @property
     def _start_number(self) -> int:
-        """The start's place in the lattice, or the number of its points when the start lies beside it."""
+        """The start's place in the lattice, or the number of the lattice's points if the start is not one of them."""
         if not set(self.first.tolist()) <= set(self.strengths):
             return self._size
         number = 0
@@ -71,7 +71,7 @@ class Grid(Solver):
 
     @property
     def _num_points(self) -> int:
-        """The points of the lattice and the start."""
+        """The number of points of the lattice, and one for a start beside it."""
         return self._size + (self._start_number == self._size)
 
     @property
@@ -79,7 +79,7 @@ class Grid(Solver):
         return math.prod([len(self.strengths)] * self.space.size)
 
     def _line(self) -> list[np.ndarray]:
-        """The best so far with every other strength of the next weight that has one."""
+        """Return the best vector so far with every other strength of the next weight that has one."""
         while self._unchanged < self.space.size:
             others = [strength for strength in self.strengths if strength != self._best[self._place]]
             if others:

@@ -27,7 +27,7 @@ TOLERANCE = 1e-6
 
 @dataclass(eq=False, kw_only=True)
 class Lorahub(Solver):
-    """Asks for the start alone, then for generations of `population` candidates; the last one is cut to the budget.
+    """A search that asks for the start, then for generations of `population` candidates; the last one is cut to the budget.
 
     `sigma` is the first step size. Without a start the search begins at the base model; to begin where retrieval points,
     start=Similarity(experts, scores=scores).ask()[0]. When the losses of the last generations differ by less than
@@ -74,7 +74,7 @@ class Lorahub(Solver):
             self._finished = self._restarted > self.restarts
 
     def _evolution(self) -> Any:
-        """The strategy of the start, or of the next restart."""
+        """Return the strategy that begins at the start, or that of the next restart."""
         # cma takes a second to import and the catalogue should not wait for it
         with warnings.catch_warnings():
             # it warns where matplotlib, which only its own plots need, is missing

@@ -22,7 +22,7 @@ from loraweave.routers.searches.lorahub import Lorahub
 
 @dataclass(eq=False, kw_only=True)
 class LorahubOriginal(Solver):
-    """Asks for one candidate after the other, the base model first, with the draws that the authors' code has for the seed.
+    """A search for one candidate after the other, from the base model, with the draws of the authors' code for the seed.
 
     It is for the loss as they coded it, the objective "lorahub_original", and for A and B summed apart. The arguments are
     `Solver`'s, with the published values as defaults. Raises PackageMissing without nevergrad, and SearchFailed where NGOpt
@@ -65,7 +65,7 @@ class LorahubOriginal(Solver):
         self._candidate = self._guard(lambda: self._next(told))
 
     def _next(self, loss: float) -> Any:
-        """The candidate after the one that has this loss, asked for at once: so no thread of nevergrad's is left running."""
+        """Tell a candidate's loss and ask for the next at once, so that no thread of nevergrad's is left running."""
         self._optimizer.tell(self._candidate, loss)
         return self._optimizer.ask() if self._left() else None
 
@@ -88,7 +88,7 @@ class LorahubOriginal(Solver):
         return nevergrad.optimizers.NGOpt(parametrization=space, budget=self.budget)
 
     def _guard(self, call: Callable[[], Any]) -> Any:
-        """What a call of nevergrad gives."""
+        """Return what a call of nevergrad returns. Raises SearchFailed if it fails."""
         found: list[Any] = []
         errors: list[Exception] = []
 

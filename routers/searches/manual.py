@@ -1,4 +1,4 @@
-"""The weights that someone chose by hand: prompt strengths of ControlPE (Sun et al. 2023, arXiv 2311.09773), for example."""
+"""Weights chosen by hand, such as the prompt strengths of ControlPE (Sun et al. 2023, arXiv 2311.09773)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loraweave.routers.weights import MixtureWeights
 
 @dataclass(eq=False, kw_only=True)
 class Manual(ClosedForm):
-    """w_e as given, of any size and sign; experts that `weights` does not name get 0.
+    """Weights w_e as given, of any size and sign; experts that `weights` does not name get 0.
 
     Raises UnknownExpert for names that are no experts, WeightingError for weights that are no finite numbers.
     """

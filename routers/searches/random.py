@@ -15,7 +15,7 @@ POPULATION = 8
 
 @dataclass(eq=False, kw_only=True)
 class Random(Solver):
-    """Asks for the start, then for draws, `population` at a time; the other arguments are `Solver`'s.
+    """A search that asks for the start, then for draws, `population` at a time; the other arguments are `Solver`'s.
 
     Weights are uniform in the box; with `simplex=True` they are uniform among those that are not negative and sum to 1 (in
     each group of layers), which a box with 0 and 1 in it must hold. Draw n depends on the seed and on n alone.

@@ -1,4 +1,4 @@
-"""Weights from how near each adapter is to the input: LoraRetriever's compositions and token-level adaptation's softmax.
+"""Weights from each adapter's nearness to the input: LoraRetriever's compositions and token-level adaptation's softmax.
 
 LoraRetriever (Zhao et al. 2024, arXiv 2402.09997) takes the nearest adapter ("selection"), or the k nearest with 1/k each,
 as a sum of updates ("mixture") or of the factors apart ("fusion"). Token-level adaptation (Belofsky 2023, arXiv 2311.10847)
@@ -70,7 +70,7 @@ def _require_scores(scores: Mapping[str, float], experts: Sequence[str]) -> None
 
 
 def _count(form: str, nearest: int | None, num_scored: int) -> int:
-    """How many experts get a weight."""
+    """Return how many experts get a weight. Raises WeightingError for a `nearest` that does not fit."""
     if form == "selection" and nearest not in (None, 1):
         raise WeightingError(f"nearest is {nearest!r}, but a selection is of 1 expert; 'mixture' takes several")
     if nearest is None:

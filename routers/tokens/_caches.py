@@ -1,4 +1,4 @@
-"""Key-value caches whose changes others follow: beams are reordered, tokens taken back, rows repeated.
+"""Followers of key-value caches, which change as the caches do: beams are reordered, tokens taken back, rows repeated.
 
 While an activation is open, a followed cache is of a class that is its own but for the five methods below; nothing is added
 to the object, and it is of its own class again when the activation ends. A copy or a pickle is of the cache's own class.
@@ -21,7 +21,7 @@ from loraweave.errors import ScopeError
 
 
 class Follower(Protocol):
-    """What is changed as the cache is. A DynamicCache is one."""
+    """A state that can be changed as a cache is. A DynamicCache is one."""
 
     def get_seq_length(self) -> int: ...
 
@@ -40,7 +40,7 @@ S = TypeVar("S", bound=Follower)
 
 
 class BesideCache(Generic[S]):
-    """One state for each cache, which is changed as that is: reordered, cropped, repeated, selected, reset.
+    """A state for each cache that is changed as the cache is: reordered, cropped, repeated, selected, reset.
 
     It is the cache's and not the call's, so that threads and conversations do not see each other's. A state is forgotten
     with its cache. `router` is the name for messages.
@@ -50,7 +50,7 @@ class BesideCache(Generic[S]):
         self._router = router
 
     def of(self, cache: Any) -> S | None:
-        """The state beside a cache, of as many tokens as that; None for a cache that is empty.
+        """Return the state beside a cache, of as many tokens as the cache; None for an empty cache.
 
         Raises ScopeError for a kind of cache that cannot be followed, and for one that took tokens without this router.
         """
@@ -65,7 +65,7 @@ class BesideCache(Generic[S]):
         return state
 
     def known(self, cache: Any) -> S | None:
-        """The state beside a cache, which may be of fewer tokens; None where there is none, or the cache is empty.
+        """Return the state beside a cache, which may be of fewer tokens; None if there is none, or the cache is empty.
 
         Raises ScopeError for a kind of cache that cannot be followed.
         """
@@ -78,7 +78,7 @@ class BesideCache(Generic[S]):
         return state
 
     def keep(self, cache: Any | None, state: S) -> None:
-        """Keeps the state beside the cache from now on; None is the one that the running call gives back, if any."""
+        """Keep the state beside the cache from now on; None is the cache that the running call returns, if any."""
         if cache is not None:
             follow(cache, self, state)
         elif (current := _CURRENT.get()) is not None:
@@ -105,15 +105,15 @@ class BesideCache(Generic[S]):
 
 
 class RowsAndTokens(ABC):
-    """A follower made of tensors whose first axes are rows and tokens: what changes a cache changes each of them alike."""
+    """A follower made of tensors whose first axes are rows and tokens, all of which change as the cache does."""
 
     @abstractmethod
     def get_seq_length(self) -> int:
-        """How many tokens each row has."""
+        """Return the number of tokens in each row."""
 
     @abstractmethod
     def change(self, make: Callable[[Tensor], Tensor]) -> None:
-        """Replaces each tensor by what `make` makes of it."""
+        """Replace each tensor by what `make` returns for it."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.change(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -145,7 +145,7 @@ _LAST_TENSORS: WeakKeyDictionary[Any, list[ReferenceType[Tensor]]] = WeakKeyDict
 
 
 class FollowedCaches:
-    """The caches that are followed as long as one activation is open."""
+    """The caches that are followed while one activation is open."""
 
     def __init__(self) -> None:
         self._caches: WeakSet[Any] = WeakSet()
@@ -153,7 +153,7 @@ class FollowedCaches:
         self._waiting: list[tuple[object, Any]] = []
 
     def entered(self) -> AbstractContextManager[None]:
-        """What begins to be followed inside counts among these."""
+        """Collect the caches that begin to be followed inside the context."""
         self._waiting.clear()
         return holding(_CURRENT, self)
 
@@ -164,7 +164,7 @@ class FollowedCaches:
         self._waiting.append((owner, state))
 
     def returned(self, output: Any) -> None:
-        """What a call gives back: its new cache, if it has one, is followed from now on."""
+        """Follow the new cache of a call's output, if it has one that a state waits for."""
         if not self._waiting:
             return
         from transformers import DynamicCache
@@ -184,7 +184,7 @@ class FollowedCaches:
         self._waiting.clear()
 
     def release(self) -> None:
-        """No longer follows them. One that then stays as it is can be followed again."""
+        """Stop following the caches. One that stays unchanged can be followed again."""
         for cache in list(self._caches):
             self._caches.discard(cache)
             _release(cache)
@@ -194,7 +194,7 @@ _CURRENT: ContextVar[FollowedCaches | None] = ContextVar("loraweave_followed_cac
 
 
 def follower(cache: Any, owner: object) -> Any:
-    """The owner's follower of a cache; None where it has none, or the cache was changed while it was not followed."""
+    """Return the owner's follower of a cache; None if it has none, or the cache was changed while it was not followed."""
     if cache not in _FOLLOWERS:
         return None
     if not _is_followed(cache):
@@ -206,7 +206,7 @@ def follower(cache: Any, owner: object) -> Any:
 
 
 def follow(cache: Any, owner: object, state: Follower) -> None:
-    """From now on, and until the activation ends, `state` is changed as the cache is."""
+    """Change `state` as the cache is changed, from now on until the activation ends."""
     _FOLLOWERS.setdefault(cache, WeakKeyDictionary())[owner] = state
     if not _is_followed(cache):
         kind = type(cache)
@@ -253,7 +253,7 @@ def _empty(kind: Any) -> Any:
 
 
 def _following(kind: Any, name: str) -> Callable[..., None]:
-    """A method of the cache, which does the same to its followers."""
+    """Make a method that changes a cache by its own method of that name, and its followers likewise."""
     own = getattr(kind, name)
 
     def method(cache: Any, *args: Any, **kwargs: Any) -> None:
@@ -269,7 +269,7 @@ def _following(kind: Any, name: str) -> Callable[..., None]:
 
 
 def crop(state: Follower, num_tokens: int) -> None:
-    """Takes the last tokens from a follower."""
+    """Remove the last `num_tokens` tokens from a follower."""
     # what keeps more than its window until it is cropped is cropped by nothing, too
     if num_tokens or any(getattr(layer, "record_past", False) for layer in getattr(state, "layers", ())):
         state.crop(-num_tokens)

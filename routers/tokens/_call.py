@@ -23,7 +23,7 @@ from loraweave.routers.tokens._caches import BesideCache, RowsAndTokens
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """Token ids of the prompts of a batch; the mask is 0 where a token is padding, or follows the prompt.
+    """The token ids of a batch's prompts; the mask is 0 where a token is padding, or follows the prompt.
 
     `weights` is what routers made of them.
     """
@@ -42,7 +42,7 @@ _PROMPTS: ContextVar[Prompts | None] = ContextVar("loraweave_prompts", default=N
 
 
 def prompted(ids_BT: Tensor, mask_BT: Tensor) -> AbstractContextManager[None]:
-    """Inside, calls know what their rows begin with; an outer block's prompts stay in force.
+    """Tell calls inside the context what their rows begin with; an outer context's prompts stay in force.
 
     In a batch of k times as many rows each prompt serves k consecutive rows.
     """
@@ -50,17 +50,17 @@ def prompted(ids_BT: Tensor, mask_BT: Tensor) -> AbstractContextManager[None]:
 
 
 def unprompted() -> AbstractContextManager[None]:
-    """Inside, the prompts of an outer block do not apply: calls have other rows."""
+    """Forget the prompts of an outer context inside this one, where calls have other rows."""
     return holding(_PROMPTS, None)
 
 
 def current_prompts() -> Prompts | None:
-    """The prompts of the running calls, None if they are unknown."""
+    """Return the prompts of the running calls, or None if they are unknown."""
     return _PROMPTS.get()
 
 
 def count_copies(router: str, prompts: Prompts, num_rows: int) -> int:
-    """How many consecutive rows of a call each prompt has. ScopeError if the rows are no multiple of the prompts."""
+    """Return how many consecutive rows each prompt has. Raises ScopeError if the rows are no multiple of the prompts."""
     if not num_rows or num_rows % len(prompts.rows):
         raise ScopeError(
             f"router {router!r} knows {len(prompts.rows)} prompts, but the call has {num_rows} rows, no multiple: call the "
@@ -70,14 +70,14 @@ def count_copies(router: str, prompts: Prompts, num_rows: int) -> int:
 
 
 def real_tokens(ids_BT: Tensor, mask_BT: Tensor) -> list[list[int]]:
-    """The ids of each row whose mask is not 0."""
+    """List the ids of each row whose mask is not 0."""
     pairs = zip(ids_BT.tolist(), mask_BT.tolist(), strict=True)
     return [[token for token, real in zip(*row, strict=True) if real] for row in pairs]
 
 
 @dataclass(frozen=True, eq=False)
 class CallText:
-    """Token ids so far and their mask; the first `num_first` began the cache, the last `num_new` are the call's own."""
+    """The token ids so far and their mask; the first `num_first` began the cache, the last `num_new` are the call's own."""
 
     ids_BT: Tensor
     mask_BT: Tensor
@@ -86,7 +86,7 @@ class CallText:
 
     @classmethod
     def of(cls, router: str, beside: BesideCache[SeenTokens], arguments: Mapping[str, Any]) -> Self:
-        """The text of a call of the model; its tokens are kept beside the cache from now on.
+        """Return the text of a call of the model, and keep its tokens beside the cache from now on.
 
         Raises ScopeError for a call by embeddings, for a mask that does not say which tokens are real, and for a cache with
         tokens that the router has not seen.
@@ -107,11 +107,11 @@ class CallText:
         return cls(state.ids_BT, mask_BT, state.num_first, new_BT.shape[1])
 
     def rows(self) -> list[list[int]]:
-        """The real tokens of each row that began it."""
+        """List the real tokens with which each row began."""
         return real_tokens(self.ids_BT[:, : self.num_first], self.mask_BT[:, : self.num_first])
 
     def contexts(self, router: str, refresh: int) -> tuple[list[list[int]], Tensor]:
-        """For each real token of the call, row by row, the tokens that decide on its weights; and which are real, (B, T)."""
+        """Return the tokens that decide on the weights of each real token, row by row, and which tokens are real, (B, T)."""
         rows, own_BT = real_tokens(self.ids_BT, self.mask_BT), self.mask_BT[:, -self.num_new :].bool()
         begins = _prompt_lengths(router, len(rows))
         contexts = []
@@ -122,7 +122,7 @@ class CallText:
 
 
 def context_length(number: int, num_prompt: int | None, refresh: int) -> int:
-    """How many tokens of a row decide on the weights of the number-th, from 1.
+    """Return how many tokens of a row decide on the weights of the number-th, counted from 1.
 
     After a prompt of n tokens n + refresh * floor(i / refresh) for the i-th, and n for the prompt's own; where no prompt is
     known, refresh * floor(number / refresh), or 1.
@@ -133,7 +133,7 @@ def context_length(number: int, num_prompt: int | None, refresh: int) -> int:
 
 
 def _find_seen(beside: BesideCache[SeenTokens], cache: Any, num_rows: int) -> SeenTokens | None:
-    """The tokens that a cache has seen: those kept beside it, or the prompts if it has as many tokens."""
+    """Return the tokens that a cache has seen: those kept beside it, or the prompts if it has as many tokens."""
     prompts = current_prompts()
     try:
         return beside.of(cache)
@@ -166,13 +166,13 @@ def _prompt_lengths(router: str, num_rows: int) -> Sequence[int | None]:
 
 
 def count_rows(arguments: Mapping[str, Any]) -> int:
-    """How many rows a call of the model has, judged by its arguments; 0 if unknown."""
+    """Return how many rows a call of the model has by its arguments; 0 if unknown."""
     given = (arguments.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds", "decoder_inputs_embeds"))
     return next((len(tensor) for tensor in given if tensor is not None), 0)
 
 
 def asked_of_head(w_BTE: Tensor, num_tokens: int, logits_to_keep: int | Tensor | None) -> Tensor:
-    """w_BTE of the tokens that the language head is asked for, in a layer that sees fewer than the call has.
+    """Return w_BTE of the tokens that the language head is asked for, in a layer that sees fewer than the call has.
 
     `logits_to_keep` is the call's argument: the last tokens, or those of an index.
     """
@@ -182,7 +182,7 @@ def asked_of_head(w_BTE: Tensor, num_tokens: int, logits_to_keep: int | Tensor |
 
 
 class CachedIds(RowsAndTokens):
-    """ids_BT of the tokens in a cache."""
+    """The ids_BT of the tokens in a cache."""
 
     def __init__(self, ids_BT: Tensor) -> None:
         self.ids_BT = ids_BT
@@ -198,7 +198,7 @@ class CachedIds(RowsAndTokens):
 
 
 class SeenTokens(CachedIds):
-    """ids_BT of the tokens in a cache; the first `num_first` are those of the call that began it."""
+    """The ids_BT of the tokens in a cache; the first `num_first` are those of the call that began it."""
 
     def __init__(self, ids_BT: Tensor) -> None:
         super().__init__(ids_BT)
@@ -213,15 +213,15 @@ _TOKENIZER: ContextVar[Any] = ContextVar("loraweave_tokenizer", default=None)
 
 
 def with_tokenizer(tokenizer: Any) -> AbstractContextManager[None]:
-    """Inside, routers that are shown a call read text with this tokenizer."""
+    """Let routers that are shown a call read text with this tokenizer inside the context."""
     return holding(_TOKENIZER, tokenizer)
 
 
 def current_tokenizer() -> Any:
-    """The tokenizer of the running call; None outside of one, or if the engine has none."""
+    """Return the tokenizer of the running call; None outside of one, or if the engine has none."""
     return _TOKENIZER.get()
 
 
 def has_two_sequences(model: Any) -> bool:
-    """Whether the model has an encoder and a decoder, whose tokens differ."""
+    """Return whether the model has an encoder and a decoder, whose tokens differ."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

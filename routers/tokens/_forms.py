@@ -17,7 +17,7 @@ from loraweave.routers.tokens._scores import parts, top_k_softmax, without
 
 
 class ScoredRouter(TokenRouter):
-    """w = softmax(scores / temperature) over the `top_k` highest scores of each token; the others get 0.
+    """A router with w = softmax(scores / temperature) over the `top_k` highest scores of each token; the others get 0.
 
     Without a `top_k` it is `default`, or all experts of a smaller pool. Raises WeightingError for a top_k above the pool.
     """
@@ -30,20 +30,20 @@ class ScoredRouter(TokenRouter):
         self.temperature = temperature
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """scores_BTE in fp32 or better, -inf for experts that leave the layer alone."""
+        """Return scores_BTE in fp32 or better, -inf for experts that leave the layer alone."""
         raise NotImplementedError
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """w_BTE; they sum to 1."""
+        """Return w_BTE; each token's weights sum to 1."""
         return self.chosen(self.scores(x_BTI, layer))
 
     def chosen(self, scores_BTE: Tensor) -> Tensor:
-        """w_BTE of scores."""
+        """Return w_BTE of scores."""
         return top_k_softmax(scores_BTE, self.top_k, self.temperature)
 
 
 class OutputRouter(LearnedRouter):
-    """Knows E_e(x) = b_e a_e x of each layer as S numbers a token: with b = q r, these are z = r a x, and E_e(x) = q z.
+    """A router that knows each layer's E_e(x) = b_e a_e x as S numbers a token: with b = q r, E_e(x) = q z and z = r a x.
 
     The columns of q of one expert are orthonormal, so that its z is as long as E_e(x). Gains and biases of experts take no
     part: E_e(x) is the update of low rank alone. The router keeps a copy of its experts' factors, and is as large as they
@@ -68,7 +68,7 @@ class OutputRouter(LearnedRouter):
         return {layer: self.members.layers[layer] for layer in self.cores_ if len(self.cores_[layer])}
 
     def latents(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """z_BTS: the outputs of the layer's experts in the coordinates of their bases."""
+        """Return z_BTS: the outputs of the layer's experts in the coordinates of their bases."""
         c_SI = self.cores_[layer]
         if not len(c_SI):
             # a layer with trained biases alone does not say how many inputs it has
@@ -76,13 +76,13 @@ class OutputRouter(LearnedRouter):
         return x_BTI.to(c_SI.dtype) @ c_SI.T
 
     def by_expert(self, values_BTS: Tensor, layer: str) -> Tensor:
-        """The sums over each expert's rows, (B, T, E)."""
+        """Sum the values over each expert's rows (B, T, E)."""
         zeros_BTE = values_BTS.new_zeros(*values_BTS.shape[:2], len(self.experts))
         return zeros_BTE.index_add(2, self.owners_[layer], values_BTS)
 
 
 def factorise(pool: ExpertPool, layer: str, routed: RoutedLayer) -> tuple[Tensor, Tensor, Tensor]:
-    """c_SI, q_SO and owner_S of one layer; an expert of more rank than outputs has as many rows as outputs."""
+    """Return c_SI, q_SO and owner_S of a layer; an expert of more rank than outputs has as many rows as outputs."""
     cores, bases, owners = [torch.zeros(0, routed.num_inputs)], [torch.zeros(0, routed.num_outputs)], []
     for place, a_RI, b_OR in parts(pool, layer):
         q_OQ, r_QR = torch.linalg.qr(b_OR)
@@ -93,7 +93,7 @@ def factorise(pool: ExpertPool, layer: str, routed: RoutedLayer) -> tuple[Tensor
 
 
 class OutputAttention(OutputRouter):
-    """s_e = scale * query(x) . k E_e(x), with learned query(x) = q x and k of each layer; no parameter is one expert's own.
+    """A router by s_e = scale * query(x) . k E_e(x), with learned query(x) = q x and k of each layer, not of each expert.
 
     A subclass puts q_DI into `queries_` and k_DO into `keys_` for each of the `informed` layers, D being any number; in all
     others the experts score 0.
@@ -106,11 +106,11 @@ class OutputAttention(OutputRouter):
         self.keys_ = LayerTensors({}, learned=True)
 
     def query_bias(self, layer: str) -> Tensor | None:
-        """What a layer's queries have besides q x, if anything."""
+        """Return what is added to q x in a layer's queries, or None."""
         return None
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """s_BTE of the layer's experts, -inf for the others."""
+        """Return s_BTE of the layer's experts, -inf for the others."""
         z_BTS = self.latents(x_BTI, layer)
         if layer in self.queries_:
             z_BTS = z_BTS * self._query_products(x_BTI, layer) * self.scale
@@ -118,12 +118,12 @@ class OutputAttention(OutputRouter):
         return without(scores_BTE, self.members.layers[layer].experts)
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """w_BTE; they sum to 1."""
+        """Return w_BTE; each token's weights sum to 1."""
         scores_BTE = self.scores(x_BTI, layer)
         return self.note(layer, scores_BTE, scores_BTE.softmax(dim=-1))
 
     def _query_products(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """k_s . query(x) for each row s of the bases, (B, T, S), in the cheaper order of the two."""
+        """Return k_s . query(x) for each row s of the bases (B, T, S), by the cheaper order of the two products."""
         q_DI, bias_D = self.queries_[layer], self.query_bias(layer)
         x_BTI = x_BTI.to(q_DI.dtype)
         # k E_e(x) = k q z: the keys meet the bases once a call, and no output is formed
@@ -135,7 +135,7 @@ class OutputAttention(OutputRouter):
 
 
 class InputGates(LearnedRouter):
-    """scores = g x with a matrix g_EI for each layer, or a `shared` one for all layers of I inputs.
+    """A router with scores = g x and a matrix g_EI for each layer, or a `shared` one for all layers of I inputs.
 
     `start(E, I)` makes what it begins with.
     """
@@ -150,14 +150,14 @@ class InputGates(LearnedRouter):
                 self.gates_[self.gate_of(layer)] = start(len(self.experts), routed.num_inputs)
 
     def gate_of(self, layer: str) -> str:
-        """The layer whose matrix this one has: where one is shared, the first layer of as many inputs."""
+        """Return the layer whose matrix this one uses: where matrices are shared, the first layer with as many inputs."""
         if not self.shared:
             return layer
         layers, num_inputs = self.members.layers, self.members.layers[layer].num_inputs
         return next(name for name, routed in layers.items() if routed.num_inputs == num_inputs)
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """scores_BTE, -inf for experts that leave the layer alone; 0 for the others where there is no matrix."""
+        """Return scores_BTE, -inf for experts that leave the layer alone; 0 for the others where there is no matrix."""
         if self.gate_of(layer) in self.gates_:
             g_EI = self.gates_[self.gate_of(layer)]
             scores_BTE = x_BTI.to(g_EI.dtype) @ g_EI.T
@@ -166,7 +166,7 @@ class InputGates(LearnedRouter):
         return without(scores_BTE, self.members.layers[layer].experts)
 
     def taught(self, step: Step) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each layer, (scores_NE, expert_N) of the real tokens of rows whose own expert updates it."""
+        """Yield each layer's (scores_NE, expert_N) of the real tokens of rows whose own expert updates it."""
         for layer, scores_BTE in step.scores.items():
             num_tokens = scores_BTE.shape[1]
             real_BT = step.mask_of(num_tokens)
@@ -178,6 +178,6 @@ class InputGates(LearnedRouter):
 
 
 def draw_gates(num_experts: int, num_inputs: int) -> Tensor:
-    """g_EI as torch draws a linear layer: uniform between -1/sqrt(I) and 1/sqrt(I)."""
+    """Draw g_EI as torch draws a linear layer, uniformly between -1/sqrt(I) and 1/sqrt(I)."""
     bound = num_inputs**-0.5
     return torch.empty(num_experts, num_inputs).uniform_(-bound, bound)

@@ -44,12 +44,12 @@ _READ = words(
 
 
 def is_from_peft(folder: Path) -> bool:
-    """Whether PEFT saved a router there; says nothing about its state."""
+    """Return whether PEFT saved a router there; says nothing about its state."""
     return config_fields(folder).get("peft_type") in ("XLORA", "POLY") or (folder / ARROW / CONFIG).is_file()
 
 
 def read_from_peft(folder: Path, pool: ExpertPool | None, model: nn.Module | None) -> TokenRouter:
-    """The router, with its adapters as `pool`. `model` is the base, for an X-LoRA with weights of each layer's own.
+    """Read the router, with its adapters as `pool`. `model` is the base, for an X-LoRA with weights of each layer's own.
 
     Raises AdapterUnsupported for what our routers compute otherwise and for adapters that are not there, AdapterCorrupt for
     damaged files, WeightingError for a pool of other adapters.
@@ -102,7 +102,7 @@ def _xlora(config: Config, given: ExpertPool | None, model: nn.Module | None) ->
 
 
 def _poly(folder: Path) -> Poly:
-    """With the adapter of each task, which is made when it is used."""
+    """Return the router with a pool that makes the adapter of each task when it is used."""
     names = [f"task_{number}" for number in range(PolyFormat.of_task(0).num_tasks(folder))]
     pool = ExpertPool.on_demand(names, lambda name: Adapter.from_pretrained(folder / name))
     router = Poly(pool)
@@ -111,7 +111,7 @@ def _poly(folder: Path) -> Poly:
 
 
 def _experts(config: Config, given: ExpertPool | None) -> ExpertPool:
-    """The adapters in the order of the config."""
+    """Return the pool of adapters in the config's order. AdapterUnsupported without them, WeightingError for others."""
     names = config.table("adapters")
     if not 0 < len(names) <= MAX_EXPERTS:
         raise AdapterCorrupt(f"{config.folder}: adapters are {shorten(names)}, not from 1 to {MAX_EXPERTS} names and paths")
@@ -138,7 +138,7 @@ def _inner(folder: Path, name: str) -> Adapter:
 
 
 def _classifier(folder: Path, own: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of the network under our names, which have these shapes. Raises AdapterCorrupt for any other."""
+    """Return the network's tensors under our names. Raises AdapterCorrupt unless they have the shapes in `own`."""
     found: dict[int, dict[str, Tensor]] = {}
     tensors, _ = gather(stored_tensors(folder), folder)
     for key, tensor in tensors.items():
@@ -162,7 +162,7 @@ def _classifier(folder: Path, own: Mapping[str, tuple[int, ...]]) -> dict[str, T
 
 
 def _order(folder: Path, router: Xlora, model: nn.Module | None) -> dict[str, int]:
-    """The place of each layer among PEFT's, which are in the order of the model's modules."""
+    """Return the place of each layer in PEFT's order, which is that of the model's modules."""
     if model is None:
         raise AdapterUnsupported(
             f"{folder}: layerwise_scalings has weights for each layer in the order of the base's modules, which the files "
@@ -202,7 +202,7 @@ def _arrow(folder: Path) -> Arrow:
 
 
 def _names(settings: Config, field: str, kind: str) -> tuple[str, ...]:
-    """Names of folders as create_arrow_model gives them, and no other path."""
+    """Return names of folders as create_arrow_model gives them. Raises AdapterUnsupported for any other path."""
     names = settings.names(field)
     if odd := [name for name in names if not re.fullmatch(rf"{kind}_\d+", name)]:
         raise AdapterUnsupported(f"{settings.folder}: {field} has {odd[0]!r}, which is not {kind}_ and a number")
@@ -219,7 +219,7 @@ def _require_plain(folder: Path, name: str, adapter: Adapter) -> None:
 
 
 def _without_general(folder: Path, tasks: Mapping[str, Adapter], general: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """Each task's a and b less the means of the general adapters' (GenKnowSub as PEFT has it, before the scales).
+    """Subtract the means of the general adapters' a and b from each task's (GenKnowSub in PEFT, before the scales).
 
     PEFT subtracts in its first forward, of adapters as they were loaded, and notes nowhere that it did.
     """
@@ -249,5 +249,5 @@ def _without_general(folder: Path, tasks: Mapping[str, Adapter], general: Mappin
 
 
 def _scales(folder: Path, adapter: Adapter) -> dict[str, float]:
-    """alpha / r of each layer, which is in b."""
+    """Return alpha / r of each layer, which b contains."""
     return parse(Config.of(folder).fields, folder).scales({name: part.rank for name, part in adapter.layers.items()})

@@ -40,13 +40,13 @@ class LearnedRouter(TokenRouter):
 
     @property
     def training_report(self) -> TrainingReport:
-        """How fit() went, also for a router read from a file. TrainingError if it was never fitted."""
+        """How fit() went, also for a router read from a file. Raises TrainingError if it was never fitted."""
         if self.report is None:
             raise TrainingError(f"router {self.name!r} has not been trained: fit() it first")
         return TrainingReport.from_json(self.report)
 
     def note(self, layer: str, scores_BTE: Tensor, w_BTE: Tensor, beside: Tensor | None = None) -> Tensor:
-        """Returns the weights unchanged, after noting them for the training step."""
+        """Note the weights for the training step and return them unchanged."""
         # a layer that the backward pass runs again has been noted already
         if self.step is not None and torch._C._current_graph_task_id() == -1:
             self.step.scores[layer] = scores_BTE
@@ -56,11 +56,11 @@ class LearnedRouter(TokenRouter):
         return w_BTE
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
-        """Named terms to add to the loss of the step that has just run, already with their coefficients."""
+        """Return named terms to add to the loss of the step that has just run, with their coefficients applied."""
         return {}
 
     def fit(self, engine: Any, dataset: Any, **settings: Any) -> Self:
-        """Trains the parameters on a dataset, through `engine`, a Composer with a tokenizer; returns self.
+        """Train the parameters on a dataset, through `engine`, a Composer with a tokenizer; return self.
 
         `settings` are those of `loraweave.composer.train.settings.RouterSettings`.
         """
@@ -92,7 +92,7 @@ class Step:
     seeds_B: tuple[int, ...] = ()
 
     def mask_of(self, num_tokens: int) -> Tensor | None:
-        """mask_BT of a layer that sees so many tokens, 1 being a value for all of them; None where they are not known.
+        """Return mask_BT of a layer that sees so many tokens, or one value for all of them if 1; None where it is unknown.
 
         Raises ScopeError where they could be an encoder's or a decoder's, whose padding differs.
         """
@@ -102,7 +102,7 @@ class Step:
         return next((mask_BT.bool() for mask_BT in known if num_tokens in (1, mask_BT.shape[1])), None)
 
     def real(self, values_BTE: Tensor) -> Tensor:
-        """values_NE of the real tokens; all of them in a layer with other tokens than are known."""
+        """Return values_NE of the real tokens; of all tokens in a layer with other tokens than are known."""
         mask_BT = self.mask_of(values_BTE.shape[1])
         if mask_BT is None or mask_BT.shape[0] % values_BTE.shape[0]:
             return values_BTE.flatten(0, 1)
@@ -110,7 +110,7 @@ class Step:
         return values_BTE.expand(*mask_BT.shape, -1)[mask_BT]
 
     def row_means(self, values_BTE: Tensor) -> Tensor:
-        """values_BE, the mean over each row's real tokens; over all in a layer with other tokens than are known."""
+        """Return values_BE, the mean over each row's real tokens; over all in a layer with other tokens than are known."""
         mask_BT = self.mask_of(values_BTE.shape[1])
         if mask_BT is None or mask_BT.shape != values_BTE.shape[:2]:
             return values_BTE.mean(dim=1)
@@ -118,14 +118,13 @@ class Step:
         return (values_BTE * real_BT1).sum(dim=1) / real_BT1.sum(dim=1).clamp(min=1)
 
     def uniform(self, count: int, place: int) -> Tensor:
-        """u_BN of `count` numbers in [0, 1) for each row; those of another `place` are others."""
+        """Draw u_BN, `count` numbers in [0, 1) for each row; another `place` has other numbers."""
         draws = (torch.Generator().manual_seed(seed + place) for seed in self.seeds_B)
         return torch.stack([torch.rand(count, generator=draw) for draw in draws])
 
 
 def require_alike(encoder_BT: Tensor, decoder_BT: Tensor) -> None:
-    """Raises ScopeError for real tokens of an encoder and of a decoder that count otherwise, where nothing tells whose a
-    layer's are."""
+    """Raise ScopeError if a layer's tokens may be the encoder's or the decoder's, whose real tokens differ."""
     same_width = encoder_BT.shape == decoder_BT.shape
     if not (torch.equal(encoder_BT.bool(), decoder_BT.bool()) if same_width else encoder_BT.all() and decoder_BT.all()):
         raise ScopeError(
@@ -141,7 +140,7 @@ NUM_SHOWN = 8
 
 @dataclass
 class TrainingReport:
-    """Losses by step, and what the weights were like.
+    """The losses of a training by step, and statistics of the weights.
 
     `losses` are means over the target tokens of each step, or over its rows where those are of tensors, without the `terms`
     that were added, which have their own by name. `evaluations` are (steps done, loss of the rows held out). `entropy` is
@@ -173,12 +172,12 @@ class TrainingReport:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Raises TypeError, KeyError or ValueError for data of another form."""
+        """Read a report from JSON. Raises TypeError, KeyError or ValueError for data of another form."""
         pairs = {name: [(int(step), value) for step, value in data[name]] for name in ("evaluations", "load")}
         return cls(**{**data, **pairs, "experts": tuple(data["experts"])})
 
     def plot(self, path: str | Path) -> Path:
-        """Draws the losses, the load of the experts and the entropy over the steps; the suffix names the format.
+        """Draw the losses, the load of the experts and the entropy over the steps; the suffix names the format.
 
         Raises PackageMissing without matplotlib.
         """
@@ -213,5 +212,5 @@ class TrainingReport:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """The mean of the last ten values, fewer at the beginning."""
+    """Return the means of the last ten values, of fewer at the beginning."""
     return [sum(part) / len(part) for part in (values[max(0, end - 10) : end] for end in range(1, len(values) + 1))]

@@ -1,4 +1,4 @@
-"""The experts that a router is for, without their tensors; how they are found in a pool; and tensors by layer."""
+"""The experts that a router is for, without their tensors; their places in a pool; and tensors by layer."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Members:
 
     @classmethod
     def of(cls, pool: ExpertPool | Members) -> Members:
-        """The members of a pool, computed once; a lazy pool opens all its adapters. Members are returned unchanged."""
+        """Return a pool's members, computed once; a lazy pool opens all its adapters. Members are returned unchanged."""
         if isinstance(pool, Members):
             return pool
         if pool not in _KNOWN:
@@ -60,7 +60,7 @@ class Members:
 
     @staticmethod
     def pool_of(given: ExpertPool | Members) -> ExpertPool | None:
-        """What a router is made for, if it is a pool; None for members alone, whose tensors a file fills in."""
+        """Return the pool that a router is made for; None for members alone, whose tensors a file fills in."""
         return None if isinstance(given, Members) else given
 
     @classmethod
@@ -79,7 +79,7 @@ class Members:
         return cls(pool.names, tuple(a.hash for a in adapters), pool.base_model, known, MappingProxyType(layers))
 
     def same_experts(self, pool: ExpertPool) -> bool:
-        """Whether a pool has these experts, with this content, under these names and in this order."""
+        """Return whether a pool has these experts, with this content, under these names and in this order."""
         other = Members.of(pool)
         return (self.names, self.hashes) == (other.names, other.hashes)
 
@@ -97,7 +97,7 @@ class Members:
 
     @cached_property
     def places(self) -> Mapping[str, int]:
-        """Each expert's place in their order."""
+        """The place of each expert by name."""
         return {name: place for place, name in enumerate(self.names)}
 
     @property
@@ -105,7 +105,7 @@ class Members:
         return BaseKey(self.base_model, None, self.fingerprint)
 
     def without(self, name: str) -> Members:
-        """All but one, in the same order. UnknownExpert for an unknown name, WeightingError for the last expert."""
+        """Return all members but one, in order. UnknownExpert for an unknown name, WeightingError for the last expert."""
         if name not in self.places:
             raise unknown_expert(name, self.names)
         if len(self.names) == 1:
@@ -119,7 +119,7 @@ class Members:
         return replace(self, names=_omit(self.names, gone), hashes=_omit(self.hashes, gone), layers=MappingProxyType(left))
 
     def including(self, name: str, adapter: Adapter) -> Members:
-        """All and one more at the end.
+        """Return the members and one more at the end.
 
         Raises WeightingError for a name that is taken, BaseModelMismatch for an adapter of another base,
         LayerMismatch if it gives a layer another shape.
@@ -161,7 +161,7 @@ class Members:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Raises KeyError, ValueError or TypeError for data of another form."""
+        """Read members from JSON. Raises KeyError, ValueError or TypeError for data of another form."""
         names, hashes = zip(*((str(name), str(digest)) for name, digest in data["experts"]), strict=True)
         layers = {
             str(name): RoutedLayer(int(num_inputs), int(num_outputs), kind, tuple(map(int, experts)))
@@ -180,7 +180,7 @@ class Members:
 
 
 def most_frequent_size(members: Members) -> int:
-    """Of the layers' inputs and outputs; the smallest of several."""
+    """Return the size that the layers' inputs and outputs have most often, the smallest of several."""
     counts = Counter(size for layer in members.layers.values() for size in (layer.num_inputs, layer.num_outputs))
     return min(size for size, count in counts.items() if count == max(counts.values()))
 
@@ -190,7 +190,7 @@ def _omit(values: tuple[str, ...], place: int) -> tuple[str, ...]:
 
 
 def find_names(own: Members, pool: ExpertPool, router: str) -> list[str]:
-    """The pool's name of each of a router's own experts, in the router's order; `router` is its name.
+    """Return the pool's name of each of a router's own experts, in the router's order; `router` is its name.
 
     Raises BaseModelMismatch for a pool of another base, WeightingError, listing the differences, for a pool that lacks
     some of the experts.
@@ -205,7 +205,7 @@ def find_names(own: Members, pool: ExpertPool, router: str) -> list[str]:
 
 
 def _match_experts(own: Members, other: Members) -> list[str | None]:
-    """Each expert's counterpart of the same content: the one of its own name if there is one, else the first free one."""
+    """Match each expert to one of the same content: of its own name if there is one, else the first free one; else None."""
     by_hash: dict[str, list[str]] = {}
     for name, digest in zip(other.names, other.hashes, strict=True):
         by_hash.setdefault(digest, []).append(name)
@@ -240,7 +240,7 @@ def _list_some(names: Sequence[str]) -> str:
 
 
 class LayerTensors(nn.Module):
-    """{layer: tensor}, as parameters if `learned`. Loading a file replaces all of them."""
+    """A mapping {layer: tensor}, of parameters if `learned`. Loading a file replaces all of them."""
 
     def __init__(self, tensors: Mapping[str, Tensor], *, learned: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What routers read of the running model: its last hidden states, and the input of the block that is running."""
+"""Readers of the running model for routers: its last hidden states, and the input of the block that is running."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 CACHE_NAMES = ("cache", "past_key_values")
-# arguments of the whole model that are not its decoder's, or that ask for more than is read here
+# arguments for the whole model that its decoder does not take, or that ask for more than is read here
 OF_THE_MODEL = (
     "labels",
     "logits_to_keep",
@@ -38,7 +38,7 @@ OF_THE_MODEL = (
 
 
 def last_hidden(router: str, model: Any, arguments: Mapping[str, Any], beside: BesideCache[DynamicCache]) -> Tensor:
-    """hidden_BTD after the last layer and its norm, for a call of the model with these arguments; without a gradient.
+    """Return hidden_BTD after the last layer and its norm, for a call of the model with these arguments; no gradient.
 
     Under the caller's cache only the new tokens run: those before are in a cache of the router's own, which lies `beside`
     it. Raises ScopeError for an encoder-decoder and for a model that gives no last hidden state, and what `BesideCache.of`
@@ -76,7 +76,7 @@ def last_hidden(router: str, model: Any, arguments: Mapping[str, Any], beside: B
 
 
 def _makes_cache(model: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether a call that is given no cache gives one back."""
+    """Return whether a call that is given no cache returns one."""
     wanted = arguments.get("use_cache")
     if not callable(getattr(model, "can_generate", None)) or not model.can_generate():
         return False
@@ -84,7 +84,7 @@ def _makes_cache(model: Any, arguments: Mapping[str, Any]) -> bool:
 
 
 def _cache_like(given: Any | None, model: Any) -> DynamicCache:
-    """An empty cache for the same model, which keeps tokens to be taken back where the given one does."""
+    """Make an empty cache for the same model, which keeps tokens to be taken back if the given one does."""
     from transformers import DynamicCache
 
     own: Any = DynamicCache(config=model.config)
@@ -94,7 +94,7 @@ def _cache_like(given: Any | None, model: Any) -> DynamicCache:
 
 
 def block_of(layer: str) -> str | None:
-    """The path of the block that a layer lies in: up to the first number. None for a layer outside blocks."""
+    """Return the path of the block that a layer lies in, up to the first number; None for a layer outside blocks."""
     found = re.match(r"(.*?(?:^|\.)\d+)\.", layer)
     return found[1] if found else None
 
@@ -119,12 +119,12 @@ _RUNNING: ContextVar[BlockInput | None] = ContextVar("loraweave_block_input", de
 
 
 def running(given: BlockInput) -> AbstractContextManager[None]:
-    """The block runs inside."""
+    """Make `given` the input of the running block inside the context."""
     return holding(_RUNNING, replace(given, outer=_RUNNING.get()))
 
 
 def running_block(router: str, layer: str, x_BTI: Tensor, block: str | None = None) -> BlockInput:
-    """What the layer's block was given, or another watched module by its path that the layer lies in.
+    """Return the input of the layer's block, or of another watched module, named by its path, that the layer lies in.
 
     Raises ScopeError outside a call of the block, and for a layer whose input x_BTI is not of the block's tokens.
     """

@@ -24,7 +24,7 @@ from loraweave.types import Router
 
 
 class TokenRouter(Declared, nn.Module):
-    """w_BTE for each layer of a pool, from that layer's input x_BTI. Its experts are the pool's, in the pool's order.
+    """A router that makes w_BTE of each layer's input x_BTI. Its experts are a pool's, in the pool's order.
 
     A subclass takes the pool, and its own options as keywords. It keeps each option as an attribute of the same name, and
     all its tensors as parameters and buffers (`LayerTensors` for one tensor per layer). Made from `Members` alone it has no
@@ -79,24 +79,24 @@ class TokenRouter(Declared, nn.Module):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options it was made with, by name."""
+        """The options that the router was made with, by name."""
         return {name: getattr(self, name) for name in option_names(type(self))}
 
     @property
     def needs_call(self) -> bool:
-        """Whether it is shown each call of the model by `begin` first, and weighs inputs in such calls alone."""
+        """True if `begin` has to show the router each call of the model, so that it weighs inputs in such calls alone."""
         return type(self).begin is not TokenRouter.begin
 
     def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
-        """The router of one call of the model, whose arguments these are by name; by default itself."""
+        """Return the router for one call of the model with these named arguments; by default itself."""
         return self
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """w_BTE in fp32 or better; row b depends on row b of x alone."""
+        """Return w_BTE in fp32 or better; row b depends on row b of x alone."""
         raise NotImplementedError
 
     def require_pool(self, pool: ExpertPool) -> None:
-        """Raises WeightingError for other experts, contents or order than its own, BaseModelMismatch for another base."""
+        """Raise WeightingError for other experts, contents or order than its own, BaseModelMismatch for another base."""
         own = self.members
         if pool.names != own.names:
             raise WeightingError(
@@ -113,12 +113,12 @@ class TokenRouter(Declared, nn.Module):
             raise BaseModelMismatch(f"router {self.name!r} was made for another base model than the pool's: {why}")
 
     def require_engine(self, engine: Any) -> None:
-        """Raises what `require_pool` raises for a Composer that has neither given nor bound experts as this router's."""
+        """Raise what `require_pool` raises unless a Composer's experts, as given or bound, are this router's."""
         bound: ExpertPool = engine.bound_pool
         self.require_pool(bound if self.members.same_experts(bound) else engine.pool)
 
     def onto(self, pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter]) -> TokenRouter:
-        """The same router for a pool that has its experts in another order, under other names, or among others.
+        """Return the same router for a pool that has its experts in another order, under other names, or among others.
 
         Experts are recognised by content; those it does not know get weight 0. Raises WeightingError, listing the
         differences, if the pool lacks some of its experts, and BaseModelMismatch for a pool of another base.
@@ -129,21 +129,21 @@ class TokenRouter(Declared, nn.Module):
 
     @property
     def watched(self) -> tuple[str, ...]:
-        """Paths of the blocks whose input it looks at (`running_block` gives that input)."""
+        """The paths of the blocks whose input the router looks at (`running_block` returns that input)."""
         return ()
 
     @property
     def parts(self) -> list[TokenRouter]:
-        """Itself and the routers it is made of."""
+        """The router itself and the routers that it is made of."""
         return [part for part in self.modules() if isinstance(part, TokenRouter)]
 
     def alone(self, pool: ExpertPool) -> Self:
-        """A router like this one for a pool of one expert, whose rows `add_expert` takes over."""
+        """Make a router like this one for a pool of one expert, whose rows `add_expert` takes over."""
         options = {name: value for name, value in self.options.items() if name not in self.counts}
         return type(self)(pool, **options)
 
     def add_expert(self, name: str, adapter: Adapter) -> Self:
-        """A router with one more expert at the end, if the others need no new training.
+        """Return a router with one more expert at the end, if the others need no new training.
 
         The others keep their rows; this router is unchanged. Raises ScopeError if they would have to be trained again,
         WeightingError for a name it already has, BaseModelMismatch or LayerMismatch for an adapter that does not fit.
@@ -156,7 +156,7 @@ class TokenRouter(Declared, nn.Module):
         return with_rows(self, name, adapter)
 
     def remove_expert(self, name: str) -> Self:
-        """A router without one expert, the rest as before; this router is unchanged.
+        """Return a router without one expert, the rest as before; this router is unchanged.
 
         Raises ScopeError if the rest means nothing without it, UnknownExpert for an unknown name, WeightingError for the
         last expert.
@@ -169,11 +169,11 @@ class TokenRouter(Declared, nn.Module):
         return without_rows(self, name)
 
     def fit(self, *given: Any, **settings: Any) -> Self:
-        """Trains a router that learns. TrainingError for one that reads all it knows off the adapters."""
+        """Train a router that learns. Raises TrainingError for one that reads all it knows off the adapters."""
         raise TrainingError(f"router {self.name!r} learns nothing, so there is nothing to fit: activate() it as it is")
 
     def save_pretrained(self, folder: str | Path, *, pool: ExpertPool | None = None) -> Path:
-        """Writes router.json and router.safetensors, and with `pool` its experts' adapters as PEFT folders.
+        """Write router.json and router.safetensors, and with `pool` its experts' adapters as PEFT folders.
 
         `lw.router(folder)` reads it back. The folder appears whole or not at all. Raises WeightingError if the folder holds
         something else or the pool lacks its experts, ScopeError for a class outside routers/, which lw.router() could not
@@ -189,7 +189,7 @@ class TokenRouter(Declared, nn.Module):
         return write_router(Path(folder), pool, name=self.name, tensors=self.state_dict(), **kept)
 
     def save_whole(self, folder: str | Path) -> Path:
-        """`save_pretrained` with the adapters that it came with, `pool`, as a hub keeps it. ScopeError where it has none."""
+        """Save as `save_pretrained` with the adapters in `self.pool`, as a hub keeps a router. ScopeError if it has none."""
         if self.pool is None:
             raise ScopeError(
                 f"router {self.name!r} has no adapters of its own, without which nothing can be mixed: give the folder of "
@@ -206,7 +206,7 @@ class TokenRouter(Declared, nn.Module):
         private: bool | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Uploads what `save_pretrained` writes, with a card, to `owner/name` on the model hub; returns the commit's id.
+        """Upload what `save_pretrained` writes, with a card, to `owner/name` on the model hub; return the commit's id.
 
         A new repository is public or private as the owner's settings say, unless `private` does. `lw.router("owner/name")`
         reads it back. Raises HubReadOnly if the token may not write there, SourceUnavailable if a retry may help,
@@ -223,7 +223,7 @@ class TokenRouter(Declared, nn.Module):
 
 
 def option_names(router: type[TokenRouter]) -> list[str]:
-    """The names of the options that a router takes."""
+    """List the names of the options that a router takes."""
     return list(options_of(router, after=1))
 
 
@@ -262,7 +262,7 @@ class _Placed(TokenRouter):
         return self._spread(self.router, x_BTI, layer)
 
     def _spread(self, router: Router, x_BTI: Tensor, layer: str) -> Tensor:
-        """w_BTE over the pool's experts, from the weights that `router` gives to its own."""
+        """Return w_BTE over the pool's experts, from the weights that `router` gives to its own."""
         if layer not in self.router.members.layers:
             return x_BTI.new_zeros(1, 1, len(self.experts), dtype=torch.float32)
         w_BTP = router.weights(x_BTI, layer)
@@ -278,7 +278,7 @@ Tables = dict[str, Tensor]
 
 
 def without_rows(router: R, name: str) -> R:
-    """A copy without one expert and its rows. All other rows stay the same, bit for bit."""
+    """Return a copy without one expert and its rows. All other rows stay the same, bit for bit."""
     members, gone = router.members.without(name), router.members.places[name]
     copy = deepcopy(router)
     copy.pool = None if router.pool is None else router.pool.without(name)
@@ -299,7 +299,7 @@ def without_rows(router: R, name: str) -> R:
 
 
 def with_rows(router: R, name: str, adapter: Adapter) -> R:
-    """A copy with one more expert, whose rows come from a router for it alone. All other rows stay the same."""
+    """Return a copy with one more expert, whose rows come from a router for it alone. All other rows stay the same."""
     members, place = router.members.including(name, adapter), len(router.experts)
     alone = router.alone(ExpertPool({name: adapter}))
     copy = deepcopy(router)
@@ -320,14 +320,14 @@ def _owner_tables(part: TokenRouter) -> list[str]:
 
 
 def _owners_of(part: TokenRouter, table: str, owner: str | None) -> Tables:
-    """{layer: the place of the expert that owns each row of a table}."""
+    """Return {layer: the place of the expert that owns each row of a table}."""
     if owner is not None:
         return _tables(part, owner)
     return {layer: torch.arange(len(rows), device=rows.device) for layer, rows in _tables(part, table).items()}
 
 
 def _join_rows(first: Tables, second: Tables, num_rows: tuple[int, int]) -> Tables:
-    """The rows of both, stacked; a layer that one of them lacks gets that many rows of zeros instead."""
+    """Stack the rows of both; a layer that one of them lacks gets as many rows of zeros as `num_rows` says instead."""
     found = {}
     for layer in dict.fromkeys([*first, *second]):
         like = first[layer] if layer in first else second[layer]

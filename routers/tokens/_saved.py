@@ -34,7 +34,7 @@ FILES = (FILE, TENSORS, *(f"{ADAPTERS}/*/{name}" for name in ADAPTER_FILES), *PE
 
 @dataclass(frozen=True)
 class Saved:
-    """What router.json says. `name` is the router's name in the registry."""
+    """The content of router.json. `name` is the router's name in the registry."""
 
     name: str
     options: Mapping[str, Any]
@@ -45,13 +45,12 @@ class Saved:
 
 
 def is_saved_router(folder: Path) -> bool:
-    """Whether a router of ours or of PEFT's was saved there; says nothing about its state."""
+    """Return whether a router of ours or of PEFT's was saved there; says nothing about its state."""
     return present(folder, FILE) or is_from_peft(folder)
 
 
 def read_saved(folder: Path) -> Saved:
-    """Raises AdapterNotFound if the folder holds no router, AdapterCorrupt if it is damaged, AdapterUnsupported if a newer
-    version wrote it."""
+    """Read router.json. Raises AdapterNotFound, AdapterCorrupt, or AdapterUnsupported if a newer version wrote it."""
     if not present(folder, FILE):
         raise AdapterNotFound(f"{folder} is no router: it has no {FILE}, and holds {listing(folder)}")
     recipe = read_json(folder, FILE, max_bytes=MAX_JSON_BYTES)
@@ -75,7 +74,7 @@ def read_saved(folder: Path) -> Saved:
 
 
 def read_router(folder: Path, saved: Saved, made_of: type[TokenRouter]) -> TokenRouter:
-    """The router, with its adapters as `pool` if the folder has them.
+    """Read the router, with its adapters as `pool` if the folder has them.
 
     Raises AdapterCorrupt if the files have changed since they were written, and what the class raises for its options.
     """
@@ -96,7 +95,7 @@ def read_router(folder: Path, saved: Saved, made_of: type[TokenRouter]) -> Token
 
 
 def _require_room(made_of: type[TokenRouter], saved: Saved, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Raises AdapterCorrupt, before any memory is taken, if members and options ask for more than the file's tensors."""
+    """Raise AdapterCorrupt, before any memory is taken, if members and options ask for more than the file's tensors."""
     with torch.device("meta"):
         asked = sum(tensor.nbytes for tensor in made_of(saved.members, **saved.options).state_dict().values())
     if asked > (held := sum(tensor.nbytes for tensor in tensors.values())):
@@ -107,7 +106,7 @@ def _require_room(made_of: type[TokenRouter], saved: Saved, tensors: Mapping[str
 
 
 def _require_tensors(router: TokenRouter, file: Path) -> None:
-    """Raises AdapterCorrupt for numbers that are not finite and for tensors of other layers than the router's."""
+    """Raise AdapterCorrupt for numbers that are not finite and for tensors of other layers than the router's."""
     for name, tensor in router.state_dict().items():
         if not all_finite(tensor):
             raise AdapterCorrupt(f"{file} has numbers in {name!r} that are not finite: copy or download the folder again")
@@ -144,7 +143,7 @@ def router(
     model: nn.Module | None = None,
     **options: Any,
 ) -> TokenRouter:
-    """A new router by name for the experts of a pool, or a saved one from a folder or `owner/name` on the model hub.
+    """Return a new router by name for the experts of a pool, or a saved one from a folder or `owner/name` on the model hub.
 
     A saved router brings its options and its experts; its `pool` holds their adapters if they were saved, too. With `pool`
     it works for that pool, whatever its order and other experts (`TokenRouter.onto`). What PEFT saved of an X-LoRA or of
@@ -177,7 +176,7 @@ def router(
 
 
 def router_class(name: str) -> type[TokenRouter]:
-    """The class of that name. UnknownName for an unknown name, and for a search, which is no router."""
+    """Return the class of that name. UnknownName for an unknown name, and for a search, which is no router."""
     if name not in registry.names("routers"):
         known = router_names()
         raise UnknownName(f"no router {name!r}{registry.nearest(name, known, 'routers')}; there are {', '.join(known)}")
@@ -191,7 +190,7 @@ def router_class(name: str) -> type[TokenRouter]:
 
 
 def router_names() -> list[str]:
-    """The names of the routers that look at the input; each file of the registry is imported."""
+    """List the names of the routers that look at the input; each file of the registry is imported."""
     return [name for name in registry.names("routers") if _is_router(_look_up(name))]
 
 

@@ -1,4 +1,4 @@
-"""What routers compute: weights from scores, token by token, and directions and cores of experts from their factors."""
+"""Computations of routers: weights from scores, token by token, and experts' directions and cores from their factors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loraweave.routers.tokens._top_k import top_k_native
 
 
 def top_k_softmax(scores_BTE: Tensor, top_k: int | None = None, temperature: float = 1.0) -> Tensor:
-    """w_BTE: softmax(score / temperature) over the `top_k` highest scores of each token, 0 for the others; sums to 1.
+    """Return w_BTE: softmax(score / temperature) over each token's `top_k` highest scores, else 0; sums to 1.
 
     A score of -inf takes no part. None is all experts.
     """
@@ -31,7 +31,7 @@ def top_k_softmax(scores_BTE: Tensor, top_k: int | None = None, temperature: flo
 
 
 def top_p_of_softmax(scores_BTE: Tensor, top_p: float) -> Tensor:
-    """w_BTE: softmax over all experts, kept for the fewest that sum to at least `top_p` (above 0, up to 1), else 0.
+    """Return w_BTE: softmax over all experts, kept for the fewest that sum to at least `top_p` (above 0, up to 1), else 0.
 
     Each token has as many experts as that takes, at least one (Huang et al. 2024, arXiv 2403.07652).
     """
@@ -45,7 +45,7 @@ def top_p_of_softmax(scores_BTE: Tensor, top_p: float) -> Tensor:
 
 
 def without(scores_BTE: Tensor, present: Sequence[int], filling: float = -math.inf) -> Tensor:
-    """The scores with -inf, or another `filling`, for the experts whose places are not in `present`."""
+    """Return the scores with -inf, or another `filling`, for the experts whose places are not in `present`."""
     if len(present) == scores_BTE.shape[-1]:
         return scores_BTE
     return scores_BTE.masked_fill(_absent(tuple(present), scores_BTE.shape[-1], scores_BTE.device), filling)
@@ -59,12 +59,12 @@ def _absent(present: tuple[int, ...], num_experts: int, device: torch.device) ->
 
 
 def straight_through(scores_BTE: Tensor) -> Tensor:
-    """w_BTE: exactly 1 for each token's highest score and 0 for the others, with the gradient of softmax(scores)."""
+    """Return w_BTE: exactly 1 for each token's highest score and 0 for the others, with the gradient of softmax(scores)."""
     return best_of(scores_BTE, scores_BTE.softmax(dim=-1))
 
 
 def best_of(scores_BTE: Tensor, p_BTE: Tensor) -> Tensor:
-    """w_BTE: exactly 1 for each token's highest score and 0 for the others, with the gradient of p_BTE."""
+    """Return w_BTE: exactly 1 for each token's highest score and 0 for the others, with the gradient of p_BTE."""
     chosen_BTE = functional.one_hot(scores_BTE.argmax(dim=-1), scores_BTE.shape[-1]).to(p_BTE.dtype)
     if not (torch.is_grad_enabled() and p_BTE.requires_grad):
         return chosen_BTE
@@ -73,7 +73,7 @@ def best_of(scores_BTE: Tensor, p_BTE: Tensor) -> Tensor:
 
 
 def sparsegen(scores_BTE: Tensor, lambda_BT1: Tensor) -> Tensor:
-    """p_BTE = argmin over the simplex of |p - u|^2 - lambda |p|^2 for the scores u, with a lambda below 1.
+    """Return p_BTE = argmin over the simplex of |p - u|^2 - lambda |p|^2 for the scores u, with a lambda below 1.
 
     p = max(u - tau, 0) / (1 - lambda), with the tau that makes it sum to 1: lambda = 0 is sparsemax, towards 1 the highest
     score gets all, towards -inf all get alike. Scores of -inf get 0. Gradients reach scores and lambda.
@@ -90,7 +90,7 @@ def sparsegen(scores_BTE: Tensor, lambda_BT1: Tensor) -> Tensor:
 
 
 def least_lambda(scores_BTE: Tensor, num_shares: int) -> Tensor:
-    """The least lambda_BT1 with which at most so many shares are above 0: 1 - sum over the highest u of (u - next u).
+    """Return the least lambda_BT1 that leaves at most so many shares above 0: 1 - sum over the highest u of (u - next u).
 
     -inf where no more scores than that are finite.
     """
@@ -101,12 +101,12 @@ def least_lambda(scores_BTE: Tensor, num_shares: int) -> Tensor:
 
 # how far lambda stays below 1
 MARGIN = 0.01
-# of the last bias of lambda
+# the last bias of lambda at the start
 START = -2.5
 
 
 class Lambda(nn.Module):
-    """lambda(x) = 0.99 + logsigmoid(MLP(x)), with `hidden` ReLU units.
+    """A network for lambda(x) = 0.99 + logsigmoid(MLP(x)), with `hidden` ReLU units.
 
     It is drawn as torch draws linear layers, with a last bias of -2.5, so that lambda begins around -1.6, as published. The
     published hidden units begin at -2.5, too, where most inputs leave them at 0 and without a gradient; here they begin at
@@ -125,13 +125,13 @@ class Lambda(nn.Module):
         self.last.bias.fill_(START)
 
     def forward(self, x_BTI: Tensor) -> Tensor:
-        """lambda_BT1, below 0.99."""
+        """Return lambda_BT1, below 0.99."""
         out_BT1: Tensor = self.last(self.first(x_BTI.to(self.first.weight.dtype)).relu())
         return 1 - MARGIN + functional.logsigmoid(out_BT1)
 
 
 def parts(pool: ExpertPool, layer: str) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(place, a_RI, b_OR) of each expert that has factors in the layer, in float64.
+    """Yield (place, a_RI, b_OR) of each expert that has factors in the layer, in float64.
 
     Raises AdapterUnsupported for experts that need their base layer first (DoRA): Composer.bound_pool has them resolved.
     """
@@ -143,7 +143,7 @@ def parts(pool: ExpertPool, layer: str) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 
 def right_vectors(a_RI: Tensor, b_OR: Tensor) -> Tensor:
-    """The right singular vectors of b a as rows, those of singular values that are not zero, the largest first."""
+    """Return the right singular vectors of b a as rows, without those of singular values of zero, the largest first."""
     _, core_RR, p_IR = orthonormal(a_RI, b_OR)
     _, values_R, vectors_RR = torch.linalg.svd(core_RR, full_matrices=False)
     kept: Tensor = vectors_RR[values_R > 2.0**-18 * values_R.max()] @ p_IR.T
@@ -151,14 +151,14 @@ def right_vectors(a_RI: Tensor, b_OR: Tensor) -> Tensor:
 
 
 def top_direction(a_RI: Tensor, b_OR: Tensor) -> Tensor:
-    """The top right singular vector v_I of b a, the sign being that of its largest entry; zero where b a is."""
+    """Return the top right singular vector v_I of b a, with its largest entry positive; zeros if b a is zero."""
     vectors_RI = right_vectors(a_RI, b_OR)
     v_I = vectors_RI[0] if len(vectors_RI) else a_RI.new_zeros(a_RI.shape[1])
     return v_I * v_I[v_I.abs().argmax()].sign()
 
 
 def power_iteration(a_RI: Tensor, b_OR: Tensor, start_I: Tensor, steps: int) -> Tensor:
-    """v_I after `steps` steps v <- a^T (b^T b) (a v), each made a unit vector, in fp32 like PEFT's Arrow.
+    """Return v_I after `steps` steps v <- a^T (b^T b) (a v), each made a unit vector, in fp32 like PEFT's Arrow.
 
     Where the two largest singular values are close, this is not the top right singular vector yet.
     """

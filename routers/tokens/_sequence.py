@@ -20,7 +20,7 @@ Decision = Literal["sequence", "token"]
 
 
 class BySequence(TokenRouter):
-    """With `decision` "sequence" token t is decided on by the mean over its row's real tokens 1..t of what `summed` makes.
+    """A router that, with `decision` "sequence", weighs token t by the mean of `summed` over its row's real tokens 1..t.
 
     At the last token that is one decision for the sequence and layer; the running mean is its causal form, which depends on
     no token that is still to be written, so that generation with a cache is generation without. A layer outside the blocks
@@ -32,34 +32,34 @@ class BySequence(TokenRouter):
     decision: Decision
 
     def follow(self, decision: Decision) -> None:
-        """To be called by __init__."""
+        """Set the decision, and the state beside caches; a subclass calls it in __init__."""
         self.decision = decision
         self._beside: BesideCache[RunningSums] = BesideCache(self.name)
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """scores_BTE in fp32 or better, -inf for experts that leave the layer alone."""
+        """Return scores_BTE in fp32 or better, -inf for experts that leave the layer alone."""
         raise NotImplementedError
 
     def summed(self, scores_BTE: Tensor) -> Tensor:
-        """What of a token's scores the means are over; finite."""
+        """Return the finite values of a token's scores that the means are over."""
         raise NotImplementedError
 
     def decided(self, mean_BTE: Tensor, scores_BTE: Tensor, layer: str) -> Tensor:
-        """w_BTE of the means so far and the tokens' own scores."""
+        """Return w_BTE of the means so far and the tokens' own scores."""
         raise NotImplementedError
 
     def of_tokens(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """w_BTE of each token by itself."""
+        """Return w_BTE of each token by itself."""
         scores_BTE = self.scores(x_BTI, layer)
         return self.decided(self.summed(scores_BTE), scores_BTE, layer)
 
     @property
     def needs_call(self) -> bool:
-        """Whether it is shown each call of the model first: one that decides for each token is not."""
+        """True if the router has to see each call of the model first, as it does unless it decides for each token."""
         return self.decision == "sequence"
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """w_BTE. Raises ScopeError for a decision by sequence."""
+        """Return w_BTE. Raises ScopeError for a decision by sequence."""
         if self.decision == "sequence":
             raise ScopeError(
                 f"router {self.name!r} decides by the tokens so far, and one input of layer {layer!r} does not say which "
@@ -68,7 +68,7 @@ class BySequence(TokenRouter):
         return self.of_tokens(x_BTI, layer)
 
     def begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> Router:
-        """The router of one call. Raises ScopeError for tokens that are not known, and what `BesideCache.of` raises."""
+        """Return the router for one call. ScopeError for tokens that are not known; raises what `BesideCache.of` raises."""
         if not self.needs_call:
             return self
         if has_two_sequences(model):
@@ -87,7 +87,7 @@ class BySequence(TokenRouter):
 
 
 class RunningSums(RowsAndTokens):
-    """Of the tokens in a cache: real_BT, which of them are real, and sums_BTE for each layer.
+    """The real tokens in a cache, real_BT, and the sums_BTE over them for each layer.
 
     Token t's sum is over the real tokens up to t, so that tokens can be taken back. A layer that a call did not reach has
     fewer tokens than the others.
@@ -98,7 +98,7 @@ class RunningSums(RowsAndTokens):
         self.sums: dict[str, Tensor] = {}
 
     def last(self) -> dict[str, Tensor]:
-        """{layer: sum_B1E over all tokens}, of the layers that have seen them all."""
+        """Return {layer: sum_B1E over all tokens}, for the layers that have seen them all."""
         num_tokens = self.get_seq_length()
         return {layer: s_BTE[:, -1:] for layer, s_BTE in self.sums.items() if num_tokens and s_BTE.shape[1] == num_tokens}
 
@@ -106,7 +106,7 @@ class RunningSums(RowsAndTokens):
         self.real_BT = torch.cat([self.real_BT, real_BT.to(self.real_BT.device)], dim=1)
 
     def put(self, layer: str, sums_BTE: Tensor) -> None:
-        """The sums of the last T tokens."""
+        """Store the sums of the last T tokens."""
         num_before, known_BTE = self.get_seq_length() - sums_BTE.shape[1], self.sums.get(layer)
         new_BTE = sums_BTE.detach()
         self.sums[layer] = new_BTE if known_BTE is None else torch.cat([known_BTE[:, :num_before], new_BTE], dim=1)
@@ -120,7 +120,7 @@ class RunningSums(RowsAndTokens):
 
 
 class _OfCall:
-    """The decisions on one call's tokens, which are added to what the cache's have summed up."""
+    """The decisions on one call's tokens, whose sums go on from those of the cache."""
 
     def __init__(self, router: BySequence, state: RunningSums, real_BT: Tensor) -> None:
         self._router = router
@@ -135,7 +135,7 @@ class _OfCall:
         state.append(real_BT)
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """w_BTE. Raises ScopeError for a layer that sees other tokens than the call's, or did not see those before."""
+        """Return w_BTE. Raises ScopeError for a layer that sees other tokens than the call's, or missed those before."""
         router = self._router
         own = next(itertools.chain(router.parameters(), router.buffers()), None)
         if own is not None and own.device != x_BTI.device:
@@ -179,7 +179,7 @@ class _OfCall:
 
 
 def _real_tokens(router: str, arguments: Mapping[str, Any]) -> Tensor:
-    """real_BT of the tokens of a call."""
+    """Return real_BT of the tokens of a call. Raises ScopeError for a call or a mask that does not tell."""
     given = next((arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None), None)
     if given is None or given.ndim < 2:
         raise ScopeError(

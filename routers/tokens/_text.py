@@ -40,7 +40,7 @@ NUM_KEPT = 4096
 
 
 class TextRouter(TokenRouter):
-    """Weights from the embedding of a text; the rows of a batch have those of what each of them says.
+    """A router that weighs experts by the embedding of a text; each row of a batch has the weights of its own text.
 
     A row's text is its prompt where that is known: in `generate`, and where losses and labels are scored. In any other call
     it is the whole row, and under a cache the row of the call that began it. The model's Composer needs a tokenizer.
@@ -55,7 +55,7 @@ class TextRouter(TokenRouter):
     by_expert: ClassVar[tuple[str, ...]] = ()
     # whether all tokens of a row share its weights
     per: Literal["row", "token"] = "row"
-    # of weights per token, for how many tokens the context stays that gives them
+    # with weights per token: the number of tokens after which the context is embedded again
     refresh: int = 1
 
     embedder_id_: Tensor
@@ -73,20 +73,20 @@ class TextRouter(TokenRouter):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options by name, without the texts: its tensors have what was made of those."""
+        """The options by name, without the texts, which the router's tensors were made from."""
         return {name: getattr(self, name) for name in option_names(type(self)) if name in vars(self)}
 
     def weights_of(self, vectors_ND: Tensor) -> Tensor:
-        """w_NE in fp32 for texts with these vectors (float64, of norm 1); rows sum to 1."""
+        """Return w_NE in fp32 for texts with these vectors (float64, of norm 1); rows sum to 1."""
         raise NotImplementedError
 
     def of_texts(self, texts: Sequence[str]) -> Tensor:
-        """w_NE in fp32 for texts. Raises what `require_embedder` raises."""
+        """Return w_NE in fp32 for texts. Raises what `require_embedder` raises."""
         self.require_embedder()
         return self.weights_of(self.vectors(texts))
 
     def vectors(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors (N, D) of texts in float64, where the router's own tensors are."""
+        """Return unit vectors (N, D) of texts in float64, on the device of the router's own tensors."""
         known = {text: self._kept[text] for text in dict.fromkeys(texts) if text in self._kept}
         if missing := [text for text in dict.fromkeys(texts) if text not in known]:
             rows_ND = np.asarray(self._embedder.embed(missing), dtype=np.float64)
@@ -97,11 +97,11 @@ class TextRouter(TokenRouter):
         return torch.stack([known[text] for text in texts]).to(self.embedder_id_.device)
 
     def remember_embedder(self) -> None:
-        """Keeps by which embedder all was made that is kept of texts."""
+        """Note the id of the embedder that all kept vectors were made by."""
         self.embedder_id_ = torch.tensor(list(self._embedder.id.encode()), dtype=torch.uint8)
 
     def require_embedder(self) -> None:
-        """Raises WeightingError where nothing is kept of texts yet, and where the embedder has changed since it was."""
+        """Raise WeightingError if no texts were learned from yet, or if the embedder has changed since they were."""
         made_by = bytes(self.embedder_id_.tolist()).decode()
         if not made_by:
             raise WeightingError(f"router {self.name!r} knows no text of its experts yet: fit() it first")
@@ -112,7 +112,7 @@ class TextRouter(TokenRouter):
             )
 
     def require_of_each(self, given: Mapping[str, Any], what: str, names: tuple[str, ...] | None = None) -> None:
-        """Raises UnknownExpert for other names than the experts', WeightingError naming the experts that have nothing.
+        """Raise UnknownExpert for other names than the experts', WeightingError naming the experts that have nothing.
 
         `names` takes the place of the experts' own.
         """
@@ -133,7 +133,7 @@ class TextRouter(TokenRouter):
         )
 
     def begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> TextWeights:
-        """Raises ScopeError for a call whose text is not known: embeddings alone, or a cache that was filled elsewhere."""
+        """Return a call's weights. ScopeError if its text is unknown: embeddings alone, or a cache filled elsewhere."""
         self.require_embedder()
         with torch.inference_mode(False), torch.no_grad():
             per_row = self.per == "row"
@@ -165,7 +165,7 @@ class TextRouter(TokenRouter):
         return w_BTE.to(text.ids_BT.device)
 
     def _of_tokens(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """w_NE of the texts of token ids. Raises ScopeError without a tokenizer."""
+        """Return w_NE of the texts of token ids. Raises ScopeError without a tokenizer."""
         tokenizer = current_tokenizer()
         if tokenizer is None:
             raise ScopeError(
@@ -193,7 +193,7 @@ class TextRouter(TokenRouter):
 
 
 class TextWeights:
-    """w_BTE, with 0 for an expert in the layers that it leaves alone; `logits_to_keep` is the call's argument."""
+    """The weights w_BTE of a call with the argument `logits_to_keep`; 0 for an expert in the layers that it leaves alone."""
 
     def __init__(self, w_BTE: Tensor, members: Members, logits_to_keep: int | Tensor | None) -> None:
         self._w_BTE = w_BTE
@@ -209,7 +209,7 @@ Examples = Mapping[str, Iterable[str]] | Hub | None
 
 
 def read_expert_texts(router: str, pool: ExpertPool, examples: Examples, template: str | None) -> dict[str, list[str]]:
-    """{expert: texts} of the experts that have some.
+    """Return {expert: texts} for the experts that have some.
 
     Given texts are taken as they are. The sample inputs of a card (None), or of a hub's record of that name, become prompts
     by the template, with the description as the instruction; up to 50 of each, and without a template the inputs alone.
@@ -244,14 +244,14 @@ def _require_texts(router: str, name: str, given: Any) -> list[str]:
 
 
 def read_prompts(dataset: Any) -> dict[str, list[Prompt]]:
-    """{name: prompts}, of what `labelled_tasks` takes, and of {name: texts}, which are prompts already; raises like that."""
+    """Return {name: prompts} of {name: texts}, or of what `labelled_tasks` takes; raises what that raises."""
     if isinstance(dataset, Mapping) and dataset and all(is_list(given, of=str) for given in dataset.values()):
         return {name: list(given) for name, given in dataset.items()}
     return {name: [task.prompt(text) for text, _ in task.examples] for name, task in labelled_tasks(dataset).items()}
 
 
 def labelled_tasks(dataset: Any) -> dict[str, Task]:
-    """{name: task} of {name: Task or rows}, or of rows that each name their 'expert'.
+    """Return {name: task} of {name: Task or rows}, or of rows that each name their 'expert'.
 
     Rows are of any form of `loraweave.common.rows`, with an instruction of their own if any; a "prompt" is the whole prompt.
     Raises InvalidTask for rows of another form, for rows that name no expert and for names without any.
@@ -272,7 +272,7 @@ def labelled_tasks(dataset: Any) -> dict[str, Task]:
 
 
 def _read_task(rows: Iterable[tuple[str, Any]]) -> Task:
-    """Of rows and where they are: prompts are the inputs."""
+    """Make a task of rows and their places; its prompts are the inputs."""
     plain = Task(())
     read = [read_row(row, where) for where, row in rows]
     return Task([(plain.prompt_of(row), row.targets[0]) for row in read], template="{input}")

@@ -1,4 +1,4 @@
-"""Writes an X-LoRA or an Arrow as the folder that PEFT saves of its own, with the adapters in it."""
+"""Writers of an X-LoRA or an Arrow as the folder that PEFT saves of its own, with the adapters in it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FLAGS = {"all": (True, False), "top_k": (False, True), "twice": (True, True), "n
 
 
 def write_xlora(router: Any, folder: Path, pool: ExpertPool, model: nn.Module | None) -> Path:
-    """What `Xlora.save_as_peft` promises."""
+    """Write the folder that `Xlora.save_as_peft` promises, and return its path."""
     experts = _experts(router, pool)
     # of all experts it is one over all, where the scaling pass is not peft's
     softmax = "all" if router.softmax == "top_k" and router.top_k is None and not router.as_peft else router.softmax
@@ -82,7 +82,7 @@ def write_xlora(router: Any, folder: Path, pool: ExpertPool, model: nn.Module | 
 
 
 def write_arrow(router: Any, folder: Path, pool: ExpertPool) -> Path:
-    """What `Arrow.save_as_peft` promises."""
+    """Write the folder that `Arrow.save_as_peft` promises, and return its path."""
     experts = _experts(router, pool)
     if router.direction != "power_iteration" or router.input_norm != "none":
         raise AdapterUnsupported(
@@ -126,7 +126,7 @@ def write_arrow(router: Any, folder: Path, pool: ExpertPool) -> Path:
 
 
 def _experts(router: Any, pool: ExpertPool) -> list[Adapter]:
-    """The router's adapters in its order. Raises AdapterUnsupported where they update different layers."""
+    """Return the router's adapters in its order. Raises AdapterUnsupported where they update different layers."""
     experts = [pool.adapters[name] for name in find_names(router.members, pool, router.name)]
     every = tuple(range(len(experts)))
     if partly := [layer for layer, routed in router.members.layers.items() if routed.experts != every]:
@@ -138,7 +138,7 @@ def _experts(router: Any, pool: ExpertPool) -> list[Adapter]:
 
 
 def _in_order_of(router: Any, model: nn.Module | None) -> Tensor:
-    """The rows of the last layer, layer by layer as the model's modules stand."""
+    """Return the numbers of the last layer's rows, layer by layer in the order of the model's modules."""
     if model is None:
         raise AdapterUnsupported("PEFT has layerwise weights in the order of the base's modules: pass model=")
     count, places = len(router.experts), {name: place for place, name in enumerate(router.layers)}

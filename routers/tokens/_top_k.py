@@ -1,4 +1,4 @@
-"""Computes the softmax over each token's highest scores in one compiled call instead of four PyTorch calls."""
+"""The softmax over each token's highest scores in one compiled call instead of four PyTorch calls."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import Tensor
 from loraweave.common import native
 
 SOURCE = Path(__file__).with_name("top_k.c")
-# comparisons a token; at this many it takes half of torch.topk's time for one token, and up to 1.4 times for a thousand
+# comparisons a token: for this many, the library takes half of torch.topk's time for one token, and up to 1.4 times it for
+# a thousand
 MOST_COMPARED = 256
 
 
 def top_k_native(scores_BTE: Tensor, top_k: int) -> Tensor | None:
-    """w_BTE as `top_k_softmax` has it, whatever the number of tokens; None where the library or gradients do not allow it.
+    """Return w_BTE as `top_k_softmax` does, whatever the number of tokens; None where the library or gradients forbid it.
 
     What decides depends on neither B nor T, so that a token's weights have the same bits in every batch.
     """
@@ -41,7 +42,7 @@ def top_k_native(scores_BTE: Tensor, top_k: int) -> Tensor | None:
 
 
 def _is_traced() -> bool:
-    """Whether torch records or transforms its operations, which a call of the library is not."""
+    """Return whether torch records or transforms its operations, which it cannot do to a call of the library."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
     return torch._C._are_functorch_transforms_active() or native.is_watched() > 0

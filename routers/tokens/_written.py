@@ -1,4 +1,4 @@
-"""Writes a router as a folder: router.json with options and experts, router.safetensors with its tensors."""
+"""A router written as a folder: router.json with options and experts, router.safetensors with its tensors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_router(
     tensors: Mapping[str, Tensor],
     report: Mapping[str, Any] | None,
 ) -> Path:
-    """Writes the folder whole or not at all, with the adapters of the router's experts if a pool is given.
+    """Write the folder whole or not at all, with the adapters of the router's experts if a pool is given.
 
     Each adapter's folder has a number and not its name, which is free text. Raises WeightingError for a folder that holds
     something else, for options that JSON has no form for, and for a pool without some of the router's experts.
@@ -64,7 +64,7 @@ def write_router(
 
 
 def finite(value: Any) -> Any:
-    """The report with None for numbers that are not finite, since JSON cannot express them."""
+    """Return the report with None for numbers that are not finite, since JSON cannot express them."""
     match value:
         case Mapping():
             return {name: finite(inner) for name, inner in value.items()}
@@ -76,7 +76,7 @@ def finite(value: Any) -> Any:
 
 
 def with_json_form(what: str, option: str, value: Any) -> Any:
-    """The value, unchanged. Raises WeightingError if JSON cannot express it."""
+    """Return the value, unchanged. Raises WeightingError if JSON cannot express it."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -107,7 +107,7 @@ Its experts, in this order:
 
 
 def router_card(name: str, members: Members, repository: str, *, with_pool: bool) -> str:
-    """Front matter as the model hub reads it, a few lines of code, and the experts' names."""
+    """Return the README of a router: front matter for the model hub, a few lines of code, and the experts' names."""
     base, names = members.base_model, members.names
     matter = front_matter(base, "loraweave", ["lora", "loraweave", "router"], None)
     # names are free text; indented, on one line, they cannot act as markup

@@ -1,4 +1,4 @@
-"""AdapterFusion (Pfeiffer et al., EACL 2021, arXiv 2005.00247) over LoRAs: the layer's input asks, the outputs answer."""
+"""AdapterFusion (Pfeiffer et al., EACL 2021, arXiv 2005.00247) over LoRAs: the layer's input attends to their outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OFF_DIAGONAL = 1e-6
 
 
 class AdapterFusion(OutputAttention):
-    """w = softmax over experts of (q x + c) . (k E_e(x)) / temperature, with learned q, c and k for each layer.
+    """A router with w = softmax over experts of (q x + c) . (k E_e(x)) / temperature, with learned q, c and k by layer.
 
     E_e(x) = b_e a_e x is what expert e adds, without its gain and bias. A bias of the keys adds the same to every score and
     is left out. Adapters in the paper are modules between the layers; here they are LoRAs, and each layer has a fusion of
@@ -60,15 +60,15 @@ class AdapterFusion(OutputAttention):
                 self.values_[layer] = torch.full((routed.num_outputs,) * 2, OFF_DIAGONAL).fill_diagonal_(1.0)
 
     def query_bias(self, layer: str) -> Tensor:
-        """c of the layer."""
+        """Return c of the layer."""
         return self.query_biases_[layer]
 
     def value_matrix(self, layer: str) -> Tensor | None:
-        """V_OO of the layer, None for the identity."""
+        """Return V_OO of the layer, None for the identity."""
         return self.values_[layer] if self.values and layer in self.values_ else None
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
-        """The penalty of V, where there is one."""
+        """Return {"value": the penalty of V}, or {} without values or penalty."""
         if not self.values or not self.penalty or not len(self.values_):
             return {}
         moved = [v_OO - torch.eye(len(v_OO)).to(v_OO) for v_OO in (self.values_[layer] for layer in self.values_)]

@@ -1,4 +1,4 @@
-"""Arrow (Ostapenko et al. 2024, arXiv 2405.11157): each token to the experts whose direction it lies along."""
+"""Arrow (Ostapenko et al. 2024, arXiv 2405.11157): each token goes to the experts whose direction it lies along."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = 15
 
 
 class Arrow(ScoredRouter):
-    """w = softmax over the `top_k` largest of |v_e x| / temperature, v_e the top right singular vector of b_e a_e.
+    """A router by softmax over the `top_k` largest |v_e x| / temperature, v_e the top right singular vector of b_e a_e.
 
     `top_k` is by default 4, as published, or all experts of a smaller pool. As published, x counts with its length, so that
     a layer with inputs ten times as long has a temperature a tenth as high; `input_norm="unit"` takes |v_e x| / |x|, between
@@ -57,7 +57,7 @@ class Arrow(ScoredRouter):
                 self.directions_[layer] = _directions(given, layer, seed if direction == "power_iteration" else None)
 
     def save_as_peft(self, folder: str | Path, pool: ExpertPool) -> Path:
-        """Writes the folder that PEFT saves of `create_arrow_model`, with the pool's adapters in it, and returns its path.
+        """Write the folder that PEFT saves of `create_arrow_model`, with the pool's adapters in it, and return its path.
 
         Raises AdapterUnsupported for what PEFT's has not: exact directions, unit inputs, adapters of different layers or
         ranks, or of more than two factors.
@@ -65,17 +65,17 @@ class Arrow(ScoredRouter):
         return write_arrow(self, as_path(folder, "the folder of a router"), pool)
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """|v_e x|, -inf for experts that leave the layer alone."""
+        """Return |v_e x|, -inf for experts that leave the layer alone."""
         v_EI = self.directions_[layer]
         x_BTI = x_BTI.to(v_EI.dtype)
         return self._scores(x_BTI @ v_EI.T, x_BTI, layer)
 
     def directions(self, layer: str) -> Tensor:
-        """v_EI."""
+        """Return v_EI of the layer."""
         return self.directions_[layer]
 
     def weights_along(self, z_BTP: Tensor, x_BTI: Tensor, layer: str) -> Tensor:
-        """The weights of x for z = x v^T."""
+        """Return the weights of x for z = x v^T."""
         return self.chosen(self._scores(z_BTP, x_BTI, layer))
 
     def _scores(self, z_BTE: Tensor, x_BTI: Tensor, layer: str) -> Tensor:
@@ -87,7 +87,7 @@ class Arrow(ScoredRouter):
 
 
 def _directions(pool: ExpertPool, layer: str, seed: int | None) -> Tensor:
-    """v_EI of one layer, unit vectors; zero for an expert without factors there."""
+    """Return v_EI of one layer, unit vectors; zeros for an expert without factors there."""
     num_inputs = Members.of(pool).layers[layer].num_inputs
     v_EI = torch.zeros(len(pool), num_inputs)
     for place, a_RI, b_OR in parts(pool, layer):

@@ -1,4 +1,4 @@
-"""Each token to the experts whose own inputs, on average, it is most like: PHATGOOSE's gates without their training."""
+"""Each token goes to the experts whose mean input is most like it: PHATGOOSE's gates without their training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOP_K = 2
 
 
 class AverageActivation(ScoredRouter):
-    """w = softmax over the `top_k` largest of LN(m_e) . LN(x) / (sqrt(I) temperature), m_e the mean input of the layer.
+    """A router with w = softmax over the `top_k` largest LN(m_e) . LN(x) / (sqrt(I) temperature), m_e e's mean input.
 
     m_e is over the tokens of some prompts of the expert's own, read by the model with that expert: `fit` measures it. LN
     takes off the mean and divides by the standard deviation, as PHATGOOSE does with the gates that it trains in the place
@@ -38,12 +38,12 @@ class AverageActivation(ScoredRouter):
     def __init__(self, pool: ExpertPool | Members, *, top_k: Count | None = None, temperature: Positive = 1.0) -> None:
         super().__init__(pool, top_k, temperature, default=TOP_K)
         shapes = {name: layer.num_inputs for name, layer in self.members.layers.items()}
-        # those that were looked over: asking a GPU in every call would wait for it
+        # means that were checked: asking a GPU in every call would wait for it
         self._complete: dict[str, Tensor] = {}
         self.means_ = LayerTensors({name: torch.zeros(len(self.experts), size) for name, size in shapes.items()})
 
     def fit(self, engine: Any, dataset: Any, *, num_texts: int = 20, progress: bool = True) -> Self:
-        """Measures the mean inputs of the experts that the dataset names, on `num_texts` prompts each; returns self.
+        """Measure the mean inputs of the experts that the dataset names, on `num_texts` prompts each; return self.
 
         `dataset` is what `Logistic.fit` takes, `engine` a Composer with a tokenizer and the router's pool. The rows of the
         other experts stay as they are. Raises InvalidTask for rows that name no expert, UnknownExpert for others.
@@ -59,7 +59,7 @@ class AverageActivation(ScoredRouter):
         return self
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """LN(m_e) . LN(x) / sqrt(I), -inf for experts that leave the layer alone. WeightingError for one without a mean."""
+        """Return LN(m_e) . LN(x) / sqrt(I), -inf for experts that leave the layer alone. WeightingError without a mean."""
         m_EI, present = self.means_[layer], self.members.layers[layer].experts
         if self._complete.get(layer) is not m_EI:
             self._require_means(layer, m_EI)
@@ -80,7 +80,7 @@ class AverageActivation(ScoredRouter):
 def _input_means(
     engine: Any, prompts: Mapping[str, Sequence[Prompt]], layers: Mapping[str, Sequence[int]], *, progress: bool
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(expert, {layer: mean_I}) over all tokens of the expert's prompts, with that expert at weight 1, in float64.
+    """Yield (expert, {layer: mean_I}) over all tokens of the expert's prompts, with that expert at weight 1, in float64.
 
     `layers` says which experts, by their places, update each. Text by text, so that no padding is among the tokens. Raises
     ScopeError for a layer that is not called with one vector a token.

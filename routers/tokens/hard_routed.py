@@ -1,4 +1,4 @@
-"""Hard-Routed MoR-LoRA (Molavi et al. 2026, arXiv 2606.31413): each token to one whole adapter, learned."""
+"""Hard-Routed MoR-LoRA (Molavi et al. 2026, arXiv 2606.31413): each token goes to one whole adapter, by a learned choice."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from loraweave.routers.tokens._scores import straight_through
 
 
 class HardRouted(InputGates):
-    """w = 1 for the expert with the highest score g x, exactly, and 0 for the others: every adapter acts at the scale that
-    it was trained with. The gradient is that of softmax(g x) (a straight-through estimate), so that all scores learn.
+    """A router with w exactly 1 for the expert of the highest score g x, and 0 for the others.
 
-    `shared`, as published, has one matrix g_EI for all layers of I inputs; without it each layer has its own. It starts as
-    torch draws a linear layer. The published training also learns a small LoRA on the attention, which is no weight of an
-    expert and is not here: train one with `train_adapters` and put it into the pool.
+    Every adapter acts at the scale that it was trained with. The gradient is that of softmax(g x) (a straight-through
+    estimate), so that all scores learn. `shared`, as published, has one matrix g_EI for all layers of I inputs; without it
+    each layer has its own. It starts as torch draws a linear layer. The published training also learns a small LoRA on the
+    attention, which is no weight of an expert and is not here: train one with `train_adapters` and put it into the pool.
     """
 
     def __init__(self, pool: ExpertPool | Members, *, shared: bool = True) -> None:
         super().__init__(pool, draw_gates, shared=shared)
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """w_BTE; one of each token's is 1."""
+        """Return w_BTE; one of each token's weights is 1."""
         scores_BTE = self.scores(x_BTI, layer)
         return self.note(layer, scores_BTE, straight_through(scores_BTE))

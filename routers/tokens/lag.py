@@ -21,7 +21,7 @@ TOP_K = 1
 
 
 class Lag(ScoredRouter):
-    """Of the `candidates` experts with the largest |v_e x|, the softmax over the `top_k` with the largest |b_e a_e x|.
+    """A router by softmax over the `top_k` largest |b_e a_e x| among the `candidates` with the largest |v_e x|.
 
     By default 4 candidates (or all experts of a smaller pool), of which the best one has weight 1. Each token and layer
     chooses for itself. Raises WeightingError for fewer candidates than top_k, and what `ScoredRouter` raises.
@@ -48,7 +48,7 @@ class Lag(ScoredRouter):
         self.spectr = Spectr(pool)
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """|b_e a_e x| of the candidates, -inf for all others."""
+        """Return |b_e a_e x| of the candidates, -inf for all others."""
         found = self.arrow.scores(x_BTI, layer).topk(self.candidates, dim=-1).indices
         scores_BTE = self.spectr.scores(x_BTI, layer)
         return torch.full_like(scores_BTE, -math.inf).scatter(-1, found, scores_BTE.gather(-1, found))

@@ -1,4 +1,4 @@
-"""LD-MoLE (Zhuang et al. 2025, arXiv 2509.25684): how many adapters a token gets is learned, too."""
+"""LD-MoLE (Zhuang et al. 2025, arXiv 2509.25684): a router that also learns how many adapters a token gets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loraweave.routers.tokens._scores import Lambda, least_lambda, sparsegen
 
 
 class LdMole(InputGates):
-    """w = sparsegen(g x, lambda(x)): a share of each expert on the simplex, of which as many are 0 as lambda, below 1, says.
+    """A router with w = sparsegen(g x, lambda(x)): shares on the simplex, of which lambda, below 1, says how many are 0.
 
     g_EI is each layer's own, drawn as torch draws linear layers. lambda(x) = 0.99 + logsigmoid(MLP(x)) (`Lambda`) has one
     MLP of `hidden` units for all layers with as many inputs, as published (256 there): near 0.99 the best expert gets all,
@@ -39,13 +39,13 @@ class LdMole(InputGates):
         self.lambdas_ = nn.ModuleDict({str(width): Lambda(width, hidden) for width in widths})
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """w_BTE; they sum to 1."""
+        """Return w_BTE; each token's weights sum to 1."""
         scores_BTE = self.scores(x_BTI, layer)
         lambda_BT1 = self.lambdas(x_BTI, layer)
         return self.note(layer, scores_BTE, sparsegen(scores_BTE, lambda_BT1), lambda_BT1)
 
     def lambdas(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """lambda_BT1, below 0.99; 0 in a layer whose experts have biases alone."""
+        """Return lambda_BT1, below 0.99; 0 in a layer whose experts have biases alone."""
         width = str(self.members.layers[layer].num_inputs)
         if width not in self.lambdas_:
             return x_BTI.new_zeros(*x_BTI.shape[:2], 1, dtype=torch.float32)
@@ -53,7 +53,7 @@ class LdMole(InputGates):
         return found_BT1
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
-        """{"sparsity": sparsity * the mean of max(0, least lambda - lambda)}."""
+        """Return {"sparsity": sparsity * the mean of max(0, least lambda - lambda)}, {} where it cannot be above 0."""
         shortfalls = [
             step.real((least_lambda(scores_BTE.detach(), self.target) - step.beside[layer]).clamp_min(0)).mean()
             for layer, scores_BTE in step.scores.items()

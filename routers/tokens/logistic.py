@@ -1,4 +1,4 @@
-"""A classifier of texts says which adapter answers: the baseline that every learned router has to beat."""
+"""A classifier of texts that says which adapter answers: the baseline that every learned router has to beat."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loraweave.types import DEFAULT_TEMPLATE
 
 
 class Logistic(TextRouter):
-    """p = softmax(W u + b) of a text's vector u, fitted by scikit-learn's LogisticRegression to texts of each expert.
+    """A router by p = softmax(W u + b) of a text's vector u, fitted by scikit-learn's LogisticRegression to experts' texts.
 
     `form` "selection" gives the likeliest expert 1, "probabilities" each expert p. "top_p" has the weights of DLP-LoRA
     (Zhang and Li 2024, arXiv 2410.01497): softmax(p) over the fewest experts whose p sum to at least `top_p`, .6 as in the
@@ -59,7 +59,7 @@ class Logistic(TextRouter):
                 self._learn(texts)
 
     def fit(self, engine: Any, dataset: Any) -> Self:
-        """Learns which expert a text is for, and returns self.
+        """Learn which expert a text is for, and return self.
 
         `dataset` is {expert: rows, a Task, or prompts}, or rows that name their "expert", as for `Composer.fit`; `engine` a
         Composer with the router's pool. Raises InvalidTask for rows that name no expert, WeightingError that names the
@@ -92,7 +92,7 @@ class Logistic(TextRouter):
 
 
 def _fit(vectors_ND: Tensor, expert_N: Tensor, inverse_penalty: float) -> tuple[Tensor, Tensor]:
-    """W_ED and b_E."""
+    """Fit W_ED and b_E."""
     from sklearn.linear_model import LogisticRegression
 
     num_experts = int(expert_N.max()) + 1

@@ -1,4 +1,4 @@
-"""LoRA-Flow (Wang et al., ACL 2024, arXiv 2402.11455): a gate for each block of the model, on what the block is given."""
+"""LoRA-Flow (Wang et al., ACL 2024, arXiv 2402.11455): a gate for each block of the model, which reads the block's input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loraweave.routers.tokens._scores import without
 
 
 class LoraFlow(LearnedRouter):
-    """w = softmax(g x) + c for x the input of the transformer block that a layer lies in, with learned g_EI and c_E.
+    """A router with w = softmax(g x) + c for x the input of the transformer block of a layer, with learned g_EI and c_E.
 
     All layers of a block have the same weights, and a layer outside blocks, such as the language head, is a block of its
     own. Experts are those that update the block; one that leaves a layer of it alone has weight 0 there and the others' are
@@ -54,11 +54,11 @@ class LoraFlow(LearnedRouter):
 
     @property
     def watched(self) -> tuple[str, ...]:
-        """The blocks whose input it looks at."""
+        """The blocks whose input the router looks at."""
         return tuple(dict.fromkeys(block for layer in self.layers if (block := block_of(layer)) is not None))
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """w_BTE. Raises ScopeError for a layer that sees other tokens than its block."""
+        """Return w_BTE. Raises ScopeError for a layer that sees other tokens than its block."""
         if block_of(layer) is None:
             scores_BTE, w_BTE = self._of_block(x_BTI, layer)
         else:
@@ -70,7 +70,7 @@ class LoraFlow(LearnedRouter):
         return self.note(layer, without(scores_BTE, present), without(w_BTE, present, filling=0.0))
 
     def _of_block(self, x_BTI: Tensor, block: str) -> tuple[Tensor, Tensor]:
-        """Scores and weights of a block's experts, -inf and 0 for the others."""
+        """Return the scores and weights of a block's experts, -inf and 0 for the others."""
         first = self._blocks[block][0]
         c_E = self.biases_[first]
         scores_BTE = x_BTI.new_zeros(*x_BTI.shape[:2], len(self.experts), dtype=c_E.dtype)
@@ -91,7 +91,7 @@ class LoraFlow(LearnedRouter):
 
 
 def _width(block: str, layers: Mapping[str, RoutedLayer], given: int | None) -> int:
-    """How many features the input of a block has; 0 where a layer outside blocks does not say it."""
+    """Return how many features the input of a block has; 0 where a layer outside blocks does not say it."""
     if block in layers:
         return layers[block].num_inputs
     if given is not None:

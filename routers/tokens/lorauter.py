@@ -26,7 +26,7 @@ TEMPERATURE = 0.05
 
 
 class Lorauter(TextRouter):
-    """w = sum over the `num_tasks` nearest tasks n of softmax(cos_n / `temperature`), for the `best` adapters of n alike.
+    """A router with w = sum over the `num_tasks` nearest tasks n of softmax(cos_n / `temperature`), shared by n's `best`.
 
     cos_n is the cosine of the text's vector and the mean of the vectors of task n's prompts; its best adapters are those of
     the lowest loss on its examples. `fit` measures these; `tasks` {task: prompts} and `losses` {task: {expert: loss}} are
@@ -60,7 +60,7 @@ class Lorauter(TextRouter):
             self._learn({name: list(prompts) for name, prompts in (tasks or {}).items()}, losses or {})
 
     def fit(self, engine: Any, dataset: Any, *, progress: bool = True) -> Self:
-        """Measures every adapter on the examples of every task; returns self.
+        """Measure every adapter on the examples of every task; return self.
 
         `engine` is a Composer with a tokenizer and the router's pool, `dataset` {task: rows or a Task}, of any names, or
         rows that name an "expert", as for `Composer.fit`. The table is in `report["losses"]`.
@@ -97,7 +97,7 @@ class Lorauter(TextRouter):
         self.report = {"losses": {name: dict(losses[name]) for name in prompts}}
 
     def _row(self, task: str, losses: Mapping[str, float]) -> list[float]:
-        """The losses of one task in the order of the experts; one that is no number is worse than any."""
+        """Return the losses of one task in the order of the experts, infinity in place of what is not finite."""
         if missing := [name for name in self.experts if name not in losses]:
             raise WeightingError(f"the losses of task {task!r} lack {', '.join(map(repr, missing))}: measure all experts")
         found = [float(losses[name]) if math.isfinite(losses[name]) else math.inf for name in self.experts]

@@ -18,7 +18,7 @@ from loraweave.routers.tokens._scores import top_k_softmax
 
 
 class Meteora(InputGates):
-    """w = softmax over the `top_k` highest of g x / temperature, with a learned g_EI of each layer, drawn from N(0, 1).
+    """A router with w = softmax over the `top_k` highest g x / temperature, g_EI learned by layer and drawn from N(0, 1).
 
     The dataset of `fit` names the expert of each row, and `eta` times the cross-entropy of softmax(g x) with it, one mean
     over the real tokens of all layers, is added to the loss of the model. Layers that a row's own expert leaves alone learn
@@ -48,12 +48,12 @@ class Meteora(InputGates):
         self.temperature, self.eta = temperature, eta
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """w_BTE; they sum to 1."""
+        """Return w_BTE; each token's weights sum to 1."""
         scores_BTE = self.scores(x_BTI, layer)
         return self.note(layer, scores_BTE, top_k_softmax(scores_BTE, self.top_k, self.temperature))
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
-        """{"domain": eta * the cross-entropy with each row's own expert}."""
+        """Return {"domain": eta * the cross-entropy with each row's own expert}, or {} without any."""
         found = [each for each in self.taught(step) if len(each[1])]
         if not self.eta or not found:
             return {}

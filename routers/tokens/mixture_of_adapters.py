@@ -19,7 +19,7 @@ from loraweave.routers.tokens._sequence import BySequence, Decision
 
 
 class MixtureOfAdapters(InputGates, BySequence):
-    """w = 1 for the expert that a layer takes its input for, 0 for the others, by softmax(g x) with a g_EI of each layer.
+    """A router with w = 1 for the expert that a layer takes its input for, else 0, by softmax(g x) with a g_EI by layer.
 
     With `decision` "sequence", by default, the expert of token t is the one whose mean of softmax(g x) over the row's real
     tokens 1..t is highest. At the last token that is the published decision, one for each sequence and layer by the mean
@@ -45,7 +45,7 @@ class MixtureOfAdapters(InputGates, BySequence):
         self.follow(decision)
 
     def of_tokens(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """w_BTE; one of each token's is 1."""
+        """Return w_BTE; one of each token's weights is 1."""
         scores_BTE = self.scores(x_BTI, layer)
         return self.note(layer, scores_BTE, straight_through(scores_BTE))
 
@@ -57,6 +57,6 @@ class MixtureOfAdapters(InputGates, BySequence):
         return self.note(layer, scores_BTE, w_BTE)
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
-        """{"domain": eta * the sum over layers of the cross-entropy with each row's own expert}."""
+        """Return {"domain": eta * the sum over layers of the cross-entropy with the row's own expert}, or {} without."""
         sums = [domain(scores_NE, expert_N) for scores_NE, expert_N in self.taught(step) if len(expert_N)]
         return {"domain": self.eta * torch.stack(sums).sum()} if self.eta and sums else {}

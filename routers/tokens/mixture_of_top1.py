@@ -1,4 +1,4 @@
-"""The one best expert of every token and layer, whole: its update with weight 1, as it was trained."""
+"""The one best expert of every token and layer, with weight 1: its update is added whole, as it was trained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loraweave.routers.tokens._router import TokenRouter
 
 
 class MixtureOfTop1(TokenRouter):
-    """Weight 1 for the expert with the highest score, 0 for the others; of equal scores the expert named first.
+    """A router with weight 1 for the expert of the highest score, 0 for the others; of equal scores the first expert.
 
     `score` names the router whose scores count. A probability below 1 in place of the 1 would shrink an update that was
     trained at its full strength (unit scale; Hard-Routed MoR-LoRA, arXiv 2606.31413).
@@ -29,7 +29,7 @@ class MixtureOfTop1(TokenRouter):
         self.scored: ScoredRouter = registry.get("routers", score)(pool)
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """w_BTE, all 0 or 1."""
+        """Return w_BTE, all 0 or 1."""
         scores_BTE = self.scored.scores(x_BTI, layer)
         best_BT1 = scores_BTE.argmax(dim=-1, keepdim=True)
         return torch.zeros_like(scores_BTE).scatter(-1, best_BT1, 1.0)

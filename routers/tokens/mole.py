@@ -24,7 +24,7 @@ SHORTEST = 1e-12
 
 
 class Mole(OutputRouter):
-    """w = softmax(s / tau), s_n = sum over experts i of e_in . E_i(x) / |E_i(x)|, with learned e and tau for each layer.
+    """A router with w = softmax(s / tau), s_n = sum over experts i of e_in . E_i(x) / |E_i(x)|, learned e and tau by layer.
 
     E_i(x) = b_i a_i x is what expert i adds, without its gain and bias. Each layer weighs for itself, each token for itself:
     the paper's matrix-wise gate at sequence length 1, since one over the whole sequence would look ahead. The paper's gates
@@ -53,7 +53,7 @@ class Mole(OutputRouter):
             self.log_temperatures_[layer] = torch.zeros(())
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """s_BTE / tau of the layer's experts, -inf for the others."""
+        """Return s_BTE / tau of the layer's experts, -inf for the others."""
         z_BTS = self.latents(x_BTI, layer)
         if layer not in self.gates_:
             return without(self.by_expert(z_BTS, layer), self._present(layer))
@@ -64,17 +64,17 @@ class Mole(OutputRouter):
         return without(scores_BTE, self._present(layer))
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """w_BTE; they sum to 1, or are all 0 where every expert of the layer is masked."""
+        """Return w_BTE; they sum to 1, or are all 0 where every expert of the layer is masked."""
         scores_BTE = self.scores(x_BTI, layer)
         w_BTE = scores_BTE.softmax(dim=-1) if self._present(layer) else torch.zeros_like(scores_BTE)
         return self.note(layer, scores_BTE, w_BTE)
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
-        """{"balance": balance * -log of the product of the experts' mean weights}."""
+        """Return {"balance": balance * -log of the product of the experts' mean weights}, or {} for a balance of 0."""
         return {"balance": -self.balance * self._mean_weights(step).log().sum()} if self.balance else {}
 
     def masking(self, *names: str) -> Self:
-        """A copy that gives these experts no weight; the weights of the others keep their ratios, and sum to 1.
+        """Return a copy that gives these experts no weight; the others' weights keep their ratios, and sum to 1.
 
         What the masked ones would add still counts in what the gate sees. Raises UnknownExpert for other names.
         """
@@ -84,7 +84,7 @@ class Mole(OutputRouter):
         return copy
 
     def remove_expert(self, name: str) -> Self:
-        """ScopeError: the gate looks at the outputs of all its experts."""
+        """Raise ScopeError: the gate looks at the outputs of all its experts."""
         raise ScopeError(
             f"router 'mole' looks at the outputs of all its experts, {name!r} among them: masking({name!r}) gives it no "
             "weight and leaves the others' ratios; a smaller pool needs a router of its own, and fit()"
@@ -102,13 +102,13 @@ class Mole(OutputRouter):
         return tuple(place for place in self.members.layers[layer].experts if place not in masked)
 
     def _project(self, layer: str) -> Tensor:
-        """p_SE: each row of the bases with its own expert's projections, once a call instead of once a token."""
+        """Return p_SE: each row of the bases with its own expert's projections, once a call instead of once a token."""
         q_SO, e_EOE = self.bases_[layer], self.gates_[layer]
         rows = [q_RO @ e_OE for q_RO, e_OE in zip(torch.split(q_SO, self._num_rows(layer)), e_EOE, strict=True)]
         return torch.cat(rows)
 
     def _num_rows(self, layer: str) -> list[int]:
-        """Of each expert in the bases; asked of the device once."""
+        """Count each expert's rows in the bases; the device is asked once."""
         owner_S = self.owners_[layer]
         known = self._counted.get(layer)
         if known is None or known[0] is not owner_S:
@@ -117,7 +117,7 @@ class Mole(OutputRouter):
         return known[1]
 
     def _mean_weights(self, step: Step) -> Tensor:
-        """q of each expert that some layer could weigh: the mean over real tokens, then over those layers."""
+        """Return q of each expert that some layer could weigh: the mean over real tokens, then over those layers."""
         num_experts = len(self.experts)
         sum_E, layers_E = step.mask_BT.new_zeros(num_experts, dtype=torch.float32), [0] * num_experts
         for layer, w_BTE in step.weights.items():

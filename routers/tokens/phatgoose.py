@@ -19,7 +19,7 @@ TOP_K = 2
 
 
 class Phatgoose(InputGates):
-    """w = softmax over the `top_k` largest of N(x) . N(v_e) / sqrt(I), N the layer norm without parameters of I inputs.
+    """A router with w = softmax over the `top_k` largest N(x) . N(v_e) / sqrt(I), N a layer norm without parameters.
 
     `top_k` is by default 2, as published, or 1 for a pool of one. Scores are between -sqrt(I) and sqrt(I).
 
@@ -43,7 +43,7 @@ class Phatgoose(InputGates):
         self.top_k = min(TOP_K, len(self.experts)) if top_k is None else top_k
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """w_BTE; they sum to 1, but in a step of training are sigmoid(v_e . x) of the row's own expert e alone."""
+        """Return w_BTE: they sum to 1, but in a step of training are sigmoid(v_e . x) of the row's own expert e alone."""
         if self.step is not None:
             return self._alone(x_BTI, layer, self.step)
         present = self.members.layers[layer].experts
@@ -65,7 +65,7 @@ class Phatgoose(InputGates):
         return self.note(layer, torch.where(own_B1E, scores_BT1, -torch.inf), w_BTE)
 
     def _of_own(self, x_BTI: Tensor, layer: str, expert_B: Tensor) -> Tensor:
-        """v_e . x of each row's own expert e."""
+        """Return v_e . x of each row's own expert e."""
         if layer not in self.gates_:
             return x_BTI.new_zeros(*x_BTI.shape[:2], 1, dtype=torch.float32)
         v_EI = self.gates_[layer]

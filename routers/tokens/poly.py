@@ -13,7 +13,7 @@ from loraweave.routers.tokens._scores import without
 
 
 class Poly(TokenRouter):
-    """w = 1 for the expert called `task`, 0 for the others: PEFT's `task_ids`, one task for all rows.
+    """A router with w = 1 for the expert called `task`, 0 for the others: PEFT's `task_ids`, one task for all rows.
 
     `lw.router(folder)` of a POLY that PEFT saved has an expert for each task, "task_0" and so on, and the first by name is
     the default. Rows of several tasks are a list of mixtures: [{"task_2": 1.0}, {"task_0": 1.0}]. Raises UnknownExpert.
@@ -28,7 +28,7 @@ class Poly(TokenRouter):
             raise unknown_expert(self.task, self.experts)
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """w_11E."""
+        """Return w_11E."""
         w_11E = torch.zeros(1, 1, len(self.experts), device=x_BTI.device)
         w_11E[..., self.members.places[self.task]] = 1.0
         return without(w_11E, self.members.layers[layer].experts, filling=0.0)

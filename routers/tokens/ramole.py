@@ -21,7 +21,7 @@ RANK = 8
 
 
 class Ramole(OutputAttention):
-    """w = softmax over experts of (a x) . (b^T E_e(x)) / sqrt(rank), a and b a RouterLoRA of that `rank` in each layer.
+    """A router with w = softmax over experts of (a x) . (b^T E_e(x)) / sqrt(rank), a and b a RouterLoRA of `rank` by layer.
 
     E_e(x) = b_e a_e x is what expert e adds, without its gain and bias. As in a LoRA, a is drawn uniformly within
     1 / sqrt(I) of 0 and b starts at 0, so that all experts weigh alike and a has no gradient in the first step. Weights of
@@ -44,7 +44,7 @@ class Ramole(OutputAttention):
         self._settle()
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """s_BTE of the layer's experts, -inf for the others and, in train mode, for those left out."""
+        """Return s_BTE of the layer's experts, -inf for the others and, in train mode, for those left out."""
         scores_BTE = super().scores(x_BTI, layer)
         if not self.training:
             return scores_BTE
@@ -52,7 +52,7 @@ class Ramole(OutputAttention):
         return _leaving_out(scores_BTE, noise_BE, self.members.layers[layer].experts, self.dropout)
 
     def for_pool(self, pool: ExpertPool) -> Self:
-        """The same RouterLoRA for the experts of another pool of this base, without training.
+        """Return the same RouterLoRA for the experts of another pool of this base, without training.
 
         In layers that it has not been trained for, all experts weigh alike. Raises BaseModelMismatch for a pool of another
         base, WeightingError for one whose layers are all of this kind.
@@ -76,22 +76,22 @@ class Ramole(OutputAttention):
         return self.for_pool(pool)
 
     def add_expert(self, name: str, adapter: Adapter) -> Self:
-        """A router with one more expert, at the end; raises what `for_pool` raises, WeightingError for a name it has."""
+        """Return a router with one more expert at the end. WeightingError for a name it has; raises as `for_pool`."""
         return super().add_expert(name, adapter)._settle()
 
     def remove_expert(self, name: str) -> Self:
-        """A router without one expert. Raises UnknownExpert for an unknown name, WeightingError for the last one."""
+        """Return a router without one expert. UnknownExpert for an unknown name, WeightingError for the last one."""
         return super().remove_expert(name)._settle()
 
     def _noise(self, scores_BTE: Tensor, layer: str) -> Tensor:
-        """u_BE; in a training each row's own, so that splitting a step into passes leaves out the same experts."""
+        """Draw u_BE; in a training each row's own, so that splitting a step into passes leaves out the same experts."""
         num_rows, _, num_experts = scores_BTE.shape
         if self.step is None or len(self.step.seeds_B) != num_rows:
             return torch.rand(num_rows, num_experts, device=scores_BTE.device)
         return self.step.uniform(num_experts, self.layers.index(layer))
 
     def _settle(self) -> Self:
-        """Itself, with a RouterLoRA for each of its layers and no other; a new one weighs all experts alike."""
+        """Return itself, with a RouterLoRA for each of its layers and no other; a new one weighs all experts alike."""
         for layer in set(self.queries_) - set(self.informed):
             del self.queries_[layer], self.keys_[layer]
         for layer, routed in self.informed.items():
@@ -103,7 +103,7 @@ class Ramole(OutputAttention):
 
 
 def _leaving_out(scores_BTE: Tensor, noise_BE: Tensor, present: Sequence[int], dropout: float) -> Tensor:
-    """The scores with -inf, row by row, for each of the experts with that probability; two random ones always stay."""
+    """Set scores to -inf, row by row, for each of the experts with that probability; two random ones always stay."""
     noise_BE = without(noise_BE, present, filling=-1)
     out_BE = noise_BE < dropout
     out_BE.scatter_(1, noise_BE.topk(min(2, len(present)), dim=1).indices, False)

@@ -1,4 +1,4 @@
-"""Weights from how near each adapter is to a text, for each row or for each token that is generated.
+"""Weights from each adapter's nearness to a text, for each row or for each token that is generated.
 
 Per row it is LoraRetriever's composition (Zhao et al. 2024, arXiv 2402.09997), per token token-level adaptation (Belofsky
 2023, arXiv 2311.10847). `similarity` as a search has the same formulas for the scores of a retrieval.
@@ -28,7 +28,7 @@ REFRESH = 2
 
 
 class Similarity(TextRouter):
-    """cos_e = cosine of a text's vector and the mean of the vectors of expert e's examples; of these
+    """A router by cos_e, the cosine of a text's vector and the mean of the vectors of expert e's examples.
 
     `form` "softmax" makes softmax(cos / `temperature`) over the `nearest` experts (all), "selection" the nearest alone, and
     "mixture" 1/k for each of the `nearest` (3). `per` "row" weighs by each row's prompt; "token" by the prompt and what was
@@ -79,7 +79,7 @@ class Similarity(TextRouter):
 
     @classmethod
     def check(cls, options: Mapping[str, Any]) -> None:
-        """Raises WeightingError for a value outside its kind, and for the form that the search of this name has besides."""
+        """Raise WeightingError for a value outside its kind, and for the form that only the search of this name has."""
         if options.get("form") == "fusion":
             raise WeightingError(
                 "form 'fusion' sums the factors of the adapters apart, with cross terms, and no live mixture does that: "
@@ -99,7 +99,7 @@ class Similarity(TextRouter):
 
     @property
     def _count(self) -> int:
-        """How many experts get a weight."""
+        """The number of experts that get a weight."""
         if self.nearest is not None:
             return self.nearest
         return {"selection": 1, "mixture": min(NEAREST, len(self.experts))}.get(self.form, len(self.experts))

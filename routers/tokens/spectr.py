@@ -1,4 +1,4 @@
-"""SpectR (Fleshman and Van Durme 2025, arXiv 2504.03454): each token to the experts that change it most."""
+"""SpectR (Fleshman and Van Durme 2025, arXiv 2504.03454): each token goes to the experts that change it most."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOP_K = 4
 
 
 class Spectr(ScoredRouter):
-    """w = softmax over the `top_k` largest of |b_e a_e x| / temperature, the exact length of what each expert would add.
+    """A router with w = softmax over the `top_k` largest |b_e a_e x| / temperature, the exact length of an expert's change.
 
     All singular directions count with their strengths, where Arrow's takes one without. The update is refactored so that
     only R numbers an expert are made for a token: with b = q r, |b a x| = |r a x|. `top_k` is by default 4, or all experts
@@ -36,7 +36,7 @@ class Spectr(ScoredRouter):
                 self.cores_[layer], _, self.owners_[layer] = factorise(given, layer, routed)
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """|b_e a_e x|, -inf for experts that leave the layer alone."""
+        """Return |b_e a_e x|, -inf for experts that leave the layer alone."""
         c_SI, owner_S = self.cores_[layer], self.owners_[layer]
         squares_BTS = (x_BTI.to(c_SI.dtype) @ c_SI.T).square()
         zeros_BTE = squares_BTS.new_zeros(*squares_BTS.shape[:2], len(self.experts))

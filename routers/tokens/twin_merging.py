@@ -18,7 +18,7 @@ from loraweave.types import DEFAULT_TEMPLATE
 
 
 class TwinMerging(Logistic):
-    """w = 1 for the expert `shared`, and p = softmax(W u + b) of a text's vector u for the exclusive parts, all the others.
+    """A router with w = 1 for the expert `shared`, and p = softmax(W u + b) of a text's vector u for all other experts.
 
     It is for a pool of `lw.twin_merging(pool, shared)`, with which a layer's update is S + sum over t of p_t cut(D_t - S).
     Without a cut this is sum of p_t D_t, whatever S.

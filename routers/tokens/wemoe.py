@@ -1,4 +1,4 @@
-"""WEMoE (Tang et al., ICML 2024, arXiv 2402.00433): what an MLP reads decides how the experts' MLPs are merged for it."""
+"""WEMoE (Tang et al., ICML 2024, arXiv 2402.00433): the input of an MLP decides how the experts' MLPs are merged for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STD = 0.01
 
 
 class Wemoe(LearnedRouter, BySequence):
-    """w = W2 relu(W1 h + c1) + c2 for h the input of the MLP that a layer lies in; in all other layers w = `start`.
+    """A router with w = W2 relu(W1 h + c1) + c2 for h the input of a layer's MLP; in layers of no MLP w = `start`.
 
     The layers of an MLP share its weights, which are neither clamped nor made to sum to 1. As in the released code W1 and W2
     begin with a standard deviation of 0.01, c1 at 0 and c2 at `start`, so that the model begins close to task arithmetic.
@@ -66,11 +66,11 @@ class Wemoe(LearnedRouter, BySequence):
 
     @property
     def watched(self) -> tuple[str, ...]:
-        """The MLPs, whose input it looks at."""
+        """The paths of the MLPs whose input the router looks at."""
         return tuple(dict.fromkeys(self._mlps.values()))
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Each token's own w_BTE before any mean, -inf for experts that leave the layer alone."""
+        """Return each token's own w_BTE before any mean, -inf for experts that leave the layer alone."""
         if layer in self._mlps:
             given = running_block(self.name, layer, x_BTI, self._mlps[layer])
             if self not in given.kept:
@@ -110,7 +110,7 @@ class Wemoe(LearnedRouter, BySequence):
 
 
 def _path_of(layer: str, gated: tuple[str, ...]) -> str | None:
-    """The path of the module with one of these names that a layer lies in, the innermost of several."""
+    """Return the path of the innermost module with one of these names that a layer lies in, or None."""
     parts = layer.split(".")[:-1]
     while parts and parts[-1] not in gated:
         parts.pop()

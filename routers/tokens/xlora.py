@@ -35,7 +35,7 @@ KEPT_BYTES = 2**29
 
 
 class Xlora(LearnedRouter):
-    """w_t = global_scaling * softmax over experts of head(h_t) / temperature, h_t the base's last hidden state of token t.
+    """A router with w_t = global_scaling * softmax of head(h_t) / temperature, h_t the base's last hidden state of token t.
 
     The head is Linear(hidden_size, experts) with a bias; `depth` d puts d - 1 times Linear(.., size), ReLU, dropout before.
     With `layerwise` it gives every layer logits of its own, in the order of `layers`; else all layers share one set.
@@ -104,7 +104,7 @@ class Xlora(LearnedRouter):
         )
 
     def begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> _OfCall:
-        """The weights of one call. Raises WeightingError for another hidden size, and what `last_hidden` raises."""
+        """Return the weights of one call. Raises WeightingError for another hidden size, and what `last_hidden` raises."""
         hidden_BTD = self._hidden(model, arguments)
         if hidden_BTD.shape[2] != self.hidden_size:
             raise WeightingError(
@@ -126,7 +126,7 @@ class Xlora(LearnedRouter):
         return _OfCall(self, scores_BTGE, w_BTGE, arguments.get("logits_to_keep"))
 
     def save_as_peft(self, folder: str | Path, pool: ExpertPool, *, model: nn.Module | None = None) -> Path:
-        """Writes the folder of PEFT's X-LoRA, with the pool's adapters in it, and returns its path.
+        """Write the folder of PEFT's X-LoRA, with the pool's adapters in it, and return its path.
 
         `peft.PeftModel.from_pretrained(base, folder)` opens it there, since its config has the adapters' paths. `model` is
         the base, whose order of modules PEFT's layerwise weights have. Raises AdapterUnsupported for what PEFT's has not:
@@ -135,7 +135,7 @@ class Xlora(LearnedRouter):
         return write_xlora(self, as_path(folder, "the folder of a router"), pool, model)
 
     def _choose(self, scores_BTGE: Tensor, absent_GE: Tensor) -> Tensor:
-        """w_BTGE before the global scaling."""
+        """Return w_BTGE before the global scaling."""
         some_BTGE = scores_BTGE.masked_fill(absent_GE, -torch.inf)
         if self.softmax == "top_k" and not self.as_peft:
             return top_k_softmax(some_BTGE, self.top_k, self.temperature)
@@ -156,7 +156,7 @@ class Xlora(LearnedRouter):
         return self.softmax in ("top_k", "twice")
 
     def _hidden(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
-        """hidden_BTD of a call; what is known of a row that trains is not computed again."""
+        """Return hidden_BTD of a call; states kept of a row that trains are not computed again."""
         step = self.step
         if step is None or model.training or step.mask_BT.shape[0] != step.rows_B.shape[0]:
             return self._read(model, arguments)
@@ -200,7 +200,7 @@ class Xlora(LearnedRouter):
 
 
 class _OfCall:
-    """What an X-LoRA made of one call's tokens; `logits_to_keep` is the call's argument."""
+    """The weights of one call's tokens by an X-LoRA; `logits_to_keep` is the call's argument."""
 
     # the tensors that weights() gives stay as they are: what is made of one for a layer counts for others
     shares_weights = True
