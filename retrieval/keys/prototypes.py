@@ -15,7 +15,7 @@ _MAX_ROUNDS = 20
 
 
 class Prototypes(DeclaredKey):
-    """The mean cosine of inputs with their nearest prototype; `count`: prototypes of an adapter at most, 1 or more."""
+    """The mean cosine with the nearest of at most `count` prototypes, 1 or more: for adapters of several kinds of input."""
 
     def __init__(self, *, count: Count = 3) -> None:
         self.count = count
