@@ -1,4 +1,4 @@
-"""What a client gets: the bodies of OpenAI's two generating calls, whole or in pieces."""
+"""The bodies of answers to OpenAI's two generating calls, whole or in pieces."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loraweave.serving.served import Served
 
 @dataclass
 class Choice:
-    """One answer as far as it has come."""
+    """One answer of a request, as far as it has come."""
 
     row: Row
     text: str = ""
@@ -31,7 +31,7 @@ class Choice:
 
 
 class Answer:
-    """The answer to one request; a subclass has the shapes of its call."""
+    """The answer to one request; a subclass has the form of its call."""
 
     prefix: str
     whole: str
@@ -49,7 +49,7 @@ class Answer:
         }
 
     def body(self) -> dict[str, Any]:
-        """All of it at once."""
+        """Return the whole answer's body."""
         choices = [
             {"index": index, **self._message(choice.text), "logprobs": self._logprobs(choice, choice.chosen)}
             | {"finish_reason": choice.finish}
@@ -58,16 +58,16 @@ class Answer:
         return {**self._head, "object": self.whole, "choices": choices, "usage": self._usage()}
 
     def beginnings(self) -> list[dict[str, Any]]:
-        """What a stream has before the first piece."""
+        """Return the bodies that a stream begins with, before the first piece."""
         return []
 
     def piece(self, index: int, piece: Piece) -> dict[str, Any]:
-        """What a stream has for a piece of one answer."""
+        """Return the body that a stream has for a piece of one answer."""
         logprobs = self._logprobs(self.choices[index], piece.chosen)
         return self._chunk(index, self._delta(piece.text), logprobs, piece.finish)
 
     def usage(self) -> dict[str, Any]:
-        """What ends a stream where usage is asked for."""
+        """Return the body that ends a stream where usage is asked for."""
         return {**self._head, "object": self.part, "choices": [], "usage": self._usage()}
 
     def _chunk(self, index: int, delta: dict[str, Any], logprobs: Any, finish: str | None) -> dict[str, Any]:
@@ -90,12 +90,12 @@ class Answer:
         raise NotImplementedError
 
     def _logprobs(self, choice: Choice, chosen: Sequence[Chosen]) -> dict[str, Any] | None:
-        """Those of these tokens, None where none are asked for."""
+        """Return the log-probabilities of these tokens, or None if none are asked for."""
         raise NotImplementedError
 
 
 class CompletionAnswer(Answer):
-    """/v1/completions."""
+    """An answer of /v1/completions."""
 
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
 
@@ -118,7 +118,7 @@ class CompletionAnswer(Answer):
 
 
 class ChatAnswer(Answer):
-    """/v1/chat/completions."""
+    """An answer of /v1/chat/completions."""
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 

@@ -1,4 +1,4 @@
-"""The HTTP face: routes, keys, errors in OpenAI's shape, and what a request goes through.
+"""The server's HTTP application: routes, keys, errors in OpenAI's form, and the course of a request.
 
 a request -> read, at most body_bytes -> its prompts and its composition, in threads -> rows -> the scheduler
                                                                                          |
@@ -57,14 +57,14 @@ Read = Callable[[], Given]
 
 # threads that read prompts and names, and that open adapters; more only take turns on the interpreter's lock
 NUM_READERS, NUM_OPENERS = 2, 2
-# what a client that went away is noted with; it hears nothing
+# status that is counted for a client that went away, which hears nothing
 CLIENT_GONE = 499
 # characters that a header may have as they are
 PLAIN = "".join(map(chr, range(32, 127))).replace("%", "")
 
 
 def make_app(hub: Hub, model: Any, tokenizer: Any, *, limits: Limits | None = None, api_key: str | None = None) -> Starlette:
-    """An ASGI application over a model and a hub; its scheduler runs between the application's start-up and shut-down.
+    """Make an ASGI application over a model and a hub; its scheduler runs between the application's start-up and shut-down.
 
     Raises CompositionError for a model whose rows cannot share a cache.
     """
@@ -96,14 +96,14 @@ def make_app(hub: Hub, model: Any, tokenizer: Any, *, limits: Limits | None = No
 
 @dataclass(eq=False)
 class Making:
-    """A composition that a thread makes, and how many requests wait for it."""
+    """A composition that a thread is making, and the number of requests that wait for it."""
 
     running: asyncio.Future[Served]
     num_waiting: int = 0
 
 
 class Face:
-    """What the routes do."""
+    """The handlers of the routes."""
 
     def __init__(self, hub: Hub, model: Any, tokenizer: Any, limits: Limits, api_key: str | None) -> None:
         self._limits = limits
@@ -128,7 +128,7 @@ class Face:
             threads.shutdown(wait=False, cancel_futures=True)
 
     def guarded(self, path: str, handler: Handler, *, is_open: bool) -> Handler:
-        """The handler behind the key, whose errors become answers, counted under its path."""
+        """Return the handler with the key required, errors turned into answers, and requests counted by path."""
 
         async def answer(request: Request) -> Response:
             with self._metrics.request(path) as status:
@@ -208,7 +208,7 @@ class Face:
         usual: int,
         deadline: float,
     ) -> tuple[Answer, Served]:
-        """Reads the prompts, finds the composition, and hands the rows to the scheduler."""
+        """Read the prompts, find the composition, and hand the rows to the scheduler."""
         given = await self._within(deadline, self._run(self._readers, read))
         if (count := len(given.ids) * asked.num_answers) > self._limits.choices:
             raise Refusal(400, f"{count} answers are asked for, above the limit of {self._limits.choices}", param="n")
@@ -225,7 +225,7 @@ class Face:
         return kind(asked.model, served, self._tokenizer, exchange.rows, num_read), served
 
     async def _asked(self, given: Given, served: Served, deadline: float) -> list[list[tuple[int, ...]]]:
-        """For each prompt what each member is asked, when all that answers before a member has answered."""
+        """Return the token ids that each member gets of each prompt, after the steps before the members have answered."""
         between = {}
         for before in dict.fromkeys(member.before for member in served.members if member.before):
             said = given
@@ -236,7 +236,7 @@ class Face:
         return await self._within(deadline, self._run(self._readers, read))
 
     async def _said(self, given: Given, step: Served, deadline: float) -> list[Prompt]:
-        """The answer of a step to each input, as Composition.predict has it between two steps."""
+        """Return a step's answer to each input, as Composition.predict passes it on between two steps."""
         prompts = await self._asked(given, step, deadline)
         longest = max(len(ids) for of_members in prompts for ids in of_members)
         num_new = self._prompts.num_new(longest, step.max_new_tokens, 0, self._limits.new_tokens)
@@ -251,14 +251,14 @@ class Face:
         return [answer_in(text, step.stops) for text in texts]
 
     async def _wanted(self, name: str, prompt: str, deadline: float) -> Wanted:
-        """What a model name says of the hub as it is now; for `auto`, what is found for the prompt."""
+        """Return what a model name means in the hub as it is now; for `auto`, what is found for the prompt."""
         formula = await self._within(deadline, self._run(self._readers, partial(self._names.formula, name)))
         if formula.is_auto:
             formula = await self._within(deadline, self._run(self._searcher, partial(self._names.found_for, prompt)))
         return await self._within(deadline, self._run(self._readers, partial(self._names.wanted, formula)))
 
     async def _served(self, wanted: Wanted, deadline: float) -> Served:
-        """The composition, in the engine. One that nobody waits for any longer, and nobody has begun, is not made."""
+        """Return the composition, loaded in the engine; if all who wait go before a thread begins it, it is not made."""
         known = self._names.known(wanted)
         if known is not None and self.scheduler.has(known):
             return known
@@ -282,7 +282,7 @@ class Face:
         return served
 
     def _later(self) -> float:
-        """The deadline of a request that begins now, by `time.monotonic`."""
+        """Return the deadline of a request that begins now, by `time.monotonic`."""
         return time.monotonic() + self._limits.seconds
 
     @staticmethod
@@ -291,7 +291,7 @@ class Face:
 
     @staticmethod
     async def _within(deadline: float, running: asyncio.Future[T]) -> T:
-        """What it returns. Raises Refusal when a request's time is up; a thread that has begun goes on."""
+        """Return the result of `running`. Raises Refusal when a request's time is up; a thread that has begun goes on."""
         try:
             # wait_for of Python 3.11 keeps a cancellation to itself that comes as what it waits for ends
             async with asyncio.timeout(deadline - time.monotonic()):
@@ -313,12 +313,12 @@ def _model(name: str, created: int) -> dict[str, Any]:
 
 
 def _headers(canonical: str, identity: str) -> dict[str, str]:
-    """Which composition answers: its canonical formula, percent-encoded where a header needs it, and its identity."""
+    """Return headers that name the answering composition: its formula, percent-encoded where needed, and its identity."""
     return {"X-Loraweave-Formula": quote(canonical, safe=PLAIN), "X-Loraweave-Identity": identity}
 
 
 def refused(error: Exception) -> Response:
-    """What a client is told of an error."""
+    """Return the answer that tells a client of an error."""
     refusal = refusal_of(error)
     return JSONResponse(refusal.body, refusal.status, headers=refusal.headers)
 

@@ -35,7 +35,7 @@ from loraweave.serving.row import Row
 
 
 class Batch:
-    """Rows of one model, their keys and values, and a mask of the columns that each has filled.
+    """The rows of one model that run together, their keys and values, and a mask of the columns that each has filled.
 
     A row has a line of its own for each of its members. Rows share a batch that are equal in `Row.batch`. What is read
     begins with what `prefixes` has of it. Raises CompositionError for a model that is not a decoder, takes no positions, or
@@ -60,7 +60,7 @@ class Batch:
 
     @torch.no_grad()
     def read(self, rows: Sequence[Row]) -> None:
-        """Reads rows from their beginning, chooses a token for each, and takes in those that go on."""
+        """Read rows from their beginning, choose a token for each, and take in those that go on."""
         ids = [each for row in rows for each in row.ids]
         known = [self._prefixes.longest(states, each) for states, each in zip(_states(rows), ids, strict=True)]
         for row in rows:
@@ -88,7 +88,7 @@ class Batch:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One token more for every row; those that are over leave."""
+        """Choose one more token for every row, and drop rows that are over."""
         last_B1 = torch.tensor([[row.tokens[-1]] for row in _by_line(self.rows)])
         mask_BW = pad(self._mask_BW, (0, 1), value=1)
         inputs = {"input_ids": last_B1, "attention_mask": mask_BW, "position_ids": mask_BW.sum(dim=1, keepdim=True) - 1}
@@ -99,7 +99,7 @@ class Batch:
         self.keep([row for row in self.rows if not row.over])
 
     def keep(self, rows: Sequence[Row]) -> None:
-        """Lets go of all other rows."""
+        """Drop all other rows."""
         if len(rows) == len(self.rows):
             return
         places = [place for place, row in enumerate(_by_line(self.rows)) if row in rows]
@@ -120,7 +120,7 @@ class Batch:
         return device
 
     def _advance(self, rows: Sequence[Row], inputs: dict[str, Tensor], cache: Any) -> Any:
-        """Runs the model and gives each row its logits; returns the cache."""
+        """Run the model and give each row its logits; return the cache."""
         given: dict[str, Any] = {name: value.to(self._device) for name, value in inputs.items()}
         if cache is not None:
             given[cache_name(self._model)] = cache
@@ -133,13 +133,13 @@ class Batch:
         return output[cache_name(self._model)]
 
     def _prompted(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
-        """Tells routers what the rows' prompts are."""
+        """Tell routers the rows' prompts inside the context."""
         if rows[0].served.router is None and not any(m.is_activated for row in rows for m in row.served.members):
             return nullcontext()
         return prompted(*pad_rows(self._tokenizer, [prompt for row in rows for prompt in row.prompts]))
 
     def _remember(self, rows: Sequence[Row]) -> None:
-        """Keeps what the model has made of these rows' tokens, but for rows that failed."""
+        """Keep the keys and values of these rows' tokens as prefixes, except for rows that failed."""
         read = [ids for row in self.rows for ids in row.ids]
         for line, (row, states) in enumerate(zip(_by_line(self.rows), _states(self.rows), strict=True)):
             # the last token was chosen, and not read
@@ -153,12 +153,12 @@ class Batch:
 
 
 def _states(rows: Sequence[Row]) -> list[list[tuple[Hashable | None, int | None]]]:
-    """Of each line, what its keys and values depend on."""
+    """Return what each line's keys and values depend on."""
     return [states for row in rows for states in row.served.states(row.prompts)]
 
 
 def _by_line(rows: Sequence[Row]) -> list[Row]:
-    """The row of each line."""
+    """Return the row of each line."""
     return [row for row in rows for _ in row.prompts]
 
 
@@ -170,7 +170,7 @@ def _require_plain(model: Any, cache: Any) -> None:
 
 
 def _cache_of(known: Sequence[tuple[int, Kept | None]], width: int) -> DynamicCache | None:
-    """A cache of what is known of each line's beginning, filled up on the left; None where nothing is."""
+    """Make a cache of each line's known beginning, padded on the left; None if no line has one."""
     like = next((kept for _, kept in known if kept is not None), None)
     if like is None:
         return None
@@ -192,7 +192,7 @@ def _cache_of(known: Sequence[tuple[int, Kept | None]], width: int) -> DynamicCa
 
 
 def _compact(cache: Any, mask_BW: Tensor) -> Tensor:
-    """Moves every line's columns to the right, in their order, and cuts off those that none has left; returns the mask."""
+    """Move every line's columns to the right, in their order, and cut off those that no line fills; return the mask."""
     width = int(mask_BW.sum(dim=1).max())
     order_BW = mask_BW.argsort(dim=1, stable=True)[:, -width:]
     for layer in cache.layers:
@@ -204,7 +204,7 @@ def _compact(cache: Any, mask_BW: Tensor) -> Tensor:
 
 
 def _join(cache: Any, other: Any) -> None:
-    """Puts the rows of another cache below those of this one, the narrower filled up on the left; all layers or none."""
+    """Append another cache's rows to this one's, padding the narrower on the left; all layers change, or none."""
     joined = []
     for mine, its in zip(cache.layers, other.layers, strict=True):
         width = max(mine.keys.shape[-2], its.keys.shape[-2])

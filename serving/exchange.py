@@ -1,4 +1,4 @@
-"""One request on its way: its rows, what is heard of them, and the answer, whole or as server-sent events.
+"""One request on its way: its rows, the pieces heard of them, and the answer, whole or as server-sent events.
 
     the scheduler's thread -- (index, Piece or error) --> asyncio.Queue --> whole() or events()
 
@@ -27,7 +27,7 @@ Event = tuple[int, Piece | BaseException]
 
 
 class Exchange:
-    """The rows of one request; `add` before `submit`. A context manager, or closed by the stream that it becomes."""
+    """The rows of one request, added before `submit`. A context manager, or closed by the stream that it becomes."""
 
     def __init__(self, scheduler: Scheduler, ended: Callable[[], None]) -> None:
         self.rows: list[Row] = []
@@ -38,7 +38,7 @@ class Exchange:
         self._open = True
 
     def teller(self) -> Callable[[Piece | BaseException], None]:
-        """What the next row is made with, to tell this exchange of its pieces from any thread."""
+        """Return the function by which the next row tells this exchange of its pieces, from any thread."""
         index = len(self.rows)
 
         def tell(event: Piece | BaseException) -> None:
@@ -49,11 +49,11 @@ class Exchange:
         return tell
 
     def submit(self) -> None:
-        """Lets the rows wait for their turn. Raises what the scheduler raises."""
+        """Let the rows wait for their turn. Raises what the scheduler raises."""
         self._scheduler.submit(self.rows)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """(number of the row, piece) until all rows are over. Raises what ended a row."""
+        """Yield (number of the row, piece) until all rows are over. Raises what ended a row."""
         left = len(self.rows)
         while left:
             index, event = await self._heard.get()
@@ -63,7 +63,7 @@ class Exchange:
             yield index, event
 
     async def whole(self, answer: Answer) -> dict[str, Any]:
-        """The answer's body when all rows are over."""
+        """Return the answer's body when all rows are over."""
         async for index, piece in self.pieces():
             answer.choices[index].add(piece)
         return answer.body()
@@ -71,7 +71,7 @@ class Exchange:
     async def events(
         self, answer: Answer, first: tuple[int, Piece], rest: AsyncIterator[tuple[int, Piece]], usage: bool
     ) -> AsyncIterator[str]:
-        """The data of each server-sent event; an error is the last one, in place of [DONE]."""
+        """Yield the data of each server-sent event; an error is the last one, in place of [DONE]."""
         for body in answer.beginnings():
             yield json.dumps(body)
         try:
@@ -87,7 +87,7 @@ class Exchange:
         yield "[DONE]"
 
     def close(self) -> None:
-        """Ends what is not over. May be called twice."""
+        """End the rows that are not over. May be called twice."""
         if self._open:
             self._open = False
             for row in self.rows:
@@ -103,7 +103,7 @@ class Exchange:
 
 
 class EventStream(Response):
-    """Server-sent events; `close` is called when the last one is sent, or the client has gone."""
+    """A response of server-sent events; `close` is called when the last one is sent, or the client has gone."""
 
     media_type = "text/event-stream"
 
@@ -130,14 +130,14 @@ class EventStream(Response):
 
 
 class Stopping(Refusal):
-    """The server was told to stop, and its time for what it had begun is over."""
+    """The refusal of a server that was told to stop, and whose time for what it had begun is over."""
 
     def __init__(self) -> None:
         super().__init__(503, "the server is stopping; ask again when it runs")
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
-    """What `work` returns or raises.
+    """Return or raise what `work` does, unless the client goes first.
 
     It is cancelled with ClientDisconnect when the client goes first, and with Stopping when the server gives it up.
     """

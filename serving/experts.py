@@ -1,4 +1,4 @@
-"""The adapters that the engine has, by the hash of their content: what rows need comes, what none needs makes room."""
+"""The engine's adapters, by the hash of their content: rows bring in what they need, and what none needs makes room."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loraweave.serving.served import Served
 
 @dataclass
 class _About:
-    """Bytes of an adapter or of a router's adapters, and when it came or was last given back, by `time.monotonic`."""
+    """The bytes of an adapter or of a router's adapters, and when it came or was last given back, by `time.monotonic`."""
 
     size: int
     last_use: float
@@ -57,23 +57,23 @@ class Experts:
 
     @property
     def kept_bytes(self) -> int:
-        """Of what no row uses."""
+        """The bytes of the adapters that no row uses."""
         with self._lock:
             return sum(self._about[key].size for key in self._unused())
 
     @property
     def oldest(self) -> float:
-        """When the least recently used of what no row uses was last used; infinity where there is none."""
+        """The time of the last use of the unused adapter that was used longest ago; infinity where there is none."""
         with self._lock:
             return min((self._about[key].last_use for key in self._unused()), default=math.inf)
 
     def drop_oldest(self) -> None:
-        """Drops what `oldest` is about."""
+        """Drop the unused adapter that was used longest ago."""
         with self._loading, self._lock:
             self._drop(min(self._unused(), key=lambda key: self._about[key].last_use))
 
     def sizes(self, served: Served) -> dict[str, int]:
-        """Bytes of what a composition needs in the engine, by content."""
+        """Return the bytes of what a composition needs in the engine, by content."""
         sizes = {content: self._itemsize * adapter.num_values for content, adapter in served.adapters.items()}
         if served.router is not None:
             return {served.identity: sum(sizes.values())}
@@ -83,12 +83,12 @@ class Experts:
         return sizes
 
     def has(self, served: Served) -> bool:
-        """Whether all that a composition needs is there."""
+        """Return whether everything that a composition needs is loaded."""
         with self._lock:
             return all(content in self._loaded or content in self._routed for content in _needs(served))
 
     def load(self, served: Served) -> None:
-        """Brings what a composition needs and is not there, while others run.
+        """Load what a composition needs and the engine lacks, while others run.
 
         Raises BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that does not fit, WeightingError for a
         weight that fp32 does not hold.
@@ -114,7 +114,7 @@ class Experts:
                     self._about[content] = _About(sizes[content], time.monotonic())
 
     def take(self, served: Served) -> None:
-        """Keeps what a row's composition needs until `give_back`, and loads it where it is not there.
+        """Keep what a row's composition needs until `give_back`, loading it if it is missing.
 
         Raises what `load` raises; the row then needs none.
         """
@@ -128,7 +128,7 @@ class Experts:
                 raise
 
     def give_back(self, served: Served) -> None:
-        """Says that a row no longer needs its composition."""
+        """Note that a row no longer needs its composition."""
         with self._lock:
             self._num_users.subtract(_needs(served))
             self._num_users = +self._num_users
@@ -141,7 +141,7 @@ class Experts:
                     self._drop(key)
 
     def activate(self, rows: Sequence[Served]) -> AbstractContextManager[Any]:
-        """The mixture of each member of each row, in this order, for a `with` block around the model's call.
+        """Return a context for the model's call with the mixture of each member of each row, in this order.
 
         Where one has a router, all have the same.
         """
@@ -180,7 +180,7 @@ class Experts:
             self._about[served.identity] = _About(self.sizes(served)[served.identity], time.monotonic())
 
     def _is_there(self, key: str, among: OrderedDict[str, Any]) -> bool:
-        """Whether it is loaded; if so, it is now the last to make room."""
+        """Return whether a key is loaded; if so, make it the last to make room."""
         with self._lock:
             if key in among:
                 among.move_to_end(key)
@@ -188,5 +188,5 @@ class Experts:
 
 
 def _needs(served: Served) -> list[str]:
-    """What rows of a composition keep in the engine: adapters by their content, or its router."""
+    """Return what rows of a composition keep in the engine: adapters by their content, or its router."""
     return [served.identity] if served.router is not None else list(served.adapters)

@@ -1,4 +1,4 @@
-"""What a server admits at most."""
+"""The limits of a server."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class Limits:
-    """Numbers of 1 or more, above which a request waits or is refused. A row is one answer on its way.
+    """The numbers of 1 or more above which a request waits or is refused. A row is one answer on its way.
 
     `rows` run at once, an average having one for each of its prompts, and keep at most `cache_tokens` keys and values: the
     rows times the longest of them, prompt and answer. `waiting` rows wait for it. Beginnings that were read are kept, up to

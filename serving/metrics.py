@@ -1,4 +1,4 @@
-"""What /metrics shows, in Prometheus' text format."""
+"""The figures that /metrics shows, in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
 class Metrics:
-    """The figures of one server; each method says what just happened."""
+    """The figures of one server; each method notes what just happened."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -43,7 +43,7 @@ class Metrics:
 
     @contextmanager
     def request(self, path: str) -> Iterator[list[int]]:
-        """Counts what a block answers: it puts the status into the list that it gets."""
+        """Count a request and its seconds; the block puts the status of its answer into the list."""
         before, status = time.monotonic(), [500]
         try:
             yield status
@@ -52,7 +52,7 @@ class Metrics:
             self._seconds.labels(path).observe(time.monotonic() - before)
 
     def watch_rows(self, running: Callable[[], int], waiting: Callable[[], int], prefix_bytes: Callable[[], int]) -> None:
-        """What tells at any time how many rows there are, and how much is kept."""
+        """Show what these functions return: the rows that run and that wait, and the bytes of kept prefixes."""
         self._prefix_bytes.set_function(prefix_bytes)
         self._running.set_function(running)
         self._waiting.set_function(waiting)
@@ -73,5 +73,5 @@ class Metrics:
         self._ended.labels(str(gone).lower()).inc()
 
     def text(self) -> bytes:
-        """All figures."""
+        """Return all figures."""
         return generate_latest(self._registry)

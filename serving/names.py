@@ -1,4 +1,4 @@
-"""What a model name stands for: the compositions of formulas over the hub, as it is at that moment."""
+"""The meaning of model names: the compositions of formulas over the hub, as it is at that moment."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from loraweave.types import LINE, Task
 
 # what `auto` takes at most, how sharply it prefers, and what it leaves out
 NUM_FOUND, TEMPERATURE, LEAST_SHARE = 3, 0.1, 0.1
-# of inputs like the hub's that none of its adapters is for
+# the share of inputs like the hub's, but for none of its adapters, that `auto` may answer with one
 FALSE_ACCEPT = 0.5
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A formula without stored formulas in it and without `auto`, and the hash of what it says of the hub's contents.
+    """A formula with stored formulas and `auto` replaced, and the hash of the formula with the hub's contents.
 
     `merges` says that it is a merge by a method, or has one in it, which takes a while.
     """
@@ -49,7 +49,7 @@ class Wanted:
 
 
 class Names:
-    """Formulas over a hub, which may change meanwhile. Several threads may ask; nothing is opened but what the hub stores.
+    """The formulas over a hub, which may change meanwhile. Several threads may ask; only what the hub stores is opened.
 
     `auto` looks at adapters for the served model alone.
     """
@@ -67,14 +67,14 @@ class Names:
         self._searched: tuple[int, int] | None = None
 
     def formula(self, name: str) -> Formula:
-        """What a model name says. Raises FormulaError, and Refusal for one above the limit."""
+        """Parse a model name. Raises FormulaError, and Refusal for a name above the limit."""
         limit = self._limits.formula_characters
         if len(name) > limit:
             raise Refusal(400, f"the model's name has {len(name)} characters, above the limit of {limit}", param="model")
         return parse(name)
 
     def found_for(self, prompt: str) -> Formula:
-        """What `auto` takes for a prompt; for one thread at a time. The first search takes seconds.
+        """Return the formula that `auto` stands for with a prompt; for one thread at a time. The first search takes seconds.
 
         Of the adapters nearest to the input, and to the instruction where the prompt has one, softmax(score / 0.1), without
         those below a tenth; the base where none is near enough.
@@ -91,7 +91,7 @@ class Names:
         return parse(" + ".join(terms) or "base")
 
     def _searching(self) -> Retriever:
-        """The retriever, which finds nothing where its best score is one that other tasks' inputs reach too often."""
+        """Return the retriever, calibrated to find nothing for a best score that inputs of other tasks reach too often."""
         if self._retriever is None:
             self._retriever = Retriever(self._hub)
         if (generation := self._hub.generation) == self._generation:
@@ -107,7 +107,7 @@ class Names:
         return self._retriever
 
     def wanted(self, formula: Formula) -> Wanted:
-        """The formula as the hub has it now; no adapter is opened.
+        """Return the formula as the hub has it now; no adapter is opened.
 
         Raises FormulaError and what the hub raises for names that it does not have, Refusal for a formula above the limits.
         """
@@ -124,7 +124,7 @@ class Names:
         return Wanted(found, found.identity(self._hub), merges)
 
     def known(self, wanted: Wanted) -> Served | None:
-        """The composition, where it was made before and is still kept."""
+        """Return the composition if it was made before and is still kept, else None."""
         if wanted.formula.is_base:
             return Served()
         with self._lock:
@@ -135,7 +135,7 @@ class Names:
         return replace(found, canonical=wanted.formula.canonical)
 
     def make(self, wanted: Wanted) -> Served:
-        """The composition, of the hub's adapters as they are when it is called; it is kept.
+        """Make and keep the composition, of the hub's adapters as they are when this is called.
 
         Raises what the hub, `lw.merge`, `lw.router` and `Composition.from_pretrained` raise.
         """
@@ -149,7 +149,7 @@ class Names:
         return made
 
     def listed(self) -> list[tuple[str, int]]:
-        """(name, Unix time at which it was stored) of the base, every adapter and every stored composition."""
+        """List (name, Unix time at which it was stored) of the base, every adapter and every stored composition."""
         adapters = [(str(Named(record.name)), _seconds(record.created)) for record in self._hub.records()]
         stored = [(str(Stored(each.name)), _seconds(each.created)) for each in self._hub.compositions()]
         return [("base", 0), *adapters, *stored]
@@ -170,14 +170,14 @@ class Names:
         return Served(*named, tuple(replace(_member(each, pool), share=share) for share, each in members))
 
     def _stops(self, task: Task | None) -> tuple[str, ...]:
-        """What ends an answer, as in Composition.predict: the task's stops, and the end of a chat's turn."""
+        """Return what ends an answer, as in Composition.predict: the task's stops, and the end of a chat's turn."""
         if task is None:
             return LINE
         end = turn_end(self._tokenizer, Conversation((("user", "input"),))) if task.chat else ""
         return (*task.stops, *([end] if end else []))
 
     def _members(self, stored: StoredComposition) -> tuple[Member, ...]:
-        """Each member in each of its prompt forms."""
+        """Return each member in each of its prompt forms."""
         with stored.unpacked() as folder:
             read = Composition.from_pretrained(folder, self._model, self._tokenizer)
         members = list(read.members.values()) or [read]
@@ -185,7 +185,7 @@ class Names:
         return tuple(asked for member in members for asked in self._asked(member, member.share / total))
 
     def _asked(self, member: Composition, share: float) -> list[Member]:
-        """The member in each of its prompt forms; of a program, the last step after those before it."""
+        """Return the member in each of its prompt forms; for a program, the last step after those before it."""
         *earlier, last = list(member.steps.items()) or [("", member)]
         limit = answer_limit(self._tokenizer, member.task.examples) if earlier else 0
         before = []
@@ -201,7 +201,7 @@ class Names:
 
 
 def _member(formula: Formula, pool: ExpertPool) -> Member:
-    """What a formula says, as one member."""
+    """Make one member of a formula."""
     if _has_merge(formula):
         # it stays here: a license may forbid to give a merge away, and not to use it
         return _whole(formula.merge(pool, progress=False, allow_licenses=True, interference=False))
@@ -223,7 +223,7 @@ def _has_merge(formula: Formula) -> bool:
 
 
 def _whole(adapter: Adapter) -> Member:
-    """An adapter as it is."""
+    """Make a member of an adapter as it is."""
     return Member({adapter.hash: 1.0}, {adapter.hash: adapter})
 
 
@@ -233,7 +233,7 @@ def _routed(router: TokenRouter, pool: ExpertPool | None) -> Member:
 
 
 def _task_of(prompt: str) -> tuple[str, str]:
-    """(instruction, input) of a prompt in the default template, demonstrations left out; ("", prompt) for any other."""
+    """Split a prompt of the default template into (instruction, input), without demonstrations; ("", prompt) for others."""
     before, found, last = prompt.rpartition("Input: ")
     text, asked, after = last.rpartition("\nOutput:")
     if not (found and asked) or after.strip() or not (before.endswith("\n") or not before):

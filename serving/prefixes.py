@@ -33,7 +33,7 @@ States = Sequence[tuple[Tensor, Tensor]]
 
 @dataclass(eq=False)
 class Kept:
-    """Tokens and what the model made of them; when that was last used, in seconds of `time.monotonic`."""
+    """Some tokens, what the model made of them, and when that was last used, in seconds of `time.monotonic`."""
 
     ids: tuple[int, ...]
     states: States
@@ -45,7 +45,7 @@ class Kept:
 
 
 class KeptPrefixes:
-    """Those used last, of at most `max_bytes` together, on the model's device. One thread uses it."""
+    """The prefixes used last, of at most `max_bytes` together, on the model's device. One thread uses it."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -54,15 +54,15 @@ class KeptPrefixes:
 
     @property
     def oldest(self) -> float:
-        """When the least recently used one was last used; infinity where there is none."""
+        """The time of the last use of the least recently used prefix; infinity where there is none."""
         return next((kept.last_use for kept in self._kept.values()), math.inf)
 
     def drop_oldest(self) -> None:
-        """Drops what `oldest` is about."""
+        """Drop the prefix that was used longest ago."""
         self._drop(next(iter(self._kept)))
 
     def longest(self, states: Sequence[tuple[Hashable | None, int | None]], ids: tuple[int, ...]) -> tuple[int, Kept | None]:
-        """(number of tokens, whose) of the longest common beginning, without the last of `ids`; (0, None) for none.
+        """Return (number of tokens, prefix) of the longest common beginning, without the last of `ids`; (0, None) for none.
 
         `states` are those of a Member: weights, and up to how many tokens they are the row's.
         """
@@ -78,7 +78,7 @@ class KeptPrefixes:
         return best, self._kept[found]
 
     def keep(self, weights: Hashable | None, ids: tuple[int, ...], states: States) -> None:
-        """Keeps copies of what the model made of these tokens, in place of shorter beginnings of them."""
+        """Keep copies of what the model made of these tokens, in place of shorter beginnings of them."""
         if weights is None or len(ids) < MIN_TOKENS or not self._max_bytes:
             return
         if any(own == weights and kept[: len(ids)] == ids for own, kept in self._kept):
@@ -96,7 +96,7 @@ class KeptPrefixes:
 
 
 def _common(kept: Sequence[int], ids: Sequence[int]) -> int:
-    """How many tokens both begin with; of the second at most all but the last."""
+    """Count the tokens that both begin with, the last of `ids` excepted."""
     count = 0
     for one, other in zip(kept, ids[:-1], strict=False):
         if one != other:
@@ -106,7 +106,7 @@ def _common(kept: Sequence[int], ids: Sequence[int]) -> int:
 
 
 class Memory:
-    """At most `max_bytes` for rows of a model, what is kept of beginnings, and adapters. One thread uses it.
+    """A budget of `max_bytes` for rows of a model, kept beginnings, and adapters. One thread uses it.
 
     What running rows need, their adapters included, comes first. What no row uses, of beginnings and of adapters, makes
     room, those first that were used longest ago.
@@ -121,7 +121,7 @@ class Memory:
         self._prefixes, self._experts = prefixes, experts
 
     def needed(self, rows: Sequence[Row]) -> int:
-        """Bytes that these rows need together."""
+        """Return the bytes that these rows need together."""
         if not rows:
             return 0
         lines = sum(len(row.prompts) for row in rows)
@@ -129,11 +129,11 @@ class Memory:
         return lines * max(row.longest for row in rows) * self._token_bytes + sum(adapters.values())
 
     def has_room(self, rows: Sequence[Row]) -> bool:
-        """Whether the rows fit once nothing is kept beside them."""
+        """Return whether the rows fit once nothing is kept beside them."""
         return self._max_bytes == math.inf or self.needed(rows) <= self._max_bytes
 
     def make_room(self, rows: Sequence[Row]) -> None:
-        """Lets go of what is kept until it fits beside these rows."""
+        """Drop kept prefixes and unused adapters until the rest fits beside these rows."""
         if self._max_bytes == math.inf:
             # nothing is added up at each step of a server without a limit
             return
@@ -147,7 +147,7 @@ class Memory:
 
 
 def _token_bytes(model: Any) -> int:
-    """Bytes of one token's keys and values in all layers."""
+    """Return the bytes of one token's keys and values in all layers. Raises CompositionError for an unknown config."""
     config = model.config.get_text_config()
     size = head_size(config)
     if size is None:

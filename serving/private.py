@@ -45,7 +45,7 @@ FLOAT = np.dtype("<f4")
 
 
 def split(adapter: Adapter) -> tuple[Adapter, dict[str, Tensor]]:
-    """(the public part, {layer: M_RR}): b a = B M A exactly, with A = p^T and B = q of `algebra.orthonormal`.
+    """Split an adapter into (public part, {layer: M_RR}): b a = B M A exactly, A = p^T and B = q of `algebra.orthonormal`.
 
     The public adapter's factors are A and B: what the update reads and writes, and nothing of what it does with it. Where A
     and B were drawn at random and M alone was trained, as published, they say nothing at all.
@@ -67,7 +67,7 @@ def split(adapter: Adapter) -> tuple[Adapter, dict[str, Tensor]]:
 
 @dataclass
 class Traffic:
-    """Bytes of numbers and of their heads, both ways, and what they were for.
+    """The bytes of numbers and of their heads, both ways, and what they were for.
 
     `tokens` is the number of tokens that ran through the base; `spared` is how much more it were if each layer's whole input
     and output went over, instead of A x and M A x.
@@ -80,17 +80,17 @@ class Traffic:
 
     @property
     def bytes_per_token(self) -> float:
-        """Of all that went over the connection."""
+        """The bytes of all that went over the connection, for each token."""
         return (self.sent + self.received) / max(self.tokens, 1)
 
     @property
     def activation_bytes_per_token(self) -> float:
-        """Of the same with whole activations."""
+        """The bytes for each token if whole activations went over the connection."""
         return (self.sent + self.received + self.spared) / max(self.tokens, 1)
 
 
 class Head(NamedTuple):
-    """What a frame begins with: its kind, the place of a layer or what is asked for, and how many bytes follow."""
+    """The head of a frame: its kind, the place of a layer or what is asked for, and how many bytes follow."""
 
     kind: int
     place: int
@@ -101,7 +101,7 @@ class Head(NamedTuple):
 
 @dataclass(eq=False)
 class _Line:
-    """Frames over a connection to `peer`, counted."""
+    """A connection to `peer` that carries frames and counts their bytes."""
 
     socket: socket.socket
     peer: str
@@ -119,7 +119,7 @@ class _Line:
         return Head(*HEAD.unpack(self._read(HEAD.size)))
 
     def due(self, kind: int) -> Head:
-        """The head of the next frame. Raises LayerMismatch for one of another kind."""
+        """Read the head of the next frame. Raises LayerMismatch for one of another kind."""
         found = self.head()
         self.require(kind, found)
         return found
@@ -129,14 +129,14 @@ class _Line:
             raise LayerMismatch(f"{self.peer} sent a frame of kind {found.kind} where one of kind {kind} was due")
 
     def ended(self) -> bool:
-        """Whether the peer has closed the connection; waits for it or for the next frame."""
+        """Return whether the peer has closed the connection; waits for that or for the next frame."""
         try:
             return not self.socket.recv(1, socket.MSG_PEEK)
         except OSError as error:
             raise SourceUnavailable(f"{self.peer} is gone ({error})") from error
 
     def numbers(self, given: int, *shape: int) -> Tensor:
-        """A tensor of this shape. Raises LayerMismatch, before anything is allocated, where `given` bytes are not it."""
+        """Read a tensor of this shape. Raises LayerMismatch, before allocation, if `given` bytes are another number."""
         expected = math.prod(shape) * FLOAT.itemsize
         if given != expected:
             raise LayerMismatch(f"{self.peer} sent {given} bytes, and numbers of shape {shape} are {expected}")
@@ -166,7 +166,7 @@ class _Line:
 
 
 class _Remote(TrainingJob):
-    """What the device's cores add to the layers of the base."""
+    """A job that adds the device's cores to the layers of the base."""
 
     def __init__(self, public: Adapter, line: _Line) -> None:
         self.name = public.name
@@ -198,7 +198,7 @@ def serve_base(
     ready: Callable[[str, int], None] = lambda host, port: None,
     devices: int | None = None,
 ) -> None:
-    """Runs the model's blocks for devices, one after the other, until there were so many or an interruption.
+    """Run the model's blocks for devices, one after the other, until `devices` were served or an interruption.
 
     `ready` is told host and port once devices may come; port 0 takes a free one. A device that dies, is silent for `timeout`
     seconds, or sends other shapes than its adapter's ends its own connection, which is logged, and nothing else.
@@ -226,7 +226,7 @@ def serve_base(
 
 
 def _answer(model: Any, body: Any, public: Adapter, line: _Line) -> None:
-    """All calls of one device, until it ends the connection between two of them."""
+    """Answer all calls of one device, until it ends the connection between two of them."""
     embeddings = model.get_input_embeddings().weight
     asked = line.json(line.due(HELLO).size)
     line.send(HELLO, json.dumps({"adapter": public.hash}).encode())
@@ -302,15 +302,15 @@ class PrivateDevice:
         self.close()
 
     def close(self) -> None:
-        """Ends the connection."""
+        """End the connection."""
         self._line.socket.close()
 
     def logits(self, ids_BT: Tensor) -> Tensor:
-        """logits_BTV of all tokens."""
+        """Return logits_BTV of all tokens."""
         return self._call(ids_BT, WHOLE | BEGINS)
 
     def generate(self, ids_BT: Tensor, *, max_new_tokens: int, eos_token_id: int | None = None) -> Tensor:
-        """The rows with at most so many tokens more, the likeliest each, until all of them have ended."""
+        """Return the rows with at most so many tokens more, the likeliest each, until all of them have ended."""
         rows_BT, new_BT = ids_BT, ids_BT
         ended_B = torch.zeros(len(ids_BT), dtype=torch.bool)
         for number in range(max_new_tokens):

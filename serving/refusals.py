@@ -1,4 +1,4 @@
-"""What a client is told when there is no answer: OpenAI's error object and an HTTP status."""
+"""Refusals, which clients get when there is no answer: OpenAI's error object and an HTTP status."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ class Refusal(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
+        """The body of the answer, which is OpenAI's error object."""
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 def refusal_of(error: BaseException) -> Refusal:
-    """The refusal that an exception becomes. What is no fault of the request is logged, and told without its text."""
+    """Return the refusal that an exception becomes. Log a server fault, and send the client a message without its text."""
     if isinstance(error, Refusal):
         return error
     # a formula that names what is not there says at which place, and comes from the error of the hub

@@ -43,7 +43,7 @@ def replicated(
     limits: Limits | None = None,
     ray_actor_options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
-    """An application for `ray.serve.run`: servers over one hub, of which each has the base model that `base` names.
+    """Make an application for `ray.serve.run`: servers over one hub, each with the base model that `base` names.
 
     `base` are the arguments of `lw.load_base`, `limits` those of each replica, `ray_actor_options` what Ray gives it, like
     {"num_gpus": 1}. A replica with `limits.rows` requests is busy, and `limits.waiting` requests wait for one that is not;
@@ -66,7 +66,7 @@ def replicated(
 
 
 class Front:
-    """Reads which formula a request asks for, and passes the request on."""
+    """The entry of all requests, which reads the formula of each and passes the request on."""
 
     def __init__(self, replicas: Any, limits: Limits) -> None:
         self._replicas, self._limits = replicas.options(stream=True), limits
@@ -94,7 +94,7 @@ class Front:
 
 
 def formula_of(body: bytes) -> str:
-    """The formula in its one form; empty, for any replica, where there is none or each prompt has its own (`auto`)."""
+    """Return the formula in its one form; "", for any replica, if there is none or each prompt has its own (`auto`)."""
     with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError, FormulaError):
         formula = parse(json.loads(body)["model"])
         return "" if formula.is_auto else formula.canonical
@@ -102,7 +102,7 @@ def formula_of(body: bytes) -> str:
 
 
 class Replica:
-    """One server, with the base model in its process."""
+    """A server with the base model in its process."""
 
     def __init__(self, hub: Hub, base: Mapping[str, Any], limits: Limits, api_key: str) -> None:
         from ray import serve
@@ -119,7 +119,7 @@ class Replica:
         self._name = serve.get_replica_context().replica_id.unique_id
 
     async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[dict[str, Any]]:
-        """The messages of the answer, as ASGI has them. The request ends with the iteration."""
+        """Yield the messages of the answer, as ASGI has them. The request ends with the iteration."""
         from ray import serve
 
         if formula := serve.get_multiplexed_model_id():
@@ -143,7 +143,7 @@ class Replica:
             answering.cancel()
 
     def check_health(self) -> None:
-        """Ray starts another replica where this raises."""
+        """Raise RuntimeError if the scheduler has stopped, for Ray to start another replica."""
         if not self._app.state.face.scheduler.alive:
             raise RuntimeError("the scheduler has stopped")
 

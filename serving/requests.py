@@ -1,4 +1,4 @@
-"""What a client may ask: the bodies of OpenAI's two generating calls, as far as they are there, and prompts as token ids.
+"""The requests of clients: the supported parts of the bodies of OpenAI's two generating calls, and prompts as token ids.
 
 A field that is not there is refused rather than ignored, so that an answer is what the request says.
 """
@@ -55,7 +55,7 @@ class StreamOptions(BaseModel):
 
 
 class Asked(BaseModel):
-    """The fields of both calls."""
+    """The fields that both calls have."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
@@ -87,7 +87,7 @@ class Asked(BaseModel):
 
     @property
     def num_answers(self) -> int:
-        """Of each prompt."""
+        """The number of answers to each prompt."""
         return self.n or 1
 
     @property
@@ -95,7 +95,7 @@ class Asked(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, max_tokens: int, number: int, stops: tuple[str, ...] = ()) -> Sampling:
-        """That of a prompt's answer of this number, each of which draws under a seed of its own: the request's plus it.
+        """Return the sampling of a prompt's answer of this number, which draws under the request's seed plus the number.
 
         It ends at `stops` too.
         """
@@ -108,12 +108,12 @@ class Asked(BaseModel):
 
     @property
     def alternatives(self) -> int | None:
-        """How many alternatives are told with each token's log-probability; None where none is asked for."""
+        """The number of alternatives told with each token's log-probability; None where none is asked for."""
         raise NotImplementedError
 
 
 class CompletionRequest(Asked):
-    """/v1/completions: a prompt or several, as text or as token ids."""
+    """The body of /v1/completions: a prompt or several, as text or as token ids."""
 
     prompt: str | Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
@@ -127,7 +127,7 @@ class CompletionRequest(Asked):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Each prompt, as text or as token ids."""
+        """The prompts, each as text or as token ids."""
         prompt: Any = self.prompt
         match prompt:
             case str() | [int(), *_]:
@@ -152,14 +152,14 @@ class Message(BaseModel):
     tool_call_id: str | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """The message as a chat template reads it: its content is one text."""
+        """Return the message as a chat template reads it: its content is one text."""
         parts = self.content
         text = "".join(part.text for part in parts) if isinstance(parts, list) else parts or ""
         return {**self.model_dump(exclude_none=True), "content": text}
 
 
 class ChatRequest(Asked):
-    """/v1/chat/completions: messages, which the tokenizer's chat template makes a prompt of."""
+    """The body of /v1/chat/completions: messages, of which the tokenizer's chat template makes a prompt."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -176,7 +176,7 @@ class ChatRequest(Asked):
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body. Raises Refusal for one that is too large, or that is not said to be JSON."""
+    """Read the body. Raises Refusal for one that is too large or too late, or that is not said to be JSON."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise Refusal(415, f"the body's Content-Type is {kind!r}; send application/json")
@@ -196,7 +196,7 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def read_request(kind: type[Kind], given: bytes | Mapping[str, str]) -> Kind:
-    """The request in a body or in an address. Raises Refusal, which names a field at fault."""
+    """Read the request in a body or in an address. Raises Refusal, which names a field at fault."""
     try:
         return kind.model_validate_json(given) if isinstance(given, bytes) else kind.model_validate_strings(dict(given))
     except ValidationError as error:
@@ -223,7 +223,7 @@ class Given:
 
 
 class Prompts:
-    """Reads the prompts of requests with a tokenizer of its own, since one tokenizer takes one call at a time."""
+    """A reader of requests' prompts with a tokenizer of its own, since one tokenizer takes one call at a time."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
@@ -232,7 +232,7 @@ class Prompts:
         self.context = context_length(model)
 
     def of_completion(self, asked: CompletionRequest) -> Given:
-        """Each prompt, and the text of the first. Raises Refusal for unknown ids, and where there is no token."""
+        """Return each prompt, and the text of the first. Raises Refusal for unknown ids, and where there is no token."""
         with self._lock:
             ids = [self._ids(prompt) if isinstance(prompt, str) else self._known(prompt) for prompt in asked.prompts]
             first = asked.prompts[0]
@@ -241,7 +241,7 @@ class Prompts:
         return Given(text, [self._fitting(each) for each in ids], texts or None)
 
     def of_chat(self, asked: ChatRequest) -> Given:
-        """The template's prompt, and the last message's text. Raises Refusal without a template, or where it refuses."""
+        """Return the template's prompt, and the last message's text. Raises Refusal without a template, or if it refuses."""
         messages = [message.for_template() for message in asked.messages]
         with self._lock:
             if self._tokenizer.chat_template is None:
@@ -263,7 +263,7 @@ class Prompts:
     def of_members(
         self, given: Given, served: Served, between: Mapping[tuple[Served, ...], Sequence[Prompt]] = MappingProxyType({})
     ) -> list[list[tuple[int, ...]]]:
-        """For each prompt what each member of a composition is asked: the prompt, or its input in the member's own form.
+        """Return the token ids that each member gets of each prompt: the prompt's, or its input in the member's own form.
 
         `between` has what was answered before a member, which is then its input. Raises Refusal where members have forms of
         their own, and what is given is more than the input of a task.
@@ -286,7 +286,7 @@ class Prompts:
             ]
 
     def num_new(self, longest: int, asked: int | None, usual: int, most: int) -> int:
-        """How many new tokens an answer to a prompt of `longest` tokens has: as asked, or the usual number if it fits.
+        """Return the number of new tokens for a prompt of `longest` tokens: as asked, or the usual number if it fits.
 
         Raises Refusal above `most`, and where prompt and answer are beyond the model's context.
         """
@@ -335,7 +335,7 @@ class Prompts:
 
 
 def _is_input(asked: Prompt, task: Task) -> bool:
-    """Whether a task's prompt shows all of it: several turns are for a chat, a system's for one without its own."""
+    """Return whether a task's prompt shows an input whole: turns need a chat, a system's turn a chat without its own."""
     if isinstance(asked, str):
         return True
     return (not asked.system or bool(task.chat and not task.system)) and (len(asked.turns) == 1 or bool(task.chat))

@@ -1,4 +1,4 @@
-"""One answer on its way: its prompts, its tokens so far, and who is told of them."""
+"""One answer on its way: its prompts, its tokens so far, and the client that is told of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loraweave.serving.served import Served
 
 @dataclass(frozen=True)
 class Piece:
-    """What one step adds to an answer: text, the tokens chosen where log-probabilities are asked for, and why it ended.
+    """The part of an answer by one step: text, the tokens if log-probabilities are asked for, and why it ended.
 
     `finish` is "stop" (an end of sequence or a stop string), "length", or None while it goes on.
     """
@@ -67,28 +67,28 @@ class Row:
 
     @property
     def ids(self) -> list[tuple[int, ...]]:
-        """Each member's tokens so far, its prompt's among them."""
+        """The tokens of each member so far, its prompt's among them."""
         return [prompt + tuple(self.tokens) for prompt in self.prompts]
 
     @property
     def longest(self) -> int:
-        """Tokens that a member has at most when the row ends."""
+        """The most tokens that a member has when the row ends."""
         return max(map(len, self.prompts)) + self.sampling.max_tokens
 
     @property
     def batch(self) -> Hashable:
-        """Rows that are equal in this share a batch: all without a router, those of one router, or the row alone."""
+        """The key of the row's batch, which equal rows share: None without a router, one for a router, or the row alone."""
         router = self.served.router
         if router is None:
             return None
         return self if self.served.members[0].is_alone else self.served.identity
 
     def asks_like(self, other: Row) -> bool:
-        """Whether both have the same prompts under the same weights."""
+        """Return whether both have the same prompts under the same weights."""
         return self.served is other.served and self.prompts == other.prompts
 
     def take(self, logits_MV: Tensor, tokenizer: Any, ends: Collection[int]) -> None:
-        """Chooses the next token from the members' logits and tells it; `ends` are the tokens that end a sequence.
+        """Choose the next token from the members' logits and tell it; `ends` are the tokens that end a sequence.
 
         What goes wrong with this row ends this row alone.
         """
@@ -100,19 +100,19 @@ class Row:
             self.fail(error)
 
     def fail(self, error: BaseException) -> None:
-        """Ends the row with an error."""
+        """End the row with an error."""
         self.over = self.failed = True
         self._tell(error)
 
     def require_wanted(self) -> None:
-        """Ends the row where its client has gone or its time is up."""
+        """End the row if its client has gone or its time is up."""
         if self.gone:
             self.over = True
         elif not self.over and time.monotonic() > self.deadline:
             self.fail(Refusal(504, f"the deadline passed after {len(self.tokens)} tokens", code="deadline_exceeded"))
 
     def _average(self, logits_MV: Tensor) -> Tensor:
-        """Scores whose softmax is the average of the members' probabilities."""
+        """Return scores whose softmax is the average of the members' probabilities."""
         if len(logits_MV) == 1:
             return logits_MV[0]
         share_M = torch.tensor([member.share for member in self.served.members])

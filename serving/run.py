@@ -1,4 +1,4 @@
-"""A server on an address."""
+"""A server that listens on an address."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_server(
     api_key: str | None = None,
     log_level: str = "info",
 ) -> uvicorn.Server:
-    """A server on an address; its `run()` answers until an interruption, or until `should_exit` is set.
+    """Make a server on an address; its `run()` answers until an interruption, or until `should_exit` is set.
 
     Without a key it answers under a loopback name alone.
     Raises CompositionError for an address that other machines reach without a key, and for a model that cannot be served.
@@ -49,7 +49,7 @@ def make_server(
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Return whether only this machine reaches an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

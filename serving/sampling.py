@@ -1,4 +1,4 @@
-"""How the next token of a row is chosen, and where its text ends."""
+"""The choice of a row's next token, and the end of its text at stop strings."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from transformers import TopPLogitsWarper
 
 from loraweave.errors import CompositionError
 
-# lower ones are greedy: scores divided by them leave fp32
+# lower temperatures are greedy: scores divided by them leave fp32
 LEAST_TEMPERATURE = 1e-3
 LEAST_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a request asks of each answer. Temperature 0 is greedy. `logprobs`: how many alternatives are told, None: none.
+    """The sampling of an answer. Temperature 0 is greedy; `logprobs` is the number of alternatives told, None for none.
 
     With a seed, the draws are those that transformers makes for the prompt alone after `torch.manual_seed(seed)`.
     """
@@ -33,7 +33,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A token and its log-probability under the model, before temperature; `top` are the likeliest ones with theirs."""
+    """A token and its log-probability under the model, before temperature; `top` has the likeliest tokens with theirs."""
 
     token: int
     logprob: float | None = None
@@ -41,7 +41,7 @@ class Chosen:
 
 
 def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Chosen:
-    """The next token. Raises CompositionError for logits that are not finite."""
+    """Choose the next token. Raises CompositionError for logits that are not finite."""
     scores_V = logits_V.float()
     # NaN and infinity both reach the maximum
     if not bool(torch.isfinite(scores_V.max())):
@@ -64,14 +64,14 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator | No
 
 
 class Stops:
-    """Text up to the first stop string that is complete; what may be the beginning of one is held back."""
+    """A filter of text up to the first complete stop string; what may be the beginning of one is held back."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._held = ""
 
     def add(self, text: str) -> tuple[str, bool]:
-        """(text that may be told, whether a stop string was found)."""
+        """Return (text that may be told, whether a stop string was found)."""
         text = self._held + text
         places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
         if places:
@@ -83,5 +83,5 @@ class Stops:
         return text[:told], False
 
     def rest(self) -> str:
-        """What is held back when nothing more comes."""
+        """Return the text held back, for when nothing more comes."""
         return self._held

@@ -33,14 +33,14 @@ from loraweave.serving.row import Row
 from loraweave.serving.served import Served
 from loraweave.serving.step_times import StepTimes
 
-# rows that begin before one that came earlier; then all wait for it
+# rows that may begin before one that came earlier; then all wait for that one
 MOST_PASSED = 8
 
 logger = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """Runs rows until `close`; `submit`, `wake` and `alive` are for other threads.
+    """A thread that runs rows until `close`; `submit`, `wake` and `alive` are for other threads.
 
     Raises CompositionError for a model whose rows cannot share a cache.
     """
@@ -72,7 +72,7 @@ class Scheduler:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends every row with an error, and the thread."""
+        """End every row with an error, and then the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -81,15 +81,15 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """Whether rows that are submitted will run."""
+        """True if rows that are submitted will run."""
         return self._thread.is_alive() and not self._closed
 
     def has(self, served: Served) -> bool:
-        """Whether all that a composition needs is in the engine."""
+        """Return whether everything that a composition needs is in the engine."""
         return self._experts.has(served)
 
     def prepare(self, served: Served) -> None:
-        """Brings a composition's adapters into the engine while others run.
+        """Load a composition's adapters into the engine while others run.
 
         Raises what `Experts.load` raises, and Refusal with status 400 where answers are to be batch-invariant and tokens of
         a row have weights of their own.
@@ -105,7 +105,7 @@ class Scheduler:
         self._experts.load(served)
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Lets all rows wait for their turn, or none. Raises Refusal: 429 if too many wait, 413 for one too long."""
+        """Let all rows wait for their turn, or none. Raises Refusal: 429 if too many wait, 413 for one too long."""
         for row in rows:
             if len(row.prompts) * row.longest > self._limits.cache_tokens:
                 raise Refusal(
@@ -136,7 +136,7 @@ class Scheduler:
             self._changed.notify()
 
     def wake(self) -> None:
-        """Says that a client has gone."""
+        """Wake the thread, because a client has gone."""
         with self._changed:
             self._changed.notify()
 
@@ -160,7 +160,7 @@ class Scheduler:
         return [row for batch in self._batches.values() for row in batch.rows]
 
     def turn(self) -> bool:
-        """What the thread does again and again: waits for something to do and does one step of it; False when closed."""
+        """Wait for something to do and do one step of it; return False when closed. The thread calls it again and again."""
         with self._changed:
             while not (self._closed or self._waiting or self._running):
                 self._changed.wait()
@@ -187,7 +187,7 @@ class Scheduler:
             self._release(running)
 
     def _admit(self) -> None:
-        """Reads the prompts of waiting rows that there is room for."""
+        """Read the prompts of waiting rows that there is room for."""
         joining: list[Row] = []
         while (row := self._next([*self._running, *joining])) is not None:
             self._memory.make_room([*self._running, *joining, row])
@@ -206,7 +206,7 @@ class Scheduler:
             self._read(together[rows])
 
     def _next(self, others: Sequence[Row]) -> Row | None:
-        """The first waiting row that there is room and time for, or that others may not pass any longer."""
+        """Take the first waiting row with room and time for it; None if there is none, or an earlier one must come first."""
         with self._changed:
             for place, row in enumerate(self._waiting):
                 if self._has_room([*others, row]) and (not others or self._is_quick([*others, row])):
@@ -224,7 +224,7 @@ class Scheduler:
         return fits and self._memory.has_room(rows)
 
     def _is_quick(self, rows: Sequence[Row]) -> bool:
-        """Whether a token of each of these rows is predicted to come in time."""
+        """Return whether a token of each of these rows is predicted to come in time."""
         return not self._keeps_time or self._step_times.predict(rows) <= self._limits.token_seconds
 
     def _read(self, rows: Sequence[Row]) -> None:
@@ -260,7 +260,7 @@ class Scheduler:
         self._memory.make_room(self._running)
 
     def _apart(self, rows: Sequence[Row], error: Exception) -> None:
-        """Reads again alone each row of a batch on which the model failed; one that fails so, or twice, ends."""
+        """Read again alone each row of a batch on which the model failed; one that fails so, or twice, ends."""
         if len(rows) > 1:
             logger.warning("the model failed on %d rows together; each is read again alone", len(rows), exc_info=error)
         for row in rows:
@@ -272,7 +272,7 @@ class Scheduler:
                 self._read([row])
 
     def _release(self, rows: Sequence[Row]) -> None:
-        """Gives back the experts of the rows that are over, once."""
+        """Give back the experts of the rows that are over, once."""
         for row in rows:
             if row.over and not row.released:
                 row.released = True
@@ -281,5 +281,5 @@ class Scheduler:
 
 
 def too_busy(why: str) -> Refusal:
-    """The refusal of a request that may be sent again in a second."""
+    """Return the refusal of a request that may be sent again in a second."""
     return Refusal(429, f"the server is busy: {why}; try again later", code="busy", headers={"Retry-After": "1"})

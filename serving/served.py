@@ -1,4 +1,4 @@
-"""A composition as rows have it."""
+"""Compositions in the form that rows need."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class Member:
 
     @property
     def is_alone(self) -> bool:
-        """Whether a row under it shares no batch: its router looks at whole calls, and keeps a state beside their cache."""
+        """True if a row under it shares no batch: its router looks at whole calls, and keeps a state beside their cache."""
         return self.router is not None and (self.router.needs_call or bool(self.router.watched))
 
     @cached_property
     def is_activated(self) -> bool:
-        """Whether an adapter of it counts from its invocation tokens on."""
+        """True if one of its adapters counts from its invocation tokens on."""
         return any(adapter.invocation for adapter in self.adapters.values())
 
     def states(self, prompt: Sequence[int]) -> list[tuple[Hashable | None, int | None]]:
-        """(weights, up to how many tokens of a row with that prompt they are all there is); None for all its tokens.
+        """Return (weights, number of a row's first tokens for which they are all there is); None for all its tokens.
 
         An adapter with invocation tokens is among them from these on: a row's keys and values before the first of them are
         those of a row without it.
@@ -61,7 +61,7 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Served:
-    """The members of a row, whose probabilities are averaged at each token; one but for an average.
+    """The members of a row, whose probabilities are averaged at each token; one member but for an average.
 
     `canonical` is the formula in its one form, `identity` the hash of what it says with the content of its adapters.
     `stops` end an answer beside what a request asks for; one that others go on from has at most `max_new_tokens`.
@@ -75,12 +75,12 @@ class Served:
 
     @property
     def router(self) -> TokenRouter | None:
-        """That of its only member."""
+        """The router of its only member, or None."""
         return self.members[0].router
 
     @property
     def apart(self) -> str:
-        """What gives each token of a row its own weights, in a member or what answers before it; empty if nothing does."""
+        """The reason why a row's tokens have weights of their own, in a member or a step before it; "" if there is none."""
         for member in self.members:
             if member.router is not None:
                 return f"router {member.router.name!r} weighs each token"
@@ -93,7 +93,7 @@ class Served:
         return ""
 
     def states(self, prompts: Sequence[Sequence[int]]) -> list[list[tuple[Hashable | None, int | None]]]:
-        """What a token's keys and values depend on beside the tokens so far, by member, each with the prompt that it has.
+        """Return what a token's keys and values depend on beside the tokens so far, by member, for the prompt of each.
 
         As `Member.states` has it, with None for weights where they depend on more. A router counts by what the formula
         says, and not as an object, which would live as long as its keys and values.
@@ -104,7 +104,7 @@ class Served:
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        """Those of all members, and of what answers before them."""
+        """The adapters of all members, and of the steps before them."""
         steps = [step for member in self.members for step in member.before]
         own = {content: adapter for member in self.members for content, adapter in member.adapters.items()}
         return own | {content: adapter for step in steps for content, adapter in step.adapters.items()}

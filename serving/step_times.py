@@ -1,4 +1,4 @@
-"""How long a batch's next step takes: learned from its steps so far, and from what the ranks of its adapters cost.
+"""The time of a batch's next step: learned from its steps so far, and from what the ranks of its adapters cost.
 
     seconds = c0 + c1 * lines + c2 * a        a: what composer/live/kernels/_cost.py prices the lines' updates at
 
@@ -23,7 +23,7 @@ from loraweave.composer.live.row_weights import costs
 from loraweave.hub.adapter import Adapter
 from loraweave.serving.row import Row
 
-# steps that are remembered, and how much the first guess counts beside them: of steps
+# the number of steps that are remembered, and of steps that the first guess weighs as much as
 NUM_STEPS, GUESS = 256, 1.0
 # an update takes what it is priced at
 COEFFICIENTS = (0.0, 0.0, 1.0)
@@ -33,7 +33,7 @@ Ranks = dict[tuple[int, int], tuple[int, int]]
 
 
 class StepTimes:
-    """Predicts steps of rows on layers of this dtype and device, in seconds of `clock`. One thread uses it."""
+    """A predictor of steps of rows on layers of this dtype and device, in seconds of `clock`. One thread uses it."""
 
     def __init__(self, itemsize: int, device: str, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
@@ -44,12 +44,12 @@ class StepTimes:
         self._fitted: np.ndarray | None = None
 
     def saw(self, rows: Sequence[Row], seconds: float) -> None:
-        """Remembers a step of these rows."""
+        """Remember a step of these rows."""
         self._steps.append((self._features(rows), seconds))
         self._fitted = None
 
     def predict(self, rows: Sequence[Row]) -> float:
-        """Seconds of a step of these rows; 0 before any step was seen."""
+        """Return the seconds of a step of these rows; 0 before any step was seen."""
         if not self._steps:
             return 0.0
         if self._fitted is None:
@@ -57,7 +57,7 @@ class StepTimes:
         return float(np.array(self._features(rows)) @ self._fitted)
 
     def _fit(self) -> np.ndarray:
-        """c0, c1 and c2, none of them negative."""
+        """Fit c0, c1 and c2, none of them negative."""
         features_SF = np.array([features for features, _ in self._steps])
         seconds_S = np.array([seconds for _, seconds in self._steps])
         size_F = np.maximum(features_SF.max(axis=0), 1e-9)
@@ -71,7 +71,7 @@ class StepTimes:
         return 1.0, float(sum(len(row.prompts) for row in rows)), self._updates(rows)
 
     def _updates(self, rows: Sequence[Row]) -> float:
-        """What the model prices the updates of one token for each line at."""
+        """Return the seconds that the cost model gives the updates of one token in each line."""
         lines = [tuple(member.adapters.items()) for row in rows for member in row.served.members if member.adapters]
         ranks = {content: self._ranks_of(adapter) for line in lines for content, adapter in line}
         shapes = {shape for each in ranks.values() for shape in each}
@@ -105,5 +105,5 @@ class StepTimes:
 
 @lru_cache(maxsize=4096)
 def cheapest(work: Workload) -> float:
-    """Seconds of the kernel that would be chosen."""
+    """Return the seconds of the kernel that would be chosen."""
     return min(work.rates.seconds(cost) for cost in costs(work).values())

@@ -1,4 +1,4 @@
-"""Formulas as folders on disk, named by content, that an engine loads as one LoRA adapter; at most so many bytes."""
+"""Formulas as folders on disk, named by content, that an engine loads as one LoRA adapter; up to a limit of bytes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _PINNED = re.compile("(.*)#([0-9a-f]{16})", re.DOTALL)
 
 @dataclass(frozen=True)
 class Folder:
-    """A formula on disk. `key` hashes what it says of which contents, the rank limit and the base; it names the folder.
+    """A formula on disk. `key`, the folder's name, hashes the formula with its contents, the rank limit and the base.
 
     `relative_error` is that of the whole update by the cut of its rank, in the Frobenius norm; 0 where nothing was cut.
     """
@@ -65,7 +65,7 @@ class Folder:
 
     @property
     def name(self) -> str:
-        """The canonical formula and the beginning of the key: another content is another name."""
+        """The name for clients: the canonical formula and the beginning of the key, which changes with the content."""
         text = self.canonical
         return f"{text if len(text) <= MAX_NAME_CHARACTERS else text[: MAX_NAME_CHARACTERS - 3] + '...'}#{self.key[:16]}"
 
@@ -78,7 +78,7 @@ class _Kept:
 
 
 class Folders:
-    """The folders of one server, in `root`, which no other process uses meanwhile (HubLocked).
+    """The folders of one server, in `root`, which no other process may use meanwhile. Raises HubLocked if one does.
 
     An update of a rank above `max_rank` is cut to it, and refused where that costs more than `max_error`. Above `max_bytes`
     the least recently used folders go, but none that is in use or was a few seconds ago: those count beyond the limit.
@@ -111,12 +111,12 @@ class Folders:
         self._kept = self._found()
 
     def close(self) -> None:
-        """Lets another process have the folder."""
+        """Release the folder for other processes."""
         self._later.shutdown()
         self._owner.release()
 
     def key(self, name: str) -> str:
-        """The key of what a formula, or the name of a folder, says with the hub's adapters as they are now.
+        """Return the key of a formula, or of a folder's name, with the hub's adapters as they are now.
 
         Raises FormulaError for a formula that cannot be read, what the hub raises for a name that it lacks, ScopeError for
         the base model, routers and `auto`, which are not adapters, and AdapterNotFound for a folder's name where the content
@@ -125,7 +125,7 @@ class Folders:
         return self._formula(name)[1]
 
     def hold(self, name: str) -> Folder:
-        """The folder of a formula, or of a folder's name, made where it is missing; it stays until `release` of its key.
+        """Return the folder of a formula or of a folder's name, made if it is missing; it stays until `release` of its key.
 
         Besides what `key` raises: AdapterUnsupported for what the engine cannot load or only beyond the limit of the error,
         BaseModelMismatch and LayerMismatch for adapters of another base model, BudgetExceeded for a folder above the limit.
@@ -158,14 +158,14 @@ class Folders:
         return Folder(key, formula.canonical, path, error)
 
     def release(self, key: str) -> None:
-        """Ends one use of a folder."""
+        """End one use of a folder."""
         with self._lock:
             if (kept := self._kept.get(key)) is not None:
                 kept.users -= 1
                 kept.free_since = time.monotonic()
 
     def surplus(self) -> list[str]:
-        """The keys of the least recently used folders that are beyond the limit; the newest is not among them."""
+        """List the keys of the least recently used folders that are beyond the limit; the newest is not among them."""
         with self._lock:
             total, found = sum(kept.size_bytes for kept in self._kept.values()), []
             for key, kept in list(self._kept.items())[:-1]:
@@ -176,7 +176,7 @@ class Folders:
             return found
 
     def trim(self) -> None:
-        """Removes what is beyond the limit and not in use."""
+        """Remove folders that are beyond the limit and not in use."""
         with self._lock:
             for key in self.surplus():
                 kept = self._kept[key]
@@ -187,7 +187,7 @@ class Folders:
                     del self._kept[key]
 
     def touch(self, key: str) -> None:
-        """Marks the folder as just used."""
+        """Mark the folder as just used."""
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -240,7 +240,7 @@ class Folders:
 
     @staticmethod
     def _settle(folder: Path) -> None:
-        """Makes a folder survive a power failure and marks it, after it was handed out."""
+        """Write a folder through to the disk, so that it survives a power failure, and mark it; it is in use already."""
         # it may have been removed meanwhile
         with suppress(FileNotFoundError):
             for path in folder.iterdir():
@@ -274,7 +274,7 @@ class Folders:
                 )
 
     def _found(self) -> OrderedDict[str, _Kept]:
-        """What an earlier process left, the oldest first; what it left half done is removed."""
+        """Map the folders that an earlier process left, the oldest first; remove unfinished ones."""
         for path in self._root.iterdir():
             if path.name.startswith(".") and path.name != ".lock":
                 shutil.rmtree(path, ignore_errors=True)

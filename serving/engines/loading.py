@@ -21,7 +21,7 @@ TIMEOUT_S = 300.0
 
 
 def load(folder: Folder, url: str, *, engine: str) -> dict[str, Any]:
-    """Loads a folder, which the server sees under the same path, and gives the fields that requests for it carry.
+    """Load a folder, which the server sees under the same path, and return the fields that requests for it carry.
 
     For SGLang {"lora_path": name} of its own API; its OpenAI API takes "BASE:name" as the model. For LoRAX {"parameters":
     {"adapter_id", "adapter_source"}}. The name is the beginning of the folder's key: another content is another name.
@@ -41,14 +41,14 @@ def load(folder: Folder, url: str, *, engine: str) -> dict[str, Any]:
 
 
 def unload(folder: Folder, url: str, *, engine: str) -> None:
-    """Lets SGLang forget a folder; LoRAX does so by itself. Raises what `load` raises."""
+    """Make SGLang forget a folder; LoRAX does so by itself. Raises what `load` raises."""
     require_engine(engine)
     if engine == "sglang":
         _post(f"{url.rstrip('/')}/unload_lora_adapter", {"lora_name": folder.key[:16]}, folder.canonical)
 
 
 def require_engine(engine: str) -> None:
-    """Raises UnknownName for anything but an engine that a folder can be loaded into."""
+    """Raise UnknownName for anything but an engine that a folder can be loaded into."""
     if engine not in ENGINES:
         raise UnknownName(
             f"no engine {engine!r}{nearest(engine, ENGINES)}; there are {', '.join(ENGINES)}; vLLM asks loraweave by itself"

@@ -1,4 +1,4 @@
-"""vLLM asks for a formula as for any LoRA: what an installed loraweave adds to its server, and mends in its workers.
+"""Formulas as LoRA names in vLLM: what an installed loraweave adds to its server, and mends in its workers.
 
 vLLM calls `register` in each of its processes (entry points of the group GROUP). In the server that adds a resolver of
 LoRA names. vLLM asks it once for each name and keeps the answer in a table; so that a name never answers with what an
@@ -31,7 +31,7 @@ FIRST_ID = 1 << 30
 
 
 def register() -> None:
-    """Adds the resolver, and mends rows without an adapter on CPUs; nothing unless $LORAWEAVE_HUB is set.
+    """Add the resolver, and mend rows without an adapter on CPUs; do nothing unless $LORAWEAVE_HUB is set.
 
     Raises ValueError, which ends vLLM's start, for a hub that is not there and for limits that are no numbers.
     """
@@ -48,7 +48,7 @@ def register() -> None:
 
 
 class Resolver:
-    """Formulas as LoRA requests; vLLM's protocol `LoRAResolver`."""
+    """A resolver of formulas to LoRA requests; vLLM's protocol `LoRAResolver`."""
 
     def __init__(self) -> None:
         self._folders: Any = None
@@ -59,7 +59,7 @@ class Resolver:
         self._requests: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
-        """The request that vLLM loads for a formula; None where another resolver may know the name.
+        """Return the request that vLLM loads for a formula; None where another resolver may know the name.
 
         Raises vLLM's GracefulHTTPError with the status and text of the refusal.
         """
@@ -86,7 +86,7 @@ class Resolver:
         return request
 
     def _request(self, folder: Any) -> Any:
-        """The one request of this name: two of one name and different numbers in a batch would break vLLM's worker."""
+        """Return the one request of this name: two of one name with different numbers would break vLLM's worker."""
         known = self._requests.get(folder.name)
         if known is not None:
             self._folders.release(folder.key)
@@ -144,7 +144,7 @@ class _Names(dict[str, Any]):
             _asked.set({**_asked.get(), name: request})
 
     def forget(self, keys: list[str]) -> None:
-        """New requests for these folders ask the resolver again; running ones keep them."""
+        """Remove these folders, so that new requests ask the resolver again; running ones keep them."""
         gone = set(keys)
         kind = _request_type()
         for name in [name for name, each in self.items() if isinstance(each, kind) and _key_of(each) in gone]:
@@ -152,7 +152,7 @@ class _Names(dict[str, Any]):
 
 
 def mend_rows_without_adapter() -> None:
-    """Gives rows without an adapter no update on CPUs, where vLLM (0.32) gives them that of the last slot.
+    """Give rows without an adapter no update on CPUs, where vLLM (0.32) gives them that of the last slot.
 
     Their index is -1, with which its CPU operators choose the last of the slots (vLLM pull requests 48421 and 49656). While
     names come and go every slot is taken, so that the base would answer as whatever lies there. Operators that leave such
@@ -186,7 +186,7 @@ def _without_rows_of_none(operator: Any) -> Any:
 
 
 def _asking_server(frame: Any) -> Any:
-    """vLLM's OpenAIServingModels, which asks. It tells a resolver nothing of itself, so the calling frame does."""
+    """Return vLLM's OpenAIServingModels, taken from the calling frame, since it tells a resolver nothing of itself."""
     server = frame.f_locals.get("self")
     if isinstance(getattr(server, "lora_requests", None), dict) and hasattr(server, "engine_client"):
         return server
@@ -196,7 +196,7 @@ def _asking_server(frame: Any) -> Any:
 
 
 def _settings() -> tuple[str, dict[str, float]]:
-    """Where the hub is, and the limits that are set."""
+    """Return the hub's place and the limits that are set. Raises ValueError as `register` does."""
     hub = os.environ[HUB]
     # opening it would make an empty one
     if "://" not in hub and not Path(hub).is_dir():
@@ -232,7 +232,7 @@ def _folders(server: Any, model: str) -> Any:
 
 
 def _refused(error: Exception, *, others: bool) -> None:
-    """Raises the refusal as vLLM tells it to a client, unless other resolvers may know the name."""
+    """Raise the refusal as vLLM tells it to a client, unless other resolvers may know the name."""
     from loraweave.serving.refusals import refusal_of
 
     refusal = refusal_of(error)
@@ -258,7 +258,7 @@ _types: list[type] = []
 
 
 def _request_type() -> type:
-    """vLLM's LoRARequest that can be watched, and keeps its number: vLLM gives every resolved name another one."""
+    """Return a class of vLLM's LoRARequest that can be watched and keeps its number; vLLM gives every name another one."""
     if not _types:
         from vllm.lora.request import LoRARequest
 

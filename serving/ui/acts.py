@@ -19,11 +19,11 @@ Tell = Callable[[dict[str, Any]], None]
 
 
 class Left(BaseException):
-    """Nobody listens any longer. No `except Exception` on the way takes it for a failure of the work."""
+    """Raised in work that nobody listens to any longer. No `except Exception` on the way takes it for a failure."""
 
 
 def act(thread: Executor, work: Callable[[Tell], None], refused: Callable[[BaseException], Refusal]) -> EventStream:
-    """An answer that has what `work(tell)` tells; where the client goes first, the next `tell` raises Left in it.
+    """Return a stream of what `work(tell)` tells; if the client goes first, the next `tell` raises Left in the work.
 
     What the work raises is told last, as `refused` puts it. Acts of one thread run one after another; one whose client has
     gone before its turn does nothing.

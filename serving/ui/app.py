@@ -1,4 +1,4 @@
-"""The page's server: its files, its questions as JSON, and what a browser must not be talked into.
+"""The page's server: its files, its questions as JSON, and guards against other pages in the browser.
 
 It answers on loopback and only under a loopback name, so that no other page's name can be bent to this machine (DNS
 rebinding); a question that changes something is JSON from this page alone; and the page's own policy lets nothing in or out
@@ -72,7 +72,7 @@ def make_ui_server(
     port: int = 8001,
     log_level: str = "info",
 ) -> uvicorn.Server:
-    """A server of the page over a hub; its `run()` answers until an interruption, or until `should_exit` is set.
+    """Make a server of the page over a hub; its `run()` answers until an interruption, or until `should_exit` is set.
 
     `load` gives (model, tokenizer) when something is first tried on the base model. Raises CompositionError for an address
     that other machines reach: the page has no key, and saves into the hub.
@@ -96,7 +96,7 @@ def make_ui_server(
 
 
 def make_ui(hub: Hub, load: Callable[[], tuple[Any, Any]]) -> Starlette:
-    """An ASGI application: the page, and what it asks."""
+    """Make an ASGI application: the page, and the routes of its questions."""
     overview = Overview(hub)
     catalogue, bench, threads = Catalogue(hub, overview), Workbench(hub, load), Threads()
 
@@ -141,7 +141,7 @@ def make_ui(hub: Hub, load: Callable[[], tuple[Any, Any]]) -> Starlette:
 
 
 class Threads:
-    """Routes whose work runs in threads: those that read the hub, and the one that has the model."""
+    """A maker of routes whose work runs in threads: those that read the hub, and the one that has the model."""
 
     def __init__(self) -> None:
         self._limits = Limits()
@@ -155,7 +155,7 @@ class Threads:
     def question(
         self, path: str, kind: type[Asked], answer: Callable[[Asked], dict[str, Any]], method: str = "GET"
     ) -> Route:
-        """A question about the hub, whose fields are in the address, or in the body of a POST."""
+        """Make the route of a question about the hub, whose fields are in the address, or in the body of a POST."""
 
         async def handle(request: Request) -> Response:
             asked = read_request(kind, request.query_params) if method == "GET" else await self._read(kind, request)
@@ -166,7 +166,7 @@ class Threads:
         return Route(f"/api/{path}", _telling(handle), methods=[method])
 
     def act(self, path: str, kind: type[Asked], work: Callable[[Asked, Tell], None]) -> Route:
-        """A long act on the model, which tells as it goes on."""
+        """Make the route of a long act on the model, which tells as it goes on."""
 
         async def handle(request: Request) -> Response:
             asked = await self._read(kind, request)
@@ -175,7 +175,7 @@ class Threads:
         return Route(f"/api/{path}", _telling(handle), methods=["POST"])
 
     def download(self, path: str, kind: type[Asked], make: Callable[[Asked], Path]) -> Route:
-        """A zip, which is deleted when it is sent."""
+        """Make the route of a zip, which is deleted when it is sent."""
 
         async def handle(request: Request) -> Response:
             asked = await self._read(kind, request)
@@ -189,7 +189,7 @@ class Threads:
 
 
 class Guard:
-    """Refuses what another page sends, and gives every answer the page's policy."""
+    """A middleware that refuses what another page sends, and gives every answer the page's policy."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -216,7 +216,7 @@ class Guard:
 
 
 def refusal(error: BaseException) -> Refusal:
-    """What the person at the page reads: errors of the library whole, others by their kind; the log has their cause."""
+    """Return what the person at the page reads: a library error whole, any other by its kind, with its cause in the log."""
     if not isinstance(error, LoraweaveError):
         return refusal_of(error)
     return Refusal(404 if isinstance(error, AdapterNotFound) else 400, str(error), code=type(error).__name__)
@@ -228,7 +228,7 @@ def told(error: BaseException) -> Response:
 
 
 def _telling(handle: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """The handler whose errors become answers."""
+    """Return the handler with its errors turned into answers."""
 
     async def answer(request: Request) -> Response:
         try:

@@ -1,4 +1,4 @@
-"""What the page shows of a hub: pages of its table, hits of a search, an adapter and its relatives.
+"""The page's view of a hub: pages of its table, hits of a search, an adapter and its relatives.
 
 Everything comes from the hub's public calls; nothing here computes.
 """
@@ -38,13 +38,13 @@ Name = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
 class Query(BaseModel):
-    """A question; without fields of its own one that has none."""
+    """A question; without fields of its own, one that has no parameters."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
 
 class Filtered(Query):
-    """The filters that table and search share; an empty one asks for nothing."""
+    """The filters that table and search share; an empty one filters nothing."""
 
     base: str = ""
     license: str = ""
@@ -84,7 +84,7 @@ class Placed(Query):
 
 
 class Catalogue:
-    """A hub, read. Several threads may ask."""
+    """A reader of a hub for the page. Several threads may ask."""
 
     def __init__(self, hub: Hub, overview: Overview) -> None:
         self._hub = hub
@@ -92,7 +92,7 @@ class Catalogue:
         self._retriever = Retriever(hub, keys=())
 
     def summary(self) -> dict[str, Any]:
-        """The hub in a few words, and what its table can be filtered by."""
+        """Summarise the hub, and list what its table can be filtered by."""
         snapshot = self._overview.newest
         bases = [{"name": first.base_model, "count": count} for first, count in self._hub.bases()]
         licenses = {} if snapshot is None else snapshot.licenses
@@ -107,7 +107,7 @@ class Catalogue:
         }
 
     def listed(self, asked: Listed) -> dict[str, Any]:
-        """A page of the table."""
+        """Return a page of the table."""
         if asked.quarantined:
             records = self._hub.records(**asked.options, quarantined=True)
             total, page = len(records), records[asked.start : asked.start + asked.count]
@@ -121,7 +121,7 @@ class Catalogue:
         return {"total": total, "start": asked.start, "rows": [row_of(record) for record in page]}
 
     def searched(self, asked: Searched) -> dict[str, Any]:
-        """The hits with their scores and evidence, after adapters whose names have the query in them."""
+        """Return the hits with their scores and evidence, after adapters whose names contain the query."""
         self._overview.require_search()
         if asked.evidence:
             hits = self._hub.search(asked.q, k=asked.count, **asked.options)
@@ -139,7 +139,7 @@ class Catalogue:
         return {"more": len(hits) == asked.count, "rows": [*named.values(), *rows.values()]}
 
     def scores(self, asked: Searched) -> dict[str, Any]:
-        """The scores of the adapters nearest to a query, for the colours of their points."""
+        """Return the scores of the adapters nearest to a query, for the colours of their points."""
         snapshot = self._overview.newest
         self._overview.require_search()
         found = self._retriever.for_task([asked.q], evidence=False, k=NUM_SCORED, **asked.options)
@@ -148,20 +148,20 @@ class Catalogue:
         return {"seqs": [seq for seq, _ in shown], "scores": [score for _, score in shown]}
 
     def points(self) -> dict[str, Any]:
-        """The map, or how far it is."""
+        """Return the map, or how far it is."""
         snapshot = self._overview.newest
         state = {"busy": self._overview.busy, "error": self._overview.error}
         return state if snapshot is None else {**state, **snapshot.points()}
 
     def point(self, asked: Placed) -> dict[str, Any]:
-        """The adapter of a point."""
+        """Return the adapter of a point. Raises AdapterNotFound if it is gone."""
         found = self._hub.records_at([asked.seq]).get(asked.seq)
         if found is None:
             raise AdapterNotFound("the adapter of this point is gone; reload the page for the map as it is now")
         return row_of(found)
 
     def adapter(self, asked: Named) -> dict[str, Any]:
-        """A record with its history; no tensor is read."""
+        """Return a record with its history; no tensor is read."""
         record = self._hub.record(asked.name)
         own = {key: value for key, value in record.card.items() if key not in ("recipe", "report", "outputs")}
         card = json.dumps(own, indent=1, ensure_ascii=False, sort_keys=True) if own else ""
@@ -187,13 +187,13 @@ class Catalogue:
         }
 
     def layers(self, asked: Named) -> dict[str, Any]:
-        """The Frobenius norm of each layer's low-rank update, as a grid of kinds by blocks."""
+        """Return the Frobenius norm of each layer's low-rank update, as a grid of kinds by blocks."""
         adapter = self._hub.get(asked.name, quarantined=True)
         unbound = sum(not factors.bound for factors in adapter.layers.values())
         return {**grid(norms_of(adapter)), "unbound": unbound, "heads": sorted(adapter.heads)}
 
     def alike(self, asked: Alike) -> dict[str, Any]:
-        """Who resembles an adapter: by its texts, or by its weights, which reads every adapter once."""
+        """Return the adapters that resemble one: by its texts, or by its weights, which reads every adapter once."""
         record = self._hub.record(asked.name)
         if asked.by == "weights":
             if not asked.asked and len(self._hub) > MAX_COMPARED_UNASKED:
@@ -206,7 +206,7 @@ class Catalogue:
         return {"rows": [hit_of(hit) for hit in found if hit.name != record.name][:NUM_ALIKE]}
 
     def _family(self, record: Record) -> list[dict[str, Any]]:
-        """What the adapter was merged from, generation by generation; the adapter itself comes first."""
+        """Return what the adapter was merged from, generation by generation; the adapter itself comes first."""
         found: list[dict[str, Any]] = [{"name": record.name, "weight": None, "child": None, "generation": 0, "known": True}]
         ahead = [(0, record)]
         while ahead:
@@ -248,7 +248,7 @@ class Catalogue:
 
 
 def row_of(record: Record) -> dict[str, Any]:
-    """An adapter as a row of a table."""
+    """Return an adapter as a row of a table."""
     return {
         "name": record.name,
         "description": record.description,
@@ -264,7 +264,7 @@ def row_of(record: Record) -> dict[str, Any]:
 
 
 def hit_of(hit: Candidate) -> dict[str, Any]:
-    """A row with the score and the reason why it was found."""
+    """Return a row with the score and the reason why it was found."""
     return {**row_of(hit.record), "score": hit.score, "evidence": hit.evidence}
 
 
@@ -273,7 +273,7 @@ def norms_of(adapter: Adapter) -> dict[str, float]:
 
 
 def grid(values: Mapping[str, float]) -> dict[str, Any]:
-    """A value for each layer as rows of kinds by columns of blocks, null where a block has no layer of the kind.
+    """Return a value for each layer as rows of kinds by columns of blocks, None where a block has no layer of the kind.
 
     Blocks are in the order of their numbers, 2 before 10.
     """

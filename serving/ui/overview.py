@@ -1,4 +1,4 @@
-"""Every adapter of a hub as a point on a map and as what a table sorts by, made in the background as the hub changes.
+"""Every adapter of a hub as a point on a map and as an entry that a table sorts, made in the background as the hub changes.
 
 Points are the first two principal components of the embeddings that the hub's search keeps. They are fitted once; what is
 added later is projected onto the same plane, until it is a tenth of all.
@@ -29,7 +29,7 @@ Array = NDArray[Any]
 
 # points that a browser draws; of more adapters a sample
 MAX_POINTS = 50_000
-# as many as the colours that any kind of colour vision tells apart
+# the number of colours that people with any kind of colour vision tell apart
 MAX_CLUSTERS = 7
 # adapters up to which clusters are found on all of them at each step
 MAX_EXACT = 5000
@@ -44,7 +44,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Entry(NamedTuple):
-    """What is known of an adapter without its record; `x`, `y` and `cluster` are -1 where it has no embedding."""
+    """The facts of an adapter without its record; `x`, `y` and `cluster` are -1 where it has no embedding."""
 
     name: str
     license: str | None
@@ -78,7 +78,7 @@ class Plane:
         return cls(pca, clusters, low_2, np.where(high_2 > low_2, high_2 - low_2, 1.0))
 
     def places(self, vectors_ND: Array) -> list[tuple[int, int, int]]:
-        """(x, y, cluster) of each."""
+        """Return (x, y, cluster) of each vector."""
         xy_N2 = (_two_columns(self.pca.transform(vectors_ND)) - self.low_2) / self.span_2
         xy_N2 = np.rint(xy_N2.clip(0, 1) * SIDE).astype(int)
         of_cluster_N = self.clusters.predict(vectors_ND)
@@ -86,13 +86,13 @@ class Plane:
 
 
 def _two_columns(xy_NA: Array) -> Array:
-    """A plane of points on a line, or of one point, has a second axis too."""
+    """Add a second axis of zeros to points on a line, or to one point."""
     return np.pad(xy_NA, ((0, 0), (0, 2 - xy_NA.shape[1])))
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """All adapters that are not in quarantine, by their place in the order of addition, as of a generation."""
+    """All adapters outside quarantine at one generation, by their place in the order of addition."""
 
     identity: str = ""
     generation: int = 0
@@ -101,7 +101,7 @@ class Snapshot:
     _orders: dict[tuple[str, bool], Sequence[int]] = field(default_factory=dict)
 
     def order(self, key: str, descending: bool) -> Sequence[int]:
-        """The places sorted by a field of `Entry`; ties in order of addition."""
+        """Return the places sorted by a field of `Entry`; ties in order of addition."""
         asked = key, descending
         if asked not in self._orders:
             self._orders[asked] = sorted(
@@ -111,16 +111,16 @@ class Snapshot:
 
     @cached_property
     def seqs(self) -> dict[str, int]:
-        """{name: place in the order of addition}."""
+        """The mapping {name: place in the order of addition}."""
         return {entry.name: seq for seq, entry in self.entries.items()}
 
     @cached_property
     def licenses(self) -> dict[str | None, int]:
-        """How many adapters each license has, the most frequent first."""
+        """The number of adapters with each license, the most frequent first."""
         return dict(Counter(entry.license for entry in self.entries.values()).most_common())
 
     def named(self, text: str, count: int) -> list[str]:
-        """The first names that have the text in them, whatever its case."""
+        """List the first `count` names that contain the text, whatever its case."""
         wanted, found = text.casefold(), []
         for entry in self.entries.values():
             if wanted in entry.name.casefold():
@@ -130,7 +130,7 @@ class Snapshot:
         return found
 
     def points(self) -> dict[str, Any]:
-        """What a browser draws: little-endian arrays in base64, x and y from 0 to 65535, and what the colours stand for."""
+        """Return what a browser draws: little-endian arrays in base64, x and y from 0 to 65535, and the colours' names."""
         seqs = shown = [seq for seq, entry in self.entries.items() if entry.cluster >= 0]
         if len(seqs) > MAX_POINTS:
             # at random: every n-th could miss what was added in turns
@@ -158,7 +158,7 @@ class Snapshot:
         }
 
     def _cluster_names(self, entries: Sequence[Entry]) -> list[str]:
-        """For each cluster the adapter in the middle of its points."""
+        """Name each cluster by the adapter in the middle of its points."""
         names = []
         for number in range(0 if self.plane is None else self.plane.clusters.n_clusters):
             members = [entry for entry in entries if entry.cluster == number]
@@ -192,7 +192,7 @@ class Overview:
 
     @property
     def newest(self) -> Snapshot | None:
-        """The snapshot as it is, perhaps of an older generation; None before the first. `busy` says whether one is made."""
+        """The snapshot as it is, perhaps of an older generation; None before the first. `busy` says if one is being made."""
         with self._lock:
             generation = self._hub.generation
             stale = (self._snapshot is None or self._snapshot.generation != generation) and self._failed_at != generation
@@ -206,14 +206,14 @@ class Overview:
         return self._thread is not None
 
     def require_search(self) -> None:
-        """Makes the first search of the hub, which reads and may embed all of it, or waits for the one that does."""
+        """Make the first search of the hub, which reads and may embed all of it, or wait for the one that does."""
         with self._searching:
             if not self._searched:
                 self._hub.search("an adapter", k=1)
                 self._searched = True
 
     def close(self) -> None:
-        """Begins no further snapshot, and waits a moment for one that is being made, whose thread ends with the process."""
+        """Begin no further snapshot, and wait a moment for one that is being made, whose thread ends with the process."""
         with self._lock:
             self._closed, thread = True, self._thread
         if thread is not None:
@@ -240,7 +240,7 @@ class Overview:
 
 
 def followed(hub: Hub, old: Snapshot) -> Snapshot:
-    """A snapshot of the hub as it is now, built on an older one of the same catalogue if little has changed."""
+    """Return a snapshot of the hub as it is now, built on an older one of the same catalogue if little has changed."""
     embedder = embedder_of("sentence").id
     changed: dict[int, Change] = {}
     first, after = None, 0
@@ -271,7 +271,7 @@ def followed(hub: Hub, old: Snapshot) -> Snapshot:
 
 
 def in_order(snapshot: Snapshot | None, seqs: Collection[int], key: str, descending: bool) -> list[int]:
-    """The places sorted by a field of `Entry`, or by "added", which needs no snapshot. Ones that it lacks are last."""
+    """Sort the places by a field of `Entry`, or by "added", which needs no snapshot. Places that it lacks come last."""
     if key == "added" or snapshot is None:
         return sorted(seqs, reverse=descending)
     wanted = set(seqs)

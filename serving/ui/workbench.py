@@ -1,4 +1,4 @@
-"""What is tried on the base model: mixtures by sliders, weights found from examples, and a router's view of a text.
+"""The page's experiments on the base model: mixtures by sliders, weights found from examples, a router's view of a text.
 
 The model is loaded when it is first needed and belongs to one thread. Numbers are those of the library's public calls.
 """
@@ -83,11 +83,11 @@ class Mixed(Query):
 
     @property
     def formula(self) -> str:
-        """The mixture as a formula; of weights by block, which no formula has, empty."""
+        """The mixture as a formula; "" for weights by block, which no formula has."""
         return "" if self.by_block else str(parse(" + ".join(f"{part.weight!r}*{Named(part.name)}" for part in self.parts)))
 
     def require_some(self) -> None:
-        """WeightingError where all weights are zero."""
+        """Raise WeightingError if all weights are zero."""
         if not any(part.weight or any(part.blocks.values()) for part in self.parts):
             raise WeightingError("all weights are zero, which is the base model: move a slider first")
 
@@ -102,7 +102,7 @@ class Asked(Query):
 
     @property
     def prompt(self) -> str:
-        """As a task's prompts are where there is an instruction; else the text as it is."""
+        """The prompt in a task's form if there is an instruction; else the text as it is."""
         return str(Task([], instruction=self.instruction).prompt(self.text)) if self.instruction.strip() else self.text
 
 
@@ -111,7 +111,7 @@ class Answered(Mixed, Asked):
 
     @property
     def question(self) -> Prompt:
-        """The prompt, or of a chat the user's turn."""
+        """The prompt, or the user's turn in a chat."""
         return Task([], instruction=self.instruction, chat=True).prompt(self.text) if self.chat else self.prompt
 
 
@@ -145,7 +145,7 @@ class Routed(Asked):
 
 
 class Workbench:
-    """One hub, one base. `load` gives (model, tokenizer); all but `picked`, `mixed` and `explanation` is for one thread."""
+    """One hub and one base. `load` returns (model, tokenizer); all but `picked`, `mixed`, `explanation` needs one thread."""
 
     def __init__(self, hub: Hub, load: Callable[[], tuple[Any, Any]]) -> None:
         self._hub = hub
@@ -156,13 +156,13 @@ class Workbench:
         self._pages: OrderedDict[str, str] = OrderedDict()
 
     def choices(self) -> dict[str, Any]:
-        """Names that a page lets choose from: targets of exports, and routers that need no training and no data."""
+        """List names that a page lets choose from: targets of exports, and routers that need no training and no data."""
         kinds = {name: router_class(name) for name in router_names()}
         ready = [name for name, kind in kinds.items() if not kind.learned and kind.fit is TokenRouter.fit]
         return {"targets": registry.names("targets"), "routers": ready}
 
     def picked(self, asked: Picked) -> dict[str, Any]:
-        """What the sliders need to know of adapters: their blocks, and a text to try them on."""
+        """Return what the sliders need to know of adapters: their blocks, and a text to try them on."""
         pool = self._hub.pool(asked.names)
         records = [self._hub.record(name) for name in asked.names]
         first = next((record for record in records if record.examples), records[0])
@@ -174,7 +174,7 @@ class Workbench:
         }
 
     def mixed(self, asked: Mixed) -> dict[str, Any]:
-        """How far the weighted updates pull the same way; no model is needed."""
+        """Measure how far the weighted updates pull the same way; no model is needed."""
         pool = self._hub.pool(asked.names)
         layers = {}
         for layer, weights in asked.by_layer(pool.layer_names).items():
@@ -192,7 +192,7 @@ class Workbench:
         }
 
     def answer(self, asked: Answered, tell: Tell) -> None:
-        """Tells pieces of two answers to one prompt, in one batch: the base's and the mixture's."""
+        """Tell pieces of two answers to one prompt, in one batch: the base's and the mixture's."""
         engine = self._composer(asked.names, tell)
         experts, layers = engine.pool.names, engine.pool.layer_names
         rows = MixtureWeights.of_layers(asked.by_layer(layers), experts).values_BTLE
@@ -204,7 +204,7 @@ class Workbench:
                 tell({"base": base, "composition": composition})
 
     def find(self, asked: Found, tell: Tell) -> None:
-        """Tells how far a search of weights is, and then the weights and what was compared."""
+        """Tell how far a search of weights is, and then the weights and what was compared."""
         engine = self._composer(asked.names, tell)
         options: dict[str, Any] = {"by_layer": False}
         if asked.per == "block":
@@ -238,14 +238,14 @@ class Workbench:
         tell({"parts": parts, "rows": rows, "reason": found.report.reason})
 
     def save(self, asked: Saved, tell: Tell) -> None:
-        """Keeps the mixture in the hub: as a formula, or with weights by block as a composition."""
+        """Keep the mixture in the hub: as a formula, or with weights by block as a composition."""
         asked.require_some()
         kept = parse(asked.formula) if asked.formula else self._composition(asked, tell)
         stored = self._hub.save_composition(asked.name, kept, replace=asked.replace)
         tell({"name": stored.name, "hash": stored.hash, "formula": str(Stored(stored.name))})
 
     def export(self, asked: Exported) -> Path:
-        """A zip of the mixture as one adapter for a program, in a temporary file that is the caller's to delete."""
+        """Write a zip of the mixture as one adapter for a program, into a temporary file that is the caller's to delete."""
         composition = self._composition(asked)
         with tempfile.TemporaryDirectory(prefix="loraweave-") as temporary:
             folder = Path(temporary) / "export"
@@ -257,7 +257,7 @@ class Workbench:
         return place
 
     def route(self, asked: Routed, tell: Tell) -> None:
-        """Tells the number of a page that shows which adapter counts for which token, to be asked from `explanation`."""
+        """Tell the number of a page that shows which adapter counts for which token, to be got from `explanation`."""
         names = asked.names or [hit.name for hit in self._hub.search(asked.prompt, k=MAX_PICKED)]
         engine = self._composer(names, tell)
         made = router(asked.router, engine.bound_pool)
@@ -271,14 +271,14 @@ class Workbench:
         tell({"page": number, "shares": shares, "entropy": total.entropy})
 
     def explanation(self, number: str) -> str:
-        """The page of that number. AdapterNotFound for one that is not there any more."""
+        """Return the page of that number. Raises AdapterNotFound for one that is gone."""
         try:
             return self._pages[number]
         except KeyError:
             raise AdapterNotFound(f"the page {number!r:.40} is gone: only the last {MAX_KEPT} stay; ask again") from None
 
     def _composer(self, names: Sequence[str], tell: Tell = lambda event: None) -> Composer:
-        """The engine of these adapters as they are now; the last one is kept."""
+        """Return the engine of these adapters as they are now; the last one is kept."""
         if self._loaded is None:
             tell({"what": "Loading the base model"})
             self._loaded = self._load()
@@ -310,6 +310,6 @@ class Workbench:
 
 
 def _part(name: str, weights: Mapping[str, float], by_layer: Mapping[str, Mapping[str, float]] | None) -> dict[str, Any]:
-    """What the sliders of an adapter are set to."""
+    """Return what the sliders of an adapter are set to."""
     blocks = {block_and_kind(layer)[0]: float(row.get(name, 0.0)) for layer, row in (by_layer or {}).items()}
     return {"name": name, "weight": float(weights.get(name, 0.0)), "blocks": blocks}
