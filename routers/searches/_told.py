@@ -105,10 +105,7 @@ class SearchResult:
         return [(self.cost * (number + 1), loss) for number, loss in enumerate(best)]
 
     def plot(self, path: str | Path) -> Path:
-        """Draw the losses and the lowest so far into a picture file, whose ending says which kind.
-
-        Raises PackageMissing without matplotlib.
-        """
+        """Draw the losses, and the lowest so far, in the format of the file's ending. PackageMissing without matplotlib."""
         spent, best = zip(*self.curve(), strict=True)
         figure = blank_figure("the curve of a search is drawn with matplotlib", figsize=(6.0, 3.5), layout="constrained")
         axes = figure.subplots()

@@ -23,10 +23,7 @@ from loraweave.routers.tokens._caches import BesideCache, RowsAndTokens
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """The token ids of a batch's prompts; the mask is 0 where a token is padding, or follows the prompt.
-
-    `weights` is what routers made of them.
-    """
+    """The prompts' token ids, a mask that is 0 for padding and after the prompt, and the `weights` that routers made."""
 
     ids_BT: Tensor
     mask_BT: Tensor
