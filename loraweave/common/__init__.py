@@ -1,1 +1,1 @@
-"""What every room may import: nothing here imports a room."""
+"""Modules that every room may import: nothing here imports a room."""

@@ -15,13 +15,13 @@ from loraweave.errors import InvalidTask
 
 @dataclass(frozen=True)
 class Conversation:
-    """(role, content) of each turn. Its text is that of its one turn, or lines "role: content"; the system's is left out."""
+    """The (role, content) of each turn. As text it is its one turn, or lines "role: content", without the system's."""
 
     turns: tuple[tuple[str, str], ...]
 
     @classmethod
     def read(cls, messages: Any, where: str) -> Conversation:
-        """Of a list of {"role", "content"}. Raises InvalidTask, with `where`, for turns that say more than a text."""
+        """Read a list of {"role", "content"}. Raises InvalidTask, with `where`, for turns that say more than a text."""
         if not is_messages(messages):
             raise InvalidTask(
                 f"{where} has {messages!r:.80} as its messages, which is no list of {{'role', 'content'}} with texts alone"
@@ -37,17 +37,17 @@ class Conversation:
 
     @property
     def system(self) -> str:
-        """What the system says first; empty where it says nothing."""
+        """The system's turn at the beginning, or ""."""
         return self.turns[0][1] if self.turns and self.turns[0][0] == "system" else ""
 
     @property
     def without_system(self) -> Conversation:
-        """The turns after the system's."""
+        """The conversation after the system's turn."""
         return Conversation(self.turns[1:]) if self.turns and self.turns[0][0] == "system" else self
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """A list of {"role", "content"}, as templates and JSON have it."""
+        """The turns as a list of {"role", "content"}, the form of templates and JSON."""
         return [{"role": role, "content": content} for role, content in self.turns]
 
     def __str__(self) -> str:
@@ -59,17 +59,17 @@ Prompt: TypeAlias = str | Conversation
 
 
 def prompt_json(prompt: Prompt) -> str | list[dict[str, str]]:
-    """A text, or the messages of a conversation, which a reader of rows takes for the same."""
+    """Return a text, or the messages of a conversation, which a reader of rows takes for the same prompt."""
     return prompt if isinstance(prompt, str) else prompt.messages
 
 
 def is_messages(given: Any) -> bool:
-    """Whether these are turns of a chat by their form: mappings with a role."""
+    """Return whether these are turns of a chat by their form: mappings with a role."""
     return is_list(given) and len(given) > 0 and all(isinstance(turn, Mapping) and "role" in turn for turn in given)
 
 
 def rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, answered: bool = False, **given: Any) -> str:
-    """The template's text of messages, up to where the assistant's answer begins, or to their end where it is `answered`.
+    """Render messages by the template, up to the beginning of the assistant's answer, or to their end if `answered`.
 
     Raises InvalidTask for a tokenizer without a template, and for messages that the template refuses.
     """
@@ -90,7 +90,7 @@ def rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, answered:
 
 
 def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt: a text's with the special tokens that it begins with, a conversation's by the template.
+    """Return each prompt's token ids: a text's with the special tokens that it begins with, a conversation's by template.
 
     Raises what `rendered` raises.
     """
@@ -100,7 +100,7 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
 
 
 def answered_ids(tokenizer: Any, prompt: Conversation, answer: str) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt, and of the assistant's answer to it with what ends the turn.
+    """Return the token ids of a prompt, and of the assistant's answer to it with what ends the turn.
 
     The answer begins where the template of the prompt ends, as in TRL's SFTTrainer. Raises InvalidTask where the template of
     the whole does not begin with that of the prompt, and what `rendered` raises.
@@ -120,7 +120,7 @@ def answered_ids(tokenizer: Any, prompt: Conversation, answer: str) -> tuple[lis
 
 
 def turn_end(tokenizer: Any, prompt: Conversation) -> str:
-    """What the template writes after an answer to a prompt; empty where it changes the answer itself."""
+    """Return what the template writes after an answer to a prompt; "" if it changes the answer itself."""
     answer = "answer"
     whole = rendered(tokenizer, [*prompt.messages, {"role": "assistant", "content": answer}], answered=True)
     before, found, end = whole.rpartition(answer)
@@ -128,7 +128,7 @@ def turn_end(tokenizer: Any, prompt: Conversation) -> str:
 
 
 def prompt_texts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[str]:
-    """What prompts say, as routers that read text see them: a conversation's tokens as text, without special ones."""
+    """Return prompts as routers that read text see them: a conversation's tokens as text, without special ones."""
     ids = prompt_ids(tokenizer, [prompt for prompt in prompts if not isinstance(prompt, str)])
     decoded = iter([tokenizer.decode(row, skip_special_tokens=True) for row in ids])
     return [prompt if isinstance(prompt, str) else next(decoded) for prompt in prompts]

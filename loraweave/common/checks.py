@@ -12,12 +12,12 @@ from loraweave.errors import LoraweaveError
 
 
 def is_whole(value: object, least: int) -> TypeGuard[int]:
-    """Whether a value is an int of at least `least`; True and False do not count as numbers."""
+    """Return whether a value is an int of at least `least`; True and False do not count as numbers."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_number(value: object, least: float = -sys.float_info.max, most: float = sys.float_info.max) -> TypeGuard[float]:
-    """Whether a value is a finite real number in [least, most], of numpy too; True and False do not count as numbers."""
+    """Return whether a value is a finite real number in [least, most], of numpy too; True and False are no numbers."""
     match value:
         case bool():
             return False
@@ -29,33 +29,33 @@ def is_number(value: object, least: float = -sys.float_info.max, most: float = s
 
 
 def is_list(value: object, of: type | UnionType = object) -> TypeGuard[Sequence[Any]]:
-    """Whether a value is a list, a tuple or another sequence, not a text, whose elements are all of one type."""
+    """Return whether a value is a list, a tuple or another sequence, not a text, whose elements are all of one type."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes) and all(isinstance(each, of) for each in value)
 
 
 def is_collection(value: object) -> TypeGuard[Collection[Any]]:
-    """Whether a value holds elements in any order, such as a list, a set or a view, and is not a text."""
+    """Return whether a value holds elements in any order, such as a list, a set or a view, and is not a text."""
     return isinstance(value, Collection) and not isinstance(value, str | bytes)
 
 
 def require_whole(name: str, value: object, least: int, error: type[LoraweaveError]) -> None:
-    """Raises `error`, with the name and the value, unless the value is a whole number of at least `least`."""
+    """Raise `error`, with the name and the value, unless the value is a whole number of at least `least`."""
     if not is_whole(value, least):
         raise error(f"{name} is {value!r}; it must be a whole number of at least {least}")
 
 
 def one_or_many(values: Iterable[str] | str | None) -> tuple[str, ...]:
-    """The texts that are given; a single text counts as one, None as none."""
+    """Return the texts as a tuple; a single text counts as one, None as none."""
     if values is None:
         return ()
     return (values,) if isinstance(values, str) else tuple(values)
 
 
 def are_texts(values: Iterable[object]) -> TypeGuard[Iterable[str]]:
-    """Whether all values are texts."""
+    """Return whether all values are texts."""
     return all(isinstance(value, str) for value in values)
 
 
 def says_something(text: object) -> TypeGuard[str]:
-    """Whether a value is a text with a visible character."""
+    """Return whether a value is a text with a visible character."""
     return isinstance(text, str) and bool(text.strip())

@@ -18,14 +18,14 @@ GRADIENT_LIMIT = 1.0
 
 
 def warmed_cosine(highest: float, step: int, steps: int, warmup: int) -> float:
-    """The learning rate of a step, from 0: linear warm-up to `highest` in `warmup` steps, then half a cosine down to 0."""
+    """Return the learning rate of a step, from 0: linear warm-up to `highest` in `warmup` steps, then half a cosine to 0."""
     if step < warmup:
         return highest * (step + 1) / warmup
     return highest * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 class Descent:
-    """AdamW at the rates `rate(step)`, with gradients clipped to the norm `limit` (None: not clipped).
+    """An AdamW optimizer at the rates `rate(step)`, with gradients clipped to the norm `limit` (None: not clipped).
 
     `fused` makes one pass over the parameters and rounds differently.
     """
@@ -44,7 +44,7 @@ class Descent:
         self._rate, self._limit = rate, limit
 
     def step(self, number: int) -> None:
-        """Takes the step of this number, from 0, and keeps the gradients."""
+        """Take the step of this number, from 0, and keep the gradients."""
         if self._limit is not None:
             nn.utils.clip_grad_norm_(self.parameters, self._limit)
         for group in self.optimizer.param_groups:
@@ -62,7 +62,7 @@ def descend(
     first: int = 0,
     after_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Takes the steps from `first` on, each along the gradient of `losses(step)`: one loss for each learner, in their order.
+    """Take the steps from `first` on, each along the gradient of `losses(step)`: one loss for each learner, in their order.
 
     A loss depends on the parameters of its own learner alone. Raises TrainingError for one that is not finite.
     """
@@ -79,7 +79,7 @@ def descend(
 
 
 def backward(loss_J: Tensor, steps: Mapping[str, int], *, whole_J: Tensor | None = None) -> list[float]:
-    """Adds the gradients of the losses and returns the losses as numbers. `steps` has each learner's step, from 0.
+    """Add the gradients of the losses and return the losses as numbers. `steps` has each learner's step, from 0.
 
     Where the losses are parts, `whole_J` has what they are parts of, which is returned.
     Raises TrainingError for a loss that is not finite, before any gradient changes.
@@ -93,7 +93,7 @@ def backward(loss_J: Tensor, steps: Mapping[str, int], *, whole_J: Tensor | None
 
 
 class FlatParameters:
-    """Moves parameters, and gradients for them, into one vector for each dtype; all keep their shapes, strides and identity.
+    """Parameters and their gradients, moved into one vector for each dtype; all keep their shapes, strides and identity.
 
     Pass `vectors` to an optimiser. A parameter without a gradient has one of zeros.
     """
@@ -104,7 +104,7 @@ class FlatParameters:
             self.vectors.append(_gathered([parameter for parameter in parameters if parameter.dtype == dtype]))
 
     def zero_grad(self) -> None:
-        """Sets the gradients to zero in place."""
+        """Set the gradients to zero in place."""
         for vector in self.vectors:
             if vector.grad is not None:
                 vector.grad.zero_()
@@ -125,6 +125,6 @@ def _gathered(parameters: Sequence[Tensor]) -> Tensor:
 
 
 def _like(parameter: Tensor, vector: Tensor, start: int) -> Tensor:
-    """The part of the vector from `start` on, with the parameter's shape, and its strides where it has no gaps."""
+    """Return the vector's part from `start` on, with the parameter's shape, and its strides if it has no gaps."""
     strides = torch.empty_like(parameter, device="meta").stride()
     return vector.as_strided(parameter.shape, strides, start)

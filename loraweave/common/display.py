@@ -22,14 +22,14 @@ from loraweave.errors import PackageMissing
 PATIENCE_S = 1.0
 # how a number or a time may stand in a text: 0.5, [80.1, +3%], 1e-05 or 2026-12-01T10:30:00Z
 NUMBER = re.compile(r"[(\[]?[-+]?\.?\d[\d.,:TZ+-]*(e[-+]?\d+)?%?[)\],;:]*")
-# the characters that a column of texts keeps, and the first one, before the last column goes
+# the fewest characters of a column of texts, and of the first one, before the last column is left out
 LEAST, LEAST_NAME = 8, 25
 
 Item = TypeVar("Item")
 
 
 def progress_bar(shown: bool | Progress, *, field: str = "") -> Progress:
-    """A bar with the task's description, count and time left, and the text of the task's `field`, if given.
+    """Make a bar with the task's description, count and time left, and the text of the task's `field`, if given.
 
     A `Progress` is itself: whoever gives one shows it in a way of their own.
     """
@@ -41,7 +41,7 @@ def progress_bar(shown: bool | Progress, *, field: str = "") -> Progress:
 
 
 def tracked(items: Iterable[Item], label: str, *, total: int | None, shown: bool = True) -> Iterator[Item]:
-    """The items one by one; a bar on stderr from the first second on, if that is a terminal and `shown` is true."""
+    """Yield the items one by one; a bar is on stderr from the first second on, if that is a terminal and `shown`."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not (shown and sys.stderr.isatty()))
     task = bar.add_task(label, total=total)
@@ -59,7 +59,7 @@ def tracked(items: Iterable[Item], label: str, *, total: int | None, shown: bool
 
 
 def blank_figure(why: str, **settings: Any) -> Any:
-    """A matplotlib Figure with these settings. Raises PackageMissing, which says `why`, without matplotlib."""
+    """Make a matplotlib Figure with these settings. Raises PackageMissing, which says `why`, without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -68,7 +68,7 @@ def blank_figure(why: str, **settings: Any) -> Any:
 
 
 def count_along(axes: Any) -> None:
-    """Labels the horizontal axis with whole numbers only: it counts steps, candidates or evaluations."""
+    """Label the horizontal axis with whole numbers only: it counts steps, candidates or evaluations."""
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
@@ -81,7 +81,7 @@ class ShownTable(Table):
 
     @classmethod
     def of(cls, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> ShownTable:
-        """The table of these rows; columns of numbers are right-aligned, other values appear as text."""
+        """Make a table of these rows; columns of numbers are right-aligned, other values appear as text."""
         listed = [list(row) for row in rows]
         table = cls(title=title, title_justify="left")
         for position, column in enumerate(columns):

@@ -19,7 +19,7 @@ from loraweave.errors import AdapterExists, HubError, LoraweaveError
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """Yields a path beside `target` to write to; the file durably replaces `target` when the block ends.
+    """Yield a path beside `target` to write to; the file durably replaces `target` when the block ends.
 
     Readers of `target` see the old file or the complete new one. An error leaves nothing else behind. Raises OSError if the
     file system fails, also for a folder that does not exist.
@@ -36,7 +36,7 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Writes a new file, readable by its owner alone until it is complete, and by all afterwards."""
+    """Write a new file, readable by its owner alone until it is complete, and by all afterwards."""
     # exclusive: the name cannot be guessed, and a planted file is not followed
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
     try:
@@ -49,7 +49,7 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 def cache_folder() -> Path:
-    """The only folder outside the environment that loraweave writes to: $LORAWEAVE_CACHE, else ~/.cache/loraweave."""
+    """Return the only folder outside the environment that is written to: $LORAWEAVE_CACHE, else ~/.cache/loraweave."""
     own = os.environ.get("LORAWEAVE_CACHE")
     if own:
         return Path(own)
@@ -57,7 +57,7 @@ def cache_folder() -> Path:
 
 
 def as_path(value: object, what: str, error: type[LoraweaveError] = HubError) -> Path:
-    """The value as a path. Raises `error`, which names `what` was expected, unless it is a text or a path."""
+    """Return the value as a path. Raises `error`, which names `what` was expected, unless it is a text or a path."""
     if not isinstance(value, str | PathLike):
         raise error(f"{what} is {value!r:.80}; give its path")
     return Path(value)
@@ -67,12 +67,12 @@ _syncing = ContextVar("_syncing", default=True)
 
 
 def unsynced() -> AbstractContextManager[None]:
-    """Inside it this thread's `sync` does nothing: for what is synced later, or made again when it is missing."""
+    """Disable this thread's `sync` inside the context: for files that are synced later, or made again if missing."""
     return holding(_syncing, False)
 
 
 def sync(path: Path) -> None:
-    """Makes a file's bytes, or a folder's names, survive a power failure."""
+    """Make a file's bytes, or a folder's names, survive a power failure."""
     if not _syncing.get():
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -83,7 +83,7 @@ def sync(path: Path) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Removes a temporary file if possible."""
+    """Remove a temporary file if possible."""
     try:
         os.unlink(path)
     except OSError:
@@ -92,7 +92,7 @@ def remove_file(path: Path) -> None:
 
 
 def require_replaceable(folder: Path, is_own: Callable[[Path], bool]) -> Path:
-    """The folder to replace: `folder`, or where it leads to if it is a link. `is_own` says what may be lost of an old one.
+    """Return the folder to replace: `folder`, or the target of a link. `is_own` says which entries of it may be lost.
 
     Raises AdapterExists for a file, and for a folder with anything else in it.
     """
@@ -112,7 +112,7 @@ def require_replaceable(folder: Path, is_own: Callable[[Path], bool]) -> Path:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """An empty folder to write into, which takes the place of `target` when the block ends without an error.
+    """Yield an empty folder to write into, which takes the place of `target` when the block ends without an error.
 
     Its files are on the disk before that. What was at `target` comes back when the renaming fails, and is removed only
     afterwards; after an error everything is as it was. HubFull for a full disk, HubReadOnly where nothing can be written,

@@ -1,4 +1,4 @@
-"""95 % intervals of shares of right answers: Wilson's (1927), which has a width also where all are right, or none is."""
+"""The 95 % intervals of shares of right answers: Wilson's (1927), which has a width also where all are right, or none is."""
 
 from __future__ import annotations
 

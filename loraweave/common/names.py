@@ -18,7 +18,7 @@ _REFUSED_CATEGORIES = {"Cc", "Cs", "Zl", "Zp"}
 
 
 def checked_name(name: object) -> str:
-    """The name in Unicode form NFC, so that two ways of typing it are one name. Raises InvalidName if a rule forbids it."""
+    """Return the name in Unicode form NFC, so that two ways of typing it are one name. InvalidName if a rule forbids it."""
     if not isinstance(name, str):
         raise InvalidName(f"an adapter's name is text, not {type(name).__name__} {_short(name)}")
     normal = unicodedata.normalize("NFC", name)
@@ -42,7 +42,7 @@ def checked_name(name: object) -> str:
 
 
 def near_misses(name: str, known: Iterable[str]) -> list[str]:
-    """At most three names of `known` that `name` may stand for, the nearest first, ignoring case."""
+    """Return at most three names of `known` that `name` may stand for, the nearest first, ignoring case."""
     by_folded: dict[str, list[str]] = {}
     for other in known:
         by_folded.setdefault(other.casefold(), []).append(other)
@@ -57,17 +57,17 @@ def _short(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with a space for every character that a terminal would not show, one for one."""
+    """Replace every character that a terminal would not show by a space, one for one."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 
 def text_digest(text: str) -> str:
-    """The sha256 of a text, in hexadecimal: what stands for it in a path, a row or a key."""
+    """Return the sha256 of a text, in hexadecimal, to stand for it in a path, a row or a key."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def now() -> str:
-    """ISO 8601 in UTC, to the second."""
+    """Return the time in ISO 8601, in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -76,7 +76,7 @@ NUM_SHOWN = 8
 
 
 def unknown_expert(name: object, known: Collection[str]) -> UnknownExpert:
-    """The error to raise for `name`, which is not among `known`."""
+    """Make the error to raise for `name`, which is not among `known`."""
     close = near_misses(str(name), known)
     hint = f", did you mean {' or '.join(map(repr, close))}?" if close else ""
     shown = ", ".join(map(repr, islice(known, NUM_SHOWN)))

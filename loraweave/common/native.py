@@ -33,7 +33,7 @@ is_watched = torch._C._len_torch_dispatch_stack
 
 @cache
 def library(source: Path, *, brief: bool) -> ctypes.CDLL | None:
-    """The library of a C file; None, and a log line says why, where it cannot be had.
+    """Load the library of a C file; None, with a log line that says why, if it cannot be had.
 
     The calls of a `brief` one take microseconds, less than another thread's turn would, and keep Python's lock meanwhile.
     """
@@ -48,7 +48,7 @@ def library(source: Path, *, brief: bool) -> ctypes.CDLL | None:
 
 
 def _compiled(source: Path) -> Path:
-    """The library's file, made where it is not there yet. OSError or SubprocessError where that fails."""
+    """Return the library's file, compiled if it is missing. Raises OSError or SubprocessError if that fails."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
     if compiler is None:
         raise OSError("there is no C compiler (cc, gcc, clang, or $CC)")

@@ -1,4 +1,4 @@
-"""What a method, search, router or recipe takes, as its own signature declares it, and the one check of what it is given.
+"""The options of a method, search, router or recipe, as its own signature declares them, and the one check of their values.
 
 A file of a registry says what it takes where it is defined: the parameters of its function or class, and their kinds.
 Errors, near misses and the tables of the command line follow from that alone, for a file of another package too.
@@ -29,7 +29,7 @@ WORDS: dict[Any, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that an option takes, as in `Annotated[float, Range(above=0, most=1)]`. Bounds left out are infinite."""
+    """The range of an option's numbers, as in `Annotated[float, Range(above=0, most=1)]`. A missing bound is infinite."""
 
     least: float | None = None
     above: float | None = None
@@ -37,7 +37,7 @@ class Range:
     below: float | None = None
 
     def holds(self, value: float) -> bool:
-        """Whether a number is within all bounds."""
+        """Return whether a number is within all bounds."""
         return (
             (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
@@ -64,7 +64,7 @@ Share = Annotated[float, Range(above=0, most=1)]
 
 
 def options_of(thing: Callable[..., Any], *, after: int = 0, beside: Collection[str] = ()) -> dict[str, Any]:
-    """{name: kind} of what a function or class takes by name, but for its first parameters and those named in `beside`.
+    """Return {name: kind} of a function's or class's parameters by name, without the first `after` and those in `beside`.
 
     The kind is the annotation, Any where there is none or where it names what is imported for type checkers alone.
     """
@@ -87,7 +87,7 @@ def require_known(
     noun: str = "option",
     error: type[LoraweaveError] = WeightingError,
 ) -> None:
-    """Raises `error` for an unknown name, with the nearest one and all of them."""
+    """Raise `error` for an unknown name, with the nearest one and all of them."""
     for name in given:
         if name not in known:
             has = ", ".join(known) or f"no {noun}s"
@@ -102,7 +102,7 @@ def check_options(
     noun: str = "option",
     error: type[LoraweaveError] = WeightingError,
 ) -> None:
-    """Raises `error` for an unknown name, with the nearest and all names, and for a value outside its kind or range."""
+    """Raise `error` for an unknown name, with the nearest and all names, and for a value outside its kind or range."""
     require_known(whose, given, kinds, noun=noun, error=error)
     for name, value in given.items():
         if not fits(value, kinds[name]):
@@ -112,7 +112,7 @@ def check_options(
 
 
 class UnknownWord(UnknownName, WeightingError):
-    """A text that is not one of the few that an option takes."""
+    """A text that is none of the few that an option takes."""
 
 
 class Declared:
@@ -128,19 +128,19 @@ class Declared:
 
     @classmethod
     def check(cls, options: Mapping[str, Any]) -> None:
-        """Raises `error` for a value outside its kind; Python itself refuses an unknown name."""
+        """Raise `error` for a value outside its kind; Python itself refuses an unknown name."""
         kinds = options_of(cls)
         known = {name: value for name, value in options.items() if name in kinds}
         check_options(f"{cls.noun} {cls.registered_name()!r}", known, kinds, error=cls.error)
 
     @classmethod
     def registered_name(cls) -> str:
-        """The name in the registry, which is that of its file."""
+        """Return the name in the registry, which is that of its file."""
         return cls.__module__.rpartition(".")[2]
 
 
 def fits(value: object, kind: Any) -> bool:
-    """Whether a value is of an annotated kind and in its range.
+    """Return whether a value is of an annotated kind and in its range.
 
     Numbers are finite; True and False are not numbers. Every value fits a kind that this function does not know.
     """
@@ -161,7 +161,7 @@ def fits(value: object, kind: Any) -> bool:
 
 
 def described(kind: Any, value: object = None) -> str:
-    """What a value of that kind is, in words; with the nearest to `value` where only a few texts are."""
+    """Describe values of a kind in words, with the nearest to `value` where only a few texts are allowed."""
     origin = get_origin(kind)
     if origin is Annotated:
         plain, *rules = get_args(kind)

@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 @contextmanager
 def paused_collector() -> Iterator[None]:
-    """Pauses the cyclic collector of the process for the length of a `with` block; one that was off stays off.
+    """Pause the cyclic collector of the process for the length of a `with` block; one that was off stays off.
 
     Opening an adapter makes some thousand objects, and with hundreds of adapters open the collector takes half the time.
     """
@@ -32,7 +32,7 @@ _OWNERS: WeakSet[Any] = WeakSet()
 
 
 def lock_of(owner: Any) -> Any:
-    """A reentrant lock to keep as `owner._lock`; a forked process replaces it with a free one.
+    """Make a reentrant lock to keep as `owner._lock`; a forked process replaces it with a free one.
 
     The lock has no wrapper class: `with` acquires the interpreter's own in a way that no interruption can leave it taken.
     """
@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 @contextmanager
 def holding(variable: ContextVar[T], value: T) -> Iterator[None]:
-    """Sets the variable inside the block, in this thread or asyncio task, and restores it afterwards."""
+    """Set the variable inside the block, in this thread or asyncio task, and restore it afterwards."""
     token = variable.set(value)
     try:
         yield
@@ -76,7 +76,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_host_bytes() -> int | None:
-    """The memory a process may still take, within a container's limit. None if the system does not tell."""
+    """Return the memory that a process may still take, within a container's limit; None if the system does not tell."""
     if not MEMINFO.is_file():
         return None
     lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
@@ -85,7 +85,7 @@ def free_host_bytes() -> int | None:
 
 
 def _cgroup_bytes() -> list[int]:
-    """What a container's limit leaves, including reclaimable cached files; empty without a limit."""
+    """List the bytes that a container's limit leaves, including reclaimable cached files; [] without a limit."""
     limit, used, statistics = (CGROUP / name for name in ("memory.max", "memory.current", "memory.stat"))
     if not limit.is_file() or (text := limit.read_text().strip()) == "max":
         return []

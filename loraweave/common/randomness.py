@@ -15,18 +15,18 @@ Made = TypeVar("Made")
 
 
 def seeded(*parts: object) -> torch.Generator:
-    """A generator on the CPU whose numbers are a function of the parts' representations alone."""
+    """Make a generator on the CPU whose numbers are a function of the parts' representations alone."""
     return generator_of(repr(parts))
 
 
 def generator_of(text: str) -> torch.Generator:
-    """A generator on the CPU whose numbers are a function of the text alone."""
+    """Make a generator on the CPU whose numbers are a function of the text alone."""
     digest = hashlib.sha256(text.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
 
 
 def with_seed(seed: int, make: Callable[[], Made]) -> Made:
-    """make(), with torch seeded; the caller's random numbers continue unaffected."""
+    """Return make() under a seed of torch; the caller's random numbers continue unaffected."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
@@ -34,7 +34,7 @@ def with_seed(seed: int, make: Callable[[], Made]) -> Made:
 
 @contextmanager
 def caller_randomness() -> Iterator[None]:
-    """Lets the block seed the generators of Python, numpy and torch, and restores them afterwards."""
+    """Let the block seed the generators of Python, numpy and torch, and restore them afterwards."""
     python, array = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:

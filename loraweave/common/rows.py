@@ -58,7 +58,7 @@ class Row:
 
     @property
     def asked(self) -> Prompt:
-        """The turns before the answer of a row of messages; the input of any other."""
+        """The turns before the answer of a row of messages; the input of any other row."""
         return self.input if self.chat is None else self.chat
 
 
@@ -82,12 +82,12 @@ def read_rows(
 
 
 def read_inputs(given: GivenRows, *, of: str = "") -> list[str]:
-    """Texts, or the inputs of rows, in their order. Raises InvalidTask for anything else, such as a single text."""
+    """Read texts, or the inputs of rows, in their order. Raises InvalidTask for anything else, such as a single text."""
     return [row.input for row in read_rows(given, noun="input", of=of, targets="none")]
 
 
 def read_asked(given: GivenRows) -> list[Prompt]:
-    """The same, with the inputs of rows of messages as conversations."""
+    """Read inputs as `read_inputs` does, but those of rows of messages as conversations."""
     return [row.asked for row in read_rows(given, noun="input", targets="none")]
 
 
@@ -103,7 +103,7 @@ def shared_instruction(rows: Sequence[Row]) -> str:
 
 
 def located(given: GivenRows, *, noun: str = "row", of: str = "", one_split: bool = True) -> Iterator[tuple[str, Any]]:
-    """(where it is, the row as it came) of each row; integer labels of a data set are already their names.
+    """Yield (place, row as it came) of each row; integer labels of a data set are already their names.
 
     Raises InvalidTask if these are not rows, for an unreadable file, and, with `one_split`, for rows of more than one
     `split`.
@@ -121,7 +121,7 @@ def located(given: GivenRows, *, noun: str = "row", of: str = "", one_split: boo
 
 
 def read_row(row: Any, where: str, *, targets: Targets = "one") -> Row:
-    """One row, which is called `where` in messages. Raises InvalidTask for another form, or without a target."""
+    """Read one row, which is called `where` in messages. Raises InvalidTask for another form, or without a target."""
     match row:
         case Mapping():
             return _of_mapping({str(name): value for name, value in row.items() if not _is_missing(value)}, where, targets)
@@ -169,7 +169,7 @@ def _source(given: GivenRows, noun: str, of: str) -> Iterator[tuple[str, Any]]:
 
 
 def _records(given: Any) -> Iterable[Any] | None:
-    """The rows of a frame (pandas, polars), whose iteration gives columns; else what iteration gives. None without any."""
+    """Return the rows of a frame (pandas, polars), whose iteration gives columns; else an iterator, or None without one."""
     if isinstance(given, str | bytes):
         return None
     if hasattr(given, "to_dicts"):
@@ -183,7 +183,7 @@ def _records(given: Any) -> Iterable[Any] | None:
 
 
 def _class_names(features: Any) -> dict[str, Sequence[str]]:
-    """The names of the classes of each column that has integers for them."""
+    """Return the names of the classes of each column that has integers for them."""
     if not isinstance(features, Mapping):
         return {}
     named = {column: getattr(feature, "names", None) for column, feature in features.items()}
@@ -214,7 +214,7 @@ def _of_file(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def located_lines(lines: Iterable[str], of: str) -> Iterator[tuple[str, Any]]:
-    """(where it is, row) of each line of JSON that is not blank. Raises InvalidTask for a line that is not JSON."""
+    """Yield (place, row) of each line of JSON that is not blank. Raises InvalidTask for a line that is not JSON."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -263,7 +263,7 @@ def _of_mapping(row: Mapping[str, Any], where: str, targets: Targets) -> Row:
 
 
 def _of_chat(chat: Conversation, given: Any, instruction: str, where: str, targets: Targets) -> Row:
-    """The turns before an answer, and the answer, where there is one."""
+    """Make a row of the turns before an answer, and of the answer, if there is one."""
     roles = [role for role, _ in chat.turns]
     if (given is None and targets not in ("any", "none")) or not roles or roles[-1] != "user":
         said = ", ".join([*roles, *([] if given is None else ["assistant"])]) or "nobody"
@@ -291,7 +291,7 @@ def _texts(given: Any, answer: str, where: str, targets: Targets) -> list[str]:
 
 
 def _columns(row: Mapping[str, Any], where: str, targets: Targets) -> tuple[str, str | None]:
-    """The columns of the input and of the target. Raises InvalidTask where none or several have them."""
+    """Return the columns of the input and of the target. Raises InvalidTask where none or several have them."""
     found: list[tuple[str, str | None]] = [
         (column, answer) for column, answers in COLUMNS.items() if column in row for answer in answers if answer in row
     ]
@@ -315,7 +315,7 @@ def _columns(row: Mapping[str, Any], where: str, targets: Targets) -> tuple[str,
 
 
 def _is_missing(value: Any) -> bool:
-    """Whether a data set or frame marks the value as missing."""
+    """Return whether a data set or frame marks the value as missing."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 

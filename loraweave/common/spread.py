@@ -48,13 +48,13 @@ READY = 2
 
 @dataclass(frozen=True)
 class Failed:
-    """Why a piece has no result: what it raised, or WorkersFailed where its workers were lost."""
+    """The reason why a piece has no result: the error it raised, or WorkersFailed if its workers were lost."""
 
     error: Exception
 
 
 class Workers(Protocol):
-    """Where pieces run; `room` is how many may be under way now. It raises WorkersFailed where no worker will come back."""
+    """Workers that run pieces, `room` of them at a time. Raises WorkersFailed where no worker will come back."""
 
     @property
     def room(self) -> int: ...
@@ -65,7 +65,7 @@ class Workers(Protocol):
 
 
 def processes_here(n_jobs: int | None) -> int | None:
-    """How many processes of this machine would work at once: 1 where only this one or a cluster does.
+    """Return how many processes of this machine would work at once: 1 if only this one does, or a cluster.
 
     None where neither `n_jobs` nor joblib.parallel_config asks for anything. Raises WorkersFailed for a number that is none,
     and for a backend that pieces cannot be spread over.
@@ -91,7 +91,7 @@ def spread(
     label: str,
     bar: Progress,
 ) -> Iterator[tuple[str, Result | Failed]]:
-    """(name, work(piece)) of every piece as each ends, or why it failed; in this process and in order unless spread.
+    """Yield (name, work(piece)) of every piece as it ends, or why it failed; in this process and in order unless spread.
 
     `work` and the pieces are pickled. A worker has as many threads of torch as this process, and runs one piece at a time,
     so that a result has the bits that it has here. A piece whose worker dies runs again on another, at most TRIES times, and
@@ -104,7 +104,7 @@ def spread(
 
 @contextmanager
 def crew(n_jobs: int | None) -> Iterator[Crew]:
-    """The workers of one round of pieces after the other. Leaving the block ends what runs, and the processes of loky.
+    """Yield the workers for rounds of pieces. Leaving the block ends what runs, and the processes of loky.
 
     Raises WorkersFailed as `processes_here` does.
     """
@@ -124,13 +124,13 @@ class Crew:
 
     @property
     def is_here(self) -> bool:
-        """Whether this process does all."""
+        """True if this process does all the work."""
         return self._workers is None
 
     def spread(
         self, work: Callable[[Item], Result], pieces: Mapping[str, Item], *, label: str, bar: Progress
     ) -> Iterator[tuple[str, Result | Failed]]:
-        """One round, as the function `spread` has it."""
+        """Run one round, as the function `spread` does."""
         workers = self._workers
         shown = bar.add_task(label, total=len(pieces), loss="", left="")
         if workers is None:
@@ -162,7 +162,7 @@ class Crew:
 
 
 def require_all(outcomes: Mapping[str, Result | Failed]) -> dict[str, Result]:
-    """The results; raises the error of the first piece that failed, with a note of the others that did."""
+    """Return the results, or raise the error of the first piece that failed, with a note of the others that did."""
     failed = {name: each.error for name, each in outcomes.items() if isinstance(each, Failed)}
     for name, error in failed.items():
         error.add_note(f"this was piece {name!r} of {len(outcomes)}; the same call runs what failed again")
@@ -194,7 +194,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 def _carry_out(work: Callable[[Item], Result], threads: int, piece: Item) -> Result | Failed:
-    """What a worker does with a piece."""
+    """Do a piece's work in a worker, with as many threads of torch as the caller has."""
     with _ONE_AT_A_TIME:
         # sums of another number of threads round otherwise
         torch.set_num_threads(threads)
@@ -216,7 +216,7 @@ def _attempt(work: Callable[[Item], Result], piece: Item) -> Result | Failed:
 
 
 def _asked(n_jobs: int | None) -> tuple[Any, int | None]:
-    """joblib's backend, and the number of workers that the call or joblib's configuration names."""
+    """Return joblib's backend, and the number of workers that the call or joblib's configuration names."""
     backend, said = get_active_backend()
     if n_jobs is not None and not (is_whole(n_jobs, -sys.maxsize) and n_jobs):
         raise WorkersFailed(f"n_jobs is {n_jobs!r:.40}: give a number of workers, -1 for all there are, or None")
@@ -228,7 +228,7 @@ HERE = ("LokyBackend", "SequentialBackend")
 
 
 def _kind(backend: Any) -> str:
-    """The name of the backend's class, or of the known one that it extends: Ray's and Dask's may not be installed."""
+    """Return the name of the backend's class, or of the known one that it extends: Ray's and Dask's may not be installed."""
     names = [kind.__name__ for kind in type(backend).__mro__]
     for name in names:
         if name in (*CLUSTERS, *HERE):
@@ -240,7 +240,7 @@ def _kind(backend: Any) -> str:
 
 
 def _workers(n_jobs: int | None) -> Workers | None:
-    """None where this process does all."""
+    """Make the workers; None if this process does all the work."""
     backend, asked = _asked(n_jobs)
     most = asked if asked is not None and asked > 0 else None
     match _kind(backend):
@@ -254,7 +254,7 @@ def _workers(n_jobs: int | None) -> Workers | None:
 
 
 class _Processes:
-    """Processes of this machine. Each has an executor of its own, since one that lost a process ends all of its others."""
+    """Processes of this machine, each with an executor of its own, since one that lost a process ends all of its others."""
 
     def __init__(self, number: int) -> None:
         self.room = number
@@ -288,7 +288,7 @@ class _Processes:
 
 
 def _end_with(driver: int) -> None:
-    """Lets this process end soon after the one that started it: a driver that is killed cannot see to that itself."""
+    """End this process soon after the one that started it: a driver that is killed cannot see to that itself."""
 
     def watch() -> None:
         while os.getppid() == driver:
@@ -363,7 +363,7 @@ def _called(call: Callable[[], Any]) -> Any:
 
 
 def _ray() -> Any:
-    """Ray, connected to the cluster of `ray.init` or RAY_ADDRESS. None is started: it would listen on every address."""
+    """Return Ray, connected to `ray.init`'s cluster or RAY_ADDRESS. None is started: it would listen on every address."""
     import ray
 
     if not ray.is_initialized():
@@ -374,6 +374,6 @@ def _ray() -> Any:
 
 
 def _ray_options(backend: Any) -> dict[str, Any]:
-    """Those of a task: as many cores as torch has threads, unless `ray_remote_args` of the backend say otherwise."""
+    """Return a task's options: as many cores as torch has threads, unless `ray_remote_args` of the backend say otherwise."""
     given = {key: value for key, value in (backend.ray_remote_args or {}).items() if not key.startswith("max_")}
     return {"num_cpus": torch.get_num_threads(), **given}

@@ -26,7 +26,7 @@ RUNNING = "running"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Parameters and AdamW moments after `step` steps."""
+    """The parameters and AdamW moments after `step` steps."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -41,7 +41,7 @@ class TrainingState:
         return cls(step, tensors)
 
     def restore(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
-        """Puts the state back and returns the number of steps already done."""
+        """Put the state back and return the number of steps already done."""
         with torch.no_grad():
             for index, parameter in enumerate(parameters):
                 parameter.copy_(self.tensors[f"{index}.value"])
@@ -54,7 +54,7 @@ class TrainingState:
 
 
 def checkpoint_folder(given: str | Path | None) -> Path | None:
-    """The folder for the states of a training, created if needed; None for None.
+    """Return the folder for the states of a training, created if needed; None for None.
 
     Raises TrainingError unless the value is a path, and for a folder that cannot be created or written to.
     """
@@ -76,7 +76,7 @@ def checkpoint_folder(given: str | Path | None) -> Path | None:
 
 
 def save_state(folder: Path, key: str, state: TrainingState, *, place: str = RUNNING) -> None:
-    """Writes the state under a temporary name, then renames. A full disk is logged and does not end the training."""
+    """Write the state under a temporary name, then rename. A full disk is logged and does not end the training."""
     path = folder / place / f"{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -87,7 +87,7 @@ def save_state(folder: Path, key: str, state: TrainingState, *, place: str = RUN
 
 
 def load_state(folder: Path, key: str, *, place: str = RUNNING) -> TrainingState | None:
-    """The last complete state, or None; a damaged file is logged and ignored."""
+    """Return the last complete state, or None; a damaged file is logged and ignored."""
     path = folder / place / f"{key}.safetensors"
     if not path.is_file():
         return None
@@ -101,12 +101,12 @@ def load_state(folder: Path, key: str, *, place: str = RUNNING) -> TrainingState
 
 
 def drop_state(folder: Path, key: str) -> None:
-    """Removes the state of jobs that are finished."""
+    """Remove the state of jobs that are finished."""
     (folder / RUNNING / f"{key}.safetensors").unlink(missing_ok=True)
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """The tensors as a file of safetensors: the same bytes for the same bits."""
+    """Return the tensors as a file of safetensors: the same bytes for the same bits."""
     raw: bytes = save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()})
     return raw
 
@@ -116,7 +116,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes the file. Raises OSError with the error number if the file system fails; safetensors hides it."""
+    """Write the file. Raises OSError with the error number if the file system fails; safetensors hides it."""
     try:
         save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
     except SafetensorError as error:

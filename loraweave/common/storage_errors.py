@@ -1,4 +1,4 @@
-"""Turns what a remote store raises into the hub's own errors, once, at the room's edge."""
+"""Conversion of what stores raise into the hub's own errors, once, at the room's edge."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@")
 
 @contextmanager
 def remote_errors(place: str, doing: str, *, writing: bool = False) -> Iterator[None]:
-    """Raises a leaf of HubError for any failure inside but FileNotFoundError. `place` is a URL, `doing` a verb.
+    """Raise a leaf of HubError for any failure inside but FileNotFoundError. `place` is a URL, `doing` a verb.
 
     Stores raise what the library below them does, which has no common root.
     """
@@ -34,7 +34,7 @@ def remote_errors(place: str, doing: str, *, writing: bool = False) -> Iterator[
 
 
 def without_credentials(text: str) -> str:
-    """The text with user names and passwords cut out of the URLs in it."""
+    """Cut user names and passwords out of the URLs in a text."""
     return _CREDENTIALS.sub("", text)
 
 
@@ -56,7 +56,7 @@ _WAY_OUT = "Hub.verify() lists what can still be read, loraweave.hub.health.rebu
 
 @contextmanager
 def storage_errors(path: Path | str, doing: str) -> Iterator[None]:
-    """Raises a leaf of HubError, with the cause attached, for any OSError or sqlite3.Error inside. `doing`: "adding 'x'"."""
+    """Raise a leaf of HubError, with the cause attached, for any OSError or sqlite3.Error inside. `doing`: "adding 'x'"."""
     try:
         yield
     except HubError:
@@ -76,7 +76,7 @@ def storage_errors(path: Path | str, doing: str) -> Iterator[None]:
 
 
 def is_damage(error: sqlite3.Error) -> bool:
-    """Whether the database itself is at fault, and not its file system, its lock or the room for it."""
+    """Return whether the database itself is at fault, and not its file system, its lock or the room for it."""
     return _code(error) not in _PASSING
 
 

@@ -46,7 +46,7 @@ _blas = _BlasThreads()
 
 @contextmanager
 def one_blas_thread(wanted: bool = True) -> Iterator[None]:
-    """Limits BLAS and LAPACK of numpy and scipy to one thread in the whole process, until the last such block ends.
+    """Limit BLAS and LAPACK of numpy and scipy to one thread in the whole process, until the last such block ends.
 
     On matrices of a few hundred rows their threads wait longer than they work. Does nothing unless `wanted`.
     """
@@ -63,7 +63,7 @@ def one_blas_thread(wanted: bool = True) -> Iterator[None]:
 def side_by_side(
     function: Callable[[Item], Result], items: Iterable[Item], *, worth: Callable[[Item], bool] = lambda item: True
 ) -> Iterator[Result]:
-    """`function` of each item, in order, on as many threads as torch uses, while further items are produced.
+    """Yield `function` of each item, in order, on as many threads as torch uses, while further items are produced.
 
     At most two more items than threads exist at a time. Items not `worth` a thread run in the caller's. BLAS has one thread
     meanwhile. An error is raised in place of its result, after running calls have finished.

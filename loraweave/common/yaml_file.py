@@ -1,4 +1,4 @@
-"""A YAML file of a user's, read as plain values: what YAML would guess at or expand is refused."""
+"""A user's YAML file, read as plain values: what YAML would guess at or expand is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_BYTES = 2**20
 
 
 class _Plain(yaml.SafeLoader):  # type: ignore[misc]
-    """Without aliases, which could stand for any amount, and without keys that are given twice."""
+    """A loader without aliases, which could stand for any amount, and without keys that are given twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -40,7 +40,7 @@ _Plain.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.
 
 
 def read_yaml(path: Path, error: type[LoraweaveError]) -> dict[str, Any]:
-    """The mapping that a file holds. Raises `error`, with the line, for anything else."""
+    """Read the mapping that a file holds. Raises `error`, with the line, for anything else."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise error(f"{path} has {path.stat().st_size} bytes, above the limit of {MAX_BYTES}")
