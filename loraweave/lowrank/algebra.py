@@ -22,7 +22,7 @@ MAX_FP32 = torch.finfo(torch.float32).max
 
 
 def delta(factors: Factors) -> Tensor:
-    """The dense update b a as (O, I), fp32. Raises AdapterUnsupported where the update is not a matrix of its own."""
+    """Return the dense update b a as (O, I), fp32. Raises AdapterUnsupported where the update is no matrix of its own."""
     _require_bound(factors)
     if factors.gain_O is not None:
         raise AdapterUnsupported("an update with a gain (DoRA, (IA)3) has no dense delta apart from the base weight")
@@ -30,7 +30,7 @@ def delta(factors: Factors) -> Tensor:
 
 
 def bind(factors: Factors, weight_OI: Tensor, bias_O: Tensor | None) -> Factors:
-    """The same update with what depends on the base layer resolved.
+    """Resolve what depends on the base layer, and return the same update without it.
 
     DoRA (Liu et al. 2024, eq. 5) with m = magnitude: y = m/|W + b a| * (W + b a) x, hence gain = m/|W + b a| - 1 and b is
     scaled by 1 + gain. A trained bias becomes its difference to the base's.
@@ -55,7 +55,7 @@ def bind(factors: Factors, weight_OI: Tensor, bias_O: Tensor | None) -> Factors:
 
 
 def unbind(factors: Factors, weight_OI: Tensor) -> Factors:
-    """The same update with DoRA's magnitude instead of its gain, to be bound to the same base again.
+    """Return the update with DoRA's magnitude instead of its gain, to be bound to the same base again.
 
     With r = 1 + gain, b is divided by r, and m = r |W + b a|. Raises AdapterUnsupported where r is 0 in a row of b that is
     not, which no magnitude expresses.
@@ -72,7 +72,7 @@ def unbind(factors: Factors, weight_OI: Tensor) -> Factors:
 
 
 def scale(factors: Factors, weight: float) -> Factors:
-    """weight * update. The weight goes onto b alone: on both factors it would count twice. A weight of 1 gives `factors`."""
+    """Return weight * update, `factors` for 1. The weight goes onto b alone: on both factors it would count twice."""
     if weight == 1.0:
         return factors
     _require_bound(factors)
@@ -85,12 +85,12 @@ def scale(factors: Factors, weight: float) -> Factors:
 
 
 def negate(factors: Factors) -> Factors:
-    """-update: exactly one factor changes its sign, since flipping both is the identity."""
+    """Return -update: exactly one factor changes its sign, since flipping both is the identity."""
     return scale(factors, -1.0)
 
 
 def add(terms: Sequence[Factors]) -> Factors:
-    """The exact sum of updates; ranks add up (concatenation). The sum of one update is itself."""
+    """Return the exact sum of updates; ranks add up (concatenation). The sum of one update is itself."""
     first = terms[0]
     if len(terms) == 1:
         return first
@@ -105,7 +105,7 @@ def add(terms: Sequence[Factors]) -> Factors:
 
 
 def require_alike(terms: Sequence[Factors]) -> None:
-    """Raises AdapterUnsupported unless all are bound, LayerMismatch unless all have one shape and kind."""
+    """Raise AdapterUnsupported unless all are bound, LayerMismatch unless all have one shape and kind."""
     for term in terms:
         _require_bound(term)
         if _signature(term) != _signature(terms[0]):
@@ -115,7 +115,7 @@ def require_alike(terms: Sequence[Factors]) -> None:
 
 
 def inner(left: Factors, right: Factors) -> float:
-    """<D_left, D_right> = tr(D_left^T D_right), from a a^T and b^T b (both R x R), or from D if that is smaller."""
+    """Return <D_left, D_right> = tr(D_left^T D_right), from a a^T and b^T b (both R x R), or from D if that is smaller."""
     if left.rank * right.rank > left.b_OR.shape[0] * left.a_RI.shape[1]:
         delta_OI = left.b_OR.double() @ left.a_RI.double()
         other_OI = delta_OI if left is right else right.b_OR.double() @ right.a_RI.double()
@@ -126,20 +126,20 @@ def inner(left: Factors, right: Factors) -> float:
 
 
 def norm(factors: Factors) -> float:
-    """The Frobenius norm of b a."""
+    """Return the Frobenius norm of b a."""
     # rounding can leave a square that is zero slightly below it
     return float(max(inner(factors, factors), 0.0) ** 0.5)
 
 
 def orthonormal(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(q_OR, core_RR, p_IR) with b a = q core p^T, the columns of q and of p orthonormal; float64."""
+    """Return (q_OR, core_RR, p_IR) with b a = q core p^T, the columns of q and of p orthonormal; float64."""
     p_IR, right_RR = torch.linalg.qr(a_RI.double().T)
     q_OR, left_RR = torch.linalg.qr(b_OR.double())
     return q_OR, left_RR @ right_RR.T, p_IR
 
 
 def within_sides(factors: Factors) -> Factors:
-    """The same update at a rank of at most min(O, I): above, one factor is the identity and the other b a, in float64."""
+    """Return the update at a rank of at most min(O, I): above, one factor is the identity, the other b a, in float64."""
     num_out, num_in = factors.b_OR.shape[0], factors.a_RI.shape[1]
     if factors.rank <= min(num_out, num_in):
         return factors
@@ -150,7 +150,7 @@ def within_sides(factors: Factors) -> Factors:
 
 
 def require_in_range(factors: Factors, where: str) -> None:
-    """AdapterSuspicious where a term of b a, or a sum of its terms on the way, can be beyond what fp32 holds."""
+    """Raise AdapterSuspicious if a term of b a, or a sum of its terms on the way, can be beyond what fp32 holds."""
     # by Cauchy and Schwarz, the product of the Frobenius norms bounds the reach, and takes a fifth of the time
     if float(torch.linalg.vector_norm(factors.b_OR)) * float(torch.linalg.vector_norm(factors.a_RI)) <= MAX_FP32:
         return
@@ -165,7 +165,7 @@ def require_in_range(factors: Factors, where: str) -> None:
 
 
 def within_range(tensors: Iterable[Tensor]) -> bool:
-    """Whether all values, and all products and sums of products of two tensors, are surely finite in fp32.
+    """Return whether all values, and all products and sums of products of two tensors, are surely finite in fp32.
 
     By Cauchy and Schwarz the norm of all together bounds them, which takes one pass; tensors that fill one memory, as those
     read from a file do, are one vector. False says only that each has to be looked at; so do tensors of whole numbers.
@@ -186,13 +186,13 @@ def within_range(tensors: Iterable[Tensor]) -> bool:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
+    """Return whether no value is NaN or infinite."""
     # either would be in the sum too, and a sum takes a tenth of the time
     return math.isfinite(float(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
 
 
 def on_host(tensor: Tensor) -> Tensor:
-    """The tensor as it is stored: detached, in fp32, in this machine's memory. One that is all that is not touched."""
+    """Return the tensor for storage: detached, fp32, in this machine's memory; itself if it is all that already."""
     # three calls that do nothing take longer than this question, and an adapter has hundreds of tensors
     if tensor.dtype is torch.float32 and tensor.is_cpu and not tensor.requires_grad:
         return tensor
@@ -200,7 +200,7 @@ def on_host(tensor: Tensor) -> Tensor:
 
 
 def is_zero(factors: Factors) -> bool:
-    """Whether the update leaves every output alone; unbound parts count as an effect."""
+    """Return whether the update leaves every output alone; unbound parts count as an effect."""
     if not factors.bound:
         return False
     rest = [part for part in (factors.gain_O, factors.bias_O) if part is not None]

@@ -22,13 +22,13 @@ Array = NDArray[Any]
 BLOCK = 2**16
 # up to this side a Gram matrix costs less than a search of the subspace, and one BLAS thread is best
 SMALL_SIDE = 1024
-# how much the error may be above that of the best approximation, relative to it; below the second value both are equal
+# how much of the best approximation's error the error may lie above it; below the second value both are equal
 EXCESS, NO_ERROR = 1e-6, 5e-7
 # shares of the energy: a smaller rest is the difference of numbers too close in fp32, and in float64
 REST_FP32, REST_FP64 = 1e-2, 1e-7
 # what fp32 may get wrong of an eigenvalue, as a share of the largest
 SLACK = 1e-6
-# of two, of the largest entry
+# exponent of two, for the largest entry
 MOST_EXPONENT = 24
 # a block reads the matrix once for all its columns; wider ones need more products in all
 WIDTH = 32
@@ -38,14 +38,14 @@ FLOOR = 2e-6
 MOST_PRODUCTS, MOST_DEGREE = 32, 12
 # where a filter's lower part ends at the least, relative to the largest eigenvalue, for the same reason
 SMALLEST_EDGE = 1e-2
-# of columns that a Cholesky decomposition makes orthonormal: what it loses of float64 is then below fp32
+# smallest sine in columns that a Cholesky decomposition makes orthonormal: its loss of float64 is then below fp32
 SMALLEST_SINE = 1e-4
 # the least that is divided by
 TINY = 1e-300
 
 
 def factorise(delta_OI: Tensor, *, rank: int | None = None, max_error: float = 0.0) -> tuple[Tensor, Tensor, float]:
-    """(a_RI, b_OR, error): factors with b a = delta, fp32, and their relative Frobenius error, 0 to 1.
+    """Return (a_RI, b_OR, error): factors with b a = delta, fp32, and their relative Frobenius error, 0 to 1.
 
     With `rank`, the best approximation of at most that rank (Eckart-Young). With `max_error` above 0, the smallest rank
     whose relative error is at most that (and at most `rank` where both are given, which wins). With neither, b a is delta
@@ -107,20 +107,20 @@ class _Dense:
         self.energy = sum(_energy(block) for _, block in self.blocks())
 
     def blocks(self) -> Iterator[tuple[slice, Array]]:
-        """Whole rows in float64."""
+        """Yield blocks of whole rows, with their slice, in float64."""
         rows = max(1, BLOCK // max(1, self.delta_OI.shape[1]))
         for start in range(0, len(self.delta_OI), rows):
             yield slice(start, start + rows), self.delta_OI[start : start + rows].astype(np.float64)
 
     def to_small(self, x_MR: Array) -> Array:
-        """delta x, or delta^T x if O is the larger side, in the precision of x."""
+        """Return delta x, or delta^T x if O is the larger side, in the precision of x."""
         return self._right(x_MR) if self.wide else self._left(x_MR)
 
     def to_large(self, y_NR: Array) -> Array:
         return self._left(y_NR) if self.wide else self._right(y_NR)
 
     def gram(self, kind: Any) -> Array:
-        """The N x N Gram matrix in fp32 or float64."""
+        """Return the N x N Gram matrix in fp32 or float64."""
         if kind == np.float32:
             return self.delta_OI @ self.delta_OI.T if self.wide else self.delta_OI.T @ self.delta_OI
         gram_NN = np.zeros((self.side, self.side))
@@ -133,7 +133,7 @@ class _Dense:
         return gram_NN
 
     def best(self, rank: int) -> tuple[Array, Array, Array]:
-        """(u_NR, sigma_R, v_MR): the largest singular values, falling, with their vectors."""
+        """Return (u_NR, sigma_R, v_MR): the largest singular values, falling, with their vectors."""
         if 4 * rank <= self.side:
             found = self._in_fp32(rank)
             if found is not None:
@@ -142,7 +142,7 @@ class _Dense:
         return self._refined(start_NR)
 
     def rest(self, u_NR: Array, sigma_R: Array, v_MR: Array) -> float:
-        """The energy that the approximation leaves out."""
+        """Return the energy that the approximation leaves out."""
         left = self.energy - float(np.square(sigma_R).sum())
         if left > REST_FP64 * self.energy:
             return left
@@ -157,7 +157,7 @@ class _Dense:
         return (right * root_R).T, left * root_R, min(error, 1.0)
 
     def _in_fp32(self, rank: int) -> tuple[Array, Array, Array] | None:
-        """`best` from products in fp32, or None unless a bound shows that its error is that of the best approximation."""
+        """Return `best` from products in fp32, or None unless a bound shows that its error is the best possible."""
         if self.side <= SMALL_SIDE:
             gram_NN = self.gram(np.float32)
             found = filtered_subspace(gram_NN, rank, energy=self.energy)
@@ -181,7 +181,7 @@ class _Dense:
         return (u_NR, sigma_R, v_MR) if missed <= max(2 * EXCESS * left, NO_ERROR**2 * self.energy) else None
 
     def _refined(self, start_NR: Array) -> tuple[Array, Array, Array]:
-        """Singular values and vectors of delta on the span of delta^T start, which is nearer to the best than start."""
+        """Return singular values and vectors of delta on the span of delta^T start, which is nearer to the best."""
         basis_MR = _orthonormal(self.to_large(start_NR))
         u_NR, sigma_R, turn_RR = np.linalg.svd(self.to_small(basis_MR), full_matrices=False)
         return u_NR, sigma_R, basis_MR @ turn_RR.T
@@ -203,7 +203,7 @@ class _Dense:
 def filtered_subspace(
     gram_NN: Array, rank: int, *, energy: float, excess: float = 1e-6, most: int = MOST_PRODUCTS
 ) -> tuple[Array, float] | None:
-    """(vectors_NR, next value) as `top_subspace`, of a small positive matrix in fp32; None beyond `most` products.
+    """Return (vectors_NR, next value) as `top_subspace`, for a small positive matrix in fp32; None beyond `most` products.
 
     A block of vectors goes through a Chebyshev polynomial that is small on the lower part of the spectrum, which ends
     where the block's Ritz values say (Zhou, Saad, Tiago and Chelikowsky 2006).
@@ -237,7 +237,7 @@ def filtered_subspace(
 
 
 def _orthonormal(x_NW: Array) -> Array:
-    """An orthonormal basis of the columns: of those in fp32 by Cholesky in float64, which takes a quarter of QR's time."""
+    """Return an orthonormal basis of the columns: of fp32 columns by Cholesky in float64, in a quarter of QR's time."""
     basis_NW = x_NW
     # what one decomposition leaves of nearly dependent columns, another makes orthonormal
     for _ in range(2 if x_NW.dtype == np.float32 else 0):
@@ -255,14 +255,14 @@ def _orthonormal(x_NW: Array) -> Array:
 
 @lru_cache(maxsize=4)
 def _start(size: int, width: int) -> Array:
-    """Fixed pseudo-random columns, so that a search gives the same every time."""
+    """Return fixed pseudo-random columns, so that a search gives the same every time."""
     return np.random.Generator(np.random.Philox(key=0)).standard_normal((size, width), dtype=np.float32)
 
 
 def top_subspace(
     product: Callable[[Array], Array], size: int, rank: int, *, energy: float, excess: float = 5e-7
 ) -> tuple[Array, float] | None:
-    """(vectors_NR, next value): the `rank` largest eigenvectors of a positive matrix, and its next eigenvalue, in fp32.
+    """Return (vectors_NR, next value): the `rank` largest eigenvectors of a positive matrix, its next eigenvalue; fp32.
 
     Block Lanczos for a large matrix that is known by its products: `product` multiplies columns (N, W) by the matrix,
     whose trace is `energy`. Stops when what the values can still gain is within `excess` of the rest of the trace; None
@@ -305,7 +305,7 @@ def top_subspace(
 
 
 def energy_missed(residual: float, gap: float, rank: int) -> float:
-    """The most by which `rank` Ritz values of a symmetric matrix fall short of its largest eigenvalues, in sum.
+    """Bound the sum by which `rank` Ritz values of a symmetric matrix fall short of its largest eigenvalues.
 
     `residual` is the Frobenius norm of M V - V diag(values), `gap` the distance from the smallest value to the largest
     eigenvalue on the complement of V; each eigenvalue is within 2 r^2 / (gap + sqrt(gap^2 + 4 r^2)) of its Ritz value

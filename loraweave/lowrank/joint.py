@@ -24,14 +24,14 @@ ROUNDS, STEPS = 12, 3
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """u_OR and v_RI, fp32."""
+    """The pair of bases, u_OR and v_RI, in fp32."""
 
     u_OR: Tensor
     v_RI: Tensor
 
 
 def fit(updates: list[Factors], rank: int, middle: Middle = "full", seed: int = 0) -> Basis:
-    """The bases for one layer's updates, of `rank` or as many directions as these have."""
+    """Fit the bases for one layer's updates, of `rank` or as many directions as these have."""
     num_out, num_in = updates[0].b_OR.shape[0], updates[0].a_RI.shape[1]
     b_EOR, a_ERI = _stacked(updates)
     rank = min(rank, num_out, num_in, max(1, sum(each.rank for each in updates)))
@@ -47,7 +47,7 @@ def fit(updates: list[Factors], rank: int, middle: Middle = "full", seed: int = 
 
 
 def project(update: Factors, basis: Basis, middle: Middle = "full") -> Tensor:
-    """The M (R, R), or its diagonal (R,), that is nearest to b a in these bases, fp32."""
+    """Return the M (R, R), or its diagonal (R,), that is nearest to b a in these bases, fp32."""
     u_OR, v_RI = basis.u_OR.double(), basis.v_RI.double()
     inner_RR = (u_OR.T @ update.b_OR.double()) @ (update.a_RI.double() @ v_RI.T)
     if middle == "diagonal":
@@ -57,7 +57,7 @@ def project(update: Factors, basis: Basis, middle: Middle = "full") -> Tensor:
 
 
 def squared_error(update: Factors, basis: Basis, middle_RR: Tensor) -> float:
-    """|D - U M V|^2, without D."""
+    """Return |D - U M V|^2, without forming D."""
     u_OR, v_RI, m_RR = basis.u_OR.double(), basis.v_RI.double(), as_matrix(middle_RR).double()
     b_OR, a_RI = update.b_OR.double(), update.a_RI.double()
     cross = (((u_OR.T @ b_OR) @ (a_RI @ v_RI.T)) * m_RR).sum()
@@ -70,7 +70,7 @@ def as_matrix(middle: Tensor) -> Tensor:
 
 
 def _stacked(updates: list[Factors]) -> tuple[Tensor, Tensor]:
-    """(b_EOR, a_ERI) of updates scaled to norm 1, filled up with zeros to one rank."""
+    """Stack updates as (b_EOR, a_ERI), scaled to norm 1 and filled up with zeros to one rank."""
     rank = max(each.rank for each in updates)
     b_EOR = torch.zeros(len(updates), updates[0].b_OR.shape[0], rank)
     a_ERI = torch.zeros(len(updates), rank, updates[0].a_RI.shape[1])
@@ -81,7 +81,7 @@ def _stacked(updates: list[Factors]) -> tuple[Tensor, Tensor]:
 
 
 def _turned(parts_EOR: Tensor, columns_OR: Tensor) -> Tensor:
-    """A few steps of the power method on the sum of all parts' P P^T, towards its first eigenvectors."""
+    """Take a few steps of the power method on the sum of all parts' P P^T, towards its first eigenvectors."""
     wide = parts_EOR.transpose(0, 1).flatten(1)
     for _ in range(STEPS):
         columns_OR = _orthonormal(wide @ (wide.T @ columns_OR))
@@ -94,7 +94,7 @@ def _orthonormal(columns: Tensor) -> Tensor:
 
 
 def _diagonalised(b_EOR: Tensor, a_ERI: Tensor, u_OR: Tensor, v_IR: Tensor) -> tuple[Tensor, Tensor]:
-    """Alternating least squares of D_e ~ U diag(s_e) V, one of the three after the other; columns keep norm 1."""
+    """Fit D_e ~ U diag(s_e) V by alternating least squares, one of the three after the other; columns keep norm 1."""
     for _ in range(ROUNDS):
         inner_ES = torch.einsum("eos,os->es", b_EOR @ (a_ERI @ v_IR), u_OR)
         s_ER = _solved((u_OR.T @ u_OR) * (v_IR.T @ v_IR), inner_ES)
@@ -108,6 +108,6 @@ def _diagonalised(b_EOR: Tensor, a_ERI: Tensor, u_OR: Tensor, v_IR: Tensor) -> t
 
 
 def _solved(gram_RR: Tensor, given: Tensor) -> Tensor:
-    """given gram^-1, with what is nearly dependent left out."""
+    """Return given gram^-1, leaving out what is nearly dependent."""
     inverse: Tensor = torch.linalg.pinv(gram_RR.double(), hermitian=True, rtol=1e-9)
     return (given.double() @ inverse).float()

@@ -35,7 +35,7 @@ PARTIAL_FROM = 80
 
 
 def compress(factors: Factors, rank: int) -> tuple[Factors, float]:
-    """The best approximation of b a at `rank` or less (Eckart-Young), and its relative Frobenius error, 0 to 1.
+    """Return the best approximation of b a at `rank` or less (Eckart-Young), and its relative Frobenius error, 0 to 1.
 
     Right to 1e-8 of |b a| before the factors are rounded to their dtype, and to 1e-15 of |a| |b| where terms cancel; the
     error is that of the cut, without the rounding. b has orthogonal columns, a orthogonal rows of the same norms, and the
@@ -56,7 +56,7 @@ def compress(factors: Factors, rank: int) -> tuple[Factors, float]:
 
 
 def components(factors: Factors) -> list[Factors]:
-    """The singular components of b a as updates of rank 1, the strongest first; their sum is the update.
+    """Return the singular components of b a as updates of rank 1, the strongest first; their sum is the update.
 
     However the factors are written, the components are the same wherever singular values differ. Gain and bias stay with
     the first. Raises AdapterUnsupported for an update that needs its base layer.
@@ -92,7 +92,7 @@ class CutSum(NamedTuple):
 
 
 def compress_sum(updates: Sequence[Factors], weights: Sequence[float], rank: int) -> CutSum:
-    """`compress` of the sum of w_e b_e a_e, which nothing rounds before the cut.
+    """Compress the sum of w_e b_e a_e as `compress` does, with nothing rounded before the cut.
 
     Weighted factors in fp32 are off by 3e-8, and a cut between close singular values makes more of that. Gains and biases
     sum with the weights. The updates are bound and of one shape and kind, at least one; a sum of at most `rank` rank rows is
@@ -124,7 +124,7 @@ def compress_sum(updates: Sequence[Factors], weights: Sequence[float], rank: int
 
 
 def summed_by_owner(product_SS: Array, ranks: Sequence[int]) -> Array:
-    """(E, E): the sums over the blocks of rows and columns that belong to one update each; `ranks` says how many."""
+    """Sum the blocks of rows and columns that belong to one update each, as (E, E); `ranks` are the blocks' sizes."""
     present = [place for place, rank in enumerate(ranks) if rank]
     starts = [sum(ranks[:place]) for place in present]
     # sums from each start to the next, so that updates of no rows have no place in it
@@ -133,14 +133,14 @@ def summed_by_owner(product_SS: Array, ranks: Sequence[int]) -> Array:
 
 
 def among(values_PP: Array, places: Sequence[int], size: int) -> Array:
-    """A matrix (size, size) of zeros with these values in the rows and columns of `places`."""
+    """Return a matrix (size, size) of zeros with these values in the rows and columns of `places`."""
     found = np.zeros((size, size), dtype=values_PP.dtype)
     found[np.ix_(places, places)] = values_PP
     return found
 
 
 def worth_a_thread(updates: Sequence[Factors]) -> bool:
-    """Whether cutting the sum of updates of one layer takes longer, by far, than handing it to a thread."""
+    """Return whether cutting the sum of updates of one layer takes longer, by far, than handing it to a thread."""
     if not updates:
         return False
     num_out, num_in = updates[0].b_OR.shape[0], updates[0].a_RI.shape[1]
@@ -148,7 +148,7 @@ def worth_a_thread(updates: Sequence[Factors]) -> bool:
 
 
 def truncated(a_SI: Array, b_OS: Array, rank: int, grams: tuple[Array, Array] | None = None) -> Triplets:
-    """(a_RI, b_OR, error) of the best approximation of b a; `rank` is at most the smaller of O, S and I.
+    """Return (a_RI, b_OR, error) of the best approximation of b a; `rank` is at most the smaller of O, S and I.
 
     `grams` are a a^T and b^T b if they are known already; they stay as they are.
     """
@@ -167,7 +167,7 @@ def truncated(a_SI: Array, b_OS: Array, rank: int, grams: tuple[Array, Array] | 
 
 
 def _by_grams(a_SI: Array, b_OS: Array, rank: int, gram_a_SS: Array, gram_b_SS: Array) -> Triplets | None:
-    """None where the rounding of the Gram matrices could be seen."""
+    """Truncate by Gram matrices, or return None if their rounding could be seen."""
     size = float(np.linalg.norm(gram_a_SS) * np.linalg.norm(gram_b_SS))
     if size == 0.0:
         return _nothing(a_SI, b_OS, rank)
@@ -187,7 +187,7 @@ def _by_grams(a_SI: Array, b_OS: Array, rank: int, gram_a_SS: Array, gram_b_SS: 
 
 
 def by_dense_gram(delta_OI: Array, rank: int) -> Triplets | None:
-    """(a_RI, b_OR, error) of a dense matrix with O <= I; None where the rounding of its Gram matrix could be seen."""
+    """Return (a_RI, b_OR, error) of a dense matrix with O <= I; None where the rounding of its Gram matrix could be seen."""
     gram_OO = delta_OI @ delta_OI.T
     size, total = float(np.linalg.norm(gram_OO)), float(gram_OO.trace())
     if total == 0.0:
@@ -201,7 +201,7 @@ def by_dense_gram(delta_OI: Array, rank: int) -> Triplets | None:
 
 
 def top_eigenpairs(symmetric_SS: NDArray[Any], rank: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The `rank` largest eigenvalues, falling, and their vectors as columns; reads the lower triangle and overwrites it.
+    """Return the `rank` largest eigenvalues, falling, and their vectors as columns; overwrites the lower triangle.
 
     In the precision of the matrix, which is best given in column-major order.
     """
@@ -220,7 +220,7 @@ def top_eigenpairs(symmetric_SS: NDArray[Any], rank: int) -> tuple[NDArray[Any],
 
 
 def column_signs(b_OR: NDArray[Any]) -> NDArray[Any]:
-    """The sign of the largest entry of each column; 1 for a column of zeros."""
+    """Return the sign of the largest entry of each column; 1 for a column of zeros."""
     largest_R = np.abs(b_OR).argmax(axis=0)
     return np.where(b_OR[largest_R, np.arange(b_OR.shape[1])] < 0, -1.0, 1.0).astype(b_OR.dtype)
 
@@ -228,7 +228,7 @@ def column_signs(b_OR: NDArray[Any]) -> NDArray[Any]:
 def _compressed(
     like: Factors, a_SI: Array, b_OS: Array, rank: int, grams: tuple[Array, Array] | None = None
 ) -> tuple[Factors, float]:
-    """The truncation of b a as factors that have the rest of `like`."""
+    """Return the truncation of b a as factors with all other fields of `like`."""
     num_out, num_in = b_OS.shape[0], a_SI.shape[1]
     if rank >= a_SI.shape[0]:
         a_RI, b_OR, error = a_SI, b_OS, 0.0
