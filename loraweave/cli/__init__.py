@@ -52,7 +52,7 @@ app.command(epilog=DOCTOR_EXAMPLE)(doctor)
 
 
 def main() -> None:
-    """The entry point of the command `loraweave`."""
+    """Run the command `loraweave`."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # a name that the terminal's encoding lacks must not end the command
         sys.stdout.reconfigure(errors="replace")

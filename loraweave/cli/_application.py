@@ -26,7 +26,7 @@ INTERRUPTED = 130
 
 
 class Application(TyperGroup):
-    """The root group. Exit status 0 done, 1 a named error on one line of stderr, 2 wrong usage, 130 interrupted.
+    """The root group of commands. Exit status 0 done, 1 a named error on one line of stderr, 2 wrong usage, 130 interrupted.
 
     Below an error in a formula stand the formula and a caret. With --debug an error keeps its traceback.
 
@@ -83,7 +83,7 @@ class Application(TyperGroup):
 
 
 def quiet_libraries() -> None:
-    """Leaves out what other libraries log or warn of below errors, such as parts of theirs that did not load at start-up.
+    """Silence what other libraries log or warn of below errors, such as parts of theirs that did not load at start-up.
 
     Of libraries that set a level of their own only what stands above every command is left out.
     """
@@ -97,7 +97,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def _unverified_bases_as_lines() -> Iterator[None]:
-    """Which check of the base model was possible, as one line of stderr, once for each text; other warnings as ever."""
+    """Print which check of the base model was possible, one line of stderr for each text; other warnings as usual."""
     said: set[str] = set()
     with warnings.catch_warnings():
         warnings.simplefilter("always", BaseModelUnverified)
@@ -122,7 +122,7 @@ def _unverified_bases_as_lines() -> Iterator[None]:
 
 
 def one_line(text: str) -> str:
-    """The text on one line and without control characters, which could come from a damaged or hostile file."""
+    """Return the text on one line, without control characters, which could come from a damaged or hostile file."""
     return printable(" ".join(text.split()))
 
 

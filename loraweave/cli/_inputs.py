@@ -1,4 +1,4 @@
-"""What commands read: rows of examples, weights, options, and adapters from folders or a hub."""
+"""Readers of what commands are given: rows of examples, weights, options, and adapters from folders or a hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import loraweave as lw
 
 ADAPTER_FILE = "adapter_config.json"
-# by which exports without one are known
+# the files that mark an export without ADAPTER_FILE
 EXPORTED_FILES = ("adapter.gguf", "pytorch_lora_weights.safetensors")
 COMPOSITION_FILE = "composition.json"
 STDIN = Path("-")
@@ -39,11 +39,11 @@ class Rows:
     rows: tuple[Row, ...]
 
     def examples(self) -> list[tuple[Prompt, str]]:
-        """(input, target), with the first target of each."""
+        """Return (input, target) of each row, with the first of its targets."""
         return [(row.asked, row.targets[0]) for row in self.rows]
 
     def accepted(self) -> list[tuple[Prompt, list[str]]]:
-        """(input, accepted targets)."""
+        """Return (input, accepted targets) of each row."""
         return [(row.asked, list(row.targets)) for row in self.rows]
 
     def task(
@@ -54,7 +54,7 @@ class Rows:
         labels: Sequence[str] | None = None,
         num_examples: int | None = None,
     ) -> Task:
-        """The task of these rows, or of the first of them; a `system`, also an empty one, makes a chat of it.
+        """Make a task of these rows, or of the first of them; a `system`, also an empty one, makes a chat of it.
 
         Raises InvalidTask where no instruction is given and theirs differ.
         """
@@ -65,7 +65,7 @@ class Rows:
 
 
 def read_rows(path: Path, *, split: str) -> Rows:
-    """The rows of a .jsonl or .csv file, or of `-`, stdin; of those with a field "split" only those of `split` count.
+    """Read a .jsonl or .csv file, or stdin for `-`; of rows with a field "split", only those of `split` count.
 
     Raises InvalidTask with the file and line.
     """
@@ -83,7 +83,7 @@ def read_rows(path: Path, *, split: str) -> Rows:
 
 
 def _of_stdin() -> Iterator[tuple[str, Any]]:
-    """(where it is, row): lines of JSON from a pipe, or what the person at the terminal answers, up to an empty input."""
+    """Yield (place, row): lines of JSON from a pipe, or what the person at the terminal answers, up to an empty input."""
     if is_terminal():
         note("give examples of the task, one at a time; an empty input ends them")
         while given := typer.prompt("input", default="", show_default=False, err=True):
@@ -93,7 +93,7 @@ def _of_stdin() -> Iterator[tuple[str, Any]]:
 
 
 def is_terminal() -> bool:
-    """Whether a person types what stdin gives."""
+    """Return whether a person types what stdin gives."""
     return sys.stdin.isatty()
 
 
@@ -115,7 +115,7 @@ def read_weights(text: str | None, sources: Sequence[str]) -> list[float]:
 
 
 def read_options(given: Sequence[str], *, reserved: Sequence[str] = ()) -> dict[str, Any]:
-    """NAME=VALUE pairs; a value is JSON where it can be read so, else text. `reserved` names have a flag of their own."""
+    """Read NAME=VALUE pairs; a value is JSON if it can be read so, else text. `reserved` names have a flag of their own."""
     options: dict[str, Any] = {}
     for pair in given:
         name, equals, value = pair.partition("=")
@@ -133,7 +133,7 @@ def read_options(given: Sequence[str], *, reserved: Sequence[str] = ()) -> dict[
 
 
 def read_named_weights(given: Sequence[str]) -> dict[str, float]:
-    """NAME=NUMBER pairs; the last equals sign separates, since names are free text."""
+    """Read NAME=NUMBER pairs; the last equals sign separates, since names are free text."""
     weights: dict[str, float] = {}
     for pair in given:
         name, equals, value = pair.rpartition("=")
@@ -146,7 +146,7 @@ def read_named_weights(given: Sequence[str]) -> dict[str, float]:
 
 
 def read_labels(text: str | None) -> list[str] | None:
-    """Labels separated by commas; None when there is no text."""
+    """Split labels at commas; None if there is no text."""
     if text is None:
         return None
     labels = [label.strip() for label in text.split(",")]
@@ -156,7 +156,7 @@ def read_labels(text: str | None) -> list[str] | None:
 
 
 def open_hub(place: str) -> lw.Hub:
-    """Opens the hub in a folder or at a URL. Never creates one: raises HubError if there is none."""
+    """Open the hub in a folder or at a URL. Never creates one: raises HubError if there is none."""
     import loraweave as lw
 
     if not hub_exists(place):
@@ -168,7 +168,7 @@ def open_hub(place: str) -> lw.Hub:
 
 
 def read_adapter(source: str, hub: str) -> lw.Adapter:
-    """The adapter in a folder, or of that name in the hub. A word that is both is wrong usage."""
+    """Open the adapter in a folder, or of that name in the hub. Raises BadParameter for a word that is both."""
     import loraweave as lw
 
     has_hub = hub_exists(hub)
@@ -187,7 +187,7 @@ def read_adapter(source: str, hub: str) -> lw.Adapter:
 
 
 def read_formula(sources: Sequence[str], hub: str) -> lw.Formula | None:
-    """The formula that the only source is; None for a folder, a name of the hub, several sources, or without a hub."""
+    """Parse the formula that the only source is; None for a folder, a name of the hub, several sources, or without a hub."""
     import loraweave as lw
 
     if len(sources) != 1 or Path(sources[0]).is_dir() or not hub_exists(hub):
@@ -197,12 +197,12 @@ def read_formula(sources: Sequence[str], hub: str) -> lw.Formula | None:
 
 
 def is_recipe(sources: Sequence[str]) -> bool:
-    """Whether the only source is a YAML file."""
+    """Return whether the only source is a YAML file."""
     return len(sources) == 1 and sources[0].lower().endswith((".yaml", ".yml")) and Path(sources[0]).is_file()
 
 
 def merge_recipe(path: Path, hub: str, seed: int, rules: Mapping[str, Any]) -> tuple[lw.Adapter, str]:
-    """The adapter that a recipe says, and the dtype to write it in. Flags that were given count before its own keys.
+    """Merge by a recipe; return the adapter, and the dtype to write it in. Given flags take precedence over its keys.
 
     A formula is over the recipe's `pool`, its `hub`, or else `hub`; mergekit's models are folders beside the recipe, or
     adapters of `hub`.
@@ -229,7 +229,7 @@ def merge_recipe(path: Path, hub: str, seed: int, rules: Mapping[str, Any]) -> t
 
 
 def read_pool(folder: Path) -> lw.ExpertPool:
-    """The adapter folders directly in `folder`, in order of their names. Raises WeightingError if there is none."""
+    """Open the adapter folders directly in `folder`, in order of their names. Raises WeightingError if there is none."""
     import loraweave as lw
     from loraweave.hub.intake.sources import adapter_folders
 
@@ -240,7 +240,7 @@ def read_pool(folder: Path) -> lw.ExpertPool:
 
 
 def load_model(base: str | None, dtype: str | None = None) -> tuple[Any, Any]:
-    """(model, tokenizer) of a base model; the bar of its loading is for terminals only, not for logs and pipes."""
+    """Load (model, tokenizer) of a base model; the bar of its loading is for terminals only, not for logs and pipes."""
     require_dtype(dtype)
     import loraweave as lw
     from loraweave.hub.base import fast_dtype
@@ -254,19 +254,19 @@ def load_model(base: str | None, dtype: str | None = None) -> tuple[Any, Any]:
 
 
 def require_dtype(dtype: str | None) -> None:
-    """Raises BadParameter for a --dtype that load_model does not take."""
+    """Raise BadParameter for a --dtype that load_model does not take."""
     if dtype not in (None, *DTYPES):
         raise typer.BadParameter(f"--dtype takes {', '.join(DTYPES)}, not {dtype!r}")
 
 
 def is_given(context: typer.Context, name: str) -> bool:
-    """Whether an option was written in the command, rather than left to its default or the environment."""
+    """Return whether an option was written in the command, rather than left to its default or the environment."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 
 
 def require_free(folder: Path, *own: str, replace: bool = True) -> None:
-    """Raises AdapterExists, before long work, if `folder` holds anything but an earlier result, known by a file of `own`.
+    """Raise AdapterExists, before long work, if `folder` holds anything but an earlier result, known by a file of `own`.
 
     Without `replace` also if it holds a result, which --force would overwrite.
     """
@@ -278,7 +278,7 @@ def require_free(folder: Path, *own: str, replace: bool = True) -> None:
 
 
 def recorded_base(folder: Path) -> str | None:
-    """The base model that a composition folder names, None when it names none; raises what reading the folder raises."""
+    """Return the base model that a composition folder names, or None; raises what reading the folder raises."""
     from loraweave.composer.compose.saved import SavedRecipe
 
     return SavedRecipe.read(folder).base_model or None

@@ -1,4 +1,4 @@
-"""What commands print: tables and JSON on stdout, notes and progress on stderr."""
+"""The output of commands: tables and JSON on stdout, notes and progress on stderr."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ PIPE_WIDTH = 10_000
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout, in ASCII, so that any terminal and locale can take it; NaN and infinity become null."""
+    """Print one JSON document on stdout, in ASCII for any terminal and locale; NaN and infinity become null."""
     typer.echo(json.dumps(plain(value), indent=1, allow_nan=False))
 
 
 def print_table(table: Table) -> None:
-    """Texts are shown as they are: a name like [bold] or :smile: is a name."""
+    """Print a table with its texts as they are: a name like [bold] or :smile: is a name."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PIPE_WIDTH
@@ -37,19 +37,19 @@ def print_table(table: Table) -> None:
 
 
 def print_rows(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table; columns of numbers are right-aligned."""
+    """Print rows as a table; columns of numbers are right-aligned."""
     from loraweave.common.display import ShownTable
 
     print_table(ShownTable.of(columns, ([_cell(value) for value in row] for row in rows)))
 
 
 def note(text: str) -> None:
-    """A line for the person at the terminal."""
+    """Print a line on stderr, for the person at the terminal."""
     typer.echo(one_line(text), err=True)
 
 
 def answer(as_json: bool, value: Any, *notes: str) -> None:
-    """The value as JSON on stdout, or notes for a person."""
+    """Print the value as JSON on stdout, or notes for a person."""
     if as_json:
         print_json(value)
         return
@@ -58,27 +58,27 @@ def answer(as_json: bool, value: Any, *notes: str) -> None:
 
 
 def progress_to_stderr() -> None:
-    """Makes the bars of long calls, which use rich's own console, leave stdout to the result."""
+    """Make the bars of long calls, which use rich's own console, leave stdout to the result."""
     import rich
 
     rich.reconfigure(stderr=True)
 
 
 def record_row(record: Record) -> dict[str, Any]:
-    """A record without its card, as JSON."""
+    """Return a record without its card, as JSON types."""
     names = "name hash base_model rank target_modules license tags description size_bytes created language version restored"
     shown = {name: plain(getattr(record, name)) for name in (*names.split(), "base_revision")}
     return {**shown, "source": record.source and vars(record.source), "parents": plain(record.parents)}
 
 
 def composition_row(stored: StoredComposition) -> dict[str, Any]:
-    """A composition of a hub, as JSON; `chosen` is what a search has found."""
+    """Return a composition of a hub as JSON types; `chosen` names the row that a search chose."""
     found = {"name": stored.name, "created": stored.created, "hash": stored.hash, "formula": stored.formula}
     return {**found, "chosen": (stored.report or {}).get("chosen"), "size_bytes": sum(stored.files.values())}
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON types."""
+    """Convert a value to JSON types."""
     match value:
         case Mapping():
             return {str(key): plain(inner) for key, inner in value.items()}

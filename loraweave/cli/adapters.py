@@ -45,7 +45,7 @@ NUM_SAMPLES = 20
 
 
 def show_methods(asked: bool) -> None:
-    """Prints the merge methods with their options, and ends the program."""
+    """Print the merge methods with their options, and end the program."""
     if not asked:
         return
     from loraweave import registry

@@ -140,7 +140,7 @@ def compose(
 
 
 def _require_changeable(method: str, budget: int) -> None:
-    """Refuses methods whose result --prune, --tune and --rank cannot change."""
+    """Refuse methods whose result --prune, --tune and --rank cannot change."""
     from loraweave.composer.compose.settings import routes
     from loraweave.composer.compose.ways import TRAINS_FROM
 

@@ -78,7 +78,7 @@ def _version(name: str) -> str | None:
 
 
 def _missing(extra: str) -> Iterator[str]:
-    """The requirements of an extra on this machine that no installed version meets."""
+    """Yield the requirements of an extra on this machine that no installed version meets."""
     for text in importlib.metadata.requires("loraweave") or ():
         wanted = Requirement(text)
         if wanted.marker is None or not wanted.marker.evaluate({"extra": extra}) or wanted.marker.evaluate({"extra": ""}):

@@ -221,7 +221,7 @@ def show(
 
 
 def _brief(text: str) -> str:
-    """A text that fits a table; a card can be of a megabyte."""
+    """Shorten a text to fit a table; a card can have a megabyte."""
     return text if len(text) <= MAX_CELL else f"{text[:MAX_CELL]} ... ({len(text)} characters; --json has all)"
 
 
