@@ -1,4 +1,4 @@
-"""loraweave: compose stored LoRA adapters into new skills. The names below load their room on first use."""
+"""loraweave: compose stored LoRA adapters into new skills. A name below imports its module on first use."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def run(
     as_json: bool,
     chat: bool = False,
 ) -> None:
-    """Prints the tour, or its figures as JSON. AdapterNotFound or InvalidTask when pool or data are not there."""
+    """Print the tour, or its figures as JSON. AdapterNotFound or InvalidTask when pool or data are not there."""
     console = Console(stderr=as_json)
     reader = [_shipped("in_context", "--pool")] if pool is None else []
     pool = pool or _shipped("pool", "--pool")
@@ -109,7 +109,7 @@ def run(
 
 
 def load_task(data: Path, name: str, seed: int, num_test: int, *, num_examples: int = NUM_EXAMPLES) -> DemoTask:
-    """A task of data/unseen with a few training rows drawn by the seed; fewer rows are the first of more."""
+    """Load a task of data/unseen with training rows drawn by the seed; fewer rows are the first of more."""
     manifest = json.loads((data / "MANIFEST.json").read_text())
     entries = {entry["task"]: entry for entry in manifest["groups"]["unseen"] if (data / entry["file"]).is_file()}
     if name not in entries:
@@ -126,7 +126,7 @@ def load_task(data: Path, name: str, seed: int, num_test: int, *, num_examples: 
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file, with all that they have."""
+    """Read the rows of a .jsonl file, with all their fields."""
     return [row for _, row in located(path, one_split=False)]
 
 
@@ -139,7 +139,7 @@ def _print_answers(answers: Sequence[str], shown: Sequence[tuple[str, list[str]]
 def _scores(
     composition: lw.Composition, unseen: DemoTask, reader: lw.Adapter | None, console: Console
 ) -> dict[str, dict[str, float]]:
-    """Of every way that was run on all examples."""
+    """Score every way that was run on all examples."""
     # of a program that was left out nothing but its loss is kept
     left_out = {"program"} - composition.members.keys()
     rows = [row for row in composition.report.rows if row.loss is not None and row.name not in left_out]
@@ -172,7 +172,7 @@ def _table(composition: lw.Composition, scores: dict[str, dict[str, float]]) -> 
 
 
 def _shipped(name: str, option: str) -> Path:
-    """examples/<name> of the checkout that this package was installed from."""
+    """Return examples/<name> of the checkout that this package was installed from. AdapterNotFound if it is missing."""
     folder = Path(__file__).resolve().parents[1] / "examples" / name
     if not folder.is_dir():
         raise AdapterNotFound(f"no folder {folder}: the demo's files come with the repository, not the wheel; give {option}")

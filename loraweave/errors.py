@@ -51,15 +51,15 @@ class LoraweaveError(Exception):
 
 
 class HubError(LoraweaveError):
-    """Something about stored adapters."""
+    """The root of errors about stored adapters."""
 
 
 class AdapterNotFound(HubError, KeyError):
-    """No adapter of that name."""
+    """A name that no adapter has."""
 
 
 class AdapterExists(HubError, ValueError):
-    """The name already stands for an adapter with other content."""
+    """A name that already stands for an adapter with other content."""
 
 
 class AdapterCorrupt(HubError, ValueError):
@@ -79,7 +79,7 @@ class AdapterQuarantined(HubError, PermissionError):
 
 
 class SourceUnavailable(HubError, ConnectionError):
-    """The model hub cannot be reached, limits requests, or broke off; the same call may work later."""
+    """A model hub that cannot be reached, limits requests, or broke off; the same call may work later."""
 
 
 class InvalidName(HubError, ValueError):
@@ -91,23 +91,23 @@ class InvalidLicense(HubError, ValueError):
 
 
 class HubLocked(HubError, TimeoutError):
-    """Another process holds the hub's write lock."""
+    """A write lock of the hub that another process holds."""
 
 
 class HubReadOnly(HubError, PermissionError):
-    """The hub's folder cannot be written."""
+    """A hub's folder that cannot be written."""
 
 
 class HubFull(HubError, OSError):
-    """The disk below the hub is full."""
+    """A full disk below the hub."""
 
 
 class HubCorrupt(HubError, ValueError):
-    """The catalogue is damaged, or written by a newer version."""
+    """A catalogue that is damaged, or written by a newer version."""
 
 
 class RetrievalError(LoraweaveError):
-    """Something about finding adapters."""
+    """The root of errors about finding adapters."""
 
 
 class EmptyIndex(RetrievalError, LookupError):
@@ -119,7 +119,7 @@ class DimensionMismatch(RetrievalError, ValueError):
 
 
 class WeightingError(LoraweaveError, ValueError):
-    """Something about mixture weights."""
+    """The root of errors about mixture weights."""
 
 
 class ScopeError(WeightingError):
@@ -139,15 +139,15 @@ class FormulaError(WeightingError):
 
 
 class SearchFailed(WeightingError, RuntimeError):
-    """No candidate of a search could be scored."""
+    """A search none of whose candidates could be scored."""
 
 
 class CompositionError(LoraweaveError):
-    """Something about putting adapters into a model."""
+    """The root of errors about putting adapters into a model."""
 
 
 class LayerMismatch(CompositionError, ValueError):
-    """Factors and layer differ in shape or kind."""
+    """Factors and a layer that differ in shape or kind."""
 
 
 class BaseModelMismatch(CompositionError, ValueError):
@@ -155,7 +155,7 @@ class BaseModelMismatch(CompositionError, ValueError):
 
 
 class AlreadyActive(CompositionError, RuntimeError):
-    """The model is in a state that forbids the call."""
+    """A model in a state that forbids the call."""
 
 
 class BudgetExceeded(CompositionError, MemoryError):
@@ -183,7 +183,7 @@ class PluginFailed(LoraweaveError, ImportError):
 
 
 class UnknownName(LoraweaveError, LookupError):
-    """No file of that name in a registry folder."""
+    """A name that no file of a registry folder has."""
 
 
 class BaseModelUnverified(UserWarning):

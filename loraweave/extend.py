@@ -1,4 +1,4 @@
-"""The face for those who extend: what an extension, or another package, may import beside the public names.
+"""The names for those who extend: what an extension, or another package, may import beside the public names.
 
 Methods, routers, recipes, formats and the rest are files of a registry (docs/registries.md); what they are made from, and
 what their options, files, rows and commands need, is here. A name is loaded with its module on first use.

@@ -79,20 +79,17 @@ def brought(part: str) -> dict[str, str]:
 
 
 def names(folder: str) -> list[str]:
-    """The sorted names that `get(folder, name)` accepts; only the folder is read, none of its files is imported."""
+    """Return the sorted names that `get(folder, name)` accepts; only the folder is read, none of its files is imported."""
     return sorted(modules(folder))
 
 
 def modules(folder: str) -> dict[str, str]:
-    """Return {name: module} of a registry: the core's files, then extensions', then what other packages register.
-
-    Of one name the first counts.
-    """
+    """Return {name: module} of a registry by the core's file, else an extension's, else what another package registers."""
     return {name: point.module for name, point in _plugins(folder, tuple(sys.path)).items()} | _files(folder)
 
 
 def get(folder: str, name: str) -> Any:
-    """The function `name` or the class `Name` of the file `name.py` in a registry folder, or of another package's.
+    """Return the function `name` or the class `Name` of the file `name.py` in a registry folder, or of another package's.
 
     Raises UnknownName, which names near misses, and PluginFailed for another package's file that cannot be used.
     """
@@ -109,7 +106,7 @@ def get(folder: str, name: str) -> Any:
 
 
 def traits(*names: str) -> Callable[[T], T]:
-    """Says beside a function or class of a registry what is true of it, for `traits_of`; a subclass inherits its bases' own.
+    """Declare what is true of a function or class of a registry, for `traits_of`; a subclass inherits its bases' own.
 
     The conformance suite of each registry knows the words and skips what a trait rules out, so that no list elsewhere has to
     name the newcomer.
@@ -123,7 +120,7 @@ def traits(*names: str) -> Callable[[T], T]:
 
 
 def traits_of(thing: Any) -> frozenset[str]:
-    """What `traits` says of a function or class; nothing where nothing is said."""
+    """Return what `traits` declares of a function or class; an empty set if nothing."""
     return frozenset(getattr(thing, "__traits__", ()))
 
 
@@ -180,7 +177,7 @@ def _group(folder: str) -> str:
 
 @cache
 def _plugins(folder: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
-    """{name: entry point} of the packages on a path; nothing of them is imported."""
+    """Return {name: entry point} of the packages on a path; nothing of them is imported."""
     found: dict[str, EntryPoint] = {}
     for point in entry_points(group=_group(folder)):
         found.setdefault(point.name, point)
@@ -213,7 +210,7 @@ def _packages(folder: str) -> tuple[str, ...]:
 
 
 def _loaded(folder: str, name: str) -> ModuleType | None:
-    """The module of an entry that has been imported."""
+    """Return the module of an entry if it has been imported, else None."""
     if not name.isidentifier() or name.startswith("_"):
         return None
     for package in _packages(folder):

@@ -49,16 +49,16 @@ class Factors:
 
     @property
     def bound(self) -> bool:
-        """Whether the update is known without the base layer."""
+        """True if the update is known without the base layer."""
         return self.magnitude_O is None and self.base_bias_O is None
 
     @property
     def is_product(self) -> bool:
-        """Whether the update is b a alone, without a gain, a bias or a magnitude."""
+        """True if the update is b a alone, without a gain, a bias or a magnitude."""
         return self.tensors().keys() == {"a_RI", "b_OR"}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are present, by field name."""
+        """Return the tensors that are present, by field name."""
         held = vars(self)
         return {name: held[name] for name in _PARTS if held[name] is not None}
 
@@ -67,13 +67,13 @@ class Factors:
 
 
 def own_memory(tensor: Tensor) -> Tensor:
-    """The tensor, copied where it is a part of a larger one, of which a pickle would hold all."""
+    """Return the tensor, copied if it is a part of a larger one, of which a pickle would hold all."""
     return tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.detach().clone()
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What identifies a base model: a hash over its parameters' names and shapes, and sampled weights where known."""
+    """The identity of a base model: a hash over its parameters' names and shapes, and sampled weights where known."""
 
     shapes: str
     samples: tuple[float, ...] = ()
@@ -82,7 +82,7 @@ class Fingerprint:
     TOLERANCE = 2.0**-7
 
     def differs(self, other: Fingerprint) -> str:
-        """Why `other` is another base model, as a phrase; empty when nothing contradicts that both are the same."""
+        """Return why `other` is another base model, as a phrase; "" if nothing contradicts that both are the same."""
         if self.shapes != other.shapes:
             return f"parameter names and shapes hash to {self.shapes} and {other.shapes}"
         if not self.samples or not other.samples:
@@ -103,7 +103,7 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class BaseKey:
-    """Which base model is meant: its id, and its revision and fingerprint where they are known.
+    """The identification of a base model: its id, and its revision and fingerprint where they are known.
 
     Weights decide where both sides have sampled them, whatever the ids; else ids, and what else both know, must agree.
     `alike` are other keys that somebody holds for this model, though only names and shapes speak for it.
@@ -115,7 +115,7 @@ class BaseKey:
     alike: tuple[BaseKey, ...] = ()
 
     def differs(self, other: BaseKey) -> str:
-        """Why `other` is not held for this base model, as a phrase; empty when it is, as far as can be told."""
+        """Return why `other` is not taken for this base model, as a phrase; "" if it is, as far as can be told."""
         if why := self.contradicts(other):
             return why
         if self.id == other.id or self._has_weights_of(other) or other in self.alike:
@@ -123,7 +123,7 @@ class BaseKey:
         return f"the ids are {self.id!r} and {other.id!r}"
 
     def contradicts(self, other: BaseKey) -> str:
-        """Why `other` cannot be this base model, as a phrase; empty when what both know does not exclude it."""
+        """Return why `other` cannot be this base model, as a phrase; "" if what both know does not exclude it."""
         own, its = self.fingerprint, other.fingerprint
         if own and its and (why := own.differs(its)):
             return why
@@ -134,24 +134,24 @@ class BaseKey:
         return ""
 
     def proves(self, other: BaseKey) -> bool:
-        """Whether `other`, which nothing contradicts, is this base model by its weights or by its id."""
+        """Return whether `other`, which nothing contradicts, is this base model by its weights or by its id."""
         return self._has_weights_of(other) or (bool(self.id) and self.id == other.id)
 
     def _has_weights_of(self, other: BaseKey) -> bool:
-        """Whether both have sampled weights, which are the same where the fingerprints do not differ."""
+        """Return whether both have sampled weights, which are the same where the fingerprints do not differ."""
         own, its = self.fingerprint, other.fingerprint
         return bool(own and its and own.samples and its.samples)
 
 
 def _other_commits(left: str, right: str) -> bool:
-    """Whether both are commits and not the same one; a branch or tag can stand for any commit."""
+    """Return whether both are commits and not the same one; a branch or tag can stand for any commit."""
     commits = [text for text in (left.lower(), right.lower()) if len(text) >= 7 and not set(text) - set("0123456789abcdef")]
     return len(commits) == 2 and not commits[0].startswith(commits[1]) and not commits[1].startswith(commits[0])
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where an adapter came from: the folder as it was named, or the repository and the commit that was read."""
+    """The origin of an adapter: the folder as it was named, or the repository and the commit that was read."""
 
     location: str
     revision: str | None = None
@@ -224,7 +224,7 @@ class Candidate:
 
 @runtime_checkable
 class Router(Protocol):
-    """Makes mixture weights from a layer's input: x_BTI -> w_BTE, where B and T may be 1 (shared).
+    """A maker of mixture weights from a layer's input: x_BTI -> w_BTE, where B and T may be 1 (shared).
 
     One that looks at the model's whole input first has `begin(model, arguments) -> Router` too: it is shown the arguments of
     each call by name, while the model answers as the base, and gives the router of that one call. Inside `begin`,
@@ -334,11 +334,11 @@ class Task:
 
     @classmethod
     def of(cls, given: Task | GivenRows) -> Task:
-        """The task itself, or one of these rows with nothing else set."""
+        """Return the task itself, or a task of these rows with nothing else set."""
         return given if isinstance(given, Task) else cls(cast(Sequence[tuple[Prompt, str]], given))
 
     def prompt(self, asked: Prompt) -> Prompt:
-        """What the model is shown for one input, after the demonstrations.
+        """Return what the model is shown for one input, after the demonstrations.
 
         A text, which the answer follows after a space; of a chat a Conversation, which the assistant's turn follows.
         """
@@ -346,7 +346,7 @@ class Task:
 
     @property
     def shown(self) -> tuple[tuple[Prompt, str], ...]:
-        """The demonstrations."""
+        """The demonstrations as pairs."""
         return cast(tuple[tuple[Prompt, str], ...], self.demonstrations)
 
     @property
@@ -356,7 +356,7 @@ class Task:
 
     @property
     def neutral(self) -> tuple[tuple[Prompt, str | None], ...]:
-        """The inputs that tell the prior of each label, with their own label or None; none to rank labels as they are."""
+        """The inputs that tell the prior of each label, with their own label or None; () to rank labels as they are."""
         given = (NEUTRAL if self.calibrated else ()) if isinstance(self.calibrated, bool) else self.calibrated
         return tuple(each if isinstance(each, tuple) else (each, None) for each in given)
 
@@ -366,7 +366,7 @@ class Task:
         return "\n" if self.demonstrations else None
 
     def in_orders(self) -> list[Task]:
-        """The task once for each of its orders: the demonstrations turned in a ring, so that each has several places."""
+        """Return the task in each of its orders: the demonstrations turned in a ring, so that each has several places."""
         pairs = self.shown
         count = max(1, min(self.orders, len(pairs)))
         if count == 1:
@@ -375,7 +375,7 @@ class Task:
         return [replace(self, demonstrations=pairs[start:] + pairs[:start], orders=1) for start in starts]
 
     def prompt_of(self, row: Row) -> Prompt:
-        """The prompt of a row that may have an instruction of its own, or be a whole prompt already."""
+        """Return the prompt of a row that may have an instruction of its own, or be a whole prompt already."""
         if row.whole_prompt:
             return row.input
         if row.chat is not None and self.chat is not False:
@@ -410,7 +410,7 @@ class Task:
         return Conversation((*found, *turns(asked)))
 
     def _read_chat(self, rows: Sequence[Row]) -> None:
-        """Whether this is a chat, and what its system says, as far as the rows tell. Raises InvalidTask where they differ.
+        """Set whether this is a chat, and its system's turn, as far as the rows tell. Raises InvalidTask where they differ.
 
         The rows are the examples, then the demonstrations.
         """
@@ -435,7 +435,7 @@ class Task:
         return (kept, row.targets[0]) if row.targets else kept
 
     def _as_kept(self, asked: Prompt) -> Prompt:
-        """An input as examples have it: a text, unless a chat has several turns, or a system of its own."""
+        """Return an input as examples keep it: a text, unless a chat has several turns, or a system of its own."""
         if not isinstance(asked, Conversation) or self.chat is False:
             return str(asked)
         kept = asked.without_system if self.system else asked
