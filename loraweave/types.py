@@ -159,7 +159,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Anomaly:
-    """Something odd about an adapter: which check found it, a sentence, and by how much (docs/anomalies.md)."""
+    """An oddity of an adapter: which check found it, a sentence, and by how much (docs/anomalies.md)."""
 
     kind: str
     detail: str
@@ -226,8 +226,8 @@ class Candidate:
 class Router(Protocol):
     """A maker of mixture weights from a layer's input: x_BTI -> w_BTE, where B and T may be 1 (shared).
 
-    One that looks at the model's whole input first has `begin(model, arguments) -> Router` too: it is shown the arguments of
-    each call by name, while the model answers as the base, and gives the router of that one call. Inside `begin`,
+    A router that looks at the model's whole input first also has `begin(model, arguments) -> Router`: it gets the arguments
+    of each call by name, while the model answers as the base, and returns the router for that one call. Inside `begin`,
     `loraweave.routers.combined.under` makes the model answer with other weights.
     """
 

@@ -1,1 +1,1 @@
-"""Which adapters fit this input."""
+"""The retrieval of adapters that fit an input."""

@@ -113,7 +113,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """What is known of one task: inputs, outputs, a description, an adapter.
+    """The known parts of one task: inputs, outputs, a description, an adapter.
 
     `outputs` has one for each input, empty where it has none, or is empty as a whole. A key compares the part that it
     knows; a query that lacks this part gets no opinion from it.

@@ -76,8 +76,8 @@ class Names:
     def found_for(self, prompt: str) -> Formula:
         """Return the formula that `auto` stands for with a prompt; for one thread at a time. The first search takes seconds.
 
-        Of the adapters nearest to the input, and to the instruction where the prompt has one, softmax(score / 0.1), without
-        those below a tenth; the base where none is near enough.
+        The adapters nearest to the input, and to the instruction if the prompt has one, weigh softmax(score / 0.1); those
+        below a tenth are left out. It is the base where none is near enough.
         """
         instruction, text = _task_of(prompt)
         if not text.strip() or not len(self._hub):

@@ -33,7 +33,7 @@ States = Sequence[tuple[Tensor, Tensor]]
 
 @dataclass(eq=False)
 class Kept:
-    """Some tokens, what the model made of them, and when that was last used, in seconds of `time.monotonic`."""
+    """A kept prefix: its tokens, their keys and values in each layer, and its last use, by `time.monotonic`."""
 
     ids: tuple[int, ...]
     states: States

@@ -39,7 +39,7 @@ class Member:
         return any(adapter.invocation for adapter in self.adapters.values())
 
     def states(self, prompt: Sequence[int]) -> list[tuple[Hashable | None, int | None]]:
-        """Return (weights, number of a row's first tokens for which they are all there is); None for all its tokens.
+        """Return pairs (weights, count): a row's first `count` tokens depend on these weights alone; None is all its tokens.
 
         An adapter with invocation tokens is among them from these on: a row's keys and values before the first of them are
         those of a row without it.

@@ -1,4 +1,4 @@
-"""What every command shares: errors as one line and an exit status, `--debug` wherever it is written, and common flags.
+"""The parts that commands share: errors as one line and an exit status, `--debug` wherever it is written, common flags.
 
 The root group also takes in the verbs of extensions and of other packages.
 """

@@ -22,7 +22,7 @@ Array = NDArray[Any]
 BLOCK = 2**16
 # up to this side a Gram matrix costs less than a search of the subspace, and one BLAS thread is best
 SMALL_SIDE = 1024
-# how much of the best approximation's error the error may lie above it; below the second value both are equal
+# how much the error may be above that of the best approximation, relative to it; below the second value both are equal
 EXCESS, NO_ERROR = 1e-6, 5e-7
 # shares of the energy: a smaller rest is the difference of numbers too close in fp32, and in float64
 REST_FP32, REST_FP64 = 1e-2, 1e-7

@@ -95,7 +95,7 @@ class _Look:
 
 @dataclass(frozen=True, eq=False)
 class _Fitted:
-    """Samples N of adapters C, as looks at their inputs and perhaps outputs, with what was chosen and solved for them."""
+    """A fit to N samples of C adapters: looks at their inputs and perhaps outputs, the mixture chosen, and the solution."""
 
     labels_N: np.ndarray
     tfidfs: list[TfIdf]

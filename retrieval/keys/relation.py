@@ -1,4 +1,4 @@
-"""What an output keeps of its input: copied, contained, lengthened, in capitals, in other words."""
+"""The relation of an output to its input: copied, contained, lengthened, in capitals, in other words."""
 
 from __future__ import annotations
 

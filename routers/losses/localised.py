@@ -17,8 +17,8 @@ def localised(use_BE: Tensor, first_B: Tensor, delta: float) -> Tensor:
     others none.
 
     Dou et al. (2023, arXiv 2312.09979) write 1 + delta for the half that they call a row's own, which so gets *less* where
-    the loss is least. Halves are alike until they learn, so that this says no more than which is whose. Their formula has
-    the mean, and their code, like this, its square below the variance.
+    the loss is least. Both halves begin alike, so that this changes only which half is whose. Below the variance, their
+    formula has the mean, and their code, like this, its square.
     """
     half = use_BE.shape[1] // 2
     own_BE = (torch.arange(use_BE.shape[1], device=use_BE.device) < half) == first_B[:, None]

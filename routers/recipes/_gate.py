@@ -27,9 +27,9 @@ class Weighing(NamedTuple):
 class Gate(nn.Module):
     """A module that weighs the experts of one place of a model, or of several that share it.
 
-    `most` is how many weights of a token can be other than 0. `skips` says that a weight of exactly 0 has no gradient, so
-    that its expert may be left out. `static` says that the weights depend on no input: with None as x_BTI and a call of one
-    task, or of none, they are the same ones.
+    `most` is how many weights of a token can be other than 0. `skips` is True if a weight of exactly 0 has no gradient, so
+    that its expert may be left out. `static` is True if the weights depend on no input, but at most on a call's tasks: with
+    None as x_BTI they are the same.
     """
 
     static: bool = False

@@ -123,8 +123,8 @@ class Recipe(Declared):
     def num_first_steps(self) -> int:
         """The number of training steps after which every parameter that learns has had a gradient, at the latest.
 
-        In the first step one factor is 0 and the other learns. Where a row has few of the experts, they may be others in the
-        second, and one of E is met again by the step of number E + 1.
+        In the first step one factor is 0, so that only this one has a gradient. Where rows use few of E experts, the second
+        step may use others; by step E + 1 one of them has been used twice.
         """
         return 2
 

@@ -16,8 +16,8 @@ from loraweave.routers.tokens._scores import top_k_softmax, top_p_of_softmax
 class TokenGate(Gate):
     """A gate with w = softmax(r x / temperature) over each token's `top_k` highest scores, with r_EI; in fp32 or better.
 
-    `top_k` None is all experts; or each token has the fewest whose probabilities sum to `top_p`. Softmax, then the best k,
-    then made to sum to 1 is the same; with `sums_to_one` False the softmax of all is kept as it is. In training alone,
+    `top_k` None takes all experts; `top_p` takes the fewest whose probabilities sum to that. The best k of the softmax over
+    all, divided by their sum, are the same; with `sums_to_one` False they are not divided. In training alone,
     `noise` adds normal noise with the standard deviation softplus(n x), n_EI learned, before the softmax; `expert_dropout`
     is the probability with which a token does without an expert; and `capacity` lets each expert have, of a row, that many
     times its even share of tokens, the first ones or with `prioritised` those of the highest weights, and gives all others

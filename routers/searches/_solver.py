@@ -42,8 +42,8 @@ class Solver(Declared, ABC):
     One evaluation is one candidate scored on all examples; a candidate counts for `cost` of them. With `budget=None` the
     seconds alone count; a population is cut to what is left of either.
 
-    A subclass is a dataclass, too, whose own options are its fields; what else it needs is made in its __post_init__, after
-    this one has looked the options over.
+    A subclass is a dataclass, too, whose own options are its fields; its __post_init__ makes what else it needs, after this
+    class's has checked the options.
 
     The same settings and losses give the same candidates, bit for bit. numpy's global generator is left alone.
     Raises WeightingError for settings that cannot be used, SearchFailed when no candidate can be scored.

@@ -40,7 +40,7 @@ class LearnedRouter(TokenRouter):
 
     @property
     def training_report(self) -> TrainingReport:
-        """How fit() went, also for a router read from a file. Raises TrainingError if it was never fitted."""
+        """The report of fit(), also for a router read from a file. Raises TrainingError if it was never fitted."""
         if self.report is None:
             raise TrainingError(f"router {self.name!r} has not been trained: fit() it first")
         return TrainingReport.from_json(self.report)

@@ -19,7 +19,7 @@ Tell = Callable[[dict[str, Any]], None]
 
 
 class Left(BaseException):
-    """Raised in work that nobody listens to any longer. No `except Exception` on the way takes it for a failure."""
+    """The end of work that nobody listens to any longer. No `except Exception` on the way takes it for a failure."""
 
 
 def act(thread: Executor, work: Callable[[Tell], None], refused: Callable[[BaseException], Refusal]) -> EventStream:
