@@ -201,7 +201,7 @@ def by_dense_gram(delta_OI: Array, rank: int) -> Triplets | None:
 
 
 def top_eigenpairs(symmetric_SS: NDArray[Any], rank: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the `rank` largest eigenvalues, falling, and their vectors as columns; reads the lower triangle, overwriting it.
+    """Return the `rank` largest eigenvalues, falling, and their vectors as columns; reads and overwrites the lower triangle.
 
     In the precision of the matrix, which is best given in column-major order.
     """
