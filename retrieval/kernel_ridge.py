@@ -32,7 +32,7 @@ _NOTHING = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The kernels' shares (sum 1), ridge and temperature; `loss` is the mean held-out -log of the right class, in nats."""
+    """The kernels' shares (sum 1), ridge and temperature; `loss` is the mean `loss_at` over held-out samples, in nats."""
 
     shares_P: np.ndarray
     ridge: float

@@ -14,7 +14,7 @@ RELEASED_FEATURES, RELEASED_NOISE = 384, 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Mocle(Recipe):
-    """The mixture y = y0 + p E_best(x) + (1 - p) E_universal(x), p the highest of softmax(g c / temperature) over experts.
+    """The mixture y = y0 + p E_best(x) + (1 - p) E_universal(x), p the best of `num_experts` by softmax(g c / temperature).
 
     c is the learned embedding, of `num_features` numbers, of the cluster that a row is in; each site has its own g, and the
     universal expert is one more. Clusters are the centroids of `num_clusters` groups of texts' embeddings, which
