@@ -1,7 +1,7 @@
 """How many files and functions of the product four journeys run through, on tiny models; limits only go down.
 
-Counted is what executes: a reader who follows the journey in an editor opens these files. The limits are those of a journey
-alone in its process, `pytest -s tests/test_journeys.py::test_a_merge`: earlier tests fill caches, which only lowers the numbers.
+Counted is what executes: a reader who follows the journey in an editor opens these files. The limits are those of a
+journey alone in its process, `pytest -s tests/test_journeys.py::test_a_merge`: earlier tests fill caches, which lowers them.
 """
 
 from __future__ import annotations
