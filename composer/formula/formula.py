@@ -46,7 +46,7 @@ FILE, FORMAT = "formula.json", 1
 
 
 def parse(text: str) -> Formula:
-    """The composition that a formula says, such as "0.7*a + 0.3*ties(b, c; density=0.5)".
+    """Return the composition that a formula states, such as "0.7*a + 0.3*ties(b, c; density=0.5)".
 
     `a`, `'any text'`: an adapter. `a@3`: its version 3. `@name`: a composition that the hub keeps. `method(a, b; option=1)`:
     a merge by a name of `names("methods")`, of equal shares or with a weight for each. Alone: `router(a, b; option=1)`, a
@@ -65,8 +65,8 @@ def parse(text: str) -> Formula:
 class Formula:
     """A composition as a value: two formulas that say the same are equal, whatever their spelling; `parse` makes one.
 
-    `root` is its one form, `text` what was written. Where a method takes `hub_or_pool`, that is a Hub, an ExpertPool, or a
-    list or mapping of adapters; FormulaError shows the place of an adapter that is not there, with near misses.
+    `root` is its canonical form, `text` what was written. Where a method takes `hub_or_pool`, that is a Hub, an ExpertPool,
+    or a list or mapping of adapters; FormulaError shows the place of an adapter that is not there, with near misses.
     """
 
     root: Root
@@ -74,7 +74,7 @@ class Formula:
 
     @cached_property
     def canonical(self) -> str:
-        """The one text of all formulas that say the same; `parse` reads it back."""
+        """The one text that all formulas that say the same share; `parse` reads it back."""
         return str(self.root)
 
     def __str__(self) -> str:
@@ -85,19 +85,19 @@ class Formula:
 
     @property
     def is_auto(self) -> bool:
-        """Whether retrieval chooses for each request."""
+        """True if retrieval chooses the adapters for each request."""
         return self.root == Auto()
 
     @property
     def is_base(self) -> bool:
-        """Whether it is the base model, with nothing added; a stored composition is none before `expand`."""
+        """True if the formula is the base model with nothing added; False for a stored composition before `expand`."""
         return self.root == Sum(())
 
     def expand(self, hub_or_pool: Given) -> Formula:
-        """The formula with the stored formulas in it written out, and stored compositions that are the base left out.
+        """Return the formula with its stored formulas written out, and without stored compositions that are the base.
 
-        Other stored compositions stay as they are. Raises AdapterNotFound as FormulaError for an unknown one, FormulaError
-        for formulas that name each other in a circle, and above the limits.
+        Other stored compositions stay as they are. Raises FormulaError, whose cause is AdapterNotFound, for an unknown one,
+        and FormulaError for formulas that name each other in a circle, and above the limits.
         """
         source = source_of(hub_or_pool)
 
@@ -108,9 +108,10 @@ class Formula:
         return _within_limits(Formula(Expansion(find, lambda text: parse(text).root).of(self.root), self.text))
 
     def adapters(self, hub_or_pool: Given | None = None) -> tuple[str, ...]:
-        """The names of the adapters that it needs, sorted; with a hub or pool those that are there, stored formulas too.
+        """Return the names of the adapters that the formula needs, sorted.
 
-        What a stored composition has of its own is not among them.
+        With a hub or pool, the adapters of stored formulas count too, and one that is not there raises FormulaError. What a
+        stored composition has of its own does not count.
         """
         known = self if hub_or_pool is None else self.expand(hub_or_pool)
         if hub_or_pool is not None:
@@ -121,10 +122,10 @@ class Formula:
         return tuple(sorted({leaf.name for leaf in leaves(known.root) if isinstance(leaf, Named)}))
 
     def identity(self, hub_or_pool: Given) -> str:
-        """SHA-256 over the canonical form with the content hash of every adapter in place of its name.
+        """Return the SHA-256 of the canonical form with the content hash of every adapter in place of its name.
 
         Formulas of one identity have the same effect on one base model; an adapter whose content has changed makes it
-        another. ScopeError for `auto`, which differs for each request.
+        another. Raises ScopeError for `auto`, which differs for each request.
         """
         source = source_of(hub_or_pool)
         known = self.expand(hub_or_pool)
@@ -147,9 +148,9 @@ class Formula:
         return text_digest(str(said))
 
     def pool(self, hub_or_pool: Given) -> ExpertPool:
-        """The adapters that it needs as experts, each opened once: `a`, `a@3`, `@name`.
+        """Return the adapters that the formula needs as experts, each opened once, as `a`, `a@3` or `@name`.
 
-        What is asked of the formula with this pool is said of these very adapters, whatever becomes of the hub. ScopeError
+        The formula's methods, given this pool, speak of these very adapters, whatever becomes of the hub. Raises ScopeError
         for `auto` and for the base model, which have no adapters.
         """
         source = source_of(hub_or_pool)
@@ -160,10 +161,10 @@ class Formula:
         return ExpertPool({leaf.key: self._adapter(source, leaf) for leaf in dict.fromkeys(leaves(known.root))})
 
     def mixture(self, hub_or_pool: Given | None = None) -> dict[str, float] | TokenRouter:
-        """What `Composer.activate` takes: {expert of `pool`: weight} of a plain sum, or the router.
+        """Return what `Composer.activate` takes: {expert of `pool`: weight} for a plain sum, or the router.
 
         Routers and stored compositions need the hub or pool. The base model is {}. Raises ScopeError, which names the way
-        out, for `auto` and for merges by a method.
+        out, for `auto`, for ensembles and for merges by a method.
         """
         known = self if hub_or_pool is None else self.expand(hub_or_pool)
         if self.is_auto:
@@ -194,7 +195,7 @@ class Formula:
         return weights
 
     def members(self, hub_or_pool: Given | None = None) -> tuple[tuple[float, Formula], ...]:
-        """(share, formula) of each member of an ensemble, the shares summing to 1; (1, itself) of any other formula."""
+        """Return (share, formula) for each member of an ensemble, where shares sum to 1; (1, itself) for other formulas."""
         known = self if hub_or_pool is None else self.expand(hub_or_pool)
         match known.root:
             case Ensemble(members, given):
@@ -206,10 +207,7 @@ class Formula:
         return ((1.0, known),)
 
     def stored(self, hub_or_pool: Given | Source) -> StoredComposition | None:
-        """The stored composition that it is, where that is no adapter: a router weighs in it, or members are averaged.
-
-        None for anything else.
-        """
+        """Return the stored composition that the formula is, if that has a router or parts that answer apart; else None."""
         match self.root:
             case Sum(terms=((1.0, Stored() as leaf),)):
                 found = source_of(hub_or_pool).stored(leaf)
@@ -227,7 +225,7 @@ class Formula:
         allow_licenses: bool = False,
         interference: bool = True,
     ) -> Adapter:
-        """The one adapter that it says, as `lw.merge` makes it of weighted sums and of methods, also inside each other.
+        """Return the one adapter that the formula's sums and methods, nested or not, make by `lw.merge`.
 
         `rank` cuts the result; `heads` ("error" or "average"), `progress`, `allow_licenses` and `interference` are those of
         `lw.merge`, for every merge in it. The name is the canonical form by default. Raises ScopeError, which names the way
@@ -243,7 +241,7 @@ class Formula:
         return merging.of(known.root, rank, name or _short(known.canonical))
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes formula.json into a folder of its own; `Hub.save_composition` keeps that."""
+        """Write formula.json into a folder of its own, which `Hub.save_composition` can keep, and return the folder."""
         target = as_path(folder, "the folder of a formula", FormulaError)
         if target.exists() and any(path.name != FILE for path in target.iterdir()):
             raise FormulaError(f"{target} holds something that is no formula; name another folder")
@@ -272,7 +270,7 @@ class Formula:
 
     @contextmanager
     def _at(self, leaf: Named | Stored) -> Iterator[None]:
-        """That a leaf is not there is told with its place in the text."""
+        """Raise the error about a missing leaf as a FormulaError with its place in the text."""
         try:
             yield
         except (AdapterNotFound, UnknownExpert) as error:
@@ -288,7 +286,7 @@ class Formula:
 
 @dataclass(frozen=True)
 class _Merging:
-    """How the merges of one formula are made."""
+    """The settings that all merges of one formula share."""
 
     adapter: Callable[[Named | Stored], Adapter]
     heads: str
@@ -340,7 +338,7 @@ _AUTO = "'auto' cannot {}: retrieval chooses for each request, by lw.Retriever o
 
 
 def _within_limits(formula: Formula) -> Formula:
-    """The formula, whose canonical form can be read back. Raises FormulaError where that is above a limit."""
+    """Return the formula if its canonical form can be read back. Raises FormulaError where that is above a limit."""
     if len(formula.canonical) > MAX_CHARACTERS:
         raise FormulaError(
             f"written out, this formula has {len(formula.canonical)} characters, above the limit of {MAX_CHARACTERS}: "
@@ -351,12 +349,12 @@ def _within_limits(formula: Formula) -> Formula:
 
 
 def _pairs(text: str) -> list[tuple[str, Token]]:
-    """(kind of the piece before, piece) of each word and quoted name."""
+    """Return (kind of the piece before, piece) for each word and quoted name."""
     found = tokens(text) if text else []
     kinds = ["", *(piece.kind for piece in found)]
     return [(kind, piece) for kind, piece in zip(kinds, found, strict=False) if piece.kind in ("word", "quoted")]
 
 
 def _short(text: str) -> str:
-    """A formula's text as the name of an adapter."""
+    """Return a formula's text as the name of an adapter; a long one is cut and ends in its digest."""
     return text if len(text) <= MAX_NAME_CHARACTERS else f"{text[: MAX_NAME_CHARACTERS - 16]}... {text_digest(text)[:12]}"

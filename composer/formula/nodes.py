@@ -1,4 +1,4 @@
-"""What a formula is made of: immutable values, built in one form only, and that form as text."""
+"""The parts of a formula: immutable values, built in one form only, and that form as text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ENSEMBLE = "ensemble"
 
 @dataclass(frozen=True)
 class Named:
-    """An adapter, by its name; with a version, as it was then."""
+    """An adapter by its name and, if `version` is set, as that version of it."""
 
     name: str
     version: int | None = None
@@ -26,7 +26,7 @@ class Named:
 
     @property
     def key(self) -> str:
-        """What it is called among experts."""
+        """The name of the adapter among experts: `name` or `name@version`."""
         return self.name if self.version is None else f"{self.name}@{self.version}"
 
 
@@ -41,7 +41,7 @@ class Stored:
 
     @property
     def key(self) -> str:
-        """What it is called among experts."""
+        """The name of the composition among experts: `@name`."""
         return f"@{self.name}"
 
 
@@ -57,7 +57,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Sum:
-    """The weighted sum of `terms`, (weight, what), positive ones first and by their texts; without any, the base model."""
+    """The weighted sum of `terms`, (weight, term), positive ones first and by their texts; without any, the base model."""
 
     terms: tuple[tuple[float, Term], ...]
 
@@ -141,13 +141,13 @@ Value = bool | int | float | str | None | Listed | Mapped
 
 
 def sum_of(terms: Mapping[Term, Fraction]) -> Sum:
-    """The sum of these terms, without those of weight 0. Raises WeightingError for a weight that no float holds."""
+    """Return the sum of these terms, without those of weight 0. Raises WeightingError for a weight that no float holds."""
     weights = [(rounded(weight), term) for term, weight in terms.items() if weight]
     return Sum(tuple(sorted(weights, key=lambda pair: (pair[0] < 0, str(pair[1])))))
 
 
 def added(parts: Iterable[tuple[Fraction, Argument]]) -> dict[Term, Fraction]:
-    """The terms of a weighted sum of terms and sums, equal ones added up; exact."""
+    """Return the terms of a weighted sum of terms and sums, with equal ones added up; exact."""
     total: dict[Term, Fraction] = {}
     for weight, part in parts:
         for own, term in as_sum(part).terms:
@@ -156,12 +156,12 @@ def added(parts: Iterable[tuple[Fraction, Argument]]) -> dict[Term, Fraction]:
 
 
 def as_argument(found: Sum) -> Argument:
-    """A sum as an argument: its only term where that has weight 1."""
+    """Return a sum as an argument: its only term where that has weight 1, else the sum."""
     return found.terms[0][1] if len(found.terms) == 1 and found.terms[0][0] == 1.0 else found
 
 
 def as_sum(found: Argument) -> Sum:
-    """An argument as a whole formula: a sum, of one term if it is not a sum."""
+    """Return an argument as a whole formula: a sum, of one term if it is not a sum."""
     return found if isinstance(found, Sum) else Sum(((1.0, found),))
 
 
@@ -171,7 +171,7 @@ def merge_of(
     weights: Sequence[float] | None,
     options: Iterable[tuple[str, Value]],
 ) -> Merge:
-    """The merge with its arguments in order, without those of weight 0; weights that are equal shares are left out."""
+    """Return the merge with its arguments in order, without those of weight 0, and without weights that are equal shares."""
     shares = [1 / len(arguments)] * len(arguments)
     pairs = sorted(zip(weights or shares, arguments, strict=True), key=lambda pair: (str(pair[1]), pair[0]))
     used = [(weight, each) for weight, each in pairs if weight]
@@ -181,14 +181,17 @@ def merge_of(
 
 
 def ensemble_of(members: Sequence[Argument], shares: Sequence[float] | None) -> Ensemble:
-    """The ensemble with its members in order; shares that are equal are left out."""
+    """Return the ensemble with its members in order, and without shares that are equal."""
     pairs = sorted(zip(shares or [1.0] * len(members), members, strict=True), key=lambda pair: (str(pair[1]), pair[0]))
     numbers = tuple(share for share, _ in pairs)
     return Ensemble(tuple(each for _, each in pairs), None if len(set(numbers)) == 1 else numbers)
 
 
 def replaced(node: Argument, leaf: Callable[[Leaf], Argument]) -> Argument:
-    """The node with every leaf replaced by what `leaf` gives for it, in the one form again."""
+    """Return the node with every leaf replaced by what `leaf` returns for it, in the canonical form again.
+
+    Raises WeightingError where an argument of a merge becomes the base model.
+    """
     match node:
         case Merge(method, arguments, weights, options):
             inner = [replaced(each, leaf) for each in arguments]
@@ -203,7 +206,7 @@ def replaced(node: Argument, leaf: Callable[[Leaf], Argument]) -> Argument:
 
 
 def leaves(node: Root | Argument) -> list[Leaf]:
-    """The adapters and stored compositions that are written in it, one for each mention."""
+    """Return the adapters and stored compositions that are written in a node, one for each mention."""
     match node:
         case Sum():
             return [leaf for _, term in node.terms for leaf in leaves(term)]
@@ -219,12 +222,12 @@ def leaves(node: Root | Argument) -> list[Leaf]:
 
 
 def exact(number: float) -> Fraction:
-    """The number that the shortest text of a float says."""
+    """Return the number that the shortest text of a float says, as an exact fraction."""
     return Fraction(repr(number))
 
 
 def rounded(number: Fraction) -> float:
-    """The float next to a number. Raises WeightingError above or below what floats hold."""
+    """Return the float next to a number. Raises WeightingError above or below what floats hold."""
     try:
         value = float(number)
     except OverflowError:
@@ -235,12 +238,12 @@ def rounded(number: Fraction) -> float:
 
 
 def number_text(number: float) -> str:
-    """The shortest text that reads as the number."""
+    """Return the shortest text that reads as the number."""
     return repr(number).removesuffix(".0")
 
 
 def plain(value: Value) -> Any:
-    """An option's value as a function takes it."""
+    """Return an option's value as a function takes it: a list as a tuple, a mapping as a dict."""
     match value:
         case Listed():
             return tuple(plain(each) for each in value.values)

@@ -64,7 +64,7 @@ T = TypeVar("T")
 
 
 class Parser:
-    """Reads the pieces of one text; every method begins at the piece at hand and leaves what follows."""
+    """A reader of the pieces of one text; every method begins at the piece at hand and leaves what follows."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -81,7 +81,7 @@ class Parser:
         return self.pieces[min(self.place + 1, len(self.pieces) - 1)]
 
     def root(self) -> Root:
-        """The whole text. Raises FormulaError, with the place, for anything that is no formula."""
+        """Read the whole text. Raises FormulaError, with the place, for anything that is no formula."""
         found: Root
         if self.piece.kind == "end":
             raise self.error("this formula is empty; 'base' is the base model")
@@ -102,11 +102,11 @@ class Parser:
         return found
 
     def error(self, problem: str, place: Token | None = None) -> FormulaError:
-        """The error of a problem at a piece, by default the one at hand."""
+        """Return the error of a problem at a piece, by default the one at hand."""
         return misplaced(problem, self.text, self.piece if place is None else place)
 
     def _argument(self) -> tuple[Fraction, Argument, bool]:
-        """(factor, what, whether the factor is written)."""
+        """Read a sum or a single term; return (factor, argument, whether the factor is written)."""
         begin = self.piece
         parts: list[tuple[Fraction, Argument, bool]] = [self._signed_term()]
         while self.piece.kind in ("+", "-"):
@@ -206,7 +206,7 @@ class Parser:
         return self.piece, *self._argument()
 
     def _weights(self, given: Sequence[tuple[Token, Fraction, Argument, bool]]) -> list[float] | None:
-        """The weights of a merge's arguments; None where none is written."""
+        """Return the weights of a merge's arguments, or None if none is written. Raises FormulaError if only some are."""
         if not any(written for *_, written in given):
             return None
         for place, _, found, written in given:
@@ -292,7 +292,7 @@ class Parser:
         return self.error(f"there is no method or router {name.value!r}{hint}; lw.names('methods') lists them", name)
 
     def _options(self, open_bracket: Token) -> dict[str, tuple[Token, Value]]:
-        """{option: (its place, its value)} up to the bracket that closes."""
+        """Read the options and the closing bracket; return {option: (its place, its value)}."""
         options: dict[str, tuple[Token, Value]] = {}
         if self.piece.kind == ";":
             self._take()
@@ -386,7 +386,7 @@ class Parser:
 
     @contextmanager
     def _at(self, place: Token) -> Iterator[None]:
-        """Errors inside are told with this place."""
+        """Raise errors from inside the block with this place."""
         try:
             yield
         except FormulaError:
@@ -396,7 +396,7 @@ class Parser:
 
 
 def _why_no_router(name: str) -> str:
-    """Why an entry of the registry is no router; "" where it is one."""
+    """Return why an entry of the registry is no router, or "" if it is one."""
     try:
         router_class(name)
     except UnknownName as error:

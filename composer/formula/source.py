@@ -1,4 +1,4 @@
-"""Where a formula finds its adapters, in a hub or in a pool, and how stored formulas are written out inside it.
+"""The sources of a formula's adapters, a hub or a pool, and how stored formulas are written out inside it.
 
 A hub is read by name and version, compositions included, a pool by name.
 """
@@ -45,13 +45,16 @@ _MAX_CONTENTS = 4096
 
 
 class PoolSource:
-    """The adapters of a pool, which has no versions of its own and no compositions: both are experts under their text."""
+    """The adapters of a pool. It keeps no versions and no compositions: `a@3` and `@name` are experts of these names."""
 
     def __init__(self, pool: ExpertPool) -> None:
         self.pool = pool
 
     def require(self, leaf: Named | Stored) -> None:
-        """Raises UnknownExpert, which names near misses, for one that the pool does not have."""
+        """Raise UnknownExpert, which names near misses, for an adapter that the pool does not have.
+
+        A version or a composition that it does not have raises AdapterNotFound, since these are a hub's.
+        """
         if leaf.key in self.pool.names:
             return
         if leaf.key != getattr(leaf, "name", None):
@@ -62,18 +65,18 @@ class PoolSource:
         raise unknown_expert(leaf.key, self.pool.names)
 
     def adapter(self, leaf: Named | Stored) -> Adapter:
-        """The adapter under the name that the formula has for it."""
+        """Return the adapter under the name that the formula has for it."""
         self.require(leaf)
         found = self.pool[leaf.key]
         return found if found.name == leaf.key else replace(found, name=leaf.key)
 
     def content(self, leaf: Named | Stored) -> str:
-        """The hash of the adapter's content."""
+        """Return the hash of the adapter's content."""
         self.require(leaf)
         return self.pool[leaf.key].hash
 
     def stored(self, leaf: Stored) -> StoredComposition | None:
-        """None: what a pool has under such a name is an adapter."""
+        """Return None: what a pool has under such a name is an adapter."""
         return None
 
 
@@ -84,7 +87,7 @@ class HubSource:
         self.hub = hub
 
     def require(self, leaf: Named | Stored) -> None:
-        """Raises AdapterNotFound, which names near misses, for one that the hub does not have."""
+        """Raise AdapterNotFound, which names near misses, for a leaf that the hub does not have."""
         match leaf:
             case Stored(name):
                 self.hub.composition(name)
@@ -92,7 +95,7 @@ class HubSource:
                 self.content(leaf)
 
     def adapter(self, leaf: Named | Stored) -> Adapter:
-        """The adapter under the name that the formula has for it. ScopeError for a composition that is none."""
+        """Return the adapter under the name that the formula has for it. Raises ScopeError if a composition is none."""
         match leaf:
             case Stored(name):
                 return _adapter_of(self.hub.composition(name), leaf)
@@ -101,7 +104,7 @@ class HubSource:
         return found if found.name == leaf.key else replace(found, name=leaf.key)
 
     def content(self, leaf: Named | Stored) -> str:
-        """The hash of the adapter's content; no adapter of the hub is opened, and a stored composition's only once."""
+        """Return the hash of the adapter's content. Only a stored composition's adapter is opened for that, and once."""
         if isinstance(leaf, Stored):
             stored = self.hub.composition(leaf.name).hash
             found = _CONTENTS.get(stored)
@@ -120,7 +123,7 @@ class HubSource:
         return versions[leaf.version]
 
     def stored(self, leaf: Stored) -> StoredComposition | None:
-        """The composition that the hub keeps."""
+        """Return the composition that the hub keeps under the leaf's name."""
         return self.hub.composition(leaf.name)
 
 
@@ -128,30 +131,30 @@ Source = HubSource | PoolSource
 
 
 def source_of(given: Given | Source) -> Source:
-    """Where to look. Raises WeightingError for anything but a hub, a pool, a list or a mapping of adapters."""
+    """Return where to look. Raises WeightingError for anything but a hub, a pool, a list or a mapping of adapters."""
     if isinstance(given, HubSource | PoolSource):
         return given
     return HubSource(given) if isinstance(given, Hub) else PoolSource(ExpertPool.of(given))
 
 
 def is_base(stored: StoredComposition) -> bool:
-    """Whether a stored composition is the base model itself."""
+    """Return whether a stored composition is the base model itself."""
     folders = ("adapter/", "router/", "member-0/")
     return COMPOSITION in stored.files and not any(path.startswith(folders) for path in stored.files)
 
 
 def has_router(stored: StoredComposition) -> bool:
-    """Whether a router weighs in a stored composition, or is all of it."""
+    """Return whether a router weighs in a stored composition, or is all of it."""
     return ROUTER in stored.files or (COMPOSITION in stored.files and stored.recipe.get("format") == FORMAT_WITH_ROUTER)
 
 
 def has_parts(stored: StoredComposition) -> bool:
-    """Whether a stored composition is an average of members, or steps one after the other."""
+    """Return whether a stored composition is an average of members, or steps one after the other."""
     return COMPOSITION in stored.files and stored.recipe.get("format") in PARTS
 
 
 def router_of(stored: StoredComposition) -> TokenRouter:
-    """The router of a stored composition, with its adapters as `pool`. ScopeError for one that was saved without them."""
+    """Return a stored composition's router, with its adapters as `pool`. Raises ScopeError for one saved without them."""
     with stored.unpacked() as folder:
         found = read_router(folder if ROUTER in stored.files else folder / "router")
     if found.pool is None:
@@ -181,7 +184,7 @@ def _adapter_of(stored: StoredComposition, leaf: Stored) -> Adapter:
 
 
 class Expansion:
-    """Writes out stored formulas; `find` gives a stored composition, None to leave it as it is, `read` the root of a text.
+    """The writing out of stored formulas: `find` returns a stored composition, or None to leave it; `read` a text's root.
 
     Each stored formula is read once. Raises FormulaError for a circle, for a router or `auto` inside something else, and
     above the limit of adapters.
@@ -194,7 +197,7 @@ class Expansion:
         self.inside: list[str] = []
 
     def of(self, root: Root) -> Root:
-        """The root without stored formulas and stored compositions that are the base."""
+        """Return the root without stored formulas, and without stored compositions that are the base."""
         match root:
             case Auto():
                 return root
@@ -235,7 +238,7 @@ class Expansion:
         return found
 
     def _stored(self, leaf: Stored) -> Root | None:
-        """What a stored formula says, written out; None for a composition that is no formula."""
+        """Return the root of a stored formula, written out; None for a composition that is no formula."""
         if leaf.name in self.inside:
             circle = " -> ".join(f"@{name}" for name in [*self.inside, leaf.name])
             raise FormulaError(f"stored formulas name each other in a circle: {circle}; save one of them again")

@@ -1,4 +1,4 @@
-"""Words, numbers and quoted names of a formula, each with its place in the text; and errors that show the place."""
+"""The words, numbers and quoted names of a formula, each with its place in the text; and errors that show the place."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Token:
 
 
 def tokens(text: str) -> list[Token]:
-    """The pieces of a formula, "end" last. Raises FormulaError for what is none, and above the limits."""
+    """Return the pieces of a formula, "end" last. Raises FormulaError for text that has none, and above the limits."""
     found = list(_pieces(text))
     depth = 0
     for token in found:
@@ -50,7 +50,7 @@ def tokens(text: str) -> list[Token]:
 
 
 def normal(text: Any) -> str:
-    """A formula's text in Unicode form NFC, as names are. Raises FormulaError for anything else, and above the limit."""
+    """Return a formula's text in Unicode form NFC, as names are. Raises FormulaError for other types and above the limit."""
     if not isinstance(text, str):
         raise FormulaError(f"a formula is text such as '0.7*a + 0.3*b', not {type(text).__name__} {text!r:.60}")
     if len(text) > MAX_CHARACTERS:
@@ -59,14 +59,14 @@ def normal(text: Any) -> str:
 
 
 def quoted(name: str) -> str:
-    """A name as a formula writes it: bare if it is a word and not reserved, else in quotes."""
+    """Return a name as a formula writes it: bare if it is a word and not reserved, else in quotes."""
     if _WORD.fullmatch(name) and name not in RESERVED:
         return name
     return "'" + name.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def misplaced(problem: str, text: str, place: Token | None) -> FormulaError:
-    """The error of a problem at a place of a formula: the problem, the text, and a caret under the place."""
+    """Return the error of a problem at a place of a formula: the problem, the text, and a caret under the place."""
     if place is None:
         return FormulaError(f"{problem}\n  {printable(text)[: 2 * AROUND]}")
     start = max(0, place.start - AROUND)
@@ -114,7 +114,7 @@ def _piece(text: str, start: int) -> Token:
 
 
 def _quoted(text: str, start: int) -> Token:
-    """A name between quotes, in which a backslash stands before a quote or another backslash."""
+    """Read a name between quotes, in which a backslash stands before a quote or another backslash."""
     mark, position = text[start], start + 1
     value: list[str] = []
     while position < len(text):
@@ -133,6 +133,6 @@ def _quoted(text: str, start: int) -> Token:
 
 
 def _width(text: str) -> int:
-    """The columns of a terminal that a text takes."""
+    """Return the number of columns of a terminal that a text takes."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     return len(text) + wide - sum(bool(unicodedata.combining(character)) for character in text)
