@@ -1,4 +1,4 @@
-"""Finds which adapters of a hub, one after the other, solve a task that is given by a few examples."""
+"""The search for which adapters of a hub, one after the other, solve a task that is given by a few examples."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def order(
     gain: Annotated[float, Range(least=0, below=1)] = 0.1,
     progress: bool = True,
 ) -> Program:
-    """The program `a > b > ...` whose last step gives the task's targets the lowest mean loss; each step asked by its own
-    instruction, the description in the hub.
+    """Return the program `a > b > ...` whose last step gives the task's targets the lowest mean loss.
+
+    Each step is asked by its own instruction, the description in the hub.
 
     First steps are the `k` adapters whose sample inputs are most like the task's, later ones those and the `k` whose sample
     outputs are most like its targets. All single steps are measured, then pairs that end in one of the eight best of them,

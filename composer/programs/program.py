@@ -56,7 +56,7 @@ DRAWS = 4
 
 @dataclass(frozen=True)
 class Distilling:
-    """How a program becomes an adapter."""
+    """The settings by which a program becomes an adapter."""
 
     num_inputs: int = 320
     steps: int = 60
@@ -76,9 +76,9 @@ def distilled(
     settings: Distilling,
     progress: bool,
 ) -> Composition:
-    """The composition of an adapter trained on the task's examples and on inputs that the program has labelled.
+    """Return the composition of an adapter trained on the task's examples and on inputs that the program has labelled.
 
-    A tenth of these, one at least where there are two, is held out. `program_loss` is the program's on the examples.
+    A tenth of these inputs, one at least where there are two, is held out. `program_loss` is the program's on the examples.
     """
     started = time.perf_counter()
     order = torch.randperm(len(labelled), generator=seeded(settings.seed, "distil")).tolist()
@@ -138,7 +138,7 @@ def distilled(
 
 
 def card_inputs(hub: Hub, first: str | None, given: Sequence[str], count: int, seed: int) -> list[str]:
-    """At most `count` inputs from the sample inputs in the hub's cards.
+    """Return at most `count` inputs from the sample inputs in the hub's cards.
 
     Those of adapter `first` come first; then texts that are `recombined` from these and those given; then the sample inputs
     of others that look like those given, the nearest first. The look is the form of a text: how long it is, of how many
@@ -162,7 +162,10 @@ def card_inputs(hub: Hub, first: str | None, given: Sequence[str], count: int, s
 
 
 def recombined(texts: Sequence[str], count: int, seed: int) -> list[str]:
-    """At most `count` new texts, drawn by the seed: each word stands at its place in one of the texts of as many words."""
+    """Return at most `count` new texts, drawn by the seed.
+
+    Each word of a new text stands at its place in one of the `texts` of as many words.
+    """
     generator = random.Random(seed)
     words = [text.split(" ") for text in texts]
     found: dict[str, None] = {}
@@ -179,7 +182,7 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class OrderReport:
-    """Every program that was measured, those on most examples first and then by loss; and which was chosen, and why.
+    """Every program that was measured, those on most examples first and then by loss; the one that was chosen, and why.
 
     `left_out` are adapters without a description, which cannot be asked; `questions` counts what the model was asked.
     """
@@ -195,7 +198,7 @@ class OrderReport:
         return next(row for row in self.rows if row.steps == tuple(steps))
 
     def table(self, count: int = SHOWN) -> ShownTable:
-        """The first `count` rows as a table."""
+        """Return the first `count` rows as a table."""
         rows = [(" > ".join(row.steps), row.loss, row.hits, row.num_examples) for row in self.rows[:count]]
         title = f"chosen: {' > '.join(self.chosen)} ({self.reason})"
         return ShownTable.of(("program", "loss", "hits", "examples"), rows, title=title)
@@ -206,9 +209,10 @@ class OrderReport:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """Steps that each answer what the one before it answered; `hub` has their adapters, `pool` these as they were chosen.
+    """A chain of steps that each answer what the one before it answered.
 
-    The task's labels, where it has some, are those of the last step.
+    `hub` has their adapters, `pool` these as they were chosen. The task's labels, where it has some, are those of the last
+    step.
     """
 
     model: Any
@@ -226,7 +230,7 @@ class Program:
         return " > ".join(step.label for step in self.steps)
 
     def predict(self, inputs: GivenRows) -> list[str]:
-        """The last step's answer for each input: a label when the task has labels, else the first line it generates.
+        """Return the last step's answer for each input: a label if the task has labels, else the first line it generates.
 
         Raises InvalidTask for inputs that are neither texts nor rows.
         """
@@ -234,11 +238,11 @@ class Program:
         return self._answers(last, self._between(before, read_asked(inputs)), self._last_task)
 
     def evaluate(self, pairs: GivenRows) -> dict[str, float]:
-        """What `Composition.evaluate` measures; `loss` is that of the targets under the last step."""
+        """Return the figures of `Composition.evaluate`; `loss` is that of the targets under the last step."""
         return self.score(pairs).figures()
 
     def score(self, pairs: GivenRows) -> scoring.Score:
-        """The same, with what is right item by item."""
+        """Return the figures of `evaluate`, with what is right item by item."""
         read = scoring.read_answers(pairs)
         *before, last = self.steps
         between = self._between(before, [text for text, _ in read])
@@ -258,16 +262,15 @@ class Program:
         n_jobs: int | None = None,
         progress: bool = True,
     ) -> Composition:
-        """One adapter, trained by `train_adapters` to answer as the program does, asked by the task's instruction under its
-        examples.
+        """Return one adapter, trained by `train_adapters` to answer as the program does.
 
-        The program labels the unlabelled `inputs`; without any, at most `num_inputs` like the task's: sample inputs
-        in the hub's cards, those of the first step's adapter before others, and new ones of their words. A tenth of them is
-        held out. The task's own examples are learned with their targets. All linear layers are trained, two rows of up to 8
-        inputs a step. The report's reason has the agreement with the program on the inputs held out, and both losses of the
-        examples. `n_jobs` workers, or those that `joblib.parallel_config` names, label the inputs as one process would, by
-        adapters of the hub (docs/howto/many_machines.md). Raises InvalidTask where there are no inputs, TrainingError for
-        settings out of range.
+        It is asked by the task's instruction, under the task's examples. The program labels the unlabelled `inputs`; without
+        any, at most `num_inputs` like the task's: sample inputs in the hub's cards, those of the first step's adapter before
+        others, and new ones of their words. A tenth of them is held out. The task's own examples are learned with their
+        targets. All linear layers are trained, two rows of up to 8 inputs a step. The report's reason has the agreement with
+        the program on the inputs held out, and both losses of the examples. `n_jobs` workers, or those that
+        `joblib.parallel_config` names, label the inputs as one process would, by adapters of the hub
+        (docs/howto/many_machines.md). Raises InvalidTask where there are no inputs, TrainingError for settings out of range.
         """
         given = {"num_inputs": num_inputs, "steps": steps, "lr": lr, "rank": rank}
         check_options("distil()", given, options_of(Program.distil, after=2), error=TrainingError)
@@ -296,7 +299,7 @@ class Program:
         return distilled(self.model, self.tokenizer, asked, labelled, str(self), own, self.pool, settings, progress)
 
     def save(self, path: str | Path) -> Path:
-        """Writes a JSON file with the steps, the hashes of their adapters, the task and the report; no weights."""
+        """Write a JSON file of the steps, their adapters' hashes, the task and the report, no weights; return its path."""
         target = as_path(path, "the file of a program", CompositionError)
         fields = {"format": FORMAT, "steps": [asdict(step) for step in self.steps], "task": task_json(self.task)}
         with whole_file(target) as new:
@@ -305,7 +308,7 @@ class Program:
 
     @classmethod
     def load(cls, path: str | Path, model: Any, tokenizer: Any, hub: Hub) -> Program:
-        """Reads a saved program, whose adapters the hub must have as they were.
+        """Read a saved program, whose adapters the hub must have as they were.
 
         Raises AdapterNotFound for a file or an adapter that is gone, AdapterCorrupt for a damaged file, CompositionError for
         one of another format and for an adapter whose content has changed, BaseModelMismatch for another model.
@@ -332,7 +335,7 @@ class Program:
         return replace(self.steps[-1].task(self.task), labels=self.task.labels)
 
     def _between(self, steps: Sequence[Step], texts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """What the last of these steps answers; the texts themselves without steps."""
+        """Return what the last of these steps answers to the texts; without steps, the texts themselves."""
         found = texts
         for step in steps:
             found = self._answers(step, found, step.task(self.task))
@@ -352,14 +355,14 @@ class Program:
 
 
 def _labels(load: Callable[[], tuple[Any, Any]], program: Program, inputs: Sequence[str]) -> list[str]:
-    """What a worker answers by a program that came without model and pool."""
+    """Return a worker's answers by a program that came without model and pool."""
     model, tokenizer = load()
     pool = pool_of(program.steps, program.hub, model)
     return replace(program, model=model, tokenizer=tokenizer, pool=pool).predict(inputs)
 
 
 def pool_of(steps: Sequence[Step], hub: Hub, model: nn.Module) -> ExpertPool | None:
-    """The steps' adapters, as experts of the model; None where all are asked of the base.
+    """Return the steps' adapters as experts of the model, or None if all steps are asked of the base.
 
     Raises CompositionError for one of other content, BaseModelMismatch or LayerMismatch for one of another model.
     """
