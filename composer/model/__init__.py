@@ -1,1 +1,1 @@
-"""What a model is to a mixture: its layers, batches, answers and limits."""
+"""The model as a mixture sees it: its layers, batches, answers and limits."""

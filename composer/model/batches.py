@@ -25,9 +25,10 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class TargetBatch:
-    """`inputs` go to the model; targets_BK are token ids, `IGNORED` where a row's target is shorter than K.
+    """A batch of prompts with their targets: `inputs` go to the model; targets_BK are token ids.
 
-    A decoder predicts targets_BK[:, k] at position T - K - 1 + k; an encoder-decoder at decoder position k.
+    Where a row's target is shorter than K, targets_BK has `IGNORED`. A decoder predicts targets_BK[:, k] at position T - K -
+    1 + k; an encoder-decoder at decoder position k.
     """
 
     inputs: dict[str, Tensor]
@@ -37,12 +38,12 @@ class TargetBatch:
         return TargetBatch({key: value.to(device) for key, value in self.inputs.items()}, self.targets_BK.to(device))
 
     def tile(self, count: int) -> TargetBatch:
-        """The whole batch `count` times, one copy after the other."""
+        """Return the whole batch `count` times, one copy after the other."""
         inputs = {key: value.repeat(count, 1) for key, value in self.inputs.items()}
         return TargetBatch(inputs, self.targets_BK.repeat(count, 1))
 
     def rows(self, index: Sequence[int]) -> TargetBatch:
-        """These rows, without the padding that all of them have."""
+        """Return these rows, without the padding that all of them have."""
         chosen = torch.tensor(index, device=self.targets_BK.device)
         inputs = {key: value[chosen] for key, value in self.inputs.items()}
         targets_BK = self.targets_BK[chosen]
@@ -76,10 +77,11 @@ class EncodedRow:
 def encode(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], targets: Sequence[str], *, ends: Sequence[str | None] = ()
 ) -> list[EncodedRow]:
-    """Token ids of each prompt and of " target" with its end, by default the end-of-sequence token, tokenised apart.
+    """Return the token ids of each prompt and of " target" with its end, tokenised apart.
 
-    What follows a conversation is the assistant's turn, as `answered_ids` has it. Raises what that raises, and InvalidTask
-    for a prompt or a target without tokens and for a row longer than the model's context.
+    The end is by default the end-of-sequence token. The target of a conversation is the assistant's turn, as `answered_ids`
+    has it. Raises what that raises, and InvalidTask for a prompt or a target without tokens and for a row longer than the
+    model's context.
     """
     # tokenizers refuse an empty list
     if not prompts:
@@ -110,7 +112,7 @@ def encode(
 
 
 def answer_ids(tokenizer: Any, answers: Sequence[str], ends: Sequence[str | None] = ()) -> list[list[int]]:
-    """Token ids of " answer" with its end for each; None, and no ends, stand for the end-of-sequence token."""
+    """Return the token ids of each " answer" with its end; None, and no `ends`, stand for the end-of-sequence token."""
     given = [tokenizer.eos_token or "" if end is None else end for end in ends or [None] * len(answers)]
     texts = [f" {answer}{end}" for answer, end in zip(answers, given, strict=True)]
     found: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -118,12 +120,12 @@ def answer_ids(tokenizer: Any, answers: Sequence[str], ends: Sequence[str | None
 
 
 def context_length(model: Any) -> int | None:
-    """The number of tokens that the model can attend to, where its configuration says so."""
+    """Return the number of tokens that the model can attend to, or None where its configuration does not say."""
     return getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
 
 
 def batch(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> TargetBatch:
-    """The rows as one batch on the model's device."""
+    """Return the rows as one batch on the model's device."""
     width = max(len(row.target) for row in rows)
     targets_BK = torch.full((len(rows), width), IGNORED)
     device = next(model.parameters()).device
@@ -143,12 +145,12 @@ def batch(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> TargetBatch
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The token that fills rows up: the tokenizer's own for padding, its end of sequence, or 0, which the mask hides."""
+    """Return the token that fills rows up: the tokenizer's padding, its end of sequence, or 0, which the mask hides."""
     return int(next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0))
 
 
 def pad_rows(tokenizer: Any, rows: Sequence[Sequence[int]], *, left: bool = True) -> tuple[Tensor, Tensor]:
-    """(ids_BT, mask_BT) of rows of token ids, filled up on one side."""
+    """Return (ids_BT, mask_BT) of rows of token ids, filled up on one side."""
     longest = max(len(row) for row in rows)
     ids_BT = torch.full((len(rows), longest), pad_id(tokenizer))
     mask_BT = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -160,7 +162,7 @@ def pad_rows(tokenizer: Any, rows: Sequence[Sequence[int]], *, left: bool = True
 
 
 def with_positions(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor]:
-    """Decoder inputs whose positions start at each row's first real token, where the model takes positions."""
+    """Return decoder inputs whose positions start at each row's first real token, where the model takes positions."""
     inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
     if takes(model, "position_ids"):
         inputs["position_ids"] = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
@@ -168,7 +170,7 @@ def with_positions(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Ten
 
 
 def align_left(ids_BT: Tensor, mask_BT: Tensor | None) -> dict[str, Tensor]:
-    """Token ids and mask with all padding moved to the left; no mask is one without padding."""
+    """Return token ids and mask with all padding moved to the left; no mask stands for one without padding."""
     if mask_BT is None:
         return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
     order_BT = mask_BT.ne(0).int().argsort(dim=1, stable=True)
@@ -176,7 +178,7 @@ def align_left(ids_BT: Tensor, mask_BT: Tensor | None) -> dict[str, Tensor]:
 
 
 def token_losses(model: Any, batch: TargetBatch) -> Tensor:
-    """loss_BK: negative log-likelihood of every target token, fp32, 0 where the target is shorter than K."""
+    """Return loss_BK, the negative log-likelihood of every target token in fp32, 0 where the target is shorter than K."""
     asked_K = (batch.targets_BK != IGNORED).any(dim=0)
     if bool(asked_K.all()) or model.config.is_encoder_decoder:
         return losses_of(target_logits(model, batch), batch.targets_BK)
@@ -186,13 +188,17 @@ def token_losses(model: Any, batch: TargetBatch) -> Tensor:
 
 
 def token_scores(model: Any, batch: TargetBatch) -> tuple[Tensor, Tensor]:
-    """(loss_BK, hit_BK): also whether a target token is the most likely one; False beyond a shorter target."""
+    """Return (loss_BK, hit_BK).
+
+    The losses are those of `token_losses`. A hit is a target token that is the most likely one; False beyond a shorter
+    target.
+    """
     logits_BKV = target_logits(model, batch)
     return losses_of(logits_BKV, batch.targets_BK), logits_BKV.argmax(dim=2) == batch.targets_BK
 
 
 def target_logits(model: Any, batch: TargetBatch, *, whole: bool = False, asked_K: Tensor | None = None) -> Tensor:
-    """logits_BKV at the positions that predict the targets, or at those `asked_K` of them alone.
+    """Return logits_BKV at the positions that predict the targets, or only at those that `asked_K` marks.
 
     With `whole`, the head sees all of a decoder's tokens.
     """
@@ -209,7 +215,7 @@ def target_logits(model: Any, batch: TargetBatch, *, whole: bool = False, asked_
 
 
 def logits_at(model: Any, inputs: Mapping[str, Tensor], place_K: Tensor) -> Tensor:
-    """A decoder's logits at these positions of every row."""
+    """Return a decoder's logits at these positions of every row."""
     # positions as an index tensor: for a slice, transformers hands the head a strided view, which bf16 products copy
     if takes(model, "logits_to_keep"):
         return cast(Tensor, model(**inputs, logits_to_keep=place_K, use_cache=False).logits)
@@ -217,49 +223,49 @@ def logits_at(model: Any, inputs: Mapping[str, Tensor], place_K: Tensor) -> Tens
 
 
 def losses_of(logits_BKV: Tensor, targets_BK: Tensor) -> Tensor:
-    """loss_BK in fp32 or better: negative log-likelihood of each target, 0 where it is `IGNORED`."""
+    """Return loss_BK in fp32 or better: the negative log-likelihood of each target, 0 where it is `IGNORED`."""
     exact_NV = logits_BKV.to(torch.promote_types(logits_BKV.dtype, torch.float32)).flatten(0, 1)
     flat = functional.cross_entropy(exact_NV, targets_BK.flatten(), ignore_index=IGNORED, reduction="none")
     return flat.view(targets_BK.shape)
 
 
 def entropies_of(logits_BKV: Tensor, targets_BK: Tensor) -> Tensor:
-    """entropy_BK of the predictions in nats, fp32 or better, 0 where the target is `IGNORED`."""
+    """Return entropy_BK of the predictions in nats, in fp32 or better, 0 where the target is `IGNORED`."""
     log_p_BKV = logits_BKV.to(torch.promote_types(logits_BKV.dtype, torch.float32)).log_softmax(dim=-1)
     entropy_BK = -(log_p_BKV.exp() * log_p_BKV).sum(dim=-1)
     return entropy_BK.masked_fill(targets_BK == IGNORED, 0.0)
 
 
 def mean_losses(model: Any, batch: TargetBatch) -> Tensor:
-    """loss_B: the mean over a row's target tokens."""
+    """Return loss_B, the mean over each row's target tokens."""
     counts_B = (batch.targets_BK != IGNORED).sum(dim=1)
     return token_losses(model, batch).sum(dim=1) / counts_B
 
 
 def tensors_in(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Those of a model's inputs that are tensors."""
+    """Return those of a model's inputs that are tensors."""
     return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
 
 
 def takes(model: Any, argument: str) -> bool:
-    """Whether the model's forward has an argument of that name."""
+    """Return whether the model's forward has an argument of that name."""
     return argument in inspect.signature(model.forward).parameters
 
 
 def last_logits(model: Any) -> dict[str, int]:
-    """The argument that asks for the logits of each row's last token alone; nothing where a model has no such argument."""
+    """Return the argument that asks for the logits of each row's last token alone; {} for a model without such a one."""
     return {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
 
 
 def end_tokens(model: Any) -> list[int] | None:
-    """The tokens at which the model's generation settings end a sequence; None where they do not say."""
+    """Return the tokens at which the model's generation settings end a sequence; None where they do not say."""
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return found if found is None or isinstance(found, list) else [found]
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and frozen parameters inside; every module and parameter as it was after it."""
+    """Set evaluation mode and freeze the parameters for the block; restore every module and parameter after it."""
     modes = [(module, module.training) for module in model.modules()]
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:

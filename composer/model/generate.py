@@ -1,4 +1,4 @@
-"""What engine.generate and engine.stream hand to the model's own `generate`: prompts, and settings that were looked over.
+"""The arguments that engine.generate and engine.stream give to the model's own `generate`: prompts and checked settings.
 
 `GrowingText` is the text of an answer while its tokens come one by one.
 """
@@ -39,23 +39,23 @@ class GenerationCall:
     start: int
 
     def output(self, model: Any, streamer: Any = None) -> Any:
-        """What `generate` returns; its tokens go to the streamer too, where one is given."""
+        """Return what `generate` returns; its tokens go to the streamer, too, if one is given."""
         arguments = dict(self.arguments) if streamer is None else {**self.arguments, "streamer": streamer}
         if self.seeds is not None:
             arguments["custom_generate"] = sample_by_seeds(self.seeds, arguments.get("streamer"))
         return model.generate(**arguments)
 
     def new_tokens(self, output: Any) -> Tensor:
-        """The new tokens of every sequence that `generate` returned."""
+        """Return the new tokens of every sequence that `generate` returned."""
         sequences: Tensor = getattr(output, "sequences", output)
         return sequences[:, self.start :]
 
     def texts(self, output: Any) -> list[str]:
-        """The new text of every sequence that `generate` returned."""
+        """Return the new text of every sequence that `generate` returned."""
         return list(self.tokenizer.batch_decode(self.new_tokens(output), skip_special_tokens=True))
 
     def require_streaming(self) -> None:
-        """CompositionError where tokens are not known one by one, or go to somebody else."""
+        """Raise CompositionError where tokens are not known one by one, or go to somebody else."""
         if "beam" in self.mode:
             raise CompositionError(
                 "beam search knows its tokens only at the end, and has nothing to stream: use generate(), or num_beams=1"
@@ -68,7 +68,7 @@ class GenerationCall:
 def generation_call(
     model: nn.Module, tokenizer: Any, texts: Sequence[Prompt], seeds: Sequence[int] | None, settings: Mapping[str, Any]
 ) -> GenerationCall:
-    """One call for a batch of texts and conversations, with the settings that the caller gave for `generate`.
+    """Return one call for a batch of texts and conversations, with the settings that the caller gave for `generate`.
 
     Raises CompositionError for what would run downloaded code or leave this thread, ScopeError for what takes one text only.
     """
@@ -105,7 +105,7 @@ def generation_call(
 
 
 def _mode(model: nn.Module, settings: Mapping[str, Any]) -> str:
-    """The name of the way of decoding that transformers will take: "greedy_search", "sample", "beam_search", ..."""
+    """Return the name of the decoding that transformers will choose, such as "greedy_search" or "sample"; "" if unknown."""
     merged = copy.deepcopy(getattr(model, "generation_config", None))
     if merged is None:
         return ""
@@ -147,14 +147,18 @@ def _words(mode: str) -> str:
 
 
 def read_one(text: Any) -> Prompt:
-    """The text or conversation that is to be explained. CompositionError for several."""
+    """Return the text or conversation that is to be explained. Raises CompositionError for several."""
     if not isinstance(text, str | Conversation) and not is_messages(text):
         raise CompositionError(f"explain() takes one text, but got {type(text).__name__}: explain texts one by one")
     return read_prompt(text, 0)
 
 
 def read_prompt(given: Any, number: int) -> Prompt:
-    """Text or conversation `number` of a call. CompositionError for anything else, InvalidTask for turns of another form."""
+    """Return text or conversation `number` of a call as a prompt.
+
+    Raises CompositionError for anything else and for a conversation that ends with the assistant's turn, InvalidTask for
+    turns of another form.
+    """
     if isinstance(given, str):
         return given
     if not isinstance(given, Conversation) and not is_messages(given):
@@ -169,7 +173,10 @@ def read_prompt(given: Any, number: int) -> Prompt:
 
 
 def encode_texts(model: nn.Module, tokenizer: Any, texts: Sequence[Prompt]) -> tuple[dict[str, Tensor], int]:
-    """The token ids and their mask, padded left (right for an encoder), and the id that pads."""
+    """Return the token ids with their mask, padded left (right for an encoder), and the id that pads.
+
+    Raises CompositionError for a text without tokens, if the tokenizer has no bos token to begin with.
+    """
     encoded = prompt_ids(tokenizer, texts)
     for number, ids in enumerate(encoded):
         if not ids and tokenizer.bos_token_id is not None:
@@ -184,7 +191,7 @@ def encode_texts(model: nn.Module, tokenizer: Any, texts: Sequence[Prompt]) -> t
 
 
 def stream(generate: Callable[[Any], None], tokenizer: Any) -> Iterator[list[str]]:
-    """One piece of text per sequence, as often as there is any; the pieces of a sequence make up its whole text.
+    """Yield one piece of text per sequence, as often as there is any; the pieces of a sequence make up its whole text.
 
     `generate(streamer)` runs in a thread of its own, from the first piece that is asked for on. What it raises is raised
     here. Whoever stops reading, stops it at its next token: the iterator's `close()`, or its end of life, waits for that.
@@ -231,11 +238,11 @@ def _pieces(generate: Callable[[Any], None], tokenizer: Any) -> Iterator[list[st
 
 
 class _Stopped(Exception):
-    """Nobody reads the stream any more."""
+    """The signal, raised in the generating thread, that nobody reads the stream any more."""
 
 
 class _Streamer:
-    """A streamer as transformers knows them, for a batch of any size."""
+    """A streamer of the kind that transformers calls, for a batch of any size."""
 
     def __init__(self, tokenizer: Any, send: Callable[[list[str]], None]) -> None:
         self.stopped = False
@@ -244,7 +251,7 @@ class _Streamer:
         self._rows: list[GrowingText] | None = None
 
     def put(self, tokens: Tensor) -> None:
-        """The next token of every sequence, or several of the only one; the first call has the prompts."""
+        """Take the next token of every sequence, or several of the only one; the first call has the prompts."""
         if self.stopped:
             raise _Stopped
         if self._rows is None:
@@ -262,9 +269,9 @@ class _Streamer:
 
 
 def sample_by_seeds(seeds: Sequence[int], streamer: Any) -> Callable[..., Any]:
-    """transformers' own sampling loop, as a `custom_generate` of it, with each text's tokens drawn under the text's seed.
+    """Return a `custom_generate` that runs transformers' sampling loop and draws each text's tokens under the text's seed.
 
-    A function is the way in because only there is the list of processors complete: temperature, top-k and the like come
+    A function is the way in because the list of processors is complete only there: temperature, top-k and the like come
     first. `streamer` is what the caller gave; transformers hands none to a function.
     """
 
@@ -300,8 +307,8 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 class GrowingText:
     """The text of one sequence, decoded token by token.
 
-    What a token adds can depend on those before it (a space, the bytes of one character), so it is what the text of the
-    last few tokens has more with it than without it.
+    What a token adds can depend on those before it (a space, the bytes of one character). It is therefore the difference
+    between the texts of the last few tokens with it and without it.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -311,12 +318,12 @@ class GrowingText:
         self._new: list[int] = []
 
     def text(self, ids: list[int]) -> str:
-        """What these tokens add; "" while a character is incomplete."""
+        """Return the text that these tokens add; "" while a character is incomplete."""
         self._new += [token for token in ids if token not in self._special]
         return self._new_text(complete=True) if self._new else ""
 
     def rest(self) -> str:
-        """What is left at the end."""
+        """Return the text that is left at the end."""
         return self._new_text(complete=False) if self._new else ""
 
     def _new_text(self, *, complete: bool) -> str:

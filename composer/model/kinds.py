@@ -18,7 +18,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Shape(NamedTuple):
-    """A layer's weight as a matrix (O, I); `transposed` says that it is stored as (I, O)."""
+    """The size of a layer's weight as a matrix (O, I); `transposed` is True if it is stored as (I, O)."""
 
     num_outputs: int
     num_inputs: int
@@ -27,9 +27,9 @@ class Shape(NamedTuple):
 
 
 class LayerKind(ABC):
-    """For every kind y0 = W x with x_BTI and y_BTO by row and token, whatever the module takes and gives.
+    """A kind of layer, for which y0 = W x with x_BTI and y_BTO by row and token, whatever the module takes and returns.
 
-    All but `shape` are for modules of the kind. What stands here is for features along the last axis.
+    All methods but `shape` are for modules of the kind. The ones defined here are for features along the last axis.
     """
 
     name: Kind = "linear"
@@ -37,26 +37,26 @@ class LayerKind(ABC):
 
     @abstractmethod
     def shape(self, module: nn.Module) -> Shape | None:
-        """The layer's size; None for a module that is not of this kind."""
+        """Return the layer's size; None for a module that is not of this kind."""
 
     @abstractmethod
     def refusal(self, module: Any) -> str:
-        """Why an update of this layer would not be y0 + update, as a phrase; empty where it is."""
+        """Return why an update of this layer would not be y0 + update, as a phrase; "" where it is."""
 
     @abstractmethod
     def project(self, module: Any, x: Tensor, a_SI: Tensor) -> Tensor:
-        """hidden_BTS = x a^T for what the module was called with, in the dtype of a or a wider one."""
+        """Return hidden_BTS = x a^T for what the module was called with, in the dtype of a or a wider one."""
 
     def inputs(self, module: Any, x: Tensor, like: Tensor) -> Tensor:
-        """x_BTI itself, with the dtype of `like` where it is made: what a router sees."""
+        """Return x_BTI, which a router sees; it has the dtype of `like` where it has to be made."""
         return by_row(x)
 
     def rows(self, module: Any, y: Tensor) -> Tensor:
-        """The module's output as y_BTO, in the same memory."""
+        """Return the module's output as y_BTO, in the same memory."""
         return by_row(y)
 
     def put_back(self, y_BTO: Tensor, y: Tensor) -> Tensor:
-        """Values by row and token in the shape of the module's output y."""
+        """Return values by row and token in the shape of the module's output y."""
         return y_BTO.reshape(y.shape)
 
 
@@ -122,7 +122,7 @@ class Embedding(LayerKind):
         return _scaled(module, by_row(functional.embedding(x, a_SI.T)))
 
     def inputs(self, module: Any, x: Tensor, like: Tensor) -> Tensor:
-        """The tokens as one-hot rows of vocabulary size, times the embedding's scale: as many values as logits have."""
+        """Return the tokens as one-hot rows of vocabulary size, times the embedding's scale: as many values as logits."""
         one_hot = functional.one_hot(x.long(), int(module.num_embeddings)).to(like.dtype)
         return _scaled(module, by_row(one_hot)).to(like.dtype)
 
@@ -149,17 +149,17 @@ class Convolution(LayerKind):
         return ""
 
     def project(self, module: Any, x: Tensor, a_SI: Tensor) -> Tensor:
-        """The convolution with a as its weight, with the stride, padding and dilation of the layer."""
+        """Convolve x with a as the weight, with the stride, padding and dilation of the layer."""
         kernels = a_SI.reshape(-1, module.in_channels, *module.kernel_size)
         return self.rows(module, module._conv_forward(x.to(a_SI.dtype), kernels, None))
 
     def inputs(self, module: Any, x: Tensor, like: Tensor) -> Tensor:
-        """The patch below the kernel at each output position, gathered by a convolution with the identity."""
+        """Return the patch below the kernel at each output position, gathered by a convolution with the identity."""
         num_inputs = module.in_channels // module.groups * torch.Size(module.kernel_size).numel()
         return self.project(module, x, torch.eye(num_inputs, dtype=like.dtype, device=like.device))
 
     def middle(self, module: Any, x: Tensor, like: Tensor) -> Tensor:
-        """x_BTC: the channels below the middle of the kernel at each output position, with the dtype of `like`."""
+        """Return x_BTC, the channels below the middle of the kernel at each output position, with the dtype of `like`."""
         kernel = torch.zeros(1, 1, *module.kernel_size, dtype=like.dtype, device=like.device)
         kernel.view(-1)[kernel.numel() // 2] = 1
         # each channel as a row of its own, as the layer pads and strides all alike
@@ -168,11 +168,11 @@ class Convolution(LayerKind):
         return found.reshape(*x_BC.shape[:2], -1).mT
 
     def rows(self, module: Any, y: Tensor) -> Tensor:
-        """The output's channels by row and position; an output without a batch axis is one row."""
+        """Return the output's channels by row and position; an output without a batch axis is one row."""
         return (y if y.ndim == 2 + len(module.kernel_size) else y[None]).flatten(2).mT
 
     def put_back(self, y_BTO: Tensor, y: Tensor) -> Tensor:
-        """The values in the shape of y, and as contiguous as y is."""
+        """Return the values in the shape of y, contiguous if y is."""
         found = y_BTO.mT.reshape(y.shape)
         return found.contiguous() if y.is_contiguous() else found
 
@@ -181,7 +181,10 @@ linear, norm, embedding, conv = Linear(), Norm(), Embedding(), Convolution()
 
 
 def by_row(tensor: Tensor) -> Tensor:
-    """(rows, tokens, features) of a tensor whose last axis are the features and whose first the rows, if it has one."""
+    """Return a tensor as (rows, tokens, features).
+
+    Its last axis is the features; its first is the rows, if it has two axes or more.
+    """
     if tensor.ndim == 1:
         return tensor[None, None]
     # not -1, which is ambiguous for a tensor without elements
@@ -189,12 +192,12 @@ def by_row(tensor: Tensor) -> Tensor:
 
 
 def is_near(y: object, expected: Tensor, *, atol: float) -> bool:
-    """Whether what a module gave is a tensor of that shape, and within 1 % or `atol` of it."""
+    """Return whether a module's output is a tensor of the expected shape, and within 1 % or `atol` of it."""
     return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y.float(), expected.float(), 1e-2, atol)
 
 
 def _is_plain(module: nn.Linear) -> bool:
-    """Whether the forward of a class of its own gives W x + bias for a random x; True where W is no plain matrix."""
+    """Return whether the forward of a class of its own gives W x + bias for a random x; True where W is no plain matrix."""
     weight, bias = module.weight, module.bias
     stored = weight.shape == (module.out_features, module.in_features)
     if weight.is_meta or not stored or not weight.is_floating_point() or weight.dtype.itemsize < 2:
@@ -208,9 +211,9 @@ def _is_plain(module: nn.Linear) -> bool:
 
 
 def _scaled(module: Any, looked_up: Tensor) -> Tensor:
-    """Times the factor of a scaled embedding (gemma's sqrt(hidden size)), rounded as the module itself rounds it.
+    """Multiply looked-up rows by a scaled embedding's factor (gemma's sqrt(hidden size)), rounded as the module rounds it.
 
-    It takes a look-up that is scaled to fp32 or better.
+    A look-up that is scaled is first taken to fp32 or better; one without a factor is returned as it is.
     """
     scale = getattr(module, "embed_scale", None)
     if scale is None or type(module).forward is nn.Embedding.forward:
@@ -221,7 +224,7 @@ def _scaled(module: Any, looked_up: Tensor) -> Tensor:
 
 
 def _looks_up_and_scales(module: nn.Embedding) -> bool:
-    """Whether the forward of a class of its own gives embed_scale * W[token] for a few tokens.
+    """Return whether the forward of a class of its own gives embed_scale * W[token] for a few tokens.
 
     Where the weight cannot be read (offloaded), a class with an embed_scale is believed.
     """

@@ -1,7 +1,8 @@
-"""What can be a target layer: a module of a known kind, seen as one weight (O, I) whatever its storage.
+"""The target layers of a model: modules of a known kind, each seen as one weight (O, I) whatever its storage.
 
-A hook on such a layer never fires, and an update would be lost without a word. How a class uses its layers is seen
-from the bytecode of its methods, which is there without the source and quick to look through.
+`use_of` finds layers whose weight is read without a call: a hook on such a layer never fires, and an update would be lost
+without a word. How a class uses its layers is seen from the bytecode of its methods, which is there without the source and
+quick to look through.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ KINDS: tuple[LayerKind, ...] = (linear, embedding, conv)
 
 @dataclass(frozen=True, eq=False)
 class TargetLayer:
-    """A layer under its module path. `transposed` says that its weight is stored as (I, O).
+    """A layer under its module path; `transposed` is True if its weight is stored as (I, O).
 
-    `fresh` says that every call's output is a new tensor, which nothing else refers to. `owner` is the module around it,
+    `fresh` is True if every call's output is a new tensor, which nothing else refers to. `owner` is the module around it,
     where that does not always call the layer but may compute with its weight itself.
 
     An expert of a fused parameter is the matrix `number` of the module's parameter `attribute`; any other layer has its
@@ -63,11 +64,11 @@ class TargetLayer:
         return self.name if self.number is None else self.name.rsplit(".", 2)[0]
 
     def key(self, part: str) -> str:
-        """The module's name for the parameter that has the layer's "weight" or "bias"."""
+        """Return the module's name for the parameter that holds the layer's "weight" or "bias"."""
         return self.attribute if part == "weight" else part
 
     def parameter(self, part: str) -> Tensor | None:
-        """The tensor "weight" or "bias" as it is now; None where the layer has none, or computes it on the way."""
+        """Return the tensor "weight" or "bias" as it is now; None where the layer has none, or computes it on the way."""
         if self.number is not None:
             whole = self.module._parameters.get(self.attribute) if part == "weight" else None
             return None if whole is None else whole.detach()[self.number]
@@ -78,12 +79,12 @@ class TargetLayer:
 
     @property
     def offloaded(self) -> bool:
-        """Whether accelerate keeps the layer's values elsewhere, and loads them when the layer runs."""
+        """True if accelerate keeps the layer's values elsewhere, and loads them when the layer runs."""
         weight = self.parameter("weight")
         return weight is not None and weight.is_meta and hasattr(self.module, "_hf_hook")
 
     def dense_weight_OI(self) -> Tensor:
-        """The weight as (O, I). Raises CompositionError where it is not a plain matrix (quantised, packed, meta)."""
+        """Return the weight as (O, I). Raises CompositionError where it is no plain matrix (quantised, packed, meta)."""
         weight = self.parameter("weight")
         stored = (self.num_inputs, self.num_outputs) if self.transposed else (self.num_outputs, self.num_inputs)
         plain = weight is not None and not weight.is_meta and is_floating(weight.dtype) and weight.ndim > 1
@@ -100,17 +101,17 @@ class TargetLayer:
 
 
 def is_floating(dtype: torch.dtype) -> bool:
-    """Whether one can calculate in this dtype; 8-bit floats only store."""
+    """Return whether one can calculate in this dtype; 8-bit floats only store."""
     return dtype.is_floating_point and dtype.itemsize >= 2
 
 
 def gives_new_memory(module: nn.Module) -> bool:
-    """Whether every output of the module is a new tensor, which nothing else refers to."""
+    """Return whether every output of the module is a new tensor, which nothing else refers to."""
     return type(module).forward in FRESH and "forward" not in vars(module)
 
 
 def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, expert: str) -> TargetLayer:
-    """The layer that `factors` update; `modules` is the model's named_modules().
+    """Return the layer that `factors` update; `modules` is the model's named_modules().
 
     Raises LayerMismatch, naming expert and layer, for a layer that is not in the model, that is of no known kind or of
     another one than the factors, that has another shape, that never runs, or whose forward is not that of its weight
@@ -163,7 +164,7 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
 
 
 def _expert_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, expert: str) -> TargetLayer:
-    """One expert of a fused parameter. Raises as `target_layer`."""
+    """Return one expert of a fused parameter as a layer. Raises what `target_layer` raises."""
     if not factors.is_product:
         raise LayerMismatch(f"expert {expert!r} has a gain or a bias for layer {name!r}, an expert of a fused parameter")
     found = expert_matrix(modules, name, factors, f"expert {expert!r}")
@@ -180,17 +181,17 @@ def _expert_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors,
 
 
 def multiplies_columns(module: nn.Module) -> bool:
-    """Whether a module of fused experts computes x W with matrices (I, O), as gpt-oss and Llama 4 do, and not x W^T."""
+    """Return whether a module of fused experts computes x W with matrices (I, O), as gpt-oss and Llama 4 do, not x W^T."""
     return bool(getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts"))
 
 
 def _embeds_tokens(owner: nn.Module, module: nn.Module) -> bool:
-    """Whether the owner runs without this layer when it is given inputs_embeds, in which the layer has had its part."""
+    """Return whether the owner, given inputs_embeds, runs without this layer, which has then had its part in them."""
     return isinstance(module, nn.Embedding) and getattr(owner, "get_input_embeddings", lambda: None)() is module
 
 
 def _is_never_called(modules: Mapping[str, nn.Module], name: str) -> bool:
-    """Whether it is the `shared` embedding of an encoder-decoder, which since transformers 5 only holds the weight."""
+    """Return whether this is an encoder-decoder's `shared` embedding, which since transformers 5 only holds the weight."""
     place, _, last = name.rpartition(".")
     prefix = f"{place}." if place else ""
     own = modules.get(f"{prefix}encoder.embed_tokens")
@@ -198,8 +199,11 @@ def _is_never_called(modules: Mapping[str, nn.Module], name: str) -> bool:
 
 
 def _hint(modules: Mapping[str, nn.Module], name: str) -> str:
-    """The nearest name that there is; the first name of a module that has several; or for one of many experts, that they
-    are a part of a bare parameter here."""
+    """Return a hint at what the model has in place of a missing layer `name`.
+
+    It is the nearest name; the first name of a module that has several; or, for one of many experts, that they are a part of
+    a bare parameter here.
+    """
     with suppress(AttributeError, KeyError):
         module = modules[""].get_submodule(name)
         first = next(place for place, other in modules.items() if other is module)
@@ -216,7 +220,7 @@ def _hint(modules: Mapping[str, nn.Module], name: str) -> str:
 
 
 def _bare(module: nn.Module) -> str:
-    """A phrase for a module that has the weights of many experts in one parameter."""
+    """Return a phrase for a module that has the weights of many experts in one parameter; "" for others."""
     stacked = [part for part, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
     if not stacked:
         return ""
@@ -227,7 +231,7 @@ def _bare(module: nn.Module) -> str:
 
 
 def require_values(name: str, adapter: Adapter, layers: Mapping[str, TargetLayer]) -> None:
-    """Raises CompositionError, naming the expert, for a part that needs values of the base in a layer that is offloaded."""
+    """Raise CompositionError, naming the expert, for a part that needs values of the base in an offloaded layer."""
     for layer in layers.values():
         factors = adapter.layers.get(layer.name)
         if factors is None or not layer.offloaded:
@@ -240,7 +244,7 @@ def require_values(name: str, adapter: Adapter, layers: Mapping[str, TargetLayer
 
 
 def bind(adapter: Adapter, layers: Mapping[str, TargetLayer]) -> Mapping[str, Factors]:
-    """The adapter's factors with all that depends on the base layers resolved (DoRA's magnitude, a trained bias).
+    """Return the adapter's factors with all that depends on the base layers resolved (DoRA's magnitude, a trained bias).
 
     A bias that is alone gets the layer's kind and number of inputs.
     """
@@ -264,7 +268,7 @@ def bind(adapter: Adapter, layers: Mapping[str, TargetLayer]) -> Mapping[str, Fa
 
 
 def with_magnitudes(adapter: Adapter, model: nn.Module) -> Adapter:
-    """The adapter as files have it: with DoRA's magnitudes in all its layers where one of them has a gain.
+    """Return the adapter as files have it: with DoRA's magnitudes in all its layers where one of them has a gain.
 
     Raises AdapterUnsupported for a gain that no magnitude expresses.
     """
@@ -280,7 +284,7 @@ def with_magnitudes(adapter: Adapter, model: nn.Module) -> Adapter:
 
 
 def tied_parameters(model: nn.Module) -> dict[str, str]:
-    """The parameters that share memory with another parameter or buffer, each with the name of one such."""
+    """Return the parameters that share memory with another parameter or buffer, each with the name of one such."""
     spans = []
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in named:
@@ -308,9 +312,10 @@ _KNOWN: WeakKeyDictionary[type[nn.Module], tuple[set[str], set[str]]] = WeakKeyD
 
 
 def use_of(owner: nn.Module, attribute: str) -> Use:
-    """Whether the owner's forward, and what it leads to, calls `self.<attribute>`, computes with its weight, or does both.
+    """Return how the owner's forward, and what it leads to, uses a layer: by calling it, by reading its weight, or both.
 
-    "called" also where neither is seen: others may call the layer.
+    "called": it calls `self.<attribute>`; "read": it computes with its weight. "called" also where neither is seen: others
+    may call the layer.
     """
     reads, others = _uses(type(owner))
     if attribute not in reads:
@@ -319,7 +324,7 @@ def use_of(owner: nn.Module, attribute: str) -> Use:
 
 
 def _uses(owner: type[nn.Module]) -> tuple[set[str], set[str]]:
-    """The attributes whose weights are read, and those that are looked at in any other way."""
+    """Return the attributes whose weights are read, and those that are looked at in any other way."""
     if owner in _KNOWN:
         return _KNOWN[owner]
     reads: set[str] = set()
@@ -332,7 +337,7 @@ def _uses(owner: type[nn.Module]) -> tuple[set[str], set[str]]:
 
 
 def _reachable(owner: type[nn.Module]) -> list[CodeType]:
-    """The code of forward and of all methods that are named in it, in those, and so on: not what only makes or saves."""
+    """Return the code of forward and of all methods named in it, in those, and so on, but not what only makes or saves."""
     names, seen, found = ["forward"], {"forward"}, []
     while names:
         function = inspect.unwrap(getattr(owner, names.pop(), None))  # type: ignore[arg-type]
@@ -345,7 +350,7 @@ def _reachable(owner: type[nn.Module]) -> list[CodeType]:
 
 
 def _with_inner(code: CodeType) -> Iterator[CodeType]:
-    """The code of a function and of those within it."""
+    """Yield the code of a function and of those within it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -353,7 +358,7 @@ def _with_inner(code: CodeType) -> Iterator[CodeType]:
 
 
 def _loads(code: CodeType) -> Iterator[tuple[str, bool]]:
-    """The attributes that are loaded there, and whether for a computation with their weight; questions are left out."""
+    """Yield the attributes that the code loads, and whether for a computation with their weight; questions are left out."""
     steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
     for place, (operation, attribute) in enumerate(steps):
         if not operation.startswith(("LOAD_ATTR", "LOAD_METHOD")):

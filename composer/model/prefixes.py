@@ -1,4 +1,4 @@
-"""What all rows of a batch begin with, read once: demonstrations in front of every prompt of a task."""
+"""The beginning that all rows of a batch share, read once: demonstrations in front of every prompt of a task."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MIN_TOKENS = 32
 
 @dataclass(frozen=True, eq=False)
 class Prefixes:
-    """Keys and values of what the rows of each group begin with: ids_MP and mask_MP, one row of each of M groups."""
+    """The keys and values of what the rows of each group begin with: ids_MP and mask_MP, one row of each of M groups."""
 
     ids_MP: Tensor
     mask_MP: Tensor
@@ -29,7 +29,7 @@ class Prefixes:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, groups: Sequence[Sequence[Sequence[int]]]) -> Prefixes | None:
-        """What the rows of each group have in common, with one token left to each row.
+        """Read what the rows of each group have in common, with one token left to each row.
 
         None where sharing does not pay or cannot be exact: for encoder-decoders, for models without positions, and for
         caches other than plain keys and values.
@@ -47,7 +47,7 @@ class Prefixes:
         return cls(ids_MP, mask_MP, lengths, cache) if is_plain(cache) else None
 
     def before(self, model: Any, tokenizer: Any, rows: Sequence[Sequence[int]]) -> tuple[dict[str, Tensor], Any]:
-        """(inputs, cache) of as many rows of each group, one group after the other.
+        """Return (inputs, cache) for rows that are as many of each group, one group after the other.
 
         The inputs are the whole rows, padded before the prefix and between it and what follows; the cache has its rows.
         """
@@ -62,27 +62,27 @@ class Prefixes:
         return {name: value.to(device) for name, value in inputs.items()}, cache
 
     def after(self, model: Any, tokenizer: Any, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """Arguments of a call of the model that reads only what follows the prefixes of these rows."""
+        """Return arguments for a call of the model that reads only what follows the prefixes of these rows."""
         inputs, cache = self.before(model, tokenizer, rows)
         return {**following(inputs, self.ids_MP.shape[1]), cache_name(model): cache}
 
 
 def _beginning(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The tokens that all rows begin with, without the last one of the shortest row."""
+    """Return the tokens that all rows begin with, without the last one of the shortest row."""
     columns = takewhile(lambda column: len(set(column)) == 1, zip(*(row[:-1] for row in rows), strict=False))
     return tuple(column[0] for column in columns)
 
 
 def is_plain(cache: Any) -> bool:
-    """Whether a cache holds keys and values of whole rows, and nothing else: no window, no state, no quantised ones."""
+    """Return whether a cache holds keys and values of whole rows, and nothing else: no window, state or quantised ones."""
     return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def following(inputs: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
-    """A decoder's inputs without the first tokens; the mask still has them."""
+    """Return a decoder's inputs without the first `length` tokens; the mask still has them."""
     return {name: value if name == "attention_mask" else value[:, length:] for name, value in inputs.items()}
 
 
 def cache_name(model: Any) -> str:
-    """transformers 5.24 renamed the argument; the floor 5.3 has the old name."""
+    """Return the name of the cache's argument: transformers 5.24 renamed it; the floor 5.3 has the old name."""
     return "cache" if takes(model, "cache") else "past_key_values"

@@ -1,4 +1,4 @@
-"""Answers of a model and their scores: ranked labels, the first line of a greedy generation, and Wilson's intervals."""
+"""The answers of a model and their scores: ranked labels, the first line of a greedy generation, and Wilson's intervals."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Targets = str | Sequence[str]
 
 @dataclass(frozen=True)
 class Score:
-    """Share of right answers (0 to 1) with its 95 % interval (Wilson), and the mean loss of the targets."""
+    """The share of right answers (0 to 1) with its 95 % interval (Wilson), and the mean loss of the targets."""
 
     value: float
     low: float
@@ -58,29 +58,29 @@ class Score:
     losses: tuple[float, ...]
 
     def figures(self) -> dict[str, float]:
-        """All but the single items."""
+        """Return all figures but those of single items."""
         return {name: getattr(self, name) for name in ("value", "low", "high", "loss", "count")}
 
 
 def losses(
     model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[Prompt, Targets]], *, share: bool = False
 ) -> list[float]:
-    """The mean negative log-likelihood of each pair's (first) target, given its prompt; `share` is that of `predict`.
+    """Return the mean negative log-likelihood of each pair's (first) target, given its prompt.
 
-    Demonstrations stand in their first order.
+    Demonstrations stand in their first order. `share` is that of `predict`.
     """
     return losses_of_rows(model, tokenizer, encode_pairs(model, tokenizer, task, pairs), share=share)
 
 
 def encode_pairs(model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[Prompt, Targets]]) -> list[EncodedRow]:
-    """Token ids of each pair's prompt and (first) target."""
+    """Return the token ids of each pair's prompt and (first) target."""
     targets = [accepted if isinstance(accepted, str) else accepted[0] for _, accepted in pairs]
     return encode(model, tokenizer, [task.prompt(text) for text, _ in pairs], targets, ends=[task.answer_end] * len(pairs))
 
 
 @torch.no_grad()
 def losses_of_rows(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], *, share: bool = False) -> list[float]:
-    """The mean negative log-likelihood of each row's target, given its prompt."""
+    """Return the mean negative log-likelihood of each row's target, given its prompt."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     values = [0.0] * len(rows)
     prefix = Prefixes.of(model, tokenizer, [[row.prompt for row in rows]]) if share else None
@@ -103,9 +103,9 @@ def predict(
     max_new_tokens: int = MAX_NEW_TOKENS,
     share: bool = False,
 ) -> list[str]:
-    """One answer for each input: the likeliest label when the task has labels, else what `generate` gives.
+    """Return one answer for each input: the likeliest label if the task has labels, else what `generate` gives.
 
-    Of a task in several orders it is that of `predict_together`. With `share` the model reads once what all prompts begin
+    For a task in several orders it is that of `predict_together`. With `share` the model reads once what all prompts begin
     with, where it can: not for weights that look at a whole prompt.
     """
     tasks = task.in_orders()
@@ -117,7 +117,7 @@ def predict(
 
 
 def equal_shares(count: int) -> Tensor:
-    """share_M in fp64, which sums to 1."""
+    """Return share_M in fp64: equal shares, which sum to 1."""
     return torch.full((count,), 1 / count, dtype=torch.float64)
 
 
@@ -132,7 +132,7 @@ def predict_together(
     max_new_tokens: int = MAX_NEW_TOKENS,
     share: bool = False,
 ) -> list[str]:
-    """One answer for each of N inputs under the prompts of M tasks, whose probabilities are averaged.
+    """Return one answer for each of N inputs under the prompts of M tasks, whose probabilities are averaged.
 
     `inputs_MN` has each input as it is put to each task. A batch has the rows of the first task, then those of the next.
     The labels' probabilities are averaged, without the prior where the tasks are `calibrated`; decoding takes at each step
@@ -166,7 +166,7 @@ def _label_scores_by_task(
     inputs_MN: Sequence[Sequence[Prompt]],
     share: bool,
 ) -> Tensor:
-    """log p_MNL over the labels after each input in each task's prompt, float64 on the CPU."""
+    """Return log p_MNL over the labels after each input in each task's prompt, float64 on the CPU."""
     ends = [task.answer_end for task in tasks]
     log_p_MNL = torch.zeros(len(tasks), len(inputs_MN[0]), len(labels), dtype=torch.float64)
     prefix, chunks = _batches(model, tokenizer, tasks, inputs_MN, 128 // len(labels), share)
@@ -184,7 +184,10 @@ def _batches(
     num_rows: int,
     share: bool,
 ) -> tuple[Prefixes | None, list[tuple[list[int], list[Prompt]]]]:
-    """What is read once, and batches of like length: (places of the inputs, their prompts, one task after the other)."""
+    """Return the prefix that is read once, and batches of inputs of like length.
+
+    A batch is (places of the inputs, their prompts), the prompts of one task after those of the other.
+    """
     prompts_MN = [[task.prompt(text) for text in own] for task, own in zip(tasks, inputs_MN, strict=True)]
     ids_MN = [prompt_ids(tokenizer, prompts) for prompts in prompts_MN]
     by_length = sorted(range(len(ids_MN[0])), key=lambda index: len(ids_MN[0][index]))
@@ -208,7 +211,7 @@ def log_prior(log_p_MCL: Tensor, task: Task) -> Tensor:
 
 
 def without_prior(log_p_MNL: Tensor, log_prior_ML: Tensor) -> Tensor:
-    """log of p / prior, scaled to sum 1 over the labels.
+    """Return the log of p / prior, scaled to sum 1 over the labels.
 
     A label that a prompt makes likely whatever follows says less (Zhao et al. 2021, arXiv 2102.09690).
     """
@@ -231,12 +234,12 @@ class AveragedScores:
 
 
 def log_average(log_p_MBV: Tensor, share_M: Tensor) -> Tensor:
-    """log of sum over m of share_m p_m, (B, V)."""
+    """Return the log of sum over m of share_m p_m, (B, V)."""
     return torch.logsumexp(log_p_MBV + share_M.to(log_p_MBV).log()[:, None, None], dim=0)
 
 
 def evaluate(model: Any, tokenizer: Any, task: Task, pairs: GivenRows, *, share: bool = False) -> Score:
-    """Predicts every input and compares with its accepted targets (one text, or several), after trimming white space.
+    """Predict every input and compare with its accepted targets (one text, or several), after trimming white space.
 
     `share` is that of `predict`.
     """
@@ -250,9 +253,9 @@ Pairs = Sequence[tuple[Prompt, Sequence[str]]]
 
 
 def longest_answer(tokenizer: Any, pairs: Pairs) -> int:
-    """How many tokens are enough for a right answer.
+    """Return how many tokens are enough for a right answer.
 
-    One twice as long as any accepted target is wrong however it ends, and the base model often goes on and on.
+    An answer twice as long as any accepted target is wrong however it ends, and the base model often goes on and on.
     """
     targets = [target for _, accepted in pairs for target in accepted]
     longest = max(len(ids) for ids in tokenizer(targets)["input_ids"])
@@ -260,7 +263,7 @@ def longest_answer(tokenizer: Any, pairs: Pairs) -> int:
 
 
 def score(answers: Sequence[str], pairs: Pairs, losses: Sequence[float]) -> Score:
-    """Of one answer and one loss for each pair; white space around an answer does not count."""
+    """Return the score of one answer and one loss for each pair; white space around an answer does not count."""
     right = tuple(a.strip() in [t.strip() for t in accepted] for a, (_, accepted) in zip(answers, pairs, strict=True))
     share = float(np.mean(right))
     low, high = wilson(share, len(right))
@@ -268,7 +271,7 @@ def score(answers: Sequence[str], pairs: Pairs, losses: Sequence[float]) -> Scor
 
 
 def read_answers(rows: GivenRows) -> list[tuple[Prompt, tuple[str, ...]]]:
-    """(input, accepted targets) of each row. Raises InvalidTask if there is none, or one without a target."""
+    """Return (input, accepted targets) of each row. Raises InvalidTask if there is none, or one without a target."""
     read = read_rows(rows, targets="several")
     if not read:
         raise InvalidTask("no rows, (input, target) pairs say, to evaluate on")
@@ -285,9 +288,9 @@ def generate(
     prefix: Prefixes | None = None,
     stop: Sequence[str] = LINE,
 ) -> list[str]:
-    """The first line of each greedy continuation, or what stands before the first of the texts in `stop`.
+    """Return the first line of each greedy continuation, or what stands before the first of the texts in `stop`.
 
-    Of a conversation the end of the assistant's turn ends it too. `processors` change a step's scores before the best token
+    In a conversation the end of the assistant's turn ends it too. `processors` change a step's scores before the best token
     is taken, as transformers' logits processors do. All prompts begin with the `prefix`, where one is given.
     """
     inputs, cache = _read_prompts(model, tokenizer, prompts, prefix)
@@ -318,14 +321,14 @@ def generate(
 
 
 def answer_in(text: str, stop: Sequence[str]) -> str:
-    """The first line of a continuation, or what stands before the first of the texts in `stop`."""
+    """Return the first line of a continuation, or what stands before the first of the texts in `stop`."""
     if tuple(stop) == LINE:
         return (text.strip(" ").splitlines() or [""])[0].strip()
     return text[: min((place for each in stop if (place := text.find(each)) >= 0), default=None)].strip()
 
 
 def _turn_ends(model: Any, tokenizer: Any, chat: Conversation) -> list[int]:
-    """The tokens that end the assistant's turn: the model's own, and what the template writes first after an answer."""
+    """Return the tokens that end the assistant's turn: the model's own, and the template's first one after an answer."""
     end = turn_end(tokenizer, chat)
     first = tokenizer(end, add_special_tokens=False)["input_ids"][:1] if end else []
     # a turn that ends in words may have them before its end too
@@ -333,7 +336,7 @@ def _turn_ends(model: Any, tokenizer: Any, chat: Conversation) -> list[int]:
 
 
 def rank(model: Any, tokenizer: Any, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[str]:
-    """The label of the highest summed log-likelihood after each prompt, the end-of-sequence token included."""
+    """Return the label of the highest summed log-likelihood after each prompt, the end-of-sequence token included."""
     return [labels[int(best)] for best in label_scores(model, tokenizer, prompts, labels).argmax(dim=1)]
 
 
@@ -346,9 +349,10 @@ def label_scores(
     ends: Sequence[str | None] = (None,),
     prefix: Prefixes | None = None,
 ) -> Tensor:
-    """log p_NL over the labels after each prompt, by their summed log-likelihoods, an end or the end of sequence included.
+    """Return log p_NL over the labels after each prompt, by their summed log-likelihoods.
 
-    The prompts are those of as many members as there are `ends`, one after the other.
+    The end of each label, by default the end of sequence, is included. The prompts are those of as many members as there are
+    `ends`, one after the other.
     """
     inputs, cache = _read_prompts(model, tokenizer, prompts, prefix)
     ids = [label_ids(tokenizer, labels, end) for end in ends]
@@ -365,7 +369,10 @@ def label_scores(
 
 
 def label_ids(tokenizer: Any, labels: Sequence[str], end: str | None = None) -> list[list[int]]:
-    """Token ids of " label" and `end`, by default the end of sequence. Raises InvalidTask for a label without tokens."""
+    """Return the token ids of " label" and `end`, by default the end of sequence.
+
+    Raises InvalidTask for a label without tokens.
+    """
     ids = answer_ids(tokenizer, labels, [end] * len(labels))
     for label, tokens in zip(labels, ids, strict=True):
         if not label.strip() or not tokens:
@@ -376,11 +383,11 @@ def label_ids(tokenizer: Any, labels: Sequence[str], end: str | None = None) -> 
 def label_losses(
     model: Any, ids_BT: Tensor, mask_BT: Tensor, labels: Sequence[Sequence[Sequence[int]]], cache: Any = None
 ) -> Tensor:
-    """loss_BL: the summed negative log-likelihood of each label's tokens after each prompt, padded as `pad_prompts` does.
+    """Return loss_BL, the summed negative log-likelihood of each label's tokens after each prompt.
 
-    `labels` has the token ids of each label for each of M equal parts of the batch. A decoder reads each prompt once; its
-    labels share the prompt's keys and values, and what a `cache` has of the prompts is not read. Raises InvalidTask for
-    labels that lie beyond the model's context.
+    The prompts are padded as `pad_prompts` does. `labels` has the token ids of each label for each of M equal parts of the
+    batch. A decoder reads each prompt once; its labels share the prompt's keys and values, and what a `cache` has of the
+    prompts is not read. Raises InvalidTask for labels that lie beyond the model's context.
     """
     width = max(len(label) for own in labels for label in own)
     targets_MLK = [[[*label, *[IGNORED] * (width - len(label))] for label in own] for own in labels]
@@ -403,7 +410,7 @@ def label_losses(
 
 
 def _losses_after(model: Any, ids_BT: Tensor, mask_BT: Tensor, targets_NK: Tensor, cache: Any) -> Tensor:
-    """loss_NK of a decoder, from one pass over the prompts and one over N / B targets for each, in the prompts' order."""
+    """Return a decoder's loss_NK by a pass over the prompts and one over N / B targets for each, in the prompts' order."""
     count, width, name = len(targets_NK) // len(ids_BT), targets_NK.shape[1], cache_name(model)
     asked = with_positions(model, ids_BT, mask_BT)
     if cache is not None:
@@ -424,19 +431,19 @@ def _losses_after(model: Any, ids_BT: Tensor, mask_BT: Tensor, targets_NK: Tenso
 def _read_prompts(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], prefix: Prefixes | None
 ) -> tuple[dict[str, Tensor], Any]:
-    """(one batch of the prompts, the cache of the `prefix` for as many rows, or None)."""
+    """Return one batch of the prompts, and the cache of the `prefix` for as many rows, or None without a prefix."""
     if prefix is None:
         return pad_prompts(model, tokenizer, prompts), None
     return prefix.before(model, tokenizer, prompt_ids(tokenizer, prompts))
 
 
 def pad_prompts(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-    """Prompts as one batch on the model's device, padded on the left for a decoder, on the right for an encoder."""
+    """Return the prompts as one batch on the model's device, padded left for a decoder and right for an encoder."""
     left, device = not model.config.is_encoder_decoder, next(model.parameters()).device
     ids, mask = (tensor.to(device) for tensor in pad_rows(tokenizer, prompt_ids(tokenizer, prompts), left=left))
     return with_positions(model, ids, mask) if left else {"input_ids": ids, "attention_mask": mask}
 
 
 def in_chunks(items: list[T], size: int) -> list[list[T]]:
-    """The items in their order, `size` at a time."""
+    """Return the items in their order, `size` at a time."""
     return [items[start : start + size] for start in range(0, len(items), size)]
