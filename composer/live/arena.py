@@ -51,7 +51,7 @@ class _Table(NamedTuple):
 
 @dataclass(eq=False)
 class _Slot:
-    """An expert's rows, from `start` on, and the number of its ranks by layer."""
+    """The rows of an expert, `size` of them from `start` on; `profile` is the number of its ranks by layer."""
 
     start: int
     size: int
@@ -61,7 +61,7 @@ class _Slot:
 
 @dataclass(frozen=True)
 class _Groups:
-    """Layers by the ranks that experts of P profiles have in them."""
+    """The groups of layers in which the experts of P profiles have the same ranks."""
 
     of_layer: Mapping[str, int]
     ranks_GP: NDArray[np.int64]
@@ -80,8 +80,10 @@ class Board:
 
 
 class Arena:
-    """Takes experts in, and lends boards. Experts that nobody uses go where all would take more than `max_bytes`, those used
-    longest ago first; what is used at once has no limit. Any thread may call.
+    """A store of experts' rank rows at fixed addresses, which lends boards. Any thread may call.
+
+    Where all experts would take more than `max_bytes`, those that nobody uses go, the one used longest ago first; what is
+    used at once has no limit.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -102,7 +104,7 @@ class Arena:
 
     @property
     def num_bytes(self) -> int:
-        """Of all layers' rank rows, those included that no expert has."""
+        """The bytes of all layers' rank rows, including those that no expert has."""
         return self._capacity * self._row_bytes
 
     @property
@@ -110,10 +112,10 @@ class Arena:
         return sum(sum(rows.shape[1] * rows.itemsize for rows in (t.a_CI, t.b_CO)) for t in self._tables.values())
 
     def take(self, mixture: MixtureWeights, lease: Lease, layers: Mapping[str, TargetLayer]) -> Board | None:
-        """A board with this mixture of M rows, which all layers share, until `give_back`.
+        """Lend a board with this mixture of M rows, which all layers share, until `give_back`.
 
-        None where an expert has more than factors, where the place of a layer is not known or has no Triton, and while
-        experts of a model that has moved since are in use.
+        Returns None where an expert has more than factors, where the place of a layer is not known or has no Triton, and
+        while experts of a model that has moved since are in use.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if lease.moves != self._moves:
@@ -130,7 +132,7 @@ class Arena:
             return board
 
     def give_back(self, board: Board) -> None:
-        """Others may have the board, and what its experts have."""
+        """Free the board for others, and its experts' rows where no other board uses them."""
         with self._lock:
             for slot in board.slots:
                 slot.num_users -= 1
@@ -145,7 +147,7 @@ class Arena:
                         del self._free[key]
 
     def forget(self, name: str) -> None:
-        """Another expert may have the name. Memory goes once little of it is used."""
+        """Drop the expert of this name, which another may have next. All memory goes once little of it is used."""
         with self._lock:
             self._slots.pop(name, None)
             if not any(slot.num_users for slot in self._slots.values()) and 2 * self._num_rows < self._capacity:
@@ -158,7 +160,10 @@ class Arena:
     def kernel(
         self, board: Board, layer: TargetLayer, device: torch.device, dtype: torch.dtype, *, one: bool
     ) -> Kernel | None:
-        """What adds the board's mixture to a layer, for `one` token a row or more; None where the layer is elsewhere."""
+        """Return the kernel that adds the board's mixture to a layer, or None where the layer has another device or dtype.
+
+        It is for `one` token a row or for more.
+        """
         if (found := board.kernels.get((layer.name, one))) is None:
             table = self._tables[layer.name]
             group = board.groups.of_layer[layer.name]
@@ -197,7 +202,7 @@ class Arena:
         return slot
 
     def _room(self, size: int, staying: Sequence[str]) -> int:
-        """Where so many rows are free: rows that were left, those of experts that nobody uses, or new ones."""
+        """Return where `size` rows are free: rows that were left, those of experts that nobody uses, or new ones."""
         while (start := self._gap(size)) + size > self._capacity:
             idle = next((name for name, slot in self._slots.items() if not slot.num_users and name not in staying), None)
             if idle is None or (start + size) * self._row_bytes <= self._max_bytes:
@@ -207,7 +212,7 @@ class Arena:
         return start
 
     def _gap(self, size: int) -> int:
-        """The first row after which so many are nobody's, be they there yet or not."""
+        """Return the first row from which on `size` rows are nobody's, be they there yet or not."""
         start = 1
         for slot in sorted(self._slots.values(), key=lambda slot: slot.start):
             if slot.start - start >= size:
@@ -258,7 +263,7 @@ class Arena:
 
 
 def _parts(name: str, lease: Lease, layers: Mapping[str, TargetLayer]) -> Mapping[str, PlacedFactors] | None:
-    """An expert's factors in the layers that are products with a matrix; None where that is not all that it does there."""
+    """Return an expert's factors in the layers that are products with a matrix; None where it does more than that there."""
     placed = lease.placed(name)
     if not lease.layers_of(name) <= layers.keys():
         return None
@@ -271,7 +276,7 @@ def _parts(name: str, lease: Lease, layers: Mapping[str, TargetLayer]) -> Mappin
 
 
 def bytes_of(adapter: Adapter, itemsize: int) -> int:
-    """What an adapter takes of an arena whose layers are its own."""
+    """Return the bytes that an adapter takes of an arena whose layers are its own."""
     widths = sum(factors.a_RI.shape[1] + factors.b_OR.shape[0] for factors in adapter.layers.values())
     return itemsize * widths * max((factors.rank for factors in adapter.layers.values()), default=0)
 
@@ -283,7 +288,7 @@ def _spread(
     count_GM: NDArray[np.int64],
     width: int,
 ) -> NDArray[np.int32]:
-    """count_M, index_MR and the bits of w_MR for each group, of N uses of an expert by a row, in the order of the rows.
+    """Return count_M, index_MR and the bits of w_MR for each group, from N uses of an expert by a row, in the rows' order.
 
     The fewer calls the better: after a step of the model each finds its code and data outside the caches.
     """

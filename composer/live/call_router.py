@@ -20,9 +20,9 @@ from loraweave.types import Router
 
 
 def in_own_precision(router: Router) -> Router:
-    """The router, or each of a batch's, computing outside of autocast and where the layers are.
+    """Return the router, or a batch's routers, computing outside of autocast and where the layers are.
 
-    One that is not loraweave's stays as it is, since it may need autocast.
+    A router that is not loraweave's stays as it is, since it may need autocast.
     """
     if isinstance(router, ByRow):
         # one object for one router, which is shown a call once
@@ -63,16 +63,19 @@ class CallRouter:
 
     @property
     def reads_text(self) -> bool:
-        """Whether the router, or one that it is made of, chooses by text."""
+        """True if the router, or one that it is made of, chooses by text."""
         return any(getattr(part, "needs_tokenizer", False) for part in parts_of(self._router))
 
     @property
     def reads_prompts(self) -> bool:
-        """Whether weights depend on what of a row is its prompt."""
+        """True if weights depend on which part of a row is its prompt."""
         return self.reads_text or bool(getattr(self._router, "reads_prompts", False))
 
     def take_tokenizer(self, tokenizer: Any) -> None:
-        """The tokenizer of the model, for routers that read text. CompositionError where one needs it and it is None."""
+        """Take the model's tokenizer, for routers that read text.
+
+        Raises CompositionError if the router reads text and the tokenizer is None.
+        """
         if self.reads_text and tokenizer is None:
             raise CompositionError(
                 f"router {self._name} reads the text of the model's input, and this Composer cannot: make "
@@ -81,7 +84,7 @@ class CallRouter:
         self._tokenizer = tokenizer
 
     def begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
-        """Shows the router the arguments of a call of the model, by name, while the model is without a mixture."""
+        """Show the router the arguments of a call of the model, by name, while the model is without a mixture."""
         with with_tokenizer(self._tokenizer):
             of_call = begin(self._router, model, arguments)
         # for a backward pass that runs layers again
@@ -91,18 +94,22 @@ class CallRouter:
         _CALL.set((self, of_call))
 
     def _of_call(self) -> Router | None:
-        """The router of the running call, if that call is one of this router's."""
+        """Return the router of the running call, or None if that call is not one of this router's."""
         running = _CALL.get()
         return running[1] if running is not None and running[0] is self else None
 
     @property
     def shares_weights(self) -> bool:
-        """Whether the router of the running call says that no tensor it gives changes before the call ends."""
+        """True if the running call's router says that no tensor it returns changes before the call ends."""
         of_call = self._of_call()
         return of_call is not None and bool(getattr(of_call, "shares_weights", False))
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """w_BTE. Raises ScopeError outside a call of the model."""
+        """Return w_BTE of a layer in the running call.
+
+        Raises ScopeError outside a call of the model, and CompositionError where gradient checkpointing runs a layer again
+        after several calls.
+        """
         if (of_call := self._of_call()) is not None:
             return of_call.weights(x_BTI, layer)
         # gradient checkpointing runs layers again when the call has ended
@@ -122,13 +129,13 @@ class CallRouter:
 
 
 def end_router_call() -> None:
-    """The running call of the model is over."""
+    """Forget the router of the running call of the model, which is over."""
     if not torch.compiler.is_compiling():
         _CALL.set(None)
 
 
 def arguments_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of the model, by name."""
+    """Return the arguments of a call of the model, by name."""
     signature = inspect.signature(model.forward)
     found = dict(signature.bind_partial(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():

@@ -28,28 +28,28 @@ _MIXINGS: WeakValueDictionary[int, Mixing] = WeakValueDictionary()
 
 
 def number_of_layer() -> Tensor:
-    """A number for `bind` and `mix`."""
+    """Return a new number for `bind` and `mix`."""
     # a tensor, whose value no guard looks at: layers that share their code then share what it was compiled to
     with torch.inference_mode(False):
         return torch.tensor(next(_NUMBERS))
 
 
 def bind(number: Tensor, layer: Mixed) -> None:
-    """Lets `mix` find the layer by its number, as long as the layer lives."""
+    """Let `mix` find the layer by its number, as long as the layer lives."""
     _LAYERS[int(number)] = layer
 
 
 def number_of_mixing(mixing: Mixing) -> int:
-    """What a backward pass finds the mixing by, as long as it lives."""
+    """Return a new number by which a backward pass finds the mixing, as long as that lives."""
     number = next(_NUMBERS)
     _MIXINGS[number] = mixing
     return number
 
 
 def mix(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer's output y with what is active when this runs; `bias` is the layer's own.
+    """Return the layer's output y with what is active when this runs; `bias` is the layer's own.
 
-    Its backward pass belongs inside the activation: CompositionError after that has ended.
+    The backward pass belongs inside the activation: it raises CompositionError after that has ended.
     """
     output: Tensor
     if torch.is_grad_enabled():
@@ -61,7 +61,7 @@ def mix(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
 
 @cache
 def mix_outside() -> Callable[[Mixed, Tensor, Tensor], Tensor]:
-    """The eager mixture as something that torch.compile leaves out of its graph, so that gradients reach all they should."""
+    """Return the eager mixture as a function outside of torch.compile's graph, so that gradients reach all they should."""
     found: Callable[[Mixed, Tensor, Tensor], Tensor] = torch.compiler.disable(  # type: ignore[no-untyped-call]
         _eager,
         reason="a mixture by a router, or of weights that learn, has gradients that a graph would lose, and stays outside; "
@@ -80,7 +80,7 @@ def _mixed(layer: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _mixed_for_backward(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The output, and the number of what was active (0: nothing), for the backward pass."""
+    """Return the output, and the number of what was active (0: nothing), for the backward pass."""
     with torch.no_grad():
         output, mixing = _mixed_by(layer, x, y)
     return output, torch.tensor(0 if mixing is None else mixing.number)
@@ -104,7 +104,7 @@ def _mixed_shape(layer: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def _mixed_backward(
     grad: Tensor, layer: Tensor, mixing: Tensor, x: Tensor, y: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, y and bias (empty where there is none)."""
+    """Return the gradients of x, y and bias (empty where there is none)."""
     no_bias = grad.new_empty(0) if bias is None else torch.zeros_like(bias)
     if not int(mixing):
         return torch.zeros_like(x, memory_format=torch.contiguous_format), _copy(grad), no_bias

@@ -1,4 +1,4 @@
-"""What looks at a call of the model before any layer runs: a mistake is named while no cache has taken anything yet."""
+"""The checks of a call of the model before any layer runs: a mistake is named while no cache has taken anything yet."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PAGED_INPUTS = ("cu_seq_lens_q", "write_index")
 
 
 class Entry(Hook):
-    """The hook of the model before its forward.
+    """The hook that runs before the model's forward.
 
     `require_unchanged` raises where the model has other layers than it had, or other weights than these experts were made
     for; `current_plan` is the running call's, if any.
@@ -80,7 +80,7 @@ class Entry(Hook):
 
 
 class Exit(Hook):
-    """The hook of the model after its forward."""
+    """The hook that runs after the model's forward."""
 
     def __init__(self, end: Callable[[Any], None]) -> None:
         self._end = end
@@ -90,6 +90,6 @@ class Exit(Hook):
 
 
 def _main_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The tensor whose first axis are the rows of a batch, where it can be told from a model's arguments."""
+    """Return the tensor whose first axis is the rows of a batch, or None where a model's arguments do not tell."""
     known = args[:1] or [kwargs[name] for name in MAIN_INPUTS if kwargs.get(name) is not None]
     return known[0] if known and isinstance(known[0], Tensor) and known[0].ndim > 1 else None

@@ -30,7 +30,7 @@ See = Callable[[str, int, Tensor, Tensor, Tensor, int], Tensor]
 
 
 class Reached(NamedTuple):
-    """What reached one expert: rows of the module's input, the tokens that they are of, and their scores where it weighs."""
+    """The inputs that reached one expert: rows of the module's input, their tokens, and their scores where it weighs."""
 
     expert: int
     row_N: Tensor
@@ -39,7 +39,10 @@ class Reached(NamedTuple):
 
 
 class ExpertsForward(StandIn):
-    """Stands in for the `forward` of a module of experts while an activation is open; `mixing` gives the one that counts."""
+    """A stand-in for the `forward` of a module of experts while an activation is open.
+
+    `mixing` returns the activation that counts for the running call.
+    """
 
     def __init__(self, module: nn.Module, mixing: Callable[[], Any]) -> None:
         self.module = module
@@ -54,12 +57,12 @@ class ExpertsForward(StandIn):
         module.forward = self.run  # type: ignore[method-assign]
 
     def add(self, layers: Iterable[TargetLayer]) -> None:
-        """Takes experts of the module."""
+        """Take further experts of the module, which the mixture may update."""
         # another mapping, since other threads may be looking at this one
         self._layers = {**self._layers, **{(layer.attribute, layer.number): layer for layer in layers}}
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward."""
+        """Run in place of the module's forward: with the active mixture's updates, or else the forward itself."""
         return (self._outside if torch.compiler.is_compiling() else self._run)(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +85,7 @@ class ExpertsForward(StandIn):
         return _sum_of_experts(self.module, x, reached, update, self.see, num_tokens)
 
     def reached(self) -> bool:
-        """Whether the running call's mixture updates some of the experts."""
+        """Return whether the running call's mixture updates some of the experts."""
         activation = None if self._mixing is None else self._mixing()
         return activation is not None and activation.plan.reaches_some(self._layers.values(), activation.lease)
 
@@ -90,14 +93,14 @@ class ExpertsForward(StandIn):
         return self._own
 
     def remove(self) -> None:
-        """Gives the module its own forward back. Where another stands in for this one by now, that stays, and calls this."""
+        """Give the module its own forward back. Where another stands in for this one by now, that stays, and calls this."""
         if not give_back(self.module, "forward", self._own, self):
             self._mixing = None
 
 
 @contextmanager
 def watched(module: nn.Module, see: See) -> Iterator[None]:
-    """Inside, every product of an expert is shown to `see`. Raises LayerMismatch for a class that computes otherwise."""
+    """Show every product of an expert to `see` in the block. Raises LayerMismatch for a class that computes otherwise."""
     if not computes_as_known(module):
         raise LayerMismatch(f"a {type(module).__name__} computes with its experts otherwise than those that can be watched")
     running = getattr(module.forward, "__self__", None)
@@ -114,7 +117,7 @@ def watched(module: nn.Module, see: See) -> Iterator[None]:
 def _sum_of_experts(
     module: Any, x: Tensor, reached: Iterator[Reached], update: Update, see: See | None = None, num_tokens: int = 0
 ) -> Tensor:
-    """The module's forward, with the updates in both products."""
+    """Return the output of the module's forward, with the updates in both products."""
     y = torch.zeros_like(x)
     first, by_columns = ("gate_up_proj" if _gated(module) else "up_proj"), multiplies_columns(module)
     for expert, row_N, token_N, score_N in reached:
@@ -139,7 +142,7 @@ def _sum_of_experts(
 
 
 def _reached(module: nn.Module, given: list[Any]) -> tuple[Tensor, int, Iterator[Reached]]:
-    """The module's input as rows, the number of the call's tokens, and what reached each expert."""
+    """Return the module's input as rows, the number of the call's tokens, and what reached each expert."""
     x = given[0].reshape(-1, given[0].shape[-1])
     count = int(module.down_proj.shape[0])  # type: ignore[union-attr, index]
     if len(given) == 1:
@@ -148,7 +151,10 @@ def _reached(module: nn.Module, given: list[Any]) -> tuple[Tensor, int, Iterator
 
 
 def _by_scores(index_NK: Tensor, score_NK: Tensor, count: int) -> Iterator[Reached]:
-    """As transformers' routers say it, (N, K) each; experts of other processes have numbers beyond the last."""
+    """Yield what reached each expert, from transformers' routers' (N, K) indices and scores.
+
+    Experts of other processes, whose numbers are beyond the last, are left out.
+    """
     with torch.no_grad():
         hit = torch.unique(index_NK).tolist()
     for expert in hit:
@@ -158,7 +164,10 @@ def _by_scores(index_NK: Tensor, score_NK: Tensor, count: int) -> Iterator[Reach
 
 
 def _not_zero(x: Tensor, count: int) -> Iterator[Reached]:
-    """As Llama 4 has it: all tokens for each expert, times their score, which is 0 for those that it is not for."""
+    """Yield what reached each expert, from Llama 4's input: all tokens for each expert, times their score.
+
+    The score is 0 for tokens that the expert is not for.
+    """
     x_END = x.reshape(count, -1, x.shape[-1])
     for expert in range(count):
         token_N = x_END[expert].any(dim=-1).nonzero()[:, 0]
@@ -181,7 +190,7 @@ _KNOWN: WeakKeyDictionary[type[nn.Module], bool] = WeakKeyDictionary()
 
 
 def computes_as_known(module: nn.Module) -> bool:
-    """Whether the loop above, on a few tokens, is the forward of the module's class; not where it has no plain matrices."""
+    """Return whether the loop above, on a few tokens, is the forward of the module's class; False without plain matrices."""
     weight = module._parameters.get("down_proj")
     if weight is None or weight.ndim != 3 or weight.is_meta or not is_floating(weight.dtype):
         return False

@@ -1,4 +1,4 @@
-"""Compares adapters with the model that is to take them, each form of adapter once, and sees when that model changes.
+"""The comparison of adapters with the model that is to take them, each form once, and the watch over that model's changes.
 
 What is resolved against the base (DoRA's magnitude, a trained bias) holds only as long as the model has the same modules in
 the same places (`ModulePaths`) and the same values in the weights that were read (`BoundWeights`).
@@ -33,7 +33,7 @@ from loraweave.types import BaseKey, Factors
 
 
 class Fitting:
-    """One model, as it was when this was made, beside which adapters are held."""
+    """The comparison of adapters with one model, as it was when this was made."""
 
     def __init__(self, model: nn.Module) -> None:
         require_model(model)
@@ -66,15 +66,18 @@ class Fitting:
             return dict(self._layers)
 
     def require_unchanged(self, experts: Iterable[str] | None = None, *, closely: bool = False) -> None:
-        """Raises CompositionError when the model has another module in place of a target layer so far, or other weights
-        than those that one of these experts (None: of all) depends on; `closely` looks at values too."""
+        """Raise CompositionError where the model has other modules or weights than its adapters were fitted to.
+
+        That is another module in place of a target layer so far, or other weights than those that one of these experts
+        (None: of all) depends on; `closely` looks at values, too.
+        """
         if self._pipeline is not None:
             self._pipeline.require_same_parts()
         self._paths.require_unchanged()
         self._weights.require_unchanged(experts, closely=closely)
 
     def pool(self, pool: ExpertPool) -> ExpertPool:
-        """The pool's experts as `adapter` gives them, now, or for a lazy pool when each is opened."""
+        """Return the pool's experts as `adapter` returns them, now, or for a lazy pool when each is opened."""
         if pool.lazy:
             return ExpertPool(OnDemand(pool.names, lambda name: self._fit_lazily(name, pool.adapters[name])))
         fitted = {name: self._fit(name, adapter) for name, adapter in pool.adapters.items()}
@@ -82,7 +85,7 @@ class Fitting:
         return ExpertPool(fitted)
 
     def placed(self, pool: ExpertPool) -> ExpertPool:
-        """The pool with each adapter as `placed_adapter` gives it; the very pool for a model that is no pipeline."""
+        """Return the pool with each adapter as `placed_adapter` returns it; the same pool if the model is no pipeline."""
         if self._pipeline is None:
             return pool
         if pool.lazy:
@@ -90,9 +93,9 @@ class Fitting:
         return ExpertPool({name: self.placed_adapter(name, adapter) for name, adapter in pool.adapters.items()})
 
     def placed_adapter(self, name: str, adapter: Adapter) -> Adapter:
-        """An adapter with its layers' paths in a pipeline, as `Pipeline.paths` finds them; as it is for another model.
+        """Return an adapter with its layers' paths in a pipeline, as `Pipeline.paths` finds them; itself for another model.
 
-        What was made for one part alone is compared with that part and then counts as made for the pipeline.
+        An adapter that was made for one part alone is compared with that part and then counts as made for the pipeline.
         Raises LayerMismatch for a layer without one place, BaseModelMismatch for a part with other weights.
         """
         if self._pipeline is None:
@@ -107,7 +110,7 @@ class Fitting:
         return replace(adapter, layers=layers, base_model=self._pipeline.name_or_path, fingerprint=self._key.fingerprint)
 
     def accepted(self, pool: ExpertPool) -> ExpertPool:
-        """The pool, where some experts fit by names and shapes alone with the model's fingerprint in all that have none.
+        """Return the pool; if some experts fit by names and shapes alone, all without a fingerprint get the model's.
 
         From then on they are experts of this model, and may be merged with each other whatever base they name.
         """
@@ -127,7 +130,7 @@ class Fitting:
         return adapter if has_weights else replace(adapter, fingerprint=self._key.fingerprint)
 
     def adapter(self, name: str, adapter: Adapter) -> Adapter:
-        """The adapter with all that depends on the base layers resolved (DoRA's magnitude, a trained bias, trained heads).
+        """Return the adapter with all that depends on the base resolved (DoRA's magnitude, a trained bias, trained heads).
 
         Raises BaseModelMismatch, LayerMismatch or AdapterUnsupported, naming the expert, where it does not fit;
         AlreadyActive where the base's own weights are needed and a fused mixture is in their place. Warns of one whose base
@@ -138,11 +141,11 @@ class Fitting:
         return fitted
 
     def forget(self, name: str) -> None:
-        """Takes back what is known of an expert that is gone."""
+        """Forget what is known of an expert that is gone."""
         self._weights.forget(name)
 
     def _fit_lazily(self, name: str, adapter: Adapter) -> Adapter:
-        """The adapter of a lazy pool, fitted; the first of each base model warns for all of them."""
+        """Return the adapter of a lazy pool, fitted; the first of each base model warns for all of them."""
         require_no_heads(name, adapter)
         fitted = self._fit(name, adapter)
         if adapter.base not in self._said:
@@ -183,11 +186,14 @@ class Fitting:
             self._same.add(its)
 
     def _own_key(self, its: BaseKey) -> BaseKey:
-        """The model's key, without a fingerprint where the other has none: then no weight is read."""
+        """Return the model's key, without a fingerprint where the other has none: then no weight is read."""
         return self._key if its.fingerprint else self._unread_key
 
     def _find_layers(self, name: str, adapter: Adapter) -> dict[str, TargetLayer]:
-        """The layers that the adapter updates, by module path."""
+        """Return the layers that the adapter updates, by module path.
+
+        Raises LayerMismatch for a layer that does not fit, or BaseModelMismatch if the adapter names another base model.
+        """
         try:
             return {layer: target_layer(self._modules, layer, part, name) for layer, part in adapter.layers.items()}
         except LayerMismatch as error:
@@ -200,7 +206,7 @@ class Fitting:
             ) from error
 
     def _warn(self, adapters: Mapping[str, Adapter]) -> None:
-        """Warns once for each base model of these adapters that only names and shapes speak for."""
+        """Warn once for each base model of these adapters that only names and shapes speak for."""
         unproven: dict[BaseKey, list[str]] = {}
         for name, adapter in adapters.items():
             if not self._own_key(its := adapter.base).proves(its):
@@ -210,7 +216,7 @@ class Fitting:
 
 
 def misfit(modules: Mapping[str, nn.Module], name: str, adapter: Adapter) -> str:
-    """Why the adapter's layers do not fit the model that these are the modules of, as a sentence; empty where they do."""
+    """Return why the adapter's layers do not fit the model with these modules, as a sentence; "" if they fit."""
     try:
         for layer, factors in adapter.layers.items():
             target_layer(modules, layer, factors, name)
@@ -226,7 +232,7 @@ def _require_own_weights(layers: Mapping[str, TargetLayer]) -> None:
 
 
 class _Steps(NamedTuple):
-    """For each step of a way: its path, the dictionary and key that have its module, and which this was."""
+    """The steps on the ways to some modules: each one's path, the dictionary and key of its module, and that module."""
 
     paths: list[str]
     places: list[tuple[dict[str, nn.Module | None], str]]
@@ -242,7 +248,7 @@ class ModulePaths:
         self._steps = _Steps([], [], [])
 
     def add(self, layers: Iterable[str]) -> None:
-        """Remembers the way to these modules."""
+        """Remember the way to these modules."""
         before = self._steps
         steps = _Steps(list(before.paths), list(before.places), list(before.modules))
         known = set(steps.paths)
@@ -261,7 +267,7 @@ class ModulePaths:
         self._steps = steps
 
     def require_unchanged(self) -> None:
-        """Raises CompositionError, naming the first of them, when another module has taken a place, or none has it."""
+        """Raise CompositionError, naming the first such place, when another module has taken a place, or none has it."""
         steps = self._steps
         # called before every forward of a model: 18 microseconds for 210 layers
         found = [children.get(part) for children, part in steps.places]
@@ -288,7 +294,7 @@ class BoundWeights:
     def add(
         self, expert: str, factors: Mapping[str, Factors], layers: Mapping[str, TargetLayer], heads: Container[str]
     ) -> None:
-        """Remembers what these factors of an expert are calculated from, in place of what it had before."""
+        """Remember what these factors of an expert are calculated from, in place of what it had before."""
         places = [
             (layers[name], part)
             for name, each in factors.items()
@@ -302,11 +308,11 @@ class BoundWeights:
         self._of = {**self._of, expert: tuple(self._seal(layer, part) for layer, part in places)}
 
     def forget(self, expert: str) -> None:
-        """Takes back what an expert was calculated from."""
+        """Forget what an expert was calculated from."""
         self._of = {name: seals for name, seals in self._of.items() if name != expert}
 
     def require_unchanged(self, experts: Iterable[str] | None, *, closely: bool) -> None:
-        """Raises CompositionError, naming expert and layer, where one of these experts (None: any) is of other weights.
+        """Raise CompositionError, naming expert and layer, where one of these experts (None: any) is of other weights.
 
         Writes that torch counts, and other memory, are always seen; those through `.data` or numpy only where one looks
         `closely`, at one value of every row.
@@ -331,7 +337,7 @@ class BoundWeights:
 
 
 class _Seal:
-    """The values of one parameter of a layer, or that it has none, by which a change is known."""
+    """The values of one parameter of a layer, or its absence, by which a change is known."""
 
     def __init__(self, layer: TargetLayer, part: str) -> None:
         self.layer = layer
@@ -342,7 +348,7 @@ class _Seal:
         self._sums = None if parameter is None else row_sums(parameter)
 
     def holds(self, *, closely: bool) -> bool:
-        """Whether the values are the same. A move to another device or dtype is no change."""
+        """Return whether the values are the same. A move to another device or dtype is no change."""
         parameter = self.layer.parameter(self.part)
         place = _place(parameter)
         if place == self._place and not closely:
@@ -363,7 +369,7 @@ class _Seal:
 
 
 def _place(parameter: Tensor | None) -> tuple[Any, ...] | None:
-    """What differs after every write that torch counts, and for other memory."""
+    """Return a key of the parameter that differs after every write that torch counts, and for other memory."""
     if parameter is None:
         return None
     version = 0 if parameter.is_inference() else parameter._version
@@ -371,7 +377,7 @@ def _place(parameter: Tensor | None) -> tuple[Any, ...] | None:
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    """One value of every row; of a vector, all."""
+    """Return one value of every row of a matrix; of a vector, all."""
     values = parameter.detach()
     if values.ndim < 2:
         return values
@@ -382,10 +388,11 @@ def _sample(parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def head_layers(name: str, adapter: Adapter, modules: Mapping[str, nn.Module]) -> dict[str, Factors]:
-    """The adapter's heads as factors by module path; `modules` is the base's named_modules(), with the base's own weights.
+    """Return the adapter's heads as factors by module path.
 
-    Raises LayerMismatch for a parameter that the model lacks or that has another shape, AdapterUnsupported for a head of
-    another kind of module than linear and embedding, and for a module that has both a head and an update.
+    `modules` is the base's named_modules(), with the base's own weights. Raises LayerMismatch for a parameter that the model
+    lacks or that has another shape, AdapterUnsupported for a head of another kind of module than linear and embedding, and
+    for a module that has both a head and an update.
     """
     heads: dict[str, dict[str, Tensor]] = {}
     for parameter, tensor in adapter.heads.items():

@@ -10,9 +10,9 @@ the same row alone. Within `batch_invariant` the shapes are the same whatever th
     exp, SiLU..  by whole vectors of LANES elements              what is left of a vector has another exp
 
 Zeros that fill a tile up add nothing, and the place of a token within a tile does not matter, nor how many tokens come at
-once: a token read after a cache has the bits that it has in a whole prompt. Products that come as other functions of torch
-are refused by name. The idea is that of batch-invariant kernels (Thinking Machines, "Defeating Nondeterminism in LLM
-Inference", 2025), which vLLM has for GPUs.
+once: a token read after a cache has the bits that it has in a whole prompt. Products by other functions of torch are refused
+by name. The idea is that of batch-invariant kernels (Thinking Machines, "Defeating Nondeterminism in LLM Inference", 2025),
+which vLLM has for GPUs.
 """
 
 from __future__ import annotations
@@ -45,17 +45,19 @@ _FIXED: ContextVar[bool] = ContextVar("loraweave_fixed_shapes", default=False)
 
 
 def shapes_are_fixed() -> bool:
-    """Whether this context is within `batch_invariant`."""
+    """Return whether this context is within `batch_invariant`."""
     return _FIXED.get()
 
 
 @contextmanager
 def batch_invariant(model: nn.Module) -> Iterator[None]:
-    """Within it, a row's outputs do not depend by a bit on other rows, their mixtures, padding, or tokens read before.
+    """Fix all shapes for the block, so that no bit of a row's outputs depends on the rest of its batch.
 
-    It counts for calls of the model in this thread, and for activations that are opened inside. `model` is a transformers
-    model whose attention is "sdpa", on a CPU, in any floating dtype; mixtures have a weight for each row. The number of
-    threads (`torch.set_num_threads`) must stay the same, since another may round in another way.
+    A row's bits depend neither on other rows, their mixtures and padding, nor on how many tokens were read before. It counts
+    for calls of the model in this thread, and for activations that are opened inside. `model` is a transformers model whose
+    attention is "sdpa", on a CPU, in any floating dtype; mixtures have a weight for each row. The number of threads
+    (`torch.set_num_threads`) must stay the same, since another may round in another way.
+
     Raises CompositionError for a model whose products it cannot fix, and, from a call inside, ScopeError, naming it, for a
     product of another form and for a mixture whose weights are per token.
     """
@@ -110,7 +112,7 @@ def _require_sound(model: nn.Module) -> None:
 
 
 class _FixedShapes(TorchFunctionMode):
-    """While it is entered, products have fixed shapes, or raise ScopeError."""
+    """The mode in which products have fixed shapes, or raise ScopeError."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -119,7 +121,7 @@ class _FixedShapes(TorchFunctionMode):
 
 
 def fixed_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x W^T + b for x of any leading axes, in tiles of TILE tokens."""
+    """Return x W^T + b for x of any leading axes, calculated in tiles of TILE tokens."""
     num_outputs = weight_OI.shape[0]
     x, weight_OI = _with_inputs(x), _with_inputs(_with_outputs(weight_OI))
     if bias_O is not None and num_outputs < TILE:
@@ -131,7 +133,10 @@ def fixed_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> 
 
 
 def fixed_products(x_MTI: Tensor, weight_MOI: Tensor) -> Tensor:
-    """x W^T of each of M matrices, whose at most TILE rows are filled up; the model's own batched products are refused."""
+    """Return x W^T of each of M matrices, whose at most TILE rows are filled up.
+
+    It is for the mixture: the model's own batched products are refused.
+    """
     num_tokens = x_MTI.shape[1]
     with torch._C.DisableTorchFunction():
         return _products(pad(x_MTI, (0, 0, 0, TILE - num_tokens)), weight_MOI)[:, :num_tokens]
@@ -147,7 +152,10 @@ def fixed_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """softmax(q k^T * scale) v of (B, H, T, D) over the keys that the mask leaves, in fp32 or better."""
+    """Return softmax(q k^T * scale) v of (B, H, T, D) over the keys that the mask leaves, in fp32 or better.
+
+    Raises ScopeError for dropout, for biases by position and for a mask for each head.
+    """
     if dropout_p:
         raise ScopeError("attention drops values at random: call model.eval() before batch_invariant()")
     if enable_gqa:
@@ -164,7 +172,7 @@ def fixed_attention(
     q_NTD = queries.reshape(-1, TILE, size)
 
     def by_tile(states: Tensor) -> Tensor:
-        """Of each tile of queries, the keys or values of its row and head."""
+        """Return, for each tile of queries, the keys or values of its row and head."""
         return states[:, :, None].expand(-1, -1, num_tiles, -1, -1).reshape(len(q_NTD), *states.shape[2:])
 
     blocked = ~allowed_BQK.reshape(num_rows, 1, num_tiles, TILE, -1).expand(-1, num_heads, -1, -1, -1).reshape(
@@ -187,9 +195,10 @@ def fixed_attention(
 
 
 def _products(x_NTI: Tensor, weight_NOI: Tensor) -> Tensor:
-    """x W^T of each of N matrices.
+    """Return x W^T of each of N matrices.
 
-    The library adds up otherwise for one alone, and, of a W laid out the other way, for tokens at other places of a tile.
+    The library adds up in another order for one matrix alone, and, if W is laid out the other way, for tokens at other
+    places of a tile.
     """
     if len(x_NTI) == 1:
         return _products(x_NTI.repeat(2, 1, 1), weight_NOI.repeat(2, 1, 1))[:1]
@@ -198,7 +207,7 @@ def _products(x_NTI: Tensor, weight_NOI: Tensor) -> Tensor:
 
 
 def _by_vectors(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function of single elements, asked for whole vectors of them in one thread."""
+    """Return a function of single elements that calls `func` for whole vectors of them, in one thread."""
 
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         alone = x.numel() <= PIECE or torch.get_num_threads() == 1
@@ -216,7 +225,7 @@ def _fixed_addmm(bias_O: Tensor, x_NI: Tensor, weight_IO: Tensor) -> Tensor:
 
 
 def _fixed_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """A product whose sums have one term is no sum; any other is refused."""
+    """Return a product whose sums have one term each, which are no sums; refuse any other."""
     if left.ndim > 1 and right.ndim > 1 and left.shape[-1] == 1:
         return left * right
     raise _refusal("torch.matmul")
@@ -262,7 +271,10 @@ _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def _with_outputs(weight: Tensor) -> Tensor:
-    """W (O, I), or several, with outputs of zeros up to TILE: of fewer, sums depend on a token's place in its tile."""
+    """Return W (O, I), or several, with outputs of zeros up to TILE.
+
+    With fewer outputs, sums would depend on a token's place in its tile.
+    """
     missing = TILE - weight.shape[-2]
     return pad(weight, (0, 0, 0, missing)) if missing > 0 else weight
 
@@ -277,12 +289,12 @@ def _with_inputs(x: Tensor) -> Tensor:
 
 
 def _in_tiles(x_NI: Tensor) -> Tensor:
-    """Contiguous, with rows of zeros up to whole tiles."""
+    """Return the rows in contiguous memory, with rows of zeros up to whole tiles."""
     return pad(x_NI, (0, 0, 0, -len(x_NI) % TILE)).contiguous()
 
 
 def _allowed(mask: Tensor | None, is_causal: bool, num_rows: int, num_queries: int, num_keys: int) -> Tensor:
-    """(B, Q, K): which keys each query sees."""
+    """Return which keys each query sees, as (B, Q, K)."""
     if mask is None:
         every = torch.ones(num_queries, num_keys, dtype=torch.bool)
         return (every.tril() if is_causal else every).expand(num_rows, -1, -1)
@@ -299,7 +311,7 @@ def _allowed(mask: Tensor | None, is_causal: bool, num_rows: int, num_queries: i
 
 
 def _own_keys(allowed_BQK: Tensor) -> tuple[Tensor, Tensor]:
-    """The places of the keys that each row's last query sees, in their order and in whole tiles, and the mask of those."""
+    """Return the places of the keys that each row's last query sees, in order and in whole tiles, and the mask of those."""
     last_BK = allowed_BQK[:, -1]
     counts_B = last_BK.sum(dim=1)
     size = -(-int(counts_B.max()) // KEYS) * KEYS or KEYS

@@ -1,4 +1,4 @@
-"""How an adapter's factors lie where the layers are: one flat tensor for each device and dtype, and a view for each part."""
+"""The layout of an adapter's factors where the layers are: a flat tensor for each device and dtype, a view for each part."""
 
 from __future__ import annotations
 
@@ -72,17 +72,17 @@ class Layout:
 
     @property
     def places(self) -> tuple[Place, ...]:
-        """Where flat tensors are."""
+        """The places that have a flat tensor."""
         return tuple(self._num_elements)
 
     def num_bytes(self, wanted: Callable[[torch.device], bool]) -> int:
-        """Of the parts on the devices that are wanted, those included that stay where they are."""
+        """Return the bytes of the parts on the devices that are wanted, including those that stay where they are."""
         return sum(size for device, size in self._num_bytes.items() if wanted(device))
 
     def make_flats(
         self, adapter: Adapter, wanted: Callable[[torch.device], bool], *, pinned: bool = False
     ) -> dict[Place, Tensor]:
-        """New flat tensors on the CPU with the adapter's numbers, for the places that are wanted."""
+        """Return new flat tensors on the CPU with the adapter's numbers, for the places that are wanted."""
         exact = {place: np.empty(size, np.float32) for place, size in self._num_elements.items() if wanted(place[0])}
         for layer, parts in self._layers.items() if exact else ():
             tensors = _tensors(adapter.layers[layer])
@@ -103,7 +103,7 @@ class Layout:
     def make_views(
         self, flats: Mapping[Place, Tensor], adapter: Adapter | None, wanted: Callable[[torch.device], bool]
     ) -> dict[str, PlacedFactors]:
-        """Each layer's factors as views of the flat tensors; `adapter` is needed for parts that stay where it has them."""
+        """Return each layer's factors as views of the flat tensors; parts that stay where `adapter` has them need it."""
         found = {}
         for layer, parts in self._layers.items():
             if not wanted(parts[0].place[0]):
@@ -127,7 +127,7 @@ class Layout:
 
 
 def place_factors(factors: Factors, device: torch.device, dtype: torch.dtype) -> PlacedFactors:
-    """One layer's factors alone, for a layer whose place was not known or has changed."""
+    """Return one layer's factors alone, for a layer whose place was not known or has changed."""
     exact = torch.promote_types(dtype, torch.float32)
     gain_O, bias_O = factors.gain_O, factors.bias_O
     return PlacedFactors(
@@ -139,7 +139,7 @@ def place_factors(factors: Factors, device: torch.device, dtype: torch.dtype) ->
 
 
 def _tensors(factors: Factors) -> dict[str, Tensor]:
-    """By the names of `PlacedFactors`."""
+    """Return the factors' tensors by the names of `PlacedFactors`."""
     found = {"a_RI": factors.a_RI, "b_RO": factors.b_OR.T}
     if factors.gain_O is not None:
         found["gain_O"] = factors.gain_O
@@ -160,7 +160,7 @@ def _view(flat: Tensor, shape: tuple[int, ...], offset: int) -> Tensor:
 
 
 def find_places(model: nn.Module, layers: Mapping[str, TargetLayer]) -> dict[str, Place]:
-    """The place of each layer whose place is known before it runs.
+    """Return the place of each layer whose place is known before it runs.
 
     A quantised layer calculates in the dtype of its input, which is taken to be that of the model's first parameter of
     floats; an offloaded one where accelerate brings it.

@@ -1,6 +1,7 @@
-"""Which of a model's layers a live mixture cannot reach, or not row by row; asked when a mixture is activated.
+"""The layers of a model that a live mixture cannot reach, or not row by row; asked for when a mixture is activated.
 
-In the second case a live update would be lost without a word, so that it is an error as soon as the owner has run.
+A live update of a layer that its owner does not call would be lost without a word, so that it is an error as soon as the
+owner has run.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from loraweave.types import Router
 
 
 class Handle(Protocol):
-    """What an activation puts into a model, and takes out at its end."""
+    """A change that an activation makes to a model, and takes back at its end."""
 
     def remove(self) -> None: ...
 
 
 class LiveLimits:
-    """What is known of the target layers of one model; `add` takes those of adapters that are opened later."""
+    """The limits of one model's target layers; `add` takes those of adapters that are opened later."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -46,7 +47,7 @@ class LiveLimits:
         self._experts: set[str] = set()
 
     def add(self, layers: Mapping[str, TargetLayer]) -> None:
-        """Looks at these layers too."""
+        """Look at these layers, too."""
         embeddings = {name for name, layer in layers.items() if isinstance(layer.module, nn.Embedding)}
         of_tokens = _token_embeddings(self._model) if embeddings else None
         for name, layer in layers.items():
@@ -68,8 +69,11 @@ class LiveLimits:
                 self._out_of_order[name] = "is no embedding of tokens, and may be called once for all rows"
 
     def require(self, weights: MixtureWeights | Router, adapters: Mapping[str, Adapter], *, by_token: bool = False) -> None:
-        """Raises LayerMismatch where a layer that never runs has weights that are not zero, or a router's; ScopeError where
-        weights that vary by row or token meet a layer whose first axis need not be the batch.
+        """Raise LayerMismatch or ScopeError where these weights cannot count live in one of the layers.
+
+        LayerMismatch is for a layer that never runs and has weights that are not zero, or a router's; ScopeError for weights
+        that vary by row or token in a layer whose first axis need not be the batch, and for an expert of a fused parameter
+        under a router that looks at a call or a block.
 
         A router for all rows computes its weights from the layer's own input, whatever the order of that is, unless they
         are said to vary `by_token`: by a place in each row.
@@ -107,7 +111,7 @@ _VARIES = {"instance": "row", "token": "token"}
 
 
 def _users(layer: str, rows: Iterable[Router | None], adapters: Mapping[str, Adapter]) -> Iterable[str]:
-    """The experts that update the layer and may have a weight there that is not zero: a router may use all of them."""
+    """Yield the experts that update the layer and may have a weight there that is not zero: a router may use all of them."""
     for row in rows:
         names: Iterable[str] = () if row is None else adapters
         if isinstance(row, MixtureWeights):
@@ -116,7 +120,7 @@ def _users(layer: str, rows: Iterable[Router | None], adapters: Mapping[str, Ada
 
 
 def _token_embeddings(model: nn.Module) -> set[int] | None:
-    """The ids of the modules that a transformers model calls its input embeddings; None for another kind of model."""
+    """Return the ids of the modules that a transformers model calls its input embeddings; None for another kind of model."""
     if not hasattr(model, "get_input_embeddings"):
         return None
     found = set()
@@ -137,13 +141,13 @@ _BESIDE: ContextVar[bool] = ContextVar("loraweave_batch_beside", default=False)
 
 
 def begin_call(num_rows: int | None, *, beside: bool = False) -> None:
-    """Remembers the rows of a model's call, in this context, until `end_call`, and whether images or sounds are `beside`."""
+    """Remember the rows of a model's call, in this context, until `end_call`, and whether images or sounds are `beside`."""
     _ROWS.set(num_rows)
     _BESIDE.set(beside)
 
 
 def end_call() -> None:
-    """The call is over, however it ended."""
+    """Forget the call's rows: the call is over, however it ended."""
     # torch.compile sees no context, and looks at no rows
     if not torch.compiler.is_compiling():
         _ROWS.set(None)
@@ -151,18 +155,18 @@ def end_call() -> None:
 
 
 def is_beside() -> bool:
-    """Whether layers of the running call may see images or sounds instead of its rows."""
+    """Return whether layers of the running call may see images or sounds instead of its rows."""
     return _BESIDE.get()
 
 
 def can_be_batch(num_rows: int) -> bool:
-    """Whether so many rows are those of the model's call, as far as these are known."""
+    """Return whether so many rows can be those of the model's call, as far as these are known."""
     rows = _ROWS.get()
     return rows is None or num_rows == rows
 
 
 def require_own_rows(layer: str, num_rows: int) -> None:
-    """Raises ScopeError for a layer that meets another number of rows than the call has, which has images or sounds too.
+    """Raise ScopeError for a layer that meets another number of rows than the call has, which has images or sounds, too.
 
     How many of these belong to each row, only the model knows.
     """
@@ -176,7 +180,7 @@ def require_own_rows(layer: str, num_rows: int) -> None:
 
 
 def require_batch_first(layer: str, shape: Size) -> None:
-    """Raises ScopeError for (A, B, features) where B and not A is the rows of the model's call.
+    """Raise ScopeError for (A, B, features) where B and not A is the rows of the model's call.
 
     XLNet, FSMT and Longformer's attention put the tokens first. Where as many tokens as rows are, nothing can be told.
     """
@@ -189,8 +193,10 @@ def require_batch_first(layer: str, shape: Size) -> None:
 
 
 def require_rows_of_tokens(layer: str, num_tokens: int, of_weights: int) -> None:
-    """Raises ScopeError for a layer that sees the tokens of all rows on one axis, where these cannot be told apart, or where
-    a row has not as many as the weights, which have one for all or `of_weights`."""
+    """Raise ScopeError where a layer sees the tokens of all rows on one axis, and whose they are cannot be told.
+
+    Also where a row has another number of tokens than the weights, which have one for all or `of_weights`.
+    """
     rows = _ROWS.get()
     each, rest = divmod(num_tokens, rows or 1)
     if _BESIDE.get() or rest or (rows and of_weights not in (1, each)):
@@ -203,7 +209,7 @@ def require_rows_of_tokens(layer: str, num_tokens: int, of_weights: int) -> None
 def watch(
     name: str, module: nn.Module, owner: nn.Module, expected: Callable[[], bool]
 ) -> list[RemovableHandle | _OwnForward]:
-    """Hooks that raise CompositionError when the owner has run without calling the layer, although it was `expected`."""
+    """Return hooks that raise CompositionError when the owner has run without a call of the layer, which was `expected`."""
     seen = threading.local()
     traced = _Traced()
 
@@ -245,15 +251,19 @@ def watch(
 
 
 class _Traced:
-    """Whether code that torch.compile traces calls the layer: one thread traces at a time, and a thread's own values would
-    break its graph."""
+    """The flag that code which torch.compile traces calls the layer.
+
+    One thread traces at a time, and a thread's own values would break its graph.
+    """
 
     called = True
 
 
 class _OwnForward:
-    """Its class's forward as the module's own, until `remove`: torch.compile then recompiles what it had made, with the
-    hooks, which it assumes never to change."""
+    """The forward of a module's class as the module's own, until `remove`.
+
+    torch.compile then compiles anew what it had compiled, with the hooks, which it assumes never to change.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -277,5 +287,5 @@ class Step(Hook):
 
 
 def in_backward_thread() -> bool:
-    """Whether this is a thread of autograd's own, which runs a backward pass."""
+    """Return whether this is a thread of autograd's own, which runs a backward pass."""
     return torch._C._current_graph_task_id() != -1 and isinstance(threading.current_thread(), threading._DummyThread)

@@ -71,13 +71,16 @@ class Activation:
         self._thread = threading.current_thread()
 
     def apply(self, layer: TargetLayer, x: Tensor, y: Tensor) -> Tensor:
-        """The output of a layer that gives y for x without a mixture; maybe in y's own memory."""
+        """Return the output of a layer that gives y for x without a mixture; maybe in y's own memory."""
         return self.plan.apply(layer, x, y, self.lease, self.usage)
 
     def close(self) -> None:
-        """Ends the activation. Raises AlreadyActive, and changes nothing, while an inner one is open in this context, or
-        in another thread than the one that opened it (unless that thread has ended); once it has ended, WeightingError
-        where a router's weights on a GPU were not finite."""
+        """End the activation; closing it twice does nothing.
+
+        Raises AlreadyActive, and changes nothing, while an inner one is open in this context, or in another thread than the
+        one that opened it (unless that thread has ended); once it has ended, WeightingError where a router's weights on a
+        GPU were not finite.
+        """
         if self.closed:
             return
         current = _current(self.live)
@@ -91,7 +94,7 @@ class Activation:
         self.usage.made.require_all()
 
     def run(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """What `call` returns, under this activation's mixture, in whatever thread it is called.
+        """Return what `call` returns under this activation's mixture, in whatever thread it is called.
 
         For threads that one starts oneself: `Thread(target=activation.run, args=(model.generate,), kwargs=batch)`. A run
         that has begun keeps the mixture to its end, also when the activation is closed meanwhile.
@@ -135,7 +138,7 @@ class Activation:
 
 
 def _end() -> None:
-    """The running call of the model is over, however it ended."""
+    """Forget the running call of the model, which is over, however it ended."""
     end_call()
     end_router_call()
 
@@ -151,7 +154,7 @@ def _nearest_open(activation: Activation | None) -> Activation | None:
 
 
 def _current(live: LiveLayers) -> Activation | None:
-    """The innermost open activation of these layers in this context."""
+    """Return the innermost open activation of these layers in this context."""
     return next((each for each in _chain(_CURRENT.get()) if each.live is live and not each.closed), None)
 
 
@@ -179,11 +182,11 @@ class LiveLayers:
 
     @property
     def active(self) -> bool:
-        """Whether an activation is open, in whatever thread."""
+        """True if an activation is open, in whatever thread."""
         return bool(self._open)
 
     def open(self, plan: Plan, lease: Lease) -> Activation:
-        """A new activation, which replaces the outer one in this context until it is closed. It releases the lease."""
+        """Open an activation, which replaces the outer one in this context until it is closed. It releases the lease."""
         activation = Activation(self, plan, lease, _nearest_open(_CURRENT.get()))
         try:
             plan.enter(lease, self._layers)
@@ -202,7 +205,7 @@ class LiveLayers:
         return activation
 
     def add(self, layers: Mapping[str, TargetLayer]) -> None:
-        """Takes more target layers: those of an adapter that was opened later. Open activations then reach them too."""
+        """Take more target layers: those of an adapter that was opened later. Open activations then reach them, too."""
         with self._lock:
             more = {name: layer for name, layer in layers.items() if name not in self._layers}
             if self._open:
@@ -217,7 +220,7 @@ class LiveLayers:
             self._modules += [layer.module for layer in more.values()]
 
     def end(self, activation: Activation) -> None:
-        """Closes the activation; with the last one, the layers get their own forwards back."""
+        """Close the activation; with the last one, give the layers their own forwards back."""
         with self._lock:
             activation.closed = True
             activation.followed.release()
@@ -233,7 +236,7 @@ class LiveLayers:
         self.mixes_outside = mix_outside() if learns else None
 
     def end_those_of_other_threads(self) -> None:
-        """In a forked process, which has none of its parent's other threads: closes what only they could close."""
+        """Close the activations of other threads in a forked process, which has none of its parent's other threads."""
         for activation in list(self._open):
             if activation._thread is not threading.current_thread():
                 self.end(activation)
@@ -241,7 +244,10 @@ class LiveLayers:
             self._uninstall()
 
     def current(self) -> Activation | None:
-        """What counts for the running call."""
+        """Return the activation that counts for the running call, if any.
+
+        Raises CompositionError where gradient checkpointing runs a layer again and several activations are open.
+        """
         activation = _current(self)
         if activation is None and in_backward_thread():
             # gradient checkpointing runs the forward again there, without a context
@@ -259,7 +265,7 @@ class LiveLayers:
         return None if activation is None else activation.plan
 
     def _begin(self, router: CallRouter, arguments: dict[str, Any]) -> None:
-        """Shows a router a call's arguments, while no mixture counts in this context."""
+        """Show a router a call's arguments, while no mixture counts in this context."""
         activation = self.current()
         with ExitStack() as stack:
             stack.enter_context(holding(_CURRENT, None))
@@ -269,7 +275,7 @@ class LiveLayers:
             router.begin(self._model, arguments)
 
     def _answering(self, asking: Activation, weights: Mapping[str, float]) -> AbstractContextManager[None]:
-        """Inside, a mixture counts of the experts of the activation that asks; nobody is told what it used."""
+        """Let a mixture of the asking activation's experts count in the block, without recording what it used."""
         key = frozenset(weights.items())
         if key not in asking.answering:
             names = asking.plan.experts
@@ -370,7 +376,7 @@ class LiveLayers:
             CLAIMS.give_back(self, self._modules)
 
     def _remove_own_hooks(self) -> None:
-        """Also those whose handles an interruption has kept from being noted."""
+        """Remove this object's hooks, including those whose handles an interruption has kept from being noted."""
         model = self._model
         for hooks in (model._forward_pre_hooks, model._forward_hooks):
             for key in [key for key, hook in hooks.items() if any(hook is own for own in self._own_hooks)]:
@@ -391,7 +397,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class _MixedForward(StandIn):
-    """Stands in for one layer's `forward` while an activation is open: what that gives, and the update on top.
+    """A stand-in for one layer's `forward` while an activation is open: that forward's output, and the update on top.
 
     A forward hook would cost several times as much in every call, and torch.compile takes hooks for what never changes.
     """
@@ -406,11 +412,11 @@ class _MixedForward(StandIn):
         bind(number, self)
 
     def mixing(self) -> Activation | None:
-        """What counts for the running call."""
+        """Return the activation that counts for the running call, if any."""
         return None if self._live is None else self._live.current()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's forward."""
+        """Run the layer's forward, and add the update of the activation that counts."""
         y = self._forward(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self._traced(args[0] if args else next(iter(kwargs.values())), y)
@@ -423,7 +429,7 @@ class _MixedForward(StandIn):
         return activation.plan.apply(self.layer, x, y, activation.lease, activation.usage)
 
     def _traced(self, x: Tensor, y: Tensor) -> Tensor:
-        """What torch.compile sees instead of a mixture."""
+        """Return what torch.compile traces instead of a mixture."""
         if self._live is None:
             return y
         if torch.is_grad_enabled() and self._live.mixes_outside is not None and not torch.compiler.is_exporting():
@@ -434,6 +440,6 @@ class _MixedForward(StandIn):
         return self._own
 
     def remove(self) -> None:
-        """Gives the layer its own forward back. Where another stands in for this one by now, that stays, and calls this."""
+        """Give the layer its own forward back. Where another stands in for this one by now, that stays, and calls this."""
         if not give_back(self.layer.module, "forward", self._own, self):
             self._live = None

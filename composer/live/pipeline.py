@@ -48,7 +48,7 @@ Activate = Callable[[MixtureWeights | Router], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Composite:
-    """What denoises runs once under each of the mixtures, and the mean of its predictions counts.
+    """A set of mixtures under each of which the denoising part runs once; the mean of its predictions counts.
 
     Text encoders run once, under the sum of the mixtures. LoRA Composite, Multi-LoRA Composition (2402.16843), where each
     mixture is one LoRA at weight 1. Raises WeightingError unless they are at least one mapping of names to weights.
@@ -61,13 +61,13 @@ class Composite:
             raise WeightingError(f"a Composite is a tuple of mappings {{name: weight}}, not {self.mixtures!r:.80}")
 
     def sum(self) -> dict[str, float]:
-        """{name: weight} over all of the mixtures."""
+        """Return {name: weight}, summed over all of the mixtures."""
         names = dict.fromkeys(name for mixture in self.mixtures for name in mixture)
         return {name: sum(mixture.get(name, 0.0) for mixture in self.mixtures) for name in names}
 
 
 class CallWeights(MixtureWeights):
-    """Weights of one call of a part, whose rows are those of that call."""
+    """The weights of one call of a part, whose rows are those of that call."""
 
 
 class ByCall:
@@ -84,7 +84,7 @@ class ByCall:
             self._checked(each)
 
     def run(self, part: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a part's forward gives for these arguments, under the mixture of this call."""
+        """Run a part's forward with these arguments, under the mixture of this call, and return its output."""
         mixture = self._mixture
         if callable(mixture):
             mixture = mixture(*(self._step(part, forward, args, kwargs) if not part.startswith(_TEXT) else (0, 1)))
@@ -131,7 +131,7 @@ class ByCall:
         return weights
 
     def _rows(self, values_BTLE: Tensor, part: str, num_rows: int, kwargs: Mapping[str, Any]) -> Tensor:
-        """Values for the rows of one call: an image's prompt for each, and all of them twice in a joined call."""
+        """Return values for the rows of one call: an image's prompt for each, and all of them twice in a joined call."""
         pipe, times = self._pipeline.pipe, 1
         if not part.startswith(_TEXT) and type(pipe).__name__ in _JOINED and kwargs.get("skip_layers") is None:
             if not hasattr(pipe, "_guidance_scale"):
@@ -146,7 +146,7 @@ class ByCall:
         return values_BTLE.repeat_interleave(images, dim=0).repeat(times, 1, 1, 1)
 
     def _step(self, part: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> tuple[int, int]:
-        """(step, steps): the place of the call's timestep among the scheduler's, counted from 0, and their number."""
+        """Return (step, steps): the place of the call's timestep among the scheduler's, counted from 0, and their number."""
         pipe = self._pipeline.pipe
         given = torch.as_tensor(inspect.signature(forward).bind(*args, **kwargs).arguments["timestep"]).flatten()[0].cpu()
         times = torch.unique_consecutive(pipe.scheduler.timesteps.cpu())
@@ -167,10 +167,11 @@ class ByCall:
 def calls_of(
     model: nn.Module, mixture: Any, resolve: Resolve, activate: Activate
 ) -> tuple[MixtureWeights | Router, ByCall | None]:
-    """(weights, None) where one mixture is that of every call; else (the base's, what each call of a part has).
+    """Return (weights, None) for a mixture that all calls share, else (the base's weights, the mixtures by call).
 
-    `mixture` may then also be a function of (step, steps) that gives one, or a Composite. Raises ScopeError for rows in a
-    pipeline whose batches are not known, and for routers that look at a whole call, since a pipeline makes several.
+    In a pipeline, `mixture` may also be a function of (step, steps) that gives one, or a Composite. Raises ScopeError for
+    rows in a pipeline whose batches are not known, and for routers that look at a whole call, since a pipeline makes
+    several.
     """
     if not isinstance(model, Pipeline) or isinstance(mixture, CallWeights):
         return resolve(mixture), None
@@ -188,7 +189,7 @@ def calls_of(
 
 
 def with_calls(plan: Plan, by_call: ByCall | None) -> Plan:
-    """The plan of an activation whose mixtures are those of `by_call`; the plan itself where that is None."""
+    """Return the plan of an activation whose mixtures are those of `by_call`; the plan itself where that is None."""
     if by_call is not None:
         plan = copy.copy(plan)
         plan.by_call = by_call
@@ -196,7 +197,7 @@ def with_calls(plan: Plan, by_call: ByCall | None) -> Plan:
 
 
 def live_layers(model: nn.Module, fitting: Fitting) -> LiveLayers:
-    """The layers that a model's activations mix: a pipeline's, or any other model's."""
+    """Return the layers that a model's activations mix: a pipeline's, or any other model's."""
     kind = _PipelineLayers if isinstance(model, Pipeline) else LiveLayers
     return kind(model, fitting.layers, fitting.require_unchanged)
 
@@ -221,7 +222,7 @@ class _PipelineLayers(LiveLayers):
 
 
 class _PartForward(StandIn):
-    """Stands in for the forward of a pipeline's part while an activation is open, and finds the mixture of each call."""
+    """A stand-in for the forward of a pipeline's part while an activation is open, which finds the mixture of each call."""
 
     def __init__(self, name: str, part: nn.Module, current_plan: Callable[[], Plan | None]) -> None:
         self._name = name
@@ -232,7 +233,7 @@ class _PartForward(StandIn):
         part.forward = self.run  # type: ignore[method-assign]
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The part's forward."""
+        """Run the part's forward, under the mixture of this call where calls differ."""
         plan = self._current_plan()
         if plan is None or plan.by_call is None:
             return self._forward(*args, **kwargs)
@@ -242,5 +243,5 @@ class _PartForward(StandIn):
         return self._own
 
     def remove(self) -> None:
-        """Gives the part its own forward back."""
+        """Give the part its own forward back."""
         give_back(self._part, "forward", self._own, self)

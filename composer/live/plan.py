@@ -1,4 +1,4 @@
-"""What one activation does to one layer's output: which experts, with which weight for which row.
+"""The plan of what one activation does to one layer's output: which experts, with which weight for which row.
 
     KeptPlans.plan(weights) -> Plan, of the last few activations
       |- RowWeights     weights known before the call, one set a row: each layer's kernel is made once (row_weights.py)
@@ -55,7 +55,7 @@ NUM_KEPT_SHAPES = 64
 
 
 class Warm(NamedTuple):
-    """How a layer's update is added for inputs of one shape, what they and the outputs have to be, and what to note."""
+    """The way to add a layer's update for inputs of one shape, what they and the outputs have to be, and what to note."""
 
     add: Adder
     dtype: torch.dtype
@@ -63,13 +63,16 @@ class Warm(NamedTuple):
     note: Note
 
     def fits(self, x: Tensor, y: Tensor) -> bool:
-        """Whether a layer's new output may be written to: no gradient goes through it. x is where y is, or it had failed."""
+        """Return whether a layer's new output may be written to: no gradient goes through it.
+
+        x is on the device of y, or the layer would have failed.
+        """
         own = x.dtype is y.dtype is self.dtype and y.device == self.device
         return own and not y.requires_grad and y.is_contiguous()
 
 
 class Plan:
-    """The active experts' names and their weights. What it makes of them for a layer is kept for the next call.
+    """The active experts' names and their weights; what the plan makes of them for a layer is kept for the next call.
 
     `mixture` has the weights of the active experts; None where each call makes them, of its input or of what learns.
     `invocations` are those of the active experts that count from certain tokens on.
@@ -96,32 +99,32 @@ class Plan:
 
     @property
     def learns(self) -> bool:
-        """Whether gradients may reach more than the layers' inputs: weights that learn, or a router's parameters."""
+        """True if gradients may reach more than the layers' inputs: weights that learn, or a router's parameters."""
         return self._weights.learns
 
     @property
     def _by_place(self) -> bool:
-        """Whether a weight is told from its place among rows or tokens."""
+        """True if a weight depends on its place among rows or tokens."""
         return self._weights.num_mixtures > 1 or self._weights.num_tokens > 1 or bool(self.invocations)
 
     @property
     def num_mixtures(self) -> int:
-        """Rows of the mixture; 1 where all rows of a batch share one, or a router looks at each."""
+        """The number of rows of the mixture; 1 where all rows of a batch share one, or a router looks at each."""
         return self._weights.num_mixtures
 
     @property
     def num_bytes(self) -> int:
-        """Of the tensors made for the layers so far."""
+        """The bytes of the tensors made for the layers so far."""
         return self._weights.num_bytes + (self._by_token.num_bytes if self._by_token is not self._weights else 0)
 
     @property
     def fixed_shapes(self) -> bool:
-        """Whether its products have fixed shapes, as `batch_invariant` asks for."""
+        """True if the plan's products have fixed shapes, as `batch_invariant` asks for."""
         return self._weights.fixed_shapes
 
     @property
     def call_router(self) -> CallRouter | None:
-        """The router, where it is shown each call of the model first."""
+        """The router, if it is shown each call of the model first; else None."""
         return self._by_token.call_router
 
     @property
@@ -130,37 +133,39 @@ class Plan:
         return self._by_token.watched
 
     def require_rows(self, num_rows: int | None) -> None:
-        """Raises ScopeError for a batch whose rows are no multiple of the mixture's; None where they are not known."""
+        """Raise ScopeError for a batch whose rows are no multiple of the mixture's; None stands for an unknown number."""
         if num_rows is not None:
             require_multiple(self.num_mixtures, num_rows, "batch")
 
     def enter(self, lease: Lease, layers: Mapping[str, TargetLayer]) -> None:
-        """An activation of the plan begins, with these target layers; it ends with its lease."""
+        """Begin an activation of the plan, with these target layers; it ends with its lease."""
         if isinstance(self._weights, RowWeights) and self._weights.enter(lease, layers):
             # the board that it had may be another's by now
             self._remembered = self._own
 
     def begin_call(self, given: Tensor | None) -> None:
-        """A call of the model begins, with this main input, where that is known."""
+        """Begin a call of the model, with this main input, where that is known."""
         if isinstance(self._weights, RowWeights) and given is not None:
             board = self._weights.begin_call(given.device)
             self._remembered = self._own if board is None else board.remembered
 
     def reaches(self, layer: str, lease: Lease) -> bool:
-        """Whether some active expert updates the layer, with weights that may not all be zero."""
+        """Return whether some active expert updates the layer, with weights that may not all be zero."""
         if self._weights.skips(layer):
             return False
         return any(lease.updates(name, layer) for name in self.experts)
 
     def reaches_some(self, layers: Iterable[TargetLayer], lease: Lease) -> bool:
-        """Whether that is so for one of these layers."""
+        """Return whether some active expert updates one of these layers, as `reaches` has it."""
         return any(self.reaches(layer.name, lease) for layer in layers)
 
     def at_tokens(
         self, layer: TargetLayer, x_NI: Tensor, token_N: Tensor, num_tokens: int, lease: Lease, usage: Usage
     ) -> Tensor | None:
-        """The update_NO of an expert of a fused parameter at N of a call's tokens, which are numbered row by row; None where
-        there is nothing to add. Raises ScopeError where rows or tokens are not the weights'.
+        """Return the update_NO of a fused parameter's expert at N of a call's tokens; None where there is nothing to add.
+
+        The tokens are numbered row by row. Raises ScopeError where rows or tokens are not the weights', and within
+        `batch_invariant`.
         """
         if not self.reaches(layer.name, lease):
             return None
@@ -179,14 +184,14 @@ class Plan:
         return None if kernel is None else kernel.update(x_NI[None].to(kernel.dtype))[0]
 
     def again(self) -> Plan:
-        """The plan for another activation: with what was made of the experts, and nothing of what was made of calls."""
+        """Return the plan for another activation: with what was made of the experts, without what was made of calls."""
         if not self.invocations:
             return self
         routed = self._by_token.again()
         return Plan(self.experts, None, routed, routed, self.invocations)
 
     def apply(self, layer: TargetLayer, x: Tensor, y: Tensor, lease: Lease, usage: Usage) -> Tensor:
-        """The layer's output y = W x + bias with the weighted updates added; y itself where nothing is to be added.
+        """Return the layer's output y = W x + bias with the weighted updates added; y itself where nothing is to be added.
 
         The rows of x are its first axis. Weights for B rows meet x of B * k rows by counting each k times in a row, as
         beams and return sequences are laid out; an x of two axes (N, I) holds its tokens row by row, so the same holds.
@@ -257,7 +262,7 @@ class Plan:
 
 
 def _sum(mixture: LayerMixture, layer: TargetLayer, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
-    """y + ((x a^T) * w) b^T + sum over e of w_e (gain_e y0 + bias_e), as (B, T, O) in the dtype of y."""
+    """Return y + ((x a^T) * w) b^T + sum over e of w_e (gain_e y0 + bias_e), as (B, T, O) in the dtype of y."""
     kernel, affine = mixture.kernel, mixture.affine
     if kernel is None:
         return y_BTO if affine is None else y_BTO + affine.on(y_BTO, layer.parameter("bias")).to(y_BTO.dtype)
@@ -271,7 +276,10 @@ def _sum(mixture: LayerMixture, layer: TargetLayer, x_BTI: Tensor, y_BTO: Tensor
 
 
 def _by_token(x_BTI: Tensor, num_tokens: int, num_axes: int) -> Tensor:
-    """An x of two axes split into rows of as many tokens as the weights have, if those can be the batch's rows."""
+    """Return an x of two axes split into rows of as many tokens as the weights have, if those can be the batch's rows.
+
+    Any other x is returned as it is.
+    """
     num_rows, rest = divmod(x_BTI.shape[0], num_tokens)
     if num_axes == 2 and num_tokens > 1 and not rest and can_be_batch(num_rows):
         return x_BTI.reshape(num_rows, num_tokens, x_BTI.shape[2])
@@ -285,10 +293,10 @@ def make_plan(
     invocations: Invocations = lambda names: {},
     arena: Arena | None = None,
 ) -> Plan:
-    """The plan for resolved weights over a pool of these names; `workspace` has memory for gathered factors.
+    """Return the plan for resolved weights over a pool of these names; `workspace` has memory for gathered factors.
 
-    Only experts with a weight that is not zero are active, or that learns; a router may use all of them.
-    Raises WeightingError for a router that names other experts, or in another order.
+    Only experts with a weight that is not zero, or that learns, are active; a router may use all of them. Raises
+    WeightingError for a router that names other experts, or in another order.
     """
     if not isinstance(weights, MixtureWeights):
         own = getattr(weights, "experts", None)
@@ -322,7 +330,7 @@ def make_plan(
 def _routed_plan(
     router: MixtureWeights | Router, experts: tuple[str, ...], invocations: Mapping[str, tuple[int, ...]]
 ) -> Plan:
-    """The plan for weights that are made in each call."""
+    """Return the plan for weights that are made in each call."""
     routed = TokenWeights.routed(router, experts, invocations)
     return Plan(experts, None, routed, routed, invocations)
 
@@ -334,7 +342,7 @@ LARGEST_KEPT = 2**16
 
 
 class KeptPlans:
-    """Makes plans, and keeps the last few of at most `max_bytes` together; as much memory is kept to be used again."""
+    """A maker of plans that keeps the last few, of at most `max_bytes` together; as much memory is kept to be used again."""
 
     def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
         self._max_bytes = max_bytes
@@ -343,7 +351,7 @@ class KeptPlans:
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
     def plan(self, weights: MixtureWeights | Router, pool: ExpertPool) -> Plan:
-        """The plan for these weights over this pool; what was made before, where it is kept."""
+        """Return the plan for these weights over this pool, with what was made before where it is kept."""
         key = _identity(weights)
         kept = None if key is None else self._plans.pop(key, None)
         plan = kept.again() if kept else make_plan(weights, pool.names, self._workspace, pool.invocations, self.arena)
@@ -356,17 +364,17 @@ class KeptPlans:
         return plan
 
     def forget(self, name: str) -> None:
-        """Keeps none any longer, nor what the arena has of an expert; those in use stay until their activations end."""
+        """Drop all kept plans, and what the arena has of an expert; those in use stay until their activations end."""
         self.clear()
         self.arena.forget(name)
 
     def clear(self) -> None:
-        """Keeps none any longer; those in use stay until their activations end."""
+        """Drop all kept plans; those in use stay until their activations end."""
         self._plans.clear()
 
 
 def _identity(weights: MixtureWeights | Router) -> Hashable | None:
-    """What tells weights that are known from others; None for routers, and for what learns or is large."""
+    """Return a key that tells known weights from others; None for routers, and for what learns or is large."""
     if not isinstance(weights, MixtureWeights) or weights.values_BTLE.requires_grad:
         return None
     values = weights.values_BTLE

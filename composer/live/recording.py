@@ -1,4 +1,4 @@
-"""What layers note while they run: the last forward's weights where they are small, and all of them while somebody records.
+"""The notes that layers take while they run: the last forward's weights if they are small, and all of them for a recording.
 
 A note is one entry in a dictionary and keeps references only. What counts as the last forward, and who records, are
 context variables, so that threads and asyncio tasks are apart.
@@ -30,7 +30,7 @@ KEPT_BYTES = 64 * 2**20
 
 
 class Setting:
-    """What it takes to read notes: the engine's experts, bound to the model, and what knows the model's layers."""
+    """The means to read notes: the engine's experts, bound to the model, and the fitting that knows the model's layers."""
 
     def __init__(self, pool: ExpertPool, fitting: Fitting) -> None:
         self._pool = pool
@@ -38,7 +38,7 @@ class Setting:
         self._layers_of: dict[str, frozenset[str]] = {}
 
     def updates(self, expert: str, layer: str) -> bool:
-        """Whether the expert has something to add to the layer. One of a lazy pool is opened once for all layers."""
+        """Return whether the expert has something to add to the layer. One of a lazy pool is opened once for all layers."""
         if expert not in self._layers_of:
             self._layers_of[expert] = frozenset(self._pool.adapters[expert].layers)
         return layer in self._layers_of[expert]
@@ -56,7 +56,7 @@ class Note(NamedTuple):
 class Usage:
     """The last call of every layer under one activation of `owner`.
 
-    `experts` are active, with the weights of `mixture`; None where the calls make them.
+    `experts` are active, with the weights of `mixture`, which is None where the calls make them.
     """
 
     def __init__(self, owner: object, experts: tuple[str, ...], mixture: MixtureWeights | None) -> None:
@@ -71,14 +71,17 @@ class Usage:
         self._num_bytes = 0
 
     def saw(self, layer: str, note: Note) -> None:
-        """A call with weights that were known before. Runs in every call of every layer."""
+        """Note a call with weights that were known before. Runs in every call of every layer."""
         self.notes[layer] = note
         if _STATE.get() is not self._quiet:
             self._tell(layer, note)
 
     def chose(self, layer: str, note: Note, w_BTE: Tensor, *, again: bool = False) -> None:
-        """A call with weights that were made in it. Raises WeightingError where they are not finite, at once on a CPU;
-        weights that an earlier layer had are not looked at `again`."""
+        """Note a call with weights that were made in it.
+
+        Raises WeightingError where they are not finite, at once on a CPU; weights that an earlier layer had are not looked
+        at `again`.
+        """
         if not again:
             self.made.require_finite(layer, w_BTE)
         # what learns may be changed in place by the next step
@@ -94,7 +97,7 @@ class Usage:
             self._tell(layer, note)
 
     def _tell(self, layer: str, note: Note) -> None:
-        """Makes this usage the last one of its context, and gives the note to every open trace."""
+        """Make this usage the last one of its context, and give the note to every open trace."""
         state, owner = _STATE.get(), self.owner()
         if owner is not None and state.by_owner.get(owner) is not self:
             # a new dictionary: contexts that were copied from this one have the old one
@@ -107,7 +110,7 @@ class Usage:
         self._quiet = None if state.traces else state
 
     def weights(self, setting: Setting) -> UsedWeights:
-        """The last weights of every layer. CompositionError where they were too large to keep."""
+        """Return the last weights of every layer. Raises CompositionError where they were too large to keep."""
         notes, experts = dict(self.notes), self.experts
         if not all(note.kept for note in notes.values()):
             raise CompositionError(
@@ -121,7 +124,7 @@ class Usage:
 
 
 class Trace:
-    """All that an engine's layers used while this was open, call after call. Keeps every weight tensor until it goes."""
+    """The weights that an engine's layers used while this was open, call after call; all tensors are kept until it goes."""
 
     def __init__(self, owner: object, setting: Setting) -> None:
         self._owner = ref(owner)
@@ -130,18 +133,18 @@ class Trace:
         self._calls: dict[str, list[tuple[Usage, Note]]] = {}
 
     def add(self, usage: Usage, layer: str, note: Note) -> None:
-        """Takes a note of the engine that is recorded; a layer that a backward pass runs again was noted before."""
+        """Take a note of the engine that is recorded; a layer that a backward pass runs again was noted before."""
         if usage.owner() is self._owner() and torch._C._current_graph_task_id() == -1:
             self._usages[id(usage)] = usage
             self._calls.setdefault(layer, []).append((usage, note))
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Those that took part in some call."""
+        """The experts that took part in some call."""
         return tuple(dict.fromkeys(expert for usage in self._usages.values() for expert in usage.experts))
 
     def calls(self, layer: str) -> list[UsedLayer]:
-        """The calls of a layer, over `experts`; consecutive ones that share weights and rows as one."""
+        """Return the calls of a layer, over `experts`; consecutive ones that share weights and rows as one."""
         experts, target = self.experts, self._setting.fitting.layers[layer]
         found = []
         for (_, by_input, _), group in groupby(self._calls.get(layer, []), key=_kind_of_call):
@@ -166,14 +169,17 @@ class Trace:
 
 
 def last_weights(owner: object, setting: Setting) -> UsedWeights:
-    """The weights of the last forward of `owner` in this context, empty where there was none; what Usage.weights raises."""
+    """Return the weights of the last forward of `owner` in this context, empty where there was none.
+
+    Raises what `Usage.weights` raises.
+    """
     usage = _STATE.get().by_owner.get(owner)
     return UsedWeights((), {}) if usage is None else usage.weights(setting)
 
 
 @contextmanager
 def recording(owner: object, setting: Setting) -> Iterator[Trace]:
-    """A trace of `owner` that takes the notes of this context until the block is left."""
+    """Open a trace of `owner` that takes the notes of this context until the block is left."""
     trace = Trace(owner, setting)
     _STATE.set(_State(_STATE.get().by_owner, (*_STATE.get().traces, trace)))
     try:
@@ -185,7 +191,7 @@ def recording(owner: object, setting: Setting) -> Iterator[Trace]:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """Of a context: the last usage of each engine, and the open traces."""
+    """The state of a context: the last usage of each engine, and the open traces."""
 
     by_owner: WeakKeyDictionary[object, Usage]
     traces: tuple[Trace, ...]
@@ -201,7 +207,7 @@ def _kind_of_call(call: tuple[Usage, Note]) -> tuple[object, bool, int]:
 
 
 def _weights_of(usage: Usage, note: Note, target: TargetLayer, experts: tuple[str, ...], setting: Setting) -> UsedLayer:
-    """The note's weights over `experts`, with 0 for those that leave the layer alone or were not active."""
+    """Return the note's weights over `experts`, with 0 for those that leave the layer alone or were not active."""
     own = usage.experts
     w_BTE = note.w_BTE
     if w_BTE is None:
@@ -215,7 +221,7 @@ def _weights_of(usage: Usage, note: Note, target: TargetLayer, experts: tuple[st
 
 
 def _rows_and_tokens(layer: TargetLayer, shape: torch.Size, num_tokens: int) -> tuple[int, int]:
-    """Of a layer's output. One of two axes is rows of as many tokens as the weights have."""
+    """Return the rows and tokens of a layer's output; one of two axes is rows of as many tokens as the weights have."""
     rows, tokens = layer.kind.rows(layer.module, torch.empty(shape, device="meta")).shape[:2]
     if len(shape) == 2 and num_tokens > 1 and rows % num_tokens == 0:
         return rows // num_tokens, num_tokens
@@ -239,9 +245,10 @@ def _join(layer: str, parts: list[UsedLayer]) -> UsedLayer:
 
 @dataclass(frozen=True, eq=False)
 class UsedLayer:
-    """w_BTE of one layer, where B or T of size 1 is shared by the `num_rows` rows and `num_tokens` tokens of its input.
+    """The weights w_BTE of one layer, where B or T of size 1 is shared by all rows or tokens of its input.
 
-    `kernel` is the file of `composer/live/kernels/` that mixed it; empty where nothing was added or the layer is not linear.
+    The input has `num_rows` rows and `num_tokens` tokens. `kernel` is the file of `composer/live/kernels/` that mixed it;
+    empty where nothing was added or the layer is not linear.
     """
 
     w_BTE: Tensor
@@ -251,11 +258,11 @@ class UsedLayer:
 
     @property
     def spread_BTE(self) -> Tensor:
-        """A weight for every row and token."""
+        """The weights with a value for every row and token."""
         return spread(self.w_BTE, self.num_rows, self.num_tokens)
 
     def mask(self, attention_mask: Tensor) -> Tensor:
-        """The mask for this layer's own rows and tokens: the last ones, where the mask counts a cache too.
+        """Return the mask for this layer's own rows and tokens: the last ones, where the mask counts a cache, too.
 
         A layer that takes all tokens as rows of a matrix gets them so. Raises ScopeError where the mask is of another batch.
         """
@@ -272,7 +279,7 @@ class UsedLayer:
 
 @dataclass(frozen=True, eq=False)
 class UsedWeights(Mapping[str, Tensor]):
-    """{layer: w_BTE} of the layers that ran, in that order; the last axis are `experts`, those that took part.
+    """The mapping {layer: w_BTE} of the layers that ran, in that order; the last axis is `experts`, those that took part.
 
     An expert that leaves a layer alone has weight 0 there. `layers` also has the rows and tokens that shared axes stand for.
     """
@@ -290,7 +297,7 @@ class UsedWeights(Mapping[str, Tensor]):
         return len(self.layers)
 
     def load(self, attention_mask: Tensor | None = None) -> dict[str, Load]:
-        """Each expert's share of every layer, and the entropy; with the mask of the call, without its padding.
+        """Return {layer: each expert's share and the entropy}; with the mask of the call, without its padding.
 
         Raises ScopeError for the mask of another batch.
         """
@@ -306,7 +313,7 @@ CHUNK = 2**20
 
 @dataclass(frozen=True, eq=False)
 class Load:
-    """What the experts of one layer carry, over `num_tokens` tokens of all rows.
+    """The load of each expert of one layer, over `num_tokens` tokens of all rows.
 
     `share_E` is each expert's share of the tokens' absolute weight (sums to 1; all 0 where no token has weight), `chosen_E`
     the share of tokens whose weight for the expert is not 0. `entropy` is in nats: 0 where every token has one expert,
@@ -320,7 +327,7 @@ class Load:
 
 
 def load(w_BTE: Tensor, mask_BT: Tensor | None = None) -> Load:
-    """The load of weights of one layer, in float64. Tokens where `mask_BT` is 0 (padding) are left out.
+    """Return the load of weights of one layer, in float64. Tokens where `mask_BT` is 0 (padding) are left out.
 
     Axes B and T of size 1 are shared by all rows and tokens of the mask. Raises ScopeError where the two do not fit.
     """
@@ -345,7 +352,7 @@ def load(w_BTE: Tensor, mask_BT: Tensor | None = None) -> Load:
 
 
 def entropies(w_NE: Tensor) -> Tensor:
-    """entropy_N of |w| normalised over the last axis, in nats and float64; NaN where all weights are 0."""
+    """Return entropy_N of |w| normalised over the last axis, in nats and float64; NaN where all weights are 0."""
     magnitude_NE = w_NE.detach().double().abs()
     total_N = magnitude_NE.sum(dim=-1)
     share_NE = magnitude_NE / total_N[..., None]
@@ -355,9 +362,10 @@ def entropies(w_NE: Tensor) -> Tensor:
 
 
 def spread(w_BTE: Tensor, num_rows: int, num_tokens: int) -> Tensor:
-    """The weights for so many rows and tokens: a size of 1 is shared, B rows serve k B rows, each for k consecutive ones.
+    """Return the weights for so many rows and tokens.
 
-    Raises ScopeError where that does not come out even.
+    A size of 1 is shared; B rows serve k B rows, each for k consecutive ones. Raises ScopeError where that does not come out
+    even.
     """
     rows, tokens, _ = w_BTE.shape
     if tokens not in (1, num_tokens) or num_rows % rows != 0:

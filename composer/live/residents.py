@@ -37,12 +37,12 @@ from loraweave.hub.adapter import Adapter
 
 
 def is_accelerator(device: torch.device) -> bool:
-    """Whether factors reach the device by way of the host."""
+    """Return whether factors reach the device by way of the host."""
     return device.type != "cpu"
 
 
 class _Key(NamedTuple):
-    """A page of an expert: where its layers are, or a copy on the host; `moves` counts how often the model has moved."""
+    """The key of an expert's page: where its layers are, or a copy on the host; `moves` counts the model's moves so far."""
 
     name: str
     copy: bool
@@ -51,7 +51,7 @@ class _Key(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Page:
-    """One expert's factors in flat tensors, by layer; `ready` are the events after which a device has them."""
+    """The factors of one expert in flat tensors, by layer; `ready` are the events after which a device has them."""
 
     flats: Mapping[Place, Tensor]
     parts: Mapping[str, PlacedFactors] = field(default_factory=dict)
@@ -59,9 +59,9 @@ class _Page:
 
 
 class Residents:
-    """Leases experts in the places of their layers. Any thread may lease, prefetch and release.
+    """The lender of experts in the places of their layers. Any thread may lease, prefetch and release.
 
-    `adapter` gives an expert, bound to the base model; `places` the device and dtype of each layer now, as far as known.
+    `adapter` returns an expert, bound to the base model; `places` the device and dtype of each layer now, as far as known.
     Experts stay after their last lease, and go when others need their bytes, those used longest ago first.
     `device_budget_bytes` is for all devices that `staged` names, `host_budget_bytes` for the CPU's memory: the factors of
     layers on the CPU, and the copies from which devices are filled. None is no limit.
@@ -94,12 +94,12 @@ class Residents:
         self._process = os.getpid()
 
     def take_from(self, adapter: Callable[[str], Adapter], places: Callable[[], Mapping[str, Place]]) -> None:
-        """Other experts in place of those that were given at first; `forget` the names that stand for another one now."""
+        """Put other experts in place of those given at first; `forget` the names that stand for another one now."""
         with self._lock:
             self._adapter, self._places_now = adapter, places
 
     def lease(self, names: Iterable[str]) -> Lease:
-        """The named experts, until the lease is released.
+        """Return a lease of the named experts, which stay in their places until it is released.
 
         Raises BudgetExceeded, with nothing allocated or evicted, when they do not fit beside those of other leases; and
         what opening an adapter raises.
@@ -114,7 +114,7 @@ class Residents:
         return lease
 
     def prefetch(self, names: Iterable[str]) -> Future[None]:
-        """Begins to bring the named experts to their places, in a thread of its own; wait on the future for the end.
+        """Begin to bring the named experts to their places, in a thread of its own; wait on the future for the end.
 
         What goes wrong is the future's; a lease of the same experts raises it again.
         """
@@ -124,7 +124,7 @@ class Residents:
             return worker.submit(lambda: self.lease(wanted).release())
 
     def settle(self) -> None:
-        """Waits until what was asked to be prefetched so far is there, or has failed."""
+        """Wait until what was asked to be prefetched so far is there, or has failed."""
         with self._lock:
             worker = self._own_worker()
             done = None if worker is None else worker.submit(lambda: None)
@@ -132,12 +132,12 @@ class Residents:
             done.result()
 
     def in_use(self, name: str) -> bool:
-        """Whether some lease has the expert."""
+        """Return whether some lease has the expert."""
         with self._lock:
             return self._num_leases[name] > 0
 
     def forget(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
-        """Lets go of the experts whose names are wanted, but for those in use; others may then have their names."""
+        """Drop the experts whose names are wanted, but for those in use; others may then have their names."""
         with self._lock:
             self._layout_of = {name: layout for name, layout in self._layout_of.items() if not wanted(name)}
             # a merge may have ranks that no other adapter has
@@ -147,7 +147,7 @@ class Residents:
                 shelf.drop(lambda key: wanted(key.name))
 
     def close(self) -> None:
-        """Ends prefetching, and lets go of all that is not in use."""
+        """End prefetching, and drop all that is not in use."""
         worker, self._worker = self._own_worker(), None
         if worker is not None:
             worker.shutdown(cancel_futures=True)
@@ -155,7 +155,7 @@ class Residents:
 
     @property
     def residency(self) -> Residency:
-        """The figures so far."""
+        """The counts and sizes so far."""
         with self._lock:
             return Residency(
                 num_hits=self._hits,
@@ -172,19 +172,19 @@ class Residents:
             )
 
     def _own_worker(self) -> ThreadPoolExecutor | None:
-        """The thread that prefetches, where there is one in this process."""
+        """Return the thread that prefetches, if there is one in this process."""
         self._forget_other_processes()
         return self._worker
 
     def _forget_other_processes(self) -> None:
-        """In a process that was forked since: lets go of the threads of the other one, and of what they were about."""
+        """Let go, in a process that was forked since, of the other one's threads and of what they were about."""
         if self._process != os.getpid():
             self._process, self._worker, self._staging = os.getpid(), None, threading.Lock()
             for shelf in (self._device, self._host):
                 shelf.unlock()
 
     def _take(self, names: tuple[str, ...]) -> Lease:
-        """A lease whose pages have their room, and are not all there yet."""
+        """Return a lease whose pages have their room, and are not all there yet."""
         what = f"the {len(names)} experts of this activation" if len(names) != 1 else f"the factors of expert {names[0]!r}"
         while True:
             moves, layouts, opened = self._lay_out(names)
@@ -205,7 +205,7 @@ class Residents:
                 return Lease(self, moves, layouts, *taken, opened)
 
     def _lay_out(self, names: tuple[str, ...]) -> tuple[int, dict[str, Layout], list[Adapter]]:
-        """How often the model has moved, each expert's layout since, and the adapters that were opened to know it."""
+        """Return how often the model has moved, each expert's layout since, and the adapters that were opened to know it."""
         opened: dict[str, Adapter] = {}
         while True:
             with self._lock:
@@ -279,7 +279,7 @@ class Residents:
 
 
 class Lease:
-    """Experts that stay in their places until `release`."""
+    """A hold on experts, which stay in their places until `release`."""
 
     def __init__(
         self,
@@ -305,11 +305,11 @@ class Lease:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The experts that are leased."""
+        """The names of the experts that are leased."""
         return tuple(self._layouts)
 
     def fill(self) -> None:
-        """Brings the pages where they are not yet; another thread that is about one is waited for."""
+        """Bring the pages that are not there yet; wait for those that another thread is bringing."""
         for name in self._layouts:
             self._fill(name)
         self._opened = []
@@ -327,7 +327,10 @@ class Lease:
         self._parts[name] = parts
 
     def renew(self) -> Lease:
-        """Another lease of the very same factors, which this one's end does not end. CompositionError after that end."""
+        """Return another lease of the same factors, which outlasts this one.
+
+        Raises CompositionError after this one's end.
+        """
         residents = self._residents
         with residents._lock:
             if self._released:
@@ -342,19 +345,19 @@ class Lease:
             return again
 
     def layers_of(self, name: str) -> frozenset[str]:
-        """The layers that the expert has factors in, wherever they are."""
+        """Return the layers that the expert has factors in, wherever they are."""
         return self._layouts[name].layers
 
     def placed(self, name: str) -> Mapping[str, PlacedFactors]:
-        """The expert's factors in the layers whose places were known."""
+        """Return the expert's factors in the layers whose places were known."""
         return self._parts[name]
 
     def updates(self, name: str, layer: str) -> bool:
-        """Whether the expert has factors in a layer."""
+        """Return whether the expert has factors in a layer."""
         return layer in self.layers_of(name)
 
     def part(self, name: str, layer: str, device: torch.device, dtype: torch.dtype) -> PlacedFactors | None:
-        """The expert's factors in a layer, there and in that dtype; None where it has none.
+        """Return the expert's factors in a layer, on that device and in that dtype; None where it has none.
 
         A layer whose place was not known, or that has moved since, has its factors placed again, outside the budget.
         """
@@ -370,7 +373,7 @@ class Lease:
         return found
 
     def release(self) -> None:
-        """Gives the experts back; once is enough."""
+        """Give the experts back; further calls do nothing."""
         with self._residents._lock:
             if self._released:
                 return
@@ -392,7 +395,7 @@ def _fill_slot(slot: Slot[_Page], make: Callable[[], _Page]) -> _Page:
 
 @dataclass(frozen=True)
 class Residency:
-    """Counts since the Composer was made, and what is resident now. All sizes in bytes; a budget of None is no limit.
+    """The counts since the Composer was made, and what is resident now. All sizes in bytes; a budget of None is no limit.
 
     A hit is an expert of an activation (or prefetch) that was where the layers are; a miss one that had to be brought
     there. `host` is the CPU's memory: the experts of layers on the CPU, and copies kept for other devices. Factors that

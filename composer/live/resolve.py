@@ -1,4 +1,4 @@
-"""What `activate` and `fused` take, as weights over the experts of a pool or as the router that it is; and their licenses.
+"""The mixtures that `activate` and `fused` take, as weights over a pool's experts or as routers; and their licenses.
 
 Mixing gives nothing away, so licenses that exclude each other are warned of, and refused only by a merge that is stored.
 """
@@ -23,7 +23,7 @@ from loraweave.types import Router
 
 
 def resolve(mixture: Any, pool: ExpertPool, bound: ExpertPool | None = None) -> MixtureWeights | Router:
-    """What activate() takes, as weights in the order of the pool's experts, or as the router that it is.
+    """Return what activate() takes as weights in the order of the pool's experts, or as the router that it is.
 
     `bound` has the same experts with all that depends on the base resolved; a router may be for these.
     Weights that learn stay in the order that they are given in, since a copy would not follow them. A list has one mixture
@@ -52,7 +52,7 @@ def resolve(mixture: Any, pool: ExpertPool, bound: ExpertPool | None = None) -> 
 
 
 def _weights_by_name(rows: list[Mapping[str, float] | None], pool: ExpertPool) -> MixtureWeights:
-    """Weights over the experts that the rows name, so that their number and not the pool's size is what counts."""
+    """Return weights over the experts that the rows name, so that their number and not the pool's size is what counts."""
     used = {name for row in rows if row for name in row}
     for name in used:
         if name not in pool.places:
@@ -68,12 +68,12 @@ def _weights_by_name(rows: list[Mapping[str, float] | None], pool: ExpertPool) -
 
 
 def _by_block(weight: Any) -> Mapping[str, float]:
-    """{start of a layer's path: weight}; a weight alone is that of all layers."""
+    """Return {start of a layer's path: weight}; a weight alone is that of all layers."""
     return weight if isinstance(weight, Mapping) else {"": weight}
 
 
 def _at(layer: str, row: Mapping[str, Any] | None) -> dict[str, float]:
-    """{name: weight} of one layer: by {block: weight} that of the longest path that it lies below, and else 0."""
+    """Return {name: weight} of one layer: of {block: weight}, that of the longest path that it lies below, and else 0."""
     found = {}
     for name, weight in (row or {}).items():
         by_block = _by_block(weight)
@@ -92,7 +92,7 @@ def _require_blocks(rows: list[Mapping[str, Any] | None], layers: Iterable[str])
 
 
 def _resolve_row(number: int, row: Any, pool: ExpertPool, bound: ExpertPool | None) -> Router | None:
-    """One row's mixture as a router over all of the pool's experts; weights that learn stay those of their own."""
+    """Return one row's mixture as a router over all of the pool's experts; weights that learn stay those of their own."""
     if row is None:
         return None
     resolved = resolve(row, pool, bound)
@@ -140,7 +140,7 @@ def _align(mixture: MixtureWeights, pool: ExpertPool) -> MixtureWeights:
 
 
 def warn_of_licenses(weights: MixtureWeights | Router, pool: ExpertPool) -> None:
-    """Warns where a row mixes experts whose licenses exclude each other, or derived works; an expert alone is no mixture."""
+    """Warn where a row mixes experts whose licenses exclude each other, or derived works; an expert alone is no mixture."""
     licenses = pool.clashing_licenses
     if not licenses:
         return
@@ -155,7 +155,7 @@ def warn_of_licenses(weights: MixtureWeights | Router, pool: ExpertPool) -> None
 
 
 def _names_by_row(weights: MixtureWeights | Router, names: tuple[str, ...]) -> Iterable[tuple[str, ...]]:
-    """The experts that each row has weights for; all that it knows where a router decides, or where weights learn."""
+    """Return the experts that each row has weights for; all experts where a router decides, or where weights learn."""
     if not isinstance(weights, MixtureWeights):
         return [names]
     if weights.values_BTLE.requires_grad:

@@ -36,10 +36,10 @@ from loraweave.routers.weights import MixtureWeights
 
 @dataclass(frozen=True, eq=False)
 class LayerMixture:
-    """What a layer adds in one forward pass: a product and an affine part, each None where no expert has one.
+    """The parts that a layer adds in one forward pass: a product and an affine part, each None where no expert has one.
 
-    `w_BTE` are the weights, where they are made in the call, and `again` says that an earlier layer of it had the same;
-    `lasts` says that the next call may have the same kernel.
+    `w_BTE` are the weights, where they are made in the call, and `again` is True if an earlier layer of it had the same;
+    `lasts` is True if the next call may have the same kernel.
     """
 
     kernel: Kernel | None
@@ -51,7 +51,7 @@ class LayerMixture:
 
 @dataclass(frozen=True)
 class Choice:
-    """The name of a kernel; `exact` if it runs in fp32 although the layer's own dtype is shorter."""
+    """The name of a kernel; `exact` is True if it runs in fp32 although the layer's own dtype is shorter."""
 
     path: str
     exact: bool = False
@@ -62,14 +62,14 @@ FIXED = Choice("fixed_shape")
 
 @cache
 def row_kernels() -> dict[str, type[RowKernel]]:
-    """The kernels of the registry for weights by row."""
+    """Return the kernels of the registry for weights by row."""
     kernels = {name: registry.get("kernels", name) for name in registry.names("kernels")}
     return {name: kernel for name, kernel in kernels.items() if hasattr(kernel, "cost")}
 
 
 @lru_cache(maxsize=4096)
 def choose(work: Workload) -> Choice:
-    """The cheapest kernel.
+    """Return the cheapest kernel.
 
     On a CPU, products of a few tokens are faster in fp32 than in half precision, whose library calls take longer than
     the products themselves.
@@ -86,7 +86,7 @@ def choose(work: Workload) -> Choice:
 
 
 def costs(work: Workload) -> dict[str, Cost]:
-    """What each kernel that is for such a workload would do."""
+    """Return the cost of each kernel that is for such a workload."""
     found = {path: kernel.cost(work) for path, kernel in row_kernels().items()}
     return {path: cost for path, cost in found.items() if cost is not None}
 
@@ -123,24 +123,24 @@ class RowWeights:
 
     @property
     def num_bytes(self) -> int:
-        """What the kernels that were made so far keep."""
+        """The bytes that the kernels made so far keep."""
         # of a list, since a forward in another thread may add a layer meanwhile
         return sum(rows.num_bytes for rows in list(self._layers.values()))
 
     def escaped(self) -> None:
-        """Says that a graph of autograd may keep what was gathered longer than this object."""
+        """Let a graph of autograd keep what was gathered longer than this object: its memory is then not lent again."""
         self._return.detach()
 
     @cached_property
     def _common(self) -> RowSets | None:
-        """Where all layers share the weights."""
+        """The weights, if all layers share them; else None."""
         return None if self._mixture.layers else _rows(self._mixture.values_BTLE[:, :, 0])
 
     def skips(self, layer: str) -> bool:
         return layer not in self._used if self._mixture.layers else not self._mixture.experts
 
     def enter(self, lease: Lease, layers: Mapping[str, TargetLayer]) -> bool:
-        """An activation of these weights begins, and ends with its lease. Whether it is the only one."""
+        """Begin an activation of these weights, which ends with its lease; return whether it is the only one."""
         with self._lock:
             self._open[id(lease)] = lease, layers
             lease.at_end = partial(self._leave, id(lease))
@@ -154,7 +154,7 @@ class RowWeights:
                 self._board = None
 
     def begin_call(self, device: torch.device) -> Board | None:
-        """A call of the model begins, of inputs there: the board that its layers may use, where Triton's kernels run."""
+        """Begin a call of the model with inputs on a device; return the board for its layers, where Triton's kernels run."""
         if self._arena is None or not triton_runs(device, torch.float32) or torch._C._are_functorch_transforms_active():
             return None
         with self._lock:
@@ -165,7 +165,10 @@ class RowWeights:
     def mixture(
         self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
     ) -> LayerMixture:
-        """Raises ScopeError, naming the layer and both counts, where the rows are no multiple of the mixture's."""
+        """Return what a layer adds to its output for this input.
+
+        Raises ScopeError, naming the layer and both counts, where the rows are no multiple of the mixture's.
+        """
         num_rows, num_tokens = x_BTI.shape[:2]
         require_multiple(self.num_mixtures, num_rows, f"input of layer {layer.name!r}")
         if (on_board := self._on_board(layer, x_BTI, device, dtype)) is not None:
@@ -180,7 +183,7 @@ class RowWeights:
         return LayerMixture(kernel, found.affine, lasts=self._board is None)
 
     def _on_board(self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype) -> LayerMixture | None:
-        """What the layer adds by the arena; None where a gradient may outlive the board, or the layer is elsewhere."""
+        """Return what the layer adds by the arena; None where a gradient may outlive the board or the layer is elsewhere."""
         if self._arena is None or self._board is None:
             return None
         if (torch.is_grad_enabled() and x_BTI.requires_grad) or torch._C._are_functorch_transforms_active():
@@ -203,7 +206,7 @@ class RowWeights:
         return _LayerRows(device, dtype, ranked, affine)
 
     def _kernel(self, found: _LayerRows, layer: TargetLayer, tokens: int, lease: Lease) -> Kernel:
-        """The kernel for so many tokens a row; those of one choice share it."""
+        """Return the kernel for so many tokens a row; those of one choice share it."""
         choice = FIXED if self.fixed_shapes else choose(found.workload(layer.num_inputs, layer.num_outputs, tokens))
         dtype = torch.promote_types(found.dtype, torch.float32) if choice.exact else found.dtype
         key = choice.path, dtype
@@ -222,7 +225,7 @@ class RowWeights:
 
 
 def require_multiple(num_mixtures: int, num_rows: int, what: str) -> None:
-    """Raises ScopeError where the rows of `what` are no multiple of the mixture's."""
+    """Raise ScopeError where the rows of `what` are no multiple of the mixture's."""
     if num_rows % num_mixtures if num_mixtures else num_rows:
         raise ScopeError(
             f"the weights have {num_mixtures} rows, but the {what} has {num_rows}, no multiple; give one mixture for each "
@@ -238,7 +241,7 @@ def _rows(w_BTE: Tensor) -> RowSets:
 
 @dataclass(frozen=True, eq=False)
 class RankedRows:
-    """Rows of mixtures in layers where the experts have certain ranks.
+    """The rows of mixtures in layers where the experts have certain ranks.
 
     `places` are the experts that have any, `touched` the numbers of the rows that use one of those, and `rows` their sets,
     by place among `places`. `work` counts ranks, and still lacks what the layer and its input say.
@@ -251,7 +254,7 @@ class RankedRows:
 
     @classmethod
     def of(cls, rows: RowSets, ranks: tuple[int, ...]) -> RankedRows:
-        """Of the sets of all rows, for experts of these ranks; 0 for one that has no factors."""
+        """Return the ranked rows of the sets of all rows, for experts of these ranks; 0 for one that has no factors."""
         places = tuple(place for place, rank in enumerate(ranks) if rank)
         if len(places) < len(ranks):
             number = {place: number for number, place in enumerate(places)}
@@ -272,14 +275,14 @@ class RankedRows:
         return cls(places, touched, rows, work)
 
     def among_all(self, kernel: Kernel, num_mixtures: int, device: torch.device) -> Kernel:
-        """The kernel of `rows` for all rows, of which those without an expert take no part."""
+        """Return the kernel of `rows` for all rows, of which those without an expert take no part."""
         if len(self.touched) == num_mixtures:
             return kernel
         return SomeRows(kernel, num_mixtures, place_of(self.touched, device))
 
 
 class _LayerRows:
-    """One layer's rows, and the kernels that were made of them."""
+    """The rows of one layer, and the kernels that were made of them."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, ranked: RankedRows, affine: Affine | None) -> None:
         self.device = device
@@ -315,7 +318,7 @@ class AffineTable:
 
     @classmethod
     def of(cls, parts: Sequence[PlacedFactors | None]) -> AffineTable | None:
-        """Of a layer's experts, None for one that leaves the layer alone; None where no expert has a gain or a bias."""
+        """Return the table of a layer's experts, None for one that leaves it alone; None if none has a gain or a bias."""
         gain_EO = _table([None if part is None else part.gain_O for part in parts])
         bias_EO = _table([None if part is None else part.bias_O for part in parts])
         present = gain_EO if gain_EO is not None else bias_EO
@@ -325,7 +328,7 @@ class AffineTable:
         return cls(gain_EO, bias_EO, torch.tensor(has_gain, device=present.device))
 
     def weigh(self, w_BTE: Tensor, *, fixed: bool = False) -> Affine:
-        """The sums over the experts; B and T may be 1. `fixed` adds one expert after the other."""
+        """Return the sums over the experts; B and T may be 1. `fixed` adds one expert after the other."""
         touched_BT1 = None
         if self.gain_EO is not None and not w_BTE.requires_grad:
             touched_BT1 = ((w_BTE != 0) & self.has_gain_E).any(dim=-1, keepdim=True)
@@ -343,7 +346,7 @@ class Affine:
     touched_BT1: Tensor | None
 
     def on(self, y_BTO: Tensor, base_bias_O: Tensor | None) -> Tensor:
-        """What is to be added to the base layer's output y, in fp32 or better."""
+        """Return what is to be added to the base layer's output y, in fp32 or better."""
         total = torch.zeros((), device=y_BTO.device)
         if self.gain_BTO is not None:
             y0_BTO = y_BTO.to(self.gain_BTO.dtype)
@@ -378,7 +381,7 @@ _Kind = tuple[int, torch.dtype, torch.device]
 
 
 class Workspace:
-    """Flat tensors that were given back, up to `max_bytes` in all; beyond that the kinds longest unused go first."""
+    """A store of flat tensors that were given back, up to `max_bytes` in all; the kinds longest unused go first."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -387,7 +390,7 @@ class Workspace:
         self.num_bytes = 0
 
     def take(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A flat tensor of any content, which nothing else refers to."""
+        """Return a flat tensor of any content, which nothing else refers to."""
         with self._lock:
             kept = self._free.get((num_elements, dtype, device))
             if kept:
@@ -398,7 +401,7 @@ class Workspace:
         return torch.empty(num_elements, dtype=dtype, device=device)
 
     def give(self, tensors: Iterable[Tensor]) -> None:
-        """Takes tensors back, to which nothing may refer any more."""
+        """Take tensors back, to which nothing may refer any more."""
         with self._lock:
             for tensor in tensors:
                 self._free.setdefault((tensor.numel(), tensor.dtype, tensor.device), []).append(tensor)

@@ -1,4 +1,4 @@
-"""Things of known size under a limit: those used last stay, those in use always."""
+"""A store of things of known size under a limit: those used last stay, those in use always."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ class Slot(Generic[Thing]):
 
 
 class Shelf(Generic[Key, Thing]):
-    """Slots by key, at most `budget_bytes` together (None: no limit). The caller holds one lock around every call."""
+    """A set of slots by key, of at most `budget_bytes` together; None is no limit.
+
+    The caller holds one lock around every call.
+    """
 
     def __init__(self, option: str, budget_bytes: int | None) -> None:
         if budget_bytes is not None and not is_whole(budget_bytes, 1):
@@ -51,7 +54,7 @@ class Shelf(Generic[Key, Thing]):
         return key in self._slots and key not in self._idle
 
     def require_room(self, sizes: Mapping[Key, int], what: str) -> None:
-        """Raises BudgetExceeded when these do not fit beside the others that are in use; nothing has changed then."""
+        """Raise BudgetExceeded when these do not fit beside the others that are in use; nothing has changed then."""
         if self.budget_bytes is None:
             return
         others = self._bytes_in_use - sum(self._slots[key].num_bytes for key in sizes if self.in_use(key))
@@ -64,7 +67,7 @@ class Shelf(Generic[Key, Thing]):
             )
 
     def take(self, sizes: Mapping[Key, int], what: str) -> dict[Key, Slot[Thing]]:
-        """A slot for each key, in use until `give_back`; new ones are empty. Others go, those used longest ago first.
+        """Return a slot for each key, in use until `give_back`; new ones are empty. Others go, those used longest ago first.
 
         Raises BudgetExceeded, naming `what` was to be taken, when they do not fit beside what is in use.
         """
@@ -80,7 +83,7 @@ class Shelf(Generic[Key, Thing]):
         return taken
 
     def give_back(self, taken: Mapping[Key, Slot[Thing]]) -> None:
-        """Ends one use of each slot; one that was never filled goes."""
+        """End one use of each slot; drop those that were never filled."""
         for key, slot in taken.items():
             slot.num_users -= 1
             if slot.num_users == 0:
@@ -90,12 +93,12 @@ class Shelf(Generic[Key, Thing]):
                     self._remove(key)
 
     def drop(self, unwanted: Callable[[Key], bool]) -> None:
-        """Takes down what is not wanted and not in use."""
+        """Drop what is unwanted and not in use."""
         for key in [key for key in self._idle if unwanted(key)]:
             self._remove(key)
 
     def unlock(self) -> None:
-        """Frees the locks of all slots, where those who hold them are no more."""
+        """Free the locks of all slots, whose holders may be no more."""
         for slot in self._slots.values():
             slot.lock = threading.Lock()
 

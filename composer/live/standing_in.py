@@ -1,4 +1,4 @@
-"""Attributes of a model's modules that something stands in for, and that they get back; and who may put it there."""
+"""The attributes of a model's modules that something stands in for, and that they get back; and who may put it there."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from loraweave.routers.tokens._model import BlockInput, running
 
 
 class Claims:
-    """Which modules have an owner, a Composer's live layers say, that alone may change what they give."""
+    """The owners of modules, such as a Composer's live layers, which alone may change what the modules give."""
 
     def __init__(self) -> None:
         self._lock = lock_of(self)
         self._owners: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 
     def take(self, owner: object, modules: Iterable[nn.Module]) -> None:
-        """Takes the modules for one owner. Raises AlreadyActive, having taken none, where another owner holds one."""
+        """Take the modules for one owner. Raises AlreadyActive, having taken none, where another owner holds one."""
         modules = list(modules)
         with self._lock:
             if any(self._owners.get(module, owner) is not owner for module in modules):
@@ -38,7 +38,7 @@ class Claims:
                 self._owners[module] = owner
 
     def give_back(self, owner: object, modules: Iterable[nn.Module]) -> None:
-        """Gives back what `owner` had taken of these."""
+        """Give back what `owner` had taken of these modules."""
         with self._lock:
             for module in modules:
                 if self._owners.get(module) is owner:
@@ -56,18 +56,18 @@ _STATE = "__getstate__"
 
 
 class StandIn:
-    """What is in a module while a mixture is active: a hook, or something one of whose methods stands in for an attribute.
+    """An object in a module while a mixture is active: a hook, or one whose method stands in for an attribute.
 
     A copy of the module that is made meanwhile, or a pickle, is without it (`CleanCopies`).
     """
 
     def own(self, name: str) -> Any:
-        """What the module has under this name otherwise; None for its class's."""
+        """Return what the module has under this name otherwise; None for its class's."""
         return None
 
 
 class Hook(StandIn):
-    """A hook. That of a copied or unpickled module does nothing."""
+    """A hook of a module, which does nothing in a copied or unpickled one."""
 
     # for copy and pickle
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
@@ -75,7 +75,7 @@ class Hook(StandIn):
 
 
 def _do_nothing(*given: Any) -> None:
-    """The hook of a copied module."""
+    """Do nothing: the hook of a copied module."""
 
 
 def _inert_hook() -> Callable[..., None]:
@@ -83,7 +83,10 @@ def _inert_hook() -> Callable[..., None]:
 
 
 class CleanCopies:
-    """From `install` to `remove`, a copy or a pickle of the module has nothing that stands in, but what it has otherwise."""
+    """A guard of copies: from `install` to `remove`, a copy or a pickle of the module is without what stands in.
+
+    It has what the module has otherwise.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -120,8 +123,11 @@ class CleanCopies:
 
 
 def give_back(module: nn.Module, name: str, own: Any, stand_in: object) -> bool:
-    """The module has its `own` attribute again, or its class's where that is None, if the one it has is a bound method of
-    `stand_in`. False, with nothing changed, where another stands in by now, which calls this one."""
+    """Give the module its `own` attribute back, or its class's where that is None; return whether it did.
+
+    It does if the attribute there is a bound method of `stand_in`. False, with nothing changed, where another stands in by
+    now, which calls this one.
+    """
     if getattr(vars(module).get(name), "__self__", None) is not stand_in:
         return False
     if own is None:
@@ -136,7 +142,7 @@ CHECKPOINT = "_gradient_checkpointing_func"
 
 
 class WatchedBlock(StandIn):
-    """Stands in for a block's `forward`: says what the block is given, also when gradient checkpointing runs it again."""
+    """A stand-in for a block's `forward` that tells the block's input, also when gradient checkpointing runs it again."""
 
     def __init__(self, path: str, block: nn.Module) -> None:
         self.path = path
@@ -149,12 +155,12 @@ class WatchedBlock(StandIn):
             vars(block)[CHECKPOINT] = self.checkpoint
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's forward."""
+        """Run the block's forward, and tell its input."""
         with self._running(args, kwargs):
             return self._forward(*args, **kwargs)
 
     def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
-        """The block's checkpointing, which calls the function now and in the backward pass."""
+        """Run the block's checkpointing, which calls the function now and in the backward pass."""
         own: Any = self._own[CHECKPOINT]
         return own(partial(self._again, function), *args)
 
@@ -175,16 +181,17 @@ class WatchedBlock(StandIn):
         return self._own[name]
 
     def remove(self) -> None:
-        """Gives the block back what it had. Where another stands in for this one by now, that stays, and calls this."""
+        """Give the block back what it had. Where another stands in for this one by now, that stays, and calls this."""
         self._tells = False
         for name, own in self._own.items():
             give_back(self._block, name, own, self)
 
 
 class PromptedGenerate(StandIn):
-    """Stands in for `generate`, which calls the model once a token, so that no call can tell a prompt from an answer.
+    """A stand-in for `generate` that tells what the prompts are, which no single call of the model can.
 
-    `begin` shows the router the prompts: an encoder runs before the model's own first call.
+    `generate` calls the model once a token, so that no call can tell a prompt from an answer. `begin` shows the router the
+    prompts: an encoder runs before the model's own first call.
     """
 
     def __init__(self, model: nn.Module, begin: Callable[[dict[str, Any]], None]) -> None:
@@ -195,7 +202,7 @@ class PromptedGenerate(StandIn):
         vars(model)["generate"] = self.run
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's generate."""
+        """Run the model's generate, with its prompts known."""
         ids_BT = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         if not isinstance(ids_BT, Tensor) or ids_BT.ndim != 2 or ids_BT.is_floating_point():
             return self._generate(*args, **kwargs)
@@ -207,7 +214,10 @@ class PromptedGenerate(StandIn):
             return self._generate(*args, **kwargs)
 
     def _inferred(self, ids_BT: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """The mask that generate makes where it is given none: padding is the padding token, unless that ends sequences."""
+        """Return the mask that generate makes where it is given none.
+
+        Padding is the padding token, unless that ends sequences.
+        """
         given = kwargs.get("generation_config") or getattr(self._model, "generation_config", None)
         pad = kwargs.get("pad_token_id", getattr(given, "pad_token_id", None))
         end = kwargs.get("eos_token_id", getattr(given, "eos_token_id", None))
@@ -219,5 +229,5 @@ class PromptedGenerate(StandIn):
         return self._own
 
     def remove(self) -> None:
-        """Gives the model its own `generate` back."""
+        """Give the model its own `generate` back."""
         give_back(self._model, "generate", self._own, self)

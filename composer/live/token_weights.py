@@ -1,4 +1,4 @@
-"""Weights that vary by token, learn, or come from a router: one stack of all experts a layer, weighted in every call."""
+"""The weights that vary by token, learn, or come from a router: one stack of all experts a layer, weighted in every call."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SOME_CHOSEN = 2
 
 @dataclass(eq=False)
 class _LayerStack:
-    """One layer's experts: the names of those with factors, and their places among all where some have none.
+    """The experts of one layer: the names of those with factors, and their places among all where some have none.
 
     Their factors are put side by side when they are first needed so.
     """
@@ -55,7 +55,7 @@ class _LayerStack:
     turned_by: tuple[Tensor, int] | None = None
 
     def joined(self, stack: Stack, v_PI: Tensor) -> Tensor:
-        """joint_QI for directions as they are now."""
+        """Return joint_QI for directions as they are now."""
         if self.joint_QI is None or self.directions_PI is not v_PI or self.version != v_PI._version:
             with torch.inference_mode(False), torch.no_grad():
                 self.joint_QI = by_input(torch.cat([stack.a_SI, v_PI]))
@@ -64,7 +64,7 @@ class _LayerStack:
         return self.joint_QI
 
     def turned_stack(self, stack: Stack, v_OO: Tensor) -> Stack:
-        """The stack with V b_e as each expert's b; made again when V was changed, and in every call while it learns."""
+        """Return the stack with V b_e as each expert's b; made again when V changed, and in every call while it learns."""
         if v_OO.requires_grad and torch.is_grad_enabled():
             return replace(stack, b_SO=stack.b_SO @ v_OO.to(stack.b_SO).T)
         known_OO, version = self.turned_by or (None, 0)
@@ -83,8 +83,10 @@ class _LayerStack:
 
 @dataclass(eq=False)
 class _Known:
-    """Of weights: how many a token are not zero, once that was counted, and whether a layer met them; for what layers share,
-    also what was made of it."""
+    """The facts known of weights: how many of a token's are not zero, once counted, and whether a layer met them.
+
+    For weights that layers share, also what was made of them.
+    """
 
     w_BTP: Tensor | None = None
     made: Made | None = None
@@ -93,7 +95,7 @@ class _Known:
 
 
 class TokenWeights:
-    """`weights(x_BTI, layer)` gives w_BTE over `experts`, where B and T may be 1."""
+    """The weights by token of `experts`: `weights(x_BTI, layer)` returns w_BTE, where B and T may be 1."""
 
     def __init__(
         self,
@@ -125,7 +127,7 @@ class TokenWeights:
 
     @classmethod
     def fixed(cls, mixture: MixtureWeights) -> TokenWeights:
-        """Of weights that are known, but vary by token or learn."""
+        """Return the weights of a mixture that is known, but varies by token or learns."""
         learning = mixture.values_BTLE.requires_grad
         used_L = (mixture.values_BTLE != 0).any(dim=3).flatten(0, 1).any(dim=0).tolist()
         only = frozenset(layer for layer, used in zip(mixture.layers, used_L, strict=False) if used or learning)
@@ -136,7 +138,7 @@ class TokenWeights:
     def routed(
         cls, router: Router, experts: tuple[str, ...], invocations: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     ) -> TokenWeights:
-        """Of weights that a router computes from each layer's input, for experts of which some have `invocations`."""
+        """Return the weights that a router computes from each layer's input; some experts may have `invocations`."""
         own: Any = in_own_precision(router)
         if invocations:
             own = Invoked(own, experts, invocations)
@@ -159,18 +161,18 @@ class TokenWeights:
         return found
 
     def again(self) -> TokenWeights:
-        """The same of a router that has seen no call; both share the stacks."""
+        """Return the same weights with a router that has seen no call; both share the stacks."""
         other = TokenWeights.routed(*self._made_of)
         other._layers = self._layers
         return other
 
     @property
     def num_bytes(self) -> int:
-        """What the stacks that were made so far keep."""
+        """The bytes that the stacks made so far keep."""
         return sum(found.num_bytes for found in list(self._layers.values()))
 
     def escaped(self) -> None:
-        """Says that a graph of autograd may keep the stacks longer than this object; nothing else uses their memory."""
+        """Let a graph of autograd keep the stacks longer than this object; nothing else uses their memory."""
 
     def skips(self, layer: str) -> bool:
         return self._only is not None and layer not in self._only
@@ -178,7 +180,10 @@ class TokenWeights:
     def mixture(
         self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
     ) -> LayerMixture:
-        """Raises ScopeError, naming the layer and both counts, where rows or tokens are not the weights'."""
+        """Return what a layer adds to its output for this input.
+
+        Raises ScopeError, naming the layer and both counts, where rows or tokens are not the weights'.
+        """
         found = self._stack(layer.name, device, dtype, lease)
         w_BTE, hidden_NS = self._weigh(layer, x_BTI, found, lease)
         affine = None if found.table is None else found.table.weigh(w_BTE)
@@ -196,9 +201,9 @@ class TokenWeights:
     def at_tokens(
         self, layer: TargetLayer, x_NI: Tensor, token_N: Tensor, num_tokens: int, dtype: torch.dtype, lease: Lease
     ) -> tuple[Kernel | None, Tensor]:
-        """The kernel of an expert of a fused parameter and w_1NE, or w_11E, for N of a call's tokens, which lie row by row.
+        """Return the kernel of an expert of a fused parameter and w_1NE, or w_11E, for N of a call's tokens.
 
-        A router sees each token as a row of its own. Raises as `mixture`.
+        The tokens lie row by row; a router sees each as a row of its own. Raises what `mixture` raises.
         """
         found = self._stack(layer.name, x_NI.device, dtype, lease)
         if self.is_routed and self.num_mixtures == 1:
@@ -222,7 +227,7 @@ class TokenWeights:
         return self._side_by_side(found, layer, lease).weigh(w_1NP), w_1NE
 
     def _known_of(self, layer: str, w_BTP: Tensor) -> _Known:
-        """What is known of these weights: of those that were given, or that several layers of a call share."""
+        """Return what is known of these weights: of those that were given, or that several layers of a call share."""
         if not self.learns:
             return self._given.setdefault(layer, _Known())
         # a gradient's graph has to have what is made of them in each layer
@@ -236,9 +241,10 @@ class TokenWeights:
     def projected(
         self, layer: TargetLayer, x: Tensor, y_BTO: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
     ) -> tuple[Tensor, Tensor]:
-        """What to add to y for a layer whose hidden values are no product of x with a matrix: an embedding, a convolution.
+        """Return (what to add to y, w_BTE) for a layer whose hidden values are no product of x with a matrix.
 
-        As (B, T, O) like y, in fp32 or better where some expert has a gain or a bias; and w_BTE. Raises like `mixture`.
+        That is an embedding or a convolution. The addend is (B, T, O) like y, in fp32 or better where some expert has a gain
+        or a bias. Raises what `mixture` raises.
         """
         found = self._stack(layer.name, device, dtype, lease)
         like = y_BTO.new_empty(0, dtype=dtype)
@@ -257,9 +263,10 @@ class TokenWeights:
         return update_BTO, w_BTE
 
     def _weigh(self, layer: TargetLayer, x_BTI: Tensor, found: _LayerStack, lease: Lease) -> tuple[Tensor, Tensor | None]:
-        """w_BTE; and x a^T as (N, S), where that and what a router looks at are one product.
+        """Return w_BTE; and x a^T as (N, S), where that and what a router looks at are one product.
 
-        Not where gradients go through the router, nor where the product would be less exact than the router's own.
+        They are no one product where gradients go through the router, nor where it would be less exact than the router's
+        own.
         """
         if self._along is not None and found.experts and not _sorting_may_pay(found, layer, x_BTI, SOME_CHOSEN):
             v_PI = self._along.directions(layer.name)
@@ -312,7 +319,7 @@ class TokenWeights:
 
 
 def _alone(part: Valued, router: Router) -> Valued:
-    """The part. Raises ScopeError unless it is the router: weights that others make of its own leave V out."""
+    """Return the part. Raises ScopeError unless it is the router: weights that others make of its own leave V out."""
     if part is not router:
         raise ScopeError(
             f"router {type(part).__name__} turns what its mixture adds by a matrix of its own, so that it cannot be a part "
@@ -327,7 +334,7 @@ def _parts(found: _LayerStack, layer: TargetLayer, lease: Lease) -> list[PlacedF
 
 
 def _sorts(found: _LayerStack, layer: TargetLayer, w_BTP: Tensor, known: _Known, x_BTI: Tensor) -> bool:
-    """Whether sorting the tokens by expert pays; on a CPU only, since it has to look at the weights."""
+    """Return whether sorting the tokens by expert pays; on a CPU only, since it has to look at the weights."""
     if w_BTP.requires_grad or not w_BTP.numel() or not _sorting_may_pay(found, layer, x_BTI, 1):
         # not worth a look where not even one expert a token would make it worth it
         return False
@@ -337,7 +344,7 @@ def _sorts(found: _LayerStack, layer: TargetLayer, w_BTP: Tensor, known: _Known,
 
 
 def _sorting_may_pay(found: _LayerStack, layer: TargetLayer, x_BTI: Tensor, chosen: float) -> bool:
-    """Whether sorting pays where a token has so many experts."""
+    """Return whether sorting pays where a token has so many experts."""
     if found.device.type != "cpu":
         return False
     num_tokens = x_BTI.shape[0] * x_BTI.shape[1]
@@ -370,9 +377,9 @@ def _require_fit(w_BTE: Tensor, x_BTI: Tensor, layer: str) -> None:
 
 
 class MadeWeights:
-    """Looks over what one activation's calls make of their input, or of parameters, for `experts`.
+    """The check of what one activation's calls make of their input, or of parameters, for `experts`.
 
-    A GPU is not asked before the end: it sums zeros, which are no number once a weight was none.
+    A GPU is not asked before the end: zeros are summed there, and the sum is no number once a weight was none.
     """
 
     def __init__(self, experts: tuple[str, ...]) -> None:
@@ -380,7 +387,7 @@ class MadeWeights:
         self._zeros: dict[str, Tensor] = {}
 
     def require_finite(self, layer: str, w_BTE: Tensor) -> None:
-        """Raises WeightingError for a weight on the CPU that is not finite; one elsewhere is noted for `require_all`."""
+        """Raise WeightingError for a weight on the CPU that is not finite; one elsewhere is noted for `require_all`."""
         if torch._C._are_functorch_transforms_active() or w_BTE.is_meta:
             return
         w_BTE = w_BTE.detach()
@@ -394,7 +401,7 @@ class MadeWeights:
             raise WeightingError(self._message(layer, f", first for expert {self._experts[expert]!r}"))
 
     def require_all(self) -> None:
-        """Raises WeightingError, once, for weights noted so far; waits for the devices that they are on."""
+        """Raise WeightingError, once, for weights noted so far; waits for the devices that they are on."""
         zeros, self._zeros = self._zeros, {}
         by_device: dict[torch.device, dict[str, Tensor]] = {}
         for layer, zero in zeros.items():

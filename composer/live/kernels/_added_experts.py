@@ -1,4 +1,4 @@
-"""The sum of trained experts' updates by the way that takes least, all of which make the same."""
+"""The sum of trained experts' updates, by that one of several equal ways which takes least time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loraweave.composer.live.kernels._expert_product import ExpertProduct, RankR
 
 
 class ChosenProduct(torch.autograd.Function):
-    """`ExpertProduct` for experts with rank rows of their own, `ranks` of them one after the other, and weights by token.
+    """The `ExpertProduct` of experts with rank rows of their own, `ranks` of them one after the other, and weights by token.
 
     A weight of exactly 0 has no gradient, and its expert no part in the token. The work grows with the number of other
     weights, not of experts. Twice differentiated, it raises RuntimeError.
@@ -65,13 +65,13 @@ class ChosenProduct(torch.autograd.Function):
 
 
 def sort_by_expert(w_NE: Tensor) -> tuple[Tensor, list[int]]:
-    """The tokens whose weight of it is not 0, of one expert after the other, and how many each has."""
+    """Return the tokens whose weight is not 0, of one expert after the other, and how many each expert has."""
     chosen_EN = w_NE.T != 0
     return chosen_EN.nonzero()[:, 1], chosen_EN.sum(dim=1).tolist()
 
 
 def _chosen_experts(token_Z: Tensor, counts: Sequence[int], ranks: Sequence[int]) -> Iterator[tuple[int, slice, Tensor]]:
-    """Number, rank rows and tokens of each expert that has tokens."""
+    """Yield the number, rank rows and tokens of each expert that has tokens."""
     start = 0
     for expert, (token_M, rank) in enumerate(zip(torch.split(token_Z, list(counts)), ranks, strict=True)):
         if len(token_M):
@@ -102,7 +102,7 @@ def add_experts(
     ranks: Sequence[int],
     most: int,
 ) -> Tensor:
-    """y + (x a^T * w) b^T, in y's own memory, with the gradients of whatever learns; without y the update_NO.
+    """Return y + (x a^T * w) b^T, in y's own memory, with the gradients of whatever learns; without y the update_NO.
 
     `ranks` are the experts'. A `most` below their number says that no token has more weights other than 0, and that a weight
     of 0 has no gradient.
@@ -132,7 +132,7 @@ def add_experts(
 
 
 def _of_one_token(y: Tensor | None, x_1I: Tensor, w_E: Tensor, a_SI: Tensor, b_SO: Tensor, ranks: Sequence[int]) -> Tensor:
-    """What `add_experts` makes for one token; the factors of experts whose weight is 0 are not read."""
+    """Return what `add_experts` returns for one token, without reading the factors of experts whose weight is 0."""
     sum_1O = x_1I.new_zeros(1, b_SO.shape[1]) if y is None else y.view(1, -1)
     start = 0
     for weight, rank in zip(w_E.tolist(), ranks, strict=True):
@@ -145,8 +145,10 @@ def _of_one_token(y: Tensor | None, x_1I: Tensor, w_E: Tensor, a_SI: Tensor, b_S
 
 
 def choosing_pays(work: TokenWorkload, *, learns: bool) -> bool:
-    """Whether, on a CPU, `ChosenProduct` clearly takes less time than `ExpertProduct`: in the forward pass, or where the
-    experts learn in both passes."""
+    """Return whether, on a CPU, `ChosenProduct` clearly takes less time than `ExpertProduct`.
+
+    The time is that of the forward pass, or of both passes where the experts learn.
+    """
     rates = RATES["cpu", work.itemsize]
     width, rank = work.num_inputs + work.num_outputs, work.stacked / work.num_experts
     products, operations = (6, 13) if learns else (2, 5)
@@ -161,8 +163,10 @@ def choosing_pays(work: TokenWorkload, *, learns: bool) -> bool:
 
 
 def skipping_pays(most: int, num_experts: int, num_bytes: int) -> bool:
-    """Whether, on a CPU, a call for each of one token's own experts takes less time than one that reads the factors of all,
-    of so many bytes."""
+    """Return whether, on a CPU, calls for one token's own experts take less time than one call that reads all factors.
+
+    The token has `most` experts of its own, out of `num_experts` whose factors have `num_bytes` together.
+    """
     # two products and their parts of the factors, against two products, and the weights of all rank rows
     extra_calls = 5 * most - 7
     return num_bytes * (1 - most / num_experts) * S_PER_COLD_BYTE > extra_calls * S_PER_OP

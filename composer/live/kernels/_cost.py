@@ -1,4 +1,4 @@
-"""What a path of a live mixture costs: its arithmetic, bytes and calls, priced with measured rates.
+"""The cost of a path of a live mixture: its arithmetic, bytes and calls, priced with measured rates.
 
 Each kernel says in its own file what it does for a workload. The rates were fitted to timings of all paths over many shapes
 (`benchmarks/paths.py`); only their ratios matter. Those of "cuda" are data-sheet values.
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cost:
-    """What a path does beside the base layer: floating point operations, bytes read and written, calls, and the items of
-    batched calls."""
+    """The work of a path beside the base layer.
+
+    It is in floating point operations, bytes read and written, calls, and the items of batched calls.
+    """
 
     flops: float
     num_bytes: float
@@ -77,13 +79,13 @@ class Workload:
 
     @property
     def moved(self) -> int:
-        """Elements of x, which are read, and of y, which are read and written."""
+        """The number of elements of x, which are read, and of y, which are read and written."""
         return self.num_mixtures * self.tokens * (self.num_inputs + 2 * self.num_outputs)
 
     def of_products(
         self, rank_tokens: float, rank_rows: float, calls: float, items: float = 0.0, extra: float = 0.0
     ) -> Cost:
-        """Of the products with a and b: `rank_tokens` hidden values from `rank_rows`, and `extra` elements moved."""
+        """Return the cost of the products with a and b: `rank_tokens` hidden values, `rank_rows`, `extra` elements moved."""
         width = self.num_inputs + self.num_outputs
         num_bytes = self.itemsize * (self.moved + rank_rows * width + 2 * rank_tokens + extra)
         return Cost(2 * rank_tokens * width, num_bytes, calls, items)

@@ -11,23 +11,23 @@ from torch.autograd.function import once_differentiable
 
 
 class RankRows(NamedTuple):
-    """Of S rank rows: whose each is, and which row of a and of b each has. None is its own row, in the same order."""
+    """The owners of S rank rows, and the rows of a and of b that they have; None is a row of its own, in the same order."""
 
     owner_S: Tensor
     a_row_S: Tensor | None = None
     b_row_S: Tensor | None = None
 
     def of_a(self, hidden: Tensor) -> Tensor:
-        """Values of the rank rows on the last axis, from those of the rows of a."""
+        """Return values of the rank rows on the last axis, from those of the rows of a."""
         return _pick(hidden, self.a_row_S)
 
     def of_b(self, b: Tensor) -> Tensor:
-        """b_SO of all rank rows."""
+        """Return b_SO of all rank rows."""
         return b if self.b_row_S is None else b[self.b_row_S]
 
 
 def plain_product(y: Tensor | None, x_NI: Tensor, w_NE: Tensor, a: Tensor, b: Tensor, rows: RankRows) -> Tensor:
-    """What `ExpertProduct` makes, where nothing learns."""
+    """Return what `ExpertProduct` returns, where nothing learns."""
     return _add(y, _mix(rows.of_a(x_NI @ a.T), w_NE, b, rows, learns=False), b)
 
 
@@ -78,7 +78,7 @@ class ExpertProduct(torch.autograd.Function):
 
 
 def _mix(hidden_NS: Tensor, w_NE: Tensor, b: Tensor, rows: RankRows, *, learns: bool) -> Tensor:
-    """The hidden values times their weights, by the rows of b."""
+    """Return the hidden values times their weights, by the rows of b."""
     return _sum_shared(weigh(hidden_NS, w_NE.index_select(1, rows.owner_S), learns=learns), rows.b_row_S, len(b))
 
 
@@ -91,19 +91,19 @@ def _add(y: Tensor | None, mixed: Tensor, b: Tensor) -> Tensor:
 
 
 def _pick(values: Tensor, row_S: Tensor | None) -> Tensor:
-    """Values of the rank rows on the last axis, from those of the rows that they share."""
+    """Return values of the rank rows on the last axis, from those of the rows that they share."""
     return values if row_S is None else values[..., row_S]
 
 
 def _sum_shared(values_NS: Tensor, row_S: Tensor | None, num_rows: int) -> Tensor:
-    """The sums over the rank rows that share a row."""
+    """Return the sums over the rank rows that share a row."""
     if row_S is None:
         return values_NS
     return values_NS.new_zeros(len(values_NS), num_rows).index_add_(1, row_S, values_NS)
 
 
 def weigh(hidden: Tensor, w: Tensor, *, learns: bool) -> Tensor:
-    """The hidden values times their weights, in their own dtype; the axes broadcast."""
+    """Return the hidden values times their weights, in their own dtype; the axes broadcast."""
     mixed = hidden.to(w.dtype) * w
     # a sum over what has not overflowed is finite, and costs less than a mask; elsewhere than on a CPU one would wait for it
     if not learns and not (mixed.device.type == "cpu" and math.isfinite(float(mixed.sum()))):

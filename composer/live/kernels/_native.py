@@ -23,7 +23,7 @@ MOST_TOKENS = 64
 
 
 class Table(ctypes.Structure):
-    """`Table` of native.c."""
+    """The struct `Table` of native.c."""
 
     _fields_ = [
         (name, ctypes.c_int64) for name in ("num_rows", "num_tokens", "num_inputs", "num_outputs", "num_factors")
@@ -31,19 +31,19 @@ class Table(ctypes.Structure):
 
 
 def native_runs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the library is there, for such layers."""
+    """Return whether the library is there, for layers of this device and dtype."""
     return device.type == "cpu" and dtype in STORED and library() is not None
 
 
 def function(dtype: torch.dtype, stored: torch.dtype) -> Any:
-    """The library's `add` for x and y of a dtype and factors stored in another; None where there is none."""
+    """Return the library's `add` for x and y of a dtype and factors stored in another; None where there is none."""
     if dtype not in STORED or stored not in STORED[dtype]:
         return None
     return getattr(library(), f"add_{NAMES[stored]}_{NAMES[dtype]}", None)
 
 
 def shorten(*matrices: Tensor) -> list[Tensor] | None:
-    """Returns the fp32 matrices in float16, else in bfloat16, if that changes no number; else None.
+    """Return the fp32 matrices in float16, else in bfloat16, if that changes no number; else None.
 
     Most adapters are stored in 16 bits, and a step of few tokens spends its time on reading factors.
     """
@@ -61,7 +61,7 @@ def shorten(*matrices: Tensor) -> list[Tensor] | None:
 
 
 def work(num_elements: int) -> Tensor:
-    """Memory for the library in fp32, of which one call at a time makes use: it holds Python's lock."""
+    """Return memory for the library in fp32, which one call at a time uses: a call holds Python's lock."""
     if _WORK[0].numel() < num_elements:
         with torch.inference_mode(False):
             _WORK[0] = torch.empty(num_elements, dtype=torch.float32)
@@ -73,7 +73,7 @@ _WORK = [torch.empty(0)]
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library, with its functions' types; None where it cannot be had."""
+    """Return the library with its functions' types, or None where it cannot be had."""
     found = native.library(SOURCE, brief=True)
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""What a fast path is made of: the factors of single experts, and the weights of each row."""
+"""The parts of every fast path: the factors of single experts, and the weights of each row."""
 
 from __future__ import annotations
 
@@ -32,30 +32,33 @@ class Part(Protocol):
 
 
 class Kernel(Protocol):
-    """A mixture of one layer, ready for inputs in `dtype`. x has k consecutive rows for each row of the mixture."""
+    """A mixture of one layer, ready for inputs in `dtype`; x has k consecutive rows for each row of the mixture."""
 
     @property
     def dtype(self) -> torch.dtype: ...
 
     @property
     def num_bytes(self) -> int:
-        """Of the tensors that the kernel made for itself."""
+        """The bytes of the tensors that the kernel made for itself."""
         ...
 
     def update(self, x_BTI: Tensor) -> Tensor:
-        """The weighted updates as (B, T, O) in `dtype`; gradients reach x."""
+        """Return the weighted updates as (B, T, O) in `dtype`; gradients reach x."""
         ...
 
     def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
-        """The same, added into y's own memory; for contiguous tensors that take part in no gradient."""
+        """Add the updates into y's own memory; for contiguous tensors that take part in no gradient."""
         ...
 
     def plus(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
-        """y and the updates, in the dtype of y, maybe in its memory, which nothing else refers to; gradients reach both."""
+        """Return y and the updates in the dtype of y; gradients reach both.
+
+        The sum may be in y's memory, which nothing else refers to.
+        """
         ...
 
     def adder(self, dtype: torch.dtype, shape: torch.Size) -> Adder:
-        """`add_` for many calls with x of one shape, x and y in `dtype`, which may be shorter than the kernel's.
+        """Return an `add_` for many calls with x of one shape, x and y in `dtype`, which may be shorter than the kernel's.
 
         The fewer calls are made on the way the better: a step of generation goes through hundreds of layers.
         """
@@ -63,7 +66,7 @@ class Kernel(Protocol):
 
 
 class AddsInPlace:
-    """What a kernel's `plus` and `adder` are unless it knows a shorter way."""
+    """The `plus` and `adder` of a kernel that knows no shorter way."""
 
     def plus(self: Kernel, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
         # into the update's own memory rather than a third tensor of this size
@@ -80,7 +83,7 @@ class AddsInPlace:
 
 
 class RowKernel(AddsInPlace):
-    """A kernel of mixtures known for each row before the model runs. Of those in this folder the cheapest is taken."""
+    """A kernel of mixtures known for each row before the model runs; the cheapest of those in this folder is taken."""
 
     # whether it may run in fp32 for a layer in half precision
     widens: ClassVar[bool] = True
@@ -88,19 +91,20 @@ class RowKernel(AddsInPlace):
     @staticmethod
     @abstractmethod
     def cost(work: Workload) -> Cost | None:
-        """What it does beside the base layer; None for a workload that is not for it."""
+        """Return the cost of this path beside the base layer; None for a workload that is not for it."""
 
     @classmethod
     @abstractmethod
     def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, lend: Lend | None = None) -> Kernel:
-        """The kernel of rows that each have a part; what it gathers is in memory that was lent, if any."""
+        """Return the kernel of rows that each have a part; what it gathers is in memory that was lent, if any."""
 
 
 @dataclass(frozen=True, eq=False)
 class SomeRows(AddsInPlace):
     """A mixture for some rows of a batch: the others, which have the base alone, take no part in any product.
 
-    `kernel` is for the mixtures at `place` among `num_rows`: a slice where they are consecutive, else an index."""
+    `kernel` is for the mixtures at `place` among `num_rows`: a slice where they are consecutive, else an index.
+    """
 
     kernel: Kernel
     num_rows: int
@@ -127,14 +131,14 @@ class SomeRows(AddsInPlace):
 
 
 def row_sets(w_BTP: Tensor) -> RowSets | None:
-    """The rows of weights that are the same for all tokens; None where they vary by token, or learn."""
+    """Return the rows of weights that are the same for all tokens; None where they vary by token, or learn."""
     if w_BTP.shape[1] != 1 or w_BTP.requires_grad:
         return None
     return tuple(tuple((p, w) for p, w in enumerate(row) if w != 0) for row in w_BTP[:, 0].tolist())
 
 
 def group_rows(rows: RowSets) -> dict[tuple[tuple[int, float], ...], list[int]]:
-    """The distinct mixtures of rows, in their order, and the numbers of each one's rows; rows without parts are left out."""
+    """Return {distinct mixture: the numbers of its rows}, in the rows' order; rows without parts are left out."""
     found: dict[tuple[tuple[int, float], ...], list[int]] = {}
     for number, row in enumerate(rows):
         if row:
@@ -143,20 +147,20 @@ def group_rows(rows: RowSets) -> dict[tuple[tuple[int, float], ...], list[int]]:
 
 
 def place_of(numbers: Sequence[int], device: torch.device) -> slice | Tensor:
-    """Rows as a slice where they are consecutive, else as an index."""
+    """Return row numbers as a slice where they are consecutive, else as an index."""
     if numbers[-1] - numbers[0] + 1 == len(numbers):
         return slice(numbers[0], numbers[-1] + 1)
     return torch.tensor(numbers, device=device)
 
 
 def group_by_mixture(x_BTI: Tensor, num_mixtures: int) -> Tensor:
-    """x as one row a mixture: the tokens of all rows that it counts for, one row after the other."""
+    """Return x as one row a mixture: the tokens of all rows that it counts for, one row after the other."""
     # not -1, which is ambiguous for an input without tokens
     return x_BTI.reshape(num_mixtures, x_BTI.shape[0] * x_BTI.shape[1] // num_mixtures, x_BTI.shape[2])
 
 
 def add_at(kernel: Kernel, place: slice | Tensor, x_MNI: Tensor, y_MNO: Tensor) -> None:
-    """Adds the kernel's updates to the rows at a place, in their own memory."""
+    """Add the kernel's updates to the rows at a place, in their own memory."""
     if isinstance(place, slice):
         kernel.add_(x_MNI[place], y_MNO[place])
     else:
@@ -164,19 +168,19 @@ def add_at(kernel: Kernel, place: slice | Tensor, x_MNI: Tensor, y_MNO: Tensor) 
 
 
 def repeat_rows(w_BTE: Tensor, num_rows: int) -> Tensor:
-    """Weights with each row repeated k times, for k times as many rows; a size of 1 stays, and broadcasts."""
+    """Return weights with each row repeated k times, for k times as many rows; a size of 1 stays, and broadcasts."""
     if w_BTE.shape[0] in (1, num_rows):
         return w_BTE
     return w_BTE.repeat_interleave(num_rows // w_BTE.shape[0], dim=0)
 
 
 def stack_a(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
-    """a_SI of the parts, one below the other."""
+    """Return a_SI of the parts, one below the other."""
     return torch.cat([part.a_RI for part in parts]).to(dtype)
 
 
 def weigh_b(parts: Sequence[Part], weights: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """b_SO of the parts with their weights multiplied in, in fp32 or better, and rounded once."""
+    """Return b_SO of the parts with their weights multiplied in, in fp32 or better, and rounded once."""
     if all(weight == 1.0 for weight in weights):
         return torch.cat([part.b_RO for part in parts]).to(dtype)
     exact = torch.promote_types(parts[0].b_RO.dtype, torch.float32)
@@ -184,7 +188,7 @@ def weigh_b(parts: Sequence[Part], weights: Sequence[float], dtype: torch.dtype)
 
 
 def own_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Within it, products on the device are in the dtype of their factors, also below autocast."""
+    """Keep products on the device in the dtype of their factors within the block, also below autocast."""
     # some devices, as meta, know no autocast; and without one there is nothing to turn off
     running = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if running else nullcontext()

@@ -17,7 +17,7 @@ from loraweave.composer.live.kernels._parts import Part, RowKernel, stack_a
 
 
 def triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton kernels run there, with sums in fp32: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1)."""
+    """Return whether Triton kernels run there with sums in fp32: on a GPU, or in its interpreter (TRITON_INTERPRET=1)."""
     found = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     return found and dtype in (torch.float32, torch.bfloat16, torch.float16) and _is_installed()
 
@@ -30,7 +30,10 @@ def _is_installed() -> bool:
 
 @dataclass(frozen=True, eq=False)
 class RankTables:
-    """Mixture g uses the rank rows index_GR[g, :count_G[g]] of a and b, with weights w_GR in fp32; none is there twice."""
+    """The distinct factors of a batch, and the rank rows that each mixture uses of them.
+
+    Mixture g uses the rows index_GR[g, :count_G[g]] of a and b, with weights w_GR in fp32; none is there twice.
+    """
 
     a_DI: Tensor
     b_DO: Tensor
@@ -88,7 +91,7 @@ class TableKernel(RowKernel):
 
     @abstractmethod
     def run(self, x_BTI: Tensor, in_DI: Tensor, out_DO: Tensor, y_BTO: Tensor | None) -> Tensor:
-        """x in^T * w out, added to y where there is one."""
+        """Return x in^T * w out, added to y if there is one."""
 
 
 class _Product(torch.autograd.Function):

@@ -12,7 +12,7 @@ import triton.language as tl
 def shrink_each(
     x, table, index, weight, count, hidden, tokens, num_features, width, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr
 ):
-    """hidden_NR = weight * (x_NI . table_rI) for the token's own rows r; one token at a time."""
+    """Store hidden_NR = weight * (x_NI . table_rI) for the token's own rows r; one token at a time."""
     token = tl.program_id(0).to(tl.int64)
     group = token // tokens
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -45,7 +45,7 @@ def expand_each(
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """y_NO = hidden_NR . table_rO (added to y_NO with ADD) for the token's own rows r; one token at a time."""
+    """Store y_NO = hidden_NR . table_rO (added to y_NO with ADD) for the token's own rows r; one token at a time."""
     token = tl.program_id(0).to(tl.int64)
     group = token // tokens
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -85,7 +85,7 @@ def shrink_group(
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """The same as `shrink_each` for a block of a group's tokens; the group's rows are member[first[g] : first[g + 1]]."""
+    """Do what `shrink_each` does for a block of a group's tokens; the group's rows are member[first[g] : first[g + 1]]."""
     group = tl.program_id(0)
     begin = tl.load(first + group)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -132,7 +132,7 @@ def expand_group(
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """The same as `expand_each` for a block of a group's tokens. Hidden values are rounded to the table's dtype."""
+    """Do what `expand_each` does for a block of a group's tokens. Hidden values are rounded to the table's dtype."""
     group = tl.program_id(0)
     begin = tl.load(first + group)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -27,7 +27,7 @@ Made = dict[tuple[tuple[int, ...], torch.Size], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Factors of several experts side by side, and the expert of each rank row; for any weights."""
+    """The factors of several experts side by side, and the expert of each rank row; for any weights."""
 
     a_SI: Tensor
     b_SO: Tensor
@@ -53,17 +53,17 @@ class Stack:
 
     @cached_property
     def by_row(self) -> list[Tensor]:
-        """Both factors row by row, in 16 bits where these hold the same numbers."""
+        """The two factors row by row, in 16 bits where these hold the same numbers."""
         a_SI = self.a_SI.contiguous()
         return shorten(a_SI, self.b_SO) or [a_SI, self.b_SO]
 
     @cached_property
     def b_by_row(self) -> list[Tensor]:
-        """b alone, likewise."""
+        """The factor b alone, row by row, in 16 bits where these hold the same numbers."""
         return shorten(self.b_SO) or [self.b_SO]
 
     def table(self, num_tokens: int, stride: int | None) -> Table:
-        """What the library reads: for inputs; or, with a `stride`, for hidden values."""
+        """Return the table that the library reads: for inputs or, with a `stride`, for hidden values."""
         found = self._tables.get((num_tokens, stride))
         if found is None:
             factors = self.by_row if stride is None else self.b_by_row
@@ -77,7 +77,10 @@ class Stack:
         return found
 
     def weigh(self, w_BTP: Tensor, hidden_NS: Tensor | None = None, made: Made | None = None) -> Dense:
-        """With the weights of the parts; B and T may be 1. `hidden_NS` is x a^T of the x to come, where it is known."""
+        """Return the kernel of this stack with the weights of its parts; B and T may be 1.
+
+        `hidden_NS` is x a^T of the x to come, where it is known.
+        """
         return Dense(self, w_BTP, hidden_NS, made)
 
 
@@ -100,7 +103,7 @@ class Dense(RowKernel):
 
     @staticmethod
     def token_cost(work: TokenWorkload) -> Cost:
-        """What it does where weights vary by token."""
+        """Return the cost of this path where weights vary by token."""
         width, elements = work.num_inputs + work.num_outputs, work.num_tokens * work.stacked
         return Cost(2 * elements * width, work.itemsize * (work.stacked * width + 8 * elements), calls=6)
 
@@ -122,7 +125,7 @@ class Dense(RowKernel):
         return self.w_BTP.nbytes
 
     def expanded(self, hidden_BTS: Tensor) -> Tensor:
-        """(hidden * w) b^T, for the hidden values of whatever layer."""
+        """Return (hidden * w) b^T, for the hidden values of whatever layer."""
         w_BTS = repeat_rows(self.w_BTP[..., self.stack.owner_S], hidden_BTS.shape[0])
         return mix(hidden_BTS, w_BTS).to(self.dtype) @ self.stack.b_SO
 
@@ -146,7 +149,7 @@ class Dense(RowKernel):
         y_BTO.view(-1, b_SO.shape[1]).addmm_(self._mixed(hidden_NS, x_BTI.shape).to(b_SO.dtype), b_SO)
 
     def _runs_native(self, x_BTI: Tensor, y_BTO: Tensor) -> bool:
-        """Whether few tokens' update is one call of compiled code."""
+        """Return whether the update, of few tokens, is one call of compiled code."""
         num_tokens, dtype = x_BTI.shape[0] * x_BTI.shape[1], self.dtype
         if num_tokens * torch.get_num_threads() > MOST_TOKENS or not x_BTI.dtype is y_BTO.dtype is dtype:
             return False
@@ -154,7 +157,7 @@ class Dense(RowKernel):
         return native_runs(self.stack.b_SO.device, dtype) and not is_watched() and type(y_BTO) is type(x_BTI) is Tensor
 
     def _add_native(self, read: Tensor, stride: int | None, shape: torch.Size, y_BTO: Tensor) -> None:
-        """Adds the update for inputs of `shape`; the library reads them, or their hidden values if there is a `stride`."""
+        """Add the update for inputs of `shape`; the library reads them, or their hidden values if there is a `stride`."""
         num_tokens, w_BTP = shape[0] * shape[1], self.w_BTP
         if w_BTP.shape[:2] != shape[:2] or w_BTP.dtype is not torch.float32 or not w_BTP.is_contiguous():
             w_BTP = self._by_token(shape).to(torch.float32).expand(num_tokens, -1).contiguous()
@@ -163,7 +166,7 @@ class Dense(RowKernel):
         add(ctypes.addressof(table), read.data_ptr(), w_BTP.data_ptr(), y_BTO.data_ptr())
 
     def plus(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
-        """In y's own memory where autograd allows that: no layer needs its own output for its gradients."""
+        """Return the sum, in y's own memory where autograd allows that: no layer needs its own output for its gradients."""
         if self._plain() or y_BTO.dtype is not self.dtype or not _may_change(y_BTO):
             return super().plus(x_BTI, y_BTO)
         if torch.is_grad_enabled() and any(each.requires_grad for each in (x_BTI, y_BTO, self.w_BTP)):
@@ -172,7 +175,7 @@ class Dense(RowKernel):
         return y_BTO
 
     def _plain(self) -> bool:
-        """Whether autograd goes through every step: where factors learn, and below torch.func."""
+        """Return whether autograd goes through every step: where factors learn, and below torch.func."""
         stack = self.stack
         return stack.a_SI.requires_grad or stack.b_SO.requires_grad or torch._C._are_functorch_transforms_active()
 
@@ -185,7 +188,7 @@ class Dense(RowKernel):
         return found
 
     def _mixed(self, hidden_NS: Tensor, shape: torch.Size) -> Tensor:
-        """The hidden values of inputs of that shape times their weights."""
+        """Return the hidden values, of inputs of that shape, times their weights."""
         ranks = self.stack.ranks
         if self.made is None and len(set(ranks)) == 1:
             hidden_NPR = hidden_NS.view(-1, len(ranks), ranks[0])
@@ -199,7 +202,7 @@ class Dense(RowKernel):
         return weigh(hidden_NS, w_NS, learns=False)
 
     def _by_token(self, shape: torch.Size) -> Tensor:
-        """w_NP for the tokens of inputs of that shape, row by row; w_1P where all share them."""
+        """Return w_NP for the tokens of inputs of that shape, row by row; w_1P where all share them."""
         w_BTP = repeat_rows(self.w_BTP, shape[0])
         if w_BTP.shape[0] * w_BTP.shape[1] != 1:
             w_BTP = w_BTP.expand(*shape[:2], w_BTP.shape[2])
@@ -208,13 +211,16 @@ class Dense(RowKernel):
 
 @lru_cache(maxsize=256)
 def _uses(ranks: tuple[int, ...], num_tokens: int) -> Tensor:
-    """The numbers of a table in which each token is a row that uses every factor; of all layers of these ranks."""
+    """Return the numbers of a table in which each token is a row that uses every factor.
+
+    They are the same for all layers of these ranks.
+    """
     starts = [num_tokens * number for number in range(len(ranks) + 1)]
     return torch.tensor([*ranks, *starts, *(len(ranks) * [*range(num_tokens)])])
 
 
 def by_input(a_SI: Tensor) -> Tensor:
-    """The same values, those of one input contiguous, which halves the time of x a^T on a CPU."""
+    """Return the same values, with those of one input contiguous, which halves the time of x a^T on a CPU."""
     return a_SI.T.contiguous().T
 
 

@@ -20,7 +20,7 @@ from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSet
 
 @dataclass(frozen=True, eq=False)
 class FixedShape(RowKernel):
-    """(rows, a, weighted b) of each slot and rank."""
+    """The rows, a, and b with the weights in it, for each slot and rank."""
 
     num_rows: int
     num_outputs: int

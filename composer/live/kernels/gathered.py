@@ -82,7 +82,7 @@ class Gathered(RowKernel):
 
 
 class _Filling(NamedTuple):
-    """What B rows are gathered from, in order: parts, each whole or, of the zeros after the last part, so many rows.
+    """The pieces that B rows are gathered from, in order: whole parts, or a number of the zero rows after the last part.
 
     `weights` are those of the rank rows; None where all are one.
     """
@@ -95,7 +95,7 @@ class _Filling(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _filling(rows: RowSets, ranks: tuple[int, ...]) -> _Filling:
-    """The same for all layers in which the experts have the same ranks."""
+    """Return the pieces for rows; they are the same for all layers in which the experts have the same ranks."""
     largest = max(sum(ranks[p] for p, _ in row) for row in rows)
     pieces: list[tuple[int, int | None]] = []
     weights: list[float] = []
@@ -112,7 +112,7 @@ def _filling(rows: RowSets, ranks: tuple[int, ...]) -> _Filling:
 
 
 def _joined(factors: list[Tensor], filling: _Filling, num_rows: int, lend: Lend | None) -> Tensor:
-    """The rows' pieces of the parts' factors, one below the other."""
+    """Return the rows' pieces of the parts' factors, one below the other."""
     width = factors[0].shape[1]
     if filling.padded:
         factors.append(factors[0].new_zeros(filling.largest, width))

@@ -26,7 +26,7 @@ from loraweave.composer.live.kernels._parts import Adder, Lend, Part, RowKernel,
 
 
 class Beside(NamedTuple):
-    """What an operation and a call take, in those of torch."""
+    """The price of an operation and of a call in units of torch's."""
 
     flops: float
     calls: float
@@ -111,7 +111,7 @@ class NativeRows(RowKernel):
         return {}
 
     def _table(self, tokens: int) -> Table:
-        """What the library reads for so many tokens a row; kept as long as the kernel."""
+        """Return the table that the library reads for so many tokens a row; it is kept as long as the kernel."""
         if tokens in self._tables:
             return self._tables[tokens]
         uses = sorted((first, count, row, weight) for row, own in enumerate(self.entries) for first, count, weight in own)
@@ -131,7 +131,7 @@ class NativeRows(RowKernel):
         y_BTO.add_(self._formula(x_BTI.to(self.dtype)))
 
     def _formula(self, x_BTI: Tensor) -> Tensor:
-        """The naive twin, with gradients: one mixture after the other."""
+        """Return the update by the naive twin, with gradients: one mixture after the other."""
         wide = torch.promote_types(self.dtype, torch.float32)
         updates = []
         for x_NI, row in zip(group_by_mixture(x_BTI, len(self.entries)).to(wide), self.entries, strict=True):
@@ -144,7 +144,7 @@ class NativeRows(RowKernel):
 
 
 class _Product(torch.autograd.Function):
-    """The updates; their gradient is the same with a and b in each other's place."""
+    """The updates; their gradient is the same product with a and b in each other's place."""
 
     @staticmethod
     def forward(ctx: Any, x_BTI: Tensor, kernel: NativeRows) -> Tensor:

@@ -41,7 +41,7 @@ class Segments(RowKernel):
 
     @classmethod
     def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, lend: Lend | None = None) -> Segments:
-        """Rows without a part are in no segment."""
+        """Return the segments; rows without a part are in none."""
         device = parts[0].a_RI.device
         members = group_rows(rows).items()
         found = tuple((place_of(numbers, device), Shared.of(parts, (row,), dtype)) for row, numbers in members)

@@ -19,7 +19,7 @@ from loraweave.composer.live.kernels.dense import Dense
 
 @dataclass(frozen=True, eq=False)
 class SortedTokens(AddsInPlace):
-    """Single experts' factors and their weights w_BTP for each token, in fp32 or better."""
+    """The factors of single experts and their weights w_BTP for each token, in fp32 or better."""
 
     parts: Sequence[Part]
     w_BTP: Tensor
@@ -56,7 +56,7 @@ class SortedTokens(AddsInPlace):
 
 
 def sorting_pays(work: TokenWorkload) -> bool:
-    """Whether, on a CPU, tokens sorted by expert take less time than all experts for all (`Dense`)."""
+    """Return whether, on a CPU, tokens sorted by expert take less time than all experts for all (`Dense`)."""
     rates = RATES["cpu", work.itemsize]
     width, num_used = work.num_inputs + work.num_outputs, min(work.num_experts, work.chosen)
     # a chosen token's input is copied, and its output read and written twice
