@@ -1,1 +1,1 @@
-"""Adapters in, one adapter out; no model needed."""
+"""The merging of adapters into one adapter; no model is needed."""

@@ -37,7 +37,7 @@ from loraweave.types import Factors
 
 
 def negate(adapter: Adapter, *, name: str | None = None, heads: str = "error") -> Adapter:
-    """-D (Zhang et al. 2023, arXiv 2306.14870): one factor of each layer, gains and biases change their sign.
+    """Return -D (Zhang et al. 2023, arXiv 2306.14870): one factor of each layer, gains and biases change their sign.
 
     Twice is the adapter itself, bit for bit. An unbound update is refused: what replaces the base's weight or bias has no
     opposite without the base.
@@ -47,38 +47,38 @@ def negate(adapter: Adapter, *, name: str | None = None, heads: str = "error") -
 
 
 def scale(adapter: Adapter, weight: float, *, name: str | None = None, heads: str = "error") -> Adapter:
-    """weight * D, for any finite weight but 0; with weight 1 the same factors, for an adapter of any kind."""
+    """Return weight * D, for any finite weight but 0; with weight 1 the same factors, for an adapter of any kind."""
     return merge([adapter], [weight], name=name, heads=heads, progress=False)
 
 
 def add(*adapters: Adapter, name: str | None = None, heads: str = "error") -> Adapter:
-    """The sum of D_e: one or more adapters."""
+    """Return the sum of the D_e of one or more adapters."""
     if not adapters:
         raise WeightingError("add() takes one adapter or more, and got none")
     return merge(adapters, [1.0] * len(adapters), name=name, heads=heads, progress=False)
 
 
 def subtract(a: Adapter, b: Adapter, *, name: str | None = None, heads: str = "error") -> Adapter:
-    """D_a - D_b."""
+    """Return D_a - D_b."""
     return merge([a, b], [1.0, -1.0], name=name, heads=heads, progress=False)
 
 
 def analogy(a: Adapter, b: Adapter, c: Adapter, *, name: str | None = None, heads: str = "error") -> Adapter:
-    """D_a + D_b - D_c: "what is to b as a is to c" (task analogies, Ilharco et al. 2023, arXiv 2212.04089)."""
+    """Return D_a + D_b - D_c: "what is to b as a is to c" (task analogies, Ilharco et al. 2023, arXiv 2212.04089)."""
     return merge([a, b, c], [1.0, 1.0, -1.0], name=name, heads=heads, progress=False)
 
 
 def unlearn(a: Adapter, b: Adapter, strength: float = 1.0, *, name: str | None = None, heads: str = "error") -> Adapter:
-    """D_a - strength * D_b: a without what b learned; `strength` is 0 or more, and 0 gives a."""
+    """Return D_a - strength * D_b: a without what b learned; `strength` is 0 or more, and 0 gives a."""
     check_options("unlearn", {"strength": strength}, {"strength": NonNegative})
     return merge([a, b], [1.0, -strength], name=name, heads=heads, progress=False)
 
 
 def ema(slow: Adapter, fast: Adapter, decay: float, *, name: str | None = None, heads: str = "error") -> Adapter:
-    """One step of I-LoRA's moving average (Ren et al. 2024, arXiv 2402.18865): decay * slow + (1 - decay) * fast.
+    """Return one step of I-LoRA's moving average (Ren et al. 2024, arXiv 2402.18865): decay * slow + (1 - decay) * fast.
 
-    On a and on b apart, as there (`factor_average`), so cross terms are part of it, and both have one rank. `decay` is in
-    [0, 1]: 1 leaves slow, 0 takes fast.
+    It is taken on a and on b apart, as there (`factor_average`), so that cross terms are part of it, and both have one rank.
+    `decay` is in [0, 1]: 1 leaves slow, 0 takes fast.
     """
     check_options("ema", {"decay": decay}, {"decay": Fraction})
     return merge(
@@ -89,7 +89,7 @@ def ema(slow: Adapter, fast: Adapter, decay: float, *, name: str | None = None, 
 def subtract_general(
     task: Adapter, generals: Sequence[Adapter], *, name: str | None = None, heads: str = "error"
 ) -> Adapter:
-    """D_task minus the mean of the generals' updates (GenKnowSub, arXiv 2505.10939); no generals give the task."""
+    """Return D_task minus the mean of the generals' updates (GenKnowSub, arXiv 2505.10939); no generals give the task."""
     weights = [1.0] + [-1.0] * len(generals)
     return merge([task, *generals], weights, method="genknowsub", name=name, heads=heads, progress=False)
 
@@ -104,7 +104,7 @@ def compeft(
     scale: Positive | Literal["least_squares"] = 1.0,
     per: Literal["adapter", "tensor"] = "adapter",
 ) -> Adapter:
-    """The adapter with every value of its factors a and b turned into -c, 0 or c: ComPEFT (Yadav et al. 2023, Alg. 1).
+    """Return the adapter with all values of its factors a and b turned into -c, 0 or c: ComPEFT (Yadav et al. 2023, Alg. 1).
 
     Of the vector tau of all entries of all a and b, the floor(density * n) largest by magnitude stay (fewer only where tau
     has fewer non-zeros; of equal ones the first), as c * sign(tau) with c = scale * std(tau), std over the whole of tau
@@ -150,11 +150,11 @@ def compeft(
 
 
 def byom(adapter: Adapter, rank: int) -> Adapter:
-    """The adapter with every layer's b a cut to at most `rank` by its singular values: BYOM-LoRA (Jiang et al. 2023).
+    """Return the adapter with every layer's b a cut to at most `rank` by its singular values: BYOM-LoRA (Jiang et al. 2023).
 
-    The best approximation of each update at that rank, so one of lower rank stays as it is and `rank` = its own loses
-    nothing. The card has the relative Frobenius error by layer and in all. Gains, biases, magnitudes (DoRA's, whose b a
-    is cut) and heads stay. The result is an ordinary adapter of lower rank. Raises WeightingError for a rank below 1.
+    The cut is the best approximation of each update at that rank, so one of lower rank stays as it is and `rank` = its own
+    loses nothing. The card has the relative Frobenius error by layer and in all. Gains, biases, magnitudes (DoRA's, whose b
+    a is cut) and heads stay. The result is an ordinary adapter of lower rank. Raises WeightingError for a rank below 1.
     """
     check_options("byom", {"rank": rank}, {"rank": Count})
     cuts = {layer: algebra.compress(factors, rank) for layer, factors in adapter.layers.items()}
@@ -168,7 +168,7 @@ def byom(adapter: Adapter, rank: int) -> Adapter:
 
 
 def _ternary(tau: Tensor, density: float, scale: float | str, where: str) -> Tensor:
-    """c * sign(tau) on the largest entries of a vector, zero elsewhere."""
+    """Return c * sign(tau) on the largest entries of a vector, zero elsewhere."""
     # as the decimal number that was written: 0.29 * 100 is below 29 in binary
     count = int(Decimal(repr(float(density))) * tau.numel())
     magnitude = tau.abs()
@@ -186,7 +186,7 @@ def _ternary(tau: Tensor, density: float, scale: float | str, where: str) -> Ten
 
 
 def _largest(magnitude: Tensor, count: int) -> Tensor:
-    """Which `count` entries are largest; of equal ones the first. Zeros never are among them."""
+    """Return which `count` entries are largest, of equal ones the first; zeros are never among them."""
     if count == 0:
         return torch.zeros_like(magnitude, dtype=torch.bool)
     least = magnitude.kthvalue(magnitude.numel() - count + 1).values
@@ -215,7 +215,7 @@ def genknowsub(
     *,
     progress: bool = True,
 ) -> ExpertPool:
-    """The pool with each D_e replaced by D_e - mean of D_g (GenKnowSub, arXiv 2505.10939), under the same names.
+    """Return the pool with each D_e replaced by D_e - mean of D_g (GenKnowSub, arXiv 2505.10939), under the same names.
 
     The general adapters are, say, trained on a language's encyclopedia. Updates are subtracted, exactly, so that ranks add
     up; PEFT's Arrow subtracts the mean of a and the mean of b apart, which leaves cross terms (0.5 of the update's norm on
@@ -236,7 +236,7 @@ def twin_merging(
     rank: Count = 8,
     progress: bool = True,
 ) -> ExpertPool:
-    """{"shared": S, and by the name of each expert cut(D_e - S)}: what Twin-Merging mixes (Lu et al., arXiv 2406.15479).
+    """Return {"shared": S, and by each expert's name cut(D_e - S)}: what Twin-Merging mixes (Lu et al., arXiv 2406.15479).
 
     S is what the experts have in common: any merge of them, such as `lw.merge(pool.adapters.values(), [0.3] * len(pool))`.
     `rank` is that of each difference, whose largest singular values stay; as the released code's, it is 8 by default.
@@ -268,12 +268,13 @@ def clusters(
     n_jobs: int | None = None,
     progress: bool = True,
 ) -> list[tuple[str, ...]]:
-    """The names of the pool's adapters in at most `num_clusters` groups, the largest first (MBC, Ostapenko et al. 2024).
+    """Group the names of the pool's adapters in at most `num_clusters`, the largest first (MBC, Ostapenko et al. 2024).
 
-    k-means over the rows of the adapters' cosine similarities, as in arXiv 2405.11157. The similarity is that of the whole
-    updates (`similarities`), which no choice of factors changes; the published code compares the factors' own entries, and
-    so two trainings from different starts as if they were unlike. MBC then trains one adapter on the tasks of each cluster:
-    `lw.train_adapters(model, tokenizer, {" ".join(names): [*of those tasks' examples] for names in clusters(pool)})`.
+    The groups are those of k-means over the rows of the adapters' cosine similarities, as in arXiv 2405.11157. The
+    similarity is that of the whole updates (`similarities`), which no choice of factors changes; the published code compares
+    the factors' own entries, and so two trainings from different starts as if they were unlike. MBC then trains one adapter
+    on the tasks of each cluster: `lw.train_adapters(model, tokenizer, {" ".join(names): [*of those tasks' examples] for
+    names in clusters(pool)})`.
 
     `n_jobs` workers, or those that `joblib.parallel_config` names, compare blocks of adapters, to the same bits; they open
     those of a hub themselves. Raises WeightingError for more clusters than adapters, and for an adapter without any update.
@@ -303,7 +304,7 @@ Side = ExpertPool | Sequence[str]
 def similarities(
     pool: Hub | ExpertPool, *, n_jobs: int | None = None, progress: bool = True
 ) -> tuple[Sequence[str], NDArray[np.float64]]:
-    """The names, and cos_EE of the updates of all layers side by side, from the factors; a missing layer is zero there.
+    """Return the names, and cos_EE of the updates of all layers side by side, from the factors; a missing layer is zero.
 
     Gains and biases do not enter. Raises AdapterUnsupported for unbound updates, WeightingError for an update of zero,
     LayerMismatch for layers of several shapes.
@@ -330,7 +331,7 @@ def similarities(
 
 
 def _inner_products(hub: Hub | None, sides: tuple[Side, Side]) -> NDArray[np.float64]:
-    """inner_EF of the updates of two parts of a pool, which of a hub are names."""
+    """Return inner_EF of the updates of two parts of a pool; the parts of a hub are names."""
     left, right = (side if isinstance(side, ExpertPool) else cast(Hub, hub).pool(side) for side in sides)
     inner_EF = torch.zeros(len(left), len(right), dtype=torch.float64)
     there = set(right.layer_names)
@@ -355,7 +356,7 @@ def flexlora_clients(
     names: Sequence[str] | None = None,
     heads: str = "error",
 ) -> list[Adapter]:
-    """The clients' mean update at each of `ranks`: the best approximations, all from one decomposition of each layer.
+    """Return the clients' mean update at each of `ranks`: the best approximations, from one decomposition of each layer.
 
     FlexLoRA (Bai et al. 2024, arXiv 2402.11505): weights are the clients' sizes, positive shares, and client i gets b = U
     Sigma and a = V^T cut to ranks[i], or the whole rank where that is smaller. The report has the error of each cut.
@@ -378,7 +379,7 @@ def flexlora_clients(
 
 
 def _right_orthonormal(factors: Factors) -> Factors:
-    """b = U Sigma and a = V^T of factors whose rows of a and columns of b are orthogonal, largest first."""
+    """Return b = U Sigma and a = V^T of factors whose rows of a and columns of b are orthogonal, largest first."""
     norm_R = factors.a_RI.double().norm(dim=1)
     a_RI = factors.a_RI.double() / norm_R.clamp(min=1e-300)[:, None]
     b_OR = factors.b_OR.double() * norm_R
@@ -397,7 +398,7 @@ def _cut(mean: Adapter, whole: dict[str, Factors], rank: int, name: str) -> Adap
 
 
 def _figures(row: LayerReport, factors: Factors, rank: int) -> LayerReport:
-    """The figures of the mean, cut further to `rank`: energies of both cuts add up, as they are orthogonal."""
+    """Return the figures of the mean, cut further to `rank`: energies of both cuts add up, as they are orthogonal."""
     energy_R = factors.b_OR.double().norm(dim=0).square()
     lost = row.relative_error**2
     tail = float(energy_R[rank:].sum() / energy_R.sum()) if bool(energy_R.any()) else 0.0

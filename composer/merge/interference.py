@@ -1,4 +1,4 @@
-"""How far the experts of a merge pull the same way in a layer, from their factors: no dense update is formed."""
+"""The figures of how far a merge's experts pull the same way in a layer, from their factors: no dense update is formed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Interference:
 def interference(
     experts: Sequence[Factors | None], weights: Sequence[float], *, inner_EE: Array | None = None
 ) -> Interference:
-    """The figures of one layer. Updates that depend on the base layer (DoRA, (IA)3) count by their b a alone.
+    """Return the figures of one layer. Updates that depend on the base layer (DoRA, (IA)3) count by their b a alone.
 
     `inner_EE` has <w_i D_i, w_j D_j> of the experts that have the layer, for callers that know it; fp32 products find it
     otherwise.
@@ -69,7 +69,10 @@ def _fp32(tensor: Tensor) -> Array:
 
 
 def _inner(experts: Sequence[_Expert]) -> Array:
-    """<w_i D_i, w_j D_j> of every pair from the two S x S products of the stacked factors, in which numpy does half."""
+    """Return <w_i D_i, w_j D_j> of every pair, from the two S x S products of the stacked factors.
+
+    The products are symmetric, of which numpy computes half.
+    """
     a_SI = np.concatenate([expert.a_RI for expert in experts])
     b_OS = np.concatenate([expert.b_OR for expert in experts], axis=1)
     product_SS = (a_SI @ a_SI.T).astype(np.float64) * (b_OS.T @ b_OS)
@@ -93,6 +96,6 @@ def _sign_conflict(experts: Sequence[_Expert]) -> float:
 
 
 def _space_evenly(size: int) -> slice:
-    """At most `MAX_SIDE` places of as many, every n-th of them."""
+    """Return at most `MAX_SIDE` of `size` places: every n-th of them."""
     step = -(-size // MAX_SIDE)
     return slice(step // 2, None, step)

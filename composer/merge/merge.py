@@ -1,4 +1,4 @@
-"""Merging: several adapters into one, LoRA in and LoRA out, without a model."""
+"""The merging of several adapters into one, LoRA in and LoRA out, without a model."""
 
 from __future__ import annotations
 
@@ -64,8 +64,9 @@ def merge(
     interference: bool = True,
     **options: Any,
 ) -> Adapter:
-    """The adapters combined by `method`, a name of `names("methods")` or a function of the signature of one, with one finite
-    weight each, of any sign.
+    """Return the adapters combined by `method`, with one finite weight each, of any sign.
+
+    `method` is a name of `names("methods")` or a function of the signature of one.
 
     Without weights all have equal shares, which sum to 1. Experts of weight zero are left out; the order of the rest does
     not matter. `rank` cuts every layer to at most that rank (the best approximation in the Frobenius norm); without it the
@@ -119,7 +120,7 @@ def _child(
     license: str | None,
     heads: Mapping[str, Tensor],
 ) -> Adapter:
-    """The merged adapter, with the base model, fingerprint and files of its parents."""
+    """Return the merged adapter, with the base model, fingerprint and files of its parents."""
     card = dict(card) if license is None else {**card, "license": license}
     known = next((parent.fingerprint for parent in parents if parent.fingerprint), None)
     files, invocation = shared_files([each.files for each in parents]), shared_invocation(parents)
@@ -127,7 +128,10 @@ def _child(
 
 
 def shared_invocation(parents: Sequence[Adapter]) -> tuple[int, ...]:
-    """The invocation tokens of all parents. Raises CompositionError where they differ: no one adapter counts by token."""
+    """Return the invocation tokens of all parents.
+
+    Raises CompositionError where they differ: one adapter counts either for every token or from its own tokens on.
+    """
     first = parents[0]
     for other in parents[1:]:
         if other.invocation != first.invocation:
@@ -140,14 +144,14 @@ def shared_invocation(parents: Sequence[Adapter]) -> tuple[int, ...]:
 
 
 def parent_of(adapter: Adapter) -> dict[str, Any]:
-    """What a recipe says of an adapter that was merged, beside its weight."""
+    """Return what a recipe says of an adapter that was merged, beside its weight."""
     files = {"files": list(adapter.files)} if adapter.files else {}
     license = stated_license(adapter.card.get("license")) or "unknown"
     return {"hash": adapter.hash, "name": adapter.name, "license": license, **files}
 
 
 def layer_updates(calls: Iterable[LayerCall]) -> Iterator[tuple[str, Update]]:
-    """(layer, update) of every layer that changes, calculated one at a time."""
+    """Return an iterator over (layer, update) of every layer that changes, calculated one at a time."""
     return ((layer, update) for layer, combine in calls if (update := combine()) is not None)
 
 
@@ -161,10 +165,11 @@ def layer_calls(
     statistics: Mapping[str, Statistics | None] | None = None,
     rank: int | None = None,
 ) -> Iterator[LayerCall]:
-    """What gives the update of every layer in `weights`, which has the weight of each expert by layer.
+    """Yield (layer, the call that returns its update) for every layer in `weights`, {layer: {expert: weight}}.
 
-    `rank` reaches the methods whose formula limits the rank; None is their own default.
-    A method that needs a look at all layers first takes one weight for each expert: raises WeightingError otherwise.
+    Layers that no expert has are left out. `rank` reaches the methods whose formula limits the rank; None is their own
+    default. A method that needs a look at all layers first takes one weight for each expert: raises WeightingError
+    otherwise.
     """
     statistics = statistics or {}
     survey = None
@@ -192,7 +197,7 @@ def layer_calls(
 def _merge_layers(
     call: MethodCall, used: Sequence[_Parent], rank: int | None, seed: int, progress: bool, interference: bool
 ) -> tuple[dict[str, Factors], dict[str, LayerReport]]:
-    """The layers of the result, and what is reported of each."""
+    """Return the layers of the result, and the report of each."""
     names_used = [parent.adapter.name for parent in used]
     labels = {
         name if names_used.count(name) == 1 else f"{name}#{place}": parent
@@ -239,7 +244,7 @@ def _merge_layers(
 
 
 def cut(update: Update, rank: int | None) -> TruncatedUpdate:
-    """The update as factors of at most `rank`; one that its method has cut stays as it is."""
+    """Return the update as factors of at most `rank`; one that its method has cut stays as it is."""
     match update:
         case TruncatedUpdate():
             return update
@@ -254,7 +259,7 @@ def cut(update: Update, rank: int | None) -> TruncatedUpdate:
 def _parents(
     adapters: Sequence[Adapter], weights: Sequence[float] | None, statistics: Sequence[Statistics] | None
 ) -> list[_Parent]:
-    """The adapters that count, in the order given; all that can be wrong with the arguments is found here."""
+    """Return the adapters that count, in the order given; all that can be wrong with the arguments is found here."""
     _require_adapters(adapters)
     if not adapters:
         raise WeightingError("merge got no adapters; give at least one, and a weight for each")
@@ -292,7 +297,7 @@ def _check_statistics(given: Any, num_adapters: int) -> None:
 
 
 def _require_adapters(given: Any) -> None:
-    """Raises WeightingError, which says how to get adapters, for anything but a list of them."""
+    """Raise WeightingError, which says how to get adapters, for anything but a list of them."""
     listed = is_collection(given) and not isinstance(given, Mapping)
     strange = [each for each in given if not isinstance(each, Adapter)] if listed else [given]
     if strange:
@@ -305,7 +310,7 @@ def _require_adapters(given: Any) -> None:
 
 
 def _check_together(used: Sequence[_Parent]) -> None:
-    """Whether the adapters have one base and one shape for each layer, and names that tell them apart."""
+    """Raise an error unless the adapters have one base and one shape for each layer, and names that tell them apart."""
     by_name: dict[str, Adapter] = {}
     for parent in used:
         other = by_name.setdefault(parent.adapter.name, parent.adapter)
@@ -350,7 +355,7 @@ def merge_by_layer(
     name: str,
     allow_licenses: bool = False,
 ) -> Adapter:
-    """The adapter that `method` makes of {layer: {expert: weight}}; experts of weight 0 in a layer are left out of it.
+    """Return the adapter that `method` makes of {layer: {expert: weight}}; a layer leaves out its experts of weight 0.
 
     Raises WeightingError where nothing is left, InvalidLicense for licenses that exclude each other unless `allow_licenses`,
     and what the method raises.
@@ -375,7 +380,7 @@ CHOICES = ("error", "first", "average")
 
 
 def merge_heads(used: Sequence[tuple[Adapter, float]], choice: str) -> dict[str, Tensor]:
-    """The heads of a merge of these adapters, which are in the order that the user gave, with their weights.
+    """Return the heads of a merge of these adapters, which are in the order that the user gave, with their weights.
 
     One adapter of weight 1 keeps its heads. Otherwise "first" takes each head from the first adapter that has it,
     "average" the sum of w_e h_e over the sum of w_e, over the adapters that have it, and "error" refuses.

@@ -70,19 +70,19 @@ class MethodCall:
         return list(self._kinds)
 
     def takes(self, parameter: str) -> bool:
-        """Whether the method asks for one of `SUPPLIED`."""
+        """Return whether the method asks for one of `SUPPLIED`."""
         return parameter in self._signature
 
     @cached_property
     def looks_at_all_layers(self) -> bool:
-        """Whether the method, with these options, has to see all layers before it combines the first."""
+        """True if the method, with these options, has to see all layers before it combines the first."""
         if not self.takes("survey"):
             return False
         wanted = getattr(self._module, "needs_survey", None)
         return wanted is None or bool(wanted(**self._options_of(wanted)))
 
     def survey(self, layers: Iterable[Sequence[Factors | None]], weights: Sequence[float]) -> Any:
-        """What the method has to know of all layers before the first; None for a method that looks at each alone."""
+        """Return what the method has to know of all layers before the first; None for a method that looks at each alone."""
         if not self.looks_at_all_layers:
             return None
         survey = self._module.survey
@@ -91,7 +91,7 @@ class MethodCall:
     def combine(
         self, layer: str, experts: Mapping[str, Factors | None], weights: Sequence[float], **supplied: Any
     ) -> Update | None:
-        """One layer's experts combined, all finite; None where no expert has the layer and a weight other than 0.
+        """Return one layer's experts combined, all finite; None where no expert has the layer and a weight other than 0.
 
         An error of the method also names the method, the layer and the experts. `supplied` has what the method asks for by
         `takes`; the rest of it is left out. Raises CompositionError for experts and results that are not finite, and for
@@ -127,7 +127,7 @@ class MethodCall:
         return sys.modules[self._function.__module__]
 
     def _options_of(self, function: Callable[..., Any]) -> dict[str, Any]:
-        """The options that are parameters of this function too."""
+        """Return the options that are parameters of this function, too."""
         return {name: value for name, value in self.options.items() if name in options_of(function)}
 
     @cached_property
@@ -136,12 +136,12 @@ class MethodCall:
 
     @cached_property
     def _kinds(self) -> Mapping[str, Any]:
-        """The kind of every option that a user may set."""
+        """The kind of every option that a user may set, by the option's name."""
         return options_of(self._function, after=2, beside=SUPPLIED)
 
 
 def layer_seeds(seed: int, hashes: Sequence[str], layer: str) -> list[int]:
-    """A seed of 63 bits for each expert in this layer: it depends on the expert's content, not on its place or name."""
+    """Return a seed of 63 bits for each expert in this layer, by the expert's content and not by its place or name."""
     texts = (f"{seed}/{content}/{layer}" for content in hashes)
     return [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1 for text in texts]
 
@@ -154,7 +154,7 @@ BLOCK = 2**20
 
 
 def finite_weights(weights: Any, names: Sequence[str]) -> list[float]:
-    """One finite number for each of the named adapters. Raises WeightingError for anything else."""
+    """Return one finite number for each of the named adapters. Raises WeightingError for anything else."""
     # a set has no order, and would lose equal weights
     unordered = isinstance(weights, str | bytes | Mapping | Set) or not hasattr(weights, "__len__")
     if unordered or getattr(weights, "ndim", 1) != 1:
@@ -167,7 +167,7 @@ def finite_weights(weights: Any, names: Sequence[str]) -> list[float]:
 
 
 def require_seed(seed: object) -> None:
-    """Raises WeightingError for a seed that is no whole number."""
+    """Raise WeightingError for a seed that is no whole number."""
     if not fits(seed, int):
         raise WeightingError(
             f"seed={seed!r:.80} is no whole number; give one, such as 0, and the same one for the same result"
@@ -175,7 +175,7 @@ def require_seed(seed: object) -> None:
 
 
 def require_sound(layer: str, experts: Mapping[str, Factors | None], weights: Sequence[float], method: str) -> None:
-    """Raises CompositionError for values of an expert that are NaN or infinite, or that its weight takes beyond fp32.
+    """Raise CompositionError for values of an expert that are NaN or infinite, or that its weight takes beyond fp32.
 
     Each factor is read once, for its norm; only where the product of norms is beyond 2^120 is the update itself looked at.
     """
@@ -199,7 +199,7 @@ def require_sound(layer: str, experts: Mapping[str, Factors | None], weights: Se
 
 
 def holds(update: Factors | DenseUpdate | TruncatedUpdate) -> bool:
-    """Whether a result is finite: its tensors, and the product of its factors in fp32."""
+    """Return whether a result is finite: its tensors, and the product of its factors in fp32."""
     held = without_figures(update)
     if isinstance(held, DenseUpdate):
         return all_finite(held.delta_OI) and (held.bias_O is None or all_finite(held.bias_O))
@@ -219,18 +219,18 @@ def _number(name: str, weight: Any) -> float:
 
 
 def _unsound_part(factors: Factors, bound: float) -> str | None:
-    """The first part with a value that is NaN or infinite; None where all are finite, as they are if `bound` is."""
+    """Return the first part with a value that is NaN or infinite; None where all are finite, as they are if `bound` is."""
     sound = ("a_RI", "b_OR") if math.isfinite(bound) else ()
     return next((part for part, each in factors.tensors().items() if part not in sound and not all_finite(each)), None)
 
 
 def _norm_product(factors: Factors) -> float:
-    """|B| * |A|, which no entry of the update exceeds in magnitude."""
+    """Return |B| * |A|, which no entry of the update exceeds in magnitude."""
     return float(torch.linalg.vector_norm(factors.b_OR.detach())) * float(torch.linalg.vector_norm(factors.a_RI.detach()))
 
 
 def _largest(factors: Factors, bound: float, enough: float) -> float:
-    """The largest magnitude of the update and its bias; a bound of it where that is not above `enough`."""
+    """Return the largest magnitude of the update and its bias, or a bound of it where that is not above `enough`."""
     bias = 0.0 if factors.bias_O is None else float(factors.bias_O.detach().abs().max())
     if max(bound, bias) <= enough or not factors.rank:
         return max(bound, bias)

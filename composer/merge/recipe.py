@@ -36,7 +36,7 @@ TINY = 1e-7
 
 @dataclass(frozen=True)
 class Kin:
-    """A method of this family: how updates are thinned out, whether signs are elected, mergekit's defaults."""
+    """A method of mergekit's family: how updates are thinned out, whether signs are elected, mergekit's defaults."""
 
     thinning: str
     elects: bool
@@ -70,7 +70,7 @@ def mergekit(
     rescale: bool,
     scale: float,
 ) -> DenseUpdate:
-    """One layer's merge by the method `of` KIN; `densities` and `extras` (gamma or epsilon) are those of the experts.
+    """Return one layer's merge by the method `of` KIN; `densities` and `extras` (gamma or epsilon) are those of the experts.
 
     tau_e is what is left of delta_e; with `rescale` it is multiplied by |delta_e|_1 / |tau_e|_1, matrix and bias apart.
     With elected signs the result is scale * sum of w_e tau_e over the experts for which it has the sign of the sum of all,
@@ -92,7 +92,7 @@ def mergekit(
 
 
 def _thinned(thinning: str, densities: Sequence[float], extras: Sequence[float], seeds: Sequence[int]) -> Prune:
-    """Each expert by its own numbers, which go by its place among those given."""
+    """Return a `Prune` that thins out each expert's update by its own numbers, found by its place among those given."""
     settings = list(zip(densities, extras, strict=True))
 
     def by(density: float, extra: float) -> Prune:
@@ -117,7 +117,7 @@ def _thinned(thinning: str, densities: Sequence[float], extras: Sequence[float],
 
 @dataclass(frozen=True)
 class _Scaled:
-    """What a rule leaves, times a factor."""
+    """A rule that multiplies what another rule leaves by a factor."""
 
     rule: Rule
     factor: float
@@ -129,7 +129,7 @@ class _Scaled:
 
 
 def _with_norm(prune: Prune) -> Prune:
-    """What is left of each expert's tensor, multiplied so that its sum of magnitudes is that of the whole."""
+    """Return a `Prune` that multiplies what is left of each tensor, so that its sum of magnitudes is that of the whole."""
 
     def rescaled(entries: Entries) -> Sequence[Rule]:
         rules = prune(entries)
@@ -185,7 +185,10 @@ class Recipe:
 
     @classmethod
     def of(cls, path: Path, said: Mapping[str, Any]) -> Recipe:
-        """Raises WeightingError, by name, for what mergekit reads and a merge of adapters cannot mean."""
+        """Return the recipe that mergekit's file `said` states.
+
+        Raises WeightingError, by name, for what mergekit reads and a merge of adapters cannot mean.
+        """
         for key, why in OTHER_KEYS.items():
             if key in said:
                 raise WeightingError(f"{path} has {key!r}, which {why}: leave it out")
@@ -215,7 +218,7 @@ class Recipe:
 
     @property
     def _of_models(self) -> tuple[str, ...]:
-        """The parameters of each model, as far as they count."""
+        """The names of the parameters of each model, as far as they count."""
         kin = KIN.get(self.method)
         thinned = kin is not None and kin.thinning != "nothing"
         return ("weight", *(["density"] if thinned else []), *([kin.extra[0]] if kin and kin.extra else []))
@@ -262,7 +265,7 @@ class Recipe:
         return adapter, parameters
 
     def merge(self, find: Callable[[str], Adapter], *, seed: int = 0, **rules: Any) -> Adapter:
-        """The merged adapter; `rules` are those of `merge`. Raises what `merge` raises."""
+        """Return the merged adapter; `rules` are those of `merge`. Raises what `merge` raises."""
         # the base among the models adds nothing to itself
         used = [(find(name), own) for name, own in self.models if name is not None]
         used.sort(key=lambda pair: (pair[0].hash, pair[1]["weight"]))
@@ -288,7 +291,10 @@ class Recipe:
         return merge(adapters, weights, method=mergekit, seed=seed, **chosen, **rules)
 
     def _shares(self, weights: Sequence[float]) -> list[float]:
-        """Of mergekit's linear, where the base model's own weight counts too."""
+        """Return the shares of mergekit's linear, where the base model's own weight counts, too.
+
+        Raises WeightingError for weights that sum to 0, or without `normalize` to anything but 1.
+        """
         base = sum(float(own.get("weight", 0.0)) for name, own in self.models if name is None)
         total = sum(weights) + base
         if self.settings.get("normalize", True):
@@ -325,7 +331,10 @@ FORMULA_KEYS = ("formula", "hub", "pool", "rank", "heads")
 
 
 def read_recipe(path: Path) -> Recipe | dict[str, Any]:
-    """mergekit's file, or the keys of one of ours, with a formula. Raises WeightingError for anything else."""
+    """Return mergekit's file as a Recipe, or the keys of one of ours, with a formula.
+
+    Raises WeightingError for anything else.
+    """
     said = read_yaml(path, WeightingError)
     if "formula" not in said:
         if "merge_method" not in said:

@@ -1,4 +1,4 @@
-"""What methods that weigh by data know of an adapter's inputs, layer by layer, and the file it is kept in."""
+"""The statistics of an adapter's inputs, layer by layer, for methods that weigh by data, and the file they are kept in."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ _PARTS = ("gram_II", "fisher_OI")
 
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
-    """One layer: gram_II = X^T X / n over n tokens, fisher_OI the mean squared gradient; None where not collected.
+    """The statistics of one layer: gram_II = X^T X / n over n tokens, fisher_OI the mean squared gradient.
 
-    `fisher_norm` is the Frobenius norm of the Fisher over all layers that were recorded with this one, where known.
-    With `turned` the layer's factors have the sides as (I, O), and fisher_OI has too: PEFT's view of Llama 4's experts.
+    Either is None where it was not collected. `fisher_norm` is the Frobenius norm of the Fisher over all layers that were
+    recorded with this one, where known. With `turned` the layer's factors have the sides as (I, O), and fisher_OI has too:
+    PEFT's view of Llama 4's experts.
     """
 
     gram_II: Tensor | None
@@ -40,13 +41,13 @@ class LayerStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """The layers of the adapter with that content hash."""
+    """The statistics of the layers of the adapter with that content hash."""
 
     adapter_hash: str
     layers: Mapping[str, LayerStatistics]
 
     def require_of(self, name: str, content_hash: str) -> None:
-        """Raises WeightingError unless these are the statistics of the adapter with that name and hash."""
+        """Raise WeightingError unless these are the statistics of the adapter with that name and hash."""
         if self.adapter_hash != content_hash:
             raise WeightingError(
                 f"the statistics given for {name!r} (hash {content_hash[:12]}) were collected with an adapter of hash "
@@ -54,7 +55,7 @@ class Statistics:
             )
 
     def save(self, path: str | Path) -> Path:
-        """Writes one safetensors file, which appears whole or not at all, and returns its path."""
+        """Write one safetensors file, which appears whole or not at all, and return its path."""
         target = Path(path)
         entries: list[dict[str, Any]] = []
         tensors: dict[str, Tensor] = {}
@@ -80,7 +81,10 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """What `save` wrote. AdapterNotFound for no file, AdapterCorrupt for a damaged one or one of something else."""
+        """Read what `save` wrote.
+
+        Raises AdapterNotFound for no file, AdapterCorrupt for a damaged one or one of something else.
+        """
         source = Path(path)
         if not source.is_file():
             raise AdapterNotFound(f"no statistics file {source}; collect_statistics(...).save(path) writes one")
@@ -107,7 +111,7 @@ class Statistics:
 
 
 def _layer(parts: Mapping[str, Tensor], entry: Mapping[str, Any]) -> LayerStatistics:
-    """ValueError, naming the layer, for what no collection gives."""
+    """Return one layer's statistics. Raises ValueError, naming the layer, for what no collection gives."""
     gram_II, fisher_OI = parts.get("gram_II"), parts.get("fisher_OI")
     where, num_tokens, norm = f"layer {entry['path']!r}", entry["num_tokens"], entry["fisher_norm"]
     for name, tensor in parts.items():

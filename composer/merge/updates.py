@@ -1,4 +1,4 @@
-"""A dense update: what a merge method gives back when its formula leaves the low-rank form."""
+"""The updates that a merge method returns beside factors: dense, if its formula leaves the low-rank form, or cut."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ class TruncatedUpdate:
 
 
 def without_figures(update: Factors | DenseUpdate | TruncatedUpdate) -> Factors | DenseUpdate:
-    """The update itself, which a `TruncatedUpdate` has as factors."""
+    """Return the update itself, which a `TruncatedUpdate` has as factors."""
     return update.factors if isinstance(update, TruncatedUpdate) else update

@@ -1,4 +1,4 @@
-"""What the spectral merge methods share: singular values of every expert, common orthonormal bases, and the way back.
+"""The common parts of the spectral merge methods: every expert's singular values, orthonormal bases, and the way back.
 
 Nothing here forms a dense update: with S the sum of the experts' ranks, all work is on (O, S), (I, S) and (S, S). Shape
 letters beside those of `loraweave.types`: P and Q are the dimensions of the joint column space and row space.
@@ -48,13 +48,13 @@ class Spectrum:
 
 
 def opened(experts: Experts, weights: Weights, scale: float = 1.0) -> tuple[Factors, Tensor | None, list[Spectrum]]:
-    """An update of the result's kind, scale * the sum of w_e bias_e, and the spectra of the updates that are not zero."""
+    """Return an update of the result's kind, scale * the sum of w_e bias_e, and the spectra of updates that are not zero."""
     found = terms(experts, weights)
     return found[0].factors, scaled_bias(found, scale), [each for each in spectra(found) if each.rank]
 
 
 def spectra(found: Sequence[Term]) -> list[Spectrum]:
-    """The compact SVD of every term's update, in order; of rank 0 for an update of zeros."""
+    """Return the compact SVD of every term's update, in order; of rank 0 for an update of zeros."""
     by_rank: dict[int, list[int]] = {}
     for index, term in enumerate(found):
         by_rank.setdefault(term.factors.rank, []).append(index)
@@ -73,7 +73,7 @@ def spectra(found: Sequence[Term]) -> list[Spectrum]:
 
 
 def counted(s_R: Tensor, *, beside: float | None = None) -> int:
-    """How many of the descending singular values are above `NULL` times the largest, or times `beside`."""
+    """Return how many of the descending singular values are above `NULL` times the largest, or times `beside`."""
     if s_R.numel() == 0:
         return 0
     largest = float(s_R[0]) if beside is None else beside
@@ -81,7 +81,7 @@ def counted(s_R: Tensor, *, beside: float | None = None) -> int:
 
 
 def gram_svd(stack_NS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(t_SP, s_P, vh_PS) of a stack: its thin SVD is (stack t) diag(s) vh, s descending, null directions left out.
+    """Return (t_SP, s_P, vh_PS) of a stack whose thin SVD is (stack t) diag(s) vh; s descends, without null directions.
 
     Only the smaller of its two Gram matrices is decomposed; callers form the tall u = stack t where they need it.
     """
@@ -95,7 +95,7 @@ def gram_svd(stack_NS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _of_gram(gram_SS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(t_SP, s_P, vh_PS) from the Gram matrix of a stack's columns."""
+    """Return (t_SP, s_P, vh_PS) from the Gram matrix of a stack's columns."""
     square_S, w_SS = torch.linalg.eigh(gram_SS)
     s_S, w_SS = square_S.clamp(min=0.0).sqrt().flip(0), w_SS.flip(1)
     keep = counted(s_S)
@@ -109,7 +109,7 @@ def _of_gram(gram_SS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Joint:
-    """All experts side by side: directions u_OS and v_IS, orthonormal within each expert, and what stretches them."""
+    """All experts side by side: directions u_OS and v_IS, orthonormal within each expert, singular values and weights."""
 
     u_OS: Tensor
     v_IS: Tensor
@@ -119,17 +119,17 @@ class Joint:
 
     @property
     def size_S(self) -> Tensor:
-        """w_e s: the singular values of the weighted updates, with the sign of the weight."""
+        """The singular values w_e s of the weighted updates, with the sign of the weight."""
         return self.s_S * self.weight_S
 
     def each(self, x_NS: Tensor) -> list[Tensor]:
-        """The columns of every expert."""
+        """Return the columns of every expert."""
         ends = list(itertools.accumulate(self.ranks, initial=0))
         return [x_NS[:, start:end] for start, end in itertools.pairwise(ends)]
 
 
 def joint(parts: Sequence[Spectrum]) -> Joint:
-    """The experts side by side, in order."""
+    """Return the experts side by side, in order."""
     weights = [torch.full_like(each.s_R, each.weight) for each in parts]
     return Joint(
         torch.cat([each.u_OR for each in parts], dim=1),
@@ -141,12 +141,13 @@ def joint(parts: Sequence[Spectrum]) -> Joint:
 
 
 def shared_basis(direction_NS: Tensor, size_S: Tensor) -> tuple[Tensor, Tensor]:
-    """(basis_NP, direction_PS): an orthonormal basis of the span of unit vectors, most used first, and them in it.
+    """Return (basis_NP, direction_PS): an orthonormal basis of the span of unit vectors, and these vectors in it.
 
-    The basis are the left singular vectors of direction diag(size): for the left singular vectors and singular values of
-    all updates, those of [D_1 | D_2 | ...]; for the right ones, of the updates one above the other. So neither weights, nor
-    the order of experts, nor how an update was split into factors has any part in it. The entry of largest magnitude of
-    every vector is positive. Where singular values are equal the vectors are one choice of many.
+    The basis vectors come most used first. They are the left singular vectors of direction diag(size): for the left singular
+    vectors and singular values of all updates, those of [D_1 | D_2 | ...]; for the right ones, of the updates one above the
+    other. So neither weights, nor the order of experts, nor how an update was split into factors has any part in it. The
+    entry of largest magnitude of every vector is positive. Where singular values are equal the vectors are one choice of
+    many.
     """
     stack_NS = direction_NS * size_S
     if direction_NS.shape[0] >= direction_NS.shape[1]:
@@ -167,13 +168,13 @@ def shared_basis(direction_NS: Tensor, size_S: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _signs(basis_NP: Tensor) -> Tensor:
-    """-1 for vectors whose entry of largest magnitude (the first of several) is negative, 1 for the others."""
+    """Return -1 for vectors whose entry of largest magnitude (the first of several) is negative, 1 for the others."""
     peak_1P = basis_NP.gather(0, basis_NP.abs().argmax(dim=0, keepdim=True))
     return torch.where(peak_1P[0] < 0, -1.0, 1.0).double()
 
 
 def core_factors(parts: Spectrum, left_PR: Tensor | None = None, right_QR: Tensor | None = None) -> Factors:
-    """An expert's update as balanced fp32 factors, its directions replaced by their coordinates in a basis where given.
+    """Return an expert's update as balanced fp32 factors, with coordinates in a basis in place of directions, where given.
 
     Coordinates that are only rounding (2^-20 beside the largest) become zeros, so that experts that share no direction
     share no entry either: elementwise rules count entries.
@@ -194,7 +195,7 @@ def assemble(
     num: int,
     scale: float,
 ) -> Factors:
-    """(u left) core (v right)^T with `sides` = (left_SP, right_SQ), as fp32 factors of the kind of `first`.
+    """Return (u left) core (v right)^T with `sides` = (left_SP, right_SQ), as fp32 factors of the kind of `first`.
 
     A core of full rank `num` stays as it is, since nothing can cancel. Otherwise the factors are balanced, and what is only
     rounding beside scale * the largest of the experts' singular values is left out.
@@ -210,18 +211,18 @@ def assemble(
 
 
 def as_factors(first: Factors, b_OR: Tensor, a_RI: Tensor, bias_O: Tensor | None) -> Factors:
-    """b a with the kind and kernel of `first`, fp32, in memory of its own."""
+    """Return b a with the kind and kernel of `first`, in fp32, in memory of its own."""
     return replace(first, a_RI=a_RI.float().contiguous(), b_OR=b_OR.float().contiguous(), bias_O=bias_O)
 
 
 def scaled_bias(found: Sequence[Term], scale: float) -> Tensor | None:
-    """scale * the sum of w_e bias_e, fp32; None when no term has a bias."""
+    """Return scale * the sum of w_e bias_e, in fp32; None when no term has a bias."""
     bias_O = weighted_bias(found)
     return None if bias_O is None else bias_O * scale
 
 
 def clean(x: Tensor) -> Tensor:
-    """Zeros in place of coordinates that are only rounding beside the largest."""
+    """Return the coordinates with zeros in place of those that are only rounding beside the largest."""
     magnitude = x.abs()
     bound = 2.0**-20 * float(magnitude.max()) if x.numel() else 0.0
     return x.masked_fill(magnitude <= bound, 0.0)

@@ -17,12 +17,12 @@ LEVELS = 2**16
 
 
 def quantise(probability: float) -> int:
-    """The number of LEVELS that a keep probability comes to: the nearest, 0 for zero alone."""
+    """Return the number of LEVELS that a keep probability comes to: the nearest, 0 for zero alone."""
     return max(1, round(probability * LEVELS)) if probability > 0 else 0
 
 
 def draws(seed: int, first: int, shape: tuple[int, int]) -> NDArray[np.uint16]:
-    """16 bits for each entry of a block from flat index `first` on, a multiple of 4.
+    """Return 16 bits for each entry of a block from flat index `first` on, a multiple of 4.
 
     Entry number i has the i-th 16 bits, the lower ones first, of the words of SplitMix64 (Steele, Lea and Flood 2014) from
     that seed on.
@@ -38,7 +38,7 @@ def draws(seed: int, first: int, shape: tuple[int, int]) -> NDArray[np.uint16]:
 
 
 def draws_for(seed: int, rows: slice, block_BI: Tensor) -> NDArray[np.uint16]:
-    """`draws` for a block of whole rows."""
+    """Return the `draws` for a block of whole rows."""
     num_rows, width = block_BI.shape
     return draws(seed, rows.start * width, (num_rows, width))
 
@@ -51,13 +51,16 @@ _MIX = (
 
 
 def stream(entries: Entries, seeds: Sequence[int], expert: int) -> int:
-    """The seed of an expert's tensor. `seeds` are those of the experts first given, 63 bits each; a bias has another."""
+    """Return the seed of an expert's tensor, where a bias has another than the matrix.
+
+    `seeds` are those of the experts first given, 63 bits each.
+    """
     return int(seeds[entries.places[expert]]) | (1 << 63 if entries.bias else 0)
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Keeps the entries whose draw is below a level."""
+    """A rule that keeps the entries whose draw is below a level."""
 
     seed: int
     level: int
@@ -71,7 +74,7 @@ class Drop:
 
 
 def prune_random(seeds: Sequence[int], density: float) -> tuple[Prune, float]:
-    """Keeps each entry with a probability of `density`, and that probability as quantised (1 where it is zero)."""
+    """Return a `Prune` that keeps each entry with probability `density`, and that as quantised (1 where it is zero)."""
     level = quantise(density)
 
     def prune(entries: Entries) -> Sequence[Rule]:

@@ -36,14 +36,14 @@ Result = TypeVar("Result")
 
 
 class Rule(Protocol):
-    """What is left of an expert's entries."""
+    """A rule for what is left of an expert's entries."""
 
     def apply(self, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
-        """Writes what is left of a block, and zeros elsewhere."""
+        """Write what is left of a block, and zeros elsewhere."""
 
     @property
     def numbers(self) -> Numbers | None:
-        """The same for the library; None where it does not know such rules."""
+        """The numbers that say the same to the library; None where it does not know such rules."""
 
 
 # the rules of one tensor of every expert
@@ -51,7 +51,7 @@ Prune = Callable[["Entries"], Sequence[Rule]]
 
 
 class Entries:
-    """One tensor of every expert (the update's matrix, or its bias as one row), each as a product b_OR a_RI in fp32.
+    """One tensor of every expert, the update's matrix or its bias as one row, each as a product b_OR a_RI in fp32.
 
     A product is computed again whenever it is read, always in the same blocks, so that two passes see the same bits.
     `weights` and `places` (among the experts first given) belong to the experts in order.
@@ -73,13 +73,13 @@ class Entries:
         return self.shape[0] * self.shape[1]
 
     def blocks(self, within: slice = EVERY_ROW, *, times: int = 1) -> Iterator[slice]:
-        """The rows, or those of a part, in blocks, or in so many blocks at once."""
+        """Yield the rows, or those within a part, in blocks, or `times` blocks at once."""
         places = range(self.shape[0])[within]
         for start in places[:: times * self._rows]:
             yield slice(start, min(start + times * self._rows, places.stop))
 
     def read(self, expert: int, rows: slice, out_BI: Tensor) -> Tensor:
-        """The block (B, I) of one expert, written to contiguous memory."""
+        """Write the block (B, I) of one expert to contiguous memory, and return it."""
         b_OR, a_RI = self.products[expert]
         compiled = library()
         if compiled is None:
@@ -91,13 +91,13 @@ class Entries:
         return out_BI
 
     def magnitudes(self, expert: int, within: slice = EVERY_ROW) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of the absolute values of one expert, in order; the memory is used again by the next block."""
+        """Yield blocks of the absolute values of one expert, in order; the memory is used again by the next block."""
         buffer_BI = self._buffer()
         for rows in self.blocks(within):
             yield rows, self.read(expert, rows, buffer_BI[: rows.stop - rows.start]).abs_()
 
     def sample(self, expert: int) -> NDArray[np.float32]:
-        """Some of the magnitudes of one expert, spread over its rows and columns; to rounding."""
+        """Return some of the magnitudes of one expert, spread over its rows and columns; to rounding."""
         b_OR, a_RI = self.products[expert]
         # numpy's product takes half the time of torch's on slices
         rows, columns = b_OR.numpy()[::SAMPLE_ROWS], a_RI.numpy()[:, ::SAMPLE_COLUMNS]
@@ -108,7 +108,10 @@ class Entries:
     def narrow(
         self, expert: int, low: float, high: float, room: int, within: slice = EVERY_ROW
     ) -> tuple[int, NDArray[np.float32]]:
-        """How many magnitudes of one expert are above `high`, and those from `low` to it, of which `room` are expected."""
+        """Return how many magnitudes of one expert are above `high`, and the values from `low` to `high`.
+
+        About `room` of these are expected; more cost a second pass.
+        """
         compiled = library()
         if compiled is None:
             above, between = 0, []
@@ -130,7 +133,7 @@ class Entries:
             room = number
 
     def stacks(self, rules: Sequence[Rule] | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of all experts (E, B, I), each pruned by its rule; the memory is used again by the next block."""
+        """Yield blocks of all experts (E, B, I), each pruned by its rule; the memory is used again by the next block."""
         buffer_BI = self._buffer()
         stack_EBI = torch.empty(len(self), *buffer_BI.shape)
         for rows in self.blocks():
@@ -143,9 +146,10 @@ class Entries:
             yield rows, part_EBI
 
     def merge(self, rules: Sequence[Rule], weights: Sequence[float], out_OI: Tensor, **options: Any) -> Merge | None:
-        """The sum of the pruned entries by their weights, or an election (`options` are fields of `Merge`), by the library.
+        """Write the sum of the pruned entries by their weights, or an election, by the library.
 
-        None, and nothing is written, where the library is missing or does not know a rule.
+        `options` are fields of `Merge`. Returns None, and nothing is written, where the library is missing or does not know
+        a rule.
         """
         compiled, numbers = library(), [rule.numbers for rule in rules]
         known = [each for each in numbers if each is not None]
@@ -163,13 +167,16 @@ class Entries:
         return Merge(cancelled=any(part.cancelled for part in parts), balance=sum(part.balance for part in parts))
 
     def by_threads(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """`function` of each item: on several threads for a layer that is merged alone, if the library does the work."""
+        """Return `function` of each item.
+
+        Several threads do the work for a layer that is merged alone, if the library is there.
+        """
         if self.size <= ALONE or library() is None:
             return list(map(function, items))
         return list(side_by_side(function, items))
 
     def _parts(self) -> list[slice]:
-        """The rows, in parts of whole groups: one for each thread where `by_threads` has several."""
+        """Return the rows in parts of whole groups: one part for each thread where `by_threads` has several."""
         number = torch.get_num_threads() if self.size > ALONE else 1
         step = -(-self.shape[0] // number // ROW_GROUP) * ROW_GROUP
         return [slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step)]
@@ -183,7 +190,7 @@ class Entries:
 
 
 def tensors(found: Sequence[Term]) -> Iterator[Entries]:
-    """The tensors that an elementwise method treats one by one: the matrices, then the biases if any expert has one.
+    """Yield the tensors that an elementwise method treats one by one: the matrices, then the biases if any expert has one.
 
     An absent bias counts as zeros.
     """
@@ -193,7 +200,7 @@ def tensors(found: Sequence[Term]) -> Iterator[Entries]:
 
 
 def merged(found: Sequence[Term], rule: Callable[[Entries, Tensor], None]) -> DenseUpdate:
-    """`rule(entries, out_OI)` applied to each of the tensors; out_OI comes uninitialised."""
+    """Return the update of `rule(entries, out_OI)` applied to each of the tensors; out_OI comes uninitialised."""
     results = []
     for entries in tensors(found):
         out_OI = torch.empty(entries.shape)
@@ -204,7 +211,7 @@ def merged(found: Sequence[Term], rule: Callable[[Entries, Tensor], None]) -> De
 
 
 def sum_pruned(experts: Experts, weights: Weights, prune: Prune, *, scale: float = 1.0) -> DenseUpdate:
-    """One layer's scale * sum of w_e tau_e, tau_e being what `prune` leaves of expert e."""
+    """Return one layer's scale * sum of w_e tau_e, tau_e being what `prune` leaves of expert e."""
 
     def rule(entries: Entries, out_OI: Tensor) -> None:
         weights_E, rules = [weight * scale for weight in entries.weights], prune(entries)
@@ -223,7 +230,7 @@ def _plain(factor: Tensor) -> Tensor:
 
 
 def _row(factors: Factors) -> tuple[Tensor, Tensor]:
-    """A bias as a product: exactly itself, or an empty sum of rank 0."""
+    """Return a bias as a product: exactly itself, or an empty sum of rank 0."""
     num_out = factors.b_OR.shape[0]
     if factors.bias_O is None:
         return torch.ones(1, 0), torch.ones(0, num_out)

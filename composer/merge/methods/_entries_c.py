@@ -16,7 +16,7 @@ _int, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
 class Expert(ctypes.Structure):
-    """`Expert` of entries.c."""
+    """The struct `Expert` of entries.c."""
 
     _fields_ = (
         ("b", _pointer),
@@ -31,7 +31,7 @@ class Expert(ctypes.Structure):
 
 
 class Merge(ctypes.Structure):
-    """`Merge` of entries.c."""
+    """The struct `Merge` of entries.c."""
 
     _fields_ = (
         *((name, _int) for name in ("num_experts", "num_outputs", "num_inputs", "elects", "weighted", "counts", "divides")),
@@ -41,8 +41,11 @@ class Merge(ctypes.Structure):
 
 
 class Numbers(NamedTuple):
-    """What is left of an expert's entries: magnitudes above `value`, or equal to it up to the flat index `last`, and of
-    those the ones whose 16 bits from the stream of `seed` are below `level` (-1 draws nothing)."""
+    """The numbers that say which of an expert's entries are left.
+
+    Those are magnitudes above `value`, or equal to it up to the flat index `last`, and of these the ones whose 16 bits from
+    the stream of `seed` are below `level` (-1 draws nothing).
+    """
 
     value: float = -1.0
     last: int = -1
@@ -55,7 +58,7 @@ EVERY = Numbers()
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library, with its functions' types; None where it cannot be had."""
+    """Return the library with its functions' types, or None where it cannot be had."""
     found = native.library(SOURCE, brief=False)
     if found is not None:
         found.read_entries.argtypes = [_pointer, _int, _int, _int, _pointer, _pointer]

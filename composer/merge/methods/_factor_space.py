@@ -24,7 +24,10 @@ Combine = Callable[[Tensor, Tensor], Tensor]
 
 
 def align(experts: Experts, weights: Weights, *, twin: str) -> list[Term]:
-    """The experts that count, all of one rank. Raises LayerMismatch, naming the `twin` on updates, for different ranks."""
+    """Return the experts that count, all of one rank.
+
+    Raises LayerMismatch, naming the `twin` on updates, for different ranks.
+    """
     found = terms(experts, weights)
     for term in found:
         if term.factors.rank != found[0].factors.rank:
@@ -36,7 +39,7 @@ def align(experts: Experts, weights: Weights, *, twin: str) -> list[Term]:
 
 
 def merge_rooted(found: Sequence[Term], combine: Combine, prune: Prune = lambda tensor, place: tensor) -> Factors:
-    """a and b by that rule with the roots of the weights, and the biases, which enter once, with the weights; fp32."""
+    """Return a and b merged by a rule with the roots of the weights, and biases merged with the weights themselves; fp32."""
     w_E = torch.tensor([term.weight for term in found], dtype=torch.float64)
     root_E = w_E.abs().sqrt()
 
@@ -54,7 +57,7 @@ def merge_rooted(found: Sequence[Term], combine: Combine, prune: Prune = lambda 
 
 
 def largest(density: float) -> Prune:
-    """Keeps the int(density * size) entries of largest magnitude of a tensor; the first of equal ones."""
+    """Return a `Prune` that keeps a tensor's int(density * size) entries of largest magnitude, of equal ones the first."""
 
     def prune(tensor: Tensor, place: int) -> Tensor:
         if density >= 1.0:
@@ -69,7 +72,10 @@ def largest(density: float) -> Prune:
 
 
 def random_rescaled(density: float, seeds: Sequence[int]) -> Prune:
-    """Keeps each entry with probability `density` and divides it by that (0 gives zeros); one stream for each expert."""
+    """Return a `Prune` that keeps each entry with probability `density` and divides it by that (0 gives zeros).
+
+    Each expert has one stream of random numbers.
+    """
     streams = [np.random.Philox(key=seed) for seed in seeds]
 
     def prune(tensor: Tensor, place: int) -> Tensor:
@@ -88,7 +94,7 @@ def weighted_sum(tensors: Tensor, weight_E: Tensor) -> Tensor:
 
 
 def disjoint_mean(majority: str) -> Combine:
-    """The rule of TIES as PEFT has it: entries that have the elected sign, weighted, over how many they are.
+    """Return TIES's rule as PEFT has it: entries that have the elected sign, weighted, over how many they are.
 
     The sign is that of the sum of the unweighted entries ("total") or of their signs ("frequency"), + for 0; zeros have
     no sign and do not count.

@@ -1,4 +1,4 @@
-"""Another merge method, by name, as a step of a merge method: it gets the experts in other coordinates."""
+"""A merge method, by name, as a step of another one: it gets the experts in other coordinates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ FACTOR_SPACE = frozenset({"lego", "hetlora", "ffa"})
 
 
 def inner_call(name: str, options: Mapping[str, Any], *, method: str) -> MethodCall:
-    """The inner method with its options. Raises WeightingError for one that `method` cannot use, UnknownName for no name."""
+    """Return the inner method with its options.
+
+    Raises WeightingError for one that `method` cannot use, UnknownName for no name.
+    """
     if name == method:
         raise WeightingError(
             f"{method}: inner={name!r} is the method itself; name the rule it shall apply, like 'ties_per_layer'"
@@ -44,9 +47,10 @@ def inner_call(name: str, options: Mapping[str, Any], *, method: str) -> MethodC
 def combined(
     call: MethodCall, experts: Experts, weights: Weights, seeds: Sequence[int], *, survey: Any = None
 ) -> Factors | DenseUpdate | None:
-    """What the inner method makes of the experts. It gets their seeds if it asks for seeds: WeightingError without them.
+    """Return what the inner method makes of the experts.
 
-    `survey` is what the inner method has seen of all layers; without it, it takes this one for all.
+    It gets their seeds if it asks for seeds: WeightingError without them. `survey` is what the inner method has seen of all
+    layers; without it, it takes this one for all.
     """
     extra: dict[str, Any] = {"survey": survey} if survey is not None else {}
     if call.takes("seeds"):
@@ -60,7 +64,7 @@ def combined(
 
 
 def with_biases(experts: Experts, originals: Sequence[Factors | None]) -> list[Factors | None]:
-    """The experts with the biases of the originals, zeros for one that has none: the inner rule merges them as they are."""
+    """Return the experts with the originals' biases, zeros for one without: the inner rule merges them as they are."""
     known = [each.bias_O for each in originals if each is not None and each.bias_O is not None]
     if not known:
         return list(experts)

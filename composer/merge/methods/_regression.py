@@ -16,7 +16,7 @@ SHRUNKEN = 0.99
 
 
 def regression(found: Sequence[Share], *, off_diagonal: float, from_mean: bool) -> Factors:
-    """The D that minimises sum of w_e tr((D - D_e) G_e (D - D_e)^T), and of all that do the one nearest to the start.
+    """Return the D that minimises sum of w_e tr((D - D_e) G_e (D - D_e)^T), and of all that do the one nearest to the start.
 
     The start is the weighted mean of the updates, or zero (the base model). G_e has its off-diagonal multiplied by
     `off_diagonal`; of a turned layer, D^T stands for D. With S = sum of w_e G_e and P the projection onto its range,
@@ -44,7 +44,7 @@ def regression(found: Sequence[Share], *, off_diagonal: float, from_mean: bool) 
 
 @dataclass(frozen=True, eq=False)
 class _Inputs:
-    """S^+ and the projection onto the range of S, for an S whose size varies by input over many orders of magnitude.
+    """The inverse S^+ and the projection onto the range of S, whose size varies by input over many orders of magnitude.
 
     Inputs that never were other than 0 (`live_I` false) are left out, the others scaled to a diagonal of 1: the rounding
     of a Gram matrix is relative to its diagonal, hence so is the rank that can be told from it. `basis_IK` spans the range
@@ -80,7 +80,7 @@ class _Inputs:
         return cls(live_I, scale_I, r_KK, basis_IK)
 
     def applied(self, rows_RI: Tensor) -> Tensor:
-        """rows S^+."""
+        """Return rows S^+."""
         result_RI = torch.zeros_like(rows_RI)
         rows_RL = rows_RI[:, self.live_I]
         if self.basis_IK is None:
@@ -93,7 +93,7 @@ class _Inputs:
         return result_RI
 
     def unseen(self, rows_RI: Tensor) -> Tensor:
-        """rows (1 - P): what of the rows acts on inputs that no expert has seen."""
+        """Return rows (1 - P): what of the rows acts on inputs that no expert has seen."""
         result_RI = rows_RI.clone()
         rows_RL = rows_RI[:, self.live_I]
         seen_RL = rows_RL if self.basis_IK is None else (rows_RL @ self.basis_IK) @ self.basis_IK.T

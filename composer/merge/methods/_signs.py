@@ -31,7 +31,7 @@ def merge_elected(
     scale: float = 1.0,
     tie: Callable[[], float] | None = None,
 ) -> DenseUpdate:
-    """One layer's scale * (sum of w_e * tau_e over the experts that agree with the elected sign) / divisor.
+    """Return one layer's scale * (sum of w_e * tau_e over the experts that agree with the elected sign) / divisor.
 
     tau_e is what `prune` leaves of expert e. The sign is that of the sum over experts of the votes, taken in float64:
     w_e tau_e when `weighted`, tau_e otherwise, or their signs when `majority` is "frequency". An expert agrees where its
@@ -74,7 +74,7 @@ def merge_elected(
 def _by_library(
     entries: Entries, rules: Sequence[Rule], out_OI: Tensor, tie: Callable[[], float] | None, **options: Any
 ) -> bool:
-    """Whether the library could merge them."""
+    """Merge by the library, if it can; return whether it could."""
     found = entries.merge(rules, entries.weights, out_OI, tie=1.0, **options)
     if found is not None and found.cancelled and tie is not None and tie() < 0:
         entries.merge(rules, entries.weights, out_OI, tie=-1.0, **options)
@@ -82,24 +82,24 @@ def _by_library(
 
 
 def divisor_of(aggregate: str) -> str:
-    """What a merge divides by for a "mean" or a "sum"."""
+    """Return what a merge divides by for a "mean" or a "sum"."""
     return "count" if aggregate == "mean" else "nothing"
 
 
 def vote(stack_EN: Tensor, majority: str) -> Tensor:
-    """The sum over experts of the entries, or of their signs, in float64."""
+    """Return the sum over experts of the entries, or of their signs, in float64."""
     if majority == "frequency":
         return stack_EN.sign().sum(dim=0).double()
     return stack_EN.sum(dim=0, dtype=torch.float64)
 
 
 def decide(sums_N: Tensor, tie: float) -> Tensor:
-    """The sign of each sum, 1 or -1 in fp32; that of `tie` for zeros. The sums are overwritten."""
+    """Return the sign of each sum, 1 or -1 in fp32; that of `tie` for zeros. The sums are overwritten."""
     return sums_N.add_(tie * FEATHER).sign_().float()
 
 
 def divisor(sums_N: Tensor) -> Tensor:
-    """The sums, zeros replaced by 1 in place, so that 0 / 0 is 0."""
+    """Return the sums, with zeros replaced by 1 in place, so that 0 / 0 is 0."""
     sums = sums_N.numpy()
     # numpy's comparisons are many times faster than torch's on a CPU
     np.add(sums, sums == 0, out=sums)
@@ -107,7 +107,7 @@ def divisor(sums_N: Tensor) -> Tensor:
 
 
 def _cancelled(stack_EN: Tensor, sums_N: Tensor) -> bool:
-    """Whether a sum is zero although an expert's entry is not."""
+    """Return whether a sum is zero although an expert's entry is not."""
     silent = sums_N.numpy() == 0
     silent &= stack_EN.amax(dim=0).numpy() > 0
     return bool(silent.any())

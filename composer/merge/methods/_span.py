@@ -21,7 +21,7 @@ from loraweave.types import Factors
 
 
 def gram(updates: Sequence[Factors]) -> Tensor:
-    """<D_i, D_j> of every pair as (E, E), float64, symmetric."""
+    """Return <D_i, D_j> of every pair as (E, E), float64, symmetric."""
     a_SI = torch.cat([factors.a_RI for factors in updates]).double()
     b_OS = torch.cat([factors.b_OR for factors in updates], dim=1).double()
     product_SS = (a_SI @ a_SI.T) * (b_OS.T @ b_OS)
@@ -30,7 +30,7 @@ def gram(updates: Sequence[Factors]) -> Tensor:
 
 
 def combination(updates: Sequence[Factors], coefficients: Sequence[float]) -> Factors:
-    """The sum of c_e update_e, exactly; gains and biases enter likewise, coefficients of zero drop out.
+    """Return the sum of c_e update_e, exactly; gains and biases enter likewise, coefficients of zero drop out.
 
     The result is always new memory, and an update of rank 0 when all coefficients are zero. Raises LayerMismatch for
     updates of different shape, AdapterUnsupported for an unbound one that is not alone with a coefficient of 1.
@@ -46,19 +46,19 @@ def combination(updates: Sequence[Factors], coefficients: Sequence[float]) -> Fa
 
 
 def nothing(like: Factors, bias_O: Tensor | None = None) -> Factors:
-    """The update of rank 0 on a layer of that shape, which may still have a bias."""
+    """Return the update of rank 0 on a layer of that shape, which may still have a bias."""
     a_RI, b_OR = like.a_RI.new_zeros(0, like.a_RI.shape[1]), like.b_OR.new_zeros(like.b_OR.shape[0], 0)
     return Factors(a_RI.float(), b_OR.float(), bias_O=bias_O, kind=like.kind, kernel=like.kernel)
 
 
 def counted(experts: Experts, weights: Weights) -> tuple[list[Factors], list[float]]:
-    """The experts that have the layer and a weight other than zero, of any kind, and their weights."""
+    """Return the experts that have the layer and a weight other than zero, of any kind, and their weights."""
     found = [(f, float(w)) for f, w in zip(experts, weights, strict=True) if f is not None and w != 0.0]
     return [factors for factors, _ in found], [weight for _, weight in found]
 
 
 def mean_weights(weights: Weights) -> list[float]:
-    """The weights over their sum. Raises WeightingError when that is zero and not all weights are."""
+    """Return the weights over their sum. Raises WeightingError when that is zero and not all weights are."""
     values = [float(weight) for weight in weights]
     total = sum(values)
     if total == 0.0 and any(values):
@@ -70,7 +70,7 @@ def mean_weights(weights: Weights) -> list[float]:
 
 
 def shares(weights: Weights) -> list[float]:
-    """The weights over their sum, for formulas in which they are shares. Raises WeightingError for a negative one."""
+    """Return the weights over their sum, for formulas in which they are shares. Raises WeightingError for a negative one."""
     if any(weight < 0.0 for weight in weights):
         raise WeightingError(
             f"the method takes the weights as shares, which are positive, but got {_listed(weights)}: use linear, which "
@@ -80,7 +80,7 @@ def shares(weights: Weights) -> list[float]:
 
 
 def pair(weights: Weights) -> list[float]:
-    """The weights over their sum, where two at most are not zero. Raises WeightingError for more, or a negative one."""
+    """Return the weights over their sum, if at most two are not zero. Raises WeightingError for more, or a negative one."""
     count = sum(weight != 0.0 for weight in weights)
     if count > 2:
         raise WeightingError(
@@ -91,7 +91,7 @@ def pair(weights: Weights) -> list[float]:
 
 
 def interpolation(inner_EE: Tensor, parts: Sequence[float], *, max_cosine: float) -> Tensor:
-    """The coefficients of spherical interpolation, of shape (2,) or (2, O) for inner products (2, 2) or (2, 2, O), float64.
+    """Return the coefficients of spherical interpolation, (2,) or (2, O), for inner products (2, 2) or (2, 2, O), float64.
 
     `parts` are the shares 1 - t and t. Where |cos| is above `max_cosine` or a norm is zero the coefficients are those.
     """

@@ -1,4 +1,4 @@
-"""What every merge method does first: leave out the experts that do not count, and refuse those that do not fit.
+"""The first step of every merge method: leave out the experts that do not count, and refuse those that do not fit.
 
 Methods whose weights are shares of a mean, and whose data says how the mean is taken, begin with `shares`.
 """
@@ -23,7 +23,7 @@ Weights = Sequence[float]
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """An expert that counts: its factors, its weight (finite, not zero), and its place among the experts given."""
+    """One expert that counts: its factors, its weight (finite, not zero), and its place among the experts given."""
 
     factors: Factors
     weight: float
@@ -31,7 +31,7 @@ class Term:
 
 
 def terms(experts: Experts, weights: Weights) -> list[Term]:
-    """The experts that have the layer and a weight other than zero, in the order given; all of one shape and kind.
+    """Return the experts that have the layer and a weight other than zero, in the order given; all of one shape and kind.
 
     Raises AdapterUnsupported for an update that depends on the base layer: one with a gain, DoRA's magnitude or a trained
     base bias. Raises LayerMismatch, with both shapes, for updates that differ.
@@ -60,14 +60,14 @@ def signature(factors: Factors) -> tuple[int, int, str, tuple[int, ...]]:
 
 
 def weighted_bias(found: Sequence[Term]) -> Tensor | None:
-    """The sum of w_e bias_e over the terms that have one, fp32; None when no term has."""
+    """Return the sum of w_e bias_e over the terms that have one, fp32; None when no term has."""
     parts = [term.factors.bias_O.double() * term.weight for term in found if term.factors.bias_O is not None]
     return torch.stack(parts).sum(dim=0).float() if parts else None
 
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """An expert that takes part with a weight above zero; `term` is None for one whose update is zero in this layer."""
+    """One expert that takes part with a weight above zero; `term` is None for one whose update is zero in this layer."""
 
     term: Term | None
     weight: float
@@ -75,7 +75,7 @@ class Share:
 
 
 def shares(experts: Experts, weights: Weights, statistics: Sequence[LayerStatistics | None], *, part: str) -> list[Share]:
-    """The experts that take part in a layer's mean, in the order given; empty when none has an update there.
+    """Return the experts that take part in a layer's mean, in the order given; empty when none has an update there.
 
     An expert without the layer is a zero update where its inputs were recorded there (collect_statistics(layers=...)),
     and has no part in the mean otherwise: it has seen nothing. Raises WeightingError for a negative weight and for an
@@ -97,7 +97,7 @@ def shares(experts: Experts, weights: Weights, statistics: Sequence[LayerStatist
 
 
 def share_bias(found: Sequence[Share]) -> Tensor | None:
-    """The weighted mean of the biases, an absent one being zeros; None when no expert has one."""
+    """Return the weighted mean of the biases, an absent one being zeros; None when no expert has one."""
     total_O = weighted_bias([share.term for share in found if share.term is not None])
     return None if total_O is None else total_O / sum(share.weight for share in found)
 

@@ -1,4 +1,4 @@
-"""Which entries of a tensor are the largest in magnitude: exactly, without sorting, equal magnitudes included."""
+"""The largest entries of a tensor in magnitude: found exactly, without sorting, equal magnitudes included."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Blocks = Callable[[], Iterator[tuple[slice, Tensor]]]
 
 @dataclass(frozen=True)
 class Cut:
-    """Keeps magnitudes above `value`, and those equal to it up to the flat index `last` (row by row)."""
+    """A rule that keeps magnitudes above `value`, and those equal to it up to the flat index `last` (row by row)."""
 
     value: float
     last: float = -1
@@ -37,7 +37,7 @@ class Cut:
         return Numbers(self.value, int(min(self.last, 2**62)))
 
     def apply(self, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
-        """Writes the entries of a block that are kept, and zeros elsewhere."""
+        """Write the entries of a block that are kept, and zeros elsewhere."""
         width = block_BI.shape[1]
         # hardshrink keeps what is above its bound: one step below `value` keeps the equal ones too
         below = float(np.nextafter(np.float32(self.value), np.float32(0)))
@@ -57,14 +57,14 @@ EVERYTHING = Cut(0.0)
 
 
 def count_of(density: float, size: int) -> int:
-    """How many of `size` entries a density keeps: rounded down, as PEFT and mergekit do."""
+    """Return how many of `size` entries a density keeps: rounded down, as PEFT and mergekit do."""
     return int(density * size)
 
 
 def largest(blocks: Blocks, count: int, scratch_OI: Tensor) -> Cut:
-    """The cut that keeps exactly the `count` largest magnitudes (zeros aside), of equal ones those with the lower index.
+    """Return the cut that keeps exactly the `count` largest magnitudes (zeros aside), of equal ones those of lower index.
 
-    `blocks()` gives (rows, magnitudes) in order, the same bits each time. `scratch_OI` is overwritten.
+    `blocks()` yields (rows, magnitudes) in order, the same bits each time. `scratch_OI` is overwritten.
     """
     if count <= 0:
         return NOTHING
@@ -84,12 +84,12 @@ def largest(blocks: Blocks, count: int, scratch_OI: Tensor) -> Cut:
 
 
 def keep_largest(entries: Entries, count: int) -> Sequence[Cut]:
-    """Keeps exactly the `count` largest magnitudes of each expert (zeros aside), of equal ones the earlier."""
+    """Return cuts that keep exactly each expert's `count` largest magnitudes (zeros aside), of equal ones the earlier."""
     return entries.by_threads(lambda expert: _largest(entries, expert, count), range(len(entries)))
 
 
 def prune_smallest(density: float) -> Prune:
-    """Keeps the int(density * entries) largest magnitudes of each expert's tensor, of equal ones the earlier."""
+    """Return a `Prune` that keeps each tensor's int(density * entries) largest magnitudes, of equal ones the earlier."""
     return lambda entries: keep_largest(entries, count_of(density, entries.size))
 
 
@@ -114,11 +114,11 @@ def _largest(entries: Entries, expert: int, count: int) -> Cut:
 
 
 def kth_largest(parts: Sequence[tuple[Entries, int]], count: int) -> tuple[float, int, int]:
-    """The `count`-th largest magnitude (1 or more) of an expert's tensors, exactly; how many equal ones are among the
-    `count` largest, and how many there are.
+    """Return the `count`-th largest magnitude (1 or more) of an expert's tensors, and how many are equal to it.
 
-    Where there are fewer magnitudes, the others count as zeros. A sample says about where it lies (Floyd and Rivest
-    1975); one pass counts what is larger and keeps what is near, and another follows where the sample was wrong.
+    Of equal ones, the first number counts those among the `count` largest, the second all. Where there are fewer magnitudes
+    than `count`, the others count as zeros. A sample says about where it lies (Floyd and Rivest 1975); one pass counts what
+    is larger and keeps what is near, and another follows where the sample was wrong.
     """
     size = sum(entries.size for entries, _ in parts)
     if count > size:
@@ -149,7 +149,7 @@ def kth_largest(parts: Sequence[tuple[Entries, int]], count: int) -> tuple[float
 
 
 def _bracket(sample: NDArray[np.float32], share: float) -> tuple[float, float]:
-    """Magnitudes between which the one lies, in all likelihood, that `share` of all are as large as or larger."""
+    """Return two magnitudes between which, in all likelihood, the one lies that `share` of all reach or exceed."""
     margin = 0.01 + 2.0 / math.sqrt(len(sample))
     places = [round((1.0 - share + move) * len(sample)) for move in (margin, -margin)]
     found = [math.inf, 0.0]
@@ -162,7 +162,7 @@ def _bracket(sample: NDArray[np.float32], share: float) -> tuple[float, float]:
 
 
 def _place(blocks: Blocks, value: float, number: int) -> int:
-    """The flat index of the `number`-th entry (1 or more) equal to `value`."""
+    """Return the flat index of the `number`-th entry (1 or more) equal to `value`."""
     start = 0
     for _, magnitudes_BI in blocks():
         equal = np.flatnonzero(magnitudes_BI.reshape(-1).numpy() == np.float32(value))

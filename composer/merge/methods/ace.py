@@ -22,7 +22,7 @@ TINY = 1e-12
 
 @traits("lossy")
 def ace(experts: Experts, weights: Weights, *, eps: Positive = 1e-2, k_fraction: Share = 0.3) -> Factors:
-    """One layer's T = (sum of C_e G_e)(sum of G_e + 1 c^T)^-1, and where sizes differ much, a spectral part added to it.
+    """Return one layer's T = (sum of C_e G_e)(sum of G_e + 1 c^T)^-1, with a spectral part where sizes differ much.
 
     D_e is w_e times the update, C_e is D_e less its mean row, S_e = C_e^T C_e the estimate of the expert's input covariance,
     G_e = S_e + eps I, and c the mean row of the sum of S_e, which enters every row alike. With t_e = tr(D_e^T D_e), sizes
@@ -84,7 +84,7 @@ class _Updates:
 
 
 def _level(fused_OP: Tensor, k_fraction: float, num_inputs: int) -> Tensor:
-    """mean(sigma_k) U_k V_k^T of the largest singular triplets that are not null."""
+    """Return mean(sigma_k) U_k V_k^T of the largest singular triplets that are not null."""
     u_OS, s_S, vh_SP = torch.linalg.svd(fused_OP, full_matrices=False)
     kept = min(int(min(fused_OP.shape[0], num_inputs) * k_fraction), counted(s_S))
     return (u_OS[:, :kept] * s_S[:kept].mean()) @ vh_SP[:kept] if kept else torch.zeros_like(fused_OP)

@@ -11,7 +11,7 @@ from loraweave.types import Factors
 
 @traits("shares")
 def average(experts: Experts, weights: Weights) -> Factors:
-    """One layer's sum of w_e D_e over the sum of w_e, by concatenation, so exact and of rank sum of R_e.
+    """Return one layer's sum of w_e D_e over the sum of w_e, by concatenation, so exact and of rank sum of R_e.
 
     Only proportions of the weights count; equal ones give the mean of the fine-tuned models (model soups, Wortsman et al.
     2022, arXiv 2203.05482). An expert without the layer is a zero update whose weight stays in the denominator. Gains and

@@ -20,7 +20,7 @@ from loraweave.registry import traits
 def breadcrumbs(
     experts: Experts, weights: Weights, *, density: Fraction = 0.9, gamma: Fraction = 0.01, scale: float = 1.0
 ) -> DenseUpdate:
-    """One layer's scale * sum of w_e tau_e, tau_e being an update without its outliers and its small entries.
+    """Return one layer's scale * sum of w_e tau_e, tau_e being an update without its outliers and its small entries.
 
     Of an expert's n entries in a layer, by magnitude (of equal ones the earlier first), the first int(gamma * n) are
     dropped, the next int(density * n) kept, the rest dropped; where that exceeds n, fewer outliers are dropped. So does
@@ -32,7 +32,7 @@ def breadcrumbs(
 
 @dataclass(frozen=True)
 class Between:
-    """Keeps what `reach` keeps and `outliers` does not."""
+    """A rule that keeps what `reach` keeps and `outliers` does not."""
 
     reach: Cut
     outliers: Cut
@@ -47,7 +47,7 @@ class Between:
 
 
 def prune_both_ends(density: float, gamma: float) -> Prune:
-    """Drops the int(gamma * n) largest entries of each expert's tensor, and keeps the int(density * n) that follow."""
+    """Return a `Prune` that drops each tensor's int(gamma * n) largest entries and keeps the next int(density * n)."""
 
     def prune(entries: Entries) -> Sequence[Rule]:
         target = count_of(density, entries.size)

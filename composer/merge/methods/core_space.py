@@ -27,7 +27,7 @@ def core_space(
     scale: float = 1.0,
     seeds: Sequence[int] = (),
 ) -> Factors | None:
-    """One layer's scale * U merge(M_1, ..., M_E) V^T with M_e = U^T D_e V, U (O, P) and V (I, Q) spanning all updates.
+    """Return one layer's scale * U merge(M_1, ..., M_E) V^T with M_e = U^T D_e V; U (O, P) and V (I, Q) span all updates.
 
     `inner` names the method that merges the cores M_e, with the weights and `inner_options` (as `{"density": 0.5}`). Nothing
     is lost: inner="linear" is the weighted sum. A rule that looks at all layers takes this one for all, as in the released
@@ -70,7 +70,7 @@ def core_space(
 
 
 def _of_updates(found: Sequence[Term]) -> tuple[Tensor, Tensor, list[Factors]]:
-    """U, V and the cores in the singular vectors of the updates."""
+    """Return U, V and the cores in the singular vectors of the updates."""
     parts = spectra(found)
     experts_S = joint(parts)
     if not sum(experts_S.ranks):
@@ -82,7 +82,7 @@ def _of_updates(found: Sequence[Term]) -> tuple[Tensor, Tensor, list[Factors]]:
 
 
 def _of_factors(found: Sequence[Term]) -> tuple[Tensor, Tensor, list[Factors]]:
-    """U, V and the cores in the singular vectors of the stacked factors, as many as these are large."""
+    """Return U, V and the cores in the singular vectors of the stacked factors, as many as these are large."""
     u_OP, b_PS = _left_singular(torch.cat([term.factors.b_OR for term in found], dim=1).double())
     v_IQ, a_QS = _left_singular(torch.cat([term.factors.a_RI for term in found]).double().T)
     ranks = [term.factors.rank for term in found]
@@ -92,9 +92,10 @@ def _of_factors(found: Sequence[Term]) -> tuple[Tensor, Tensor, list[Factors]]:
 
 
 def _left_singular(stack_NS: Tensor) -> tuple[Tensor, Tensor]:
-    """(basis_NP, stack_PS): min(N, S) left singular vectors, zeros for those of singular value zero, and the stack in them.
+    """Return (basis_NP, stack_PS): min(N, S) left singular vectors, and the stack in them.
 
-    No column of the stack is lost however small it is; nothing is left of a stack of zeros.
+    A vector of singular value zero is zeros. No column of the stack is lost however small it is; nothing is left of a stack
+    of zeros.
     """
     size_S = stack_NS.norm(dim=0)
     used_S = size_S > 0

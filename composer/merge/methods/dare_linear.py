@@ -16,7 +16,7 @@ from loraweave.registry import traits
 def dare_linear(
     experts: Experts, weights: Weights, *, seeds: Sequence[int], density: Fraction = 0.5, scale: float = 1.0
 ) -> DenseUpdate:
-    """One layer's scale * sum of w_e m_e delta_e / q, each entry of m_e being 1 with probability q, else 0.
+    """Return one layer's scale * sum of w_e m_e delta_e / q, each entry of m_e being 1 with probability q, else 0.
 
     On average this is the weighted sum. `density` = 1 - p is the probability of keeping an entry, rounded to a multiple q of
     2^-16 (at least one; 0 gives zeros). Masks depend on seeds[e] and an entry's place alone. fp32 products.

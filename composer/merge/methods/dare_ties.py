@@ -23,7 +23,7 @@ def dare_ties(
     majority: Literal["total", "frequency"] = "total",
     scale: float = 1.0,
 ) -> DenseUpdate:
-    """One layer's TIES merge of randomly dropped updates tau_e = m_e delta_e / q (m_e and q as in `dare_linear`).
+    """Return one layer's TIES merge of randomly dropped updates tau_e = m_e delta_e / q (m_e and q as in `dare_linear`).
 
     gamma = sign of the sum of tau_e, or of their signs (`majority`="frequency"); 1 where that is zero. The result is scale *
     (sum of w_e tau_e over experts with sign gamma) / (their number), as in `ties_per_layer`. fp32 products, votes in

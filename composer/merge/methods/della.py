@@ -31,7 +31,7 @@ def della(
     aggregate: Literal["mean", "sum"] = "mean",
     scale: float = 1.0,
 ) -> DenseUpdate:
-    """One layer's DELLA merge: MAGPRUNE on each update, then the sign election and disjoint merge of `ties`.
+    """Return one layer's DELLA merge: MAGPRUNE on each update, then the sign election and disjoint merge of `ties`.
 
     MAGPRUNE keeps an entry with probability p and divides it by p. Within a row of I entries, p rises linearly with the
     rank of the magnitude, from density - epsilon for the smallest to density + epsilon for the largest (of equal ones the
@@ -61,7 +61,10 @@ def della(
 def magprune(
     entries: Entries, seeds: Sequence[int], density: float, epsilon: float, *, rescale: bool = True
 ) -> Sequence[Rule]:
-    """Keeps an entry with a probability that rises with the rank of its magnitude, and divides it by that to `rescale`."""
+    """Return rules that keep an entry with a probability that rises with the rank of its magnitude.
+
+    To `rescale`, they divide an entry that is kept by its probability.
+    """
     width = entries.shape[1]
     rising = np.linspace(-1.0, 1.0, width) if width > 1 else np.zeros(width)
     level_of_rank_I = torch.tensor([float(quantise(density + epsilon * step)) for step in rising])
@@ -70,7 +73,7 @@ def magprune(
 
 @dataclass(frozen=True, eq=False)
 class Ranked:
-    """Keeps the entries whose draw is below the level of their rank in the row, from the smallest magnitude on."""
+    """A rule that keeps entries whose draw is below the level of their rank in the row, from the smallest magnitude on."""
 
     seed: int
     level_of_rank_I: Tensor
@@ -88,7 +91,7 @@ class Ranked:
 
 
 def _ascending(block_BI: Tensor) -> Tensor:
-    """For each row the columns in order of magnitude, of equal ones the earlier first.
+    """Return for each row the columns in order of magnitude, of equal ones the earlier first.
 
     The bits of a magnitude above those of the column make one integer, so that an ordinary sort, which is fast, is stable.
     """

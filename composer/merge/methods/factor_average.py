@@ -15,7 +15,7 @@ from loraweave.types import Factors
 
 @traits("shares", "by_factors")
 def factor_average(experts: Experts, weights: Weights) -> Factors:
-    """One layer's a = sum of p_e a_e and b = sum of p_e b_e with p_e = w_e over the sum of the weights.
+    """Return one layer's a = sum of p_e a_e and b = sum of p_e b_e with p_e = w_e over the sum of the weights.
 
     The addition of PEM arithmetic (Zhang et al. 2023, arXiv 2306.14870), adapter soups (Chronopoulou et al. 2023, arXiv
     2302.07027), FedAvg on LoRA; for a slow and a fast adapter of weights decay and 1 - decay a step of I-LoRA's moving

@@ -13,7 +13,7 @@ from loraweave.types import Factors
 
 @traits("lossy", "by_factors")
 def factor_dare_linear(experts: Experts, weights: Weights, *, seeds: Sequence[int], density: Fraction = 0.5) -> Factors:
-    """One layer's a and b, each the sum over experts of a random part of the entries, divided by `density`.
+    """Return one layer's a and b, each the sum over experts of a random part of the entries, divided by `density`.
 
     PEFT's combination type "dare_linear" (drop and rescale, Yu et al. 2024, arXiv 2311.03099, on a and b apart): each entry
     stays with probability `density`; sqrt|w_e| on both sides, the sign of w_e on a. Draws follow `seeds`, one for each

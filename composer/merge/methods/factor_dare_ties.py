@@ -21,7 +21,7 @@ def factor_dare_ties(
     density: Fraction = 0.5,
     majority: Literal["total", "frequency"] = "total",
 ) -> Factors:
-    """One layer's a and b, each by election of signs and disjoint mean over a random part of the experts' entries.
+    """Return one layer's a and b, each by election of signs and disjoint mean over a random part of the experts' entries.
 
     PEFT's combination type "dare_ties": each entry stays with probability `density`, divided by that (Yu et al. 2024, arXiv
     2311.03099); then signs and mean as in `factor_ties`. Draws follow `seeds`, one for each expert, and so neither order nor

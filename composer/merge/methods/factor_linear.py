@@ -10,7 +10,7 @@ from loraweave.types import Factors
 
 @traits("by_factors")
 def factor_linear(experts: Experts, weights: Weights) -> Factors:
-    """One layer's a = sum of sign(w_e) sqrt|w_e| a_e and b = sum of sqrt|w_e| b_e: PEFT's combination type "linear".
+    """Return one layer's a = sum of sign(w_e) sqrt|w_e| a_e and b = sum of sqrt|w_e| b_e: PEFT's combination type "linear".
 
     The update is the sum over e, f of sqrt|w_e w_f| sign(w_f) b_e a_f: the weighted sum of updates plus cross terms. The
     LoRA scale s_e is part of b_e here, while PEFT puts its root on either side; both agree where all s_e are equal, and

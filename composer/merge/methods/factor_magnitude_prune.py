@@ -11,7 +11,7 @@ from loraweave.types import Factors
 
 @traits("lossy", "by_factors")
 def factor_magnitude_prune(experts: Experts, weights: Weights, *, density: Fraction = 0.5) -> Factors:
-    """One layer's a and b, each the sum over experts of their int(density * size) entries of largest magnitude.
+    """Return one layer's a and b, each the sum over experts of their int(density * size) entries of largest magnitude.
 
     PEFT's combination type "magnitude_prune": sqrt|w_e| on both sides, the sign of w_e on a; `density` is the fraction kept,
     of a and of b apart. Biases likewise, with w_e. On updates this is `magnitude_prune`. With the LoRA scale part of b, it

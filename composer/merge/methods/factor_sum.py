@@ -14,7 +14,7 @@ from loraweave.types import Factors
 
 @traits("by_factors")
 def factor_sum(experts: Experts, weights: Weights) -> Factors:
-    """One layer's A = sum of w_e a_e and B = sum of w_e b_e, hence the update sum over i, j of w_i w_j b_i a_j.
+    """Return one layer's A = sum of w_e a_e and B = sum of w_e b_e, hence the update sum over i, j of w_i w_j b_i a_j.
 
     Not the weighted sum of updates: a single expert of weight w counts w^2, the sign of all weights cancels, and the result
     depends on how an update is split into a and b. The LoRA scale s is folded into b, so for experts of one scale this

@@ -15,7 +15,7 @@ from loraweave.types import Factors
 def factor_ties(
     experts: Experts, weights: Weights, *, density: Fraction = 0.2, majority: Literal["total", "frequency"] = "total"
 ) -> Factors:
-    """One layer's a and b, each by trimming, election of signs and disjoint mean over the experts' a and over their b.
+    """Return one layer's a and b, each by trimming, election of signs and disjoint mean over the experts' a or their b.
 
     PEFT's combination type "ties". Of each tensor the int(density * size) largest magnitudes stay; the sign of an entry is
     that of the sum of values ("total") or of signs ("frequency"), without weights; entries of that sign are summed with

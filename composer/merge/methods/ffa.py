@@ -15,7 +15,7 @@ from loraweave.types import Factors
 
 @traits("shares", "by_factors", "one_a")
 def ffa(experts: Experts, weights: Weights) -> Factors:
-    """One layer's mean of b over the common a: exactly the mean update, at the clients' rank.
+    """Return one layer's mean of b over the common a: exactly the mean update, at the clients' rank.
 
     b = sum of w_e b_e over sum of w_e (Sun et al. 2024, arXiv 2403.12313). Weights are the clients' sizes: positive, and
     only their proportions count. An expert without the layer has b = 0 there. Biases take the mean.

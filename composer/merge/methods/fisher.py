@@ -26,7 +26,7 @@ def fisher(
     floor: NonNegative = 1e-6,
     normalise: bool = False,
 ) -> DenseUpdate:
-    """One layer's sum of w_e F_e * D_e / sum of w_e F_e, entry by entry, with F_e = max(F_e, floor) (eq. 3 of the paper).
+    """Return one layer's sum of w_e F_e * D_e / sum of w_e F_e, entry by entry, where F_e = max(F_e, floor) (paper's eq. 3).
 
     Only proportions of the weights count. `floor` is in units of F: where every F_e lies below it the result is the weighted
     mean, so it should be small against the F of the model. `normalise` divides w_e by the norm of F_e over all layers of its
@@ -63,7 +63,10 @@ def fisher(
 
 
 def _norm(share: Share) -> float:
-    """The norm of the expert's Fisher, over all layers where it was recorded so."""
+    """Return the norm of the expert's Fisher, over all layers where it was recorded so.
+
+    Raises WeightingError for a norm of 0.
+    """
     seen = share.seen
     assert seen.fisher_OI is not None
     norm = float(seen.fisher_OI.double().norm()) if seen.fisher_norm is None else seen.fisher_norm

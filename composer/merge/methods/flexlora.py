@@ -17,7 +17,7 @@ from loraweave.types import Factors
 
 @traits("shares")
 def flexlora(experts: Experts, weights: Weights, *, rank: int | None = None) -> TruncatedUpdate:
-    """One layer's mean update U Sigma V^T cut to `rank`, with b = U Sigma and a = V^T (Bai et al. 2024, arXiv 2402.11505).
+    """Return one layer's mean update cut to `rank`, with b = U Sigma and a = V^T (Bai et al. 2024, arXiv 2402.11505).
 
     Weights are the clients' sizes: only their proportions count. Without `rank` it is the largest among the experts that
     count. Rows of a are orthonormal and ordered by singular value, so that the first r of them are the best approximation of
@@ -30,7 +30,7 @@ def flexlora(experts: Experts, weights: Weights, *, rank: int | None = None) -> 
 
 
 def _right_orthonormal(factors: Factors) -> Factors:
-    """The same update with the rows of a orthonormal and b = U Sigma, largest first."""
+    """Return the same update with the rows of a orthonormal and b = U Sigma, largest first."""
     q_OR, core_RR, p_IR = orthonormal(factors.a_RI, factors.b_OR)
     u_RR, sigma_R, vh_RR = torch.linalg.svd(core_RR, full_matrices=False)
     return replace(factors, a_RI=(vh_RR @ p_IR.T).float(), b_OR=(q_OR @ (u_RR * sigma_R)).float())

@@ -8,7 +8,7 @@ from loraweave.types import Factors
 
 
 def genknowsub(experts: Experts, weights: Weights) -> Factors:
-    """One layer's sum of w_e D_e over the tasks, minus the mean of the general updates (GenKnowSub, arXiv 2505.10939).
+    """Return one layer's sum of w_e D_e over the tasks minus the mean of the general updates (GenKnowSub, arXiv 2505.10939).
 
     A positive weight says that an expert is a task, which adds w_e D_e; a negative one that it is general knowledge (say of
     one language). Together these subtract sum of |w_g| D_g / sum of |w_g|, once, from the sum: only proportions of their

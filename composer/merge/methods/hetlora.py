@@ -21,7 +21,7 @@ from loraweave.types import Factors
 def hetlora(
     experts: Experts, weights: Weights, *, norms: Literal["model", "layer"] = "model", survey: Sequence[float] | None = None
 ) -> Factors:
-    """One layer's sum of p_e a_e and sum of p_e b_e, each padded with zeros to the largest rank.
+    """Return one layer's sum of p_e a_e and sum of p_e b_e, each padded with zeros to the largest rank.
 
     p_e = w_e |D_e| / sum of w_j |D_j| with the Frobenius norm of the update (Cho et al. 2024, arXiv 2401.06432); weights of
     1 are the paper's, and only proportions count. `norms` takes the norm over all layers of an expert ("model") or of each
@@ -45,7 +45,7 @@ def hetlora(
 
 
 def survey(layers: Iterable[Experts], weights: Weights, *, norms: Literal["model", "layer"] = "model") -> list[float] | None:
-    """The norm of each expert's update, all layers together; None when `norms` is "layer"."""
+    """Return the norm of each expert's update, all layers together; None when `norms` is "layer"."""
     if norms == "layer":
         return None
     squares = [0.0] * len(weights)

@@ -11,7 +11,7 @@ from loraweave.types import Factors
 
 @traits("lossy")
 def iso_c(experts: Experts, weights: Weights, *, scale: float = 1.0) -> Factors:
-    """One layer's scale * mean(sigma) U V^T, where U diag(sigma) V^T is the compact SVD of the sum of w_e D_e.
+    """Return one layer's scale * mean(sigma) U V^T, where U diag(sigma) V^T is the compact SVD of the sum of w_e D_e.
 
     The mean runs over the singular values that are not zero (above 2^-18 beside the largest of the experts' own), and only
     their directions are kept: the rank is that of the sum. The released code averages over all min(O, I) singular values and

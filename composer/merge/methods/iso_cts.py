@@ -17,7 +17,7 @@ from loraweave.types import Factors
 
 @traits("lossy")
 def iso_cts(experts: Experts, weights: Weights, *, common_space_fraction: Fraction = 0.8, scale: float = 1.0) -> Factors:
-    """One layer's scale * mean(sigma) U* V*^T over the top directions of the sum and what each expert has beyond them.
+    """Return one layer's scale * mean(sigma) U* V*^T over the sum's top directions and what each expert has beyond them.
 
     Of the d dimensions that the experts span together (the smaller of their joint column and row space), E * n are given
     to the E experts, n = round((d - int(d * fraction)) / E) each, and the rest to the sum of w_e D_e: its top singular
@@ -55,7 +55,7 @@ def iso_cts(experts: Experts, weights: Weights, *, common_space_fraction: Fracti
 def _beyond(
     parts: Sequence[Spectrum], experts_S: Joint, u_PS: Tensor, v_QS: Tensor, common_PC: Tensor, num: int
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The `num` top singular triplets of each w D without the columns' common space; fewer where the others are zero."""
+    """Return the `num` top singular triplets of each w D without the columns' common space; fewer if others are zero."""
     rest_PS = u_PS * experts_S.size_S
     rest_PS = rest_PS - common_PC @ (common_PC.T @ rest_PS)
     triplets = []
@@ -67,6 +67,6 @@ def _beyond(
 
 
 def _polar(stack_NM: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal columns, null where the stack is."""
+    """Return the nearest matrix with orthonormal columns, null where the stack is."""
     t_MP, _, vh_PM = gram_svd(stack_NM)
     return stack_NM @ t_MP @ vh_PM

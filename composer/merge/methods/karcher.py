@@ -16,7 +16,7 @@ from loraweave.types import Factors
 
 @traits("shares")
 def karcher(experts: Experts, weights: Weights, *, tolerance: NonNegative = 1e-9, max_steps: Count = 100) -> Factors:
-    """One layer's direction m of least sum of p_e angle(m, D_e)^2, times the mean of the norms, sum of p_e |D_e|.
+    """Return one layer's direction m of least sum of p_e angle(m, D_e)^2, times the mean of the norms, sum of p_e |D_e|.
 
     Riemannian centre of mass (Karcher 1977) of unit vectors, each update being one long vector, by gradient steps
     m <- Exp_m(sum of p_e Log_m(D_e / |D_e|)) from their normalised mean until a step turns m by less than `tolerance`
@@ -43,7 +43,10 @@ def karcher(experts: Experts, weights: Weights, *, tolerance: NonNegative = 1e-9
 
 
 def _centre(unit_EE: Tensor, part_E: Tensor, tolerance: float, max_steps: int) -> Tensor | None:
-    """Coefficients of the centre in unit vectors of that Gram matrix; None when their mean is too short for a direction."""
+    """Return the coefficients of the centre in unit vectors of that Gram matrix.
+
+    None when the vectors' mean is too short for a direction.
+    """
     length = _length(unit_EE, part_E)
     if length < 1e-6:
         return None

@@ -27,7 +27,7 @@ def knots(
     seeds: Sequence[int] = (),
     survey: Any = None,
 ) -> Factors | None:
-    """One layer's scale * U merge(S V_1^T, ..., S V_E^T), where [D_1 | ... | D_E] = U S [V_1^T | ... | V_E^T].
+    """Return one layer's scale * U merge(S V_1^T, ..., S V_E^T), where [D_1 | ... | D_E] = U S [V_1^T | ... | V_E^T].
 
     `inner` names the method that merges the pieces S V_e^T = U^T D_e, each (P, I) with P the dimension of the joint column
     space, with the weights and `inner_options` (as `{"density": 0.5}`). By default TIES as published, which trims the pieces
@@ -59,21 +59,24 @@ def knots(
 
 
 def needs_survey(*, inner: str = "ties", inner_options: Mapping[str, Any] = NO_OPTIONS) -> bool:
-    """Whether the inner rule looks at all layers."""
+    """Return whether the inner rule looks at all layers."""
     return inner_call(inner, inner_options, method="knots").looks_at_all_layers
 
 
 def survey(
     layers: Iterable[Experts], weights: Weights, *, inner: str = "ties", inner_options: Mapping[str, Any] = NO_OPTIONS
 ) -> Any:
-    """What the inner rule needs to know of the pieces of all layers before it merges the first ones."""
+    """Return what the inner rule needs to know of the pieces of all layers before it merges the first ones."""
     call = inner_call(inner, inner_options, method="knots")
     found = ((experts, terms(experts, weights)) for experts in layers)
     return call.survey((_pieces(experts, kept)[1] if kept else [None] * len(experts) for experts, kept in found), weights)
 
 
 def _pieces(experts: Experts, found: Sequence[Term]) -> tuple[Tensor, list[Factors | None]]:
-    """U and each expert's U^T D_e with its bias; None for one that does not count, and for all where no update is left."""
+    """Return U and each expert's U^T D_e with its bias.
+
+    A piece is None for an expert that does not count, and for all where no update is left.
+    """
     pieces: list[Factors | None] = [None] * len(experts)
     parts = spectra(found)
     experts_S = joint(parts)

@@ -13,7 +13,7 @@ from loraweave.types import Factors
 
 @traits("shares")
 def least_squares(experts: Experts, weights: Weights, *, statistics: Sequence[LayerStatistics | None]) -> Factors:
-    """One layer's smallest D that minimises sum of w_e |(D - D_e) X_e|^2 / n_e, of rank sum of R_e.
+    """Return one layer's smallest D that minimises sum of w_e |(D - D_e) X_e|^2 / n_e, of rank sum of R_e.
 
     D = (sum of w_e D_e G_e)(sum of w_e G_e)^+: of several minima the one nearest to the base model, where the authors'
     L-BFGS starts. Inputs that no expert has seen therefore get the base; directions whose share of the inputs is below the

@@ -28,7 +28,7 @@ def lego(
     reweight: bool = True,
     random_state: Annotated[int, Range(least=0, below=2**32)] = 0,
 ) -> Factors:
-    """One layer rebuilt from k minimal semantic units: the centroids of clusters of all experts' rank-one units.
+    """Return one layer rebuilt from k minimal semantic units: the centroids of clusters of all experts' rank-one units.
 
     A unit is a row of a with its column of b times w_e. Units are clustered by k-means on [a / |a|; b / |b|]; each cluster
     gives the mean of its units, not the sum. `reweight` restores what averaging takes (dual re-weighting): a centroid [a; b]
@@ -57,7 +57,7 @@ def lego(
 
 
 def _units(found: Sequence[Term]) -> tuple[Tensor, Tensor]:
-    """The rows a_NI and columns b_NO of all units that are not zero, in an order that depends on them alone."""
+    """Return the rows a_NI and columns b_NO of all units that are not zero, in an order that depends on them alone."""
     a_NI = torch.cat([term.factors.a_RI.double() for term in found])
     b_NO = torch.cat([term.factors.b_OR.double().T * term.weight for term in found])
     alive_N = a_NI.any(dim=1) & b_NO.any(dim=1)
@@ -68,7 +68,7 @@ def _units(found: Sequence[Term]) -> tuple[Tensor, Tensor]:
 
 
 def _signs(features_ND: NDArray[np.float64]) -> Tensor:
-    """1 or -1 for each unit, so that neighbours in the maximum spanning tree of |cosine| point the same way (Prim)."""
+    """Return 1 or -1 for each unit, so that neighbours in the maximum spanning tree of |cosine| point alike (Prim)."""
     similarity_NN = features_ND @ features_ND.T
     sign_N = np.ones(len(features_ND))
     best_N, parent_N = np.abs(similarity_NN[0]), np.zeros(len(features_ND), dtype=int)
@@ -84,7 +84,7 @@ def _signs(features_ND: NDArray[np.float64]) -> Tensor:
 
 
 def _clusters(features_ND: NDArray[np.float64], k: int, random_state: int) -> Tensor:
-    """The cluster of each unit, 0 to at most k - 1; every unit its own when there are no more than k."""
+    """Return the cluster of each unit, 0 to at most k - 1; every unit its own when there are no more than k."""
     if k >= len(features_ND):
         return torch.arange(len(features_ND))
     from sklearn.cluster import KMeans
@@ -99,7 +99,7 @@ def _clusters(features_ND: NDArray[np.float64], k: int, random_state: int) -> Te
 
 
 def _centroids(a_NI: Tensor, b_NO: Tensor, labels_N: Tensor, reweight: bool) -> tuple[Tensor, Tensor]:
-    """The mean unit of each cluster (a_KI, b_KO), scaled with `reweight` to its units' mean largest magnitude."""
+    """Return the mean unit of each cluster (a_KI, b_KO), scaled with `reweight` to its units' mean largest magnitude."""
     member_KN = torch.nn.functional.one_hot(labels_N).T.double()
     member_KN = member_KN / member_KN.sum(dim=1, keepdim=True)
     a_KI, b_KO = member_KN @ a_NI, member_KN @ b_NO

@@ -8,7 +8,7 @@ from loraweave.types import Factors
 
 
 def linear(experts: Experts, weights: Weights) -> Factors:
-    """One layer's sum over e of w_e * update_e, of rank sum of R_e; each weight enters once, on b.
+    """Return one layer's sum over e of w_e * update_e, of rank sum of R_e; each weight enters once, on b.
 
     An expert without the layer adds nothing. Gains and biases sum likewise. A single expert of weight 1 comes back as it is,
     of whatever kind.

@@ -12,7 +12,7 @@ from loraweave.registry import traits
 
 @traits("lossy")
 def magnitude_prune(experts: Experts, weights: Weights, *, density: Fraction = 0.5, scale: float = 1.0) -> DenseUpdate:
-    """One layer's scale * sum of w_e tau_e, tau_e being the largest entries of each update (peft 0.21, `magnitude_prune`).
+    """Return one layer's scale * sum of w_e tau_e, tau_e being an update's largest entries (peft 0.21, `magnitude_prune`).
 
     Exactly the int(density * entries) largest magnitudes of a layer are kept, of equal ones the earlier. fp32 products.
     PEFT's type of that name prunes the factors instead; its `magnitude_prune_svd` is this, cut to a rank.

@@ -15,7 +15,7 @@ from loraweave.types import Factors
 def model_stock(
     experts: Experts, weights: Weights, *, angles: Literal["mean_cosine", "mean_angle"] = "mean_cosine"
 ) -> Factors:
-    """One layer's t/N * sum of w_e D_e with t = N cos A / (1 + (N-1) cos A), clamped to [0, 1].
+    """Return one layer's t/N * sum of w_e D_e with t = N cos A / (1 + (N-1) cos A), clamped to [0, 1].
 
     Jang et al. 2024, arXiv 2403.19522; A is the angle between updates, and for more than two that of the mean cosine over
     all pairs (`angles`="mean_cosine", as in mergekit) or the mean angle ("mean_angle", as in FusionBench). The paper's
@@ -37,7 +37,7 @@ def model_stock(
 
 
 def _ratio(inner_EE: Tensor, angles: str) -> float:
-    """t of that Gram matrix, whose diagonal is positive."""
+    """Return t for that Gram matrix, whose diagonal is positive."""
     num = len(inner_EE)
     if num == 1:
         return 1.0

@@ -21,7 +21,7 @@ MAX_COSINE = 1.0 - 0.5e-8
 
 @traits("pairs", "shares")
 def nuslerp(experts: Experts, weights: Weights, *, row_wise: bool = False) -> Factors:
-    """One layer's sin((1-t) A)/sin A * D_1 + sin(t A)/sin A * D_2, with an angle A for the layer or for each of its rows.
+    """Return one layer's sin((1-t) A)/sin A * D_1 + sin(t A)/sin A * D_2, with an angle A for the layer or for each row.
 
     t = w_2 / (w_1 + w_2). Two experts of other weights than zero, or one, which comes back as it is. With `row_wise` each
     output's row of the updates is a vector of its own, which scales the rows of b and keeps the rank at R_1 + R_2. The
@@ -43,7 +43,7 @@ def nuslerp(experts: Experts, weights: Weights, *, row_wise: bool = False) -> Fa
 
 
 def _row_gram(updates: Sequence[Factors]) -> Tensor:
-    """Inner products of the updates' rows, (2, 2, O), float64."""
+    """Return the inner products of the updates' rows, (2, 2, O), float64."""
     a, b = [f.a_RI.double() for f in updates], [f.b_OR.double() for f in updates]
     rows = [[((b[i] @ (a[i] @ a[j].T)) * b[j]).sum(dim=1) for j in range(2)] for i in range(2)]
     return torch.stack([torch.stack(row) for row in rows])

@@ -24,7 +24,7 @@ def pico(
     rescale: bool = True,
     seeds: Sequence[int] = (),
 ) -> Factors | DenseUpdate | None:
-    """One layer's gamma * merge(C D_1, ..., C D_E), C turning down the output directions that the experts have in common.
+    """Return one layer's gamma * merge(C D_1, ..., C D_E), where C turns down output directions that the experts share.
 
     With U diag(sigma) the left singular vectors and values of [B_1 | ... | B_E] and s_j = sigma_j^2 / sum of sigma^2, the
     share of direction j, C = 1 + U diag(alpha - 1) U^T with alpha_j = 1 / (1 + (E - 1) s_j). `inner` names the method that

@@ -16,7 +16,7 @@ from loraweave.types import Factors
 def regmean(
     experts: Experts, weights: Weights, *, statistics: Sequence[LayerStatistics | None], off_diagonal: Fraction = 0.9
 ) -> Factors:
-    """One layer's (sum of w_e D_e G_e)(sum of w_e G_e)^-1, of rank sum of R_e (eq. 2 of the paper, on updates).
+    """Return one layer's (sum of w_e D_e G_e)(sum of w_e G_e)^-1, of rank sum of R_e (eq. 2 of the paper, on updates).
 
     G_e = X_e^T X_e / n has its off-diagonal multiplied by `off_diagonal` (0.9 in the paper, 0.95 in fusion_bench), which
     keeps the inverse apart from noise. Updates and whole weights give the same: the base is common. Weights say how much

@@ -16,7 +16,7 @@ from loraweave.types import Factors
 
 @traits("lossy")
 def robust_merge(experts: Experts, weights: Weights, *, density: Share = 0.2, scale: float = 1.0) -> Factors:
-    """One layer's scale * sum of w_e B'_e diag(c_e) A'_e: pruned factors, the coefficients shared out among the experts.
+    """Return one layer's scale * sum of w_e B'_e diag(c_e) A'_e: pruned factors, with coefficients shared among experts.
 
     A'_e and B'_e keep the largest `density` of the entries of A_e and of B_e, each as a whole: int(density * entries), at
     least one, and those equal to the last. What pruning took from rank row i gives its coefficient, s_ei = |row i of A_e|_1
@@ -52,7 +52,7 @@ def robust_merge(experts: Experts, weights: Weights, *, density: Share = 0.2, sc
 
 
 def _prune(parts: Spectrum, density: float) -> tuple[Tensor, Tensor, Tensor]:
-    """B', A' and the coefficients s of an expert, 0 for a row that is pruned away."""
+    """Return B', A' and the coefficients s of an expert, 0 for a row that is pruned away."""
     balanced = core_factors(parts)
     b_OR, a_RI = _largest(balanced.b_OR, density).double(), _largest(balanced.a_RI, density).double()
     whole_R, left_R = balanced.a_RI.double().abs().sum(dim=1), a_RI.abs().sum(dim=1)
@@ -60,7 +60,7 @@ def _prune(parts: Spectrum, density: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _largest(x: Tensor, density: float) -> Tensor:
-    """The tensor with zeros for all but the largest `density` of its entries by magnitude."""
+    """Return the tensor with zeros for all but the largest `density` of its entries by magnitude."""
     magnitude = x.abs()
     size = x.numel()
     count = max(1, count_of(density, size))

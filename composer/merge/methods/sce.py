@@ -16,7 +16,7 @@ from loraweave.composer.merge.updates import DenseUpdate
 
 
 def sce(experts: Experts, weights: Weights, *, density: Fraction = 0.1, scale: float = 1.0) -> DenseUpdate:
-    """One layer's SCE merge of the updates t_e = w_e delta_e; weights of one are the paper.
+    """Return one layer's SCE merge of the updates t_e = w_e delta_e; weights of one are the paper.
 
     1. Select: keep the entries at which the variance over experts is among the int(density * n) largest, n being the
        number of entries at which it is not zero; of equal ones the earlier. Where it is zero everywhere (one expert, or
@@ -49,7 +49,7 @@ def sce(experts: Experts, weights: Weights, *, density: Fraction = 0.1, scale: f
 
 
 def _select(entries: Entries, density: float, scratch_OI: Tensor) -> Cut | None:
-    """The cut, on the standard deviations, that selects the entries of largest variance; None selects everything."""
+    """Return the cut, on the standard deviations, that selects the entries of largest variance; None selects everything."""
     if density == 1.0:
         return None
     varying = sum(int(torch.count_nonzero(deviation_BI)) for _, deviation_BI in _deviations(entries))
@@ -62,7 +62,7 @@ def _deviations(entries: Entries) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _selected(entries: Entries, cut: Cut | None) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks (E, N) of the updates t_e at the selected entries, zero elsewhere."""
+    """Yield blocks (E, N) of the updates t_e at the selected entries, zero elsewhere."""
     for rows, t_EBI in _weigh(entries):
         if cut is not None:
             selected_BI = _deviation(t_EBI)
@@ -78,7 +78,7 @@ def _weigh(entries: Entries) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _deviation(t_EBI: Tensor) -> Tensor:
-    """The standard deviation over experts (B, I): in the order of the variance, and safe from underflow.
+    """Return the standard deviation over experts (B, I): in the order of the variance, and safe from underflow.
 
     float64, because the mean of equal fp32 numbers must be that number.
     """

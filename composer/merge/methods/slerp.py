@@ -11,7 +11,7 @@ from loraweave.types import Factors
 
 @traits("pairs", "shares")
 def slerp(experts: Experts, weights: Weights, *, collinear: Share = 0.9995) -> Factors:
-    """One layer's sin((1-t) A)/sin A * D_1 + sin(t A)/sin A * D_2, A being the angle between the two updates.
+    """Return one layer's sin((1-t) A)/sin A * D_1 + sin(t A)/sin A * D_2, A being the angle between the two updates.
 
     Shoemake 1985, with each update as one long vector and t = w_2 / (w_1 + w_2). Two experts of other weights than zero, or
     one, which comes back as it is. The coefficients go onto the updates themselves, not onto unit vectors, as in mergekit.

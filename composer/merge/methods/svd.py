@@ -10,7 +10,7 @@ from loraweave.lowrank.truncation import compress_sum
 
 
 def svd(experts: Experts, weights: Weights, *, rank: int | None = None) -> TruncatedUpdate:
-    """The best approximation of one layer's sum of w_e D_e at `rank` (Eckart-Young), from the factors alone.
+    """Return one layer's sum of w_e D_e in its best approximation at `rank` (Eckart-Young), from the factors alone.
 
     Without `rank` it is the largest among the experts that count, as in PEFT's `svd`, which before 0.21 applied the LoRA
     scale twice. A rank at or above the sum's own leaves it exact. Both factors carry the root of the singular values. Gains

@@ -19,7 +19,7 @@ from loraweave.registry import traits
 
 
 class Survey:
-    """What TIES must know of all layers: each expert's cut, and the sign that most entries of the model elect."""
+    """The facts that TIES needs of all layers: each expert's cut, and the sign that most entries of the model elect."""
 
     def __init__(self, layers: Sequence[Sequence[Term]], cuts: dict[int, Cut]) -> None:
         self._layers = layers
@@ -30,7 +30,7 @@ class Survey:
 
     @cached_property
     def majority(self) -> float:
-        """1 when at least as many entries elect a positive sign as elect a negative one, else -1.
+        """The sign of the majority: 1 when at least as many entries elect a positive sign as elect a negative one, else -1.
 
         Only sums that cancel exactly need it, which is rare, so it is counted when the first one turns up.
         """
@@ -58,7 +58,7 @@ def ties(
     scale: float = 1.0,
     survey: Survey | None = None,
 ) -> DenseUpdate:
-    """One layer's TIES merge, trimmed over the whole model, as in the paper and its authors' code.
+    """Return one layer's TIES merge, trimmed over the whole model, as in the paper and its authors' code.
 
     1. Trim: of each expert's entries in all layers together (biases too), keep those whose magnitude is at least the
        k-th largest, k = int(density * entries), an absent layer counting as zeros; equal magnitudes are kept together.
@@ -82,12 +82,12 @@ def ties(
 
 
 def survey(layers: Iterable[Experts], weights: Weights, *, density: Fraction = 0.2) -> Survey:
-    """What `ties` needs to know of all layers before it merges the first one."""
+    """Return what `ties` needs to know of all layers before it merges the first one."""
     return _survey([terms(experts, weights) for experts in layers], density)
 
 
 def _survey(layers: Sequence[Sequence[Term]], density: float) -> Survey:
-    """Each expert's k-th largest magnitude over all layers."""
+    """Return the survey with each expert's k-th largest magnitude over all layers as its cut."""
     size = sum(entries.size for found in layers if found for entries in tensors(found))
     places = sorted({term.place for found in layers for term in found})
     count = count_of(density, size)

@@ -21,7 +21,7 @@ def ties_count(
     aggregate: Literal["mean", "sum"] = "mean",
     scale: float = 1.0,
 ) -> DenseUpdate:
-    """One layer's TIES merge with the sign that more experts have, 1 where as many have either.
+    """Return one layer's TIES merge with the sign that more experts have, 1 where as many have either.
 
     Of each expert, exactly the int(density * entries) largest magnitudes of the layer are kept, of equal ones the earlier.
     gamma = sign of the sum of sign(w_e tau_e). The result is scale * the mean or sum (`aggregate`) of w_e tau_e over the

@@ -21,7 +21,7 @@ def ties_per_layer(
     majority: Literal["total", "frequency"] = "total",
     scale: float = 1.0,
 ) -> DenseUpdate:
-    """One layer's TIES merge as PEFT's `ties_svd` computes it before its SVD (`ties` there mixes factors).
+    """Return one layer's TIES merge as PEFT's `ties_svd` computes it before its SVD (`ties` there mixes factors).
 
     Of each expert, exactly the int(density * entries) largest magnitudes are kept, of equal ones the earlier. gamma = sign
     of the sum of tau_e, or of their signs (`majority`="frequency"); 1 where that is zero. The result is scale * (sum of

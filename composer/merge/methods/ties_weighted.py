@@ -22,7 +22,7 @@ def ties_weighted(
     normalize: bool = True,
     scale: float = 1.0,
 ) -> DenseUpdate:
-    """One layer's TIES merge (Yadav et al. 2023, arXiv 2306.01708) as mergekit defines it for full weights.
+    """Return one layer's TIES merge (Yadav et al. 2023, arXiv 2306.01708) as mergekit defines it for full weights.
 
     Of each expert, exactly the int(density * entries) largest magnitudes are kept, of equal ones the earlier. gamma = sign
     of the sum of w_e tau_e, or of their signs (`majority`="frequency"); 1 where that is zero. The result is scale * sum of

@@ -12,7 +12,7 @@ from loraweave.types import Factors
 
 
 def tsv(experts: Experts, weights: Weights, *, k: Count | None = None, scale: float = 1.0) -> Factors:
-    """One layer's scale * U* diag(s) V*^T: the top singular vectors of all experts, made orthonormal together.
+    """Return one layer's scale * U* diag(s) V*^T: the top singular vectors of all experts, made orthonormal together.
 
     Of each update w_e D_e the min(k, rank) largest singular triplets are kept; [U_1 | ... | U_E] and [V_1 | ... | V_E] are
     replaced by their polar factors, the nearest matrices with orthonormal columns. `k` is by default min(O, I) // E as in

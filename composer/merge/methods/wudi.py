@@ -23,7 +23,7 @@ ROUNDING = 2.0**-40
 def wudi(
     experts: Experts, weights: Weights, *, minimiser: Literal["early", "released", "exact"] = "early"
 ) -> Factors | DenseUpdate:
-    """One layer's T on the way from the sum of D_e = w_e * update to the minimum of sum of |(T - D_e) D_e^T|^2 / |D_e|^2.
+    """Return one layer's T between the sum of D_e = w_e * update and the minimum of sum of |(T - D_e) D_e^T|^2 / |D_e|^2.
 
     With G = sum of D_e^T D_e / |D_e|^2 and C = sum of D_e D_e^T D_e / |D_e|^2 the loss falls along C - T G. Followed from
     T_0 = sum of D_e for a time t, this gives, for each eigenvector v of G and its eigenvalue l,
@@ -89,7 +89,7 @@ def _released(experts_S: Joint, z_IS: Tensor, wanted_OS: Tensor) -> Tensor:
 
 
 def _reach(fall_OP: Tensor, eigenvalue_P: Tensor, num_entries: int) -> Tensor:
-    """(1 - exp(-t l)) / l of every eigenvalue l."""
+    """Return (1 - exp(-t l)) / l of every eigenvalue l."""
     rms = float(fall_OP.norm()) / math.sqrt(num_entries)
     if rms == 0.0:
         return torch.zeros_like(eigenvalue_P)
