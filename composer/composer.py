@@ -1,4 +1,4 @@
-"""The Composer: a model and a pool of experts, woven together for as long as it is asked for."""
+"""The Composer: a model and a pool of experts that are woven into it for as long as it is asked for."""
 
 from __future__ import annotations
 
@@ -83,15 +83,15 @@ class Composer:
 
     @property
     def pool(self) -> ExpertPool:
-        """The experts, in their order."""
+        """The pool of experts, in their order."""
         return self._pool
 
     @property
     def bound_pool(self) -> ExpertPool:
         """The experts with all that depends on the base layers resolved (DoRA's magnitude, a trained bias).
 
-        AdapterUnsupported for an expert with trained heads: its update is the difference to this model's own head, which is
-        random where a model was loaded without one, so nothing that is kept may be made of it.
+        Raises AdapterUnsupported for an expert with trained heads: its update is the difference to this model's own head,
+        which is random where a model was loaded without one, so nothing that is kept may be made of it.
         """
         for name in self._pool.headed:
             require_no_heads(name, self._pool[name])
@@ -104,7 +104,7 @@ class Composer:
 
     @property
     def active(self) -> bool:
-        """Whether the model answers for a mixture somewhere: an activation is open in some thread, or weights are fused."""
+        """True if the model answers for a mixture: an activation is open in some thread, or weights are fused."""
         return self._fused or self._live.active
 
     @property
@@ -113,7 +113,7 @@ class Composer:
         return self._residents.residency
 
     def activate(self, mixture: Any) -> Activation:
-        """Mixes the experts live, from now until the handle is closed or its `with` block left.
+        """Mix the experts live, from now until the handle is closed or its `with` block left.
 
         `mixture` is {name: weight} for all rows, or {name: {start of a layer's path: weight}}; a list with one of these, or
         None for the base, per row of the batch; MixtureWeights; a router; for pipelines also a function of (step, steps)
@@ -151,24 +151,24 @@ class Composer:
     def last_weights(self) -> UsedWeights:
         """The weights that the last forward under an activation used, as {layer: w_BTE}, with load() and entropy.
 
-        Of this thread (or asyncio task); empty where none has run in it, or since swap(). A layer that ran several times
+        They are this thread's (or asyncio task's); empty if none has run in it since swap(). A layer that ran several times
         counts with its last call. Raises CompositionError for weights by token of over 64 MiB, which only record() keeps.
         """
         return last_weights(self._live, Setting(self._bound, self._fitting))
 
     def cost(self, used: UsedWeights | None = None) -> Cost:
-        """FLOPs and bytes that a mixture adds to its layers, beside the layers' own; None: in the last forward."""
+        """Return the FLOPs and bytes that `used` weights, by default the last forward's, add to the layers' own."""
         return mixture_cost(self.last_weights if used is None else used, self._bound, self.target_layers)
 
     def record(self) -> AbstractContextManager[Trace]:
-        """`with engine.record() as trace:` keeps the weights of every call in this thread; trace.weights joins them.
+        """Record the weights of every call in this thread: `with engine.record() as trace:`; trace.weights joins them.
 
-        All of them, on the model's devices, until the trace goes. Of the pool that the engine has when this is called.
+        They stay on the model's devices until the trace goes. Their pool is the one that the engine has at this call.
         """
         return recording(self._live, Setting(self._bound, self._fitting))
 
     def explain(self, text: Asked, mixture: Any = None, *, max_new_tokens: int = 0) -> Explanation:
-        """What each token of a text, or a conversation, gets from each expert in each layer, gathered in one forward.
+        """Return what each token of a text or a conversation gets from each expert in each layer, from one forward.
 
         `mixture` is what activate() takes; None explains what is active. With `max_new_tokens`, the greedy continuation (an
         encoder-decoder's answer) is explained too, but for its last token, which the model never reads. An encoder-decoder's
@@ -193,7 +193,7 @@ class Composer:
         return read.explanation(self.tokenizer, trace, order)
 
     def expert_losses(self, tasks: Mapping[str, Task | GivenRows], *, progress: bool = True) -> dict[str, dict[str, float]]:
-        """{task: {expert: loss}}: the mean loss of the target tokens of each task's examples, that expert alone at weight 1.
+        """Return {task: {expert: loss}}: the mean loss of a task's target tokens with that expert alone, at weight 1.
 
         Raises CompositionError without a tokenizer, InvalidTask for examples that the model cannot read.
         """
@@ -205,7 +205,7 @@ class Composer:
     def leave_one_out(
         self, task: Task | GivenRows, mixture: Any, *, renormalise: bool = False, progress: bool = True
     ) -> dict[str, float]:
-        """By how much the mean loss of a task's examples rises, in nats, when an expert's weight is taken as 0.
+        """Return {expert: by how many nats the mean loss of a task's examples rises when its weight is taken as 0}.
 
         `mixture` is what activate() takes, of one row. Negative where the model is better without the expert. The others
         keep the weights that they have; with `renormalise` each token's are scaled to the sum that they had before.
@@ -229,17 +229,17 @@ class Composer:
         max_loss: float | None = None,
         **options: Any,
     ) -> Iterator[Fused]:
-        """Writes a task-scope mixture into the weights for the length of a `with` block; bit for bit the same after it.
+        """Write a task-scope mixture into the weights for a `with` block, and restore them bit for bit after it.
 
         `method` is a name of `names("methods")`, `seed` that of random ones, `statistics` has for each expert what methods
-        that weigh by data need, `options` are the method's own. What the model then is, is known to be finite before
-        anything is written. Unlike activate(), it holds for all threads. The block's handle can `switch` to another mixture.
+        that weigh by data need, `options` are the method's own. Nothing is written before all new values are known to be
+        finite. Unlike activate(), it holds for all threads. The block's handle can `switch` to another mixture.
 
         The originals of the touched weights are kept, as many bytes as these have: in "memory", or on "disk", in a file in
         the folder for temporary files (TMPDIR) that only this process can read and that is gone with it. With `max_loss` a
         quantised layer is quantised again where that loses at most this share of its update, and else has the update live.
-        Raises ScopeError for weights that vary per row or token, AlreadyActive while active, CompositionError for layers
-        not to be written to (tied, or quantised without `max_loss`), or results not finite; nothing has changed then.
+        Raises ScopeError for weights that vary per row or token, AlreadyActive while active, CompositionError for layers not
+        to be written to (tied, or quantised without `max_loss`) and results not finite; nothing has changed then.
         """
         self._require_idle("fuse")
         self._fitting.require_unchanged(closely=True)
@@ -262,14 +262,14 @@ class Composer:
     def generate(
         self, texts: Sequence[Asked], *, mixture: Any = None, seeds: Sequence[int] | None = None, **generate_kwargs: Any
     ) -> list[str]:
-        """The model's continuation of each text (for an encoder-decoder, its answer), decoded without special tokens.
+        """Return the model's continuation of each text (an encoder-decoder's answer), decoded without special tokens.
 
-        Of a conversation, a list of {"role", "content"}, it is the assistant's next turn, in the tokenizer's chat template.
+        For a conversation, a list of {"role", "content"}, it is the assistant's next turn, in the tokenizer's chat template.
         `mixture` is what activate() takes, with one row per text where it has rows; None leaves what is active. The other
         arguments go to the model's own `generate`. With num_return_sequences=n, each text has n answers in a row. `seeds`,
-        one per text, make sampling draw for each text what it would draw alone under its seed.
-        Raises ScopeError for rows or seeds that are not as many as the texts, CompositionError for ways of decoding that run
-        downloaded code or a thread of their own; docs/generation.md has the list.
+        one per text, make sampling draw for each text what it would draw alone under its seed. Raises ScopeError for rows or
+        seeds that are not as many as the texts, CompositionError for ways of decoding that run downloaded code or a thread
+        of their own; docs/generation.md has the list.
         """
         prompts, resolved = self._resolve_texts(texts, mixture)
         if not prompts:
@@ -281,7 +281,7 @@ class Composer:
     def stream(
         self, texts: Sequence[Asked], *, mixture: Any = None, seeds: Sequence[int] | None = None, **generate_kwargs: Any
     ) -> Iterator[list[str]]:
-        """generate(), as it comes: lists with one piece of text per answer, which together are what generate() returns.
+        """Return an iterator over what generate() returns, as it comes: lists with one piece of text per answer.
 
         The model runs in a thread of its own, under the mixture that generate() would use here, also where the block around
         this call is left before the last piece. To stop early, close the iterator or drop it.
@@ -304,7 +304,7 @@ class Composer:
         return stream(generate, self.tokenizer)
 
     def _resolve_texts(self, texts: Sequence[Asked], mixture: Any) -> tuple[list[Prompt], MixtureWeights | Router | None]:
-        """The texts as prompts and the mixture resolved, both checked."""
+        """Return the texts as prompts and the mixture resolved, both checked."""
         self._require_open()
         self._require_tokenizer("generate() and stream()", "need")
         if not is_collection(texts):
@@ -328,7 +328,7 @@ class Composer:
         return prompts, resolved
 
     def fit(self, router: LearnedRouter, dataset: Any, **settings: Any) -> None:
-        """Trains a router's parameters on `dataset`; base and adapters take no part, and are as they were after it.
+        """Train a router's parameters on `dataset`; the base and the adapters take no part and stay as they were.
 
         {name of an expert or a task: rows or a Task}, or rows: pairs (input, target), {"input", "target"} with "instruction"
         and "expert" where known, {"prompt", "target"}, or {"input_ids", "labels"}. The loss is that of the targets alone.
@@ -345,7 +345,7 @@ class Composer:
         fit(self.model, self.tokenizer, self.activate, router, dataset, settings)
 
     def prefetch(self, wanted: Any) -> Future[None]:
-        """Begins to bring experts to where the layers are, in the background: those of a mixture, or of a list of names.
+        """Begin to bring experts to where the layers are, in the background: those of a mixture, or of a list of names.
 
         The future ends when they are there. It carries any error, which the activation that needs the expert raises again.
         Raises UnknownExpert for a name that is not in the pool.
@@ -359,7 +359,7 @@ class Composer:
             return self._residents.prefetch(self._plans.plan(weights, self._pool).experts)
 
     def load(self, name: str, adapter: Adapter) -> None:
-        """One more expert, at the end of the pool, also while others are in use; only it is compared with the model.
+        """Add an expert at the end of the pool, also while others are in use; only it is compared with the model.
 
         Raises WeightingError for a name that is there already, and what making a Composer raises. AlreadyActive while fused.
         """
@@ -373,7 +373,7 @@ class Composer:
             self._residents.take_from(*self._source())
 
     def unload(self, name: str) -> None:
-        """Takes an expert out of the pool, and its factors with it.
+        """Take an expert and its factors out of the pool.
 
         Raises AlreadyActive for one that an open activation uses, and while fused; WeightingError for the last one.
         """
@@ -392,9 +392,9 @@ class Composer:
             self._residents.take_from(*self._source())
 
     def swap(self, pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter]) -> None:
-        """Takes another pool for the same model, checked like the first. Raises AlreadyActive while active.
+        """Exchange the pool for another one for the same model, checked like the first.
 
-        What is resident of adapters that are in both stays.
+        The experts that are in both stay resident. Raises AlreadyActive while active.
         """
         with self._lock:
             self._require_idle("swap the pool")
@@ -412,7 +412,7 @@ class Composer:
             self._residents.take_from(*self._source())
 
     def close(self) -> None:
-        """Ends the use of this Composer; the model is what it was. Raises AlreadyActive while active. Twice is fine."""
+        """Close this Composer and leave the model as it was. Raises AlreadyActive while active. Twice is fine."""
         with self._lock:
             if self._closed:
                 return
@@ -427,7 +427,7 @@ class Composer:
         )
 
     def _source(self) -> tuple[Callable[[str], Adapter], Callable[[], Mapping[str, layout.Place]]]:
-        """What the residents ask for an expert and for the layers' places: not this object, which would make a cycle."""
+        """Return how the residents look up an expert and the layers' places, without this object: that would be a cycle."""
         model, fitting, adapters = self.model, self._fitting, self._bound.adapters
         return adapters.__getitem__, lambda: layout.find_places(model, fitting.layers)
 

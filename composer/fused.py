@@ -1,6 +1,6 @@
 """A task-scope mixture written into the base's weights for the length of a block: plain layers, other weights.
 
-`mixture_updates` says what a merge method makes of the mixture for each layer; `Fused.write` puts that into the model, one
+`mixture_updates` yields what a merge method makes of the mixture for each layer; `Fused.write` puts that into the model, one
 layer's update at a time. No parameter is exchanged before the new values of all are calculated and known to be finite, so
 that whatever is refused has changed nothing; `overwritten.py` draws the states of one parameter.
 
@@ -47,10 +47,10 @@ def fused(
     originals: Place = "memory",
     max_loss: float | None = None,
 ) -> Iterator[Fused]:
-    """The weights of `updates` inside the block, bit for bit the model's own after it; `make` is what `switch` calls.
+    """Put the weights of `updates` into the model for the block, and the model's own back, bit for bit, after it.
 
-    Raises CompositionError on leaving, after restoring, when someone else changed a fused weight meanwhile; else what
-    `Fused.write` raises, with the model unchanged.
+    `make` is what `switch` calls. Raises CompositionError on leaving, after restoring, when someone else changed a fused
+    weight meanwhile; else what `Fused.write` raises, with the model unchanged.
     """
     writing = Fused(model, make, originals, max_loss)
     try:
@@ -69,7 +69,7 @@ def fused(
 
 
 class Fused:
-    """What `Composer.fused` gives its block: the mixture that is in the weights, and the way to another one.
+    """The handle that `Composer.fused` gives its block: the mixture that is in the weights, and the way to another one.
 
     The originals of all parameters that were ever written to take as many bytes as these. While writing, there are also one
     parameter's own values and 4 MB; of a quantised layer a few matrices of its size in fp32.
@@ -92,17 +92,17 @@ class Fused:
 
     @property
     def original_bytes(self) -> int:
-        """Bytes that the originals take, where they were asked to be kept."""
+        """The bytes that the originals take where they are kept: in memory or on disk."""
         return self._originals.num_bytes
 
     @property
     def losses(self) -> dict[str, LayerLoss]:
-        """Of each quantised layer that the mixture changes, what that has lost."""
+        """The loss of each quantised layer that the mixture changes, by the layer's name."""
         kept = (each for each in self._kept.values() if isinstance(each, Requantised) and not each.at_home)
         return {each.layer.name: each.loss for each in kept}
 
     def logits_loss(self, tokenizer: Any, texts: Sequence[str]) -> LogitsLoss:
-        """How far the logits of these texts are from those with every quantised layer's update live, which is exact.
+        """Return how far the logits of these texts are from the exact ones, with every quantised layer's update live.
 
         Raises CompositionError where there are no tokens to read, and after the block's end.
         """
@@ -122,7 +122,7 @@ class Fused:
         statistics: Mapping[str, Statistics] | None = None,
         **options: Any,
     ) -> None:
-        """Another mixture in place of this one: originals and update in one pass, without restoring in between.
+        """Put another mixture in place of this one: originals and update in one pass, without restoring in between.
 
         Raises what `fused` raises, and CompositionError after the block's end or when someone else changed a fused weight.
         A mixture, method or option that is refused changes nothing; an error while writing, or an interruption, leaves the
@@ -131,11 +131,12 @@ class Fused:
         self.write(self._make(mixture, method, seed, statistics, options))
 
     def write(self, updates: Iterable[Update]) -> None:
-        """The weights of these updates, whatever was written before: W (1 + gain) + update, in fp32 or better, rounded once.
+        """Write the weights of these updates, W (1 + gain) + update, whatever was written before.
 
-        One of `updates` is held at a time. What is not yet fused is calculated, and found finite, beside the model, and then
-        changes places with the originals. What is fused already is written over, from its original, in one pass. Layers
-        that are in no update get theirs back. The parameters stay the same objects in the same memory.
+        They are calculated in fp32 or better and rounded once. One of `updates` is held at a time. What is not yet fused is
+        calculated, and found finite, beside the model, and then changes places with the originals. What is fused already is
+        written over, from its original, in one pass. Layers that are in no update get theirs back. The parameters stay the
+        same objects in the same memory.
 
         Raises CompositionError for weights that are quantised, without a `max_loss`, on the meta device or tied to another
         parameter, for values that are not finite, and for fused weights that someone else has changed (which then stay).
@@ -157,7 +158,7 @@ class Fused:
                 raise
 
     def leave(self) -> list[str]:
-        """Puts every original back and lets go of them; the names of what others had changed. Twice is fine.
+        """Put every original back, let go of them, and return the names of what others had changed. Twice is fine.
 
         An interruption, or an error about one parameter, is raised once all others are back.
         """
@@ -206,7 +207,7 @@ class Fused:
         return self._kept[layer, part]
 
     def _parts(self, layer: TargetLayer, update: Factors | DenseUpdate) -> list[str]:
-        """Which parameters the update changes. Raises CompositionError for those that cannot be written to."""
+        """Return which parameters the update changes. Raises CompositionError for those that cannot be written to."""
         parts = []
         changes = not isinstance(update, Factors) or update.rank or update.gain_O is not None
         if changes and self._requantises(layer):
@@ -286,7 +287,7 @@ def mixture_updates(
     statistics: Mapping[str, Statistics] | None,
     options: Mapping[str, Any],
 ) -> Iterator[Update]:
-    """What `method` makes of a task-scope mixture, for every layer that it changes; one is held at a time."""
+    """Return an iterator over (layer, the update that `method` makes of a task-scope mixture), one held at a time."""
     weights = resolve(mixture, pool)
     if not isinstance(weights, MixtureWeights) or weights.scope != "task":
         scope = getattr(weights, "scope", f"router {type(weights).__name__}")
