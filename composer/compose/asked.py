@@ -1,4 +1,4 @@
-"""Adapters asked by their own instructions: what each answers to a text, and how it reads a target after one.
+"""The questions that are put to adapters by their own instructions: what each answers to a text, and how it reads a target.
 
 Every question is put to the model once. Questions to different adapters share batches: each row has its own mixture.
 """
@@ -27,9 +27,10 @@ MAX_ROWS = 64
 
 @dataclass(frozen=True)
 class Step:
-    """One adapter of a program, by its name in the hub and the hash of its content, and how it is asked; None: the base.
+    """One adapter of a program, or the base (`name` None), and how it is asked.
 
-    An answer ends at a line break, at the latest after `max_new_tokens`.
+    `name` is that in the hub, `hash` that of the adapter's content. An answer ends at a line break, at the latest after
+    `max_new_tokens`.
     """
 
     name: str | None
@@ -39,21 +40,21 @@ class Step:
 
     @property
     def label(self) -> str:
-        """The name, for tables and messages."""
+        """The name for tables and messages."""
         return "(base)" if self.name is None else self.name
 
     @property
     def mixture(self) -> dict[str, float] | None:
-        """What activate() takes for a row."""
+        """The mixture that activate() takes for a row; None for the base."""
         return None if self.name is None else {self.name: 1.0}
 
     def task(self, given: Task) -> Task:
-        """The task of answering one text, in the template of a task given."""
+        """Return the task of answering one text, in the template of the given task."""
         return Task([], instruction=self.instruction, template=given.template, chat=given.chat, system=given.system)
 
 
 def answer_limit(tokenizer: Any, examples: Sequence[tuple[Prompt, str]]) -> int:
-    """How many tokens a step's answer has at most, by the longest text of a task's examples."""
+    """Return how many tokens a step's answer has at most, by the longest text of a task's examples."""
     return scoring.longest_answer(tokenizer, [(asked, (str(asked), target)) for asked, target in examples])
 
 
@@ -69,7 +70,7 @@ Target = tuple[Step, Prompt, str]
 
 
 class Asked:
-    """What is known so far; `on_progress` is called with the number of questions just answered.
+    """The answers and readings known so far; `on_progress` is called with the number of questions just answered.
 
     Answers end after `most` tokens, where a step's own limit is higher.
     """
@@ -91,11 +92,11 @@ class Asked:
 
     @property
     def count(self) -> int:
-        """How many questions the model was asked."""
+        """The number of questions that the model was asked."""
         return len(self._answers) + len(self._readings)
 
     def answers(self, questions: Sequence[Question]) -> list[str]:
-        """What each step says greedily after the prompt for its text: the first line, or the turn of a chat."""
+        """Return what each step says greedily after the prompt for its text: the first line, or the turn of a chat."""
         new = [question for question in dict.fromkeys(questions) if question not in self._answers]
         prompts = {question: self._prompt(*question) for question in new}
         # rows of one limit, so that no row's answer depends on those beside it
@@ -110,7 +111,7 @@ class Asked:
         return [self._answers[question] for question in questions]
 
     def readings(self, targets: Sequence[Target]) -> list[Reading]:
-        """How each step reads its target after the prompt for its text."""
+        """Return how each step reads its target after the prompt for its text."""
         new = [target for target in dict.fromkeys(targets) if target not in self._readings]
         new.sort(key=lambda target: target[0].label)
         prompts, wanted = [self._prompt(step, text) for step, text, _ in new], [target for _, _, target in new]
@@ -131,7 +132,7 @@ class Asked:
         return self._tasks[step].prompt(asked)
 
     def _shares(self, rows: Sequence[EncodedRow]) -> bool:
-        """Whether rows are run as trees; tried once, while no mixture is active."""
+        """Return whether rows are run as trees; tried once, while no mixture is active."""
         if rows and self._can_share is None:
             self._can_share = runs_trees(self._engine.model, self._tokenizer, rows)
         return bool(self._can_share)
@@ -147,7 +148,10 @@ class Asked:
             yield some, [Reading(loss / count, hits == count) for loss, hits, count in sums]
 
     def _as_trees(self, rows: dict[Target, EncodedRow]) -> Iterator[tuple[list[Target], list[Reading]]]:
-        """One tree has questions to one step, which share the instruction; several trees are one batch."""
+        """Yield targets with their readings, read as trees.
+
+        One tree has questions to one step, which share the instruction; several trees are one batch.
+        """
         planted: list[tuple[list[Target], TokenTree]] = []
         for _, group in groupby(rows, key=lambda target: target[0]):
             parts = _up_to(group, lambda target: len(rows[target]), MAX_TREE)
@@ -170,7 +174,7 @@ class Asked:
 
 
 def _up_to(items: Iterable[Any], size: Callable[[Any], int], limit: int) -> Iterator[list[Any]]:
-    """The items in lists whose sizes add up to at most `limit`, each of one at least."""
+    """Yield the items in lists whose sizes add up to at most `limit`, each of one item at least."""
     some: list[Any] = []
     total = 0
     for item in items:

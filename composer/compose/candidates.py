@@ -1,4 +1,4 @@
-"""Which adapters of a hub or a pool are candidates for a task on a model."""
+"""The choice of which adapters of a hub or a pool are candidates for a task on a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IN_CONTEXT = "in-context"
 
 
 def experts_of(given: Any) -> Hub | ExpertPool:
-    """The hub or the pool; a list or a mapping of adapters as a pool. Raises WeightingError for anything else."""
+    """Return the hub or the pool; a list or a mapping of adapters as a pool. Raises WeightingError for anything else."""
     match given:
         case Hub() | ExpertPool():
             return given
@@ -41,11 +41,11 @@ def experts_of(given: Any) -> Hub | ExpertPool:
 def candidates(
     retriever_or_pool: Retriever | ExpertPool, task: Task, unlabelled: Sequence[Prompt], k: int, model: nn.Module
 ) -> tuple[ExpertPool, dict[str, float]]:
-    """The pool to search in, and the score of each adapter that was retrieved.
+    """Return the pool to search in, and the score of each adapter that was retrieved.
 
-    Of a retriever's hub the `k` adapters that fit the task best among those that the model's weights or id speak for. Where
-    its id tells nothing, or none is known to be for it, those count too that fit by the names and shapes of their layers.
-    Raises EmptyIndex for an empty hub, BaseModelMismatch for one without an adapter for the model.
+    From a retriever's hub the pool has the `k` adapters that fit the task best among those that the model's weights or id
+    speak for. Where its id tells nothing, or none is known to be for it, those count too that fit by the names and shapes of
+    their layers. Raises EmptyIndex for an empty hub, BaseModelMismatch for one without an adapter for the model.
     """
     if isinstance(retriever_or_pool, ExpertPool):
         return retriever_or_pool, {}
@@ -56,7 +56,7 @@ def candidates(
 
 
 def fitting_hits(hub: Hub, search: Callable[..., list[Candidate]], k: int, model: nn.Module) -> list[Candidate]:
-    """The `k` best hits of a search of the hub among the adapters for this model. Raises what `candidates` raises."""
+    """Return the `k` best hits of a search of the hub among the adapters for this model. Raises what `candidates` raises."""
     beside = _Beside(hub, dict(model.named_modules()))
     base = _base(hub, base_key(model), beside)
     hits = _hits(partial(search, base_model=base), k, base, beside)
@@ -66,7 +66,7 @@ def fitting_hits(hub: Hub, search: Callable[..., list[Candidate]], k: int, model
 
 
 def in_context_adapter(hub_or_pool: Hub | ExpertPool, model: nn.Module) -> Adapter | None:
-    """The hub's first adapter for the model that is tagged IN_CONTEXT; None without one, and of a pool."""
+    """Return the hub's first adapter for the model that is tagged IN_CONTEXT; None without one, and for a pool."""
     if isinstance(hub_or_pool, ExpertPool):
         return None
     tagged = hub_or_pool.records(base_model=base_key(model), tags=IN_CONTEXT)
@@ -74,7 +74,7 @@ def in_context_adapter(hub_or_pool: Hub | ExpertPool, model: nn.Module) -> Adapt
 
 
 class _Beside:
-    """The hub's adapters beside the model's layers, each looked at once; `why` is the first that does not fit, and why."""
+    """The hub's adapters beside the model's layers, each looked at once; `why` says why the first misfit does not fit."""
 
     def __init__(self, hub: Hub, modules: Mapping[str, nn.Module]) -> None:
         self._hub, self._modules = hub, modules
@@ -90,7 +90,7 @@ class _Beside:
 
 
 def _base(hub: Hub, own: BaseKey, beside: _Beside) -> BaseKey:
-    """The model's key; its `alike` lists the bases in the hub that match by names and shapes only, where that is enough."""
+    """Return the model's key; its `alike` lists the hub's bases that match by names and shapes only, if that is enough."""
     bases = [first for first, _ in hub.bases()]
     if not says_nothing(own.id) and any(not own.differs(first.base) for first in bases):
         return own
@@ -100,7 +100,7 @@ def _base(hub: Hub, own: BaseKey, beside: _Beside) -> BaseKey:
 
 
 def _hits(retrieve: Callable[..., list[Candidate]], k: int, base: BaseKey, beside: _Beside) -> list[Candidate]:
-    """The `k` best adapters; an adapter whose base matches by names and shapes only must also fit the model's layers.
+    """Return the `k` best adapters; one whose base matches by names and shapes only must also fit the model's layers.
 
     Those tagged IN_CONTEXT, which are of no task, count only where there are no others.
     """

@@ -1,4 +1,4 @@
-"""Records what an adapter's layers see on texts: Gram matrices of their inputs, Fisher information of their weights."""
+"""The recording of what an adapter's layers see on texts: their inputs' Gram matrices, their weights' Fisher information."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def collect_statistics(
     seed: int = 0,
     progress: bool = True,
 ) -> Statistics:
-    """What `merge(statistics=...)` needs of an adapter, from running the model with it over texts of its task.
+    """Return what `merge(statistics=...)` needs of an adapter, from running the model with it over texts of its task.
 
     For each layer of the adapter (and those linear ones named in `layers`): gram_II = X^T X / n over the n real tokens of
     all texts, and fisher_OI = the mean over texts of (d log p / d W)^2 entry by entry, log p being that of labels drawn from
@@ -93,7 +93,7 @@ def collect_statistics(
 
 
 class Recorder:
-    """Sums of one layer, on its device: over tokens x^T x, over texts the squared gradient."""
+    """The sums of one layer, on its device: over tokens x^T x, over texts the squared gradient."""
 
     def __init__(self, name: str, module: nn.Module, shape: tuple[int, int], kinds: Collection[str]) -> None:
         self.name = name
@@ -107,7 +107,7 @@ class Recorder:
         self._wanted = torch.zeros((), device=device, requires_grad="fisher" in kinds)
 
     def begin(self, mask_BT: Tensor) -> None:
-        """The next batch: which of its tokens are real; of one row, all are."""
+        """Begin the next batch, with the mask of its real tokens; for a batch of one row, all are."""
         self._mask_BT = mask_BT
         self._num_calls = 0
         self._seen: list[tuple[list[Tensor], list[Tensor]]] = []
@@ -128,13 +128,13 @@ class Recorder:
         return GradientTap.apply(output, self._wanted, x, receive)  # type: ignore[no-untyped-call, no-any-return]
 
     def _receive(self, by_text: Callable[[Tensor], list[Tensor]], gradient: Tensor, x: Tensor) -> None:
-        """The gradient of log p at the layer's output. A layer that ran several times has all of them first."""
+        """Take the gradient of log p at the layer's output. A layer that ran several times gets all of them first."""
         self._seen.append((by_text(gradient), by_text(x)))
         if len(self._seen) == self._num_calls:
             self.finish()
 
     def finish(self) -> None:
-        """Squares what came, text by text: the gradient of a weight is the sum over its tokens and calls of g^T x."""
+        """Square what came, text by text: the gradient of a weight is the sum over its tokens and calls of g^T x."""
         if self.fisher_OI is None or not self._seen:
             return
         for row in range(len(self._seen[0][0])):
@@ -145,7 +145,7 @@ class Recorder:
         self._seen = []
 
     def _real(self, x: Tensor) -> list[Tensor]:
-        """The real tokens of each text, (T, features) each."""
+        """Return the real tokens of each text, (T, features) each."""
         mask_BT = self._mask_BT.to(x.device)
         if len(mask_BT) == 1:
             return [x.reshape(-1, x.shape[-1])]
@@ -160,7 +160,7 @@ class Recorder:
 
 
 class ExpertRecorder(Recorder):
-    """The same of an expert of a fused parameter. Where it is `turned`, its factors have the sides as (I, O)."""
+    """The sums of an expert of a fused parameter. Where it is `turned`, its factors have the sides as (I, O)."""
 
     def __init__(self, matrix: ExpertMatrix, kinds: Collection[str]) -> None:
         sides = matrix.num_outputs, matrix.num_inputs
@@ -170,11 +170,11 @@ class ExpertRecorder(Recorder):
         self.place = matrix.parameter, matrix.number
 
     def saw(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        """The module of all its experts ran."""
+        """Count the tokens of a run of the module of all its experts."""
         self.num_tokens += self._mask_BT.numel() if len(self._mask_BT) == 1 else int(self._mask_BT.sum())
 
     def reached(self, x_NI: Tensor, token_N: Tensor, made_NO: Tensor, num_tokens: int) -> Tensor:
-        """Some of the call's tokens reached the expert; what it made of them."""
+        """Record what the expert made of those of the call's tokens that reached it, and return it."""
         mask_BT = self._mask_BT.to(token_N.device)
         if num_tokens != mask_BT.numel():
             raise CompositionError(
@@ -193,7 +193,7 @@ class ExpertRecorder(Recorder):
 
 @contextmanager
 def recording(recorders: Mapping[str, Recorder]) -> Iterator[None]:
-    """Inside, the recorders see what their layers read and, where they ask for it, the gradients that pass."""
+    """Show the recorders, within the block, what their layers read and, where they ask for it, the gradients that pass."""
     experts: dict[nn.Module, dict[tuple[str, int], ExpertRecorder]] = {}
     with ExitStack() as stack:
         for recorder in recorders.values():
@@ -249,7 +249,10 @@ def _run(
 
 
 def _drawn_gradient(logits: Tensor, mask_BT: Tensor, draws: Sequence[np.random.Philox]) -> Tensor:
-    """d log p(labels) / d logits = onehot(labels) - p, with a label drawn from p for each real position (or each text)."""
+    """Return d log p(labels) / d logits = onehot(labels) - p, with labels drawn from p.
+
+    There is a label for each real position, or for each text.
+    """
     whole_BTV = logits if logits.ndim == 3 else logits[:, None]
     gradient_BTV = torch.empty_like(whole_BTV)
     real_BT = mask_BT.to(logits.device) if whole_BTV.shape[:2] == mask_BT.shape else None
@@ -269,7 +272,7 @@ def _drawn_gradient(logits: Tensor, mask_BT: Tensor, draws: Sequence[np.random.P
 
 
 def _draws(rows: Sequence[EncodedRow], seed: int) -> list[np.random.Philox]:
-    """A stream for each text that depends on the seed, its tokens, and which of several equal texts it is."""
+    """Return a stream for each text, which depends on the seed, its tokens, and which of several equal texts it is."""
     counts: dict[str, int] = {}
     streams = []
     for row in rows:
@@ -281,7 +284,10 @@ def _draws(rows: Sequence[EncodedRow], seed: int) -> list[np.random.Philox]:
 
 
 def encode_texts(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int) -> list[EncodedRow]:
-    """Their token ids, cut to `max_tokens` (each side of an encoder-decoder). InvalidTask for none or an empty one."""
+    """Return the texts' token ids, cut to `max_tokens` (each side of an encoder-decoder).
+
+    Raises InvalidTask for no text and for an empty one.
+    """
     given = read_rows(texts, noun="text", targets="any")
     if not given:
         raise InvalidTask("statistics are of a list of texts, or of rows with input and target, but there is none")
@@ -307,7 +313,7 @@ def encode_texts(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int) 
 
 
 def padded_inputs(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> tuple[dict[str, Tensor], Tensor]:
-    """The model's arguments for some rows, padded on the right, and which tokens are real."""
+    """Return the model's arguments for some rows, padded on the right, and which tokens are real."""
     if model.config.is_encoder_decoder:
         inputs = batch(model, tokenizer, rows).inputs
         return inputs, inputs["attention_mask"].bool()
@@ -318,7 +324,7 @@ def padded_inputs(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> tup
 
 @contextmanager
 def _heads(model: nn.Module, adapter: Adapter) -> Iterator[None]:
-    """The adapter's trained heads in the model's parameters inside; the base's, bit for bit, after it."""
+    """Put the adapter's trained heads into the model's parameters for the block; after it, the base's bit for bit."""
     parameters = dict(model.named_parameters())
     for name, head in adapter.heads.items():
         found = tuple(parameters[name].shape) if name in parameters else "none"
@@ -346,7 +352,7 @@ def _heads(model: nn.Module, adapter: Adapter) -> Iterator[None]:
 
 
 def make_recorders(model: nn.Module, names: Iterable[str], kinds: Collection[str]) -> dict[str, Recorder]:
-    """A recorder for each layer. Raises LayerMismatch for any that is neither linear nor an expert of a fused parameter."""
+    """Return a recorder for each layer. Raises LayerMismatch for one neither linear nor an expert of a fused parameter."""
     modules = dict(model.named_modules())
     found: dict[str, Recorder] = {}
     for name in dict.fromkeys(names):
@@ -362,7 +368,7 @@ def make_recorders(model: nn.Module, names: Iterable[str], kinds: Collection[str
 
 
 def results(recorders: Mapping[str, Recorder], num_texts: int) -> dict[str, LayerStatistics]:
-    """What they have seen. Raises CompositionError for a layer that never ran, or values that are not finite."""
+    """Return what the recorders have seen. Raises CompositionError for a layer that never ran and for values not finite."""
     layers: dict[str, LayerStatistics] = {}
     fishers = {name: _mean(name, recorder.fisher_OI, num_texts) for name, recorder in recorders.items()}
     present = [tensor for tensor in fishers.values() if tensor is not None]

@@ -1,4 +1,4 @@
-"""Composes stored adapters for a task that none of them was trained for: retrieve, search, and guard."""
+"""The composition of stored adapters for a task that none of them was trained for: retrieve, search, and guard."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def compose(
     allow_licenses: bool = False,
     **search_options: Any,
 ) -> Composition:
-    """Finds the `k` adapters of a hub that fit the task's examples best, weighs them, and returns the composition.
+    """Find the `k` adapters of a hub that fit the task's examples best, weigh them, and return the composition.
 
     A pool or a list of adapters is used whole. `method` "auto" learns weights for the adapters and a LoRA under prompts that
     show the examples, looks in a hub for a program of adapters, and averages their probabilities (docs/search.md); the
@@ -235,10 +235,11 @@ REASONS = {
 def guard(
     asked: str | None, held_out_losses: Mapping[str, float], *, guarded: bool, best_of_all: bool = False
 ) -> tuple[str, str]:
-    """The name of the way to return, and why; the losses are those of all ways measured.
+    """Return the name of the way to return, and why; the losses are those of all ways measured.
 
-    Unless it is to be `guarded`, what was asked for, or where that is nothing the better of base and best single. Else it
-    gives way to the better of these two where it is worse, or to the best of all, a plain one where they are equal.
+    Unless it is to be `guarded`, that is what was asked for or, if nothing was, the better of base and best single. Else
+    what was asked for gives way to the better of these two where it is worse, or to the best of all, a plain one where they
+    are equal.
     """
     if asked is not None and not guarded:
         return asked, REASONS.get(asked, f"auto became {asked}") if best_of_all else "as asked"

@@ -55,7 +55,7 @@ FILES = tuple(f"*{name}" for name in (FILE, "router.json", "router.safetensors",
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Composition(TaskMixture):
-    """What `compose` returns: a mixture for a task that can be refined, explained, kept and given away.
+    """The result of `compose`: a mixture for a task that can be refined, explained, kept and given away.
 
     Its fields, weights, adapter and answers are those of `TaskMixture`.
     """
@@ -105,7 +105,7 @@ class Composition(TaskMixture):
         return replace(cls(model, tokenizer, task, None, {}, "linear", report, seed), **fields)
 
     def leave_one_out(self) -> dict[str, float]:
-        """By how much the mean loss of the examples rises without each adapter, the others' weights as they are.
+        """Return by how much the mean loss of the examples rises without each adapter, the others' weights as they are.
 
         Negative where the composition is better without it. All are measured in one pass, with a mixture per row; where a
         router weighs, in a pass for each, and the others' weights are what it gives them.
@@ -115,10 +115,10 @@ class Composition(TaskMixture):
         return rises_without_each(*self._loss_and_mixture("leave adapters out of"))
 
     def prune(self, tolerance: float = 0.01, *, progress: bool = True) -> Composition:
-        """Without the adapters that are missed least, as long as the loss rises by at most `tolerance` nats in all.
+        """Return the composition without the adapters that are missed least, if the loss rises by at most `tolerance` nats.
 
-        Raises CompositionError for a composition of which only the merged adapter is left, ScopeError where a router weighs,
-        WeightingError for a tolerance below 0.
+        That is the rise in all. Raises CompositionError for a composition of which only the merged adapter is left,
+        ScopeError where a router weighs, WeightingError for a tolerance below 0.
         """
         started = time.perf_counter()
         pruned = prune_mixture(*self._loss_and_mixture("prune"), tolerance, progress=progress)
@@ -134,10 +134,10 @@ class Composition(TaskMixture):
         )
 
     def cut(self, rank: int) -> Composition:
-        """With every layer's update cut to at most `rank`: the best approximation of it in the Frobenius norm.
+        """Return the composition with every layer's update cut to at most `rank`: its best approximation in Frobenius norm.
 
         The report's reason has the rank before, the relative error of all layers together, and the loss before and after.
-        CompositionError when the composition is the base model itself.
+        Raises CompositionError when the composition is the base model itself.
         """
         if self.is_base:
             raise CompositionError("cannot cut the rank of this composition: it is the base model itself")
@@ -164,10 +164,11 @@ class Composition(TaskMixture):
         checkpoint: str | Path | None = None,
         progress: bool = True,
     ) -> Composition:
-        """Trained on, on the examples, for `steps` steps from the merged adapter, cut to `rank` first where it is higher.
+        """Train the merged adapter on the examples for `steps` steps, and return the new composition.
 
-        From nothing where it is the base model itself: a new adapter updates the linear layers that the pool's update.
-        Raises what `train_adapters` raises: AdapterUnsupported where the adapter is more than factors of linear layers.
+        An adapter of higher rank is cut to `rank` first. Where the composition is the base model itself, a new adapter is
+        trained, which updates the linear layers that the pool's update. Raises what `train_adapters` raises:
+        AdapterUnsupported where the adapter is more than factors of linear layers.
         """
         started = time.perf_counter()
         start = None if self.is_base else self.adapter
@@ -194,7 +195,7 @@ class Composition(TaskMixture):
         )
 
     def explain(self, text: Asked, *, max_new_tokens: int = 0) -> Explanation:
-        """What each token of the prompt for an input gets from each adapter: the composition's weights, in every layer.
+        """Return what each token of the prompt for an input gets from each adapter: its weights, in every layer.
 
         With `max_new_tokens`, tokens of the greedy continuation are explained too; Composer.explain says which.
         """
@@ -217,10 +218,10 @@ class Composition(TaskMixture):
         return replace(merged, experts=tuple(names), w_TLE=merged.w_TLE * weights_LE)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes composition.json and, unless it is the base model, the merged adapter as a PEFT folder.
+        """Write composition.json and, unless it is the base model, the merged adapter as a PEFT folder.
 
-        Where a router weighs, it writes the router and its adapters; ScopeError for a router that `lw.router` cannot make.
-        Members and steps go to folders of their own in it.
+        Where a router weighs, write the router and its adapters; raises ScopeError for a router that `lw.router` cannot
+        make. Members and steps go to folders of their own in it.
         """
         target = as_path(folder, "the folder of a composition", CompositionError)
         if target.exists() and not (target / FILE).is_file() and any(target.iterdir()):
@@ -243,11 +244,11 @@ class Composition(TaskMixture):
     def export(
         self, folder: str | Path, *, target: str = "peft", max_rank: int | None = None, allow_licenses: bool = False
     ) -> ExportReport:
-        """Writes the composition as one adapter for one of `lw.names("targets")`; what `Adapter.export` does with it.
+        """Write the composition as one adapter for one of `lw.names("targets")`, and return what `Adapter.export` returns.
 
         Where prompts show demonstrations, or are a chat, `prompts` of its card are the whole prompts, texts or messages, one
-        for each order of the demonstrations, with "{input}" for the input.
-        CompositionError when the composition is the base model itself.
+        for each order of the demonstrations, with "{input}" for the input. Raises CompositionError when the composition is
+        the base model itself.
         """
         allow = allow_licenses or self.allow_licenses
         portable = with_magnitudes(self.adapter, self.model)
@@ -264,7 +265,7 @@ class Composition(TaskMixture):
         private: bool | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Uploads what `save_pretrained` writes, with a card, to `owner/name` on the model hub; returns the commit's id.
+        """Upload what `save_pretrained` writes, with a card, to `owner/name` on the model hub; return the commit's id.
 
         The card states base, licence, parents with their weights and licences, and the report's scores. Raises what
         `Adapter.push_to_hub` raises, and InvalidLicense for licenses that exclude each other unless `allow_licenses`.
@@ -296,7 +297,7 @@ class Composition(TaskMixture):
         token: str | None = None,
         local_files_only: bool = False,
     ) -> Composition:
-        """Reads a saved composition, from its folder or `owner/name` on the model hub, for the same base model.
+        """Read a saved composition, from its folder or `owner/name` on the model hub, for the same base model.
 
         Raises BaseModelMismatch for another, AdapterNotFound without one, and what a download raises. Warns where neither
         weights nor ids say that the model is the same, and names and shapes do.
@@ -309,7 +310,7 @@ class Composition(TaskMixture):
         return cls(model, tokenizer, **fields)
 
     def _loss_and_mixture(self, verb: str) -> tuple[ExampleLoss, MixtureWeights]:
-        """The loss on the examples by the adapters that have a weight, and the mixture over them.
+        """Return the loss on the examples by the adapters that have a weight, and the mixture over them.
 
         Raises CompositionError for a composition without a pool, and for one that is more than its weights say.
         """
@@ -329,7 +330,7 @@ class Composition(TaskMixture):
     def _renew(
         self, name: str, reason: str, started: float, *, loss: float, evaluations: int, num_trained: int = 0, **fields: Any
     ) -> Composition:
-        """The composition with other `fields`, by `name` in its report; what it does on held-out examples is not known."""
+        """Return the composition with other `fields`, by `name` in its report; held-out figures are then unknown."""
         seconds, new = time.perf_counter() - started, replace(self, **fields)
         row = ReportRow(name, new.all_weights, loss, None, None, seconds, evaluations, new.by_layer, num_trained)
         return replace(new, report=self.report.with_choice(row, reason))

@@ -1,7 +1,7 @@
 """The rows of a task's examples, tokenised once, as batches for any selection; as trees where the model takes these.
 
-A decoder whose attention takes any mask and any positions then gives each row what it gives it alone, for fewer tokens: an
-instruction is read once for all examples, and a prompt once for all labels.
+A decoder whose attention takes any mask and any positions then gives each row the result that it has alone, for fewer
+tokens: an instruction is read once for all examples, and a prompt once for all labels.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class JobBatch:
     rows_of_job: tuple[int, ...]
 
     def logits(self, model: Any) -> Tensor:
-        """logits_BPV of the positions that predict targets."""
+        """Return logits_BPV of the positions that predict targets."""
         if self.inputs["attention_mask"].ndim != 4:
             return target_logits(model, TargetBatch(self.inputs, self.target_BRK[:, 0]))
         # in a tree the last token predicts too, in a plain row it is predicted
@@ -61,10 +61,10 @@ class JobBatch:
 
 
 def in_turn(task: Task) -> list[Task]:
-    """The task for each of its examples, showing the demonstrations on the longer side of that example, the outer first.
+    """Return the task for each of its examples, showing the demonstrations on the example's longer side, the outer first.
 
-    Such prompts continue each other, so that a tree reads the demonstrations twice, not once for each example. An example
-    is asked under at least half of the others, and under all demonstrations where it is none of them.
+    Such prompts continue each other, so that a tree reads the demonstrations twice, not once for each example. An example is
+    asked under at least half of the others, and under all demonstrations if it is not one of them.
     """
     shown, tasks = task.shown, []
     for pair in task.examples:
@@ -75,9 +75,9 @@ def in_turn(task: Task) -> list[Task]:
 
 
 class EncodedExamples:
-    """Each example has one row for every text that the loss reads after its prompt. Without `trees` rows stay rows.
+    """The rows of a task's examples: one for every text that the loss reads after an example's prompt.
 
-    `turned` asks each in the prompt that `in_turn` gives it.
+    Without `trees` rows stay rows. `turned` asks each example in the prompt that `in_turn` gives it.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class EncodedExamples:
 
     @cached_property
     def _shares(self) -> bool:
-        """Whether rows are run as trees. The first use of this runs the model, without a mixture."""
+        """True if rows are run as trees. The first use of this runs the model, without a mixture."""
         return self._may_share and runs_trees(self._model, self._tokenizer, self._rows)
 
     @cached_property
@@ -105,29 +105,29 @@ class EncodedExamples:
         return batch(self._model, self._tokenizer, self._rows)
 
     def prepare(self) -> None:
-        """Decides whether rows run as trees. Call it while no mixture is active."""
+        """Decide whether rows run as trees. Call it while no mixture is active."""
         _ = self._shares
 
     def digest(self, examples: Sequence[int]) -> str:
-        """A hash of the tokens of these examples, and of which of their texts is right."""
+        """Return a hash of the tokens of these examples, and of which of their texts is right."""
         rows = [(row.prompt, row.target) for row in self._rows_of(examples)]
         return text_digest(repr((rows, self.right_N[list(examples)].tolist())))
 
     def has_trees(self, examples: tuple[int, ...]) -> bool:
-        """Whether a job's rows are run as trees."""
+        """Return whether a job's rows are run as trees."""
         return bool(self._trees_of(examples))
 
     def counts(self, examples: Sequence[int]) -> Tensor:
-        """count_NR: the target tokens of each row."""
+        """Return count_NR, the number of target tokens of each row."""
         return torch.tensor([[len(row.target) for row in self._rows_of([example])] for example in examples])
 
     def num_targets(self, examples: Sequence[int]) -> int:
-        """The tokens of the examples' own targets."""
+        """Return the number of tokens of the examples' own targets."""
         right = self.right_N[list(examples)]
         return int(self.counts(examples).gather(1, right[:, None]).sum())
 
     def size(self, examples: tuple[int, ...]) -> tuple[int, int]:
-        """(tokens read, logits made) for one job."""
+        """Return (tokens read, logits made) for one job."""
         if trees := self._trees_of(examples):
             longest, kept = max(map(len, trees)), max(tree.num_predictors for tree in trees)
             return len(trees) * longest, len(trees) * kept
@@ -135,7 +135,7 @@ class EncodedExamples:
         return len(rows) * max(map(len, rows)), len(rows) * max(len(row.target) for row in rows)
 
     def batch(self, jobs: Sequence[tuple[int, ...]]) -> JobBatch:
-        """All jobs as one batch."""
+        """Return all jobs as one batch."""
         if self._trees_of(jobs[0]):
             return self._as_trees([self._trees_of(job) for job in jobs])
         index = [row for job in jobs for example in job for row in self._places(example)]
@@ -161,7 +161,7 @@ class EncodedExamples:
         return JobBatch(inputs, num_kept, slot_BRK.to(device), target_BRK, real_BR, tuple(map(len, jobs)))
 
     def _trees_of(self, examples: tuple[int, ...]) -> list[TokenTree]:
-        """The trees of a job, one per row of the batch; none where plain rows are cheaper."""
+        """Return the trees of a job, one per row of the batch; none where plain rows are cheaper."""
         if examples not in self._trees:
             self._trees[examples] = self._plant(examples) if self._shares else []
         return self._trees[examples]
@@ -183,9 +183,10 @@ class EncodedExamples:
             size = (size + 1) // 2
 
     def _cost(self, num_rows: int, length: int) -> int:
-        """Of a decoder layer's products, in units of two products of a token's hidden values with a number each.
+        """Return the cost of a decoder layer's products, in units of two products of a token's hidden values with a number.
 
-        12 h^2 a token in the weights and 2 h a token for each that it meets in attention, whether it sees it or not.
+        That is 12 h^2 a token in the weights, and 2 h a token for each that it meets in attention, whether it sees it or
+        not.
         """
         return num_rows * length * (6 * int(self._model.config.get_text_config().hidden_size) + length)
 
@@ -198,7 +199,7 @@ class EncodedExamples:
 
 @dataclass(frozen=True, eq=False)
 class TokenTree:
-    """The tokens that a model has to read of R rows; the last `num_predictors` of them are those that predict a target.
+    """The tokens that a model has to read for R rows; the last `num_predictors` of them are those that predict a target.
 
     sees_TT says which tokens are a token's ancestors, or itself. slot_RK has the predictor of each target token, counted
     from the last one (-1) backwards; target_RK is `IGNORED` where a row's target is shorter than K.
@@ -215,7 +216,7 @@ class TokenTree:
         return self.ids_T.shape[0]
 
     def read(self, logits_PV: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss_R, hit_R): the mean loss of each row's target, and whether greedy decoding would write it."""
+        """Return (loss_R, hit_R): the mean loss of each row's target, and whether greedy decoding would write it."""
         logs_PV = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32)).log_softmax(dim=1)
         slot_RK, target_RK = self.slot_RK.to(logs_PV.device), self.target_RK.to(logs_PV.device)
         real_RK = target_RK >= 0
@@ -225,7 +226,7 @@ class TokenTree:
 
 
 def token_tree(rows: Sequence[EncodedRow]) -> TokenTree:
-    """The tree of rows that each have a prompt. A row's last token predicts nothing, and is left out."""
+    """Return the tree of rows that each have a prompt. A row's last token predicts nothing, and is left out."""
     nodes: dict[tuple[int, int], int] = {}
     ids: list[int] = []
     paths: list[list[int]] = []
@@ -257,7 +258,7 @@ def token_tree(rows: Sequence[EncodedRow]) -> TokenTree:
 
 
 def tree_inputs(trees: Sequence[TokenTree], pad: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """One row of a batch for each tree, padded on the left, with a mask of four axes that is added to the scores."""
+    """Return one row of a batch for each tree, padded on the left, with a mask of four axes that is added to the scores."""
     longest = max(len(tree) for tree in trees)
     ids_BT = torch.full((len(trees), longest), pad)
     position_BT = torch.zeros(len(trees), longest, dtype=torch.long)
@@ -282,7 +283,7 @@ _TRIED: WeakKeyDictionary[nn.Module, dict[tuple[str, torch.dtype], bool]] = Weak
 
 
 def runs_trees(model: nn.Module, tokenizer: Any, rows: Sequence[EncodedRow]) -> bool:
-    """Whether rows have the same losses as a tree, to rounding, in the model as it is; some of the first ones are tried.
+    """Return whether rows have the same losses as a tree, to rounding, in the model as it is; some of the first are tried.
 
     False, without a trial, for encoder-decoders, for models that take no positions (recurrent ones, ALiBi), for attention
     that takes no mask of four axes, and for windows that are shorter than the longest row.

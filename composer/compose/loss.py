@@ -48,7 +48,7 @@ Made = TypeVar("Made")
 
 
 def together(objectives: Sequence[Objective], candidates: Sequence[Candidates]) -> list[list[float]]:
-    """The losses that each objective gives its own candidates; views of one ExampleLoss share their forward passes."""
+    """Return the losses that each objective gives its own candidates; views of one ExampleLoss share forward passes."""
     if _are_views_of_one(objectives):
         losses = iter(score(_pairs(objectives, candidates)))
         return [[next(losses) for _ in own] for own in candidates]
@@ -58,7 +58,7 @@ def together(objectives: Sequence[Objective], candidates: Sequence[Candidates]) 
 def together_with_gradients(
     objectives: Sequence[Any], candidates: Sequence[Candidates]
 ) -> list[tuple[list[float], list[Tensor]]]:
-    """The losses and gradients of each objective's own candidates, in the same way."""
+    """Return the losses and gradients of each objective's own candidates, in the same way as `together`."""
     if _are_views_of_one(objectives):
         found = iter(score_with_gradients(_pairs(objectives, candidates)))
         parts = [[next(found) for _ in own] for own in candidates]
@@ -67,7 +67,7 @@ def together_with_gradients(
 
 
 def _are_views_of_one(objectives: Sequence[Any]) -> bool:
-    """Whether all share one model, one set of encoded examples and one merge method."""
+    """Return whether all share one model, one set of encoded examples and one merge method."""
     shared = {(id(getattr(each, "encoded", None)), getattr(each, "merge_method", "")) for each in objectives}
     return len(shared) == 1 and hasattr(objectives[0], "encoded")
 
@@ -91,20 +91,20 @@ class OnExamples:
         self.failures = Failures()
 
     def view(self, only: Sequence[int]) -> Self:
-        """The same objective on these examples, by their index among all of the task's. It counts failures of its own."""
+        """Return the same objective on these examples, by index among all of the task's. It counts failures of its own."""
         found = self.penalised(self.penalty)
         found.only = tuple(only)
         return found
 
     def penalised(self, penalty: Penalty) -> Self:
-        """The same objective with these terms for the weights."""
+        """Return the same objective with these terms for the weights."""
         found = copy.copy(self)
         found.failures = Failures()
         found.penalty = penalty
         return found
 
     def _describe_mixtures(self) -> dict[str, Any]:
-        """The base model and its dtype, the experts' hashes, and what weights mean and cost, for JSON.
+        """Return the base model and its dtype, the experts' hashes, and what weights mean and cost, for JSON.
 
         It opens the experts of a lazy pool.
         """
@@ -124,7 +124,7 @@ NOTHING = "."
 
 
 def with_own_answers(engine: Composer, tokenizer: Any, task: Task, inputs: Sequence[Prompt]) -> Task:
-    """The task with these inputs as its examples. Labels stay open: every input has the first as its target.
+    """Return the task with these inputs as its examples. Labels stay open: every input has the first as its target.
 
     Elsewhere the targets are the answers that greedy decoding writes under the uniform mixture of the pool, of at most
     16 tokens, "." for an empty one. Raises InvalidTask where there are no inputs.
@@ -141,7 +141,7 @@ def with_own_answers(engine: Composer, tokenizer: Any, task: Task, inputs: Seque
 
 
 def active_candidate(engine: Composer, candidate: MixtureWeights, merge_method: str) -> AbstractContextManager[Any]:
-    """Activates a "linear" candidate live; any other merge is written into the base until the block ends."""
+    """Activate a "linear" candidate live; write any other merge into the base until the block ends."""
     if merge_method == "linear":
         return engine.activate(candidate)
     weights = {name: value for name, value in candidate.as_dict().items() if value}
@@ -151,18 +151,18 @@ def active_candidate(engine: Composer, candidate: MixtureWeights, merge_method: 
 
 @dataclass
 class Failures:
-    """How many candidates could not be scored, and why the first one could not."""
+    """The number of candidates that could not be scored, and why the first one could not."""
 
     count: int = 0
     first: str = ""
 
     def add(self, why: str) -> None:
-        """Counts one more."""
+        """Count one more."""
         self.count += 1
         self.first = self.first or why
 
     def add_error(self, error: Exception) -> None:
-        """Counts one that raised an error."""
+        """Count one that raised an error."""
         self.add(f"{type(error).__name__}: {error}")
 
 
@@ -172,7 +172,7 @@ COUNTED = 0.01
 
 @dataclass(frozen=True)
 class Penalty:
-    """l1 * mean|w| + l2 * mean(w^2) + sparsity * (how many experts have a weight of more than 0.01 in some layer).
+    """The terms l1 * mean|w| + l2 * mean(w^2) + sparsity * (number of experts with a weight above 0.01 in some layer).
 
     The means are over experts and, where weights differ by layer, layers. The count takes no part in gradients.
     By default `l1` is LoraHub's published one. Raises WeightingError for factors that are negative or not finite.
@@ -186,7 +186,7 @@ class Penalty:
         check_options("the loss", asdict(self), options_of(Penalty), noun="term")
 
     def __call__(self, values_BTLE: Tensor) -> Tensor:
-        """The sum of the terms, a scalar of the weights' dtype."""
+        """Return the sum of the terms, a scalar of the weights' dtype."""
         total = torch.zeros((), dtype=values_BTLE.dtype)
         if self.l1:
             total = total + self.l1 * values_BTLE.abs().mean()
@@ -240,25 +240,28 @@ class ExampleLoss(OnExamples):
         self._parcel = None if workers is None else Parcel.of(made)
 
     def describe(self) -> dict[str, Any]:
-        """What the losses depend on: the kind and its terms, the tokens, the experts and the base model."""
+        """Return what the losses depend on: the kind and its terms, the tokens, the experts and the base model."""
         return {"kind": type(self.kind).__name__, "tokens": self.encoded.digest(self.only), **self._describe_mixtures()}
 
     @property
     def differentiable(self) -> bool:
-        """Whether `gradients` can be asked for."""
+        """True if `gradients` can be asked for."""
         return self.kind.differentiable and self.merge_method == "linear"
 
     def __call__(self, candidates: Sequence[MixtureWeights]) -> list[float]:
         return score([(self, candidate) for candidate in candidates])
 
     def deal(self, work: Callable[[ExampleLoss, Piece], Made], pieces: Sequence[Piece]) -> list[Made]:
-        """work(self, piece) of each piece, several of them by the workers. Raises what the first that fails has raised."""
+        """Return work(self, piece) of each piece, several of them done by the workers.
+
+        Raises what the first piece that fails has raised.
+        """
         if self._workers is None or self._parcel is None or len(pieces) == 1:
             return [work(self, piece) for piece in pieces]
         return self._workers.deal(self._parcel, work, pieces)
 
     def gradients(self, candidates: Sequence[MixtureWeights]) -> tuple[list[float], list[Tensor]]:
-        """The loss of each candidate, and d loss / d values_BTLE, of the shape of its values; NaN for a failed one.
+        """Return the loss of each candidate, and d loss / d values_BTLE, of the shape of its values; NaN for a failed one.
 
         Several candidates share a forward and a backward pass. The products run in the model's dtype, the weights and
         their gradients have fp32 or better. |w| has the slope 0 at 0, and the count of experts has none.
@@ -268,7 +271,7 @@ class ExampleLoss(OnExamples):
         return [loss for loss, _ in found], [gradient for _, gradient in found]
 
     def scores(self, candidates: Sequence[MixtureWeights]) -> tuple[np.ndarray, np.ndarray]:
-        """(loss_CN, hit_CN) of every candidate on every example, without the terms for its weights.
+        """Return (loss_CN, hit_CN) of every candidate on every example, without the terms for its weights.
 
         A hit is an example that the model would answer with its target: in greedy decoding, or among the labels.
         """
@@ -278,11 +281,11 @@ class ExampleLoss(OnExamples):
         return np.stack(losses), np.stack(hits)
 
     def total(self, sums: RowSums, values_BTLE: Tensor) -> Tensor:
-        """The loss of a candidate with these values, from its sums."""
+        """Return the loss of a candidate with these values, from its sums."""
         return self.kind.losses(sums).double().mean() + self.penalty(values_BTLE).double()
 
     def term(self, values_BTLE: Tensor) -> tuple[float, Tensor]:
-        """The terms for the weights alone, and their gradient; in fp32 or better."""
+        """Return the terms for the weights alone, and their gradient; in fp32 or better."""
         with torch.inference_mode(False), torch.enable_grad():
             values = values_BTLE.detach().clone().to(torch.promote_types(values_BTLE.dtype, torch.float32)).requires_grad_()
             term = self.penalty(values)
@@ -290,7 +293,7 @@ class ExampleLoss(OnExamples):
         return float(term.detach()), gradient.detach()
 
     def require_gradients(self) -> None:
-        """Raises WeightingError where there are none."""
+        """Raise WeightingError where there are no gradients."""
         if not self.differentiable:
             raise WeightingError(
                 f"no gradients of objective {type(self.kind).__name__} with merge method {self.merge_method!r}: use "
@@ -304,12 +307,12 @@ Found = tuple[float, Tensor | None]
 
 
 def score(pairs: Pairs) -> list[float]:
-    """The loss of each pair's candidate by its objective; the objectives are views of one. NaN for a failed candidate."""
+    """Return the loss of each pair's candidate by its objective; all are views of one. NaN stands for a failed candidate."""
     return [loss for loss, _ in _contain_failures(pairs, _losses)]
 
 
 def score_with_gradients(pairs: Pairs) -> list[tuple[float, Tensor]]:
-    """The same, with the gradient by the candidate's values; NaN too for a failed candidate."""
+    """Return what `score` returns, with the gradient by the candidate's values; NaN, too, for a failed candidate."""
     for objective, _ in pairs:
         objective.require_gradients()
     found = _contain_failures(pairs, _slopes)
@@ -320,7 +323,7 @@ def score_with_gradients(pairs: Pairs) -> list[tuple[float, Tensor]]:
 
 
 def _contain_failures(pairs: Pairs, evaluate: Callable[[Pairs], list[Found]]) -> list[Found]:
-    """What `evaluate` returns for the pairs; when it raises, the pairs at fault are found by halving."""
+    """Return what `evaluate` returns for the pairs; when it raises, the pairs at fault are found by halving."""
     try:
         found = evaluate(pairs) if pairs else []
     # no candidate is at fault
@@ -349,7 +352,7 @@ def _losses(pairs: Pairs) -> list[Found]:
 
 
 def _sums(pairs: Pairs, needs: frozenset[str]) -> list[RowSums]:
-    """The sums of each pair, of one forward pass for many, or of one for each where a merge is written into the base."""
+    """Return the sums of each pair, from one pass for many, or from one for each if a merge is written into the base."""
     first, _ = pairs[0]
     jobs = [Job(mixture, each.only) for each, mixture in pairs]
     if first.merge_method == "linear":
@@ -373,7 +376,7 @@ def _merged_sums(needs: frozenset[str], on: ExampleLoss, job: Job) -> RowSums:
 
 
 def _factor_sums(needs: frozenset[str], on: ExampleLoss, part: Sequence[Job]) -> list[RowSums]:
-    """The same for LoraHub's sums of factors, of one forward pass for many: each candidate is an expert of its own."""
+    """Return the sums for LoraHub's sums of factors, from one pass for many: each candidate is an expert of its own."""
     engine = factor_sums(on.engine, [job.mixture for job in part if job.mixture is not None])
     rows = torch.eye(len(part))[:, None, None, None]
     jobs = [replace(job, mixture=MixtureWeights(row, engine.pool.names)) for row, job in zip(rows, part, strict=True)]

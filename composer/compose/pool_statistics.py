@@ -1,4 +1,4 @@
-"""What methods that weigh by data need of many adapters, each from running the model with it over texts of its own."""
+"""The statistics of many adapters for methods that weigh by data, each from running the model over texts of its own."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pool_statistics(
     n_jobs: int | None = None,
     progress: bool = True,
 ) -> dict[str, Statistics]:
-    """{name: what `collect_statistics` finds} of the adapters that are named in `texts`, each from its own texts.
+    """Return {name: what `collect_statistics` returns} of the adapters named in `texts`, each from its own texts.
 
     `n_jobs` workers, or those that `joblib.parallel_config` names, each take an adapter at a time, to the same bits, and
     open those of a hub themselves (docs/howto/many_machines.md). The options are those of `collect_statistics`; `layers`
@@ -63,7 +63,7 @@ def _collected(
     options: Mapping[str, Any],
     piece: tuple[Adapter | str, Sequence[Row]],
 ) -> Statistics:
-    """Those of one adapter, which of a hub is a name."""
+    """Return the statistics of one adapter, which is a name if it is a hub's."""
     side, rows = piece
     adapter = side if isinstance(side, Adapter) else cast(Hub, hub)[side]
     texts = [(row.asked, row.targets[0]) if row.targets else row.asked for row in rows]

@@ -1,4 +1,4 @@
-"""Candidates on examples: as many as fit in one forward pass, a mixture a row, with or without a backward pass.
+"""The scoring of candidates on examples: as many as fit in one pass, a mixture a row, with or without a backward pass.
 
 A sum of factors has the rank of one expert, however many are in it, so that a population costs little more than the base.
 """
@@ -56,26 +56,26 @@ class Passes:
 
     @classmethod
     def of(cls, encoded: EncodedExamples, jobs: Sequence[Job], *, backward: bool = False) -> Self:
-        """Those of all jobs; `backward` ones hold fewer tokens."""
+        """Return the passes of all jobs; `backward` ones hold fewer tokens."""
         max_tokens = MAX_TOKENS_WITH_GRADIENTS if backward else MAX_TOKENS
         encoded.prepare()
         pieces = [_pieces(encoded, job, max_tokens) for job in jobs]
         return cls(list(_passes(encoded, [piece for own in pieces for piece in own], max_tokens)), list(map(len, pieces)))
 
     def joined(self, found: Iterable[Sequence[RowSums]]) -> list[RowSums]:
-        """The sums of each job, in the order of the jobs, from those of each pass."""
+        """Return the sums of each job, in the order of the jobs, from those of each pass."""
         in_order = chain.from_iterable(found)
         return [RowSums.join(list(islice(in_order, count))) for count in self.parts_of_job]
 
 
 def row_sums(engine: Composer, encoded: EncodedExamples, jobs: Sequence[Job], needs: frozenset[str]) -> list[RowSums]:
-    """The sums that each job needs, in the order of the jobs; without gradients."""
+    """Return the sums that each job needs, in the order of the jobs; without gradients."""
     passes = Passes.of(encoded, jobs)
     return passes.joined([pass_sums(engine, encoded, part, needs) for part in passes.each])
 
 
 def pass_sums(engine: Composer, encoded: EncodedExamples, part: Sequence[Job], needs: frozenset[str]) -> list[RowSums]:
-    """The sums that each job of one pass needs."""
+    """Return the sums that each job of one pass needs."""
     encoded.prepare()
     with untouched(engine.model), torch.no_grad():
         return _forward(engine, encoded, part, needs)
@@ -84,9 +84,9 @@ def pass_sums(engine: Composer, encoded: EncodedExamples, part: Sequence[Job], n
 def pass_slopes(
     engine: Composer, encoded: EncodedExamples, part: Sequence[Job], needs: frozenset[str], losses: Losses
 ) -> tuple[list[float], Tensor]:
-    """The loss of each of C jobs of one pass, and their slopes by values_CTLE; both have fp32 or better.
+    """Return the loss of each of C jobs of one pass, and their slopes by values_CTLE; both in fp32 or better.
 
-    `losses` gives the loss of each job from the sums of all. It is to depend on the job's own values alone.
+    `losses` returns the loss of each job from the sums of all. A loss must depend on the job's own values alone.
     """
     encoded.prepare()
     with ExitStack() as stack:
@@ -102,7 +102,7 @@ def pass_slopes(
 
 
 def _pieces(encoded: EncodedExamples, job: Job, max_tokens: int) -> list[Job]:
-    """The job split into runs of consecutive examples that each fit into one pass, where possible."""
+    """Return the job split into runs of consecutive examples that each fit into one pass, where possible."""
     tokens, logits = encoded.size(job.examples)
     count = min(len(job.examples), max(math.ceil(tokens / max_tokens), math.ceil(logits / MAX_LOGITS)))
     size = math.ceil(len(job.examples) / count)
@@ -114,7 +114,7 @@ def _pieces(encoded: EncodedExamples, job: Job, max_tokens: int) -> list[Job]:
 
 
 def _passes(encoded: EncodedExamples, jobs: Sequence[Job], max_tokens: int) -> Iterator[list[Job]]:
-    """The jobs in order, in groups that can share a batch and fit into one pass; at least one job each."""
+    """Yield the jobs in order, in groups that can share a batch and fit into one pass; at least one job each."""
     part: list[Job] = []
     longest = (0, 0)
     for job in jobs:
@@ -131,13 +131,13 @@ def _passes(encoded: EncodedExamples, jobs: Sequence[Job], max_tokens: int) -> I
 
 
 def _shared_key(encoded: EncodedExamples, job: Job) -> Any:
-    """The same for jobs that one batch can hold under one activation."""
+    """Return a key that is the same for jobs that one batch can hold under one activation."""
     mixture = job.mixture
     return encoded.has_trees(job.examples), None if mixture is None else (mixture.experts, mixture.layers)
 
 
 def _values(jobs: Sequence[Job]) -> Tensor:
-    """values_CTLE of jobs that have a mixture. Raises ScopeError for one that varies by row or token."""
+    """Return values_CTLE of jobs that have a mixture. Raises ScopeError for one that varies by row or token."""
     mixtures = [job.mixture for job in jobs if job.mixture is not None]
     for mixture in mixtures:
         if mixture.scope != "task":
@@ -151,7 +151,10 @@ def _values(jobs: Sequence[Job]) -> Tensor:
 def _forward(
     engine: Composer, encoded: EncodedExamples, jobs: Sequence[Job], needs: frozenset[str], values_CTLE: Tensor | None = None
 ) -> list[RowSums]:
-    """`values_CTLE` are the jobs' own where gradients are to reach them."""
+    """Return the sums that each of the jobs needs, from one forward pass.
+
+    `values_CTLE` are the jobs' own where gradients are to reach them.
+    """
     batch = encoded.batch([job.examples for job in jobs])
     first = jobs[0].mixture
     with ExitStack() as stack:
@@ -173,7 +176,7 @@ def _forward(
 
 
 def _sums(logits_BPV: Tensor, batch: JobBatch, needs: frozenset[str]) -> dict[str, Tensor]:
-    """For each real text row, in order: sums over its target tokens."""
+    """Return sums over the target tokens of each real text row, in order."""
     num_rows, num_kept, num_words = logits_BPV.shape
     start_B11 = num_kept * torch.arange(1, num_rows + 1, device=logits_BPV.device)[:, None, None]
     place_BRK = start_B11 + batch.slot_BRK
@@ -197,7 +200,7 @@ MAX_CANDIDATES = 16
 
 
 def can_be_factor_sums(pool: ExpertPool, mixtures: Sequence[MixtureWeights]) -> bool:
-    """Whether all experts can be summed factor by factor, and each mixture is one weight for each of the same experts.
+    """Return whether all experts can be summed factor by factor, under mixtures of one weight for each of the same experts.
 
     Where not, the merge method itself says why, or leaves out the experts of weight 0 that keep it from being so.
     """
@@ -216,7 +219,7 @@ def can_be_factor_sums(pool: ExpertPool, mixtures: Sequence[MixtureWeights]) -> 
 
 
 def factor_sums(engine: Composer, mixtures: Sequence[MixtureWeights]) -> Composer:
-    """A Composer with an expert "0", "1", ... for each mixture: a = sum of w_e a_e, b = sum of w_e b_e, in every layer."""
+    """Return a Composer with an expert "0", "1", ... for each mixture: a = sum of w_e a_e, b = sum of w_e b_e, by layer."""
     pool = engine.bound_pool.subset(mixtures[0].experts)
     w_CE = torch.cat([each.values_BTLE for each in mixtures])[:, 0, 0].float()
     layers: list[dict[str, Factors]] = [{} for _ in mixtures]
@@ -240,5 +243,5 @@ def factor_sums(engine: Composer, mixtures: Sequence[MixtureWeights]) -> Compose
 
 
 def _factor_sums(w_CP: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """sum over p of w_cp part_p, for each c."""
+    """Return the sum over p of w_cp part_p, for each c."""
     return (w_CP @ torch.stack(list(parts)).float().flatten(1)).view(len(w_CP), *parts[0].shape)

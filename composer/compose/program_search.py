@@ -44,7 +44,7 @@ def search_programs(
     gain: float = 0.0,
     progress: bool | Progress = False,
 ) -> ProgramSearch:
-    """The programs of adapters of the retriever's hub of up to `max_steps` steps, measured on the task's examples.
+    """Measure programs of up to `max_steps` adapters of the retriever's hub on the task's examples, and return the search.
 
     Raises InvalidTask where no adapter has a description, and what `fitting_hits` raises.
     """
@@ -64,7 +64,7 @@ def search_programs(
 
 
 def _steps(retriever: Retriever, tokenizer: Any, task: Task, k: int, model: Any) -> tuple[list[Step], list[Step], list[str]]:
-    """(first steps, later steps, adapters without a description). Raises InvalidTask where none has one."""
+    """Return (first steps, later steps, adapters without a description). Raises InvalidTask where none has one."""
     hub, inputs = retriever.hub, [str(asked) for asked, _ in task.examples]
     by_inputs = fitting_hits(hub, partial(retriever.for_task, inputs, evidence=False), k, model)
     by_outputs: list[Candidate] = []
@@ -89,7 +89,7 @@ def _steps(retriever: Retriever, tokenizer: Any, task: Task, k: int, model: Any)
 
 
 def _or_none(search: Callable[[], list[Candidate]]) -> list[Candidate]:
-    """What a search by outputs finds; nothing where no card has any."""
+    """Return what a search by outputs finds; nothing where no card has any."""
     try:
         return search()
     except BaseModelMismatch:
@@ -102,8 +102,11 @@ def labels_of(path: Order) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ProgramRow:
-    """A program that was measured: the mean loss of the targets' tokens under its last step, in nats, on the first
-    `num_examples` examples, and the share of these that greedy decoding would write."""
+    """One program that was measured on the first `num_examples` examples.
+
+    `loss` is the mean loss of the targets' tokens under its last step, in nats; `hits` is the share of these examples that
+    greedy decoding would write.
+    """
 
     steps: tuple[str, ...]
     loss: float
@@ -113,7 +116,7 @@ class ProgramRow:
 
 @dataclass(eq=False)
 class ProgramSearch:
-    """Programs by length, each measured on more examples as long as it is among the best.
+    """The search of programs by length, each measured on more examples as long as it is among the best.
 
     A longer program is better where its loss is lower by more than the share `gain`. `left_out` are adapters without a
     description, which cannot be asked.
@@ -130,7 +133,7 @@ class ProgramSearch:
     _found: dict[Order, list[Reading]] = field(default_factory=dict)
 
     def run(self, max_steps: int) -> None:
-        """Measures programs of up to so many steps.
+        """Measure programs of up to `max_steps` steps.
 
         Ends early where one writes every example, where no program of the last length is better than all shorter ones, and
         where none of those that are measured now is better than the best shorter one on the same examples.
@@ -154,18 +157,18 @@ class ProgramSearch:
                         return
 
     def best(self) -> tuple[Order, str]:
-        """The program to take, and why. Raises SearchFailed where no loss is finite."""
+        """Return the program to take, and why. Raises SearchFailed where no loss is finite."""
         chosen = self._chosen()
         if not chosen:
             raise SearchFailed(f"none of {len(self._found)} programs has a finite loss; see whether the model is damaged")
         return chosen, f"loss {self._loss(chosen):.3f}, of the best single step {self._least(1):.3f}"
 
     def readings(self, path: Order) -> list[Reading]:
-        """Of a program that was measured, in the order of the examples."""
+        """Return the readings of a program that was measured, in the order of the examples."""
         return self._found[path]
 
     def _chosen(self) -> Order:
-        """The best program; () where no loss is finite."""
+        """Return the best program; () where no loss is finite."""
         by_length: dict[int, Order] = {}
         # the base is last among equal ones, else the earlier
         for path in sorted(self._whole(), key=lambda path: (self._loss(path), any(step.name is None for step in path))):
@@ -177,7 +180,7 @@ class ProgramSearch:
         return chosen
 
     def rows(self) -> list[ProgramRow]:
-        """Every program measured."""
+        """Return a row for every program measured, those on most examples first, then by loss."""
         found = [
             ProgramRow(labels_of(path), self._loss(path), fmean(reading.hit for reading in readings), len(readings))
             for path, readings in self._found.items()
@@ -189,11 +192,11 @@ class ProgramSearch:
         return [(first, last) for first in self.first for last in lasts if first != last]
 
     def _lasts(self) -> list[Step]:
-        """The steps of the lowest loss alone: what answers in the targets' form reads them best, whatever it is asked."""
+        """Return the steps of lowest loss alone: what answers in the targets' form reads them best, whatever it is asked."""
         return sorted(dict.fromkeys([*self.first, *self.later]), key=lambda step: self._loss((step,)))[:LASTS]
 
     def _longer(self, length: int) -> list[Order]:
-        """The best programs of one step less with one step more, at any place."""
+        """Return the best programs of one step less with one step more, at any place."""
         shorter = sorted((path for path in self._whole() if len(path) == length - 1), key=self._loss)[: self.beam]
         made: dict[Order, None] = {}
         steps = [self.first, *[self.later] * (length - 2), self._lasts()]
@@ -208,14 +211,14 @@ class ProgramSearch:
         return min((self._loss(path) for path in self._whole() if len(path) == length), default=math.inf)
 
     def _whole(self) -> dict[Order, list[Reading]]:
-        """The programs that were measured on all examples."""
+        """Return the programs that were measured on all examples."""
         return {path: found for path, found in self._found.items() if len(found) == len(self.task.examples)}
 
     def _loss(self, path: Order) -> float:
         return _mean_loss(self._found[path])
 
     def _measure(self, paths: Sequence[Order], num_examples: int) -> None:
-        """Reads the targets of the first `num_examples` examples under the last step of each program."""
+        """Read the targets of the first `num_examples` examples under the last step of each program."""
         examples = self.task.examples[:num_examples]
         texts = self._texts({path[:-1] for path in paths}, [text for text, _ in examples])
         targets = [
@@ -226,7 +229,7 @@ class ProgramSearch:
             self._found[path] = readings[number * num_examples : (number + 1) * num_examples]
 
     def _texts(self, paths: Iterable[Order], inputs: Sequence[Prompt]) -> dict[Order, Sequence[Prompt]]:
-        """What each program answers to each input; the inputs themselves for the one without steps."""
+        """Return what each program answers to each input; the inputs themselves for the one without steps."""
         known: dict[Order, Sequence[Prompt]] = {(): inputs}
         # sorted, so that the batches are the same in every process
         wanted = sorted(paths, key=labels_of)
@@ -239,6 +242,6 @@ class ProgramSearch:
 
 
 def _mean_loss(readings: Sequence[Reading]) -> float:
-    """The mean over examples; NaN is worse than everything."""
+    """Return the mean over examples; NaN counts as infinite, worse than everything."""
     loss = fmean(reading.loss for reading in readings)
     return loss if loss == loss else math.inf

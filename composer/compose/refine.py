@@ -1,4 +1,4 @@
-"""What makes a composition better or smaller afterwards: training on, and leaving adapters out.
+"""The ways to make a composition better or smaller afterwards: training on, and leaving adapters out.
 
 A merged adapter is the best starting point of a few-shot LoRA (Asadi et al. 2024, arXiv 2402.15414, the second step).
 """
@@ -39,7 +39,7 @@ TARGETS = ("q_proj", "v_proj")
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a merged adapter is trained on: each step sees all examples, up to `batch_size` of them.
+    """The settings by which a merged adapter is trained on: each step sees all examples, up to `batch_size` of them.
 
     `rank` is the most that the adapter to begin with may have; a higher one is cut first.
     """
@@ -63,7 +63,7 @@ def tuned_adapters(
     checkpoint: Path | None = None,
     progress: bool | Progress = False,
 ) -> dict[str, Adapter]:
-    """{name: adapter} trained on some of the task's examples each, all in one batch; None begins a new adapter.
+    """Return {name: adapter} trained on some of the task's examples each, all in one batch; None begins a new adapter.
 
     `target_modules` are for new adapters. Raises BudgetExceeded for a training that memory is short for.
     """
@@ -96,26 +96,26 @@ def tuned_adapters(
 
 
 def task_of(task: Task, seen: Sequence[int]) -> Task:
-    """The task with these examples alone; where it shows its examples, it shows the first of these."""
+    """Return the task with these examples alone; where it shows its examples, it shows the first of these."""
     examples = [task.examples[index] for index in seen]
     shown = examples[: len(task.shown)] if shows_its_examples(task) else task.demonstrations
     return replace(task, examples=examples, demonstrations=shown)
 
 
 def num_scalars(adapter: Adapter) -> int:
-    """Of all its factors a and b."""
+    """Return the number of scalars in all of an adapter's factors a and b."""
     return sum(factors.a_RI.numel() + factors.b_OR.numel() for factors in adapter.layers.values())
 
 
 def targets_of(pool: ExpertPool | None) -> Sequence[str]:
-    """What the paths of the linear layers of a pool's adapters end in."""
+    """Return what the paths of the linear layers of a pool's adapters end in."""
     adapters = [] if pool is None else pool.adapters.values()
     linear = {layer for adapter in adapters for layer, factors in adapter.layers.items() if factors.kind == "linear"}
     return sorted({layer.rsplit(".", 1)[-1] for layer in linear}) or TARGETS
 
 
 def linear_targets(model: Any) -> Sequence[str]:
-    """What the paths of a model's linear layers end in, without its head."""
+    """Return what the paths of a model's linear layers end in, without its head."""
     head = model.get_output_embeddings()
     linear = {name for name, module in model.named_modules() if kinds.linear.shape(module) and module is not head}
     return sorted({name.rsplit(".", 1)[-1] for name in linear})
@@ -124,13 +124,13 @@ def linear_targets(model: Any) -> Sequence[str]:
 def example_loss(
     model: Any, tokenizer: Any, task: Task, pool: ExpertPool, merge_method: str = "linear", *, turned: bool = False
 ) -> ExampleLoss:
-    """The loss on the task's examples by mixtures of a pool, without terms for the weights."""
+    """Return the loss on the task's examples by mixtures of a pool, without terms for the weights."""
     engine = Composer(model, pool, tokenizer=tokenizer)
     return ExampleLoss(engine, tokenizer, task, merge_method=merge_method, turned=turned, l1=0.0)
 
 
 def loss_with(model: Any, tokenizer: Any, task: Task, adapter: Adapter | None) -> float:
-    """The mean loss of the examples with an adapter, or with the base model alone."""
+    """Return the mean loss of the examples with an adapter, or with the base model alone."""
     if adapter is None:
         with untouched(model):
             losses = scoring.losses(model, tokenizer, task, task.examples)
@@ -142,7 +142,7 @@ def loss_with(model: Any, tokenizer: Any, task: Task, adapter: Adapter | None) -
 
 
 def rises_without_each(objective: ExampleLoss, mixture: MixtureWeights) -> dict[str, float]:
-    """By how much the mean loss rises without each expert, the others' weights as they are; measured in one pass."""
+    """Return by how much the mean loss rises without each expert, the others' weights as they are; measured in one pass."""
     whole, *losses = _losses(objective, [mixture, *(_without(mixture, [name]) for name in mixture.experts)])
     return {name: loss - whole for name, loss in zip(mixture.experts, losses, strict=True)}
 
@@ -159,7 +159,7 @@ class Pruned:
 
 
 def prune_mixture(objective: ExampleLoss, mixture: MixtureWeights, tolerance: float, *, progress: bool = True) -> Pruned:
-    """Leaves out experts one by one, always the one that is missed least, while the loss rises by at most `tolerance`.
+    """Leave out experts one by one, always the one that is missed least, while the loss rises by at most `tolerance`.
 
     `tolerance` is in nats of the mean loss on the examples, in all, and at least 0. One expert stays.
     """
@@ -193,7 +193,7 @@ def _losses(objective: ExampleLoss, mixtures: list[MixtureWeights]) -> list[floa
 
 
 def pool_of(router: TokenRouter, engine: Composer) -> ExpertPool:
-    """The engine's pool as it was given, or bound to the base, where only then it has what the router was made for."""
+    """Return the engine's pool, or the pool bound to the base if only that has what the router was made for."""
     wanted, given = set(router.members.hashes), set(Members.of(engine.pool).hashes)
     if wanted <= given or not wanted <= set(Members.of(engine.bound_pool).hashes):
         return engine.pool

@@ -1,4 +1,4 @@
-"""What compose() measured and chose: rows, a table, and the curves of searches."""
+"""The report of what compose() measured and chose: rows, a table, and the curves of searches."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Report:
         return next(row for row in self.rows if row.name == name)
 
     def with_choice(self, row: ReportRow, reason: str) -> Report:
-        """The report with `row` as its choice; it replaces an earlier row of the same name."""
+        """Return the report with `row` as its choice; it replaces an earlier row of the same name."""
         return replace(
             self,
             rows=(*(other for other in self.rows if other.name != row.name), row),
@@ -64,14 +64,14 @@ class Report:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """All of it; a loss that is not finite, which JSON has no number for, is None."""
+        """Return all of it as JSON; a loss that is not finite, which JSON has no number for, is None."""
         found = asdict(self)
         for row in found["rows"]:
             row |= {name: None for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
         return found
 
     def table(self) -> ShownTable:
-        """The rows as a table; the chosen one is marked."""
+        """Return the rows as a table; the chosen one is marked."""
 
         def cell(value: float | None, form: str) -> str:
             return "-" if value is None else format(value, form)
@@ -90,7 +90,7 @@ class Report:
         return self.table()._repr_html_()
 
     def plot(self, path: str | Path) -> Path:
-        """Draws the lowest loss so far of every search that was run on all examples; the suffix names the format.
+        """Draw the lowest loss so far of every search that was run on all examples; the suffix names the format.
 
         Raises PackageMissing without matplotlib, CompositionError where nothing was searched.
         """

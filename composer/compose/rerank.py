@@ -1,4 +1,4 @@
-"""Candidates of a search in the order of what they do for a few examples: the model is asked, not the descriptions.
+"""The order of a search's candidates by what they do for a few examples: the model is asked, not the descriptions.
 
 The slopes of a whole pool come from one backward pass. At any mixture d loss / d w_e = sum over layers of <G, B_e A_e>,
 with G the loss's gradient by the layer's weight. G is a sum over tokens of g x^T, so that the product is the sum over tokens
@@ -64,7 +64,7 @@ def rerank(
     n_jobs: int | None = None,
     progress: bool = True,
 ) -> list[Candidate]:
-    """The candidates, best first by what they do on the task's examples; score and evidence say what that is.
+    """Return the candidates, best first by what they do on the task's examples; score and evidence say what that is.
 
     `by`: "first_order" scores by how much the loss would fall by `weight` more of the adapter if it went on as it begins
     (one backward pass for all candidates together), "gradient_similarity" by the same divided by the norm of the adapter's
@@ -129,7 +129,7 @@ def _ranked(
     around: str,
     batch_size: int,
 ) -> _Ranking:
-    """Score and evidence of some candidates, which of a hub are names."""
+    """Return the score and evidence of some candidates, which are names if they are a hub's."""
     model, tokenizer = load()
     pool = side if isinstance(side, ExpertPool) else cast(Hub, hub).pool(side)
     engine = Composer(model, pool, tokenizer=tokenizer)
@@ -181,7 +181,7 @@ class LossSlopes:
 def first_order(
     engine: Composer, tokenizer: Any, task: Task, *, mixture: Mapping[str, float] | None = None, batch_size: int = 8
 ) -> LossSlopes:
-    """The slope of the loss for every expert of the engine's pool; the loss is the mean over the task's examples.
+    """Return the slope of the loss for every expert of the engine's pool; the loss is the mean over the task's examples.
 
     It is taken at a `mixture`, by default at the base model. One forward and one backward pass for each `batch_size`
     examples, whatever the size of the pool. The products run in fp32 or better. The model is left as it was.
@@ -224,7 +224,7 @@ def first_order(
 
 
 def update_norm(engine: Composer, name: str) -> float:
-    """The Frobenius norm of one expert's whole update: of every layer's b a + diag(gain) W, and its bias."""
+    """Return the Frobenius norm of one expert's whole update: of every layer's b a + diag(gain) W, and its bias."""
     layers = engine.bound_pool[name].layers
     return math.sqrt(math.fsum(_squared_norm(factors, engine.target_layers[layer]) for layer, factors in layers.items()))
 
@@ -247,7 +247,7 @@ class _Slopes:
 
     @torch.no_grad()
     def receive(self, gradient: Tensor, x: Tensor) -> None:
-        """Adds the products of one call of the layer."""
+        """Add the products of one call of the layer."""
         g_NO = self._kind.rows(self.target.module, gradient).flatten(0, 1)
         # padding gets no gradient, and neither do tokens that no target looks back to
         touched_N = g_NO.any(dim=1)
@@ -263,13 +263,13 @@ class _Slopes:
             self.slope_E += stack.bias_EO.double() @ g_NO.sum(dim=0, dtype=torch.float64)
 
     def _project(self, x: Tensor, rows_SI: Tensor, touched_N: Tensor) -> Tensor:
-        """x rows^T of the touched tokens."""
+        """Return x rows^T of the touched tokens."""
         if self._kind is linear:
             return functional.linear(x.reshape(-1, self.target.num_inputs)[touched_N].to(rows_SI.dtype), rows_SI)
         return self._kind.project(self.target.module, x, rows_SI).flatten(0, 1)[touched_N]
 
     def _on(self, g_NO: Tensor) -> StackedFactors:
-        """The factors where the layer is, in the dtype of the products."""
+        """Return the factors where the layer is, in the dtype of the products."""
         if g_NO.dtype not in self._placed:
             device, given = self.slope_E.device, self._stack
             self._placed[g_NO.dtype] = StackedFactors(

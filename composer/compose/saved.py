@@ -1,4 +1,4 @@
-"""A composition's folder: composition.json, read without a model, and what lies beside it."""
+"""The folder of a composition: composition.json, read without a model, and what lies beside it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ class SavedRecipe:
 
     @classmethod
     def read(cls, folder: str | Path) -> SavedRecipe:
-        """Raises AdapterNotFound without a composition, AdapterCorrupt, and CompositionError for a newer one."""
+        """Read the recipe of a composition's folder.
+
+        Raises AdapterNotFound without a composition, AdapterCorrupt for a damaged one, and CompositionError for a newer one.
+        """
         path = as_path(folder, "the folder of a composition", CompositionError) / FILE
         if not path.is_file():
             raise AdapterNotFound(f"{folder} holds no {FILE}; save_pretrained() of a composition writes it")
@@ -72,9 +75,10 @@ class SavedRecipe:
             raise AdapterCorrupt(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
     def fields_on(self, model: Any) -> dict[str, Any]:
-        """The fields of the composition on the model, without its members: BaseModelMismatch for another base.
+        """Return the fields of the composition on the model, without its members.
 
-        Warns where neither weights nor ids say that the model is the same, and names and shapes do.
+        Raises BaseModelMismatch for another base. Warns where neither weights nor ids say that the model is the same, and
+        names and shapes do.
         """
         require_model(model)
         recipe, own, its = self.rest, base_key(model), BaseKey(str(self.base_model), None, self.base)
@@ -112,7 +116,7 @@ class SavedRecipe:
 def recipe_of(
     model: Any, task: Task, report: Report, *, router: bool, parts: Mapping[str, Sequence[str]], **fields: Any
 ) -> dict[str, Any]:
-    """What composition.json holds of a composition with these fields; `parts` are the names of its members and steps."""
+    """Return what composition.json holds for a composition with these fields; `parts` are the names of members and steps."""
     return {
         "format": max(
             (number for number, name in PARTS.items() if parts[name]), default=FORMAT_WITH_ROUTER if router else FORMAT
@@ -128,7 +132,7 @@ def recipe_of(
 
 
 def task_json(task: Task) -> dict[str, Any]:
-    """What Task() takes, as JSON."""
+    """Return what Task() takes, as JSON."""
     fields = {name: getattr(task, name) for name in TASK_FIELDS}
     for name in ("examples", "demonstrations"):
         fields[name] = [[prompt_json(asked), target] for asked, target in fields[name]]

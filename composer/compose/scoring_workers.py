@@ -32,7 +32,7 @@ NUM_KEPT = 8
 
 @dataclass(frozen=True)
 class Parcel:
-    """Something that is pickled once; a process that gets it several times can know it by its digest."""
+    """A thing that is pickled once; a process that gets it several times can know it by its digest."""
 
     digest: str
     packed: bytes = field(compare=False, repr=False)
@@ -64,7 +64,7 @@ class ScoringWorkers:
         self._engine = Parcel.of(_Engine(BaseReference.of(engine.model, tokenizer), hub, side))
 
     def deal(self, objective: Parcel, work: Callable[[Any, Piece], Made], pieces: Sequence[Piece]) -> list[Made]:
-        """work(objective, piece) of each; of the objective the parcel has what makes it of an engine and a tokenizer.
+        """Return work(objective, piece) of each piece; the objective's parcel makes it from an engine and a tokenizer.
 
         Raises what the first that fails has raised, WorkersFailed where workers are lost or cannot hold what they must.
         """

@@ -78,7 +78,10 @@ class Settings:
 
     @classmethod
     def of(cls, *, folds: int | None, checkpoint: str | Path | None, inputs: GivenRows | None, **arguments: Any) -> Settings:
-        """The arguments of compose() by name. WeightingError for a checkpoint that is not a path, InvalidTask for inputs."""
+        """Return the settings from the arguments of compose(), by name.
+
+        Raises WeightingError for a checkpoint that is not a path, InvalidTask for inputs that cannot be read.
+        """
         if folds is None:
             folds = FOLDS_OF_AUTO if arguments["method"] == "auto" else FOLDS
         texts = None if inputs is None else read_asked(inputs)
@@ -92,51 +95,50 @@ class Settings:
 
     @property
     def routes(self) -> bool:
-        """Whether a router makes the weights, and no search."""
+        """True if a router makes the weights, and no search."""
         return routes(self.method)
 
     @property
     def learns(self) -> bool:
-        """Whether the examples have a say in the weights, so that some must be held out to judge them."""
+        """True if the examples have a say in the weights, so that some must be held out to judge them."""
         if self.routes:
             # a router object is used as it is
             return _class_of(self.method, LearnedRouter) is not None
         return self.method in ("auto", "few_shot") if self.method in OTHER_WAYS else solver_class(self.name).learns
 
     def has_many(self, task: Task) -> bool:
-        """Whether "auto" has enough examples to hold a fifth of them out, and to train for long."""
+        """Return whether "auto" has enough examples to hold a fifth of them out, and to train for long."""
         return self.method == "auto" and not self.folds and len(task.examples) >= MANY
 
     @property
     def meaning(self) -> str | None:
-        """What the search's weights mean, as a merge method; None for what the search itself says."""
+        """The merge method that the search's weights are of; None for what the search itself says."""
         return self.merge_method if self.space is None else SPACES[self.space]
 
     def start_name(self, found: type[Solver]) -> str | None:
-        """The name of where a search begins; None where weights say it, and for the solver's own default."""
+        """Return the name of where a search begins; None where weights say it, and for the solver's own default."""
         start = self.options.get("start", found.begins(self.options))
         return start if isinstance(start, str) else None
 
     def can_run(self, method: str) -> bool:
-        """Whether the objective gives the search of that name the gradients that it needs."""
+        """Return whether the objective gives the search of that name the gradients that it needs."""
         if not solver_class(method).needs_gradients:
             return True
         smooth = not callable(self.objective) and self.objective != "exact_match"
         return smooth and self.meaning in (None, "linear")
 
     def solver(self, experts: Sequence[str], supplied: Mapping[str, Any]) -> Solver:
-        """The method's solver with its limits and options. It gets what it takes of `supplied`."""
+        """Return the method's solver with its limits and options. It gets what it takes of `supplied`."""
         found = solver_class(self.name)
         given = {**supplied, **{name: getattr(self, name) for name in LIMITS}}
         known = options_of(found)
         return found(experts, **{name: value for name, value in given.items() if name in known}, **self.options)
 
     def require_combinable(self, pool: ExpertPool) -> None:
-        """Raises InvalidLicense if the composition would combine adapters whose licenses exclude each other.
+        """Raise InvalidLicense if the composition would combine adapters whose licenses exclude each other.
 
-        CompositionError if it would combine adapters that count from different tokens on.
-
-        A single adapter, the base, and mixtures that a router makes live combine nothing.
+        Raises CompositionError if it would combine adapters that count from different tokens on. A single adapter, the base,
+        and mixtures that a router makes live combine nothing.
         """
         weights = {name: weight for name, weight in (self.weights or dict.fromkeys(pool.names)).items() if weight != 0.0}
         alone = self.method in ("base", "best_single", "in_context", "few_shot") or list(weights.values()) == [1.0]
@@ -147,7 +149,7 @@ class Settings:
             require_one_work((name, stated_license(pool[name].card.get("license"))) for name in weights)
 
     def check(self, task: Task, experts: Hub | ExpertPool) -> None:
-        """Raises UnknownName, WeightingError or InvalidTask for arguments that cannot work, without looking at a model."""
+        """Raise UnknownName, WeightingError or InvalidTask for arguments that cannot work, without looking at a model."""
         from_hub = isinstance(experts, Hub)
         if not isinstance(task, Task):
             raise InvalidTask(f"the task is {task!r:.80}; give lw.Task([(input, target), ...], instruction=...)")
@@ -236,7 +238,7 @@ class Settings:
             raise WeightingError(f"start is {start!r:.80}; give {{name: weight}}, or one of {', '.join(STARTS)}")
 
     def _try_options(self) -> None:
-        """Makes a solver over two made-up experts, so that it checks its options; those that name experts are left out."""
+        """Make a solver over two made-up experts, so that it checks its options; those that name experts are left out."""
         own = {name: value for name, value in self.options.items() if name not in ("start", "groups")}
         try:
             replace(self, budget=PLENTY, seconds=None, options=own).solver(("a", "b"), {"layers": ["layer"]})
@@ -270,7 +272,10 @@ class Settings:
                 kind(task)
 
     def _check_examples(self, task: Task) -> None:
-        """Raises where examples are needed: a search by entropy runs without any, but comparisons and some starts do not."""
+        """Raise an error where examples are missing.
+
+        A search by entropy runs without any, but comparisons and some starts do not.
+        """
         if task.examples:
             if self.learns and self.folds and len(task.examples) < 2:
                 raise InvalidTask("one example cannot be both searched on and held out: give two or more, or pass folds=0")
@@ -289,7 +294,7 @@ class Settings:
 
 
 def router_name(router: str | Router) -> str:
-    """The router's name in the registry, or else that of its class. A name is returned as it is."""
+    """Return the router's name in the registry, or else that of its class. A name is returned as it is."""
     match router:
         case str():
             return router
@@ -299,7 +304,7 @@ def router_name(router: str | Router) -> str:
 
 
 def require_no_router(router: Router | None, verb: str) -> None:
-    """Raises ScopeError where there is a router: its weights depend on the input, and `verb` needs some that do not."""
+    """Raise ScopeError where there is a router: its weights depend on the input, and `verb` needs some that do not."""
     if router is not None:
         raise ScopeError(
             f"a composition by router {router_name(router)!r} cannot {verb}: its weights depend on the input. It answers "
@@ -309,7 +314,7 @@ def require_no_router(router: Router | None, verb: str) -> None:
 
 
 def routes(method: str | Router) -> bool:
-    """Whether this is a router, or the name of one. Raises WeightingError unless it is a name or a router."""
+    """Return whether this is a router, or the name of one. Raises WeightingError unless it is a name or a router."""
     if isinstance(method, str):
         return _class_of(method, TokenRouter) is not None
     if isinstance(method, MixtureWeights) or not callable(getattr(method, "weights", None)):
@@ -321,7 +326,7 @@ def routes(method: str | Router) -> bool:
 
 
 def _options(method: str | Router) -> list[str]:
-    """The options of a router of that name, and of its training; a router object has none."""
+    """Return the options of a router of that name, and of its training; a router object has none."""
     found, learned = _class_of(method, TokenRouter), _class_of(method, LearnedRouter)
     if found is None or learned is None:
         return [] if found is None else option_names(found)
@@ -334,7 +339,7 @@ def _options(method: str | Router) -> list[str]:
 
 
 def _class_of(name: str | Router, kind: type[Kind]) -> type[Kind] | None:
-    """The class of this kind that a name stands for; None for others, for unknown names and for routers that were made."""
+    """Return the class of this kind that a name stands for; None for others, for unknown names and for router objects."""
     found = get("routers", name) if isinstance(name, str) and name in registry.names("routers") else None
     return found if isinstance(found, type) and issubclass(found, kind) else None
 

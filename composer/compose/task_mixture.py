@@ -1,4 +1,4 @@
-"""Weights over the adapters of a pool for one task, on one model: what they amount to, and how they answer."""
+"""The weights over the adapters of a pool for one task, on one model: what they amount to, and how they answer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NUM_NAMED, NAME_WIDTH = 3, 40
 
 @dataclass(frozen=True, eq=False)
 class TaskMixture:
-    """Weights over the adapters of a pool for one task, on one model.
+    """The weights over the adapters of a pool for one task, on one model.
 
     `pool` is None when nothing but the base is used, and for weights that were read from a folder. `merge_method` says
     what the weights mean (a name of `names("methods")`). `all_weights` are means over the layers where `by_layer`,
@@ -84,12 +84,12 @@ class TaskMixture:
         return f"<div><p>{escape(repr(self))}</p>{weights}{self.report.table()._repr_html_()}</div>"
 
     def _by_size(self) -> list[tuple[str, float]]:
-        """(name, mean weight), the largest by magnitude first."""
+        """Return (name, mean weight) of each adapter, the largest by magnitude first."""
         return sorted(self.mean_weights.items(), key=lambda pair: -abs(pair[1]))
 
     @property
     def weights(self) -> dict[str, float] | MixtureWeights | Router:
-        """{name: weight} without zeros; MixtureWeights if each layer has its own weights; the router if each token has.
+        """The weights as {name: weight} without zeros, as MixtureWeights if layers differ, or the router if tokens do.
 
         Raises ScopeError for a composition of members or steps, each of which has its own.
         """
@@ -104,7 +104,7 @@ class TaskMixture:
 
     @property
     def mean_weights(self) -> dict[str, float]:
-        """{name: weight}, averaged over the layers, and over parts, of the adapters that have a weight somewhere."""
+        """The weights as {name: weight}, averaged over layers and parts, of the adapters that have a weight somewhere."""
         if each := [part.mean_weights for part in self.parts.values()]:
             return {name: self._average([own.get(name, 0.0) for own in each]) for name in chain(*each)}
         layers = self.by_layer.values() if self.by_layer is not None else (self.all_weights,)
@@ -113,7 +113,7 @@ class TaskMixture:
 
     @property
     def is_base(self) -> bool:
-        """Whether this is the base model itself, with nothing added."""
+        """True if this is the base model itself, with nothing added."""
         return self.stored is None and self.router is None and not self.parts and not self.mean_weights
 
     @property
@@ -126,12 +126,12 @@ class TaskMixture:
         return [part.share for part in self.parts.values()]
 
     def _average(self, values: Sequence[float]) -> float:
-        """Of one value for each part, by their shares."""
+        """Return the average of one value for each part, by their shares."""
         return sum(value * share for value, share in zip(values, self._shares, strict=True)) / sum(self._shares)
 
     @property
     def _said(self) -> str:
-        """What the parts are together, for messages."""
+        """The parts together, as messages name them."""
         return f"the average of {' and '.join(self.members)}" if self.members else f"the program {' > '.join(self.steps)}"
 
     @property
@@ -145,8 +145,8 @@ class TaskMixture:
     def adapter(self) -> Adapter:
         """The composition as one adapter.
 
-        CompositionError when it is the base model itself, which no adapter expresses, ScopeError where a router weighs and
-        for members or steps, InvalidLicense for licenses that exclude each other, or derived works, unless
+        Raises CompositionError when it is the base model itself, which no adapter expresses, ScopeError where a router
+        weighs and for members or steps, InvalidLicense for licenses that exclude each other, or derived works, unless
         `allow_licenses`.
         """
         self._require_one("be one adapter")
@@ -164,15 +164,15 @@ class TaskMixture:
         return merge(list(used.adapters.values()), list(self.mean_weights.values()), progress=False, **given)
 
     def predict(self, inputs: GivenRows, *, max_new_tokens: int = scoring.MAX_NEW_TOKENS) -> list[str]:
-        """One answer for each input: a label when the task has labels, else the first line of a greedy generation.
+        """Return one answer for each input: a label when the task has labels, else the first line of a greedy generation.
 
-        Of a chat it is the whole turn. Inputs are texts, conversations, or those of rows. Raises InvalidTask for anything
+        In a chat it is the whole turn. Inputs are texts, conversations, or those of rows. Raises InvalidTask for anything
         else, such as a single text.
         """
         return self._predict(read_asked(inputs), max_new_tokens)
 
     def evaluate(self, pairs: GivenRows) -> dict[str, float]:
-        """Scores answers to (input, target) pairs, or rows in any other form; a target may be a list of accepted ones.
+        """Score answers to (input, target) pairs, or rows in any other form; a target may be a list of accepted ones.
 
         Every input is put into the task's prompt, with the task's instruction, whatever instruction its row has. `value` is
         the share of right answers under the task's metric, `low` and `high` its 95 % interval (Wilson's),
@@ -192,7 +192,10 @@ class TaskMixture:
         return scoring.score(said, read, self._losses(read))
 
     def losses(self, pairs: GivenRows | None = None) -> list[float]:
-        """The mean loss of the (first) target's tokens, and over members, for each pair, by default the task's examples."""
+        """Return the mean loss of the (first) target's tokens for each pair, by default the task's examples.
+
+        The loss of a composition of members is the mean over them.
+        """
         return self._losses(self.task.examples if pairs is None else scoring.read_answers(pairs))
 
     @property
@@ -203,11 +206,11 @@ class TaskMixture:
 
     @contextmanager
     def activate(self) -> Iterator[Any]:
-        """`with composition.activate() as model:` has the base model itself answer for the composition, without dropout.
+        """Let the base model itself answer for the composition, without dropout: `with composition.activate() as model:`.
 
         In the block, and in the thread that opened it, everything that takes a model works as with any other: its own
         `generate`, a transformers pipeline, a Trainer that evaluates, lm_eval. Prompts are yours to make (task.prompt).
-        ScopeError for members and steps, which answer apart.
+        Raises ScopeError for members and steps, which answer apart.
         """
         if self.parts:
             self._require_one("answer as one model")
@@ -246,11 +249,11 @@ class TaskMixture:
 
     @property
     def _last(self) -> TaskMixture:
-        """The last step, where there are some."""
+        """The last step, or the mixture itself without steps."""
         return list(self.steps.values())[-1] if self.steps else self
 
     def _between(self, texts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """What the last step is asked: what those before it answer, one after the other, or the texts themselves."""
+        """Return what the last step is asked: the answers of those before it, in their order, or the texts themselves."""
         before = list(self.steps.values())[:-1]
         limit = answer_limit(self.tokenizer, self.task.examples) if before else 0
         for step in before:
@@ -259,11 +262,11 @@ class TaskMixture:
 
     @property
     def _may_share(self) -> bool:
-        """Whether the weights of what prompts begin with do not depend on what follows."""
+        """True if the weights of what prompts begin with do not depend on what follows."""
         return self.router is None and (self.is_base or not self.adapter.invocation)
 
     def _require_one(self, verb: str) -> None:
-        """Raises ScopeError where a router weighs, and for members or steps."""
+        """Raise ScopeError where a router weighs, and for members or steps."""
         require_no_router(self.router, verb)
         if self.steps:
             raise ScopeError(

@@ -1,4 +1,4 @@
-"""Trials of what is trained: a LoRA under demonstrations, where it begins, its average with a search, and a router."""
+"""The trials of what is trained: a LoRA under demonstrations, where it begins, its average with a search, and a router."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class _Trained:
 
 
 class InContextAdapter(Trial[_Trained]):
-    """The bench's `start` as it is, asked under the examples that a split sees."""
+    """The trial of the bench's `start` as it is, asked under the examples that a split sees."""
 
     learns = False
     steps = 0
@@ -92,7 +92,10 @@ class InContextAdapter(Trial[_Trained]):
         return {**super().composition_fields(chosen), **fields}
 
     def _asked(self, adapter: Adapter, split: Split) -> _Trained:
-        """On all examples; a prompt shows some of those that the split sees (`in_turn`), but never its own."""
+        """Return the adapter with its loss on all examples.
+
+        A prompt shows some of the examples that the split sees (`in_turn`), but never its own.
+        """
         task = self.bench.task
         shown = replace(task, demonstrations=task_of(task, split.seen).demonstrations)
         model, tokenizer, pool = self.bench.engine.model, self.bench.tokenizer, ExpertPool({adapter.name: adapter})
@@ -100,7 +103,7 @@ class InContextAdapter(Trial[_Trained]):
 
 
 class FewShot(InContextAdapter):
-    """A LoRA on all linear layers, trained on the examples that a split sees, each under the others (arXiv 2110.15943).
+    """The trial of a LoRA on all linear layers, trained on a split's examples, each under the others (arXiv 2110.15943).
 
     It begins as the bench's `start`, or as a new adapter.
     """
@@ -136,7 +139,7 @@ class FewShot(InContextAdapter):
 
 
 class Lora(FewShot):
-    """A new LoRA on the pool's layers, trained on the examples that a split sees, and asked without them."""
+    """The trial of a new LoRA on the pool's layers, trained on the examples that a split sees, and asked without them."""
 
     def __init__(self, bench: Bench, tuning: Tuning) -> None:
         folder = None if bench.checkpoint is None else bench.checkpoint / "lora"
@@ -145,7 +148,7 @@ class Lora(FewShot):
 
 
 class Averaged(Trial[tuple[Any, ...]]):
-    """What other trials chose, each asked in its own prompts: the average of their probabilities, by `SHARES`."""
+    """The average of the probabilities of what other trials chose, each asked in its own prompts, by `SHARES`."""
 
     def __init__(self, parts: Sequence[Trial[Any]]) -> None:
         super().__init__("average", parts[0].bench)
@@ -161,7 +164,10 @@ class Averaged(Trial[tuple[Any, ...]]):
         return np.average(each, axis=0, weights=self._shares), hits_N
 
     def finish(self) -> None:
-        """The examples were learned from, so that no answer to them is looked at. The parts are finished by then."""
+        """Average the losses of the parts, which are finished by then.
+
+        The examples were learned from, so that no answers to them are looked at.
+        """
         (self.chosen,) = self.choices_on([self.bench.everything])
         each = [part.losses_N for part in self._parts if part.losses_N is not None]
         self.losses_N = np.average(each, axis=0, weights=self._shares)
@@ -185,7 +191,7 @@ BATCH_SIZE = 8
 
 
 class Routed(Trial[Router]):
-    """The router itself, the same for all splits; one that is trained sees a split's examples, up to 8 of them a step."""
+    """The trial of a router, the same for all splits; a trained one sees a split's examples, up to 8 of them a step."""
 
     def __init__(self, bench: Bench, settings: Settings) -> None:
         method, options, budget = settings.method, settings.options, settings.budget

@@ -34,7 +34,7 @@ from loraweave.types import Task
 
 @dataclass(frozen=True)
 class Split:
-    """Indices of the examples that a choice sees, and of those it is measured on afterwards."""
+    """The indices of the examples that a choice sees, and of those it is measured on afterwards."""
 
     name: str
     seen: tuple[int, ...]
@@ -42,7 +42,7 @@ class Split:
 
 
 def folds(num_examples: int, count: int, seed: int) -> list[Split]:
-    """At most `count` splits whose held-out examples cover all, in a shuffled order that depends on the seed alone."""
+    """Return at most `count` splits whose held-out examples cover all, in an order that depends on the seed alone."""
     count = min(count, num_examples)
     order = np.random.default_rng(seed).permutation(num_examples).tolist()
     held_out = [tuple(sorted(order[start::count])) for start in range(count)]
@@ -53,13 +53,13 @@ def folds(num_examples: int, count: int, seed: int) -> list[Split]:
 
 
 def held_out(num_examples: int, seed: int) -> Split:
-    """A fifth of the examples held out, drawn by the seed."""
+    """Return a split with a fifth of the examples held out, drawn by the seed."""
     return folds(num_examples, 5, seed)[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What all trials of one task share; examples are tokenised, and adapters measured alone, when the first trial asks.
+    """The things that all trials of a task share: examples are tokenised, and adapters measured alone, on the first demand.
 
     `scores` are those of retrieval. `on_progress` is called with the evaluations just made; with `progress` a training shows
     a bar of its own. A training under demonstrations begins as `start`, or as a new adapter; programs are of the
@@ -85,7 +85,7 @@ class Bench:
         return self.engine.pool.names
 
     def with_demonstrations(self, orders: int = 1) -> Bench:
-        """The same, where every prompt shows the first other examples, unless the task shows some already."""
+        """Return a bench where every prompt shows the first other examples, unless the task shows some already."""
         if self.task.demonstrations:
             return self
         shown = self.task.examples[:MAX_PACKED]
@@ -93,11 +93,11 @@ class Bench:
 
     @property
     def everything(self) -> Split:
-        """All examples, and none held out."""
+        """The split of all examples, with none held out."""
         return Split("all", tuple(range(len(self.task.examples))))
 
     def loss(self, merge_method: str = "linear") -> ExampleLoss:
-        """The loss on all examples, without terms for the weights."""
+        """Return the loss on all examples, without terms for the weights."""
         if merge_method not in self._losses:
             settings: dict[str, Any] = {"merge_method": merge_method, "turned": self.turned, "workers": self.workers}
             self._losses[merge_method] = ExampleLoss(self.engine, self.tokenizer, self.task, **settings, l1=0.0)
@@ -105,13 +105,13 @@ class Bench:
 
     @cached_property
     def alone(self) -> tuple[np.ndarray, np.ndarray]:
-        """(loss_EN, hit_EN) of each adapter with weight 1, on all examples."""
+        """The (loss_EN, hit_EN) of each adapter with weight 1, on all examples."""
         measured = self.loss().scores([MixtureWeights.of({name: 1.0}, self.names) for name in self.names])
         self.on_progress(len(self.names))
         return measured
 
     def best(self, examples: Sequence[int], count: int) -> dict[str, float]:
-        """1/count each for the adapters of the lowest mean losses on these examples; for all where there are fewer."""
+        """Return {name: 1/count} of the adapters of the lowest mean losses on these examples; of all if there are fewer."""
         means_E = self.alone[0][:, list(examples)].mean(axis=1)
         # stable, and NaN is last: of equal ones the earlier
         order = np.argsort(means_E, kind="stable")[:count]
@@ -122,9 +122,9 @@ Chosen = TypeVar("Chosen")
 
 
 class Trial(ABC, Generic[Chosen]):
-    """Chooses on splits of the examples, and keeps what was measured: on held-out ones, and once it is finished on all.
+    """One way to choose on splits of the examples, with what was measured: on held-out ones, and once finished on all.
 
-    `learns` says whether the examples have a say in the choice, so that some must be held out to judge it.
+    `learns` is True if the examples have a say in the choice, so that some must be held out to judge it.
     """
 
     learns = True
@@ -144,22 +144,22 @@ class Trial(ABC, Generic[Chosen]):
 
     @abstractmethod
     def choose(self, splits: Sequence[Split]) -> list[Chosen]:
-        """A choice for each split, which knows nothing of the split's held-out examples."""
+        """Return a choice for each split, which knows nothing of the split's held-out examples."""
 
     @abstractmethod
     def scores(self, chosen: Chosen, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """(loss_N, hit_N) of a choice on these examples, without terms for its weights."""
+        """Return (loss_N, hit_N) of a choice on these examples, without terms for its weights."""
 
     @abstractmethod
     def result(self, chosen: Chosen) -> SearchResult:
-        """The choice's weights, and what it took to find them."""
+        """Return the choice's weights, and what it took to find them."""
 
     def planned(self, num_folds: int) -> int | None:
-        """How many evaluations its searches or trainings will make; None where only time bounds them."""
+        """Return how many evaluations its searches or trainings will make; None where only time bounds them."""
         return 0
 
     def composition(self, chosen: Chosen, report: Report, *, seed: int, allow_licenses: bool) -> Composition:
-        """A choice, ready to answer."""
+        """Return a choice as a composition, ready to answer."""
         weights, by_layer = used_weights(self.result(chosen).mixture)
         return Composition(
             self.bench.engine.model,
@@ -173,7 +173,7 @@ class Trial(ABC, Generic[Chosen]):
         )
 
     def hits(self, chosen: Chosen, examples: Sequence[int]) -> tuple[Composition, np.ndarray]:
-        """The choice as a composition, and whether it answers each of these examples with its target."""
+        """Return the choice as a composition, and whether it answers each of these examples with its target."""
         pairs = [self.bench.task.examples[place] for place in examples]
         # licenses were asked for when it was chosen
         made = self.composition(chosen, Report((), self.name, "", (), 0.0, 0), seed=0, allow_licenses=True)
@@ -182,23 +182,23 @@ class Trial(ABC, Generic[Chosen]):
         return made, np.array(right_N, dtype=np.float64)
 
     def composition_fields(self, chosen: Chosen) -> dict[str, Any]:
-        """What a composition has of a choice beside its weights."""
+        """Return what a composition has of a choice beside its weights."""
         return {"task": self.bench.task, "pool": self.bench.engine.pool, "merge_method": self.merge_method}
 
     @property
     def held_out_loss(self) -> float:
-        """Infinite where it is no number, so that nothing is worse, and where there are no examples."""
+        """The mean loss on held-out examples; infinite where it is no number, and where there are no examples."""
         loss = float(self._held_losses_N.mean()) if self._held_losses_N.size else math.inf
         return loss if math.isfinite(loss) else math.inf
 
     def choices_on(self, splits: Sequence[Split]) -> list[Chosen]:
-        """The choices for these splits; none is made twice."""
+        """Return the choices for these splits; none is made twice."""
         if missing := [split for split in splits if split.name not in self._known]:
             self._known |= {split.name: made for split, made in zip(missing, self.choose(missing), strict=True)}
         return [self._known[split.name] for split in splits]
 
     def run(self, folds: Sequence[Split]) -> None:
-        """Measures it on held-out examples and on all."""
+        """Choose on every fold and on all examples, and measure the choices on held-out examples and on all."""
         started = time.perf_counter()
         # what sees nothing is the same on all examples, unless only some of them are held out
         folds = folds if self.learns or len(folds) == 1 else []
@@ -208,14 +208,14 @@ class Trial(ABC, Generic[Chosen]):
         self.finish()
 
     def hold_out(self, folds: Sequence[Split]) -> None:
-        """Measures it on the held-out examples of all folds."""
+        """Measure the choices on the held-out examples of all folds."""
         started, self._was_held_out = time.perf_counter(), bool(folds)
         measured = [self.scores(chosen, split.held) for split, chosen in zip(folds, self.choices_on(folds), strict=True)]
         self._held_losses_N, self._held_hits_N = np.concatenate(measured, axis=1) if measured else np.zeros((2, 0))
         self.seconds += time.perf_counter() - started
 
     def finish(self) -> None:
-        """Chooses on all examples, and measures that on all of them."""
+        """Choose on all examples, and measure that on all of them."""
         started, everything = time.perf_counter(), self.bench.everything
         (self.chosen,) = self.choices_on([everything])
         if everything.seen:
@@ -225,7 +225,7 @@ class Trial(ABC, Generic[Chosen]):
         self.seconds += time.perf_counter() - started
 
     def row(self) -> ReportRow:
-        """Its row of a report."""
+        """Return its row of a report."""
         result = None if self.chosen is None else self.result(self.chosen)
         used, by_layer = ({}, None) if result is None else used_weights(result.mixture)
         held_out = bool(self._held_losses_N.size) and (self._was_held_out or not self.learns)
@@ -245,7 +245,7 @@ class Trial(ABC, Generic[Chosen]):
 
 
 def used_weights(mixture: MixtureWeights) -> tuple[dict[str, float], dict[str, dict[str, float]] | None]:
-    """({name: mean weight} of the adapters that have a weight somewhere, {layer: {name: weight}} or None)."""
+    """Return ({name: mean weight} of the adapters that have a weight somewhere, {layer: {name: weight}} or None)."""
     # a weight that cancels out over the layers counts too
     used_E = mixture.values_BTLE.flatten(0, 2).any(dim=0).tolist()
     used = {name: mean for (name, mean), is_used in zip(mixture.means().items(), used_E, strict=True) if is_used}
@@ -253,7 +253,7 @@ def used_weights(mixture: MixtureWeights) -> tuple[dict[str, float], dict[str, d
 
 
 def result_of(mixture: MixtureWeights, num_trained: int = 0) -> SearchResult:
-    """A mixture that no candidates were tried for."""
+    """Return the result of a mixture that no candidates were tried for."""
     return SearchResult(mixture, math.nan, (), num_trained)
 
 

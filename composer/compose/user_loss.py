@@ -1,4 +1,4 @@
-"""Any function of the model as an objective: it is called with one candidate's mixture active at a time."""
+"""The objective by any function of the model, which is called with one candidate's mixture active at a time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class UserLoss(OnExamples):
         self.function = function
 
     def describe(self) -> dict[str, Any]:
-        """What the losses depend on; of the function itself the name alone."""
+        """Return what the losses depend on; of the function itself the name alone."""
         name = getattr(self.function, "__qualname__", type(self.function).__name__)
         return {
             "function": name,
@@ -85,7 +85,7 @@ def make_objective(
     workers: ScoringWorkers | None = None,
     **terms: float,
 ) -> ExampleLoss | UserLoss:
-    """An ExampleLoss of a kind of `names("objectives")`, or a UserLoss of `loss(model, examples)`.
+    """Return an ExampleLoss of a kind of `names("objectives")`, or a UserLoss of `loss(model, examples)`.
 
     `terms` are those of `Penalty`. A function, which may close over anything, is called in this process, whatever `workers`
     there are. Raises what the objectives raise, UnknownName for an unknown kind, and InvalidTask for a

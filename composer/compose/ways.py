@@ -1,4 +1,4 @@
-"""Which trials compose() runs: always the plain ones, and the method asked for or, for "auto", what it averages.
+"""The choice of trials that compose() runs: the plain ones, and the method asked for or, for "auto", what it averages.
 
 "auto" learns twice from the examples: weights for the stored adapters, and a LoRA under prompts that show the examples. Its
 answer is the average of both members' probabilities, which leave-one-out on the example pool put above either alone and
@@ -86,14 +86,14 @@ class Ways:
 
     @property
     def planned(self) -> int | None:
-        """How many evaluations the searches and trainings will make; None where only time bounds one."""
+        """The number of evaluations that the searches and trainings will make; None where only time bounds one."""
         numbers = [trial.planned(len(self._folds)) for trial in self._learning]
         return None if None in numbers else sum(number or 0 for number in numbers)
 
     def run(self) -> list[Trial[Any]]:
-        """The trials, measured: base, best single, uniform mixture and, for "auto", the base in context first.
+        """Run and return the trials: base, best single, uniform mixture and, for "auto", the base in context first.
 
-        Of "auto", what none of whose candidates can be scored is left out; `remarks` then says why. Of a task without
+        With "auto", a trial none of whose candidates can be scored is left out; `remarks` then says why. For a task without
         examples nothing plain is measured, since there is nothing to compare on.
         """
         trials, start = self._measured(), self._bench.start
@@ -123,7 +123,7 @@ class Ways:
         return [*plain, *members, *programs, *self._average(averaged)]
 
     def _average(self, members: Sequence[Trial[Any]]) -> list[Trial[Any]]:
-        """The average of the members, which is then asked for; none of one alone."""
+        """Return the average of the members, which is then asked for; none for one member alone."""
         average: list[Trial[Any]] = [Averaged(members)] if len(members) > 1 else []
         for trial in average:
             trial.run(self._folds)
@@ -134,7 +134,7 @@ class Ways:
         return average
 
     def _compared(self, plain: Sequence[Trial[Any]]) -> list[Trial[Any]]:
-        """All that learns, on the examples held out; only the best goes on to learn from all."""
+        """Measure all that learns on the examples held out, and return it; only the best goes on to learn from all."""
         ways = [*self._learning, *self._programs(plain)]
         measured = [way for way in ways if self._stays(way, Trial.hold_out)]
         best = min([*plain, *measured], key=lambda way: way.held_out_loss)
@@ -168,7 +168,7 @@ class Ways:
         return luck(losses_N.tolist(), [label for _, label in task.examples], num_tried)
 
     def _plain_trials(self) -> list[Trial[Any]]:
-        """The base model, the best single adapter, and the uniform mixture, in the way it was asked for if it was."""
+        """Return the trials of base model, best single adapter and uniform mixture, without those that were asked for."""
         bench, asked = self._bench, {trial.name for trial in self._learning}
         if not bench.task.examples:
             return []
@@ -181,14 +181,17 @@ class Ways:
         return [trial for trial in plain if trial.name not in asked]
 
     def _programs(self, plain: Sequence[Trial[Any]]) -> list[Programmed]:
-        """The program of "auto", for tasks without labels that neither prompts nor one adapter come near to."""
+        """Return the program of "auto", for tasks without labels that neither prompts nor one adapter come near to."""
         retriever, labels = self._bench.retriever, self._bench.task.labels
         if retriever is None or labels is not None or not self._has_room or _least(plain) < NEAR:
             return []
         return [Programmed(self._bench, retriever, self._settings)]
 
     def _joins(self, program: Programmed, plain: Sequence[Trial[Any]]) -> bool:
-        """Whether the program is a member; `remarks` then says what it is. Of one adapter a weight is learned anyway."""
+        """Return whether the program is a member, and note that in `remarks`.
+
+        A program of one step is none: a weight for one adapter is learned anyway.
+        """
         steps, loss, least = labels_of(program.chosen or ()), program.held_out_loss, _least(plain)
         why = ""
         if len(steps) == 1:
@@ -199,7 +202,7 @@ class Ways:
         return not why
 
     def _prompts(self) -> list[Trial[Any]]:
-        """The base in context, where there are other examples to show, and the adapter that learned to read them."""
+        """Return the base in context, where there are other examples to show, and the adapter that learned to read them."""
         task = self._bench.task
         if task.demonstrations or not (len(task.examples) > 1 or self._is_one):
             return []
@@ -219,7 +222,7 @@ class Ways:
         return True
 
     def _make(self) -> list[Trial[Any]]:
-        """What was asked for, beyond the plain trials; for "auto" its members."""
+        """Return what was asked for, beyond the plain trials; for "auto" its members."""
         settings, bench, names = self._settings, self._bench, self._bench.names
         shown = bench.with_demonstrations(ORDERS)
         if settings.routes:
@@ -242,7 +245,7 @@ class Ways:
         return [search if search.solver.learns else search.as_fixed()]
 
     def _searches(self) -> list[Trial[Any]]:
-        """The search of "auto"; of one adapter there is only with and without."""
+        """Return the search of "auto"; none for one adapter, which there is only with and without."""
         settings, budget = self._settings, self._settings.budget
         if len(self._bench.names) == 1:
             return []
@@ -252,7 +255,7 @@ class Ways:
         return [Searched(self._bench, replace(settings, method=method, budget=budget, options={}))]
 
     def _trainings(self, shown: Bench) -> list[Trial[Any]]:
-        """The training of "auto"."""
+        """Return the trainings of "auto"."""
         settings = self._settings
         if not self._has_room:
             return []
@@ -266,18 +269,18 @@ class Ways:
 
     @property
     def _is_one(self) -> bool:
-        """Whether "auto" has one example to show, and nothing to compare ways on."""
+        """True if "auto" has one example to show, and nothing to compare ways on."""
         task, settings = self._bench.task, self._settings
         return settings.method == "auto" and len(task.examples) == 1 and not task.demonstrations and self._asks_the_task
 
     @property
     def _asks_the_task(self) -> bool:
-        """Whether the loss is the task's own, of mixtures of updates."""
+        """True if the loss is the task's own, of mixtures of updates."""
         return self._settings.objective in (None, "cross_entropy") and self._settings.meaning in (None, "linear")
 
     @property
     def _untrained(self) -> str:
-        """Why "auto" does no more than search, by its settings; "" where they let it train."""
+        """The reason why "auto" does no more than search, by its settings; "" where they let it train."""
         settings = self._settings
         if settings.seconds is not None:
             return f"seconds={settings.seconds:g} bounds auto"
@@ -287,7 +290,7 @@ class Ways:
 
     @property
     def _has_room(self) -> bool:
-        """Whether "auto" does more than search: its loss is the task's, and examples, budget and time allow it."""
+        """True if "auto" does more than search: its loss is the task's, and examples, budget and time allow it."""
         return not self._untrained and len(self._bench.task.examples) > 1
 
 
@@ -339,7 +342,7 @@ class Searched(MixtureTrial):
             )
 
     def as_fixed(self) -> Fixed:
-        """What the solver gives at once, where no example has a part in it."""
+        """Return what the solver proposes at once, where no example has a part in it."""
         (mixture,) = self.solver.ask()
         return Fixed(self.name, self.bench, mixture, self.merge_method)
 
@@ -369,7 +372,7 @@ class Searched(MixtureTrial):
         return search
 
     def _start(self, split: Split) -> Start:
-        """Where the search of a split's examples begins; None for the solver's own default."""
+        """Return where the search of a split's examples begins; None for the solver's own default."""
         names, given = self.bench.names, self._start_name
         if given is None:
             return self._start_weights
@@ -427,7 +430,7 @@ class _Search:
             solver.replay(Told.read(log, self._kept))
 
     def tell(self, losses: Sequence[float], gradients: Sequence[Tensor]) -> None:
-        """Also writes the checkpoint. SearchFailed, with why the first candidate could not be scored, when none can be."""
+        """Tell the solver losses, and write the checkpoint. Raises SearchFailed, saying why the first failed, if all did."""
         try:
             self.solver.tell(losses, gradients)
         except SearchFailed as error:
@@ -436,7 +439,7 @@ class _Search:
             self.solver.keep(self._log, self._kept)
 
     def result(self) -> SearchResult:
-        """The best candidate; SearchFailed as above."""
+        """Return the best candidate. Raises SearchFailed as `tell` does."""
         try:
             return self.solver.result()
         except SearchFailed as error:

@@ -1,1 +1,1 @@
-"""What a search minimises on the examples of a task; a file is a kind of loss."""
+"""The losses that a search minimises on the examples of a task; a file is a kind of loss."""

@@ -1,4 +1,4 @@
-"""What an objective is made of: sums over the target tokens of each row, and what they mean for an example."""
+"""The material of objectives: sums over the target tokens of each row, and what they mean for an example."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOSS, MISS, ENTROPY = "loss", "miss", "entropy"
 
 @dataclass(frozen=True, eq=False)
 class RowSums:
-    """Of N examples with R rows each: `sums` over a row's target tokens, (N, R) each, by the names that were asked for.
+    """The sums of N examples with R rows each: `sums` over a row's target tokens, (N, R) each, by the names asked for.
 
     count_NR is the number of target tokens, right_N which of its rows is an example's target. `num_targets` counts the
     tokens of the targets of all examples of the loss, of which these N may be a part.
@@ -32,14 +32,14 @@ class RowSums:
 
     @classmethod
     def join(cls, parts: Sequence[RowSums]) -> RowSums:
-        """The sums of all parts' examples, in order; the parts have the same names."""
+        """Return the sums of all parts' examples, in order; the parts have the same names."""
         first = parts[0]
         sums = {name: torch.cat([part.sums[name] for part in parts]) for name in first.sums}
         count_NR, right_N = torch.cat([part.count_NR for part in parts]), torch.cat([part.right_N for part in parts])
         return cls(count_NR, right_N, first.num_targets, sums)
 
     def log_shares(self) -> Tensor:
-        """The logarithm of each label's share of the likelihood of all labels, log_NR."""
+        """Return log_NR, the logarithm of each label's share of the likelihood of all labels."""
         return torch.log_softmax(-self.sums[LOSS], dim=1)
 
 
@@ -47,8 +47,8 @@ class Kind(ABC):
     """A kind of loss on the examples of one task.
 
     `targets` are the texts that follow each example's prompt: its own target, or all `labels`; `right` says which of them is
-    its target. `needs` and `hit_needs` name the sums that `losses` and `hits` look at. `differentiable` says whether
-    gradients of `losses` mean anything.
+    its target. `needs` and `hit_needs` name the sums that `losses` and `hits` look at. `differentiable` is True if gradients
+    of `losses` mean anything.
     """
 
     differentiable: ClassVar[bool] = True
@@ -63,8 +63,8 @@ class Kind(ABC):
 
     @abstractmethod
     def losses(self, sums: RowSums) -> Tensor:
-        """loss_N, one for each example."""
+        """Return loss_N, one for each example."""
 
     def hits(self, sums: RowSums) -> Tensor:
-        """hit_N: whether the target is the likeliest label or, without labels, what greedy decoding would write."""
+        """Return hit_N: whether the target is the likeliest label or, without labels, what greedy decoding would write."""
         return sums.sums[LOSS].argmin(dim=1) == sums.right_N if self.labels else sums.sums[MISS][:, 0] == 0

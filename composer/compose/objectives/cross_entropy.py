@@ -8,8 +8,8 @@ from loraweave.composer.compose.objectives._row_sums import LOSS, Kind, RowSums
 
 
 class CrossEntropy(Kind):
-    """Each example counts the same, however long its target."""
+    """The mean negative log-likelihood, in which each example counts the same, however long its target."""
 
     def losses(self, sums: RowSums) -> Tensor:
-        """The mean over the target's tokens."""
+        """Return the mean over each target's tokens."""
         return (sums.sums[LOSS] / sums.count_NR)[:, 0]

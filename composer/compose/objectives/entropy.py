@@ -14,7 +14,7 @@ from loraweave.types import Task
 
 
 class Entropy(Kind):
-    """Looks at no target but for where its tokens are."""
+    """The entropy of predictions, which looks at no target but for where its tokens are."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task, task.labels)
@@ -22,7 +22,7 @@ class Entropy(Kind):
             self.needs = frozenset({ENTROPY})
 
     def losses(self, sums: RowSums) -> Tensor:
-        """In nats; at most log of the number of labels, or of words."""
+        """Return each example's entropy in nats, at most the log of the number of labels, or of words."""
         if self.labels:
             logs_NR = sums.log_shares()
             return -(logs_NR.exp() * logs_NR).sum(dim=1)

@@ -11,7 +11,7 @@ from loraweave.types import Task
 
 
 class ExactMatch(Kind):
-    """1 for an example whose answer is not its target, else 0; without gradients.
+    """The misses: 1 for an example whose answer is not its target, else 0; without gradients.
 
     No text is generated: greedy decoding writes a target exactly when, with the target's own tokens before it, each of them
     is the most likely one, the end-of-sequence token included. An answer that goes on with a line break counts as wrong
@@ -25,5 +25,5 @@ class ExactMatch(Kind):
         self.needs = self.hit_needs
 
     def losses(self, sums: RowSums) -> Tensor:
-        """0 or 1."""
+        """Return 0 or 1 for each example."""
         return (~self.hits(sums)).float()

@@ -18,5 +18,5 @@ class LorahubOriginal(Kind):
     """
 
     def losses(self, sums: RowSums) -> Tensor:
-        """Shares of it: their mean over the examples is the loss."""
+        """Return each example's share of the loss, which is the mean of the shares."""
         return sums.sums[LOSS][:, 0] / sums.num_targets
