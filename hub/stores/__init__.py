@@ -1,1 +1,1 @@
-"""Where a hub keeps its rows and its blobs: SQLite and a folder here, PostgreSQL and fsspec's stores elsewhere."""
+"""The stores of a hub's rows and blobs: SQLite and a folder on this machine, PostgreSQL and fsspec's stores elsewhere."""

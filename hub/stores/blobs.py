@@ -1,8 +1,8 @@
 """Blobs: an adapter's content (factors, heads, invocation tokens) as one immutable safetensors file, named by its hash.
 
-All fp32 numbers are one tensor, and the metadata has the place of each part in it: opening is one map of the file.
-A blob appears by rename, complete and on disk, and is never written again: processes have it mapped into memory. Its
-metadata also holds what the catalogue knew when it was written, so that a hub whose catalogue is lost can be rebuilt.
+All fp32 numbers are one tensor, and the metadata lists the place of each part in it: opening a blob takes one map of the
+file. A blob appears by rename, complete and on disk, and is never written again: processes have it mapped into memory. Its
+metadata also holds the catalogue's row as of the writing, so that a hub whose catalogue is lost can be rebuilt.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from loraweave.hub.stores.folder_blobs import file_digest
 from loraweave.hub.stores.packing import put_together, take_apart
 from loraweave.types import Factors
 
-# 1: a tensor for every factor; 2: heads too, or factors in another form than their own; 3: one packed tensor; 4: that, and
-# invocation tokens, without which it would be another adapter to a version that does not know them
+# 1: one tensor for each factor; 2: heads too, or factors stored as "compeft"; 3: one packed tensor; 4: invocation tokens
+# too, without which it would be another adapter
 FORMAT_VERSIONS = (1, 2, 3, 4)
 _METADATA_KEY = "loraweave"
 
 
 @dataclass(frozen=True)
 class Blob:
-    """What a blob holds: an adapter's content, and the catalogue's row as it was when the blob was written."""
+    """The content of a blob: an adapter's content, and its row in the catalogue (`origin`) as of the writing of the blob."""
 
     layers: Mapping[str, Factors]
     origin: Mapping[str, Any]
@@ -53,9 +53,9 @@ def blob_bytes(
     invocation: tuple[int, ...] = (),
     stored_as: str = "factors",
 ) -> bytes:
-    """The file of an adapter's content. `origin` is JSON; `stored_as="compeft"` keeps ternary factors in few bits, exactly.
+    """Return the bytes of an adapter's blob. `origin` is JSON; `stored_as="compeft"` packs ternary factors, losslessly.
 
-    Raises AdapterUnsupported for factors that are not ternary then.
+    Raises AdapterUnsupported if `stored_as` is "compeft" and a factor is not ternary.
     """
     description, tensors = take_apart(layers, heads, stored_as=stored_as)
     if invocation:
@@ -66,10 +66,10 @@ def blob_bytes(
 
 
 def read_blob(path: Path, who: str) -> Blob:
-    """The blob's content, its tensors mapped from the file.
+    """Return the content of the blob at `path`, its tensors mapped from the file.
 
-    AdapterCorrupt, naming `who` and the path, for any other content; FileNotFoundError, or OSError where the file system
-    does not give it.
+    Raises AdapterCorrupt, naming `who` and the path, if the file is no intact blob; FileNotFoundError if it is missing;
+    OSError if the file system cannot open or map it.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -82,10 +82,10 @@ def read_blob(path: Path, who: str) -> Blob:
                 raise ValueError(f"its invocation is {invocation!r:.60}, not token ids")
             return Blob(layers, header["origin"], heads, invocation)
     except RuntimeError as error:
-        # the file is opened twice, and what is deleted in between is missing all the same
+        # torch opens the file twice: one that was deleted in between is reported as missing, too
         if not path.exists():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
-        # torch's way to say that a file cannot be opened or mapped, which is not the content's fault
+        # torch's message for a file that cannot be opened or mapped: the content is not at fault
         if "file" in str(error):
             raise OSError(errno.EIO, f"{who}: blob {path} cannot be mapped ({error})") from error
         raise AdapterCorrupt(f"{who}: blob {path} cannot be read ({error})") from error
@@ -95,7 +95,7 @@ def read_blob(path: Path, who: str) -> Blob:
 
 
 def examine_blob(path: Path, expected_hash: str) -> tuple[str, int]:
-    """The sha256 and the size of a file whose content has that hash. AdapterCorrupt, or FileNotFoundError, otherwise."""
+    """Return the sha256 and size of a blob. Raises AdapterCorrupt for another content hash, FileNotFoundError for none."""
     found = read_blob(path, "an unlisted adapter").content_hash()
     if found != expected_hash:
         raise AdapterCorrupt(f"the content of blob {path} has the hash {found}, not {expected_hash}")
@@ -105,5 +105,5 @@ def examine_blob(path: Path, expected_hash: str) -> tuple[str, int]:
 def content_hash(
     layers: Mapping[str, Factors], heads: Mapping[str, Tensor] = MappingProxyType({}), invocation: tuple[int, ...] = ()
 ) -> str:
-    """The hash of the content as it is now: that of an `Adapter` is kept from when it was first asked for."""
+    """Return the hash of the content as it is now, unlike `Adapter.hash`, which is kept from its first use."""
     return Adapter("", "", layers, heads=heads, invocation=invocation).hash

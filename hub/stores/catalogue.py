@@ -33,9 +33,9 @@ _FORK_WAIT_S = 2.0
 
 
 class Catalogue(CatalogueStore):
-    """The SQLite file of one hub. `writable` says whether the folder can be written; reading works either way.
+    """The SQLite file of one hub. `writable` is True if the folder can be written; reading works either way.
 
-    `blobs` are those that the rows describe: a hub that has some is never given an empty catalogue.
+    `blobs` is the store of the blobs that the rows describe: a hub that has blobs is never given an empty catalogue.
     """
 
     def __init__(self, folder: Path, timeout_s: float, blobs: BlobStore) -> None:
@@ -64,7 +64,7 @@ class Catalogue(CatalogueStore):
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """A connection inside one read transaction: everything read belongs to the same moment."""
+        """Yield a connection inside one read transaction: everything read belongs to the same moment."""
         with storage_errors(self.path, "reading the hub"), self._connection() as connection:
             connection.execute("BEGIN")
             try:
@@ -75,7 +75,7 @@ class Catalogue(CatalogueStore):
 
     @contextmanager
     def locked(self, doing: str) -> Iterator[None]:
-        """Holds the write lock between processes and threads. HubReadOnly, or HubLocked after `timeout_s`."""
+        """Hold the write lock between processes and threads. Raises HubReadOnly, or HubLocked after `timeout_s`."""
         self._require_open()
         if not self.writable:
             raise HubReadOnly(f"{doing}: the folder {self.folder} cannot be written; reading it still works")
@@ -99,7 +99,7 @@ class Catalogue(CatalogueStore):
 
     @contextmanager
     def transaction(self, doing: str) -> Iterator[sqlite3.Connection]:
-        """One write transaction, committed on leaving; the caller holds the lock. A change of rows raises the generation."""
+        """Yield a write transaction, committed on leaving. The caller holds the lock. Changed rows raise the generation."""
         with storage_errors(self.path, doing), self._connection() as connection:
             connection.execute("BEGIN IMMEDIATE")
             before = connection.total_changes
@@ -114,14 +114,14 @@ class Catalogue(CatalogueStore):
             self._checkpoint(connection)
 
     def problems(self, connection: Connection) -> list[str]:
-        """What SQLite's own check of the file finds."""
+        """Return the problems that SQLite's integrity check of the file reports."""
         answers = [str(answer) for (answer,) in connection.execute("PRAGMA integrity_check").fetchall()]
         return [] if answers == ["ok"] else [f"SQLite's integrity check: {answer}" for answer in answers]
 
     def empty_log(self) -> None:
-        """Moves the log into the database and frees its space, unless a reader needs it. The caller holds the lock."""
+        """Move the log into the database and free its space, unless a reader needs it. The caller holds the lock."""
         with suppress(sqlite3.Error), self._connection() as connection:
-            # not worth waiting for readers, whom a truncation has to outlast
+            # a truncation would have to wait until all readers are done, which it is not worth
             connection.execute("PRAGMA busy_timeout = 0")
             try:
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -129,7 +129,7 @@ class Catalogue(CatalogueStore):
                 connection.execute(f"PRAGMA busy_timeout = {int(self.timeout_s * 1000):d}")
 
     def close(self) -> None:
-        """Closes the connections; a second call does nothing."""
+        """Close the connections; a second call does nothing."""
         self.closed = True
         _ALL.discard(self)
         with self._changed:
@@ -181,7 +181,7 @@ class Catalogue(CatalogueStore):
                 yield connection
                 healthy = True
             finally:
-                # after an error the connection may be in any state; and one on a frozen file must not outlive its use
+                # after an error the connection may be in any state; one to an immutable file must not outlive its use
                 if healthy and self.writable and not self.closed and not connection.in_transaction:
                     with self._changed:
                         self._idle.append(connection)
@@ -238,7 +238,7 @@ class Catalogue(CatalogueStore):
 
 
 def state_row(connection: Connection, columns: str, where: str) -> tuple[Any, ...]:
-    """Columns of the single row of `state`. HubCorrupt when it is missing."""
+    """Return the named columns of the single row of `state`. Raises HubCorrupt if the row is missing."""
     row: tuple[Any, ...] | None = connection.execute(f"SELECT {columns} FROM state").fetchone()
     if row is None:
         raise HubCorrupt(

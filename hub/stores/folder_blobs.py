@@ -21,7 +21,7 @@ from loraweave.hub.stores.protocols import BlobStore
 
 
 class FolderBlobs(BlobStore):
-    """A `BlobStore` whose blobs are the files below `folder`/blobs, mapped where they lie."""
+    """A `BlobStore` whose blobs are the files in `folder`/blobs, mapped in place."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -47,7 +47,7 @@ class FolderBlobs(BlobStore):
         return blob_path(self.folder, content_hash).exists()
 
     def local(self, content_hash: str, file_sha256: str | None, who: str) -> Path:
-        """The blob's file; one that has not changed since it was last compared is not read again."""
+        """Return the path of the blob's file; a file unchanged since its last check is not read again."""
         path = blob_path(self.folder, content_hash)
         if file_sha256 is not None:
             require_digest(path, file_sha256, who)
@@ -60,7 +60,7 @@ class FolderBlobs(BlobStore):
         return self.put_many([(content_hash, data)])[0]
 
     def put_many(self, blobs: Iterable[tuple[str, bytes]]) -> list[str]:
-        """Stores each (content hash, data), syncs every folder once, and returns the sha256 of each file in order.
+        """Store each (content hash, data), sync every folder once, and return the sha256 of each file in order.
 
         All bytes are on disk before the first file gets its name, so a blob that is seen is whole even after a power
         failure. An error leaves no temporary file behind, but some blobs may have their names by then.
@@ -131,7 +131,7 @@ def blob_path(folder: Path, content_hash: str) -> Path:
 
 
 def require_digest(path: Path, expected: str, who: str, *, trust_cache: bool = True) -> None:
-    """AdapterCorrupt when the sha256 of the file is not `expected`; a file that has not changed is read once per process."""
+    """Raise AdapterCorrupt if the file's sha256 is not `expected`. An unchanged file is read once per process."""
     if not stat.S_ISREG(path.lstat().st_mode):
         raise AdapterCorrupt(f"{who}: blob {path} is not a regular file")
     found = known_digest(path, trust_cache=trust_cache)
@@ -148,7 +148,7 @@ def file_digest(path: Path) -> str:
 
 
 def known_digest(path: Path, *, trust_cache: bool = True) -> str:
-    """The sha256 of a file; one that has not changed is read once per process, unless `trust_cache` is off."""
+    """Return the sha256 of a file. An unchanged file is read once per process, unless `trust_cache` is off."""
     found = path.lstat()
     stamp = (str(path), found.st_mtime_ns, found.st_size, found.st_ino)
     with _digests_lock:

@@ -53,7 +53,7 @@ STEPS: tuple[Step, ...] = (
         "CREATE INDEX vectors_by_adapter ON vectors (seq)",
     ),
     (
-        # versions of a name that a newer one has taken the place of; `adapters` keeps the newest
+        # versions of a name that a newer one has replaced; `adapters` keeps the newest
         "ALTER TABLE state ADD COLUMN num_versions INTEGER NOT NULL DEFAULT 0",
         """CREATE TABLE versions (
             seq INTEGER NOT NULL REFERENCES adapters (seq) ON DELETE CASCADE,
@@ -64,7 +64,7 @@ STEPS: tuple[Step, ...] = (
             PRIMARY KEY (seq, version)
         ) STRICT, WITHOUT ROWID""",
         "CREATE INDEX versions_by_hash ON versions (hash)",
-        # the fingerprints that adapters of one base model's id came with, so that a second one is noticed at once
+        # the fingerprints that adapters gave for the id of a base model, so that a second one is noticed at once
         """CREATE TABLE bases (
             base_model TEXT NOT NULL,
             fingerprint TEXT NOT NULL,
@@ -72,13 +72,13 @@ STEPS: tuple[Step, ...] = (
         ) STRICT, WITHOUT ROWID""",
     ),
     (
-        # another for every catalogue, so that a search index of one is not taken for that of another
+        # different for every catalogue, so that the search index of one is not taken for that of another
         "ALTER TABLE state ADD COLUMN identity TEXT NOT NULL DEFAULT ''",
         "UPDATE state SET identity = lower(hex(randomblob(16)))",
-        # the generation that last added, changed or deleted a row; that of a deleted one stays
+        # the generation that last added, changed or deleted a row; a deleted row keeps its entry
         "CREATE TABLE changes (seq INTEGER PRIMARY KEY, generation INTEGER NOT NULL) STRICT",
         "CREATE INDEX changes_by_generation ON changes (generation, seq)",
-        # what filters ask for
+        # the values that filters compare
         """CREATE TABLE labels (
             kind TEXT NOT NULL,
             value TEXT NOT NULL,
@@ -89,7 +89,7 @@ STEPS: tuple[Step, ...] = (
         fill,
     ),
     (
-        # what a new adapter is compared with: numbers by layer, and a sketch whose pieces find its near-duplicates
+        # what a new adapter is compared with: statistics of each layer, and a sketch whose pieces find near-duplicates
         """CREATE TABLE figures (
             seq INTEGER PRIMARY KEY REFERENCES adapters (seq) ON DELETE CASCADE,
             kin TEXT NOT NULL,
@@ -128,7 +128,7 @@ STEPS: tuple[Step, ...] = (
 
 
 def needs_migration(connection: sqlite3.Connection, path: Path) -> bool:
-    """Whether the catalogue is older than this program. HubCorrupt when it is newer, or not a catalogue at all."""
+    """Return whether the catalogue is older than this program. Raises HubCorrupt if it is newer, or no catalogue at all."""
     version = _version(connection)
     if version > len(STEPS):
         raise HubCorrupt(
@@ -146,9 +146,9 @@ def needs_migration(connection: sqlite3.Connection, path: Path) -> bool:
 
 
 def migrate(connection: sqlite3.Connection, path: Path) -> None:
-    """Runs the missing steps, each in a transaction of its own, after a copy `<catalogue>.v<old>.backup` was made.
+    """Run the missing steps, each in its own transaction, after a backup of the file as `<catalogue>.v<old>.backup`.
 
-    The caller holds the write lock. A step that fails leaves the catalogue at the one before.
+    The caller holds the write lock. A step that fails leaves the catalogue at the step before.
     """
     if not needs_migration(connection, path):
         return
@@ -170,7 +170,7 @@ def migrate(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def run_step(connection: Connection, step: Step) -> None:
-    """Runs the statements and functions of a step in the transaction at hand."""
+    """Run the statements and functions of a step in the current transaction."""
     for action in step:
         if isinstance(action, str):
             connection.execute(action)

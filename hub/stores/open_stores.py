@@ -1,7 +1,7 @@
-"""Opens the catalogue and the blobs of a hub, wherever each of them is.
+"""Opening the catalogue and the blobs of a hub, each of which may be on this machine or elsewhere.
 
-Without this, two hubs that were given one bucket would each delete the other's blobs as unused, and a hub whose disk is not
-mounted would look damaged.
+A hub and the place of its blobs know each other's identity. Without that, two hubs that were given one bucket would each
+delete the other's blobs as unused, and a hub whose disk is not mounted would look damaged.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _FOLDERS = (None, "file", "local")
 
 
 def hub_exists(place: str) -> bool:
-    """Whether there is a hub in a folder. Of one at a URL only its server can say so."""
+    """Return whether there is a hub in the folder `place`. True for any URL: only its server could tell."""
     return "://" in place or (Path(place) / FILE).is_file()
 
 
 def open_stores(path: str | Path, blobs: str | Path | None, timeout_s: float) -> tuple[Path, CatalogueStore, BlobStore]:
-    """(the hub's folder on this machine, its catalogue, its blobs). A hub that is elsewhere has a folder in the cache.
+    """Return (the hub's folder on this machine, its catalogue, its blobs). A remote hub has a folder in the cache.
 
-    HubError for a place that is of no such kind; PackageMissing, with the command that installs it.
+    Raises HubError for a place of an unsupported kind; PackageMissing, with the command that installs the package.
     """
     as_path(path, "the hub")
     scheme = _scheme(path)
@@ -98,7 +98,7 @@ def _on_postgres(url: str, given: str | None, timeout_s: float) -> tuple[Path, C
 
 
 def open_blobs(place: str | Path, hub: str) -> BlobStore:
-    """The blobs at a URL or in a folder. `hub` is where their catalogue is; copies of remote blobs are kept under it."""
+    """Return the store of the blobs at a URL or in a folder. `hub`, the catalogue's place, names the cache for a URL."""
     if _scheme(place) in _FOLDERS:
         # a file:// URL is as durable as a folder, since it is one
         return FolderBlobs(Path(place if _scheme(place) is None else str(place).partition("://")[2]))
@@ -108,7 +108,7 @@ def open_blobs(place: str | Path, hub: str) -> BlobStore:
 
 
 def local_folder(where: str) -> Path:
-    """The folder of this machine for what can be fetched or made again of the hub at a place."""
+    """Return the folder on this machine for what the hub at `where` can fetch or make again."""
     return cache_folder() / "hubs" / text_digest(where)[:32]
 
 
@@ -122,14 +122,14 @@ _FILE = "blobs.json"
 
 @dataclass(frozen=True)
 class Claim:
-    """A hub's identity, and the place of its blobs where that is another than its own folder."""
+    """The identity of a hub, and the place of its blobs ("" for the hub's own folder)."""
 
     identity: str
     place: str
 
 
 def read_claim(folder: Path) -> Claim | None:
-    """What a hub in a folder noted about its blobs; None where they are in the folder itself."""
+    """Return a hub's note about its blobs, or None if they are in its own folder. Raises HubCorrupt if it is damaged."""
     path = folder / _FILE
     with storage_errors(path, "opening the hub"):
         try:
@@ -146,7 +146,7 @@ def read_claim(folder: Path) -> Claim | None:
 
 
 def write_claim(folder: Path, place: str) -> Claim:
-    """Notes where the blobs of a hub in a folder are. The caller holds the lock."""
+    """Note where the blobs of a hub in a folder are, and return the note. The caller holds the lock."""
     claim = Claim(uuid.uuid4().hex, without_credentials(place))
     with storage_errors(folder, "opening the hub"), whole_file(folder / _FILE) as temporary:
         write_new(temporary, json.dumps({"hub": claim.identity, "blobs": claim.place}).encode())
@@ -154,7 +154,7 @@ def write_claim(folder: Path, place: str) -> Claim:
 
 
 def require_place(given: str, noted: str, hub: str) -> None:
-    """HubError when the hub's blobs are in another place than the one given."""
+    """Check that `given` is the place that the hub noted for its blobs. Raises HubError if it is another."""
     if without_credentials(given) != noted:
         raise HubError(
             f"the blobs of the hub {hub} are at {noted}, not at {without_credentials(given)}; open it without blobs=, or "
@@ -163,7 +163,7 @@ def require_place(given: str, noted: str, hub: str) -> None:
 
 
 def settle(catalogue: CatalogueStore, blobs: BlobStore, identity: str) -> None:
-    """Lets the blobs belong to the hub of that identity. HubError when they are another's or not there."""
+    """Check that the blobs belong to the hub with this identity; claim them for a new hub. Raises HubError if not."""
     owner = blobs.owner()
     if owner == identity:
         return

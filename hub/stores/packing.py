@@ -23,7 +23,7 @@ Places = list[tuple[str, int, list[int]]]
 
 
 def pack(tensors: Mapping[str, Tensor]) -> tuple[Places, Tensor]:
-    """([name, offset, shape] of each, one fp32 vector that holds all in that order); shares nothing with the input."""
+    """Return (the place [name, offset, shape] of each tensor, one fp32 vector of all in that order), as copies."""
     places: Places = []
     offset = 0
     for name, tensor in tensors.items():
@@ -34,9 +34,9 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[Places, Tensor]:
 
 
 def unpack(places: Any, flat: Tensor) -> dict[str, Tensor]:
-    """The tensors of `pack` by name, as views of `flat`.
+    """Return the tensors that `pack` packed, by name, as views of `flat`.
 
-    Places come from a file, so all are checked before one is used: whole numbers, none negative, each tensor beginning
+    The places come from a file, so all are checked before one is used: whole numbers, none negative, each tensor beginning
     where the one before ends, the last ending where `flat` does, no name twice. Raises ValueError.
     """
     if flat.dtype != torch.float32 or flat.dim() != 1:
@@ -83,10 +83,10 @@ KINDS = ("linear", "embedding", "conv", "expert")
 def take_apart(
     layers: Mapping[str, Factors], heads: Mapping[str, Tensor], *, stored_as: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(description, tensors by name): one packed fp32 tensor. `stored_as` is one of `STORED_AS`.
+    """Return (description, tensors by name): one packed fp32 tensor. `stored_as` is one of `STORED_AS`.
 
-    "compeft" keeps the factors of all layers as one ternary stream and its scales beside it. Raises AdapterUnsupported
-    where factors are not ternary, and for another `stored_as`.
+    "compeft" packs the factors of all layers as one ternary stream with its scales beside it. Raises AdapterUnsupported if
+    factors are not ternary, and for another `stored_as`.
     """
     if stored_as not in STORED_AS:
         raise AdapterUnsupported(f"an adapter is stored as {' or '.join(map(repr, STORED_AS))}, not as {stored_as!r}")
@@ -116,9 +116,9 @@ def take_apart(
 def put_together(
     description: Mapping[str, Any], names: Collection[str], tensor: Callable[[str], Tensor]
 ) -> tuple[dict[str, Factors], dict[str, Tensor]]:
-    """(layers, heads) of what `take_apart` gave, bit for bit; `tensor` gives those in `names`.
+    """Return (layers, heads), bit for bit as `take_apart` got them; `tensor` returns the tensor of each name in `names`.
 
-    Raises KeyError, TypeError or ValueError for a description that is damaged, AdapterCorrupt for a damaged stream.
+    Raises KeyError, TypeError or ValueError for a damaged description, AdapterCorrupt for a damaged stream.
     """
     if "places" in description:
         # blobs up to version 2 have no table of places: each of their tensors has an entry of its own in the file

@@ -29,12 +29,12 @@ from loraweave.types import Record
 # "LoWv": advisory locks are shared with every other program that uses the database
 _LOCK_CLASS = 0x4C6F5776
 
-# sessions that a fork left to this process belong to its parent: closing one would end the parent's
+# sessions inherited by a fork belong to the parent: closing one here would end the parent's session
 _INHERITED: list[Any] = []
 
 
 class PostgresCatalogue(CatalogueStore):
-    """The rows of one hub in a schema of a PostgreSQL database. `writable` says whether this user may write them."""
+    """The rows of one hub in a schema of a PostgreSQL database. `writable` is True if this user may write them."""
 
     def __init__(self, address: PostgresAddress, timeout_s: float) -> None:
         self.address = address
@@ -64,14 +64,14 @@ class PostgresCatalogue(CatalogueStore):
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A connection inside one read transaction: everything read belongs to the same moment."""
+        """Yield a connection inside one read transaction: everything read belongs to the same moment."""
         begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
         with postgres_errors(self.address, "reading the hub"), self._session(begin) as session:
             yield Translating(session)
 
     @contextmanager
     def locked(self, doing: str) -> Iterator[None]:
-        """Holds the write lock between machines, processes and threads. HubReadOnly, or HubLocked after `timeout_s`."""
+        """Hold the write lock between machines, processes, threads. Raises HubReadOnly, HubLocked after `timeout_s`."""
         self._require_open()
         if not self.writable:
             raise HubReadOnly(f"{doing}: {self.where} cannot be written by this user; reading it still works")
@@ -94,7 +94,7 @@ class PostgresCatalogue(CatalogueStore):
 
     @contextmanager
     def transaction(self, doing: str) -> Iterator[Connection]:
-        """One write transaction, committed on leaving; the caller holds the lock. A change of rows raises the generation."""
+        """Yield a write transaction, committed on leaving. The caller holds the lock. Changed rows raise the generation."""
         session = self._held.session
         connection = Translating(session)
         with postgres_errors(self.address, doing):
@@ -111,7 +111,7 @@ class PostgresCatalogue(CatalogueStore):
                 raise
 
     def problems(self, connection: Connection) -> list[str]:
-        """Indexes that PostgreSQL does not trust; it checks its pages itself where data checksums are on."""
+        """Return the invalid indexes. PostgreSQL checks its pages itself where data checksums are on."""
         broken = connection.execute(
             "SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid AND indrelid = ANY (ARRAY["
             "'state'::regclass, 'adapters'::regclass, 'blobs'::regclass, 'vectors'::regclass])"
@@ -119,18 +119,18 @@ class PostgresCatalogue(CatalogueStore):
         return [f"PostgreSQL's index {name} is not valid: REINDEX it" for (name,) in broken]
 
     def claim(self) -> tuple[str, str | None]:
-        """The hub's identity, and the URL of its blobs where one is noted."""
+        """Return the hub's identity and the noted URL of its blobs, or None if none is noted."""
         with self.reading() as connection:
             identity, place = state_row(connection, "identity, blobs", self.where)
         return identity, place
 
     def note_blobs(self, place: str) -> None:
-        """Notes the URL of the hub's blobs, so that the next opening need not give it."""
+        """Note the URL of the hub's blobs, so that the next opening need not give it."""
         with self.writing("opening the hub") as connection:
             connection.execute("UPDATE state SET blobs = ?", (place,))
 
     def close(self) -> None:
-        """Closes the sessions; a second call does nothing."""
+        """Close the sessions; a second call does nothing."""
         self.closed = True
         with self._guard:
             _close_all(self._idle, self._pid)
@@ -148,7 +148,7 @@ class PostgresCatalogue(CatalogueStore):
         with self.locked("creating the hub" if version == 0 else "bringing the hub's catalogue up to date"):
             # another process may have been faster; then this finds what it made
             migrate(self._held.session, self.address)
-        # the sessions so far do not know where pgvector's type is
+        # sessions opened before the migration do not have pgvector's schema on their search path
         with self._guard:
             _close_all(self._idle, self._pid)
 
@@ -164,7 +164,7 @@ class PostgresCatalogue(CatalogueStore):
 
     @contextmanager
     def _session(self, first: str) -> Iterator[Any]:
-        """A session in which the statement `first` has run."""
+        """Yield a session in which the statement `first` has run."""
         self._require_open()
         session = self._begun(first)
         try:
@@ -288,7 +288,7 @@ class PostgresSearch:
             near = _near(connection, embedder, query_D, num_wanted, seqs)
             if len(near) < num_wanted:
                 return None
-            # the index that is the reference has the last word on order and score
+            # the reference index, `flat`, decides order and score
             index = registry.get("indexes", "flat")(len(query_D))
             index.add(np.stack([key_D for _, _, key_D in near]))
             (scores_K,), (positions_K,) = index.search(query_D[None], num_wanted)
@@ -303,9 +303,9 @@ class PostgresSearch:
 def _near(
     connection: Connection, embedder: str, query_D: np.ndarray, k: int, seqs: Sequence[int] | None
 ) -> list[tuple[int, str, np.ndarray]]:
-    """(number, digest of the text, vector) of all that can be among the k best, in order of addition.
+    """Return (row number, digest of the text, vector) of all candidates for the k best, in order of addition.
 
-    A damaged vector is not among them, nor is one of another size.
+    Vectors that are damaged or of another size than the query are left out.
     """
     import numpy as np
 
@@ -331,12 +331,12 @@ def _near(
 # how many vectors are translated at once: 1,000 of 384 numbers are 1.5 MB here and 4 MB as text
 _BATCH = 1000
 
-# as the index of postgres_migrations.py has it
+# the condition of the index `vectors_without_embedding` of postgres_migrations.py
 _MISSING = f"embedding IS NULL AND length(vector) <= {4 * MAX_SEARCHED_DIM}"
 
 
 def make_embeddings(connection: Connection) -> None:
-    """Gives every vector without an embedding its own, number for number."""
+    """Make the missing embedding of every vector, with the same numbers."""
     while (first := connection.execute(f"SELECT embedder FROM vectors WHERE {_MISSING} LIMIT 1").fetchone()) is not None:
         import numpy as np
 
@@ -352,5 +352,5 @@ def make_embeddings(connection: Connection) -> None:
 
 
 def as_text(vector_D: np.ndarray) -> str:
-    """The vector as pgvector reads it, with as many digits as bring the same fp32 numbers back."""
+    """Return the vector as pgvector's text, with enough digits to give the same fp32 numbers back."""
     return f"[{','.join([f'{number:.9g}' for number in vector_D.tolist()])}]"

@@ -93,7 +93,7 @@ STEPS: tuple[Step, ...] = (
         )""",
         "CREATE INDEX labels_by_adapter ON labels (seq)",
         fill,
-        # a search reads every embedding: in the row it is read in passing, and the bytes that it was made of are elsewhere
+        # a search reads every embedding: it lies in the row, and the bytes that it was made of lie elsewhere
         "ALTER TABLE vectors ALTER COLUMN embedding SET STORAGE MAIN",
         "ALTER TABLE vectors ALTER COLUMN vector SET STORAGE EXTERNAL",
     ),
@@ -134,7 +134,7 @@ STEPS: tuple[Step, ...] = (
 
 
 def schema_version(connection: Any, address: PostgresAddress) -> int:
-    """The step that the catalogue is at, 0 for none. HubCorrupt when it is newer than this program."""
+    """Return the number of steps made, 0 for none. Raises HubCorrupt for a catalogue that is damaged or too new."""
     found = connection.execute("SELECT to_regclass(%s)", (f"{address.schema}.state",)).fetchone()
     if found == (None,):
         return 0
@@ -150,7 +150,7 @@ def schema_version(connection: Any, address: PostgresAddress) -> int:
 
 
 def migrate(connection: Any, address: PostgresAddress) -> None:
-    """Runs the missing steps in one transaction, after the tables were copied to a schema `<schema>_v<old>_backup`.
+    """Run the missing steps in one transaction, after a copy of the tables to a schema `<schema>_v<old>_backup`.
 
     The caller holds the write lock. A step that fails leaves the catalogue as it was.
     """
@@ -198,7 +198,7 @@ def _create_extension(connection: Any, address: PostgresAddress) -> None:
 
 
 def set_search_path(connection: Any, address: PostgresAddress) -> None:
-    """The hub's tables and pgvector's type get their short names in this session."""
+    """Set the session's search path to the hub's schema and that of pgvector, so that short names work."""
     statement = "SELECT nspname FROM pg_extension JOIN pg_namespace n ON n.oid = extnamespace WHERE extname = 'vector'"
     found = [schema for (schema,) in connection.execute(statement).fetchall()]
     path = ", ".join('"' + name.replace('"', '""') + '"' for name in (address.schema, *found))

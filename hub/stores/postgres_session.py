@@ -15,7 +15,7 @@ from loraweave.hub.stores.protocols import Cursor
 
 
 class Translating:
-    """A session that takes statements with `?` for parameters, and counts the rows they change."""
+    """A PostgreSQL session that takes statements with `?` for parameters, and counts the rows they change."""
 
     def __init__(self, session: Any) -> None:
         self._session = session
@@ -45,7 +45,7 @@ _OTHER_SCHEMA = {"42P01", "42703", "42883", "42704"}
 
 @contextmanager
 def postgres_errors(address: PostgresAddress, doing: str) -> Iterator[None]:
-    """Raises a leaf of HubError, with the cause attached, for any psycopg.Error inside. `doing`: "adding 'x'"."""
+    """Turn any psycopg.Error inside into a subclass of HubError, with the cause attached. `doing`: "adding 'x'"."""
     psycopg = require_psycopg()
     try:
         yield
@@ -96,14 +96,14 @@ _SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 
 @dataclass(frozen=True)
 class PostgresAddress:
-    """`parameters` go to psycopg, `where` into messages: it has no password."""
+    """The address of a catalogue: `parameters` for psycopg, and `where` for messages, without a password."""
 
     parameters: dict[str, Any] = field(repr=False)
     schema: str
     where: str
 
     def redacted(self, text: str) -> str:
-        """The text, in one line and without the password."""
+        """Return the text in one line and without the passwords."""
         for key in ("password", "sslpassword"):
             secret = self.parameters.get(key)
             if secret:
@@ -112,9 +112,9 @@ class PostgresAddress:
 
 
 def read_address(url: str) -> PostgresAddress:
-    """The address of a hub: what libpq takes in a URL, and `schema=name` for a hub in another schema than "loraweave".
+    """Return the address in a URL that libpq takes, plus `schema=name` for a hub in another schema than "loraweave".
 
-    HubError, which does not repeat the URL, when it cannot be read; PackageMissing without psycopg.
+    Raises HubError, which does not repeat the URL, if the URL cannot be read; PackageMissing without psycopg.
     """
     psycopg = require_psycopg()
     try:
@@ -137,7 +137,7 @@ def read_address(url: str) -> PostgresAddress:
 
 
 def require_psycopg() -> Any:
-    """The module psycopg. PackageMissing, with the command that installs it, without."""
+    """Return the module psycopg. Raises PackageMissing, with the command that installs it, if it is missing."""
     try:
         import psycopg
         import psycopg.conninfo

@@ -1,6 +1,6 @@
-"""What the hub asks of the place of its rows and of the place of its blobs, so that either can be on another machine.
+"""The interfaces of a hub's rows and of its blobs, so that either can be on another machine.
 
-`catalogue` and `folder_blobs` beside this file are the two on this one, and the measure for every other.
+`catalogue` and `folder_blobs` beside this file implement them on this machine; other implementations must behave alike.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Cursor(Protocol):
-    """The rows that a statement found."""
+    """The rows that a statement returned."""
 
     def fetchone(self) -> Any: ...
 
@@ -26,14 +26,14 @@ class Cursor(Protocol):
 
 
 class Connection(Protocol):
-    """Runs SQL that SQLite and PostgreSQL both understand, with `?` where a parameter goes."""
+    """A connection that runs the SQL that SQLite and PostgreSQL share, with `?` for each parameter."""
 
     def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Near:
-    """An adapter whose vector is near a query, the digest of the text that the vector was made of, its score, and it."""
+    """An adapter whose vector `key_D` is near a query, its score, and the digest of the text that was embedded."""
 
     record: Record
     text_digest: str
@@ -42,56 +42,56 @@ class Near:
 
 
 class VectorSearch(Protocol):
-    """Ranks the stored vectors where they are, with the scores and the order of the index `flat`."""
+    """A search that ranks the stored vectors in the database, with the scores and the order of the index `flat`."""
 
     def unready(self, embedder: str, limit: int) -> list[Record]:
-        """At most `limit` adapters that have no vector of the embedder, or were changed since it was made."""
+        """Return at most `limit` adapters without a vector of the embedder, or changed since it was made."""
         ...
 
     def nearest(self, embedder: str, query_D: np.ndarray, k: int, seqs: Sequence[int] | None) -> list[Near] | None:
-        """The k best, of those numbers only where `seqs` are given. None when a vector is missing or damaged."""
+        """Return the k best of the rows `seqs` (None for all), or None if a vector is missing or damaged."""
         ...
 
 
 class CatalogueStore(Protocol):
-    """The rows. Every method raises leaves of HubError; several processes and threads may use one catalogue at once."""
+    """The rows of a hub. Its methods raise subclasses of HubError; several processes and threads may use it at once."""
 
     writable: bool
 
     @property
     def where(self) -> str:
-        """The place as a message may name it: without a password."""
+        """The place, without a password, as messages name it."""
         ...
 
     @property
     def vector_search(self) -> VectorSearch | None:
-        """What ranks the stored vectors in the database itself; None where that must be done here."""
+        """The search that ranks the stored vectors in the database; None if this process must rank them."""
         return None
 
     def reading(self) -> AbstractContextManager[Connection]:
-        """A connection on which everything read belongs to the same moment."""
+        """Return a context that gives a connection on which everything read belongs to the same moment."""
         ...
 
     def locked(self, doing: str) -> AbstractContextManager[None]:
-        """Holds the write lock between processes and threads. HubReadOnly, or HubLocked after the time-out."""
+        """Hold the write lock between processes and threads. Raises HubReadOnly, or HubLocked after the time-out."""
         ...
 
     def transaction(self, doing: str) -> AbstractContextManager[Connection]:
-        """One write transaction, committed on leaving; the caller holds the lock. A change of rows raises the generation."""
+        """Open a write transaction, committed on leaving. The caller holds the lock. Changed rows raise the generation."""
         ...
 
     @contextmanager
     def writing(self, doing: str) -> Iterator[Connection]:
-        """The write lock and a transaction."""
+        """Hold the write lock and yield a write transaction."""
         with self.locked(doing), self.transaction(doing) as connection:
             yield connection
 
     def problems(self, connection: Connection) -> list[str]:
-        """What the database itself finds wrong with its files."""
+        """Return the problems that the database itself finds in its files."""
         ...
 
     def empty_log(self) -> None:
-        """Gives back space that the database needs no more, where it does not do so itself. The caller holds the lock."""
+        """Free the space of the database's log, if the database does not do so itself. The caller holds the lock."""
         return
 
     def close(self) -> None: ...
@@ -100,57 +100,57 @@ class CatalogueStore(Protocol):
 class BlobStore(Protocol):
     """The blobs, each named by the hash of its content: one is there whole or not at all, and is never written again.
 
-    FileNotFoundError where a blob is missing, AdapterCorrupt where its bytes are not those asked for, OSError or a leaf of
-    HubError where the store fails. The caller of a method that writes holds the catalogue's lock.
+    Methods raise FileNotFoundError if a blob is missing, AdapterCorrupt if its bytes do not have the sha256 asked for,
+    OSError or a subclass of HubError if the store fails. The caller of a method that writes holds the catalogue's lock.
     """
 
     @property
     def root(self) -> str:
-        """The place of all blobs, as a message may name it."""
+        """The place of all blobs, as messages name it."""
         ...
 
     def owner(self) -> str | None:
-        """The identity of the hub that the blobs belong to."""
+        """Return the identity of the hub that the blobs belong to, or None if no hub has claimed them."""
         ...
 
     def claim(self, identity: str) -> None:
-        """Lets the blobs belong to the hub of that identity."""
+        """Mark the blobs as those of the hub with this identity."""
         ...
 
     def place(self, content_hash: str) -> str:
-        """Where the blob lies or would lie, for messages."""
+        """Return the place of the blob, present or not, for messages."""
         ...
 
     def has(self, content_hash: str) -> bool: ...
 
     def local(self, content_hash: str, file_sha256: str | None, who: str) -> Path:
-        """A file of this machine with the blob's bytes, to be mapped. None takes them whatever their sha256 is."""
+        """Return the path of a local file with the blob's bytes. `file_sha256`=None skips the check of its sha256."""
         ...
 
     def require(self, content_hash: str, file_sha256: str, who: str) -> None:
-        """Reads the blob's bytes again from where they are stored, and compares their sha256."""
+        """Read the blob's bytes again from where they are stored, and check their sha256."""
         ...
 
     def put(self, content_hash: str, data: bytes) -> str:
-        """Stores the blob for good, in place of a damaged one, and returns the sha256 of its bytes."""
+        """Store the blob durably, in place of a damaged one, and return the sha256 of its bytes."""
         ...
 
     def put_many(self, blobs: Iterable[tuple[str, bytes]]) -> list[str]:
-        """Stores blobs of different content as `put` does, all for good when it returns; after an error some may be."""
+        """Store blobs of different content as `put` does, all durably on return; after an error some may be stored."""
         return [self.put(content_hash, data) for content_hash, data in blobs]
 
     def settle(self, content_hash: str) -> None:
-        """Makes a blob that is there already last, where a writer that was killed may have left that undone."""
+        """Make a blob that is present durable, in case a writer was killed before it did so."""
         return
 
     def names(self) -> Iterator[str]:
-        """The content hashes of all blobs, sorted."""
+        """Yield the content hashes of all blobs, sorted."""
         ...
 
     def remove(self, content_hash: str) -> int:
-        """Deletes the blob and returns its size in bytes."""
+        """Delete the blob and return its size in bytes."""
         ...
 
     def sweep(self, older_than_s: float) -> int:
-        """Removes what killed writers left and returns the bytes freed."""
+        """Remove what killed writers left, if it is older than `older_than_s`, and return the bytes freed."""
         ...

@@ -17,14 +17,14 @@ from loraweave.errors import AdapterCorrupt, HubError, PackageMissing
 from loraweave.hub.stores.folder_blobs import STALE_TMP_S, FolderBlobs, blob_path
 from loraweave.hub.stores.protocols import BlobStore
 
-# their uploads show the old object or the whole new one; elsewhere a file grows under its name, so it gets that by renaming
+# stores whose uploads show the old object or the whole new one; elsewhere a file is written under another name and renamed
 _WHOLE_UPLOADS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "hf", "memory"}
 
 _CHUNK_BYTES = 8 * 2**20
 
 
 class RemoteBlobs(BlobStore):
-    """A `BlobStore` at a URL. `copies` is a folder of this machine, whose files are compared before they are used.
+    """A `BlobStore` at a URL. `copies` is a folder on this machine, whose files are checked before they are used.
 
     Every upload is read back and compared before its row is written. Credentials come from where the store's own package
     looks for them: its environment variables, its configuration files, or fsspec's.
@@ -34,7 +34,7 @@ class RemoteBlobs(BlobStore):
         self.url = url.rstrip("/")
         self.copies = FolderBlobs(copies)
         self._opened: tuple[int, Any, str] | None = None
-        # a misspelt scheme or a missing package is told at once, not at the first blob
+        # raises at once for a misspelt scheme or a missing package, not at the first blob
         self._store()
 
     @property
@@ -64,7 +64,7 @@ class RemoteBlobs(BlobStore):
             return bool(store.exists(_path(root, content_hash)))
 
     def local(self, content_hash: str, file_sha256: str | None, who: str) -> Path:
-        """The copy on this machine, fetched unless it is there and whole."""
+        """Return the path of the copy on this machine, fetched unless an intact copy is there."""
         if file_sha256 is not None:
             with suppress(FileNotFoundError, AdapterCorrupt):
                 return self.copies.local(content_hash, file_sha256, who)
@@ -140,7 +140,7 @@ class RemoteBlobs(BlobStore):
             store.pipe_file(temporary, data)
             store.mv(temporary, path)
         except BaseException:
-            # the error that brought us here is the one to tell; gc sweeps what is left
+            # the first error is the one to raise; gc sweeps what is left
             with suppress(Exception):
                 store.rm_file(temporary)
             raise
@@ -175,14 +175,14 @@ class RemoteBlobs(BlobStore):
 
 
 def _open(url: str) -> tuple[Any, str]:
-    """The file system of a URL and the path in it. PackageMissing, or HubError for a scheme that fsspec does not know."""
+    """Return a URL's file system and the path in it. Raises PackageMissing, or HubError for a scheme unknown to fsspec."""
     install = "pip install 'loraweave[remote]'"
     try:
         from fsspec.core import url_to_fs
     except ImportError as error:
         raise PackageMissing(f"blobs at {without_credentials(url)!r} need fsspec: {install}") from error
     try:
-        # nothing is listed from memory: other machines write there too
+        # no cache of listings: other machines write there too
         store, root = url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         raise PackageMissing(f"blobs at {without_credentials(url)!r} need a package ({error}): {install} for s3") from error

@@ -1,4 +1,4 @@
-"""Puts an adapter into the store: the blob first, complete and for good, then the rows in one transaction."""
+"""Putting an adapter into the store: the blob first, complete and durable, then the rows in one transaction."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from loraweave.types import Record
 
 
 def beside(existing: rows.Row | None, record: Record, *, as_version: bool) -> Record:
-    """The record as it can be stored beside what its name stands for now. AdapterExists when that is other content."""
+    """Return the record to store, with `as_version` as the next version of other content. Raises AdapterExists without."""
     if existing is None or existing.record.hash == record.hash:
         return record
     if not as_version:
@@ -37,7 +37,7 @@ def beside(existing: rows.Row | None, record: Record, *, as_version: bool) -> Re
             f"{record.hash}; pass replace=True to make this one its next version, hub.remove({record.name!r}) first, or "
             "choose another name"
         )
-    # what people wrote about the adapter stays where nothing new was said
+    # fields that people wrote about the adapter stay unless the new record sets them
     kept = {key: getattr(record, key) or getattr(existing.record, key) for key in OWN_FIELDS}
     return replace(record, version=existing.record.version + 1, **kept)
 
@@ -51,7 +51,7 @@ def put_rows(
     *,
     written: bool,
 ) -> Record:
-    """Stores the rows of an adapter whose blob is there, written just now or before; returns its record."""
+    """Store the rows of an adapter whose blob is in the store, `written` just now or before, and return its record."""
     is_new = existing is None or existing.record.hash != record.hash
     if is_new:
         filtering.remember(connection, record)
@@ -66,7 +66,7 @@ def put_rows(
 
 
 def _with_its_files(connection: Connection, existing: rows.Row, record: Record) -> Record:
-    """The record of content that is stored under its name already; files that it came without are noted."""
+    """Return the stored record of unchanged content; add the new record's files if it listed none, else warn of others."""
     own, given = listed(existing.record), listed(record)
     if given and not own:
         return rows.change(
@@ -82,7 +82,7 @@ def _with_its_files(connection: Connection, existing: rows.Row, record: Record) 
 
 
 def _recorded_blob(catalogue: CatalogueStore, content: str) -> rows.BlobRow | None:
-    """The row of that blob; None for a damaged one too."""
+    """Return the row of the blob with that content, or None if it is missing or damaged."""
     try:
         with catalogue.reading() as connection:
             return rows.find_blob(connection, content)
@@ -91,7 +91,7 @@ def _recorded_blob(catalogue: CatalogueStore, content: str) -> rows.BlobRow | No
 
 
 def usable_blob(catalogue: CatalogueStore, blobs: BlobStore, content: str) -> rows.BlobRow | None:
-    """The stored blob of that content; None when there is none or it is damaged, and is to be written."""
+    """Return the row of the stored blob with that content, or None if it is missing or damaged and must be written."""
     known = _recorded_blob(catalogue, content)
     try:
         if known is None:
@@ -104,10 +104,10 @@ def usable_blob(catalogue: CatalogueStore, blobs: BlobStore, content: str) -> ro
 
 @dataclass(frozen=True)
 class Prepared:
-    """An adapter that was read and checked, with its record and the figures that are to be stored.
+    """An adapter that was read and checked, with its record and the figures to store.
 
-    Where a worker read it there is no adapter here but its blob in the store, whose `origin` is the record that the worker
-    wrote it with, None where the blob was there before, also from another worker.
+    If a worker read it, `adapter` is None and `blob` is its blob in the store. `origin` is then the record that the worker
+    wrote into the blob, or None if the blob was there before, also from another worker.
     """
 
     adapter: Adapter | None
@@ -118,19 +118,19 @@ class Prepared:
     origin: Record | None = None
 
     def read(self, blobs: BlobStore) -> Adapter:
-        """The adapter. AdapterCorrupt where its blob was collected or damaged since a worker wrote it."""
+        """Return the adapter. Raises AdapterCorrupt if its blob was collected or damaged since a worker wrote it."""
         if self.adapter is not None:
             return self.adapter
         assert self.blob is not None
         return stored_adapter(blobs, Row(0, self.record, self.blob))
 
     def usable_blob(self, catalogue: CatalogueStore, blobs: BlobStore) -> rows.BlobRow | None:
-        """The stored blob of its content; None where it is to be written."""
+        """Return the row of the stored blob of its content, or None if the blob must be written."""
         content = self.record.hash
         if self.blob is not None:
             known = _recorded_blob(catalogue, content)
             if known is None and self.origin != self.record:
-                # the file has the record of another worker, or one that has changed since
+                # the blob's metadata has the record of another worker, or the record has changed since
                 return None
             # an earlier batch may have rewritten the file, and then its row has another digest
             if known in (None, self.blob) and all(map(blobs.has, (content, *digests([self.record])))):
@@ -141,11 +141,11 @@ class Prepared:
 def store(
     catalogue: CatalogueStore, blobs: BlobStore, batch: Sequence[Prepared], *, stored_as: str, as_version: bool
 ) -> list[tuple[Record, AdapterExists | None]]:
-    """For each of the batch, in order, its record as stored, and why its name cannot be used where that is so.
+    """Store a batch and return, in order, each adapter's record and its AdapterExists, or None if the name was usable.
 
-    What is there already, content and name, is not written again, and its record is returned. Other content under the name
-    becomes the next version with `as_version`, and is AdapterExists without. Any error that is raised leaves the catalogue
-    as it was before the batch.
+    Content that is there already under the name is not written again, and its record is returned. Other content under the
+    name becomes the next version with `as_version`, and is AdapterExists without. Any error that is raised leaves the
+    catalogue as it was before the batch.
     """
     doing = _doing(batch)
     outcomes: list[tuple[Record, AdapterExists | None]] = []
@@ -164,7 +164,7 @@ def store(
                     try:
                         new = beside(existing, each.record, as_version=as_version)
                     except AdapterExists as error:
-                        # also of two of one name in the batch: the first took it
+                        # also for the second of two in the batch with one name: the first took it
                         outcomes.append((each.record, error))
                         continue
                     blob = written.get(new.hash) or known[new.hash]
@@ -175,7 +175,7 @@ def store(
                     if other_base:
                         warned.append((stored, other_base))
         except HubFull:
-            # no row is there, and the space is needed; after other errors gc decides
+            # these blobs have no rows, and the space is needed; after other errors they are left to gc
             for content in absent:
                 with suppress(OSError, HubError):
                     blobs.remove(content)
@@ -192,7 +192,7 @@ def store(
 def store_content(
     catalogue: CatalogueStore, blobs: BlobStore, batch: Sequence[Prepared], *, stored_as: str
 ) -> list[Prepared]:
-    """The batch without its adapters, whose blobs and files are in the store for `store` to give them rows."""
+    """Write the blobs and files of a batch, and return the batch without its adapters, for `store` to give it rows."""
     doing = _doing(batch)
     wanted: dict[str, Prepared] = {}
     for each in batch:
@@ -213,7 +213,7 @@ def store_content(
 
 
 def drop_content(catalogue: CatalogueStore, blobs: BlobStore, refused: Sequence[Prepared]) -> None:
-    """Removes the blobs that workers wrote for adapters that the hub then refused, unless another has the content."""
+    """Remove the blobs that workers wrote for adapters that the hub then refused, unless a row has the content."""
     written = [each.record.hash for each in refused if each.origin is not None]
     doing = f"removing {len(written)} refused adapters"
     if not written:
@@ -230,14 +230,14 @@ def _doing(batch: Sequence[Prepared]) -> str:
 
 
 def _new_content(catalogue: CatalogueStore, batch: Sequence[Prepared], as_version: bool) -> dict[str, Prepared]:
-    """Content hash -> the first that has it, of those whose name can be used."""
+    """Map each content hash to the first of the batch that has it, of those whose name can be used."""
     wanted: dict[str, Prepared] = {}
     taken: dict[str, str] = {}
     with catalogue.reading() as connection:
         for each in batch:
             with suppress(AdapterExists):
                 new = beside(rows.find(connection, each.record.name), each.record, as_version=as_version)
-                # of two of one name the first takes it, as when the rows are stored
+                # of two with one name the first takes it, as when the rows are stored
                 if as_version or taken.setdefault(new.name, new.hash) == new.hash:
                     wanted.setdefault(new.hash, replace(each, record=new))
     return wanted
@@ -250,7 +250,7 @@ def _put_content(
     known: Mapping[str, rows.BlobRow | None],
     stored_as: str,
 ) -> dict[str, rows.BlobRow]:
-    """Writes the blobs that are not known, and the files of all that is wanted; makes other blobs last. Holding the lock."""
+    """Write the missing blobs and all wanted files, make other blobs durable, return the new rows. Needs the lock."""
     missing = {content: each for content, each in wanted.items() if known[content] is None}
     for content in known.keys() - missing.keys():
         blobs.settle(content)
@@ -267,7 +267,7 @@ def _put_content(
 
     digests_of = blobs.put_many(data()) if missing else []
     for each in batch:
-        # those of one content may have different files
+        # adapters with the same content may have different files
         if each.adapter is not None and each.record.hash in wanted:
             put_files(blobs, each.adapter.files)
     return {
@@ -277,7 +277,7 @@ def _put_content(
 
 
 def stored_adapter(blobs: BlobStore, row: Row) -> Adapter:
-    """The adapter that a row describes, its tensors mapped from the blob. AdapterCorrupt for a damaged or missing blob."""
+    """Return the adapter of a row, its tensors mapped from the blob. Raises AdapterCorrupt for a damaged or missing blob."""
     record = row.record
     who = f"adapter {record.name!r}"
     with reading_blob(blobs, record.hash, who):
@@ -288,19 +288,19 @@ def stored_adapter(blobs: BlobStore, row: Row) -> Adapter:
     card = without_files(record.card)
     parts = record.base_model, blob.layers, record.fingerprint, card, blob.heads, files, blob.invocation
     adapter = Adapter(record.name, *parts)
-    # the file has the digest that was recorded with this hash, which is therefore not calculated again
+    # the file has the sha256 recorded with this hash, so that the hash need not be computed again
     vars(adapter)["hash"] = record.hash
     return adapter
 
 
 def bound_record(record: Record, adapter: Adapter, model: Any) -> Record:
-    """The record with the model's revision and fingerprint, and its id where the adapter names no base.
+    """Return the record with the model's revision and fingerprint, and its id if the adapter names no base.
 
-    BaseModelMismatch where the adapter knows of another fingerprint or revision, LayerMismatch where a layer does not fit.
+    Raises BaseModelMismatch if the adapter records another fingerprint or revision, LayerMismatch if a layer does not fit.
     """
     model = model_of(model)
     key = base_key(model)
-    # a model loaded from a folder has the folder's name as its id, so that ids alone say nothing here
+    # ids are not compared: a model loaded from a folder has the folder's name as its id
     require_same_base(f"adapter {record.name!r}", record.base, key, whatever_id=True)
     modules = dict(model.named_modules())
     paths = model.paths(adapter.layers, f"adapter {record.name!r}") if isinstance(model, Pipeline) else {}

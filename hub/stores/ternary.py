@@ -1,8 +1,8 @@
 """Ternary tensors, values -c, 0 and c, in close to as few bits as their entropy allows (ComPEFT, arXiv 2311.13171).
 
 A stream holds the signs of one vector: the gaps between its non-zeros in Rice's code (Golomb's of 1966 with a power of two,
-close to optimal for gaps of a geometric distribution), and one bit per sign. Where most entries are not zero,
-the gaps are those between the zeros. Quotients, remainders and signs lie apart, so that numpy reads them without a loop.
+close to optimal for gaps of a geometric distribution), and one bit per sign. If most entries are not zero, the gaps are
+those between the zeros. Quotients, remainders and signs are stored apart, so that numpy reads them without a loop.
 
     byte 0          128 when the gaps are between zeros, plus the parameter k, 0 to 40
     two varints     the number m of gaps, and the number of bits of all quotients
@@ -10,7 +10,7 @@ the gaps are those between the zeros. Quotients, remainders and signs lie apart,
     bits            quotients in unary: that many zeros and a one
     bits            signs of the non-zeros in order, one for positive
 
-Each part begins at a byte, filled up with zero bits; bits lie in a byte from the lowest on.
+Each part begins at a byte, filled up with zero bits; bits fill a byte from the lowest up.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 Signs = np.ndarray[tuple[int], np.dtype[np.int8]]
 
 MAX_PARAMETER = 40
-# a stream of few bytes may stand for many zeros, but not for so many that asking for them fills the memory
+# a stream of few bytes may stand for many zeros, but not for so many that they fill the memory
 MAX_ENTRIES_PER_BYTE = 2**10
 FREE_ENTRIES = 2**22
 
@@ -35,7 +35,7 @@ _INVERTED = 128
 
 
 def encode(signs: Signs) -> Bytes:
-    """The stream of a vector of -1, 0 and 1. AdapterUnsupported for other values, and for one too empty to read."""
+    """Return the stream of a vector of -1, 0 and 1. Raises AdapterUnsupported for other values and too few non-zeros."""
     if signs.ndim != 1 or signs.dtype != np.int8 or bool(((signs < -1) | (signs > 1)).any()):
         raise AdapterUnsupported(f"a ternary stream holds a vector of -1, 0 and 1, not {signs.dtype} of shape {signs.shape}")
     nonzero = signs != 0
@@ -58,9 +58,9 @@ def encode(signs: Signs) -> Bytes:
 
 
 def decode(stream: Bytes, size: int) -> Signs:
-    """The vector of `size` entries in a stream. Raises AdapterCorrupt for a stream that `encode` would not give.
+    """Return the vector of `size` entries in a stream. Raises AdapterCorrupt for a stream that `encode` would not give.
 
-    Every count is checked against the stream's length before memory is asked for.
+    Every count is checked against the stream's length before memory is allocated.
     """
     if not 0 <= size <= _most_entries(len(stream)):
         raise _corrupt(f"{len(stream)} bytes cannot be {size} entries")
@@ -93,7 +93,7 @@ def decode(stream: Bytes, size: int) -> Signs:
 
 
 def split(tensor: Tensor) -> tuple[Signs, float] | None:
-    """(signs in row-major order, c) of a tensor that is c * signs bit for bit in fp32; None for any other."""
+    """Return (signs in row-major order, c) of a tensor that is c * signs bit for bit in fp32; None for any other."""
     flat = tensor.detach().cpu().float().flatten()
     c = float(flat.abs().max()) if flat.numel() else 0.0
     signs = flat.sign()
@@ -105,9 +105,9 @@ def split(tensor: Tensor) -> tuple[Signs, float] | None:
 
 
 def pack(tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Named tensors, each ternary, as {"signs": a stream of all in their order, "scales": the c of each, or one for all}.
+    """Return named ternary tensors as {"signs": one stream of all in order, "scales": the c of each, or one for all}.
 
-    Raises AdapterUnsupported, naming the first that is not ternary.
+    Raises AdapterUnsupported, naming the first tensor that is not ternary.
     """
     parts, scales = [], []
     for name, tensor in tensors:
@@ -127,7 +127,7 @@ def pack(tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def unpack(packed: Mapping[str, Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """The tensors that `pack` was given, bit for bit. Raises AdapterCorrupt for parts that do not fit the shapes."""
+    """Return the tensors that `pack` packed, bit for bit. Raises AdapterCorrupt for parts that do not fit the shapes."""
     signs, scales = packed["signs"], packed["scales"]
     if signs.dtype != torch.uint8 or signs.dim() != 1 or scales.dtype != torch.float32 or scales.dim() != 1:
         raise _corrupt(f"it has signs of {signs.dtype} and scales of {scales.dtype}")
@@ -144,7 +144,7 @@ def unpack(packed: Mapping[str, Tensor], shapes: Sequence[tuple[int, ...]]) -> l
 
 
 def _parameter(gaps: np.ndarray[tuple[int], np.dtype[np.int64]]) -> int:
-    """The k that makes the gaps shortest: k + 1 bits for each, and one for each 2^k of its length."""
+    """Return the k that makes the gaps' code shortest: k + 1 bits for each gap, and one for each 2^k of its length."""
     sizes = [len(gaps) * (k + 1) + int((gaps >> k).sum()) for k in range(MAX_PARAMETER + 1)]
     return int(np.argmin(sizes))
 
@@ -178,7 +178,7 @@ def _varint(number: int) -> bytes:
 
 
 def _read_varint(stream: Bytes, start: int) -> tuple[int, int]:
-    """A number of at most 63 bits, and where it ends."""
+    """Return a number of at most 63 bits and the place after it. Raises AdapterCorrupt if it does not end."""
     number = 0
     for place, byte in enumerate(stream[start : start + 9].tolist()):
         number |= (byte & 127) << 7 * place
