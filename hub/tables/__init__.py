@@ -1,1 +1,1 @@
-"""The SQL of the catalogue, a file for each table and for what is read of several."""
+"""The SQL of the catalogue: one file for each table, and `filtering` for queries across tables."""

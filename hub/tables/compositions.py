@@ -1,4 +1,4 @@
-"""Rows of stored compositions: under a name the files of a folder, each by the sha256 of its bytes."""
+"""Rows of stored compositions: a name, and the files of a folder, each by the sha256 of its bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SELECT = "SELECT name, hash, record, sha256 FROM compositions"
 
 @dataclass(frozen=True)
 class CompositionRow:
-    """`files` maps each path in the folder to (sha256, size in bytes); `hash` is that of paths and bytes together."""
+    """A stored composition. `files` maps each path in its folder to (sha256, size in bytes)."""
 
     name: str
     created: str
@@ -28,24 +28,24 @@ class CompositionRow:
 
 
 def find(connection: Connection, name: str) -> CompositionRow | None:
-    """The row of that name. HubCorrupt when it is damaged."""
+    """Return the row with that name, or None. Raises HubCorrupt if it is damaged."""
     found = connection.execute(f"{_SELECT} WHERE name = ?", (name,)).fetchone()
     return None if found is None else _decode(found)
 
 
 def every(connection: Connection) -> Iterator[CompositionRow]:
-    """All rows in the order of their names. HubCorrupt at the first that is damaged."""
+    """Yield all rows in the order of their names. Raises HubCorrupt at the first that is damaged."""
     for found in connection.execute(f"{_SELECT} ORDER BY name").fetchall():
         yield _decode(found)
 
 
 def names(connection: Connection) -> list[str]:
-    """The names in their order; no row is read."""
+    """Return the names in order, without reading the rows."""
     return [name for (name,) in connection.execute("SELECT name FROM compositions ORDER BY name").fetchall()]
 
 
 def put(connection: Connection, row: CompositionRow) -> None:
-    """Stores the row, whose files are there, in place of one of its name."""
+    """Store the row, whose files are in the store, in place of the row with its name."""
     delete(connection, row.name)
     text = json.dumps([row.name, row.created, row.files], sort_keys=True, separators=(",", ":"))
     connection.execute(
@@ -56,7 +56,7 @@ def put(connection: Connection, row: CompositionRow) -> None:
 
 
 def delete(connection: Connection, name: str) -> bool:
-    """Removes the row of that name; whether there was one. Its files stay for gc."""
+    """Remove the row with that name, and return whether there was one. Its files stay for gc."""
     if connection.execute("SELECT 1 FROM compositions WHERE name = ?", (name,)).fetchone() is None:
         return False
     connection.execute("DELETE FROM compositions WHERE name = ?", (name,))

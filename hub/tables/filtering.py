@@ -1,6 +1,6 @@
-"""Which adapters pass filters, found by indexed look-ups: as long as few pass, few rows are read.
+"""The adapters that pass filters, found by indexed look-ups: if few pass, few rows are read.
 
-The table only helps to notice: the records have the fingerprints, and a damaged or missing entry changes no search.
+The table `bases` has the known fingerprints of each base model's id, only to warn: damage of it changes no search.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from loraweave.hub.tables import rows
 from loraweave.hub.tables.rows import storable
 from loraweave.types import BaseKey, Fingerprint, Record
 
-# databases count to here
+# the largest integer of a database
 _LARGEST = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class Filters:
-    """What an adapter must be: of the base model, under one of the licenses, with all the tags, in one of the languages, and
-    at most of that rank and size; None asks for nothing. Languages are compared without case."""
+    """The conditions that an adapter must meet; None is no condition. Languages are compared without case.
+
+    It has the base model, one of the licenses, all the tags, one of the languages, and at most that rank and size in bytes.
+    """
 
     base_model: str | BaseKey | None = None
     license: Collection[str] | str | None = None
@@ -36,7 +38,7 @@ class Filters:
 
     @property
     def key(self) -> BaseKey | None:
-        """The base model where it is the key of a model at hand."""
+        """The base model if it is the key of a loaded model, else None."""
         return self.base_model if isinstance(self.base_model, BaseKey) else None
 
     @property
@@ -45,7 +47,7 @@ class Filters:
         return not self.tags and all(one is None for one in asked)
 
     def passes(self, record: Record) -> bool:
-        """Whether `matching` gives the record's row."""
+        """Return whether the record meets all conditions, as the rows of `matching` do."""
         fits = self.base_model in (None, record.base_model) if self.key is None else not self.key.differs(record.base)
         return (
             fits
@@ -58,9 +60,9 @@ class Filters:
 
 
 def matching(connection: Connection, filters: Filters) -> list[int]:
-    """The rows that pass and are not in quarantine, in order of addition; one is read for every different base model.
+    """Return the numbers of the rows that pass and are not in quarantine, in order of addition.
 
-    Adapters that only have the base model's id are left out with a warning.
+    Warns of adapters left out because only their base's id fits. For a base, reads one row of each base in the hub.
     """
     found: list[set[int]] = []
     if filters.base_model is not None:
@@ -74,7 +76,7 @@ def matching(connection: Connection, filters: Filters) -> list[int]:
     if filters.max_rank is not None:
         found.append(rows.within_rank(connection, filters.max_rank))
     if filters.max_size_bytes is not None:
-        # the size is the blob's, which may be written again in another form
+        # the size is that of the blob, which may be rewritten in another form
         statement = "SELECT adapters.seq FROM blobs JOIN adapters ON adapters.hash = blobs.hash WHERE blobs.size_bytes <= ?"
         sized = connection.execute(statement, (min(filters.max_size_bytes, _LARGEST),)).fetchall()
         found.append({seq for (seq,) in sized})
@@ -84,7 +86,7 @@ def matching(connection: Connection, filters: Filters) -> list[int]:
 
 
 def bases(connection: Connection) -> list[tuple[Record, int]]:
-    """For every different base model its first record and the number of its adapters, those in quarantine aside."""
+    """Return the first record of each different base model and the number of its adapters, without those in quarantine."""
     held = set(quarantine.seqs(connection))
     listed = [rows.labelled(connection, "base", value) - held for value in rows.label_values(connection, "base")]
     counts = {min(seqs): len(seqs) for seqs in listed if seqs}
@@ -92,7 +94,7 @@ def bases(connection: Connection) -> list[tuple[Record, int]]:
 
 
 def fill(connection: Connection) -> None:
-    """Stores the labels of all rows, for a catalogue that had none; a damaged row, which verify reports, gets none."""
+    """Store the labels of all rows, for a catalogue without them; a damaged row, which verify reports, gets none."""
     for seq, text in connection.execute("SELECT seq, record FROM adapters").fetchall():
         try:
             record = rows.record_from_json(json.loads(text))
@@ -102,7 +104,7 @@ def fill(connection: Connection) -> None:
 
 
 def _for_base(connection: Connection, base: Filters) -> set[int]:
-    """Of a text the id must be equal, of a key nothing known may contradict it; warns of namesakes of a key's model."""
+    """Return the rows of a base: of equal id for a text, not contradicting a key. Warns of namesakes of a key's model."""
     firsts = [rows.first_labelled(connection, "base", value) for value in rows.label_values(connection, "base")]
     examples = [row.record for row in rows.some(connection, firsts)]
     fitting = {rows.base_digest(record) for record in examples if base.passes(record)}
@@ -122,7 +124,7 @@ _MAX_LISTED = 100
 
 
 def contradiction(connection: Connection, record: Record) -> str:
-    """Why the base model's id stands for another model in this hub already, as a phrase; empty when it does not."""
+    """Return how the record's base differs from every model known here by that id, as a phrase; "" if it does not."""
     if record.fingerprint is None or not record.base_model:
         return ""
     found = connection.execute(
@@ -130,7 +132,7 @@ def contradiction(connection: Connection, record: Record) -> str:
         (storable(record.base_model), _MAX_LISTED),
     ).fetchall()
     reasons = [known.differs(record.fingerprint) for (text,) in found if (known := _read(text)) is not None]
-    # a hub that holds adapters of both has said so when the second came
+    # a hub that already has both models warned when the second one came
     return "" if "" in reasons else next(iter(reasons), "")
 
 
@@ -140,7 +142,7 @@ def remember(connection: Connection, record: Record) -> None:
 
 
 def tidy(connection: Connection, records: Iterable[Record]) -> None:
-    """Makes the table hold what these records, all that there are, came with, and nothing else."""
+    """Make the table `bases` hold the fingerprints of these records, which are all there are, and nothing else."""
     bases = {(record.base_model, record.fingerprint) for record in records}
     wanted = {_entry(base, fingerprint) for base, fingerprint in bases if fingerprint is not None and base}
     held = {(base, text) for base, text in connection.execute("SELECT base_model, fingerprint FROM bases").fetchall()}

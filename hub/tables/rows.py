@@ -1,4 +1,4 @@
-"""Rows of the catalogue and what they hold: canonical JSON that carries its own sha256."""
+"""Rows of the catalogue and their contents: canonical JSON that carries its own sha256."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOB_COLUMNS = "blobs.hash, blobs.file_sha256, blobs.size_bytes, blobs.sha256"
 _DECODER = json.JSONDecoder()
 _SELECT = f"SELECT {_COLUMNS}, {BLOB_COLUMNS} FROM adapters LEFT JOIN blobs ON blobs.hash = adapters.hash"
 
-# of a record, stored as they are
+# fields of a record that are stored as they are
 _PLAIN = ("name", "hash", "base_model", "rank", "created", "version", "restored", "base_revision", "quarantined")
 _UNKNOWN_TO_SCHEMA_1: dict[str, Any] = {
     "language": (),
@@ -32,10 +32,10 @@ _UNKNOWN_TO_SCHEMA_1: dict[str, Any] = {
     "anomalies": (),
 }
 
-# databases bound the number of parameters
+# databases limit the number of parameters of a statement
 MOST_PARAMETERS = 500
 
-# comparing a name with so many others takes a tenth of a second
+# comparing a name with this many others takes a tenth of a second
 _MOST_NAMES = 10_000
 _NUM_ALIKE = 3
 
@@ -51,7 +51,7 @@ class BlobRow:
 
 @dataclass(frozen=True)
 class Row:
-    """An adapter's place in the order of addition, its record and its blob."""
+    """An adapter's number in the order of addition, its record and its blob."""
 
     seq: int
     record: Record
@@ -59,7 +59,7 @@ class Row:
 
 
 class Said(NamedTuple):
-    """What an adapter says of itself, which its key is made of."""
+    """The texts of an adapter that its search keys are made from."""
 
     name: str
     description: str
@@ -67,26 +67,26 @@ class Said(NamedTuple):
 
 
 def find(connection: Connection, name: str) -> Row | None:
-    """The row of that name. HubCorrupt when it is damaged."""
+    """Return the row with that name, or None. Raises HubCorrupt if it is damaged."""
     found = connection.execute(f"{_SELECT} WHERE adapters.name = ?", (name,)).fetchone()
     return None if found is None else _decode(found)
 
 
 def every(connection: Connection) -> Iterator[Row]:
-    """All rows in order of addition. HubCorrupt at the first that is damaged."""
+    """Yield all rows in order of addition. Raises HubCorrupt at the first that is damaged."""
     for found in connection.execute(f"{_SELECT} ORDER BY adapters.seq").fetchall():
         yield _decode(found)
 
 
 def some(connection: Connection, seqs: Sequence[int]) -> Iterator[Row]:
-    """The rows of those numbers that are there, in order of addition. HubCorrupt at the first that is damaged."""
+    """Return the rows of these numbers that exist, in order of addition. Raises HubCorrupt at the first damaged one."""
     return map(_decode, at_seqs(connection, f"{_SELECT} WHERE adapters.seq", seqs))
 
 
 def said(connection: Connection, seqs: Sequence[int]) -> dict[int, Said]:
-    """What those adapters that are there and not in quarantine say of themselves; a fifth of the work of whole records.
+    """Return the texts of these adapters by number, without absent and quarantined ones.
 
-    HubCorrupt at the first row that is damaged.
+    Takes a fifth of the time of reading whole records. Raises HubCorrupt at the first row that is damaged.
     """
     found = {}
     for row in at_seqs(connection, f"SELECT {_COLUMNS} FROM adapters WHERE adapters.seq", seqs):
@@ -99,12 +99,12 @@ def said(connection: Connection, seqs: Sequence[int]) -> dict[int, Said]:
 def at_seqs(
     connection: Connection, select: str, seqs: Sequence[int], given: tuple[Any, ...] = ()
 ) -> Iterator[tuple[Any, ...]]:
-    """What `select`, which ends in "WHERE .. seq" and gives the seq first, finds of those numbers, in their order."""
+    """Yield the rows of `select`, from "SELECT seq" to "WHERE .. seq", for these numbers, in ascending order."""
     ordered = sorted(seqs)
     for start in range(0, len(ordered), MOST_PARAMETERS):
         part = ordered[start : start + MOST_PARAMETERS]
         if part[-1] - part[0] < 2 * len(part):
-            # neighbours are read as they lie, which takes a third of the time of finding each
+            # one range for neighbours takes a third of the time of looking up each
             rows = connection.execute(f"{select} BETWEEN ? AND ? ORDER BY 1", (*given, part[0], part[-1])).fetchall()
             if len(part) <= part[-1] - part[0]:
                 wanted = set(part)
@@ -116,13 +116,13 @@ def at_seqs(
 
 
 def at(connection: Connection, seq: int) -> Row | None:
-    """The row with that number. HubCorrupt when it is damaged."""
+    """Return the row with that number, or None. Raises HubCorrupt if it is damaged."""
     found = connection.execute(f"{_SELECT} WHERE adapters.seq = ?", (seq,)).fetchone()
     return None if found is None else _decode(found)
 
 
 def names_like(connection: Connection, name: str) -> list[str]:
-    """Names that may be what `name` meant: all of a hub of ordinary size, else those that begin as it does."""
+    """Return names that `name` may stand for: all in a hub of up to 10,000, else those with its first three letters."""
     first = connection.execute("SELECT name FROM adapters ORDER BY seq LIMIT ?", (_MOST_NAMES + 1,)).fetchall()
     if len(first) > _MOST_NAMES:
         begin = name[:_NUM_ALIKE]
@@ -137,9 +137,9 @@ def find_blob(connection: Connection, content_hash: str) -> BlobRow | None:
 
 
 def insert(connection: Connection, record: Record) -> Record:
-    """Adds a row, whose blob row is there, and returns its record as a reader will see it.
+    """Add a row, whose blob row is there, and return its record as a reader will see it.
 
-    It is read back before the commit: an error after it would tell the caller that nothing had changed.
+    The row is read back before the commit: an error after the commit would tell the caller that nothing had changed.
     """
     text = encode(record)
     connection.execute(
@@ -153,7 +153,7 @@ def insert(connection: Connection, record: Record) -> Record:
 
 
 def change(connection: Connection, row: Row, record: Record) -> Record:
-    """Gives the row another record, whose blob row is there, and returns that as a reader will see it."""
+    """Replace the record of a row, whose blob row is there, and return the new one as a reader will see it."""
     if record == row.record:
         return row.record
     text = encode(record)
@@ -167,7 +167,7 @@ def change(connection: Connection, row: Row, record: Record) -> Record:
 
 
 def delete(connection: Connection, row: Row) -> None:
-    """Removes the row and, through foreign keys, its vectors and labels; the blob stays for gc."""
+    """Remove the row and, through foreign keys, its vectors and labels; the blob stays for gc."""
     connection.execute("DELETE FROM adapters WHERE seq = ?", (row.seq,))
     connection.execute("UPDATE state SET num_adapters = num_adapters - 1")
     note(connection, row.seq)
@@ -182,15 +182,15 @@ def put_blob(connection: Connection, blob: BlobRow) -> None:
 
 
 def encode(record: Record) -> str:
-    """The record as canonical JSON in ASCII, which SQLite stores whatever characters a text has.
+    """Return the record as canonical JSON in ASCII, which SQLite stores whatever characters a text has.
 
-    The size belongs to the blob. Raises AdapterUnsupported when the card is not JSON.
+    The size is left out, since it is that of the blob. Raises AdapterUnsupported if the card is not JSON.
     """
     data = {field: getattr(record, field) for field in (*_PLAIN, *OWN_FIELDS, "target_modules")} | {
         "source": None if record.source is None else [record.source.location, record.source.revision],
         "fingerprint": None if record.fingerprint is None else record.fingerprint.to_json(),
         "anomalies": [[anomaly.kind, anomaly.detail, anomaly.score] for anomaly in record.anomalies],
-        # the fields above are the card's too; kept once, they cannot disagree
+        # the card has the fields above, too; stored once, they cannot disagree
         "card": {key: value for key, value in record.card.items() if key not in OWN_FIELDS},
     }
     try:
@@ -203,7 +203,7 @@ def encode(record: Record) -> str:
 
 
 def encode_within_limit(record: Record) -> str:
-    """`encode`, and AdapterUnsupported for a card above the limit; the texts that searches read have their own limits."""
+    """Return `encode`. Raises AdapterUnsupported if it is too long even without the texts, which have their own limits."""
     text = encode(record)
     if len(text) <= MAX_CARD_BYTES:
         return text
@@ -230,7 +230,7 @@ def _note_change(connection: Connection, row: Row | None, name: str) -> Record:
 
 
 def decode_version(found: tuple[Any, ...], version: int) -> Row:
-    """A superseded version's row; it has no name of its own beside the record's. HubCorrupt when it is damaged."""
+    """Return a superseded version's row, which has no column of its name. Raises HubCorrupt if it is damaged."""
     row = _decode(found)
     if row.record.version != version:
         raise HubCorrupt(
@@ -259,7 +259,7 @@ def _decode_json(seq: int, name: str | None, content_hash: str | None, text: Any
             "Hub.verify() lists what can still be read"
         )
     data: dict[str, Any]
-    # what `encode` wrote has no space around it, for which `loads` would look
+    # unlike `loads`, this does not look for surrounding space, which `encode` does not write
     data, _ = _DECODER.raw_decode(text)
     for column, value in (("name", name), ("hash", content_hash)):
         if value is not None and data[column] != value:
@@ -270,7 +270,7 @@ def _decode_json(seq: int, name: str | None, content_hash: str | None, text: Any
 
 
 def record_from_json(data: Mapping[str, Any], size_bytes: int = 0) -> Record:
-    """The record that `encode` wrote; the size is not in it."""
+    """Return the record that `encode` wrote, with `size_bytes`, which is not in it."""
     data = {**_UNKNOWN_TO_SCHEMA_1, **data}
     source, fingerprint = data["source"], data["fingerprint"]
     lists = {key: tuple(data[key]) for key in ("examples", "tags", "language")}
@@ -301,24 +301,24 @@ def _blob_sha256(blob: BlobRow) -> str:
     return text_digest(f"{blob.hash} {blob.file_sha256} {blob.size_bytes}")
 
 
-# ten digits; an adapter's is far below
+# ten digits; the rank of an adapter is far below
 _LARGEST_RANK = 10**10 - 1
 
 
 def put_labels(connection: Connection, seq: int, record: Record) -> None:
-    """Stores the labels of a row, in place of those it had; a row that is deleted takes its labels along."""
+    """Store the labels of a row in place of its former ones. Deleting the row deletes them."""
     connection.execute("DELETE FROM labels WHERE seq = ?", (seq,))
     for kind, value in sorted(labels(record)):
         connection.execute("INSERT INTO labels (kind, value, seq) VALUES (?, ?, ?)", (kind, value, seq))
 
 
 def stored_labels(connection: Connection, seq: int) -> set[tuple[str, str]]:
-    """The labels of a row as (kind, value)."""
+    """Return the stored labels of a row as (kind, value)."""
     return set(connection.execute("SELECT kind, value FROM labels WHERE seq = ?", (seq,)).fetchall())
 
 
 def labels(record: Record) -> set[tuple[str, str]]:
-    """What `put_labels` stores: tags, license, languages, rank, and a digest of all that is known of the base model."""
+    """Return the labels of a record: tags, license, languages, rank, and a digest of all that is known of its base."""
     found = {("base", base_digest(record)), ("rank", rank_label(record.rank))}
     found |= {("tag", storable(tag)) for tag in record.tags}
     found |= {("language", language) for language in languages(record.language)}
@@ -326,7 +326,7 @@ def labels(record: Record) -> set[tuple[str, str]]:
 
 
 def label_values(connection: Connection, kind: str) -> Iterator[str]:
-    """The different values of a kind, each found by one step in the table's order."""
+    """Yield the different values of a kind of label in order, each found by one step in the index."""
     following = "SELECT min(value) FROM labels WHERE kind = ? AND value > ?"
     (value,) = connection.execute("SELECT min(value) FROM labels WHERE kind = ?", (kind,)).fetchone()
     while value is not None:
@@ -335,18 +335,18 @@ def label_values(connection: Connection, kind: str) -> Iterator[str]:
 
 
 def labelled(connection: Connection, kind: str, *wanted: str) -> set[int]:
-    """The rows that carry one of the labels."""
+    """Return the numbers of the rows that have one of the labels."""
     statement = "SELECT seq FROM labels WHERE kind = ? AND value = ?"
     return {seq for value in wanted for (seq,) in connection.execute(statement, (kind, value)).fetchall()}
 
 
 def first_labelled(connection: Connection, kind: str, value: str) -> int:
-    """The first row that carries a label, which one does."""
+    """Return the number of the first row that has the label, which at least one must have."""
     return int(connection.execute("SELECT min(seq) FROM labels WHERE kind = ? AND value = ?", (kind, value)).fetchone()[0])
 
 
 def within_rank(connection: Connection, max_rank: int) -> set[int]:
-    """The rows whose rank is at most that."""
+    """Return the numbers of the rows whose rank is at most `max_rank`."""
     statement = "SELECT seq FROM labels WHERE kind = 'rank' AND value <= ?"
     return {seq for (seq,) in connection.execute(statement, (rank_label(max_rank),)).fetchall()}
 
@@ -358,12 +358,12 @@ def base_digest(record: Record) -> str:
 
 
 def languages(given: Collection[str] | str) -> set[str]:
-    """Languages as they are compared: without case."""
+    """Return the languages in the form in which they are compared: without case."""
     return {storable(language.casefold()) for language in one_or_many(given)}
 
 
 def rank_label(rank: int) -> str:
-    """A rank of 0 or more as text whose order is that of the number."""
+    """Return a rank of 0 or more as text that sorts as the number does."""
     return f"{min(rank, _LARGEST_RANK):010d}"
 
 
@@ -373,7 +373,7 @@ def storable(text: str) -> str:
 
 
 def note(connection: Connection, seq: int) -> None:
-    """Writes down that the row is added, changed or deleted by the transaction at hand."""
+    """Record that the current transaction adds, changes or deletes the row."""
     connection.execute(
         "INSERT INTO changes (seq, generation) SELECT ?, generation + 1 FROM state WHERE true "
         "ON CONFLICT (seq) DO UPDATE SET generation = excluded.generation",

@@ -1,7 +1,6 @@
 """Embeddings in the catalogue: one vector per adapter and embedder, so that a search need not embed every text.
 
-`read_changes` tells page by page what changed since a generation, with its embedding: work for what changed, not for what is
-there.
+`read_changes` reads page by page what changed since a generation, with its embedding: an index reads no more than that.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def read_vectors(connection: Connection, embedder: str) -> dict[str, tuple[str, np.ndarray]]:
-    """Adapter name -> (digest of the embedded text, fp32 vector), in order of addition. A damaged row counts as absent."""
+    """Map each adapter's name to (digest of the embedded text, fp32 vector), in order of addition, without damaged rows."""
     # numpy takes 0.1 s to import, which listing a hub need not pay
     import numpy as np
 
@@ -39,7 +38,7 @@ def read_vectors(connection: Connection, embedder: str) -> dict[str, tuple[str, 
 
 
 def vectors_at(connection: Connection, embedder: str, seqs: Sequence[int]) -> dict[int, tuple[str, np.ndarray]]:
-    """seq -> (digest of the embedded text, fp32 vector) of those rows. A damaged one counts as absent."""
+    """Map each of these numbers to (digest of the embedded text, fp32 vector), without damaged or missing rows."""
     import numpy as np
 
     select = "SELECT seq, text_digest, vector, sha256 FROM vectors WHERE embedder = ? AND seq"
@@ -51,10 +50,10 @@ def vectors_at(connection: Connection, embedder: str, seqs: Sequence[int]) -> di
 
 
 def write_vectors(connection: Connection, embedder: str, made: Sequence[tuple[str, str, np.ndarray]]) -> None:
-    """Stores (name, digest of the text, vector) rows; a name that is no longer there is passed over.
+    """Store (name, digest of the text, vector) rows, except for names that no longer exist.
 
-    Vectors of another size under the same embedder are dropped: they came from another version of it.
-    Raises DimensionMismatch for vectors that differ in size, are not one-dimensional or not finite.
+    Vectors of another size under the same embedder are dropped: they came from another version of it. Raises
+    DimensionMismatch for vectors that differ in size, are not one-dimensional or not finite.
     """
     import numpy as np
 
@@ -68,7 +67,7 @@ def write_vectors(connection: Connection, embedder: str, made: Sequence[tuple[st
         if not np.isfinite(vector).all():
             raise DimensionMismatch(f"the vector of {name!r} from embedder {embedder!r} is not finite")
     if vectors:
-        # all that are there have one size, since every call sees to it: looking at each would cost a scan of the table
+        # all stored ones have one size, since every call ensures it: checking each would cost a scan of the table
         one = connection.execute("SELECT length(vector) FROM vectors WHERE embedder = ? LIMIT 1", (embedder,)).fetchone()
         if one is not None and one[0] != vectors[0].nbytes:
             connection.execute("DELETE FROM vectors WHERE embedder = ?", (embedder,))
@@ -93,12 +92,12 @@ def row_sha256(embedder: str, seq: int, text_digest: str, vector: bytes) -> str:
 if TYPE_CHECKING:
     import numpy as np
 
-# the plus keeps SQLite from walking through all rows in their order instead of finding those of late generations
+# the plus keeps SQLite from scanning all rows in order of seq instead of using the index of generations
 CHANGED = "SELECT seq FROM changes WHERE generation > ? AND +seq > ? ORDER BY +seq LIMIT ?"
 
 
 class Change(NamedTuple):
-    """An adapter's place in the order of addition, what it says of itself, and its stored vector, if any.
+    """An adapter's number in the order of addition, the texts of its search keys, and its stored vector, if any.
 
     `said` is None for an adapter that was removed or quarantined. `vector` is (digest of the embedded text, fp32 vector).
     """
@@ -110,9 +109,9 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """A page of changes, by ascending seq, and the state of the catalogue at the moment it was read.
+    """A page of changes, by ascending seq, and the state of the catalogue when it was read.
 
-    `identity` is another for every catalogue, so that generations of two are never compared.
+    `identity` is different for every catalogue, so that generations of two are never compared.
     """
 
     identity: str
@@ -122,14 +121,14 @@ class Changes:
 
 
 def read_changes(connection: Connection, embedder: str, *, since: int, after: int, limit: int, where: str) -> Changes:
-    """The next `limit` changes later than generation `since`, of rows above `after`; since 0 it is every adapter."""
+    """Return the first `limit` changes after generation `since` of rows above `after`; every adapter if `since` is 0."""
     identity, generation, num_adapters = state_row(connection, "identity, generation, num_adapters", where)
     if since:
         seqs = [seq for (seq,) in connection.execute(CHANGED, (since, after, limit)).fetchall()]
     else:
         every = "SELECT seq FROM adapters WHERE seq > ? ORDER BY seq LIMIT ?"
         seqs = [seq for (seq,) in connection.execute(every, (after, limit)).fetchall()]
-    # one that was put in quarantine is as good as gone until its release
+    # a quarantined adapter counts as removed until its release
     said = rows.said(connection, seqs)
     stored = vectors_at(connection, embedder, list(said))
     page = [Change(seq, said.get(seq), stored.get(seq)) for seq in seqs]

@@ -1,7 +1,7 @@
 """Versions of one name: the newest is the adapter's row, and those before it keep their records, numbers and blobs.
 
-A superseded version is a copy of the row as it was, in the table `versions`, under the adapter's place in the order of
-addition. It goes when its adapter goes, or when it is pruned. `state` counts these rows too: one that vanishes is missed.
+A superseded version is a copy of the former row in the table `versions`, with the adapter's number in the order of addition.
+It is deleted with its adapter, or when it is pruned. `state` counts these rows too, so that a lost one is noticed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SELECT = f"SELECT {_COLUMNS}, {rows.BLOB_COLUMNS} FROM versions LEFT JOIN blobs
 
 
 def supersede(connection: Connection, row: rows.Row, record: Record) -> Record:
-    """Makes `record`, whose blob row is there, the newest version of the row's adapter; what was the newest is kept."""
+    """Make `record`, whose blob row is there, the adapter's newest version; keep the former newest as superseded."""
     connection.execute(
         "INSERT INTO versions SELECT seq, ?, hash, record, sha256 FROM adapters WHERE seq = ?", (row.record.version, row.seq)
     )
@@ -33,14 +33,14 @@ def supersede(connection: Connection, row: rows.Row, record: Record) -> Record:
 
 
 def superseded(connection: Connection, row: rows.Row) -> list[rows.Row]:
-    """The versions before the newest, oldest first, under the name of now. HubCorrupt when one is damaged."""
+    """Return the versions before the newest, oldest first, under the current name. Raises HubCorrupt if one is damaged."""
     numbers = connection.execute("SELECT version FROM versions WHERE seq = ? ORDER BY version", (row.seq,)).fetchall()
     found = (at(connection, row.seq, number) for (number,) in numbers)
     return [replace(old, record=replace(old.record, name=row.record.name)) for old in found if old is not None]
 
 
 def chosen(connection: Connection, row: rows.Row, version: int) -> rows.Row:
-    """The version of that number, the newest included. AdapterNotFound names those that there are."""
+    """Return the version with that number, the newest included. Raises AdapterNotFound, listing the versions there are."""
     known = [*superseded(connection, row), row]
     for one in known:
         if one.record.version == version and not isinstance(version, bool):
@@ -50,18 +50,18 @@ def chosen(connection: Connection, row: rows.Row, version: int) -> rows.Row:
 
 
 def at(connection: Connection, seq: int, version: int) -> rows.Row | None:
-    """One superseded version, under the name it had then. HubCorrupt when it is damaged."""
+    """Return a superseded version under the name it had then, or None. Raises HubCorrupt if it is damaged."""
     found = connection.execute(f"{_SELECT} WHERE versions.seq = ? AND versions.version = ?", (seq, version)).fetchone()
     return None if found is None else rows.decode_version(found, version)
 
 
 def every(connection: Connection) -> Iterator[tuple[int, int]]:
-    """(seq, version) of every superseded version."""
+    """Yield (seq, version) of every superseded version."""
     yield from connection.execute("SELECT seq, version FROM versions ORDER BY seq, version").fetchall()
 
 
 def prune(connection: Connection, row: rows.Row, keep: int) -> int:
-    """Forgets all but the newest `keep` versions, the newest of all included; how many. HubError for a count below 1."""
+    """Forget all versions but the newest `keep`, and return how many. Raises HubError if `keep` is below 1."""
     if not is_whole(keep, 1):
         raise HubError(
             f"pruning adapter {row.record.name!r}: keep is {keep!r}, but at least 1 version stays; hub.remove() takes all"
@@ -70,7 +70,7 @@ def prune(connection: Connection, row: rows.Row, keep: int) -> int:
 
 
 def forget(connection: Connection, row: rows.Row, keep: int = 0) -> int:
-    """Drops the superseded versions but the newest `keep`; how many. The blobs stay for gc."""
+    """Forget all superseded versions but the newest `keep`, and return how many. The blobs stay for gc."""
     numbers = connection.execute("SELECT version FROM versions WHERE seq = ? ORDER BY version DESC", (row.seq,)).fetchall()
     dropped = numbers[keep:]
     if dropped:
@@ -81,7 +81,7 @@ def forget(connection: Connection, row: rows.Row, keep: int = 0) -> int:
 
 
 def restore(connection: Connection, row: rows.Row, version: int) -> Record:
-    """Makes an older version's record and content the newest again, as a version of its own unless they are so already."""
+    """Make an older version's record and content the newest again, as a new version, unless they already are."""
     old = chosen(connection, row, version).record
     newest = row.record
     if replace(old, version=newest.version, created=newest.created, restored=newest.restored) == newest:
