@@ -1,6 +1,6 @@
-"""An adapter's key: what is embedded of its texts, and by whom where there are many.
+"""An adapter's search key: the texts that are embedded for it, and the workers that embed many.
 
-As in LoraRetriever (Zhao et al. 2024) it is the mean embedding of sample inputs. Unlike there, keys have unit norm again:
+As in LoraRetriever (Zhao et al. 2024) it is the mean embedding of sample inputs. Unlike there, keys are scaled to unit norm:
 the norm of a mean grows with how alike the samples are, so that it would favour narrow adapters (recall@1 on the pool's
 training inputs .49 without, .58 with).
 """
@@ -28,20 +28,20 @@ DESCRIPTION_WEIGHT = 0.3
 # more sample inputs hardly move a mean, but each costs an embedding
 MAX_SAMPLE_INPUTS = 50
 
-# adapters whose keys are one piece of work
+# the number of adapters whose keys are one piece of work
 NUM_SPREAD = 64
 
-# adapters whose keys are stored at a time: a first search that is interrupted keeps what it has
+# the number of adapters whose keys are stored at a time: a first search that is interrupted keeps them
 _BATCH = 500
 
-# what a key is made of
+# the objects that have the texts of a key
 Spoken = Record | Said
 
 Embed = Callable[[tuple[str, ...]], np.ndarray]
 
 
 def texts_of(record: Spoken) -> list[tuple[str, str]]:
-    """What speaks for an adapter, as (kind, text): sample inputs and description, or without both its name."""
+    """Return the texts of an adapter's key as (kind, text): sample inputs and description, or its name if it has neither."""
     texts = [("sample input", text) for text in record.examples if text.strip()][:MAX_SAMPLE_INPUTS]
     if record.description.strip():
         texts.append(("description", record.description))
@@ -49,7 +49,7 @@ def texts_of(record: Spoken) -> list[tuple[str, str]]:
 
 
 def digest_of(record: Spoken) -> str:
-    """The sha256 of the texts and their weights, in hexadecimal: a key with another is one of other texts."""
+    """Return the sha256 of the texts and their weights, in hexadecimal: a key with another digest is outdated."""
     # as json.dumps writes them, in a third of its time
     said = texts_of(record)
     texts = ", ".join(f"[{encode_basestring_ascii(kind)}, {encode_basestring_ascii(text)}]" for kind, text in said)
@@ -57,12 +57,12 @@ def digest_of(record: Spoken) -> str:
 
 
 def made_keys(embed: Embed, given: Any, records: Sequence[Spoken]) -> Iterator[tuple[Sequence[Spoken], list[np.ndarray]]]:
-    """The keys (D,) of some records at a time; those of many by the workers that `joblib.parallel_config` names, if any.
+    """Yield (records, their keys (D,)) part by part; the workers of `joblib.parallel_config`, if any, make the keys of many.
 
-    `given` is the embedder as the user gave it, which a worker opens for itself.
+    `given` is the embedder as the user named it, which a worker opens for itself.
     """
     if len(records) > NUM_SPREAD:
-        # with torch, which a search by another embedder can do without
+        # imports torch, which a search by another embedder can do without
         from loraweave.common.spread import processes_here
 
         if processes_here(None) is not None:
@@ -87,7 +87,7 @@ def _keys_of(embed: Embed, records: Sequence[Spoken]) -> list[np.ndarray]:
 
 
 def _spread_keys(given: Any, records: Sequence[Spoken]) -> Iterator[tuple[Sequence[Spoken], list[np.ndarray]]]:
-    """The keys of each piece as it ends. When all have ended, raises what the first that failed has raised."""
+    """Yield each piece with its keys as it ends. When all have ended, raise the error of the first that failed."""
     from loraweave.common.display import progress_bar
     from loraweave.common.spread import Failed, require_all, spread
 
@@ -103,7 +103,7 @@ def _spread_keys(given: Any, records: Sequence[Spoken]) -> Iterator[tuple[Sequen
 
 
 def _keys_by(given: Any, records: Sequence[Spoken]) -> list[np.ndarray]:
-    """The keys by an embedder, which a worker opens once where it has a name."""
+    """Return the keys by an embedder, which a worker opens once if it is given by name."""
     return _keys_of(partial(embed_checked, _embedder_named(given) if isinstance(given, str) else given), records)
 
 

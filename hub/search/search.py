@@ -1,8 +1,8 @@
 """Finding adapters by what they do: an index over their keys, and the reasons for a hit.
 
 The query is the embedding of the input at hand, the score its inner product with a key. The catalogue is the truth: the
-index follows its log of changes, and a large one is kept as a file below the hub's index/, or in the cache where the hub
-cannot be written, which the next process maps.
+index follows its log of changes. A large index is saved as a file in the hub's index/, or in the cache if the hub is
+read-only, and the next process maps it.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from loraweave.hub.tables.filtering import Filters
 from loraweave.hub.tables.rows import Said
 from loraweave.types import Candidate, Record
 
-# adapters whose sample inputs stay embedded for the evidence: 50 x 384 x 4 bytes = 77 kB each at most
+# the number of adapters whose texts stay embedded for the evidence: 50 x 384 x 4 bytes = 77 kB each at most
 NUM_EVIDENCE_CACHED = 1024
 
-# of the nearest, so many more than four times those wanted are tried on a filter
+# a filter is first tried on the nearest four times k and this many more
 _NUM_TRIED = 32
 
-# adapters without a key that are gathered over pages, so that there is work for many workers
+# the number of adapters without a key that are gathered over pages, so that there is work for many workers
 _MANY_MISSING = 4096
 
-# records that a snapshot keeps, and that a database is asked for at a time
+# the number of records that a snapshot keeps, and that a database is asked for at a time
 _MAX_RECORDS = 4096
 
 _logger = logging.getLogger(__name__)
 
-# all adapters that are not in quarantine
+# passes all adapters that are not in quarantine
 NO_FILTERS = Filters()
 
 
 @dataclass(frozen=True, eq=False)
 class Hit:
-    """An adapter found, its score, and its key."""
+    """A found adapter, its score, and its key."""
 
     record: Record
     score: float
@@ -60,7 +60,7 @@ class Hit:
 
 @dataclass(frozen=True, eq=False)
 class _Snapshot:
-    """The keys as of one generation of a catalogue; threads can share it. `records` are those that were read of late."""
+    """The keys as of one generation of a catalogue; threads can share it. `records` caches those read lately."""
 
     identity: str
     generation: int
@@ -69,7 +69,7 @@ class _Snapshot:
 
 
 class _Missing(NamedTuple):
-    """An adapter without a stored key: what it says, the digest of that, and where its key goes."""
+    """An adapter without a stored key: the texts of the key, their digest, and the array to write the key to."""
 
     said: Said
     digest: str
@@ -79,7 +79,7 @@ class _Missing(NamedTuple):
 def search(
     hub: Listing, query: str, *, k: int = 5, filters: Filters = NO_FILTERS, min_score: float | None = None
 ) -> list[Candidate]:
-    """The k adapters of the hub that fit a text best; `Hub.search`. [] when nothing reaches `min_score`."""
+    """Return the k adapters of the hub that fit a text best; [] if none reaches `min_score`. See `Hub.search`."""
     if not isinstance(query, str):
         raise RetrievalError(f"the query must be one text, not {type(query).__name__}; Retriever takes several")
     index = _SHARED.get(hub)
@@ -96,35 +96,35 @@ _SHARED: weakref.WeakKeyDictionary[Any, SearchIndex] = weakref.WeakKeyDictionary
 
 
 class SearchIndex:
-    """The searchable form of a hub. It follows the hub: what was added, changed or removed counts from the next search.
+    """The searchable form of a hub. It follows the hub: each search sees what was added, changed or removed before it.
 
     `embedder` is a name of the registry, a folder that `train_encoder` wrote, or an object with `dim`, `id` and `embed`;
     `index` is a name, or "auto": a database that ranks vectors itself, else exact search up to 200,000 adapters
-    (`faiss_half`, or `flat` where faiss is not installed), from there on `faiss_ivf`. Raises UnknownName for other names.
+    (`faiss_half`, or `flat` without faiss), and `faiss_ivf` above. Raises UnknownName for other names.
     """
 
     def __init__(self, hub: Listing, *, embedder: str | Embedder = "sentence", index: str = "auto") -> None:
         self.hub = hub
         self.embedder = embedder_of(embedder)
-        # what a worker opens it by
+        # the argument by which a worker opens the embedder
         self._given = embedder
         self._index = index
         self._choice = index_choice(index)
         self._snapshot: _Snapshot | None = None
         self._lock = lock_of(self)
         self._unstored: dict[str, tuple[str, np.ndarray]] = {}
-        # what ranks the stored vectors itself, so that only the hits come to this machine, and the generation it has keys of
+        # the search in the database, which sends only the hits, and the generation for which the database has all keys
         self._database = hub.vector_search if index == "auto" else None
         self._ready: int | None = None
         self._embedded = _own_texts(hub, self.embedder)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors (Q, D) of query texts. RetrievalError for what is not a text or has no visible character."""
+        """Return unit vectors (Q, D) of query texts. Raises RetrievalError for an empty query or one that is no text."""
         self.check(texts)
         return embed_checked(self.embedder, tuple(texts))
 
     def check(self, texts: Sequence[str]) -> None:
-        """RetrievalError for what is not a text or has no visible character."""
+        """Raise RetrievalError if a query is not a text or has no visible character."""
         for number, text in enumerate(texts, start=1):
             if not isinstance(text, str):
                 raise RetrievalError(f"query {number} of {len(texts)} is {type(text).__name__}, not a text")
@@ -142,7 +142,7 @@ class SearchIndex:
         *,
         min_score: float | None = None,
     ) -> list[list[Hit]]:
-        """For each query the k best adapters that pass the filters, by descending score, ties in order of addition."""
+        """Return for each query the k best adapters that pass the filters: scores descending, ties in order of addition."""
         checked_threshold(min_score)
         if self._database is not None and k and len(self.hub):
             near = self._near(self._database, query_QD, k, None if filters.pass_all else self.hub.seqs(filters))
@@ -160,12 +160,12 @@ class SearchIndex:
         return [_reaching(hits, min_score) for hits in ranked]
 
     def explain(self, query_D: np.ndarray, hits: Sequence[Hit], *, evidence: bool = True) -> list[Candidate]:
-        """The hits as candidates; the evidence is the adapter's own text that is nearest to the query, if it is wanted."""
+        """Return the hits as candidates, with the adapter's own text nearest to the query as evidence, if wanted."""
         found = [self._evidence(query_D, hit.record) if evidence else "" for hit in hits]
         return [Candidate(hit.record.name, hit.score, text, hit.record) for hit, text in zip(hits, found, strict=True)]
 
     def samples(self, record: Record) -> np.ndarray:
-        """The record's sample inputs (M, D), embedded once for its key, its evidence and whoever asks."""
+        """Return the embedded sample inputs of the record (M, D), which its key and its evidence share."""
         kinds, texts = zip(*texts_of(record), strict=True)
         rows_ND: np.ndarray = self._embedded(texts)[[kind == "sample input" for kind in kinds]]
         return rows_ND
@@ -173,10 +173,10 @@ class SearchIndex:
     def _near(
         self, database: VectorSearch, query_QD: np.ndarray, k: int, seqs: Sequence[int] | None
     ) -> list[list[Hit]] | None:
-        """For each query the k best by the database, of `seqs` only, if they are given.
+        """Return for each query the k best by the database, of `seqs` only, if they are given.
 
-        None when the stored vectors do not suffice, because they cannot be written, or one of them is damaged or was made
-        by another release: then all adapters have to be looked at here.
+        Returns None if the stored vectors do not suffice, because they cannot be written, or one of them is damaged or was
+        made by another release: then all adapters must be ranked here.
         """
         try:
             # read before the rows: a write in between makes the next search look again, never the reverse
@@ -207,8 +207,8 @@ class SearchIndex:
         return f"{kinds[best]} {excerpt(texts[best])!r} ({scores_N[best]:.2f})"
 
     def _filter(self, snapshot: _Snapshot, query_QD: np.ndarray, k: int, filters: Filters) -> list[list[Hit]]:
-        # a filter that lets many through is mostly met by the nearest few; the places of all that pass are a long list. For
-        # a key of a base model they are asked for, which warns of its namesakes
+        # the nearest few mostly suffice for a filter that many pass, and spare the long list of all that pass. For a key of
+        # a base model the list is always made, which warns of namesakes
         num_tried = 0 if filters.key is not None else 4 * k + _NUM_TRIED
         tried = self._hits(snapshot, snapshot.keys.search(query_QD, num_tried))
         passing = [[hit for hit in hits if filters.passes(hit.record)][:k] for hits in tried]
@@ -225,8 +225,8 @@ class SearchIndex:
                 known.clear()
             known = {**known, **self.hub.records_at(missing)}
             snapshot.records.update(known)
-        # indexes report six decimals in fp32; as Python floats they get their short form back. One that is removed since the
-        # snapshot has no record any more
+        # indexes report six decimals in fp32; rounding gives Python floats their short form back. An adapter removed since
+        # the snapshot has no record any more
         return [
             [
                 Hit(known[seq], round(score, 6), key_D)
@@ -252,7 +252,7 @@ class SearchIndex:
             snapshot = _Snapshot(opened[1].identity, opened[1].generation, opened[0], {}) if opened else self._empty()
             snapshot = self._follow(snapshot)
             if snapshot.keys.num_late > MAX_LATE:
-                # what is saved now is what the next process does not have to read
+                # joined, so that the next process can map all of it
                 snapshot = replace(snapshot, keys=snapshot.keys.joined())
         elif snapshot.generation == self.hub.generation:
             return snapshot
@@ -268,10 +268,10 @@ class SearchIndex:
         return _Snapshot("", 0, Keys(self.embedder.dim, self._choice), {})
 
     def _follow(self, old: _Snapshot) -> _Snapshot:
-        """The snapshot brought up to date by what changed since; a new one where it is not of this catalogue's past."""
+        """Return the snapshot updated by the changes since; a new one if the catalogue is not its successor."""
         gone, records = [], dict(old.records)
         seqs: list[int] = []
-        # where all are read they have their place from the start: a copy of all keys would be a tenth of the work
+        # room for all keys if all are read: joining them by a copy would be a tenth of the work
         room_ND = np.empty((0 if old.generation else len(self.hub), self.embedder.dim), np.float32)
         parts = [room_ND[:0]]
         missing: dict[str, _Missing] = {}
@@ -292,7 +292,7 @@ class SearchIndex:
             parts.append(part_ND)
             seqs += present
             found = self._fill(part_ND, present.values())
-            # what was renamed meanwhile may have left its name to another
+            # after a rename another adapter may have the name
             if len(missing) >= _MANY_MISSING or found.keys() & missing.keys() or not changes.page:
                 self._make(missing)
                 missing = {}
@@ -308,7 +308,7 @@ class SearchIndex:
         return _Snapshot(first.identity, first.generation, followed, records)
 
     def _save(self, snapshot: _Snapshot) -> _Snapshot:
-        """The snapshot, its keys mapped from a file where they are many and were not."""
+        """Return the snapshot with its keys mapped from a file, saved now if they are many and not mapped yet."""
         keys = snapshot.keys
         if len(keys.segments) != 1 or len(keys) < MIN_SAVED:
             return snapshot
@@ -322,7 +322,7 @@ class SearchIndex:
     def _fill(
         self, keys_ND: np.ndarray, present: Collection[tuple[Said, tuple[str, np.ndarray] | None]]
     ) -> dict[str, _Missing]:
-        """Writes the stored key of each whose texts are unchanged; gives those that have none, by name."""
+        """Write the stored key of each adapter whose texts are unchanged; return the adapters without one, by name."""
         keys: list[np.ndarray] = []
         missing = {}
         for said, stored in present:
@@ -338,7 +338,7 @@ class SearchIndex:
         return missing
 
     def _make(self, missing: Mapping[str, _Missing]) -> None:
-        """Writes and stores the keys of those that have none."""
+        """Make, write and store the keys of the adapters that have none."""
         if missing:
             _logger.info("embedding %d adapters with %s", len(missing), self.embedder.id)
         for part, made in made_keys(self._embedded, self._given, [one.said for one in missing.values()]):
@@ -356,12 +356,12 @@ class SearchIndex:
             self._unstored = {**self._unstored, **{name: (digest, key_D) for name, digest, key_D in made}}
 
 
-# for each hub, what an embedder made of adapters' own texts: a new search of the hub does not embed them again
+# the cached embeddings of adapters' own texts, by hub and embedder: a new search of the hub does not embed them again
 _OWN_TEXTS: weakref.WeakKeyDictionary[Any, dict[tuple[type, str], Embed]] = weakref.WeakKeyDictionary()
 
 
 def _own_texts(hub: Listing, embedder: Embedder) -> Embed:
-    """What embeds an adapter's texts together and remembers it, shared by the hub's searches with such an embedder."""
+    """Return the function that embeds and caches an adapter's texts, shared by the hub's searches with this embedder."""
     cache = lru_cache(maxsize=NUM_EVIDENCE_CACHED)(partial(embed_checked, embedder))
     if isinstance(hub, weakref.ProxyTypes):
         return cache
@@ -373,7 +373,7 @@ def _reaching(hits: list[Hit], min_score: float | None) -> list[Hit]:
 
 
 def checked_count(k: Any, name: str = "k", least: int = 0) -> int:
-    """The count as an int. RetrievalError unless it is a whole number of at least `least`."""
+    """Return the count as an int. Raises RetrievalError unless it is a whole number of at least `least`."""
     try:
         count = operator.index(k)
     except TypeError:
@@ -384,6 +384,6 @@ def checked_count(k: Any, name: str = "k", least: int = 0) -> int:
 
 
 def checked_threshold(min_score: Any) -> None:
-    """RetrievalError when the threshold is neither None nor a finite number."""
+    """Raise RetrievalError if the threshold is neither None nor a finite number."""
     if min_score is not None and not is_number(min_score):
         raise RetrievalError(f"min_score is {min_score!r}; it must be a finite number, or None for no threshold")

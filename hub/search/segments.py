@@ -1,8 +1,8 @@
-"""The keys of a hub's adapters, searchable, as immutable values: a change makes a new one that shares what stayed.
+"""The keys of a hub's adapters, searchable, as immutable values: a change makes a new value that shares the rest.
 
-Keys lie in segments, the oldest and largest first. What changed becomes a small segment, and the rows it replaces are masked
+Keys lie in segments, the oldest and largest first. Changed keys become a small segment, and the rows they replace are masked
 in theirs; segments of like size are joined, so that n changes cost n log n and leave log n segments. When the small ones are
-a share of all, everything becomes one segment again, which can be saved as a file and mapped by several processes.
+a large share of all, all become one segment again, which can be saved as a file and mapped by several processes.
 
 Such a file is named arrays in safetensors, written in blocks, with the digest of each array.
 """
@@ -38,7 +38,7 @@ CHECKED_BYTES = 2**25
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
-    """Writes and syncs a temporary file, then renames it to `path`; an error leaves nothing behind."""
+    """Write and sync a temporary file, then rename it to `path`; an error leaves nothing behind."""
     table: dict[str, Any] = {}
     end = 0
     # the format allows no gaps: wide numbers first, so that every array begins at a multiple of its numbers' size
@@ -49,7 +49,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
         end += array.nbytes
     path.parent.mkdir(exist_ok=True)
     with whole_file(path) as temporary, ThreadPoolExecutor(1) as hashing:
-        # the digests are of one length, so that the arrays have their places before these are known
+        # the digests have one length, so that the arrays have their places before the digests are known
         digests = hashing.submit(lambda: {name: _digest(array) for name, array in arrays.items()})
         with temporary.open("xb") as file:
             file.write(_header(table, metadata, dict.fromkeys(arrays, "0" * 64)))
@@ -68,9 +68,9 @@ def _header(table: Mapping[str, Any], metadata: Mapping[str, Any], digests: Mapp
 
 
 def map_arrays(path: Path, *, all_digests: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(metadata, arrays mapped from the file, not writeable). Raises ValueError or OSError for an incomplete file.
+    """Return (metadata, arrays mapped from the file, not writeable). Raises ValueError or OSError for an incomplete file.
 
-    Arrays above 32 MB are checked against their digests only on request, since that reads them and mapping does not.
+    Arrays above 32 MB are checked against their digests only with `all_digests`, since that reads them and mapping does not.
     """
     table, metadata, start = _read_header(path)
     mapped = np.memmap(path, dtype=np.uint8, mode="r")
@@ -128,14 +128,14 @@ def _blocks(array: np.ndarray) -> list[memoryview]:
     return [flat[start : start + _BLOCK_BYTES] for start in range(0, len(flat), _BLOCK_BYTES)]
 
 
-# the share of small segments and masked rows from which on one segment is made of all
+# above this share, and this number, of small segments' and masked rows all segments become one
 MAX_LATE_SHARE = 0.1
 MAX_LATE = 1000
 
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Keys by ascending seq. `alive_N` masks what was changed or removed since; None masks nothing."""
+    """Keys by ascending seq. `alive_N` is False for rows changed or removed since; None for no such rows."""
 
     seqs_N: np.ndarray
     index: Index
@@ -150,7 +150,7 @@ class Segment:
         return len(self.seqs_N) if self.alive_N is None else int(self.alive_N.sum())
 
     def without(self, seqs_M: np.ndarray) -> Segment:
-        """The segment with those seqs masked."""
+        """Return the segment with these seqs masked."""
         rows_M = self.rows(seqs_M)
         if not len(rows_M):
             return self
@@ -159,7 +159,7 @@ class Segment:
         return replace(self, alive_N=alive_N)
 
     def rows(self, seqs_M: np.ndarray) -> np.ndarray:
-        """Where those of the seqs that are here lie."""
+        """Return the rows of those of the seqs that are in this segment."""
         at_M = np.searchsorted(self.seqs_N, seqs_M)
         inside = at_M < len(self.seqs_N)
         at_M = at_M[inside]
@@ -169,7 +169,7 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Hits:
-    """Of one query: scores descending, the seqs, and the keys; ties by seq."""
+    """The hits of one query: scores descending, the seqs, and the keys; ties by seq."""
 
     scores_K: np.ndarray
     seqs_K: np.ndarray
@@ -178,7 +178,7 @@ class Hits:
 
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """All keys of a hub as of a generation."""
+    """All keys of a hub as of one generation."""
 
     dim: int
     choice: Choice
@@ -189,12 +189,12 @@ class Keys:
 
     @property
     def num_late(self) -> int:
-        """Rows that a search meets beside one segment without mask: those of later segments, and masked ones."""
+        """The rows that a search reads beside one segment without mask: those of later segments, and masked ones."""
         masked = sum(len(segment.seqs_N) - segment.num_alive for segment in self.segments)
         return masked + sum(len(segment.seqs_N) for segment in self.segments[1:])
 
     def changed(self, seqs_M: np.ndarray, new_seqs_N: np.ndarray, new_keys_ND: np.ndarray) -> Keys:
-        """Without the keys of `seqs_M`, and with the new ones, whose seqs ascend."""
+        """Return the keys without those of `seqs_M`, and with the new ones, whose seqs ascend."""
         if not len(seqs_M) and not len(new_seqs_N):
             return self
         gone_M = np.union1d(seqs_M, new_seqs_N)
@@ -204,18 +204,18 @@ class Keys:
         kept = replace(self, segments=tuple(segment for segment in segments if segment.num_alive))
         if kept.num_late > max(MAX_LATE, MAX_LATE_SHARE * len(kept)):
             return kept.joined()
-        # the first is joined above only: it is large, and may be a mapped file
+        # the first is not joined here: it is large, and may be a mapped file
         late = list(kept.segments)
         while len(late) > 2 and len(late[-2].seqs_N) <= 2 * len(late[-1].seqs_N):
             late[-2:] = self._join(late[-2:])
         return replace(kept, segments=tuple(late))
 
     def joined(self) -> Keys:
-        """The same as one segment."""
+        """Return the same keys as one segment."""
         return replace(self, segments=tuple(self._join(self.segments)))
 
     def search(self, query_QD: np.ndarray, k: int, allowed_seqs: np.ndarray | None = None) -> list[Hits]:
-        """For each query the k best of all keys, or of those at the ascending seqs that are allowed."""
+        """Return for each query the k best of all keys, or of those with the ascending `allowed_seqs`."""
         parts = []
         for segment in self.segments:
             mask_N = segment.alive_N
@@ -251,7 +251,7 @@ class Keys:
         return Segment(np.ascontiguousarray(seqs_N, np.int64), self.choice(len(seqs_N)).from_arrays(self.dim, arrays))
 
 
-# another number for another meaning of the arrays
+# raised when the meaning of the arrays changes
 _FORMAT = 1
 
 # fewer keys are read from the catalogue in some milliseconds
@@ -262,7 +262,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stamp:
-    """What a saved index is an index of: the catalogue, its generation, what made the keys, and the index asked for."""
+    """The identity of a saved index: the catalogue, its generation, the embedder of the keys, and the kind of index."""
 
     identity: str
     generation: int
@@ -271,26 +271,26 @@ class Stamp:
 
 
 def places(folder: Path, *, writable: bool) -> tuple[Path, ...]:
-    """Where the index of the hub in a folder may be saved; the last of them is where it is written.
+    """Return the folders where the index of a hub in `folder` may be saved; the last of them is where it is written.
 
-    That of a hub that cannot be written is kept in the cache: its readers may still find one beside the hub.
+    The index of a read-only hub is written to the cache, but its readers may still find one beside the hub.
     """
     return (folder,) if writable else (folder, local_folder(str(folder.absolute())))
 
 
 def index_path(folder: Path, embedder: str, index: str) -> Path:
-    """The file for keys of that embedder."""
+    """Return the file of the index for the keys of that embedder."""
     return folder / "index" / f"{text_digest(repr((embedder, index)))[:32]}.safetensors"
 
 
 def save(folder: Path, keys: Keys, stamp: Stamp) -> bool:
-    """Saves the keys, which are one segment; False, and no error, where that fails, as in a full folder."""
+    """Save the keys, which are one segment. Return False, without an error, if that fails, as in a full folder."""
     (segment,) = keys.segments
     path = index_path(folder, stamp.embedder, stamp.index)
     metadata = {**vars(stamp), "format": _FORMAT, "dim": keys.dim, "kind": type(segment.index).__name__}
     try:
         if cache_folder() in folder.parents:
-            # a hub's own folder that is gone stays so
+            # only a folder of the cache: a hub's own folder that was deleted stays deleted
             folder.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob("*.unfinished"):
             if time.time() - left.stat().st_mtime >= STALE_TMP_S:
@@ -303,7 +303,7 @@ def save(folder: Path, keys: Keys, stamp: Stamp) -> bool:
 
 
 def load(folder: Path, embedder: str, index: str, dim: int, choice: Choice) -> tuple[Keys, Stamp] | None:
-    """The saved keys and their stamp; None where there are none, or the file is damaged or of another form."""
+    """Return the saved keys and their stamp; None if there are none, or the file is damaged or of another form."""
     path = index_path(folder, embedder, index)
     try:
         metadata, arrays = map_arrays(path)
@@ -330,7 +330,7 @@ def load(folder: Path, embedder: str, index: str, dim: int, choice: Choice) -> t
 
 
 def problems(folder: Path) -> Iterator[str]:
-    """What is damaged below index/, one sentence each."""
+    """Yield a sentence for each damaged file in index/."""
     for path in sorted((folder / "index").glob("*.safetensors")):
         try:
             map_arrays(path, all_digests=True)

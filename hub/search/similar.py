@@ -14,7 +14,7 @@ from loraweave.types import Candidate, Factors, Record
 
 
 def most_similar(own: Adapter, records: Iterable[Record], read: Callable[[str], Adapter], k: int) -> list[Candidate]:
-    """Of the adapters that `read` opens, the k whose updates have the largest cosine with `own`'s; `Hub.similar`."""
+    """Return the k adapters opened by `read` whose updates have the largest cosine with `own`'s; see `Hub.similar`."""
     count = checked_count(k)
     candidates = []
     for record in records:
@@ -33,7 +33,7 @@ def most_similar(own: Adapter, records: Iterable[Record], read: Callable[[str], 
 
 
 def cosine(left: Adapter, right: Adapter) -> tuple[float, int]:
-    """<D_left, D_right> / (|D_left| |D_right|) over all layers, D = b a, and the number of layers that both update.
+    """Return <D_left, D_right> / (|D_left| |D_right|) over all layers, D = b a, and the number of layers that both update.
 
     A layer that only one of them updates counts in its norm. Gains, biases and magnitudes are left out.
     """
