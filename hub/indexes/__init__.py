@@ -1,1 +1,1 @@
-"""One file per vector index."""
+"""Vector indexes, one file for each."""

@@ -1,6 +1,6 @@
 """Faiss on arrays that it does not own, so that a mapped file is searched in place and no index file of faiss is ever read.
 
-Faiss trusts its own files, which a hub's folder could bring from anywhere; a plain array has nothing in it to trust.
+Faiss trusts its own files, which a hub's folder could bring from anywhere; a plain array needs no trust.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loraweave.hub.indexes._vectors import Ranking, rescore, scan_products
 
 
 def import_faiss(index: str) -> Any:
-    """The module. PackageMissing with the install command, naming the index that wants it."""
+    """Return the module. Raises PackageMissing with the install command, naming the index that needs it."""
     try:
         import faiss
     except ImportError as error:
@@ -30,7 +30,7 @@ def import_faiss(index: str) -> Any:
 def scan_vectors(
     faiss: Any, vectors_ND: np.ndarray, allowed_N: np.ndarray | None, query_QD: np.ndarray, num: int
 ) -> Ranking:
-    """The `num` largest fp32 products of each query and their rows."""
+    """Return the `num` largest fp32 products of each query, and their rows."""
     num = min(num, len(vectors_ND) if allowed_N is None else int(allowed_N.sum()))
     scores_QR = np.empty((len(query_QD), num), np.float32)
     rows_QR = np.empty((len(query_QD), num), np.int64)
@@ -49,22 +49,22 @@ def scan_vectors(
 
 
 class HalfScanner:
-    """Scans rows kept in half precision, `codes_ND` as fp16, with the query in full precision. For one thread."""
+    """A scanner of rows in half precision, `codes_ND` as fp16, with the query in full precision. For one thread."""
 
     def __init__(self, faiss: Any, dim: int, allowed_N: np.ndarray | None, numbered: bool) -> None:
         self._faiss = faiss
-        # both are referred to by the scanner, which does not keep them alive
+        # the scanner refers to both and does not keep them alive
         self._quantizer = faiss.ScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16)
         self._selector = None if allowed_N is None else selector(faiss, allowed_N)
-        # faiss names a row by its place in the one list, or by the number that comes with it
+        # faiss reports a row's place in the one list, or the number given with it
         self._scanner = self._quantizer.select_InvertedListScanner(
             faiss.METRIC_INNER_PRODUCT, None, not numbered, self._selector, False
         )
 
     def best(self, query_D: np.ndarray, lists: list[tuple[np.ndarray, np.ndarray | None]], num: int) -> Ranking:
-        """The `num` largest products over all lists of (codes, their numbers), or over one list without; in no order.
+        """Return the `num` largest products over all lists of (codes, row numbers or None), and their rows, in no order.
 
-        Fewer, when there are fewer.
+        There are fewer if the lists have fewer rows. Without numbers there is one list.
         """
         scores_R = np.full(num, -np.finfo(np.float32).max, np.float32)
         rows_R = np.full(num, -1, np.int64)
@@ -96,11 +96,11 @@ class HalfScanners(threading.local):
 
 
 def selector(faiss: Any, allowed_N: np.ndarray) -> Any:
-    """Faiss's form of a mask."""
+    """Return faiss's form of a mask."""
     return faiss.IDSelectorBitmap(np.packbits(allowed_N, bitorder="little"))
 
 
-# of the ten nearest to a vector of the index, itself not counted, so many are found on average
+# the share of the ten nearest to a vector of the index, itself not counted, that must be found on average
 GOAL = 0.97
 
 _NUM_NEAREST = 10
@@ -113,9 +113,9 @@ Search = Callable[[np.ndarray, int, float], np.ndarray]
 
 
 def least_effort(efforts: Sequence[float], search: Search, vectors_ND: np.ndarray) -> float:
-    """The effort after the first at which `search(query_QD, k, effort)` finds enough; the last of them if none does.
+    """Return the effort after the first at which `search(query_QD, k, effort)` finds enough; the last if none does.
 
-    One step more, because texts that are searched for lie less close to the vectors than these to each other.
+    It is one step more because query texts lie less close to the vectors than these to each other.
     """
     chosen_Q = np.sort(np.random.default_rng(0).permutation(len(vectors_ND))[:_NUM_QUERIES])
     query_QD = np.ascontiguousarray(vectors_ND[chosen_Q])

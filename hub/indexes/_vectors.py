@@ -1,6 +1,6 @@
-"""What every index does to vectors: the checks at its door, the one score that all report, and exact results.
+"""The parts that all indexes share: checks of vectors, the one score that all report, and exact results.
 
-Results are exact from a scan that is only nearly so: its best rows are scored again, until no other can be among them.
+An inexact scan gives exact results: its best rows are scored again, until no other row can be among them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loraweave.errors import DimensionMismatch
 # fp32 embeddings of one text differ from batch to batch by some 1e-7; such noise must not decide the order of equals
 SCORE_DECIMALS = 6
 
-# numbers that are widened to float64 at a time: 32 MB
+# how many numbers are widened to float64 at a time: 32 MB
 _BLOCK_NUMBERS = 2**22
 
 # the size of some 64 queries
@@ -25,18 +25,18 @@ _FEW_NUMBERS = 2**16
 
 Ranking = tuple[np.ndarray, np.ndarray]
 
-# an index class for so many keys
+# returns the index class for this many keys
 Choice = Callable[[int], Any]
 
-# from so many keys on "auto" takes an approximate index (benchmarks/hub.py)
+# from this many keys on "auto" takes an approximate index (benchmarks/hub.py)
 MIN_APPROXIMATE = 200_000
 
 
 class Index(Protocol):
-    """The k largest inner products of each query: scores descending, ties by position; k above the count gives all.
+    """A search of the k largest inner products of each query (all for a larger k): scores descending, ties by position.
 
-    A mask leaves only the rows that it allows. `arrays` is what `from_arrays` makes an index from without copying it; of
-    "vectors" alone, which is always there, it makes the rest.
+    A mask leaves only the rows that it allows. `arrays` returns the arrays of which `from_arrays` makes an index without a
+    copy; from "vectors" alone, which is always there, `from_arrays` makes the rest.
     """
 
     @classmethod
@@ -54,7 +54,7 @@ class Index(Protocol):
 
 
 def index_choice(index: str) -> Choice:
-    """The class of that name; "auto" chooses by the number of keys and by whether faiss is installed. UnknownName."""
+    """Return the class of that name; "auto" chooses by the number of keys and the presence of faiss. Raises UnknownName."""
     if index != "auto":
         kind = registry.get("indexes", index)
         return lambda count: kind
@@ -64,13 +64,13 @@ def index_choice(index: str) -> Choice:
 
 
 def check_vectors(vectors_ND: np.ndarray, dim: int, what: str) -> np.ndarray:
-    """The vectors as a contiguous fp32 (N, dim) array. DimensionMismatch for another size, or values that are not finite."""
+    """Return the vectors as contiguous fp32 (N, dim). Raises DimensionMismatch for another size or values not finite."""
     array = np.ascontiguousarray(vectors_ND, dtype=np.float32)
     if array.ndim != 2 or array.shape[1] != dim:
         raise DimensionMismatch(f"{what} have shape {array.shape}, but the index holds vectors of {dim} numbers: (N, {dim})")
     if array.size <= _FEW_NUMBERS and np.isfinite(array).all():
         return array
-    # a sum over a row is finite only if each of its numbers is, so few rows are looked at closely
+    # a sum over a row is finite only if each of its numbers is, so that few rows need a closer look
     with np.errstate(invalid="ignore"):
         suspects = np.flatnonzero(~np.isfinite(array.sum(axis=1, dtype=np.float64)))
     bad = suspects[~np.isfinite(array[suspects]).all(axis=1)]
@@ -80,7 +80,7 @@ def check_vectors(vectors_ND: np.ndarray, dim: int, what: str) -> np.ndarray:
 
 
 def check_mask(allowed_N: np.ndarray | None, count: int) -> np.ndarray | None:
-    """The mask as booleans (N,), or None when it allows everything. DimensionMismatch for another length."""
+    """Return the mask as booleans (N,), or None if it allows everything. Raises DimensionMismatch for another length."""
     if allowed_N is None:
         return None
     mask_N = np.ascontiguousarray(allowed_N, dtype=bool)
@@ -90,7 +90,7 @@ def check_mask(allowed_N: np.ndarray | None, count: int) -> np.ndarray | None:
 
 
 def saved_array(arrays: Mapping[str, np.ndarray], name: str, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
-    """A saved array as it is, not copied. ValueError when it is absent, or of another dtype or shape; None fits any size."""
+    """Return a saved array, not copied. Raises ValueError if it is absent or has another dtype or shape (None: any size)."""
     array = arrays.get(name)
     if array is None:
         raise ValueError(f"the saved index has no array {name!r}, only {sorted(arrays)}")
@@ -101,7 +101,7 @@ def saved_array(arrays: Mapping[str, np.ndarray], name: str, dtype: str, shape: 
 
 
 def rank(query_D: np.ndarray, vectors_ND: np.ndarray, k: int) -> Ranking:
-    """The k largest inner products and their rows: scores (K,) fp32 descending, ties by row.
+    """Return the k largest inner products and their rows: scores (K,) fp32 descending, ties by row.
 
     Products run in float64, so that the result depends on neither the order of summation nor the kernel.
     """
@@ -112,7 +112,7 @@ def rank(query_D: np.ndarray, vectors_ND: np.ndarray, k: int) -> Ranking:
 
 
 def rescore(query_QD: np.ndarray, vectors_ND: np.ndarray, positions_QR: np.ndarray, k: int) -> Ranking:
-    """Of each query's R positions the k best by the score of `ranked`: scores (Q, K) descending and positions."""
+    """Return the k best of each query's R positions by the score of `rank`: scores (Q, K) descending and positions."""
     positions_QR = np.sort(positions_QR, axis=1)
     scores_QR = np.empty(positions_QR.shape)
     step = max(1, _BLOCK_NUMBERS // max(1, positions_QR.shape[1] * vectors_ND.shape[1]))
@@ -131,7 +131,7 @@ def rescore(query_QD: np.ndarray, vectors_ND: np.ndarray, positions_QR: np.ndarr
 
 
 def _score(query_D: np.ndarray, vectors_ND: np.ndarray, positions_R: np.ndarray | None = None) -> np.ndarray:
-    """Scores of all rows, or of those at the positions, to six decimals, widened to float64 block by block."""
+    """Return the scores of all rows, or of those at the positions, to six decimals, in float64, block by block."""
     count = len(vectors_ND) if positions_R is None else len(positions_R)
     query_D, scores_N = query_D.astype(np.float64), np.empty(count)
     step = max(1, _BLOCK_NUMBERS // vectors_ND.shape[1])
@@ -143,13 +143,13 @@ def _score(query_D: np.ndarray, vectors_ND: np.ndarray, positions_R: np.ndarray 
     return rounded
 
 
-# a scan that was not sure asks for so many times more
+# an unsure scan is repeated with this many times more rows
 _GROWTH = 8
 
-# below this share of allowed rows, scoring just these costs less than a scan that passes over the others
+# below this share of allowed rows, scoring just these costs less than a scan that skips the others
 FEW_ALLOWED = 1 / 16
 
-# rows whose products are taken at once: 64 queries x 4096 rows x 4 bytes stay in the second cache
+# the number of rows in one matrix product: 64 queries x 4096 rows x 4 bytes stay in the second cache
 _BLOCK_ROWS = 4096
 
 Scan = Callable[[np.ndarray, int], Ranking]
@@ -158,18 +158,18 @@ Scan = Callable[[np.ndarray, int], Ranking]
 def exact_best(
     scan: Scan, query_QD: np.ndarray, vectors_ND: np.ndarray, k: int, num_first: int, slack_Q: np.ndarray
 ) -> Ranking:
-    """The k best rows of each query, as the reference ranks them: scores (Q, K) and positions, ties by position.
+    """Return the k best rows of each query, as the reference ranks them: scores (Q, K) and positions, ties by position.
 
-    `scan(query_QD, r)` gives the r rows, or all there are, with the largest products, each at most `slack_Q` off, in any
-    order. It is asked for `num_first`, and for more while the k-th best score is so near the worst one it gave that a row
-    left out could be better.
+    `scan(query_QD, r)` returns the r rows, or all there are, with the largest products, each at most `slack_Q` off, in any
+    order. It is called with `num_first`, and with more while the k-th best score is so near the worst one returned that a
+    row left out could be better.
     """
     num_asked = max(k, num_first)
     nearly_QR, rows_QR = scan(query_QD, num_asked)
     scores_QK, positions_QK = rescore(query_QD, vectors_ND, rows_QR, k)
     unsure_Q = np.arange(len(query_QD))
     some_QK = scores_QK
-    # a scan that gives less than it was asked for has given all
+    # a scan that returns fewer rows than it was asked for has returned all
     while nearly_QR.shape[1] == num_asked:
         unsure_Q = unsure_Q[some_QK[:, -1] <= nearly_QR.min(axis=1) + slack_Q[unsure_Q]]
         if not len(unsure_Q):
@@ -182,10 +182,10 @@ def exact_best(
 
 
 class HeldVectors:
-    """An index's vectors of `dim` numbers in order of addition, and the search of those that have a faster one for many.
+    """An index's vectors of `dim` numbers in order of addition, and the parts of a search that all such indexes share.
 
-    An index says in `_best` how it finds the k best of `count` rows, which are all or those that a mask allows, in `_append`
-    what it makes of new rows, and in `_load` how it takes up saved arrays beside the vectors.
+    A subclass finds in `_best` the k best of `count` rows, which are all or those that a mask allows, indexes new rows in
+    `_append`, and in `_load` takes up saved arrays beside the vectors.
     """
 
     def __init__(self, dim: int) -> None:
@@ -194,9 +194,9 @@ class HeldVectors:
 
     @classmethod
     def from_arrays(cls, dim: int, arrays: Mapping[str, np.ndarray]) -> Self:
-        """The index of what `arrays` gave, searched in place; with vectors alone the rest is made.
+        """Return the index of the arrays that `arrays` returned, searched in place; with vectors alone the rest is made.
 
-        ValueError for arrays of another form.
+        Raises ValueError for arrays of another form.
         """
         index = cls(dim)
         index._vectors_ND = saved_array(arrays, "vectors", "<f4", (None, dim))
@@ -207,23 +207,22 @@ class HeldVectors:
         return index
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What is to be saved."""
+        """Return the arrays to save."""
         return {"vectors": self._vectors_ND}
 
     def __len__(self) -> int:
         return len(self._vectors_ND)
 
     def add(self, vectors_ND: np.ndarray) -> None:
-        """Appends vectors (N, dim). DimensionMismatch for another size, or values that are not finite."""
+        """Append vectors (N, dim). Raises DimensionMismatch for another size or values not finite."""
         new_ND = check_vectors(vectors_ND, self.dim, "vectors")
         self._vectors_ND = np.concatenate([self._vectors_ND, new_ND])
         self._append(new_ND)
 
     def search(self, query_QD: np.ndarray, k: int, *, allowed_N: np.ndarray | None = None) -> Ranking:
-        """Scores (Q, K) descending, rounded to 6 decimals, and positions (Q, K), ties by position.
+        """Return scores (Q, K) descending, rounded to 6 decimals, and positions (Q, K), ties by position.
 
-        K is the smaller of k and the number of vectors, or of those that the mask allows. Where the mask leaves few rows,
-        each is scored.
+        K is the smaller of k and the number of vectors, or of those that the mask allows. If those are few, each is scored.
         """
         query_QD = check_vectors(query_QD, self.dim, "queries")
         mask_N = check_mask(allowed_N, len(self))
@@ -247,9 +246,9 @@ class HeldVectors:
 
 
 def scan_products(vectors_ND: np.ndarray, allowed_N: np.ndarray | None, query_QD: np.ndarray, num: int) -> Ranking:
-    """The `num` largest fp32 products of each query and their rows, in no order; block by block, a matrix product each.
+    """Return the `num` largest fp32 products of each query and their rows, in no order, by a matrix product per block.
 
-    A block's products are compared with the worst score kept so far, which few reach: so most are looked at once only.
+    A block's products are compared with the worst score kept so far, which few reach: so most are looked at only once.
     """
     num = min(num, len(vectors_ND) if allowed_N is None else int(allowed_N.sum()))
     best_QR = np.full((len(query_QD), num), -np.inf, np.float32)

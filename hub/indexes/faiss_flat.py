@@ -9,21 +9,21 @@ import numpy as np
 from loraweave.hub.indexes._faiss import import_faiss, scan_vectors
 from loraweave.hub.indexes._vectors import HeldVectors, Ranking, exact_best, scan_products
 
-# how far an fp32 product of unit vectors can be from the rounded float64 one that decides, with a margin
+# how far an fp32 product of unit vectors can be from the rounded float64 score, with a margin
 SLACK = 1e-5
 
-# from so many queries on, one matrix product a block is faster than faiss's row after row
+# from this many queries on, one matrix product a block is faster than faiss row by row
 MANY_QUERIES = 8
 
-# rows that are asked for beyond k, so that the k-th is seldom among near ties with the last
+# how many rows are asked for beyond k, so that the k-th is seldom a near tie with the last
 SPARE = 6
 
 
 class FaissFlat(HeldVectors):
-    """Vectors of `dim` numbers in order of addition. PackageMissing without faiss.
+    """Vectors of `dim` numbers in order of addition. Raises PackageMissing without faiss.
 
-    faiss leaves the order of ties open and its fp32 products depend on the kernel. So it only narrows the choice: what is
-    near the k-th score is scored again as the reference does, and the results are the reference's.
+    faiss leaves the order of ties open and its fp32 products depend on the kernel. So it only narrows the choice: rows near
+    the k-th score are scored again as the reference does, and the results are the reference's.
     """
 
     exact = True
@@ -48,6 +48,6 @@ class FaissFlat(HeldVectors):
 
 
 def largest_norm(vectors_ND: np.ndarray) -> float:
-    """Of all rows, and 1 at least."""
+    """Return the largest norm of a row, at least 1."""
     # row sums of squares without a copy of the array, which may be a mapped file larger than the memory
     return float(np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND).max(initial=1.0)))

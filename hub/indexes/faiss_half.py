@@ -11,10 +11,10 @@ from loraweave.hub.indexes._faiss import HalfScanners, import_faiss
 from loraweave.hub.indexes._vectors import HeldVectors, Ranking, exact_best, saved_array, scan_products
 from loraweave.hub.indexes.faiss_flat import MANY_QUERIES, SLACK, SPARE, largest_norm
 
-# rows that are scored again; among so many the k-th is nearly always further from the last than fp16's rounding
+# how many rows are scored again: the k-th is then nearly always further from the last than fp16's rounding
 NUM_RESCORED = 50
 
-# rows that are rounded at a time
+# how many rows are rounded at a time
 _BLOCK_ROWS = 2**10
 
 # fp16's largest number: beyond it a code would be infinite
@@ -22,10 +22,10 @@ _LARGEST = 65504.0
 
 
 class FaissHalf(HeldVectors):
-    """Vectors of `dim` numbers in order of addition. PackageMissing without faiss.
+    """Vectors of `dim` numbers in order of addition. Raises PackageMissing without faiss.
 
-    The results are the reference's: how far a row is from its fp16 copy is known, so it is known when a row outside those
-    scored again could be among the best, and then more are. Many queries at once are products of matrices in fp32.
+    The results are the reference's: the distance of every row to its fp16 copy is bounded, which shows whether a row that
+    was not scored again could be among the best; then more are. Many queries at once are matrix products in fp32.
     """
 
     exact = True
@@ -34,11 +34,11 @@ class FaissHalf(HeldVectors):
         super().__init__(dim)
         self._scanners = HalfScanners(import_faiss("faiss_half"), dim, numbered=False)
         self._codes_ND = np.empty((0, dim), np.float16)
-        # of a row: its largest norm, and its largest distance to its code
+        # the largest norm of a row, and the largest distance of a row to its code
         self._bounds = np.array([1.0, 0.0], np.float32)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What is to be saved."""
+        """Return the arrays to save."""
         return {"vectors": self._vectors_ND, "codes": self._codes_ND, "bounds": self._bounds}
 
     def _append(self, new_ND: np.ndarray) -> None:
@@ -67,13 +67,13 @@ class FaissHalf(HeldVectors):
 
 
 def codes(vectors_ND: np.ndarray) -> np.ndarray:
-    """fp16 copies of the rows."""
+    """Return fp16 copies of the rows."""
     made: np.ndarray = np.clip(vectors_ND, -_LARGEST, _LARGEST).astype(np.float16)
     return made
 
 
 def halve(vectors_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """fp16 copies of the rows, and (the largest norm, at least 1; the largest distance of a row to its copy)."""
+    """Return fp16 copies of the rows, and (the largest norm, at least 1; the largest distance of a row to its copy)."""
     codes_ND = np.empty(vectors_ND.shape, np.float16)
     distance = 0.0
     for start in range(0, len(vectors_ND), _BLOCK_ROWS):

@@ -14,22 +14,22 @@ from loraweave.hub.indexes.faiss_half import NUM_RESCORED, FaissHalf
 # below this a scan of everything is as fast, and exact
 MIN_LINKED = 10_000
 
-# neighbours of a row, twice as many in the lowest layer
+# the number of neighbours of a row; twice as many in the lowest layer
 NUM_LINKS = 32
 _EF_BUILD = 80
-# how many of the nearest are kept in view: the least that finds enough is measured when the graph is made
+# how many candidates a walk keeps: the fewest that find enough are measured when the graph is made
 _EFFORTS = (64, 128, 256, 512, 1024)
 
-# from so many wanted on, scanning everything costs less than walking to them
+# from this many wanted on, scanning everything costs less than walking to them
 _MANY_WANTED = 500
 
 
 class FaissHnsw(HeldVectors):
-    """Vectors of `dim` numbers in order of addition. PackageMissing without faiss.
+    """Vectors of `dim` numbers in order of addition. Raises PackageMissing without faiss.
 
-    Scores are exact, but a row that the walk does not reach is missed. How far it has to go is measured on a hundred of
-    the vectors: twice as far as it takes to find 97 % of their ten nearest. The graph takes minutes to make at 10^6 vectors
-    and is copied when it is loaded. Up to 10,000 vectors everything is scanned, and nothing is missed.
+    Scores are exact, but a row that the walk does not reach is missed. How far it has to go is measured on a hundred of the
+    vectors: twice as far as it takes to find 97 % of their ten nearest. The graph takes minutes to make at 10^6 vectors and
+    is copied when it is loaded. Below 10,000 vectors everything is scanned, and nothing is missed.
     """
 
     exact = False
@@ -42,7 +42,7 @@ class FaissHnsw(HeldVectors):
         self._effort = _EFFORTS[-1]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What is to be saved."""
+        """Return the arrays to save."""
         if self._all is not None:
             return self._all.arrays()
         graph, to_array = self._graph.hnsw, self._faiss.vector_to_array
@@ -64,7 +64,7 @@ class FaissHnsw(HeldVectors):
         num_wanted = min(count, max(k, NUM_RESCORED))
         allowed = None if mask_N is None else selector(self._faiss, mask_N)
         rows_QR = self._walk(query_QD, num_wanted, max(self._effort, 2 * k), allowed)
-        # a mask can cut the walk off from all that it allows: the places left open are then filled by a scan
+        # a mask can cut the walk off from rows that it allows: queries with too few rows are then scanned
         short_Q = (rows_QR < 0).any(axis=1)
         if short_Q.any():
             rows_QR[short_Q] = scan_products(self._vectors_ND, mask_N, query_QD[short_Q], num_wanted)[1]
@@ -105,11 +105,11 @@ class FaissHnsw(HeldVectors):
         return graph
 
     def _fill(self, levels_N: np.ndarray, offsets: np.ndarray, links: np.ndarray, entry: int) -> None:
-        """Puts a saved graph into the empty one, checked first: faiss follows its numbers wherever they lead."""
+        """Copy a saved graph into the empty one, after checks: faiss follows its numbers wherever they lead."""
         count = len(levels_N)
         if not 0 <= entry < count or len(links) != offsets[-1] or links.min() < -1 or links.max() >= count:
             raise ValueError(f"array 'links' of the saved index is no graph of {count} rows")
-        # a link of a layer leads to rows that have that layer
+        # a link in a layer must lead to a row that has that layer
         within = np.arange(len(links)) - np.repeat(offsets[:-1].astype(np.int64), np.diff(offsets).astype(np.int64))
         layers = np.maximum(0, within // NUM_LINKS - 1)
         if (levels_N[links[links >= 0]] <= layers[links >= 0]).any() or levels_N[entry] != levels_N.max():
@@ -124,7 +124,7 @@ class FaissHnsw(HeldVectors):
 
 
 def _offsets(levels_N: np.ndarray) -> np.ndarray:
-    """Where each row's links begin: two shares in its lowest layer, one in every other. ValueError for impossible levels."""
+    """Return where each row's links begin: two shares in its lowest layer, one in every other. Raises ValueError."""
     if not len(levels_N) or levels_N.min() < 1 or levels_N.max() > 64:
         raise ValueError("array 'levels' of the saved index has rows outside layers 1 to 64")
     return np.concatenate([[0], np.cumsum((levels_N.astype(np.int64) + 1) * NUM_LINKS)]).astype(np.uint64)

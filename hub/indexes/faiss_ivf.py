@@ -16,7 +16,7 @@ from loraweave.hub.indexes.faiss_half import NUM_RESCORED, FaissHalf, codes
 # below this a scan of everything is as fast, and exact
 MIN_CLUSTERED = 10_000
 
-# shares of the lists to look into: the least that finds enough is measured whenever the lists are made
+# shares of the lists to search: the least that finds enough is measured whenever the lists are made
 SHARES = (1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
 # vectors added later are scanned one by one; when they are too large a share of all, the lists are made again
@@ -27,7 +27,7 @@ _MAX_LATE_SHARE = 0.2
 class _Lists:
     """Rows in the order of their lists: list c has those from `starts[c]` to `starts[c + 1]`, then come the late ones.
 
-    `share` of the lists is looked into.
+    `share` is the share of the lists that a search looks into.
     """
 
     share: float
@@ -38,11 +38,11 @@ class _Lists:
 
 
 class FaissIvf(HeldVectors):
-    """Vectors of `dim` numbers in order of addition. PackageMissing without faiss.
+    """Vectors of `dim` numbers in order of addition. Raises PackageMissing without faiss.
 
-    Scores are exact, but a row in a list that was not looked into is missed. How many lists that takes depends on the
-    vectors, so it is measured on a hundred of them: twice as many as it takes to find 97 % of their ten nearest.
-    Up to 10,000 vectors, and for filters that leave few, everything is scanned and nothing missed.
+    Scores are exact, but a row in a list that was not searched is missed. How many lists it takes depends on the vectors, so
+    it is measured on a hundred of them: twice as many as it takes to find 97 % of their ten nearest. Below 10,000 vectors,
+    and for filters that leave few, everything is scanned and nothing missed.
     """
 
     exact = False
@@ -54,7 +54,7 @@ class FaissIvf(HeldVectors):
         self._lists: _Lists | None = None
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What is to be saved."""
+        """Return the arrays to save."""
         if self._all is not None:
             return self._all.arrays()
         assert self._lists is not None
@@ -96,7 +96,7 @@ class FaissIvf(HeldVectors):
         return self._look(query_QD, k, min(1.0, self._lists.share * len(self) / count), mask_N)
 
     def _look(self, query_QD: np.ndarray, k: int, share: float, mask_N: np.ndarray | None) -> Ranking:
-        """The k best rows of that share of the lists, and of more lists where those have less than k."""
+        """Return the k best rows of that share of the lists, and of more lists if those have fewer than k."""
         assert self._lists is not None
         scanner = self._scanners.get(mask_N)
         nearness_QC = query_QD @ self._lists.centres_CD.T
@@ -107,7 +107,7 @@ class FaissIvf(HeldVectors):
         return np.concatenate([scores for scores, _ in found]), np.concatenate([at for _, at in found])
 
     def _near(self, scanner: HalfScanner, query_D: np.ndarray, nearness_C: np.ndarray, k: int, share: float) -> np.ndarray:
-        """Rows to score again, k at least."""
+        """Return the rows to score again, at least k unless all lists have fewer."""
         assert self._lists is not None
         lists = self._lists
         num_probed, num_wanted = math.ceil(len(nearness_C) * share), min(len(self), max(k, NUM_RESCORED))
@@ -127,7 +127,7 @@ class FaissIvf(HeldVectors):
         if len(self) < MIN_CLUSTERED:
             self._all, self._lists = FaissHalf.from_arrays(self.dim, {"vectors": self._vectors_ND}), None
             return
-        # the work of finding the lists and that of looking into them are then of one size
+        # with this many lists, finding the nearest ones and searching them cost about the same
         centres_CD = _find_centres(self._vectors_ND, round(2 * math.sqrt(len(self))))
         rows_N, starts = _by_list(nearest(self._vectors_ND, centres_CD), len(centres_CD))
         codes_ND = np.empty(self._vectors_ND.shape, np.float16)
@@ -140,7 +140,7 @@ class FaissIvf(HeldVectors):
         self._lists = replace(made, share=share)
 
 
-# so few vectors a centre settle it nearly as well as all, at a fraction of the work
+# this few vectors per centre place it nearly as well as all, at a fraction of the work
 _SAMPLES_PER_CENTRE = 32
 _NUM_ROUNDS = 6
 _BLOCK_ROWS = 4096
@@ -152,7 +152,7 @@ _NUM_PROBED, _LEAST_RIGHT = 1024, 0.95
 
 
 def _find_centres(vectors_ND: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """`count` unit vectors (count, D) that vectors gather around, by spherical k-means (Dhillon and Modha 2001).
+    """Return `count` unit vectors (count, D) that vectors gather around, by spherical k-means (Dhillon and Modha 2001).
 
     They come from a sample drawn by the seed: the same vectors give the same centres.
     """
@@ -175,11 +175,11 @@ def _gathered(sample_SD: np.ndarray, count: int, rng: np.random.Generator) -> np
 
 
 def nearest(vectors_ND: np.ndarray, centres_CD: np.ndarray) -> np.ndarray:
-    """The centre with the largest inner product for each vector (N,); nearly always, where there are many centres.
+    """Return the centre with the largest inner product for each vector (N,); with many centres, nearly always.
 
-    Those are gathered in groups around centres of their own, and a vector is compared with the centres of the nearest group
-    and of the few beside that: a seventh of the work at 2,000. Where that is wrong for some of a sample, as for vectors
-    without clusters, all are compared by the naive twin, `nearest_of_all`.
+    Many centres are grouped around centres of their own, and a vector is compared with the centres of the nearest group and
+    of the few beside it: a seventh of the work at 2,000. If that is wrong for some of a sample, as for vectors without
+    clusters, all are compared by the naive twin, `nearest_of_all`.
     """
     probe_PD = vectors_ND[:: max(1, len(vectors_ND) // _NUM_PROBED)]
     if len(centres_CD) < _MANY_CENTRES or len(vectors_ND) < 4 * _NUM_PROBED:
@@ -212,13 +212,13 @@ def _grouped(centres_CD: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _by_list(list_N: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows in the order of their lists, and where each of the `count` lists begins, and the last one ends."""
+    """Return the rows in the order of their lists, and where each of the `count` lists begins, and the last one ends."""
     rows_N = np.argsort(list_N, kind="stable").astype(np.int64)
     return rows_N, np.searchsorted(list_N[rows_N], np.arange(count + 1)).astype(np.int64)
 
 
 def nearest_of_all(vectors_ND: np.ndarray, centres_CD: np.ndarray) -> np.ndarray:
-    """The centre with the largest inner product for each vector (N,)."""
+    """Return the centre with the largest inner product for each vector (N,)."""
     found_N = np.empty(len(vectors_ND), np.int64)
     for start in range(0, len(vectors_ND), _BLOCK_ROWS):
         part = slice(start, start + _BLOCK_ROWS)
