@@ -1,1 +1,1 @@
-"""One file per way to turn text into a vector."""
+"""Embedders of text, one file for each."""

@@ -1,4 +1,4 @@
-"""What an embedder is, how one is chosen, and what is done to the texts that go in and the vectors that come out."""
+"""The protocol of embedders, the choice of one, and the checks of its texts and vectors."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ MAX_CHARS = 16_384
 
 
 def readable(text: str) -> str:
-    """The first MAX_CHARS characters of a text, with lone surrogates as U+FFFD (tokenizers and hashes need valid UTF-8)."""
+    """Return the first MAX_CHARS characters of a text, with lone surrogates as U+FFFD: tokenizers need valid UTF-8."""
     return text[:MAX_CHARS].encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 @runtime_checkable
 class Embedder(Protocol):
-    """Texts to unit vectors. `id` names all that decides a vector, so that vectors of two embedders are never mixed."""
+    """A map of texts to unit vectors. `id` names all that decides a vector, so that vectors of two are never mixed."""
 
     dim: int
 
@@ -34,7 +34,7 @@ class Embedder(Protocol):
 
 
 def embedder_of(given: str | os.PathLike[str] | Embedder) -> Embedder:
-    """The embedder of that name, or of the folder that `train_encoder` wrote; an object is itself.
+    """Return the embedder of that name or of a folder that `train_encoder` wrote; an Embedder as it is.
 
     Raises RetrievalError for anything else.
     """
@@ -54,7 +54,7 @@ def embedder_of(given: str | os.PathLike[str] | Embedder) -> Embedder:
 
 
 def embed_checked(embedder: Embedder, texts: tuple[str, ...]) -> np.ndarray:
-    """Vectors (N, dim) of the texts; DimensionMismatch where the embedder gives something else."""
+    """Return vectors (N, dim) of the texts. Raises DimensionMismatch for another shape or values not finite."""
     rows_ND = np.asarray(embedder.embed(texts), dtype=np.float32)
     wanted = (len(texts), embedder.dim)
     if rows_ND.shape != wanted:
@@ -72,7 +72,7 @@ def embed_checked(embedder: Embedder, texts: tuple[str, ...]) -> np.ndarray:
 def embed_in_batches(
     texts: Sequence[str], encode: Callable[[list[str]], np.ndarray], dim: int, batch_texts: int, dtype: type = np.float32
 ) -> np.ndarray:
-    """What `encode` gives for each text (N, dim), from batches of at most `batch_texts`; equal texts get equal rows."""
+    """Return the row of `encode` for each text (N, dim), from batches of `batch_texts`; equal texts get equal rows."""
     # each distinct text once: padding in another batch would change its last bits, and ties would not be ties
     distinct = list(dict.fromkeys(texts))
     # texts of like length share a batch, so that little of it is padding
@@ -87,13 +87,13 @@ def embed_in_batches(
 
 
 def unit(vector_D: np.ndarray) -> np.ndarray:
-    """The vector at norm 1. A zero vector stays zero: it scores 0 with everything."""
+    """Return the vector at norm 1. A zero vector stays zero: it scores 0 with everything."""
     norm = float(np.linalg.norm(vector_D))
     scaled: np.ndarray = (vector_D / norm if norm else vector_D).astype(np.float32)
     return scaled
 
 
 def excerpt(text: str, limit: int = 60) -> str:
-    """One line of the text's beginning, for messages and evidence."""
+    """Return the text's beginning in one line, for messages and evidence."""
     line = " ".join(text[: 4 * limit].split())
     return line if len(line) <= limit else line[: limit - 4].rstrip() + " ..."

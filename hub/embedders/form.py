@@ -1,7 +1,7 @@
-"""The look of a text, without its meaning: length, words, letters, digits, punctuation and layout, from numpy alone.
+"""The form of a text without its meaning: length, words, letters, digits, punctuation and layout, by numpy alone.
 
-Tasks differ in the form of their inputs (one word, five words between commas, two labelled sentences, a number) where a
-sentence encoder hears the subject alone.
+Tasks differ in the form of their inputs (one word, five words between commas, two labelled sentences, a number), of which a
+sentence encoder sees only the subject.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loraweave.hub.embedders._embedder import readable
 COUNTED_MARKS = (",", ".", "\n", ":", "?", "!", "'", '"', ";", "-", "(", "[", "@", "#", "/", "=")
 ENDINGS = (".", "?", "!", "]", ")", ":")
 WORD_COUNTS = (1, 2, 3, 4, 5)
-# a thousand characters or words look as long as any longer text
+# a thousand characters or words count as much as any longer text
 _LONG = math.log1p(1000)
 
 
@@ -29,16 +29,16 @@ class Form:
     id = "form:1"
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings (N, 44), fp32, unit norm; also for the empty text, which has one of its own."""
+        """Return embeddings (N, 44), fp32, unit norm; the empty text has one, too."""
         rows_ND = np.array([_features(readable(text)) for text in texts], dtype=np.float64).reshape(len(texts), self.dim)
-        # around the middle of their range, so that what is absent speaks as well as what is there
+        # centred on the middle of their range, so that absence counts as much as presence
         rows_ND = 2.0 * rows_ND - 1.0
         unit_ND: np.ndarray = (rows_ND / np.linalg.norm(rows_ND, axis=1, keepdims=True)).astype(np.float32)
         return unit_ND
 
 
 def _features(text: str) -> list[float]:
-    """Numbers from 0 to 1."""
+    """Return the features of a text, each from 0 to 1."""
     counts = Counter(text)
     words = text.split()
     lengths = [len(word) for word in words] or [0]

@@ -1,7 +1,6 @@
 """Signed feature hashing of character n-grams (Weinberger et al. 2009): embeddings from numpy alone.
 
-It knows spelling, not meaning, and is the choice for tests, for machines without the sentence encoder, and for adapters
-that differ in the look of their inputs.
+It knows spelling, not meaning: for tests, machines without the sentence encoder, and adapters whose inputs differ in form.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Hashing:
         return f"hashing:crc32-{'-'.join(map(str, N_GRAM_SIZES))}:{self.dim}"
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings (N, dim), fp32, unit norm; also for the empty text, which has one of its own."""
+        """Return embeddings (N, dim), fp32, unit norm; the empty text has one, too."""
         rows_ND = np.zeros((len(texts), self.dim), dtype=np.float64)
         for row_D, text in zip(rows_ND, texts, strict=True):
             for gram, count in _grams(text).items():
@@ -44,7 +43,7 @@ class Hashing:
 
 
 def _grams(text: str) -> Counter[str]:
-    """How often each n-gram occurs inside the words, each word between two spaces."""
+    """Return how often each n-gram occurs inside the words, each word between two spaces."""
     words = unicodedata.normalize("NFKC", readable(text)).casefold().split() or [""]
     padded = [f" {word} " for word in words]
     return Counter(

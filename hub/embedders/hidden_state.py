@@ -1,7 +1,7 @@
-"""What the base model itself makes of a text: the mean of its last hidden states, with the direction of all texts taken out.
+"""The mean of the base model's last hidden states over a text, minus the mean of a few reference texts.
 
-The hidden states of a language model lie close together, whatever the text; without the mean over a few texts of different
-kinds, which is subtracted, the cosine of any two is near 1.
+The hidden states of a language model lie close together, whatever the text; without the subtraction of the mean over a few
+texts of different kinds, the cosine of any two is near 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loraweave.registry import traits
 MAX_TOKENS = 256
 BATCH_TEXTS = 16
 
-# what the common direction is measured on; another choice is another embedder
+# the texts that the common direction is measured on; another choice is another embedder
 _REFERENCES = (
     "house",
     "12 + 30",
@@ -35,10 +35,10 @@ _REFERENCES = (
 
 @traits("base_model", "centred")
 class HiddenState:
-    """Unit vectors as wide as the base model. `model` and `tokenizer` are given together; else `base_model` is loaded on
-    first use (None: the embedded default).
+    """Unit vectors as wide as the base model, which is loaded on first use (`base_model`; None: the embedded default).
 
-    Texts are cut at 256 tokens. An adapter that is active in the model counts, so embed outside of `activate`.
+    `model` and `tokenizer`, given together, replace it. Texts are cut at 256 tokens. An adapter that is active in the model
+    counts: embed outside of `activate`.
     """
 
     def __init__(self, *, base_model: str | None = None, model: Any = None, tokenizer: Any = None) -> None:
@@ -58,12 +58,12 @@ class HiddenState:
 
     @cached_property
     def id(self) -> str:
-        """Digest of all that decides a vector: the base model's fingerprint, truncation, reference texts."""
+        """The digest of all that decides a vector: the base model's fingerprint, truncation, reference texts."""
         settings = [fingerprint(self._load[0]).to_json(), MAX_TOKENS, _REFERENCES]
         return f"hiddenstate:{text_digest(json.dumps(settings))[:16]}"
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings (N, hidden size), fp32, unit norm; equal texts get equal rows."""
+        """Return embeddings (N, hidden size), fp32, unit norm; equal texts get equal rows."""
         rows_ND = self._means([readable(text) for text in texts]) - self._common_D
         norms_N1 = np.linalg.norm(rows_ND, axis=1, keepdims=True)
         unit_ND: np.ndarray = (rows_ND / np.where(norms_N1 == 0, 1.0, norms_N1)).astype(np.float32)
@@ -75,7 +75,7 @@ class HiddenState:
         return mean_D
 
     def _means(self, texts: Sequence[str]) -> np.ndarray:
-        """The mean hidden state of each text (N, D), float64."""
+        """Return the mean hidden state of each text (N, D), float64."""
         return embed_in_batches(texts, partial(_encode, *self._load), self.dim, BATCH_TEXTS, np.float64)
 
 
@@ -87,7 +87,7 @@ def _encode(model: Any, tokenizer: Any, texts: list[str]) -> np.ndarray:
     import torch
 
     with _LOCK:
-        # a token of its own stands before each text, so that the empty text has a state too
+        # a first token is put before each text, so that the empty text has a state, too
         first = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
         rows = [[first, *tokenizer(text, truncation=True, max_length=MAX_TOKENS)["input_ids"]] for text in texts]
     width = max(map(len, rows))

