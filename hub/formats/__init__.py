@@ -1,1 +1,1 @@
-"""One file per adapter format: read it into factors, write it back."""
+"""Adapter formats, one file for each: it reads the format into factors, and may write it."""

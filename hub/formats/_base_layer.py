@@ -1,4 +1,4 @@
-"""A layer of a base model as updates see it: one weight matrix of outputs by inputs, whatever the module keeps."""
+"""A layer of a base model as updates see it: one weight matrix of outputs by inputs, whatever module holds it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loraweave.types import Factors, Kind
 
 @dataclass(frozen=True, eq=False)
 class BaseLayer:
-    """A linear layer, embedding or convolution of a base model; its weight is read only when it is asked for."""
+    """A linear layer, embedding or convolution of a base model; its weight is read only when it is used."""
 
     name: str
     module: nn.Module
@@ -43,7 +43,7 @@ class BaseLayer:
 
     @property
     def bias_O(self) -> Tensor | None:
-        """The bias in float64 on the CPU, None for a layer without one."""
+        """The bias in float64 on the CPU, None for a layer without one. Raises AdapterUnsupported on the meta device."""
         bias = getattr(self.module, "bias", None)
         if bias is not None and bias.is_meta:
             raise AdapterUnsupported(
@@ -53,7 +53,7 @@ class BaseLayer:
 
 
 def base_layer(modules: Mapping[str, nn.Module], name: str, asker: str) -> BaseLayer:
-    """The layer of that name. Raises LayerMismatch, naming `asker`, for one that is missing or has no weight matrix."""
+    """Return the layer of that name. Raises LayerMismatch, naming `asker`, if it is missing or has no weight matrix."""
     module = modules.get(name)
     if module is None:
         raise missing_layer(asker, name, modules)
@@ -67,7 +67,7 @@ def base_layer(modules: Mapping[str, nn.Module], name: str, asker: str) -> BaseL
 
 
 class ExpertMatrix(NamedTuple):
-    """One expert of a fused parameter: `module.<parameter>[number]`, a matrix (O, I), or (I, O) where it is `transposed`."""
+    """One expert of a fused parameter: `module.<parameter>[number]`, a matrix (O, I), or (I, O) if it is `transposed`."""
 
     path: str
     module: nn.Module
@@ -79,9 +79,9 @@ class ExpertMatrix(NamedTuple):
 
 
 def expert_matrix(modules: Mapping[str, nn.Module], name: str, factors: Factors | None, asker: str) -> ExpertMatrix:
-    """The matrix that the layer `<path>.<parameter>.<number>` means, seen as PEFT sees it: transposed where the module has
-    `is_transposed`. Raises LayerMismatch, naming `asker`, where the model has no such matrix, or one of another size than
-    the factors, where they are given.
+    """Return the matrix of the layer `<path>.<parameter>.<number>`, transposed, as in PEFT, if `is_transposed` is set.
+
+    Raises LayerMismatch, naming `asker`, if the model has no such matrix, or one of another size than `factors`, if given.
     """
     path, parameter, number = (["", "", *name.rsplit(".", 2)])[-3:]
     module, place = modules.get(path), f"parameter {parameter!r} of {path!r}"
@@ -107,14 +107,14 @@ def expert_matrix(modules: Mapping[str, nn.Module], name: str, factors: Factors 
 
 
 def missing_layer(asker: str, name: str, known: Iterable[str]) -> LayerMismatch:
-    """The error for an update of a layer that is not among the model's; it names the nearest."""
+    """Return the error for an update of a layer that the model lacks; it names the nearest layer."""
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"; the nearest is {close[0]!r}" if close else ""
     return LayerMismatch(f"{asker} updates layer {name!r}, which the model does not have{hint}")
 
 
 def as_base_layer(name: str, module: nn.Module) -> BaseLayer | None:
-    """The module as a layer with one weight matrix, None for any other module."""
+    """Return the module as a layer with one weight matrix, or None if it is no such layer."""
     match module:
         case Conv1D():
             return BaseLayer(name, module, int(module.nf), int(module.nx), transposed=True)

@@ -1,4 +1,4 @@
-"""The card of an adapter folder: loraweave.json, README.md's front matter where that is missing, and writing both."""
+"""The card of an adapter folder: reading loraweave.json, or else README.md's front matter, and writing both."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from loraweave.types import Fingerprint
 SIDECAR = "loraweave.json"
 README = "README.md"
 MAX_README_BYTES = 2**20
-# front matter is a few lines; what is longer is not worth the seconds that parsing takes
+# front matter is a few lines; longer ones are not worth the seconds that parsing takes
 MAX_FRONT_MATTER = 2**16
 MAX_FALLBACK_TEXT = 10_000
 
 # the model hub refuses anything but an id as the base, such as a folder
 MODEL_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
-# what the writer puts in front of an adapter's own tags
+# the tags that the writer puts before an adapter's own
 OWN_TAGS = ("lora", "loraweave")
 
 # read back from adapter_config.json and the tensors, so they are not written twice
@@ -34,11 +34,10 @@ DERIVED = ("peft", "stored_dtype")
 
 
 def read_card(folder: Path) -> tuple[dict[str, Any], Fingerprint | None, dict[str, Any]]:
-    """(card, fingerprint, layout notes of our own writer) of a folder.
+    """Return (card, fingerprint, layout notes of our own writer) of a folder.
 
-    Without loraweave.json, README.md gives license, tags, languages, data sets, and a description in its first paragraph.
-
-    A damaged README never blocks. Raises AdapterCorrupt for a damaged loraweave.json: it holds the base's fingerprint.
+    Without loraweave.json, README.md gives license, tags, languages, data sets, and a description in its first paragraph. A
+    damaged README never blocks. Raises AdapterCorrupt for a damaged loraweave.json: it holds the base's fingerprint.
     """
     if not present(folder, SIDECAR):
         return _from_readme(folder), None, {}
@@ -56,18 +55,18 @@ def read_card(folder: Path) -> tuple[dict[str, Any], Fingerprint | None, dict[st
 
 
 def base_model_of_readme(folder: Path) -> str:
-    """The base model that README.md names, or an empty text."""
+    """Return the base model that README.md names, or an empty text."""
     named = as_list(_readme(folder)[0].get("base_model"))
     return model_id(named[0]) if len(named) == 1 else ""
 
 
 def model_id(value: object) -> str:
-    """The value as a model's id, empty for anything that cannot be one."""
+    """Return the value as a model's id, or an empty text if it cannot be one."""
     return value if isinstance(value, str) and len(value) < 500 else ""
 
 
 def sidecar_text(card: Mapping[str, Any], fingerprint: Fingerprint | None, layout: Mapping[str, Any]) -> str:
-    """loraweave.json. Raises AdapterUnsupported for a card that is not JSON or is above the size that is read back."""
+    """Return the text of loraweave.json. Raises AdapterUnsupported as `json_text`."""
     own: dict[str, Any] = {key: value for key, value in card.items() if key not in DERIVED}
     if fingerprint is not None:
         own["fingerprint"] = fingerprint.to_json()
@@ -77,7 +76,7 @@ def sidecar_text(card: Mapping[str, Any], fingerprint: Fingerprint | None, layou
 
 
 def json_text(value: Mapping[str, Any], what: str, *, indent: int | None = None) -> str:
-    """The value as JSON. Raises AdapterUnsupported for a card that is not JSON or is above the size that is read back."""
+    """Return the value as JSON. Raises AdapterUnsupported if it is no JSON or above the size that is read back."""
     try:
         separators = (",", ":") if indent is None else None
         text = json.dumps(plain(value), indent=indent, separators=separators, ensure_ascii=False, allow_nan=False)
@@ -90,7 +89,7 @@ def json_text(value: Mapping[str, Any], what: str, *, indent: int | None = None)
 
 
 def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, str], library: str = "peft") -> str:
-    """README.md: front matter as the model hub reads it, and what the card tells people. `facts` are about the tensors."""
+    """Return README.md: front matter as the model hub reads it, and the card for people. `facts` are about the tensors."""
     tags = [*OWN_TAGS, *[str(tag) for tag in as_list(card.get("tags"))]]
     matter = front_matter(base_model, library, tags, entry(card, "license", str))
     for key in ("language", "datasets"):
@@ -121,7 +120,7 @@ def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, st
 
 
 def front_matter(base_model: str, library: str, tags: Sequence[str], license: str | None) -> dict[str, Any]:
-    """What the model hub reads of a card."""
+    """Return the fields of a card that the model hub reads."""
     matter: dict[str, Any] = {}
     if MODEL_ID.fullmatch(base_model):
         matter = {"base_model": base_model, "base_model_relation": "adapter"}
@@ -130,7 +129,7 @@ def front_matter(base_model: str, library: str, tags: Sequence[str], license: st
 
 
 def shared_card(title: str, base_model: str, license: str | None, kind: str, code: str, sections: Mapping[str, str]) -> str:
-    """README.md of a composition, experts or the like: front matter, Python code that uses it, and texts by their titles."""
+    """Return README.md of a composition, experts or the like: front matter, Python code that uses it, texts by title."""
     front = yaml.safe_dump(front_matter(base_model, "loraweave", [*OWN_TAGS, kind], license), sort_keys=False)
     # a folder of the writer's machine tells readers nothing
     known = base_model if MODEL_ID.fullmatch(base_model) else "not recorded"
@@ -141,7 +140,7 @@ def shared_card(title: str, base_model: str, license: str | None, kind: str, cod
 
 
 def plain(value: Any) -> Any:
-    """Mappings, tuples and sets as the dicts and lists that JSON has."""
+    """Return mappings, tuples and sets as the dicts and lists that JSON has."""
     match value:
         case Mapping():
             return {str(key): plain(inner) for key, inner in value.items()}
@@ -153,7 +152,7 @@ def plain(value: Any) -> Any:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Safe YAML without aliases, whose merging could multiply a short text without end."""
+    """A loader of safe YAML without aliases, whose merging could multiply a short text without end."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -178,7 +177,7 @@ def _from_readme(folder: Path) -> dict[str, Any]:
 
 
 def _readme(folder: Path) -> tuple[dict[str, Any], str]:
-    """The front matter and the text after it; nothing of a README whose front matter is missing or damaged."""
+    """Return the front matter and the text after it; nothing if the front matter is missing or damaged."""
     if not present(folder, README):
         return {}, ""
     try:
@@ -197,7 +196,7 @@ def _readme(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def as_list(value: Any) -> Sequence[Any]:
-    """A list as it is, a text as the only entry of one, anything else as none."""
+    """Return a list as it is, a text as a list of it alone, and an empty list for anything else."""
     match value:
         case str():
             return [value]
@@ -207,7 +206,7 @@ def as_list(value: Any) -> Sequence[Any]:
 
 
 def texts(value: Any) -> list[str]:
-    """The texts among `as_list(value)`."""
+    """Return the texts among `as_list(value)`."""
     return [one for one in as_list(value) if isinstance(one, str)]
 
 
@@ -228,7 +227,7 @@ _ID_OF = {canonical(name): name for name in sorted(LISTED | UNLISTED | set(RENAM
 
 
 def license_fields(license: str) -> dict[str, str]:
-    """What the front matter says for a license: an id of the model hub where there is one, else `other` and the name."""
+    """Return the front matter's fields for a license: an id of the model hub, or `other` and the name."""
     try:
         known = canonical(license)
     except InvalidLicense:
@@ -239,7 +238,7 @@ def license_fields(license: str) -> dict[str, str]:
 
 
 def license_of_fields(matter: Mapping[str, Any]) -> str:
-    """The license that front matter states, or an empty text; the name where it is `other`, and of a list all together."""
+    """Return the license that front matter states, or ""; for `other` its name, for a list all joined."""
     listed = matter.get("license")
     if isinstance(listed, list):
         return license_of_all(_name_license(one, matter) for one in listed) or ""
@@ -266,13 +265,13 @@ _FENCED = re.compile(r"^(```|~~~).*?(?:^\1|\Z)", re.DOTALL | re.MULTILINE)
 _IMAGE = re.compile(r"!\[[^\]\n]*\]\([^)\n]*\)")
 _LINK = re.compile(r"\[([^\]\n]*)\]\([^)\n]*\)")
 
-# headings, lists, tables, quotes, tags, rules and placeholders are no sentence about the adapter
+# headings, lists, tables, quotes, tags, rules and placeholders are no sentences about the adapter
 _MARKUP = re.compile(r"[#\-*+|<>=_]|\d+[.)]\s|\[|    |\t")
 _PLACEHOLDER = "more information needed"
 
 
 def description_of(body: str) -> str:
-    """The first paragraph of prose, links as their texts, on one line; empty when there is none. Nothing is fetched."""
+    """Return the first paragraph of prose on one line, with links as their texts; "" if there is none. Fetches nothing."""
     text = _FENCED.sub("\n\n", _COMMENT.sub("\n\n", body.replace("\r\n", "\n")))
     for paragraph in _PARAGRAPH.split(text):
         plain = _LINK.sub(r"\1", _IMAGE.sub("", paragraph)).strip("\n")

@@ -1,4 +1,4 @@
-r"""adapter_config.json as every format reads it: one getter for each kind of value, which checks its type and range.
+r"""adapter_config.json as every format reads it: a getter for each kind of value, which checks its type and range.
 
 `resolve` reads PEFT's rank_pattern and alpha_pattern without letting an unknown regular expression run unbounded. PEFT
 takes the first key, in the order of the file, for which re.match(r"(.*\.)?(key)$", layer) holds. Here a key without
@@ -37,13 +37,13 @@ class Config:
 
     @classmethod
     def of(cls, folder: Path) -> Config:
-        """Reads the folder's config. Raises AdapterCorrupt if it is missing or damaged."""
+        """Read the folder's config. Raises AdapterCorrupt if it is missing or damaged."""
         if not present(folder, CONFIG):
             raise AdapterCorrupt(f"{folder}: no {CONFIG}; the folder holds {listing(folder)}")
         return cls(folder, read_json(folder, CONFIG))
 
     def check_fields(self, known: Collection[str], refused: Mapping[str, str]) -> None:
-        """Raises AdapterUnsupported for a field that says something and is refused, with the reason, or is not known."""
+        """Raise AdapterUnsupported for a field with a value that is refused, with the reason, or is unknown."""
         for name, value in self.fields.items():
             if name in known or not says_something(value):
                 continue
@@ -58,21 +58,21 @@ class Config:
         return self._number(self.fields.get(name, default), name)
 
     def numbers(self, name: str) -> dict[str, float]:
-        """The numbers of a table of layer patterns."""
+        """Return the numbers in a table of layer patterns."""
         return {key: self._number(value, f"{name}[{key!r}]") for key, value in self.table(name).items()}
 
     def count(self, name: str, default: int | None = None, *, least: int = 1, most: int = MAX_COUNT) -> int:
         return self._count(self.fields.get(name, default), name, least, most)
 
     def counts(self, name: str, *, most: int = MAX_COUNT) -> dict[str, int]:
-        """The whole numbers, from 1 to `most`, of a table of layer patterns."""
+        """Return the whole numbers, from 1 to `most`, in a table of layer patterns."""
         return {key: self._count(value, f"{name}[{key!r}]", 1, most) for key, value in self.table(name).items()}
 
     def flag(self, name: str, default: bool = False) -> bool:
         return self._typed(name, self.fields.get(name, default), bool, "true or false")
 
     def choice(self, name: str, options: Iterable[Any], default: Any = None) -> Any:
-        """Raises AdapterUnsupported for any other value than one of the options."""
+        """Return the value of the field. Raises AdapterUnsupported if it is none of the options."""
         value = self.fields.get(name, default)
         known = list(options)
         if not any(type(value) is type(option) and value == option for option in known):
@@ -80,12 +80,12 @@ class Config:
         return value
 
     def text(self, name: str) -> str:
-        """The text, empty where the field is missing or null."""
+        """Return the text of the field, empty if the field is missing or null."""
         value = self.fields.get(name)
         return self._typed(name, "" if value is None else value, str, f"a text of up to {MAX_TEXT} characters")
 
     def names(self, name: str) -> tuple[str, ...]:
-        """A list of module names, each once; empty where the field is missing or null."""
+        """Return a list of module names, each once; empty if the field is missing or null."""
         value = self._typed(name, self.fields.get(name) or [], list, "a list of module names")
         if len(value) > MAX_NAMES:
             raise AdapterCorrupt(f"{self.folder}: {name} lists {len(value)} names, above the limit of {MAX_NAMES}")
@@ -94,18 +94,18 @@ class Config:
         return tuple(dict.fromkeys(value))
 
     def whole_numbers(self, name: str, *, most: int) -> tuple[int, ...]:
-        """A list of up to `most` whole numbers from 0; empty where the field is missing or null."""
+        """Return a list of up to `most` whole numbers from 0; empty if the field is missing or null."""
         value = self._typed(name, self.fields.get(name) or [], list, "a list of whole numbers")
         if len(value) > most:
             raise AdapterCorrupt(f"{self.folder}: {name} lists {len(value)} numbers, above the limit of {most}")
         return tuple(self._count(each, f"{name}[{place}]", 0, MAX_COUNT) for place, each in enumerate(value))
 
     def table(self, name: str) -> Mapping[str, Any]:
-        """An object from layer patterns to values; empty where the field is missing, null or empty."""
+        """Return an object from layer patterns to values; empty if the field is missing, null or empty."""
         return self._typed(name, self.fields.get(name) or {}, dict, "an object of layer patterns")
 
     def matched(self, pattern: str, layer: str, default: str) -> float:
-        """The number that the patterns in field `pattern` give a layer by PEFT's rule, else that of field `default`."""
+        """Return the number that field `pattern` gives a layer by PEFT's rule, else that of field `default`."""
         numbers, disputed = resolve_patterns(self.folder, pattern, self.numbers(pattern), [layer], self.number(default))
         if disputed:
             raise AdapterUnsupported(f"{self.folder}: {pattern} gives layer {layer!r} several values, {disputed[layer]}")
@@ -129,7 +129,7 @@ class Config:
 
 
 def config_fields(folder: Path) -> Mapping[str, Any]:
-    """The fields of the folder's config to tell its format by; none where the config is missing or damaged."""
+    """Return the fields of the folder's config to tell its format by; none if the config is missing or damaged."""
     try:
         return read_json(folder, CONFIG) if present(folder, CONFIG) else {}
     except AdapterCorrupt:
@@ -139,7 +139,7 @@ def config_fields(folder: Path) -> Mapping[str, Any]:
 def resolve_patterns(
     folder: Path, name: str, patterns: Mapping[str, Number], layers: Iterable[str], default: Number
 ) -> tuple[dict[str, Number], dict[str, list[Number]]]:
-    """`resolve` for the field `name`. Raises AdapterUnsupported for a pattern that cannot be run within the limits."""
+    """Return `resolve` for the field `name`. Raises AdapterUnsupported for a pattern that is invalid or above the limits."""
     try:
         return resolve(patterns, layers, default)
     except PatternError as error:
@@ -147,17 +147,17 @@ def resolve_patterns(
 
 
 def says_something(value: Any) -> bool:
-    """Whether a field's value is anything but null, false or empty."""
+    """Return whether a field's value is anything but null, false or empty."""
     return value is not None and value is not False and value not in ({}, [], "")
 
 
 def words(text: str) -> frozenset[str]:
-    """The words of a text, as a table of names that takes a few lines."""
+    """Return the set of words in a text, which is a short way to write a table of names."""
     return frozenset(text.split())
 
 
 def shorten(value: Any) -> str:
-    """The value as messages show it: up to 80 characters."""
+    """Return the value as messages show it: up to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -165,7 +165,7 @@ def shorten(value: Any) -> str:
 Number = TypeVar("Number", int, float)
 
 MAX_PATTERN_LENGTH = 1_000
-# compiling takes a tenth of a millisecond each; names of layers are compared as text first and hardly count
+# compiling one takes a tenth of a millisecond; names of layers are compared as text first and hardly count
 MAX_EXPRESSIONS = 10_000
 MAX_COMPARISONS = 20_000_000
 TIMEOUT_S = 5.0
@@ -185,12 +185,11 @@ class PatternError(ValueError):
 def resolve(
     patterns: Mapping[str, Number], layers: Iterable[str], default: Number
 ) -> tuple[dict[str, Number], dict[str, list[Number]]]:
-    """The value of each layer by PEFT's rule, that of the first matching pattern, else `default`; and the disputed layers.
+    """Return each layer's value by PEFT's rule, that of the first matching pattern, else `default`; and the disputed layers.
 
-    A layer is disputed when patterns with different values match it: PEFT sorts the keys when it saves, so the order that
-    decided in training may be another one. The second result has all values of such a layer, the deciding one first.
-
-    Raises PatternError for an invalid pattern and for one that exceeds the limits of length, number or time.
+    A layer is disputed when patterns with different values match it: PEFT sorts the keys when it saves, so another order may
+    have decided in training. The second result has all values of such a layer, the deciding one first. Raises PatternError
+    for an invalid pattern and for one that exceeds the limits of length, number or time.
     """
     names = list(layers)
     keys = list(patterns)
@@ -214,7 +213,7 @@ def resolve(
 
 
 def _run_here(keys: list[tuple[int, str]], names: list[str]) -> list[list[int]]:
-    """For each name the indices of the keys that match."""
+    """Return for each name the indices of the keys that match."""
     tails = [(index, _literal_tail(key), key) for index, key in keys]
     # a plain layer name is a regular expression for certain, so it is compiled only for a name that ends like it
     rules = {key: _compile(key) for _, tail, key in tails if not tail}
@@ -235,7 +234,7 @@ def _run_here(keys: list[tuple[int, str]], names: list[str]) -> list[list[int]]:
 def _compile(key: str) -> re.Pattern[str]:
     try:
         with warnings.catch_warnings():
-            # a doubtful character class is the pattern author's affair
+            # a doubtful character class is left to the pattern's author
             warnings.simplefilter("ignore", FutureWarning)
             return re.compile(rf"(.*\.)?({key})$")
     except (re.error, OverflowError, RecursionError) as error:
@@ -243,7 +242,7 @@ def _compile(key: str) -> re.Pattern[str]:
 
 
 def _literal_tail(key: str) -> str:
-    """The letters that every match must end in, so that most keys are ruled out without running them."""
+    """Return the letters that every match must end in, so that most keys are ruled out without running them."""
     return "" if not re.fullmatch(r"\^?(?:\w|-|\.|\\[.\-])+", key) else re.split(r"[^\w]", key)[-1]
 
 

@@ -1,4 +1,4 @@
-"""What a format reads from files and writes to them: an adapter without a name; and how every reader is called."""
+"""The contents of an adapter's files: an adapter without a name; and the interface of every reader."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from loraweave.types import Factors, Fingerprint
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """Layers by module path of the base model, its id, its fingerprint where known, the card as JSON, and heads.
+    """An adapter's layers by module path of the base model, the base's id and fingerprint (if known), the card, and heads.
 
-    Heads are whole trained tensors by parameter name of the base model (PEFT's modules_to_save), fp32. Files lie beside the
-    weights and are kept as they are (`loraweave.hub.formats._kept_files`). `invocation` is that of an `Adapter`.
+    The card is JSON. Heads are whole trained tensors by parameter name of the base (PEFT's modules_to_save), fp32. Files lie
+    beside the weights and are kept as they are (`_kept_files`). `invocation` is that of an `Adapter`.
     """
 
     base_model: str
@@ -34,15 +34,15 @@ class Contents:
     invocation: tuple[int, ...] = ()
 
     def require_effect(self, where: str, why: str = "every update is zero") -> None:
-        """Raises AdapterUnsupported for an adapter that changes nothing."""
+        """Raise AdapterUnsupported if the adapter changes nothing."""
         if not self.heads and all(map(algebra.is_zero, self.layers.values())):
             raise AdapterUnsupported(f"{where}: the adapter is without effect: {why}")
 
 
 def require_numbers(layers: Mapping[str, Factors], heads: Mapping[str, Tensor], where: str) -> None:
-    """Raises AdapterCorrupt for values that fp32 does not hold, AdapterSuspicious for factors whose product it does not.
+    """Raise AdapterCorrupt for values that fp32 cannot hold, AdapterSuspicious for factors whose product it cannot.
 
-    Also AdapterUnsupported for tensors of whole numbers.
+    Also raises AdapterUnsupported for tensors of whole numbers.
     """
     tensors = [tensor for factors in layers.values() for tensor in factors.tensors().values()]
     if algebra.within_range([*tensors, *heads.values()]):
@@ -71,7 +71,7 @@ def _require_finite(where: str, tensor: Tensor) -> None:
 
 
 class Reader(ABC):
-    """A format that is read only: what it reads is written as an ordinary LoRA."""
+    """A format that is only read: an adapter read from it is written as an ordinary LoRA."""
 
     @classmethod
     def read(
@@ -83,13 +83,13 @@ class Reader(ABC):
         max_error: float = MAX_ERROR,
         allow_pickle: bool = False,
     ) -> Contents:
-        """The adapter as factors of a plain LoRA. `card["conversion"]` has rank and relative error of every converted layer.
+        """Return the adapter as a plain LoRA. `card["conversion"]` has rank and relative error of every converted layer.
 
         `model` is the base model: its names and sizes are checked, and types whose file does not determine the update need
         it. Updates that are not of low rank are cut to the smallest rank within `max_error` (Frobenius norm, relative to the
-        layer's update) and at most `rank`. Raises AdapterUnsupported where the two contradict, for features without a form
-        as factors, and for an adapter without effect; AdapterCorrupt for damaged files; LayerMismatch and BaseModelMismatch
-        for another model. A pickle is read only with `allow_pickle`.
+        layer's update) and at most `rank`. Raises AdapterUnsupported if `rank` leaves a larger error, for features without a
+        form as factors, and for an adapter without effect; AdapterCorrupt for damaged files; LayerMismatch and
+        BaseModelMismatch for another model. A pickle is read only with `allow_pickle`.
         """
         contents = cls._read(Path(source), Bound(rank, max_error), model, allow_pickle)
         contents.require_effect(str(source))
@@ -98,4 +98,4 @@ class Reader(ABC):
     @classmethod
     @abstractmethod
     def _read(cls, source: Path, bound: Bound, model: nn.Module | None, allow_pickle: bool) -> Contents:
-        """The contents of the folder or file."""
+        """Return the contents of the folder or file."""

@@ -1,4 +1,4 @@
-"""From any update of one layer to factors, with a bound on what the cut may lose."""
+"""Conversion of any update of one layer to factors, with a bound on the error of the cut."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_ERROR = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """An update that is known as one matrix (O, I), and what it adds to the bias."""
+    """An update as one matrix (O, I), and what it adds to the bias."""
 
     delta_OI: Tensor
     bias_O: Tensor | None = None
@@ -28,9 +28,9 @@ class Dense:
 
 @dataclass(frozen=True)
 class Bound:
-    """How far an update may be cut: at most `rank`, at most `max_error` (Frobenius norm, relative to the update).
+    """The bound of a cut: at most `rank`, at most `max_error` (Frobenius norm, relative to the update).
 
-    With both, the smallest rank within the error; None leaves a side open, and with a rank alone that rank is used in full.
+    With both, the cut takes the smallest rank within the error; None leaves a side open, and a rank alone is used in full.
     """
 
     rank: int | None = None
@@ -44,11 +44,11 @@ class Bound:
 
 
 def cut(update: Factors | Dense, bound: Bound, where: str, layer: BaseLayer | None = None) -> tuple[Factors, dict[str, Any]]:
-    """The update as factors within the bound, and its note {rank, relative_error} for the card.
+    """Return the update as factors within the bound, and the note {rank, relative_error} of it for the card.
 
-    Factors stay exactly what they are unless their rank is above `bound.rank` or above the smaller side. A matrix gets the
-    smallest rank within `max_error`. They take the kind and kernel of the base's `layer`, where it is known. Raises
-    AdapterUnsupported, naming both numbers, where the rank leaves a larger error; LayerMismatch for a layer of another size.
+    Factors stay exactly the same unless their rank is above `bound.rank` or above the smaller side. A matrix gets the
+    smallest rank within `max_error`. The factors take the kind and kernel of the base's `layer`, if given. Raises
+    AdapterUnsupported, naming both numbers, if the rank leaves a larger error; LayerMismatch for a layer of another size.
     """
     if isinstance(update, Factors):
         sides: tuple[int, ...] = (update.b_OR.shape[0], update.a_RI.shape[1])
@@ -93,7 +93,7 @@ def _refusal(update: Factors | Dense, bound: Bound, error: float, where: str) ->
 
 
 def _enough(update: Factors | Dense, max_error: float) -> int:
-    """The smallest rank within the error."""
+    """Return the smallest rank within the error."""
     if isinstance(update, Factors):
         # never the dense update, which can be far larger than its factors
         update = algebra.within_sides(update)
@@ -117,14 +117,14 @@ def plain(
     kind: Kind = "linear",
     kernel: tuple[int, ...] = (),
 ) -> Factors:
-    """Factors in fp32 from tensors of any precision, which are rounded once."""
+    """Return factors in fp32 from tensors of any precision, which are rounded once."""
     exact = Factors(a_RI, b_OR, gain_O=gain_O, bias_O=bias_O, kind=kind, kernel=kernel)
     rounded: dict[str, Any] = {name: tensor.float().contiguous() for name, tensor in exact.tensors().items()}
     return replace(exact, **rounded)
 
 
 def matrices(a: Tensor, b: Tensor, embedding: bool, where: str) -> Factors:
-    """The factors before any scale. Raises AdapterCorrupt for shapes that do not fit, AdapterUnsupported for groups."""
+    """Return unscaled factors. Raises AdapterCorrupt for shapes that do not fit, AdapterUnsupported for groups."""
     shapes = f"A of shape {tuple(a.shape)} and B of shape {tuple(b.shape)}"
     kernel = tuple(a.shape[2:])
     if (embedding and kernel) or not 2 <= a.dim() <= 5 or a.dim() != b.dim():

@@ -1,4 +1,4 @@
-"""Opening the files of a foreign folder: regular files inside it only, sizes capped, JSON without surprises."""
+"""Opening the files of a foreign folder: only regular files inside it, sizes capped, JSON without surprises."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SUFFIXES = {".json", ".safetensors", ".md"}
 # norms and embeddings that LongLoRA and SinkLoRA train beside a LoRA
 BESIDE = "trainable_params.bin"
 NAMES = {"adapter_model.bin", "pytorch_lora_weights.bin", "model_weights.ckpt"}
-# a file written so lately may be written again without another time: clocks of file systems have coarse steps
+# a file written this lately may be rewritten with the same time stamp: clocks of file systems have coarse steps
 FRESH_S = 2.0
 
 T = TypeVar("T")
@@ -28,10 +28,10 @@ State = tuple[int, int, int, int, str]
 
 @contextmanager
 def require_unchanged(folder: Path) -> Iterator[None]:
-    """Raises AdapterCorrupt, naming the file, when one was replaced, rewritten, added or removed within the block.
+    """Raise AdapterCorrupt, naming the file, if one was replaced, rewritten, added or removed within the block.
 
-    An error of the block that such a change explains is replaced by it. Files are compared by identity, size and time of
-    writing, and those written within the last seconds by their hash too, so that older ones are not read twice.
+    It replaces an error of the block, which becomes its cause. Files are compared by identity, size and time of writing, and
+    those written within the last seconds by their hash too, so that older ones are not read twice.
     """
     fresh_ns = time.time_ns() - int(FRESH_S * 1e9)
     before = _states(folder, fresh_ns)
@@ -62,7 +62,7 @@ def _states(folder: Path, fresh_ns: int) -> dict[str, State]:
         try:
             status = path.stat()
         except OSError:
-            # a dangling link; whoever reads it says so
+            # a dangling link; reading it raises
             continue
         fresh = status.st_mtime_ns >= fresh_ns and stat.S_ISREG(status.st_mode)
         digest = _digest(path) if fresh else ""
@@ -79,7 +79,7 @@ def _digest(path: Path) -> str:
             file.seek(0)
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, HubError):
-        # whoever reads the file says so
+        # reading the file raises
         return ""
 
 
@@ -91,7 +91,7 @@ LFS_MARK = b"version https://git-lfs.github.com/spec/"
 MAX_JSON_BYTES = 4 * 2**20
 # no adapter has a larger file of weights
 MAX_FILE_BYTES = 32 * 2**30
-# from this size on a file must hold on the disk at least one byte of so many
+# from this size on the disk must hold at least one of so many bytes of a file
 HOLES_FROM_BYTES = 2**28
 MOST_PER_HELD = 16
 MAX_LISTED = 12
@@ -99,10 +99,10 @@ MAX_LISTED = 12
 
 @contextmanager
 def open_file(folder: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
-    """The file `name` of the folder, open for reading, and its size in bytes.
+    """Yield the file `name` of the folder, open for reading, and its size in bytes.
 
-    Raises AdapterCorrupt for anything but a regular file (a FIFO would block, a device never end), a link that leaves the
-    folder, for a git-LFS pointer, and for a file that is nearly all holes; AdapterUnsupported above `MAX_FILE_BYTES`.
+    Raises AdapterCorrupt for anything but a regular file (a FIFO would block, a device never end), for a link that leaves
+    the folder, for a git-LFS pointer, and for a file that is nearly all holes; AdapterUnsupported above `MAX_FILE_BYTES`.
     Links from a snapshot of the model hub's cache to its own blobs are followed.
     """
     path = _inside(folder, name)
@@ -133,7 +133,7 @@ def open_file(folder: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def require_held(descriptor: int, size: int, where: str) -> None:
-    """AdapterUnsupported for a file above the limit, AdapterCorrupt for a large one that the disk holds little of."""
+    """Raise AdapterUnsupported for a file above the limit, AdapterCorrupt for a large one that is nearly all holes."""
     if size > MAX_FILE_BYTES:
         raise AdapterUnsupported(
             f"{where} has {size:,} bytes, above the limit of {MAX_FILE_BYTES:,} for a file of an adapter"
@@ -147,7 +147,7 @@ def require_held(descriptor: int, size: int, where: str) -> None:
 
 
 def _held_bytes(descriptor: int, size: int) -> int:
-    """The bytes of a file that are not holes, counted until they are enough; all of it if the file system does not say."""
+    """Return the bytes that are no holes, counted until they are enough; all if the file system does not say."""
     held = end = 0
     try:
         while held * MOST_PER_HELD < size:
@@ -163,7 +163,7 @@ def _held_bytes(descriptor: int, size: int) -> int:
 
 
 def read_json(folder: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a file. Raises AdapterCorrupt, with the reason, for anything else and above `max_bytes`."""
+    """Return the JSON object in a file. Raises AdapterCorrupt, with the reason, for anything else and above `max_bytes`."""
     try:
         return parse_json(read_bytes(folder, name, max_bytes))
     except ValueError as error:
@@ -171,16 +171,16 @@ def read_json(folder: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES) -> di
 
 
 def read_bytes(folder: Path, name: str, max_bytes: int) -> bytes:
-    """The file's bytes. Raises AdapterCorrupt above `max_bytes`."""
+    """Return the file's bytes. Raises AdapterCorrupt above `max_bytes`."""
     with open_file(folder, name) as (file, size):
         if size > max_bytes:
             raise AdapterCorrupt(f"{folder}: {name} has {size} bytes, more than the limit of {max_bytes}")
-        # no more than the file's size, since reading makes room for what is asked for
+        # no more than the file's size, since reading allocates as many bytes as it is asked for
         return file.read(size + 1)
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
-    """A JSON object as the standard has it: UTF-8 without a byte order mark, no NaN or Infinity, no key twice, shallow.
+    """Return a JSON object by the standard: UTF-8 without a byte order mark, no NaN or Infinity, no key twice, shallow.
 
     Raises ValueError with the reason.
     """
@@ -196,13 +196,13 @@ def parse_json(raw: bytes) -> dict[str, Any]:
 
 
 def entry(table: object, name: str, kind: type[T] | tuple[type[T], ...]) -> T | None:
-    """The value under a name in JSON that anybody may have written; None where it is missing or of no such type."""
+    """Return the value under a name in untrusted JSON, or None if it is missing or of another type."""
     value = table.get(name) if isinstance(table, Mapping) else None
     return value if isinstance(value, kind) else None
 
 
 def listing(folder: Path) -> str:
-    """What a folder holds, as a phrase, with a hint at checkpoint folders below it."""
+    """Return the contents of a folder as a phrase, with a hint at checkpoint folders below it."""
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
@@ -216,12 +216,12 @@ def listing(folder: Path) -> str:
 
 
 def present(folder: Path, name: str) -> bool:
-    """Whether the folder has an entry of that name, of whatever kind; a dangling link counts."""
+    """Return whether the folder has an entry of that name, of whatever kind; a dangling link counts."""
     return os.path.lexists(os.path.join(folder, name))
 
 
 def folder_within(folder: Path, name: str) -> Path:
-    """The folder of that name in `folder`. Raises AdapterCorrupt for none, and for a link that leaves `folder`."""
+    """Return the folder of that name in `folder`. Raises AdapterCorrupt if there is none or its link leaves `folder`."""
     where = folder / name
     if not where.is_dir() or not where.resolve().is_relative_to(folder.resolve()):
         raise AdapterCorrupt(f"{folder} has no folder {name!r} in it")
@@ -247,7 +247,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _cache_repository(folder: Path) -> list[Path]:
-    """The folder `models--owner--name` of the model hub's cache, when `folder` is a snapshot in it."""
+    """Return the folder `models--owner--name` of the model hub's cache if `folder` is a snapshot in it."""
     absolute = folder.absolute()
     snapshots = [parent for parent in absolute.parents if parent.name == "snapshots"]
     return [parent.parent.resolve() for parent in snapshots if parent.parent.name.startswith("models--")]

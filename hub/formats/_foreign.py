@@ -1,11 +1,11 @@
-"""What the formats of PEFT's other adapter types share: their config, their tensors by layer and part, and the conversion.
+"""The common reader of PEFT's other adapter types: their config, their tensors by layer and part, and the conversion.
 
-A format states the names of its tensors and config fields and gives one formula, `update`, for one layer. Everything here
-is as strict as the reader of LoRA folders: safetensors only, sizes checked first, unknown names and fields refused.
+A format states the names of its tensors and config fields and gives one formula, `update`, for one layer. Everything here is
+as strict as the reader of LoRA folders: safetensors only, sizes checked first, unknown names and fields refused.
 
-Why formulas and not the installed PEFT's merge, against which the tests hold them: a formula gives exact factors where a
-type has them, reads without a model where the file is enough, and checks the tensors' sizes before it makes anything. PEFT
-makes its layers from the config, whose sizes a hostile file chooses, and BOFT compiles an extension where there is a GPU.
+These are formulas and not the installed PEFT's merge, with which the tests compare them: a formula gives exact factors where
+a type has them, reads without a model if the file is enough, and checks the tensors' sizes before it makes anything. PEFT
+makes its layers from the config, whose sizes a hostile file chooses, and BOFT compiles an extension if there is a GPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from loraweave.types import Factors, Fingerprint
 ROOT = "base_model."
 MAX_VALUES = 2**31
 
-# fields of every type that say where or how training happened, or that the common reader handles
+# fields of every type that describe the training, or that the common reader handles
 COMMON = words(
     "peft_type base_model_name_or_path revision task_type auto_mapping peft_version inference_mode target_modules "
     "exclude_modules layers_to_transform layers_pattern modules_to_save init_weights bias fan_in_fan_out"
@@ -47,7 +47,7 @@ COMMON = words(
 class Layer:
     """One layer of a stored adapter: its tensors, those of the whole file, the config, and the base's layer if known.
 
-    `position` counts the adapted layers in the order of the base model's modules; None where no model was given.
+    `position` counts the adapted layers in the order of the base model's modules; None if no model was given.
     """
 
     name: str
@@ -63,9 +63,9 @@ class Layer:
         return name in self.tensors
 
     def part(self, name: str, *sizes: int | None) -> Tensor:
-        """A tensor of this layer, or one that all layers share, in float64 (int64 for places).
+        """Return a tensor of this layer, or one that all layers share, in float64 (int64 for places).
 
-        Raises AdapterCorrupt for one that is missing or has other sizes; None stands for any size.
+        Raises AdapterCorrupt if it is missing or has other sizes; None stands for any size.
         """
         tensor = self.shared.get(name, self.tensors.get(name))
         if tensor is None:
@@ -78,13 +78,13 @@ class Layer:
         return tensor.double() if tensor.is_floating_point() else tensor
 
     def pair(self, name_a: str, name_b: str) -> tuple[Tensor, Tensor]:
-        """The factors (R, I) and (O, R) of these names, which must have one rank."""
+        """Return the factors (R, I) and (O, R) of these names, which must have one rank."""
         a_RI = self.part(name_a, None, None)
         return a_RI, self.part(name_b, None, a_RI.shape[0])
 
     @property
     def base(self) -> BaseLayer:
-        """The base's layer. Raises AdapterUnsupported naming model= where none was given."""
+        """The base's layer. Raises AdapterUnsupported, naming model=, if no model was given."""
         if self.known_base is None:
             raise AdapterUnsupported(
                 f"{self.where}: the file alone does not determine the update, which depends on the base layer; give the "
@@ -93,7 +93,7 @@ class Layer:
         return self.known_base
 
     def places(self, name: str, *sizes: int | None, below: int) -> Tensor:
-        """A tensor of places, each from 0 to `below` - 1."""
+        """Return a tensor of places, each from 0 to `below` - 1. Raises AdapterCorrupt for others."""
         stored = self.part(name, *sizes)
         whole = stored.long()
         if bool((whole != stored).any()) or (whole.numel() and not 0 <= int(whole.min()) <= int(whole.max()) < below):
@@ -108,12 +108,12 @@ class PeftReader(Reader):
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        """Whether the folder is of this type by its config; says nothing about the rest of its state."""
+        """Return whether the folder is of this type by its config; the rest of its state is not checked."""
         return cls.claims(folder, config_fields(folder))
 
     @classmethod
     def claims(cls, folder: Path, fields: Mapping[str, Any]) -> bool:
-        """`recognises` for a folder whose config has been read."""
+        """Return `recognises` for a folder whose config has been read."""
         return fields.get("peft_type") == cls.peft_type
 
 
@@ -123,7 +123,7 @@ class ForeignFormat(PeftReader):
     # names below a layer's path, and below the adapter itself
     parts: ClassVar[frozenset[str]]
     shared: ClassVar[frozenset[str]] = frozenset()
-    # config fields that `update` reads, those that do not change what the tensors mean, and what has no form as factors
+    # config fields that `update` reads, those that do not change the tensors' meaning, and those without a form as factors
     handled: ClassVar[frozenset[str]] = frozenset()
     benign: ClassVar[frozenset[str]] = frozenset()
     refused: ClassVar[Mapping[str, str]] = {}
@@ -151,7 +151,7 @@ class ForeignFormat(PeftReader):
     @classmethod
     @abstractmethod
     def update(cls, layer: Layer) -> Factors | Dense:
-        """The update of one layer by the type's formula."""
+        """Return the update of one layer by the type's formula."""
 
     @classmethod
     def _own_config(cls, folder: Path) -> Config:
@@ -193,7 +193,7 @@ class ForeignFormat(PeftReader):
 
     @classmethod
     def _place(cls, key: str, folder: Path) -> tuple[str | None, str]:
-        """(layer or None, part) of a tensor name."""
+        """Return (layer or None, part) of a tensor name."""
         path = key.removeprefix(ROOT)
         for name in cls.shared:
             if path == name or (name.endswith(".") and path.startswith(name)):
@@ -211,7 +211,7 @@ class ForeignFormat(PeftReader):
 
 
 class LoraVariant(ForeignFormat):
-    """A variant of LoRA: its config is a LoRA's with one field more, which changes what the tensors mean."""
+    """A variant of LoRA: its config is a LoRA's with one field more, which changes the tensors' meaning."""
 
     peft_type = "LORA"
     parts = frozenset({"lora_A.weight", "lora_B.weight"})
@@ -219,17 +219,17 @@ class LoraVariant(ForeignFormat):
 
     @classmethod
     def claims(cls, folder: Path, fields: Mapping[str, Any]) -> bool:
-        """Whether the config is a LoRA's with this field set."""
+        """Return whether the config is a LoRA's with this field set."""
         return super().claims(folder, fields) and bool(fields.get(cls.field))
 
     @classmethod
     def settings(cls, config: Config) -> PeftConfig:
-        """The rest of the config, that of a LoRA."""
+        """Return the rest of the config, that of a LoRA."""
         return parse({**config.fields, cls.field: None}, config.folder)
 
     @classmethod
     def scale(cls, layer: Layer, rank: int) -> float:
-        """alpha / r of a layer. Raises AdapterCorrupt where the config gives it another rank than the file."""
+        """Return alpha / r of a layer. Raises AdapterCorrupt if the config gives it another rank than the file."""
         settings = cls.settings(layer.config)
         expected = settings.ranks([layer.name])[layer.name]
         if expected != rank:
@@ -249,9 +249,9 @@ class LoraVariant(ForeignFormat):
 
 
 def check_size(layer: Layer, rows: int, columns: int) -> None:
-    """Raises AdapterUnsupported for a matrix that this machine, or any, cannot hold: a small file can ask for one."""
+    """Raise AdapterUnsupported for a matrix that no machine, or not this one, can hold: a small file can ask for one."""
     free = free_host_bytes()
-    # in float64, and as the factors or the error that are computed of it
+    # in float64, twice: the matrix, and the factors or the error computed from it
     if free is not None and 16 * rows * columns > free:
         raise AdapterUnsupported(
             f"{layer.where}: the update would need a matrix of {rows} x {columns}, and more memory than the {free:,} free "
@@ -264,9 +264,9 @@ def check_size(layer: Layer, rows: int, columns: int) -> None:
 
 
 def block_diagonal(rows: Tensor, blocks: int, where: str) -> Tensor:
-    """The matrix of which only the blocks on the diagonal are stored, one below the other: (rows, blocks * columns).
+    """Return the block-diagonal matrix whose blocks `rows` has one below the other: (rows, blocks * columns).
 
-    Raises AdapterCorrupt where the rows do not divide.
+    Raises AdapterCorrupt if the rows do not divide into the blocks.
     """
     if blocks < 1 or rows.shape[0] % blocks:
         raise AdapterCorrupt(f"{where}: a factor of shape {tuple(rows.shape)} does not divide into {blocks} equal blocks")
@@ -275,13 +275,13 @@ def block_diagonal(rows: Tensor, blocks: int, where: str) -> Tensor:
 
 
 def _convert(layout: type[ForeignFormat], layer: Layer, bound: Bound) -> tuple[Factors, dict[str, Any]]:
-    """The layer's factors and note. A small file that stands for a matrix too large for this machine is a named error."""
+    """Return the layer's factors and note. Raises AdapterUnsupported for a matrix too large for this machine."""
     if layout.linear_only and layer.base.kind != "linear":
         raise AdapterUnsupported(f"{layer.where} is a {type(layer.base.module).__name__}; only linear layers are supported")
     try:
         return cut(layout.update(layer), bound, layer.where, layer.known_base)
     except (MemoryError, RuntimeError) as error:
-        # torch has no class of its own for this
+        # torch has no class for a failed allocation
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
         raise AdapterUnsupported(
@@ -291,7 +291,7 @@ def _convert(layout: type[ForeignFormat], layer: Layer, bound: Bound) -> tuple[F
 
 
 def _same_base(stored: Fingerprint | None, model: nn.Module | None, folder: Path) -> Fingerprint | None:
-    """The fingerprint of the model given. Raises BaseModelMismatch where the folder recorded another one."""
+    """Return the fingerprint of the given model. Raises BaseModelMismatch if the folder recorded another one."""
     if model is None:
         return stored
     own = fingerprint(model)

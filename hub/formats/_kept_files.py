@@ -1,6 +1,6 @@
-"""Files that lie beside an adapter's weights and belong to it: tokenizer, chat template, a reward model's value head.
+"""Files beside an adapter's weights that belong to it: tokenizer, chat template, a reward model's value head.
 
-They are kept byte by byte and nobody looks into them: neither mixtures nor the content hash know of them.
+They are kept byte by byte and not interpreted: neither mixtures nor the content hash depend on them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ spiece.model tokenizer.json tokenizer.model tokenizer_config.json value_head.saf
 KEPT = tuple(_KEPT.split())
 # the largest tokenizers have half of it
 MAX_KEPT_BYTES = 64 * 2**20
-# what could be meant as well, and is left out with a warning
+# files that may belong to it, too, but are left out with a warning
 _PICKLES = ("value_head.bin",)
 
 
 @dataclass(frozen=True, eq=False)
 class KeptFile:
-    """A file's sha256, its size, and what gives its bytes."""
+    """A file's sha256, its size, and the function that returns its bytes."""
 
     sha256: str
     size_bytes: int
@@ -37,7 +37,7 @@ class KeptFile:
 
 
 class KeptFiles(Mapping[str, bytes]):
-    """The bytes of an adapter's files by name, sorted; those of a hub are read when they are asked for."""
+    """The bytes of an adapter's files by name, sorted; those of a hub are read when they are used."""
 
     def __init__(self, files: Mapping[str, KeptFile]) -> None:
         self.files = dict(sorted(files.items()))
@@ -52,7 +52,7 @@ class KeptFiles(Mapping[str, bytes]):
         return len(self.files)
 
     def __contains__(self, name: object) -> bool:
-        # that of Mapping would read it
+        # Mapping's own __contains__ would read it
         return name in self.files
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -63,7 +63,7 @@ class KeptFiles(Mapping[str, bytes]):
 
 
 def as_kept_files(files: Mapping[str, bytes]) -> KeptFiles:
-    """The files as an adapter has them. AdapterUnsupported for a name or a size that none of an adapter's files has."""
+    """Return the files as an adapter has them. Raises AdapterUnsupported for other names and sizes."""
     if isinstance(files, KeptFiles):
         return files
     for name, data in files.items():
@@ -78,7 +78,7 @@ def as_kept_files(files: Mapping[str, bytes]) -> KeptFiles:
 
 
 def shared_files(parents: Sequence[Mapping[str, bytes]]) -> KeptFiles:
-    """Those that every one of several adapters has, byte for byte the same."""
+    """Return the files that every one of several adapters has, byte for byte the same."""
     tables = [as_kept_files(files).files for files in parents]
     first = tables[0]
     alike = [name for name in first if all(name in one and one[name].sha256 == first[name].sha256 for one in tables)]
@@ -86,7 +86,7 @@ def shared_files(parents: Sequence[Mapping[str, bytes]]) -> KeptFiles:
 
 
 def read_kept(folder: Path) -> KeptFiles:
-    """Those that lie in the folder. One that is damaged, too large, or a pickle is left out with a warning that names it."""
+    """Return the kept files in a folder. Warns of those left out: damaged, too large, or a pickle."""
     found = {}
     for name in KEPT:
         if present(folder, name):

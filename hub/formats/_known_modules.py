@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rule:
-    """A module as a file names it, and where it lies in the base; several targets take B's rows in turn, by `shares`.
+    """A module's name in a file, and its path in the base; several targets take B's rows in turn, by `shares`.
 
-    With `turned`, a module of twice as many outputs as inputs has (shift, scale) where the base has (scale, shift).
+    With `turned`, a module of twice as many outputs as inputs has (shift, scale), and the base has (scale, shift).
     """
 
     source: str
@@ -24,7 +24,7 @@ class Rule:
 
 
 def expand(names: str) -> list[str]:
-    """Every name that braces stand for: `a.{b,c}` gives `a.b` and `a.c`."""
+    """Return every name that braces stand for: `a.{b,c}` gives `a.b` and `a.c`."""
     found: list[str] = []
     for name in names.split():
         pieces = re.split(r"\{([^{}]*)\}", name)
@@ -51,7 +51,7 @@ UNET = [
 
 
 def _original_unet() -> list[Rule]:
-    """The same models as their first authors name them: blocks in one row, two to a level going down, three going up."""
+    """Return the rules for the first authors' names: blocks in one row, two to a level going down, three going up."""
     rules = {
         "input_blocks.0.0": "conv_in",
         "out.2": "conv_out",
@@ -105,7 +105,7 @@ FINAL_MODULATION = Rule("final_layer.adaLN_modulation.1", ("transformer.norm_out
 
 
 def _original_flux() -> list[Rule]:
-    """The same as its authors name it: query, key and value in one projection, and in single blocks the MLP beside them."""
+    """Return the rules for the authors' names: q, k and v in one projection, with the MLP beside them in single blocks."""
     double, single = "transformer.transformer_blocks.#", "transformer.single_transformer_blocks.#"
     one_to_one = {
         "double_blocks.#.img_attn.proj": f"{double}.attn.to_out.0",
@@ -143,14 +143,14 @@ ORIGINAL_FLUX = _original_flux()
 
 
 def _original_sd3() -> list[Rule]:
-    """Stable Diffusion 3 as its authors name it: the image and the text of a block side by side."""
+    """Return the rules for the authors' names of Stable Diffusion 3: image and text of a block side by side."""
     block = "transformer.transformer_blocks.#"
     rules = [
         Rule("context_embedder", ("transformer.context_embedder",)),
         Rule("x_embedder.proj", ("transformer.pos_embed.proj",)),
         Rule("final_layer.linear", ("transformer.proj_out",)),
         FINAL_MODULATION,
-        # the last block's text has no more than these two
+        # the last block's text has only these two
         Rule("joint_blocks.#.context_block.adaLN_modulation.1", (f"{block}.norm1_context.linear",), turned=True),
         Rule("joint_blocks.#.context_block.attn.qkv", tuple(f"{block}.attn.add_{part}_proj" for part in "qkv"), (1, 1, 1)),
         Rule("joint_blocks.#.context_block.attn.proj", (f"{block}.attn.to_add_out",)),
@@ -179,5 +179,5 @@ _CLIP = (
 
 
 def text_encoder(component: str) -> list[Rule]:
-    """CLIP's text encoders as the component of a pipeline."""
+    """Return the rules for CLIP's text encoders as the component of a pipeline."""
     return _same(_CLIP, component)

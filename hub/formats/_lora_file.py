@@ -1,4 +1,4 @@
-"""LoRA files without a config: the tensors' names say what each is, and their scale is stored next to them."""
+"""LoRA files without a config: the tensors' names say what each is, and their scale is stored beside them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from loraweave.hub.formats.lokr import Lokr
 from loraweave.lowrank.algebra import all_finite
 from loraweave.types import Factors
 
-# as diffusers and NeMo name them
+# the names that diffusers and NeMo give pickles
 PICKLES = ("pytorch_lora_weights.bin", "model_weights.ckpt")
 MAX_FILES = 64
 MAX_NOTES = 40
@@ -58,39 +58,39 @@ class FileFormat(Reader):
     @classmethod
     @abstractmethod
     def knows(cls, names: Collection[str]) -> bool:
-        """Whether these tensor names are of this layout; says nothing about the file's state."""
+        """Return whether these tensor names are of this layout; the file's state is not checked."""
 
     @classmethod
     @abstractmethod
     def split(cls, name: str) -> tuple[str, str] | None:
-        """(module as the file names it, part of its update) of a tensor, None for a name of another layout."""
+        """Return (module as the file names it, part of its update) of a tensor; None for a name of another layout."""
 
     @classmethod
     @abstractmethod
     def place(cls, module: str, base: BaseNames | None, where: str) -> Placement:
-        """Where the module lies in the base. Raises AdapterUnsupported if only a guess could tell."""
+        """Return the place of the module in the base. Raises AdapterUnsupported if only a guess could tell."""
 
     @classmethod
     def scales(cls, held: Mapping[str, Parts], metadata: Mapping[str, str], where: str) -> dict[str, float]:
-        """alpha / r of each module; 1 where the file has no alpha, as every program that reads such files has it."""
+        """Return alpha / r of each module; 1 without alpha in the file, as in every program that reads such files."""
         return {module: _alpha(parts, where, module) for module, parts in held.items()}
 
     @classmethod
     def base_id(cls, source: Path) -> str:
-        """The base model's id by a folder's card; empty for a file, since its neighbours say nothing about it."""
+        """Return the base model's id by a folder's card; "" for a file, whose neighbours say nothing about it."""
         return base_model_of_readme(source) if source.is_dir() else ""
 
     @classmethod
     def recognises(cls, source: Path, *, allow_pickle: bool = False) -> bool:
-        """Whether `source` is a file of this layout, or a folder that holds one; pickles count with `allow_pickle`."""
+        """Return whether `source` is, or has in it, a file of this layout; pickles count with `allow_pickle`."""
         return bool(cls._files(source, allow_pickle))
 
     @classmethod
     def _read(cls, source: Path, bound: Bound, model: nn.Module | None, allow_pickle: bool) -> Contents:
-        """The update of every module, under the paths of the base's modules.
+        """Return the update of every module, under the paths of the base's modules.
 
-        With `model`, its names decide what the file's mean. The base model's id is what the folder's README names. Raises
-        AdapterUnsupported for names that cannot be mapped without a guess, and for several such files in one folder.
+        With `model`, its names decide what the file's mean. The base model's id is the one that the folder's README names.
+        Raises AdapterUnsupported for names that cannot be mapped without a guess, and for several such files in one folder.
         """
         folder, name = cls._file(source, allow_pickle)
         where = str(folder / name)
@@ -101,7 +101,7 @@ class FileFormat(Reader):
         layers: dict[str, Factors] = {}
         notes: dict[str, Any] = {}
         for module in list(held):
-            # given up one by one, since the factors are copies
+            # popped one by one, so that the memory of each is freed: the factors are copies
             parts = held.pop(module)
             placement = cls.place(module, base, where)
             whole, note = _factors(module, parts, scales[module], placement, bound, base, where)
@@ -174,9 +174,9 @@ class FileFormat(Reader):
 
 
 def lora_files(source: Path) -> list[tuple[Path, str]]:
-    """(folder, name) of the files of weights that `source` is or holds, PEFT's own and our own aside.
+    """Return (folder, name) of the files of weights that `source` is or holds, without PEFT's own and our own.
 
-    Of pickles in a folder only those by the names that diffusers and NeMo give them, where no safetensors stand for them.
+    Pickles in a folder count only under the names of diffusers and NeMo, and only without safetensors of the same name.
     """
     if source.is_file():
         return [(source.parent, source.name)]
@@ -196,10 +196,10 @@ def is_pickle(name: str) -> bool:
 
 
 def refuse_pickle(folder: Path, name: str, allow_pickle: bool) -> None:
-    """Raises AdapterUnsupported for a pickle without consent, with the ways out."""
+    """Raise AdapterUnsupported, with the ways out, for a pickle without consent."""
     if is_pickle(name) and not allow_pickle:
         with open_file(folder, name):
-            # for the checks alone: a git-LFS pointer of that name needs another way out
+            # only for its checks: a git-LFS pointer of that name needs another way out
             pass
         raise AdapterUnsupported(
             f"{folder / name} is a pickle, which can run code when it is read; have it read by the safe loader: "
@@ -228,7 +228,7 @@ def _factors(
     base: BaseNames | None,
     where: str,
 ) -> tuple[Factors, dict[str, Any]]:
-    """The update as factors, and its note for the card where it was cut or converted."""
+    """Return the update as factors, and a note for the card if it was cut or converted."""
     known = None
     if base is not None and len(placement.targets) == 1:
         known = base.layers[base.path(placement.targets[0], where)]
@@ -241,21 +241,21 @@ def _factors(
 
 
 def _card(source: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The card of a folder, and what the file says about itself; a file's neighbours say nothing about it."""
+    """Return the card of a folder, and the file's metadata; a lone file's neighbours say nothing about it."""
     card = read_card(source)[0] if source.is_dir() else {}
     notes = {key: text for key, text in sorted(metadata.items()) if len(text) <= MAX_NOTE_TEXT}
     return card | ({"file_metadata": dict(list(notes.items())[:MAX_NOTES])} if notes else {})
 
 
 def rank_of(parts: Parts) -> int | None:
-    """The rank of an update, None where nothing in it is of low rank (a Kronecker product of whole matrices)."""
+    """Return the rank of an update, or None if no part of it is of low rank (a Kronecker product of whole matrices)."""
     ranked = (parts[name] for name in RANKED if name in parts)
     # `update_of` refuses a single number, which is not a matrix
     return next((matrix.shape[0] for matrix in ranked if matrix.dim()), None)
 
 
 def update_of(parts: Parts, scale: float, layer: str, base: BaseLayer | None, where: str) -> Factors | Dense:
-    """The update, its scale in it. Raises AdapterCorrupt for tensors that do not form an update."""
+    """Return the update, scaled. Raises AdapterCorrupt for tensors that do not form an update."""
     if {"down", "up"} <= set(parts) <= {"down", "up", "mid"}:
         return _lora(parts, scale, where)
     for layout, prefix in ((Loha, "hada_"), (Lokr, "lokr_")):

@@ -1,7 +1,7 @@
 """adapter_config.json: which fields change the meaning of the tensors, which do not, and which cannot be represented.
 
-Every field of PEFT's LoraConfig is in exactly one of the tables below; a field in none of them is refused unless it is
-null, false or empty, since a newer PEFT may have given it a meaning.
+Every field of PEFT's LoraConfig is in exactly one of the tables below; a field in none of them is refused unless it is null,
+false or empty, since a newer PEFT may have given it a meaning.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loraweave.hub.formats._safetensors import read_tensors, shards
 from loraweave.lowrank.algebra import MAX_FP32
 
 MAX_RANK = 65_536
-# tokens that activate an aLoRA
+# the number of tokens that activate an aLoRA
 MAX_INVOCATION = 1_000
 
 # read by `PeftConfig` and by the reader of the tensors
@@ -33,7 +33,7 @@ HANDLED = words(
     "alora_invocation_tokens"
 )
 
-# where the adapter was trained or how: the tensors in the file say which layers exist and what they hold
+# fields about the training: the tensors in the file say which layers exist and what they hold
 BENIGN = {
     "auto_mapping": "names of Python classes; never imported",
     "peft_version": "who wrote the file",
@@ -53,7 +53,7 @@ BENIGN = {
     "mora_type": "only use_mora uses it",
 }
 
-# what has no exact form as factors, unless it is null, false or empty
+# fields without an exact form as factors, unless they are null, false or empty
 REFUSED = {
     "trainable_token_indices": "trained rows of the embedding",
     "layer_replication": "a base model with repeated layers",
@@ -75,7 +75,7 @@ HARMLESS_INITS = {"gaussian", "eva", "orthogonal", "mica"}
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What of an adapter_config.json gives the tensors their meaning; `recorded` is what a writer puts back."""
+    """The fields of an adapter_config.json that give the tensors their meaning; a writer writes `recorded` back."""
 
     folder: Path
     base_model: str
@@ -94,18 +94,18 @@ class PeftConfig:
     recorded: Mapping[str, Any] = field(default_factory=dict)
 
     def targets_module(self, module: str) -> bool:
-        """True if `target_modules` is a list and names the module; a pattern is never run."""
+        """Return whether `target_modules` is a list and names the module; a pattern is never run."""
         listed = self.recorded.get("target_modules")
         return isinstance(listed, list) and any(type(end) is str and f".{module}".endswith(f".{end}") for end in listed)
 
     def ranks(self, layers: Iterable[str]) -> dict[str, int]:
-        """The rank that PEFT would give each layer."""
+        """Return the rank that PEFT would give each layer."""
         return resolve_patterns(self.folder, "rank_pattern", self.rank_pattern, layers, self.rank)[0]
 
     def scales(self, ranks: Mapping[str, int]) -> dict[str, float]:
-        """alpha / r of each layer, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023).
+        """Return alpha / r of each layer, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023).
 
-        Warns where several alpha patterns of different value match a layer; the first in the file decides, as in PEFT.
+        Warns if several alpha patterns of different value match a layer; the first in the file decides, as in PEFT.
         """
         alphas, disputed = resolve_patterns(self.folder, "alpha_pattern", self.alpha_pattern, ranks, self.alpha)
         if disputed:
@@ -120,16 +120,16 @@ class PeftConfig:
         return {layer: alphas[layer] / (math.sqrt(rank) if self.use_rslora else rank) for layer, rank in ranks.items()}
 
     def require_plain_activation(self, beside: str) -> None:
-        """Raises AdapterUnsupported for an aLoRA that is something else besides."""
+        """Raise AdapterUnsupported for an aLoRA that is also of another kind, `beside`."""
         if self.invocation:
             raise AdapterUnsupported(f"{self.folder}: alora_invocation_tokens beside {beside}, which PEFT does not combine")
 
 
 def parse(config: Mapping[str, Any], folder: Path) -> PeftConfig:
-    """The parsed config.
+    """Return the parsed config.
 
-    Raises AdapterUnsupported for what has no exact form, AdapterCorrupt for a wrong type, AdapterSuspicious for an alpha
-    beyond fp32, in which PEFT multiplies by it.
+    Raises AdapterUnsupported for fields without an exact form, AdapterCorrupt for a wrong type, AdapterSuspicious for an
+    alpha beyond fp32, in which PEFT multiplies by it.
     """
     if "peft_type" not in config:
         raise AdapterUnsupported(f"{folder}: adapter_config.json has no peft_type, so it is not the config of a LoRA")
@@ -219,7 +219,7 @@ _KOHYA = ("lora_down", "lora_up")
 
 
 class Key(NamedTuple):
-    """One tensor name taken apart; `adapter` is the adapter's name inside the key, empty where there is none."""
+    """A parsed tensor name; `adapter` is the adapter's name inside the key, empty if there is none."""
 
     layer: str
     part: Part
@@ -227,7 +227,7 @@ class Key(NamedTuple):
 
 
 def parse_key(key: str) -> Key | None:
-    """The layer and part that a tensor name means, or None for a name that PEFT's LoRA does not use.
+    """Return the layer and part that a tensor name means, or None for a name that PEFT's LoRA does not use.
 
     The prefix `base_model.model.` may be missing, there once, or doubled (a PeftModel wrapped twice).
     """
@@ -239,16 +239,16 @@ def parse_key(key: str) -> Key | None:
 
 
 def without_prefix(key: str) -> str:
-    """The name below the base model."""
+    """Return the name below the base model."""
     while key.startswith(PREFIX):
         key = key[len(PREFIX) :]
     return key
 
 
 def check_all_known(keys: Iterable[str], folder: Path, *, nested: bool = False) -> dict[str, Key]:
-    """Every name taken apart. Raises AdapterUnsupported for a known foreign feature, AdapterCorrupt for unknown names.
+    """Return every name parsed. Raises AdapterUnsupported for a known foreign feature, AdapterCorrupt for unknown names.
 
-    `nested` says that wrappers may be within wrappers, as those of several parameters of one module are.
+    `nested` permits wrappers within wrappers, as those of several parameters of one module are.
     """
     parsed: dict[str, Key] = {}
     unknown: list[str] = []
@@ -323,9 +323,9 @@ PICKLE = "adapter_model.bin"
 
 
 def stored_tensors(folder: Path, *, allow_pickle: bool = False, integers: bool = False) -> Iterator[tuple[str, str, Tensor]]:
-    """(key, dtype in the file, tensor in fp32) of every tensor of an adapter folder.
+    """Return an iterator of (key, dtype in the file, tensor in fp32) of every tensor of an adapter folder.
 
-    A pickle is read only with `allow_pickle`, only where there are no safetensors, and by the safe loader.
+    A pickle is read only with `allow_pickle`, only if there are no safetensors, and by the safe loader.
     """
     if allow_pickle and present(folder, PICKLE) and not present(folder, WEIGHTS) and not present(folder, INDEX):
         return read_pickle(folder, PICKLE, integers=integers)
@@ -333,13 +333,13 @@ def stored_tensors(folder: Path, *, allow_pickle: bool = False, integers: bool =
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The safetensors files of an adapter folder. Raises AdapterUnsupported for a pickle, AdapterCorrupt for none."""
+    """Return the safetensors files of a folder. Raises AdapterUnsupported for a pickle, AdapterCorrupt for none."""
     if present(folder, WEIGHTS):
         return [WEIGHTS]
     if present(folder, INDEX):
         return shards(folder, INDEX)
     if present(folder, PICKLE):
-        # opened for the checks alone: a git-LFS pointer of that name needs another way out
+        # opened only for its checks: a git-LFS pointer of that name needs another way out
         with open_file(folder, PICKLE):
             pass
         raise AdapterUnsupported(

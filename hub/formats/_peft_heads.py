@@ -1,8 +1,8 @@
-"""Heads: whole trained modules next to the factors (modules_to_save), found and named by PEFT's own rule.
+"""Heads: whole trained modules beside the factors (modules_to_save), found and named by PEFT's own rule.
 
 PEFT trains a copy of every module whose path ends in a listed name, even within a word (`classifier` also means
-`pre_classifier`), and stores the copy under the module's own path: `base_model.model.score.weight`. Copies are never
-tied: an `lm_head` saved for a base that ties it to its embedding is a tensor of its own, and the embedding stays.
+`pre_classifier`), and stores the copy under the module's own path: `base_model.model.score.weight`. Copies are never tied:
+an `lm_head` saved for a base that ties it to its embedding is a separate tensor, and the embedding stays.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from loraweave.hub.formats._files import entry
 from loraweave.hub.formats._peft_config import PREFIX, without_prefix
 from loraweave.hub.formats._safetensors import MAX_KEY_LENGTH, require_finite
 
-# what PEFT itself adds to modules_to_save for a task; one of the names in the model is enough
+# the names that PEFT itself adds to modules_to_save for a task; one of them in the model is enough
 TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -37,13 +37,12 @@ _OF_ADAPTERS = words(
 def take_heads(
     stored: dict[str, Tensor], listed: Sequence[str], task: str, bias: str, folder: Path
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """({parameter of the base model: tensor in fp32}, the module names they were found under), taken out of `stored`.
+    """Take the heads out of `stored`; return {parameter of the base model: tensor in fp32} and their module names.
 
     `listed` is the config's modules_to_save, to which a task adds its own. The file may have the module's own path, or
     PEFT's inner one (`score.modules_to_save.default.weight`). With `bias` "all" PEFT also writes the bias of the copy a
-    second time, and that of the base's module, which it does not compute with. Raises AdapterUnsupported for any other
-    part of an adapter inside such a module, AdapterCorrupt for one parameter with two values, and for a listed module, or
-    values, that are missing.
+    second time, and that of the base's module, which it does not compute with. Raises AdapterUnsupported for any other part
+    of an adapter inside such a module, AdapterCorrupt for one parameter with two values, and for missing modules or values.
     """
     names = list(dict.fromkeys((*listed, *TASK_HEADS.get(task, ()))))
     heads: dict[str, Tensor] = {}
@@ -74,10 +73,10 @@ def take_heads(
 
 
 def saved_modules(heads: Mapping[str, Tensor], layers: Iterable[str], recorded: object) -> tuple[list[str], str | None]:
-    """(modules_to_save, task_type) under which PEFT loads exactly these heads.
+    """Return (modules_to_save, task_type) under which PEFT loads exactly these heads.
 
-    The names and the task that the adapter was read with are kept where they fit. A task for which PEFT expects a head is
-    left out without one, since PEFT could not load the folder. Raises AdapterUnsupported where no names fit.
+    The names and the task that the adapter was read with are kept if they fit. A task for which PEFT expects a head is left
+    out without one, since PEFT could not load the folder. Raises AdapterUnsupported if no names fit.
     """
     task = entry(recorded, "task_type", str)
     of_task = [name for name in TASK_HEADS.get(task or "", ()) if any(_depth(head.split("."), [name]) for head in heads)]
@@ -118,13 +117,13 @@ def _check_name(head: str, names: Sequence[str]) -> None:
 
 
 def _depth(pieces: Sequence[str], names: Sequence[str]) -> int | None:
-    """How many pieces of a parameter's path lead to the outermost module that PEFT saves under one of `names`."""
+    """Return how many pieces of a parameter's path lead to the outermost module that PEFT saves under one of `names`."""
     ends = tuple(names)
     return next((depth for depth in range(1, len(pieces)) if ".".join(pieces[:depth]).endswith(ends)), None)
 
 
 def _own_path(key: str, pieces: list[str], depth: int, folder: Path) -> list[str]:
-    """The path below a saved module without PEFT's own steps."""
+    """Return the path below a saved module without PEFT's own steps."""
     rest = pieces[depth:]
     if rest[0] == "modules_to_save":
         rest = rest[1:]

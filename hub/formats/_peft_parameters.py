@@ -1,9 +1,9 @@
-"""LoRA on bare parameters (PEFT's `target_parameters`): the experts of a fused parameter, each a layer of its own here.
+"""LoRA on bare parameters (PEFT's `target_parameters`): the experts of a fused parameter, each a layer here.
 
-The update of expert e of parameter p of module m is the layer `m.p.e`, whose factors are of kind "expert". PEFT has those
+The update of expert e of parameter p of module m is the layer `m.p.e`, whose factors are of kind "expert". PEFT stores those
 of all E experts in two matrices: A (E * R, I), in which an expert's rank rows follow one another, and B (O, R * E), whose
-column k * E + e is rank row k of expert e. The scale's rank is R. (O, I) are the sides of one expert's matrix as the
-parameter has them, transposed where the module says `is_transposed` (gpt-oss).
+column k * E + e is rank row k of expert e. The scale's rank is R. (O, I) are the sides of one expert's matrix in the
+parameter, transposed if the module has `is_transposed` (gpt-oss).
 
 A file names no parameter. PEFT wraps a module once for each, in the order in which the module declares them, so that the
 tensors of the last are at `m.lora_A`, and those of the one before at `m.base_layer.lora_A` (peft 0.21, lora/layer.py,
@@ -30,16 +30,16 @@ WRAPPED = ".base_layer"
 
 
 def path_of(layer: str, factors: Factors) -> str:
-    """The layer's path, for an expert that of its parameter: what PEFT's patterns and target lists name."""
+    """Return the layer's path, or for an expert that of its parameter: the path that PEFT's patterns and targets name."""
     return layer.rpartition(".")[0] if factors.kind == "expert" else layer
 
 
 def parameter_paths(parts: Mapping[str, Mapping[Part, Tensor]], config: PeftConfig) -> dict[str, str]:
-    """The path of the parameter that each of a file's layers means, for those that mean one of the config's targets.
+    """Map each of a file's layers that is a target parameter to the path of that parameter.
 
-    Raises AdapterUnsupported where the file does not say which: for another number of layers below one module than
-    parameters that are targeted there, and for several parameters of names that ORDER does not have; and for a target that
-    is no parameter of several experts, which PEFT ignores, refuses or applies to a single matrix.
+    Raises AdapterUnsupported if the file does not say which it is: if a module has another number of layers below it than
+    targeted parameters, or several parameters with names that ORDER does not have; and for a target that is no parameter of
+    several experts, which PEFT ignores, refuses or applies to a single matrix.
     """
     by_module: dict[str, list[str]] = defaultdict(list)
     for layer in parts:
@@ -65,7 +65,7 @@ def parameter_paths(parts: Mapping[str, Mapping[Part, Tensor]], config: PeftConf
 
 
 def _is_layer(module: str, own: Mapping[str, bool], held: Mapping[Part, Tensor], config: PeftConfig, where: str) -> bool:
-    """True if a module that `own` may be parameters of, and has one update, is itself what that updates.
+    """Return whether a module with one update is itself updated, and not the parameter in `own` that may be its own.
 
     Raises AdapterUnsupported for a parameter of a module that is a target too, and for one of a single matrix.
     """
@@ -82,7 +82,7 @@ def _is_layer(module: str, own: Mapping[str, bool], held: Mapping[Part, Tensor],
     parameter = next(iter(own))
     path = f"{module}.{parameter}"
     is_single = held["a"].shape[:1] == (config.ranks([path])[path],)
-    # of ORDER, versions before wrote an adapter of the first expert alone so
+    # for names of ORDER, earlier versions wrote an adapter of only the first expert like this
     if is_single and not (certain and parameter in ORDER):
         raise AdapterUnsupported(
             f"{where} has an update of one matrix, and target_parameters name {parameter!r}, which would be no parameter of "
@@ -92,7 +92,7 @@ def _is_layer(module: str, own: Mapping[str, bool], held: Mapping[Part, Tensor],
 
 
 def _require_parameters(found: Mapping[str, str], modules: Iterable[str], config: PeftConfig) -> None:
-    """Raises AdapterUnsupported for a target that is a module of the file, and none of its parameters."""
+    """Raise AdapterUnsupported for a target that is a module of the file, and none of its parameters."""
     for target in config.target_parameters:
         if any(f".{path}".endswith(f".{target}") for path in found.values()):
             continue
@@ -104,7 +104,7 @@ def _require_parameters(found: Mapping[str, str], modules: Iterable[str], config
 
 
 def nested(parameters: Iterable[str], where: str) -> list[str]:
-    """One module's parameters as PEFT wraps them, the innermost first. Raises AdapterUnsupported if that is not known."""
+    """Return one module's parameters as PEFT wraps them, innermost first. Raises AdapterUnsupported for an unknown order."""
     own = list(parameters)
     if len(own) > 1 and (unknown := sorted(set(own) - set(ORDER))):
         raise AdapterUnsupported(
@@ -115,7 +115,7 @@ def nested(parameters: Iterable[str], where: str) -> list[str]:
 
 
 def split_experts(path: str, a: Tensor, b: Tensor, rank: int, where: str) -> dict[str, Factors]:
-    """The factors of each expert of a parameter, unscaled. Raises AdapterCorrupt for matrices that R does not divide."""
+    """Return each expert's factors of a parameter, unscaled. Raises AdapterCorrupt if R does not divide the matrices."""
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
         raise AdapterCorrupt(
             f"{where} has A of shape {tuple(a.shape)} and B of shape {tuple(b.shape)}; of E experts of rank r = {rank} they "
@@ -130,7 +130,7 @@ def split_experts(path: str, a: Tensor, b: Tensor, rank: int, where: str) -> dic
 
 @dataclass(frozen=True, eq=False)
 class Stacked:
-    """PEFT's matrices of parameters by wrapper and name, the rank of each parameter by path, and the notes for `unpad`."""
+    """PEFT's matrices of parameters by wrapper and name, each parameter's rank by path, and the notes for `unpad`."""
 
     tensors: Mapping[str, Mapping[str, Tensor]]
     ranks: Mapping[str, int]
@@ -138,10 +138,10 @@ class Stacked:
 
 
 def stack_experts(layers: Mapping[str, Factors]) -> Stacked:
-    """The layers of kind "expert" as PEFT has them.
+    """Return the layers of kind "expert" as PEFT stores them.
 
-    Ranks are filled up to the largest of a parameter, and experts up to its last, with zeros. Raises AdapterUnsupported for
-    what has no number or more than two factors, for experts of different sizes, and what `nested` raises.
+    Ranks are padded to the largest of a parameter, and experts up to its last, with zeros. Raises AdapterUnsupported for a
+    layer without a number or with more than two factors, for experts of different sizes, and as `nested`.
     """
     layers = {layer: factors for layer, factors in layers.items() if factors.kind == "expert"}
     by_path: dict[str, dict[int, Factors]] = defaultdict(dict)
@@ -166,7 +166,7 @@ def stack_experts(layers: Mapping[str, Factors]) -> Stacked:
 
 
 def unpad(layers: Mapping[str, Factors], layout: Mapping[str, Any]) -> dict[str, Factors]:
-    """Undoes what `stack_experts` filled up: zeros only, so that the notes in a foreign file cannot change a value."""
+    """Remove the padding of `stack_experts`: zeros only, so that the notes in a foreign file cannot change a value."""
     notes = entry(layout, "expert_ranks", dict) or {}
     found: dict[str, Factors] = {}
     for layer, factors in layers.items():
@@ -183,7 +183,7 @@ def unpad(layers: Mapping[str, Factors], layout: Mapping[str, Any]) -> dict[str,
 
 def _stack(experts: Mapping[int, Factors], rank: int, path: str, notes: dict[str, int]) -> tuple[Tensor, Tensor]:
     like = next(iter(experts.values()))
-    # a file with one matrix of a parameter of another name would not be read
+    # a file with one matrix for a parameter that is not in ORDER would be refused when read
     least = 1 if path.rpartition(".")[2] in ORDER else 2
     count, num_inputs, num_outputs = max(least, max(experts) + 1), like.a_RI.shape[1], like.b_OR.shape[0]
     if count > 65_536:
@@ -208,10 +208,10 @@ def _module_of(layer: str) -> str:
 
 
 def _targeted(module: str, targets: Sequence[str]) -> dict[str, bool]:
-    """The parameters of a module that PEFT would wrap if it has them, and whether it certainly does.
+    """Map the parameters of a module that PEFT would wrap, if it has them, to whether it certainly does.
 
-    PEFT takes a target as the end of a parameter's path: one without a point may be a parameter of any module, and every
-    layer has a `weight`.
+    PEFT takes a target as the end of a parameter's path: without a point it may be of any module, and every layer has
+    `weight`.
     """
     found: dict[str, bool] = {}
     for target in targets:

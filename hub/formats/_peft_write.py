@@ -29,7 +29,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_mo
 
 
 def write_folder(contents: Contents, folder: Path, *, dtype: torch.dtype) -> Path:
-    """What `Peft.write` promises."""
+    """Write a PEFT folder as `Peft.write` documents, and return its path."""
     if dtype not in DTYPES:
         raise AdapterUnsupported(f"cannot write {dtype} tensors; choose one of {', '.join(map(str, DTYPES))}")
     target = require_replaceable(folder, lambda path: path.name in contents.files or _is_adapter_file(path))
@@ -72,7 +72,7 @@ def _config(contents: Contents, stacked: Stacked) -> dict[str, Any]:
     activated = {}
     if contents.invocation:
         require_activatable(contents, "the adapter")
-        # PEFT looks for the tokens in the prompts of no other task
+        # only for this task does PEFT look for the tokens in the prompts
         task, activated = "CAUSAL_LM", {"alora_invocation_tokens": list(contents.invocation)}
     return {
         "peft_type": "LORA",
@@ -99,7 +99,7 @@ def _config(contents: Contents, stacked: Stacked) -> dict[str, Any]:
 
 
 def require_activatable(contents: Contents, where: str) -> None:
-    """Raises AdapterUnsupported for invocation tokens of what PEFT cannot leave out in the tokens before them."""
+    """Raise AdapterUnsupported if PEFT cannot leave a part out for the tokens before the invocation."""
     if not contents.invocation:
         return
     if contents.heads:
@@ -155,7 +155,7 @@ def _check_bias(layers: Mapping[str, Factors], with_bias: list[str], wrapped: li
 
 
 def _is_wrapped(factors: Factors) -> bool:
-    """Whether PEFT needs factors for the layer; a trained bias alone is stored without any."""
+    """Return whether PEFT needs factors for the layer; a trained bias alone is stored without any."""
     return factors.rank > 0 or factors.bias_O is not None or factors.base_bias_O is None
 
 
@@ -167,7 +167,7 @@ def _bias_mode(layers: Mapping[str, Factors]) -> str:
 
 
 def _targets(wrapped: list[str], others: list[str]) -> list[str] | str:
-    """Full module paths, or one expression that matches them exactly where a path could be the end of another one.
+    """Return the module paths, or one expression that matches exactly them if a path could be the end of another one.
 
     PEFT takes a listed name as the end of a module path too: `head` would also match `decoder.head`.
     """
@@ -205,7 +205,7 @@ def _heads(heads: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 def _to_stored(tensor: Tensor, what: str, dtype: torch.dtype) -> Tensor:
     # cloned, because safetensors refuses tensors that share storage
     stored = tensor.detach().to("cpu", dtype).contiguous().clone()
-    # the values themselves were checked
+    # the values were checked before the conversion
     if dtype != tensor.dtype and not all_finite(stored):
         raise AdapterUnsupported(f"{what} has values that {dtype} cannot hold; write it as torch.float32")
     return stored
@@ -235,7 +235,7 @@ def _parts(factors: Factors, lora_bias: bool) -> dict[str, Tensor]:
 
 
 def _layout(layers: Mapping[str, Factors], stacked: Stacked, lora_bias: bool) -> dict[str, Any]:
-    """Where zeros were added for PEFT's sake, so that reading gives back the same factors."""
+    """Return where zeros were added for PEFT, so that reading gives back the same factors."""
     padded = [layer for layer, factors in layers.items() if lora_bias and _is_wrapped(factors) and factors.bias_O is None]
     empty = {layer: int(factors.a_RI.shape[1]) for layer, factors in layers.items() if not factors.rank}
     found = (("padded_bias", padded), ("rank_zero", empty), ("expert_ranks", dict(stacked.notes)))

@@ -1,7 +1,7 @@
-"""Reading adapter_model.bin after explicit consent: an archive of torch.save whose pickle names tensors and nothing else.
+"""Reading adapter_model.bin after explicit consent: an archive of torch.save whose pickle names only tensors.
 
-The pickle's classes are read from its text before anything is built from it, and torch's safe loader
-(`weights_only=True`) builds what is left. The archive may not claim more bytes than the file has.
+The names of the pickle's classes are checked before anything is built from it, and torch's safe loader (`weights_only=True`)
+builds the tensors. The archive may not claim more bytes than the file has.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _NAMES = {dtype: name for name, dtype in {**FLOATS, **INTEGERS}.items()}
 
 
 def read_pickle(folder: Path, name: str, *, integers: bool = False) -> Iterator[tuple[str, str, Tensor]]:
-    """(key, dtype as safetensors names it, tensor in fp32) of every tensor in a file that torch.save wrote.
+    """Yield (key, dtype as safetensors names it, tensor in fp32) of every tensor in a file that torch.save wrote.
 
-    With `integers`, tensors of whole numbers are read too, as int64. Raises AdapterUnsupported, naming it, for any class
-    but plain tensors, and AdapterCorrupt for a damaged archive or one that claims more than the file holds.
+    With `integers`, tensors of whole numbers are read too, as int64. Raises AdapterUnsupported, naming it, for any class but
+    plain tensors, and AdapterCorrupt for a damaged archive or one that claims more than the file holds.
     """
     with open_file(folder, name) as (file, size):
         where = f"{folder}: {name}"
@@ -54,14 +54,14 @@ def read_pickle(folder: Path, name: str, *, integers: bool = False) -> Iterator[
 
 
 def texts_in_pickle(folder: Path, name: str) -> list[str]:
-    """The texts in the file's pickle, the tensors' names among them; nothing is built. Raises as `read_pickle` does."""
+    """Return the texts in the file's pickle, which include the tensors' names; builds nothing. Raises as `read_pickle`."""
     with open_file(folder, name) as (file, size):
         where = f"{folder}: {name}"
         return _check_classes(_pickle_in(file, size, where), where)
 
 
 def _pickle_in(file: BinaryIO, size: int, where: str) -> bytes:
-    """The archive's pickle, after checking that its entries are stored plainly and fit into the file."""
+    """Return the archive's pickle, after checking that its entries are stored plainly and fit into the file."""
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
@@ -70,7 +70,7 @@ def _pickle_in(file: BinaryIO, size: int, where: str) -> bytes:
                 raise AdapterUnsupported(f"{where} is an archive, but not one that torch.save made of a table of tensors")
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
                 raise AdapterCorrupt(f"{where} has compressed or encrypted entries, which torch.save never writes")
-            # reading makes room for the one size and gives the other
+            # reading allocates the one size and returns the other
             if odd := next((entry for entry in entries if entry.compress_size != entry.file_size), None):
                 raise AdapterCorrupt(
                     f"{where}: entry {odd.filename!r:.80} has {odd.file_size} bytes, but {odd.compress_size} in the archive"
@@ -92,7 +92,7 @@ def _pickle_in(file: BinaryIO, size: int, where: str) -> bytes:
 
 
 def _check_classes(raw: bytes, where: str) -> list[str]:
-    """The texts of the pickle, once every class that it names is an allowed one."""
+    """Return the texts of the pickle. Raises AdapterUnsupported if it names a class that is not allowed."""
     num_tensors, texts = 0, []
     try:
         for opcode, argument, _ in pickletools.genops(raw):

@@ -1,4 +1,4 @@
-"""From a module as a LoRA file names it to the path of the base's module: by a table of rules, or by the model's names."""
+"""The place in the base of a module that a LoRA file names: by a table of rules, or by the model's names."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from loraweave.hub.formats._base_layer import BaseLayer, as_base_layer, missing_
 from loraweave.hub.formats._known_modules import Rule
 from loraweave.types import Factors
 
-# the pipeline's name for a part of it, and a step that transformers has taken out of CLIP's paths
+# the pipeline's name for a part of it, and a step that transformers has removed from CLIP's paths
 _OPTIONAL = re.compile(r"^(?:unet|transformer|text_encoder|text_encoder_2|text_encoder_3)\.|(?:(?<=\.)|^)text_model\.")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The paths that one module of a file stands for, and in which proportions they share the rows of B.
+    """The paths that one module of a file stands for, and the proportions in which they share the rows of B.
 
-    With `groups`, B is that many equal runs of rows, each of which is shared so. `turned` is that of a Rule.
+    With `groups`, B is that many equal runs of rows, each shared in these proportions. `turned` is that of a Rule.
     """
 
     targets: tuple[str, ...]
@@ -34,7 +34,7 @@ class Placement:
 
 
 class Rules:
-    """A table of rules, asked by names whose dots were turned into underscores."""
+    """A table of rules, looked up by names whose dots were turned into underscores."""
 
     def __init__(self, rules: Iterable[Rule]) -> None:
         self._by_form: dict[str, list[tuple[re.Pattern[str], Rule]]] = defaultdict(list)
@@ -43,7 +43,7 @@ class Rules:
             self._by_form[_form(rule.source)].append((re.compile(flat), rule))
 
     def find(self, flat: str) -> list[Placement]:
-        """Every placement that a rule gives the name; more than one means that it is ambiguous."""
+        """Return every placement that a rule gives the name; more than one means that it is ambiguous."""
         found: list[Placement] = []
         for pattern, rule in self._by_form.get(_form(flat), ()):
             hit = pattern.fullmatch(flat)
@@ -66,18 +66,18 @@ class BaseNames:
         self.head_size = head_size(getattr(model, "config", None))
 
     def by_flat(self, flat: str, component: str) -> list[str]:
-        """The paths that a name with underscores can mean in this model, or in its part of that name."""
+        """Return the paths that a name with underscores can mean in this model, or in its part `component`."""
         return [*self._flat.get(flat, ()), *self._flat.get(f"{component}_{flat}", ())]
 
     def path(self, target: str, where: str) -> str:
-        """The target's path in this model, with or without a pipeline's prefix. Raises LayerMismatch if it has neither."""
+        """Return the target's path in this model, with or without a pipeline's prefix. Raises LayerMismatch for none."""
         for name in _shorten(target):
             if name in self.layers:
                 return name
         raise missing_layer(where, target, self.layers)
 
     def fitted(self, path: str, factors: Factors, where: str) -> Factors:
-        """The factors with the layer's kind. Raises LayerMismatch for another size."""
+        """Return the factors with the layer's kind. Raises LayerMismatch for another size."""
         base = self.layers[path]
         shape, own = (base.num_outputs, base.num_inputs), (factors.b_OR.shape[0], factors.a_RI.shape[1])
         if shape != own or (factors.kernel and max(factors.kernel) > 1 and factors.kernel != base.kernel):
@@ -89,7 +89,7 @@ class BaseNames:
 
 
 def only(placements: Sequence[Placement], name: str, where: str, *, model_given: bool) -> Placement:
-    """The one placement. Raises AdapterUnsupported for none, and for several, which it lists."""
+    """Return the only placement. Raises AdapterUnsupported if there are none, or several, which it lists."""
     if len(placements) == 1:
         return placements[0]
     ways = "" if model_given else "; give the base model, whose names decide: Adapter.from_pretrained(..., model=model)"
@@ -100,7 +100,7 @@ def only(placements: Sequence[Placement], name: str, where: str, *, model_given:
 
 
 def divide(factors: Factors, placement: Placement, name: str, where: str) -> list[Factors]:
-    """The update of each target: its rows of B, and the rows of A that these use."""
+    """Return the update of each target: its rows of B, and the rows of A that these use."""
     if len(placement.targets) == 1:
         return [turned(factors) if placement.turned else factors]
     rows, total = factors.b_OR.shape[0], placement.groups * sum(placement.shares)
@@ -115,7 +115,7 @@ def divide(factors: Factors, placement: Placement, name: str, where: str) -> lis
 
 
 def _used(factors: Factors) -> Factors:
-    # files that join several updates in one have zeros outside its blocks
+    # files that join several updates into one have zeros outside the blocks
     used_R = factors.b_OR.any(dim=0)
     if bool(used_R.all()) or not bool(used_R.any()):
         return factors
@@ -123,14 +123,14 @@ def _used(factors: Factors) -> Factors:
 
 
 def turned(factors: Factors) -> Factors:
-    """The update with both halves of its outputs in each other's place, where each half is as large as the inputs."""
+    """Return the update with the halves of its outputs swapped, if each half is as large as the inputs."""
     if len(factors.b_OR) != 2 * factors.a_RI.shape[1]:
         return factors
     return replace(factors, b_OR=torch.cat(factors.b_OR.chunk(2)[::-1]))
 
 
 def head_size(config: object) -> int | None:
-    """How many outputs belong to one attention head, by the config of a transformers model."""
+    """Return how many outputs belong to one attention head, by the config of a transformers model; None if unknown."""
     text = getattr(config, "text_config", config)
     size, hidden, heads = (getattr(text, name, None) for name in ("head_dim", "hidden_size", "num_attention_heads"))
     if size is None and is_whole(hidden, 0) and is_whole(heads, 1):
@@ -148,7 +148,7 @@ def _fill(target: str, numbers: Sequence[str]) -> str:
 
 
 def _shorten(target: str) -> list[str]:
-    """The path and what is left of it without one or both of the optional steps."""
+    """Return the path, and the path without one or both of the optional steps."""
     found = [target]
     for name in found:
         for hit in _OPTIONAL.finditer(name):

@@ -1,6 +1,6 @@
-"""Which format a folder has, and reading it by that one.
+"""The choice of a folder's format, and reading it by that format.
 
-A PEFT folder names its type; a folder without adapter_config.json is asked of every format.
+A PEFT folder names its type; a folder without adapter_config.json is shown to every format.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from loraweave.hub.formats.poly import Poly
 _PROMPT = "trained vectors in front of the text or in the cache of attention, not an update of weights"
 _ROUTED = "the update depends on the input, so that no one matrix is it"
 
-# the types of PEFT 0.21 that have no form as factors of linear layers, and those whose form the file does not determine
+# the types of PEFT 0.21 without a form as factors of linear layers, and those whose form the file does not determine
 REFUSED = {
     **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"), _PROMPT),
     **dict.fromkeys(("CPT", "CARTRIDGE", "ADAPTION_PROMPT"), _PROMPT),
@@ -63,14 +63,12 @@ def read(
     max_error: float = MAX_ERROR,
     allow_pickle: bool = False,
 ) -> Contents:
-    """The contents of an adapter folder of any registered format, or of the one adapter in a folder of folders.
+    """Return the contents of an adapter folder of any registered format, or of the one adapter in a folder of folders.
 
-    `<folder>/task_N` is a task of the POLY in a folder.
-
-    `model`, `rank`, `max_error` and `allow_pickle` as in `ForeignFormat.read`; a plain LoRA is cut only where `rank` asks
-    for it. Raises AdapterUnsupported for a type that has no form as factors, with the reason, and for several adapters;
-    AdapterCorrupt if a file changed meanwhile; AdapterSuspicious for factors whose product is beyond fp32; and what the
-    format's reader raises.
+    `<folder>/task_N` is a task of the POLY in a folder. `model`, `rank`, `max_error` and `allow_pickle` are those of
+    `Reader.read`; a plain LoRA is cut only by `rank`. Raises AdapterUnsupported for a type that has no form as factors, with
+    the reason, and for several adapters; AdapterCorrupt if a file changed meanwhile; AdapterSuspicious for factors whose
+    product is beyond fp32; and the errors of the format's reader.
     """
     task = Poly.task_in(Path(folder))
     folder = _adapter_folder(Path(folder)) if task is None else Path(folder).parent
@@ -86,8 +84,8 @@ def read(
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter of any format; says nothing about its state."""
-    # a pickle that is not opened here is one by its name
+    """Return whether a folder holds an adapter of any format; its state is not checked."""
+    # pickles are not opened here: the name decides
     pickled = any(name in PICKLES for _, name in lora_files(folder))
     return Peft.recognises(folder) or pickled or any(layout.recognises(folder) for layout in _own_formats())
 
@@ -104,7 +102,7 @@ def _read(folder: Path, model: nn.Module | None, rank: int | None, max_error: fl
     layout = _layout_of(folder, fields, allow_pickle)
     if layout is None:
         return _cut_ranks(Peft.read(folder, allow_pickle=allow_pickle), bound, folder)
-    # a format that is written too is read as it was written
+    # a format that is also written is read exactly, without a conversion
     if hasattr(layout, "write"):
         return _cut_ranks(layout.read(folder), bound, folder)
     contents: Contents = layout.read(folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
@@ -112,9 +110,9 @@ def _read(folder: Path, model: nn.Module | None, rank: int | None, max_error: fl
 
 
 def _adapter_folder(folder: Path) -> Path:
-    """`folder` where it holds an adapter itself, else the one folder below it that does, else `folder` as it is.
+    """Return `folder` if it holds an adapter itself, else the one folder below it that does, else `folder`.
 
-    Links and hidden folders are not entered. Raises AdapterUnsupported, listing them, where several folders below it hold
+    Links and hidden folders are not entered. Raises AdapterUnsupported, listing them, if several folders below it hold
     adapters, since nothing says which one is meant.
     """
     if not folder.is_dir() or is_adapter(folder):
@@ -132,7 +130,7 @@ def _adapter_folder(folder: Path) -> Path:
 
 
 def _folders_below(folder: Path) -> Iterator[Path]:
-    """The folders below, in order of their names, a folder before what it holds."""
+    """Yield the folders below, in order of their names, a folder before those in it."""
     seen = 0
     for here, folders, files in os.walk(folder):
         path = Path(here)
@@ -151,7 +149,7 @@ def _folders_below(folder: Path) -> Iterator[Path]:
 
 
 def _layout_of(folder: Path, fields: Mapping[str, Any], allow_pickle: bool) -> Any:
-    """The format of a folder with these fields in its config, None for a plain LoRA."""
+    """Return the format of a folder whose config has these fields, or None for a plain LoRA."""
     kind = entry(fields, "peft_type", str)
     if kind == "LORA":
         variants = (layout for layout in _formats() if getattr(layout, "peft_type", "") == kind)
@@ -168,7 +166,7 @@ def _layout_of(folder: Path, fields: Mapping[str, Any], allow_pickle: bool) -> A
 
 
 def _foreign(kind: str, folder: Path) -> Any:
-    """The format of a peft_type. Raises AdapterUnsupported for one that is not read, with the reason or the nearest."""
+    """Return the format of a peft_type. Raises AdapterUnsupported for an unread one, with the reason or the nearest."""
     if kind in REFUSED:
         raise AdapterUnsupported(f"{folder}: peft_type is {kind!r}, which cannot be read as factors: {REFUSED[kind]}")
     layout = registry.get("formats", kind.lower()) if kind.lower() in registry.names("formats") else None
@@ -180,7 +178,7 @@ def _foreign(kind: str, folder: Path) -> Any:
 
 
 def _own_formats() -> Iterator[Any]:
-    """The formats that are recognised by their files, not by a type that PEFT's config names."""
+    """Return the formats that are recognised by their files, not by a type in PEFT's config."""
     return (layout for layout in _formats() if layout is not Peft and not hasattr(layout, "peft_type"))
 
 
@@ -190,12 +188,12 @@ def _formats() -> tuple[Any, ...]:
 
 @cache
 def _formats_on(path: tuple[str, ...]) -> tuple[Any, ...]:
-    """All formats; other packages' are found on the path. A folder takes a quarter of a millisecond to list."""
+    """Return all formats; other packages' are found on the path. A folder takes a quarter of a millisecond to list."""
     return tuple(registry.get("formats", name) for name in registry.names("formats"))
 
 
 def _refuse_unknown_file(source: Path, allow_pickle: bool) -> None:
-    """Raises for a file, or a folder with one, whose tensors have names of no layout; AdapterCorrupt for a damaged one."""
+    """Raise AdapterUnsupported for a file, or one in a folder, with names of no layout; AdapterCorrupt for a damaged one."""
     files = [] if Peft.recognises(source) else lora_files(source)
     if not files:
         return

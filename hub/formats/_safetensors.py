@@ -1,6 +1,6 @@
-"""Reading safetensors from a foreign folder: everything is checked against the file's size before memory is asked for.
+"""Reading safetensors from a foreign folder: everything is checked against the file's size before memory is allocated.
 
-Tensors are copied, never mapped: a mapped file that somebody truncates kills the process.
+Tensors are copied, never mapped: if somebody truncates a mapped file, the process is killed.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ NODES_OF_TENSOR = 16
 MAX_NODES = 500_000
 MAX_KEY_LENGTH = 512
 MAX_DIMENSIONS = 8
-# tensors that are read at once, and a header that is kept from its first look to its second
+# the bytes of tensors read at once, and of the largest header that is cached between its two reads
 RUN_BYTES = 2**24
 KEPT_HEADER_BYTES = 2**20
-# of memory; less is not asked for, since asking takes as long as reading a small adapter
+# reads that need no more memory skip the check of free memory, which takes as long as reading a small adapter
 ALWAYS_FREE_BYTES = 2**24
 
 FLOATS = {
@@ -48,14 +48,14 @@ FLOATS = {
 }
 # only for formats that store places in another tensor
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-# known to the format, yet integers and truth values carry no scale and complex or block-scaled numbers no single value
+# known to safetensors, but integers and booleans have no scale, and complex or block-scaled numbers no single value
 SIZES_OF_OTHERS = {"U64": 8, "U32": 4, "U16": 2, "BOOL": 1, "C64": 8, "F8_E8M0": 1}
 SIZES_OF_OTHERS |= {dtype: kind.itemsize for dtype, kind in INTEGERS.items()}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: its dtype as the file names it, its shape, and its bytes counted from the header's end."""
+    """The place of one tensor: its dtype as the file names it, its shape, and its bytes counted from the header's end."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -64,11 +64,11 @@ class Entry:
 
 
 def read_tensors(folder: Path, names: list[str], *, integers: bool = False) -> Iterator[tuple[str, str, Tensor]]:
-    """(key, dtype in the file, tensor in fp32) of every tensor in the named files, in the order of their bytes.
+    """Yield (key, dtype in the file, tensor in fp32) of every tensor in the named files, in the order of their bytes.
 
     All headers are checked before the first tensor is read. With `integers`, tensors of whole numbers (places in another
-    tensor) are read too, as int64. Raises AdapterCorrupt for a damaged file or a key that two files hold,
-    AdapterUnsupported for a dtype that has no exact meaning, and for tensors that need more memory than there is.
+    tensor) are read too, as int64. Raises AdapterCorrupt for a damaged file or a key that two files hold, AdapterUnsupported
+    for a dtype that has no exact meaning, and for tensors that need more memory than there is.
     """
     known = {**FLOATS, **INTEGERS} if integers else FLOATS
     headers = {name: _header_of(folder, name)[:2] for name in names}
@@ -92,7 +92,7 @@ def read_tensors(folder: Path, names: list[str], *, integers: bool = False) -> I
 
 
 def gather(stored: Iterable[tuple[str, str, Tensor]], folder: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors by key, and their dtypes in the file ("float16+float32"). Raises AdapterCorrupt where there are none."""
+    """Return the tensors by key, and their dtypes in the file ("float16+float32"). Raises AdapterCorrupt for none."""
     tensors: dict[str, Tensor] = {}
     dtypes: set[str] = set()
     for key, dtype, tensor in stored:
@@ -105,19 +105,19 @@ def gather(stored: Iterable[tuple[str, str, Tensor]], folder: Path) -> tuple[dic
 
 
 def dtype_name(dtype: str) -> str:
-    """torch's name of a floating point dtype of the file."""
+    """Return torch's name of a floating point dtype of the file."""
     return str(FLOATS[dtype]).removeprefix("torch.")
 
 
 def require_finite(tensor: Tensor, where: str, what: str) -> None:
-    """Raises AdapterCorrupt, with their number, for values that are NaN or infinite."""
+    """Raise AdapterCorrupt, with their number, for values that are NaN or infinite."""
     if not all_finite(tensor):
         num = int((~torch.isfinite(tensor)).sum())
         raise AdapterCorrupt(f"{where}: {num} of {tensor.numel()} values of {what} are NaN or infinite")
 
 
 def shards(folder: Path, index_name: str) -> list[str]:
-    """The files that an index names, after checking that index and files agree on every key."""
+    """Return the files that an index names, after checking that index and files agree on every key."""
     weight_map = read_json(folder, index_name, max_bytes=MAX_HEADER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise AdapterCorrupt(f"{folder}: {index_name} has no object 'weight_map'")
@@ -135,17 +135,17 @@ def shards(folder: Path, index_name: str) -> list[str]:
 
 
 def tensor_names(folder: Path, name: str) -> list[str]:
-    """The names of the tensors in a file; only its header is read."""
+    """Return the names of the tensors in a file; only its header is read."""
     return list(_header_of(folder, name)[0])
 
 
 def file_metadata(folder: Path, name: str) -> dict[str, str]:
-    """The texts that a file's header has about the file itself."""
+    """Return the metadata in a file's header, which are texts."""
     return dict(_header_of(folder, name)[2])
 
 
 def _header_of(folder: Path, name: str) -> tuple[Mapping[str, Entry], int, Mapping[str, str]]:
-    """The entries of a file, where its data begins, and what the header says about the file."""
+    """Return the entries of a file, where its data begins, and its metadata."""
     with open_file(folder, name) as (file, size):
         try:
             return _header(file, size)
@@ -169,8 +169,8 @@ def _header(file: BinaryIO, size: int) -> tuple[Mapping[str, Entry], int, Mappin
 
 @lru_cache(maxsize=1)
 def _parsed(raw: bytes, data_bytes: int) -> tuple[Mapping[str, Entry], Mapping[str, str]]:
-    """The tensors that a header describes, which cover the data, and what it says about the file; ValueError otherwise."""
-    # parsed JSON takes many times the room of its text, so its parts are counted first
+    """Return the tensors that a header describes, which cover the data, and the metadata. Raises ValueError otherwise."""
+    # parsed JSON takes many times the memory of its text, so its parts are counted first
     num_tensors, nodes = raw.count(b'"dtype"'), raw.count(b",") + raw.count(b"[") + raw.count(b"{")
     if num_tensors > MAX_TENSORS or nodes > MAX_NODES + NODES_OF_TENSOR * num_tensors:
         raise ValueError(
@@ -234,7 +234,7 @@ Run = list[tuple[str, Entry]]
 
 
 def _runs(entries: Mapping[str, Entry]) -> list[Run]:
-    """Tensors of one dtype that lie side by side, up to `RUN_BYTES` together: each run is read and converted at once."""
+    """Return runs of adjacent tensors of one dtype, of up to `RUN_BYTES`: each run is read and converted at once."""
     runs: list[Run] = []
     for key, entry in sorted(entries.items(), key=_by_place):
         first = runs[-1][0][1] if runs else None
@@ -250,7 +250,7 @@ def _by_place(item: tuple[str, Entry]) -> tuple[int, int]:
 
 
 def _require_memory(folder: Path, runs: Collection[Run]) -> None:
-    """AdapterUnsupported where the tensors in fp32, and once more the largest run as it is stored, are more than is free."""
+    """Raise AdapterUnsupported if the fp32 tensors and the largest run as stored need more memory than is free."""
     entries = [entry for run in runs for _, entry in run]
     needed = sum(max(4, 8 * (entry.dtype in INTEGERS)) * math.prod(entry.shape) for entry in entries)
     needed += max((run[-1][1].end - run[0][1].begin for run in runs), default=0)
@@ -263,7 +263,7 @@ def _require_memory(folder: Path, runs: Collection[Run]) -> None:
 
 
 def _read_run(file: BinaryIO, folder: Path, name: str, run: Run, start: int) -> Iterator[tuple[str, str, Tensor]]:
-    """(key, dtype in the file, tensor) of each, in fp32 or int64; those of a run are views of one vector."""
+    """Yield (key, dtype in the file, tensor) of each, in fp32 or int64; those of a run are views of one vector."""
     begin, dtype = run[0][1].begin, run[0][1].dtype
     buffer = bytearray(run[-1][1].end - begin)
     file.seek(start + begin)
@@ -279,8 +279,8 @@ def _read_run(file: BinaryIO, folder: Path, name: str, run: Run, start: int) -> 
 
 
 def hashed_tensors(folder: Path, name: str, digest: str, *, said_by: str) -> dict[str, Tensor]:
-    """The tensors of the file `name`, whose SHA-256 the file `said_by` has. Raises AdapterCorrupt where it is another."""
-    # the header is looked over first
+    """Return the tensors of a file. Raises AdapterCorrupt if its SHA-256 is not `digest`, which `said_by` records."""
+    # checks the header first
     tensor_names(folder, name)
     with open_file(folder, name) as (file, size):
         raw = file.read(size)

@@ -1,4 +1,4 @@
-"""LoRA whose training began by taking A0 B0 out of the base's weights: PiSSA, OLoRA and MiLoRA, saved unconverted."""
+"""LoRA whose training began by subtracting A0 B0 from the base's weights: PiSSA, OLoRA and MiLoRA, saved unconverted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ INITS = ("pissa", "olora", "milora")
 class BaseChange(PeftReader):
     """Delta = s B A - s B0 A0 relative to the original weights, exactly of rank 2 r.
 
-    The part taken out is the sum of the largest singular terms of W for PiSSA (Meng et al. 2024, arXiv 2404.02948), of the
+    The subtracted part is the sum of the largest singular terms of W for PiSSA (Meng et al. 2024, arXiv 2404.02948), of the
     smallest for MiLoRA (Wang et al. 2024, arXiv 2406.09044), and s times the first columns of Q and rows of R of its QR for
     OLoRA (Buyukakyuz 2024, arXiv 2406.01775). All three are functions of W alone, whatever signs a library gives them.
     """
@@ -37,12 +37,12 @@ class BaseChange(PeftReader):
 
     @classmethod
     def claims(cls, folder: Path, fields: Mapping[str, Any]) -> bool:
-        """Whether the config is a LoRA's with one of these starts."""
+        """Return whether the config is a LoRA's with one of these initialisations."""
         return _init_of(fields) in INITS
 
     @classmethod
     def _read(cls, source: Path, bound: Bound, model: nn.Module | None, allow_pickle: bool) -> Contents:
-        """Needs the model. Raises AdapterUnsupported for use_dora, lora_bias and layers that are not linear."""
+        """Return the contents. Raises AdapterUnsupported without the model, for use_dora, lora_bias, non-linear layers."""
         fields = Config.of(source).fields
         init = _init_of(fields)
         if init not in INITS:

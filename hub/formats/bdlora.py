@@ -1,4 +1,4 @@
-"""BD-LoRA: a LoRA of which one factor is block-diagonal, so that it can be served in shards."""
+"""BD-LoRA: a LoRA with one block-diagonal factor, so that it can be served in shards."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Bdlora(LoraVariant):
 
 
 def _blocks(config: Config) -> tuple[tuple[str, ...], tuple[str, ...], int]:
-    """(names of modules with blocks in A, in B, how many blocks)."""
+    """Return (names of modules with blocks in A, in B, how many blocks)."""
     inner = Config(config.folder, config.table("use_bdlora"))
     if unknown := sorted(set(inner.fields) - _FIELDS):
         raise AdapterUnsupported(f"{config.folder}: use_bdlora has the unknown field {unknown[0]!r:.80}")

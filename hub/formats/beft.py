@@ -8,7 +8,7 @@ from loraweave.types import Factors
 
 
 class Beft(ForeignFormat):
-    """An update of rank 0 with a bias: exact."""
+    """An update of rank 0 with a bias, exactly."""
 
     peft_type = "BEFT"
     parts = frozenset({"beft_bias"})

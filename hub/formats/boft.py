@@ -39,7 +39,7 @@ class Boft(ForeignFormat):
 
 
 def _rotated(matrix_OI: Tensor, turned_NBB: Tensor, order_I: Tensor) -> Tensor:
-    """matrix P D^T P^T for P with ones at (i, order[i])."""
+    """Return matrix P D^T P^T for P with ones at (i, order[i])."""
     apart_OI = torch.empty_like(matrix_OI)
     apart_OI[:, order_I] = matrix_OI
     blocks_ONB = apart_OI.reshape(apart_OI.shape[0], *turned_NBB.shape[:2])
@@ -47,7 +47,7 @@ def _rotated(matrix_OI: Tensor, turned_NBB: Tensor, order_I: Tensor) -> Tensor:
 
 
 def _order(num_in: int, block: int, level: int) -> Tensor:
-    """The butterfly of a level: within each group of 2^level blocks, half blocks with even places come first."""
+    """Return the butterfly of a level: in each group of 2^level blocks, half blocks with even places come first."""
     halves = 2 ** (level + 1)
     sorted_halves = [*range(0, halves, 2), *range(1, halves, 2)]
     half = block // 2

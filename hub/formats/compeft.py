@@ -1,6 +1,6 @@
 """Ternary adapters in few bits: compeft.safetensors and compeft.json (ComPEFT, Yadav et al. 2023, arXiv 2311.13171).
 
-The form is this library's own; the paper's authors left none. See `loraweave.hub.stores.ternary` for the stream.
+The layout is this library's own: the paper's authors defined none. See `loraweave.hub.stores.ternary` for the stream.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ FORMAT_VERSION = 1
 
 
 class Compeft:
-    """Reads and writes folders of ternary adapters; what is read is bit for bit what was written."""
+    """The reader and writer of folders of ternary adapters; it reads bit for bit what it wrote."""
 
     # `write` takes factors whose values are -c, 0 and c only
     ternary_only = True
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Whether the folder has a file of this form; says nothing about its state."""
+        """Return whether the folder has a file of this layout; its state is not checked."""
         return any(present(folder, name) for name in (DESCRIPTION, WEIGHTS))
 
     @staticmethod
     def read(folder: Path) -> Contents:
-        """The factors, other parts and heads of a folder, its base model, fingerprint and card.
+        """Return the layers, heads, base model, fingerprint and card of a folder.
 
-        Raises AdapterCorrupt for damaged files, with every size checked before memory is asked for, and AdapterUnsupported
-        for an adapter without effect.
+        Raises AdapterCorrupt for damaged files, all sizes checked before memory is allocated; AdapterUnsupported without
+        effect.
         """
         folder = Path(folder)
         description = read_json(folder, DESCRIPTION)
@@ -67,11 +67,11 @@ class Compeft:
 
     @staticmethod
     def write(contents: Contents, folder: Path) -> Path:
-        """Writes the folder, which appears whole or not at all, and returns its path.
+        """Write the folder, which appears whole or not at all, and return its path.
 
-        An existing one is replaced only when it is empty or holds nothing but such an adapter (else AdapterExists). Raises
-        AdapterUnsupported for factors that are not ternary (`lw.compeft` makes them so), for invocation tokens, and for a
-        card that is not JSON.
+        An existing one is replaced only if it is empty or holds nothing but such an adapter (else AdapterExists). Raises
+        AdapterUnsupported for factors that are not ternary (`lw.compeft` makes them so), invocation tokens, or a card not
+        JSON.
         """
         folder = Path(folder)
         if contents.invocation:
@@ -98,7 +98,7 @@ def _to_stored(dtype: str, tensor: Tensor) -> Tensor:
 
 
 def _check(layer: str, factors: Factors) -> None:
-    """ValueError for parts that do not fit each other."""
+    """Raise ValueError for parts that do not fit each other."""
     num_out, rank = factors.b_OR.shape
     kernel_fits = all(type(size) is int and size > 0 for size in factors.kernel)
     if type(layer) is not str or factors.rank != rank or not kernel_fits:

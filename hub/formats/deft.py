@@ -1,4 +1,4 @@
-"""DEFT (PEFT 0.21): what the weight has in a small subspace of its outputs is replaced."""
+"""DEFT (PEFT 0.21): the weight's part in a small subspace of its outputs, replaced by a trained one."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ class Deft(ForeignFormat):
         a_RI = -right_OR.T @ layer.base.weight_OI
         if not layer.config.flag("para"):
             alpha = layer.config.number("alpha", 0.0) if layer.config.fields.get("alpha") is not None else 0.0
-            # PEFT takes an alpha of 0 for none
+            # PEFT treats an alpha of 0 as no alpha
             a_RI = a_RI + layer.part("deft_R", rank, layer.base.num_inputs) * (alpha / rank if alpha else 1.0)
         return plain(a_RI, left_OR)

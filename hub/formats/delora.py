@@ -1,4 +1,4 @@
-"""DeLoRA (Bini et al. 2025, arXiv 2503.18225): a LoRA whose angle and strength are trained apart."""
+"""DeLoRA (Bini et al. 2025, arXiv 2503.18225): a LoRA whose direction and strength are trained apart."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from loraweave.hub.formats._conversion import plain
 from loraweave.hub.formats._foreign import ForeignFormat, Layer
 from loraweave.types import Factors
 
-# PEFT's floor for the norms that it divides by
+# PEFT's lower bound of the norms that it divides by
 SMALLEST_NORM = 1e-4
 
 

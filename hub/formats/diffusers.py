@@ -24,9 +24,9 @@ COMPONENTS = (
     "prior",
     "controlnet",
 )
-# ComfyUI's word for whatever model denoises, under that model's own names
+# ComfyUI's prefix for any denoiser, followed by that model's own names
 _ANY_MODEL = "diffusion_model."
-# the pipeline's oldest files hold its UNet alone and do not name it
+# the oldest files hold only the pipeline's UNet and do not name it
 _BARE_UNET = ("down_blocks.", "up_blocks.", "mid_block.")
 _SUFFIXES = {
     ".lora_A.weight": "down",
@@ -44,9 +44,9 @@ _CONFIG = "lora_adapter_metadata"
 
 
 class Diffusers(FileFormat):
-    """Delta = s up down under the path `component.module`, s being alpha/r where the file has one and 1 elsewhere.
+    """Delta = s up down under the path `component.module`; s is alpha/r if the file has an alpha, else 1.
 
-    An alpha is a tensor beside the factors, or lies in the LoRA config that newer versions write into the file's header.
+    An alpha is a tensor beside the factors, or is in the LoRA config that newer versions write into the file's header.
     """
 
     example = (
@@ -107,7 +107,7 @@ def _starts(name: str) -> bool:
 
 
 def _component(name: str) -> str:
-    """The part of the pipeline that a name begins with, empty for a file of one model alone."""
+    """Return the part of the pipeline that a name begins with, or "" for a file of one model alone."""
     first = name.split(".")[0]
     return first if first in COMPONENTS else ""
 
@@ -122,7 +122,7 @@ def _taken_apart(name: str) -> tuple[str, str] | None:
 
 
 def _settings(metadata: Mapping[str, str], where: str) -> dict[str, dict[str, Any]]:
-    """The LoRA config of each component, from the file's header."""
+    """Return the LoRA config of each component, from the file's header."""
     if _CONFIG not in metadata:
         return {}
     try:

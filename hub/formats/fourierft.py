@@ -11,7 +11,7 @@ from loraweave.hub.formats._foreign import ForeignFormat, Layer
 
 
 class Fourierft(ForeignFormat):
-    """Delta = scaling * Re(IDFT2(F)), F holding the trained values at places drawn from the config's seed."""
+    """Delta = scaling * Re(IDFT2(F)), F holding the trained values at places drawn with the config's seed."""
 
     peft_type = "FOURIERFT"
     parts = frozenset({"fourierft_spectrum"})
@@ -25,7 +25,7 @@ class Fourierft(ForeignFormat):
 
 
 def scatter(layer: Layer, values: Tensor) -> Tensor:
-    """A matrix (O, I) of zeros with the values at the places that PEFT draws: a permutation by torch's CPU generator."""
+    """Return a matrix (O, I) with the values at the places that PEFT draws by torch's CPU generator, else 0."""
     num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
     if values.shape[0] > num_out * num_in:
         raise AdapterCorrupt(f"{layer.where} has {values.shape[0]} coefficients for a matrix of {num_out} x {num_in}")

@@ -29,7 +29,7 @@ class Glora(ForeignFormat):
 
 
 def _term(layer: Layer, name: str) -> Tensor:
-    """A trained term in whatever form it is stored; a single number has shape (1,)."""
+    """Return a trained term in the form in which it is stored; a single number has shape (1,)."""
     if layer.has(f"{name}.Xd"):
         down = layer.part(f"{name}.Xd", None, None)
         return down @ layer.part(f"{name}.Xu", down.shape[1], None)

@@ -30,6 +30,6 @@ class Hra(ForeignFormat):
         gram_RR = u_IR.T @ u_IR
         b_OR = torch.zeros_like(images_OR)
         for step in range(u_IR.shape[1]):
-            # what the reflections before this one have left of W u
+            # W' u of this step, W' being W after the reflections before it
             b_OR[:, step] = -2 * (images_OR[:, step] + b_OR[:, :step] @ gram_RR[:step, step])
         return plain(u_IR.T, b_OR)

@@ -11,7 +11,7 @@ from loraweave.hub.formats._known_modules import FLUX, ORIGINAL_FLUX, ORIGINAL_S
 from loraweave.hub.formats._lora_file import MATRICES, FileFormat
 from loraweave.hub.formats._placing import BaseNames, Placement, Rules, only
 
-# the prefix of a module, the pipeline's part that it belongs to, and the architectures that may be
+# the prefix of a module: (the part of the pipeline that it belongs to, the rules of the architectures it may be of)
 PREFIXES = {
     "lora_unet_": ("unet", (UNET, ORIGINAL_UNET, ORIGINAL_FLUX, ORIGINAL_SD3, FLUX)),
     "lora_transformer_": ("transformer", (FLUX,)),
@@ -34,11 +34,11 @@ _OTHERS = {
 
 
 class Kohya(FileFormat):
-    """Delta = alpha/r up down, as LoRA, LoCon (convolutions), LoHa or LoKr. A name is looked up, never taken apart.
+    """Delta = alpha/r up down, as LoRA, LoCon (convolutions), LoHa or LoKr. A name is looked up, never split at underscores.
 
-    Underscores stand for dots and for themselves. The base model, where it is given, says what a name means, else a
-    table of the modules of Stable Diffusion 1, 2, 3 and XL and FLUX.1 with their CLIP text encoders; the paths then begin
-    with the part of diffusers' pipeline, as in `unet.mid_block.attentions.0.proj_in`.
+    Underscores stand for dots and for themselves. The base model, if given, decides what a name means, else a table of the
+    modules of Stable Diffusion 1, 2, 3 and XL and FLUX.1 with their CLIP text encoders; the paths then begin with the part
+    of diffusers' pipeline, as in `unet.mid_block.attentions.0.proj_in`.
     """
 
     example = (

@@ -11,7 +11,7 @@ from loraweave.types import Factors
 class Loha(ForeignFormat):
     """Delta = alpha/r (W1a W1b) * (W2a W2b) elementwise: by the Khatri-Rao product exactly of rank r^2.
 
-    Where r^2 is above the smaller side of the layer, the matrix is formed and cut to `max_error`.
+    If r^2 is above the smaller side of the layer, the matrix is formed and cut to `max_error`.
     """
 
     peft_type = "LOHA"

@@ -15,7 +15,7 @@ from loraweave.hub.formats._safetensors import tensor_names
 from loraweave.types import Factors
 
 MIDDLE = "default_lora_latent_mapping.weight"
-# older versions of PEFT take ".default" out of every tensor name, this one's too
+# older versions of PEFT remove ".default" from every tensor name, this one's too
 GLUED = "_lora_latent_mapping.weight"
 
 
@@ -27,7 +27,7 @@ class LoraXs(ForeignFormat):
 
     @classmethod
     def claims(cls, folder: Path, fields: Mapping[str, Any]) -> bool:
-        """Whether the folder is a LoRA whose file has a matrix between A and B."""
+        """Return whether the folder is a LoRA whose file has a matrix between A and B."""
         try:
             return super().claims(folder, fields) and any(
                 name.endswith(GLUED) for file in weight_files(folder) for name in tensor_names(folder, file)

@@ -15,7 +15,7 @@ from loraweave.hub.formats._files import entry, present, read_bytes
 from loraweave.hub.formats._lora_file import FileFormat, Parts, rank_of
 from loraweave.hub.formats._placing import BaseNames, Placement
 
-# a module below its layer, as the generations of the software name it, and the base's modules that it updates, in B's order
+# a module below its layer, as each generation of the software names it: the base's modules that it updates, in B's order
 _ATTENTION, _MLP = "self_attn", "mlp"
 _FUSED_QKV = tuple(f"{_ATTENTION}.{part}_proj" for part in "qkv")
 MODULES = {
@@ -37,7 +37,7 @@ MODULES = {
 }
 _NAME = re.compile(r"(.*\blayers\.\d+\..+)\.linear_(in|out)\.weight")
 _LAYER = re.compile(r".*?\blayers\.(\d+)\.(.+)")
-# where the two generations keep the settings: the file, the way to them, and their names for rank and alpha
+# the settings of the two generations: the file, the keys that lead to them, and the name of the rank
 CONFIGS = (
     ("run_config.yaml", ("peft",), "dim"),
     ("model_config.yaml", ("peft", "lora_tuning"), "adapter_dim"),
@@ -46,10 +46,10 @@ MAX_CONFIG_BYTES = 2**20
 
 
 class Megatron(FileFormat):
-    """Delta = alpha/r out in, for the layers of the Hugging Face model given, whose sizes say how fused projections divide.
+    """Delta = alpha/r out in, for the layers of the given base, whose sizes decide how fused projections divide.
 
-    Rows of `linear_qkv` stand in groups: the queries of a group, its key, its value. `linear_fc1` is gate above up. The
-    alpha lies in `run_config.yaml` or `model_config.yaml` beside the file. One file with all of every tensor: parts of
+    Rows of `linear_qkv` are in groups: the queries of a group, its key, its value. `linear_fc1` is gate above up. The alpha
+    is in `run_config.yaml` or `model_config.yaml` beside the file. One file must have all of every tensor: parts of
     tensor-parallel ranks are refused by their sizes.
     """
 
@@ -105,7 +105,7 @@ def _path(end: str, base: BaseNames, where: str) -> str:
 
 
 def _place_groups(paths: tuple[str, ...], base: BaseNames, where: str) -> Placement:
-    """Query, key and value in groups of one key each."""
+    """Return the placement of query, key and value in groups of one key each."""
     queries, keys, values = (base.layers[path].num_outputs for path in paths)
     size = base.head_size
     if size is None or keys != values or keys % size or queries % keys:
@@ -117,7 +117,7 @@ def _place_groups(paths: tuple[str, ...], base: BaseNames, where: str) -> Placem
 
 
 def _settings(folder: Path) -> tuple[float, float]:
-    """(rank, alpha) from the config beside the file."""
+    """Return (rank, alpha) from the config beside the file."""
     for name, steps, rank_name in CONFIGS:
         if not present(folder, name):
             continue
@@ -126,7 +126,7 @@ def _settings(folder: Path) -> tuple[float, float]:
             fields = entry(fields, step, dict)
         values = fields or {}
         rank: Any = values.get(rank_name)
-        # NeMo leaves an alpha out that equals the rank
+        # NeMo omits an alpha that equals the rank
         alpha: Any = values.get("alpha", rank if name == "model_config.yaml" else None)
         if not _is_number(rank) or not _is_number(alpha) or rank < 1:
             raise AdapterCorrupt(f"{folder}: {name} has no numbers {rank_name} and alpha under {'.'.join(steps)}")

@@ -1,4 +1,4 @@
-"""LoRA of PEFT before 0.3 on a fused projection: factors for some of its equal parts (`enable_lora`), as loralib has it."""
+"""LoRA of PEFT before 0.3 on a fused projection: factors for some of its equal parts (`enable_lora`), as in loralib."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from loraweave.types import Factors
 
 
 class MergedLinear(LoraVariant):
-    """Delta = alpha/r times B A in each part that `enable_lora` names, zero in the others: exactly of the rows of A.
+    """Delta = alpha/r B A in each part that `enable_lora` selects, zero in the others: of rank up to the rows of A.
 
-    The outputs are cut into as many equal runs as the list has entries, whatever the base keeps there. A has r rows for
+    The outputs are divided into as many equal runs as the list has entries, whatever the base has there. A has r rows for
     every part in use, and B is a convolution of width 1 in groups, each over its own rows of A.
     """
 
@@ -60,7 +60,7 @@ def _parts_in_use(config: Config) -> list[bool]:
 
 
 def _spread(b_PR: Tensor, used: list[bool]) -> Tensor:
-    """The rows at their places in the whole projection."""
+    """Return the rows of the parts at their places in the whole projection."""
     given = iter(b_PR.chunk(sum(used)))
     size = b_PR.shape[0] // sum(used)
     return torch.cat([next(given) if part else b_PR.new_zeros(size, b_PR.shape[1]) for part in used])

@@ -21,10 +21,10 @@ _EMBEDDINGS = ("embed", "wte")
 
 
 class Mlx(FileFormat):
-    """Delta = s (a b)^T with a (I, R) and b (R, O), s being `scale`, times alpha / rank where the config has an alpha.
+    """Delta = s (a b)^T with a (I, R) and b (R, O), s being `scale`, times alpha / rank if the config has an alpha.
 
-    Older versions wrote an alpha and multiplied by both, newer ones have only `scale`. Paths are those of MLX's
-    model, which follow the checkpoint's; `model` checks them. An embedding needs it, since it is stored like a linear layer.
+    Older versions wrote an alpha and multiplied by both, newer ones have only `scale`. Paths are those of MLX's model, which
+    follow the checkpoint's; `model` checks them. An embedding needs it, since it is stored like a linear layer.
     """
 
     example = ("model.layers.0.self_attn.q_proj.lora_a", "model.layers.0.self_attn.q_proj.lora_b")
@@ -35,7 +35,7 @@ class Mlx(FileFormat):
 
     @classmethod
     def recognises(cls, source: Path, *, allow_pickle: bool = False) -> bool:
-        """Whether `source` is such a file or folder, with MLX's config beside the weights."""
+        """Return whether `source` is such a file or folder, with MLX's config beside the weights."""
         folder = source.parent if source.is_file() else source
         try:
             return _fields(folder) is not None and super().recognises(source, allow_pickle=allow_pickle)
@@ -92,7 +92,7 @@ class Mlx(FileFormat):
     @classmethod
     def _files(cls, source: Path, allow_pickle: bool = False) -> list[str]:
         found = super()._files(source, allow_pickle)
-        # numbered checkpoints lie beside the last state
+        # numbered checkpoints are stored beside the final weights
         return [WEIGHTS] if WEIGHTS in found else found
 
     @classmethod
@@ -110,6 +110,6 @@ class Mlx(FileFormat):
 
 
 def _fields(folder: Path) -> Mapping[str, Any] | None:
-    """MLX's config in a folder, None where there is none."""
+    """Return MLX's config in a folder, or None if there is none."""
     fields = Config.of(folder).fields if present(folder, CONFIG) else {}
     return None if "peft_type" in fields or entry(fields, "lora_parameters", dict) is None else fields

@@ -1,7 +1,7 @@
 """MoRA (Jiang et al. 2024, arXiv 2405.12130) as its authors' fork of peft saves it: one square matrix for a layer.
 
-The square M (S, S) has about as many entries as a LoRA of rank r; what goes in is compressed to S features without a trained
-number, what comes out is repeated. The file has M twice, as lora_A and as lora_B, and alpha counts for nothing.
+The square M (S, S) has about as many entries as a LoRA of rank r; inputs are compressed to S features without trained
+numbers, and outputs are repeated. The file has M twice, as lora_A and as lora_B, and alpha is not used.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from loraweave.hub.formats._foreign import Layer, LoraVariant, check_size
 from loraweave.types import Factors
 
 A, B = "lora_A.weight", "lora_B.weight"
-# types whose inputs, or outputs, go together by every S-th feature; those of the others do by neighbours
+# types that group every S-th input, or output; the other types group neighbours
 EVERY_INPUT, EVERY_OUTPUT = (1, 4), (1, 3)
-# the type that turns blocks
+# the type that rotates blocks
 TURNED = 6
 
 
 class Mora(LoraVariant):
-    """Delta = D M C with C and D of zeros and ones, exactly of rank S; type 6 has a turned M in each block, of any rank.
+    """Delta = D M C with C and D of zeros and ones, exactly of rank S; type 6 has a rotated M in each block, of any rank.
 
-    Type 1 adds up every S-th input, filled up to a multiple of S with its own beginning, and repeats the S outputs; 2 does
-    both by neighbours, 3 and 4 one of each. Type 6 turns the b-th S inputs by b times the angles of RoPE, applies M to each,
-    and repeats or cuts what comes out.
+    Type 1 adds up every S-th input, padded to a multiple of S with the first inputs, and repeats the S outputs; 2 does both
+    by neighbours, 3 and 4 one of each. Type 6 rotates the b-th S inputs by b times RoPE's angles, applies M, repeats or cuts
+    outputs.
     """
 
     field = "use_mora"
@@ -62,7 +62,7 @@ def _neighbours(size: int, count: int) -> Tensor:
 
 
 def _turned(layer: Layer, square_SS: Tensor, num_out: int, num_in: int) -> Tensor:
-    """Return the update (O, I) of type 6: M turned in each block of the diagonal, folded and repeated to (O, I)."""
+    """Return the update (O, I) of type 6: M rotated in each block of the diagonal, folded and repeated to (O, I)."""
     side = len(square_SS)
     blocks, half = -(-num_in // side), side // 2
     check_size(layer, blocks * side, blocks * side)

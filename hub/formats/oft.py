@@ -48,14 +48,14 @@ def _skew(entries: Tensor, block: int) -> Tensor:
 
 
 def _shorten(skew_NBB: Tensor, limit: float) -> Tensor:
-    """Constrained OFT: every block's norm is at most the limit over the root of their number."""
+    """Return the blocks of constrained OFT: every block's norm is at most the limit over the root of their number."""
     limit = limit / math.sqrt(skew_NBB.shape[0])
     norms_N11 = skew_NBB.norm(dim=(1, 2), keepdim=True)
     return torch.where(norms_N11 <= limit, skew_NBB, skew_NBB * (limit / norms_N11.clamp(min=torch.finfo().tiny)))
 
 
 def _cayley(skew_NBB: Tensor, layer: Layer) -> Tensor:
-    """(1 - Q)(1 + Q)^-1, or the first terms of 1 + 2 Q + 2 Q^2 + ..., the last of which PEFT counts once."""
+    """Return (1 - Q)(1 + Q)^-1, or the first terms of 1 + 2 Q + 2 Q^2 + ..., the last of which PEFT counts once."""
     one_BB = torch.eye(skew_NBB.shape[1], dtype=skew_NBB.dtype)
     if not layer.config.flag("use_cayley_neumann", True):
         exact: Tensor = torch.linalg.solve(one_BB + skew_NBB, one_BB - skew_NBB, left=False)

@@ -1,4 +1,4 @@
-"""OSF (Nayak et al. 2025, arXiv 2504.07097): the small singular values and vectors of the weight are trained."""
+"""OSF (Nayak et al. 2025, arXiv 2504.07097): the weight's smallest singular values and vectors, trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loraweave.types import Factors
 
 
 class Osf(ForeignFormat):
-    """Delta = U S V - U0 S0 V0, with 0 for the base's smallest singular values: exactly of twice their number or less."""
+    """Delta = U S V - U0 S0 V0, with U0, S0, V0 the base's r smallest singular terms: exactly of rank 2 r or less."""
 
     peft_type = "OSF"
     parts = frozenset({"osf_svd_params.U_low", "osf_svd_params.S_low", "osf_svd_params.V_low"})

@@ -40,23 +40,22 @@ Parts = dict[Part, Tensor]
 
 
 class Peft:
-    """Reads and writes PEFT folders. A folder either means exactly the factors and heads that `read` gives, or it raises."""
+    """The reader and writer of PEFT folders. `read` returns exactly the factors and heads that a folder means, or raises."""
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Whether the folder has a file of a PEFT adapter; says nothing about its state."""
+        """Return whether the folder has a file of a PEFT adapter; its state is not checked."""
         return any(present(folder, name) for name in (CONFIG, WEIGHTS, INDEX, PICKLE))
 
     @staticmethod
     def read(folder: Path, *, assumed: Mapping[str, Any] | None = None, allow_pickle: bool = False) -> Contents:
-        """The factors of a PEFT folder in fp32 with the scale folded into b, its base model, and its card.
+        """Return the factors of a PEFT folder in fp32 with the scale folded into b, its base model, and its card.
 
-        Which layers exist and how large they are is read from the tensors; target patterns are recorded and never run.
-        Where a tensor's rank differs from what the config gives the layer, the tensor's is r of the scale too, and a
-        warning tells. `card["peft"]` holds what of the config `write` puts back and `card["stored_dtype"]` the dtypes in
-        the file. `assumed` replaces fields of the config; `allow_pickle` has a .bin read by the safe loader.
-        Raises AdapterCorrupt for damaged files, and AdapterUnsupported for what has no exact form as factors and for
-        an adapter without effect.
+        The layers and their sizes are read from the tensors; target patterns are recorded and never run. If a tensor's rank
+        differs from what the config gives the layer, the scale uses the tensor's, and a warning tells. `card["peft"]` holds
+        the fields of the config that `write` writes back and `card["stored_dtype"]` the dtypes in the file. `assumed`
+        replaces fields of the config; `allow_pickle` has a .bin read by the safe loader. Raises AdapterCorrupt for damaged
+        files, and AdapterUnsupported for contents without an exact form as factors and for an adapter without effect.
         """
         folder = Path(folder)
         config = parse({**Config.of(folder).fields, **(assumed or {})}, folder)
@@ -74,18 +73,18 @@ class Peft:
 
     @staticmethod
     def write(contents: Contents, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
-        """Writes a PEFT folder that PEFT loads key for key and whose `read` gives the same contents; returns its path.
+        """Write a PEFT folder that PEFT loads key for key and `read` returns unchanged, and return its path.
 
         Tensors are stored as `dtype`: float32 (exact), float16 or bfloat16 (rounded). The folder appears whole or not at
-        all; an existing one is replaced only when it is empty or holds nothing but an adapter (else AdapterExists).
-        Raises AdapterUnsupported for a gain without DoRA's magnitude, and for other contents that PEFT has no form for.
+        all; an existing one is replaced only when it is empty or holds nothing but an adapter (else AdapterExists). Raises
+        AdapterUnsupported for a gain without DoRA's magnitude, and for other contents that PEFT has no form for.
         """
         contents.require_effect(f"cannot write to {folder}")
         return write_folder(contents, Path(folder), dtype=dtype)
 
 
 def _parts_of(stored: Mapping[str, Tensor], config: PeftConfig) -> dict[str, Parts]:
-    """The tensors by layer and part, all finite."""
+    """Return the tensors by layer and part, all finite."""
     folder = config.folder
     if not stored:
         raise AdapterUnsupported(f"{folder}: the file holds trained heads but no low-rank update, so it is not a LoRA")
@@ -146,7 +145,7 @@ def _warn_of_other_ranks(found: Mapping[str, int], scales: Mapping[str, float], 
 
 
 def _factors(layer: str, held: Parts, config: PeftConfig) -> Factors:
-    """The factors of one layer before scaling; a trained bias alone gives rank 0."""
+    """Return the factors of one layer before scaling; a trained bias alone gives rank 0."""
     where = f"{config.folder}: layer {layer!r}"
     if set(held) == {"base_bias"}:
         bias_O = held["base_bias"]
@@ -171,7 +170,7 @@ def _factors(layer: str, held: Parts, config: PeftConfig) -> Factors:
 
 
 def _check_flags(held: Parts, factors: Factors, config: PeftConfig, where: str) -> None:
-    """Whether the file has what the config's flags announce, and nothing that PEFT would ignore without a word."""
+    """Check that the file has what the config's flags announce, and nothing that PEFT would ignore silently."""
     if config.lora_bias and factors.kind == "embedding":
         raise AdapterUnsupported(f"{where} is an embedding with lora_bias, which PEFT does not define")
     for part, name, flag in (("magnitude", "use_dora", config.use_dora), ("bias", "lora_bias", config.lora_bias)):
@@ -187,7 +186,7 @@ def _vector(tensor: Tensor | None, where: str, what: str, size: int) -> Tensor |
 
 
 def _magnitude(tensor: Tensor | None, where: str, factors: Factors) -> Tensor | None:
-    """DoRA's magnitude, which PEFT stores as (1, O, 1, ...) for a convolution."""
+    """Return DoRA's magnitude (O,), which PEFT stores as (1, O, 1, ...) for a convolution."""
     stored = (1, factors.b_OR.shape[0], *(1 for _ in factors.kernel))
     if tensor is not None and factors.kind == "conv" and tuple(tensor.shape) == stored:
         tensor = tensor.flatten()
@@ -195,7 +194,7 @@ def _magnitude(tensor: Tensor | None, where: str, factors: Factors) -> Tensor | 
 
 
 def _scale(layer: str, factors: Factors, scale: float, config: PeftConfig) -> Factors:
-    """b and bias times the scale, as if multiplied in float64 and rounded once."""
+    """Return the factors with b and bias times the scale, as if multiplied in float64 and rounded once."""
     if scale == 1:
         return factors
     b_OR, bias_O = _times(factors.b_OR, scale), None if factors.bias_O is None else _times(factors.bias_O, scale)
@@ -211,7 +210,7 @@ def _times(tensor: Tensor, scale: float) -> Tensor:
 
 
 def _undo_layout(layer: str, factors: Factors, layout: Mapping[str, Any]) -> Factors:
-    """Undoes what our writer had to add for PEFT: zeros only, so that the notes in a foreign file cannot change a value."""
+    """Undo what our writer added for PEFT: zeros only, so that the notes in a foreign file cannot change a value."""
     padded = layer in (entry(layout, "padded_bias", list) or ())
     if padded and factors.bias_O is not None and not bool(factors.bias_O.any()):
         factors = replace(factors, bias_O=None)

@@ -1,4 +1,4 @@
-"""Polytropon as PEFT has it (Ponti et al. 2022, arXiv 2202.13914): skills mixed factor by factor, by each task's weights."""
+"""Polytropon in PEFT's form (Ponti et al. 2022, arXiv 2202.13914): skills mixed factor by factor, by each task's weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loraweave.hub.formats._conversion import plain
 from loraweave.hub.formats._foreign import ForeignFormat, Layer
 from loraweave.types import Factors
 
-# PEFT's
+# as in PEFT
 EPS = 1e-12
 MAX_TASKS = 10_000
 
@@ -22,31 +22,31 @@ MAX_TASKS = 10_000
 class Poly(ForeignFormat):
     """One task's adapter, exactly of rank r: a = sum of w_s a_s and b = sum of w_s b_s / r over the skills, split by split.
 
-    w_s = sigmoid(z_s) / sum of the sigmoids, z the task's logits. A folder of several tasks has an adapter for each:
-    the path `<folder>/task_N` means one, and `lw.router(folder).pool` has all.
+    w_s = sigmoid(z_s) / sum of the sigmoids, z the task's logits. A folder of several tasks has an adapter for each: the
+    path `<folder>/task_N` means one, and `lw.router(folder).pool` has all.
     """
 
     peft_type = "POLY"
     parts = frozenset({"poly_lora_A", "poly_lora_B", "poly_router.module_logits"})
     handled = words("r n_tasks poly_type")
     benign = words("n_skills n_splits init_weights")
-    # None: the only one
+    # the number of the task; None for the only one
     task: ClassVar[int | None] = None
 
     @classmethod
     def of_task(cls, task: int) -> type[Poly]:
-        """The reader of that task's adapter."""
+        """Return the reader of that task's adapter."""
         return type(cls.__name__, (cls,), {"task": task})
 
     @classmethod
     def task_in(cls, path: Path) -> int | None:
-        """N of the path `<folder of a POLY>/task_N`, None for any other; no file has that name."""
+        """Return N of the path `<folder of a POLY>/task_N`, where no such file exists, or None for any other path."""
         match = re.fullmatch(r"task_(0|[1-9]\d{0,8})", path.name)
         return int(match[1]) if match and not path.exists() and cls.recognises(path.parent) else None
 
     @classmethod
     def num_tasks(cls, folder: Path) -> int:
-        """How many tasks a folder has."""
+        """Return how many tasks a folder has."""
         return cls._config(folder).count("n_tasks", 1, most=MAX_TASKS)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""PVeRA, the probabilistic VeRA of PEFT 0.21: at inference it takes the mean of what it samples in training."""
+"""PVeRA, the probabilistic VeRA of PEFT 0.21: at inference, the mean of the vectors that it samples in training."""
 
 from __future__ import annotations
 

@@ -34,13 +34,13 @@ class Road(ForeignFormat):
 
 
 def _partners(rows: Tensor, group: int) -> Tensor:
-    """Every row's partner in the rotation: minus the second half of its group for the first half, and the reverse."""
+    """Return every row's partner in the rotation: minus the second half of its group for the first half, and the reverse."""
     halves = rows.reshape(-1, 2, group // 2, rows.shape[1])
     return torch.stack([-halves[:, 1], halves[:, 0]], dim=1).reshape(rows.shape)
 
 
 def _coefficients(layer: Layer, num_out: int, group: int) -> tuple[Tensor, Tensor]:
-    """(alpha cos theta, alpha sin theta) per output: one pair of values per rotation, per output, or per matrix entry."""
+    """Return (alpha cos theta, alpha sin theta) per output, from one pair per rotation, output or matrix entry."""
     variant = layer.config.choice("variant", ("road_1", "road_2", "road_4"), "road_1")
     size = {"road_1": num_out // 2, "road_2": num_out, "road_4": 2 * num_out}[variant]
     theta, alpha = layer.part("road_theta", size), layer.part("road_alpha", size)

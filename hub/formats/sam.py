@@ -14,15 +14,14 @@ from loraweave.hub.formats._lora_file import FileFormat
 from loraweave.hub.formats._placing import BaseNames, Placement
 
 _NAME = re.compile(r"w_([ab])_(\d{3,4})")
-# of segment_anything, and of transformers' SamModel
+# the layers of segment_anything, and of transformers' SamModel
 _QKV = re.compile(r"(?:.+\.)?(?:blocks|layers)\.(\d+)\.attn\.qkv")
 
 
 class Sam(FileFormat):
-    """Delta of a block's fused projection = [B_q A_q; 0; B_v A_v], unscaled: pair 2n is the queries of block n, 2n + 1 its
-    values (https://github.com/JamesQFreeman/Sam_LoRA).
+    """Delta of a block's fused projection = [B_q A_q; 0; B_v A_v], unscaled (https://github.com/JamesQFreeman/Sam_LoRA).
 
-    The file names no layer, so that the model is needed and has to have as many blocks as the file.
+    Pair 2n is the queries of block n, 2n + 1 its values. The file names no layer: give the model, of as many blocks.
     """
 
     example = ("w_a_000", "w_b_000")

@@ -8,7 +8,7 @@ from loraweave.hub.formats._foreign import ForeignFormat, Layer
 
 
 class Supertuning(ForeignFormat):
-    """Delta has the trained values at the stored places of the flattened weight, plus alpha/r B A where the config has r."""
+    """Delta has the trained values at the stored places of the flattened weight, plus alpha/r B A if the config has r."""
 
     peft_type = "SUPERTUNING"
     parts = frozenset(

@@ -1,4 +1,4 @@
-"""TinyLoRA (PEFT 0.21), LoRA-XS with a middle matrix spanned by a few fixed random ones; PEFT stores all of them."""
+"""TinyLoRA (PEFT 0.21): LoRA-XS whose middle matrix is a trained sum of a few fixed random ones, which PEFT stores."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Tinylora(ForeignFormat):
 
 
 def _group(layer: Layer) -> int:
-    """Which trained vector a layer uses: groups of consecutive layers, in the order of the base model's modules."""
+    """Return which trained vector a layer uses: groups of consecutive layers, in the order of the base model's modules."""
     if len(layer.shared) == 1:
         return 0
     if layer.position is None:

@@ -1,4 +1,4 @@
-"""Uni-LoRA (Li et al. 2025, arXiv 2506.00799): every entry of the factors is one of a single vector's, scaled."""
+"""Uni-LoRA (Li et al. 2025, arXiv 2506.00799): every entry of the factors is an entry of one shared vector, scaled."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Vblora(ForeignFormat):
 
 
 def _mix(layer: Layer, side: str, bank_VL: Tensor) -> Tensor:
-    """The sub-vectors of one factor, of shape (sub-vectors in the first two sizes, length)."""
+    """Return the sub-vectors of one factor, of shape (sub-vectors in the first two sizes, length)."""
     name, topk = f"vblora_logits_{side}", layer.config.count("topk", 2)
     if topk > bank_VL.shape[0]:
         raise AdapterCorrupt(f"{layer.where}: topk is {topk}, but the bank has {bank_VL.shape[0]} vectors")
@@ -43,6 +43,6 @@ def _mix(layer: Layer, side: str, bank_VL: Tensor) -> Tensor:
     else:
         places = layer.places(f"{name}_topk_indices", None, None, topk, below=bank_VL.shape[0])
         stored = layer.part(f"{name}_topk_weights", *places.shape[:2], topk - 1)
-        # PEFT leaves out the last weight, since they sum to 1
+        # PEFT omits the last weight, since they sum to 1
         weights = torch.cat([stored, 1 - stored.sum(-1, keepdim=True)], dim=-1)
     return (weights[..., None] * bank_VL[places]).sum(-2)

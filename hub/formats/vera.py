@@ -25,7 +25,7 @@ class Vera(ForeignFormat):
 
 
 def scaled_projections(layer: Layer, name: str, *, values_per_rank: int = 1) -> Factors:
-    """The update of tensors called `name`; of `values_per_rank` runs of r values in lambda_d the first counts."""
+    """Return the update of tensors called `name`; of `values_per_rank` runs of r values in lambda_d the first counts."""
     num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
     a_RI, b_OR = _projections(layer, f"{name}_A", f"{name}_B")
     rank = layer.part(f"{name}_lambda_d", None).shape[0] // values_per_rank
@@ -35,7 +35,7 @@ def scaled_projections(layer: Layer, name: str, *, values_per_rank: int = 1) -> 
 
 
 def _projections(layer: Layer, name_a: str, name_b: str) -> tuple[Tensor, Tensor]:
-    """The shared A and B. Raises AdapterUnsupported where the file leaves them out, AdapterCorrupt for smaller ones."""
+    """Return the shared A and B. Raises AdapterUnsupported if the file omits them, AdapterCorrupt if they are too small."""
     require_shared(layer, name_a, name_b)
     a, b = layer.part(name_a), layer.part(name_b)
     if a.shape[-1] < layer.base.num_inputs or b.shape[0] < layer.base.num_outputs:
@@ -47,7 +47,7 @@ def _projections(layer: Layer, name_a: str, name_b: str) -> tuple[Tensor, Tensor
 
 
 def require_shared(layer: Layer, *names: str) -> None:
-    """Raises AdapterUnsupported where the file holds a seed instead of the shared random matrices."""
+    """Raise AdapterUnsupported if the file holds a seed instead of the shared random matrices."""
     missing = [name for name in names if name not in layer.shared]
     if missing:
         raise AdapterUnsupported(

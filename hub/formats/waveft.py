@@ -34,7 +34,7 @@ class Waveft(ForeignFormat):
 
 
 def _haar(coefficients_OI: Tensor) -> Tensor:
-    """One level of the inverse Haar transform; the quarters are approximation, horizontal, vertical, diagonal."""
+    """Return one level of the inverse Haar transform; the quarters are approximation, horizontal, vertical, diagonal."""
     num_out, num_in = coefficients_OI.shape
     padded = torch.nn.functional.pad(coefficients_OI, (0, num_in % 2, 0, num_out % 2))
     half_out, half_in = padded.shape[0] // 2, padded.shape[1] // 2
