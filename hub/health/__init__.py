@@ -1,1 +1,1 @@
-"""Whether a hub is whole, and what looks wrong about an adapter."""
+"""Checks: whether a hub is intact, whether an adapter looks anomalous, and who signed it."""

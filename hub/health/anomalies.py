@@ -1,7 +1,7 @@
-"""What looks wrong about an adapter beside the others of its base: size, shape of the spectrum, and likeness.
+"""Anomalies of an adapter beside the others of its base: size, shape of the spectrum, and near-duplicates.
 
-A score says by how many robust standard deviations (1.4826 times the median absolute deviation) a feature of the adapter
-lies from the median of those that the hub has of the same base and layers. docs/anomalies.md says how reliable that is.
+A score is the number of robust standard deviations (1.4826 times the median absolute deviation) by which a feature of the
+adapter differs from the median of the hub's adapters with the same base and layers. docs/anomalies.md has its reliability.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Array = NDArray[Any]
 KINDS = ("norm", "layer_norm", "spectrum", "layer_spectra", "base_norm", "duplicate")
 POLICIES = ("off", "report", "quarantine", "refuse")
 
-# below this many others a median says little
+# a median of fewer others means little
 MIN_REFERENCE = 12
 # benign adapters of the example pool reach 3.3, each against the others (benchmarks/anomalies.py)
 THRESHOLD = 3.5
@@ -40,13 +40,13 @@ THRESHOLD = 3.5
 MAX_OF_BASE = 1.0
 MIN_COSINE = 0.99
 
-# spreads below these (in logs) are those of adapters too few or too alike to tell
+# smaller spreads (in logs) come from adapters too few or too alike, and count as these
 _LAYER_FLOOR = 0.1
 _FLOOR = 0.02
 
 
 def checked_policy(policy: str | Mapping[str, str]) -> dict[str, str]:
-    """What to do about each kind: one policy for all, or some by kind, the others reported. AdapterUnsupported otherwise."""
+    """Return the policy of each kind: one for all, or some by kind, the others "report". Raises AdapterUnsupported."""
     given = dict.fromkeys(KINDS, policy) if isinstance(policy, str) else {**dict.fromkeys(KINDS, "report"), **policy}
     for kind, chosen in given.items():
         if kind not in KINDS or chosen not in POLICIES:
@@ -58,7 +58,7 @@ def checked_policy(policy: str | Mapping[str, str]) -> dict[str, str]:
 
 
 def against_pool(figures: Figures, reference: Sequence[tuple[Array, Array]]) -> list[Anomaly]:
-    """What lies beyond `THRESHOLD`, from (log norms, dominances) of adapters of the same kin; [] for too few of them."""
+    """Return the anomalies beyond `THRESHOLD`, given (log norms, dominances) of the same kin; [] for too few of them."""
     if len(reference) < MIN_REFERENCE:
         return []
     norm_NL, dominance_NL = (np.stack([pair[side] for pair in reference]) for side in (0, 1))
@@ -71,7 +71,7 @@ def against_pool(figures: Figures, reference: Sequence[tuple[Array, Array]]) -> 
     score_4 = (own_4 - middle_4) / spread_4
     found = []
     for kind, score, own, middle in zip(names, score_4, own_4, middle_4, strict=True):
-        # a spectrum is odd on either side: a planted direction makes a dominated update less so
+        # a spectrum is odd on either side: a planted direction makes a dominated update less dominated
         if math.isfinite(score) and (abs(score) if kind == "spectrum" else score) > THRESHOLD:
             detail = _describe(kind, own, middle, figures, norm_NL, len(reference))
             found.append(Anomaly(kind, detail, round(float(score), 2)))
@@ -79,7 +79,7 @@ def against_pool(figures: Figures, reference: Sequence[tuple[Array, Array]]) -> 
 
 
 def against_model(adapter: Adapter, model: nn.Module) -> list[Anomaly]:
-    """The layer whose update is largest beside the model's weight, where it is larger than that."""
+    """Return an anomaly for the layer whose update is largest relative to the model's weight, if larger than it."""
     weights = dict(model.named_parameters())
     found = []
     for layer, factors in adapter.layers.items():
@@ -96,7 +96,7 @@ def against_model(adapter: Adapter, model: nn.Module) -> list[Anomaly]:
 
 def _features(norm_NL: Array, dominance_NL: Array, ref_norm_ML: Array, ref_dominance_ML: Array) -> tuple[Array, list[str]]:
     middle_L, spread_L = _robust(ref_norm_ML, _LAYER_FLOOR)
-    # without the adapter's own size, which is a feature of its own
+    # without the adapter's overall size, which is a separate feature
     beyond_NL = norm_NL - middle_L
     beyond_NL = (beyond_NL - _median(beyond_NL.T)[:, None]) / spread_L
     odd_L, odd_spread_L = _robust(ref_dominance_ML, _LAYER_FLOOR)
@@ -115,7 +115,7 @@ def _robust(values_NF: Array, floor: float) -> tuple[Array, Array]:
 
 
 def _median(values_NF: Array) -> Array:
-    """Over the first axis without NaN; NaN where there is nothing else. Several times as fast as numpy's nanmedian."""
+    """Return the median over the first axis without NaN, or NaN for NaN only. Several times as fast as numpy's nanmedian."""
     ordered_NF = np.sort(values_NF, axis=0)
     count_F = (~np.isnan(ordered_NF)).sum(axis=0)
     low_F, high_F = np.maximum(count_F - 1, 0) // 2, np.minimum(count_F // 2, len(values_NF) - 1)
@@ -145,7 +145,7 @@ def _share(logit: float) -> float:
     return 1 / (1 + math.exp(-logit))
 
 
-# whose cosine is computed from the stored factors; their sketches are the nearest
+# the cosine is computed from stored factors for this many adapters, those with the nearest sketches
 _MAX_COMPARED = 3
 
 _logger = logging.getLogger(__name__)
@@ -158,10 +158,10 @@ def examine(
     policy: str | Mapping[str, str],
     model: nn.Module | None = None,
 ) -> Prepared:
-    """The same, its record with what was found, in quarantine where the policy says so, and with the figures to store.
+    """Return the adapter with its anomalies in the record, in quarantine if the policy says so, and the figures to store.
 
-    No figures for a policy that is "off" for every kind, and for content that is stored under the name already. Raises
-    AdapterSuspicious where the policy refuses what was found, AdapterUnsupported for an unknown policy.
+    There are no figures if the policy is "off" for every kind, or if the content is stored under the name already. Raises
+    AdapterSuspicious if the policy refuses an anomaly, AdapterUnsupported for an unknown policy.
     """
     chosen, record = checked_policy(policy), prepared.record
     with catalogue.reading() as connection:
@@ -197,7 +197,7 @@ def _undamaged(connection: Connection, name: str) -> rows.Row | None:
 
 
 def _duplicates(blobs: BlobStore, prepared: Prepared, near: list[rows.Row]) -> list[Anomaly]:
-    """The most similar of the adapters with like sketches, if its updates have nearly the same direction."""
+    """Return an anomaly for the most similar of the near adapters, if its updates have nearly the same direction."""
     for row in near:
         if row.record.hash == prepared.record.hash:
             return [Anomaly("duplicate", f"it has the content of {row.record.name!r}", 1.0)]
@@ -206,7 +206,7 @@ def _duplicates(blobs: BlobStore, prepared: Prepared, near: list[rows.Row]) -> l
         try:
             score, _ = cosine(prepared.read(blobs), stored_adapter(blobs, row))
         except HubError as error:
-            # a damaged adapter hinders nobody from adding another; verify tells of it
+            # a damaged adapter does not keep another from being added; verify reports it
             _logger.info("not compared with %r: %s", row.record.name, error)
             continue
         best = max(best, (score, row.record.name))

@@ -1,8 +1,8 @@
-"""Whether an adapter's weights look like those of adapters with a planted backdoor: a logistic regression on spectra.
+"""A detector of adapters whose weights look like those with a planted backdoor: a logistic regression on spectra.
 
 Puertolas Merenciano et al. 2026, arXiv 2602.15195: five statistics of the updates of the attention's q, k, v and o, twenty
-numbers in all. What we read of it, abstract and accounts, names the statistics and the regression; that layers are averaged,
-and that entropy is of squares, is our choice. docs/anomalies.md says how well it works.
+numbers in all. What we read of it, abstract and accounts, names the statistics and the regression; the averages over layers
+and the entropy of squares are our choices. docs/anomalies.md says how well it works.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Array = NDArray[np.float64]
 
 STATISTICS = ("leading", "norm", "energy", "entropy", "kurtosis")
 
-# entries of an update that are looked at together
+# the number of entries of an update that are processed together
 _BLOCK = 2**22
 
 
 def spectral_statistics(factors: Factors) -> Array:
-    """The five STATISTICS of an update b a that is not zero, whose singular values are s and whose entries are w.
+    """Return the five STATISTICS of an update b a that is not zero, with singular values s and entries w.
 
-    leading = s_1, norm = sqrt(sum of s_i^2), energy = s_1^2 / sum of s_i^2, entropy = -sum of p_i ln p_i with
-    p_i = s_i^2 / sum of s_j^2, kurtosis = mean of (w - mean w)^4 / (mean of (w - mean w)^2)^2, which is 3 of a normal
-    distribution. Raises AdapterUnsupported for an update of zero, and for one with a magnitude or gain (DoRA, (IA)3).
+    leading = s_1, norm = sqrt(sum of s_i^2), energy = s_1^2 / sum of s_i^2, entropy = -sum of p_i ln p_i with p_i = s_i^2 /
+    sum of s_j^2, kurtosis = mean of (w - mean w)^4 / (mean of (w - mean w)^2)^2, which is 3 for a normal distribution.
+    Raises AdapterUnsupported for an update of zero, and for one with a magnitude or gain (DoRA, (IA)3).
     """
     if not factors.bound or factors.gain_O is not None:
         raise AdapterUnsupported("an update with a magnitude or gain (DoRA, (IA)3) has no spectrum without its base")
@@ -55,9 +55,9 @@ def spectral_statistics(factors: Factors) -> Array:
 
 
 def signature(adapter: Adapter) -> dict[str, Array]:
-    """By projection, the last part of the layers' names such as "q_proj", the mean of each statistic over its layers.
+    """Return the mean of each statistic over the layers of each projection, the last part of their names ("q_proj").
 
-    Layers with an update of zero do not count. Raises AdapterUnsupported where none is left, and as `spectral_statistics`.
+    Layers with an update of zero are left out. Raises AdapterUnsupported if none is left, and as `spectral_statistics`.
     """
     found = defaultdict(list)
     for name, factors in adapter.layers.items():
@@ -70,10 +70,10 @@ def signature(adapter: Adapter) -> dict[str, Array]:
 
 @dataclass(frozen=True)
 class BackdoorDetector:
-    """probability = 1 / (1 + exp(-(intercept + sum of coefficient * (statistic - mean) / scale))).
+    """A detector: probability = 1 / (1 + exp(-(intercept + sum of coefficient * (statistic - mean) / scale))).
 
-    The numbers of all projections stand in one row, those of a projection in the order of STATISTICS. It knows adapters of
-    the kind that it was fitted on only: another rank, learning rate or number of steps moves the statistics, too.
+    The numbers of all projections are in one row, those of a projection in the order of STATISTICS. It is valid only for
+    adapters of the kind that it was fitted on: another rank, learning rate or number of steps moves the statistics, too.
     """
 
     projections: tuple[str, ...]
@@ -84,9 +84,9 @@ class BackdoorDetector:
 
     @classmethod
     def fit(cls, clean: Iterable[Adapter], poisoned: Iterable[Adapter]) -> BackdoorDetector:
-        """The logistic regression with the L2 penalty 1 on standardised statistics (scikit-learn's default).
+        """Return the logistic regression with L2 penalty 1 on standardised statistics (scikit-learn's default).
 
-        Raises AdapterUnsupported for less than two adapters on either side, and for others than the first's projections.
+        Raises AdapterUnsupported for fewer than two adapters on either side, and for other projections than the first's.
         """
         sides = [[signature(adapter) for adapter in side] for side in (clean, poisoned)]
         if min(map(len, sides)) < 2:
@@ -100,7 +100,7 @@ class BackdoorDetector:
 
     @classmethod
     def from_statistics(cls, projections: Sequence[str], x_NF: Array, poisoned_N: Any) -> BackdoorDetector:
-        """The same from signatures that are known, one row each, and whether each adapter is poisoned."""
+        """Return the detector for known signatures, one row each, and whether each adapter is poisoned."""
         from sklearn.linear_model import LogisticRegression
         from sklearn.preprocessing import StandardScaler
 
@@ -111,11 +111,11 @@ class BackdoorDetector:
         return cls(tuple(projections), means, scales, coefficients, float(model.intercept_[0]))
 
     def probability(self, adapter: Adapter) -> float:
-        """That of a backdoor, 0 to 1. Raises AdapterUnsupported for other projections than those of the fit."""
+        """Return the probability of a backdoor, 0 to 1. Raises AdapterUnsupported for other projections than the fit's."""
         return float(self.probabilities(_row(signature(adapter), self.projections)[None])[0])
 
     def probabilities(self, x_NF: Array) -> Array:
-        """Those of signatures, one row each."""
+        """Return the probabilities of signatures, one row each."""
         z_N = self.intercept + (x_NF - np.array(self.means)) / np.array(self.scales) @ np.array(self.coefficients)
         found: Array = 1 / (1 + np.exp(-z_N))
         return found

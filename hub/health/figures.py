@@ -1,6 +1,6 @@
-"""An adapter in a few numbers that its updates alone decide: how large and how one-sided each layer is, and a sketch.
+"""Figures of an adapter, which its updates alone decide: the size and dominance of each layer, and a sketch.
 
-All come from the factors, in the time it takes to read them a few times, and none changes with the way the update is
+All are computed from the factors, in the time it takes to read them a few times, and none depends on how the update is
 factored: (A, B) and (R A, B R^-1) have the same figures.
 """
 
@@ -26,9 +26,9 @@ from loraweave.types import Factors
 Array = NDArray[Any]
 
 CODE_BITS = 128
-# rows of the two random matrices that sketches are made with; longer factors are folded onto them
+# the length of the rows of the two random matrices of sketches; longer factors are folded to it
 _FOLD = 4096
-# entries of a stack of Gram matrices that are looked at together: 32 MiB in float64
+# the number of entries in one stack of factors: 16 MiB in fp32
 _STACK = 2**22
 # the share of the largest singular value is 1 for rank 1, where its logit would be infinite
 _NEARLY_ALL = 1 - 1e-6
@@ -36,7 +36,7 @@ _NEARLY_ALL = 1 - 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Figures:
-    """`kin` is equal for adapters of one base that update the same layers, which alone can be compared.
+    """The figures of one adapter. `kin` is equal for comparable adapters: of one base, updating the same layers.
 
     By layer, sorted by path and NaN for an update of zero: `log_norm_L`, the log of the Frobenius norm, and `dominance_L`,
     the logit of the largest singular value's share in the sum of squares. `code` has the signs of a random sketch of the
@@ -51,7 +51,7 @@ class Figures:
 
 
 def figures_of(adapter: Adapter, base_model: str) -> Figures:
-    """The figures of the low-rank updates; gains, biases, magnitudes and heads are left out."""
+    """Return the figures of the low-rank updates; gains, biases, magnitudes and heads are left out."""
     layers = {name: algebra.within_sides(adapter.layers[name]) for name in sorted(adapter.layers)}
     names = tuple(layers)
     spectra_L2, sketch_K = np.full((len(names), 2), np.nan), torch.zeros(CODE_BITS)
@@ -65,12 +65,12 @@ def figures_of(adapter: Adapter, base_model: str) -> Figures:
 
 
 def hamming(left: bytes, right: bytes) -> int:
-    """The number of bits in which two codes differ."""
+    """Return the number of bits in which two codes differ."""
     return (int.from_bytes(left) ^ int.from_bytes(right)).bit_count()
 
 
 def _stacks(layers: Sequence[Factors]) -> Iterator[Sequence[int]]:
-    """The places of the layers of each shape, in parts that fit a stack; those of rank 0 in none."""
+    """Yield the places of the layers of each shape, in parts that fit a stack, without layers of rank 0."""
     by_shape = defaultdict(list)
     for place, factors in enumerate(layers):
         if factors.rank:
@@ -82,12 +82,12 @@ def _stacks(layers: Sequence[Factors]) -> Iterator[Sequence[int]]:
 
 
 def _spectra(b_SRO: Tensor, a_SRI: Tensor) -> Array:
-    """(log norm, logit of the dominant share) of each layer of a stack."""
+    """Return (log norm, logit of the dominant share) of each layer of a stack."""
     (b_SRR, b_size_S), (a_SRR, a_size_S) = _gram(b_SRO), _gram(a_SRI)
     # the squares of the singular values of b a are the eigenvalues of (b^T b)(a a^T)
     root_SRR, failed_S = torch.linalg.cholesky_ex(b_SRR)
     if bool(failed_S.any()):
-        # of a lower rank than it has rows
+        # a layer whose rank is below its number of rows
         values_SR, vectors_SRR = torch.linalg.eigh(b_SRR)
         root_SRR = vectors_SRR * values_SR.clamp(min=0).sqrt()[:, None, :]
     squares_SR = torch.linalg.eigvalsh(root_SRR.mT @ a_SRR @ root_SRR).clamp(min=0).numpy()
@@ -98,7 +98,7 @@ def _spectra(b_SRO: Tensor, a_SRI: Tensor) -> Array:
 
 
 def _gram(rows_SRN: Tensor) -> tuple[Tensor, Array]:
-    """rows rows^T of the rows divided by their largest entry, which keeps it within what numbers hold, and that entry."""
+    """Return rows rows^T of the rows divided by their largest entry, against overflow, and that entry."""
     size_S = rows_SRN.abs().amax(dim=(1, 2))
     scaled_SRN = rows_SRN / torch.where(size_S > 0, size_S, 1)[:, None, None]
     return (scaled_SRN @ scaled_SRN.mT).double(), size_S.double().numpy()
@@ -112,9 +112,9 @@ def _kin(base_model: str, layers: Mapping[str, Factors]) -> str:
 
 
 def _sketch(b_SRO: Tensor, a_SRI: Tensor, names: Sequence[str]) -> Tensor:
-    """sum over layers of +-u^T b a v for fixed random u and v: products of sketches are inner products of updates.
+    """Return the sum over layers of +-u^T b a v, for fixed random u and v: products of sketches estimate inner products.
 
-    Layers that are alike are one matrix product, not one each.
+    Layers of one shape take one matrix product for all, not one each.
     """
     left_SRK, right_SRK = (
         _fold(rows_SRN, side) @ _projection(side)[:, : rows_SRN.shape[2]].T for side, rows_SRN in enumerate((b_SRO, a_SRI))
@@ -130,7 +130,7 @@ def _layer_signs(name: str) -> Tensor:
 
 
 def _fold(rows_SRN: Tensor, side: int) -> Tensor:
-    """Entries beyond `_FOLD` added to those before them with random signs, which keeps inner products in expectation."""
+    """Return rows with entries beyond `_FOLD` added to earlier ones, with random signs to keep expected inner products."""
     size = rows_SRN.shape[2]
     if size <= _FOLD:
         return rows_SRN
@@ -150,10 +150,10 @@ def _signs(size: int, side: int) -> Array:
     return np.random.Generator(np.random.Philox(key=2 + side)).integers(0, 2, size).astype(np.float32) * 2 - 1
 
 
-# The figures of a hub's adapters are rows, so that a new one meets a sample of its kin and its near-duplicates at once. The
-# sample is those whose content hashes are smallest: random, the same whatever the order of addition, and found by an
-# index. Near-duplicates share at least one of eight pieces of their sketches' codes, each of which is indexed. Neither
-# look-up takes longer as the hub grows.
+# The figures of a hub's adapters are rows, so that a new one is compared with a sample of its kin and its near-duplicates at
+# once. The sample has the smallest content hashes: random, independent of the order of addition, and found by an index.
+# Near-duplicates share at least one of eight pieces of their sketches' codes, each of which is indexed. Neither look-up
+# takes longer as the hub grows.
 NUM_REFERENCE = 256
 NUM_PIECES = 8
 MAX_LOOKED_AT = 256
@@ -165,7 +165,7 @@ _PIECES = tuple(f"piece_{number}" for number in range(NUM_PIECES))
 
 
 def store_figures(connection: Connection, name: str, content_hash: str, figures: Figures) -> None:
-    """Stores or replaces the figures of the adapter of that name."""
+    """Store or replace the figures of the adapter of that name."""
     (seq,) = connection.execute("SELECT seq FROM adapters WHERE name = ?", (name,)).fetchone()
     values = np.stack([figures.log_norm_L, figures.dominance_L]).astype("<f4").tobytes()
     connection.execute("DELETE FROM figures WHERE seq = ?", (seq,))
@@ -177,7 +177,7 @@ def store_figures(connection: Connection, name: str, content_hash: str, figures:
 
 
 def reference(connection: Connection, figures: Figures, content_hash: str) -> list[tuple[Array, Array]]:
-    """(log norms, dominances) by layer of a sample of the kin, without this content and what is in quarantine."""
+    """Return (log norms, dominances) by layer of a sample of the kin, without this content and quarantined adapters."""
     found = connection.execute(
         "SELECT numbers FROM figures WHERE kin = ? AND hash <> ? "
         "AND NOT EXISTS (SELECT 1 FROM quarantine WHERE quarantine.seq = figures.seq) "
@@ -191,7 +191,7 @@ def reference(connection: Connection, figures: Figures, content_hash: str) -> li
 
 
 def alike(connection: Connection, figures: Figures, name: str) -> list[str]:
-    """Names of other adapters whose sketches are near this one's, the nearest first."""
+    """Return the names of other adapters whose sketches are near this one's, the nearest first."""
     distances: dict[str, int] = {}
     for piece, key in zip(_PIECES, _keys(figures), strict=True):
         found = connection.execute(
@@ -205,7 +205,7 @@ def alike(connection: Connection, figures: Figures, name: str) -> list[str]:
 
 
 def _keys(figures: Figures) -> list[int]:
-    """A number for each piece of the code, signed with 64 bits as databases have them; kins do not meet by chance."""
+    """Return a signed 64-bit number, as databases have them, for each piece of the code; it differs between kins."""
     keys = []
     for number in range(NUM_PIECES):
         piece = figures.code[number * _PIECE_BYTES : (number + 1) * _PIECE_BYTES]

@@ -1,4 +1,4 @@
-"""Makes a new catalogue from the blobs and from what can still be read of the old one."""
+"""Rebuilding a catalogue from the blobs and the readable rows of the old one."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ _SIDE_FILES = ("", "-wal", "-shm")
 # an adapter's records, the newest version last
 History = list[Record]
 
-# content hash -> the blob's row, and what was known when it was written
+# content hash -> the blob's row, and the adapter's record when it was written
 Blobs = Mapping[str, tuple[rows.BlobRow, Record]]
 
 
 def rebuild(folder: str | Path, *, timeout_s: float = 30.0) -> list[str]:
-    """Gives a hub whose catalogue is damaged or lost a new one, and returns the names it holds.
+    """Give a hub whose catalogue is damaged or lost a new one, and return the names in it.
 
-    Rows of the old catalogue that are intact are kept, in their order, with their versions, and compositions whose files are
-    there. A sound blob without a row comes back under the name it was first added with, even when that adapter had been
-    removed and not collected: several blobs of one name are its versions where their numbers differ, and get a part of their
-    hash into the name where not. The old catalogue is kept as `catalogue.sqlite.corrupt-<n>`. No other program may have
-    the hub open. A rebuild that was interrupted is finished by the next.
+    Intact rows of the old catalogue are kept, in their order, with their versions, and so are compositions whose files are
+    there. A sound blob without a row comes back under the name it was first added with, even if that adapter had been
+    removed and not collected: several blobs of one name are its versions if their numbers differ, and else get a part of
+    their hash into the name. The old catalogue is kept as `catalogue.sqlite.corrupt-<n>`. No other program may have the hub
+    open. The next rebuild finishes an interrupted one. Raises HubLocked after `timeout_s`.
     """
     folder = Path(folder)
     path, new = folder / FILE, folder / f"{FILE}.rebuilt"
     with storage_errors(folder, "rebuilding the catalogue"):
         try:
             with FileLock(folder / "write.lock", timeout=timeout_s):
-                # otherwise a rebuild was killed after it had set the old catalogue aside, whose rows the new one has
+                # otherwise a killed rebuild had set the old catalogue aside already, and the new one has its rows
                 if path.exists() or not new.exists():
                     _make(folder, path, new)
                 _set_aside(path)
@@ -60,7 +60,7 @@ def rebuild(folder: str | Path, *, timeout_s: float = 30.0) -> list[str]:
 
 
 def _make(folder: Path, path: Path, new: Path) -> None:
-    """Writes the new catalogue beside the old one; it has its name only when it is complete."""
+    """Write the new catalogue beside the old one; it gets its name when it is complete."""
     unfinished = new.with_name(f"{new.name}.unfinished")
     for stale in (new, *(unfinished.with_name(f"{unfinished.name}{side}") for side in _SIDE_FILES)):
         stale.unlink(missing_ok=True)
@@ -76,7 +76,7 @@ def _make(folder: Path, path: Path, new: Path) -> None:
 
 
 def _read_listed(path: Path, blobs: Blobs) -> Iterator[History]:
-    """What the old catalogue still says, without the versions whose row or blob is damaged."""
+    """Yield the histories of the old catalogue, without versions whose row or blob is damaged."""
     taken: set[str] = set()
     for found in _intact_rows(path):
         history = [record for record in found if record.hash in blobs]
@@ -86,7 +86,7 @@ def _read_listed(path: Path, blobs: Blobs) -> Iterator[History]:
 
 
 def _read_unlisted(blobs: Blobs, listed: Sequence[History]) -> Iterator[History]:
-    """The histories of blobs that no listed one has, by what was known when each was written."""
+    """Yield the histories of blobs that no listed history has, by the record of when each was written."""
     used = {record.hash for history in listed for record in history}
     taken = {history[-1].name for history in listed}
     lost: dict[str, list[Record]] = {}
@@ -112,12 +112,12 @@ def _sound_blobs(blobs: BlobStore) -> Iterator[tuple[str, tuple[rows.BlobRow, Re
                 row = rows.BlobRow(content_hash, file_digest(file), file.stat().st_size)
                 yield content_hash, (row, rows.record_from_json(blob.origin))
         except AdapterCorrupt:
-            # it stays where it is, for someone who can mend it
+            # the blob is left in place for repair
             continue
 
 
 def _intact_rows(path: Path) -> Iterator[History]:
-    """The intact records of every adapter in the order of addition, newest version last; at most the newest is missing."""
+    """Yield the intact records of every adapter in order of addition, newest version last."""
     if not path.exists():
         return
     connection = sqlite3.connect(path, isolation_level=None)
@@ -140,7 +140,7 @@ def _intact_rows(path: Path) -> Iterator[History]:
 
 
 def _intact_compositions(path: Path) -> list[compositions.CompositionRow]:
-    """The compositions of the old catalogue whose rows are intact."""
+    """Return the compositions of the old catalogue whose rows are intact."""
     if not path.exists():
         return []
     connection = sqlite3.connect(path, isolation_level=None)
@@ -167,7 +167,7 @@ def _intact(read: Callable[..., rows.Row | None], *where: Any) -> rows.Row | Non
 
 @contextmanager
 def _damage_ignored() -> Iterator[None]:
-    """What the old catalogue cannot say any more is left out; but a disk that fails now must not cost what it can say."""
+    """Ignore damage of the old catalogue, but raise for a disk that fails now: intact rows must not be lost."""
     try:
         yield
     except sqlite3.Error as error:
@@ -194,7 +194,7 @@ def _write(new: Path, histories: Sequence[History], blobs: Blobs, kept: Sequence
             compositions.put(connection, composition)
         connection.execute("UPDATE state SET generation = 1")
         connection.execute("COMMIT")
-        # the file must be complete by itself; closing moves the log into it too, but says nothing when that fails
+        # the file must be complete without its log; closing moves the log into it, too, but ignores a failure
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     finally:
         connection.close()

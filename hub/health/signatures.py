@@ -1,9 +1,8 @@
-"""Who vouches for an adapter: Ed25519 signatures (RFC 8032) of its content and of what it says about itself.
+"""Signatures of adapters: Ed25519 (RFC 8032) signatures of an adapter's content and of its description.
 
-What is signed is a statement, JSON with sorted keys: the hash of factors and heads, the base model's id, the license, the
-description, sample inputs and outputs, and the sha256 of the files beside the weights. The name is not part of it, so
-a renamed adapter stays signed. Signatures stand in the card, {public key: signature} in hexadecimal, and travel with
-its folder.
+They sign a statement, JSON with sorted keys: the content hash (factors, heads, invocation tokens), the base model's id, the
+license, the description, sample inputs and outputs, and the sha256 of the files beside the weights. The name is not part of
+it, so a renamed adapter stays signed. Signatures are in the card, {public key: signature} in hexadecimal, and in its folder.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 SIGNATURES = "signatures"
-# of a key's file; one of another kind is longer than any of this
+# the largest file of a key that is read; Ed25519 keys are much smaller
 MAX_KEY_BYTES = 10_000
 
 # the path of a PEM file, or for a public key its 64 hexadecimal digits
@@ -31,7 +30,7 @@ Key: TypeAlias = str | PathLike[str]
 
 
 def statement(record: Record) -> bytes:
-    """What is signed of an adapter."""
+    """Return the bytes of an adapter that are signed."""
     said = {
         "statement": "loraweave adapter 1",
         "hash": record.hash,
@@ -46,13 +45,13 @@ def statement(record: Record) -> bytes:
 
 
 def signed(record: Record, key: Ed25519PrivateKey) -> dict[str, Any]:
-    """The record's card with a signature by this key, beside those of other keys."""
+    """Return the record's card with a signature by this key, beside those of other keys."""
     others = entry(record.card, SIGNATURES, dict) or {}
     return {**record.card, SIGNATURES: {**others, hex_of(key.public_key()): key.sign(statement(record)).hex()}}
 
 
 def signature_problems(records: Iterable[Record], signers: Mapping[str, Ed25519PublicKey]) -> Iterator[str]:
-    """A sentence for each adapter that none of these keys has signed as it is now."""
+    """Yield a sentence for each adapter that none of these keys has signed as it is now."""
     for record in records:
         found = entry(record.card, SIGNATURES, dict) or {}
         by = {digits: found[digits] for digits in signers if digits in found}
@@ -66,7 +65,7 @@ def signature_problems(records: Iterable[Record], signers: Mapping[str, Ed25519P
 
 
 def public_keys(given: Key | Iterable[Key]) -> dict[str, Ed25519PublicKey]:
-    """{hexadecimal digits: key}. Raises HubError for no key at all, and what `read_public_key` raises."""
+    """Return {hexadecimal digits: key}. Raises HubError for no key at all, and the errors of `read_public_key`."""
     several = (given,) if isinstance(given, str | PathLike) else tuple(given)
     if not several:
         raise HubError("signed_by has no key; give at least one public key, or leave it out")
@@ -74,7 +73,7 @@ def public_keys(given: Key | Iterable[Key]) -> dict[str, Ed25519PublicKey]:
 
 
 def read_private_key(path: Key) -> Ed25519PrivateKey:
-    """The key in a PEM file without a password. Raises HubError for another file, PackageMissing without cryptography."""
+    """Return the key in a PEM file without a password. Raises HubError otherwise, PackageMissing without cryptography."""
     from_pem, private, _ = _cryptography()
     try:
         found = from_pem.load_pem_private_key(_read(path), password=None)
@@ -88,7 +87,7 @@ def read_private_key(path: Key) -> Ed25519PrivateKey:
 
 
 def read_public_key(given: Key) -> Ed25519PublicKey:
-    """The key in a PEM file, or of 64 hexadecimal digits. Raises HubError for anything else."""
+    """Return the key in a PEM file, or of 64 hexadecimal digits. Raises HubError for anything else."""
     from_pem, _, public = _cryptography()
     try:
         if isinstance(given, str) and len(given) == 64 and not Path(given).exists():
@@ -105,7 +104,7 @@ def read_public_key(given: Key) -> Ed25519PublicKey:
 
 
 def hex_of(key: Ed25519PublicKey) -> str:
-    """The 32 bytes of a public key in hexadecimal."""
+    """Return the 32 bytes of a public key in hexadecimal."""
     return key.public_bytes_raw().hex()
 
 

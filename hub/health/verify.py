@@ -1,4 +1,4 @@
-"""Checks everything a hub holds: the database, every row's own digest, every blob's bytes and content."""
+"""Verification of a whole hub: the database, every row's own digest, every blob's bytes and content."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from loraweave.hub.tables import compositions, rows, vectors, versions
 
 @dataclass(frozen=True)
 class Verification:
-    """What is wrong, one sentence each; which adapters are whole; and which blobs no row names (gc removes those).
+    """The result of a verification: the problems, one sentence each; intact adapters; blobs without a row, which gc removes.
 
-    An adapter whose newest version is whole counts as whole; damage to a superseded one is a problem of its own.
+    An adapter whose newest version is intact counts as intact; damage to a superseded one is a separate problem.
     """
 
     problems: tuple[str, ...]
@@ -36,10 +36,10 @@ class Verification:
         return not self.problems
 
 
-# adapters whose blobs are one piece of work
+# the number of adapters whose blobs are one piece of work
 MANY = 64
 
-# a blob, the hash of its content as the record has it, and whose it is
+# a blob, the content hash in its record, and its owner, for messages
 Asked = tuple[rows.BlobRow, str, str]
 BlobProblems = Callable[[Sequence[Asked]], list[list[str]]]
 
@@ -52,9 +52,9 @@ def verify(
     blob_problems: BlobProblems,
     n_jobs: int | None,
 ) -> Verification:
-    """Reads every row, every blob and the search indexes below `folder`. Damage is reported, not raised.
+    """Read every row, every blob and the search indexes below `folder`. Damage is reported, not raised.
 
-    `blob_problems`, by which a worker knows the blobs, is `many_blob_problems` of the hub, and `n_jobs` as in `spread`.
+    `blob_problems` is `many_blob_problems` bound to the hub, so that a worker can open it; `n_jobs` is that of `spread`.
     """
     signers = None if signed_by is None else public_keys(signed_by)
     problems: list[str] = []
@@ -96,7 +96,7 @@ def verify(
             problems += faults
     seen = {row.blob.hash for row in found}
     for row in older:
-        # one blob serves several versions, and is read and complained about once
+        # one blob serves several versions, and is read and reported once
         if row.blob.hash not in seen:
             seen.add(row.blob.hash)
             who = f"version {row.record.version} of adapter {row.record.name!r}"
@@ -166,7 +166,7 @@ def _vector_problems(connection: Connection) -> Iterator[str]:
 
 
 def many_blob_problems(blobs: BlobStore, asked: Sequence[Asked]) -> list[list[str]]:
-    """What is wrong with each of these blobs."""
+    """Return the problems of each of these blobs."""
     return [list(_blob_problems(blobs, each)) for each in asked]
 
 
@@ -186,7 +186,7 @@ def _blob_problems(blobs: BlobStore, asked: Asked) -> Iterator[str]:
 
 
 def _stands(catalogue: CatalogueStore, row: rows.Row) -> bool:
-    """Whether the row still names that blob: what was removed since it was read may be collected too."""
+    """Return whether the row still names that blob, which may have been removed and collected since the row was read."""
     named = "SELECT 1 FROM adapters WHERE seq = ? AND hash = ? UNION SELECT 1 FROM versions WHERE seq = ? AND hash = ?"
     try:
         with catalogue.reading() as connection:
