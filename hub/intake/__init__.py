@@ -1,1 +1,1 @@
-"""How adapters come in: folders, archives, the model hub and whole trees, and what is checked before one is stored."""
+"""The intake of adapters: folders, archives, the model hub and whole trees, and the checks before one is stored."""

@@ -1,4 +1,4 @@
-"""Adds every adapter of a tree of folders to the hub, named after its path; the report says what was refused and why."""
+"""Adding every adapter in a tree of folders to the hub, named after its path; the report lists refusals with reasons."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ from loraweave.types import Record
 # a fault of the hub, not of one adapter, ends the walk; the next call resumes there
 _ENDING = (HubFull, HubLocked, HubReadOnly, HubCorrupt)
 _TAG_CHARACTERS = 8
-# that are handed to workers at once; the journal knows of none of them before all are there
+# how many sources workers get at once; the journal lists them only when all are added
 MAX_SPREAD = 4096
 
 
 @dataclass(frozen=True)
 class TreeReport:
-    """What became of every adapter found, in order of their paths; `entries` have path, state, name, hash and why.
+    """The outcome of every adapter found, in order of paths; `entries` have path, state, name, hash and why.
 
-    A state is "added", "updated" (a next version, since the files changed), "present", "refused" or, of a dry run, "found".
+    A state is "added", "updated" (a next version, since the files changed), "present", "refused" or, in a dry run, "found".
     """
 
     root: Path
@@ -61,7 +61,7 @@ class TreeReport:
         return tuple(entry for entry in self.entries if entry.state == state)
 
     def counts(self) -> dict[str, int]:
-        """How many there are of each state that occurs."""
+        """Return the number of entries in each state that occurs."""
         states = ("added", "updated", "present", "found", "refused")
         return {state: len(self.of(state)) for state in states if self.of(state)}
 
@@ -82,12 +82,12 @@ def add_tree(
     n_jobs: int | None = None,
     progress: bool = False,
 ) -> TreeReport:
-    """Adds every folder, LoRA file and archive at or below `root` that is an adapter; links are not followed.
+    """Add every folder, LoRA file and archive at or below `root` that is an adapter; links are not followed.
 
-    A name is `prefix` and the path; where it stands for something else already, a part of the path's hash is added. A
-    second call, also after an interruption, reads only what has changed since, refused adapters too. `dry_run` only finds
-    and names. `n_jobs` workers, or those that `joblib.parallel_config` names, read what is new, as in `Hub.add_many`; they
-    must see the tree at the same path. Raises AdapterNotFound for a tree without adapters, and any fault of the hub itself.
+    A name is `prefix` and the path, with a part of the path's hash if another adapter has the name. A second call, also
+    after an interruption, reads only what has changed since, also of refused adapters. `dry_run` only finds and names.
+    `n_jobs` workers, or those that `joblib.parallel_config` names, read new adapters, as in `Hub.add_many`; they must see
+    the tree at the same path. Raises AdapterNotFound for a tree without adapters, and any fault of the hub itself.
     """
     folder = Path(root)
     if not folder.is_dir():
@@ -119,7 +119,7 @@ def add_tree(
 
 @dataclass
 class _Walk:
-    """One walk: where names come from, what is known from before, and the names that this walk has given."""
+    """The state of one walk: the hub and options, the notes of earlier walks, and the names given by this one."""
 
     hub: Hub
     root: Path
@@ -144,7 +144,7 @@ class _Walk:
         return Noted(path, "", "found", name)
 
     def take(self, source: Path) -> list[Noted]:
-        """Reads one source, unless it is known and as it was; what became of it, and of the batch that it filled."""
+        """Read one source, unless it is unchanged; return its outcome, and those of a batch that it completes."""
         path = self._path(source)
         try:
             now = stamp(source, self.options)
@@ -166,7 +166,7 @@ class _Walk:
         return [*done, *(self.settle() if len(self.waiting) >= most else [])]
 
     def settle(self) -> list[Noted]:
-        """Adds the batch that waits, and says what became of each."""
+        """Add the waiting batch and return the outcome of each source."""
         waiting, self.waiting = self.waiting, []
         if not waiting:
             return []
@@ -184,7 +184,7 @@ class _Walk:
         ]
 
     def _read(self, source: Path, path: str, now: str, before: Noted | None) -> list[Noted]:
-        """What became of one source; nothing for one that waits for its batch."""
+        """Return the outcome of one source; nothing for one that waits for its batch."""
         adapter: Adapter | None = None
         for name in self._names(path):
             record = self._record(name)
@@ -215,7 +215,7 @@ class _Walk:
         return os.fsencode(source.relative_to(self.root)).decode("utf-8", "backslashreplace")
 
     def _names(self, path: str) -> tuple[str, str]:
-        """The name of a path, and the one to take where that stands for another adapter."""
+        """Return the name of a path, and the name to use if another adapter has that."""
         own = (
             self.root.resolve().name if path == "." else path.removesuffix(archive_suffix(path)).removesuffix(".safetensors")
         )
@@ -230,7 +230,7 @@ class _Walk:
 
 
 def _refusal(path: str, now: str, name: str, error: LoraweaveError) -> Noted:
-    # what the hub holds or the workers decided, not the files: the next walk looks again
+    # refused because of the hub or the workers, not the files: the next walk tries again
     now = "" if isinstance(error, AdapterExists | AdapterSuspicious | WorkersFailed) else now
     return Noted(path, now, "refused", name, why=f"{type(error).__name__}: {error}")
 
@@ -240,13 +240,13 @@ def _oddities(record: Record) -> str:
     return f"in quarantine: {found}" if record.quarantined else found
 
 
-# lines of one adapter; longer ones come from a damaged journal
+# the longest line of one adapter; longer ones come from a damaged journal
 _MAX_LINE_BYTES = 100_000
 
 
 @dataclass(frozen=True)
 class Noted:
-    """An adapter's path in the tree, the stamp of its files then, and what became of it."""
+    """The note of an adapter: its path in the tree, the stamp of its files, and the outcome."""
 
     path: str
     stamp: str
@@ -257,14 +257,14 @@ class Noted:
 
 
 class TreeJournal:
-    """The lines of one tree, the last of a path counts. It spares time only: without it everything is read again."""
+    """The notes of one tree; the last of a path counts. It only saves time: without it everything is read again."""
 
     def __init__(self, hub_folder: Path, root: Path) -> None:
         key = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
         self.path = hub_folder / "trees" / f"{key}.jsonl"
 
     def read(self) -> dict[str, Noted]:
-        """The notes by path; skips a line that cannot be read, such as the last of a killed process."""
+        """Return the notes by path, without lines that cannot be read, such as the last of a killed process."""
         found: dict[str, Noted] = {}
         reading = storage_errors(self.path, "reading what was added of the tree")
         with reading, suppress(FileNotFoundError), self.path.open("rb") as file:
@@ -275,7 +275,7 @@ class TreeJournal:
         return found
 
     def write(self, noted: Noted) -> None:
-        """Adds a line; it reaches the disk when the system likes, since losing it costs a reading and no more."""
+        """Append a note. It is not synced to the disk, since losing it costs only another reading."""
         with storage_errors(self.path, "noting what was added of the tree"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             line = json.dumps({key: value for key, value in vars(noted).items() if value}) + "\n"
@@ -284,7 +284,7 @@ class TreeJournal:
 
 
 def stamp(source: Path, options: Mapping[str, Any]) -> str:
-    """Changes with names, sizes and times of a source's own files, with the options, and with the version of loraweave."""
+    """Return a digest of names, sizes and times of a source's own files, of the options, and of loraweave's version."""
     seen: list[tuple[str, int, int]] = []
     entries = [source] if source.is_file() else sorted(source.iterdir())
     for entry in entries:
@@ -295,17 +295,17 @@ def stamp(source: Path, options: Mapping[str, Any]) -> str:
 
 
 def tree_sources(root: Path, unread: Callable[[OSError], None]) -> list[Path]:
-    """Every folder at or below `root` that is an adapter, every LoRA file and archive, sorted; links are not followed.
+    """Return every folder at or below `root` that is an adapter, every LoRA file and archive, sorted, without links.
 
     `unread` is called with the error of a folder that cannot be listed.
     """
     found = []
     for path, folders, files in os.walk(root, onerror=unread):
-        # version control keeps thousands of folders and no adapter of its own
+        # version control has thousands of folders and no adapters
         folders[:] = [name for name in folders if name != ".git"]
         here = Path(path)
         files_of_weights = [here / name for name in files if name.endswith(".safetensors")]
-        # of a folder of LoRA files each is an adapter, and keeps its name when another comes
+        # each LoRA file in a folder is an adapter, and keeps its name when another file is added
         loras = [] if Peft.recognises(here) else [file for file in files_of_weights if _is_plain(file) and is_adapter(file)]
         if loras:
             found += loras

@@ -1,4 +1,4 @@
-"""Adds many adapters in batches: the same checks with fewer waits for the disk; refusals are reported, not raised."""
+"""Adding many adapters in batches: the same checks with fewer waits for the disk; refusals are reported, not raised."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ from loraweave.hub.targets._target import last_names
 from loraweave.lowrank import algebra
 from loraweave.types import Factors, Record, Source
 
-# a batch ends at either: what waits for it is lost when the process is killed, and lies in memory until then
+# a batch ends at either limit: it is in memory until then, and lost if the process is killed
 MAX_BATCH = 256
 MAX_BATCH_BYTES = 2**28
-# sources that are one piece of work
+# the number of sources that are one piece of work
 PIECE = 32
 
 Read = Prepared | LoraweaveError
@@ -50,7 +50,7 @@ Read = Prepared | LoraweaveError
 
 @dataclass(frozen=True)
 class Addition:
-    """What `Hub.add` takes, for one of many."""
+    """The arguments of `Hub.add` for one of many adapters."""
 
     source: str | Path | Adapter | Found
     name: str | None = None
@@ -63,13 +63,13 @@ class Addition:
 
     @property
     def label(self) -> str:
-        """What to call it before its name is known."""
+        """The name for messages before the adapter's name is known."""
         return self.name or (self.source.name if isinstance(self.source, Adapter) else str(self.source))
 
 
 @dataclass(frozen=True)
 class Added:
-    """The records that are there now, in the order of the sources, and for each other source why it was refused."""
+    """The records that are stored now, in the order of the sources, and (name, error) of each refused source."""
 
     records: tuple[Record, ...]
     refused: tuple[tuple[str, LoraweaveError], ...]
@@ -88,7 +88,7 @@ def add_many(
     n_jobs: int | None,
     by_worker: Callable[..., list[Read]],
 ) -> Added:
-    """Adds all, batch by batch; `Hub.add_many`. `by_worker` is `read_piece` of the hub that a worker opens."""
+    """Add all sources, batch by batch; see `Hub.add_many`. `by_worker` is `read_piece` for the hub that a worker opens."""
     records: list[Record] = []
     refused: list[tuple[str, LoraweaveError]] = []
     waiting: list[Prepared] = []
@@ -117,7 +117,7 @@ def add_many(
             refused.append((addition.label, prepared))
             continue
         try:
-            # what else fails here is the hub's own store, for which no adapter is to blame
+            # any other error here is one of the hub's own store, not of the adapter, and is raised
             waiting.append(examine(catalogue, blobs, prepared, anomalies))
         except AdapterSuspicious as error:
             refused.append((addition.label, error))
@@ -141,7 +141,7 @@ def read_piece(
     allow_pickle: bool,
     figures: bool,
 ) -> list[Read]:
-    """What a worker makes of some sources: read, checked, and their content in the store, where it waits for its rows."""
+    """Return the prepared adapter or the error of each source, after writing their content, without rows, to the store."""
     found: list[Read] = []
     held: dict[int, Prepared] = {}
 
@@ -165,7 +165,7 @@ def read_piece(
 
 
 def _is_spread(sources: Iterable[Any], n_jobs: int | None) -> TypeGuard[Sequence[Any]]:
-    """Whether workers read the sources: a list of places; adapters that are in this process stay there."""
+    """Return whether workers read the sources: only for a list of places, as adapters in memory stay in this process."""
     from loraweave.common.spread import processes_here
 
     return (
@@ -178,7 +178,7 @@ def _is_spread(sources: Iterable[Any], n_jobs: int | None) -> TypeGuard[Sequence
 def _from_workers(
     sources: Sequence[Any], work: Callable[[Sequence[Addition]], list[Read]], n_jobs: int | None, progress: bool
 ) -> Iterator[tuple[Addition, Read]]:
-    """What workers read, in the order of the sources. Those whose workers are lost again and again are refused."""
+    """Yield the sources with what workers read, in order. A piece whose workers are lost again and again is refused."""
     from loraweave.common.spread import spread
 
     additions = [_addition(source) for source in sources]
@@ -211,7 +211,7 @@ def _try_to_read(addition: Addition, **reading: Any) -> Read:
 
 
 def prepare(addition: Addition, *, stored_as: str, allow_pickle: bool) -> Prepared:
-    """The adapter that is to be added, read and checked, and its record. Raises what `Hub.add` raises before it writes."""
+    """Return the adapter to add, read and checked, and its record. Raises what `Hub.add` raises before it writes."""
     source, name = addition.source, addition.name
     adapter = (
         source if isinstance(source, Adapter) else Adapter.from_pretrained(source, name=name, allow_pickle=allow_pickle)
@@ -221,14 +221,14 @@ def prepare(addition: Addition, *, stored_as: str, allow_pickle: bool) -> Prepar
     record = new_record(adapter, own_name, given, addition.base_model, None if source is adapter else str(source))
     _require_storable(adapter, stored_as)
     if source is adapter:
-        # of what was read, reading has looked at every number
+        # reading has checked every number of an adapter that was read
         require_numbers(adapter.layers, adapter.heads, f"adapter {adapter.name!r},")
     num_bytes = sum(tensor.nbytes for factors in adapter.layers.values() for tensor in factors.tensors().values())
     return Prepared(adapter, record, num_bytes=num_bytes)
 
 
 def _require_storable(adapter: Adapter, stored_as: str) -> None:
-    """AdapterCorrupt for factors that do not fit each other, AdapterUnsupported for no effect and no form in `stored_as`."""
+    """Raise AdapterCorrupt for factors that do not fit, AdapterUnsupported for no effect or no form in `stored_as`."""
     for layer, factors in adapter.layers.items():
         _require_shapes(f"adapter {adapter.name!r}, layer {layer!r}", factors)
     if not adapter.heads and all(algebra.is_zero(factors) for factors in adapter.layers.values()):
@@ -253,7 +253,7 @@ def _require_shapes(where: str, factors: Factors) -> None:
 
 
 def new_record(adapter: Adapter, name: str, given: Mapping[str, Any], base_model: str | None, place: str | None) -> Record:
-    """The record of version 1 under that name. AdapterUnsupported for fields of a wrong type or above their limit."""
+    """Return the record of version 1 under that name. Raises AdapterUnsupported for a field's wrong type or size."""
     inputs, outputs = split_pairs(name, given["examples"])
     fields = checked_fields(name, _fields_with_card(name, {**given, "examples": inputs}, adapter.card))
     card = card_with_outputs(adapter.card, adapter.card.get("examples") or None, fields.examples, outputs)
@@ -278,7 +278,7 @@ def new_record(adapter: Adapter, name: str, given: Mapping[str, Any], base_model
 
 
 def _fields_with_card(name: str, given: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields given; the card's value where none was."""
+    """Return the given fields, with the card's value for each that was not given."""
     fields = {key: given[key] or card.get(key) or given[key] for key in OWN_FIELDS}
     if fields["license"]:
         said = checked_text(name, "license", fields["license"], MAX_LABEL_BYTES)
@@ -287,7 +287,7 @@ def _fields_with_card(name: str, given: Mapping[str, Any], card: Mapping[str, An
 
 
 def _source(card: Mapping[str, Any], place: str | None) -> Source | None:
-    """The repository and commit that the card has from reading it, else the place as the caller named it."""
+    """Return the repository and commit that reading put into the card, else the place as the caller named it."""
     match card.get("source"):
         case {"repository": str() as repository, "revision": str() as revision} if place in (None, repository):
             return Source(repository, revision)

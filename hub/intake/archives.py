@@ -1,7 +1,7 @@
 """Archives as sources: a zip or tar is unpacked into a private temporary folder, and hostile entries are refused by name.
 
-Nothing an archive says is trusted: names are checked before a path is made of them, sizes before and while they are written,
-and no header is read whole that claims to be large. Memory does not grow with the archive.
+Nothing in an archive is trusted: names are checked before they become paths, sizes before and while they are written, and no
+header is read whole that claims to be large. Memory does not grow with the archive.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz
 MAX_ENTRIES = 10_000
 MAX_NAME_BYTES = 1_000
 MAX_BYTES = 32 * 2**30
-# weights hardly compress, so that what grows by more than this is made to fill a disk
+# weights hardly compress: an archive that grows by more than this is made to fill a disk
 MAX_RATIO = 200
 FREE_BYTES = 64 * 2**20
 # tarfile reads the headers with long names whole, and takes longer than linear for them
@@ -48,12 +48,12 @@ CHUNK_BYTES = 2**20
 MAX_XZ_MEMORY_BYTES = 128 * 2**20
 _READ_BYTES = 64 * 2**10
 
-# others than these two can grow without a bound in one step of zipfile's reader
+# other methods can grow without a bound in one step of zipfile's reader
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def archive_suffix(path: str | Path) -> str:
-    """The suffix that makes `path` an archive by its name, as it is written there; empty for another name."""
+    """Return the suffix that makes `path` an archive, as it is spelled there; "" for any other name."""
     name = Path(path).name
     found = [suffix for suffix in (*ZIP_SUFFIXES, *TAR_SUFFIXES) if name.lower().endswith(suffix)]
     return name[-max(map(len, found)) :] if found else ""
@@ -61,10 +61,10 @@ def archive_suffix(path: str | Path) -> str:
 
 @contextmanager
 def unpack(archive: Path) -> Iterator[Path]:
-    """A temporary folder of this process alone with the archive's files; it is gone at the end, also after an exception.
+    """Yield a private temporary folder with the archive's files; it is deleted at the end, also after an exception.
 
     Raises AdapterUnsupported for an entry that is not a plain file or folder inside the archive (absolute path, `..`, link,
-    device, a name twice) and for one above a limit, AdapterCorrupt for a damaged archive, HubFull when the disk is. An error
+    device, a name twice) and for one above a limit, AdapterCorrupt for a damaged archive, HubFull for a full disk. An error
     about the files inside names the archive in place of the folder.
     """
     with tempfile.TemporaryDirectory(prefix="loraweave-", ignore_cleanup_errors=True) as made:
@@ -110,7 +110,7 @@ def _unpack_zip(file: BinaryIO, plan: _Plan) -> None:
 
 def _unpack_tar(file: BinaryIO, plan: _Plan) -> None:
     stream: Any = Forward(decompress(file, plan.archive), MAX_TAR_HEADER_BYTES)
-    # trusted for nothing: tarfile finds the headers, names and kinds are judged here, and its extraction is not used
+    # not trusted: tarfile only finds the headers; names and kinds are checked here, and its extraction is not used
     with tarfile.open(fileobj=stream, mode="r:", errorlevel=2) as opened:
         source: Any = opened
         while True:
@@ -151,19 +151,19 @@ def _kind_in_tar(member: tarfile.TarInfo) -> str:
 
 @dataclass
 class _Plan:
-    """What has been admitted so far, and where each entry goes."""
+    """The entries admitted so far, and the place of each."""
 
     archive: Path
     folder: Path
     archive_bytes: int
     num_entries: int = 0
     total_bytes: int = 0
-    # as a file system without case and with one Unicode form would see them
+    # paths without case and in one Unicode form, as some file systems see them
     files: set[str] = field(default_factory=set)
     folders: set[str] = field(default_factory=set)
 
     def admit(self, name: str, kind: str, size: int) -> Path | None:
-        """The path for a file, in a folder that exists; None for a folder. Raises AdapterUnsupported for a refused entry."""
+        """Return the path for a file, in a folder that exists; None for a folder. Raises AdapterUnsupported if refused."""
         shown = f"{self.archive}: entry {name!a:.120}"
         parts = self._checked_parts(name, shown)
         if kind not in ("file", "folder"):
@@ -239,7 +239,7 @@ def _write(data: IO[bytes], target: Path, size: int, where: str) -> None:
         raise AdapterCorrupt(f"{where} claims {size:,} bytes, and has {'more' if written > size else f'{written:,}'}")
 
 
-# what the readers of the standard library raise for broken bytes
+# the errors that the standard library's readers raise for broken bytes
 _BROKEN = (tarfile.TarError, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, lzma.LZMAError)
 _DAMAGE = (*_BROKEN, EOFError, ValueError, OverflowError, RuntimeError, IndexError)
 
@@ -257,13 +257,13 @@ def _named_errors(archive: Path) -> Iterator[None]:
             ) from error
         raise AdapterCorrupt(f"the archive {archive} cannot be read ({type(error).__name__}: {error})") from error
     except _DAMAGE as error:
-        # zipfile quotes the bytes that stand where a name should be, up to 64 KiB of them
+        # zipfile quotes the bytes found in place of a name, up to 64 KiB of them
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise AdapterCorrupt(f"the archive {archive} is damaged ({reason})") from error
 
 
 class ShortReads(io.RawIOBase):
-    """A seekable file that refuses to read more than `limit_bytes` at once, with ValueError."""
+    """A seekable file that raises ValueError for a read of more than `limit_bytes` at once."""
 
     def __init__(self, file: BinaryIO, limit_bytes: int) -> None:
         self.file = file
@@ -288,9 +288,9 @@ class ShortReads(io.RawIOBase):
 
 
 class Forward(ShortReads):
-    """A stream that is read forwards only, and `limit_bytes` from here on, so that a false size ends in ValueError.
+    """A stream that only reads forwards, and at most `limit_bytes` from here on: a false size ends in ValueError.
 
-    Bytes that are skipped do not count. `last` is what the last read returned.
+    Skipped bytes do not count. `last` is what the last read returned.
     """
 
     def __init__(self, file: Any, limit_bytes: int) -> None:
@@ -325,9 +325,9 @@ class Forward(ShortReads):
 
 
 def decompress(file: BinaryIO, archive: Path) -> Any:
-    """The stream inside a gzip, bzip2, xz or zstandard file, by its first bytes; else the file itself.
+    """Return the stream inside a gzip, bzip2, xz or zstandard file, by its first bytes; else the file itself.
 
-    Raises AdapterUnsupported for zstandard where this Python has no reader for it (before 3.14).
+    Raises AdapterUnsupported for zstandard if this Python has no reader for it (before 3.14).
     """
     mark = file.read(6)
     file.seek(0)
@@ -347,7 +347,7 @@ def decompress(file: BinaryIO, archive: Path) -> Any:
 
 
 class _Xz(io.RawIOBase):
-    """The content of an xz file, within a limit of memory; lzma's own reader takes none."""
+    """The content of an xz file, within a limit of memory, which lzma's own reader cannot have."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file

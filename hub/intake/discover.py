@@ -1,4 +1,4 @@
-"""What the model hub has for a base model: adapters whose cards name it, with the figures to choose by."""
+"""Adapters on the model hub for a base model: those whose cards name it, with figures to choose by."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loraweave.hub.intake.model_hub import ERRORS, listing_error
 from loraweave.hub.licenses import canonical, is_accepted
 from loraweave.hub.same_base import says_nothing
 
-# of what the model hub lists, as many are looked at
+# the number of listed repositories that are looked at
 MAX_LISTED = 10_000
 WEIGHTS = ("adapter_model*.safetensors", "pytorch_lora_weights.safetensors", "adapters.safetensors")
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -30,7 +30,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 class Found:
     """An adapter on the model hub at one commit, which `Hub.add` takes; `size_bytes` is that of its safetensors.
 
-    All of it is what its owner, or the model hub, says: nothing was downloaded. `license` is SPDX, None where none is known.
+    All fields are as its owner or the model hub states them: nothing was downloaded. `license` is SPDX, None if unknown.
     """
 
     repository: str
@@ -58,7 +58,7 @@ def discover(
     token: str | None,
     progress: bool,
 ) -> list[Found]:
-    """What `Hub.discover` says."""
+    """Return the adapters as `Hub.discover` documents."""
     model_id = base if isinstance(base, str) else str(getattr(base, "name_or_path", "") or "")
     if says_nothing(model_id):
         raise AdapterNotFound(
@@ -92,7 +92,7 @@ def discover(
 
 
 def _listed(api: HfApi, model_id: str, query: str | None) -> Iterator[Any]:
-    """What the model hub lists, most downloads first, under an id and a commit as they must be, with safetensors."""
+    """Yield the repositories that the model hub lists, most downloads first, with safetensors, a valid id and a commit."""
     listed = api.list_models(filter=f"base_model:adapter:{model_id}", search=query, sort="downloads", full=True)
     for info in islice(listed, MAX_LISTED):
         names = [file.rfilename for file in info.siblings or ()]

@@ -1,4 +1,4 @@
-"""The fields of a record that people write: their types, their limits, and where they come from."""
+"""The fields of a record that people write: their types, their limits, and their sources."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_EXAMPLES = 1_000
 MAX_EXAMPLE_BYTES = 10_000
 MAX_TAGS = 1_000
 MAX_LANGUAGES = 1_000
-# tags, licenses, languages and ids of base models
+# the limit of tags, licenses, languages and ids of base models
 MAX_LABEL_BYTES = 1_000
 MAX_CARD_BYTES = 4_000_000
 
@@ -24,7 +24,7 @@ OWN_FIELDS = ("description", "examples", "tags", "license", "language")
 
 @dataclass(frozen=True)
 class Fields:
-    """What a search reads: a description, example inputs, tags, the SPDX id of the license, and language codes."""
+    """The fields that a search reads: description, example inputs, tags, the license's SPDX id, and language codes."""
 
     description: str = ""
     examples: tuple[str, ...] = ()
@@ -33,7 +33,7 @@ class Fields:
     language: tuple[str, ...] = ()
 
     def as_card(self) -> dict[str, Any]:
-        """The fields that say something, as they stand in a card."""
+        """Return the fields that are not empty, as a card has them."""
         values = {
             "description": self.description,
             "examples": list(self.examples),
@@ -45,9 +45,9 @@ class Fields:
 
 
 def checked_fields(name: str, given: Mapping[str, Any]) -> Fields:
-    """The fields of adapter `name` as stored, without repeated tags and languages.
+    """Return the fields of adapter `name` as stored, without repeated tags and languages.
 
-    AdapterUnsupported for a wrong type or size.
+    Raises AdapterUnsupported for a wrong type or size.
     """
     labels = _texts(name, "tags", given["tags"], MAX_TAGS, MAX_LABEL_BYTES)
     languages = _texts(name, "language", given["language"], MAX_LANGUAGES, MAX_LABEL_BYTES)
@@ -90,10 +90,9 @@ def _texts(name: str, field: str, values: Any, max_count: int, limit_bytes: int)
 
 
 def split_pairs(name: str, examples: GivenRows) -> tuple[list[str], list[str]]:
-    """The inputs, and the outputs where the examples have them; a single text is one input.
+    """Return the inputs, and the outputs if the examples have them; a single text is one input.
 
-    Raises InvalidTask for anything but texts and rows, AdapterUnsupported if only some have outputs and for an
-    output above the limit.
+    Raises InvalidTask for anything but texts and rows, AdapterUnsupported if only some have outputs or one is too long.
     """
     match examples:
         case str():
@@ -117,9 +116,9 @@ def split_pairs(name: str, examples: GivenRows) -> tuple[list[str], list[str]]:
 def card_with_outputs(
     card: Mapping[str, Any], before: Sequence[str] | None, examples: Sequence[str], outputs: Sequence[str]
 ) -> Mapping[str, Any]:
-    """The card with these outputs; without any, with its own as long as they belong to the examples.
+    """Return the card with these outputs; without any, with its own as long as they belong to the examples.
 
-    They do where the examples are still those of `before`, or where nothing was before and there are as many.
+    They do if the examples are still those of `before`, or if `before` is None and there are as many outputs as examples.
     """
     if outputs:
         return {**card, "outputs": list(outputs)}

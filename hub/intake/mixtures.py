@@ -1,4 +1,4 @@
-"""What peft saved of a mixture of adapters (X-LoRA, Arrow, POLY): a hub keeps it as a composition, its adapters included."""
+"""Mixtures of adapters that peft saved (X-LoRA, Arrow, POLY): a hub stores one as a composition with its adapters."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from loraweave.hub.intake.adding import Addition
 from loraweave.hub.intake.fields import OWN_FIELDS
 from loraweave.hub.intake.sources import name_of
 
-# the folder in which peft says how create_arrow_model routes
+# the folder in which peft saves the router of create_arrow_model
 ARROW = "arrow_router"
 
 
 def is_mixture(source: Any) -> bool:
-    """Whether it is the folder of a mixture; says nothing about its state. A POLY of one task is an adapter."""
+    """Return whether `source` is the folder of a mixture; its state is not checked. A POLY of one task is an adapter."""
     if not isinstance(source, str | Path) or not Path(source).is_dir():
         return False
     folder = Path(source)
@@ -27,9 +27,9 @@ def is_mixture(source: Any) -> bool:
 
 
 def keep_mixture(hub: CompositionShelf, addition: Addition, *, replace: bool, model: Any) -> StoredComposition:
-    """Opens the mixture, for the base `model` where it is given, and keeps it under its name or the folder's.
+    """Open the mixture, for the base `model` if given, and store it under its name or the folder's.
 
-    Raises HubError for fields that a composition does not have, and what opening and `save_composition` raise.
+    Raises HubError for fields that a composition does not have, and the errors of opening and of `save_composition`.
     """
     folder = Path(str(addition.source))
     if given := [name for name in (*OWN_FIELDS, "base_model") if getattr(addition, name)]:

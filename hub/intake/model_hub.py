@@ -1,4 +1,4 @@
-"""Downloads from the model hub: which commit it was, and a named error with the way out where it did not come."""
+"""Downloads from the model hub and uploads to it: the commit of each, and named errors with the way out."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A downloaded repository: its folder, and the commit that a branch or tag stood for ("" where that is not known)."""
+    """A downloaded repository: its folder, and the commit that a branch or tag stood for ("" if unknown)."""
 
     folder: Path
     commit: str
@@ -49,7 +49,7 @@ class Snapshot:
 def download(
     repository: str, *, revision: str | None, token: str | None, local_files_only: bool, allow_patterns: Sequence[str]
 ) -> Snapshot:
-    """The files of `owner/name` that match a pattern, in the model hub's cache; files already there are not asked for again.
+    """Return the cached files of `owner/name` that match a pattern, after downloading those that are missing.
 
     An interrupted download resumes. A limit of requests is waited out up to three times. Raises AdapterNotFound if the
     repository is missing or not permitted, SourceUnavailable if a later try may work, and HubFull; no message has a token.
@@ -68,7 +68,7 @@ def download(
         except ERRORS as error:
             if status_of(error) != 429 or number == MAX_TRIES:
                 raise _download_error(error, repository, revision, token, local_files_only) from error
-            # what the hub asks to wait, else 1, 2, 4 seconds
+            # the wait that the hub asks for, else 1, 2, 4 seconds
             asked = next((response.headers.get("Retry-After", "") for response in _responses(error)), "")
             wait_s = min(float(asked) if asked.isdigit() else 2.0 ** (number - 1), MAX_WAIT_S)
         _logger.warning("the model hub limits requests; asking for %s again in %.0f s", repository, wait_s)
@@ -79,7 +79,7 @@ def download(
 def _download_error(
     error: BaseException, repository: str, revision: str | None, token: str | None, local_files_only: bool
 ) -> HubError:
-    """The error to raise for a download that failed, with what was asked for and the way out."""
+    """Return the error to raise for a failed download, with what was asked for and the way out."""
     who = f"the repository {repository!r}" + (f" at revision {revision!r}" if revision else "")
     reason, status = reason_of(error, token), status_of(error)
     if _has(error, GatedRepoError) or status == 403:
@@ -127,7 +127,7 @@ def _download_error(
 
 
 def reason_of(error: BaseException, token: str | None) -> str:
-    """The first line of the error without any token that the call could have used."""
+    """Return the first line of the error without any token that the call could have used."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
     for secret in (token, get_token()):
@@ -147,7 +147,7 @@ def _has(error: BaseException, kind: type[BaseException]) -> bool:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status behind an error; the client wraps it where its cache could not help either."""
+    """Return the HTTP status behind an error, which the client may have wrapped, or None."""
     return next((response.status_code for response in _responses(error)), None)
 
 
@@ -156,7 +156,7 @@ def _responses(error: BaseException) -> Iterator[Any]:
 
 
 def listing_error(error: BaseException, base: str, token: str | None) -> HubError:
-    """The error to raise where the model hub did not say which adapters it has for a base model."""
+    """Return the error to raise if the model hub did not list its adapters for a base model."""
     if _has(error, OfflineModeIsEnabled):
         return SourceUnavailable(f"the model hub's adapters for {base!r} cannot be listed in offline mode (HF_HUB_OFFLINE)")
     return SourceUnavailable(
@@ -165,18 +165,18 @@ def listing_error(error: BaseException, base: str, token: str | None) -> HubErro
 
 
 def push(write: Callable[[Path], object], repository: str, *, token: str | None, private: bool | None, message: str) -> str:
-    """`upload` of the folder that `write` is given to write. Returns the commit's id."""
+    """Call `write` with a temporary folder to write, `upload` that folder, and return the commit's id."""
     with TemporaryDirectory() as place:
         write(Path(place) / "files")
         return upload(Path(place) / "files", repository, token=token, private=private, message=message)
 
 
 def upload(folder: Path, repository: str, *, token: str | None, private: bool | None, message: str) -> str:
-    """Commits the folder's files to `owner/name`, which is created if missing; returns the last commit's id.
+    """Commit the folder's files to `owner/name`, which is created if missing; return the last commit's id.
 
-    `private` counts when it is made; None is what the owner's settings say. Files of before stay there. Raises HubReadOnly
-    where the token, or the one of `hf auth login`, may not write, AdapterNotFound for an id of another form,
-    SourceUnavailable if a later try may work; no message has a token.
+    `private` counts when it is created; None follows the owner's settings. Older files stay there. Raises HubReadOnly if the
+    token, or the one of `hf auth login`, may not write, AdapterNotFound for an id of another form, SourceUnavailable if a
+    later try may work; no message has a token.
     """
     api = HfApi(token=token)
     try:

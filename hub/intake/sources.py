@@ -1,4 +1,4 @@
-"""Where adapters and base models come from: a local folder, or a repository of the model hub."""
+"""Sources of adapters and base models: a local folder, or a repository of the model hub."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 
 
 def adapter_folders(folder: Path) -> list[Path]:
-    """The folders of PEFT adapters directly in `folder`, in the order of their names."""
+    """Return the folders of PEFT adapters directly in `folder`, in the order of their names."""
     return sorted(path.parent for path in folder.glob("*/adapter_config.json"))
 
 
 @dataclass(frozen=True)
 class OpenedSource:
-    """A folder to read, and where it came from: of a repository its id, the commit, and the revision asked for."""
+    """A folder to read, and its origin: for a repository its id, the commit, and the revision asked for."""
 
     folder: Path
     origin: Mapping[str, str] = field(default_factory=dict)
@@ -52,14 +52,14 @@ def open_source(
     local_files_only: bool = False,
     allow_patterns: Sequence[str] = ADAPTER_FILES,
 ) -> Iterator[OpenedSource]:
-    """What `source` names while it is read: a folder, a file of weights, or an archive, which is unpacked for that time.
+    """Yield the folder or file of `source` while it is read; an archive is unpacked for that time.
 
     Else it is a repository `owner/name` or `owner/name/file` of the model hub, of which the files needed are downloaded.
-    Raises AdapterNotFound when neither exists, with what was tried, AdapterUnsupported for a repository without a file in
+    Raises AdapterNotFound if neither exists, with what was tried, AdapterUnsupported for a repository without a file in
     which adapters are kept. A token never appears in a message.
     """
     if isinstance(source, Found):
-        # never a folder of that name
+        # a repository, even if there is a folder of that name
         yield _download(source.repository, revision or source.commit, token, local_files_only, allow_patterns)
         return
     archive = as_path(source, "an adapter's source", SourceUnavailable)
@@ -79,7 +79,7 @@ def find_folder(
     token: str | None,
     local_files_only: bool,
 ) -> Path:
-    """The local folder of `what`, or the download of `owner/name`. AdapterNotFound if it is neither."""
+    """Return the local folder of `what`, or the download of `owner/name`. Raises AdapterNotFound if it is neither."""
     path = as_path(source, f"the folder of {what}", AdapterNotFound)
     if path.is_dir():
         return path
@@ -91,7 +91,7 @@ def find_folder(
 
 
 def name_of(source: str | Path | Found) -> str:
-    """The last part of a path or id, without the suffix of an archive or of a file of weights."""
+    """Return the last part of a path or id, without the suffix of an archive or of a file of weights."""
     last = str(source).rstrip("/").rsplit("/", 1)[-1]
     return last.removesuffix(archive_suffix(last)).removesuffix(".safetensors") or last
 
@@ -134,7 +134,7 @@ def _download(
 
 
 def _parts(source: str | Path) -> tuple[str, str, str]:
-    """Owner, name and file ("" for all) of a repository. Raises AdapterNotFound for another form."""
+    """Return owner, name and file ("" for all) of a repository. Raises AdapterNotFound for another form."""
     text = str(source)
     parts = text.split("/")
     file = "/".join(parts[2:])
@@ -148,7 +148,7 @@ def _parts(source: str | Path) -> tuple[str, str, str]:
 
 
 def without_secrets(source: str | Path) -> str:
-    """The source as text, an address without user name, password and query, where tokens may stand."""
+    """Return the source as text, an address without user name, password and query, which may have tokens."""
     text = str(source)
     if "://" not in text:
         return text
@@ -158,7 +158,7 @@ def without_secrets(source: str | Path) -> str:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether the path is a folder or a file of weights."""
+    """Return whether the path is a folder or a file of weights."""
     try:
         return path.is_dir() or (path.suffix in _WEIGHTS and path.is_file())
     except OSError:
