@@ -1,1 +1,1 @@
-"""One file for each program that loads adapters: what it cannot hold, and how what it can is written."""
+"""Export targets, one file for each program that loads adapters: the limits of the program, and its files."""

@@ -1,4 +1,4 @@
-"""Fused experts for programs that keep gate, up and down of all experts as one tensor each."""
+"""Fused experts for programs that have gate, up and down of all experts as one tensor each."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from loraweave.types import Factors
 
 
 def num_experts(config: Any) -> int:
-    """Experts of each layer of this base, 0 where it has none."""
+    """Return the number of experts in each layer of this base, 0 if it has none."""
     return int(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0)
 
 
 def matrices(parameter: str) -> list[str]:
-    """The matrices that such a program has of a parameter of experts, whose rows follow one another."""
+    """Return the names of the program's matrices for a parameter of experts, in the order of its rows."""
     place, _, last = parameter.rpartition(".")
     return [f"{place}.gate_proj", f"{place}.up_proj"] if last == "gate_up_proj" else [parameter]
 
 
 def require_known(layer: str, config: Any, name: str) -> None:
-    """Raises AdapterUnsupported for an expert that the base does not have."""
+    """Raise AdapterUnsupported for an expert that the base does not have."""
     parameter, _, number = layer.rpartition(".")
     if not number.isdigit() or int(number) >= num_experts(config):
         raise AdapterUnsupported(
@@ -34,7 +34,7 @@ def require_known(layer: str, config: Any, name: str) -> None:
 
 
 def stacked(contents: Contents, config: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """{path of a matrix: (a_ERI, b_EOR)}, zeros for an expert without an update; gate and up have one a."""
+    """Return {path of a matrix: (a_ERI, b_EOR)}, zeros for an expert without an update; gate and up share one a."""
     parameters: dict[str, dict[int, Factors]] = {}
     for layer, factors in contents.layers.items():
         if factors.kind == "expert":

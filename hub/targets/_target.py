@@ -1,4 +1,4 @@
-"""What every export target says of itself, and what most of them share: refusals, files, names of modules."""
+"""The interface of export targets, and what most of them share: refusals, files, names of modules."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _KINDS = {
 class Target(ABC):
     """A program that loads adapters.
 
-    `limit` is the largest rank that it takes, None where it has none. With `one_rank` every layer gets the largest rank of
-    any by rows of zeros. `base` is a model, its config, folder or id, for targets that must know its architecture.
+    `limit` is the largest rank that it takes, None for no limit. With `one_rank` every layer gets the largest rank of any by
+    rows of zeros. `base` is a model, its config, folder or id, for targets that must know its architecture.
     """
 
     limit: ClassVar[int | None] = None
@@ -46,36 +46,36 @@ class Target(ABC):
     @classmethod
     @abstractmethod
     def check(cls, contents: Contents, name: str, base: Any) -> None:
-        """Raises AdapterUnsupported, with the way out, for what the program cannot compute exactly."""
+        """Raise AdapterUnsupported, with the way out, for anything that the program cannot compute exactly."""
 
     @classmethod
     def write(cls, contents: Contents, name: str, folder: Path, base: Any) -> None:
-        """Writes the folder, whole or not at all: PEFT's, unless the program has one of its own."""
+        """Write the folder, whole or not at all: PEFT's, unless the program has its own layout."""
         PeftFolder.write(contents, folder)
 
     @classmethod
     def program(cls, contents: Contents) -> tuple[str, ...]:
-        """The words that start a server with the base, for which `flags` are; none where there is no such command."""
+        """Return the words that start a server with the base, before `flags`; none without such a command."""
         return ()
 
     @classmethod
     def flags(cls, contents: Contents, name: str, folder: Path, rank: int) -> tuple[str, ...]:
-        """The server's arguments."""
+        """Return the server's arguments."""
         return ()
 
     @classmethod
     def notes(cls, contents: Contents, folder: Path, rank: int) -> list[str]:
-        """What a user has to know about the folder."""
+        """Return what a user must know about the folder, one sentence each."""
         return []
 
 
 def last_names(layers: Mapping[str, Factors]) -> tuple[str, ...]:
-    """The last steps of the layers' paths, such as q_proj, sorted; of an expert that of its parameter."""
+    """Return the last steps of the layers' paths, such as q_proj, sorted; for an expert, those of its parameter."""
     return tuple(sorted({path_of(layer, factors).rpartition(".")[2] for layer, factors in layers.items()}))
 
 
 def require_plain(contents: Contents, name: str, program: str, *, kinds: tuple[str, ...] = ("linear",)) -> None:
-    """Raises AdapterUnsupported for anything but low-rank factors of layers of these kinds that count for every token."""
+    """Raise AdapterUnsupported for anything but low-rank factors of layers of these kinds that act on every token."""
     if contents.invocation:
         raise AdapterUnsupported(
             f"adapter {name!r} counts from its invocation tokens {list(contents.invocation)} on. The files for {program} "
@@ -107,7 +107,7 @@ def require_plain(contents: Contents, name: str, program: str, *, kinds: tuple[s
 
 
 def require_untied(contents: Contents, name: str, program: str, config: Any) -> None:
-    """Raises AdapterUnsupported for an update of one side of tied embeddings, which the program computes with as one."""
+    """Raise AdapterUnsupported for an update of one side of tied embeddings, which the program has as one matrix."""
     if not getattr(config, "tie_word_embeddings", False):
         return
     for layer in contents.layers:
@@ -120,7 +120,7 @@ def require_untied(contents: Contents, name: str, program: str, config: Any) -> 
 
 
 def stored_factors(factors: Factors) -> tuple[Tensor, Tensor]:
-    """(a, b) in the shapes of the layer's weight: (R, I) and (O, R), or with the kernel's axes for a convolution."""
+    """Return (a, b) in the shapes of the layer's weight: (R, I) and (O, R), with the kernel's axes for a convolution."""
     a_RI, b_OR = factors.a_RI.contiguous(), factors.b_OR.contiguous()
     if factors.kind != "conv":
         return a_RI, b_OR
@@ -128,10 +128,10 @@ def stored_factors(factors: Factors) -> tuple[Tensor, Tensor]:
 
 
 def place(contents: Contents, folder: Path, library: str, files: Mapping[str, Callable[[Path], object]]) -> None:
-    """Writes the files, each by its function, a README and what is kept beside the adapter. All appear at once.
+    """Write the files, each by its function, a README and the kept files of the adapter, all at once.
 
-    AdapterUnsupported for an adapter without effect or with values that are not finite; AdapterExists for a folder with
-    anything else in it.
+    Raises AdapterUnsupported without effect or for values that are not finite; AdapterExists if the folder has anything
+    else.
     """
     contents.require_effect(str(folder))
     for layer, factors in contents.layers.items():
@@ -152,7 +152,7 @@ def place(contents: Contents, folder: Path, library: str, files: Mapping[str, Ca
 
 
 def tensors_file(tensors: Mapping[str, Tensor]) -> Callable[[Path], object]:
-    """A writer of a safetensors file."""
+    """Return the function that writes a safetensors file."""
     return lambda path: save_tensors(
         {name: tensor.detach().cpu().float().contiguous().clone() for name, tensor in tensors.items()},
         path,

@@ -1,8 +1,8 @@
 """diffusers: `pytorch_lora_weights.safetensors` with `unet...lora_A.weight`, of one rank; ComfyUI reads it too.
 
-diffusers (loaders/lora_pipeline.py, utils/peft_utils.py of 0.42) divides by ranks that it reads off the tensors; versions
-before took one of them for all layers, so every layer has the same. A name that begins with no part of the pipeline is
-passed over without an error, `base_model.model.unet...` among them.
+diffusers (loaders/lora_pipeline.py, utils/peft_utils.py of 0.42) divides by the ranks of the tensors; earlier versions took
+one of them for all layers, so every layer has the same. A name that begins with no part of the pipeline is ignored without
+an error, `base_model.model.unet...` among them.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from loraweave.hub.targets._target import Target, place, require_plain, stored_f
 from loraweave.registry import traits
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
-# where transformers 5 took the step `text_model` out of the paths; files and programs still have it
+# before it, transformers 5 removed the step `text_model` from the paths; files and programs still have it
 CLIP = "encoder.layers."
-# the modules of a UNet, by which it is known where the adapter was made for it alone
+# the modules of a UNet, which tell an adapter made for the UNet alone
 UNET = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
 
 
 @traits("images")
 class Diffusers(Target):
-    """Read by `pipeline.load_lora_weights(FOLDER)`."""
+    """A folder for `pipeline.load_lora_weights(FOLDER)`."""
 
     one_rank = True
 
@@ -49,7 +49,7 @@ class Diffusers(Target):
 
 
 def pipeline_path(layer: str, name: str) -> str:
-    """The layer's path in a pipeline, which begins with a part such as `unet`; of CLIP as it was before transformers 5."""
+    """Return the layer's path in a pipeline, which begins with a part such as `unet`; for CLIP as before transformers 5."""
     part, _, rest = layer.partition(".")
     if part in COMPONENTS:
         return f"{part}.text_model.{rest}" if rest.startswith(CLIP) else layer

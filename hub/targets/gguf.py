@@ -1,8 +1,8 @@
-"""llama.cpp: a LoRA as GGUF, named and permuted as llama.cpp has the base, and an Ollama Modelfile beside it.
+"""llama.cpp: a LoRA as GGUF, named and permuted like llama.cpp's base, and an Ollama Modelfile beside it.
 
 After llama.cpp's conversion of models and adapters (conversion/*.py, convert_lora_to_gguf.py) and its loader
-(src/llama-adapter.cpp), as of 2026. The loader multiplies by alpha / rank with the file's one alpha, passes over norms, and
-has one matrix for tied embeddings. From 0.34.1 on `ollama create` refuses a Modelfile with ADAPTER (ollama's pull request
+(src/llama-adapter.cpp), as of 2026. The loader multiplies by alpha / rank with the file's one alpha, ignores norms, and has
+one matrix for tied embeddings. From 0.34.1 on `ollama create` refuses a Modelfile with ADAPTER (ollama's pull request
 14969), so that the Modelfile names the base with the adapter merged into it, which llama.cpp's llama-export-lora writes.
 """
 
@@ -40,14 +40,14 @@ ARCHITECTURES = {
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
 }
-# those whose rotary embedding turns neighbours instead of halves, so that rows of q and k have another order
+# models whose rotary embedding rotates neighbours instead of halves, so that rows of q and k have another order
 PERMUTED = ("llama", "mistral", "mixtral")
 ADAPTER, MODELFILE, MERGED = "adapter.gguf", "Modelfile", "merged.gguf"
 
 
 @traits("unread")
 class Gguf(Target):
-    """Read by `llama-server --lora`, by every other program of llama.cpp, and, once merged, by `ollama create`."""
+    """A folder for `llama-server --lora`, for every other program of llama.cpp, and, once merged, for `ollama create`."""
 
     one_rank = True
 
@@ -85,7 +85,7 @@ class Gguf(Target):
             if factors.kind == "expert":
                 continue
             called = _tensor_name(layer, names, config, name)
-            # llama.cpp looks a token's row of lora_a up, and multiplies with it elsewhere
+            # llama.cpp looks up a token's row of lora_a here, and multiplies with lora_a elsewhere
             tensors[f"{called}.lora_a"] = factors.a_RI.T if factors.kind == "embedding" else factors.a_RI
             tensors[f"{called}.lora_b"] = _order(layer, factors, config, name)
         text = f"# {contents.base_model or 'the base model'} as GGUF, with {ADAPTER} merged into it: llama-export-lora\n"
@@ -105,7 +105,7 @@ class Gguf(Target):
 
 
 def _tensor_names(config: Any) -> Any:
-    """gguf's table of names for all layers of this base, which takes a tenth of a second to make."""
+    """Return gguf's table of names for all layers of this base, which takes a tenth of a second to make."""
     import gguf
 
     known = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}
@@ -123,7 +123,7 @@ def _tensor_name(layer: str, names: Any, config: Any, name: str) -> str:
 
 
 def _order(layer: str, factors: Factors, config: Any, name: str) -> Tensor:
-    """b with its rows in llama.cpp's order: within each head, the two halves of q's and k's rows are interleaved."""
+    """Return b with its rows in llama.cpp's order: within each head, the two halves of q's and k's rows are interleaved."""
     last = layer.rpartition(".")[2]
     if config.model_type not in PERMUTED or last not in ("q_proj", "k_proj"):
         return factors.b_OR
@@ -139,7 +139,7 @@ def _order(layer: str, factors: Factors, config: Any, name: str) -> Tensor:
 
 
 def interleaved(b_OR: Tensor, size: int) -> Tensor:
-    """b with the two halves of each head of `size` rows interleaved, so that rotary pairs stand side by side."""
+    """Return b with the halves of each head of `size` rows interleaved, so that rotary pairs are adjacent."""
     return b_OR.reshape(-1, 2, size // 2, b_OR.shape[1]).transpose(1, 2).reshape(b_OR.shape)
 
 

@@ -27,15 +27,15 @@ from loraweave.registry import traits
 from loraweave.types import Factors
 
 PREFIXES = {"unet": "lora_unet_", "transformer": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-# of the text encoder where it is the only one, beside a UNet
+# the prefix of a text encoder that is the only one, beside a UNet
 SINGLE = "lora_te_"
-# by how the classes of diffusers begin
+# by the first letters of diffusers' classes
 FAMILIES = {"Flux": ORIGINAL_FLUX, "SD3": ORIGINAL_SD3}
 ELSEWHERE = "use target='diffusers'"
 
 
 class _Module(NamedTuple):
-    """A module of the file: the rule that its name comes from, and the layers that it joins, None for one without update."""
+    """A module of the file: the rule of its name, and the layers that it joins, None for one without an update."""
 
     rule: Rule
     layers: tuple[str | None, ...]
@@ -43,7 +43,7 @@ class _Module(NamedTuple):
 
 @traits("images")
 class Kohya(Target):
-    """Read by ComfyUI, by WebUIs and by diffusers' `load_lora_weights` (of Stable Diffusion 3 by ComfyUI and WebUIs)."""
+    """A folder for ComfyUI, WebUIs and, except for Stable Diffusion 3, diffusers' `load_lora_weights`."""
 
     one_rank = True
 
@@ -68,7 +68,7 @@ class Kohya(Target):
 
 
 def _modules(contents: Contents, name: str, base: Any) -> dict[str, _Module]:
-    """The modules of such a file by name."""
+    """Return the modules of such a file by name."""
     paths = {layer: pipeline_path(layer, name) for layer in contents.layers}
     single = not any(path.startswith(("text_encoder_2.", "transformer.")) for path in paths.values())
     prefixes = {**PREFIXES, "text_encoder": SINGLE} if single else PREFIXES
@@ -96,7 +96,7 @@ def _modules(contents: Contents, name: str, base: Any) -> dict[str, _Module]:
 
 
 def _rules(paths: list[str], name: str, base: Any) -> dict[str, tuple[Rule, str]]:
-    """The rule of each path of a transformer with the number of its block, in the one family of models that has them all."""
+    """Map each path of a transformer to its rule and block number, in the only family of models that has all paths."""
     kind = type(getattr(base, "transformer", base)).__name__
     named = [family for family in FAMILIES if kind.startswith(family)]
     tables = {family: {path: _rule(path, FAMILIES[family]) for path in paths} for family in named or FAMILIES}
@@ -124,7 +124,7 @@ def _rule(path: str, table: list[Rule]) -> tuple[Rule, str] | None:
 
 
 def _joined(module: str, joined: _Module, contents: Contents, name: str) -> Factors:
-    """The update of all of a module's layers: their B below each other if they share A, else in blocks."""
+    """Return the update of all of a module's layers: their B stacked if they share A, else in blocks."""
     parts = [None if layer is None else contents.layers[layer] for layer in joined.layers]
     known = [part for part in parts if part is not None]
     first = known[0]

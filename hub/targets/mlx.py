@@ -19,14 +19,14 @@ from loraweave.hub.formats.mlx import WEIGHTS
 from loraweave.hub.targets._experts import require_known, stacked
 from loraweave.hub.targets._target import Target, place, require_plain, require_untied, tensors_file
 
-# of transformers' model types, those whose modules mlx-lm names as transformers does
+# the model types of transformers whose modules mlx-lm names as transformers does
 SAME_NAMES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3")
-# and of mixtures of experts, whose other modules it names as transformers does, where it has `mlp.experts`
+# mlx-lm's name of `mlp.experts` by model type; it names their other modules as transformers does
 EXPERTS = {"mixtral": "block_sparse_moe.switch_mlp", "qwen2_moe": "mlp.switch_mlp", "qwen3_moe": "mlp.switch_mlp"}
 
 
 class Mlx(Target):
-    """Read by `mlx_lm.load(BASE, adapter_path=FOLDER)` and `mlx_lm.generate --adapter-path FOLDER`."""
+    """A folder for `mlx_lm.load(BASE, adapter_path=FOLDER)` and `mlx_lm.generate --adapter-path FOLDER`."""
 
     one_rank = True
 
@@ -54,7 +54,7 @@ class Mlx(Target):
         }
         for path, factors_of_experts in stacked(contents, config_of_base).items():
             pairs[path.replace("mlp.experts", EXPERTS[config_of_base.model_type])] = factors_of_experts
-        # scale is what y is multiplied with, whatever the rank
+        # mlx-lm multiplies y by `scale`, whatever the rank
         settings = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(pairs)}
         blocks = config_of_base.num_hidden_layers
         config = {"fine_tune_type": "lora", "model": contents.base_model, "num_layers": blocks, "lora_parameters": settings}

@@ -1,8 +1,8 @@
 """OpenVINO GenAI: a PEFT folder whose file has all scales in its factors, since `openvino_genai.Adapter` reads no config.
 
 OpenVINO GenAI (src/cpp/src/lora/adapter.cpp, as of 2026) patches matrix products and convolutions of width 1, which it finds
-by looking for the name of a layer inside the name of a node. It passes over the file's alpha and over adapter_config.json:
-the strength is the one given to `AdapterConfig`, 1 by default.
+by searching for the name of a layer inside the name of a node. It ignores the file's alpha and adapter_config.json: the
+strength is the one given to `AdapterConfig`, 1 by default.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loraweave.hub.targets._target import Target, require_plain
 
 
 class Openvino(Target):
-    """Read by `openvino_genai.Adapter(FOLDER/adapter_model.safetensors)`."""
+    """A folder for `openvino_genai.Adapter(FOLDER/adapter_model.safetensors)`."""
 
     @classmethod
     def check(cls, contents: Contents, name: str, base: Any) -> None:

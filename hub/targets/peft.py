@@ -10,13 +10,13 @@ from loraweave.hub.targets._target import TIED, Target, last_names
 
 
 class Peft(Target):
-    """Read by `peft.PeftModel.from_pretrained` and by whatever reads PEFT's folders."""
+    """A folder for `peft.PeftModel.from_pretrained` and any other program that reads PEFT's folders."""
 
     drops_zeros = False
 
     @classmethod
     def check(cls, contents: Contents, name: str, base: Any) -> None:
-        """Leaves it to the writer, which knows PEFT's rules."""
+        """Leave the checks to the writer, which knows PEFT's rules."""
 
     @classmethod
     def notes(cls, contents: Contents, folder: Path, rank: int) -> list[str]:

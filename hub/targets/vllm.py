@@ -1,9 +1,8 @@
-"""vLLM: a PEFT folder that keeps the rules of its loader, of one rank, and the flags of the server.
+"""vLLM: a PEFT folder that obeys the rules of its loader, of one rank, and the flags of the server.
 
-vLLM (its PEFTHelper, LoRAConfig and LoRAModel, as of 2025 and 2026) takes one `r` and one `lora_alpha` for all layers,
-since most releases pass over rank_pattern and alpha_pattern without a word; an `r` up to `--max-lora-rank`, which must be
-one of a few sizes; no DoRA, no bias, no whole modules; and tensors called lora_A and lora_B of layers that it has under
-that name.
+vLLM (its PEFTHelper, LoRAConfig and LoRAModel, as of 2025 and 2026) takes one `r` and one `lora_alpha` for all layers, since
+most releases silently ignore rank_pattern and alpha_pattern; an `r` up to `--max-lora-rank`, which must be one of a few
+sizes; no DoRA, no bias, no whole modules; and tensors called lora_A and lora_B of layers that it has under that name.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.targets._target import TIED, Target, last_names, require_plain
 
-# those that every release of vLLM takes for --max-lora-rank; recent ones also have 1
+# the values that every release of vLLM takes for --max-lora-rank; recent ones also take 1
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # layers that vLLM computes as one; its loader packs the factors of the parts itself
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class Vllm(Target):
-    """Read by `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER`, and by its dynamic loading."""
+    """A folder for `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER`, and for vLLM's dynamic loading."""
 
     limit = RANKS[-1]
     one_rank = True
