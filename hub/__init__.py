@@ -1,1 +1,1 @@
-"""Where adapters live: formats in, content-addressed blobs, a catalogue, search."""
+"""The store of adapters: their formats, content-addressed blobs, a catalogue and search."""

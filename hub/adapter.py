@@ -42,11 +42,11 @@ class Adapter:
     """A stored LoRA. `layers` maps module paths, as in the base model's `named_modules()`, to their factors.
 
     `card` is JSON: description, examples, tags, license, recipe, scores. `heads` maps parameter names of the base model to
-    whole trained tensors that replace the base's (PEFT's modules_to_save), fp32. `files` are those that lay beside its
-    weights: tokenizer, chat template, a reward model's value_head.safetensors; they are kept and written back, and nothing
-    computes with them. `invocation` makes it an activated LoRA (aLoRA, Greenewald et al. 2025, arXiv 2504.12397): token ids
-    from whose last occurrence in a prompt on it counts, for all that follows too; empty for one that counts everywhere.
-    Two adapters with equal `hash` have equal factors, heads and invocation tokens.
+    whole trained tensors that replace the base's (PEFT's modules_to_save), fp32. `files` are those beside its weights:
+    tokenizer, chat template, a reward model's value_head.safetensors; they are kept and written back, and nothing computes
+    with them. `invocation` makes it an activated LoRA (aLoRA, Greenewald et al. 2025, arXiv 2504.12397): the adapter acts
+    from the last occurrence of these token ids in the prompt onwards; an empty one makes it act everywhere. Two adapters
+    with equal `hash` have equal factors, heads and invocation tokens.
     """
 
     name: str
@@ -91,16 +91,16 @@ class Adapter:
         max_error: float = MAX_ERROR,
         allow_pickle: bool = False,
     ) -> Adapter:
-        """Reads an adapter folder, a LoRA file or an archive (zip, tar), or downloads `owner/name` from the model hub.
+        """Read an adapter folder, a LoRA file or an archive (zip, tar), or download `owner/name` from the model hub.
 
-        A folder without an adapter of its own stands for the one adapter below it (`checkpoint-500/`). Weights that are only
-        in adapter_model.bin, a pickle, are read with `allow_pickle`, by torch's safe loader, and refused without. Of a
+        A folder that holds no adapter itself stands for the one adapter below it (`checkpoint-500/`). Weights that are only
+        in adapter_model.bin, a pickle, are read with `allow_pickle`, by torch's safe loader, and refused without. After a
         download `card["source"]` has the repository, the commit as revision, and the revision asked for.
 
         Besides LoRA, most other types that PEFT trains become factors (docs/adapters.md). `model` is the base (or pipeline)
         for types whose file does not determine the update. An update that is not of low rank is cut to the smallest rank
         within `max_error` (Frobenius norm, relative to the layer's update) and at most `rank`; `card["conversion"]` has both
-        figures of every layer. Raises AdapterUnsupported where `rank` leaves a larger error, and for what has no such form.
+        figures of every layer. Raises AdapterUnsupported if `rank` leaves a larger error, and for types without such a form.
         """
         wanted = (*ADAPTER_FILES, *KEPT, *((PICKLE, *PICKLES) if allow_pickle else ()))
         with open_source(
@@ -114,7 +114,7 @@ class Adapter:
         return cls(own_name, *parts, contents.invocation)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
-        """Writes a plain PEFT folder, which `peft.PeftModel.from_pretrained` reads, heads and files too; returns its path.
+        """Write a PEFT folder, heads and files included, for `peft.PeftModel.from_pretrained`; return its path.
 
         A half-precision `dtype` halves the file and rounds the factors, so the adapter read back has another hash.
         """
@@ -129,14 +129,14 @@ class Adapter:
         base: Any = None,
         allow_licenses: bool = False,
     ) -> ExportReport:
-        """Writes a folder for a program that loads adapters: one of `lw.names("targets")`, such as "peft", "vllm" or "gguf".
+        """Write a folder for a program that loads adapters: one of `lw.names("targets")`, such as "peft", "vllm" or "gguf".
 
-        Most targets get one rank for all layers, by adding zeros. `max_rank` cuts layers above it; without it the update is
-        exact. `base` is the base model, its config, folder or id, for targets that must know its architecture; by default
-        what the adapter names. Raises UnknownName for another target, WeightingError for a rank below 1, BaseModelMismatch
-        for a base that cannot be read, AdapterUnsupported with the way out for what the target cannot express,
-        InvalidLicense for what was merged or is cut under licenses that exclude each other or derived works, unless
-        `allow_licenses`.
+        Most targets need one rank for all layers, which added zeros give. `max_rank` cuts layers above it; without it the
+        update is exact. `base` is the base model, its config, folder or id, for targets that must know its architecture; by
+        default the base that the adapter names. Raises UnknownName for another target, WeightingError for a rank below 1,
+        BaseModelMismatch for a base that cannot be read, AdapterUnsupported with the way out for what the target cannot
+        express, InvalidLicense, unless `allow_licenses`, if the adapter was merged or is cut and its licenses exclude each
+        other or derived works.
         """
         if not allow_licenses and not self._is_copy(max_rank):
             require_one_work([(self.name, stated_license(self.card.get("license")))])
@@ -152,10 +152,10 @@ class Adapter:
         commit_message: str | None = None,
         allow_licenses: bool = False,
     ) -> str:
-        """Uploads what `save_pretrained` writes, with its card, to `owner/name` on the model hub; returns the commit's id.
+        """Upload the folder of `save_pretrained`, with its card, to `owner/name` on the model hub; return the commit's id.
 
-        A new repository is public or private as the owner's settings say, unless `private` does. Raises HubReadOnly if the
-        token may not write there, SourceUnavailable if a retry may help, AdapterNotFound for an id of another form, and
+        A new repository is public or private by the owner's settings, or as `private` says. Raises HubReadOnly if the token
+        may not write there, SourceUnavailable if a retry may help, AdapterNotFound for an id of another form, and
         InvalidLicense as `export` does.
         """
         if not allow_licenses and not self._is_copy(None):
@@ -170,9 +170,9 @@ class Adapter:
         return push(write, repository, token=token, private=private, message=message)
 
     def _is_copy(self, max_rank: int | None) -> bool:
-        """Whether a cut to `max_rank` leaves an adapter as somebody published it: neither cut nor made of others."""
+        """Return whether a cut to `max_rank` leaves an adapter as it was published: neither cut nor merged from others."""
         parents = as_list(entry(self.card.get("recipe"), "parents", object))
-        # a merge of one at weight 1 is that one
+        # a merge of one adapter at weight 1 is that adapter
         made = any(entry(parent, "hash", str) != self.hash for parent in parents)
         return not made and (max_rank is None or self.rank <= max_rank)
 
@@ -182,7 +182,7 @@ class Adapter:
 
     @property
     def base(self) -> BaseKey:
-        """The base model as a key; its revision is the one that PEFT's config names."""
+        """The base model as a key, whose revision is the one that PEFT's config names."""
         return BaseKey(self.base_model, entry(self.card.get("peft"), "revision", str) or None, self.fingerprint)
 
     @property
@@ -192,18 +192,18 @@ class Adapter:
 
     @cached_property
     def report(self) -> MergeReport:
-        """What the merge did that made this adapter, layer by layer; empty for an adapter that was not merged."""
+        """The report of the merge that made this adapter, layer by layer; empty for an adapter that was not merged."""
         return MergeReport.from_card(self.card)
 
     def delta(self, layer: str) -> Tensor:
-        """The dense update (O, I) of one layer, fp32. KeyError for a layer that the adapter leaves alone."""
+        """Return the dense update (O, I) of one layer, fp32. Raises KeyError for a layer that has no update."""
         return algebra.delta(self.layers[layer])
 
     @cached_property
     def form(self) -> Form:
-        """(layer, O, I, kind, kernel, bound) of each layer: whether the adapter fits a model or another adapter.
+        """The tuple (layer, O, I, kind, kernel, bound) of each layer, which decides what the adapter fits.
 
-        Adapters of one form have the very same tuple, whatever their ranks.
+        Adapters of one form share one tuple object, whatever their ranks.
         """
         return _one_tuple(
             tuple(
@@ -214,13 +214,13 @@ class Adapter:
 
     @cached_property
     def num_values(self) -> int:
-        """Elements of all its factors and heads."""
+        """The number of elements of all its factors and heads."""
         factors = [tensor for each in self.layers.values() for tensor in each.tensors().values()]
         return sum(tensor.numel() for tensor in (*factors, *self.heads.values()))
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 over factors, heads and invocation tokens in a canonical order; names, cards and layout do not enter."""
+        """The SHA-256 of factors, heads and invocation tokens in a canonical order; names, cards and layout do not enter."""
         digest = hashlib.sha256()
         for layer, factors in sorted(self.layers.items()):
             digest.update(repr((layer, factors.kind, factors.kernel)).encode())
@@ -242,5 +242,5 @@ class Adapter:
 
 @lru_cache(maxsize=256)
 def _one_tuple(form: Form) -> Form:
-    """The first tuple that was equal to this one: a check of many adapters can then tell by identity what it has seen."""
+    """Return the first tuple that was equal to this one, so that equal forms can be recognised by identity."""
     return form

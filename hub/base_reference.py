@@ -1,4 +1,4 @@
-"""A base model as what it was loaded from: what a worker gets in place of a model, and loads once in its process."""
+"""A base model as a reference to where it was loaded from: a worker gets it instead of the model, and loads it once."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from loraweave.common.spread import processes_here
 from loraweave.errors import BaseModelMismatch
 from loraweave.hub.base import base_config, base_id, load_base, without_bars
 
-# what a config says of the place and the library that it came from
+# the keys of a config about the place and the library that it came from
 PLACES = ("_name_or_path", "_commit_hash", "transformers_version")
 
 
 @dataclass(frozen=True)
 class BaseReference:
-    """The base named `name`, at `place`, whose weights, config and vocabulary have this `digest`.
+    """A reference to the base `name` at `place`, whose weights, config and vocabulary have this `digest`.
 
-    It travels without the model; in the process where it was made `load` gives the very same one.
+    It is pickled without the model; in the process where it was made, `load` returns the very model it was made from.
     """
 
     name: str
@@ -38,7 +38,7 @@ class BaseReference:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any) -> Self:
-        """Raises BaseModelMismatch for a model that has no folder or id to load it from."""
+        """Return the reference of a model. Raises BaseModelMismatch if it has no folder or id to load it from."""
         name = base_id(model)
         place = str(Path(name).absolute()) if name and Path(name).is_dir() else name
         try:
@@ -57,14 +57,14 @@ class BaseReference:
         return type(self), (self.name, self.place, self.revision, self.dtype, self.attention, self.device, self.digest)
 
     def load(self) -> tuple[Any, Any]:
-        """(model, tokenizer), read once by a process. Raises BaseModelMismatch where the place now has something else."""
+        """Return (model, tokenizer), read once per process. Raises BaseModelMismatch if the place has another by now."""
         return _loaded(self) if self.held is None else self.held
 
 
 def base_loader(model: Any, tokenizer: Any, n_jobs: int | None) -> Callable[[], tuple[Any, Any]]:
-    """What gives (model, tokenizer) where pieces run: these two in this process, and by their name on `n_jobs` workers.
+    """Return the function that gives (model, tokenizer): these two here, or a load by name on each of `n_jobs` workers.
 
-    Raises BaseModelMismatch as `BaseReference.of` does, where there are workers.
+    Raises BaseModelMismatch as `BaseReference.of` does, if there are workers.
     """
     if processes_here(n_jobs) is None:
         return lambda: (model, tokenizer)
@@ -93,7 +93,7 @@ def _loaded(reference: BaseReference) -> tuple[Any, Any]:
 
 
 def _digest(model: Any, tokenizer: Any) -> str:
-    """SHA-256 of the weights, bit by bit, of the config but for places, and of the tokenizer's vocabulary and template."""
+    """Return the SHA-256 of the weights' bits, the config without places, and the tokenizer's vocabulary and template."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,7 +1,7 @@
-"""Stored compositions: folders that a hub keeps under names, beside its adapters, without knowing what they say.
+"""Stored compositions: folders that a hub keeps under names, beside its adapters, without knowing their meaning.
 
-A composition is whatever saves itself as a folder. Each of its files is a blob named by the sha256 of its bytes, and a row
-of the catalogue lists them: a name never becomes a path, and a row is committed when all its files are there.
+A composition is any object that saves itself as a folder. Each of its files is a blob named by the sha256 of its bytes, and
+a row of the catalogue lists them: a name never becomes a path, and a row is committed when all its files are stored.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from loraweave.hub.stores.protocols import BlobStore
 from loraweave.hub.tables import compositions as table
 from loraweave.hub.tables.compositions import CompositionRow
 
-# the file in which a folder says what it is
+# a folder is a composition if it has exactly one of these files
 RECIPES = ("composition.json", "formula.json", "joint.json", "router.json")
 MAX_FILES = 10_000
 
 
 class SavesFolder(Protocol):
-    """What can be kept: a Composition, a Formula, a router or a JointPool."""
+    """An object that a hub can store as a composition: a Composition, a Formula, a router or a JointPool."""
 
     def save_pretrained(self, folder: Path, /) -> Path: ...
 
@@ -52,22 +52,22 @@ class StoredComposition:
 
     @property
     def created(self) -> str:
-        """When it was saved, ISO 8601 in UTC."""
+        """The time when it was saved, ISO 8601 in UTC."""
         return self._row.created
 
     @property
     def hash(self) -> str:
-        """SHA-256 over the paths and bytes of its files; the name does not enter."""
+        """The SHA-256 of the paths and bytes of its files; the name does not enter."""
         return self._row.hash
 
     @property
     def files(self) -> Mapping[str, int]:
-        """{path in its folder: size in bytes}."""
+        """The size in bytes of each of its files, by the path in its folder."""
         return {path: size for path, (_, size) in self._row.files.items()}
 
     @cached_property
     def recipe(self) -> Mapping[str, Any]:
-        """What the file of RECIPES in it says. AdapterCorrupt for a damaged or missing one."""
+        """The content of its file of RECIPES. Raises AdapterCorrupt if the file is damaged or missing."""
         (path,) = [path for path in RECIPES if path in self._row.files]
         try:
             found: Mapping[str, Any] = json.loads(self.read(path))
@@ -82,18 +82,18 @@ class StoredComposition:
 
     @property
     def report(self) -> Mapping[str, Any] | None:
-        """What was compared when it was composed, as JSON; None for a formula."""
+        """The report of the candidates compared when it was composed, as JSON; None for a formula."""
         found: Mapping[str, Any] | None = self.recipe.get("report")
         return found
 
     def read(self, path: str) -> bytes:
-        """The bytes of one of its files. AdapterCorrupt for one that is damaged or missing, KeyError for an unknown path."""
+        """Return the bytes of one of its files. Raises AdapterCorrupt if it is damaged or missing, KeyError if unknown."""
         return file_bytes(self._blobs, self._row.files[path][0], f"{path} of composition {self.name!r}")
 
     def write(self, folder: str | Path) -> Path:
-        """Writes its files as a folder, in place of a composition that is there, and returns the path.
+        """Write its files as a folder, in place of a composition that is there, and return the path.
 
-        `Composition.from_pretrained` reads it. AdapterExists for a folder that holds anything else.
+        `Composition.from_pretrained` reads it. Raises AdapterExists if the folder holds anything else.
         """
         target = Path(folder)
         if target.exists() and not (target.is_dir() and (_recipe_in(target) or not any(target.iterdir()))):
@@ -107,7 +107,7 @@ class StoredComposition:
 
     @contextmanager
     def unpacked(self) -> Iterator[Path]:
-        """Its files in a folder that is gone when the block ends."""
+        """Yield a temporary folder with its files, which is deleted when the block ends."""
         with tempfile.TemporaryDirectory(prefix="loraweave-") as temporary:
             yield self.write(Path(temporary) / "composition")
 
@@ -116,23 +116,23 @@ class StoredComposition:
 
 
 class CompositionShelf(Listing):
-    """A listing whose hub keeps compositions too. `Hub` adds the adapters."""
+    """A listing whose hub keeps compositions, too. `Hub` adds the adapters."""
 
     _blobs: BlobStore
 
     @staticmethod
     def open_mixture(folder: Path, model: Any) -> SavesFolder:
-        """What peft saved there of a mixture, for the base `model` or None: the front door's `lw.router`, above the hub."""
+        """Return the mixture that peft saved in `folder`; raises HubError here, and `lw.Hub` overrides it by `lw.router`."""
         raise HubError(f"{folder} is a mixture of adapters, which only the Hub of `import loraweave` opens: take lw.Hub")
 
     def save_composition(
         self, name: str, composition: SavesFolder | str | Path, *, replace: bool = False
     ) -> StoredComposition:
-        """Keeps a Composition, a Formula, a router with its adapters, or the folder that one was saved to, under a name.
+        """Store a Composition, a Formula, a router with its adapters, or the folder that one was saved to, under a name.
 
-        Compositions have names of their own, beside those of the adapters; a formula names one by `@name`. The same content
-        under the same name is there already and stays. It is there whole or not at all. Raises AdapterExists for other
-        content without `replace`, InvalidName, HubError for anything that is no composition, and what saving it raises.
+        Compositions have their own names, apart from those of the adapters; a formula names one by `@name`. Equal content
+        under the same name is not stored again. An error leaves the composition unsaved. Raises AdapterExists for other
+        content without `replace`, InvalidName, HubError for anything that is no composition, and the errors of saving it.
         """
         checked = checked_name(name)
         doing = f"saving composition {checked!r}"
@@ -157,7 +157,7 @@ class CompositionShelf(Listing):
         return StoredComposition(row, self._blobs)
 
     def composition(self, name: str) -> StoredComposition:
-        """The composition of that name. AdapterNotFound names near misses."""
+        """Return the composition with that name. Raises AdapterNotFound, with near misses."""
         with self._catalogue.reading() as connection:
             row = None
             with suppress(InvalidName):
@@ -170,18 +170,18 @@ class CompositionShelf(Listing):
         raise AdapterNotFound(f"no composition {name!a:.80} in the hub {self._catalogue.where}; {hint}")
 
     def compositions(self) -> list[StoredComposition]:
-        """All compositions, in the order of their names."""
+        """Return all compositions, in the order of their names."""
         with self._catalogue.reading() as connection:
             return [StoredComposition(row, self._blobs) for row in table.every(connection)]
 
     def remove_composition(self, name: str) -> None:
-        """Takes a composition out of the catalogue; its files stay until gc(). AdapterNotFound names near misses."""
+        """Take a composition out of the catalogue; its files stay until gc(). Raises AdapterNotFound, with near misses."""
         found = self.composition(name)
         with self._catalogue.writing(f"removing composition {found.name!r}") as connection:
             table.delete(connection, found.name)
 
     def _composition_digests(self, doing: str) -> set[str]:
-        """The names of the blobs that compositions need. HubCorrupt when a row is damaged or missing."""
+        """Return the hashes of the blobs that compositions need. Raises HubCorrupt if a row is damaged or missing."""
         with self._catalogue.reading() as connection:
             listed = list(table.every(connection))
             (num_saved,) = state_row(connection, "num_compositions", self._catalogue.where)
@@ -194,7 +194,7 @@ class CompositionShelf(Listing):
 
 
 def _saved(composition: SavesFolder | str | Path, place: Path) -> Path:
-    """The composition as a folder; `place` is where one is made. HubError for anything else."""
+    """Return the folder of a composition, saved to `place` unless it is a folder. Raises HubError for anything else."""
     if isinstance(composition, str | Path):
         if not _recipe_in(Path(composition)):
             raise HubError(
@@ -206,7 +206,7 @@ def _saved(composition: SavesFolder | str | Path, place: Path) -> Path:
         raise HubError(
             f"a {type(composition).__name__} is no composition; pass a Composition, lw.parse(text), a router, or a folder"
         )
-    # a router is whole with its adapters
+    # a router is saved together with its adapters
     getattr(composition, "save_whole", composition.save_pretrained)(place)
     if not _recipe_in(place):
         raise HubError(f"a {type(composition).__name__} is no composition: it saves no {' or '.join(RECIPES)}")
@@ -218,7 +218,7 @@ def _recipe_in(folder: Path) -> bool:
 
 
 def _files(folder: Path) -> dict[str, tuple[Path, str, int]]:
-    """{path in the folder: (place, sha256, size in bytes)} of all files below it. HubError for links and too many files."""
+    """Map each file's path in the folder to (place, sha256, size in bytes). Raises HubError for links and too many files."""
     found: dict[str, tuple[Path, str, int]] = {}
     for where, folders, names in os.walk(folder):
         for name in (*folders, *names):
@@ -236,7 +236,7 @@ def _files(folder: Path) -> dict[str, tuple[Path, str, int]]:
 
 
 def _put(blobs: BlobStore, places: Mapping[str, Path]) -> None:
-    """Stores the files that are not there, or are damaged. The caller holds the lock."""
+    """Store the files that the store lacks or has damaged. The caller holds the lock."""
     missing = []
     for digest in places:
         if blobs.has(digest):
@@ -249,7 +249,7 @@ def _put(blobs: BlobStore, places: Mapping[str, Path]) -> None:
 
 
 def _parts(path: str) -> tuple[str, ...]:
-    """The parts of a relative path. AdapterCorrupt for one that could lead out of its folder."""
+    """Return the parts of a relative path. Raises AdapterCorrupt for one that could lead out of its folder."""
     parts = PurePosixPath(path).parts
     if not parts or any(part in ("..", "/") or "\\" in part or ":" in part or "\0" in part for part in parts):
         raise AdapterCorrupt(f"{path!r} is no path inside the folder of a composition")

@@ -1,4 +1,4 @@
-"""An adapter with parts that depend on the base model (DoRA, (IA)3, a trained bias) as a plain LoRA for that model."""
+"""Conversion to a plain LoRA: of an adapter with parts that depend on the base (DoRA, (IA)3, a bias), or of a fine-tune."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from loraweave.types import Factors
 
 @torch.no_grad()
 def to_lora(adapter: Adapter, model: nn.Module, *, rank: int | None = None, max_error: float = MAX_ERROR) -> Adapter:
-    """The same adapter with nothing but low-rank factors and a bias in every layer.
+    """Return the same adapter with nothing but low-rank factors and a bias in every layer.
 
-    A gain g becomes the matrix diag(g) W, DoRA's magnitude the gain m / |W + b a| - 1 first, and a trained bias its
+    A gain g becomes the matrix diag(g) W; DoRA's magnitude first becomes the gain m / |W + b a| - 1, and a trained bias its
     difference to the base's. A layer's whole update is then cut to the smallest rank within `max_error` (Frobenius norm,
-    relative to the update) and at most `rank`; `card["conversion"]` has rank and relative error of every layer that had
-    such a part. DoRA's updates have full rank, so a small `max_error` gives a large adapter.
-    Raises BaseModelMismatch for another base model, LayerMismatch for a layer that it lacks, AdapterUnsupported where `rank`
-    leaves an error above `max_error`, or the base's weights are quantised.
+    relative to the update) and at most `rank`; `card["conversion"]` has rank and relative error of every layer that had such
+    a part. DoRA's updates have full rank, so a small `max_error` gives a large adapter. Raises BaseModelMismatch for another
+    base, LayerMismatch for a layer that it lacks, AdapterUnsupported if `rank` leaves a larger error or its weights are
+    quantised.
     """
     bound = Bound(rank, max_error)
     own = base_key(model)
@@ -53,7 +53,7 @@ def to_lora(adapter: Adapter, model: nn.Module, *, rank: int | None = None, max_
 
 
 def _whole(factors: Factors, layer: BaseLayer, where: str) -> Factors | Dense:
-    """The update without a gain: factors where only the bias depended on the base, else one matrix."""
+    """Return the update without a gain: as factors if at most the bias depended on the base, else as one matrix."""
     # a layer with only a trained bias is stored without its number of inputs
     inputs = factors.a_RI.shape[1] if factors.rank else layer.num_inputs
     found = (factors.b_OR.shape[0], inputs, factors.kind)
@@ -91,19 +91,19 @@ def extract(
     name: str = "extracted",
     progress: Progress | None = None,
 ) -> Adapter:
-    """The fine-tune minus its base as an adapter, one layer at a time (SVD of the difference; LoRD and mergekit's extract).
+    """Return the fine-tune minus its base as an adapter, layer by layer (SVD of the difference; LoRD, mergekit's extract).
 
     `tuned_model` is a model, its state dict, or a folder with model.safetensors (or shards), of which one tensor at a time
     is in memory. Each changed linear layer gets the smallest rank within `max_error` (Frobenius norm, relative to its
     difference) and at most `rank`. With neither, `max_error` is 1e-3; with `rank` alone the error is reported, not bounded.
     A changed bias of a linear layer is kept exactly. `card["conversion"]` has rank and relative error of every layer.
 
-    `layers`: module paths or their ends ("q_proj"); None takes all linear layers. `others` says what becomes of changed
-    parameters outside them (norms, embeddings, tied heads): "error" names them, "card" leaves them out and lists their
-    relative change under `card["not_extracted"]`, "heads" stores them whole as `adapter.heads`.
-    `progress(done, total, parameter)` is called after every parameter.
-    Raises AdapterUnsupported where rank and max_error contradict, where others changed, or nothing did; LayerMismatch for
-    a parameter that is missing or has another shape; AdapterCorrupt for values that are not finite.
+    `layers`: module paths or their ends ("q_proj"); None takes all linear layers. `others` decides about changed parameters
+    outside them (norms, embeddings, tied heads): "error" raises and names them, "card" leaves them out and lists their
+    relative change under `card["not_extracted"]`, "heads" stores them whole as `adapter.heads`. `progress(done, total,
+    parameter)` is called after every parameter. Raises AdapterUnsupported if `rank` leaves an error above `max_error`, if
+    others changed, or if nothing did; LayerMismatch for a missing parameter or another shape; AdapterCorrupt for values that
+    are not finite.
     """
     bound = Bound(rank, MAX_ERROR if max_error is None and rank is None else max_error)
     if others not in ("error", "card", "heads"):
@@ -145,7 +145,7 @@ def extract(
 
 
 def _linear_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[str, tuple[BaseLayer, str]]:
-    """{parameter: (layer, "weight" or "bias")} of the wanted linear layers whose weight no other module shares."""
+    """Map each parameter to (layer, "weight" or "bias"), for the wanted linear layers that share no weight."""
     users: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -169,7 +169,7 @@ def _linear_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[s
 def _tuned_parameters(
     source: nn.Module | Mapping[str, Tensor] | str | Path, model: nn.Module, base: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """(parameter, tuned tensor) of every parameter of the base, one at a time, in whatever order the source has."""
+    """Yield (parameter, tuned tensor) of the base's parameters, in the source's order. Raises LayerMismatch for others."""
     first = {id(parameter): name for name, parameter in base.items()}
     tied = {name: first[id(own)] for name, own in model.named_parameters(remove_duplicate=False)}
     buffers = {name for name, _ in model.named_buffers()}
@@ -203,7 +203,7 @@ def _items(source: nn.Module | Mapping[str, Tensor] | str | Path) -> Iterable[tu
 
 
 def _change(parameter: str, before: Tensor, after: Tensor) -> Tensor | None:
-    """The difference in float64, None where both are equal."""
+    """Return the difference in float64, or None if both are equal."""
     if before.shape != after.shape:
         raise LayerMismatch(
             f"parameter {parameter!r} has shape {tuple(before.shape)} in the base model and "
@@ -220,7 +220,7 @@ def _change(parameter: str, before: Tensor, after: Tensor) -> Tensor | None:
 
 
 def _relative(change: Tensor, before: Tensor) -> float | None:
-    """The change's norm relative to the base's; None (JSON has no infinity) where the base's is zero."""
+    """Return the change's norm relative to the base's, or None (JSON has no infinity) if the base's is zero."""
     size = float(before.detach().double().norm())
     return float(change.norm()) / size if size else None
 

@@ -1,4 +1,4 @@
-"""Giving an adapter away: a folder for a program that loads adapters, exact, or cut to a rank with the error reported."""
+"""Export: a folder for a program that loads adapters, exact, or cut to a rank with the error reported."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from loraweave.types import Factors
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written.
+    """The report of an export: the folder written, its errors, and how a server loads it.
 
     `rank` is the largest of any layer in the folder (that of every layer for most targets). `errors` has each layer's
-    relative Frobenius error by the cut of its rank, 0 where nothing was cut, and `relative_error` that of the whole update.
+    relative Frobenius error from the cut of its rank, 0 if nothing was cut, and `relative_error` that of the whole update.
     `flags` are the arguments that a server needs after `program`, its name and the base's; `modules` the layer names that it
-    must know. `license` is what the card says, of a merge that of all its parents; None where it is not known.
+    must know. `license` is that of the card, for a merge that of all its parents; None if it is not known.
     """
 
     folder: Path
@@ -56,7 +56,7 @@ class ExportReport:
         private: bool | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Uploads the folder to `owner/name` on the model hub; returns the commit's id. Raises as `Adapter.push_to_hub`."""
+        """Upload the folder to `owner/name` on the model hub; return the commit's id. Raises as `Adapter.push_to_hub`."""
         message = commit_message or f"an export for {self.target}"
         return upload(self.folder, repository, token=token, private=private, message=message)
 
@@ -83,7 +83,7 @@ class ExportReport:
 
 
 def require_target(target: str) -> type[Target]:
-    """What the registry has under that name. Raises UnknownName for anything but a target of an export."""
+    """Return the target of that name. Raises UnknownName for anything but a target of an export."""
     known = names("targets")
     if target not in known:
         raise UnknownName(f"no export target {target!r}{nearest(target, known)}; there are {', '.join(known)}")
@@ -94,10 +94,10 @@ def require_target(target: str) -> type[Target]:
 def export(
     contents: Contents, name: str, folder: Path, *, target: str, max_rank: int | None, base: Any = None
 ) -> ExportReport:
-    """Writes the folder and reports what that took; `name` is the adapter's name in requests to a server.
+    """Write the folder of an adapter, called `name` in requests to a server, and return the report.
 
-    Layers above `max_rank` are cut to it, the best approximation in the Frobenius norm; nothing is cut without it. `base` is
-    the base model, its config, folder or id, by default what the adapter names. Raises UnknownName for a target,
+    Layers above `max_rank` are cut to it by the best approximation in the Frobenius norm; nothing is cut without it. `base`
+    is the base model, its config, folder or id, by default the base that the adapter names. Raises UnknownName for a target,
     WeightingError for a rank below 1, BaseModelMismatch for a base that a target must know and that cannot be read, and
     AdapterUnsupported for what the target cannot express; nothing is written then.
     """
@@ -158,7 +158,7 @@ def _total_error(layers: Mapping[str, Factors], errors: Mapping[str, float]) -> 
 
 
 def _pad(factors: Factors, rank: int) -> Factors:
-    """Rank rows of zeros added: the same update, to the bit."""
+    """Return the same update, to the bit, with rows and columns of zeros up to `rank`."""
     missing = rank - factors.rank
     a_RI, b_OR = factors.a_RI, factors.b_OR
     return replace(

@@ -1,9 +1,9 @@
-"""The hub: adapters on disk, under names, with what a search reads.
+"""The hub: adapters on disk, under names, with the records and vectors that a search reads.
 
 SQLite rows are the catalogue, safetensors files the blobs. A blob is complete and on disk before its row is committed, so an
 interrupted call leaves at most a file that no row names.
 
-This module and what it imports at its top do without torch: the command line lists a hub in a fraction of torch's start.
+This module and its imports at the top do not import torch: the command line lists a hub in a fraction of torch's start.
 Functions that need tensors therefore import them themselves, the accepted exception to the rule about imports in functions.
 """
 
@@ -44,23 +44,23 @@ if TYPE_CHECKING:
     from loraweave.hub.intake.discover import Found
     from loraweave.hub.pool import ExpertPool
 
-# rows of a hub in a notebook
+# the number of rows shown of a hub in a notebook
 SHOWN = 20
 
 
 class Hub(CompositionShelf):
-    """Opens the hub in a folder or at `postgresql://...`, or creates it. Several processes and threads may use it at once.
+    """A hub in a folder or at `postgresql://...`, created unless it exists. Processes and threads may use it at once.
 
     `blobs` is a folder or the URL of a store that fsspec reaches (s3://bucket/prefix); by default the hub's own folder.
     Writers wait up to `timeout_s` seconds for each other (HubLocked); readers never wait. A place that cannot be written is
-    opened for reading, and writing raises HubReadOnly. HubCorrupt for a catalogue that is damaged or too new. `path` is the
-    folder of the hub on this machine, in the cache when its catalogue is elsewhere.
+    opened for reading, and writing raises HubReadOnly. Raises HubCorrupt for a catalogue that is damaged or too new. `path`
+    is the folder of the hub on this machine, in the cache when its catalogue is elsewhere.
     """
 
     def __init__(self, path: str | Path, *, blobs: str | Path | None = None, timeout_s: float = 30.0) -> None:
         folder, catalogue, self._blobs = open_stores(path, blobs, timeout_s)
         super().__init__(folder, catalogue)
-        # what another process opens it by
+        # the arguments by which another process opens it
         self._address = _absolute(path), None if blobs is None else _absolute(blobs)
         try:
             if self._catalogue.writable:
@@ -71,7 +71,7 @@ class Hub(CompositionShelf):
             raise
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # a hub travels as its address; a process opens each once
+        # a hub is pickled as its address; a process opens each once
         return _opened, self._address
 
     def discover(
@@ -87,12 +87,12 @@ class Hub(CompositionShelf):
         token: str | None = None,
         progress: bool = False,
     ) -> list[Found]:
-        """Adapters that the model hub has for a base model (an id or a model), most downloads first; `add` takes each.
+        """Return the adapters on the model hub for a base model (an id or a model), most downloads first; `add` takes each.
 
-        Those whose cards name it as their base (`base_model:adapter:`), that have safetensors under a name of adapters, and
-        whose id contains `query`. `license` lists what is accepted, as in `records`; `max_bytes` bounds their safetensors.
-        Nothing is downloaded. Each is of one commit, which `add` reads, under all its rules for foreign files.
-        Raises AdapterNotFound for a base without an id, SourceUnavailable where the model hub does not answer.
+        They are those whose cards name it as their base (`base_model:adapter:`), that have safetensors under a name of
+        adapters, and whose id contains `query`. `license` lists what is accepted, as in `records`; `max_bytes` bounds their
+        safetensors. Nothing is downloaded. Each is pinned to one commit, which `add` reads, under all its rules for foreign
+        files. Raises AdapterNotFound for a base without an id, SourceUnavailable if the model hub does not answer.
         """
         from loraweave.hub.intake.discover import discover
 
@@ -116,23 +116,23 @@ class Hub(CompositionShelf):
         anomalies: str | Mapping[str, str] = "report",
         model: nn.Module | None = None,
     ) -> Record | StoredComposition:
-        """Stores an adapter, folder, archive or model hub repository; what is not given comes from the adapter and its card.
-        The folder of a mixture that PEFT saved (X-LoRA, Arrow, POLY) is kept with its adapters, by `save_composition`.
+        """Store an adapter, folder, archive or model hub repository; fields not given come from the adapter and its card.
 
-        The same content under the same name is there already: its record is returned as it is, and a damaged blob is
-        replaced. `stored_as="compeft"` keeps the ternary factors that `compeft` makes in 0.3 to 1.5 bits an entry, bit for
-        bit; content that is stored already stays in the form it has. `allow_pickle` has an adapter_model.bin read.
-        `examples` are sample inputs, or rows with outputs too (`loraweave.common.rows`), which tell tasks of the same inputs
-        apart (`Retriever.for_examples`); InvalidTask for anything else.
+        The folder of a mixture that PEFT saved (X-LoRA, Arrow, POLY) is stored with its adapters, by `save_composition`. If
+        the name has the same content already, its record is returned as it is, and a damaged blob is replaced.
+        `stored_as="compeft"` stores the ternary factors that `compeft` makes in 0.3 to 1.5 bits an entry, bit for bit;
+        content that is stored already stays in the form it has. `allow_pickle` permits reading adapter_model.bin. `examples`
+        are sample inputs, or rows with outputs too (`loraweave.common.rows`), which tell tasks of the same inputs apart
+        (`Retriever.for_examples`); raises InvalidTask for anything else.
 
         With `replace=True` other content under the name becomes its next version, and fields that neither the caller nor the
-        card gives stay as they were. AdapterExists for other content without it; InvalidName; AdapterCorrupt for factors
-        that are not finite or do not fit; AdapterUnsupported for an adapter without effect, above a limit, or not ternary
-        for that form. All is checked before anything is written.
+        card gives stay as they were. Raises AdapterExists for other content without it; InvalidName; AdapterCorrupt for
+        factors that are not finite or do not fit; AdapterUnsupported for an adapter without effect, above a limit, or not
+        ternary for "compeft". All is checked before anything is written.
 
-        What looks wrong beside the hub's other adapters (docs/anomalies.md), or beside the weights of `model`, is in the
-        record's `anomalies`; with the policy `anomalies="quarantine"` the adapter is put aside until `release`, "refuse"
-        raises AdapterSuspicious, "off" does not look, and a mapping chooses by kind.
+        Anomalies beside the hub's other adapters (docs/anomalies.md), or beside the weights of `model`, are listed in the
+        record's `anomalies`. The policy `anomalies="quarantine"` sets such an adapter aside until `release`, "refuse" raises
+        AdapterSuspicious, "off" does not look, and a mapping chooses by kind.
         """
         from loraweave.hub.health.anomalies import examine
         from loraweave.hub.intake.adding import Addition, prepare
@@ -160,14 +160,14 @@ class Hub(CompositionShelf):
         n_jobs: int | None = None,
         progress: bool = False,
     ) -> Added:
-        """Adds many as `add` does, in fewer waits for the disk: `.records` has those that are there now, `.refused` why not.
+        """Add many adapters as `add` does, with fewer waits for the disk; return the stored `.records` and the `.refused`.
 
-        A batch of up to 256 is there whole or not at all; those in it are not compared with each other for anomalies. Called
-        again after an interruption with the same sources it goes on: what is there already is only read. `progress` shows a
-        bar on the terminal.
+        Of a batch of up to 256, all or none are stored; those in it are not compared with each other for anomalies. Called
+        again after an interruption with the same sources it goes on: stored adapters are only read. `progress` shows a bar
+        on the terminal.
 
         `n_jobs` workers, or those that `joblib.parallel_config` names, read and check a list of folders, files and
-        repositories, and put their content into the store; the rows come from here, in the order of the list
+        repositories, and write their content into the store; this process writes the rows, in the order of the list
         (docs/howto/many_machines.md). A piece whose workers are lost is in `.refused`.
         """
         from loraweave.hub.intake.adding import add_many
@@ -177,13 +177,13 @@ class Hub(CompositionShelf):
         return add_many(self._catalogue, self._blobs, sources, **settings)
 
     def __getitem__(self, name: str) -> Adapter:
-        """The adapter, its tensors mapped from the blob. AdapterNotFound names near misses; AdapterCorrupt for damage."""
+        """Return the adapter, mapped from its blob. Raises AdapterNotFound, with near misses, or AdapterCorrupt."""
         return self.get(name)
 
     def get(self, name: str, *, version: int | None = None, quarantined: bool = False) -> Adapter:
-        """The adapter as it was in that version, by default the newest. AdapterNotFound names the versions there are.
+        """Return the adapter in that version, by default the newest. Raises AdapterNotFound, listing the versions.
 
-        AdapterQuarantined for one in quarantine, unless `quarantined` says that this is known.
+        Raises AdapterQuarantined if the adapter is in quarantine, unless `quarantined` permits it.
         """
 
         def find() -> rows.Row:
@@ -195,20 +195,20 @@ class Hub(CompositionShelf):
         return self._open(find)
 
     def rollback(self, name: str, version: int) -> Record:
-        """Makes an earlier version's content and fields the newest again, as a version of its own: history stays whole."""
+        """Make an earlier version's content and fields the newest again, as a new version; the history stays whole."""
         with self._catalogue.writing(f"rolling back adapter {name!r}") as connection:
             return versions.restore(connection, self._require_row(connection, name), version)
 
     def prune(self, name: str, *, keep: int = 1) -> int:
-        """Forgets all but the newest `keep` versions; returns how many. gc() then frees what no version needs."""
+        """Forget all versions but the newest `keep`, and return how many. gc() then frees what no version needs."""
         with self._catalogue.writing(f"pruning the versions of adapter {name!r}") as connection:
             return versions.prune(connection, self._require_row(connection, name), keep)
 
     def pool(self, names: Iterable[str] | None = None, *, lazy: bool = False) -> ExpertPool:
-        """The named adapters as experts, in the order given; all of them, in order of addition, when no names are given.
+        """Return the named adapters as experts, in the order given; without names all, in order of addition.
 
-        With `lazy` no adapter is opened before it is used, so that a pool may be larger than memory. Each expert stays the
-        version that it is now: AdapterNotFound on first use for one that is gone by then, or has other content.
+        With `lazy` no adapter is opened before it is used, so that a pool may be larger than memory. Each expert is pinned
+        to its present version: its first use raises AdapterNotFound if it has been removed or has other content by then.
         """
         from loraweave.hub.pool import ExpertPool
 
@@ -232,10 +232,10 @@ class Hub(CompositionShelf):
         tags: Collection[str] | str = (),
         min_score: float | None = None,
     ) -> list[Candidate]:
-        """The k adapters whose texts fit the query best, with scores and evidence; [] when none reaches `min_score`.
+        """Return the k adapters whose texts fit the query best, with scores and evidence; [] if none reaches `min_score`.
 
-        Only adapters for the base, under one of the licenses and with all of the tags are looked at. The list knows this
-        hub as its `hub`, so that it can be the pool of `lw.experts`.
+        Only adapters for the base, under one of the licenses and with all of the tags are compared. The list has this hub as
+        its `hub`, so that it can be the pool of `lw.experts`.
         """
         from loraweave.hub.search.search import search
 
@@ -243,10 +243,10 @@ class Hub(CompositionShelf):
         return Candidates(search(self, query, k=k, filters=filters, min_score=min_score), self)
 
     def similar(self, name: str, *, k: int = 5) -> list[Candidate]:
-        """The k adapters whose low-rank updates have the largest cosine with this one's; ties by order of addition.
+        """Return the k adapters whose updates have the largest cosine with this one's; ties by order of addition.
 
-        Only adapters that share a layer are compared. A damaged one is left out with a warning. RetrievalError for a k
-        that does not count.
+        Only adapters that share a layer are compared. A damaged one is left out with a warning. Raises RetrievalError unless
+        k is a whole number of 0 or more.
         """
         from loraweave.hub.search.similar import most_similar
 
@@ -262,9 +262,9 @@ class Hub(CompositionShelf):
         license: str | None = None,
         language: Collection[str] | str | None = None,
     ) -> Record:
-        """Replaces the fields that are given; an empty value clears one (license=""). The version stays the same.
+        """Replace the fields that are given; an empty value clears one (license=""). The version stays the same.
 
-        Outputs that stood beside the sample inputs go with them where `examples` are others.
+        New `examples` drop the outputs stored beside the old sample inputs.
         """
         given = {"description": description, "examples": examples, "tags": tags, "license": license, "language": language}
         given["license"] = canonical(license) if license else license
@@ -278,9 +278,9 @@ class Hub(CompositionShelf):
             return rows.change(connection, row, replace(row.record, card=card, **vars(fields)))
 
     def bind(self, name: str, model: Any) -> Record:
-        """Checks that the adapter fits the base model or pipeline, and stores its revision and fingerprint with it.
+        """Check that the adapter fits the base model or pipeline, and store the model's revision and fingerprint with it.
 
-        BaseModelMismatch where the adapter was made for another model, LayerMismatch where a layer does not fit.
+        Raises BaseModelMismatch if the adapter was made for another model, LayerMismatch if a layer does not fit.
         """
         from loraweave.hub.stores.storing import bound_record, stored_adapter
 
@@ -291,19 +291,19 @@ class Hub(CompositionShelf):
             return rows.change(connection, row, record)
 
     def quarantine(self, name: str) -> Record:
-        """Puts the adapter aside: it stays stored under its name, and nothing finds or reads it until `release`."""
+        """Put the adapter in quarantine: it stays stored under its name, but nothing finds or reads it until `release`."""
         with self._catalogue.writing(f"putting adapter {name!r} in quarantine") as connection:
             row = self._require_row(connection, name)
             return rows.change(connection, row, replace(row.record, quarantined=True))
 
     def release(self, name: str) -> Record:
-        """Takes the adapter out of quarantine. What was found about it stays in its record."""
+        """Take the adapter out of quarantine. Its anomalies stay in its record."""
         with self._catalogue.writing(f"releasing adapter {name!r}") as connection:
             row = self._require_row(connection, name)
             return rows.change(connection, row, replace(row.record, quarantined=False))
 
     def rename(self, old: str, new: str) -> Record:
-        """The record under its new name. AdapterExists when that name is taken, InvalidName when it cannot be stored."""
+        """Rename the adapter; return its record. Raises AdapterExists if `new` is taken, InvalidName if it is no name."""
         target = checked_name(new)
         with self._catalogue.writing(f"renaming adapter {old!r}") as connection:
             row = self._require_row(connection, old)
@@ -316,9 +316,9 @@ class Hub(CompositionShelf):
             return rows.change(connection, row, replace(row.record, name=target))
 
     def remove(self, name: str) -> None:
-        """Takes the adapter and all its versions out of the catalogue.
+        """Remove the adapter and all its versions from the catalogue.
 
-        The blobs stay until gc(), so what is mapped from them lives on.
+        The blobs stay until gc(), so adapters that are mapped from them stay usable.
         """
         with self._catalogue.writing(f"removing adapter {name!r}") as connection:
             row = self._require_row(connection, name)
@@ -326,9 +326,9 @@ class Hub(CompositionShelf):
             rows.delete(connection, row)
 
     def sign(self, key: Key, names: Iterable[str] | None = None) -> list[Record]:
-        """Signs adapters, all by default, with the Ed25519 private key in a PEM file, and gives their new records.
+        """Sign adapters, all by default, with the Ed25519 private key in a PEM file, and return their new records.
 
-        Raises HubError for another file, AdapterNotFound for a name that is not there; then nothing is signed.
+        Raises HubError for a file that is no such key, AdapterNotFound for an unknown name; then nothing is signed.
         """
         from loraweave.hub.health.signatures import read_private_key, signed
 
@@ -338,19 +338,19 @@ class Hub(CompositionShelf):
             return [rows.change(connection, row, replace(row.record, card=signed(row.record, private))) for row in chosen]
 
     def verify(self, *, signed_by: Key | Iterable[Key] | None = None, n_jobs: int | None = None) -> Verification:
-        """Reads every row and every blob and reports what is damaged: `.ok`, `.problems`, `.intact`, `.orphans`.
+        """Read every row and every blob and report the damage: `.ok`, `.problems`, `.intact`, `.orphans`.
 
-        With `signed_by`, public keys, an adapter that none of them has signed as it is now is a problem, too.
-        `n_jobs` workers, or those that `joblib.parallel_config` names, read the blobs (docs/howto/many_machines.md).
+        With `signed_by`, public keys, an adapter that none of them has signed as it is now is a problem, too. `n_jobs`
+        workers, or those that `joblib.parallel_config` names, read the blobs (docs/howto/many_machines.md).
         """
         from loraweave.hub.health.verify import verify
 
         return verify(self._catalogue, self._blobs, self.path, signed_by, partial(_blob_problems, self), n_jobs)
 
     def gc(self) -> int:
-        """Deletes blobs that no adapter's version and no composition has, and what killed writers left; the bytes freed.
+        """Delete blobs that no adapter version or composition has, and what killed writers left; return the bytes freed.
 
-        HubCorrupt, with nothing deleted, when a row is damaged or missing: a blob might be its.
+        Raises HubCorrupt, with nothing deleted, if a row is damaged or missing: a blob might belong to it.
         """
         doing = "collecting unused blobs"
         with self._catalogue.locked(doing):
@@ -362,8 +362,8 @@ class Hub(CompositionShelf):
                 for content_hash in self._blobs.names():
                     if content_hash not in named:
                         freed += self._blobs.remove(content_hash)
-            # files first: on a full disk the catalogue can be written only once they are gone, and a blob's row without its
-            # file does no harm, so that a next call may do what this one could not
+            # files first: a full disk lets the catalogue be written only once they are gone; a row without its blob does no
+            # harm, so that the next call may delete it
             with suppress(HubFull), self._catalogue.transaction(doing) as connection:
                 filtering.tidy(connection, records)
                 connection.execute(
@@ -373,7 +373,7 @@ class Hub(CompositionShelf):
         return freed
 
     def _all_versions(self, doing: str) -> list[Record]:
-        """The records of all versions of all adapters. HubCorrupt when one is damaged or missing."""
+        """Return the records of all versions of all adapters. Raises HubCorrupt if one is damaged or missing."""
         with self._catalogue.reading() as connection:
             newest = [row.record for row in rows.every(connection)]
             older = [old.record for key in versions.every(connection) if (old := versions.at(connection, *key))]
@@ -398,7 +398,7 @@ class Hub(CompositionShelf):
         return ShownTable.of(columns, listed, title=title)._repr_html_()
 
     def _get_pinned(self, name: str, version: int, content_hash: str) -> Adapter:
-        """That version, whatever came since. AdapterNotFound for other content under its number, as after remove and add."""
+        """Return that version. Raises AdapterNotFound if its number has other content by now, as after remove and add."""
 
         def find() -> rows.Row:
             row = self._version_row(name, version)
@@ -413,7 +413,7 @@ class Hub(CompositionShelf):
         return self._open(find)
 
     def _open(self, find: Callable[[], rows.Row]) -> Adapter:
-        """The adapter whose row `find` reads; a row whose blob is collected before it is mapped is read again."""
+        """Return the adapter whose row `find` reads; a row whose blob is collected before it is mapped is read again."""
         from loraweave.hub.stores.storing import stored_adapter
 
         row = find()
@@ -421,7 +421,7 @@ class Hub(CompositionShelf):
             try:
                 return stored_adapter(self._blobs, row)
             except HubError:
-                # another row has its own blob, and without a row `find` says so: only what stands still is damaged
+                # a changed row has another blob, and `find` raises for a removed one: only an unchanged row is damaged
                 found = find()
                 if found == row:
                     raise

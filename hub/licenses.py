@@ -1,15 +1,15 @@
-"""Licenses as SPDX expressions: checked when given, read leniently from cards, compared, and joined for a work of several.
+"""Licenses as SPDX expressions: checked when given, read leniently from cards, compared, and joined for a merged work.
 
-The model hub's ids are mostly SPDX ids in lower case. Those that are not stand in a table; an id that SPDX does not list
+The model hub's ids are mostly SPDX ids in lower case. Those that are not are in a table; an id that SPDX does not list
 becomes `LicenseRef-<id>`, as SPDX provides. No list says which licenses permit commercial use, because texts such as Llama's
 or RAIL permit it up to a size or for some purposes only: name the licenses that you accept instead.
 
 A merge is one work, derived from all its parents. A license that demands the same terms for the whole, or adds what others
-forbid, leaves some licenses for it: parents fit together if all of them leave one. The table of these demands follows the
-FSF's list of licenses and its matrix of the GNU licenses
-(https://www.gnu.org/licenses/license-list.html, https://www.gnu.org/licenses/gpl-faq.html#AllCompatibility), and Creative
-Commons' chart and compatible licenses (https://creativecommons.org/faq/, https://creativecommons.org/compatiblelicenses/).
-A license outside the table, a text of one's own and an unstated license demand nothing here.
+forbid, leaves only some licenses for it: parents fit together if all of them leave one. The table of these demands follows
+the FSF's list of licenses and its matrix of the GNU licenses (https://www.gnu.org/licenses/license-list.html,
+https://www.gnu.org/licenses/gpl-faq.html#AllCompatibility), and Creative Commons' chart and compatible licenses
+(https://creativecommons.org/faq/, https://creativecommons.org/compatiblelicenses/). A license outside the table, a
+`LicenseRef` text and an unstated license demand nothing here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from packaging.licenses import InvalidLicenseExpression, canonicalize_license_ex
 from loraweave.common.checks import one_or_many
 from loraweave.errors import InvalidLicense
 
-# ids of the model hub that SPDX spells otherwise
+# ids of the model hub that SPDX spells differently
 RENAMED = {
     "c-uda": "C-UDA-1.0",
     "lgpl-lr": "LGPLLR",
@@ -58,7 +58,7 @@ LISTED = frozenset(_LISTED.split())
 # SPDX keeps the bare ids of these families as deprecated names of "-only"
 _BARE_GNU = re.compile(r"((?:A|L)?GPL-\d\.\d)(\+?)")
 
-# what an id stands for: whether it is accepted, or what it permits
+# the value of an id in `evaluate`: whether it is accepted, or the licenses that the whole may be under
 _T = TypeVar("_T", bool, frozenset[str])
 
 _WORDS = re.compile(r"\(|\)|[^\s()]+")
@@ -67,9 +67,9 @@ _MAX_GROUPS = 50
 
 
 def canonical(text: str) -> str:
-    """The license as an SPDX expression in its usual spelling; ids of the model hub are taken too.
+    """Return the license as an SPDX expression in its usual spelling; ids of the model hub are taken, too.
 
-    InvalidLicense, with the nearest ids, for anything else: a name of one's own is given as `LicenseRef-<name>`.
+    Raises InvalidLicense, with the nearest ids, for anything else: name your own license `LicenseRef-<name>`.
     """
     wanted = text.strip()
     folded = wanted.casefold()
@@ -92,7 +92,7 @@ def canonical(text: str) -> str:
 
 
 def of_card(text: str, who: str) -> str | None:
-    """The license that a card states, None for "unknown".
+    """Return the license that a card states, or None for "unknown".
 
     Cards hold anything: a text that is not an SPDX expression is kept as `LicenseRef-<text>`, with a warning.
     """
@@ -107,17 +107,17 @@ def of_card(text: str, who: str) -> str | None:
 
 
 def is_accepted(license: str | None, wanted: Collection[str] | str) -> bool:
-    """Whether someone who accepts the wanted licenses can use a work under this one.
+    """Return whether someone who accepts the wanted licenses can use a work under this one.
 
     Of alternatives (OR) one is enough, of joint terms (AND) all are needed; `+` and WITH only add to what an id permits.
-    InvalidLicense for a wish that is not an SPDX expression.
+    Raises InvalidLicense for a wanted license that is not an SPDX expression.
     """
     folded = frozenset(canonical(one).casefold() for one in one_or_many(wanted))
     return license is not None and _accepted(license, folded)
 
 
 def as_spdx(license: str) -> str:
-    """The license as an SPDX expression; any other text of an old row or a card becomes `LicenseRef-<text>`."""
+    """Return the license as an SPDX expression; any other text becomes `LicenseRef-<text>`."""
     try:
         return canonical(license)
     except InvalidLicense:
@@ -125,7 +125,7 @@ def as_spdx(license: str) -> str:
 
 
 def evaluate(expression: str, of_id: Callable[[str, str | None], _T]) -> _T:
-    """An SPDX expression with `of_id(id, exception)`, ids in lower case, for each license: OR is |, AND is &."""
+    """Return the value of an SPDX expression: `of_id(id, exception)` of each id, in lower case, with | for OR, & for AND."""
     return _any_of(_WORDS.findall(expression.casefold()), of_id)[0]
 
 
@@ -145,7 +145,7 @@ def _accepted(license: str, wanted: frozenset[str]) -> bool:
 
 
 def _any_of(words: list[str], of_id: Callable[[str, str | None], _T]) -> tuple[_T, list[str]]:
-    """(what the alternatives come to, what follows them)."""
+    """Return (the value of the alternatives that begin `words`, the words after them)."""
     found, rest = _all_of(words, of_id)
     while rest and rest[0] == "or":
         other, rest = _all_of(rest[1:], of_id)
@@ -195,7 +195,7 @@ _BY_SA = frozenset(f"cc-by-sa-{version}" for version in _VERSIONS)
 _NONCOMMERCIAL = frozenset({"noncommercial", *(f"cc-by-nc-sa-{version}" for version in _VERSIONS)})
 _ANY = _GPL | {"lgpl-2.1", "lgpl-3.0", "other"} | _BY_SA | _NONCOMMERCIAL
 
-# license: those that the whole may then be under
+# license: the licenses that the whole may then be under
 _WHOLE = {
     "gpl-2.0-only": frozenset({"gpl-2.0"}),
     "gpl-2.0-or-later": _GPL,
@@ -216,9 +216,9 @@ _CC = re.compile(r"cc-by(-nc)?(-sa|-nd)?-(\d\.\d)(-[a-z]+)?")
 
 
 def license_of_work(parents: Iterable[tuple[str, Mapping[str, Any]]], *, allowed: bool) -> str | None:
-    """The license of a work made of adapters, given as (name, card); None if no card states one.
+    """Return the license of a work made of adapters, given as (name, card); None if no card states one.
 
-    Raises InvalidLicense where their licenses exclude each other, or any derived work, unless that is `allowed`.
+    Raises InvalidLicense, unless `allowed`, if their licenses exclude each other or one permits no derived work.
     """
     licenses = [(name, stated_license(card.get("license"))) for name, card in parents]
     if not allowed:
@@ -227,9 +227,9 @@ def license_of_work(parents: Iterable[tuple[str, Mapping[str, Any]]], *, allowed
 
 
 def require_one_work(licenses: Iterable[tuple[str, str | None]]) -> None:
-    """Raises InvalidLicense where adapters of these licenses, as (name, license), cannot be made into one; None is unknown.
+    """Check that adapters of these licenses, given as (name, license or None if unknown), can be made into one work.
 
-    It names the one that permits no derived work, or two that exclude each other, or else all.
+    Raises InvalidLicense, naming the one that permits no derived work, or two that exclude each other, or else all.
     """
     known = [(f"adapter {name!r}", as_spdx(license), _whole(license)) for name, license in licenses if license is not None]
     if not known or frozenset.intersection(*(whole for *_, whole in known)):
@@ -252,10 +252,9 @@ def require_one_work(licenses: Iterable[tuple[str, str | None]]) -> None:
 
 
 def license_of_all(licenses: Iterable[str | None]) -> str | None:
-    """The SPDX expression that binds to all of these: sorted, joined by AND; None where none is known.
+    """Return the SPDX expression that binds to all of these: sorted, joined by AND; None if none is known.
 
-    An unknown one among known ones is `LicenseRef-unknown`; more than an expression may hold are
-    `LicenseRef-several`.
+    An unknown one among known ones is `LicenseRef-unknown`; more than an expression may hold are `LicenseRef-several`.
     """
     parts: set[str] = set()
     for license in licenses:
@@ -274,7 +273,7 @@ def license_of_all(licenses: Iterable[str | None]) -> str | None:
 
 
 def stated_license(license: object) -> str | None:
-    """What a card states as its license in the spelling of SPDX; None for nothing, no text, and "unknown"."""
+    """Return a card's license as an SPDX expression; None for none, for what is no text, and for "unknown"."""
     if not isinstance(license, str) or license.strip().casefold() in ("", "unknown"):
         return None
     return as_spdx(license)
@@ -282,12 +281,12 @@ def stated_license(license: object) -> str | None:
 
 @lru_cache(maxsize=10_000)
 def _whole(license: str) -> frozenset[str]:
-    """The licenses that a work derived from something under this one may be under."""
+    """Return the licenses that a work derived from one under this license may be under."""
     return evaluate(as_spdx(license), _of_id)
 
 
 def _of_id(license: str, exception: str | None) -> frozenset[str]:
-    # an exception permits more, and each its own
+    # an exception permits more, and each something else
     if exception is not None:
         return _ANY
     creative = _CC.fullmatch(license)
@@ -297,7 +296,7 @@ def _of_id(license: str, exception: str | None) -> frozenset[str]:
     if kind == "-nd":
         return frozenset()
     if kind == "-sa":
-        # a later version may be taken, and from 4.0 of BY-SA the GPL 3
+        # a later version may be chosen, and from BY-SA the GPL 3, by way of BY-SA 4.0
         later = frozenset(f"cc-by{noncommercial or ''}-sa-{each}" for each in _VERSIONS if each >= version)
         return later if noncommercial else later | _GPL3
     return _NONCOMMERCIAL if noncommercial else _ANY

@@ -1,4 +1,4 @@
-"""What a hub's catalogue says: rows, vectors and the log of changes. No adapter is opened, and torch is not needed."""
+"""A hub's catalogue, read: records, vectors and the log of changes. No adapter is opened, and torch is not needed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Listing:
-    """The catalogue of a hub, read; of what a search makes, it also keeps the vectors. `Hub` adds blobs and writing.
+    """A hub's catalogue for reading, which also stores the vectors of searches. `Hub` adds blobs and writing.
 
     `path` is the folder of the hub on this machine.
     """
@@ -36,7 +36,7 @@ class Listing:
         self._kept: dict[str, Any] = {}
 
     def kept(self, name: str, make: Callable[[], T]) -> T:
-        """What `make` gives, made once and kept under this name as long as the hub: what searches it, say."""
+        """Return the object that `make` makes, made once and kept under this name with the hub, such as a searcher."""
         if name not in self._kept:
             self._kept[name] = make()
         found: T = self._kept[name]
@@ -51,13 +51,13 @@ class Listing:
             return rows.find(connection, checked) is not None
 
     def __len__(self) -> int:
-        """The number of adapters that are not in quarantine."""
+        """Return the number of adapters that are not in quarantine."""
         with self._catalogue.reading() as connection:
             (num_adapters,) = state_row(connection, "num_adapters", self._catalogue.where)
             return int(num_adapters) - quarantine.count(connection)
 
     def __iter__(self) -> Iterator[Record]:
-        """The records in order of addition, as of now."""
+        """Return an iterator of the current records, in order of addition."""
         return iter(self.records())
 
     def records(
@@ -68,12 +68,11 @@ class Listing:
         tags: Collection[str] | str = (),
         quarantined: bool = False,
     ) -> list[Record]:
-        """The records in order of addition that are for the base model, under one of the licenses and with all the tags.
+        """Return the records for the base model, under one of the licenses and with all the tags, in order of addition.
 
-        A base model is an id, or the key of a model at hand (`base_key`), which tells namesakes apart and finds the same
-        weights under another id.
-        Licenses are SPDX expressions or ids of the model hub; "MIT OR GPL-3.0-only" is found for MIT too. Those in
-        quarantine are left out, or with `quarantined` they alone are listed.
+        A base model is an id, or the key of a loaded model (`base_key`), which tells namesakes apart and finds the same
+        weights under another id. Licenses are SPDX expressions or ids of the model hub; "MIT OR GPL-3.0-only" is also found
+        for MIT. Those in quarantine are left out, or with `quarantined` they alone are listed.
         """
         filters = Filters(base_model, license, tags)
         with self._catalogue.reading() as connection:
@@ -85,33 +84,33 @@ class Listing:
             return [row.record for row in rows.some(connection, matching(connection, filters))]
 
     def bases(self) -> list[tuple[Record, int]]:
-        """For each different base model the record of its first adapter and the number of its adapters."""
+        """Return the record of the first adapter of each different base model, and the number of its adapters."""
         with self._catalogue.reading() as connection:
             return bases(connection)
 
     def record(self, name: str) -> Record:
-        """The adapter's record. AdapterNotFound names near misses."""
+        """Return the adapter's record. Raises AdapterNotFound, with near misses."""
         return self._row(name).record
 
     def history(self, name: str) -> list[Record]:
-        """The record of every version of the adapter, oldest first; the last one is what `hub[name]` gives."""
+        """Return the record of every version of the adapter, oldest first; the last one is that of `hub[name]`."""
         with self._catalogue.reading() as connection:
             row = self._require_row(connection, name)
             return [*(old.record for old in versions.superseded(connection, row)), row.record]
 
     @property
     def generation(self) -> int:
-        """A number that every committed change raises, so that an index can tell whether it is stale."""
+        """The number that every committed change raises, so that an index can tell whether it is stale."""
         with self._catalogue.reading() as connection:
             return int(state_row(connection, "generation", self._catalogue.where)[0])
 
     @property
     def writable(self) -> bool:
-        """Whether the hub can be written; reading works either way."""
+        """True if the hub can be written; reading works either way."""
         return self._catalogue.writable
 
     def changes(self, embedder_id: str, *, since: int = 0, after: int = 0, limit: int = 256) -> Changes:
-        """The next `limit` adapters above seq `after` that changed later than generation `since`; since 0 it is all.
+        """Return the first `limit` adapters above seq `after` changed after generation `since`; 0 gives all.
 
         Pages are small, since the time that Python's collector takes grows with the rows that are alive.
         """
@@ -120,35 +119,35 @@ class Listing:
             return read_changes(connection, embedder_id, since=since, after=after, limit=limit, where=where)
 
     def records_at(self, seqs: Sequence[int]) -> dict[int, Record]:
-        """The records of those places in the order of addition that are still taken."""
+        """Return the records with these numbers in the order of addition, without those that were removed."""
         with self._catalogue.reading() as connection:
             return {row.seq: row.record for row in rows.some(connection, seqs)}
 
     def seqs(self, filters: Filters) -> list[int]:
-        """The places in the order of addition of those that pass and are not in quarantine; no record of theirs is read."""
+        """Return the numbers of those that pass and are not in quarantine, in order of addition; reads no records."""
         with self._catalogue.reading() as connection:
             return matching(connection, filters)
 
     def vectors(self, embedder_id: str) -> dict[str, tuple[str, np.ndarray]]:
-        """Adapter name -> (digest of the text that was embedded, fp32 vector), in order of addition."""
+        """Map each adapter's name to (digest of the embedded text, fp32 vector), in order of addition."""
         with self._catalogue.reading() as connection:
             return read_vectors(connection, embedder_id)
 
     def store_vectors(self, embedder_id: str, rows: Sequence[tuple[str, str, np.ndarray]]) -> None:
-        """Stores (name, digest of the text, vector) rows in one transaction; names removed meanwhile are passed over.
+        """Store (name, digest of the text, vector) rows in one transaction, except for names removed meanwhile.
 
-        A vector goes with its adapter, and follows a rename. DimensionMismatch for vectors of several sizes or not finite.
+        A vector is removed and renamed with its adapter. Raises DimensionMismatch for several sizes and values not finite.
         """
         with self._catalogue.writing(f"storing vectors of embedder {embedder_id!r}") as connection:
             write_vectors(connection, embedder_id, rows)
 
     @property
     def vector_search(self) -> VectorSearch | None:
-        """What ranks the stored vectors in the database itself; None for a hub in a folder, whose searches read them all."""
+        """The search in the database itself; None for a hub in a folder, whose searches read all vectors."""
         return self._catalogue.vector_search
 
     def close(self) -> None:
-        """Closes the catalogue. Adapters that were read stay usable."""
+        """Close the catalogue. Adapters that were read stay usable."""
         self._catalogue.close()
 
     def __enter__(self) -> Self:
@@ -171,7 +170,7 @@ class Listing:
             return versions.chosen(connection, self._require_row(connection, name), version)
 
     def _require_row(self, connection: Connection, name: str) -> rows.Row:
-        """The row of that name. AdapterNotFound names near misses."""
+        """Return the row with that name. Raises AdapterNotFound, with near misses."""
         try:
             row = rows.find(connection, checked_name(name))
         except InvalidName as error:
@@ -188,14 +187,14 @@ class Listing:
 
 
 class Candidates(list[Candidate]):
-    """Candidates, best first, and the hub that has their adapters."""
+    """Candidates of a search, best first, and the hub that has their adapters."""
 
     def __init__(self, candidates: Iterable[Candidate], hub: Listing) -> None:
         super().__init__(candidates)
         self.hub = hub
 
     def __reduce__(self) -> tuple[type[list[Candidate]], tuple[list[Candidate]]]:
-        # a hub stays where its files are open
+        # pickled without the hub, whose files are open in this process
         return list, (list(self),)
 
     def _repr_html_(self) -> str:

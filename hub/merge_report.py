@@ -1,4 +1,4 @@
-"""What a merge did, layer by layer: ranks, the error of the cut, and how far the merged adapters pulled the same way."""
+"""The report of a merge, layer by layer: ranks, the error of the cut, and how far the merged adapters agree."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One merged layer.
+    """The figures of one merged layer.
 
     `rank_in` is the rank of what the method's formula gives, `rank_out` that of the adapter, `relative_error` the Frobenius
     norm of the difference between both updates over that of the first. `norms` has |w_e D_e| for each parent, `cosines`
-    those of their updates for the pairs (0, 1), (0, 2), ..., (1, 2), ..., `sign_conflict` the share of entries in which
-    two parents have opposite signs; without `norms`, the merge did not compare its parents.
+    those of their updates for the pairs (0, 1), (0, 2), ..., (1, 2), ..., `sign_conflict` the share of entries in which two
+    parents have opposite signs; without `norms`, the merge did not compare its parents.
     """
 
     rank_in: int
@@ -34,7 +34,7 @@ class LayerReport:
 
 
 def group_of(layer: str) -> str:
-    """The last step of a layer's path that is no number, such as q_proj: what tables put layers together by."""
+    """Return the last step of a layer's path that is no number, such as q_proj, by which tables group layers."""
     return next((step for step in reversed(layer.split(".")) if not step.isdecimal()), layer)
 
 
@@ -61,7 +61,7 @@ class MergeReport(Mapping[str, LayerReport]):
 
     @classmethod
     def from_card(cls, card: Mapping[str, Any]) -> MergeReport:
-        """The report in an adapter's card; figures that are missing or damaged there are left out."""
+        """Return the report in an adapter's card, without comparisons if it has none; an empty one if it is damaged."""
         try:
             stored, recipe = card["report"], card["recipe"]
             parents = [(str(parent["name"]), float(parent["weight"])) for parent in recipe["parents"]]
@@ -82,11 +82,11 @@ class MergeReport(Mapping[str, LayerReport]):
             return cls()
 
     def to_json(self) -> dict[str, dict[str, Any]]:
-        """What the card stores: the figures of each layer, to six significant digits."""
+        """Return the figures of each layer, to six significant digits, as the card stores them."""
         return {layer: {name: _round(getattr(row, name)) for name in _FIGURES} for layer, row in self.items()}
 
     def cosines(self) -> list[list[float]]:
-        """Cosine of the parents' whole updates, pair by pair: all layers taken as one long vector.
+        """Return the cosine of each pair of the parents' whole updates, all layers taken as one long vector.
 
         Raises CompositionError if the merge did not compare its parents.
         """
@@ -106,7 +106,7 @@ class MergeReport(Mapping[str, LayerReport]):
         return found
 
     def table(self) -> ShownTable:
-        """The layers as a table, those of one module name in a row."""
+        """Return the layers as a table, with one row for all layers of one module name."""
         from loraweave.common.display import ShownTable
 
         shown = " + ".join(f"{weight:g} {name}" for name, weight in zip(self.names, self.weights, strict=True))
@@ -122,7 +122,7 @@ class MergeReport(Mapping[str, LayerReport]):
         return self.table()._repr_html_()
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The cells of `table`."""
+        """Return the cells of `table`, row by row."""
         groups: dict[str, list[LayerReport]] = {}
         for layer, row in self.items():
             groups.setdefault(group_of(layer), []).append(row)
@@ -141,7 +141,7 @@ class MergeReport(Mapping[str, LayerReport]):
         ]
 
     def plot(self, path: str | Path) -> Path:
-        """A heat map of layers by adapters: the share of each adapter's |w D| among all in the layer; returns the path.
+        """Draw each adapter's share of the sum of |w D| in each layer as a heat map, and return the path.
 
         The suffix names the format (.png, .svg, .pdf). Raises PackageMissing without matplotlib, CompositionError for an
         adapter that was not merged, or whose merge did not compare its parents.
@@ -165,14 +165,14 @@ class MergeReport(Mapping[str, LayerReport]):
         return Path(path)
 
     def _compared(self) -> list[LayerReport]:
-        """The layers' figures. Raises CompositionError if the parents' norms and cosines are not among them."""
+        """Return the layers' figures. Raises CompositionError if they lack the parents' norms and cosines."""
         if not all(row.norms for row in self.values()):
             raise CompositionError(f"this report does not compare {' and '.join(self.names)}: merge with interference=True")
         return list(self.values())
 
 
 def by_number(layer: str) -> list[tuple[int, str]]:
-    """What sorts layer 2 before layer 10: of parts that are numbers the shorter first."""
+    """Return a sort key that puts layer 2 before layer 10: of parts that are numbers, the shorter is smaller."""
     return [(len(part) if part.isdecimal() else 0, part) for part in layer.split(".")]
 
 

@@ -1,4 +1,4 @@
-"""A diffusers pipeline as one model: the parts that adapters are for, each below the pipeline's own name for it."""
+"""A diffusers pipeline as one model: the parts that adapters are for, each under the pipeline's own name for it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from loraweave.hub.formats.diffusers import COMPONENTS
 
 
 class Pipeline(nn.Module):
-    """The text encoders of `pipe` and what denoises, as `text_encoder`, `unet` or `transformer` and so on.
+    """The text encoders and the denoiser of `pipe` as one module, under names such as `text_encoder` and `unet`.
 
-    A layer's path begins with its part, as in LoRA files of diffusers. Nothing of `pipe` changes. Where torch.compile made a
-    part, it is the model inside. Raises CompositionError for a pipeline without such parts.
+    A layer's path begins with its part, as in LoRA files of diffusers. `pipe` is not changed. For a part compiled by
+    torch.compile, it takes the model inside. Raises CompositionError for a pipeline without such parts.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -34,7 +34,7 @@ class Pipeline(nn.Module):
             )
 
     def require_same_parts(self) -> None:
-        """Raises CompositionError where the pipeline has another model in place of a part than when this was made."""
+        """Raise CompositionError if a part of the pipeline was replaced since this was made."""
         for name, part in self.named_children():
             now = getattr(self.pipe, name, None)
             if getattr(now, "_orig_mod", now) is not part:
@@ -44,10 +44,10 @@ class Pipeline(nn.Module):
                 )
 
     def paths(self, layers: Iterable[str], who: str) -> dict[str, str]:
-        """Where each layer of an adapter lies here: under its own path, with or without CLIP's step `text_model`, or, if the
-        path names no part, below the one part that has such a layer.
+        """Map each layer of an adapter to its path here.
 
-        Raises LayerMismatch, naming `who`, for a layer that lies nowhere or below several parts, and for two of one path.
+        A path is taken with or without CLIP's step `text_model`; one that names no part stands for the layer of the one part
+        that has it. Raises LayerMismatch, naming `who`, for a layer of no or several parts, and for two with one path.
         """
         known: dict[str, list[str]] = {}
         for path, _ in self.named_modules():
@@ -70,11 +70,11 @@ class Pipeline(nn.Module):
 
 
 def _plain(path: str) -> str:
-    # transformers 5 took the step out of some of its text encoders
+    # transformers 5 removed the step from some of its text encoders
     return re.sub(r"(^|\.)text_model\.", r"\1", path)
 
 
 def model_of(given: Any) -> Any:
-    """A diffusers pipeline as a Pipeline; anything else as it is."""
+    """Return a diffusers pipeline as a Pipeline, and anything else as it is."""
     is_pipeline = not isinstance(given, nn.Module) and hasattr(type(given), "components") and callable(given)
     return Pipeline(given) if is_pipeline else given

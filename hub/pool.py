@@ -31,9 +31,9 @@ from loraweave.types import BaseKey
 
 @dataclass(frozen=True, eq=False)
 class StackedFactors:
-    """One layer of a pool: a_SI and b_OS concatenated over the experts, `owner_S` the expert of each rank row.
+    """The factors of one layer of a pool: a_SI and b_OS of all experts concatenated, `owner_S` the expert of each rank row.
 
-    An expert without this layer owns no row. `gain_EO` and `bias_EO` have a row per expert, zero where it has none.
+    An expert without this layer owns no row. `gain_EO` and `bias_EO` have a row per expert, zero if it has none.
     """
 
     a_SI: Tensor
@@ -45,12 +45,12 @@ class StackedFactors:
 
 @dataclass(frozen=True, eq=False, init=False)
 class ExpertPool:
-    """Adapters as experts, in a fixed order. Takes a list of adapters, or a mapping of names (free text) to adapters.
+    """Adapters as experts, in a fixed order, made from a list of adapters or a mapping of names (free text) to adapters.
 
-    A pool that is `lazy` knows its names only and opens an adapter when it is asked for; what is said below about the
-    experts beside each other is then for the Composer to find, which compares each with the model when it is first used.
-    Raises WeightingError for an empty pool, a repeated name or anything but an adapter, BaseModelMismatch when two experts
-    contradict each other about their base model, LayerMismatch when they update one layer with different shapes.
+    A `lazy` pool knows only the names and opens an adapter when it is used; the two checks across experts below are then
+    left to the Composer, which compares each with the model when it is first used. Raises WeightingError for an empty pool,
+    a repeated name or anything but an adapter, BaseModelMismatch when two experts contradict each other about their base
+    model, LayerMismatch when they update one layer with different shapes.
     """
 
     adapters: Mapping[str, Adapter]
@@ -75,20 +75,20 @@ class ExpertPool:
 
     @classmethod
     def of(cls, given: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter]) -> ExpertPool:
-        """`given` itself where it is a pool, else a pool of it."""
+        """Return `given` itself if it is a pool, else a pool of it."""
         return given if isinstance(given, ExpertPool) else cls(given)
 
     @classmethod
     def on_demand(cls, names: Iterable[str], opener: Callable[[str], Adapter]) -> ExpertPool:
-        """The lazy pool of these names; `opener` gives the adapter of one, the same content every time, to any thread.
+        """Return the lazy pool of these names; `opener` returns the same adapter every time, to any thread.
 
-        The adapters asked for last stay open, 32 of them. `Hub.pool(lazy=True)` makes one of a hub.
+        The 32 adapters used last stay open. `Hub.pool(lazy=True)` makes such a pool of a hub.
         """
         return cls(OnDemand(names, opener))
 
     @property
     def lazy(self) -> bool:
-        """Whether adapters are opened when they are asked for, and dropped again."""
+        """True if adapters are opened when they are used, and dropped again."""
         return self._on_demand is not None
 
     @property
@@ -114,7 +114,7 @@ class ExpertPool:
         return self.adapters[name]
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertPool:
-        # nothing of it ever changes
+        # a pool never changes
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class ExpertPool:
         vars(self).update(adapters=MappingProxyType(state["adapters"]))
 
     def known(self, names: Iterable[str]) -> tuple[str, ...]:
-        """The names as they are. UnknownExpert, with the nearest names, for one that the pool does not have."""
+        """Return the names as a tuple. Raises UnknownExpert, with the nearest names, for one that the pool lacks."""
         names = tuple(names)
         for name in names:
             if name not in self.adapters:
@@ -138,46 +138,46 @@ class ExpertPool:
         return names
 
     def subset(self, names: Iterable[str]) -> ExpertPool:
-        """The pool of the named experts, in the order given; lazy where this one is."""
+        """Return the pool of the named experts, in the order given; lazy if this one is."""
         if self._on_demand is not None:
             return ExpertPool(self._on_demand.subset(self.known(names)))
         return ExpertPool({name: self[name] for name in names})
 
     def including(self, name: str, adapter: Adapter) -> ExpertPool:
-        """This pool and one more expert, at its end; under a name that is there already, in its place."""
+        """Return this pool with one more expert at its end, or in the place of the one with that name."""
         if self._on_demand is not None:
             return ExpertPool(self._on_demand.including(name, adapter))
         return ExpertPool({**self.adapters, name: adapter})
 
     def without(self, name: str) -> ExpertPool:
-        """This pool but one expert. WeightingError where it was the last."""
+        """Return this pool without one expert. Raises WeightingError if it was the last."""
         self.known([name])
         return self.subset(other for other in self.adapters if other != name)
 
     def rank_one(self) -> ExpertPool:
-        """The singular components of every expert as experts of rank 1: "name#1" has the strongest one of each layer.
+        """Return the singular components of every expert as experts of rank 1: "name#1" has the strongest of each layer.
 
         All components of an expert with weight 1 are that expert. Their cards are its card, with its name under "part_of".
-        Raises AdapterUnsupported for an expert with a head, or one that needs its base layer (DoRA): take the bound_pool of
-        a Composer.
+        Raises AdapterUnsupported for an expert with a head, or one that needs its base layer (DoRA): use a Composer's
+        bound_pool.
         """
         return ExpertPool({part: adapter for name in self.names for part, adapter in _components(name, self[name])})
 
     @cached_property
     def places(self) -> Mapping[str, int]:
-        """Each expert's place in the order of the pool."""
+        """The place of each expert in the order of the pool."""
         return {name: place for place, name in enumerate(self.adapters)}
 
     @cached_property
     def layer_names(self) -> tuple[str, ...]:
-        """Every layer that some expert updates, sorted. A lazy pool opens all its adapters to know."""
-        # adapters of one form share its tuple, so that a pool of thousands looks at a few
+        """The layers that at least one expert updates, sorted. A lazy pool opens all its adapters for them."""
+        # adapters of one form share its tuple, so that a pool of thousands has few to look at
         forms = {id(form): form for form in (adapter.form for adapter in self.adapters.values())}
         return tuple(sorted({layer for form in forms.values() for layer, *_ in form}))
 
     @cached_property
     def headed(self) -> tuple[str, ...]:
-        """The experts that have trained heads; none of a lazy pool, which opens no adapter to know."""
+        """The experts that have trained heads; empty for a lazy pool, which opens no adapter for it."""
         return () if self.lazy else tuple(name for name, adapter in self.adapters.items() if adapter.heads)
 
     @cached_property
@@ -185,7 +185,7 @@ class ExpertPool:
         return {}
 
     def invocations(self, names: Iterable[str] | None = None) -> dict[str, tuple[int, ...]]:
-        """{expert: its invocation tokens} of those of `names` (None: all) that have any; of a lazy pool each is opened."""
+        """Return the invocation tokens of those of `names` (None: all) that have any; opens each in a lazy pool."""
         chosen = self.names if names is None else tuple(names)
         for name in chosen:
             if name not in self._invocations:
@@ -194,7 +194,7 @@ class ExpertPool:
 
     @cached_property
     def clashing_licenses(self) -> Mapping[str, str | None]:
-        """{expert: license} where no one work of all experts keeps to their licenses; empty where one may, and if lazy."""
+        """The experts' licenses if no one work can keep to all of them; empty if one can, and for a lazy pool."""
         if self.lazy:
             return {}
         licenses = {name: stated_license(adapter.card.get("license")) for name, adapter in self.adapters.items()}
@@ -205,7 +205,7 @@ class ExpertPool:
         return {}
 
     def stacked(self, layer: str) -> StackedFactors:
-        """One layer's factors concatenated over the experts, fp32. AdapterUnsupported for unbound factors or heads."""
+        """Return one layer's factors of all experts, concatenated, fp32. Raises AdapterUnsupported if unbound or headed."""
         parts = [(index, a.layers[layer]) for index, a in enumerate(self.adapters.values()) if layer in a.layers]
         if not parts:
             raise LayerMismatch(f"no expert of the pool updates layer {layer!r}; they update {len(self.layer_names)} others")
@@ -227,7 +227,7 @@ class ExpertPool:
 
 
 def require_no_heads(name: str, adapter: Adapter) -> None:
-    """AdapterUnsupported for an expert with trained heads, where more than live and fused mixtures is made of it."""
+    """Raise AdapterUnsupported if the expert has trained heads, which only live and fused mixtures can use."""
     if adapter.heads:
         raise AdapterUnsupported(
             f"expert {name!r} has a trained head ({', '.join(sorted(adapter.heads))}): a Composer of a pool in memory mixes "
@@ -245,7 +245,7 @@ def _components(name: str, adapter: Adapter) -> Iterator[tuple[str, Adapter]]:
 
 
 def require_everywhere(name: str, adapter: Adapter, what: str) -> None:
-    """ScopeError for an expert that counts from its invocation tokens on, where, as `what` says, all tokens are alike."""
+    """Raise ScopeError if the expert acts from its invocation tokens on; `what` says why all tokens are alike."""
     if adapter.invocation:
         raise ScopeError(
             f"expert {name!r} counts from its invocation tokens {list(adapter.invocation)} on, and {what}: activate() or "
@@ -316,15 +316,15 @@ NUM_KEPT = 32
 
 
 class OnDemand(Mapping[str, Adapter]):
-    """Adapters by name, in the order of `names`; `opener` gives one, and the `num_kept` asked for last stay open.
+    """Adapters by name, in the order of `names`, opened by `opener`; the `num_kept` used last stay open.
 
-    An adapter that somebody still holds is the same object when it is asked for again. `opener` must give the same content
-    every time; several threads may call it at once. Raises WeightingError for a repeated name, and what `opener` raises.
+    An adapter that is still referenced is the same object when it is used again. `opener` must return the same content every
+    time; several threads may call it at once. Raises WeightingError for a repeated name, and what `opener` raises.
     """
 
     def __init__(self, names: Iterable[str], opener: Callable[[str], Adapter], *, num_kept: int = NUM_KEPT) -> None:
         listed = tuple(names)
-        # a dict keeps their order, and knows what is among them; None stands for one that is opened
+        # a dict for the order and for look-ups; None stands for an adapter to open on demand
         self._adapters: dict[str, Adapter | None] = dict.fromkeys(listed)
         _require_distinct(listed, "give every name once")
         self._opened = _Opened(opener, num_kept)
@@ -333,7 +333,7 @@ class OnDemand(Mapping[str, Adapter]):
         return self._adapters[name] or self._opened.get(name)
 
     def __contains__(self, name: object) -> bool:
-        # that of Mapping would open it
+        # Mapping's own __contains__ would open it
         return name in self._adapters
 
     def __iter__(self) -> Iterator[str]:
@@ -344,15 +344,15 @@ class OnDemand(Mapping[str, Adapter]):
 
     @property
     def num_open(self) -> int:
-        """How many adapters are open now, because they were asked for lately or because somebody holds them."""
+        """The number of adapters that are open, because they were used lately or are still referenced."""
         return len(self._opened.alive)
 
     def subset(self, names: Iterable[str]) -> OnDemand:
-        """The named ones, in the order given."""
+        """Return the named adapters, in the order given."""
         return self._sharing({name: self._adapters[name] for name in names})
 
     def including(self, name: str, adapter: Adapter) -> OnDemand:
-        """These and one that is in memory, at the end; under a name that is there already, in its place."""
+        """Return these and one in memory, at the end or in the place of the one with that name."""
         return self._sharing(self._adapters | {name: adapter})
 
     def __repr__(self) -> str:
@@ -365,7 +365,7 @@ class OnDemand(Mapping[str, Adapter]):
 
 
 class _Opened:
-    """The adapters that are open, shared by all that have one opener."""
+    """The open adapters, shared by all that have one opener."""
 
     def __init__(self, opener: Callable[[str], Adapter], num_kept: int) -> None:
         self._opener = opener

@@ -1,6 +1,6 @@
 """Quarantine: an adapter stays stored and its name taken, but nothing finds or reads it until it is released.
 
-The record says it; the table `quarantine` repeats it, so that counting need not read every record.
+The record has the flag; the table `quarantine` repeats it, so that counting need not read every record.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from loraweave.types import Record
 
 
 def mark(connection: Connection, record: Record) -> None:
-    """Makes the table say of this adapter, whose row is there, what its record says."""
+    """Write the quarantine flag of the record, whose row is there, to the table."""
     chosen = "(SELECT seq FROM adapters WHERE name = ?)"
     connection.execute(f"DELETE FROM quarantine WHERE seq = {chosen}", (record.name,))
     if record.quarantined:
@@ -25,12 +25,12 @@ def count(connection: Connection) -> int:
 
 
 def seqs(connection: Connection) -> list[int]:
-    """The places of those in quarantine in the order of addition."""
+    """Return the numbers of the adapters in quarantine, in the order of addition."""
     return [seq for (seq,) in connection.execute("SELECT seq FROM quarantine ORDER BY seq").fetchall()]
 
 
 def require_released(record: Record) -> None:
-    """AdapterQuarantined, with what was found, for an adapter in quarantine."""
+    """Raise AdapterQuarantined, with the record's anomalies, if the adapter is in quarantine."""
     if record.quarantined:
         found = "; ".join(anomaly.detail for anomaly in record.anomalies) or "it was put there by hand"
         raise AdapterQuarantined(
@@ -40,7 +40,7 @@ def require_released(record: Record) -> None:
 
 
 def problems(connection: Connection, seqs: Iterable[tuple[int, bool]]) -> Iterator[str]:
-    """Where table and records disagree, given (seq, whether in quarantine) of each."""
+    """Yield a sentence for each disagreement of the table with the records, given as (seq, whether in quarantine)."""
     marked = {seq for (seq,) in connection.execute("SELECT seq FROM quarantine").fetchall()}
     for seq, quarantined in seqs:
         if quarantined != (seq in marked):

@@ -1,4 +1,4 @@
-"""One rule for an adapter and the model that takes it: weights decide, else ids, else names and shapes with a warning."""
+"""The rule for an adapter and the model that takes it: weights decide, else ids, else names and shapes with a warning."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ NUM_SHOWN = 3
 
 
 def require_same_base(who: str, its: BaseKey, own: BaseKey, *, whatever_id: bool = False) -> None:
-    """BaseModelMismatch where weights, shapes or commits say that `who` was made for another base model than `own`.
+    """Raise BaseModelMismatch if weights, shapes or commits show that `who` was made for another base than `own`.
 
-    Commits count where the ids are the same; with `whatever_id` also where they are not.
+    Commits count if the ids are the same; with `whatever_id` also if they are not.
     """
     if why := (replace(its, id=own.id) if whatever_id else its).contradicts(own):
         raise BaseModelMismatch(
@@ -26,7 +26,7 @@ def require_same_base(who: str, its: BaseKey, own: BaseKey, *, whatever_id: bool
 
 
 def warn_unverified(names: Sequence[str], its: BaseKey, own: BaseKey, *, stacklevel: int = 2) -> None:
-    """Warns that these adapters, of one base, fit the model by their layers' names and shapes and by nothing else."""
+    """Warn that these adapters, of one base, fit the model by their layers' names and shapes and by nothing else."""
     more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
     theirs = f"made for {its.id!r}" if its.id else "made for a base model that they do not name"
     warnings.warn(
@@ -40,5 +40,5 @@ def warn_unverified(names: Sequence[str], its: BaseKey, own: BaseKey, *, stackle
 
 
 def says_nothing(model_id: str) -> bool:
-    """Whether an id tells no model from another: none at all, or a folder of this machine."""
+    """Return whether an id identifies no model: it is empty, or a folder on this machine."""
     return not model_id or Path(model_id).is_absolute() or Path(model_id).is_dir()
