@@ -217,11 +217,11 @@ class ComposeCall:
 
     @cached_property
     def _settings(self) -> Settings:
-        given = SIGNATURE.bind(None, None, self.experts, self.task, **self.arguments)
-        given.apply_defaults()
-        known = {each.name for each in fields(Settings)}
-        named = {name: value for name, value in given.arguments.items() if name in known}
-        return Settings.of(**named, options=given.arguments["search_options"])
+        bound = SIGNATURE.bind(None, None, self.experts, self.task, **self.arguments)
+        bound.apply_defaults()
+        known = {setting.name for setting in fields(Settings)}
+        named = {name: value for name, value in bound.arguments.items() if name in known}
+        return Settings.of(**named, options=bound.arguments["search_options"])
 
 
 # what a searched composition is compared with

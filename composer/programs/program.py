@@ -32,7 +32,7 @@ from loraweave.composer.compose.asked import Step
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.program_search import ProgramRow
 from loraweave.composer.compose.refine import STEP_COST, linear_targets, loss_with, num_scalars
-from loraweave.composer.compose.report import Report, ReportRow
+from loraweave.composer.compose.report import ReportRow
 from loraweave.composer.compose.saved import task_json
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.fitting import Fitting
@@ -104,19 +104,8 @@ def distilled(
     )[name]
     loss = loss_with(model, tokenizer, asked, trained)
     parents = [] if pool is None else [{**parent_of(each), "weight": None} for each in pool.adapters.values()]
-    made = Composition(
-        model,
-        tokenizer,
-        asked,
-        None,
-        {},
-        "linear",
-        Report((), name, "", (), 0.0, 0),
-        settings.seed,
-        trained,
-        parents,
-        tuned_steps=settings.steps,
-    )
+    made = Composition.of(model, tokenizer, asked, trained, name=name, seed=settings.seed)
+    made = replace(made, parents=parents, tuned_steps=settings.steps)
     answers = made.predict([text for text, _ in held])
     same = sum(answer.strip() == wanted.strip() for answer, (_, wanted) in zip(answers, held, strict=True))
     reason = (

@@ -36,7 +36,7 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What a cell has answered: a text, a loss and its number of tokens for each test row, in their order.
+    """The answers of a cell: a text, a loss and its number of tokens for each test row, in their order.
 
     `seconds` and `cpu_seconds` (of the process) are what it took to make the method's composition, and not to answer.
     """
@@ -51,7 +51,7 @@ class Answers:
 
 
 def cells(study: Study, hub: Hub) -> list[Cell]:
-    """All of them, in the order in which they run: every method on every task with one seed, before the next seed."""
+    """Return all cells in the order in which they run: every method on every task with one seed, before the next seed."""
     listed = [
         (shots, seed, task, method)
         for shots in study.shots
@@ -86,7 +86,7 @@ def _key(study: Study, hub: Hub, task: StudyTask, method: Method, shots: int, se
 
 @cache
 def _digest(folder: Path | None) -> list[tuple[str, str]]:
-    """The names and hashes of a folder's files of rows."""
+    """Return the names and hashes of a folder's files of rows."""
     files = sorted(folder.glob("*.jsonl")) if folder is not None else []
     return [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
 
@@ -110,7 +110,7 @@ class Store:
         write_whole(self._path(cell), json.dumps({**named, **asdict(found)}, ensure_ascii=False))
 
     def require_base(self, model: Any) -> None:
-        """Raises BaseModelMismatch where the folder has answers of another base model, whatever both are called."""
+        """Raise BaseModelMismatch if the folder has answers of another base model, whatever both are called."""
         path, own = self.folder.parent / "base.json", base_key(model).fingerprint
         assert own is not None
         if path.is_file():
@@ -143,7 +143,7 @@ def answered(cell: Cell, study: Study, composition: Composition, spent: tuple[fl
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file of which no half is ever seen."""
+    """Write a file, of which nobody ever sees a half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

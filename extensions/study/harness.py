@@ -27,7 +27,7 @@ def evaluate_harness(
     seed: int = 0,
     **settings: Any,
 ) -> dict[str, Any]:
-    """What `lm_eval.simple_evaluate` says of a composition, an expert model, a formula, an adapter, a mixture or a router.
+    """Score a composition, an expert model, a formula, an adapter, a mixture or a router by `lm_eval.simple_evaluate`.
 
     `tasks` are names of lm_eval, or of YAML files below the folder `include_path`. The model mixes live, and the scores are
     those of the merged model within rounding. A composition has its model and tokenizer, and an expert model its tokenizer
@@ -90,7 +90,7 @@ def evaluate_harness(
 
 
 def _mixture_and_pool(what: Any, hub_or_pool: Any) -> tuple[Any, Any] | None:
-    """What a Composer makes the model answer for `what`; None where the model does so itself."""
+    """Return the mixture and pool of a Composer that answers for `what`; None if the model answers by itself."""
     match what:
         case None | Composition() | ExpertModel():
             return None

@@ -1,4 +1,4 @@
-"""What a study compares: everything that has a name, each made into a composition that answers one task."""
+"""The methods that a study compares, each made into a composition that answers one task."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Method:
 
     @classmethod
     def read(cls, given: Any) -> Method:
-        """Of a name, a formula's text, or a mapping of `KEYS` and the method's options.
+        """Read a method from a name, a formula's text, or a mapping of `KEYS` and the method's options.
 
         Raises InvalidTask for another form, UnknownName or FormulaError if it is neither a name nor a formula.
         """
@@ -128,13 +128,13 @@ class Method:
 
     @property
     def reads_hub(self) -> bool:
-        """Whether retrieval finds its adapters."""
+        """True if retrieval finds its adapters."""
         alone = self.method in ("base", "in_context", "lora", "oracle") or self.formula is not None
         return not (alone or "adapters" in self.said or self.members) or (self.formula is not None and self.formula.is_auto)
 
     @property
     def reads_examples(self) -> bool:
-        """Whether the examples have a say in its answers, so that each draw of them has answers of its own."""
+        """True if its answers depend on the examples, so that each draw of them has answers of its own."""
         if self.members:
             return any(member.reads_examples for member in self.members)
         if self.said.get("shown") or self.reads_hub:
@@ -149,7 +149,7 @@ class Method:
 
     @property
     def reads_seed(self) -> bool:
-        """Whether it draws at random, or has examples that are drawn."""
+        """True if it draws at random, or has examples that are drawn."""
         return self.reads_examples or self.said.get("fit") == "pool" or (self.is_merge and _takes(self.method, "seeds"))
 
     @property
@@ -157,11 +157,11 @@ class Method:
         return self.formula is None and self.method in names("methods")
 
     def applies(self, oracle: str | None) -> bool:
-        """Whether a task with this oracle can be asked: the method `oracle` needs the name of an adapter."""
+        """Return True if it can answer a task with this oracle: the method `oracle` needs the name of an adapter."""
         return oracle is not None or "oracle" not in (self.method, *(member.method for member in self.members))
 
     def adapters(self, hub: Hub, oracle: str | None) -> dict[str, str]:
-        """{name: hash} of all that it may look at. Raises AdapterNotFound for a name that the hub lacks."""
+        """Return {name: hash} of all adapters that it may look at. Raises AdapterNotFound for a name that the hub lacks."""
         if self.reads_hub:
             return {record.name: record.hash for record in hub}
         if self.formula is not None:
@@ -173,13 +173,13 @@ class Method:
         return found
 
     def identity(self) -> dict[str, Any]:
-        """What distinguishes it from other methods, but for its name."""
+        """Return what tells it from other methods, its name left out."""
         members = [member.identity() for member in self.members]
         text = self.method if self.formula is None else self.formula.canonical
         return {"method": text, "said": dict(self.said), "options": dict(self.options), "members": members}
 
     def check(self, hub: Hub, task: Task, limits: Mapping[str, Any]) -> None:
-        """Raises what its options and names forbid, before a model is loaded."""
+        """Raise the errors of its options and names, before a model is loaded."""
         if self.formula is not None:
             try:
                 self.formula.adapters(hub)
@@ -194,7 +194,7 @@ class Method:
 
     @property
     def is_composed(self) -> bool:
-        """Whether compose() makes it."""
+        """True if compose() makes it."""
         return self.formula is None and not self.is_merge and self.method not in OWN
 
     def arguments(self, limits: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
@@ -236,7 +236,7 @@ class Method:
 
 
 def known_methods() -> list[str]:
-    """The names that a study's methods may have, beside formulas."""
+    """Return the names that a study's methods may have, beside formulas."""
     return sorted({*ComposeCall.methods(), *OWN, *names("methods")})
 
 
@@ -259,7 +259,7 @@ def _unknown(text: str) -> UnknownName:
 
 @dataclass(frozen=True)
 class Case:
-    """A task with the examples drawn for it, and what there is to answer it with.
+    """A task with the examples drawn for it, and the model and hub to answer it with.
 
     `rows_of` gives the training rows of an adapter of the pool; `fitted` keeps routers that learned on them.
     """
@@ -278,7 +278,7 @@ class Case:
 
 
 def made(method: Method, case: Case) -> Composition:
-    """The composition that answers for the method; raises what making it raises."""
+    """Return the composition that answers for the method. Raises what making it raises."""
     shown = method.said.get("shown") or (method.method == "in_context" and method.formula is None)
     form: dict[str, Any] = {"demonstrations": True} if shown else {}
     if method.said.get("calibrated"):
@@ -309,7 +309,7 @@ def _source(method: Method, hub: Hub) -> Hub | ExpertPool:
 
 
 def _pool(method: Method, case: Case) -> ExpertPool:
-    """The adapters that the method names, or the k that retrieval finds, as experts of the model."""
+    """Return the adapters that the method names, or the k that retrieval finds, as experts of the model."""
     # of the base nothing is checked but the number of adapters
     call = ComposeCall(_source(method, case.hub), case.task, {"method": "base", "k": method.said.get("k", case.limits["k"])})
     return call.engine(case.model, case.tokenizer).bound_pool
@@ -360,7 +360,7 @@ def _merged(method: Method, case: Case) -> Adapter:
 
 
 def _weights(method: Method, experts: Sequence[str]) -> list[float] | None:
-    """One for each adapter: one number for all, a list in their order, or a mapping; None for equal shares."""
+    """Return a weight for each adapter, of one number for all, a list or a mapping; None for equal shares."""
     match given := method.said.get("weights"):
         case None:
             return None
@@ -392,7 +392,7 @@ def _ensemble(method: Method, case: Case) -> Composition:
 
 
 def _fitted(method: Method, case: Case) -> Composition:
-    """A router that learned which expert is for what from the pool's own training rows; once for each pool and seed."""
+    """Return the composition of a router that learned, once for each pool and seed, from the pool's own training rows."""
     pool = _pool(method, case)
     key = (str(method.identity()), case.seed, tuple(pool.names))
     if key not in case.fitted:

@@ -1,4 +1,4 @@
-"""Metrics of answers: what each item adds up to, and the value of a sum, so that any sample of items has a value at once."""
+"""Metrics of answers: the numbers of each item, and the value of their sums, so that any sample of items has a value."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Metric:
 
     @property
     def is_mean(self) -> bool:
-        """Whether the value is the mean of one number for each item."""
+        """True if the value is the mean of one number for each item."""
         return self.value is _mean
 
 
 def metric_of(name: str, normalise: Sequence[str] | None, functions: Mapping[str, Function]) -> Metric:
-    """The metric of that name. `normalise` has names of `STEPS`, which answers and targets go through first.
+    """Return the metric of that name. `normalise` has names of `STEPS`, which answers and targets go through first.
 
     Without it `exact_match` trims white space and `f1` normalises as SQuAD's script does. Raises InvalidTask for unknown
     names and PackageMissing where the metric's package is not installed.
@@ -101,7 +101,7 @@ def _is_accepted(answer: str, targets: Sequence[str]) -> float:
 
 
 def _token_f1(answer: str, targets: Sequence[str]) -> float:
-    """The harmonic mean of precision and recall over words, of the target that it is highest for."""
+    """Return the harmonic mean of precision and recall over words, of the target that it is highest for."""
     return max(_f1(answer.split(), target.split()) for target in targets)
 
 
@@ -112,7 +112,7 @@ def _f1(found: Sequence[str], wanted: Sequence[str]) -> float:
 
 
 def _rouge(kind: str) -> Function:
-    """The F measure of Lin (2004), of the target that it is highest for."""
+    """Return the F measure of Lin (2004), of the target that it is highest for."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
@@ -122,7 +122,7 @@ def _rouge(kind: str) -> Function:
 
 
 def _corpus_scorer(name: str) -> Any:
-    """sacrebleu's BLEU or CHRF with its defaults; `force` only leaves a remark on tokenised texts out."""
+    """Return sacrebleu's BLEU or CHRF with its defaults; `force` only leaves a remark on tokenised texts out."""
     try:
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError as error:
@@ -138,7 +138,7 @@ def _sacrebleu(
     losses: Sequence[float],
     tokens: Sequence[int],
 ) -> np.ndarray:
-    """What sacrebleu counts in each item, whose sums its corpus score is made of."""
+    """Return the counts of each item whose sums make sacrebleu's corpus score."""
     most = max(map(len, targets))
     # an item with fewer accepted targets than another has its last one again, which changes no count
     listed = [[clean(own[min(place, len(own) - 1)]) for own in targets] for place in range(most)]
@@ -159,7 +159,7 @@ def _log_likelihoods(
 
 
 def _perplexity(sums_K: np.ndarray) -> np.ndarray:
-    """exp of the mean loss of a target's token, its first target's and its end's."""
+    """Return exp of the mean loss of a token of the first targets, their ends included."""
     return np.asarray(np.exp(np.minimum(sums_K[..., 0] / sums_K[..., 1], 700.0)))
 
 

@@ -28,7 +28,7 @@ NOTE = (
 
 
 def write_report(results: StudyResults) -> None:
-    """Writes all files of the study's folder; the plots only where matplotlib is installed."""
+    """Write all files of the study's folder; the plots only where matplotlib is installed."""
     folder = results.folder
     columns, rows = figure_rows(results)
     write_whole(folder / "table.md", markdown(results))
@@ -41,7 +41,7 @@ def write_report(results: StudyResults) -> None:
 
 
 def markdown(results: StudyResults) -> str:
-    """A table for each metric and number of examples."""
+    """Return a table for each metric and number of examples."""
     parts = []
     for title, columns, rows in results.tables():
         lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
@@ -51,7 +51,7 @@ def markdown(results: StudyResults) -> str:
 
 
 def latex(results: StudyResults) -> str:
-    """The same as tables for booktabs; the best value of each column is bold."""
+    """Return the same as LaTeX tables for booktabs; the best value of each column is bold."""
     parts = ["% \\usepackage{booktabs}"]
     for title, columns, rows in results.tables():
         best = _best(results, columns, rows, lower=title.startswith("perplexity"))
@@ -71,7 +71,7 @@ def latex(results: StudyResults) -> str:
 
 
 def draw(results: StudyResults, folder: Path) -> str:
-    """Draws plot.png and plot.svg, a panel for each task and one for their mean, and returns the second as text.
+    """Draw plot.png and plot.svg, a panel for each task and one for their mean, and return the second as text.
 
     One number of examples is drawn as a point and a line for each method, several as a curve over them.
     """
@@ -160,7 +160,7 @@ $answers
 
 
 def page(results: StudyResults, plot: str) -> str:
-    """One file that loads nothing else, in which names and answers are only ever text."""
+    """Return a page that loads nothing else, and whose names and answers are only ever text."""
     study = results.study
     summary = (
         f"{len(study.methods)} methods on {len(study.tasks)} tasks, {', '.join(map(str, study.shots))} examples, seeds "
@@ -183,7 +183,7 @@ def page(results: StudyResults, plot: str) -> str:
 
 
 def _shown_answers(results: StudyResults) -> list[str]:
-    """Of each task and method, those of the first number of examples and seed."""
+    """Return the answers of each task and method, for the first number of examples and seed."""
     seen, parts = set(), []
     for cell, found in results.answers.items():
         if (cell.task.name, cell.method.name) in seen:
@@ -200,7 +200,7 @@ def _shown_answers(results: StudyResults) -> list[str]:
 
 
 def _best(results: StudyResults, columns: Sequence[str], rows: Sequence[Sequence[str]], *, lower: bool) -> dict[int, int]:
-    """{column: row} of the best value, of the columns of values."""
+    """Return {column: row} of the best value, for the columns of values."""
     best = {}
     for place in range(1, len(columns) - 2):
         numbers = {number: float(row[place].split()[0]) for number, row in enumerate(rows) if row[place] != "-"}

@@ -49,9 +49,10 @@ class Figure:
 
 
 class Draws(NamedTuple):
-    """A value and that of each bootstrap draw. `share_of` counts the items whose share it is, and is None for other values.
+    """A value and the value of each bootstrap draw.
 
-    `are_independent` says whether each of these items was answered once, with one task and one seed.
+    `share_of` counts the items whose share it is, and is None for other values. `are_independent` says whether each of these
+    items was answered once, with one task and one seed.
     """
 
     values_R: np.ndarray
@@ -59,7 +60,7 @@ class Draws(NamedTuple):
     are_independent: bool
 
     def summed(self) -> tuple[float, float, float]:
-        """(value, low, high)."""
+        """Return (value, low, high)."""
         value, drawn_R = float(self.values_R[0]), self.values_R[1:]
         if self.share_of is None:
             low, high = (float(limit) for limit in np.percentile(drawn_R, [2.5, 97.5]))
@@ -69,7 +70,7 @@ class Draws(NamedTuple):
 
     @classmethod
     def mean(cls, parts: Sequence[Draws]) -> Draws:
-        """The mean of values that are drawn apart."""
+        """Return the mean of values that are drawn apart."""
         counts = [part.share_of for part in parts]
         share_of = None if None in counts else sum(count or 0 for count in counts)
         values_R = np.mean([part.values_R for part in parts], axis=0)
@@ -78,7 +79,7 @@ class Draws(NamedTuple):
 
 @dataclass(frozen=True)
 class StudyResults:
-    """What a study has found so far: figures, the answers of its cells, and {cell: why} of those that failed."""
+    """The results of a study so far: figures, the answers of its cells, and {cell: why} of those that failed."""
 
     study: Study
     figures: tuple[Figure, ...]
@@ -94,7 +95,7 @@ class StudyResults:
         return self.table()._repr_html_()
 
     def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
-        """(title, columns, rows) for each metric and number of examples that has figures."""
+        """Return (title, columns, rows) for each metric and number of examples that has figures."""
         having = {(figure.metric, figure.shots) for figure in self.figures}
         return [
             (f"{metric.name}{' (%)' if metric.percent else ''}, {shots} examples", *self.cells(metric.name, shots))
@@ -104,14 +105,14 @@ class StudyResults:
         ]
 
     def table(self, metric: str | None = None, shots: int | None = None) -> ShownTable:
-        """Methods by tasks under one metric, by default the first, for one number of examples, by default the first."""
+        """Return methods by tasks under one metric and for one number of examples, by default the first of each."""
         columns, rows = self.cells(
             metric or self.study.used_metrics[0].name, self.study.shots[0] if shots is None else shots
         )
         return ShownTable.of(columns, rows)
 
     def cells(self, metric: str, shots: int) -> tuple[list[str], list[list[str]]]:
-        """(columns, rows of texts) of that table."""
+        """Return (columns, rows of texts) of that table."""
         found = {(each.task, each.method): each for each in self.figures if (each.metric, each.shots) == (metric, shots)}
         shown = next(each for each in self.study.used_metrics if each.name == metric)
         tasks = [name for name in [ALL, *(task.name for task in self.study.tasks)] if any(task == name for task, _ in found)]
@@ -128,7 +129,7 @@ class StudyResults:
 
 
 def interval(figure: Figure | None, metric: Metric) -> str:
-    """value [low, high], or "-" without a figure."""
+    """Return "value [low, high]", or "-" without a figure."""
     if figure is None:
         return "-"
     scale, digits = (100, 1) if metric.percent else (1, 3)
@@ -137,7 +138,7 @@ def interval(figure: Figure | None, metric: Metric) -> str:
 
 
 def difference(figure: Figure | None, metric: Metric) -> str:
-    """The same of the difference from the reference; bold is for what reads the table."""
+    """Return the same for the difference from the reference."""
     if figure is None or np.isnan(figure.difference):
         return "-"
     scale, digits = (100, 1) if metric.percent else (1, 3)
@@ -147,7 +148,7 @@ def difference(figure: Figure | None, metric: Metric) -> str:
 
 
 def results_of(study: Study, cells: Sequence[Cell], store: Store, failures: Mapping[str, str], folder: Path) -> StudyResults:
-    """The figures of all cells that have answers."""
+    """Return the figures of all cells that have answers."""
     read = {cell.key: store.read(cell) for cell in {cell.key: cell for cell in cells}.values() if store.has(cell)}
     answers = {cell: read[cell.key] for cell in cells if cell.key in read}
     failed = {str(cell): failures[cell.key] for cell in cells if cell.key in failures}
@@ -214,7 +215,7 @@ def _figure(
 
 
 def _draws(task: StudyTask, metric: Metric, answers: Mapping[int, Answers], seeds: Sequence[int]) -> Draws:
-    """The value, and that of every resample: the mean over seeds of the value over items."""
+    """Return the value, and that of every resample: the mean over seeds of the value over items."""
     targets = [accepted for _, accepted in task.test]
     # cells that share a key share their answers
     parts: dict[Answers, np.ndarray] = {}
@@ -232,7 +233,7 @@ def _draws(task: StudyTask, metric: Metric, answers: Mapping[int, Answers], seed
 
 
 def _values(task: StudyTask, metric: Metric, counts_NK: np.ndarray) -> np.ndarray:
-    """The metric over all items, then over each resample of them."""
+    """Return the metric over all items, then over each resample of them."""
     num_items = len(counts_NK)
     with_count_NK = np.concatenate([counts_NK, np.ones((num_items, 1))], axis=1)
     generator = np.random.default_rng(zlib.crc32(task.name.encode()))
@@ -243,6 +244,6 @@ def _values(task: StudyTask, metric: Metric, counts_NK: np.ndarray) -> np.ndarra
 
 
 def figure_rows(results: StudyResults) -> tuple[list[str], list[list[object]]]:
-    """(columns, rows) of all figures."""
+    """Return (columns, rows) of all figures."""
     columns = [each.name for each in fields(Figure)]
     return columns, [[getattr(figure, name) for name in columns] for figure in results.figures]

@@ -1,4 +1,4 @@
-"""`study`: every method on every task, what is missing of it, and the tables of all."""
+"""`study`: runs the cells that are missing, and writes the tables of all."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _run(
     n_jobs: int | None,
     progress: bool,
 ) -> dict[str, str]:
-    """Runs the cells, each a piece of work for some worker, and keeps what they answer; {key: why} of those that failed."""
+    """Run the cells, each a piece of work for some worker, keep the answers, and return {key: why} of those that failed."""
     load = base_loader(model, tokenizer, n_jobs)
     # a function of a metric need not travel
     settings = replace(read, tasks=(), methods=(), metrics=())
@@ -96,7 +96,7 @@ def _run(
 
 @lru_cache(maxsize=1)
 def _fitted(study: str) -> dict[Any, Any]:
-    """What this process keeps while it answers cells of one call of `study`."""
+    """Return the routers that this process keeps while it answers cells of one call of `study`."""
     return {}
 
 
@@ -126,7 +126,7 @@ def _limits(read: Study) -> dict[str, Any]:
 
 
 def _rows_of(read: Study, name: str) -> Task:
-    """The training rows of an adapter of the pool. InvalidTask without any."""
+    """Return the training rows of an adapter of the pool. Raises InvalidTask without any."""
     path = None if read.pool_data is None else read.pool_data / f"{name}.jsonl"
     if path is None or not path.is_file():
         where = "names no pool_data" if path is None else f"has no {path}"
@@ -139,7 +139,7 @@ def _rows_of(read: Study, name: str) -> Task:
 
 
 def _check(read: Study, hub: Hub) -> None:
-    """Raises what a method's names and options forbid on every task."""
+    """Raise the first error that a method's names and options have on every task."""
     for task in read.tasks:
         if task.oracle is not None:
             hub.record(task.oracle)
@@ -156,7 +156,7 @@ def _check(read: Study, hub: Hub) -> None:
 
 @contextmanager
 def _opened(read: Study, given: Hub | Iterable[Adapter] | None, progress: bool) -> Iterator[Hub]:
-    """The hub: the one given or named, or one for the length of the study with the adapters given or those of the pool."""
+    """Open the hub that is given or named, or one for the length of the study, with the given adapters or the pool's."""
     if isinstance(given, Hub):
         yield given
         return
@@ -172,7 +172,7 @@ def _opened(read: Study, given: Hub | Iterable[Adapter] | None, progress: bool) 
 
 
 def _folders(read: Study) -> list[Path]:
-    """The folders of adapters in the pool's folders, or these themselves. AdapterNotFound for one without any."""
+    """Return the adapter folders in the pool's folders, or these themselves. Raises AdapterNotFound for one without any."""
     found: list[Path] = []
     for folder in read.pool:
         inside = [folder] if (folder / CONFIG).is_file() else sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))

@@ -1,4 +1,4 @@
-"""What a study's file says, read strictly: base, adapters, tasks and methods, and how answers are asked for and scored."""
+"""The file of a study, read strictly: base, adapters, tasks and methods, and how answers are asked for and scored."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class StudyTask:
     metrics: tuple[Metric, ...]
 
     def drawn(self, shots: int, seed: int) -> Task:
-        """With `shots` examples drawn by the seed; fewer are the first of more."""
+        """Return the task with `shots` examples drawn by the seed; fewer are the first of more."""
         if shots > len(self.train):
             raise InvalidTask(f"task {self.name!r} has {len(self.train)} rows to draw {shots} examples from; ask for fewer")
         order = np.random.default_rng(seed).permutation(len(self.train))[:shots]
@@ -70,12 +70,12 @@ class Study:
 
     @property
     def used_metrics(self) -> list[Metric]:
-        """Those of all tasks, each once, in the order in which tasks name them."""
+        """The metrics of all tasks, each once, in the order in which tasks name them."""
         return list({metric.name: metric for task in self.tasks for metric in task.metrics}.values())
 
     @classmethod
     def read(cls, given: str | Path | Mapping[str, Any], metrics: Mapping[str, Callable[..., float]]) -> Study:
-        """Of a YAML file, or of the same as a mapping; paths are relative to the file. `metrics` are functions by name.
+        """Read a YAML file, or the same as a mapping; paths are relative to the file. `metrics` are functions by name.
 
         Raises InvalidTask, or what a method's own check raises, for what cannot be followed, with near misses of names.
         """
@@ -258,7 +258,7 @@ class _Rows:
     num_test: int
 
     def rows(self) -> tuple[list[Row], list[Row]]:
-        """(train, test): by another file or split, by the column `split`, or else drawn once from all rows.
+        """Return (train, test): by another file or split, by the column `split`, or else drawn once from all rows.
 
         Raises InvalidTask where either has none.
         """
