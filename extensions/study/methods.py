@@ -29,7 +29,9 @@ from loraweave import (
 )
 from loraweave.extend import (
     ComposeCall,
+    Count,
     LearnedRouter,
+    Positive,
     Sum,
     TokenRouter,
     check_options,
@@ -41,6 +43,7 @@ from loraweave.extend import (
     options_of,
     router_class,
     router_names,
+    with_seed,
 )
 
 OWN = ("lora", "oracle", "ensemble")
@@ -62,7 +65,7 @@ KEYS = (
 LORA = {"steps": 20, "lr": 1e-3, "warmup": 3}
 # of a router on the pool's own rows, and what of its options is for its training
 FIT_STEPS = 20
-TRAINING = ("steps", "lr")
+TRAINING = {"steps": Count, "lr": Positive}
 # what merge() gives a method that asks for it, or takes itself
 SUPPLIED = ("seeds", "statistics", "survey", "rank")
 # what compose() and the trainings get from the study itself
@@ -187,6 +190,9 @@ class Method:
                 if not self.method.isidentifier():
                     raise
                 raise _unknown(self.method) from error
+        elif self.said.get("fit") == "pool":
+            known = {**options_of(router_class(self.method), after=1), **TRAINING}
+            check_options(f"method {self.name!r} of the study", self.options, known)
         elif self.is_composed:
             ComposeCall(_source(self, hub), task, self.arguments(limits, seed=0))
         for member in self.members:
@@ -397,7 +403,8 @@ def _fitted(method: Method, case: Case) -> Composition:
     key = (str(method.identity()), case.seed, tuple(pool.names))
     if key not in case.fitted:
         options = {name: value for name, value in method.options.items() if name not in TRAINING}
-        new: Any = router(method.method, pool, **options)
+        # its first values are random
+        new: Any = with_seed(case.seed, lambda: router(method.method, pool, **options))
         training: dict[str, Any] = {name: method.options[name] for name in TRAINING if name in method.options}
         if isinstance(new, LearnedRouter):
             training = {"steps": FIT_STEPS, **training, "seed": case.seed, "progress": False}

@@ -51,6 +51,26 @@ def test_merges_formulas_and_the_oracle_answer_as_the_adapter_that_they_say(run,
         assert found.losses == pytest.approx(losses, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["phatgoose", "xlora"])
+def test_a_router_learns_on_the_rows_of_the_pool_from_the_start_of_the_seed(run, folder, pool, tiny_llama, tokenizer, name):
+    rows = {expert: [(f"{expert}{word}", word[::-1]) for word in ("ab", "cd", "ef")] for expert in "ab"}
+    for expert, pairs in rows.items():
+        lines = [{"input": text, "target": target, "split": "train"} for text, target in pairs]
+        lines.append({"input": "x", "target": "y", "split": "test"})
+        (folder / f"{expert}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    method = {"method": name, "adapters": ["a", "b"], "fit": "pool", "steps": 2}
+    results = run(methods=[method], pool_data=str(folder), seeds=[5])
+    assert results.failures == {}
+    engine = lw.Composer(tiny_llama, pool, tokenizer=tokenizer)
+    torch.manual_seed(5)
+    router = lw.router(name, engine.bound_pool)
+    router.fit(engine, {expert: lw.Task(pairs) for expert, pairs in rows.items()}, steps=2, seed=5, progress=False)
+    (task,), (answers,) = results.study.tasks, results.answers.values()
+    with engine.activate(router):
+        expected = scoring.losses(tiny_llama, tokenizer, task.drawn(2, 5), list(task.test))
+    assert answers.losses == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
 def test_what_is_done_is_not_done_again_and_a_changed_option_runs_its_own_cells_alone(run, monkeypatch):
     methods = [
         "base",
@@ -152,6 +172,8 @@ def test_answers_of_another_base_model_are_refused_whatever_it_is_called(run, ti
         ({"methods": [{"method": "ensemble"}]}, InvalidTask, "takes 'members'"),
         ({"methods": [{"formula": "a + b", "k": 3}]}, InvalidTask, "has all options in itself"),
         ({"methods": [{"method": "ties", "fit": "pool"}]}, InvalidTask, "for routers of"),
+        ({"methods": [{"method": "phatgoose", "fit": "pool", "step": 2}]}, WeightingError, "did you mean 'steps'"),
+        ({"methods": [{"method": "xlora", "fit": "pool", "lr": 0}]}, WeightingError, "got lr=0"),
         ({"metrics": ["exact_mach"]}, InvalidTask, "did you mean 'exact_match'"),
         ({"metrics": ["os:system"]}, InvalidTask, "no metric 'os:system'"),
         ({"normalise": ["cases"]}, InvalidTask, "did you mean 'case'"),
