@@ -22,15 +22,15 @@ from loraweave import errors, extend, registry
 
 LIMITS = {
     "files of the core": 571,
-    "lines of the core": 80_601,
-    "lines of the product": 83_732,
+    "lines of the core": 80_837,
+    "lines of the product": 83_976,
     "lines of the largest extension": 4_000,
     "loose files of composer/": 11,
     "public names but errors": 53,
     "names for those who extend": 100,
     "imports below loraweave. in the pages": 29,
-    "values named found, own, each, given or asked": 1_373,
-    "docstrings that are no order": 1_401,
+    "values named found, own, each, given or asked": 1_371,
+    "docstrings that are no order": 388,
 }
 # limits that stay: an extension, and the face of the core for all of them, is small enough to be read
 FIXED = {"lines of the largest extension", "names for those who extend"}
