@@ -23,7 +23,7 @@ from loraweave.serving.ui import overview
 from loraweave.serving.ui.acts import Left
 from loraweave.serving.ui.app import make_ui_server
 from loraweave.serving.ui.catalogue import Catalogue
-from loraweave.serving.ui.overview import Overview, Snapshot, followed
+from loraweave.serving.ui.overview import Entry, Overview, Snapshot, followed
 from loraweave.serving.ui.workbench import Found, Workbench
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
@@ -91,6 +91,15 @@ def test_a_page_of_the_table_is_what_the_hub_has_in_that_order(ask, hub):
     assert [row["name"] for row in held["rows"]] == ["held"]
     _, free = ask("/api/adapters", license="MIT")
     assert [row["name"] for row in free["rows"]] == ["past"]
+
+
+def test_a_table_is_sorted_by_numbers_of_which_some_are_zero_and_by_licenses_of_which_some_are_missing():
+    facts = [("a", "MIT", 2), ("b", None, 0), ("c", "Apache-2.0", 1), ("d", None, 0)]
+    entries = {seq: Entry(name, license, rank, 10, "2026", -1, -1, -1) for seq, (name, license, rank) in enumerate(facts)}
+    snapshot = Snapshot(entries=entries)
+    assert list(snapshot.order("rank", False)) == [1, 3, 2, 0]
+    assert list(snapshot.order("rank", True)) == [0, 2, 1, 3]
+    assert list(snapshot.order("license", False)) == [1, 3, 2, 0]
 
 
 def test_a_hit_has_the_score_and_the_evidence_of_the_hubs_search(ask, hub):
