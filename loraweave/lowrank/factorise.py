@@ -49,7 +49,7 @@ def factorise(delta_OI: Tensor, *, rank: int | None = None, max_error: float = 0
 
     With `rank`, the best approximation of at most that rank (Eckart-Young). With `max_error` above 0, the smallest rank
     whose relative error is at most that (and at most `rank` where both are given, which wins). With neither, b a is delta
-    bit for bit: one factor is the identity. A delta of zeros gives factors of rank 0.
+    in fp32, bit for bit: one factor is the identity. A delta of zeros gives factors of rank 0.
 
     The error is at most 1e-6 of itself, or 5e-7, above that of the best approximation: what was found in fp32 is checked
     against a bound, and done again in float64 where the bound does not show it. The largest entry of each column of b is
@@ -59,12 +59,12 @@ def factorise(delta_OI: Tensor, *, rank: int | None = None, max_error: float = 0
     values = delta_OI.detach().cpu().float()
     dense = _Dense(values.numpy())
     if dense.energy == 0.0:
-        return delta_OI.new_zeros(0, num_in), delta_OI.new_zeros(num_out, 0), 0.0
+        return values.new_zeros(0, num_in), values.new_zeros(num_out, 0), 0.0
     side = min(num_out, num_in)
     if (rank is None or rank >= side) and max_error <= 0.0:
         if num_out <= num_in:
-            return delta_OI, torch.eye(num_out), 0.0
-        return torch.eye(num_in), delta_OI, 0.0
+            return values, torch.eye(num_out), 0.0
+        return torch.eye(num_in), values, 0.0
     exponent = 0
     # between these the largest entry needs no look
     if not values.numel() * 4.0**-MOST_EXPONENT <= dense.energy <= 4.0**MOST_EXPONENT:

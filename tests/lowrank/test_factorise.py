@@ -239,3 +239,14 @@ def test_each_value_may_miss_what_the_papers_bound_says(residual, gap, expected)
 
 def test_a_subspace_too_large_for_the_search_is_refused():
     assert top_subspace(lambda x: x, 20, 16, energy=20.0) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
+def test_factors_of_any_dtype_are_fp32_and_whole_ones_give_delta_bit_for_bit(dtype, shape):
+    delta_OI = torch.randn(shape, dtype=torch.float64).to(dtype)
+    a_RI, b_OR, error = factorise(delta_OI)
+    assert (a_RI.dtype, b_OR.dtype, error) == (torch.float32, torch.float32, 0.0)
+    assert torch.equal(b_OR @ a_RI, delta_OI.float())
+    zeros = factorise(torch.zeros_like(delta_OI))
+    assert [factor.dtype for factor in zeros[:2]] == [torch.float32, torch.float32]
