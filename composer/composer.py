@@ -17,7 +17,8 @@ from loraweave.common.rows import GivenRows
 from loraweave.composer.explain.cost import Cost, mixture_cost
 from loraweave.composer.explain.explanation import Explanation, plan_reading
 from loraweave.composer.explain.worth import expert_losses, leave_one_out
-from loraweave.composer.fused import Fused, fused, mixture_updates
+from loraweave.composer.fused.fused import Fused, fused, mixture_updates
+from loraweave.composer.fused.overwritten import Place
 from loraweave.composer.live import layout
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.live.mixer import Activation
@@ -30,7 +31,6 @@ from loraweave.composer.live.standing_in import CLAIMS
 from loraweave.composer.merge.statistics import Statistics
 from loraweave.composer.model.generate import Asked, generation_call, read_one, read_prompt, stream
 from loraweave.composer.model.layers import TargetLayer
-from loraweave.composer.overwritten import Place
 from loraweave.composer.train.routers import fit, require_learning
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter

@@ -16,9 +16,9 @@ from tiny_models import Make
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from loraweave.composer import fused as fuse
-from loraweave.composer import overwritten
 from loraweave.composer.composer import Composer
+from loraweave.composer.fused import fused as fuse
+from loraweave.composer.fused import overwritten
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.composer.model.layers import TargetLayer
 from loraweave.errors import CompositionError

@@ -6,8 +6,8 @@ import pytest
 import torch
 from rounding import rounding
 
-from loraweave.composer import overwritten as module
-from loraweave.composer.overwritten import added_product
+from loraweave.composer.fused import overwritten as module
+from loraweave.composer.fused.overwritten import added_product
 
 
 @pytest.mark.parametrize("library", ["the faster", "addmm"])

@@ -7,8 +7,8 @@
        +--------------------------- restore: copied, not subtracted --+
 
 W' = W (1 + gain) + update and bias' = bias + the update's bias, in fp32 or better, rounded once. The naive twin is that line
-as it stands, in float64 (`tests/composer/test_fused.py`); what is fast is that it goes block by block through a cache, with
-the product of `added_product`, whose own twin is `addmm_` (`tests/composer/test_added_product.py`).
+as it stands, in float64 (`tests/composer/fused/test_fused.py`); what is fast is that it goes block by block through a cache,
+with the product of `added_product`, whose own twin is `addmm_` (`tests/composer/fused/test_added_product.py`).
 The parameter stays the same object in the same memory, and `_original` is at every moment a tensor with the values of W,
 so that an interruption at any line can be undone.
 """

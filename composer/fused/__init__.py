@@ -1,0 +1,1 @@
+"""Mixtures written into the weights: the writing, the parameter that is written over, and quantised layers."""
