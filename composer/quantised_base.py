@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from loraweave.composer.fused.requantised import is_quantised
 from loraweave.composer.model.layers import TargetLayer
-from loraweave.composer.requantised import is_quantised
 from loraweave.errors import BaseModelUnverified, PackageMissing
 from loraweave.hub.adapter import Adapter
 from loraweave.lowrank import algebra

@@ -128,7 +128,7 @@ def test_a_base_read_from_quantised_gguf_is_exact_on_the_dequantised_weights(kin
 
 @pytest.mark.slow
 def test_layers_of_hqq_and_gptqmodel_pass_every_test_of_quantised_layers_in_their_own_environment():
-    files = ["tests/composer/model/test_quantised.py", "tests/composer/test_requantised.py"]
+    files = ["tests/composer/model/test_quantised.py", "tests/composer/fused/test_requantised.py"]
     chosen = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "-m", "not slow", "-k", "hqq or GPTQ or AWQ"]
     done = subprocess.run(
         [engines.interpreter("quantised"), "-W", "ignore", "-m", "pytest", *chosen, *files],

@@ -6,7 +6,7 @@
     loss   |V' - V| / |V - W| in Frobenius norms, V' read as W is; 1 where the whole update is rounded away
 
 What `Q` writes is another object, and the layer's own comes back as the object that it was, bit for bit. The same is what
-peft's `merge` does to a quantised layer, without a measure of what is lost (`tests/composer/test_requantised.py`).
+peft's `merge` does to a quantised layer, without a measure of what is lost (`tests/composer/fused/test_requantised.py`).
 """
 
 from __future__ import annotations
