@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from loraweave.common.checks import is_number
 from loraweave.composer.fused.overwritten import OVERWRITTEN, Originals, Overwritten, Place, Scratch
+from loraweave.composer.fused.quantised_base import warn_of_full_weights
 from loraweave.composer.fused.requantised import LayerLoss, LogitsLoss, Requantised, is_quantised, logits_loss
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.live.resolve import resolve, warn_of_licenses
@@ -28,7 +29,6 @@ from loraweave.composer.merge.method_call import MethodCall, require_seed
 from loraweave.composer.merge.statistics import Statistics
 from loraweave.composer.merge.updates import DenseUpdate, without_figures
 from loraweave.composer.model.layers import TargetLayer, tied_parameters
-from loraweave.composer.quantised_base import warn_of_full_weights
 from loraweave.errors import CompositionError, ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool, require_everywhere
 from loraweave.routers.weights import MixtureWeights

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from loraweave.composer.composer import Composer
+from loraweave.composer.fused.quantised_base import differences
 from loraweave.composer.fused.requantised import LayerLoss
-from loraweave.composer.quantised_base import differences
 from loraweave.composer.train.adapters import train_adapters
 from loraweave.errors import BaseModelUnverified, CompositionError
 from loraweave.hub.adapter import Adapter
