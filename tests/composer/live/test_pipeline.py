@@ -9,7 +9,7 @@ from tiny_pipelines import PROMPTS, latents, pipeline, save_trained
 
 import loraweave as lw
 from loraweave.composer.live.pipeline import Composite
-from loraweave.composer.steps import composite, k_lora, switch
+from loraweave.composer.live.steps import composite, k_lora, switch
 from loraweave.errors import (
     BaseModelMismatch,
     BaseModelUnverified,
