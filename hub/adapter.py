@@ -131,7 +131,7 @@ class Adapter:
     ) -> ExportReport:
         """Write a folder for a program that loads adapters: one of `lw.names("targets")`, such as "peft", "vllm" or "gguf".
 
-        Most targets need one rank for all layers, which added zeros give. `max_rank` cuts layers above it; without it the
+        Most targets need one rank for all layers, reached by adding zeros. `max_rank` cuts layers above it; without it the
         update is exact. `base` is the base model, its config, folder or id, for targets that must know its architecture; by
         default the base that the adapter names. Raises UnknownName for another target, WeightingError for a rank below 1,
         BaseModelMismatch for a base that cannot be read, AdapterUnsupported with the way out for what the target cannot

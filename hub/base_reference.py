@@ -57,7 +57,7 @@ class BaseReference:
         return type(self), (self.name, self.place, self.revision, self.dtype, self.attention, self.device, self.digest)
 
     def load(self) -> tuple[Any, Any]:
-        """Return (model, tokenizer), read once per process. Raises BaseModelMismatch if the place has another by now."""
+        """Return (model, tokenizer), read once per process. Raises BaseModelMismatch if the place has another model now."""
         return _loaded(self) if self.held is None else self.held
 
 

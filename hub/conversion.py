@@ -30,8 +30,8 @@ def to_lora(adapter: Adapter, model: nn.Module, *, rank: int | None = None, max_
     difference to the base's. A layer's whole update is then cut to the smallest rank within `max_error` (Frobenius norm,
     relative to the update) and at most `rank`; `card["conversion"]` has rank and relative error of every layer that had such
     a part. DoRA's updates have full rank, so a small `max_error` gives a large adapter. Raises BaseModelMismatch for another
-    base, LayerMismatch for a layer that it lacks, AdapterUnsupported if `rank` leaves a larger error or its weights are
-    quantised.
+    base, LayerMismatch for a layer that it lacks, AdapterUnsupported for a larger error at `rank` or quantised weights of
+    the base.
     """
     bound = Bound(rank, max_error)
     own = base_key(model)
@@ -100,8 +100,8 @@ def extract(
 
     `layers`: module paths or their ends ("q_proj"); None takes all linear layers. `others` decides about changed parameters
     outside them (norms, embeddings, tied heads): "error" raises and names them, "card" leaves them out and lists their
-    relative change under `card["not_extracted"]`, "heads" stores them whole as `adapter.heads`. `progress(done, total,
-    parameter)` is called after every parameter. Raises AdapterUnsupported if `rank` leaves an error above `max_error`, if
+    relative change under `card["not_extracted"]`, "heads" stores them whole as `adapter.heads`. After every parameter,
+    `progress(done, total, parameter)` is called. Raises AdapterUnsupported if `rank` leaves an error above `max_error`, if
     others changed, or if nothing did; LayerMismatch for a missing parameter or another shape; AdapterCorrupt for values that
     are not finite.
     """

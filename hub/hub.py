@@ -303,7 +303,7 @@ class Hub(CompositionShelf):
             return rows.change(connection, row, replace(row.record, quarantined=False))
 
     def rename(self, old: str, new: str) -> Record:
-        """Rename the adapter; return its record. Raises AdapterExists if `new` is taken, InvalidName if it is no name."""
+        """Rename the adapter; return its record. Raises AdapterExists if `new` is taken, InvalidName if it is invalid."""
         target = checked_name(new)
         with self._catalogue.writing(f"renaming adapter {old!r}") as connection:
             row = self._require_row(connection, old)

@@ -79,7 +79,7 @@ class ExpertMatrix(NamedTuple):
 
 
 def expert_matrix(modules: Mapping[str, nn.Module], name: str, factors: Factors | None, asker: str) -> ExpertMatrix:
-    """Return the matrix of the layer `<path>.<parameter>.<number>`, transposed, as in PEFT, if `is_transposed` is set.
+    """Return the matrix of the layer `<path>.<parameter>.<number>`, transposed, as in PEFT, if the module `is_transposed`.
 
     Raises LayerMismatch, naming `asker`, if the model has no such matrix, or one of another size than `factors`, if given.
     """

@@ -65,7 +65,7 @@ def parameter_paths(parts: Mapping[str, Mapping[Part, Tensor]], config: PeftConf
 
 
 def _is_layer(module: str, own: Mapping[str, bool], held: Mapping[Part, Tensor], config: PeftConfig, where: str) -> bool:
-    """Return whether a module with one update is itself updated, and not the parameter in `own` that may be its own.
+    """Return whether the one update of a module is of the module itself, and not of a parameter in `own`.
 
     Raises AdapterUnsupported for a parameter of a module that is a target too, and for one of a single matrix.
     """
@@ -210,8 +210,8 @@ def _module_of(layer: str) -> str:
 def _targeted(module: str, targets: Sequence[str]) -> dict[str, bool]:
     """Map the parameters of a module that PEFT would wrap, if it has them, to whether it certainly does.
 
-    PEFT takes a target as the end of a parameter's path: without a point it may be of any module, and every layer has
-    `weight`.
+    PEFT takes a target as the end of a parameter's path: one without a point may be a parameter of any module, and every
+    layer has a `weight`.
     """
     found: dict[str, bool] = {}
     for target in targets:

@@ -39,7 +39,7 @@ class Boft(ForeignFormat):
 
 
 def _rotated(matrix_OI: Tensor, turned_NBB: Tensor, order_I: Tensor) -> Tensor:
-    """Return matrix P D^T P^T for P with ones at (i, order[i])."""
+    """Return `matrix_OI` P D^T P^T, where P has ones at (i, order[i]) and D the blocks on its diagonal."""
     apart_OI = torch.empty_like(matrix_OI)
     apart_OI[:, order_I] = matrix_OI
     blocks_ONB = apart_OI.reshape(apart_OI.shape[0], *turned_NBB.shape[:2])

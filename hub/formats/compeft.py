@@ -40,8 +40,8 @@ class Compeft:
     def read(folder: Path) -> Contents:
         """Return the layers, heads, base model, fingerprint and card of a folder.
 
-        Raises AdapterCorrupt for damaged files, all sizes checked before memory is allocated; AdapterUnsupported without
-        effect.
+        Raises AdapterCorrupt for damaged files (every size is checked before memory is allocated), AdapterUnsupported for an
+        adapter without effect.
         """
         folder = Path(folder)
         description = read_json(folder, DESCRIPTION)
@@ -70,8 +70,8 @@ class Compeft:
         """Write the folder, which appears whole or not at all, and return its path.
 
         An existing one is replaced only if it is empty or holds nothing but such an adapter (else AdapterExists). Raises
-        AdapterUnsupported for factors that are not ternary (`lw.compeft` makes them so), invocation tokens, or a card not
-        JSON.
+        AdapterUnsupported for factors that are not ternary (`lw.compeft` makes them so), for invocation tokens, and for a
+        card that is not JSON.
         """
         folder = Path(folder)
         if contents.invocation:

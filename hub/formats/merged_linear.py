@@ -16,7 +16,7 @@ from loraweave.types import Factors
 
 
 class MergedLinear(LoraVariant):
-    """Delta = alpha/r B A in each part that `enable_lora` selects, zero in the others: of rank up to the rows of A.
+    """Delta = alpha/r B A in each part that `enable_lora` selects, zero in the others: exactly, as many ranks as A has rows.
 
     The outputs are divided into as many equal runs as the list has entries, whatever the base has there. A has r rows for
     every part in use, and B is a convolution of width 1 in groups, each over its own rows of A.

@@ -27,8 +27,8 @@ class Mora(LoraVariant):
     """Delta = D M C with C and D of zeros and ones, exactly of rank S; type 6 has a rotated M in each block, of any rank.
 
     Type 1 adds up every S-th input, padded to a multiple of S with the first inputs, and repeats the S outputs; 2 does both
-    by neighbours, 3 and 4 one of each. Type 6 rotates the b-th S inputs by b times RoPE's angles, applies M, repeats or cuts
-    outputs.
+    by neighbours, 3 and 4 one of each. Type 6 rotates the b-th S inputs by b times the angles of RoPE, applies M to each,
+    and repeats or cuts the outputs.
     """
 
     field = "use_mora"

@@ -21,7 +21,8 @@ _QKV = re.compile(r"(?:.+\.)?(?:blocks|layers)\.(\d+)\.attn\.qkv")
 class Sam(FileFormat):
     """Delta of a block's fused projection = [B_q A_q; 0; B_v A_v], unscaled (https://github.com/JamesQFreeman/Sam_LoRA).
 
-    Pair 2n is the queries of block n, 2n + 1 its values. The file names no layer: give the model, of as many blocks.
+    Pair 2n is the queries of block n, 2n + 1 its values. The file names no layer, so that the model is needed, with as many
+    blocks as the file.
     """
 
     example = ("w_a_000", "w_b_000")

@@ -2,7 +2,7 @@
 
 They sign a statement, JSON with sorted keys: the content hash (factors, heads, invocation tokens), the base model's id, the
 license, the description, sample inputs and outputs, and the sha256 of the files beside the weights. The name is not part of
-it, so a renamed adapter stays signed. Signatures are in the card, {public key: signature} in hexadecimal, and in its folder.
+it, so a renamed adapter stays signed. Signatures are in the card, {public key: signature} in hexadecimal, saved with it.
 """
 
 from __future__ import annotations

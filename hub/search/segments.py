@@ -189,7 +189,7 @@ class Keys:
 
     @property
     def num_late(self) -> int:
-        """The rows that a search reads beside one segment without mask: those of later segments, and masked ones."""
+        """The number of rows that a search reads beyond one unmasked segment: those of later segments, and masked ones."""
         masked = sum(len(segment.seqs_N) - segment.num_alive for segment in self.segments)
         return masked + sum(len(segment.seqs_N) for segment in self.segments[1:])
 

@@ -12,7 +12,7 @@ from loraweave.hub.formats._kept_files import as_kept_files
 from loraweave.hub.stores.protocols import BlobStore
 from loraweave.types import Record
 
-# the card's key of the list of files: {name: [sha256, size in bytes]}
+# the key of the card under which the files are listed: {name: [sha256, size in bytes]}
 LISTED = "kept_files"
 
 

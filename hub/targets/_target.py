@@ -130,8 +130,8 @@ def stored_factors(factors: Factors) -> tuple[Tensor, Tensor]:
 def place(contents: Contents, folder: Path, library: str, files: Mapping[str, Callable[[Path], object]]) -> None:
     """Write the files, each by its function, a README and the kept files of the adapter, all at once.
 
-    Raises AdapterUnsupported without effect or for values that are not finite; AdapterExists if the folder has anything
-    else.
+    Raises AdapterUnsupported for an adapter without effect or values that are not finite; AdapterExists for a folder with
+    anything else in it.
     """
     contents.require_effect(str(folder))
     for layer, factors in contents.layers.items():
