@@ -317,7 +317,7 @@ def require_model(model: Any) -> None:
 
 
 def _require_without_peft(model: nn.Module) -> None:
-    # by the module of the class, since peft itself need not be installed
+    # recognised by the module of its classes, since peft itself need not be installed
     of_peft = (
         (path, module)
         for path, module in model.named_modules()

@@ -73,7 +73,7 @@ def base_loader(model: Any, tokenizer: Any, n_jobs: int | None) -> Callable[[], 
 
 @lru_cache(maxsize=1)
 def _loaded(reference: BaseReference) -> tuple[Any, Any]:
-    # the caller has a bar of its own
+    # the caller shows its own progress bar
     with without_bars():
         model, tokenizer = load_base(
             reference.place,

@@ -236,7 +236,7 @@ def _inside(folder: Path, name: str) -> Path:
     try:
         target = path.resolve()
     except (OSError, RuntimeError):
-        # as from Python 3.13 on, which does not raise
+        # Python before 3.13 raises for a link that leads to itself, and later versions return it
         target = path
     if os.path.islink(target):
         raise AdapterCorrupt(f"{folder}: {name} is a link that leads to itself; copy the file into the folder")

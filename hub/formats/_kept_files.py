@@ -21,7 +21,7 @@ added_tokens.json chat_template.jinja chat_template.json merges.txt sentencepiec
 spiece.model tokenizer.json tokenizer.model tokenizer_config.json value_head.safetensors vocab.json vocab.txt
 """
 KEPT = tuple(_KEPT.split())
-# the largest tokenizers have half of it
+# the largest tokenizers have half of this size
 MAX_KEPT_BYTES = 64 * 2**20
 # files that may belong to it, too, but are left out with a warning
 _PICKLES = ("value_head.bin",)

@@ -27,7 +27,7 @@ from loraweave.lowrank.algebra import all_finite
 
 MAX_HEADER_BYTES = 100 * 10**6
 MAX_TENSORS = 200_000
-# commas and opening brackets of the header: of one tensor with all its dimensions, and of the metadata
+# limits of the header's commas and opening brackets: for one tensor with all its dimensions, and for the metadata
 NODES_OF_TENSOR = 16
 MAX_NODES = 500_000
 MAX_KEY_LENGTH = 512

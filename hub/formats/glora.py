@@ -22,7 +22,7 @@ class Glora(ForeignFormat):
         weight_OI, bias_O = layer.base.weight_OI, layer.base.bias_O
         delta_OI = weight_OI * _term(layer, "glora_A") + _term(layer, "glora_B")
         if bias_O is None:
-            # PEFT leaves layers without a bias without one
+            # PEFT gives no bias to a layer without one
             return Dense(delta_OI)
         through_O1 = weight_OI @ _term(layer, "glora_C").expand(weight_OI.shape[1], 1)
         return Dense(delta_OI, bias_O * _term(layer, "glora_D") + _term(layer, "glora_E") + through_O1[:, 0])

@@ -20,7 +20,7 @@ SCORE_DECIMALS = 6
 # how many numbers are widened to float64 at a time: 32 MB
 _BLOCK_NUMBERS = 2**22
 
-# the size of some 64 queries
+# arrays of up to this size, some 64 queries, are checked number by number
 _FEW_NUMBERS = 2**16
 
 Ranking = tuple[np.ndarray, np.ndarray]

@@ -361,7 +361,7 @@ class _Xz(io.RawIOBase):
         view = memoryview(buffer).cast("B")
         while True:
             if self.decoder.eof:
-                # several streams in one file follow each other
+                # a file may hold several streams, one after another
                 self.rest = (self.decoder.unused_data or self.file.read(_READ_BYTES)).lstrip(b"\0")
                 if not self.rest:
                     return 0

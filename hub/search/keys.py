@@ -20,8 +20,8 @@ from loraweave.hub.embedders._embedder import embed_checked, embedder_of, unit
 from loraweave.hub.tables.rows import Said
 from loraweave.types import Record
 
-# The description's share of a key. The largest that costs queries by inputs nothing on the pool's training rows, while
-# queries by another wording of it find the adapter first in .68 instead of .19 of the cases (benchmarks/retrieval.py).
+# The description's share of a key: the largest that does not worsen queries by inputs on the pool's training rows. Queries
+# by another wording of it find the adapter first in .68 instead of .19 of the cases (benchmarks/retrieval.py).
 # 0.5 would give .87, but lose .02 of recall@1 from one input.
 DESCRIPTION_WEIGHT = 0.3
 

@@ -303,7 +303,7 @@ class SearchIndex:
         keys_ND = room_ND[: len(seqs)] if len(seqs) <= len(room_ND) else np.concatenate(parts)
         followed = old.keys.changed(np.array(gone, np.int64), np.array(seqs, np.int64), keys_ND)
         if len(followed) != changes.num_adapters and changes.generation == first.generation and old.generation:
-            # a catalogue that was put back from a copy and has gone another way since has the same identity
+            # a catalogue restored from a copy has the same identity, but its later generations have other changes
             return self._follow(self._empty())
         return _Snapshot(first.identity, first.generation, followed, records)
 

@@ -118,7 +118,7 @@ class FolderBlobs(BlobStore):
             sync(parent)
 
 
-# a writer that lives holds its temporary file for seconds
+# a live writer holds its temporary file only for seconds
 STALE_TMP_S = 3600.0
 
 _Stamp = tuple[str, int, int, int]

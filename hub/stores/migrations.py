@@ -18,7 +18,7 @@ APPLICATION_ID = 0x4C6F5776
 Step = tuple[str | Callable[[Connection], None], ...]
 
 # A row holds its record as canonical JSON with a sha256: a damaged page can change text without SQLite noticing. For the
-# same reason `state` counts the adapters: rows that vanish are missed. `seq` orders by addition, whatever the clock says.
+# same reason `state` counts the adapters: vanished rows are noticed. `seq` orders by addition, whatever the clock says.
 STEPS: tuple[Step, ...] = (
     (
         f"PRAGMA application_id = {APPLICATION_ID}",

@@ -16,8 +16,8 @@ from loraweave.hub.tables.filtering import fill
 MAX_SEARCHED_DIM = 16_000
 
 # The columns are those of SQLite, so that both are read by the same statements. `embedding` is derived from `vector`: its
-# bytes are what a row's sha256 covers, and a change of them leaves the embedding to be made again. `stale` marks what
-# was made before the adapter's record changed, which may have changed its texts.
+# bytes are what a row's sha256 covers, and a change of them clears the embedding, which is then made again. `stale` marks
+# a vector made before the adapter's record changed, and with it perhaps the texts.
 STEPS: tuple[Step, ...] = (
     (
         """CREATE TABLE state (
