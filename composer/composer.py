@@ -43,7 +43,7 @@ from loraweave.types import Router, Task
 
 
 class Composer:
-    """Puts the experts of `pool` into `model`: a pool, a list of adapters, or a mapping of names to adapters.
+    """The engine that puts the experts of `pool` into `model`; `pool` is a pool, a list of adapters, or {name: adapter}.
 
     The model may be a diffusers pipeline (docs/diffusion.md). Making one changes nothing in it, but checks every adapter:
     whether this is its base, by docs/identity.md (BaseModelMismatch; BaseModelUnverified, a warning, where names and shapes
@@ -109,7 +109,7 @@ class Composer:
 
     @property
     def residency(self) -> Residency:
-        """Hits, misses, evictions and bytes moved so far, and what is resident now; it prints as a small table."""
+        """The hits, misses, evictions and bytes moved so far, and what is resident now; it prints as a small table."""
         return self._residents.residency
 
     def activate(self, mixture: Any) -> Activation:
@@ -330,10 +330,10 @@ class Composer:
     def fit(self, router: LearnedRouter, dataset: Any, **settings: Any) -> None:
         """Train a router's parameters on `dataset`; the base and the adapters take no part and stay as they were.
 
-        {name of an expert or a task: rows or a Task}, or rows: pairs (input, target), {"input", "target"} with "instruction"
-        and "expert" where known, {"prompt", "target"}, or {"input_ids", "labels"}. The loss is that of the targets alone.
-        `settings` are those of `composer/train/settings.py`; docs/router_training.md explains them. Afterwards the
-        router is in evaluation mode, on the model's device, and has a `report`.
+        It is {name of an expert or a task: rows or a Task}, or rows: pairs (input, target), {"input", "target"} with
+        "instruction" and "expert" where known, {"prompt", "target"}, or {"input_ids", "labels"}. The loss is that of the
+        targets alone. `settings` are those of `composer/train/settings.py`; docs/router_training.md explains them.
+        Afterwards the router is in evaluation mode, on the model's device, and has a `report`.
 
         Raises InvalidTask for rows that cannot be used, UnknownExpert for experts outside the pool, TrainingError for
         settings out of range, for parameters without a gradient, and for a loss or gradient that is not finite: the router
@@ -361,7 +361,7 @@ class Composer:
     def load(self, name: str, adapter: Adapter) -> None:
         """Add an expert at the end of the pool, also while others are in use; only it is compared with the model.
 
-        Raises WeightingError for a name that is there already, and what making a Composer raises. AlreadyActive while fused.
+        Raises WeightingError for a name that is there already, AlreadyActive while fused, and what making a Composer raises.
         """
         with self._lock:
             self._require_not_fused("load an expert")

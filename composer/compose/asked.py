@@ -27,10 +27,9 @@ MAX_ROWS = 64
 
 @dataclass(frozen=True)
 class Step:
-    """One adapter of a program, or the base (`name` None), and how it is asked.
+    """One adapter of a program, or the base (`name` None), with the hash of its content, and how it is asked.
 
-    `name` is that in the hub, `hash` that of the adapter's content. An answer ends at a line break, at the latest after
-    `max_new_tokens`.
+    An answer ends at a line break, at the latest after `max_new_tokens`.
     """
 
     name: str | None
@@ -148,10 +147,7 @@ class Asked:
             yield some, [Reading(loss / count, hits == count) for loss, hits, count in sums]
 
     def _as_trees(self, rows: dict[Target, EncodedRow]) -> Iterator[tuple[list[Target], list[Reading]]]:
-        """Yield targets with their readings, read as trees.
-
-        One tree has questions to one step, which share the instruction; several trees are one batch.
-        """
+        """Yield targets and readings: a tree has questions to one step, which share the instruction; a batch has several."""
         planted: list[tuple[list[Target], TokenTree]] = []
         for _, group in groupby(rows, key=lambda target: target[0]):
             parts = _up_to(group, lambda target: len(rows[target]), MAX_TREE)

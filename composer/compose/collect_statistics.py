@@ -249,10 +249,7 @@ def _run(
 
 
 def _drawn_gradient(logits: Tensor, mask_BT: Tensor, draws: Sequence[np.random.Philox]) -> Tensor:
-    """Return d log p(labels) / d logits = onehot(labels) - p, with labels drawn from p.
-
-    There is a label for each real position, or for each text.
-    """
+    """Return d log p(labels) / d logits = onehot(labels) - p, labels drawn from p for each real position (or each text)."""
     whole_BTV = logits if logits.ndim == 3 else logits[:, None]
     gradient_BTV = torch.empty_like(whole_BTV)
     real_BT = mask_BT.to(logits.device) if whole_BTV.shape[:2] == mask_BT.shape else None
@@ -284,10 +281,7 @@ def _draws(rows: Sequence[EncodedRow], seed: int) -> list[np.random.Philox]:
 
 
 def encode_texts(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int) -> list[EncodedRow]:
-    """Return the texts' token ids, cut to `max_tokens` (each side of an encoder-decoder).
-
-    Raises InvalidTask for no text and for an empty one.
-    """
+    """Return the texts' token ids, each side cut to `max_tokens`. Raises InvalidTask for no text and for an empty one."""
     given = read_rows(texts, noun="text", targets="any")
     if not given:
         raise InvalidTask("statistics are of a list of texts, or of rows with input and target, but there is none")

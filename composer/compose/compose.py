@@ -68,14 +68,13 @@ def compose(
     composition's `members` has them. A single adapter that answers the examples already is returned as it is. A name of
     `names("routers")` runs that search alone; "best_single" takes the adapter of the lowest loss, "manual" the given
     `weights`, "base" none, "in_context" the base with the examples in every prompt, and "few_shot" a LoRA trained on the
-    examples under such prompts (`steps`, `lr`). A router, by name and options, weighs every token; one that learns trains
-    on the examples for `steps` steps (by default a third of the budget) at the rate `lr`. A router object stays as it is.
-    `space` "deltas" mixes the adapters' updates, "factors" mixes A and B apart, as LoraHub's authors do; `merge_method`
-    says instead that weights are those of a merge by a name of `names("methods")`, with its default options. `objective`
-    is a name of `names("objectives")` or a function of (model, examples); "entropy" reads `inputs` without targets, by
-    default the examples' own, and "auto" calibrates the labels of a task by the first 20 of them. `l1` * mean|w|, `l2` *
-    mean(w^2) and `sparsity` * the number of adapters used are added to it. Each search has its own default objective,
-    space and `l1`.
+    examples under such prompts (`steps`, `lr`). A router, by name and options, weighs every token; one that learns trains on
+    the examples for `steps` steps (by default a third of the budget) at the rate `lr`. A router object stays as it is.
+    `space` "deltas" mixes the adapters' updates, "factors" mixes A and B apart, as LoraHub's authors do; `merge_method` says
+    instead that weights are those of a merge by a name of `names("methods")`, with its default options. `objective` is a
+    name of `names("objectives")` or a function of (model, examples); "entropy" reads `inputs` without targets, by default
+    the examples' own, and "auto" calibrates the labels of a task by the first 20 of them. `l1` * mean|w|, `l2` * mean(w^2)
+    and `sparsity` * the number of adapters used are added to it. Each search has its own default objective, space and `l1`.
 
     The guard: a searched composition must do no worse on held-out examples than the base and the best single adapter, or
     the better of these two is returned. It is cross-validated over at most `folds` folds, 3 by default; each fold's
@@ -238,8 +237,7 @@ def guard(
     """Return the name of the way to return, and why; the losses are those of all ways measured.
 
     Unless it is to be `guarded`, that is what was asked for or, if nothing was, the better of base and best single. Else
-    what was asked for gives way to the better of these two where it is worse, or to the best of all, a plain one where they
-    are equal.
+    that gives way to the better of these two where it is worse, or to the best of all, a plain one where they are equal.
     """
     if asked is not None and not guarded:
         return asked, REASONS.get(asked, f"auto became {asked}") if best_of_all else "as asked"

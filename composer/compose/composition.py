@@ -105,7 +105,7 @@ class Composition(TaskMixture):
         return replace(cls(model, tokenizer, task, None, {}, "linear", report, seed), **fields)
 
     def leave_one_out(self) -> dict[str, float]:
-        """Return by how much the mean loss of the examples rises without each adapter, the others' weights as they are.
+        """Return {name: by how much the examples' mean loss rises without that adapter}, the others' weights as they are.
 
         Negative where the composition is better without it. All are measured in one pass, with a mixture per row; where a
         router weighs, in a pass for each, and the others' weights are what it gives them.
@@ -115,9 +115,9 @@ class Composition(TaskMixture):
         return rises_without_each(*self._loss_and_mixture("leave adapters out of"))
 
     def prune(self, tolerance: float = 0.01, *, progress: bool = True) -> Composition:
-        """Return the composition without the adapters that are missed least, if the loss rises by at most `tolerance` nats.
+        """Return the composition without the adapters missed least, as long as the loss rises by at most `tolerance` nats.
 
-        That is the rise in all. Raises CompositionError for a composition of which only the merged adapter is left,
+        The limit is on the rise in all. Raises CompositionError for a composition of which only the merged adapter is left,
         ScopeError where a router weighs, WeightingError for a tolerance below 0.
         """
         started = time.perf_counter()
@@ -164,11 +164,10 @@ class Composition(TaskMixture):
         checkpoint: str | Path | None = None,
         progress: bool = True,
     ) -> Composition:
-        """Train the merged adapter on the examples for `steps` steps, and return the new composition.
+        """Train the merged adapter, cut to `rank` where it is higher, on the examples for `steps` steps.
 
-        An adapter of higher rank is cut to `rank` first. Where the composition is the base model itself, a new adapter is
-        trained, which updates the linear layers that the pool's update. Raises what `train_adapters` raises:
-        AdapterUnsupported where the adapter is more than factors of linear layers.
+        Where the composition is the base model itself, train a new adapter of the linear layers that the pool's update.
+        Raises what `train_adapters` raises: AdapterUnsupported where the adapter is more than factors of linear layers.
         """
         started = time.perf_counter()
         start = None if self.is_base else self.adapter

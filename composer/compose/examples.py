@@ -185,8 +185,7 @@ class EncodedExamples:
     def _cost(self, num_rows: int, length: int) -> int:
         """Return the cost of a decoder layer's products, in units of two products of a token's hidden values with a number.
 
-        That is 12 h^2 a token in the weights, and 2 h a token for each that it meets in attention, whether it sees it or
-        not.
+        It is 12 h^2 a token in the weights, and 2 h for each token that it meets in attention, whether it sees it or not.
         """
         return num_rows * length * (6 * int(self._model.config.get_text_config().hidden_size) + length)
 

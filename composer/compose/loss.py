@@ -202,12 +202,11 @@ class ExampleLoss(OnExamples):
     """An objective: the mean over a task's examples of a kind of loss, and terms for the weights alone.
 
     `kind` is a name of `names("objectives")`, by default the mean loss of the target's tokens; `terms` are those of
-    `Penalty`: l1, by default LoraHub's published 0.05, l2 and sparsity.
-    `merge_method` says what weights mean: "linear" is the sum of deltas, run live with one mixture a row; any other name is
-    merged and written into the base for each candidate. `only` restricts the loss to some examples, by index. `inputs`, for
-    "entropy" alone, are texts without targets that take the place of the task's examples. With `turned`, examples that the
-    prompts show are asked as `in_turn` says, which costs less than under all others. Forward passes are dealt out to the
-    `workers`, where they are more than one.
+    `Penalty`: l1, by default LoraHub's published 0.05, l2 and sparsity. `merge_method` says what weights mean: "linear" is
+    the sum of deltas, run live with one mixture a row; any other name is merged and written into the base for each
+    candidate. `only` restricts the loss to some examples, by index. `inputs`, for "entropy" alone, are texts without targets
+    that take the place of the task's examples. With `turned`, examples that the prompts show are asked as `in_turn` says,
+    which costs less than under all others. Forward passes are dealt out to the `workers`, where they are more than one.
 
     A candidate that raises an error, or whose loss is not finite, has the loss NaN; `failures` counts these.
     Raises InvalidTask for examples that the kind cannot be taken of, WeightingError for terms that cannot be used.
@@ -252,10 +251,7 @@ class ExampleLoss(OnExamples):
         return score([(self, candidate) for candidate in candidates])
 
     def deal(self, work: Callable[[ExampleLoss, Piece], Made], pieces: Sequence[Piece]) -> list[Made]:
-        """Return work(self, piece) of each piece, several of them done by the workers.
-
-        Raises what the first piece that fails has raised.
-        """
+        """Return work(self, piece) of each piece, several by the workers. Raises what the first piece that fails raised."""
         if self._workers is None or self._parcel is None or len(pieces) == 1:
             return [work(self, piece) for piece in pieces]
         return self._workers.deal(self._parcel, work, pieces)

@@ -151,10 +151,7 @@ def _values(jobs: Sequence[Job]) -> Tensor:
 def _forward(
     engine: Composer, encoded: EncodedExamples, jobs: Sequence[Job], needs: frozenset[str], values_CTLE: Tensor | None = None
 ) -> list[RowSums]:
-    """Return the sums that each of the jobs needs, from one forward pass.
-
-    `values_CTLE` are the jobs' own where gradients are to reach them.
-    """
+    """Return each job's sums from one forward pass; `values_CTLE` are the jobs' own where gradients are to reach them."""
     batch = encoded.batch([job.examples for job in jobs])
     first = jobs[0].mixture
     with ExitStack() as stack:

@@ -104,8 +104,7 @@ def labels_of(path: Order) -> tuple[str, ...]:
 class ProgramRow:
     """One program that was measured on the first `num_examples` examples.
 
-    `loss` is the mean loss of the targets' tokens under its last step, in nats; `hits` is the share of these examples that
-    greedy decoding would write.
+    The loss of the targets' tokens under its last step is in nats; hits are the share that greedy decoding would write.
     """
 
     steps: tuple[str, ...]

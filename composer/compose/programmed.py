@@ -66,10 +66,7 @@ class Programmed(Trial[Order]):
         return {"task": task, "pool": pool, "all_weights": {step.name: 1.0}}
 
     def _search(self, examples: Sequence[int]) -> Order:
-        """Return the program found by these examples.
-
-        Raises InvalidTask where no adapter has a description, InvalidLicense for steps that may not be combined.
-        """
+        """Return the program. Raises InvalidTask without descriptions, InvalidLicense for steps that may not be combined."""
         bench, task = self.bench, task_of(self.bench.task, examples)
         model, tokenizer, k = bench.engine.model, bench.tokenizer, self._settings.k
         limits: dict[str, Any] = {"k": k, "gain": GAIN, "beam": BEAM}

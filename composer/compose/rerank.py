@@ -69,9 +69,8 @@ def rerank(
     `by`: "first_order" scores by how much the loss would fall by `weight` more of the adapter if it went on as it begins
     (one backward pass for all candidates together), "gradient_similarity" by the same divided by the norm of the adapter's
     update (its cosine with the descent direction, times the gradient's norm, which all share), "probe" by how much the loss
-    does fall with the adapter live at `weight` (a forward pass over the examples for each candidate).
-    `around` is where the first two begin: at the "uniform" mixture of the candidates, whose weights sum to `weight`, or at
-    the "base" model.
+    does fall with the adapter live at `weight` (a forward pass over the examples for each candidate). `around` is where the
+    first two begin: at the "uniform" mixture of the candidates, whose weights sum to `weight`, or at the "base" model.
 
     Probes, and slopes at the base, are of 64 candidates at a time, so that thousands need not fit into memory. `n_jobs`
     workers, or those that `joblib.parallel_config` names, take them to the same bits, and open the adapters of a hub

@@ -52,10 +52,7 @@ class SavedRecipe:
 
     @classmethod
     def read(cls, folder: str | Path) -> SavedRecipe:
-        """Read the recipe of a composition's folder.
-
-        Raises AdapterNotFound without a composition, AdapterCorrupt for a damaged one, and CompositionError for a newer one.
-        """
+        """Read a recipe. Raises AdapterNotFound without one, AdapterCorrupt, and CompositionError for a newer format."""
         path = as_path(folder, "the folder of a composition", CompositionError) / FILE
         if not path.is_file():
             raise AdapterNotFound(f"{folder} holds no {FILE}; save_pretrained() of a composition writes it")
@@ -75,10 +72,9 @@ class SavedRecipe:
             raise AdapterCorrupt(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
     def fields_on(self, model: Any) -> dict[str, Any]:
-        """Return the fields of the composition on the model, without its members.
+        """Return the composition's fields on the model, without its members. Raises BaseModelMismatch for another base.
 
-        Raises BaseModelMismatch for another base. Warns where neither weights nor ids say that the model is the same, and
-        names and shapes do.
+        Warns where neither weights nor ids say that the model is the same, and names and shapes do.
         """
         require_model(model)
         recipe, own, its = self.rest, base_key(model), BaseKey(str(self.base_model), None, self.base)

@@ -78,10 +78,7 @@ class Settings:
 
     @classmethod
     def of(cls, *, folds: int | None, checkpoint: str | Path | None, inputs: GivenRows | None, **arguments: Any) -> Settings:
-        """Return the settings from the arguments of compose(), by name.
-
-        Raises WeightingError for a checkpoint that is not a path, InvalidTask for inputs that cannot be read.
-        """
+        """Return the settings. Raises WeightingError for a checkpoint that is no path, InvalidTask for unreadable inputs."""
         if folds is None:
             folds = FOLDS_OF_AUTO if arguments["method"] == "auto" else FOLDS
         texts = None if inputs is None else read_asked(inputs)
@@ -272,10 +269,7 @@ class Settings:
                 kind(task)
 
     def _check_examples(self, task: Task) -> None:
-        """Raise an error where examples are missing.
-
-        A search by entropy runs without any, but comparisons and some starts do not.
-        """
+        """Raise an error for missing examples: only a search by entropy runs without any, and not from every start."""
         if task.examples:
             if self.learns and self.folds and len(task.examples) < 2:
                 raise InvalidTask("one example cannot be both searched on and held out: give two or more, or pass folds=0")

@@ -192,10 +192,7 @@ class TaskMixture:
         return scoring.score(said, read, self._losses(read))
 
     def losses(self, pairs: GivenRows | None = None) -> list[float]:
-        """Return the mean loss of the (first) target's tokens for each pair, by default the task's examples.
-
-        The loss of a composition of members is the mean over them.
-        """
+        """Return each pair's mean loss of the (first) target's tokens, and over members, by default for the examples."""
         return self._losses(self.task.examples if pairs is None else scoring.read_answers(pairs))
 
     @property

@@ -92,10 +92,7 @@ class InContextAdapter(Trial[_Trained]):
         return {**super().composition_fields(chosen), **fields}
 
     def _asked(self, adapter: Adapter, split: Split) -> _Trained:
-        """Return the adapter with its loss on all examples.
-
-        A prompt shows some of the examples that the split sees (`in_turn`), but never its own.
-        """
+        """Return the adapter with its loss; a prompt shows some of the split's examples (`in_turn`), but never its own."""
         task = self.bench.task
         shown = replace(task, demonstrations=task_of(task, split.seen).demonstrations)
         model, tokenizer, pool = self.bench.engine.model, self.bench.tokenizer, ExpertPool({adapter.name: adapter})
@@ -164,10 +161,7 @@ class Averaged(Trial[tuple[Any, ...]]):
         return np.average(each, axis=0, weights=self._shares), hits_N
 
     def finish(self) -> None:
-        """Average the losses of the parts, which are finished by then.
-
-        The examples were learned from, so that no answers to them are looked at.
-        """
+        """Average the losses of the finished parts; answers to examples that were learned from are not looked at."""
         (self.chosen,) = self.choices_on([self.bench.everything])
         each = [part.losses_N for part in self._parts if part.losses_N is not None]
         self.losses_N = np.average(each, axis=0, weights=self._shares)

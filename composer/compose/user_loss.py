@@ -25,8 +25,7 @@ class UserLoss(OnExamples):
 
     `model` answers for the candidate, in evaluation mode and without gradients; `examples` are (input, target) pairs, an
     input of several turns being a `Conversation`. A candidate for which the function raises an error or gives no finite
-    number has the loss NaN; `failures` counts these.
-    Raises WeightingError for terms that cannot be used.
+    number has the loss NaN; `failures` counts these. Raises WeightingError for terms that cannot be used.
     """
 
     differentiable = False

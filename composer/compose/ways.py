@@ -188,10 +188,7 @@ class Ways:
         return [Programmed(self._bench, retriever, self._settings)]
 
     def _joins(self, program: Programmed, plain: Sequence[Trial[Any]]) -> bool:
-        """Return whether the program is a member, and note that in `remarks`.
-
-        A program of one step is none: a weight for one adapter is learned anyway.
-        """
+        """Return whether the program is a member, noted in `remarks`; not with one step, whose weight is learned anyway."""
         steps, loss, least = labels_of(program.chosen or ()), program.held_out_loss, _least(plain)
         why = ""
         if len(steps) == 1:

@@ -108,10 +108,9 @@ class Formula:
         return _within_limits(Formula(Expansion(find, lambda text: parse(text).root).of(self.root), self.text))
 
     def adapters(self, hub_or_pool: Given | None = None) -> tuple[str, ...]:
-        """Return the names of the adapters that the formula needs, sorted.
+        """Return the sorted names of the adapters that the formula needs; with a hub or pool also those of stored formulas.
 
-        With a hub or pool, the adapters of stored formulas count too, and one that is not there raises FormulaError. What a
-        stored composition has of its own does not count.
+        Raises FormulaError for one that is not there. What a stored composition has of its own does not count.
         """
         known = self if hub_or_pool is None else self.expand(hub_or_pool)
         if hub_or_pool is not None:
@@ -150,8 +149,8 @@ class Formula:
     def pool(self, hub_or_pool: Given) -> ExpertPool:
         """Return the adapters that the formula needs as experts, each opened once, as `a`, `a@3` or `@name`.
 
-        The formula's methods, given this pool, speak of these very adapters, whatever becomes of the hub. Raises ScopeError
-        for `auto` and for the base model, which have no adapters.
+        The formula's methods, given this pool, use these very adapters, whatever becomes of the hub. Raises ScopeError for
+        `auto` and for the base model, which have no adapters.
         """
         source = source_of(hub_or_pool)
         known = self.expand(hub_or_pool)

@@ -113,7 +113,7 @@ class Ensemble:
 
 @dataclass(frozen=True)
 class Auto:
-    """Retrieval for each request."""
+    """The retrieval of adapters for each request."""
 
     def __str__(self) -> str:
         return "auto"
@@ -188,10 +188,7 @@ def ensemble_of(members: Sequence[Argument], shares: Sequence[float] | None) -> 
 
 
 def replaced(node: Argument, leaf: Callable[[Leaf], Argument]) -> Argument:
-    """Return the node with every leaf replaced by what `leaf` returns for it, in the canonical form again.
-
-    Raises WeightingError where an argument of a merge becomes the base model.
-    """
+    """Return the node with every leaf replaced by what `leaf` returns. Raises WeightingError for a merge of the base."""
     match node:
         case Merge(method, arguments, weights, options):
             inner = [replaced(each, leaf) for each in arguments]

@@ -1,4 +1,4 @@
-"""Reads a formula by recursive descent, one method for each rule.
+"""The reader of formulas, by recursive descent with one method for each rule.
 
     formula  = "auto" | router | ensemble | sum
     sum      = {sign} term {sign {sign} term}

@@ -51,10 +51,7 @@ class PoolSource:
         self.pool = pool
 
     def require(self, leaf: Named | Stored) -> None:
-        """Raise UnknownExpert, which names near misses, for an adapter that the pool does not have.
-
-        A version or a composition that it does not have raises AdapterNotFound, since these are a hub's.
-        """
+        """Raise UnknownExpert, with near misses, for an adapter that is not there; AdapterNotFound for `a@3` and `@name`."""
         if leaf.key in self.pool.names:
             return
         if leaf.key != getattr(leaf, "name", None):
@@ -131,7 +128,7 @@ Source = HubSource | PoolSource
 
 
 def source_of(given: Given | Source) -> Source:
-    """Return where to look. Raises WeightingError for anything but a hub, a pool, a list or a mapping of adapters."""
+    """Return the source to look in. Raises WeightingError for anything but a hub, a pool, a list or mapping of adapters."""
     if isinstance(given, HubSource | PoolSource):
         return given
     return HubSource(given) if isinstance(given, Hub) else PoolSource(ExpertPool.of(given))

@@ -37,7 +37,7 @@ class Token:
 
 
 def tokens(text: str) -> list[Token]:
-    """Return the pieces of a formula, "end" last. Raises FormulaError for text that has none, and above the limits."""
+    """Return the pieces of a formula, "end" last. Raises FormulaError for what is no piece, and above the limits."""
     found = list(_pieces(text))
     depth = 0
     for token in found:

@@ -131,12 +131,11 @@ class Fused:
         self.write(self._make(mixture, method, seed, statistics, options))
 
     def write(self, updates: Iterable[Update]) -> None:
-        """Write the weights of these updates, W (1 + gain) + update, whatever was written before.
+        """Write W (1 + gain) + update for these updates, in fp32 or better, rounded once, whatever was written before.
 
-        They are calculated in fp32 or better and rounded once. One of `updates` is held at a time. What is not yet fused is
-        calculated, and found finite, beside the model, and then changes places with the originals. What is fused already is
-        written over, from its original, in one pass. Layers that are in no update get theirs back. The parameters stay the
-        same objects in the same memory.
+        One of `updates` is held at a time. What is not yet fused is calculated, and found finite, beside the model, and then
+        changes places with the originals. What is fused already is written over, from its original, in one pass. Layers that
+        are in no update get theirs back. The parameters stay the same objects in the same memory.
 
         Raises CompositionError for weights that are quantised, without a `max_loss`, on the meta device or tied to another
         parameter, for values that are not finite, and for fused weights that someone else has changed (which then stay).

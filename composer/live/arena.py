@@ -80,10 +80,9 @@ class Board:
 
 
 class Arena:
-    """A store of experts' rank rows at fixed addresses, which lends boards. Any thread may call.
+    """A lender of boards with experts' rank rows at fixed addresses. Any thread may call.
 
-    Where all experts would take more than `max_bytes`, those that nobody uses go, the one used longest ago first; what is
-    used at once has no limit.
+    Above `max_bytes`, experts that nobody uses go, the one used longest ago first; what is used at once has no limit.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -160,10 +159,7 @@ class Arena:
     def kernel(
         self, board: Board, layer: TargetLayer, device: torch.device, dtype: torch.dtype, *, one: bool
     ) -> Kernel | None:
-        """Return the kernel that adds the board's mixture to a layer, or None where the layer has another device or dtype.
-
-        It is for `one` token a row or for more.
-        """
+        """Return the kernel that adds a board to a layer, for `one` token a row or more; None on another device or dtype."""
         if (found := board.kernels.get((layer.name, one))) is None:
             table = self._tables[layer.name]
             group = board.groups.of_layer[layer.name]
@@ -263,7 +259,7 @@ class Arena:
 
 
 def _parts(name: str, lease: Lease, layers: Mapping[str, TargetLayer]) -> Mapping[str, PlacedFactors] | None:
-    """Return an expert's factors in the layers that are products with a matrix; None where it does more than that there."""
+    """Return an expert's factors in its linear layers, or None if an arena cannot hold all that it does (a gain, a bias)."""
     placed = lease.placed(name)
     if not lease.layers_of(name) <= layers.keys():
         return None

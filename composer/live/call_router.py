@@ -72,10 +72,7 @@ class CallRouter:
         return self.reads_text or bool(getattr(self._router, "reads_prompts", False))
 
     def take_tokenizer(self, tokenizer: Any) -> None:
-        """Take the model's tokenizer, for routers that read text.
-
-        Raises CompositionError if the router reads text and the tokenizer is None.
-        """
+        """Take the model's tokenizer, if there is one. Raises CompositionError if the router reads text and it is None."""
         if self.reads_text and tokenizer is None:
             raise CompositionError(
                 f"router {self._name} reads the text of the model's input, and this Composer cannot: make "
@@ -105,11 +102,7 @@ class CallRouter:
         return of_call is not None and bool(getattr(of_call, "shares_weights", False))
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return w_BTE of a layer in the running call.
-
-        Raises ScopeError outside a call of the model, and CompositionError where gradient checkpointing runs a layer again
-        after several calls.
-        """
+        """Return w_BTE. Raises ScopeError outside a call, CompositionError for checkpointing after several calls."""
         if (of_call := self._of_call()) is not None:
             return of_call.weights(x_BTI, layer)
         # gradient checkpointing runs layers again when the call has ended

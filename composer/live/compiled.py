@@ -47,7 +47,7 @@ def number_of_mixing(mixing: Mixing) -> int:
 
 
 def mix(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the layer's output y with what is active when this runs; `bias` is the layer's own.
+    """Return the layer's output y with the update that is active when this runs; `bias` is the layer's own.
 
     The backward pass belongs inside the activation: it raises CompositionError after that has ended.
     """

@@ -39,10 +39,7 @@ class Reached(NamedTuple):
 
 
 class ExpertsForward(StandIn):
-    """A stand-in for the `forward` of a module of experts while an activation is open.
-
-    `mixing` returns the activation that counts for the running call.
-    """
+    """A stand-in for the `forward` of a module of experts while an activation, which `mixing` returns, is open."""
 
     def __init__(self, module: nn.Module, mixing: Callable[[], Any]) -> None:
         self.module = module
@@ -93,7 +90,7 @@ class ExpertsForward(StandIn):
         return self._own
 
     def remove(self) -> None:
-        """Give the module its own forward back. Where another stands in for this one by now, that stays, and calls this."""
+        """Give the module its own forward back; if another object stands in for this by now, it stays, and calls this."""
         if not give_back(self.module, "forward", self._own, self):
             self._mixing = None
 
@@ -151,10 +148,7 @@ def _reached(module: nn.Module, given: list[Any]) -> tuple[Tensor, int, Iterator
 
 
 def _by_scores(index_NK: Tensor, score_NK: Tensor, count: int) -> Iterator[Reached]:
-    """Yield what reached each expert, from transformers' routers' (N, K) indices and scores.
-
-    Experts of other processes, whose numbers are beyond the last, are left out.
-    """
+    """Yield what reached each expert by transformers' indices and scores, (N, K) each; other processes' are left out."""
     with torch.no_grad():
         hit = torch.unique(index_NK).tolist()
     for expert in hit:
@@ -164,10 +158,7 @@ def _by_scores(index_NK: Tensor, score_NK: Tensor, count: int) -> Iterator[Reach
 
 
 def _not_zero(x: Tensor, count: int) -> Iterator[Reached]:
-    """Yield what reached each expert, from Llama 4's input: all tokens for each expert, times their score.
-
-    The score is 0 for tokens that the expert is not for.
-    """
+    """Yield what reached each expert in Llama 4's form: all tokens for each, times their score, 0 for those not for it."""
     x_END = x.reshape(count, -1, x.shape[-1])
     for expert in range(count):
         token_N = x_END[expert].any(dim=-1).nonzero()[:, 0]

@@ -66,10 +66,9 @@ class Fitting:
             return dict(self._layers)
 
     def require_unchanged(self, experts: Iterable[str] | None = None, *, closely: bool = False) -> None:
-        """Raise CompositionError where the model has other modules or weights than its adapters were fitted to.
+        """Raise CompositionError where a target layer is another module now, or where weights that were read have changed.
 
-        That is another module in place of a target layer so far, or other weights than those that one of these experts
-        (None: of all) depends on; `closely` looks at values, too.
+        The weights are those that one of these experts (None: any) depends on; `closely` looks at values, too.
         """
         if self._pipeline is not None:
             self._pipeline.require_same_parts()
@@ -190,10 +189,7 @@ class Fitting:
         return self._key if its.fingerprint else self._unread_key
 
     def _find_layers(self, name: str, adapter: Adapter) -> dict[str, TargetLayer]:
-        """Return the layers that the adapter updates, by module path.
-
-        Raises LayerMismatch for a layer that does not fit, or BaseModelMismatch if the adapter names another base model.
-        """
+        """Return the layers that the adapter updates. Raises LayerMismatch, or BaseModelMismatch if it has another base."""
         try:
             return {layer: target_layer(self._modules, layer, part, name) for layer, part in adapter.layers.items()}
         except LayerMismatch as error:
@@ -206,7 +202,7 @@ class Fitting:
             ) from error
 
     def _warn(self, adapters: Mapping[str, Adapter]) -> None:
-        """Warn once for each base model of these adapters that only names and shapes speak for."""
+        """Warn once for each of these adapters' base models that only names and shapes match."""
         unproven: dict[BaseKey, list[str]] = {}
         for name, adapter in adapters.items():
             if not self._own_key(its := adapter.base).proves(its):
@@ -312,7 +308,7 @@ class BoundWeights:
         self._of = {name: seals for name, seals in self._of.items() if name != expert}
 
     def require_unchanged(self, experts: Iterable[str] | None, *, closely: bool) -> None:
-        """Raise CompositionError, naming expert and layer, where one of these experts (None: any) is of other weights.
+        """Raise CompositionError, naming expert and layer, where one of these experts (None: any) is from other weights.
 
         Writes that torch counts, and other memory, are always seen; those through `.data` or numpy only where one looks
         `closely`, at one value of every row.
@@ -388,11 +384,10 @@ def _sample(parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def head_layers(name: str, adapter: Adapter, modules: Mapping[str, nn.Module]) -> dict[str, Factors]:
-    """Return the adapter's heads as factors by module path.
+    """Return the adapter's heads as factors by module path; `modules` are the base's by name, with its own weights.
 
-    `modules` is the base's named_modules(), with the base's own weights. Raises LayerMismatch for a parameter that the model
-    lacks or that has another shape, AdapterUnsupported for a head of another kind of module than linear and embedding, and
-    for a module that has both a head and an update.
+    Raises LayerMismatch for a parameter that the model lacks or that has another shape, AdapterUnsupported for a head of
+    another kind of module than linear and embedding, and for a module that has both a head and an update.
     """
     heads: dict[str, dict[str, Tensor]] = {}
     for parameter, tensor in adapter.heads.items():

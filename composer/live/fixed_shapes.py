@@ -51,15 +51,13 @@ def shapes_are_fixed() -> bool:
 
 @contextmanager
 def batch_invariant(model: nn.Module) -> Iterator[None]:
-    """Fix all shapes for the block, so that no bit of a row's outputs depends on the rest of its batch.
+    """Fix all shapes for the block: no bit of a row's outputs depends on other rows, their mixtures, padding, or a cache.
 
-    A row's bits depend neither on other rows, their mixtures and padding, nor on how many tokens were read before. It counts
-    for calls of the model in this thread, and for activations that are opened inside. `model` is a transformers model whose
-    attention is "sdpa", on a CPU, in any floating dtype; mixtures have a weight for each row. The number of threads
-    (`torch.set_num_threads`) must stay the same, since another may round in another way.
-
-    Raises CompositionError for a model whose products it cannot fix, and, from a call inside, ScopeError, naming it, for a
-    product of another form and for a mixture whose weights are per token.
+    It counts for calls of the model in this thread, and for activations that are opened inside. `model` is a transformers
+    model whose attention is "sdpa", on a CPU, in any floating dtype; mixtures have a weight for each row. The number of
+    threads (`torch.set_num_threads`) must stay the same, since another may round in another way. Raises CompositionError for
+    a model whose products it cannot fix, and, from a call inside, ScopeError, naming it, for a product of another form and
+    for a mixture whose weights are per token.
     """
     _require_sound(model)
     running = ExitStack()
@@ -133,10 +131,7 @@ def fixed_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> 
 
 
 def fixed_products(x_MTI: Tensor, weight_MOI: Tensor) -> Tensor:
-    """Return x W^T of each of M matrices, whose at most TILE rows are filled up.
-
-    It is for the mixture: the model's own batched products are refused.
-    """
+    """Return x W^T of each of M matrices, filled up to TILE rows; the model's own batched products are refused."""
     num_tokens = x_MTI.shape[1]
     with torch._C.DisableTorchFunction():
         return _products(pad(x_MTI, (0, 0, 0, TILE - num_tokens)), weight_MOI)[:, :num_tokens]
@@ -152,10 +147,7 @@ def fixed_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Return softmax(q k^T * scale) v of (B, H, T, D) over the keys that the mask leaves, in fp32 or better.
-
-    Raises ScopeError for dropout, for biases by position and for a mask for each head.
-    """
+    """Return softmax(q k^T * scale) v of (B, H, T, D) over the keys that the mask leaves, in fp32 or better."""
     if dropout_p:
         raise ScopeError("attention drops values at random: call model.eval() before batch_invariant()")
     if enable_gqa:
@@ -197,8 +189,7 @@ def fixed_attention(
 def _products(x_NTI: Tensor, weight_NOI: Tensor) -> Tensor:
     """Return x W^T of each of N matrices.
 
-    The library adds up in another order for one matrix alone, and, if W is laid out the other way, for tokens at other
-    places of a tile.
+    The library adds up otherwise for one matrix alone, and if W is laid out the other way, by a token's place in a tile.
     """
     if len(x_NTI) == 1:
         return _products(x_NTI.repeat(2, 1, 1), weight_NOI.repeat(2, 1, 1))[:1]
@@ -271,10 +262,7 @@ _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def _with_outputs(weight: Tensor) -> Tensor:
-    """Return W (O, I), or several, with outputs of zeros up to TILE.
-
-    With fewer outputs, sums would depend on a token's place in its tile.
-    """
+    """Return W (O, I), or several, with outputs of zeros up to TILE; else sums would depend on a token's place in a tile."""
     missing = TILE - weight.shape[-2]
     return pad(weight, (0, 0, 0, missing)) if missing > 0 else weight
 

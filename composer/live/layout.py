@@ -50,7 +50,7 @@ class Layout:
     """The places of all parts of an adapter; adapters of one form and the same ranks share it.
 
     `places` has the device and dtype of each layer that is known; the parts of others are left out. For layers in fp32 on
-    the CPU nothing is copied, unless `staged` says of the CPU, as of other devices, that all is.
+    the CPU nothing is copied, unless `staged` is true of the CPU, as of other devices.
     """
 
     def __init__(self, adapter: Adapter, places: Mapping[str, Place], staged: Callable[[torch.device], bool]) -> None:

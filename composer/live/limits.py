@@ -1,7 +1,6 @@
 """The layers of a model that a live mixture cannot reach, or not row by row; asked for when a mixture is activated.
 
-A live update of a layer that its owner does not call would be lost without a word, so that it is an error as soon as the
-owner has run.
+In a layer that its owner does not call an update would be lost without a word: an error once the owner has run.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class LiveLimits:
         self._experts: set[str] = set()
 
     def add(self, layers: Mapping[str, TargetLayer]) -> None:
-        """Look at these layers, too."""
+        """Add the limits of these layers."""
         embeddings = {name for name, layer in layers.items() if isinstance(layer.module, nn.Embedding)}
         of_tokens = _token_embeddings(self._model) if embeddings else None
         for name, layer in layers.items():
@@ -71,12 +70,10 @@ class LiveLimits:
     def require(self, weights: MixtureWeights | Router, adapters: Mapping[str, Adapter], *, by_token: bool = False) -> None:
         """Raise LayerMismatch or ScopeError where these weights cannot count live in one of the layers.
 
-        LayerMismatch is for a layer that never runs and has weights that are not zero, or a router's; ScopeError for weights
-        that vary by row or token in a layer whose first axis need not be the batch, and for an expert of a fused parameter
-        under a router that looks at a call or a block.
-
-        A router for all rows computes its weights from the layer's own input, whatever the order of that is, unless they
-        are said to vary `by_token`: by a place in each row.
+        LayerMismatch: a layer that never runs has weights that are not zero, or a router's. ScopeError: weights vary by row
+        or token in a layer whose first axis need not be the batch, or a router looks beyond the input of a fused parameter's
+        expert. A router for all rows computes its weights from the layer's own input, whatever the order of that is, unless
+        they are said to vary `by_token`: by a place in each row.
         """
         rows = rows_of(weights)
         for name, why in self._never_called.items():
@@ -193,10 +190,7 @@ def require_batch_first(layer: str, shape: Size) -> None:
 
 
 def require_rows_of_tokens(layer: str, num_tokens: int, of_weights: int) -> None:
-    """Raise ScopeError where a layer sees the tokens of all rows on one axis, and whose they are cannot be told.
-
-    Also where a row has another number of tokens than the weights, which have one for all or `of_weights`.
-    """
+    """Raise ScopeError where rows' tokens on one axis cannot be told apart, or are not as many a row as the weights'."""
     rows = _ROWS.get()
     each, rest = divmod(num_tokens, rows or 1)
     if _BESIDE.get() or rest or (rows and of_weights not in (1, each)):
@@ -251,19 +245,13 @@ def watch(
 
 
 class _Traced:
-    """The flag that code which torch.compile traces calls the layer.
-
-    One thread traces at a time, and a thread's own values would break its graph.
-    """
+    """A flag: True if traced code calls the layer. One thread traces at a time; its own values would break the graph."""
 
     called = True
 
 
 class _OwnForward:
-    """The forward of a module's class as the module's own, until `remove`.
-
-    torch.compile then compiles anew what it had compiled, with the hooks, which it assumes never to change.
-    """
+    """The class's forward as a module's own, until `remove`: torch.compile then compiles anew, with the hooks."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -277,7 +265,7 @@ class _OwnForward:
 
 
 class Step(Hook):
-    """A hook that looks at nothing it is given."""
+    """A hook that ignores its arguments."""
 
     def __init__(self, step: Callable[[], None]) -> None:
         self._step = step

@@ -75,7 +75,7 @@ class Activation:
         return self.plan.apply(layer, x, y, self.lease, self.usage)
 
     def close(self) -> None:
-        """End the activation; closing it twice does nothing.
+        """End the activation, if it is open.
 
         Raises AlreadyActive, and changes nothing, while an inner one is open in this context, or in another thread than the
         one that opened it (unless that thread has ended); once it has ended, WeightingError where a router's weights on a
@@ -161,8 +161,8 @@ def _current(live: LiveLayers) -> Activation | None:
 class LiveLayers:
     """The target layers of one Composer, mixed as long as an activation is open in any thread.
 
-    `require_unchanged` raises where the model no longer runs these layers, or has other weights than the experts that it is
-    given depend on; it is called before each of its forwards.
+    `require_unchanged` raises where the model no longer runs these layers, or has other weights than the given experts
+    depend on; it is called before each forward of the model.
     """
 
     def __init__(
@@ -244,10 +244,7 @@ class LiveLayers:
             self._uninstall()
 
     def current(self) -> Activation | None:
-        """Return the activation that counts for the running call, if any.
-
-        Raises CompositionError where gradient checkpointing runs a layer again and several activations are open.
-        """
+        """Return the running call's activation. Raises CompositionError for checkpointing under several open ones."""
         activation = _current(self)
         if activation is None and in_backward_thread():
             # gradient checkpointing runs the forward again there, without a context
@@ -440,6 +437,6 @@ class _MixedForward(StandIn):
         return self._own
 
     def remove(self) -> None:
-        """Give the layer its own forward back. Where another stands in for this one by now, that stays, and calls this."""
+        """Give the layer its own forward back; if another object stands in for this by now, it stays, and calls this."""
         if not give_back(self.layer.module, "forward", self._own, self):
             self._live = None

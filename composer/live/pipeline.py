@@ -5,7 +5,7 @@
       unet, transformer      step s of S; under guidance by one doubled call: all rows without their prompts, then all with
 
     activate(...) --> calls_of: is it one mixture for all calls?   yes: an activation as in any model
-                                                                   no:  ByCall, asked by each part's PartForward
+                                                                   no:  ByCall, asked by each part's _PartForward
 
 A part's forward then runs inside an inner activation of what its call needs, so that threads, leases and records are as in
 any activation. docs/diffusion.md says what a mixture means.
@@ -50,8 +50,8 @@ Activate = Callable[[MixtureWeights | Router], AbstractContextManager[Any]]
 class Composite:
     """A set of mixtures under each of which the denoising part runs once; the mean of its predictions counts.
 
-    Text encoders run once, under the sum of the mixtures. LoRA Composite, Multi-LoRA Composition (2402.16843), where each
-    mixture is one LoRA at weight 1. Raises WeightingError unless they are at least one mapping of names to weights.
+    Text encoders run once, under the sum of the mixtures. LoRA Composite of Multi-LoRA Composition (arXiv 2402.16843) has
+    one LoRA at weight 1 in each. Raises WeightingError unless they are at least one mapping of names to weights.
     """
 
     mixtures: tuple[Mapping[str, float], ...]
@@ -169,9 +169,8 @@ def calls_of(
 ) -> tuple[MixtureWeights | Router, ByCall | None]:
     """Return (weights, None) for a mixture that all calls share, else (the base's weights, the mixtures by call).
 
-    In a pipeline, `mixture` may also be a function of (step, steps) that gives one, or a Composite. Raises ScopeError for
-    rows in a pipeline whose batches are not known, and for routers that look at a whole call, since a pipeline makes
-    several.
+    There `mixture` may also be a function of (step, steps) that gives one, or a Composite. Raises ScopeError for rows in a
+    pipeline whose batches are not known, and for routers that look at a whole call, as it makes several.
     """
     if not isinstance(model, Pipeline) or isinstance(mixture, CallWeights):
         return resolve(mixture), None

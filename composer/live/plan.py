@@ -63,10 +63,7 @@ class Warm(NamedTuple):
     note: Note
 
     def fits(self, x: Tensor, y: Tensor) -> bool:
-        """Return whether a layer's new output may be written to: no gradient goes through it.
-
-        x is on the device of y, or the layer would have failed.
-        """
+        """Return whether a layer's new output, where x is, may be written to: no gradient goes through it."""
         own = x.dtype is y.dtype is self.dtype and y.device == self.device
         return own and not y.requires_grad and y.is_contiguous()
 
@@ -162,10 +159,9 @@ class Plan:
     def at_tokens(
         self, layer: TargetLayer, x_NI: Tensor, token_N: Tensor, num_tokens: int, lease: Lease, usage: Usage
     ) -> Tensor | None:
-        """Return the update_NO of a fused parameter's expert at N of a call's tokens; None where there is nothing to add.
+        """Return the update_NO of a fused parameter's expert at N of a call's tokens, counted row by row, or None.
 
-        The tokens are numbered row by row. Raises ScopeError where rows or tokens are not the weights', and within
-        `batch_invariant`.
+        Raises ScopeError where rows or tokens are not the weights', and within `batch_invariant`.
         """
         if not self.reaches(layer.name, lease):
             return None
@@ -276,10 +272,7 @@ def _sum(mixture: LayerMixture, layer: TargetLayer, x_BTI: Tensor, y_BTO: Tensor
 
 
 def _by_token(x_BTI: Tensor, num_tokens: int, num_axes: int) -> Tensor:
-    """Return an x of two axes split into rows of as many tokens as the weights have, if those can be the batch's rows.
-
-    Any other x is returned as it is.
-    """
+    """Return x; of two axes, split into rows of as many tokens as the weights have, if those can be the batch's rows."""
     num_rows, rest = divmod(x_BTI.shape[0], num_tokens)
     if num_axes == 2 and num_tokens > 1 and not rest and can_be_batch(num_rows):
         return x_BTI.reshape(num_rows, num_tokens, x_BTI.shape[2])

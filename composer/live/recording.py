@@ -77,10 +77,9 @@ class Usage:
             self._tell(layer, note)
 
     def chose(self, layer: str, note: Note, w_BTE: Tensor, *, again: bool = False) -> None:
-        """Note a call with weights that were made in it.
+        """Note a call with weights that were made in it; those that an earlier layer had are not looked at `again`.
 
-        Raises WeightingError where they are not finite, at once on a CPU; weights that an earlier layer had are not looked
-        at `again`.
+        Raises WeightingError where they are not finite, at once on a CPU.
         """
         if not again:
             self.made.require_finite(layer, w_BTE)
@@ -169,10 +168,7 @@ class Trace:
 
 
 def last_weights(owner: object, setting: Setting) -> UsedWeights:
-    """Return the weights of the last forward of `owner` in this context, empty where there was none.
-
-    Raises what `Usage.weights` raises.
-    """
+    """Return the weights of the last forward of `owner` in this context, or none. Raises what `Usage.weights` raises."""
     usage = _STATE.get().by_owner.get(owner)
     return UsedWeights((), {}) if usage is None else usage.weights(setting)
 
@@ -245,10 +241,9 @@ def _join(layer: str, parts: list[UsedLayer]) -> UsedLayer:
 
 @dataclass(frozen=True, eq=False)
 class UsedLayer:
-    """The weights w_BTE of one layer, where B or T of size 1 is shared by all rows or tokens of its input.
+    """The w_BTE of one layer, where B or T of size 1 is shared by the `num_rows` rows and `num_tokens` tokens of its input.
 
-    The input has `num_rows` rows and `num_tokens` tokens. `kernel` is the file of `composer/live/kernels/` that mixed it;
-    empty where nothing was added or the layer is not linear.
+    `kernel` is the file of `composer/live/kernels/` that mixed it; empty where nothing was added or the layer is not linear.
     """
 
     w_BTE: Tensor
@@ -362,10 +357,9 @@ def entropies(w_NE: Tensor) -> Tensor:
 
 
 def spread(w_BTE: Tensor, num_rows: int, num_tokens: int) -> Tensor:
-    """Return the weights for so many rows and tokens.
+    """Return the weights for so many rows and tokens: a size of 1 is shared, B rows serve k B rows, each for k in a row.
 
-    A size of 1 is shared; B rows serve k B rows, each for k consecutive ones. Raises ScopeError where that does not come out
-    even.
+    Raises ScopeError where that does not come out even.
     """
     rows, tokens, _ = w_BTE.shape
     if tokens not in (1, num_tokens) or num_rows % rows != 0:

@@ -116,7 +116,7 @@ class Residents:
     def prefetch(self, names: Iterable[str]) -> Future[None]:
         """Begin to bring the named experts to their places, in a thread of its own; wait on the future for the end.
 
-        What goes wrong is the future's; a lease of the same experts raises it again.
+        The future carries any error, which a lease of the same experts raises again.
         """
         wanted = tuple(names)
         with self._lock:
@@ -177,7 +177,7 @@ class Residents:
         return self._worker
 
     def _forget_other_processes(self) -> None:
-        """Let go, in a process that was forked since, of the other one's threads and of what they were about."""
+        """Drop the parent's threads, and what they were about, in a process that was forked since."""
         if self._process != os.getpid():
             self._process, self._worker, self._staging = os.getpid(), None, threading.Lock()
             for shelf in (self._device, self._host):
@@ -327,10 +327,7 @@ class Lease:
         self._parts[name] = parts
 
     def renew(self) -> Lease:
-        """Return another lease of the same factors, which outlasts this one.
-
-        Raises CompositionError after this one's end.
-        """
+        """Return another lease of the same factors, which outlasts this one. Raises CompositionError after this one."""
         residents = self._residents
         with residents._lock:
             if self._released:

@@ -69,7 +69,7 @@ def row_kernels() -> dict[str, type[RowKernel]]:
 
 @lru_cache(maxsize=4096)
 def choose(work: Workload) -> Choice:
-    """Return the cheapest kernel.
+    """Return the cheapest kernel for a workload.
 
     On a CPU, products of a few tokens are faster in fp32 than in half precision, whose library calls take longer than
     the products themselves.
@@ -133,7 +133,7 @@ class RowWeights:
 
     @cached_property
     def _common(self) -> RowSets | None:
-        """The weights, if all layers share them; else None."""
+        """The sets of all rows, if all layers share the weights; else None."""
         return None if self._mixture.layers else _rows(self._mixture.values_BTLE[:, :, 0])
 
     def skips(self, layer: str) -> bool:
@@ -165,10 +165,7 @@ class RowWeights:
     def mixture(
         self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
     ) -> LayerMixture:
-        """Return what a layer adds to its output for this input.
-
-        Raises ScopeError, naming the layer and both counts, where the rows are no multiple of the mixture's.
-        """
+        """Return what a layer adds. Raises ScopeError, with both counts, for rows that are no multiple of the mixture's."""
         num_rows, num_tokens = x_BTI.shape[:2]
         require_multiple(self.num_mixtures, num_rows, f"input of layer {layer.name!r}")
         if (on_board := self._on_board(layer, x_BTI, device, dtype)) is not None:

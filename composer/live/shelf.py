@@ -25,10 +25,7 @@ class Slot(Generic[Thing]):
 
 
 class Shelf(Generic[Key, Thing]):
-    """A set of slots by key, of at most `budget_bytes` together; None is no limit.
-
-    The caller holds one lock around every call.
-    """
+    """The slots by key, at most `budget_bytes` together (None: no limit). The caller holds one lock around every call."""
 
     def __init__(self, option: str, budget_bytes: int | None) -> None:
         if budget_bytes is not None and not is_whole(budget_bytes, 1):

@@ -83,10 +83,7 @@ def _inert_hook() -> Callable[..., None]:
 
 
 class CleanCopies:
-    """A guard of copies: from `install` to `remove`, a copy or a pickle of the module is without what stands in.
-
-    It has what the module has otherwise.
-    """
+    """A guard from `install` to `remove`: a copy or pickle of the module has what it has without anything that stands in."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -123,11 +120,7 @@ class CleanCopies:
 
 
 def give_back(module: nn.Module, name: str, own: Any, stand_in: object) -> bool:
-    """Give the module its `own` attribute back, or its class's where that is None; return whether it did.
-
-    It does if the attribute there is a bound method of `stand_in`. False, with nothing changed, where another stands in by
-    now, which calls this one.
-    """
+    """Give a module its `own` attribute (None: its class's) back; return False if another than `stand_in` is there now."""
     if getattr(vars(module).get(name), "__self__", None) is not stand_in:
         return False
     if own is None:
@@ -181,17 +174,16 @@ class WatchedBlock(StandIn):
         return self._own[name]
 
     def remove(self) -> None:
-        """Give the block back what it had. Where another stands in for this one by now, that stays, and calls this."""
+        """Give the block back what it had; if another object stands in for this one by now, it stays, and calls this."""
         self._tells = False
         for name, own in self._own.items():
             give_back(self._block, name, own, self)
 
 
 class PromptedGenerate(StandIn):
-    """A stand-in for `generate` that tells what the prompts are, which no single call of the model can.
+    """A stand-in for `generate`, which calls the model once a token, so that no call can tell a prompt from an answer.
 
-    `generate` calls the model once a token, so that no call can tell a prompt from an answer. `begin` shows the router the
-    prompts: an encoder runs before the model's own first call.
+    `begin` shows the router the prompts: an encoder runs before the model's own first call.
     """
 
     def __init__(self, model: nn.Module, begin: Callable[[dict[str, Any]], None]) -> None:
@@ -214,10 +206,7 @@ class PromptedGenerate(StandIn):
             return self._generate(*args, **kwargs)
 
     def _inferred(self, ids_BT: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Return the mask that generate makes where it is given none.
-
-        Padding is the padding token, unless that ends sequences.
-        """
+        """Return the mask that generate makes without one: padding is the padding token, unless that ends sequences."""
         given = kwargs.get("generation_config") or getattr(self._model, "generation_config", None)
         pad = kwargs.get("pad_token_id", getattr(given, "pad_token_id", None))
         end = kwargs.get("eos_token_id", getattr(given, "eos_token_id", None))

@@ -83,10 +83,7 @@ class _LayerStack:
 
 @dataclass(eq=False)
 class _Known:
-    """The facts known of weights: how many of a token's are not zero, once counted, and whether a layer met them.
-
-    For weights that layers share, also what was made of them.
-    """
+    """The facts known of weights: how many a token are not zero, whether a layer met them, what was made of shared ones."""
 
     w_BTP: Tensor | None = None
     made: Made | None = None
@@ -180,10 +177,7 @@ class TokenWeights:
     def mixture(
         self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
     ) -> LayerMixture:
-        """Return what a layer adds to its output for this input.
-
-        Raises ScopeError, naming the layer and both counts, where rows or tokens are not the weights'.
-        """
+        """Return what a layer adds. Raises ScopeError, with both counts, where rows or tokens are not the weights'."""
         found = self._stack(layer.name, device, dtype, lease)
         w_BTE, hidden_NS = self._weigh(layer, x_BTI, found, lease)
         affine = None if found.table is None else found.table.weigh(w_BTE)
@@ -241,10 +235,9 @@ class TokenWeights:
     def projected(
         self, layer: TargetLayer, x: Tensor, y_BTO: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
     ) -> tuple[Tensor, Tensor]:
-        """Return (what to add to y, w_BTE) for a layer whose hidden values are no product of x with a matrix.
+        """Return (what to add to y, w_BTE) for an embedding or a convolution, whose hidden values are no product with x.
 
-        That is an embedding or a convolution. The addend is (B, T, O) like y, in fp32 or better where some expert has a gain
-        or a bias. Raises what `mixture` raises.
+        As (B, T, O) like y, in fp32 or better where some expert has a gain or a bias. Raises what `mixture` raises.
         """
         found = self._stack(layer.name, device, dtype, lease)
         like = y_BTO.new_empty(0, dtype=dtype)
@@ -263,10 +256,9 @@ class TokenWeights:
         return update_BTO, w_BTE
 
     def _weigh(self, layer: TargetLayer, x_BTI: Tensor, found: _LayerStack, lease: Lease) -> tuple[Tensor, Tensor | None]:
-        """Return w_BTE; and x a^T as (N, S), where that and what a router looks at are one product.
+        """Return w_BTE, and x a^T as (N, S) if it comes from the same product as what the router looks at, else None.
 
-        They are no one product where gradients go through the router, nor where it would be less exact than the router's
-        own.
+        It does not where gradients go through the router, nor where that product would be less exact than the router's own.
         """
         if self._along is not None and found.experts and not _sorting_may_pay(found, layer, x_BTI, SOME_CHOSEN):
             v_PI = self._along.directions(layer.name)
@@ -319,7 +311,7 @@ class TokenWeights:
 
 
 def _alone(part: Valued, router: Router) -> Valued:
-    """Return the part. Raises ScopeError unless it is the router: weights that others make of its own leave V out."""
+    """Return the part if it is the router itself. Raises ScopeError otherwise: weights made of its own leave V out."""
     if part is not router:
         raise ScopeError(
             f"router {type(part).__name__} turns what its mixture adds by a matrix of its own, so that it cannot be a part "
@@ -344,7 +336,7 @@ def _sorts(found: _LayerStack, layer: TargetLayer, w_BTP: Tensor, known: _Known,
 
 
 def _sorting_may_pay(found: _LayerStack, layer: TargetLayer, x_BTI: Tensor, chosen: float) -> bool:
-    """Return whether sorting pays where a token has so many experts."""
+    """Return whether sorting pays where a token has `chosen` experts."""
     if found.device.type != "cpu":
         return False
     num_tokens = x_BTI.shape[0] * x_BTI.shape[1]

@@ -270,11 +270,10 @@ def clusters(
 ) -> list[tuple[str, ...]]:
     """Group the names of the pool's adapters in at most `num_clusters`, the largest first (MBC, Ostapenko et al. 2024).
 
-    The groups are those of k-means over the rows of the adapters' cosine similarities, as in arXiv 2405.11157. The
-    similarity is that of the whole updates (`similarities`), which no choice of factors changes; the published code compares
-    the factors' own entries, and so two trainings from different starts as if they were unlike. MBC then trains one adapter
-    on the tasks of each cluster: `lw.train_adapters(model, tokenizer, {" ".join(names): [*of those tasks' examples] for
-    names in clusters(pool)})`.
+    K-means runs over the rows of the adapters' cosine similarities, as in arXiv 2405.11157. The similarity is that of the
+    whole updates (`similarities`), which no choice of factors changes; the published code compares the factors' own entries,
+    and so two trainings from different starts as if they were unlike. MBC then trains one adapter on each cluster's tasks:
+    `lw.train_adapters(model, tokenizer, {" ".join(names): [*of those tasks' examples] for names in clusters(pool)})`.
 
     `n_jobs` workers, or those that `joblib.parallel_config` names, compare blocks of adapters, to the same bits; they open
     those of a hub themselves. Raises WeightingError for more clusters than adapters, and for an adapter without any update.

@@ -22,7 +22,7 @@ MAX_SIDE = 128
 
 @dataclass(frozen=True)
 class Interference:
-    """Figures of the weighted updates w_e D_e of one layer; an expert without the layer has norm 0 and cosines of 0.
+    """The figures of the weighted updates w_e D_e of one layer; an expert without it has norm 0 and cosines of 0.
 
     `norms` are Frobenius norms, one for each expert. `cosines` are <D_i, D_j> / (|D_i| |D_j|) with the weights' signs, for
     the pairs (0, 1), (0, 2), ..., (1, 2), ... `sign_conflict` is the share of entries in which two experts have opposite
@@ -69,10 +69,7 @@ def _fp32(tensor: Tensor) -> Array:
 
 
 def _inner(experts: Sequence[_Expert]) -> Array:
-    """Return <w_i D_i, w_j D_j> of every pair, from the two S x S products of the stacked factors.
-
-    The products are symmetric, of which numpy computes half.
-    """
+    """Return <w_i D_i, w_j D_j> of every pair, from two symmetric S x S products of the stacked factors."""
     a_SI = np.concatenate([expert.a_RI for expert in experts])
     b_OS = np.concatenate([expert.b_OR for expert in experts], axis=1)
     product_SS = (a_SI @ a_SI.T).astype(np.float64) * (b_OS.T @ b_OS)

@@ -64,16 +64,14 @@ def merge(
     interference: bool = True,
     **options: Any,
 ) -> Adapter:
-    """Return the adapters combined by `method`, with one finite weight each, of any sign.
+    """Return the adapters combined by `method`, a method's name or a function, with one finite weight each, of any sign.
 
-    `method` is a name of `names("methods")` or a function of the signature of one.
-
-    Without weights all have equal shares, which sum to 1. Experts of weight zero are left out; the order of the rest does
-    not matter. `rank` cuts every layer to at most that rank (the best approximation in the Frobenius norm); without it the
-    update is exact, unless the method is limited in rank itself. `seed` is that of random methods, which draw for each
-    adapter and layer apart. `heads` says what becomes of trained heads: "error", "first" (the first adapter's, in the order
-    given) or "average". `statistics`, one for each adapter from `collect_statistics`, is for methods that weigh by data.
-    The other `options` are the method's own.
+    A function has the signature of a method of `names("methods")`. Without weights all have equal shares, which sum to 1.
+    Experts of weight zero are left out; the order of the rest does not matter. `rank` cuts every layer to at most that rank
+    (the best approximation in the Frobenius norm); without it the update is exact, unless the method is limited in rank
+    itself. `seed` is that of random methods, which draw for each adapter and layer apart. `heads` says what becomes of
+    trained heads: "error", "first" (the first adapter's, in the order given) or "average". `statistics`, one for each
+    adapter from `collect_statistics`, is for methods that weigh by data. The other `options` are the method's own.
 
     The result's `report` has each layer's rank before and after the cut, the relative error of the cut, and how far the
     adapters pulled the same way (unless `interference` is False, which saves about a fifth of the time of a linear merge);
@@ -128,10 +126,7 @@ def _child(
 
 
 def shared_invocation(parents: Sequence[Adapter]) -> tuple[int, ...]:
-    """Return the invocation tokens of all parents.
-
-    Raises CompositionError where they differ: one adapter counts either for every token or from its own tokens on.
-    """
+    """Return the invocation tokens of all parents. Raises CompositionError where they differ: no one adapter does both."""
     first = parents[0]
     for other in parents[1:]:
         if other.invocation != first.invocation:
@@ -165,11 +160,10 @@ def layer_calls(
     statistics: Mapping[str, Statistics | None] | None = None,
     rank: int | None = None,
 ) -> Iterator[LayerCall]:
-    """Yield (layer, the call that returns its update) for every layer in `weights`, {layer: {expert: weight}}.
+    """Yield (layer, the call that returns its update) for {layer: {expert: weight}}, without layers that no expert has.
 
-    Layers that no expert has are left out. `rank` reaches the methods whose formula limits the rank; None is their own
-    default. A method that needs a look at all layers first takes one weight for each expert: raises WeightingError
-    otherwise.
+    `rank` reaches the methods whose formula limits the rank; None is their own default. A method that needs a look at all
+    layers first takes one weight for each expert: raises WeightingError otherwise.
     """
     statistics = statistics or {}
     survey = None

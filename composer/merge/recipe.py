@@ -185,10 +185,7 @@ class Recipe:
 
     @classmethod
     def of(cls, path: Path, said: Mapping[str, Any]) -> Recipe:
-        """Return the recipe that mergekit's file `said` states.
-
-        Raises WeightingError, by name, for what mergekit reads and a merge of adapters cannot mean.
-        """
+        """Return the recipe of a file. Raises WeightingError, by name, for what a merge of adapters cannot mean."""
         for key, why in OTHER_KEYS.items():
             if key in said:
                 raise WeightingError(f"{path} has {key!r}, which {why}: leave it out")
@@ -291,10 +288,7 @@ class Recipe:
         return merge(adapters, weights, method=mergekit, seed=seed, **chosen, **rules)
 
     def _shares(self, weights: Sequence[float]) -> list[float]:
-        """Return the shares of mergekit's linear, where the base model's own weight counts, too.
-
-        Raises WeightingError for weights that sum to 0, or without `normalize` to anything but 1.
-        """
+        """Return the shares of mergekit's linear, the base's included. Raises WeightingError for sums without a meaning."""
         base = sum(float(own.get("weight", 0.0)) for name, own in self.models if name is None)
         total = sum(weights) + base
         if self.settings.get("normalize", True):
@@ -331,10 +325,7 @@ FORMULA_KEYS = ("formula", "hub", "pool", "rank", "heads")
 
 
 def read_recipe(path: Path) -> Recipe | dict[str, Any]:
-    """Return mergekit's file as a Recipe, or the keys of one of ours, with a formula.
-
-    Raises WeightingError for anything else.
-    """
+    """Return mergekit's file, or the keys of one of ours, with a formula. Raises WeightingError for anything else."""
     said = read_yaml(path, WeightingError)
     if "formula" not in said:
         if "merge_method" not in said:

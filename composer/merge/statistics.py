@@ -25,11 +25,10 @@ _PARTS = ("gram_II", "fisher_OI")
 
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
-    """The statistics of one layer: gram_II = X^T X / n over n tokens, fisher_OI the mean squared gradient.
+    """The gram_II = X^T X / n of one layer over n tokens, and fisher_OI, the mean squared gradient; None if not collected.
 
-    Either is None where it was not collected. `fisher_norm` is the Frobenius norm of the Fisher over all layers that were
-    recorded with this one, where known. With `turned` the layer's factors have the sides as (I, O), and fisher_OI has too:
-    PEFT's view of Llama 4's experts.
+    `fisher_norm` is the Frobenius norm of the Fisher over all layers that were recorded with this one, where known. With
+    `turned` the layer's factors have the sides as (I, O), and fisher_OI has too: PEFT's view of Llama 4's experts.
     """
 
     gram_II: Tensor | None
@@ -41,7 +40,7 @@ class LayerStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """The statistics of the layers of the adapter with that content hash."""
+    """The statistics of an adapter's layers, and the hash of that adapter's content."""
 
     adapter_hash: str
     layers: Mapping[str, LayerStatistics]
@@ -81,10 +80,7 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Read what `save` wrote.
-
-        Raises AdapterNotFound for no file, AdapterCorrupt for a damaged one or one of something else.
-        """
+        """Read what `save` wrote. Raises AdapterNotFound for no file, AdapterCorrupt for a damaged one or another kind."""
         source = Path(path)
         if not source.is_file():
             raise AdapterNotFound(f"no statistics file {source}; collect_statistics(...).save(path) writes one")

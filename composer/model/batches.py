@@ -25,10 +25,9 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class TargetBatch:
-    """A batch of prompts with their targets: `inputs` go to the model; targets_BK are token ids.
+    """A batch of `inputs` for the model with targets_BK, token ids or `IGNORED` where a row's target is shorter than K.
 
-    Where a row's target is shorter than K, targets_BK has `IGNORED`. A decoder predicts targets_BK[:, k] at position T - K -
-    1 + k; an encoder-decoder at decoder position k.
+    A decoder predicts targets_BK[:, k] at position T - K - 1 + k; an encoder-decoder at decoder position k.
     """
 
     inputs: dict[str, Tensor]
@@ -77,11 +76,10 @@ class EncodedRow:
 def encode(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], targets: Sequence[str], *, ends: Sequence[str | None] = ()
 ) -> list[EncodedRow]:
-    """Return the token ids of each prompt and of " target" with its end, tokenised apart.
+    """Return the token ids of each prompt, and of " target" with its end (by default the end of sequence), tokenised apart.
 
-    The end is by default the end-of-sequence token. The target of a conversation is the assistant's turn, as `answered_ids`
-    has it. Raises what that raises, and InvalidTask for a prompt or a target without tokens and for a row longer than the
-    model's context.
+    What follows a conversation is the assistant's turn, as `answered_ids` has it. Raises what that raises, and InvalidTask
+    for a prompt or a target without tokens and for a row longer than the model's context.
     """
     # tokenizers refuse an empty list
     if not prompts:
@@ -188,11 +186,7 @@ def token_losses(model: Any, batch: TargetBatch) -> Tensor:
 
 
 def token_scores(model: Any, batch: TargetBatch) -> tuple[Tensor, Tensor]:
-    """Return (loss_BK, hit_BK).
-
-    The losses are those of `token_losses`. A hit is a target token that is the most likely one; False beyond a shorter
-    target.
-    """
+    """Return (loss_BK, hit_BK): also whether a target token is the most likely one; False beyond a shorter target."""
     logits_BKV = target_logits(model, batch)
     return losses_of(logits_BKV, batch.targets_BK), logits_BKV.argmax(dim=2) == batch.targets_BK
 

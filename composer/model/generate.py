@@ -154,11 +154,7 @@ def read_one(text: Any) -> Prompt:
 
 
 def read_prompt(given: Any, number: int) -> Prompt:
-    """Return text or conversation `number` of a call as a prompt.
-
-    Raises CompositionError for anything else and for a conversation that ends with the assistant's turn, InvalidTask for
-    turns of another form.
-    """
+    """Return a call's text or conversation as a prompt. Raises CompositionError, or InvalidTask for turns of other forms."""
     if isinstance(given, str):
         return given
     if not isinstance(given, Conversation) and not is_messages(given):
@@ -173,10 +169,7 @@ def read_prompt(given: Any, number: int) -> Prompt:
 
 
 def encode_texts(model: nn.Module, tokenizer: Any, texts: Sequence[Prompt]) -> tuple[dict[str, Tensor], int]:
-    """Return the token ids with their mask, padded left (right for an encoder), and the id that pads.
-
-    Raises CompositionError for a text without tokens, if the tokenizer has no bos token to begin with.
-    """
+    """Return the token ids with their mask, padded left (right for an encoder), and the id that pads."""
     encoded = prompt_ids(tokenizer, texts)
     for number, ids in enumerate(encoded):
         if not ids and tokenizer.bos_token_id is not None:

@@ -181,10 +181,7 @@ linear, norm, embedding, conv = Linear(), Norm(), Embedding(), Convolution()
 
 
 def by_row(tensor: Tensor) -> Tensor:
-    """Return a tensor as (rows, tokens, features).
-
-    Its last axis is the features; its first is the rows, if it has two axes or more.
-    """
+    """Return (rows, tokens, features) of a tensor whose last axis is the features and whose first, if two, is the rows."""
     if tensor.ndim == 1:
         return tensor[None, None]
     # not -1, which is ambiguous for a tensor without elements

@@ -1,8 +1,8 @@
 """The target layers of a model: modules of a known kind, each seen as one weight (O, I) whatever its storage.
 
 `use_of` finds layers whose weight is read without a call: a hook on such a layer never fires, and an update would be lost
-without a word. How a class uses its layers is seen from the bytecode of its methods, which is there without the source and
-quick to look through.
+without a word. How a class uses its layers is seen from the bytecode of its methods, which is quick, and there without the
+source.
 """
 
 from __future__ import annotations
@@ -199,11 +199,7 @@ def _is_never_called(modules: Mapping[str, nn.Module], name: str) -> bool:
 
 
 def _hint(modules: Mapping[str, nn.Module], name: str) -> str:
-    """Return a hint at what the model has in place of a missing layer `name`.
-
-    It is the nearest name; the first name of a module that has several; or, for one of many experts, that they are a part of
-    a bare parameter here.
-    """
+    """Return what the model has in place of `name`: the nearest name, the first of two, or experts in one parameter."""
     with suppress(AttributeError, KeyError):
         module = modules[""].get_submodule(name)
         first = next(place for place, other in modules.items() if other is module)
@@ -312,10 +308,9 @@ _KNOWN: WeakKeyDictionary[type[nn.Module], tuple[set[str], set[str]]] = WeakKeyD
 
 
 def use_of(owner: nn.Module, attribute: str) -> Use:
-    """Return how the owner's forward, and what it leads to, uses a layer: by calling it, by reading its weight, or both.
+    """Return whether the owner's forward calls `self.<attribute>`, reads its weight to compute with it, or does both.
 
-    "called": it calls `self.<attribute>`; "read": it computes with its weight. "called" also where neither is seen: others
-    may call the layer.
+    "called" also where neither is seen: others may call the layer.
     """
     reads, others = _uses(type(owner))
     if attribute not in reads:

@@ -31,8 +31,8 @@ class Prefixes:
     def of(cls, model: Any, tokenizer: Any, groups: Sequence[Sequence[Sequence[int]]]) -> Prefixes | None:
         """Read what the rows of each group have in common, with one token left to each row.
 
-        None where sharing does not pay or cannot be exact: for encoder-decoders, for models without positions, and for
-        caches other than plain keys and values.
+        Returns None where sharing does not pay or cannot be exact: for encoder-decoders, for models without positions, and
+        for caches other than plain keys and values.
         """
         if any(len(rows) < 2 for rows in groups) or model.config.is_encoder_decoder or not takes(model, "position_ids"):
             return None

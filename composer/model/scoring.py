@@ -184,10 +184,7 @@ def _batches(
     num_rows: int,
     share: bool,
 ) -> tuple[Prefixes | None, list[tuple[list[int], list[Prompt]]]]:
-    """Return the prefix that is read once, and batches of inputs of like length.
-
-    A batch is (places of the inputs, their prompts), the prompts of one task after those of the other.
-    """
+    """Return the prefix that is read once, and batches of like length: (inputs' places, their prompts, task after task)."""
     prompts_MN = [[task.prompt(text) for text in own] for task, own in zip(tasks, inputs_MN, strict=True)]
     ids_MN = [prompt_ids(tokenizer, prompts) for prompts in prompts_MN]
     by_length = sorted(range(len(ids_MN[0])), key=lambda index: len(ids_MN[0][index]))
@@ -349,10 +346,9 @@ def label_scores(
     ends: Sequence[str | None] = (None,),
     prefix: Prefixes | None = None,
 ) -> Tensor:
-    """Return log p_NL over the labels after each prompt, by their summed log-likelihoods.
+    """Return log p_NL over the labels after each prompt, by summed log-likelihoods, an end (or end of sequence) included.
 
-    The end of each label, by default the end of sequence, is included. The prompts are those of as many members as there are
-    `ends`, one after the other.
+    The prompts are those of as many members as there are `ends`, one after the other.
     """
     inputs, cache = _read_prompts(model, tokenizer, prompts, prefix)
     ids = [label_ids(tokenizer, labels, end) for end in ends]
@@ -369,10 +365,7 @@ def label_scores(
 
 
 def label_ids(tokenizer: Any, labels: Sequence[str], end: str | None = None) -> list[list[int]]:
-    """Return the token ids of " label" and `end`, by default the end of sequence.
-
-    Raises InvalidTask for a label without tokens.
-    """
+    """Return the token ids of " label" and `end`, None for the end of sequence. Raises InvalidTask for an empty label."""
     ids = answer_ids(tokenizer, labels, [end] * len(labels))
     for label, tokens in zip(labels, ids, strict=True):
         if not label.strip() or not tokens:

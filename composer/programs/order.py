@@ -30,16 +30,15 @@ def order(
     gain: Annotated[float, Range(least=0, below=1)] = 0.1,
     progress: bool = True,
 ) -> Program:
-    """Return the program `a > b > ...` whose last step gives the task's targets the lowest mean loss.
+    """Return the program `a > b > ...`, each step asked by its own description, with the lowest mean loss of the targets.
 
-    Each step is asked by its own instruction, the description in the hub.
-
-    First steps are the `k` adapters whose sample inputs are most like the task's, later ones those and the `k` whose sample
-    outputs are most like its targets. All single steps are measured, then pairs that end in one of the eight best of them,
-    then the `beam` best programs with one more step at any place, up to `max_steps`; the worse ones are dropped after one
-    example, and again after two. Where the task has an instruction, the base asked by it is a step like others, the last
-    among equal ones. A longer program is taken where its loss is lower by more than the share `gain`; three steps are tried
-    only where two would be taken. No adapter occurs twice in a program, and the model is asked no question twice.
+    The description is the one in the hub. First steps are the `k` adapters whose sample inputs are most like the task's,
+    later ones those and the `k` whose sample outputs are most like its targets. All single steps are measured, then pairs
+    that end in one of the eight best of them, then the `beam` best programs with one more step at any place, up to
+    `max_steps`; the worse ones are dropped after one example, and again after two. Where the task has an instruction, the
+    base asked by it is a step like others, the last among equal ones. A longer program is taken where its loss is lower by
+    more than the share `gain`; three steps are tried only where two would be taken. No adapter occurs twice in a program,
+    and the model is asked no question twice.
 
     Raises InvalidTask for a task without examples and a hub without descriptions, WeightingError for settings out of range
     and for anything but a hub, EmptyIndex and BaseModelMismatch for a hub without an adapter for the model, SearchFailed

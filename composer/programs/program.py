@@ -151,10 +151,7 @@ def card_inputs(hub: Hub, first: str | None, given: Sequence[str], count: int, s
 
 
 def recombined(texts: Sequence[str], count: int, seed: int) -> list[str]:
-    """Return at most `count` new texts, drawn by the seed.
-
-    Each word of a new text stands at its place in one of the `texts` of as many words.
-    """
+    """Return at most `count` new texts, drawn by the seed: each word is in its place in a text of as many words."""
     generator = random.Random(seed)
     words = [text.split(" ") for text in texts]
     found: dict[str, None] = {}
@@ -171,7 +168,7 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class OrderReport:
-    """Every program that was measured, those on most examples first and then by loss; the one that was chosen, and why.
+    """The programs that were measured, those on most examples first and then by loss; the one that was chosen, and why.
 
     `left_out` are adapters without a description, which cannot be asked; `questions` counts what the model was asked.
     """
@@ -198,10 +195,9 @@ class OrderReport:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A chain of steps that each answer what the one before it answered.
+    """The steps that each answer what the one before it answered; `hub` has their adapters, `pool` those that were chosen.
 
-    `hub` has their adapters, `pool` these as they were chosen. The task's labels, where it has some, are those of the last
-    step.
+    The task's labels, where it has some, are those of the last step.
     """
 
     model: Any

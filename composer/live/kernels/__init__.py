@@ -11,9 +11,9 @@
                                 triton_gathered, triton_segments    the same in one launch each, on a GPU
     weights by token            dense       all experts for all tokens, masked by the weights
                                 sorted_tokens    each expert meets only the tokens that chose it
-    experts in training         _added_experts takes one of _expert_product, _chosen_product and one token's own experts
+    experts in training         _added_experts takes one of ExpertProduct, ChosenProduct and one token's own experts
 
 Each file with a name says for which mixtures its path is, and what it costs; `row_weights.choose` takes the cheapest. A new
 path is one more file, tested by `tests/composer/live/kernels/test_naive.py`, which compares each with the formula.
-`test_weighted_product.py` and `test_added_experts.py` are for those that learn, `test_triton.py` compares the GPU's.
+`test_weighted_product.py` and `test_added_experts.py` are for paths that learn, `test_triton.py` compares the GPU's.
 """

@@ -145,10 +145,7 @@ def _of_one_token(y: Tensor | None, x_1I: Tensor, w_E: Tensor, a_SI: Tensor, b_S
 
 
 def choosing_pays(work: TokenWorkload, *, learns: bool) -> bool:
-    """Return whether, on a CPU, `ChosenProduct` clearly takes less time than `ExpertProduct`.
-
-    The time is that of the forward pass, or of both passes where the experts learn.
-    """
+    """Return whether, on a CPU, `ChosenProduct` clearly beats `ExpertProduct` (in both passes where the experts learn)."""
     rates = RATES["cpu", work.itemsize]
     width, rank = work.num_inputs + work.num_outputs, work.stacked / work.num_experts
     products, operations = (6, 13) if learns else (2, 5)
@@ -163,10 +160,7 @@ def choosing_pays(work: TokenWorkload, *, learns: bool) -> bool:
 
 
 def skipping_pays(most: int, num_experts: int, num_bytes: int) -> bool:
-    """Return whether, on a CPU, calls for one token's own experts take less time than one call that reads all factors.
-
-    The token has `most` experts of its own, out of `num_experts` whose factors have `num_bytes` together.
-    """
+    """Return whether, on a CPU, a call for each of a token's `most` experts beats one that reads all of so many bytes."""
     # two products and their parts of the factors, against two products, and the weights of all rank rows
     extra_calls = 5 * most - 7
     return num_bytes * (1 - most / num_experts) * S_PER_COLD_BYTE > extra_calls * S_PER_OP

@@ -12,10 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cost:
-    """The work of a path beside the base layer.
-
-    It is in floating point operations, bytes read and written, calls, and the items of batched calls.
-    """
+    """The work of a path beside the base layer: FLOPs, bytes read and written, calls, and the items of batched calls."""
 
     flops: float
     num_bytes: float
@@ -25,7 +22,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds per floating point operation, per byte, per call, and per item of a batched call."""
+    """The seconds per floating point operation, per byte, per call, and per item of a batched call."""
 
     s_per_flop: float
     s_per_byte: float
@@ -53,10 +50,10 @@ S_PER_OP = 2e-6
 class Workload:
     """One layer's part of a forward pass with weights by row.
 
-    `num_mixtures` rows of the mixture that use any expert, each with `tokens` tokens; `largest` and `total` are the
-    largest rank sum of a row and the sum over rows; `num_segments` distinct mixtures have `distinct` rank rows together,
-    and all their experts `stacked`. `triton` says that its kernels run there; `native` is 0 where compiled code does not,
-    which uses one thread, and else the number of threads that torch has.
+    `num_mixtures` rows of the mixture that use any expert, each with `tokens` tokens; `largest` and `total` are the largest
+    rank sum of a row and the sum over rows; `num_segments` distinct mixtures have `distinct` rank rows together, and all
+    their experts `stacked`. `triton` is True if Triton's kernels run there; `native` is the number of torch's threads if
+    compiled code, which uses one, runs there, else 0.
     """
 
     num_mixtures: int

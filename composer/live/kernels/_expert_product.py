@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 
 class RankRows(NamedTuple):
-    """The owners of S rank rows, and the rows of a and of b that they have; None is a row of its own, in the same order."""
+    """The owners of S rank rows, and the rows of a and of b that they have; None means a row for each, in the same order."""
 
     owner_S: Tensor
     a_row_S: Tensor | None = None

@@ -51,10 +51,7 @@ class Kernel(Protocol):
         ...
 
     def plus(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
-        """Return y and the updates in the dtype of y; gradients reach both.
-
-        The sum may be in y's memory, which nothing else refers to.
-        """
+        """Return y and the updates in y's dtype, maybe in its memory, which nothing else refers to; gradients reach both."""
         ...
 
     def adder(self, dtype: torch.dtype, shape: torch.Size) -> Adder:

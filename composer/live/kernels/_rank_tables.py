@@ -30,10 +30,7 @@ def _is_installed() -> bool:
 
 @dataclass(frozen=True, eq=False)
 class RankTables:
-    """The distinct factors of a batch, and the rank rows that each mixture uses of them.
-
-    Mixture g uses the rows index_GR[g, :count_G[g]] of a and b, with weights w_GR in fp32; none is there twice.
-    """
+    """The distinct rank rows of a batch, of which mixture g uses index_GR[g, :count_G[g]], with weights w_GR in fp32."""
 
     a_DI: Tensor
     b_DO: Tensor

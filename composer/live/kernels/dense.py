@@ -77,10 +77,7 @@ class Stack:
         return found
 
     def weigh(self, w_BTP: Tensor, hidden_NS: Tensor | None = None, made: Made | None = None) -> Dense:
-        """Return the kernel of this stack with the weights of its parts; B and T may be 1.
-
-        `hidden_NS` is x a^T of the x to come, where it is known.
-        """
+        """Return its kernel for the parts' weights; B and T may be 1. `hidden_NS` is x a^T of the x to come, if known."""
         return Dense(self, w_BTP, hidden_NS, made)
 
 
@@ -211,10 +208,7 @@ class Dense(RowKernel):
 
 @lru_cache(maxsize=256)
 def _uses(ranks: tuple[int, ...], num_tokens: int) -> Tensor:
-    """Return the numbers of a table in which each token is a row that uses every factor.
-
-    They are the same for all layers of these ranks.
-    """
+    """Return the numbers of a table, for all layers of these ranks, in which each token is a row that uses every factor."""
     starts = [num_tokens * number for number in range(len(ranks) + 1)]
     return torch.tensor([*ranks, *starts, *(len(ranks) * [*range(num_tokens)])])
 

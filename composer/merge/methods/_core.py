@@ -145,9 +145,8 @@ def shared_basis(direction_NS: Tensor, size_S: Tensor) -> tuple[Tensor, Tensor]:
 
     The basis vectors come most used first. They are the left singular vectors of direction diag(size): for the left singular
     vectors and singular values of all updates, those of [D_1 | D_2 | ...]; for the right ones, of the updates one above the
-    other. So neither weights, nor the order of experts, nor how an update was split into factors has any part in it. The
-    entry of largest magnitude of every vector is positive. Where singular values are equal the vectors are one choice of
-    many.
+    other. So neither weights, nor the order of experts, nor how an update was split into factors has any part in it. Every
+    vector's entry of largest magnitude is positive. For equal singular values the vectors are one choice of many.
     """
     stack_NS = direction_NS * size_S
     if direction_NS.shape[0] >= direction_NS.shape[1]:

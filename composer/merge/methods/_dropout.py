@@ -51,10 +51,7 @@ _MIX = (
 
 
 def stream(entries: Entries, seeds: Sequence[int], expert: int) -> int:
-    """Return the seed of an expert's tensor, where a bias has another than the matrix.
-
-    `seeds` are those of the experts first given, 63 bits each.
-    """
+    """Return the seed of an expert's tensor; a bias has another. `seeds` are those of the experts given, 63 bits each."""
     return int(seeds[entries.places[expert]]) | (1 << 63 if entries.bias else 0)
 
 

@@ -108,10 +108,7 @@ class Entries:
     def narrow(
         self, expert: int, low: float, high: float, room: int, within: slice = EVERY_ROW
     ) -> tuple[int, NDArray[np.float32]]:
-        """Return how many magnitudes of one expert are above `high`, and the values from `low` to `high`.
-
-        About `room` of these are expected; more cost a second pass.
-        """
+        """Return how many magnitudes of one expert are above `high`, and those from `low` to it; `room` are expected."""
         compiled = library()
         if compiled is None:
             above, between = 0, []
@@ -146,10 +143,9 @@ class Entries:
             yield rows, part_EBI
 
     def merge(self, rules: Sequence[Rule], weights: Sequence[float], out_OI: Tensor, **options: Any) -> Merge | None:
-        """Write the sum of the pruned entries by their weights, or an election, by the library.
+        """Write the sum of the pruned entries by their weights, or an election (`options` are fields of `Merge`).
 
-        `options` are fields of `Merge`. Returns None, and nothing is written, where the library is missing or does not know
-        a rule.
+        Returns None, and nothing is written, where the library is missing or does not know a rule.
         """
         compiled, numbers = library(), [rule.numbers for rule in rules]
         known = [each for each in numbers if each is not None]
@@ -167,10 +163,7 @@ class Entries:
         return Merge(cancelled=any(part.cancelled for part in parts), balance=sum(part.balance for part in parts))
 
     def by_threads(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """Return `function` of each item.
-
-        Several threads do the work for a layer that is merged alone, if the library is there.
-        """
+        """Return `function` of each item: on several threads for a layer that is merged alone, if the library is there."""
         if self.size <= ALONE or library() is None:
             return list(map(function, items))
         return list(side_by_side(function, items))

@@ -24,10 +24,7 @@ Combine = Callable[[Tensor, Tensor], Tensor]
 
 
 def align(experts: Experts, weights: Weights, *, twin: str) -> list[Term]:
-    """Return the experts that count, all of one rank.
-
-    Raises LayerMismatch, naming the `twin` on updates, for different ranks.
-    """
+    """Return the experts that count. Raises LayerMismatch, naming the `twin` on updates, for different ranks."""
     found = terms(experts, weights)
     for term in found:
         if term.factors.rank != found[0].factors.rank:
@@ -72,10 +69,7 @@ def largest(density: float) -> Prune:
 
 
 def random_rescaled(density: float, seeds: Sequence[int]) -> Prune:
-    """Return a `Prune` that keeps each entry with probability `density` and divides it by that (0 gives zeros).
-
-    Each expert has one stream of random numbers.
-    """
+    """Return a `Prune` that keeps entries with probability `density`, divided by it (0: zeros); a stream for each expert."""
     streams = [np.random.Philox(key=seed) for seed in seeds]
 
     def prune(tensor: Tensor, place: int) -> Tensor:

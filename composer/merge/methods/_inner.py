@@ -23,10 +23,7 @@ FACTOR_SPACE = frozenset({"lego", "hetlora", "ffa"})
 
 
 def inner_call(name: str, options: Mapping[str, Any], *, method: str) -> MethodCall:
-    """Return the inner method with its options.
-
-    Raises WeightingError for one that `method` cannot use, UnknownName for no name.
-    """
+    """Return the inner method with its options. Raises WeightingError for one that `method` cannot use, or UnknownName."""
     if name == method:
         raise WeightingError(
             f"{method}: inner={name!r} is the method itself; name the rule it shall apply, like 'ties_per_layer'"
@@ -47,10 +44,9 @@ def inner_call(name: str, options: Mapping[str, Any], *, method: str) -> MethodC
 def combined(
     call: MethodCall, experts: Experts, weights: Weights, seeds: Sequence[int], *, survey: Any = None
 ) -> Factors | DenseUpdate | None:
-    """Return what the inner method makes of the experts.
+    """Return what the inner method makes of the experts. Raises WeightingError where it needs seeds and has none.
 
-    It gets their seeds if it asks for seeds: WeightingError without them. `survey` is what the inner method has seen of all
-    layers; without it, it takes this one for all.
+    `survey` is what the inner method has seen of all layers; without it, it takes this one for all.
     """
     extra: dict[str, Any] = {"survey": survey} if survey is not None else {}
     if call.takes("seeds"):

@@ -92,10 +92,9 @@ def _of_factors(found: Sequence[Term]) -> tuple[Tensor, Tensor, list[Factors]]:
 
 
 def _left_singular(stack_NS: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (basis_NP, stack_PS): min(N, S) left singular vectors, and the stack in them.
+    """Return (basis_NP, stack_PS): min(N, S) left singular vectors, zeros for null ones, and the stack in them.
 
-    A vector of singular value zero is zeros. No column of the stack is lost however small it is; nothing is left of a stack
-    of zeros.
+    No column of the stack is lost however small it is; nothing is left of a stack of zeros.
     """
     size_S = stack_NS.norm(dim=0)
     used_S = size_S > 0

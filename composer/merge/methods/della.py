@@ -61,10 +61,7 @@ def della(
 def magprune(
     entries: Entries, seeds: Sequence[int], density: float, epsilon: float, *, rescale: bool = True
 ) -> Sequence[Rule]:
-    """Return rules that keep an entry with a probability that rises with the rank of its magnitude.
-
-    To `rescale`, they divide an entry that is kept by its probability.
-    """
+    """Return rules that keep an entry by a probability that rises with its magnitude's rank, divided by it to `rescale`."""
     width = entries.shape[1]
     rising = np.linspace(-1.0, 1.0, width) if width > 1 else np.zeros(width)
     level_of_rank_I = torch.tensor([float(quantise(density + epsilon * step)) for step in rising])

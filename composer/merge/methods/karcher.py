@@ -43,10 +43,7 @@ def karcher(experts: Experts, weights: Weights, *, tolerance: NonNegative = 1e-9
 
 
 def _centre(unit_EE: Tensor, part_E: Tensor, tolerance: float, max_steps: int) -> Tensor | None:
-    """Return the coefficients of the centre in unit vectors of that Gram matrix.
-
-    None when the vectors' mean is too short for a direction.
-    """
+    """Return the centre's coefficients in unit vectors of that Gram matrix; None if their mean has no direction."""
     length = _length(unit_EE, part_E)
     if length < 1e-6:
         return None

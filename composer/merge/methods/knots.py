@@ -73,10 +73,7 @@ def survey(
 
 
 def _pieces(experts: Experts, found: Sequence[Term]) -> tuple[Tensor, list[Factors | None]]:
-    """Return U and each expert's U^T D_e with its bias.
-
-    A piece is None for an expert that does not count, and for all where no update is left.
-    """
+    """Return U and each expert's U^T D_e with its bias, None for one that does not count, or for all without any update."""
     pieces: list[Factors | None] = [None] * len(experts)
     parts = spectra(found)
     experts_S = joint(parts)
