@@ -62,24 +62,26 @@ class Layer:
     def has(self, name: str) -> bool:
         return name in self.tensors
 
-    def part(self, name: str, *sizes: int | None) -> Tensor:
+    def part(self, name: str, *sizes: int | None, empty: bool = False) -> Tensor:
         """Return a tensor of this layer, or one that all layers share, in float64 (int64 for places).
 
-        Raises AdapterCorrupt if it is missing or has other sizes; None stands for any size.
+        Raises AdapterCorrupt if it is missing or has other sizes; None stands for any size above 0, with `empty` for 0, too.
         """
         tensor = self.shared.get(name, self.tensors.get(name))
         if tensor is None:
             raise AdapterCorrupt(f"{self.where} lacks the tensor {name!r}; it has {', '.join(sorted(self.tensors))}")
         shape = tuple(tensor.shape)
-        fits = len(sizes) == len(shape) and all(size in (None, own) for size, own in zip(sizes, shape, strict=True))
+        fits = len(sizes) == len(shape) and all(
+            stored == size if size is not None else stored > 0 or empty for size, stored in zip(sizes, shape, strict=True)
+        )
         if sizes and not fits:
-            wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+            wanted = ", ".join("1 or more" if size is None else str(size) for size in sizes)
             raise AdapterCorrupt(f"{self.where}: {name!r} has shape {shape}, not ({wanted})")
         return tensor.double() if tensor.is_floating_point() else tensor
 
-    def pair(self, name_a: str, name_b: str) -> tuple[Tensor, Tensor]:
-        """Return the factors (R, I) and (O, R) of these names, which must have one rank."""
-        a_RI = self.part(name_a, None, None)
+    def pair(self, name_a: str, name_b: str, *, empty: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the factors (R, I) and (O, R) of these names, which must have one rank, with `empty` of 0, too."""
+        a_RI = self.part(name_a, None, None, empty=empty)
         return a_RI, self.part(name_b, None, a_RI.shape[0])
 
     @property

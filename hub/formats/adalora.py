@@ -22,7 +22,8 @@ class Adalora(ForeignFormat):
 
     @classmethod
     def update(cls, layer: Layer) -> Factors:
-        a_RI, b_OR = layer.pair("lora_A", "lora_B")
+        # pruning may leave a rank of 0
+        a_RI, b_OR = layer.pair("lora_A", "lora_B", empty=True)
         e_R = layer.part("lora_E", a_RI.shape[0], 1)[:, 0]
         alpha = layer.config.number("lora_alpha")
         if alpha <= 0:

@@ -23,7 +23,7 @@ class Osf(ForeignFormat):
 
     @classmethod
     def update(cls, layer: Layer) -> Factors:
-        s_R = layer.part("osf_svd_params.S_low", None)
+        s_R = layer.part("osf_svd_params.S_low", None, empty=True)
         num_out, num_in, rank = layer.base.num_outputs, layer.base.num_inputs, s_R.shape[0]
         u_OR, v_RI = layer.part("osf_svd_params.U_low", num_out, rank), layer.part("osf_svd_params.V_low", rank, num_in)
         base_u_OR, base_s_R, base_v_RI = torch.linalg.svd(layer.base.weight_OI, full_matrices=False)
