@@ -19,9 +19,9 @@ from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import EncodedRow, batch, encode, logits_at, token_scores, untouched
 from loraweave.types import Task
 
-# of one pass, in tokens that are read
+# the tokens that one tree, and one pass over several, have at most
 MAX_TREE, MAX_TOKENS = 384, 1024
-# answers that one call of the model's generate writes: their tokens cost little beside another one's passes
+# answers that one call of the model's generate writes at most: their tokens cost little beside those of another call
 MAX_ROWS = 64
 
 

@@ -73,7 +73,7 @@ def collect_statistics(
     engine = Composer(model, {adapter.name: replace(adapter, heads={})})
     recorders = make_recorders(model, [*adapter.layers, *layers], kinds)
     rows = encode_texts(model, tokenizer, texts, max_tokens)
-    # one by one for an encoder-decoder: a layer does not tell whether it sees the tokens of the one or of the other
+    # one by one for an encoder-decoder: a layer does not tell whether it sees the encoder's tokens or the decoder's
     size = 1 if model.config.is_encoder_decoder else batch_size
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     groups = [order[start : start + size] for start in range(0, len(order), size)]

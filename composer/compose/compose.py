@@ -146,9 +146,9 @@ def _compose(
         splits = folds(len(task.examples), settings.folds, settings.seed) if settings.learns and task.examples else []
     hub = experts if isinstance(experts, Hub) else None
     scoring = None if workers.is_here else ScoringWorkers(workers, engine, tokenizer, hub)
-    # what is trained shares its steps, and has nothing to spread
+    # trainings share their steps, and have nothing to spread over workers
     with joblib.parallel_config(backend="sequential"), progress_bar(progress) as bar:
-        # unknown until the searches are made, and after that too where only time bounds them
+        # the total is unknown until the searches are made, and after that, too, where only time bounds them
         shown = bar.add_task("measuring adapters", total=None)
         start = in_context_adapter(experts, model) if settings.method in ("auto", "few_shot") else None
         bench = Bench(

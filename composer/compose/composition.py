@@ -49,7 +49,7 @@ from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
 
-# what a repository is asked for, in its folder, those of members, and those of a router's adapters
+# the files that are downloaded of a repository: in its folder, in those of members, and in those of a router's adapters
 FILES = tuple(f"*{name}" for name in (FILE, "router.json", "router.safetensors", *ADAPTER_FILES))
 
 
@@ -209,7 +209,7 @@ class Composition(TaskMixture):
         engine = Composer(self.model, [self.adapter], tokenizer=self.tokenizer)
         merged = engine.explain(prompt, {self.adapter.name: 1.0}, max_new_tokens=max_new_tokens)
         if self.tuned_steps:
-            # what was trained on is of no single expert
+            # an adapter that was trained on has no experts whose shares can be told
             return merged
         names = list(self.mean_weights)
         rows = [self.mean_weights if self.by_layer is None else self.by_layer.get(layer, {}) for layer in merged.layers]

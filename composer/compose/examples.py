@@ -277,7 +277,7 @@ def tree_inputs(trees: Sequence[TokenTree], pad: int, dtype: torch.dtype, device
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window")
 MASKED = ("eager", "sdpa")
 NUM_TRIED = 4
-# what a model did with the rows that were tried, by its attention and dtype; with others of its windows it does the same
+# whether a model gave the rows that were tried the same losses in a tree, by its attention and dtype; windows are no matter
 _TRIED: WeakKeyDictionary[nn.Module, dict[tuple[str, torch.dtype], bool]] = WeakKeyDictionary()
 
 

@@ -119,7 +119,7 @@ class OnExamples:
 
 # longer answers tell little more of how sure a model is
 MAX_NEW_TOKENS = 16
-# where the model has nothing to say, so that the place of its first token is looked at
+# the answer in place of an empty one, so that the place of its first token is looked at
 NOTHING = "."
 
 
@@ -231,7 +231,7 @@ class ExampleLoss(OnExamples):
         task = task if inputs is None else with_own_answers(engine, tokenizer, task, inputs)
         super().__init__(engine, task, merge_method, only, terms)
         self.kind: Kind = get("objectives", kind)(task)
-        # in a tree of texts no token has one text before it
+        # invocation tokens are looked for in one text, and in a tree a token may have several before it
         trees = engine.pool.lazy or not engine.pool.invocations()
         self.encoded = EncodedExamples(engine.model, tokenizer, task, self.kind, trees=trees, turned=turned)
         self._workers = workers

@@ -24,7 +24,7 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Factors
 
-# of one forward pass: what bounds the logits over the vocabulary and the hidden values that are held at once
+# the logits over the vocabulary, and the tokens with hidden values, that one forward pass holds at most
 MAX_LOGITS = 768
 MAX_TOKENS = 8192
 # a backward pass keeps the hidden values of every layer
@@ -192,7 +192,7 @@ def _sums(logits_BPV: Tensor, batch: JobBatch, needs: frozenset[str]) -> dict[st
     return {name: torch.where(known_BRK, value_BRK, 0.0).sum(dim=2)[batch.real_BR] for name, value_BRK in values.items()}
 
 
-# at a time, since each has as many bytes as an adapter
+# factor sums that are made at a time, since each has as many bytes as an adapter
 MAX_CANDIDATES = 16
 
 

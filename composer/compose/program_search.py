@@ -22,9 +22,9 @@ from loraweave.errors import BaseModelMismatch, InvalidTask, SearchFailed
 from loraweave.retrieval.retriever import Retriever
 from loraweave.types import Candidate, Task
 
-# after so many examples, so many programs of one length go on
+# after so many examples, at most so many programs of one length go on
 ROUNDS = ((1, 32), (2, 12))
-# so many steps, those of the lowest loss alone, may be the last of longer programs
+# the number of steps, those of the lowest loss alone, that may be the last of longer programs
 LASTS = 8
 # adapters that a search by outputs compares
 SHORTLIST = 1000
@@ -53,7 +53,7 @@ def search_programs(
     engine = Composer(model, Fitting(model).accepted(pool), tokenizer=tokenizer)
     with progress_bar(progress) as bar:
         shown = bar.add_task("asking adapters", total=None)
-        # as many tokens as the longest text, and four: what goes on and on does not hold up the others
+        # as many tokens as the longest text, and four: an answer that goes on and on does not hold up the others
         most = answer_limit(tokenizer, task.examples) // 2 + 2
         asking = Asked(engine, tokenizer, task, lambda count: bar.update(shown, advance=count), most)
         search = ProgramSearch(asking, task, first, later, beam, gain, left_out)
@@ -102,10 +102,7 @@ def labels_of(path: Order) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ProgramRow:
-    """One program that was measured on the first `num_examples` examples.
-
-    The loss of the targets' tokens under its last step is in nats; hits are the share that greedy decoding would write.
-    """
+    """A program measured on `num_examples` examples: the targets' mean loss in nats, the share that decoding would write."""
 
     steps: tuple[str, ...]
     loss: float

@@ -31,9 +31,9 @@ from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
 
-# forward, backward by the activations and backward by the factors
+# the passes of a training step: forward, backward by the activations and backward by the factors
 STEP_COST = 3
-# of a new adapter, where no pool says otherwise
+# the layers of a new adapter, where no pool says otherwise
 TARGETS = ("q_proj", "v_proj")
 
 

@@ -24,13 +24,13 @@ from loraweave.routers.tokens._saved import router as read_router
 from loraweave.types import BaseKey, Fingerprint, Task
 
 FORMAT, FORMAT_WITH_ROUTER = 2, 3
-# of compositions of others, what these are; members have equal shares in the first, and may have any in the last
+# the kind of parts by the format of a composition of others; members have equal shares in 4, and may have any in 6
 PARTS = {4: "members", 5: "steps", 6: "members"}
 FORMATS = (FORMAT, FORMAT_WITH_ROUTER, *PARTS)
 FILE = "composition.json"
 MAX_FILE_BYTES = 2**26
 PACKAGES = ("loraweave", "torch", "transformers", "cma")
-# of a task, what is kept beside what makes it a chat
+# the fields of a task that are kept, beside those that make it a chat
 TASK_FIELDS = ("examples", "instruction", "labels", "metric", "template", "demonstrations", "orders", "calibrated", "stop")
 
 

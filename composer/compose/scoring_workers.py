@@ -26,7 +26,7 @@ from loraweave.hub.pool import ExpertPool
 Piece = TypeVar("Piece")
 Made = TypeVar("Made")
 
-# tasks, and ways to ask them, whose tokens a worker keeps
+# the number of tasks, and of ways to ask them, whose tokens a worker keeps
 NUM_KEPT = 8
 
 
@@ -112,7 +112,7 @@ def _objective(engine: Parcel, objective: Parcel) -> Any:
 
 @lru_cache(maxsize=1)
 def _engine(engine: Parcel) -> tuple[Composer, Any]:
-    # those of another engine would keep its base in memory
+    # objectives of another engine would keep its base in memory
     _objective.cache_clear()
     made: _Engine = engine.open()
     return made.make()

@@ -31,7 +31,7 @@ from loraweave.types import Router, Task
 SPACES = {"deltas": "linear", "factors": "factor_sum"}
 # an average of ways needs no guard
 FOLDS, FOLDS_OF_AUTO = 3, 0
-# examples from which on "auto" compares its ways on some of them, a long training among these
+# the number of examples from which on "auto" compares its ways on some of them, a long training among these
 MANY = 50
 # ways of compose() that are no solvers
 OTHER_WAYS = ("auto", "base", "best_single", "in_context", "few_shot")
@@ -42,11 +42,11 @@ LIMITS = ("budget", "seconds", "seed")
 # how many of the best adapters share the weight 1 at a start of that name; what else a search can begin at
 BEST = {"best_single": 1, "best_three": 3}
 STARTS = (*BEST, "base", "uniform", "retrieval")
-# a budget for any options
+# a budget that suits any options
 PLENTY = 10**9
-# what means nothing to a router
+# arguments that mean nothing to a router
 FOR_SEARCHES = ("seconds", "space", "merge_method", "objective", "inputs", "l1", "l2", "sparsity")
-# what compose() adds to the options of a router that is trained
+# arguments that compose() adds to the options of a router that is trained
 TRAINING = ("steps", "lr")
 FEW_SHOT_OPTIONS = {"steps": Count, "lr": Positive}
 

@@ -28,7 +28,7 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router, Task
 
-# of a composition's one line: adapters, and characters of a name
+# the most adapters that a composition's one line names, and characters of a name
 NUM_NAMED, NAME_WIDTH = 3, 40
 
 

@@ -40,13 +40,13 @@ from loraweave.routers.tokens._saved import router
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router
 
-# of a LoRA under demonstrations, a new one and one that begins as the in-context adapter, chosen by leave-one-out on the
-# example pool; as many orders of them in the prompts
+# trainings of a LoRA under demonstrations: of a new one, and of one that begins as the in-context adapter; chosen by
+# leave-one-out on the example pool, with ORDERS orders of the demonstrations in the prompts
 FEW_SHOT = Tuning(steps=10, lr=5e-4, batch_size=2)
 BEGUN = Tuning(steps=6, lr=8e-4, batch_size=1)
-# of a member of an average, where it is not 1; by leave-one-out too
+# the share of a member of an average, where it is not 1; by leave-one-out, too
 SHARES = {"few_shot": 3.0, "program": 3.0}
-# of a LoRA on many examples
+# how a LoRA is trained on many examples
 LONG = Tuning(steps=80, lr=3e-3, batch_size=8)
 ORDERS = 3
 
@@ -179,7 +179,7 @@ class Averaged(Trial[tuple[Any, ...]]):
         return replace(made, members=members)
 
 
-# of a router's training, without a budget
+# the steps of a router's training without a budget
 STEPS = 20
 BATCH_SIZE = 8
 

@@ -200,7 +200,7 @@ class Trial(ABC, Generic[Chosen]):
     def run(self, folds: Sequence[Split]) -> None:
         """Choose on every fold and on all examples, and measure the choices on held-out examples and on all."""
         started = time.perf_counter()
-        # what sees nothing is the same on all examples, unless only some of them are held out
+        # a choice that sees no examples is the same for all folds, unless only some examples are held out
         folds = folds if self.learns or len(folds) == 1 else []
         self.choices_on([*folds, self.bench.everything])
         self.seconds += time.perf_counter() - started

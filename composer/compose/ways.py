@@ -51,9 +51,9 @@ EACH = 10
 TRAINS_FROM = 40
 # a single adapter of less than this share of the loss without adapters is taken as it is
 SURE = 0.5
-# with labels, unless these suit it by luck with at least this probability
+# with labels, unless the adapter suits these by luck with at least this probability
 LUCK = 0.05
-# with a lower loss, in nats a token, without anything learned no program is sought
+# no program is sought where something that did not learn has a lower loss, in nats a token
 NEAR = 0.5
 # a program of FAR times that loss is no member
 FAR = 2.0
@@ -321,14 +321,14 @@ class Searched(MixtureTrial):
         super().__init__(settings.name, bench)
         self.settings = settings
         self._start_name = settings.start_name(solver_class(settings.name))
-        # of a start that is found on examples, nothing is known yet
+        # a start that is found on examples is not known yet
         self._start_weights: Start = None if self._start_name else settings.options.get("start")
         self.solver = self._solver(self._start_weights)
         self.merge_method = settings.meaning or self.solver.merge_method
         self._loss = settings.objective or self.solver.loss
         self._inputs: Sequence[Prompt] | None = None
         if self._loss == "entropy":
-            # which looks at no targets
+            # entropy looks at no targets
             texts = [text for text, _ in bench.task.examples]
             self._inputs = texts if settings.inputs is None else settings.inputs
         self.learns = self._inputs is None

@@ -10,7 +10,7 @@ from typing import Any
 from loraweave.composer.formula.tokens import quoted
 from loraweave.errors import WeightingError
 
-# how a formula calls the average of probabilities
+# the name that a formula has for the average of probabilities
 ENSEMBLE = "ensemble"
 
 

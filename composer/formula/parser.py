@@ -54,7 +54,7 @@ from loraweave.routers.tokens._saved import router_class, router_names
 
 # adapters and stored compositions that a formula mentions
 MAX_ADAPTERS = 64
-# of lw.merge, beside what the method itself declares
+# the options of lw.merge, beside those that the method itself declares
 MERGE_OPTIONS = ("rank", "seed")
 
 _WORDS = {"true": True, "True": True, "false": False, "False": False, "none": None, "None": None}
@@ -355,7 +355,7 @@ class Parser:
     def _number(self, token: Token) -> Fraction:
         value = float(token.value)
         mantissa = token.value.lower().partition("e")[0]
-        # only then is the fraction small enough to be made
+        # only a number that a float holds is small enough for its fraction to be made
         if value in (float("inf"), 0.0) and (value or mantissa.strip("0.")):
             raise self.error("this number is beyond what a float holds; weights are finite numbers", token)
         return Fraction(token.value) if value else Fraction(0)

@@ -11,10 +11,10 @@ from typing import Any
 from loraweave.common.names import printable
 from loraweave.errors import FormulaError
 
-# characters of a formula, of one number in it, and brackets inside each other
+# the most characters of a formula, digits of one number in it, and brackets inside each other
 MAX_CHARACTERS, MAX_DIGITS, MAX_DEPTH = 4096, 40, 8
 
-# of a long formula an error shows what is around the place
+# the characters on either side of the place that an error shows of a long formula
 AROUND = 60
 
 # a hyphen, dot or slash inside a name belongs to it; a minus has a space before it

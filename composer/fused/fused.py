@@ -35,7 +35,7 @@ from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Factors
 
 Update = tuple[TargetLayer, Factors | DenseUpdate]
-# of a mixture, a method, its seed, statistics and options
+# the updates of a mixture, a method, its seed, statistics and options
 MakeUpdates = Callable[[Any, str, int, Mapping[str, Statistics] | None, Mapping[str, Any]], Iterable[Update]]
 
 
@@ -166,7 +166,7 @@ class Fused:
             try:
                 self._leave()
             except BaseException:
-                # from where it was interrupted
+                # once more, from where it was interrupted
                 self._leave()
                 raise
             found, self._found_changed = self._found_changed, []
@@ -232,7 +232,7 @@ class Fused:
             self._tied = tied_parameters(self._model)
         for part in parts:
             if part == "weight" and self._requantises(layer):
-                # the other use of a tied one keeps the old object
+                # the other use of a tied weight keeps the old object
                 continue
             name = f"{layer.path}.{layer.key(part)}"
             if name in self._tied:

@@ -92,10 +92,10 @@ class Arena:
 
     def _clear(self) -> None:
         self._moves = -1
-        # the first row is zeros, which those point to that have nothing else
+        # the first row is zeros, to which the columns of a board point that are not used
         self._capacity = 1
         self._tables: dict[str, _Table] = {}
-        # the one used longest ago first
+        # slots by expert, the one used longest ago first
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
         self._profiles: dict[tuple[tuple[str, int], ...], int] = {}
         self._groups: dict[tuple[int, ...], _Groups] = {}
@@ -135,7 +135,7 @@ class Arena:
         with self._lock:
             for slot in board.slots:
                 slot.num_users -= 1
-            # of an arena that has grown since, it is none
+            # a board of an arena that has grown since is not used again
             if board.key[0] == (self._moves, self._capacity):
                 self._free.setdefault(board.key, []).append(board)
                 self._free.move_to_end(board.key)
@@ -217,7 +217,7 @@ class Arena:
         return start
 
     def _grow(self, capacity: int) -> None:
-        # they have kernels that read the old tensors
+        # free boards have kernels that read the old tensors
         self._free.clear()
         for layer, table in self._tables.items():
             # one layer after the other, so that only one is there twice
@@ -293,7 +293,7 @@ def _spread(
     found[:, :num_rows] = count_GM
     for written, rank_N, count_M in zip(found, rank_GN, count_GM, strict=True):
         index_MR, w_MR = written[num_rows:].reshape(2, num_rows, width)
-        # what is filled of each row, from its left, which row by row is the order of the uses
+        # the columns of each row that are filled, from its left; row by row this is the order of the uses
         filled_MR = np.arange(width) < count_M[:, None]
         shift_S = (start_N + rank_N - rank_N.cumsum()).repeat(rank_N)
         index_MR[filled_MR] = shift_S + np.arange(len(shift_S))

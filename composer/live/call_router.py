@@ -45,7 +45,7 @@ def in_own_precision(router: Router) -> Router:
     return derive(router, weigh, shares_weights=True)
 
 
-# the router that was asked, and the one that it gave for the running call
+# the call router that was asked, and the router that it returned for the running call
 _CALL: ContextVar[tuple[CallRouter, Router] | None] = ContextVar("loraweave_call_router", default=None)
 
 
@@ -56,7 +56,7 @@ class CallRouter:
         self._router = router
         self._name = name
         self._last: Router | None = None
-        # those that a backward pass may still run layers of again
+        # calls of which a backward pass may still run layers again
         self._num_calls = 0
         self._ran_again = False
         self._tokenizer: Any = None

@@ -19,7 +19,7 @@ from loraweave.errors import CompositionError, ScopeError
 # arguments of transformers' models whose first axis are the rows of the batch
 MAIN_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
 
-# those of them, and others, of which one row of text may have several
+# inputs, some of them above, of which one row of text may have several
 BESIDE_TEXT = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
 
 # what only transformers' continuous batching gives a model

@@ -25,7 +25,7 @@ from loraweave.errors import LayerMismatch
 
 # the update of a parameter's expert at tokens: x_NI and their numbers -> update_NO; None where there is nothing to add
 Update = Callable[[str, int, Tensor, Tensor], Tensor | None]
-# the same with what the expert made of them, and the number of all tokens; it gives what counts in its place
+# the same with what the expert made of the tokens, and the number of all tokens; it returns what counts in its place
 See = Callable[[str, int, Tensor, Tensor, Tensor, int], Tensor]
 
 
@@ -49,7 +49,7 @@ class ExpertsForward(StandIn):
         self._own = vars(module).get("forward")
         self._forward = module.forward
         self._signature = inspect.signature(type(module).forward)
-        # what it looks up has no graph, so that torch.compile leaves it out of its own
+        # its look-ups cannot be traced, so that torch.compile leaves it out of its graph
         self._outside = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
         module.forward = self.run  # type: ignore[method-assign]
 

@@ -46,7 +46,7 @@ class Fitting:
         self._layers: dict[str, TargetLayer] = {}
         self._offloaded: dict[str, TargetLayer] = {}
         self.limits = LiveLimits(model)
-        # the tuples themselves, so that none is another's successor in memory
+        # the forms by id, kept so that no other has the same id later
         self._forms: dict[int, Form] = {}
         self._same: set[BaseKey] = set()
         self._said: set[BaseKey] = set()

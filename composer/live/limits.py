@@ -42,7 +42,7 @@ class LiveLimits:
         # the layers that never run, and those whose first axis need not be the batch, each with the reason as a phrase
         self._never_called: dict[str, str] = {}
         self._out_of_order: dict[str, str] = {}
-        # of fused parameters
+        # the layers that are experts of fused parameters
         self._experts: set[str] = set()
 
     def add(self, layers: Mapping[str, TargetLayer]) -> None:
@@ -103,7 +103,7 @@ class LiveLimits:
                 )
 
 
-# by a mixture's scope
+# what weights vary by, by their scope
 _VARIES = {"instance": "row", "token": "token"}
 
 

@@ -119,7 +119,7 @@ class Activation:
         try:
             self._leave()
         except BaseException:
-            # an interruption: what it kept from being done is done before it goes on
+            # after an interruption: what it kept from being done is done before it goes on
             self._leave()
             raise
         if error is None:
@@ -401,7 +401,7 @@ class _MixedForward(StandIn):
 
     def __init__(self, live: LiveLayers, layer: TargetLayer, number: Tensor) -> None:
         self._live: LiveLayers | None = live
-        # it may have been replaced since the layer was looked at
+        # the module's forward may have been replaced since the layer was looked at
         self.layer = replace(layer, fresh=layer.fresh and gives_new_memory(layer.module))
         self._number = number
         self._own = vars(layer.module).get("forward")

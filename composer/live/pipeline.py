@@ -35,7 +35,7 @@ from loraweave.routers.combined import ByRow, needs_call, num_rows_of
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router
 
-# how the names of the parts begin that run once for all steps
+# the beginning of the names of parts that run once for all steps
 _TEXT = "text_encoder"
 SUFFIXES = ("", "Img2Img", "Inpaint")
 # pipelines of diffusers 0.42 whose guidance joins the rows without and with prompts in one call, and those that call twice

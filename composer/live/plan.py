@@ -50,7 +50,7 @@ from loraweave.types import Router
 # {expert: invocation tokens} of those of the experts that are given by name that have any
 Invocations = Callable[[Iterable[str]], Mapping[str, tuple[int, ...]]]
 
-# of a layer's input, for which the kernel is remembered
+# the most shapes of a layer's input for which the kernel is remembered
 NUM_KEPT_SHAPES = 64
 
 
@@ -89,9 +89,9 @@ class Plan:
         self._weights = weights
         # the same weights, for layers whose hidden values are no product with a matrix
         self._by_token = by_token
-        # what gives each call of a pipeline's part its own mixture, where calls differ
+        # the mixtures of a pipeline part's calls, where these differ
         self.by_call: Any = None
-        # of the arena's board, where the plan has one, else its own
+        # the kernels remembered for the arena's board, where the plan has one, else for the plan
         self._remembered = self._own = dict[str, dict[torch.Size, Warm]]()
 
     @property
@@ -330,7 +330,7 @@ def _routed_plan(
 
 NUM_KEPT = 4
 KEPT_BYTES = 2**30
-# of weights with more elements, comparing takes longer than making them again
+# the most elements of weights that are known again: comparing more takes longer than making them again
 LARGEST_KEPT = 2**16
 
 

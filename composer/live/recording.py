@@ -25,7 +25,7 @@ from loraweave.errors import CompositionError, ScopeError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.weights import MixtureWeights
 
-# what is kept of one forward's weights by token, in case somebody asks afterwards
+# the bytes of one forward's weights by token that are kept, in case somebody asks afterwards
 KEPT_BYTES = 64 * 2**20
 
 
@@ -77,10 +77,7 @@ class Usage:
             self._tell(layer, note)
 
     def chose(self, layer: str, note: Note, w_BTE: Tensor, *, again: bool = False) -> None:
-        """Note a call with weights that were made in it; those that an earlier layer had are not looked at `again`.
-
-        Raises WeightingError where they are not finite, at once on a CPU.
-        """
+        """Note a call with weights made in it. Raises WeightingError for bad ones, at once on a CPU, unless met `again`."""
         if not again:
             self.made.require_finite(layer, w_BTE)
         # what learns may be changed in place by the next step

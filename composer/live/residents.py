@@ -300,7 +300,7 @@ class Lease:
         self._parts: dict[str, dict[str, PlacedFactors]] = {}
         self._elsewhere: dict[tuple[str, str], PlacedFactors] = {}
         self._released = False
-        # what to do once when it is released
+        # called once, when it is released
         self.at_end: Callable[[], None] | None = None
 
     @property

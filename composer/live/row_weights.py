@@ -107,7 +107,7 @@ class RowWeights:
         own_rows = not mixture.layers and values.dtype is torch.float32 and bool((values != values[:1]).any())
         self._arena = arena if own_rows and not fixed_shapes else None
         self._board: Board | None = None
-        # activations that are open, which share it
+        # the open activations, which share the board
         self._open: dict[int, tuple[Lease, Mapping[str, TargetLayer]]] = {}
         self._lock = lock_of(self)
         self._workspace = workspace
@@ -118,13 +118,13 @@ class RowWeights:
         self.num_mixtures = values.shape[0]
         self._used = {layer for index, layer in enumerate(mixture.layers) if bool((values[:, :, index] != 0).any())}
         self._layers: dict[str, _LayerRows] = {}
-        # of the layers in which the experts have these ranks, 0 where one has none
+        # by the ranks that the experts have in a layer, 0 where one has none
         self._ranked: dict[tuple[int, ...], RankedRows] = {}
 
     @property
     def num_bytes(self) -> int:
         """The bytes that the kernels made so far keep."""
-        # of a list, since a forward in another thread may add a layer meanwhile
+        # over a list, since a forward in another thread may add a layer meanwhile
         return sum(rows.num_bytes for rows in list(self._layers.values()))
 
     def escaped(self) -> None:

@@ -47,7 +47,7 @@ class Claims:
 
 CLAIMS = Claims()
 
-# what a module has of hooks: each dictionary, and those beside it under the same keys
+# the dictionaries of a module's hooks: each with those beside it that have the same keys
 _HOOKS = {
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
@@ -89,7 +89,7 @@ class CleanCopies:
         self._module = module
 
     def install(self) -> None:
-        # not where another one does it by now
+        # unless another guard does it by now
         vars(self._module).setdefault(_STATE, self._without)
 
     def _without(self) -> Any:
@@ -130,12 +130,12 @@ def give_back(module: nn.Module, name: str, own: Any, stand_in: object) -> bool:
     return True
 
 
-# how transformers calls what runs a block without keeping what is inside it
+# the name that transformers has for what runs a block without keeping what is inside it
 CHECKPOINT = "_gradient_checkpointing_func"
 
 
 class WatchedBlock(StandIn):
-    """A stand-in for a block's `forward` that tells the block's input, also when gradient checkpointing runs it again."""
+    """A stand-in for a block's `forward` that tells its input, also when gradient checkpointing runs the block again."""
 
     def __init__(self, path: str, block: nn.Module) -> None:
         self.path = path

@@ -28,7 +28,7 @@ from loraweave.routers.invoked import Invoked
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import AlongDirections, Router
 
-# experts of a token that sorting has to beat before a router looks at its input
+# the experts a token with which sorting has to pay before a router looks at its input
 SOME_CHOSEN = 2
 
 
@@ -185,7 +185,7 @@ class TokenWeights:
             return LayerMixture(None, affine, w_BTE)
         w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
         known = self._known_of(layer.name, w_BTP)
-        # those of all experts, and not some copied from them
+        # only weights of all experts, and not some that were copied from them
         again, known.met = known.met and w_BTP is w_BTE, True
         if hidden_NS is None and self._valued is None and _sorts(found, layer, w_BTP, known, x_BTI):
             return LayerMixture(SortedTokens(_parts(found, layer, lease), w_BTP, dtype), affine, w_BTE, again=again)

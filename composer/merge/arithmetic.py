@@ -295,7 +295,7 @@ def clusters(
     return [tuple(names) for names in sorted(groups.values(), key=len, reverse=True)]
 
 
-# adapters of a side of the block that is one piece of work
+# the adapters on either side of the block that is one piece of work
 BLOCK = 64
 Side = ExpertPool | Sequence[str]
 

@@ -42,7 +42,7 @@ class Kin:
     elects: bool
     normalize: bool = False
     rescale: bool = False
-    # its own parameter of each model, and the default
+    # the name of its own parameter of each model, and the default
     extra: tuple[str, float] | None = None
 
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loraweave.types import Kind
 
-# where classes are that are linear layers, and no torch.nn.Linear: quantize_dynamic's, HQQ's, GPTQ's and AWQ's
+# modules whose classes are linear layers, and no torch.nn.Linear: quantize_dynamic's, HQQ's, GPTQ's and AWQ's
 _QUANTISED = ("torch.ao.nn.quantized.dynamic.modules.linear", "hqq.core.quantize", "gptqmodel.nn_modules.qlinear")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

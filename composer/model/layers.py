@@ -302,7 +302,7 @@ def tied_parameters(model: nn.Module) -> dict[str, str]:
 
 Use = Literal["called", "read", "both"]
 
-# what one may ask a weight about without computing with it
+# attributes of a weight that are read without computing with it
 _ABOUT = frozenset({"dtype", "device", "shape", "ndim", "size", "dim", "is_meta", "requires_grad", "numel", "element_size"})
 _KNOWN: WeakKeyDictionary[type[nn.Module], tuple[set[str], set[str]]] = WeakKeyDictionary()
 

@@ -50,7 +50,7 @@ from loraweave.types import Task
 
 # an input looks like the task's where the cosine of their forms is at least that of the task's own inputs, less this
 SLACK = 0.05
-# times as many texts are drawn as are wanted, since some come out twice
+# so many times as many texts are drawn as are wanted, since some come out twice
 DRAWS = 4
 
 

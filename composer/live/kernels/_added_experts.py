@@ -83,9 +83,9 @@ def _weigh(values_MR: Tensor, w_M1: Tensor) -> Tensor:
     return (values_MR.to(w_M1.dtype) * w_M1).to(values_MR.dtype)
 
 
-# of an operation on one expert's tokens, which are few and copied before it
+# seconds of an operation on one expert's tokens, which are few and copied before it
 S_PER_EXPERT_OP = 8e-6
-# estimates are right to about a third
+# a time below this share of another is clearly less: estimates are right to about a third
 CLEARLY = 0.75
 # of a token's factors, which come from memory: between two layers of the same kind the caches have seen a whole block
 S_PER_COLD_BYTE = 1e-10

@@ -42,7 +42,7 @@ RATES: Mapping[tuple[str, int], Rates] = {
     ("cuda", 8): Rates(5e-13, 5e-13, 6e-6, 0.0),
     ("cuda", 2): Rates(2e-14, 5e-13, 6e-6, 0.0),
 }
-# of an indexing or elementwise call on a CPU
+# seconds of an indexing or elementwise call on a CPU
 S_PER_OP = 2e-6
 
 

@@ -45,7 +45,7 @@ class ExpertProduct(torch.autograd.Function):
         hidden_NS = rows.of_a(x_NI @ a.T)
         mixed = _mix(hidden_NS, w_NE, b, rows, learns=learns_w)
         ctx.rows = rows
-        # of the whole only what a gradient needs; the mixed values are made again
+        # only what a gradient needs is saved; the mixed values are made again
         ctx.save_for_backward(
             x_NI if ctx.needs_input_grad[3] else None, w_NE, a, b, hidden_NS if learns_w or learns_b else None
         )

@@ -18,7 +18,7 @@ NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 STORED = {torch.float32: (torch.float32, torch.float16, torch.bfloat16), torch.bfloat16: (torch.bfloat16,)}
 # as in native.c: NARROW handles this many numbers at once
 LANES = 16
-# beyond, products of matrices are faster
+# with more tokens, products of matrices are faster
 MOST_TOKENS = 64
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loraweave.composer.live.kernels._cost import Cost, Workload
 
-# of each row of a batch: which parts count for it, and how much; parts of weight 0 are left out
+# the parts that count for each row of a batch, and how much; parts of weight 0 are left out
 RowSets = tuple[tuple[tuple[int, float], ...], ...]
 
 Adder = Callable[[Tensor, Tensor], object]

@@ -21,7 +21,7 @@ from loraweave.composer.live.kernels._native import MOST_TOKENS, Table, function
 from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSets, repeat_rows, stack_a
 from loraweave.composer.live.kernels.naive import mix
 
-# what was made of one tensor of weights, for layers with the same ranks: w_NS by these and the axes of the tokens
+# the w_NS that were made of one tensor of weights, by the ranks of layers and the axes of the tokens
 Made = dict[tuple[tuple[int, ...], torch.Size], Tensor]
 
 
@@ -71,7 +71,7 @@ class Stack:
             owned = *factors, _uses(self.ranks, num_tokens), work(num_tokens * (outputs + num_ranks))
             *a, b, uses, sums = (each.data_ptr() for each in owned)
             found = Table(num_tokens, 1, width, outputs, len(self.ranks), a[0] if a else None, b, uses, None, sums)
-            # the memory that it points to
+            # keep the memory that the table points to
             found.owned = owned
             self._tables[num_tokens, stride] = found
         return found

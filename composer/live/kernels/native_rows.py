@@ -54,7 +54,7 @@ class NativeRows(RowKernel):
             return None
         rates = NATIVE[work.itemsize]
         product = work.of_products(work.total * work.tokens, work.stacked, calls=0)
-        # one thread does what the rates know of two
+        # the library has one thread, and the rates are those of two
         slower = max(1.0, work.native / 2)
         return Cost(product.flops * rates.flops * slower, product.num_bytes * slower, rates.calls)
 
@@ -67,7 +67,7 @@ class NativeRows(RowKernel):
             first += parts[place].a_RI.shape[0]
         entries = tuple(tuple((firsts[p], parts[p].a_RI.shape[0], weight) for p, weight in row) for row in rows)
         factors = [parts[place].a_RI for place in used], [parts[place].b_RO for place in used]
-        # the first tells mostly what a look at all would
+        # the first factors mostly tell what a look at all of them would
         short = dtype is torch.float32 and _native.shorten(factors[0][0])
         joined = _native.shorten(*map(torch.cat, factors)) if short else None
         a_DI, b_DO = joined or [_joined(each, first, dtype, lend) for each in factors]
@@ -123,7 +123,7 @@ class NativeRows(RowKernel):
         work = _native.work(tokens * (len(self.entries) * outputs + sum(count for _, count, _, _ in uses)))
         sizes = len(self.entries), tokens, self.a_DI.shape[1], outputs, len(counts)
         table = Table(*sizes, *(each.data_ptr() for each in (self.a_DI, self.b_DO, numbers, weights, work)))
-        # the memory that it points to
+        # keep the memory that the table points to
         table.owned = self.a_DI, self.b_DO, numbers, weights, work
         return self._tables.setdefault(tokens, table)
 

@@ -15,7 +15,7 @@ from loraweave.composer.live.kernels._cost import Cost, Workload
 from loraweave.composer.live.kernels._parts import Lend, Part, RowSets, group_rows
 from loraweave.composer.live.kernels._rank_tables import RankTables, TableKernel
 
-# of one segment, in one block
+# the tokens of one segment in one block
 BLOCK_N = 32
 
 

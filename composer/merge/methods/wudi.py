@@ -14,9 +14,9 @@ from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.types import Factors
 
-# of Adam in the released code
+# the settings of Adam in the released code
 STEPS, RATE, BETA, SQUARE_BETA, EPSILON = 300, 1e-5, 0.9, 0.999, 1e-8
-# of float64 sums of some thousand terms, beside their size
+# the rounding of float64 sums of some thousand terms, beside their size
 ROUNDING = 2.0**-40
 
 
