@@ -159,20 +159,23 @@ class Arena:
     def kernel(
         self, board: Board, layer: TargetLayer, device: torch.device, dtype: torch.dtype, *, one: bool
     ) -> Kernel | None:
-        """Return the kernel that adds a board to a layer, for `one` token a row or more; None on another device or dtype."""
-        if (found := board.kernels.get((layer.name, one))) is None:
+        """Return the kernel that adds the board's mixture to a layer, or None where the layer has another device or dtype.
+
+        It is for `one` token a row or for more.
+        """
+        if (kernel := board.kernels.get((layer.name, one))) is None:
             table = self._tables[layer.name]
             group = board.groups.of_layer[layer.name]
             num_rows, width = board.key[1], board.key[2]
             flat = board.flat_by_device[table.a_CI.device][group]
             index_MR, w_MR = flat[num_rows:].view(2, num_rows, width)
             tables = RankTables(table.a_CI, table.b_CO, index_MR, w_MR.view(torch.float32), flat[:num_rows])
-            found = board.kernels[layer.name, one] = _kernel(tables, one=one)
+            kernel = board.kernels[layer.name, one] = _kernel(tables, one=one)
         table = self._tables[layer.name]
-        return found if table.a_CI.device == device and table.a_CI.dtype == dtype else None
+        return kernel if table.a_CI.device == device and table.a_CI.dtype == dtype else None
 
     def _enter(self, names: Sequence[str], lease: Lease, layers: Mapping[str, TargetLayer]) -> tuple[_Slot, ...] | None:
-        found = []
+        slots = []
         for name in names:
             if (slot := self._slots.get(name)) is None:
                 parts = _parts(name, lease, layers)
@@ -180,8 +183,8 @@ class Arena:
                     return None
                 slot = self._slots[name] = self._filled(parts, names)
             self._slots.move_to_end(name)
-            found.append(slot)
-        return tuple(found)
+            slots.append(slot)
+        return tuple(slots)
 
     def _filled(self, parts: Mapping[str, PlacedFactors], staying: Sequence[str]) -> _Slot:
         for layer, part in parts.items():
@@ -192,9 +195,9 @@ class Arena:
         size = max((rank for _, rank in ranks), default=0)
         slot = _Slot(self._room(size, staying), size, self._profiles.setdefault(ranks, len(self._profiles)))
         for layer, part in parts.items():
-            own = slice(slot.start, slot.start + part.a_RI.shape[0])
-            self._tables[layer].a_CI[own] = part.a_RI
-            self._tables[layer].b_CO[own] = part.b_RO
+            rank_rows = slice(slot.start, slot.start + part.a_RI.shape[0])
+            self._tables[layer].a_CI[rank_rows] = part.a_RI
+            self._tables[layer].b_CO[rank_rows] = part.b_RO
         return slot
 
     def _room(self, size: int, staying: Sequence[str]) -> int:
@@ -266,9 +269,9 @@ def _parts(name: str, lease: Lease, layers: Mapping[str, TargetLayer]) -> Mappin
     wanted = {layer for layer in lease.layers_of(name) if layers[layer].kind is linear and layers[layer].number is None}
     if not wanted <= placed.keys():
         return None
-    found = {layer: part for layer, part in placed.items() if layer in wanted}
-    fits = all(part.gain_O is None and part.bias_O is None for part in found.values())
-    return found if fits and all(triton_runs(part.a_RI.device, part.a_RI.dtype) for part in found.values()) else None
+    parts = {layer: part for layer, part in placed.items() if layer in wanted}
+    fits = all(part.gain_O is None and part.bias_O is None for part in parts.values())
+    return parts if fits and all(triton_runs(part.a_RI.device, part.a_RI.dtype) for part in parts.values()) else None
 
 
 def bytes_of(adapter: Adapter, itemsize: int) -> int:
@@ -289,16 +292,16 @@ def _spread(
     The fewer calls the better: after a step of the model each finds its code and data outside the caches.
     """
     num_groups, num_rows = count_GM.shape
-    found = np.zeros((num_groups, num_rows * (1 + 2 * width)), np.int32)
-    found[:, :num_rows] = count_GM
-    for written, rank_N, count_M in zip(found, rank_GN, count_GM, strict=True):
+    flats = np.zeros((num_groups, num_rows * (1 + 2 * width)), np.int32)
+    flats[:, :num_rows] = count_GM
+    for written, rank_N, count_M in zip(flats, rank_GN, count_GM, strict=True):
         index_MR, w_MR = written[num_rows:].reshape(2, num_rows, width)
         # the columns of each row that are filled, from its left; row by row this is the order of the uses
         filled_MR = np.arange(width) < count_M[:, None]
         shift_S = (start_N + rank_N - rank_N.cumsum()).repeat(rank_N)
         index_MR[filled_MR] = shift_S + np.arange(len(shift_S))
         w_MR.view(np.float32)[filled_MR] = w_N.repeat(rank_N)
-    return found
+    return flats
 
 
 def _kernel(tables: RankTables, *, one: bool) -> Kernel:

@@ -26,8 +26,8 @@ def in_own_precision(router: Router) -> Router:
     """
     if isinstance(router, ByRow):
         # one object for one router, which is shown a call once
-        own = {part: in_own_precision(part) for part in router.routers if part is not None}
-        return ByRow([None if part is None else own[part] for part in router.routers], router.experts)
+        wrapped = {part: in_own_precision(part) for part in router.routers if part is not None}
+        return ByRow([None if part is None else wrapped[part] for part in router.routers], router.experts)
     if not isinstance(router, TokenRouter):
         return router
     device: torch.device | None = None
@@ -130,8 +130,8 @@ def end_router_call() -> None:
 def arguments_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call of the model, by name."""
     signature = inspect.signature(model.forward)
-    found = dict(signature.bind_partial(*args, **kwargs).arguments)
+    arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            found |= found.pop(name, {})
-    return found
+            arguments |= arguments.pop(name, {})
+    return arguments

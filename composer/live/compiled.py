@@ -62,12 +62,12 @@ def mix(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
 @cache
 def mix_outside() -> Callable[[Mixed, Tensor, Tensor], Tensor]:
     """Return the eager mixture as a function outside of torch.compile's graph, so that gradients reach all they should."""
-    found: Callable[[Mixed, Tensor, Tensor], Tensor] = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    eager: Callable[[Mixed, Tensor, Tensor], Tensor] = torch.compiler.disable(  # type: ignore[no-untyped-call]
         _eager,
         reason="a mixture by a router, or of weights that learn, has gradients that a graph would lose, and stays outside; "
         "compile without fullgraph=True, or run under torch.no_grad()",
     )
-    return found
+    return eager
 
 
 def _eager(layer: Mixed, x: Tensor, y: Tensor) -> Tensor:
@@ -108,8 +108,8 @@ def _mixed_backward(
     no_bias = grad.new_empty(0) if bias is None else torch.zeros_like(bias)
     if not int(mixing):
         return torch.zeros_like(x, memory_format=torch.contiguous_format), _copy(grad), no_bias
-    found = _MIXINGS.get(int(mixing))
-    if found is None or found.closed:
+    live_mixing = _MIXINGS.get(int(mixing))
+    if live_mixing is None or live_mixing.closed:
         raise CompositionError(
             "the backward pass of a compiled model needs the activation that its forward pass ran in, and that has ended: "
             "call backward() inside the block"
@@ -120,10 +120,10 @@ def _mixed_backward(
         x, y = x.detach().requires_grad_(x.is_floating_point()), y.detach().requires_grad_()
         own_bias = target.parameter("bias")
         inputs = {"x": x, "y": y} if own_bias is None else {"x": x, "y": y, "bias": own_bias}
-        wanted = {name: each for name, each in inputs.items() if each.requires_grad}
-        output = found.apply(target, x, y)
+        wanted = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
+        output = live_mixing.apply(target, x, y)
         found_grads = torch.autograd.grad(output, list(wanted.values()), grad, allow_unused=True)
-    grads = {name: each for name, each in zip(wanted, found_grads, strict=True) if each is not None}
+    grads = {name: input_grad for name, input_grad in zip(wanted, found_grads, strict=True) if input_grad is not None}
     return (
         _copy(grads["x"]) if "x" in grads else torch.zeros_like(x, memory_format=torch.contiguous_format),
         _copy(grads["y"]) if "y" in grads else torch.zeros_like(y, memory_format=torch.contiguous_format),

@@ -68,15 +68,17 @@ class Entry(Hook):
                     "batch_invariant() counts for activations that are opened inside it, with a weight for each row: open "
                     "this one there; routers, activated LoRAs, and weights that vary by token or learn, are for other calls"
                 )
-            given = _main_input(args, kwargs)
-            num_rows = None if given is None else given.shape[0]
+            call_input = _main_input(args, kwargs)
+            num_rows = None if call_input is None else call_input.shape[0]
             plan.require_rows(num_rows)
-            plan.begin_call(given)
+            plan.begin_call(call_input)
             if plan.call_router is not None:
                 self._begin(plan.call_router, arguments_of(module, args, kwargs))
             # features by (row * token) do not say how many rows they are
-            known = None if given is None or (given.ndim == 2 and given.is_floating_point()) else num_rows
-            begin_call(known, beside=any(kwargs.get(name) is not None and kwargs[name] is not given for name in BESIDE_TEXT))
+            known = None if call_input is None or (call_input.ndim == 2 and call_input.is_floating_point()) else num_rows
+            begin_call(
+                known, beside=any(kwargs.get(name) is not None and kwargs[name] is not call_input for name in BESIDE_TEXT)
+            )
 
 
 class Exit(Hook):

@@ -67,17 +67,17 @@ class ExpertsForward(StandIn):
         active = activation is not None and activation.plan.reaches_some(self._layers.values(), activation.lease)
         if not active and self.see is None:
             return self._forward(*args, **kwargs)
-        given = list(self._signature.bind(self.module, *args, **kwargs).arguments.values())[1:]
-        x, num_tokens, reached = _reached(self.module, given)
+        inputs = list(self._signature.bind(self.module, *args, **kwargs).arguments.values())[1:]
+        x, num_tokens, reached = _reached(self.module, inputs)
 
         def update(parameter: str, number: int, x_NI: Tensor, token_N: Tensor) -> Tensor | None:
             layer = self._layers.get((parameter, number))
             if layer is None or activation is None:
                 return None
-            found: Tensor | None = activation.plan.at_tokens(
+            update_NO: Tensor | None = activation.plan.at_tokens(
                 layer, x_NI, token_N, num_tokens, activation.lease, activation.usage
             )
-            return found
+            return update_NO
 
         return _sum_of_experts(self.module, x, reached, update, self.see, num_tokens)
 
@@ -198,16 +198,16 @@ def _computes_as_known(module: nn.Module, weight: Tensor) -> bool:
     count, *sides = weight.shape
     size = sides[1] if multiplies_columns(module) else sides[0]
     num_rows = 3 if len(names) == 3 else 2 * count
-    given = [torch.randn(num_rows, size, generator=torch.Generator().manual_seed(0)).to(weight)]
+    inputs = [torch.randn(num_rows, size, generator=torch.Generator().manual_seed(0)).to(weight)]
     if len(names) == 3:
         place_N = torch.arange(num_rows, device=weight.device)[:, None]
-        given += [torch.cat([place_N, place_N + 1], dim=1) % count, torch.full((num_rows, 2), 0.5).to(weight)]
+        inputs += [torch.cat([place_N, place_N + 1], dim=1) % count, torch.full((num_rows, 2), 0.5).to(weight)]
     try:
-        expected = type(module).forward(module, *given)
-        x, _, reached = _reached(module, given)
-        found = _sum_of_experts(module, x, reached, lambda *asked: None)
+        expected = type(module).forward(module, *inputs)
+        x, _, reached = _reached(module, inputs)
+        actual = _sum_of_experts(module, x, reached, lambda *asked: None)
     except Exception:
         # whatever a class of its own asks for
         return False
     near = 1e-2 * float(expected.abs().max())
-    return expected.shape == found.shape and torch.allclose(expected.float(), found.float(), rtol=1e-2, atol=near)
+    return expected.shape == actual.shape and torch.allclose(expected.float(), actual.float(), rtol=1e-2, atol=near)

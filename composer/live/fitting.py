@@ -102,10 +102,10 @@ class Fitting:
         paths = self._pipeline.paths(adapter.layers, f"expert {name!r}")
         layers = {paths[layer]: factors for layer, factors in adapter.layers.items()}
         parts = {path.partition(".")[0] for path in layers}
-        own = self._pipeline.get_submodule(parts.pop()) if len(parts) == 1 else None
-        if own is None or adapter.fingerprint is None or adapter.fingerprint.shapes != fingerprint(own).shapes:
+        part = self._pipeline.get_submodule(parts.pop()) if len(parts) == 1 else None
+        if part is None or adapter.fingerprint is None or adapter.fingerprint.shapes != fingerprint(part).shapes:
             return adapter if tuple(layers) == tuple(adapter.layers) else replace(adapter, layers=layers)
-        require_same_base(f"expert {name!r}", adapter.base, base_key(own))
+        require_same_base(f"expert {name!r}", adapter.base, base_key(part))
         return replace(adapter, layers=layers, base_model=self._pipeline.name_or_path, fingerprint=self._key.fingerprint)
 
     def accepted(self, pool: ExpertPool) -> ExpertPool:
@@ -159,13 +159,13 @@ class Fitting:
             if heads:
                 adapter = replace(adapter, layers={**adapter.layers, **heads}, heads={})
             if id(adapter.form) not in self._forms:
-                found = self._find_layers(name, adapter)
-                new = {layer: found[layer] for layer in found if layer not in self._layers}
+                adapter_layers = self._find_layers(name, adapter)
+                new = {layer: adapter_layers[layer] for layer in adapter_layers if layer not in self._layers}
                 _require_own_weights(new)
                 self.limits.add(new)
                 self._offloaded |= {layer: target for layer, target in new.items() if target.offloaded}
                 self._paths.add(layer.path for layer in new.values())
-                self._layers |= found
+                self._layers |= adapter_layers
                 self._forms[id(adapter.form)] = adapter.form
             layers = self._layers
         require_values(name, adapter, self._offloaded)
@@ -193,11 +193,11 @@ class Fitting:
         try:
             return {layer: target_layer(self._modules, layer, part, name) for layer, part in adapter.layers.items()}
         except LayerMismatch as error:
-            its, own = adapter.base, self._own_key(adapter.base)
-            if not its.id or not own.id or own.proves(its):
+            its, own_key = adapter.base, self._own_key(adapter.base)
+            if not its.id or not own_key.id or own_key.proves(its):
                 raise
             raise BaseModelMismatch(
-                f"{error}; it was made for {its.id!r}, and this model is {own.id!r}: load the one that it was made for "
+                f"{error}; it was made for {its.id!r}, and this model is {own_key.id!r}: load the one that it was made for "
                 "(load_base(...), --base), or leave it out"
             ) from error
 
@@ -266,10 +266,10 @@ class ModulePaths:
         """Raise CompositionError, naming the first such place, when another module has taken a place, or none has it."""
         steps = self._steps
         # called before every forward of a model: 18 microseconds for 210 layers
-        found = [children.get(part) for children, part in steps.places]
-        if found == steps.modules:
+        current_modules = [children.get(part) for children, part in steps.places]
+        if current_modules == steps.modules:
             return
-        for path, now, module in zip(steps.paths, found, steps.modules, strict=True):
+        for path, now, module in zip(steps.paths, current_modules, steps.modules, strict=True):
             if now is not module:
                 way_out = "make a new Composer for the model as it is now"
                 if hasattr(now, "base_layer"):
@@ -293,12 +293,12 @@ class BoundWeights:
         """Remember what these factors of an expert are calculated from, in place of what it had before."""
         places = [
             (layers[name], part)
-            for name, each in factors.items()
-            for part, asked in (
-                ("weight", each.magnitude_O is not None or name in heads),
-                ("bias", each.base_bias_O is not None),
+            for name, layer_factors in factors.items()
+            for part, is_needed in (
+                ("weight", layer_factors.magnitude_O is not None or name in heads),
+                ("bias", layer_factors.base_bias_O is not None),
             )
-            if asked
+            if is_needed
         ]
         # another mapping, since other threads may be looking at this one
         self._of = {**self._of, expert: tuple(self._seal(layer, part) for layer, part in places)}
@@ -326,10 +326,10 @@ class BoundWeights:
                     )
 
     def _seal(self, layer: TargetLayer, part: str) -> _Seal:
-        found = self._latest.get((layer.name, part))
-        if found is None or not found.holds(closely=True):
-            found = self._latest[layer.name, part] = _Seal(layer, part)
-        return found
+        seal = self._latest.get((layer.name, part))
+        if seal is None or not seal.holds(closely=True):
+            seal = self._latest[layer.name, part] = _Seal(layer, part)
+        return seal
 
 
 class _Seal:
@@ -393,33 +393,33 @@ def head_layers(name: str, adapter: Adapter, modules: Mapping[str, nn.Module]) -
     for parameter, tensor in adapter.heads.items():
         module, _, attribute = parameter.rpartition(".")
         heads.setdefault(module, {})[attribute] = tensor
-    return {module: _as_factors(name, module, own, modules, adapter) for module, own in heads.items()}
+    return {module: _as_factors(name, module, tensors, modules, adapter) for module, tensors in heads.items()}
 
 
 def _as_factors(
     expert: str, path: str, own: Mapping[str, Tensor], modules: Mapping[str, nn.Module], adapter: Adapter
 ) -> Factors:
-    asked = f"expert {expert!r} has a trained head for {path!r}"
+    statement = f"expert {expert!r} has a trained head for {path!r}"
     module: Any = modules.get(path)
     if module is None:
         raise LayerMismatch(
-            f"{asked}, which the model does not have: load the model that it was trained on, or leave the head out with "
+            f"{statement}, which the model does not have: load the model that it was trained on, or leave the head out with "
             "dataclasses.replace(adapter, heads={})"
         )
-    kind = next((each for each in (linear, embedding) if each.shape(module) is not None), None)
+    kind = next((candidate for candidate in (linear, embedding) if candidate.shape(module) is not None), None)
     if kind is None or not own.keys() <= {"weight", "bias"}:
         what = f"{type(module).__name__} with {', '.join(sorted(own))}"
         raise AdapterUnsupported(
-            f"{asked}, a {what}: only weights and biases of linear layers and embeddings are mixed. Load the adapter alone "
-            "with peft after save_pretrained(), or leave the head out with dataclasses.replace(adapter, heads={})"
+            f"{statement}, a {what}: only weights and biases of linear layers and embeddings are mixed. Load the adapter "
+            "alone with peft after save_pretrained(), or leave the head out with dataclasses.replace(adapter, heads={})"
         )
     if path in adapter.layers:
-        raise AdapterUnsupported(f"{asked}, and an update of the same module: leave one of them out")
+        raise AdapterUnsupported(f"{statement}, and an update of the same module: leave one of them out")
     for attribute, tensor in own.items():
-        found = getattr(module, attribute, None)
-        if found is None or found.shape != tensor.shape:
-            wanted = "none" if found is None else tuple(found.shape)
-            raise LayerMismatch(f"{asked} whose {attribute} has shape {tuple(tensor.shape)}, and the model's {wanted}")
+        parameter = getattr(module, attribute, None)
+        if parameter is None or parameter.shape != tensor.shape:
+            wanted = "none" if parameter is None else tuple(parameter.shape)
+            raise LayerMismatch(f"{statement} whose {attribute} has shape {tuple(tensor.shape)}, and the model's {wanted}")
     shape = kind.shape(module)
     assert shape is not None
     bias_O = own.get("bias")

@@ -151,12 +151,12 @@ def fixed_attention(
     if dropout_p:
         raise ScopeError("attention drops values at random: call model.eval() before batch_invariant()")
     if enable_gqa:
-        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
+        key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
     num_rows, num_heads, num_queries, size = query.shape
     allowed_BQK = _allowed(attn_mask, is_causal, num_rows, num_queries, key.shape[2])
     exact = torch.promote_types(query.dtype, torch.float32)
     places_BK, allowed_BQK = _own_keys(allowed_BQK)
-    key_BHKD, value_BHKD = (_gather(each.to(exact), places_BK) for each in (key, value))
+    key_BHKD, value_BHKD = (_gather(states.to(exact), places_BK) for states in (key, value))
     scaled = query.to(exact) * (size**-0.5 if scale is None else scale)
     queries = pad(scaled, (0, 0, 0, -num_queries % TILE))
     allowed_BQK = pad(allowed_BQK, (0, 0, 0, -num_queries % TILE))
@@ -174,16 +174,16 @@ def fixed_attention(
         _products(q_NTD, by_tile(keys)).masked_fill(block, -torch.inf)
         for keys, block in zip(torch.split(key_BHKD, KEYS, dim=2), torch.split(blocked, KEYS, dim=2), strict=True)
     ]
-    largest = torch.stack([each.amax(dim=2, keepdim=True) for each in scores]).amax(dim=0)
+    largest = torch.stack([score_NTK.amax(dim=2, keepdim=True) for score_NTK in scores]).amax(dim=0)
     # queries of padding, and those that fill a tile up, may see nothing
     largest = largest.masked_fill(largest == -torch.inf, 0.0)
     total, mixed = torch.zeros_like(largest), torch.zeros_like(q_NTD[..., :1]).expand(-1, -1, value.shape[3]).clone()
-    for each, values in zip(scores, torch.split(value_BHKD.mT, KEYS, dim=3), strict=True):
-        weights = _by_vectors(torch.exp)(each - largest)
+    for score_NTK, values in zip(scores, torch.split(value_BHKD.mT, KEYS, dim=3), strict=True):
+        weights = _by_vectors(torch.exp)(score_NTK - largest)
         total += weights.sum(dim=2, keepdim=True)
         mixed += _products(weights, by_tile(values))
-    found = (mixed / total.clamp_(min=torch.finfo(exact).tiny)).reshape(num_rows, num_heads, -1, value.shape[3])
-    return found[:, :, :num_queries].to(query.dtype)
+    output_BHQD = (mixed / total.clamp_(min=torch.finfo(exact).tiny)).reshape(num_rows, num_heads, -1, value.shape[3])
+    return output_BHQD[:, :, :num_queries].to(query.dtype)
 
 
 def _products(x_NTI: Tensor, weight_NOI: Tensor) -> Tensor:
@@ -205,8 +205,8 @@ def _by_vectors(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not x.ndim or (x.shape[-1] % LANES == 0 and alone and x.is_contiguous()):
             return func(x, *args, **kwargs)
         filled = pad(x, (0, -x.shape[-1] % LANES)).contiguous()
-        found = torch.cat([func(piece, *args, **kwargs) for piece in torch.split(filled.view(-1), PIECE)])
-        return found.view_as(filled)[..., : x.shape[-1]]
+        output = torch.cat([func(piece, *args, **kwargs) for piece in torch.split(filled.view(-1), PIECE)])
+        return output.view_as(filled)[..., : x.shape[-1]]
 
     return call
 

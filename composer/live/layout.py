@@ -89,35 +89,35 @@ class Layout:
             for part in parts:
                 if part.offset is not None and part.place in exact:
                     # numpy turns a matrix round in a tenth of the time that torch takes
-                    own = tensors[part.name].to("cpu", torch.float32).numpy()
-                    np.copyto(exact[part.place][part.offset : part.offset + own.size].reshape(own.shape), own)
-        found = {}
+                    values = tensors[part.name].to("cpu", torch.float32).numpy()
+                    np.copyto(exact[part.place][part.offset : part.offset + values.size].reshape(values.shape), values)
+        flats = {}
         for place, flat in exact.items():
             filled = torch.from_numpy(flat)
             if pinned:
-                found[place] = torch.empty(flat.size, dtype=place[1], pin_memory=True).copy_(filled)
+                flats[place] = torch.empty(flat.size, dtype=place[1], pin_memory=True).copy_(filled)
             else:
-                found[place] = filled.to(place[1])
-        return found
+                flats[place] = filled.to(place[1])
+        return flats
 
     def make_views(
         self, flats: Mapping[Place, Tensor], adapter: Adapter | None, wanted: Callable[[torch.device], bool]
     ) -> dict[str, PlacedFactors]:
         """Return each layer's factors as views of the flat tensors; parts that stay where `adapter` has them need it."""
-        found = {}
+        views = {}
         for layer, parts in self._layers.items():
             if not wanted(parts[0].place[0]):
                 continue
             kept = adapter is not None and any(part.offset is None for part in parts)
-            own = _tensors(adapter.layers[layer]) if adapter is not None and kept else {}
+            adapter_tensors = _tensors(adapter.layers[layer]) if adapter is not None and kept else {}
             tensors: dict[str, Tensor] = {}
             for part in parts:
                 if part.offset is None:
-                    tensors[part.name] = _keep(own[part.name])
+                    tensors[part.name] = _keep(adapter_tensors[part.name])
                 else:
                     tensors[part.name] = _view(flats[part.place], part.shape, part.offset)
-            found[layer] = PlacedFactors(**tensors)
-        return found
+            views[layer] = PlacedFactors(**tensors)
+        return views
 
     def _next(self, place: Place, tensor: Tensor) -> int:
         offset = self._num_elements.get(place, 0)
@@ -140,19 +140,19 @@ def place_factors(factors: Factors, device: torch.device, dtype: torch.dtype) ->
 
 def _tensors(factors: Factors) -> dict[str, Tensor]:
     """Return the factors' tensors by the names of `PlacedFactors`."""
-    found = {"a_RI": factors.a_RI, "b_RO": factors.b_OR.T}
+    tensors = {"a_RI": factors.a_RI, "b_RO": factors.b_OR.T}
     if factors.gain_O is not None:
-        found["gain_O"] = factors.gain_O
+        tensors["gain_O"] = factors.gain_O
     if factors.bias_O is not None:
-        found["bias_O"] = factors.bias_O
+        tensors["bias_O"] = factors.bias_O
     # factors take no part in training
-    return {name: tensor.detach() if tensor.requires_grad else tensor for name, tensor in found.items()}
+    return {name: tensor.detach() if tensor.requires_grad else tensor for name, tensor in tensors.items()}
 
 
 def _keep(tensor: Tensor) -> Tensor:
-    found = tensor.to(*IN_PLACE)
+    kept = tensor.to(*IN_PLACE)
     # one that was read below inference_mode could take no part in a later training step
-    return found.clone() if found.is_inference() else found
+    return kept.clone() if kept.is_inference() else kept
 
 
 def _view(flat: Tensor, shape: tuple[int, ...], offset: int) -> Tensor:
@@ -165,7 +165,7 @@ def find_places(model: nn.Module, layers: Mapping[str, TargetLayer]) -> dict[str
     A quantised layer calculates in the dtype of its input, which is taken to be that of the model's first parameter of
     floats; an offloaded one where accelerate brings it.
     """
-    found: dict[str, Place] = {}
+    places: dict[str, Place] = {}
     dtype: torch.dtype | None = None
     for name, layer in layers.items():
         weight = layer.parameter("weight")
@@ -178,8 +178,10 @@ def find_places(model: nn.Module, layers: Mapping[str, TargetLayer]) -> dict[str
                 continue
             device = torch.device(moved)
         if is_floating(weight.dtype):
-            found[name] = device, weight.dtype
+            places[name] = device, weight.dtype
         else:
-            dtype = dtype or next((each.dtype for each in model.parameters() if is_floating(each.dtype)), torch.float32)
-            found[name] = device, dtype
-    return found
+            dtype = dtype or next(
+                (parameter.dtype for parameter in model.parameters() if is_floating(parameter.dtype)), torch.float32
+            )
+            places[name] = device, dtype
+    return places

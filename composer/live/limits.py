@@ -120,15 +120,15 @@ def _token_embeddings(model: nn.Module) -> set[int] | None:
     """Return the ids of the modules that a transformers model calls its input embeddings; None for another kind of model."""
     if not hasattr(model, "get_input_embeddings"):
         return None
-    found = set()
+    embedding_ids = set()
     for module in model.modules():
         if hasattr(module, "get_input_embeddings"):
             try:
-                found.add(id(module.get_input_embeddings()))  # type: ignore[operator]
+                embedding_ids.add(id(module.get_input_embeddings()))  # type: ignore[operator]
             # a part of a model without tokens
             except (NotImplementedError, AttributeError):
                 continue
-    return found
+    return embedding_ids
 
 
 # rows of the batch that the running call of a model was given, where they are known
@@ -192,8 +192,8 @@ def require_batch_first(layer: str, shape: Size) -> None:
 def require_rows_of_tokens(layer: str, num_tokens: int, of_weights: int) -> None:
     """Raise ScopeError where rows' tokens on one axis cannot be told apart, or are not as many a row as the weights'."""
     rows = _ROWS.get()
-    each, rest = divmod(num_tokens, rows or 1)
-    if _BESIDE.get() or rest or (rows and of_weights not in (1, each)):
+    tokens_per_row, rest = divmod(num_tokens, rows or 1)
+    if _BESIDE.get() or rest or (rows and of_weights not in (1, tokens_per_row)):
         raise ScopeError(
             f"the weights vary by row or token, and have {of_weights} tokens, but layer {layer!r} has {num_tokens} in a "
             f"call of {rows} rows: give weights for exactly the tokens of this call, or one mixture for all rows"

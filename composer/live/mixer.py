@@ -150,12 +150,12 @@ def _chain(activation: Activation | None) -> Iterable[Activation]:
 
 
 def _nearest_open(activation: Activation | None) -> Activation | None:
-    return next((each for each in _chain(activation) if not each.closed), None)
+    return next((candidate for candidate in _chain(activation) if not candidate.closed), None)
 
 
 def _current(live: LiveLayers) -> Activation | None:
     """Return the innermost open activation of these layers in this context."""
-    return next((each for each in _chain(_CURRENT.get()) if each.live is live and not each.closed), None)
+    return next((candidate for candidate in _chain(_CURRENT.get()) if candidate.live is live and not candidate.closed), None)
 
 
 class LiveLayers:
@@ -232,7 +232,7 @@ class LiveLayers:
                 self._uninstall()
 
     def _choose_place(self) -> None:
-        learns = any(each.plan.learns for each in self._open)
+        learns = any(activation.plan.learns for activation in self._open)
         self.mixes_outside = mix_outside() if learns else None
 
     def end_those_of_other_threads(self) -> None:
@@ -276,8 +276,8 @@ class LiveLayers:
         key = frozenset(weights.items())
         if key not in asking.answering:
             names = asking.plan.experts
-            own = MixtureWeights.of(weights, names)
-            plan = make_plan(own, names, Workspace(KEPT_BYTES), lambda _: asking.plan.invocations)
+            mixture = MixtureWeights.of(weights, names)
+            plan = make_plan(mixture, names, Workspace(KEPT_BYTES), lambda _: asking.plan.invocations)
             inner = asking.answering[key] = Activation(self, plan, asking.lease, None)
             inner.usage = Usage(plan, plan.experts, plan.mixture)
         return holding(_CURRENT, asking.answering[key])
@@ -376,7 +376,7 @@ class LiveLayers:
         """Remove this object's hooks, including those whose handles an interruption has kept from being noted."""
         model = self._model
         for hooks in (model._forward_pre_hooks, model._forward_hooks):
-            for key in [key for key, hook in hooks.items() if any(hook is own for own in self._own_hooks)]:
+            for key in [key for key, hook in hooks.items() if any(hook is own_hook for own_hook in self._own_hooks)]:
                 del hooks[key]
                 model._forward_pre_hooks_with_kwargs.pop(key, None)
 

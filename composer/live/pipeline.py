@@ -80,8 +80,8 @@ class ByCall:
         self._activate = activate
         # what is wrong with it is said before a model runs
         first = mixture(0, 1) if callable(mixture) else mixture
-        for each in first.mixtures if isinstance(first, Composite) else [first]:
-            self._checked(each)
+        for component in first.mixtures if isinstance(first, Composite) else [first]:
+            self._checked(component)
 
     def run(self, part: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a part's forward with these arguments, under the mixture of this call, and return its output."""
@@ -92,7 +92,7 @@ class ByCall:
             return self._run(mixture, part, forward, args, kwargs)
         if part.startswith(_TEXT):
             return self._run(mixture.sum(), part, forward, args, kwargs)
-        outputs = [self._run(each, part, forward, args, kwargs) for each in mixture.mixtures]
+        outputs = [self._run(component, part, forward, args, kwargs) for component in mixture.mixtures]
         predictions = [output[0] for output in outputs]
         if not all(isinstance(prediction, Tensor) for prediction in predictions):
             raise CompositionError(
@@ -106,8 +106,8 @@ class ByCall:
         if isinstance(weights, MixtureWeights):
             values_BTLE = weights.values_BTLE
             if weights.num_rows > 1:
-                given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1]
-                values_BTLE = self._rows(values_BTLE, part, given[0].shape[0], kwargs)
+                tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1]
+                values_BTLE = self._rows(values_BTLE, part, tensors[0].shape[0], kwargs)
             weights = CallWeights(values_BTLE, weights.experts, weights.layers)
         with self._activate(weights):
             return forward(*args, **kwargs)
@@ -148,20 +148,20 @@ class ByCall:
     def _step(self, part: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> tuple[int, int]:
         """Return (step, steps): the place of the call's timestep among the scheduler's, counted from 0, and their number."""
         pipe = self._pipeline.pipe
-        given = torch.as_tensor(inspect.signature(forward).bind(*args, **kwargs).arguments["timestep"]).flatten()[0].cpu()
+        t = torch.as_tensor(inspect.signature(forward).bind(*args, **kwargs).arguments["timestep"]).flatten()[0].cpu()
         times = torch.unique_consecutive(pipe.scheduler.timesteps.cpu())
         # rounded and divided as the pipeline does it
-        called = times.to(given.dtype) if given.is_floating_point() else times
+        called = times.to(t.dtype) if t.is_floating_point() else times
         called = called / 1000 if type(pipe).__name__ in _APART else called
-        found = [step for step in range(len(times)) if float(called[step]) == float(given)]
-        if len(found) > 1 and (exact := getattr(pipe, "_current_timestep", None)) is not None:
-            found = [step for step in found if float(times[step]) == float(exact)]
-        if len(found) != 1:
+        steps = [step for step in range(len(times)) if float(called[step]) == float(t)]
+        if len(steps) > 1 and (exact := getattr(pipe, "_current_timestep", None)) is not None:
+            steps = [step for step in steps if float(times[step]) == float(exact)]
+        if len(steps) != 1:
             raise CompositionError(
-                f"{part!r} was called at timestep {float(given)}, which is not one of the scheduler's, so that the step is "
+                f"{part!r} was called at timestep {float(t)}, which is not one of the scheduler's, so that the step is "
                 "unknown: call the pipeline itself, or give one mixture for all steps"
             )
-        return found[0], len(times)
+        return steps[0], len(times)
 
 
 def calls_of(

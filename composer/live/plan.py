@@ -63,9 +63,12 @@ class Warm(NamedTuple):
     note: Note
 
     def fits(self, x: Tensor, y: Tensor) -> bool:
-        """Return whether a layer's new output, where x is, may be written to: no gradient goes through it."""
-        own = x.dtype is y.dtype is self.dtype and y.device == self.device
-        return own and not y.requires_grad and y.is_contiguous()
+        """Return whether a layer's new output may be written to: no gradient goes through it.
+
+        x is on the device of y, or the layer would have failed.
+        """
+        matches = x.dtype is y.dtype is self.dtype and y.device == self.device
+        return matches and not y.requires_grad and y.is_contiguous()
 
 
 class Plan:
@@ -292,11 +295,11 @@ def make_plan(
     WeightingError for a router that names other experts, or in another order.
     """
     if not isinstance(weights, MixtureWeights):
-        own = getattr(weights, "experts", None)
-        if is_list(own, str) and tuple(own) != names:
+        router_experts = getattr(weights, "experts", None)
+        if is_list(router_experts, str) and tuple(router_experts) != names:
             raise WeightingError(
-                f"router {type(weights).__name__} is for experts {tuple(own)}, but the pool has {names}, in this order; "
-                "make the router for this pool, or swap() to pool.subset(router.experts)"
+                f"router {type(weights).__name__} is for experts {tuple(router_experts)}, but the pool has {names}, in this "
+                "order; make the router for this pool, or swap() to pool.subset(router.experts)"
             )
         return _routed_plan(weights, names, invocations(names))
     if weights.values_BTLE.requires_grad:

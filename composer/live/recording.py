@@ -142,18 +142,18 @@ class Trace:
     def calls(self, layer: str) -> list[UsedLayer]:
         """Return the calls of a layer, over `experts`; consecutive ones that share weights and rows as one."""
         experts, target = self.experts, self._setting.fitting.layers[layer]
-        found = []
+        calls = []
         for (_, by_input, _), group in groupby(self._calls.get(layer, []), key=_kind_of_call):
             same = list(group)
             first = _weights_of(*same[0], target, experts, self._setting)
             if by_input or first.w_BTE.shape[1] > 1:
                 rest = [_weights_of(usage, note, target, experts, self._setting) for usage, note in same[1:]]
-                found += [first, *rest]
+                calls += [first, *rest]
             else:
                 counts = Counter(note.shape for _, note in same)
                 tokens = {shape: _rows_and_tokens(target, shape, first.w_BTE.shape[1])[1] for shape in counts}
-                found.append(replace(first, num_tokens=sum(tokens[shape] * count for shape, count in counts.items())))
-        return found
+                calls.append(replace(first, num_tokens=sum(tokens[shape] * count for shape, count in counts.items())))
+        return calls
 
     @property
     def weights(self) -> UsedWeights:
@@ -179,7 +179,7 @@ def recording(owner: object, setting: Setting) -> Iterator[Trace]:
         yield trace
     finally:
         # not by a token: a generator that was dropped ends in another context
-        _STATE.set(_State(_STATE.get().by_owner, tuple(each for each in _STATE.get().traces if each is not trace)))
+        _STATE.set(_State(_STATE.get().by_owner, tuple(other for other in _STATE.get().traces if other is not trace)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,14 +201,14 @@ def _kind_of_call(call: tuple[Usage, Note]) -> tuple[object, bool, int]:
 
 def _weights_of(usage: Usage, note: Note, target: TargetLayer, experts: tuple[str, ...], setting: Setting) -> UsedLayer:
     """Return the note's weights over `experts`, with 0 for those that leave the layer alone or were not active."""
-    own = usage.experts
+    active = usage.experts
     w_BTE = note.w_BTE
     if w_BTE is None:
-        w_BTE = torch.zeros(1, 1, len(own)) if usage.mixture is None else usage.mixture.for_layer(target.name)
+        w_BTE = torch.zeros(1, 1, len(active)) if usage.mixture is None else usage.mixture.for_layer(target.name)
     place = {name: at for at, name in enumerate(experts)}
-    taking_part = [at for at, name in enumerate(own) if setting.updates(name, target.name)]
+    taking_part = [at for at, name in enumerate(active) if setting.updates(name, target.name)]
     found_BTE = w_BTE.new_zeros(*w_BTE.shape[:2], len(experts))
-    found_BTE[..., [place[own[at]] for at in taking_part]] = w_BTE[..., taking_part]
+    found_BTE[..., [place[active[at]] for at in taking_part]] = w_BTE[..., taking_part]
     kernel = "" if note.kernel is None else note.kernel.__module__.rpartition(".")[2]
     return UsedLayer(found_BTE, *_rows_and_tokens(target, note.shape, w_BTE.shape[1]), kernel)
 

@@ -358,16 +358,16 @@ class Lease:
 
         A layer whose place was not known, or that has moved since, has its factors placed again, outside the budget.
         """
-        found = self._parts[name].get(layer)
-        if found is None and not self.updates(name, layer):
+        factors = self._parts[name].get(layer)
+        if factors is None and not self.updates(name, layer):
             return None
-        if found is None or found.a_RI.device != device or found.a_RI.dtype != dtype:
-            found = self._elsewhere.get((name, layer))
-            if found is None or found.a_RI.device != device or found.a_RI.dtype != dtype:
+        if factors is None or factors.a_RI.device != device or factors.a_RI.dtype != dtype:
+            factors = self._elsewhere.get((name, layer))
+            if factors is None or factors.a_RI.device != device or factors.a_RI.dtype != dtype:
                 with torch.inference_mode(False), torch.no_grad():
-                    found = place_factors(self._residents._adapter(name).layers[layer], device, dtype)
-                self._elsewhere[name, layer] = found
-        return found
+                    factors = place_factors(self._residents._adapter(name).layers[layer], device, dtype)
+                self._elsewhere[name, layer] = factors
+        return factors
 
     def release(self) -> None:
         """Give the experts back; further calls do nothing."""
@@ -412,11 +412,11 @@ class Residency:
     host_budget_bytes: int | None
 
     def __str__(self) -> str:
-        asked = self.num_hits + self.num_misses
-        share = f" ({self.num_hits / asked:.0%})" if asked else ""
+        num_requests = self.num_hits + self.num_misses
+        share = f" ({self.num_hits / num_requests:.0%})" if num_requests else ""
         return "\n".join(
             [
-                f"hits       {self.num_hits:,} of {asked:,}{share}, {self.num_evictions:,} evictions",
+                f"hits       {self.num_hits:,} of {num_requests:,}{share}, {self.num_evictions:,} evictions",
                 f"moved      {_size(self.bytes_from_disk)} disk to host, {_size(self.bytes_to_device)} host to device",
                 f"on device  {_describe(self.num_on_device, self.device_bytes, self.device_budget_bytes)}",
                 f"on host    {_describe(self.num_on_host, self.host_bytes, self.host_budget_bytes)}",

@@ -74,12 +74,12 @@ def _by_block(weight: Any) -> Mapping[str, float]:
 
 def _at(layer: str, row: Mapping[str, Any] | None) -> dict[str, float]:
     """Return {name: weight} of one layer: of {block: weight}, that of the longest path that it lies below, and else 0."""
-    found = {}
+    weights = {}
     for name, weight in (row or {}).items():
         by_block = _by_block(weight)
         blocks = [block for block in by_block if not block or f"{layer}.".startswith(f"{block}.")]
-        found[name] = by_block[max(blocks, key=len)] if blocks else 0.0
-    return found
+        weights[name] = by_block[max(blocks, key=len)] if blocks else 0.0
+    return weights
 
 
 def _require_blocks(rows: list[Mapping[str, Any] | None], layers: Iterable[str]) -> None:
@@ -97,11 +97,11 @@ def _resolve_row(number: int, row: Any, pool: ExpertPool, bound: ExpertPool | No
         return None
     resolved = resolve(row, pool, bound)
     if not isinstance(resolved, MixtureWeights):
-        own = getattr(resolved, "experts", pool.names)
-        if isinstance(resolved, ByRow) or tuple(own) != pool.names:
+        router_experts = getattr(resolved, "experts", pool.names)
+        if isinstance(resolved, ByRow) or tuple(router_experts) != pool.names:
             raise WeightingError(
-                f"row {number} of the mixture is a {type(resolved).__name__} for {own}, but the pool has {pool.names}, in "
-                "this order; give each row a router for this pool"
+                f"row {number} of the mixture is a {type(resolved).__name__} for {router_experts}, but the pool "
+                f"has {pool.names}, in this order; give each row a router for this pool"
             )
         return resolved
     if resolved.values_BTLE.shape[0] != 1:

@@ -87,8 +87,8 @@ def choose(work: Workload) -> Choice:
 
 def costs(work: Workload) -> dict[str, Cost]:
     """Return the cost of each kernel that is for such a workload."""
-    found = {path: kernel.cost(work) for path, kernel in row_kernels().items()}
-    return {path: cost for path, cost in found.items() if cost is not None}
+    cost_by_path = {path: kernel.cost(work) for path, kernel in row_kernels().items()}
+    return {path: cost for path, cost in cost_by_path.items() if cost is not None}
 
 
 class RowWeights:
@@ -170,14 +170,14 @@ class RowWeights:
         require_multiple(self.num_mixtures, num_rows, f"input of layer {layer.name!r}")
         if (on_board := self._on_board(layer, x_BTI, device, dtype)) is not None:
             return on_board
-        found = self._layers.get(layer.name)
+        layer_rows = self._layers.get(layer.name)
         with torch.inference_mode(False), torch.no_grad():
-            if found is None or found.device != device or found.dtype != dtype:
-                found = self._layers[layer.name] = self._make_rows(layer.name, device, dtype, lease)
+            if layer_rows is None or layer_rows.device != device or layer_rows.dtype != dtype:
+                layer_rows = self._layers[layer.name] = self._make_rows(layer.name, device, dtype, lease)
             kernel = None
-            if found.ranked.touched:
-                kernel = self._kernel(found, layer, num_rows // self.num_mixtures * num_tokens, lease)
-        return LayerMixture(kernel, found.affine, lasts=self._board is None)
+            if layer_rows.ranked.touched:
+                kernel = self._kernel(layer_rows, layer, num_rows // self.num_mixtures * num_tokens, lease)
+        return LayerMixture(kernel, layer_rows.affine, lasts=self._board is None)
 
     def _on_board(self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype) -> LayerMixture | None:
         """Return what the layer adds by the arena; None where a gradient may outlive the board or the layer is elsewhere."""
@@ -210,8 +210,10 @@ class RowWeights:
         if key not in found.kernels:
             names = [self._mixture.experts[place] for place in found.ranked.places]
             parts = [lease.part(name, layer.name, found.device, found.dtype) for name in names]
-            own = [part for part in parts if part is not None]
-            kernel = row_kernels()[choice.path].of(own, found.ranked.rows, dtype, partial(self._borrow, dtype, found.device))
+            present = [part for part in parts if part is not None]
+            kernel = row_kernels()[choice.path].of(
+                present, found.ranked.rows, dtype, partial(self._borrow, dtype, found.device)
+            )
             found.kernels[key] = found.ranked.among_all(kernel, self.num_mixtures, found.device)
         return found.kernels[key]
 
@@ -256,18 +258,18 @@ class RankedRows:
         if len(places) < len(ranks):
             number = {place: number for number, place in enumerate(places)}
             rows = tuple(tuple((number[place], w) for place, w in row if place in number) for row in rows)
-        own = [ranks[place] for place in places]
+        place_ranks = [ranks[place] for place in places]
         touched = tuple(number for number, row in enumerate(rows) if row)
         rows = tuple(rows[number] for number in touched)
-        sums = [sum(own[p] for p, _ in row) for row in rows]
+        sums = [sum(place_ranks[p] for p, _ in row) for row in rows]
         distinct = set(rows)
         work = Workload(
             num_mixtures=len(rows),
             largest=max(sums, default=0),
             total=sum(sums),
             num_segments=len(distinct),
-            distinct=sum(sum(own[p] for p, _ in row) for row in distinct),
-            stacked=sum(own[p] for p in {p for row in distinct for p, _ in row}),
+            distinct=sum(sum(place_ranks[p] for p, _ in row) for row in distinct),
+            stacked=sum(place_ranks[p] for p in {p for row in distinct for p, _ in row}),
         )
         return cls(places, touched, rows, work)
 
@@ -330,7 +332,10 @@ class AffineTable:
         if self.gain_EO is not None and not w_BTE.requires_grad:
             touched_BT1 = ((w_BTE != 0) & self.has_gain_E).any(dim=-1, keepdim=True)
         with own_precision(w_BTE.device):
-            gain, bias = (None if each is None else _weighted(w_BTE, each, fixed) for each in (self.gain_EO, self.bias_EO))
+            gain, bias = (
+                None if values_EO is None else _weighted(w_BTE, values_EO, fixed)
+                for values_EO in (self.gain_EO, self.bias_EO)
+            )
             return Affine(gain, bias, touched_BT1)
 
 

@@ -94,10 +94,10 @@ class CleanCopies:
 
     def _without(self) -> Any:
         state_of: Callable[[nn.Module], Any] = type(self._module).__getstate__
-        found = state_of(self._module)
-        if not isinstance(found, dict):
-            return found
-        state = {name: value for name, value in found.items() if name != _STATE}
+        full_state = state_of(self._module)
+        if not isinstance(full_state, dict):
+            return full_state
+        state = {name: value for name, value in full_state.items() if name != _STATE}
         for name in list(state):
             stand_in = getattr(value := state[name], "__self__", None)
             while isinstance(stand_in, StandIn):
@@ -106,13 +106,15 @@ class CleanCopies:
             # an own forward that is the class's stands there only to be seen
             if stand_in is self._module and name == "forward" and value == MethodType(type(stand_in).forward, stand_in):
                 value = None
-            if value is None and found[name] is not None:
+            if value is None and full_state[name] is not None:
                 del state[name]
         for name, beside in _HOOKS.items():
             ours = {key for key, hook in state.get(name, {}).items() if isinstance(hook, StandIn)}
-            for each in (name, *beside):
-                if ours and each in state:
-                    state[each] = type(state[each])((key, hook) for key, hook in state[each].items() if key not in ours)
+            for attribute in (name, *beside):
+                if ours and attribute in state:
+                    state[attribute] = type(state[attribute])(
+                        (key, hook) for key, hook in state[attribute].items() if key not in ours
+                    )
         return state
 
     def remove(self) -> None:
@@ -154,20 +156,20 @@ class WatchedBlock(StandIn):
 
     def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run the block's checkpointing, which calls the function now and in the backward pass."""
-        own: Any = self._own[CHECKPOINT]
-        return own(partial(self._again, function), *args)
+        checkpointing: Any = self._own[CHECKPOINT]
+        return checkpointing(partial(self._again, function), *args)
 
     def _again(self, function: Callable[..., Any], *args: Any) -> Any:
         with self._running(args, getattr(function, "keywords", {})):
             return function(*args)
 
     def _running(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        x_BTI = kwargs.get("hidden_states", given[0] if given else None)
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        x_BTI = kwargs.get("hidden_states", tensors[0] if tensors else None)
         # in code made by torch.compile layers find no input, and say so
         if not self._tells or torch.compiler.is_compiling() or not isinstance(x_BTI, Tensor) or x_BTI.ndim != 3:
             return nullcontext()
-        beside = frozenset(each.data_ptr() for each in given if each is not x_BTI)
+        beside = frozenset(tensor.data_ptr() for tensor in tensors if tensor is not x_BTI)
         return running(BlockInput(self.path, x_BTI, beside))
 
     def own(self, name: str) -> Any:
@@ -176,8 +178,8 @@ class WatchedBlock(StandIn):
     def remove(self) -> None:
         """Give the block back what it had; if another object stands in for this one by now, it stays, and calls this."""
         self._tells = False
-        for name, own in self._own.items():
-            give_back(self._block, name, own, self)
+        for name, original in self._own.items():
+            give_back(self._block, name, original, self)
 
 
 class PromptedGenerate(StandIn):
@@ -206,10 +208,13 @@ class PromptedGenerate(StandIn):
             return self._generate(*args, **kwargs)
 
     def _inferred(self, ids_BT: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Return the mask that generate makes without one: padding is the padding token, unless that ends sequences."""
-        given = kwargs.get("generation_config") or getattr(self._model, "generation_config", None)
-        pad = kwargs.get("pad_token_id", getattr(given, "pad_token_id", None))
-        end = kwargs.get("eos_token_id", getattr(given, "eos_token_id", None))
+        """Return the mask that generate makes where it is given none.
+
+        Padding is the padding token, unless that ends sequences.
+        """
+        config = kwargs.get("generation_config") or getattr(self._model, "generation_config", None)
+        pad = kwargs.get("pad_token_id", getattr(config, "pad_token_id", None))
+        end = kwargs.get("eos_token_id", getattr(config, "eos_token_id", None))
         if pad is None or pad in (end if isinstance(end, list | tuple) else [end]):
             return torch.ones_like(ids_BT)
         return ids_BT.ne(int(pad)).long()

@@ -136,26 +136,26 @@ class TokenWeights:
         cls, router: Router, experts: tuple[str, ...], invocations: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     ) -> TokenWeights:
         """Return the weights that a router computes from each layer's input; some experts may have `invocations`."""
-        own: Any = in_own_precision(router)
+        wrapped: Any = in_own_precision(router)
         if invocations:
-            own = Invoked(own, experts, invocations)
-        call_router = CallRouter(own, type(router).__name__) if needs_call(own) else None
-        weigh = (call_router or own).weights
+            wrapped = Invoked(wrapped, experts, invocations)
+        call_router = CallRouter(wrapped, type(router).__name__) if needs_call(wrapped) else None
+        weigh = (call_router or wrapped).weights
 
         def weights(x_BTI: Tensor, layer: str) -> Tensor:
             w_BTE = weigh(x_BTI, layer)
             _require_experts(w_BTE, router, layer, len(experts))
             return w_BTE
 
-        found = cls(experts, weights, None, num_rows_of(router))
-        found.is_routed, found.call_router, found._made_of = True, call_router, (router, experts, invocations)
+        routed = cls(experts, weights, None, num_rows_of(router))
+        routed.is_routed, routed.call_router, routed._made_of = True, call_router, (router, experts, invocations)
         if call_router is None and isinstance(router, AlongDirections):
-            found._along = router
+            routed._along = router
         for part in parts_of(router):
             if isinstance(part, Valued) and part.values:
-                found._valued = _alone(part, router)
-        found.watched = tuple(path for part in parts_of(router) for path in getattr(part, "watched", ()))
-        return found
+                routed._valued = _alone(part, router)
+        routed.watched = tuple(path for part in parts_of(router) for path in getattr(part, "watched", ()))
+        return routed
 
     def again(self) -> TokenWeights:
         """Return the same weights with a router that has seen no call; both share the stacks."""
@@ -166,7 +166,7 @@ class TokenWeights:
     @property
     def num_bytes(self) -> int:
         """The bytes that the stacks made so far keep."""
-        return sum(found.num_bytes for found in list(self._layers.values()))
+        return sum(layer_stack.num_bytes for layer_stack in list(self._layers.values()))
 
     def escaped(self) -> None:
         """Let a graph of autograd keep the stacks longer than this object; nothing else uses their memory."""
@@ -177,19 +177,22 @@ class TokenWeights:
     def mixture(
         self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
     ) -> LayerMixture:
-        """Return what a layer adds. Raises ScopeError, with both counts, where rows or tokens are not the weights'."""
-        found = self._stack(layer.name, device, dtype, lease)
-        w_BTE, hidden_NS = self._weigh(layer, x_BTI, found, lease)
-        affine = None if found.table is None else found.table.weigh(w_BTE)
-        if not found.experts:
+        """Return what a layer adds to its output for this input.
+
+        Raises ScopeError, naming the layer and both counts, where rows or tokens are not the weights'.
+        """
+        layer_stack = self._stack(layer.name, device, dtype, lease)
+        w_BTE, hidden_NS = self._weigh(layer, x_BTI, layer_stack, lease)
+        affine = None if layer_stack.table is None else layer_stack.table.weigh(w_BTE)
+        if not layer_stack.experts:
             return LayerMixture(None, affine, w_BTE)
-        w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
+        w_BTP = w_BTE if layer_stack.place_P is None else w_BTE[..., layer_stack.place_P]
         known = self._known_of(layer.name, w_BTP)
         # only weights of all experts, and not some that were copied from them
         again, known.met = known.met and w_BTP is w_BTE, True
-        if hidden_NS is None and self._valued is None and _sorts(found, layer, w_BTP, known, x_BTI):
-            return LayerMixture(SortedTokens(_parts(found, layer, lease), w_BTP, dtype), affine, w_BTE, again=again)
-        stack = self._side_by_side(found, layer, lease)
+        if hidden_NS is None and self._valued is None and _sorts(layer_stack, layer, w_BTP, known, x_BTI):
+            return LayerMixture(SortedTokens(_parts(layer_stack, layer, lease), w_BTP, dtype), affine, w_BTE, again=again)
+        stack = self._side_by_side(layer_stack, layer, lease)
         return LayerMixture(stack.weigh(w_BTP, hidden_NS, known.made), affine, w_BTE, again=again)
 
     def at_tokens(
@@ -199,26 +202,26 @@ class TokenWeights:
 
         The tokens lie row by row; a router sees each as a row of its own. Raises what `mixture` raises.
         """
-        found = self._stack(layer.name, x_NI.device, dtype, lease)
+        layer_stack = self._stack(layer.name, x_NI.device, dtype, lease)
         if self.is_routed and self.num_mixtures == 1:
-            w_N1E = self._weights(x_NI[:, None], x_NI[:, None], layer.name, found)
+            w_N1E = self._weights(x_NI[:, None], x_NI[:, None], layer.name, layer_stack)
             w_1NE = w_N1E.expand(len(x_NI), -1, -1).transpose(0, 1)
         else:
             # of all tokens, by place: what is asked looks at the sizes alone
             rows, rest = divmod(num_tokens, self.num_tokens)
             places = x_NI.new_empty(0).expand(num_tokens if rest else rows, 1 if rest else self.num_tokens, 0)
-            w_BTE = self._weights(places, places, layer.name, found)
+            w_BTE = self._weights(places, places, layer.name, layer_stack)
             w_1NE = w_BTE
             if w_BTE.shape[0] > 1 or w_BTE.shape[1] > 1:
                 row_N, place_N = token_N // places.shape[1], token_N % places.shape[1]
                 row_N = row_N // (places.shape[0] // w_BTE.shape[0])
                 w_1NE = w_BTE[row_N, place_N if w_BTE.shape[1] > 1 else 0][None]
-        if not found.experts:
+        if not layer_stack.experts:
             return None, w_1NE
-        w_1NP = w_1NE if found.place_P is None else w_1NE[..., found.place_P]
-        if len(x_NI) and self._valued is None and _sorts(found, layer, w_1NP, _Known(), x_NI[None]):
-            return SortedTokens(_parts(found, layer, lease), w_1NP, dtype), w_1NE
-        return self._side_by_side(found, layer, lease).weigh(w_1NP), w_1NE
+        w_1NP = w_1NE if layer_stack.place_P is None else w_1NE[..., layer_stack.place_P]
+        if len(x_NI) and self._valued is None and _sorts(layer_stack, layer, w_1NP, _Known(), x_NI[None]):
+            return SortedTokens(_parts(layer_stack, layer, lease), w_1NP, dtype), w_1NE
+        return self._side_by_side(layer_stack, layer, lease).weigh(w_1NP), w_1NE
 
     def _known_of(self, layer: str, w_BTP: Tensor) -> _Known:
         """Return what is known of these weights: of those that were given, or that several layers of a call share."""
@@ -239,20 +242,20 @@ class TokenWeights:
 
         As (B, T, O) like y, in fp32 or better where some expert has a gain or a bias. Raises what `mixture` raises.
         """
-        found = self._stack(layer.name, device, dtype, lease)
+        layer_stack = self._stack(layer.name, device, dtype, lease)
         like = y_BTO.new_empty(0, dtype=dtype)
         w_BTE = self._weights(
-            layer.kind.inputs(layer.module, x, like) if self.is_routed else y_BTO, y_BTO, layer.name, found
+            layer.kind.inputs(layer.module, x, like) if self.is_routed else y_BTO, y_BTO, layer.name, layer_stack
         )
         update_BTO = torch.zeros((), device=device, dtype=dtype)
-        if found.experts:
-            stack = self._side_by_side(found, layer, lease)
+        if layer_stack.experts:
+            stack = self._side_by_side(layer_stack, layer, lease)
             hidden_BTS = layer.kind.project(layer.module, x, stack.a_SI)
             hidden_BTS = hidden_BTS.reshape(*y_BTO.shape[:2], hidden_BTS.shape[2])
-            w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
+            w_BTP = w_BTE if layer_stack.place_P is None else w_BTE[..., layer_stack.place_P]
             update_BTO = stack.weigh(w_BTP).expanded(hidden_BTS)
-        if found.table is not None:
-            update_BTO = update_BTO + found.table.weigh(w_BTE).on(y_BTO, layer.parameter("bias"))
+        if layer_stack.table is not None:
+            update_BTO = update_BTO + layer_stack.table.weigh(w_BTE).on(y_BTO, layer.parameter("bias"))
         return update_BTO, w_BTE
 
     def _weigh(self, layer: TargetLayer, x_BTI: Tensor, found: _LayerStack, lease: Lease) -> tuple[Tensor, Tensor | None]:
@@ -263,8 +266,8 @@ class TokenWeights:
         if self._along is not None and found.experts and not _sorting_may_pay(found, layer, x_BTI, SOME_CHOSEN):
             v_PI = self._along.directions(layer.name)
             learns = torch.is_grad_enabled() and (x_BTI.requires_grad or v_PI.requires_grad)
-            own = v_PI.dtype is found.dtype is x_BTI.dtype and v_PI.device == found.device and not v_PI.is_inference()
-            if own and not learns and not torch._C._is_any_autocast_enabled():
+            matches = v_PI.dtype is found.dtype is x_BTI.dtype and v_PI.device == found.device and not v_PI.is_inference()
+            if matches and not learns and not torch._C._is_any_autocast_enabled():
                 joint_QI = found.joined(self._side_by_side(found, layer, lease), v_PI)
                 both_BTQ = linear(x_BTI, joint_QI)
                 z_BTP = both_BTQ[..., found.num_ranks :]
@@ -288,11 +291,11 @@ class TokenWeights:
         return w_BTE
 
     def _stack(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerStack:
-        found = self._layers.get(layer)
-        if found is None or found.device != device or found.dtype != dtype:
+        layer_stack = self._layers.get(layer)
+        if layer_stack is None or layer_stack.device != device or layer_stack.dtype != dtype:
             with torch.inference_mode(False), torch.no_grad():
-                found = self._layers[layer] = self._make_stack(layer, device, dtype, lease)
-        return found
+                layer_stack = self._layers[layer] = self._make_stack(layer, device, dtype, lease)
+        return layer_stack
 
     def _make_stack(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerStack:
         placed = [lease.part(name, layer, device, dtype) for name in self._experts]
@@ -351,9 +354,9 @@ def _pays(*sizes: int) -> bool:
 
 def _require_experts(w_BTE: Tensor, router: object, layer: str, num_experts: int) -> None:
     if not isinstance(w_BTE, Tensor) or w_BTE.ndim != 3 or w_BTE.shape[2] != num_experts:
-        found = tuple(getattr(w_BTE, "shape", ())) or type(w_BTE).__name__
+        description = tuple(getattr(w_BTE, "shape", ())) or type(w_BTE).__name__
         raise WeightingError(
-            f"router {type(router).__name__} gave {found} for layer {layer!r}; expected w_BTE with the {num_experts} "
+            f"router {type(router).__name__} gave {description} for layer {layer!r}; expected w_BTE with the {num_experts} "
             "experts of the pool on its last axis"
         )
 
@@ -398,9 +401,9 @@ class MadeWeights:
         by_device: dict[torch.device, dict[str, Tensor]] = {}
         for layer, zero in zeros.items():
             by_device.setdefault(zero.device, {})[layer] = zero
-        for found in by_device.values():
-            sound = torch.stack([zero.float() for zero in found.values()]).isfinite().tolist()
-            for layer, finite in zip(found, sound, strict=True):
+        for zero_by_layer in by_device.values():
+            sound = torch.stack([zero.float() for zero in zero_by_layer.values()]).isfinite().tolist()
+            for layer, finite in zip(zero_by_layer, sound, strict=True):
                 if not finite:
                     raise WeightingError(self._message(layer, ""))
 

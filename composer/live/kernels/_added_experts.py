@@ -107,7 +107,7 @@ def add_experts(
     `ranks` are the experts'. A `most` below their number says that no token has more weights other than 0, and that a weight
     of 0 has no gradient.
     """
-    learns = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (y, x_NI, w_NE, a, b))
+    learns = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (y, x_NI, w_NE, a, b))
     (num_tokens, num_inputs), (stacked, num_outputs) = x_NI.shape, b.shape
     own_rows = rows.a_row_S is None and rows.b_row_S is None
     if most < len(ranks) and own_rows and w_NE.shape[0] == num_tokens and x_NI.device.type == "cpu":
@@ -123,8 +123,8 @@ def add_experts(
             itemsize=a.element_size(),
         )
         if choosing_pays(work, learns=learns):
-            found: Tensor = ChosenProduct.apply(y, x_NI, w_NE, a, b, tuple(ranks))  # type: ignore[no-untyped-call]
-            return found
+            output: Tensor = ChosenProduct.apply(y, x_NI, w_NE, a, b, tuple(ranks))  # type: ignore[no-untyped-call]
+            return output
     if not learns:
         return plain_product(y, x_NI, w_NE, a, b, rows)
     made: Tensor = ExpertProduct.apply(y, x_NI, w_NE, a, b, rows)  # type: ignore[no-untyped-call]

@@ -54,9 +54,9 @@ def shorten(*matrices: Tensor) -> list[Tensor] | None:
         if narrow is None:
             continue
         with torch.inference_mode(False):
-            found = [torch.empty_like(matrix, dtype=stored) for matrix in matrices]
-        if all(narrow(m.data_ptr(), short.data_ptr(), m.numel()) for m, short in zip(matrices, found, strict=True)):
-            return found
+            narrowed = [torch.empty_like(matrix, dtype=stored) for matrix in matrices]
+        if all(narrow(m.data_ptr(), short.data_ptr(), m.numel()) for m, short in zip(matrices, narrowed, strict=True)):
+            return narrowed
     return None
 
 
@@ -74,14 +74,14 @@ _WORK = [torch.empty(0)]
 @cache
 def library() -> ctypes.CDLL | None:
     """Return the library with its functions' types, or None where it cannot be had."""
-    found = native.library(SOURCE, brief=True)
-    if found is None:
+    cdll = native.library(SOURCE, brief=True)
+    if cdll is None:
         return None
     pairs = [f"{NAMES[stored]}_{NAMES[dtype]}" for dtype, forms in STORED.items() for stored in forms]
-    given: dict[str, list[Any]] = {f"add_{pair}": [ctypes.c_void_p] * 4 for pair in pairs}
-    given |= {f"narrow_{short}": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] for short in ("f16", "bf16")}
-    for name, types in given.items():
+    argument_types: dict[str, list[Any]] = {f"add_{pair}": [ctypes.c_void_p] * 4 for pair in pairs}
+    argument_types |= {f"narrow_{short}": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] for short in ("f16", "bf16")}
+    for name, types in argument_types.items():
         # the library has those for float16 only if the processor converts it
-        if (made := getattr(found, name, None)) is not None:
+        if (made := getattr(cdll, name, None)) is not None:
             made.argtypes, made.restype = types, ctypes.c_int if name.startswith("narrow") else None
-    return found
+    return cdll

@@ -136,11 +136,11 @@ def row_sets(w_BTP: Tensor) -> RowSets | None:
 
 def group_rows(rows: RowSets) -> dict[tuple[tuple[int, float], ...], list[int]]:
     """Return {distinct mixture: the numbers of its rows}, in the rows' order; rows without parts are left out."""
-    found: dict[tuple[tuple[int, float], ...], list[int]] = {}
+    numbers_by_mixture: dict[tuple[tuple[int, float], ...], list[int]] = {}
     for number, row in enumerate(rows):
         if row:
-            found.setdefault(row, []).append(number)
-    return found
+            numbers_by_mixture.setdefault(row, []).append(number)
+    return numbers_by_mixture
 
 
 def place_of(numbers: Sequence[int], device: torch.device) -> slice | Tensor:

@@ -18,8 +18,8 @@ from loraweave.composer.live.kernels._parts import Part, RowKernel, stack_a
 
 def triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether Triton kernels run there with sums in fp32: on a GPU, or in its interpreter (TRITON_INTERPRET=1)."""
-    found = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return found and dtype in (torch.float32, torch.bfloat16, torch.float16) and _is_installed()
+    available = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return available and dtype in (torch.float32, torch.bfloat16, torch.float16) and _is_installed()
 
 
 @cache
@@ -63,7 +63,7 @@ class RankTables:
 
     @property
     def num_bytes(self) -> int:
-        return sum(each.nbytes for each in (self.a_DI, self.b_DO, self.index_GR, self.w_GR, self.count_G))
+        return sum(tensor.nbytes for tensor in (self.a_DI, self.b_DO, self.index_GR, self.w_GR, self.count_G))
 
 
 class TableKernel(RowKernel):

@@ -45,7 +45,7 @@ class Stack:
     def num_bytes(self) -> int:
         made = vars(self)
         held = (self.a_SI, self.b_SO, *made.get("by_row", ()), *made.get("b_by_row", ()))
-        return sum({id(each): each.nbytes for each in held}.values())
+        return sum({id(tensor): tensor.nbytes for tensor in held}.values())
 
     @cached_property
     def _tables(self) -> dict[tuple[int, int | None], Table]:
@@ -64,17 +64,17 @@ class Stack:
 
     def table(self, num_tokens: int, stride: int | None) -> Table:
         """Return the table that the library reads: for inputs or, with a `stride`, for hidden values."""
-        found = self._tables.get((num_tokens, stride))
-        if found is None:
+        table = self._tables.get((num_tokens, stride))
+        if table is None:
             factors = self.by_row if stride is None else self.b_by_row
             (num_ranks, outputs), width = self.b_SO.shape, self.a_SI.shape[1] if stride is None else stride
             owned = *factors, _uses(self.ranks, num_tokens), work(num_tokens * (outputs + num_ranks))
-            *a, b, uses, sums = (each.data_ptr() for each in owned)
-            found = Table(num_tokens, 1, width, outputs, len(self.ranks), a[0] if a else None, b, uses, None, sums)
-            # keep the memory that the table points to
-            found.owned = owned
-            self._tables[num_tokens, stride] = found
-        return found
+            *a, b, uses, sums = (tensor.data_ptr() for tensor in owned)
+            table = Table(num_tokens, 1, width, outputs, len(self.ranks), a[0] if a else None, b, uses, None, sums)
+            # the memory that it points to
+            table.owned = owned
+            self._tables[num_tokens, stride] = table
+        return table
 
     def weigh(self, w_BTP: Tensor, hidden_NS: Tensor | None = None, made: Made | None = None) -> Dense:
         """Return its kernel for the parts' weights; B and T may be 1. `hidden_NS` is x a^T of the x to come, if known."""
@@ -166,7 +166,7 @@ class Dense(RowKernel):
         """Return the sum, in y's own memory where autograd allows that: no layer needs its own output for its gradients."""
         if self._plain() or y_BTO.dtype is not self.dtype or not _may_change(y_BTO):
             return super().plus(x_BTI, y_BTO)
-        if torch.is_grad_enabled() and any(each.requires_grad for each in (x_BTI, y_BTO, self.w_BTP)):
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_BTI, y_BTO, self.w_BTP)):
             return self._product(y_BTO, x_BTI)
         self.add_(x_BTI, y_BTO)
         return y_BTO
@@ -179,10 +179,10 @@ class Dense(RowKernel):
     def _product(self, y_BTO: Tensor | None, x_BTI: Tensor) -> Tensor:
         stack = self.stack
         x_NI, w_NP = x_BTI.reshape(-1, x_BTI.shape[2]), self._by_token(x_BTI.shape)
-        found: Tensor = ExpertProduct.apply(  # type: ignore[no-untyped-call]
+        output: Tensor = ExpertProduct.apply(  # type: ignore[no-untyped-call]
             y_BTO, x_NI, w_NP, stack.a_SI, stack.b_SO, RankRows(stack.owner_S)
         )
-        return found
+        return output
 
     def _mixed(self, hidden_NS: Tensor, shape: torch.Size) -> Tensor:
         """Return the hidden values, of inputs of that shape, times their weights."""

@@ -39,9 +39,9 @@ class FixedShape(RowKernel):
                 if slot < len(row):
                     alike[parts[row[slot][0]].a_RI.shape[0]].append(number)
             for numbers in alike.values():
-                own = [(parts[place], weight) for place, weight in (rows[number][slot] for number in numbers)]
-                a_MRI = torch.stack([part.a_RI.to(dtype) for part, _ in own])
-                b_MOR = torch.stack([weigh_b([part], [weight], dtype).T.contiguous() for part, weight in own])
+                weighted_parts = [(parts[place], weight) for place, weight in (rows[number][slot] for number in numbers)]
+                a_MRI = torch.stack([part.a_RI.to(dtype) for part, _ in weighted_parts])
+                b_MOR = torch.stack([weigh_b([part], [weight], dtype).T.contiguous() for part, weight in weighted_parts])
                 slots.append((place_of(numbers, a_MRI.device), a_MRI, b_MOR))
         return cls(len(rows), parts[0].b_RO.shape[1], tuple(slots))
 

@@ -70,7 +70,7 @@ class NativeRows(RowKernel):
         # the first factors mostly tell what a look at all of them would
         short = dtype is torch.float32 and _native.shorten(factors[0][0])
         joined = _native.shorten(*map(torch.cat, factors)) if short else None
-        a_DI, b_DO = joined or [_joined(each, first, dtype, lend) for each in factors]
+        a_DI, b_DO = joined or [_joined(matrices, first, dtype, lend) for matrices in factors]
         return cls(a_DI, b_DO, entries, dtype)
 
     @property
@@ -114,7 +114,9 @@ class NativeRows(RowKernel):
         """Return the table that the library reads for so many tokens a row; it is kept as long as the kernel."""
         if tokens in self._tables:
             return self._tables[tokens]
-        uses = sorted((first, count, row, weight) for row, own in enumerate(self.entries) for first, count, weight in own)
+        uses = sorted(
+            (first, count, row, weight) for row, entry in enumerate(self.entries) for first, count, weight in entry
+        )
         counts = {first: count for first, count, _, _ in uses}
         starts = accumulate(Counter(first for first, *_ in uses).values(), initial=0)
         numbers = torch.tensor([*counts.values(), *starts, *(row for _, _, row, _ in uses)])
@@ -122,8 +124,8 @@ class NativeRows(RowKernel):
         outputs = self.b_DO.shape[1]
         work = _native.work(tokens * (len(self.entries) * outputs + sum(count for _, count, _, _ in uses)))
         sizes = len(self.entries), tokens, self.a_DI.shape[1], outputs, len(counts)
-        table = Table(*sizes, *(each.data_ptr() for each in (self.a_DI, self.b_DO, numbers, weights, work)))
-        # keep the memory that the table points to
+        table = Table(*sizes, *(tensor.data_ptr() for tensor in (self.a_DI, self.b_DO, numbers, weights, work)))
+        # the memory that it points to
         table.owned = self.a_DI, self.b_DO, numbers, weights, work
         return self._tables.setdefault(tokens, table)
 
@@ -161,7 +163,7 @@ class _Product(torch.autograd.Function):
 
 
 def _joined(factors: Sequence[Tensor], num_ranks: int, dtype: torch.dtype, lend: Lend | None) -> Tensor:
-    if lend is None or any(each.dtype is not dtype for each in factors):
+    if lend is None or any(matrix.dtype is not dtype for matrix in factors):
         return torch.cat(list(factors)).to(dtype)
     width = factors[0].shape[1]
     return torch.cat(list(factors), out=lend(num_ranks * width).view(num_ranks, width))

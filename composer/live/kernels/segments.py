@@ -44,8 +44,8 @@ class Segments(RowKernel):
         """Return the segments; rows without a part are in none."""
         device = parts[0].a_RI.device
         members = group_rows(rows).items()
-        found = tuple((place_of(numbers, device), Shared.of(parts, (row,), dtype)) for row, numbers in members)
-        return cls(len(rows), parts[0].b_RO.shape[1], found)
+        segments = tuple((place_of(numbers, device), Shared.of(parts, (row,), dtype)) for row, numbers in members)
+        return cls(len(rows), parts[0].b_RO.shape[1], segments)
 
     @property
     def dtype(self) -> torch.dtype:
