@@ -54,7 +54,7 @@ class Step:
 
 def answer_limit(tokenizer: Any, examples: Sequence[tuple[Prompt, str]]) -> int:
     """Return how many tokens a step's answer has at most, by the longest text of a task's examples."""
-    return scoring.longest_answer(tokenizer, [(asked, (str(asked), target)) for asked, target in examples])
+    return scoring.longest_answer(tokenizer, [(prompt, (str(prompt), target)) for prompt, target in examples])
 
 
 class Reading(NamedTuple):
@@ -104,8 +104,8 @@ class Asked:
             for rows in scoring.in_chunks(list(group), MAX_ROWS):
                 with torch.no_grad(), untouched(self._engine.model), self._engine.activate([s.mixture for s, _ in rows]):
                     texts, stop = [prompts[row] for row in rows], self._tasks[rows[0][0]].stops
-                    found = scoring.generate(self._engine.model, self._tokenizer, texts, max_new_tokens=limit, stop=stop)
-                self._answers.update(zip(rows, found, strict=True))
+                    answers = scoring.generate(self._engine.model, self._tokenizer, texts, max_new_tokens=limit, stop=stop)
+                self._answers.update(zip(rows, answers, strict=True))
                 self._on_progress(len(rows))
         return [self._answers[question] for question in questions]
 
@@ -117,9 +117,9 @@ class Asked:
         rows = dict(zip(new, encode(self._engine.model, self._tokenizer, prompts, wanted), strict=True))
         with torch.no_grad(), untouched(self._engine.model):
             run = self._as_trees if self._shares(list(rows.values())) else self._as_rows
-            for some, found in run(rows):
-                self._readings.update(zip(some, found, strict=True))
-                self._on_progress(len(found))
+            for some, readings in run(rows):
+                self._readings.update(zip(some, readings, strict=True))
+                self._on_progress(len(readings))
         return [self._readings[target] for target in targets]
 
     def _limit(self, question: Question) -> int:
@@ -162,11 +162,11 @@ class Asked:
         length, kept = inputs["input_ids"].shape[1], max(tree.num_predictors for tree in trees)
         with self._engine.activate([some[0][0].mixture for some, _ in planted]):
             logits_BPV = logits_at(model, inputs, torch.arange(length - kept, length, device=inputs["input_ids"].device))
-        found = []
+        readings = []
         for logits_PV, tree in zip(logits_BPV, trees, strict=True):
             loss_R, hit_R = tree.read(logits_PV)
-            found += [Reading(loss, hit) for loss, hit in zip(loss_R.tolist(), hit_R.tolist(), strict=True)]
-        return found
+            readings += [Reading(loss, hit) for loss, hit in zip(loss_R.tolist(), hit_R.tolist(), strict=True)]
+        return readings
 
 
 def _up_to(items: Iterable[Any], size: Callable[[Any], int], limit: int) -> Iterator[list[Any]]:

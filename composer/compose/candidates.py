@@ -49,7 +49,7 @@ def candidates(
     """
     if isinstance(retriever_or_pool, ExpertPool):
         return retriever_or_pool, {}
-    hub, inputs = retriever_or_pool.hub, [str(asked) for asked in [asked for asked, _ in task.examples] or unlabelled]
+    hub, inputs = retriever_or_pool.hub, [str(prompt) for prompt in [prompt for prompt, _ in task.examples] or unlabelled]
     search = partial(retriever_or_pool.for_task, inputs, description=task.instruction, evidence=False)
     scores = {hit.name: hit.score for hit in fitting_hits(hub, search, k, model)}
     return hub.pool(list(scores)), scores
@@ -104,14 +104,14 @@ def _hits(retrieve: Callable[..., list[Candidate]], k: int, base: BaseKey, besid
 
     Those tagged IN_CONTEXT, which are of no task, count only where there are no others.
     """
-    asked = k
+    num_requested = k
     while True:
-        hits = retrieve(k=asked)
+        hits = retrieve(k=num_requested)
         fitting = [hit for hit in hits if base.proves(hit.record.base) or beside.fits(hit.name)]
         experts = [hit for hit in fitting if IN_CONTEXT not in hit.record.tags] or fitting
-        if len(experts) >= k or len(hits) < asked:
+        if len(experts) >= k or len(hits) < num_requested:
             return experts[:k]
-        asked *= 4
+        num_requested *= 4
 
 
 def _nothing_for(hub: Hub, base: BaseKey, beside: _Beside) -> BaseModelMismatch | EmptyIndex:

@@ -187,8 +187,8 @@ class ExpertRecorder(Recorder):
         def by_text(value: Tensor) -> list[Tensor]:
             return [value[real_N][row_N == row] for row in range(len(mask_BT))]
 
-        found = self._record(x_NI.detach(), made_NO, by_text)
-        return made_NO if found is None else found
+        tapped_NO = self._record(x_NI.detach(), made_NO, by_text)
+        return made_NO if tapped_NO is None else tapped_NO
 
 
 @contextmanager
@@ -201,8 +201,8 @@ def recording(recorders: Mapping[str, Recorder]) -> Iterator[None]:
             stack.callback(handle.remove)
             if isinstance(recorder, ExpertRecorder):
                 experts.setdefault(recorder.module, {})[recorder.place] = recorder
-        for module, own in experts.items():
-            stack.enter_context(watched(module, partial(_show, own)))
+        for module, by_place in experts.items():
+            stack.enter_context(watched(module, partial(_show, by_place)))
         yield
 
 
@@ -281,12 +281,15 @@ def _draws(rows: Sequence[EncodedRow], seed: int) -> list[np.random.Philox]:
 
 
 def encode_texts(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int) -> list[EncodedRow]:
-    """Return the texts' token ids, each side cut to `max_tokens`. Raises InvalidTask for no text and for an empty one."""
-    given = read_rows(texts, noun="text", targets="any")
-    if not given:
+    """Return the texts' token ids, cut to `max_tokens` (each side of an encoder-decoder).
+
+    Raises InvalidTask for no text and for an empty one.
+    """
+    text_rows = read_rows(texts, noun="text", targets="any")
+    if not text_rows:
         raise InvalidTask("statistics are of a list of texts, or of rows with input and target, but there is none")
-    pairs = [(row.asked, row.targets[0]) for row in given if row.targets]
-    if len(pairs) not in (0, len(given)):
+    pairs = [(row.asked, row.targets[0]) for row in text_rows if row.targets]
+    if len(pairs) not in (0, len(text_rows)):
         raise InvalidTask("statistics are of texts, or of rows with input and target, not of a mixture")
     both = model.config.is_encoder_decoder
     if both and not pairs:
@@ -294,7 +297,7 @@ def encode_texts(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int) 
     if pairs:
         rows = encode(model, tokenizer, [text for text, _ in pairs], [target for _, target in pairs])
     else:
-        rows = [EncodedRow(tuple(ids), ()) for ids in prompt_ids(tokenizer, [row.asked for row in given])]
+        rows = [EncodedRow(tuple(ids), ()) for ids in prompt_ids(tokenizer, [row.asked for row in text_rows])]
     if both:
         cut = [EncodedRow(row.prompt[:max_tokens], row.target[:max_tokens]) for row in rows]
     else:
@@ -302,7 +305,7 @@ def encode_texts(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int) 
         cut = [EncodedRow((row.prompt + row.target)[:most], ()) for row in rows]
     for number, row in enumerate(cut, start=1):
         if not len(row):
-            raise InvalidTask(f"text {number} ({given[number - 1].input!r:.60}) has no token; leave it out")
+            raise InvalidTask(f"text {number} ({text_rows[number - 1].input!r:.60}) has no token; leave it out")
     return cut
 
 
@@ -321,10 +324,10 @@ def _heads(model: nn.Module, adapter: Adapter) -> Iterator[None]:
     """Put the adapter's trained heads into the model's parameters for the block; after it, the base's bit for bit."""
     parameters = dict(model.named_parameters())
     for name, head in adapter.heads.items():
-        found = tuple(parameters[name].shape) if name in parameters else "none"
-        if found != tuple(head.shape):
+        shape = tuple(parameters[name].shape) if name in parameters else "none"
+        if shape != tuple(head.shape):
             raise LayerMismatch(
-                f"adapter {adapter.name!r} has a head for parameter {name!r} of shape {tuple(head.shape)}, the model {found}"
+                f"adapter {adapter.name!r} has a head for parameter {name!r} of shape {tuple(head.shape)}, the model {shape}"
             )
     tied = tied_parameters(model) if adapter.heads else {}
     for name in adapter.heads:
@@ -348,17 +351,17 @@ def _heads(model: nn.Module, adapter: Adapter) -> Iterator[None]:
 def make_recorders(model: nn.Module, names: Iterable[str], kinds: Collection[str]) -> dict[str, Recorder]:
     """Return a recorder for each layer. Raises LayerMismatch for one neither linear nor an expert of a fused parameter."""
     modules = dict(model.named_modules())
-    found: dict[str, Recorder] = {}
+    recorders: dict[str, Recorder] = {}
     for name in dict.fromkeys(names):
         if name not in modules and name.rpartition(".")[2].isdigit() and name.rsplit(".", 2)[0] in modules:
-            found[name] = ExpertRecorder(expert_matrix(modules, name, None, "collect_statistics()"), kinds)
+            recorders[name] = ExpertRecorder(expert_matrix(modules, name, None, "collect_statistics()"), kinds)
             continue
         shape = linear.shape(modules[name]) if name in modules else None
         if shape is None:
             what = type(modules[name]).__name__ if name in modules else "none of the model's"
             raise LayerMismatch(f"statistics are of linear layers (torch.nn.Linear, Conv1D), and {name!r} is {what}")
-        found[name] = Recorder(name, modules[name], shape[:2], kinds)
-    return found
+        recorders[name] = Recorder(name, modules[name], shape[:2], kinds)
+    return recorders
 
 
 def results(recorders: Mapping[str, Recorder], num_texts: int) -> dict[str, LayerStatistics]:

@@ -170,7 +170,7 @@ def _compose(
         trials = {trial.name: trial for trial in ways.run()}
         bar.update(shown, total=bar.tasks[shown].completed)
     engine.close()
-    losses = {name: each.held_out_loss for name, each in trials.items()}
+    losses = {name: trial.held_out_loss for name, trial in trials.items()}
     chosen, reason = guard(ways.asked, losses, guarded=bool(splits), best_of_all=settings.method == "auto")
     rows = {name: trial.row() for name, trial in trials.items()}
     spent = time.perf_counter() - started, sum(row.evaluations for row in rows.values())

@@ -270,11 +270,11 @@ class Composition(TaskMixture):
         `Adapter.push_to_hub` raises, and InvalidLicense for licenses that exclude each other unless `allow_licenses`.
         """
         if not self.allow_licenses:
-            require_one_work((name, stated_license(each.card.get("license"))) for name, each in self._used.items())
+            require_one_work((name, stated_license(adapter.card.get("license"))) for name, adapter in self._used.items())
 
         def write(folder: Path) -> None:
             self.save_pretrained(folder)
-            parents = [{key: each.get(key) for key in ("name", "weight", "license", "hash")} for each in self._parents()]
+            parents = [{key: parent.get(key) for key in ("name", "weight", "license", "hash")} for parent in self._parents()]
             sections = {"Parents": json.dumps(parents, indent=1), "Scores": str(self.report.table())}
             read = f"composition = lw.Composition.from_pretrained({repository!r}, model, tokenizer)"
             code = f"{read}\ncomposition.predict(['...'])"
@@ -336,7 +336,7 @@ class Composition(TaskMixture):
 
     def _parents(self) -> list[dict[str, Any]]:
         weights = self.mean_weights
-        used = [{**parent_of(each), "name": name, "weight": weights.get(name)} for name, each in self._used.items()]
+        used = [{**parent_of(adapter), "name": name, "weight": weights.get(name)} for name, adapter in self._used.items()]
         return used or [dict(parent) for parent in self.parents]
 
     def _recipe(self) -> dict[str, Any]:

@@ -89,8 +89,8 @@ class EncodedExamples:
         self.num_texts = len(kind.targets[0])
         self.right_N = torch.tensor(kind.right)
         tasks = in_turn(task) if turned else [task] * len(task.examples)
-        asked = [own.prompt(text) for own, (text, _) in zip(tasks, task.examples, strict=True)]
-        prompts = [prompt for prompt, texts in zip(asked, kind.targets, strict=True) for _ in texts]
+        example_prompts = [example_task.prompt(text) for example_task, (text, _) in zip(tasks, task.examples, strict=True)]
+        prompts = [prompt for prompt, texts in zip(example_prompts, kind.targets, strict=True) for _ in texts]
         targets = [text for texts in kind.targets for text in texts]
         self._rows = encode(model, tokenizer, prompts, targets, ends=[task.answer_end] * len(targets))
         self._trees: dict[tuple[int, ...], list[TokenTree]] = {}

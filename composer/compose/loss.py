@@ -51,8 +51,10 @@ def together(objectives: Sequence[Objective], candidates: Sequence[Candidates]) 
     """Return the losses that each objective gives its own candidates; views of one ExampleLoss share forward passes."""
     if _are_views_of_one(objectives):
         losses = iter(score(_pairs(objectives, candidates)))
-        return [[next(losses) for _ in own] for own in candidates]
-    return [list(objective(own)) if own else [] for objective, own in zip(objectives, candidates, strict=True)]
+        return [[next(losses) for _ in mixtures] for mixtures in candidates]
+    return [
+        list(objective(mixtures)) if mixtures else [] for objective, mixtures in zip(objectives, candidates, strict=True)
+    ]
 
 
 def together_with_gradients(
@@ -60,20 +62,23 @@ def together_with_gradients(
 ) -> list[tuple[list[float], list[Tensor]]]:
     """Return the losses and gradients of each objective's own candidates, in the same way as `together`."""
     if _are_views_of_one(objectives):
-        found = iter(score_with_gradients(_pairs(objectives, candidates)))
-        parts = [[next(found) for _ in own] for own in candidates]
+        results = iter(score_with_gradients(_pairs(objectives, candidates)))
+        parts = [[next(results) for _ in mixtures] for mixtures in candidates]
         return [([loss for loss, _ in part], [gradient for _, gradient in part]) for part in parts]
-    return [objective.gradients(own) if own else ([], []) for objective, own in zip(objectives, candidates, strict=True)]
+    return [
+        objective.gradients(mixtures) if mixtures else ([], [])
+        for objective, mixtures in zip(objectives, candidates, strict=True)
+    ]
 
 
 def _are_views_of_one(objectives: Sequence[Any]) -> bool:
     """Return whether all share one model, one set of encoded examples and one merge method."""
-    shared = {(id(getattr(each, "encoded", None)), getattr(each, "merge_method", "")) for each in objectives}
+    shared = {(id(getattr(objective, "encoded", None)), getattr(objective, "merge_method", "")) for objective in objectives}
     return len(shared) == 1 and hasattr(objectives[0], "encoded")
 
 
 def _pairs(objectives: Sequence[Any], candidates: Sequence[Candidates]) -> list[tuple[ExampleLoss, MixtureWeights]]:
-    return [(objective, each) for objective, own in zip(objectives, candidates, strict=True) for each in own]
+    return [(objective, mixture) for objective, mixtures in zip(objectives, candidates, strict=True) for mixture in mixtures]
 
 
 class OnExamples:
@@ -92,16 +97,16 @@ class OnExamples:
 
     def view(self, only: Sequence[int]) -> Self:
         """Return the same objective on these examples, by index among all of the task's. It counts failures of its own."""
-        found = self.penalised(self.penalty)
-        found.only = tuple(only)
-        return found
+        view = self.penalised(self.penalty)
+        view.only = tuple(only)
+        return view
 
     def penalised(self, penalty: Penalty) -> Self:
         """Return the same objective with these terms for the weights."""
-        found = copy.copy(self)
-        found.failures = Failures()
-        found.penalty = penalty
-        return found
+        objective = copy.copy(self)
+        objective.failures = Failures()
+        objective.penalty = penalty
+        return objective
 
     def _describe_mixtures(self) -> dict[str, Any]:
         """Return the base model and its dtype, the experts' hashes, and what weights mean and cost, for JSON.
@@ -263,8 +268,8 @@ class ExampleLoss(OnExamples):
         their gradients have fp32 or better. |w| has the slope 0 at 0, and the count of experts has none.
         Raises WeightingError where there are no gradients: for a count of misses, and for merges other than the sum.
         """
-        found = score_with_gradients([(self, candidate) for candidate in candidates])
-        return [loss for loss, _ in found], [gradient for _, gradient in found]
+        results = score_with_gradients([(self, candidate) for candidate in candidates])
+        return [loss for loss, _ in results], [gradient for _, gradient in results]
 
     def scores(self, candidates: Sequence[MixtureWeights]) -> tuple[np.ndarray, np.ndarray]:
         """Return (loss_CN, hit_CN) of every candidate on every example, without the terms for its weights.
@@ -272,8 +277,8 @@ class ExampleLoss(OnExamples):
         A hit is an example that the model would answer with its target: in greedy decoding, or among the labels.
         """
         sums = _sums([(self, candidate) for candidate in candidates], self.kind.needs | self.kind.hit_needs)
-        losses = [self.kind.losses(each).double().numpy() for each in sums]
-        hits = [self.kind.hits(each).numpy() for each in sums]
+        losses = [self.kind.losses(pair_sums).double().numpy() for pair_sums in sums]
+        hits = [self.kind.hits(pair_sums).numpy() for pair_sums in sums]
         return np.stack(losses), np.stack(hits)
 
     def total(self, sums: RowSums, values_BTLE: Tensor) -> Tensor:
@@ -311,17 +316,17 @@ def score_with_gradients(pairs: Pairs) -> list[tuple[float, Tensor]]:
     """Return what `score` returns, with the gradient by the candidate's values; NaN, too, for a failed candidate."""
     for objective, _ in pairs:
         objective.require_gradients()
-    found = _contain_failures(pairs, _slopes)
+    results = _contain_failures(pairs, _slopes)
     return [
         (loss, torch.full_like(candidate.values_BTLE, math.nan) if gradient is None else gradient)
-        for (_, candidate), (loss, gradient) in zip(pairs, found, strict=True)
+        for (_, candidate), (loss, gradient) in zip(pairs, results, strict=True)
     ]
 
 
 def _contain_failures(pairs: Pairs, evaluate: Callable[[Pairs], list[Found]]) -> list[Found]:
     """Return what `evaluate` returns for the pairs; when it raises, the pairs at fault are found by halving."""
     try:
-        found = evaluate(pairs) if pairs else []
+        results = evaluate(pairs) if pairs else []
     # no candidate is at fault
     except WorkersFailed:
         raise
@@ -332,25 +337,28 @@ def _contain_failures(pairs: Pairs, evaluate: Callable[[Pairs], list[Found]]) ->
             return [(math.nan, None)]
         half = len(pairs) // 2
         return _contain_failures(pairs[:half], evaluate) + _contain_failures(pairs[half:], evaluate)
-    for number, ((objective, _), (loss, gradient)) in enumerate(zip(pairs, found, strict=True)):
+    for number, ((objective, _), (loss, gradient)) in enumerate(zip(pairs, results, strict=True)):
         if not math.isfinite(loss):
             objective.failures.add(f"its loss is {loss}")
-            found[number] = math.nan, None
+            results[number] = math.nan, None
         elif gradient is not None and not all_finite(gradient):
             objective.failures.add("its gradient is not finite")
-            found[number] = math.nan, None
-    return found
+            results[number] = math.nan, None
+    return results
 
 
 def _losses(pairs: Pairs) -> list[Found]:
     sums = _sums(pairs, pairs[0][0].kind.needs)
-    return [(float(each.total(own, mixture.values_BTLE)), None) for (each, mixture), own in zip(pairs, sums, strict=True)]
+    return [
+        (float(objective.total(pair_sums, mixture.values_BTLE)), None)
+        for (objective, mixture), pair_sums in zip(pairs, sums, strict=True)
+    ]
 
 
 def _sums(pairs: Pairs, needs: frozenset[str]) -> list[RowSums]:
     """Return the sums of each pair, from one pass for many, or from one for each if a merge is written into the base."""
     first, _ = pairs[0]
-    jobs = [Job(mixture, each.only) for each, mixture in pairs]
+    jobs = [Job(mixture, objective.only) for objective, mixture in pairs]
     if first.merge_method == "linear":
         passes = Passes.of(first.encoded, jobs)
         return passes.joined(first.deal(partial(_live_sums, needs), passes.each))
@@ -367,8 +375,8 @@ def _live_sums(needs: frozenset[str], on: ExampleLoss, part: Sequence[Job]) -> l
 def _merged_sums(needs: frozenset[str], on: ExampleLoss, job: Job) -> RowSums:
     assert job.mixture is not None
     with active_candidate(on.engine, job.mixture, on.merge_method):
-        (found,) = row_sums(on.engine, on.encoded, [replace(job, mixture=None)], needs)
-    return found
+        (sums,) = row_sums(on.engine, on.encoded, [replace(job, mixture=None)], needs)
+    return sums
 
 
 def _factor_sums(needs: frozenset[str], on: ExampleLoss, part: Sequence[Job]) -> list[RowSums]:
@@ -382,7 +390,7 @@ def _factor_sums(needs: frozenset[str], on: ExampleLoss, part: Sequence[Job]) ->
 def _slopes(pairs: Pairs) -> list[Found]:
     first, _ = pairs[0]
     jobs = [Job(mixture, objective.only) for objective, mixture in pairs]
-    found = [objective.term(mixture.values_BTLE) for objective, mixture in pairs]
+    results = [objective.term(mixture.values_BTLE) for objective, mixture in pairs]
     passes = Passes.of(first.encoded, jobs, backward=True)
     # a job of many examples comes in parts, each with its examples' share of the mean
     numbers = [number for number, count in enumerate(passes.parts_of_job) for _ in range(count)]
@@ -392,15 +400,15 @@ def _slopes(pairs: Pairs) -> list[Found]:
     for losses, slopes_CTLE in first.deal(_live_slopes, pieces):
         for loss, slope in zip(losses, slopes_CTLE, strict=True):
             number = next(in_order)
-            known, gradient = found[number]
-            found[number] = known + loss, gradient + slope[None]
-    return [(loss, gradient) for loss, gradient in found]
+            known, gradient = results[number]
+            results[number] = known + loss, gradient + slope[None]
+    return [(loss, gradient) for loss, gradient in results]
 
 
 def _live_slopes(on: ExampleLoss, piece: tuple[Sequence[Job], Sequence[int]]) -> tuple[list[float], Tensor]:
     part, counts = piece
 
     def losses(sums: list[RowSums]) -> list[Tensor]:
-        return [on.kind.losses(own).double().sum() / count for own, count in zip(sums, counts, strict=True)]
+        return [on.kind.losses(pair_sums).double().sum() / count for pair_sums, count in zip(sums, counts, strict=True)]
 
     return pass_slopes(on.engine, on.encoded, part, on.kind.needs, losses)

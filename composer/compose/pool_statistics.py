@@ -46,15 +46,17 @@ def pool_statistics(
         raise InvalidTask(f"texts are {texts!r:.80}; give {{name of an adapter: its texts}}, one at least")
     experts = experts_of(hub_or_pool)
     # rows may come from what cannot travel, as a file or a data set
-    rows = {name: read_rows(given, noun="text", of=repr(name), targets="any") for name, given in texts.items()}
+    rows = {
+        name: read_rows(adapter_texts, noun="text", of=repr(name), targets="any") for name, adapter_texts in texts.items()
+    }
     hub = experts if isinstance(experts, Hub) else None
     sides = {name: experts[name] if isinstance(experts, ExpertPool) else experts.record(name).name for name in rows}
-    pieces = {name: (sides[name], own) for name, own in rows.items()}
+    pieces = {name: (sides[name], adapter_rows) for name, adapter_rows in rows.items()}
     options = {"what": what, "layers": layers, "batch_size": batch_size, "max_tokens": max_tokens, "seed": seed}
     work = partial(_collected, base_loader(model, tokenizer, n_jobs), hub, options)
     with progress_bar(progress) as bar:
-        found = require_all(dict(spread(work, pieces, n_jobs=n_jobs, label="statistics of", bar=bar)))
-    return {name: found[name] for name in texts}
+        results = require_all(dict(spread(work, pieces, n_jobs=n_jobs, label="statistics of", bar=bar)))
+    return {name: results[name] for name in texts}
 
 
 def _collected(

@@ -60,7 +60,10 @@ class Passes:
         max_tokens = MAX_TOKENS_WITH_GRADIENTS if backward else MAX_TOKENS
         encoded.prepare()
         pieces = [_pieces(encoded, job, max_tokens) for job in jobs]
-        return cls(list(_passes(encoded, [piece for own in pieces for piece in own], max_tokens)), list(map(len, pieces)))
+        return cls(
+            list(_passes(encoded, [piece for job_pieces in pieces for piece in job_pieces], max_tokens)),
+            list(map(len, pieces)),
+        )
 
     def joined(self, found: Iterable[Sequence[RowSums]]) -> list[RowSums]:
         """Return the sums of each job, in the order of the jobs, from those of each pass."""
@@ -96,9 +99,9 @@ def pass_slopes(
         stack.enter_context(torch.enable_grad())
         values_CTLE = _values(part).detach().clone()
         values_CTLE = values_CTLE.to(torch.promote_types(values_CTLE.dtype, torch.float32)).requires_grad_()
-        found = losses(_forward(engine, encoded, part, needs, values_CTLE))
-        (slopes_CTLE,) = torch.autograd.grad(torch.stack(found).sum(), values_CTLE)
-    return [float(loss.detach()) for loss in found], slopes_CTLE
+        job_losses = losses(_forward(engine, encoded, part, needs, values_CTLE))
+        (slopes_CTLE,) = torch.autograd.grad(torch.stack(job_losses).sum(), values_CTLE)
+    return [float(loss.detach()) for loss in job_losses], slopes_CTLE
 
 
 def _pieces(encoded: EncodedExamples, job: Job, max_tokens: int) -> list[Job]:
@@ -162,14 +165,16 @@ def _forward(
             # job c owns rows c * k to (c + 1) * k, the order in which live mixing expands rows
             stack.enter_context(engine.activate(MixtureWeights(values, first.experts, first.layers)))
         sums = _sums(batch.logits(engine.model), batch, needs)
-    found, start = [], 0
+    job_sums, start = [], 0
     for job in jobs:
         end = start + len(job.examples)
-        own = {name: sum_M.view(-1, encoded.num_texts)[start:end].cpu() for name, sum_M in sums.items()}
+        sums_by_name = {name: sum_M.view(-1, encoded.num_texts)[start:end].cpu() for name, sum_M in sums.items()}
         start = end
         num_targets = encoded.num_targets(job.examples) if job.num_targets is None else job.num_targets
-        found.append(RowSums(encoded.counts(job.examples), encoded.right_N[list(job.examples)], num_targets, own))
-    return found
+        job_sums.append(
+            RowSums(encoded.counts(job.examples), encoded.right_N[list(job.examples)], num_targets, sums_by_name)
+        )
+    return job_sums
 
 
 def _sums(logits_BPV: Tensor, batch: JobBatch, needs: frozenset[str]) -> dict[str, Tensor]:
@@ -204,13 +209,13 @@ def can_be_factor_sums(pool: ExpertPool, mixtures: Sequence[MixtureWeights]) -> 
     first = mixtures[0]
     if not set(first.experts) <= set(pool.names):
         return False
-    if any(each.scope != "task" or each.layers or each.experts != first.experts for each in mixtures):
+    if any(mixture.scope != "task" or mixture.layers or mixture.experts != first.experts for mixture in mixtures):
         return False
     shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
     for adapter in pool.subset(first.experts).adapters.values():
         for layer, factors in adapter.layers.items():
-            own = factors.a_RI.shape, factors.b_OR.shape
-            if factors.gain_O is not None or not factors.bound or shapes.setdefault(layer, own) != own:
+            factor_shapes = factors.a_RI.shape, factors.b_OR.shape
+            if factors.gain_O is not None or not factors.bound or shapes.setdefault(layer, factor_shapes) != factor_shapes:
                 return False
     return True
 
@@ -218,24 +223,29 @@ def can_be_factor_sums(pool: ExpertPool, mixtures: Sequence[MixtureWeights]) -> 
 def factor_sums(engine: Composer, mixtures: Sequence[MixtureWeights]) -> Composer:
     """Return a Composer with an expert "0", "1", ... for each mixture: a = sum of w_e a_e, b = sum of w_e b_e, by layer."""
     pool = engine.bound_pool.subset(mixtures[0].experts)
-    w_CE = torch.cat([each.values_BTLE for each in mixtures])[:, 0, 0].float()
+    w_CE = torch.cat([mixture.values_BTLE for mixture in mixtures])[:, 0, 0].float()
     layers: list[dict[str, Factors]] = [{} for _ in mixtures]
     for layer in pool.layer_names:
         members = enumerate(pool.adapters.values())
-        own = {place: adapter.layers[layer] for place, adapter in members if layer in adapter.layers}
-        w_CP = w_CE[:, list(own)]
-        a_CRI = _factor_sums(w_CP, [factors.a_RI for factors in own.values()])
-        b_COR = _factor_sums(w_CP, [factors.b_OR for factors in own.values()])
-        first = next(iter(own.values()))
+        factors_by_place = {place: adapter.layers[layer] for place, adapter in members if layer in adapter.layers}
+        w_CP = w_CE[:, list(factors_by_place)]
+        a_CRI = _factor_sums(w_CP, [factors.a_RI for factors in factors_by_place.values()])
+        b_COR = _factor_sums(w_CP, [factors.b_OR for factors in factors_by_place.values()])
+        first = next(iter(factors_by_place.values()))
         bias_CO = None
-        if any(factors.bias_O is not None for factors in own.values()):
+        if any(factors.bias_O is not None for factors in factors_by_place.values()):
             zeros_O = torch.zeros(first.b_OR.shape[0])
-            bias_CO = _factor_sums(w_CP, [zeros_O if each.bias_O is None else each.bias_O for each in own.values()])
-        for number, found in enumerate(layers):
+            bias_CO = _factor_sums(
+                w_CP, [zeros_O if factors.bias_O is None else factors.bias_O for factors in factors_by_place.values()]
+            )
+        for number, sums_by_layer in enumerate(layers):
             bias_O = None if bias_CO is None else bias_CO[number]
-            found[layer] = replace(first, a_RI=a_CRI[number], b_OR=b_COR[number], bias_O=bias_O)
+            sums_by_layer[layer] = replace(first, a_RI=a_CRI[number], b_OR=b_COR[number], bias_O=bias_O)
     first_adapter = next(iter(pool.adapters.values()))
-    made = {str(number): replace(first_adapter, name=str(number), layers=found) for number, found in enumerate(layers)}
+    made = {
+        str(number): replace(first_adapter, name=str(number), layers=sums_by_layer)
+        for number, sums_by_layer in enumerate(layers)
+    }
     return Composer(engine.model, ExpertPool(made))
 
 

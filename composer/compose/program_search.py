@@ -65,23 +65,23 @@ def search_programs(
 
 def _steps(retriever: Retriever, tokenizer: Any, task: Task, k: int, model: Any) -> tuple[list[Step], list[Step], list[str]]:
     """Return (first steps, later steps, adapters without a description). Raises InvalidTask where none has one."""
-    hub, inputs = retriever.hub, [str(asked) for asked, _ in task.examples]
+    hub, inputs = retriever.hub, [str(prompt) for prompt, _ in task.examples]
     by_inputs = fitting_hits(hub, partial(retriever.for_task, inputs, evidence=False), k, model)
     by_outputs: list[Candidate] = []
     if len(by_inputs) == k:
         # otherwise these are all that there are
         search = hub.kept("retriever by outputs", partial(Retriever, hub, keys=("outputs",), shortlist=SHORTLIST))
         by_outputs = _or_none(partial(fitting_hits, hub, partial(search.for_examples, task.examples), k, model))
-    found = {hit.name: hit.record for hit in [*by_inputs, *by_outputs]}
-    left_out = [name for name, record in found.items() if not says_something(record.description)]
-    if len(left_out) == len(found):
+    records = {hit.name: hit.record for hit in [*by_inputs, *by_outputs]}
+    left_out = [name for name, record in records.items() if not says_something(record.description)]
+    if len(left_out) == len(records):
         raise InvalidTask(
-            f"none of the {len(found)} adapters found in {hub} has a description to ask it by: give them some "
+            f"none of the {len(records)} adapters found in {hub} has a description to ask it by: give them some "
             "(hub.update(name, description=...))"
         )
     limit = answer_limit(tokenizer, task.examples)
     steps = {
-        name: Step(name, record.description, record.hash, limit) for name, record in found.items() if name not in left_out
+        name: Step(name, record.description, record.hash, limit) for name, record in records.items() if name not in left_out
     }
     base = [Step(None, task.instruction, None, limit)] if says_something(task.instruction) else []
     first = [steps[hit.name] for hit in by_inputs if hit.name in steps]
@@ -136,7 +136,7 @@ class ProgramSearch:
         """
         self._measure([(step,) for step in dict.fromkeys([*self.first, *self.later])], len(self.task.examples))
         for length in range(2, max_steps + 1):
-            if any(all(reading.hit for reading in found) for found in self._whole().values()):
+            if any(all(reading.hit for reading in readings) for readings in self._whole().values()):
                 return
             if length > 2 and len(self._chosen()) < length - 1:
                 return
@@ -177,11 +177,11 @@ class ProgramSearch:
 
     def rows(self) -> list[ProgramRow]:
         """Return a row for every program measured, those on most examples first, then by loss."""
-        found = [
+        rows = [
             ProgramRow(labels_of(path), self._loss(path), fmean(reading.hit for reading in readings), len(readings))
             for path, readings in self._found.items()
         ]
-        return sorted(found, key=lambda row: (-row.num_examples, row.loss))
+        return sorted(rows, key=lambda row: (-row.num_examples, row.loss))
 
     def _pairs(self) -> list[Order]:
         lasts = self._lasts()
@@ -208,7 +208,7 @@ class ProgramSearch:
 
     def _whole(self) -> dict[Order, list[Reading]]:
         """Return the programs that were measured on all examples."""
-        return {path: found for path, found in self._found.items() if len(found) == len(self.task.examples)}
+        return {path: readings for path, readings in self._found.items() if len(readings) == len(self.task.examples)}
 
     def _loss(self, path: Order) -> float:
         return _mean_loss(self._found[path])

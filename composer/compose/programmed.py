@@ -43,7 +43,9 @@ class Programmed(Trial[Order]):
     def scores(self, chosen: Order, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         if all((chosen, place) in self._read for place in examples):
             read = [self._read[chosen, place] for place in examples]
-            return np.array([each.loss for each in read]), np.array([each.hit for each in read], dtype=np.float64)
+            return np.array([reading.loss for reading in read]), np.array(
+                [reading.hit for reading in read], dtype=np.float64
+            )
         made, hits_N = self.hits(chosen, examples)
         return np.array(made.losses([self.bench.task.examples[place] for place in examples])), hits_N
 

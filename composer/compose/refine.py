@@ -194,7 +194,7 @@ def _losses(objective: ExampleLoss, mixtures: list[MixtureWeights]) -> list[floa
 
 def pool_of(router: TokenRouter, engine: Composer) -> ExpertPool:
     """Return the engine's pool, or the pool bound to the base if only that has what the router was made for."""
-    wanted, given = set(router.members.hashes), set(Members.of(engine.pool).hashes)
-    if wanted <= given or not wanted <= set(Members.of(engine.bound_pool).hashes):
+    wanted, pool_hashes = set(router.members.hashes), set(Members.of(engine.pool).hashes)
+    if wanted <= pool_hashes or not wanted <= set(Members.of(engine.bound_pool).hashes):
         return engine.pool
     return engine.bound_pool

@@ -65,10 +65,10 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as JSON; a loss that is not finite, which JSON has no number for, is None."""
-        found = asdict(self)
-        for row in found["rows"]:
+        fields = asdict(self)
+        for row in fields["rows"]:
             row |= {name: None for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
-        return found
+        return fields
 
     def table(self) -> ShownTable:
         """Return the rows as a table; the chosen one is marked."""

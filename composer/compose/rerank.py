@@ -80,12 +80,12 @@ def rerank(
     Raises UnknownName, InvalidTask and WeightingError before anything is run; what Composer raises for an adapter that does
     not fit the model or has a trained head; SearchFailed where no score is finite.
     """
-    asked = Task.of(task)
-    for given, known, what, to in ((by, WAYS, "way", "by"), (around, PLACES, "place", "around")):
-        if given not in known:
-            hint = nearest(str(given), known)
-            raise UnknownName(f"no {what} {given!r} to rerank {to}{hint}; there are {', '.join(known)}")
-    if not asked.examples:
+    as_task = Task.of(task)
+    for option, known, what, to in ((by, WAYS, "way", "by"), (around, PLACES, "place", "around")):
+        if option not in known:
+            hint = nearest(str(option), known)
+            raise UnknownName(f"no {what} {option!r} to rerank {to}{hint}; there are {', '.join(known)}")
+    if not as_task.examples:
         raise InvalidTask("the task has no examples to rerank by; give at least one (input, target) pair")
     check_options("rerank()", {"weight": weight, "batch_size": batch_size}, {"weight": float, "batch_size": Count})
     if weight == 0:
@@ -95,7 +95,7 @@ def rerank(
     names = list(dict.fromkeys(candidate.name for candidate in candidates))
     experts = experts_of(hub_or_pool)
     hub = experts if isinstance(experts, Hub) else None
-    rank = partial(_ranked, hub=hub, task=asked, by=by, weight=weight, around=around, batch_size=batch_size)
+    rank = partial(_ranked, hub=hub, task=as_task, by=by, weight=weight, around=around, batch_size=batch_size)
     together = by != "probe" and around == "uniform"
     parts = in_chunks(names, len(names) if together else PIECE)
     sides = [part if isinstance(experts, Hub) else experts.subset(part) for part in parts]
@@ -105,8 +105,8 @@ def rerank(
         pieces = {f"{number} of {len(sides)}": side for number, side in enumerate(sides, start=1)}
         work = partial(rank, base_loader(model, tokenizer, n_jobs))
         with progress_bar(progress) as bar:
-            found = require_all(dict(spread(work, pieces, n_jobs=n_jobs, label="probing", bar=bar)))
-        ranked = {name: each for own in found.values() for name, each in own.items()}
+            ranked_by_piece = require_all(dict(spread(work, pieces, n_jobs=n_jobs, label="probing", bar=bar)))
+        ranked = {name: scored for piece in ranked_by_piece.values() for name, scored in piece.items()}
     if not any(math.isfinite(score) for score, _ in ranked.values()):
         raise SearchFailed(f"none of the {len(names)} candidates has a finite score by {by!r} on the examples")
     reranked = []
@@ -270,13 +270,13 @@ class _Slopes:
     def _on(self, g_NO: Tensor) -> StackedFactors:
         """Return the factors where the layer is, in the dtype of the products."""
         if g_NO.dtype not in self._placed:
-            device, given = self.slope_E.device, self._stack
+            device, stack = self.slope_E.device, self._stack
             self._placed[g_NO.dtype] = StackedFactors(
-                given.a_SI.to(device, g_NO.dtype),
-                given.b_OS.to(device, g_NO.dtype),
-                given.owner_S.to(device),
-                None if given.gain_EO is None else given.gain_EO.to(device),
-                None if given.bias_EO is None else given.bias_EO.to(device),
+                stack.a_SI.to(device, g_NO.dtype),
+                stack.b_OS.to(device, g_NO.dtype),
+                stack.owner_S.to(device),
+                None if stack.gain_EO is None else stack.gain_EO.to(device),
+                None if stack.bias_EO is None else stack.bias_EO.to(device),
             )
         return self._placed[g_NO.dtype]
 

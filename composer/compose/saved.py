@@ -77,11 +77,11 @@ class SavedRecipe:
         Warns where neither weights nor ids say that the model is the same, and names and shapes do.
         """
         require_model(model)
-        recipe, own, its = self.rest, base_key(model), BaseKey(str(self.base_model), None, self.base)
-        if why := its.contradicts(own):
+        recipe, model_base, its = self.rest, base_key(model), BaseKey(str(self.base_model), None, self.base)
+        if why := its.contradicts(model_base):
             raise BaseModelMismatch(f"{self.folder} was composed for {its.id!r}, and this model is another: {why}")
-        if not its.proves(own):
-            warn_unverified([str(self.folder)], its, own)
+        if not its.proves(model_base):
+            warn_unverified([str(self.folder)], its, model_base)
         fields = {key: recipe[key] for key in ("seed", "parents", "merge_method")}
         fields |= {"task": self.task, "report": self.report, "pool": None, "all_weights": {}, "members": {}, "steps": {}}
         fields["share"] = recipe.get("share", 1.0)
@@ -95,14 +95,14 @@ class SavedRecipe:
             if router.pool is None:
                 raise AdapterCorrupt(f"{self.folder} has a router without its adapters; compose again")
             experts = router.pool.adapters.items()
-            pool = ExpertPool({name: replace(each, fingerprint=own.fingerprint) for name, each in experts})
+            pool = ExpertPool({name: replace(adapter, fingerprint=model_base.fingerprint) for name, adapter in experts})
             return {**fields, "router": router, "pool": pool}
         if self.parts is not None:
             return fields
         fields |= {"all_weights": recipe["weights"], "by_layer": recipe["by_layer"], "tuned_steps": recipe["tuned_steps"]}
         kept = self.folder / "adapter"
         if kept.is_dir():
-            read = replace(Adapter.from_pretrained(kept, name="composition"), fingerprint=own.fingerprint)
+            read = replace(Adapter.from_pretrained(kept, name="composition"), fingerprint=model_base.fingerprint)
             fields["stored"] = Composer(model, [read]).bound_pool["composition"]
         elif recipe["weights"] or recipe["tuned_steps"]:
             raise AdapterCorrupt(f"{self.folder} has weights, but its folder adapter is gone; compose again")
@@ -131,9 +131,9 @@ def task_json(task: Task) -> dict[str, Any]:
     """Return what Task() takes, as JSON."""
     fields = {name: getattr(task, name) for name in TASK_FIELDS}
     for name in ("examples", "demonstrations"):
-        fields[name] = [[prompt_json(asked), target] for asked, target in fields[name]]
+        fields[name] = [[prompt_json(prompt), target] for prompt, target in fields[name]]
     if not isinstance(task.calibrated, bool):
         fields["calibrated"] = [
-            prompt_json(asked) if label is None else [prompt_json(asked), label] for asked, label in task.neutral
+            prompt_json(prompt) if label is None else [prompt_json(prompt), label] for prompt, label in task.neutral
         ]
     return {**fields, "chat": True, "system": task.system} if task.chat else fields

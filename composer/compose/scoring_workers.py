@@ -71,8 +71,8 @@ class ScoringWorkers:
         named = {f"{number} of {len(pieces)}": piece for number, piece in enumerate(pieces, start=1)}
         with progress_bar(False) as bar:
             call = partial(_carry_out, self._engine, objective, work)
-            found = require_all(dict(self._crew.spread(call, named, label="scoring", bar=bar)))
-        return [found[name] for name in named]
+            results = require_all(dict(self._crew.spread(call, named, label="scoring", bar=bar)))
+        return [results[name] for name in named]
 
 
 @dataclass(frozen=True)

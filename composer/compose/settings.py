@@ -126,10 +126,10 @@ class Settings:
 
     def solver(self, experts: Sequence[str], supplied: Mapping[str, Any]) -> Solver:
         """Return the method's solver with its limits and options. It gets what it takes of `supplied`."""
-        found = solver_class(self.name)
-        given = {**supplied, **{name: getattr(self, name) for name in LIMITS}}
-        known = options_of(found)
-        return found(experts, **{name: value for name, value in given.items() if name in known}, **self.options)
+        solver_type = solver_class(self.name)
+        arguments = {**supplied, **{name: getattr(self, name) for name in LIMITS}}
+        known = options_of(solver_type)
+        return solver_type(experts, **{name: value for name, value in arguments.items() if name in known}, **self.options)
 
     def require_combinable(self, pool: ExpertPool) -> None:
         """Raise InvalidLicense if the composition would combine adapters whose licenses exclude each other.
@@ -179,24 +179,24 @@ class Settings:
                 )
 
     def _check_search(self, from_hub: bool) -> None:
-        found = None if self.method in OTHER_WAYS else solver_class(self.name)
-        if found is not None and "scores" in options_of(found) and not from_hub:
+        solver_type = None if self.method in OTHER_WAYS else solver_class(self.name)
+        if solver_type is not None and "scores" in options_of(solver_type) and not from_hub:
             raise WeightingError(f"method {self.method!r} weighs by retrieval scores, so it needs a hub, not a pool")
         if self.space is not None and self.space not in SPACES:
             hint = nearest(self.space, SPACES)
             raise UnknownName(f"no space {self.space!r} to compose with{hint}; there are {', '.join(SPACES)}")
         if self.merge_method is not None:
             self._check_merge_method()
-        if self.budget is None and self.seconds is None and (found is not None or self.method == "auto"):
+        if self.budget is None and self.seconds is None and (solver_type is not None or self.method == "auto"):
             raise WeightingError("a search needs a budget of evaluations, or of seconds, or both")
         require_one_clock(self.seconds)
-        self._check_options(found, from_hub)
-        if found is not None and not self.can_run(self.name):
-            given = "a function" if callable(self.objective) else repr(self.objective or "cross_entropy")
+        self._check_options(solver_type, from_hub)
+        if solver_type is not None and not self.can_run(self.name):
+            objective_name = "a function" if callable(self.objective) else repr(self.objective or "cross_entropy")
             where = "" if self.space is None else f" in space {self.space!r}"
             where = where if self.merge_method is None else f" through merge method {self.merge_method!r}"
             raise WeightingError(
-                f"method {self.name!r} follows gradients, but there are no gradients of {given}{where}: "
+                f"method {self.name!r} follows gradients, but there are no gradients of {objective_name}{where}: "
                 "take 'cross_entropy', 'labels' or 'entropy' in space 'deltas', or a method that needs none, as 'lorahub'"
             )
 
@@ -236,14 +236,16 @@ class Settings:
 
     def _try_options(self) -> None:
         """Make a solver over two made-up experts, so that it checks its options; those that name experts are left out."""
-        own = {name: value for name, value in self.options.items() if name not in ("start", "groups")}
+        options = {name: value for name, value in self.options.items() if name not in ("start", "groups")}
         try:
-            replace(self, budget=PLENTY, seconds=None, options=own).solver(("a", "b"), {"layers": ["layer"]})
+            replace(self, budget=PLENTY, seconds=None, options=options).solver(("a", "b"), {"layers": ["layer"]})
         except LoraweaveError:
             raise
         except (TypeError, ValueError) as error:
-            given = ", ".join(f"{name}={value!r:.40}" for name, value in own.items())
-            raise WeightingError(f"the options of method {self.name!r} are {given}, and cannot be used: {error}") from error
+            options_text = ", ".join(f"{name}={value!r:.40}" for name, value in options.items())
+            raise WeightingError(
+                f"the options of method {self.name!r} are {options_text}, and cannot be used: {error}"
+            ) from error
 
     def _check_objective(self, task: Task) -> None:
         if not (isinstance(self.objective, str | None) or callable(self.objective)):
@@ -254,10 +256,10 @@ class Settings:
         if self.learns and not self.routes:
             loss = self.objective or ("cross_entropy" if self.method in OTHER_WAYS else solver_class(self.name).loss)
         if self.inputs is not None and loss != "entropy" and not (self.method == "auto" and task.labels):
-            given = "a function" if callable(loss) else repr(loss)
+            objective_name = "a function" if callable(loss) else repr(loss)
             raise InvalidTask(
                 "inputs without targets are for objective 'entropy', and for method 'auto' of a task with labels, but "
-                f"method {self.name!r} has {given}: pass objective='entropy', or leave inputs out"
+                f"method {self.name!r} has {objective_name}: pass objective='entropy', or leave inputs out"
             )
         if self.inputs is not None and not self.inputs:
             raise InvalidTask("inputs are []; give at least one text")
@@ -321,21 +323,21 @@ def routes(method: str | Router) -> bool:
 
 def _options(method: str | Router) -> list[str]:
     """Return the options of a router of that name, and of its training; a router object has none."""
-    found, learned = _class_of(method, TokenRouter), _class_of(method, LearnedRouter)
-    if found is None or learned is None:
-        return [] if found is None else option_names(found)
+    router_type, learned = _class_of(method, TokenRouter), _class_of(method, LearnedRouter)
+    if router_type is None or learned is None:
+        return [] if router_type is None else option_names(router_type)
     if learned.needs_experts:
         raise WeightingError(
             f"router {method!r} learns from rows that name their expert, and a task's examples name none: fit() one on the "
             "experts' own data, and pass it as method=router"
         )
-    return [*option_names(found), *TRAINING]
+    return [*option_names(router_type), *TRAINING]
 
 
 def _class_of(name: str | Router, kind: type[Kind]) -> type[Kind] | None:
     """Return the class of this kind that a name stands for; None for others, for unknown names and for router objects."""
-    found = get("routers", name) if isinstance(name, str) and name in registry.names("routers") else None
-    return found if isinstance(found, type) and issubclass(found, kind) else None
+    registered = get("routers", name) if isinstance(name, str) and name in registry.names("routers") else None
+    return registered if isinstance(registered, type) and issubclass(registered, kind) else None
 
 
 def method_names() -> list[str]:
@@ -349,6 +351,6 @@ def solver_class(method: str) -> type[Solver]:
     if method not in known:
         hint = nearest(method, known, "routers")
         raise UnknownName(f"no method {method!r} to compose with{hint}; there are {', '.join(known)}")
-    if (found := _class_of(method, Solver)) is None:  # type: ignore[type-abstract]
+    if (solver_type := _class_of(method, Solver)) is None:  # type: ignore[type-abstract]
         raise UnknownName(f"router {method!r} does not search for weights: activate() it instead of composing with it")
-    return found
+    return solver_type

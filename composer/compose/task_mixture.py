@@ -105,8 +105,11 @@ class TaskMixture:
     @property
     def mean_weights(self) -> dict[str, float]:
         """The weights as {name: weight}, averaged over layers and parts, of the adapters that have a weight somewhere."""
-        if each := [part.mean_weights for part in self.parts.values()]:
-            return {name: self._average([own.get(name, 0.0) for own in each]) for name in chain(*each)}
+        if means_by_part := [part.mean_weights for part in self.parts.values()]:
+            return {
+                name: self._average([part_means.get(name, 0.0) for part_means in means_by_part])
+                for name in chain(*means_by_part)
+            }
         layers = self.by_layer.values() if self.by_layer is not None else (self.all_weights,)
         used = {name for of_layer in layers for name, weight in of_layer.items() if weight}
         return {name: float(weight) for name, weight in self.all_weights.items() if name in used}
@@ -139,7 +142,7 @@ class TaskMixture:
         """The SPDX expression that binds to the licenses of all adapters that count; None where no license is known."""
         members: list[Mapping[str, Any]] = [adapter.card for adapter in self._used.values()]
         known = members or self.parents or ([] if self.stored is None else [self.stored.card])
-        return license_of_all(stated_license(each.get("license")) for each in known)
+        return license_of_all(stated_license(card.get("license")) for card in known)
 
     @cached_property
     def adapter(self) -> Adapter:
@@ -158,10 +161,10 @@ class TaskMixture:
             raise CompositionError("this composition is the base model itself: there is no adapter to give")
         # DoRA's magnitudes and trained biases are resolved against the model
         used = Composer(self.model, self.pool.subset(self.mean_weights)).bound_pool
-        given: dict[str, Any] = {"method": self.merge_method, "name": "composition", "allow_licenses": self.allow_licenses}
+        options: dict[str, Any] = {"method": self.merge_method, "name": "composition", "allow_licenses": self.allow_licenses}
         if self.by_layer is not None:
-            return merge_by_layer(used, self.by_layer, **given)
-        return merge(list(used.adapters.values()), list(self.mean_weights.values()), progress=False, **given)
+            return merge_by_layer(used, self.by_layer, **options)
+        return merge(list(used.adapters.values()), list(self.mean_weights.values()), progress=False, **options)
 
     def predict(self, inputs: GivenRows, *, max_new_tokens: int = scoring.MAX_NEW_TOKENS) -> list[str]:
         """Return one answer for each input: a label when the task has labels, else the first line of a greedy generation.
@@ -188,7 +191,7 @@ class TaskMixture:
         """
         read = scoring.read_answers(pairs)
         most = scoring.longest_answer(self.tokenizer, read) if max_new_tokens is None else max_new_tokens
-        said = self._predict([asked for asked, _ in read], most)
+        said = self._predict([prompt for prompt, _ in read], most)
         return scoring.score(said, read, self._losses(read))
 
     def losses(self, pairs: GivenRows | None = None) -> list[float]:
@@ -236,10 +239,10 @@ class TaskMixture:
 
     def _losses(self, pairs: Sequence[tuple[Prompt, scoring.Targets]]) -> list[float]:
         if self.members:
-            each = [member._losses(pairs) for member in self.members.values()]
-            return [self._average(own) for own in zip(*each, strict=True)]
+            losses_by_member = [member._losses(pairs) for member in self.members.values()]
+            return [self._average(pair_losses) for pair_losses in zip(*losses_by_member, strict=True)]
         if self.steps:
-            texts = self._between([asked for asked, _ in pairs])
+            texts = self._between([prompt for prompt, _ in pairs])
             return self._last._losses([(text, targets) for text, (_, targets) in zip(texts, pairs, strict=True)])
         with self.activate():
             return scoring.losses(*self._on, pairs, share=self._may_share)
@@ -282,7 +285,7 @@ class TaskMixture:
     def _used(self) -> Mapping[str, Adapter]:
         """The adapters of the pool, or of the parts' pools, that count, by name; none where the pool is gone."""
         if self.parts:
-            return {name: each for part in self.parts.values() for name, each in part._used.items()}
+            return {name: adapter for part in self.parts.values() for name, adapter in part._used.items()}
         used = self.mean_weights if self.router is None or self.pool is None else self.pool.names
         return self.pool.subset(used).adapters if self.pool and used else {}
 

@@ -157,23 +157,23 @@ class Averaged(Trial[tuple[Any, ...]]):
 
     def scores(self, chosen: tuple[Any, ...], examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         _, hits_N = self.hits(chosen, examples)
-        each = [part.scores(own, examples)[0] for part, own in zip(self._parts, chosen, strict=True)]
-        return np.average(each, axis=0, weights=self._shares), hits_N
+        losses_by_part = [part.scores(choice, examples)[0] for part, choice in zip(self._parts, chosen, strict=True)]
+        return np.average(losses_by_part, axis=0, weights=self._shares), hits_N
 
     def finish(self) -> None:
         """Average the losses of the finished parts; answers to examples that were learned from are not looked at."""
         (self.chosen,) = self.choices_on([self.bench.everything])
-        each = [part.losses_N for part in self._parts if part.losses_N is not None]
-        self.losses_N = np.average(each, axis=0, weights=self._shares)
+        losses_by_part = [part.losses_N for part in self._parts if part.losses_N is not None]
+        self.losses_N = np.average(losses_by_part, axis=0, weights=self._shares)
 
     def result(self, chosen: tuple[Any, ...]) -> SearchResult:
         return result_of(MixtureWeights.of({}, self.bench.names))
 
     def composition(self, chosen: tuple[Any, ...], report: Report, *, seed: int, allow_licenses: bool) -> Composition:
         members = {}
-        for part, own, share in zip(self._parts, chosen, self._shares, strict=True):
+        for part, choice, share in zip(self._parts, chosen, self._shares, strict=True):
             of_part = replace(report, chosen=part.name, reason=f"a member of {self.name}")
-            member = part.composition(own, of_part, seed=seed, allow_licenses=allow_licenses)
+            member = part.composition(choice, of_part, seed=seed, allow_licenses=allow_licenses)
             members[part.name] = replace(member, share=share)
         made = super().composition(chosen, report, seed=seed, allow_licenses=allow_licenses)
         return replace(made, members=members)

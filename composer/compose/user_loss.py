@@ -49,7 +49,7 @@ class UserLoss(OnExamples):
         return {
             "function": name,
             "instruction": self.task.instruction,
-            "examples": [[prompt_json(asked), target] for asked, target in self._examples()],
+            "examples": [[prompt_json(prompt), target] for prompt, target in self._examples()],
             **self._describe_mixtures(),
         }
 

@@ -169,7 +169,7 @@ class Ways:
 
     def _plain_trials(self) -> list[Trial[Any]]:
         """Return the trials of base model, best single adapter and uniform mixture, without those that were asked for."""
-        bench, asked = self._bench, {trial.name for trial in self._learning}
+        bench, requested = self._bench, {trial.name for trial in self._learning}
         if not bench.task.examples:
             return []
         uniform = MixtureWeights.of(dict.fromkeys(bench.names, 1 / len(bench.names)), bench.names)
@@ -178,7 +178,7 @@ class Ways:
             BestSingle(bench),
             Fixed("uniform", bench, uniform),
         ]
-        return [trial for trial in plain if trial.name not in asked]
+        return [trial for trial in plain if trial.name not in requested]
 
     def _programs(self, plain: Sequence[Trial[Any]]) -> list[Programmed]:
         """Return the program of "auto", for tasks without labels that neither prompts nor one adapter come near to."""
@@ -261,8 +261,8 @@ class Ways:
 
     def _few_shot(self, shown: Bench) -> FewShot:
         tuning, settings = FEW_SHOT if shown.start is None else BEGUN, self._settings
-        given = settings.options if settings.method == "few_shot" else {}
-        return FewShot(shown, replace(tuning, **given, seed=settings.seed))
+        options = settings.options if settings.method == "few_shot" else {}
+        return FewShot(shown, replace(tuning, **options, seed=settings.seed))
 
     @property
     def _is_one(self) -> bool:
@@ -349,15 +349,15 @@ class Searched(MixtureTrial):
     def choose(self, splits: Sequence[Split]) -> list[SearchResult]:
         objective = self._objective()
         searches = [self._search(split, objective) for split in splits]
-        while running := [(search, asked) for search in searches if (asked := search.solver.ask())]:
-            objectives, candidates = [search.objective for search, _ in running], [asked for _, asked in running]
+        while running := [(search, mixtures) for search in searches if (mixtures := search.solver.ask())]:
+            objectives, candidates = [search.objective for search, _ in running], [mixtures for _, mixtures in running]
             if self.solver.needs_gradients:
                 told = together_with_gradients(objectives, candidates)
             else:
                 told = [(losses, []) for losses in together(objectives, candidates)]
-            for (search, asked), (losses, gradients) in zip(running, told, strict=True):
+            for (search, mixtures), (losses, gradients) in zip(running, told, strict=True):
                 search.tell(losses, gradients)
-                self._count(search.solver.cost * len(asked))
+                self._count(search.solver.cost * len(mixtures))
         return [search.result() for search in searches]
 
     def _search(self, split: Split, objective: ExampleLoss | UserLoss) -> _Search:
@@ -370,14 +370,14 @@ class Searched(MixtureTrial):
 
     def _start(self, split: Split) -> Start:
         """Return where the search of a split's examples begins; None for the solver's own default."""
-        names, given = self.bench.names, self._start_name
-        if given is None:
+        names, start_name = self.bench.names, self._start_name
+        if start_name is None:
             return self._start_weights
-        if given == "uniform":
+        if start_name == "uniform":
             return dict.fromkeys(names, 1 / len(names))
-        if given == "retrieval":
+        if start_name == "retrieval":
             return Similarity(names, scores=self.bench.scores).ask()[0]
-        return {} if given == "base" else self.bench.best(split.seen, BEST[given])
+        return {} if start_name == "base" else self.bench.best(split.seen, BEST[start_name])
 
     def _solver(self, start: Start) -> Solver:
         supplied: dict[str, Any] = {
@@ -387,9 +387,9 @@ class Searched(MixtureTrial):
             "start": start,
         }
         if "texts" in options_of(solver_class(self.settings.name)):
-            asked = [text for text, _ in self.bench.task.examples] or self.settings.inputs or ()
+            prompts = [text for text, _ in self.bench.task.examples] or self.settings.inputs or ()
             supplied["texts"] = read_expert_texts(self.name, self.bench.engine.pool, None, None)
-            supplied["asked"] = [str(text) for text in asked]
+            supplied["asked"] = [str(text) for text in prompts]
         options = {name: value for name, value in self.settings.options.items() if name != "start"}
         return replace(self.settings, options=options).solver(self.bench.names, supplied)
 

@@ -55,9 +55,9 @@ class Kind(ABC):
 
     def __init__(self, task: Task, labels: Sequence[str] | None = None) -> None:
         self.labels = tuple(labels or ())
-        own = [target for _, target in task.examples]
-        self.targets = [self.labels or (target,) for target in own]
-        self.right = [texts.index(target) for texts, target in zip(self.targets, own, strict=True)]
+        example_targets = [target for _, target in task.examples]
+        self.targets = [self.labels or (target,) for target in example_targets]
+        self.right = [texts.index(target) for texts, target in zip(self.targets, example_targets, strict=True)]
         self.needs = frozenset({LOSS})
         self.hit_needs = frozenset({LOSS if self.labels else MISS})
 
