@@ -88,16 +88,16 @@ def encode(
     target_ids = answer_ids(tokenizer, targets, ends)
     rows = []
     text_ids = iter(prompt_ids(tokenizer, [prompt for prompt in prompts if isinstance(prompt, str)]))
-    for number, (asked, target) in enumerate(zip(prompts, target_ids, strict=True)):
-        if isinstance(asked, Conversation):
+    for number, (raw_prompt, target) in enumerate(zip(prompts, target_ids, strict=True)):
+        if isinstance(raw_prompt, Conversation):
             try:
-                prompt, target = answered_ids(tokenizer, asked, targets[number])
+                prompt, target = answered_ids(tokenizer, raw_prompt, targets[number])
             except InvalidTask as error:
-                raise InvalidTask(f"row {number + 1} (prompt {str(asked)[:60]!r}): {error}") from error
+                raise InvalidTask(f"row {number + 1} (prompt {str(raw_prompt)[:60]!r}): {error}") from error
         else:
             prompt = next(text_ids)
         if not targets[number].strip() or not target:
-            raise InvalidTask(f"row {number + 1} (prompt {str(asked)[:60]!r}) has an empty target")
+            raise InvalidTask(f"row {number + 1} (prompt {str(raw_prompt)[:60]!r}) has an empty target")
         if not prompt:
             raise InvalidTask(f"row {number + 1} (target {targets[number][:60]!r}) has an empty prompt to predict it from")
         row = EncodedRow(tuple(prompt), tuple(target))
@@ -111,10 +111,10 @@ def encode(
 
 def answer_ids(tokenizer: Any, answers: Sequence[str], ends: Sequence[str | None] = ()) -> list[list[int]]:
     """Return the token ids of each " answer" with its end; None, and no `ends`, stand for the end-of-sequence token."""
-    given = [tokenizer.eos_token or "" if end is None else end for end in ends or [None] * len(answers)]
-    texts = [f" {answer}{end}" for answer, end in zip(answers, given, strict=True)]
-    found: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return found
+    end_texts = [tokenizer.eos_token or "" if end is None else end for end in ends or [None] * len(answers)]
+    texts = [f" {answer}{end}" for answer, end in zip(answers, end_texts, strict=True)]
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def context_length(model: Any) -> int | None:
@@ -253,8 +253,8 @@ def last_logits(model: Any) -> dict[str, int]:
 
 def end_tokens(model: Any) -> list[int] | None:
     """Return the tokens at which the model's generation settings end a sequence; None where they do not say."""
-    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return found if found is None or isinstance(found, list) else [found]
+    end_ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return end_ids if end_ids is None or isinstance(end_ids, list) else [end_ids]
 
 
 @contextmanager

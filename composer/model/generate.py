@@ -90,8 +90,8 @@ def generation_call(
             "one, or leave the assistant out"
         )
     batch, pad = encode_texts(model, tokenizer, texts)
-    own = getattr(model, "generation_config", None)
-    if "pad_token_id" not in arguments and getattr(own, "pad_token_id", None) is None:
+    config = getattr(model, "generation_config", None)
+    if "pad_token_id" not in arguments and getattr(config, "pad_token_id", None) is None:
         arguments["pad_token_id"] = pad
     if (stop := arguments.pop("stop_strings", None)) is not None:
         from transformers import StoppingCriteriaList, StopStringCriteria
@@ -109,8 +109,8 @@ def _mode(model: nn.Module, settings: Mapping[str, Any]) -> str:
     merged = copy.deepcopy(getattr(model, "generation_config", None))
     if merged is None:
         return ""
-    given = settings.get("generation_config")
-    for source in ({} if given is None else vars(given), settings):
+    config = settings.get("generation_config")
+    for source in ({} if config is None else vars(config), settings):
         for name, value in source.items():
             if value is not None and hasattr(merged, name):
                 setattr(merged, name, value)
@@ -118,14 +118,14 @@ def _mode(model: nn.Module, settings: Mapping[str, Any]) -> str:
 
 
 def _require_local(mode: str, settings: Mapping[str, Any]) -> None:
-    own = settings.get("custom_generate")
-    if isinstance(own, str) or settings.get("trust_remote_code") or (mode in DOWNLOADED and own is None):
+    decoding = settings.get("custom_generate")
+    if isinstance(decoding, str) or settings.get("trust_remote_code") or (mode in DOWNLOADED and decoding is None):
         raise CompositionError(
             f"{_words(mode)} as asked for is code that transformers downloads and runs, which generate() does not: pass a "
             "decoding function of your own as custom_generate=, or choose greedy search, sampling or beams"
         )
-    given = settings.get("generation_config")
-    if "paged" in (settings.get("cache_implementation"), getattr(given, "cache_implementation", None)):
+    config = settings.get("generation_config")
+    if "paged" in (settings.get("cache_implementation"), getattr(config, "cache_implementation", None)):
         raise CompositionError(
             "a paged cache means continuous batching, which packs all requests into one row and runs the model in a thread "
             "of its own: leave cache_implementation out; one batch of generate() has a mixture per text"
@@ -162,10 +162,10 @@ def read_prompt(given: Any, number: int) -> Prompt:
         raise CompositionError(
             f"text {number} is {given!r:.80}, and neither a text nor a conversation, a list of {{'role', 'content'}}{alone}"
         )
-    found = given if isinstance(given, Conversation) else Conversation.read(given, f"text {number}")
-    if found.turns[-1][0] == "assistant":
+    prompt = given if isinstance(given, Conversation) else Conversation.read(given, f"text {number}")
+    if prompt.turns[-1][0] == "assistant":
         raise CompositionError(f"text {number} ends with the assistant's turn, to which there is no answer: leave that out")
-    return found
+    return prompt
 
 
 def encode_texts(model: nn.Module, tokenizer: Any, texts: Sequence[Prompt]) -> tuple[dict[str, Tensor], int]:
@@ -219,10 +219,10 @@ def _pieces(generate: Callable[[Any], None], tokenizer: Any) -> Iterator[list[st
     thread = threading.Thread(target=work, name="loraweave-stream", daemon=True)
     thread.start()
     try:
-        while (found := pieces.get()) is not None:
-            if isinstance(found, BaseException):
-                raise found
-            yield found
+        while (piece := pieces.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
     finally:
         streamer.stopped = True
         # the garbage collector may end an abandoned iterator in whatever thread it runs

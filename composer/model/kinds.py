@@ -164,8 +164,8 @@ class Convolution(LayerKind):
         kernel.view(-1)[kernel.numel() // 2] = 1
         # each channel as a row of its own, as the layer pads and strides all alike
         x_BC = (x if x.ndim == 2 + len(module.kernel_size) else x[None]).to(like.dtype)
-        found: Tensor = module._conv_forward(x_BC.flatten(0, 1)[:, None], kernel, None)
-        return found.reshape(*x_BC.shape[:2], -1).mT
+        output: Tensor = module._conv_forward(x_BC.flatten(0, 1)[:, None], kernel, None)
+        return output.reshape(*x_BC.shape[:2], -1).mT
 
     def rows(self, module: Any, y: Tensor) -> Tensor:
         """Return the output's channels by row and position; an output without a batch axis is one row."""
@@ -173,8 +173,8 @@ class Convolution(LayerKind):
 
     def put_back(self, y_BTO: Tensor, y: Tensor) -> Tensor:
         """Return the values in the shape of y, contiguous if y is."""
-        found = y_BTO.mT.reshape(y.shape)
-        return found.contiguous() if y.is_contiguous() else found
+        values = y_BTO.mT.reshape(y.shape)
+        return values.contiguous() if y.is_contiguous() else values
 
 
 linear, norm, embedding, conv = Linear(), Norm(), Embedding(), Convolution()

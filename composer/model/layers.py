@@ -72,10 +72,10 @@ class TargetLayer:
         if self.number is not None:
             whole = self.module._parameters.get(self.attribute) if part == "weight" else None
             return None if whole is None else whole.detach()[self.number]
-        found = getattr(self.module, part, None)
+        value = getattr(self.module, part, None)
         # torch's quantised layers have methods of these names
-        found = found() if inspect.ismethod(found) else found
-        return found if isinstance(found, Tensor) else None
+        value = value() if inspect.ismethod(value) else value
+        return value if isinstance(value, Tensor) else None
 
     @property
     def offloaded(self) -> bool:
@@ -118,9 +118,9 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
     alone; CompositionError for a layer without values that nothing loads.
     """
     module = modules.get(name.rsplit(".", 2)[0] if factors.kind == "expert" else name)
-    asked = f"expert {expert!r} updates layer {name!r}"
+    statement = f"expert {expert!r} updates layer {name!r}"
     if module is None:
-        raise LayerMismatch(f"{asked}, which the model does not have{_hint(modules, name)}")
+        raise LayerMismatch(f"{statement}, which the model does not have{_hint(modules, name)}")
     what = type(module).__name__
     if factors.kind == "expert":
         return _expert_layer(modules, name, factors, expert)
@@ -129,23 +129,25 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
     kinds = (*KINDS, norm) if bias_alone else KINDS
     kind, shape = next(((kind, shape) for kind in kinds if (shape := kind.shape(module))), (None, None))
     if kind is None or shape is None:
-        known = "; ".join(f"{each.modules} ({each.name})" for each in KINDS)
-        raise LayerMismatch(f"{asked}, which is a {what}{_bare(module)}; what can be composed is {known}")
+        known = "; ".join(f"{known_kind.modules} ({known_kind.name})" for known_kind in KINDS)
+        raise LayerMismatch(f"{statement}, which is a {what}{_bare(module)}; what can be composed is {known}")
     if factors.kind != kind.name and not bias_alone:
         raise LayerMismatch(
-            f"{asked} with factors of kind {factors.kind!r}, but a {what} takes kind {kind.name!r}; was the adapter made "
-            "for another base model?"
+            f"{statement} with factors of kind {factors.kind!r}, but a {what} takes kind {kind.name!r}; was the adapter "
+            "made for another base model?"
         )
     if why := kind.refusal(module):
-        raise LayerMismatch(f"{asked} ({what}), {why}; take an adapter that leaves this layer alone")
-    found = (int(factors.b_OR.shape[0]), int(factors.a_RI.shape[1]), factors.kernel)
+        raise LayerMismatch(f"{statement} ({what}), {why}; take an adapter that leaves this layer alone")
+    factor_shape = (int(factors.b_OR.shape[0]), int(factors.a_RI.shape[1]), factors.kernel)
     wanted = (shape.num_outputs, shape.num_inputs, shape.kernel)
-    if found != wanted and not (bias_alone and found[0] == wanted[0]):
+    if factor_shape != wanted and not (bias_alone and factor_shape[0] == wanted[0]):
         form, sizes = ("(O, I, kernel)", 3) if shape.kernel or factors.kernel else ("(O, I)", 2)
-        raise LayerMismatch(f"{asked} with shape {form} = {found[:sizes]}, but the model's {what} has {wanted[:sizes]}")
+        raise LayerMismatch(
+            f"{statement} with shape {form} = {factor_shape[:sizes]}, but the model's {what} has {wanted[:sizes]}"
+        )
     if _is_never_called(modules, name):
         raise LayerMismatch(
-            f"{asked}, whose weight the encoder and the decoder read through embeddings of their own, so that it never "
+            f"{statement}, whose weight the encoder and the decoder read through embeddings of their own, so that it never "
             "runs: give its factors to 'encoder.embed_tokens' and 'decoder.embed_tokens' beside it"
         )
     place, _, attribute = name.rpartition(".")
@@ -158,7 +160,7 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
     weight = layer.parameter("weight")
     if weight is not None and weight.is_meta and not layer.offloaded:
         raise CompositionError(
-            f"{asked}, whose weight is on the meta device and has no values: load the model's weights first"
+            f"{statement}, whose weight is on the meta device and has no values: load the model's weights first"
         )
     return layer
 
@@ -167,10 +169,10 @@ def _expert_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors,
     """Return one expert of a fused parameter as a layer. Raises what `target_layer` raises."""
     if not factors.is_product:
         raise LayerMismatch(f"expert {expert!r} has a gain or a bias for layer {name!r}, an expert of a fused parameter")
-    found = expert_matrix(modules, name, factors, f"expert {expert!r}")
-    sizes = found.num_outputs, found.num_inputs, found.transposed
-    turned = multiplies_columns(found.module) != found.transposed
-    layer = TargetLayer(name, found.module, *sizes, attribute=found.parameter, number=found.number, turned=turned)
+    matrix = expert_matrix(modules, name, factors, f"expert {expert!r}")
+    sizes = matrix.num_outputs, matrix.num_inputs, matrix.transposed
+    turned = multiplies_columns(matrix.module) != matrix.transposed
+    layer = TargetLayer(name, matrix.module, *sizes, attribute=matrix.parameter, number=matrix.number, turned=turned)
     weight = layer.parameter("weight")
     if weight is None or weight.is_meta:
         raise CompositionError(
@@ -194,8 +196,8 @@ def _is_never_called(modules: Mapping[str, nn.Module], name: str) -> bool:
     """Return whether this is an encoder-decoder's `shared` embedding, which since transformers 5 only holds the weight."""
     place, _, last = name.rpartition(".")
     prefix = f"{place}." if place else ""
-    own = modules.get(f"{prefix}encoder.embed_tokens")
-    return last == "shared" and own is not None and own is not modules[name]
+    encoder_embedding = modules.get(f"{prefix}encoder.embed_tokens")
+    return last == "shared" and encoder_embedding is not None and encoder_embedding is not modules[name]
 
 
 def _hint(modules: Mapping[str, nn.Module], name: str) -> str:
@@ -333,15 +335,15 @@ def _uses(owner: type[nn.Module]) -> tuple[set[str], set[str]]:
 
 def _reachable(owner: type[nn.Module]) -> list[CodeType]:
     """Return the code of forward and of all methods named in it, in those, and so on, but not what only makes or saves."""
-    names, seen, found = ["forward"], {"forward"}, []
+    names, seen, codes = ["forward"], {"forward"}, []
     while names:
         function = inspect.unwrap(getattr(owner, names.pop(), None))  # type: ignore[arg-type]
         for code in _with_inner(function.__code__) if hasattr(function, "__code__") else ():
-            found.append(code)
+            codes.append(code)
             more = {name for name in code.co_names if name not in seen and hasattr(owner, name)}
             seen |= more
             names.extend(sorted(more))
-    return found
+    return codes
 
 
 def _with_inner(code: CodeType) -> Iterator[CodeType]:
@@ -363,6 +365,6 @@ def _loads(code: CodeType) -> Iterator[tuple[str, bool]]:
             yield str(attribute), False
             continue
         # in a call of isinstance, its name lies two steps before the attribute's
-        asked = then[1] in _ABOUT or any(argument == "isinstance" for _, argument in steps[max(0, place - 2) : place])
-        if part[1] == "weight" and not asked:
+        is_question = then[1] in _ABOUT or any(argument == "isinstance" for _, argument in steps[max(0, place - 2) : place])
+        if part[1] == "weight" and not is_question:
             yield str(attribute), True

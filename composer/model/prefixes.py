@@ -51,13 +51,13 @@ class Prefixes:
 
         The inputs are the whole rows, padded before the prefix and between it and what follows; the cache has its rows.
         """
-        device, each = next(model.parameters()).device, len(rows) // len(self.lengths)
-        rest = [row[self.lengths[number // each] :] for number, row in enumerate(rows)]
+        device, group_size = next(model.parameters()).device, len(rows) // len(self.lengths)
+        rest = [row[self.lengths[number // group_size] :] for number, row in enumerate(rows)]
         rest_BT, mask_BT = pad_rows(tokenizer, rest)
-        ids_BT = torch.cat([self.ids_MP.repeat_interleave(each, dim=0), rest_BT], dim=1)
-        mask_BT = torch.cat([self.mask_MP.repeat_interleave(each, dim=0), mask_BT], dim=1)
+        ids_BT = torch.cat([self.ids_MP.repeat_interleave(group_size, dim=0), rest_BT], dim=1)
+        mask_BT = torch.cat([self.mask_MP.repeat_interleave(group_size, dim=0), mask_BT], dim=1)
         cache = copy.deepcopy(self.cache)
-        cache.batch_repeat_interleave(each)
+        cache.batch_repeat_interleave(group_size)
         inputs = with_positions(model, ids_BT, mask_BT)
         return {name: value.to(device) for name, value in inputs.items()}, cache
 

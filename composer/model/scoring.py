@@ -143,8 +143,8 @@ def predict_together(
         log_p_MNL = _label_scores_by_task(model, tokenizer, tasks, labels, inputs_MN, share)
         if neutral:
             # examples that the prompts show are asked under the others: they would leave nothing to share
-            asked = [text for text, _ in neutral]
-            neutral_MCL = _label_scores_by_task(model, tokenizer, tasks, labels, [asked] * len(tasks), share)
+            neutral_texts = [text for text, _ in neutral]
+            neutral_MCL = _label_scores_by_task(model, tokenizer, tasks, labels, [neutral_texts] * len(tasks), share)
             log_p_MNL = without_prior(log_p_MNL, log_prior(neutral_MCL, tasks[0]))
         return [labels[int(best)] for best in log_average(log_p_MNL, share_M).argmax(dim=1)]
     averaged = [AveragedScores(share_M)] if len(tasks) > 1 else []
@@ -152,8 +152,8 @@ def predict_together(
     prefix, chunks = _batches(model, tokenizer, tasks, inputs_MN, BATCH_SIZE, share)
     for chosen, prompts in chunks:
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "processors": averaged, "prefix": prefix}
-        found = generate(model, tokenizer, prompts, stop=tasks[0].stops, **settings)
-        for index, answer in zip(chosen, found, strict=False):
+        outputs = generate(model, tokenizer, prompts, stop=tasks[0].stops, **settings)
+        for index, answer in zip(chosen, outputs, strict=False):
             answers[index] = answer
     return answers
 
@@ -184,8 +184,11 @@ def _batches(
     num_rows: int,
     share: bool,
 ) -> tuple[Prefixes | None, list[tuple[list[int], list[Prompt]]]]:
-    """Return the prefix that is read once, and batches of like length: (inputs' places, their prompts, task after task)."""
-    prompts_MN = [[task.prompt(text) for text in own] for task, own in zip(tasks, inputs_MN, strict=True)]
+    """Return the prefix that is read once, and batches of inputs of like length.
+
+    A batch is (places of the inputs, their prompts), the prompts of one task after those of the other.
+    """
+    prompts_MN = [[task.prompt(text) for text in inputs_N] for task, inputs_N in zip(tasks, inputs_MN, strict=True)]
     ids_MN = [prompt_ids(tokenizer, prompts) for prompts in prompts_MN]
     by_length = sorted(range(len(ids_MN[0])), key=lambda index: len(ids_MN[0][index]))
     chunks = in_chunks(by_length, max(1, num_rows // len(tasks)))
@@ -202,7 +205,7 @@ def log_prior(log_p_MCL: Tensor, task: Task) -> Tensor:
     """
     if task.calibrated is True:
         return log_p_MCL.exp().mean(dim=1).log()
-    other_CL = torch.tensor([[label != own for label in task.labels or ()] for _, own in task.neutral]).to(log_p_MCL)
+    other_CL = torch.tensor([[label != known for label in task.labels or ()] for _, known in task.neutral]).to(log_p_MCL)
     other_CL[:, other_CL.sum(dim=0) == 0] = 1
     return (log_p_MCL * other_CL).sum(dim=1) / other_CL.sum(dim=0)
 
@@ -321,7 +324,7 @@ def answer_in(text: str, stop: Sequence[str]) -> str:
     """Return the first line of a continuation, or what stands before the first of the texts in `stop`."""
     if tuple(stop) == LINE:
         return (text.strip(" ").splitlines() or [""])[0].strip()
-    return text[: min((place for each in stop if (place := text.find(each)) >= 0), default=None)].strip()
+    return text[: min((place for end in stop if (place := text.find(end)) >= 0), default=None)].strip()
 
 
 def _turn_ends(model: Any, tokenizer: Any, chat: Conversation) -> list[int]:
@@ -354,11 +357,11 @@ def label_scores(
     ids = [label_ids(tokenizer, labels, end) for end in ends]
     if any(isinstance(prompt, Conversation) for prompt in prompts):
         # a template may write a turn otherwise after another prompt
-        each = len(prompts) // len(ends)
+        group_size = len(prompts) // len(ends)
         ids = [
             [answered_ids(tokenizer, prompt, label)[1] for label in labels]
             if isinstance(prompt, Conversation)
-            else ids[number // each]
+            else ids[number // group_size]
             for number, prompt in enumerate(prompts)
         ]
     return (-label_losses(model, inputs["input_ids"], inputs["attention_mask"], ids, cache)).log_softmax(dim=1)
@@ -382,10 +385,10 @@ def label_losses(
     batch. A decoder reads each prompt once; its labels share the prompt's keys and values, and what a `cache` has of the
     prompts is not read. Raises InvalidTask for labels that lie beyond the model's context.
     """
-    width = max(len(label) for own in labels for label in own)
-    targets_MLK = [[[*label, *[IGNORED] * (width - len(label))] for label in own] for own in labels]
-    each = len(ids_BT) // len(labels)
-    targets_NK = torch.tensor(targets_MLK, device=ids_BT.device).repeat_interleave(each, dim=0).flatten(0, 1)
+    width = max(len(label) for part_labels in labels for label in part_labels)
+    targets_MLK = [[[*label, *[IGNORED] * (width - len(label))] for label in part_labels] for part_labels in labels]
+    rows_per_part = len(ids_BT) // len(labels)
+    targets_NK = torch.tensor(targets_MLK, device=ids_BT.device).repeat_interleave(rows_per_part, dim=0).flatten(0, 1)
     limit, longest = context_length(model), int(mask_BT.sum(dim=1).max())
     if limit and longest + width > limit:
         raise InvalidTask(
@@ -405,10 +408,10 @@ def label_losses(
 def _losses_after(model: Any, ids_BT: Tensor, mask_BT: Tensor, targets_NK: Tensor, cache: Any) -> Tensor:
     """Return a decoder's loss_NK by a pass over the prompts and one over N / B targets for each, in the prompts' order."""
     count, width, name = len(targets_NK) // len(ids_BT), targets_NK.shape[1], cache_name(model)
-    asked = with_positions(model, ids_BT, mask_BT)
+    prompt_inputs = with_positions(model, ids_BT, mask_BT)
     if cache is not None:
-        asked = {**following(asked, cache.get_seq_length()), name: cache}
-    first = model(**asked, **last_logits(model), use_cache=True)
+        prompt_inputs = {**following(prompt_inputs, cache.get_seq_length()), name: cache}
+    first = model(**prompt_inputs, **last_logits(model), use_cache=True)
     cache = first[name]
     cache.batch_repeat_interleave(count)
     real_NK = targets_NK != IGNORED
