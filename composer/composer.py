@@ -199,8 +199,8 @@ class Composer:
         """
         self._require_not_fused("measure experts")
         self._require_tokenizer("expert_losses()")
-        given = {name: Task.of(task) for name, task in tasks.items()}
-        return expert_losses(self.model, self.tokenizer, self.activate, self._pool.names, given, progress=progress)
+        task_by_name = {name: Task.of(task) for name, task in tasks.items()}
+        return expert_losses(self.model, self.tokenizer, self.activate, self._pool.names, task_by_name, progress=progress)
 
     def leave_one_out(
         self, task: Task | GivenRows, mixture: Any, *, renormalise: bool = False, progress: bool = True

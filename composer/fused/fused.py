@@ -98,8 +98,8 @@ class Fused:
     @property
     def losses(self) -> dict[str, LayerLoss]:
         """The loss of each quantised layer that the mixture changes, by the layer's name."""
-        kept = (each for each in self._kept.values() if isinstance(each, Requantised) and not each.at_home)
-        return {each.layer.name: each.loss for each in kept}
+        kept = (weight for weight in self._kept.values() if isinstance(weight, Requantised) and not weight.at_home)
+        return {weight.layer.name: weight.loss for weight in kept}
 
     def logits_loss(self, tokenizer: Any, texts: Sequence[str]) -> LogitsLoss:
         """Return how far the logits of these texts are from the exact ones, with every quantised layer's update live.
@@ -110,7 +110,7 @@ class Fused:
             if self._left:
                 raise CompositionError("the fused() block of this mixture has ended: open another one")
             return logits_loss(
-                self._model, tokenizer, texts, [each for each in self._kept.values() if isinstance(each, Requantised)]
+                self._model, tokenizer, texts, [weight for weight in self._kept.values() if isinstance(weight, Requantised)]
             )
 
     def switch(
@@ -169,8 +169,8 @@ class Fused:
                 # once more, from where it was interrupted
                 self._leave()
                 raise
-            found, self._found_changed = self._found_changed, []
-            return found
+            changed, self._found_changed = self._found_changed, []
+            return changed
 
     def _write(self, updates: Iterable[Update]) -> None:
         scratch = Scratch()
@@ -215,9 +215,9 @@ class Fused:
             layer.dense_weight_OI()
             weight = layer.module._parameters.get(layer.key("weight"))
             if weight is None or type(weight.data) is not Tensor:
-                found = "computed on the way" if weight is None else f"a {type(weight.data).__name__}"
+                description = "computed on the way" if weight is None else f"a {type(weight.data).__name__}"
                 raise CompositionError(
-                    f"cannot fuse into layer {layer.name!r}: its weight is {found}, not a plain parameter; activate() "
+                    f"cannot fuse into layer {layer.name!r}: its weight is {description}, not a plain parameter; activate() "
                     "instead"
                 )
             parts.append("weight")
@@ -310,8 +310,8 @@ def mixture_updates(
         wanted = {expert for weighed in per_layer.values() for expert in weighed}
         _check_statistics(method, statistics or {}, wanted, pool)
     hashes = {expert: pool.adapters[expert].hash for expert in experts} if call.takes("seeds") else {}
-    found = layer_updates(layer_calls(call, experts, hashes, per_layer, seed=seed, statistics=statistics))
-    return ((layers[name], without_figures(update)) for name, update in found)
+    updates = layer_updates(layer_calls(call, experts, hashes, per_layer, seed=seed, statistics=statistics))
+    return ((layers[name], without_figures(update)) for name, update in updates)
 
 
 def _check_statistics(method: str, statistics: Mapping[str, Statistics], used: set[str], pool: ExpertPool) -> None:
