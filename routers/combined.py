@@ -107,7 +107,7 @@ class ByRow:
         of_call = {router: begin(router, model, arguments) for router in self._of_batch}
 
         def weigh(rows: Router, x_BTI: Tensor, layer: str) -> Tensor:
-            return self._joined(x_BTI, layer, {router: own.weights(x_BTI, layer) for router, own in of_call.items()})
+            return self._joined(x_BTI, layer, {router: begun.weights(x_BTI, layer) for router, begun in of_call.items()})
 
         return derive(self, weigh) if of_call else self
 
@@ -125,11 +125,11 @@ class ByRow:
             )
         by_row = []
         for number, router in enumerate(self.routers):
-            own = slice(number * copies, (number + 1) * copies)
+            rows = slice(number * copies, (number + 1) * copies)
             w_BTE = None if router is None else of_batch.get(router)
             if w_BTE is not None and w_BTE.shape[0] == x_BTI.shape[0]:
-                w_BTE = w_BTE[own]
-            by_row.append(self._weights_of(number, x_BTI[own], layer, w_BTE))
+                w_BTE = w_BTE[rows]
+            by_row.append(self._weights_of(number, x_BTI[rows], layer, w_BTE))
         longest = max(w_BTE.shape[1] for w_BTE in by_row)
         return torch.cat([w_BTE.expand(-1, longest, -1) for w_BTE in by_row])
 
@@ -201,21 +201,21 @@ def answering(with_weights: Answering) -> AbstractContextManager[None]:
 @contextmanager
 def under(weights: Mapping[str, float]) -> Iterator[None]:
     """Make the model answer with {name: weight} inside the context. Raises ScopeError outside a Composer's call."""
-    found = _ANSWERING.get()
-    if found is None:
+    answer_with = _ANSWERING.get()
+    if answer_with is None:
         raise ScopeError(
             "a router looks at the model under a mixture only inside a call that a Composer sees: activate() it"
         )
-    with found(weights):
+    with answer_with(weights):
         yield
 
 
 @contextmanager
 def known_as(names: Mapping[str, str]) -> Iterator[None]:
     """Rename experts inside the context: `under` takes the keys of `names` instead of the values."""
-    found = _ANSWERING.get()
-    if found is None:
+    answer_with = _ANSWERING.get()
+    if answer_with is None:
         yield
         return
-    with answering(lambda weights: found({names[name]: weight for name, weight in weights.items()})):
+    with answering(lambda weights: answer_with({names[name]: weight for name, weight in weights.items()})):
         yield

@@ -161,9 +161,9 @@ def _mask_of(given: Any, shape: Sequence[int], known_BW: Tensor | None = None) -
         return given
     if known_BW is not None and known_BW.shape[1] == shape[1]:
         return known_BW
-    found = tuple(getattr(given, "shape", ())) or type(given).__name__
+    shown = tuple(getattr(given, "shape", ())) or type(given).__name__
     raise ScopeError(
-        f"experts with invocation tokens count from a place in a row's text on, and the attention mask {found} does not "
+        f"experts with invocation tokens count from a place in a row's text on, and the attention mask {shown} does not "
         f"tell which of its tokens {tuple(shape)} are real: give a mask of that shape, or none"
     )
 

@@ -152,8 +152,8 @@ class ClusterReader(Gate):
                 f"{num_clusters} clusters need at least as many different texts, and {num_different} were given, so that "
                 "some cluster had no member: give more texts, or a smaller num_clusters"
             )
-        found = KMeans(num_clusters, n_init=10, random_state=seed).fit(vectors_ND)
-        centroid_KD = torch.from_numpy(found.cluster_centers_).to(self.centroid_KD.dtype)
+        kmeans = KMeans(num_clusters, n_init=10, random_state=seed).fit(vectors_ND)
+        centroid_KD = torch.from_numpy(kmeans.cluster_centers_).to(self.centroid_KD.dtype)
         count_K = _nearest(torch.from_numpy(vectors_ND), centroid_KD).bincount(minlength=num_clusters)
         if not bool(count_K.all()):
             raise WeightingError(
@@ -173,14 +173,14 @@ class ClusterReader(Gate):
             raise WeightingError(
                 f"the clusters are of another embedder than {self.embedder!r} now is ({self._embedder.id}): fit them again"
             )
-        found = self._known
-        if missing := [text for text in dict.fromkeys(texts) if text not in found]:
+        known = self._known
+        if missing := [text for text in dict.fromkeys(texts) if text not in known]:
             vectors_ND = torch.from_numpy(np.asarray(self._embedder.embed(missing), dtype=np.float64))
             made = dict(zip(missing, _nearest(vectors_ND, self.centroid_KD.cpu()).tolist(), strict=True))
             # another thread may look at the old one, which stays as it is
-            found = found | made
-            self._known = found if len(found) <= NUM_KEPT else made
-        return [found[text] for text in texts]
+            known = known | made
+            self._known = known if len(known) <= NUM_KEPT else made
+        return [known[text] for text in texts]
 
     def begin(self, call: Call) -> None:
         """Note the clusters of a call's rows in it. ScopeError where they are unknown; raises what `clusters` raises."""

@@ -229,8 +229,8 @@ class TaskRecipe(Recipe):
         return ExpertShape((self.rank,) * max(len(self.tasks), 1))
 
     def gate(self, site: Site, num_experts: int) -> TaskSwitch:
-        own = [[expert == task for expert in range(num_experts)] for task in range(num_experts)]
-        return TaskSwitch([*own, [False] * num_experts], [1.0] * num_experts)
+        one_hot = [[expert == task for expert in range(num_experts)] for task in range(num_experts)]
+        return TaskSwitch([*one_hot, [False] * num_experts], [1.0] * num_experts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,9 +50,9 @@ class RowGate(Gate):
         self._require_prompts(x_BTI, call)
         mean_BI = prompt_mean(x_BTI, call, padding=self.padding)
         scores_B1E = (mean_BI.to(self.r_EI.dtype) @ self.r_EI.T)[:, None]
-        found = Weighing(self.weights(scores_B1E, call), scores_B1E)
-        call.kept[place] = found
-        return found
+        weighing = Weighing(self.weights(scores_B1E, call), scores_B1E)
+        call.kept[place] = weighing
+        return weighing
 
     def _require_prompts(self, x_BTI: Tensor, call: Call) -> None:
         if call.two_sequences:

@@ -57,9 +57,9 @@ class Hydralora(EvenRecipe):
         if len(different) > MOST_TEXTS:
             different = Random(seed).sample(different, MOST_TEXTS)
         features = TfidfVectorizer(token_pattern=WORD).fit_transform(different) if len(different) > 2 else None
-        best, found = -1.0, 1
+        best, num_clusters = -1.0, 1
         for number in range(2, min(most, len(different) - 1) + 1):
             clusters = KMeans(number, n_init=10, random_state=seed).fit_predict(features)
             if len(set(clusters.tolist())) == number and (score := silhouette_score(features, clusters)) > best:
-                best, found = score, number
-        return found
+                best, num_clusters = score, number
+        return num_clusters

@@ -48,17 +48,17 @@ class LdMole(EvenRecipe):
         return _LambdaReader(sorted({site.num_inputs for site in sites}), self.hidden)
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
-        found = {}
+        losses = {}
         if self.sparsity and self.target < self.num_experts:
             shortfalls = [
                 step.real((least_lambda(scores_BTE.detach(), self.target) - step.beside[site]).clamp_min(0)).mean()
                 for site, scores_BTE in step.scores.items()
             ]
-            found["sparsity"] = self.sparsity * torch.stack(shortfalls).mean()
+            losses["sparsity"] = self.sparsity * torch.stack(shortfalls).mean()
         if self.balance:
-            each = [_unevenness(step.real(w_BTE)) for w_BTE in step.weights.values()]
-            found["balance"] = self.balance * torch.stack(each).mean()
-        return found
+            imbalances = [_unevenness(step.real(w_BTE)) for w_BTE in step.weights.values()]
+            losses["balance"] = self.balance * torch.stack(imbalances).mean()
+        return losses
 
 
 def _unevenness(w_NE: Tensor) -> Tensor:
@@ -98,8 +98,8 @@ class _LambdaReader(Gate):
             self.lambdas = nn.ModuleDict({str(width): Lambda(width, hidden) for width in widths})
 
     def reset(self, generator: torch.Generator) -> None:
-        for each in self.lambdas.values():
-            for weight in (each.first.weight, each.last.weight):  # type: ignore[union-attr]
+        for network in self.lambdas.values():
+            for weight in (network.first.weight, network.last.weight):  # type: ignore[union-attr]
                 draw_linear(weight, generator)  # type: ignore[arg-type]
 
     def begin(self, call: Call) -> None:
@@ -107,6 +107,6 @@ class _LambdaReader(Gate):
 
     def lambdas_of(self, x_BTI: Tensor) -> Tensor:
         """Return lambda_BT1, on the device of the site."""
-        own = self.lambdas[str(x_BTI.shape[-1])]
-        found: Tensor = own(x_BTI.to(own.last.weight.device)).to(x_BTI.device)  # type: ignore[union-attr, arg-type]
-        return found
+        network = self.lambdas[str(x_BTI.shape[-1])]
+        lambda_BT1: Tensor = network(x_BTI.to(network.last.weight.device)).to(x_BTI.device)  # type: ignore[union-attr, arg-type]
+        return lambda_BT1

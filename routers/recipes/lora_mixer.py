@@ -58,13 +58,13 @@ class LoraMixer(EvenRecipe):
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         if self.hard:
             return {}
-        found = {}
+        losses = {}
         if self.balance:
             # `mixtral` is E * k times the sum
-            found["balance"] = self.balance * by_layer(step, self._overlap).mean()
+            losses["balance"] = self.balance * by_layer(step, self._overlap).mean()
         if self.entropy:
-            found["entropy"] = self.entropy * by_layer(step, _entropy).mean()
-        return found
+            losses["entropy"] = self.entropy * by_layer(step, _entropy).mean()
+        return losses
 
     def _overlap(self, scores_NE: Tensor) -> Tensor:
         return mixtral(scores_NE, self.top_k) / (scores_NE.shape[1] * self.top_k)
@@ -82,13 +82,13 @@ class _MixerGate(TokenGate):
         self.best, self.hard = top_k, hard
 
     def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
-        found = super().forward(x_BTI, call)
+        weighing = super().forward(x_BTI, call)
         if not self.hard or call.task_B is None:
-            return found
+            return weighing
         # a row may have copies, such as beams
         task_B = call.task_B.repeat_interleave(len(x_BTI) // len(call.task_B))
-        own_B1E = functional.one_hot(task_B.clamp(min=0), self.num_experts).to(found.w_BTE)[:, None]
-        return found._replace(w_BTE=torch.where((task_B >= 0)[:, None, None], own_B1E, found.w_BTE))
+        own_B1E = functional.one_hot(task_B.clamp(min=0), self.num_experts).to(weighing.w_BTE)[:, None]
+        return weighing._replace(w_BTE=torch.where((task_B >= 0)[:, None, None], own_B1E, weighing.w_BTE))
 
     def _choose(self, scores_BTE: Tensor) -> Tensor:
         return top_k_softmax(scores_BTE, None if self.training else self.best)

@@ -61,10 +61,10 @@ class Mixlora(EvenRecipe):
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         if self.routing == "top_p":
             return {"balance": self.balance * _of_those_chosen(step)} if self.balance else {}
-        found = dict(balance_term(self.balance, step, self.top_k if self.routing == "top_k" else 1))
+        losses = dict(balance_term(self.balance, step, self.top_k if self.routing == "top_k" else 1))
         if self.routing == "switch" and self.z:
-            found["z"] = self.z * by_layer(step, z).mean()
-        return found
+            losses["z"] = self.z * by_layer(step, z).mean()
+        return losses
 
 
 class _NormalGate(TokenGate):
@@ -75,8 +75,8 @@ class _NormalGate(TokenGate):
 
 def _of_those_chosen(step: Step) -> Tensor:
     """Return the mean over sites of E * sum over e of f_e p_e, where a token has the experts whose weights are not 0."""
-    found = []
+    losses = []
     for site, scores_BTE in step.scores.items():
         p_NE, w_NE = step.real(scores_BTE).softmax(dim=1), step.real(step.weights[site])
-        found.append(w_NE.shape[1] * ((w_NE != 0).to(p_NE).mean(dim=0) * p_NE.mean(dim=0)).sum())
-    return torch.stack(found).mean()
+        losses.append(w_NE.shape[1] * ((w_NE != 0).to(p_NE).mean(dim=0) * p_NE.mean(dim=0)).sum())
+    return torch.stack(losses).mean()

@@ -48,5 +48,5 @@ class MixtureOfLoras(Recipe):
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         if not self.eta:
             return {}
-        each = [domain(scores_B1E[:, 0], step.expert_B) for scores_B1E in step.scores.values()]
-        return {"domain": self.eta * torch.stack(each).sum()}
+        losses = [domain(scores_B1E[:, 0], step.expert_B) for scores_B1E in step.scores.values()]
+        return {"domain": self.eta * torch.stack(losses).sum()}

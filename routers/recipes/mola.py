@@ -67,7 +67,7 @@ class Mola(Recipe):
             own_NE = scores_BTE.flatten(0, 1) if self.as_released else step.real(scores_BTE)
             # experts that begin as adapters may be others at each site
             tokens.setdefault((block_of(site) or site, own_NE.shape[1]), []).append(own_NE)
-        losses = [mixtral(torch.cat(own), self.top_k) / self.top_k for own in tokens.values()]
+        losses = [mixtral(torch.cat(scores), self.top_k) / self.top_k for scores in tokens.values()]
         return {"balance": self.balance * torch.stack(losses).sum()}
 
 

@@ -93,12 +93,12 @@ class Mtlora(Recipe):
         """Return whether the tasks have experts of their own at a site."""
         if not self.tasks:
             self.refuse("tasks", "name those that get experts of their own")
-        found = site.closing and any(_ends(site.name, ending) for ending in self.task_modules)
-        if found and self.mode == "addition" and site.block is None:
+        branched = site.closing and any(_ends(site.name, ending) for ending in self.task_modules)
+        if branched and self.mode == "addition" and site.block is None:
             self.refuse(
                 "mode", f"{site.name!r} is outside the blocks, where tasks have no streams: leave it out, or take 'matrix'"
             )
-        return found
+        return branched
 
     def _for_tasks(self, option: str) -> tuple[Any, ...]:
         """Return an option's value for each task."""

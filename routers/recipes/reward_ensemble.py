@@ -30,4 +30,4 @@ class RewardEnsemble(TaskRecipe):
     def factor_losses(self, a_SI: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if not self.diversity:
             return {}
-        return {"diversity": -self.diversity * torch.stack([nuclear_norm(each) for each in a_SI.values()]).mean()}
+        return {"diversity": -self.diversity * torch.stack([nuclear_norm(factor_SI) for factor_SI in a_SI.values()]).mean()}

@@ -127,17 +127,17 @@ class Solver(Declared, ABC):
         if len(losses) != len(self._asked):
             raise WeightingError(f"{len(losses)} losses were told for {len(self._asked)} candidates")
         if self.needs_gradients and (gradients is None or len(gradients) != len(losses)):
-            found = "none" if gradients is None else str(len(gradients))
-            raise WeightingError(f"{type(self).__name__} needs the gradient of each loss, but was told {found}")
+            num_told = "none" if gradients is None else str(len(gradients))
+            raise WeightingError(f"{type(self).__name__} needs the gradient of each loss, but was told {num_told}")
         pulled = [self.space.pull(gradient) for gradient in gradients or ()]
         self._take([float(loss) for loss in losses], pulled)
 
     def _take(self, losses: list[float], gradients: list[np.ndarray]) -> None:
         sound = [not gradients or bool(np.isfinite(gradients[number]).all()) for number in range(len(losses))]
         scored = [loss if math.isfinite(loss) and ok else math.inf for loss, ok in zip(losses, sound, strict=True)]
-        asked, self._asked = self._asked, []
-        self._vectors.extend(asked)
-        self._told.sizes.append(len(asked))
+        candidates, self._asked = self._asked, []
+        self._vectors.extend(candidates)
+        self._told.sizes.append(len(candidates))
         self._told.losses.extend(scored)
         self._told.gradients.extend(gradient.tolist() for gradient in gradients)
         recent = self._told.losses[-MAX_FAILED:]
@@ -146,7 +146,7 @@ class Solver(Declared, ABC):
                 f"none of the last {MAX_FAILED} candidates could be scored (NaN or infinite loss); {self.spent} of "
                 f"{self.budget} evaluations were made. Look at the objective or at damaged adapters"
             )
-        self._learn(asked, scored, gradients)
+        self._learn(candidates, scored, gradients)
 
     @property
     def spent(self) -> int:
@@ -282,10 +282,10 @@ class ClosedForm(Solver):
     high: float = field(default=LARGEST, init=False)
 
     def __post_init__(self) -> None:
-        found = MixtureWeights.of(self._weights(), self.experts)
+        start = MixtureWeights.of(self._weights(), self.experts)
         if self.groups is None:
-            self.groups = {layer: (layer,) for layer in found.layers}
-        self.start = found
+            self.groups = {layer: (layer,) for layer in start.layers}
+        self.start = start
         super().__post_init__()
 
     @abstractmethod

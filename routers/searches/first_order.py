@@ -146,8 +146,8 @@ class Quadratic:
 
         bounds = np.stack([(low - self.centre) / unit, (high - self.centre) / unit], axis=1)
         options: Any = {"maxiter": 1000, "ftol": 1e-15, "gtol": 1e-10, "maxcor": 20}
-        found = minimize(scaled, np.zeros_like(low), jac=True, method="L-BFGS-B", bounds=bounds, options=options)
-        return np.asarray(np.clip(self.centre + found.x * unit, low, high))
+        minimum = minimize(scaled, np.zeros_like(low), jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+        return np.asarray(np.clip(self.centre + minimum.x * unit, low, high))
 
 
 def fit_quadratic(
@@ -158,8 +158,8 @@ def fit_quadratic(
     s_KD, y_KD = steps_KD / lengths_K1, changes_KD / lengths_K1
     along_K = (s_KD * y_KD).sum(axis=1)
     mean = float(along_K[along_K > 0].mean()) if (along_K > 0).any() else curvature
-    each = ridge / len(centre)
-    diagonal = ((s_KD * y_KD).sum(axis=0) + each * mean) / ((s_KD**2).sum(axis=0) + each)
+    ridge_per_entry = ridge / len(centre)
+    diagonal = ((s_KD * y_KD).sum(axis=0) + ridge_per_entry * mean) / ((s_KD**2).sum(axis=0) + ridge_per_entry)
     diagonal = np.maximum(diagonal, LEAST_CURVATURE * mean)
     left_KD = y_KD - diagonal * s_KD
     basis_DQ = _span(np.concatenate([s_KD, left_KD]))

@@ -89,12 +89,12 @@ class LorahubOriginal(Solver):
 
     def _guard(self, call: Callable[[], Any]) -> Any:
         """Return what a call of nevergrad returns. Raises SearchFailed if it fails."""
-        found: list[Any] = []
+        results: list[Any] = []
         errors: list[Exception] = []
 
         def run() -> None:
             try:
-                found.append(call())
+                results.append(call())
             except Exception as error:
                 errors.append(error)
 
@@ -111,4 +111,4 @@ class LorahubOriginal(Solver):
                 f"nevergrad's NGOpt failed for {self.space.size} weights and {self.budget} evaluations after {self.spent} "
                 f"({type(error).__name__}: {error}); take another budget, or method 'lorahub'"
             ) from error
-        return found[0]
+        return results[0]

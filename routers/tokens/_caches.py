@@ -244,8 +244,13 @@ def _followed(kind: Any) -> type:
     def reduced(cache: Any, protocol: Any) -> Any:
         return _empty, (kind,), vars(cache)
 
-    own = {"__deepcopy__": deep_copied, "__reduce_ex__": reduced, "__module__": kind.__module__, "_loraweave_follows": True}
-    return type(kind.__name__, (kind,), methods | own)
+    special_methods = {
+        "__deepcopy__": deep_copied,
+        "__reduce_ex__": reduced,
+        "__module__": kind.__module__,
+        "_loraweave_follows": True,
+    }
+    return type(kind.__name__, (kind,), methods | special_methods)
 
 
 def _empty(kind: Any) -> Any:
@@ -254,11 +259,11 @@ def _empty(kind: Any) -> Any:
 
 def _following(kind: Any, name: str) -> Callable[..., None]:
     """Make a method that changes a cache by its own method of that name, and its followers likewise."""
-    own = getattr(kind, name)
+    original = getattr(kind, name)
 
     def method(cache: Any, *args: Any, **kwargs: Any) -> None:
         num_before = cache.get_seq_length()
-        own(cache, *args, **kwargs)
+        original(cache, *args, **kwargs)
         for state in list(_FOLLOWERS.get(cache, {}).values()):
             if name == "crop":
                 crop(state, num_before - cache.get_seq_length())

@@ -146,9 +146,9 @@ def _mask(router: str, given: Tensor | None, ids_BT: Tensor) -> Tensor:
         return torch.ones_like(ids_BT)
     shape = getattr(given, "shape", None)
     if shape != ids_BT.shape:
-        found = type(given).__name__ if shape is None else tuple(shape)
+        shown = type(given).__name__ if shape is None else tuple(shape)
         raise ScopeError(
-            f"router {router!r} chooses by the text of a row, and cannot tell from the attention mask {found} which of its "
+            f"router {router!r} chooses by the text of a row, and cannot tell from the attention mask {shown} which of its "
             f"tokens {tuple(ids_BT.shape)} are real: give a mask of that shape, or none"
         )
     return given
@@ -164,8 +164,8 @@ def _prompt_lengths(router: str, num_rows: int) -> Sequence[int | None]:
 
 def count_rows(arguments: Mapping[str, Any]) -> int:
     """Return how many rows a call of the model has by its arguments; 0 if unknown."""
-    given = (arguments.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds", "decoder_inputs_embeds"))
-    return next((len(tensor) for tensor in given if tensor is not None), 0)
+    tensors = (arguments.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds", "decoder_inputs_embeds"))
+    return next((len(tensor) for tensor in tensors if tensor is not None), 0)
 
 
 def asked_of_head(w_BTE: Tensor, num_tokens: int, logits_to_keep: int | Tensor | None) -> Tensor:

@@ -58,9 +58,9 @@ class OutputRouter(LearnedRouter):
         self.cores_ = LayerTensors({})
         self.bases_ = LayerTensors({})
         self.owners_ = LayerTensors({})
-        if (given := Members.pool_of(pool)) is not None:
+        if (expert_pool := Members.pool_of(pool)) is not None:
             for layer, routed in self.members.layers.items():
-                self.cores_[layer], self.bases_[layer], self.owners_[layer] = factorise(given, layer, routed)
+                self.cores_[layer], self.bases_[layer], self.owners_[layer] = factorise(expert_pool, layer, routed)
 
     @property
     def informed(self) -> dict[str, RoutedLayer]:

@@ -64,7 +64,7 @@ def read_from_peft(folder: Path, pool: ExpertPool | None, model: nn.Module | Non
 def _xlora(config: Config, given: ExpertPool | None, model: nn.Module | None) -> Xlora:
     config.check_fields(_BENIGN | _READ, {})
     flags = config.flag("enable_softmax", True), config.flag("enable_softmax_topk")
-    top_k, softmax = config.fields.get("top_k_lora"), next(name for name, own in FLAGS.items() if own == flags)
+    top_k, softmax = config.fields.get("top_k_lora"), next(name for name, pair in FLAGS.items() if pair == flags)
     pool = _experts(config, given)
     layers = {name: tuple(adapter.layers) for name, adapter in pool.adapters.items()}
     if other := [name for name in pool.names if set(layers[name]) != set(layers[pool.names[0]])]:
@@ -139,20 +139,22 @@ def _inner(folder: Path, name: str) -> Adapter:
 
 def _classifier(folder: Path, own: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Return the network's tensors under our names. Raises AdapterCorrupt unless they have the shapes in `own`."""
-    found: dict[int, dict[str, Tensor]] = {}
+    by_number: dict[int, dict[str, Tensor]] = {}
     tensors, _ = gather(stored_tensors(folder), folder)
     for key, tensor in tensors.items():
         if (match := _CLASSIFIER.search(key)) is not None:
             require_finite(tensor, str(folder), repr(key))
-            found.setdefault(int(match[1]), {})[match[2]] = tensor
+            by_number.setdefault(int(match[1]), {})[match[2]] = tensor
     numbers = sorted({int(name.split(".")[1]) for name in own})
     state = {
         f"head.{number}.{part}": tensor
-        for number, (_, parts) in zip(numbers, sorted(found.items()), strict=False)
+        for number, (_, parts) in zip(numbers, sorted(by_number.items()), strict=False)
         for part, tensor in parts.items()
     }
-    if len(found) != len(numbers) or {name: tuple(tensor.shape) for name, tensor in state.items()} != own:
-        shapes = {f"layers.{number}.{part}": tuple(t.shape) for number, parts in found.items() for part, t in parts.items()}
+    if len(by_number) != len(numbers) or {name: tuple(tensor.shape) for name, tensor in state.items()} != own:
+        shapes = {
+            f"layers.{number}.{part}": tuple(t.shape) for number, parts in by_number.items() for part, t in parts.items()
+        }
         raise AdapterCorrupt(
             f"{folder}: the network of this X-LoRA has {shorten(shapes)}, and its config asks for {shorten(own)}. PEFT 0.21 "
             "leaves out of the file each layer of it whose number is also an adapter's name (layers.0 beside adapter '0'): "

@@ -89,8 +89,8 @@ class Members:
 
     def __getstate__(self) -> dict[str, Any]:
         # a read-only view has no pickle
-        own = {name: getattr(self, name) for name in ("names", "hashes", "base_model", "fingerprint")}
-        return {**own, "layers": dict(self.layers)}
+        fields = {name: getattr(self, name) for name in ("names", "hashes", "base_model", "fingerprint")}
+        return {**fields, "layers": dict(self.layers)}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state, layers=MappingProxyType(state["layers"]))
@@ -126,11 +126,11 @@ class Members:
         """
         if name in self.places:
             raise WeightingError(f"the router has an expert {name!r} already: remove it first, or give another name")
-        own = Members.of(ExpertPool({name: adapter}))
-        if why := self.base.differs(own.base):
+        added = Members.of(ExpertPool({name: adapter}))
+        if why := self.base.differs(added.base):
             raise BaseModelMismatch(f"expert {name!r} was made for another base model than the router's: {why}")
         layers = dict(self.layers)
-        for layer, new in own.layers.items():
+        for layer, new in added.layers.items():
             old = layers.get(layer, replace(new, experts=()))
             # a trained bias alone is stored without the layer's kind and number of inputs
             if new.num_inputs and old.num_inputs and old.form != new.form:
@@ -198,10 +198,10 @@ def find_names(own: Members, pool: ExpertPool, router: str) -> list[str]:
     other = Members.of(pool)
     if why := own.base.differs(other.base):
         raise BaseModelMismatch(f"router {router!r} was made for another base model than the pool's: {why}")
-    found = _match_experts(own, other)
-    if None in found:
-        raise WeightingError(f"router {router!r} is for other experts than the pool's: {_tell_apart(own, other, found)}")
-    return [name for name in found if name is not None]
+    matches = _match_experts(own, other)
+    if None in matches:
+        raise WeightingError(f"router {router!r} is for other experts than the pool's: {_tell_apart(own, other, matches)}")
+    return [name for name in matches if name is not None]
 
 
 def _match_experts(own: Members, other: Members) -> list[str | None]:
@@ -209,14 +209,14 @@ def _match_experts(own: Members, other: Members) -> list[str | None]:
     by_hash: dict[str, list[str]] = {}
     for name, digest in zip(other.names, other.hashes, strict=True):
         by_hash.setdefault(digest, []).append(name)
-    found: list[str | None] = []
+    matches: list[str | None] = []
     for name, digest in zip(own.names, own.hashes, strict=True):
         same = by_hash.get(digest, [])
         chosen = name if name in same else next((one for one in same if one not in own.places), None)
-        found.append(chosen or (same[0] if same else None))
-        if found[-1] is not None:
-            same.remove(found[-1])
-    return found
+        matches.append(chosen or (same[0] if same else None))
+        if matches[-1] is not None:
+            same.remove(matches[-1])
+    return matches
 
 
 def _tell_apart(own: Members, other: Members, found: Sequence[str | None]) -> str:
@@ -256,8 +256,8 @@ class LayerTensors(nn.Module):
             self._buffers[key] = tensor
 
     def __getitem__(self, layer: str) -> Tensor:
-        found: Tensor = self._tensors[_key(layer)]
-        return found
+        tensor: Tensor = self._tensors[_key(layer)]
+        return tensor
 
     def __delitem__(self, layer: str) -> None:
         del self._tensors[_key(layer)]

@@ -50,19 +50,19 @@ def last_hidden(router: str, model: Any, arguments: Mapping[str, Any], beside: B
             "has an encoder and a decoder, whose tokens differ: take one that looks at each layer's input, or at the text"
         )
     decoder = getattr(model, "base_model", model)
-    given = next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+    cache = next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
     passed = {name: value for name, value in arguments.items() if name not in (*OF_THE_MODEL, *CACHE_NAMES)}
     parameters = inspect.signature(decoder.forward).parameters
-    own = None
-    if given is not None:
-        own = beside.of(given)
-        own = _cache_like(given, model) if own is None else own
+    own_cache = None
+    if cache is not None:
+        own_cache = beside.of(cache)
+        own_cache = _cache_like(cache, model) if own_cache is None else own_cache
     elif _makes_cache(model, arguments):
-        own = _cache_like(None, model)
-    if own is not None:
-        passed["cache" if "cache" in parameters else "past_key_values"] = own
+        own_cache = _cache_like(None, model)
+    if own_cache is not None:
+        passed["cache" if "cache" in parameters else "past_key_values"] = own_cache
     if "use_cache" in parameters:
-        passed["use_cache"] = own is not None
+        passed["use_cache"] = own_cache is not None
     with torch.no_grad():
         hidden: Any = getattr(decoder(**passed), "last_hidden_state", None)
     if getattr(hidden, "ndim", 0) != 3:
@@ -70,8 +70,8 @@ def last_hidden(router: str, model: Any, arguments: Mapping[str, Any], beside: B
             f"router {router!r} reads the last hidden state (rows, tokens, features), and {type(decoder).__name__} gives "
             "none: take a router that looks at each layer's input"
         )
-    if own is not None:
-        beside.keep(given, own)
+    if own_cache is not None:
+        beside.keep(cache, own_cache)
     return hidden  # type: ignore[no-any-return]
 
 
@@ -87,16 +87,16 @@ def _cache_like(given: Any | None, model: Any) -> DynamicCache:
     """Make an empty cache for the same model, which keeps tokens to be taken back if the given one does."""
     from transformers import DynamicCache
 
-    own: Any = DynamicCache(config=model.config)
+    cache: Any = DynamicCache(config=model.config)
     if any(getattr(layer, "record_past", False) for layer in getattr(given, "layers", ())):
-        own.activate_past_recording()
-    return own  # type: ignore[no-any-return]
+        cache.activate_past_recording()
+    return cache  # type: ignore[no-any-return]
 
 
 def block_of(layer: str) -> str | None:
     """Return the path of the block that a layer lies in, up to the first number; None for a layer outside blocks."""
-    found = re.match(r"(.*?(?:^|\.)\d+)\.", layer)
-    return found[1] if found else None
+    match = re.match(r"(.*?(?:^|\.)\d+)\.", layer)
+    return match[1] if match else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,18 +128,18 @@ def running_block(router: str, layer: str, x_BTI: Tensor, block: str | None = No
 
     Raises ScopeError outside a call of the block, and for a layer whose input x_BTI is not of the block's tokens.
     """
-    found, block = _RUNNING.get(), block or block_of(layer)
-    while found is not None and found.block != block:
-        found = found.outer
-    if found is None:
+    block_input, block = _RUNNING.get(), block or block_of(layer)
+    while block_input is not None and block_input.block != block:
+        block_input = block_input.outer
+    if block_input is None:
         raise ScopeError(
             f"router {router!r} looks at the input of {block!r}, but layer {layer!r} ran in no call of it: call the model "
             "itself rather than a part of it, and not one that torch.compile made"
         )
-    if x_BTI.shape[:2] != found.x_BTI.shape[:2] or x_BTI.data_ptr() in found.beside:
+    if x_BTI.shape[:2] != block_input.x_BTI.shape[:2] or x_BTI.data_ptr() in block_input.beside:
         raise ScopeError(
-            f"router {router!r} weighs the {tuple(found.x_BTI.shape[:2])} rows and tokens of {block!r}, but layer {layer!r} "
-            f"sees {tuple(x_BTI.shape[:2])} others: an encoder's, those of one expert of several, or some rows alone. Leave "
-            "the layer out of the adapters, or take a router that looks at the layer's own input"
+            f"router {router!r} weighs the {tuple(block_input.x_BTI.shape[:2])} rows and tokens of {block!r}, but layer "
+            f"{layer!r} sees {tuple(x_BTI.shape[:2])} others: an encoder's, those of one expert of several, or some rows "
+            "alone. Leave the layer out of the adapters, or take a router that looks at the layer's own input"
         )
-    return found
+    return block_input

@@ -97,19 +97,19 @@ class TokenRouter(Declared, nn.Module):
 
     def require_pool(self, pool: ExpertPool) -> None:
         """Raise WeightingError for other experts, contents or order than its own, BaseModelMismatch for another base."""
-        own = self.members
-        if pool.names != own.names:
+        members = self.members
+        if pool.names != members.names:
             raise WeightingError(
-                f"router {self.name!r} is for experts {own.names}, but the pool has {pool.names}, in this order; make the "
-                "router for this pool, or swap() to pool.subset(router.experts)"
+                f"router {self.name!r} is for experts {members.names}, but the pool has {pool.names}, in this order; make "
+                "the router for this pool, or swap() to pool.subset(router.experts)"
             )
-        for name, digest in zip(own.names, own.hashes, strict=True):
-            if (found := pool.adapters[name].hash) != digest:
+        for name, digest in zip(members.names, members.hashes, strict=True):
+            if (pool_digest := pool.adapters[name].hash) != digest:
                 raise WeightingError(
-                    f"router {self.name!r} was made for an expert {name!r} with hash {digest}, but the pool's has {found}; "
-                    "give it the adapter it was made for, or make the router for this pool"
+                    f"router {self.name!r} was made for an expert {name!r} with hash {digest}, but the pool's has "
+                    f"{pool_digest}; give it the adapter it was made for, or make the router for this pool"
                 )
-        if why := own.base.differs(Members.of(pool).base):
+        if why := members.base.differs(Members.of(pool).base):
             raise BaseModelMismatch(f"router {self.name!r} was made for another base model than the pool's: {why}")
 
     def require_engine(self, engine: Any) -> None:
@@ -123,9 +123,9 @@ class TokenRouter(Declared, nn.Module):
         Experts are recognised by content; those it does not know get weight 0. Raises WeightingError, listing the
         differences, if the pool lacks some of its experts, and BaseModelMismatch for a pool of another base.
         """
-        given = ExpertPool.of(pool)
-        names = tuple(find_names(self.members, given, self.name))
-        return self if names == self.experts == given.names else _Placed(self, given, names)
+        expert_pool = ExpertPool.of(pool)
+        names = tuple(find_names(self.members, expert_pool, self.name))
+        return self if names == self.experts == expert_pool.names else _Placed(self, expert_pool, names)
 
     @property
     def watched(self) -> tuple[str, ...]:
@@ -238,7 +238,7 @@ class _Placed(TokenRouter):
         # in layers unknown to it all weights are 0
         self.simplex = router.simplex and set(self.layers) <= set(router.layers)
         self._names_of_own = dict(zip(router.experts, names, strict=True))
-        self._own = ExpertPool({own: pool.adapters[name] for own, name in zip(router.experts, names, strict=True)})
+        self._own = ExpertPool({expert: pool.adapters[name] for expert, name in zip(router.experts, names, strict=True)})
         self.register_buffer("place_P", torch.tensor([pool.places[name] for name in names]), persistent=False)
 
     @property
@@ -328,15 +328,15 @@ def _owners_of(part: TokenRouter, table: str, owner: str | None) -> Tables:
 
 def _join_rows(first: Tables, second: Tables, num_rows: tuple[int, int]) -> Tables:
     """Stack the rows of both; a layer that one of them lacks gets as many rows of zeros as `num_rows` says instead."""
-    found = {}
+    joined = {}
     for layer in dict.fromkeys([*first, *second]):
         like = first[layer] if layer in first else second[layer]
         above, below = (
             rows[layer].to(like) if layer in rows else like.new_zeros(count, *like.shape[1:])
             for rows, count in zip((first, second), num_rows, strict=True)
         )
-        found[layer] = torch.cat([above, below])
-    return found
+        joined[layer] = torch.cat([above, below])
+    return joined
 
 
 def _tables(part: TokenRouter, name: str) -> Tables:

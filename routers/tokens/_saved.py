@@ -54,15 +54,15 @@ def read_saved(folder: Path) -> Saved:
     if not present(folder, FILE):
         raise AdapterNotFound(f"{folder} is no router: it has no {FILE}, and holds {listing(folder)}")
     recipe = read_json(folder, FILE, max_bytes=MAX_JSON_BYTES)
-    found = recipe.get("format")
-    if is_whole(found, FORMAT + 1):
+    saved_format = recipe.get("format")
+    if is_whole(saved_format, FORMAT + 1):
         raise AdapterUnsupported(
-            f"{folder / FILE} has format {found}, which a newer version of loraweave wrote: update it; this one "
+            f"{folder / FILE} has format {saved_format}, which a newer version of loraweave wrote: update it; this one "
             f"reads {FORMAT}"
         )
     try:
-        if found != FORMAT:
-            raise ValueError(f"its format is {found!r}, not {FORMAT}")
+        if saved_format != FORMAT:
+            raise ValueError(f"its format is {saved_format!r}, not {FORMAT}")
         members = Members.from_json(recipe["members"])
         options, count = dict(recipe["options"]), int(recipe["adapters"])
         report = None if recipe["report"] is None else dict(recipe["report"])
@@ -97,10 +97,10 @@ def read_router(folder: Path, saved: Saved, made_of: type[TokenRouter]) -> Token
 def _require_room(made_of: type[TokenRouter], saved: Saved, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Raise AdapterCorrupt, before any memory is taken, if members and options ask for more than the file's tensors."""
     with torch.device("meta"):
-        asked = sum(tensor.nbytes for tensor in made_of(saved.members, **saved.options).state_dict().values())
-    if asked > (held := sum(tensor.nbytes for tensor in tensors.values())):
+        needed = sum(tensor.nbytes for tensor in made_of(saved.members, **saved.options).state_dict().values())
+    if needed > (held := sum(tensor.nbytes for tensor in tensors.values())):
         raise AdapterCorrupt(
-            f"{folder / FILE} asks for a router of {asked} bytes, but {TENSORS} has {held}: one of them is damaged or of "
+            f"{folder / FILE} asks for a router of {needed} bytes, but {TENSORS} has {held}: one of them is damaged or of "
             "another router; copy or download the folder again"
         )
 
@@ -165,8 +165,8 @@ def router(
             read = read_from_peft(folder, experts, model)
             return read if experts is None else read.onto(experts)
         saved = read_saved(folder)
-        found = read_router(folder, saved, router_class(saved.name))
-        return found if experts is None else found.onto(experts)
+        saved_router = read_router(folder, saved, router_class(saved.name))
+        return saved_router if experts is None else saved_router.onto(experts)
     made_of = router_class(name)
     if experts is None:
         raise WeightingError(f"router {name!r} is made for the experts of a pool: pass one, or the folder of a saved router")
@@ -180,13 +180,13 @@ def router_class(name: str) -> type[TokenRouter]:
     if name not in registry.names("routers"):
         known = router_names()
         raise UnknownName(f"no router {name!r}{registry.nearest(name, known, 'routers')}; there are {', '.join(known)}")
-    found = _look_up(name)
-    if not _is_router(found):
+    registered = _look_up(name)
+    if not _is_router(registered):
         raise UnknownName(
             f"{name!r} searches for the weights of a task and is no router: compose(method={name!r}) runs it; routers are "
             f"{', '.join(router_names())}"
         )
-    return found  # type: ignore[no-any-return]
+    return registered  # type: ignore[no-any-return]
 
 
 def router_names() -> list[str]:
@@ -195,9 +195,9 @@ def router_names() -> list[str]:
 
 
 def _look_up(name: str) -> Any:
-    found = registry.get("routers", name)
+    registered = registry.get("routers", name)
     # a search may name a router with the same formula for each input
-    return getattr(found, "token_router", found)
+    return getattr(registered, "token_router", registered)
 
 
 def _is_router(found: Any) -> bool:

@@ -137,8 +137,8 @@ class _OfCall:
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         """Return w_BTE. Raises ScopeError for a layer that sees other tokens than the call's, or missed those before."""
         router = self._router
-        own = next(itertools.chain(router.parameters(), router.buffers()), None)
-        if own is not None and own.device != x_BTI.device:
+        tensor = next(itertools.chain(router.parameters(), router.buffers()), None)
+        if tensor is not None and tensor.device != x_BTI.device:
             with torch.inference_mode(False):
                 router.to(x_BTI.device)
         if block_of(layer) is None:
@@ -180,21 +180,21 @@ class _OfCall:
 
 def _real_tokens(router: str, arguments: Mapping[str, Any]) -> Tensor:
     """Return real_BT of the tokens of a call. Raises ScopeError for a call or a mask that does not tell."""
-    given = next((arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None), None)
-    if given is None or given.ndim < 2:
+    inputs = next((arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None), None)
+    if inputs is None or inputs.ndim < 2:
         raise ScopeError(
             f"router {router!r} decides by the tokens of a row, and this call of the model has no input_ids or "
             "inputs_embeds: call it with these, or make the router with decision='token'"
         )
-    num_rows, num_tokens = given.shape[:2]
+    num_rows, num_tokens = inputs.shape[:2]
     mask = arguments.get("attention_mask")
     if mask is None:
-        return torch.ones(num_rows, num_tokens, dtype=torch.bool, device=given.device)
+        return torch.ones(num_rows, num_tokens, dtype=torch.bool, device=inputs.device)
     shape = tuple(getattr(mask, "shape", ()))
     if len(shape) != 2 or shape[0] != num_rows or shape[1] < num_tokens:
-        found = shape or type(mask).__name__
+        shown = shape or type(mask).__name__
         raise ScopeError(
-            f"router {router!r} cannot tell from the attention mask {found} which of the {(num_rows, num_tokens)} tokens "
+            f"router {router!r} cannot tell from the attention mask {shown} which of the {(num_rows, num_tokens)} tokens "
             "are real: give one of rows and tokens, or none, or make the router with decision='token'"
         )
     real_BT: Tensor = mask[:, mask.shape[1] - num_tokens :] != 0

@@ -105,10 +105,10 @@ class TextRouter(TokenRouter):
         made_by = bytes(self.embedder_id_.tolist()).decode()
         if not made_by:
             raise WeightingError(f"router {self.name!r} knows no text of its experts yet: fit() it first")
-        if made_by != (found := self._embedder.id):
+        if made_by != (embedder_id := self._embedder.id):
             raise WeightingError(
                 f"what router {self.name!r} knows of texts was made by the embedder {made_by!r}, but {self.embedder!r} is "
-                f"now {found!r}: make the router again with this one"
+                f"now {embedder_id!r}: make the router again with this one"
             )
 
     def require_of_each(self, given: Mapping[str, Any], what: str, names: tuple[str, ...] | None = None) -> None:
@@ -180,8 +180,8 @@ class TextRouter(TokenRouter):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # as many as the router was made from, which is known from the file alone
         for name in self._buffers:
-            if (found := state_dict.get(prefix + name)) is not None:
-                self._buffers[name] = found.clone()
+            if (tensor := state_dict.get(prefix + name)) is not None:
+                self._buffers[name] = tensor.clone()
         super()._load_from_state_dict(state_dict, prefix, *rest)
         problems: list[str] = rest[-1]
         counts = {name: len(self.get_buffer(name)) for name in self.by_expert}
@@ -216,8 +216,8 @@ def read_expert_texts(router: str, pool: ExpertPool, examples: Examples, templat
     Raises WeightingError for what is no list of texts.
     """
     if isinstance(examples, Mapping):
-        return {name: _require_texts(router, name, given) for name, given in examples.items()}
-    found = {}
+        return {name: _require_texts(router, name, texts) for name, texts in examples.items()}
+    expert_texts = {}
     for name in pool.names:
         if isinstance(examples, Hub):
             record = examples.record(name)
@@ -229,8 +229,8 @@ def read_expert_texts(router: str, pool: ExpertPool, examples: Examples, templat
         if template is not None:
             task = Task([], instruction=description, template=template)
             samples = [str(task.prompt(text)) for text in samples]
-        found[name] = samples
-    return found
+        expert_texts[name] = samples
+    return expert_texts
 
 
 def _require_texts(router: str, name: str, given: Any) -> list[str]:
@@ -245,8 +245,8 @@ def _require_texts(router: str, name: str, given: Any) -> list[str]:
 
 def read_prompts(dataset: Any) -> dict[str, list[Prompt]]:
     """Return {name: prompts} of {name: texts}, or of what `labelled_tasks` takes; raises what that raises."""
-    if isinstance(dataset, Mapping) and dataset and all(is_list(given, of=str) for given in dataset.values()):
-        return {name: list(given) for name, given in dataset.items()}
+    if isinstance(dataset, Mapping) and dataset and all(is_list(texts, of=str) for texts in dataset.values()):
+        return {name: list(texts) for name, texts in dataset.items()}
     return {name: [task.prompt(text) for text, _ in task.examples] for name, task in labelled_tasks(dataset).items()}
 
 
@@ -258,8 +258,8 @@ def labelled_tasks(dataset: Any) -> dict[str, Task]:
     """
     if isinstance(dataset, Mapping):
         tasks = {
-            name: given if isinstance(given, Task) else _read_task(located(given, of=repr(name)))
-            for name, given in dataset.items()
+            name: rows_or_task if isinstance(rows_or_task, Task) else _read_task(located(rows_or_task, of=repr(name)))
+            for name, rows_or_task in dataset.items()
         }
     else:
         tasks = {name: _read_task(rows) for name, rows in _group_by_expert(dataset).items()}

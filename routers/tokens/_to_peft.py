@@ -150,5 +150,5 @@ def _in_order_of(router: Any, model: nn.Module | None) -> Tensor:
 
 def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     (folder / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_tensors(own, folder / WEIGHTS, metadata={"format": "pt"})
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_tensors(copies, folder / WEIGHTS, metadata={"format": "pt"})

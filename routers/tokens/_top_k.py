@@ -31,13 +31,13 @@ def top_k_native(scores_BTE: Tensor, top_k: int) -> Tensor | None:
         return None
     if scores_BTE.requires_grad and torch.is_grad_enabled():
         return None
-    if type(scores_BTE) is not Tensor or _is_traced() or (found := _library()) is None:
+    if type(scores_BTE) is not Tensor or _is_traced() or (library := _library()) is None:
         return None
     scores_BTE = scores_BTE.contiguous()
     w_BTE = torch.empty_like(scores_BTE)
     num_experts = scores_BTE.shape[-1]
     num_tokens = scores_BTE.numel() // num_experts
-    found.top_k_softmax(scores_BTE.data_ptr(), num_tokens, num_experts, top_k, w_BTE.data_ptr())
+    library.top_k_softmax(scores_BTE.data_ptr(), num_tokens, num_experts, top_k, w_BTE.data_ptr())
     return w_BTE
 
 
@@ -50,9 +50,9 @@ def _is_traced() -> bool:
 
 @cache
 def _library() -> Any:
-    found = native.library(SOURCE, brief=True)
-    if found is not None:
+    library = native.library(SOURCE, brief=True)
+    if library is not None:
         whole = ctypes.c_int64
-        found.top_k_softmax.argtypes = [ctypes.c_void_p, whole, whole, whole, ctypes.c_void_p]
-        found.top_k_softmax.restype = None
-    return found
+        library.top_k_softmax.argtypes = [ctypes.c_void_p, whole, whole, whole, ctypes.c_void_p]
+        library.top_k_softmax.restype = None
+    return library

@@ -52,9 +52,9 @@ class Arrow(ScoredRouter):
         self.direction = direction
         self.seed = seed
         self.directions_ = LayerTensors({})
-        if (given := Members.pool_of(pool)) is not None:
+        if (expert_pool := Members.pool_of(pool)) is not None:
             for layer in self.layers:
-                self.directions_[layer] = _directions(given, layer, seed if direction == "power_iteration" else None)
+                self.directions_[layer] = _directions(expert_pool, layer, seed if direction == "power_iteration" else None)
 
     def save_as_peft(self, folder: str | Path, pool: ExpertPool) -> Path:
         """Write the folder that PEFT saves of `create_arrow_model`, with the pool's adapters in it, and return its path.

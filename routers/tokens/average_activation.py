@@ -49,7 +49,7 @@ class AverageActivation(ScoredRouter):
         other experts stay as they are. Raises InvalidTask for rows that name no expert, UnknownExpert for others.
         """
         self.require_engine(engine)
-        texts = {name: given[:num_texts] for name, given in read_prompts(dataset).items()}
+        texts = {name: prompts[:num_texts] for name, prompts in read_prompts(dataset).items()}
         engine.pool.known(texts)
         layers = {layer: self.members.layers[layer].experts for layer in self.layers}
         for name, means in _input_means(engine, texts, layers, progress=progress):
@@ -88,18 +88,18 @@ def _input_means(
     modules = dict(engine.model.named_modules())
     places = engine.pool.places
     for name in tracked(prompts, "reading inputs", total=len(prompts), shown=progress):
-        own = {layer: modules[layer] for layer, experts in layers.items() if places[name] in experts}
-        sums = {layer: _Sum(layer) for layer in own}
+        expert_modules = {layer: modules[layer] for layer, experts in layers.items() if places[name] in experts}
+        sums = {layer: _Sum(layer) for layer in expert_modules}
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(engine.activate({name: 1.0}))
-            for layer, module in own.items():
+            for layer, module in expert_modules.items():
                 handle = module.register_forward_pre_hook(sums[layer])
                 stack.callback(handle.remove)
             for prompt in prompts[name]:
                 ids_BT = torch.tensor(prompt_ids(engine.tokenizer, [prompt]), device=engine.model.device)
                 engine.model(input_ids=ids_BT)
-        yield name, {layer: found.mean for layer, found in sums.items()}
+        yield name, {layer: total.mean for layer, total in sums.items()}
 
 
 class _Sum:

@@ -49,6 +49,6 @@ class Lag(ScoredRouter):
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
         """Return |b_e a_e x| of the candidates, -inf for all others."""
-        found = self.arrow.scores(x_BTI, layer).topk(self.candidates, dim=-1).indices
+        candidates_BTK = self.arrow.scores(x_BTI, layer).topk(self.candidates, dim=-1).indices
         scores_BTE = self.spectr.scores(x_BTI, layer)
-        return torch.full_like(scores_BTE, -math.inf).scatter(-1, found, scores_BTE.gather(-1, found))
+        return torch.full_like(scores_BTE, -math.inf).scatter(-1, candidates_BTK, scores_BTE.gather(-1, candidates_BTK))

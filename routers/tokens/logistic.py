@@ -53,8 +53,8 @@ class Logistic(TextRouter):
         self.form, self.top_p, self.inverse_penalty, self.template = form, top_p, inverse_penalty, template
         self.register_buffer("coefficients_", torch.empty(0))
         self.register_buffer("intercepts_", torch.empty(0))
-        if (given := Members.pool_of(pool)) is not None:
-            texts = read_expert_texts(self.name, given.subset(self.chosen), examples, template)
+        if (expert_pool := Members.pool_of(pool)) is not None:
+            texts = read_expert_texts(self.name, expert_pool.subset(self.chosen), examples, template)
             if examples is not None or any(texts.values()):
                 self._learn(texts)
 
@@ -66,7 +66,7 @@ class Logistic(TextRouter):
         experts without examples, UnknownExpert for others.
         """
         self.require_engine(engine)
-        self._learn({name: prompt_texts(engine.tokenizer, given) for name, given in read_prompts(dataset).items()})
+        self._learn({name: prompt_texts(engine.tokenizer, prompts) for name, prompts in read_prompts(dataset).items()})
         return self
 
     @property

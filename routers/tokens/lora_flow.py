@@ -62,10 +62,10 @@ class LoraFlow(LearnedRouter):
         if block_of(layer) is None:
             scores_BTE, w_BTE = self._of_block(x_BTI, layer)
         else:
-            given = running_block(self.name, layer, x_BTI)
-            if self not in given.kept:
-                given.kept[self] = self._of_block(given.x_BTI, given.block)
-            scores_BTE, w_BTE = given.kept[self]
+            block_input = running_block(self.name, layer, x_BTI)
+            if self not in block_input.kept:
+                block_input.kept[self] = self._of_block(block_input.x_BTI, block_input.block)
+            scores_BTE, w_BTE = block_input.kept[self]
         present = self.members.layers[layer].experts
         return self.note(layer, without(scores_BTE, present), without(w_BTE, present, filling=0.0))
 
@@ -96,9 +96,9 @@ def _width(block: str, layers: Mapping[str, RoutedLayer], given: int | None) -> 
         return layers[block].num_inputs
     if given is not None:
         return given
-    sides = [{each.num_inputs, each.num_outputs} - {0} for each in layers.values()]
+    sides = [{routed.num_inputs, routed.num_outputs} - {0} for routed in layers.values()]
     common = set.intersection(*sides)
-    read = {each.num_inputs for each in layers.values()}
+    read = {routed.num_inputs for routed in layers.values()}
     for numbers in (common, read):
         if len(numbers) == 1 and 0 not in numbers:
             return numbers.pop()

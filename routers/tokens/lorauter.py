@@ -68,8 +68,8 @@ class Lorauter(TextRouter):
         self.require_engine(engine)
         tasks = labelled_tasks(dataset)
         losses = engine.expert_losses(tasks, progress=progress)
-        prompts = {name: [task.prompt(asked) for asked, _ in task.examples] for name, task in tasks.items()}
-        self._learn({name: prompt_texts(engine.tokenizer, given) for name, given in prompts.items()}, losses)
+        prompts = {name: [task.prompt(text) for text, _ in task.examples] for name, task in tasks.items()}
+        self._learn({name: prompt_texts(engine.tokenizer, task_prompts) for name, task_prompts in prompts.items()}, losses)
         return self
 
     def weights_of(self, vectors_ND: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class Lorauter(TextRouter):
         """Return the losses of one task in the order of the experts, infinity in place of what is not finite."""
         if missing := [name for name in self.experts if name not in losses]:
             raise WeightingError(f"the losses of task {task!r} lack {', '.join(map(repr, missing))}: measure all experts")
-        found = [float(losses[name]) if math.isfinite(losses[name]) else math.inf for name in self.experts]
-        if min(found) == math.inf:
+        row = [float(losses[name]) if math.isfinite(losses[name]) else math.inf for name in self.experts]
+        if min(row) == math.inf:
             raise WeightingError(f"no expert has a finite loss on task {task!r}: look at its examples, or leave it out")
-        return found
+        return row

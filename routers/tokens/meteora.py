@@ -54,8 +54,8 @@ class Meteora(InputGates):
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         """Return {"domain": eta * the cross-entropy with each row's own expert}, or {} without any."""
-        found = [each for each in self.taught(step) if len(each[1])]
-        if not self.eta or not found:
+        taught = [pair for pair in self.taught(step) if len(pair[1])]
+        if not self.eta or not taught:
             return {}
-        scores_NE, expert_N = (torch.cat(parts) for parts in zip(*found, strict=True))
+        scores_NE, expert_N = (torch.cat(parts) for parts in zip(*taught, strict=True))
         return {"domain": self.eta * domain(scores_NE, expert_N)}

@@ -71,8 +71,8 @@ class Similarity(TextRouter):
         if form == "selection" and nearest not in (None, 1):
             raise WeightingError(f"nearest is {nearest!r}, but a selection is of 1 expert; 'mixture' takes several")
         self.register_buffer("keys_", torch.empty(0))
-        if (given := Members.pool_of(pool)) is not None:
-            texts = read_expert_texts(self.name, given, examples, template)
+        if (expert_pool := Members.pool_of(pool)) is not None:
+            texts = read_expert_texts(self.name, expert_pool, examples, template)
             self.require_of_each(texts, "examples")
             self.keys_ = torch.stack([self._key(texts[name]) for name in self.experts])
             self.remember_embedder()

@@ -31,9 +31,9 @@ class Spectr(ScoredRouter):
         # the experts' r a below each other, and whose each row is
         self.cores_ = LayerTensors({})
         self.owners_ = LayerTensors({})
-        if (given := Members.pool_of(pool)) is not None:
+        if (expert_pool := Members.pool_of(pool)) is not None:
             for layer, routed in self.members.layers.items():
-                self.cores_[layer], _, self.owners_[layer] = factorise(given, layer, routed)
+                self.cores_[layer], _, self.owners_[layer] = factorise(expert_pool, layer, routed)
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
         """Return |b_e a_e x|, -inf for experts that leave the layer alone."""

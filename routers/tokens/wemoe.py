@@ -72,10 +72,10 @@ class Wemoe(LearnedRouter, BySequence):
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
         """Return each token's own w_BTE before any mean, -inf for experts that leave the layer alone."""
         if layer in self._mlps:
-            given = running_block(self.name, layer, x_BTI, self._mlps[layer])
-            if self not in given.kept:
-                given.kept[self] = self._of_mlp(given.x_BTI, given.block)
-            w_BTE = given.kept[self]
+            block_input = running_block(self.name, layer, x_BTI, self._mlps[layer])
+            if self not in block_input.kept:
+                block_input.kept[self] = self._of_mlp(block_input.x_BTI, block_input.block)
+            w_BTE = block_input.kept[self]
         else:
             w_BTE = x_BTI.new_full((*x_BTI.shape[:2], len(self.experts)), self.start, dtype=torch.float32)
         return without(w_BTE, self.members.layers[layer].experts)
