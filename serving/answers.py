@@ -107,13 +107,13 @@ class CompletionAnswer(Answer):
     def _logprobs(self, choice: Choice, chosen: Sequence[Chosen]) -> dict[str, Any] | None:
         if choice.row.sampling.logprobs is None:
             return None
-        words, offsets = [self._word(each.token) for each in chosen], []
+        words, offsets = [self._word(pick.token) for pick in chosen], []
         for word in words:
             offsets.append(choice.offset)
             choice.offset += len(word)
         # of several tokens that are the same text, such as parts of characters, the likeliest counts
-        top = [{self._word(token): logprob for token, logprob in reversed(each.top)} for each in chosen]
-        values = [each.logprob for each in chosen]
+        top = [{self._word(token): logprob for token, logprob in reversed(pick.top)} for pick in chosen]
+        values = [pick.logprob for pick in chosen]
         return {"tokens": words, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 
 
@@ -136,8 +136,8 @@ class ChatAnswer(Answer):
         if choice.row.sampling.logprobs is None:
             return None
         told = [
-            {**self._entry(each.token, each.logprob), "top_logprobs": [self._entry(*other) for other in each.top]}
-            for each in chosen
+            {**self._entry(pick.token, pick.logprob), "top_logprobs": [self._entry(*other) for other in pick.top]}
+            for pick in chosen
         ]
         return {"content": told, "refusal": None}
 

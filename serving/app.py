@@ -164,15 +164,15 @@ class Face:
         return JSONResponse(_model(name, 0), headers=_headers(wanted.formula.canonical, wanted.identity))
 
     async def completions(self, request: Request) -> Response:
-        asked = read_request(CompletionRequest, await read_body(request, self._limits))
-        read = partial(self._prompts.of_completion, asked)
-        return await self._answer(request, asked, read, CompletionAnswer, asked.max_tokens, COMPLETION_TOKENS)
+        body = read_request(CompletionRequest, await read_body(request, self._limits))
+        read = partial(self._prompts.of_completion, body)
+        return await self._answer(request, body, read, CompletionAnswer, body.max_tokens, COMPLETION_TOKENS)
 
     async def chat(self, request: Request) -> Response:
-        asked = read_request(ChatRequest, await read_body(request, self._limits))
-        read = partial(self._prompts.of_chat, asked)
-        max_tokens = asked.max_completion_tokens or asked.max_tokens
-        return await self._answer(request, asked, read, ChatAnswer, max_tokens, self._limits.new_tokens)
+        body = read_request(ChatRequest, await read_body(request, self._limits))
+        read = partial(self._prompts.of_chat, body)
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        return await self._answer(request, body, read, ChatAnswer, max_tokens, self._limits.new_tokens)
 
     async def _answer(
         self, request: Request, asked: Asked, read: Read, kind: type[Answer], max_tokens: int | None, usual: int
@@ -209,11 +209,11 @@ class Face:
         deadline: float,
     ) -> tuple[Answer, Served]:
         """Read the prompts, find the composition, and hand the rows to the scheduler."""
-        given = await self._within(deadline, self._run(self._readers, read))
-        if (count := len(given.ids) * asked.num_answers) > self._limits.choices:
+        request_prompts = await self._within(deadline, self._run(self._readers, read))
+        if (count := len(request_prompts.ids) * asked.num_answers) > self._limits.choices:
             raise Refusal(400, f"{count} answers are asked for, above the limit of {self._limits.choices}", param="n")
-        served = await self._served(await self._wanted(asked.model, given.text, deadline), deadline)
-        prompts = await self._asked(given, served, deadline)
+        served = await self._served(await self._wanted(asked.model, request_prompts.text, deadline), deadline)
+        prompts = await self._asked(request_prompts, served, deadline)
         longest = max(len(ids) for of_members in prompts for ids in of_members)
         num_new = self._prompts.num_new(longest, max_tokens, usual, self._limits.new_tokens)
         for of_members in prompts:
@@ -300,8 +300,8 @@ class Face:
             raise Refusal(504, "the deadline passed before the composition was there", code="deadline_exceeded") from error
 
     def _require_key(self, request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if self._api_key is not None and not hmac.compare_digest(given.encode(), f"Bearer {self._api_key}".encode()):
+        authorization = request.headers.get("authorization", "")
+        if self._api_key is not None and not hmac.compare_digest(authorization.encode(), f"Bearer {self._api_key}".encode()):
             raise Refusal(401, "this server wants its key: Authorization: Bearer ...", code="invalid_api_key")
 
     def _ended(self) -> None:

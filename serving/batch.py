@@ -61,14 +61,16 @@ class Batch:
     @torch.no_grad()
     def read(self, rows: Sequence[Row]) -> None:
         """Read rows from their beginning, choose a token for each, and take in those that go on."""
-        ids = [each for row in rows for each in row.ids]
-        known = [self._prefixes.longest(states, each) for states, each in zip(_states(rows), ids, strict=True)]
+        ids = [line_ids for row in rows for line_ids in row.ids]
+        known = [self._prefixes.longest(states, line_ids) for states, line_ids in zip(_states(rows), ids, strict=True)]
         for row in rows:
             row.num_kept = 0
         for row, (length, _) in zip(_by_line(rows), known, strict=True):
             row.num_kept += length
         width = max(length for length, _ in known)
-        rest_BT, mask_BT = pad_rows(self._tokenizer, [each[length:] for each, (length, _) in zip(ids, known, strict=True)])
+        rest_BT, mask_BT = pad_rows(
+            self._tokenizer, [line_ids[length:] for line_ids, (length, _) in zip(ids, known, strict=True)]
+        )
         before_BP = torch.zeros(len(ids), width, dtype=torch.long)
         for line, (length, _) in enumerate(known):
             before_BP[line, width - length :] = 1
@@ -121,11 +123,11 @@ class Batch:
 
     def _advance(self, rows: Sequence[Row], inputs: dict[str, Tensor], cache: Any) -> Any:
         """Run the model and give each row its logits; return the cache."""
-        given: dict[str, Any] = {name: value.to(self._device) for name, value in inputs.items()}
+        arguments: dict[str, Any] = {name: value.to(self._device) for name, value in inputs.items()}
         if cache is not None:
-            given[cache_name(self._model)] = cache
+            arguments[cache_name(self._model)] = cache
         with self._experts.activate([row.served for row in rows]), self._prompted(rows):
-            output = self._model(**given, use_cache=True, **self._keep_last)
+            output = self._model(**arguments, use_cache=True, **self._keep_last)
         first = 0
         for row in rows:
             row.take(output.logits[first : first + len(row.prompts), -1], self._tokenizer, self._ends)
@@ -147,8 +149,8 @@ class Batch:
             for weights, most in states if row in rows and not row.failed else ():
                 length = num_read if most is None else min(most, num_read)
                 width = self._cache.layers[0].keys.shape[-2]
-                own = slice(width - num_read, width - num_read + length)
-                kept = [(layer.keys[line, :, own], layer.values[line, :, own]) for layer in self._cache.layers]
+                span = slice(width - num_read, width - num_read + length)
+                kept = [(layer.keys[line, :, span], layer.values[line, :, span]) for layer in self._cache.layers]
                 self._prefixes.keep(weights, read[line][:length], kept)
 
 

@@ -82,12 +82,12 @@ class Names:
         instruction, text = _task_of(prompt)
         if not text.strip() or not len(self._hub):
             return parse("base")
-        found = self._searching().for_task(
+        hits = self._searching().for_task(
             [text], description=instruction, k=NUM_FOUND, evidence=False, base_model=self._base
         )
-        shares = [math.exp((each.score - found[0].score) / TEMPERATURE) for each in found]
+        shares = [math.exp((hit.score - hits[0].score) / TEMPERATURE) for hit in hits]
         weights = [share / sum(shares) for share in shares if share / sum(shares) >= LEAST_SHARE]
-        terms = [f"{weight / sum(weights):.2f}*{Named(each.name)}" for weight, each in zip(weights, found, strict=False)]
+        terms = [f"{weight / sum(weights):.2f}*{Named(hit.name)}" for weight, hit in zip(weights, hits, strict=False)]
         return parse(" + ".join(terms) or "base")
 
     def _searching(self) -> Retriever:
@@ -111,36 +111,36 @@ class Names:
 
         Raises FormulaError and what the hub raises for names that it does not have, Refusal for a formula above the limits.
         """
-        found = formula.expand(self._hub)
-        if found.is_base:
-            return Wanted(found, Served.identity)
-        if (count := len(set(leaves(found.root)))) > self._limits.adapters:
+        expanded = formula.expand(self._hub)
+        if expanded.is_base:
+            return Wanted(expanded, Served.identity)
+        if (count := len(set(leaves(expanded.root)))) > self._limits.adapters:
             raise Refusal(
                 400, f"{formula.text!r:.80} has {count} adapters, above the limit of {self._limits.adapters}", param="model"
             )
-        merges = any(_has_merge(member) for _, member in found.members())
+        merges = any(_has_merge(member) for _, member in expanded.members())
         if merges and not self._limits.merges:
-            raise Refusal(400, f"{found} is a merge by a method, and this server makes none", param="model")
-        return Wanted(found, found.identity(self._hub), merges)
+            raise Refusal(400, f"{expanded} is a merge by a method, and this server makes none", param="model")
+        return Wanted(expanded, expanded.identity(self._hub), merges)
 
     def known(self, wanted: Wanted) -> Served | None:
         """Return the composition if it was made before and is still kept, else None."""
         if wanted.formula.is_base:
             return Served()
         with self._lock:
-            found = self._known.get(wanted.identity)
-            if found is None:
+            served = self._known.get(wanted.identity)
+            if served is None:
                 return None
             self._known.move_to_end(wanted.identity)
-        return replace(found, canonical=wanted.formula.canonical)
+        return replace(served, canonical=wanted.formula.canonical)
 
     def make(self, wanted: Wanted) -> Served:
         """Make and keep the composition, of the hub's adapters as they are when this is called.
 
         Raises what the hub, `lw.merge`, `lw.router` and `Composition.from_pretrained` raise.
         """
-        if (found := self.known(wanted)) is not None:
-            return found
+        if (served := self.known(wanted)) is not None:
+            return served
         made = self._made(wanted)
         with self._lock:
             self._known[made.identity] = made
@@ -151,7 +151,7 @@ class Names:
     def listed(self) -> list[tuple[str, int]]:
         """List (name, Unix time at which it was stored) of the base, every adapter and every stored composition."""
         adapters = [(str(Named(record.name)), _seconds(record.created)) for record in self._hub.records()]
-        stored = [(str(Stored(each.name)), _seconds(each.created)) for each in self._hub.compositions()]
+        stored = [(str(Stored(composition.name)), _seconds(composition.created)) for composition in self._hub.compositions()]
         return [("base", 0), *adapters, *stored]
 
     def _made(self, wanted: Wanted) -> Served:
@@ -167,7 +167,7 @@ class Names:
         pool = formula.pool(self._hub)
         named = formula.canonical, formula.identity(pool)
         members = formula.members()
-        return Served(*named, tuple(replace(_member(each, pool), share=share) for share, each in members))
+        return Served(*named, tuple(replace(_member(member, pool), share=share) for share, member in members))
 
     def _stops(self, task: Task | None) -> tuple[str, ...]:
         """Return what ends an answer, as in Composition.predict: the task's stops, and the end of a chat's turn."""
@@ -182,7 +182,7 @@ class Names:
             read = Composition.from_pretrained(folder, self._model, self._tokenizer)
         members = list(read.members.values()) or [read]
         total = sum(member.share for member in members)
-        return tuple(asked for member in members for asked in self._asked(member, member.share / total))
+        return tuple(variant for member in members for variant in self._asked(member, member.share / total))
 
     def _asked(self, member: Composition, share: float) -> list[Member]:
         """Return the member in each of its prompt forms; for a program, the last step after those before it."""
@@ -234,9 +234,9 @@ def _routed(router: TokenRouter, pool: ExpertPool | None) -> Member:
 
 def _task_of(prompt: str) -> tuple[str, str]:
     """Split a prompt of the default template into (instruction, input), without demonstrations; ("", prompt) for others."""
-    before, found, last = prompt.rpartition("Input: ")
-    text, asked, after = last.rpartition("\nOutput:")
-    if not (found and asked) or after.strip() or not (before.endswith("\n") or not before):
+    before, input_mark, last = prompt.rpartition("Input: ")
+    text, output_mark, after = last.rpartition("\nOutput:")
+    if not (input_mark and output_mark) or after.strip() or not (before.endswith("\n") or not before):
         return "", prompt
     return before.partition("Input: ")[0].strip(), text
 

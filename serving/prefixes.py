@@ -67,21 +67,21 @@ class KeptPrefixes:
         `states` are those of a Member: weights, and up to how many tokens they are the row's.
         """
         most = {weights: len(ids) if count is None else count for weights, count in states if weights is not None}
-        best, found = MIN_TOKENS - 1, None
+        best, best_key = MIN_TOKENS - 1, None
         for key, kept in self._kept.items() if most else ():
             if key[0] in most and (common := min(_common(kept.ids, ids), most[key[0]])) > best:
-                best, found = common, key
-        if found is None:
+                best, best_key = common, key
+        if best_key is None:
             return 0, None
-        self._kept.move_to_end(found)
-        self._kept[found].last_use = time.monotonic()
-        return best, self._kept[found]
+        self._kept.move_to_end(best_key)
+        self._kept[best_key].last_use = time.monotonic()
+        return best, self._kept[best_key]
 
     def keep(self, weights: Hashable | None, ids: tuple[int, ...], states: States) -> None:
         """Keep copies of what the model made of these tokens, in place of shorter beginnings of them."""
         if weights is None or len(ids) < MIN_TOKENS or not self._max_bytes:
             return
-        if any(own == weights and kept[: len(ids)] == ids for own, kept in self._kept):
+        if any(kept_weights == weights and kept[: len(ids)] == ids for kept_weights, kept in self._kept):
             return
         for key in [key for key in self._kept if key[0] == weights and ids[: len(key[1])] == key[1]]:
             self._drop(key)
@@ -139,7 +139,7 @@ class Memory:
             return
         spare = self._max_bytes - self.needed(rows)
         kept: tuple[KeptPrefixes | Experts, ...] = (self._prefixes, self._experts)
-        while sum(each.kept_bytes for each in kept) > spare:
+        while sum(holder.kept_bytes for holder in kept) > spare:
             oldest = min(kept, key=lambda each: each.oldest)
             if oldest.oldest == math.inf:
                 break

@@ -120,9 +120,9 @@ class _Line:
 
     def due(self, kind: int) -> Head:
         """Read the head of the next frame. Raises LayerMismatch for one of another kind."""
-        found = self.head()
-        self.require(kind, found)
-        return found
+        head = self.head()
+        self.require(kind, head)
+        return head
 
     def require(self, kind: int, found: Head) -> None:
         if found.kind != kind:
@@ -151,8 +151,8 @@ class _Line:
             raise LayerMismatch(f"{self.peer} began with what is not JSON ({error})") from error
 
     def _read(self, count: int) -> bytearray:
-        found = bytearray(count)
-        view, place = memoryview(found), 0
+        buffer = bytearray(count)
+        view, place = memoryview(buffer), 0
         while place < count:
             try:
                 size = self.socket.recv_into(view[place:])
@@ -162,7 +162,7 @@ class _Line:
                 raise SourceUnavailable(f"{self.peer} ended the connection after {place} of {count} bytes")
             place += size
         self.traffic.received += count
-        return found
+        return buffer
 
 
 class _Remote(TrainingJob):
@@ -207,10 +207,14 @@ def serve_base(
     body = model.base_model
     inside = {id(module) for module in body.modules()}
     for layer, factors in public.layers.items():
-        module, own = dict(model.named_modules()).get(layer), (len(factors.b_OR), factors.a_RI.shape[1])
-        found = None if id(module) not in inside else (getattr(module, "out_features", 0), getattr(module, "in_features", 0))
-        if found != own:
-            raise LayerMismatch(f"the adapter updates {layer!r} of {own}, and the model's blocks have {found} of that name")
+        module, adapter_shape = dict(model.named_modules()).get(layer), (len(factors.b_OR), factors.a_RI.shape[1])
+        model_shape = (
+            None if id(module) not in inside else (getattr(module, "out_features", 0), getattr(module, "in_features", 0))
+        )
+        if model_shape != adapter_shape:
+            raise LayerMismatch(
+                f"the adapter updates {layer!r} of {adapter_shape}, and the model's blocks have {model_shape} of that name"
+            )
     with socket.create_server((host, port)) as server, untouched(model), torch.no_grad():
         ready(*server.getsockname()[:2])
         for _ in itertools.count() if devices is None else range(devices):
@@ -228,10 +232,10 @@ def serve_base(
 def _answer(model: Any, body: Any, public: Adapter, line: _Line) -> None:
     """Answer all calls of one device, until it ends the connection between two of them."""
     embeddings = model.get_input_embeddings().weight
-    asked = line.json(line.due(HELLO).size)
+    hello = line.json(line.due(HELLO).size)
     line.send(HELLO, json.dumps({"adapter": public.hash}).encode())
-    if asked != {"adapter": public.hash}:
-        raise LayerMismatch(f"{line.peer} is of adapter {asked!r:.80}, and this base serves {public.hash}")
+    if hello != {"adapter": public.hash}:
+        raise LayerMismatch(f"{line.peer} is of adapter {hello!r:.80}, and this base serves {public.hash}")
     name = "cache" if takes(body, "cache") else "past_key_values"
     cache: Any = None
     num_rows = 0
@@ -339,5 +343,5 @@ class PrivateDevice:
         line.require(HIDDEN, head)
         hidden_BTI = line.numbers(head.size, rows, tokens if asked & WHOLE else 1, x_BTI.shape[2])
         line.traffic.tokens += rows * tokens
-        found: Tensor = self._head(hidden_BTI.to(x_BTI))
-        return found
+        logits_BTV: Tensor = self._head(hidden_BTI.to(x_BTI))
+        return logits_BTV

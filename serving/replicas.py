@@ -88,7 +88,7 @@ class Front:
         except (Refusal, RayError) as error:
             # a replica that died has no answer to tell
             return refused(error)
-        response = StreamingResponse((each["body"] async for each in messages), start["status"])
+        response = StreamingResponse((message["body"] async for message in messages), start["status"])
         response.raw_headers = start["headers"]
         return response
 
@@ -124,12 +124,12 @@ class Replica:
 
         if formula := serve.get_multiplexed_model_id():
             await self._note(formula)
-        asked = [{"type": "http.request", "body": body, "more_body": False}]
+        incoming = [{"type": "http.request", "body": body, "more_body": False}]
         sent: asyncio.Queue[Any] = asyncio.Queue()
 
         async def receive() -> Any:
             # after the body a client says nothing; that it has gone, Ray tells by a cancellation
-            return asked.pop() if asked else await asyncio.Event().wait()
+            return incoming.pop() if incoming else await asyncio.Event().wait()
 
         answering = asyncio.create_task(self._app(scope, receive, sent.put))
         answering.add_done_callback(lambda _: sent.put_nowait(None))

@@ -238,7 +238,7 @@ class Prompts:
             first = asked.prompts[0]
             text = first if isinstance(first, str) else str(self._tokenizer.decode(first))
         texts = [prompt for prompt in asked.prompts if isinstance(prompt, str)]
-        return Given(text, [self._fitting(each) for each in ids], texts or None)
+        return Given(text, [self._fitting(token_ids) for token_ids in ids], texts or None)
 
     def of_chat(self, asked: ChatRequest) -> Given:
         """Return the template's prompt, and the last message's text. Raises Refusal without a template, or if it refuses."""
@@ -270,7 +270,7 @@ class Prompts:
         """
         asked_M = [(member.task, between.get(member.before, given.inputs)) for member in served.members]
         for task, inputs in asked_M:
-            if task is not None and not (inputs is not None and all(_is_input(each, task) for each in inputs)):
+            if task is not None and not (inputs is not None and all(_is_input(prompt, task) for prompt in inputs)):
                 raise Refusal(
                     400,
                     f"{served.canonical} puts the input of its task into prompts of its own: give the input alone, as text, "

@@ -52,11 +52,11 @@ class Member:
         counting: set[tuple[Hashable, ...]] = {
             (content, weight) for content, weight in self.weights.items() if content not in starts
         }
-        found: list[tuple[Hashable | None, int | None]] = []
+        states: list[tuple[Hashable | None, int | None]] = []
         for start in sorted({start for start in starts.values() if start is not None}):
-            found.append((frozenset(counting), start))
-            counting |= {(content, self.weights[content], start) for content, own in starts.items() if own == start}
-        return [*found, (frozenset(counting), None)]
+            states.append((frozenset(counting), start))
+            counting |= {(content, self.weights[content], start) for content, place in starts.items() if place == start}
+        return [*states, (frozenset(counting), None)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,12 +99,12 @@ class Served:
         says, and not as an object, which would live as long as its keys and values.
         """
         if self.router is not None:
-            return [[(None if each.is_alone or each.is_activated else self.identity, None)] for each in self.members]
+            return [[(None if member.is_alone or member.is_activated else self.identity, None)] for member in self.members]
         return [member.states(prompt) for member, prompt in zip(self.members, prompts, strict=True)]
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
         """The adapters of all members, and of the steps before them."""
         steps = [step for member in self.members for step in member.before]
-        own = {content: adapter for member in self.members for content, adapter in member.adapters.items()}
-        return own | {content: adapter for step in steps for content, adapter in step.adapters.items()}
+        of_members = {content: adapter for member in self.members for content, adapter in member.adapters.items()}
+        return of_members | {content: adapter for step in steps for content, adapter in step.adapters.items()}

@@ -74,7 +74,7 @@ class StepTimes:
         """Return the seconds that the cost model gives the updates of one token in each line."""
         lines = [tuple(member.adapters.items()) for row in rows for member in row.served.members if member.adapters]
         ranks = {content: self._ranks_of(adapter) for line in lines for content, adapter in line}
-        shapes = {shape for each in ranks.values() for shape in each}
+        shapes = {shape for by_shape in ranks.values() for shape in by_shape}
         total = 0.0
         for shape in shapes:
             sums = [sum(ranks[content].get(shape, (0, 0))[1] for content, _ in line) for line in lines]
@@ -85,13 +85,13 @@ class StepTimes:
                 total=sum(sums),
                 num_segments=len(distinct),
                 distinct=sum(distinct.values()),
-                stacked=sum(each.get(shape, (0, 0))[1] for each in ranks.values()),
+                stacked=sum(by_shape.get(shape, (0, 0))[1] for by_shape in ranks.values()),
                 num_inputs=shape[0],
                 num_outputs=shape[1],
                 itemsize=self._itemsize,
                 device=self._device,
             )
-            total += max(each.get(shape, (0, 0))[0] for each in ranks.values()) * cheapest(work)
+            total += max(by_shape.get(shape, (0, 0))[0] for by_shape in ranks.values()) * cheapest(work)
         return total
 
     def _ranks_of(self, adapter: Adapter) -> Ranks:
@@ -99,7 +99,9 @@ class StepTimes:
             ranks: dict[tuple[int, int], list[int]] = defaultdict(list)
             for factors in adapter.layers.values():
                 ranks[factors.a_RI.shape[1], factors.b_OR.shape[0]].append(factors.a_RI.shape[0])
-            self._ranks[adapter] = {shape: (len(each), round(sum(each) / len(each))) for shape, each in ranks.items()}
+            self._ranks[adapter] = {
+                shape: (len(shape_ranks), round(sum(shape_ranks) / len(shape_ranks))) for shape, shape_ranks in ranks.items()
+            }
         return self._ranks[adapter]
 
 

@@ -139,8 +139,8 @@ class Folders:
                     raise ScopeError(f"{formula} is a router, which weighs every token by itself, and no adapter")
                 key = self._key(formula.identity(pool))
                 if not self._use(key):
-                    for each in pool.names:
-                        self._check_base(pool[each].name, pool[each].base)
+                    for expert in pool.names:
+                        self._check_base(pool[expert].name, pool[expert].base)
                     # it stays here: a license may forbid to give a merge away, and not to use it
                     merged = formula.merge(pool, progress=False, allow_licenses=True, interference=False)
                     self._check_layers(merged)
@@ -167,13 +167,13 @@ class Folders:
     def surplus(self) -> list[str]:
         """List the keys of the least recently used folders that are beyond the limit; the newest is not among them."""
         with self._lock:
-            total, found = sum(kept.size_bytes for kept in self._kept.values()), []
+            total, keys = sum(kept.size_bytes for kept in self._kept.values()), []
             for key, kept in list(self._kept.items())[:-1]:
                 if total <= self._max_bytes:
                     break
                 total -= kept.size_bytes
-                found.append(key)
-            return found
+                keys.append(key)
+            return keys
 
     def trim(self) -> None:
         """Remove folders that are beyond the limit and not in use."""
@@ -265,12 +265,12 @@ class Folders:
 
     def _check_layers(self, merged: Adapter) -> None:
         for layer, factors in merged.layers.items() if self._shapes else ():
-            own, its = self._shapes.get(f"{layer}.weight"), (factors.b_OR.shape[0], factors.a_RI.shape[1])
+            model_shape, its = self._shapes.get(f"{layer}.weight"), (factors.b_OR.shape[0], factors.a_RI.shape[1])
             # some layers store their weight transposed
-            if own not in (its, its[::-1]):
+            if model_shape not in (its, its[::-1]):
                 raise LayerMismatch(
                     f"{merged.name!r} updates {layer!r} with shape {its}, and the server's model has "
-                    f"{f'shape {own}' if own else 'no such layer'} there: it was made for another model"
+                    f"{f'shape {model_shape}' if model_shape else 'no such layer'} there: it was made for another model"
                 )
 
     def _found(self) -> OrderedDict[str, _Kept]:

@@ -35,8 +35,8 @@ def load(folder: Folder, url: str, *, engine: str) -> dict[str, Any]:
         _post(f"{url.rstrip('/')}/load_lora_adapter", {"lora_name": name, "lora_path": path}, folder.canonical)
         return {"lora_path": name}
     fields = {"adapter_id": path, "adapter_source": "local"}
-    asked = {"inputs": "a", "parameters": {**fields, "max_new_tokens": 1}}
-    _post(f"{url.rstrip('/')}/generate", asked, folder.canonical)
+    payload = {"inputs": "a", "parameters": {**fields, "max_new_tokens": 1}}
+    _post(f"{url.rstrip('/')}/generate", payload, folder.canonical)
     return {"parameters": fields}
 
 

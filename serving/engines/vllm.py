@@ -135,8 +135,8 @@ class _Names(dict[str, Any]):
         return True
 
     def __getitem__(self, name: str) -> Any:
-        asked = _asked.get()
-        return asked[name] if name in asked else super().__getitem__(name)
+        requested = _asked.get()
+        return requested[name] if name in requested else super().__getitem__(name)
 
     def __setitem__(self, name: str, request: Any) -> None:
         super().__setitem__(name, request)
@@ -147,7 +147,7 @@ class _Names(dict[str, Any]):
         """Remove these folders, so that new requests ask the resolver again; running ones keep them."""
         gone = set(keys)
         kind = _request_type()
-        for name in [name for name, each in self.items() if isinstance(each, kind) and _key_of(each) in gone]:
+        for name in [name for name, request in self.items() if isinstance(request, kind) and _key_of(request) in gone]:
             self.pop(name, None)
 
 

@@ -70,6 +70,6 @@ class ToldProgress(Progress):
 
     def update(self, task_id: TaskID, **changes: Any) -> None:
         super().update(task_id, **changes)
-        (task,) = (each for each in self.tasks if each.id == task_id)
+        (task,) = (candidate for candidate in self.tasks if candidate.id == task_id)
         left = task.time_remaining
         self._tell({"what": task.description, "done": task.completed, "total": task.total, "seconds_left": left})

@@ -158,9 +158,9 @@ class Threads:
         """Make the route of a question about the hub, whose fields are in the address, or in the body of a POST."""
 
         async def handle(request: Request) -> Response:
-            asked = read_request(kind, request.query_params) if method == "GET" else await self._read(kind, request)
+            fields = read_request(kind, request.query_params) if method == "GET" else await self._read(kind, request)
             # one whose client has gone before its turn, as with every letter that is typed, is not answered
-            running = asyncio.get_running_loop().run_in_executor(self._readers, answer, asked)
+            running = asyncio.get_running_loop().run_in_executor(self._readers, answer, fields)
             return JSONResponse(await unless_gone(request.receive, running))
 
         return Route(f"/api/{path}", _telling(handle), methods=[method])
@@ -169,8 +169,8 @@ class Threads:
         """Make the route of a long act on the model, which tells as it goes on."""
 
         async def handle(request: Request) -> Response:
-            asked = await self._read(kind, request)
-            return act(self._modeller, lambda tell: work(asked, tell), refusal)
+            fields = await self._read(kind, request)
+            return act(self._modeller, lambda tell: work(fields, tell), refusal)
 
         return Route(f"/api/{path}", _telling(handle), methods=["POST"])
 
@@ -178,8 +178,8 @@ class Threads:
         """Make the route of a zip, which is deleted when it is sent."""
 
         async def handle(request: Request) -> Response:
-            asked = await self._read(kind, request)
-            made = await asyncio.get_running_loop().run_in_executor(self._modeller, make, asked)
+            fields = await self._read(kind, request)
+            made = await asyncio.get_running_loop().run_in_executor(self._modeller, make, fields)
             return FileResponse(made, media_type="application/zip", background=BackgroundTask(made.unlink))
 
         return Route(f"/api/{path}", _telling(handle), methods=["POST"])
@@ -207,9 +207,9 @@ class Guard:
             await send(message)
 
         request = Request(scope)
-        own = request.headers.get("sec-fetch-site", "none") in ("same-origin", "none")
+        same_origin = request.headers.get("sec-fetch-site", "none") in ("same-origin", "none")
         # a link from elsewhere opens the page, and nothing else
-        if own or (request.url.path, request.method) == ("/", "GET"):
+        if same_origin or (request.url.path, request.method) == ("/", "GET"):
             await self._app(scope, receive, guarded)
         else:
             await told(Refusal(403, "another page asks, and only this server's own page may"))(scope, receive, guarded)
@@ -223,8 +223,8 @@ def refusal(error: BaseException) -> Refusal:
 
 
 def told(error: BaseException) -> Response:
-    found = refusal(error)
-    return JSONResponse(found.body, found.status, headers=found.headers)
+    refused = refusal(error)
+    return JSONResponse(refused.body, refused.status, headers=refused.headers)
 
 
 def _telling(handle: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:

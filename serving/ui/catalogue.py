@@ -116,8 +116,8 @@ class Catalogue:
             seqs = self._hub.seqs(Filters(options["base_model"], options["license"], options["tags"]))
             ordered = in_order(self._overview.newest, seqs, asked.sort, asked.descending)
             total, wanted = len(ordered), ordered[asked.start : asked.start + asked.count]
-            found = self._hub.records_at(wanted)
-            page = [found[seq] for seq in wanted if seq in found]
+            by_seq = self._hub.records_at(wanted)
+            page = [by_seq[seq] for seq in wanted if seq in by_seq]
         return {"total": total, "start": asked.start, "rows": [row_of(record) for record in page]}
 
     def searched(self, asked: Searched) -> dict[str, Any]:
@@ -134,17 +134,17 @@ class Catalogue:
         for name in self._names_with(asked.q):
             record = self._record(name)
             if record is not None and filters.passes(record) and not record.quarantined:
-                found = rows.pop(name, {**row_of(record), "score": None, "evidence": ""})
-                named[name] = {**found, "evidence": "; ".join(filter(None, ["its name", found["evidence"]]))}
+                row = rows.pop(name, {**row_of(record), "score": None, "evidence": ""})
+                named[name] = {**row, "evidence": "; ".join(filter(None, ["its name", row["evidence"]]))}
         return {"more": len(hits) == asked.count, "rows": [*named.values(), *rows.values()]}
 
     def scores(self, asked: Searched) -> dict[str, Any]:
         """Return the scores of the adapters nearest to a query, for the colours of their points."""
         snapshot = self._overview.newest
         self._overview.require_search()
-        found = self._retriever.for_task([asked.q], evidence=False, k=NUM_SCORED, **asked.options)
+        hits = self._retriever.for_task([asked.q], evidence=False, k=NUM_SCORED, **asked.options)
         places = {} if snapshot is None else snapshot.seqs
-        shown = [(places[hit.name], hit.score) for hit in found if hit.name in places]
+        shown = [(places[hit.name], hit.score) for hit in hits if hit.name in places]
         return {"seqs": [seq for seq, _ in shown], "scores": [score for _, score in shown]}
 
     def points(self) -> dict[str, Any]:
@@ -155,16 +155,16 @@ class Catalogue:
 
     def point(self, asked: Placed) -> dict[str, Any]:
         """Return the adapter of a point. Raises AdapterNotFound if it is gone."""
-        found = self._hub.records_at([asked.seq]).get(asked.seq)
-        if found is None:
+        record = self._hub.records_at([asked.seq]).get(asked.seq)
+        if record is None:
             raise AdapterNotFound("the adapter of this point is gone; reload the page for the map as it is now")
-        return row_of(found)
+        return row_of(record)
 
     def adapter(self, asked: Named) -> dict[str, Any]:
         """Return a record with its history; no tensor is read."""
         record = self._hub.record(asked.name)
-        own = {key: value for key, value in record.card.items() if key not in ("recipe", "report", "outputs")}
-        card = json.dumps(own, indent=1, ensure_ascii=False, sort_keys=True) if own else ""
+        card_fields = {key: value for key, value in record.card.items() if key not in ("recipe", "report", "outputs")}
+        card = json.dumps(card_fields, indent=1, ensure_ascii=False, sort_keys=True) if card_fields else ""
         outputs = entry(record.card, "outputs", list) or []
         examples = [
             {"input": text, "output": outputs[at] if at < len(outputs) and isinstance(outputs[at], str) else ""}
@@ -178,11 +178,13 @@ class Catalogue:
             "version": record.version,
             "modules": list(record.target_modules),
             "source": "" if record.source is None else record.source.location,
-            "anomalies": [{"kind": each.kind, "detail": each.detail, "score": each.score} for each in record.anomalies],
+            "anomalies": [
+                {"kind": anomaly.kind, "detail": anomaly.detail, "score": anomaly.score} for anomaly in record.anomalies
+            ],
             "examples": examples,
             "num_examples": len(record.examples),
             "card": card[:CARD_CHARACTERS] + ("\n…" if len(card) > CARD_CHARACTERS else ""),
-            "versions": [_version(each) for each in reversed(self._hub.history(asked.name))],
+            "versions": [_version(version) for version in reversed(self._hub.history(asked.name))],
             "family": self._family(record),
         }
 
@@ -202,24 +204,26 @@ class Catalogue:
         texts = list(record.examples) or [record.description or record.name]
         description = record.description if record.examples else ""
         self._overview.require_search()
-        found = self._retriever.for_task(texts[:NUM_EXAMPLES], description=description, evidence=False, k=NUM_ALIKE + 1)
-        return {"rows": [hit_of(hit) for hit in found if hit.name != record.name][:NUM_ALIKE]}
+        hits = self._retriever.for_task(texts[:NUM_EXAMPLES], description=description, evidence=False, k=NUM_ALIKE + 1)
+        return {"rows": [hit_of(hit) for hit in hits if hit.name != record.name][:NUM_ALIKE]}
 
     def _family(self, record: Record) -> list[dict[str, Any]]:
         """Return what the adapter was merged from, generation by generation; the adapter itself comes first."""
-        found: list[dict[str, Any]] = [{"name": record.name, "weight": None, "child": None, "generation": 0, "known": True}]
+        relatives: list[dict[str, Any]] = [
+            {"name": record.name, "weight": None, "child": None, "generation": 0, "known": True}
+        ]
         ahead = [(0, record)]
         while ahead:
-            child, own = ahead.pop(0)
-            generation = found[child]["generation"] + 1
-            found[child]["method"] = entry(own.card.get("recipe"), "method", str) or ""
-            for parent in _parents(own) if generation < MAX_GENERATIONS else ():
-                if len(found) >= MAX_RELATIVES:
-                    return found
+            child, relative = ahead.pop(0)
+            generation = relatives[child]["generation"] + 1
+            relatives[child]["method"] = entry(relative.card.get("recipe"), "method", str) or ""
+            for parent in _parents(relative) if generation < MAX_GENERATIONS else ():
+                if len(relatives) >= MAX_RELATIVES:
+                    return relatives
                 name, weight = entry(parent, "name", str) or "", entry(parent, "weight", (int, float))
                 there = self._record(name)
                 known = there is not None and there.hash == entry(parent, "hash", str)
-                found.append(
+                relatives.append(
                     {
                         "name": name,
                         "weight": None if weight is None else float(weight),
@@ -229,8 +233,8 @@ class Catalogue:
                     }
                 )
                 if there is not None and known:
-                    ahead.append((len(found) - 1, there))
-        return found
+                    ahead.append((len(relatives) - 1, there))
+        return relatives
 
     def _record(self, name: str) -> Record | None:
         try:
@@ -277,10 +281,10 @@ def grid(values: Mapping[str, float]) -> dict[str, Any]:
 
     Blocks are in the order of their numbers, 2 before 10.
     """
-    found = {block_and_kind(layer): value for layer, value in values.items()}
-    blocks = sorted({block for block, _ in found}, key=by_number)
-    kinds = list(group_places([kind for _, kind in found]))
-    return {"blocks": blocks, "kinds": kinds, "values": [[found.get((block, kind)) for block in blocks] for kind in kinds]}
+    cells = {block_and_kind(layer): value for layer, value in values.items()}
+    blocks = sorted({block for block, _ in cells}, key=by_number)
+    kinds = list(group_places([kind for _, kind in cells]))
+    return {"blocks": blocks, "kinds": kinds, "values": [[cells.get((block, kind)) for block in blocks] for kind in kinds]}
 
 
 def _version(record: Record) -> dict[str, Any]:
@@ -297,4 +301,4 @@ def _version(record: Record) -> dict[str, Any]:
 def _parents(record: Record) -> list[Mapping[str, Any]]:
     # a card is whatever somebody wrote into it
     parents = entry(record.card.get("recipe"), "parents", (list, tuple)) or ()
-    return [each for each in parents if isinstance(each, Mapping)]
+    return [parent for parent in parents if isinstance(parent, Mapping)]

@@ -102,12 +102,12 @@ class Snapshot:
 
     def order(self, key: str, descending: bool) -> Sequence[int]:
         """Return the places sorted by a field of `Entry`; ties in order of addition."""
-        asked = key, descending
-        if asked not in self._orders:
-            values = {seq: getattr(entry, key) for seq, entry in self.entries.items()}
-            # what an adapter lacks comes before all that others have
-            self._orders[asked] = sorted(values, key=lambda seq: (values[seq] is not None, values[seq]), reverse=descending)
-        return self._orders[asked]
+        ordering = key, descending
+        if ordering not in self._orders:
+            self._orders[ordering] = sorted(
+                self.entries, key=lambda seq: getattr(self.entries[seq], key) or "", reverse=descending
+            )
+        return self._orders[ordering]
 
     @cached_property
     def seqs(self) -> dict[str, int]:
@@ -121,13 +121,13 @@ class Snapshot:
 
     def named(self, text: str, count: int) -> list[str]:
         """List the first `count` names that contain the text, whatever its case."""
-        wanted, found = text.casefold(), []
+        wanted, names = text.casefold(), []
         for entry in self.entries.values():
             if wanted in entry.name.casefold():
-                found.append(entry.name)
-                if len(found) == count:
+                names.append(entry.name)
+                if len(names) == count:
                     break
-        return found
+        return names
 
     def points(self) -> dict[str, Any]:
         """Return what a browser draws: little-endian arrays in base64, x and y from 0 to 65535, and the colours' names."""
@@ -265,8 +265,8 @@ def followed(hub: Hub, old: Snapshot) -> Snapshot:
         places = dict(zip(placed, plane.places(vectors_ND), strict=True))
     entries = {seq: entry for seq, entry in old.entries.items() if seq not in changed}
     for seq, record in records.items():
-        own = record.name, record.license, record.rank, record.size_bytes, record.created
-        entries[seq] = Entry(*own, *places.get(seq, NOWHERE))
+        fields = record.name, record.license, record.rank, record.size_bytes, record.created
+        entries[seq] = Entry(*fields, *places.get(seq, NOWHERE))
     return Snapshot(first.identity, first.generation, dict(sorted(entries.items())), plane)
 
 

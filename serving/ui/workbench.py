@@ -212,7 +212,7 @@ class Workbench:
             for layer in engine.pool.layer_names:
                 groups.setdefault(block_and_kind(layer)[0], []).append(layer)
             options = {"groups": groups}
-        found = compose(
+        composition = compose(
             engine.model,
             engine.tokenizer,
             engine.pool,
@@ -230,12 +230,12 @@ class Workbench:
                 "name": row.name,
                 "loss": row.loss,
                 "held_out_loss": row.held_out_loss,
-                "chosen": row.name == found.report.chosen,
+                "chosen": row.name == composition.report.chosen,
             }
-            for row in found.report.rows
+            for row in composition.report.rows
         ]
-        parts = [_part(name, found.all_weights, found.by_layer) for name in engine.pool.names]
-        tell({"parts": parts, "rows": rows, "reason": found.report.reason})
+        parts = [_part(name, composition.all_weights, composition.by_layer) for name in engine.pool.names]
+        tell({"parts": parts, "rows": rows, "reason": composition.report.reason})
 
     def save(self, asked: Saved, tell: Tell) -> None:
         """Keep the mixture in the hub: as a formula, or with weights by block as a composition."""
@@ -261,13 +261,15 @@ class Workbench:
         names = asked.names or [hit.name for hit in self._hub.search(asked.prompt, k=MAX_PICKED)]
         engine = self._composer(names, tell)
         made = router(asked.router, engine.bound_pool)
-        found = engine.explain(asked.prompt, made, max_new_tokens=asked.max_new_tokens)
+        explanation = engine.explain(asked.prompt, made, max_new_tokens=asked.max_new_tokens)
         number = uuid4().hex
-        self._pages[number] = page(found, f"{asked.router} over {', '.join(names)}")
+        self._pages[number] = page(explanation, f"{asked.router} over {', '.join(names)}")
         while len(self._pages) > MAX_KEPT:
             self._pages.popitem(last=False)
-        total = found.total
-        shares = [{"name": name, "share": float(share)} for name, share in zip(found.experts, total.share_E, strict=True)]
+        total = explanation.total
+        shares = [
+            {"name": name, "share": float(share)} for name, share in zip(explanation.experts, total.share_E, strict=True)
+        ]
         tell({"page": number, "shares": shares, "entropy": total.entropy})
 
     def explanation(self, number: str) -> str:
