@@ -141,7 +141,7 @@ class Formula:
             case Routed(router, experts, options):
                 said: Root | Merge = Merge(router, tuple(sorted(map(content, experts), key=str)), None, options)
             case Ensemble(members, shares):
-                said = ensemble_of([replaced(each, content) for each in members], shares)
+                said = ensemble_of([replaced(member, content) for member in members], shares)
             case Sum() as root:
                 said = as_sum(replaced(root, content))
         return text_digest(str(said))
@@ -177,8 +177,8 @@ class Formula:
         weights: dict[str, float] = {}
         match known.root:
             case Routed(router, _, options):
-                given = {name: plain(value) for name, value in options}
-                return make_router(router, self.pool(hub_or_pool), **given)  # type: ignore[arg-type]
+                router_options = {name: plain(value) for name, value in options}
+                return make_router(router, self.pool(hub_or_pool), **router_options)  # type: ignore[arg-type]
             case Ensemble():
                 raise ScopeError(_ENSEMBLE.format("be one mixture"))
             case Sum(terms):
@@ -197,11 +197,11 @@ class Formula:
         """Return (share, formula) for each member of an ensemble, where shares sum to 1; (1, itself) for other formulas."""
         known = self if hub_or_pool is None else self.expand(hub_or_pool)
         match known.root:
-            case Ensemble(members, given):
-                shares = [exact(share) for share in given or (1.0,) * len(members)]
+            case Ensemble(members, written):
+                shares = [exact(share) for share in written or (1.0,) * len(members)]
                 return tuple(
-                    (float(share / sum(shares)), Formula(as_sum(each), self.text))
-                    for share, each in zip(shares, members, strict=True)
+                    (float(share / sum(shares)), Formula(as_sum(member), self.text))
+                    for share, member in zip(shares, members, strict=True)
                 )
         return ((1.0, known),)
 
@@ -209,8 +209,8 @@ class Formula:
         """Return the stored composition that the formula is, if that has a router or parts that answer apart; else None."""
         match self.root:
             case Sum(terms=((1.0, Stored() as leaf),)):
-                found = source_of(hub_or_pool).stored(leaf)
-                return found if found is not None and (has_router(found) or has_parts(found)) else None
+                stored = source_of(hub_or_pool).stored(leaf)
+                return stored if stored is not None and (has_router(stored) or has_parts(stored)) else None
         return None
 
     def merge(
@@ -349,9 +349,9 @@ def _within_limits(formula: Formula) -> Formula:
 
 def _pairs(text: str) -> list[tuple[str, Token]]:
     """Return (kind of the piece before, piece) for each word and quoted name."""
-    found = tokens(text) if text else []
-    kinds = ["", *(piece.kind for piece in found)]
-    return [(kind, piece) for kind, piece in zip(kinds, found, strict=False) if piece.kind in ("word", "quoted")]
+    pieces = tokens(text) if text else []
+    kinds = ["", *(piece.kind for piece in pieces)]
+    return [(kind, piece) for kind, piece in zip(kinds, pieces, strict=False) if piece.kind in ("word", "quoted")]
 
 
 def _short(text: str) -> str:

@@ -81,10 +81,10 @@ class Merge:
 
     def __str__(self) -> str:
         if self.weights is None:
-            parts = [_bare(each) for each in self.arguments]
+            parts = [_bare(argument) for argument in self.arguments]
         else:
             pairs = zip(self.weights, self.arguments, strict=True)
-            parts = [f"{number_text(weight)}*{_bracketed(each)}" for weight, each in pairs]
+            parts = [f"{number_text(weight)}*{_bracketed(argument)}" for weight, argument in pairs]
         return _call(self.method, parts, self.options)
 
 
@@ -150,8 +150,8 @@ def added(parts: Iterable[tuple[Fraction, Argument]]) -> dict[Term, Fraction]:
     """Return the terms of a weighted sum of terms and sums, with equal ones added up; exact."""
     total: dict[Term, Fraction] = {}
     for weight, part in parts:
-        for own, term in as_sum(part).terms:
-            total[term] = total.get(term, Fraction(0)) + weight * exact(own)
+        for factor, term in as_sum(part).terms:
+            total[term] = total.get(term, Fraction(0)) + weight * exact(factor)
     return {term: weight for term, weight in total.items() if weight}
 
 
@@ -174,25 +174,25 @@ def merge_of(
     """Return the merge with its arguments in order, without those of weight 0, and without weights that are equal shares."""
     shares = [1 / len(arguments)] * len(arguments)
     pairs = sorted(zip(weights or shares, arguments, strict=True), key=lambda pair: (str(pair[1]), pair[0]))
-    used = [(weight, each) for weight, each in pairs if weight]
+    used = [(weight, argument) for weight, argument in pairs if weight]
     numbers = tuple(weight for weight, _ in used)
     equal = all(number == 1 / len(used) for number in numbers)
-    return Merge(method, tuple(each for _, each in used), None if equal else numbers, tuple(sorted(options)))
+    return Merge(method, tuple(argument for _, argument in used), None if equal else numbers, tuple(sorted(options)))
 
 
 def ensemble_of(members: Sequence[Argument], shares: Sequence[float] | None) -> Ensemble:
     """Return the ensemble with its members in order, and without shares that are equal."""
     pairs = sorted(zip(shares or [1.0] * len(members), members, strict=True), key=lambda pair: (str(pair[1]), pair[0]))
     numbers = tuple(share for share, _ in pairs)
-    return Ensemble(tuple(each for _, each in pairs), None if len(set(numbers)) == 1 else numbers)
+    return Ensemble(tuple(member for _, member in pairs), None if len(set(numbers)) == 1 else numbers)
 
 
 def replaced(node: Argument, leaf: Callable[[Leaf], Argument]) -> Argument:
     """Return the node with every leaf replaced by what `leaf` returns. Raises WeightingError for a merge of the base."""
     match node:
         case Merge(method, arguments, weights, options):
-            inner = [replaced(each, leaf) for each in arguments]
-            if any(each == Sum(()) for each in inner):
+            inner = [replaced(argument, leaf) for argument in arguments]
+            if any(argument == Sum(()) for argument in inner):
                 raise WeightingError(f"{method!r} merges adapters, and one of its arguments is the base model")
             return merge_of(method, inner, weights, options)
         case Sum(terms):
@@ -208,11 +208,11 @@ def leaves(node: Root | Argument) -> list[Leaf]:
         case Sum():
             return [leaf for _, term in node.terms for leaf in leaves(term)]
         case Merge():
-            return [leaf for each in node.arguments for leaf in leaves(each)]
+            return [leaf for argument in node.arguments for leaf in leaves(argument)]
         case Routed():
             return list(node.experts)
         case Ensemble():
-            return [leaf for each in node.members for leaf in leaves(each)]
+            return [leaf for member in node.members for leaf in leaves(member)]
         case Auto() | Content():
             return []
     return [node]
@@ -243,9 +243,9 @@ def plain(value: Value) -> Any:
     """Return an option's value as a function takes it: a list as a tuple, a mapping as a dict."""
     match value:
         case Listed():
-            return tuple(plain(each) for each in value.values)
+            return tuple(plain(element) for element in value.values)
         case Mapped():
-            return {name: plain(each) for name, each in value.items}
+            return {name: plain(element) for name, element in value.items}
     return value
 
 
@@ -258,7 +258,7 @@ def _value(value: Value) -> str:
         case Listed():
             return f"[{', '.join(map(_value, value.values))}]"
         case Mapped():
-            return "{" + ", ".join(f"{quoted(name)}={_value(each)}" for name, each in value.items) + "}"
+            return "{" + ", ".join(f"{quoted(name)}={_value(element)}" for name, element in value.items) + "}"
     return quoted(value)
 
 

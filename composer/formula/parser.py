@@ -82,24 +82,24 @@ class Parser:
 
     def root(self) -> Root:
         """Read the whole text. Raises FormulaError, with the place, for anything that is no formula."""
-        found: Root
+        root: Root
         if self.piece.kind == "end":
             raise self.error("this formula is empty; 'base' is the base model")
         if self._is("auto") and self.following.kind == "end":
             self._take()
-            found = Auto()
+            root = Auto()
         elif self._begins_router():
-            found = self._routed()
+            root = self._routed()
         elif self._is(ENSEMBLE) and self.following.kind == "(":
-            found = self._ensemble()
+            root = self._ensemble()
         else:
             begin = self.piece
             factor, whole, _ = self._argument()
             with self._at(begin):
-                found = sum_of(added([(factor, whole)]))
+                root = sum_of(added([(factor, whole)]))
         if self.piece.kind != "end":
             raise self.error(f"here should be '+', '-' or the end; {self._unexpected()}")
-        return found
+        return root
 
     def error(self, problem: str, place: Token | None = None) -> FormulaError:
         """Return the error of a problem at a piece, by default the one at hand."""
@@ -114,14 +114,14 @@ class Parser:
         if len(parts) == 1:
             return parts[0]
         with self._at(begin):
-            return Fraction(1), as_argument(sum_of(added((factor, found) for factor, found, _ in parts))), False
+            return Fraction(1), as_argument(sum_of(added((factor, argument) for factor, argument, _ in parts))), False
 
     def _signed_term(self) -> tuple[Fraction, Argument, bool]:
         sign = 1
         while self.piece.kind in ("+", "-"):
             sign *= -1 if self._take().kind == "-" else 1
-        factor, found, written = self._term()
-        return sign * factor, found, written or sign < 0
+        factor, argument, written = self._term()
+        return sign * factor, argument, written or sign < 0
 
     def _term(self) -> tuple[Fraction, Argument, bool]:
         factor, written = Fraction(1), False
@@ -132,22 +132,22 @@ class Parser:
                 problem = f"{number.value} is a weight, and '*' and an adapter follow one; a name that begins with a digit"
                 raise self.error(f"{problem} is quoted", number)
             self._take()
-        found = self._atom()
+        argument = self._atom()
         if self.piece.kind == "*":
             before = self.pieces[self.place - 1]
             if before.kind == "word" and "-" in before.value:
                 raise self.error(f"{before.value!r} is one name; a difference has spaces around its '-'", before)
             raise self.error("a weight is a finite number and comes first, as in 0.5*a")
-        return factor, found, written
+        return factor, argument, written
 
     def _atom(self) -> Argument:
         begin = self.piece
         if begin.kind == "(":
             self._take()
-            factor, found, _ = self._argument()
+            factor, argument, _ = self._argument()
             self._close(")", begin)
             with self._at(begin):
-                return as_argument(sum_of(added([(factor, found)])))
+                return as_argument(sum_of(added([(factor, argument)])))
         if begin.kind == "@":
             self._take()
             return Stored(self._name("the name of a stored composition"))
@@ -186,19 +186,19 @@ class Parser:
         if name.value not in registry.names("methods"):
             raise self._unknown_call(name)
         open_bracket = self._take()
-        given = self._separated(self._placed_argument)
+        placed = self._separated(self._placed_argument)
         options = self._options(open_bracket)
         self._check_merge(name, options)
-        arguments = [found for _, _, found, _ in given]
-        weights = self._weights(given)
+        arguments = [argument for _, _, argument, _ in placed]
+        weights = self._weights(placed)
         if name.value == "linear" and not options:
-            shares = [Fraction(1, len(given))] * len(given)
-            summed = [factor for _, factor, _, _ in given] if weights else shares
+            shares = [Fraction(1, len(placed))] * len(placed)
+            summed = [factor for _, factor, _, _ in placed] if weights else shares
             with self._at(name):
                 return as_argument(sum_of(added(zip(summed, arguments, strict=True))))
         if weights is not None and not any(weights):
             raise self.error("all weights are 0, which leaves nothing to merge; 'base' is the base model", name)
-        if empty := next((token for token, _, found, _ in given if found == Sum(())), None):
+        if empty := next((token for token, _, argument, _ in placed if argument == Sum(())), None):
             raise self.error(f"{name.value!r} merges adapters, and this is the base model; leave it out", empty)
         return merge_of(name.value, arguments, weights, [(option, value) for option, (_, value) in options.items()])
 
@@ -209,9 +209,9 @@ class Parser:
         """Return the weights of a merge's arguments, or None if none is written. Raises FormulaError if only some are."""
         if not any(written for *_, written in given):
             return None
-        for place, _, found, written in given:
+        for place, _, argument, written in given:
             if not written:
-                raise self.error(f"give every argument a weight, or none: 1*{found} is one", place)
+                raise self.error(f"give every argument a weight, or none: 1*{argument} is one", place)
         weights = []
         for place, factor, _, _ in given:
             with self._at(place):
@@ -248,14 +248,14 @@ class Parser:
             )
         open_bracket = self._take()
         experts: list[Named | Stored] = []
-        for place, _, found, written in self._separated(self._placed_argument):
-            if written or not isinstance(found, Named | Stored):
+        for place, _, expert, written in self._separated(self._placed_argument):
+            if written or not isinstance(expert, Named | Stored):
                 raise self.error(
                     f"{name.value!r} weighs its experts itself: an expert is an adapter without a weight", place
                 )
-            if found in experts:
-                raise self.error(f"expert {found} is given twice", place)
-            experts.append(found)
+            if expert in experts:
+                raise self.error(f"expert {expert} is given twice", place)
+            experts.append(expert)
         options = self._options(open_bracket)
         kinds = options_of(made_of, after=1)
         for option, (place, value) in options.items():
@@ -268,16 +268,16 @@ class Parser:
 
     def _ensemble(self) -> Ensemble:
         name, open_bracket = self._take(), self._take()
-        given = self._separated(self._placed_argument)
+        placed = self._separated(self._placed_argument)
         self._close(")", open_bracket)
         if self.piece.kind != "end":
             raise self.error("an ensemble averages what its members answer and stands alone: nothing follows it")
-        shares = self._weights(given)
+        shares = self._weights(placed)
         if shares is not None and not all(share > 0 for share in shares):
             raise self.error("the shares of an ensemble's members are above 0", name)
-        if not any(leaves(found) for _, _, found, _ in given):
+        if not any(leaves(member) for _, _, member, _ in placed):
             raise self.error("the members of this ensemble are the base model, and so is their average", name)
-        return ensemble_of([found for _, _, found, _ in given], shares)
+        return ensemble_of([member for _, _, member, _ in placed], shares)
 
     def _unknown_call(self, name: Token) -> FormulaError:
         if name.value == ENSEMBLE:
@@ -301,20 +301,20 @@ class Parser:
         return options
 
     def _pairs(self, end: str) -> dict[str, tuple[Token, Value]]:
-        found: dict[str, tuple[Token, Value]] = {}
+        pairs: dict[str, tuple[Token, Value]] = {}
         while self.piece.kind != end:
             place = self.piece
             if place.kind not in ("word", "quoted") or self.following.kind != "=":
                 raise self.error("here should be an option, as in density=0.3")
-            if place.value in found:
+            if place.value in pairs:
                 raise self.error(f"{place.value!r} is given twice")
             self._take()
             self._take()
-            found[place.value] = place, self._value()
+            pairs[place.value] = place, self._value()
             if self.piece.kind != ",":
                 break
             self._take()
-        return found
+        return pairs
 
     def _value(self) -> Value:
         token = self.piece
@@ -346,11 +346,11 @@ class Parser:
         return Listed(tuple(values))
 
     def _separated(self, read: Callable[[], T]) -> list[T]:
-        found = [read()]
+        items = [read()]
         while self.piece.kind == ",":
             self._take()
-            found.append(read())
-        return found
+            items.append(read())
+        return items
 
     def _number(self, token: Token) -> Fraction:
         value = float(token.value)

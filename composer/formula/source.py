@@ -64,8 +64,8 @@ class PoolSource:
     def adapter(self, leaf: Named | Stored) -> Adapter:
         """Return the adapter under the name that the formula has for it."""
         self.require(leaf)
-        found = self.pool[leaf.key]
-        return found if found.name == leaf.key else replace(found, name=leaf.key)
+        adapter = self.pool[leaf.key]
+        return adapter if adapter.name == leaf.key else replace(adapter, name=leaf.key)
 
     def content(self, leaf: Named | Stored) -> str:
         """Return the hash of the adapter's content."""
@@ -97,20 +97,20 @@ class HubSource:
             case Stored(name):
                 return _adapter_of(self.hub.composition(name), leaf)
             case Named(name, version):
-                found = self.hub.get(name, version=version)
-        return found if found.name == leaf.key else replace(found, name=leaf.key)
+                adapter = self.hub.get(name, version=version)
+        return adapter if adapter.name == leaf.key else replace(adapter, name=leaf.key)
 
     def content(self, leaf: Named | Stored) -> str:
         """Return the hash of the adapter's content. Only a stored composition's adapter is opened for that, and once."""
         if isinstance(leaf, Stored):
             stored = self.hub.composition(leaf.name).hash
-            found = _CONTENTS.get(stored)
-            if found is None:
-                found = self.adapter(leaf).hash
+            digest = _CONTENTS.get(stored)
+            if digest is None:
+                digest = self.adapter(leaf).hash
                 if len(_CONTENTS) >= _MAX_CONTENTS:
                     _CONTENTS.clear()
-                _CONTENTS[stored] = found
-            return found
+                _CONTENTS[stored] = digest
+            return digest
         if leaf.version is None:
             return self.hub.record(leaf.name).hash
         versions = {record.version: record.hash for record in self.hub.history(leaf.name)}
@@ -153,13 +153,13 @@ def has_parts(stored: StoredComposition) -> bool:
 def router_of(stored: StoredComposition) -> TokenRouter:
     """Return a stored composition's router, with its adapters as `pool`. Raises ScopeError for one saved without them."""
     with stored.unpacked() as folder:
-        found = read_router(folder if ROUTER in stored.files else folder / "router")
-    if found.pool is None:
+        router = read_router(folder if ROUTER in stored.files else folder / "router")
+    if router.pool is None:
         raise ScopeError(
             f"@{stored.name} is a router that was saved without its adapters: save the folder of "
             "router.save_pretrained(folder, pool=pool)"
         )
-    return found
+    return router
 
 
 def _adapter_of(stored: StoredComposition, leaf: Stored) -> Adapter:
@@ -199,16 +199,16 @@ class Expansion:
             case Auto():
                 return root
             case Routed():
-                experts = [self._expert(root, each) for each in root.experts]
+                experts = [self._expert(root, expert) for expert in root.experts]
                 if len(set(experts)) < len(experts):
                     raise FormulaError(f"{root} has an expert twice when its stored formulas are written out")
                 return Routed(root.router, tuple(sorted(experts, key=str)), root.options)
             case Ensemble():
-                members = [replaced(each, self._leaf) for each in root.members]
+                members = [replaced(member, self._leaf) for member in root.members]
                 return self._within(root, ensemble_of(members, root.shares))
             case Sum(terms=((1.0, Stored() as leaf),)):
-                found = self._stored(leaf)
-                return root if found is None else found
+                stored_root = self._stored(leaf)
+                return root if stored_root is None else stored_root
         expanded = replaced(root, self._leaf)
         return self._within(root, as_sum(expanded))
 
@@ -219,20 +219,20 @@ class Expansion:
         return whole
 
     def _leaf(self, leaf: Leaf) -> Argument:
-        found = self._stored(leaf) if isinstance(leaf, Stored) else None
-        if found is None:
+        stored_root = self._stored(leaf) if isinstance(leaf, Stored) else None
+        if stored_root is None:
             return leaf
-        if not isinstance(found, Sum):
-            raise FormulaError(f"{leaf} is {found}, which stands alone: it can be no part of a formula")
-        return as_argument(found)
+        if not isinstance(stored_root, Sum):
+            raise FormulaError(f"{leaf} is {stored_root}, which stands alone: it can be no part of a formula")
+        return as_argument(stored_root)
 
     def _expert(self, root: Routed, leaf: Leaf) -> Leaf:
-        found = self._leaf(leaf)
-        if not isinstance(found, Leaf):
+        expert = self._leaf(leaf)
+        if not isinstance(expert, Leaf):
             raise FormulaError(
-                f"{leaf} is {found}, and an expert of {root.router!r} is one adapter; add its merge to the hub"
+                f"{leaf} is {expert}, and an expert of {root.router!r} is one adapter; add its merge to the hub"
             )
-        return found
+        return expert
 
     def _stored(self, leaf: Stored) -> Root | None:
         """Return the root of a stored formula, written out; None for a composition that is no formula."""
@@ -240,11 +240,11 @@ class Expansion:
             circle = " -> ".join(f"@{name}" for name in [*self.inside, leaf.name])
             raise FormulaError(f"stored formulas name each other in a circle: {circle}; save one of them again")
         if leaf.name not in self.known:
-            found = self.find(leaf)
+            composition = self.find(leaf)
             self.inside.append(leaf.name)
-            if found is None or (found.formula is None and not is_base(found)):
+            if composition is None or (composition.formula is None and not is_base(composition)):
                 self.known[leaf.name] = None
             else:
-                self.known[leaf.name] = Sum(()) if found.formula is None else self.of(self.read(found.formula))
+                self.known[leaf.name] = Sum(()) if composition.formula is None else self.of(self.read(composition.formula))
             self.inside.pop()
         return self.known[leaf.name]

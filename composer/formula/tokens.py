@@ -37,16 +37,16 @@ class Token:
 
 
 def tokens(text: str) -> list[Token]:
-    """Return the pieces of a formula, "end" last. Raises FormulaError for what is no piece, and above the limits."""
-    found = list(_pieces(text))
+    """Return the pieces of a formula, "end" last. Raises FormulaError for text that has none, and above the limits."""
+    pieces = list(_pieces(text))
     depth = 0
-    for token in found:
+    for token in pieces:
         depth += (token.kind in _OPENING) - (token.kind in _CLOSING)
         if depth > MAX_DEPTH:
             raise misplaced(
                 f"brackets are more than {MAX_DEPTH} deep; merge a part of it, and add that to the hub", text, token
             )
-    return found
+    return pieces
 
 
 def normal(text: Any) -> str:
@@ -94,13 +94,13 @@ def _piece(text: str, start: int) -> Token:
     character = text[start]
     if character in "'\"":
         return _quoted(text, start)
-    if found := _WORD.match(text, start):
-        word = Token("word", found[0], start, found.end())
+    if match := _WORD.match(text, start):
+        word = Token("word", match[0], start, match.end())
         if text[word.end : word.end + 1] == "-":
             raise misplaced(f"put a space before '-' to subtract from {word.value!r}, or quote the whole name", text, word)
         return word
-    if found := _NUMBER.match(text, start):
-        number = Token("number", found[0], start, found.end())
+    if match := _NUMBER.match(text, start):
+        number = Token("number", match[0], start, match.end())
         if re.match(r"[\w.]", text[number.end : number.end + 1]):
             raise misplaced("this is no number; a name that begins with a digit is quoted, as in '3rd'", text, number)
         if number.end - start > MAX_DIGITS:
