@@ -44,21 +44,21 @@ def order(
     and for anything but a hub, EmptyIndex and BaseModelMismatch for a hub without an adapter for the model, SearchFailed
     where no program has a finite loss.
     """
-    asked = Task.of(task)
+    target_task = Task.of(task)
     limits: dict[str, Any] = {"k": k, "max_steps": max_steps, "beam": beam, "gain": gain}
     check_options("order()", limits, options_of(order, after=4), error=WeightingError)
     if isinstance(experts_of(hub), ExpertPool):
         raise WeightingError(
             f"order() asks adapters by their descriptions in a hub, but got {type(hub).__name__}: pass lw.Hub"
         )
-    if not asked.examples:
+    if not target_task.examples:
         raise InvalidTask("the task has no examples to find an order by; give at least one (input, target) pair")
     require_model(model)
     if not callable(tokenizer):
         raise CompositionError(f"the examples need the model's tokenizer, and {type(tokenizer).__name__} is not one")
     started = time.perf_counter()
-    search = search_programs(model, tokenizer, Retriever.of(hub), asked, **limits, progress=progress)
+    search = search_programs(model, tokenizer, Retriever.of(hub), target_task, **limits, progress=progress)
     chosen, reason = search.best()
     rows, seconds = tuple(search.rows()), time.perf_counter() - started
     report = OrderReport(rows, labels_of(chosen), reason, tuple(search.left_out), search.asking.count, seconds)
-    return Program(model, tokenizer, asked, chosen, hub, pool_of(chosen, hub, model), report)
+    return Program(model, tokenizer, target_task, chosen, hub, pool_of(chosen, hub, model), report)

@@ -84,11 +84,11 @@ def distilled(
     order = torch.randperm(len(labelled), generator=seeded(settings.seed, "distil")).tolist()
     num_held = min(-(-len(labelled) // 10), len(labelled) - 1)
     held, learned = ([labelled[place] for place in places] for places in (order[:num_held], order[num_held:]))
-    own = {asked for asked, _ in task.examples}
+    known_texts = {text for text, _ in task.examples}
     # an empty answer teaches nothing
-    rows = [*task.examples, *((text, answer) for text, answer in learned if answer.strip() and text not in own)]
-    name, asked = "distilled", replace(task, demonstrations=True)
-    packed = replace(asked, examples=rows)
+    rows = [*task.examples, *((text, answer) for text, answer in learned if answer.strip() and text not in known_texts)]
+    name, demonstrated = "distilled", replace(task, demonstrations=True)
+    packed = replace(demonstrated, examples=rows)
     trained = train_adapters(
         model,
         tokenizer,
@@ -102,9 +102,9 @@ def distilled(
         seed=settings.seed,
         progress=progress,
     )[name]
-    loss = loss_with(model, tokenizer, asked, trained)
-    parents = [] if pool is None else [{**parent_of(each), "weight": None} for each in pool.adapters.values()]
-    made = Composition.of(model, tokenizer, asked, trained, name=name, seed=settings.seed)
+    loss = loss_with(model, tokenizer, demonstrated, trained)
+    parents = [] if pool is None else [{**parent_of(adapter), "weight": None} for adapter in pool.adapters.values()]
+    made = Composition.of(model, tokenizer, demonstrated, trained, name=name, seed=settings.seed)
     made = replace(made, parents=parents, tuned_steps=settings.steps)
     answers = made.predict([text for text, _ in held])
     same = sum(answer.strip() == wanted.strip() for answer, (_, wanted) in zip(answers, held, strict=True))
@@ -133,11 +133,11 @@ def card_inputs(hub: Hub, first: str | None, given: Sequence[str], count: int, s
     of others that look like those given, the nearest first. The look is the form of a text: how long it is, of how many
     words, with which marks.
     """
-    own = list(hub.record(first).examples) if first is not None else []
+    first_inputs = list(hub.record(first).examples) if first is not None else []
     others = [text for record in hub for text in record.examples if text.strip()]
-    like = list(given) or own
-    found = dict.fromkeys([*own, *recombined([*given, *own], count, seed)])
-    if like and others and len(found) < count:
+    like = list(given) or first_inputs
+    inputs = dict.fromkeys([*first_inputs, *recombined([*given, *first_inputs], count, seed)])
+    if like and others and len(inputs) < count:
         form = Form()
         given_ND, others_MD = form.embed(like), form.embed(others)
         similar_MN = others_MD @ given_ND.T
@@ -146,20 +146,20 @@ def card_inputs(hub: Hub, first: str | None, given: Sequence[str], count: int, s
         least = float(among_NN.max(axis=1).min()) - SLACK if len(like) > 1 else 1.0 - SLACK
         nearest_M = similar_MN.max(axis=1)
         order = [int(place) for place in np.argsort(-nearest_M, kind="stable") if nearest_M[place] >= least]
-        found |= dict.fromkeys(others[place] for place in order)
-    return list(found)[:count]
+        inputs |= dict.fromkeys(others[place] for place in order)
+    return list(inputs)[:count]
 
 
 def recombined(texts: Sequence[str], count: int, seed: int) -> list[str]:
     """Return at most `count` new texts, drawn by the seed: each word is in its place in a text of as many words."""
     generator = random.Random(seed)
     words = [text.split(" ") for text in texts]
-    found: dict[str, None] = {}
+    new_texts: dict[str, None] = {}
     for _ in range(DRAWS * count if words else 0):
         length = len(generator.choice(words))
-        alike = [each for each in words if len(each) == length]
-        found[" ".join(generator.choice(alike)[place] for place in range(length))] = None
-    return [text for text in found if text not in set(texts)][:count]
+        alike = [text_words for text_words in words if len(text_words) == length]
+        new_texts[" ".join(generator.choice(alike)[place] for place in range(length))] = None
+    return [text for text in new_texts if text not in set(texts)][:count]
 
 
 FORMAT = 1
@@ -231,9 +231,9 @@ class Program:
         read = scoring.read_answers(pairs)
         *before, last = self.steps
         between = self._between(before, [text for text, _ in read])
-        asked = [(text, targets) for text, (_, targets) in zip(between, read, strict=True)]
+        rows = [(text, targets) for text, (_, targets) in zip(between, read, strict=True)]
         with self._active(last):
-            return scoring.evaluate(self.model, self.tokenizer, self._last_task, asked)
+            return scoring.evaluate(self.model, self.tokenizer, self._last_task, rows)
 
     def distil(
         self,
@@ -257,18 +257,18 @@ class Program:
         `joblib.parallel_config` names, label the inputs as one process would, by adapters of the hub
         (docs/howto/many_machines.md). Raises InvalidTask where there are no inputs, TrainingError for settings out of range.
         """
-        given = {"num_inputs": num_inputs, "steps": steps, "lr": lr, "rank": rank}
-        check_options("distil()", given, options_of(Program.distil, after=2), error=TrainingError)
+        limits = {"num_inputs": num_inputs, "steps": steps, "lr": lr, "rank": rank}
+        check_options("distil()", limits, options_of(Program.distil, after=2), error=TrainingError)
         if inputs is None:
-            own_inputs = [str(asked) for asked, _ in self.task.examples]
-            found = card_inputs(self.hub, self.steps[0].name, own_inputs, num_inputs, seed)
+            own_inputs = [str(text) for text, _ in self.task.examples]
+            texts = card_inputs(self.hub, self.steps[0].name, own_inputs, num_inputs, seed)
             why = "the hub's cards have no sample inputs: give some as inputs=[...]"
         else:
-            found, why = read_inputs(inputs), "inputs is empty: give unlabelled inputs, or None for those of the hub's cards"
-        found = [text for text in dict.fromkeys(found) if text.strip()]
-        if not found:
+            texts, why = read_inputs(inputs), "inputs is empty: give unlabelled inputs, or None for those of the hub's cards"
+        texts = [text for text in dict.fromkeys(texts) if text.strip()]
+        if not texts:
             raise InvalidTask(f"there is nothing for program {str(self)!r} to label; {why}")
-        parts = scoring.in_chunks(found, scoring.BATCH_SIZE)
+        parts = scoring.in_chunks(texts, scoring.BATCH_SIZE)
         pieces = {f"{number} of {len(parts)}": part for number, part in enumerate(parts, start=1)}
         work: Callable[[list[str]], list[str]] = self.predict
         if processes_here(n_jobs) is not None:
@@ -276,12 +276,14 @@ class Program:
             work = partial(_labels, base_loader(self.model, self.tokenizer, n_jobs), bare)
         with progress_bar(progress) as bar:
             answers = require_all(dict(spread(work, pieces, n_jobs=n_jobs, label="labelling", bar=bar)))
-        labelled = list(zip(found, chain.from_iterable(answers[name] for name in pieces), strict=True))
+        labelled = list(zip(texts, chain.from_iterable(answers[name] for name in pieces), strict=True))
         settings = Distilling(num_inputs, steps, lr, rank, seed)
         instruction = self.task.instruction or " ".join(step.instruction for step in self.steps)
-        asked = replace(self._last_task, examples=self.task.examples, instruction=instruction)
-        own = self.evaluate(self.task.examples)["loss"]
-        return distilled(self.model, self.tokenizer, asked, labelled, str(self), own, self.pool, settings, progress)
+        program_task = replace(self._last_task, examples=self.task.examples, instruction=instruction)
+        program_loss = self.evaluate(self.task.examples)["loss"]
+        return distilled(
+            self.model, self.tokenizer, program_task, labelled, str(self), program_loss, self.pool, settings, progress
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write a JSON file of the steps, their adapters' hashes, the task and the report, no weights; return its path."""
@@ -321,10 +323,10 @@ class Program:
 
     def _between(self, steps: Sequence[Step], texts: Sequence[Prompt]) -> Sequence[Prompt]:
         """Return what the last of these steps answers to the texts; without steps, the texts themselves."""
-        found = texts
+        answers = texts
         for step in steps:
-            found = self._answers(step, found, step.task(self.task))
-        return found
+            answers = self._answers(step, answers, step.task(self.task))
+        return answers
 
     def _answers(self, step: Step, texts: Sequence[Prompt], task: Task) -> list[str]:
         with self._active(step):
@@ -353,9 +355,9 @@ def pool_of(steps: Sequence[Step], hub: Hub, model: nn.Module) -> ExpertPool | N
     """
     named = {step.name: step.hash for step in steps if step.name is not None}
     for name, wanted in named.items():
-        if (found := hub.record(name).hash) != wanted:
+        if (digest := hub.record(name).hash) != wanted:
             raise CompositionError(
-                f"the program was made with adapter {name!r} of content {str(wanted)[:12]}, and the hub has {found[:12]} "
+                f"the program was made with adapter {name!r} of content {str(wanted)[:12]}, and the hub has {digest[:12]} "
                 "under that name: find the order again, or bring the version back (hub.rollback)"
             )
     return Composer(model, Fitting(model).accepted(hub.pool(named))).pool if named else None
