@@ -42,8 +42,8 @@ def negate(adapter: Adapter, *, name: str | None = None, heads: str = "error") -
     Twice is the adapter itself, bit for bit. An unbound update is refused: what replaces the base's weight or bias has no
     opposite without the base.
     """
-    found = scale(adapter, -1.0, name=name, heads=heads)
-    return found if name else replace(found, name=f"negated {adapter.name}")
+    negated = scale(adapter, -1.0, name=name, heads=heads)
+    return negated if name else replace(negated, name=f"negated {adapter.name}")
 
 
 def scale(adapter: Adapter, weight: float, *, name: str | None = None, heads: str = "error") -> Adapter:
@@ -130,10 +130,10 @@ def compeft(
         tau = torch.cat([tensors[n].flatten() for n in group])
         layer, part = places[group[0]]
         where = f"adapter {adapter.name!r}" if per == "adapter" else f"{part} of layer {layer!r}"
-        found = _ternary(tau, density, scale, where)
-        error += float((found.double() - tau.double()).square().sum())
+        ternary_tau = _ternary(tau, density, scale, where)
+        error += float((ternary_tau.double() - tau.double()).square().sum())
         total += float(tau.double().square().sum())
-        pieces = torch.split(found, [tensors[n].numel() for n in group])
+        pieces = torch.split(ternary_tau, [tensors[n].numel() for n in group])
         for n, piece in zip(group, pieces, strict=True):
             # cloned: pieces of one vector would keep all of it alive, and cannot be stored apart
             ternary[places[n]] = piece.reshape(tensors[n].shape).clone()
@@ -311,16 +311,16 @@ def similarities(
     hub = pool if isinstance(pool, Hub) else None
     names = pool.names if isinstance(pool, ExpertPool) else [record.name for record in pool.records()]
     parts = [range(start, min(start + BLOCK, len(names))) for start in range(0, len(names), BLOCK)]
-    own = [[names[place] for place in part] for part in parts]
-    sides: list[Side] = own if isinstance(pool, Hub) else [pool.subset(part) for part in own]  # type: ignore[assignment]
+    part_names = [[names[place] for place in part] for part in parts]
+    sides: list[Side] = part_names if isinstance(pool, Hub) else [pool.subset(part) for part in part_names]  # type: ignore[assignment]
     places = {f"{a + 1} x {b + 1} of {len(parts)}": (a, b) for a in range(len(parts)) for b in range(a, len(parts))}
     pieces = {name: (sides[a], sides[b]) for name, (a, b) in places.items()}
     inner_EE = np.zeros((len(names), len(names)))
     with progress_bar(progress and len(pieces) > 1) as bar:
         work = partial(_inner_products, hub)
-        for name, found in require_all(dict(spread(work, pieces, n_jobs=n_jobs, label="comparing", bar=bar))).items():
+        for name, inner_EF in require_all(dict(spread(work, pieces, n_jobs=n_jobs, label="comparing", bar=bar))).items():
             rows, columns = (parts[place] for place in places[name])
-            inner_EE[np.ix_(rows, columns)], inner_EE[np.ix_(columns, rows)] = found, found.T
+            inner_EE[np.ix_(rows, columns)], inner_EE[np.ix_(columns, rows)] = inner_EF, inner_EF.T
     norms_E = np.sqrt(inner_EE.diagonal())
     for name, norm in zip(names, norms_E.tolist(), strict=True):
         if norm == 0:
@@ -336,7 +336,7 @@ def _inner_products(hub: Hub | None, sides: tuple[Side, Side]) -> NDArray[np.flo
     there = set(right.layer_names)
     for layer in [layer for layer in left.layer_names if layer in there]:
         one, other = left.stacked(layer), right.stacked(layer)
-        shapes = [(len(each.b_OS), each.a_SI.shape[1]) for each in (one, other)]
+        shapes = [(len(stack.b_OS), stack.a_SI.shape[1]) for stack in (one, other)]
         if shapes[0] != shapes[1]:
             raise LayerMismatch(
                 f"layer {layer!r} has shape {shapes[0]} in {left.names[0]!r}, {shapes[1]} in {right.names[0]!r}"

@@ -83,7 +83,7 @@ def merge(
     CompositionError for heads that need a choice and for adapters and results that are not finite. Nothing is left behind
     by an error.
     """
-    given = _parents(adapters, weights, statistics)
+    counted = _parents(adapters, weights, statistics)
     call = MethodCall(method, options)
     method = call.method
     if call.takes("statistics") and statistics is None:
@@ -91,13 +91,13 @@ def merge(
             f"method {method!r} weighs by data: pass statistics=[collect_statistics(model, tokenizer, adapter, texts), ...] "
             "with one for each adapter"
         )
-    _check_rank(rank, given)
+    _check_rank(rank, counted)
     require_seed(seed)
-    copied = len(given) == 1 and given[0].weight == 1.0 and call.given == "linear" and rank is None
-    cards = [(parent.adapter.name, parent.adapter.card) for parent in given]
+    copied = len(counted) == 1 and counted[0].weight == 1.0 and call.given == "linear" and rank is None
+    cards = [(parent.adapter.name, parent.adapter.card) for parent in counted]
     license = license_of_work(cards, allowed=allow_licenses or copied)
-    kept_heads = merge_heads([(parent.adapter, parent.weight) for parent in given], heads)
-    used = sorted(given, key=lambda parent: (parent.adapter.hash, parent.weight))
+    kept_heads = merge_heads([(parent.adapter, parent.weight) for parent in counted], heads)
+    used = sorted(counted, key=lambda parent: (parent.adapter.hash, parent.weight))
     layers, report = _merge_layers(call, used, rank, seed, progress, interference)
     names, numbers = tuple(parent.adapter.name for parent in used), tuple(parent.weight for parent in used)
     if not layers:
@@ -121,7 +121,7 @@ def _child(
     """Return the merged adapter, with the base model, fingerprint and files of its parents."""
     card = dict(card) if license is None else {**card, "license": license}
     known = next((parent.fingerprint for parent in parents if parent.fingerprint), None)
-    files, invocation = shared_files([each.files for each in parents]), shared_invocation(parents)
+    files, invocation = shared_files([parent.files for parent in parents]), shared_invocation(parents)
     return Adapter(name, parents[0].base_model, layers, known, card, heads, files, invocation)
 
 
@@ -130,7 +130,10 @@ def shared_invocation(parents: Sequence[Adapter]) -> tuple[int, ...]:
     first = parents[0]
     for other in parents[1:]:
         if other.invocation != first.invocation:
-            said = [f"from {list(each.invocation)} on" if each.invocation else "for every token" for each in (first, other)]
+            said = [
+                f"from {list(adapter.invocation)} on" if adapter.invocation else "for every token"
+                for adapter in (first, other)
+            ]
             raise CompositionError(
                 f"cannot merge adapter {first.name!r}, which counts {said[0]}, and {other.name!r}, which counts {said[1]}: "
                 "no one adapter does both; activate() them together, or merge those with the same invocation tokens"
@@ -216,25 +219,25 @@ def _merge_layers(
         update = combine()
         if update is None:
             return None
-        found = cut(update, rank)
-        factors = found.factors
+        truncated = cut(update, rank)
+        factors = truncated.factors
         if not factors.rank and factors.bound and factors.gain_O is None and factors.bias_O is None:
             return None
-        row = LayerReport(found.rank_in, factors.rank, found.relative_error)
+        row = LayerReport(truncated.rank_in, factors.rank, truncated.relative_error)
         if interference:
-            seen = compare([experts[label].get(layer) for label in labels], weights, inner_EE=found.inner_EE)
+            seen = compare([experts[label].get(layer) for label in labels], weights, inner_EE=truncated.inner_EE)
             row = replace(row, norms=seen.norms, cosines=seen.cosines, sign_conflict=seen.sign_conflict)
         return layer, factors, row
 
     def worth(item: LayerCall) -> bool:
-        updates = [f for found in experts.values() if (f := found.get(item[0])) is not None]
+        updates = [f for expert_layers in experts.values() if (f := expert_layers.get(item[0])) is not None]
         entries = updates[0].b_OR.shape[0] * updates[0].a_RI.shape[1]
         return entries <= ALONE and worth_a_thread(updates)
 
     merged = side_by_side(done, calls, worth=worth)
     tracked_layers = tracked(merged, f"merging by {call.method}", total=len(names), shown=progress)
-    found = [each for each in tracked_layers if each is not None]
-    return {layer: factors for layer, factors, _ in found}, {layer: row for layer, _, row in found}
+    results = [result for result in tracked_layers if result is not None]
+    return {layer: factors for layer, factors, _ in results}, {layer: row for layer, _, row in results}
 
 
 def cut(update: Update, rank: int | None) -> TruncatedUpdate:
@@ -268,7 +271,7 @@ def _parents(
     if statistics is not None:
         _check_statistics(statistics, len(adapters))
     recorded = statistics if statistics is not None else [None] * len(adapters)
-    used = [_Parent(*each) for each in zip(adapters, values, recorded, strict=True) if each[1] != 0.0]
+    used = [_Parent(*fields) for fields in zip(adapters, values, recorded, strict=True) if fields[1] != 0.0]
     if not used:
         raise WeightingError(
             f"all {len(adapters)} weights are zero, which is the base model and no adapter; give at least one other weight"
@@ -293,10 +296,10 @@ def _check_statistics(given: Any, num_adapters: int) -> None:
 def _require_adapters(given: Any) -> None:
     """Raise WeightingError, which says how to get adapters, for anything but a list of them."""
     listed = is_collection(given) and not isinstance(given, Mapping)
-    strange = [each for each in given if not isinstance(each, Adapter)] if listed else [given]
+    strange = [item for item in given if not isinstance(item, Adapter)] if listed else [given]
     if strange:
-        found = strange[0]
-        shown = repr(found) if isinstance(found, str | int | float | None) else type(found).__name__
+        first = strange[0]
+        shown = repr(first) if isinstance(first, str | int | float | None) else type(first).__name__
         raise WeightingError(
             f"merge takes a list of adapters, and {shown:.80} is none: of a pool pass list(pool.adapters.values()), of a "
             "mapping its values, of a hub hub[name], of an expert model its adapter(), adapter(task) or expert(number)"

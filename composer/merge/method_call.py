@@ -47,7 +47,7 @@ class MethodCall:
             raise UnknownName(
                 f"a method is given by its name or as a function, not as {self.given!r:.80}; names('methods') has the names"
             )
-        if len([each for each in self._signature.values() if each.kind <= each.POSITIONAL_OR_KEYWORD]) < 2:
+        if len([argument for argument in self._signature.values() if argument.kind <= argument.POSITIONAL_OR_KEYWORD]) < 2:
             raise WeightingError(
                 f"method {self.method!r} takes ({', '.join(self._signature)}); a method takes experts and weights first, "
                 "and its options by name"
@@ -221,7 +221,7 @@ def _number(name: str, weight: Any) -> float:
 def _unsound_part(factors: Factors, bound: float) -> str | None:
     """Return the first part with a value that is NaN or infinite; None where all are finite, as they are if `bound` is."""
     sound = ("a_RI", "b_OR") if math.isfinite(bound) else ()
-    return next((part for part, each in factors.tensors().items() if part not in sound and not all_finite(each)), None)
+    return next((part for part, tensor in factors.tensors().items() if part not in sound and not all_finite(tensor)), None)
 
 
 def _norm_product(factors: Factors) -> float:

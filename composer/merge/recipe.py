@@ -78,7 +78,7 @@ def mergekit(
     divisor of 0 is 1.
     """
     kin = KIN[of]
-    if kin.thinning == "rank" and any(each is not None and each.kind != "linear" for each in experts):
+    if kin.thinning == "rank" and any(expert is not None and expert.kind != "linear" for expert in experts):
         raise CompositionError(
             "mergekit ranks entries within rows of a weight, and a layer that is not linear has others here"
         )
@@ -109,7 +109,7 @@ def _thinned(thinning: str, densities: Sequence[float], extras: Sequence[float],
 
     def prune(entries: Entries) -> Sequence[Rule]:
         # the rules of all experts are found at once, so each setting is asked for them once
-        rules = {each: by(*each)(entries) for each in dict.fromkeys(settings[place] for place in entries.places)}
+        rules = {setting: by(*setting)(entries) for setting in dict.fromkeys(settings[place] for place in entries.places)}
         return [rules[settings[place]][expert] for expert, place in enumerate(entries.places)]
 
     return prune
@@ -207,10 +207,10 @@ class Recipe:
             raise WeightingError(
                 f"{path} has no base_model, which mergekit's {method} needs: what adapters add is added to it"
             )
-        found = cls(str(path), str(method), (), said.get("parameters") or {}, str(dtype))
-        found._require_parameters("parameters", found.settings, (*found._of_models, *found._of_all))
+        recipe = cls(str(path), str(method), (), said.get("parameters") or {}, str(dtype))
+        recipe._require_parameters("parameters", recipe.settings, (*recipe._of_models, *recipe._of_all))
         return cls(
-            found.whose, found.method, tuple(found._model(each, base) for each in models), found.settings, found.dtype
+            recipe.whose, recipe.method, tuple(recipe._model(model, base) for model in models), recipe.settings, recipe.dtype
         )
 
     @property
@@ -245,18 +245,18 @@ class Recipe:
 
     def _model(self, given: Mapping[str, Any], base: str | None) -> tuple[str | None, dict[str, Any]]:
         require_known(f"a model of {self.whose}", given, ("model", "parameters"), noun="key")
-        named, own = given.get("model"), given.get("parameters") or {}
+        named, own_parameters = given.get("model"), given.get("parameters") or {}
         if not isinstance(named, str):
             raise WeightingError(
                 f"{self.whose} has a model {named!r:.60}; write an adapter's folder or name, or BASE+ADAPTER"
             )
-        self._require_parameters(f"parameters of {named!r}", own, self._of_models)
+        self._require_parameters(f"parameters of {named!r}", own_parameters, self._of_models)
         before, plus, after = named.partition("+")
         if plus and base not in (None, before):
             raise WeightingError(f"{self.whose}: {named!r} is an adapter of {before!r}, and base_model is {base!r}")
         adapter = None if named == base else after or before
         shared = {name: value for name, value in self.settings.items() if name in self._of_models}
-        parameters = {**shared, **own}
+        parameters = {**shared, **own_parameters}
         if "weight" not in parameters and adapter is not None:
             raise WeightingError(f"{self.whose}: {named!r} has no 'weight', which mergekit's {self.method} needs")
         return adapter, parameters
@@ -264,9 +264,9 @@ class Recipe:
     def merge(self, find: Callable[[str], Adapter], *, seed: int = 0, **rules: Any) -> Adapter:
         """Return the merged adapter; `rules` are those of `merge`. Raises what `merge` raises."""
         # the base among the models adds nothing to itself
-        used = [(find(name), own) for name, own in self.models if name is not None]
+        used = [(find(name), parameters) for name, parameters in self.models if name is not None]
         used.sort(key=lambda pair: (pair[0].hash, pair[1]["weight"]))
-        adapters, weights = [adapter for adapter, _ in used], [float(own["weight"]) for _, own in used]
+        adapters, weights = [adapter for adapter, _ in used], [float(parameters["weight"]) for _, parameters in used]
         if self.method == "linear":
             return merge(adapters, self._shares(weights), method="linear", seed=seed, **rules)
         if self.method == "nuslerp":
@@ -280,16 +280,19 @@ class Recipe:
             return merge(adapters, [scale * weight for weight in weights], method="linear", seed=seed, **rules)
         name, default = kin.extra or ("", 0.0)
         # `merge` leaves out weights of zero, which change nothing
-        counted = [own for _, own in used if own["weight"]]
-        densities = [float(own.get("density", 1.0)) for own in counted]
-        extras = [float(own.get(name, default)) for own in counted]
+        counted = [parameters for _, parameters in used if parameters["weight"]]
+        densities = [float(parameters.get("density", 1.0)) for parameters in counted]
+        extras = [float(parameters.get(name, default)) for parameters in counted]
         self._require_ranges(densities, extras)
         chosen: dict[str, Any] = {"of": self.method, "densities": densities, "extras": extras, "scale": scale, **flags}
         return merge(adapters, weights, method=mergekit, seed=seed, **chosen, **rules)
 
     def _shares(self, weights: Sequence[float]) -> list[float]:
-        """Return the shares of mergekit's linear, the base's included. Raises WeightingError for sums without a meaning."""
-        base = sum(float(own.get("weight", 0.0)) for name, own in self.models if name is None)
+        """Return the shares of mergekit's linear, where the base model's own weight counts, too.
+
+        Raises WeightingError for weights that sum to 0, or without `normalize` to anything but 1.
+        """
+        base = sum(float(parameters.get("weight", 0.0)) for name, parameters in self.models if name is None)
         total = sum(weights) + base
         if self.settings.get("normalize", True):
             if total == 0.0:

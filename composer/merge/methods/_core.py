@@ -49,8 +49,8 @@ class Spectrum:
 
 def opened(experts: Experts, weights: Weights, scale: float = 1.0) -> tuple[Factors, Tensor | None, list[Spectrum]]:
     """Return an update of the result's kind, scale * the sum of w_e bias_e, and the spectra of updates that are not zero."""
-    found = terms(experts, weights)
-    return found[0].factors, scaled_bias(found, scale), [each for each in spectra(found) if each.rank]
+    terms_E = terms(experts, weights)
+    return terms_E[0].factors, scaled_bias(terms_E, scale), [spectrum for spectrum in spectra(terms_E) if spectrum.rank]
 
 
 def spectra(found: Sequence[Term]) -> list[Spectrum]:
@@ -130,13 +130,13 @@ class Joint:
 
 def joint(parts: Sequence[Spectrum]) -> Joint:
     """Return the experts side by side, in order."""
-    weights = [torch.full_like(each.s_R, each.weight) for each in parts]
+    weights = [torch.full_like(spectrum.s_R, spectrum.weight) for spectrum in parts]
     return Joint(
-        torch.cat([each.u_OR for each in parts], dim=1),
-        torch.cat([each.v_IR for each in parts], dim=1),
-        torch.cat([each.s_R for each in parts]),
+        torch.cat([spectrum.u_OR for spectrum in parts], dim=1),
+        torch.cat([spectrum.v_IR for spectrum in parts], dim=1),
+        torch.cat([spectrum.s_R for spectrum in parts]),
         torch.cat(weights),
-        [each.rank for each in parts],
+        [spectrum.rank for spectrum in parts],
     )
 
 

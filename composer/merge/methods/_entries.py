@@ -120,13 +120,13 @@ class Entries:
         packed = torch.empty(max(1, self.products[expert][1].shape[0]) * WIDE)
         num_rows = len(range(self.shape[0])[within])
         while True:
-            found, larger = np.empty(room, np.float32), ctypes.c_int64(0)
+            selected, larger = np.empty(room, np.float32), ctypes.c_int64(0)
             number = compiled.narrow_entries(
                 ctypes.byref(self._in_c(expert, within=within)), self.shape[1], num_rows, low, high,
-                packed.data_ptr(), found.ctypes.data, room, ctypes.byref(larger),
+                packed.data_ptr(), selected.ctypes.data, room, ctypes.byref(larger),
             )  # fmt: skip
             if number <= room:
-                return larger.value, found[:number]
+                return larger.value, selected[:number]
             room = number
 
     def stacks(self, rules: Sequence[Rule] | None = None) -> Iterator[tuple[slice, Tensor]]:
@@ -148,7 +148,7 @@ class Entries:
         Returns None, and nothing is written, where the library is missing or does not know a rule.
         """
         compiled, numbers = library(), [rule.numbers for rule in rules]
-        known = [each for each in numbers if each is not None]
+        known = [rule_numbers for rule_numbers in numbers if rule_numbers is not None]
         if compiled is None or len(known) < len(numbers):
             return None
         experts = (Expert * len(self))(*map(self._in_c, range(len(self)), weights, known))

@@ -59,11 +59,11 @@ EVERY = Numbers()
 @cache
 def library() -> ctypes.CDLL | None:
     """Return the library with its functions' types, or None where it cannot be had."""
-    found = native.library(SOURCE, brief=False)
-    if found is not None:
-        found.read_entries.argtypes = [_pointer, _int, _int, _int, _pointer, _pointer]
-        found.narrow_entries.argtypes = [_pointer, _int, _int, _float, _float, _pointer, _pointer, _int, _pointer]
-        found.narrow_entries.restype = _int
-        found.merge_entries.argtypes = [_pointer, _pointer, _int, _int, _pointer, _pointer]
-        found.read_entries.restype = found.merge_entries.restype = None
-    return found
+    compiled = native.library(SOURCE, brief=False)
+    if compiled is not None:
+        compiled.read_entries.argtypes = [_pointer, _int, _int, _int, _pointer, _pointer]
+        compiled.narrow_entries.argtypes = [_pointer, _int, _int, _float, _float, _pointer, _pointer, _int, _pointer]
+        compiled.narrow_entries.restype = _int
+        compiled.merge_entries.argtypes = [_pointer, _pointer, _int, _int, _pointer, _pointer]
+        compiled.read_entries.restype = compiled.merge_entries.restype = None
+    return compiled

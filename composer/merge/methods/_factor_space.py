@@ -24,15 +24,18 @@ Combine = Callable[[Tensor, Tensor], Tensor]
 
 
 def align(experts: Experts, weights: Weights, *, twin: str) -> list[Term]:
-    """Return the experts that count. Raises LayerMismatch, naming the `twin` on updates, for different ranks."""
-    found = terms(experts, weights)
-    for term in found:
-        if term.factors.rank != found[0].factors.rank:
+    """Return the experts that count, all of one rank.
+
+    Raises LayerMismatch, naming the `twin` on updates, for different ranks.
+    """
+    terms_E = terms(experts, weights)
+    for term in terms_E:
+        if term.factors.rank != terms_E[0].factors.rank:
             raise LayerMismatch(
-                f"the method mixes a and b apart and needs equal ranks, but found {found[0].factors.rank} and "
+                f"the method mixes a and b apart and needs equal ranks, but found {terms_E[0].factors.rank} and "
                 f"{term.factors.rank}: use {twin}, which works on the updates and takes any ranks"
             )
-    return found
+    return terms_E
 
 
 def merge_rooted(found: Sequence[Term], combine: Combine, prune: Prune = lambda tensor, place: tensor) -> Factors:

@@ -61,7 +61,7 @@ def combined(
 
 def with_biases(experts: Experts, originals: Sequence[Factors | None]) -> list[Factors | None]:
     """Return the experts with the originals' biases, zeros for one without: the inner rule merges them as they are."""
-    known = [each.bias_O for each in originals if each is not None and each.bias_O is not None]
+    known = [original.bias_O for original in originals if original is not None and original.bias_O is not None]
     if not known:
         return list(experts)
     return [

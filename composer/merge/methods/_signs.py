@@ -75,10 +75,10 @@ def _by_library(
     entries: Entries, rules: Sequence[Rule], out_OI: Tensor, tie: Callable[[], float] | None, **options: Any
 ) -> bool:
     """Merge by the library, if it can; return whether it could."""
-    found = entries.merge(rules, entries.weights, out_OI, tie=1.0, **options)
-    if found is not None and found.cancelled and tie is not None and tie() < 0:
+    made = entries.merge(rules, entries.weights, out_OI, tie=1.0, **options)
+    if made is not None and made.cancelled and tie is not None and tie() < 0:
         entries.merge(rules, entries.weights, out_OI, tie=-1.0, **options)
-    return found is not None
+    return made is not None
 
 
 def divisor_of(aggregate: str) -> str:

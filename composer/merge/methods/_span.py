@@ -53,8 +53,8 @@ def nothing(like: Factors, bias_O: Tensor | None = None) -> Factors:
 
 def counted(experts: Experts, weights: Weights) -> tuple[list[Factors], list[float]]:
     """Return the experts that have the layer and a weight other than zero, of any kind, and their weights."""
-    found = [(f, float(w)) for f, w in zip(experts, weights, strict=True) if f is not None and w != 0.0]
-    return [factors for factors, _ in found], [weight for _, weight in found]
+    pairs = [(f, float(w)) for f, w in zip(experts, weights, strict=True) if f is not None and w != 0.0]
+    return [factors for factors, _ in pairs], [weight for _, weight in pairs]
 
 
 def mean_weights(weights: Weights) -> list[float]:

@@ -36,23 +36,23 @@ def terms(experts: Experts, weights: Weights) -> list[Term]:
     Raises AdapterUnsupported for an update that depends on the base layer: one with a gain, DoRA's magnitude or a trained
     base bias. Raises LayerMismatch, with both shapes, for updates that differ.
     """
-    found = [
+    terms_E = [
         Term(factors, float(weight), place)
         for place, (factors, weight) in enumerate(zip(experts, weights, strict=True))
         if factors is not None and weight != 0.0
     ]
-    for term in found:
+    for term in terms_E:
         if not term.factors.bound or term.factors.gain_O is not None:
             raise AdapterUnsupported(
                 "the method works on the update as a matrix, and DoRA's magnitude, a gain or a trained base bias needs the "
                 "base layer: turn the adapter into a plain LoRA with the model first (lw.to_lora), or use linear"
             )
-        if signature(term.factors) != signature(found[0].factors):
+        if signature(term.factors) != signature(terms_E[0].factors):
             raise LayerMismatch(
-                f"the method cannot combine updates of (O, I, kind, kernel) {signature(found[0].factors)} and "
+                f"the method cannot combine updates of (O, I, kind, kernel) {signature(terms_E[0].factors)} and "
                 f"{signature(term.factors)}"
             )
-    return found
+    return terms_E
 
 
 def signature(factors: Factors) -> tuple[int, int, str, tuple[int, ...]]:
@@ -81,7 +81,7 @@ def shares(experts: Experts, weights: Weights, statistics: Sequence[LayerStatist
     and has no part in the mean otherwise: it has seen nothing. Raises WeightingError for a negative weight and for an
     expert with the layer whose `part` of the statistics is missing, of another shape or not finite.
     """
-    found = {term.place: term for term in terms(experts, weights)}
+    by_place = {term.place: term for term in terms(experts, weights)}
     result = []
     for place, (expert, weight, seen) in enumerate(zip(experts, weights, statistics, strict=True)):
         if weight == 0.0 or (expert is None and (seen is None or getattr(seen, part) is None)):
@@ -91,9 +91,9 @@ def shares(experts: Experts, weights: Weights, statistics: Sequence[LayerStatist
                 f"weight {weight:g} of expert {place} is below 0; weights are shares of a mean here: to subtract, "
                 "negate() the adapter first"
             )
-        if found:
-            result.append(Share(found.get(place), float(weight), _require(seen, part, found, place)))
-    return result if found else []
+        if by_place:
+            result.append(Share(by_place.get(place), float(weight), _require(seen, part, by_place, place)))
+    return result if by_place else []
 
 
 def share_bias(found: Sequence[Share]) -> Tensor | None:

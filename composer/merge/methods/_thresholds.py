@@ -105,10 +105,10 @@ def _largest(entries: Entries, expert: int, count: int) -> Cut:
     for rows in entries.blocks(times=BLOCKS_OF_PART):
         if rows.stop == entries.shape[0]:
             break
-        _, found = entries.narrow(expert, value, value, ROOM, rows)
-        if rest <= len(found):
+        _, tied = entries.narrow(expert, value, value, ROOM, rows)
+        if rest <= len(tied):
             break
-        rest -= len(found)
+        rest -= len(tied)
     place = _place(partial(entries.magnitudes, expert, rows), value, rest)
     return Cut(value, rows.start * entries.shape[1] + place)
 
@@ -144,21 +144,21 @@ def kth_largest(parts: Sequence[tuple[Entries, int]], count: int) -> tuple[float
     values, rest = np.concatenate(near), count - above
     place = len(values) - rest
     values.partition(place)
-    found = values[place]
-    return float(found), int(np.count_nonzero(values[place:] == found)), int(np.count_nonzero(values == found))
+    kth = values[place]
+    return float(kth), int(np.count_nonzero(values[place:] == kth)), int(np.count_nonzero(values == kth))
 
 
 def _bracket(sample: NDArray[np.float32], share: float) -> tuple[float, float]:
     """Return two magnitudes between which, in all likelihood, the one lies that `share` of all reach or exceed."""
     margin = 0.01 + 2.0 / math.sqrt(len(sample))
     places = [round((1.0 - share + move) * len(sample)) for move in (margin, -margin)]
-    found = [math.inf, 0.0]
+    bounds = [math.inf, 0.0]
     for number, place in enumerate(places):
         if 0 <= place < len(sample):
             # one place at a time, which is faster by far than both in one call
             sample.partition(place)
-            found[number], sample = float(sample[place]), sample[: place + 1]
-    return found[1], found[0]
+            bounds[number], sample = float(sample[place]), sample[: place + 1]
+    return bounds[1], bounds[0]
 
 
 def _place(blocks: Blocks, value: float, number: int) -> int:

@@ -39,27 +39,29 @@ def ace(experts: Experts, weights: Weights, *, eps: Positive = 1e-2, k_fraction:
     first, bias_O, parts = opened(experts, weights)
     if not parts:
         return nothing(first, bias_O)
-    found = _Updates.of(parts)
-    trace_E = torch.tensor([float((each.weight * each.s_R).square().sum()) for each in parts], dtype=torch.float64)
+    projected = _Updates.of(parts)
+    trace_E = torch.tensor(
+        [float((spectrum.weight * spectrum.s_R).square().sum()) for spectrum in parts], dtype=torch.float64
+    )
     log_E = (trace_E + TINY).log()
     uneven = len(parts) > 1 and bool(log_E.var() / (log_E.mean().square() + TINY) > UNEVEN)
-    size_E = [float(s_PP.trace()) + TINY if uneven else 1.0 for s_PP in found.covariances]
-    covariances = [s_PP / size for s_PP, size in zip(found.covariances, size_E, strict=True)]
-    eye_PP = torch.eye(len(found.basis_PI), dtype=torch.float64)
+    size_E = [float(s_PP.trace()) + TINY if uneven else 1.0 for s_PP in projected.covariances]
+    covariances = [s_PP / size for s_PP, size in zip(projected.covariances, size_E, strict=True)]
+    eye_PP = torch.eye(len(projected.basis_PI), dtype=torch.float64)
     damped = [s_PP + eps / size * eye_PP for s_PP, size in zip(covariances, size_E, strict=True)]
     total_PP = torch.stack(damped).sum(dim=0)
-    ones_P = found.basis_PI.sum(dim=1)
-    mean_row_P = (torch.stack(covariances).sum(dim=0) @ ones_P) / found.basis_PI.shape[1]
+    ones_P = projected.basis_PI.sum(dim=1)
+    mean_row_P = (torch.stack(covariances).sum(dim=0) @ ones_P) / projected.basis_PI.shape[1]
     if uneven:
         mean_row_P = mean_row_P / (float(trace_E.mean()) + TINY)
-    target_OP = torch.stack([c_OP @ g_PP for c_OP, g_PP in zip(found.centred, damped, strict=True)]).sum(dim=0)
+    target_OP = torch.stack([c_OP @ g_PP for c_OP, g_PP in zip(projected.centred, damped, strict=True)]).sum(dim=0)
     merged_OP = torch.linalg.solve(total_PP + torch.outer(ones_P, mean_row_P), target_OP, left=False)
     if uneven:
         mean_PP = total_PP / len(parts)
-        rest = [d_OP @ (s_PP - mean_PP) for d_OP, s_PP in zip(found.updates, covariances, strict=True)]
-        merged_OP = merged_OP + _level(merged_OP + torch.stack(rest).sum(dim=0), k_fraction, found.basis_PI.shape[1])
+        rest = [d_OP @ (s_PP - mean_PP) for d_OP, s_PP in zip(projected.updates, covariances, strict=True)]
+        merged_OP = merged_OP + _level(merged_OP + torch.stack(rest).sum(dim=0), k_fraction, projected.basis_PI.shape[1])
     left_OP, r_PP = torch.linalg.qr(merged_OP)
-    return as_factors(first, left_OP, r_PP @ found.basis_PI, bias_O)
+    return as_factors(first, left_OP, r_PP @ projected.basis_PI, bias_O)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +74,10 @@ class _Updates:
 
     @classmethod
     def of(cls, parts: Sequence[Spectrum]) -> _Updates:
-        stack_IS = torch.cat([each.v_IR for each in parts], dim=1)
+        stack_IS = torch.cat([spectrum.v_IR for spectrum in parts], dim=1)
         left_IS, size_S, _ = torch.linalg.svd(stack_IS, full_matrices=False)
         basis_PI = left_IS[:, : counted(size_S)].T
-        updates = [(each.u_OR * (each.s_R * each.weight)) @ (each.v_IR.T @ basis_PI.T) for each in parts]
+        updates = [(spectrum.u_OR * (spectrum.s_R * spectrum.weight)) @ (spectrum.v_IR.T @ basis_PI.T) for spectrum in parts]
         return cls(basis_PI, updates, [d_OP - d_OP.mean(dim=0, keepdim=True) for d_OP in updates])
 
     @property

@@ -47,13 +47,13 @@ def core_space(
     method on factors or statistics.
     """
     call = inner_call(inner, inner_options, method="core_space")
-    found = terms(experts, weights)
-    first = found[0].factors
-    u_OP, v_IQ, cores = _of_factors(found) if basis == "factors" else _of_updates(found)
+    terms_E = terms(experts, weights)
+    first = terms_E[0].factors
+    u_OP, v_IQ, cores = _of_factors(terms_E) if basis == "factors" else _of_updates(terms_E)
     if not u_OP.shape[1] or not v_IQ.shape[1]:
-        return nothing(first, scaled_bias(found, scale))
+        return nothing(first, scaled_bias(terms_E, scale))
     placed: list[Factors | None] = [None] * len(experts)
-    for term, core in zip(found, cores, strict=True):
+    for term, core in zip(terms_E, cores, strict=True):
         placed[term.place] = core
     merged = combined(call, with_biases(placed, experts), weights, seeds)
     if merged is None:
@@ -78,7 +78,7 @@ def _of_updates(found: Sequence[Term]) -> tuple[Tensor, Tensor, list[Factors]]:
     u_OP, u_PS = shared_basis(experts_S.u_OS, experts_S.s_S)
     v_IQ, v_QS = shared_basis(experts_S.v_IS, experts_S.s_S)
     coordinates = zip(parts, experts_S.each(u_PS), experts_S.each(v_QS), strict=True)
-    return u_OP, v_IQ, [core_factors(each, u_PR, v_QR) for each, u_PR, v_QR in coordinates]
+    return u_OP, v_IQ, [core_factors(spectrum, u_PR, v_QR) for spectrum, u_PR, v_QR in coordinates]
 
 
 def _of_factors(found: Sequence[Term]) -> tuple[Tensor, Tensor, list[Factors]]:

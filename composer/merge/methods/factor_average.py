@@ -24,7 +24,7 @@ def factor_average(experts: Experts, weights: Weights) -> Factors:
     WeightingError for weights that sum to zero, LayerMismatch for different ranks.
     """
     parts = mean_weights(weights)
-    found = align(experts, parts, twin="average")
-    a_RI = torch.stack([term.factors.a_RI.double() * term.weight for term in found]).sum(dim=0)
-    b_OR = torch.stack([term.factors.b_OR.double() * term.weight for term in found]).sum(dim=0)
-    return replace(found[0].factors, a_RI=a_RI.float(), b_OR=b_OR.float(), bias_O=weighted_bias(found))
+    terms_E = align(experts, parts, twin="average")
+    a_RI = torch.stack([term.factors.a_RI.double() * term.weight for term in terms_E]).sum(dim=0)
+    b_OR = torch.stack([term.factors.b_OR.double() * term.weight for term in terms_E]).sum(dim=0)
+    return replace(terms_E[0].factors, a_RI=a_RI.float(), b_OR=b_OR.float(), bias_O=weighted_bias(terms_E))

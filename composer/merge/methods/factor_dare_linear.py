@@ -20,5 +20,5 @@ def factor_dare_linear(experts: Experts, weights: Weights, *, seeds: Sequence[in
     expert, and so neither order nor device. In expectation it is `factor_linear`; on updates it is `dare_linear`. Biases
     likewise, with w_e. An expert without the layer adds nothing. Raises LayerMismatch for different ranks.
     """
-    found = align(experts, weights, twin="dare_linear")
-    return merge_rooted(found, weighted_sum, random_rescaled(density, seeds))
+    terms_E = align(experts, weights, twin="dare_linear")
+    return merge_rooted(terms_E, weighted_sum, random_rescaled(density, seeds))

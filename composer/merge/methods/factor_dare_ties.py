@@ -29,5 +29,5 @@ def factor_dare_ties(
     LayerMismatch for different ranks.
     """
     combine = disjoint_mean(majority)
-    found = align(experts, weights, twin="dare_ties")
-    return merge_rooted(found, combine, random_rescaled(density, seeds))
+    terms_E = align(experts, weights, twin="dare_ties")
+    return merge_rooted(terms_E, combine, random_rescaled(density, seeds))

@@ -18,5 +18,5 @@ def factor_magnitude_prune(experts: Experts, weights: Weights, *, density: Fract
     is PEFT's result where all scales are equal. An expert without the layer adds nothing. Raises LayerMismatch for different
     ranks.
     """
-    found = align(experts, weights, twin="magnitude_prune")
-    return merge_rooted(found, weighted_sum, largest(density))
+    terms_E = align(experts, weights, twin="magnitude_prune")
+    return merge_rooted(terms_E, weighted_sum, largest(density))

@@ -21,11 +21,11 @@ def factor_sum(experts: Experts, weights: Weights) -> Factors:
     equals s * B_hat A_hat of the paper. An expert without the layer adds nothing. Biases sum with w. Raises LayerMismatch
     for different ranks.
     """
-    found = [(term.factors, term.weight) for term in align(experts, weights, twin="linear")]
-    biases = [factors.bias_O * weight for factors, weight in found if factors.bias_O is not None]
+    weighted = [(term.factors, term.weight) for term in align(experts, weights, twin="linear")]
+    biases = [factors.bias_O * weight for factors, weight in weighted if factors.bias_O is not None]
     return replace(
-        found[0][0],
-        a_RI=torch.stack([factors.a_RI * weight for factors, weight in found]).sum(dim=0),
-        b_OR=torch.stack([factors.b_OR * weight for factors, weight in found]).sum(dim=0),
+        weighted[0][0],
+        a_RI=torch.stack([factors.a_RI * weight for factors, weight in weighted]).sum(dim=0),
+        b_OR=torch.stack([factors.b_OR * weight for factors, weight in weighted]).sum(dim=0),
         bias_O=torch.stack(biases).sum(dim=0) if biases else None,
     )

@@ -23,14 +23,14 @@ def ffa(experts: Experts, weights: Weights) -> Factors:
     Raises LayerMismatch unless every a is the same, bit for bit, WeightingError for a negative weight, and
     AdapterUnsupported for gains and unbound updates.
     """
-    found = terms(experts, shares(weights))
-    first = found[0].factors
-    for term in found[1:]:
+    terms_E = terms(experts, shares(weights))
+    first = terms_E[0].factors
+    for term in terms_E[1:]:
         if not torch.equal(term.factors.a_RI, first.a_RI):
             raise LayerMismatch(
                 "ffa averages b over one frozen a, but the experts' a differ (shapes "
                 f"{tuple(first.a_RI.shape)} and {tuple(term.factors.a_RI.shape)}): use average, which is exact for any "
                 "factors, or flexlora, which cuts that to a rank"
             )
-    b_OR = torch.stack([term.factors.b_OR.double() * term.weight for term in found]).sum(dim=0)
-    return replace(first, a_RI=first.a_RI.clone(), b_OR=b_OR.float(), bias_O=weighted_bias(found))
+    b_OR = torch.stack([term.factors.b_OR.double() * term.weight for term in terms_E]).sum(dim=0)
+    return replace(first, a_RI=first.a_RI.clone(), b_OR=b_OR.float(), bias_O=weighted_bias(terms_E))

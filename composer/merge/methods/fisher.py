@@ -37,19 +37,19 @@ def fisher(
     Raises WeightingError for statistics that are missing or do not fit, and for a norm of zero with `normalise`. The
     authors' code floors F of the first model alone unless told otherwise; fusion_bench adds its minimal weight to F.
     """
-    found = shares(experts, weights, statistics, part="fisher_OI")
-    first = next(share.term for share in found if share.term is not None).factors
+    shares_E = shares(experts, weights, statistics, part="fisher_OI")
+    first = next(share.term for share in shares_E if share.term is not None).factors
     num_out, num_in = first.b_OR.shape[0], first.a_RI.shape[1]
-    total = sum(share.weight for share in found)
-    factors = [share.weight / total for share in found]
+    total = sum(share.weight for share in shares_E)
+    factors = [share.weight / total for share in shares_E]
     if normalise:
-        factors = [factor / _norm(share) for factor, share in zip(factors, found, strict=True)]
+        factors = [factor / _norm(share) for factor, share in zip(factors, shares_E, strict=True)]
     delta_OI = torch.empty(num_out, num_in)
     for start in range(0, num_out, BLOCK_ROWS):
         rows = slice(start, start + BLOCK_ROWS)
         block = delta_OI[rows].shape
         above_OI, below_OI, mean_OI = (torch.zeros(block, dtype=torch.float64) for _ in range(3))
-        for share, weight in zip(found, factors, strict=True):
+        for share, weight in zip(shares_E, factors, strict=True):
             assert share.seen.fisher_OI is not None
             weight_OI = share.seen.fisher_OI[rows].double().clamp_(min=floor).mul_(weight)
             below_OI += weight_OI
@@ -59,7 +59,7 @@ def fisher(
                 mean_OI += update_OI.mul_(share.weight / total)
         # without a floor an entry may matter to nobody
         delta_OI[rows] = torch.where(below_OI > 0, above_OI / below_OI, mean_OI)
-    return DenseUpdate(delta_OI, share_bias(found), first.kind, first.kernel)
+    return DenseUpdate(delta_OI, share_bias(shares_E), first.kind, first.kernel)
 
 
 def _norm(share: Share) -> float:

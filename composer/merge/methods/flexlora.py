@@ -24,9 +24,9 @@ def flexlora(experts: Experts, weights: Weights, *, rank: int | None = None) -> 
     rank r: `flexlora_clients` gives each client its own from one decomposition. From the factors alone, in float64. An
     expert without the layer is a zero update. Gains and biases take the mean.
     """
-    found = svd(experts, shares(weights), rank=rank)
+    truncated = svd(experts, shares(weights), rank=rank)
     # one client of an update that needs the base layer keeps the factors of the cut
-    return replace(found, factors=_right_orthonormal(found.factors)) if found.factors.bound else found
+    return replace(truncated, factors=_right_orthonormal(truncated.factors)) if truncated.factors.bound else truncated
 
 
 def _right_orthonormal(factors: Factors) -> Factors:

@@ -32,16 +32,16 @@ def hetlora(
     ordered. `flexlora` is the exact counterpart.
     """
     values = shares(weights)
-    found = terms(experts, values)
+    terms_E = terms(experts, values)
     if norms == "layer" or survey is None:
         survey = [0.0 if factors is None else algebra.norm(factors) for factors in experts]
     products = [norm * value for norm, value in zip(survey, values, strict=True)]
     parts = shares(products if any(products) else values)
-    found = [replace(term, weight=parts[term.place]) for term in found]
-    rank = max(term.factors.rank for term in found)
-    a_RI = reduce(torch.add, [pad(t.factors.a_RI.double(), (0, 0, 0, rank - t.factors.rank)) * t.weight for t in found])
-    b_OR = reduce(torch.add, [pad(t.factors.b_OR.double(), (0, rank - t.factors.rank)) * t.weight for t in found])
-    return replace(found[0].factors, a_RI=a_RI.float(), b_OR=b_OR.float(), bias_O=weighted_bias(found))
+    terms_E = [replace(term, weight=parts[term.place]) for term in terms_E]
+    rank = max(term.factors.rank for term in terms_E)
+    a_RI = reduce(torch.add, [pad(t.factors.a_RI.double(), (0, 0, 0, rank - t.factors.rank)) * t.weight for t in terms_E])
+    b_OR = reduce(torch.add, [pad(t.factors.b_OR.double(), (0, rank - t.factors.rank)) * t.weight for t in terms_E])
+    return replace(terms_E[0].factors, a_RI=a_RI.float(), b_OR=b_OR.float(), bias_O=weighted_bias(terms_E))
 
 
 def survey(layers: Iterable[Experts], weights: Weights, *, norms: Literal["model", "layer"] = "model") -> list[float] | None:

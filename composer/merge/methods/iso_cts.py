@@ -39,10 +39,10 @@ def iso_cts(experts: Experts, weights: Weights, *, common_space_fraction: Fracti
     right_SQ, s_Q, v_QS = gram_svd(experts_S.v_IS)
     u_PS, v_QS = s_P[:, None] * u_PS, s_Q[:, None] * v_QS
     dimension = min(len(s_P), len(s_Q))
-    own = round((dimension - int(dimension * common_space_fraction)) / len(parts))
+    num_beyond = round((dimension - int(dimension * common_space_fraction)) / len(parts))
     u_PK, sigma_K, vh_KQ = torch.linalg.svd((u_PS * experts_S.size_S) @ v_QS.T, full_matrices=False)
-    common = min(max(dimension - own * len(parts), 0), counted(sigma_K, beside=largest))
-    beyond = _beyond(parts, experts_S, u_PS, v_QS, u_PK[:, :common], own)
+    common = min(max(dimension - num_beyond * len(parts), 0), counted(sigma_K, beside=largest))
+    beyond = _beyond(parts, experts_S, u_PS, v_QS, u_PK[:, :common], num_beyond)
     left_PM = torch.cat([u_PK[:, :common], *(u_PR for u_PR, _, _ in beyond)], dim=1)
     right_QM = torch.cat([vh_KQ[:common].T, *(v_QR for _, _, v_QR in beyond)], dim=1)
     sigma_M = torch.cat([sigma_K[:common], *(sigma_R for _, sigma_R, _ in beyond)])
@@ -59,9 +59,9 @@ def _beyond(
     rest_PS = u_PS * experts_S.size_S
     rest_PS = rest_PS - common_PC @ (common_PC.T @ rest_PS)
     triplets = []
-    for each, rest_PR, v_QR in zip(parts, experts_S.each(rest_PS), experts_S.each(v_QS), strict=True):
+    for spectrum, rest_PR, v_QR in zip(parts, experts_S.each(rest_PS), experts_S.each(v_QS), strict=True):
         u_PR, sigma_R, vh_RR = torch.linalg.svd(rest_PR, full_matrices=False)
-        keep = min(num, counted(sigma_R, beside=abs(each.weight) * float(each.s_R[0])))
+        keep = min(num, counted(sigma_R, beside=abs(spectrum.weight) * float(spectrum.s_R[0])))
         triplets.append((u_PR[:, :keep], sigma_R[:keep], v_QR @ vh_RR[:keep].T))
     return triplets
 

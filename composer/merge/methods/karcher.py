@@ -27,9 +27,9 @@ def karcher(experts: Experts, weights: Weights, *, tolerance: NonNegative = 1e-9
     bring their share of norm 0. Directions whose mean vanishes (opposite ones) have no one centre and give the mean of the
     updates. Biases take the coefficients of the updates.
     """
-    found = terms(experts, shares(weights))
-    updates = [term.factors for term in found]
-    part_E = torch.tensor([term.weight for term in found], dtype=torch.float64)
+    terms_E = terms(experts, shares(weights))
+    updates = [term.factors for term in terms_E]
+    part_E = torch.tensor([term.weight for term in terms_E], dtype=torch.float64)
     inner_EE = gram(updates)
     norm_E = inner_EE.diagonal().clamp(min=0.0).sqrt()
     directed = norm_E > 0.0

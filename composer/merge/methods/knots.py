@@ -43,11 +43,11 @@ def knots(
     statistics.
     """
     call = inner_call(inner, inner_options, method="knots")
-    found = terms(experts, weights)
-    first = found[0].factors
-    u_OP, pieces = _pieces(experts, found)
+    terms_E = terms(experts, weights)
+    first = terms_E[0].factors
+    u_OP, pieces = _pieces(experts, terms_E)
     if not u_OP.shape[1]:
-        return nothing(first, scaled_bias(found, scale))
+        return nothing(first, scaled_bias(terms_E, scale))
     merged = combined(call, pieces, weights, seeds, survey=survey)
     if merged is None:
         return None
@@ -68,8 +68,10 @@ def survey(
 ) -> Any:
     """Return what the inner rule needs to know of the pieces of all layers before it merges the first ones."""
     call = inner_call(inner, inner_options, method="knots")
-    found = ((experts, terms(experts, weights)) for experts in layers)
-    return call.survey((_pieces(experts, kept)[1] if kept else [None] * len(experts) for experts, kept in found), weights)
+    layer_terms = ((experts, terms(experts, weights)) for experts in layers)
+    return call.survey(
+        (_pieces(experts, kept)[1] if kept else [None] * len(experts) for experts, kept in layer_terms), weights
+    )
 
 
 def _pieces(experts: Experts, found: Sequence[Term]) -> tuple[Tensor, list[Factors | None]]:
@@ -80,6 +82,6 @@ def _pieces(experts: Experts, found: Sequence[Term]) -> tuple[Tensor, list[Facto
     if not sum(experts_S.ranks):
         return experts_S.u_OS, pieces
     u_OP, u_PS = shared_basis(experts_S.u_OS, experts_S.s_S)
-    for each, u_PR in zip(parts, experts_S.each(u_PS), strict=True):
-        pieces[each.place] = core_factors(each, u_PR)
+    for spectrum, u_PR in zip(parts, experts_S.each(u_PS), strict=True):
+        pieces[spectrum.place] = core_factors(spectrum, u_PR)
     return u_OP, with_biases(pieces, experts)

@@ -24,5 +24,5 @@ def least_squares(experts: Experts, weights: Weights, *, statistics: Sequence[La
     Raises WeightingError for statistics that are missing or do not fit. Nothing is shrunk, unlike in `regmean`, so that the
     loss is never above that of any other merge.
     """
-    found = shares(experts, weights, statistics, part="gram_II")
-    return regression(found, off_diagonal=1.0, from_mean=False)
+    shares_E = shares(experts, weights, statistics, part="gram_II")
+    return regression(shares_E, off_diagonal=1.0, from_mean=False)

@@ -41,12 +41,12 @@ def lego(
     stored. Rows or columns of zeros are no units. k-means is scikit-learn's, of seed `random_state`, on the units in a fixed
     order, so the order of experts does not matter. The LoRA scale is in b. Biases are summed with weights.
     """
-    found = terms(experts, weights)
-    first, bias_O = found[0].factors, weighted_bias(found)
-    a_NI, b_NO = _units(found)
+    terms_E = terms(experts, weights)
+    first, bias_O = terms_E[0].factors, weighted_bias(terms_E)
+    a_NI, b_NO = _units(terms_E)
     if not len(a_NI):
         return nothing(first, bias_O)
-    rank = max(term.factors.rank for term in found)
+    rank = max(term.factors.rank for term in terms_E)
     features_ND = torch.cat([a_NI / a_NI.norm(dim=1, keepdim=True), b_NO / b_NO.norm(dim=1, keepdim=True)], dim=1)
     sign_N1 = _signs(features_ND.numpy())[:, None]
     a_NI, b_NO, features_ND = a_NI * sign_N1, b_NO * sign_N1, features_ND * sign_N1

@@ -26,13 +26,13 @@ def model_stock(
     for which mergekit gives a negative t, gives an update of rank 0 here. Exact, of rank sum of R_e; biases take the
     coefficients of the updates.
     """
-    found = terms(experts, weights)
-    updates = [term.factors for term in found]
-    w_E = torch.tensor([term.weight for term in found], dtype=torch.float64)
+    terms_E = terms(experts, weights)
+    updates = [term.factors for term in terms_E]
+    w_E = torch.tensor([term.weight for term in terms_E], dtype=torch.float64)
     inner_EE = gram(updates) * w_E[:, None] * w_E
     directed = inner_EE.diagonal() > 0.0
     num = int(directed.sum())
-    share = _ratio(inner_EE[directed][:, directed], angles) / num if num else 1.0 / len(found)
+    share = _ratio(inner_EE[directed][:, directed], angles) / num if num else 1.0 / len(terms_E)
     return combination(updates, (share * w_E).tolist())
 
 

@@ -34,8 +34,8 @@ def nuslerp(experts: Experts, weights: Weights, *, row_wise: bool = False) -> Fa
     """
     if not row_wise:
         return slerp(experts, weights, collinear=MAX_COSINE)
-    found = terms(experts, pair(weights))
-    updates, parts = [term.factors for term in found], [term.weight for term in found]
+    terms_E = terms(experts, pair(weights))
+    updates, parts = [term.factors for term in terms_E], [term.weight for term in terms_E]
     if len(updates) == 1:
         return combination(updates, parts)
     rows_EO = interpolation(_row_gram(updates), parts, max_cosine=MAX_COSINE)

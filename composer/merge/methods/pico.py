@@ -41,12 +41,12 @@ def pico(
     method on factors or statistics.
     """
     call = inner_call(inner, inner_options, method="pico")
-    found = terms(experts, weights)
-    first = found[0].factors
-    parts = spectra(found)
-    num = sum(each.rank > 0 for each in parts)
+    terms_E = terms(experts, weights)
+    first = terms_E[0].factors
+    parts = spectra(terms_E)
+    num = sum(spectrum.rank > 0 for spectrum in parts)
     if not num:
-        return nothing(first, weighted_bias(found))
+        return nothing(first, weighted_bias(terms_E))
     experts_S = joint(parts)
     stack_OS = experts_S.u_OS * experts_S.s_S
     t_SP, sigma_P, _ = gram_svd(stack_OS)
@@ -55,13 +55,13 @@ def pico(
     change_P = 1.0 / (1.0 + (num - 1) * share_P) - 1.0
     turned_OS = experts_S.u_OS + u_OP @ (change_P[:, None] * (u_OP.T @ experts_S.u_OS))
     calibrated: list[Factors | None] = [None] * len(experts)
-    for each, u_OR in zip(parts, experts_S.each(turned_OS), strict=True):
-        own = core_factors(replace(each, u_OR=u_OR))
-        calibrated[each.place] = replace(own, kind=first.kind, kernel=first.kernel)
+    for spectrum, u_OR in zip(parts, experts_S.each(turned_OS), strict=True):
+        core = core_factors(replace(spectrum, u_OR=u_OR))
+        calibrated[spectrum.place] = replace(core, kind=first.kind, kernel=first.kernel)
     merged = combined(call, with_biases(calibrated, experts), weights, seeds)
     if merged is None:
         return None
-    aim = sum(abs(each.weight) * each.norm for each in parts) / num
+    aim = sum(abs(spectrum.weight) * spectrum.norm for spectrum in parts) / num
 
     def gamma(size: float) -> float:
         return aim / size if rescale and size > NULL * aim else 1.0

@@ -27,5 +27,5 @@ def regmean(
     Raises WeightingError for statistics that are missing or do not fit. Unlike `least_squares` it shrinks G and starts from
     the mean, not from the base.
     """
-    found = shares(experts, weights, statistics, part="gram_II")
-    return regression(found, off_diagonal=off_diagonal, from_mean=True)
+    shares_E = shares(experts, weights, statistics, part="gram_II")
+    return regression(shares_E, off_diagonal=off_diagonal, from_mean=True)

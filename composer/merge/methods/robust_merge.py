@@ -34,15 +34,15 @@ def robust_merge(experts: Experts, weights: Weights, *, density: Share = 0.2, sc
     first, bias_O, parts = opened(experts, weights, scale)
     if not parts:
         return nothing(first, bias_O)
-    pruned = [_prune(each, density) for each in parts]
-    total_R = torch.zeros(max(each.rank for each in parts), dtype=torch.float64)
+    pruned = [_prune(spectrum, density) for spectrum in parts]
+    total_R = torch.zeros(max(spectrum.rank for spectrum in parts), dtype=torch.float64)
     for _, _, s_R in pruned:
         total_R[: len(s_R)] += s_R
     share_of = [s_R / total_R[: len(s_R)].masked_fill(total_R[: len(s_R)] == 0, 1.0) for _, _, s_R in pruned]
     b_OS = torch.cat(
         [
-            b_OR * (share_R * each.weight * scale)
-            for (b_OR, _, _), share_R, each in zip(pruned, share_of, parts, strict=True)
+            b_OR * (share_R * spectrum.weight * scale)
+            for (b_OR, _, _), share_R, spectrum in zip(pruned, share_of, parts, strict=True)
         ],
         dim=1,
     )

@@ -20,9 +20,9 @@ def slerp(experts: Experts, weights: Weights, *, collinear: Share = 0.9995) -> F
     A is that between updates, from the factors alone, not between whole fine-tuned weights. The result is exact and of rank
     R_1 + R_2; biases take the coefficients of the updates. Raises WeightingError for three experts or more.
     """
-    found = terms(experts, pair(weights))
-    updates = [term.factors for term in found]
-    coefficients = [term.weight for term in found]
+    terms_E = terms(experts, pair(weights))
+    updates = [term.factors for term in terms_E]
+    coefficients = [term.weight for term in terms_E]
     if len(updates) == 2:
         coefficients = [float(c) for c in interpolation(gram(updates), coefficients, max_cosine=collinear)]
     return combination(updates, coefficients)

@@ -35,8 +35,8 @@ class Survey:
         Only sums that cancel exactly need it, which is rare, so it is counted when the first one turns up.
         """
         balance = 0
-        for found in self._layers:
-            for entries in tensors(found):
+        for terms_E in self._layers:
+            for entries in tensors(terms_E):
                 rules = self.rules(entries)
                 counted = entries.merge(rules, entries.weights, torch.empty(entries.shape), elects=True, weighted=True)
                 if counted is not None:
@@ -88,14 +88,14 @@ def survey(layers: Iterable[Experts], weights: Weights, *, density: Fraction = 0
 
 def _survey(layers: Sequence[Sequence[Term]], density: float) -> Survey:
     """Return the survey with each expert's k-th largest magnitude over all layers as its cut."""
-    size = sum(entries.size for found in layers if found for entries in tensors(found))
-    places = sorted({term.place for found in layers for term in found})
+    size = sum(entries.size for terms_E in layers if terms_E for entries in tensors(terms_E))
+    places = sorted({term.place for terms_E in layers for term in terms_E})
     count = count_of(density, size)
     if count == 0 or count == size:
         return Survey(layers, dict.fromkeys(places, EVERYTHING if count else NOTHING))
     parts: dict[int, list[tuple[Entries, int]]] = {place: [] for place in places}
-    for found in layers:
-        for entries in tensors(found) if found else ():
+    for terms_E in layers:
+        for entries in tensors(terms_E) if terms_E else ():
             for expert, place in enumerate(entries.places):
                 parts[place].append((entries, expert))
-    return Survey(layers, {place: Cut(kth_largest(own, count)[0], math.inf) for place, own in parts.items()})
+    return Survey(layers, {place: Cut(kth_largest(part, count)[0], math.inf) for place, part in parts.items()})

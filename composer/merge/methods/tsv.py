@@ -30,7 +30,9 @@ def tsv(experts: Experts, weights: Weights, *, k: Count | None = None, scale: fl
         return nothing(first, bias_O)
     if k is None:
         k = max(1, min(first.b_OR.shape[0], first.a_RI.shape[1]) // len(parts))
-    kept = joint([replace(each, u_OR=each.u_OR[:, :k], s_R=each.s_R[:k], v_IR=each.v_IR[:, :k]) for each in parts])
+    kept = joint(
+        [replace(spectrum, u_OR=spectrum.u_OR[:, :k], s_R=spectrum.s_R[:k], v_IR=spectrum.v_IR[:, :k]) for spectrum in parts]
+    )
     # the polar factor of a stack X with thin SVD (X t) diag(s) vh is (X t) vh
     left_SP, _, left_PS = gram_svd(kept.u_OS)
     right_SQ, _, right_QS = gram_svd(kept.v_IS)

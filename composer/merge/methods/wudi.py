@@ -52,7 +52,7 @@ def wudi(
     if not parts:
         return nothing(first, bias_O)
     experts_S = joint(parts)
-    norm_S = torch.cat([torch.full_like(each.s_R, each.norm) for each in parts])
+    norm_S = torch.cat([torch.full_like(spectrum.s_R, spectrum.norm) for spectrum in parts])
     # G = z z^T; (z t) are its eigenvectors and s_P^2 its eigenvalues
     z_IS = experts_S.v_IS * (experts_S.s_S / norm_S)
     # C = wanted z^T
