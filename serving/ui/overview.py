@@ -104,9 +104,9 @@ class Snapshot:
         """Return the places sorted by a field of `Entry`; ties in order of addition."""
         ordering = key, descending
         if ordering not in self._orders:
-            self._orders[ordering] = sorted(
-                self.entries, key=lambda seq: getattr(self.entries[seq], key) or "", reverse=descending
-            )
+            values = {seq: getattr(entry, key) for seq, entry in self.entries.items()}
+            # what an adapter lacks comes before all that others have
+            self._orders[ordering] = sorted(values, key=lambda seq: (values[seq] is not None, values[seq]), reverse=descending)
         return self._orders[ordering]
 
     @cached_property
