@@ -45,10 +45,11 @@ from loraweave.types import Router, Task
 class Composer:
     """The engine that puts the experts of `pool` into `model`; `pool` is a pool, a list of adapters, or {name: adapter}.
 
-    The model may be a diffusers pipeline (docs/diffusion.md). Making one changes nothing in it, but checks every adapter:
-    whether this is its base, by docs/identity.md (BaseModelMismatch; BaseModelUnverified, a warning, where names and shapes
-    alone say so), and each layer's presence, kind and shape (LayerMismatch). A trained magnitude or bias is resolved against
-    the base's weights as they are now. Factors take no part in training. A lazy pool's experts are checked on first use.
+    The model may be a diffusers pipeline (docs/extensions/diffusion.md). Making one changes nothing in it, but checks every
+    adapter: whether this is its base, by docs/identity.md (BaseModelMismatch; BaseModelUnverified, a warning, where names
+    and shapes alone say so), and each layer's presence, kind and shape (LayerMismatch). A trained magnitude or bias is
+    resolved against the base's weights as they are now. Factors take no part in training. A lazy pool's experts are checked
+    on first use.
 
     Experts that were used stay where the layers are. `device_budget_bytes` bounds what they take on devices other than the
     CPU, `host_budget_bytes` in the CPU's memory; those used longest ago then make room (docs/pools.md). None is no limit.

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from loraweave.common.spread import Failed, spread
     from loraweave.common.yaml_file import read_yaml
     from loraweave.composer.compose.compose import ComposeCall
+    from loraweave.composer.compose.collect_statistics import record_inputs
     from loraweave.composer.experts.expert_model import ExpertModel
     from loraweave.composer.formula.nodes import Named, Sum
     from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
@@ -102,6 +103,7 @@ _MODULES = {
     "common.intervals": "wilson",
     "common.spread": "Failed spread",
     "composer.compose.compose": "ComposeCall",
+    "composer.compose.collect_statistics": "record_inputs",
     "composer.experts.expert_model": "ExpertModel",
     "composer.formula.nodes": "Named Sum",
     "composer.model.batches": "EncodedRow TargetBatch batch end_tokens mean_losses pad_id takes untouched",
@@ -222,6 +224,7 @@ __all__ = [
     "progress_bar",
     "read_rows",
     "read_yaml",
+    "record_inputs",
     "replacing",
     "require_whole",
     "router_class",

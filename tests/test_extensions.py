@@ -52,6 +52,12 @@ def test_the_core_names_no_extension_in_an_import_or_a_text_but_where_they_are_l
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_no_public_name_of_an_extension_is_a_module_that_would_take_its_place_once_imported(name):
+    public = importlib.import_module(PREFIX + name).__all__
+    assert [word for word in public if f"{PREFIX}{name}.{word}" in MODULES] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_extension_imports_the_public_names_the_face_for_those_who_extend_and_itself(name):
     allowed = {"loraweave", "loraweave.extend", *of_extension(name)}
     wrong = set()

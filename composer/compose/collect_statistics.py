@@ -92,6 +92,23 @@ def collect_statistics(
     return Statistics(adapter.hash, results(recorders, len(rows)))
 
 
+def record_inputs(model: Any, adapter: Adapter, run: Callable[[], object]) -> Statistics:
+    """Return gram_II = X^T X / n of what each layer of `adapter` reads while `run()` runs `model` under that adapter alone.
+
+    `model` may be a pipeline of several parts. All n rows of all calls count. Raises LayerMismatch for layers that are not
+    linear, CompositionError for a layer that does not run, and what Composer raises for an adapter that does not fit.
+    """
+    engine = Composer(model, [adapter])
+    paths = engine.model.paths(adapter.layers, f"adapter {adapter.name!r}")
+    recorders = dict(zip(paths, make_recorders(engine.model, paths.values(), ("gram",)).values(), strict=True))
+    for recorder in recorders.values():
+        # one row, of which every token counts
+        recorder.begin(torch.ones(1, 1, dtype=torch.bool))
+    with recording(recorders), torch.no_grad(), engine.activate({adapter.name: 1.0}):
+        run()
+    return Statistics(adapter.hash, results(recorders, 1))
+
+
 class Recorder:
     """The sums of one layer, on its device: over tokens x^T x, over texts the squared gradient."""
 

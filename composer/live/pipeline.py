@@ -8,7 +8,7 @@
                                                                    no:  ByCall, asked by each part's _PartForward
 
 A part's forward then runs inside an inner activation of what its call needs, so that threads, leases and records are as in
-any activation. docs/diffusion.md says what a mixture means.
+any activation. docs/extensions/diffusion.md says what a mixture means.
 """
 
 from __future__ import annotations

@@ -12,16 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.common.descent import Descent, descend
-from loraweave.common.display import progress_bar
-from loraweave.common.options import NonNegative, Positive, Whole, check_options, options_of
-from loraweave.composer.composer import Composer
-from loraweave.composer.model.batches import untouched
-from loraweave.errors import CompositionError, WeightingError
-from loraweave.hub.adapter import Adapter
-from loraweave.lowrank import algebra
-from loraweave.routers.weights import MixtureWeights
-from loraweave.types import Factors
+from loraweave import Adapter, Composer, CompositionError, Factors, MixtureWeights, WeightingError
+from loraweave.extend import (
+    Descent,
+    NonNegative,
+    Positive,
+    Whole,
+    algebra,
+    check_options,
+    descend,
+    options_of,
+    progress_bar,
+    untouched,
+)
 
 
 class Call(NamedTuple):

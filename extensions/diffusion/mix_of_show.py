@@ -11,14 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.composer.compose.collect_statistics import make_recorders, recording, results
-from loraweave.composer.composer import Composer
-from loraweave.composer.live.pipeline import SUFFIXES
-from loraweave.composer.merge.statistics import Statistics
-from loraweave.errors import CompositionError, WeightingError
-from loraweave.hub.adapter import Adapter
+from loraweave import Adapter, CompositionError, Statistics, WeightingError
+from loraweave.extend import record_inputs
 
-PIPELINES = {f"StableDiffusion{kind}{way}Pipeline" for kind in ("", "XL") for way in SUFFIXES}
+PIPELINES = {f"StableDiffusion{kind}{way}Pipeline" for kind in ("", "XL") for way in ("", "Img2Img", "Inpaint")}
 # (top, left, bottom, right) as shares of the image's height and width, from 0 to 1
 Box = tuple[float, float, float, float]
 
@@ -31,15 +27,7 @@ def inputs_of(pipe: Any, adapter: Adapter, run: Callable[[], object]) -> Statist
     count, those without prompts under guidance too. Raises LayerMismatch for convolutions, CompositionError for a layer that
     does not run, and what Composer raises for an adapter that does not fit.
     """
-    engine = Composer(pipe, [adapter])
-    paths = engine.model.paths(adapter.layers, f"adapter {adapter.name!r}")
-    recorders = dict(zip(paths, make_recorders(engine.model, paths.values(), ("gram",)).values(), strict=True))
-    for recorder in recorders.values():
-        # one row, of which every token counts
-        recorder.begin(torch.ones(1, 1, dtype=torch.bool))
-    with recording(recorders), torch.no_grad(), engine.activate({adapter.name: 1.0}):
-        run()
-    return Statistics(adapter.hash, results(recorders, 1))
+    return record_inputs(pipe, adapter, run)
 
 
 class _Region(NamedTuple):

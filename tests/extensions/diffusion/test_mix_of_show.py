@@ -8,8 +8,8 @@ import torch
 from tiny_pipelines import PROMPTS, latents, pipeline, save_trained
 
 import loraweave as lw
-from loraweave.composer.mix_of_show import inputs_of, regions
 from loraweave.errors import CompositionError, LayerMismatch, WeightingError
+from loraweave.extensions.diffusion import inputs_of, regions
 
 pytest.importorskip("diffusers")
 pytestmark = [

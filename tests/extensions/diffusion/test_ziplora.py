@@ -6,8 +6,8 @@ from tiny_pipelines import PROMPTS, latents, pipeline, save_trained
 from torch.func import functional_call
 
 import loraweave as lw
-from loraweave.composer.zip_lora import zip_lora
 from loraweave.errors import CompositionError, WeightingError
+from loraweave.extensions.diffusion import zip_lora
 
 pytest.importorskip("diffusers")
 pytestmark = [
