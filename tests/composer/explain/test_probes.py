@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.probes import probe
+from loraweave.composer.explain.probes import probe
 from loraweave.errors import InvalidTask
 
 TASK = lw.Task([("a b", "c")], template="{input} =")
