@@ -28,7 +28,7 @@ import typer
 import loraweave as lw
 from benchmarks._run import Run, Table, pairs
 from benchmarks._timing import Way, compare
-from loraweave.composer.joint import JointPool
+from loraweave.composer.live.joint import JointPool
 from loraweave.composer.model.scoring import evaluate, losses
 
 app = typer.Typer()

@@ -11,7 +11,7 @@ from tiny_hubs import adapter
 
 import loraweave as lw
 from loraweave.composer.formula.nodes import leaves
-from loraweave.composer.joint import JointPool
+from loraweave.composer.live.joint import JointPool
 from loraweave.errors import AdapterExists, FormulaError, ScopeError
 
 

@@ -15,7 +15,7 @@ from tiny_models import Make
 from torch import nn
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.joint import JointPool
+from loraweave.composer.live.joint import JointPool
 from loraweave.errors import (
     AdapterCorrupt,
     AdapterUnsupported,
