@@ -26,8 +26,8 @@ from torch import nn
 import loraweave as lw
 from benchmarks._data import kept
 from benchmarks._run import Run, Table, pairs
-from loraweave.composer import old_answers, transfer
 from loraweave.composer.model.scoring import evaluate
+from loraweave.composer.transfer import old_answers, transfer
 from loraweave.lowrank import algebra
 
 WAYS: tuple[transfer.Way, ...] = ("same", "subspace", "activations", "restore")

@@ -20,10 +20,10 @@ from loraweave.common.display import tracked
 from loraweave.common.options import Count, Fraction, Positive, Seed, Whole, check_options, options_of
 from loraweave.common.rows import GivenRows
 from loraweave.composer.compose.collect_statistics import encode_texts, padded_inputs
-from loraweave.composer.drawn_regression import choose_ridge, drawn
 from loraweave.composer.model.batches import context_length, takes, untouched
 from loraweave.composer.model.generate import Asked
-from loraweave.composer.old_answers import LR, Learning, agreement, answers, learned, split
+from loraweave.composer.transfer.drawn_regression import choose_ridge, drawn
+from loraweave.composer.transfer.old_answers import LR, Learning, agreement, answers, learned, split
 from loraweave.errors import AdapterUnsupported, BaseModelMismatch, InvalidTask, LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_key

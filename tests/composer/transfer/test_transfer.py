@@ -11,9 +11,9 @@ from rounding import unit
 from torch import nn
 
 import loraweave as lw
-from loraweave.composer import transfer as transferring
-from loraweave.composer.drawn_regression import RIDGES
-from loraweave.composer.old_answers import Learning, agreement, answers, learned, split
+from loraweave.composer.transfer import transfer as transferring
+from loraweave.composer.transfer.drawn_regression import RIDGES
+from loraweave.composer.transfer.old_answers import Learning, agreement, answers, learned, split
 from loraweave.errors import AdapterUnsupported, BaseModelMismatch, InvalidTask, LayerMismatch, WeightingError
 from loraweave.hub.base import fingerprint
 
