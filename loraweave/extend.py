@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from loraweave.common.rows import GivenRows, Row, read_rows
     from loraweave.common.spread import Failed, spread
     from loraweave.common.yaml_file import read_yaml
-    from loraweave.composer.compose.compose import ComposeCall
     from loraweave.composer.compose.collect_statistics import record_inputs
+    from loraweave.composer.compose.compose import ComposeCall
     from loraweave.composer.experts.expert_model import ExpertModel
     from loraweave.composer.formula.nodes import Named, Sum
     from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate

@@ -21,15 +21,15 @@ import loraweave as lw
 from loraweave import errors, extend, registry
 
 LIMITS = {
-    "files of the core": 572,
-    "lines of the core": 80_574,
-    "lines of the product": 83_713,
+    "files of the core": 571,
+    "lines of the core": 80_338,
+    "lines of the product": 83_843,
     "lines of the largest extension": 4_000,
-    "loose files of composer/": 7,
+    "loose files of composer/": 0,
     "public names but errors": 53,
     "names for those who extend": 100,
-    "imports below loraweave. in the pages": 29,
-    "values named found, own, each, given or asked": 1_370,
+    "imports below loraweave. in the pages": 27,
+    "values named found, own, each, given or asked": 777,
     "docstrings that are no order": 388,
 }
 # limits that stay: an extension, and the face of the core for all of them, is small enough to be read

@@ -106,7 +106,9 @@ class Snapshot:
         if ordering not in self._orders:
             values = {seq: getattr(entry, key) for seq, entry in self.entries.items()}
             # what an adapter lacks comes before all that others have
-            self._orders[ordering] = sorted(values, key=lambda seq: (values[seq] is not None, values[seq]), reverse=descending)
+            self._orders[ordering] = sorted(
+                values, key=lambda seq: (values[seq] is not None, values[seq]), reverse=descending
+            )
         return self._orders[ordering]
 
     @cached_property
