@@ -82,8 +82,8 @@ def embed_in_batches(
         batch = order[start : start + batch_texts]
         rows_ND[batch] = encode([distinct[row] for row in batch])
     position = {text: row for row, text in enumerate(distinct)}
-    found: np.ndarray = rows_ND[[position[text] for text in texts]]
-    return found
+    embeddings: np.ndarray = rows_ND[[position[text] for text in texts]]
+    return embeddings
 
 
 def unit(vector_D: np.ndarray) -> np.ndarray:

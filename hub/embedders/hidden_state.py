@@ -96,10 +96,10 @@ def _encode(model: Any, tokenizer: Any, texts: list[str]) -> np.ndarray:
     mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     device = next(model.parameters()).device
     with torch.no_grad():
-        found = model(
+        outputs = model(
             input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), output_hidden_states=True, use_cache=False
         )
-    hidden_BTD = found.hidden_states[-1].double().cpu()
+    hidden_BTD = outputs.hidden_states[-1].double().cpu()
     mask_BT1 = mask_BT[..., None].double()
     mean_BD: np.ndarray = ((hidden_BTD * mask_BT1).sum(dim=1) / mask_BT1.sum(dim=1)).numpy()
     return mean_BD

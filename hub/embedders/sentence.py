@@ -40,10 +40,10 @@ class Sentence:
 
     def __init__(self, *, instruction: str | None = None, folder: str | Path | None = None) -> None:
         self.folder = None if folder is None else Path(folder).resolve()
-        own = INSTRUCTION
+        default = INSTRUCTION
         if self.folder is not None:
-            own, self.dim = _read_trained(self.folder)
-        self.instruction = own if instruction is None else instruction
+            default, self.dim = _read_trained(self.folder)
+        self.instruction = default if instruction is None else instruction
 
     @cached_property
     def id(self) -> str:
@@ -66,8 +66,8 @@ class Sentence:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Return embeddings (N, dim), fp32, unit norm; equal texts get equal rows."""
-        given = [self.instruction + readable(text) for text in texts]
-        return embed_in_batches(given, partial(_encode, self.files), self.dim, BATCH_TEXTS)
+        prompts = [self.instruction + readable(text) for text in texts]
+        return embed_in_batches(prompts, partial(_encode, self.files), self.dim, BATCH_TEXTS)
 
 
 @lru_cache(maxsize=1)
