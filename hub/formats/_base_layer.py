@@ -57,13 +57,13 @@ def base_layer(modules: Mapping[str, nn.Module], name: str, asker: str) -> BaseL
     module = modules.get(name)
     if module is None:
         raise missing_layer(asker, name, modules)
-    found = as_base_layer(name, module)
-    if found is None:
+    layer = as_base_layer(name, module)
+    if layer is None:
         raise LayerMismatch(
             f"{asker} updates layer {name!r}, a {type(module).__name__}; only linear layers, embeddings and convolutions "
             "without groups have an update as factors"
         )
-    return found
+    return layer
 
 
 class ExpertMatrix(NamedTuple):
@@ -97,10 +97,10 @@ def expert_matrix(modules: Mapping[str, nn.Module], name: str, factors: Factors 
     count, *sides = tensor.shape
     num_outputs, num_inputs = reversed(sides) if transposed else sides
     sizes = num_outputs, num_inputs
-    found = sizes if factors is None else (factors.b_OR.shape[0], factors.a_RI.shape[1])
-    if number not in map(str, range(count)) or found != sizes:
+    shape = sizes if factors is None else (factors.b_OR.shape[0], factors.a_RI.shape[1])
+    if number not in map(str, range(count)) or shape != sizes:
         raise LayerMismatch(
-            f"{asker} updates expert {number} of {place} with shape (O, I) = {found}, but the model has {count} experts of "
+            f"{asker} updates expert {number} of {place} with shape (O, I) = {shape}, but the model has {count} experts of "
             f"{sizes}; was the adapter made for another base model?"
         )
     return ExpertMatrix(path, module, parameter, int(number), *sizes, transposed)

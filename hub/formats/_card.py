@@ -67,12 +67,12 @@ def model_id(value: object) -> str:
 
 def sidecar_text(card: Mapping[str, Any], fingerprint: Fingerprint | None, layout: Mapping[str, Any]) -> str:
     """Return the text of loraweave.json. Raises AdapterUnsupported as `json_text`."""
-    own: dict[str, Any] = {key: value for key, value in card.items() if key not in DERIVED}
+    content: dict[str, Any] = {key: value for key, value in card.items() if key not in DERIVED}
     if fingerprint is not None:
-        own["fingerprint"] = fingerprint.to_json()
+        content["fingerprint"] = fingerprint.to_json()
     if layout:
-        own["layout"] = layout
-    return json_text(own, "the card", indent=1)
+        content["layout"] = layout
+    return json_text(content, "the card", indent=1)
 
 
 def json_text(value: Mapping[str, Any], what: str, *, indent: int | None = None) -> str:

@@ -89,7 +89,7 @@ class Config:
         value = self._typed(name, self.fields.get(name) or [], list, "a list of module names")
         if len(value) > MAX_NAMES:
             raise AdapterCorrupt(f"{self.folder}: {name} lists {len(value)} names, above the limit of {MAX_NAMES}")
-        if not all(type(each) is str and 0 < len(each) <= MAX_TEXT for each in value):
+        if not all(type(module_name) is str and 0 < len(module_name) <= MAX_TEXT for module_name in value):
             raise AdapterCorrupt(f"{self.folder}: {name} is {shorten(value)}, not a list of module names")
         return tuple(dict.fromkeys(value))
 
@@ -98,7 +98,7 @@ class Config:
         value = self._typed(name, self.fields.get(name) or [], list, "a list of whole numbers")
         if len(value) > most:
             raise AdapterCorrupt(f"{self.folder}: {name} lists {len(value)} numbers, above the limit of {most}")
-        return tuple(self._count(each, f"{name}[{place}]", 0, MAX_COUNT) for place, each in enumerate(value))
+        return tuple(self._count(number, f"{name}[{place}]", 0, MAX_COUNT) for place, number in enumerate(value))
 
     def table(self, name: str) -> Mapping[str, Any]:
         """Return an object from layer patterns to values; empty if the field is missing, null or empty."""
@@ -207,9 +207,9 @@ def resolve(
     if others:
         hits = [here + apart for here, apart in zip(hits, _run_apart(others, names), strict=True)]
     values = list(patterns.values())
-    matched = {name: [values[index] for index in sorted(found)] for name, found in zip(names, hits, strict=True)}
-    disputed = {name: found for name, found in matched.items() if len(set(found)) > 1}
-    return {name: found[0] if found else default for name, found in matched.items()}, disputed
+    matched = {name: [values[index] for index in sorted(indices)] for name, indices in zip(names, hits, strict=True)}
+    disputed = {name: matches for name, matches in matched.items() if len(set(matches)) > 1}
+    return {name: matches[0] if matches else default for name, matches in matched.items()}, disputed
 
 
 def _run_here(keys: list[tuple[int, str]], names: list[str]) -> list[list[int]]:
@@ -219,15 +219,15 @@ def _run_here(keys: list[tuple[int, str]], names: list[str]) -> list[list[int]]:
     rules = {key: _compile(key) for _, tail, key in tails if not tail}
     hits = []
     for name in names:
-        found = []
+        indices = []
         for index, tail, key in tails:
             if not name.endswith(tail):
                 continue
             if key not in rules:
                 rules[key] = _compile(key)
             if rules[key].match(name):
-                found.append(index)
-        hits.append(found)
+                indices.append(index)
+        hits.append(indices)
     return hits
 
 
@@ -262,4 +262,4 @@ def _run_apart(keys: list[tuple[int, str]], names: list[str]) -> list[list[int]]
         raise PatternError(f"the patterns {[key[:60] for _, key in keys[:3]]} need more than {TIMEOUT_S} s") from error
     except (OSError, subprocess.CalledProcessError) as error:
         raise PatternError(f"the patterns {[key[:60] for _, key in keys[:3]]} could not be run ({error})") from error
-    return [list(map(int, found)) for found in json.loads(done.stdout)]
+    return [list(map(int, indices)) for indices in json.loads(done.stdout)]

@@ -71,9 +71,7 @@ class Layer:
         if tensor is None:
             raise AdapterCorrupt(f"{self.where} lacks the tensor {name!r}; it has {', '.join(sorted(self.tensors))}")
         shape = tuple(tensor.shape)
-        fits = len(sizes) == len(shape) and all(
-            stored == size if size is not None else stored > 0 or empty for size, stored in zip(sizes, shape, strict=True)
-        )
+        fits = len(sizes) == len(shape) and all(size in (None, length) for size, length in zip(sizes, shape, strict=True))
         if sizes and not fits:
             wanted = ", ".join("1 or more" if size is None else str(size) for size in sizes)
             raise AdapterCorrupt(f"{self.where}: {name!r} has shape {shape}, not ({wanted})")
@@ -296,7 +294,7 @@ def _same_base(stored: Fingerprint | None, model: nn.Module | None, folder: Path
     """Return the fingerprint of the given model. Raises BaseModelMismatch if the folder recorded another one."""
     if model is None:
         return stored
-    own = fingerprint(model)
-    if stored is not None and (why := stored.differs(own)):
+    model_fingerprint = fingerprint(model)
+    if stored is not None and (why := stored.differs(model_fingerprint)):
         raise BaseModelMismatch(f"{folder}: the adapter was made for another base model than the one given: {why}")
-    return own
+    return model_fingerprint

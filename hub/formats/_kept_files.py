@@ -87,7 +87,7 @@ def shared_files(parents: Sequence[Mapping[str, bytes]]) -> KeptFiles:
 
 def read_kept(folder: Path) -> KeptFiles:
     """Return the kept files in a folder. Warns of those left out: damaged, too large, or a pickle."""
-    found = {}
+    files = {}
     for name in KEPT:
         if present(folder, name):
             try:
@@ -96,16 +96,16 @@ def read_kept(folder: Path) -> KeptFiles:
                         raise AdapterUnsupported(
                             f"{folder}: {name} has {size:,} bytes, above the limit of {MAX_KEPT_BYTES:,}"
                         )
-                    found[name] = _in_memory(file.read(size))
+                    files[name] = _in_memory(file.read(size))
             except (AdapterCorrupt, AdapterUnsupported) as error:
                 _warn(f"{name} is left out of the adapter, whose factors are read: {error}")
     for name in _PICKLES:
-        if present(folder, name) and f"{Path(name).stem}.safetensors" not in found:
+        if present(folder, name) and f"{Path(name).stem}.safetensors" not in files:
             _warn(
                 f"{folder}: {name}, a pickle, is left out of the adapter, whose factors are read; save it as "
                 f"{Path(name).stem}.safetensors to keep it"
             )
-    return KeptFiles(found)
+    return KeptFiles(files)
 
 
 # many adapters of one base bring the same tokenizer

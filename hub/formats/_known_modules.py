@@ -25,12 +25,12 @@ class Rule:
 
 def expand(names: str) -> list[str]:
     """Return every name that braces stand for: `a.{b,c}` gives `a.b` and `a.c`."""
-    found: list[str] = []
+    expanded: list[str] = []
     for name in names.split():
         pieces = re.split(r"\{([^{}]*)\}", name)
         choices = [piece.split(",") if place % 2 else [piece] for place, piece in enumerate(pieces)]
-        found += ["".join(choice) for choice in itertools.product(*choices)]
-    return found
+        expanded += ["".join(choice) for choice in itertools.product(*choices)]
+    return expanded
 
 
 def _same(names: str, prefix: str) -> list[Rule]:
@@ -81,12 +81,12 @@ def _original_unet() -> list[Rule]:
         },
         "attentions": {name: name for name in _ATTENTION},
     }
-    found = []
+    expanded = []
     for source, target in rules.items():
         parts = next((parts for kind, parts in inner.items() if f".{kind}." in target), {"": ""})
-        for own, other in parts.items():
-            found.append(Rule(f"{source}.{own}".rstrip("."), (f"unet.{target}.{other}".rstrip("."),)))
-    return found
+        for part, other in parts.items():
+            expanded.append(Rule(f"{source}.{part}".rstrip("."), (f"unet.{target}.{other}".rstrip("."),)))
+    return expanded
 
 
 ORIGINAL_UNET = _original_unet()
@@ -122,9 +122,9 @@ def _original_flux() -> list[Rule]:
         "txt_in": "transformer.context_embedder",
         "final_layer.linear": "transformer.proj_out",
     }
-    for own, other in {"time": "timestep", "vector": "text", "guidance": "guidance"}.items():
+    for module, other in {"time": "timestep", "vector": "text", "guidance": "guidance"}.items():
         for place, name in enumerate(("in_layer", "out_layer"), 1):
-            one_to_one[f"{own}_in.{name}"] = f"transformer.time_text_embed.{other}_embedder.linear_{place}"
+            one_to_one[f"{module}_in.{name}"] = f"transformer.time_text_embed.{other}_embedder.linear_{place}"
     fused = {
         "double_blocks.#.img_attn.qkv": [f"{double}.attn.to_{part}" for part in "qkv"],
         "double_blocks.#.txt_attn.qkv": [f"{double}.attn.add_{part}_proj" for part in "qkv"],
@@ -160,13 +160,13 @@ def _original_sd3() -> list[Rule]:
         source = f"joint_blocks.#.x_block.{attention}"
         rules.append(Rule(f"{source}.qkv", tuple(f"{block}.{attention}.to_{part}" for part in "qkv"), (1, 1, 1)))
         rules.append(Rule(f"{source}.proj", (f"{block}.{attention}.to_out.0",)))
-    for own, other in {"x_block": "ff", "context_block": "ff_context"}.items():
-        rules.append(Rule(f"joint_blocks.#.{own}.mlp.fc1", (f"{block}.{other}.net.0.proj",)))
-        rules.append(Rule(f"joint_blocks.#.{own}.mlp.fc2", (f"{block}.{other}.net.2",)))
-    for own, other in {"t": "timestep", "y": "text"}.items():
+    for module, other in {"x_block": "ff", "context_block": "ff_context"}.items():
+        rules.append(Rule(f"joint_blocks.#.{module}.mlp.fc1", (f"{block}.{other}.net.0.proj",)))
+        rules.append(Rule(f"joint_blocks.#.{module}.mlp.fc2", (f"{block}.{other}.net.2",)))
+    for module, other in {"t": "timestep", "y": "text"}.items():
         for place in (1, 2):
             target = f"transformer.time_text_embed.{other}_embedder.linear_{place}"
-            rules.append(Rule(f"{own}_embedder.mlp.{2 * place - 2}", (target,)))
+            rules.append(Rule(f"{module}_embedder.mlp.{2 * place - 2}", (target,)))
     return rules
 
 

@@ -118,33 +118,33 @@ class FileFormat(Reader):
 
     @classmethod
     def _files(cls, source: Path, allow_pickle: bool = False) -> list[str]:
-        found = []
+        names = []
         for folder, name in lora_files(source):
             if is_pickle(name) and not allow_pickle:
                 continue
             try:
                 if cls.knows(texts_in_pickle(folder, name) if is_pickle(name) else tensor_names(folder, name)):
-                    found.append(name)
+                    names.append(name)
             except (AdapterCorrupt, AdapterUnsupported):
                 continue
-        return found
+        return names
 
     @classmethod
     def _file(cls, source: Path, allow_pickle: bool) -> tuple[Path, str]:
         if source.is_file():
             refuse_pickle(source.parent, source.name, allow_pickle)
             return source.parent, source.name
-        found = cls._files(source, allow_pickle)
-        if len(found) > 1:
+        names = cls._files(source, allow_pickle)
+        if len(names) > 1:
             raise AdapterUnsupported(
-                f"{source}: {len(found)} files in it are adapters: {', '.join(found[:12])}; give the path of one, for "
-                f"instance {str(source / found[0])!r}"
+                f"{source}: {len(names)} files in it are adapters: {', '.join(names[:12])}; give the path of one, for "
+                f"instance {str(source / names[0])!r}"
             )
-        if not found:
+        if not names:
             raise AdapterUnsupported(
                 f"{source}: no LoRA file of {cls.__name__}'s layout; the folder holds {listing(source)}"
             )
-        return source, found[0]
+        return source, names[0]
 
     @classmethod
     def _held(cls, folder: Path, name: str) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
@@ -185,8 +185,8 @@ def lora_files(source: Path) -> list[tuple[Path, str]]:
     except OSError:
         return []
     names = [name for name in held if name.endswith(".safetensors")]
-    own = (WEIGHTS, "compeft.safetensors")
-    others = [name for name in names if name not in own and not name.startswith("adapter_model-")]
+    reserved = (WEIGHTS, "compeft.safetensors")
+    others = [name for name in names if name not in reserved and not name.startswith("adapter_model-")]
     pickles = [name for name in PICKLES if name in held and f"{Path(name).stem}.safetensors" not in names]
     return [(source, name) for name in [*others[:MAX_FILES], *pickles]]
 

@@ -135,45 +135,45 @@ def parse(config: Mapping[str, Any], folder: Path) -> PeftConfig:
         raise AdapterUnsupported(f"{folder}: adapter_config.json has no peft_type, so it is not the config of a LoRA")
     if config["peft_type"] != "LORA":
         raise AdapterUnsupported(f"{folder}: peft_type is {shorten(config['peft_type'])}; only 'LORA' can be read")
-    given = Config(folder, config)
-    given.check_fields(HANDLED | BENIGN.keys(), {name: f"{what} {_NO_FORM}" for name, what in REFUSED.items()})
+    reader = Config(folder, config)
+    reader.check_fields(HANDLED | BENIGN.keys(), {name: f"{what} {_NO_FORM}" for name, what in REFUSED.items()})
     _check_init(config.get("init_lora_weights", True), folder)
     switches = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
-    flags = {name: config.get(name) is not None and given.flag(name) for name in switches}
+    flags = {name: config.get(name) is not None and reader.flag(name) for name in switches}
     if flags["use_dora"] and flags["lora_bias"]:
         raise AdapterUnsupported(f"{folder}: use_dora and lora_bias are both true, which PEFT does not define")
     if flags["use_dora"] and config.get("init_lora_weights") == "mica":
         raise AdapterUnsupported(f"{folder}: use_dora with init_lora_weights='mica': PEFT applies only one of them")
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
         raise AdapterCorrupt(f"{folder}: bias is {shorten(config['bias'])}, none of 'none', 'all', 'lora_only'")
-    invocation = given.whole_numbers("alora_invocation_tokens", most=MAX_INVOCATION)
-    if invocation and given.text("task_type") not in ("", "CAUSAL_LM"):
+    invocation = reader.whole_numbers("alora_invocation_tokens", most=MAX_INVOCATION)
+    if invocation and reader.text("task_type") not in ("", "CAUSAL_LM"):
         raise AdapterUnsupported(
             f"{folder}: alora_invocation_tokens with task_type {config['task_type']!r}: PEFT looks for them in the prompts "
             "of a CAUSAL_LM alone, and never applies the adapter of another task"
         )
     recorded = {name: config[name] for name in ("target_modules", "task_type", "r", "lora_alpha") if name in config}
     recorded["fan_in_fan_out"] = flags["fan_in_fan_out"]
-    if revision := given.text("revision"):
+    if revision := reader.text("revision"):
         recorded["revision"] = revision
-    alpha, alphas = given.number("lora_alpha"), given.numbers("alpha_pattern")
-    for name, value in {"lora_alpha": alpha, **{f"alpha_pattern[{key!r}]": each for key, each in alphas.items()}}.items():
+    alpha, alphas = reader.number("lora_alpha"), reader.numbers("alpha_pattern")
+    for name, value in {"lora_alpha": alpha, **{f"alpha_pattern[{key!r}]": value for key, value in alphas.items()}}.items():
         if abs(value) > MAX_FP32:
             raise AdapterSuspicious(f"{folder}: {name} is {value:g}, beyond what fp32 holds ({MAX_FP32:.3g})")
     return PeftConfig(
         folder=folder,
-        base_model=given.text("base_model_name_or_path"),
-        rank=given.count("r", most=MAX_RANK),
+        base_model=reader.text("base_model_name_or_path"),
+        rank=reader.count("r", most=MAX_RANK),
         alpha=alpha,
-        rank_pattern=given.counts("rank_pattern", most=MAX_RANK),
+        rank_pattern=reader.counts("rank_pattern", most=MAX_RANK),
         alpha_pattern=alphas,
         use_rslora=flags["use_rslora"],
         use_dora=flags["use_dora"],
         lora_bias=flags["lora_bias"],
         bias=config.get("bias", "none"),
-        task_type=given.text("task_type"),
-        modules_to_save=given.names("modules_to_save"),
-        target_parameters=given.names("target_parameters"),
+        task_type=reader.text("task_type"),
+        modules_to_save=reader.names("modules_to_save"),
+        target_parameters=reader.names("target_parameters"),
         invocation=invocation,
         recorded=recorded,
     )
@@ -232,10 +232,10 @@ def parse_key(key: str) -> Key | None:
     The prefix `base_model.model.` may be missing, there once, or doubled (a PeftModel wrapped twice).
     """
     pieces = without_prefix(key).split(".")
-    found = _lora_part(pieces) or _bias(pieces)
-    if found is None or not found.layer or "" in pieces:
+    parsed_key = _lora_part(pieces) or _bias(pieces)
+    if parsed_key is None or not parsed_key.layer or "" in pieces:
         return None
-    return found
+    return parsed_key
 
 
 def without_prefix(key: str) -> str:
@@ -253,15 +253,15 @@ def check_all_known(keys: Iterable[str], folder: Path, *, nested: bool = False) 
     parsed: dict[str, Key] = {}
     unknown: list[str] = []
     for key in keys:
-        found = parse_key(key)
-        _refuse_foreign(key, found, folder, nested)
-        if found is None:
+        parsed_key = parse_key(key)
+        _refuse_foreign(key, parsed_key, folder, nested)
+        if parsed_key is None:
             unknown.append(key)
         else:
-            parsed[key] = found
+            parsed[key] = parsed_key
     if unknown:
         _refuse_unknown(unknown, len(unknown) + len(parsed), folder)
-    adapters = sorted({found.adapter for found in parsed.values() if found.part != "base_bias"})
+    adapters = sorted({parsed_key.adapter for parsed_key in parsed.values() if parsed_key.part != "base_bias"})
     if len(adapters) > 1:
         raise AdapterUnsupported(
             f"{folder}: the tensors belong to {len(adapters)} adapters, among them {adapters[:3]}; save each one alone"

@@ -61,15 +61,15 @@ def take_heads(
         if not tensor.numel():
             raise AdapterCorrupt(f"{folder}: head {parameter!r} has shape {tuple(tensor.shape)} and holds nothing")
         require_finite(tensor, str(folder), f"head {parameter!r}")
-    found = [name for name in names if any(_depth(parameter.split("."), [name]) for parameter in heads)]
-    optional = TASK_HEADS.get(task, ()) if found else ()
-    missing = [name for name in listed if name not in found and name not in optional]
+    head_modules = [name for name in names if any(_depth(parameter.split("."), [name]) for parameter in heads)]
+    optional = TASK_HEADS.get(task, ()) if head_modules else ()
+    missing = [name for name in listed if name not in head_modules and name not in optional]
     if missing:
         raise AdapterCorrupt(
             f"{folder}: modules_to_save lists {missing[0]!r}, but the file has no tensor of such a module; PEFT could not "
             "load it either, so take the name out if the base model has no such module, or save the adapter again"
         )
-    return heads, found
+    return heads, head_modules
 
 
 def saved_modules(heads: Mapping[str, Tensor], layers: Iterable[str], recorded: object) -> tuple[list[str], str | None]:

@@ -44,24 +44,24 @@ def parameter_paths(parts: Mapping[str, Mapping[Part, Tensor]], config: PeftConf
     by_module: dict[str, list[str]] = defaultdict(list)
     for layer in parts:
         by_module[_module_of(layer)].append(layer)
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for module, held in by_module.items():
-        own = _targeted(module, config.target_parameters)
+        parameters = _targeted(module, config.target_parameters)
         where = f"{config.folder}: module {module!r}"
         is_alone = held == [module] and f"{WRAPPED}." not in module
-        if is_alone and (not own or _is_layer(module, own, parts[module], config, where)):
+        if is_alone and (not parameters or _is_layer(module, parameters, parts[module], config, where)):
             continue
         # the outermost first
         held.sort(key=len)
-        if held != [module + depth * WRAPPED for depth in range(len(own))]:
+        if held != [module + depth * WRAPPED for depth in range(len(parameters))]:
             raise AdapterUnsupported(
                 f"{where} has {len(held)} updates of parameters, and the config's target_parameters name "
-                f"{', '.join(own) or 'none'} there, so nothing says which is whose"
+                f"{', '.join(parameters) or 'none'} there, so nothing says which is whose"
             )
-        for layer, parameter in zip(held, reversed(nested(own, where)), strict=True):
-            found[layer] = f"{module}.{parameter}"
-    _require_parameters(found, by_module, config)
-    return found
+        for layer, parameter in zip(held, reversed(nested(parameters, where)), strict=True):
+            paths[layer] = f"{module}.{parameter}"
+    _require_parameters(paths, by_module, config)
+    return paths
 
 
 def _is_layer(module: str, own: Mapping[str, bool], held: Mapping[Part, Tensor], config: PeftConfig, where: str) -> bool:
@@ -105,13 +105,13 @@ def _require_parameters(found: Mapping[str, str], modules: Iterable[str], config
 
 def nested(parameters: Iterable[str], where: str) -> list[str]:
     """Return one module's parameters as PEFT wraps them, innermost first. Raises AdapterUnsupported for an unknown order."""
-    own = list(parameters)
-    if len(own) > 1 and (unknown := sorted(set(own) - set(ORDER))):
+    names = list(parameters)
+    if len(names) > 1 and (unknown := sorted(set(names) - set(ORDER))):
         raise AdapterUnsupported(
-            f"{where} has updates of {len(own)} parameters, whose order in a PEFT file is known for {', '.join(ORDER)} and "
-            f"not for {unknown[0]!r}; keep each parameter's update as an adapter of its own"
+            f"{where} has updates of {len(names)} parameters, whose order in a PEFT file is known for {', '.join(ORDER)} "
+            f"and not for {unknown[0]!r}; keep each parameter's update as an adapter of its own"
         )
-    return sorted(own, key=ORDER.index) if len(own) > 1 else own
+    return sorted(names, key=ORDER.index) if len(names) > 1 else names
 
 
 def split_experts(path: str, a: Tensor, b: Tensor, rank: int, where: str) -> dict[str, Factors]:
@@ -168,7 +168,7 @@ def stack_experts(layers: Mapping[str, Factors]) -> Stacked:
 def unpad(layers: Mapping[str, Factors], layout: Mapping[str, Any]) -> dict[str, Factors]:
     """Remove the padding of `stack_experts`: zeros only, so that the notes in a foreign file cannot change a value."""
     notes = entry(layout, "expert_ranks", dict) or {}
-    found: dict[str, Factors] = {}
+    unpadded: dict[str, Factors] = {}
     for layer, factors in layers.items():
         rank = notes.get(layer, factors.rank) if factors.kind == "expert" else factors.rank
         if type(rank) is int and -1 <= rank < factors.rank:
@@ -177,8 +177,8 @@ def unpad(layers: Mapping[str, Factors], layout: Mapping[str, Any]) -> dict[str,
                 if rank < 0:
                     continue
                 factors = replace(factors, a_RI=factors.a_RI[:keep], b_OR=factors.b_OR[:, :keep].contiguous())
-        found[layer] = factors
-    return found
+        unpadded[layer] = factors
+    return unpadded
 
 
 def _stack(experts: Mapping[int, Factors], rank: int, path: str, notes: dict[str, int]) -> tuple[Tensor, Tensor]:
@@ -191,13 +191,13 @@ def _stack(experts: Mapping[int, Factors], rank: int, path: str, notes: dict[str
     a_ERI, b_ORE = torch.zeros(count, rank, num_inputs), torch.zeros(num_outputs, rank, count)
     for e in range(count):
         factors = experts.get(e)
-        own = -1 if factors is None else factors.rank
+        expert_rank = -1 if factors is None else factors.rank
         if factors is not None:
             if (factors.b_OR.shape[0], factors.a_RI.shape[1]) != (num_outputs, num_inputs):
                 raise AdapterUnsupported(f"the experts of parameter {path!r} have updates of different sizes")
-            a_ERI[e, :own], b_ORE[:, :own, e] = factors.a_RI, factors.b_OR
-        if own != rank:
-            notes[f"{path}.{e}"] = own
+            a_ERI[e, :expert_rank], b_ORE[:, :expert_rank, e] = factors.a_RI, factors.b_OR
+        if expert_rank != rank:
+            notes[f"{path}.{e}"] = expert_rank
     return a_ERI.flatten(0, 1), b_ORE.flatten(1)
 
 
@@ -213,9 +213,9 @@ def _targeted(module: str, targets: Sequence[str]) -> dict[str, bool]:
     PEFT takes a target as the end of a parameter's path: one without a point may be a parameter of any module, and every
     layer has a `weight`.
     """
-    found: dict[str, bool] = {}
+    parameters: dict[str, bool] = {}
     for target in targets:
         parent, _, parameter = target.rpartition(".")
         if parameter and not f".{module}".endswith(f".{target}") and f".{module}.{parameter}".endswith(f".{target}"):
-            found[parameter] = found.get(parameter, False) or bool(parent) or parameter == "weight"
-    return found
+            parameters[parameter] = parameters.get(parameter, False) or bool(parent) or parameter == "weight"
+    return parameters

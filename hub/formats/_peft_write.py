@@ -35,9 +35,9 @@ def write_folder(contents: Contents, folder: Path, *, dtype: torch.dtype) -> Pat
     target = require_replaceable(folder, lambda path: path.name in contents.files or _is_adapter_file(path))
     stacked = stack_experts(contents.layers)
     config = _config(contents, stacked)
-    own = {layer: factors for layer, factors in contents.layers.items() if factors.kind != "expert"}
-    tensors = _tensors(own, stacked, bool(config["lora_bias"]), dtype) | _heads(contents.heads, dtype)
-    layout = _layout(own, stacked, bool(config["lora_bias"]))
+    unstacked = {layer: factors for layer, factors in contents.layers.items() if factors.kind != "expert"}
+    tensors = _tensors(unstacked, stacked, bool(config["lora_bias"]), dtype) | _heads(contents.heads, dtype)
+    layout = _layout(unstacked, stacked, bool(config["lora_bias"]))
     texts = {
         "adapter_config.json": json.dumps(config, indent=1, ensure_ascii=False, allow_nan=False),
         SIDECAR: sidecar_text(contents.card, contents.fingerprint, layout),
@@ -113,7 +113,7 @@ def require_activatable(contents: Contents, where: str) -> None:
             "a trained bias of the base": factors.base_bias_O is not None,
             f"of kind {factors.kind!r}": factors.kind != "linear",
         }
-        if odd := [name for name, found in what.items() if found]:
+        if odd := [name for name, present in what.items() if present]:
             raise AdapterUnsupported(
                 f"{where} has invocation tokens, but its layer {layer!r} is {odd[0]}: PEFT has activated LoRA for plain "
                 "factors of linear layers"
@@ -185,8 +185,8 @@ def _tensors(layers: Mapping[str, Factors], stacked: Stacked, lora_bias: bool, d
     parts = {layer: _parts(factors, lora_bias) for layer, factors in layers.items()}
     return {
         f"{PREFIX}{layer}.{suffix}": _to_stored(tensor, f"layer {layer!r}", dtype)
-        for layer, own in (*parts.items(), *stacked.tensors.items())
-        for suffix, tensor in own.items()
+        for layer, tensors in (*parts.items(), *stacked.tensors.items())
+        for suffix, tensor in tensors.items()
     }
 
 
@@ -238,8 +238,8 @@ def _layout(layers: Mapping[str, Factors], stacked: Stacked, lora_bias: bool) ->
     """Return where zeros were added for PEFT, so that reading gives back the same factors."""
     padded = [layer for layer, factors in layers.items() if lora_bias and _is_wrapped(factors) and factors.bias_O is None]
     empty = {layer: int(factors.a_RI.shape[1]) for layer, factors in layers.items() if not factors.rank}
-    found = (("padded_bias", padded), ("rank_zero", empty), ("expert_ranks", dict(stacked.notes)))
-    return {name: notes for name, notes in found if notes}
+    layout = (("padded_bias", padded), ("rank_zero", empty), ("expert_ranks", dict(stacked.notes)))
+    return {name: notes for name, notes in layout if notes}
 
 
 def _facts(contents: Contents, dtype: torch.dtype) -> dict[str, str]:

@@ -44,14 +44,14 @@ class Rules:
 
     def find(self, flat: str) -> list[Placement]:
         """Return every placement that a rule gives the name; more than one means that it is ambiguous."""
-        found: list[Placement] = []
+        placements: list[Placement] = []
         for pattern, rule in self._by_form.get(_form(flat), ()):
             hit = pattern.fullmatch(flat)
             if hit is not None:
                 targets = tuple(_fill(target, hit.groups()) for target in rule.targets)
                 placement = Placement(targets, rule.shares, turned=rule.turned)
-                found += [] if placement in found else [placement]
-        return found
+                placements += [] if placement in placements else [placement]
+        return placements
 
 
 class BaseNames:
@@ -79,10 +79,10 @@ class BaseNames:
     def fitted(self, path: str, factors: Factors, where: str) -> Factors:
         """Return the factors with the layer's kind. Raises LayerMismatch for another size."""
         base = self.layers[path]
-        shape, own = (base.num_outputs, base.num_inputs), (factors.b_OR.shape[0], factors.a_RI.shape[1])
-        if shape != own or (factors.kernel and max(factors.kernel) > 1 and factors.kernel != base.kernel):
+        shape, update_shape = (base.num_outputs, base.num_inputs), (factors.b_OR.shape[0], factors.a_RI.shape[1])
+        if shape != update_shape or (factors.kernel and max(factors.kernel) > 1 and factors.kernel != base.kernel):
             raise LayerMismatch(
-                f"{where} updates layer {path!r} with (O, I) = {own} and kernel {factors.kernel}, but the model's "
+                f"{where} updates layer {path!r} with (O, I) = {update_shape} and kernel {factors.kernel}, but the model's "
                 f"{type(base.module).__name__} has {shape} and kernel {base.kernel}"
             )
         return replace(factors, kind=base.kind, kernel=base.kernel)
@@ -143,16 +143,16 @@ def _form(name: str) -> str:
 
 
 def _fill(target: str, numbers: Sequence[str]) -> str:
-    given = iter(numbers)
-    return re.sub("#", lambda _: next(given), target)
+    remaining = iter(numbers)
+    return re.sub("#", lambda _: next(remaining), target)
 
 
 def _shorten(target: str) -> list[str]:
     """Return the path, and the path without one or both of the optional steps."""
-    found = [target]
-    for name in found:
+    paths = [target]
+    for name in paths:
         for hit in _OPTIONAL.finditer(name):
             short = name[: hit.start()] + name[hit.end() :]
-            if short not in found:
-                found.append(short)
-    return found
+            if short not in paths:
+                paths.append(short)
+    return paths

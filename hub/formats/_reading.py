@@ -117,16 +117,16 @@ def _adapter_folder(folder: Path) -> Path:
     """
     if not folder.is_dir() or is_adapter(folder):
         return folder
-    found = [path for path in _folders_below(folder) if is_adapter(path)]
-    if len(found) > 1:
-        names = [path.relative_to(folder).as_posix() for path in found]
+    adapter_paths = [path for path in _folders_below(folder) if is_adapter(path)]
+    if len(adapter_paths) > 1:
+        names = [path.relative_to(folder).as_posix() for path in adapter_paths]
         more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
         raise AdapterUnsupported(
             f"{folder}: {len(names)} folders in it hold adapters, and none stands above the others: "
-            f"{', '.join(names[:MAX_LISTED])}{more}; give the path of one, for instance {str(found[-1])!r}, or store all: "
-            f"`loraweave hub add-tree {shlex.quote(str(folder))}`{ARROW if 'arrow_router' in names else ''}"
+            f"{', '.join(names[:MAX_LISTED])}{more}; give the path of one, for instance {str(adapter_paths[-1])!r}, or "
+            f"store all: `loraweave hub add-tree {shlex.quote(str(folder))}`{ARROW if 'arrow_router' in names else ''}"
         )
-    return found[0] if found else folder
+    return adapter_paths[0] if adapter_paths else folder
 
 
 def _folders_below(folder: Path) -> Iterator[Path]:

@@ -84,7 +84,7 @@ def read_tensors(folder: Path, names: list[str], *, integers: bool = False) -> I
                     f"({', '.join(FLOATS)}) have an exact meaning, so save the adapter in one of them"
                 )
     runs = {name: _runs(entries) for name, (entries, _) in headers.items()}
-    _require_memory(folder, [run for each in runs.values() for run in each])
+    _require_memory(folder, [run for file_runs in runs.values() for run in file_runs])
     for name, (_, start) in headers.items():
         with open_file(folder, name) as (file, _):
             for run in runs[name]:
@@ -284,10 +284,10 @@ def hashed_tensors(folder: Path, name: str, digest: str, *, said_by: str) -> dic
     tensor_names(folder, name)
     with open_file(folder, name) as (file, size):
         raw = file.read(size)
-    if (found := hashlib.sha256(raw).hexdigest()) != digest:
+    if (actual_digest := hashlib.sha256(raw).hexdigest()) != digest:
         raise AdapterCorrupt(
-            f"{folder / name} has SHA-256 {found[:12]}, but {said_by} says {digest[:12]}: one of them is damaged or of "
-            "another folder; copy or download the folder again"
+            f"{folder / name} has SHA-256 {actual_digest[:12]}, but {said_by} says {digest[:12]}: one of them is damaged or "
+            "of another folder; copy or download the folder again"
         )
     try:
         tensors: dict[str, Tensor] = load(raw)

@@ -22,8 +22,8 @@ class Bdlora(LoraVariant):
     def update(cls, layer: Layer) -> Factors:
         names_a, names_b, blocks = _blocks(layer.config)
         a, b = layer.part("lora_A.weight", None, None), layer.part("lora_B.weight", None, None)
-        own = layer.name.rsplit(".", 1)[-1]
-        in_a, in_b = (any(name in own for name in names) for names in (names_a, names_b))
+        module_name = layer.name.rsplit(".", 1)[-1]
+        in_a, in_b = (any(name in module_name for name in names) for names in (names_a, names_b))
         if in_a and in_b:
             raise AdapterCorrupt(f"{layer.where}: use_bdlora names both factors of it")
         check_size(layer, b.shape[0], a.shape[1] * blocks)

@@ -65,9 +65,9 @@ class Diffusers(FileFormat):
     @classmethod
     def place(cls, module: str, base: BaseNames | None, where: str) -> Placement:
         known = {} if base is None else base.layers
-        for own in (module, module.removeprefix(_ANY_MODEL)):
-            if own in known:
-                return Placement((own,))
+        for path in (module, module.removeprefix(_ANY_MODEL)):
+            if path in known:
+                return Placement((path,))
         if module.startswith(_BARE_UNET):
             return Placement((f"unet.{module}",))
         if not _component(module):
@@ -86,10 +86,10 @@ class Diffusers(FileFormat):
             if parsed.use_dora or parsed.lora_bias:
                 raise AdapterUnsupported(f"{where}: {component!r} has use_dora or lora_bias, which are not supported")
             parsed.require_plain_activation(f"the layers of {component!r}")
-            own = {name: parts for name, parts in held.items() if _component(name) == component}
-            below = {name: name.removeprefix(f"{component}.") for name in own}
-            ranks = {below[name]: rank_of(parts) or 1 for name, parts in own.items()}
-            if any("alpha" in parts for parts in own.values()):
+            component_parts = {name: parts for name, parts in held.items() if _component(name) == component}
+            below = {name: name.removeprefix(f"{component}.") for name in component_parts}
+            ranks = {below[name]: rank_of(parts) or 1 for name, parts in component_parts.items()}
+            if any("alpha" in parts for parts in component_parts.values()):
                 raise AdapterUnsupported(f"{where}: {component!r} has both a config and tensors of alpha, which may differ")
             for name, expected in parsed.ranks(ranks).items():
                 if ranks[name] != expected:
@@ -97,8 +97,8 @@ class Diffusers(FileFormat):
                         f"{where}: {component}.{name} has rank {ranks[name]}, but the config in the header says {expected}, "
                         "so its scale is not known"
                     )
-            found = parsed.scales(ranks)
-            scales |= {name: found[path] for name, path in below.items()}
+            path_scales = parsed.scales(ranks)
+            scales |= {name: path_scales[path] for name, path in below.items()}
         return scales
 
 
@@ -129,8 +129,8 @@ def _settings(metadata: Mapping[str, str], where: str) -> dict[str, dict[str, An
         table = parse_json(metadata[_CONFIG].encode())
     except ValueError as error:
         raise AdapterCorrupt(f"{where}: the header's {_CONFIG} is not a valid JSON object: {error}") from error
-    found: dict[str, dict[str, Any]] = {}
+    settings: dict[str, dict[str, Any]] = {}
     for key, value in table.items():
         component = _component(key)
-        found.setdefault(component, {})[key.removeprefix(f"{component}.")] = value
-    return found
+        settings.setdefault(component, {})[key.removeprefix(f"{component}.")] = value
+    return settings

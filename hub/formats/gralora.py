@@ -22,18 +22,18 @@ class Gralora(ForeignFormat):
     def update(cls, layer: Layer) -> Factors:
         a_KIR, b_KRO = layer.part("gralora_A", None, None, None), layer.part("gralora_B", None, None, None)
         num_blocks, inputs, rank = a_KIR.shape
-        outputs, own = b_KRO.shape[2], rank // num_blocks
+        outputs, block_rank = b_KRO.shape[2], rank // num_blocks
         layer.part("gralora_B", num_blocks, rank, None)
         if rank % num_blocks:
             raise AdapterCorrupt(f"{layer.where}: rank {rank} is not a multiple of the {num_blocks} blocks")
         check_size(layer, rank * num_blocks, num_blocks * max(inputs, outputs))
         # rank rows by (output block m, input block n, s)
-        a = a_KIR.new_zeros(num_blocks, num_blocks, own, num_blocks, inputs)
-        b = a_KIR.new_zeros(num_blocks, outputs, num_blocks, num_blocks, own)
+        a = a_KIR.new_zeros(num_blocks, num_blocks, block_rank, num_blocks, inputs)
+        b = a_KIR.new_zeros(num_blocks, outputs, num_blocks, num_blocks, block_rank)
         for m in range(num_blocks):
             for n in range(num_blocks):
-                a[m, n, :, n] = a_KIR[n, :, m * own : (m + 1) * own].T
-                b[m, :, m, n] = b_KRO[m, n * own : (n + 1) * own].T
+                a[m, n, :, n] = a_KIR[n, :, m * block_rank : (m + 1) * block_rank].T
+                b[m, :, m, n] = b_KRO[m, n * block_rank : (n + 1) * block_rank].T
         a_RI, b_OR = a.flatten(3).flatten(0, 2), b.flatten(2).flatten(0, 1)
         hybrid = layer.config.count("hybrid_r", 0, least=0)
         if hybrid:

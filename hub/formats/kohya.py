@@ -57,8 +57,8 @@ class Kohya(FileFormat):
             raise AdapterUnsupported(
                 f"tensor {name!r} is {_OTHERS[part]}, which is not supported; train or export a plain LoRA"
             )
-        found = _PARTS.get(part, part if part in MATRICES else None)
-        return None if found is None or (found in ("down", "up", "mid") and part not in _PARTS) else (module, found)
+        known = _PARTS.get(part, part if part in MATRICES else None)
+        return None if known is None or (known in ("down", "up", "mid") and part not in _PARTS) else (module, known)
 
     @classmethod
     def place(cls, module: str, base: BaseNames | None, where: str) -> Placement:
@@ -67,8 +67,8 @@ class Kohya(FileFormat):
             raise AdapterUnsupported(f"{where}: {module!r} begins with none of the known prefixes {', '.join(PREFIXES)}")
         component, _ = PREFIXES[prefix]
         flat = module.removeprefix(prefix)
-        own = [] if base is None else [Placement((path,)) for path in base.by_flat(flat, component)]
-        return only(own or _rules(prefix).find(flat), module, where, model_given=base is not None)
+        placements = [] if base is None else [Placement((path,)) for path in base.by_flat(flat, component)]
+        return only(placements or _rules(prefix).find(flat), module, where, model_given=base is not None)
 
 
 @cache

@@ -88,20 +88,20 @@ class Megatron(FileFormat):
         folder = Path(where).parent
         rank, alpha = _settings(folder)
         for module, parts in held.items():
-            if (found := rank_of(parts)) is not None and found != rank:
+            if (stored_rank := rank_of(parts)) is not None and stored_rank != rank:
                 raise AdapterCorrupt(
-                    f"{where}: {module!r} has rank {found}, but the config says {rank:g}; a part of a tensor-parallel rank? "
-                    "Gather the parts first"
+                    f"{where}: {module!r} has rank {stored_rank}, but the config says {rank:g}; a part of a tensor-parallel "
+                    "rank? Gather the parts first"
                 )
         return dict.fromkeys(held, alpha / rank)
 
 
 def _path(end: str, base: BaseNames, where: str) -> str:
-    found = [name for name in base.layers if name == end or name.endswith(f".{end}")]
-    if len(found) != 1:
-        held = f"{len(found)} modules of that name: {', '.join(found[:3])}" if found else "no module of that name"
+    names = [name for name in base.layers if name == end or name.endswith(f".{end}")]
+    if len(names) != 1:
+        held = f"{len(names)} modules of that name: {', '.join(names[:3])}" if names else "no module of that name"
         raise AdapterUnsupported(f"{where}: an update of {end!r}, but the model given has {held}")
-    return found[0]
+    return names[0]
 
 
 def _place_groups(paths: tuple[str, ...], base: BaseNames, where: str) -> Placement:

@@ -61,6 +61,6 @@ def _parts_in_use(config: Config) -> list[bool]:
 
 def _spread(b_PR: Tensor, used: list[bool]) -> Tensor:
     """Return the rows of the parts at their places in the whole projection."""
-    given = iter(b_PR.chunk(sum(used)))
+    chunks = iter(b_PR.chunk(sum(used)))
     size = b_PR.shape[0] // sum(used)
-    return torch.cat([next(given) if part else b_PR.new_zeros(size, b_PR.shape[1]) for part in used])
+    return torch.cat([next(chunks) if part else b_PR.new_zeros(size, b_PR.shape[1]) for part in used])

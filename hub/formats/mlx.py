@@ -72,8 +72,8 @@ class Mlx(FileFormat):
         unknown = sorted(set(settings) - {"rank", "scale", "alpha", "dropout", "keys"})
         if unknown:
             raise AdapterUnsupported(f"{folder}: lora_parameters has the unknown field {unknown[0]!r:.80}")
-        given = Config(folder, settings)
-        scale, rank = given.number("scale"), given.number("rank")
+        reader = Config(folder, settings)
+        scale, rank = reader.number("scale"), reader.number("rank")
         if rank < 1:
             raise AdapterCorrupt(f"{folder}: lora_parameters has rank={rank:g}, below 1")
         for module, parts in held.items():
@@ -81,7 +81,7 @@ class Mlx(FileFormat):
                 raise AdapterCorrupt(
                     f"{folder}: {module!r} has rank {parts['down'].shape[0]}, but lora_parameters say {rank:g}"
                 )
-        alpha = given.number("alpha") if "alpha" in settings else rank
+        alpha = reader.number("alpha") if "alpha" in settings else rank
         return dict.fromkeys(held, scale * alpha / rank)
 
     @classmethod
@@ -91,9 +91,9 @@ class Mlx(FileFormat):
 
     @classmethod
     def _files(cls, source: Path, allow_pickle: bool = False) -> list[str]:
-        found = super()._files(source, allow_pickle)
+        files = super()._files(source, allow_pickle)
         # numbered checkpoints are stored beside the final weights
-        return [WEIGHTS] if WEIGHTS in found else found
+        return [WEIGHTS] if WEIGHTS in files else files
 
     @classmethod
     def _held(cls, folder: Path, name: str) -> tuple[dict[str, dict[str, Tensor]], set[str]]:

@@ -110,9 +110,9 @@ def _layers_of(parts: Mapping[str, Parts], config: PeftConfig, layout: Mapping[s
     for layer, held in parts.items():
         path = paths.get(layer)
         unscaled |= _experts(path, held, config) if path else {layer: _factors(layer, held, config)}
-    found = {path_of(layer, factors): factors.rank for layer, factors in unscaled.items() if factors.rank}
-    scales = config.scales(found)
-    _warn_of_other_ranks(found, scales, config)
+    ranks = {path_of(layer, factors): factors.rank for layer, factors in unscaled.items() if factors.rank}
+    scales = config.scales(ranks)
+    _warn_of_other_ranks(ranks, scales, config)
     scaled = {
         layer: _scale(layer, factors, scales.get(path_of(layer, factors), 1.0), config)
         for layer, factors in unscaled.items()

@@ -44,13 +44,13 @@ class Sam(FileFormat):
                 f"{where}: the tensors w_a_000 and so on name no layer; give the Segment Anything model that they are for: "
                 "Adapter.from_pretrained(..., model=model)"
             )
-        found = {int(hit[1]): path for path in base.layers if (hit := _QKV.fullmatch(path))}
-        if len(found) != int(blocks):
+        paths = {int(hit[1]): path for path in base.layers if (hit := _QKV.fullmatch(path))}
+        if len(paths) != int(blocks):
             raise AdapterUnsupported(
-                f"{where}: the file has the queries and values of {blocks} blocks, and the model has {len(found)} blocks "
+                f"{where}: the file has the queries and values of {blocks} blocks, and the model has {len(paths)} blocks "
                 "with a fused projection attn.qkv, so that which are meant is not known"
             )
-        return Placement((found[int(block)],))
+        return Placement((paths[int(block)],))
 
     @classmethod
     def _held(cls, folder: Path, name: str) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
@@ -59,13 +59,13 @@ class Sam(FileFormat):
         joined = {}
         for block in range(blocks):
             both = [pairs.get(str(2 * block + part), {}) for part in range(2)]
-            shapes = [[tuple(each[part].shape) for part in ("down", "up") if part in each] for each in both]
-            if len(pairs) % 2 or [len(each) for each in shapes] != [2, 2] or shapes[0] != shapes[1]:
+            shapes = [[tuple(pair[part].shape) for part in ("down", "up") if part in pair] for pair in both]
+            if len(pairs) % 2 or [len(pair_shapes) for pair_shapes in shapes] != [2, 2] or shapes[0] != shapes[1]:
                 raise AdapterCorrupt(
                     f"{where}: {len(pairs)} pairs of w_a and w_b, of which block {block} has the shapes {shapes}; a block "
                     "has one pair for its queries and one of the same shapes for its values"
                 )
-            (a_q, b_q), (a_v, b_v) = ((each["down"], each["up"]) for each in both)
+            (a_q, b_q), (a_v, b_v) = ((pair["down"], pair["up"]) for pair in both)
             joined[f"{block} of {blocks}"] = {"down": torch.cat([a_q, a_v]), "up": _stacked(b_q, b_v, where)}
         if not joined:
             raise AdapterCorrupt(f"{where}: one pair of w_a and w_b, where a block has two")
