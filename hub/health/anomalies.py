@@ -47,14 +47,14 @@ _FLOOR = 0.02
 
 def checked_policy(policy: str | Mapping[str, str]) -> dict[str, str]:
     """Return the policy of each kind: one for all, or some by kind, the others "report". Raises AdapterUnsupported."""
-    given = dict.fromkeys(KINDS, policy) if isinstance(policy, str) else {**dict.fromkeys(KINDS, "report"), **policy}
-    for kind, chosen in given.items():
+    policies = dict.fromkeys(KINDS, policy) if isinstance(policy, str) else {**dict.fromkeys(KINDS, "report"), **policy}
+    for kind, chosen in policies.items():
         if kind not in KINDS or chosen not in POLICIES:
             raise AdapterUnsupported(
                 f"anomalies={policy!r} is not a policy; give one of {', '.join(POLICIES)}, or a mapping to them from "
                 f"{', '.join(KINDS)}"
             )
-    return given
+    return policies
 
 
 def against_pool(figures: Figures, reference: Sequence[tuple[Array, Array]]) -> list[Anomaly]:
@@ -69,28 +69,28 @@ def against_pool(figures: Figures, reference: Sequence[tuple[Array, Array]]) -> 
         own_4 = _features(figures.log_norm_L[None], figures.dominance_L[None], norm_NL, dominance_NL)[0][0]
         middle_4, spread_4 = _robust(features_N4, _FLOOR)
     score_4 = (own_4 - middle_4) / spread_4
-    found = []
-    for kind, score, own, middle in zip(names, score_4, own_4, middle_4, strict=True):
+    anomalies = []
+    for kind, score, value, middle in zip(names, score_4, own_4, middle_4, strict=True):
         # a spectrum is odd on either side: a planted direction makes a dominated update less dominated
         if math.isfinite(score) and (abs(score) if kind == "spectrum" else score) > THRESHOLD:
-            detail = _describe(kind, own, middle, figures, norm_NL, len(reference))
-            found.append(Anomaly(kind, detail, round(float(score), 2)))
-    return found
+            detail = _describe(kind, value, middle, figures, norm_NL, len(reference))
+            anomalies.append(Anomaly(kind, detail, round(float(score), 2)))
+    return anomalies
 
 
 def against_model(adapter: Adapter, model: nn.Module) -> list[Anomaly]:
     """Return an anomaly for the layer whose update is largest relative to the model's weight, if larger than it."""
     weights = dict(model.named_parameters())
-    found = []
+    ratios = []
     for layer, factors in adapter.layers.items():
         weight = weights.get(f"{layer}.weight")
         size = 0.0 if weight is None else float(weight.detach().float().norm())
         if size and (ratio := algebra.norm(factors) / size) > MAX_OF_BASE:
-            found.append((ratio, layer))
-    if not found:
+            ratios.append((ratio, layer))
+    if not ratios:
         return []
-    ratio, layer = max(found)
-    detail = f"that of {layer!r} is {ratio:.3g} times as large as the base's weight, and {len(found)} in all are larger"
+    ratio, layer = max(ratios)
+    detail = f"that of {layer!r} is {ratio:.3g} times as large as the base's weight, and {len(ratios)} in all are larger"
     return [Anomaly("base_norm", f"of its updates {detail}", round(ratio, 2))]
 
 
@@ -170,21 +170,21 @@ def examine(
         return replace(prepared, figures=None)
     figures = prepared.figures or figures_of(prepared.read(blobs), record.base_model)
     with catalogue.reading() as connection:
-        found = against_pool(figures, reference(connection, figures, record.hash))
+        anomalies = against_pool(figures, reference(connection, figures, record.hash))
         near = [row for name in alike(connection, figures, record.name) if (row := _undamaged(connection, name))]
-    found += _duplicates(blobs, prepared, near)
-    found += against_model(prepared.read(blobs), model) if model is not None else []
-    found = [anomaly for anomaly in found if chosen[anomaly.kind] != "off"]
-    refused = [anomaly for anomaly in found if chosen[anomaly.kind] == "refuse"]
+    anomalies += _duplicates(blobs, prepared, near)
+    anomalies += against_model(prepared.read(blobs), model) if model is not None else []
+    anomalies = [anomaly for anomaly in anomalies if chosen[anomaly.kind] != "off"]
+    refused = [anomaly for anomaly in anomalies if chosen[anomaly.kind] == "refuse"]
     if refused:
         raise AdapterSuspicious(
-            f"adding adapter {record.name!r}: {'; '.join(f'{each.kind}: {each.detail}' for each in refused)}; if it is what "
-            'you want, add it with anomalies="report" or "quarantine"'
+            f"adding adapter {record.name!r}: {'; '.join(f'{anomaly.kind}: {anomaly.detail}' for anomaly in refused)}; if "
+            'it is what you want, add it with anomalies="report" or "quarantine"'
         )
-    for anomaly in found:
+    for anomaly in anomalies:
         _logger.info("adapter %r: %s: %s", record.name, anomaly.kind, anomaly.detail)
-    quarantined = any(chosen[anomaly.kind] == "quarantine" for anomaly in found)
-    record = replace(record, anomalies=tuple(found), quarantined=quarantined)
+    quarantined = any(chosen[anomaly.kind] == "quarantine" for anomaly in anomalies)
+    record = replace(record, anomalies=tuple(anomalies), quarantined=quarantined)
     return replace(prepared, record=record, figures=figures)
 
 

@@ -59,13 +59,13 @@ def signature(adapter: Adapter) -> dict[str, Array]:
 
     Layers with an update of zero are left out. Raises AdapterUnsupported if none is left, and as `spectral_statistics`.
     """
-    found = defaultdict(list)
+    statistics = defaultdict(list)
     for name, factors in adapter.layers.items():
         if not (factors.bound and factors.gain_O is None and algebra.is_zero(factors)):
-            found[name.rpartition(".")[2]].append(spectral_statistics(factors))
-    if not found:
+            statistics[name.rpartition(".")[2]].append(spectral_statistics(factors))
+    if not statistics:
         raise AdapterUnsupported(f"adapter {adapter.name!r} has no update that is not zero")
-    return {projection: np.mean(found[projection], axis=0) for projection in sorted(found)}
+    return {projection: np.mean(statistics[projection], axis=0) for projection in sorted(statistics)}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class BackdoorDetector:
                 "two of each at least, of one base, and a hundred to trust it"
             )
         projections = tuple(sides[0][0])
-        x_NF = np.stack([_row(each, projections) for side in sides for each in side])
+        x_NF = np.stack([_row(by_projection, projections) for side in sides for by_projection in side])
         return cls.from_statistics(projections, x_NF, [0] * len(sides[0]) + [1] * len(sides[1]))
 
     @classmethod
@@ -117,8 +117,8 @@ class BackdoorDetector:
     def probabilities(self, x_NF: Array) -> Array:
         """Return the probabilities of signatures, one row each."""
         z_N = self.intercept + (x_NF - np.array(self.means)) / np.array(self.scales) @ np.array(self.coefficients)
-        found: Array = 1 / (1 + np.exp(-z_N))
-        return found
+        probability_N: Array = 1 / (1 + np.exp(-z_N))
+        return probability_N
 
 
 def _row(found: Mapping[str, Array], projections: Sequence[str]) -> Array:

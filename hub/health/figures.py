@@ -178,7 +178,7 @@ def store_figures(connection: Connection, name: str, content_hash: str, figures:
 
 def reference(connection: Connection, figures: Figures, content_hash: str) -> list[tuple[Array, Array]]:
     """Return (log norms, dominances) by layer of a sample of the kin, without this content and quarantined adapters."""
-    found = connection.execute(
+    samples = connection.execute(
         "SELECT numbers FROM figures WHERE kin = ? AND hash <> ? "
         "AND NOT EXISTS (SELECT 1 FROM quarantine WHERE quarantine.seq = figures.seq) "
         f"ORDER BY hash LIMIT {NUM_REFERENCE}",
@@ -186,7 +186,7 @@ def reference(connection: Connection, figures: Figures, content_hash: str) -> li
     ).fetchall()
     expected = 8 * len(figures.layers)
     # rows of another size come from a damaged page, and are no reason to fail
-    arrays = [np.frombuffer(bytes(data), "<f4").reshape(2, -1).astype(float) for (data,) in found if len(data) == expected]
+    arrays = [np.frombuffer(bytes(data), "<f4").reshape(2, -1).astype(float) for (data,) in samples if len(data) == expected]
     return [(array[0], array[1]) for array in arrays]
 
 
@@ -194,12 +194,12 @@ def alike(connection: Connection, figures: Figures, name: str) -> list[str]:
     """Return the names of other adapters whose sketches are near this one's, the nearest first."""
     distances: dict[str, int] = {}
     for piece, key in zip(_PIECES, _keys(figures), strict=True):
-        found = connection.execute(
+        neighbours = connection.execute(
             f"SELECT adapters.name, figures.code FROM figures JOIN adapters ON adapters.seq = figures.seq "
             f"WHERE figures.{piece} = ? AND figures.kin = ? LIMIT {MAX_LOOKED_AT}",
             (key, figures.kin),
         ).fetchall()
-        distances.update({other: hamming(bytes(code), figures.code) for other, code in found if other != name})
+        distances.update({other: hamming(bytes(code), figures.code) for other, code in neighbours if other != name})
     near = [other for other, distance in distances.items() if distance <= MAX_DISTANCE]
     return sorted(near, key=lambda other: (distances[other], other))
 

@@ -78,8 +78,8 @@ def _make(folder: Path, path: Path, new: Path) -> None:
 def _read_listed(path: Path, blobs: Blobs) -> Iterator[History]:
     """Yield the histories of the old catalogue, without versions whose row or blob is damaged."""
     taken: set[str] = set()
-    for found in _intact_rows(path):
-        history = [record for record in found if record.hash in blobs]
+    for records in _intact_rows(path):
+        history = [record for record in records if record.hash in blobs]
         if history and history[-1].name not in taken:
             taken.add(history[-1].name)
             yield history
@@ -98,9 +98,9 @@ def _read_unlisted(blobs: Blobs, listed: Sequence[History]) -> Iterator[History]
         numbers = [origin.version for origin in origins]
         is_history = name not in taken and len(set(numbers)) == len(numbers)
         for history in [sorted(origins, key=attrgetter("version"))] if is_history else [[origin] for origin in origins]:
-            own = name if name not in taken else f"{name[:180]} {history[-1].hash[:12]}"
-            taken.add(own)
-            yield [replace(origin, name=own) for origin in history]
+            unique_name = name if name not in taken else f"{name[:180]} {history[-1].hash[:12]}"
+            taken.add(unique_name)
+            yield [replace(origin, name=unique_name) for origin in history]
 
 
 def _sound_blobs(blobs: BlobStore) -> Iterator[tuple[str, tuple[rows.BlobRow, Record]]]:
@@ -144,7 +144,7 @@ def _intact_compositions(path: Path) -> list[compositions.CompositionRow]:
     if not path.exists():
         return []
     connection = sqlite3.connect(path, isolation_level=None)
-    found: list[compositions.CompositionRow] = []
+    intact: list[compositions.CompositionRow] = []
     names: list[str] = []
     try:
         # a catalogue of schema 5 has none
@@ -152,17 +152,17 @@ def _intact_compositions(path: Path) -> list[compositions.CompositionRow]:
             names = compositions.names(connection)
         for name in names:
             with _damage_ignored():
-                found += filter(None, [compositions.find(connection, name)])
+                intact += filter(None, [compositions.find(connection, name)])
     finally:
         connection.close()
-    return found
+    return intact
 
 
 def _intact(read: Callable[..., rows.Row | None], *where: Any) -> rows.Row | None:
-    found: tuple[rows.Row | None, ...] = (None,)
+    result: tuple[rows.Row | None, ...] = (None,)
     with _damage_ignored():
-        found = (read(*where),)
-    return found[0]
+        result = (read(*where),)
+    return result[0]
 
 
 @contextmanager

@@ -53,8 +53,8 @@ def signed(record: Record, key: Ed25519PrivateKey) -> dict[str, Any]:
 def signature_problems(records: Iterable[Record], signers: Mapping[str, Ed25519PublicKey]) -> Iterator[str]:
     """Yield a sentence for each adapter that none of these keys has signed as it is now."""
     for record in records:
-        found = entry(record.card, SIGNATURES, dict) or {}
-        by = {digits: found[digits] for digits in signers if digits in found}
+        card_signatures = entry(record.card, SIGNATURES, dict) or {}
+        by = {digits: card_signatures[digits] for digits in signers if digits in card_signatures}
         if not by:
             yield f"adapter {record.name!r} is not signed by {' or '.join(signers)}"
         elif not any(_is_valid(signers[digits], signature, record) for digits, signature in by.items()):
@@ -76,14 +76,14 @@ def read_private_key(path: Key) -> Ed25519PrivateKey:
     """Return the key in a PEM file without a password. Raises HubError otherwise, PackageMissing without cryptography."""
     from_pem, private, _ = _cryptography()
     try:
-        found = from_pem.load_pem_private_key(_read(path), password=None)
+        key = from_pem.load_pem_private_key(_read(path), password=None)
     except (ValueError, TypeError) as error:
         raise HubError(
             f"{path} has no Ed25519 private key without a password ({error}); `openssl genpkey -algorithm ed25519` makes one"
         ) from error
-    if not isinstance(found, private):
-        raise HubError(f"{path} has a key of another kind ({type(found).__name__}); `openssl genpkey -algorithm ed25519`")
-    return found
+    if not isinstance(key, private):
+        raise HubError(f"{path} has a key of another kind ({type(key).__name__}); `openssl genpkey -algorithm ed25519`")
+    return key
 
 
 def read_public_key(given: Key) -> Ed25519PublicKey:
@@ -92,15 +92,15 @@ def read_public_key(given: Key) -> Ed25519PublicKey:
     try:
         if isinstance(given, str) and len(given) == 64 and not Path(given).exists():
             return public.from_public_bytes(bytes.fromhex(given))
-        found = from_pem.load_pem_public_key(_read(given))
+        key = from_pem.load_pem_public_key(_read(given))
     except (ValueError, TypeError) as error:
         raise HubError(
             f"{given!s:.80} is no Ed25519 public key ({error}); give 64 hexadecimal digits, or the file that "
             "`openssl pkey -pubout` writes"
         ) from error
-    if not isinstance(found, public):
-        raise HubError(f"{given!s:.80} has a key of another kind ({type(found).__name__}); Ed25519 is wanted")
-    return found
+    if not isinstance(key, public):
+        raise HubError(f"{given!s:.80} has a key of another kind ({type(key).__name__}); Ed25519 is wanted")
+    return key
 
 
 def hex_of(key: Ed25519PublicKey) -> str:

@@ -58,18 +58,18 @@ def verify(
     """
     signers = None if signed_by is None else public_keys(signed_by)
     problems: list[str] = []
-    found: list[rows.Row] = []
+    newest: list[rows.Row] = []
     older: list[rows.Row] = []
     try:
         with catalogue.reading() as connection:
             problems += catalogue.problems(connection)
             for seq in [seq for (seq,) in connection.execute("SELECT seq FROM adapters ORDER BY seq").fetchall()]:
-                found += _row(connection, seq, problems)
+                newest += _row(connection, seq, problems)
             for seq, version in versions.every(connection):
                 older += _older(connection, seq, version, problems)
             problems += _vector_problems(connection)
             problems += _count_problems(connection)
-            problems += quarantine.problems(connection, [(row.seq, row.record.quarantined) for row in found])
+            problems += quarantine.problems(connection, [(row.seq, row.record.quarantined) for row in newest])
     except HubError as error:
         problems.append(str(error))
     kept: list[compositions.CompositionRow] = []
@@ -81,20 +81,20 @@ def verify(
         problems.append(str(error))
     problems += segments.problems(folder)
     if signers is not None:
-        problems += signature_problems([row.record for row in found], signers)
+        problems += signature_problems([row.record for row in newest], signers)
     intact = []
     files: dict[str, str] = {}
-    asked = [(row.blob, row.record.hash, f"adapter {row.record.name!r}") for row in found]
-    pieces = {f"from adapter {place + 1} on": asked[place : place + MANY] for place in range(0, len(asked), MANY)}
+    checks = [(row.blob, row.record.hash, f"adapter {row.record.name!r}") for row in newest]
+    pieces = {f"from adapter {place + 1} on": checks[place : place + MANY] for place in range(0, len(checks), MANY)}
     with progress_bar(False) as bar:
         read = require_all(dict(spread(blob_problems, pieces, n_jobs=n_jobs, label="reading", bar=bar)))
-    for row, own in zip(found, chain.from_iterable(read[name] for name in pieces), strict=True):
-        faults = [*own, *file_problems(blobs, row.record, files)]
+    for row, blob_faults in zip(newest, chain.from_iterable(read[name] for name in pieces), strict=True):
+        faults = [*blob_faults, *file_problems(blobs, row.record, files)]
         if not faults:
             intact.append(row.record.name)
         elif _stands(catalogue, row):
             problems += faults
-    seen = {row.blob.hash for row in found}
+    seen = {row.blob.hash for row in newest}
     for row in older:
         # one blob serves several versions, and is read and reported once
         if row.blob.hash not in seen:
@@ -167,7 +167,7 @@ def _vector_problems(connection: Connection) -> Iterator[str]:
 
 def many_blob_problems(blobs: BlobStore, asked: Sequence[Asked]) -> list[list[str]]:
     """Return the problems of each of these blobs."""
-    return [list(_blob_problems(blobs, each)) for each in asked]
+    return [list(_blob_problems(blobs, check)) for check in asked]
 
 
 def _blob_problems(blobs: BlobStore, asked: Asked) -> Iterator[str]:
@@ -190,7 +190,7 @@ def _stands(catalogue: CatalogueStore, row: rows.Row) -> bool:
     named = "SELECT 1 FROM adapters WHERE seq = ? AND hash = ? UNION SELECT 1 FROM versions WHERE seq = ? AND hash = ?"
     try:
         with catalogue.reading() as connection:
-            found = connection.execute(named, (row.seq, row.blob.hash) * 2).fetchone()
-            return found is not None and rows.find_blob(connection, row.blob.hash) == row.blob
+            hit = connection.execute(named, (row.seq, row.blob.hash) * 2).fetchone()
+            return hit is not None and rows.find_blob(connection, row.blob.hash) == row.blob
     except HubError:
         return True
