@@ -59,8 +59,8 @@ class FaissHalf(HeldVectors):
         scanner = self._scanners.get(mask_N)
 
         def halves(some_QD: np.ndarray, num: int) -> Ranking:
-            found = [scanner.best(query_D, [(self._codes_ND, None)], min(num, count)) for query_D in some_QD]
-            return np.stack([scores_R for scores_R, _ in found]), np.stack([rows_R for _, rows_R in found])
+            rankings = [scanner.best(query_D, [(self._codes_ND, None)], min(num, count)) for query_D in some_QD]
+            return np.stack([scores_R for scores_R, _ in rankings]), np.stack([rows_R for _, rows_R in rankings])
 
         slack_Q = norm_Q * (SLACK * largest + distance)
         return exact_best(halves, query_QD, self._vectors_ND, k, max(NUM_RESCORED, 2 * k), slack_Q)

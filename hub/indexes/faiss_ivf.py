@@ -103,8 +103,10 @@ class FaissIvf(HeldVectors):
         rows = [self._near(scanner, query_D, n_C, k, share) for query_D, n_C in zip(query_QD, nearness_QC, strict=True)]
         if len({len(rows_R) for rows_R in rows}) == 1:
             return rescore(query_QD, self._vectors_ND, np.stack(rows), k)
-        found = [rescore(q_D[None], self._vectors_ND, rows_R[None], k) for q_D, rows_R in zip(query_QD, rows, strict=True)]
-        return np.concatenate([scores for scores, _ in found]), np.concatenate([at for _, at in found])
+        rankings = [
+            rescore(q_D[None], self._vectors_ND, rows_R[None], k) for q_D, rows_R in zip(query_QD, rows, strict=True)
+        ]
+        return np.concatenate([scores for scores, _ in rankings]), np.concatenate([at for _, at in rankings])
 
     def _near(self, scanner: HalfScanner, query_D: np.ndarray, nearness_C: np.ndarray, k: int, share: float) -> np.ndarray:
         """Return the rows to score again, at least k unless all lists have fewer."""
