@@ -216,10 +216,10 @@ class _Walk:
 
     def _names(self, path: str) -> tuple[str, str]:
         """Return the name of a path, and the name to use if another adapter has that."""
-        own = (
+        stem = (
             self.root.resolve().name if path == "." else path.removesuffix(archive_suffix(path)).removesuffix(".safetensors")
         )
-        shown = "".join("_" if unicodedata.category(letter)[0] == "C" else letter for letter in f"{self.prefix}{own}")
+        shown = "".join("_" if unicodedata.category(letter)[0] == "C" else letter for letter in f"{self.prefix}{stem}")
         tag = f"~{text_digest(path)[:_TAG_CHARACTERS]}"
         short = unicodedata.normalize("NFC", shown).strip() or "adapter"
         tagged = f"{short[-(MAX_NAME_CHARACTERS - len(tag)) :].strip()}{tag}"
@@ -236,8 +236,8 @@ def _refusal(path: str, now: str, name: str, error: LoraweaveError) -> Noted:
 
 
 def _oddities(record: Record) -> str:
-    found = "; ".join(f"{anomaly.kind}: {anomaly.detail}" for anomaly in record.anomalies)
-    return f"in quarantine: {found}" if record.quarantined else found
+    oddities = "; ".join(f"{anomaly.kind}: {anomaly.detail}" for anomaly in record.anomalies)
+    return f"in quarantine: {oddities}" if record.quarantined else oddities
 
 
 # the longest line of one adapter; longer ones come from a damaged journal
@@ -265,14 +265,14 @@ class TreeJournal:
 
     def read(self) -> dict[str, Noted]:
         """Return the notes by path, without lines that cannot be read, such as the last of a killed process."""
-        found: dict[str, Noted] = {}
+        notes: dict[str, Noted] = {}
         reading = storage_errors(self.path, "reading what was added of the tree")
         with reading, suppress(FileNotFoundError), self.path.open("rb") as file:
             while line := file.readline(_MAX_LINE_BYTES):
                 with suppress(ValueError, TypeError, AttributeError):
                     noted = Noted(**{key: str(value) for key, value in json.loads(line).items()})
-                    found[noted.path] = noted
-        return found
+                    notes[noted.path] = noted
+        return notes
 
     def write(self, noted: Noted) -> None:
         """Append a note. It is not synced to the disk, since losing it costs only another reading."""
@@ -299,7 +299,7 @@ def tree_sources(root: Path, unread: Callable[[OSError], None]) -> list[Path]:
 
     `unread` is called with the error of a folder that cannot be listed.
     """
-    found = []
+    sources = []
     for path, folders, files in os.walk(root, onerror=unread):
         # version control has thousands of folders and no adapters
         folders[:] = [name for name in folders if name != ".git"]
@@ -308,11 +308,11 @@ def tree_sources(root: Path, unread: Callable[[OSError], None]) -> list[Path]:
         # each LoRA file in a folder is an adapter, and keeps its name when another file is added
         loras = [] if Peft.recognises(here) else [file for file in files_of_weights if _is_plain(file) and is_adapter(file)]
         if loras:
-            found += loras
+            sources += loras
         elif is_adapter(here):
-            found.append(here)
-        found += [here / name for name in files if archive_suffix(name) and _is_plain(here / name)]
-    return sorted(found, key=lambda source: source.relative_to(root).parts)
+            sources.append(here)
+        sources += [here / name for name in files if archive_suffix(name) and _is_plain(here / name)]
+    return sorted(sources, key=lambda source: source.relative_to(root).parts)
 
 
 def _is_plain(path: Path) -> bool:

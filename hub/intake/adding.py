@@ -108,11 +108,11 @@ def add_many(
     reading = {"stored_as": stored_as, "allow_pickle": allow_pickle}
     if _is_spread(sources, n_jobs):
         figures = set(checked_policy(anomalies).values()) != {"off"}
-        found = _from_workers(sources, partial(by_worker, figures=figures, **reading), n_jobs, progress)
+        outcomes = _from_workers(sources, partial(by_worker, figures=figures, **reading), n_jobs, progress)
     else:
         items = tracked(sources, "adding adapters", total=length_hint(sources) or None, shown=progress)
-        found = ((addition, _try_to_read(addition, **reading)) for addition in map(_addition, items))
-    for addition, prepared in found:
+        outcomes = ((addition, _try_to_read(addition, **reading)) for addition in map(_addition, items))
+    for addition, prepared in outcomes:
         if isinstance(prepared, LoraweaveError):
             refused.append((addition.label, prepared))
             continue
@@ -142,26 +142,26 @@ def read_piece(
     figures: bool,
 ) -> list[Read]:
     """Return the prepared adapter or the error of each source, after writing their content, without rows, to the store."""
-    found: list[Read] = []
+    done: list[Read] = []
     held: dict[int, Prepared] = {}
 
     def put_away() -> None:
         stored = store_content(catalogue, blobs, list(held.values()), stored_as=stored_as) if held else []
-        for place, each in zip(held, stored, strict=True):
-            found[place] = each
+        for place, prepared in zip(held, stored, strict=True):
+            done[place] = prepared
         held.clear()
 
     for addition in additions:
-        each = _try_to_read(addition, stored_as=stored_as, allow_pickle=allow_pickle)
-        if isinstance(each, Prepared):
+        prepared = _try_to_read(addition, stored_as=stored_as, allow_pickle=allow_pickle)
+        if isinstance(prepared, Prepared):
             if figures:
-                each = replace(each, figures=figures_of(each.read(blobs), each.record.base_model))
-            held[len(found)] = each
-        found.append(each)
-        if sum(each.num_bytes for each in held.values()) >= MAX_BATCH_BYTES:
+                prepared = replace(prepared, figures=figures_of(prepared.read(blobs), prepared.record.base_model))
+            held[len(done)] = prepared
+        done.append(prepared)
+        if sum(prepared.num_bytes for prepared in held.values()) >= MAX_BATCH_BYTES:
             put_away()
     put_away()
-    return found
+    return done
 
 
 def _is_spread(sources: Iterable[Any], n_jobs: int | None) -> TypeGuard[Sequence[Any]]:
@@ -187,13 +187,13 @@ def _from_workers(
     ended: dict[str, list[Read]] = {}
     turn = deque(pieces)
     with progress_bar(progress) as bar:
-        for name, found in spread(work, pieces, n_jobs=n_jobs, label="reading", bar=bar):
-            if isinstance(found, list):
-                ended[name] = found
-            elif isinstance(found.error, WorkersFailed):
-                ended[name] = [found.error] * len(pieces[name])
+        for name, outcome in spread(work, pieces, n_jobs=n_jobs, label="reading", bar=bar):
+            if isinstance(outcome, list):
+                ended[name] = outcome
+            elif isinstance(outcome.error, WorkersFailed):
+                ended[name] = [outcome.error] * len(pieces[name])
             else:
-                raise found.error
+                raise outcome.error
             while turn and turn[0] in ended:
                 name = turn.popleft()
                 yield from zip(pieces[name], ended.pop(name), strict=True)
@@ -216,9 +216,9 @@ def prepare(addition: Addition, *, stored_as: str, allow_pickle: bool) -> Prepar
     adapter = (
         source if isinstance(source, Adapter) else Adapter.from_pretrained(source, name=name, allow_pickle=allow_pickle)
     )
-    given = {key: getattr(addition, key) for key in OWN_FIELDS}
+    fields = {key: getattr(addition, key) for key in OWN_FIELDS}
     own_name = checked_name(adapter.name if name is None else name)
-    record = new_record(adapter, own_name, given, addition.base_model, None if source is adapter else str(source))
+    record = new_record(adapter, own_name, fields, addition.base_model, None if source is adapter else str(source))
     _require_storable(adapter, stored_as)
     if source is adapter:
         # reading has checked every number of an adapter that was read

@@ -55,8 +55,8 @@ _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 def archive_suffix(path: str | Path) -> str:
     """Return the suffix that makes `path` an archive, as it is spelled there; "" for any other name."""
     name = Path(path).name
-    found = [suffix for suffix in (*ZIP_SUFFIXES, *TAR_SUFFIXES) if name.lower().endswith(suffix)]
-    return name[-max(map(len, found)) :] if found else ""
+    suffixes = [suffix for suffix in (*ZIP_SUFFIXES, *TAR_SUFFIXES) if name.lower().endswith(suffix)]
+    return name[-max(map(len, suffixes)) :] if suffixes else ""
 
 
 @contextmanager

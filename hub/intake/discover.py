@@ -69,7 +69,7 @@ def discover(
         if value < 1:
             raise WeightingError(f"{name} is {value}: give at least 1")
     api = HfApi(token=token)
-    found: list[Found] = []
+    adapters: list[Found] = []
     try:
         for info in tracked(_listed(api, model_id, query), "asking the model hub", total=None, shown=progress):
             if (info.downloads or 0) < min_downloads or (info.likes or 0) < min_likes:
@@ -79,16 +79,16 @@ def discover(
                 continue
             # the list has no sizes
             files = api.model_info(info.id, revision=info.sha, files_metadata=True).siblings or ()
-            sizes = [file.size or 0 for file in files if any(fnmatch.fnmatch(file.rfilename, each) for each in WEIGHTS)]
+            sizes = [file.size or 0 for file in files if any(fnmatch.fnmatch(file.rfilename, glob) for glob in WEIGHTS)]
             if not sizes or (max_bytes is not None and sum(sizes) > max_bytes):
                 continue
             figures = info.downloads or 0, info.likes or 0, sum(sizes), tuple(map(str, info.tags or ()))
-            found.append(Found(info.id, info.sha, model_id, stated, *figures))
-            if len(found) == limit:
+            adapters.append(Found(info.id, info.sha, model_id, stated, *figures))
+            if len(adapters) == limit:
                 break
     except ERRORS as error:
         raise listing_error(error, model_id, token) from error
-    return found
+    return adapters
 
 
 def _listed(api: HfApi, model_id: str, query: str | None) -> Iterator[Any]:
@@ -96,7 +96,7 @@ def _listed(api: HfApi, model_id: str, query: str | None) -> Iterator[Any]:
     listed = api.list_models(filter=f"base_model:adapter:{model_id}", search=query, sort="downloads", full=True)
     for info in islice(listed, MAX_LISTED):
         names = [file.rfilename for file in info.siblings or ()]
-        has_weights = any(fnmatch.fnmatch(name, each) for name in names for each in WEIGHTS)
+        has_weights = any(fnmatch.fnmatch(name, glob) for name in names for glob in WEIGHTS)
         if has_weights and _ID.fullmatch(str(info.id)) and _COMMIT.fullmatch(str(info.sha)):
             yield info
 

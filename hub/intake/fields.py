@@ -122,10 +122,10 @@ def card_with_outputs(
     """
     if outputs:
         return {**card, "outputs": list(outputs)}
-    own = card.get("outputs")
-    if own is None:
+    card_outputs = card.get("outputs")
+    if card_outputs is None:
         return card
-    as_many = before is None and is_list(own) and len(own) == len(examples)
+    as_many = before is None and is_list(card_outputs) and len(card_outputs) == len(examples)
     if as_many or (before is not None and list(before) == list(examples)):
         return card
     return {key: value for key, value in card.items() if key != "outputs"}

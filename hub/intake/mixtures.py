@@ -32,9 +32,9 @@ def keep_mixture(hub: CompositionShelf, addition: Addition, *, replace: bool, mo
     Raises HubError for fields that a composition does not have, and the errors of opening and of `save_composition`.
     """
     folder = Path(str(addition.source))
-    if given := [name for name in (*OWN_FIELDS, "base_model") if getattr(addition, name)]:
+    if fields := [name for name in (*OWN_FIELDS, "base_model") if getattr(addition, name)]:
         raise HubError(
-            f"{folder} is a mixture of adapters, kept as a composition, which has no {given[0]}: leave it out, or add the "
+            f"{folder} is a mixture of adapters, kept as a composition, which has no {fields[0]}: leave it out, or add the "
             "adapters in it by their own paths"
         )
     name = name_of(folder.absolute()) if addition.name is None else addition.name

@@ -69,8 +69,8 @@ def download(
             if status_of(error) != 429 or number == MAX_TRIES:
                 raise _download_error(error, repository, revision, token, local_files_only) from error
             # the wait that the hub asks for, else 1, 2, 4 seconds
-            asked = next((response.headers.get("Retry-After", "") for response in _responses(error)), "")
-            wait_s = min(float(asked) if asked.isdigit() else 2.0 ** (number - 1), MAX_WAIT_S)
+            retry_after = next((response.headers.get("Retry-After", "") for response in _responses(error)), "")
+            wait_s = min(float(retry_after) if retry_after.isdigit() else 2.0 ** (number - 1), MAX_WAIT_S)
         _logger.warning("the model hub limits requests; asking for %s again in %.0f s", repository, wait_s)
         time.sleep(wait_s)
     raise AssertionError("the last try returns or raises")

@@ -108,13 +108,13 @@ def _locate(
     repository = f"{owner}/{name}"
     if file:
         wanted = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        found = download(repository, **wanted, allow_patterns=[file, README])  # type: ignore[arg-type]
-        if not _is_there(found.folder / file):
+        snapshot = download(repository, **wanted, allow_patterns=[file, README])  # type: ignore[arg-type]
+        if not _is_there(snapshot.folder / file):
             raise AdapterNotFound(
                 f"the repository {repository!r} of the model hub has no file {file!r}; see its list of files there"
             )
-        origin = {"repository": str(source), "revision": found.commit, "asked": revision or "main"}
-        return OpenedSource(found.folder / file, origin)
+        origin = {"repository": str(source), "revision": snapshot.commit, "asked": revision or "main"}
+        return OpenedSource(snapshot.folder / file, origin)
     return _download(repository, revision, token, local_files_only, allow_patterns)
 
 
@@ -122,15 +122,15 @@ def _download(
     repository: str, revision: str | None, token: str | None, local_files_only: bool, allow_patterns: Sequence[str]
 ) -> OpenedSource:
     wanted = {"revision": revision, "token": token, "local_files_only": local_files_only}
-    found = download(repository, **wanted, allow_patterns=allow_patterns)  # type: ignore[arg-type]
-    origin = {"repository": repository, "revision": found.commit, "asked": revision or "main"}
-    if not any(path.suffix in _WEIGHTS or path.name.startswith("compeft.") for path in found.folder.iterdir()):
+    snapshot = download(repository, **wanted, allow_patterns=allow_patterns)  # type: ignore[arg-type]
+    origin = {"repository": repository, "revision": snapshot.commit, "asked": revision or "main"}
+    if not any(path.suffix in _WEIGHTS or path.name.startswith("compeft.") for path in snapshot.folder.iterdir()):
         raise AdapterUnsupported(
             f"the repository {repository!r} of the model hub has no weights under a name that adapters usually have; give a "
             f"LoRA file by its own, as in {repository + '/file.safetensors'!r}, or allow_pickle=True if it has only pickles "
             "such as adapter_model.bin"
         )
-    return OpenedSource(found.folder, origin)
+    return OpenedSource(snapshot.folder, origin)
 
 
 def _parts(source: str | Path) -> tuple[str, str, str]:
