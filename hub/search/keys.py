@@ -95,10 +95,10 @@ def _spread_keys(given: Any, records: Sequence[Spoken]) -> Iterator[tuple[Sequen
     pieces = {part[0].name: part for part in parts}
     ended = {}
     with progress_bar(sys.stderr.isatty()) as bar:
-        for name, found in spread(partial(_keys_by, given), pieces, n_jobs=None, label="embedding", bar=bar):
-            ended[name] = found
-            if not isinstance(found, Failed):
-                yield pieces[name], found
+        for name, outcome in spread(partial(_keys_by, given), pieces, n_jobs=None, label="embedding", bar=bar):
+            ended[name] = outcome
+            if not isinstance(outcome, Failed):
+                yield pieces[name], outcome
     require_all(ended)
 
 

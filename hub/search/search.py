@@ -161,8 +161,8 @@ class SearchIndex:
 
     def explain(self, query_D: np.ndarray, hits: Sequence[Hit], *, evidence: bool = True) -> list[Candidate]:
         """Return the hits as candidates, with the adapter's own text nearest to the query as evidence, if wanted."""
-        found = [self._evidence(query_D, hit.record) if evidence else "" for hit in hits]
-        return [Candidate(hit.record.name, hit.score, text, hit.record) for hit, text in zip(hits, found, strict=True)]
+        texts = [self._evidence(query_D, hit.record) if evidence else "" for hit in hits]
+        return [Candidate(hit.record.name, hit.score, text, hit.record) for hit, text in zip(hits, texts, strict=True)]
 
     def samples(self, record: Record) -> np.ndarray:
         """Return the embedded sample inputs of the record (M, D), which its key and its evidence share."""
@@ -192,13 +192,13 @@ class SearchIndex:
             # searching only reads: a hub that is read-only, full or locked still answers
             _logger.info("the embeddings cannot be stored, so the search runs here: %s", error)
             return None
-        found = []
+        hits = []
         for query_D in query_QD:
             nearest = database.nearest(self.embedder.id, query_D, k, seqs)
             if nearest is None or any(near.text_digest != digest_of(near.record) for near in nearest):
                 return None
-            found.append([Hit(near.record, near.score, near.key_D) for near in nearest])
-        return found
+            hits.append([Hit(near.record, near.score, near.key_D) for near in nearest])
+        return hits
 
     def _evidence(self, query_D: np.ndarray, record: Record) -> str:
         kinds, texts = zip(*texts_of(record), strict=True)
@@ -291,12 +291,12 @@ class SearchIndex:
                 part_ND = np.empty((len(present), self.embedder.dim), np.float32)
             parts.append(part_ND)
             seqs += present
-            found = self._fill(part_ND, present.values())
+            unfilled = self._fill(part_ND, present.values())
             # after a rename another adapter may have the name
-            if len(missing) >= _MANY_MISSING or found.keys() & missing.keys() or not changes.page:
+            if len(missing) >= _MANY_MISSING or unfilled.keys() & missing.keys() or not changes.page:
                 self._make(missing)
                 missing = {}
-            missing |= found
+            missing |= unfilled
             if not changes.page:
                 break
             after = changes.page[-1].seq

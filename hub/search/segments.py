@@ -163,8 +163,8 @@ class Segment:
         at_M = np.searchsorted(self.seqs_N, seqs_M)
         inside = at_M < len(self.seqs_N)
         at_M = at_M[inside]
-        found: np.ndarray = at_M[self.seqs_N[at_M] == seqs_M[inside]]
-        return found
+        rows_R: np.ndarray = at_M[self.seqs_N[at_M] == seqs_M[inside]]
+        return rows_R
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,7 +231,7 @@ class Keys:
         seqs_QK = np.concatenate([segment.seqs_N[at_QK] for segment, _, at_QK in parts], axis=1)
         keys_QKD = np.concatenate([segment.keys_ND[at_QK] for segment, _, at_QK in parts], axis=1)
         if len(parts) == 1:
-            return [Hits(*found) for found in zip(scores_QK, seqs_QK, keys_QKD, strict=True)]
+            return [Hits(*arrays) for arrays in zip(scores_QK, seqs_QK, keys_QKD, strict=True)]
         best_QK = np.lexsort((seqs_QK, -scores_QK), axis=1)[:, :k]
         return [Hits(s[b], q[b], v[b]) for s, q, v, b in zip(scores_QK, seqs_QK, keys_QKD, best_QK, strict=True)]
 
@@ -318,15 +318,15 @@ def load(folder: Path, embedder: str, index: str, dim: int, choice: Choice) -> t
         kind = choice(len(seqs_N))
         if kind.__name__ != metadata["kind"]:
             arrays = {"vectors": arrays["vectors"]}
-        found = kind.from_arrays(dim, arrays)
-        if len(found) != len(seqs_N):
-            raise ValueError(f"it has {len(found)} keys for {len(seqs_N)} adapters")
+        saved_index = kind.from_arrays(dim, arrays)
+        if len(saved_index) != len(seqs_N):
+            raise ValueError(f"it has {len(saved_index)} keys for {len(seqs_N)} adapters")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         _logger.info("the search index %s is made again: %s", path, error)
         return None
-    return Keys(dim, choice, (Segment(seqs_N, found),)), stamp
+    return Keys(dim, choice, (Segment(seqs_N, saved_index),)), stamp
 
 
 def problems(folder: Path) -> Iterator[str]:
