@@ -96,9 +96,9 @@ def read_blob(path: Path, who: str) -> Blob:
 
 def examine_blob(path: Path, expected_hash: str) -> tuple[str, int]:
     """Return the sha256 and size of a blob. Raises AdapterCorrupt for another content hash, FileNotFoundError for none."""
-    found = read_blob(path, "an unlisted adapter").content_hash()
-    if found != expected_hash:
-        raise AdapterCorrupt(f"the content of blob {path} has the hash {found}, not {expected_hash}")
+    actual_hash = read_blob(path, "an unlisted adapter").content_hash()
+    if actual_hash != expected_hash:
+        raise AdapterCorrupt(f"the content of blob {path} has the hash {actual_hash}, not {expected_hash}")
     return file_digest(path), path.stat().st_size
 
 

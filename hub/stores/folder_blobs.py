@@ -107,10 +107,10 @@ class FolderBlobs(BlobStore):
         for path in (self.folder / "tmp").glob("*"):
             # another process may have swept it
             with suppress(FileNotFoundError):
-                found = path.lstat()
-                if time.time() - found.st_mtime >= older_than_s:
+                status = path.lstat()
+                if time.time() - status.st_mtime >= older_than_s:
                     path.unlink()
-                    freed += found.st_size
+                    freed += status.st_size
         return freed
 
     def _sync_names(self, folders: Iterable[Path]) -> None:
@@ -134,10 +134,10 @@ def require_digest(path: Path, expected: str, who: str, *, trust_cache: bool = T
     """Raise AdapterCorrupt if the file's sha256 is not `expected`. An unchanged file is read once per process."""
     if not stat.S_ISREG(path.lstat().st_mode):
         raise AdapterCorrupt(f"{who}: blob {path} is not a regular file")
-    found = known_digest(path, trust_cache=trust_cache)
-    if found != expected:
+    digest = known_digest(path, trust_cache=trust_cache)
+    if digest != expected:
         raise AdapterCorrupt(
-            f"{who}: blob {path} is damaged: its sha256 is {found}, not {expected}; "
+            f"{who}: blob {path} is damaged: its sha256 is {digest}, not {expected}; "
             "add the adapter again from its source, which replaces the blob"
         )
 
@@ -149,8 +149,8 @@ def file_digest(path: Path) -> str:
 
 def known_digest(path: Path, *, trust_cache: bool = True) -> str:
     """Return the sha256 of a file. An unchanged file is read once per process, unless `trust_cache` is off."""
-    found = path.lstat()
-    stamp = (str(path), found.st_mtime_ns, found.st_size, found.st_ino)
+    status = path.lstat()
+    stamp = (str(path), status.st_mtime_ns, status.st_size, status.st_ino)
     with _digests_lock:
         known = _digests.get(stamp) if trust_cache else None
     if known is None:

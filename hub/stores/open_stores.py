@@ -36,11 +36,11 @@ def open_stores(path: str | Path, blobs: str | Path | None, timeout_s: float) ->
     """
     as_path(path, "the hub")
     scheme = _scheme(path)
-    given = None if blobs is None else str(blobs) if _scheme(blobs) else str(Path(blobs).absolute())
+    blobs_place = None if blobs is None else str(blobs) if _scheme(blobs) else str(Path(blobs).absolute())
     if scheme is None:
-        return _in_folder(Path(path), given, timeout_s)
+        return _in_folder(Path(path), blobs_place, timeout_s)
     if scheme in ("postgresql", "postgres"):
-        return _on_postgres(str(path), given, timeout_s)
+        return _on_postgres(str(path), blobs_place, timeout_s)
     raise HubError(
         f"a hub's catalogue is in a folder or at postgresql://..., not at {scheme}://; "
         f'a store of files takes its blobs: Hub("folder", blobs={without_credentials(str(path))!r})'
@@ -49,15 +49,15 @@ def open_stores(path: str | Path, blobs: str | Path | None, timeout_s: float) ->
 
 def _in_folder(folder: Path, given: str | None, timeout_s: float) -> tuple[Path, CatalogueStore, BlobStore]:
     claim = read_claim(folder)
-    own = FolderBlobs(folder)
+    local = FolderBlobs(folder)
     if claim is None and given is None:
-        return folder, Catalogue(folder, timeout_s, own), own
+        return folder, Catalogue(folder, timeout_s, local), local
     if claim is not None and given is not None:
         require_place(given, claim.place, str(folder))
     blobs = open_blobs(given or (claim.place if claim else ""), str(folder.absolute()))
-    if claim is None and (blob := next(iter(own.names()), None)) is not None:
-        raise HubError(f"the hub {folder} keeps its blobs in its own folder, such as {own.place(blob)}, not at {given}")
-    catalogue = Catalogue(folder, timeout_s, own if claim is None else blobs)
+    if claim is None and (blob := next(iter(local.names()), None)) is not None:
+        raise HubError(f"the hub {folder} keeps its blobs in its own folder, such as {local.place(blob)}, not at {given}")
+    catalogue = Catalogue(folder, timeout_s, local if claim is None else blobs)
     try:
         if claim is None:
             with catalogue.locked("creating the hub"):
@@ -113,8 +113,8 @@ def local_folder(where: str) -> Path:
 
 
 def _scheme(place: str | Path) -> str | None:
-    found = _URL.match(place) if isinstance(place, str) else None
-    return None if found is None else found[1].lower()
+    hit = _URL.match(place) if isinstance(place, str) else None
+    return None if hit is None else hit[1].lower()
 
 
 _FILE = "blobs.json"

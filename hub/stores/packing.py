@@ -56,10 +56,10 @@ def unpack(places: Any, flat: Tensor) -> dict[str, Tensor]:
         raise ValueError(f"its tensors end at {end}, but the packed tensor has {flat.shape[0]} entries")
     # one call for all: a slice of its own for each costs twice as much
     parts = torch.split_with_sizes(flat, sizes) if sizes else ()
-    found = {name: part.view(shape) for (name, _, shape), part in zip(places, parts, strict=True)}
-    if len(found) != len(places):
+    tensors = {name: part.view(shape) for (name, _, shape), part in zip(places, parts, strict=True)}
+    if len(tensors) != len(places):
         raise ValueError("its table of places has a name twice")
-    return found
+    return tensors
 
 
 def _check_place(place: Any) -> tuple[str, int, list[int]]:
@@ -122,9 +122,9 @@ def put_together(
     """
     if "places" in description:
         # blobs up to version 2 have no table of places: each of their tensors has an entry of its own in the file
-        found = unpack(description["places"], tensor(PACKED))
-        found |= {name: tensor(name) for name in names if name != PACKED}
-        names, tensor = found, found.__getitem__
+        tensors = unpack(description["places"], tensor(PACKED))
+        tensors |= {name: tensor(name) for name in names if name != PACKED}
+        names, tensor = tensors, tensors.__getitem__
     entries, heads = description["layers"], description.get("heads", [])
     stored_as = description.get("stored_as", "factors")
     if stored_as not in STORED_AS:

@@ -207,8 +207,8 @@ class PostgresCatalogue(CatalogueStore):
     def _connect(self) -> Any:
         wait_s = max(2, round(self.timeout_s))
         # a partition of the network must end a call, not hang it
-        own = {"connect_timeout": wait_s, "tcp_user_timeout": 1000 * wait_s, "keepalives_idle": 30}
-        parameters = {"application_name": "loraweave", **own, **self.address.parameters, "client_encoding": "utf8"}
+        timeouts = {"connect_timeout": wait_s, "tcp_user_timeout": 1000 * wait_s, "keepalives_idle": 30}
+        parameters = {"application_name": "loraweave", **timeouts, **self.address.parameters, "client_encoding": "utf8"}
         session = self._psycopg.connect(**parameters, autocommit=True)
         try:
             session.execute("SELECT set_config('lock_timeout', %s, false)", (f"{max(1, round(1000 * self.timeout_s))}ms",))
@@ -267,14 +267,14 @@ class PostgresSearch:
 
     def unready(self, embedder: str, limit: int) -> list[Record]:
         with self._catalogue.reading() as connection:
-            found = connection.execute(
+            seq_rows = connection.execute(
                 "SELECT adapters.seq FROM adapters "
                 "LEFT JOIN vectors ON vectors.seq = adapters.seq AND vectors.embedder = ? "
                 "WHERE (vectors.seq IS NULL OR vectors.stale) AND adapters.seq NOT IN (SELECT seq FROM quarantine) "
                 "ORDER BY adapters.seq LIMIT ?",
                 (embedder, limit),
             ).fetchall()
-            return [row.record for row in rows.some(connection, [seq for (seq,) in found])]
+            return [row.record for row in rows.some(connection, [seq for (seq,) in seq_rows])]
 
     def nearest(self, embedder: str, query_D: np.ndarray, k: int, seqs: Sequence[int] | None) -> list[Near] | None:
         import numpy as np
@@ -310,20 +310,20 @@ def _near(
     import numpy as np
 
     among = "" if seqs is None else "AND seq = ANY (CAST(? AS bigint[])) "
-    given = [] if seqs is None else [list(seqs)]
+    seqs_argument = [] if seqs is None else [list(seqs)]
     slack = _SLACK * max(1.0, float(np.linalg.norm(query_D)))
-    found = connection.execute(
+    nearest = connection.execute(
         "WITH scored AS MATERIALIZED ("
         "SELECT seq, CASE WHEN vector_dims(embedding) = ? THEN embedding <#> CAST(? AS vector) END AS distance "
         f"FROM vectors WHERE embedder = ? AND seq NOT IN (SELECT seq FROM quarantine) {among}), "
         "best AS (SELECT distance FROM scored WHERE distance IS NOT NULL ORDER BY distance LIMIT ?) "
         "SELECT seq, text_digest, vector, sha256 FROM vectors JOIN scored USING (seq) "
         "WHERE embedder = ? AND scored.distance <= (SELECT max(distance) FROM best) + ? ORDER BY seq",
-        (len(query_D), as_text(query_D), embedder, *given, k, embedder, slack),
+        (len(query_D), as_text(query_D), embedder, *seqs_argument, k, embedder, slack),
     ).fetchall()
     return [
         (seq, text_digest, np.frombuffer(vector, dtype="<f4"))
-        for seq, text_digest, vector, digest in found
+        for seq, text_digest, vector, digest in nearest
         if vectors.row_sha256(embedder, seq, text_digest, vector) == digest
     ]
 
@@ -340,14 +340,14 @@ def make_embeddings(connection: Connection) -> None:
     while (first := connection.execute(f"SELECT embedder FROM vectors WHERE {_MISSING} LIMIT 1").fetchone()) is not None:
         import numpy as np
 
-        found = connection.execute(
+        missing = connection.execute(
             f"SELECT seq, vector FROM vectors WHERE embedder = ? AND {_MISSING} LIMIT {_BATCH}", first
         ).fetchall()
         connection.execute(
             "UPDATE vectors SET embedding = CAST(made.text AS vector) "
             "FROM unnest(CAST(? AS bigint[]), CAST(? AS text[])) AS made (seq, text) "
             "WHERE vectors.embedder = ? AND vectors.seq = made.seq",
-            ([seq for seq, _ in found], [as_text(np.frombuffer(vector, dtype="<f4")) for _, vector in found], *first),
+            ([seq for seq, _ in missing], [as_text(np.frombuffer(vector, dtype="<f4")) for _, vector in missing], *first),
         )
 
 

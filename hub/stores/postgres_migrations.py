@@ -135,8 +135,8 @@ STEPS: tuple[Step, ...] = (
 
 def schema_version(connection: Any, address: PostgresAddress) -> int:
     """Return the number of steps made, 0 for none. Raises HubCorrupt for a catalogue that is damaged or too new."""
-    found = connection.execute("SELECT to_regclass(%s)", (f"{address.schema}.state",)).fetchone()
-    if found == (None,):
+    table = connection.execute("SELECT to_regclass(%s)", (f"{address.schema}.state",)).fetchone()
+    if table == (None,):
         return 0
     row = connection.execute("SELECT schema_version FROM state").fetchone()
     if row is None:
@@ -200,8 +200,8 @@ def _create_extension(connection: Any, address: PostgresAddress) -> None:
 def set_search_path(connection: Any, address: PostgresAddress) -> None:
     """Set the session's search path to the hub's schema and that of pgvector, so that short names work."""
     statement = "SELECT nspname FROM pg_extension JOIN pg_namespace n ON n.oid = extnamespace WHERE extname = 'vector'"
-    found = [schema for (schema,) in connection.execute(statement).fetchall()]
-    path = ", ".join('"' + name.replace('"', '""') + '"' for name in (address.schema, *found))
+    schemas = [schema for (schema,) in connection.execute(statement).fetchall()]
+    path = ", ".join('"' + name.replace('"', '""') + '"' for name in (address.schema, *schemas))
     connection.execute("SELECT set_config('search_path', %s, false)", (path,))
 
 

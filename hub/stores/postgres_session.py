@@ -25,8 +25,8 @@ class Translating:
         cursor: Any = self._session.execute(_translate(statement), tuple(parameters))
         if cursor.description is None:
             self.num_changed += max(0, cursor.rowcount)
-        found: Cursor = cursor
-        return found
+        typed_cursor: Cursor = cursor
+        return typed_cursor
 
 
 @lru_cache(maxsize=256)

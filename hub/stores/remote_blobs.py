@@ -87,11 +87,11 @@ class RemoteBlobs(BlobStore):
         try:
             with remote_errors(place, "storing", writing=True):
                 self._upload(store, root, path, data)
-            found = self._digest(content_hash)
+            actual = self._digest(content_hash)
         except FileNotFoundError as error:
             raise _no_bucket(f"storing {place}", error) from error
-        if found != digest:
-            raise HubError(f"storing {place}: what the store gives back has the sha256 {found}, not {digest}; try again")
+        if actual != digest:
+            raise HubError(f"storing {place}: what the store gives back has the sha256 {actual}, not {digest}; try again")
         # the blob is stored; without a copy the next reader fetches it
         with suppress(OSError):
             self._keep(content_hash, data)
@@ -99,10 +99,10 @@ class RemoteBlobs(BlobStore):
 
     def names(self) -> Iterator[str]:
         store, root = self._store()
-        found: list[str] = []
+        names: list[str] = []
         with remote_errors(self.root, "listing"), suppress(FileNotFoundError):
-            found = [PurePosixPath(path).stem for path in store.find(f"{root}/blobs") if path.endswith(".safetensors")]
-        yield from sorted(found)
+            names = [PurePosixPath(path).stem for path in store.find(f"{root}/blobs") if path.endswith(".safetensors")]
+        yield from sorted(names)
 
     def remove(self, content_hash: str) -> int:
         store, root = self._store()
@@ -123,10 +123,10 @@ class RemoteBlobs(BlobStore):
         if _uploads_whole(store):
             return 0
         with remote_errors(self.root, "cleaning", writing=True), suppress(FileNotFoundError):
-            for path, found in store.find(f"{root}/tmp", detail=True).items():
+            for path, info in store.find(f"{root}/tmp", detail=True).items():
                 if older_than_s == 0 or time.time() - store.modified(path).timestamp() >= older_than_s:
                     store.rm_file(path)
-                    freed += int(found["size"])
+                    freed += int(info["size"])
         return freed
 
     def _upload(self, store: Any, root: str, path: str, data: bytes) -> None:

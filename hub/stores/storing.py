@@ -67,15 +67,15 @@ def put_rows(
 
 def _with_its_files(connection: Connection, existing: rows.Row, record: Record) -> Record:
     """Return the stored record of unchanged content; add the new record's files if it listed none, else warn of others."""
-    own, given = listed(existing.record), listed(record)
-    if given and not own:
+    old_files, new_files = listed(existing.record), listed(record)
+    if new_files and not old_files:
         return rows.change(
             connection, existing, replace(existing.record, card={**existing.record.card, LISTED: record.card[LISTED]})
         )
-    if given and given != own:
+    if new_files and new_files != old_files:
         warnings.warn(
-            f"adapter {record.name!r} is stored already, with other files beside it ({', '.join(own)}), which stay; remove "
-            "it first, or give it another name, to have these",
+            f"adapter {record.name!r} is stored already, with other files beside it ({', '.join(old_files)}), which stay; "
+            "remove it first, or give it another name, to have these",
             stacklevel=5,
         )
     return existing.record
@@ -152,25 +152,25 @@ def store(
     warned = []
     with catalogue.locked(doing):
         wanted = _new_content(catalogue, batch, as_version)
-        known = {content: each.usable_blob(catalogue, blobs) for content, each in wanted.items()}
+        known = {content: prepared.usable_blob(catalogue, blobs) for content, prepared in wanted.items()}
         absent = [content for content, blob in known.items() if blob is None and not blobs.has(content)]
         try:
             with storage_errors(catalogue.where, doing):
                 written = _put_content(blobs, batch, wanted, known, stored_as)
             with catalogue.transaction(doing) as connection:
-                for each in batch:
-                    existing = rows.find(connection, each.record.name)
-                    other_base = filtering.contradiction(connection, each.record)
+                for prepared in batch:
+                    existing = rows.find(connection, prepared.record.name)
+                    other_base = filtering.contradiction(connection, prepared.record)
                     try:
-                        new = beside(existing, each.record, as_version=as_version)
+                        new = beside(existing, prepared.record, as_version=as_version)
                     except AdapterExists as error:
                         # also for the second of two in the batch with one name: the first took it
-                        outcomes.append((each.record, error))
+                        outcomes.append((prepared.record, error))
                         continue
                     blob = written.get(new.hash) or known[new.hash]
                     assert blob is not None
                     now = new.hash in written or wanted[new.hash].origin is not None
-                    stored = put_rows(connection, new, blob, existing, each.figures, written=now)
+                    stored = put_rows(connection, new, blob, existing, prepared.figures, written=now)
                     outcomes.append((stored, None))
                     if other_base:
                         warned.append((stored, other_base))
@@ -195,26 +195,26 @@ def store_content(
     """Write the blobs and files of a batch, and return the batch without its adapters, for `store` to give it rows."""
     doing = _doing(batch)
     wanted: dict[str, Prepared] = {}
-    for each in batch:
-        wanted.setdefault(each.record.hash, each)
+    for prepared in batch:
+        wanted.setdefault(prepared.record.hash, prepared)
     with catalogue.locked(doing), storage_errors(catalogue.where, doing):
         known = {content: usable_blob(catalogue, blobs, content) for content in wanted}
         written = _put_content(blobs, batch, wanted, known, stored_as)
     return [
         replace(
-            each,
+            prepared,
             adapter=None,
             blob=written.get(content) or known[content],
-            origin=each.record if content in written and wanted[content] is each else None,
+            origin=prepared.record if content in written and wanted[content] is prepared else None,
         )
-        for each in batch
-        for content in [each.record.hash]
+        for prepared in batch
+        for content in [prepared.record.hash]
     ]
 
 
 def drop_content(catalogue: CatalogueStore, blobs: BlobStore, refused: Sequence[Prepared]) -> None:
     """Remove the blobs that workers wrote for adapters that the hub then refused, unless a row has the content."""
-    written = [each.record.hash for each in refused if each.origin is not None]
+    written = [prepared.record.hash for prepared in refused if prepared.origin is not None]
     doing = f"removing {len(written)} refused adapters"
     if not written:
         return
@@ -234,12 +234,12 @@ def _new_content(catalogue: CatalogueStore, batch: Sequence[Prepared], as_versio
     wanted: dict[str, Prepared] = {}
     taken: dict[str, str] = {}
     with catalogue.reading() as connection:
-        for each in batch:
+        for prepared in batch:
             with suppress(AdapterExists):
-                new = beside(rows.find(connection, each.record.name), each.record, as_version=as_version)
+                new = beside(rows.find(connection, prepared.record.name), prepared.record, as_version=as_version)
                 # of two with one name the first takes it, as when the rows are stored
                 if as_version or taken.setdefault(new.name, new.hash) == new.hash:
-                    wanted.setdefault(new.hash, replace(each, record=new))
+                    wanted.setdefault(new.hash, replace(prepared, record=new))
     return wanted
 
 
@@ -251,25 +251,25 @@ def _put_content(
     stored_as: str,
 ) -> dict[str, rows.BlobRow]:
     """Write the missing blobs and all wanted files, make other blobs durable, return the new rows. Needs the lock."""
-    missing = {content: each for content, each in wanted.items() if known[content] is None}
+    missing = {content: prepared for content, prepared in wanted.items() if known[content] is None}
     for content in known.keys() - missing.keys():
         blobs.settle(content)
     sizes = []
 
     def data() -> Iterator[tuple[str, bytes]]:
         # one at a time: a batch of large adapters need not fit into memory twice
-        for content, each in missing.items():
-            adapter = each.read(blobs)
-            own = {"heads": adapter.heads, "invocation": adapter.invocation, "stored_as": stored_as}
-            file = blob_bytes(adapter.layers, rows.encode(each.record), **own)  # type: ignore[arg-type]
+        for content, prepared in missing.items():
+            adapter = prepared.read(blobs)
+            parts = {"heads": adapter.heads, "invocation": adapter.invocation, "stored_as": stored_as}
+            file = blob_bytes(adapter.layers, rows.encode(prepared.record), **parts)  # type: ignore[arg-type]
             sizes.append(len(file))
             yield content, file
 
     digests_of = blobs.put_many(data()) if missing else []
-    for each in batch:
+    for prepared in batch:
         # adapters with the same content may have different files
-        if each.adapter is not None and each.record.hash in wanted:
-            put_files(blobs, each.adapter.files)
+        if prepared.adapter is not None and prepared.record.hash in wanted:
+            put_files(blobs, prepared.adapter.files)
     return {
         content: rows.BlobRow(content, digest, size_bytes)
         for content, digest, size_bytes in zip(missing, digests_of, sizes, strict=True)
@@ -283,7 +283,7 @@ def stored_adapter(blobs: BlobStore, row: Row) -> Adapter:
     with reading_blob(blobs, record.hash, who):
         blob = read_blob(blobs.local(record.hash, row.blob.file_sha256, who), who)
     files = KeptFiles(
-        {name: KeptFile(*found, partial(file_bytes, blobs, found[0], who)) for name, found in listed(record).items()}
+        {name: KeptFile(*entry, partial(file_bytes, blobs, entry[0], who)) for name, entry in listed(record).items()}
     )
     card = without_files(record.card)
     parts = record.base_model, blob.layers, record.fingerprint, card, blob.heads, files, blob.invocation
@@ -308,12 +308,12 @@ def bound_record(record: Record, adapter: Adapter, model: Any) -> Record:
         if factors.kind == "expert":
             expert_matrix(modules, layer, factors, f"adapter {record.name!r}")
             continue
-        found = base_layer(modules, paths.get(layer, layer), f"adapter {record.name!r}")
+        model_layer = base_layer(modules, paths.get(layer, layer), f"adapter {record.name!r}")
         wanted = factors.b_OR.shape[0], factors.a_RI.shape[1]
-        if factors.rank and wanted != (found.num_outputs, found.num_inputs):
+        if factors.rank and wanted != (model_layer.num_outputs, model_layer.num_inputs):
             raise LayerMismatch(
                 f"adapter {record.name!r} updates layer {layer!r} with shape {wanted}, but that of the model {key.id!r} is "
-                f"{(found.num_outputs, found.num_inputs)}; it was made for another base model"
+                f"{(model_layer.num_outputs, model_layer.num_inputs)}; it was made for another base model"
             )
     return replace(
         record,

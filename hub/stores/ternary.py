@@ -87,9 +87,9 @@ def decode(stream: Bytes, size: int) -> Signs:
         raise _corrupt(f"its last place is {int(places[-1])} of {size}")
     marked = np.zeros(size, bool)
     marked[places] = True
-    found = np.zeros(size, np.int8)
-    found[~marked if inverted else marked] = signs.astype(np.int8) * 2 - 1
-    return found
+    vector = np.zeros(size, np.int8)
+    vector[~marked if inverted else marked] = signs.astype(np.int8) * 2 - 1
+    return vector
 
 
 def split(tensor: Tensor) -> tuple[Signs, float] | None:
@@ -111,14 +111,14 @@ def pack(tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """
     parts, scales = [], []
     for name, tensor in tensors:
-        found = split(tensor)
-        if found is None:
+        signs_and_scale = split(tensor)
+        if signs_and_scale is None:
             raise AdapterUnsupported(
                 f"{name} has values other than -c, 0 and c for one c, which a ternary form cannot hold: make the adapter "
                 "ternary first with lw.compeft(adapter), or store its factors as they are"
             )
-        parts.append(found[0])
-        scales.append(found[1])
+        parts.append(signs_and_scale[0])
+        scales.append(signs_and_scale[1])
     held = sorted({c for signs, c in zip(parts, scales, strict=True) if signs.any()})
     stream = encode(np.concatenate(parts) if parts else np.zeros(0, np.int8))
     # a tensor of zeros fits any c
@@ -136,11 +136,11 @@ def unpack(packed: Mapping[str, Tensor], shapes: Sequence[tuple[int, ...]]) -> l
     sizes = [int(np.prod(shape, dtype=object)) for shape in shapes]
     values = torch.from_numpy(decode(signs.numpy(), sum(sizes))).float()
     numbers = scales.tolist() * (1 if len(scales) == len(shapes) else len(shapes))
-    found = []
+    tensors = []
     parts = torch.split(values, sizes)
     for part, shape, c in zip(parts, shapes, numbers, strict=True):
-        found.append(torch.where(part == 0, 0.0, part * c).reshape(shape))
-    return found
+        tensors.append(torch.where(part == 0, 0.0, part * c).reshape(shape))
+    return tensors
 
 
 def _parameter(gaps: np.ndarray[tuple[int], np.dtype[np.int64]]) -> int:
