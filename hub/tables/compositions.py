@@ -29,14 +29,14 @@ class CompositionRow:
 
 def find(connection: Connection, name: str) -> CompositionRow | None:
     """Return the row with that name, or None. Raises HubCorrupt if it is damaged."""
-    found = connection.execute(f"{_SELECT} WHERE name = ?", (name,)).fetchone()
-    return None if found is None else _decode(found)
+    row = connection.execute(f"{_SELECT} WHERE name = ?", (name,)).fetchone()
+    return None if row is None else _decode(row)
 
 
 def every(connection: Connection) -> Iterator[CompositionRow]:
     """Yield all rows in the order of their names. Raises HubCorrupt at the first that is damaged."""
-    for found in connection.execute(f"{_SELECT} ORDER BY name").fetchall():
-        yield _decode(found)
+    for row in connection.execute(f"{_SELECT} ORDER BY name").fetchall():
+        yield _decode(row)
 
 
 def names(connection: Connection) -> list[str]:

@@ -43,8 +43,8 @@ class Filters:
 
     @property
     def pass_all(self) -> bool:
-        asked = (self.base_model, self.license, self.language, self.max_rank, self.max_size_bytes)
-        return not self.tags and all(one is None for one in asked)
+        criteria = (self.base_model, self.license, self.language, self.max_rank, self.max_size_bytes)
+        return not self.tags and all(one is None for one in criteria)
 
     def passes(self, record: Record) -> bool:
         """Return whether the record meets all conditions, as the rows of `matching` do."""
@@ -64,25 +64,25 @@ def matching(connection: Connection, filters: Filters) -> list[int]:
 
     Warns of adapters left out because only their base's id fits. For a base, reads one row of each base in the hub.
     """
-    found: list[set[int]] = []
+    passing: list[set[int]] = []
     if filters.base_model is not None:
-        found.append(_for_base(connection, Filters(filters.base_model)))
+        passing.append(_for_base(connection, Filters(filters.base_model)))
     if filters.license is not None:
         permitted = [value for value in rows.label_values(connection, "license") if is_accepted(value, filters.license)]
-        found.append(rows.labelled(connection, "license", *permitted))
-    found += [rows.labelled(connection, "tag", storable(tag)) for tag in sorted(set(one_or_many(filters.tags)))]
+        passing.append(rows.labelled(connection, "license", *permitted))
+    passing += [rows.labelled(connection, "tag", storable(tag)) for tag in sorted(set(one_or_many(filters.tags)))]
     if filters.language is not None:
-        found.append(rows.labelled(connection, "language", *sorted(rows.languages(filters.language))))
+        passing.append(rows.labelled(connection, "language", *sorted(rows.languages(filters.language))))
     if filters.max_rank is not None:
-        found.append(rows.within_rank(connection, filters.max_rank))
+        passing.append(rows.within_rank(connection, filters.max_rank))
     if filters.max_size_bytes is not None:
         # the size is that of the blob, which may be rewritten in another form
         statement = "SELECT adapters.seq FROM blobs JOIN adapters ON adapters.hash = blobs.hash WHERE blobs.size_bytes <= ?"
         sized = connection.execute(statement, (min(filters.max_size_bytes, _LARGEST),)).fetchall()
-        found.append({seq for (seq,) in sized})
-    if not found:
-        found.append({seq for (seq,) in connection.execute("SELECT seq FROM adapters").fetchall()})
-    return sorted(set.intersection(*found) - set(quarantine.seqs(connection)))
+        passing.append({seq for (seq,) in sized})
+    if not passing:
+        passing.append({seq for (seq,) in connection.execute("SELECT seq FROM adapters").fetchall()})
+    return sorted(set.intersection(*passing) - set(quarantine.seqs(connection)))
 
 
 def bases(connection: Connection) -> list[tuple[Record, int]]:
@@ -127,11 +127,11 @@ def contradiction(connection: Connection, record: Record) -> str:
     """Return how the record's base differs from every model known here by that id, as a phrase; "" if it does not."""
     if record.fingerprint is None or not record.base_model:
         return ""
-    found = connection.execute(
+    known_bases = connection.execute(
         "SELECT fingerprint FROM bases WHERE base_model = ? ORDER BY fingerprint LIMIT ?",
         (storable(record.base_model), _MAX_LISTED),
     ).fetchall()
-    reasons = [known.differs(record.fingerprint) for (text,) in found if (known := _read(text)) is not None]
+    reasons = [known.differs(record.fingerprint) for (text,) in known_bases if (known := _read(text)) is not None]
     # a hub that already has both models warned when the second one came
     return "" if "" in reasons else next(iter(reasons), "")
 

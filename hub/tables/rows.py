@@ -68,14 +68,14 @@ class Said(NamedTuple):
 
 def find(connection: Connection, name: str) -> Row | None:
     """Return the row with that name, or None. Raises HubCorrupt if it is damaged."""
-    found = connection.execute(f"{_SELECT} WHERE adapters.name = ?", (name,)).fetchone()
-    return None if found is None else _decode(found)
+    row = connection.execute(f"{_SELECT} WHERE adapters.name = ?", (name,)).fetchone()
+    return None if row is None else _decode(row)
 
 
 def every(connection: Connection) -> Iterator[Row]:
     """Yield all rows in order of addition. Raises HubCorrupt at the first that is damaged."""
-    for found in connection.execute(f"{_SELECT} ORDER BY adapters.seq").fetchall():
-        yield _decode(found)
+    for row in connection.execute(f"{_SELECT} ORDER BY adapters.seq").fetchall():
+        yield _decode(row)
 
 
 def some(connection: Connection, seqs: Sequence[int]) -> Iterator[Row]:
@@ -88,12 +88,12 @@ def said(connection: Connection, seqs: Sequence[int]) -> dict[int, Said]:
 
     Takes a fifth of the time of reading whole records. Raises HubCorrupt at the first row that is damaged.
     """
-    found = {}
+    texts = {}
     for row in at_seqs(connection, f"SELECT {_COLUMNS} FROM adapters WHERE adapters.seq", seqs):
         data = _decode_json(*row)
         if not data.get("quarantined"):
-            found[row[0]] = Said(data["name"], data["description"], tuple(data["examples"]))
-    return found
+            texts[row[0]] = Said(data["name"], data["description"], tuple(data["examples"]))
+    return texts
 
 
 def at_seqs(
@@ -117,8 +117,8 @@ def at_seqs(
 
 def at(connection: Connection, seq: int) -> Row | None:
     """Return the row with that number, or None. Raises HubCorrupt if it is damaged."""
-    found = connection.execute(f"{_SELECT} WHERE adapters.seq = ?", (seq,)).fetchone()
-    return None if found is None else _decode(found)
+    row = connection.execute(f"{_SELECT} WHERE adapters.seq = ?", (seq,)).fetchone()
+    return None if row is None else _decode(row)
 
 
 def names_like(connection: Connection, name: str) -> list[str]:
@@ -128,12 +128,12 @@ def names_like(connection: Connection, name: str) -> list[str]:
         begin = name[:_NUM_ALIKE]
         between = "SELECT name FROM adapters WHERE name >= ? AND name < ? ORDER BY name LIMIT ?"
         first = connection.execute(between, (begin, begin + chr(0x10FFFF), _MOST_NAMES)).fetchall()
-    return [found for (found,) in first]
+    return [stored_name for (stored_name,) in first]
 
 
 def find_blob(connection: Connection, content_hash: str) -> BlobRow | None:
-    found = connection.execute(f"SELECT {BLOB_COLUMNS} FROM blobs WHERE hash = ?", (content_hash,)).fetchone()
-    return None if found is None else _decode_blob(found)
+    row = connection.execute(f"SELECT {BLOB_COLUMNS} FROM blobs WHERE hash = ?", (content_hash,)).fetchone()
+    return None if row is None else _decode_blob(row)
 
 
 def insert(connection: Connection, record: Record) -> Record:
@@ -282,7 +282,7 @@ def record_from_json(data: Mapping[str, Any], size_bytes: int = 0) -> Record:
         size_bytes=size_bytes,
         source=None if source is None else Source(*source),
         fingerprint=None if fingerprint is None else Fingerprint.from_json(fingerprint),
-        anomalies=tuple(Anomaly(*found) for found in data["anomalies"]),
+        anomalies=tuple(Anomaly(*anomaly) for anomaly in data["anomalies"]),
         card={**data["card"], **fields.as_card()},
     )
 
@@ -319,10 +319,10 @@ def stored_labels(connection: Connection, seq: int) -> set[tuple[str, str]]:
 
 def labels(record: Record) -> set[tuple[str, str]]:
     """Return the labels of a record: tags, license, languages, rank, and a digest of all that is known of its base."""
-    found = {("base", base_digest(record)), ("rank", rank_label(record.rank))}
-    found |= {("tag", storable(tag)) for tag in record.tags}
-    found |= {("language", language) for language in languages(record.language)}
-    return found if record.license is None else found | {("license", storable(record.license))}
+    pairs = {("base", base_digest(record)), ("rank", rank_label(record.rank))}
+    pairs |= {("tag", storable(tag)) for tag in record.tags}
+    pairs |= {("language", language) for language in languages(record.language)}
+    return pairs if record.license is None else pairs | {("license", storable(record.license))}
 
 
 def label_values(connection: Connection, kind: str) -> Iterator[str]:

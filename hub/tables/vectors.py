@@ -25,14 +25,14 @@ def read_vectors(connection: Connection, embedder: str) -> dict[str, tuple[str, 
     # numpy takes 0.1 s to import, which listing a hub need not pay
     import numpy as np
 
-    found = connection.execute(
+    vector_rows = connection.execute(
         "SELECT adapters.name, vectors.seq, text_digest, vector, vectors.sha256 FROM vectors JOIN adapters USING (seq) "
         "WHERE embedder = ? ORDER BY vectors.seq",
         (embedder,),
     ).fetchall()
     return {
         name: (text_digest, np.frombuffer(vector, dtype="<f4").copy())
-        for name, seq, text_digest, vector, digest in found
+        for name, seq, text_digest, vector, digest in vector_rows
         if row_sha256(embedder, seq, text_digest, vector) == digest
     }
 
@@ -72,14 +72,14 @@ def write_vectors(connection: Connection, embedder: str, made: Sequence[tuple[st
         if one is not None and one[0] != vectors[0].nbytes:
             connection.execute("DELETE FROM vectors WHERE embedder = ?", (embedder,))
     for (name, text_digest, _), vector in zip(made, vectors, strict=True):
-        found = connection.execute("SELECT seq FROM adapters WHERE name = ?", (name,)).fetchone()
-        if found is not None:
+        row = connection.execute("SELECT seq FROM adapters WHERE name = ?", (name,)).fetchone()
+        if row is not None:
             data = vector.tobytes()
             connection.execute(
                 "INSERT INTO vectors (embedder, seq, text_digest, vector, sha256) VALUES (?, ?, ?, ?, ?) "
                 "ON CONFLICT (embedder, seq) DO UPDATE SET "
                 "text_digest = excluded.text_digest, vector = excluded.vector, sha256 = excluded.sha256",
-                (embedder, found[0], text_digest, data, row_sha256(embedder, found[0], text_digest, data)),
+                (embedder, row[0], text_digest, data, row_sha256(embedder, row[0], text_digest, data)),
             )
 
 

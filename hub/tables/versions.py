@@ -35,8 +35,8 @@ def supersede(connection: Connection, row: rows.Row, record: Record) -> Record:
 def superseded(connection: Connection, row: rows.Row) -> list[rows.Row]:
     """Return the versions before the newest, oldest first, under the current name. Raises HubCorrupt if one is damaged."""
     numbers = connection.execute("SELECT version FROM versions WHERE seq = ? ORDER BY version", (row.seq,)).fetchall()
-    found = (at(connection, row.seq, number) for (number,) in numbers)
-    return [replace(old, record=replace(old.record, name=row.record.name)) for old in found if old is not None]
+    older = (at(connection, row.seq, number) for (number,) in numbers)
+    return [replace(old, record=replace(old.record, name=row.record.name)) for old in older if old is not None]
 
 
 def chosen(connection: Connection, row: rows.Row, version: int) -> rows.Row:
@@ -51,8 +51,8 @@ def chosen(connection: Connection, row: rows.Row, version: int) -> rows.Row:
 
 def at(connection: Connection, seq: int, version: int) -> rows.Row | None:
     """Return a superseded version under the name it had then, or None. Raises HubCorrupt if it is damaged."""
-    found = connection.execute(f"{_SELECT} WHERE versions.seq = ? AND versions.version = ?", (seq, version)).fetchone()
-    return None if found is None else rows.decode_version(found, version)
+    row = connection.execute(f"{_SELECT} WHERE versions.seq = ? AND versions.version = ?", (seq, version)).fetchone()
+    return None if row is None else rows.decode_version(row, version)
 
 
 def every(connection: Connection) -> Iterator[tuple[int, int]]:
