@@ -40,12 +40,12 @@ def stacked(contents: Contents, config: Any) -> dict[str, tuple[Tensor, Tensor]]
         if factors.kind == "expert":
             parameter, _, number = layer.rpartition(".")
             parameters.setdefault(parameter, {})[int(number)] = factors
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for parameter, own in parameters.items():
-        first = next(iter(own.values()))
+    tensors: dict[str, tuple[Tensor, Tensor]] = {}
+    for parameter, updates in parameters.items():
+        first = next(iter(updates.values()))
         none = Factors(torch.zeros_like(first.a_RI), torch.zeros_like(first.b_OR))
-        each = [own.get(number, none) for number in range(num_experts(config))]
-        paths, a_ERI = matrices(parameter), torch.stack([part.a_RI for part in each])
-        parts = torch.stack([part.b_OR for part in each]).chunk(len(paths), dim=1)
-        found |= {path: (a_ERI, b_EOR) for path, b_EOR in zip(paths, parts, strict=True)}
-    return found
+        all_updates = [updates.get(number, none) for number in range(num_experts(config))]
+        paths, a_ERI = matrices(parameter), torch.stack([part.a_RI for part in all_updates])
+        parts = torch.stack([part.b_OR for part in all_updates]).chunk(len(paths), dim=1)
+        tensors |= {path: (a_ERI, b_EOR) for path, b_EOR in zip(paths, parts, strict=True)}
+    return tensors

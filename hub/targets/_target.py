@@ -138,8 +138,8 @@ def place(contents: Contents, folder: Path, library: str, files: Mapping[str, Ca
         for part, tensor in factors.tensors().items():
             if not all_finite(tensor):
                 raise AdapterUnsupported(f"layer {layer!r}: {part} has values that are NaN or infinite")
-    own = {*files, README, *contents.files}
-    target = require_replaceable(folder, lambda path: path.name in own and not path.is_dir())
+    written = {*files, README, *contents.files}
+    target = require_replaceable(folder, lambda path: path.name in written and not path.is_dir())
     ranks = {factors.rank for factors in contents.layers.values()}
     facts = {"Layers": str(len(contents.layers)), "Rank": str(max(ranks)), "Files": ", ".join(files)}
     with replacing(target) as new:

@@ -57,10 +57,11 @@ class Gguf(Target):
             raise PackageMissing("writing GGUF needs the package gguf: pip install gguf")
         require_plain(contents, name, "llama.cpp", kinds=("linear", "embedding", "expert"))
         config = base_config(base)
-        if (found := getattr(config, "model_type", None)) not in ARCHITECTURES:
+        if (model_type := getattr(config, "model_type", None)) not in ARCHITECTURES:
             raise AdapterUnsupported(
-                f"the base model of adapter {name!r} is of type {found!r}, whose tensors in llama.cpp are not known here; "
-                f"known are {', '.join(ARCHITECTURES)}: export target='peft' and use llama.cpp's convert_lora_to_gguf.py"
+                f"the base model of adapter {name!r} is of type {model_type!r}, whose tensors in llama.cpp are not known "
+                f"here; known are {', '.join(ARCHITECTURES)}: export target='peft' and use "
+                "llama.cpp's convert_lora_to_gguf.py"
             )
         require_untied(contents, name, "llama.cpp", config)
         names = _tensor_names(config)
@@ -113,13 +114,13 @@ def _tensor_names(config: Any) -> Any:
 
 
 def _tensor_name(layer: str, names: Any, config: Any, name: str) -> str:
-    found: str | None = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
-    if found is None:
+    tensor_name: str | None = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
+    if tensor_name is None:
         raise AdapterUnsupported(
             f"layer {layer!r} of adapter {name!r} is no tensor of llama.cpp's {ARCHITECTURES[config.model_type]}: was the "
             "adapter made for another base model?"
         )
-    return found
+    return tensor_name
 
 
 def _order(layer: str, factors: Factors, config: Any, name: str) -> Tensor:

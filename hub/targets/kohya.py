@@ -73,7 +73,7 @@ def _modules(contents: Contents, name: str, base: Any) -> dict[str, _Module]:
     single = not any(path.startswith(("text_encoder_2.", "transformer.")) for path in paths.values())
     prefixes = {**PREFIXES, "text_encoder": SINGLE} if single else PREFIXES
     rules = _rules([path for path in paths.values() if path.startswith("transformer.")], name, base)
-    found: dict[str, _Module] = {}
+    modules: dict[str, _Module] = {}
     for layer, path in paths.items():
         part, _, rest = path.partition(".")
         where = f"layer {layer!r} of adapter {name!r}"
@@ -88,11 +88,11 @@ def _modules(contents: Contents, name: str, base: Any) -> dict[str, _Module]:
             raise AdapterUnsupported(f"{where} would be {module!r}, which cannot be read back: {ELSEWHERE}") from error
         if read != targets:
             raise AdapterUnsupported(f"{where} would be {module!r}, which is read as {read[0]!r}: {ELSEWHERE}")
-        known = found.get(module, _Module(rule, (None,) * len(targets))).layers
-        found[module] = _Module(
-            rule, tuple(layer if target == path else own for own, target in zip(known, targets, strict=True))
+        known = modules.get(module, _Module(rule, (None,) * len(targets))).layers
+        modules[module] = _Module(
+            rule, tuple(layer if target == path else known_layer for known_layer, target in zip(known, targets, strict=True))
         )
-    return found
+    return modules
 
 
 def _rules(paths: list[str], name: str, base: Any) -> dict[str, tuple[Rule, str]]:

@@ -34,10 +34,11 @@ class Mlx(Target):
     def check(cls, contents: Contents, name: str, base: Any) -> None:
         require_plain(contents, name, "mlx-lm", kinds=("linear", "embedding", "expert"))
         config = base_config(base)
-        if (found := getattr(config, "model_type", None)) not in (*SAME_NAMES, *EXPERTS):
+        if (model_type := getattr(config, "model_type", None)) not in (*SAME_NAMES, *EXPERTS):
             raise AdapterUnsupported(
-                f"the base model of adapter {name!r} is of type {found!r}, whose modules mlx-lm may name otherwise; known "
-                f"are {', '.join((*SAME_NAMES, *EXPERTS))}: merge the adapter into the base with peft and convert that model"
+                f"the base model of adapter {name!r} is of type {model_type!r}, whose modules mlx-lm may name otherwise; "
+                f"known are {', '.join((*SAME_NAMES, *EXPERTS))}: merge the adapter into the base with peft and convert "
+                "that model"
             )
         require_untied(contents, name, "mlx-lm", config)
         for layer, factors in contents.layers.items():

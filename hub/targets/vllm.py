@@ -67,9 +67,9 @@ class Vllm(Target):
         )
         notes += [f"{module!r} has an update: {only}" for module in sorted(modules & TIED)]
         for packed, parts in PACKED.items():
-            if own := sorted(modules & set(parts)):
+            if used := sorted(modules & set(parts)):
                 notes.append(
-                    f"vLLM computes {', '.join(parts)} as one {packed}; it packs the factors of {', '.join(own)} by itself"
+                    f"vLLM computes {', '.join(parts)} as one {packed}; it packs the factors of {', '.join(used)} by itself"
                 )
         notes.append(
             "--max-loras is the number of adapters and one more: with every slot taken, vLLM 0.32 on CPU answers requests "
