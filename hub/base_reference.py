@@ -84,9 +84,9 @@ def _loaded(reference: BaseReference) -> tuple[Any, Any]:
         )
     # what adapters record as their base
     model.config.name_or_path = model.name_or_path = reference.name
-    if (found := _digest(model, tokenizer)) != reference.digest:
+    if (digest := _digest(model, tokenizer)) != reference.digest:
         raise BaseModelMismatch(
-            f"the base model that a worker loads from {reference.place!r} is not the one at hand (digest {found[:12]}, not "
+            f"the base model that a worker loads from {reference.place!r} is not the one at hand (digest {digest[:12]}, not "
             f"{reference.digest[:12]}): its weights, config or tokenizer were changed since; save both, and load them again"
         )
     return model, tokenizer

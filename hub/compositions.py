@@ -70,8 +70,8 @@ class StoredComposition:
         """The content of its file of RECIPES. Raises AdapterCorrupt if the file is damaged or missing."""
         (path,) = [path for path in RECIPES if path in self._row.files]
         try:
-            found: Mapping[str, Any] = json.loads(self.read(path))
-            return found
+            content: Mapping[str, Any] = json.loads(self.read(path))
+            return content
         except (ValueError, RecursionError) as error:
             raise AdapterCorrupt(f"{path} of composition {self.name!r} is no JSON ({error}); save it again") from error
 
@@ -83,8 +83,8 @@ class StoredComposition:
     @property
     def report(self) -> Mapping[str, Any] | None:
         """The report of the candidates compared when it was composed, as JSON; None for a formula."""
-        found: Mapping[str, Any] | None = self.recipe.get("report")
-        return found
+        report: Mapping[str, Any] | None = self.recipe.get("report")
+        return report
 
     def read(self, path: str) -> bytes:
         """Return the bytes of one of its files. Raises AdapterCorrupt if it is damaged or missing, KeyError if unknown."""
@@ -138,8 +138,8 @@ class CompositionShelf(Listing):
         doing = f"saving composition {checked!r}"
         with tempfile.TemporaryDirectory(prefix="loraweave-") as temporary:
             folder = _saved(composition, Path(temporary) / "composition")
-            found = _files(folder)
-            row = CompositionRow(checked, now(), {path: (digest, size) for path, (_, digest, size) in found.items()})
+            files = _files(folder)
+            row = CompositionRow(checked, now(), {path: (digest, size) for path, (_, digest, size) in files.items()})
             with self._catalogue.locked(doing):
                 with self._catalogue.reading() as connection:
                     old = table.find(connection, checked)
@@ -149,7 +149,7 @@ class CompositionShelf(Listing):
                         "this one in its place, or choose another name"
                     )
                 with storage_errors(self._catalogue.where, doing):
-                    _put(self._blobs, {digest: place for place, digest, _ in found.values()})
+                    _put(self._blobs, {digest: place for place, digest, _ in files.values()})
                 if old is not None and old.hash == row.hash:
                     return StoredComposition(old, self._blobs)
                 with self._catalogue.transaction(doing) as connection:
@@ -176,9 +176,9 @@ class CompositionShelf(Listing):
 
     def remove_composition(self, name: str) -> None:
         """Take a composition out of the catalogue; its files stay until gc(). Raises AdapterNotFound, with near misses."""
-        found = self.composition(name)
-        with self._catalogue.writing(f"removing composition {found.name!r}") as connection:
-            table.delete(connection, found.name)
+        stored = self.composition(name)
+        with self._catalogue.writing(f"removing composition {stored.name!r}") as connection:
+            table.delete(connection, stored.name)
 
     def _composition_digests(self, doing: str) -> set[str]:
         """Return the hashes of the blobs that compositions need. Raises HubCorrupt if a row is damaged or missing."""
@@ -219,7 +219,7 @@ def _recipe_in(folder: Path) -> bool:
 
 def _files(folder: Path) -> dict[str, tuple[Path, str, int]]:
     """Map each file's path in the folder to (place, sha256, size in bytes). Raises HubError for links and too many files."""
-    found: dict[str, tuple[Path, str, int]] = {}
+    files: dict[str, tuple[Path, str, int]] = {}
     for where, folders, names in os.walk(folder):
         for name in (*folders, *names):
             place = Path(where) / name
@@ -229,10 +229,10 @@ def _files(folder: Path) -> dict[str, tuple[Path, str, int]]:
                 path = place.relative_to(folder).as_posix()
                 _parts(path)
                 with place.open("rb") as file:
-                    found[path] = place, hashlib.file_digest(file, "sha256").hexdigest(), place.stat().st_size
-        if len(found) > MAX_FILES:
+                    files[path] = place, hashlib.file_digest(file, "sha256").hexdigest(), place.stat().st_size
+        if len(files) > MAX_FILES:
             raise HubError(f"{folder} has more than {MAX_FILES} files; a composition has fewer")
-    return found
+    return files
 
 
 def _put(blobs: BlobStore, places: Mapping[str, Path]) -> None:

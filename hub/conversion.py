@@ -34,8 +34,8 @@ def to_lora(adapter: Adapter, model: nn.Module, *, rank: int | None = None, max_
     the base.
     """
     bound = Bound(rank, max_error)
-    own = base_key(model)
-    require_same_base(f"adapter {adapter.name!r}", adapter.base, own)
+    key = base_key(model)
+    require_same_base(f"adapter {adapter.name!r}", adapter.base, key)
     modules = dict(model.named_modules())
     layers: dict[str, Factors] = {}
     notes: dict[str, Any] = {}
@@ -49,17 +49,17 @@ def to_lora(adapter: Adapter, model: nn.Module, *, rank: int | None = None, max_
         layer = base_layer(modules, name, f"adapter {adapter.name!r}")
         update = _whole(factors, layer, where)
         layers[name], notes[name] = cut(update, bound, where, layer)
-    return replace(adapter, layers=layers, fingerprint=own.fingerprint, card={**adapter.card, "conversion": notes})
+    return replace(adapter, layers=layers, fingerprint=key.fingerprint, card={**adapter.card, "conversion": notes})
 
 
 def _whole(factors: Factors, layer: BaseLayer, where: str) -> Factors | Dense:
     """Return the update without a gain: as factors if at most the bias depended on the base, else as one matrix."""
     # a layer with only a trained bias is stored without its number of inputs
     inputs = factors.a_RI.shape[1] if factors.rank else layer.num_inputs
-    found = (factors.b_OR.shape[0], inputs, factors.kind)
-    if found != (layer.num_outputs, layer.num_inputs, layer.kind):
+    shape = (factors.b_OR.shape[0], inputs, factors.kind)
+    if shape != (layer.num_outputs, layer.num_inputs, layer.kind):
         raise LayerMismatch(
-            f"{where}: the update has (O, I, kind) {found}, but the model's {type(layer.module).__name__} has "
+            f"{where}: the update has (O, I, kind) {shape}, but the model's {type(layer.module).__name__} has "
             f"{(layer.num_outputs, layer.num_inputs, layer.kind)}"
         )
     if not factors.rank:
@@ -111,7 +111,7 @@ def extract(
     require_model(base_model)
     base = dict(base_model.named_parameters())
     places = _linear_parameters(base_model, layers)
-    found: dict[str, Factors] = {}
+    updates: dict[str, Factors] = {}
     notes: dict[str, Any] = {}
     left: dict[str, Any] = {}
     heads: dict[str, Tensor] = {}
@@ -128,12 +128,12 @@ def extract(
                 biases.append((layer, change.float()))
             else:
                 delta_OI = change.T if layer.transposed else change.flatten(1)
-                found[layer.name], notes[layer.name] = cut(Dense(delta_OI), bound, f"layer {layer.name!r}")
+                updates[layer.name], notes[layer.name] = cut(Dense(delta_OI), bound, f"layer {layer.name!r}")
         if progress is not None:
             progress(done, len(base), parameter)
     if left and others == "error":
         raise AdapterUnsupported(_refusal(left, layers))
-    factors = _with_biases(found, biases, base_model, notes)
+    factors = _with_biases(updates, biases, base_model, notes)
     if not factors:
         what = "only parameters outside the linear layers differ" if left else "no parameter differs"
         raise AdapterUnsupported(f"nothing to extract: {what} between the base model and the tuned one")
@@ -171,17 +171,17 @@ def _tuned_parameters(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (parameter, tuned tensor) of the base's parameters, in the source's order. Raises LayerMismatch for others."""
     first = {id(parameter): name for name, parameter in base.items()}
-    tied = {name: first[id(own)] for name, own in model.named_parameters(remove_duplicate=False)}
+    tied = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
     buffers = {name for name, _ in model.named_buffers()}
     seen: set[str] = set()
     for name, tensor in _items(source):
-        own = tied.get(name)
-        if own is None and name not in buffers:
+        first_name = tied.get(name)
+        if first_name is None and name not in buffers:
             raise LayerMismatch(f"the tuned model has the parameter {name!r}, which the base model does not have")
-        if own is None or own in seen:
+        if first_name is None or first_name in seen:
             continue
-        seen.add(own)
-        yield own, tensor
+        seen.add(first_name)
+        yield first_name, tensor
     if missing := sorted(set(base) - seen):
         raise LayerMismatch(f"the tuned model lacks {len(missing)} parameters of the base model, the first {missing[0]!r}")
 

@@ -87,8 +87,8 @@ def require_target(target: str) -> type[Target]:
     known = names("targets")
     if target not in known:
         raise UnknownName(f"no export target {target!r}{nearest(target, known)}; there are {', '.join(known)}")
-    found: type[Target] = get("targets", target)
-    return found
+    target_class: type[Target] = get("targets", target)
+    return target_class
 
 
 def export(

@@ -266,14 +266,14 @@ class Hub(CompositionShelf):
 
         New `examples` drop the outputs stored beside the old sample inputs.
         """
-        given = {"description": description, "examples": examples, "tags": tags, "license": license, "language": language}
-        given["license"] = canonical(license) if license else license
+        changes = {"description": description, "examples": examples, "tags": tags, "license": license, "language": language}
+        changes["license"] = canonical(license) if license else license
         with self._catalogue.writing(f"updating adapter {name!r}") as connection:
             row = self._require_row(connection, name)
-            old = {key: getattr(row.record, key) for key in given}
+            old = {key: getattr(row.record, key) for key in changes}
             inputs, outputs = (None, []) if examples is None else split_pairs(row.record.name, examples)
-            given["examples"] = inputs
-            fields = checked_fields(row.record.name, {key: old[key] if new is None else new for key, new in given.items()})
+            changes["examples"] = inputs
+            fields = checked_fields(row.record.name, {key: old[key] if new is None else new for key, new in changes.items()})
             card = card_with_outputs(row.record.card, row.record.examples, fields.examples, outputs)
             return rows.change(connection, row, replace(row.record, card=card, **vars(fields)))
 
@@ -422,10 +422,10 @@ class Hub(CompositionShelf):
                 return stored_adapter(self._blobs, row)
             except HubError:
                 # a changed row has another blob, and `find` raises for a removed one: only an unchanged row is damaged
-                found = find()
-                if found == row:
+                current = find()
+                if current == row:
                     raise
-                row = found
+                row = current
 
 
 def _absolute(place: str | Path) -> str:

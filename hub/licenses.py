@@ -146,25 +146,25 @@ def _accepted(license: str, wanted: frozenset[str]) -> bool:
 
 def _any_of(words: list[str], of_id: Callable[[str, str | None], _T]) -> tuple[_T, list[str]]:
     """Return (the value of the alternatives that begin `words`, the words after them)."""
-    found, rest = _all_of(words, of_id)
+    value, rest = _all_of(words, of_id)
     while rest and rest[0] == "or":
         other, rest = _all_of(rest[1:], of_id)
-        found = found | other
-    return found, rest
+        value = value | other
+    return value, rest
 
 
 def _all_of(words: list[str], of_id: Callable[[str, str | None], _T]) -> tuple[_T, list[str]]:
-    found, rest = _one(words, of_id)
+    value, rest = _one(words, of_id)
     while rest and rest[0] == "and":
         other, rest = _one(rest[1:], of_id)
-        found = found & other
-    return found, rest
+        value = value & other
+    return value, rest
 
 
 def _one(words: list[str], of_id: Callable[[str, str | None], _T]) -> tuple[_T, list[str]]:
     if words[0] == "(":
-        found, rest = _any_of(words[1:], of_id)
-        return found, rest[1:]
+        value, rest = _any_of(words[1:], of_id)
+        return value, rest[1:]
     rest = words[1:]
     if rest and rest[0] == "with":
         return of_id(words[0], rest[1]), rest[2:]
@@ -181,8 +181,8 @@ def _reference(text: str) -> str:
 
 
 def _nearest(folded: str) -> str:
-    asked = re.sub("licen[cs]e", "", folded).strip(" -")
-    close = difflib.get_close_matches(asked, sorted({*LISTED, *UNLISTED, *RENAMED}), n=3)
+    stripped = re.sub("licen[cs]e", "", folded).strip(" -")
+    close = difflib.get_close_matches(stripped, sorted({*LISTED, *UNLISTED, *RENAMED}), n=3)
     return f"did you mean {' or '.join(map(repr, close))}?" if close else "https://spdx.org/licenses lists the ids."
 
 
@@ -258,13 +258,13 @@ def license_of_all(licenses: Iterable[str | None]) -> str | None:
     """
     parts: set[str] = set()
     for license in licenses:
-        found = stated_license(license)
-        if found is None:
+        expression = stated_license(license)
+        if expression is None:
             parts.add(UNKNOWN)
-        elif " OR " in found:
-            parts.add(found)
+        elif " OR " in expression:
+            parts.add(expression)
         else:
-            parts.update(found.split(" AND "))
+            parts.update(expression.split(" AND "))
     if parts <= {UNKNOWN}:
         return None
     several = len(parts) > 1
@@ -297,6 +297,6 @@ def _of_id(license: str, exception: str | None) -> frozenset[str]:
         return frozenset()
     if kind == "-sa":
         # a later version may be chosen, and from BY-SA the GPL 3, by way of BY-SA 4.0
-        later = frozenset(f"cc-by{noncommercial or ''}-sa-{each}" for each in _VERSIONS if each >= version)
+        later = frozenset(f"cc-by{noncommercial or ''}-sa-{candidate}" for candidate in _VERSIONS if candidate >= version)
         return later if noncommercial else later | _GPL3
     return _NONCOMMERCIAL if noncommercial else _ANY

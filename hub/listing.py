@@ -39,8 +39,8 @@ class Listing:
         """Return the object that `make` makes, made once and kept under this name with the hub, such as a searcher."""
         if name not in self._kept:
             self._kept[name] = make()
-        found: T = self._kept[name]
-        return found
+        instance: T = self._kept[name]
+        return instance
 
     def __contains__(self, name: object) -> bool:
         try:
@@ -200,5 +200,5 @@ class Candidates(list[Candidate]):
     def _repr_html_(self) -> str:
         from loraweave.common.display import ShownTable
 
-        rows = [(each.name, each.score, each.evidence) for each in self]
+        rows = [(candidate.name, candidate.score, candidate.evidence) for candidate in self]
         return ShownTable.of(("adapter", "score", "evidence"), rows)._repr_html_()

@@ -38,7 +38,7 @@ def group_of(layer: str) -> str:
     return next((step for step in reversed(layer.split(".")) if not step.isdecimal()), layer)
 
 
-_FIGURES = tuple(each.name for each in fields(LayerReport))
+_FIGURES = tuple(report_field.name for report_field in fields(LayerReport))
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,12 @@ class MergeReport(Mapping[str, LayerReport]):
                 squares[first] += row.norms[first] ** 2
                 for second in range(first + 1, num):
                     total[first][second] += next(pairs) * row.norms[first] * row.norms[second]
-        found = [[1.0] * num for _ in range(num)]
+        cosines = [[1.0] * num for _ in range(num)]
         for first in range(num):
             for second in range(first + 1, num):
                 scale = (squares[first] * squares[second]) ** 0.5
-                found[first][second] = found[second][first] = total[first][second] / scale if scale else 0.0
-        return found
+                cosines[first][second] = cosines[second][first] = total[first][second] / scale if scale else 0.0
+        return cosines
 
     def table(self) -> ShownTable:
         """Return the layers as a table, with one row for all layers of one module name."""
@@ -196,5 +196,5 @@ def _round(value: Any) -> Any:
         case float():
             return float(f"{value:.6g}")
         case tuple():
-            return [_round(each) for each in value]
+            return [_round(element) for element in value]
     return value

@@ -52,7 +52,7 @@ class Pipeline(nn.Module):
         known: dict[str, list[str]] = {}
         for path, _ in self.named_modules():
             known.setdefault(_plain(path), []).append(path)
-        found: dict[str, str] = {}
+        placed: dict[str, str] = {}
         for layer in layers:
             plain = _plain(layer)
             fits = known.get(plain) or [path for part in self._modules for path in known.get(f"{part}.{plain}", ())]
@@ -63,10 +63,10 @@ class Pipeline(nn.Module):
                 )
             if not fits:
                 raise missing_layer(who, layer, (path for paths in known.values() for path in paths))
-            if fits[0] in found.values():
+            if fits[0] in placed.values():
                 raise LayerMismatch(f"{who} updates layer {fits[0]!r} twice, once as {layer!r}")
-            found[layer] = fits[0]
-        return found
+            placed[layer] = fits[0]
+        return placed
 
 
 def _plain(path: str) -> str:

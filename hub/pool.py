@@ -239,7 +239,7 @@ def _components(name: str, adapter: Adapter) -> Iterator[tuple[str, Adapter]]:
     require_no_heads(name, adapter)
     of_layer = {layer: components(factors) for layer, factors in adapter.layers.items()}
     for place in range(max(map(len, of_layer.values()))):
-        layers = {layer: found[place] for layer, found in of_layer.items() if place < len(found)}
+        layers = {layer: parts[place] for layer, parts in of_layer.items() if place < len(parts)}
         part = f"{name}#{place + 1}"
         yield part, replace(adapter, name=part, layers=layers, card={**adapter.card, "part_of": name})
 
@@ -375,14 +375,14 @@ class _Opened:
         self.alive: WeakValueDictionary[str, Adapter] = WeakValueDictionary()
 
     def get(self, name: str) -> Adapter:
-        found = self.alive.get(name)
-        if found is None:
+        adapter = self.alive.get(name)
+        if adapter is None:
             # outside the lock, so that others need not wait for this file
-            found = self._opener(name)
+            adapter = self._opener(name)
         with self._lock:
-            found = self.alive.setdefault(name, found)
-            self._kept[name] = found
+            adapter = self.alive.setdefault(name, adapter)
+            self._kept[name] = adapter
             self._kept.move_to_end(name)
             while len(self._kept) > self._num_kept:
                 self._kept.popitem(last=False)
-        return found
+        return adapter

@@ -32,9 +32,9 @@ def seqs(connection: Connection) -> list[int]:
 def require_released(record: Record) -> None:
     """Raise AdapterQuarantined, with the record's anomalies, if the adapter is in quarantine."""
     if record.quarantined:
-        found = "; ".join(anomaly.detail for anomaly in record.anomalies) or "it was put there by hand"
+        reasons = "; ".join(anomaly.detail for anomaly in record.anomalies) or "it was put there by hand"
         raise AdapterQuarantined(
-            f"adapter {record.name!r} is in quarantine: {found}; look at it with hub.get({record.name!r}, "
+            f"adapter {record.name!r} is in quarantine: {reasons}; look at it with hub.get({record.name!r}, "
             f"quarantined=True), and hub.release({record.name!r}) if it is sound"
         )
 
