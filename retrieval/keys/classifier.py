@@ -197,13 +197,13 @@ class Classifier(DeclaredKey):
         dense: list[list[np.ndarray]] = [[], []]
         sizes = []
         for record in records:
-            own = _pairs(record, space)
-            places = np.unique(np.linspace(0, len(own) - 1, min(count, len(own))).round().astype(int))
+            record_pairs = _pairs(record, space)
+            places = np.unique(np.linspace(0, len(record_pairs) - 1, min(count, len(record_pairs))).round().astype(int))
             samples_MD = space.samples(record)
-            dense[0].append((samples_MD if len(samples_MD) else space.embed([own[0][0]]))[places])
+            dense[0].append((samples_MD if len(samples_MD) else space.embed([record_pairs[0][0]]))[places])
             if outputs:
-                dense[1].append(space.embed([output for _, output in own])[places])
-            pairs += [own[place] for place in places]
+                dense[1].append(space.embed([output for _, output in record_pairs])[places])
+            pairs += [record_pairs[place] for place in places]
             sizes.append(len(places))
         labels_N = np.repeat(np.arange(len(records)), sizes)
         sides = list(zip(*pairs, strict=True))[: 1 + outputs]

@@ -15,10 +15,10 @@ class Description:
     """The cosine of the two descriptions, or of the adapter's with the mean of the query's inputs and outputs."""
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
-        asked = [query.description] if query.description.strip() else [*query.inputs, *filter(str.strip, query.outputs)]
-        query_D = space.mean(space.embed(asked))
+        texts = [query.description] if query.description.strip() else [*query.inputs, *filter(str.strip, query.outputs)]
+        query_D = space.mean(space.embed(texts))
         scores_N = np.full(len(records), np.nan)
         for row, record in enumerate(records):
-            if asked and record.description.strip():
+            if texts and record.description.strip():
                 scores_N[row] = query_D @ space.embed([record.description])[0]
         return scores_N

@@ -62,10 +62,10 @@ class Discriminant(DeclaredKey):
         precision_DD = np.linalg.inv(self._covariance(samples))
         around_ND = means_ND - means_ND.mean(axis=0)
         norms_N = np.sqrt(np.einsum("nd,nd->n", around_ND @ precision_DD, around_ND))
-        found = _Whitened(means_ND.mean(axis=0), around_ND, precision_DD, norms_N)
+        whitened = _Whitened(means_ND.mean(axis=0), around_ND, precision_DD, norms_N)
         # one assignment, so that threads see the old or the new
-        self._last = (records, space, found)
-        return found
+        self._last = (records, space, whitened)
+        return whitened
 
     def _covariance(self, samples: list[np.ndarray]) -> np.ndarray:
         chosen = samples[:: -(-len(samples) // MAX_ADAPTERS)]

@@ -15,18 +15,18 @@ class Relation:
     """The cosine of the mean relation in the query's examples with the mean in the card's (`examples` and `outputs`)."""
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
-        asked = [(text, output) for text, output in zip(query.inputs, query.outputs, strict=False) if output.strip()]
-        query_F = _mean(asked)
+        pairs = [(text, output) for text, output in zip(query.inputs, query.outputs, strict=False) if output.strip()]
+        query_F = _mean(pairs)
         scores_N = np.full(len(records), np.nan)
         for row, record in enumerate(records):
             mean_F = space.once("relation", record, lambda r: _mean(space.pairs(r)))
-            if asked and mean_F.any():
+            if pairs and mean_F.any():
                 scores_N[row] = query_F @ mean_F
         return scores_N
 
 
 def _mean(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-    total_F = np.sum([relation_of(given, answer) for given, answer in pairs], axis=0) if pairs else np.zeros(1)
+    total_F = np.sum([relation_of(text, answer) for text, answer in pairs], axis=0) if pairs else np.zeros(1)
     norm = float(np.linalg.norm(total_F))
     unit_F: np.ndarray = total_F / norm if norm else total_F
     return unit_F
@@ -34,16 +34,16 @@ def _mean(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
 
 def relation_of(given: str, answer: str) -> np.ndarray:
     """Describe how `answer` stands to `given`: 13 numbers, -1 to 1 before the whole is scaled to norm 1."""
-    own, other = given.casefold(), answer.casefold()
-    words, answer_words = own.split(), other.split()
-    letters, answer_letters = set(own), set(other)
+    folded, other = given.casefold(), answer.casefold()
+    words, answer_words = folded.split(), other.split()
+    letters, answer_letters = set(folded), set(other)
     features = [
         given == answer,
-        own == other,
+        folded == other,
         answer in given,
-        other in own,
-        own in other,
-        other.startswith(own[:3]),
+        other in folded,
+        folded in other,
+        other.startswith(folded[:3]),
         len(answer) > len(given),
         min(1.0, len(answer) / max(1, len(given)) / 2),
         len(set(words) & set(answer_words)) / max(1, len(set(answer_words))),

@@ -37,13 +37,13 @@ class Subspace:
 
 def overlap(left: Adapter, right: Adapter) -> float:
     """Return the mean over shared layers and both sides of |U^T V|^2 / min(rank); NaN if no layer is shared in one shape."""
-    found = []
+    overlaps = []
     for layer in left.layers.keys() & right.layers.keys():
         one, other = left.layers[layer], right.layers[layer]
         if one.a_RI.shape[1] == other.a_RI.shape[1] and one.b_OR.shape[0] == other.b_OR.shape[0]:
-            found += [_angles(a, b) for a, b in zip(_sides(one), _sides(other), strict=True)]
+            overlaps += [_angles(a, b) for a, b in zip(_sides(one), _sides(other), strict=True)]
     # summed in one order, whatever order a set has
-    return float(np.mean(sorted(found))) if found else float("nan")
+    return float(np.mean(sorted(overlaps))) if overlaps else float("nan")
 
 
 def _sides(factors: Factors) -> tuple[Tensor, Tensor]:
