@@ -89,9 +89,9 @@ class Fusion:
     def load(cls, path: str | Path) -> Fusion:
         """Read what `save` wrote. Raises RetrievalError for anything else."""
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-            weights = {str(name): float(weight) for name, weight in found["weights"].items()}
-            fusion = cls(str(found["kind"]), weights, float(found["intercept"]))
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            weights = {str(name): float(weight) for name, weight in content["weights"].items()}
+            fusion = cls(str(content["kind"]), weights, float(content["intercept"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RetrievalError(
                 f"{path} holds no fusion (kind, weights, intercept): {error!r}; Fusion.save writes one"
@@ -193,9 +193,9 @@ class Abstention:
     def load(cls, path: str | Path) -> Abstention:
         """Read what `save` wrote. Raises RetrievalError for anything else."""
         try:
-            found = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-            if not math.isfinite(found.threshold):
-                raise ValueError(f"threshold {found.threshold}")
+            abstention = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+            if not math.isfinite(abstention.threshold):
+                raise ValueError(f"threshold {abstention.threshold}")
         except (ValueError, TypeError) as error:
             raise RetrievalError(f"{path} holds no calibrated threshold: {error}; Abstention.save writes one") from error
-        return found
+        return abstention

@@ -95,7 +95,7 @@ def choose(kernels_PNN: np.ndarray, labels_N: np.ndarray, folds_N: np.ndarray, s
     def loss_of(shares_P: np.ndarray, ridge: float) -> Choice:
         mixed_NN = np.tensordot(shares_P, kernels_PNN, axes=1)
         cosines_NC = held_out(mixed_NN, labels_N, folds_N, ridge)[judged_N]
-        loss, temperature = min((loss_at(cosines_NC, labels_N[judged_N], each), each) for each in TEMPERATURES)
+        loss, temperature = min((loss_at(cosines_NC, labels_N[judged_N], trial), trial) for trial in TEMPERATURES)
         return Choice(shares_P, ridge, temperature, loss)
 
     best = loss_of(start.shares_P, start.ridge)

@@ -145,8 +145,8 @@ def diverse(hits: Sequence[Hit], num_wanted: int, diversity: float) -> list[Hit]
 
 def shows_options(search: Search) -> Search:
     """Put the keywords of `SearchOptions`, with their defaults, in the signature that help() and editors show."""
-    own, shared = inspect.signature(search), inspect.signature(Request).parameters
-    given = [each for each in own.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    signature, shared = inspect.signature(search), inspect.signature(Request).parameters
+    named = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
     shown = [shared[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in SearchOptions.__annotations__]
-    search.__signature__ = own.replace(parameters=[*given, *shown])  # type: ignore[attr-defined]
+    search.__signature__ = signature.replace(parameters=[*named, *shown])  # type: ignore[attr-defined]
     return search

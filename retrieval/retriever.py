@@ -196,14 +196,14 @@ class Retriever:
             raise RetrievalError(
                 f"diversity={request.diversity:g} compares texts, but like() compares weights; leave it at 0"
             )
-        own = self.hub[adapter] if isinstance(adapter, str) else adapter
+        query_adapter = self.hub[adapter] if isinstance(adapter, str) else adapter
         records = self.hub.records_at(self.hub.seqs(request.filters)).values()
-        others = [record for record in records if own is adapter or record.name != own.name]
+        others = [record for record in records if query_adapter is adapter or record.name != query_adapter.name]
         hits = [Hit(record, 0.0, np.zeros(0)) for record in others]
-        ranked, opinions = self._ranked(Query(adapter=own), hits, _resolve(keys), Fusion())
+        ranked, opinions = self._ranked(Query(adapter=query_adapter), hits, _resolve(keys), Fusion())
         page = request.page(ranked, request.k)
-        found = [Candidate(hit.record.name, hit.score, opinions[hit.record.name], hit.record) for hit in page]
-        return Candidates(found, self.hub)
+        candidates = [Candidate(hit.record.name, hit.score, opinions[hit.record.name], hit.record) for hit in page]
+        return Candidates(candidates, self.hub)
 
     @shows_options
     def probabilities(self, rows: GivenRows, **options: Unpack[SearchOptions]) -> dict[str, float]:
@@ -266,9 +266,11 @@ class Retriever:
         # of an adapter with one sample nothing is left when it is held out
         several = np.flatnonzero(np.bincount(labels_N) > 1)
         places = [np.flatnonzero(labels_N == label).tolist() for label in several]
-        groups = [list(group) for own in places for group in _groups_of(own, inputs_per_query)]
-        own, foreign = ([float(np.max(np.mean(rows_NC[g], axis=0))) for g in groups] for rows_NC in (own_NC, foreign_NC))
-        return own, foreign
+        groups = [list(group) for samples in places for group in _groups_of(samples, inputs_per_query)]
+        own_scores, foreign = (
+            [float(np.max(np.mean(rows_NC[g], axis=0))) for g in groups] for rows_NC in (own_NC, foreign_NC)
+        )
+        return own_scores, foreign
 
     def fit_fusion(self, held_out: Mapping[str, GivenRows], *, inputs_per_query: int = 1) -> Fusion:
         """Set and return logistic weights of the retriever's keys, learned from inputs whose adapter is known.
@@ -293,8 +295,8 @@ class Retriever:
         return self.fusion
 
     def _best_score(self, query: Query) -> float:
-        found = self._search([query], self._vector(query)[None], Request(1))[0]
-        return found[0].score if found else -1.0
+        candidates = self._search([query], self._vector(query)[None], Request(1))[0]
+        return candidates[0].score if candidates else -1.0
 
     def _near(self, query_D: np.ndarray, request: Request) -> list[Hit]:
         """Return the index's shortlist of adapters that pass the filters."""
@@ -344,30 +346,30 @@ class Retriever:
         return {"classifier": self._classifier, **_resolve(_description_key(query))}
 
     def _find(self, queries: Sequence[Query], query_QD: np.ndarray, request: Request) -> list[list[Candidate]]:
-        found = zip(queries, self._search(queries, query_QD, request), strict=True)
-        return [Candidates(self._abstain(query, hits, request), self.hub) for query, hits in found]
+        pairs = zip(queries, self._search(queries, query_QD, request), strict=True)
+        return [Candidates(self._abstain(query, hits, request), self.hub) for query, hits in pairs]
 
     def _search(self, queries: Sequence[Query], query_QD: np.ndarray, request: Request) -> list[list[Candidate]]:
         # the queries of one call have the same parts
         if queries and self._keys_of(queries[0], request):
             pairs = zip(queries, query_QD, strict=True)
             return [self._by_keys(query, query_D, request, self._keys_of(query, request)) for query, query_D in pairs]
-        found = []
+        results = []
         for query_D, hits in zip(query_QD, self._hits(query_QD, request), strict=True):
-            found.append(self._index.explain(query_D, request.choose(hits), evidence=request.evidence))
-        return found
+            results.append(self._index.explain(query_D, request.choose(hits), evidence=request.evidence))
+        return results
 
     def _hits(self, query_QD: np.ndarray, request: Request) -> list[list[Hit]]:
         """Return each query's page from the index, or the hits that diversity chooses from."""
         num_choice = request.num_choice
         num_asked = num_choice
         while True:
-            found = self._index.hits(query_QD, num_asked, request.filters)
+            query_hits = self._index.hits(query_QD, num_asked, request.filters)
             # the index knows nothing of pages: when too few of what it brought are on this one, it brings more
             if request.after is None or all(
-                len(hits) < num_asked or request.is_settled_by(hits, num_choice) for hits in found
+                len(hits) < num_asked or request.is_settled_by(hits, num_choice) for hits in query_hits
             ):
-                return [request.page(hits, num_choice) for hits in found]
+                return [request.page(hits, num_choice) for hits in query_hits]
             num_asked = max(_LEAST_ASKED, 4 * num_asked)
 
     def _by_keys(self, query: Query, query_D: np.ndarray, request: Request, keys: Mapping[str, Key]) -> list[Candidate]:
@@ -384,11 +386,11 @@ class Retriever:
         if self.abstention is None or not found or request.after is not None:
             return found
         # a description beside the inputs moves the scores of every search a little, by whatever keys
-        own = self._search_id(self._keys_of(replace(query, description=""), request))
-        if self.abstention.search != own:
+        search_id = self._search_id(self._keys_of(replace(query, description=""), request))
+        if self.abstention.search != search_id:
             raise RetrievalError(
                 f"the threshold was calibrated for searches by {self.abstention.search!r}, but this one is by "
-                f"{own!r}: calibrate() again, or set abstention=None"
+                f"{search_id!r}: calibrate() again, or set abstention=None"
             )
         return found if found[0].score >= self.abstention.threshold else []
 

@@ -173,10 +173,10 @@ def _batch(inputs: Mapping[str, Sequence[str]], recipe: EncoderRecipe, step: int
 def _inputs(hub_or_inputs: Hub | Mapping[str, GivenRows]) -> dict[str, list[str]]:
     """Map each task to its different inputs, leaving out tasks with fewer than two."""
     if isinstance(hub_or_inputs, Hub):
-        given: dict[str, Sequence[str]] = {record.name: record.examples for record in hub_or_inputs.records()}
+        inputs: dict[str, Sequence[str]] = {record.name: record.examples for record in hub_or_inputs.records()}
     else:
-        given = {name: read_inputs(rows, of=repr(name)) for name, rows in hub_or_inputs.items()}
-    different = {name: list(dict.fromkeys(text for text in texts if text.strip())) for name, texts in given.items()}
+        inputs = {name: read_inputs(rows, of=repr(name)) for name, rows in hub_or_inputs.items()}
+    different = {name: list(dict.fromkeys(text for text in texts if text.strip())) for name, texts in inputs.items()}
     return {name: texts for name, texts in different.items() if len(texts) >= 2}
 
 
@@ -214,23 +214,23 @@ def _key(recipe: EncoderRecipe, inputs: Mapping[str, Sequence[str]], begin: Sent
 def _claim(folder: Path, recipe: EncoderRecipe, key: str) -> None:
     """Note in the checkpoint folder which training it is for. Raises TrainingError if it is for another."""
     path = folder / RECIPE_FILE
-    own = {**asdict(recipe), "key": key}
+    training = {**asdict(recipe), "key": key}
     if path.is_file():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            recorded = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            found = None
-        if found != own:
-            other = found if isinstance(found, dict) else {}
-            differing = [name for name in own if other.get(name) != own[name]]
-            shown = ", ".join(f"{name} {other.get(name)!r} there and {own[name]!r} here" for name in differing)
+            recorded = None
+        if recorded != training:
+            other = recorded if isinstance(recorded, dict) else {}
+            differing = [name for name in training if other.get(name) != training[name]]
+            shown = ", ".join(f"{name} {other.get(name)!r} there and {training[name]!r} here" for name in differing)
             raise TrainingError(
                 f"the checkpoint {folder} is of another training: {shown} (the key is of texts and encoder too); "
                 "give another folder, or the same settings"
             )
         return
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
 
 
 def _check(recipe: EncoderRecipe, inputs: Mapping[str, Sequence[str]], target: Path) -> None:
