@@ -69,14 +69,14 @@ def read_rows(path: Path, *, split: str) -> Rows:
 
     Raises InvalidTask with the file and line.
     """
-    given = _of_stdin() if path == STDIN else located(path, one_split=False)
-    read = [read_row(row, where, targets="several") for where, row in given]
+    located_rows = _of_stdin() if path == STDIN else located(path, one_split=False)
+    read = [read_row(row, where, targets="several") for where, row in located_rows]
     if not read:
         raise InvalidTask(f'{path} has no rows; it needs lines such as {{"input": "...", "target": "..."}}')
     kept = [row for row in read if row.split in ("", split)]
     if not kept:
-        found = sorted({row.split for row in read})
-        raise InvalidTask(f"{path} has no rows of split {split!r}; its splits are {', '.join(found)}: pass --split")
+        splits = sorted({row.split for row in read})
+        raise InvalidTask(f"{path} has no rows of split {split!r}; its splits are {', '.join(splits)}: pass --split")
     if len(kept) < len(read):
         note(f"{path.name}: {len(kept)} of {len(read)} rows, those of split {split!r}")
     return Rows(tuple(kept))
@@ -86,8 +86,8 @@ def _of_stdin() -> Iterator[tuple[str, Any]]:
     """Yield (place, row): lines of JSON from a pipe, or what the person at the terminal answers, up to an empty input."""
     if is_terminal():
         note("give examples of the task, one at a time; an empty input ends them")
-        while given := typer.prompt("input", default="", show_default=False, err=True):
-            yield "what was typed", (given, typer.prompt("target", err=True))
+        while text := typer.prompt("input", default="", show_default=False, err=True):
+            yield "what was typed", (text, typer.prompt("target", err=True))
         return
     yield from located_lines(sys.stdin, "stdin")
 
@@ -210,21 +210,23 @@ def merge_recipe(path: Path, hub: str, seed: int, rules: Mapping[str, Any]) -> t
     import loraweave as lw
     from loraweave.composer.merge.recipe import Recipe, read_recipe
 
-    found = read_recipe(path)
-    if isinstance(found, Recipe):
+    recipe = read_recipe(path)
+    if isinstance(recipe, Recipe):
 
         def adapter(name: str) -> lw.Adapter:
             beside = path.parent / name
             return read_adapter(str(beside) if beside.is_dir() else name, hub)
 
-        return found.merge(adapter, seed=seed, **rules), found.dtype
-    own: dict[str, Any] = {key: found[key] for key in ("rank", "heads") if key in found and rules[key] in (None, "error")}
-    chosen = {**rules, **own}
-    formula = lw.parse(found["formula"])
-    if "pool" in found:
-        return formula.merge(read_pool(path.parent / found["pool"]), **chosen), "float32"
-    place = found.get("hub", hub)
-    with open_hub(place if "://" in place or "hub" not in found else str(path.parent / place)) as opened:
+        return recipe.merge(adapter, seed=seed, **rules), recipe.dtype
+    overrides: dict[str, Any] = {
+        key: recipe[key] for key in ("rank", "heads") if key in recipe and rules[key] in (None, "error")
+    }
+    chosen = {**rules, **overrides}
+    formula = lw.parse(recipe["formula"])
+    if "pool" in recipe:
+        return formula.merge(read_pool(path.parent / recipe["pool"]), **chosen), "float32"
+    place = recipe.get("hub", hub)
+    with open_hub(place if "://" in place or "hub" not in recipe else str(path.parent / place)) as opened:
         return formula.merge(opened, **chosen), "float32"
 
 
@@ -233,10 +235,10 @@ def read_pool(folder: Path) -> lw.ExpertPool:
     import loraweave as lw
     from loraweave.hub.intake.sources import adapter_folders
 
-    found = adapter_folders(folder)
-    if not found:
+    folders = adapter_folders(folder)
+    if not folders:
         raise WeightingError(f"{folder} has no adapter folders (with {ADAPTER_FILE}) in it; `loraweave train` makes some")
-    return lw.ExpertPool([lw.Adapter.from_pretrained(path) for path in found])
+    return lw.ExpertPool([lw.Adapter.from_pretrained(path) for path in folders])
 
 
 def load_model(base: str | None, dtype: str | None = None) -> tuple[Any, Any]:

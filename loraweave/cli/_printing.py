@@ -73,8 +73,8 @@ def record_row(record: Record) -> dict[str, Any]:
 
 def composition_row(stored: StoredComposition) -> dict[str, Any]:
     """Return a composition of a hub as JSON types; `chosen` names the row that a search chose."""
-    found = {"name": stored.name, "created": stored.created, "hash": stored.hash, "formula": stored.formula}
-    return {**found, "chosen": (stored.report or {}).get("chosen"), "size_bytes": sum(stored.files.values())}
+    row = {"name": stored.name, "created": stored.created, "hash": stored.hash, "formula": stored.formula}
+    return {**row, "chosen": (stored.report or {}).get("chosen"), "size_bytes": sum(stored.files.values())}
 
 
 def plain(value: Any) -> Any:

@@ -180,8 +180,8 @@ def train(
     read = {path.stem: read_rows(path, split=split) for path in files}
     import loraweave as lw
 
-    asked = dict(zip(read, instruction or (), strict=False))
-    tasks = {name: rows.task(asked.get(name), system) for name, rows in read.items()}
+    instructions = dict(zip(read, instruction or (), strict=False))
+    tasks = {name: rows.task(instructions.get(name), system) for name, rows in read.items()}
     model, tokenizer = load_model(base, dtype)
     trained = lw.train_adapters(
         model,
@@ -201,7 +201,7 @@ def train(
     )
     results = []
     for name, adapter in trained.items():
-        inputs = [str(asked) for asked, _ in tasks[name].examples][:samples]
+        inputs = [str(prompt) for prompt, _ in tasks[name].examples][:samples]
         card = {**adapter.card, "description": tasks[name].instruction or tasks[name].system, "examples": inputs}
         folder = replace(adapter, card=card).save_pretrained(out / name)
         results.append({"name": name, "rows": len(tasks[name].examples), "rank": adapter.rank, "out": str(folder)})

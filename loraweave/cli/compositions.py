@@ -110,8 +110,8 @@ def compose(
     # typer's own check takes - for a file
     if examples != STDIN and not examples.is_file():
         raise typer.BadParameter(f"--examples: file {str(examples)!r} does not exist")
-    given = ("model", "tokenizer", "hub_or_pool", "task")
-    reserved = (*given, "method", "k", "budget", "seed", "weights", "checkpoint", "n_jobs", "progress", "allow_licenses")
+    fixed = ("model", "tokenizer", "hub_or_pool", "task")
+    reserved = (*fixed, "method", "k", "budget", "seed", "weights", "checkpoint", "n_jobs", "progress", "allow_licenses")
     options = read_options(option or (), reserved=reserved)
     if weight:
         options["weights"] = read_named_weights(weight)
@@ -263,8 +263,8 @@ def _evaluate_harness(
     recorded = recorded_base(folder) if adapter is None else adapter.base_model
     model, tokenizer = load_model(base or recorded or None, dtype)
     what = lw.Composition.from_pretrained(folder, model, tokenizer) if adapter is None else adapter
-    found = evaluate_harness(what, tasks, model=model, tokenizer=tokenizer, include_path=include, limit=limit)
-    return dict(found["results"])
+    report = evaluate_harness(what, tasks, model=model, tokenizer=tokenizer, include_path=include, limit=limit)
+    return dict(report["results"])
 
 
 def _evaluate_adapter(adapter: Any, base: str | None, dtype: str | None, task: Any, pairs: Any) -> dict[str, Any]:
@@ -400,11 +400,11 @@ def save_composition(
 def list_compositions(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
     """List the compositions that a hub keeps."""
     with open_hub(hub) as opened:
-        found = [composition_row(stored) for stored in opened.compositions()]
+        rows = [composition_row(stored) for stored in opened.compositions()]
     if as_json:
-        print_json(found)
+        print_json(rows)
         return
-    shown = [(row["name"], row["created"], row["formula"] or f"composed: {row['chosen']}") for row in found]
+    shown = [(row["name"], row["created"], row["formula"] or f"composed: {row['chosen']}") for row in rows]
     print_rows(("name", "created", "what"), shown)
 
 

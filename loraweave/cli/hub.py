@@ -124,7 +124,7 @@ def add_tree(
     from loraweave.hub.intake.add_tree import add_tree
 
     with lw.Hub(hub, blobs=blobs) as opened:
-        found = add_tree(
+        tree_report = add_tree(
             opened,
             folder,
             prefix=prefix,
@@ -136,15 +136,15 @@ def add_tree(
             progress=sys.stderr.isatty(),
         )
     if report is not None:
-        report.write_text(json.dumps(plain(found.to_json()), indent=1) + "\n", encoding="utf-8")
+        report.write_text(json.dumps(plain(tree_report.to_json()), indent=1) + "\n", encoding="utf-8")
     if as_json:
-        print_json(found.to_json())
+        print_json(tree_report.to_json())
         return
     # what is there already is no news
-    rows = [(entry.path, entry.state, entry.name, entry.why) for entry in found.entries if entry.state != "present"]
+    rows = [(entry.path, entry.state, entry.name, entry.why) for entry in tree_report.entries if entry.state != "present"]
     if rows:
         print_rows(("path", "state", "name", "why"), rows)
-    note(", ".join(f"{count} {state}" for state, count in found.counts().items()))
+    note(", ".join(f"{count} {state}" for state, count in tree_report.counts().items()))
 
 
 @hub.command("list", epilog="Example: loraweave hub list --tag pool --json")
@@ -184,15 +184,15 @@ def search(
 
     with open_hub(hub) as opened:
         # the query may be a description, which the index compares with descriptions too
-        found = lw.Retriever(opened, embedder=encoder or "sentence", keys=()).candidates(
+        candidates = lw.Retriever(opened, embedder=encoder or "sentence", keys=()).candidates(
             query, k=k, base_model=base_model, license=license or None, tags=tag or (), min_score=min_score
         )
     if as_json:
-        print_json([{**record_row(c.record), "score": c.score, "evidence": c.evidence} for c in found])
+        print_json([{**record_row(c.record), "score": c.score, "evidence": c.evidence} for c in candidates])
         return
-    if not found:
+    if not candidates:
         note("nothing fits: the base model is the answer")
-    print_rows(("name", "score", "evidence"), [(c.name, c.score, c.evidence) for c in found])
+    print_rows(("name", "score", "evidence"), [(c.name, c.score, c.evidence) for c in candidates])
 
 
 @hub.command(epilog="Example: loraweave hub show antonym --json")
@@ -204,8 +204,8 @@ def show(
     """Show everything that is known about one adapter."""
     with open_hub(hub) as opened:
         *older, record = opened.history(name)
-    found = [vars(anomaly) for anomaly in record.anomalies]
-    state = {"anomalies": plain(found), "quarantined": record.quarantined}
+    anomalies = [vars(anomaly) for anomaly in record.anomalies]
+    state = {"anomalies": plain(anomalies), "quarantined": record.quarantined}
     fields = {**record_row(record), **state, "examples": plain(record.examples), "card": plain(record.card)}
     fields["versions"] = [{"version": r.version, "created": r.created, "hash": r.hash} for r in (*older, record)]
     if as_json:
@@ -263,15 +263,17 @@ def verify(
 ) -> None:
     """Check every row and every file; exit status 1 when something is damaged, or not signed as it has to be."""
     with open_hub(hub) as opened:
-        found = opened.verify(signed_by=signed_by or None, n_jobs=workers)
+        report = opened.verify(signed_by=signed_by or None, n_jobs=workers)
     if as_json:
-        print_json({"ok": found.ok, "problems": found.problems, "intact": found.intact, "orphans": found.orphans})
+        print_json({"ok": report.ok, "problems": report.problems, "intact": report.intact, "orphans": report.orphans})
     else:
-        if found.problems:
-            print_rows(("problem",), [(problem,) for problem in found.problems])
-        note(f"{len(found.intact)} adapters are whole; {len(found.orphans)} files belong to none (hub gc deletes them)")
-    if not found.ok:
-        raise HubCorrupt(f"the hub {hub} has {len(found.problems)} problems; add the adapters again from a source you trust")
+        if report.problems:
+            print_rows(("problem",), [(problem,) for problem in report.problems])
+        note(f"{len(report.intact)} adapters are whole; {len(report.orphans)} files belong to none (hub gc deletes them)")
+    if not report.ok:
+        raise HubCorrupt(
+            f"the hub {hub} has {len(report.problems)} problems; add the adapters again from a source you trust"
+        )
 
 
 @hub.command(epilog="Example: loraweave hub gc --hub adapters")
