@@ -29,9 +29,9 @@ class Conversation:
         for number, turn in enumerate(messages, start=1):
             more = sorted(name for name, value in turn.items() if name not in ("role", "content") and value)
             if more or not isinstance(turn["role"], str) or not isinstance(turn.get("content"), str):
-                found = f"the field {more[0]!r}" if more else f"{dict(turn)!r:.80}"
+                problem = f"the field {more[0]!r}" if more else f"{dict(turn)!r:.80}"
                 raise InvalidTask(
-                    f"{where} has {found} in turn {number} of its messages: a turn has a 'role' and a 'content', a text"
+                    f"{where} has {problem} in turn {number} of its messages: a turn has a 'role' and a 'content', a text"
                 )
         return cls(tuple((turn["role"], turn["content"]) for turn in messages))
 
@@ -105,26 +105,26 @@ def answered_ids(tokenizer: Any, prompt: Conversation, answer: str) -> tuple[lis
     The answer begins where the template of the prompt ends, as in TRL's SFTTrainer. Raises InvalidTask where the template of
     the whole does not begin with that of the prompt, and what `rendered` raises.
     """
-    asked = _ids(tokenizer, prompt, answered=False)
+    prefix = _ids(tokenizer, prompt, answered=False)
     whole = _ids(tokenizer, Conversation((*prompt.turns, ("assistant", answer))), answered=True)
-    if whole[: len(asked)] != asked:
+    if whole[: len(prefix)] != prefix:
         shared = next(
-            (place for place, pair in enumerate(zip(asked, whole, strict=False)) if pair[0] != pair[1]), len(whole)
+            (place for place, pair in enumerate(zip(prefix, whole, strict=False)) if pair[0] != pair[1]), len(whole)
         )
         raise InvalidTask(
-            f"the chat template writes {tokenizer.decode(asked[shared:])!r:.60} after the prompt {str(prompt)!r:.60} alone, "
-            f"and {tokenizer.decode(whole[shared : len(asked)])!r:.60} there once it is answered: nothing says where the "
-            "answer begins. Set a tokenizer.chat_template that writes both alike"
+            f"the chat template writes {tokenizer.decode(prefix[shared:])!r:.60} after the prompt {str(prompt)!r:.60} "
+            f"alone, and {tokenizer.decode(whole[shared : len(prefix)])!r:.60} there once it is answered: nothing says "
+            "where the answer begins. Set a tokenizer.chat_template that writes both alike"
         )
-    return asked, whole[len(asked) :]
+    return prefix, whole[len(prefix) :]
 
 
 def turn_end(tokenizer: Any, prompt: Conversation) -> str:
     """Return what the template writes after an answer to a prompt; "" if it changes the answer itself."""
     answer = "answer"
     whole = rendered(tokenizer, [*prompt.messages, {"role": "assistant", "content": answer}], answered=True)
-    before, found, end = whole.rpartition(answer)
-    return end if found and before == rendered(tokenizer, prompt.messages) else ""
+    before, separator, end = whole.rpartition(answer)
+    return end if separator and before == rendered(tokenizer, prompt.messages) else ""
 
 
 def prompt_texts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[str]:

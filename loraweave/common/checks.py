@@ -30,7 +30,7 @@ def is_number(value: object, least: float = -sys.float_info.max, most: float = s
 
 def is_list(value: object, of: type | UnionType = object) -> TypeGuard[Sequence[Any]]:
     """Return whether a value is a list, a tuple or another sequence, not a text, whose elements are all of one type."""
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and all(isinstance(each, of) for each in value)
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and all(isinstance(item, of) for item in value)
 
 
 def is_collection(value: object) -> TypeGuard[Collection[Any]]:

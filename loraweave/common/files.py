@@ -50,9 +50,9 @@ def write_new(path: Path, data: bytes) -> None:
 
 def cache_folder() -> Path:
     """Return the only folder outside the environment that is written to: $LORAWEAVE_CACHE, else ~/.cache/loraweave."""
-    own = os.environ.get("LORAWEAVE_CACHE")
-    if own:
-        return Path(own)
+    configured = os.environ.get("LORAWEAVE_CACHE")
+    if configured:
+        return Path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraweave"
 
 

@@ -58,8 +58,8 @@ def _compiled(source: Path) -> Path:
     parts = source.read_bytes(), " ".join(flags).encode(), compiler.encode(), _processor().encode()
     target = cache_folder() / "native" / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = target.parent.stat()
-    if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & 0o022):
+    status = target.parent.stat()
+    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
         raise OSError(f"others may write to {target.parent}, so that nothing is loaded from it: chmod 700, and own it")
     if not target.exists():
         _logger.info("compiling %s with %s, once for this machine; it is kept as %s", source.name, compiler, target)

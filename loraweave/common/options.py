@@ -69,7 +69,11 @@ def options_of(thing: Callable[..., Any], *, after: int = 0, beside: Collection[
     The kind is the annotation, Any where there is none or where it names what is imported for type checkers alone.
     """
     parameters = list(inspect.signature(thing).parameters.values())[after:]
-    named = [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    named = [
+        parameter.name
+        for parameter in parameters
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
     try:
         # the fields of a dataclass may come from several modules, in which their annotations are read
         made = inspect.isclass(thing) and not dataclasses.is_dataclass(thing)
@@ -107,8 +111,8 @@ def check_options(
     for name, value in given.items():
         if not fits(value, kinds[name]):
             unknown = isinstance(value, str) and error is WeightingError and get_origin(kinds[name]) is Literal
-            found = UnknownWord if unknown else error
-            raise found(f"{whose} got {name}={value!r:.80}; it takes {described(kinds[name], value)}")
+            error_class = UnknownWord if unknown else error
+            raise error_class(f"{whose} got {name}={value!r:.80}; it takes {described(kinds[name], value)}")
 
 
 class UnknownWord(UnknownName, WeightingError):
@@ -149,11 +153,11 @@ def fits(value: object, kind: Any) -> bool:
         plain, *rules = get_args(kind)
         return fits(value, plain) and all(rule.holds(value) for rule in rules)
     if origin in (typing.Union, types.UnionType):
-        return any(fits(value, each) for each in get_args(kind))
+        return any(fits(value, alternative) for alternative in get_args(kind))
     if origin is Literal:
-        return any(type(value) is type(each) and value == each for each in get_args(kind))
+        return any(type(value) is type(allowed) and value == allowed for allowed in get_args(kind))
     if origin is tuple:
-        return isinstance(value, tuple) and all(fits(each, get_args(kind)[0]) for each in value)
+        return isinstance(value, tuple) and all(fits(element, get_args(kind)[0]) for element in value)
     if kind is int or kind is float:
         return is_number(value) and (kind is float or isinstance(value, int))
     plain = origin or kind
@@ -167,10 +171,10 @@ def described(kind: Any, value: object = None) -> str:
         plain, *rules = get_args(kind)
         return " ".join([described(plain), *map(str, rules)])
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(described(each, value) for each in get_args(kind))
+        return " or ".join(described(alternative, value) for alternative in get_args(kind))
     if origin is Literal:
         hint = nearest(value, get_args(kind)) if isinstance(value, str) else ""
-        return "one of " + ", ".join(repr(each) for each in get_args(kind)) + hint
+        return "one of " + ", ".join(repr(allowed) for allowed in get_args(kind)) + hint
     if origin is tuple:
         return f"a list, each of which is {described(get_args(kind)[0])}"
     return WORDS.get(origin or kind, str(kind))

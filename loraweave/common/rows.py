@@ -242,24 +242,24 @@ def _of_mapping(row: Mapping[str, Any], where: str, targets: Targets) -> Row:
     if not isinstance(instruction, str):
         raise InvalidTask(f"{where} has {instruction!r:.60} as its instruction, which is no text")
     column, answer = _columns(row, where, targets)
-    text, given = row[column], None if answer is None else row[answer]
+    text, target_value = row[column], None if answer is None else row[answer]
     also = _listed(row.get("also_ok", []) if targets == "several" else [])
     if not are_texts(also):
         raise InvalidTask(f"{where} has {also!r:.60} as 'also_ok', which is no list of texts")
     if column == "messages" or is_messages(text):
         chat = Conversation.read(text, where)
         if column == "messages" and chat.turns[-1][0] == "assistant":
-            chat, given = Conversation(chat.turns[:-1]), chat.turns[-1][1]
-        if is_messages(given):
-            given = _one_answer(Conversation.read(given, where), where)
-        given = [*_listed(given), *also] if also and given is not None else given
-        return replace(_of_chat(chat, given, instruction, where, targets), split=str(split))
+            chat, target_value = Conversation(chat.turns[:-1]), chat.turns[-1][1]
+        if is_messages(target_value):
+            target_value = _one_answer(Conversation.read(target_value, where), where)
+        target_value = [*_listed(target_value), *also] if also and target_value is not None else target_value
+        return replace(_of_chat(chat, target_value, instruction, where, targets), split=str(split))
     if not isinstance(text, str):
         raise InvalidTask(f"{where} has {text!r:.60} as {column!r}, which is no text: {FORMS}")
-    found: tuple[str, ...] = ()
-    if given is not None and targets != "none":
-        found = _checked([*_texts(given, str(answer), where, targets), *also], text, where, targets)
-    return Row(text, found, instruction, column == "prompt", str(split))
+    row_targets: tuple[str, ...] = ()
+    if target_value is not None and targets != "none":
+        row_targets = _checked([*_texts(target_value, str(answer), where, targets), *also], text, where, targets)
+    return Row(text, row_targets, instruction, column == "prompt", str(split))
 
 
 def _of_chat(chat: Conversation, given: Any, instruction: str, where: str, targets: Targets) -> Row:
@@ -269,10 +269,10 @@ def _of_chat(chat: Conversation, given: Any, instruction: str, where: str, targe
         said = ", ".join([*roles, *([] if given is None else ["assistant"])]) or "nobody"
         raise InvalidTask(f"{where} has messages of {said}: the last are to be a user's and the answer to it")
     text = str(chat)
-    found: tuple[str, ...] = ()
+    row_targets: tuple[str, ...] = ()
     if given is not None and targets != "none":
-        found = _checked(_texts(given, "completion", where, targets), text, where, targets)
-    return Row(text, found, chat.system or instruction, chat=chat)
+        row_targets = _checked(_texts(given, "completion", where, targets), text, where, targets)
+    return Row(text, row_targets, chat.system or instruction, chat=chat)
 
 
 def _one_answer(completion: Conversation, where: str) -> str:
@@ -292,20 +292,20 @@ def _texts(given: Any, answer: str, where: str, targets: Targets) -> list[str]:
 
 def _columns(row: Mapping[str, Any], where: str, targets: Targets) -> tuple[str, str | None]:
     """Return the columns of the input and of the target. Raises InvalidTask where none or several have them."""
-    found: list[tuple[str, str | None]] = [
+    columns: list[tuple[str, str | None]] = [
         (column, answer) for column, answers in COLUMNS.items() if column in row for answer in answers if answer in row
     ]
-    if not found and targets in ("any", "none"):
-        found = [(column, None) for column in COLUMNS if column in row]
+    if not columns and targets in ("any", "none"):
+        columns = [(column, None) for column in COLUMNS if column in row]
     # a prompt has been made of the input beside it
-    if any(column == "prompt" for column, _ in found):
-        found = [pair for pair in found if pair[0] != "input"]
-    found += [("messages", None)] if "messages" in row else []
-    if len(found) == 1:
-        return found[0]
+    if any(column == "prompt" for column, _ in columns):
+        columns = [pair for pair in columns if pair[0] != "input"]
+    columns += [("messages", None)] if "messages" in row else []
+    if len(columns) == 1:
+        return columns[0]
     has = f"{where} has {sorted(row)}"
-    if found:
-        pairs = " and ".join("/".join(filter(None, pair)) for pair in found)
+    if columns:
+        pairs = " and ".join("/".join(filter(None, pair)) for pair in columns)
         raise InvalidTask(f"{has:.300}, in which {pairs} could be the texts: leave the columns of one")
     # the form of which most is there
     column, answers = max(COLUMNS.items(), key=lambda form: (form[0] in row) + any(answer in row for answer in form[1]))
@@ -330,8 +330,8 @@ def _are_targets(value: Any, targets: Targets) -> bool:
 
 
 def _checked(value: Any, text: str, where: str, targets: Targets) -> tuple[str, ...]:
-    found = () if targets == "none" else tuple(_listed(value))
+    row_targets = () if targets == "none" else tuple(_listed(value))
     # what is not learned or compared may be empty
-    if targets in ("one", "several") and not all(target.strip() for target in found):
+    if targets in ("one", "several") and not all(target.strip() for target in row_targets):
         raise InvalidTask(f"{where} (input {text!r:.60}) has an empty target; there is nothing to learn from it")
-    return found
+    return row_targets

@@ -70,17 +70,17 @@ def processes_here(n_jobs: int | None) -> int | None:
     None where neither `n_jobs` nor joblib.parallel_config asks for anything. Raises WorkersFailed for a number that is none,
     and for a backend that pieces cannot be spread over.
     """
-    backend, asked = _asked(n_jobs)
+    backend, jobs = _asked(n_jobs)
     kind = _kind(backend)
     if kind in CLUSTERS:
         return 1
     if kind == "SequentialBackend":
         return None if n_jobs is None else 1
-    if asked is None or asked > 0:
-        return asked
+    if jobs is None or jobs > 0:
+        return jobs
     # as many as have cores for their threads; -2 leaves one of them out
     every: int = joblib.cpu_count() // torch.get_num_threads()
-    return max(1, every + 1 + asked)
+    return max(1, every + 1 + jobs)
 
 
 def spread(
@@ -163,14 +163,14 @@ class Crew:
 
 def require_all(outcomes: Mapping[str, Result | Failed]) -> dict[str, Result]:
     """Return the results, or raise the error of the first piece that failed, with a note of the others that did."""
-    failed = {name: each.error for name, each in outcomes.items() if isinstance(each, Failed)}
+    failed = {name: outcome.error for name, outcome in outcomes.items() if isinstance(outcome, Failed)}
     for name, error in failed.items():
         error.add_note(f"this was piece {name!r} of {len(outcomes)}; the same call runs what failed again")
         for other, why in failed.items():
             if other != name:
                 error.add_note(f"{other!r} failed, too: {type(why).__name__}: {why}")
         raise error
-    return {name: each for name, each in outcomes.items() if not isinstance(each, Failed)}
+    return {name: outcome for name, outcome in outcomes.items() if not isinstance(outcome, Failed)}
 
 
 def _listed(names: Any) -> str:
@@ -241,8 +241,8 @@ def _kind(backend: Any) -> str:
 
 def _workers(n_jobs: int | None) -> Workers | None:
     """Make the workers; None if this process does all the work."""
-    backend, asked = _asked(n_jobs)
-    most = asked if asked is not None and asked > 0 else None
+    backend, jobs = _asked(n_jobs)
+    most = jobs if jobs is not None and jobs > 0 else None
     match _kind(backend):
         case "DaskDistributedBackend":
             return _Dask(backend, most)
@@ -346,7 +346,7 @@ class _Ray(_Counted):
         self._references: dict[Future[Any], Any] = {}
 
     def submit(self, call: Callable[[], Any]) -> Future[Any]:
-        self._references = {future: each for future, each in self._references.items() if not future.done()}
+        self._references = {future: pending for future, pending in self._references.items() if not future.done()}
         reference = self._run.remote(call)
         future: Future[Any] = reference.future()
         self._references[future] = reference
@@ -375,5 +375,5 @@ def _ray() -> Any:
 
 def _ray_options(backend: Any) -> dict[str, Any]:
     """Return a task's options: as many cores as torch has threads, unless `ray_remote_args` of the backend say otherwise."""
-    given = {key: value for key, value in (backend.ray_remote_args or {}).items() if not key.startswith("max_")}
-    return {"num_cpus": torch.get_num_threads(), **given}
+    options = {key: value for key, value in (backend.ray_remote_args or {}).items() if not key.startswith("max_")}
+    return {"num_cpus": torch.get_num_threads(), **options}

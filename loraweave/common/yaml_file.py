@@ -31,8 +31,8 @@ class _Plain(yaml.SafeLoader):  # type: ignore[misc]
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 # YAML 1.1 reads 1e-3 as a text
@@ -44,11 +44,11 @@ def read_yaml(path: Path, error: type[LoraweaveError]) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise error(f"{path} has {path.stat().st_size} bytes, above the limit of {MAX_BYTES}")
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
     except (OSError, UnicodeDecodeError) as problem:
         raise error(f"{path} cannot be read ({problem}); give a YAML file") from problem
     except yaml.YAMLError as problem:
         raise error(f"{path} is not YAML: {' '.join(str(problem).split())}") from problem
-    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
-        raise error(f"{path} holds {found!r:.60}; its lines are to be 'key: value'")
-    return dict(found)
+    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
+        raise error(f"{path} holds {content!r:.60}; its lines are to be 'key: value'")
+    return dict(content)
