@@ -135,9 +135,9 @@ class _Dense:
     def best(self, rank: int) -> tuple[Array, Array, Array]:
         """Return (u_NR, sigma_R, v_MR): the largest singular values, falling, with their vectors."""
         if 4 * rank <= self.side:
-            found = self._in_fp32(rank)
-            if found is not None:
-                return found
+            triplets = self._in_fp32(rank)
+            if triplets is not None:
+                return triplets
         _, start_NR = top_eigenpairs(self.gram(np.float64).T, rank)
         return self._refined(start_NR)
 
@@ -160,16 +160,16 @@ class _Dense:
         """Return `best` from products in fp32, or None unless a bound shows that its error is the best possible."""
         if self.side <= SMALL_SIDE:
             gram_NN = self.gram(np.float32)
-            found = filtered_subspace(gram_NN, rank, energy=self.energy)
-            if found is None:
+            subspace = filtered_subspace(gram_NN, rank, energy=self.energy)
+            if subspace is None:
                 # one more than wanted says how far the rest is away
                 energy_R, vectors_NR = top_eigenpairs(gram_NN.T, rank + 1)
-                found = vectors_NR[:, :rank], float(energy_R[rank])
+                subspace = vectors_NR[:, :rank], float(energy_R[rank])
         else:
-            found = top_subspace(lambda x_NR: self.to_small(self.to_large(x_NR)), self.side, rank, energy=self.energy)
-        if found is None:
+            subspace = top_subspace(lambda x_NR: self.to_small(self.to_large(x_NR)), self.side, rank, energy=self.energy)
+        if subspace is None:
             return None
-        start_NR, next_energy = found
+        start_NR, next_energy = subspace
         u_NR, sigma_R, v_MR = self._refined(start_NR)
         left = self.energy - float(np.square(sigma_R).sum())
         if left < REST_FP32 * self.energy:

@@ -34,7 +34,7 @@ def fit(updates: list[Factors], rank: int, middle: Middle = "full", seed: int = 
     """Fit the bases for one layer's updates, of `rank` or as many directions as these have."""
     num_out, num_in = updates[0].b_OR.shape[0], updates[0].a_RI.shape[1]
     b_EOR, a_ERI = _stacked(updates)
-    rank = min(rank, num_out, num_in, max(1, sum(each.rank for each in updates)))
+    rank = min(rank, num_out, num_in, max(1, sum(update.rank for update in updates)))
     generator = torch.Generator().manual_seed(seed)
     v_IR = _orthonormal(torch.randn(num_in, rank, generator=generator))
     u_OR = _orthonormal(torch.randn(num_out, rank, generator=generator))
@@ -71,12 +71,12 @@ def as_matrix(middle: Tensor) -> Tensor:
 
 def _stacked(updates: list[Factors]) -> tuple[Tensor, Tensor]:
     """Stack updates as (b_EOR, a_ERI), scaled to norm 1 and filled up with zeros to one rank."""
-    rank = max(each.rank for each in updates)
+    rank = max(update.rank for update in updates)
     b_EOR = torch.zeros(len(updates), updates[0].b_OR.shape[0], rank)
     a_ERI = torch.zeros(len(updates), rank, updates[0].a_RI.shape[1])
-    for place, each in enumerate(updates):
-        b_EOR[place, :, : each.rank] = each.b_OR / (algebra.norm(each) or 1.0)
-        a_ERI[place, : each.rank] = each.a_RI
+    for place, update in enumerate(updates):
+        b_EOR[place, :, : update.rank] = update.b_OR / (algebra.norm(update) or 1.0)
+        a_ERI[place, : update.rank] = update.a_RI
     return b_EOR, a_ERI
 
 
@@ -89,8 +89,8 @@ def _turned(parts_EOR: Tensor, columns_OR: Tensor) -> Tensor:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    found: Tensor = torch.linalg.qr(columns)[0]
-    return found
+    basis: Tensor = torch.linalg.qr(columns)[0]
+    return basis
 
 
 def _diagonalised(b_EOR: Tensor, a_ERI: Tensor, u_OR: Tensor, v_IR: Tensor) -> tuple[Tensor, Tensor]:

@@ -134,9 +134,9 @@ def summed_by_owner(product_SS: Array, ranks: Sequence[int]) -> Array:
 
 def among(values_PP: Array, places: Sequence[int], size: int) -> Array:
     """Return a matrix (size, size) of zeros with these values in the rows and columns of `places`."""
-    found = np.zeros((size, size), dtype=values_PP.dtype)
-    found[np.ix_(places, places)] = values_PP
-    return found
+    matrix = np.zeros((size, size), dtype=values_PP.dtype)
+    matrix[np.ix_(places, places)] = values_PP
+    return matrix
 
 
 def worth_a_thread(updates: Sequence[Factors]) -> bool:
@@ -153,15 +153,15 @@ def truncated(a_SI: Array, b_OS: Array, rank: int, grams: tuple[Array, Array] | 
     `grams` are a a^T and b^T b if they are known already; they stay as they are.
     """
     num_out, num_in = b_OS.shape[0], a_SI.shape[1]
-    found = None
+    triplets = None
     if a_SI.shape[0] < min(num_out, num_in):
-        found = _by_grams(a_SI, b_OS, rank, *(grams or (a_SI @ a_SI.T, b_OS.T @ b_OS)))
+        triplets = _by_grams(a_SI, b_OS, rank, *(grams or (a_SI @ a_SI.T, b_OS.T @ b_OS)))
     elif num_out <= num_in:
-        found = by_dense_gram(b_OS @ a_SI, rank)
+        triplets = by_dense_gram(b_OS @ a_SI, rank)
     else:
         turned = by_dense_gram(a_SI.T @ b_OS.T, rank)
-        found = None if turned is None else (turned[1].T, turned[0].T, turned[2])
-    a_RI, b_OR, error = _by_qr(a_SI, b_OS, rank) if found is None else found
+        triplets = None if turned is None else (turned[1].T, turned[0].T, turned[2])
+    a_RI, b_OR, error = _by_qr(a_SI, b_OS, rank) if triplets is None else triplets
     sign_R = column_signs(b_OR)
     return a_RI * sign_R[:, None], b_OR * sign_R, error
 
