@@ -178,10 +178,10 @@ def _group(folder: str) -> str:
 @cache
 def _plugins(folder: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
     """Return {name: entry point} of the packages on a path; nothing of them is imported."""
-    found: dict[str, EntryPoint] = {}
+    points: dict[str, EntryPoint] = {}
     for point in entry_points(group=_group(folder)):
-        found.setdefault(point.name, point)
-    return found
+        points.setdefault(point.name, point)
+    return points
 
 
 def _from_plugin(folder: str, name: str) -> Any:
@@ -195,8 +195,8 @@ def _from_plugin(folder: str, name: str) -> Any:
         # saved folders know a thing by the name of its file
         raise PluginFailed(f"{whose} is registered by another name than its file has; give both the same")
     try:
-        found = point.load()
-        return _entry(found, name) if isinstance(found, ModuleType) else found
+        loaded = point.load()
+        return _entry(loaded, name) if isinstance(loaded, ModuleType) else loaded
     except Exception as error:
         raise PluginFailed(f"{whose} cannot be used: {type(error).__name__}: {error}") from error
 

@@ -124,8 +124,8 @@ class BaseKey:
 
     def contradicts(self, other: BaseKey) -> str:
         """Return why `other` cannot be this base model, as a phrase; "" if what both know does not exclude it."""
-        own, its = self.fingerprint, other.fingerprint
-        if own and its and (why := own.differs(its)):
+        fingerprint, its = self.fingerprint, other.fingerprint
+        if fingerprint and its and (why := fingerprint.differs(its)):
             return why
         if self._has_weights_of(other) or self.id != other.id:
             return ""
@@ -139,8 +139,8 @@ class BaseKey:
 
     def _has_weights_of(self, other: BaseKey) -> bool:
         """Return whether both have sampled weights, which are the same where the fingerprints do not differ."""
-        own, its = self.fingerprint, other.fingerprint
-        return bool(own and its and own.samples and its.samples)
+        fingerprint, its = self.fingerprint, other.fingerprint
+        return bool(fingerprint and its and fingerprint.samples and its.samples)
 
 
 def _other_commits(left: str, right: str) -> bool:
@@ -298,15 +298,19 @@ class Task:
             if not isinstance(text := getattr(self, name), str | None):
                 raise InvalidTask(f"{name} is {text!r:.80}; it must be a text")
         rows = read_rows(self.examples, noun="example")
-        given = self.demonstrations
-        shown = (rows if given else []) if isinstance(given, bool) else read_rows(given, noun="demonstration")
+        demonstrations = self.demonstrations
+        shown = (
+            (rows if demonstrations else [])
+            if isinstance(demonstrations, bool)
+            else read_rows(demonstrations, noun="demonstration")
+        )
         self._read_chat([*rows, *shown])
         for name, read in (("examples", rows), ("demonstrations", shown)):
             object.__setattr__(self, name, tuple((self._as_kept(row.asked), row.targets[0]) for row in read))
         if not self.instruction:
             # what a system says is its turn in a chat
-            own = [row for row in rows if row.chat is None] if self.chat else rows
-            object.__setattr__(self, "instruction", shared_instruction(own))
+            plain_rows = [row for row in rows if row.chat is None] if self.chat else rows
+            object.__setattr__(self, "instruction", shared_instruction(plain_rows))
         if self.labels is not None:
             object.__setattr__(self, "labels", tuple(self.labels))
             object.__setattr__(self, "metric", "rank_classification")
@@ -357,8 +361,8 @@ class Task:
     @property
     def neutral(self) -> tuple[tuple[Prompt, str | None], ...]:
         """The inputs that tell the prior of each label, with their own label or None; () to rank labels as they are."""
-        given = (NEUTRAL if self.calibrated else ()) if isinstance(self.calibrated, bool) else self.calibrated
-        return tuple(each if isinstance(each, tuple) else (each, None) for each in given)
+        inputs = (NEUTRAL if self.calibrated else ()) if isinstance(self.calibrated, bool) else self.calibrated
+        return tuple(entry if isinstance(entry, tuple) else (entry, None) for entry in inputs)
 
     @property
     def answer_end(self) -> str | None:
@@ -389,7 +393,7 @@ class Task:
         template = DEFAULT_TEMPLATE if self.template is None else self.template
         # replaced in one pass over the template, so that braces in the user's text stay what they are
         parts = [part.replace("{instruction}", instruction) for part in template.split("{input}")]
-        shown = [f"{str(given).join(parts)} {target}\n\n" for given, target in self.shown if given != text]
+        shown = [f"{str(prompt).join(parts)} {target}\n\n" for prompt, target in self.shown if prompt != text]
         return "".join([*shown, text.join(parts)])
 
     def _conversation(self, asked: Prompt, instruction: str) -> Conversation:
@@ -403,11 +407,11 @@ class Task:
             return [*before, (role, last.join(parts))]
 
         system = self.system or (asked.system if isinstance(asked, Conversation) else "")
-        found = [("system", system)] if system else []
-        for given, target in self.shown:
-            if given != self._as_kept(asked):
-                found += [*turns(given), ("assistant", target)]
-        return Conversation((*found, *turns(asked)))
+        messages = [("system", system)] if system else []
+        for prompt, target in self.shown:
+            if prompt != self._as_kept(asked):
+                messages += [*turns(prompt), ("assistant", target)]
+        return Conversation((*messages, *turns(asked)))
 
     def _read_chat(self, rows: Sequence[Row]) -> None:
         """Set whether this is a chat, and its system's turn, as far as the rows tell. Raises InvalidTask where they differ.
