@@ -71,7 +71,9 @@ class Layer:
         if tensor is None:
             raise AdapterCorrupt(f"{self.where} lacks the tensor {name!r}; it has {', '.join(sorted(self.tensors))}")
         shape = tuple(tensor.shape)
-        fits = len(sizes) == len(shape) and all(size in (None, length) for size, length in zip(sizes, shape, strict=True))
+        fits = len(sizes) == len(shape) and all(
+            length == size if size is not None else length > 0 or empty for size, length in zip(sizes, shape, strict=True)
+        )
         if sizes and not fits:
             wanted = ", ".join("1 or more" if size is None else str(size) for size in sizes)
             raise AdapterCorrupt(f"{self.where}: {name!r} has shape {shape}, not ({wanted})")
