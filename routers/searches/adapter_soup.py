@@ -81,4 +81,4 @@ def _shares(texts: Sequence[np.ndarray], asked_ND: np.ndarray) -> np.ndarray:
         warnings.simplefilter("ignore", ConvergenceWarning)
         mixture.fit(np.concatenate(texts))
     share_E = np.bincount(mixture.predict(asked_ND), minlength=len(texts)) / len(asked_ND)
-    return np.array([share_E[np.bincount(mixture.predict(own_MD)).argmax()] for own_MD in texts])
+    return np.array([share_E[np.argmax(np.bincount(mixture.predict(own_MD)))] for own_MD in texts])

@@ -168,7 +168,7 @@ class Snapshot:
                 names.append("none")
                 continue
             xy_N2 = np.array([(entry.x, entry.y) for entry in members])
-            names.append(members[int(((xy_N2 - xy_N2.mean(axis=0)) ** 2).sum(axis=1).argmin())].name)
+            names.append(members[int(np.argmin(((xy_N2 - xy_N2.mean(axis=0)) ** 2).sum(axis=1)))].name)
         return names
 
 

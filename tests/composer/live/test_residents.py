@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import itertools
 import threading
 import tracemalloc
 from pathlib import Path
@@ -282,7 +283,7 @@ def test_the_thousandth_expert_moves_the_bytes_that_the_first_did_and_memory_sta
     residents.close()
 
 
-def test_a_hundred_cycles_of_loading_and_unloading_leave_memory_flat():
+def test_hundreds_of_cycles_of_loading_and_unloading_leave_memory_flat():
     residents = Residents(lambda name: adapter(1), lambda: PLACES, staged=everything)
     # not what threads of other tests allocate meanwhile
     paging = tracemalloc.Filter(True, f"{Path(inspect.getfile(Residents)).parent}/*")
@@ -297,12 +298,12 @@ def test_a_hundred_cycles_of_loading_and_unloading_leave_memory_flat():
 
     tracemalloc.start()
     try:
-        (first, first_tensors), (last, last_tensors) = cycles(100), cycles(100)
+        sizes, tensors = zip(*(cycles(60) for _ in range(10)), strict=True)
     finally:
         tracemalloc.stop()
-    # an object left behind in each cycle would be more
-    assert last - first < 100 * 50
-    assert last_tensors == first_tensors
+    # an object left behind in each cycle would be more in every sixty; tables that grow by and by are not
+    assert min(later - earlier for earlier, later in itertools.pairwise(sizes)) < 60 * 50
+    assert len(set(tensors)) == 1
     assert residents.residency.device_bytes == residents.residency.host_bytes == 0
 
 
