@@ -19,10 +19,10 @@ from loraweave.hub.pool import require_everywhere
 
 
 def put_expert(model: ExpertModel, expert: int, adapter: Adapter) -> ExpertModel:
-    """The model, whose expert of that number is the adapter from now on, at weight 1.
+    """Put the adapter in as the expert of that number, at weight 1; return the model.
 
     Layers that the adapter lacks are zero, and ranks below the expert's are filled with zeros. Raises LayerMismatch for
-    layers that the model has no expert for, of other sizes or of a larger rank, UnknownName for a number that no expert
+    layers where the model has no such expert, for other sizes and for a larger rank, UnknownName for a number that no expert
     has, ScopeError for a recipe whose experts are no updates, WeightingError for a value that is no adapter or expert
     model; the model is then as it was.
     """
@@ -48,12 +48,12 @@ def put_expert(model: ExpertModel, expert: int, adapter: Adapter) -> ExpertModel
 def federated_average(
     models: Sequence[ExpertModel], sizes: Sequence[float], *, experts: Sequence[int] = (), gates: bool = False
 ) -> None:
-    """Gives all clients the mean of what they exchange, weighted by their shares of the data: FedAvg (McMahan et al. 2017).
+    """Give all clients the mean of what they exchange, weighted by their shares of the data: FedAvg (McMahan et al. 2017).
 
-    a and b of the `experts` are averaged apart, with each client's scale in b; with `gates` the gates' parameters are. All
-    else of a client stays as it is, and clients may have different bases where these layers are alike. Raises LayerMismatch
-    for clients whose experts or gates differ in place or size, WeightingError for sizes that are none; the models are then
-    as they were.
+    The factors a and b of the `experts` are averaged apart, with each client's scale in b; with `gates` the gates'
+    parameters are averaged, too. The rest of a client stays as it is, and clients may have different bases where these
+    layers are alike. Raises LayerMismatch for clients whose experts or gates differ in place or size, WeightingError for
+    sizes that are no amounts of data; the models are then as they were.
     """
     if not is_list(models) or not models:
         raise WeightingError(f"clients are {models!r:.60}: give a list of the expert models of all")
@@ -93,7 +93,7 @@ def federated_average(
 
 
 def _layers(models: Sequence[ExpertModel], experts: Sequence[int]) -> list[dict[str, SumOfExperts]]:
-    """The layers of each model that have one of these experts."""
+    """Return the layers of each model that have one of these experts, by name; all models must have the same ones."""
     found: list[dict[str, SumOfExperts]] = []
     for model in models if experts else ():
         layers = {}
@@ -155,7 +155,7 @@ def _mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 
 
 def require_expert_model(model: Any, asker: str) -> None:
-    """Raises WeightingError for anything but an `ExpertModel`, such as a base model alone."""
+    """Raise WeightingError for anything but an `ExpertModel`, such as a base model alone."""
     if not isinstance(model, ExpertModel):
         raise WeightingError(
             f"{asker} was given {type(model).__name__}, which has no experts: give what lw.experts(recipe, base_model) made"

@@ -44,16 +44,16 @@ from loraweave.routers.tokens._learned import Step, TrainingReport
 
 
 class ExpertModel(LikeBase, ExpertLearner):
-    """The experts and gates of a recipe, live in the calls of this model; the base, called itself, is as it was.
+    """An expert model: a recipe's experts and gates, live in calls of this model, on a base that itself answers as before.
 
-    Called and generated with like the base, in transformers' pipelines and Trainers too, whose attributes it has and whose
-    parameters are frozen until `close()`. `task` gives the tasks of the rows,
-    by name or id, one for each or one for all, to recipes that look at them. In training mode the recipe's losses are added
-    to the loss of a call with labels, by the share that a pass of a Trainer's step (`num_items_in_batch`) has of its labels;
-    `terms` has those of the last call.
+    It is called and generates like the base, in transformers' pipelines and Trainers too; it has the base's attributes, and
+    the base's parameters are frozen until `close()`. `task` gives the tasks of the rows, by name or id, one for each or one
+    for all, to recipes that look at them. In training mode the recipe's losses are added to the loss of a call with labels,
+    in proportion to the call's share of the labels of a Trainer's step (`num_items_in_batch`); `terms` has those of the last
+    call.
 
-    `shapes` has the experts of each site instead of the recipe's own, `starts` what they begin with;
-    `names` are those of the first experts.
+    `shapes` has the experts of each site instead of the recipe's own, `starts` the factors that they begin with;
+    `names` are the names of the first experts.
     """
 
     def __init__(
@@ -88,14 +88,14 @@ class ExpertModel(LikeBase, ExpertLearner):
                 self._put_in(block, own._after_branch, block, before=own._before_branch)
 
     def _put_in(self, path: str, after: Any, *place: Any, before: Any = None) -> None:
-        """Has a module of the base do `before` and `after` its forward what these methods do, given the place."""
+        """Run the methods `before` and `after` around a module of the base, with `place` as their first arguments."""
         module = self.base_model.get_submodule(path)
         if before is not None:
             self._handles.append(module.register_forward_pre_hook(Hook(self, before, *place)))
         self._handles.append(module.register_forward_hook(Hook(self, after, *place)))
 
     def forward(self, *args: Any, task: Any = None, **kwargs: Any) -> Any:
-        """The base's output, with the recipe's losses in its `loss` in training mode."""
+        """Return the base's output, with the recipe's losses added to its `loss` in training mode."""
         self._require_open()
         if self.training and torch.is_grad_enabled():
             require_same_call(self.base_model)
@@ -120,7 +120,7 @@ class ExpertModel(LikeBase, ExpertLearner):
         return output
 
     def _shared_stream(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What the branches of tasks take over from a call of the base without tasks. Raises ScopeError for a cache."""
+        """Return the tensors that tasks' branches take over from a call of the base alone. Raises ScopeError for a cache."""
         if kwargs.get("past_key_values") is not None:
             raise ScopeError(f"recipe {self.recipe.name!r} runs the model twice and takes no cache: give all tokens at once")
         branch = Branch(num_streams=self.recipe.num_streams)
@@ -129,12 +129,12 @@ class ExpertModel(LikeBase, ExpertLearner):
         return branch.noted
 
     def terms_of(self, step: Step) -> dict[str, Tensor]:
-        """The recipe's losses in a pass, by name."""
+        """Return the recipe's losses in a pass, by name."""
         factors = {name: layer.a_SI for name, layer in self.named_layers().items() if hasattr(layer, "a_SI")}
         return {**self.recipe.losses(step), **self.recipe.factor_losses(factors)}
 
     def generate(self, *args: Any, task: Any = None, **kwargs: Any) -> Any:
-        """The base's generate; what a gate decides by the prompt holds for the answer."""
+        """Return the output of the base's `generate`; what a gate decides by the prompt holds for the answer."""
         if self.recipe.branches:
             raise ScopeError(f"recipe {self.recipe.name!r} has branches for tasks, and generates no tokens: call the model")
         self._require_open()
@@ -151,13 +151,13 @@ class ExpertModel(LikeBase, ExpertLearner):
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def show_gates(self, call: Call) -> None:
-        """Shows every gate a call that begins."""
+        """Show every gate the call that begins."""
         with with_tokenizer(self.tokenizer), own_precision(self.device):
             for gate in self.gates.values():
                 gate.begin(call)  # type: ignore[operator]
 
     def with_experts(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Tensor, call: Call) -> Tensor:
-        """The output of a site whose module gave y for `args` in this call."""
+        """Return the output of a site whose module gave y for `args` in this call."""
         layer: Any = self.layers[key_of(name)]
         found: Tensor = layer(module, args, y, self._weighing(self.sites[name], layer, call))
         return found
@@ -170,36 +170,36 @@ class ExpertModel(LikeBase, ExpertLearner):
         return self.with_experts(name, module, args, y, running.call)
 
     def _before_part(self, running: Running, name: str, part: int, _: nn.Module, args: tuple[Any, ...]) -> Any:
-        """What a part of a site is called with instead of `args`."""
+        """Return the arguments to call a part of a site with, instead of `args`."""
         layer: Any = self.layers[key_of(name)]
         seen = running.within.setdefault(name, {})
         weigh = self._weighing(self.sites[name], layer, running.call)
         return layer.before(part, self.base_model.get_submodule(name), args, weigh, seen)
 
     def _after_part(self, running: Running, name: str, part: int, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> Any:
-        """The output of a part of a site, whose module gave y for `args`."""
+        """Return the output of a part of a site, whose module gave y for `args`."""
         layer: Any = self.layers[key_of(name)]
         is_last = part + 1 == len(self.sites[name].parts)
         seen = running.within.pop(name) if is_last else running.within[name]
         return layer.after(part, self.base_model.get_submodule(name), args, y, seen)
 
     def _before_branch(self, running: Running, block: str, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Before the block where branches leave the shared stream: its input is the shared stream's."""
+        """Return the arguments for the block where branches leave, with the shared stream's input; None to keep `args`."""
         return None if running.branch is None else running.branch.enter(block, args)
 
     def _after_branch(self, running: Running, block: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """After that block: the shared stream's output alone goes on, while it runs."""
+        """Return the shared stream's part of that block's output while the stream runs; None where no branch runs."""
         return None if running.branch is None else running.branch.leave(output)
 
     def expert(self, number: int) -> Adapter:
-        """One expert alone, at weight 1 wherever it is, as an adapter of its own.
+        """Return one expert alone, at weight 1 wherever it is, as an adapter of its own.
 
         Raises ScopeError for a form that is no update of layers, UnknownName for a number that no expert has.
         """
         return one_expert(self.base_model, self.recipe, self.named_layers(), number)
 
     def adapter(self, task: str | int | None = None) -> Adapter:
-        """The whole mixture as one adapter, where its weights depend on nothing, or on the task alone, which is then given.
+        """Return the whole mixture as one adapter, if its weights are constant or depend on the given task alone.
 
         Raises ScopeError for weights that depend on the input, UnknownName for an unknown task.
         """
@@ -223,14 +223,14 @@ class ExpertModel(LikeBase, ExpertLearner):
         return as_adapter(self.base_model, self.recipe, named, layers, {} if task is None else {"task": str(task)})
 
     def fit(self, dataset: Any, tokenizer: Any = None, **settings: Any) -> Self:
-        """Trains experts and gates on a dataset, by transformers' Trainer, and returns the model, which is then for use.
+        """Train experts and gates on a dataset with transformers' Trainer; return the model in evaluation mode.
 
-        {name of a task: rows or a Task}, or rows: pairs (input, target), {"input", "target"} with "instruction" and "task"
-        where known, {"prompt", "target"}, or {"input_ids", "labels"}. The loss is that of the targets, with the recipe's
-        terms. Rows of other models than language models, as of images, are their inputs by name, one example each, whose
-        loss is the base's own for "labels", or the setting `loss`. What of the base was unfrozen by hand learns too. Where
-        the recipe has no tasks, it takes the dataset's names. `settings` are those of `composer/train/settings.py`;
-        docs/experts.md explains them. Afterwards there is a `training_report`.
+        The dataset is {name of a task: rows or a Task}, or rows: pairs (input, target), {"input", "target"} with
+        "instruction" and "task" where known, {"prompt", "target"}, or {"input_ids", "labels"}. The loss is that of the
+        targets, with the recipe's terms. Rows of other models than language models, as of images, are their inputs by name,
+        one example each, whose loss is the base's own for "labels", or the setting `loss`. Parameters of the base that were
+        unfrozen by hand learn, too. A recipe without tasks takes the dataset's names. `settings` are those of
+        `composer/train/settings.py`; docs/experts.md explains them. Afterwards there is a `training_report`.
 
         Raises InvalidTask for rows that cannot be used, UnknownName for unknown tasks, TrainingError for
         settings out of range, for parameters without a gradient, and for a loss or gradient that is not finite: the model
@@ -241,7 +241,7 @@ class ExpertModel(LikeBase, ExpertLearner):
         return self
 
     def require_trainable(self) -> None:
-        """Raises TrainingError for a closed model, and for one without trainable parameters."""
+        """Raise TrainingError for a closed model, and for one without trainable parameters."""
         if not self._handles:
             raise TrainingError("the expert model is closed, so its experts no longer run: make it again, and load() it")
         if not any(parameter.requires_grad for parameter in self.expert_parameters().values()):
@@ -251,13 +251,13 @@ class ExpertModel(LikeBase, ExpertLearner):
 
     @property
     def training_report(self) -> TrainingReport:
-        """How fit() went, also of a model that was saved after it. TrainingError where it was not fitted."""
+        """The report of `fit`, which is saved with the model. Raises TrainingError for a model that was not fitted."""
         if self.report is None:
             raise TrainingError(f"recipe {self.recipe.name!r} has not been trained: fit() it first")
         return TrainingReport.from_json(self.report)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **settings: Any) -> None:
-        """The base's own, where each block's second run is told what the call was; `fit` has a setting for it instead."""
+        """Turn on the base's checkpointing, each block's second run knowing its call; `fit` has a setting instead."""
         kwargs = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False, "context_fn": same_call}
         base: Any = self.base_model
         if hasattr(base, "activation_checkpointing_enable"):
@@ -266,14 +266,15 @@ class ExpertModel(LikeBase, ExpertLearner):
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs, **settings)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **settings: Any) -> None:
-        """`gradient_checkpointing_enable` by the name that later versions of transformers have for it."""
+        """Turn on gradient checkpointing, by the name that later versions of transformers have for it."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **settings)
 
     def save_pretrained(self, folder: str | Path, *, is_main_process: bool | None = None, state_dict: Any = None) -> Path:
-        """Writes experts, gates, recipe and report as a folder, whole or not at all, that `lw.experts(folder, base)` reads.
+        """Write experts, gates, recipe and report as a folder, whole or not at all, that `lw.experts(folder, base)` reads.
 
-        A Trainer, which passes the last two, has its own files there, which stay; it writes in its main process alone.
-        Raises WeightingError for a folder that holds something else or cannot be written, and for other values than a path.
+        A Trainer, which passes the last two arguments, has files of its own in the folder, which stay; it writes in its main
+        process alone. Raises WeightingError for a folder that holds something else or cannot be written, and for other
+        values than a path.
         """
         if is_main_process is False:
             return Path(folder)
@@ -295,7 +296,7 @@ class ExpertModel(LikeBase, ExpertLearner):
         private: bool | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Uploads what `save_pretrained` writes, with a card, to `owner/name` on the model hub; returns the commit's id.
+        """Upload the folder of `save_pretrained`, with a card, to `owner/name` on the model hub; return the commit's id.
 
         `lw.experts("owner/name", base)` reads it back. Raises what `Adapter.push_to_hub` raises.
         """
@@ -312,7 +313,7 @@ class ExpertModel(LikeBase, ExpertLearner):
         return push(write, repository, token=token, private=private, message=message)
 
     def load(self, folder: str | Path) -> Self:
-        """Puts in what an expert model of the same recipe and base has saved; tasks are taken over where this has none.
+        """Load what an expert model of the same recipe and base has saved; take its tasks over if this model has none.
 
         Raises AdapterNotFound for a folder without one, AdapterCorrupt for a damaged one, BaseModelMismatch for another
         base, WeightingError for another recipe; this model is then as it was.
@@ -329,7 +330,7 @@ class ExpertModel(LikeBase, ExpertLearner):
         return self
 
     def take_tasks(self, tasks: tuple[str, ...]) -> None:
-        """Names what rows may belong to. Parts whose size depends on the number of tasks are rebuilt; others stay."""
+        """Set the tasks of rows. Parts whose size depends on the number of tasks are rebuilt; others stay."""
         recipe = replace(self.recipe, tasks=tasks)
         parts = make_parts(self.base_model, recipe, self._given, self._starts)
         before, by_hand = self.expert_state(), self.set_by_hand()
@@ -342,17 +343,17 @@ class ExpertModel(LikeBase, ExpertLearner):
         self.set_again(by_hand)
 
     def set_by_hand(self) -> dict[str, bool]:
-        """Whether they learn, of the parameters where that is not what the recipe makes it."""
+        """Return whether a parameter trains, for each one where that differs from the recipe."""
         found = {name: parameter.requires_grad for name, parameter in self.expert_parameters().items()}
         return {name: learns for name, learns in found.items() if learns != self._learns[name]}
 
     def set_again(self, by_hand: Mapping[str, bool]) -> None:
-        """Sets whether the parameters of these names learn."""
+        """Set whether the parameters of these names train."""
         for name, parameter in self.expert_parameters().items():
             parameter.requires_grad_(by_hand.get(name, parameter.requires_grad))
 
     def close(self) -> None:
-        """Takes the experts out: the base is what it was, byte for byte. Closing twice does nothing."""
+        """Take the experts out: the base is what it was, byte for byte. Closing twice does nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -392,7 +393,7 @@ class ExpertModel(LikeBase, ExpertLearner):
         self._learns = {name: parameter.requires_grad for name, parameter in self.expert_parameters().items()}
 
     def train(self, mode: bool = True) -> Self:
-        """Statistics of batches are the base's, which is not trained: its batch norms stay in evaluation mode."""
+        """Set the mode of all modules but the base's batch norms, whose statistics are not trained."""
         super().train(mode)
         for module in self.base_model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -403,7 +404,7 @@ class ExpertModel(LikeBase, ExpertLearner):
         return partial(self._weigh, site, layer.shape.num_experts, self.gate_of(site), call)
 
     def _weigh(self, site: Site, num_experts: int, gate: Gate | None, call: Call, x_BTI: Tensor) -> Tensor:
-        """w_BTE of a site; a training step takes note of it."""
+        """Return the weights w_BTE of a site; note them for the losses in a training step."""
         if gate is None:
             return x_BTI.new_ones(1, 1, num_experts, dtype=torch.promote_types(x_BTI.dtype, torch.float32))
         with own_precision(x_BTI.device):
@@ -421,12 +422,12 @@ class ExpertModel(LikeBase, ExpertLearner):
         return w_BTE
 
     def task_ids(self, task: Any) -> Tensor | None:
-        """task_B of names or ids, one for each row, or one for all. Raises UnknownName for an unknown one."""
+        """Return task_B of names or ids, one for each row, or one for all. Raises UnknownName for an unknown one."""
         places = places_of(self.recipe, task)
         return None if places is None else torch.tensor(places, device=self.device)
 
 
 def _share_of_step(kwargs: Mapping[str, Any]) -> Any:
-    """What a pass counts in its step, where a Trainer says how many labels all passes of the step have."""
+    """Return a pass's share of the labels of its step, if a Trainer tells how many these are; else 1."""
     labels, num_items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
     return (labels != IGNORED).sum() / num_items if isinstance(labels, Tensor) and num_items is not None else 1

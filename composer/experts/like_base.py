@@ -39,7 +39,7 @@ class LikeBase(nn.Module):
 
     @property
     def generation_config(self) -> Any:
-        """The base's, which `generate` follows."""
+        """The generation config of the base, which `generate` follows."""
         return self.base_model.generation_config
 
     @generation_config.setter
@@ -48,7 +48,7 @@ class LikeBase(nn.Module):
 
     @property
     def _keys_to_ignore_on_save(self) -> list[str]:
-        """What a checkpoint of a Trainer does not have: the base."""
+        """The names that a checkpoint of a Trainer leaves out: the base's."""
         return [name for name in self.state_dict() if name.startswith("base_model.")]
 
 
@@ -58,7 +58,7 @@ def _make(own: Any, base: Any) -> Any:
 
 @cache
 def _class_on(own: Any, base: Any) -> Any:
-    """`own` for models of class `base`; `own` itself where it is one already."""
+    """Return a class like `own` for models of class `base`; `own` itself if it is one already."""
     if hasattr(own, "_on"):
         return own
     signature = inspect.signature(base.forward)

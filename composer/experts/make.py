@@ -42,13 +42,14 @@ def experts(
     hub: Hub | None = None,
     **options: Any,
 ) -> ExpertModel:
-    """The recipe of that name on a base model, untrained: until it is trained it answers as the base does. Or, for a folder
-    that `ExpertModel.save_pretrained` wrote, or `owner/name` on the model hub (with revision=, token=, local_files_only=),
-    what was saved.
+    """Return the recipe of that name on a base model, untrained, or an expert model that was saved.
+
+    Until it is trained it answers as the base does. A folder that `ExpertModel.save_pretrained` wrote, or `owner/name` on
+    the model hub (with revision=, token=, local_files_only=), gives the saved model.
 
     With a `pool` the experts begin as its adapters, of whatever ranks, in the layers that these update: an ExpertPool,
-    adapters, a mapping of names to adapters, a hub, what `hub.search` found, or candidates of a Retriever with their `hub`.
-    `num_experts` fewer than adapters begin as the means of that many groups of similar adapters (`lw.clusters`). A
+    adapters, a mapping of names to adapters, a hub, the results of `hub.search`, or candidates of a Retriever with their
+    `hub`. `num_experts` fewer than adapters begin as the means of that many groups of similar adapters (`lw.clusters`). A
     recipe's other experts begin as it says.
 
     `lw.names("experts")` are the recipes, whose options their classes document. Raises UnknownName, which names near misses,
@@ -95,7 +96,7 @@ FORM = "sum_of_experts"
 def start_from(
     name: str, base_model: nn.Module, pool: Any, *, hub: Hub | None, tokenizer: Any, options: Mapping[str, Any]
 ) -> ExpertModel:
-    """The recipe on the pool's layers, with experts that begin as its adapters; what `lw.experts` says of `pool`."""
+    """Return the recipe on the pool's layers, with experts that begin as its adapters; `lw.experts` documents `pool`."""
     if "target_modules" in options:
         raise WeightingError(
             "target_modules cannot be given with a pool: the layers that get experts are those of its adapters"
@@ -117,7 +118,7 @@ def start_from(
 
 
 def _pool_of(pool: Any, hub: Hub | None) -> ExpertPool:
-    """Raises WeightingError for a value that is not a pool, and for candidates of a search without the hub that has them."""
+    """Return the values as a pool. Raises WeightingError for other values, and for candidates without their hub."""
     hub = getattr(pool, "hub", None) if hub is None else hub
     match pool:
         case ExpertPool():
@@ -145,7 +146,7 @@ def _pool_of(pool: Any, hub: Hub | None) -> ExpertPool:
 
 
 def _grouped(pool: ExpertPool, num_experts: Any, seed: int) -> ExpertPool:
-    """The pool, or the means of as many groups of alike adapters as there are to be experts."""
+    """Return the pool, or the means of `num_experts` groups of similar adapters."""
     if num_experts is None or num_experts == len(pool):
         return pool
     if not is_whole(num_experts, 1) or num_experts > len(pool):
@@ -162,7 +163,7 @@ def _grouped(pool: ExpertPool, num_experts: Any, seed: int) -> ExpertPool:
 
 
 def _require_updates(pool: ExpertPool) -> None:
-    """Raises AdapterUnsupported, naming expert and layer, for an update that is no product of two factors of a layer."""
+    """Raise AdapterUnsupported, naming expert and layer, for an update that is no product of two factors of a layer."""
     for name, adapter in pool.adapters.items():
         require_everywhere(name, adapter, "an expert model's experts count for every token")
         for layer, factors in adapter.layers.items():
@@ -174,7 +175,7 @@ def _require_updates(pool: ExpertPool) -> None:
 
 
 def _following(name: str, pool: ExpertPool, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that say how many experts there are: `num_experts`, or else the tasks, each with an expert of its own."""
+    """Return the options for the number of experts: `num_experts`, or else the tasks, each with an expert of its own."""
     known = {field.name: field for field in fields(registry.get("experts", name))}
     if "num_experts" in known:
         return {"num_experts": (len(pool),) if isinstance(known["num_experts"].default, tuple) else len(pool)}
@@ -182,7 +183,7 @@ def _following(name: str, pool: ExpertPool, options: Mapping[str, Any]) -> dict[
 
 
 def _by_task(recipe: Recipe, pool: ExpertPool) -> ExpertPool:
-    """The pool in the order of the tasks, where these have its names. Raises WeightingError where only some have."""
+    """Return the pool in the order of the tasks if these have its names. Raises WeightingError if only some have."""
     if set(recipe.tasks) == set(pool.names):
         return ExpertPool({task: pool[task] for task in recipe.tasks})
     for place, task in enumerate(recipe.tasks):
@@ -195,7 +196,7 @@ def _by_task(recipe: Recipe, pool: ExpertPool) -> ExpertPool:
 
 
 def _shape(recipe: Recipe, site: str, own: ExpertShape, pool: ExpertPool) -> ExpertShape:
-    """The ranks of the pool's adapters at a site, before those of experts that the recipe has besides."""
+    """Return the ranks of the pool's adapters at a site, followed by those of the recipe's further experts."""
     if recipe.form != FORM or own.shared_a or own.shared_b or own.gains or not recipe.learns_a:
         raise ScopeError(
             f"the experts of recipe {recipe.name!r} are not each a product of two factors of its own, and cannot begin as "
@@ -214,7 +215,7 @@ FACTORS = ("a_SI", "b_SO")
 
 
 def with_task(model: ExpertModel, task: str) -> ExpertModel:
-    """The model with one more task, which has what the recipe gives a task (an expert, a row of a gate), untrained.
+    """Return the model with one more task, which has what the recipe gives a task (an expert, a row of a gate), untrained.
 
     All tensors of the others are the same bits. The given model is closed. Raises WeightingError for a task that it has, and
     for anything but an expert model.
@@ -224,10 +225,10 @@ def with_task(model: ExpertModel, task: str) -> ExpertModel:
 
 
 def with_options(model: ExpertModel, **options: Any) -> ExpertModel:
-    """The model with these options of its recipe instead. Experts, and rows of gates, that it has are the same bits; those
-    that are new, or have another rank, are untrained.
+    """Return the model with these options of its recipe instead.
 
-    What was frozen by hand stays so. The given model is closed. Raises WeightingError for anything but an expert model, for
+    Experts, and rows of gates, that it has are the same bits; those that are new, or have another rank, are untrained. What
+    was frozen by hand stays so. The given model is closed. Raises WeightingError for anything but an expert model, for
     options that the recipe has not, or whose values are out of range, for tasks in other places than they have, for experts
     that would go, and where tensors that both have do not fit into the new ones; the model then stays as it was.
     """
@@ -253,7 +254,7 @@ def with_options(model: ExpertModel, **options: Any) -> ExpertModel:
 
 
 def _shapes(model: ExpertModel, other: Recipe) -> dict[str, ExpertShape]:
-    """The experts of each site that the model has, or that the other options give experts alone."""
+    """Return the experts of each site that the model has, and of each that only the other options give experts."""
     before, after = shapes_of(model.base_model, model.recipe), shapes_of(model.base_model, other)
     if gone := sorted(set(model.sites) - set(after)):
         raise WeightingError(f"{gone[0]!r} would have no experts, and what they learned no place: make a new model")
@@ -265,7 +266,7 @@ def _shapes(model: ExpertModel, other: Recipe) -> dict[str, ExpertShape]:
 
 
 def _expert_shape(site: str, model: ExpertModel, before: ExpertShape | None, other: Recipe, new: ExpertShape) -> ExpertShape:
-    """The new experts, with the ranks that the site has where the options change nothing."""
+    """Return the new experts, with the site's ranks where the options change nothing."""
     if before is None:
         return new
     own, place = model.shapes[site], model.sites[site]
@@ -306,7 +307,7 @@ def _take_over(model: ExpertModel, made: ExpertModel) -> None:
 
 
 def fit_clusters(model: ExpertModel, texts: Sequence[str], *, seed: int = 0) -> ExpertModel:
-    """Puts the recipe's clusters where k-means finds them in the embeddings of prompts, and returns the model.
+    """Fit the recipe's clusters by k-means to the embeddings of prompts; return the model.
 
     Clusters and experts are saved together. Raises WeightingError for a recipe without clusters of texts, for anything
     but an expert model, and for texts that leave a cluster without a member.

@@ -44,10 +44,10 @@ def make_parts(
     shapes: Mapping[str, ExpertShape] | None = None,
     starts: Starts | None = None,
 ) -> Parts:
-    """Experts and gates with what they begin with, beside the modules that they are for.
+    """Return experts and gates at their starts, on the devices of the modules that they are for.
 
-    `shapes` are those of the sites instead of the recipe's own, and `starts` what the experts of sites begin with instead of
-    the recipe's. Raises UnknownName where no layer gets experts, and what the recipe's form raises for a site.
+    `shapes` are those of the sites instead of the recipe's own, and `starts` the first factors of the sites' experts instead
+    of the recipe's. Raises UnknownName where no layer gets experts, and what the recipe's form raises for a site.
     """
     form = registry.get("forms", recipe.form)
     sites, layers, gates = _sites(base_model, recipe, shapes), nn.ModuleDict(), nn.ModuleDict()
@@ -69,7 +69,7 @@ def make_parts(
 
 
 def asked_tensors(base_model: nn.Module, recipe: Recipe, shapes: Mapping[str, ExpertShape]) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the tensors of such experts and gates, for which no memory is taken."""
+    """Return the names and shapes of the tensors that such experts and gates have, without taking memory for them."""
     form = registry.get("forms", recipe.form)
     layers, gates = nn.ModuleDict(), nn.ModuleDict()
     with torch.device("meta"):
@@ -87,7 +87,7 @@ def asked_tensors(base_model: nn.Module, recipe: Recipe, shapes: Mapping[str, Ex
 def shapes_of(
     base_model: nn.Module, recipe: Recipe, shapes: Mapping[str, ExpertShape] | None = None
 ) -> dict[str, ExpertShape]:
-    """The experts of each site, of the recipe's own or of the given shapes."""
+    """Return the experts of each site, from `shapes` or else from the recipe."""
     return {site.name: shape for site, shape in _sites(base_model, recipe, shapes).items()}
 
 
@@ -103,7 +103,7 @@ def _sites(base_model: nn.Module, recipe: Recipe, shapes: Mapping[str, ExpertSha
 
 
 def _starts(recipe: Recipe, site: Site, shape: ExpertShape, starts: Starts | None) -> Sequence[tuple[Tensor, Tensor]]:
-    """What each expert begins with at a site, or at a part of one: the given, or the recipe's own."""
+    """Return each expert's start at a site, or at a part of one: the given one, or the recipe's own."""
     found: list[tuple[Tensor, Tensor] | None] = list(() if starts is None else starts.get(site.name, ()))
     found += [None] * (shape.num_experts - len(found))
     return [
@@ -113,7 +113,7 @@ def _starts(recipe: Recipe, site: Site, shape: ExpertShape, starts: Starts | Non
 
 
 def layer_sites(model: nn.Module, targets: Sequence[str], *, kinds: Sequence[LayerKind]) -> list[Site]:
-    """The layers of these kinds whose path ends in one of `targets`, in the model's order.
+    """Return the layers of these kinds whose path ends in one of `targets`, in the model's order.
 
     Raises UnknownName for a target that matches none, LayerMismatch, naming the layer, for one that does more than its
     weight.
@@ -146,13 +146,13 @@ def layer_sites(model: nn.Module, targets: Sequence[str], *, kinds: Sequence[Lay
 
 
 def numbered_blocks(model: nn.Module) -> dict[str | None, int]:
-    """The place of each block among the model's, by its path; an encoder's come before its decoder's."""
+    """Return the place of each block among the model's, by its path; an encoder's come before its decoder's."""
     blocks = dict.fromkeys(block for name, _ in model.named_modules() if (block := block_of(f"{name}.")) is not None)
     return {block: place for place, block in enumerate(blocks)}
 
 
 def closing_blocks(model: nn.Module) -> list[str]:
-    """The paths of the last block of each stage, or of each stack of blocks in a model without stages.
+    """Return the paths of the last block of each stage, or of each stack of blocks in a model without stages.
 
     A numbered module is a stage where it has a list of blocks of one class, as those of Swin, SegFormer and ResNet.
     """
@@ -171,12 +171,12 @@ def closing_blocks(model: nn.Module) -> list[str]:
 
 
 def is_named(name: str, targets: Sequence[str]) -> bool:
-    """Whether a module path is one of `targets`, or ends in one."""
+    """Return whether a module path is one of `targets`, or ends in one."""
     return any(f".{name}".endswith(f".{target}") for target in targets)
 
 
 def require_all_named(targets: Sequence[str], found: Collection[str], known: Sequence[str]) -> None:
-    """Raises UnknownName, saying what there is, for a target that names no place."""
+    """Raise UnknownName, saying what there is, for a target that names no place."""
     for target in targets:
         if not any(is_named(name, [target]) for name in found):
             endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in known})) or "none"
@@ -185,9 +185,10 @@ def require_all_named(targets: Sequence[str], found: Collection[str], known: Seq
 
 @dataclass(frozen=True)
 class Layout:
-    """down(dropout(act(first x))), or down(dropout(act(first x) * second x)), by the names that a block has for them.
+    """A layout of feed-forward blocks: the names that a block has for its layers, activation and dropout.
 
-    With `halves` one layer gives what the first and the second do, one after the other.
+    The block is down(dropout(act(first x))), or down(dropout(act(first x) * second x)). With `halves` one layer gives the
+    outputs of the first and of the second, one after the other.
     """
 
     first: tuple[str, ...]
@@ -197,13 +198,13 @@ class Layout:
     halves: bool = False
 
     def between(self, block: nn.Module, made: Sequence[Tensor]) -> Tensor:
-        """What goes to the last layer, but for dropout, from what the first layers gave."""
+        """Return the input of the last layer, before dropout, from the outputs of the first layers."""
         act: Callable[[Tensor], Tensor] = getattr(block, self.act)
         made = made[0].chunk(2, dim=-1) if self.halves else made
         return act(made[0]) if len(made) == 1 else act(made[0]) * made[1]
 
     def is_that_of(self, block: nn.Module) -> bool:
-        """Whether a block has linear layers of these names and no other parameters."""
+        """Return whether a block has linear layers of these names and no other parameters."""
         parts = [getattr(block, name, None) for name in (*self.first, self.down)]
         if not all(isinstance(part, nn.Module) and linear.shape(part) is not None for part in parts):
             return False
@@ -222,12 +223,12 @@ LAYOUTS = (
 
 
 def layout_of(block: nn.Module) -> Layout | None:
-    """How a feed-forward block is made; None for any other module."""
+    """Return the layout of a feed-forward block; None for any other module."""
     return next((layout for layout in LAYOUTS if layout.is_that_of(block)), None)
 
 
 def feed_forward_sites(model: nn.Module, targets: Sequence[str]) -> list[Site]:
-    """The feed-forward blocks whose path ends in one of `targets`, in the model's order; their layers are the parts.
+    """Return the feed-forward blocks whose path ends in one of `targets`, in the model's order; their layers are the parts.
 
     Raises UnknownName for a target that matches none, LayerMismatch, naming the module, for one that is no such block, or
     that does more than its layers.
@@ -266,7 +267,7 @@ def _part(name: str, module: nn.Module, place: tuple[int | None, int]) -> Site:
 
 
 def _does_what_it_says(block: nn.Module, layout: Layout) -> bool:
-    """Whether the block's forward gives what the layout says for a random x; True where its weights are no plain numbers."""
+    """Return whether block and layout agree on a random x; True where the block's weights are no plain numbers."""
     weights = list(block.parameters())
     if any(weight.is_meta or not weight.is_floating_point() or weight.dtype.itemsize < 2 for weight in weights):
         return True
@@ -289,7 +290,7 @@ def _does_what_it_says(block: nn.Module, layout: Layout) -> bool:
 
 
 def recipe(name: str, options: Mapping[str, Any]) -> Recipe:
-    """The recipe of that name with these options; lists are taken for tuples.
+    """Return the recipe of that name with these options; lists are taken for tuples.
 
     Raises UnknownName for an unknown name, and for the former name of a recipe.
     """

@@ -1,4 +1,4 @@
-"""Which expert model the running calls of a base are of, what its gates know of the present one, and the hooks that ask."""
+"""The expert model whose calls of a base are running, what its gates know of the present call, and its hooks."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from loraweave.routers.tokens._learned import Step
 
 @dataclass(eq=False)
 class Branch:
-    """What the branches of tasks take over from the shared stream, by path: inputs of blocks, and outputs of sites.
+    """The tensors that the branches of tasks take over from the shared stream, by path: inputs of blocks, outputs of sites.
 
-    It is noted while the shared stream runs, and taken once the branches have `left` it. While it runs, `num_streams` times
-    its rows are in the blocks where branches leave: its own, and those of each task where it is made of theirs.
+    They are noted while the shared stream runs, and taken once the branches have `left` it. While it runs, the blocks where
+    branches leave see `num_streams` times its rows: its own, and those of each task where it is made of theirs.
     """
 
     left: bool = False
@@ -36,7 +36,7 @@ class Branch:
     noted: dict[str, Tensor] = field(default_factory=dict)
 
     def note(self, path: str, value: Tensor) -> None:
-        """Raises ScopeError for a place that runs twice in a call."""
+        """Note a tensor of the shared stream. Raises ScopeError for a place that runs twice in a call."""
         # a layer that a backward pass runs again was noted before
         if torch._C._current_graph_task_id() != -1:
             return
@@ -48,13 +48,13 @@ class Branch:
         self.noted[path] = value
 
     def take(self, path: str) -> Tensor:
-        """What was noted, as a copy. Raises ScopeError where the shared stream did not run there."""
+        """Return a copy of the tensor noted there. Raises ScopeError where the shared stream did not run."""
         if path not in self.noted:
             raise ScopeError(f"{path!r} runs for a task, but not in the shared stream: the model has to run the same layers")
         return self.noted[path].clone()
 
     def enter(self, block: str, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """What a block where branches leave is called with instead of `args`; None for these."""
+        """Return the arguments for a branching block, or None to keep `args`. Raises ScopeError if there are none."""
         if not args:
             raise ScopeError(
                 f"block {block!r} is given its input by name, so that no branch of a task can leave there: take a "
@@ -67,7 +67,7 @@ class Branch:
         return None if self.num_streams == 1 else (torch.cat([args[0]] * self.num_streams), *args[1:])
 
     def leave(self, output: Any) -> Any:
-        """The block's output for the first of the streams; values of a tuple that are no tensors stay as they are."""
+        """Return the block's output for the first of the streams; values of a tuple that are no tensors stay as they are."""
         if self.left or self.num_streams == 1:
             return output
         return tuple(map(self._first, output)) if isinstance(output, tuple) else self._first(output)
@@ -78,7 +78,7 @@ class Branch:
 
 @dataclass(eq=False)
 class Running:
-    """One call of an expert model, or one generation, which is many calls of its base.
+    """A call of an expert model, or a generation, which is many calls of its base.
 
     `owner` is the expert model; `task_B` the tasks of the rows that it was given, of which a call that `generates` may have
     several copies on end. `call` is the present call of the base, `within` what the parts of sites that are running have
@@ -96,7 +96,7 @@ class Running:
     within: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """A call of the base with these arguments begins. Raises ScopeError for no rows, and for tasks of others."""
+        """Begin a call of the base with these arguments. Raises ScopeError for no rows, and for tasks of other rows."""
         arguments = arguments_of(model, args, kwargs)
         found = tensors_in(arguments)
         ids_BT, given = found.get("input_ids"), found.get("inputs_embeds")
@@ -132,8 +132,10 @@ class Running:
     def begin_generation(
         self, model: nn.Module, given: Tensor | None, embeds_BTI: Tensor | None, mask: Tensor | None
     ) -> None:
-        """A generation begins, from the prompts that are known or what else is `given`: an encoder runs outside the calls of
-        the base. Raises ScopeError for no rows, and for tasks of others."""
+        """Begin a generation from the known prompts, or else from `given`: an encoder runs outside the calls of the base.
+
+        Raises ScopeError for no rows, and for tasks of other rows.
+        """
         known = current_prompts()
         if known is None and given is None:
             return
@@ -148,7 +150,7 @@ class Running:
         self.call = Call(real_BT, real_BT, ids_BT, task_B, False, self.kept, None, embed, has_two_sequences(model))
 
     def _tasks(self, num_rows: int, task_B: Tensor, *, copies: bool = False) -> Tensor:
-        """The tasks of `num_rows` rows; with `copies` each prompt may have several adjacent rows, such as beams."""
+        """Return the tasks of `num_rows` rows; with `copies` each prompt may have several adjacent rows, such as beams."""
         if not num_rows or num_rows % len(task_B) or (len(task_B) not in (1, num_rows) and not copies):
             raise ScopeError(
                 f"{len(task_B)} tasks were given for {num_rows} rows: give one for each row in their order, or one for all"
@@ -161,7 +163,7 @@ RUNNING: ContextVar[Running | None] = ContextVar("loraweave_experts", default=No
 
 
 class Hook:
-    """Does `act`, a method of the expert model, when a module runs in a call of that model; `place` are its first arguments.
+    """A hook that runs a method of the expert model, `act`, in that model's calls; `place` are its first arguments.
 
     `act` returns what torch takes from a hook of its kind. A copy or a pickle of the expert model has hooks that know it;
     those in a copy of the base alone have no `owner`.
@@ -183,7 +185,7 @@ class Hook:
 
 
 def require_same_call(model: nn.Module) -> None:
-    """Raises TrainingError for a model whose checkpointed blocks would run again without the call and its experts."""
+    """Raise TrainingError for a model whose checkpointed blocks would run again without the call and its experts."""
     for module in model.modules():
         again = getattr(module, "_gradient_checkpointing_func", None)
         is_ours = getattr(again, "keywords", {}).get("context_fn") is same_call
@@ -195,9 +197,9 @@ def require_same_call(model: nn.Module) -> None:
 
 
 class Again:
-    """While it is entered, the running call is the one that was running when this was made, as it was then.
+    """A context in which the running call is the one that was running when this was made, as it was then.
 
-    What a gate decides inside a block is decided again in the second run; what was decided before is there.
+    A gate that decides inside a block decides again in the second run; earlier decisions are kept.
     """
 
     def __init__(self, running: Running | None) -> None:
@@ -213,7 +215,7 @@ class Again:
 
 
 def same_call() -> Contexts:
-    """For `context_fn` of `torch.utils.checkpoint`: the second run of a block has the call of the first."""
+    """Return the contexts for `context_fn` of `torch.utils.checkpoint`: a block's second run has the call of the first."""
     return nullcontext(), Again(RUNNING.get())
 
 
@@ -224,7 +226,7 @@ def _as_now(running: Running) -> Running:
 
 
 def _num_rows(main: Tensor | None) -> int:
-    """The rows of a call; 0 where it has no tensor of them."""
+    """Return the number of rows of a call; 0 if it has no tensor of them. Raises ScopeError for a tensor without rows."""
     if main is None:
         return 0
     if not len(main):
@@ -233,14 +235,14 @@ def _num_rows(main: Tensor | None) -> int:
 
 
 def _real_tokens(main: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """real_BT of the call's own tokens; None where no mask of that form was given."""
+    """Return real_BT of the call's own tokens; None where no mask of that form was given."""
     if main is None or main.ndim < 2 or mask is None or mask.ndim != 2 or mask.shape[1] < main.shape[1]:
         return None
     return mask[:, -main.shape[1] :].bool()
 
 
 def _decoder_tokens(found: Mapping[str, Tensor]) -> Tensor | None:
-    """decoder_BT, the real tokens of a decoder, as labels or else its own arguments say; None where neither does."""
+    """Return decoder_BT, a decoder's real tokens, from the labels or else its own arguments; None where neither tells."""
     labels, mask, ids = (found.get(name) for name in ("labels", "decoder_attention_mask", "decoder_input_ids"))
     if labels is not None and labels.ndim == 2:
         return labels != IGNORED
@@ -250,7 +252,7 @@ def _decoder_tokens(found: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def _of_beams(real_BT: Tensor, main: Tensor) -> Tensor | None:
-    """real_BT of a call with the same tokens, each row as often as it has beams; None for one with others."""
+    """Return real_BT of a call with the same tokens, each row as often as it has beams; None for other tokens."""
     copies, beyond = divmod(len(main), len(real_BT))
     if beyond or main.ndim < 2 or main.shape[1] != real_BT.shape[1]:
         return None
@@ -258,14 +260,14 @@ def _of_beams(real_BT: Tensor, main: Tensor) -> Tensor | None:
 
 
 def _of_last_tokens(main: Tensor | None, labels: Tensor | None) -> Tensor | None:
-    """Labels of the last tokens alone, whose logits are kept, as those of all."""
+    """Return labels for all tokens, where `labels` has only those of the last tokens, whose logits are kept."""
     if main is None or labels is None or labels.ndim != 2 or labels.shape[1] >= main.shape[1]:
         return labels
     return functional.pad(labels, (main.shape[1] - labels.shape[1], 0), value=IGNORED)
 
 
 def _embedded(model: nn.Module, ids_BT: Tensor | None, given: Tensor | None) -> Tensor:
-    """x_BTI, what the model's first layer gets of each token. Raises ScopeError where the model has no embeddings."""
+    """Return x_BTI, the first layer's input of each token. Raises ScopeError if the model has no embeddings."""
     if given is not None:
         return given
     if (embeddings := input_embeddings(model)) is None:
@@ -275,7 +277,7 @@ def _embedded(model: nn.Module, ids_BT: Tensor | None, given: Tensor | None) -> 
 
 
 def input_embeddings(model: nn.Module) -> Any:
-    """The module of the model's token embeddings, or None where it has none."""
+    """Return the module of the model's token embeddings, or None if it has none."""
     try:
         found: Any = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -284,7 +286,7 @@ def input_embeddings(model: nn.Module) -> Any:
 
 
 def _prompt_tokens(main: Tensor, real_BT: Tensor | None, labels: Tensor | None) -> Tensor | None:
-    """prompt_BT of the call's tokens: those that `prompted` says, or that stand before the first label; None for all."""
+    """Return prompt_BT: the tokens that `prompted` says, or that stand before the first label; None for all."""
     known = current_prompts()
     if known is not None:
         # in a generation the first call has the prompts alone, each as often as it has beams

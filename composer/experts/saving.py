@@ -1,6 +1,6 @@
-"""An expert model as a folder: experts.json says what it is and on which base, model.safetensors has its tensors.
+"""A saved expert model: experts.json has its description and base, model.safetensors its tensors.
 
-That is the name under which a Trainer that resumes looks for them; format 1 had experts.safetensors.
+A Trainer that resumes looks for the tensors under that name; format 1 had experts.safetensors.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ FILE, TENSORS, FIRST_TENSORS = "experts.json", "model.safetensors", "experts.saf
 
 @dataclass(frozen=True)
 class SavedExperts:
-    """What experts.json says."""
+    """The contents of experts.json, with the folder and the file of tensors."""
 
     folder: Path
     file: str
@@ -62,7 +62,7 @@ class SavedExperts:
     report: Mapping[str, Any] | None
 
     def require_base(self, model: nn.Module) -> None:
-        """Raises BaseModelMismatch for another base than the experts were trained on."""
+        """Raise BaseModelMismatch for another base than the experts were trained on."""
         if why := self.fingerprint.differs(fingerprint(model)):
             raise BaseModelMismatch(
                 f"the experts in {self.folder} were trained on another base model ({self.base_model!r}) than this one: "
@@ -70,7 +70,7 @@ class SavedExperts:
             )
 
     def require_same(self, recipe: Recipe, shapes: Mapping[str, ExpertShape]) -> None:
-        """Raises WeightingError, naming what differs, for another recipe, other options than its seed, or other experts."""
+        """Raise WeightingError, naming what differs, for another recipe, other options than its seed, or other experts."""
         instead = f"lw.experts({str(self.folder)!r}, base_model) makes the saved one"
         if recipe.name != self.recipe:
             raise WeightingError(f"{self.folder} has experts of recipe {self.recipe!r}, not {recipe.name!r}: {instead}")
@@ -91,7 +91,7 @@ class SavedExperts:
                 )
 
     def tensors(self, model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
-        """The tensors of experts and gates by name, as the recipe asks for them on this model.
+        """Return the tensors of experts and gates by name, as the recipe asks for them on this model.
 
         Raises AdapterCorrupt for a file that has others, of other shapes, or with numbers that are not finite.
         """
@@ -127,7 +127,7 @@ def experts_as_files(
     state: Mapping[str, Tensor],
     report: Mapping[str, Any] | None,
 ) -> dict[str, bytes]:
-    """The files of the folder by name. Raises WeightingError for options that JSON has no form for."""
+    """Return the files of the folder by name. Raises WeightingError for options that JSON has no form for."""
     raw = tensor_bytes(state)
     found = {
         "format": FORMAT,
@@ -145,7 +145,7 @@ def experts_as_files(
 
 
 def write_experts(given: str | Path, files: Mapping[str, bytes], *, beside: bool = False) -> Path:
-    """Writes the folder whole or not at all; with `beside`, into a folder whose other files stay, experts.json last.
+    """Write the folder whole or not at all; with `beside`, into a folder whose other files stay, experts.json last.
 
     Raises WeightingError if `given` is not a path, holds something else or cannot be written.
     """
@@ -171,8 +171,11 @@ def write_experts(given: str | Path, files: Mapping[str, bytes], *, beside: bool
 
 
 def read_saved_experts(given: str | Path) -> SavedExperts:
-    """Raises AdapterNotFound for anything but the folder of an expert model, AdapterCorrupt for a damaged one,
-    AdapterUnsupported for one that a newer version wrote."""
+    """Return the description of a saved expert model.
+
+    Raises AdapterNotFound for anything but the folder of an expert model, AdapterCorrupt for a damaged one,
+    AdapterUnsupported for one that a newer version wrote.
+    """
     folder = as_path(given, "the folder that save_pretrained() wrote an expert model to", AdapterNotFound)
     if not present(folder, FILE):
         raise AdapterNotFound(f"{folder} is no saved expert model: it has no {FILE}, and holds {listing(folder)}")
@@ -213,7 +216,7 @@ def _shape(data: Mapping[str, Any]) -> ExpertShape:
 
 
 def one_expert(base_model: nn.Module, recipe: Recipe, layers: Mapping[str, Any], number: int) -> Adapter:
-    """What `ExpertModel.expert` says; `layers` are the experts of each site."""
+    """Return one expert as an adapter, or raise, as `ExpertModel.expert` says; `layers` are the experts of each site."""
     require_updates(recipe, layers, f"expert {number}")
     own = {
         name: layer.factors(torch.eye(layer.shape.num_experts)[number])
@@ -227,7 +230,7 @@ def one_expert(base_model: nn.Module, recipe: Recipe, layers: Mapping[str, Any],
 
 
 def require_updates(recipe: Recipe, layers: Mapping[str, Any], what: str) -> None:
-    """Raises ScopeError for experts that are not updates of layers: no adapter can express them."""
+    """Raise ScopeError for experts that are not updates of layers: no adapter can express them."""
     if not all(layer.is_update for layer in layers.values()):
         raise ScopeError(
             f"{what} of recipe {recipe.name!r} is no update of layers, and no adapter: save_pretrained() the whole"
@@ -237,7 +240,7 @@ def require_updates(recipe: Recipe, layers: Mapping[str, Any], what: str) -> Non
 def as_adapter(
     base_model: nn.Module, recipe: Recipe, name: str, layers: Mapping[str, Any], card: Mapping[str, Any]
 ) -> Adapter:
-    """These factors as an adapter whose card names the recipe."""
+    """Return these factors as an adapter whose card names the recipe."""
     about = {"method": "loraweave.experts", "recipe": recipe.name, **card}
     base = base_id(base_model)
     return Adapter(name, base, layers, fingerprint(base_model), {"recipe": about})

@@ -1,4 +1,4 @@
-"""Trains several expert models on one base in the same passes."""
+"""The training of several expert models on one base in the same passes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def train_experts(
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> SharedReport:
-    """What the training of expert models (`lw.experts`) on this base did; the models are trained where they are.
+    """Train expert models (`lw.experts`) on this base in place, in shared passes; return the report.
 
     Each has experts and gates of its own and learns from its own examples, which are what `ExpertModel.fit` takes as a
     dataset, rows with tasks among them, by the loss of `train_adapters` and the losses of its recipe, with the gradients of
@@ -80,7 +80,7 @@ def train_experts(
     given = {name: readers[name].read(examples, what=f"job {name!r}") for name, (_, examples) in jobs.items()}
 
     def held(name: str, examples: Any) -> list[TrainingRow]:
-        """Rows to judge by, in the prompts of the job's Task unless they are a Task themselves."""
+        """Return rows to judge by, in the prompts of the job's Task unless they are a Task themselves."""
         own = jobs[name][1]
         reader = RowReader(owners[name].closed(), model, tokenizer)
         return reader.read(examples, what=f"held_out[{name!r}]", task=own if isinstance(own, Task) else PLAIN)
@@ -102,7 +102,7 @@ def train_experts(
 
 @contextmanager
 def _with_tasks(models: Mapping[str, ExpertModel], tasks: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
-    """The models have these tasks; they have their own again after errors that come before the first step."""
+    """Give the models these tasks; restore their own after errors that come before the first step."""
     before = {name: made.tasks for name, made in models.items()}
     try:
         for name, made in models.items():
@@ -118,7 +118,7 @@ def _with_tasks(models: Mapping[str, ExpertModel], tasks: Mapping[str, tuple[str
 
 @contextmanager
 def _in_their_modes(models: Iterable[ExpertModel]) -> Iterator[None]:
-    """After it, all modules are in the modes in which they were."""
+    """Restore the mode of every module afterwards."""
     modes = [(module, module.training) for made in models for module in made.modules()]
     try:
         yield
@@ -162,7 +162,7 @@ def _require_apart(model: Any, models: Mapping[str, ExpertModel]) -> None:
 
 @dataclass(frozen=True)
 class Together:
-    """`models` by the names of their jobs, with the `rows` that each learns from and is judged by."""
+    """A training of several models, by the names of their jobs, with the `rows` that each learns from and is judged by."""
 
     shared: SharedPasses
     models: Mapping[str, ExpertModel]
@@ -171,7 +171,7 @@ class Together:
     pace: Pace
 
     def train(self) -> SharedReport:
-        """What was done. A model that was finished before has what it had learned; it is not trained again."""
+        """Train the models and return the report. A model that was finished before is loaded, not trained again."""
         kept = self.shared.folder is not None
         begun = {name: start_digest(model) for name, model in self.models.items()} if kept else {}
         reports: dict[str, JobReport] = {}
@@ -202,7 +202,7 @@ class Together:
         return PlannedJob(name, lambda: job, size, rows, self.pace, self.held_out.get(name))
 
     def _key(self, name: str, begun: str) -> str:
-        """Of all that what a job ends with depends on."""
+        """Return the digest of everything the job's result depends on."""
         model, held_out = self.models[name], self.held_out.get(name)
         learning = [each for each, parameter in model.expert_parameters().items() if parameter.requires_grad]
         judged = None if held_out is None else [list(map(_said, held_out.rows)), held_out.every, held_out.patience]
@@ -212,13 +212,13 @@ class Together:
 
 
 def _said(row: EncodedRow) -> dict[str, Any]:
-    """A row as the keys of checkpoints have it."""
+    """Return a row in the form that keys of checkpoints have."""
     assert isinstance(row, TrainingRow)
     return {"prompt": row.prompt, "target": row.target, "labels": row.labels, "task": row.expert}
 
 
 class ExpertJob(TrainingJob):
-    """A `TrainingJob`: the experts and gates of the model, for rows that are of their own tasks, or else of `task`.
+    """The experts and gates of a model as a `TrainingJob`, for rows that are of their own tasks, or else of `task`.
 
     Gates see the job's own rows alone, and the recipe's losses are its penalty. What a step draws (dropout, noise of gates)
     follows from `seed`, the job's name and the step, for which torch's generator is seeded, and is drawn for the tokens that
@@ -243,14 +243,14 @@ class ExpertJob(TrainingJob):
         return self.model.sites.keys()
 
     def parameters(self) -> list[Tensor]:
-        """Those of experts and gates."""
+        """Return the parameters of experts and gates that train."""
         return [parameter for parameter in self.model.expert_parameters().values() if parameter.requires_grad]
 
     def take(self, rows: Sequence[EncodedRow], step: int | None) -> None:
         self._rows, self._step, self._num_drawn = rows, step, 0
 
     def begin(self, inputs: Mapping[str, Any], prompt_BT: Tensor | None) -> None:
-        """Shows the gates the job's rows; with gradients, takes notes for the recipe's losses."""
+        """Show the gates the job's rows; with gradients, take notes for the recipe's losses."""
         learns = torch.is_grad_enabled()
         # not the base, which keeps its own mode
         self.model.layers.train(learns)
@@ -271,7 +271,7 @@ class ExpertJob(TrainingJob):
             self.model.show_gates(self._running.call)
 
     def update(self, layer: str, x_BTI: Tensor) -> Tensor:
-        """What the site's experts add to its output."""
+        """Return the update of the layer's output by the site's experts."""
         module: nn.Module = self.model.base_model.get_submodule(layer)
         shape = linear.shape(module)
         assert shape is not None
@@ -283,13 +283,13 @@ class ExpertJob(TrainingJob):
         return self._own.put(own_BTO, x_BTI.shape[1])
 
     def penalty(self) -> Tensor | None:
-        """The recipe's losses together, if it has any."""
+        """Return the sum of the recipe's losses, or None if it has none."""
         step = self._running.call.step
         terms = {} if step is None else self.model.terms_of(step)
         return torch.stack(list(terms.values())).sum() if terms else None
 
     def _tell_decoder_tokens(self) -> None:
-        """A batch of an encoder-decoder has no labels to tell them by, but the rows have."""
+        """Derive the decoder's real tokens from the rows: a batch of an encoder-decoder has no labels to tell them by."""
         step = self._running.call.step
         if step is not None and step.decoder_BT is not None and self._rows:
             sizes_B = torch.tensor([len(row.target) for row in self._rows], device=step.decoder_BT.device)
@@ -304,7 +304,7 @@ class ExpertJob(TrainingJob):
 
 
 def require_shareable(name: str, model: ExpertModel) -> None:
-    """Raises TrainingError for a recipe whose experts are no updates of linear layers, or whose gates `fit` moves."""
+    """Raise TrainingError for a recipe whose experts are no updates of linear layers, or whose gates `fit` moves."""
     if model.moved():
         raise TrainingError(
             f"job {name!r}: recipe {model.recipe.name!r} has a bias that fit() moves after each step and a shared pass does "
@@ -321,7 +321,7 @@ def require_shareable(name: str, model: ExpertModel) -> None:
 
 @dataclass(frozen=True)
 class OwnWidth:
-    """For each width that a pass has, that of tokens of the encoder or of the decoder, (first, number) of the job's own.
+    """The columns of a job's own tokens in a pass: (first, number) by width, the encoder's or the decoder's.
 
     Whatever is drawn for tokens, and whatever counts padding, then does not depend on the rows of others.
     """
@@ -330,7 +330,7 @@ class OwnWidth:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], rows: Sequence[EncodedRow], *, two_sequences: bool) -> Self:
-        """Of a call's arguments, cut to the job's rows; all tokens where no mask tells which are padding."""
+        """Return the columns for a call's arguments, cut to the job's rows; all columns if no mask tells the padding."""
         mask_BT = inputs.get("attention_mask")
         if not isinstance(mask_BT, Tensor) or mask_BT.ndim != 2 or not mask_BT.any():
             return cls()
@@ -346,9 +346,9 @@ class OwnWidth:
         return cls({mask_BT.shape[1]: (0, encoder + (encoder == decoder)), given.shape[1]: (0, decoder)})
 
     def cut(self, value: Tensor, *, mask: bool = False) -> Tensor:
-        """The job's own columns of a tensor (rows, tokens, ..), whose last one is repeated where the pass has fewer.
+        """Return the job's own columns of a tensor (rows, tokens, ..), the last one repeated where the pass has fewer.
 
-        Such a column more is of padding (`pad_apart` adds it), as a `mask` says. Other tensors are as they are.
+        A repeated column is padding (`pad_apart` adds it), as a `mask` says. Other tensors are returned as they are.
         """
         if value.ndim < 2 or value.shape[1] not in self.columns:
             return value
@@ -361,7 +361,7 @@ class OwnWidth:
         return torch.cat([found, torch.zeros_like(more) if mask else more], dim=1)
 
     def put(self, value: Tensor, width: int) -> Tensor:
-        """(rows, tokens, features) of the job's own columns in a tensor of this width, 0 elsewhere."""
+        """Return (rows, tokens, features) in a tensor of this width: `value` in the job's own columns, 0 elsewhere."""
         if width not in self.columns:
             return value
         first = self.columns[width][0]

@@ -1,4 +1,4 @@
-"""What a form of experts is: a module for each place, which makes the place's output from the base's."""
+"""The base class of all forms of experts: a module for each place, which makes the place's output from the base's."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ Seen = dict[str, Any]
 
 
 class Form(nn.Module):
-    """The class of a file of this folder: the experts of one place. For sites with parts, `before` and `after` are for each
-    part, where `module` is that of the whole place and `seen` the same mapping until the last part has run; for others
-    `forward` is."""
+    """The class of a file of this folder: the experts of one place.
+
+    For sites with parts, `before` and `after` run around each part, where `module` is that of the whole place and `seen` the
+    same mapping until the last part has run; for other sites `forward` runs.
+    """
 
     # whether the sum of its experts at constant weights is an update of the layer, as factors
     is_update: bool = False
@@ -36,45 +38,48 @@ class Form(nn.Module):
 
     @staticmethod
     def sites(model: nn.Module, recipe: Recipe) -> list[Site]:
-        """The places that the recipe's target modules name, in the model's order. Raises UnknownName where one names none,
-        LayerMismatch where a place cannot have experts of this form."""
+        """Return the places that the recipe's target modules name, in the model's order.
+
+        Raises UnknownName for a target that names no place, LayerMismatch for a place that cannot have experts of this form.
+        """
         raise NotImplementedError
 
     def reset(self, starts: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Puts in what each expert begins with: (a_RI, b_RO), of one part of the site after the other."""
+        """Set each expert to its start (a_RI, b_RO); starts are ordered by part of the site, then by expert."""
         raise NotImplementedError
 
     @property
     def moved(self) -> list[nn.Parameter]:
-        """Parameters without a gradient, which its own forward changes in training."""
+        """The parameters without a gradient that the form's own forward changes in training."""
         return []
 
     def forward(self, module: nn.Module, args: Args, y: Tensor, weigh: Weigh) -> Tensor:
-        """The output of the place, whose module gave y for `args`; maybe in y's own memory."""
+        """Return the output of the place, whose module gave y for `args`; it may be in y's own memory."""
         raise NotImplementedError
 
     def before(self, part: int, module: nn.Module, args: Args, weigh: Weigh, seen: Seen) -> Args:
-        """What a part of the place is called with instead of `args`."""
+        """Return the arguments to call a part of the place with, instead of `args`."""
         raise NotImplementedError
 
     def after(self, part: int, module: nn.Module, args: Args, y: Tensor, seen: Seen) -> Tensor:
-        """What a part of the place gives instead of y."""
+        """Return the output of a part of the place, whose module gave y for `args`."""
         raise NotImplementedError
 
     def factors(self, w_E: Tensor) -> Factors:
-        """The update that the experts make at these constant weights, as detached fp32 copies on the CPU."""
+        """Return the update that the experts make at these constant weights, as detached fp32 copies on the CPU."""
         raise NotImplementedError
 
 
 def place_like(module: nn.Module, like: Tensor) -> nn.Module:
-    """The module on the device of a tensor of the base; parameters are fp32, or fp64 where the base is."""
+    """Move the module to the device of a tensor of the base, in fp32, or in fp64 if the base is; return it."""
     return module.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
 
 def fitting(w_BTE: Tensor, site: Site, num_rows: int, num_tokens: int) -> Tensor:
-    """w_BTE in fp32 or better, for each row and token or one for all. Windows of a row, on end, have the row's weights.
+    """Return w_BTE in fp32 or better, with one row and one token for all, or as many as there are.
 
-    Raises ScopeError, naming the site and both counts, where rows or tokens are not the weights'.
+    Where rows are split into windows, on end, each window has its row's weights. Raises ScopeError, naming the site and both
+    counts, if the weights are for other numbers of rows or tokens.
     """
     # where the second axis is as long as the batch, the rows could lie there
     copies, beyond = divmod(num_rows, len(w_BTE))

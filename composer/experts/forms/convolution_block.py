@@ -22,9 +22,9 @@ MOMENTUM = 0.1
 
 
 class ConvolutionBlock(SumOfExperts):
-    """The sum of experts; `as_released`, with z = U x, o = BN'(sum over mixed e of w_e E_e(z)) + p E_task(z) + W z + G z,
-    y = V GELU(BN(o)).
+    """The sum of experts, or with `as_released` the whole released block around it.
 
+    The block is y = V GELU(BN(o)) with z = U x and o = BN'(sum over mixed e of w_e E_e(z)) + p E_task(z) + W z + G z.
     E(z) = B (A z + c) + d. U and V are 1 x 1 convolutions with biases, BN and BN' batch norms, all of the row's task. W is
     the base's convolution with its bias, which stays, and beside which G learns; the released path of all tasks is their
     sum, and gives z no gradient. The gate looks at z. The code: YuqiYang213/MLoRE, `MOEBlock`.
@@ -61,7 +61,7 @@ class ConvolutionBlock(SumOfExperts):
 
     @torch.no_grad()
     def reset(self, starts: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """As torch draws convolutions; the mixed experts' biases are 0, as the authors' code sets them."""
+        """Draw the block as torch draws convolutions; the mixed experts' biases are 0, as the authors' code sets them."""
         super().reset(starts)
         if self.block is None:
             return
@@ -75,7 +75,7 @@ class ConvolutionBlock(SumOfExperts):
                 bias.uniform_(-bound, bound, generator=generator)
 
     def forward(self, module: Any, args: Args, y: Tensor, weigh: Weigh) -> Tensor:
-        """Raises ScopeError for a call without a task for each image, and what the sum raises."""
+        """Return the block's output. Raises ScopeError for a call without a task for each image, and what the sum raises."""
         if self.block is None:
             return super().forward(module, args, y, weigh)
         running = RUNNING.get()
@@ -97,7 +97,7 @@ class ConvolutionBlock(SumOfExperts):
         return conv.put_back(made_BTO.to(y.dtype), y)
 
     def _sum(self, hidden_BTS: Tensor, w_BE: Tensor, first: int, last: int) -> Tensor:
-        """Of these experts, the sum of w (hidden b + d)."""
+        """Return the sum of w (hidden b + d) over the experts from `first` to before `last`."""
         own = self._own_rows()
         rows, w_BE = slice(own[first].start, own[last - 1].stop), w_BE[:, first:last]
         w_B1S = w_BE[:, None, self.owner_S[rows] - first]
@@ -109,7 +109,7 @@ class ConvolutionBlock(SumOfExperts):
 
 
 class _TaskBatchNorm(nn.Module):
-    """BatchNorm over rows and positions with the factor, bias and statistics of each row's task."""
+    """A BatchNorm over rows and positions with the factor, bias and statistics of each row's task."""
 
     def __init__(self, num_tasks: int, num_features: int) -> None:
         super().__init__()

@@ -61,9 +61,9 @@ class FeedForward(Form):
     def _mixed(
         self, block: nn.Module, x: Tensor, made: Sequence[Tensor], own: Tensor, weigh: Weigh
     ) -> tuple[Tensor, Tensor]:
-        """(h, what the experts add to D h), each in the shape of its layer's tensors.
+        """Return (h, the experts' update of D h), each in the shape of its layer's tensors.
 
-        `made` is what the first layers gave for x, `own` what the block has made of it for its last one.
+        `made` has the outputs of the first layers for x, `own` the input that the block made of them for its last layer.
         """
         x_BTI = by_row(x)
         w_BTE = fitting(weigh(x_BTI), self.site, *x_BTI.shape[:2])
@@ -90,7 +90,7 @@ class FeedForward(Form):
         return mixed_NF.view(own.shape), update_NO.view(*own.shape[:-1], -1)
 
     def _kept(self, block: nn.Module, like: Tensor) -> Tensor | None:
-        """What the block's dropout before its last layer multiplies with; None where it leaves all as it is."""
+        """Return the mask of the block's dropout before its last layer, already scaled; None where it changes nothing."""
         dropout = None if self.layout.dropout is None else block.get_submodule(self.layout.dropout)
         if dropout is None or not dropout.training:
             return None
@@ -111,7 +111,7 @@ class _Factors(nn.Module):
         self.b_SO = nn.Parameter(torch.zeros(sum(ranks), part.num_outputs))
 
     def product(self, expert: int, x_NI: Tensor) -> Tensor:
-        """(x a_e^T) b_e^T."""
+        """Return (x a_e^T) b_e^T."""
         start = sum(self.ranks[:expert])
         rows = slice(start, start + self.ranks[expert])
         return (x_NI @ self.a_SI[rows].to(x_NI.dtype).T) @ self.b_SO[rows].to(x_NI.dtype)

@@ -40,7 +40,7 @@ class SelectedFactors(Form):
 
     @torch.no_grad()
     def reset(self, starts: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """k_REI begins as torch draws a linear layer of all chosen factors on end."""
+        """Set the factors to their starts; draw k_REI as torch draws a linear layer of all chosen factors on end."""
         own_a, own_b = zip(*starts, strict=True)
         self.a_EI.copy_(torch.cat(own_a))
         self.b_EO.copy_(torch.cat(own_b))
@@ -49,7 +49,7 @@ class SelectedFactors(Form):
             self.k_REI.uniform_(-bound, bound, generator=seeded(self.recipe.seed, "conditional", self.site.name))
 
     def forward(self, module: nn.Module, args: Args, y: Tensor, weigh: Weigh) -> Tensor:
-        """Raises ScopeError, naming the layer and both counts, where rows are not the weights'."""
+        """Return y plus the update. Raises ScopeError, naming layer and both counts, if the weights are for other rows."""
         x_BTI, y_BTO = by_row(args[0]), by_row(y)
         scores_BTE = fitting(weigh(x_BTI), self.site, *x_BTI.shape[:2])
         of_a_BE, of_b_BE = scores_BTE[:, 0].chunk(2, dim=1)
@@ -69,7 +69,7 @@ class SelectedFactors(Form):
         return (y_BTO + (inner_BTR @ b_BRO.to(dtype)).to(y.dtype)).view(y.shape)
 
     def _chosen(self, factors: Tensor, scores_BE: Tensor, p_BE: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The factors of the highest scores of each row, best first, and for each a 1 with the gradient of its p."""
+        """Return the factors with the best scores of each row, best first, and for each a 1 with the gradient of its p."""
         best_BR = scores_BE.topk(self.recipe.rank, dim=1).indices
         p_BR = (scores_BE if p_BE is None else p_BE).gather(1, best_BR)
         ones_BR = torch.ones_like(p_BR)

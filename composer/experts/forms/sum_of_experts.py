@@ -58,14 +58,14 @@ class SumOfExperts(Form):
 
     @torch.no_grad()
     def starts(self) -> list[tuple[Tensor, Tensor]]:
-        """Copies of what `reset` takes, of the experts as they are; gains are none of it."""
+        """Return copies of each expert's factors (a_RI, b_RO), as `reset` takes them; gains are not among them."""
         a, b = self._stacked()
         a_SI = a[self.own_row_S] if self.shape.shared_a else a
         b_SO = b[self.own_row_S] if self.shape.shared_b else b
         return [(a_SI[own_S].clone(), b_SO[own_S].clone()) for own_S in self._own_rows()]
 
     def forward(self, module: nn.Module, args: Args, y: Tensor, weigh: Weigh) -> Tensor:
-        """Raises ScopeError, naming the layer and both counts, where rows or tokens are not the weights'."""
+        """Return y plus the update. Raises ScopeError, naming layer and counts, for weights of other rows or tokens."""
         kind = conv if self.site.kernel else linear
         dtype = torch.get_autocast_dtype(y.device.type) if torch.is_autocast_enabled(y.device.type) else y.dtype
         x, y_BTO = args[0], kind.rows(module, y)
@@ -95,7 +95,7 @@ class SumOfExperts(Form):
         return Factors(a_SI, b_OS, kind="conv" if self.site.kernel else "linear", kernel=self.site.kernel)
 
     def _seen(self, module: nn.Module, x: Tensor) -> Tensor:
-        """What the gate looks at, by row and position. All below a convolution's kernels is many times its input."""
+        """Return the gate's input by row and position. All below a convolution's kernels is many times its input."""
         if self.gates_see == "ranks":
             a = self._stacked()[0]
             if self.site.kernel:
@@ -108,21 +108,21 @@ class SumOfExperts(Form):
         return (conv.middle if self.gates_see == "middle" else conv.inputs)(module, x, self.a_SI)
 
     def _stacked(self) -> tuple[Tensor, Tensor]:
-        """a and b of all experts, or of one where all share them."""
+        """Return a and b of all experts, or of one where all share them."""
         return self.a_SI, self.b_SO
 
     def _own_rows(self) -> list[slice]:
-        """The rank rows of each expert."""
+        """Return the rank rows of each expert."""
         ends = list(accumulate(self.shape.ranks))
         return [slice(end - rank, end) for end, rank in zip(ends, self.shape.ranks, strict=True)]
 
     def _shared_rows(self) -> tuple[Tensor | None, Tensor | None]:
-        """Which row of a, and of b, each rank row has; with gains every expert has a b of its own."""
+        """Return the row of a and of b for each rank row, None for its own; with gains every expert has its own b."""
         b_row_S = self.own_row_S if self.shape.shared_b and self.gain_EO is None else None
         return self.own_row_S if self.shape.shared_a else None, b_row_S
 
     def _scaled_b(self) -> Tensor:
-        """b with each expert's gains."""
+        """Return b with each expert's gains."""
         b = self._stacked()[1]
         if self.gain_EO is None:
             return b
@@ -131,5 +131,5 @@ class SumOfExperts(Form):
 
 
 def _others_saw(module: nn.Module) -> bool:
-    """Whether hooks of others run before those of experts, which may keep the output."""
+    """Return whether hooks other than ours, which may keep the output, run before the experts'."""
     return any(not type(hook).__module__.startswith("loraweave.") for hook in module._forward_hooks.values())
