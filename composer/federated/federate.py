@@ -33,8 +33,9 @@ BACKENDS: dict[str, Backend] = {"here": here, "flower": flower}
 
 @dataclass(frozen=True, eq=False)
 class Federated:
-    """What a federation has made. `adapter` is the global one, `rounds` the reports; `figures` has the strategy's own,
-    such as the epsilon and delta of `dp_lora`.
+    """The result of a federation: the global `adapter`, the reports of the `rounds`, and the strategy's own `figures`.
+
+    The figures are such as the epsilon and delta of `dp_lora`.
     """
 
     adapter: Adapter
@@ -45,7 +46,7 @@ class Federated:
     state: State
 
     def client(self, name: str) -> Any:
-        """What this client has in the end: an Adapter, or with `fedms` an expert model on the base.
+        """Return this client's final model: an Adapter, or with `fedms` an expert model on the base.
 
         Raises UnknownName for a name that is not a client's.
         """
@@ -89,7 +90,7 @@ def federate(
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> Federated:
-    """What `rounds` rounds of federation make of the clients' examples: {client: Task, rows, or a list of tasks}.
+    """Run `rounds` rounds of federation on the clients' examples, {client: Task, rows, or a list of tasks}.
 
     In each round a share `participation` of the clients begins with what the server sends, takes `steps` steps on its own
     rows as `train_adapters` does, each round with a warm-up and a cosine of its own, and sends its update; the `strategy`, a
@@ -143,7 +144,7 @@ def _course(
     rounds: int,
     sample_rate: float,
 ) -> Course:
-    """What all rounds have in common, from what the caller gave."""
+    """Return what all rounds have in common, read from the caller's values."""
     members = {}
     for name, parts in tasks.items():
         rows, _ = read_rows(own_models.get(name, model), tokenizer, {name: parts}, Judging(None, 1, None), settings.seed)
@@ -159,7 +160,7 @@ def _course(
 
 
 def _card(course: Course, strategy: Strategy, state: State, figures: Mapping[str, float]) -> dict[str, Any]:
-    """How the adapter came about."""
+    """Return the card of the adapter: its recipe, and the federation that made it."""
     settings, done = asdict(course.settings), dict[str, Any](figures)
     if strategy.secret:
         del settings["seed"]
@@ -183,7 +184,7 @@ def _strategy(given: str | Strategy, options: Mapping[str, Any]) -> Strategy:
 
 
 def _ranks(given: Mapping[str, int], strategy: Strategy, clients: Mapping[str, Any], rank: int) -> dict[str, int]:
-    """Each client's rank."""
+    """Return each client's rank. Raises TrainingError for ranks that the strategy cannot take, UnknownName."""
     if not isinstance(given, Mapping):
         raise TrainingError(f"ranks is {given!r:.60}; pass {{client: its rank}}")
     for name, own in given.items():
@@ -202,7 +203,7 @@ def _ranks(given: Mapping[str, int], strategy: Strategy, clients: Mapping[str, A
 
 
 def _models(given: Mapping[str, Any], strategy: Strategy, clients: Mapping[str, Any]) -> dict[str, Any]:
-    """The models of clients that bring their own."""
+    """Return the models of clients that bring their own. Raises TrainingError if the strategy takes none."""
     if not isinstance(given, Mapping):
         raise TrainingError(f"models is {given!r:.60}; pass {{client: its model}}")
     for name, own in given.items():
@@ -222,7 +223,7 @@ Layers = dict[str, tuple[int, int]]
 
 
 def _layers(model: Any, own_models: Mapping[str, Any], endings: Sequence[str]) -> tuple[Layers, dict[str, Layers]]:
-    """(O, I) of the target layers of the model, and of each client's own.
+    """Return (O, I) of the target layers of the model, and of each client's own.
 
     Raises UnknownName for an ending that matches nothing in any of them, and for a model in which none matches.
     """
@@ -253,7 +254,7 @@ def _named(strategy: Strategy) -> dict[str, Any]:
 
 
 def _kept(folder: Path | None, course: Course, strategy: Strategy) -> Kept:
-    """Return where the rounds are kept, with those that were kept under a former name.
+    """Return the store of the rounds, with those that were kept under a former name.
 
     Raises TrainingError where the folder has rounds of another strategy that had this one's name.
     """
@@ -269,7 +270,7 @@ def _kept(folder: Path | None, course: Course, strategy: Strategy) -> Kept:
 
 
 def _key(course: Course, strategy: Mapping[str, Any]) -> str:
-    """Of all that the rounds depend on; `strategy` has its name and options."""
+    """Return the digest of everything the rounds depend on; `strategy` has its name and options."""
     members = [
         [name, client.rank, client.size, [[row.prompt, row.target, row.labels] for row in client.rows]]
         for name, client in course.clients.items()

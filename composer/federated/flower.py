@@ -1,4 +1,4 @@
-"""Rounds in flower's simulation: each client of a round runs in a process of its own, which may die without the others."""
+"""Rounds in flower's simulation: each client of a round runs in its own process, which may die without the others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DIED = "ActorDiedError"
 
 
 def flower(course: Course, strategy: Strategy, orders: Sequence[Order]) -> Iterator[tuple[str, Trained | str]]:
-    """Carries out the orders in one simulation; what a client trains is what it would train in this process, bit for bit.
+    """Carry out the orders in one simulation; a client trains the same as in this process, bit for bit.
 
     A client takes as many cores as torch has threads here, so that several run at once with fewer threads; each process
     holds a copy of all models. After the death of one the simulation has no processes left, so every client it then fails to
@@ -47,7 +47,7 @@ def flower(course: Course, strategy: Strategy, orders: Sequence[Order]) -> Itera
 
 
 def _simulated(course: Course, strategy: Strategy, orders: Sequence[Order]) -> dict[str, Trained | str]:
-    """What became of each order in one simulation with a node for each of them."""
+    """Return the outcome of each order, from one simulation with a node for each of them."""
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
     try:
         import ray
@@ -98,7 +98,7 @@ def _simulated(course: Course, strategy: Strategy, orders: Sequence[Order]) -> d
 
 
 def _carry_out(reference: Any, threads: int, message: Any, _: Any) -> Any:
-    """What a client's process does with an order."""
+    """Carry out an order in a client's process, and return the reply."""
     from flwr.app import ConfigRecord, Message, RecordDict
 
     course, strategy = _shared(reference)
@@ -117,7 +117,7 @@ def _carry_out(reference: Any, threads: int, message: Any, _: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def _shared(reference: Any) -> tuple[Course, Strategy]:
-    """The course and strategy that the rounds share, read once by a process."""
+    """Return the course and strategy that the rounds share, read once by a process."""
     import ray
 
     found: tuple[Course, Strategy] = ray.get(reference)

@@ -1,4 +1,4 @@
-"""The rounds of a federation: who takes part, which updates can be used, and what is kept of it all."""
+"""The rounds of a federation: who takes part, which updates can be used, and which state is kept."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SERVER, OWN, UPDATE, REPORT = "server/", "own/", "update/", "report"
 
 @dataclass(frozen=True)
 class RoundReport:
-    """One round: the mean loss of each client that took part, None if it told none, and why others were left out.
+    """The report of a round: the mean loss of each client that took part, None if unknown, and why others were left out.
 
     `bytes_down` and `bytes_up` are of the tensors that the server sent and of the updates that it used.
     """
@@ -44,14 +44,14 @@ class RoundReport:
 
     @property
     def loss(self) -> str:
-        """ "loss 1.234", the mean over the clients that told theirs; "" if none did."""
+        """The text "loss 1.234", the mean over the clients that told their losses; "" if none did."""
         told = [loss for loss in self.losses.values() if loss is not None]
         return f"loss {sum(told) / len(told):.3f}" if told else ""
 
 
 @dataclass(frozen=True)
 class State:
-    """What there is after `len(rounds)` rounds: the server's state, and what each client keeps for itself."""
+    """The state after `len(rounds)` rounds: the server's tensors, and those that each client keeps for itself."""
 
     server: Tensors
     own: Mapping[str, Tensors] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class State:
 
 @dataclass(frozen=True)
 class Kept:
-    """Where a federation is kept, if anywhere: its state after the last round, and the updates of the round that runs."""
+    """The store of a federation in its folder, if any: the state after the last round, the updates of the running one."""
 
     folder: Path | None
     key: str
@@ -93,17 +93,17 @@ class Kept:
         self._write(self._of(number, client), tensors, {"losses": trained.losses})
 
     def forget(self, number: int, clients: Sequence[str]) -> None:
-        """Drops the updates of a round whose state is kept."""
+        """Drop the updates of a round whose state is kept."""
         if self.folder is not None:
             for client in clients:
                 drop_state(self.folder, self._of(number, client))
 
     def has(self, key: str) -> bool:
-        """Whether rounds are kept under a key."""
+        """Return whether rounds are kept under a key."""
         return self.folder is not None and any((self.folder / RUNNING).glob(f"{key}*"))
 
     def take_over(self, former: str) -> None:
-        """Gives rounds that are kept under a former key this one, if nothing is kept under this one yet."""
+        """Rename rounds that are kept under a former key to this key, if nothing is kept under this one yet."""
         if self.folder is not None and not self.has(self.key):
             for path in list((self.folder / RUNNING).glob(f"{former}*")):
                 path.rename(path.with_name(path.name.replace(former, self.key)))
@@ -125,10 +125,10 @@ class Kept:
 
 
 def run_rounds(course: Course, strategy: Strategy, kept: Kept, backend: Backend, min_clients: int, bar: Progress) -> State:
-    """The state after all rounds, from the one that was kept.
+    """Run the rounds that remain after the kept state, and return the final state.
 
-    Raises TrainingError if fewer than `min_clients` of a round's clients can be used; what was kept then is the state before
-    that round and the updates that can, and the next call asks the other clients again.
+    Raises TrainingError if fewer than `min_clients` of a round's clients can be used; the state before that round and the
+    usable updates are then kept, and the next call asks the other clients again.
     """
     state = kept.state() or State(strategy.first(course))
     shown = bar.add_task("rounds", total=course.rounds, completed=len(state.rounds), loss="")
@@ -178,7 +178,7 @@ def _mean(losses: Sequence[float]) -> float | None:
 
 
 def draw(course: Course, strategy: Strategy, number: int, min_clients: int) -> list[str]:
-    """The clients of a round, in the order in which they were given; a function of the seed and the round.
+    """Return the clients of a round, in the order in which they were given; a function of the seed and the round.
 
     By count, as many as the sample rate says and at least `min_clients`; by Poisson sampling each with that probability.
     """
@@ -192,7 +192,7 @@ def draw(course: Course, strategy: Strategy, number: int, min_clients: int) -> l
 
 
 def flaw(strategy: Strategy, received: Tensors, update: object) -> str:
-    """Why an update cannot be used, as a phrase; empty for one that can."""
+    """Return why an update cannot be used, as a phrase; empty for one that can."""
     if not isinstance(update, Mapping) or not all(isinstance(value, torch.Tensor) for value in update.values()):
         return f"it sent {type(update).__name__}, and not named tensors"
     given = dict(update)
@@ -224,7 +224,7 @@ def _require_enough(number: int, drawn: Sequence[str], left_out: Mapping[str, st
 
 
 def here(course: Course, strategy: Strategy, orders: Sequence[Order]) -> Iterator[tuple[str, Trained | str]]:
-    """Carries out the orders in this process, one after the other; an exception of a client leaves it out of the round."""
+    """Carry out the orders in this process, one after the other; an exception of a client leaves it out of the round."""
     for order in orders:
         try:
             with untouched(course.of(order.client).model):
@@ -234,7 +234,7 @@ def here(course: Course, strategy: Strategy, orders: Sequence[Order]) -> Iterato
 
 
 def num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    """What the tensors take."""
+    """Return the size of the tensors in bytes."""
     return sum(value.nbytes for value in tensors.values())
 
 

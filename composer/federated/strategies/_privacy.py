@@ -1,4 +1,4 @@
-"""What noise keeps to a budget of differential privacy, and what a noise spends of it, by opacus's Renyi accountant.
+"""The noise for a budget of differential privacy, and the budget that a noise spends, by opacus's Renyi accountant.
 
 Both count steps of the sampled Gaussian mechanism (Mironov et al. 2019, arXiv 1908.10530): of all that are protected, each
 takes part with probability `sample_rate`, and `noise` is the standard deviation of what is added to a sum, in units of the

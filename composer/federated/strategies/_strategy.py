@@ -1,4 +1,4 @@
-"""What every strategy of federation does unless it says otherwise, and what the rounds of all have in common.
+"""The base class of all strategies of federation, and what the rounds of all have in common.
 
 All that passes between server and clients are named fp32 tensors, so that a round can be checked, kept and sent anywhere.
 """
@@ -33,9 +33,9 @@ A, B = ".a_RI", ".b_OR"
 
 @dataclass(frozen=True)
 class Client:
-    """A client's rows, its largest rank, and its size, the number of its examples.
+    """A client: its rows, its largest rank, and its size, the number of its examples.
 
-    `rows_apart` is whether each row has one of the examples in it, and nothing of another.
+    `rows_apart` is True if each row holds one of the examples alone.
     """
 
     name: str
@@ -47,9 +47,9 @@ class Client:
 
 @dataclass(frozen=True)
 class Course:
-    """What all rounds have in common: `layers` has (O, I) of each target layer, `sample_rate` is the share of clients.
+    """The settings that all rounds share: `layers` has (O, I) of each target layer, `sample_rate` is the share of clients.
 
-    `own` has the same with model, layers and base of their own, for clients that bring them.
+    `own` has a course for each client that brings its own model, with that model, its layers and its base.
     """
 
     model: Any
@@ -81,7 +81,7 @@ class Course:
 
 @dataclass(frozen=True)
 class Order:
-    """What a client gets at the beginning of a round, counted from 1, and what it has kept for itself since its last one."""
+    """A client's input in a round, counted from 1: what it receives, and what it has kept for itself since its last one."""
 
     client: str
     round: int
@@ -91,7 +91,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a client sends, what it keeps for itself, and its losses before each step, if it tells them."""
+    """A client's result of a round: what it sends, what it keeps, and its losses before each step, if it tells them."""
 
     update: Tensors
     own: Tensors
@@ -132,58 +132,58 @@ class Strategy(Declared):
         return None
 
     def require(self, course: Course) -> None:
-        """Raises TrainingError for a course that the strategy cannot go, before the first round."""
+        """Raise TrainingError, before the first round, for a course that does not suit the strategy."""
 
     def first(self, course: Course) -> Tensors:
-        """The server's state before the first round: one random a for all, and b zero."""
+        """Return the server's state before the first round: one random a for all, and b zero."""
         return tensors_of(new_layers(course))
 
     def sent(self, course: Course, server: Tensors, client: Client, own: Tensors) -> Tensors:
-        """What the client gets: the first rank rows, as many as the client has."""
+        """Return the tensors that the client receives: the first rank rows, as many as the client has."""
         return truncated(server, client.rank)
 
     def train(self, course: Course, order: Order) -> Trained:
-        """A round of a client: its steps of AdamW from what it has received."""
+        """Train a client for a round, from the tensors that it received; return the result."""
         job = LoraJob(order.client, start_of(course, order.received), course.scale)
         losses = learn(course, order, job)
         return Trained(factors_of(job), {}, losses)
 
     def expected(self, received: Tensors, update: Tensors) -> Mapping[str, tuple[int, ...]]:
-        """The names and shapes that an update must have."""
+        """Return the names and shapes that an update must have."""
         return {name: tuple(value.shape) for name, value in received.items()}
 
     def aggregate(self, course: Course, server: Tensors, updates: Mapping[str, Tensors], number: int) -> Tensors:
-        """The server's state after round `number`, from the updates of the clients that took part."""
+        """Return the server's state after round `number`, from the updates of the clients that took part."""
         return mean(list(updates.values()), sizes(course, updates))
 
     def layers(self, course: Course, state: Tensors) -> Layers:
-        """The update of the base that a state of the server, or what a client has received, stands for."""
+        """Return the update of the base that a state of the server, or a client's received tensors, stands for."""
         return layers_of(state)
 
     def client(self, course: Course, server: Tensors, client: Client, own: Tensors, card: Mapping[str, Any]) -> Any:
-        """What a client has in the end: an adapter, or an expert model."""
+        """Return a client's final model: an adapter, or an expert model."""
         return course.adapter(client.name, self.layers(course, self.sent(course, server, client, own)), card)
 
     def figures(self, course: Course, rounds_done: int) -> dict[str, float]:
-        """What else is to be reported after so many rounds."""
+        """Return further figures for the report after so many rounds."""
         return {}
 
 
 def new_layers(course: Course) -> Layers:
-    """Each layer's new factors at the largest rank, a function of the seed alone."""
+    """Return each layer's new factors at the largest rank, a function of the seed alone."""
     settings = course.settings
     pairs = new_factors("federation", course.layers, rank=course.rank, seed=settings.seed, device=torch.device("cpu"))
     return {layer: Factors(a_RI, b_OR) for layer, (a_RI, b_OR) in pairs.items()}
 
 
 def start_of(course: Course, received: Tensors) -> dict[str, tuple[Tensor, Tensor]]:
-    """The pairs (a_RI, b_OR) that a job begins with, on the model's device, the scale taken out of b."""
+    """Return the pairs (a_RI, b_OR) that a job begins with, on the model's device, the scale taken out of b."""
     device = next(course.model.parameters()).device
     return given_factors(layers_of(received), scale=course.scale, device=device)
 
 
 def plain_loss(course: Course, job: TrainingJob, rows: Sequence[EncodedRow]) -> Tensor:
-    """The mean loss of the rows' target tokens with the job's update, and the job's penalty."""
+    """Return the mean loss of the rows' target tokens with the job's update, plus the job's penalty."""
     with SharedPass(course.model, [job], [len(rows)]):
         loss = job_losses(course.model, course.tokenizer, rows, 1)[0]
         penalty = job.penalty()
@@ -191,7 +191,7 @@ def plain_loss(course: Course, job: TrainingJob, rows: Sequence[EncodedRow]) -> 
 
 
 def learn(course: Course, order: Order, job: TrainingJob, *, loss: Loss | None = None, part: str = "") -> tuple[float, ...]:
-    """Takes the steps of a round down the loss of the client's rows, and returns its values.
+    """Take a round's steps down the loss of the client's rows; return the loss before each step.
 
     Rows follow from the seed, the client, the round and the `part` of it. Raises TrainingError for a loss that is
     not finite.
@@ -210,29 +210,29 @@ def learn(course: Course, order: Order, job: TrainingJob, *, loss: Loss | None =
 
 
 def tensors_of(layers: Layers) -> Tensors:
-    """Factors as named tensors, laid out as a file gives them back: products round by layout."""
+    """Return factors as named tensors, laid out as a file gives them back: products round by layout."""
     return {layer + suffix: part.contiguous() for layer, f in layers.items() for suffix, part in ((A, f.a_RI), (B, f.b_OR))}
 
 
 def layers_of(state: Tensors) -> Layers:
-    """The factors among named tensors, in the order of their names, by which the norms of gradients round."""
+    """Return the factors among named tensors, in the order of their names, by which the norms of gradients round."""
     names = sorted(name.removesuffix(A) for name in state if name.endswith(A))
     return {name: Factors(state[name + A], state[name + B]) for name in names}
 
 
 def factors_of(job: LoraJob) -> Tensors:
-    """What a job has learned, the scale in b: detached copies on the CPU."""
+    """Return the factors that a job has learned, the scale in b: detached copies on the CPU."""
     pairs = {layer: (a.detach().cpu().clone(), (b.detach().cpu() * job.scale)) for layer, (a, b) in job.factors.items()}
     return tensors_of({layer: Factors(a_RI, b_OR) for layer, (a_RI, b_OR) in pairs.items()})
 
 
 def truncated(state: Tensors, rank: int) -> Tensors:
-    """The first `rank` rows of each a and columns of each b."""
+    """Return the first `rank` rows of each a and columns of each b."""
     return {name: (value[:rank] if name.endswith(A) else value[:, :rank]).contiguous() for name, value in state.items()}
 
 
 def mean(updates: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
-    """sum of w_k u_k over sum of w_k, tensor by tensor, added in float64."""
+    """Return the sum of w_k u_k over the sum of w_k, tensor by tensor, added in float64."""
     total = sum(weights)
 
     def of(name: str) -> Tensor:
@@ -243,12 +243,12 @@ def mean(updates: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
 
 
 def sizes(course: Course, names: Iterable[str]) -> list[float]:
-    """The clients' numbers of examples."""
+    """Return the clients' numbers of examples."""
     return [float(course.clients[name].size) for name in names]
 
 
 class MatrixJob(TrainingJob):
-    """y + x D^T with a trained D_OI for each layer, or with one that is zero but for trained values at fixed places.
+    """A job y + x D^T with a trained D_OI for each layer, or with one that is zero but for trained values at fixed places.
 
     `values` has D_OI for each layer, or the vector of its values; `places` then has their flat places in D.
     """
@@ -278,11 +278,11 @@ class MatrixJob(TrainingJob):
         return functional.linear(x_BTI, delta_OI.to(x_BTI.dtype))
 
     def learned(self) -> dict[str, Tensor]:
-        """Detached copies on the CPU."""
+        """Return the trained values by layer, as detached copies on the CPU."""
         return {layer: value.detach().cpu().clone() for layer, value in self.values.items()}
 
 
 def spread(values: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
-    """D_OI, zero but for the values at their flat places."""
+    """Return D_OI, zero but for the values at their flat places."""
     flat = values.new_zeros(shape[0] * shape[1])
     return torch.index_add(flat, 0, places.to(values.device), values).view(shape)

@@ -43,7 +43,7 @@ class DpFedavg(Strategy):
         self.noise(course)
 
     def noise(self, course: Course) -> float:
-        """sigma, the noise's standard deviation in units of `clip`."""
+        """Return sigma, the noise's standard deviation in units of `clip`."""
         budget = {"epsilon": self.epsilon, "delta": self.delta}
         return least_noise(self.registered_name(), **budget, steps=course.rounds, sample_rate=course.sample_rate)
 
@@ -54,7 +54,7 @@ class DpFedavg(Strategy):
         return Trained({name: value * factor for name, value in moved.items()}, {}, trained.losses)
 
     def aggregate(self, course: Course, server: Tensors, updates: Mapping[str, Tensors], number: int) -> Tensors:
-        """Whatever the clients sent, none counts with more than `clip`. A round may have drawn none."""
+        """Return the state plus the noisy sum of updates, each shortened to `clip` here, too. There may be no update."""
         sigma, expected = self.noise(course), course.sample_rate * len(course.clients)
         generator = seeded(course.settings.seed, "noise", number)
         factors = [self._factor(update) for update in updates.values()]
@@ -67,11 +67,11 @@ class DpFedavg(Strategy):
         return found
 
     def figures(self, course: Course, rounds_done: int) -> dict[str, float]:
-        """What is guaranteed after so many rounds, and with which noise."""
+        """Return the guarantee after so many rounds, and the noise that gives it."""
         sigma, rate = self.noise(course), course.sample_rate
         epsilon = spent(self.registered_name(), sigma, delta=self.delta, steps=rounds_done, sample_rate=rate)
         return {"epsilon": epsilon, "delta": self.delta, "noise_multiplier": sigma, "sample_rate": rate}
 
     def _factor(self, update: Tensors) -> float:
-        """What shortens an update to `clip`; the tensors are added by their names, by which norms round."""
+        """Return the factor that shortens an update to `clip`; tensors are added by name, by which norms round."""
         return min(1.0, self.clip / max(length(value for _, value in sorted(update.items())), 1e-30))

@@ -76,11 +76,11 @@ class DpLora(Strategy):
 
     @property
     def sensitivity(self) -> float:
-        """S: by how much one example can change what noise is added to."""
+        """S, the most by which one example can change the sum that noise is added to."""
         return math.sqrt(2) * self.clip * (2 if self.clip_by == "batch" else 1)
 
     def noise(self, course: Course) -> float:
-        """sigma, the noise's standard deviation in units of S."""
+        """Return sigma, the noise's standard deviation in units of S."""
         budget = {"epsilon": self.epsilon, "delta": self.delta, "sample_rate": _highest_rate(course)}
         return least_noise(self.registered_name(), **budget, steps=course.rounds * course.settings.steps)
 
@@ -101,7 +101,7 @@ class DpLora(Strategy):
         return mean(list(updates.values()), [1.0] * len(updates))
 
     def figures(self, course: Course, rounds_done: int) -> dict[str, float]:
-        """What is guaranteed for an example of the smallest client after so many rounds, and with which noise."""
+        """Return the guarantee for an example of the smallest client after so many rounds, and the noise that gives it."""
         sigma, rate = self.noise(course), _highest_rate(course)
         steps = rounds_done * course.settings.steps
         epsilon = spent(self.registered_name(), sigma, delta=self.delta, steps=steps, sample_rate=rate)
@@ -137,12 +137,12 @@ def clipped(gradients: Sequence[Tensor], limit: float) -> list[Tensor]:
 
 
 def _rate(course: Course, client: str) -> float:
-    """The probability with which each of a client's examples is in a step."""
+    """Return the probability with which each of a client's examples is in a step."""
     return min(1.0, course.settings.batch_size / len(course.clients[client].rows))
 
 
 def _expected(course: Course, client: str) -> float:
-    """q n, the expected number of rows of a step."""
+    """Return q n, the expected number of rows of a step."""
     return float(min(course.settings.batch_size, len(course.clients[client].rows)))
 
 

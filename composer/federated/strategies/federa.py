@@ -38,7 +38,7 @@ class Federa(Strategy):
     """
 
     def first(self, course: Course) -> Tensors:
-        """Raises AdapterUnsupported for layers whose weights are no plain matrices of floats."""
+        """Return a0 and b0 of all layers. Raises AdapterUnsupported for weights that are no plain matrices of floats."""
         modules = dict(course.model.named_modules())
         weights = {layer: base_layer(modules, layer, "strategy 'federa'").weight_OI for layer in course.layers}
         cuts = {layer: factorise(weight_OI.float(), rank=course.rank) for layer, weight_OI in weights.items()}
@@ -66,7 +66,7 @@ class Federa(Strategy):
 
 
 class ResidualJob(LoraJob):
-    """b a beside W - b0 a0: the update is b a - b0 a0, of which a and b learn."""
+    """A LoRA b a beside W - b0 a0: the update is b a - b0 a0, of which a and b learn."""
 
     def __init__(self, name: str, factors: Pairs, origin: Pairs, scale: float) -> None:
         super().__init__(name, factors, scale)
@@ -79,6 +79,6 @@ class ResidualJob(LoraJob):
 
 
 def _apart(state: Tensors) -> tuple[Tensors, Tensors]:
-    """What learns, and what it began as, by the same names."""
+    """Return the tensors that learn, and their starts, by the same names."""
     origin = {name.removeprefix(ORIGIN): value for name, value in state.items() if name.startswith(ORIGIN)}
     return {name: value for name, value in state.items() if not name.startswith(ORIGIN)}, origin

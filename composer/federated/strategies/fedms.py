@@ -78,11 +78,11 @@ class Fedms(Strategy):
         return found
 
     def layers(self, course: Course, state: Tensors) -> Layers:
-        """The global expert."""
+        """Return the global expert."""
         return layers_of(state)
 
     def model(self, course: Course, client: str, server: Tensors, own: Tensors) -> ExpertModel:
-        """The client's expert model on the base: what it has kept, under the global expert and the gates of the server."""
+        """Return the client's expert model on the base: its kept tensors with the server's global expert and gates."""
         settings = course.settings
         made = experts(
             "fedms",

@@ -63,7 +63,7 @@ class Hetlora(Strategy):
         return Trained(update, {RANK: torch.tensor(kept if pruned else rank)}, losses)
 
     def expected(self, received: Tensors, update: Tensors) -> Mapping[str, tuple[int, ...]]:
-        """As received, or with fewer rank rows, the same number in all layers."""
+        """Return the received shapes, or those with the update's smaller rank if it is the same in all layers."""
         given = min(value.shape[0] for name, value in received.items() if name.endswith(A))
         sent = {value.shape[0] for name, value in update.items() if name.endswith(A) and value.ndim}
         rank = sent.pop() if len(sent) == 1 else given
@@ -84,7 +84,7 @@ class PruningJob(LoraJob):
         self._kept, self._strength = kept, strength
 
     def tail(self) -> Tensor:
-        """Sum over layers of |b[:, s:]| |a[s:]|, with the scale in b."""
+        """Return the sum over layers of |b[:, s:]| |a[s:]|, with the scale in b."""
         products = [b[:, self._kept :].norm() * a[self._kept :].norm() for a, b in self.factors.values()]
         return self.scale * torch.stack(products).sum()
 

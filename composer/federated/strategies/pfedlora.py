@@ -98,7 +98,7 @@ class Pfedlora(Strategy):
         return Trained(factors_of(adapter), network.learned(), local + shared)
 
     def client(self, course: Course, server: Tensors, client: Client, own: Tensors, card: Mapping[str, Any]) -> Adapter:
-        """The client's network with mu times the adapter."""
+        """Return the client's network with mu times the adapter, as one adapter."""
         course = course.of(client.name)
         (shared,) = layers_of(server).values()
         local: Layers = {layer: Factors(*factorise(delta_OI)[:2]) for layer, delta_OI in own.items()}
@@ -106,7 +106,7 @@ class Pfedlora(Strategy):
 
 
 def _head(course: Course) -> str:
-    """The path of the output layer."""
+    """Return the path of the output layer. Raises TrainingError for a model without a linear one."""
     head = course.model.get_output_embeddings() if hasattr(course.model, "get_output_embeddings") else None
     if head is None or linear.shape(head) is None:
         raise TrainingError("strategy 'pfedlora' needs a model with a linear output layer, beside which the adapter lies")
@@ -115,7 +115,7 @@ def _head(course: Course) -> str:
 
 
 def _shape(course: Course) -> tuple[int, int]:
-    """(O, I) of the output layer: the vocabulary and the hidden size."""
+    """Return (O, I) of the output layer: the vocabulary and the hidden size."""
     shape = linear.shape(course.model.get_submodule(_head(course)))
     assert shape is not None
     return shape[0], shape[1]
@@ -127,7 +127,7 @@ def _output(adapter: LoraJob, head: str, _: nn.Module, args: tuple[Tensor, ...],
 
 @contextmanager
 def _frozen(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Within it they get no gradient."""
+    """Keep gradients from the parameters inside the block."""
     for parameter in parameters:
         parameter.requires_grad_(False)
     yield

@@ -54,7 +54,7 @@ class Slora(Strategy):
         return {layer + VALUES: torch.zeros(len(self.places(course, layer))) for layer in course.layers}
 
     def places(self, course: Course, layer: str) -> Tensor:
-        """The flat places of the entries of D_OI that are trained, in ascending order."""
+        """Return the flat places of the entries of D_OI that are trained, in ascending order."""
         num_outputs, num_inputs = course.layers[layer]
         size = num_outputs * num_inputs
         order = torch.randperm(size, generator=seeded(course.settings.seed, "slora", layer))
