@@ -45,7 +45,7 @@ def ensemble(
     num_positions: int | None = None,
     rows_per_pass: int | None = None,
 ) -> EnsemblePrediction:
-    """What the members say about each row of a batch together: p(y|x) = sum over m of w_m softmax(f(x; W + update of m)).
+    """Return the members' averaged probabilities for each row: p(y|x) = sum over m of w_m softmax(f(x; W + update of m)).
 
     A member is one mixture for all rows: {name: weight}, None for the base, MixtureWeights of one row, or a router. `batch`
     is what the model takes (a tokenizer's output), padded on either side. `weights` are the members' shares, by default
@@ -80,7 +80,7 @@ def ensemble(
 def _label_members(
     engine: Composer, members: Sequence[Any], batch: Mapping[str, Any], labels: Sequence[str], rows_per_pass: int | None
 ) -> Tensor:
-    """log p_MBL: each member's softmax over the labels' summed log-likelihoods."""
+    """Return log p_MBL, each member's softmax over the labels' summed log-likelihoods."""
     model: Any = engine.model
     tokenizer = engine.tokenizer
     if tokenizer is None:
@@ -146,7 +146,7 @@ class _NextTokens:
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
 
     def _kept_positions(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """The positions whose logits are needed for some row; None where the model has to give them all."""
+        """Return the positions whose logits some row needs; None where the model has to give them all."""
         if self.model.config.is_encoder_decoder or "input_ids" not in inputs or not takes(self.model, "logits_to_keep"):
             return None
         place_BK = last_positions(inputs, self.num_positions or 1, inputs["input_ids"].shape[1])
@@ -176,12 +176,12 @@ class EnsemblePrediction:
 
     @cached_property
     def log_probabilities(self) -> Tensor:
-        """log p, (B, ..., V): exact also where every member's probability is too small for a number."""
+        """The log-probabilities log p, (B, ..., V), exact even where every member's probability underflows."""
         return torch.logsumexp(self.members_MBV + self._column().log(), dim=0)
 
     @property
     def probabilities(self) -> Tensor:
-        """p, (B, ..., V)."""
+        """The probabilities p, (B, ..., V)."""
         return self.log_probabilities.exp()
 
     @property
@@ -195,25 +195,25 @@ class EnsemblePrediction:
 
     @property
     def entropy(self) -> Tensor:
-        """(B, ...): the entropy of the average, all that is uncertain about the outcome."""
+        """The entropy of the average, (B, ...): the whole uncertainty of the outcome."""
         return _entropy(self.probabilities)
 
     @property
     def member_entropy(self) -> Tensor:
-        """(M, B, ...): the entropy of each member."""
+        """The entropy of each member, (M, B, ...)."""
         return _entropy(self.members_MBV.exp())
 
     @property
     def disagreement(self) -> Tensor:
-        """(B, ...): the entropy of the average less the average entropy: mutual information of outcome and member.
+        """The entropy of the average less the average entropy, (B, ...): the mutual information of outcome and member.
 
-        0 where all members say the same, at most the entropy of the weights.
+        It is 0 where all members say the same, and at most the entropy of the weights.
         """
         average = (self.member_entropy * self._column().squeeze(-1)).sum(dim=0)
         return (self.entropy - average).clamp(min=0)
 
     def _column(self) -> Tensor:
-        """The weights beside the members' axis."""
+        """Return the weights along the members' axis, to be broadcast over the others."""
         weight_M = self.weight_M.to(self.members_MBV)
         return weight_M.view(-1, *[1] * (self.members_MBV.dim() - 1))
 
@@ -224,7 +224,7 @@ def _entropy(probabilities: Tensor) -> Tensor:
 
 
 def last_positions(batch: Mapping[str, Any], count: int, length: int, mask_name: str = "attention_mask") -> Tensor:
-    """place_BK: where the last `count` real tokens of each row of `length` are; all are real where no mask is given.
+    """Return place_BK, the places of the last `count` real tokens of each row of `length`; all are real without a mask.
 
     Raises CompositionError for a row of fewer tokens, and for a mask that does not say which tokens are padding.
     """
@@ -243,7 +243,7 @@ def last_positions(batch: Mapping[str, Any], count: int, length: int, mask_name:
 
 
 def without_left_padding(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch such that padding before a row's tokens does not count as positions, where it has such padding.
+    """Return the batch, changed if need be so that padding before a row's tokens does not count as positions.
 
     A decoder gets position ids from the mask, unless some are given; for any other model the padding goes to the end.
     """
@@ -256,7 +256,7 @@ def without_left_padding(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]
 
 
 def align_right(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch with all padding after a row's tokens: every tensor of the mask's shape moves with it."""
+    """Return the batch with all padding after a row's tokens; every tensor of the mask's shape moves with it."""
     mask = batch.get("attention_mask")
     if mask is None or mask.dim() != 2:
         return dict(batch)
@@ -266,7 +266,7 @@ def align_right(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_cache(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of a call after which no other follows: keys and values are kept only where the batch asks for them."""
+    """Return the inputs of a call that no other follows, without a cache unless the batch asks for one."""
     return {"use_cache": False, **inputs} if takes(model, "use_cache") else dict(inputs)
 
 
@@ -279,10 +279,10 @@ def answers(
     weights: Sequence[float] | None = None,
     max_new_tokens: int = scoring.MAX_NEW_TOKENS,
 ) -> list[str]:
-    """One answer for each input: the label of the highest averaged probability, else the first greedily decoded line.
+    """Return one answer for each input: the label of the highest averaged probability, else the first greedily decoded line.
 
-    Decoding takes at each step the token of the highest average of the members' probabilities, which all of them then go
-    on from: p(y) is the product of these averages. Members run as rows of one batch with a cache of keys and values.
+    Decoding takes at each step the token of the highest average of the members' probabilities, from which all members go
+    on: p(y) is the product of these averages. Members run as rows of one batch with a cache of keys and values.
     A list of tasks, one for each member, asks each in prompts of its own, under demonstrations say. A member whose task has
     several `orders` is asked in each, with that part of its share.
     `mixtures` and `weights` are those of `ensemble`; raises what it raises, CompositionError without a tokenizer, and
@@ -302,7 +302,7 @@ def answers_to(
     weights: Sequence[float] | None = None,
     max_new_tokens: int = scoring.MAX_NEW_TOKENS,
 ) -> list[str]:
-    """The same for N inputs that each of M members is given in a form of its own."""
+    """Return the answers to N inputs, of which each of M members gets a form of its own; see `answers`."""
     members = known_members(engine, mixtures)
     weight_M = member_weights(weights, len(members))
     tokenizer = engine.tokenizer

@@ -38,14 +38,14 @@ LEAST, MOST = math.log(1e-4), math.log(1e10)
 def laplace(
     engine: Composer, name: str, task: Task, *, prior: Positive | None = None, progress: bool = True
 ) -> LaplacePosterior:
-    """The posterior of the engine's adapter `name` on a task's examples, which are best those it was trained on.
+    """Return the posterior of the engine's adapter `name` on a task's examples, best those it was trained on.
 
     The score f of a label is the summed log-likelihood of its tokens after the prompt, as predictions rank labels. `prior`
     is the precision of a Gaussian prior around 0 for every entry; by default the one of the highest marginal likelihood,
 
         sum of log p(y | x) - 1/2 (sum over eigenvalues l of H of log(1 + l / prior) + prior |theta|^2)
 
-    One forward and backward pass of every example with every label. Eigenvectors of all Kronecker factors are kept:
+    It takes one forward and backward pass of every example with every label. Eigenvectors of all Kronecker factors are kept:
     8 (I^2 + O^2 + 2 R^2) bytes a layer. The model is left as it was. Raises InvalidTask for a task without labels or
     examples, AdapterUnsupported for an adapter that is more than linear layers' a and b, UnknownExpert, CompositionError
     without a tokenizer.
@@ -81,7 +81,7 @@ def laplace(
 
 @dataclass(frozen=True, eq=False)
 class LaplacePosterior:
-    """N(theta, (H + prior)^-1) for the factors of adapter `name`; `log_evidence` is log p(data) under this prior."""
+    """A posterior N(theta, (H + prior)^-1) of adapter `name`'s factors; `log_evidence` is log p(data) under this prior."""
 
     engine: Composer
     name: str
@@ -91,7 +91,7 @@ class LaplacePosterior:
     log_evidence: float
 
     def predict(self, inputs: GivenRows, *, samples: int = 1000, seed: int = 0, progress: bool = True) -> EnsemblePrediction:
-        """What the linearised model says of the task's labels: the mean softmax over draws of the scores.
+        """Return the linearised model's prediction of the task's labels: the mean softmax over draws of the scores.
 
         Scores of one input are N(f, J (H + prior)^-1 J^T), J their Jacobian by the factors; `samples` draws of them are the
         members of the prediction, whose `disagreement` is then the uncertainty about the factors.
@@ -110,7 +110,7 @@ class LaplacePosterior:
         return EnsemblePrediction(torch.cat(members, dim=1), share_S, tuple(self.task.labels or ()))
 
     def scores(self, tokenizer: Any, inputs: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """f_NL and its covariance_NLL, float64."""
+        """Return the scores f_NL and their covariance_NLL, float64."""
         found = _scores(self.engine, tokenizer, self.name, self.task, inputs)
         num_rows, num_labels = found.f_NL.shape
         covariance_NLL = torch.zeros(num_rows, num_labels, num_labels, dtype=torch.float64)
@@ -124,7 +124,7 @@ class LaplacePosterior:
         return found.f_NL.double(), covariance_NLL
 
     def draw(self, count: int, *, seed: int = 0) -> list[Adapter]:
-        """Adapters with factors drawn from the posterior, "name~1", ..: as members of `ensemble` the sampled predictive."""
+        """Return adapters "name~1", .. of factors drawn from the posterior: an `ensemble` of them samples the predictive."""
         require_whole("count", count, 1, CompositionError)
         adapter = self.engine.bound_pool[self.name]
         found = []
@@ -155,11 +155,11 @@ class _Block:
         return cls(u_II, in_I.clamp_min(0), u_OO, out_O.clamp_min(0))
 
     def curvature(self) -> Tensor:
-        """The eigenvalues l_OI of H."""
+        """Return the eigenvalues l_OI of H."""
         return self.out_O[:, None] * self.in_I
 
     def draw(self, prior: float, generator: torch.Generator) -> Tensor:
-        """noise_OI of covariance (H + prior)^-1."""
+        """Return noise_OI of covariance (H + prior)^-1."""
         noise_OI = torch.randn(len(self.out_O), len(self.in_I), generator=generator, dtype=torch.float64)
         return self.out_OO @ (noise_OI / (self.curvature() + prior).sqrt()) @ self.in_II.T
 
@@ -192,7 +192,10 @@ class _Sums:
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """Of N inputs with L labels each, M = N L rows: f_NL, and of each layer x, z = a x, and the gradients by z and by y."""
+    """A pass of N inputs with L labels each, M = N L rows: the scores f_NL, and the tensors that each layer saw.
+
+    These are of each layer x, z = a x, and the gradients by z and by y.
+    """
 
     f_NL: Tensor
     mask_MT: Tensor
@@ -241,7 +244,11 @@ def _groups(inputs: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 
 def _require(engine: Composer, adapter: Adapter, task: Task) -> Any:
-    """The engine's tokenizer."""
+    """Return the engine's tokenizer, if engine, task and adapter suit a Laplace posterior.
+
+    Raises CompositionError without a tokenizer and for an encoder-decoder, InvalidTask for a task without labels or
+    examples, AdapterUnsupported for an adapter that is more than the factors of linear layers.
+    """
     if engine.tokenizer is None:
         raise CompositionError("a Laplace posterior reads texts: make the Composer with tokenizer=...")
     if not task.labels or not task.examples:

@@ -32,7 +32,7 @@ def member_passes(
     *,
     rows_per_pass: int,
 ) -> Tensor:
-    """read(inputs) of every member's rows, (M, B, ...); `read` runs the model and gives a tensor whose first axis is rows.
+    """Return read(inputs) of every member's rows, (M, B, ...); `read` runs the model and returns a tensor by rows.
 
     Several members share a forward pass where `rows_per_pass` lets them; a batch above it is run in parts. Tensors of the
     batch whose first axis has its number of rows are laid out by row, all else is passed on as it is.
@@ -68,7 +68,7 @@ def _require_rows(batch: Mapping[str, Any], num_rows: int) -> None:
 
 
 def known_members(engine: Composer, mixtures: Sequence[Any]) -> list[Any]:
-    """The members, each what activate() takes for one row. Raises WeightingError for anything else, UnknownExpert."""
+    """Return the members, each as activate() takes it for a row. Raises WeightingError for anything else, UnknownExpert."""
     if not is_list(mixtures) or not mixtures:
         raise WeightingError(
             f"the members of an ensemble are a list of at least one mixture, not {mixtures!r}; put a single one into a list"
@@ -89,7 +89,7 @@ def known_members(engine: Composer, mixtures: Sequence[Any]) -> list[Any]:
 
 
 def member_weights(weights: Sequence[float] | None, num_members: int) -> Tensor:
-    """weight_M in fp64, which sums to 1; None gives all members the same. Raises WeightingError unless they are shares."""
+    """Return weight_M, fp64, of sum 1; None gives all members the same. Raises WeightingError unless they are shares."""
     if weights is None:
         return equal_shares(num_members)
     weight_M = torch.tensor([float(weight) for weight in weights], dtype=torch.float64)
@@ -103,12 +103,12 @@ def member_weights(weights: Sequence[float] | None, num_members: int) -> Tensor:
 
 
 def tensors_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inputs that may have rows."""
+    """Return the inputs that may have rows."""
     return {key: value for key, value in tensors_in(batch).items() if value.dim()}
 
 
 def rows_of(batch: Mapping[str, Any]) -> int:
-    """The number of rows of the model's inputs. Raises CompositionError if there are none."""
+    """Return the number of rows of the model's inputs. Raises CompositionError if there are none."""
     for value in tensors_of(batch).values():
         if len(value):
             return len(value)
@@ -116,19 +116,19 @@ def rows_of(batch: Mapping[str, Any]) -> int:
 
 
 def by_rows(batch: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> Inputs:
-    """The batch with `change` made to the tensors that have its rows; all else is passed on as it is."""
+    """Return the batch with `change` applied to the tensors that have its rows; all else is passed on as it is."""
     num_rows = rows_of(batch)
     changed = {key: change(value) for key, value in tensors_of(batch).items() if len(value) == num_rows}
     return {**batch, **changed}
 
 
 def repeated(tensor: Tensor, count: int, rows: slice = slice(None)) -> Tensor:
-    """Some rows, then all of these again, `count` times."""
+    """Return the chosen rows of a tensor, repeated `count` times on end."""
     return tensor[rows].repeat(count, *[1] * (tensor.dim() - 1))
 
 
 def rows_that_fit(batch: Mapping[str, Any], logits_per_row: int, *, copies: int = 1) -> int:
-    """How many rows one forward pass may have, by the tokens of the longest input and by the logits that a row gives.
+    """Return the number of rows for one forward pass, by the tokens of the longest input and the logits of a row.
 
     `copies` is how many rows of keys and values each row becomes.
     """
@@ -137,7 +137,7 @@ def rows_that_fit(batch: Mapping[str, Any], logits_per_row: int, *, copies: int 
 
 
 def _by_name(mixture: Any) -> Any:
-    """A member whose weights all layers share as {name: weight}, so that such members mix as one set of rows."""
+    """Return the member as {name: weight} if all layers share its weights, so that such members mix as one set of rows."""
     if isinstance(mixture, MixtureWeights) and mixture.scope == "task" and not mixture.layers:
         return mixture.as_dict()
     return mixture

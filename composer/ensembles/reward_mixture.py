@@ -57,7 +57,7 @@ Member = Mapping[str, float] | None
 
 
 class RewardMixture(nn.Module):
-    """features_MBH of the members -> reward_B, in their order: column block m of `inner.weight` belongs to member m.
+    """The map from features_MBH of the members, in their order, to reward_B: column block m of `inner.weight` is member m's.
 
     A member is {name: weight}, or None for the base. `hashes` are those of the adapters that it was trained with, by name.
     """
@@ -77,7 +77,7 @@ class RewardMixture(nn.Module):
         return reward_B1[:, 0]
 
     def rewards(self, engine: Composer, batch: Mapping[str, Any]) -> Tensor:
-        """reward_B of each row of a batch, as the model takes it, padded on either side.
+        """Return reward_B of each row of a batch, as the model takes it, padded on either side.
 
         Raises UnknownExpert for a member missing from the engine's pool, CompositionError for another adapter of its name.
         """
@@ -93,22 +93,22 @@ class RewardMixture(nn.Module):
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What it is made of, as JSON."""
+        """The members, sizes and hashes that make an equal head, as JSON."""
         members = [None if member is None else dict(member) for member in self.members]
         return {"members": members, "hidden_size": self.hidden_size, "hashes": self.hashes}
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes the head with its members' names, weights and hashes; the adapters stay where they are."""
+        """Write the head with its members' names, weights and hashes, without the adapters; return the folder."""
         return write_heads(self, Path(folder) / FILE, self.recipe)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> RewardMixture:
-        """Reads what save_pretrained wrote; AdapterNotFound without it, AdapterCorrupt for a file that is damaged."""
+        """Read what save_pretrained wrote. Raises AdapterNotFound without it, AdapterCorrupt for a file that is damaged."""
         return read_heads(Path(folder) / FILE, lambda recipe: cls(**recipe))
 
 
 def write_heads(heads: nn.Module, target: Path, recipe: Mapping[str, Any]) -> Path:
-    """Writes the tensors with the recipe, whole or not at all, and returns their folder."""
+    """Write the tensors with the recipe, whole or not at all, and return their folder."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in heads.state_dict().items()}
     with storage_errors(target, "saving a reward mixture"):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ H = TypeVar("H", bound=nn.Module)
 
 
 def read_heads(path: Path, make: Callable[[dict[str, Any]], H]) -> H:
-    """What `make` gives for the recipe, with the tensors of the file.
+    """Return the module that `make` builds from the recipe, with the tensors of the file.
 
     Raises AdapterNotFound without a file, AdapterCorrupt for one that is damaged, CompositionError for another format.
     """
@@ -151,7 +151,7 @@ def train_reward_mixture(
     seed: int = 0,
     progress: bool = True,
 ) -> RewardMixture:
-    """A RewardMixture of the members, trained on pairs (preferred text, other text) with model and adapters frozen.
+    """Return a RewardMixture of the members, trained on pairs (preferred text, other text) with model and adapters frozen.
 
     Every text is run once under each member; then `steps` steps of AdamW without weight decay on the pairwise logistic loss
     -log sigmoid(r(preferred) - r(other)), over `batch_size` pairs in shuffled epochs. Members are mappings, None, or
@@ -165,7 +165,7 @@ def train_reward_mixture(
 def trained_mixture(
     engine: Composer, mixtures: Sequence[Any], pairs: Pairs, settings: HeadTraining, progress: bool
 ) -> RewardMixture:
-    """`train_reward_mixture`, whose settings have been checked."""
+    """Train a reward mixture as `train_reward_mixture` does, whose settings have been checked."""
     members = known_members(engine, mixtures)
     for number, member in enumerate(members):
         if not (member is None or isinstance(member, Mapping)):
@@ -181,7 +181,7 @@ def trained_mixture(
 
 
 def expert_rewards(model: ExpertModel, batch: Mapping[str, Any]) -> Rewards:
-    """The reward that the expert of each of the model's tasks gives each row of a batch, padded on either side.
+    """Return the reward that the expert of each of the model's tasks gives each row of a batch, padded on either side.
 
     All run in one pass, beside each other. Raises CompositionError for a base without a head of one label.
     """
@@ -202,7 +202,7 @@ def train_reward_experts(
     seed: int = 0,
     progress: bool = True,
 ) -> ExpertModel:
-    """The model, whose experts have learned from pairs of (the text that is preferred, the other one); the base stays.
+    """Train the model's experts on pairs of (the text that is preferred, the other one); return the model. The base stays.
 
     `pairs` are for all experts, as an ensemble's members learn, or {task: pairs} for each one's own, as the capability
     points of DMoERM do. Each step takes AdamW without weight decay down the mean over `batch_size` pairs, in shuffled
@@ -235,7 +235,7 @@ def train_reward_experts(
 
 
 def _loss(model: ExpertModel, chosen: Sequence[Pairs], tokens: Mapping[str, list[int]]) -> Tensor:
-    """The sum over experts of the mean over their pairs, and the recipe's terms, in one pass of the model."""
+    """Return the sum over experts of their pairs' mean loss, plus the recipe's terms, from one pass of the model."""
     rows = [tokens[pair[side]] for side in (0, 1) for own in chosen for pair in own]
     experts = [expert for expert, own in enumerate(chosen) for _ in own]
     preferred_N, other_N = _rewards(model, padded(model.tokenizer, rows, model.device), 2 * experts).chunk(2)
@@ -254,7 +254,7 @@ def _require_reward_model(model: ExpertModel) -> None:
 
 
 def _pairs_by_expert(model: ExpertModel, pairs: Pairs | Mapping[str, Pairs]) -> list[Pairs]:
-    """The pairs of each expert, in the order of the model's tasks."""
+    """Return the pairs of each expert, in the order of the model's tasks."""
     own = pairs if isinstance(pairs, Mapping) else dict.fromkeys(model.tasks, pairs)
     for task in own:
         if task not in model.tasks:

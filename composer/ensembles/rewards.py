@@ -31,7 +31,7 @@ from loraweave.registry import nearest
 
 @dataclass(frozen=True, eq=False)
 class Rewards:
-    """rewards_MB: each member's reward for each row."""
+    """The rewards of each member for each row, rewards_MB."""
 
     rewards_MB: Tensor
 
@@ -41,7 +41,7 @@ class Rewards:
 
     @property
     def variance_B(self) -> Tensor:
-        """The mean of the squared distances from the mean: divided by M, as the paper's UWO has it, so one member has 0."""
+        """The variance over members, divided by M as the paper's UWO has it, so that a single member has 0."""
         return self.rewards_MB.var(dim=0, correction=0)
 
     @property
@@ -49,7 +49,7 @@ class Rewards:
         return self.variance_B.sqrt()
 
     def aggregated(self, by: str = "mean", *, penalty: float = 1.0) -> Tensor:
-        """reward_B: "mean", "min", "mean_minus_std" or "mean_minus_variance", less `penalty` times either.
+        """Return reward_B: "mean", "min", "mean_minus_std" or "mean_minus_variance", less `penalty` times either.
 
         Raises UnknownName for another way, WeightingError for a penalty that is negative or not finite.
         """
@@ -75,9 +75,9 @@ def rewards(
     heads: nn.Module | Sequence[nn.Module] | None = None,
     rows_per_pass: int | None = None,
 ) -> Rewards:
-    """Each member's reward for each row of a batch; members and batch are those of `ensemble`.
+    """Return each member's reward for each row of a batch; members and batch are those of `ensemble`.
 
-    A reward is what a head makes of the last hidden state of a row's last token: the model's own (a sequence classifier with
+    A head maps the last hidden state of a row's last token to its reward: the model's own (a sequence classifier with
     one label), or `heads`, one for all members or one for each, which map (B, H) to (B, 1) or (B,).
     Raises what `ensemble` raises, WeightingError for heads that are not as many as the members, CompositionError for a model
     without a head of one label and for heads of another shape.
@@ -94,7 +94,7 @@ def rewards(
 
 @torch.no_grad()
 def head_rewards(heads: Sequence[nn.Module], features_MBH: Tensor) -> Tensor:
-    """rewards_MB of a head for each member. CompositionError for heads that give something else than a number a row."""
+    """Return rewards_MB of a head for each member. Raises CompositionError for heads without one number a row."""
     found = []
     for number, (head, features_BH) in enumerate(zip(heads, features_MBH, strict=True)):
         reward = head(features_BH)
@@ -113,7 +113,7 @@ def _own_rewards(engine: Composer, members: Sequence[Any], batch: Mapping[str, A
 
 
 def require_reward_head(model: Any, beside: str = "") -> None:
-    """Raises CompositionError, with `beside` at the end of the way out, for a model without a head of one label."""
+    """Raise CompositionError, with `beside` at the end of the way out, for a model without a head of one label."""
     if getattr(model.config, "num_labels", None) != 1 or model.can_generate():
         raise CompositionError(
             f"{type(model).__name__} has no head that gives one reward: load it as a sequence classifier with "
@@ -122,7 +122,7 @@ def require_reward_head(model: Any, beside: str = "") -> None:
 
 
 def own_reward(output: Any) -> Tensor:
-    """reward_N of the rows of an output with one logit each, in fp32 or better."""
+    """Return reward_N of the rows of an output with one logit each, in fp32 or better."""
     logits_N1: Tensor = output.logits
     return logits_N1.to(torch.promote_types(logits_N1.dtype, torch.float32))[:, 0]
 
@@ -144,16 +144,16 @@ TEXTS_PER_BATCH = 32
 def features(
     engine: Composer, mixtures: Sequence[Any], batch: Mapping[str, Any], *, rows_per_pass: int | None = None
 ) -> Tensor:
-    """features_MBH in fp32 or better: the last hidden state of each row's last real token, under each member.
+    """Return features_MBH in fp32 or better: the last hidden state of each row's last real token, under each member.
 
-    Of an encoder-decoder, of its decoder. Members and batch are those of `ensemble`; padding may be on
+    Of an encoder-decoder, they are the decoder's. Members and batch are those of `ensemble`; padding may be on
     either side. Raises what `ensemble` raises, and CompositionError for a model that gives no hidden state.
     """
     return _passes(engine, known_members(engine, mixtures), batch, rows_per_pass, partial(row_features, engine.model))
 
 
 def row_features(model: Any, inputs: Inputs) -> Tensor:
-    """features_NH in fp32 or better: the last hidden state of each row's last real token, of the model as it is."""
+    """Return features_NH in fp32 or better: the last hidden state of each row's last real token, of the model as it is."""
     hidden_NTH = _last_hidden(model, inputs)
     name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
     place_N = last_positions(inputs, 1, hidden_NTH.shape[1], name)[:, 0].to(hidden_NTH.device)
@@ -162,7 +162,7 @@ def row_features(model: Any, inputs: Inputs) -> Tensor:
 
 
 def text_features(engine: Composer, mixtures: Sequence[Any], texts: Sequence[str], *, progress: bool = True) -> Tensor:
-    """features_MNH of texts, each run once under each member, in batches of similar length.
+    """Return features_MNH of texts, each run once under each member, in batches of similar length.
 
     Raises CompositionError without a tokenizer, InvalidTask without texts and for one without tokens.
     """
@@ -178,7 +178,7 @@ def text_features(engine: Composer, mixtures: Sequence[Any], texts: Sequence[str
 
 
 def text_ids(engine: Composer, texts: Sequence[str]) -> list[list[int]]:
-    """The token ids of texts. Raises what `text_features` raises."""
+    """Return the token ids of texts. Raises what `text_features` raises."""
     if engine.tokenizer is None:
         raise CompositionError("texts need a tokenizer: make the Composer with tokenizer=...")
     ids = [list(row) for row in engine.tokenizer(list(texts))["input_ids"]] if texts else []
@@ -188,7 +188,7 @@ def text_ids(engine: Composer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _last_hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """hidden_NTH, seen where the model without its head gives it: no logits of whole texts, no states of other layers."""
+    """Return hidden_NTH of the model below its head, without logits of whole texts or states of other layers."""
     seen: list[Tensor | None] = []
 
     def see(_: nn.Module, __: Any, output: Any) -> None:
@@ -207,7 +207,7 @@ def _last_hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def padded(tokenizer: Any, rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
-    """Rows of token ids as the inputs of a model, filled up on the right."""
+    """Return rows of token ids as the inputs of a model, filled up on the right."""
     ids_BT, mask_BT = pad_rows(tokenizer, rows, left=False)
     return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
 
@@ -217,7 +217,7 @@ Pairs = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class HeadTraining:
-    """How a head is trained. Raises TrainingError for values out of range."""
+    """The settings of training a head. Raises TrainingError for values out of range."""
 
     steps: Count
     lr: Positive
@@ -239,7 +239,7 @@ def train_reward_heads(
     seed: int = 0,
     progress: bool = True,
 ) -> list[nn.Linear]:
-    """A linear head for each member, which starts from its own seed, for `rewards(heads=...)`.
+    """Train a linear head for each member, which starts from its own seed, for `rewards(heads=...)`; return the heads.
 
     A pair is (the text that is preferred, the other one). Each head alone takes `steps` steps of AdamW without weight decay
     on the pairwise logistic loss -log sigmoid(r(preferred) - r(other)), over `batch_size` pairs in shuffled epochs. Model
@@ -258,7 +258,7 @@ def train_reward_heads(
 
 
 def pair_features(engine: Composer, mixtures: Sequence[Any], pairs: Pairs, *, progress: bool) -> tuple[Tensor, Tensor]:
-    """(preferred_MNH, other_MNH): features of both texts of each pair, each text run once under each member."""
+    """Return (preferred_MNH, other_MNH): features of both texts of each pair, each text run once under each member."""
     require_pairs(pairs)
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
     place = {text: index for index, text in enumerate(texts)}
@@ -268,7 +268,7 @@ def pair_features(engine: Composer, mixtures: Sequence[Any], pairs: Pairs, *, pr
 
 
 def require_pairs(pairs: Pairs) -> None:
-    """Raises InvalidTask unless every pair is two different texts, and there is one."""
+    """Raise InvalidTask unless there is a pair, and every pair is two different texts."""
     for number, pair in enumerate(pairs, start=1):
         if not is_list(pair, str) or len(pair) != 2:
             raise InvalidTask(f"pair {number} is {pair!r}, not two texts: the preferred one, and the other")
@@ -279,7 +279,7 @@ def require_pairs(pairs: Pairs) -> None:
 
 
 def fit(head: nn.Module, preferred_MNH: Tensor, other_MNH: Tensor, settings: HeadTraining, *, progress: bool) -> None:
-    """Trains a head of features_MBH (M may be 1) on pairs of features, in place."""
+    """Train a head of features_MBH (M may be 1) on pairs of features, in place."""
     order = Epochs(preferred_MNH.shape[1], settings.seed)
 
     def next_loss() -> Tensor:
@@ -293,7 +293,7 @@ def fit(head: nn.Module, preferred_MNH: Tensor, other_MNH: Tensor, settings: Hea
 def learn(
     parameters: Iterable[Tensor], settings: HeadTraining, next_loss: Callable[[], Tensor], *, what: str, progress: bool
 ) -> None:
-    """Takes the settings' steps of AdamW without weight decay, each down the gradient of the next loss.
+    """Take the settings' steps of AdamW without weight decay, each down the gradient of the next loss.
 
     Raises TrainingError for a loss that is not finite.
     """

@@ -1,4 +1,4 @@
-"""One of several rewards, by what was asked: the outer mixture of DMoERM (Quan 2024, arXiv 2403.01197)."""
+"""One of several rewards, chosen by the question's category: the outer mixture of DMoERM (Quan 2024, arXiv 2403.01197)."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class RoutedRewards(nn.Module):
         self.heads = nn.ModuleList(heads.values())
 
     def categories_of(self, engine: Composer, batch: Mapping[str, Any]) -> list[str]:
-        """The category of each row of a batch. Raises BaseModelMismatch for another base than the router's."""
+        """Return the category of each row of a batch. Raises BaseModelMismatch for another base than the router's."""
         return [self.categories[place] for place in self._places(engine, batch).tolist()]
 
     def rewards(self, engine: Composer, batch: Mapping[str, Any], *, questions: Mapping[str, Any] | None = None) -> Tensor:
-        """reward_B of each row of a batch, by its category's head alone; of `questions`, where given, is the category.
+        """Return reward_B of each row of a batch, by its category's head alone; `questions`, if given, decide that.
 
         Raises WeightingError for another number of questions, and what `categories_of` and the heads' `rewards` raise.
         """
@@ -77,7 +77,7 @@ class RoutedRewards(nn.Module):
         return reward_B
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes heads and router, the router's LoRA as a PEFT folder in it; the members' adapters stay where they are."""
+        """Write heads and router, the router's LoRA as a PEFT folder inside; the members' adapters stay where they are."""
         if self.adapter is not None:
             self.adapter.save_pretrained(Path(folder) / ROUTER)
         heads = {name: head.recipe for name, head in zip(self.categories, self.heads, strict=True)}  # type: ignore[union-attr]
@@ -86,7 +86,7 @@ class RoutedRewards(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> RoutedRewards:
-        """Reads what save_pretrained wrote; AdapterNotFound without it, AdapterCorrupt for a file that is damaged."""
+        """Read what save_pretrained wrote. Raises AdapterNotFound without it, AdapterCorrupt for a file that is damaged."""
 
         def make(recipe: dict[str, Any]) -> RoutedRewards:
             adapter = Adapter.from_pretrained(Path(folder) / ROUTER) if recipe["adapted"] else None
@@ -103,7 +103,7 @@ class RoutedRewards(nn.Module):
         return found_B
 
     def _adapted(self, model: nn.Module) -> AbstractContextManager[object]:
-        """Inside, the model has the router's adapter."""
+        """Give the model the router's adapter inside the block."""
         if self.adapter is None:
             return nullcontext()
         if why := self.adapter.base.differs(base_key(model)):
@@ -126,7 +126,7 @@ def train_routed_rewards(
     seed: int = 0,
     progress: bool = True,
 ) -> RoutedRewards:
-    """RoutedRewards of the categories: each head learns from its category's pairs, the router from all `questions`.
+    """Train RoutedRewards of the categories: each head learns from its category's pairs, the router from all `questions`.
 
     `members`, `pairs` and `questions` are by category; without questions the router learns from the texts of the pairs.
     Each head takes `steps` steps as `train_reward_mixture` does, and the router as many of AdamW on the cross-entropy of the
@@ -159,7 +159,7 @@ def train_routed_rewards(
 def _by_text(
     names: Sequence[str], pairs: Mapping[str, Pairs], questions: Mapping[str, Sequence[str]] | None
 ) -> dict[str, int]:
-    """{text: the place of its category} of all that the router learns from."""
+    """Return {text: the place of its category} of all texts that the router learns from."""
     if questions is not None and (lacking := [name for name in names if not questions.get(name)]):
         raise InvalidTask(f"category {lacking[0]!r} has no questions for the router to learn from: give some of each")
     found: dict[str, int] = {}
@@ -179,7 +179,7 @@ def _learn_categories(
     settings: HeadTraining,
     progress: bool,
 ) -> None:
-    """Trains the linear map, and the LoRA of `jobs` if there is one, in place."""
+    """Train the linear map, and the LoRA of `jobs` if there is one, in place."""
     model, device = engine.model, found.outer.weight.device
     ids, category_N = text_ids(engine, list(category)), torch.tensor(list(category.values()), device=device)
     order = Epochs(len(ids), settings.seed)
