@@ -1,1 +1,1 @@
-"""Which adapter counted for which token: figures, page, plot, cost."""
+"""The explanation of which adapter counted for which token: figures, page, plot, cost."""

@@ -1,4 +1,4 @@
-"""What a mixture adds to a forward, from its formula: FLOPs and bytes of factors, beside those of the base layers."""
+"""The cost that a mixture adds to a forward, by its formula: FLOPs and bytes of factors, beside those of the base layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer's call. A multiplication and an addition are two FLOPs; every weight that is used is read once.
+    """The cost of one layer's call. A multiplication and an addition are two FLOPs; every weight that is used is read once.
 
     Base: 2 N O I for N tokens (nothing for an embedding, which looks up), and the bytes of weight and bias. Added, for each
     token and each expert whose weight there is not 0: 2 R (I + O) + R, 3 O for a gain, 2 O for a bias, and O for the sum;
@@ -56,7 +56,7 @@ class Cost(Mapping[str, LayerCost]):
         return LayerCost(*(sum(getattr(cost, name) for cost in self.values()) for name in names))
 
     def table(self) -> ShownTable:
-        """The layers of one name in a row, and the total."""
+        """Return a table with a row for all layers of one name, and the total."""
         from loraweave.common.display import ShownTable
 
         groups: dict[str, list[LayerCost]] = {}
@@ -74,12 +74,12 @@ class Cost(Mapping[str, LayerCost]):
         return table
 
     def to_json(self) -> dict[str, Any]:
-        """The figures of each layer, and of "total"."""
+        """Return the figures of each layer, and of "total"."""
         return {name: vars(cost) for name, cost in [*self.items(), ("total", self.total)]}
 
 
 def mixture_cost(used: UsedWeights, pool: ExpertPool, layers: Mapping[str, TargetLayer]) -> Cost:
-    """The cost of a forward that used these weights. `pool` has the bound factors of the experts that took part."""
+    """Return the cost of a forward with these weights. `pool` has the bound factors of the experts that took part."""
     # expert by expert, since one of a lazy pool is opened for it
     by_expert = [
         {layer: _Part.of(factors) for layer, factors in pool.adapters[expert].layers.items() if layer in used.layers}

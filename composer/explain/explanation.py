@@ -1,4 +1,4 @@
-"""What a text's tokens got from each expert in each layer: figures, a table, and a picture."""
+"""The weights of each expert for a text's tokens in each layer: figures, a table, and a picture."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ PAGE_SUFFIXES = (".html", ".htm")
 
 
 class Explanation(TokenFigures):
-    """What each token of a text got from each expert in each layer; the figures themselves are those of `TokenFigures`."""
+    """An explanation of each token's weights by expert and layer; the figures themselves are those of `TokenFigures`."""
 
     def table(self) -> ShownTable:
-        """The experts by their share of the weight, with where they count most. Long pools end in a row for the others."""
+        """Return a table of the experts by share of the weight, with where they count most; its last row may be "others"."""
         from rich.text import Text
 
         from loraweave.common.display import ShownTable
@@ -60,10 +60,10 @@ class Explanation(TokenFigures):
         return self.table()._repr_html_()
 
     def to_json(self) -> dict[str, Any]:
-        """Names, and `weights` as nested lists [token][layer][expert] to six digits, null for NaN.
+        """Return names, and `weights` as nested lists [token][layer][expert] to six digits, null for NaN.
 
-        As in MixtureWeights, an axis on which nothing varies has size 1. `load` has a row for each layer, `effects` what is
-        known of the experts.
+        As in MixtureWeights, an axis on which nothing varies has size 1. `load` has a row for each layer, `effects` the
+        known effects of the experts.
         """
         w_TLE = self.w_TLE
         for axis in (0, 1):
@@ -85,7 +85,7 @@ class Explanation(TokenFigures):
         return {**names, "weights": weights, "load": rows, "effects": effects}
 
     def plot(self, path: str | Path) -> Path:
-        """Draws weight by layer and by token, and every token with its strongest expert; returns the path.
+        """Draw weight by layer and by token, and every token with its strongest expert; return the path.
 
         The suffix names the format (.png, .svg, .pdf; .html is page()). Raises PackageMissing without matplotlib,
         CompositionError for another suffix, and where no expert takes part.
@@ -103,7 +103,7 @@ class Explanation(TokenFigures):
         return target
 
     def page(self, path: str | Path) -> Path:
-        """Writes one HTML file with every weight in it, to be looked at in a browser; returns the path.
+        """Write one HTML file with every weight in it, to be looked at in a browser; return the path.
 
         It needs no server, no network and nothing beside it. Raises CompositionError where no expert takes part.
         """
@@ -144,8 +144,8 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 class Reading:
     """The arguments of one forward, and the token ids in it: of the text, and for an encoder-decoder of its answer.
 
-    `lengths` are how many tokens a layer is called with for each part, which differs from part to part. The first
-    `num_prompt` tokens are the text.
+    `lengths` are the numbers of tokens that a layer is called with for each part, different for each. The first `num_prompt`
+    tokens are the text.
     """
 
     inputs: Mapping[str, Tensor]
@@ -154,13 +154,13 @@ class Reading:
     num_prompt: int
 
     def prompted(self) -> AbstractContextManager[None]:
-        """For the forward: says that the text is a prompt, and what follows is its answer."""
+        """Return a context for the forward, in which the text is the prompt and what follows its answer."""
         prompt_BT = self.inputs["attention_mask"].clone()
         prompt_BT[:, self.num_prompt :] = 0
         return prompted(self.inputs["input_ids"], prompt_BT)
 
     def explanation(self, tokenizer: Any, trace: Trace, layers: Sequence[str]) -> Explanation:
-        """The traced forward as an Explanation of the layers, in this order."""
+        """Return the traced forward as an Explanation of the layers, in this order."""
         num_tokens = sum(map(len, self.parts))
         w_TLE = torch.full((num_tokens, len(layers), len(trace.experts)), torch.nan)
         for at, layer in enumerate(layers):
@@ -175,7 +175,7 @@ class Reading:
 
 
 def plan_reading(model: nn.Module, tokenizer: Any, text: Prompt, max_new_tokens: int) -> Reading:
-    """One forward over the text, and over all but the last of the tokens of its greedy continuation."""
+    """Return the forward over the text, and over all but the last of the tokens of its greedy continuation."""
     inputs, pad = encode_texts(model, tokenizer, [text])
     text_ids = inputs["input_ids"][0]
     answer_ids = text_ids[:0]
@@ -200,7 +200,7 @@ def plan_reading(model: nn.Module, tokenizer: Any, text: Prompt, max_new_tokens:
 
 
 def split_text(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
-    """The text of each token. Tokens that only together are characters get all the text that they are together."""
+    """Return the text of each token. Tokens that are characters only together each get the whole text of them."""
     found: list[str] = []
     begin = 0
     while begin < len(ids):
@@ -222,7 +222,7 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _mean_over_calls(calls: Sequence[UsedLayer], length: int, *, only: bool) -> Tensor | None:
-    """w_TE of a layer for the part of this length, the mean where it was called several times; None where it saw none.
+    """Return w_TE of a layer for the part of this length, the mean over several calls; None where the layer saw none.
 
     A layer that got some of the tokens only (an expert of the base's own) is known where all tokens share its weights.
     """

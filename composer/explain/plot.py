@@ -62,7 +62,7 @@ class _Map:
 
 
 def draw(figures: TokenFigures) -> Any:
-    """The picture as a matplotlib Figure. Raises PackageMissing, and CompositionError where there is no weight to show."""
+    """Return the picture as a matplotlib Figure. Raises PackageMissing, and CompositionError without a weight to show."""
     figures.require_weights()
     share_E = figures.total.share_E
     # in their own order, so that pictures of one pool can be laid side by side
@@ -81,7 +81,7 @@ def draw(figures: TokenFigures) -> Any:
 
 
 def _layer_maps(layers: tuple[str, ...], w_EL: Tensor) -> list[_Map]:
-    """A column for each layer; of many layers one for each block, and beside it one for each kind of layer."""
+    """Return a map with a column for each layer; of many layers one for each block, and a second one by kind of layer."""
     blocks = [block_and_kind(layer) for layer in layers]
     if len(layers) <= MAX_LAYERS or len({block for block, _ in blocks}) == len(layers):
         prefix = common_prefix(layers)
@@ -138,7 +138,7 @@ class _Rows:
         return shown if effect is None else f"{shown}  {effect:+.3f}"
 
     def name(self, axes: Any) -> None:
-        """Writes them beside the axes."""
+        """Write the experts' names, numbers and colours beside the axes."""
         families = self.glyphs.families
         axes.set_yticks(range(len(self._names)), self._names, fontsize=6.5, parse_math=False, family=families)
         axes.tick_params(axis="y", length=0, pad=15 + 5 * len(str(max(self._places) + 1)))
@@ -188,7 +188,7 @@ def _name_columns(axes: Any, shown: _Map, glyphs: Glyphs, inches: float) -> None
 
 
 class _Strip:
-    """The text in lines; below each token the number of its strongest expert, behind it that expert's colour."""
+    """The text in lines, with the number of each token's strongest expert below it and that expert's colour behind it."""
 
     def __init__(self, figures: TokenFigures) -> None:
         self._figures = figures
@@ -198,7 +198,7 @@ class _Strip:
         self.num_lines = max(line for _, line, _, _ in self._boxes) + 1
 
     def _laid_out(self) -> list[tuple[int, int, int, str]]:
-        """(token, line, column, shown text) of the tokens that fit."""
+        """Return (token, line, column, shown text) of the tokens that fit."""
         num_columns = int((INCHES - STRIP_MARGIN - 0.15) / COLUMN_INCHES)
         boxes, line, column = [], 0, 0
         for at, token in enumerate(self._figures.tokens):
@@ -244,7 +244,7 @@ class _Strip:
 
 
 def _average_groups(w_EL: Tensor, groups: list[str]) -> dict[str, Tensor]:
-    """w_E of each group: the mean over its layers, in order of their first appearance."""
+    """Return w_E of each group: the mean over its layers, in order of their first appearance."""
     return {group: w_EL[:, members].nanmean(dim=1) for group, members in group_places(groups).items()}
 
 
@@ -254,7 +254,7 @@ PLACEHOLDER = "Last Resort"
 
 
 class Glyphs:
-    """Fonts for some texts, and the texts in characters that these fonts have. Needs matplotlib.
+    """The fonts for some texts, and the texts in characters that these fonts have. Needs matplotlib.
 
     matplotlib's own font comes first, then installed ones for characters that it lacks. A character of no font becomes its
     number, such as \\u7684, so that two names never look the same.
@@ -278,7 +278,7 @@ class Glyphs:
                 self._known |= _characters(font.fname)
 
     def show(self, text: str, max_width: int) -> str:
-        """The text in what the fonts have, its middle left out beyond `max_width` columns."""
+        """Return the text in the fonts' characters, its middle left out beyond `max_width` columns."""
         shown = "".join(
             character if ord(character) in self._known else character.encode("unicode_escape").decode()
             for character in _visible(text)
@@ -292,7 +292,7 @@ class Glyphs:
 
 
 def width(text: str) -> int:
-    """How many columns of a fixed-width font the text takes: two for a wide character, none for a combining one."""
+    """Return the columns of a fixed-width font that the text takes: two for a wide character, none for a combining one."""
     return sum(
         0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
         for character in text
@@ -321,7 +321,7 @@ FAINTEST, FULLEST = 0.12, 0.8
 
 
 def page(shown: TokenFigures, summary: str) -> str:
-    """The page. CompositionError where there is no weight to show."""
+    """Return the page as HTML. Raises CompositionError where there is no weight to show."""
     shown.require_weights()
     script = _part("page.js")
     return Template(_part("page.html")).substitute(
@@ -339,7 +339,7 @@ def _part(name: str) -> str:
 
 
 def _tokens(shown: TokenFigures) -> list[str]:
-    """The text with each token's strongest expert on the mean over the layers, for readers without scripts."""
+    """Return the text with each token's strongest expert on the mean over the layers, for readers without scripts."""
     strongest = Strongest.of(shown.by_token_TE)
     highest = max(strongest.shares) or 1.0
     found = []
@@ -374,7 +374,7 @@ def _data(shown: TokenFigures) -> dict[str, Any]:
 
 
 def _pack(w_TLE: Tensor) -> dict[str, Any]:
-    """The weights to the last bit, in base64: all of them, or where most are 0 those that are not and their places."""
+    """Return the weights to the last bit, in base64: all, or if most are 0 the others with their places."""
     w_N = w_TLE.float().flatten()
     # NaN, of a token that a layer never sees, is not 0
     place_P = w_N.nonzero()[:, 0]

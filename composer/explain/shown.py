@@ -22,7 +22,7 @@ OTHER = "#999999"
 
 @dataclass(frozen=True, eq=False)
 class TokenFigures:
-    """`w_TLE`: the weight that each token gave each expert in each layer, fp32.
+    """The weight that each token gave each expert in each layer, `w_TLE`, fp32.
 
     NaN for tokens that a layer never sees (an encoder's text in the decoder). An expert that leaves a layer alone has 0
     there. `tokens` are pieces of text; a character that several tokens share is shown at each. `effects` says by how much a
@@ -42,7 +42,7 @@ class TokenFigures:
             raise CompositionError(f"the weights have shape {shape}, but the tokens, layers and experts named are {named}")
 
     def require_weights(self) -> None:
-        """Raises CompositionError where there is no weight to show."""
+        """Raise CompositionError where there is no weight to show."""
         if not self.w_TLE.numel():
             raise CompositionError(
                 f"nothing to show of {len(self.tokens)} tokens, {len(self.layers)} layers and {len(self.experts)} experts; "
@@ -50,7 +50,7 @@ class TokenFigures:
             )
 
     def with_effects(self, effects: Mapping[str, float]) -> Self:
-        """The same, with what leave_one_out() returned. Raises UnknownExpert for a name that is not an expert's."""
+        """Return a copy with the effects of leave_one_out(). Raises UnknownExpert for a name that is no expert's."""
         for name in effects:
             if name not in self.experts:
                 raise unknown_expert(name, self.experts)
@@ -68,31 +68,31 @@ class TokenFigures:
 
     @cached_property
     def colours(self) -> dict[int, str]:
-        """{place of an expert: colour} in every picture, of those that are strongest most often over all weights."""
+        """The colour of each expert that is strongest most often over all weights, by place; the same in every picture."""
         return Strongest.of(self.w_TLE.flatten(0, 1)).colours
 
     @property
     def load(self) -> dict[str, Load]:
-        """Load and entropy of each layer, over the tokens that it sees."""
+        """The load and entropy of each layer, over the tokens that it sees."""
         seen_TL = ~self.w_TLE.isnan().any(dim=2)
         return {layer: load(self.w_TLE[seen_TL[:, at], at][None]) for at, layer in enumerate(self.layers)}
 
     @property
     def total(self) -> Load:
-        """Load and entropy over all tokens and layers."""
+        """The load and entropy over all tokens and layers."""
         return load(self.w_TLE[~self.w_TLE.isnan().any(dim=2)][None])
 
 
 @dataclass(frozen=True)
 class Strongest:
-    """For each row of weights the place of the expert with the largest |w| (None without weight), and its share of |w|."""
+    """The place of each row's expert with the largest |w| (None without weight), and its share of |w|."""
 
     experts: tuple[int | None, ...]
     shares: tuple[float, ...]
 
     @classmethod
     def of(cls, w_NE: Tensor) -> Self:
-        """NaN counts as no weight."""
+        """Return the strongest experts of rows of weights; NaN counts as no weight."""
         magnitude_NE = w_NE.abs().nan_to_num()
         total_N = magnitude_NE.sum(dim=1)
         share_N = magnitude_NE.amax(dim=1) / total_N.clamp(min=1e-30)
@@ -109,13 +109,13 @@ class Strongest:
 
 
 def block_and_kind(layer: str) -> tuple[str, str]:
-    """(the path up to its first number, what follows) of a layer; a layer outside blocks is its own block and kind."""
+    """Return (path up to the first number, the rest) of a layer; a layer outside blocks is its own block and kind."""
     block = block_of(layer)
     return (layer, layer) if block is None else (block, layer[len(block) + 1 :])
 
 
 def group_places(groups: Sequence[str]) -> dict[str, list[int]]:
-    """The places of each group's members, the groups in order of their first appearance."""
+    """Return the places of each group's members, the groups in order of their first appearance."""
     members: dict[str, list[int]] = {}
     for place, group in enumerate(groups):
         members.setdefault(group, []).append(place)
@@ -123,7 +123,7 @@ def group_places(groups: Sequence[str]) -> dict[str, list[int]]:
 
 
 def common_prefix(paths: Sequence[str]) -> str:
-    """The parts that all paths begin with, with their last dot; never a whole path."""
+    """Return the parts that all paths begin with, with their last dot; never a whole path."""
     shortest = min((path.split(".")[:-1] for path in paths), key=len)
     count = 0
     while count < len(shortest) and len({tuple(path.split(".")[: count + 1]) for path in paths}) == 1:
@@ -132,6 +132,6 @@ def common_prefix(paths: Sequence[str]) -> str:
 
 
 def last_parts(kinds: Sequence[str]) -> list[str]:
-    """The last part of each, where that still tells them apart."""
+    """Return the last part of each kind, if these differ, else the kinds."""
     last = [kind.rsplit(".", 1)[-1] for kind in kinds]
     return last if len(set(last)) == len(kinds) else list(kinds)

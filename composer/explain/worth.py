@@ -1,4 +1,4 @@
-"""What each expert of a mixture or of a router is worth: the rise of a loss when its weight is taken as 0."""
+"""The worth of each expert of a mixture or router: the rise of a loss when its weight is taken as 0."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def leave_one_out(
     renormalise: bool = False,
     progress: bool = False,
 ) -> dict[str, float]:
-    """{expert: rise of the mean loss of the task's examples, in nats, when its weight is 0}.
+    """Return {expert: rise of the mean loss of the task's examples, in nats, when its weight is 0}.
 
     `router` is resolved over the experts `names`. Raises ScopeError for a mixture of several rows.
     """
@@ -65,7 +65,7 @@ def expert_losses(
     *,
     progress: bool = True,
 ) -> dict[str, dict[str, float]]:
-    """{task: {expert: loss}}: the mean over a task's examples of the mean loss of their target tokens, that expert at 1.
+    """Return {task: {expert: loss}}: the mean over a task's examples of their target tokens' mean loss, that expert at 1.
 
     Raises InvalidTask for a task without examples that the model can read.
     """
