@@ -1,1 +1,1 @@
-"""Everything that learns on a frozen base: adapters, routers, experts."""
+"""The parts that learn on a frozen base: adapters, routers, experts."""

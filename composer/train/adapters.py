@@ -1,4 +1,4 @@
-"""Trains many LoRA adapters on one frozen base model, several in each step."""
+"""The training of many LoRA adapters on one frozen base model, several in each step."""
 
 from __future__ import annotations
 
@@ -72,16 +72,19 @@ def train_adapters(
     n_jobs: int | None = None,
     progress: bool | Progress = True,
 ) -> TrainedAdapters:
-    """{task name: Adapter}, in the order of `tasks`; the loss is the mean over target tokens, the base stays as it is.
+    """Train an adapter for each task; return {task name: Adapter}, in the order of `tasks`. The base stays as it is.
 
-    Each step runs up to `jobs_per_batch` jobs of similar length through the frozen base together, `batch_size` rows of each;
-    a job gets the gradients of training it alone. A step takes at most `memory_bytes`, base and all, as `MemoryModel`
-    estimates it (by default what is free); where memory is short, fewer jobs share it. A list of tasks trains one adapter
-    on all of them. Of `Texts` every token is learned: continued pre-training. A task that shows its own examples is trained
-    on rows of up to 8, each answer given those before it (`pack_task`), unless some are `held_out`.
-    AdamW without weight decay, `warmup` steps of warm-up (at most half of all), then a cosine to zero; a job's gradient
-    is clipped to norm 1. `alpha` is 2 * rank by default. `report` of the result has tokens a second, padding, memory, and
-    how each job ended. The same call goes on from what `checkpoint`, a folder, has kept, to the same result.
+    The loss is the mean over target tokens. Each step runs up to `jobs_per_batch` jobs of similar length through the frozen
+    base together, `batch_size` rows of each; a job gets the gradients of training it alone. A step takes at most
+    `memory_bytes`, base and all, as `MemoryModel` estimates it (by default what is free); where memory is short, fewer jobs
+    share it. A list of tasks trains one adapter on all of them. Of `Texts` every token is learned: continued pre-training. A
+    task that shows its own examples is trained on rows of up to 8, each answer given those before it (`pack_task`), unless
+    some are `held_out`.
+
+    The optimizer is AdamW without weight decay, with `warmup` steps of warm-up (at most half of all), then a cosine to zero;
+    a job's gradient is clipped to norm 1. `alpha` is 2 * rank by default. `report` of the result has tokens a second,
+    padding, memory, and how each job ended. The same call goes on from what `checkpoint`, a folder, has kept, to the same
+    result.
 
     `held_out`, a share of each task's examples between 0 and 1, or examples by task, is evaluated every `evaluate_every`
     steps and after the last; the best factors are kept, and `patience` evaluations without better ones end a task.
@@ -98,7 +101,6 @@ def train_adapters(
     Every task learns beside the adapter `beside`, which stays as it is, from what that one's a leaves of a layer's inputs
     (`BesideJob`). With `continual`, a way of `lw.names("continual")`, and `continual_options`, tasks are trained one after
     the other (docs/continual.md); a task's adapter is the whole model after it, and only the first task can have a `start`.
-
     Raises InvalidTask for unusable examples, UnknownName when no layer matches `target_modules` or no task a name in `start`
     or `held_out`, BudgetExceeded for a task that alone exceeds the memory, TrainingError for settings out of range, a
     checkpoint that cannot be written and a loss that is not finite, WorkersFailed for lost workers, AdapterExists for a name
@@ -129,7 +131,7 @@ def train_adapters(
 def _settings(
     target_modules: Sequence[str], linearized: bool, alpha: float | None, others: Mapping[str, Any], **lora: Any
 ) -> LoraSettings:
-    """Raises TrainingError for a setting that is out of its range, also for the others."""
+    """Return the settings of the adapters. Raises TrainingError for a setting out of range, among the others, too."""
     endings = read_endings(target_modules)
     given = {**lora, **others, "alpha": alpha}
     check_options("train_adapters()", given, options_of(train_adapters), error=TrainingError)
@@ -138,7 +140,7 @@ def _settings(
 
 
 def _one_after_the_other(apart: Apart, way: str, options: Mapping[str, Any]) -> TrainedAdapters:
-    """What a way of `lw.names("continual")` makes of the tasks."""
+    """Train the tasks one after the other, in a way of `lw.names("continual")`."""
     shared, alone = apart.shared, {name: parts[0] for name, parts in apart.tasks.items()}
     on = shared.model, shared.tokenizer, apart.settings, shared.bar, apart.layers
     begin = apart.begins.get(next(iter(alone)))
@@ -147,7 +149,7 @@ def _one_after_the_other(apart: Apart, way: str, options: Mapping[str, Any]) -> 
 
 
 def _in_groups(apart: Apart, judging: Judging, hub: Hub | None, n_jobs: int | None) -> TrainedAdapters:
-    """Groups of jobs, each trained by a call of its own, here or by a worker."""
+    """Train the jobs in groups, each by a call of its own, here or by a worker."""
     shared, each = apart.shared, isinstance(judging.held_out, Mapping)
     by_name: dict[str, Any] = {
         "tasks": apart.tasks,
@@ -173,7 +175,7 @@ def _in_groups(apart: Apart, judging: Judging, hub: Hub | None, n_jobs: int | No
 def read_rows(
     model: Any, tokenizer: Any, tasks: Mapping[str, Sequence[Task | Texts]], judging: Judging, seed: int
 ) -> tuple[Mapping[str, Sequence[EncodedRow]], dict[str, HeldOut]]:
-    """The rows of each name's tasks, packed where they may be, and those held out."""
+    """Return the rows of each name's tasks, packed where they may be, and the rows held out."""
 
     def read(name: str, examples: Any) -> list[EncodedRow]:
         first = tasks[name][0]
@@ -197,7 +199,7 @@ def _require_sense(
     options: Mapping[str, Any],
     others: Mapping[str, Any],
 ) -> None:
-    """Raises TrainingError for a hub that is none and arguments that exclude each other, and what `_require_way` raises."""
+    """Raise TrainingError for a hub that is none and for arguments that exclude each other, and as `_require_way` does."""
     if not isinstance(others["hub"], Hub | None):
         raise TrainingError(f"hub is {others['hub']!r:.60}; pass a Hub that takes the adapters, or None")
     whole = {"hub": others["hub"], "n_jobs": processes_here(others["n_jobs"]), "continual": begun["continual"]}
@@ -217,7 +219,7 @@ def _require_way(
     linearized: bool,
     others: Mapping[str, Any],
 ) -> None:
-    """Raises UnknownName for an unknown way, TrainingError for an option that the way does not take."""
+    """Raise UnknownName for an unknown way, TrainingError for an option that the way does not take."""
     if way is None:
         if options:
             raise TrainingError(f"continual_options has {', '.join(options)}, but continual names no way to train")
@@ -247,7 +249,7 @@ def _require_beside(model: Any, beside: Adapter, others: Mapping[str, Any]) -> N
 
 
 def target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """(O, I) of the linear layers whose module path ends in one of `targets`; UnknownName for one that matches nothing."""
+    """Return (O, I) of the linear layers whose path ends in one of `targets`. Raises UnknownName for one without any."""
     shapes = {name: shape[:2] for name, module in model.named_modules() if (shape := linear.shape(module))}
     found: dict[str, tuple[int, int]] = {}
     for target in targets:
@@ -265,7 +267,10 @@ Layers = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Apart:
-    """`layers` has (O, I) of each target layer, `begins` the adapters that tasks begin from; all learn beside `beside`."""
+    """A training of jobs apart, all beside the adapter `beside`.
+
+    `layers` has (O, I) of each target layer, `begins` the adapters that tasks begin from.
+    """
 
     shared: SharedPasses
     settings: LoraSettings
@@ -278,7 +283,7 @@ class Apart:
     base: Fingerprint
 
     def train(self) -> TrainedAdapters:
-        """{task: its adapter}; finished ones come from the checkpoint."""
+        """Train the tasks; return {task: its adapter}, of which finished ones come from the checkpoint."""
         finished: dict[str, Adapter] = {}
 
         def load(folder: Path, name: str, key: str) -> bool:
@@ -318,7 +323,7 @@ class Apart:
         return Adapter(job.name, self.shared.model.name_or_path, job.result(), self.base, card)
 
     def key(self, name: str) -> str:
-        """Of all that a task's adapter depends on."""
+        """Return the digest of everything a task's adapter depends on."""
         (task, *others), begin = self.tasks[name], self.begins.get(name)
         said: list[Any] = [None, None, None]
         if isinstance(task, Task):
@@ -340,7 +345,7 @@ TRAINED = {"a_RI", "b_OR"}
 
 
 def require_startable(model: Any, tasks: Collection[str], start: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """{task name: adapter}; each fits the model and has only factors of linear layers.
+    """Return {task name: adapter}, after a check that each fits the model and has only factors of linear layers.
 
     Raises TrainingError for values other than adapters, UnknownName for a name without a task, BaseModelMismatch or
     LayerMismatch for an adapter of another model, AdapterUnsupported for heads, gains, biases, magnitudes, embeddings

@@ -19,10 +19,10 @@ Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
 def checkpointed_blocks(
     model: nn.Module, wanted: bool, *, context_fn: Callable[[], Contexts] = noop_context_fn
 ) -> Iterator[None]:
-    """Inside, each block keeps its inputs alone and runs again in the backward pass; the model is as it was after it.
+    """Within the context, make each block keep only its inputs and run again in the backward pass.
 
-    `context_fn` is that of `torch.utils.checkpoint`, asked whenever a block runs. Raises TrainingError for a model without
-    such blocks.
+    The model is as it was afterwards. `context_fn` is that of `torch.utils.checkpoint`, called whenever a block runs. Raises
+    TrainingError for a model without such blocks.
     """
     # its import brings torch's compiler with it
     from transformers.modeling_layers import GradientCheckpointingLayer

@@ -1,4 +1,4 @@
-"""One training of an expert model: what its steps are checked for, and what is kept of them."""
+"""The training of an expert model, step by step: the checks of its steps, and what is kept of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from loraweave.routers.tokens._learned import Step, TrainingReport
 
 
 class ExpertSteps(TrainerCallback):  # type: ignore[misc]
-    """Watches a Trainer's steps."""
+    """A watcher of a Trainer's steps, which checks them and keeps their results."""
 
     def __init__(
         self,
@@ -58,11 +58,11 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
         self._totals: dict[str, Tensor] = {}
 
     def begin(self, trainer: Trainer) -> None:
-        """The Trainer whose steps these are."""
+        """Set the Trainer whose steps these are."""
         self._trainer = trainer
 
     def see(self, loss: Tensor, terms: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> None:
-        """One pass of the running step, and what it counts in its loss and terms."""
+        """Note one pass of the running step, with its share of the step's loss and terms."""
         self.num_passes += 1
         # terms of processes are averaged, losses of their tokens added up
         parts = {"": loss.detach(), **{name: term.detach() / self._num_processes for name, term in terms.items()}}
@@ -78,7 +78,7 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
             self._evaluate(0)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Gradients are complete, and no parameter has changed."""
+        """Check the step: gradients are complete, and no parameter has changed."""
         number = state.global_step + 1
         totals = self._sum(torch.stack(list(self._totals.values()))).tolist()
         values = dict(zip(self._totals, totals, strict=True))
@@ -97,7 +97,7 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
         control.should_training_stop = control.should_training_stop or self.progress.stops
 
     def finish(self) -> None:
-        """Leaves the model with the best parameters and the report."""
+        """Leave the model with the best parameters and the report."""
         self._model.report = self.progress.finish()
 
     def _tell(self, number: int) -> None:
@@ -126,7 +126,7 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
 
     @torch.no_grad()
     def _evaluate(self, number: int) -> None:
-        """The mean loss over what counts in the rows held out, with the model as it will be used."""
+        """Note the mean loss over the rows held out, counted as the feed counts, with the model as it will be used."""
         if not self._held:
             return
         trainer, model, size = self._trainer, self._model, self._settings.batch_size
@@ -147,10 +147,10 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
 
 
 class FirstSteps:
-    """Notes which parameters have got a gradient.
+    """A check of which parameters have got a gradient.
 
     One factor of an expert begins as 0: in the first step it alone has a gradient, and the other factor and the gates have
-    one from the second on, or from the recipe's `num_first_steps`. What belongs to tasks is due when each has had a row.
+    one from the second on, or from the recipe's `num_first_steps`. Parameters are due once each task has had a row.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class FirstSteps:
         self._due = set(parameters)
 
     def silent(self, number: int) -> str:
-        """After the backward passes of a step: what to say of parameters that should have a gradient and have none."""
+        """Return what to say of parameters that lack a due gradient after a step's backward passes; "" if none does."""
         if not self._due:
             return ""
         self._due -= {name for name in self._due if bool(self._parameters[name].grad.any())}  # type: ignore[union-attr]
@@ -184,7 +184,7 @@ class FirstSteps:
 
 
 class Moves:
-    """Counts the choices of a step's real tokens, by which gates move what no gradient moves."""
+    """A count of the choices of a step's real tokens, by which gates move what no gradient moves."""
 
     def __init__(self, model: ExpertLearner) -> None:
         gates = {name: model.gate_of(site) for name, site in model.sites.items()}
@@ -192,7 +192,7 @@ class Moves:
         self._chosen: dict[Gate, Tensor] = {}
 
     def see(self, step: Step) -> None:
-        """One pass of the running step."""
+        """Count the choices of one pass of the running step."""
         for place, w_BTE in step.weights.items() if self._gates else ():
             # of a layer that runs several times, each run
             if (gate := self._gates.get(place.partition(" (run ")[0])) is not None:
@@ -201,7 +201,7 @@ class Moves:
 
     @torch.no_grad()
     def end_step(self, summed: Callable[[Tensor], Tensor]) -> None:
-        """The step is over, and its parameters are new. `summed` adds up over processes."""
+        """Move the gates by the counts of the step that is over. `summed` adds up over processes."""
         for gate, chosen_E in self._chosen.items():
             gate.move(summed(chosen_E))
         self._chosen.clear()
@@ -211,7 +211,7 @@ MUCH = 0.2
 
 
 class Overflow:
-    """Of the experts that tokens before a target chose, the share that had no capacity left, step by step.
+    """The share of experts chosen by tokens before a target that had no capacity left, step by step.
 
     A row's targets are its last tokens, so that most of what the first tokens leave over is taken from them. Where labels
     are not those of tokens, all tokens count.
@@ -227,7 +227,7 @@ class Overflow:
         self._whose = "tokens before a target"
 
     def see(self, w_BTE: Mapping[str, Tensor], labels_BK: Tensor | None) -> None:
-        """The weights of each site in a pass of the running step, and the labels of its last tokens; None: all count."""
+        """Count a pass of the running step: the weights of each site, and the labels of its last tokens; None: all count."""
         if not self._most:
             return
         if labels_BK is None:
@@ -244,7 +244,7 @@ class Overflow:
             self._counts += torch.tensor([chosen - int(kept), chosen], dtype=torch.float64)
 
     def end_step(self, number: int, summed: Callable[[Tensor], Tensor]) -> str:
-        """The step, the `number`th, is over: what to show of it. Warns, once, when much has overflowed for some steps.
+        """End the `number`th step; return the text to show of it. Warns, once, when much has overflowed for some steps.
 
         `summed` adds up over processes.
         """

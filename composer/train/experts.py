@@ -1,4 +1,4 @@
-"""Trains the experts and gates of an expert model, and what of its base was unfrozen by hand."""
+"""The training of the experts and gates of an expert model, and of what was unfrozen in its base by hand."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from loraweave.hub.base import fingerprint
 def fit(
     model: ExpertLearner, dataset: Any, tokenizer: Any, given: Mapping[str, Any], *, same_call: Callable[[], Contexts]
 ) -> None:
-    """Trains `model` on a dataset with these `ExpertSettings`; what `ExpertModel.fit` says.
+    """Train `model` on a dataset with these `ExpertSettings`, as `ExpertModel.fit` says.
 
-    `same_call` gives the call in which a checkpointed block runs again.
+    `same_call` returns the contexts in which a checkpointed block runs again.
     """
     settings = ExpertSettings.of(model.recipe, given)
     owners, base = owners_of(model.recipe), model.base_model
@@ -79,7 +79,7 @@ def fit(
 
 @contextmanager
 def _as_it_was(model: ExpertLearner) -> Iterator[None]:
-    """After it, each module of the base is in the mode in which it was, and its settings are; the experts are for use."""
+    """Restore the modes of the base's modules and its settings afterwards; leave the experts in evaluation mode."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     modes = [(module, module.training) for module in model.base_model.modules()]
@@ -104,7 +104,7 @@ def _as_it_was(model: ExpertLearner) -> Iterator[None]:
 
 
 class ExpertTrainer(Trainer):  # type: ignore[misc]
-    """Trains an expert model; what is kept, watched and checked on the way is its `ExpertSteps`'s.
+    """A Trainer of an expert model, whose `ExpertSteps` keep, watch and check the steps.
 
     The model stays on its device in one process, and each process has it on its own where there are several.
     """
@@ -141,13 +141,13 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
         course.begin(self)
 
     def get_train_dataloader(self) -> Any:
-        """The rows of all steps, one after the other."""
+        """Return the rows of all steps, one after the other."""
         return self.accelerator.prepare(
             DataLoader(self.train_dataset, batch_size=self.args.per_device_train_batch_size, collate_fn=self.feed.inputs_of)
         )
 
     def compute_loss_context_manager(self) -> ExitStack:
-        """Products in bfloat16, where the settings ask for them; random numbers of this pass of this step alone."""
+        """Return the contexts of a pass: products in bfloat16 if the settings ask for them, and its own random numbers."""
         stack: ExitStack = super().compute_loss_context_manager()
         device = self.model.device
         stack.enter_context(torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type))
@@ -159,7 +159,7 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """What the pass counts in its step's loss: the mean over what counts in the step, and over passes of the terms."""
+        """Return the pass's share of its step's loss: a mean over what counts in the step, of terms over passes."""
         output, mean = self.feed.run(model, inputs)
         count = self.feed.count(inputs)
         # how much counts in all passes and processes of a step
@@ -172,20 +172,20 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
         return (whole, output) if return_outputs else whole
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The course has put the state back before."""
+        """Do nothing: the course has put the state back before."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As above."""
+        """Do nothing: the course has put the state back before."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Random numbers follow from seed and step."""
+        """Do nothing: random numbers follow from seed and step."""
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if self.args.world_size > 1:
             super()._move_model_to_device(model, device)
 
     def train_from(self, step: int) -> None:
-        """Takes the steps that are left after so many."""
+        """Take the steps that are left after `step` steps."""
         if not step:
             self.train()
             return
@@ -221,7 +221,7 @@ class _RowsOfSteps(Dataset[Any]):
 
 
 def _arguments(model: ExpertLearner, settings: ExpertSettings, folder: str) -> TrainingArguments:
-    """Raises TrainingError where the rows of a step do not divide among passes and processes, or the device is not ours."""
+    """Return the Trainer's arguments. Raises TrainingError for an indivisible batch and for another device."""
     accumulation = settings.gradient_accumulation or 1
     args = TrainingArguments(
         output_dir=folder,
@@ -268,7 +268,7 @@ def _scheduler(course: ExpertSteps, settings: ExpertSettings) -> torch.optim.lr_
 
 
 def identity(model: ExpertLearner, learning: list[str]) -> list[Any]:
-    """What is trained, as JSON."""
+    """Return the recipe's options, the shapes of its experts and the names that learn, as JSON."""
     options = {name: repr(value) for name, value in model.recipe.options.items()}
     if model.recipe.revision > 1:
         options["revision"] = repr(model.recipe.revision)
@@ -276,7 +276,7 @@ def identity(model: ExpertLearner, learning: list[str]) -> list[Any]:
 
 
 def start_digest(model: ExpertLearner) -> str:
-    """What says on which base, and with which parameters, the training begins, or began before it was interrupted."""
+    """Return the digest of the base and parameters that the training begins with, or began with before an interruption."""
     now = _digest(model)
     interrupted, began = model.interrupted
     return began if interrupted == now else now
@@ -284,7 +284,7 @@ def start_digest(model: ExpertLearner) -> str:
 
 @contextmanager
 def remember_start(model: ExpertLearner, began: str) -> Iterator[None]:
-    """Lets the same call on the same model, which an exception interrupts, know what it began with."""
+    """Let the same call on the same model, if an exception interrupts this one, know what the training began with."""
     try:
         yield
     except BaseException:

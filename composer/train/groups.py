@@ -24,7 +24,7 @@ Train = Callable[..., TrainedAdapters]
 
 @dataclass(frozen=True)
 class Group:
-    """Tasks that are trained together: {argument: {task name: its value}} of `train`, and what each adapter depends on."""
+    """A group of tasks trained together: {argument: {task name: value}} of `train`, and the key of what each depends on."""
 
     by_name: Mapping[str, Mapping[str, Any]]
     keys: Mapping[str, str]
@@ -43,7 +43,7 @@ def train_groups(
     n_jobs: int | None,
     bar: Progress,
 ) -> TrainedAdapters:
-    """What `train(model, tokenizer, tasks, **options)` gives for each group, on any number of workers to the same bits.
+    """Train each group by `train(model, tokenizer, tasks, **options)`, on any number of workers to the same bits.
 
     `by_name` has the arguments that are mappings of task names, "tasks" among them. With a hub the worker adds a group's
     adapters as one batch, which is there whole or not at all, and a group that is there under the same `keys` is not
@@ -81,7 +81,7 @@ def _train_group(
     hub: Hub | None,
     group: Group,
 ) -> TrainedAdapters:
-    """The adapters, or, when they are in the hub, none: they travel as its names."""
+    """Train a group; return its adapters, or none if the hub has them: they travel as its names."""
     if hub is not None and all(_is_there(hub, name, key) for name, key in group.keys.items()):
         return TrainedAdapters({}, SharedReport())
     model, tokenizer = load()
@@ -99,13 +99,13 @@ def _with_key(adapter: Adapter, key: str) -> Adapter:
 
 
 def _is_there(hub: Hub, name: str, key: str) -> bool:
-    """Whether the hub has the adapter of that name, trained from the very same."""
+    """Return whether the hub has the adapter of that name, trained from the very same."""
     recipe = hub.record(name).card.get("recipe") if name in hub else None
     return isinstance(recipe, Mapping) and recipe.get("key") == key
 
 
 def _report(trained: Sequence[TrainedAdapters], adapters: Mapping[str, Adapter]) -> SharedReport:
-    """That of all groups; counts and seconds are those of all workers together."""
+    """Return the report of all groups; counts and seconds are those of all workers together."""
     total = SharedReport()
     for report in [each.report for each in trained if each.report is not None]:
         for count in ("num_tokens", "num_computed", "num_steps", "seconds"):

@@ -1,4 +1,4 @@
-"""What can be trained beside others in one pass through a frozen base."""
+"""The jobs that can be trained beside others in one pass through a frozen base."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loraweave.types import Factors
 
 
 class LowRank(NamedTuple):
-    """scale * (x a_RI^T) b_OR^T."""
+    """A product of factors, scale * (x a_RI^T) b_OR^T."""
 
     a_RI: Tensor
     b_OR: Tensor
@@ -29,13 +29,13 @@ class LowRank(NamedTuple):
 
 
 class TrainingJob(ABC):
-    """Parameters, and what they add to the outputs of the base's layers, for the rows of a batch that are the job's own.
+    """The parameters of a job, and their update of the base's layers for the job's own rows of a batch.
 
-    An adapter's is one product of factors in each layer (`LoraJob`); all jobs' products of a layer then are one step of
-    autograd. A model of experts gives no product but computes its own `update` from the inputs of its rows alone: gates,
-    experts, whatever it has, with the parameters that it names (`composer/experts/together.py`). What its loss has beside
-    that of the targets is its `penalty`. No row of one job reaches the parameters of another: its gradients are those of
-    training it alone.
+    An adapter's update is one product of factors in each layer (`LoraJob`); all jobs' products of a layer then are one step
+    of autograd. A model of experts gives no product but computes its own `update` from the inputs of its rows alone: gates,
+    experts, whatever it has, with the parameters that it names (`composer/experts/together.py`). Its `penalty` is added to
+    the loss of the targets. No row of one job reaches the parameters of another: its gradients are those of training it
+    alone.
     """
 
     name: str
@@ -43,31 +43,31 @@ class TrainingJob(ABC):
     @property
     @abstractmethod
     def layers(self) -> Collection[str]:
-        """Module paths of the layers whose outputs it changes."""
+        """The module paths of the layers whose outputs the job changes."""
 
     @abstractmethod
     def parameters(self) -> list[Tensor]:
-        """What is trained, in an order that does not change."""
+        """Return the tensors that are trained, in an order that does not change."""
 
     def take(self, rows: Sequence[EncodedRow], step: int | None) -> None:  # noqa: B027 - factors are the same for all rows
-        """The next forward has these rows of the job: of a step, counted from 0, or of an evaluation."""
+        """Set the job's rows of the next forward: those of a step, counted from 0, or of an evaluation."""
 
     def begin(self, inputs: Mapping[str, Any], prompt_BT: Tensor | None) -> None:  # noqa: B027
-        """A forward begins with these arguments of the model, cut to the job's rows; so is the mask of what is prompt.
+        """Begin a forward with these arguments of the model and this mask of prompt tokens, both cut to the job's rows.
 
         With gradients it is a step of training, without it is an evaluation.
         """
 
     def low_rank(self, layer: str) -> LowRank | None:
-        """The update of a layer where it is one product of factors; else None, and `update` is asked."""
+        """Return the update of a layer if it is one product of factors; else None, and `update` is called."""
         return None
 
     @abstractmethod
     def update(self, layer: str, x_BTI: Tensor) -> Tensor:
-        """update_BTO of a layer for the job's rows of its input."""
+        """Return update_BTO of a layer for the job's rows of its input."""
 
     def penalty(self) -> Tensor | None:
-        """What its loss of the forward that has just run has beside the loss of the targets, a scalar, if anything."""
+        """Return the part of the last forward's loss besides the loss of the targets, a scalar, if there is any."""
         return None
 
 
@@ -75,7 +75,7 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class LoraJob(TrainingJob):
-    """Trainable factors {layer: (a_RI, b_OR)} in fp32; the update of a layer is `scale` times their product."""
+    """A job of trainable factors {layer: (a_RI, b_OR)} in fp32; the update of a layer is `scale` times their product."""
 
     def __init__(self, name: str, factors: Pairs, scale: float) -> None:
         self.name = name
@@ -89,11 +89,11 @@ class LoraJob(TrainingJob):
         return self.factors.keys()
 
     def parameters(self) -> list[Tensor]:
-        """The factors that are trained."""
+        """Return the factors that are trained."""
         return [tensor for pair in self.factors.values() for tensor in pair if tensor.requires_grad]
 
     def freeze_a(self) -> None:
-        """From now on b alone is trained."""
+        """Train b alone from now on."""
         for a_RI, _ in self.factors.values():
             a_RI.requires_grad_(False)
 
@@ -101,12 +101,12 @@ class LoraJob(TrainingJob):
         return LowRank(*self.factors[layer], self.scale)
 
     def update(self, layer: str, x_BTI: Tensor) -> Tensor:
-        """In the dtype of x."""
+        """Return update_BTO in the dtype of x."""
         a_RI, b_OR, scale = self.low_rank(layer)
         return functional.linear(functional.linear(x_BTI, a_RI.to(x_BTI.dtype)), (scale * b_OR).to(x_BTI.dtype))
 
     def result(self) -> dict[str, Factors]:
-        """The update as factors with the scale folded into b, detached copies on the CPU."""
+        """Return the update as factors with the scale folded into b, detached copies on the CPU."""
         products = {layer: self.low_rank(layer) for layer in self.layers}
         return {
             layer: Factors(a_RI.detach().cpu().clone(), (b_OR.detach().cpu() * scale).contiguous())
@@ -117,7 +117,7 @@ class LoraJob(TrainingJob):
 def new_factors(
     name: str, layers: Mapping[str, tuple[int, int]], *, rank: int, seed: int, device: torch.device
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """For layers of (O, I): a uniform in +-1/sqrt(I), as PEFT's default, a function of seed, name and layer; b zero."""
+    """Return new factors of layers (O, I): a uniform in +-1/sqrt(I), PEFT's default, by seed, name and layer; b zero."""
     found = {}
     for layer, (num_outputs, num_inputs) in layers.items():
         # seeded by names, so that a job starts the same whatever jobs share its batch
@@ -127,7 +127,7 @@ def new_factors(
 
 
 def given_factors(start: Mapping[str, Factors], *, scale: float, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
-    """Copies of an adapter's factors with the scale taken out of b: exact where it is a power of two, else rounded."""
+    """Return copies of an adapter's factors with the scale taken out of b: exact if it is a power of two, else rounded."""
     return {
         layer: (part.a_RI.to(device, torch.float32, copy=True), part.b_OR.to(device, torch.float32) / scale)
         for layer, part in start.items()
@@ -149,7 +149,7 @@ class LinearizedJob(LoraJob):
             a_RI.requires_grad_(bool(self.origin[layer][1].any()))
 
     def low_rank(self, layer: str) -> LowRank:
-        """s b over a0, and beside it s b0 over a - a0 where b0 is not 0, which doubles the rank."""
+        """Return s b over a0, and beside it s b0 over a - a0 where b0 is not 0, which doubles the rank."""
         a_RI, b_OR = self.factors[layer]
         a0_RI, b0_OR = self.origin[layer]
         if not a_RI.requires_grad:
@@ -182,7 +182,7 @@ class BesideJob(LoraJob):
         return {**self._beside, **self.factors}.keys()
 
     def low_rank(self, layer: str) -> LowRank:
-        """The frozen update, and beside it the job's own."""
+        """Return the frozen update, and beside it the job's own."""
         found = [self._beside[layer]] if layer in self._beside else []
         if layer in self.factors:
             found.append((self._projected(layer), self.factors[layer][1]))
@@ -190,7 +190,7 @@ class BesideJob(LoraJob):
         return LowRank(a_RI, b_OR, self.scale)
 
     def result(self) -> dict[str, Factors]:
-        """The job's own update alone."""
+        """Return the job's own update alone."""
         return {
             layer: Factors(self._projected(layer).detach().cpu(), (b_OR.detach().cpu() * self.scale).contiguous())
             for layer, (_, b_OR) in self.factors.items()
@@ -202,7 +202,7 @@ class BesideJob(LoraJob):
 
 
 def tangent(adapter: Adapter, start: Adapter) -> Adapter:
-    """phi - phi0 of L-LoRA as an update: (b - b0) a0 + b0 (a - a0), exactly, of at most twice the start's rank.
+    """Return phi - phi0 of L-LoRA as an update: (b - b0) a0 + b0 (a - a0), exactly, of at most twice the start's rank.
 
     `adapter` comes from `train_adapters(..., linearized=True, start={...: start})`. In a pool of `start` and the tangents of
     several such adapters, the mixture of start at 1 and of tangents at weights l_e is, in each layer, the linearised model
@@ -237,7 +237,7 @@ NUM_COPIES = 4
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """`make` gives the job of `num_parameters` when its turn comes. Its rows are drawn and its rate follows by `pace`."""
+    """A planned job of `num_parameters`, built by `make` when its turn comes; its rows and rate follow from `pace`."""
 
     name: str
     make: Callable[[], TrainingJob]
@@ -247,11 +247,11 @@ class PlannedJob:
     held_out: HeldOut | None = None
 
     def rows_at(self, step: int) -> list[EncodedRow]:
-        """The rows of a step."""
+        """Return the rows of a step."""
         return self.pace.rows(self.rows, self.name, step)
 
     def size(self, *, is_encoder_decoder: bool) -> JobSize:
-        """What it will bring to a step."""
+        """Return the size that the job will add to a step."""
         held_out = () if self.held_out is None else self.held_out.rows
         seen = [*self.rows, *held_out]
         steps = range(min(self.pace.steps, MEASURED_STEPS))
@@ -267,6 +267,6 @@ class PlannedJob:
 
 
 def sizes_of(model: Any, planned: Iterable[PlannedJob]) -> dict[str, JobSize]:
-    """What each job, by name, will bring to a step of the model."""
+    """Return the size that each job, by name, will add to a step of the model."""
     is_encoder_decoder = bool(model.config.is_encoder_decoder)
     return {job.name: job.size(is_encoder_decoder=is_encoder_decoder) for job in planned}

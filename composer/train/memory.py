@@ -1,4 +1,4 @@
-"""How much memory a shared step takes, estimated before the first one."""
+"""The memory of a shared step, estimated before the first one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class MemoryModel:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, job: TrainingJob) -> MemoryModel:
-        """Counted in three forwards of two short rows with this job in the model."""
+        """Count, in three forwards of two short rows with this job in the model, what autograd keeps."""
         long = min(2 * PROBED_TOKENS, context_length(model) or 2 * PROBED_TOKENS)
         short = long // 2
         # a decoder's targets are among its tokens
@@ -65,7 +65,7 @@ class MemoryModel:
         return cls(weights, token_bytes, pair_bytes, target_bytes, vocabulary)
 
     def peak(self, jobs: Sequence[JobSize]) -> int:
-        """Bytes of a step in which these jobs are together, the base's weights among them."""
+        """Return the bytes of a step in which these jobs are together, the base's weights among them."""
         rows = sum(job.num_rows for job in jobs)
         tokens, targets = max(job.longest for job in jobs), max(job.longest_target for job in jobs)
         trained = sum(FACTOR_BYTES * job.num_parameters * job.num_copies for job in jobs)
@@ -75,7 +75,7 @@ class MemoryModel:
 
 
 def _kept_bytes(model: Any, tokenizer: Any, job: TrainingJob, prompt: int, target: int) -> float:
-    """What autograd keeps of a row of so many tokens, beside the model's and the job's own tensors."""
+    """Return the bytes that autograd keeps of a row of so many tokens, beside the model's and the job's own tensors."""
     token = pad_id(tokenizer)
     # the second row is shorter, so that there is padding and its mask
     rows = [EncodedRow((token,) * length, (token,) * target) for length in (prompt, max(1, prompt - 1))]
@@ -99,7 +99,7 @@ def _kept_bytes(model: Any, tokenizer: Any, job: TrainingJob, prompt: int, targe
 
 
 def _storages(tensor: Any) -> Iterator[torch.UntypedStorage]:
-    """Where a tensor has its values: those of its parts for one that is made of others, as torchao's and FSDP's are."""
+    """Yield the storages of a tensor's values: those of its parts if it is made of others, as torchao's and FSDP's are."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _storages(getattr(tensor, name))
@@ -111,7 +111,7 @@ STATUS = Path("/proc/self/status")
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What a process may still take on a device, with what torch holds unused on it; None where the system does not say."""
+    """Return the bytes a process may still take on a device, with torch's unused ones; None if the system does not say."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -119,13 +119,13 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def step_budget(memory: MemoryModel, device: torch.device) -> int | None:
-    """What a step may take of the device, the base's weights among it; None where the system does not say."""
+    """Return the bytes a step may take of the device, the base's weights among them; None if the system does not say."""
     free = free_bytes(device)
     return None if free is None else free + memory.weight_bytes
 
 
 class MemoryUse:
-    """How much more than now is in use later, at most: on a CUDA device what torch allocates, else of the whole process."""
+    """A measure of memory growth from now on: on a CUDA device what torch allocates, else the whole process."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -138,7 +138,7 @@ class MemoryUse:
             self._begun = 1024 * int(fields["VmRSS"].split()[0])
 
     def grown(self) -> int | None:
-        """Bytes; None where more had been in use before, or the system does not say."""
+        """Return the growth in bytes; None if more had been in use before, or the system does not say."""
         highest = self._highest()
         return None if highest is None or self._begun is None or highest == self._peak else highest - self._begun
 

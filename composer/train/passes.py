@@ -30,7 +30,7 @@ from loraweave.types import Factors
 
 
 class SharedPass:
-    """A context manager: inside it the model's layers add each job's update to that job's rows of the batch.
+    """A context manager in which the model's layers add each job's update to that job's rows of the batch.
 
     `row_counts` has the number of rows of each job, in the order of the jobs; without it all have as many. Leaving removes
     every hook, also after an exception.
@@ -71,7 +71,7 @@ class SharedPass:
         return self.added(layer, args[0], output)
 
     def added(self, layer: str, x: Tensor, y: Tensor) -> Tensor:
-        """y, the layer's output for x, with all jobs' updates, maybe in its own memory."""
+        """Return y, the layer's output for x, with all jobs' updates, maybe in its own memory."""
         num_tokens, num_rows = x.numel() // x.shape[-1], sum(self.row_counts)
         ends = list(accumulate([count * num_tokens // num_rows for count in self.row_counts], initial=0))
         ranges, factors, others = [], [], []
@@ -100,7 +100,7 @@ class SharedPass:
 
 
 def _cut(value: Tensor, start: int, stop: int, num_rows: int) -> Tensor:
-    """A job's part of the first axis where that axis has the batch's rows; other tensors serve all jobs."""
+    """Return a job's part of the first axis where that axis has the batch's rows; other tensors serve all jobs."""
     if value.ndim == 0 or len(value) % num_rows:
         return value
     copies = len(value) // num_rows
@@ -108,7 +108,7 @@ def _cut(value: Tensor, start: int, stop: int, num_rows: int) -> Tensor:
 
 
 class LoraJobs(SharedPass):
-    """The pass of jobs with these names, each with new factors for `layers`, which gives each target layer's (O, I).
+    """A pass of jobs with these names, each with new factors for `layers`, which has each target layer's (O, I).
 
     A job in `start` begins as those factors instead, with their layers and ranks: to the bit where `alpha / rank` is a power
     of two, else to rounding.
@@ -129,16 +129,16 @@ class LoraJobs(SharedPass):
         self.jobs = tuple(jobs)
 
     def parameters(self) -> list[Tensor]:
-        """What is trained of all jobs."""
+        """Return the tensors that are trained in all jobs."""
         return [tensor for job in self.members for tensor in job.parameters()]
 
     def freeze_a(self) -> None:
-        """From now on b alone is trained."""
+        """Train b alone from now on."""
         for job in self.members:
             job.freeze_a()
 
     def layers_of(self, name: str) -> dict[str, Factors]:
-        """One job's update, detached copies on the CPU."""
+        """Return one job's update, as detached copies on the CPU."""
         return self.members[self.jobs.index(name)].result()
 
 
@@ -150,7 +150,7 @@ def lora_job(
     start: Mapping[str, Factors] | None,
     beside: Mapping[str, Factors] | None = None,
 ) -> LoraJob:
-    """A job with new factors, or with those of `start`. Linearised jobs all begin with the same new a."""
+    """Return a job with new factors, or with those of `start`. Linearised jobs all begin with the same new a."""
     scale, device = settings.alpha / settings.rank, next(model.parameters()).device
     if start is None:
         key = "" if settings.linearized else name
@@ -163,7 +163,7 @@ def lora_job(
 
 
 class RowRange(NamedTuple):
-    """Flat tokens `start` to `stop` (without it), whose update has this scale."""
+    """A range of flat tokens, from `start` to before `stop`, whose update has this scale."""
 
     start: int
     stop: int
@@ -171,7 +171,7 @@ class RowRange(NamedTuple):
 
 
 def add_products(y: Tensor, x: Tensor, ranges: Sequence[RowRange], factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """y with s (x a^T) b^T added at each range, (a_RI, b_OR) being its factors; gradients reach y, x and the factors.
+    """Return y with s (x a^T) b^T added at each range, (a_RI, b_OR) being its factors; gradients reach y, x and factors.
 
     Products run in the dtype of x. The result may be in y's own memory, so nothing else may need y's values; ranges are in
     ascending order and do not overlap.
@@ -187,7 +187,7 @@ def add_products(y: Tensor, x: Tensor, ranges: Sequence[RowRange], factors: Sequ
 
 
 def naive_products(y: Tensor, x: Tensor, ranges: Sequence[RowRange], factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """What `add_products` gives, product by product."""
+    """Return the result of `add_products`, computed product by product."""
     x_NI, y_NO = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     parts, end = [], 0
     for part, (a_RI, b_OR) in zip(ranges, factors, strict=True):
@@ -200,7 +200,7 @@ def naive_products(y: Tensor, x: Tensor, ranges: Sequence[RowRange], factors: Se
 
 
 class _RowProducts(torch.autograd.Function):
-    """Keeps x, the factors and the hidden values; twice differentiated, it raises RuntimeError."""
+    """A step of autograd that keeps x, the factors and the hidden values; twice differentiated, it raises RuntimeError."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, ranges: tuple[RowRange, ...], *factors: Tensor) -> Tensor:
@@ -239,12 +239,12 @@ class _RowProducts(torch.autograd.Function):
 
 
 def job_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], num_jobs: int) -> Tensor:
-    """loss_J: the mean over the target tokens of each job's rows; all jobs have the same number of rows."""
+    """Return loss_J: the mean over the target tokens of each job's rows; all jobs have the same number of rows."""
     return range_losses(model, tokenizer, rows, [len(rows) // num_jobs] * num_jobs)
 
 
 def range_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], row_counts: Sequence[int]) -> Tensor:
-    """loss_J: the mean over the target tokens of each job's rows; `row_counts` has their numbers."""
+    """Return loss_J: the mean over the target tokens of each job's rows; `row_counts` has their numbers."""
     stacked = batch(model, tokenizer, rows)
     if model.config.is_encoder_decoder:
         # what gates are asked for counts the tokens of either
@@ -257,7 +257,7 @@ def range_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], row_cou
 
 
 def own_parts(adapters: Mapping[str, Adapter], *, start: Adapter | None = None) -> dict[str, Adapter]:
-    """{task: the update that it added}, of the prefix sums that `train_adapters(..., continual=...)` gives, in their order.
+    """Return {task: the update that it added}, from the prefix sums of `train_adapters(..., continual=...)`, in their order.
 
     Summed from the start on they are those prefixes, bit for bit. For `construct_vl`, `inflora`, `gs_lora` and an untuned
     `task_arithmetic`; raises LayerMismatch for adapters that are no prefixes of each other.
@@ -271,7 +271,7 @@ def own_parts(adapters: Mapping[str, Adapter], *, start: Adapter | None = None) 
 
 
 def _beyond(name: str, layer: str, before: Factors | None, after: Factors) -> Factors:
-    """The rank rows of `after` beyond those of `before`."""
+    """Return the rank rows of `after` beyond those of `before`. Raises LayerMismatch if it does not begin with them."""
     if before is None:
         return after
     rank = before.rank

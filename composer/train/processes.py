@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Processes:
-    """This one is number `rank` of `count`, and has its part of the model on `device`. All must make the same calls."""
+    """The launched processes: this one is number `rank` of `count`, with its model on `device`. All make the same calls."""
 
     device: torch.device
     rank: int = 0
@@ -28,7 +28,7 @@ class Processes:
 
     @classmethod
     def launched(cls, device: torch.device) -> Self:
-        """Those that were launched, to which accelerate connects this one; without a launch this one alone."""
+        """Return the launched processes, connected by accelerate; without a launch this one alone."""
         if launched_processes() == 1:
             return cls(device)
         from accelerate import PartialState
@@ -37,31 +37,31 @@ class Processes:
         return cls(device, state.process_index, state.num_processes)
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Those of this process."""
+        """Return the items of this process."""
         return items[self.rank :: self.count]
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of what all processes have here, to the same bits in each."""
+        """Return the sum of all processes' values, to the same bits in each."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Gives every parameter the sum of its gradients; a missing one counts as zero."""
+        """Give every parameter the sum of its gradients over processes; a missing one counts as zero."""
         for parameter in parameters if self.count > 1 else ():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
 
     def least(self, value: int | None) -> int | None:
-        """The smallest of the values, which all processes have, or none has."""
+        """Return the smallest of the values, which all processes have, or none has."""
         return None if value is None else int(self._reduced(torch.tensor(value), dist.ReduceOp.MIN))
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes are here."""
         if self.count > 1:
             dist.barrier()
 
     def require_alike(self, what: str, said: str, tensors: Iterable[Tensor] = ()) -> None:
-        """Raises TrainingError in every process where one begins with something else."""
+        """Raise TrainingError in every process if one begins with something else."""
         if self.count == 1:
             return
         digest = hashlib.sha256(said.encode() + tensor_bytes({str(n): each for n, each in enumerate(tensors)})).digest()

@@ -23,7 +23,7 @@ from loraweave.routers.tokens._learned import Step, TrainingReport
 
 
 class TrainingProgress:
-    """What the steps of a router and of a model of experts share, whether our loop or a Trainer takes them.
+    """The progress that a router's and an expert model's training share, whether our loop or a Trainer takes the steps.
 
     It goes on from what `state` has kept: `first` steps were taken before. A step is `judge`d while its gradients are there,
     and `close`d when it is taken. `moved` are parameters that steps move without a gradient. `experts_of_layers` and
@@ -65,12 +65,12 @@ class TrainingProgress:
         self._good_step, self._good = self.first, copy_values(self._values_now())
 
     def show(self, bar: Progress, name: str) -> None:
-        """Where the steps are shown from here on, and under which name."""
+        """Set the bar that shows the steps from here on, and their name in it."""
         self._bar = bar
         self._shown = bar.add_task(f"fit {name}", total=self._settings.steps, completed=self.first, seen="")
 
     def judge(self, number: int, loss: float, terms: Mapping[str, float]) -> float:
-        """The length of the gradient of a step, which every parameter has from here on; no parameter has changed.
+        """Return the norm of a step's gradient, which every parameter has from here on; no parameter has changed.
 
         Raises TrainingError and puts the last good parameters back if a value is not finite.
         """
@@ -93,7 +93,7 @@ class TrainingProgress:
         seen: str = "",
         saves: bool = True,
     ) -> None:
-        """The step that was judged last is taken: notes it, evaluates where it is time, shows it, and keeps the state.
+        """Close the step that was judged last: note it, evaluate if it is time, show it, and keep the state.
 
         `mean` makes the mean over processes, `seen` is shown beside what the gates did, and one process `saves`.
         """
@@ -115,28 +115,28 @@ class TrainingProgress:
             self._state.save(number, self.parameters, self.optimizer, best, recent, self.report, self._moved)
 
     def require_finite(self, number: int, values: Mapping[str, float]) -> None:
-        """Raises TrainingError, with the last good parameters put back, for a value of this step that is not finite."""
+        """Raise TrainingError, with the last good parameters put back, for a value of this step that is not finite."""
         for name, value in values.items():
             if not math.isfinite(value):
                 raise TrainingError(f"{name} is {value} {self._ended(number)}")
 
     @contextmanager
     def finite_weights(self, number: int) -> Iterator[None]:
-        """Raises as `require_finite` where the mixture refuses the router's weights."""
+        """Raise as `require_finite` where the mixture refuses the router's weights."""
         try:
             yield
         except WeightingError as error:
             raise TrainingError(f"{error}. It was {self._ended(number)}") from error
 
     def _ended(self, number: int) -> str:
-        """Puts the last good parameters back, and says where the training ended and what the way out is."""
+        """Put the last good parameters back; return where the training ended, and the way out."""
         return (
             f"at step {number} of {self._learner}: lower lr, or look for damaged rows. {self.put_back()}, with which it was "
             "last finite"
         )
 
     def good(self, step: int) -> None:
-        """The parameters, after so many steps, are those to go back to."""
+        """Note the parameters, after so many steps, as those to go back to."""
         if self._good[0].device == self.parameters[0].device:
             # memory that is there already costs less than new memory in every step
             put_values(self._values_now(), self._good)
@@ -146,28 +146,28 @@ class TrainingProgress:
         self._good_step = step
 
     def put_back(self) -> str:
-        """Gives the parameters their last good values, and says so."""
+        """Give the parameters their last good values; return a sentence that says so."""
         put_values(self._good, self._values_now())
         return f"The {self._owner} has the parameters after {self._good_step} steps"
 
     def note_evaluation(self, step: int, loss: float) -> None:
-        """Their loss after so many steps. Raises as `require_finite`."""
+        """Note the parameters' loss after so many steps. Raises as `require_finite`."""
         self.require_finite(step + 1, {"the loss of the rows held out": loss})
         self.report.evaluations.append((step, loss))
         if self._best.judge(loss, self._values_now()):
             self.report.kept = step
 
     def _values_now(self) -> list[Tensor]:
-        """All that steps change."""
+        """Return all tensors that steps change."""
         return [*self.parameters, *self._moved]
 
     @property
     def stops(self) -> bool:
-        """Whether so many evaluations were no better that the training ends."""
+        """True if so many evaluations were no better that the training ends."""
         return self._settings.patience is not None and self._best.waited >= self._settings.patience
 
     def finish(self) -> dict[str, Any]:
-        """The report; the parameters are the best from here on."""
+        """Give the parameters their best values; return the report as JSON."""
         if self._best.values:
             put_values(self._best.values, self._values_now())
         else:
@@ -184,12 +184,12 @@ POINTS = 100
 
 
 class Watch:
-    """Looks at the passes of each step, and writes what it sees into the report."""
+    """A watch over the passes of each step, which writes loads and entropies into the report."""
 
     def __init__(
         self, experts_of_layers: Iterable[Sequence[int]], report: TrainingReport, steps: int, taught: Sequence[int]
     ) -> None:
-        """Each layer has some of the report's experts, by their places; `taught` are the owners of the rows."""
+        """Take the report's experts that each layer has, by their places; `taught` are the owners of the rows."""
         self._report = report
         self._every = max(1, steps // POINTS)
         # rows of one expert alone are rightly all its own
@@ -205,7 +205,7 @@ class Watch:
         self._entropies: list[float] = []
 
     def see(self, step: Step) -> None:
-        """One pass of the running step."""
+        """Note one pass of the running step."""
         num_experts = len(self._report.experts)
         seen = [_of_layer(step.real(w_BTE.detach()), num_experts) for w_BTE in step.weights.values()]
         if seen:
@@ -214,7 +214,7 @@ class Watch:
             self._entropies.append(float(torch.stack(entropies).mean()))
 
     def end_step(self, number: int, *, mean: Callable[[Tensor], Tensor] = lambda seen: seen) -> str:
-        """The step, the `number`th, is over: what to show of it. Warns, once, when one expert has almost all weight.
+        """End the `number`th step; return the text to show of it. Warns, once, when one expert has almost all weight.
 
         `mean` makes the mean over processes of what this one has seen.
         """
@@ -251,7 +251,7 @@ class Watch:
 
 
 def _of_layer(w_NE: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """(load_E, entropy) of a layer's weights, each token's taken as shares; means over the tokens.
+    """Return (load_E, entropy) of a layer's weights, each token's taken as shares; means over the tokens.
 
     A layer may have the first of the experts alone.
     """

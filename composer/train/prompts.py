@@ -41,7 +41,7 @@ def distil_prompt(
     n_jobs: int | None = None,
     progress: bool = True,
 ) -> Adapter:
-    """An adapter with which the model answers without the prompt as it does with the prompt and without the adapter.
+    """Return an adapter with which the model answers, without the prompt, as it does with the prompt and without adapter.
 
     The base answers unlabelled `inputs` as the `teacher` task asks it: with its instruction, demonstrations and system. On
     these answers the adapter is trained under the prompts of `student`, by default the teacher's without all three. The loss
@@ -97,7 +97,7 @@ def _answers(
     n_jobs: int | None,
     progress: bool,
 ) -> list[str]:
-    """The base's answers, in pieces of like length, which are the same for any number of workers."""
+    """Return the base's answers, from pieces of like length, which are the same for any number of workers."""
     lengths = [len(ids) for ids in prompt_ids(tokenizer, [teacher.prompt(text) for text in asked])]
     order = sorted(range(len(asked)), key=lengths.__getitem__)
     parts = scoring.in_chunks(order, scoring.BATCH_SIZE)

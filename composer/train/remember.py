@@ -1,4 +1,4 @@
-"""Documents as adapters: what each says is trained into one of its own, stored, and summed when it is asked for."""
+"""Documents as adapters: each is trained into an adapter of its own, stored, and summed with others for a question."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def remember(
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> list[Record]:
-    """An adapter for each document, {name: text}, stored in the hub with the tag "memory": PRAG (arXiv 2501.15915).
+    """Store an adapter for each document, {name: text}, in the hub with the tag "memory": PRAG (arXiv 2501.15915).
 
     An adapter learns the ends of the document's sentences from their beginnings, and the answers to its `questions`, {name
     of a document: (question, answer) rows}, as the `form` asks them: the first half with the document before the question,
@@ -106,12 +106,12 @@ def remember(
 
 
 def split(text: str) -> list[str]:
-    """The sentences of a text: each ends with its line, or in a full stop, question or exclamation mark before a space."""
+    """Return the sentences of a text: each ends with its line, or in ".", "?" or "!" before a space."""
     return [found for part in re.split(r"(?<=[.!?])\s+|\s*\n\s*", text) if (found := " ".join(part.split()))]
 
 
 def _versions(model: Any, tokenizer: Any, documents: Mapping[str, str], rewrites: int) -> dict[str, list[str]]:
-    """Each document, and so many rewrites of it, each of the one before: answers are greedy, and would else be alike."""
+    """Return each document with so many rewrites, each of the one before: greedy answers would else be alike."""
     found = {name: [text] for name, text in documents.items()}
     chat = bool(getattr(tokenizer, "chat_template", None))
     asking = Task([], instruction=REWRITE, chat=chat, template=CHAT_TEMPLATE if chat else None, stop=())
@@ -139,7 +139,7 @@ def _cut(sentence: str) -> Iterator[tuple[str, str]]:
 
 
 def _questions(texts: Sequence[str], form: Task, given: GivenRows) -> list[Task]:
-    """The questions of a document as tasks: one for each version that is shown before the first half, one for the others."""
+    """Return a document's questions as tasks: the first half once under each version of it, the others alone."""
     rows = Task.of(given).examples
     half = (len(rows) + 1) // 2
     shown = [replace(form, examples=rows[:half], instruction=f"{text}\n{form.instruction}") for text in texts if rows]

@@ -1,4 +1,4 @@
-"""What jobs that share passes did, and what it cost."""
+"""The reports of jobs that share passes: their steps, losses and cost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loraweave.hub.adapter import Adapter
 
 @dataclass(frozen=True)
 class JobReport:
-    """One job's steps: how many, the step whose parameters were kept, and why it ended.
+    """The report of a job's steps: how many, the step whose parameters were kept, and why it ended.
 
     `losses` has the training loss before each step, `held_out` pairs of a step and the held-out loss after it.
     """
@@ -24,7 +24,7 @@ class JobReport:
     held_out: tuple[tuple[int, float], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """For an adapter's card."""
+        """Return the report as JSON, for an adapter's card."""
         return {**asdict(self), "losses": list(self.losses), "held_out": [list(point) for point in self.held_out]}
 
     @classmethod
@@ -35,7 +35,7 @@ class JobReport:
 
 @dataclass
 class SharedReport:
-    """The whole run; jobs that a checkpoint had finished before are among `jobs`, and not in the sums.
+    """The report of the whole run; jobs that a checkpoint had finished before are among `jobs`, and not in the sums.
 
     `num_tokens` are the rows' own and `num_computed` those with padding, `seconds` is the time of the steps without
     evaluations. `estimated_bytes` is the memory model's largest step, `peak_bytes` what was in use at most, base and all: on
@@ -51,7 +51,7 @@ class SharedReport:
     peak_bytes: int | None = None
 
     def note_jobs(self, adapters: Mapping[str, Adapter]) -> None:
-        """Takes the jobs from the adapters' cards; one that another version has finished says nothing of its training."""
+        """Read the jobs from the adapters' cards; cards of other versions may say nothing of the training."""
         told = {name: each.card["training"] for name, each in adapters.items() if "training" in each.card}
         self.jobs = {name: JobReport.from_json(values) for name, values in told.items()}
 
@@ -61,7 +61,7 @@ class SharedReport:
 
     @property
     def padding(self) -> float:
-        """The share of computed tokens that are filling, from 0 to 1."""
+        """The share of computed tokens that are padding, from 0 to 1."""
         return 1 - self.num_tokens / self.num_computed if self.num_computed else 0.0
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ class SharedReport:
 
 
 class TrainedAdapters(dict[str, Adapter]):
-    """{task name: Adapter}, with the training's `report`; None where tasks were trained one after the other."""
+    """A mapping {task name: Adapter} with the training's `report`; None where tasks were trained one after the other."""
 
     def __init__(self, adapters: Mapping[str, Adapter], report: SharedReport | None = None) -> None:
         super().__init__(adapters)

@@ -27,7 +27,7 @@ from loraweave.routers.tokens._router import TokenRouter
 
 
 class RouterSteps:
-    """One training, inside an activation of its router."""
+    """The steps of one training, inside an activation of its router."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class RouterSteps:
         self._kept: dict[Any, Any] = {}
 
     def take_all(self) -> None:
-        """Takes what steps are left, and leaves the router with the best parameters and its report."""
+        """Take the steps that are left; leave the router with the best parameters and its report."""
         progress = self._progress
         self._processes.require_alike("router", self._said(progress.first), progress.parameters)
         for number in range(progress.first + 1, self._settings.steps + 1):
@@ -77,12 +77,12 @@ class RouterSteps:
         self._router.report = progress.finish()
 
     def _said(self, first: int) -> str:
-        """What all processes have alike, but for the parameters."""
+        """Return a text of what all processes must have alike, but for the parameters."""
         rows = [row.identity() for stream in self._streams for row in stream.rows] if self._processes.count > 1 else []
         return repr([first, self._settings.identity(), rows, len(self._held)])
 
     def _step(self, number: int) -> None:
-        """One step of the optimizer, down the mean loss over its target tokens."""
+        """Take one step of the optimizer, down the mean loss over its target tokens."""
         settings, progress = self._settings, self._progress
         progress.optimizer.zero_grad()
         groups = [stream.at(number - 1, settings.batch_size) for stream in self._streams]
@@ -108,7 +108,7 @@ class RouterSteps:
         progress.descent.step(number - 1)
 
     def _parts(self, groups: Sequence[Sequence[TrainingRow]]) -> list[Pass]:
-        """The passes of a step, of which each process has as many."""
+        """Return the passes of a step, of which each process has as many."""
         count, asked = self._processes.count, self._settings.gradient_accumulation
         parts = passes(groups, asked or -(-len(groups) // count) * count)
         if len(parts) % count:
@@ -122,7 +122,7 @@ class RouterSteps:
         return (self._processes.sum(seen) / self._processes.count).cpu()
 
     def _pass(self, number: int, index: int, part: Pass) -> dict[str, float]:
-        """Adds the gradient of one pass; what it contributes to the step's loss and to each term."""
+        """Add the gradient of one pass; return its share of the step's loss and of each term."""
         inputs, decoder_BT = batch(self._model, self._tokenizer, part.rows), None
         if self._model.config.is_encoder_decoder:
             inputs = pad_apart(inputs)
@@ -148,13 +148,13 @@ class RouterSteps:
         return {"loss": float(loss.detach()), **{name: float(value.detach()) for name, value in terms.items()}}
 
     def _losses(self, number: int, inputs: TargetBatch) -> Tensor:
-        """loss_BK of each target token. Where the head is a routed layer, it sees all tokens that the others see."""
+        """Return loss_BK of each target token. A head that is a routed layer sees all tokens that the other layers see."""
         of = entropies_of if self._settings.loss == "entropy" else losses_of
         with self._progress.finite_weights(number):
             return of(target_logits(self._model, inputs, whole=self._head_is_routed), inputs.targets_BK)
 
     def _terms(self, step: Step) -> dict[str, Tensor]:
-        """The router's own terms, and those of the settings, with their coefficients."""
+        """Return the router's own terms, and those of the settings, with their coefficients."""
         terms = dict(self._router.losses(step))
         if self._settings.balance:
             terms["balance"] = self._settings.balance * balance_loss(step)
@@ -164,7 +164,7 @@ class RouterSteps:
 
     @torch.no_grad()
     def _evaluate(self, number: int) -> None:
-        """The mean loss over the target tokens of the rows held out, with the router as it will be used."""
+        """Note the mean loss over the target tokens of the rows held out, with the router as it will be used."""
         if not self._held:
             return
         self._router.eval()
@@ -180,7 +180,7 @@ class RouterSteps:
 
 
 def require_learning(router: Any) -> None:
-    """Raises TrainingError, with the way out, for a router that has no parameters which this training could learn."""
+    """Raise TrainingError, with the way out, for a router without parameters that this training could learn."""
     if isinstance(router, LearnedRouter):
         return
     name = getattr(router, "name", type(router).__name__)
@@ -202,7 +202,7 @@ def fit(
     dataset: Any,
     given: Mapping[str, Any],
 ) -> None:
-    """Trains `router`, live in the model by `activate(router)`, on a dataset with these `RouterSettings`.
+    """Train `router`, live in the model by `activate(router)`, on a dataset with these `RouterSettings`.
 
     Raises what `Composer.fit` says.
     """
@@ -233,7 +233,7 @@ def fit(
 
 
 def require_gradients(router: LearnedRouter, taught: Collection[int]) -> None:
-    """Raises TrainingError, naming them, where parameters got no gradient that should have one.
+    """Raise TrainingError, naming them, for parameters that got no gradient and should have one.
 
     `taught` are the experts, by their places, that the rows belong to. None is due in a layer where a single expert's weight
     is 1 whatever the parameters are, nor in one whose experts learn from their own rows alone and have none.
@@ -263,10 +263,10 @@ def _promised(router: LearnedRouter, name: str, taught: Collection[int]) -> bool
 
 
 def balance_loss(step: Step) -> Tensor:
-    """E * sum over e of f_e p_e, a mean over layers (Fedus et al. 2021, arXiv 2101.03961, for weights of any top-k).
+    """Return E * sum over e of f_e p_e, mean over layers (Fedus et al. 2021, arXiv 2101.03961, for weights of any top-k).
 
     p_e is the mean of softmax(scores), f_e that of the weights as shares, without a gradient, over the real tokens; E counts
-    the layer's own experts. 1 where all get alike, for every top-k, and E where one gets all.
+    the layer's own experts. The loss is 1 where all get alike, for every top-k, and E where one gets all.
     """
     losses = []
     for layer, scores_BTE in step.scores.items():
@@ -280,13 +280,13 @@ def balance_loss(step: Step) -> Tensor:
 
 
 def z_loss(step: Step) -> Tensor:
-    """The mean over real tokens and layers of logsumexp(scores)^2 (Zoph et al. 2022, arXiv 2202.08906)."""
+    """Return the mean over real tokens and layers of logsumexp(scores)^2 (Zoph et al. 2022, arXiv 2202.08906)."""
     return torch.stack([z(step.real(scores_BTE)) for scores_BTE in step.scores.values()]).mean()
 
 
 @contextmanager
 def accelerator_for(device: torch.device, mixed_precision: str) -> Iterator[Any]:
-    """An Accelerator for products of this precision on that device; where the caller has none, none is left.
+    """Yield an Accelerator for products of this precision on that device; if the caller has none, leave none behind.
 
     Raises TrainingError where the caller's own was made for another precision, which accelerate has one of in a process.
     """

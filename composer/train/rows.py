@@ -33,9 +33,9 @@ SPLITS = {"train", "training", "test", "validation", "valid", "dev", "eval"}
 
 @dataclass(frozen=True)
 class Owners:
-    """Whose task rows may be: the experts of a router's pool, or the tasks of a recipe of trained experts, by their places.
+    """The owners that rows may have: a router's experts, or the tasks of a recipe of trained experts, by their places.
 
-    `learner` is who asks, for messages, and `key` what a row has its owner under. With `needed` every row has to have one.
+    `learner` is who asks, for messages, and `key` the key of a row's owner. With `needed` every row has to have one.
     With `grows` a name that is not known yet gets the next place. Parts of the data by names that are no owner's are of no
     owner, unless `heeded` refuses them.
     """
@@ -50,21 +50,21 @@ class Owners:
 
     @classmethod
     def of(cls, router: LearnedRouter) -> Self:
-        """The experts of a router."""
+        """Return the experts of a router as owners."""
         unknown = partial(unknown_expert, known=router.experts)
         return cls(dict(router.members.places), f"router {router.name!r}", "expert", router.needs_experts, unknown)
 
     @property
     def forms(self) -> str:
-        """What rows may be like."""
+        """The forms that rows may have, in words."""
         return f"{FORMS}; with {self.key!r} where known, or with 'input_ids' and 'labels'"
 
     def closed(self) -> Self:
-        """The same, to which no name is added any more."""
+        """Return the same owners, to which no name is added any more."""
         return replace(self, grows=False)
 
     def known(self, name: Any, where: str) -> int:
-        """The place of an owner. Raises what `unknown` gives for another name."""
+        """Return the place of an owner. Raises the error that `unknown` returns for another name."""
         if isinstance(name, str):
             if self.grows:
                 self.places.setdefault(name, len(self.places))
@@ -74,7 +74,7 @@ class Owners:
         raise type(error)(f"{where}: {error}")
 
     def of_row(self, row: Any, own: int, where: str) -> int:
-        """The place of a row's owner: the one it names, or that of its part. Raises InvalidTask where one is needed."""
+        """Return the place of the owner that a row names, or else of its part's. Raises InvalidTask where one is needed."""
         match row:
             case {self.key: named} if named is not None:
                 return self.known(named, where)
@@ -87,7 +87,7 @@ class Owners:
         return own
 
     def parts(self, dataset: Any, what: str) -> Iterator[tuple[str, int, Any]]:
-        """(what it is called, place of its owner, rows) of each part of the data; rows alone are one, of no owner."""
+        """Yield (its name, place of its owner, rows) of each part of the data; rows alone are one part, of no owner."""
         if not isinstance(dataset, Mapping):
             yield what, UNKNOWN, dataset
             return
@@ -107,14 +107,17 @@ class Owners:
 
 @dataclass(frozen=True)
 class TrainingRow(EncodedRow):
-    """`labels` is the target with `IGNORED` where no loss is asked; `expert` is the place of the row's owner, or -1."""
+    """A row to train on.
+
+    `labels` is the target with `IGNORED` where no loss is asked; `expert` is the place of the row's owner, or -1.
+    """
 
     labels: tuple[int, ...] = ()
     expert: int = UNKNOWN
     number: int = 0
 
     def identity(self) -> list[Any]:
-        """All of it but its number, as JSON."""
+        """Return all of the row but its number, as JSON."""
         return [self.prompt, self.target, self.labels, self.expert]
 
     @property
@@ -127,7 +130,7 @@ Read = tuple[tuple[Prompt, str, str | None] | None, TrainingRow | None, int]
 
 
 class RowReader:
-    """Reads datasets for one learner on one model: {name of an owner or task: rows or a Task}, or the rows themselves."""
+    """A reader of datasets for one learner on one model: {owner or task: rows or a Task}, or the rows themselves."""
 
     def __init__(self, owners: Owners, model: Any, tokenizer: Any) -> None:
         self._owners = owners
@@ -135,7 +138,7 @@ class RowReader:
         self._tokenizer = tokenizer
 
     def read(self, dataset: Any, *, what: str = "dataset", first: int = 0, task: Task = PLAIN) -> list[TrainingRow]:
-        """The rows in their order, numbered from `first`; those of no Task of their own are in the prompts of `task`.
+        """Return the rows in their order, numbered from `first`; those of no Task of their own are in the prompts of `task`.
 
         Raises InvalidTask for data of another form, UnknownExpert for an expert that is not in the pool.
         """
@@ -173,7 +176,7 @@ class RowReader:
             raise InvalidTask(f"{part} is empty: {self._owners.forms}")
 
     def _tokens(self, row: Mapping[str, Any], where: str) -> TrainingRow:
-        """A row of token ids; labels are aligned with them (IGNORED: no loss), or a decoder's of their own."""
+        """Return a row of token ids; labels are aligned with them (IGNORED: no loss), or a decoder's of their own."""
         if "labels" not in row:
             raise InvalidTask(f"{where} has 'input_ids' and no 'labels': the loss is that of labels other than {IGNORED}")
         ids, labels = _ints(row["input_ids"], where), _ints(row["labels"], where)
@@ -213,9 +216,9 @@ def _ints(values: Any, where: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """`rows` are evaluated before the first step, for comparison, then after every `every` steps and after the last.
+    """The rows to judge a job by, before the first step, for comparison, after every `every` steps and after the last.
 
-    With `patience`, the job ends when so many of the latter in a row have brought no lower loss.
+    With `patience`, the job ends when so many evaluations after the first in a row have brought no lower loss.
     """
 
     rows: Sequence[EncodedRow]
@@ -225,14 +228,14 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Judging:
-    """What is asked for: a share of each task's examples, or examples of tasks by name, and when they are evaluated."""
+    """The request for held-out rows: a share of each task's examples, or examples by task, and when they are evaluated."""
 
     held_out: float | Mapping[str, Any] | None
     every: int
     patience: int | None
 
     def require(self, counts: Mapping[str, int]) -> None:
-        """`counts` are those of the tasks' examples.
+        """Check the request against the tasks' numbers of examples, `counts`.
 
         Raises TrainingError for a share out of range and for patience without rows, UnknownName for rows of an unknown task.
         """
@@ -263,7 +266,7 @@ class Judging:
     def split(
         self, rows: Mapping[str, Sequence[Row]], read: Callable[[str, Any], Sequence[Row]], seed: int
     ) -> tuple[Mapping[str, Sequence[Row]], dict[str, HeldOut]]:
-        """(rows to train on, rows to judge by) of each task, those without the latter left out of the second.
+        """Return (rows to train on, rows to judge by) of each task, those without the latter left out of the second.
 
         `read` makes rows of the examples of a task, by its name, to be judged by. A share is drawn by seed and name.
         """
@@ -285,13 +288,13 @@ class Judging:
 
 
 def is_empty(rows: Any) -> bool:
-    """Whether there are no rows, as far as can be seen without reading them."""
+    """Return whether there are no rows, as far as can be seen without reading them."""
     given = examples_of(rows)
     return isinstance(given, Sized) and not len(given)
 
 
 def examples_of(rows: Any) -> Any:
-    """A task's examples; rows as they are."""
+    """Return a task's examples; rows as they are."""
     return rows.examples if isinstance(rows, Task) else rows
 
 
@@ -318,7 +321,7 @@ class Texts:
         return self.texts
 
     def rows(self, model: Any, tokenizer: Any) -> list[EncodedRow]:
-        """The rows in their order. InvalidTask for an encoder-decoder, and for a length beyond the model's context."""
+        """Return the rows in order. Raises InvalidTask for an encoder-decoder, or a length beyond the context."""
         limit = context_length(model)
         if model.config.is_encoder_decoder:
             raise InvalidTask("an encoder-decoder reads one text and writes another: give pairs (input, target), not Texts")
@@ -335,17 +338,17 @@ MAX_PACKED, MAX_PACKED_TOKENS, PACKED_ROWS = 8, 1024, 40
 
 
 def can_be_packed(model: Any, task: Task) -> bool:
-    """Whether a task shows its own examples, to a decoder."""
+    """Return whether a task shows its own examples, to a decoder."""
     return len(task.examples) > 1 and shows_its_examples(task) and not model.config.is_encoder_decoder
 
 
 def shows_its_examples(task: Task) -> bool:
-    """Whether all demonstrations are examples of the task."""
+    """Return whether all demonstrations are examples of the task."""
     return bool(task.shown) and set(task.shown) <= set(task.examples)
 
 
 def pack_task(model: Any, tokenizer: Any, task: Task, seed: int) -> list[TrainingRow]:
-    """Rows that show a task's examples one after the other, and ask for each answer given those before it.
+    """Return rows that show a task's examples one after the other, and ask for each answer given those before it.
 
     The examples stand in orders drawn by the seed, one row beginning with each example of an order, so that each stands at
     every place; few examples make about PACKED_ROWS rows. A chat's row is one conversation. One pass over a row teaches
@@ -382,7 +385,7 @@ def pack_task(model: Any, tokenizer: Any, task: Task, seed: int) -> list[Trainin
 
 
 def _pack_turns(tokenizer: Any, task: Task, pairs: Sequence[tuple[Prompt, str]], most: int) -> TrainingRow:
-    """One conversation in which each pair is a turn of the user's and its answer, up to `most` tokens.
+    """Return one conversation in which each pair is a turn of the user's and its answer, up to `most` tokens.
 
     An answer that the template writes otherwise once more follows is not learned there.
     """
@@ -405,7 +408,7 @@ def _pack_turns(tokenizer: Any, task: Task, pairs: Sequence[tuple[Prompt, str]],
 
 
 def owners_of(recipe: Recipe) -> Owners:
-    """The tasks that rows may belong to; those that a dataset names, where the recipe has none."""
+    """Return the tasks that rows may belong to; those that a dataset names, if the recipe has none."""
     learner, tasks = f"recipe {recipe.name!r}", recipe.tasks
 
     def unknown(task: object) -> UnknownName:
@@ -419,7 +422,7 @@ def owners_of(recipe: Recipe) -> Owners:
 
 
 def places_of(recipe: Recipe, task: Any) -> list[int] | None:
-    """The places, among the recipe's tasks, of names or ids, one for each row, or of one for all; None where none is given.
+    """Return the places, among the recipe's tasks, of names or ids, one for each row or one for all; None if none is given.
 
     Raises UnknownName for an unknown task, ScopeError for none where the recipe needs one.
     """

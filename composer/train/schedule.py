@@ -1,4 +1,4 @@
-"""How a training steps: how often, how far, and on which rows."""
+"""The schedule of a training: how many steps, how far each goes, and on which rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WARMUP_STEPS = 10
 
 @dataclass(frozen=True)
 class Pace:
-    """`steps` of `batch_size` rows each; `warmup` is a number of steps."""
+    """The pace of a job: `steps` of `batch_size` rows each, after `warmup` steps of a rising rate."""
 
     steps: Count = 60
     lr: Positive = 3e-3
@@ -34,24 +34,24 @@ class Pace:
     warmup: Whole = WARMUP_STEPS
 
     def rate(self, step: int) -> float:
-        """The learning rate: linear warm-up to `lr` in at most half of the steps, then half a cosine down to 0."""
+        """Return the learning rate: linear warm-up to `lr` in at most half of the steps, then half a cosine down to 0."""
         return warmed_cosine(self.lr, step, self.steps, min(self.warmup, self.steps // 2))
 
     def rows(self, rows: Sequence[EncodedRow], job: str, step: int) -> list[EncodedRow]:
-        """The job's rows of one step: epochs in shuffled order, a function of (seed, job, step) alone."""
+        """Return the job's rows of one step: epochs in shuffled order, a function of (seed, job, step) alone."""
         return Stream(rows, self.seed, job).at(step, self.batch_size)
 
 
 @dataclass(frozen=True)
 class Stream(Generic[Row]):
-    """Rows in epochs of shuffled order; `key` tells a stream from the others of one training."""
+    """A stream of rows in epochs of shuffled order; `key` tells it from the others of one training."""
 
     rows: Sequence[Row]
     seed: int
     key: str
 
     def at(self, step: int, count: int) -> list[Row]:
-        """The `count` rows of one step."""
+        """Return the `count` rows of one step."""
         chosen: list[Row] = []
         orders: dict[int, list[int]] = {}
         for place in range(step * count, (step + 1) * count):
@@ -67,7 +67,7 @@ Fits = Callable[[Sequence["JobSize"]], bool]
 
 @dataclass(frozen=True)
 class JobSize:
-    """What a job brings to a step: rows, which its own batches fill up to `width` tokens on the mean.
+    """The size of a job's part of a step: rows, which its own batches fill up to `width` tokens on the mean.
 
     `longest` and `longest_target` are tokens of its longest rows, `num_parameters` what it trains, `num_copies` the tensors
     of that size: values, gradients, AdamW's two moments, and the best values so far where they are kept.
@@ -82,7 +82,7 @@ class JobSize:
 
 
 def groups(sizes: Mapping[str, JobSize], jobs_per_batch: int, fits: Fits) -> list[list[str]]:
-    """All jobs, shortest first, in as few groups as can be, and of such groups those that compute the fewest tokens.
+    """Return all jobs, shortest first, in the fewest groups, and among such groupings the one that computes fewest tokens.
 
     A group has at most `jobs_per_batch` jobs that fit together, and computes the width of its widest for all of them. Jobs
     next to each other in length are together; equal ones keep their order. Each job must fit alone.
@@ -106,12 +106,12 @@ def groups(sizes: Mapping[str, JobSize], jobs_per_batch: int, fits: Fits) -> lis
 
 
 def in_order(sizes: Mapping[str, JobSize]) -> list[str]:
-    """The names, narrow jobs first."""
+    """Return the names, narrow jobs first."""
     return sorted(sizes, key=lambda name: sizes[name].width)
 
 
 def successor(waiting: Mapping[str, JobSize], running: Sequence[JobSize], fits: Fits) -> str | None:
-    """The waiting job whose length is nearest to those that run, if one fits beside them."""
+    """Return the waiting job that fits beside the running ones and is nearest in length to them, if any."""
     mean = sum(size.width for size in running) / len(running)
     nearest = sorted(in_order(waiting), key=lambda name: abs(waiting[name].width - mean))
     return next((name for name in nearest if fits([*running, waiting[name]])), None)
@@ -122,7 +122,7 @@ NO_TOKENIZER = SimpleNamespace(pad_token_id=0, eos_token_id=0)
 
 
 def streams(rows: Sequence[TrainingRow], experts: Sequence[str], seed: int, *, apart: bool) -> list[Stream[TrainingRow]]:
-    """One stream of all rows; or one for each expert with rows, which does not depend on what other experts there are."""
+    """Return one stream of all rows; or one for each expert with rows, which does not depend on the other experts."""
     if not apart:
         return [Stream(rows, seed, "rows")]
     by_expert: dict[int, list[TrainingRow]] = {}
@@ -133,7 +133,7 @@ def streams(rows: Sequence[TrainingRow], experts: Sequence[str], seed: int, *, a
 
 @dataclass(frozen=True)
 class Pass:
-    """Rows that go through the model together.
+    """A pass: rows that go through the model together.
 
     The step's loss is the sum over passes of sum over b and k of per_token_B * loss_BK, plus `share` times the pass's terms.
     `first` is the place of the first row among the step's, which are in the same order however many passes there are.
@@ -146,7 +146,7 @@ class Pass:
 
 
 def passes(groups: Sequence[Sequence[TrainingRow]], num_passes: int) -> list[Pass]:
-    """The rows of a step, those of similar length together; each group counts with the mean over its target tokens."""
+    """Return the passes of a step, rows of similar length together; a group counts as the mean over its target tokens."""
     weighted = []
     for group in groups:
         per_token = 1.0 / sum(row.num_targets for row in group)
@@ -164,8 +164,10 @@ def passes(groups: Sequence[Sequence[TrainingRow]], num_passes: int) -> list[Pas
 
 
 def pad_apart(given: TargetBatch) -> TargetBatch:
-    """The batch of an encoder-decoder with more padding where it takes some to give the decoder another number of tokens
-    than the encoder, and more than 1: the width of what a layer sees then says whose tokens these are."""
+    """Return an encoder-decoder's batch, padded so that its decoder has another number of tokens than the encoder, above 1.
+
+    The width of a layer's input then says whose tokens these are.
+    """
     inputs, targets_BK = dict(given.inputs), given.targets_BK
     if targets_BK.shape[1] == 1:
         targets_BK = functional.pad(targets_BK, (0, 1), value=IGNORED)
@@ -180,7 +182,7 @@ def pad_apart(given: TargetBatch) -> TargetBatch:
 
 
 def label_rows(base_model: Any, tokenizer: Any, rows: Sequence[TrainingRow], *, whole: bool) -> dict[str, Tensor]:
-    """The rows as inputs of the model, with their `labels`, and in `task` each one's place among the tasks.
+    """Return the rows as inputs of the model, with their `labels`, and in `task` each one's place among the tasks.
 
     The labels of a decoder are aligned with its last tokens, one before the longest target and those of it, where the model
     can leave out the logits of the others; with `whole`, with all tokens.
@@ -197,7 +199,7 @@ def label_rows(base_model: Any, tokenizer: Any, rows: Sequence[TrainingRow], *, 
 
 
 def call_labelled(model: Any, inputs: Mapping[str, Tensor], *, two_sequences: bool) -> Any:
-    """The model's output for `labelled` inputs, whose prompts are what stands before the first label."""
+    """Return the model's output for inputs of `label_rows`, whose prompts are what stands before the first label."""
     inputs = dict(inputs)
     task_B, labels = inputs.pop("task"), inputs["labels"]
     # no row of a task is as if none were given

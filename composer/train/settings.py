@@ -1,4 +1,4 @@
-"""Settings of a training: what the result depends on besides data, model and start.
+"""The settings of a training: what the result depends on besides data, model and start.
 
 A loss function is among them: `loss_identity` makes it known again in another process.
 """
@@ -31,14 +31,14 @@ FIRST_STEP = 10
 
 
 class Learner(Protocol):
-    """What has a learning rate of its own."""
+    """A learner with a learning rate of its own."""
 
     lr: ClassVar[float]
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """AdamW over `steps` steps of `batch_size` rows each.
+    """The settings of a training by AdamW, over `steps` steps of `batch_size` rows each.
 
     `lr`, by default the learner's own, is reached after `warmup` steps (at most half of all) and goes to 0 as half a cosine.
     A gradient longer than `clip` is shortened to it, None for no limit. `gradient_accumulation` splits a step's rows into as
@@ -75,7 +75,7 @@ class TrainingSettings:
 
     @classmethod
     def of(cls, learner: Learner, given: Mapping[str, Any]) -> Self:
-        """The settings of a call of fit(). Raises TrainingError for unknown ones and for values out of range."""
+        """Return the settings of a call of fit(). Raises TrainingError for unknown ones and for values out of range."""
         check_options("fit()", given, options_of(cls), noun="setting", error=TrainingError)
         settings = cls(**given)
         settings = replace(settings, lr=learner.lr if settings.lr is None else settings.lr)
@@ -83,7 +83,7 @@ class TrainingSettings:
         return settings
 
     def identity(self) -> dict[str, Any]:
-        """Those that the result depends on, as JSON; the rows held out are left to the caller."""
+        """Return the settings that the result depends on, as JSON; the rows held out are left to the caller."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in self.aside}
 
     @property
@@ -92,11 +92,11 @@ class TrainingSettings:
         return self.lr
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+        """Return the learning rate of a step, counted from 0."""
         return Pace(self.steps, self.highest_rate, self.batch_size, self.seed, self.warmup).rate(step)
 
     def _require_sense(self) -> None:
-        """Raises TrainingError for settings that contradict each other, and for what their kinds do not say."""
+        """Raise TrainingError for settings that contradict each other, and for what their kinds do not say."""
         if self.patience is not None and self.evaluation is None:
             raise TrainingError("patience counts evaluations, but there is no evaluation: pass evaluation=rows held out")
         if self.highest_rate * max(FIRST_STEP, self.weight_decay) > LARGEST:
@@ -108,8 +108,10 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class RouterSettings(TrainingSettings):
-    """Those of a router: as `TrainingSettings`, but where the router learns each expert's part from that expert's rows alone
-    a step has `batch_size` rows of every expert, and no gradient is shortened.
+    """The settings of a router's training, beyond those of `TrainingSettings`.
+
+    Where the router learns each expert's part from that expert's rows alone, a step has `batch_size` rows of every expert,
+    and no gradient is shortened.
 
     `gradient_accumulation` None takes about `batch_size` rows at once. However many passes, the gradient of the loss is the
     same but for what dropout between a router's own layers draws (`xlora` with depth above 1).
@@ -141,14 +143,14 @@ class LoraSettings(Pace):
 
 
 def read_endings(target_modules: Sequence[str]) -> tuple[str, ...]:
-    """Endings of module paths, for LoraSettings. Raises TrainingError for none, and for what is not a collection."""
+    """Return endings of module paths for LoraSettings. Raises TrainingError for none, and for other than a collection."""
     if not is_collection(target_modules) or not target_modules:
         raise TrainingError(f"target_modules is {target_modules!r}; it must be a list of endings of module paths")
     return tuple(target_modules)
 
 
 def read_tasks(tasks: Mapping[str, Any]) -> dict[str, tuple[Task | Texts, ...]]:
-    """The tasks or texts of each name: one, or those of a list.
+    """Return the tasks or texts of each name: one, or those of a list.
 
     Raises TrainingError for no tasks and for tasks without examples, InvalidTask for other rows.
     """
@@ -168,17 +170,17 @@ def read_tasks(tasks: Mapping[str, Any]) -> dict[str, tuple[Task | Texts, ...]]:
 
 
 def require_texts(what: str, names: Iterable[Any]) -> None:
-    """Raises TrainingError for names that are not texts."""
+    """Raise TrainingError for names that are not texts."""
     if strange := [name for name in names if not isinstance(name, str)]:
         raise TrainingError(f"{what} {strange[0]!r} has no text for a name: name it by one")
 
 
 @dataclass(frozen=True)
 class ExpertSettings(TrainingSettings):
-    """As `TrainingSettings`. `batch_size` counts the rows of all processes and passes of a step together.
+    """The settings of a training of experts: `batch_size` counts the rows of all processes and passes of a step together.
 
-    `callbacks` are transformers' `TrainerCallback`s; every hundredth of the training they are told loss, entropy and the
-    load of each expert in `on_log`.
+    The others are those of `TrainingSettings`. `callbacks` are transformers' `TrainerCallback`s; every hundredth of the
+    training they are told loss, entropy and the load of each expert in `on_log`.
 
     `loss(output, columns)` is the mean loss of a pass, instead of the base's own: `columns` are those of its rows, stacked,
     with the names of their tasks in "task". A checkpoint knows it by its name, its code and what it is bound to
@@ -197,7 +199,7 @@ class ExpertSettings(TrainingSettings):
             raise TrainingError(f"loss is {self.loss!r:.80}; it must be a function of the output and the rows' columns")
 
     def products(self, device: torch.device) -> Any:
-        """The precision of the model's products."""
+        """Return a context that sets the precision of the model's products."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16")
 
     def identity(self) -> dict[str, Any]:
@@ -212,7 +214,7 @@ MAX_VALUES = 1_000_000
 
 
 def loss_identity(function: Any) -> Any:
-    """As JSON: the function's name and code, and the numbers, texts, tensors and functions that it is bound to.
+    """Return as JSON the function's name and code, and the numbers, texts, tensors and functions that it is bound to.
 
     These are its defaults, what it has of the scope around it, a partial's arguments, and an object's attributes. What else
     it reads, such as globals and the content of lists, is not looked at.
@@ -249,14 +251,14 @@ def _identity(value: Any, seen: dict[int, Any]) -> Any:
 
 
 def _of_object(value: Any, held: Mapping[str, Any], run: Any, seen: dict[int, Any]) -> Any:
-    """`held` are its attributes, and `run` what a call of it runs."""
+    """Return the identity of an object; `held` are its attributes, and `run` the function that a call of it runs."""
     code = _code(run.__code__) if isinstance(run, FunctionType) else None
     attributes = {name: each for name, each in held.items() if not isinstance(each, dict)}
     return [type(value).__qualname__, code, _named(attributes, seen)]
 
 
 def _bound(function: FunctionType) -> dict[str, Any]:
-    """What the names of a function's scope and defaults stand for."""
+    """Return the values of the names in a function's scope and of its defaults."""
     scope = inspect.getclosurevars(function).nonlocals
     defaults = inspect.signature(function, follow_wrapped=False).parameters.values()
     return {**scope, **{each.name: each.default for each in defaults if each.default is not inspect.Parameter.empty}}
@@ -274,7 +276,7 @@ def _digest(tensor: Tensor) -> Any:
 
 
 def _code(code: CodeType) -> str:
-    """A digest that does not depend on where the code stands."""
+    """Return a digest that does not depend on where the code stands."""
     constants = list(map(_constant, code.co_consts))
     return text_digest(repr((code.co_code, code.co_names, constants)))
 

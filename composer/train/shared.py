@@ -32,9 +32,9 @@ Ended = Callable[[TrainingJob, JobReport], None]
 
 
 class SharedTraining:
-    """Trains jobs in groups of similar length; when one ends before the others of its group, the next one takes its place.
+    """A training of jobs in groups of similar length; when one ends before its group, the next one takes its place.
 
-    Admitted is what `memory_bytes` allows by `MemoryModel`: of the whole step, base and all; by default what the device has
+    A job is admitted if `memory_bytes` allows the whole step, base and all, by `MemoryModel`; by default what the device has
     left. Which jobs run together changes a job's result by no more than the rounding of its batch: its rows are a function
     of its seed, name and step, its gradient is its own, and it ends by its own losses.
     With `kept`, the state of all running jobs is written after every CHECKPOINT_STEPS steps and whenever one ends, and the
@@ -59,7 +59,7 @@ class SharedTraining:
                 )
 
     def run(self, ended: Ended) -> SharedReport:
-        """Trains all jobs; `ended` is called with each as it ends.
+        """Train all jobs; call `ended` with each as it ends.
 
         Raises BudgetExceeded before the first step for a job that does not fit alone, TrainingError for a loss that is not
         finite; of the jobs that had ended before, nothing is lost.
@@ -113,7 +113,7 @@ class SharedTraining:
         return self._budget is None or self._memory.peak(sizes) <= self._budget
 
     def _admit(self) -> None:
-        """Fills the places that are free: a new group when none runs, else successors of those that have ended."""
+        """Fill the free places: with a new group when none runs, else with successors of the jobs that have ended."""
         if not self._running:
             group = groups({name: self._sizes[name] for name in self._waiting}, self._jobs_per_batch, self._fits)[0]
             self._capacity = len(group)
@@ -133,7 +133,7 @@ class SharedTraining:
         self.report.estimated_bytes = max(self.report.estimated_bytes, self._memory.peak(self._running_sizes()))
 
     def _require_alike(self, runs: Sequence[JobProgress]) -> None:
-        """Raises TrainingError where launched processes cannot share these jobs, or have others."""
+        """Raise TrainingError where launched processes cannot share these jobs, or have others."""
         if self.processes.count == 1:
             return
         if strange := [run.planned.name for run in runs if not isinstance(run.job, LoraJob)]:
@@ -166,7 +166,7 @@ class SharedTraining:
         self.report.num_computed += len(rows) * width
 
     def _losses(self, chosen: Sequence[Sequence[EncodedRow]]) -> Tensor:
-        """loss_J of the rows chosen for each job, with its penalty; of several processes each has its part of it."""
+        """Return loss_J of the rows chosen for each job, with its penalty; each of several processes has its part of it."""
         own_J = [self.processes.share(rows) for rows in chosen]
         counts = [len(own) for own in own_J]
         for run, own in zip(self._running, own_J, strict=True):
@@ -184,13 +184,13 @@ class SharedTraining:
         return torch.stack([loss if penalty is None else loss + penalty for loss, penalty in pairs])
 
     def _evaluate(self) -> None:
-        """The held-out losses of all jobs for which it is time."""
+        """Note the held-out losses of all jobs for which it is time."""
         due = [run for run in self._running if run.due]
         for run, loss in zip(due, held_out_losses(self.model, self.tokenizer, due), strict=True):
             run.note_evaluation(loss)
 
     def _leave(self, ended: Ended) -> bool:
-        """Lets go of the jobs that have ended; whether there were any."""
+        """Remove the jobs that have ended; return whether there were any."""
         over = [run for run in self._running if run.stopped is not None]
         for run in over:
             self.report.jobs[run.planned.name] = run.finish()
@@ -231,7 +231,7 @@ class SharedTraining:
 
 @dataclass(frozen=True)
 class SharedPasses:
-    """Where jobs are trained together, and how many of them; `folder` is the checkpoint."""
+    """The model that jobs are trained on together, and how many share a pass; `folder` is the checkpoint."""
 
     model: Any
     tokenizer: Any
@@ -248,10 +248,10 @@ class SharedPasses:
         load: Callable[[Path, str, str], bool],
         save: Callable[[Path | None, str, TrainingJob, JobReport], None],
     ) -> SharedReport:
-        """Trains the jobs, but for those that the checkpoint has finished; the report's `jobs` are those trained now.
+        """Train the jobs that the checkpoint has not finished; the report's `jobs` are those trained now.
 
-        A job of that `key`, of all that its result depends on, is finished where `load(folder, name, key)` says so;
-        `save(folder, key, job, report)` takes what a job has ended with, without a folder too.
+        `key` returns the hash of everything a job's result depends on. A job is finished if `load(folder, name, key)` says
+        so; `save(folder, key, job, report)` takes the job when it has ended, without a folder too.
         """
         names = list(names)
         keys = dict.fromkeys(names, "") if self.folder is None else {name: key(name) for name in names}
@@ -276,7 +276,7 @@ ALL_STEPS = "all steps"
 
 
 class JobProgress:
-    """A job that runs. Its state depends on its own losses alone, so that nothing changes when another leaves its batch."""
+    """A running job. Its state depends on its own losses alone, so that nothing changes when another leaves its batch."""
 
     def __init__(self, planned: PlannedJob) -> None:
         self.planned = planned
@@ -292,7 +292,7 @@ class JobProgress:
         self._descent = Descent(self._flat.vectors, planned.pace.rate, fused=is_on_cpu)
 
     def take_step(self, loss: float, num_tokens: int) -> None:
-        """Down the gradient that the parameters have, clipped to norm 1, and forgets it."""
+        """Step down the gradient that the parameters have, clipped to norm 1, and forget it."""
         self._descent.step(self.step)
         self._flat.zero_grad()
         self.step += 1
@@ -301,33 +301,33 @@ class JobProgress:
 
     @property
     def vectors(self) -> list[Tensor]:
-        """What it trains."""
+        """The vectors of the parameters that are trained."""
         return self._flat.vectors
 
     @property
     def due(self) -> bool:
-        """Whether the held-out rows are to be evaluated now."""
+        """True if the held-out rows are to be evaluated now."""
         plan = self.planned.held_out
         if plan is None or (self.held_out and self.held_out[-1][0] == self.step):
             return False
         return self.step % plan.every == 0 or self.step == self.planned.pace.steps
 
     def note_evaluation(self, loss: float) -> None:
-        """Takes note of the held-out loss at this step, and of the parameters where none was lower after an earlier one."""
+        """Note the held-out loss at this step, and the parameters if no earlier step but the first had a lower one."""
         self.held_out.append((self.step, loss))
         if self.step:
             self._best.judge(loss, self._flat.vectors)
 
     @property
     def stopped(self) -> str | None:
-        """Why it ends here; None while it goes on."""
+        """The reason why the job ends here; None while it goes on."""
         patience = None if self.planned.held_out is None else self.planned.held_out.patience
         if patience is not None and self._best.waited >= patience:
             return f"no lower held-out loss in {patience} evaluations"
         return ALL_STEPS if self.step >= self.planned.pace.steps else None
 
     def finish(self) -> JobReport:
-        """What it did; the job has the best of its evaluated parameters from here on."""
+        """Give the job the best of its evaluated parameters; return its report."""
         best_step = self.step
         if self._best.values:
             put_values(self._best.values, self._flat.vectors)
@@ -336,7 +336,7 @@ class JobProgress:
         return JobReport(self.step, best_step, self.stopped or "", self.num_tokens, *points)
 
     def state(self) -> dict[str, Tensor]:
-        """All that `restore` needs to go on from here to the same bits."""
+        """Return all that `restore` needs to go on from here to the same bits."""
         # before its first step an optimiser has no moments
         begun = TrainingState.of(self.step, self._flat.vectors, self._descent.optimizer).tensors if self.step else {}
         best = {f"best.{index}": tensor for index, tensor in enumerate(self._best.values)}
@@ -346,7 +346,7 @@ class JobProgress:
         return {**begun, **best, **counts, "held_out": points, "losses": losses}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from what `state` has given."""
+        """Go on from what `state` returned."""
         self.step, self.num_tokens = int(state["step"]), int(state["num_tokens"])
         self.losses = state["losses"].tolist()
         self.held_out = [(int(step), loss) for step, loss in state["held_out"].tolist()]
@@ -359,7 +359,7 @@ class JobProgress:
 
 @torch.no_grad()
 def held_out_losses(model: Any, tokenizer: Any, due: Sequence[JobProgress]) -> list[float]:
-    """The mean over all target tokens of each job's held-out rows, run in batches as large as in its steps."""
+    """Return the mean over all target tokens of each job's held-out rows, run in batches as large as in its steps."""
     waiting = {run: list(run.planned.held_out.rows) for run in due if run.planned.held_out is not None}
     totals, counts = dict.fromkeys(due, 0.0), dict.fromkeys(due, 0)
     while runs := [run for run, rows in waiting.items() if rows]:

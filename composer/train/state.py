@@ -1,4 +1,4 @@
-"""A training's state in its checkpoint folder: parameters, moments, the best so far and the report, in one file."""
+"""The state of a training in its checkpoint folder: parameters, moments, the best so far and the report, in one file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BEST, RECENT, MOVED, REPORT = "best", "recent", "moved", "report"
 
 @dataclass(frozen=True)
 class KeptState:
-    """Where the state of one call of fit() is kept: in `folder`, if there is one, under a key of all that determines it."""
+    """The place of the state of one call of fit(): in `folder`, if there is one, under a key of all that determines it."""
 
     folder: Path | None
     key: str
@@ -35,7 +35,10 @@ class KeptState:
     def of(
         cls, name: str, identity: Sequence[Any], settings: TrainingSettings, rows: Sequence[Any], held: Sequence[Any]
     ) -> Self:
-        """`identity` is what is trained, as JSON; so is each row's. Raises TrainingError if the folder cannot be made."""
+        """Return the place for a training of `identity`, which is what is trained, as JSON; so is the identity of each row.
+
+        Raises TrainingError if the folder cannot be made.
+        """
         if settings.checkpoint is None:
             return cls(None, "")
         folder = checkpoint_folder(settings.checkpoint)
@@ -54,7 +57,7 @@ class KeptState:
         report: TrainingReport,
         moved: Sequence[Tensor] = (),
     ) -> None:
-        """Visible only when complete. A full disk is logged and does not end the training."""
+        """Save the state, visible only when complete. A full disk is logged and does not end the training."""
         if self.folder is None:
             return
         tensors = TrainingState.of(step, parameters, optimizer).tensors
@@ -66,7 +69,7 @@ class KeptState:
     def restore(
         self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, moved: Sequence[Tensor] = ()
     ) -> tuple[int, list[Tensor], list[Tensor], TrainingReport] | None:
-        """(steps done, best parameters, recent loads, report) after putting the state back; None where there is none."""
+        """Restore the state; return (steps done, best parameters, recent loads, report), or None where there is none."""
         state = None if self.folder is None else load_state(self.folder, self.key)
         if state is None:
             return None
@@ -91,7 +94,7 @@ def save_adapter(folder: Path, key: str, adapter: Adapter) -> None:
 
 
 def load_adapter(folder: Path, key: str) -> Adapter | None:
-    """The finished adapter of that key, or None; a damaged folder is logged and counts as none."""
+    """Return the finished adapter of that key, or None; a damaged folder is logged and counts as none."""
     path = folder / FINISHED / key
     if not path.is_dir():
         return None
@@ -103,7 +106,7 @@ def load_adapter(folder: Path, key: str) -> Adapter | None:
 
 
 def save_finished(folder: Path, key: str, tensors: Mapping[str, Tensor], report: JobReport) -> None:
-    """Keeps the tensors that a job has ended with."""
+    """Keep the tensors that a job has ended with."""
     raw = torch.frombuffer(bytearray(json.dumps(report.to_json()).encode()), dtype=torch.uint8)
     kept = {f"{TENSOR}{name}": value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     state = TrainingState(report.steps, {"step": torch.tensor([report.steps]), JOB_REPORT: raw, **kept})
@@ -111,7 +114,7 @@ def save_finished(folder: Path, key: str, tensors: Mapping[str, Tensor], report:
 
 
 def load_finished(folder: Path, key: str) -> tuple[dict[str, Tensor], JobReport] | None:
-    """What `save_finished` kept below that key, or None; a damaged file is logged and counts as none."""
+    """Return what `save_finished` kept under that key, or None; a damaged file is logged and counts as none."""
     state = load_state(folder, key, place=FINISHED)
     if state is None:
         return None
@@ -142,7 +145,7 @@ class RunningState:
         return load_state(self.folder, self.key)
 
     def names(self) -> set[str]:
-        """The jobs that were running. They go on from there even if one has ended since, so that all do to the same bits."""
+        """Return the jobs that were running. They go on even if one has ended since, so that all do to the same bits."""
         state = self.read()
         running = set() if state is None else {key.split("/")[1] for key in state.tensors if "/" in key}
         return {name for name, key in self.keys.items() if key in running}
@@ -160,7 +163,7 @@ class Best:
     waited: int = 0
 
     def judge(self, loss: float, parameters: Iterable[Tensor]) -> bool:
-        """Whether this loss is the lowest so far, by which these parameters are the best; if not, one more has waited."""
+        """Return whether this loss is the lowest so far; if so, keep these parameters as the best, else count a wait."""
         if not loss < self.loss:
             self.waited += 1
             return False
@@ -169,7 +172,7 @@ class Best:
 
     @classmethod
     def again(cls, losses: Iterable[float], values: Sequence[Tensor]) -> Self:
-        """What it was after these losses, whose best parameters have these values."""
+        """Return the state after these losses, whose best parameters have these values."""
         best = cls()
         for loss in losses:
             best.judge(loss, ())
@@ -178,12 +181,12 @@ class Best:
 
 
 def copy_values(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Their values now."""
+    """Return copies of the parameters' values."""
     return [parameter.detach().clone() for parameter in parameters]
 
 
 @torch.no_grad()
 def put_values(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-    """Gives the parameters these values."""
+    """Give the parameters these values."""
     for value, parameter in zip(values, parameters, strict=True):
         parameter.copy_(value)

@@ -22,9 +22,9 @@ BATCH_SIZE = 16
 
 @dataclass(frozen=True, eq=False)
 class TaughtRow(EncodedRow):
-    """At each of the target's K tokens the M likeliest ones of the teacher, and their probabilities with that of the rest.
+    """A row with the teacher's M likeliest tokens at each of the target's K tokens, and their probabilities.
 
-    ids_KM are token ids, p_KN has N = M + 1 values in fp32 that sum to 1.
+    ids_KM are token ids, p_KN has N = M + 1 values in fp32 that sum to 1, the last that of all other tokens.
     """
 
     ids_KM: Tensor
@@ -33,7 +33,7 @@ class TaughtRow(EncodedRow):
 
 @torch.no_grad()
 def taught_by(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> list[TaughtRow]:
-    """The rows, with the predictions of the model for their targets."""
+    """Return the rows with the model's predictions for their targets."""
     found: list[TaughtRow] = []
     for part in in_chunks(list(rows), BATCH_SIZE):
         stacked = batch(model, tokenizer, part)
@@ -47,7 +47,7 @@ def taught_by(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> list[Ta
 
 
 def row_losses(model: Any, rows: Sequence[EncodedRow], stacked: TargetBatch) -> Tensor:
-    """loss_BK of the rows, which are stacked: in nats, fp32, 0 where a target is shorter than K.
+    """Return loss_BK of the rows, which are stacked: in nats, fp32, 0 where a target is shorter than K.
 
     Where all rows are taught it is the divergence KL(teacher || model) at a token, else the negative log-likelihood of it.
     """
@@ -64,7 +64,7 @@ def row_losses(model: Any, rows: Sequence[EncodedRow], stacked: TargetBatch) -> 
 
 
 def _log_shares(logits_NV: Tensor, ids_NM: Tensor) -> Tensor:
-    """The logarithms of the probabilities of these tokens, and of all others together, in fp32."""
+    """Return the log-probabilities of these tokens, and of all others together, in fp32."""
     log_p_NM = logits_NV.float().log_softmax(dim=1).gather(1, ids_NM)
     # below 1, as rounding may not leave it
     named_N1 = log_p_NM.exp().sum(dim=1, keepdim=True).clamp(max=1 - torch.finfo(torch.float32).eps)

@@ -49,16 +49,16 @@ class TensorRow:
         return 1
 
     def identity(self) -> list[Any]:
-        """As JSON."""
+        """Return the row's digest and owner, as JSON."""
         return [self.digest, self.expert]
 
     def columns(self) -> dict[str, Tensor]:
-        """Its tensors by name."""
+        """Return the row's tensors by name."""
         return _columns(self.source[self.place], self.task_key, f"row {self.place + 1}")
 
 
 class TensorReader:
-    """Reads datasets as `RowReader` does, but rows of tensors, of one shape in each column."""
+    """A reader of datasets as `RowReader` reads them, but of rows of tensors, of one shape in each column."""
 
     def __init__(self, owners: Owners, model: nn.Module, loss: Loss | None, *, digests: bool) -> None:
         self._owners, self._loss, self._digests = owners, loss, digests
@@ -68,7 +68,7 @@ class TensorReader:
         self._first: tuple[str, dict[str, Tensor]] | None = None
 
     def read(self, dataset: Any, *, what: str = "dataset") -> list[TensorRow]:
-        """Raises InvalidTask for data of another form, UnknownName for an unknown task."""
+        """Return the rows of a dataset. Raises InvalidTask for data of another form, UnknownName for an unknown task."""
         rows = [row for where, own, part in self._owners.parts(dataset, what) for row in self._rows(part, own, where)]
         if not rows:
             raise InvalidTask(f"{what} is empty: {FORMS}")
@@ -94,7 +94,7 @@ class TensorReader:
         return TensorRow(source, place, key, self._owners.of_row(row, own, where), _digest(columns) if self._digests else "")
 
     def _require(self, columns: Mapping[str, Tensor], where: str) -> None:
-        """Raises InvalidTask for a row that the model cannot take, or not together with the first one."""
+        """Raise InvalidTask for a row that the model cannot take, or not together with the first one."""
         # embeddings are in place of tokens
         needed = [self._main] if EMBEDDINGS not in columns else []
         needed += [LABELS] if self._loss is None else []
@@ -133,7 +133,7 @@ class TensorReader:
 
 
 class Feed(ABC):
-    """How the rows of a training go through its model. With `counts_rows` each row counts alike in the loss of a step."""
+    """The way of a training's rows through its model. With `counts_rows` each row counts alike in the loss of a step."""
 
     counts_rows: bool
 
@@ -142,26 +142,26 @@ class Feed(ABC):
 
     @abstractmethod
     def inputs_of(self, rows: Sequence[Any]) -> dict[str, Any]:
-        """The rows as one batch, with each one's place among the tasks in `task`."""
+        """Return the rows as one batch, with each one's place among the tasks in `task`."""
 
     @abstractmethod
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
-        """The model's output for a batch, and the mean loss over what counts. Raises TrainingError where there is none."""
+        """Return the model's output for a batch, and its mean loss. Raises TrainingError where there is no loss."""
 
     @abstractmethod
     def size(self, inputs: Mapping[str, Any]) -> int:
-        """What the report counts: tokens without padding, or rows."""
+        """Return the batch's size in the report: tokens without padding, or rows."""
 
     def count(self, inputs: Mapping[str, Any]) -> int:
-        """How much of the batch counts: target tokens, or rows."""
+        """Return how much of the batch counts: target tokens, or rows."""
         return len(inputs["task"]) if self.counts_rows else int((inputs[LABELS] != IGNORED).sum())
 
     def labels(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """labels_BK of the last tokens, with `IGNORED` where no loss is asked; None where labels are not those of tokens."""
+        """Return labels_BK of the last tokens, `IGNORED` where no loss is asked; None if labels are not of tokens."""
         return None if self.counts_rows else inputs[LABELS]
 
     def _own_loss(self, output: Any) -> tuple[Any, Tensor]:
-        """The output of a call with labels, and the base's own loss. Raises TrainingError where it has none."""
+        """Return the output of a call with labels, and the base's own loss. Raises TrainingError where it has none."""
         if self._model.own_loss is None:
             raise TrainingError(
                 f"{type(self._model.base_model).__name__} gives no loss for labels, so there is nothing to learn: pass "
@@ -171,7 +171,7 @@ class Feed(ABC):
 
 
 class TensorFeed(Feed):
-    """Stacked rows; the loss is the base's own for `labels`, or `loss(output, columns)`."""
+    """A feed of stacked rows; the loss is the base's own for `labels`, or `loss(output, columns)`."""
 
     def __init__(self, model: ExpertLearner, loss: Loss | None) -> None:
         super().__init__(model)
@@ -180,7 +180,7 @@ class TensorFeed(Feed):
         self.counts_rows = loss is not None or not predicts_tokens(model.base_model)
 
     def inputs_of(self, rows: Sequence[TensorRow]) -> dict[str, Any]:
-        """As `Feed`; numbers with a point that the model takes are in its precision."""
+        """Return the batch of `Feed`; floating-point inputs of the model are in its precision."""
         base, read = self._model.base_model, [row.columns() for row in rows]
         stacked = {name: torch.stack([columns[name] for columns in read]) for name in read[0]}
         dtype, device = next(base.parameters()).dtype, self._model.device
@@ -190,7 +190,7 @@ class TensorFeed(Feed):
         return {**stacked, "task": torch.tensor([row.expert for row in rows], device=device)}
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
-        """As `Feed`."""
+        """Return the output and mean loss of `Feed`."""
         columns = {name: value for name, value in inputs.items() if name != "task"}
         task_B, tasks = inputs["task"], self._model.tasks
         given = None if bool((task_B < 0).all()) else task_B
@@ -206,20 +206,23 @@ class TensorFeed(Feed):
         return output, loss
 
     def size(self, inputs: Mapping[str, Any]) -> int:
-        """Rows."""
+        """Return the number of rows."""
         return len(inputs["task"])
 
 
 def predicts_tokens(model: nn.Module) -> bool:
-    """Whether the model is a language model: it reads token ids, and its outputs are logits of tokens."""
+    """Return whether the model is a language model: it reads token ids, and its outputs are logits of tokens."""
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         return False
     return getattr(model, "get_output_embeddings", lambda: None)() is not None
 
 
 def are_tensors(dataset: Any, model: nn.Module, loss: Loss | None) -> bool:
-    """Whether rows are read as tensors: for a loss of the caller's own, for a model that is not a language
-    model, and for a row that has more than tokens, such as an image."""
+    """Return whether rows are read as tensors.
+
+    They are for a loss of the caller's own, for a model that is not a language model, and for a row that has more than
+    tokens, such as an image.
+    """
     if loss is not None or not predicts_tokens(model):
         return True
     part: Any = next(iter(dataset.values()), None) if isinstance(dataset, Mapping) else dataset
@@ -233,7 +236,7 @@ def are_tensors(dataset: Any, model: nn.Module, loss: Loss | None) -> bool:
 
 
 def _is_numbered(rows: Any) -> bool:
-    """Whether rows[number] is a row; in a data frame it would be a column."""
+    """Return whether rows[number] is a row; in a data frame it would be a column."""
     if isinstance(rows, str) or hasattr(rows, "columns"):
         return False
     return hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
@@ -266,7 +269,7 @@ def _digest(columns: Mapping[str, Tensor]) -> str:
 
 
 class TokenFeed(Feed):
-    """Rows of token ids and their targets; the loss is that of the target tokens."""
+    """A feed of rows of token ids and their targets; the loss is that of the target tokens."""
 
     counts_rows = False
 
@@ -280,13 +283,13 @@ class TokenFeed(Feed):
         self._labelled = partial(label_rows, base, NO_TOKENIZER if tokenizer is None else tokenizer, whole=whole)
 
     def inputs_of(self, rows: Sequence[TrainingRow]) -> dict[str, Any]:
-        """As `Feed`."""
+        """Return the batch of `Feed`."""
         return {**self._labelled(rows)}
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
-        """As `Feed`."""
+        """Return the output and mean loss of `Feed`."""
         return self._own_loss(call_labelled(model, inputs, two_sequences=self._two_sequences))
 
     def size(self, inputs: Mapping[str, Any]) -> int:
-        """Tokens without padding."""
+        """Return the number of tokens without padding."""
         return int(inputs["attention_mask"].sum())

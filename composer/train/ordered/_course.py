@@ -1,4 +1,4 @@
-"""Tasks in their order, and what all ways of training one after the other share."""
+"""The tasks in their order, and what all ways of training one after the other share."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Losses = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class Course:
-    """`tasks` in the order in which they are learned; `start` is the adapter that the first one begins from.
+    """A course of `tasks` in the order in which they are learned; `start` is the adapter that the first one begins from.
 
     `layers` has (O, I) of each target layer, `options` are those of this way of training. What is made `once` is kept in
     `folder`, a checkpoint, where there is one.
@@ -55,17 +55,17 @@ class Course:
 
     @property
     def first(self) -> Layers:
-        """What is in the model before the first task."""
+        """The layers that the model has before the first task."""
         return {} if self.start is None else self.start.layers
 
     def jobs(self, names: Sequence[str], start: Layers | None = None) -> LoraJobs:
-        """New factors for each name, or copies of `start`."""
+        """Return jobs with new factors for each name, or with copies of `start`."""
         given = {} if start is None else dict.fromkeys(names, start)
         return LoraJobs(self.model, self.layers, names, self.settings, given)
 
     @contextmanager
     def frozen(self, layers: Layers) -> Iterator[None]:
-        """Within it the model has the update, which gets no gradient."""
+        """Add the update to the model inside the block, without gradients."""
         if not layers:
             yield
             return
@@ -76,7 +76,7 @@ class Course:
             yield
 
     def plain(self, jobs: LoraJobs, frozen: Layers) -> Losses:
-        """Each job's loss on the rows of its task, over a frozen update."""
+        """Return the function of each job's loss on the rows of its task, over a frozen update."""
 
         def losses(step: int) -> Tensor:
             chosen = [row for job in jobs.jobs for row in self.settings.rows(self.rows[job], job, step)]
@@ -86,7 +86,7 @@ class Course:
         return losses
 
     def run(self, jobs: LoraJobs, losses: Losses, *, after_step: Callable[[int], None] | None = None) -> None:
-        """Takes all steps down the gradient of `losses`, each job's clipped to norm 1.
+        """Take all steps down the gradient of `losses`, each job's clipped to norm 1.
 
         Raises TrainingError for a loss that is not finite.
         """
@@ -94,18 +94,18 @@ class Course:
         descend(learners, losses, self.settings.steps, self.bar, title=", ".join(jobs.jobs), after_step=after_step)
 
     def learned(self, name: str, start: Layers | None = None, frozen: Layers | None = None) -> Layers:
-        """What a job learns of its task alone, from new factors or `start`, over a frozen update."""
+        """Train a job on its task alone, from new factors or `start`, over a frozen update; return its layers."""
         jobs = self.jobs([name], start)
         self.run(jobs, self.plain(jobs, frozen or {}))
         return jobs.layers_of(name)
 
     def encoded(self, examples: Task | GivenRows) -> list[EncodedRow]:
-        """Examples that an option brings, in token ids."""
+        """Return an option's examples in token ids."""
         task = Task.of(examples)
         return encode_pairs(self.model, self.tokenizer, task, task.examples)
 
     def once(self, name: str, make: Callable[[], Sequence[Layers]], kinds: Sequence[str] = ("",)) -> list[Adapter]:
-        """The updates, one of each kind, that are known when task `name` is learned: made, or taken from the checkpoint."""
+        """Return the updates, one of each kind, known once task `name` is learned: made, or read from the checkpoint."""
         keys = [self._key(name, kind) for kind in kinds]
         kept = [] if self.folder is None else [load_adapter(self.folder, key) for key in keys]
         if kept and None not in kept:
@@ -132,7 +132,7 @@ class Course:
         return {"method": "loraweave.train_adapters", **settings, "continual": self.way, "settings": plain, **begin}
 
     def _key(self, name: str, kind: str) -> str:
-        """A hash of all that an update which is known after `name` depends on."""
+        """Return the digest of everything an update depends on that is known after `name`."""
         until = [[task, *asdict(self.tasks[task]).values()] for task in self._until(name)]
         options = sorted((key, repr(value)) for key, value in self.options.items())
         content = json.dumps([self._recipe, options, until, len(self.tasks), self.base.to_json(), kind], sort_keys=True)
@@ -140,7 +140,7 @@ class Course:
 
 
 def added(first: Layers, second: Layers) -> dict[str, Factors]:
-    """The exact sum of two updates; the rank rows of the first come first."""
+    """Return the exact sum of two updates; the rank rows of the first come first."""
     names = dict.fromkeys([*first, *second])
     return {name: algebra.add([part[name] for part in (first, second) if name in part]) for name in names}
 
@@ -150,7 +150,7 @@ Lesson = Callable[[str, Layers], Layers]
 
 
 def one_by_one(course: Course, lesson: Lesson) -> dict[str, Adapter]:
-    """{task: the adapter after it}; `lesson(task, layers)` gives its layers, from those after the task before."""
+    """Return {task: the adapter after it}; `lesson(task, layers)` returns its layers, from those after the task before."""
     found: dict[str, Adapter] = {}
     layers = course.first
     for name in course.rows:
@@ -164,5 +164,5 @@ def _alone(lesson: Lesson, name: str, layers: Layers) -> list[Layers]:
 
 
 def by_prefix(course: Course, lesson: Lesson) -> dict[str, Adapter]:
-    """{task: the sum after it}; `lesson(task, prefix)` gives the update that the task adds to the frozen prefix."""
+    """Return {task: the sum after it}; `lesson(task, prefix)` returns the update that it adds to the frozen prefix."""
     return one_by_one(course, lambda name, prefix: added(prefix, lesson(name, prefix)))

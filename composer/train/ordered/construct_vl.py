@@ -26,12 +26,12 @@ def construct_vl(
     attack_size: Positive = 0.01,
     ada_weights: bool = False,
 ) -> dict[str, Adapter]:
-    """{task t: the sum of the adapters of tasks 0 to t}, each trained while the earlier ones are in the model and frozen.
+    """Return {task t: the sum of the adapters of tasks 0 to t}, each trained with the earlier ones frozen in the model.
 
     b begins at 0, so a task begins as the model that the one before left; every past model is that prefix of the sum, to
     the bit (`own_parts` takes it apart). Ranks add up: task t has (t + 1) * rank.
 
-    Adversarial pseudo-replay keeps the sum from forgetting, without rows of earlier tasks. The loss of task t has beside it
+    Adversarial pseudo-replay keeps the sum from forgetting, without rows of earlier tasks. It adds to the loss of task t
     `replay` times the sum over past models s of the mean over rows of |(p_s - p_s') - (p_t - p_t')|. p is exp(-the mean loss
     of the row's target tokens), and p' that with the embeddings of the row's tokens moved `attacks` times by `attack_size` *
     sign(-dp_s'/de): what makes the past model doubt has to make the new one doubt as much. As in the released code, at whose
@@ -56,7 +56,7 @@ def construct_vl(
 def _learn(
     course: Course, replay: float, attacks: int, size: float, ada: bool, name: str, parts: Layers, past: Sequence[Layers]
 ) -> list[Layers]:
-    """The model's update after the task, and with weights beside it the sum of the parts without them."""
+    """Train the task; return the model's update after it, and with weights also the sum of the parts without them."""
     jobs = course.jobs([name])
     if ada:
         (job,) = jobs.members
@@ -86,7 +86,7 @@ def _learn(
 
 
 class Weighed(LoraJob):
-    """A job's own factors after those of earlier tasks, which stay, all times a learned weight of each task and layer."""
+    """A job of a task's own factors after the frozen ones of earlier tasks, all times a learned weight by task and layer."""
 
     def __init__(self, job: LoraJob, first: Layers, parts: Layers) -> None:
         super().__init__(job.name, {layer: (a.detach(), b.detach()) for layer, (a, b) in job.factors.items()}, job.scale)
@@ -111,18 +111,18 @@ class Weighed(LoraJob):
         return LowRank(torch.cat([earlier_a, own_a]), torch.cat([earlier_b, own_b], dim=1) * v_S, self.scale)
 
     def own(self) -> dict[str, Factors]:
-        """What the task has learned, without its weight."""
+        """Return the task's own factors, without its weight."""
         return LoraJob(self.name, self.factors, self.scale).result()
 
 
 def certainty(model: Any, stacked: TargetBatch, moved_BTI: Tensor | None = None) -> Tensor:
-    """p_B = exp(-the mean loss of a row's target tokens), with the embeddings moved by so much."""
+    """Return p_B = exp(-the mean loss of a row's target tokens), with the embeddings moved by so much."""
     with _moved(model, moved_BTI):
         return (-mean_losses(model, stacked)).exp()
 
 
 def attacked(model: Any, stacked: TargetBatch, attacks: int, size: float) -> tuple[Tensor, Tensor]:
-    """p_B - p'_B of the model as it is, and the move of the embeddings that makes p' low."""
+    """Return p_B - p'_B of the model as it is, and the move of the embeddings that makes p' low."""
     shape = *stacked.inputs["input_ids"].shape, model.get_input_embeddings().weight.shape[1]
     moved_BTI = model.get_input_embeddings().weight.new_zeros(shape)
     with torch.no_grad():
@@ -137,7 +137,7 @@ def attacked(model: Any, stacked: TargetBatch, attacks: int, size: float) -> tup
 
 @contextmanager
 def _moved(model: Any, moved_BTI: Tensor | None) -> Iterator[None]:
-    """Inside, the first call of the input embeddings (an encoder's, where there is one) gives them moved."""
+    """Move the output of the first call of the input embeddings (an encoder's, where there is one) inside the block."""
     if moved_BTI is None:
         yield
         return

@@ -23,7 +23,7 @@ def gs_lora(
     sparsity: NonNegative = 0.3,
     dense_steps: Whole = 10,
 ) -> dict[str, Adapter]:
-    """{task t: the sum of the updates that made the model forget tasks 0 to t}. The tasks are what is to be forgotten.
+    """Return {task t: the sum of the updates that made the model forget tasks 0 to t}; the tasks are to be forgotten.
 
     Each update is trained over the frozen earlier ones, with the loss CE(retain) + strength * max(0, bound - CE(forget)) +
     sparsity * the sum over blocks g of sqrt(n_g) * |theta_g|, theta_g being the n_g entries of all factors of a block's
@@ -64,7 +64,7 @@ def gs_lora(
 
 @torch.no_grad()
 def shrink(jobs: LoraJobs, threshold: float, zeroed: set[str]) -> None:
-    """Scales each block's n factors by max(0, 1 - threshold * sqrt(n) / their norm); `zeroed` has the blocks that are 0."""
+    """Scale each block's n factors by max(0, 1 - threshold * sqrt(n) / their norm); add blocks that become 0 to `zeroed`."""
     for block, tensors in blocks(jobs).items():
         norm = float(torch.stack([tensor.square().sum() for tensor in tensors]).sum().sqrt())
         size = sum(tensor.numel() for tensor in tensors)
@@ -76,7 +76,7 @@ def shrink(jobs: LoraJobs, threshold: float, zeroed: set[str]) -> None:
 
 
 def blocks(jobs: LoraJobs) -> dict[str, list[Tensor]]:
-    """The factors of each block; a layer's block is its path up to the first number, or the whole path without one."""
+    """Return the factors of each block: a layer's path up to the first number, or the whole path without one."""
     found: dict[str, list[Tensor]] = {}
     for layer, pair in (item for job in jobs.members for item in job.factors.items()):
         parts = layer.split(".")

@@ -21,7 +21,7 @@ from loraweave.hub.adapter import Adapter
 def ilora(
     course: Course, *, decay: Fraction = 0.25, reservoir: Count = 500, consistency: NonNegative = 1.0
 ) -> dict[str, Adapter]:
-    """{task: the slow adapter after that task}; the fast one goes on learning from task to task.
+    """Return {task: the slow adapter after that task}; the fast one goes on learning from task to task.
 
     After step n of the whole course slow = d * slow + (1 - d) * fast with d = min(1 - 1 / (n + 1), decay), on a and on b
     apart. From the second task on the loss is (CE(x) + CE(x')) / 2 + consistency * mean((h - max(h, h_slow))^2): x' is as
@@ -77,18 +77,18 @@ def _learn(
 
 @torch.no_grad()
 def follow(slow: LoraJobs, fast: LoraJobs, decay: float) -> None:
-    """slow = decay * slow + (1 - decay) * fast, factor by factor."""
+    """Set slow = decay * slow + (1 - decay) * fast, factor by factor."""
     for own, its in zip(slow.parameters(), fast.parameters(), strict=True):
         own.mul_(decay).add_(its, alpha=1 - decay)
 
 
 def lag(plastic: Tensor, stable: Tensor) -> Tensor:
-    """mean((h - max(h, h_slow))^2): only where the slow adapter's state is the larger does the fast one's lag behind."""
+    """Return mean((h - max(h, h_slow))^2): the fast state lags only where the slow one's is the larger."""
     return (plastic - torch.maximum(plastic, stable)).square().mean()
 
 
 def states(model: Any, stacked: TargetBatch) -> tuple[Tensor, Tensor]:
-    """The mean loss of the target tokens, and the hidden states of all layers at the real tokens, as one vector."""
+    """Return the mean loss of the target tokens, and all layers' hidden states at the real tokens as one vector."""
     inputs: dict[str, Any] = {**stacked.inputs, "output_hidden_states": True}
     outputs: list[Any] = []
     handle = model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
@@ -107,7 +107,7 @@ def states(model: Any, stacked: TargetBatch) -> tuple[Tensor, Tensor]:
 
 
 def _reservoir(course: Course, past: Sequence[str], size: int) -> list[EncodedRow]:
-    """At most `size` rows of the tasks, each row as likely as any other (Vitter's algorithm R)."""
+    """Return at most `size` rows of the tasks, each row as likely as any other (Vitter's algorithm R)."""
     kept: list[EncodedRow] = []
     generator = seeded(course.settings.seed, "reservoir")
     for seen, row in enumerate(row for name in past for row in course.rows[name]):

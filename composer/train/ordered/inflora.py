@@ -22,7 +22,7 @@ ROWS_AT_ONCE = 8
 def inflora(
     course: Course, *, energy_first: Fraction = 0.95, energy_last: Fraction = 1.0, max_examples: Count = 256
 ) -> dict[str, Adapter]:
-    """{task t: the sum of the updates of tasks 0 to t}; of task t's update a is designed and frozen, b alone is trained.
+    """Return {task t: the sum of the updates of tasks 0 to t}; of a task's update a is designed and frozen, b is trained.
 
     H = X^T X / n over the inputs of a layer for the task's examples (at most `max_examples`), and M is an orthonormal basis
     of what matters to earlier tasks (arXiv 2404.00228). The rows of a are the largest left singular vectors of H - M M^T H,
@@ -67,7 +67,7 @@ def _learn(course: Course, name: str, prefix: Layers, bases: dict[str, Tensor], 
 
 @torch.no_grad()
 def input_grams(course: Course, name: str, update: Layers, max_examples: int) -> dict[str, Tensor]:
-    """gram_II = X^T X / n of each target layer, float64 on the CPU, over the n real tokens of the task's first examples.
+    """Return gram_II = X^T X / n of each target layer, float64 on the CPU, over n real tokens of the task's first examples.
 
     `update` is in the model. An encoder-decoder runs its examples one by one, without padding.
     """
@@ -95,13 +95,13 @@ def input_grams(course: Course, name: str, update: Layers, max_examples: int) ->
 
 
 def designed(gram_II: Tensor, basis_IM: Tensor, rank: int) -> Tensor:
-    """a_RI: the largest left singular vectors of H - M M^T H that are orthogonal to M, as rows of norm 1 / sqrt(3)."""
+    """Return a_RI: the largest left singular vectors of H - M M^T H orthogonal to M, as rows of norm 1 / sqrt(3)."""
     outside_II = gram_II - basis_IM @ (basis_IM.T @ gram_II)
     return _largest(outside_II @ outside_II.T, basis_IM)[1][:, :rank].T / 3**0.5
 
 
 def grown(basis_IM: Tensor, gram_II: Tensor, energy: float) -> Tensor:
-    """The basis with the fewest directions more that leave at most (1 - energy) * tr H outside it."""
+    """Return the basis with the fewest more directions that leave at most (1 - energy) * tr H outside it."""
     outside_II = gram_II - basis_IM @ (basis_IM.T @ gram_II)
     outside_II = outside_II - (outside_II @ basis_IM) @ basis_IM.T
     values, directions_IM = _largest(outside_II, basis_IM)
@@ -114,7 +114,7 @@ def grown(basis_IM: Tensor, gram_II: Tensor, energy: float) -> Tensor:
 
 
 def _largest(symmetric_II: Tensor, basis_IM: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues from the largest on, at least 0, and the eigenvectors orthogonal to the basis."""
+    """Return eigenvalues from the largest on, at least 0, and the eigenvectors orthogonal to the basis."""
     num_free = len(basis_IM) - basis_IM.shape[1]
     # the basis becomes what is smallest, and cannot be among several directions of value 0
     lowered_II = symmetric_II - (1 + symmetric_II.trace()) * basis_IM @ basis_IM.T

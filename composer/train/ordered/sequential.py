@@ -7,5 +7,5 @@ from loraweave.hub.adapter import Adapter
 
 
 def sequential(course: Course) -> dict[str, Adapter]:
-    """{task: the adapter after that task}. Nothing holds what earlier tasks taught."""
+    """Return {task: the adapter after that task}. Nothing holds what earlier tasks taught."""
     return one_by_one(course, lambda name, layers: course.learned(name, start=layers or None))

@@ -20,7 +20,7 @@ from loraweave.lowrank import algebra
 def task_arithmetic(
     course: Course, *, weight: Annotated[float, Range(least=0, most=2)] = 0.5, exemplars: Whole = 0, tuning_steps: Whole = 0
 ) -> dict[str, Adapter]:
-    """{task t: weight * the sum of the adapters of tasks 0 to t}, each trained without the others (arXiv 2311.02428).
+    """Return {task t: weight * the sum of the adapters of tasks 0 to t}, each trained without the others (arXiv 2311.02428).
 
     The order of tasks does not change the last model, and tasks are trained `jobs_per_batch` at once. With `tuning_steps`,
     each sum is then tuned so many steps on `exemplars` examples of every task in it. With `weight` 0 the model stays
@@ -47,7 +47,7 @@ def _learn(course: Course, group: list[str]) -> list[Layers]:
 
 
 def _tuned(course: Course, name: str, total: Layers, exemplars: int, steps: int) -> list[Layers]:
-    """The sum after a few steps on exemplars of the tasks up to `name`."""
+    """Return the sum, tuned for a few steps on exemplars of the tasks up to `name`."""
     if not steps:
         return [total]
     rows: list[EncodedRow] = []
