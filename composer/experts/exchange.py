@@ -67,18 +67,25 @@ def federated_average(
     clients = _layers(models, experts)
     means: dict[tuple[str, int], Start] = {}
     for name in clients[0] if clients else ():
-        each = [client[name] for client in clients]
+        layers = [client[name] for client in clients]
         for expert in experts:
             # there may be fewer in some layers
-            if not all(_has(layer, expert) for layer in each):
+            if not all(_has(layer, expert) for layer in layers):
                 continue
-            of_all = [layer.starts()[expert] for layer in each]
+            of_all = [layer.starts()[expert] for layer in layers]
             _require_same(models, f"expert {expert} at {name!r}", [tuple(a.shape + b.shape) for a, b in of_all])
-            scaled = [(a, b * layer.scale) for (a, b), layer in zip(of_all, each, strict=True)]
+            scaled = [(a, b * layer.scale) for (a, b), layer in zip(of_all, layers, strict=True)]
             means[name, expert] = (_mean([a for a, _ in scaled], shares), _mean([b for _, b in scaled], shares))
     learned = [dict(model.gates.named_parameters()) for model in models] if gates else []
-    _require_same(models, "the gates", [{name: tuple(value.shape) for name, value in each.items()} for each in learned])
-    gate_means = {name: _mean([each[name] for each in learned], shares) for name in (learned[0] if learned else ())}
+    _require_same(
+        models,
+        "the gates",
+        [{name: tuple(value.shape) for name, value in gate_parameters.items()} for gate_parameters in learned],
+    )
+    gate_means = {
+        name: _mean([gate_parameters[name] for gate_parameters in learned], shares)
+        for name in (learned[0] if learned else ())
+    }
     for client in clients:
         for name, layer in client.items():
             starts = layer.starts()
@@ -94,7 +101,7 @@ def federated_average(
 
 def _layers(models: Sequence[ExpertModel], experts: Sequence[int]) -> list[dict[str, SumOfExperts]]:
     """Return the layers of each model that have one of these experts, by name; all models must have the same ones."""
-    found: list[dict[str, SumOfExperts]] = []
+    layers_by_model: list[dict[str, SumOfExperts]] = []
     for model in models if experts else ():
         layers = {}
         for name in model.sites:
@@ -111,13 +118,13 @@ def _layers(models: Sequence[ExpertModel], experts: Sequence[int]) -> list[dict[
         for expert in experts:
             if not any(_has(layer, expert) for layer in layers.values()):
                 raise UnknownName(f"recipe {model.recipe.name!r} has no expert {expert!r} in any layer")
-        found.append(layers)
+        layers_by_model.append(layers)
     have = [
         {name: [expert for expert in experts if _has(layer, expert)] for name, layer in sorted(layers.items())}
-        for layers in found
+        for layers in layers_by_model
     ]
     _require_same(models, "the layers with these experts", have)
-    return found
+    return layers_by_model
 
 
 def _has(layer: SumOfExperts, expert: int) -> bool:
@@ -128,11 +135,16 @@ def _start(name: str, layer: SumOfExperts, expert: int, adapter: Adapter) -> Sta
     a_RI, b_RO = (torch.zeros_like(values) for values in layer.starts()[expert])
     if (factors := adapter.layers.get(name)) is None:
         return a_RI, b_RO
-    sizes, own = (factors.rank, factors.a_RI.shape[1], factors.b_OR.shape[0]), (*a_RI.shape, b_RO.shape[1])
-    if factors.gain_O is not None or factors.bias_O is not None or sizes[1:] != own[1:] or sizes[0] > own[0]:
+    sizes, expert_sizes = (factors.rank, factors.a_RI.shape[1], factors.b_OR.shape[0]), (*a_RI.shape, b_RO.shape[1])
+    if (
+        factors.gain_O is not None
+        or factors.bias_O is not None
+        or sizes[1:] != expert_sizes[1:]
+        or sizes[0] > expert_sizes[0]
+    ):
         raise LayerMismatch(
-            f"adapter {adapter.name!r} has rank, inputs and outputs {sizes} at {name!r}, and expert {expert} takes {own}, "
-            "or a smaller rank, and no gains or biases: make the recipe with that rank"
+            f"adapter {adapter.name!r} has rank, inputs and outputs {sizes} at {name!r}, and expert {expert} takes "
+            f"{expert_sizes}, or a smaller rank, and no gains or biases: make the recipe with that rank"
         )
     a_RI[: factors.rank] = factors.a_RI.to(a_RI)
     b_RO[: factors.rank] = factors.b_OR.T.to(b_RO) / layer.scale
@@ -140,11 +152,11 @@ def _start(name: str, layer: SumOfExperts, expert: int, adapter: Adapter) -> Sta
 
 
 def _require_same(models: Sequence[ExpertModel], what: str, found: Sequence[object]) -> None:
-    for number, each in enumerate(found):
-        if each != found[0]:
+    for number, client_value in enumerate(found):
+        if client_value != found[0]:
             raise LayerMismatch(
-                f"{what} of client {number} ({models[number].recipe.name}) are {str(each)[:200]}, but those of client 0 "
-                f"{str(found[0])[:200]}: clients exchange what all have alike"
+                f"{what} of client {number} ({models[number].recipe.name}) are {str(client_value)[:200]}, but those of "
+                f"client 0 {str(found[0])[:200]}: clients exchange what all have alike"
             )
 
 

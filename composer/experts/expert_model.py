@@ -76,16 +76,16 @@ class ExpertModel(LikeBase, ExpertLearner):
         self._take(make_parts(base_model, recipe, shapes, starts))
         self._learning = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
         base_model.requires_grad_(False)
-        own = type(self)
-        self._handles = [base_model.register_forward_pre_hook(Hook(self, own._before_call), with_kwargs=True)]
+        model_class = type(self)
+        self._handles = [base_model.register_forward_pre_hook(Hook(self, model_class._before_call), with_kwargs=True)]
         for name, site in self.sites.items():
             if not site.parts:
-                self._put_in(name, own._after_site, name)
+                self._put_in(name, model_class._after_site, name)
             for number, part in enumerate(site.parts):
-                self._put_in(part.name, own._after_part, name, number, before=own._before_part)
+                self._put_in(part.name, model_class._after_part, name, number, before=model_class._before_part)
         for block in closing_blocks(base_model) if recipe.branches else ():
             if any(name.startswith(f"{block}.") for name in self.sites):
-                self._put_in(block, own._after_branch, block, before=own._before_branch)
+                self._put_in(block, model_class._after_branch, block, before=model_class._before_branch)
 
     def _put_in(self, path: str, after: Any, *place: Any, before: Any = None) -> None:
         """Run the methods `before` and `after` around a module of the base, with `place` as their first arguments."""
@@ -140,13 +140,15 @@ class ExpertModel(LikeBase, ExpertLearner):
         self._require_open()
         tensors = tensors_in(kwargs)
         names = ("inputs", "input_ids", "inputs_embeds", getattr(self.base_model, "main_input_name", "input_ids"))
-        given: Any = args[0] if args else next((tensors[name] for name in names if name in tensors), None)
+        main_input: Any = args[0] if args else next((tensors[name] for name in names if name in tensors), None)
         mask_BT = tensors.get("attention_mask")
-        is_text = given is not None and given.ndim == 2 and not given.is_floating_point()
-        prompts = prompted(given, torch.ones_like(given) if mask_BT is None else mask_BT) if is_text else nullcontext()
+        is_text = main_input is not None and main_input.ndim == 2 and not main_input.is_floating_point()
+        prompts = (
+            prompted(main_input, torch.ones_like(main_input) if mask_BT is None else mask_BT) if is_text else nullcontext()
+        )
         running = Running(self, self.task_ids(task), generates=True)
         with holding(RUNNING, running), prompts:
-            running.begin_generation(self.base_model, given, tensors.get("inputs_embeds"), mask_BT)
+            running.begin_generation(self.base_model, main_input, tensors.get("inputs_embeds"), mask_BT)
             self.show_gates(running.call)
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
 
@@ -159,8 +161,8 @@ class ExpertModel(LikeBase, ExpertLearner):
     def with_experts(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Tensor, call: Call) -> Tensor:
         """Return the output of a site whose module gave y for `args` in this call."""
         layer: Any = self.layers[key_of(name)]
-        found: Tensor = layer(module, args, y, self._weighing(self.sites[name], layer, call))
-        return found
+        output: Tensor = layer(module, args, y, self._weighing(self.sites[name], layer, call))
+        return output
 
     def _before_call(self, running: Running, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running.begin(module, args, kwargs)
@@ -278,10 +280,10 @@ class ExpertModel(LikeBase, ExpertLearner):
         """
         if is_main_process is False:
             return Path(folder)
-        if own := [name for name, parameter in self.base_model.named_parameters() if parameter.requires_grad]:
+        if unfrozen := [name for name, parameter in self.base_model.named_parameters() if parameter.requires_grad]:
             warnings.warn(
-                f"{folder} gets experts and gates only, but {own[0]!r} and the base's other unfrozen parameters, "
-                f"{len(own)} in all, may have learned too: save the base as well, and make this from it",
+                f"{folder} gets experts and gates only, but {unfrozen[0]!r} and the base's other unfrozen parameters, "
+                f"{len(unfrozen)} in all, may have learned too: save the base as well, and make this from it",
                 stacklevel=2,
             )
         state = self.expert_state()
@@ -344,8 +346,8 @@ class ExpertModel(LikeBase, ExpertLearner):
 
     def set_by_hand(self) -> dict[str, bool]:
         """Return whether a parameter trains, for each one where that differs from the recipe."""
-        found = {name: parameter.requires_grad for name, parameter in self.expert_parameters().items()}
-        return {name: learns for name, learns in found.items() if learns != self._learns[name]}
+        trainable = {name: parameter.requires_grad for name, parameter in self.expert_parameters().items()}
+        return {name: learns for name, learns in trainable.items() if learns != self._learns[name]}
 
     def set_again(self, by_hand: Mapping[str, bool]) -> None:
         """Set whether the parameters of these names train."""

@@ -21,13 +21,13 @@ class LikeBase(nn.Module):
     _hf_peft_config_loaded = True
 
     def __new__(cls, base_model: nn.Module, *_: Any, **__: Any) -> Any:
-        own: Any = cls
-        return _make(own, type(base_model))
+        original: Any = cls
+        return _make(original, type(base_model))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a class made here has no name that a pickle could find it by
-        own, *_ = (each for each in type(self).__mro__ if "_on" not in vars(each))
-        return _make, (own, type(self.base_model)), object.__getstate__(self)  # type: ignore[attr-defined]
+        original, *_ = (ancestor for ancestor in type(self).__mro__ if "_on" not in vars(ancestor))
+        return _make, (original, type(self.base_model)), object.__getstate__(self)  # type: ignore[attr-defined]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -62,8 +62,8 @@ def _class_on(own: Any, base: Any) -> Any:
     if hasattr(own, "_on"):
         return own
     signature = inspect.signature(base.forward)
-    named = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-    rest = [each for each in signature.parameters.values() if each.kind is inspect.Parameter.VAR_KEYWORD]
+    named = [parameter for parameter in signature.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    rest = [parameter for parameter in signature.parameters.values() if parameter.kind is inspect.Parameter.VAR_KEYWORD]
     task = inspect.Parameter("task", inspect.Parameter.KEYWORD_ONLY, default=None)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

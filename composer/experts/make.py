@@ -108,7 +108,7 @@ def start_from(
     _require_updates(members)
     recipe = make_recipe(name, {**options, **_following(name, members, options), "target_modules": members.layer_names})
     members = members if "num_experts" in recipe.options else _by_task(recipe, members)
-    shapes = {site: _shape(recipe, site, own, members) for site, own in shapes_of(base_model, recipe).items()}
+    shapes = {site: _shape(recipe, site, shape, members) for site, shape in shapes_of(base_model, recipe).items()}
     # what the recipe's scale makes the adapter's update of
     starts: dict[str, list[Start | None]] = {site: [] for site in shapes}
     for site, of_site in starts.items():
@@ -126,18 +126,18 @@ def _pool_of(pool: Any, hub: Hub | None) -> ExpertPool:
         case Hub():
             return pool.pool([record.name for record in pool])
         case Mapping():
-            found = list(pool.values())
+            members = list(pool.values())
         case Iterable():
-            found = pool = list(pool)
+            members = pool = list(pool)
         case _:
-            found = pool = [pool]
-    if found and is_list(found, Candidate):
+            members = pool = [pool]
+    if members and is_list(members, Candidate):
         if hub is None:
             raise WeightingError(
                 "the pool is what a search found, whose adapters are in a hub: pass hub=... beside pool=..."
             )
-        return hub.pool([candidate.name for candidate in found])
-    if strange := [each for each in found if not isinstance(each, Adapter)]:
+        return hub.pool([candidate.name for candidate in members])
+    if strange := [member for member in members if not isinstance(member, Adapter)]:
         raise WeightingError(
             f"the pool has {strange[0]!r:.80}, which is no adapter: pass an ExpertPool, adapters, a mapping of names to "
             "adapters, a hub, or what hub.search found"
@@ -269,8 +269,8 @@ def _expert_shape(site: str, model: ExpertModel, before: ExpertShape | None, oth
     """Return the new experts, with the site's ranks where the options change nothing."""
     if before is None:
         return new
-    own, place = model.shapes[site], model.sites[site]
-    known = dict(zip(model.recipe.roles(place, own), zip(before.ranks, own.ranks, strict=False), strict=False))
+    shape, place = model.shapes[site], model.sites[site]
+    known = dict(zip(model.recipe.roles(place, shape), zip(before.ranks, shape.ranks, strict=False), strict=False))
     ranks = []
     for role, rank in zip(other.roles(place, new), new.ranks, strict=True):
         old, kept = known.get(role, (None, rank))
@@ -285,15 +285,15 @@ def _take_over(model: ExpertModel, made: ExpertModel) -> None:
         old = dict(model.layers.items()).get(key)
         if isinstance(layer, SumOfExperts) and isinstance(old, SumOfExperts):
             by_expert += [f"layers.{key}.{name}" for name in (*FACTORS, *(f"frozen_{name}" for name in FACTORS))]
-            own = dict(zip(model.recipe.roles(old.site, old.shape), old.starts(), strict=True))
+            old_starts = dict(zip(model.recipe.roles(old.site, old.shape), old.starts(), strict=True))
             roles = made.recipe.roles(layer.site, layer.shape)
-            if gone := [role for role in own if role not in roles]:
+            if gone := [role for role in old_starts if role not in roles]:
                 raise WeightingError(
                     f"expert {gone[0]!r} at {layer.site.name!r}, and what it learned, would have no place: make a new model"
                 )
             # an expert that has another rank now begins untrained
             starts = dict(zip(roles, layer.starts(), strict=True))
-            starts |= {role: start for role, start in own.items() if len(start[0]) == len(starts[role][0])}
+            starts |= {role: start for role, start in old_starts.items() if len(start[0]) == len(starts[role][0])}
             layer.reset(list(starts.values()))
     for name, value in made.expert_state().items():
         if name in by_expert or name not in known:

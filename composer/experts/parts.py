@@ -94,21 +94,21 @@ def shapes_of(
 def _sites(base_model: nn.Module, recipe: Recipe, shapes: Mapping[str, ExpertShape] | None) -> dict[Site, ExpertShape]:
     form: Any = registry.get("forms", recipe.form)
     num_features = 0 if (embeddings := input_embeddings(base_model)) is None else embeddings.weight.shape[1]
-    found = [replace(site, num_features=num_features) for site in form.sites(base_model, recipe)]
-    own = {site: recipe.shape(site) if shapes is None else shapes.get(site.name) for site in found}
-    given = {site: shape for site, shape in own.items() if shape is not None}
-    if not given:
+    sites = [replace(site, num_features=num_features) for site in form.sites(base_model, recipe)]
+    optional_shapes = {site: recipe.shape(site) if shapes is None else shapes.get(site.name) for site in sites}
+    expert_shapes = {site: shape for site, shape in optional_shapes.items() if shape is not None}
+    if not expert_shapes:
         raise UnknownName(f"recipe {recipe.name!r} gives no layer of the model experts: widen target_modules")
-    return given
+    return expert_shapes
 
 
 def _starts(recipe: Recipe, site: Site, shape: ExpertShape, starts: Starts | None) -> Sequence[tuple[Tensor, Tensor]]:
     """Return each expert's start at a site, or at a part of one: the given one, or the recipe's own."""
-    found: list[tuple[Tensor, Tensor] | None] = list(() if starts is None else starts.get(site.name, ()))
-    found += [None] * (shape.num_experts - len(found))
+    site_starts: list[tuple[Tensor, Tensor] | None] = list(() if starts is None else starts.get(site.name, ()))
+    site_starts += [None] * (shape.num_experts - len(site_starts))
     return [
-        recipe.start(site, expert, rank, seeded(recipe.seed, site.name, expert)) if given is None else given
-        for expert, (rank, given) in enumerate(zip(shape.ranks, found, strict=True))
+        recipe.start(site, expert, rank, seeded(recipe.seed, site.name, expert)) if start is None else start
+        for expert, (rank, start) in enumerate(zip(shape.ranks, site_starts, strict=True))
     ]
 
 
@@ -118,7 +118,7 @@ def layer_sites(model: nn.Module, targets: Sequence[str], *, kinds: Sequence[Lay
     Raises UnknownName for a target that matches none, LayerMismatch, naming the layer, for one that does more than its
     weight.
     """
-    found: dict[str, Site] = {}
+    sites: dict[str, Site] = {}
     blocks, closing = numbered_blocks(model), closing_blocks(model)
     for name, module in model.named_modules():
         kind = next((kind for kind in kinds if kind.shape(module) is not None), None)
@@ -130,7 +130,7 @@ def layer_sites(model: nn.Module, targets: Sequence[str], *, kinds: Sequence[Lay
                 f"layer {name!r} ({type(module).__name__}) gets no experts: {why}; leave it out of target_modules"
             )
         block = block_of(name)
-        found[name] = Site(
+        sites[name] = Site(
             name,
             shape.num_inputs,
             shape.num_outputs,
@@ -140,9 +140,9 @@ def layer_sites(model: nn.Module, targets: Sequence[str], *, kinds: Sequence[Lay
             closing=block is None or any(name.startswith(f"{last}.") for last in closing),
         )
     require_all_named(
-        targets, found, [name for name, module in model.named_modules() if any(k.shape(module) for k in kinds)]
+        targets, sites, [name for name, module in model.named_modules() if any(k.shape(module) for k in kinds)]
     )
-    return list(found.values())
+    return list(sites.values())
 
 
 def numbered_blocks(model: nn.Module) -> dict[str | None, int]:
@@ -156,18 +156,18 @@ def closing_blocks(model: nn.Module) -> list[str]:
 
     A numbered module is a stage where it has a list of blocks of one class, as those of Swin, SegFormer and ResNet.
     """
-    found: list[str] = []
+    paths: list[str] = []
     stacks: dict[str, str] = {}
     for block in numbered_blocks(model):
         assert block is not None
         module = model.get_submodule(block)
         stages = [(block, module), *((f"{block}.{part}", child) for part, child in module.named_children())]
-        lists = [(path, list(each)) for path, each in stages if isinstance(each, nn.ModuleList | nn.Sequential)]
-        alike = [(path, each) for path, each in lists if len({type(inner) for inner in each}) == 1]
-        found += [f"{path}.{len(each) - 1}" for path, each in alike]
+        lists = [(path, list(stage)) for path, stage in stages if isinstance(stage, nn.ModuleList | nn.Sequential)]
+        alike = [(path, modules) for path, modules in lists if len({type(inner) for inner in modules}) == 1]
+        paths += [f"{path}.{len(modules) - 1}" for path, modules in alike]
         if not alike:
             stacks[block.rpartition(".")[0]] = block
-    return found or list(stacks.values())
+    return paths or list(stacks.values())
 
 
 def is_named(name: str, targets: Sequence[str]) -> bool:
@@ -208,8 +208,8 @@ class Layout:
         parts = [getattr(block, name, None) for name in (*self.first, self.down)]
         if not all(isinstance(part, nn.Module) and linear.shape(part) is not None for part in parts):
             return False
-        own = sum(1 for part in parts if part is not None for _ in part.parameters())
-        return hasattr(block, self.act) and own == sum(1 for _ in block.parameters())
+        num_parameters = sum(1 for part in parts if part is not None for _ in part.parameters())
+        return hasattr(block, self.act) and num_parameters == sum(1 for _ in block.parameters())
 
 
 LAYOUTS = (
@@ -233,27 +233,27 @@ def feed_forward_sites(model: nn.Module, targets: Sequence[str]) -> list[Site]:
     Raises UnknownName for a target that matches none, LayerMismatch, naming the module, for one that is no such block, or
     that does more than its layers.
     """
-    blocks, found = numbered_blocks(model), {}
+    blocks, sites = numbered_blocks(model), {}
     for name, module in model.named_modules():
         if not is_named(name, targets):
             continue
-        asked = f"{name!r} ({type(module).__name__}) gets no experts around its non-linearity"
+        refusal = f"{name!r} ({type(module).__name__}) gets no experts around its non-linearity"
         if (layout := layout_of(module)) is None:
-            known = "; ".join(f"{', '.join(each.first)}, {each.act} and {each.down}" for each in LAYOUTS)
+            known = "; ".join(f"{', '.join(other.first)}, {other.act} and {other.down}" for other in LAYOUTS)
             raise LayerMismatch(
-                f"{asked}: it is no feed-forward block that has {known}, and no other parameters; name such blocks in "
+                f"{refusal}: it is no feed-forward block that has {known}, and no other parameters; name such blocks in "
                 "target_modules, or take a recipe that adds its experts to single layers, such as mola"
             )
         place = (blocks.get(block_of(name)), len(blocks))
         parts = tuple(_part(f"{name}.{part}", module.get_submodule(part), place) for part in (*layout.first, layout.down))
         if not _does_what_it_says(module, layout):
             raise LayerMismatch(
-                f"{asked}: its forward is more than its layers and {layout.act}, which is all that an expert would have; "
+                f"{refusal}: its forward is more than its layers and {layout.act}, which is all that an expert would have; "
                 "leave it out of target_modules"
             )
-        found[name] = Site(name, parts[0].num_inputs, parts[-1].num_outputs, *place, parts=parts)
-    require_all_named(targets, found, [name for name, module in model.named_modules() if layout_of(module) is not None])
-    return list(found.values())
+        sites[name] = Site(name, parts[0].num_inputs, parts[-1].num_outputs, *place, parts=parts)
+    require_all_named(targets, sites, [name for name, module in model.named_modules() if layout_of(module) is not None])
+    return list(sites.values())
 
 
 def _part(name: str, module: nn.Module, place: tuple[int | None, int]) -> Site:
@@ -301,8 +301,8 @@ def recipe(name: str, options: Mapping[str, Any]) -> Recipe:
         )
     made_of: type[Recipe] = registry.get("experts", name)
     require_known(f"recipe {name!r}", options, options_of(made_of))
-    given: dict[str, Any] = {
+    option_values: dict[str, Any] = {
         option: tuple(value) if isinstance(value, Iterable) and not isinstance(value, str | Mapping) else value
         for option, value in options.items()
     }
-    return made_of(**given)
+    return made_of(**option_values)

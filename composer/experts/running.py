@@ -98,13 +98,13 @@ class Running:
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begin a call of the base with these arguments. Raises ScopeError for no rows, and for tasks of other rows."""
         arguments = arguments_of(model, args, kwargs)
-        found = tensors_in(arguments)
-        ids_BT, given = found.get("input_ids"), found.get("inputs_embeds")
-        main = ids_BT if given is None else given
+        tensors = tensors_in(arguments)
+        ids_BT, embeds_BTI = tensors.get("input_ids"), tensors.get("inputs_embeds")
+        main = ids_BT if embeds_BTI is None else embeds_BTI
         if main is None:
-            main = next(iter(found.values()), None)
+            main = next(iter(tensors.values()), None)
         num_rows = _num_rows(main)
-        real_BT = _real_tokens(main, found.get("attention_mask"))
+        real_BT = _real_tokens(main, tensors.get("attention_mask"))
         if real_BT is None and self.begun_BT is not None and num_rows and main is not None:
             real_BT = _of_beams(self.begun_BT, main)
         task_B = None if self.task_B is None else self._tasks(num_rows, self.task_B, copies=self.generates)
@@ -114,15 +114,15 @@ class Running:
             labels_B = torch.full((num_rows,), -1) if task_B is None else task_B
             mask_BT = torch.ones(num_rows, 1) if main is None or main.ndim < 2 else torch.ones(main.shape[:2])
             step = Step(mask_BT.to(main.device) if real_BT is None and main is not None else real_BT, labels_B)  # type: ignore[arg-type]
-            step.decoder_BT = _decoder_tokens(found) if two_sequences else None
+            step.decoder_BT = _decoder_tokens(tensors) if two_sequences else None
         past = arguments.get("past_key_values")
         follows = past is not None and past.get_seq_length() > 0
         # those of an encoder and a decoder are the decoder's
-        labels = None if two_sequences else found.get("labels")
+        labels = None if two_sequences else tensors.get("labels")
         if "logits_to_keep" in arguments:
             labels = _of_last_tokens(main, labels)
         prompt_BT = None if main is None else _prompt_tokens(main, real_BT, labels)
-        embed = None if ids_BT is None and given is None else partial(_embedded, model, ids_BT, given)
+        embed = None if ids_BT is None and embeds_BTI is None else partial(_embedded, model, ids_BT, embeds_BTI)
         self.call = Call(
             real_BT, prompt_BT, ids_BT, task_B, follows, self.kept, step, embed, two_sequences, num_rows or None
         )
@@ -279,10 +279,10 @@ def _embedded(model: nn.Module, ids_BT: Tensor | None, given: Tensor | None) -> 
 def input_embeddings(model: nn.Module) -> Any:
     """Return the module of the model's token embeddings, or None if it has none."""
     try:
-        found: Any = model.get_input_embeddings()  # type: ignore[operator]
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
-    return found if isinstance(found, nn.Embedding) else None
+    return embeddings if isinstance(embeddings, nn.Embedding) else None
 
 
 def _prompt_tokens(main: Tensor, real_BT: Tensor | None, labels: Tensor | None) -> Tensor | None:

@@ -74,14 +74,14 @@ class SavedExperts:
         instead = f"lw.experts({str(self.folder)!r}, base_model) makes the saved one"
         if recipe.name != self.recipe:
             raise WeightingError(f"{self.folder} has experts of recipe {self.recipe!r}, not {recipe.name!r}: {instead}")
-        own = json.loads(json.dumps(recipe.options))
+        options = json.loads(json.dumps(recipe.options))
         # an option that there was not yet has its default, or what the recipe says that it meant
         saved = {**json.loads(json.dumps({**type(recipe)().options, **recipe.before})), **self.options}
-        for option in sorted(set(own) | set(saved)):
-            if option != "seed" and own.get(option) != saved.get(option):
+        for option in sorted(set(options) | set(saved)):
+            if option != "seed" and options.get(option) != saved.get(option):
                 raise WeightingError(
                     f"{self.folder} has recipe {self.recipe!r} with {option} {saved.get(option)!r}, but this model "
-                    f"has {own.get(option)!r}: {instead}"
+                    f"has {options.get(option)!r}: {instead}"
                 )
         for site in sorted(set(shapes) | set(self.shapes)):
             if shapes.get(site) != self.shapes.get(site):
@@ -96,27 +96,27 @@ class SavedExperts:
         Raises AdapterCorrupt for a file that has others, of other shapes, or with numbers that are not finite.
         """
         file = self.folder / self.file
-        found = hashed_tensors(self.folder, self.file, self.sha256, said_by=FILE)
+        tensors = hashed_tensors(self.folder, self.file, self.sha256, said_by=FILE)
         try:
-            asked = asked_tensors(model, recipe, self.shapes)
+            expected_shapes = asked_tensors(model, recipe, self.shapes)
         except LoraweaveError:
             raise
         except (TypeError, ValueError, KeyError, RuntimeError) as error:
             raise AdapterCorrupt(f"{self.folder / FILE} is damaged ({type(error).__name__}: {error})") from error
-        if odd := sorted(set(asked) ^ set(found)):
-            where = "is missing from" if odd[0] in asked else "is in"
+        if odd := sorted(set(expected_shapes) ^ set(tensors)):
+            where = "is missing from" if odd[0] in expected_shapes else "is in"
             raise AdapterCorrupt(f"tensor {odd[0]!r} {where} {file}, which is not what recipe {self.recipe!r} asks for")
-        for name, value in found.items():
-            if tuple(value.shape) != asked[name]:
+        for name, value in tensors.items():
+            if tuple(value.shape) != expected_shapes[name]:
                 raise AdapterCorrupt(
-                    f"{file} has {name!r} with shape {tuple(value.shape)}, but {FILE} asks for {asked[name]}: copy or "
-                    "download the folder again"
+                    f"{file} has {name!r} with shape {tuple(value.shape)}, but {FILE} asks for {expected_shapes[name]}: "
+                    "copy or download the folder again"
                 )
             if value.is_floating_point() and not all_finite(value):
                 raise AdapterCorrupt(
                     f"{file} has numbers in {name!r} that are not finite: copy or download the folder again"
                 )
-        return found
+        return tensors
 
 
 def experts_as_files(
@@ -129,7 +129,7 @@ def experts_as_files(
 ) -> dict[str, bytes]:
     """Return the files of the folder by name. Raises WeightingError for options that JSON has no form for."""
     raw = tensor_bytes(state)
-    found = {
+    description = {
         "format": FORMAT,
         "recipe": recipe.name,
         "options": {name: with_json_form(f"recipe {recipe.name!r}", name, value) for name, value in recipe.options.items()},
@@ -141,7 +141,7 @@ def experts_as_files(
         "report": finite(report),
         "versions": {package: version(package) for package in PACKAGES},
     }
-    return {TENSORS: raw, FILE: json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False).encode()}
+    return {TENSORS: raw, FILE: json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False).encode()}
 
 
 def write_experts(given: str | Path, files: Mapping[str, bytes], *, beside: bool = False) -> Path:
@@ -179,26 +179,26 @@ def read_saved_experts(given: str | Path) -> SavedExperts:
     folder = as_path(given, "the folder that save_pretrained() wrote an expert model to", AdapterNotFound)
     if not present(folder, FILE):
         raise AdapterNotFound(f"{folder} is no saved expert model: it has no {FILE}, and holds {listing(folder)}")
-    found = read_json(folder, FILE, max_bytes=MAX_JSON_BYTES)
-    if is_whole(found.get("format"), FORMAT + 1):
+    description = read_json(folder, FILE, max_bytes=MAX_JSON_BYTES)
+    if is_whole(description.get("format"), FORMAT + 1):
         raise AdapterUnsupported(
-            f"{folder / FILE} has format {found['format']}, which a newer version of loraweave wrote: update it; this one "
-            f"reads {FORMAT}"
+            f"{folder / FILE} has format {description['format']}, which a newer version of loraweave wrote: update it; this "
+            f"one reads {FORMAT}"
         )
     try:
-        if found["format"] not in (1, FORMAT):
-            raise ValueError(f"its format is {found['format']!r}, not 1 or {FORMAT}")
+        if description["format"] not in (1, FORMAT):
+            raise ValueError(f"its format is {description['format']!r}, not 1 or {FORMAT}")
         return SavedExperts(
             folder,
-            FIRST_TENSORS if found["format"] == 1 else TENSORS,
-            RENAMED.get(found["recipe"], str(found["recipe"])),
-            dict(found["options"]),
-            {str(name): _shape(shape) for name, shape in found["sites"].items()},
-            str(found["base_model"]),
-            Fingerprint.from_json(found["fingerprint"]),
-            str(found["sha256"]),
-            tuple(map(str, found["names"])),
-            None if found["report"] is None else dict(found["report"]),
+            FIRST_TENSORS if description["format"] == 1 else TENSORS,
+            RENAMED.get(description["recipe"], str(description["recipe"])),
+            dict(description["options"]),
+            {str(name): _shape(shape) for name, shape in description["sites"].items()},
+            str(description["base_model"]),
+            Fingerprint.from_json(description["fingerprint"]),
+            str(description["sha256"]),
+            tuple(map(str, description["names"])),
+            None if description["report"] is None else dict(description["report"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AdapterCorrupt(f"{folder / FILE} is damaged ({type(error).__name__}: {error})") from error
@@ -218,15 +218,15 @@ def _shape(data: Mapping[str, Any]) -> ExpertShape:
 def one_expert(base_model: nn.Module, recipe: Recipe, layers: Mapping[str, Any], number: int) -> Adapter:
     """Return one expert as an adapter, or raise, as `ExpertModel.expert` says; `layers` are the experts of each site."""
     require_updates(recipe, layers, f"expert {number}")
-    own = {
+    factors = {
         name: layer.factors(torch.eye(layer.shape.num_experts)[number])
         for name, layer in layers.items()
         if is_whole(number, 0) and number < layer.shape.num_experts and layer.shape.ranks[number]
     }
-    if not own:
+    if not factors:
         most = max(layer.shape.num_experts for layer in layers.values())
         raise UnknownName(f"recipe {recipe.name!r} has no expert {number!r}; its experts are 0 to {most - 1}")
-    return as_adapter(base_model, recipe, f"{recipe.name}-{number}", own, {"expert": number})
+    return as_adapter(base_model, recipe, f"{recipe.name}-{number}", factors, {"expert": number})
 
 
 def require_updates(recipe: Recipe, layers: Mapping[str, Any], what: str) -> None:

@@ -76,23 +76,25 @@ def train_experts(
     _require_apart(model, models)
     owners = {name: owners_of(made.recipe) for name, made in models.items()}
 
-    readers = {name: RowReader(own, model, tokenizer) for name, own in owners.items()}
-    given = {name: readers[name].read(examples, what=f"job {name!r}") for name, (_, examples) in jobs.items()}
+    readers = {name: RowReader(row_owners, model, tokenizer) for name, row_owners in owners.items()}
+    all_rows = {name: readers[name].read(examples, what=f"job {name!r}") for name, (_, examples) in jobs.items()}
 
     def held(name: str, examples: Any) -> list[TrainingRow]:
         """Return rows to judge by, in the prompts of the job's Task unless they are a Task themselves."""
-        own = jobs[name][1]
+        job_examples = jobs[name][1]
         reader = RowReader(owners[name].closed(), model, tokenizer)
-        return reader.read(examples, what=f"held_out[{name!r}]", task=own if isinstance(own, Task) else PLAIN)
+        return reader.read(
+            examples, what=f"held_out[{name!r}]", task=job_examples if isinstance(job_examples, Task) else PLAIN
+        )
 
     judging = Judging(held_out, evaluate_every, patience)
-    judging.require({name: len(own) for name, own in given.items()})
-    rows, judged = judging.split(given, held, seed)
+    judging.require({name: len(job_rows) for name, job_rows in all_rows.items()})
+    rows, judged = judging.split(all_rows, held, seed)
     folder = checkpoint_folder(checkpoint)
     with ExitStack() as stack:
         stack.enter_context(caller_randomness())
         stack.enter_context(untouched(model))
-        stack.enter_context(_with_tasks(models, {name: tuple(own.places) for name, own in owners.items()}))
+        stack.enter_context(_with_tasks(models, {name: tuple(row_owners.places) for name, row_owners in owners.items()}))
         stack.enter_context(_in_their_modes(models.values()))
         bar = stack.enter_context(progress_bar(progress, field="loss"))
         texts = NO_TOKENIZER if tokenizer is None else tokenizer
@@ -204,10 +206,12 @@ class Together:
     def _key(self, name: str, begun: str) -> str:
         """Return the digest of everything the job's result depends on."""
         model, held_out = self.models[name], self.held_out.get(name)
-        learning = [each for each, parameter in model.expert_parameters().items() if parameter.requires_grad]
+        learning = [
+            parameter_name for parameter_name, parameter in model.expert_parameters().items() if parameter.requires_grad
+        ]
         judged = None if held_out is None else [list(map(_said, held_out.rows)), held_out.every, held_out.patience]
-        own = [name, model.recipe.name, identity(model, learning), begun, asdict(self.pace)]
-        content = json.dumps([*own, list(map(_said, self.rows[name])), judged], sort_keys=True)
+        parts = [name, model.recipe.name, identity(model, learning), begun, asdict(self.pace)]
+        content = json.dumps([*parts, list(map(_said, self.rows[name])), judged], sort_keys=True)
         return text_digest(content)[:32]
 
 
@@ -337,13 +341,13 @@ class OwnWidth:
         real = mask_BT.any(dim=0).nonzero()[:, 0].tolist()
         if not two_sequences:
             return cls({mask_BT.shape[1]: (real[0], real[-1] + 1 - real[0])})
-        given = inputs.get("decoder_input_ids")
-        if given is None or not rows or given.shape[1] == mask_BT.shape[1]:
+        decoder_ids = inputs.get("decoder_input_ids")
+        if decoder_ids is None or not rows or decoder_ids.shape[1] == mask_BT.shape[1]:
             return cls()
         # as `pad_apart` makes it of these rows
         decoder = max(2, *(len(row.target) for row in rows))
         encoder = real[-1] + 1
-        return cls({mask_BT.shape[1]: (0, encoder + (encoder == decoder)), given.shape[1]: (0, decoder)})
+        return cls({mask_BT.shape[1]: (0, encoder + (encoder == decoder)), decoder_ids.shape[1]: (0, decoder)})
 
     def cut(self, value: Tensor, *, mask: bool = False) -> Tensor:
         """Return the job's own columns of a tensor (rows, tokens, ..), the last one repeated where the pass has fewer.
@@ -353,12 +357,12 @@ class OwnWidth:
         if value.ndim < 2 or value.shape[1] not in self.columns:
             return value
         first, number = self.columns[value.shape[1]]
-        found = value[:, first : first + number]
-        lacking = number - found.shape[1]
+        own_columns = value[:, first : first + number]
+        lacking = number - own_columns.shape[1]
         if not lacking:
-            return found
-        more = found[:, -1:].expand(-1, lacking, *found.shape[2:])
-        return torch.cat([found, torch.zeros_like(more) if mask else more], dim=1)
+            return own_columns
+        more = own_columns[:, -1:].expand(-1, lacking, *own_columns.shape[2:])
+        return torch.cat([own_columns, torch.zeros_like(more) if mask else more], dim=1)
 
     def put(self, value: Tensor, width: int) -> Tensor:
         """Return (rows, tokens, features) in a tensor of this width: `value` in the job's own columns, 0 elsewhere."""

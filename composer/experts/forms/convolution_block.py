@@ -98,8 +98,8 @@ class ConvolutionBlock(SumOfExperts):
 
     def _sum(self, hidden_BTS: Tensor, w_BE: Tensor, first: int, last: int) -> Tensor:
         """Return the sum of w (hidden b + d) over the experts from `first` to before `last`."""
-        own = self._own_rows()
-        rows, w_BE = slice(own[first].start, own[last - 1].stop), w_BE[:, first:last]
+        expert_rows = self._own_rows()
+        rows, w_BE = slice(expert_rows[first].start, expert_rows[last - 1].stop), w_BE[:, first:last]
         w_B1S = w_BE[:, None, self.owner_S[rows] - first]
         return (hidden_BTS[..., rows] * w_B1S) @ self.b_SO[rows] + (w_BE @ self.d_EO[first:last])[:, None]
 

@@ -47,7 +47,7 @@ class FeedForward(Form):
             seen["x"] = args[0]
         if part + 1 < len(self.site.parts):
             return args
-        made = [seen[each.name] for each in self.site.parts[:-1]]
+        made = [seen[layer.name] for layer in self.site.parts[:-1]]
         mixed, seen["update"] = self._mixed(block, seen["x"], made, args[0], weigh)
         return (mixed.to(args[0].dtype), *args[1:])
 

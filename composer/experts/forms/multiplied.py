@@ -60,5 +60,5 @@ class Multiplied(Form):
         if isinstance(bias_O, Tensor):
             # each rank's product had the whole of it
             y_BTO = y_BTO + ((1 - b_BRO.sum(dim=1)) * bias_O.to(y.dtype))[:, None]
-        given: torch.Size = seen["shape"]
-        return y_BTO.reshape(*given, y.shape[-1])
+        shape: torch.Size = seen["shape"]
+        return y_BTO.reshape(*shape, y.shape[-1])

@@ -43,9 +43,9 @@ class PartlyFrozen(SumOfExperts):
 
     def _each(self, learned: Tensor, frozen: Tensor) -> list[Tensor]:
         """Return the rows of each expert, from the learned or the frozen factors."""
-        found, begins = [], [0, 0]
+        expert_rows, begins = [], [0, 0]
         for rank, is_frozen in zip(self.shape.ranks, self.is_frozen, strict=True):
             begin = begins[is_frozen]
-            found.append((frozen if is_frozen else learned)[begin : begin + rank])
+            expert_rows.append((frozen if is_frozen else learned)[begin : begin + rank])
             begins[is_frozen] = begin + rank
-        return found
+        return expert_rows
