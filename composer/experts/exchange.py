@@ -77,15 +77,8 @@ def federated_average(
             scaled = [(a, b * layer.scale) for (a, b), layer in zip(of_all, layers, strict=True)]
             means[name, expert] = (_mean([a for a, _ in scaled], shares), _mean([b for _, b in scaled], shares))
     learned = [dict(model.gates.named_parameters()) for model in models] if gates else []
-    _require_same(
-        models,
-        "the gates",
-        [{name: tuple(value.shape) for name, value in gate_parameters.items()} for gate_parameters in learned],
-    )
-    gate_means = {
-        name: _mean([gate_parameters[name] for gate_parameters in learned], shares)
-        for name in (learned[0] if learned else ())
-    }
+    _require_same(models, "the gates", [{name: tuple(value.shape) for name, value in named.items()} for named in learned])
+    gate_means = {name: _mean([named[name] for named in learned], shares) for name in (learned[0] if learned else ())}
     for client in clients:
         for name, layer in client.items():
             starts = layer.starts()
@@ -135,16 +128,11 @@ def _start(name: str, layer: SumOfExperts, expert: int, adapter: Adapter) -> Sta
     a_RI, b_RO = (torch.zeros_like(values) for values in layer.starts()[expert])
     if (factors := adapter.layers.get(name)) is None:
         return a_RI, b_RO
-    sizes, expert_sizes = (factors.rank, factors.a_RI.shape[1], factors.b_OR.shape[0]), (*a_RI.shape, b_RO.shape[1])
-    if (
-        factors.gain_O is not None
-        or factors.bias_O is not None
-        or sizes[1:] != expert_sizes[1:]
-        or sizes[0] > expert_sizes[0]
-    ):
+    sizes, limits = (factors.rank, factors.a_RI.shape[1], factors.b_OR.shape[0]), (*a_RI.shape, b_RO.shape[1])
+    if factors.gain_O is not None or factors.bias_O is not None or sizes[1:] != limits[1:] or sizes[0] > limits[0]:
         raise LayerMismatch(
             f"adapter {adapter.name!r} has rank, inputs and outputs {sizes} at {name!r}, and expert {expert} takes "
-            f"{expert_sizes}, or a smaller rank, and no gains or biases: make the recipe with that rank"
+            f"{limits}, or a smaller rank, and no gains or biases: make the recipe with that rank"
         )
     a_RI[: factors.rank] = factors.a_RI.to(a_RI)
     b_RO[: factors.rank] = factors.b_OR.T.to(b_RO) / layer.scale

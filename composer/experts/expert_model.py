@@ -140,15 +140,13 @@ class ExpertModel(LikeBase, ExpertLearner):
         self._require_open()
         tensors = tensors_in(kwargs)
         names = ("inputs", "input_ids", "inputs_embeds", getattr(self.base_model, "main_input_name", "input_ids"))
-        main_input: Any = args[0] if args else next((tensors[name] for name in names if name in tensors), None)
+        main: Any = args[0] if args else next((tensors[name] for name in names if name in tensors), None)
         mask_BT = tensors.get("attention_mask")
-        is_text = main_input is not None and main_input.ndim == 2 and not main_input.is_floating_point()
-        prompts = (
-            prompted(main_input, torch.ones_like(main_input) if mask_BT is None else mask_BT) if is_text else nullcontext()
-        )
+        is_text = main is not None and main.ndim == 2 and not main.is_floating_point()
+        prompts = prompted(main, torch.ones_like(main) if mask_BT is None else mask_BT) if is_text else nullcontext()
         running = Running(self, self.task_ids(task), generates=True)
         with holding(RUNNING, running), prompts:
-            running.begin_generation(self.base_model, main_input, tensors.get("inputs_embeds"), mask_BT)
+            running.begin_generation(self.base_model, main, tensors.get("inputs_embeds"), mask_BT)
             self.show_gates(running.call)
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
 

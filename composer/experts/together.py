@@ -81,11 +81,9 @@ def train_experts(
 
     def held(name: str, examples: Any) -> list[TrainingRow]:
         """Return rows to judge by, in the prompts of the job's Task unless they are a Task themselves."""
-        job_examples = jobs[name][1]
+        taught = jobs[name][1]
         reader = RowReader(owners[name].closed(), model, tokenizer)
-        return reader.read(
-            examples, what=f"held_out[{name!r}]", task=job_examples if isinstance(job_examples, Task) else PLAIN
-        )
+        return reader.read(examples, what=f"held_out[{name!r}]", task=taught if isinstance(taught, Task) else PLAIN)
 
     judging = Judging(held_out, evaluate_every, patience)
     judging.require({name: len(job_rows) for name, job_rows in all_rows.items()})
@@ -206,9 +204,7 @@ class Together:
     def _key(self, name: str, begun: str) -> str:
         """Return the digest of everything the job's result depends on."""
         model, held_out = self.models[name], self.held_out.get(name)
-        learning = [
-            parameter_name for parameter_name, parameter in model.expert_parameters().items() if parameter.requires_grad
-        ]
+        learning = [path for path, parameter in model.expert_parameters().items() if parameter.requires_grad]
         judged = None if held_out is None else [list(map(_said, held_out.rows)), held_out.every, held_out.patience]
         parts = [name, model.recipe.name, identity(model, learning), begun, asdict(self.pace)]
         content = json.dumps([*parts, list(map(_said, self.rows[name])), judged], sort_keys=True)

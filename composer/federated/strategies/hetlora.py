@@ -64,18 +64,16 @@ class Hetlora(Strategy):
 
     def expected(self, received: Tensors, update: Tensors) -> Mapping[str, tuple[int, ...]]:
         """Return the received shapes, or those with the update's smaller rank if it is the same in all layers."""
-        full_rank = min(value.shape[0] for name, value in received.items() if name.endswith(A))
+        given = min(value.shape[0] for name, value in received.items() if name.endswith(A))
         sent = {value.shape[0] for name, value in update.items() if name.endswith(A) and value.ndim}
-        rank = sent.pop() if len(sent) == 1 else full_rank
-        return super().expected(truncated(received, rank if 0 < rank < full_rank else full_rank), update)
+        rank = sent.pop() if len(sent) == 1 else given
+        return super().expected(truncated(received, rank if 0 < rank < given else given), update)
 
     def aggregate(self, course: Course, server: Tensors, updates: Mapping[str, Tensors], number: int) -> Tensors:
         clients, weights = [layers_of(update) for update in updates.values()], [1.0] * len(updates)
-        experts = {layer: [client_layers[layer] for client_layers in clients] for layer in course.layers}
+        experts = {layer: [own[layer] for own in clients] for layer in course.layers}
         norms = survey(experts.values(), weights)
-        return tensors_of(
-            {layer: padded_sum(layer_factors, weights, survey=norms) for layer, layer_factors in experts.items()}
-        )
+        return tensors_of({layer: padded_sum(own, weights, survey=norms) for layer, own in experts.items()})
 
 
 class PruningJob(LoraJob):
