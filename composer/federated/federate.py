@@ -53,16 +53,21 @@ class Federated:
         clients = self.course.clients
         if name not in clients:
             raise UnknownName(f"no client {name!r}{registry.nearest(name, clients)}; there are {', '.join(clients)}")
-        own = self.state.own.get(name, {})
-        return self.strategy.client(self.course, self.state.server, clients[name], own, self.adapter.card)
+        kept = self.state.own.get(name, {})
+        return self.strategy.client(self.course, self.state.server, clients[name], kept, self.adapter.card)
 
     def __str__(self) -> str:
         lines = []
-        for number, each in enumerate(self.rounds, start=1):
-            traffic = f"{each.bytes_down / 1e6:.2f} MB down, {each.bytes_up / 1e6:.2f} MB up"
-            parts = [f"{len(each.losses)} clients", *([each.loss] if each.loss else []), traffic, f"{each.seconds:.1f} s"]
+        for number, report in enumerate(self.rounds, start=1):
+            traffic = f"{report.bytes_down / 1e6:.2f} MB down, {report.bytes_up / 1e6:.2f} MB up"
+            parts = [
+                f"{len(report.losses)} clients",
+                *([report.loss] if report.loss else []),
+                traffic,
+                f"{report.seconds:.1f} s",
+            ]
             lines.append(f"round {number}: {', '.join(parts)}")
-            lines += [f"  without {name}: {why}" for name, why in each.left_out.items()]
+            lines += [f"  without {name}: {why}" for name, why in report.left_out.items()]
         return "\n".join([*lines, *(f"{name} {value:g}" for name, value in self.figures.items())])
 
 
@@ -113,8 +118,8 @@ def federate(
     endings = read_endings(target_modules)
     lora: dict[str, Any] = {"rank": rank, "steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed, "warmup": warmup}
     round_by: dict[str, Any] = {"participation": participation, "min_clients": min_clients, "backend": backend}
-    given = {**lora, **round_by, "rounds": rounds, "alpha": alpha}
-    check_options("federate()", given, options_of(federate), error=TrainingError)
+    options = {**lora, **round_by, "rounds": rounds, "alpha": alpha}
+    check_options("federate()", options, options_of(federate), error=TrainingError)
     chosen = _strategy(strategy, strategy_options or {})
     lora["alpha"] = 2.0 * rank if alpha is None else alpha
     settings = LoraSettings(**lora, target_modules=endings)
@@ -153,10 +158,10 @@ def _course(
         members[name] = Client(name, rows[name], size, ranks[name], apart)
     targets, own_targets = _layers(model, own_models, settings.target_modules)
     course = Course(model, tokenizer, settings, targets, members, rounds, sample_rate, fingerprint(model))
-    own = {
+    own_courses = {
         name: replace(course, model=its, layers=own_targets[name], base=fingerprint(its)) for name, its in own_models.items()
     }
-    return replace(course, own=own)
+    return replace(course, own=own_courses)
 
 
 def _card(course: Course, strategy: Strategy, state: State, figures: Mapping[str, float]) -> dict[str, Any]:
@@ -166,7 +171,7 @@ def _card(course: Course, strategy: Strategy, state: State, figures: Mapping[str
         del settings["seed"]
     else:
         done["clients"] = {name: client.size for name, client in course.clients.items()}
-        done["rounds"] = [asdict(each) for each in state.rounds]
+        done["rounds"] = [asdict(report) for report in state.rounds]
     recipe = {"method": "loraweave.federate", "strategy": _named(strategy), **settings, "rounds": course.rounds}
     return {"recipe": recipe, "federation": done}
 
@@ -187,31 +192,31 @@ def _ranks(given: Mapping[str, int], strategy: Strategy, clients: Mapping[str, A
     """Return each client's rank. Raises TrainingError for ranks that the strategy cannot take, UnknownName."""
     if not isinstance(given, Mapping):
         raise TrainingError(f"ranks is {given!r:.60}; pass {{client: its rank}}")
-    for name, own in given.items():
+    for name, client_rank in given.items():
         if name not in clients:
             raise UnknownName(f"ranks has {name!r}{registry.nearest(name, clients)}; the clients are {', '.join(clients)}")
-        if not is_whole(own, 1):
-            raise TrainingError(f"the rank of client {name!r} is {own!r}; it must be a whole number of at least 1")
-    found = {name: given.get(name, rank) for name in clients}
-    if len(set(found.values())) > 1 and not strategy.mixed_ranks:
+        if not is_whole(client_rank, 1):
+            raise TrainingError(f"the rank of client {name!r} is {client_rank!r}; it must be a whole number of at least 1")
+    client_ranks = {name: given.get(name, rank) for name in clients}
+    if len(set(client_ranks.values())) > 1 and not strategy.mixed_ranks:
         mixed = [name for name in registry.names("strategies") if registry.get("strategies", name).mixed_ranks]
         raise TrainingError(
             f"strategy {strategy.registered_name()!r} averages factors of one rank, and the clients' ranks are "
-            f"{sorted(set(found.values()))}: give all the same, or take {' or '.join(mixed)}"
+            f"{sorted(set(client_ranks.values()))}: give all the same, or take {' or '.join(mixed)}"
         )
-    return found
+    return client_ranks
 
 
 def _models(given: Mapping[str, Any], strategy: Strategy, clients: Mapping[str, Any]) -> dict[str, Any]:
     """Return the models of clients that bring their own. Raises TrainingError if the strategy takes none."""
     if not isinstance(given, Mapping):
         raise TrainingError(f"models is {given!r:.60}; pass {{client: its model}}")
-    for name, own in given.items():
+    for name, model in given.items():
         if name not in clients:
             raise UnknownName(f"models has {name!r}{registry.nearest(name, clients)}; the clients are {', '.join(clients)}")
-        require_model(own)
+        require_model(model)
         if not strategy.own_models:
-            take = [each for each in registry.names("strategies") if registry.get("strategies", each).own_models]
+            take = [other for other in registry.names("strategies") if registry.get("strategies", other).own_models]
             raise TrainingError(
                 f"strategy {strategy.registered_name()!r} exchanges updates of one model, and models has one of client "
                 f"{name!r}: leave it out, or take {' or '.join(take)}"
@@ -241,9 +246,9 @@ def _layers(model: Any, own_models: Mapping[str, Any], endings: Sequence[str]) -
         return target_layers(model, nowhere or [ending for ending in endings if matches(model, ending)] or endings)
 
     targets, own_targets = layers_of(model), {}
-    for name, own in own_models.items():
+    for name, own_model in own_models.items():
         try:
-            own_targets[name] = layers_of(own)
+            own_targets[name] = layers_of(own_model)
         except UnknownName as error:
             raise UnknownName(f"the model of client {name!r}: {error}") from error
     return targets, own_targets
@@ -277,5 +282,5 @@ def _key(course: Course, strategy: Mapping[str, Any]) -> str:
     ]
     about = [dict(strategy), asdict(course.settings), course.rounds, course.sample_rate, course.base.to_json(), members]
     if course.own:
-        about.append({name: own.base.to_json() for name, own in course.own.items()})
+        about.append({name: client_course.base.to_json() for name, client_course in course.own.items()})
     return text_digest(json.dumps(about, sort_keys=True))[:32]

@@ -30,15 +30,15 @@ def flower(course: Course, strategy: Strategy, orders: Sequence[Order]) -> Itera
     """
     if not orders:
         return
-    for each in (course, *course.own.values()):
-        if (device := next(each.model.parameters()).device).type != "cpu":
+    for client_course in (course, *course.own.values()):
+        if (device := next(client_course.model.parameters()).device).type != "cpu":
             raise TrainingError(
-                f"the backend 'flower' shares models on the CPU with its processes, and {each.model.name_or_path!r} is on "
-                f"{device}"
+                "the backend 'flower' shares models on the CPU with its processes, and "
+                f"{client_course.model.name_or_path!r} is on {device}"
             )
-    found = _simulated(course, strategy, orders)
+    outcomes = _simulated(course, strategy, orders)
     for order in orders:
-        outcome = found[order.client]
+        outcome = outcomes[order.client]
         if isinstance(outcome, str) and DIED in outcome:
             outcome = _simulated(course, strategy, [order])[order.client]
             if isinstance(outcome, str) and DIED in outcome:
@@ -58,7 +58,7 @@ def _simulated(course: Course, strategy: Strategy, orders: Sequence[Order]) -> d
     except ImportError as error:
         raise PackageMissing(f"backend 'flower' needs flwr and ray ({error}): pip install 'loraweave[flower]'") from error
 
-    threads, found = torch.get_num_threads(), dict[str, Trained | str]()
+    threads, by_client = torch.get_num_threads(), dict[str, Trained | str]()
     # processes import what this one can
     paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     settings: dict[str, Any] = {
@@ -83,18 +83,18 @@ def _simulated(course: Course, strategy: Strategy, orders: Sequence[Order]) -> d
             # nodes come up while this runs
             while len(nodes := sorted(grid.get_node_ids())) < len(orders):
                 time.sleep(0.1)
-            asked = dict(zip(nodes, orders, strict=True))
+            sent = dict(zip(nodes, orders, strict=True))
             messages = [
-                Message(content=_content(order), message_type="train", dst_node_id=node) for node, order in asked.items()
+                Message(content=_content(order), message_type="train", dst_node_id=node) for node, order in sent.items()
             ]
             for reply in grid.send_and_receive(messages):
-                found[asked[reply.metadata.src_node_id].client] = _outcome(reply)
+                by_client[sent[reply.metadata.src_node_id].client] = _outcome(reply)
 
         resources = {"client_resources": {"num_cpus": threads, "num_gpus": 0.0}}
         run_simulation(server, client, num_supernodes=len(orders), backend_config=resources)
     finally:
         ray.shutdown()
-    return {order.client: found.get(order.client, f"{DIED}: it never answered") for order in orders}
+    return {order.client: by_client.get(order.client, f"{DIED}: it never answered") for order in orders}
 
 
 def _carry_out(reference: Any, threads: int, message: Any, _: Any) -> Any:
@@ -104,9 +104,9 @@ def _carry_out(reference: Any, threads: int, message: Any, _: Any) -> Any:
     course, strategy = _shared(reference)
     # sums of another number of threads round otherwise
     torch.set_num_threads(threads)
-    asked = message.content["about"]
-    received, own = (_tensors(message.content, name) for name in ("received", "own"))
-    order = Order(asked["client"], asked["round"], received, own)
+    order_fields = message.content["about"]
+    received, kept = (_tensors(message.content, name) for name in ("received", "own"))
+    order = Order(order_fields["client"], order_fields["round"], received, kept)
     ((_, outcome),) = here(course, strategy, [order])
     if isinstance(outcome, str):
         return Message(content=RecordDict({"about": ConfigRecord({"failed": outcome})}), reply_to=message)
@@ -120,8 +120,8 @@ def _shared(reference: Any) -> tuple[Course, Strategy]:
     """Return the course and strategy that the rounds share, read once by a process."""
     import ray
 
-    found: tuple[Course, Strategy] = ray.get(reference)
-    return found
+    shared: tuple[Course, Strategy] = ray.get(reference)
+    return shared
 
 
 def _content(order: Order) -> Any:

@@ -66,26 +66,26 @@ class Kept:
     key: str
 
     def state(self) -> State | None:
-        found = self._read(self.key)
-        if found is None:
+        stored = self._read(self.key)
+        if stored is None:
             return None
-        tensors, said = found
+        tensors, said = stored
         names = sorted({name.split("/", 2)[1] for name in tensors if name.startswith(OWN)})
-        own = {said["names"][number]: _below(tensors, f"{OWN}{number}/") for number in names}
-        return State(_below(tensors, SERVER), own, tuple(RoundReport(**each) for each in said["rounds"]))
+        own_tensors = {said["names"][number]: _below(tensors, f"{OWN}{number}/") for number in names}
+        return State(_below(tensors, SERVER), own_tensors, tuple(RoundReport(**report) for report in said["rounds"]))
 
     def save_state(self, state: State) -> None:
         numbered = {str(number): name for number, name in enumerate(state.own)}
         tensors = _above(state.server, SERVER)
         for number, name in numbered.items():
             tensors |= _above(state.own[name], f"{OWN}{number}/")
-        self._write(self.key, tensors, {"names": numbered, "rounds": [asdict(each) for each in state.rounds]})
+        self._write(self.key, tensors, {"names": numbered, "rounds": [asdict(report) for report in state.rounds]})
 
     def trained(self, number: int, client: str) -> Trained | None:
-        found = self._read(self._of(number, client))
-        if found is None:
+        stored = self._read(self._of(number, client))
+        if stored is None:
             return None
-        tensors, said = found
+        tensors, said = stored
         return Trained(_below(tensors, UPDATE), _below(tensors, OWN), tuple(said["losses"]))
 
     def save_trained(self, number: int, client: str, trained: Trained) -> None:
@@ -141,21 +141,21 @@ def run_rounds(course: Course, strategy: Strategy, kept: Kept, backend: Backend,
 def _round(course: Course, strategy: Strategy, kept: Kept, backend: Backend, min_clients: int, state: State) -> State:
     started, number = time.monotonic(), len(state.rounds) + 1
     drawn = draw(course, strategy, number, min_clients)
-    own = {name: state.own.get(name, {}) for name in drawn}
-    sent = {name: strategy.sent(course, state.server, course.clients[name], own[name]) for name in drawn}
-    found = {name: trained for name in drawn if (trained := kept.trained(number, name)) is not None}
+    own_tensors = {name: state.own.get(name, {}) for name in drawn}
+    sent = {name: strategy.sent(course, state.server, course.clients[name], own_tensors[name]) for name in drawn}
+    finished = {name: trained for name in drawn if (trained := kept.trained(number, name)) is not None}
     left_out: dict[str, str] = {}
-    orders = [Order(name, number, sent[name], own[name]) for name in drawn if name not in found]
+    orders = [Order(name, number, sent[name], own_tensors[name]) for name in drawn if name not in finished]
     for name, outcome in backend(course, strategy, orders):
         why = outcome if isinstance(outcome, str) else flaw(strategy, sent[name], outcome.update)
         if isinstance(outcome, str) or why:
             left_out[name] = why
             logger.warning("round %d goes on without client %r: %s", number, name, why)
         else:
-            found[name] = outcome
+            finished[name] = outcome
             kept.save_trained(number, name, outcome)
     _require_enough(number, drawn, left_out, min_clients)
-    used = {name: found[name] for name in drawn if name in found}
+    used = {name: finished[name] for name in drawn if name in finished}
     server = strategy.aggregate(course, state.server, {name: trained.update for name, trained in used.items()}, number)
     if broken := [name for name, value in server.items() if not bool(value.isfinite().all())]:
         raise TrainingError(f"round {number}: the updates are finite, but their aggregate {broken[0]!r} is not: lower lr")
@@ -195,14 +195,14 @@ def flaw(strategy: Strategy, received: Tensors, update: object) -> str:
     """Return why an update cannot be used, as a phrase; empty for one that can."""
     if not isinstance(update, Mapping) or not all(isinstance(value, torch.Tensor) for value in update.values()):
         return f"it sent {type(update).__name__}, and not named tensors"
-    given = dict(update)
-    expected = strategy.expected(received, given)
-    if missing := [name for name in expected if name not in given]:
+    tensors = dict(update)
+    expected = strategy.expected(received, tensors)
+    if missing := [name for name in expected if name not in tensors]:
         return f"its update lacks {missing[0]!r}, one of {len(missing)} tensors"
-    if unknown := [name for name in given if name not in expected]:
+    if unknown := [name for name in tensors if name not in expected]:
         return f"its update has {unknown[0]!r}, which is none of the {len(expected)} tensors asked for"
     for name, shape in expected.items():
-        value = given[name]
+        value = tensors[name]
         if tuple(value.shape) != shape:
             return f"{name!r} of its update has shape {tuple(value.shape)} instead of {shape}"
         if not value.is_floating_point():

@@ -198,15 +198,15 @@ def learn(course: Course, order: Order, job: TrainingJob, *, loss: Loss | None =
     """
     settings, rows = course.settings, course.clients[order.client].rows
     descent = Descent(job.parameters(), settings.rate)
-    found: list[float] = []
+    losses: list[float] = []
     for step in range(settings.steps):
         chosen = settings.rows(rows, f"{order.client} {order.round}{part}", step)
         job.take(chosen, step)
         value = (partial(plain_loss, course, job) if loss is None else loss)(chosen)
-        found += backward(value[None], {f"client {order.client!r}": step})
+        losses += backward(value[None], {f"client {order.client!r}": step})
         descent.step(step)
         descent.optimizer.zero_grad()
-    return tuple(found)
+    return tuple(losses)
 
 
 def tensors_of(layers: Layers) -> Tensors:

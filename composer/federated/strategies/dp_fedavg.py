@@ -58,13 +58,13 @@ class DpFedavg(Strategy):
         sigma, expected = self.noise(course), course.sample_rate * len(course.clients)
         generator = seeded(course.settings.seed, "noise", number)
         factors = [self._factor(update) for update in updates.values()]
-        found: Tensors = {}
+        state: Tensors = {}
         for name, value in server.items():
             summed = sigma * self.clip * torch.randn(value.shape, generator=generator, dtype=torch.float64)
             for factor, update in zip(factors, updates.values(), strict=True):
                 summed += factor * update[name].double()
-            found[name] = (value.double() + summed / expected).float()
-        return found
+            state[name] = (value.double() + summed / expected).float()
+        return state
 
     def figures(self, course: Course, rounds_done: int) -> dict[str, float]:
         """Return the guarantee after so many rounds, and the noise that gives it."""

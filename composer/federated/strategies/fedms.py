@@ -71,11 +71,11 @@ class Fedms(Strategy):
         return super().expected(gates or received, update)
 
     def aggregate(self, course: Course, server: Tensors, updates: Mapping[str, Tensors], number: int) -> Tensors:
-        found = server | super().aggregate(course, server, updates, number)
+        state = server | super().aggregate(course, server, updates, number)
         if number == self.global_rounds:
-            with self.model(course, "", found, {}) as made:
-                found |= _gates(made)
-        return found
+            with self.model(course, "", state, {}) as made:
+                state |= _gates(made)
+        return state
 
     def layers(self, course: Course, state: Tensors) -> Layers:
         """Return the global expert."""

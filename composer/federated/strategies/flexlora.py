@@ -21,5 +21,7 @@ class Flexlora(Strategy):
 
     def aggregate(self, course: Course, server: Tensors, updates: Mapping[str, Tensors], number: int) -> Tensors:
         clients, weights = [layers_of(update) for update in updates.values()], sizes(course, updates)
-        merged = {layer: cut_mean([own[layer] for own in clients], weights, rank=course.rank) for layer in course.layers}
+        merged = {
+            layer: cut_mean([layers[layer] for layers in clients], weights, rank=course.rank) for layer in course.layers
+        }
         return tensors_of({layer: update.factors for layer, update in merged.items()})

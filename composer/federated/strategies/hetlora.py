@@ -64,16 +64,16 @@ class Hetlora(Strategy):
 
     def expected(self, received: Tensors, update: Tensors) -> Mapping[str, tuple[int, ...]]:
         """Return the received shapes, or those with the update's smaller rank if it is the same in all layers."""
-        given = min(value.shape[0] for name, value in received.items() if name.endswith(A))
+        full_rank = min(value.shape[0] for name, value in received.items() if name.endswith(A))
         sent = {value.shape[0] for name, value in update.items() if name.endswith(A) and value.ndim}
-        rank = sent.pop() if len(sent) == 1 else given
-        return super().expected(truncated(received, rank if 0 < rank < given else given), update)
+        rank = sent.pop() if len(sent) == 1 else full_rank
+        return super().expected(truncated(received, rank if 0 < rank < full_rank else full_rank), update)
 
     def aggregate(self, course: Course, server: Tensors, updates: Mapping[str, Tensors], number: int) -> Tensors:
         clients, weights = [layers_of(update) for update in updates.values()], [1.0] * len(updates)
-        experts = {layer: [own[layer] for own in clients] for layer in course.layers}
+        experts = {layer: [layers[layer] for layers in clients] for layer in course.layers}
         norms = survey(experts.values(), weights)
-        return tensors_of({layer: padded_sum(own, weights, survey=norms) for layer, own in experts.items()})
+        return tensors_of({layer: padded_sum(factors, weights, survey=norms) for layer, factors in experts.items()})
 
 
 class PruningJob(LoraJob):

@@ -61,13 +61,14 @@ class Pfedlora(Strategy):
     def require(self, course: Course) -> None:
         shape = _shape(course)
         for name in course.clients:
-            own = course.of(name)
-            if (head := _head(own)) in own.layers:
+            own_course = course.of(name)
+            if (head := _head(own_course)) in own_course.layers:
                 raise TrainingError(f"strategy 'pfedlora' puts the adapter on {head!r}: leave it out of target_modules")
-            if _shape(own) != shape:
+            if _shape(own_course) != shape:
                 raise TrainingError(
                     f"strategy 'pfedlora' has one adapter for all clients, but the output layer of client {name!r} has the "
-                    f"shape {_shape(own)} (vocabulary, hidden size), and the model's {shape}: give models with both alike"
+                    f"shape {_shape(own_course)} (vocabulary, hidden size), and the model's {shape}: give models with "
+                    "both alike"
                 )
 
     def first(self, course: Course) -> Tensors:
@@ -77,24 +78,24 @@ class Pfedlora(Strategy):
         return tensors_of({_head(course): Factors(*pair)})
 
     def train(self, course: Course, order: Order) -> Trained:
-        own = course.of(order.client)
-        device = next(own.model.parameters()).device
-        begun = {layer: order.own.get(layer, torch.zeros(shape)).to(device) for layer, shape in own.layers.items()}
-        network = MatrixJob(order.client, begun, own.layers)
-        adapter = LoraJob(order.client, start_of(own, order.received), own.scale)
+        own_course = course.of(order.client)
+        device = next(own_course.model.parameters()).device
+        begun = {layer: order.own.get(layer, torch.zeros(shape)).to(device) for layer, shape in own_course.layers.items()}
+        network = MatrixJob(order.client, begun, own_course.layers)
+        adapter = LoraJob(order.client, start_of(own_course, order.received), own_course.scale)
         (head,) = adapter.layers
 
         def of_adapter(rows: Sequence[EncodedRow]) -> Tensor:
-            with _instead(own.model.get_submodule(_head(own)), partial(_output, adapter, head)):
-                return plain_loss(own, network, rows)
+            with _instead(own_course.model.get_submodule(_head(own_course)), partial(_output, adapter, head)):
+                return plain_loss(own_course, network, rows)
 
         def of_both(rows: Sequence[EncodedRow]) -> Tensor:
-            return self.mu * of_adapter(rows) + (1 - self.mu) * plain_loss(own, network, rows)
+            return self.mu * of_adapter(rows) + (1 - self.mu) * plain_loss(own_course, network, rows)
 
         with _frozen(adapter.parameters()):
-            local = learn(own, order, network, loss=of_both, part=" network")
+            local = learn(own_course, order, network, loss=of_both, part=" network")
         with _frozen(network.parameters()):
-            shared = learn(own, order, adapter, loss=of_adapter, part=" adapter")
+            shared = learn(own_course, order, adapter, loss=of_adapter, part=" adapter")
         return Trained(factors_of(adapter), network.learned(), local + shared)
 
     def client(self, course: Course, server: Tensors, client: Client, own: Tensors, card: Mapping[str, Any]) -> Adapter:
@@ -110,8 +111,8 @@ def _head(course: Course) -> str:
     head = course.model.get_output_embeddings() if hasattr(course.model, "get_output_embeddings") else None
     if head is None or linear.shape(head) is None:
         raise TrainingError("strategy 'pfedlora' needs a model with a linear output layer, beside which the adapter lies")
-    found: str = next(name for name, module in course.model.named_modules() if module is head)
-    return found
+    path: str = next(name for name, module in course.model.named_modules() if module is head)
+    return path
 
 
 def _shape(course: Course) -> tuple[int, int]:

@@ -74,14 +74,14 @@ class Slora(Strategy):
         return server
 
     def aggregate(self, course: Course, server: Tensors, updates: Mapping[str, Tensors], number: int) -> Tensors:
-        found = super().aggregate(course, server, updates, number)
-        return tensors_of(self.layers(course, found)) if number == self.sparse_rounds else found
+        state = super().aggregate(course, server, updates, number)
+        return tensors_of(self.layers(course, state)) if number == self.sparse_rounds else state
 
     def layers(self, course: Course, state: Tensors) -> Layers:
         if not any(name.endswith(VALUES) for name in state):
             return layers_of(state)
-        found = {}
+        layers = {}
         for layer, shape in course.layers.items():
             delta_OI = spread(state[layer + VALUES], self.places(course, layer), shape)
-            found[layer] = Factors(*factorise(delta_OI, rank=course.rank)[:2])
-        return found
+            layers[layer] = Factors(*factorise(delta_OI, rank=course.rank)[:2])
+        return layers
