@@ -219,8 +219,8 @@ class EnsemblePrediction:
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
-    each: Tensor = torch.special.entr(probabilities)
-    return each.sum(dim=-1)
+    terms: Tensor = torch.special.entr(probabilities)
+    return terms.sum(dim=-1)
 
 
 def last_positions(batch: Mapping[str, Any], count: int, length: int, mask_name: str = "attention_mask") -> Tensor:
@@ -261,8 +261,8 @@ def align_right(batch: Mapping[str, Any]) -> dict[str, Any]:
     if mask is None or mask.dim() != 2:
         return dict(batch)
     order_BT = mask.eq(0).int().argsort(dim=1, stable=True)
-    own = {key: value for key, value in tensors_of(batch).items() if not key.startswith("decoder")}
-    return {**batch, **{key: value.gather(1, order_BT) for key, value in own.items() if value.shape == mask.shape}}
+    inputs = {key: value for key, value in tensors_of(batch).items() if not key.startswith("decoder")}
+    return {**batch, **{key: value.gather(1, order_BT) for key, value in inputs.items() if value.shape == mask.shape}}
 
 
 def without_cache(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -308,20 +308,20 @@ def answers_to(
     tokenizer = engine.tokenizer
     if tokenizer is None:
         raise CompositionError("answers() need a tokenizer: make the Composer with tokenizer=...")
-    in_orders = [each.in_orders() for each in tasks]
-    orders = [len(each) for each in in_orders]
-    asked = [member for member, count in zip(members, orders, strict=True) for _ in range(count)]
+    in_orders = [member_task.in_orders() for member_task in tasks]
+    orders = [len(ordered_tasks) for ordered_tasks in in_orders]
+    repeated_members = [member for member, count in zip(members, orders, strict=True) for _ in range(count)]
     share_M = torch.tensor([float(w) / n for w, n in zip(weight_M, orders, strict=True) for _ in range(n)])
     routed = any(not isinstance(member, Mapping | MixtureWeights | None) for member in members)
     used = set() if routed else {name for member in members if member for name in getattr(member, "experts", member)}
     # experts that count from a place in the whole prompt on are like routers
     routed = routed or bool(engine.pool.invocations(used))
-    shown = any(each[0].demonstrations for each in in_orders)
-    with engine.activate(asked):
+    shown = any(ordered_tasks[0].demonstrations for ordered_tasks in in_orders)
+    with engine.activate(repeated_members):
         return scoring.predict_together(
             engine.model,
             tokenizer,
-            [each for own in in_orders for each in own],
+            [member_task for ordered_tasks in in_orders for member_task in ordered_tasks],
             share_M,
             [texts for texts, count in zip(inputs_MN, orders, strict=True) for _ in range(count)],
             max_new_tokens=max_new_tokens,
@@ -333,6 +333,6 @@ def _tasks_of(task: Task | Sequence[Task], count: int) -> list[Task]:
     tasks = [task] * count if isinstance(task, Task) else list(task)
     if len(tasks) != count:
         raise InvalidTask(f"there are {len(tasks)} tasks for {count} members; give one for all, or one for each")
-    if different := [each.labels for each in tasks if each.labels != tasks[0].labels]:
+    if different := [member_task.labels for member_task in tasks if member_task.labels != tasks[0].labels]:
         raise InvalidTask(f"the members' tasks have the labels {tasks[0].labels} and {different[0]}; give all the same")
     return tasks

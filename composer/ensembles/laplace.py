@@ -57,22 +57,22 @@ def laplace(
     sums = {layer: _Sums.of(factors) for layer, factors in adapter.layers.items()}
     right_N = torch.tensor([labels.index(target) for _, target in task.examples])
     log_likelihood, done = 0.0, 0
-    groups = list(_groups([asked for asked, _ in task.examples]))
+    groups = list(_groups([text for text, _ in task.examples]))
     for group in tracked(groups, f"curvature of {name!r}", total=len(groups), shown=progress):
-        found = _scores(engine, tokenizer, name, task, group)
-        log_NL = found.f_NL.double().log_softmax(dim=1)
+        scored = _scores(engine, tokenizer, name, task, group)
+        log_NL = scored.f_NL.double().log_softmax(dim=1)
         log_likelihood += float(log_NL.gather(1, right_N[done : done + len(group), None]).sum())
         done += len(group)
         v_M = (log_NL.exp() * -torch.expm1(log_NL)).flatten()
-        for layer, own in sums.items():
-            own.add(*found.seen[layer], found.mask_MT, v_M)
-    parts = {layer: own.blocks() for layer, own in sums.items()}
+        for layer, layer_sums in sums.items():
+            layer_sums.add(*scored.seen[layer], scored.mask_MT, v_M)
+    parts = {layer: of_layer.blocks() for layer, of_layer in sums.items()}
     curvatures = [block.curvature().flatten() for pair in parts.values() for block in pair]
-    square = sum(float(each.double().square().sum()) for f in adapter.layers.values() for each in (f.a_RI, f.b_OR))
+    square = sum(float(factor.double().square().sum()) for f in adapter.layers.values() for factor in (f.a_RI, f.b_OR))
 
     def evidence(log_prior: float) -> float:
         precision = math.exp(log_prior)
-        volume = sum(float(torch.log1p(each / precision).sum()) for each in curvatures)
+        volume = sum(float(torch.log1p(eigenvalues / precision).sum()) for eigenvalues in curvatures)
         return log_likelihood - 0.5 * (volume + precision * square)
 
     log_prior = _highest(evidence) if prior is None else math.log(prior)
@@ -111,33 +111,33 @@ class LaplacePosterior:
 
     def scores(self, tokenizer: Any, inputs: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Return the scores f_NL and their covariance_NLL, float64."""
-        found = _scores(self.engine, tokenizer, self.name, self.task, inputs)
-        num_rows, num_labels = found.f_NL.shape
+        scored = _scores(self.engine, tokenizer, self.name, self.task, inputs)
+        num_rows, num_labels = scored.f_NL.shape
         covariance_NLL = torch.zeros(num_rows, num_labels, num_labels, dtype=torch.float64)
         for layer, blocks in self.parts.items():
-            x_MTI, z_MTR, h_MTR, g_MTO = found.seen[layer]
-            for block, (given, taken) in zip(blocks, ((x_MTI, h_MTR), (z_MTR, g_MTO)), strict=True):
+            x_MTI, z_MTR, h_MTR, g_MTO = scored.seen[layer]
+            for block, (block_inputs, taken) in zip(blocks, ((x_MTI, h_MTR), (z_MTR, g_MTO)), strict=True):
                 # J of W is the sum over tokens of g x^T; in the eigenvectors of the two factors H is diagonal
-                j_MPQ = torch.einsum("mtp,mtq->mpq", taken.double() @ block.out_OO, given.double() @ block.in_II)
+                j_MPQ = torch.einsum("mtp,mtq->mpq", taken.double() @ block.out_OO, block_inputs.double() @ block.in_II)
                 scaled_NLD = (j_MPQ / (block.curvature() + self.prior).sqrt()).view(num_rows, num_labels, -1)
                 covariance_NLL += scaled_NLD @ scaled_NLD.mT
-        return found.f_NL.double(), covariance_NLL
+        return scored.f_NL.double(), covariance_NLL
 
     def draw(self, count: int, *, seed: int = 0) -> list[Adapter]:
         """Return adapters "name~1", .. of factors drawn from the posterior: an `ensemble` of them samples the predictive."""
         require_whole("count", count, 1, CompositionError)
         adapter = self.engine.bound_pool[self.name]
-        found = []
+        adapters = []
         for number in range(1, count + 1):
             generator = seeded(seed, f"laplace {number}")
             layers = {}
             for layer, (of_a, of_b) in self.parts.items():
-                own = adapter.layers[layer]
-                a_RI = (own.a_RI.double() + of_a.draw(self.prior, generator)).to(own.a_RI)
-                b_OR = (own.b_OR.double() + of_b.draw(self.prior, generator)).to(own.b_OR)
-                layers[layer] = replace(own, a_RI=a_RI, b_OR=b_OR)
-            found.append(replace(adapter, name=f"{self.name}~{number}", layers=layers))
-        return found
+                factors = adapter.layers[layer]
+                a_RI = (factors.a_RI.double() + of_a.draw(self.prior, generator)).to(factors.a_RI)
+                b_OR = (factors.b_OR.double() + of_b.draw(self.prior, generator)).to(factors.b_OR)
+                layers[layer] = replace(factors, a_RI=a_RI, b_OR=b_OR)
+            adapters.append(replace(adapter, name=f"{self.name}~{number}", layers=layers))
+        return adapters
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,17 +206,17 @@ def _scores(engine: Composer, tokenizer: Any, name: str, task: Task, inputs: Seq
     model: Any = engine.model
     adapter = engine.bound_pool[name]
     labels = tuple(task.labels or ())
-    prompts = [task.prompt(asked) for asked in inputs for _ in labels]
+    prompts = [task.prompt(text) for text in inputs for _ in labels]
     answers = [label for _ in inputs for label in labels]
     rows = batch(model, tokenizer, encode(model, tokenizer, prompts, answers, ends=[task.answer_end] * len(answers)))
-    given: dict[str, Tensor] = {}
+    incoming: dict[str, Tensor] = {}
     made: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
 
     def hook(layer: str) -> Any:
         def saw(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
             # an edge of the graph that always wants a gradient, so that the first layer is reached as well
-            given[layer], made[layer] = args[0].detach(), output + output.new_zeros((), requires_grad=True)
+            incoming[layer], made[layer] = args[0].detach(), output + output.new_zeros((), requires_grad=True)
             return made[layer]
 
         return saw
@@ -233,8 +233,8 @@ def _scores(engine: Composer, tokenizer: Any, name: str, task: Task, inputs: Seq
         gradients = torch.autograd.grad(f_M.sum(), list(made.values()))
     seen: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
     for layer, g_MTO in zip(made, gradients, strict=True):
-        own, x_MTI = adapter.layers[layer], given[layer]
-        a_RI, b_OR = own.a_RI.to(x_MTI), own.b_OR.to(x_MTI)
+        factors, x_MTI = adapter.layers[layer], incoming[layer]
+        a_RI, b_OR = factors.a_RI.to(x_MTI), factors.b_OR.to(x_MTI)
         seen[layer] = x_MTI.cpu(), (x_MTI @ a_RI.T).cpu(), (g_MTO @ b_OR).cpu(), g_MTO.cpu()
     return _Seen(f_M.detach().cpu().view(len(inputs), len(labels)), rows.inputs["attention_mask"].cpu(), seen)
 
@@ -256,11 +256,11 @@ def _require(engine: Composer, adapter: Adapter, task: Task) -> Any:
     model: Any = engine.model
     if model.config.is_encoder_decoder:
         raise CompositionError(f"a Laplace posterior is of a decoder, and {type(model).__name__} has an encoder too")
-    for layer, own in adapter.layers.items():
-        if own.kind != "linear" or own.gain_O is not None or own.bias_O is not None or adapter.heads or not own.rank:
+    for layer, pair in adapter.layers.items():
+        if pair.kind != "linear" or pair.gain_O is not None or pair.bias_O is not None or adapter.heads or not pair.rank:
             raise AdapterUnsupported(
                 f"a Laplace posterior is of the factors of linear layers, but adapter {adapter.name!r} has more in layer "
-                f"{layer!r} (kind {own.kind!r}), or a trained head: lw.to_lora makes a plain LoRA of DoRA"
+                f"{layer!r} (kind {pair.kind!r}), or a trained head: lw.to_lora makes a plain LoRA of DoRA"
             )
     return engine.tokenizer
 

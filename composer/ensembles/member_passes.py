@@ -45,13 +45,13 @@ def member_passes(
     with torch.no_grad():
         for row in range(0, num_rows, rows_per_pass):
             size = min(rows_per_pass, num_rows - row)
-            found = []
+            member_values = []
             for member in range(0, len(mixtures), members_per_pass):
                 some = list(mixtures[member : member + members_per_pass])
                 with engine.activate(some):
                     values = read(by_rows(batch, partial(repeated, count=len(some), rows=slice(row, row + size))))
-                found.append(values.view(len(some), size, *values.shape[1:]))
-            parts.append(torch.cat(found))
+                member_values.append(values.view(len(some), size, *values.shape[1:]))
+            parts.append(torch.cat(member_values))
     return torch.cat(parts, dim=1)
 
 

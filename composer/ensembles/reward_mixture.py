@@ -133,11 +133,11 @@ def read_heads(path: Path, make: Callable[[dict[str, Any]], H]) -> H:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if (found_format := recipe.pop("format")) != FORMAT:
             raise CompositionError(f"{path} has format {found_format}, but this version reads {FORMAT}")
-        found = make(recipe)
-        found.to(tensors["outer.weight"]).load_state_dict(tensors)
+        heads = make(recipe)
+        heads.to(tensors["outer.weight"]).load_state_dict(tensors)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise AdapterCorrupt(f"{path} is damaged ({type(error).__name__}: {error})") from error
-    return found
+    return heads
 
 
 def train_reward_mixture(
@@ -217,11 +217,12 @@ def train_reward_experts(
     tokens = _tokens(model, by_expert)
     learning = [parameter for parameter in model.expert_parameters().values() if parameter.requires_grad]
     # experts with the same pairs take them in the same order
-    orders = [Epochs(len(own), settings.seed) for own in by_expert]
+    orders = [Epochs(len(group), settings.seed) for group in by_expert]
 
     def next_loss() -> Tensor:
         chosen = [
-            [own[index] for index in order.next(settings.batch_size)] for own, order in zip(by_expert, orders, strict=True)
+            [group[index] for index in order.next(settings.batch_size)]
+            for group, order in zip(by_expert, orders, strict=True)
         ]
         return _loss(model, chosen, tokens)
 
@@ -236,8 +237,8 @@ def train_reward_experts(
 
 def _loss(model: ExpertModel, chosen: Sequence[Pairs], tokens: Mapping[str, list[int]]) -> Tensor:
     """Return the sum over experts of their pairs' mean loss, plus the recipe's terms, from one pass of the model."""
-    rows = [tokens[pair[side]] for side in (0, 1) for own in chosen for pair in own]
-    experts = [expert for expert, own in enumerate(chosen) for _ in own]
+    rows = [tokens[pair[side]] for side in (0, 1) for group in chosen for pair in group]
+    experts = [expert for expert, group in enumerate(chosen) for _ in group]
     preferred_N, other_N = _rewards(model, padded(model.tokenizer, rows, model.device), 2 * experts).chunk(2)
     by_pair_N = functional.softplus(other_N - preferred_N)
     loss = by_pair_N.view(len(chosen), -1).mean(dim=1).sum()
@@ -255,20 +256,20 @@ def _require_reward_model(model: ExpertModel) -> None:
 
 def _pairs_by_expert(model: ExpertModel, pairs: Pairs | Mapping[str, Pairs]) -> list[Pairs]:
     """Return the pairs of each expert, in the order of the model's tasks."""
-    own = pairs if isinstance(pairs, Mapping) else dict.fromkeys(model.tasks, pairs)
-    for task in own:
+    pairs_by_task = pairs if isinstance(pairs, Mapping) else dict.fromkeys(model.tasks, pairs)
+    for task in pairs_by_task:
         if task not in model.tasks:
             known = ", ".join(map(repr, model.tasks))
             raise UnknownName(
                 f"recipe {model.recipe.name!r} has no task {task!r}{nearest(task, model.tasks)}; it has {known}"
             )
     for task in model.tasks:
-        if task not in own:
+        if task not in pairs_by_task:
             raise TrainingError(
                 f"task {task!r} has no pairs to learn from: give {{task: pairs}} for every task, or one list for all"
             )
-        require_pairs(own[task])
-    return [own[task] for task in model.tasks]
+        require_pairs(pairs_by_task[task])
+    return [pairs_by_task[task] for task in model.tasks]
 
 
 def _tokens(model: ExpertModel, by_expert: Sequence[Pairs]) -> dict[str, list[int]]:

@@ -85,25 +85,27 @@ def rewards(
     members = known_members(engine, mixtures)
     if heads is None:
         return Rewards(_own_rewards(engine, members, batch, rows_per_pass))
-    each = [heads] * len(members) if isinstance(heads, nn.Module) else list(heads)
-    if len(each) != len(members):
-        raise WeightingError(f"there are {len(each)} heads for {len(members)} members; give one for each, or one for all")
+    member_heads = [heads] * len(members) if isinstance(heads, nn.Module) else list(heads)
+    if len(member_heads) != len(members):
+        raise WeightingError(
+            f"there are {len(member_heads)} heads for {len(members)} members; give one for each, or one for all"
+        )
     features_MBH = features(engine, members, batch, rows_per_pass=rows_per_pass)
-    return Rewards(head_rewards(each, features_MBH))
+    return Rewards(head_rewards(member_heads, features_MBH))
 
 
 @torch.no_grad()
 def head_rewards(heads: Sequence[nn.Module], features_MBH: Tensor) -> Tensor:
     """Return rewards_MB of a head for each member. Raises CompositionError for heads without one number a row."""
-    found = []
+    member_rewards = []
     for number, (head, features_BH) in enumerate(zip(heads, features_MBH, strict=True)):
         reward = head(features_BH)
         if reward.shape not in ((len(features_BH),), (len(features_BH), 1)):
             raise CompositionError(
                 f"head {number} makes {tuple(reward.shape)} of features {tuple(features_BH.shape)}; give one number a row"
             )
-        found.append(reward.reshape(-1))
-    return torch.stack(found)
+        member_rewards.append(reward.reshape(-1))
+    return torch.stack(member_rewards)
 
 
 def _own_rewards(engine: Composer, members: Sequence[Any], batch: Mapping[str, Any], rows_per_pass: int | None) -> Tensor:
@@ -250,9 +252,9 @@ def train_reward_heads(
     preferred_MNH, other_MNH = pair_features(engine, mixtures, pairs, progress=progress)
     heads = []
     for member, (preferred_NH, other_NH) in enumerate(zip(preferred_MNH, other_MNH, strict=True)):
-        own = replace(settings, seed=seed + member)
-        head = with_seed(own.seed, lambda: nn.Linear(preferred_MNH.shape[2], 1)).to(preferred_NH)
-        fit(head, preferred_NH[None], other_NH[None], own, progress=progress)
+        member_settings = replace(settings, seed=seed + member)
+        head = with_seed(member_settings.seed, lambda: nn.Linear(preferred_MNH.shape[2], 1)).to(preferred_NH)
+        fit(head, preferred_NH[None], other_NH[None], member_settings, progress=progress)
         heads.append(head)
     return heads
 

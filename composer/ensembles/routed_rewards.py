@@ -108,8 +108,8 @@ class RoutedRewards(nn.Module):
             return nullcontext()
         if why := self.adapter.base.differs(base_key(model)):
             raise BaseModelMismatch(f"the router of these rewards was trained on another base model: {why}")
-        own = LoraSettings(rank=1, alpha=1.0)
-        return LoraJobs(model, {}, [ROUTER], own, {ROUTER: self.adapter.layers})
+        lora_settings = LoraSettings(rank=1, alpha=1.0)
+        return LoraJobs(model, {}, [ROUTER], lora_settings, {ROUTER: self.adapter.layers})
 
 
 def train_routed_rewards(
@@ -145,15 +145,15 @@ def train_routed_rewards(
         )
     category = _by_text(list(members), pairs, questions)
     layers = target_layers(engine.model, target_modules) if rank else {}
-    heads = {name: trained_mixture(engine, own, pairs[name], settings, progress) for name, own in members.items()}
+    heads = {name: trained_mixture(engine, mixtures, pairs[name], settings, progress) for name, mixtures in members.items()}
     hidden_size = next(iter(heads.values())).hidden_size
-    found = with_seed(seed, lambda: RoutedRewards(heads, hidden_size)).to(next(iter(heads.values())).outer.weight)
+    routed = with_seed(seed, lambda: RoutedRewards(heads, hidden_size)).to(next(iter(heads.values())).outer.weight)
     jobs = LoraJobs(engine.model, layers, [ROUTER] if rank else [], LoraSettings(rank=max(rank, 1), alpha=16.0, seed=seed))
-    _learn_categories(engine, found, jobs, category, settings, progress)
+    _learn_categories(engine, routed, jobs, category, settings, progress)
     if rank:
         base = fingerprint(engine.model)
-        found.adapter = Adapter(ROUTER, base_id(engine.model), jobs.layers_of(ROUTER), base, {"categories": list(members)})
-    return found
+        routed.adapter = Adapter(ROUTER, base_id(engine.model), jobs.layers_of(ROUTER), base, {"categories": list(members)})
+    return routed
 
 
 def _by_text(
@@ -162,13 +162,15 @@ def _by_text(
     """Return {text: the place of its category} of all texts that the router learns from."""
     if questions is not None and (lacking := [name for name in names if not questions.get(name)]):
         raise InvalidTask(f"category {lacking[0]!r} has no questions for the router to learn from: give some of each")
-    found: dict[str, int] = {}
+    places: dict[str, int] = {}
     for place, name in enumerate(names):
         texts = [text for pair in pairs[name] for text in pair] if questions is None else questions[name]
         for text in texts:
-            if found.setdefault(text, place) != place:
-                raise InvalidTask(f"text {text[:60]!r} has two categories, {names[found[text]]!r} and {name!r}: give it one")
-    return found
+            if places.setdefault(text, place) != place:
+                raise InvalidTask(
+                    f"text {text[:60]!r} has two categories, {names[places[text]]!r} and {name!r}: give it one"
+                )
+    return places
 
 
 def _learn_categories(
