@@ -66,9 +66,9 @@ class Cost(Mapping[str, LayerCost]):
         for column in ("layers", "count", "FLOPs", "of the base's", "bytes", "of the base's", "kernel"):
             table.add_column(column, justify="left" if column in ("layers", "kernel") else "right")
         for name, group in [*groups.items(), ("all", list(self.values()))]:
-            cost = Cost({str(at): each for at, each in enumerate(group)}).total
+            cost = Cost({str(at): layer_cost for at, layer_cost in enumerate(group)}).total
             shares = (_share(cost.added_flops, cost.base_flops), _share(cost.added_bytes, cost.base_bytes))
-            kernels = ", ".join(dict.fromkeys(each.kernel for each in group if each.kernel))
+            kernels = ", ".join(dict.fromkeys(layer_cost.kernel for layer_cost in group if layer_cost.kernel))
             figures = (f"{cost.added_flops:,}", shares[0], f"{cost.added_bytes:,}", shares[1])
             table.add_row(name, str(len(group)), *figures, kernels)
         return table
@@ -87,8 +87,8 @@ def mixture_cost(used: UsedWeights, pool: ExpertPool, layers: Mapping[str, Targe
     ]
     return Cost(
         {
-            name: _layer_cost(layers[name], found, [parts.get(name) for parts in by_expert])
-            for name, found in used.layers.items()
+            name: _layer_cost(layers[name], used_layer, [parts.get(name) for parts in by_expert])
+            for name, used_layer in used.layers.items()
         }
     )
 

@@ -72,14 +72,14 @@ class Explanation(TokenFigures):
                 w_TLE = first
         rows = {
             layer: {
-                "share": [_round(value) for value in found.share_E.tolist()],
-                "chosen": [_round(value) for value in found.chosen_E.tolist()],
-                "entropy": _round(found.entropy),
-                "num_tokens": found.num_tokens,
+                "share": [_round(value) for value in layer_load.share_E.tolist()],
+                "chosen": [_round(value) for value in layer_load.chosen_E.tolist()],
+                "entropy": _round(layer_load.entropy),
+                "num_tokens": layer_load.num_tokens,
             }
-            for layer, found in self.load.items()
+            for layer, layer_load in self.load.items()
         }
-        weights = [[[_round(value) for value in each] for each in token] for token in w_TLE.tolist()]
+        weights = [[[_round(value) for value in layer_weights] for layer_weights in token] for token in w_TLE.tolist()]
         effects = {name: _round(value) for name, value in self.effects.items()}
         names = {"tokens": self.tokens, "layers": self.layers, "experts": self.experts}
         return {**names, "weights": weights, "load": rows, "effects": effects}
@@ -190,18 +190,18 @@ def plan_reading(model: nn.Module, tokenizer: Any, text: Prompt, max_new_tokens:
         )
     if not max_new_tokens:
         answer_ids = torch.full_like(text_ids[:1], _start_token(model))
-    given = answer_ids
-    if len(given) == len(text_ids):
+    decoded = answer_ids
+    if len(decoded) == len(text_ids):
         # one more, which changes none before it, so that the length of a call says which part it saw
-        given = torch.cat([given, torch.full_like(given[:1], pad)])
+        decoded = torch.cat([decoded, torch.full_like(decoded[:1], pad)])
     return Reading(
-        {**inputs, "decoder_input_ids": given[None]}, (text_ids, answer_ids), (len(text_ids), len(given)), len(text_ids)
+        {**inputs, "decoder_input_ids": decoded[None]}, (text_ids, answer_ids), (len(text_ids), len(decoded)), len(text_ids)
     )
 
 
 def split_text(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     """Return the text of each token. Tokens that are characters only together each get the whole text of them."""
-    found: list[str] = []
+    texts: list[str] = []
     begin = 0
     while begin < len(ids):
         end = begin + 1
@@ -212,9 +212,9 @@ def split_text(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
             text = _decode(tokenizer, ids[begin:end])
         if BROKEN in text:
             end, text = begin + 1, _decode(tokenizer, ids[begin : begin + 1])
-        found += [text] * (end - begin)
+        texts += [text] * (end - begin)
         begin = end
-    return tuple(found)
+    return tuple(texts)
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -238,9 +238,9 @@ def _mean_over_calls(calls: Sequence[UsedLayer], length: int, *, only: bool) -> 
 
 def _start_token(model: Any) -> int:
     for settings in (getattr(model, "generation_config", None), model.config):
-        found = getattr(settings, "decoder_start_token_id", None)
-        if found is not None:
-            return int(found)
+        token = getattr(settings, "decoder_start_token_id", None)
+        if token is not None:
+            return int(token)
     raise CompositionError(
         f"{type(model).__name__} names no token that its answers begin with: pass max_new_tokens, or set "
         "model.config.decoder_start_token_id"

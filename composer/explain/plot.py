@@ -153,21 +153,21 @@ class _Rows:
 
 
 def _draw_maps(figure: Any, maps: list[_Map], rows: _Rows) -> None:
-    grid = figure.add_gridspec(2, len(maps) - 1, width_ratios=[each.wide for each in maps[:-1]], hspace=0.06)
+    grid = figure.add_gridspec(2, len(maps) - 1, width_ratios=[part.wide for part in maps[:-1]], hspace=0.06)
     layer_axes = [figure.add_subplot(grid[0, at]) for at in range(len(maps) - 1)]
     lines = [(maps[:-1], layer_axes), (maps[-1:], [figure.add_subplot(grid[1, :])])]
     letters = iter("abc")
     for shown, axes_of in lines:
-        high = max(float(each.w_EC.nan_to_num().abs().max()) for each in shown) or 1.0
-        signed = any(bool((each.w_EC < 0).any()) for each in shown)
+        high = max(float(part.w_EC.nan_to_num().abs().max()) for part in shown) or 1.0
+        signed = any(bool((part.w_EC < 0).any()) for part in shown)
         colours = {"cmap": "PuOr_r" if signed else "Blues", "vmin": -high if signed else 0.0, "vmax": high}
-        for each, axes in zip(shown, axes_of, strict=True):
-            image = axes.imshow(each.w_EC.numpy(), aspect="auto", **colours)
+        for heat_map, axes in zip(shown, axes_of, strict=True):
+            image = axes.imshow(heat_map.w_EC.numpy(), aspect="auto", **colours)
             # what no token passed
             axes.set_facecolor("0.85")
-            axes.set_title(f"({next(letters)}) {each.title}", fontsize=8, loc="left")
-            axes.set_xlabel(each.axis, fontsize=7, parse_math=False)
-            _name_columns(axes, each, rows.glyphs, INCHES * 0.7 * each.wide / sum(other.wide for other in shown))
+            axes.set_title(f"({next(letters)}) {heat_map.title}", fontsize=8, loc="left")
+            axes.set_xlabel(heat_map.axis, fontsize=7, parse_math=False)
+            _name_columns(axes, heat_map, rows.glyphs, INCHES * 0.7 * heat_map.wide / sum(other.wide for other in shown))
             axes.set_yticks([])
         rows.name(axes_of[0])
         bar = figure.colorbar(image, ax=axes_of, fraction=0.03, pad=0.01, aspect=30)
@@ -342,14 +342,14 @@ def _tokens(shown: TokenFigures) -> list[str]:
     """Return the text with each token's strongest expert on the mean over the layers, for readers without scripts."""
     strongest = Strongest.of(shown.by_token_TE)
     highest = max(strongest.shares) or 1.0
-    found = []
+    spans = []
     for token, expert, share in zip(shown.tokens, strongest.experts, strongest.shares, strict=True):
         colour = "transparent" if expert is None else _fade(shown.colours.get(expert, OTHER), share / highest)
         number = "" if expert is None else f"<sub>{expert + 1}</sub>"
         text = escape(token.replace("\n", "↵"))
         end = "\n" if "\n" in token else ""
-        found.append(f'<span class="token" style="background:{colour}"><bdi>{text}</bdi>{number}</span>{end}')
-    return found
+        spans.append(f'<span class="token" style="background:{colour}"><bdi>{text}</bdi>{number}</span>{end}')
+    return spans
 
 
 def _fade(colour: str, part: float) -> str:
