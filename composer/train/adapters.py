@@ -133,8 +133,8 @@ def _settings(
 ) -> LoraSettings:
     """Return the settings of the adapters. Raises TrainingError for a setting out of range, among the others, too."""
     endings = read_endings(target_modules)
-    given = {**lora, **others, "alpha": alpha}
-    check_options("train_adapters()", given, options_of(train_adapters), error=TrainingError)
+    options = {**lora, **others, "alpha": alpha}
+    check_options("train_adapters()", options, options_of(train_adapters), error=TrainingError)
     scale = 2.0 * lora["rank"] if alpha is None else alpha
     return LoraSettings(**lora, alpha=scale, target_modules=endings, linearized=linearized)
 
@@ -150,17 +150,17 @@ def _one_after_the_other(apart: Apart, way: str, options: Mapping[str, Any]) -> 
 
 def _in_groups(apart: Apart, judging: Judging, hub: Hub | None, n_jobs: int | None) -> TrainedAdapters:
     """Train the jobs in groups, each by a call of its own, here or by a worker."""
-    shared, each = apart.shared, isinstance(judging.held_out, Mapping)
+    shared, is_by_task = apart.shared, isinstance(judging.held_out, Mapping)
     by_name: dict[str, Any] = {
         "tasks": apart.tasks,
         "start": apart.begins,
-        **({"held_out": judging.held_out} if each else {}),
+        **({"held_out": judging.held_out} if is_by_task else {}),
     }
     options = {
         **asdict(apart.settings),
         "jobs_per_batch": shared.jobs_per_batch,
         "memory_bytes": shared.memory_bytes,
-        **({} if each else {"held_out": judging.held_out}),
+        **({} if is_by_task else {"held_out": judging.held_out}),
         "evaluate_every": judging.every,
         "patience": judging.patience,
         "checkpoint": shared.folder,
@@ -187,8 +187,8 @@ def read_rows(
         packs = judging.held_out is None and can_be_packed(model, task)
         return [*pack_task(model, tokenizer, task, seed)] if packs else encode_pairs(model, tokenizer, task, task.examples)
 
-    found = {name: [row for task in parts for row in read(name, task)] for name, parts in tasks.items()}
-    return judging.split(found, read, seed)
+    rows_by_name = {name: [row for task in parts for row in read(name, task)] for name, parts in tasks.items()}
+    return judging.split(rows_by_name, read, seed)
 
 
 def _require_sense(
@@ -228,8 +228,8 @@ def _require_way(
         raise TrainingError(f"continual={way!r} trains on one task at a time, and {several[0]!r} is a list of tasks")
     if linearized:
         raise TrainingError(f"continual={way!r} trains adapters that are not linearized: pass one of both")
-    if given := [option for option, value in others.items() if value is not None]:
-        raise TrainingError(f"continual={way!r} takes none of {', '.join(others)}: leave out {given[0]}")
+    if unsupported := [option for option, value in others.items() if value is not None]:
+        raise TrainingError(f"continual={way!r} takes none of {', '.join(others)}: leave out {unsupported[0]}")
     known = options_of(registry.get("continual", way), after=1)
     check_options(f"continual {way!r}", options, known, error=TrainingError)
     first = next(iter(prepared))
@@ -251,15 +251,15 @@ def _require_beside(model: Any, beside: Adapter, others: Mapping[str, Any]) -> N
 def target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Return (O, I) of the linear layers whose path ends in one of `targets`. Raises UnknownName for one without any."""
     shapes = {name: shape[:2] for name, module in model.named_modules() if (shape := linear.shape(module))}
-    found: dict[str, tuple[int, int]] = {}
+    matched: dict[str, tuple[int, int]] = {}
     for target in targets:
         matching = {name: shape for name, shape in shapes.items() if f".{name}".endswith(f".{target}")}
         if not matching:
             endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in shapes}))
             raise UnknownName(f"no linear layer matches {target!r} of target_modules; the model has {endings}")
-        found |= matching
+        matched |= matching
     # in the model's order, whatever the order of the targets
-    return {name: shape for name, shape in shapes.items() if name in found}
+    return {name: shape for name, shape in shapes.items() if name in matched}
 
 
 Layers = Mapping[str, tuple[int, int]]
@@ -327,7 +327,7 @@ class Apart:
         (task, *others), begin = self.tasks[name], self.begins.get(name)
         said: list[Any] = [None, None, None]
         if isinstance(task, Task):
-            examples = [[prompt_json(asked), target] for asked, target in task.examples]
+            examples = [[prompt_json(prompt), target] for prompt, target in task.examples]
             said = [examples, task.instruction, task.template]
         parts: list[Any] = [asdict(self.settings), name, *said, self.base.to_json()]
         parts.append(None if begin is None else begin.hash)

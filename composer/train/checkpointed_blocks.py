@@ -36,8 +36,8 @@ def checkpointed_blocks(
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=context_fn)
         yield
     finally:
-        for block, own in zip(blocks, before, strict=True):
-            if own is None:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
                 vars(block).pop("forward", None)
             else:
-                block.forward = own
+                block.forward = forward

@@ -115,14 +115,14 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
         return int(self._trainer.accelerator.num_processes)
 
     def _sum(self, values: Tensor) -> Tensor:
-        found: Tensor = self._trainer.accelerator.reduce(values.to(self._model.device), reduction="sum")
-        return found
+        reduced: Tensor = self._trainer.accelerator.reduce(values.to(self._model.device), reduction="sum")
+        return reduced
 
     def _mean(self, seen: Tensor) -> Tensor:
         if self._num_processes == 1:
             return seen
-        found: Tensor = self._trainer.accelerator.reduce(seen.to(self._model.device), reduction="mean").cpu()
-        return found
+        reduced: Tensor = self._trainer.accelerator.reduce(seen.to(self._model.device), reduction="mean").cpu()
+        return reduced
 
     @torch.no_grad()
     def _evaluate(self, number: int) -> None:
@@ -232,12 +232,12 @@ class Overflow:
             return
         if labels_BK is None:
             self._whose = "tokens"
-            counted = [each.flatten(0, 1) for each in w_BTE.values()]
+            counted = [site_BTE.flatten(0, 1) for site_BTE in w_BTE.values()]
         else:
             before_BK = functional.pad((labels_BK != IGNORED)[:, 1:], (0, 1))
             num_rows, num_last = before_BK.shape
-            seen = [each for each in w_BTE.values() if len(each) == num_rows and each.shape[1] >= num_last]
-            counted = [each[:, -num_last:][before_BK] for each in seen]
+            seen = [site_BTE for site_BTE in w_BTE.values() if len(site_BTE) == num_rows and site_BTE.shape[1] >= num_last]
+            counted = [site_BTE[:, -num_last:][before_BK] for site_BTE in seen]
         if counted:
             chosen = self._most * sum(len(w_NE) for w_NE in counted)
             kept = torch.stack([(w_NE != 0).sum() for w_NE in counted]).sum()

@@ -84,7 +84,7 @@ def _as_it_was(model: ExpertLearner) -> Iterator[None]:
 
     modes = [(module, module.training) for module in model.base_model.modules()]
     use_cache = getattr(model.config, "use_cache", None)
-    shared = [(each._shared_state, dict(each._shared_state)) for each in (AcceleratorState, GradientState, PartialState)]
+    shared = [(kind._shared_state, dict(kind._shared_state)) for kind in (AcceleratorState, GradientState, PartialState)]
     try:
         yield
     finally:
@@ -250,10 +250,10 @@ def _arguments(model: ExpertLearner, settings: ExpertSettings, folder: str) -> T
     args.per_device_train_batch_size = settings.batch_size // parts
     # a Trainer in one process would spread the model over all GPUs
     args._n_gpu = min(1, args.n_gpu)
-    device, own = model.device, args.device
-    if args.world_size == 1 and device.type == "cuda" and device != own and not hasattr(model, "hf_device_map"):
+    device, trainer_device = model.device, args.device
+    if args.world_size == 1 and device.type == "cuda" and device != trainer_device and not hasattr(model, "hf_device_map"):
         raise TrainingError(
-            f"the model is on {device}, but Trainer trains on {own}: move it there, or set CUDA_VISIBLE_DEVICES"
+            f"the model is on {device}, but Trainer trains on {trainer_device}: move it there, or set CUDA_VISIBLE_DEVICES"
         )
     return args
 

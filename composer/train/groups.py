@@ -65,10 +65,10 @@ def train_groups(
         )
         for names in together
     }
-    given = {**options, "memory_bytes": budget, "progress": False}
-    work = partial(_train_group, train, base_loader(model, tokenizer, n_jobs), given, hub)
+    group_options = {**options, "memory_bytes": budget, "progress": False}
+    work = partial(_train_group, train, base_loader(model, tokenizer, n_jobs), group_options, hub)
     trained = list(require_all(dict(spread(work, pieces, n_jobs=n_jobs, label="training", bar=bar))).values())
-    adapters = {name: adapter for each in trained for name, adapter in each.items()}
+    adapters = {name: adapter for group_adapters in trained for name, adapter in group_adapters.items()}
     if hub is not None:
         adapters = {name: hub[name] for name in keys}
     return TrainedAdapters({name: adapters[name] for name in keys}, _report(trained, adapters))
@@ -107,7 +107,7 @@ def _is_there(hub: Hub, name: str, key: str) -> bool:
 def _report(trained: Sequence[TrainedAdapters], adapters: Mapping[str, Adapter]) -> SharedReport:
     """Return the report of all groups; counts and seconds are those of all workers together."""
     total = SharedReport()
-    for report in [each.report for each in trained if each.report is not None]:
+    for report in [group_adapters.report for group_adapters in trained if group_adapters.report is not None]:
         for count in ("num_tokens", "num_computed", "num_steps", "seconds"):
             setattr(total, count, getattr(total, count) + getattr(report, count))
         total.estimated_bytes = max(total.estimated_bytes, report.estimated_bytes)

@@ -118,12 +118,12 @@ def new_factors(
     name: str, layers: Mapping[str, tuple[int, int]], *, rank: int, seed: int, device: torch.device
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return new factors of layers (O, I): a uniform in +-1/sqrt(I), PEFT's default, by seed, name and layer; b zero."""
-    found = {}
+    factors = {}
     for layer, (num_outputs, num_inputs) in layers.items():
         # seeded by names, so that a job starts the same whatever jobs share its batch
         a_RI = torch.rand(rank, num_inputs, generator=seeded(seed, name, layer)).mul(2).sub(1)
-        found[layer] = (float(num_inputs**-0.5) * a_RI).to(device), torch.zeros(num_outputs, rank, device=device)
-    return found
+        factors[layer] = (float(num_inputs**-0.5) * a_RI).to(device), torch.zeros(num_outputs, rank, device=device)
+    return factors
 
 
 def given_factors(start: Mapping[str, Factors], *, scale: float, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
@@ -183,10 +183,10 @@ class BesideJob(LoraJob):
 
     def low_rank(self, layer: str) -> LowRank:
         """Return the frozen update, and beside it the job's own."""
-        found = [self._beside[layer]] if layer in self._beside else []
+        pairs = [self._beside[layer]] if layer in self._beside else []
         if layer in self.factors:
-            found.append((self._projected(layer), self.factors[layer][1]))
-        a_RI, b_OR = (torch.cat(parts, dim=side) for side, parts in enumerate(zip(*found, strict=True)))
+            pairs.append((self._projected(layer), self.factors[layer][1]))
+        a_RI, b_OR = (torch.cat(parts, dim=side) for side, parts in enumerate(zip(*pairs, strict=True)))
         return LowRank(a_RI, b_OR, self.scale)
 
     def result(self) -> dict[str, Factors]:
@@ -216,17 +216,17 @@ def tangent(adapter: Adapter, start: Adapter) -> Adapter:
 
 
 def _tangent(layer: str, adapter: Adapter, start: Adapter) -> Factors:
-    own, its = adapter.layers[layer], start.layers[layer]
+    learned, its = adapter.layers[layer], start.layers[layer]
     rank = its.rank
     moved = bool(its.b_OR.any())
-    if own.rank != rank * (1 + moved) or not torch.equal(own.a_RI[:rank], its.a_RI.float()):
+    if learned.rank != rank * (1 + moved) or not torch.equal(learned.a_RI[:rank], its.a_RI.float()):
         raise LayerMismatch(
             f"adapter {adapter.name!r} is no linearised training of {start.name!r}: in layer {layer!r} its first "
             f"{rank} rows of a are not those it would have begun from; pass linearized=True to train_adapters"
         )
     if not moved:
-        return own
-    return replace(own, b_OR=torch.cat([own.b_OR[:, :rank] - its.b_OR, own.b_OR[:, rank:]], dim=1))
+        return learned
+    return replace(learned, b_OR=torch.cat([learned.b_OR[:, :rank] - its.b_OR, learned.b_OR[:, rank:]], dim=1))
 
 
 # as many of a job's own batches tell how wide they are

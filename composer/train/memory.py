@@ -50,10 +50,10 @@ class MemoryModel:
         long = min(2 * PROBED_TOKENS, context_length(model) or 2 * PROBED_TOKENS)
         short = long // 2
         # a decoder's targets are among its tokens
-        own = 0 if model.config.is_encoder_decoder else 1
+        overlap = 0 if model.config.is_encoder_decoder else 1
 
         def kept(tokens: int, targets: int) -> float:
-            return _kept_bytes(model, tokenizer, job, tokens - own * targets, targets)
+            return _kept_bytes(model, tokenizer, job, tokens - overlap * targets, targets)
 
         first, second, third = kept(short, 1), kept(long, 1), kept(long, 1 + PROBED_TARGETS)
         target_bytes = max(0.0, (third - second) / PROBED_TARGETS)

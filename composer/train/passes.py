@@ -63,8 +63,8 @@ class SharedPass:
         start, num_rows = 0, sum(self.row_counts)
         for job, count in zip(self.members, self.row_counts, strict=True):
             place = (start, start + count, num_rows)
-            own = {name: _cut(value, *place) for name, value in tensors_in(inputs).items()}
-            job.begin({**inputs, **own}, None if known is None else _cut(known.mask_BT, *place))
+            job_inputs = {name: _cut(value, *place) for name, value in tensors_in(inputs).items()}
+            job.begin({**inputs, **job_inputs}, None if known is None else _cut(known.mask_BT, *place))
             start += count
 
     def _add_updates(self, layer: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -124,8 +124,8 @@ class LoraJobs(SharedPass):
         settings: LoraSettings,
         start: Mapping[str, Mapping[str, Factors]] | None = None,
     ) -> None:
-        given = start or {}
-        super().__init__(model, [lora_job(model, name, layers, settings, given.get(name)) for name in jobs])
+        begins = start or {}
+        super().__init__(model, [lora_job(model, name, layers, settings, begins.get(name)) for name in jobs])
         self.jobs = tuple(jobs)
 
     def parameters(self) -> list[Tensor]:
@@ -177,13 +177,13 @@ def add_products(y: Tensor, x: Tensor, ranges: Sequence[RowRange], factors: Sequ
     ascending order and do not overlap.
     """
     # in a view autograd would keep track of the whole, at the cost of copies
-    own = (
+    writable_y = (
         y.clone(memory_format=torch.contiguous_format)
         if y._is_view() or not y.is_contiguous() or (y.is_leaf and y.requires_grad)
         else y
     )
-    found: Tensor = _RowProducts.apply(own, x, tuple(ranges), *(tensor for pair in factors for tensor in pair))  # type: ignore[no-untyped-call]
-    return found
+    added: Tensor = _RowProducts.apply(writable_y, x, tuple(ranges), *(tensor for pair in factors for tensor in pair))  # type: ignore[no-untyped-call]
+    return added
 
 
 def naive_products(y: Tensor, x: Tensor, ranges: Sequence[RowRange], factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -225,7 +225,7 @@ class _RowProducts(torch.autograd.Function):
         x_NI, grad_NO = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]).to(x.dtype)
         whole = sum(part.stop - part.start for part in ranges) == len(x_NI)
         grad_x_NI = (torch.empty_like if whole else torch.zeros_like)(x_NI) if needed[1] else None
-        found: list[Tensor | None] = []
+        gradients: list[Tensor | None] = []
         for index, (start, stop, scale) in enumerate(ranges):
             a_RI, b_OR = factors[2 * index : 2 * index + 2]
             grad_MO = grad_NO[start:stop]
@@ -233,9 +233,9 @@ class _RowProducts(torch.autograd.Function):
             if grad_x_NI is not None:
                 torch.mm(mixed_MR, a_RI.to(x.dtype), out=grad_x_NI[start:stop])
             # the narrow operand is the one that is transposed: a wide one would be copied in bf16
-            found.append((mixed_MR.T @ x_NI[start:stop]).to(a_RI.dtype) if needed[3 + 2 * index] else None)
-            found.append((hidden[index].T @ grad_MO).T.to(b_OR.dtype) if needed[4 + 2 * index] else None)
-        return grad if needed[0] else None, None if grad_x_NI is None else grad_x_NI.view_as(x), None, *found
+            gradients.append((mixed_MR.T @ x_NI[start:stop]).to(a_RI.dtype) if needed[3 + 2 * index] else None)
+            gradients.append((hidden[index].T @ grad_MO).T.to(b_OR.dtype) if needed[4 + 2 * index] else None)
+        return grad if needed[0] else None, None if grad_x_NI is None else grad_x_NI.view_as(x), None, *gradients
 
 
 def job_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], num_jobs: int) -> Tensor:
@@ -253,7 +253,7 @@ def range_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], row_cou
     counts_B = (stacked.targets_BK != IGNORED).sum(dim=1)
     sizes = list(row_counts)
     pairs = zip(torch.split(sums_B, sizes), torch.split(counts_B, sizes), strict=True)
-    return torch.stack([own.sum() / counts.sum() for own, counts in pairs])
+    return torch.stack([sums.sum() / counts.sum() for sums, counts in pairs])
 
 
 def own_parts(adapters: Mapping[str, Adapter], *, start: Adapter | None = None) -> dict[str, Adapter]:
@@ -262,12 +262,12 @@ def own_parts(adapters: Mapping[str, Adapter], *, start: Adapter | None = None) 
     Summed from the start on they are those prefixes, bit for bit. For `construct_vl`, `inflora`, `gs_lora` and an untuned
     `task_arithmetic`; raises LayerMismatch for adapters that are no prefixes of each other.
     """
-    found, before = {}, {} if start is None else dict(start.layers)
+    parts, before = {}, {} if start is None else dict(start.layers)
     for name, adapter in adapters.items():
         layers = {layer: _beyond(name, layer, before.get(layer), factors) for layer, factors in adapter.layers.items()}
-        found[name] = replace(adapter, layers={layer: own for layer, own in layers.items() if own.rank})
+        parts[name] = replace(adapter, layers={layer: factors for layer, factors in layers.items() if factors.rank})
         before = dict(adapter.layers)
-    return found
+    return parts
 
 
 def _beyond(name: str, layer: str, before: Factors | None, after: Factors) -> Factors:

@@ -64,9 +64,9 @@ class Processes:
         """Raise TrainingError in every process if one begins with something else."""
         if self.count == 1:
             return
-        digest = hashlib.sha256(said.encode() + tensor_bytes({str(n): each for n, each in enumerate(tensors)})).digest()
-        own = torch.tensor(int.from_bytes(digest[:7]))
-        if self._reduced(own, dist.ReduceOp.MIN) != self._reduced(own, dist.ReduceOp.MAX):
+        digest = hashlib.sha256(said.encode() + tensor_bytes({str(n): tensor for n, tensor in enumerate(tensors)})).digest()
+        digest_number = torch.tensor(int.from_bytes(digest[:7]))
+        if self._reduced(digest_number, dist.ReduceOp.MIN) != self._reduced(digest_number, dist.ReduceOp.MAX):
             raise TrainingError(
                 f"the {self.count} launched processes do not train the same {what}: each must make the same call, with the "
                 "same rows, seed and checkpoint; to train other things in each, start them without torchrun and accelerate"

@@ -55,8 +55,8 @@ class TrainingProgress:
         self._started = time.monotonic()
         self._best = Best()
         recent: Sequence[Tensor] = ()
-        if (found := state.restore(parameters, self.optimizer, moved)) is not None:
-            self.first, values, recent, self.report = found
+        if (restored := state.restore(parameters, self.optimizer, moved)) is not None:
+            self.first, values, recent, self.report = restored
             self._best = Best.again([loss for _, loss in self.report.evaluations], values)
         self.watch = Watch(experts_of_layers, self.report, settings.steps, sorted(taught))
         self.watch.recent.extend(recent)

@@ -59,18 +59,19 @@ def distil_prompt(
     bare = replace(
         teacher, examples=(), instruction="", demonstrations=(), system=None, orders=1, template=template, calibrated=False
     )
-    asked = read_asked(inputs)
+    prompts = read_asked(inputs)
     told = bare if student is None else student
-    if not asked or teacher.prompt(asked[0]) == told.prompt(asked[0]):
+    if not prompts or teacher.prompt(prompts[0]) == told.prompt(prompts[0]):
         raise InvalidTask(
-            f"there is nothing to distil: of {len(asked)} inputs, the first is asked alike by teacher and student; give the "
-            "teacher an instruction, demonstrations or a system, and inputs to answer"
+            f"there is nothing to distil: of {len(prompts)} inputs, the first is asked alike by teacher and student; give "
+            "the teacher an instruction, demonstrations or a system, and inputs to answer"
         )
-    answers = _answers(model, tokenizer, teacher, asked, max_new_tokens, n_jobs, progress)
-    rows = [(given, answer) for given, answer in zip(asked, answers, strict=True) if answer.strip()]
+    answers = _answers(model, tokenizer, teacher, prompts, max_new_tokens, n_jobs, progress)
+    rows = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer.strip()]
     if not rows:
         raise InvalidTask(
-            f"the model answers none of the {len(asked)} inputs under the teacher's prompt: {teacher.prompt(asked[0])!s:.80}"
+            f"the model answers none of the {len(prompts)} inputs under the teacher's prompt: "
+            f"{teacher.prompt(prompts[0])!s:.80}"
         )
     made = train_adapters(
         model,
@@ -104,8 +105,8 @@ def _answers(
     pieces = {f"{number} of {len(parts)}": [asked[place] for place in part] for number, part in enumerate(parts, start=1)}
     work = partial(_answered, base_loader(model, tokenizer, n_jobs), teacher, max_new_tokens)
     with progress_bar(progress) as bar:
-        found = require_all(dict(spread(work, pieces, n_jobs=n_jobs, label="answering", bar=bar)))
-    answers = dict(zip(order, (answer for name in pieces for answer in found[name]), strict=True))
+        answers_by_piece = require_all(dict(spread(work, pieces, n_jobs=n_jobs, label="answering", bar=bar)))
+    answers = dict(zip(order, (answer for name in pieces for answer in answers_by_piece[name]), strict=True))
     return [answers[place] for place in range(len(asked))]
 
 

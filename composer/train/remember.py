@@ -70,8 +70,8 @@ def remember(
     check_options("remember()", {"rewrites": rewrites}, options_of(remember), error=TrainingError)
     if not isinstance(documents, Mapping) or not documents or not is_list([*documents, *documents.values()], str):
         raise TrainingError(f"documents are {documents!r:.80}; pass {{name: text}}, one or more")
-    asked = dict(questions or {})
-    if unknown := [name for name in asked if name not in documents]:
+    about = dict(questions or {})
+    if unknown := [name for name in about if name not in documents]:
         raise UnknownName(f"questions are about {unknown[0]!r}, which is no document; there are {', '.join(documents)}")
     if not isinstance(hub, Hub):
         raise TrainingError(f"documents are stored in a hub, but got {hub!r:.60}: pass lw.Hub(path)")
@@ -81,7 +81,7 @@ def remember(
         checked_fields(checked_name(name), {**fields[name], "license": None, "language": ()})
     versions = _versions(model, tokenizer, documents, rewrites)
     tasks = {
-        name: [_sentences(name, texts), *_questions(texts, form, asked.get(name, ()))] for name, texts in versions.items()
+        name: [_sentences(name, texts), *_questions(texts, form, about.get(name, ()))] for name, texts in versions.items()
     }
     trained = train_adapters(
         model,
@@ -107,21 +107,21 @@ def remember(
 
 def split(text: str) -> list[str]:
     """Return the sentences of a text: each ends with its line, or in ".", "?" or "!" before a space."""
-    return [found for part in re.split(r"(?<=[.!?])\s+|\s*\n\s*", text) if (found := " ".join(part.split()))]
+    return [sentence for part in re.split(r"(?<=[.!?])\s+|\s*\n\s*", text) if (sentence := " ".join(part.split()))]
 
 
 def _versions(model: Any, tokenizer: Any, documents: Mapping[str, str], rewrites: int) -> dict[str, list[str]]:
     """Return each document with so many rewrites, each of the one before: greedy answers would else be alike."""
-    found = {name: [text] for name, text in documents.items()}
+    versions = {name: [text] for name, text in documents.items()}
     chat = bool(getattr(tokenizer, "chat_template", None))
     asking = Task([], instruction=REWRITE, chat=chat, template=CHAT_TEMPLATE if chat else None, stop=())
     for _ in range(rewrites):
-        last = [texts[-1] for texts in found.values()]
+        last = [texts[-1] for texts in versions.values()]
         answers = scoring.predict(model, tokenizer, asking, last, max_new_tokens=MAX_REWRITTEN)
-        for texts, answer in zip(found.values(), answers, strict=True):
+        for texts, answer in zip(versions.values(), answers, strict=True):
             # a model that says nothing has nothing to add
             texts += [answer] if answer else []
-    return found
+    return versions
 
 
 def _sentences(name: str, texts: Sequence[str]) -> Task:

@@ -52,7 +52,7 @@ class SharedReport:
 
     def note_jobs(self, adapters: Mapping[str, Adapter]) -> None:
         """Read the jobs from the adapters' cards; cards of other versions may say nothing of the training."""
-        told = {name: each.card["training"] for name, each in adapters.items() if "training" in each.card}
+        told = {name: adapter.card["training"] for name, adapter in adapters.items() if "training" in adapter.card}
         self.jobs = {name: JobReport.from_json(values) for name, values in told.items()}
 
     @property

@@ -109,8 +109,8 @@ class RouterSteps:
 
     def _parts(self, groups: Sequence[Sequence[TrainingRow]]) -> list[Pass]:
         """Return the passes of a step, of which each process has as many."""
-        count, asked = self._processes.count, self._settings.gradient_accumulation
-        parts = passes(groups, asked or -(-len(groups) // count) * count)
+        count, accumulation = self._processes.count, self._settings.gradient_accumulation
+        parts = passes(groups, accumulation or -(-len(groups) // count) * count)
         if len(parts) % count:
             raise TrainingError(
                 f"a step of {sum(map(len, groups))} rows in {len(parts)} passes does not divide among {count} launched "
@@ -189,7 +189,7 @@ def require_learning(router: Any) -> None:
             f"router {name!r} is the one of another pool, at the places of this one's experts: fit() it in an engine of "
             "its own pool, and put it onto() this one afterwards"
         )
-    if callable(own := getattr(type(router), "fit", None)) and own is not TokenRouter.fit:
+    if callable(fit_method := getattr(type(router), "fit", None)) and fit_method is not TokenRouter.fit:
         raise TrainingError(f"router {name!r} has no parameters to train: call router.fit(engine, dataset)")
     raise TrainingError(f"{name!r} learns nothing, so there is nothing to fit: it can be activated as it is")
 
@@ -293,7 +293,7 @@ def accelerator_for(device: torch.device, mixed_precision: str) -> Iterator[Any]
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, is_initialized
 
-    own = not is_initialized()
+    is_new = not is_initialized()
     try:
         try:
             accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
@@ -303,5 +303,5 @@ def accelerator_for(device: torch.device, mixed_precision: str) -> Iterator[Any]
             ) from error
         yield accelerator
     finally:
-        if own:
+        if is_new:
             AcceleratorState._reset_state(reset_partial_state=True)

@@ -101,8 +101,8 @@ class Owners:
         for name, rows in dataset.items():
             where = f"{what}[{name!r}]"
             # where the learner does not ask for owners, other names are those of tasks
-            asked = self.needed or self.grows or self.heeded
-            yield where, self.known(name, where) if asked else self.places.get(name, UNKNOWN), rows
+            heeds_names = self.needed or self.grows or self.heeded
+            yield where, self.known(name, where) if heeds_names else self.places.get(name, UNKNOWN), rows
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,12 @@ class RowReader:
 
         Raises InvalidTask for data of another form, UnknownExpert for an expert that is not in the pool.
         """
-        found = [
-            read for where, own, rows in self._owners.parts(dataset, what) for read in self._rows(rows, own, where, task)
+        unencoded = [
+            read for where, place, rows in self._owners.parts(dataset, what) for read in self._rows(rows, place, where, task)
         ]
-        if not found:
+        if not unencoded:
             raise InvalidTask(f"{what} is empty: {self._owners.forms}")
-        texts = [text for text, _, _ in found if text is not None]
+        texts = [text for text, _, _ in unencoded if text is not None]
         if texts and self._tokenizer is None:
             raise InvalidTask(
                 f"{what} has texts, but no tokenizer is known: pass tokenizer=... (a Composer is made with it), or token ids"
@@ -155,7 +155,7 @@ class RowReader:
         prompts, targets, ends = zip(*texts, strict=True) if texts else ((), (), ())
         encoded = iter(encode(self._model, self._tokenizer, prompts, targets, ends=ends))
         rows = []
-        for number, (_, tokens, owner) in enumerate(found, start=first):
+        for number, (_, tokens, owner) in enumerate(unencoded, start=first):
             row = next(encoded) if tokens is None else tokens
             rows.append(TrainingRow(row.prompt, row.target, row.labels, owner, number))
         return rows
@@ -187,31 +187,31 @@ class RowReader:
             ids = tuple(token for token, real in zip(ids, mask, strict=False) if real)
         if self._model.config.is_encoder_decoder:
             target = tuple(label for label in labels if label != IGNORED)
-            found = TrainingRow(ids, target, target)
+            training_row = TrainingRow(ids, target, target)
         elif len(labels) != len(ids):
             raise InvalidTask(f"{where} has {len(ids)} input_ids, but {len(labels)} labels; a decoder's are aligned")
         else:
             # nothing comes before the first token to predict it from
             start = next((place for place, label in enumerate(labels) if place and label != IGNORED), len(labels))
-            found = TrainingRow(ids[:start], ids[start:], labels[start:])
-        if not found.prompt or not found.labels:
+            training_row = TrainingRow(ids[:start], ids[start:], labels[start:])
+        if not training_row.prompt or not training_row.labels:
             raise InvalidTask(f"{where} has no label to predict after its first token")
         known = len(self._model.get_input_embeddings().weight)
-        if strange := [token for token in (*found.prompt, *found.target) if not 0 <= token < known]:
+        if strange := [token for token in (*training_row.prompt, *training_row.target) if not 0 <= token < known]:
             raise InvalidTask(f"{where} has token {strange[0]}, but the model knows those from 0 to {known - 1}")
-        if strange := [label for label in found.labels if label != IGNORED and not 0 <= label < known]:
+        if strange := [label for label in training_row.labels if label != IGNORED and not 0 <= label < known]:
             raise InvalidTask(f"{where} has label {strange[0]}, which is no token of the model's {known} and not {IGNORED}")
         limit = context_length(self._model)
-        if limit and len(found.prompt) + len(found.target) > limit:
+        if limit and len(training_row.prompt) + len(training_row.target) > limit:
             raise InvalidTask(f"{where} has {len(ids)} tokens, but the model's context is {limit}; shorten it")
-        return found
+        return training_row
 
 
 def _ints(values: Any, where: str) -> tuple[int, ...]:
-    found = values.tolist() if hasattr(values, "tolist") else values
-    if not is_list(found, int):
+    numbers = values.tolist() if hasattr(values, "tolist") else values
+    if not is_list(numbers, int):
         raise InvalidTask(f"{where} has {values!r:.60}, which is no list of token ids")
-    return tuple(found)
+    return tuple(numbers)
 
 
 @dataclass(frozen=True)
@@ -277,20 +277,20 @@ class Judging:
                 judged = {name: read(name, examples) for name, examples in by_task.items()}
             case share:
                 trained, judged = {}, {}
-                for name, own in rows.items():
+                for name, task_rows in rows.items():
                     # at least one row of each
-                    count = min(len(own) - 1, max(1, round(share * len(own))))
-                    chosen = set(torch.randperm(len(own), generator=seeded(seed, name, "held out")).tolist()[:count])
-                    trained[name] = [row for index, row in enumerate(own) if index not in chosen]
-                    judged[name] = [own[index] for index in sorted(chosen)]
+                    count = min(len(task_rows) - 1, max(1, round(share * len(task_rows))))
+                    chosen = set(torch.randperm(len(task_rows), generator=seeded(seed, name, "held out")).tolist()[:count])
+                    trained[name] = [row for index, row in enumerate(task_rows) if index not in chosen]
+                    judged[name] = [task_rows[index] for index in sorted(chosen)]
                 rows = trained
-        return rows, {name: HeldOut(own, self.every, self.patience) for name, own in judged.items()}
+        return rows, {name: HeldOut(judged_rows, self.every, self.patience) for name, judged_rows in judged.items()}
 
 
 def is_empty(rows: Any) -> bool:
     """Return whether there are no rows, as far as can be seen without reading them."""
-    given = examples_of(rows)
-    return isinstance(given, Sized) and not len(given)
+    examples = examples_of(rows)
+    return isinstance(examples, Sized) and not len(examples)
 
 
 def examples_of(rows: Any) -> Any:
@@ -373,12 +373,12 @@ def pack_task(model: Any, tokenizer: Any, task: Task, seed: int) -> list[Trainin
     def row(places: Sequence[int]) -> TrainingRow:
         prompt, target, labels = first[places[0]].prompt, list(answers[places[0]]), list(answers[places[0]])
         for place in places[1:]:
-            asked, answer = questions[place], answers[place]
-            if len(prompt) + len(target) + len(asked) + len(answer) >= most:
+            question, answer = questions[place], answers[place]
+            if len(prompt) + len(target) + len(question) + len(answer) >= most:
                 break
-            target += [*asked, *answer]
+            target += [*question, *answer]
             # an answer ends with the line
-            labels += [*end, *[IGNORED] * (len(asked) - len(end)), *answer]
+            labels += [*end, *[IGNORED] * (len(question) - len(end)), *answer]
         return TrainingRow(prompt, (*target, *end), (*labels, *end))
 
     return [row(places) for places in turned]
@@ -391,8 +391,8 @@ def _pack_turns(tokenizer: Any, task: Task, pairs: Sequence[tuple[Prompt, str]],
     """
     ids: list[int] = []
     begins: list[tuple[int, list[int]]] = []
-    for count, (asked, target) in enumerate(pairs):
-        prompt = replace(task, demonstrations=pairs[:count]).prompt(asked)
+    for count, (question, target) in enumerate(pairs):
+        prompt = replace(task, demonstrations=pairs[:count]).prompt(question)
         assert isinstance(prompt, Conversation)
         before, answer = answered_ids(tokenizer, prompt, target)
         if count and len(before) + len(answer) >= most:
@@ -431,18 +431,18 @@ def places_of(recipe: Recipe, task: Any) -> list[int] | None:
             known = ", ".join(map(repr, recipe.tasks))
             raise ScopeError(f"recipe {recipe.name!r} looks at the task of each row: give task=..., of {known}")
         return None
-    given = task.tolist() if hasattr(task, "tolist") else task
-    given = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
-    if not given:
+    names = task.tolist() if hasattr(task, "tolist") else task
+    names = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
+    if not names:
         raise ScopeError("task is empty: give the task of each row, one for all, or None")
     places = {task: place for place, task in enumerate(recipe.tasks)}
-    found = []
-    for each in given:
-        if isinstance(each, str) and each in places:
-            found.append(places[each])
-        elif (each == UNKNOWN and not recipe.needs_tasks) or (is_whole(each, 0) and each < len(places)):
-            found.append(int(each))
+    row_places = []
+    for name in names:
+        if isinstance(name, str) and name in places:
+            row_places.append(places[name])
+        elif (name == UNKNOWN and not recipe.needs_tasks) or (is_whole(name, 0) and name < len(places)):
+            row_places.append(int(name))
         else:
             known = ", ".join(map(repr, places)) or "none: pass tasks=(...) or fit() it on {task: rows}"
-            raise UnknownName(f"recipe {recipe.name!r} has no task {each!r}{nearest(str(each), places)}; it has {known}")
-    return found
+            raise UnknownName(f"recipe {recipe.name!r} has no task {name!r}{nearest(str(name), places)}; it has {known}")
+    return row_places

@@ -91,14 +91,14 @@ def groups(sizes: Mapping[str, JobSize], jobs_per_batch: int, fits: Fits) -> lis
     # of the first n jobs: (groups, tokens, where the last group begins)
     best: list[tuple[int, float, int]] = [(0, 0.0, 0)]
     for end in range(1, len(names) + 1):
-        found = []
+        candidates = []
         for start in range(end - 1, max(0, end - jobs_per_batch) - 1, -1):
             members = [sizes[name] for name in names[start:end]]
             if len(members) > 1 and not fits(members):
                 break
             tokens = sum(size.num_rows for size in members) * members[-1].width
-            found.append((best[start][0] + 1, best[start][1] + tokens, start))
-        best.append(min(found))
+            candidates.append((best[start][0] + 1, best[start][1] + tokens, start))
+        best.append(min(candidates))
     cuts = [len(names)]
     while cuts[-1]:
         cuts.append(best[cuts[-1]][2])
@@ -155,12 +155,12 @@ def passes(groups: Sequence[Sequence[TrainingRow]], num_passes: int) -> list[Pas
     weighted.sort(key=lambda pair: len(pair[0]))
     size = -(-len(weighted) // num_passes)
     starts = range(0, len(weighted), size)
-    found = []
+    step_passes = []
     for start in starts:
         part = weighted[start : start + size]
         per_token_B = torch.tensor([share for _, share in part])
-        found.append(Pass([row for row, _ in part], per_token_B, 1 / len(starts), start))
-    return found
+        step_passes.append(Pass([row for row, _ in part], per_token_B, 1 / len(starts), start))
+    return step_passes
 
 
 def pad_apart(given: TargetBatch) -> TargetBatch:

@@ -158,10 +158,10 @@ def read_tasks(tasks: Mapping[str, Any]) -> dict[str, tuple[Task | Texts, ...]]:
         raise TrainingError("no tasks to train: pass a mapping of names to examples")
     require_texts("task", tasks)
     read: dict[str, tuple[Task | Texts, ...]] = {}
-    for name, given in tasks.items():
-        parts = [given] if isinstance(given, Texts) else given
+    for name, task_rows in tasks.items():
+        parts = [task_rows] if isinstance(task_rows, Texts) else task_rows
         try:
-            read[name] = tuple(parts) if is_list(parts, Task | Texts) and parts else (Task.of(given),)
+            read[name] = tuple(parts) if is_list(parts, Task | Texts) and parts else (Task.of(task_rows),)
         except InvalidTask as error:
             raise InvalidTask(f"task {name!r}: {error}") from error
         if not all(task.examples for task in read[name]):
@@ -192,9 +192,9 @@ class ExpertSettings(TrainingSettings):
 
     def _require_sense(self) -> None:
         super()._require_sense()
-        given = self.callbacks
-        if not is_list(given) or not all(hasattr(each, "on_step_end") for each in given):
-            raise TrainingError(f"callbacks is {given!r:.80}; it must be a list of transformers' TrainerCallbacks")
+        callbacks = self.callbacks
+        if not is_list(callbacks) or not all(hasattr(callback, "on_step_end") for callback in callbacks):
+            raise TrainingError(f"callbacks is {callbacks!r:.80}; it must be a list of transformers' TrainerCallbacks")
         if self.loss is not None and not callable(self.loss):
             raise TrainingError(f"loss is {self.loss!r:.80}; it must be a function of the output and the rows' columns")
 
@@ -203,8 +203,8 @@ class ExpertSettings(TrainingSettings):
         return torch.autocast(device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16")
 
     def identity(self) -> dict[str, Any]:
-        found = super().identity()
-        return found if self.loss is None else {**found, "loss": loss_identity(self.loss)}
+        settings = super().identity()
+        return settings if self.loss is None else {**settings, "loss": loss_identity(self.loss)}
 
     aside: ClassVar[tuple[str, ...]] = (*TrainingSettings.aside, "callbacks", "loss")
 
@@ -234,7 +234,7 @@ def _identity(value: Any, seen: dict[int, Any]) -> Any:
     seen[id(value)] = value
     match value:
         case tuple():
-            return [_identity(each, seen) for each in value]
+            return [_identity(item, seen) for item in value]
         case partial():
             return ["partial", _identity(value.func, seen), _identity(value.args, seen), _named(value.keywords, seen)]
         case MethodType():
@@ -253,7 +253,7 @@ def _identity(value: Any, seen: dict[int, Any]) -> Any:
 def _of_object(value: Any, held: Mapping[str, Any], run: Any, seen: dict[int, Any]) -> Any:
     """Return the identity of an object; `held` are its attributes, and `run` the function that a call of it runs."""
     code = _code(run.__code__) if isinstance(run, FunctionType) else None
-    attributes = {name: each for name, each in held.items() if not isinstance(each, dict)}
+    attributes = {name: attribute for name, attribute in held.items() if not isinstance(attribute, dict)}
     return [type(value).__qualname__, code, _named(attributes, seen)]
 
 
@@ -261,7 +261,7 @@ def _bound(function: FunctionType) -> dict[str, Any]:
     """Return the values of the names in a function's scope and of its defaults."""
     scope = inspect.getclosurevars(function).nonlocals
     defaults = inspect.signature(function, follow_wrapped=False).parameters.values()
-    return {**scope, **{each.name: each.default for each in defaults if each.default is not inspect.Parameter.empty}}
+    return {**scope, **{option.name: option.default for option in defaults if option.default is not inspect.Parameter.empty}}
 
 
 def _named(values: Mapping[str, Any], seen: dict[int, Any]) -> dict[str, Any]:

@@ -150,13 +150,13 @@ class SharedTraining:
     def _step(self) -> None:
         started = time.perf_counter()
         chosen = [run.planned.rows_at(run.step) for run in self._running]
-        rows = [row for own in chosen for row in own]
+        rows = [row for part in chosen for row in part]
         total_J = self._losses(chosen)
         steps = {f"job {run.planned.name!r}": run.step for run in self._running}
         values = backward(total_J, steps, whole_J=self.processes.sum(total_J))
-        for run, own, value in zip(self._running, chosen, values, strict=True):
+        for run, job_rows, value in zip(self._running, chosen, values, strict=True):
             self.processes.sum_gradients(run.vectors)
-            run.take_step(value, sum(len(row) for row in own))
+            run.take_step(value, sum(len(row) for row in job_rows))
         self.report.seconds += time.perf_counter() - started
         self.report.num_steps += 1
         self.report.num_tokens += sum(len(row) for row in rows)
@@ -168,14 +168,14 @@ class SharedTraining:
     def _losses(self, chosen: Sequence[Sequence[EncodedRow]]) -> Tensor:
         """Return loss_J of the rows chosen for each job, with its penalty; each of several processes has its part of it."""
         own_J = [self.processes.share(rows) for rows in chosen]
-        counts = [len(own) for own in own_J]
-        for run, own in zip(self._running, own_J, strict=True):
-            run.job.take(own, run.step)
+        counts = [len(part) for part in own_J]
+        for run, job_rows in zip(self._running, own_J, strict=True):
+            run.job.take(job_rows, run.step)
         with SharedPass(self.model, [run.job for run in self._running], counts):
-            losses_J = range_losses(self.model, self.tokenizer, [row for own in own_J for row in own], counts)
+            losses_J = range_losses(self.model, self.tokenizer, [row for part in own_J for row in part], counts)
             penalties = [run.job.penalty() for run in self._running]
         if self.processes.count > 1:
-            shares = [_num_targets(own) / _num_targets(rows) for own, rows in zip(own_J, chosen, strict=True)]
+            shares = [_num_targets(part) / _num_targets(rows) for part, rows in zip(own_J, chosen, strict=True)]
             losses_J = losses_J * losses_J.new_tensor(shares)
         if self.processes.rank:
             # the first process has them

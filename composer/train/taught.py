@@ -34,7 +34,7 @@ class TaughtRow(EncodedRow):
 @torch.no_grad()
 def taught_by(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> list[TaughtRow]:
     """Return the rows with the model's predictions for their targets."""
-    found: list[TaughtRow] = []
+    taught: list[TaughtRow] = []
     for part in in_chunks(list(rows), BATCH_SIZE):
         stacked = batch(model, tokenizer, part)
         logits_NV = target_logits(model, stacked)[stacked.targets_BK != IGNORED]
@@ -42,8 +42,8 @@ def taught_by(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> list[Ta
         log_p_NN = _log_shares(logits_NV, ids_NM)
         counts = [len(row.target) for row in part]
         pairs = zip(part, torch.split(ids_NM.cpu(), counts), torch.split(log_p_NN.exp().cpu(), counts), strict=True)
-        found += [TaughtRow(row.prompt, row.target, ids_KM, p_KN) for row, ids_KM, p_KN in pairs]
-    return found
+        taught += [TaughtRow(row.prompt, row.target, ids_KM, p_KN) for row, ids_KM, p_KN in pairs]
+    return taught
 
 
 def row_losses(model: Any, rows: Sequence[EncodedRow], stacked: TargetBatch) -> Tensor:

@@ -69,7 +69,7 @@ class TensorReader:
 
     def read(self, dataset: Any, *, what: str = "dataset") -> list[TensorRow]:
         """Return the rows of a dataset. Raises InvalidTask for data of another form, UnknownName for an unknown task."""
-        rows = [row for where, own, part in self._owners.parts(dataset, what) for row in self._rows(part, own, where)]
+        rows = [row for where, owner, part in self._owners.parts(dataset, what) for row in self._rows(part, owner, where)]
         if not rows:
             raise InvalidTask(f"{what} is empty: {FORMS}")
         return rows
@@ -98,9 +98,9 @@ class TensorReader:
         # embeddings are in place of tokens
         needed = [self._main] if EMBEDDINGS not in columns else []
         needed += [LABELS] if self._loss is None else []
-        if missing := [each for each in needed if each not in columns]:
+        if missing := [name for name in needed if name not in columns]:
             raise InvalidTask(f"{where} has no {missing[0]!r}, but {', '.join(map(repr, columns))}: {FORMS}")
-        if strange := [] if self._loss is not None else [each for each in columns if each not in self._taken]:
+        if strange := [] if self._loss is not None else [name for name in columns if name not in self._taken]:
             raise InvalidTask(
                 f"{where} has {strange[0]!r}, which {self._model_name} does not take; it takes {', '.join(self._taken)}. "
                 "What is for a loss of your own may have any name with loss=function(output, columns)"
@@ -185,24 +185,24 @@ class TensorFeed(Feed):
         stacked = {name: torch.stack([columns[name] for columns in read]) for name in read[0]}
         dtype, device = next(base.parameters()).dtype, self._model.device
         for name, value in stacked.items():
-            own = value.is_floating_point() and name != LABELS and name in self._taken
-            stacked[name] = value.to(device, dtype if own else None)
+            in_precision = value.is_floating_point() and name != LABELS and name in self._taken
+            stacked[name] = value.to(device, dtype if in_precision else None)
         return {**stacked, "task": torch.tensor([row.expert for row in rows], device=device)}
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
         """Return the output and mean loss of `Feed`."""
         columns = {name: value for name, value in inputs.items() if name != "task"}
         task_B, tasks = inputs["task"], self._model.tasks
-        given = None if bool((task_B < 0).all()) else task_B
+        task = None if bool((task_B < 0).all()) else task_B
         if self._loss is None:
-            return self._own_loss(model(**columns, task=given))
-        own = {name: value for name, value in columns.items() if name != LABELS and name in self._taken}
-        output = model(**own, task=given)
+            return self._own_loss(model(**columns, task=task))
+        model_inputs = {name: value for name, value in columns.items() if name != LABELS and name in self._taken}
+        output = model(**model_inputs, task=task)
         names = [tasks[place] if place >= 0 else None for place in task_B.tolist()]
         loss = self._loss(output, {**columns, "task": names})
         if not isinstance(loss, Tensor) or loss.ndim or (torch.is_grad_enabled() and not loss.requires_grad):
-            found = f"a tensor of shape {tuple(loss.shape)}" if getattr(loss, "ndim", 0) else f"{loss!r:.60}"
-            raise TrainingError(f"loss() gave {found}; it must be one number of a tensor that came from the output")
+            shown = f"a tensor of shape {tuple(loss.shape)}" if getattr(loss, "ndim", 0) else f"{loss!r:.60}"
+            raise TrainingError(f"loss() gave {shown}; it must be one number of a tensor that came from the output")
         return output, loss
 
     def size(self, inputs: Mapping[str, Any]) -> int:
@@ -245,18 +245,18 @@ def _is_numbered(rows: Any) -> bool:
 def _columns(row: Any, task_key: str, where: str) -> dict[str, Tensor]:
     if not isinstance(row, Mapping):
         raise InvalidTask(f"{where} is {type(row).__name__}, no mapping: {FORMS}")
-    found = {}
+    columns = {}
     for name, value in row.items():
         if name == task_key:
             continue
         try:
-            found[name] = torch.as_tensor(value)
+            columns[name] = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InvalidTask(
                 f"{where} has {value!r:.60} as {name!r}, which cannot become a tensor ({error}): {FORMS}. Images are made "
                 "tensors by the model's image processor"
             ) from error
-    return found
+    return columns
 
 
 def _digest(columns: Mapping[str, Tensor]) -> str:

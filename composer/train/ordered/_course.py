@@ -60,8 +60,8 @@ class Course:
 
     def jobs(self, names: Sequence[str], start: Layers | None = None) -> LoraJobs:
         """Return jobs with new factors for each name, or with copies of `start`."""
-        given = {} if start is None else dict.fromkeys(names, start)
-        return LoraJobs(self.model, self.layers, names, self.settings, given)
+        starts = {} if start is None else dict.fromkeys(names, start)
+        return LoraJobs(self.model, self.layers, names, self.settings, starts)
 
     @contextmanager
     def frozen(self, layers: Layers) -> Iterator[None]:
@@ -111,8 +111,8 @@ class Course:
         if kept and None not in kept:
             # in the model's order, as they were when they were made: sums over layers then round alike
             order = [path for path, _ in self.model.named_modules()]
-            found = [adapter for adapter in kept if adapter is not None]
-            return [replace(a, layers={path: a.layers[path] for path in order if path in a.layers}) for a in found]
+            adapters = [adapter for adapter in kept if adapter is not None]
+            return [replace(a, layers={path: a.layers[path] for path in order if path in a.layers}) for a in adapters]
         card = {"recipe": {**self._recipe, "after": self._until(name)}}
         made = [Adapter(name, self.model.name_or_path, layers, self.base, card) for layers in make()]
         if self.folder is not None:
@@ -151,12 +151,12 @@ Lesson = Callable[[str, Layers], Layers]
 
 def one_by_one(course: Course, lesson: Lesson) -> dict[str, Adapter]:
     """Return {task: the adapter after it}; `lesson(task, layers)` returns its layers, from those after the task before."""
-    found: dict[str, Adapter] = {}
+    adapters: dict[str, Adapter] = {}
     layers = course.first
     for name in course.rows:
-        (found[name],) = course.once(name, partial(_alone, lesson, name, layers))
-        layers = found[name].layers
-    return found
+        (adapters[name],) = course.once(name, partial(_alone, lesson, name, layers))
+        layers = adapters[name].layers
+    return adapters
 
 
 def _alone(lesson: Lesson, name: str, layers: Layers) -> list[Layers]:

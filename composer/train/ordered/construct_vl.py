@@ -43,14 +43,14 @@ def construct_vl(
     later tasks have other weights, the results are then no prefixes of each other.
     """
     names = list(course.rows)
-    found: dict[str, Adapter] = {}
+    adapters: dict[str, Adapter] = {}
     parts: Layers = course.first
     for number, name in enumerate(names):
-        past = [found[earlier].layers for earlier in names[:number]]
+        past = [adapters[earlier].layers for earlier in names[:number]]
         lesson = partial(_learn, course, replay, attacks, attack_size, ada_weights, name, parts, past)
-        found[name], *unweighed = course.once(name, lesson, ("", "parts") if ada_weights else ("",))
-        parts = unweighed[0].layers if ada_weights else found[name].layers
-    return found
+        adapters[name], *unweighed = course.once(name, lesson, ("", "parts") if ada_weights else ("",))
+        parts = unweighed[0].layers if ada_weights else adapters[name].layers
+    return adapters
 
 
 def _learn(

@@ -77,9 +77,9 @@ def shrink(jobs: LoraJobs, threshold: float, zeroed: set[str]) -> None:
 
 def blocks(jobs: LoraJobs) -> dict[str, list[Tensor]]:
     """Return the factors of each block: a layer's path up to the first number, or the whole path without one."""
-    found: dict[str, list[Tensor]] = {}
+    factors_by_block: dict[str, list[Tensor]] = {}
     for layer, pair in (item for job in jobs.members for item in job.factors.items()):
         parts = layer.split(".")
         end = next((place + 1 for place, part in enumerate(parts) if part.isdecimal()), len(parts))
-        found.setdefault(".".join(parts[:end]), []).extend(pair)
-    return found
+        factors_by_block.setdefault(".".join(parts[:end]), []).extend(pair)
+    return factors_by_block

@@ -32,14 +32,14 @@ def ilora(
     is nearly the fast one; with 1 it is the mean over all steps. n goes on from task to task: starting again at 1, the slow
     adapter would begin each task as the fast one.
     """
-    found: dict[str, Adapter] = {}
+    adapters: dict[str, Adapter] = {}
     fast = slow = course.first or None
     for number, name in enumerate(course.rows):
         past = _reservoir(course, list(course.rows)[:number], reservoir)
         lesson = partial(_learn, course, name, fast, slow, past, decay, consistency)
-        found[name], fast_adapter = course.once(name, lesson, ("slow", "fast"))
-        fast, slow = fast_adapter.layers, found[name].layers
-    return found
+        adapters[name], fast_adapter = course.once(name, lesson, ("slow", "fast"))
+        fast, slow = fast_adapter.layers, adapters[name].layers
+    return adapters
 
 
 def _learn(
@@ -78,8 +78,8 @@ def _learn(
 @torch.no_grad()
 def follow(slow: LoraJobs, fast: LoraJobs, decay: float) -> None:
     """Set slow = decay * slow + (1 - decay) * fast, factor by factor."""
-    for own, its in zip(slow.parameters(), fast.parameters(), strict=True):
-        own.mul_(decay).add_(its, alpha=1 - decay)
+    for slow_factor, its in zip(slow.parameters(), fast.parameters(), strict=True):
+        slow_factor.mul_(decay).add_(its, alpha=1 - decay)
 
 
 def lag(plastic: Tensor, stable: Tensor) -> Tensor:

@@ -35,17 +35,17 @@ def inflora(
     complement of an M of more than half of all directions, which is the same space. Their loss over the current classes
     alone has no counterpart for texts. Raises TrainingError when nothing is free in a layer.
     """
-    found: dict[str, Adapter] = {}
+    adapters: dict[str, Adapter] = {}
     prefix = course.first
     bases = {layer: torch.zeros(inputs, 0, dtype=torch.float64) for layer, (_, inputs) in course.layers.items()}
     for number, name in enumerate(course.rows):
-        (found[name],) = course.once(name, partial(_learn, course, name, prefix, bases, max_examples))
-        prefix = found[name].layers
+        (adapters[name],) = course.once(name, partial(_learn, course, name, prefix, bases, max_examples))
+        prefix = adapters[name].layers
         if number + 1 < len(course.rows):
             energy = energy_first + (energy_last - energy_first) * number / len(course.rows)
             grams = input_grams(course, name, prefix, max_examples)
             bases = {layer: grown(basis, grams[layer], energy) for layer, basis in bases.items()}
-    return found
+    return adapters
 
 
 def _learn(course: Course, name: str, prefix: Layers, bases: dict[str, Tensor], max_examples: int) -> list[Layers]:

@@ -29,15 +29,15 @@ def task_arithmetic(
     if tuning_steps and not exemplars:
         raise TrainingError(f"tuning_steps is {tuning_steps}, but exemplars is 0: give at least 1 example of each task")
     names = list(course.rows)
-    found: dict[str, Adapter] = {}
+    adapters: dict[str, Adapter] = {}
     total = course.first
     for first in range(0, len(names), course.jobs_per_batch):
         group = names[first : first + course.jobs_per_batch]
         kinds = [f"own update of {name}" for name in group]
-        for name, own in zip(group, course.once(group[-1], partial(_learn, course, group), kinds), strict=True):
-            total = added(total, {layer: algebra.scale(factors, weight) for layer, factors in own.layers.items()})
-            (found[name],) = course.once(name, partial(_tuned, course, name, total, exemplars, tuning_steps))
-    return found
+        for name, update in zip(group, course.once(group[-1], partial(_learn, course, group), kinds), strict=True):
+            total = added(total, {layer: algebra.scale(factors, weight) for layer, factors in update.layers.items()})
+            (adapters[name],) = course.once(name, partial(_tuned, course, name, total, exemplars, tuning_steps))
+    return adapters
 
 
 def _learn(course: Course, group: list[str]) -> list[Layers]:
