@@ -22,15 +22,15 @@ from loraweave import errors, extend, registry
 
 LIMITS = {
     "files of the core": 571,
-    "lines of the core": 80_338,
-    "lines of the product": 83_843,
+    "lines of the core": 80_409,
+    "lines of the product": 83_914,
     "lines of the largest extension": 4_000,
     "loose files of composer/": 0,
     "public names but errors": 53,
     "names for those who extend": 100,
     "imports below loraweave. in the pages": 27,
-    "values named found, own, each, given or asked": 777,
-    "docstrings that are no order": 388,
+    "values named found, own, each, given or asked": 179,
+    "docstrings that are no order": 62,
 }
 # limits that stay: an extension, and the face of the core for all of them, is small enough to be read
 FIXED = {"lines of the largest extension", "names for those who extend"}
