@@ -1,4 +1,4 @@
-"""What clients of a federation exchange: experts and gates of their models."""
+"""The exchange between clients of a federation: experts and gates of their models."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ class Watch:
     def __init__(
         self, experts_of_layers: Iterable[Sequence[int]], report: TrainingReport, steps: int, taught: Sequence[int]
     ) -> None:
-        """Take the report's experts that each layer has, by their places; `taught` are the owners of the rows."""
+        """Set the report's experts that each layer has, by their places; `taught` are the owners of the rows."""
         self._report = report
         self._every = max(1, steps // POINTS)
         # rows of one expert alone are rightly all its own

@@ -1,1 +1,1 @@
-"""How the experts of a place enter its output; one file each."""
+"""The forms in which the experts of a place enter its output; one file each."""

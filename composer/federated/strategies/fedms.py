@@ -32,7 +32,7 @@ GATE = "gate/"
 
 @dataclass(frozen=True, kw_only=True)
 class Fedms(Strategy):
-    """Two stages; both weigh the clients by their sizes.
+    """A strategy of two stages, which both weigh the clients by their sizes.
 
     In the first `global_rounds` the clients train one LoRA, FedAvg on a and b: the global expert. Then that is frozen, and
     client k trains an expert of its own and the gate of y = y0 + g E_global(x) + (1 - g) E_k(x), the recipe `fedms` of

@@ -32,7 +32,7 @@ VALUES = ".values"
 
 @dataclass(frozen=True, kw_only=True)
 class Slora(Strategy):
-    """Two stages; both weigh the clients by their sizes.
+    """A strategy of two stages, which both weigh the clients by their sizes.
 
     In the first `sparse_rounds` the clients train the entries of each D_OI that one random mask leaves, a share `density` of
     them (at least one), the same for all clients and drawn from the seed; their values are averaged, and nothing else is
