@@ -257,6 +257,7 @@ ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "tests" / "engine_scripts" / "flower_rounds.py"
 
 
+@pytest.mark.own_models
 @pytest.mark.slow
 def test_a_round_in_flower_is_the_round_in_this_process_and_outlives_a_client_that_dies(
     tiny_llama, tokenizer, clients, tmp_path
