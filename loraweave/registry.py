@@ -47,8 +47,8 @@ WITHDRAWN = {
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-# where entry points and folders of extensions are called otherwise than the registry
-GROUPS = {"experts": "loraweave.recipes"}
+# what folders of extensions and entry points are called, where it is not the registry's name
+CALLED = {"experts": "recipes"}
 
 # whose folders are the extensions; no other file of the core names one
 EXTENSIONS = "loraweave.extensions"
@@ -64,9 +64,8 @@ def registries() -> list[str]:
 
     Each package inside an extension is the folder of a registry.
     """
-    names_by_folder = {_group(name).removeprefix("loraweave."): name for name in FOLDERS}
     folders = {module.name for path in extensions().values() for module in pkgutil.iter_modules([str(path)]) if module.ispkg}
-    return [*FOLDERS, *sorted(folders - set(names_by_folder))]
+    return [*FOLDERS, *sorted(folders - {CALLED.get(name, name) for name in FOLDERS})]
 
 
 def brought(part: str) -> dict[str, str]:
@@ -165,21 +164,16 @@ def _extensions(path: tuple[str, ...]) -> dict[str, Path]:
 @cache
 def _extension_packages(folder: str, path: tuple[str, ...]) -> tuple[str, ...]:
     """Return the packages that extensions add to a registry; registries are asked for often, folders do not change."""
-    inner = _group(folder).removeprefix("loraweave.")
+    inner = CALLED.get(folder, folder)
     holders = [name for name, place in _extensions(path).items() if (place / inner / "__init__.py").is_file()]
     return tuple(f"{EXTENSIONS}.{name}.{inner}" for name in holders)
-
-
-def _group(folder: str) -> str:
-    """Return the group of entry points of a registry."""
-    return GROUPS.get(folder, f"loraweave.{folder}")
 
 
 @cache
 def _plugins(folder: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
     """Return {name: entry point} of the packages on a path; nothing of them is imported."""
     points: dict[str, EntryPoint] = {}
-    for point in entry_points(group=_group(folder)):
+    for point in entry_points(group=f"loraweave.{CALLED.get(folder, folder)}"):
         points.setdefault(point.name, point)
     return points
 
