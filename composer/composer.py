@@ -46,10 +46,9 @@ class Composer:
     """The engine that puts the experts of `pool` into `model`; `pool` is a pool, a list of adapters, or {name: adapter}.
 
     The model may be a diffusers pipeline (docs/extensions/diffusion.md). Making one changes nothing in it, but checks every
-    adapter: whether this is its base, by docs/identity.md (BaseModelMismatch; BaseModelUnverified, a warning, where names
-    and shapes alone say so), and each layer's presence, kind and shape (LayerMismatch). A trained magnitude or bias is
-    resolved against the base's weights as they are now. Factors take no part in training. A lazy pool's experts are checked
-    on first use.
+    adapter, a lazy pool's on first use: whether this is its base, by docs/identity.md (BaseModelMismatch; a warning,
+    BaseModelUnverified, where names and shapes alone say so), and each layer's presence, kind and shape (LayerMismatch). A
+    trained magnitude or bias is resolved against the base's current weights. Factors take no part in training.
 
     Experts that were used stay where the layers are. `device_budget_bytes` bounds what they take on devices other than the
     CPU, `host_budget_bytes` in the CPU's memory; those used longest ago then make room (docs/pools.md). None is no limit.
