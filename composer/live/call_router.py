@@ -56,7 +56,7 @@ class CallRouter:
         self._router = router
         self._name = name
         self._last: Router | None = None
-        # calls of which a backward pass may still run layers again
+        # the number of calls whose layers a backward pass may still run again
         self._num_calls = 0
         self._ran_again = False
         self._tokenizer: Any = None

@@ -66,7 +66,7 @@ class Federa(Strategy):
 
 
 class ResidualJob(LoraJob):
-    """A LoRA b a beside W - b0 a0: the update is b a - b0 a0, of which a and b learn."""
+    """The job of a LoRA b a beside W - b0 a0: its update is b a - b0 a0, and only a and b learn."""
 
     def __init__(self, name: str, factors: Pairs, origin: Pairs, scale: float) -> None:
         super().__init__(name, factors, scale)
