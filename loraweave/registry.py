@@ -65,7 +65,7 @@ def registries() -> list[str]:
     Each package inside an extension is the folder of a registry.
     """
     folders = {module.name for path in extensions().values() for module in pkgutil.iter_modules([str(path)]) if module.ispkg}
-    return [*FOLDERS, *sorted(folders - {CALLED.get(name, name) for name in FOLDERS})]
+    return [*FOLDERS, *sorted(folders - set(map(_called, FOLDERS)))]
 
 
 def brought(part: str) -> dict[str, str]:
@@ -164,16 +164,21 @@ def _extensions(path: tuple[str, ...]) -> dict[str, Path]:
 @cache
 def _extension_packages(folder: str, path: tuple[str, ...]) -> tuple[str, ...]:
     """Return the packages that extensions add to a registry; registries are asked for often, folders do not change."""
-    inner = CALLED.get(folder, folder)
+    inner = _called(folder)
     holders = [name for name, place in _extensions(path).items() if (place / inner / "__init__.py").is_file()]
     return tuple(f"{EXTENSIONS}.{name}.{inner}" for name in holders)
+
+
+def _called(folder: str) -> str:
+    """Return what a registry is called by folders of extensions and by entry points."""
+    return CALLED.get(folder, str(folder))
 
 
 @cache
 def _plugins(folder: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
     """Return {name: entry point} of the packages on a path; nothing of them is imported."""
     points: dict[str, EntryPoint] = {}
-    for point in entry_points(group=f"loraweave.{CALLED.get(folder, folder)}"):
+    for point in entry_points(group=f"loraweave.{_called(folder)}"):
         points.setdefault(point.name, point)
     return points
 
