@@ -28,9 +28,9 @@ from rich.progress import track
 import loraweave as lw
 from benchmarks._data import kept, known
 from benchmarks._run import Run, Table, interval, pairs
-from loraweave.composer.ensembles.laplace import laplace
 from loraweave.composer.model.scoring import pad_prompts
 from loraweave.demo import load_task
+from loraweave.extensions.rewards import laplace
 
 NUM_RETRIEVED = 3
 NUM_SEEDS = 3

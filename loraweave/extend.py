@@ -35,11 +35,16 @@ if TYPE_CHECKING:
         options_of,
     )
     from loraweave.common.randomness import caller_randomness, seeded, with_seed
-    from loraweave.common.rows import GivenRows, Row, read_rows
+    from loraweave.common.rows import GivenRows, Row, read_asked, read_rows
     from loraweave.common.spread import Failed, spread
+    from loraweave.common.state import save_tensors
+    from loraweave.common.storage_errors import storage_errors
     from loraweave.common.yaml_file import read_yaml
     from loraweave.composer.compose.collect_statistics import record_inputs
     from loraweave.composer.compose.compose import ComposeCall
+    from loraweave.composer.ensembles.ensemble import EnsemblePrediction, align_right, last_positions, without_cache
+    from loraweave.composer.ensembles.member_passes import by_rows, known_members, member_passes, rows_of, rows_that_fit
+    from loraweave.composer.experts.exchange import require_expert_model
     from loraweave.composer.experts.expert_model import ExpertModel
     from loraweave.composer.formula.nodes import Named, Sum
     from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
@@ -47,10 +52,14 @@ if TYPE_CHECKING:
         EncodedRow,
         TargetBatch,
         batch,
+        encode,
         end_tokens,
+        last_logits,
         mean_losses,
         pad_id,
+        pad_rows,
         takes,
+        token_losses,
         untouched,
     )
     from loraweave.composer.model.layers import TargetLayer
@@ -60,7 +69,7 @@ if TYPE_CHECKING:
     from loraweave.composer.train.passes import LoraJobs, job_losses
     from loraweave.composer.train.rows import Texts
     from loraweave.composer.train.settings import LoraSettings
-    from loraweave.hub.base import EMBEDDED, fingerprint
+    from loraweave.hub.base import EMBEDDED, base_id, fingerprint
     from loraweave.hub.base_reference import base_loader
     from loraweave.hub.embedders._embedder import Embedder
     from loraweave.hub.formats._contents import Contents, Reader
@@ -98,6 +107,9 @@ _MODULES = {
     "routers.tokens._saved": "router_class router_names",
     "routers.tokens._scores": "top_k_softmax",
     # models, training and scoring
+    "composer.experts.exchange": "require_expert_model",
+    "composer.ensembles.member_passes": "by_rows known_members member_passes rows_of rows_that_fit",
+    "composer.ensembles.ensemble": "EnsemblePrediction align_right last_positions without_cache",
     "common.descent": "Descent descend",
     "common.randomness": "caller_randomness seeded with_seed",
     "common.intervals": "wilson",
@@ -106,7 +118,9 @@ _MODULES = {
     "composer.compose.collect_statistics": "record_inputs",
     "composer.experts.expert_model": "ExpertModel",
     "composer.formula.nodes": "Named Sum",
-    "composer.model.batches": "EncodedRow TargetBatch batch end_tokens mean_losses pad_id takes untouched",
+    "composer.model.batches": (
+        "EncodedRow TargetBatch batch encode end_tokens last_logits mean_losses pad_id pad_rows takes token_losses untouched"
+    ),
     "composer.model.layers": "TargetLayer",
     "composer.model.scoring": "encode_pairs",
     "composer.train.adapters": "target_layers",
@@ -114,23 +128,25 @@ _MODULES = {
     "composer.train.passes": "LoraJobs job_losses",
     "composer.train.rows": "Texts",
     "composer.train.settings": "LoraSettings",
-    "hub.base": "EMBEDDED fingerprint",
+    "hub.base": "EMBEDDED base_id fingerprint",
     "hub.base_reference": "base_loader",
     "hub.formats._placing": "head_size",
     "lowrank": "algebra",
     "lowrank.factorise": "factorise",
     # reading, writing and showing
+    "common.storage_errors": "storage_errors",
+    "common.state": "save_tensors",
     "common.chat": "Prompt",
     "common.checks": "is_list is_number is_whole require_whole",
     "common.display": "ShownTable blank_figure progress_bar tracked",
     "common.files": "cache_folder replacing whole_file",
     "common.names": "printable text_digest",
-    "common.rows": "GivenRows Row read_rows",
+    "common.rows": "GivenRows Row read_asked read_rows",
     "common.yaml_file": "read_yaml",
     "hub.formats._files": "entry",
     "types": "DEFAULT_TEMPLATE",
     # the command line
-    "cli._application": "DEFAULT_HUB BaseOption DtypeOption HubOption JsonOption SeedOption",
+    "cli._application": "BaseOption DEFAULT_HUB DtypeOption HubOption JsonOption SeedOption",
     "cli._inputs": "load_model open_hub",
     "cli._printing": "note print_json print_table",
 }
@@ -157,6 +173,7 @@ __all__ = [
     "DtypeOption",
     "Embedder",
     "EncodedRow",
+    "EnsemblePrediction",
     "ExpertModel",
     "Failed",
     "Fraction",
@@ -192,13 +209,17 @@ __all__ = [
     "TruncatedUpdate",
     "Whole",
     "algebra",
+    "align_right",
+    "base_id",
     "base_loader",
     "batch",
     "blank_figure",
+    "by_rows",
     "cache_folder",
     "caller_randomness",
     "check_options",
     "descend",
+    "encode",
     "encode_pairs",
     "end_tokens",
     "entry",
@@ -210,30 +231,42 @@ __all__ = [
     "is_number",
     "is_whole",
     "job_losses",
+    "known_members",
+    "last_logits",
+    "last_positions",
     "lazy",
     "load_model",
     "mean_losses",
+    "member_passes",
     "nearest",
     "note",
     "open_hub",
     "options_of",
     "pad_id",
+    "pad_rows",
     "print_json",
     "print_table",
     "printable",
     "progress_bar",
+    "read_asked",
     "read_rows",
     "read_yaml",
     "record_inputs",
     "replacing",
+    "require_expert_model",
     "require_whole",
     "router_class",
     "router_names",
+    "rows_of",
+    "rows_that_fit",
+    "save_tensors",
     "seeded",
     "spread",
+    "storage_errors",
     "takes",
     "target_layers",
     "text_digest",
+    "token_losses",
     "top_k_softmax",
     "tracked",
     "traits",
@@ -241,4 +274,5 @@ __all__ = [
     "whole_file",
     "wilson",
     "with_seed",
+    "without_cache",
 ]

@@ -261,8 +261,6 @@ def test_the_page_on_ensembles_whose_two_ways_agree(run_page):
     assert names["found"].best == names["said"] == ["positive", "negative"]
     assert torch.allclose(names["found"].probabilities.sum(1), torch.ones(2))
     assert float(names["found"].disagreement.min()) > 0
-    assert [reward.argmax().item() for reward in (names["careful"], names["one"])] == [0, 0]
-    assert names["several"].rewards_MB.shape == (3, 2)
 
 
 @pytest.mark.slow

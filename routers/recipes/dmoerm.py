@@ -12,9 +12,9 @@ class Dmoerm(TaskRecipe):
     """A LoRA in every layer and in the head, `score`, for each capability point of a reward model that `tasks` names.
 
     This is the second of the published phases, in which each learns from the preferences that were labelled for its point
-    (`composer/ensembles/reward_mixture.py`). In the third they are frozen, and `composer/ensembles/reward_mixture.py` reads
+    (`extensions/rewards/reward_mixture.py`). In the third they are frozen, and `extensions/rewards/reward_mixture.py` reads
     their last hidden states beside each other: Linear(T h -> h), PReLU, Linear(h -> 1), in the order of the members. The
-    outer mixture (`composer/ensembles/routed_rewards.py`) gives a text to the one of several such heads whose category a
+    outer mixture (`extensions/rewards/routed_rewards.py`) gives a text to the one of several such heads whose category a
     router finds in the question.
     In the released code the heads of the points are in no module, and so are lost when it is saved; here they are factors.
     """

@@ -17,7 +17,7 @@ from loraweave.routers.recipes._recipe import ATTENTION, FEED_FORWARD, TaskRecip
 class RewardEnsemble(TaskRecipe):
     """A LoRA in every layer and in the head, `score`, of a reward model for each member of the ensemble that `tasks` names.
 
-    A row has the member that `task` names; `composer/ensembles/reward_mixture.py` gives the rewards of all of them, and
+    A row has the member that `task` names; `extensions/rewards/reward_mixture.py` gives the rewards of all of them, and
     trains them on preferences. In training, `diversity` times the mean over sites of the loss `nuclear_norm` of the members'
     factors a is taken off the loss (UP-RLHF; b, which begins as 0, is left alone). 0 is the plain ensemble. The papers tune
     the coefficient, so that the default is ours.

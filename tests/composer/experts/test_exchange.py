@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.ensembles.reward_mixture import expert_rewards, train_reward_experts
 from loraweave.composer.experts.exchange import federated_average, put_expert
 from loraweave.composer.experts.make import fit_clusters, with_options, with_task
 from loraweave.errors import LayerMismatch, ScopeError, UnknownName, WeightingError
+from loraweave.extensions.rewards.reward_mixture import expert_rewards, train_reward_experts
 
 IDS_BT = torch.tensor([[3, 9, 27, 20, 41], [6, 2, 25, 3, 15]])
 SIZES = (100.0, 300.0)

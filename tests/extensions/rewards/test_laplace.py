@@ -11,9 +11,9 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.laplace import laplace
 from loraweave.composer.model.scoring import label_scores
 from loraweave.errors import AdapterUnsupported, CompositionError, InvalidTask, LoraweaveError, UnknownExpert
+from loraweave.extensions.rewards.posterior import laplace
 
 TASK = lw.Task([("a b", "x"), ("b c a", "y z"), ("c", "x")], template="{input}", labels=["x", "y z"])
 ASKED = ["a c", "b"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.rewards import text_features
-from loraweave.composer.ensembles.routed_rewards import RoutedRewards, train_routed_rewards
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, BaseModelMismatch, InvalidTask, WeightingError
+from loraweave.extensions.rewards.reward_heads import text_features
+from loraweave.extensions.rewards.routed_rewards import RoutedRewards, train_routed_rewards
 
 CATEGORIES = {"sums, and such": [{"a": 1.0}, {"b": 1.0}], "talk": [{"c": 1.0}]}
 CATEGORY_PAIRS = {

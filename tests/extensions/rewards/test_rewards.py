@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.rewards import Rewards, features, rewards
 from loraweave.errors import CompositionError, LayerMismatch, UnknownName, WeightingError
+from loraweave.extensions.rewards.reward_heads import Rewards, features, rewards
 
 MEMBERS = [{"a": 1.0}, {"b": 0.7, "c": -0.4}, None]
 

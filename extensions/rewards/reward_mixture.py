@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,14 +15,31 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.common.files import whole_file
-from loraweave.common.randomness import with_seed
-from loraweave.common.state import save_tensors
-from loraweave.common.storage_errors import storage_errors
-from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.ensemble import align_right, without_cache
-from loraweave.composer.ensembles.member_passes import by_rows, known_members, repeated, rows_of
-from loraweave.composer.ensembles.rewards import (
+from loraweave import (
+    AdapterCorrupt,
+    AdapterNotFound,
+    Composer,
+    CompositionError,
+    InvalidTask,
+    TrainingError,
+    UnknownName,
+    WeightingError,
+)
+from loraweave.extend import (
+    ExpertModel,
+    align_right,
+    by_rows,
+    known_members,
+    nearest,
+    require_expert_model,
+    rows_of,
+    save_tensors,
+    storage_errors,
+    whole_file,
+    with_seed,
+    without_cache,
+)
+from loraweave.extensions.rewards.reward_heads import (
     Epochs,
     HeadTraining,
     Pairs,
@@ -37,18 +53,6 @@ from loraweave.composer.ensembles.rewards import (
     require_pairs,
     require_reward_head,
 )
-from loraweave.composer.experts.exchange import require_expert_model
-from loraweave.composer.experts.expert_model import ExpertModel
-from loraweave.errors import (
-    AdapterCorrupt,
-    AdapterNotFound,
-    CompositionError,
-    InvalidTask,
-    TrainingError,
-    UnknownName,
-    WeightingError,
-)
-from loraweave.registry import nearest
 
 FORMAT = 1
 FILE = "reward_mixture.safetensors"
@@ -187,7 +191,7 @@ def expert_rewards(model: ExpertModel, batch: Mapping[str, Any]) -> Rewards:
     """
     _require_reward_model(model)
     num_experts, num_rows = len(model.tasks), rows_of(batch)
-    inputs = by_rows(align_right(batch), partial(repeated, count=num_experts))
+    inputs = by_rows(align_right(batch), lambda value: value.repeat(num_experts, *[1] * (value.dim() - 1)))
     experts = [expert for expert in range(num_experts) for _ in range(num_rows)]
     return Rewards(_rewards(model, inputs, experts).view(num_experts, num_rows))
 

@@ -11,8 +11,6 @@ from torch import nn
 from torch.nn import functional
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.reward_mixture import FILE, RewardMixture, train_reward_mixture
-from loraweave.composer.ensembles.rewards import features, head_rewards, rewards, text_features, train_reward_heads
 from loraweave.errors import (
     AdapterCorrupt,
     AdapterNotFound,
@@ -22,6 +20,8 @@ from loraweave.errors import (
     UnknownExpert,
     WeightingError,
 )
+from loraweave.extensions.rewards.reward_heads import features, head_rewards, rewards, text_features, train_reward_heads
+from loraweave.extensions.rewards.reward_mixture import FILE, RewardMixture, train_reward_mixture
 from loraweave.routers.weights import MixtureWeights
 
 MEMBERS = [{"a": 1.0}, {"b": 1.0}, None]

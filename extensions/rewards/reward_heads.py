@@ -16,17 +16,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.common.checks import is_list
-from loraweave.common.descent import Descent, descend
-from loraweave.common.display import progress_bar, tracked
-from loraweave.common.options import Count, NonNegative, Positive, check_options, options_of
-from loraweave.common.randomness import with_seed
-from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.ensemble import align_right, last_positions, without_cache
-from loraweave.composer.ensembles.member_passes import Inputs, known_members, member_passes, rows_that_fit
-from loraweave.composer.model.batches import last_logits, pad_rows
-from loraweave.errors import CompositionError, InvalidTask, TrainingError, UnknownName, WeightingError
-from loraweave.registry import nearest
+from loraweave import Composer, CompositionError, InvalidTask, TrainingError, UnknownName, WeightingError
+from loraweave.extend import (
+    Count,
+    Descent,
+    NonNegative,
+    Positive,
+    align_right,
+    check_options,
+    descend,
+    is_list,
+    known_members,
+    last_logits,
+    last_positions,
+    member_passes,
+    nearest,
+    options_of,
+    pad_rows,
+    progress_bar,
+    rows_that_fit,
+    tracked,
+    with_seed,
+    without_cache,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +146,7 @@ def _passes(
     members: Sequence[Any],
     batch: Mapping[str, Any],
     rows_per_pass: int | None,
-    read: Callable[[Inputs], Tensor],
+    read: Callable[[dict[str, Any]], Tensor],
 ) -> Tensor:
     fitting = rows_that_fit(batch, 1) if rows_per_pass is None else rows_per_pass
     return member_passes(engine, members, align_right(batch), read, rows_per_pass=fitting)
@@ -154,7 +166,7 @@ def features(
     return _passes(engine, known_members(engine, mixtures), batch, rows_per_pass, partial(row_features, engine.model))
 
 
-def row_features(model: Any, inputs: Inputs) -> Tensor:
+def row_features(model: Any, inputs: dict[str, Any]) -> Tensor:
     """Return features_NH in fp32 or better: the last hidden state of each row's last real token, of the model as it is."""
     hidden_NTH = _last_hidden(model, inputs)
     name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
@@ -264,9 +276,9 @@ def pair_features(engine: Composer, mixtures: Sequence[Any], pairs: Pairs, *, pr
     require_pairs(pairs)
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
     place = {text: index for index, text in enumerate(texts)}
-    found_MNH = text_features(engine, known_members(engine, mixtures), texts, progress=progress)
+    features_MNH = text_features(engine, known_members(engine, mixtures), texts, progress=progress)
     preferred, other = ([place[pair[side]] for pair in pairs] for side in (0, 1))
-    return found_MNH[:, preferred], found_MNH[:, other]
+    return features_MNH[:, preferred], features_MNH[:, other]
 
 
 def require_pairs(pairs: Pairs) -> None:

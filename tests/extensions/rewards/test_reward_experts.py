@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.ensembles.reward_mixture import expert_rewards, train_reward_experts
 from loraweave.errors import CompositionError, InvalidTask, TrainingError, UnknownName
+from loraweave.extensions.rewards.reward_mixture import expert_rewards, train_reward_experts
 
 MEMBERS = ("first", "second", "third")
 PAIRS = [("good a", "bad a"), ("good be", "bad be"), ("good c", "bad c"), ("good dog", "bad dog")]

@@ -11,13 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.common.options import Whole, check_options
-from loraweave.common.randomness import with_seed
-from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.ensemble import align_right
-from loraweave.composer.ensembles.member_passes import by_rows, rows_of
-from loraweave.composer.ensembles.reward_mixture import Member, RewardMixture, read_heads, trained_mixture, write_heads
-from loraweave.composer.ensembles.rewards import (
+from loraweave import Adapter, BaseModelMismatch, Composer, InvalidTask, WeightingError, base_key
+from loraweave.extend import (
+    LoraJobs,
+    LoraSettings,
+    Whole,
+    align_right,
+    base_id,
+    by_rows,
+    check_options,
+    fingerprint,
+    rows_of,
+    target_layers,
+    untouched,
+    with_seed,
+)
+from loraweave.extensions.rewards.reward_heads import (
     Epochs,
     HeadTraining,
     Pairs,
@@ -28,13 +37,7 @@ from loraweave.composer.ensembles.rewards import (
     text_features,
     text_ids,
 )
-from loraweave.composer.model.batches import untouched
-from loraweave.composer.train.adapters import target_layers
-from loraweave.composer.train.passes import LoraJobs
-from loraweave.composer.train.settings import LoraSettings
-from loraweave.errors import BaseModelMismatch, InvalidTask, WeightingError
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.base import base_id, base_key, fingerprint
+from loraweave.extensions.rewards.reward_mixture import Member, RewardMixture, read_heads, trained_mixture, write_heads
 
 FILE = "routed_rewards.safetensors"
 ROUTER = "router"

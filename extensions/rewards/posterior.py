@@ -18,17 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.common.checks import require_whole
-from loraweave.common.display import tracked
-from loraweave.common.options import Positive, check_options
-from loraweave.common.randomness import seeded
-from loraweave.common.rows import GivenRows, read_asked
-from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.ensemble import EnsemblePrediction
-from loraweave.composer.model.batches import batch, encode, token_losses, untouched
-from loraweave.errors import AdapterUnsupported, CompositionError, InvalidTask
-from loraweave.hub.adapter import Adapter
-from loraweave.types import Factors, Task
+from loraweave import Adapter, AdapterUnsupported, Composer, CompositionError, Factors, InvalidTask, Task
+from loraweave.extend import (
+    EnsemblePrediction,
+    GivenRows,
+    Positive,
+    batch,
+    check_options,
+    encode,
+    read_asked,
+    require_whole,
+    seeded,
+    token_losses,
+    tracked,
+    untouched,
+)
 
 EXAMPLES_PER_PASS = 4
 # the natural logarithms between which the prior's precision is looked for
