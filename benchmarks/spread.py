@@ -430,7 +430,7 @@ def _ray_serve(folder: Path) -> Iterator[list[int]]:
     import ray
     from ray import serve
 
-    from loraweave.serving.replicas import replicated
+    from loraweave.extensions.cluster import replicated
 
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
     try:

@@ -77,11 +77,11 @@ class Listing:
         filters = Filters(base_model, license, tags)
         with self._catalogue.reading() as connection:
             if quarantined:
-                held = [row.record for row in rows.some(connection, quarantine.seqs(connection))]
+                held = [row.record for row in rows.stored_rows(connection, quarantine.seqs(connection))]
                 return [record for record in held if filters.passes(record)]
             if filters.pass_all:
                 return [row.record for row in rows.every(connection) if not row.record.quarantined]
-            return [row.record for row in rows.some(connection, matching(connection, filters))]
+            return [row.record for row in rows.stored_rows(connection, matching(connection, filters))]
 
     def bases(self) -> list[tuple[Record, int]]:
         """Return the record of the first adapter of each different base model, and the number of its adapters."""
@@ -121,7 +121,7 @@ class Listing:
     def records_at(self, seqs: Sequence[int]) -> dict[int, Record]:
         """Return the records with these numbers in the order of addition, without those that were removed."""
         with self._catalogue.reading() as connection:
-            return {row.seq: row.record for row in rows.some(connection, seqs)}
+            return {row.seq: row.record for row in rows.stored_rows(connection, seqs)}
 
     def seqs(self, filters: Filters) -> list[int]:
         """Return the numbers of those that pass and are not in quarantine, in order of addition; reads no records."""

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from loraweave.common.rows import GivenRows, Row, read_asked, read_rows
     from loraweave.common.spread import Failed, spread
     from loraweave.common.state import save_tensors
-    from loraweave.common.storage_errors import storage_errors
+    from loraweave.common.storage_errors import remote_errors, storage_errors, without_credentials
     from loraweave.common.yaml_file import read_yaml
     from loraweave.composer.compose.collect_statistics import record_inputs
     from loraweave.composer.compose.compose import ComposeCall
@@ -76,6 +76,13 @@ if TYPE_CHECKING:
     from loraweave.hub.formats._files import entry
     from loraweave.hub.formats._placing import head_size
     from loraweave.hub.indexes._vectors import Index
+    from loraweave.hub.stores.catalogue import state_row
+    from loraweave.hub.stores.folder_blobs import STALE_TMP_S, FolderBlobs
+    from loraweave.hub.stores.migrations import Step, run_step
+    from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection, Near, SharedCatalogue, VectorSearch
+    from loraweave.hub.tables.filtering import store_labels
+    from loraweave.hub.tables.rows import stored_rows
+    from loraweave.hub.tables.vectors import row_sha256
     from loraweave.hub.targets._target import Target
     from loraweave.lowrank import algebra
     from loraweave.lowrank.factorise import factorise
@@ -87,6 +94,11 @@ if TYPE_CHECKING:
     from loraweave.routers.tokens._router import TokenRouter
     from loraweave.routers.tokens._saved import router_class, router_names
     from loraweave.routers.tokens._scores import top_k_softmax
+    from loraweave.serving.app import make_app, refused
+    from loraweave.serving.limits import Limits
+    from loraweave.serving.refusals import Refusal
+    from loraweave.serving.requests import read_body
+    from loraweave.serving.scheduler import too_busy
     from loraweave.types import DEFAULT_TEMPLATE
 
 # the same names by module: a process imports what it uses, a type checker reads the imports above
@@ -134,7 +146,7 @@ _MODULES = {
     "lowrank": "algebra",
     "lowrank.factorise": "factorise",
     # reading, writing and showing
-    "common.storage_errors": "storage_errors",
+    "common.storage_errors": "remote_errors storage_errors without_credentials",
     "common.state": "save_tensors",
     "common.chat": "Prompt",
     "common.checks": "is_list is_number is_whole require_whole",
@@ -145,6 +157,19 @@ _MODULES = {
     "common.yaml_file": "read_yaml",
     "hub.formats._files": "entry",
     "types": "DEFAULT_TEMPLATE",
+    # hubs and servers elsewhere
+    "hub.stores.protocols": "BlobStore CatalogueStore Connection Near SharedCatalogue VectorSearch",
+    "serving.limits": "Limits",
+    "hub.stores.folder_blobs": "FolderBlobs STALE_TMP_S",
+    "hub.stores.catalogue": "state_row",
+    "hub.stores.migrations": "Step run_step",
+    "hub.tables.filtering": "store_labels",
+    "hub.tables.rows": "stored_rows",
+    "hub.tables.vectors": "row_sha256",
+    "serving.app": "make_app refused",
+    "serving.refusals": "Refusal",
+    "serving.requests": "read_body",
+    "serving.scheduler": "too_busy",
     # the command line
     "cli._application": "BaseOption DEFAULT_HUB DtypeOption HubOption JsonOption SeedOption",
     "cli._inputs": "load_model open_hub",
@@ -163,8 +188,12 @@ __all__ = [
     "DEFAULT_HUB",
     "DEFAULT_TEMPLATE",
     "EMBEDDED",
+    "STALE_TMP_S",
     "BaseOption",
+    "BlobStore",
+    "CatalogueStore",
     "ComposeCall",
+    "Connection",
     "Contents",
     "Count",
     "Declared",
@@ -176,6 +205,7 @@ __all__ = [
     "EnsemblePrediction",
     "ExpertModel",
     "Failed",
+    "FolderBlobs",
     "Fraction",
     "GivenRows",
     "HubOption",
@@ -183,11 +213,13 @@ __all__ = [
     "JsonOption",
     "Key",
     "LearnedRouter",
+    "Limits",
     "LoraJob",
     "LoraJobs",
     "LoraSettings",
     "LowRank",
     "Named",
+    "Near",
     "NonNegative",
     "Positive",
     "Prompt",
@@ -195,11 +227,14 @@ __all__ = [
     "Rate",
     "Reader",
     "Recipe",
+    "Refusal",
     "Row",
     "SeedOption",
     "Share",
+    "SharedCatalogue",
     "ShownTable",
     "Solver",
+    "Step",
     "Sum",
     "Target",
     "TargetBatch",
@@ -207,6 +242,7 @@ __all__ = [
     "Texts",
     "TokenRouter",
     "TruncatedUpdate",
+    "VectorSearch",
     "Whole",
     "algebra",
     "align_right",
@@ -236,6 +272,7 @@ __all__ = [
     "last_positions",
     "lazy",
     "load_model",
+    "make_app",
     "mean_losses",
     "member_passes",
     "nearest",
@@ -249,24 +286,33 @@ __all__ = [
     "printable",
     "progress_bar",
     "read_asked",
+    "read_body",
     "read_rows",
     "read_yaml",
     "record_inputs",
+    "refused",
+    "remote_errors",
     "replacing",
     "require_expert_model",
     "require_whole",
     "router_class",
     "router_names",
+    "row_sha256",
     "rows_of",
     "rows_that_fit",
+    "run_step",
     "save_tensors",
     "seeded",
     "spread",
+    "state_row",
     "storage_errors",
+    "store_labels",
+    "stored_rows",
     "takes",
     "target_layers",
     "text_digest",
     "token_losses",
+    "too_busy",
     "top_k_softmax",
     "tracked",
     "traits",
@@ -275,4 +321,5 @@ __all__ = [
     "wilson",
     "with_seed",
     "without_cache",
+    "without_credentials",
 ]

@@ -36,6 +36,9 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "indexes": ("loraweave.hub.indexes",),
     "formats": ("loraweave.hub.formats",),
     "targets": ("loraweave.hub.targets",),
+    # for a hub whose rows or files are elsewhere, the scheme of their URL (`open_stores`); the core knows folders alone
+    "catalogues": (),
+    "blobs": (),
 }
 
 _SAVED = "of the same adapters (adapters/0, adapters/1 and so on of a router saved with its pool; see docs/tried.md)"

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from loraweave import registry
+
 POSTGRES_BIN = Path("/usr/lib/postgresql/17/bin")
 START_S = 60.0
 
@@ -48,6 +50,7 @@ class PostgresServer:
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
+    require_entry("catalogues", "postgresql")
     if importlib.util.find_spec("psycopg") is None:
         absent("psycopg is not installed: pip install 'loraweave[postgres]'")
     # Debian's place for version 17; elsewhere what PATH has
@@ -95,6 +98,7 @@ def postgres_server() -> Iterator[PostgresServer]:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory) -> Iterator[str]:
     """The address of a server that speaks S3, with the environment that leads s3fs to it."""
+    require_entry("blobs", "fsspec")
     for package in ("moto", "s3fs", "flask"):
         if importlib.util.find_spec(package) is None:
             absent(f"{package} is not installed: pip install 'loraweave[test]'")
@@ -122,6 +126,12 @@ def s3_server(tmp_path_factory) -> Iterator[str]:
             yield address
     finally:
         end(process, signal.SIGTERM)
+
+
+def require_entry(folder: str, name: str) -> None:
+    """Skip the test where the extension with this entry has been taken away."""
+    if name not in registry.names(folder):
+        pytest.skip(f"no entry {name!r} of {folder} is installed")
 
 
 def absent(reason: str) -> None:

@@ -138,7 +138,6 @@ def test_the_code_of_a_page_runs(run_page, name):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("stores", r"Hub\('adapters'\)\n0\n$"),
         ("rows", r"example 1 is 'ab', not a pair of texts \(input, target\): "),
         ("pools", "hits "),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 from loraweave.common.files import sync
 from loraweave.errors import HubCorrupt
 from loraweave.hub.stores.protocols import Connection
-from loraweave.hub.tables.filtering import fill
+from loraweave.hub.tables.filtering import store_labels
 
 # "LoWv", so that a file can be told from another program's database
 APPLICATION_ID = 0x4C6F5776
@@ -86,7 +86,7 @@ STEPS: tuple[Step, ...] = (
             PRIMARY KEY (kind, value, seq)
         ) STRICT, WITHOUT ROWID""",
         "CREATE INDEX labels_by_adapter ON labels (seq)",
-        fill,
+        store_labels,
     ),
     (
         # what a new adapter is compared with: statistics of each layer, and a sketch whose pieces find near-duplicates
@@ -112,7 +112,7 @@ STEPS: tuple[Step, ...] = (
     (
         # filters by size; those by language and rank read labels, which older rows do not have
         "CREATE INDEX blobs_by_size ON blobs (size_bytes)",
-        fill,
+        store_labels,
     ),
     (
         # compositions under names of their own: which files each has, by the sha256 that names their blobs

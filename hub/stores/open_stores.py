@@ -12,16 +12,19 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+import loraweave.registry as registry
 from loraweave.common.files import as_path, cache_folder, whole_file, write_new
 from loraweave.common.names import text_digest
 from loraweave.common.storage_errors import storage_errors, without_credentials
 from loraweave.errors import HubCorrupt, HubError
 from loraweave.hub.stores.catalogue import FILE, Catalogue, state_row
 from loraweave.hub.stores.folder_blobs import FolderBlobs
-from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
+from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, SharedCatalogue
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _FOLDERS = (None, "file", "local")
+# the entry of the registry `blobs` that reads the URLs of all schemes that no entry is named after
+FOR_ANY_SCHEME = "fsspec"
 
 
 def hub_exists(place: str) -> bool:
@@ -39,10 +42,13 @@ def open_stores(path: str | Path, blobs: str | Path | None, timeout_s: float) ->
     blobs_place = None if blobs is None else str(blobs) if _scheme(blobs) else str(Path(blobs).absolute())
     if scheme is None:
         return _in_folder(Path(path), blobs_place, timeout_s)
-    if scheme in ("postgresql", "postgres"):
-        return _on_postgres(str(path), blobs_place, timeout_s)
+    # libpq knows its own scheme by two names
+    scheme = "postgresql" if scheme == "postgres" else scheme
+    if scheme in registry.names("catalogues"):
+        return _on_server(scheme, str(path), blobs_place, timeout_s)
+    places = ["in a folder", *(f"at {name}://..." for name in registry.names("catalogues"))]
     raise HubError(
-        f"a hub's catalogue is in a folder or at postgresql://..., not at {scheme}://; "
+        f"a hub's catalogue is {' or '.join(places)}, not at {scheme}://; "
         f'a store of files takes its blobs: Hub("folder", blobs={without_credentials(str(path))!r})'
     )
 
@@ -69,24 +75,19 @@ def _in_folder(folder: Path, given: str | None, timeout_s: float) -> tuple[Path,
     return folder, catalogue, blobs
 
 
-def _on_postgres(url: str, given: str | None, timeout_s: float) -> tuple[Path, CatalogueStore, BlobStore]:
-    # psycopg takes a tenth of a second to import, which hubs in folders need not pay
-    from loraweave.hub.stores.postgres import PostgresCatalogue
-    from loraweave.hub.stores.postgres_session import read_address
-
-    address = read_address(url)
-    catalogue = PostgresCatalogue(address, timeout_s)
+def _on_server(scheme: str, url: str, given: str | None, timeout_s: float) -> tuple[Path, CatalogueStore, BlobStore]:
+    catalogue: SharedCatalogue = registry.get("catalogues", scheme)(url, timeout_s)
     try:
         identity, noted = catalogue.claim()
         if given is None and noted is None:
             raise HubError(
-                f"the hub at {address.where} needs a place for its blobs, which are files: "
-                'Hub("postgresql://...", blobs="s3://bucket/prefix"), or a folder that all its users see'
+                f"the hub at {catalogue.where} needs a place for its blobs, which are files: "
+                f'Hub("{scheme}://...", blobs="s3://bucket/prefix"), or a folder that all its users see'
             )
         if given is not None and noted is not None:
-            require_place(given, noted, address.where)
+            require_place(given, noted, catalogue.where)
         place = given or noted or ""
-        blobs = open_blobs(place, address.where)
+        blobs = open_blobs(place, catalogue.where)
         settle(catalogue, blobs, identity)
         # a folder may have another path on another machine
         if noted is None and catalogue.writable and _scheme(place) not in _FOLDERS:
@@ -94,7 +95,7 @@ def _on_postgres(url: str, given: str | None, timeout_s: float) -> tuple[Path, C
     except BaseException:
         catalogue.close()
         raise
-    return local_folder(address.where), catalogue, blobs
+    return local_folder(catalogue.where), catalogue, blobs
 
 
 def open_blobs(place: str | Path, hub: str) -> BlobStore:
@@ -102,9 +103,12 @@ def open_blobs(place: str | Path, hub: str) -> BlobStore:
     if _scheme(place) in _FOLDERS:
         # a file:// URL is as durable as a folder, since it is one
         return FolderBlobs(Path(place if _scheme(place) is None else str(place).partition("://")[2]))
-    from loraweave.hub.stores.remote_blobs import RemoteBlobs
-
-    return RemoteBlobs(str(place), local_folder(f"{hub} {without_credentials(str(place))}"))
+    stores = registry.names("blobs")
+    if not stores:
+        raise HubError(f"nothing installed here reads {without_credentials(str(place))}: a folder can hold the blobs")
+    make = registry.get("blobs", _scheme(place) if _scheme(place) in stores else FOR_ANY_SCHEME)
+    store: BlobStore = make(str(place), local_folder(f"{hub} {without_credentials(str(place))}"))
+    return store
 
 
 def local_folder(where: str) -> Path:
@@ -158,7 +162,7 @@ def require_place(given: str, noted: str, hub: str) -> None:
     if without_credentials(given) != noted:
         raise HubError(
             f"the blobs of the hub {hub} are at {noted}, not at {without_credentials(given)}; open it without blobs=, or "
-            "move them there first and correct the note (docs/stores.md)"
+            "move them there first and correct the note (docs/extensions/cluster.md)"
         )
 
 

@@ -1,6 +1,7 @@
 """The interfaces of a hub's rows and of its blobs, so that either can be on another machine.
 
-`catalogue` and `folder_blobs` beside this file implement them on this machine; other implementations must behave alike.
+`catalogue` and `folder_blobs` beside this file implement them on this machine; entries of the registries `catalogues` and
+`blobs` must behave alike.
 """
 
 from __future__ import annotations
@@ -95,6 +96,18 @@ class CatalogueStore(Protocol):
         return
 
     def close(self) -> None: ...
+
+
+class SharedCatalogue(CatalogueStore, Protocol):
+    """The rows of a hub that several machines share; `catalogues` makes one from (url, timeout_s)."""
+
+    def claim(self) -> tuple[str, str | None]:
+        """Return the hub's identity and the noted URL of its blobs, or None if none is noted."""
+        ...
+
+    def note_blobs(self, place: str) -> None:
+        """Note the URL of the hub's blobs, so that the next opening need not give it."""
+        ...
 
 
 class BlobStore(Protocol):

@@ -90,10 +90,10 @@ def bases(connection: Connection) -> list[tuple[Record, int]]:
     held = set(quarantine.seqs(connection))
     listed = [rows.labelled(connection, "base", value) - held for value in rows.label_values(connection, "base")]
     counts = {min(seqs): len(seqs) for seqs in listed if seqs}
-    return [(row.record, counts[row.seq]) for row in rows.some(connection, list(counts))]
+    return [(row.record, counts[row.seq]) for row in rows.stored_rows(connection, list(counts))]
 
 
-def fill(connection: Connection) -> None:
+def store_labels(connection: Connection) -> None:
     """Store the labels of all rows, for a catalogue without them; a damaged row, which verify reports, gets none."""
     for seq, text in connection.execute("SELECT seq, record FROM adapters").fetchall():
         try:
@@ -106,11 +106,13 @@ def fill(connection: Connection) -> None:
 def _for_base(connection: Connection, base: Filters) -> set[int]:
     """Return the rows of a base: of equal id for a text, not contradicting a key. Warns of namesakes of a key's model."""
     firsts = [rows.first_labelled(connection, "base", value) for value in rows.label_values(connection, "base")]
-    examples = [row.record for row in rows.some(connection, firsts)]
+    examples = [row.record for row in rows.stored_rows(connection, firsts)]
     fitting = {rows.base_digest(record) for record in examples if base.passes(record)}
     if (key := base.key) is not None:
         namesakes = {rows.base_digest(one) for one in examples if one.base_model == key.id} - fitting
-        left_out = [row.record for row in rows.some(connection, sorted(rows.labelled(connection, "base", *namesakes)))]
+        left_out = [
+            row.record for row in rows.stored_rows(connection, sorted(rows.labelled(connection, "base", *namesakes)))
+        ]
         if left_out:
             warnings.warn(
                 f"{len(left_out)} adapters are left out, {left_out[0].name!r} the first: they name the base model "

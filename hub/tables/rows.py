@@ -78,7 +78,7 @@ def every(connection: Connection) -> Iterator[Row]:
         yield _decode(row)
 
 
-def some(connection: Connection, seqs: Sequence[int]) -> Iterator[Row]:
+def stored_rows(connection: Connection, seqs: Sequence[int]) -> Iterator[Row]:
     """Return the rows of these numbers that exist, in order of addition. Raises HubCorrupt at the first damaged one."""
     return map(_decode, at_seqs(connection, f"{_SELECT} WHERE adapters.seq", seqs))
 

@@ -84,6 +84,7 @@ def write_vectors(connection: Connection, embedder: str, made: Sequence[tuple[st
 
 
 def row_sha256(embedder: str, seq: int, text_digest: str, vector: bytes) -> str:
+    """Return the digest that a stored vector is checked by, over its embedder, adapter, text and bytes."""
     digest = hashlib.sha256(repr((embedder, seq, text_digest)).encode())
     digest.update(vector)
     return digest.hexdigest()

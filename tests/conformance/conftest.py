@@ -2,10 +2,12 @@
 
 import pytest
 from store_places import STORES, new_place, opened
+from store_servers import require_entry
 
 
 @pytest.fixture(scope="module")
 def share():
+    require_entry("blobs", "fsspec")
     fsspec = pytest.importorskip("fsspec")
     from fsspec.implementations.memory import MemoryFileSystem
 

@@ -18,9 +18,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
 import ray  # noqa: E402
 from ray import serve  # noqa: E402
 
+from loraweave.extensions.cluster import replicated  # noqa: E402
 from loraweave.hub.hub import Hub  # noqa: E402
 from loraweave.serving.limits import Limits  # noqa: E402
-from loraweave.serving.replicas import replicated  # noqa: E402
 
 
 def send(port, body, key="key", path="/v1/completions"):

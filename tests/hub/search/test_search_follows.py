@@ -395,7 +395,7 @@ def test_what_adapters_say_is_what_their_records_say_wherever_their_rows_lie(hub
             wanted = {seq: every[seq] for seq in sorted(asked) if seq in every and not every[seq].quarantined}
             assert found == {seq: (one.name, one.description, one.examples) for seq, one in wanted.items()}
             assert list(found) == list(wanted)
-            assert [row.seq for row in rows.some(connection, asked)] == sorted(seq for seq in asked if seq in every)
+            assert [row.seq for row in rows.stored_rows(connection, asked)] == sorted(seq for seq in asked if seq in every)
 
 
 def test_a_key_stands_for_the_texts_as_json_which_earlier_releases_have_stored():

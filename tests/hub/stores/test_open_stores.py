@@ -6,6 +6,7 @@ import json
 import sqlite3
 
 import pytest
+from store_servers import require_entry
 from tiny_hubs import adapter
 
 from loraweave.errors import HubCorrupt, HubError
@@ -119,6 +120,7 @@ def test_a_note_that_is_damaged_is_named_with_its_form(places):
 
 
 def test_the_note_has_no_credentials(tmp_path):
+    require_entry("blobs", "fsspec")
     pytest.importorskip("fsspec")
     with Hub(tmp_path / "hub", blobs="memory://me:secret@notes/prefix"):
         pass

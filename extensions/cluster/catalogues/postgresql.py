@@ -16,15 +16,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-import loraweave.registry as registry
-from loraweave.errors import HubError, HubLocked, HubReadOnly
-from loraweave.hub import quarantine
-from loraweave.hub.stores.catalogue import state_row
-from loraweave.hub.stores.postgres_migrations import MAX_SEARCHED_DIM, STEPS, migrate, schema_version, set_search_path
-from loraweave.hub.stores.postgres_session import PostgresAddress, Translating, postgres_errors, require_psycopg
-from loraweave.hub.stores.protocols import CatalogueStore, Connection, Near, VectorSearch
-from loraweave.hub.tables import rows, vectors
-from loraweave.types import Record
+from loraweave import HubError, HubLocked, HubReadOnly, Record
+from loraweave.extend import (
+    CatalogueStore,
+    Connection,
+    Near,
+    SharedCatalogue,
+    VectorSearch,
+    get,
+    row_sha256,
+    state_row,
+    stored_rows,
+)
+from loraweave.extensions.cluster.catalogues._migrations import (
+    MAX_SEARCHED_DIM,
+    STEPS,
+    migrate,
+    schema_version,
+    set_search_path,
+)
+from loraweave.extensions.cluster.catalogues._session import Translating, postgres_errors, read_address, require_psycopg
 
 # "LoWv": advisory locks are shared with every other program that uses the database
 _LOCK_CLASS = 0x4C6F5776
@@ -33,11 +44,11 @@ _LOCK_CLASS = 0x4C6F5776
 _INHERITED: list[Any] = []
 
 
-class PostgresCatalogue(CatalogueStore):
+class Postgresql(SharedCatalogue):
     """The rows of one hub in a schema of a PostgreSQL database. `writable` is True if this user may write them."""
 
-    def __init__(self, address: PostgresAddress, timeout_s: float) -> None:
-        self.address = address
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self.address = address = read_address(url)
         self.timeout_s = timeout_s
         self.closed = False
         self._psycopg = require_psycopg()
@@ -274,14 +285,14 @@ class PostgresSearch:
                 "ORDER BY adapters.seq LIMIT ?",
                 (embedder, limit),
             ).fetchall()
-            return [row.record for row in rows.some(connection, [seq for (seq,) in seq_rows])]
+            return [row.record for row in stored_rows(connection, [seq for (seq,) in seq_rows])]
 
     def nearest(self, embedder: str, query_D: np.ndarray, k: int, seqs: Sequence[int] | None) -> list[Near] | None:
         import numpy as np
 
         with self._catalogue.reading() as connection:
             (num_adapters,) = connection.execute("SELECT count(*) FROM adapters").fetchone()
-            num_adapters -= quarantine.count(connection)
+            num_adapters -= connection.execute("SELECT COUNT(*) FROM quarantine").fetchone()[0]
             num_wanted = min(k, num_adapters if seqs is None else len(seqs))
             if not num_wanted:
                 return []
@@ -289,11 +300,11 @@ class PostgresSearch:
             if len(near) < num_wanted:
                 return None
             # the reference index, `flat`, decides order and score
-            index = registry.get("indexes", "flat")(len(query_D))
+            index = get("indexes", "flat")(len(query_D))
             index.add(np.stack([key_D for _, _, key_D in near]))
             (scores_K,), (positions_K,) = index.search(query_D[None], num_wanted)
             best = [near[position] for position in positions_K.tolist()]
-            records = {row.seq: row.record for row in rows.some(connection, [seq for seq, _, _ in best])}
+            records = {row.seq: row.record for row in stored_rows(connection, [seq for seq, _, _ in best])}
         return [
             Near(records[seq], text_digest, round(score, 6), key_D)
             for score, (seq, text_digest, key_D) in zip(scores_K.tolist(), best, strict=True)
@@ -324,14 +335,14 @@ def _near(
     return [
         (seq, text_digest, np.frombuffer(vector, dtype="<f4"))
         for seq, text_digest, vector, digest in nearest
-        if vectors.row_sha256(embedder, seq, text_digest, vector) == digest
+        if row_sha256(embedder, seq, text_digest, vector) == digest
     ]
 
 
 # how many vectors are translated at once: 1,000 of 384 numbers are 1.5 MB here and 4 MB as text
 _BATCH = 1000
 
-# the condition of the index `vectors_without_embedding` of postgres_migrations.py
+# the condition of the index `vectors_without_embedding` of _migrations.py
 _MISSING = f"embedding IS NULL AND length(vector) <= {4 * MAX_SEARCHED_DIM}"
 
 

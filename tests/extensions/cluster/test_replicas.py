@@ -13,9 +13,9 @@ from served_rows import PROMPTS, alone
 
 import loraweave as lw
 from loraweave.errors import CompositionError
-from loraweave.serving.replicas import formula_of, replicated
+from loraweave.extensions.cluster.replicas import formula_of, replicated
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # fastapi comes with ray[serve]
 HAS_SERVE = find_spec("ray") is not None and find_spec("fastapi") is not None
 # (model name, the weights that it stands for); the last two are one formula

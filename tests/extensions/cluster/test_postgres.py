@@ -15,8 +15,8 @@ import pytest
 import torch
 from tiny_hubs import adapter
 
-import loraweave.hub.stores.postgres_migrations
 from loraweave.errors import HubCorrupt, HubError, HubFull, HubLocked, HubReadOnly
+from loraweave.extensions.cluster.catalogues import _migrations, postgresql
 from loraweave.hub.hub import Hub
 from loraweave.retrieval.retriever import Retriever
 from loraweave.types import Fingerprint
@@ -98,9 +98,8 @@ def test_a_server_that_is_not_there_is_named(hub, place, tmp_path, postgres_serv
 def test_a_writer_that_is_killed_holds_no_lock(hub, place):
     code = (
         "import os, signal, sys\n"
-        "from loraweave.hub.stores.postgres import PostgresCatalogue\n"
-        "from loraweave.hub.stores.postgres_session import read_address\n"
-        "catalogue = PostgresCatalogue(read_address(sys.argv[1]), 5.0)\n"
+        "from loraweave.extensions.cluster.catalogues.postgresql import Postgresql\n"
+        "catalogue = Postgresql(sys.argv[1], 5.0)\n"
         "with catalogue.writing('dying') as connection:\n"
         "    connection.execute('DELETE FROM adapters')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -202,8 +201,8 @@ def test_a_newer_schema_is_refused_and_left_alone(hub, place):
 
 def add_step(patch, *statements):
     """Gives the schema one more step; returns the number of those before."""
-    steps = loraweave.hub.stores.postgres_migrations.STEPS
-    for module in (loraweave.hub.stores.postgres_migrations, loraweave.hub.stores.postgres):
+    steps = _migrations.STEPS
+    for module in (_migrations, postgresql):
         patch.setattr(module, "STEPS", (*steps, statements))
     return len(steps)
 

@@ -11,11 +11,15 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from loraweave.common.checks import one_or_many
-from loraweave.common.storage_errors import remote_errors, storage_errors, without_credentials
-from loraweave.errors import AdapterCorrupt, HubError, PackageMissing
-from loraweave.hub.stores.folder_blobs import STALE_TMP_S, FolderBlobs, blob_path
-from loraweave.hub.stores.protocols import BlobStore
+from loraweave import AdapterCorrupt, HubError, PackageMissing
+from loraweave.extend import (
+    STALE_TMP_S,
+    BlobStore,
+    FolderBlobs,
+    remote_errors,
+    storage_errors,
+    without_credentials,
+)
 
 # stores whose uploads show the old object or the whole new one; elsewhere a file is written under another name and renamed
 _WHOLE_UPLOADS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "hf", "memory"}
@@ -23,7 +27,7 @@ _WHOLE_UPLOADS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss",
 _CHUNK_BYTES = 8 * 2**20
 
 
-class RemoteBlobs(BlobStore):
+class Fsspec(BlobStore):
     """A `BlobStore` at a URL. `copies` is a folder on this machine, whose files are checked before they are used.
 
     Every upload is read back and compared before its row is written. Credentials come from where the store's own package
@@ -75,7 +79,7 @@ class RemoteBlobs(BlobStore):
             self._require_same(content_hash, hashlib.sha256(data).hexdigest(), file_sha256, who)
         with storage_errors(self.copies.folder, f"keeping a copy of {self.place(content_hash)}"):
             self._keep(content_hash, data)
-        return blob_path(self.copies.folder, content_hash)
+        return Path(self.copies.place(content_hash))
 
     def require(self, content_hash: str, file_sha256: str, who: str) -> None:
         self._require_same(content_hash, self._digest(content_hash), file_sha256, who)
@@ -200,4 +204,5 @@ def _path(root: str, content_hash: str) -> str:
 
 
 def _uploads_whole(store: Any) -> bool:
-    return not _WHOLE_UPLOADS.isdisjoint(one_or_many(store.protocol))
+    names = [store.protocol] if isinstance(store.protocol, str) else store.protocol
+    return not _WHOLE_UPLOADS.isdisjoint(names)

@@ -18,15 +18,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from loraweave.composer.formula.formula import parse
-from loraweave.errors import CompositionError, FormulaError, PackageMissing
-from loraweave.hub.base import load_base
-from loraweave.hub.hub import Hub
-from loraweave.serving.app import make_app, refused
-from loraweave.serving.limits import Limits
-from loraweave.serving.refusals import Refusal
-from loraweave.serving.requests import read_body
-from loraweave.serving.scheduler import too_busy
+from loraweave import CompositionError, FormulaError, Hub, PackageMissing, load_base, parse
+from loraweave.extend import Limits, Refusal, make_app, read_body, refused, too_busy
 
 # of a request's scope, what the routes read and a message to another process can hold
 SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers")

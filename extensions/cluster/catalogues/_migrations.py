@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from loraweave.errors import HubCorrupt, HubError, HubReadOnly
-from loraweave.hub.stores.migrations import Step, run_step
-from loraweave.hub.stores.postgres_session import PostgresAddress, Translating, require_psycopg
-from loraweave.hub.tables.filtering import fill
+from loraweave import HubCorrupt, HubError, HubReadOnly
+from loraweave.extend import Step, run_step, store_labels
+from loraweave.extensions.cluster.catalogues._session import PostgresAddress, Translating, require_psycopg
 
 # pgvector stores at most this many numbers; longer vectors are kept, but searched at the client
 MAX_SEARCHED_DIM = 16_000
@@ -92,7 +91,7 @@ STEPS: tuple[Step, ...] = (
             PRIMARY KEY (kind, value, seq)
         )""",
         "CREATE INDEX labels_by_adapter ON labels (seq)",
-        fill,
+        store_labels,
         # a search reads every embedding: it lies in the row, and the bytes that it was made of lie elsewhere
         "ALTER TABLE vectors ALTER COLUMN embedding SET STORAGE MAIN",
         "ALTER TABLE vectors ALTER COLUMN vector SET STORAGE EXTERNAL",
@@ -119,7 +118,7 @@ STEPS: tuple[Step, ...] = (
     ),
     (
         "CREATE INDEX blobs_by_size ON blobs (size_bytes, hash)",
-        fill,
+        store_labels,
     ),
     (
         "ALTER TABLE state ADD COLUMN num_compositions BIGINT NOT NULL DEFAULT 0",

@@ -10,8 +10,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
-from loraweave.errors import HubCorrupt, HubError, HubFull, HubLocked, HubReadOnly, PackageMissing
-from loraweave.hub.stores.protocols import Cursor
+from loraweave import HubCorrupt, HubError, HubFull, HubLocked, HubReadOnly, PackageMissing
 
 
 class Translating:
@@ -21,12 +20,11 @@ class Translating:
         self._session = session
         self.num_changed = 0
 
-    def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor:
-        cursor: Any = self._session.execute(_translate(statement), tuple(parameters))
+    def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Any:
+        cursor = self._session.execute(_translate(statement), tuple(parameters))
         if cursor.description is None:
             self.num_changed += max(0, cursor.rowcount)
-        typed_cursor: Cursor = cursor
-        return typed_cursor
+        return cursor
 
 
 @lru_cache(maxsize=256)

@@ -12,7 +12,7 @@ import pytest
 
 import loraweave.hub.stores.folder_blobs
 from loraweave.errors import AdapterCorrupt, HubError, HubReadOnly, PackageMissing
-from loraweave.hub.stores.remote_blobs import RemoteBlobs
+from loraweave.extensions.cluster.blobs.fsspec import Fsspec
 
 fsspec = pytest.importorskip("fsspec")
 memory = pytest.importorskip("fsspec.implementations.memory")
@@ -30,7 +30,7 @@ def url():
 
 @pytest.fixture
 def blobs(url, tmp_path):
-    return RemoteBlobs(url, tmp_path / "copies")
+    return Fsspec(url, tmp_path / "copies")
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_damaged_copy_is_fetched_anew(blobs):
 def test_a_reader_keeps_its_copy_beside_gc_and_beside_other_readers(blobs, tmp_path, monkeypatch, call):
     blobs.put(NAME, DATA)
     shutil.rmtree(tmp_path / "copies")
-    beside = RemoteBlobs(blobs.url, tmp_path / "copies")
+    beside = Fsspec(blobs.url, tmp_path / "copies")
     waiting = [lambda: beside.local(NAME, SHA256, "y"), lambda: beside.sweep(0.0)]
 
     class Os:
@@ -100,7 +100,7 @@ def test_what_the_store_changed_on_its_way_is_not_taken_for_stored(blobs, monkey
 
 
 def test_a_store_that_grows_files_shows_a_blob_only_when_it_is_whole(share, tmp_path):
-    blobs = RemoteBlobs(f"shared://place-{next(NUMBERS)}", tmp_path)
+    blobs = Fsspec(f"shared://place-{next(NUMBERS)}", tmp_path)
 
     def interrupted():
         assert not blobs.has(NAME)
@@ -118,7 +118,7 @@ def test_a_store_that_grows_files_shows_a_blob_only_when_it_is_whole(share, tmp_
 
 
 def test_what_a_killed_writer_left_is_swept_once_it_is_old(share, tmp_path):
-    blobs = RemoteBlobs(f"shared://place-{next(NUMBERS)}", tmp_path)
+    blobs = Fsspec(f"shared://place-{next(NUMBERS)}", tmp_path)
     store, root = blobs._store()
     store.pipe_file(f"{root}/tmp/left.safetensors", b"12345")
     assert blobs.sweep(3600.0) == 0
@@ -160,7 +160,7 @@ def test_a_damaged_object_names_the_place_and_both_digests(blobs):
 
 def test_a_scheme_without_a_package_says_what_to_install(tmp_path):
     with pytest.raises(HubError, match="bogus"):
-        RemoteBlobs("bogus://x", tmp_path)
+        Fsspec("bogus://x", tmp_path)
 
 
 def test_a_store_whose_package_is_missing_says_what_to_install(tmp_path, monkeypatch):
@@ -169,11 +169,11 @@ def test_a_store_whose_package_is_missing_says_what_to_install(tmp_path, monkeyp
 
     monkeypatch.setattr("fsspec.core.url_to_fs", absent)
     with pytest.raises(PackageMissing, match=r"Install s3fs.*pip install 'loraweave\[remote\]'"):
-        RemoteBlobs("s3://bucket", tmp_path)
+        Fsspec("s3://bucket", tmp_path)
 
 
 def test_a_bucket_that_does_not_exist_is_named(s3_server, tmp_path):
-    blobs = RemoteBlobs("s3://no-such-bucket/prefix", tmp_path)
+    blobs = Fsspec("s3://no-such-bucket/prefix", tmp_path)
     assert not blobs.has(NAME)
     assert list(blobs.names()) == []
     with pytest.raises(HubError, match=r"storing s3://no-such-bucket/prefix/blobs/.*no such bucket"):
@@ -181,7 +181,7 @@ def test_a_bucket_that_does_not_exist_is_named(s3_server, tmp_path):
 
 
 def test_an_s3_server_that_is_gone_is_named(s3_server, tmp_path, monkeypatch):
-    blobs = RemoteBlobs("s3://bucket/prefix", tmp_path)
+    blobs = Fsspec("s3://bucket/prefix", tmp_path)
     import s3fs
 
     gone = s3fs.S3FileSystem(

@@ -1,0 +1,16 @@
+"""How do many machines share one hub, and serve it? For those whose adapters are on PostgreSQL, S3 or a cluster.
+
+`Hub("postgresql://..", blobs="s3://..")` finds the catalogue and the blobs here, which need psycopg, fsspec and the store's
+package; `replicated` runs servers on Ray Serve and sends a request where its formula was last.
+"""
+
+from typing import TYPE_CHECKING
+
+from loraweave.extend import lazy
+
+if TYPE_CHECKING:
+    from loraweave.extensions.cluster.replicas import replicated
+else:
+    __getattr__ = lazy(__name__, {f"{__name__}.replicas": "replicated"})
+
+__all__ = ["replicated"]
