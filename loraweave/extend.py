@@ -12,7 +12,7 @@ from loraweave.common.lazy import lazy
 
 if TYPE_CHECKING:
     from loraweave.cli._application import DEFAULT_HUB, BaseOption, DtypeOption, HubOption, JsonOption, SeedOption
-    from loraweave.cli._inputs import load_model, open_hub
+    from loraweave.cli._inputs import load_model, open_hub, require_dtype
     from loraweave.cli._printing import note, print_json, print_table
     from loraweave.common.chat import Prompt
     from loraweave.common.checks import is_list, is_number, is_whole, require_whole
@@ -46,7 +46,9 @@ if TYPE_CHECKING:
     from loraweave.composer.ensembles.member_passes import by_rows, known_members, member_passes, rows_of, rows_that_fit
     from loraweave.composer.experts.exchange import require_expert_model
     from loraweave.composer.experts.expert_model import ExpertModel
-    from loraweave.composer.formula.nodes import Named, Sum
+    from loraweave.composer.explain.plot import explanation_page
+    from loraweave.composer.formula.nodes import Named, Stored, Sum
+    from loraweave.composer.merge.interference import mixture_interference
     from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
     from loraweave.composer.model.batches import (
         EncodedRow,
@@ -71,7 +73,7 @@ if TYPE_CHECKING:
     from loraweave.composer.train.settings import LoraSettings
     from loraweave.hub.base import EMBEDDED, base_id, fingerprint
     from loraweave.hub.base_reference import base_loader
-    from loraweave.hub.embedders._embedder import Embedder
+    from loraweave.hub.embedders._embedder import Embedder, embedder_of
     from loraweave.hub.formats._contents import Contents, Reader
     from loraweave.hub.formats._files import entry
     from loraweave.hub.formats._placing import head_size
@@ -80,7 +82,7 @@ if TYPE_CHECKING:
     from loraweave.hub.stores.folder_blobs import STALE_TMP_S, FolderBlobs
     from loraweave.hub.stores.migrations import Step, run_step
     from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection, Near, SharedCatalogue, VectorSearch
-    from loraweave.hub.tables.filtering import store_labels
+    from loraweave.hub.tables.filtering import Filters, store_labels
     from loraweave.hub.tables.rows import stored_rows
     from loraweave.hub.tables.vectors import row_sha256
     from loraweave.hub.targets._target import Target
@@ -91,13 +93,22 @@ if TYPE_CHECKING:
     from loraweave.routers.recipes._recipe import Recipe
     from loraweave.routers.searches._solver import Solver
     from loraweave.routers.tokens._learned import LearnedRouter
+    from loraweave.routers.tokens._model import block_of
     from loraweave.routers.tokens._router import TokenRouter
     from loraweave.routers.tokens._saved import router_class, router_names
     from loraweave.routers.tokens._scores import top_k_softmax
-    from loraweave.serving.app import make_app, refused
+    from loraweave.serving.app import make_app
+    from loraweave.serving.http import (
+        EventStream,
+        loopback_only,
+        read_body,
+        read_request,
+        refused,
+        require_loopback,
+        unless_gone,
+    )
     from loraweave.serving.limits import Limits
-    from loraweave.serving.refusals import Refusal
-    from loraweave.serving.requests import read_body
+    from loraweave.serving.refusals import Refusal, refusal_of
     from loraweave.serving.scheduler import too_busy
     from loraweave.types import DEFAULT_TEMPLATE
 
@@ -107,7 +118,7 @@ _MODULES = {
     "registry": "get nearest traits",
     "common.options": "Count Declared Fraction NonNegative Positive Range Rate Share Whole check_options options_of",
     "composer.merge.updates": "DenseUpdate TruncatedUpdate",
-    "hub.embedders._embedder": "Embedder",
+    "hub.embedders._embedder": "Embedder embedder_of",
     "hub.formats._contents": "Contents Reader",
     "hub.indexes._vectors": "Index",
     "hub.targets._target": "Target",
@@ -129,7 +140,7 @@ _MODULES = {
     "composer.compose.compose": "ComposeCall",
     "composer.compose.collect_statistics": "record_inputs",
     "composer.experts.expert_model": "ExpertModel",
-    "composer.formula.nodes": "Named Sum",
+    "composer.formula.nodes": "Named Stored Sum",
     "composer.model.batches": (
         "EncodedRow TargetBatch batch encode end_tokens last_logits mean_losses pad_id pad_rows takes token_losses untouched"
     ),
@@ -145,6 +156,9 @@ _MODULES = {
     "hub.formats._placing": "head_size",
     "lowrank": "algebra",
     "lowrank.factorise": "factorise",
+    "routers.tokens._model": "block_of",
+    "composer.merge.interference": "mixture_interference",
+    "composer.explain.plot": "explanation_page",
     # reading, writing and showing
     "common.storage_errors": "remote_errors storage_errors without_credentials",
     "common.state": "save_tensors",
@@ -163,17 +177,18 @@ _MODULES = {
     "hub.stores.folder_blobs": "FolderBlobs STALE_TMP_S",
     "hub.stores.catalogue": "state_row",
     "hub.stores.migrations": "Step run_step",
-    "hub.tables.filtering": "store_labels",
+    "hub.tables.filtering": "Filters store_labels",
     "hub.tables.rows": "stored_rows",
     "hub.tables.vectors": "row_sha256",
-    "serving.app": "make_app refused",
-    "serving.refusals": "Refusal",
-    "serving.requests": "read_body",
+    "serving.app": "make_app",
+    "serving.refusals": "Refusal refusal_of",
     "serving.scheduler": "too_busy",
     # the command line
     "cli._application": "BaseOption DEFAULT_HUB DtypeOption HubOption JsonOption SeedOption",
-    "cli._inputs": "load_model open_hub",
+    "cli._inputs": "load_model open_hub require_dtype",
     "cli._printing": "note print_json print_table",
+    # HTTP applications over the same models
+    "serving.http": "EventStream loopback_only read_body read_request refused require_loopback unless_gone",
 }
 
 if not TYPE_CHECKING:
@@ -203,8 +218,10 @@ __all__ = [
     "Embedder",
     "EncodedRow",
     "EnsemblePrediction",
+    "EventStream",
     "ExpertModel",
     "Failed",
+    "Filters",
     "FolderBlobs",
     "Fraction",
     "GivenRows",
@@ -235,6 +252,7 @@ __all__ = [
     "ShownTable",
     "Solver",
     "Step",
+    "Stored",
     "Sum",
     "Target",
     "TargetBatch",
@@ -250,15 +268,18 @@ __all__ = [
     "base_loader",
     "batch",
     "blank_figure",
+    "block_of",
     "by_rows",
     "cache_folder",
     "caller_randomness",
     "check_options",
     "descend",
+    "embedder_of",
     "encode",
     "encode_pairs",
     "end_tokens",
     "entry",
+    "explanation_page",
     "factorise",
     "fingerprint",
     "get",
@@ -272,9 +293,11 @@ __all__ = [
     "last_positions",
     "lazy",
     "load_model",
+    "loopback_only",
     "make_app",
     "mean_losses",
     "member_passes",
+    "mixture_interference",
     "nearest",
     "note",
     "open_hub",
@@ -287,13 +310,17 @@ __all__ = [
     "progress_bar",
     "read_asked",
     "read_body",
+    "read_request",
     "read_rows",
     "read_yaml",
     "record_inputs",
+    "refusal_of",
     "refused",
     "remote_errors",
     "replacing",
+    "require_dtype",
     "require_expert_model",
+    "require_loopback",
     "require_whole",
     "router_class",
     "router_names",
@@ -316,6 +343,7 @@ __all__ = [
     "top_k_softmax",
     "tracked",
     "traits",
+    "unless_gone",
     "untouched",
     "whole_file",
     "wilson",

@@ -1,16 +1,28 @@
-"""The bodies of answers to OpenAI's two generating calls, whole or in pieces."""
+"""The answers to OpenAI's two generating calls: their rows on the way, and their bodies, whole or as server-sent events.
+
+    the scheduler's thread -- (index, Piece or error) --> asyncio.Queue --> whole() or events() of an Exchange
+
+Leaving an exchange, in whatever way, tells the scheduler that rows which are not over need not go on.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
+from loraweave.serving.refusals import refusal_of
 from loraweave.serving.row import Piece, Row
 from loraweave.serving.sampling import Chosen
+from loraweave.serving.scheduler import Scheduler
 from loraweave.serving.served import Served
+
+Event = tuple[int, Piece | BaseException]
 
 
 @dataclass
@@ -144,3 +156,79 @@ class ChatAnswer(Answer):
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         word = self._word(token)
         return {"token": word, "logprob": logprob, "bytes": list(word.encode())}
+
+
+class Exchange:
+    """The rows of one request, added before `submit`. A context manager, or closed by the stream that it becomes."""
+
+    def __init__(self, scheduler: Scheduler, ended: Callable[[], None]) -> None:
+        self.rows: list[Row] = []
+        self._scheduler = scheduler
+        self._ended = ended
+        self._loop = asyncio.get_running_loop()
+        self._heard: asyncio.Queue[Event] = asyncio.Queue()
+        self._open = True
+
+    def teller(self) -> Callable[[Piece | BaseException], None]:
+        """Return the function by which the next row tells this exchange of its pieces, from any thread."""
+        index = len(self.rows)
+
+        def tell(event: Piece | BaseException) -> None:
+            # a loop that is closed has no client left
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._heard.put_nowait, (index, event))
+
+        return tell
+
+    def submit(self) -> None:
+        """Let the rows wait for their turn. Raises what the scheduler raises."""
+        self._scheduler.submit(self.rows)
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Yield (number of the row, piece) until all rows are over. Raises what ended a row."""
+        left = len(self.rows)
+        while left:
+            index, event = await self._heard.get()
+            if isinstance(event, BaseException):
+                raise event
+            left -= event.finish is not None
+            yield index, event
+
+    async def whole(self, answer: Answer) -> dict[str, Any]:
+        """Return the answer's body when all rows are over."""
+        async for index, piece in self.pieces():
+            answer.choices[index].add(piece)
+        return answer.body()
+
+    async def events(
+        self, answer: Answer, first: tuple[int, Piece], rest: AsyncIterator[tuple[int, Piece]], usage: bool
+    ) -> AsyncIterator[str]:
+        """Yield the data of each server-sent event; an error is the last one, in place of [DONE]."""
+        for body in answer.beginnings():
+            yield json.dumps(body)
+        try:
+            yield json.dumps(answer.piece(*first))
+            async for index, piece in rest:
+                if piece.text or piece.chosen or piece.finish:
+                    yield json.dumps(answer.piece(index, piece))
+        except Exception as error:
+            yield json.dumps(refusal_of(error).body)
+            return
+        if usage:
+            yield json.dumps(answer.usage())
+        yield "[DONE]"
+
+    def close(self) -> None:
+        """End the rows that are not over. May be called twice."""
+        if self._open:
+            self._open = False
+            for row in self.rows:
+                row.gone = not row.over
+            self._scheduler.wake()
+            self._ended()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

@@ -30,22 +30,13 @@ from starlette.routing import Route
 from loraweave.common.chat import Prompt
 from loraweave.composer.model.scoring import answer_in
 from loraweave.hub.hub import Hub
-from loraweave.serving.answers import Answer, ChatAnswer, CompletionAnswer
-from loraweave.serving.exchange import EventStream, Exchange, unless_gone
+from loraweave.serving.answers import Answer, ChatAnswer, CompletionAnswer, Exchange
+from loraweave.serving.http import EventStream, read_body, read_request, refused, unless_gone
 from loraweave.serving.limits import Limits
 from loraweave.serving.metrics import CONTENT_TYPE, Metrics
 from loraweave.serving.names import Names, Wanted
-from loraweave.serving.refusals import Refusal, refusal_of
-from loraweave.serving.requests import (
-    COMPLETION_TOKENS,
-    Asked,
-    ChatRequest,
-    CompletionRequest,
-    Given,
-    Prompts,
-    read_body,
-    read_request,
-)
+from loraweave.serving.refusals import Refusal
+from loraweave.serving.requests import COMPLETION_TOKENS, Asked, ChatRequest, CompletionRequest, Given, Prompts
 from loraweave.serving.row import Row
 from loraweave.serving.sampling import Sampling
 from loraweave.serving.scheduler import Scheduler, too_busy
@@ -315,12 +306,6 @@ def _model(name: str, created: int) -> dict[str, Any]:
 def _headers(canonical: str, identity: str) -> dict[str, str]:
     """Return headers that name the answering composition: its formula, percent-encoded where needed, and its identity."""
     return {"X-Loraweave-Formula": quote(canonical, safe=PLAIN), "X-Loraweave-Identity": identity}
-
-
-def refused(error: Exception) -> Response:
-    """Return the answer that tells a client of an error."""
-    refusal = refusal_of(error)
-    return JSONResponse(refusal.body, refusal.status, headers=refusal.headers)
 
 
 async def _no_route(request: Request, error: Any) -> Response:

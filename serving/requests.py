@@ -5,23 +5,20 @@ A field that is not there is refused rather than ignored, so that an answer is w
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from starlette.requests import Request
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loraweave.common.chat import Conversation, Prompt, prompt_ids, rendered
 from loraweave.common.checks import one_or_many
 from loraweave.composer.model.batches import context_length
 from loraweave.errors import InvalidTask
-from loraweave.serving.limits import Limits
 from loraweave.serving.refusals import Refusal
 from loraweave.serving.sampling import Sampling
 from loraweave.serving.served import Served
@@ -173,44 +170,6 @@ class ChatRequest(Asked):
     @property
     def alternatives(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
-
-
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """Read the body. Raises Refusal for one that is too large or too late, or that is not said to be JSON."""
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json":
-        raise Refusal(415, f"the body's Content-Type is {kind!r}; send application/json")
-    body = bytearray()
-    try:
-        async with asyncio.timeout(limits.seconds):
-            async for part in request.stream():
-                body += part
-                if len(body) > limits.body_bytes:
-                    raise Refusal(413, f"the body has more than {limits.body_bytes} bytes")
-    except TimeoutError as error:
-        raise Refusal(408, f"the body did not come within {limits.seconds:g} seconds") from error
-    return bytes(body)
-
-
-Kind = TypeVar("Kind", bound=BaseModel)
-
-
-def read_request(kind: type[Kind], given: bytes | Mapping[str, str]) -> Kind:
-    """Read the request in a body or in an address. Raises Refusal, which names a field at fault."""
-    try:
-        return kind.model_validate_json(given) if isinstance(given, bytes) else kind.model_validate_strings(dict(given))
-    except ValidationError as error:
-        faults = error.errors(include_url=False, include_input=False, include_context=False)
-        # of a field that may be of several kinds, what went wrong in the kind that came furthest
-        fault = max(faults, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
-        message = fault["msg"].removeprefix("Value error, ")
-        param = str(fault["loc"][0]) if fault["loc"] else None
-        if param is not None:
-            message = f"{param}: {message}"
-        elif fault["type"] == "value_error":
-            # the message begins with the field that is not supported yet
-            param = message.partition("=")[0]
-        raise Refusal(400, message, param=param, code=fault["type"]) from None
 
 
 @dataclass(frozen=True)

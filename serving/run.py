@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Any
 
 import uvicorn
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp
 
-from loraweave.errors import CompositionError
 from loraweave.hub.hub import Hub
 from loraweave.serving.app import make_app
+from loraweave.serving.http import loopback_only, require_loopback
 from loraweave.serving.limits import Limits
-
-# under other names a page elsewhere could be bent to this machine (DNS rebinding)
-LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 
 def make_server(
@@ -34,23 +29,16 @@ def make_server(
     Without a key it answers under a loopback name alone.
     Raises CompositionError for an address that other machines reach without a key, and for a model that cannot be served.
     """
-    if api_key is None and not is_loopback(host):
-        raise CompositionError(
-            f"other machines reach {host!r}, and without a key anyone there may use this server: give --api-key (or "
-            "LORAWEAVE_API_KEY), or keep --host 127.0.0.1"
+    if api_key is None:
+        require_loopback(
+            host,
+            "without a key anyone there may use this server: give --api-key (or LORAWEAVE_API_KEY), or keep --host "
+            "127.0.0.1",
         )
     app: ASGIApp = make_app(hub, model, tokenizer, limits=limits, api_key=api_key)
     if api_key is None:
-        app = TrustedHostMiddleware(app, LOOPBACK_NAMES, www_redirect=False)
+        app = loopback_only(app)
     # a client may keep its stream open for as long as its request may take; stopping waits a few seconds for them
     return uvicorn.Server(
         uvicorn.Config(app, host=host, port=port, log_level=log_level, ws="none", timeout_graceful_shutdown=5)
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loraweave.common.chat import Prompt
 from loraweave.common.names import printable
-from loraweave.composer.explain.plot import draw, page
+from loraweave.composer.explain.plot import draw, explanation_page
 from loraweave.composer.explain.shown import TokenFigures
 from loraweave.composer.live.recording import Load, Trace, UsedLayer
 from loraweave.composer.model.generate import encode_texts, generation_call
@@ -108,7 +108,7 @@ class Explanation(TokenFigures):
         It needs no server, no network and nothing beside it. Raises CompositionError where no expert takes part.
         """
         target = Path(path)
-        text = page(self, self._title(self.total) if self.experts else "")
+        text = explanation_page(self, self._title(self.total) if self.experts else "")
         target.write_text(text, encoding="utf-8")
         return target
 

@@ -320,7 +320,7 @@ ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u202
 FAINTEST, FULLEST = 0.12, 0.8
 
 
-def page(shown: TokenFigures, summary: str) -> str:
+def explanation_page(shown: TokenFigures, summary: str) -> str:
     """Return the page as HTML. Raises CompositionError where there is no weight to show."""
     shown.require_weights()
     script = _part("page.js")

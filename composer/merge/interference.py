@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.merge_report import LayerReport, MergeReport
 from loraweave.lowrank.truncation import among, summed_by_owner
 from loraweave.types import Factors
 
@@ -53,6 +56,19 @@ def interference(
     cosines_EE = np.divide(inner_EE, scale_EE, out=np.zeros_like(scale_EE), where=scale_EE > 0).clip(-1.0, 1.0)
     above = [row[first + 1 :] for first, row in enumerate(cosines_EE.tolist())]
     return Interference(tuple(norms_E.tolist()), tuple(chain.from_iterable(above)), _sign_conflict(present))
+
+
+def mixture_interference(adapters: Sequence[Adapter], by_layer: Mapping[str, Sequence[float]]) -> MergeReport:
+    """Return how far the weighted updates pull the same way in each layer, as a report without a merge: its ranks are 0.
+
+    `by_layer` has a weight of every adapter for each layer; the report's own weights are their means over the layers.
+    """
+    layers = {}
+    for layer, weights in by_layer.items():
+        figures = interference([adapter.layers.get(layer) for adapter in adapters], weights)
+        layers[layer] = LayerReport(0, 0, 0.0, figures.norms, figures.cosines, figures.sign_conflict)
+    means = tuple(map(fmean, zip(*by_layer.values(), strict=True)))
+    return MergeReport("linear", tuple(adapter.name for adapter in adapters), means, layers)
 
 
 class _Expert:

@@ -1,4 +1,4 @@
-"""`loraweave serve`, `ui` and `load`: our server, our page, and the servers of others."""
+"""`loraweave serve` and `load`: our server, and the servers of others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from loraweave.cli._application import DEFAULT_HUB, BaseOption, DtypeOption, HubOption
-from loraweave.cli._inputs import load_model, open_hub, require_dtype
+from loraweave.cli._inputs import load_model, open_hub
 from loraweave.cli._printing import print_json
 from loraweave.errors import PackageMissing
 
@@ -76,29 +76,6 @@ def serve(
         if device is not None:
             model.to(device)
         make_server(opened, model, tokenizer, host=host, port=port, limits=limits, api_key=api_key).run()
-
-
-UI_EXAMPLE = "Example: loraweave ui --hub adapters   (then open the address that it prints)"
-
-
-def ui(
-    hub: HubOption = DEFAULT_HUB,
-    base: BaseOption = None,
-    dtype: DtypeOption = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 chooses a free one.")] = 8001,
-) -> None:
-    """Look at a hub in a browser: search, maps, sliders, and which adapter counts where. Only this machine reaches it."""
-    # the base is loaded when the page first needs it
-    require_dtype(dtype)
-    try:
-        from loraweave.serving.ui.app import make_ui_server
-    except ModuleNotFoundError as error:
-        raise PackageMissing(
-            f"the page needs packages that are not installed ({error}): pip install 'loraweave[serve]'"
-        ) from error
-
-    with open_hub(hub) as opened:
-        make_ui_server(opened, lambda: load_model(base, dtype), port=port).run()
 
 
 LOAD_EXAMPLE = 'Example: loraweave load "1.1*passive + 0.9*negation" --into sglang --url http://127.0.0.1:30000'

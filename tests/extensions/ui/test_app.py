@@ -18,13 +18,13 @@ from server_clients import answering, until
 
 import loraweave as lw
 from loraweave.errors import CompositionError
+from loraweave.extensions.ui import overview
+from loraweave.extensions.ui.acts import Left
+from loraweave.extensions.ui.app import make_ui_server
+from loraweave.extensions.ui.catalogue import Catalogue
+from loraweave.extensions.ui.overview import Entry, Overview, Snapshot, followed
+from loraweave.extensions.ui.workbench import Found, Workbench
 from loraweave.hub.embedders._embedder import embedder_of
-from loraweave.serving.ui import overview
-from loraweave.serving.ui.acts import Left
-from loraweave.serving.ui.app import make_ui_server
-from loraweave.serving.ui.catalogue import Catalogue
-from loraweave.serving.ui.overview import Entry, Overview, Snapshot, followed
-from loraweave.serving.ui.workbench import Found, Workbench
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 

@@ -11,17 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraweave.composer.explain.shown import block_and_kind, group_places
-from loraweave.errors import AdapterNotFound
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.formats._files import entry
-from loraweave.hub.hub import Hub
-from loraweave.hub.merge_report import by_number
-from loraweave.hub.tables.filtering import Filters
-from loraweave.lowrank import algebra
-from loraweave.retrieval.retriever import Retriever
-from loraweave.serving.ui.overview import Overview, in_order
-from loraweave.types import Candidate, Record
+from loraweave import Adapter, AdapterNotFound, Candidate, Hub, Record, Retriever
+from loraweave.extend import Filters, algebra, block_of, entry
+from loraweave.extensions.ui.overview import Overview, in_order
 
 # adapters whose name has the query in it, before those that a search finds
 NUM_NAMED = 5
@@ -276,6 +268,17 @@ def norms_of(adapter: Adapter) -> dict[str, float]:
     return {layer: algebra.norm(factors) for layer, factors in adapter.layers.items()}
 
 
+def block_and_kind(layer: str) -> tuple[str, str]:
+    """Return (path up to the first number, the rest) of a layer; a layer outside blocks is its own block and kind."""
+    block = block_of(layer)
+    return (layer, layer) if block is None else (block, layer[len(block) + 1 :])
+
+
+def by_number(block: str) -> list[tuple[int, str]]:
+    """Return a sort key that puts block 2 before block 10: of parts that are numbers, the shorter is smaller."""
+    return [(len(part) if part.isdecimal() else 0, part) for part in block.split(".")]
+
+
 def grid(values: Mapping[str, float]) -> dict[str, Any]:
     """Return a value for each layer as rows of kinds by columns of blocks, None where a block has no layer of the kind.
 
@@ -283,7 +286,7 @@ def grid(values: Mapping[str, float]) -> dict[str, Any]:
     """
     cells = {block_and_kind(layer): value for layer, value in values.items()}
     blocks = sorted({block for block, _ in cells}, key=by_number)
-    kinds = list(group_places([kind for _, kind in cells]))
+    kinds = list(dict.fromkeys(kind for _, kind in cells))
     return {"blocks": blocks, "kinds": kinds, "values": [[cells.get((block, kind)) for block in blocks] for kind in kinds]}
 
 

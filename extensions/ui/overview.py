@@ -20,10 +20,8 @@ from numpy.typing import NDArray
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.decomposition import PCA
 
-from loraweave.errors import LoraweaveError
-from loraweave.hub.embedders._embedder import embedder_of
-from loraweave.hub.hub import Hub
-from loraweave.hub.tables.vectors import Change
+from loraweave import Hub, LoraweaveError
+from loraweave.extend import embedder_of
 
 Array = NDArray[Any]
 
@@ -244,7 +242,7 @@ class Overview:
 def followed(hub: Hub, old: Snapshot) -> Snapshot:
     """Return a snapshot of the hub as it is now, built on an older one of the same catalogue if little has changed."""
     embedder = embedder_of("sentence").id
-    changed: dict[int, Change] = {}
+    changed: dict[int, Any] = {}
     first, after = None, 0
     while True:
         page = hub.changes(embedder, since=old.generation, after=after)

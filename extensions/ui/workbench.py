@@ -10,6 +10,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal, Self
@@ -18,27 +19,32 @@ from uuid import uuid4
 import torch
 from pydantic import Field, model_validator
 
-import loraweave.registry as registry
-from loraweave.common.chat import Prompt
-from loraweave.composer.compose.compose import compose
-from loraweave.composer.compose.composition import Composition
-from loraweave.composer.compose.report import Report
-from loraweave.composer.composer import Composer
-from loraweave.composer.explain.plot import page
-from loraweave.composer.explain.shown import block_and_kind
-from loraweave.composer.formula.formula import parse
-from loraweave.composer.formula.nodes import Named, Stored
-from loraweave.composer.merge.interference import interference
-from loraweave.errors import AdapterNotFound, WeightingError
-from loraweave.hub.hub import Hub
-from loraweave.hub.merge_report import LayerReport, MergeReport, by_number
-from loraweave.hub.pool import ExpertPool
-from loraweave.routers.tokens._router import TokenRouter
-from loraweave.routers.tokens._saved import router, router_class, router_names
-from loraweave.routers.weights import MixtureWeights
-from loraweave.serving.ui.acts import Tell, ToldProgress
-from loraweave.serving.ui.catalogue import Name, Query, grid
-from loraweave.types import Task
+from loraweave import (
+    AdapterNotFound,
+    Composer,
+    Composition,
+    ExpertPool,
+    Hub,
+    MixtureWeights,
+    Task,
+    WeightingError,
+    compose,
+    names,
+    parse,
+    router,
+)
+from loraweave.extend import (
+    Named,
+    Prompt,
+    Stored,
+    TokenRouter,
+    explanation_page,
+    mixture_interference,
+    router_class,
+    router_names,
+)
+from loraweave.extensions.ui.acts import Tell, ToldProgress
+from loraweave.extensions.ui.catalogue import Name, Query, block_and_kind, by_number, grid
 
 MAX_PICKED = 8
 # explanations that stay to be looked at
@@ -159,7 +165,7 @@ class Workbench:
         """List names that a page lets choose from: targets of exports, and routers that need no training and no data."""
         kinds = {name: router_class(name) for name in router_names()}
         ready = [name for name, kind in kinds.items() if not kind.learned and kind.fit is TokenRouter.fit]
-        return {"targets": registry.names("targets"), "routers": ready}
+        return {"targets": names("targets"), "routers": ready}
 
     def picked(self, asked: Picked) -> dict[str, Any]:
         """Return what the sliders need to know of adapters: their blocks, and a text to try them on."""
@@ -176,18 +182,15 @@ class Workbench:
     def mixed(self, asked: Mixed) -> dict[str, Any]:
         """Measure how far the weighted updates pull the same way; no model is needed."""
         pool = self._hub.pool(asked.names)
-        layers = {}
-        for layer, weights in asked.by_layer(pool.layer_names).items():
-            seen = interference([pool[name].layers.get(layer) for name in pool.names], list(weights.values()))
-            layers[layer] = LayerReport(0, 0, 0.0, seen.norms, seen.cosines, seen.sign_conflict)
-        report = MergeReport("linear", pool.names, tuple(part.weight for part in asked.parts), layers)
+        by_layer = {layer: list(row.values()) for layer, row in asked.by_layer(pool.layer_names).items()}
+        report = mixture_interference([pool[name] for name in pool.names], by_layer)
         return {
             "names": list(pool.names),
             "cosines": report.cosines(),
-            "norms": [sum(row.norms[at] ** 2 for row in layers.values()) ** 0.5 for at in range(len(pool))],
-            "conflict": grid({layer: row.sign_conflict for layer, row in layers.items()}),
-            "agreement": grid({layer: fmean(row.cosines) for layer, row in layers.items() if row.cosines}),
-            "shares": [grid({layer: row.norms[at] for layer, row in layers.items()}) for at in range(len(pool))],
+            "norms": [sum(row.norms[at] ** 2 for row in report.values()) ** 0.5 for at in range(len(pool))],
+            "conflict": grid({layer: row.sign_conflict for layer, row in report.items()}),
+            "agreement": grid({layer: fmean(row.cosines) for layer, row in report.items() if row.cosines}),
+            "shares": [grid({layer: row.norms[at] for layer, row in report.items()}) for at in range(len(pool))],
             "formula": asked.formula,
         }
 
@@ -263,7 +266,7 @@ class Workbench:
         made = router(asked.router, engine.bound_pool)
         explanation = engine.explain(asked.prompt, made, max_new_tokens=asked.max_new_tokens)
         number = uuid4().hex
-        self._pages[number] = page(explanation, f"{asked.router} over {', '.join(names)}")
+        self._pages[number] = explanation_page(explanation, f"{asked.router} over {', '.join(names)}")
         while len(self._pages) > MAX_KEPT:
             self._pages.popitem(last=False)
         total = explanation.total
@@ -298,14 +301,12 @@ class Workbench:
         engine = self._composer(asked.names, tell)
         by_layer = asked.by_layer(engine.pool.layer_names)
         mixture = MixtureWeights.of_layers(by_layer, engine.pool.names)
-        return Composition(
-            engine.model,
-            engine.tokenizer,
-            Task([], instruction=asked.instruction),
-            engine.pool,
-            mixture.means(),
-            "linear",
-            Report((), "manual", "weights chosen by hand", (), 0.0, 0),
+        task = Task([], instruction=asked.instruction)
+        base = Composition.of(engine.model, engine.tokenizer, task, name="manual", reason="weights chosen by hand")
+        return replace(
+            base,
+            pool=engine.pool,
+            all_weights=mixture.means(),
             by_layer=by_layer if asked.by_block else None,
             allow_licenses=asked.allow_licenses,
         )

@@ -12,8 +12,7 @@ from typing import Any
 
 from rich.progress import Progress, TaskID
 
-from loraweave.serving.exchange import EventStream
-from loraweave.serving.refusals import Refusal
+from loraweave.extend import EventStream, Refusal
 
 Tell = Callable[[dict[str, Any]], None]
 

@@ -11,7 +11,6 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,24 +21,28 @@ from starlette.background import BackgroundTask
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loraweave.errors import AdapterNotFound, CompositionError, LoraweaveError
-from loraweave.hub.hub import Hub
-from loraweave.serving.exchange import unless_gone
-from loraweave.serving.limits import Limits
-from loraweave.serving.refusals import Refusal, refusal_of
-from loraweave.serving.requests import read_body, read_request
-from loraweave.serving.run import LOOPBACK_NAMES, is_loopback
-from loraweave.serving.ui.acts import Tell, act
-from loraweave.serving.ui.catalogue import Alike, Catalogue, Listed, Named, Placed, Query, Searched
-from loraweave.serving.ui.overview import Overview
-from loraweave.serving.ui.workbench import Answered, Exported, Found, Mixed, Picked, Routed, Saved, Workbench
+from loraweave import AdapterNotFound, Hub, LoraweaveError
+from loraweave.extend import (
+    Limits,
+    Refusal,
+    loopback_only,
+    read_body,
+    read_request,
+    refusal_of,
+    refused,
+    require_loopback,
+    unless_gone,
+)
+from loraweave.extensions.ui.acts import Tell, act
+from loraweave.extensions.ui.catalogue import Alike, Catalogue, Listed, Named, Placed, Query, Searched
+from loraweave.extensions.ui.overview import Overview
+from loraweave.extensions.ui.workbench import Answered, Exported, Found, Mixed, Picked, Routed, Saved, Workbench
 
 Asked = TypeVar("Asked", bound=BaseModel)
 
@@ -77,11 +80,9 @@ def make_ui_server(
     `load` gives (model, tokenizer) when something is first tried on the base model. Raises CompositionError for an address
     that other machines reach: the page has no key, and saves into the hub.
     """
-    if not is_loopback(host):
-        raise CompositionError(
-            f"other machines reach {host!r}, and the page has no key: keep 127.0.0.1, and come from another machine through "
-            f"ssh -L {port}:127.0.0.1:{port}"
-        )
+    require_loopback(
+        host, f"the page has no key: keep 127.0.0.1, and come from another machine through ssh -L {port}:127.0.0.1:{port}"
+    )
     return uvicorn.Server(
         uvicorn.Config(
             make_ui(hub, load),
@@ -130,13 +131,9 @@ def make_ui(hub: Hub, load: Callable[[], tuple[Any, Any]]) -> Starlette:
         threads.act("route", Routed, bench.route),
         threads.download("export", Exported, bench.export),
         Route("/explanation/{number}", _telling(explanation), methods=["GET"]),
-        Route("/base.css", _base_style, methods=["GET"]),
-        Mount("/", StaticFiles(packages=[("loraweave.serving.ui", "page_files")], html=True)),
+        Mount("/", StaticFiles(packages=[("loraweave.extensions.ui", "page_files")], html=True)),
     ]
-    middleware = [
-        Middleware(Guard),
-        Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK_NAMES, www_redirect=False),
-    ]
+    middleware = [Middleware(Guard), Middleware(loopback_only)]
     return Starlette(routes=routes, middleware=middleware, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
 
 
@@ -212,7 +209,7 @@ class Guard:
         if same_origin or (request.url.path, request.method) == ("/", "GET"):
             await self._app(scope, receive, guarded)
         else:
-            await told(Refusal(403, "another page asks, and only this server's own page may"))(scope, receive, guarded)
+            await refused(Refusal(403, "another page asks, and only this server's own page may"))(scope, receive, guarded)
 
 
 def refusal(error: BaseException) -> Refusal:
@@ -220,11 +217,6 @@ def refusal(error: BaseException) -> Refusal:
     if not isinstance(error, LoraweaveError):
         return refusal_of(error)
     return Refusal(404 if isinstance(error, AdapterNotFound) else 400, str(error), code=type(error).__name__)
-
-
-def told(error: BaseException) -> Response:
-    refused = refusal(error)
-    return JSONResponse(refused.body, refused.status, headers=refused.headers)
 
 
 def _telling(handle: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -236,14 +228,10 @@ def _telling(handle: Callable[[Request], Awaitable[Response]]) -> Callable[[Requ
         except ClientDisconnect:
             return Response(status_code=499)
         except Exception as error:
-            return told(error)
+            return refused(refusal(error))
 
     return answer
 
 
-async def _base_style(request: Request) -> Response:
-    return FileResponse(str(resources.files("loraweave.composer.explain") / "page_files" / "base.css"))
-
-
 async def _no_route(request: Request, error: Any) -> Response:
-    return told(Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+    return refused(Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))

@@ -12,7 +12,7 @@ from server_clients import answering
 from store_servers import absent
 
 import loraweave as lw
-from loraweave.serving.ui.app import make_ui_server
+from loraweave.extensions.ui.app import make_ui_server
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

@@ -1,0 +1,139 @@
+"""What HTTP applications over models share: reading a question, its stream of events, its refusal, and who may reach it."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from loraweave.errors import CompositionError
+from loraweave.serving.limits import Limits
+from loraweave.serving.refusals import Refusal, refusal_of
+
+T = TypeVar("T")
+Kind = TypeVar("Kind", bound=BaseModel)
+
+# under other names a page elsewhere could be bent to this machine (DNS rebinding)
+LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
+
+
+def require_loopback(host: str, way_out: str) -> None:
+    """Raise CompositionError, which says why and the way out, for an address that other machines reach."""
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = host == "localhost"
+    if not is_loopback:
+        raise CompositionError(f"other machines reach {host!r}, and {way_out}")
+
+
+def loopback_only(app: ASGIApp) -> ASGIApp:
+    """Return the application as one that answers under a loopback name alone."""
+    return TrustedHostMiddleware(app, LOOPBACK_NAMES, www_redirect=False)
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """Read the body. Raises Refusal for one that is too large or too late, or that is not said to be JSON."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refusal(415, f"the body's Content-Type is {kind!r}; send application/json")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.seconds):
+            async for part in request.stream():
+                body += part
+                if len(body) > limits.body_bytes:
+                    raise Refusal(413, f"the body has more than {limits.body_bytes} bytes")
+    except TimeoutError as error:
+        raise Refusal(408, f"the body did not come within {limits.seconds:g} seconds") from error
+    return bytes(body)
+
+
+def read_request(kind: type[Kind], source: bytes | Mapping[str, str]) -> Kind:
+    """Read the request in a body or in an address. Raises Refusal, which names a field at fault."""
+    try:
+        return kind.model_validate_json(source) if isinstance(source, bytes) else kind.model_validate_strings(dict(source))
+    except ValidationError as invalid:
+        faults = invalid.errors(include_url=False, include_input=False, include_context=False)
+        # of a field that may be of several kinds, what went wrong in the kind that came furthest
+        fault = max(faults, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
+        message = fault["msg"].removeprefix("Value error, ")
+        param = str(fault["loc"][0]) if fault["loc"] else None
+        if param is not None:
+            message = f"{param}: {message}"
+        elif fault["type"] == "value_error":
+            # the message begins with the field that is not supported yet
+            param = message.partition("=")[0]
+        raise Refusal(400, message, param=param, code=fault["type"]) from None
+
+
+def refused(error: BaseException) -> Response:
+    """Return the answer that tells a client of an error: a Refusal as it is, any other as `refusal_of` puts it."""
+    refusal = refusal_of(error)
+    return JSONResponse(refusal.body, refusal.status, headers=refusal.headers)
+
+
+class EventStream(Response):
+    """A response of server-sent events; `close` is called when the last one is sent, or the client has gone."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[str], close: Callable[[], None], headers: Mapping[str, str]) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", **headers})
+        # a stream has no length that is known before
+        del self.headers["content-length"]
+        self._events = events
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            # OSError: the client has gone
+            with suppress(ClientDisconnect, OSError, Stopping):
+                await unless_gone(receive, self._send_all(send))
+        finally:
+            self._close()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for data in self._events:
+            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Stopping(Refusal):
+    """The refusal of a server that was told to stop, and whose time for what it had begun is over."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "the server is stopping; ask again when it runs")
+
+
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """Return or raise what `work` does, unless the client goes first.
+
+    It is cancelled with ClientDisconnect when the client goes first, and with Stopping when the server gives it up.
+    """
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, going = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({working, going}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    except asyncio.CancelledError:
+        raise Stopping from None
+    finally:
+        for task in (working, going):
+            task.cancel()
+        await asyncio.gather(working, going, return_exceptions=True)
