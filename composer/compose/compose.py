@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from inspect import signature
@@ -147,7 +148,7 @@ def _compose(
     hub = experts if isinstance(experts, Hub) else None
     scoring = None if workers.is_here else ScoringWorkers(workers, engine, tokenizer, hub)
     # trainings share their steps, and have nothing to spread over workers
-    with joblib.parallel_config(backend="sequential"), progress_bar(progress) as bar:
+    with closing(engine), joblib.parallel_config(backend="sequential"), progress_bar(progress) as bar:
         # the total is unknown until the searches are made, and after that, too, where only time bounds them
         shown = bar.add_task("measuring adapters", total=None)
         start = in_context_adapter(experts, model) if settings.method in ("auto", "few_shot") else None
@@ -169,7 +170,6 @@ def _compose(
             bar.update(shown, description="learning from the examples", total=total)
         trials = {trial.name: trial for trial in ways.run()}
         bar.update(shown, total=bar.tasks[shown].completed)
-    engine.close()
     losses = {name: trial.held_out_loss for name, trial in trials.items()}
     chosen, reason = guard(ways.asked, losses, guarded=bool(splits), best_of_all=settings.method == "auto")
     rows = {name: trial.row() for name, trial in trials.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
@@ -51,7 +52,7 @@ def search_programs(
     first, later, left_out = _steps(retriever, tokenizer, task, k, model)
     pool = retriever.hub.pool(list(dict.fromkeys(step.name for step in [*first, *later] if step.name is not None)))
     engine = Composer(model, Fitting(model).accepted(pool), tokenizer=tokenizer)
-    with progress_bar(progress) as bar:
+    with closing(engine), progress_bar(progress) as bar:
         shown = bar.add_task("asking adapters", total=None)
         # as many tokens as the longest text, and four: an answer that goes on and on does not hold up the others
         most = answer_limit(tokenizer, task.examples) // 2 + 2
@@ -59,7 +60,6 @@ def search_programs(
         search = ProgramSearch(asking, task, first, later, beam, gain, left_out)
         search.run(max_steps)
         bar.update(shown, total=bar.tasks[shown].completed)
-    engine.close()
     return search
 
 
