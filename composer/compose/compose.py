@@ -20,11 +20,11 @@ from loraweave.common.spread import Crew, crew
 from loraweave.composer.compose.candidates import candidates, experts_of, in_context_adapter
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.report import Report
-from loraweave.composer.compose.scoring_workers import ScoringWorkers
+from loraweave.composer.compose.scoring_workers import scoring_workers
 from loraweave.composer.compose.settings import Settings, method_names
-from loraweave.composer.compose.trials import Bench, folds, held_out
+from loraweave.composer.compose.trials import Bench, splits_of
 from loraweave.composer.compose.user_loss import Examples
-from loraweave.composer.compose.ways import Ways
+from loraweave.composer.compose.ways import calibrated, guard, measure, ways_of
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.fitting import Fitting
 from loraweave.errors import BaseModelMismatch, CompositionError, EmptyIndex
@@ -131,6 +131,7 @@ def _compose(
     progress: bool | Progress,
 ) -> Composition:
     started = time.perf_counter()
+    # 1. retrieve: the adapters to choose from
     source = Retriever.of(experts) if isinstance(experts, Hub) else experts
     try:
         pool, scores = candidates(source, task, settings.inputs or (), settings.k, model)
@@ -141,42 +142,42 @@ def _compose(
         return Composition.of(model, tokenizer, task, reason=reason, seed=settings.seed)
     settings.require_combinable(pool)
     engine = Composer(model, Fitting(model).accepted(pool), tokenizer=tokenizer)
-    if settings.has_many(task):
-        splits = [held_out(len(task.examples), settings.seed)]
-    else:
-        splits = folds(len(task.examples), settings.folds, settings.seed) if settings.learns and task.examples else []
-    hub = experts if isinstance(experts, Hub) else None
-    scoring = None if workers.is_here else ScoringWorkers(workers, engine, tokenizer, hub)
     # trainings share their steps, and have nothing to spread over workers
     with closing(engine), joblib.parallel_config(backend="sequential"), progress_bar(progress) as bar:
         # the total is unknown until the searches are made, and after that, too, where only time bounds them
         shown = bar.add_task("measuring adapters", total=None)
-        start = in_context_adapter(experts, model) if settings.method in ("auto", "few_shot") else None
         bench = Bench(
             engine,
             tokenizer,
-            task,
+            calibrated(task, settings),
             scores,
             settings.checkpoint,
             lambda made: bar.update(shown, advance=made),
             progress,
-            start,
+            in_context_adapter(experts, model) if settings.method in ("auto", "few_shot") else None,
             source if isinstance(source, Retriever) else None,
-            workers=scoring,
+            workers=scoring_workers(workers, engine, tokenizer, experts),
         )
-        ways = Ways(bench, settings, splits)
-        if ways.planned != 0:
-            total = None if ways.planned is None else len(pool) + ways.planned
+        # 2. trials: the ways to answer the task, none of which has run
+        splits = splits_of(task, settings)
+        ways = ways_of(bench, settings)
+        # 3. score: adapters alone first, in one batch; then each way on the examples, and on those held out from it
+        if ways.plain:
+            _ = bench.alone
+        if (planned := ways.planned(len(splits))) != 0:
+            total = None if planned is None else len(pool) + planned
             bar.update(shown, description="learning from the examples", total=total)
-        trials = {trial.name: trial for trial in ways.run()}
+        measured = measure(ways, bench, settings, splits)
         bar.update(shown, total=bar.tasks[shown].completed)
+    # 4. choose: what was asked for, unless it does worse on held-out examples
+    trials = {trial.name: trial for trial in measured.trials}
     losses = {name: trial.held_out_loss for name, trial in trials.items()}
-    chosen, reason = guard(ways.asked, losses, guarded=bool(splits), best_of_all=settings.method == "auto")
-    rows = {name: trial.row() for name, trial in trials.items()}
-    spent = time.perf_counter() - started, sum(row.evaluations for row in rows.values())
-    report = Report(tuple(rows.values()), chosen, "; ".join([reason, *ways.remarks]), tuple(scores.items()), *spent)
-    best, allow = trials[chosen], settings.allow_licenses
-    return best.composition(best.chosen, report, seed=settings.seed, allow_licenses=allow)
+    chosen, reason = guard(measured.asked, losses, guarded=bool(splits), best_of_all=settings.method == "auto")
+    best, rows = trials[chosen].chosen, tuple(trial.row() for trial in measured.trials)
+    assert best is not None
+    spent = time.perf_counter() - started, sum(row.evaluations for row in rows)
+    report = Report(rows, chosen, "; ".join([reason, *measured.remarks]), tuple(scores.items()), *spent)
+    return best.composition(report, seed=settings.seed, allow_licenses=settings.allow_licenses)
 
 
 SIGNATURE = signature(compose)
@@ -221,33 +222,3 @@ class ComposeCall:
         known = {setting.name for setting in fields(Settings)}
         named = {name: value for name, value in bound.arguments.items() if name in known}
         return Settings.of(**named, options=bound.arguments["search_options"])
-
-
-# what a searched composition is compared with
-PLAIN = ("base", "best_single")
-REASONS = {
-    "average": "the members' probabilities, averaged",
-    "best_single": "it answers the examples already, far better than prompts alone",
-}
-
-
-def guard(
-    asked: str | None, held_out_losses: Mapping[str, float], *, guarded: bool, best_of_all: bool = False
-) -> tuple[str, str]:
-    """Return the name of the way to return, and why; the losses are those of all ways measured.
-
-    Unless it is to be `guarded`, that is what was asked for or, if nothing was, the better of base and best single. Else
-    that gives way to the better of these two where it is worse, or to the best of all, a plain one where they are equal.
-    """
-    if asked is not None and not guarded:
-        return asked, REASONS.get(asked, f"auto became {asked}") if best_of_all else "as asked"
-    plain = min(PLAIN, key=lambda name: held_out_losses[name])
-    if asked is None:
-        return plain, "there was nothing to learn"
-    if best_of_all:
-        best = min(held_out_losses, key=lambda name: (held_out_losses[name], name != plain))
-        return best, "lowest loss on held-out examples"
-    if held_out_losses[asked] > held_out_losses[plain]:
-        figures = f"{held_out_losses[asked]:.3f} against {held_out_losses[plain]:.3f}"
-        return plain, f"{asked} was worse than {plain} on held-out examples: loss {figures}"
-    return asked, "not worse than base and best single on held-out examples"

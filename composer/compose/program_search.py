@@ -1,15 +1,19 @@
-"""The search for a program: which adapters, one after the other, give the targets of a few examples the lowest loss."""
+"""The search for a program: which adapters, one after the other, give the targets of a few examples the lowest loss.
+
+`Programmed` is its trial for compose(), after the search itself.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from rich.progress import Progress
 
 from loraweave.common.chat import Prompt
@@ -17,10 +21,16 @@ from loraweave.common.checks import says_something
 from loraweave.common.display import progress_bar
 from loraweave.composer.compose.asked import Asked, Reading, Step, answer_limit
 from loraweave.composer.compose.candidates import fitting_hits
+from loraweave.composer.compose.refine import task_of
+from loraweave.composer.compose.settings import Settings
+from loraweave.composer.compose.trials import Bench, Choice, Scores, Split, Trial, result_of
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.fitting import Fitting
+from loraweave.composer.train.rows import MAX_PACKED
 from loraweave.errors import BaseModelMismatch, InvalidTask, SearchFailed
+from loraweave.hub.pool import ExpertPool
 from loraweave.retrieval.retriever import Retriever
+from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Candidate, Task
 
 # after so many examples, at most so many programs of one length go on
@@ -29,6 +39,9 @@ ROUNDS = ((1, 32), (2, 12))
 LASTS = 8
 # adapters that a search by outputs compares
 SHORTLIST = 1000
+# in a composition a longer program's loss must be lower by this share, since with five examples a needless third step often
+# seems to help a little; and three steps are sought from so many programs of two
+GAIN, BEAM = 0.2, 1
 
 Order = tuple[Step, ...]
 
@@ -241,3 +254,54 @@ def _mean_loss(readings: Sequence[Reading]) -> float:
     """Return the mean over examples; NaN counts as infinite, worse than everything."""
     loss = fmean(reading.loss for reading in readings)
     return loss if loss == loss else math.inf
+
+
+class Programmed(Trial):
+    """The program that `lw.order` finds by the first examples that a split sees, where a longer one must gain GAIN."""
+
+    def __init__(self, bench: Bench, retriever: Retriever, settings: Settings) -> None:
+        super().__init__("program", bench)
+        self._retriever, self._settings = retriever, settings
+        # what the searches have measured of programs that were chosen, by example
+        self._read: dict[tuple[Order, int], Reading] = {}
+
+    def choose(self, splits: Sequence[Split]) -> list[Choice]:
+        return [self._search(split.seen[:MAX_PACKED]) for split in splits]
+
+    def _search(self, examples: Sequence[int]) -> Choice:
+        """Return the program. Raises InvalidTask without descriptions, InvalidLicense for steps that may not be combined."""
+        bench, task = self.bench, task_of(self.bench.task, examples)
+        limits: dict[str, Any] = {"k": self._settings.k, "gain": GAIN, "beam": BEAM, "progress": bench.progress}
+        search = search_programs(bench.engine.model, bench.tokenizer, self._retriever, task, **limits)
+        # an evaluation is a candidate scored on all examples
+        self.evaluations += math.ceil(search.asking.count / len(examples))
+        chosen, _ = search.best()
+        self._read |= {(chosen, place): read for place, read in zip(examples, search.readings(chosen), strict=True)}
+        names = [step.name for step in chosen if step.name is not None]
+        # the base alone combines nothing
+        if not names:
+            return self._choice(chosen, None)
+        self._settings.require_combinable(pool := self._retriever.hub.pool(names))
+        return self._choice(chosen, pool)
+
+    def _choice(self, chosen: Order, pool: ExpertPool | None) -> Choice:
+        """Return the choice of a program by adapters of the pool; its steps are measured together."""
+        bench, model = self.bench, self.bench.engine.model
+
+        def scores(examples: Sequence[int]) -> Scores:
+            if all((chosen, place) in self._read for place in examples):
+                loss_N, hit_N = zip(*(self._read[chosen, place] for place in examples), strict=True)
+                return np.array(loss_N), np.array(hit_N, dtype=np.float64)
+            pairs = [bench.task.examples[place] for place in examples]
+            made, hits_N = program.answers(pairs)
+            return np.array(made.losses(pairs)), hits_N
+
+        def choice(step: Step) -> Choice:
+            task = step.task(bench.task)
+            if step.name is None or pool is None:
+                return bench.choice(scores, task=task, pool=None)
+            result = result_of(MixtureWeights.of({step.name: 1.0}, [step.name]))
+            return bench.choice(scores, result, task=task, pool=Fitting(model).accepted(pool.subset([step.name])))
+
+        program = replace(bench.choice(scores, pool=None), steps={step.label: choice(step) for step in chosen})
+        return program

@@ -75,6 +75,13 @@ class ScoringWorkers:
         return [results[name] for name in named]
 
 
+def scoring_workers(crew: Crew, engine: Composer, tokenizer: Any, experts: Hub | ExpertPool) -> ScoringWorkers | None:
+    """Return the workers of a crew, who open a hub's adapters themselves; None where there is this process alone."""
+    if crew.is_here:
+        return None
+    return ScoringWorkers(crew, engine, tokenizer, experts if isinstance(experts, Hub) else None)
+
+
 @dataclass(frozen=True)
 class _Engine:
     """The base, and the adapters: a pool, or the names and hashes of a hub's."""

@@ -108,6 +108,11 @@ class Settings:
         return self.method == "auto" and not self.folds and len(task.examples) >= MANY
 
     @property
+    def asks_the_task(self) -> bool:
+        """True if the loss is the task's own, of mixtures of updates."""
+        return self.objective in (None, "cross_entropy") and self.meaning in (None, "linear")
+
+    @property
     def meaning(self) -> str | None:
         """The merge method that the search's weights are of; None for what the search itself says."""
         return self.merge_method if self.space is None else SPACES[self.space]

@@ -1,8 +1,8 @@
-"""A trial: one way to weigh the adapters of a pool, and what it comes to on the examples of a task.
+"""A trial: one way to answer a task, and what it comes to on the task's examples.
 
 Every trial is run the same way. It chooses once for each fold of a cross-validation, without the fold's held-out examples,
 on which the choice is then measured; and it chooses once more on all examples, which is what a composition takes. The base
-model and the uniform mixture choose the same whatever they see. Searches are in searched.py, what is trained in trained.py.
+model and the uniform mixture choose the same whatever they see.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 from rich.progress import Progress
@@ -23,6 +23,7 @@ from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.compose.report import Report, ReportRow
 from loraweave.composer.compose.scoring_workers import ScoringWorkers
+from loraweave.composer.compose.settings import Settings
 from loraweave.composer.composer import Composer
 from loraweave.composer.train.rows import MAX_PACKED
 from loraweave.hub.adapter import Adapter
@@ -30,6 +31,9 @@ from loraweave.retrieval.retriever import Retriever
 from loraweave.routers.searches._told import SearchResult
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
+
+# (loss_N, hit_N) on some examples, without terms for the weights
+Scores = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,15 @@ class Split:
     held: tuple[int, ...] = ()
 
 
-def folds(num_examples: int, count: int, seed: int) -> list[Split]:
+def splits_of(task: Task, settings: Settings) -> list[Split]:
+    """Return the splits that hold examples out: a fifth of many, or the folds of a way that learns, drawn by the seed."""
+    num_examples = len(task.examples)
+    if settings.has_many(task):
+        return _folds(num_examples, 5, settings.seed)[:1]
+    return _folds(num_examples, settings.folds, settings.seed) if settings.learns and num_examples else []
+
+
+def _folds(num_examples: int, count: int, seed: int) -> list[Split]:
     """Return at most `count` splits whose held-out examples cover all, in an order that depends on the seed alone."""
     count = min(count, num_examples)
     order = np.random.default_rng(seed).permutation(num_examples).tolist()
@@ -50,11 +62,6 @@ def folds(num_examples: int, count: int, seed: int) -> list[Split]:
         Split(f"fold-{number}", tuple(index for index in range(num_examples) if index not in held), held)
         for number, held in enumerate(held_out)
     ]
-
-
-def held_out(num_examples: int, seed: int) -> Split:
-    """Return a split with a fifth of the examples held out, drawn by the seed."""
-    return folds(num_examples, 5, seed)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +111,7 @@ class Bench:
         return self._losses[merge_method]
 
     @cached_property
-    def alone(self) -> tuple[np.ndarray, np.ndarray]:
+    def alone(self) -> Scores:
         """The (loss_EN, hit_EN) of each adapter with weight 1, on all examples."""
         measured = self.loss().scores([MixtureWeights.of({name: 1.0}, self.names) for name in self.names])
         self.on_progress(len(self.names))
@@ -117,11 +124,81 @@ class Bench:
         order = np.argsort(means_E, kind="stable")[:count]
         return {self.names[place]: 1 / len(order) for place in order}
 
+    def mixed(self, result: SearchResult, merge_method: str = "linear") -> Choice:
+        """Return the choice of a search's mixture; the weights mean those of a merge method."""
 
-Chosen = TypeVar("Chosen")
+        def scores(examples: Sequence[int]) -> Scores:
+            losses_CN, hits_CN = self.loss(merge_method).view(examples).scores([result.mixture])
+            return losses_CN[0], hits_CN[0]
+
+        return self.choice(scores, result, merge_method=merge_method)
+
+    def choice(self, scores: Callable[[Sequence[int]], Scores], result: SearchResult | None = None, **fields: Any) -> Choice:
+        """Return a choice with these fields of a composition; without a result, no adapter of the pool has a weight."""
+        known = {"model": self.engine.model, "tokenizer": self.tokenizer, "task": self.task, "pool": self.engine.pool}
+        nothing = MixtureWeights.of({}, self.names)
+        return Choice(scores, result or result_of(nothing), {**known, "merge_method": "linear", **fields})
 
 
-class Trial(ABC, Generic[Chosen]):
+def result_of(mixture: MixtureWeights, num_trained: int = 0) -> SearchResult:
+    """Return the result of a mixture that no candidates were tried for."""
+    return SearchResult(mixture, math.nan, (), num_trained)
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What a trial chose: the result with its weights, and what else a composition has of it.
+
+    `scores` measures it on examples, by index. `members`, which are averaged, and `steps` are choices by name.
+    """
+
+    scores: Callable[[Sequence[int]], Scores]
+    result: SearchResult
+    fields: Mapping[str, Any]
+    members: Mapping[str, Choice] = field(default_factory=dict)
+    steps: Mapping[str, Choice] = field(default_factory=dict)
+
+    def composition(self, report: Report, *, seed: int, allow_licenses: bool) -> Composition:
+        """Return the choice as a composition, ready to answer."""
+
+        def parts(choices: Mapping[str, Choice], reason: str) -> dict[str, Composition]:
+            return {
+                name: part.composition(replace(report, chosen=name, reason=reason), seed=seed, allow_licenses=allow_licenses)
+                for name, part in choices.items()
+            }
+
+        weights, by_layer = self.weights()
+        return Composition(
+            all_weights=weights,
+            by_layer=by_layer,
+            report=report,
+            seed=seed,
+            allow_licenses=allow_licenses,
+            members=parts(self.members, "a member of average"),
+            steps=parts(self.steps, f"a step of {' > '.join(self.steps)}"),
+            **self.fields,
+        )
+
+    def weights(self) -> tuple[dict[str, float], dict[str, dict[str, float]] | None]:
+        """Return ({name: mean weight} of the adapters that have a weight somewhere, {layer: {name: weight}} or None)."""
+        mixture = self.result.mixture
+        # a weight that cancels out over the layers counts too
+        used_E = mixture.values_BTLE.flatten(0, 2).any(dim=0).tolist()
+        used = {name: mean for (name, mean), is_used in zip(mixture.means().items(), used_E, strict=True) if is_used}
+        return used, mixture.by_layer() if mixture.layers else None
+
+    def answers(self, pairs: Sequence[tuple[Any, str]]) -> tuple[Composition, np.ndarray]:
+        """Return the choice as a composition, and whether it answers each input with its target."""
+        # licenses were asked for when it was chosen
+        made = self.composition(Report((), "", "", (), 0.0, 0), seed=0, allow_licenses=True)
+        right_N = [
+            answer == target.strip()
+            for answer, (_, target) in zip(made.predict([text for text, _ in pairs]), pairs, strict=True)
+        ]
+        return made, np.array(right_N, dtype=np.float64)
+
+
+class Trial(ABC):
     """One way to choose on splits of the examples, with what was measured: on held-out ones, and once finished on all.
 
     `learns` is True if the examples have a say in the choice, so that some must be held out to judge it.
@@ -129,61 +206,24 @@ class Trial(ABC, Generic[Chosen]):
 
     learns = True
 
-    def __init__(self, name: str, bench: Bench, merge_method: str = "linear") -> None:
+    def __init__(self, name: str, bench: Bench) -> None:
         self.name = name
         self.bench = bench
-        # what the weights mean
-        self.merge_method = merge_method
         self.evaluations = 0
         self.seconds = 0.0
-        self.chosen: Chosen | None = None
+        self.chosen: Choice | None = None
         self.losses_N: np.ndarray | None = None
         self._held_losses_N = self._held_hits_N = np.zeros(0)
         self._was_held_out = False
-        self._known: dict[str, Chosen] = {}
+        self._known: dict[str, Choice] = {}
 
     @abstractmethod
-    def choose(self, splits: Sequence[Split]) -> list[Chosen]:
+    def choose(self, splits: Sequence[Split]) -> list[Choice]:
         """Return a choice for each split, which knows nothing of the split's held-out examples."""
-
-    @abstractmethod
-    def scores(self, chosen: Chosen, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Return (loss_N, hit_N) of a choice on these examples, without terms for its weights."""
-
-    @abstractmethod
-    def result(self, chosen: Chosen) -> SearchResult:
-        """Return the choice's weights, and what it took to find them."""
 
     def planned(self, num_folds: int) -> int | None:
         """Return how many evaluations its searches or trainings will make; None where only time bounds them."""
         return 0
-
-    def composition(self, chosen: Chosen, report: Report, *, seed: int, allow_licenses: bool) -> Composition:
-        """Return a choice as a composition, ready to answer."""
-        weights, by_layer = used_weights(self.result(chosen).mixture)
-        return Composition(
-            self.bench.engine.model,
-            self.bench.tokenizer,
-            all_weights=weights,
-            by_layer=by_layer,
-            report=report,
-            seed=seed,
-            allow_licenses=allow_licenses,
-            **self.composition_fields(chosen),
-        )
-
-    def hits(self, chosen: Chosen, examples: Sequence[int]) -> tuple[Composition, np.ndarray]:
-        """Return the choice as a composition, and whether it answers each of these examples with its target."""
-        pairs = [self.bench.task.examples[place] for place in examples]
-        # licenses were asked for when it was chosen
-        made = self.composition(chosen, Report((), self.name, "", (), 0.0, 0), seed=0, allow_licenses=True)
-        said = made.predict([text for text, _ in pairs])
-        right_N = [answer == target.strip() for answer, (_, target) in zip(said, pairs, strict=True)]
-        return made, np.array(right_N, dtype=np.float64)
-
-    def composition_fields(self, chosen: Chosen) -> dict[str, Any]:
-        """Return what a composition has of a choice beside its weights."""
-        return {"task": self.bench.task, "pool": self.bench.engine.pool, "merge_method": self.merge_method}
 
     @property
     def held_out_loss(self) -> float:
@@ -191,7 +231,7 @@ class Trial(ABC, Generic[Chosen]):
         loss = float(self._held_losses_N.mean()) if self._held_losses_N.size else math.inf
         return loss if math.isfinite(loss) else math.inf
 
-    def choices_on(self, splits: Sequence[Split]) -> list[Chosen]:
+    def choices_on(self, splits: Sequence[Split]) -> list[Choice]:
         """Return the choices for these splits; none is made twice."""
         if missing := [split for split in splits if split.name not in self._known]:
             self._known |= {split.name: made for split, made in zip(missing, self.choose(missing), strict=True)}
@@ -210,7 +250,7 @@ class Trial(ABC, Generic[Chosen]):
     def hold_out(self, folds: Sequence[Split]) -> None:
         """Measure the choices on the held-out examples of all folds."""
         started, self._was_held_out = time.perf_counter(), bool(folds)
-        measured = [self.scores(chosen, split.held) for split, chosen in zip(folds, self.choices_on(folds), strict=True)]
+        measured = [choice.scores(split.held) for split, choice in zip(folds, self.choices_on(folds), strict=True)]
         self._held_losses_N, self._held_hits_N = np.concatenate(measured, axis=1) if measured else np.zeros((2, 0))
         self.seconds += time.perf_counter() - started
 
@@ -219,84 +259,57 @@ class Trial(ABC, Generic[Chosen]):
         started, everything = time.perf_counter(), self.bench.everything
         (self.chosen,) = self.choices_on([everything])
         if everything.seen:
-            self.losses_N, hits_N = self.scores(self.chosen, everything.seen)
+            self.losses_N, hits_N = self.chosen.scores(everything.seen)
             if not self._held_losses_N.size:
                 self._held_losses_N, self._held_hits_N = self.losses_N, hits_N
         self.seconds += time.perf_counter() - started
 
     def row(self) -> ReportRow:
         """Return its row of a report."""
-        result = None if self.chosen is None else self.result(self.chosen)
-        used, by_layer = ({}, None) if result is None else used_weights(result.mixture)
         held_out = bool(self._held_losses_N.size) and (self._was_held_out or not self.learns)
-        return ReportRow(
+        row = ReportRow(
             name=self.name,
-            weights=used,
+            weights={},
             loss=None if self.losses_N is None else float(self.losses_N.mean()),
             held_out_loss=self.held_out_loss if held_out else None,
             held_out_hits=float(self._held_hits_N.mean()) if held_out else None,
             seconds=self.seconds,
             evaluations=self.evaluations,
-            by_layer=by_layer,
-            num_trained=0 if result is None else result.num_trained,
-            failed=0 if result is None else result.failed,
-            losses=() if result is None else tuple(loss if math.isfinite(loss) else None for loss in result.losses),
+        )
+        if self.chosen is None:
+            return row
+        result, (weights, by_layer) = self.chosen.result, self.chosen.weights()
+        losses = tuple(loss if math.isfinite(loss) else None for loss in result.losses)
+        return replace(
+            row, weights=weights, by_layer=by_layer, num_trained=result.num_trained, failed=result.failed, losses=losses
         )
 
 
-def used_weights(mixture: MixtureWeights) -> tuple[dict[str, float], dict[str, dict[str, float]] | None]:
-    """Return ({name: mean weight} of the adapters that have a weight somewhere, {layer: {name: weight}} or None)."""
-    # a weight that cancels out over the layers counts too
-    used_E = mixture.values_BTLE.flatten(0, 2).any(dim=0).tolist()
-    used = {name: mean for (name, mean), is_used in zip(mixture.means().items(), used_E, strict=True) if is_used}
-    return used, mixture.by_layer() if mixture.layers else None
-
-
-def result_of(mixture: MixtureWeights, num_trained: int = 0) -> SearchResult:
-    """Return the result of a mixture that no candidates were tried for."""
-    return SearchResult(mixture, math.nan, (), num_trained)
-
-
-class MixtureTrial(Trial[SearchResult]):
-    """A trial whose choice is a mixture."""
-
-    def scores(self, chosen: SearchResult, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        losses_CN, hits_CN = self.bench.loss(self.merge_method).view(examples).scores([chosen.mixture])
-        return losses_CN[0], hits_CN[0]
-
-    def result(self, chosen: SearchResult) -> SearchResult:
-        return chosen
-
-
-class Fixed(MixtureTrial):
+class Fixed(Trial):
     """A mixture that no example had a part in choosing."""
 
     learns = False
 
     def __init__(self, name: str, bench: Bench, mixture: MixtureWeights, merge_method: str = "linear") -> None:
-        super().__init__(name, bench, merge_method)
+        super().__init__(name, bench)
         self.evaluations = 1
-        self._mixture = mixture
+        self._mixture, self._merge_method = mixture, merge_method
 
-    def choose(self, splits: Sequence[Split]) -> list[SearchResult]:
-        return [result_of(self._mixture)] * len(splits)
+    def choose(self, splits: Sequence[Split]) -> list[Choice]:
+        return [self.bench.mixed(result_of(self._mixture), self._merge_method)] * len(splits)
 
 
-class BestSingle(MixtureTrial):
-    """The adapter of the lowest mean loss on the examples seen, with weight 1; the earlier one when equal.
-
-    Making it measures all of them, on all examples.
-    """
+class BestSingle(Trial):
+    """The adapter of the lowest mean loss on the examples seen, with weight 1; the earlier one when equal."""
 
     def __init__(self, bench: Bench) -> None:
         super().__init__("best_single", bench)
         self.evaluations = len(bench.names)
-        self._measured = bench.alone
 
-    def choose(self, splits: Sequence[Split]) -> list[SearchResult]:
-        return [result_of(MixtureWeights.of(self.bench.best(split.seen, 1), self.bench.names)) for split in splits]
+    def choose(self, splits: Sequence[Split]) -> list[Choice]:
+        return [self._single(*self.bench.best(split.seen, 1)) for split in splits]
 
-    def scores(self, chosen: SearchResult, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        (name,) = (name for name, weight in chosen.mixture.means().items() if weight)
-        losses_N, hits_N = (measured_EN[self.bench.names.index(name)] for measured_EN in self._measured)
-        return losses_N[list(examples)], hits_N[list(examples)]
+    def _single(self, name: str) -> Choice:
+        losses_N, hits_N = (measured_EN[self.bench.names.index(name)] for measured_EN in self.bench.alone)
+        result = result_of(MixtureWeights.of({name: 1.0}, self.bench.names))
+        return self.bench.choice(lambda examples: (losses_N[list(examples)], hits_N[list(examples)]), result)

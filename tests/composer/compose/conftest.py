@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.compose import ways
+from loraweave.composer.compose import learning
 from loraweave.composer.model.batches import batch, encode, mean_losses
 
 
@@ -44,14 +44,14 @@ def interrupt_search(monkeypatch):
     """interrupt_search(): the second time from now on that candidates are scored is interrupted, once."""
 
     def interrupt():
-        original, calls = ways.together, count()
+        original, calls = learning.together, count()
 
         def interrupted(objectives, candidates):
             if next(calls) == 1:
                 raise KeyboardInterrupt
             return original(objectives, candidates)
 
-        monkeypatch.setattr(ways, "together", interrupted)
+        monkeypatch.setattr(learning, "together", interrupted)
 
     return interrupt
 

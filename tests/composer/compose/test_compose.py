@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 import loraweave as lw
 from loraweave import registry
 from loraweave.common import state
-from loraweave.composer.compose import ways
-from loraweave.composer.compose.compose import guard
+from loraweave.composer.compose import learning
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.compose.saved import MAX_FILE_BYTES
+from loraweave.composer.compose.ways import guard
 from loraweave.composer.model import scoring
 from loraweave.errors import CompositionError, InvalidTask, UnknownExpert, WeightingError
 from loraweave.hub.base import fingerprint
@@ -126,13 +126,13 @@ def test_what_is_returned_is_never_worse_on_held_out_examples(compose, seed):
 
 def test_folds_cover_the_examples_once_and_never_meet_their_search(compose, monkeypatch):
     seen_by_searches = []
-    original = ways.together
+    original = learning.together
 
     def spy(objectives, candidates):
         seen_by_searches.extend(frozenset(objective.only) for objective in objectives)
         return original(objectives, candidates)
 
-    monkeypatch.setattr(ways, "together", spy)
+    monkeypatch.setattr(learning, "together", spy)
     compose(folds=5)
     folds = [set(range(5)) - seen for seen in set(seen_by_searches) if len(seen) < 5]
     assert sorted(index for fold in folds for index in fold) == [0, 1, 2, 3, 4]

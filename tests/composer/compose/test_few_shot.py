@@ -11,7 +11,7 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.compose import refine
-from loraweave.composer.compose.trained import BEGUN, FEW_SHOT, ORDERS
+from loraweave.composer.compose.learning import BEGUN, FEW_SHOT, ORDERS
 from loraweave.composer.train import shared
 from loraweave.errors import BudgetExceeded, InvalidTask, WeightingError
 

@@ -14,8 +14,8 @@ import torch
 from rich.progress import Progress
 
 import loraweave as lw
-from loraweave.composer.compose import ways
-from loraweave.composer.compose.trained import FEW_SHOT, ORDERS
+from loraweave.composer.compose import learning, ways
+from loraweave.composer.compose.learning import FEW_SHOT, ORDERS
 from loraweave.errors import InvalidTask, ScopeError, UnknownName, WeightingError
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD")]
@@ -308,7 +308,7 @@ def test_a_search_whose_candidates_all_fail_is_left_out(compose, pool, monkeypat
     def failing(objectives, candidates):
         return [([math.nan] * len(asked), [torch.zeros(1, 1, num_layers, 3)] * len(asked)) for asked in candidates]
 
-    monkeypatch.setattr(ways, "together_with_gradients", failing)
+    monkeypatch.setattr(learning, "together_with_gradients", failing)
     found = compose()
     assert rows_of(found.report) == [*PLAIN, "few_shot"]
     assert "gradient was left out: none of" in found.report.reason
