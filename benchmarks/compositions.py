@@ -25,7 +25,7 @@ from torch import nn
 import loraweave as lw
 from benchmarks._run import Run, Table
 from benchmarks._timing import Gate, require
-from loraweave.composer.live.arena import Arena
+from loraweave.composer.live.hooks.arena import Arena
 from loraweave.composer.live.kernels._parts import RowSets, row_sets
 from loraweave.composer.live.kernels._rank_tables import RankTables
 from loraweave.composer.live.kernels.gathered import Gathered
@@ -75,7 +75,7 @@ class Setting:
     def gate(self) -> Gate:
         """The last layer by the arena and by gathered factors."""
         (mixture, sets), layer = self.draw(), self.engine.target_layers[str(NUM_LAYERS - 1)]
-        board = self.arena.take(mixture, self.lease, self.engine.target_layers)
+        board = self.arena.prepare(mixture, self.lease, self.engine.target_layers)
         assert board is not None
         kernel = self.arena.kernel(board, layer, CPU, torch.float32, one=True)
         assert isinstance(kernel, TritonGathered)
@@ -85,7 +85,7 @@ class Setting:
         wanted = Gathered.of([PlacedFactors(f.a_RI, f.b_OR.T) for f in self.factors], sets, torch.float32).update(x_BTI)
         hidden_BTR = torch.bmm(x_BTI, tables.a_DI[index_GR].mT) * tables.w_GR[:, None]
         found = torch.bmm(hidden_BTR, tables.b_DO[index_GR])
-        self.arena.give_back(board)
+        self.arena.release(board)
         difference = float((found - wanted).abs().max() / wanted.abs().max())
         return Gate(f"{self.rows} rows by the arena equal gathered factors", difference, 2e-6)
 
@@ -110,14 +110,14 @@ def main(context: typer.Context, width: Annotated[int, typer.Option(help="of eac
         for _ in range((run.rounds or 9) + 1):
             mixture, sets = setting.draw()
             times = [time.process_time()]
-            board = setting.arena.take(mixture, setting.lease, setting.engine.target_layers)
+            board = setting.arena.prepare(mixture, setting.lease, setting.engine.target_layers)
             times.append(time.process_time())
             tables = RankTables.of(parts, sets, torch.float32)
             times.append(time.process_time())
             gathered = Gathered.of(parts, sets, torch.float32)
             times.append(time.process_time())
             assert board is not None
-            setting.arena.give_back(board)
+            setting.arena.release(board)
             taken.append(tuple(end - begin for begin, end in itertools.pairwise(times)))
             arena_bytes = setting.arena.num_bytes * width / WIDTH / NUM_LAYERS
             sizes = (arena_bytes, tables.num_bytes, gathered.num_bytes)

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from benchmarks._run import Run, Table, console
 from benchmarks._timing import Gate, require
+from loraweave.composer.live.kernels._choice import Choice, choose, costs, row_kernels
 from loraweave.composer.live.kernels._cost import RATES, Cost, Rates, Workload
 from loraweave.composer.live.kernels._native import native_runs
 from loraweave.composer.live.kernels._parts import Kernel, RowSets
 from loraweave.composer.live.layout import PlacedFactors
-from loraweave.composer.live.row_weights import Choice, choose, costs, row_kernels
 
 LAYERS = ((576, 576), (576, 192), (576, 1536), (1536, 576))
 # factors of so many bytes are cycled through, more than a cache holds

@@ -76,7 +76,7 @@ class Composer:
         self._fitting = Fitting(self.model)
         self._pool = self._fitting.placed(ExpertPool.of(pool))
         self._bound = self._fitting.pool(self._pool)
-        self._live = live_layers(self.model, self._fitting)
+        self._live = live_layers(self.model, self._fitting, self._plans.hooks)
         self._residents = Residents(
             *self._source(), device_budget_bytes=device_budget_bytes, host_budget_bytes=host_budget_bytes
         )
@@ -408,7 +408,7 @@ class Composer:
             self._residents.forget(lambda name: name not in stay)
             self._plans = KeptPlans()
             self._fitting, self._pool, self._bound = fitting, pool, bound
-            self._live = live_layers(self.model, fitting)
+            self._live = live_layers(self.model, fitting, self._plans.hooks)
             self._residents.take_from(*self._source())
 
     def close(self) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         check_options,
         options_of,
     )
+    from loraweave.common.process import lock_of
     from loraweave.common.randomness import caller_randomness, seeded, with_seed
     from loraweave.common.rows import GivenRows, Row, read_asked, read_rows
     from loraweave.common.spread import Failed, spread
@@ -48,6 +49,22 @@ if TYPE_CHECKING:
     from loraweave.composer.experts.expert_model import ExpertModel
     from loraweave.composer.explain.plot import explanation_page
     from loraweave.composer.formula.nodes import Named, Stored, Sum
+    from loraweave.composer.live.hooks._hook import LiveHook, MixedLayer, Traced
+    from loraweave.composer.live.kernels._choice import only_kernel
+    from loraweave.composer.live.kernels._cost import Cost, Workload
+    from loraweave.composer.live.kernels._parts import (
+        Kernel,
+        Lend,
+        Part,
+        RowKernel,
+        RowSets,
+        group_by_mixture,
+        group_rows,
+        place_of,
+        weigh_b,
+    )
+    from loraweave.composer.live.layout import PlacedFactors
+    from loraweave.composer.live.residents import Lease
     from loraweave.composer.merge.interference import mixture_interference
     from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
     from loraweave.composer.model.batches import (
@@ -189,6 +206,14 @@ _MODULES = {
     "cli._printing": "note print_json print_table",
     # HTTP applications over the same models
     "serving.http": "EventStream loopback_only read_body read_request refused require_loopback unless_gone",
+    # what live mixtures are made of: hooks, and kernels by row with their costs
+    "common.process": "lock_of",
+    "composer.live.hooks._hook": "LiveHook MixedLayer Traced",
+    "composer.live.kernels._choice": "only_kernel",
+    "composer.live.kernels._cost": "Cost Workload",
+    "composer.live.kernels._parts": "Kernel Lend Part RowKernel RowSets group_by_mixture group_rows place_of weigh_b",
+    "composer.live.layout": "PlacedFactors",
+    "composer.live.residents": "Lease",
 }
 
 if not TYPE_CHECKING:
@@ -210,6 +235,7 @@ __all__ = [
     "ComposeCall",
     "Connection",
     "Contents",
+    "Cost",
     "Count",
     "Declared",
     "DenseUpdate",
@@ -228,16 +254,23 @@ __all__ = [
     "HubOption",
     "Index",
     "JsonOption",
+    "Kernel",
     "Key",
     "LearnedRouter",
+    "Lease",
+    "Lend",
     "Limits",
+    "LiveHook",
     "LoraJob",
     "LoraJobs",
     "LoraSettings",
     "LowRank",
+    "MixedLayer",
     "Named",
     "Near",
     "NonNegative",
+    "Part",
+    "PlacedFactors",
     "Positive",
     "Prompt",
     "Range",
@@ -246,6 +279,8 @@ __all__ = [
     "Recipe",
     "Refusal",
     "Row",
+    "RowKernel",
+    "RowSets",
     "SeedOption",
     "Share",
     "SharedCatalogue",
@@ -259,9 +294,11 @@ __all__ = [
     "TargetLayer",
     "Texts",
     "TokenRouter",
+    "Traced",
     "TruncatedUpdate",
     "VectorSearch",
     "Whole",
+    "Workload",
     "algebra",
     "align_right",
     "base_id",
@@ -283,6 +320,8 @@ __all__ = [
     "factorise",
     "fingerprint",
     "get",
+    "group_by_mixture",
+    "group_rows",
     "head_size",
     "is_list",
     "is_number",
@@ -293,6 +332,7 @@ __all__ = [
     "last_positions",
     "lazy",
     "load_model",
+    "lock_of",
     "loopback_only",
     "make_app",
     "mean_losses",
@@ -300,10 +340,12 @@ __all__ = [
     "mixture_interference",
     "nearest",
     "note",
+    "only_kernel",
     "open_hub",
     "options_of",
     "pad_id",
     "pad_rows",
+    "place_of",
     "print_json",
     "print_table",
     "printable",
@@ -345,6 +387,7 @@ __all__ = [
     "traits",
     "unless_gone",
     "untouched",
+    "weigh_b",
     "whole_file",
     "wilson",
     "with_seed",

@@ -24,6 +24,7 @@ from loraweave.errors import PluginFailed, UnknownName
 FOLDERS: dict[str, tuple[str, ...]] = {
     "methods": ("loraweave.composer.merge.methods",),
     "kernels": ("loraweave.composer.live.kernels",),
+    "hooks": ("loraweave.composer.live.hooks",),
     "objectives": ("loraweave.composer.compose.objectives",),
     "continual": ("loraweave.composer.train.ordered",),
     "strategies": ("loraweave.composer.federated.strategies",),

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.live.arena import bytes_of
-from loraweave.composer.live.kernels._rank_tables import triton_runs
+from loraweave.composer.live.hooks._hook import hook_kinds
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.weights import MixtureWeights
 from loraweave.serving.served import Served
@@ -37,7 +36,7 @@ class Experts:
 
     def __init__(self, model: Any, tokenizer: Any, most: int) -> None:
         self._itemsize = model.dtype.itemsize
-        self._has_arena = triton_runs(model.device, model.dtype)
+        self._hooks = hook_kinds()
         self._model = model
         self._tokenizer = tokenizer
         self._most = most
@@ -77,9 +76,9 @@ class Experts:
         sizes = {content: self._itemsize * adapter.num_values for content, adapter in served.adapters.items()}
         if served.router is not None:
             return {served.identity: sum(sizes.values())}
-        if self._has_arena:
-            # of mixtures by row, beside the factors where the layers are
-            sizes = {key: size + bytes_of(served.adapters[key], self._itemsize) for key, size in sizes.items()}
+        place = self._model.device, self._model.dtype
+        for hook in self._hooks:
+            sizes = {key: size + hook.bytes_beside(served.adapters[key], *place) for key, size in sizes.items()}
         return sizes
 
     def has(self, served: Served) -> bool:

@@ -22,7 +22,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from loraweave.composer.live.fixed_shapes import batch_invariant
+from loraweave.composer.live.kernels._choice import only_kernel
 from loraweave.serving.batch import Batch
 from loraweave.serving.experts import Experts
 from loraweave.serving.limits import Limits
@@ -61,7 +61,7 @@ class Scheduler:
         self._waiting: deque[Row] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._shapes = partial(batch_invariant, model) if limits.batch_invariant else nullcontext
+        self._shapes = partial(only_kernel, "fixed_shape", model) if limits.batch_invariant else nullcontext
         with self._shapes():
             # a model whose products cannot be fixed is refused here
             pass

@@ -11,6 +11,7 @@ import torch
 import loraweave as lw
 from loraweave import registry
 from loraweave.composer.live import row_weights
+from loraweave.composer.live.kernels import _choice
 from loraweave.errors import PluginFailed, UnknownName
 
 FILES = {
@@ -119,8 +120,10 @@ def guests(tmp_path, monkeypatch):
     (about / "entry_points.txt").write_text(POINTS)
     monkeypatch.syspath_prepend(tmp_path)
     # a process asks once which kernels there are
-    monkeypatch.setattr(row_weights, "row_kernels", row_weights.row_kernels.__wrapped__)
-    monkeypatch.setattr(row_weights, "choose", row_weights.choose.__wrapped__)
+    for name in ("row_kernels", "choose"):
+        afresh = getattr(_choice, name).__wrapped__
+        for module in (_choice, row_weights):
+            monkeypatch.setattr(module, name, afresh)
     yield
     for name in [name for name in sys.modules if name.split(".")[0] == "guests"]:
         del sys.modules[name]

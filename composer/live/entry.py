@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.composer.live.call_router import CallRouter, arguments_of
-from loraweave.composer.live.fixed_shapes import shapes_are_fixed
+from loraweave.composer.live.kernels._choice import ONLY, block_of
 from loraweave.composer.live.limits import begin_call
 from loraweave.composer.live.plan import Plan
 from loraweave.composer.live.standing_in import Hook
@@ -63,10 +63,11 @@ class Entry(Hook):
         plan = self._current_plan()
         if plan is not None:
             self._require_unchanged(plan.experts)
-            if plan.fixed_shapes != shapes_are_fixed():
+            if plan.only != (only := ONLY.get()):
                 raise ScopeError(
-                    "batch_invariant() counts for activations that are opened inside it, with a weight for each row: open "
-                    "this one there; routers, activated LoRAs, and weights that vary by token or learn, are for other calls"
+                    f"{block_of(only or plan.only or '')} counts for activations that are opened inside it, with a weight "
+                    "for each row: open this one there; routers, activated LoRAs, and weights that vary by token or learn, "
+                    "are for other calls"
                 )
             call_input = _main_input(args, kwargs)
             num_rows = None if call_input is None else call_input.shape[0]

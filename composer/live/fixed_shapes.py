@@ -18,7 +18,7 @@ which vLLM has for GPUs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch.nn import functional
 from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
+from loraweave.composer.live.kernels._choice import only_kernel
 from loraweave.errors import CompositionError, ScopeError
 
 TILE = 8
@@ -44,13 +45,7 @@ ELEMENTWISE = "exp sigmoid tanh sin cos erf log log1p expm1"
 _FIXED: ContextVar[bool] = ContextVar("loraweave_fixed_shapes", default=False)
 
 
-def shapes_are_fixed() -> bool:
-    """Return whether this context is within `batch_invariant`."""
-    return _FIXED.get()
-
-
-@contextmanager
-def batch_invariant(model: nn.Module) -> Iterator[None]:
+def batch_invariant(model: nn.Module) -> AbstractContextManager[None]:
     """Fix all shapes for the block: no bit of a row's outputs depends on other rows, their mixtures, padding, or a cache.
 
     It counts for calls of the model in this thread, and for activations that are opened inside. `model` is a transformers
@@ -59,11 +54,18 @@ def batch_invariant(model: nn.Module) -> Iterator[None]:
     a model whose products it cannot fix, and, from a call inside, ScopeError, naming it, for a product of another form and
     for a mixture whose weights are per token.
     """
+    return only_kernel("fixed_shape", model)
+
+
+@contextmanager
+def fixing(model: nn.Module) -> Iterator[None]:
+    """Fix the shapes of the model's own products in the block. Raises CompositionError for one that has other products."""
     _require_sound(model)
     running = ExitStack()
 
     def begin(*call: Any) -> None:
-        if shapes_are_fixed():
+        # the hooks are the model's, and other threads call it, too
+        if _FIXED.get():
             running.enter_context(_FixedShapes())
 
     def end(*call: Any) -> None:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from weakref import WeakSet
@@ -36,9 +36,9 @@ from torch import Tensor, nn
 
 from loraweave.common.process import holding, lock_of
 from loraweave.composer.live.call_router import CallRouter, end_router_call
-from loraweave.composer.live.compiled import bind, mix, mix_outside, number_of_layer, number_of_mixing
 from loraweave.composer.live.entry import Entry, Exit
 from loraweave.composer.live.experts import ExpertsForward
+from loraweave.composer.live.hooks._hook import LiveHook
 from loraweave.composer.live.limits import Handle, end_call, in_backward_thread, watch
 from loraweave.composer.live.plan import KEPT_BYTES, Plan, make_plan
 from loraweave.composer.live.recording import Usage
@@ -67,7 +67,6 @@ class Activation:
         self.followed = FollowedCaches()
         self.answering: dict[frozenset[tuple[str, float]], Activation] = {}
         self.closed = False
-        self.number = number_of_mixing(self)
         self._thread = threading.current_thread()
 
     def apply(self, layer: TargetLayer, x: Tensor, y: Tensor) -> Tensor:
@@ -166,17 +165,24 @@ class LiveLayers:
     """
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, TargetLayer], require_unchanged: Callable[[Iterable[str]], None]
+        self,
+        model: nn.Module,
+        layers: Mapping[str, TargetLayer],
+        require_unchanged: Callable[[Iterable[str]], None],
+        hooks: Iterable[LiveHook] = (),
     ) -> None:
         self._model = model
+        self.hooks = tuple(hooks)
         self._layers = dict(layers)
         self._modules = [model, *(layer.module for layer in self._layers.values())]
         self._lock = lock_of(self)
         self._open: list[Activation] = []
         self._handles: list[Handle] = []
         self._own_hooks = Entry(model, require_unchanged, self._current_plan, self._begin), Exit(self._end_call)
-        self._numbers: dict[str, Tensor] = {}
         self._experts: dict[nn.Module, ExpertsForward] = {}
+        # whether torch.compile can trace no mixture of some layer
+        self._untraced = False
+        # set where a graph of torch.compile would lose gradients through what learns, or has no mixture
         self.mixes_outside: Callable[[_MixedForward, Tensor, Tensor], Tensor] | None = None
         _ALL.add(self)
 
@@ -233,7 +239,7 @@ class LiveLayers:
 
     def _choose_place(self) -> None:
         learns = any(activation.plan.learns for activation in self._open)
-        self.mixes_outside = mix_outside() if learns else None
+        self.mixes_outside = mix_outside() if learns or self._untraced else None
 
     def end_those_of_other_threads(self) -> None:
         """Close the activations of other threads in a forked process, which has none of its parent's other threads."""
@@ -328,9 +334,8 @@ class LiveLayers:
             if layer.number is not None:
                 fused.setdefault(layer.module, []).append(layer)
                 continue
-            if layer.name not in self._numbers:
-                self._numbers[layer.name] = number_of_layer()
-            forward = _MixedForward(self, layer, self._numbers[layer.name])
+            forward = _MixedForward(self, layer)
+            self._untraced = self._untraced or forward.trace is None
             self._handles.append(forward)
             self._clean_copies(layer.module)
             # a bound method: of any other object torch.compile would look at the identity
@@ -381,6 +386,22 @@ class LiveLayers:
                 model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
+@cache
+def mix_outside() -> Callable[[_MixedForward, Tensor, Tensor], Tensor]:
+    """Return the eager mixture as a function outside of torch.compile's graph, so that gradients reach all they should."""
+    eager: Callable[[_MixedForward, Tensor, Tensor], Tensor] = torch.compiler.disable(  # type: ignore[no-untyped-call]
+        _eager,
+        reason="a mixture by a router, or of weights that learn, has gradients that a graph would lose, and stays outside; "
+        "compile without fullgraph=True, or run under torch.no_grad()",
+    )
+    return eager
+
+
+def _eager(mixed: _MixedForward, x: Tensor, y: Tensor) -> Tensor:
+    activation = mixed.mixing()
+    return y if activation is None else activation.apply(mixed.layer, x, y)
+
+
 _ALL: WeakSet[LiveLayers] = WeakSet()
 
 
@@ -399,14 +420,13 @@ class _MixedForward(StandIn):
     A forward hook would cost several times as much in every call, and torch.compile takes hooks for what never changes.
     """
 
-    def __init__(self, live: LiveLayers, layer: TargetLayer, number: Tensor) -> None:
+    def __init__(self, live: LiveLayers, layer: TargetLayer) -> None:
         self._live: LiveLayers | None = live
         # the module's forward may have been replaced since the layer was looked at
         self.layer = replace(layer, fresh=layer.fresh and gives_new_memory(layer.module))
-        self._number = number
         self._own = vars(layer.module).get("forward")
         self._forward = layer.module.forward
-        bind(number, self)
+        self.trace, self._number = next(filter(None, (hook.traced(self) for hook in live.hooks)), (None, torch.empty(0)))
 
     def mixing(self) -> Activation | None:
         """Return the activation that counts for the running call, if any."""
@@ -429,9 +449,11 @@ class _MixedForward(StandIn):
         """Return what torch.compile traces instead of a mixture."""
         if self._live is None:
             return y
-        if torch.is_grad_enabled() and self._live.mixes_outside is not None and not torch.compiler.is_exporting():
-            return self._live.mixes_outside(self, x, y)
-        return mix(self._number, x, y, self.layer.parameter("bias"))
+        outside, learns = self._live.mixes_outside, torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        if outside is not None and (learns or self.trace is None):
+            return outside(self, x, y)
+        assert self.trace is not None
+        return self.trace(self._number, x, y, self.layer.parameter("bias"))
 
     def own(self, name: str) -> Any:
         return self._own

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from loraweave.composer.live.entry import Entry, Exit
 from loraweave.composer.live.fitting import Fitting
+from loraweave.composer.live.hooks._hook import LiveHook
 from loraweave.composer.live.mixer import LiveLayers
 from loraweave.composer.live.plan import Plan
 from loraweave.composer.live.standing_in import StandIn, give_back
@@ -195,19 +196,23 @@ def with_calls(plan: Plan, by_call: ByCall | None) -> Plan:
     return plan
 
 
-def live_layers(model: nn.Module, fitting: Fitting) -> LiveLayers:
+def live_layers(model: nn.Module, fitting: Fitting, hooks: Iterable[LiveHook] = ()) -> LiveLayers:
     """Return the layers that a model's activations mix: a pipeline's, or any other model's."""
     kind = _PipelineLayers if isinstance(model, Pipeline) else LiveLayers
-    return kind(model, fitting.layers, fitting.require_unchanged)
+    return kind(model, fitting.layers, fitting.require_unchanged, hooks)
 
 
 class _PipelineLayers(LiveLayers):
     """The target layers of a pipeline, whose parts are called one by one and never as one model."""
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, TargetLayer], require_unchanged: Callable[[Iterable[str]], None]
+        self,
+        model: nn.Module,
+        layers: Mapping[str, TargetLayer],
+        require_unchanged: Callable[[Iterable[str]], None],
+        hooks: Iterable[LiveHook] = (),
     ) -> None:
-        super().__init__(model, layers, require_unchanged)
+        super().__init__(model, layers, require_unchanged, hooks)
         self._require_unchanged = require_unchanged
 
     def _install(self) -> None:

@@ -17,7 +17,7 @@ Axes: B rows, T tokens, I inputs, O outputs, E experts, R rank rows of one exper
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from loraweave.common.checks import is_list
-from loraweave.composer.live.arena import Arena
 from loraweave.composer.live.call_router import CallRouter
-from loraweave.composer.live.fixed_shapes import shapes_are_fixed
+from loraweave.composer.live.hooks._hook import LiveHook, hook_kinds
+from loraweave.composer.live.kernels._choice import ONLY, block_of
 from loraweave.composer.live.kernels._parts import Adder
 from loraweave.composer.live.limits import (
     can_be_batch,
@@ -94,7 +94,7 @@ class Plan:
         self._by_token = by_token
         # the mixtures of a pipeline part's calls, where these differ
         self.by_call: Any = None
-        # the kernels remembered for the arena's board, where the plan has one, else for the plan
+        # the kernels remembered for what a hook has prepared, where it has, else for the plan
         self._remembered = self._own = dict[str, dict[torch.Size, Warm]]()
 
     @property
@@ -118,9 +118,9 @@ class Plan:
         return self._weights.num_bytes + (self._by_token.num_bytes if self._by_token is not self._weights else 0)
 
     @property
-    def fixed_shapes(self) -> bool:
-        """True if the plan's products have fixed shapes, as `batch_invariant` asks for."""
-        return self._weights.fixed_shapes
+    def only(self) -> str | None:
+        """The name of the kernel that the plan takes alone, if there is one."""
+        return self._weights.only
 
     @property
     def call_router(self) -> CallRouter | None:
@@ -140,14 +140,14 @@ class Plan:
     def enter(self, lease: Lease, layers: Mapping[str, TargetLayer]) -> None:
         """Begin an activation of the plan, with these target layers; it ends with its lease."""
         if isinstance(self._weights, RowWeights) and self._weights.enter(lease, layers):
-            # the board that it had may be another's by now
+            # what it was made for may be another's by now
             self._remembered = self._own
 
     def begin_call(self, given: Tensor | None) -> None:
         """Begin a call of the model, with this main input, where that is known."""
         if isinstance(self._weights, RowWeights) and given is not None:
-            board = self._weights.begin_call(given.device)
-            self._remembered = self._own if board is None else board.remembered
+            prepared = self._weights.begin_call(given.device)
+            self._remembered = self._own if prepared is None else prepared.remembered
 
     def reaches(self, layer: str, lease: Lease) -> bool:
         """Return whether some active expert updates the layer, with weights that may not all be zero."""
@@ -164,14 +164,14 @@ class Plan:
     ) -> Tensor | None:
         """Return the update_NO of a fused parameter's expert at N of a call's tokens, counted row by row, or None.
 
-        Raises ScopeError where rows or tokens are not the weights', and within `batch_invariant`.
+        Raises ScopeError where rows or tokens are not the weights', and where one kernel alone is taken.
         """
         if not self.reaches(layer.name, lease):
             return None
-        if self.fixed_shapes:
+        if self.only is not None:
             raise ScopeError(
                 f"layer {layer.name!r} is an expert of a fused parameter, whose tokens are of all rows at once: leave "
-                "batch_invariant() out, or take adapters without it"
+                f"{block_of(self.only)} out, or take adapters without it"
             )
         if self._by_place:
             require_rows_of_tokens(layer.name, num_tokens, self._weights.num_tokens)
@@ -239,10 +239,11 @@ class Plan:
         return _sum(mixture, layer, x_BTI, y_BTO).reshape(y.shape)
 
     def _projected(self, layer: TargetLayer, x: Tensor, y: Tensor, dtype: torch.dtype, lease: Lease, usage: Usage) -> Tensor:
-        if self.fixed_shapes:
+        if self.only is not None:
+            block = block_of(self.only)
             raise ScopeError(
-                f"layer {layer.name!r} is no matrix product, and batch_invariant() does not know its update: take adapters "
-                "without it, or leave batch_invariant() out"
+                f"layer {layer.name!r} is no matrix product, and {block} does not know its update: take adapters "
+                f"without it, or leave {block} out"
             )
         if self._by_place and layer.kind is not conv:
             require_batch_first(layer.name, y.shape)
@@ -287,7 +288,7 @@ def make_plan(
     names: tuple[str, ...],
     workspace: Workspace,
     invocations: Invocations = lambda names: {},
-    arena: Arena | None = None,
+    hooks: Sequence[LiveHook] = (),
 ) -> Plan:
     """Return the plan for resolved weights over a pool of these names; `workspace` has memory for gathered factors.
 
@@ -320,7 +321,7 @@ def make_plan(
     by_token = TokenWeights.fixed(mixture)
     if mixture.values_BTLE.shape[1] > 1:
         return Plan(active, mixture, by_token, by_token)
-    return Plan(active, mixture, RowWeights(mixture, workspace, arena, fixed_shapes=shapes_are_fixed()), by_token)
+    return Plan(active, mixture, RowWeights(mixture, workspace, hooks, only=ONLY.get()), by_token)
 
 
 def _routed_plan(
@@ -343,14 +344,14 @@ class KeptPlans:
     def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
         self._max_bytes = max_bytes
         self._workspace = Workspace(max_bytes)
-        self.arena = Arena(max_bytes)
+        self.hooks = tuple(kind(max_bytes) for kind in hook_kinds())
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
     def plan(self, weights: MixtureWeights | Router, pool: ExpertPool) -> Plan:
         """Return the plan for these weights over this pool, with what was made before where it is kept."""
         key = _identity(weights)
         kept = None if key is None else self._plans.pop(key, None)
-        plan = kept.again() if kept else make_plan(weights, pool.names, self._workspace, pool.invocations, self.arena)
+        plan = kept.again() if kept else make_plan(weights, pool.names, self._workspace, pool.invocations, self.hooks)
         if key is None:
             return plan
         total = plan.num_bytes + sum(kept.num_bytes for kept in self._plans.values())
@@ -360,9 +361,10 @@ class KeptPlans:
         return plan
 
     def forget(self, name: str) -> None:
-        """Drop all kept plans, and what the arena has of an expert; those in use stay until their activations end."""
+        """Drop all kept plans, and what hooks have of an expert; those in use stay until their activations end."""
         self.clear()
-        self.arena.forget(name)
+        for hook in self.hooks:
+            hook.forget(name)
 
     def clear(self) -> None:
         """Drop all kept plans; those in use stay until their activations end."""
@@ -377,4 +379,4 @@ def _identity(weights: MixtureWeights | Router) -> Hashable | None:
     if values.numel() > LARGEST_KEPT or values.device.type != "cpu":
         return None
     known = weights.experts, weights.layers, tuple(values.shape), values.dtype, tuple(values.flatten().tolist())
-    return shapes_are_fixed(), *known
+    return ONLY.get(), *known

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache, partial
+from functools import cached_property, partial
 from weakref import finalize
 
 import torch
 from torch import Tensor
 
-import loraweave.registry as registry
 from loraweave.common.process import lock_of
-from loraweave.composer.live.arena import Arena, Board
-from loraweave.composer.live.kernels._cost import Cost, Workload
+from loraweave.composer.live.hooks._hook import LiveHook, Prepared
+from loraweave.composer.live.kernels._choice import Choice, choose, row_kernels
+from loraweave.composer.live.kernels._cost import Workload
 from loraweave.composer.live.kernels._native import native_runs
 from loraweave.composer.live.kernels._parts import (
     Kernel,
-    RowKernel,
     RowSets,
     SomeRows,
     own_precision,
@@ -26,7 +25,6 @@ from loraweave.composer.live.kernels._parts import (
     repeat_rows,
     row_sets,
 )
-from loraweave.composer.live.kernels._rank_tables import triton_runs
 from loraweave.composer.live.layout import PlacedFactors
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.model.layers import TargetLayer
@@ -49,48 +47,6 @@ class LayerMixture:
     again: bool = False
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The name of a kernel; `exact` is True if it runs in fp32 although the layer's own dtype is shorter."""
-
-    path: str
-    exact: bool = False
-
-
-FIXED = Choice("fixed_shape")
-
-
-@cache
-def row_kernels() -> dict[str, type[RowKernel]]:
-    """Return the kernels of the registry for weights by row."""
-    kernels = {name: registry.get("kernels", name) for name in registry.names("kernels")}
-    return {name: kernel for name, kernel in kernels.items() if hasattr(kernel, "cost")}
-
-
-@lru_cache(maxsize=4096)
-def choose(work: Workload) -> Choice:
-    """Return the cheapest kernel for a workload.
-
-    On a CPU, products of a few tokens are faster in fp32 than in half precision, whose library calls take longer than
-    the products themselves.
-    """
-    seconds = {Choice(path): work.rates.seconds(cost) for path, cost in costs(work).items()}
-    if work.device == "cpu" and work.itemsize == 2:
-        wide = replace(work, itemsize=4)
-        # x goes to fp32, and the update back
-        cast = Cost(0, 6 * work.num_mixtures * work.tokens * (work.num_inputs + work.num_outputs), 2)
-        for path, cost in costs(wide).items():
-            if row_kernels()[path].widens:
-                seconds[Choice(path, exact=True)] = wide.rates.seconds(cost) + wide.rates.seconds(cast)
-    return min(seconds, key=lambda choice: seconds[choice])
-
-
-def costs(work: Workload) -> dict[str, Cost]:
-    """Return the cost of each kernel that is for such a workload."""
-    cost_by_path = {path: kernel.cost(work) for path, kernel in row_kernels().items()}
-    return {path: cost for path, cost in cost_by_path.items() if cost is not None}
-
-
 class RowWeights:
     """A mixture for each of M rows, M = 1 for all; `mixture` names the active experts only."""
 
@@ -98,16 +54,18 @@ class RowWeights:
     num_tokens = 1
 
     def __init__(
-        self, mixture: MixtureWeights, workspace: Workspace, arena: Arena | None = None, *, fixed_shapes: bool = False
+        self, mixture: MixtureWeights, workspace: Workspace, hooks: Sequence[LiveHook] = (), *, only: str | None = None
     ) -> None:
         self._mixture = mixture
-        # whether only the kernel of fixed shapes is taken
-        self.fixed_shapes = fixed_shapes
+        # the kernel that alone is taken, if there is one
+        self.only = only
         values = mixture.values_BTLE
         own_rows = not mixture.layers and values.dtype is torch.float32 and bool((values != values[:1]).any())
-        self._arena = arena if own_rows and not fixed_shapes else None
-        self._board: Board | None = None
-        # the open activations, which share the board
+        self._hooks = hooks if own_rows and only is None else ()
+        # the device of the last call, and the hooks that serve there
+        self._serving: tuple[torch.device | None, tuple[LiveHook, ...]] = None, ()
+        self._prepared: tuple[LiveHook, Prepared] | None = None
+        # the open activations, which share what was prepared
         self._open: dict[int, tuple[Lease, Mapping[str, TargetLayer]]] = {}
         self._lock = lock_of(self)
         self._workspace = workspace
@@ -149,18 +107,24 @@ class RowWeights:
     def _leave(self, number: int) -> None:
         with self._lock:
             del self._open[number]
-            if not self._open and self._arena is not None and self._board is not None:
-                self._arena.give_back(self._board)
-                self._board = None
+            if not self._open and self._prepared is not None:
+                hook, prepared = self._prepared
+                hook.release(prepared)
+                self._prepared = None
 
-    def begin_call(self, device: torch.device) -> Board | None:
-        """Begin a call of the model with inputs on a device; return the board for its layers, where Triton's kernels run."""
-        if self._arena is None or not triton_runs(device, torch.float32) or torch._C._are_functorch_transforms_active():
+    def begin_call(self, device: torch.device) -> Prepared | None:
+        """Begin a call of the model with inputs on a device; return what a hook has for its layers."""
+        known, serving = self._serving
+        if known != device:
+            serving = tuple(hook for hook in self._hooks if hook.serves(device))
+            self._serving = device, serving
+        if not serving or torch._C._are_functorch_transforms_active():
             return None
         with self._lock:
-            if self._board is None and self._open:
-                self._board = self._arena.take(self._mixture, *next(iter(self._open.values())))
-            return self._board
+            if self._prepared is None and self._open:
+                offers = ((hook, hook.prepare(self._mixture, *next(iter(self._open.values())))) for hook in serving)
+                self._prepared = next(((hook, prepared) for hook, prepared in offers if prepared is not None), None)
+            return None if self._prepared is None else self._prepared[1]
 
     def mixture(
         self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
@@ -168,8 +132,8 @@ class RowWeights:
         """Return what a layer adds. Raises ScopeError, with both counts, for rows that are no multiple of the mixture's."""
         num_rows, num_tokens = x_BTI.shape[:2]
         require_multiple(self.num_mixtures, num_rows, f"input of layer {layer.name!r}")
-        if (on_board := self._on_board(layer, x_BTI, device, dtype)) is not None:
-            return on_board
+        if self._prepared is not None and (mixture := self._by_hook(layer, x_BTI, device, dtype)) is not None:
+            return mixture
         layer_rows = self._layers.get(layer.name)
         with torch.inference_mode(False), torch.no_grad():
             if layer_rows is None or layer_rows.device != device or layer_rows.dtype != dtype:
@@ -177,18 +141,18 @@ class RowWeights:
             kernel = None
             if layer_rows.ranked.touched:
                 kernel = self._kernel(layer_rows, layer, num_rows // self.num_mixtures * num_tokens, lease)
-        return LayerMixture(kernel, layer_rows.affine, lasts=self._board is None)
+        return LayerMixture(kernel, layer_rows.affine, lasts=self._prepared is None)
 
-    def _on_board(self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype) -> LayerMixture | None:
-        """Return what the layer adds by the arena; None where a gradient may outlive the board or the layer is elsewhere."""
-        if self._arena is None or self._board is None:
-            return None
+    def _by_hook(self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype) -> LayerMixture | None:
+        """Return what the layer adds by what a hook has prepared, which no gradient may outlive; None for the other ways."""
+        assert self._prepared is not None
+        hook, prepared = self._prepared
         if (torch.is_grad_enabled() and x_BTI.requires_grad) or torch._C._are_functorch_transforms_active():
             return None
-        if layer.name not in self._board.groups.of_layer:
+        if not prepared.reaches(layer.name):
             return LayerMixture(None, None)
         one = x_BTI.shape[0] * x_BTI.shape[1] == self.num_mixtures
-        kernel = self._arena.kernel(self._board, layer, device, dtype, one=one)
+        kernel = hook.kernel(prepared, layer, device, dtype, one=one)
         return None if kernel is None else LayerMixture(kernel, None)
 
     def _make_rows(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerRows:
@@ -199,12 +163,13 @@ class RowWeights:
         else:
             ranked = self._ranked.get(ranks) or self._ranked.setdefault(ranks, RankedRows.of(self._common, ranks))
         table = AffineTable.of(placed)
-        affine = None if table is None else table.weigh(self._mixture.for_layer(layer).to(device), fixed=self.fixed_shapes)
+        w_BTE = self._mixture.for_layer(layer).to(device)
+        affine = None if table is None else table.weigh(w_BTE, in_order=self.only is not None)
         return _LayerRows(device, dtype, ranked, affine)
 
     def _kernel(self, found: _LayerRows, layer: TargetLayer, tokens: int, lease: Lease) -> Kernel:
         """Return the kernel for so many tokens a row; those of one choice share it."""
-        choice = FIXED if self.fixed_shapes else choose(found.workload(layer.num_inputs, layer.num_outputs, tokens))
+        choice = Choice(self.only) if self.only else choose(found.workload(layer.num_inputs, layer.num_outputs, tokens))
         dtype = torch.promote_types(found.dtype, torch.float32) if choice.exact else found.dtype
         key = choice.path, dtype
         if key not in found.kernels:
@@ -302,7 +267,6 @@ class _LayerRows:
             num_outputs=num_outputs,
             itemsize=self.dtype.itemsize,
             device=self.device.type,
-            triton=triton_runs(self.device, self.dtype),
             native=torch.get_num_threads() if native_runs(self.device, self.dtype) else 0,
         )
 
@@ -326,14 +290,14 @@ class AffineTable:
         has_gain = [part is not None and part.gain_O is not None for part in parts]
         return cls(gain_EO, bias_EO, torch.tensor(has_gain, device=present.device))
 
-    def weigh(self, w_BTE: Tensor, *, fixed: bool = False) -> Affine:
-        """Return the sums over the experts; B and T may be 1. `fixed` adds one expert after the other."""
+    def weigh(self, w_BTE: Tensor, *, in_order: bool = False) -> Affine:
+        """Return the sums over the experts; B and T may be 1. With `in_order`, one expert is added after the other."""
         touched_BT1 = None
         if self.gain_EO is not None and not w_BTE.requires_grad:
             touched_BT1 = ((w_BTE != 0) & self.has_gain_E).any(dim=-1, keepdim=True)
         with own_precision(w_BTE.device):
             gain, bias = (
-                None if values_EO is None else _weighted(w_BTE, values_EO, fixed)
+                None if values_EO is None else _weighted(w_BTE, values_EO, in_order)
                 for values_EO in (self.gain_EO, self.bias_EO)
             )
             return Affine(gain, bias, touched_BT1)
@@ -362,9 +326,9 @@ class Affine:
         return total
 
 
-def _weighted(w_BTE: Tensor, table_EO: Tensor, fixed: bool) -> Tensor:
+def _weighted(w_BTE: Tensor, table_EO: Tensor, in_order: bool) -> Tensor:
     w_BTE = w_BTE.to(table_EO.dtype)
-    if not fixed:
+    if not in_order:
         return w_BTE @ table_EO
     total = w_BTE.new_zeros(*w_BTE.shape[:2], table_EO.shape[1])
     for expert, row_O in enumerate(table_EO):

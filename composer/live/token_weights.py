@@ -104,7 +104,8 @@ class TokenWeights:
         learns: bool = True,
     ) -> None:
         self.learns = learns
-        self.fixed_shapes = False
+        # weights by token are for no kernel by row
+        self.only: str | None = None
         self._experts = experts
         self.weights = weights
         self._only = layers

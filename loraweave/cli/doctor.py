@@ -97,14 +97,14 @@ def _machine() -> dict[str, Any]:
     import loraweave.registry as registry
     from loraweave.common.files import cache_folder
     from loraweave.common.process import free_host_bytes
+    from loraweave.composer.live.kernels._choice import row_kernels
     from loraweave.composer.live.kernels._native import library
-    from loraweave.composer.live.kernels._rank_tables import triton_runs
     from loraweave.hub.base import fast_dtype
 
     gpu = torch.cuda.is_available()
     dtype, free = fast_dtype(), free_host_bytes()
-    triton = triton_runs(torch.device("cuda" if gpu else "cpu"), dtype)
-    absent = {name for name, there in (("triton", triton), ("native", library() is not None)) if not there}
+    devices = [torch.device(name) for name in ("cpu", "cuda")[: 1 + gpu]]
+    absent = {name for name, kernel in row_kernels().items() if not any(kernel.runs(it, torch.float32) for it in devices)}
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
@@ -112,7 +112,7 @@ def _machine() -> dict[str, Any]:
         "vector instructions": torch.backends.cpu.get_cpu_capability(),
         "GPU": torch.cuda.get_device_name() if gpu else "none",
         "faster dtype": str(dtype).removeprefix("torch."),
-        "kernels": ", ".join(name for name in registry.names("kernels") if name.split("_")[0] not in absent),
-        "compiled code": "none (no C compiler, or LORAWEAVE_NATIVE=0)" if "native" in absent else "yes",
+        "kernels": ", ".join(name for name in registry.names("kernels") if name not in absent),
+        "compiled code": "none (no C compiler, or LORAWEAVE_NATIVE=0)" if library() is None else "yes",
         "cache": str(cache_folder()),
     }

@@ -52,8 +52,7 @@ class Workload:
 
     `num_mixtures` rows of the mixture that use any expert, each with `tokens` tokens; `largest` and `total` are the largest
     rank sum of a row and the sum over rows; `num_segments` distinct mixtures have `distinct` rank rows together, and all
-    their experts `stacked`. `triton` is True if Triton's kernels run there; `native` is the number of torch's threads if
-    compiled code, which uses one, runs there, else 0.
+    their experts `stacked`. `native` is the number of torch's threads if compiled code, which uses one, runs there, else 0.
     """
 
     num_mixtures: int
@@ -67,7 +66,6 @@ class Workload:
     num_outputs: int = 0
     itemsize: int = 4
     device: str = "cpu"
-    triton: bool = False
     native: int = 0
 
     @property

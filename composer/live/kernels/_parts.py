@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraweave.composer.live.kernels._cost import Cost, Workload
 
@@ -84,6 +84,18 @@ class RowKernel(AddsInPlace):
 
     # whether it may run in fp32 for a layer in half precision
     widens: ClassVar[bool] = True
+    # what users call the block in which it is the only one
+    block: ClassVar[str] = "only_kernel()"
+
+    @classmethod
+    def runs(cls, device: torch.device, dtype: torch.dtype) -> bool:
+        """Return whether what the kernel needs is there, for layers of this device and dtype."""
+        return True
+
+    @classmethod
+    def around(cls, model: nn.Module) -> AbstractContextManager[None]:
+        """Return the block in which it is the only kernel of a model's calls. Raises CompositionError for other models."""
+        return nullcontext()
 
     @staticmethod
     @abstractmethod

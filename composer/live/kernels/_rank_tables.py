@@ -16,10 +16,13 @@ from torch import Tensor
 from loraweave.composer.live.kernels._parts import Part, RowKernel, stack_a
 
 
-def triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether Triton kernels run there with sums in fp32: on a GPU, or in its interpreter (TRITON_INTERPRET=1)."""
-    available = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return available and dtype in (torch.float32, torch.bfloat16, torch.float16) and _is_installed()
+def triton_runs(device: str, itemsize: int) -> bool:
+    """Return whether Triton kernels, with sums in fp32, run on this type of device for floats of at most so many bytes.
+
+    They do on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1).
+    """
+    available = device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return available and itemsize in (2, 4) and _is_installed()
 
 
 @cache
@@ -70,6 +73,10 @@ class TableKernel(RowKernel):
     """A kernel that reads `tables`."""
 
     tables: RankTables
+
+    @classmethod
+    def runs(cls, device: torch.device, dtype: torch.dtype) -> bool:
+        return triton_runs(device.type, dtype.itemsize)
 
     @property
     def dtype(self) -> torch.dtype:

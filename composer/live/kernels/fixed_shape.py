@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from loraweave.composer.live.fixed_shapes import TILE, fixed_products
+from loraweave.composer.live.fixed_shapes import TILE, fixed_products, fixing
 from loraweave.composer.live.kernels._cost import Cost, Workload
 from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSets, group_by_mixture, place_of, weigh_b
 
@@ -22,9 +24,15 @@ from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSet
 class FixedShape(RowKernel):
     """The rows, a, and b with the weights in it, for each slot and rank."""
 
+    block: ClassVar[str] = "batch_invariant()"
+
     num_rows: int
     num_outputs: int
     slots: tuple[tuple[slice | Tensor, Tensor, Tensor], ...]
+
+    @classmethod
+    def around(cls, model: nn.Module) -> AbstractContextManager[None]:
+        return fixing(model)
 
     @staticmethod
     def cost(work: Workload) -> Cost | None:

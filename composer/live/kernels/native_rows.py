@@ -21,7 +21,7 @@ from torch import Tensor
 from loraweave.common.native import is_watched
 from loraweave.composer.live.kernels import _native
 from loraweave.composer.live.kernels._cost import Cost, Workload
-from loraweave.composer.live.kernels._native import MOST_TOKENS, Table
+from loraweave.composer.live.kernels._native import MOST_TOKENS, Table, native_runs
 from loraweave.composer.live.kernels._parts import Adder, Lend, Part, RowKernel, RowSets, group_by_mixture
 
 
@@ -47,6 +47,10 @@ class NativeRows(RowKernel):
     b_DO: Tensor
     entries: tuple[tuple[tuple[int, int, float], ...], ...]
     dtype: torch.dtype
+
+    @classmethod
+    def runs(cls, device: torch.device, dtype: torch.dtype) -> bool:
+        return native_runs(device, dtype)
 
     @staticmethod
     def cost(work: Workload) -> Cost | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loraweave.composer.live.kernels._cost import Cost, Workload
 from loraweave.composer.live.kernels._parts import Lend, Part, RowSets
-from loraweave.composer.live.kernels._rank_tables import RankTables, TableKernel
+from loraweave.composer.live.kernels._rank_tables import RankTables, TableKernel, triton_runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class TritonGathered(TableKernel):
 
     @staticmethod
     def cost(work: Workload) -> Cost | None:
-        if not work.triton or work.num_segments == 1:
+        if work.num_segments == 1 or not triton_runs(work.device, work.itemsize):
             return None
         # every token reads its own rank rows; a launch by Triton takes about as long as two calls of a library
         return work.of_products(work.total * work.tokens, work.total * work.tokens, calls=4)

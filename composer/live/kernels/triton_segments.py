@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loraweave.composer.live.kernels._cost import Cost, Workload
 from loraweave.composer.live.kernels._parts import Lend, Part, RowSets, group_rows
-from loraweave.composer.live.kernels._rank_tables import RankTables, TableKernel
+from loraweave.composer.live.kernels._rank_tables import RankTables, TableKernel, triton_runs
 
 # the tokens of one segment in one block
 BLOCK_N = 32
@@ -34,7 +34,7 @@ class TritonSegments(TableKernel):
 
     @staticmethod
     def cost(work: Workload) -> Cost | None:
-        if not work.triton or work.num_segments == 1:
+        if work.num_segments == 1 or not triton_runs(work.device, work.itemsize):
             return None
         # every block of a segment's tokens reads the segment's rank rows
         num_blocks = -(-work.num_mixtures * work.tokens // (BLOCK_N * work.num_segments))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.live.arena import Arena
+from loraweave.composer.live.hooks.arena import Arena
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
@@ -58,6 +58,10 @@ def formula(base, adapters, rows, x_BTI):
     return torch.stack(found)
 
 
+def arena_of(engine):
+    return next(hook for hook in engine._plans.hooks if isinstance(hook, Arena))
+
+
 def close(found, wanted, limit):
     return float((found.double() - wanted).abs().max()) <= limit * max(1.0, float(wanted.abs().max()))
 
@@ -66,8 +70,8 @@ def close(found, wanted, limit):
 def takes(monkeypatch):
     """The boards that were taken so far."""
     found = []
-    own = Arena.take
-    monkeypatch.setattr(Arena, "take", lambda *given: found.append(own(*given)) or found[-1])
+    own = Arena.prepare
+    monkeypatch.setattr(Arena, "prepare", lambda *given: found.append(own(*given)) or found[-1])
     return found
 
 
@@ -108,7 +112,7 @@ def test_another_mixture_moves_no_tensor_and_makes_no_kernel(takes):
         with torch.no_grad(), engine.activate(rows):
             base(torch.ones(2, 1, 7))
             board = takes[-1]
-            arena = engine._plans.arena
+            arena = arena_of(engine)
             seen.append(
                 [
                     *(flat.data_ptr() for flat in board.flat_by_device.values()),
@@ -182,18 +186,19 @@ def test_experts_that_nobody_uses_make_room(takes):
     base, adapters = model(), experts(a=2, b=2, c=2, d=2)
     engine = Composer(base, adapters)
     row_bytes = 4 * sum(i + o for i, o in LAYERS.values())
-    engine._plans.arena = Arena(5 * row_bytes)
+    arena = arena_of(engine)
+    arena.max_bytes = 5 * row_bytes
     x_BTI = torch.randn(2, 1, 7, generator=torch.Generator().manual_seed(0))
     for first, second in ("ab", "bc", "cd", "da", "ac"):
         rows = [{first: 1.0}, {second: -0.5}]
         with torch.no_grad(), engine.activate(rows):
             assert close(base(x_BTI), formula(base, adapters, rows, x_BTI), 2e-6)
-        assert engine._plans.arena.num_bytes <= 5 * row_bytes
+        assert arena.num_bytes <= 5 * row_bytes
     rows = [{"a": 1.0, "b": 1.0}, {"c": 1.0, "d": 1.0}]
     with torch.no_grad(), engine.activate(rows):
         # what is used at once has no limit
         assert close(base(x_BTI), formula(base, adapters, rows, x_BTI), 2e-6)
-        assert engine._plans.arena.num_bytes == 9 * row_bytes
+        assert arena.num_bytes == 9 * row_bytes
     assert None not in takes
 
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from loraweave.composer.live.kernels._added_experts import choosing_pays, skipping_pays
+from loraweave.composer.live.kernels._choice import Choice, choose
 from loraweave.composer.live.kernels._cost import TokenWorkload, Workload
 from loraweave.composer.live.kernels.sorted_tokens import sorting_pays
-from loraweave.composer.live.row_weights import Choice, choose
 
 # eight rows of 128 tokens, each with one adapter of rank 8 of its own
 OWN = Workload(
@@ -50,15 +50,21 @@ def test_a_few_tokens_in_half_precision_are_multiplied_in_single_on_a_cpu_only()
     assert not choose(replace(short, device="cuda")).exact
 
 
-def test_triton_takes_rows_of_different_ranks_by_token_and_by_segment_where_it_runs():
+def test_triton_takes_rows_of_different_ranks_by_token_and_by_segment_where_it_runs(monkeypatch):
     decode = replace(OWN, num_mixtures=32, tokens=1, largest=64, total=312, num_segments=32, distinct=312, stacked=312)
-    on_gpu = replace(decode, itemsize=2, device="cuda", triton=True)
+    on_gpu = replace(decode, itemsize=2, device="cuda")
     wide = replace(on_gpu, num_inputs=4096, num_outputs=4096)
+    installed = [True]
+    monkeypatch.setattr("loraweave.composer.live.kernels._rank_tables._is_installed", lambda: installed[-1])
+    choose.cache_clear()
     assert choose(wide).path == "triton_gathered"
     assert choose(replace(wide, tokens=128)).path == "triton_segments"
-    assert not choose(replace(wide, triton=False)).path.startswith("triton")
     # two calls of a library are less than two launches where that is all there is to do
     assert choose(replace(on_gpu, num_mixtures=2, largest=8, total=16, num_segments=2)).path == "gathered"
+    installed.append(False)
+    choose.cache_clear()
+    assert not choose(wide).path.startswith("triton")
+    choose.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from loraweave.common import native
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.kernels import _native
+from loraweave.composer.live.kernels._choice import choose
 from loraweave.composer.live.kernels._cost import Workload
 from loraweave.composer.live.kernels.dense import Stack
 from loraweave.composer.live.kernels.native_rows import NativeRows
 from loraweave.composer.live.layout import PlacedFactors
-from loraweave.composer.live.row_weights import choose
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 

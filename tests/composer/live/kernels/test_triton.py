@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from loraweave.composer.composer import Composer
+from loraweave.composer.live.kernels._choice import Choice, choose
 from loraweave.composer.live.kernels.triton_gathered import TritonGathered
 from loraweave.composer.live.kernels.triton_segments import TritonSegments
-from loraweave.composer.live.row_weights import Choice, RankedRows, _LayerRows, choose
+from loraweave.composer.live.row_weights import RankedRows, _LayerRows
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
@@ -61,7 +62,7 @@ def test_the_kernels_keep_their_rules_on_a_gpu():
 def test_nothing_imports_triton_before_a_kernel_runs():
     code = (
         "import sys, torch; from loraweave.composer.composer import Composer; "
-        "from loraweave.composer.live.row_weights import row_kernels; "
+        "from loraweave.composer.live.kernels._choice import row_kernels; "
         "assert 'triton_segments' in row_kernels(); "
         "print('triton' in sys.modules)"
     )
@@ -74,9 +75,11 @@ def test_a_layer_on_a_gpu_is_offered_them_where_triton_is_installed(installed, m
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     ranked = RankedRows.of(tuple(((number, 1.0),) for number in range(32)), (64, *31 * [8]))
     chosen = []
+    choose.cache_clear()
     for device, dtype in (("cuda", torch.bfloat16), ("cuda", torch.float64), ("cpu", torch.bfloat16)):
         layer = _LayerRows(torch.device(device), dtype, ranked, None)
         chosen.append([choose(layer.workload(4096, 4096, tokens)).path for tokens in (1, 128)])
+    choose.cache_clear()
     assert chosen[0] == ["triton_gathered", "triton_segments"] if installed else "triton" not in "".join(chosen[0])
     assert not any(path.startswith("triton") for path in chosen[1] + chosen[2])
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from loraweave.composer.composer import Composer
+from loraweave.composer.live.kernels._choice import Choice, row_kernels
 from loraweave.composer.live.kernels._parts import row_sets
 from loraweave.composer.live.kernels.naive import naive
 from loraweave.composer.live.layout import PlacedFactors
-from loraweave.composer.live.row_weights import Choice, row_kernels
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 

@@ -7,43 +7,39 @@ that of the eager mixture, calculated again in the backward pass.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from itertools import count
-from typing import Any, TypeAlias
-from weakref import WeakValueDictionary
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from loraweave.composer.live.hooks._hook import LiveHook, MixedLayer, Traced
 from loraweave.errors import CompositionError
 
-# of the mixer, which imports this file: an open activation (`number`, `closed`, `apply(layer, x, y)`), and a layer whose
-# output is mixed (`layer`, and `mixing()`, the activation that counts now, or None)
-Mixing: TypeAlias = Any
-Mixed: TypeAlias = Any
-
 _NUMBERS = count(1)
-_LAYERS: WeakValueDictionary[int, Mixed] = WeakValueDictionary()
-_MIXINGS: WeakValueDictionary[int, Mixing] = WeakValueDictionary()
+_LAYERS: WeakValueDictionary[int, MixedLayer] = WeakValueDictionary()
+# the activations that a backward pass may need, and their numbers
+_MIXINGS: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_NUMBER_OF: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
-def number_of_layer() -> Tensor:
-    """Return a new number for `bind` and `mix`."""
-    # a tensor, whose value no guard looks at: layers that share their code then share what it was compiled to
-    with torch.inference_mode(False):
-        return torch.tensor(next(_NUMBERS))
+class Compiled(LiveHook):
+    """The hook that lets torch.compile trace a layer as one operator."""
 
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(max_bytes)
+        self.numbers: dict[str, Tensor] = {}
 
-def bind(number: Tensor, layer: Mixed) -> None:
-    """Let `mix` find the layer by its number, as long as the layer lives."""
-    _LAYERS[int(number)] = layer
-
-
-def number_of_mixing(mixing: Mixing) -> int:
-    """Return a new number by which a backward pass finds the mixing, as long as that lives."""
-    number = next(_NUMBERS)
-    _MIXINGS[number] = mixing
-    return number
+    def traced(self, mixed: MixedLayer) -> tuple[Traced, Tensor]:
+        """Return `mix` and the layer's number, by which `mix` finds it as long as it lives."""
+        name = mixed.layer.name
+        if name not in self.numbers:
+            # a tensor, whose value no guard looks at: layers that share their code then share what it was compiled to
+            with torch.inference_mode(False):
+                self.numbers[name] = torch.tensor(next(_NUMBERS))
+        _LAYERS[int(self.numbers[name])] = mixed
+        return mix, self.numbers[name]
 
 
 def mix(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
@@ -59,22 +55,6 @@ def mix(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     return output
 
 
-@cache
-def mix_outside() -> Callable[[Mixed, Tensor, Tensor], Tensor]:
-    """Return the eager mixture as a function outside of torch.compile's graph, so that gradients reach all they should."""
-    eager: Callable[[Mixed, Tensor, Tensor], Tensor] = torch.compiler.disable(  # type: ignore[no-untyped-call]
-        _eager,
-        reason="a mixture by a router, or of weights that learn, has gradients that a graph would lose, and stays outside; "
-        "compile without fullgraph=True, or run under torch.no_grad()",
-    )
-    return eager
-
-
-def _eager(layer: Mixed, x: Tensor, y: Tensor) -> Tensor:
-    mixing = layer.mixing()
-    return y if mixing is None else mixing.apply(layer.layer, x, y)
-
-
 def _mixed(layer: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return _mixed_by(layer, x, y)[0]
 
@@ -83,10 +63,17 @@ def _mixed_for_backward(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None
     """Return the output, and the number of what was active (0: nothing), for the backward pass."""
     with torch.no_grad():
         output, mixing = _mixed_by(layer, x, y)
-    return output, torch.tensor(0 if mixing is None else mixing.number)
+    return output, torch.tensor(0 if mixing is None else _number_of(mixing))
 
 
-def _mixed_by(layer: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Mixing | None]:
+def _number_of(mixing: Any) -> int:
+    """Return the number by which a backward pass finds the mixing, as long as that lives."""
+    if mixing not in _NUMBER_OF:
+        _MIXINGS[_NUMBER_OF.setdefault(mixing, next(_NUMBERS))] = mixing
+    return _NUMBER_OF[mixing]
+
+
+def _mixed_by(layer: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
     # an operator may neither change nor return its inputs
     y = y.clone(memory_format=torch.contiguous_format)
     # not there: the code was traced inside an activation, and runs when none is open in any thread

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loraweave.common.process import lock_of
+from loraweave.composer.live.hooks._hook import LiveHook
 from loraweave.composer.live.kernels._parts import Kernel
 from loraweave.composer.live.kernels._rank_tables import RankTables, triton_runs
 from loraweave.composer.live.kernels.triton_gathered import TritonGathered
@@ -78,15 +79,19 @@ class Board:
     remembered: dict[str, Any] = field(default_factory=dict)
     kernels: dict[tuple[str, bool], Kernel] = field(default_factory=dict)
 
+    def reaches(self, layer: str) -> bool:
+        """Return whether some expert of the mixture has rank rows in the layer."""
+        return layer in self.groups.of_layer
 
-class Arena:
+
+class Arena(LiveHook):
     """A lender of boards with experts' rank rows at fixed addresses. Any thread may call.
 
     Above `max_bytes`, experts that nobody uses go, the one used longest ago first; what is used at once has no limit.
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+        super().__init__(max_bytes)
         self._lock = lock_of(self)
         self._clear()
 
@@ -110,8 +115,20 @@ class Arena:
     def _row_bytes(self) -> int:
         return sum(sum(rows.shape[1] * rows.itemsize for rows in (t.a_CI, t.b_CO)) for t in self._tables.values())
 
-    def take(self, mixture: MixtureWeights, lease: Lease, layers: Mapping[str, TargetLayer]) -> Board | None:
-        """Lend a board with this mixture of M rows, which all layers share, until `give_back`.
+    @classmethod
+    def bytes_beside(cls, adapter: Adapter, device: torch.device, dtype: torch.dtype) -> int:
+        """Return the bytes that an adapter takes of an arena whose layers are its own."""
+        if not triton_runs(device.type, dtype.itemsize):
+            return 0
+        widths = sum(factors.a_RI.shape[1] + factors.b_OR.shape[0] for factors in adapter.layers.values())
+        return dtype.itemsize * widths * max((factors.rank for factors in adapter.layers.values()), default=0)
+
+    def serves(self, device: torch.device) -> bool:
+        """Return whether Triton's kernels run there."""
+        return triton_runs(device.type, 4)
+
+    def prepare(self, mixture: MixtureWeights, lease: Lease, layers: Mapping[str, TargetLayer]) -> Board | None:
+        """Lend a board with this mixture of M rows, which all layers share, until `release`.
 
         Returns None where an expert has more than factors, where the place of a layer is not known or has no Triton, and
         while experts of a model that has moved since are in use.
@@ -130,25 +147,25 @@ class Arena:
                 slot.num_users += 1
             return board
 
-    def give_back(self, board: Board) -> None:
+    def release(self, prepared: Board) -> None:
         """Free the board for others, and its experts' rows where no other board uses them."""
         with self._lock:
-            for slot in board.slots:
+            for slot in prepared.slots:
                 slot.num_users -= 1
             # a board of an arena that has grown since is not used again
-            if board.key[0] == (self._moves, self._capacity):
-                self._free.setdefault(board.key, []).append(board)
-                self._free.move_to_end(board.key)
+            if prepared.key[0] == (self._moves, self._capacity):
+                self._free.setdefault(prepared.key, []).append(prepared)
+                self._free.move_to_end(prepared.key)
                 if sum(map(len, self._free.values())) > MOST_FREE_BOARDS:
                     key, boards = next(iter(self._free.items()))
                     boards.pop()
                     if not boards:
                         del self._free[key]
 
-    def forget(self, name: str) -> None:
+    def forget(self, expert: str) -> None:
         """Drop the expert of this name, which another may have next. All memory goes once little of it is used."""
         with self._lock:
-            self._slots.pop(name, None)
+            self._slots.pop(expert, None)
             if not any(slot.num_users for slot in self._slots.values()) and 2 * self._num_rows < self._capacity:
                 self._clear()
 
@@ -157,20 +174,20 @@ class Arena:
         return sum(slot.size for slot in self._slots.values())
 
     def kernel(
-        self, board: Board, layer: TargetLayer, device: torch.device, dtype: torch.dtype, *, one: bool
+        self, prepared: Board, layer: TargetLayer, device: torch.device, dtype: torch.dtype, *, one: bool
     ) -> Kernel | None:
-        """Return the kernel that adds the board's mixture to a layer, or None where the layer has another device or dtype.
+        """Return the kernel that adds the board's mixture to a layer, or None where that has another device or dtype.
 
         It is for `one` token a row or for more.
         """
-        if (kernel := board.kernels.get((layer.name, one))) is None:
+        if (kernel := prepared.kernels.get((layer.name, one))) is None:
             table = self._tables[layer.name]
-            group = board.groups.of_layer[layer.name]
-            num_rows, width = board.key[1], board.key[2]
-            flat = board.flat_by_device[table.a_CI.device][group]
+            group = prepared.groups.of_layer[layer.name]
+            num_rows, width = prepared.key[1], prepared.key[2]
+            flat = prepared.flat_by_device[table.a_CI.device][group]
             index_MR, w_MR = flat[num_rows:].view(2, num_rows, width)
             tables = RankTables(table.a_CI, table.b_CO, index_MR, w_MR.view(torch.float32), flat[:num_rows])
-            kernel = board.kernels[layer.name, one] = _kernel(tables, one=one)
+            kernel = prepared.kernels[layer.name, one] = _kernel(tables, one=one)
         table = self._tables[layer.name]
         return kernel if table.a_CI.device == device and table.a_CI.dtype == dtype else None
 
@@ -204,8 +221,8 @@ class Arena:
         """Return where `size` rows are free: rows that were left, those of experts that nobody uses, or new ones."""
         while (start := self._gap(size)) + size > self._capacity:
             idle = next((name for name, slot in self._slots.items() if not slot.num_users and name not in staying), None)
-            if idle is None or (start + size) * self._row_bytes <= self._max_bytes:
-                self._grow(max(start + size, min(int(self._capacity * GROWTH), self._max_bytes // max(self._row_bytes, 1))))
+            if idle is None or (start + size) * self._row_bytes <= self.max_bytes:
+                self._grow(max(start + size, min(int(self._capacity * GROWTH), self.max_bytes // max(self._row_bytes, 1))))
             else:
                 del self._slots[idle]
         return start
@@ -271,13 +288,7 @@ def _parts(name: str, lease: Lease, layers: Mapping[str, TargetLayer]) -> Mappin
         return None
     parts = {layer: part for layer, part in placed.items() if layer in wanted}
     fits = all(part.gain_O is None and part.bias_O is None for part in parts.values())
-    return parts if fits and all(triton_runs(part.a_RI.device, part.a_RI.dtype) for part in parts.values()) else None
-
-
-def bytes_of(adapter: Adapter, itemsize: int) -> int:
-    """Return the bytes that an adapter takes of an arena whose layers are its own."""
-    widths = sum(factors.a_RI.shape[1] + factors.b_OR.shape[0] for factors in adapter.layers.values())
-    return itemsize * widths * max((factors.rank for factors in adapter.layers.values()), default=0)
+    return parts if fits and all(triton_runs(part.a_RI.device.type, part.a_RI.itemsize) for part in parts.values()) else None
 
 
 def _spread(

@@ -1,0 +1,102 @@
+"""What a hook may do for live mixtures; the defaults leave everything to the core's own ways.
+
+a mixture by row   begin_call: serves? -> prepare -> kernel for each layer .. release     else kernels of the registry
+torch.compile      traced: a function that the graph of a layer has                       else mixed outside the graph
+a server           bytes_beside: what counts of its memory                                else nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import loraweave.registry as registry
+from loraweave.composer.live.kernels._parts import Kernel
+from loraweave.composer.live.residents import Lease
+from loraweave.composer.model.layers import TargetLayer
+from loraweave.hub.adapter import Adapter
+from loraweave.routers.weights import MixtureWeights
+
+
+class Prepared(Protocol):
+    """What a hook has for one mixture's activations, until it is released; `remembered` is what was made for its layers."""
+
+    @property
+    def remembered(self) -> dict[str, Any]: ...
+
+    def reaches(self, layer: str) -> bool:
+        """Return whether the mixture updates the layer."""
+        ...
+
+
+class MixedLayer(Protocol):
+    """A layer that runs with its update on top; the same layer may get another such object in each activation."""
+
+    layer: TargetLayer
+
+    def mixing(self) -> Any:
+        """Return the activation that counts for the running call, or None.
+
+        It has `closed`, and `apply(layer, x, y)`, which returns y with the update, maybe in y's own memory.
+        """
+        ...
+
+
+# what torch.compile traces for a layer: (number, x, y, the layer's own bias) -> y with the update that is then active
+Traced = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+class LiveHook:
+    """A hook into the live mixtures of one Composer and pool, made with them; any thread may call it.
+
+    `max_bytes` is what it may keep for mixtures to come.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+
+    @classmethod
+    def bytes_beside(cls, adapter: Adapter, device: torch.device, dtype: torch.dtype) -> int:
+        """Return the bytes that the hook keeps of an adapter for layers there, beside the adapter's own factors."""
+        return 0
+
+    def serves(self, device: torch.device) -> bool:
+        """Return whether `prepare` is worth a call for batches on the device."""
+        return False
+
+    def prepare(self, mixture: MixtureWeights, lease: Lease, layers: Mapping[str, TargetLayer]) -> Prepared | None:
+        """Return what the mixture's activations take instead of the registry's kernels, until `release`; None: nothing.
+
+        The mixture has rows of its own, which all layers share, in fp32.
+        """
+        return None
+
+    def release(self, prepared: Any) -> None:
+        """Let what was prepared go: the last activation of its mixture has ended."""
+
+    def kernel(
+        self, prepared: Any, layer: TargetLayer, device: torch.device, dtype: torch.dtype, *, one: bool
+    ) -> Kernel | None:
+        """Return the kernel that adds what was prepared to a layer that it reaches; None for the registry's.
+
+        It is for `one` token a row or for more, and for calls in which no gradient goes through the layer's input.
+        """
+        return None
+
+    def forget(self, expert: str) -> None:
+        """Forget what is kept of an expert, whose name another may have next."""
+
+    def traced(self, mixed: MixedLayer) -> tuple[Traced, Tensor] | None:
+        """Return a function that torch.compile traces for a layer, and its number there; None mixes outside the graph.
+
+        Layers that share their code share what it is compiled to if they share the function.
+        """
+        return None
+
+
+def hook_kinds() -> tuple[type[LiveHook], ...]:
+    """Return the hooks of the registry."""
+    return tuple(registry.get("hooks", name) for name in registry.names("hooks"))
