@@ -1,4 +1,4 @@
-"""Clients of one task each learn together, by every strategy of `lw.federate`; and what privacy costs many small ones.
+"""Clients of one task each learn together, by every strategy of `federate`; and what privacy costs many small ones.
 
     OMP_NUM_THREADS=1 python -m benchmarks --out runs/federation federation
     OMP_NUM_THREADS=1 python -m benchmarks --out runs/federation federation --strategies '' --clients 24 --holders 0
@@ -22,6 +22,7 @@ import loraweave as lw
 from benchmarks._run import Run, Table, pairs
 from loraweave import registry
 from loraweave.composer.model.scoring import losses
+from loraweave.extensions.federated import federate
 from loraweave.hub.base import fast_dtype
 
 OPTIONS: dict[str, Mapping[str, Any]] = {"slora": {"density": 0.05}}
@@ -93,7 +94,7 @@ class _Bench:
 
     def strategy(self, name: str, rounds: int, steps: int) -> tuple[str, ...]:
         mixed = registry.get("strategies", name).mixed_ranks
-        found = lw.federate(
+        found = federate(
             self.model,
             self.tokenizer,
             self.tasks,
@@ -120,7 +121,7 @@ class _Bench:
         table = Table(f"{clients} clients with {len(examples) // clients} examples each", columns)
         table.add("base", "", "", "", f"{self._loss(self.model, name):.2f}")
         for strategy, options in ways:
-            found = lw.federate(
+            found = federate(
                 self.model,
                 self.tokenizer,
                 parts,

@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from loraweave.composer.ensembles.ensemble import ensemble
     from loraweave.composer.experts.make import experts
     from loraweave.composer.experts.together import train_experts
-    from loraweave.composer.federated.federate import federate
     from loraweave.composer.formula.formula import Formula, parse
     from loraweave.composer.live.fixed_shapes import batch_invariant
     from loraweave.composer.merge.arithmetic import (
@@ -61,7 +60,6 @@ if TYPE_CHECKING:
         clusters,
         compeft,
         ema,
-        flexlora_clients,
         genknowsub,
         negate,
         scale,
@@ -99,12 +97,11 @@ _MODULES = {
     "composer.compose.compose": "compose",
     "composer.formula.formula": "Formula parse",
     "composer.live.fixed_shapes": "batch_invariant",
-    "composer.merge.arithmetic": "add analogy byom clusters compeft ema flexlora_clients "
-    "genknowsub negate scale subtract subtract_general twin_merging unlearn",
+    "composer.merge.arithmetic": "add analogy byom clusters compeft ema genknowsub negate "
+    "scale subtract subtract_general twin_merging unlearn",
     "composer.merge.merge": "merge",
     "composer.ensembles.ensemble": "ensemble",
     "composer.experts.make": "experts",
-    "composer.federated.federate": "federate",
     "composer.compose.rerank": "rerank",
     "composer.programs.order": "order",
     "routers.tokens._saved": "router",
@@ -200,8 +197,6 @@ __all__ = [
     "ensemble",
     "experts",
     "extract",
-    "federate",
-    "flexlora_clients",
     "genknowsub",
     "load_base",
     "merge",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from loraweave.cli._printing import note, print_json, print_table
     from loraweave.common.chat import Prompt
     from loraweave.common.checks import is_list, is_number, is_whole, require_whole
-    from loraweave.common.descent import Descent, descend
+    from loraweave.common.descent import Descent, backward, descend
     from loraweave.common.display import ShownTable, blank_figure, progress_bar, tracked
     from loraweave.common.files import cache_folder, replacing, whole_file
     from loraweave.common.intervals import wilson
@@ -38,15 +38,23 @@ if TYPE_CHECKING:
     from loraweave.common.randomness import caller_randomness, seeded, with_seed
     from loraweave.common.rows import GivenRows, Row, read_asked, read_rows
     from loraweave.common.spread import Failed, spread
-    from loraweave.common.state import save_tensors
+    from loraweave.common.state import (
+        RUNNING,
+        TrainingState,
+        checkpoint_folder,
+        drop_state,
+        load_state,
+        save_state,
+        save_tensors,
+    )
     from loraweave.common.storage_errors import remote_errors, storage_errors, without_credentials
     from loraweave.common.yaml_file import read_yaml
     from loraweave.composer.compose.collect_statistics import record_inputs
     from loraweave.composer.compose.compose import ComposeCall
     from loraweave.composer.ensembles.ensemble import EnsemblePrediction, align_right, last_positions, without_cache
     from loraweave.composer.ensembles.member_passes import by_rows, known_members, member_passes, rows_of, rows_that_fit
-    from loraweave.composer.experts.exchange import require_expert_model
-    from loraweave.composer.experts.expert_model import ExpertModel
+    from loraweave.composer.experts.expert_model import ExpertModel, require_expert_model
+    from loraweave.composer.experts.together import ExpertJob
     from loraweave.composer.explain.plot import explanation_page
     from loraweave.composer.formula.nodes import Named, Stored, Sum
     from loraweave.composer.live.hooks._hook import LiveHook, MixedLayer, Traced
@@ -66,6 +74,8 @@ if TYPE_CHECKING:
     from loraweave.composer.live.layout import PlacedFactors
     from loraweave.composer.live.residents import Lease
     from loraweave.composer.merge.interference import mixture_interference
+    from loraweave.composer.merge.methods._span import shares
+    from loraweave.composer.merge.methods._terms import Experts, Weights, terms, weighted_bias
     from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
     from loraweave.composer.model.batches import (
         EncodedRow,
@@ -83,18 +93,20 @@ if TYPE_CHECKING:
     )
     from loraweave.composer.model.layers import TargetLayer
     from loraweave.composer.model.scoring import encode_pairs
-    from loraweave.composer.train.adapters import target_layers
-    from loraweave.composer.train.jobs import LoraJob, LowRank
-    from loraweave.composer.train.passes import LoraJobs, job_losses
+    from loraweave.composer.train.adapters import target_layers, training_rows
+    from loraweave.composer.train.jobs import LoraJob, LowRank, TrainingJob, given_factors, new_factors
+    from loraweave.composer.train.passes import LoraJobs, SharedPass, job_losses
     from loraweave.composer.train.rows import Texts
-    from loraweave.composer.train.settings import LoraSettings
-    from loraweave.hub.base import EMBEDDED, base_id, fingerprint
+    from loraweave.composer.train.settings import LoraSettings, read_endings, read_tasks
+    from loraweave.hub.base import EMBEDDED, base_id, fingerprint, require_model
     from loraweave.hub.base_reference import base_loader
     from loraweave.hub.embedders._embedder import Embedder, embedder_of
+    from loraweave.hub.formats._base_layer import base_layer
     from loraweave.hub.formats._contents import Contents, Reader
     from loraweave.hub.formats._files import entry
     from loraweave.hub.formats._placing import head_size
     from loraweave.hub.indexes._vectors import Index
+    from loraweave.hub.pool import require_everywhere
     from loraweave.hub.stores.catalogue import state_row
     from loraweave.hub.stores.folder_blobs import STALE_TMP_S, FolderBlobs
     from loraweave.hub.stores.migrations import Step, run_step
@@ -146,29 +158,30 @@ _MODULES = {
     "routers.tokens._router": "TokenRouter",
     "routers.tokens._saved": "router_class router_names",
     "routers.tokens._scores": "top_k_softmax",
+    "composer.merge.methods._span": "shares",
+    "composer.merge.methods._terms": "Experts Weights terms weighted_bias",
     # models, training and scoring
-    "composer.experts.exchange": "require_expert_model",
     "composer.ensembles.member_passes": "by_rows known_members member_passes rows_of rows_that_fit",
     "composer.ensembles.ensemble": "EnsemblePrediction align_right last_positions without_cache",
-    "common.descent": "Descent descend",
+    "common.descent": "Descent backward descend",
     "common.randomness": "caller_randomness seeded with_seed",
     "common.intervals": "wilson",
     "common.spread": "Failed spread",
     "composer.compose.compose": "ComposeCall",
     "composer.compose.collect_statistics": "record_inputs",
-    "composer.experts.expert_model": "ExpertModel",
+    "composer.experts.expert_model": "ExpertModel require_expert_model",
     "composer.formula.nodes": "Named Stored Sum",
     "composer.model.batches": (
         "EncodedRow TargetBatch batch encode end_tokens last_logits mean_losses pad_id pad_rows takes token_losses untouched"
     ),
     "composer.model.layers": "TargetLayer",
     "composer.model.scoring": "encode_pairs",
-    "composer.train.adapters": "target_layers",
-    "composer.train.jobs": "LoraJob LowRank",
-    "composer.train.passes": "LoraJobs job_losses",
+    "composer.train.adapters": "target_layers training_rows",
+    "composer.train.jobs": "LoraJob LowRank TrainingJob given_factors new_factors",
+    "composer.train.passes": "LoraJobs SharedPass job_losses",
     "composer.train.rows": "Texts",
-    "composer.train.settings": "LoraSettings",
-    "hub.base": "EMBEDDED base_id fingerprint",
+    "composer.train.settings": "LoraSettings read_endings read_tasks",
+    "hub.base": "EMBEDDED base_id fingerprint require_model",
     "hub.base_reference": "base_loader",
     "hub.formats._placing": "head_size",
     "lowrank": "algebra",
@@ -176,9 +189,12 @@ _MODULES = {
     "routers.tokens._model": "block_of",
     "composer.merge.interference": "mixture_interference",
     "composer.explain.plot": "explanation_page",
+    "composer.experts.together": "ExpertJob",
+    "hub.formats._base_layer": "base_layer",
+    "hub.pool": "require_everywhere",
     # reading, writing and showing
     "common.storage_errors": "remote_errors storage_errors without_credentials",
-    "common.state": "save_tensors",
+    "common.state": "RUNNING TrainingState checkpoint_folder drop_state load_state save_state save_tensors",
     "common.chat": "Prompt",
     "common.checks": "is_list is_number is_whole require_whole",
     "common.display": "ShownTable blank_figure progress_bar tracked",
@@ -228,6 +244,7 @@ __all__ = [
     "DEFAULT_HUB",
     "DEFAULT_TEMPLATE",
     "EMBEDDED",
+    "RUNNING",
     "STALE_TMP_S",
     "BaseOption",
     "BlobStore",
@@ -245,7 +262,9 @@ __all__ = [
     "EncodedRow",
     "EnsemblePrediction",
     "EventStream",
+    "ExpertJob",
     "ExpertModel",
+    "Experts",
     "Failed",
     "Filters",
     "FolderBlobs",
@@ -284,6 +303,7 @@ __all__ = [
     "SeedOption",
     "Share",
     "SharedCatalogue",
+    "SharedPass",
     "ShownTable",
     "Solver",
     "Step",
@@ -295,13 +315,18 @@ __all__ = [
     "Texts",
     "TokenRouter",
     "Traced",
+    "TrainingJob",
+    "TrainingState",
     "TruncatedUpdate",
     "VectorSearch",
+    "Weights",
     "Whole",
     "Workload",
     "algebra",
     "align_right",
+    "backward",
     "base_id",
+    "base_layer",
     "base_loader",
     "batch",
     "blank_figure",
@@ -310,7 +335,9 @@ __all__ = [
     "cache_folder",
     "caller_randomness",
     "check_options",
+    "checkpoint_folder",
     "descend",
+    "drop_state",
     "embedder_of",
     "encode",
     "encode_pairs",
@@ -320,6 +347,7 @@ __all__ = [
     "factorise",
     "fingerprint",
     "get",
+    "given_factors",
     "group_by_mixture",
     "group_rows",
     "head_size",
@@ -332,6 +360,7 @@ __all__ = [
     "last_positions",
     "lazy",
     "load_model",
+    "load_state",
     "lock_of",
     "loopback_only",
     "make_app",
@@ -339,6 +368,7 @@ __all__ = [
     "member_passes",
     "mixture_interference",
     "nearest",
+    "new_factors",
     "note",
     "only_kernel",
     "open_hub",
@@ -352,8 +382,10 @@ __all__ = [
     "progress_bar",
     "read_asked",
     "read_body",
+    "read_endings",
     "read_request",
     "read_rows",
+    "read_tasks",
     "read_yaml",
     "record_inputs",
     "refusal_of",
@@ -361,8 +393,10 @@ __all__ = [
     "remote_errors",
     "replacing",
     "require_dtype",
+    "require_everywhere",
     "require_expert_model",
     "require_loopback",
+    "require_model",
     "require_whole",
     "router_class",
     "router_names",
@@ -370,8 +404,10 @@ __all__ = [
     "rows_of",
     "rows_that_fit",
     "run_step",
+    "save_state",
     "save_tensors",
     "seeded",
+    "shares",
     "spread",
     "state_row",
     "storage_errors",
@@ -379,15 +415,18 @@ __all__ = [
     "stored_rows",
     "takes",
     "target_layers",
+    "terms",
     "text_digest",
     "token_losses",
     "too_busy",
     "top_k_softmax",
     "tracked",
+    "training_rows",
     "traits",
     "unless_gone",
     "untouched",
     "weigh_b",
+    "weighted_bias",
     "whole_file",
     "wilson",
     "with_seed",

@@ -27,7 +27,6 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "hooks": ("loraweave.composer.live.hooks",),
     "objectives": ("loraweave.composer.compose.objectives",),
     "continual": ("loraweave.composer.train.ordered",),
-    "strategies": ("loraweave.composer.federated.strategies",),
     "routers": ("loraweave.routers.searches", "loraweave.routers.tokens"),
     "experts": ("loraweave.routers.recipes",),
     "losses": ("loraweave.routers.losses",),

@@ -50,7 +50,6 @@ SEARCHES = [name for name in of_core("routers") if hasattr(registry.get("routers
     [
         ("registries.md", [name for folder in registry.FOLDERS for name in of_core(folder)], r"\| `{}` \|"),
         ("continual.md", of_core("continual"), r"\| `{}` \|"),
-        ("federation.md", of_core("strategies"), r"\| `{}` \|"),
         ("objectives.md", of_core("objectives"), r"\| `{}` \|"),
         ("routers.md", ROUTERS, r"(?m)^\| `{}` \|"),
         ("search.md", SEARCHES, r"(?m)^\| .*`{}`"),
@@ -337,12 +336,6 @@ def test_the_page_on_search(run_page, tmp_path):
 @pytest.mark.slow
 def test_the_page_on_continual_training(run_page):
     assert [adapter.rank for adapter in run_page("docs/continual.md")["adapters"].values()] == [4, 4]
-
-
-@pytest.mark.slow
-def test_the_page_on_federation(run_page, tmp_path):
-    assert run_page("docs/federation.md")["found"].client("server").rank == 8
-    assert (tmp_path / "rounds").is_dir()
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ EmptyIndex ExpertPool Factors Fingerprint Formula FormulaError Hub HubCorrupt Hu
 InvalidLicense InvalidName InvalidTask LayerMismatch LoraweaveError MixtureWeights PackageMissing Record
 RetrievalError Retriever Router ScopeError SearchFailed SourceUnavailable Statistics Task TrainingError UnknownExpert
 UnknownName WeightingError add analogy base_key batch_invariant byom clusters collect_statistics compeft compose ema
-ensemble experts extract federate flexlora_clients genknowsub load_base merge names negate order
+ensemble experts extract genknowsub load_base merge names negate order
 parse pool_statistics remember rerank router scale subtract subtract_general to_lora train_adapters train_encoder
 train_experts transfer twin_merging unlearn
 """

@@ -59,11 +59,6 @@ def licensed(world, *licenses):
     return [dataclasses.replace(adapter, card={**adapter.card, "license": license}) for adapter, license in pairs]
 
 
-def federate(w, model=None, **options):
-    settings = {"min_clients": 1, "rounds": 1, "steps": 1, "progress": False, **options}
-    return lw.federate(model or w.model, w.tokenizer, {"t": w.task}, **settings)
-
-
 def compose(world, experts=None, task=None, **options):
     experts = world.pool if experts is None else experts
     return lw.compose(world.model, world.tokenizer, experts, task or world.task, progress=False, **options)
@@ -78,7 +73,6 @@ ROWS = {
     "a task with a target that is no label": lambda w: lw.Task([("a", "b")], labels=["c", "d"]),
     "a template without a place for the input": lambda w: lw.Task([("a", "b")], template="{instruction}"),
     "training on a text": lambda w: lw.train_adapters(w.model, w.tokenizer, {"t": "walk"}, progress=False),
-    "a federation of a list of clients": lambda w: lw.federate(w.model, w.tokenizer, [w.task], progress=False),
     "training on a list of tasks": lambda w: lw.train_adapters(w.model, w.tokenizer, [w.task], progress=False),
     "fitting on numbers": lambda w: lw.router("phatgoose", w.pool).fit(w.engine, [1, 2], steps=1),
     "an example of the search that is a text": lambda w: lw.Retriever(w.hub).for_examples("ab"),
@@ -141,8 +135,6 @@ NAMES = {
     "an index that is a number": lambda w: lw.Retriever(w.hub, index=3),
     "a key that is no key": lambda w: lw.Retriever(w.hub, keys="menn"),
     "an index": lambda w: lw.Retriever(w.hub, index="flatt"),
-    "a strategy": lambda w: federate(w, strategy="flex"),
-    "no strategy": lambda w: federate(w, strategy=None),
     "an adapter of a hub": lambda w: w.hub["d"],
     "a number as an adapter of a hub": lambda w: w.hub[5],
     "an export's target": lambda w: w.adapters[0].export(w.folder / "out", target="vlmm"),
@@ -183,7 +175,6 @@ OBJECTS = {
     "composing for a list": lambda w: compose(w, task=[("a", "b")]),
     "composing for a text": lambda w: compose(w, task="sort"),
     "experts on a pipeline": lambda w: lw.experts("mola", w.pipeline),
-    "a federation on a pipeline": lambda w: federate(w, model=w.pipeline),
     "training a pipeline": lambda w: lw.train_adapters(w.pipeline, w.tokenizer, {"t": w.task}, progress=False),
     "fitting a router that learns nothing": lambda w: lw.router("arrow", w.pool).fit(w.engine, [("a", "b")]),
     "fitting the name of a router": lambda w: w.engine.fit("phatgoose", [("a", "b")]),
@@ -211,9 +202,6 @@ OPTIONS = {
     "tuning for no steps": lambda w: w.composed.tune(0),
     "pruning below zero": lambda w: w.composed.prune(-1.0),
     "cutting to no rank": lambda w: w.composed.cut(0),
-    "ranks of clients as a list": lambda w: federate(w, ranks=[2]),
-    "options of a strategy as a list": lambda w: federate(w, strategy_options=["gamma"]),
-    "more clients in a round than there are": lambda w: federate(w, min_clients=2),
     "a rank of none": lambda w: lw.train_adapters(w.model, w.tokenizer, {"t": w.task}, rank=0, progress=False),
     "steps below zero": lambda w: lw.train_adapters(w.model, w.tokenizer, {"t": w.task}, steps=-1, progress=False),
     "an option of no router": lambda w: lw.router("arrow", w.pool, top_q=1),
@@ -260,7 +248,6 @@ BASES = {
         w.composed.save_pretrained(w.folder / "composed"), base, w.tokenizer
     ),
     "train_adapters": lambda w, base: lw.train_adapters(base, w.tokenizer, {"t": w.task}, steps=1, progress=False),
-    "federate": federate,
     "experts": lambda w, base: lw.experts("mola", base),
     "order": lambda w, base: lw.order(base, w.tokenizer, w.hub, w.task, progress=False),
     "rerank": lambda w, base: lw.rerank(

@@ -32,7 +32,7 @@ from loraweave.composer.model.batches import IGNORED, tensors_in
 from loraweave.composer.train.experts import fit
 from loraweave.composer.train.learner import ExpertLearner, key_of
 from loraweave.composer.train.rows import places_of
-from loraweave.errors import CompositionError, ScopeError, TrainingError
+from loraweave.errors import CompositionError, ScopeError, TrainingError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_id
 from loraweave.hub.formats._card import README, shared_card
@@ -431,3 +431,11 @@ def _share_of_step(kwargs: Mapping[str, Any]) -> Any:
     """Return a pass's share of the labels of its step, if a Trainer tells how many these are; else 1."""
     labels, num_items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
     return (labels != IGNORED).sum() / num_items if isinstance(labels, Tensor) and num_items is not None else 1
+
+
+def require_expert_model(model: Any, asker: str) -> None:
+    """Raise WeightingError for anything but an `ExpertModel`, such as a base model alone."""
+    if not isinstance(model, ExpertModel):
+        raise WeightingError(
+            f"{asker} was given {type(model).__name__}, which has no experts: give what lw.experts(recipe, base_model) made"
+        )

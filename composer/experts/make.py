@@ -13,8 +13,7 @@ from torch import nn
 import loraweave.registry as registry
 from loraweave.common.checks import is_list, is_whole
 from loraweave.common.options import require_known
-from loraweave.composer.experts.exchange import require_expert_model
-from loraweave.composer.experts.expert_model import ExpertModel
+from loraweave.composer.experts.expert_model import ExpertModel, require_expert_model
 from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
 from loraweave.composer.experts.parts import READER, Start, shapes_of
 from loraweave.composer.experts.parts import recipe as make_recipe

@@ -297,7 +297,7 @@ def recipe(name: str, options: Mapping[str, Any]) -> Recipe:
     if name in RENAMED:
         raise UnknownName(
             f"the recipe that was {name!r} is named {RENAMED[name]!r} now, for what it is; the system of that name is a "
-            f"strategy of federation: lw.federate(..., strategy={name!r})"
+            f"strategy of federation: federate(..., strategy={name!r}) of loraweave's extension federated"
         )
     made_of: type[Recipe] = registry.get("experts", name)
     require_known(f"recipe {name!r}", options, options_of(made_of))

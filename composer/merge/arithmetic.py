@@ -30,7 +30,6 @@ from loraweave.composer.merge.merge import merge
 from loraweave.errors import AdapterUnsupported, LayerMismatch, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
-from loraweave.hub.merge_report import LayerReport
 from loraweave.hub.pool import ExpertPool
 from loraweave.lowrank import algebra
 from loraweave.types import Factors
@@ -345,60 +344,3 @@ def _inner_products(hub: Hub | None, sides: tuple[Side, Side]) -> NDArray[np.flo
         rows_ET = product_ST.new_zeros(len(left), product_ST.shape[1]).index_add_(0, one.owner_S, product_ST)
         inner_EF.index_add_(1, other.owner_S, rows_ET)
     return inner_EF.numpy()
-
-
-def flexlora_clients(
-    adapters: Sequence[Adapter],
-    weights: Sequence[float],
-    ranks: Sequence[int],
-    *,
-    names: Sequence[str] | None = None,
-    heads: str = "error",
-) -> list[Adapter]:
-    """Return the clients' mean update at each of `ranks`: the best approximations, from one decomposition of each layer.
-
-    FlexLoRA (Bai et al. 2024, arXiv 2402.11505): weights are the clients' sizes, positive shares, and client i gets b = U
-    Sigma and a = V^T cut to ranks[i], or the whole rank where that is smaller. The report has the error of each cut.
-    `names` are those of the results, "flexlora-r8" and so on by default.
-
-    Raises WeightingError for ranks that are missing or below 1 or above the largest layer's smaller side, and for names
-    that do not fit, beside what `merge` raises.
-    """
-    if not ranks:
-        raise WeightingError("flexlora_clients takes one rank for each client, and got none")
-    for client, rank in enumerate(ranks, start=1):
-        if not is_whole(rank, 1):
-            raise WeightingError(f"rank {rank!r} of client {client} is no whole number of 1 or more")
-    if names is not None and len(names) != len(ranks):
-        raise WeightingError(f"flexlora_clients got {len(ranks)} ranks and {len(names)} names; it takes one for each")
-    mean = merge(adapters, weights, method="flexlora", rank=max(ranks), heads=heads, progress=False)
-    whole = {layer: _right_orthonormal(factors) for layer, factors in mean.layers.items()}
-    labels = names if names is not None else [f"flexlora-r{rank}" for rank in ranks]
-    return [_cut(mean, whole, rank, label) for rank, label in zip(ranks, labels, strict=True)]
-
-
-def _right_orthonormal(factors: Factors) -> Factors:
-    """Return b = U Sigma and a = V^T of factors whose rows of a and columns of b are orthogonal, largest first."""
-    norm_R = factors.a_RI.double().norm(dim=1)
-    a_RI = factors.a_RI.double() / norm_R.clamp(min=1e-300)[:, None]
-    b_OR = factors.b_OR.double() * norm_R
-    order_R = b_OR.norm(dim=0).argsort(descending=True, stable=True)
-    return replace(factors, a_RI=a_RI[order_R].float(), b_OR=b_OR[:, order_R].float())
-
-
-def _cut(mean: Adapter, whole: dict[str, Factors], rank: int, name: str) -> Adapter:
-    layers, rows = {}, {}
-    for layer, factors in whole.items():
-        layers[layer] = replace(factors, a_RI=factors.a_RI[:rank].clone(), b_OR=factors.b_OR[:, :rank].clone())
-        rows[layer] = _figures(mean.report[layer], factors, rank)
-    recipe: dict[str, Any] = {**mean.card["recipe"], "rank": rank}
-    report = replace(mean.report, layers=rows).to_json()
-    return replace(mean, name=name, layers=layers, card={**mean.card, "recipe": recipe, "report": report})
-
-
-def _figures(row: LayerReport, factors: Factors, rank: int) -> LayerReport:
-    """Return the figures of the mean, cut further to `rank`: energies of both cuts add up, as they are orthogonal."""
-    energy_R = factors.b_OR.double().norm(dim=0).square()
-    lost = row.relative_error**2
-    tail = float(energy_R[rank:].sum() / energy_R.sum()) if bool(energy_R.any()) else 0.0
-    return replace(row, rank_out=min(rank, factors.rank), relative_error=(lost + (1.0 - lost) * tail) ** 0.5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -176,19 +176,31 @@ def read_rows(
     model: Any, tokenizer: Any, tasks: Mapping[str, Sequence[Task | Texts]], judging: Judging, seed: int
 ) -> tuple[Mapping[str, Sequence[EncodedRow]], dict[str, HeldOut]]:
     """Return the rows of each name's tasks, packed where they may be, and the rows held out."""
+    packs = judging.held_out is None
 
     def read(name: str, examples: Any) -> list[EncodedRow]:
         first = tasks[name][0]
         if not isinstance(examples, Task | Texts):
             examples = replace(first, texts=examples) if isinstance(first, Texts) else replace(first, examples=examples)
-        if isinstance(examples, Texts):
-            return examples.rows(model, tokenizer)
-        task: Task = examples
-        packs = judging.held_out is None and can_be_packed(model, task)
-        return [*pack_task(model, tokenizer, task, seed)] if packs else encode_pairs(model, tokenizer, task, task.examples)
+        return training_rows(model, tokenizer, [examples], seed, packs=packs)
 
-    rows_by_name = {name: [row for task in parts for row in read(name, task)] for name, parts in tasks.items()}
+    rows_by_name = {name: training_rows(model, tokenizer, parts, seed, packs=packs) for name, parts in tasks.items()}
     return judging.split(rows_by_name, read, seed)
+
+
+def training_rows(
+    model: Any, tokenizer: Any, tasks: Iterable[Task | Texts], seed: int, *, packs: bool = True
+) -> list[EncodedRow]:
+    """Return the rows that an adapter of these tasks learns from; a task that shows its own examples is packed into few."""
+    rows: list[EncodedRow] = []
+    for task in tasks:
+        if isinstance(task, Texts):
+            rows += task.rows(model, tokenizer)
+        elif packs and can_be_packed(model, task):
+            rows += pack_task(model, tokenizer, task, seed)
+        else:
+            rows += encode_pairs(model, tokenizer, task, task.examples)
+    return rows
 
 
 def _require_sense(

@@ -212,7 +212,7 @@ class SharedTraining:
     def _save(self) -> None:
         if self._kept is None or self.processes.rank or not (self._running or self._waiting):
             return
-        tensors = {"step": torch.tensor([self.report.num_steps]), "capacity": torch.tensor(self._capacity)}
+        tensors = {"capacity": torch.tensor(self._capacity)}
         for place, run in enumerate(self._running):
             prefix = f"{place:04d}/{self._kept.keys[run.planned.name]}/"
             tensors |= {prefix + key: tensor for key, tensor in run.state().items()}

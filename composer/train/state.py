@@ -21,7 +21,7 @@ from loraweave.errors import LoraweaveError
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.tokens._learned import TrainingReport
 
-BEST, RECENT, MOVED, REPORT = "best", "recent", "moved", "report"
+BEST, RECENT, MOVED = "best", "recent", "moved"
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,7 @@ class KeptState:
         tensors = TrainingState.of(step, parameters, optimizer).tensors
         for part, values in ((BEST, best), (RECENT, recent), (MOVED, moved)):
             tensors |= {f"{index}.{part}": value.detach() for index, value in enumerate(values)}
-        tensors[REPORT] = torch.frombuffer(bytearray(json.dumps(report.to_json()).encode()), dtype=torch.uint8)
-        save_state(self.folder, self.key, TrainingState(step, tensors))
+        save_state(self.folder, self.key, TrainingState(step, tensors, report.to_json()))
 
     def restore(
         self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, moved: Sequence[Tensor] = ()
@@ -75,8 +74,7 @@ class KeptState:
             return None
         step = state.restore(parameters, optimizer)
         put_values(_numbered(state, MOVED), moved)
-        report = TrainingReport.from_json(json.loads(bytes(state.tensors[REPORT].tolist())))
-        return step, _numbered(state, BEST), _numbered(state, RECENT), report
+        return step, _numbered(state, BEST), _numbered(state, RECENT), TrainingReport.from_json(state.about)
 
 
 def _numbered(state: TrainingState, part: str) -> list[Tensor]:
@@ -86,7 +84,7 @@ def _numbered(state: TrainingState, part: str) -> list[Tensor]:
 
 logger = logging.getLogger(__name__)
 
-FINISHED, JOB_REPORT, TENSOR = "finished", "report", "tensor."
+FINISHED, TENSOR = "finished", "tensor."
 
 
 def save_adapter(folder: Path, key: str, adapter: Adapter) -> None:
@@ -107,10 +105,8 @@ def load_adapter(folder: Path, key: str) -> Adapter | None:
 
 def save_finished(folder: Path, key: str, tensors: Mapping[str, Tensor], report: JobReport) -> None:
     """Keep the tensors that a job has ended with."""
-    raw = torch.frombuffer(bytearray(json.dumps(report.to_json()).encode()), dtype=torch.uint8)
     kept = {f"{TENSOR}{name}": value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    state = TrainingState(report.steps, {"step": torch.tensor([report.steps]), JOB_REPORT: raw, **kept})
-    save_state(folder, key, state, place=FINISHED)
+    save_state(folder, key, TrainingState(report.steps, kept, report.to_json()), place=FINISHED)
 
 
 def load_finished(folder: Path, key: str) -> tuple[dict[str, Tensor], JobReport] | None:
@@ -118,8 +114,8 @@ def load_finished(folder: Path, key: str) -> tuple[dict[str, Tensor], JobReport]
     state = load_state(folder, key, place=FINISHED)
     if state is None:
         return None
-    report = JobReport.from_json(json.loads(bytes(state.tensors.pop(JOB_REPORT).tolist())))
-    return {name.removeprefix(TENSOR): value for name, value in state.tensors.items()}, report
+    tensors = {name.removeprefix(TENSOR): value for name, value in state.tensors.items()}
+    return tensors, JobReport.from_json(state.about)
 
 
 @dataclass(frozen=True)

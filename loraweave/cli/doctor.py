@@ -18,13 +18,13 @@ DOCTOR_EXAMPLE = "Example: loraweave doctor --json"
 # what each extra is for; engines, docs, test and dev are for those who change this package
 EXTRAS = {
     "dask": "work spread over a Dask cluster (joblib.parallel_config)",
-    "flower": "lw.federate with backend='flower'",
+    "flower": "federate() with backend='flower'",
     "gguf": "the embedded base model, and exports for llama.cpp",
     "harness": "loraweave eval --harness (lm_eval)",
     "images": "pipelines of images (diffusers)",
     "plot": "plots of searches, weights and trainings",
     "postgres": "a hub in PostgreSQL",
-    "privacy": "lw.federate with strategy='dp_lora' or 'dp_fedavg' (opacus)",
+    "privacy": "federate() with strategy='dp_lora' or 'dp_fedavg' (opacus)",
     "quantised": "bases in int8, int4 and nf4, live and fused (bitsandbytes, torchao)",
     "ray": "work spread over a Ray cluster (joblib.parallel_config)",
     "ray-serve": "replicas of the server on Ray Serve",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,18 +24,21 @@ logger = logging.getLogger(__name__)
 
 # the subfolder of a checkpoint for states of unfinished jobs
 RUNNING = "running"
+# the tensor of a file that has the bytes of JSON
+REPORT = "report"
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The parameters and AdamW moments after `step` steps."""
+    """The parameters and AdamW moments after `step` steps, and what is said `about` the training, as JSON, if anything."""
 
     step: int
     tensors: dict[str, Tensor]
+    about: Any = None
 
     @classmethod
     def of(cls, step: int, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> TrainingState:
-        tensors = {"step": torch.tensor([step])}
+        tensors: dict[str, Tensor] = {}
         for index, parameter in enumerate(parameters):
             tensors[f"{index}.value"] = parameter.detach().clone()
             for moment in ("exp_avg", "exp_avg_sq"):
@@ -79,9 +84,12 @@ def save_state(folder: Path, key: str, state: TrainingState, *, place: str = RUN
     """Write the state under a temporary name, then rename. A full disk is logged and does not end the training."""
     path = folder / place / f"{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"step": torch.tensor([state.step]), **state.tensors}
+    if state.about is not None:
+        tensors[REPORT] = torch.frombuffer(bytearray(json.dumps(state.about).encode()), dtype=torch.uint8)
     try:
         with whole_file(path) as temporary:
-            save_tensors(state.tensors, temporary)
+            save_tensors(tensors, temporary)
     except OSError as error:
         logger.warning("the checkpoint at step %d was not written (%s); training goes on", state.step, error)
 
@@ -94,8 +102,10 @@ def load_state(folder: Path, key: str, *, place: str = RUNNING) -> TrainingState
     try:
         # in one read: safetensors opens a file twice, and it may be replaced in between
         tensors = load(path.read_bytes())
-        return TrainingState(int(tensors.pop("step")), tensors)
-    except (SafetensorError, KeyError) as error:
+        report = tensors.pop(REPORT, None)
+        about = None if report is None else json.loads(bytes(report.tolist()))
+        return TrainingState(int(tensors.pop("step")), tensors, about)
+    except (SafetensorError, KeyError, ValueError) as error:
         logger.warning("the checkpoint %s is damaged (%s); its jobs start again", path, error)
         return None
 

@@ -22,7 +22,7 @@ class LocalAndShared(Frozen):
     depend on nothing, so that `adapter()` is the whole.
 
     That is not pFedLoRA (arXiv 2310.13283), in which a client's part is a network of its own, all of which learns, and each
-    half has a loss of its own, weighed by mu: `lw.federate(strategy="pfedlora")`. Here the base is frozen as everywhere, and
+    half has a loss of its own, weighed by mu: `federate(strategy="pfedlora")`. Here the base is frozen as everywhere, and
     both halves are updates of its layers, weighed in their outputs.
     """
 

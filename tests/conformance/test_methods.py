@@ -24,9 +24,10 @@ from loraweave.types import Factors
 METHODS = registry.names("methods")
 # lossy: an adapter comes back only in part, by the formula, however the weights are set. shares: only the proportions of
 # the weights count, and their sign has no meaning. pairs: two experts and no other number. by_factors: a and b are mixed
-# apart, so that the split of an update into factors counts. one_a: all experts have one a
+# apart, so that the split of an update into factors counts. in_factors: in other coordinates of a and b it
+# means nothing. one_a: all experts have one a
 TRAITS = {name: registry.traits_of(registry.get("methods", name)) for name in METHODS}
-KNOWN = {"lossy", "shares", "pairs", "by_factors", "one_a"}
+KNOWN = {"lossy", "shares", "pairs", "by_factors", "in_factors", "one_a"}
 PROPERTIES = Properties(METHODS)
 
 Update = Factors | DenseUpdate | TruncatedUpdate
@@ -345,7 +346,6 @@ OUTSIDE: list[tuple[str, list[object], str]] = [
     ("k", [0, 1.5], "tsv"),
     ("num_clusters", [0, 2.0], "lego"),
     ("random_state", [-1, 2**32], "lego"),
-    ("norms", ["matrix"], "hetlora"),
     ("angles", ["cosine"], "model_stock"),
     ("minimiser", ["adam"], "wudi"),
     ("basis", ["both"], "core_space"),

@@ -14,8 +14,8 @@ sys.path.insert(0, given["root"])
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-import loraweave as lw  # noqa: E402
-from loraweave.composer.federated.strategies.hetlora import Hetlora  # noqa: E402
+from loraweave.extensions.federated import federate  # noqa: E402
+from loraweave.extensions.federated.strategies.hetlora import Hetlora  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,9 @@ if __name__ == "__main__":
     model, tokenizer = AutoModelForCausalLM.from_pretrained(given["model"]), AutoTokenizer.from_pretrained(given["model"])
     settings = {"rank": 2, "steps": 2, "batch_size": 2, "rounds": 1, "ranks": {"count": 1}, "progress": False}
     clients = given["clients"]
-    flower = lw.federate(model, tokenizer, clients, strategy=Deadly(), backend="flower", **settings)
+    flower = federate(model, tokenizer, clients, strategy=Deadly(), backend="flower", **settings)
     others = {name: rows for name, rows in clients.items() if name in flower.rounds[0].losses}
-    here = lw.federate(model, tokenizer, others, strategy="hetlora", **settings)
+    here = federate(model, tokenizer, others, strategy="hetlora", **settings)
     said = {
         "flower": flower.adapter.hash,
         "here": here.adapter.hash,

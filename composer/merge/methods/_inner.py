@@ -18,9 +18,6 @@ from loraweave.types import Factors
 
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
-# methods whose result depends on how an update is split into factors: in other coordinates they mean nothing
-FACTOR_SPACE = frozenset({"lego", "hetlora", "ffa"})
-
 
 def inner_call(name: str, options: Mapping[str, Any], *, method: str) -> MethodCall:
     """Return the inner method with its options. Raises WeightingError for one that `method` cannot use, or UnknownName."""
@@ -28,7 +25,7 @@ def inner_call(name: str, options: Mapping[str, Any], *, method: str) -> MethodC
         raise WeightingError(
             f"{method}: inner={name!r} is the method itself; name the rule it shall apply, like 'ties_per_layer'"
         )
-    if name.startswith("factor_") or name in FACTOR_SPACE:
+    if name.startswith("factor_") or "in_factors" in registry.traits_of(registry.get("methods", name)):
         raise WeightingError(
             f"{method}: inner={name!r} mixes the factors a and b, whose coordinates {method} changes; name a rule on "
             "updates, like 'ties_per_layer' or 'linear'"

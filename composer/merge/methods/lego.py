@@ -19,7 +19,7 @@ from loraweave.registry import traits
 from loraweave.types import Factors
 
 
-@traits("by_factors")
+@traits("by_factors", "in_factors")
 def lego(
     experts: Experts,
     weights: Weights,

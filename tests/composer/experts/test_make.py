@@ -9,7 +9,8 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.composer import Composer
-from loraweave.composer.experts.make import with_options, with_task
+from loraweave.composer.ensembles.reward_mixture import expert_rewards, train_reward_experts
+from loraweave.composer.experts.make import fit_clusters, with_options, with_task
 from loraweave.composer.experts.parts import closing_blocks, layer_sites
 from loraweave.composer.merge import arithmetic
 from loraweave.composer.model.kinds import conv, linear
@@ -387,3 +388,18 @@ def test_the_places_of_closing_blocks_and_outside_the_blocks_are_closing(make_mo
         "decode_head.linear_projections.1.proj": False,
         "decode_head.linear_fuse": True,
     }
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda base: with_options(base, rank=3),
+        lambda base: with_task(base, "games"),
+        lambda base: fit_clusters(base, ["a text"]),
+        lambda base: expert_rewards(base, {}),
+        lambda base: train_reward_experts(base, [("a", "b")]),
+    ],
+)
+def test_a_base_alone_is_refused_with_the_way_out(make_model, ask):
+    with pytest.raises(WeightingError, match=r"given LlamaForCausalLM, which has no experts: give what lw.experts"):
+        ask(make_model("llama"))

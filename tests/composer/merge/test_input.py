@@ -29,7 +29,7 @@ WRONG = ["a", None, [], {}, {1: 2}, float("nan"), float("inf"), -1, 2.5, True, 1
 
 def factors(seed: int) -> Factors:
     generator = torch.Generator().manual_seed(seed)
-    # one a for all: `ffa` averages b alone
+    # one a for all: a method may average b alone
     a_RI = torch.randn(2, 7, generator=torch.Generator().manual_seed(99))
     return Factors(a_RI, torch.randn(5, 2, generator=generator))
 

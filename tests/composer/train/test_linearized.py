@@ -88,8 +88,8 @@ def test_without_a_start_jobs_share_an_a_that_is_not_trained(tiny_llama, tokeniz
 def test_without_a_start_a_merge_of_parameters_is_the_mixture_of_updates(tiny_llama, tokenizer):
     u, v = train(tiny_llama, tokenizer).values()
     mixed = lw.merge([u, v], [0.7, 0.3], progress=False)
-    assert lw.merge([u, v], [0.7, 0.3], method="ffa", progress=False).rank == 3
-    for layer, factors in lw.merge([u, v], [0.7, 0.3], method="ffa", progress=False).layers.items():
+    assert lw.merge([u, v], [0.7, 0.3], method="factor_average", progress=False).rank == 3
+    for layer, factors in lw.merge([u, v], [0.7, 0.3], method="factor_average", progress=False).layers.items():
         assert torch.allclose(algebra.delta(factors), mixed.delta(layer), atol=1e-6)
 
 

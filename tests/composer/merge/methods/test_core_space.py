@@ -228,7 +228,6 @@ def test_an_expert_of_zeros_and_experts_that_cancel() -> None:
     [
         ({"inner": "itself"}, WeightingError, r"inner='\w+' is the method itself"),
         ({"inner": "factor_sum"}, WeightingError, "inner='factor_sum' mixes the factors a and b"),
-        ({"inner": "hetlora"}, WeightingError, "inner='hetlora' mixes the factors"),
         ({"inner": "lego"}, WeightingError, "inner='lego' mixes the factors"),
         ({"inner": "fisher"}, WeightingError, "inner='fisher' needs statistics"),
         ({"inner": "tiess"}, UnknownName, "did you mean 'ties'"),

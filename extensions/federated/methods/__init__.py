@@ -1,0 +1,1 @@
+"""Merge methods for what clients have trained apart, one file each."""

@@ -1,0 +1,72 @@
+"""The noise for a budget of differential privacy, and the budget that a noise spends, by opacus's Renyi accountant.
+
+Both count steps of the sampled Gaussian mechanism (Mironov et al. 2019, arXiv 1908.10530): of all that are protected, each
+takes part with probability `sample_rate`, and `noise` is the standard deviation of what is added to a sum, in units of the
+most by which one of them can change that sum.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from loraweave import PackageMissing, TrainingError
+
+# of Renyi divergence; small budgets need high ones
+ORDERS = [1 + tenth / 10 for tenth in range(1, 100)] + [*range(11, 64), 80, 96, 128, 192, 256, 512, 1024]
+
+
+@lru_cache
+def least_noise(strategy: str, *, epsilon: float, delta: float, steps: int, sample_rate: float) -> float:
+    """Return the least noise that spends at most `epsilon` in so many steps.
+
+    Raises PackageMissing without opacus, TrainingError for an epsilon that no noise reaches; both name the strategy.
+    """
+    _, least = _opacus(strategy)
+    budget = {"target_epsilon": epsilon, "target_delta": delta, "steps": steps, "sample_rate": sample_rate}
+    try:
+        with _any_order():
+            noise: float = least(**budget, accountant="rdp", alphas=ORDERS)
+    except ValueError as error:
+        raise TrainingError(
+            f"no noise gives strategy {strategy!r} epsilon={epsilon!r} at delta={delta!r} in {steps} noisy steps ({error}): "
+            "raise epsilon, or take fewer rounds"
+        ) from error
+    return noise
+
+
+def spent(strategy: str, noise: float, *, delta: float, steps: int, sample_rate: float) -> float:
+    """Return the epsilon that so many steps with this noise have spent. Raises PackageMissing without opacus."""
+    accountant = _opacus(strategy)[0]()
+    accountant.history = [(noise, sample_rate, steps)]
+    with _any_order():
+        return float(accountant.get_epsilon(delta, alphas=ORDERS)) if steps else 0.0
+
+
+def length(tensors: Iterable[Tensor]) -> float:
+    """Return the Euclidean norm of all tensors together."""
+    return math.sqrt(sum(float(value.double().square().sum()) for value in tensors))
+
+
+@contextmanager
+def _any_order() -> Iterator[None]:
+    """Silence opacus where the tightest bound that it tries is the last: every order gives one that holds."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Optimal order is the")
+        yield
+
+
+def _opacus(strategy: str) -> tuple[Any, Any]:
+    """Return the accountant and the search for the least noise."""
+    try:
+        from opacus.accountants import RDPAccountant
+        from opacus.accountants.utils import get_noise_multiplier
+    except ImportError as error:
+        raise PackageMissing(f"strategy {strategy!r} needs opacus ({error}): pip install 'loraweave[privacy]'") from error
+    return RDPAccountant, get_noise_multiplier

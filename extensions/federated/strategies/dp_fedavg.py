@@ -1,0 +1,76 @@
+"""DP-FedAvg (McMahan et al. 2018, arXiv 1710.06963): clipped updates, noise of the server's, and what both guarantee."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+
+from loraweave.extend import Positive, Range, seeded
+from loraweave.extensions.federated.strategies._privacy import least_noise, length, spent
+from loraweave.extensions.federated.strategies._strategy import Course, Order, Strategy, Tensors, Trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpFedavg(Strategy):
+    """(epsilon, delta)-differential privacy for a client's whole data, spent over all rounds together.
+
+    Every round draws each of the N clients with probability q (`participation`). A client whose a and b moved by d_k sends
+    u_k = d_k min(1, clip / |d_k|), the norm being over all layers; the server adds (sum of u_k + sigma clip z) / (q N) to a
+    and b, z standard normal, with the same weight for every client, whose sizes are data too. sigma is the least noise whose
+    epsilon after all rounds, by the Renyi accountant of opacus, is at most `epsilon`; the report has what was spent.
+
+    The server is trusted, and its noise is once for all clients; with `dp_lora` each client adds its own. The guarantee is
+    for the adapter and its card; reports of the rounds and the seed, from which noise and draws follow, are not for others.
+    Raises PackageMissing without opacus, TrainingError for an epsilon that no noise reaches.
+    """
+
+    epsilon: Positive = 8.0
+    delta: Annotated[float, Range(above=0, below=1)] = 1e-5
+    clip: Positive = 1.0
+
+    sampling: ClassVar[Literal["count", "poisson"]] = "poisson"
+    secret: ClassVar[bool] = True
+
+    @property
+    def former(self) -> dict[str, Any]:
+        return {"name": "dp_lora", **self.options}
+
+    def require(self, course: Course) -> None:
+        self.noise(course)
+
+    def noise(self, course: Course) -> float:
+        """Return sigma, the noise's standard deviation in units of `clip`."""
+        budget = {"epsilon": self.epsilon, "delta": self.delta}
+        return least_noise(self.registered_name(), **budget, steps=course.rounds, sample_rate=course.sample_rate)
+
+    def train(self, course: Course, order: Order) -> Trained:
+        trained = super().train(course, order)
+        moved = {name: value - order.received[name] for name, value in trained.update.items()}
+        factor = self._factor(moved)
+        return Trained({name: value * factor for name, value in moved.items()}, {}, trained.losses)
+
+    def aggregate(self, course: Course, server: Tensors, updates: Mapping[str, Tensors], number: int) -> Tensors:
+        """Return the state plus the noisy sum of updates, each shortened to `clip` here, too. There may be no update."""
+        sigma, expected = self.noise(course), course.sample_rate * len(course.clients)
+        generator = seeded(course.settings.seed, "noise", number)
+        factors = [self._factor(update) for update in updates.values()]
+        state: Tensors = {}
+        for name, value in server.items():
+            summed = sigma * self.clip * torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            for factor, update in zip(factors, updates.values(), strict=True):
+                summed += factor * update[name].double()
+            state[name] = (value.double() + summed / expected).float()
+        return state
+
+    def figures(self, course: Course, rounds_done: int) -> dict[str, float]:
+        """Return the guarantee after so many rounds, and the noise that gives it."""
+        sigma, rate = self.noise(course), course.sample_rate
+        epsilon = spent(self.registered_name(), sigma, delta=self.delta, steps=rounds_done, sample_rate=rate)
+        return {"epsilon": epsilon, "delta": self.delta, "noise_multiplier": sigma, "sample_rate": rate}
+
+    def _factor(self, update: Tensors) -> float:
+        """Return the factor that shortens an update to `clip`; tensors are added by name, by which norms round."""
+        return min(1.0, self.clip / max(length(value for _, value in sorted(update.items())), 1e-30))
