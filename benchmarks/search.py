@@ -35,7 +35,7 @@ from benchmarks._timing import Gate, Way, compare, require
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.model.batches import IGNORED, batch, encode, token_losses
 from loraweave.demo import load_task
-from loraweave.routers.searches.lorahub_original import LorahubOriginal
+from loraweave.extensions.routers.routers.lorahub_original import LorahubOriginal
 
 BOUND = 1.5
 # candidates whose losses in two dtypes are ranked

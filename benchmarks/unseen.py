@@ -52,8 +52,8 @@ from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.model.scoring import Score, evaluate, predict
 from loraweave.composer.programs.program import Program
 from loraweave.demo import DemoTask, load_task
+from loraweave.extensions.routers.routers.lorahub_original import LorahubOriginal
 from loraweave.hub.base import fast_dtype
-from loraweave.routers.searches.lorahub_original import LorahubOriginal
 
 app = typer.Typer()
 

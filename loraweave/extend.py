@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from loraweave.cli._application import DEFAULT_HUB, BaseOption, DtypeOption, HubOption, JsonOption, SeedOption
     from loraweave.cli._inputs import load_model, open_hub, require_dtype
     from loraweave.cli._printing import note, print_json, print_table
-    from loraweave.common.chat import Prompt
+    from loraweave.common.chat import Prompt, prompt_texts
     from loraweave.common.checks import is_list, is_number, is_whole, require_whole
     from loraweave.common.descent import Descent, backward, descend
     from loraweave.common.display import ShownTable, blank_figure, progress_bar, tracked
     from loraweave.common.files import cache_folder, replacing, whole_file
     from loraweave.common.intervals import wilson
-    from loraweave.common.names import printable, text_digest
+    from loraweave.common.names import printable, text_digest, unknown_expert
     from loraweave.common.options import (
         Count,
         Declared,
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from loraweave.common.yaml_file import read_yaml
     from loraweave.composer.compose.collect_statistics import record_inputs
     from loraweave.composer.compose.compose import ComposeCall
+    from loraweave.composer.compose.objectives._row_sums import RowSums
+    from loraweave.composer.compose.objectives.cross_entropy import CrossEntropy
     from loraweave.composer.ensembles.ensemble import EnsemblePrediction, align_right, last_positions, without_cache
     from loraweave.composer.ensembles.member_passes import by_rows, known_members, member_passes, rows_of, rows_that_fit
     from loraweave.composer.experts.expert_model import ExpertModel, require_expert_model
@@ -109,7 +111,7 @@ if TYPE_CHECKING:
     from loraweave.hub.pool import require_everywhere
     from loraweave.hub.stores.catalogue import state_row
     from loraweave.hub.stores.folder_blobs import STALE_TMP_S, FolderBlobs
-    from loraweave.hub.stores.migrations import Step, run_step
+    from loraweave.hub.stores.migrations import run_step
     from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection, Near, SharedCatalogue, VectorSearch
     from loraweave.hub.tables.filtering import Filters, store_labels
     from loraweave.hub.tables.rows import stored_rows
@@ -120,12 +122,19 @@ if TYPE_CHECKING:
     from loraweave.registry import get, nearest, traits
     from loraweave.retrieval.keyed_search import Key
     from loraweave.routers.recipes._recipe import Recipe
-    from loraweave.routers.searches._solver import Solver
-    from loraweave.routers.tokens._learned import LearnedRouter
-    from loraweave.routers.tokens._model import block_of
+    from loraweave.routers.searches._solver import ClosedForm, Solver
+    from loraweave.routers.searches.gradient import Gradient
+    from loraweave.routers.tokens._caches import BesideCache, RowsAndTokens
+    from loraweave.routers.tokens._call import cache_of, has_two_sequences
+    from loraweave.routers.tokens._forms import InputGates, OutputRouter, ScoredRouter, output_factors
+    from loraweave.routers.tokens._learned import LearnedRouter, Step
+    from loraweave.routers.tokens._members import LayerTensors, Members
+    from loraweave.routers.tokens._model import block_of, running_block
     from loraweave.routers.tokens._router import TokenRouter
     from loraweave.routers.tokens._saved import router_class, router_names
-    from loraweave.routers.tokens._scores import top_k_softmax
+    from loraweave.routers.tokens._scores import Lambda, best_of, least_lambda, sparsegen, top_k_softmax, without
+    from loraweave.routers.tokens._text import Examples, TextRouter, labelled_tasks
+    from loraweave.routers.tokens.logistic import Logistic
     from loraweave.serving.app import make_app
     from loraweave.serving.http import (
         EventStream,
@@ -153,13 +162,22 @@ _MODULES = {
     "hub.targets._target": "Target",
     "retrieval.keyed_search": "Key",
     "routers.recipes._recipe": "Recipe",
-    "routers.searches._solver": "Solver",
-    "routers.tokens._learned": "LearnedRouter",
+    "routers.searches._solver": "ClosedForm Solver",
+    "routers.tokens._learned": "LearnedRouter Step",
     "routers.tokens._router": "TokenRouter",
     "routers.tokens._saved": "router_class router_names",
-    "routers.tokens._scores": "top_k_softmax",
+    "routers.tokens._scores": "Lambda best_of least_lambda sparsegen top_k_softmax without",
     "composer.merge.methods._span": "shares",
     "composer.merge.methods._terms": "Experts Weights terms weighted_bias",
+    "composer.compose.objectives._row_sums": "RowSums",
+    "composer.compose.objectives.cross_entropy": "CrossEntropy",
+    "routers.searches.gradient": "Gradient",
+    "routers.tokens._caches": "BesideCache RowsAndTokens",
+    "routers.tokens._call": "cache_of has_two_sequences",
+    "routers.tokens._forms": "InputGates OutputRouter ScoredRouter output_factors",
+    "routers.tokens._members": "LayerTensors Members",
+    "routers.tokens._text": "Examples TextRouter labelled_tasks",
+    "routers.tokens.logistic": "Logistic",
     # models, training and scoring
     "composer.ensembles.member_passes": "by_rows known_members member_passes rows_of rows_that_fit",
     "composer.ensembles.ensemble": "EnsemblePrediction align_right last_positions without_cache",
@@ -186,7 +204,7 @@ _MODULES = {
     "hub.formats._placing": "head_size",
     "lowrank": "algebra",
     "lowrank.factorise": "factorise",
-    "routers.tokens._model": "block_of",
+    "routers.tokens._model": "block_of running_block",
     "composer.merge.interference": "mixture_interference",
     "composer.explain.plot": "explanation_page",
     "composer.experts.together": "ExpertJob",
@@ -195,11 +213,11 @@ _MODULES = {
     # reading, writing and showing
     "common.storage_errors": "remote_errors storage_errors without_credentials",
     "common.state": "RUNNING TrainingState checkpoint_folder drop_state load_state save_state save_tensors",
-    "common.chat": "Prompt",
+    "common.chat": "Prompt prompt_texts",
     "common.checks": "is_list is_number is_whole require_whole",
     "common.display": "ShownTable blank_figure progress_bar tracked",
     "common.files": "cache_folder replacing whole_file",
-    "common.names": "printable text_digest",
+    "common.names": "printable text_digest unknown_expert",
     "common.rows": "GivenRows Row read_asked read_rows",
     "common.yaml_file": "read_yaml",
     "hub.formats._files": "entry",
@@ -209,7 +227,7 @@ _MODULES = {
     "serving.limits": "Limits",
     "hub.stores.folder_blobs": "FolderBlobs STALE_TMP_S",
     "hub.stores.catalogue": "state_row",
-    "hub.stores.migrations": "Step run_step",
+    "hub.stores.migrations": "run_step",
     "hub.tables.filtering": "Filters store_labels",
     "hub.tables.rows": "stored_rows",
     "hub.tables.vectors": "row_sha256",
@@ -247,13 +265,16 @@ __all__ = [
     "RUNNING",
     "STALE_TMP_S",
     "BaseOption",
+    "BesideCache",
     "BlobStore",
     "CatalogueStore",
+    "ClosedForm",
     "ComposeCall",
     "Connection",
     "Contents",
     "Cost",
     "Count",
+    "CrossEntropy",
     "Declared",
     "DenseUpdate",
     "Descent",
@@ -262,6 +283,7 @@ __all__ = [
     "EncodedRow",
     "EnsemblePrediction",
     "EventStream",
+    "Examples",
     "ExpertJob",
     "ExpertModel",
     "Experts",
@@ -270,24 +292,31 @@ __all__ = [
     "FolderBlobs",
     "Fraction",
     "GivenRows",
+    "Gradient",
     "HubOption",
     "Index",
+    "InputGates",
     "JsonOption",
     "Kernel",
     "Key",
+    "Lambda",
+    "LayerTensors",
     "LearnedRouter",
     "Lease",
     "Lend",
     "Limits",
     "LiveHook",
+    "Logistic",
     "LoraJob",
     "LoraJobs",
     "LoraSettings",
     "LowRank",
+    "Members",
     "MixedLayer",
     "Named",
     "Near",
     "NonNegative",
+    "OutputRouter",
     "Part",
     "PlacedFactors",
     "Positive",
@@ -300,6 +329,9 @@ __all__ = [
     "Row",
     "RowKernel",
     "RowSets",
+    "RowSums",
+    "RowsAndTokens",
+    "ScoredRouter",
     "SeedOption",
     "Share",
     "SharedCatalogue",
@@ -312,6 +344,7 @@ __all__ = [
     "Target",
     "TargetBatch",
     "TargetLayer",
+    "TextRouter",
     "Texts",
     "TokenRouter",
     "Traced",
@@ -329,10 +362,12 @@ __all__ = [
     "base_layer",
     "base_loader",
     "batch",
+    "best_of",
     "blank_figure",
     "block_of",
     "by_rows",
     "cache_folder",
+    "cache_of",
     "caller_randomness",
     "check_options",
     "checkpoint_folder",
@@ -350,15 +385,18 @@ __all__ = [
     "given_factors",
     "group_by_mixture",
     "group_rows",
+    "has_two_sequences",
     "head_size",
     "is_list",
     "is_number",
     "is_whole",
     "job_losses",
     "known_members",
+    "labelled_tasks",
     "last_logits",
     "last_positions",
     "lazy",
+    "least_lambda",
     "load_model",
     "load_state",
     "lock_of",
@@ -373,6 +411,7 @@ __all__ = [
     "only_kernel",
     "open_hub",
     "options_of",
+    "output_factors",
     "pad_id",
     "pad_rows",
     "place_of",
@@ -380,6 +419,7 @@ __all__ = [
     "print_table",
     "printable",
     "progress_bar",
+    "prompt_texts",
     "read_asked",
     "read_body",
     "read_endings",
@@ -404,10 +444,12 @@ __all__ = [
     "rows_of",
     "rows_that_fit",
     "run_step",
+    "running_block",
     "save_state",
     "save_tensors",
     "seeded",
     "shares",
+    "sparsegen",
     "spread",
     "state_row",
     "storage_errors",
@@ -423,6 +465,7 @@ __all__ = [
     "tracked",
     "training_rows",
     "traits",
+    "unknown_expert",
     "unless_gone",
     "untouched",
     "weigh_b",
@@ -430,6 +473,7 @@ __all__ = [
     "whole_file",
     "wilson",
     "with_seed",
+    "without",
     "without_cache",
     "without_credentials",
 ]

@@ -20,6 +20,7 @@ from loraweave.routers.tokens._call import (
     CachedIds,
     Prompts,
     asked_of_head,
+    cache_of,
     count_copies,
     current_prompts,
     has_two_sequences,
@@ -77,7 +78,7 @@ class Invoked:
                 f"expert {self._some!r} counts from its invocation tokens on, and this call of the model has no input_ids: "
                 "call it with token ids, or generate() from them"
             )
-        cache = arguments.get("past_key_values", arguments.get("cache"))
+        cache = cache_of(arguments)
         num_before = 0 if cache is None else int(cache.get_seq_length())
         prompts, mask = current_prompts(), arguments.get("attention_mask")
         if prompts is None:

@@ -316,7 +316,7 @@ def test_the_page_on_routers(run_page, tmp_path):
     names = run_page("docs/routers.md")
     assert names["arrow"].experts == names["engine"].pool.names == (*names["names"][:1], *names["names"][2:], "antonym")
     composition = names["composition"]
-    assert composition.report.chosen == "spectr"
+    assert composition.report.chosen == "arrow"
     assert composition.predict(["run", "eat"]) == ["ran", "ate"]
     assert sorted(path.name for path in (tmp_path / "composed").iterdir()) == ["composition.json", "router"]
 

@@ -195,7 +195,7 @@ OPTIONS = {
     "labels of a task without": lambda w: compose(w, objective="labels"),
     "gradients of exact matches": lambda w: compose(w, method="gradient", objective="exact_match"),
     "inputs of a loss with targets": lambda w: compose(w, inputs=["a"]),
-    "inputs that are one text": lambda w: compose(w, method="adamerging", inputs="abc"),
+    "inputs that are one text": lambda w: compose(w, method="gradient", objective="entropy", inputs="abc"),
     "retrieval scores of a pool": lambda w: compose(w, method="similarity"),
     "no options of the inner method": lambda w: lw.merge(w.adapters, [1.0] * 3, method="knots", inner_options=None),
     "experts for blocks that there are not": lambda w: lw.experts("mola", w.model, num_experts=(2, 2, 2, 2, 2)),

@@ -285,8 +285,8 @@ class Settings:
             return
         if self.inputs is None or self.method == "auto":
             raise InvalidTask(
-                "the task has no examples; give at least two (input, target) pairs, or inputs=[...] to a search by "
-                "'entropy', as method='adamerging' is"
+                "the task has no examples; give at least two (input, target) pairs, or inputs=[...] and "
+                "objective='entropy' to a search"
             )
         if (start := self.start_name(solver_class(self.name))) in BEST:
             raise WeightingError(

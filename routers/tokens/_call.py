@@ -20,6 +20,9 @@ from loraweave.common.process import holding
 from loraweave.errors import ScopeError
 from loraweave.routers.tokens._caches import BesideCache, RowsAndTokens
 
+# what models call the argument with a cache
+CACHE_NAMES = ("cache", "past_key_values")
+
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
@@ -72,6 +75,11 @@ def real_tokens(ids_BT: Tensor, mask_BT: Tensor) -> list[list[int]]:
     return [[token for token, real in zip(*row, strict=True) if real] for row in pairs]
 
 
+def cache_of(arguments: Mapping[str, Any]) -> Any | None:
+    """Return the key-value cache that a call of the model is given, or None."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
 @dataclass(frozen=True, eq=False)
 class CallText:
     """The token ids so far and their mask; the first `num_first` began the cache, the last `num_new` are the call's own."""
@@ -88,7 +96,7 @@ class CallText:
         Raises ScopeError for a call by embeddings, for a mask that does not say which tokens are real, and for a cache with
         tokens that the router has not seen.
         """
-        new_BT, cache = arguments.get("input_ids"), arguments.get("past_key_values", arguments.get("cache"))
+        new_BT, cache = arguments.get("input_ids"), cache_of(arguments)
         if not isinstance(new_BT, Tensor):
             raise ScopeError(
                 f"router {router!r} chooses by the text of a row, and this call of the model has no input_ids: call it with "

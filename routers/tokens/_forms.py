@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._learned import LearnedRouter, Step
@@ -60,7 +59,7 @@ class OutputRouter(LearnedRouter):
         self.owners_ = LayerTensors({})
         if (expert_pool := Members.pool_of(pool)) is not None:
             for layer, routed in self.members.layers.items():
-                self.cores_[layer], self.bases_[layer], self.owners_[layer] = factorise(expert_pool, layer, routed)
+                self.cores_[layer], self.bases_[layer], self.owners_[layer] = output_factors(expert_pool, layer, routed)
 
     @property
     def informed(self) -> dict[str, RoutedLayer]:
@@ -81,7 +80,7 @@ class OutputRouter(LearnedRouter):
         return zeros_BTE.index_add(2, self.owners_[layer], values_BTS)
 
 
-def factorise(pool: ExpertPool, layer: str, routed: RoutedLayer) -> tuple[Tensor, Tensor, Tensor]:
+def output_factors(pool: ExpertPool, layer: str, routed: RoutedLayer) -> tuple[Tensor, Tensor, Tensor]:
     """Return c_SI, q_SO and owner_S of a layer; an expert of more rank than outputs has as many rows as outputs."""
     cores, bases, owners = [torch.zeros(0, routed.num_inputs)], [torch.zeros(0, routed.num_outputs)], []
     for place, a_RI, b_OR in parts(pool, layer):
@@ -92,56 +91,17 @@ def factorise(pool: ExpertPool, layer: str, routed: RoutedLayer) -> tuple[Tensor
     return torch.cat(cores), torch.cat(bases), torch.tensor(owners, dtype=torch.long)
 
 
-class OutputAttention(OutputRouter):
-    """A router by s_e = scale * query(x) . k E_e(x), with learned query(x) = q x and k of each layer, not of each expert.
-
-    A subclass puts q_DI into `queries_` and k_DO into `keys_` for each of the `informed` layers, D being any number; in all
-    others the experts score 0.
-    """
-
-    def __init__(self, pool: ExpertPool | Members, *, scale: float) -> None:
-        super().__init__(pool)
-        self.scale = scale
-        self.queries_ = LayerTensors({}, learned=True)
-        self.keys_ = LayerTensors({}, learned=True)
-
-    def query_bias(self, layer: str) -> Tensor | None:
-        """Return what is added to q x in a layer's queries, or None."""
-        return None
-
-    def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return s_BTE of the layer's experts, -inf for the others."""
-        z_BTS = self.latents(x_BTI, layer)
-        if layer in self.queries_:
-            z_BTS = z_BTS * self._query_products(x_BTI, layer) * self.scale
-        scores_BTE = self.by_expert(z_BTS, layer)
-        return without(scores_BTE, self.members.layers[layer].experts)
-
-    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return w_BTE; each token's weights sum to 1."""
-        scores_BTE = self.scores(x_BTI, layer)
-        return self.note(layer, scores_BTE, scores_BTE.softmax(dim=-1))
-
-    def _query_products(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return k_s . query(x) for each row s of the bases (B, T, S), by the cheaper order of the two products."""
-        q_DI, bias_D = self.queries_[layer], self.query_bias(layer)
-        x_BTI = x_BTI.to(q_DI.dtype)
-        # k E_e(x) = k q z: the keys meet the bases once a call, and no output is formed
-        k_SD = self.bases_[layer] @ self.keys_[layer].T
-        (size, num_inputs), num_rows, num_tokens = q_DI.shape, len(k_SD), x_BTI.shape[0] * x_BTI.shape[1]
-        if num_tokens * (size * (num_inputs + num_rows) - num_rows * num_inputs) > num_rows * size * num_inputs:
-            return functional.linear(x_BTI, k_SD @ q_DI, None if bias_D is None else k_SD @ bias_D)
-        return functional.linear(functional.linear(x_BTI, q_DI, bias_D), k_SD)
-
-
 class InputGates(LearnedRouter):
     """A router with scores = g x and a matrix g_EI for each layer, or a `shared` one for all layers of I inputs.
 
-    `start(E, I)` makes what it begins with.
+    `start(E, I)` makes what it begins with; by default it is drawn as torch draws a linear layer.
     """
 
-    def __init__(self, pool: ExpertPool | Members, start: Callable[[int, int], Tensor], *, shared: bool = False) -> None:
+    def __init__(
+        self, pool: ExpertPool | Members, start: Callable[[int, int], Tensor] | None = None, *, shared: bool = False
+    ) -> None:
         super().__init__(pool)
+        start = draw_gates if start is None else start
         self.shared = shared
         self.gates_ = LayerTensors({}, learned=True)
         for layer, routed in self.members.layers.items():

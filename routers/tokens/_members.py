@@ -104,6 +104,12 @@ class Members:
     def base(self) -> BaseKey:
         return BaseKey(self.base_model, None, self.fingerprint)
 
+    @property
+    def most_frequent_size(self) -> int:
+        """The size that the layers' inputs and outputs have most often, the smallest of several."""
+        counts = Counter(size for layer in self.layers.values() for size in (layer.num_inputs, layer.num_outputs))
+        return min(size for size, count in counts.items() if count == max(counts.values()))
+
     def without(self, name: str) -> Members:
         """Return all members but one, in order. UnknownExpert for an unknown name, WeightingError for the last expert."""
         if name not in self.places:
@@ -177,12 +183,6 @@ class Members:
         stored = data["fingerprint"]
         known = None if stored is None else Fingerprint.from_json(stored)
         return cls(names, hashes, str(data["base_model"]), known, MappingProxyType(layers))
-
-
-def most_frequent_size(members: Members) -> int:
-    """Return the size that the layers' inputs and outputs have most often, the smallest of several."""
-    counts = Counter(size for layer in members.layers.values() for size in (layer.num_inputs, layer.num_outputs))
-    return min(size for size, count in counts.items() if count == max(counts.values()))
 
 
 def _omit(values: tuple[str, ...], place: int) -> tuple[str, ...]:

@@ -17,13 +17,12 @@ from torch import Tensor
 from loraweave.common.process import holding
 from loraweave.errors import ScopeError
 from loraweave.routers.tokens._caches import BesideCache
-from loraweave.routers.tokens._call import has_two_sequences
+from loraweave.routers.tokens._call import CACHE_NAMES, cache_of, has_two_sequences
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
 
-CACHE_NAMES = ("cache", "past_key_values")
 # arguments for the whole model that its decoder does not take, or that ask for more than is read here
 OF_THE_MODEL = (
     "labels",
@@ -50,7 +49,7 @@ def last_hidden(router: str, model: Any, arguments: Mapping[str, Any], beside: B
             "has an encoder and a decoder, whose tokens differ: take one that looks at each layer's input, or at the text"
         )
     decoder = getattr(model, "base_model", model)
-    cache = next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+    cache = cache_of(arguments)
     passed = {name: value for name, value in arguments.items() if name not in (*OF_THE_MODEL, *CACHE_NAMES)}
     parameters = inspect.signature(decoder.forward).parameters
     own_cache = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.tokens._forms import InputGates, draw_gates
+from loraweave.routers.tokens._forms import InputGates
 from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._scores import straight_through
 
@@ -20,7 +20,7 @@ class HardRouted(InputGates):
     """
 
     def __init__(self, pool: ExpertPool | Members, *, shared: bool = True) -> None:
-        super().__init__(pool, draw_gates, shared=shared)
+        super().__init__(pool, shared=shared)
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         """Return w_BTE; one of each token's weights is 1."""

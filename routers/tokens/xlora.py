@@ -19,7 +19,7 @@ from loraweave.routers.combined import under
 from loraweave.routers.tokens._caches import BesideCache
 from loraweave.routers.tokens._call import asked_of_head
 from loraweave.routers.tokens._learned import LearnedRouter
-from loraweave.routers.tokens._members import Members, most_frequent_size
+from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._model import last_hidden
 from loraweave.routers.tokens._scores import top_k_softmax
 from loraweave.routers.tokens._to_peft import write_xlora
@@ -86,7 +86,7 @@ class Xlora(LearnedRouter):
         self.scaling_pass_value = scaling_pass_value
         self.global_scaling = global_scaling
         self.as_peft = as_peft
-        self.hidden_size = most_frequent_size(self.members) if hidden_size is None else hidden_size
+        self.hidden_size = self.members.most_frequent_size if hidden_size is None else hidden_size
         # what sums to something else says so
         if softmax == "none" or global_scaling != 1 or (softmax == "all" and top_k is not None):
             self.simplex = False

@@ -121,7 +121,7 @@ class Entrances:
         return self.composition.predict(rows)
 
     def inputs(self, rows):
-        settings = {"method": "adamerging", "inputs": rows, "budget": 9, "folds": 0, "progress": False}
+        settings = {"method": "gradient", "objective": "entropy", "inputs": rows, "budget": 9, "folds": 0, "progress": False}
         return lw.compose(self.model, self.tokenizer, self.pool, self.composition.task, **settings).mean_weights
 
     def rerank(self, rows):

@@ -43,6 +43,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "similarity": {"embedder": "hashing"},
     "logistic": {"embedder": "hashing"},
 }
+# those whose answers are kept, too
+ANSWERING = ("arrow", "phatgoose", "xlora", "lora_flow")
 RECIPES: dict[str, dict[str, Any]] = {
     "mola": EXPERTS,
     "mixtral": {"rank": 2},
@@ -203,7 +205,7 @@ def make(folder: Path, model: nn.Module, tokenizer: Any, adapters: list[lw.Adapt
     with in_float64(model) as exact:
         activated = {
             "mixture": {"a": 0.5, "c": -1.0},
-            **{f"answers.{name}": router(name, pool) for name in ("arrow", "phatgoose", "xlora", "lora_flow")},
+            **{f"answers.{name}": router(name, pool) for name in ANSWERING},
             **{f"compositions.{method}": composed.weights for method, composed in found.items()},
         }
         expected["base"] = answered(exact)

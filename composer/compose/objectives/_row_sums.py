@@ -38,9 +38,14 @@ class RowSums:
         count_NR, right_N = torch.cat([part.count_NR for part in parts]), torch.cat([part.right_N for part in parts])
         return cls(count_NR, right_N, first.num_targets, sums)
 
+    @property
+    def negative_logs(self) -> Tensor:
+        """The negative log-likelihood of each row's target (N, R)."""
+        return self.sums[LOSS]
+
     def log_shares(self) -> Tensor:
         """Return log_NR, the logarithm of each label's share of the likelihood of all labels."""
-        return torch.log_softmax(-self.sums[LOSS], dim=1)
+        return torch.log_softmax(-self.negative_logs, dim=1)
 
 
 class Kind(ABC):
@@ -67,4 +72,4 @@ class Kind(ABC):
 
     def hits(self, sums: RowSums) -> Tensor:
         """Return hit_N: whether the target is the likeliest label or, without labels, what greedy decoding would write."""
-        return sums.sums[LOSS].argmin(dim=1) == sums.right_N if self.labels else sums.sums[MISS][:, 0] == 0
+        return sums.negative_logs.argmin(dim=1) == sums.right_N if self.labels else sums.sums[MISS][:, 0] == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from loraweave.composer.compose.objectives._row_sums import LOSS, Kind, RowSums
+from loraweave.composer.compose.objectives._row_sums import Kind, RowSums
 
 
 class CrossEntropy(Kind):
@@ -12,4 +12,4 @@ class CrossEntropy(Kind):
 
     def losses(self, sums: RowSums) -> Tensor:
         """Return the mean over each target's tokens."""
-        return (sums.sums[LOSS] / sums.count_NR)[:, 0]
+        return (sums.negative_logs / sums.count_NR)[:, 0]

@@ -6,16 +6,15 @@ import math
 
 import pytest
 import torch
-from torch.func import functional_call
+from written_out import adapters as adapters
+from written_out import model as model
+from written_out import written_out as written_out
 
 import loraweave as lw
 from loraweave.composer.compose import population
 from loraweave.composer.compose.loss import ExampleLoss, Penalty, together, together_with_gradients
 from loraweave.composer.compose.rerank import first_order
-from loraweave.composer.model.batches import batch, encode, token_losses
 from loraweave.errors import SearchFailed, WeightingError
-from loraweave.routers.searches.adamerging import Adamerging
-from loraweave.routers.searches.first_order import FirstOrder
 from loraweave.routers.searches.gradient import Gradient
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD"), ("e f", "fe")]
@@ -247,53 +246,8 @@ NAMES = ("a", "b", "c")
 
 
 @pytest.fixture
-def model(make_model):
-    return make_model("gpt2", dtype=torch.float64)
-
-
-@pytest.fixture
-def adapters(model, make_adapters):
-    return make_adapters(model, "gpt2")
-
-
-@pytest.fixture
 def gpt2_loss(model, adapters, tokenizer):
     return ExampleLoss(lw.Composer(model, adapters), tokenizer, TASK, l1=0.0)
-
-
-class Losses(torch.nn.Module):
-    """The loss of every token of some rows' targets, as a module, so that it can be called with other weights."""
-
-    def __init__(self, model, rows):
-        super().__init__()
-        self.model, self.rows = model, rows
-
-    def forward(self):
-        return token_losses(self.model, self.rows)
-
-
-@pytest.fixture
-def written_out(make_model, adapters, tokenizer):
-    """written_out(prompts, targets)(w_LE, layers): losses of W + sum over e of w_le B_e A_e, for autograd."""
-    model = make_model("gpt2", dtype=torch.float64)
-
-    def of_rows(prompts, targets):
-        losses = Losses(model, batch(model, tokenizer, encode(model, tokenizer, prompts, targets)))
-
-        def loss_BK(w_LE, layers):
-            changed = {}
-            for w_E, layer in zip(w_LE, layers, strict=True):
-                weight_IO = model.get_submodule(layer).weight.detach()
-                for w, adapter in zip(w_E, adapters, strict=True):
-                    if layer in adapter.layers:
-                        factors = adapter.layers[layer]
-                        weight_IO = weight_IO + w * (factors.b_OR.double() @ factors.a_RI.double()).T
-                changed[f"model.{layer}.weight"] = weight_IO
-            return functional_call(losses, changed)
-
-        return loss_BK
-
-    return of_rows
 
 
 FORMULAS = {"softmax": lambda p_LE: torch.softmax(p_LE, dim=1), "free": lambda p_LE: p_LE + 1 / 3}
@@ -327,32 +281,8 @@ def test_learned_weights_by_layer_have_a_lower_loss_than_every_adapter_alone(gpt
         Gradient(NAMES, layers=layers, form="softmax"),
         Gradient(NAMES, layers=layers, form="free"),
         Gradient(NAMES, form="softmax_bias"),
-        FirstOrder(NAMES),
     ):
         assert solver.solve(gpt2_loss).loss < min(singles)
-
-
-def test_adamerging_follows_the_entropy_over_labels_of_a_model_whose_weights_are_written_out(
-    model, adapters, tokenizer, written_out
-):
-    labels, inputs = ["ab", "c", "DD"], ["a", "cc", "e f", "b"]
-    task = lw.Task([("a", "ab"), ("cc", "c")], labels=labels)
-    entropy = ExampleLoss(lw.Composer(model, adapters), tokenizer, task, kind=Adamerging.loss, inputs=inputs, l1=0.0)
-    layers = list(entropy.engine.target_layers)
-    result = Adamerging(NAMES, budget=8, layers=layers, lr=0.1).solve(entropy)
-    prompts = [task.prompt(text) for text in inputs for _ in labels]
-    dense = written_out(prompts, labels * len(inputs))
-    w_LE = torch.full((len(layers), 3), 0.3, dtype=torch.float64, requires_grad=True)
-    adam, losses = torch.optim.Adam([w_LE], lr=0.1), []
-    for _ in range(4):
-        adam.zero_grad()
-        logs_NR = (-dense(w_LE, layers).sum(dim=1)).view(len(inputs), len(labels)).log_softmax(dim=1)
-        loss = -(logs_NR.exp() * logs_NR).sum(dim=1).mean()
-        loss.backward()
-        losses.append(loss.item())
-        adam.step()
-    assert result.losses == pytest.approx(losses, rel=1e-5)
-    assert result.loss < result.losses[0]
 
 
 def test_a_layer_that_the_pool_does_not_have_fails_the_search_and_is_named_by_the_objective(gpt2_loss):

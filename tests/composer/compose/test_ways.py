@@ -353,21 +353,26 @@ def test_a_start_is_named_or_given_as_weights(compose, pool):
 
 
 def test_entropy_looks_at_inputs_and_never_at_targets_and_needs_no_examples(compose_on, tiny_llama, tokenizer, tmp_path):
-    options = {"method": "adamerging", "inputs": ["c", "d e", "f"], "budget": 8}
+    options = {"method": "gradient", "objective": "entropy", "start": "uniform", "inputs": ["c", "d e", "f"], "budget": 8}
     rows = [[(text, target) for text in ("a", "b")] for target in ("x", "y z")]
     *told, found = (compose_on(task=lw.Task(each, instruction="swap"), folds=0, **options) for each in (*rows, []))
-    assert all(each.report["adamerging"].by_layer == found.report["adamerging"].by_layer for each in told)
+    assert all(each.report["gradient"].by_layer == found.report["gradient"].by_layer for each in told)
     (row,) = found.report.rows
-    assert (row.name, row.loss, row.held_out_loss, row.held_out_hits) == ("adamerging", None, None, None)
-    assert found.report.chosen == "adamerging"
-    assert "adamerging" in str(found.report.table())
+    assert (row.name, row.loss, row.held_out_loss, row.held_out_hits) == ("gradient", None, None, None)
+    assert found.report.chosen == "gradient"
+    assert "gradient" in str(found.report.table())
     found.save_pretrained(tmp_path / "kept")
     assert lw.Composition.from_pretrained(tmp_path / "kept", tiny_llama, tokenizer).report.rows == found.report.rows
 
 
 def test_what_needs_examples_says_so(compose_on):
     task = lw.Task([], instruction="swap")
-    for options in ({"method": "lorahub"}, {"method": "adamerging"}, {"method": "auto"}, {"method": "best_single"}):
+    for options in (
+        {"method": "lorahub"},
+        {"method": "gradient", "objective": "entropy"},
+        {"method": "auto"},
+        {"method": "best_single"},
+    ):
         with pytest.raises(InvalidTask, match=r"no examples; give at least two .* or inputs="):
             compose_on(task=task, **options)
     with pytest.raises(WeightingError, match="start 'best_three' is found on examples"):

@@ -18,7 +18,7 @@ from loraweave.composer.live import mixer
 from loraweave.errors import AlreadyActive, CompositionError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.tokens.lora_flow import LoraFlow
+from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Factors
 
@@ -194,7 +194,7 @@ def test_a_copy_made_while_active_has_nothing_that_the_base_has_not(kind, copied
     pool = ExpertPool(make_adapters(model, "llama"))
     model.lm_head.register_forward_hook(seen, with_kwargs=True)
     before, base = attributes(model), logits(model)
-    mixtures = {"blocks": LoraFlow(pool), "prompts": ReadsText(pool.names)}
+    mixtures = {"blocks": WatchesBlocks(pool), "prompts": ReadsText(pool.names)}
     with Composer(model, pool, tokenizer=tokenizer).activate(mixtures.get(kind, {"a": 1.0})):
         assert ("generate" in vars(model)) == (kind == "prompts")
         twin, part = copied(model), copied(model.model)
@@ -202,6 +202,15 @@ def test_a_copy_made_while_active_has_nothing_that_the_base_has_not(kind, copied
     assert attributes(twin) == before
     assert num_hooks(part) == 0
     assert attributes(model) == before
+
+
+class WatchesBlocks(TokenRouter):
+    """A router that is shown the input of each block."""
+
+    watched = ("model.layers.0", "model.layers.1")
+
+    def weights(self, x_BTI, layer):
+        return torch.full((1, 1, len(self.experts)), 0.5)
 
 
 class ReadsText:

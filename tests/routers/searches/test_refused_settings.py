@@ -11,16 +11,6 @@ from loraweave.errors import UnknownName, WeightingError
 @pytest.mark.parametrize(
     ("name", "num_experts", "options", "message"),
     [
-        ("bayesian", 3, {"budget": 2}, "budget is 2 evaluations, but Bayesian needs at least 3, 2 initial candidates"),
-        ("bayesian", 3, {"initial": 40}, "budget is 40 evaluations, but Bayesian needs at least 41"),
-        ("bayesian", 3, {"initial": 1}, "got initial=1;"),
-        ("bayesian", 3, {"population": 0}, "got population=0;"),
-        ("first_order", 2, {"budget": 3}, "budget is 3 evaluations, but FirstOrder needs at least 4"),
-        ("first_order", 2, {"radius": 0.0}, "got radius=0.0;"),
-        ("first_order", 2, {"radius": math.inf}, "got radius=inf;"),
-        ("first_order", 2, {"ridge": -1.0}, "got ridge=-1.0;"),
-        ("first_order", 2, {"ridge": math.nan}, "got ridge=nan;"),
-        ("first_order", 2, {"start": {"x": 1.0}}, "'x'"),
         ("gradient", 3, {"budget": 1}, "needs at least 2"),
         ("gradient", 3, {"lr": 0.0}, "got lr=0.0;"),
         ("gradient", 3, {"lr": math.nan}, "got lr=nan;"),

@@ -12,11 +12,14 @@ from loraweave.composer.composer import Composer
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._forms import OutputRouter
 from loraweave.routers.tokens._learned import Step
-from loraweave.routers.tokens._saved import router
+from loraweave.routers.tokens._saved import router, router_class, router_names
 from loraweave.types import Factors
 
-ROUTERS = ("adapter_fusion", "mole", "ramole")
+ROUTERS = [name for name in router_names() if issubclass(router_class(name), OutputRouter)]
+# by which 15 steps tell
+LEARNING_RATES = {"mole": 0.05}
 
 
 @pytest.fixture
@@ -62,28 +65,21 @@ def test_layers_with_gains_alone_have_no_parameters_and_weigh_alike(name, pool, 
     assert torch.equal(again.weights(x_BTI, "q"), made.weights(x_BTI, "q"))
 
 
-@pytest.mark.parametrize("name", ["adapter_fusion", "ramole"])
-def test_the_order_of_the_experts_does_not_matter_to_their_weights(name, random_pool, trained_router, x_BTI):
-    pool, order = random_pool(*({"q": (rank, 20, 12)} for rank in (4, 2, 30, 1))), [2, 0, 3, 1]
-    made, turned = (trained_router(name, each, 0.2) for each in (pool, pool.subset(pool.names[place] for place in order)))
-    assert torch.allclose(turned.weights(x_BTI, "q"), made.weights(x_BTI, "q")[..., order], atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["arrow", "spectr", *ROUTERS])
+@pytest.mark.parametrize("name", ["arrow", *ROUTERS])
 def test_unbound_experts_are_refused_by_name(name, pool):
     dora = replace(pool["b"].layers["q"], magnitude_O=torch.ones(12))
     with pytest.raises(AdapterUnsupported, match="'dora' is not bound"):
         router(name, pool.including("dora", Adapter("dora", "tiny", {"q": dora})))
 
 
-@pytest.mark.parametrize(("name", "lr"), [("adapter_fusion", 0.02), ("mole", 0.05), ("ramole", 0.02)])
-def test_training_lowers_the_loss(name, lr, make_model, make_adapters):
+@pytest.mark.parametrize("name", ROUTERS)
+def test_training_lowers_the_loss(name, make_model, make_adapters):
     model = make_model("llama").requires_grad_(False)
     pool = ExpertPool(make_adapters(model, "llama"))
     torch.manual_seed(0)
     made = router(name, pool).train()
     ids_BT = torch.randint(3, 61, (2, 8))
-    optimiser = torch.optim.Adam(made.parameters(), lr=lr)
+    optimiser = torch.optim.Adam(made.parameters(), lr=LEARNING_RATES.get(name, 0.02))
     losses = []
     with Composer(model, pool).activate(made):
         for number in range(16):

@@ -22,24 +22,13 @@ def pool():
 @pytest.mark.parametrize(
     ("name", "option", "value", "kind"),
     [
-        ("adapter_fusion", "dim", 0, COUNT + " or None"),
-        ("adapter_fusion", "temperature", 0, POSITIVE),
         ("arrow", "top_k", 0, COUNT + " or None"),
         ("arrow", "temperature", "cold", POSITIVE),
         ("arrow", "temperature", 0.0, POSITIVE),
         ("arrow", "temperature", float("nan"), POSITIVE),
         ("arrow", "seed", "a", "a whole number of at least 0"),
-        ("ld_mole", "hidden", 0, COUNT),
-        ("ld_mole", "target", 0, COUNT),
-        ("ld_mole", "sparsity", -1, COEFFICIENT),
         ("logistic", "inverse_penalty", 0.0, POSITIVE),
-        ("lora_flow", "width", 0, COUNT + " or None"),
-        ("lorauter", "temperature", -1.0, POSITIVE),
-        ("lorauter", "num_tasks", 0, COUNT),
-        ("mixture_of_adapters", "eta", -1, COEFFICIENT),
         ("mole", "balance", -1, COEFFICIENT),
-        ("ramole", "rank", 0, COUNT),
-        ("ramole", "dropout", 1.0, RATE),
         ("similarity", "temperature", 0.0, POSITIVE),
         ("similarity", "nearest", 0, COUNT + " or None"),
         ("similarity", "refresh", 0, COUNT),
@@ -64,9 +53,6 @@ def test_a_value_outside_its_kind_is_refused(name, option, value, kind, pool):
         ("arrow", "direction", "power_iterations", "'exact', 'power_iteration', did you mean 'power_iteration'?"),
         ("arrow", "input_norm", "l2", "'none', 'unit'"),
         ("logistic", "form", "mixture", "'selection', 'probabilities', 'top_p'"),
-        ("lora_flow", "bias", "inner", "'outside', 'inside'"),
-        ("mixture_of_adapters", "decision", "sequense", "'sequence', 'token', did you mean 'sequence'?"),
-        ("mixture_of_top1", "score", "arow", "'arrow', 'spectr', did you mean 'arrow'?"),
         ("similarity", "form", "mean", "'softmax', 'selection', 'mixture'"),
         ("similarity", "per", "layer", "'row', 'token'"),
         ("xlora", "softmax", "topk", "'top_k', 'all', 'twice', 'none', did you mean 'top_k'?"),
@@ -82,8 +68,6 @@ def test_a_word_that_is_not_known_is_answered_with_those_that_are(name, option, 
     ("name", "option"),
     [
         ("arrow", "top_k"),
-        ("lag", "candidates"),
-        ("lorauter", "best"),
         ("phatgoose", "top_k"),
         ("similarity", "nearest"),
         ("xlora", "top_k"),
@@ -97,8 +81,6 @@ def test_a_number_of_experts_that_the_pool_lacks_is_refused(name, option, pool):
 def test_what_a_router_does_not_take_is_refused(pool):
     with pytest.raises(WeightingError, match="has no option 'topk', did you mean 'top_k'"):
         lw.router("arrow", pool, topk=2)
-    with pytest.raises(WeightingError, match="top_k=3 of candidates=2"):
-        lw.router("lag", pool, candidates=2, top_k=3)
     with pytest.raises(WeightingError, match="a selection is of 1 expert"):
         lw.router(
             "similarity", pool, form="selection", nearest=2, embedder="hashing", examples={name: ["x"] for name in "abc"}

@@ -1,0 +1,22 @@
+"""LoraHub's loss as its authors coded it (Huang et al. 2023, lorahub/algorithm.py): divided by the examples once too often.
+
+With an L1 term of 0.05 and merge method "factor_sum" it is what `LorahubOriginal` minimised when its results were published.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from loraweave.extend import CrossEntropy, RowSums
+
+
+class LorahubOriginal(CrossEntropy):
+    """The mean over all target tokens of all examples together, divided by the number of examples.
+
+    The authors add up the mean token loss of each batch and divide by the examples instead of the batches; all examples are
+    one batch, as by default in their code. An L1 term thus weighs as many times more than it says. Long targets count more.
+    """
+
+    def losses(self, sums: RowSums) -> Tensor:
+        """Return each example's share of the loss, which is the mean of the shares."""
+        return sums.negative_logs[:, 0] / sums.num_targets

@@ -1,0 +1,1 @@
+"""Routers and searches, one a file."""

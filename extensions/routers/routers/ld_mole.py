@@ -1,0 +1,58 @@
+"""LD-MoLE (Zhuang et al. 2025, arXiv 2509.25684): a router that also learns how many adapters a token gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from loraweave import ExpertPool
+from loraweave.extend import Count, InputGates, Lambda, Members, NonNegative, Step, least_lambda, sparsegen
+
+
+class LdMole(InputGates):
+    """A router with w = sparsegen(g x, lambda(x)): shares on the simplex, of which lambda, below 1, says how many are 0.
+
+    g_EI is each layer's own, drawn as torch draws linear layers. lambda(x) = 0.99 + logsigmoid(MLP(x)) (`Lambda`) has one
+    MLP of `hidden` units for all layers with as many inputs, as published (256 there): near 0.99 the best expert gets all,
+    the lower the more experts take part. Weights and their number follow the input without a jump, so that gradients reach
+    both.
+
+    `sparsity`, 0 or more, is the coefficient of a loss that draws towards at most `target` experts a token: how far lambda
+    is below the least that has no more, a mean over real tokens and layers. 0 where it is reached; scores are not moved by
+    it.
+    """
+
+    def __init__(
+        self, pool: ExpertPool | Members, *, hidden: Count = 256, sparsity: NonNegative = 0.0, target: Count = 2
+    ) -> None:
+        super().__init__(pool)
+        self.hidden = hidden
+        self.sparsity = sparsity
+        self.target = target
+        widths = sorted({layer.num_inputs for layer in self.members.layers.values() if layer.num_inputs})
+        self.lambdas_ = nn.ModuleDict({str(width): Lambda(width, hidden) for width in widths})
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """Return w_BTE; each token's weights sum to 1."""
+        scores_BTE = self.scores(x_BTI, layer)
+        lambda_BT1 = self.lambdas(x_BTI, layer)
+        return self.note(layer, scores_BTE, sparsegen(scores_BTE, lambda_BT1), lambda_BT1)
+
+    def lambdas(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """Return lambda_BT1, below 0.99; 0 in a layer whose experts have biases alone."""
+        width = str(self.members.layers[layer].num_inputs)
+        if width not in self.lambdas_:
+            return x_BTI.new_zeros(*x_BTI.shape[:2], 1, dtype=torch.float32)
+        found_BT1: Tensor = self.lambdas_[width](x_BTI)
+        return found_BT1
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        """Return {"sparsity": sparsity * the mean of max(0, least lambda - lambda)}, {} where it cannot be above 0."""
+        shortfalls = [
+            step.real((least_lambda(scores_BTE.detach(), self.target) - step.beside[layer]).clamp_min(0)).mean()
+            for layer, scores_BTE in step.scores.items()
+            if len(self.experts) > self.target
+        ]
+        return {"sparsity": self.sparsity * torch.stack(shortfalls).mean()} if self.sparsity and shortfalls else {}

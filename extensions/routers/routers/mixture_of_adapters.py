@@ -1,0 +1,58 @@
+"""Mixture-of-LoRAs (Feng et al., LREC-COLING 2024, arXiv 2403.03432): each layer learns which adapter's domain it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from loraweave import ExpertPool
+from loraweave.extend import InputGates, Members, NonNegative, Step, best_of, without
+from loraweave.extensions.routers.by_sequence import BySequence, Decision
+
+
+class MixtureOfAdapters(InputGates, BySequence):
+    """A router with w = 1 for the expert that a layer takes its input for, else 0, by softmax(g x) with a g_EI by layer.
+
+    With `decision` "sequence", by default, the expert of token t is the one whose mean of softmax(g x) over the row's real
+    tokens 1..t is highest. At the last token that is the published decision, one for each sequence and layer by the mean
+    over its tokens; the running mean is its causal form, which depends on no token that is still to be written, so that
+    generation with a cache is generation without. A layer outside the blocks (lm_head), which may be asked for the last
+    tokens alone, decides for each token. With "token" all layers do.
+
+    Domains are the experts: the dataset of `fit` names the expert of each row, and `eta` times the sum over layers of the
+    cross-entropy of softmax(g x) with it, a mean over real tokens, is added to the loss of the model, whose gradient is that
+    of the mean by which it decides (a straight-through estimate). `eta` is 0 or more, by default 0.1. Layers that a row's
+    own expert leaves alone learn nothing of it. g_EI starts as torch draws a linear layer.
+
+    "sequence" is for models of one sequence of tokens, called with an attention mask (rows, tokens) or none; ScopeError for
+    others.
+    """
+
+    needs_experts: ClassVar[bool] = True
+    lr: ClassVar[float] = 1e-2
+
+    def __init__(self, pool: ExpertPool | Members, *, eta: NonNegative = 0.1, decision: Decision = "sequence") -> None:
+        super().__init__(pool)
+        self.eta = eta
+        self.follow(decision)
+
+    def of_tokens(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """Return w_BTE; one of each token's weights is 1."""
+        scores_BTE = self.scores(x_BTI, layer)
+        return self.note(layer, scores_BTE, best_of(scores_BTE, scores_BTE.softmax(dim=-1)))
+
+    def summed(self, scores_BTE: Tensor) -> Tensor:
+        return scores_BTE.softmax(dim=-1)
+
+    def decided(self, mean_BTE: Tensor, scores_BTE: Tensor, layer: str) -> Tensor:
+        w_BTE = best_of(without(mean_BTE, self.members.layers[layer].experts), mean_BTE)
+        return self.note(layer, scores_BTE, w_BTE)
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        """Return {"domain": eta * the sum over layers of the cross-entropy with the row's own expert}, or {} without."""
+        sums = [functional.cross_entropy(scores_NE, expert_N) for scores_NE, expert_N in self.taught(step) if len(expert_N)]
+        return {"domain": self.eta * torch.stack(sums).sum()} if self.eta and sums else {}

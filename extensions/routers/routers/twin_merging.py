@@ -1,0 +1,65 @@
+"""Twin-Merging (Lu et al., NeurIPS 2024, arXiv 2406.15479), its router a logistic regression in place of an MLP."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from loraweave import ExpertPool, WeightingError
+from loraweave.extend import DEFAULT_TEMPLATE, Examples, Logistic, Members, Positive, unknown_expert
+
+
+class TwinMerging(Logistic):
+    """A router with w = 1 for the expert `shared`, and p = softmax(W u + b) of a text's vector u for all other experts.
+
+    It is for a pool of `lw.twin_merging(pool, shared)`, with which a layer's update is S + sum over t of p_t cut(D_t - S).
+    Without a cut this is sum of p_t D_t, whatever S.
+
+    W and b are fitted as by router `logistic`, whose other options these are; the published R is a trained perceptron of
+    three layers on the shared model's last hidden state. `embedder="hidden_state"` comes nearest to that: the base's own
+    states.
+
+    Raises UnknownExpert where the pool has no `shared`, WeightingError where it has nothing else, and for exclusive parts
+    without examples.
+    """
+
+    # the shared part has no row
+    by_expert: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        pool: ExpertPool | Members,
+        *,
+        shared: str = "shared",
+        examples: Examples = None,
+        embedder: str = "sentence",
+        inverse_penalty: Positive = 10.0,
+        template: str | None = DEFAULT_TEMPLATE,
+    ) -> None:
+        if shared not in pool.names:
+            raise unknown_expert(shared, pool.names)
+        if len(pool.names) == 1:
+            raise WeightingError(
+                f"the pool has the shared part {shared!r} alone: twin_merging() makes one with exclusive parts"
+            )
+        self.shared = shared
+        super().__init__(
+            pool,
+            examples=examples,
+            embedder=embedder,
+            form="probabilities",
+            inverse_penalty=inverse_penalty,
+            template=template,
+        )
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        return tuple(name for name in self.experts if name != self.shared)
+
+    def weights_of(self, vectors_ND: Tensor) -> Tensor:
+        p_NT = super().weights_of(vectors_ND)
+        place = self.members.places[self.shared]
+        one_N1 = torch.ones_like(p_NT[:, :1])
+        return torch.cat([p_NT[:, :place], one_N1, p_NT[:, place:]], dim=1)
