@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from loraweave import HubCorrupt, HubError, HubReadOnly
-from loraweave.extend import Step, run_step, store_labels
+from loraweave.extend import run_step, store_labels
 from loraweave.extensions.cluster.catalogues._session import PostgresAddress, Translating, require_psycopg
 
 # pgvector stores at most this many numbers; longer vectors are kept, but searched at the client
@@ -17,7 +17,7 @@ MAX_SEARCHED_DIM = 16_000
 # The columns are those of SQLite, so that both are read by the same statements. `embedding` is derived from `vector`: its
 # bytes are what a row's sha256 covers, and a change of them clears the embedding, which is then made again. `stale` marks
 # a vector made before the adapter's record changed, and with it perhaps the texts.
-STEPS: tuple[Step, ...] = (
+STEPS: tuple[tuple[Any, ...], ...] = (
     (
         """CREATE TABLE state (
             id INTEGER PRIMARY KEY CHECK (id = 1),
