@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Whole,
         check_options,
         options_of,
+        require_known,
     )
     from loraweave.common.process import lock_of
     from loraweave.common.randomness import caller_randomness, seeded, with_seed
@@ -76,8 +77,23 @@ if TYPE_CHECKING:
     from loraweave.composer.live.layout import PlacedFactors
     from loraweave.composer.live.residents import Lease
     from loraweave.composer.merge.interference import mixture_interference
-    from loraweave.composer.merge.methods._span import shares
-    from loraweave.composer.merge.methods._terms import Experts, Weights, terms, weighted_bias
+    from loraweave.composer.merge.method_call import MethodCall
+    from loraweave.composer.merge.methods._dropout import prune_random
+    from loraweave.composer.merge.methods._entries import Entries, Prune, Rule, sum_pruned
+    from loraweave.composer.merge.methods._signs import merge_elected
+    from loraweave.composer.merge.methods._span import (
+        combination,
+        empty_update,
+        gram,
+        interpolation,
+        mean_weights,
+        pair_shares,
+        shares,
+    )
+    from loraweave.composer.merge.methods._terms import Experts, Term, Weights, terms, terms_of_one_rank, weighted_bias
+    from loraweave.composer.merge.methods._thresholds import prune_smallest
+    from loraweave.composer.merge.methods.breadcrumbs import prune_both_ends
+    from loraweave.composer.merge.methods.della import magprune
     from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
     from loraweave.composer.model.batches import (
         EncodedRow,
@@ -154,7 +170,9 @@ if TYPE_CHECKING:
 _MODULES = {
     # what a registry holds
     "registry": "get nearest traits",
-    "common.options": "Count Declared Fraction NonNegative Positive Range Rate Share Whole check_options options_of",
+    "common.options": (
+        "Count Declared Fraction NonNegative Positive Range Rate Share Whole check_options options_of require_known"
+    ),
     "composer.merge.updates": "DenseUpdate TruncatedUpdate",
     "hub.embedders._embedder": "Embedder embedder_of",
     "hub.formats._contents": "Contents Reader",
@@ -167,8 +185,8 @@ _MODULES = {
     "routers.tokens._router": "TokenRouter",
     "routers.tokens._saved": "router_class router_names",
     "routers.tokens._scores": "Lambda best_of least_lambda sparsegen top_k_softmax without",
-    "composer.merge.methods._span": "shares",
-    "composer.merge.methods._terms": "Experts Weights terms weighted_bias",
+    "composer.merge.methods._span": "combination empty_update gram interpolation mean_weights pair_shares shares",
+    "composer.merge.methods._terms": "Experts Term Weights terms terms_of_one_rank weighted_bias",
     "composer.compose.objectives._row_sums": "RowSums",
     "composer.compose.objectives.cross_entropy": "CrossEntropy",
     "routers.searches.gradient": "Gradient",
@@ -178,6 +196,13 @@ _MODULES = {
     "routers.tokens._members": "LayerTensors Members",
     "routers.tokens._text": "Examples TextRouter labelled_tasks",
     "routers.tokens.logistic": "Logistic",
+    "composer.merge.method_call": "MethodCall",
+    "composer.merge.methods._dropout": "prune_random",
+    "composer.merge.methods._entries": "Entries Prune Rule sum_pruned",
+    "composer.merge.methods._signs": "merge_elected",
+    "composer.merge.methods._thresholds": "prune_smallest",
+    "composer.merge.methods.breadcrumbs": "prune_both_ends",
+    "composer.merge.methods.della": "magprune",
     # models, training and scoring
     "composer.ensembles.member_passes": "by_rows known_members member_passes rows_of rows_that_fit",
     "composer.ensembles.ensemble": "EnsemblePrediction align_right last_positions without_cache",
@@ -282,6 +307,7 @@ __all__ = [
     "Embedder",
     "EncodedRow",
     "EnsemblePrediction",
+    "Entries",
     "EventStream",
     "Examples",
     "ExpertJob",
@@ -312,6 +338,7 @@ __all__ = [
     "LoraSettings",
     "LowRank",
     "Members",
+    "MethodCall",
     "MixedLayer",
     "Named",
     "Near",
@@ -321,6 +348,7 @@ __all__ = [
     "PlacedFactors",
     "Positive",
     "Prompt",
+    "Prune",
     "Range",
     "Rate",
     "Reader",
@@ -331,6 +359,7 @@ __all__ = [
     "RowSets",
     "RowSums",
     "RowsAndTokens",
+    "Rule",
     "ScoredRouter",
     "SeedOption",
     "Share",
@@ -344,6 +373,7 @@ __all__ = [
     "Target",
     "TargetBatch",
     "TargetLayer",
+    "Term",
     "TextRouter",
     "Texts",
     "TokenRouter",
@@ -371,9 +401,11 @@ __all__ = [
     "caller_randomness",
     "check_options",
     "checkpoint_folder",
+    "combination",
     "descend",
     "drop_state",
     "embedder_of",
+    "empty_update",
     "encode",
     "encode_pairs",
     "end_tokens",
@@ -383,10 +415,12 @@ __all__ = [
     "fingerprint",
     "get",
     "given_factors",
+    "gram",
     "group_by_mixture",
     "group_rows",
     "has_two_sequences",
     "head_size",
+    "interpolation",
     "is_list",
     "is_number",
     "is_whole",
@@ -401,9 +435,12 @@ __all__ = [
     "load_state",
     "lock_of",
     "loopback_only",
+    "magprune",
     "make_app",
     "mean_losses",
+    "mean_weights",
     "member_passes",
+    "merge_elected",
     "mixture_interference",
     "nearest",
     "new_factors",
@@ -414,12 +451,16 @@ __all__ = [
     "output_factors",
     "pad_id",
     "pad_rows",
+    "pair_shares",
     "place_of",
     "print_json",
     "print_table",
     "printable",
     "progress_bar",
     "prompt_texts",
+    "prune_both_ends",
+    "prune_random",
+    "prune_smallest",
     "read_asked",
     "read_body",
     "read_endings",
@@ -435,6 +476,7 @@ __all__ = [
     "require_dtype",
     "require_everywhere",
     "require_expert_model",
+    "require_known",
     "require_loopback",
     "require_model",
     "require_whole",
@@ -455,9 +497,11 @@ __all__ = [
     "storage_errors",
     "store_labels",
     "stored_rows",
+    "sum_pruned",
     "takes",
     "target_layers",
     "terms",
+    "terms_of_one_rank",
     "text_digest",
     "token_losses",
     "too_busy",

@@ -1,20 +1,23 @@
 #!/usr/bin/env python3
-"""Writes docs/registries.md: what the core has by name, from the first line of each file. Nothing of it is imported.
+"""Writes what there is by name, from the first line of each file: docs/registries.md, and the tables within other pages.
 
-`scripts/pages.py` makes the tables of extensions with it.
+Such a table stands after a line `<!-- entries of methods -->`; it has the core's entries, and on the page of an extension
+those of the extension. Nothing is imported. `scripts/pages.py` makes the site's tables of extensions with it.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from loraweave import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docs" / "registries.md"
+WITHIN = re.compile(r"(<!-- entries of (\w+) -->\n).*?(<!-- end of entries -->)", re.DOTALL)
 HEAD = """# What can be asked for by name
 
 ```python
@@ -38,9 +41,11 @@ The groups are `loraweave.` with the names below, and `loraweave.recipes` for `e
 ours cannot be taken; a file that cannot be imported raises `PluginFailed` when it is asked for, and only then. What such a
 file is made from (`TokenRouter`, `Recipe`, `Solver`, kinds of options, `traits`) is in `loraweave.extend`.
 
-Two groups are for what is no registry. An entry point `loraweave.commands` names a module with a `typer.Typer` called `app`,
+Three groups are no registries. An entry point `loraweave.commands` names a module with a `typer.Typer` called `app`,
 whose commands stand beside ours in the shell, or one called `hub`, whose commands are those of `loraweave hub`. An entry
 point NAME of `loraweave.pages` names a package that has the Markdown page NAME.md, which becomes a page of the site.
+An entry point `loraweave.merge_files` names a module whose `read(path, keys)` returns, for a YAML file that it knows, what
+`loraweave merge FILE.yaml` follows: an object with `merge(find, seed=, **rules)` and `dtype`; `READS` says what it knows.
 """
 
 
@@ -60,10 +65,26 @@ def tables(packages: Callable[[str], bool], heading: str = "##") -> list[str]:
         if places:
             kept = sorted(set(places.values()))
             shown = " and ".join(f"`{place.removeprefix('loraweave.').replace('.', '/')}/`" for place in kept)
-            rows = [f"| `{name}` | {first_line(folder, name)} |" for name in places]
-            head = [f"{heading} {folder}", f"Files of {shown}.", "", "| name | what it is |", "|---|---|"]
-            parts.append("\n".join([*head, *rows, ""]))
+            parts.append("\n".join([f"{heading} {folder}", f"Files of {shown}.", "", *table(folder, places), ""]))
     return parts
+
+
+def table(folder: str, names: Iterable[str]) -> list[str]:
+    """Return the lines of the table of entries of a registry."""
+    return ["| name | what it is |", "|---|---|", *(f"| `{name}` | {first_line(folder, name)} |" for name in names)]
+
+
+def filled(path: Path) -> str:
+    """Return a page with the tables within it as they should be."""
+
+    def entries(match: re.Match[str]) -> str:
+        before, folder, after = match.groups()
+        extension = f"{registry.EXTENSIONS}.{path.stem}."
+        of_page = of_core if path.parent.name != "extensions" else lambda module: module.startswith(extension)
+        names = [name for name, module in sorted(registry.modules(folder).items()) if of_page(module)]
+        return "\n".join([before, *table(folder, names), "", after])
+
+    return WITHIN.sub(entries, path.read_text(encoding="utf-8"))
 
 
 def of_core(package: str) -> bool:
@@ -76,8 +97,17 @@ def page() -> str:
     return "\n".join([HEAD, *tables(of_core)])
 
 
+def pages() -> dict[Path, str]:
+    """Return {page: its text as it should be}."""
+    others = [path for path in (ROOT / "docs").rglob("*.md") if WITHIN.search(path.read_text(encoding="utf-8"))]
+    return {TARGET: page(), **{path: filled(path) for path in sorted(others) if path != TARGET}}
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--print"]:
-        print(page(), end="")
-    else:
-        TARGET.write_text(page(), encoding="utf-8")
+    for path, text in pages().items():
+        if path.read_text(encoding="utf-8") == text:
+            continue
+        if sys.argv[1:] == ["--stale"]:
+            print(path.relative_to(ROOT))
+        else:
+            path.write_text(text, encoding="utf-8")

@@ -109,7 +109,7 @@ WEIGHTS = {
     "merging with a seed that is a text": lambda w: lw.merge(w.adapters, [1.0] * 3, seed="x"),
     "merging what is no number": lambda w: lw.merge([broken(NAN)], [1.0], method="ties"),
     "merging with weights that overflow": lambda w: lw.merge(w.adapters, [1e38] * 3, method="sce"),
-    "merging with more of them": lambda w: lw.merge(w.adapters, [1e38] * 3, method="model_stock"),
+    "merging with more of them": lambda w: lw.merge(w.adapters, [1e38] * 3, method="breadcrumbs"),
     "merging licenses that exclude each other": lambda w: lw.merge(licensed(w, "GPL-3.0", "CC-BY-NC-4.0"), [1.0, 1.0]),
     "storing factors that are infinite": lambda w: w.hub.add(broken(math.inf)),
     "fusing weights that overflow": lambda w: w.engine.fused({"a": 1e38, "b": -1e38}).__enter__(),
@@ -197,7 +197,7 @@ OPTIONS = {
     "inputs of a loss with targets": lambda w: compose(w, inputs=["a"]),
     "inputs that are one text": lambda w: compose(w, method="gradient", objective="entropy", inputs="abc"),
     "retrieval scores of a pool": lambda w: compose(w, method="similarity"),
-    "no options of the inner method": lambda w: lw.merge(w.adapters, [1.0] * 3, method="knots", inner_options=None),
+    "no density of a method": lambda w: lw.merge(w.adapters, [1.0] * 3, method="ties", density=None),
     "experts for blocks that there are not": lambda w: lw.experts("mola", w.model, num_experts=(2, 2, 2, 2, 2)),
     "tuning for no steps": lambda w: w.composed.tune(0),
     "pruning below zero": lambda w: w.composed.prune(-1.0),
@@ -214,7 +214,7 @@ OPTIONS = {
     "the difference to no model": lambda w: lw.extract(None, w.model),
     "a plain LoRA on no model": lambda w: lw.to_lora(w.adapters[0], None),
     "the key of no model": lambda w: lw.base_key(None),
-    "the opposite of a name": lambda w: lw.negate("a"),
+    "the sum of a name": lambda w: lw.merge("a", [1.0]),
 }
 
 CALLS = {

@@ -103,7 +103,7 @@ class MethodCall:
         extra = {name: value for name, value in supplied.items() if self.takes(name)}
         having = ", ".join(repr(name) for name, factors in experts.items() if factors is not None)
         try:
-            result = self._function(list(experts.values()), weights, **self.options, **extra)
+            result = self.function(list(experts.values()), weights, **self.options, **extra)
         except LoraweaveError as error:
             raise type(error)(f"method {self.method!r}, layer {layer!r} of {having}: {error}") from error
         if not isinstance(result, Update | None):
@@ -119,12 +119,13 @@ class MethodCall:
         return result
 
     @cached_property
-    def _function(self) -> Any:
+    def function(self) -> Any:
+        """The method itself."""
         return self.given if callable(self.given) else registry.get("methods", self.given)
 
     @property
     def _module(self) -> Any:
-        return sys.modules[self._function.__module__]
+        return sys.modules[self.function.__module__]
 
     def _options_of(self, function: Callable[..., Any]) -> dict[str, Any]:
         """Return the options that are parameters of this function, too."""
@@ -132,12 +133,12 @@ class MethodCall:
 
     @cached_property
     def _signature(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(self._function).parameters
+        return inspect.signature(self.function).parameters
 
     @cached_property
     def _kinds(self) -> Mapping[str, Any]:
         """The kind of every option that a user may set, by the option's name."""
-        return options_of(self._function, after=2, beside=SUPPLIED)
+        return options_of(self.function, after=2, beside=SUPPLIED)
 
 
 def layer_seeds(seed: int, hashes: Sequence[str], layer: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -14,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from loraweave import registry
 from loraweave.cli._printing import note
 from loraweave.common.chat import Prompt
+from loraweave.common.options import require_known
 from loraweave.common.rows import Row, located, located_lines, read_row, shared_instruction
+from loraweave.common.yaml_file import read_yaml
 from loraweave.errors import AdapterExists, AdapterNotFound, HubError, InvalidTask, ScopeError, WeightingError
 from loraweave.hub.stores.open_stores import hub_exists
 from loraweave.types import Task
@@ -29,6 +33,7 @@ ADAPTER_FILE = "adapter_config.json"
 EXPORTED_FILES = ("adapter.gguf", "pytorch_lora_weights.safetensors")
 COMPOSITION_FILE = "composition.json"
 STDIN = Path("-")
+FORMULA_KEYS = ("formula", "hub", "pool", "rank", "heads")
 DTYPES = ("float32", "bfloat16", "float16", "fast")
 
 
@@ -204,14 +209,13 @@ def is_recipe(sources: Sequence[str]) -> bool:
 def merge_recipe(path: Path, hub: str, seed: int, rules: Mapping[str, Any]) -> tuple[lw.Adapter, str]:
     """Merge by a recipe; return the adapter, and the dtype to write it in. Given flags take precedence over its keys.
 
-    A formula is over the recipe's `pool`, its `hub`, or else `hub`; mergekit's models are folders beside the recipe, or
-    adapters of `hub`.
+    A formula is over the recipe's `pool`, its `hub`, or else `hub`; the adapters of another's file are folders beside it, or
+    those of `hub`.
     """
     import loraweave as lw
-    from loraweave.composer.merge.recipe import Recipe, read_recipe
 
-    recipe = read_recipe(path)
-    if isinstance(recipe, Recipe):
+    recipe = read_merge_file(path)
+    if not isinstance(recipe, Mapping):
 
         def adapter(name: str) -> lw.Adapter:
             beside = path.parent / name
@@ -228,6 +232,28 @@ def merge_recipe(path: Path, hub: str, seed: int, rules: Mapping[str, Any]) -> t
     place = recipe.get("hub", hub)
     with open_hub(place if "://" in place or "hub" not in recipe else str(path.parent / place)) as opened:
         return formula.merge(opened, **chosen), "float32"
+
+
+def read_merge_file(path: Path) -> Any:
+    """Return the keys of a recipe of ours, with a formula, or what an extension's `merge_files` makes of another's file.
+
+    That has `merge(find, seed=, **rules)`, which returns the adapter, `find` giving one by its name, and the `dtype` of the
+    result. Raises WeightingError for anything else.
+    """
+    said = read_yaml(path, WeightingError)
+    if "formula" not in said:
+        readers = [importlib.import_module(module) for module in registry.brought("merge_files").values()]
+        recipe = next((recipe for reader in readers if (recipe := reader.read(path, said)) is not None), None)
+        if recipe is None:
+            kinds = ", or ".join(["a 'formula'", *(reader.READS for reader in readers)])
+            raise WeightingError(f"{path} has {', '.join(said)}; a recipe has {kinds}")
+        return recipe
+    require_known(str(path), said, FORMULA_KEYS, noun="key")
+    if not all(isinstance(said.get(key, ""), str) for key in ("formula", "hub", "pool", "heads")):
+        raise WeightingError(f"{path}: formula, hub, pool and heads are texts")
+    if "hub" in said and "pool" in said:
+        raise WeightingError(f"{path} has a hub and a pool; leave one out")
+    return said
 
 
 def read_pool(folder: Path) -> lw.ExpertPool:

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 import loraweave as lw
 import loraweave.cli
-from loraweave.composer.merge.arithmetic import negate, scale, subtract
 from loraweave.composer.merge.merge import merge, merge_by_layer
 from loraweave.errors import InvalidLicense
 from loraweave.hub.pool import ExpertPool
@@ -67,14 +66,14 @@ def test_an_adapter_that_counts_for_nothing_has_no_say():
 
 def test_a_copy_is_no_derived_work_and_a_scaled_cut_or_negated_one_is():
     only = adapter("a", "cc-by-nd-4.0")
-    assert scale(only, 1.0).hash == only.hash
-    assert scale(only, 1.0).card["license"] == "CC-BY-ND-4.0"
+    assert merge([only], [1.0]).hash == only.hash
+    assert merge([only], [1.0]).card["license"] == "CC-BY-ND-4.0"
     for make in (
-        lambda: scale(only, 0.5),
-        lambda: negate(only),
+        lambda: merge([only], [0.5]),
+        lambda: merge([only], [-1.0]),
         lambda: merge([only], [1.0], rank=1),
         lambda: merge([only], [1.0], method="ties"),
-        lambda: subtract(adapter("b", "mit"), only),
+        lambda: merge([adapter("b", "mit"), only], [1.0, -1.0]),
     ):
         with pytest.raises(InvalidLicense, match=r"CC-BY-ND-4\.0"):
             make()

@@ -296,7 +296,7 @@ def test_a_merge_of_one_invocation_keeps_it(engine):
     mixed = lw.Composer(engine.model, [answer, other, merged])
     expected = ours(mixed, ROWS, {"answer": 0.75, "other": 0.25})
     torch.testing.assert_close(ours(mixed, ROWS, {merged.name: 1.0}), expected, atol=1e-5, rtol=1e-5)
-    assert lw.scale(answer, 0.5).invocation == ANSWER
+    assert lw.merge([answer], [0.5]).invocation == ANSWER
 
 
 def test_a_hub_keeps_the_tokens_and_tells_the_adapter_from_the_plain_one(engine, tmp_path):

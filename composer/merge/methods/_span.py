@@ -37,7 +37,7 @@ def combination(updates: Sequence[Factors], coefficients: Sequence[float]) -> Fa
     """
     parts = [algebra.scale(update, c) for update, c in zip(updates, coefficients, strict=True) if c != 0.0]
     if not parts:
-        return nothing(updates[0])
+        return empty_update(updates[0])
     total = algebra.add(parts)
     if len(parts) > 1:
         return total
@@ -45,7 +45,7 @@ def combination(updates: Sequence[Factors], coefficients: Sequence[float]) -> Fa
     return replace(total, **copies)
 
 
-def nothing(like: Factors, bias_O: Tensor | None = None) -> Factors:
+def empty_update(like: Factors, bias_O: Tensor | None = None) -> Factors:
     """Return the update of rank 0 on a layer of that shape, which may still have a bias."""
     a_RI, b_OR = like.a_RI.new_zeros(0, like.a_RI.shape[1]), like.b_OR.new_zeros(like.b_OR.shape[0], 0)
     return Factors(a_RI.float(), b_OR.float(), bias_O=bias_O, kind=like.kind, kernel=like.kernel)
@@ -79,7 +79,7 @@ def shares(weights: Weights) -> list[float]:
     return mean_weights(weights)
 
 
-def pair(weights: Weights) -> list[float]:
+def pair_shares(weights: Weights) -> list[float]:
     """Return the weights over their sum, if at most two are not zero. Raises WeightingError for more, or a negative one."""
     count = sum(weight != 0.0 for weight in weights)
     if count > 2:

@@ -55,6 +55,18 @@ def terms(experts: Experts, weights: Weights) -> list[Term]:
     return terms_E
 
 
+def terms_of_one_rank(experts: Experts, weights: Weights, *, twin: str) -> list[Term]:
+    """Return `terms` that all have one rank. Raises LayerMismatch, naming the `twin` on updates, for different ranks."""
+    terms_E = terms(experts, weights)
+    for term in terms_E:
+        if term.factors.rank != terms_E[0].factors.rank:
+            raise LayerMismatch(
+                f"the method mixes a and b apart and needs equal ranks, but found {terms_E[0].factors.rank} and "
+                f"{term.factors.rank}: use {twin}, which works on the updates and takes any ranks"
+            )
+    return terms_E
+
+
 def signature(factors: Factors) -> tuple[int, int, str, tuple[int, ...]]:
     return factors.b_OR.shape[0], factors.a_RI.shape[1], factors.kind, factors.kernel
 

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from loraweave.composer.merge.methods._factor_space import align
-from loraweave.composer.merge.methods._terms import Experts, Weights
+from loraweave.composer.merge.methods._terms import Experts, Weights, terms_of_one_rank
 from loraweave.registry import traits
 from loraweave.types import Factors
 
@@ -21,7 +20,7 @@ def factor_sum(experts: Experts, weights: Weights) -> Factors:
     equals s * B_hat A_hat of the paper. An expert without the layer adds nothing. Biases sum with w. Raises LayerMismatch
     for different ranks.
     """
-    weighted = [(term.factors, term.weight) for term in align(experts, weights, twin="linear")]
+    weighted = [(term.factors, term.weight) for term in terms_of_one_rank(experts, weights, twin="linear")]
     biases = [factors.bias_O * weight for factors, weight in weighted if factors.bias_O is not None]
     return replace(
         weighted[0][0],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraweave.common.options import Share
-from loraweave.composer.merge.methods._span import combination, gram, interpolation, pair
+from loraweave.composer.merge.methods._span import combination, gram, interpolation, pair_shares
 from loraweave.composer.merge.methods._terms import Experts, Weights, terms
 from loraweave.registry import traits
 from loraweave.types import Factors
@@ -20,7 +20,7 @@ def slerp(experts: Experts, weights: Weights, *, collinear: Share = 0.9995) -> F
     A is that between updates, from the factors alone, not between whole fine-tuned weights. The result is exact and of rank
     R_1 + R_2; biases take the coefficients of the updates. Raises WeightingError for three experts or more.
     """
-    terms_E = terms(experts, pair(weights))
+    terms_E = terms(experts, pair_shares(weights))
     updates = [term.factors for term in terms_E]
     coefficients = [term.weight for term in terms_E]
     if len(updates) == 2:

@@ -69,7 +69,7 @@ def test_gradient_similarity_is_the_slope_by_the_norm_of_the_update(tiny_llama, 
 
 
 def test_gradient_similarity_does_not_see_the_length_of_an_update(tiny_llama, tokenizer, pool, candidates):
-    longer = lw.ExpertPool({name: lw.scale(pool[name], 3.0) for name in pool.names})
+    longer = lw.ExpertPool({name: lw.merge([pool[name]], [3.0]) for name in pool.names})
     short, long = (
         lw.rerank(tiny_llama, tokenizer, p, EXAMPLES, candidates, by="gradient_similarity", around="base")
         for p in (pool, longer)

@@ -3,7 +3,7 @@
 import pytest
 
 import loraweave as lw
-from loraweave.composer.formula.nodes import Auto, Ensemble, Listed, Mapped, Merge, Named, Routed, Stored, Sum
+from loraweave.composer.formula.nodes import Auto, Ensemble, Listed, Merge, Named, Routed, Stored, Sum
 from loraweave.composer.formula.parser import MAX_ADAPTERS
 from loraweave.composer.formula.tokens import MAX_CHARACTERS, MAX_DEPTH
 from loraweave.errors import FormulaError, InvalidName
@@ -46,15 +46,8 @@ def test_a_formula_says_this(text, root):
     assert lw.parse(text).root == root
 
 
-def test_an_option_may_be_a_mapping_a_word_or_a_truth_value():
-    merged = lw.parse("core_space(a, b; inner=ties_per_layer, inner_options={'density'=0.3, majority=total})").root.terms[0][
-        1
-    ]
-    assert merged.options == (
-        ("inner", "ties_per_layer"),
-        ("inner_options", Mapped((("density", 0.3), ("majority", "total")))),
-    )
-    assert lw.parse("nuslerp(a, b; row_wise=True)") == lw.parse("nuslerp(a, b; row_wise=true)")
+def test_an_option_may_be_a_truth_value_or_a_list():
+    assert lw.parse("ties_weighted(a, b; normalize=False)") == lw.parse("ties_weighted(a, b; normalize=false)")
     assert str(Merge("m", (A,), None, (("x", Listed((1, "y z"))),))) == "m(a; x=[1, 'y z'])"
 
 

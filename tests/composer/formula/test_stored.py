@@ -112,7 +112,7 @@ def test_a_stored_composition_is_its_adapter_in_a_formula(hub, composed):
     one = lw.parse("@swap").merge(hub, progress=False)
     assert one.hash == composition.adapter.hash
     twice = lw.parse("2*@swap").merge(hub, progress=False)
-    assert twice.hash == lw.scale(composition.adapter, 2.0).hash
+    assert twice.hash == lw.merge([composition.adapter], [2.0]).hash
     formula = lw.parse("0.5*@swap")
     assert formula.mixture(hub) == {"@swap": 0.5}
     assert formula.pool(hub).names == ("@swap",)

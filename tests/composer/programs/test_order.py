@@ -152,7 +152,7 @@ def test_a_saved_program_comes_back_and_a_changed_adapter_is_refused(
     back = Program.load(path, model, tokenizer, letter_hub)
     assert (back.steps, back.task, back.report) == (program.steps, program.task, program.report)
     assert back.predict(["c"]) == ["k"]
-    letter_hub.add(lw.scale(adapters["two"], 0.5), name="two", replace=True)
+    letter_hub.add(lw.merge([adapters["two"]], [0.5]), name="two", replace=True)
     with pytest.raises(CompositionError, match="made with adapter 'two' of content"):
         Program.load(path, model, tokenizer, letter_hub)
     letter_hub.remove("two")

@@ -123,7 +123,7 @@ def test_start_and_tangents_in_a_pool_are_the_linearised_model_at_the_merged_par
 
 def test_a_start_and_its_tangent_are_the_trained_adapter(tiny_llama, tokenizer, begin):
     trained = train(tiny_llama, tokenizer, {"upper": TASKS["upper"]}, start={"upper": begin})["upper"]
-    whole = lw.add(begin, tangent(trained, begin))
+    whole = lw.merge([begin, tangent(trained, begin)], [1.0, 1.0])
     for layer in trained.layers:
         assert torch.allclose(whole.delta(layer), trained.delta(layer), atol=1e-6)
         assert not torch.allclose(whole.delta(layer), begin.delta(layer), atol=1e-3)

@@ -41,13 +41,17 @@ def test_what_is_exchanged_is_the_mean_by_shares_of_the_data(make_model):
         torch.testing.assert_close(other.expert(0).delta(name), first.expert(0).delta(name))
 
 
-def test_it_is_the_average_of_factors_of_merge(make_model):
+def test_all_clients_get_the_product_of_the_averages_of_both_factors(make_model):
     clients = [client(make_model("llama"), seed) for seed in (1, 2, 3)]
     adapters = [replace(made.expert(0), name=str(number)) for number, made in enumerate(clients)]
-    merged = lw.merge(adapters, [1.0, 2.0, 5.0], method="factor_average")
     federated_average(clients, [1, 2, 5], experts=(0,))
-    for name in merged.layers:
-        torch.testing.assert_close(clients[1].expert(0).delta(name), merged.delta(name))
+    for name in adapters[0].layers:
+        layers = [adapter.layers[name] for adapter in adapters]
+        a_RI, b_OR = (
+            sum(share * getattr(f, part) for share, f in zip((1 / 8, 2 / 8, 5 / 8), layers, strict=True))
+            for part in ("a_RI", "b_OR")
+        )
+        torch.testing.assert_close(clients[1].expert(0).delta(name), b_OR @ a_RI)
 
 
 def test_what_is_not_exchanged_stays_the_same_bits(make_model):

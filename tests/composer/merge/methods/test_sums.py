@@ -1,4 +1,4 @@
-"""linear, average, task_arithmetic, svd and genknowsub against dense sums in float64, and what they are made of."""
+"""linear, average, task_arithmetic and svd against dense sums in float64, and what they are made of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from tiny_models import random_factors as factors
 
 from loraweave.composer.merge.methods._span import combination, gram, mean_weights, shares
 from loraweave.composer.merge.methods.average import average
-from loraweave.composer.merge.methods.genknowsub import genknowsub
 from loraweave.composer.merge.methods.linear import linear
 from loraweave.composer.merge.methods.svd import svd
 from loraweave.composer.merge.methods.task_arithmetic import task_arithmetic
@@ -115,27 +114,7 @@ def test_it_gives_the_same_delta_as_peft(method, peft_type: str, in_peft: Make) 
     assert_near(dense(whole(method(experts, weights))), expected_OI, terms=expected_OI.numel(), dtype=torch.float32)
 
 
-def test_general_knowledge_is_a_mean_that_is_subtracted_once() -> None:
-    task, general, other = EXPERTS
-    expected = 0.5 * dense(task) - (1.0 * dense(general) + 3.0 * dense(other)) / 4.0
-    assert close(genknowsub(EXPERTS, [0.5, -1.0, -3.0]), expected)
-    assert torch.equal(dense(genknowsub(EXPERTS, [0.5, -2.0, -6.0])), dense(genknowsub(EXPERTS, [0.5, -1.0, -3.0])))
-
-
-def test_without_general_knowledge_it_is_the_sum() -> None:
-    assert torch.equal(dense(genknowsub(EXPERTS, [1.0, 0.5, 2.0])), dense(linear(EXPERTS, [1.0, 0.5, 2.0])))
-
-
-def test_a_general_expert_without_the_layer_stays_in_the_mean() -> None:
-    found = genknowsub([EXPERTS[0], EXPERTS[1], None], [1.0, -1.0, -1.0])
-    assert close(found, dense(EXPERTS[0]) - dense(EXPERTS[1]) / 2)
-
-
-def test_a_task_that_is_all_general_knowledge_is_gone() -> None:
-    assert close(genknowsub([EXPERTS[0], EXPERTS[0]], [1.0, -1.0]), torch.zeros(5, 7, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("method", [linear, average, task_arithmetic, svd, genknowsub])
+@pytest.mark.parametrize("method", [linear, average, task_arithmetic, svd])
 @pytest.mark.parametrize("part", ["gain_O", "bias_O", "magnitude_O", "base_bias_O"])
 def test_one_expert_of_weight_one_comes_back_whatever_its_kind(method, part: str) -> None:
     expert = factors(0, 2, **{part: torch.arange(5.0)})

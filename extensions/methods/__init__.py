@@ -1,0 +1,39 @@
+"""What else can become of several adapters? More merge methods, the arithmetic of adapters, and mergekit's files.
+
+It adds the methods that papers of the last years propose and those on the factors themselves, functions such as `negate` and
+`unlearn`, and `loraweave merge FILE.yaml` for files of mergekit's. It needs no other package.
+"""
+
+from typing import TYPE_CHECKING
+
+from loraweave.extend import lazy
+
+if TYPE_CHECKING:
+    from loraweave.extensions.methods.arithmetic import (
+        add,
+        analogy,
+        ema,
+        genknowsub,
+        negate,
+        scale,
+        subtract,
+        subtract_general,
+        unlearn,
+    )
+else:
+    __getattr__ = lazy(
+        __name__,
+        {f"{__name__}.arithmetic": "add analogy ema genknowsub negate scale subtract subtract_general unlearn"},
+    )
+
+__all__ = [
+    "add",
+    "analogy",
+    "ema",
+    "genknowsub",
+    "negate",
+    "scale",
+    "subtract",
+    "subtract_general",
+    "unlearn",
+]

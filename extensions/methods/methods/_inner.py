@@ -1,0 +1,65 @@
+"""A merge method, by name, as a step of another one: it gets the experts in other coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from loraweave import Factors, WeightingError
+from loraweave.extend import DenseUpdate, Experts, MethodCall, Weights
+
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+
+
+def inner_call(name: str, options: Mapping[str, Any], *, method: str) -> MethodCall:
+    """Return the inner method with its options. Raises WeightingError for one that `method` cannot use, or UnknownName."""
+    if name == method:
+        raise WeightingError(
+            f"{method}: inner={name!r} is the method itself; name the rule it shall apply, like 'ties_per_layer'"
+        )
+    if name.startswith("factor_") or "in_factors" in registry.traits_of(registry.get("methods", name)):
+        raise WeightingError(
+            f"{method}: inner={name!r} mixes the factors a and b, whose coordinates {method} changes; name a rule on "
+            "updates, like 'ties_per_layer' or 'linear'"
+        )
+    call = MethodCall(name, options)
+    if call.takes("statistics"):
+        raise WeightingError(
+            f"{method}: inner={name!r} needs statistics of the layer's own inputs and outputs; merge with {name!r} directly"
+        )
+    return call
+
+
+def combined(
+    call: MethodCall, experts: Experts, weights: Weights, seeds: Sequence[int], *, survey: Any = None
+) -> Factors | DenseUpdate | None:
+    """Return what the inner method makes of the experts. Raises WeightingError where it needs seeds and has none.
+
+    `survey` is what the inner method has seen of all layers; without it, it takes this one for all.
+    """
+    extra: dict[str, Any] = {"survey": survey} if survey is not None else {}
+    if call.takes("seeds"):
+        if len(seeds) != len(experts):
+            raise WeightingError(
+                f"inner={call.method!r} is random and needs a seed for each of {len(experts)} experts, got {len(seeds)}"
+            )
+        extra["seeds"] = seeds
+    result: Factors | DenseUpdate | None = call.function(experts, weights, **call.options, **extra)
+    return result
+
+
+def with_biases(experts: Experts, originals: Sequence[Factors | None]) -> list[Factors | None]:
+    """Return the experts with the originals' biases, zeros for one without: the inner rule merges them as they are."""
+    known = [original.bias_O for original in originals if original is not None and original.bias_O is not None]
+    if not known:
+        return list(experts)
+    return [
+        None
+        if expert is None or original is None
+        else replace(expert, bias_O=torch.zeros_like(known[0]) if original.bias_O is None else original.bias_O.clone())
+        for expert, original in zip(experts, originals, strict=True)
+    ]

@@ -1,0 +1,14 @@
+"""Adapters in a PEFT model, and as folders."""
+
+from __future__ import annotations
+
+import pytest
+from command_line import adapter
+from one_layer_in_peft import in_peft  # noqa: F401
+
+
+@pytest.fixture
+def two(here):
+    for seed, name in enumerate(("left", "right")):
+        adapter(name, seed).save_pretrained(here / "pool" / name)
+    return here / "pool"
