@@ -135,7 +135,7 @@ if TYPE_CHECKING:
     from loraweave.hub.targets._target import Target
     from loraweave.lowrank import algebra
     from loraweave.lowrank.factorise import factorise
-    from loraweave.registry import get, nearest, traits
+    from loraweave.registry import get, nearest, traits, traits_of
     from loraweave.retrieval.keyed_search import Key
     from loraweave.routers.recipes._recipe import Recipe
     from loraweave.routers.searches._solver import ClosedForm, Solver
@@ -169,7 +169,7 @@ if TYPE_CHECKING:
 # the same names by module: a process imports what it uses, a type checker reads the imports above
 _MODULES = {
     # what a registry holds
-    "registry": "get nearest traits",
+    "registry": "get nearest traits traits_of",
     "common.options": (
         "Count Declared Fraction NonNegative Positive Range Rate Share Whole check_options options_of require_known"
     ),
@@ -509,6 +509,7 @@ __all__ = [
     "tracked",
     "training_rows",
     "traits",
+    "traits_of",
     "unknown_expert",
     "unless_gone",
     "untouched",

@@ -18,8 +18,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from scipy.optimize import nnls
 
+from loraweave.composer.live.kernels._choice import costs
 from loraweave.composer.live.kernels._cost import Workload
-from loraweave.composer.live.row_weights import costs
 from loraweave.hub.adapter import Adapter
 from loraweave.serving.row import Row
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from loraweave import Factors, WeightingError
-from loraweave.extend import DenseUpdate, Experts, MethodCall, Weights
+from loraweave.extend import DenseUpdate, Experts, MethodCall, Weights, get, traits_of
 
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
@@ -21,7 +21,7 @@ def inner_call(name: str, options: Mapping[str, Any], *, method: str) -> MethodC
         raise WeightingError(
             f"{method}: inner={name!r} is the method itself; name the rule it shall apply, like 'ties_per_layer'"
         )
-    if name.startswith("factor_") or "in_factors" in registry.traits_of(registry.get("methods", name)):
+    if name.startswith("factor_") or "in_factors" in traits_of(get("methods", name)):
         raise WeightingError(
             f"{method}: inner={name!r} mixes the factors a and b, whose coordinates {method} changes; name a rule on "
             "updates, like 'ties_per_layer' or 'linear'"

@@ -63,6 +63,9 @@ def test_numbers_out_of_range_are_refused(call: Callable[[], Adapter], word: str
         call()
 
 
+LAYERS = {"q": (24, 32), "v": (16, 32)}
+
+
 @pytest.fixture
 def pool():
     """Three times three adapters that are one update each but for noise, every one in a gauge of its own."""

@@ -20,6 +20,7 @@ from loraweave.composer.merge.merge import layer_calls, layer_updates, merge
 from loraweave.composer.merge.method_call import MethodCall
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.errors import UnknownName, WeightingError
+from loraweave.extensions.methods.methods import _inner
 from loraweave.extensions.methods.methods.core_space import core_space
 from loraweave.extensions.methods.methods.knots import knots
 from loraweave.extensions.methods.methods.pico import pico
@@ -182,7 +183,7 @@ def test_the_inner_method_gets_cores_and_seeds_of_each_expert(monkeypatch: pytes
     module = ModuleType("probe")
     module.probe = probe  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "probe", module)
-    monkeypatch.setattr(registry, "get", lambda folder, name: probe)
+    monkeypatch.setattr(_inner, "get", lambda folder, name: probe)
     experts = [factors(0, 2), None, factors(1, 1), factors(5, 1)]
     found = core_space(
         experts, [0.5, 1.0, 2.0, 0.0], inner="probe", inner_options={"depth": 3}, seeds=[11, 12, 13, 14], scale=2.0
