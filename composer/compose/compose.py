@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import joblib
 from rich.progress import Progress
@@ -20,10 +20,8 @@ from loraweave.common.spread import Crew, crew
 from loraweave.composer.compose.candidates import candidates, experts_of, in_context_adapter
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.report import Report
-from loraweave.composer.compose.scoring_workers import scoring_workers
-from loraweave.composer.compose.settings import Settings, method_names
+from loraweave.composer.compose.settings import Examples, Settings, method_names
 from loraweave.composer.compose.trials import Bench, splits_of
-from loraweave.composer.compose.user_loss import Examples
 from loraweave.composer.compose.ways import calibrated, guard, measure, ways_of
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.fitting import Fitting
@@ -34,6 +32,9 @@ from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.retrieval.retriever import Retriever
 from loraweave.types import Router, Task
+
+if TYPE_CHECKING:
+    from loraweave.composer.compose.scoring_workers import ScoringWorkers
 
 
 def compose(
@@ -156,7 +157,7 @@ def _compose(
             progress,
             in_context_adapter(experts, model) if settings.method in ("auto", "few_shot") else None,
             source if isinstance(source, Retriever) else None,
-            workers=scoring_workers(workers, engine, tokenizer, experts),
+            workers=None if workers.is_here else _scoring_workers(workers, engine, tokenizer, experts),
         )
         # 2. trials: the ways to answer the task, none of which has run
         splits = splits_of(task, settings)
@@ -178,6 +179,13 @@ def _compose(
     spent = time.perf_counter() - started, sum(row.evaluations for row in rows)
     report = Report(rows, chosen, "; ".join([reason, *measured.remarks]), tuple(scores.items()), *spent)
     return best.composition(report, seed=settings.seed, allow_licenses=settings.allow_licenses)
+
+
+def _scoring_workers(workers: Crew, engine: Composer, tokenizer: Any, experts: Hub | ExpertPool) -> ScoringWorkers:
+    """Return the workers that score candidates, who open a hub's adapters themselves."""
+    from loraweave.composer.compose.scoring_workers import ScoringWorkers
+
+    return ScoringWorkers(workers, engine, tokenizer, experts if isinstance(experts, Hub) else None)
 
 
 SIGNATURE = signature(compose)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -28,16 +28,17 @@ from loraweave.composer.compose.refine import (
 )
 from loraweave.composer.compose.settings import BEST, Settings, solver_class
 from loraweave.composer.compose.trials import Bench, Choice, Fixed, Scores, Split, Trial, result_of
-from loraweave.composer.compose.user_loss import UserLoss, make_objective
 from loraweave.composer.merge.merge import parent_of
 from loraweave.errors import SearchFailed, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
+from loraweave.registry import get
 from loraweave.routers.searches._solver import Solver, described
 from loraweave.routers.searches._told import SearchResult, Told
-from loraweave.routers.searches.similarity import Similarity
-from loraweave.routers.tokens._text import read_expert_texts
 from loraweave.routers.weights import MixtureWeights
+
+if TYPE_CHECKING:
+    from loraweave.composer.compose.user_loss import UserLoss
 
 # trainings of a LoRA under demonstrations: of a new one, and of one that begins as the in-context adapter; chosen by
 # leave-one-out on the example pool, with ORDERS orders of the demonstrations in the prompts
@@ -81,6 +82,8 @@ def solver_of(bench: Bench, settings: Settings, start: Start) -> Solver:
         "start": start,
     }
     if "texts" in options_of(solver_class(settings.name)):
+        from loraweave.routers.tokens._text import read_expert_texts
+
         prompts = [text for text, _ in bench.task.examples] or settings.inputs or ()
         supplied["texts"] = read_expert_texts(settings.name, bench.engine.pool, None, None)
         supplied["asked"] = [str(text) for text in prompts]
@@ -137,7 +140,8 @@ class Searched(Trial):
             case "uniform":
                 return dict.fromkeys(names, 1 / len(names))
             case "retrieval":
-                return Similarity(names, scores=bench.scores).ask()[0]
+                mixture: MixtureWeights = get("routers", "similarity")(names, scores=bench.scores).ask()[0]
+                return mixture
         return bench.best(split.seen, BEST[self._start_name])
 
     def _objective(self) -> ExampleLoss | UserLoss:
@@ -147,11 +151,21 @@ class Searched(Trial):
         terms = {"l1": l1, "l2": settings.l2, "sparsity": settings.sparsity}
         if self._loss == "cross_entropy" and merge_method == "linear" and bench.task.examples:
             return bench.loss().penalised(Penalty(**terms))
+        from loraweave.composer.compose.user_loss import make_objective
+
         inputs = None if self.learns else settings.inputs
         if not self.learns and inputs is None:
             inputs = [text for text, _ in bench.task.examples]
-        options: dict[str, Any] = {"merge_method": merge_method, "inputs": inputs, "workers": bench.workers}
-        return make_objective(bench.engine, bench.tokenizer, bench.task, self._loss, **options, **terms)
+        return make_objective(
+            bench.engine,
+            bench.tokenizer,
+            bench.task,
+            self._loss,
+            merge_method=merge_method,
+            inputs=inputs,
+            workers=bench.workers,
+            **terms,
+        )
 
     def _count(self, made: int) -> None:
         self.evaluations += made

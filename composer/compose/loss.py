@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ from loraweave.composer.compose.population import (
     pass_sums,
     row_sums,
 )
-from loraweave.composer.compose.scoring_workers import Parcel, ScoringWorkers
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import untouched
 from loraweave.composer.model.scoring import generate, in_chunks
@@ -38,9 +37,11 @@ from loraweave.hub.base import fingerprint
 from loraweave.lowrank.algebra import all_finite
 from loraweave.registry import get
 from loraweave.routers.searches._solver import Objective
-from loraweave.routers.searches.lorahub import Lorahub
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
+
+if TYPE_CHECKING:
+    from loraweave.composer.compose.scoring_workers import ScoringWorkers
 
 Candidates = Sequence[MixtureWeights]
 Piece = TypeVar("Piece")
@@ -183,7 +184,7 @@ class Penalty:
     By default `l1` is LoraHub's published one. Raises WeightingError for factors that are negative or not finite.
     """
 
-    l1: NonNegative = Lorahub.l1
+    l1: NonNegative = 0.05
     l2: NonNegative = 0.0
     sparsity: NonNegative = 0.0
 
@@ -239,9 +240,8 @@ class ExampleLoss(OnExamples):
         # invocation tokens are looked for in one text, and in a tree a token may have several before it
         trees = engine.pool.lazy or not engine.pool.invocations()
         self.encoded = EncodedExamples(engine.model, tokenizer, task, self.kind, trees=trees, turned=turned)
-        self._workers = workers
         made = partial(ExampleLoss, task=task, kind=kind, merge_method=merge_method, turned=turned)
-        self._parcel = None if workers is None else Parcel.of(made)
+        self._deal = None if workers is None else workers.dealing(made)
 
     def describe(self) -> dict[str, Any]:
         """Return what the losses depend on: the kind and its terms, the tokens, the experts and the base model."""
@@ -257,9 +257,9 @@ class ExampleLoss(OnExamples):
 
     def deal(self, work: Callable[[ExampleLoss, Piece], Made], pieces: Sequence[Piece]) -> list[Made]:
         """Return work(self, piece) of each piece, several by the workers. Raises what the first piece that fails raised."""
-        if self._workers is None or self._parcel is None or len(pieces) == 1:
+        if self._deal is None or len(pieces) == 1:
             return [work(self, piece) for piece in pieces]
-        return self._workers.deal(self._parcel, work, pieces)
+        return self._deal(work, pieces)
 
     def gradients(self, candidates: Sequence[MixtureWeights]) -> tuple[list[float], list[Tensor]]:
         """Return the loss of each candidate, and d loss / d values_BTLE, of the shape of its values; NaN for a failed one.

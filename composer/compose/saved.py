@@ -20,7 +20,6 @@ from loraweave.hub.base import base_id, base_key, fingerprint, require_model
 from loraweave.hub.formats._files import read_bytes
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.same_base import warn_unverified
-from loraweave.routers.tokens._saved import router as read_router
 from loraweave.types import BaseKey, Fingerprint, Task
 
 FORMAT, FORMAT_WITH_ROUTER = 2, 3
@@ -91,6 +90,9 @@ class SavedRecipe:
             )
         # the model is the one that it was composed on, whatever its experts say of their base
         if recipe["format"] == FORMAT_WITH_ROUTER:
+            # every router that can be read is loaded with it
+            from loraweave.routers.tokens._saved import router as read_router
+
             router = read_router(self.folder / "router")
             if router.pool is None:
                 raise AdapterCorrupt(f"{self.folder} has a router without its adapters; compose again")

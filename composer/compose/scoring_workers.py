@@ -63,6 +63,10 @@ class ScoringWorkers:
         self._crew = crew
         self._engine = Parcel.of(_Engine(BaseReference.of(engine.model, tokenizer), hub, side))
 
+    def dealing(self, make: Callable[..., Any]) -> Callable[..., list[Any]]:
+        """Return `deal` for the objective that `make` makes of an engine and a tokenizer."""
+        return partial(self.deal, Parcel.of(make))
+
     def deal(self, objective: Parcel, work: Callable[[Any, Piece], Made], pieces: Sequence[Piece]) -> list[Made]:
         """Return work(objective, piece) of each piece; the objective's parcel makes it from an engine and a tokenizer.
 
@@ -73,13 +77,6 @@ class ScoringWorkers:
             call = partial(_carry_out, self._engine, objective, work)
             results = require_all(dict(self._crew.spread(call, named, label="scoring", bar=bar)))
         return [results[name] for name in named]
-
-
-def scoring_workers(crew: Crew, engine: Composer, tokenizer: Any, experts: Hub | ExpertPool) -> ScoringWorkers | None:
-    """Return the workers of a crew, who open a hub's adapters themselves; None where there is this process alone."""
-    if crew.is_here:
-        return None
-    return ScoringWorkers(crew, engine, tokenizer, experts if isinstance(experts, Hub) else None)
 
 
 @dataclass(frozen=True)

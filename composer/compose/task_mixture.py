@@ -17,7 +17,6 @@ from loraweave.composer.compose.asked import answer_limit
 from loraweave.composer.compose.report import Report
 from loraweave.composer.compose.settings import require_no_router
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.ensemble import answers_to
 from loraweave.composer.merge.merge import merge, merge_by_layer
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import untouched
@@ -225,6 +224,8 @@ class TaskMixture:
 
     def _predict(self, texts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
         if self.members:
+            from loraweave.composer.ensembles.ensemble import answers_to
+
             last = {name: member._last for name, member in self.members.items()}
             adapters = {name: member.adapter for name, member in last.items() if not member.is_base}
             engine = Composer(self.model, ExpertPool(adapters), tokenizer=self.tokenizer)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.progress import Progress
@@ -22,7 +22,6 @@ from rich.progress import Progress
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.compose.report import Report, ReportRow
-from loraweave.composer.compose.scoring_workers import ScoringWorkers
 from loraweave.composer.compose.settings import Settings
 from loraweave.composer.composer import Composer
 from loraweave.composer.train.rows import MAX_PACKED
@@ -31,6 +30,9 @@ from loraweave.retrieval.retriever import Retriever
 from loraweave.routers.searches._told import SearchResult
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
+
+if TYPE_CHECKING:
+    from loraweave.composer.compose.scoring_workers import ScoringWorkers
 
 # (loss_N, hit_N) on some examples, without terms for the weights
 Scores = tuple[np.ndarray, np.ndarray]

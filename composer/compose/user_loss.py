@@ -11,13 +11,12 @@ import torch
 from loraweave.common.chat import Prompt, prompt_json
 from loraweave.composer.compose.loss import ExampleLoss, OnExamples, active_candidate
 from loraweave.composer.compose.scoring_workers import ScoringWorkers
+from loraweave.composer.compose.settings import Examples
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import untouched
 from loraweave.errors import InvalidTask
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
-
-Examples = list[tuple[Prompt, str]]
 
 
 class UserLoss(OnExamples):

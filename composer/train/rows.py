@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
 import torch
 
@@ -20,9 +20,11 @@ from loraweave.composer.model.scoring import encode_pairs
 from loraweave.errors import InvalidTask, ScopeError, TrainingError, UnknownName
 from loraweave.registry import nearest
 from loraweave.routers.recipes._gate import UNKNOWN
-from loraweave.routers.recipes._recipe import Recipe
 from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.types import Task
+
+if TYPE_CHECKING:
+    from loraweave.routers.recipes._recipe import Recipe
 
 TOKENS = ("input_ids", "labels")
 Row = TypeVar("Row", bound=EncodedRow)

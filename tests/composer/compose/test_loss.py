@@ -16,6 +16,7 @@ from loraweave.composer.compose.loss import ExampleLoss, Penalty, together, toge
 from loraweave.composer.compose.rerank import first_order
 from loraweave.errors import SearchFailed, WeightingError
 from loraweave.routers.searches.gradient import Gradient
+from loraweave.routers.searches.lorahub import Lorahub
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD"), ("e f", "fe")]
 TASK = lw.Task(EXAMPLES, instruction="swap")
@@ -183,6 +184,10 @@ def test_the_terms_are_added_as_defined(objective):
     assert found - plain == pytest.approx(terms, rel=1e-9)
     (bare,) = objective(l1=0.05, l2=0.3, sparsity=0.2).penalised(Penalty(0.0))([mixture])
     assert bare == pytest.approx(plain, rel=1e-12)
+
+
+def test_a_loss_has_the_l1_term_that_lorahub_published_by_default():
+    assert Penalty() == Penalty(Lorahub.l1, 0.0, 0.0) == Penalty(0.05)
 
 
 @pytest.mark.parametrize("term", ["l1", "l2", "sparsity"])
