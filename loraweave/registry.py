@@ -48,6 +48,49 @@ WITHDRAWN = {
     ("routers", "hilora"): f"it did not route as the published HiLoRA does; make 'similarity' or 'logistic' {_SAVED}",
 }
 
+# what `traits` may say of an entry, by registry: what its conformance suite has to know. docs/registries.md is made of it
+TRAITS: dict[str, dict[str, str]] = {
+    "methods": {
+        "lossy": "an adapter comes back only in part, by the formula, however the weights are set",
+        "shares": "only the proportions of the weights count, and their signs mean nothing",
+        "pairs": "it takes two experts and no other number",
+        "by_factors": "a and b are mixed apart, so that the split of an update into factors counts",
+        "in_factors": "in other coordinates of a and b it means nothing",
+        "one_a": "all experts have one a",
+    },
+    "routers": {
+        "ends_early": "a search that may come to an end of its own within the budget",
+        "orderless": "a search without draws, which gives each expert its weight wherever it stands",
+    },
+    "experts": {"images": "it is for models of images"},
+    "embedders": {
+        "base_model": "it runs the whole base model, which takes minutes",
+        "centred": "the common direction that it subtracts is longer than what is left, which enlarges the noise of fp32",
+    },
+    "keys": {"relative": "a score depends on the other adapters that are compared"},
+    "targets": {
+        "images": "it is for adapters of pipelines of images",
+        "unread": "this package does not read what it writes",
+    },
+}
+
+# parameters that are no options of a user's: an entry that has one gets its value from what calls it
+RESERVED: dict[str, dict[str, str]] = {
+    "methods": {
+        "seeds": "a seed for each expert, of the merge's `seed`, the expert's content and the layer",
+        "statistics": "each expert's statistics in the layer; a merge without any is refused",
+        "survey": "what the file's function `survey` returned of all layers; `needs_survey` there says when it is called",
+        "rank": "the rank that the merge was asked for, or None; what else is returned is cut to it",
+    },
+    "routers": {
+        "scores": "of a search: {expert: score} by retrieval; without a hub the search is refused",
+        "layers": "of a search: the layers that the pool updates",
+        "weights": "of a search: the weights given to `compose`, for `manual` alone",
+        "texts": "of a search: {expert: sample inputs} of the adapters' cards",
+        "asked": "of a search: the task's inputs",
+    },
+}
+
 T = TypeVar("T", bound=Callable[..., Any])
 
 # what folders of extensions and entry points are called, where it is not the registry's name
@@ -108,11 +151,15 @@ def get(folder: str, name: str) -> Any:
 
 
 def traits(*names: str) -> Callable[[T], T]:
-    """Declare what is true of a function or class of a registry, for `traits_of`; a subclass inherits its bases' own.
+    """Declare what is true of a function or class of a registry, by words of `TRAITS`; a subclass inherits its bases' own.
 
-    The conformance suite of each registry knows the words and skips what a trait rules out, so that no list elsewhere has to
-    name the newcomer.
+    The conformance suite skips what a trait rules out, so that no list has to name the newcomer. Raises UnknownName for a
+    word that is not declared.
     """
+    for name in names:
+        if not any(name in words for words in TRAITS.values()):
+            known = sorted({word for words in TRAITS.values() for word in words})
+            raise UnknownName(f"no trait {name!r}{nearest(name, known)}; there are {', '.join(known)}")
 
     def said(thing: T) -> T:
         thing.__traits__ = traits_of(thing) | set(names)  # type: ignore[attr-defined]

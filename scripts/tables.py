@@ -92,9 +92,36 @@ def of_core(package: str) -> bool:
     return package.startswith("loraweave.") and not package.startswith(f"{registry.EXTENSIONS}.")
 
 
+def declared() -> str:
+    """Return the section on what a file may say of itself, and on the parameters that it is given."""
+    traits = [
+        f"| {folder} | `{word}` | {text} |" for folder, words in registry.TRAITS.items() for word, text in words.items()
+    ]
+    given = [
+        f"| {folder} | `{name}` | {text} |" for folder, names in registry.RESERVED.items() for name, text in names.items()
+    ]
+    return "\n".join(
+        [
+            "## What an entry says of itself",
+            "`@traits(..)` of `loraweave.extend` above a function or class says what its conformance suite has to know:",
+            "",
+            "| registry | trait | what is true of the entry |",
+            "|---|---|---|",
+            *traits,
+            "",
+            "A parameter of one of these names is no option of a user's. The entry that has it is given:",
+            "",
+            "| registry | parameter | what it is given |",
+            "|---|---|---|",
+            *given,
+            "",
+        ]
+    )
+
+
 def page() -> str:
     """Return the whole page."""
-    return "\n".join([HEAD, *tables(of_core)])
+    return "\n".join([HEAD, declared(), *tables(of_core)])
 
 
 def pages() -> dict[Path, str]:

@@ -4,6 +4,7 @@ import difflib
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 
 import pytest
 
@@ -132,3 +133,24 @@ def test_an_unknown_folder_is_answered_with_the_nearest():
 def test_an_unknown_name_is_a_lookup_error():
     with pytest.raises(LookupError):
         registry.get("methods", "nope")
+
+
+def traits_in(folder_name):
+    return set().union(*(registry.traits_of(registry.get(folder_name, name)) for name in registry.names(folder_name)))
+
+
+@pytest.mark.parametrize("folder_name", registry.registries())
+def test_the_traits_of_a_registry_are_the_declared_ones_with_a_meaning(folder_name):
+    words = registry.TRAITS.get(folder_name, {})
+    assert traits_in(folder_name) == set(words)
+    assert all(words.values())
+
+
+def test_a_conformance_suite_asks_for_each_trait():
+    suites = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("conformance/test_*.py"))
+    assert [word for words in registry.TRAITS.values() for word in words if f'"{word}"' not in suites] == []
+
+
+def test_a_trait_that_is_not_declared_is_answered_with_the_nearest():
+    with pytest.raises(UnknownName, match="no trait 'lossi', did you mean 'lossy'"):
+        registry.traits("lossi")

@@ -36,9 +36,8 @@ FOLDS, FOLDS_OF_AUTO = 3, 0
 MANY = 50
 # ways of compose() that are no solvers
 OTHER_WAYS = ("auto", "base", "best_single", "in_context", "few_shot")
-# what compose() gives a solver that asks for it: retrieval scores, the pool's layers, the weights of "manual", the sample
-# inputs of the adapters' cards, and the task's inputs
-SUPPLIED = ("scores", "layers", "weights", "texts", "asked")
+# what compose() gives a solver that asks for it
+SUPPLIED = tuple(registry.RESERVED["routers"])
 LIMITS = ("budget", "seconds", "seed")
 # how many of the best adapters share the weight 1 at a start of that name; what else a search can begin at
 BEST = {"best_single": 1, "best_three": 3}

@@ -28,7 +28,7 @@ Update = Factors | DenseUpdate | TruncatedUpdate
 Method = Callable[..., Update | None]
 
 # what a method may ask for beyond the experts and weights, and is no option of the user's
-SUPPLIED = ("seeds", "statistics", "survey", "rank")
+SUPPLIED = tuple(registry.RESERVED["methods"])
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,8 +22,6 @@ TEXTS = [
 ]
 
 
-# base_model: it runs the whole base model, which takes minutes. centred: the common direction that is subtracted is longer
-# than what is left, which enlarges the noise of fp32
 TRAITS = {name: registry.traits_of(registry.get("embedders", name)) for name in registry.names("embedders")}
 NAMES = [pytest.param(name, marks=pytest.mark.slow if "base_model" in said else ()) for name, said in TRAITS.items()]
 PROPERTIES = Properties(TRAITS)

@@ -22,12 +22,7 @@ from loraweave.errors import AdapterUnsupported, LayerMismatch, WeightingError
 from loraweave.types import Factors
 
 METHODS = registry.names("methods")
-# lossy: an adapter comes back only in part, by the formula, however the weights are set. shares: only the proportions of
-# the weights count, and their sign has no meaning. pairs: two experts and no other number. by_factors: a and b are mixed
-# apart, so that the split of an update into factors counts. in_factors: in other coordinates of a and b it
-# means nothing. one_a: all experts have one a
 TRAITS = {name: registry.traits_of(registry.get("methods", name)) for name in METHODS}
-KNOWN = {"lossy", "shares", "pairs", "by_factors", "in_factors", "one_a"}
 PROPERTIES = Properties(METHODS)
 
 Update = Factors | DenseUpdate | TruncatedUpdate
@@ -100,10 +95,6 @@ def test_a_method_keeps_all_properties(name: str, request: pytest.FixtureRequest
 
 def test_there_are_methods() -> None:
     assert {"linear", "factor_sum", "ties", "svd", "fisher"} <= set(METHODS)
-
-
-def test_a_method_says_of_itself_only_what_is_tested_here() -> None:
-    assert set().union(*TRAITS.values()) == KNOWN
 
 
 @PROPERTIES.add()

@@ -35,8 +35,6 @@ NEEDED = {
     "manual": {"weights": {"b": 0.4}},
     "similarity": {"scores": {"a": 0.2, "v_proj": 0.1}},
 }
-# ends_early: it may come to an end of its own within the budget. orderless: every expert gets what it has wherever it
-# stands, since no draw and no order is in it
 TRAITS = {name: registry.traits_of(CLASSES[name]) for name in SEARCHES}
 ORDERLESS = [name for name in SEARCHES if "orderless" in TRAITS[name]]
 PROPERTIES = Properties(SEARCHES)
