@@ -14,14 +14,14 @@ import torch
 
 import loraweave as lw
 from loraweave.errors import AdapterUnsupported, LayerMismatch, SourceUnavailable
-from loraweave.serving.private import EMBEDDINGS, HEAD, HELLO, LAYER, PrivateDevice, serve_base, split
+from loraweave.extensions.federated.private import EMBEDDINGS, HEAD, HELLO, LAYER, PrivateDevice, serve_base, split_adapter
 from loraweave.types import Factors
 
 IDS_BT = torch.tensor([[5, 9, 11, 2, 30], [8, 8, 7, 8, 3]])
 SERVE = """
 import sys
 import loraweave as lw
-from loraweave.serving.private import serve_base
+from loraweave.extensions.federated import serve_base
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], local_files_only=True).eval()
@@ -54,7 +54,7 @@ def serving(tiny_llama, adapter, request):
 
         settings = {"ready": ready, "devices": devices, "timeout": 60.0}
         threads.append(
-            threading.Thread(target=serve_base, args=(tiny_llama, split(adapter)[0]), kwargs=settings, daemon=True)
+            threading.Thread(target=serve_base, args=(tiny_llama, split_adapter(adapter)[0]), kwargs=settings, daemon=True)
         )
         threads[-1].start()
         assert known.wait(60)
@@ -76,7 +76,7 @@ def in_one_process(model, adapter):
 
 
 def test_the_parts_multiply_to_the_update_and_the_public_one_knows_its_subspaces_alone(adapter):
-    public, cores = split(adapter)
+    public, cores = split_adapter(adapter)
     turned, draw = {}, torch.Generator().manual_seed(6)
     for layer, factors in adapter.layers.items():
         own = public.layers[layer]
@@ -87,7 +87,7 @@ def test_the_parts_multiply_to_the_update_and_the_public_one_knows_its_subspaces
         gauge_RR = 2 * torch.eye(3) + 0.3 * torch.randn(3, 3, generator=draw)
         turned[layer] = replace(factors, a_RI=gauge_RR @ factors.a_RI, b_OR=factors.b_OR @ gauge_RR.T)
     # another update of the same inputs and outputs has the same public part, but for a rotation
-    other = split(replace(adapter, layers=turned))[0]
+    other = split_adapter(replace(adapter, layers=turned))[0]
     for layer, own in public.layers.items():
         for side in ("a_RI", "b_OR"):
             first, second = (getattr(each, side) if side == "b_OR" else each.a_RI.T for each in (own, other.layers[layer]))
@@ -96,7 +96,7 @@ def test_the_parts_multiply_to_the_update_and_the_public_one_knows_its_subspaces
 
 @pytest.mark.own_models
 def test_two_processes_give_the_logits_of_one_and_a_base_that_is_killed_is_named(tiny_llama, adapter, parts, tmp_path):
-    public, cores = split(adapter)
+    public, cores = split_adapter(adapter)
     tiny_llama.save_pretrained(tmp_path / "base")
     public.save_pretrained(tmp_path / "public")
     base = subprocess.Popen(
@@ -123,7 +123,7 @@ def test_two_processes_give_the_logits_of_one_and_a_base_that_is_killed_is_named
 
 
 def test_what_goes_over_is_counted_to_the_byte_beside_whole_activations(tiny_llama, adapter, parts, serving):
-    public, cores = split(adapter)
+    public, cores = split_adapter(adapter)
     with PrivateDevice(public, cores, *parts, port=serving()) as device:
         greeted = device.traffic.sent + device.traffic.received
         device.logits(IDS_BT)
@@ -142,7 +142,7 @@ def test_what_goes_over_is_counted_to_the_byte_beside_whole_activations(tiny_lla
 
 @pytest.mark.parametrize("lie", ["dies", "shape", "kind", "greeting"])
 def test_a_device_that_dies_or_lies_ends_its_own_connection_alone(lie, tiny_llama, adapter, parts, serving, caplog):
-    public, cores = split(adapter)
+    public, cores = split_adapter(adapter)
     # before a base in this process has the model
     expected, _ = in_one_process(tiny_llama, adapter)
     port = serving(devices=2)
@@ -182,7 +182,7 @@ def test_a_device_that_dies_or_lies_ends_its_own_connection_alone(lie, tiny_llam
     ],
 )
 def test_a_base_that_dies_or_lies_is_named(frame, error, message, adapter, parts):
-    public, cores = split(adapter)
+    public, cores = split_adapter(adapter)
     server = socket.create_server(("127.0.0.1", 0))
 
     def lie():
@@ -205,16 +205,16 @@ def test_a_base_that_dies_or_lies_is_named(frame, error, message, adapter, parts
 
 
 def test_parts_that_do_not_belong_together_are_refused(tiny_llama, adapter, parts, serving, make_adapter):
-    other, cores = split(make_adapter(tiny_llama, "other", rank=3, targets=("q_proj",), seed=5))
+    other, cores = split_adapter(make_adapter(tiny_llama, "other", rank=3, targets=("q_proj",), seed=5))
     with pytest.raises(LayerMismatch, match="give both the parts of one split"):
         PrivateDevice(other, cores, *parts, port=serving())
     head = make_adapter(tiny_llama, "head", targets=("lm_head",))
     with pytest.raises(LayerMismatch, match=r"'lm_head' of .* and the model's blocks have None of that name"):
-        serve_base(tiny_llama, split(head)[0])
+        serve_base(tiny_llama, split_adapter(head)[0])
     layer, factors = next(iter(adapter.layers.items()))
     wide = Factors(torch.randn(2, 5), torch.randn(16, 2))
     with pytest.raises(LayerMismatch, match=r"of \(16, 5\)"):
-        serve_base(tiny_llama, split(replace(adapter, layers={layer: wide}))[0])
+        serve_base(tiny_llama, split_adapter(replace(adapter, layers={layer: wide}))[0])
     scaled = replace(factors, gain_O=torch.ones(len(factors.b_OR)))
     with pytest.raises(AdapterUnsupported, match="make it a plain LoRA first"):
-        split(replace(adapter, layers={layer: scaled}))
+        split_adapter(replace(adapter, layers={layer: scaled}))

@@ -24,13 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loraweave.composer.model.batches import takes, untouched
-from loraweave.composer.train.jobs import TrainingJob
-from loraweave.composer.train.passes import SharedPass
-from loraweave.errors import AdapterUnsupported, LayerMismatch, SourceUnavailable
-from loraweave.hub.adapter import Adapter
-from loraweave.lowrank import algebra
-from loraweave.types import Factors
+from loraweave import Adapter, AdapterUnsupported, Factors, LayerMismatch, SourceUnavailable
+from loraweave.extend import SharedPass, TrainingJob, algebra, takes, untouched
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +39,7 @@ MAX_JSON = 2**20
 FLOAT = np.dtype("<f4")
 
 
-def split(adapter: Adapter) -> tuple[Adapter, dict[str, Tensor]]:
+def split_adapter(adapter: Adapter) -> tuple[Adapter, dict[str, Tensor]]:
     """Split an adapter into (public part, {layer: M_RR}): b a = B M A exactly, A = p^T and B = q of `algebra.orthonormal`.
 
     The public adapter's factors are A and B: what the update reads and writes, and nothing of what it does with it. Where A
@@ -259,8 +254,8 @@ def _answer(model: Any, body: Any, public: Adapter, line: _Line) -> None:
 class PrivateDevice:
     """The device's half: a context manager whose `logits` and `generate` are those of the base with the adapter.
 
-    `public` and `cores` are of one `split`; `embeddings` and `head` are the base's own, which also run here. Rows have no
-    padding: all are of one length. `traffic` counts what went over the connection.
+    `public` and `cores` are of one `split_adapter`; `embeddings` and `head` are the base's own, which also run here. Rows
+    have no padding: all are of one length. `traffic` counts what went over the connection.
     Raises SourceUnavailable where no base answers or it dies, LayerMismatch where it serves another adapter or sends other
     shapes than this one's.
     """
@@ -289,7 +284,7 @@ class PrivateDevice:
             said = self._line.json(self._line.due(HELLO).size)
             if said != {"adapter": public.hash}:
                 raise LayerMismatch(
-                    f"{peer} serves {said!r:.120}, not adapter {public.hash}: give both the parts of one split()"
+                    f"{peer} serves {said!r:.120}, not adapter {public.hash}: give both the parts of one split_adapter()"
                 )
         except BaseException:
             self.close()
