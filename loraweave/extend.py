@@ -56,7 +56,13 @@ if TYPE_CHECKING:
     from loraweave.composer.compose.objectives.cross_entropy import CrossEntropy
     from loraweave.composer.ensembles.ensemble import EnsemblePrediction, align_right, last_positions, without_cache
     from loraweave.composer.ensembles.member_passes import by_rows, known_members, member_passes, rows_of, rows_that_fit
+    from loraweave.composer.experts.exchange import has_expert, layers_with, put_expert
     from loraweave.composer.experts.expert_model import ExpertModel, require_expert_model
+    from loraweave.composer.experts.forms._form import Args, Form, Seen, Weigh, fitting
+    from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
+    from loraweave.composer.experts.make import with_options, with_task
+    from loraweave.composer.experts.parts import layer_sites, numbered_blocks
+    from loraweave.composer.experts.running import Running
     from loraweave.composer.experts.together import ExpertJob
     from loraweave.composer.explain.plot import explanation_page
     from loraweave.composer.formula.nodes import Named, Stored, Sum
@@ -71,6 +77,7 @@ if TYPE_CHECKING:
         RowSets,
         group_by_mixture,
         group_rows,
+        own_precision,
         place_of,
         weigh_b,
     )
@@ -109,6 +116,7 @@ if TYPE_CHECKING:
         token_losses,
         untouched,
     )
+    from loraweave.composer.model.kinds import by_row, conv, linear
     from loraweave.composer.model.layers import TargetLayer
     from loraweave.composer.model.scoring import encode_pairs
     from loraweave.composer.train.adapters import target_layers, training_rows
@@ -137,11 +145,24 @@ if TYPE_CHECKING:
     from loraweave.lowrank.factorise import factorise
     from loraweave.registry import get, nearest, traits, traits_of
     from loraweave.retrieval.keyed_search import Key
-    from loraweave.routers.recipes._recipe import Recipe
+    from loraweave.routers.recipes._gate import UNKNOWN, Call, Gate, Weighing, draw_linear
+    from loraweave.routers.recipes._recipe import (
+        ATTENTION,
+        FEED_FORWARD,
+        EvenRecipe,
+        ExpertShape,
+        Recipe,
+        Site,
+        TopKRecipe,
+        balance_term,
+        by_layer,
+        uniform,
+    )
+    from loraweave.routers.recipes._token_gates import TokenGate, top_k_of_softmax
     from loraweave.routers.searches._solver import ClosedForm, Solver
     from loraweave.routers.searches.gradient import Gradient
     from loraweave.routers.tokens._caches import BesideCache, RowsAndTokens
-    from loraweave.routers.tokens._call import cache_of, has_two_sequences
+    from loraweave.routers.tokens._call import cache_of, current_prompts, current_tokenizer, has_two_sequences, real_tokens
     from loraweave.routers.tokens._forms import InputGates, OutputRouter, ScoredRouter, output_factors
     from loraweave.routers.tokens._learned import LearnedRouter, Step
     from loraweave.routers.tokens._members import LayerTensors, Members
@@ -179,7 +200,9 @@ _MODULES = {
     "hub.indexes._vectors": "Index",
     "hub.targets._target": "Target",
     "retrieval.keyed_search": "Key",
-    "routers.recipes._recipe": "Recipe",
+    "routers.recipes._recipe": (
+        "ATTENTION EvenRecipe ExpertShape FEED_FORWARD Recipe Site TopKRecipe balance_term by_layer uniform"
+    ),
     "routers.searches._solver": "ClosedForm Solver",
     "routers.tokens._learned": "LearnedRouter Step",
     "routers.tokens._router": "TokenRouter",
@@ -191,7 +214,7 @@ _MODULES = {
     "composer.compose.objectives.cross_entropy": "CrossEntropy",
     "routers.searches.gradient": "Gradient",
     "routers.tokens._caches": "BesideCache RowsAndTokens",
-    "routers.tokens._call": "cache_of has_two_sequences",
+    "routers.tokens._call": "cache_of current_prompts current_tokenizer has_two_sequences real_tokens",
     "routers.tokens._forms": "InputGates OutputRouter ScoredRouter output_factors",
     "routers.tokens._members": "LayerTensors Members",
     "routers.tokens._text": "Examples TextRouter labelled_tasks",
@@ -270,9 +293,21 @@ _MODULES = {
     "composer.live.hooks._hook": "LiveHook MixedLayer Traced",
     "composer.live.kernels._choice": "only_kernel",
     "composer.live.kernels._cost": "Cost Workload",
-    "composer.live.kernels._parts": "Kernel Lend Part RowKernel RowSets group_by_mixture group_rows place_of weigh_b",
+    "composer.live.kernels._parts": (
+        "Kernel Lend Part RowKernel RowSets group_by_mixture group_rows own_precision place_of weigh_b"
+    ),
     "composer.live.layout": "PlacedFactors",
     "composer.live.residents": "Lease",
+    # what a recipe is made from: gates, what they look at, and the form of its experts (docs/extensions/recipes.md)
+    "routers.recipes._gate": "Call Gate UNKNOWN Weighing draw_linear",
+    "routers.recipes._token_gates": "TokenGate top_k_of_softmax",
+    "composer.experts.forms._form": "Args Form Seen Weigh fitting",
+    "composer.experts.forms.sum_of_experts": "SumOfExperts",
+    "composer.experts.parts": "layer_sites numbered_blocks",
+    "composer.experts.running": "Running",
+    "composer.experts.make": "with_options with_task",
+    "composer.experts.exchange": "has_expert layers_with put_expert",
+    "composer.model.kinds": "by_row conv linear",
 }
 
 if not TYPE_CHECKING:
@@ -284,14 +319,19 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "ATTENTION",
     "DEFAULT_HUB",
     "DEFAULT_TEMPLATE",
     "EMBEDDED",
+    "FEED_FORWARD",
     "RUNNING",
     "STALE_TMP_S",
+    "UNKNOWN",
+    "Args",
     "BaseOption",
     "BesideCache",
     "BlobStore",
+    "Call",
     "CatalogueStore",
     "ClosedForm",
     "ComposeCall",
@@ -308,15 +348,19 @@ __all__ = [
     "EncodedRow",
     "EnsemblePrediction",
     "Entries",
+    "EvenRecipe",
     "EventStream",
     "Examples",
     "ExpertJob",
     "ExpertModel",
+    "ExpertShape",
     "Experts",
     "Failed",
     "Filters",
     "FolderBlobs",
+    "Form",
     "Fraction",
+    "Gate",
     "GivenRows",
     "Gradient",
     "HubOption",
@@ -360,34 +404,43 @@ __all__ = [
     "RowSums",
     "RowsAndTokens",
     "Rule",
+    "Running",
     "ScoredRouter",
     "SeedOption",
+    "Seen",
     "Share",
     "SharedCatalogue",
     "SharedPass",
     "ShownTable",
+    "Site",
     "Solver",
     "Step",
     "Stored",
     "Sum",
+    "SumOfExperts",
     "Target",
     "TargetBatch",
     "TargetLayer",
     "Term",
     "TextRouter",
     "Texts",
+    "TokenGate",
     "TokenRouter",
+    "TopKRecipe",
     "Traced",
     "TrainingJob",
     "TrainingState",
     "TruncatedUpdate",
     "VectorSearch",
+    "Weigh",
+    "Weighing",
     "Weights",
     "Whole",
     "Workload",
     "algebra",
     "align_right",
     "backward",
+    "balance_term",
     "base_id",
     "base_layer",
     "base_loader",
@@ -395,6 +448,8 @@ __all__ = [
     "best_of",
     "blank_figure",
     "block_of",
+    "by_layer",
+    "by_row",
     "by_rows",
     "cache_folder",
     "cache_of",
@@ -402,7 +457,11 @@ __all__ = [
     "check_options",
     "checkpoint_folder",
     "combination",
+    "conv",
+    "current_prompts",
+    "current_tokenizer",
     "descend",
+    "draw_linear",
     "drop_state",
     "embedder_of",
     "empty_update",
@@ -413,11 +472,13 @@ __all__ = [
     "explanation_page",
     "factorise",
     "fingerprint",
+    "fitting",
     "get",
     "given_factors",
     "gram",
     "group_by_mixture",
     "group_rows",
+    "has_expert",
     "has_two_sequences",
     "head_size",
     "interpolation",
@@ -429,8 +490,11 @@ __all__ = [
     "labelled_tasks",
     "last_logits",
     "last_positions",
+    "layer_sites",
+    "layers_with",
     "lazy",
     "least_lambda",
+    "linear",
     "load_model",
     "load_state",
     "lock_of",
@@ -445,10 +509,12 @@ __all__ = [
     "nearest",
     "new_factors",
     "note",
+    "numbered_blocks",
     "only_kernel",
     "open_hub",
     "options_of",
     "output_factors",
+    "own_precision",
     "pad_id",
     "pad_rows",
     "pair_shares",
@@ -461,6 +527,7 @@ __all__ = [
     "prune_both_ends",
     "prune_random",
     "prune_smallest",
+    "put_expert",
     "read_asked",
     "read_body",
     "read_endings",
@@ -468,6 +535,7 @@ __all__ = [
     "read_rows",
     "read_tasks",
     "read_yaml",
+    "real_tokens",
     "record_inputs",
     "refusal_of",
     "refused",
@@ -505,11 +573,13 @@ __all__ = [
     "text_digest",
     "token_losses",
     "too_busy",
+    "top_k_of_softmax",
     "top_k_softmax",
     "tracked",
     "training_rows",
     "traits",
     "traits_of",
+    "uniform",
     "unknown_expert",
     "unless_gone",
     "untouched",
@@ -517,7 +587,9 @@ __all__ = [
     "weighted_bias",
     "whole_file",
     "wilson",
+    "with_options",
     "with_seed",
+    "with_task",
     "without",
     "without_cache",
     "without_credentials",

@@ -102,12 +102,6 @@ def test_the_table_of_routers_says_what_is_trained_and_who_can_join(name):
     assert (made.per_expert is not None) == joins.startswith("yes")
 
 
-def test_the_recipes_of_the_page_on_row_experts_are_there():
-    named = re.findall(r"^\| `(\w+)` \|", page("row_experts.md"), re.MULTILINE)
-    assert len(named) == 7
-    assert set(named) <= set(registry.names("experts"))
-
-
 def test_a_file_that_a_page_links_to_exists():
     link = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
     links = [(path, to) for path in PAGES for to in link.findall(path.read_text(encoding="utf-8"))]
@@ -210,26 +204,6 @@ def test_the_page_on_retrieval(run_page):
     assert r.candidates("¿Dónde está la estación, por favor?") == []
     assert [c.name for c in r.candidates("13 58", k=1)] == ["addition"]
     names["hub"].close()
-
-
-def test_the_page_on_dense_prediction_trains_two_tasks(run_page):
-    names = run_page("docs/dense_prediction.md")
-    assert names["depth"].shape == (4, 8, 8)
-    experts = names["model"].expert_parameters()
-    assert all(bool(value.any()) for name, value in experts.items() if name.endswith("b_SO"))
-    learned = {name for name in names["model"].learning() if name.startswith("base_model.")}
-    assert learned == {f"base_model.decode_head.{name}" for name, _ in names["base"].decode_head.named_parameters()}
-
-
-def test_the_page_on_row_experts(run_page):
-    with torch.random.fork_rng():
-        names = run_page("docs/row_experts.md")
-    assert names["answer"].shape == (1, 4)
-    assert names["model"].tasks == ("law", "games", "health")
-    assert names["law"].rank == 4
-    assert names["merged"].name == "moelora-law"
-    names["model"].close()
-    names["by_task"].close()
 
 
 @pytest.mark.slow

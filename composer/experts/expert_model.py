@@ -13,11 +13,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+import loraweave.registry as registry
 from loraweave.common.process import holding
-from loraweave.composer.experts.forms._form import Weigh
+from loraweave.composer.experts.forms._form import Form, Weigh
 from loraweave.composer.experts.like_base import LikeBase
-from loraweave.composer.experts.parts import Parts, Starts, closing_blocks, make_parts, shapes_of
-from loraweave.composer.experts.running import RUNNING, Branch, Hook, Running, require_same_call, same_call
+from loraweave.composer.experts.parts import READER, Parts, Starts, make_parts, shapes_of
+from loraweave.composer.experts.running import RUNNING, Hook, Running, require_same_call, same_call
 from loraweave.composer.experts.saving import (
     as_adapter,
     experts_as_files,
@@ -83,9 +84,8 @@ class ExpertModel(LikeBase, ExpertLearner):
                 self._put_in(name, model_class._after_site, name)
             for number, part in enumerate(site.parts):
                 self._put_in(part.name, model_class._after_part, name, number, before=model_class._before_part)
-        for block in closing_blocks(base_model) if recipe.branches else ():
-            if any(name.startswith(f"{block}.") for name in self.sites):
-                self._put_in(block, model_class._after_branch, block, before=model_class._before_branch)
+        for block in self.form.blocks(base_model, recipe, self.sites):
+            self._put_in(block, model_class._after_block, block, before=model_class._before_block)
 
     def _put_in(self, path: str, after: Any, *place: Any, before: Any = None) -> None:
         """Run the methods `before` and `after` around a module of the base, with `place` as their first arguments."""
@@ -100,10 +100,7 @@ class ExpertModel(LikeBase, ExpertLearner):
         if self.training and torch.is_grad_enabled():
             require_same_call(self.base_model)
         running = Running(self, self.task_ids(task), notes=self.training)
-        if self.recipe.branches:
-            running.branch = Branch(left=True, noted=self._shared_stream(args, kwargs))
-        with holding(RUNNING, running):
-            output = self.base_model(*args, **kwargs)
+        output = self.form.run(self, running, args, kwargs)
         # without return_dict the loss is the first of a tuple
         of_tuple = isinstance(output, tuple) and arguments_of(self.base_model, args, kwargs).get("labels") is not None
         loss = output[0] if of_tuple else getattr(output, "loss", None)
@@ -119,15 +116,6 @@ class ExpertModel(LikeBase, ExpertLearner):
                 output.loss = loss
         return output
 
-    def _shared_stream(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the tensors that tasks' branches take over from a call of the base alone. Raises ScopeError for a cache."""
-        if kwargs.get("past_key_values") is not None:
-            raise ScopeError(f"recipe {self.recipe.name!r} runs the model twice and takes no cache: give all tokens at once")
-        branch = Branch(num_streams=self.recipe.num_streams)
-        with holding(RUNNING, Running(self, branch=branch)):
-            self.base_model(*args, **{name: value for name, value in kwargs.items() if name != "labels"})
-        return branch.noted
-
     def terms_of(self, step: Step) -> dict[str, Tensor]:
         """Return the recipe's losses in a pass, by name."""
         factors = {name: layer.a_SI for name, layer in self.named_layers().items() if hasattr(layer, "a_SI")}
@@ -135,8 +123,8 @@ class ExpertModel(LikeBase, ExpertLearner):
 
     def generate(self, *args: Any, task: Any = None, **kwargs: Any) -> Any:
         """Return the output of the base's `generate`; what a gate decides by the prompt holds for the answer."""
-        if self.recipe.branches:
-            raise ScopeError(f"recipe {self.recipe.name!r} has branches for tasks, and generates no tokens: call the model")
+        if not self.form.generates:
+            raise ScopeError(f"recipe {self.recipe.name!r} generates no tokens: call the model")
         self._require_open()
         tensors = tensors_in(kwargs)
         names = ("inputs", "input_ids", "inputs_embeds", getattr(self.base_model, "main_input_name", "input_ids"))
@@ -183,13 +171,22 @@ class ExpertModel(LikeBase, ExpertLearner):
         seen = running.within.pop(name) if is_last else running.within[name]
         return layer.after(part, self.base_model.get_submodule(name), args, y, seen)
 
-    def _before_branch(self, running: Running, block: str, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Return the arguments for the block where branches leave, with the shared stream's input; None to keep `args`."""
-        return None if running.branch is None else running.branch.enter(block, args)
+    def _before_block(self, running: Running, block: str, _: nn.Module, args: tuple[Any, ...]) -> Any:
+        return self.form.before_block(running, block, args)
 
-    def _after_branch(self, running: Running, block: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Return the shared stream's part of that block's output while the stream runs; None where no branch runs."""
-        return None if running.branch is None else running.branch.leave(output)
+    def _after_block(self, running: Running, block: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return self.form.after_block(running, block, output)
+
+    @property
+    def form(self) -> type[Form]:
+        """The form of the experts, a class of the registry `forms`."""
+        form: type[Form] = registry.get("forms", self.recipe.form)
+        return form
+
+    @property
+    def reader(self) -> Gate | None:
+        """The recipe's reader of calls, for gates that read none themselves; None if there is none."""
+        return dict(self.gates.items()).get(READER)  # type: ignore[return-value]
 
     def expert(self, number: int) -> Adapter:
         """Return one expert alone, at weight 1 wherever it is, as an adapter of its own.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from loraweave.common.checks import is_list, is_whole
 from loraweave.common.options import require_known
 from loraweave.composer.experts.expert_model import ExpertModel, require_expert_model
 from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
-from loraweave.composer.experts.parts import READER, Start, shapes_of
+from loraweave.composer.experts.parts import Start, shapes_of
 from loraweave.composer.experts.parts import recipe as make_recipe
 from loraweave.composer.experts.saving import FILE, FIRST_TENSORS, TENSORS, read_saved_experts
 from loraweave.composer.live.fitting import Fitting
@@ -27,7 +27,6 @@ from loraweave.hub.base import require_model
 from loraweave.hub.hub import Hub
 from loraweave.hub.intake.sources import find_folder
 from loraweave.hub.pool import ExpertPool, require_everywhere
-from loraweave.routers.recipes._cluster_gates import ClusterReader
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe
 from loraweave.types import Candidate
 
@@ -196,7 +195,7 @@ def _by_task(recipe: Recipe, pool: ExpertPool) -> ExpertPool:
 
 def _shape(recipe: Recipe, site: str, own: ExpertShape, pool: ExpertPool) -> ExpertShape:
     """Return the ranks of the pool's adapters at a site, followed by those of the recipe's further experts."""
-    if recipe.form != FORM or own.shared_a or own.shared_b or own.gains or not recipe.learns_a:
+    if recipe.form != FORM or own.shared_a or own.shared_b or own.gains:
         raise ScopeError(
             f"the experts of recipe {recipe.name!r} are not each a product of two factors of its own, and cannot begin as "
             "adapters: take another recipe, or train it from the start, without a pool"
@@ -208,9 +207,6 @@ def _shape(recipe: Recipe, site: str, own: ExpertShape, pool: ExpertPool) -> Exp
         )
     ranks = tuple(adapter.layers[site].rank if site in adapter.layers else 0 for adapter in pool.adapters.values())
     return ExpertShape(ranks + own.ranks[len(pool) :])
-
-
-FACTORS = ("a_SI", "b_SO")
 
 
 def with_task(model: ExpertModel, task: str) -> ExpertModel:
@@ -283,7 +279,7 @@ def _take_over(model: ExpertModel, made: ExpertModel) -> None:
     for key, layer in made.layers.items():
         old = dict(model.layers.items()).get(key)
         if isinstance(layer, SumOfExperts) and isinstance(old, SumOfExperts):
-            by_expert += [f"layers.{key}.{name}" for name in (*FACTORS, *(f"frozen_{name}" for name in FACTORS))]
+            by_expert += [f"layers.{key}.{name}" for name in layer.of_starts]
             old_starts = dict(zip(model.recipe.roles(old.site, old.shape), old.starts(), strict=True))
             roles = made.recipe.roles(layer.site, layer.shape)
             if gone := [role for role in old_starts if role not in roles]:
@@ -303,17 +299,3 @@ def _take_over(model: ExpertModel, made: ExpertModel) -> None:
                 f"{name!r} is {old_sizes} and would be {sizes}, with no place for all that was learned: make a new model"
             )
         value[tuple(slice(0, size) for size in old_sizes)] = known[name]
-
-
-def fit_clusters(model: ExpertModel, texts: Sequence[str], *, seed: int = 0) -> ExpertModel:
-    """Fit the recipe's clusters by k-means to the embeddings of prompts; return the model.
-
-    Clusters and experts are saved together. Raises WeightingError for a recipe without clusters of texts, for anything
-    but an expert model, and for texts that leave a cluster without a member.
-    """
-    require_expert_model(model, "fit_clusters()")
-    reader = dict(model.gates.items()).get(READER)
-    if not isinstance(reader, ClusterReader):
-        raise WeightingError(f"recipe {model.recipe.name!r} has no clusters to find in texts; mocle has")
-    reader.fit(texts, seed=seed)
-    return model

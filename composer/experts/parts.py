@@ -119,7 +119,7 @@ def layer_sites(model: nn.Module, targets: Sequence[str], *, kinds: Sequence[Lay
     weight.
     """
     sites: dict[str, Site] = {}
-    blocks, closing = numbered_blocks(model), closing_blocks(model)
+    blocks = numbered_blocks(model)
     for name, module in model.named_modules():
         kind = next((kind for kind in kinds if kind.shape(module) is not None), None)
         shape = None if kind is None else kind.shape(module)
@@ -129,16 +129,8 @@ def layer_sites(model: nn.Module, targets: Sequence[str], *, kinds: Sequence[Lay
             raise LayerMismatch(
                 f"layer {name!r} ({type(module).__name__}) gets no experts: {why}; leave it out of target_modules"
             )
-        block = block_of(name)
-        sites[name] = Site(
-            name,
-            shape.num_inputs,
-            shape.num_outputs,
-            blocks.get(block),
-            len(blocks),
-            shape.kernel,
-            closing=block is None or any(name.startswith(f"{last}.") for last in closing),
-        )
+        block = blocks.get(block_of(name))
+        sites[name] = Site(name, shape.num_inputs, shape.num_outputs, block, len(blocks), shape.kernel)
     require_all_named(
         targets, sites, [name for name, module in model.named_modules() if any(k.shape(module) for k in kinds)]
     )
@@ -149,25 +141,6 @@ def numbered_blocks(model: nn.Module) -> dict[str | None, int]:
     """Return the place of each block among the model's, by its path; an encoder's come before its decoder's."""
     blocks = dict.fromkeys(block for name, _ in model.named_modules() if (block := block_of(f"{name}.")) is not None)
     return {block: place for place, block in enumerate(blocks)}
-
-
-def closing_blocks(model: nn.Module) -> list[str]:
-    """Return the paths of the last block of each stage, or of each stack of blocks in a model without stages.
-
-    A numbered module is a stage where it has a list of blocks of one class, as those of Swin, SegFormer and ResNet.
-    """
-    paths: list[str] = []
-    stacks: dict[str, str] = {}
-    for block in numbered_blocks(model):
-        assert block is not None
-        module = model.get_submodule(block)
-        stages = [(block, module), *((f"{block}.{part}", child) for part, child in module.named_children())]
-        lists = [(path, list(stage)) for path, stage in stages if isinstance(stage, nn.ModuleList | nn.Sequential)]
-        alike = [(path, modules) for path, modules in lists if len({type(inner) for inner in modules}) == 1]
-        paths += [f"{path}.{len(modules) - 1}" for path, modules in alike]
-        if not alike:
-            stacks[block.rpartition(".")[0]] = block
-    return paths or list(stacks.values())
 
 
 def is_named(name: str, targets: Sequence[str]) -> bool:

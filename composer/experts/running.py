@@ -24,65 +24,12 @@ from loraweave.routers.tokens._learned import Step
 
 
 @dataclass(eq=False)
-class Branch:
-    """The tensors that the branches of tasks take over from the shared stream, by path: inputs of blocks, outputs of sites.
-
-    They are noted while the shared stream runs, and taken once the branches have `left` it. While it runs, the blocks where
-    branches leave see `num_streams` times its rows: its own, and those of each task where it is made of theirs.
-    """
-
-    left: bool = False
-    num_streams: int = 1
-    noted: dict[str, Tensor] = field(default_factory=dict)
-
-    def note(self, path: str, value: Tensor) -> None:
-        """Note a tensor of the shared stream. Raises ScopeError for a place that runs twice in a call."""
-        # a layer that a backward pass runs again was noted before
-        if torch._C._current_graph_task_id() != -1:
-            return
-        if path in self.noted:
-            raise ScopeError(
-                f"{path!r} runs more than once in a call, so that a task's branch has no one place to leave: leave it out "
-                "of target_modules"
-            )
-        self.noted[path] = value
-
-    def take(self, path: str) -> Tensor:
-        """Return a copy of the tensor noted there. Raises ScopeError where the shared stream did not run."""
-        if path not in self.noted:
-            raise ScopeError(f"{path!r} runs for a task, but not in the shared stream: the model has to run the same layers")
-        return self.noted[path].clone()
-
-    def enter(self, block: str, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Return the arguments for a branching block, or None to keep `args`. Raises ScopeError if there are none."""
-        if not args:
-            raise ScopeError(
-                f"block {block!r} is given its input by name, so that no branch of a task can leave there: take a "
-                "recipe without branches"
-            )
-        if self.left:
-            return self.take(block), *args[1:]
-        # blocks may add to it in its own memory
-        self.note(block, args[0].clone())
-        return None if self.num_streams == 1 else (torch.cat([args[0]] * self.num_streams), *args[1:])
-
-    def leave(self, output: Any) -> Any:
-        """Return the block's output for the first of the streams; values of a tuple that are no tensors stay as they are."""
-        if self.left or self.num_streams == 1:
-            return output
-        return tuple(map(self._first, output)) if isinstance(output, tuple) else self._first(output)
-
-    def _first(self, value: Any) -> Any:
-        return value[: len(value) // self.num_streams] if isinstance(value, Tensor) else value
-
-
-@dataclass(eq=False)
 class Running:
     """A call of an expert model, or a generation, which is many calls of its base.
 
     `owner` is the expert model; `task_B` the tasks of the rows that it was given, of which a call that `generates` may have
     several copies on end. `call` is the present call of the base, `within` what the parts of sites that are running have
-    seen. `branch` is for recipes with branches, and `begun_BT` are the real tokens that a generation began with.
+    seen. `beside` is what the experts' form keeps of the call, `begun_BT` are the real tokens that a generation began with.
     """
 
     owner: object
@@ -91,7 +38,7 @@ class Running:
     generates: bool = False
     kept: dict[Hashable, Any] = field(default_factory=dict)
     call: Call = field(default_factory=Call)
-    branch: Branch | None = None
+    beside: Any = None
     begun_BT: Tensor | None = None
     within: dict[str, dict[str, Any]] = field(default_factory=dict)
 

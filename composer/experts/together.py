@@ -312,7 +312,7 @@ def require_shareable(name: str, model: ExpertModel) -> None:
         )
     for site in model.sites:
         module, form = model.base_model.get_submodule(site), model.layers[key_of(site)]
-        if model.recipe.branches or model.sites[site].parts or not form.is_update or linear.shape(module) is None:
+        if model.sites[site].parts or not form.is_update or linear.shape(module) is None:
             raise TrainingError(
                 f"job {name!r}: the experts of recipe {model.recipe.name!r} at {site!r} are no update of a linear "
                 "layer, so its rows cannot share a pass with others: train it alone"

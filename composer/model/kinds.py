@@ -177,7 +177,10 @@ class Convolution(LayerKind):
         return values.contiguous() if y.is_contiguous() else values
 
 
-linear, norm, embedding, conv = Linear(), Norm(), Embedding(), Convolution()
+linear = Linear()
+norm = Norm()
+embedding = Embedding()
+conv = Convolution()
 
 
 def by_row(tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """How do many owners of data train one adapter, and none shows it? Rounds of clients, by strategies from FedAvg to privacy.
 
-`federate` runs the rounds, here or in flower's processes; `flexlora_clients` merges what clients have trained already, and
-`federated_average` single experts of theirs. `serve_base` and `PrivateDevice` answer with an adapter whose core and tokens
-stay on a device. It needs no package but for differential privacy (opacus) and flower (flwr, ray).
+`federate` runs the rounds, here or in flower's processes; `flexlora_clients` merges what clients have trained already.
+`serve_base` and `PrivateDevice` answer with an adapter whose core and tokens stay on a device. It needs no package
+but for differential privacy (opacus) and flower (flwr, ray).
 """
 
 from typing import TYPE_CHECKING
@@ -11,13 +11,11 @@ from loraweave.extend import lazy
 
 if TYPE_CHECKING:
     from loraweave.extensions.federated.client_ranks import flexlora_clients
-    from loraweave.extensions.federated.exchange import federated_average, put_expert
     from loraweave.extensions.federated.federation import Federated, federate
     from loraweave.extensions.federated.private import PrivateDevice, Traffic, serve_base, split_adapter
 else:
     _MODULES = {
         "client_ranks": "flexlora_clients",
-        "exchange": "federated_average put_expert",
         "federation": "Federated federate",
         "private": "PrivateDevice Traffic serve_base split_adapter",
     }
@@ -28,9 +26,7 @@ __all__ = [
     "PrivateDevice",
     "Traffic",
     "federate",
-    "federated_average",
     "flexlora_clients",
-    "put_expert",
     "serve_base",
     "split_adapter",
 ]

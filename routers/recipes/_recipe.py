@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, Never
+from typing import Any, ClassVar, Never
 
 import torch
 from torch import Tensor
 
 from loraweave.common.options import Count, Declared, NonNegative, Positive, Rate
-from loraweave.errors import LayerMismatch, WeightingError
+from loraweave.errors import WeightingError
 from loraweave.routers.losses.mixtral import mixtral
 from loraweave.routers.recipes._gate import Gate
-from loraweave.routers.recipes._row_gates import TaskSwitch
 from loraweave.routers.recipes._token_gates import TokenGate
 from loraweave.routers.tokens._learned import Step
 
@@ -26,9 +25,8 @@ class Site:
     """A place of the model that gets experts: its module's path, its sizes, and its block's place among `num_blocks`.
 
     `block` is None outside the blocks. A convolution's inputs are those of its kernel. `num_features` is the size of the
-    model's input embeddings, 0 where it has none. `closing` says that it lies in the last block of its stage, or of its
-    stack in a model without stages, or outside the blocks. `parts` are the layers in it that have factors, in the order in
-    which they run, where it is no layer itself.
+    model's input embeddings, 0 where it has none. `parts` are the layers in it that have factors, in the
+    order in which they run, where it is no layer itself.
     """
 
     name: str
@@ -38,7 +36,6 @@ class Site:
     num_blocks: int = 0
     kernel: tuple[int, ...] = ()
     num_features: int = 0
-    closing: bool = True
     parts: tuple[Site, ...] = ()
 
 
@@ -76,19 +73,12 @@ class Recipe(Declared):
     seed: int = 0
 
     noun: ClassVar[str] = "recipe"
-    # how the experts of a site enter its output: a file of composer/experts/forms
+    # how the experts of a site enter its output: a name of the registry `forms`
     form: ClassVar[str] = "sum_of_experts"
     # whether every row has to have a task
     needs_tasks: ClassVar[bool] = False
     # whether gates look at the task of a row that has one, though not every row has to have one
     heeds_tasks: ClassVar[bool] = False
-    # whether each task has a branch of its own in the last block of each stage
-    branches: ClassVar[bool] = False
-    # what gates see: the "ranks" that the factors a make of the site's input, or that input, for a convolution all below
-    # the "kernel" at each position, or its "middle", or "nothing"
-    gates_see: ClassVar[Literal["kernel", "middle", "nothing", "ranks"]] = "kernel"
-    # whether the factors a learn
-    learns_a: ClassVar[bool] = True
     # default learning rate of fit()
     lr: ClassVar[float] = 3e-3
     # raised whenever the same options come to mean another training, so that older checkpoints are not resumed
@@ -113,11 +103,6 @@ class Recipe(Declared):
     def options(self) -> dict[str, Any]:
         """The options that the recipe was made with, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    @property
-    def num_streams(self) -> int:
-        """The number of streams that run side by side in blocks where branches leave; 1 is the shared one alone."""
-        return 1
 
     @property
     def num_first_steps(self) -> int:
@@ -170,15 +155,6 @@ class Recipe(Declared):
         """Raise WeightingError for the value of an option."""
         raise WeightingError(f"recipe {self.name!r} got {option}={getattr(self, option)!r}; {way_out}")
 
-    def embedding_size(self, site: Site) -> int:
-        """Return the size of the model's input embeddings. Raises LayerMismatch if it has none."""
-        if not site.num_features:
-            raise LayerMismatch(
-                f"the gate of recipe {self.name!r} looks at embeddings of tokens, and this model has none: "
-                "take a recipe whose gates look at the layers' inputs"
-            )
-        return site.num_features
-
     def require_top_k(self, num_experts: int) -> None:
         """Raise WeightingError if `top_k` is above the number of experts."""
         if self.options["top_k"] > num_experts:
@@ -216,33 +192,6 @@ class TopKRecipe(EvenRecipe):
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         return balance_term(self.balance, step, self.top_k)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskRecipe(Recipe):
-    """A recipe with one LoRA for each task: y = y0 + alpha / rank * B_e A_e dropout(x), e the expert of the row's task."""
-
-    needs_tasks = True
-
-    def shape(self, site: Site) -> ExpertShape:
-        # until fit() knows the tasks there is one expert
-        return ExpertShape((self.rank,) * max(len(self.tasks), 1))
-
-    def gate(self, site: Site, num_experts: int) -> TaskSwitch:
-        one_hot = [[expert == task for expert in range(num_experts)] for task in range(num_experts)]
-        return TaskSwitch([*one_hot, [False] * num_experts], [1.0] * num_experts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Frozen(Recipe):
-    """A recipe with experts that do not learn."""
-
-    form: ClassVar[str] = "partly_frozen"
-
-    @property
-    def frozen(self) -> tuple[int, ...]:
-        """The places of the experts that do not learn."""
-        raise NotImplementedError
 
 
 def uniform(rank: int, num_inputs: int, generator: torch.Generator) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraweave.common.options import Count
+from loraweave.errors import ScopeError
+from loraweave.routers.recipes._gate import Call, Gate, Weighing, draw_linear
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
-from loraweave.routers.recipes._row_gates import TaskGate
 
 # as in the released code; the paper gives no spread
 STD_OF_A = 0.01
@@ -51,3 +52,29 @@ class Moelora(Recipe):
         """Draw a from the normal distribution, with b zero."""
         a_RI = STD_OF_A * torch.randn(rank, site.num_inputs, generator=generator)
         return a_RI, torch.zeros(rank, site.num_outputs)
+
+
+class TaskGate(Gate):
+    """A gate with w = softmax(g e_task), with an embedding e_KD of each of K tasks and g_ED; in fp32 or better."""
+
+    static = True
+
+    def __init__(self, num_tasks: int, num_features: int, num_experts: int) -> None:
+        super().__init__(num_experts)
+        self.e_KD = nn.Parameter(torch.empty(num_tasks, num_features))
+        self.g_ED = nn.Parameter(torch.empty(num_experts, num_features))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """Draw e_KD from the normal distribution, g_ED uniformly between -1/sqrt(D) and 1/sqrt(D), as torch does."""
+        self.e_KD.normal_(generator=generator)
+        draw_linear(self.g_ED, generator)
+
+    def forward(self, x_BTI: Tensor | None, call: Call) -> Weighing:
+        """Return the weights of each row's task. Raises ScopeError for a call whose tasks are not known."""
+        if call.task_B is None:
+            raise ScopeError(
+                "the gate looks at the task of each row, and this call has none: give task=..., one for each row"
+            )
+        scores_B1E = (self.e_KD[call.task_B] @ self.g_ED.T)[:, None]
+        return Weighing(scores_B1E.softmax(dim=-1), scores_B1E)

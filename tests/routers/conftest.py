@@ -1,3 +1,3 @@
-"""Fixtures of tests of routers."""
+"""What tests of routers share."""
 
-from router_inputs import has_exact_gradients as has_exact_gradients
+from gradients_of_weights import has_exact_gradients as has_exact_gradients

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loraweave.common.process import holding
+from loraweave.composer.experts.running import RUNNING, Running
 from loraweave.errors import ScopeError
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 from loraweave.types import Factors
@@ -28,6 +30,8 @@ class Form(nn.Module):
 
     # whether the sum of its experts at constant weights is an update of the layer, as factors
     is_update: bool = False
+    # whether a model with such experts generates tokens
+    generates: bool = True
 
     def __init__(self, recipe: Recipe, site: Site, shape: ExpertShape) -> None:
         super().__init__()
@@ -43,6 +47,32 @@ class Form(nn.Module):
         Raises UnknownName for a target that names no place, LayerMismatch for a place that cannot have experts of this form.
         """
         raise NotImplementedError
+
+    @classmethod
+    def run(cls, model: Any, running: Running, args: Args, kwargs: Mapping[str, Any]) -> Any:
+        """Return the output of a call of the expert model, which is its base's in this call."""
+        with holding(RUNNING, running):
+            return model.base_model(*args, **kwargs)
+
+    @staticmethod
+    def current() -> Running | None:
+        """Return the call of an expert model that runs; None where there is none."""
+        return RUNNING.get()
+
+    @staticmethod
+    def blocks(model: nn.Module, recipe: Recipe, sites: Collection[str]) -> list[str]:
+        """Return the paths of modules, beside the sites, around which `before_block` and `after_block` run."""
+        return []
+
+    @staticmethod
+    def before_block(running: Running, block: str, args: Args) -> Args | None:
+        """Return the arguments to call a block with; None to keep `args`."""
+        return None
+
+    @staticmethod
+    def after_block(running: Running, block: str, output: Any) -> Any:
+        """Return the block's output instead of `output`; None to keep it."""
+        return None
 
     def reset(self, starts: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Set each expert to its start (a_RI, b_RO); starts are ordered by part of the site, then by expert."""

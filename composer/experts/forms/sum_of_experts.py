@@ -27,17 +27,17 @@ class SumOfExperts(Form):
     """
 
     is_update = True
+    # the tensors that `reset` sets
+    of_starts: tuple[str, ...] = ("a_SI", "b_SO")
     owner_S: Tensor
     own_row_S: Tensor
 
     def __init__(self, recipe: Recipe, site: Site, shape: ExpertShape) -> None:
         super().__init__(recipe, site, shape)
-        self.gates_see = recipe.gates_see
         # experts that can count in a token; fewer where the gate skips the others
         self.most = shape.num_experts
         num_ranks = sum(shape.ranks)
-        a_SI = torch.zeros(max(shape.ranks) if shape.shared_a else num_ranks, site.num_inputs)
-        self.a_SI = nn.Parameter(a_SI, requires_grad=recipe.learns_a)
+        self.a_SI = nn.Parameter(torch.zeros(max(shape.ranks) if shape.shared_a else num_ranks, site.num_inputs))
         self.b_SO = nn.Parameter(torch.zeros(max(shape.ranks) if shape.shared_b else num_ranks, site.num_outputs))
         self.gain_EO = nn.Parameter(torch.zeros(shape.num_experts, site.num_outputs)) if shape.gains else None
         owner_S = torch.arange(shape.num_experts).repeat_interleave(torch.tensor(shape.ranks), output_size=num_ranks)
@@ -59,20 +59,20 @@ class SumOfExperts(Form):
     @torch.no_grad()
     def starts(self) -> list[tuple[Tensor, Tensor]]:
         """Return copies of each expert's factors (a_RI, b_RO), as `reset` takes them; gains are not among them."""
-        a, b = self._stacked()
+        a, b = self.stacked()
         a_SI = a[self.own_row_S] if self.shape.shared_a else a
         b_SO = b[self.own_row_S] if self.shape.shared_b else b
-        return [(a_SI[own_S].clone(), b_SO[own_S].clone()) for own_S in self._own_rows()]
+        return [(a_SI[own_S].clone(), b_SO[own_S].clone()) for own_S in self.expert_rows()]
 
     def forward(self, module: nn.Module, args: Args, y: Tensor, weigh: Weigh) -> Tensor:
         """Return y plus the update. Raises ScopeError, naming layer and counts, for weights of other rows or tokens."""
         kind = conv if self.site.kernel else linear
         dtype = torch.get_autocast_dtype(y.device.type) if torch.is_autocast_enabled(y.device.type) else y.dtype
         x, y_BTO = args[0], kind.rows(module, y)
-        w_BTE = fitting(weigh(self._seen(module, x)), self.site, *y_BTO.shape[:2])
+        w_BTE = fitting(weigh(self.gate_input(module, x)), self.site, *y_BTO.shape[:2])
         w_BTE = w_BTE * self.scale if self.scale != 1.0 else w_BTE
         x = functional.dropout(x, self.dropout, self.training) if self.dropout else x
-        a, b = self._stacked()[0].to(dtype), self._scaled_b().to(dtype)
+        a, b = self.stacked()[0].to(dtype), self._scaled_b().to(dtype)
         rows = RankRows(self.owner_S, *self._shared_rows())
         if kind is conv:
             hidden_BTR = conv.project(module, x.to(dtype), a)
@@ -87,31 +87,22 @@ class SumOfExperts(Form):
     @torch.no_grad()
     def factors(self, w_E: Tensor) -> Factors:
         rows = RankRows(self.owner_S, *self._shared_rows())
-        w_S1, a = self.scale * w_E.to(self.b_SO)[self.owner_S][:, None], self._stacked()[0]
+        w_S1, a = self.scale * w_E.to(self.b_SO)[self.owner_S][:, None], self.stacked()[0]
         a_SI = a if rows.a_row_S is None else a[rows.a_row_S]
         b_SO = self._scaled_b() if rows.b_row_S is None else self._scaled_b()[rows.b_row_S]
         used_S = (w_S1[:, 0] != 0).cpu()
         a_SI, b_OS = a_SI.float().cpu()[used_S], (w_S1 * b_SO).float().cpu()[used_S].T.contiguous()
         return Factors(a_SI, b_OS, kind="conv" if self.site.kernel else "linear", kernel=self.site.kernel)
 
-    def _seen(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Return the gate's input by row and position. All below a convolution's kernels is many times its input."""
-        if self.gates_see == "ranks":
-            a = self._stacked()[0]
-            if self.site.kernel:
-                return conv.project(module, x.to(a.dtype), a)
-            return functional.linear(linear.inputs(module, x, a).to(a.dtype), a)
-        if not self.site.kernel:
-            return linear.inputs(module, x, self.a_SI)
-        if self.gates_see == "nothing":
-            return x.new_empty(0)
-        return (conv.middle if self.gates_see == "middle" else conv.inputs)(module, x, self.a_SI)
+    def gate_input(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Return what the gate sees, by row and position: of a convolution all below its kernel, many times its input."""
+        return (conv if self.site.kernel else linear).inputs(module, x, self.a_SI)
 
-    def _stacked(self) -> tuple[Tensor, Tensor]:
+    def stacked(self) -> tuple[Tensor, Tensor]:
         """Return a and b of all experts, or of one where all share them."""
         return self.a_SI, self.b_SO
 
-    def _own_rows(self) -> list[slice]:
+    def expert_rows(self) -> list[slice]:
         """Return the rank rows of each expert."""
         ends = list(accumulate(self.shape.ranks))
         return [slice(end - rank, end) for end, rank in zip(ends, self.shape.ranks, strict=True)]
@@ -123,7 +114,7 @@ class SumOfExperts(Form):
 
     def _scaled_b(self) -> Tensor:
         """Return b with each expert's gains."""
-        b = self._stacked()[1]
+        b = self.stacked()[1]
         if self.gain_EO is None:
             return b
         b_SO = b[self.own_row_S] if self.shape.shared_b else b

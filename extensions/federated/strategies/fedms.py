@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from loraweave import TrainingError, experts
-from loraweave.extend import Count, ExpertJob, ExpertModel, caller_randomness
-from loraweave.extensions.federated.exchange import put_expert
+from loraweave.extend import Count, ExpertJob, ExpertModel, caller_randomness, put_expert
 from loraweave.extensions.federated.strategies._strategy import (
     Client,
     Course,

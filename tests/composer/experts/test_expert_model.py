@@ -4,19 +4,18 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.experts.together import ExpertJob
 from loraweave.errors import CompositionError, ScopeError, TrainingError, UnknownName
 
 IDS_BT = torch.tensor([[3, 9, 27, 20], [6, 2, 25, 3], [7, 8, 9, 10], [5, 4, 3, 11]])
 
 
-def own_adapters(make_model, kind="llama", **options):
-    """Flora's additive adapters of two tasks, drawn."""
-    return own_adapters_on(make_model(kind), **options)
+def by_task(make_model, kind="llama", **options):
+    """Experts weighed by two tasks, drawn."""
+    return by_task_on(make_model(kind), **options)
 
 
-def own_adapters_on(base, **options):
-    return draw(lw.experts("flora", base, tasks=("law", "games"), mode="additive", **options))
+def by_task_on(base, **options):
+    return draw(lw.experts("moelora", base, tasks=("law", "games"), **options))
 
 
 def draw(made):
@@ -27,12 +26,12 @@ def draw(made):
 
 
 def test_two_tasks_for_four_rows_are_refused(make_model):
-    with own_adapters(make_model) as made, pytest.raises(ScopeError, match="2 tasks were given for 4 rows"):
+    with by_task(make_model) as made, pytest.raises(ScopeError, match="2 tasks were given for 4 rows"):
         made(input_ids=IDS_BT, task=["law", "games"])
 
 
 def test_beams_of_a_prompt_have_its_task(make_model):
-    with own_adapters(make_model) as made:
+    with by_task(make_model) as made:
         options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
         found = made.generate(IDS_BT[:2], task=["law", "games"], **options)
         alone = [made.generate(IDS_BT[row : row + 1], task=task, **options) for row, task in enumerate(made.tasks)]
@@ -41,12 +40,12 @@ def test_beams_of_a_prompt_have_its_task(make_model):
 
 @pytest.mark.parametrize(("task", "error"), [([], ScopeError), (1.5, UnknownName), ([None], UnknownName)])
 def test_a_task_that_is_none_is_refused_by_name(make_model, task, error):
-    with own_adapters(make_model) as made, pytest.raises(error, match="task"):
+    with by_task(make_model) as made, pytest.raises(error, match="task"):
         made(input_ids=IDS_BT, task=task)
 
 
 def test_an_encoder_that_is_given_embeddings_has_the_experts_of_the_rows_tasks(make_model):
-    with own_adapters(make_model, "t5", target_modules=("q", "v")) as made:
+    with by_task(make_model, "t5", target_modules=("q", "v")) as made:
         options = {
             "task": ["law", "games", "games", "law"],
             "max_new_tokens": 3,
@@ -70,7 +69,7 @@ def test_a_loss_in_a_tuple_has_the_terms_too(make_model):
 
 
 def test_what_was_frozen_by_hand_stays_so_when_tasks_become_known(make_model):
-    with lw.experts("mixture_of_loras", make_model("llama")) as made:
+    with lw.experts("moelora", make_model("llama")) as made:
         made.gates.requires_grad_(False)
         made.take_tasks(("law", "games"))
         assert not any(parameter.requires_grad for parameter in made.gates.parameters())
@@ -78,7 +77,7 @@ def test_what_was_frozen_by_hand_stays_so_when_tasks_become_known(make_model):
 
 
 def test_an_adapter_of_two_tasks_at_once_is_refused(make_model):
-    with own_adapters(make_model) as made, pytest.raises(ScopeError, match="2 are given"):
+    with by_task(make_model) as made, pytest.raises(ScopeError, match="2 are given"):
         made.adapter(["law", "games"])
 
 
@@ -99,7 +98,7 @@ def test_what_a_hook_of_someone_else_has_seen_of_a_layer_stays_as_it_was(make_mo
     base, seen = make_model("llama"), []
     base.get_submodule("model.layers.0.self_attn.q_proj").register_forward_hook(lambda module, args, y: seen.append(y))
     base(input_ids=IDS_BT)
-    with own_adapters_on(base) as made:
+    with by_task_on(base) as made:
         made(input_ids=IDS_BT, task="law")
     assert torch.equal(seen[0], seen[1])
 
@@ -110,7 +109,7 @@ def test_checkpointing_that_would_run_blocks_again_without_experts_is_refused(ma
     # its name in later versions of transformers
     enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
     enable({"use_reentrant": reentrant})
-    with own_adapters_on(base).train() as made:
+    with by_task_on(base).train() as made:
         with pytest.raises(TrainingError, match="blocks again without their experts"):
             made(input_ids=IDS_BT, labels=IDS_BT, task="law", use_cache=False)
         made.gradient_checkpointing_enable()
@@ -118,38 +117,8 @@ def test_checkpointing_that_would_run_blocks_again_without_experts_is_refused(ma
         assert all(parameter.grad is not None for parameter in made.expert_parameters().values())
 
 
-def test_a_prompt_ends_before_the_first_label_also_where_the_last_logits_alone_are_kept(make_model):
-    with lw.experts("octavius", make_model("llama"), rank=2) as made:
-        draw(made)
-        labels = IDS_BT.masked_fill(torch.arange(4) < 2, -100)
-        whole = made(input_ids=IDS_BT, labels=labels).logits
-        kept = made(input_ids=IDS_BT, labels=labels[:, 2:], logits_to_keep=2).logits
-        torch.testing.assert_close(kept, whole[:, 2:])
-
-
-@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}])
-def test_padding_of_embeddings_that_a_generation_begins_with_is_not_of_the_prompt(make_model, cache):
-    with lw.experts("fedms", make_model("llama"), per_site=True) as made:
-        draw(made)
-        ids_BT = torch.tensor([[0, 0, 27, 20], [6, 2, 25, 3]])
-        options = {"max_new_tokens": 3, "min_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True, **cache}
-        embed = made.base_model.get_input_embeddings()
-        both = made.generate(inputs_embeds=embed(ids_BT), attention_mask=(ids_BT != 0).long(), do_sample=False, **options)
-        alone = made.generate(ids_BT[:1, 2:], do_sample=False, **options)
-        for logits, of_one in zip(both.logits, alone.logits, strict=True):
-            torch.testing.assert_close(logits[:1], of_one, rtol=1e-4, atol=1e-4)
-
-
-def test_a_job_has_the_terms_of_the_factors_too(make_model):
-    with lw.experts("reward_ensemble", make_model("llama"), target_modules=("q_proj",), diversity=0.5) as made:
-        job = ExpertJob("one", made, task="0")
-        job.begin({"input_ids": IDS_BT}, None)
-        singular = [torch.linalg.svdvals(torch.nn.functional.normalize(layer.a_SI)).sum() for layer in made.layers.values()]
-        torch.testing.assert_close(job.penalty(), -0.5 * sum(singular) / 2)
-
-
 def test_a_closed_model_does_not_answer_as_the_base(make_model):
-    made = own_adapters(make_model)
+    made = by_task(make_model)
     made.close()
     with pytest.raises(CompositionError, match="the expert model is closed"):
         made(input_ids=IDS_BT, task="law")
@@ -158,7 +127,7 @@ def test_a_closed_model_does_not_answer_as_the_base(make_model):
 
 
 def test_passes_of_a_trainers_step_add_up_to_the_mean_of_the_terms(make_model):
-    with lw.experts("switch", make_model("llama"), num_experts=3, balance=5.0, capacity=None).train() as made:
+    with lw.experts("mixtral", make_model("llama"), num_experts=3, balance=5.0).train() as made:
         labels = IDS_BT.masked_fill(torch.tensor([[1, 0, 0, 0]]).bool(), -100)
         expected, found = 0.0, 0.0
         for rows, share in ((slice(0, 3), 0.75), (slice(3, 4), 0.25)):
@@ -168,7 +137,7 @@ def test_passes_of_a_trainers_step_add_up_to_the_mean_of_the_terms(make_model):
 
 
 def test_copies_of_data_parallel_which_would_have_no_experts_are_refused(make_model):
-    with own_adapters(make_model) as made, pytest.raises(ScopeError, match="DataParallel would run copies without"):
+    with by_task(make_model) as made, pytest.raises(ScopeError, match="DataParallel would run copies without"):
         # what torch.nn.parallel.replicate asks of each module, where there are several GPUs
         made._replicate_for_data_parallel()
 

@@ -30,7 +30,7 @@ def no_accelerator_left():
 @pytest.fixture
 def made(make_model):
     """Drawn experts of one adapter for each of two tasks, live on a tiny llama."""
-    made = lw.experts("flora", make_model("llama"), tasks=("law", "games"), mode="additive").eval()
+    made = lw.experts("moelora", make_model("llama"), tasks=("law", "games")).eval()
     with torch.no_grad():
         for value in made.expert_parameters().values():
             value.normal_(std=0.3)

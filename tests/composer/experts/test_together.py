@@ -137,9 +137,6 @@ def of_jobs(base, tokenizer, names, made):
     [
         ("llama", "mola", {"num_experts": (2, 3), "dropout": 0.4}),
         ("llama", "mixtral", {"num_experts": 3, "noise": True, "balance": 0.1}),
-        ("llama", "sira", {"num_experts": 3, "top_k": 2, "expert_dropout": 0.3, "capacity": 1.0}),
-        ("llama", "fedms", {"dropout": 0.4, "per_site": True}),
-        ("llama", "octavius", {"dropout": 0.4, "as_released": True}),
         ("t5", "mola", {"num_experts": (3,), "dropout": 0.4, "balance": 1.0, "target_modules": ("q", "v")}),
     ],
 )
@@ -176,15 +173,14 @@ def test_modes_and_the_base_are_left_as_they_were(base, tokenizer):
 
 def test_jobs_on_what_is_no_language_model_are_refused(make_model, tokenizer):
     base = make_model("segformer")
-    jobs = {"first": (lw.experts("mlore", base, tasks=("x",), target_modules=("linear_fuse",)), ROWS["upper"])}
+    jobs = {"first": (lw.experts("mola", base, num_experts=(2,), target_modules=("linear_fuse",)), ROWS["upper"])}
     with pytest.raises(TrainingError, match=r"SegformerForSemanticSegmentation is none: fit\(\) each model by itself"):
         train_experts(base, tokenizer, jobs, steps=1, progress=False)
 
 
 def test_what_cannot_share_a_pass_is_refused_before_the_first_step(base, models, make_model, tokenizer):
     other = make_model("llama")
-    placed = {"target_modules": ("down_proj",), "task_modules": ("down_proj",)}
-    branched = lw.experts("mtlora", base, tasks=("x", "y"), **placed)
+    blocks = lw.experts("mixlora", base)
     by_task = lw.experts("moelora", base, tasks=("x", "y"), target_modules=("down_proj",))
     cases = [
         ({}, TrainingError, "no expert models"),
@@ -195,7 +191,7 @@ def test_what_cannot_share_a_pass_is_refused_before_the_first_step(base, models,
             "'u' is an expert model of another base",
         ),
         (dict.fromkeys("uv", (models["upper"], ROWS["upper"])), TrainingError, "'u' and 'v' are one expert model"),
-        ({"t": (branched, ROWS["upper"])}, TrainingError, "'mtlora'"),
+        ({"t": (blocks, ROWS["upper"])}, TrainingError, "'mixlora'"),
         ({"t": (by_task, ROWS["upper"])}, InvalidTask, "row 1 of job 't' does not say whose task it is, .* 'moelora'"),
         ({"t": (by_task, {"z": ROWS["upper"]})}, UnknownName, "job 't'.* has no task 'z'; it has 'x', 'y'"),
     ]
@@ -234,12 +230,8 @@ def test_jobs_that_are_no_models_with_examples_are_refused_by_name(base, models,
             train_experts(base, tokenizer, jobs, steps=1, progress=False)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "options"),
-    [("moelora", {}), ("mixture_of_loras", {}), ("loramoe", {"knowledge": ("b",), "dropout": 0.0})],
-)
-def test_rows_of_several_tasks_have_the_gradients_of_being_alone(base, tokenizer, trained, recipe, options):
-    made = trained(lw.experts(recipe, base, tasks=("a", "b"), **options))
+def test_rows_of_several_tasks_have_the_gradients_of_being_alone(base, tokenizer, trained):
+    made = trained(lw.experts("moelora", base, tasks=("a", "b")))
     rows = encoded(base, tokenizer, "double")
     owned = [TrainingRow(row.prompt, row.target, row.target, task) for row, task in zip(rows, (1, 0, 1), strict=True)]
     jobs = [ExpertJob("plain", lw.experts("mola", base, num_experts=(2, 3))), ExpertJob("double", made, task="a")]
@@ -270,14 +262,14 @@ def test_what_dropout_draws_follows_from_the_seed_and_the_callers_numbers_go_on(
 
 
 def test_the_tasks_that_examples_name_are_those_of_a_recipe_without(base, tokenizer):
-    with lw.experts("mixture_of_loras", base) as made:
+    with lw.experts("moelora", base) as made:
         report = train_experts(base, tokenizer, {"both": (made, ROWS)}, steps=2, batch_size=2, progress=False)
         assert made.tasks == ("upper", "double")
         assert report.jobs["both"].steps == 2
 
 
 def test_a_model_that_does_not_fit_into_memory_has_the_tasks_that_it_had(base, tokenizer):
-    with lw.experts("mixture_of_loras", base) as made:
+    with lw.experts("moelora", base) as made:
         before = {name: value.clone() for name, value in made.expert_state().items()}
         with pytest.raises(BudgetExceeded):
             train_experts(base, tokenizer, {"both": (made, ROWS)}, steps=2, memory_bytes=1, progress=False)
@@ -289,7 +281,7 @@ def test_held_out_pairs_are_in_the_prompts_of_the_job_s_task_and_others_name_the
     task = lw.Task(ROWS["double"], instruction="Say it twice.")
     jobs = {
         "double": (lw.experts("mola", base, num_experts=(2, 3)), task),
-        "both": (lw.experts("mixture_of_loras", base), ROWS),
+        "both": (lw.experts("moelora", base), ROWS),
     }
     held_out = {"double": [("c", "cc")], "both": {"upper": [("c", "C")]}}
     report = train_experts(base, tokenizer, jobs, steps=1, batch_size=3, held_out=held_out, progress=False)
@@ -319,7 +311,7 @@ SETTINGS = {"steps": 6, "batch_size": 2, "lr": 1e-2, "jobs_per_batch": 2, "progr
 
 def three(base):
     made = {name: lw.experts("mola", base, seed=1, dropout=0.2, **OPTIONS[name]) for name in ROWS}
-    made["tasks"] = lw.experts("mixture_of_loras", base)
+    made["tasks"] = lw.experts("moelora", base)
     return {name: (model, ROWS.get(name, ROWS)) for name, model in made.items()}
 
 

@@ -113,8 +113,7 @@ def test_rows_are_trained_with_their_own_task(model, tokenizer):
     assert changed.tolist() == [True, True, False]
 
 
-NAMED = {"moelora": {"rank": 8, "tasks": ("sums", "capitals")}, "mixture_of_loras": {"tasks": ("facts", "games")}}
-NAMED["loramoe"] = {"tasks": ("facts", "games"), "knowledge": ("facts",)}
+NAMED = {"moelora": {"rank": 8, "tasks": ("sums", "capitals")}}
 
 
 @pytest.mark.parametrize(
@@ -127,9 +126,11 @@ NAMED["loramoe"] = {"tasks": ("facts", "games"), "knowledge": ("facts",)}
         ("mola", {"train": ROWS}, InvalidTask, "no tasks, but perhaps splits"),
         ("mola", [{**ROWS[0], "task": 0}], UnknownName, "row 1 of dataset: recipe 'mola' has no task 0: tasks are told by"),
         ("moelora", ROWS, InvalidTask, "whose task it is, which recipe 'moelora' learns from: give it a 'task'"),
-        *(
-            (name, {"fact": ROWS, "games": ROWS}, UnknownName, r"dataset\['fact'\]: .* no task 'fact', did you mean 'facts'")
-            for name in ("mixture_of_loras", "loramoe")
+        (
+            "moelora",
+            {"sum": ROWS, "capitals": ROWS},
+            UnknownName,
+            r"dataset\['sum'\]: .* no task 'sum', did you mean 'sums'",
         ),
     ],
 )
@@ -139,7 +140,7 @@ def test_data_that_cannot_be_used_is_refused_by_name(model, recipe, rows, error,
 
 
 def test_rows_that_do_not_divide_among_passes_are_refused_and_their_tasks_not_taken(model):
-    made = lw.experts("mixture_of_loras", model)
+    made = lw.experts("moelora", model)
     before = state(made)
     rows = [{**row, "task": ("sums", "capitals")[place % 2]} for place, row in enumerate(ROWS)]
     with pytest.raises(TrainingError, match=r"batch_size is 4, which does not divide by 3 passes .* take a multiple of 3"):
@@ -361,7 +362,7 @@ PROMPTED = [{"input_ids": [3 + i, *[9] * (1 + i), 5, 6], "labels": [-100] * (2 +
 
 def trained(model, **options):
     settings = {name: options.pop(name) for name in ("steps", "gradient_accumulation", "batch_size") if name in options}
-    made = lw.experts("switch", model, rank=2, target_modules=("q_proj", "down_proj"), balance=0.0, **options)
+    made = lw.experts("mixlora", model, rank=2, routing="switch", balance=0.0, z=0.0, **options)
     return made.fit(PROMPTED, **{**ONE_STEP, **settings}).training_report
 
 
@@ -383,7 +384,7 @@ def test_passes_of_a_step_are_counted_together(make_model):
 
 
 def test_much_overflow_is_warned_of_once_with_the_way_out(make_model):
-    with pytest.warns(UserWarning, match="learned from: take prioritised=True, a larger capacity, None for no") as found:
+    with pytest.warns(UserWarning, match="learned from: take a larger capacity, None for no") as found:
         report = trained(make_model("llama"), num_experts=2, capacity=0.3, steps=30)
     assert len([warning for warning in found if "no capacity left" in str(warning.message)]) == 1
     assert len(report.overflow) == 30

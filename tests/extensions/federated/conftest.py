@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from loraweave import registry
 from loraweave.extensions.federated import federate as run_rounds
 
 SETTINGS = {"rank": 2, "steps": 3, "batch_size": 2, "lr": 1e-2, "rounds": 2, "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def recipe_of_the_strategy(request):
+    """FedMS trains a recipe that another extension has, which may have been taken away."""
+    if "fedms" in request.node.name and "fedms" not in registry.names("experts"):
+        pytest.skip("no recipe 'fedms' is installed")
 
 
 @pytest.fixture

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 import loraweave as lw
+from loraweave import registry
 from loraweave.errors import CompositionError, InvalidTask, TrainingError, UnknownName
 from loraweave.extensions.rewards.reward_mixture import expert_rewards, train_reward_experts
+
+pytestmark = pytest.mark.skipif("reward_ensemble" not in registry.names("experts"), reason="its recipe is not installed")
 
 MEMBERS = ("first", "second", "third")
 PAIRS = [("good a", "bad a"), ("good be", "bad be"), ("good c", "bad c"), ("good dog", "bad dog")]
@@ -90,7 +93,7 @@ def test_members_learn_what_is_preferred(make_ensemble, tokenizer):
 
 
 def test_diversity_makes_members_factors_more_different(make_ensemble):
-    from loraweave.routers.losses.nuclear_norm import nuclear_norm
+    from loraweave.extensions.recipes.losses.nuclear_norm import nuclear_norm
 
     def mean_norm(made):
         return float(torch.stack([nuclear_norm(layer.a_SI.detach()) for layer in made.layers.values()]).mean())

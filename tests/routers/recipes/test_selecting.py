@@ -8,7 +8,7 @@ from torch.nn import functional
 from transformers import SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
-from loraweave.routers.recipes._token_gates import even_share, noisy, top_k_of_softmax, within_capacity, without_some
+from loraweave.routers.recipes._token_gates import even_share, noisy, top_k_of_softmax, within_capacity
 from loraweave.routers.tokens._scores import top_p_of_softmax
 
 
@@ -74,41 +74,10 @@ def test_noise_teaches_its_spread():
     torch.testing.assert_close(grad_BTE, drawn_BTE * spread_BTE.sigmoid())
 
 
-def test_a_token_goes_without_the_share_of_experts_that_it_should():
-    torch.manual_seed(0)
-    gone = without_some(torch.zeros(1, 20_000, 6), 0.3) == -math.inf
-    assert float(gone.double().mean()) == pytest.approx(0.3, abs=0.01)
-
-
-def test_so_many_experts_as_are_needed_stay():
-    torch.manual_seed(0)
-    stays_BTE = without_some(torch.zeros(2, 500, 5), 0.999, least=2) == 0
-    assert int(stays_BTE.sum(dim=-1).min()) == 2
-
-
-def test_scores_that_stay_are_as_they_were():
-    torch.manual_seed(0)
-    scores_BTE = scores_of(2, 3, 5)
-    made_BTE = without_some(scores_BTE, 0.5)
-    assert torch.equal(made_BTE[made_BTE > -math.inf], scores_BTE[made_BTE > -math.inf])
-
-
 def test_what_overflows_is_zero_and_what_does_not_is_as_it_was():
     w_BTE = torch.tensor([[[0.6, 0.0], [0.7, 0.3], [0.0, 0.4], [0.2, 0.9], [0.5, 0.0]]])
     made_BTE = within_capacity(w_BTE, torch.tensor([2]))
     assert torch.equal(made_BTE[0], torch.tensor([[0.6, 0], [0.7, 0.3], [0, 0.4], [0, 0], [0, 0]]))
-
-
-def test_a_prioritised_expert_keeps_what_it_weighs_most_and_the_earlier_of_equals():
-    w_BTE = torch.tensor([[[0.6, 0.0], [0.7, 0.3], [0.0, 0.4], [0.9, 0.3], [0.5, 0.0]]])
-    made_BTE = within_capacity(w_BTE, torch.tensor([2]), prioritised=True)
-    assert torch.equal(made_BTE[0], torch.tensor([[0, 0], [0.7, 0.3], [0, 0.4], [0.9, 0], [0, 0]]))
-
-
-def test_padding_takes_no_capacity_by_priority():
-    w_BTE, real_BT = torch.tensor([[[0.9], [0.2], [0.8], [0.4]]]), torch.tensor([[False, True, False, True]])
-    made_BTE = within_capacity(w_BTE, torch.tensor([1]), real_BT, prioritised=True)
-    assert torch.equal(made_BTE[real_BT].flatten(), torch.tensor([0, 0.4]))
 
 
 def test_padding_takes_no_capacity():

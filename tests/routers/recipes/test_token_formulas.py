@@ -26,13 +26,8 @@ def best_alone(scores_E, top_k):
 # the options, alpha / rank, and w_E of a token's scores
 FORMULAS = {
     "hydralora": ({"num_experts": 3, "rank": 2, "alpha": 6.0, "dropout": 0.0}, 3.0, softmax),
-    "llava_mole": ({"rank": 2, "alpha": 5.0}, 2.5, lambda scores_E: best(scores_E, 1)),
-    "loramoe": ({"num_experts": 4, "rank": 2, "alpha": 6.0, "dropout": 0.0}, 3.0, softmax),
     "mixtral": ({"num_experts": 5, "top_k": 3, "rank": 2, "alpha": 6.0}, 3.0, lambda scores_E: best_alone(scores_E, 3)),
     "mola": ({"num_experts": (3,), "rank": 2, "alpha": 6.0}, 3.0, lambda scores_E: best_alone(scores_E, 2)),
-    "moral": ({"num_experts": 4, "top_k": 2, "rank": 3, "alpha": 1.5}, 0.5, lambda scores_E: best_alone(scores_E, 2)),
-    "sira": ({"num_experts": 4, "top_k": 2, "rank": 2, "alpha": 6.0}, 3.0, lambda scores_E: best(scores_E, 2)),
-    "switch": ({"num_experts": 3, "rank": 2, "alpha": 6.0}, 3.0, lambda scores_E: best(scores_E, 1)),
 }
 
 

@@ -1,0 +1,21 @@
+"""The sum of experts whose factors a do not learn, and whose gate sees what these make of the input."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loraweave.extend import ExpertShape, Recipe, Site, SumOfExperts, conv, linear
+
+
+class FrozenProjection(SumOfExperts):
+    """y0 + scale * sum over e of w_e(A x) * (dropout(x) a_e^T) b_e^T, where A, all factors a on end, has no gradient."""
+
+    def __init__(self, recipe: Recipe, site: Site, shape: ExpertShape) -> None:
+        super().__init__(recipe, site, shape)
+        self.a_SI.requires_grad_(False)
+
+    def gate_input(self, module: nn.Module, x: Tensor) -> Tensor:
+        if self.site.kernel:
+            return conv.project(module, x.to(self.a_SI.dtype), self.a_SI)
+        return functional.linear(linear.inputs(module, x, self.a_SI).to(self.a_SI.dtype), self.a_SI)

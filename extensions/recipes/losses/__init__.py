@@ -1,0 +1,1 @@
+"""Losses of these recipes; each states its value at uniform use and at collapse."""

@@ -1,0 +1,19 @@
+"""The balance loss of mixtures whose tokens have one expert each."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from loraweave.extend import get
+
+mixtral = get("losses", "mixtral")
+
+
+def switch(scores_NE: Tensor) -> Tensor:
+    """Return E * sum over e of f_e p_e, of the real tokens of one layer (Fedus et al. 2021, arXiv 2101.03961).
+
+    f_e is the fraction of tokens whose best is e, without a gradient, p_e the mean of softmax(scores). 1 where all experts
+    are alike, and E where one has every token with all its probability.
+    """
+    loss: Tensor = mixtral(scores_NE, 1)
+    return loss

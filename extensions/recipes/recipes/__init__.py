@@ -1,0 +1,1 @@
+"""Recipes beside those of the core: their experts, gates and sites, one file each."""

@@ -1,0 +1,122 @@
+"""LD-MoLE (Zhuang et al. 2025, arXiv 2509.25684): experts trained with gates that learn how many of them a token gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loraweave import ScopeError
+from loraweave.extend import (
+    Call,
+    Count,
+    EvenRecipe,
+    Gate,
+    Lambda,
+    NonNegative,
+    Rate,
+    Site,
+    Step,
+    Weighing,
+    draw_linear,
+    least_lambda,
+    sparsegen,
+)
+
+# in Call.kept: the model's _LambdaReader
+_READER = "what says lambda"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LdMole(EvenRecipe):
+    """The mixture y = y0 + alpha / rank * sum over e of w_e B_e A_e x, w = sparsegen(r x, lambda(x)) by token and site.
+
+    w is a share of each expert on the simplex, of which as many are 0 as lambda, below 1, says. r_EI is each site's own, and
+    lambda(x) = 0.99 + logsigmoid(MLP(x)) has one MLP of `hidden` units for all sites with as many inputs. Weights and their
+    number follow the input without a jump, so that gradients reach both. The router `ld_mole` is the same for adapters that
+    are there.
+
+    `sparsity` times how far lambda is below the least that leaves at most `target` experts, a mean over real tokens and
+    sites, is added; scores are not moved by it. So is `balance` times the mean over sites of E * sum over e of f_e p_e, f_e
+    the share of e of all weights above 0 and p_e its mean weight. Both are 0 in the released configuration, whose sizes the
+    defaults are. There, dropout is also on what the gates see, and padding counts in the sparsity.
+    """
+
+    dropout: Rate = 0.1
+    hidden: Count = 256
+    sparsity: NonNegative = 0.0
+    target: Count = 2
+    balance: NonNegative = 0.0
+
+    def gate(self, site: Site, num_experts: int) -> Gate:
+        return _SparsegenGate(site.num_inputs, num_experts)
+
+    def reader(self, sites: Sequence[Site]) -> Gate:
+        return _LambdaReader(sorted({site.num_inputs for site in sites}), self.hidden)
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        losses = {}
+        if self.sparsity and self.target < self.num_experts:
+            shortfalls = [
+                step.real((least_lambda(scores_BTE.detach(), self.target) - step.beside[site]).clamp_min(0)).mean()
+                for site, scores_BTE in step.scores.items()
+            ]
+            losses["sparsity"] = self.sparsity * torch.stack(shortfalls).mean()
+        if self.balance:
+            imbalances = [_unevenness(step.real(w_BTE)) for w_BTE in step.weights.values()]
+            losses["balance"] = self.balance * torch.stack(imbalances).mean()
+        return losses
+
+
+def _unevenness(w_NE: Tensor) -> Tensor:
+    """Return E * sum over e of f_e p_e, which is 1 where all experts are alike."""
+    chosen_NE = (w_NE > 0).to(w_NE)
+    return w_NE.shape[1] * (chosen_NE.sum(dim=0) / chosen_NE.sum() * w_NE.mean(dim=0)).sum()
+
+
+class _SparsegenGate(Gate):
+    def __init__(self, num_inputs: int, num_experts: int) -> None:
+        super().__init__(num_experts)
+        self.r_EI = nn.Parameter(torch.empty(num_experts, num_inputs))
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Draw r_EI as torch draws a linear layer, uniformly between -1/sqrt(I) and 1/sqrt(I)."""
+        draw_linear(self.r_EI, generator)
+
+    def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
+        """Weigh by scores and lambda. Raises ScopeError where no call of the whole model has begun."""
+        if _READER not in call.kept:
+            raise ScopeError(
+                "the gate looks at lambda, which all sites share, and this layer runs outside of a call of the whole model: "
+                "call the model itself, or generate() with it"
+            )
+        x_BTI = x_BTI.to(self.r_EI.dtype)
+        scores_BTE, lambda_BT1 = functional.linear(x_BTI, self.r_EI), call.kept[_READER].lambdas_of(x_BTI)
+        return Weighing(sparsegen(scores_BTE, lambda_BT1), scores_BTE, lambda_BT1)
+
+
+class _LambdaReader(Gate):
+    """The holder of lambda's MLPs, one for each number of inputs."""
+
+    def __init__(self, widths: Sequence[int], hidden: int) -> None:
+        super().__init__(1)
+        # torch's own layers would draw from the caller's generator
+        with torch.random.fork_rng([]):
+            self.lambdas = nn.ModuleDict({str(width): Lambda(width, hidden) for width in widths})
+
+    def reset(self, generator: torch.Generator) -> None:
+        for network in self.lambdas.values():
+            for weight in (network.first.weight, network.last.weight):  # type: ignore[union-attr]
+                draw_linear(weight, generator)  # type: ignore[arg-type]
+
+    def begin(self, call: Call) -> None:
+        call.kept[_READER] = self
+
+    def lambdas_of(self, x_BTI: Tensor) -> Tensor:
+        """Return lambda_BT1, on the device of the site."""
+        network = self.lambdas[str(x_BTI.shape[-1])]
+        lambda_BT1: Tensor = network(x_BTI.to(network.last.weight.device)).to(x_BTI.device)  # type: ignore[union-attr, arg-type]
+        return lambda_BT1

@@ -1,0 +1,30 @@
+"""LLaVA-MoLE (Chen, Jie and Ma 2024, arXiv 2401.16160): one expert of the feed-forward for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from loraweave.extend import FEED_FORWARD, Count, EvenRecipe, NonNegative, Site, Step, TokenGate, balance_term
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaMole(EvenRecipe):
+    """A mixture with w = softmax(r x) of the expert where it is highest, else 0, by token and site of the feed-forward.
+
+    The gate learns by that probability alone: which expert is the best has no gradient. `balance` times the mean over sites
+    of the loss `switch`, 1 where all experts are alike, is added. Published, for three kinds of data: 3 experts of rank 32.
+    """
+
+    rank: Count = 32
+    num_experts: Count = 3
+    balance: NonNegative = 0.01
+    target_modules: tuple[str, ...] = FEED_FORWARD
+
+    def gate(self, site: Site, num_experts: int) -> TokenGate:
+        return TokenGate(site.num_inputs, num_experts, top_k=1, sums_to_one=False)
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        return balance_term(self.balance, step, 1)

@@ -1,0 +1,41 @@
+"""One expert for each token, as in Switch Transformers (Fedus et al. 2021, arXiv 2101.03961): a plain baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from loraweave.extend import EvenRecipe, NonNegative, Positive, Site, Step, balance_term, by_layer, get
+from loraweave.extensions.recipes.limited_gate import LimitedGate
+
+z = get("losses", "z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switch(EvenRecipe):
+    """A mixture with w = softmax(r x) of the expert where it is highest, 0 for the others, for each token and site.
+
+    The probability stays below 1, and is what gives the gate a gradient. In training an expert has at most `capacity` times
+    its even share T/E of each row's tokens, the first ones, or with `prioritised` those that it weighs most; to the others
+    it adds exactly 0. None is no limit, as in evaluation. `balance` times the mean over sites of the loss `switch`, 1 where
+    all experts are alike, and `z` times that of the loss `z` (Zoph et al. 2022, arXiv 2202.08906) are added. Published: 0.01
+    and a capacity of 1.25 for the first tokens; without z.
+
+    The paper counts capacity over what a device has at once; here, as in transformers, a row counts for itself, so that no
+    row's output depends on another. Its noise on the gate's inputs in training is left out.
+    """
+
+    balance: NonNegative = 0.01
+    z: NonNegative = 0.0
+    capacity: Positive | None = 1.25
+    prioritised: bool = False
+
+    def gate(self, site: Site, num_experts: int) -> LimitedGate:
+        return LimitedGate(
+            site.num_inputs, num_experts, top_k=1, sums_to_one=False, capacity=self.capacity, prioritised=self.prioritised
+        )
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        return {**balance_term(self.balance, step, 1), **({"z": self.z * by_layer(step, z).mean()} if self.z else {})}

@@ -1,0 +1,6 @@
+"""What tests of recipes share with those of the core's."""
+
+from gradients_of_weights import has_exact_gradients as has_exact_gradients
+from recipe_sites import adds_up as adds_up
+from recipe_sites import seen_at as seen_at
+from recipe_sites import terms_of as terms_of
