@@ -50,6 +50,7 @@ from benchmarks._run import Run, console
 from benchmarks._timing import Gate, Way, compare, require
 from loraweave.composer.live import row_weights
 from loraweave.composer.live.kernels import _native
+from loraweave.extensions.accelerators import batch_invariant
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 16
@@ -242,7 +243,7 @@ def ways(setting: Setting, make: Callable[..., Way], prefill: bool) -> dict[str,
 
     @contextmanager
     def invariant(mixtures: Any) -> Iterator[None]:
-        with lw.batch_invariant(model), engine.activate(mixtures):
+        with batch_invariant(model), engine.activate(mixtures):
             yield
 
     def without(module: Any, name: str, instead: Any) -> Context:

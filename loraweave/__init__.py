@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from loraweave.composer.experts.make import experts
     from loraweave.composer.experts.together import train_experts
     from loraweave.composer.formula.formula import Formula, parse
-    from loraweave.composer.live.fixed_shapes import batch_invariant
     from loraweave.composer.merge.arithmetic import (
         byom,
         clusters,
@@ -87,7 +86,6 @@ _MODULES = {
     "composer.compose.composition": "Composition",
     "composer.compose.compose": "compose",
     "composer.formula.formula": "Formula parse",
-    "composer.live.fixed_shapes": "batch_invariant",
     "composer.merge.arithmetic": "byom clusters compeft twin_merging",
     "composer.merge.merge": "merge",
     "composer.ensembles.ensemble": "ensemble",
@@ -175,7 +173,6 @@ __all__ = [
     "UnknownName",
     "WeightingError",
     "base_key",
-    "batch_invariant",
     "byom",
     "clusters",
     "collect_statistics",

@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from loraweave.composer.experts.together import ExpertJob
     from loraweave.composer.explain.plot import explanation_page
     from loraweave.composer.formula.nodes import Named, Stored, Sum
-    from loraweave.composer.live.hooks._hook import LiveHook, MixedLayer, Traced
+    from loraweave.composer.live.hook import LiveHook, MixedLayer, Traced
     from loraweave.composer.live.kernels._choice import only_kernel
     from loraweave.composer.live.kernels._cost import Cost, Workload
     from loraweave.composer.live.kernels._parts import (
@@ -290,7 +290,6 @@ _MODULES = {
     "serving.http": "EventStream loopback_only read_body read_request refused require_loopback unless_gone",
     # what live mixtures are made of: hooks, and kernels by row with their costs
     "common.process": "lock_of",
-    "composer.live.hooks._hook": "LiveHook MixedLayer Traced",
     "composer.live.kernels._choice": "only_kernel",
     "composer.live.kernels._cost": "Cost Workload",
     "composer.live.kernels._parts": (
@@ -298,6 +297,7 @@ _MODULES = {
     ),
     "composer.live.layout": "PlacedFactors",
     "composer.live.residents": "Lease",
+    "composer.live.hook": "LiveHook MixedLayer Traced",
     # what a recipe is made from: gates, what they look at, and the form of its experts (docs/extensions/recipes.md)
     "routers.recipes._gate": "Call Gate UNKNOWN Weighing draw_linear",
     "routers.recipes._token_gates": "TokenGate top_k_of_softmax",

@@ -24,7 +24,8 @@ from loraweave.errors import PluginFailed, UnknownName
 FOLDERS: dict[str, tuple[str, ...]] = {
     "methods": ("loraweave.composer.merge.methods",),
     "kernels": ("loraweave.composer.live.kernels",),
-    "hooks": ("loraweave.composer.live.hooks",),
+    # of extensions alone
+    "hooks": (),
     "objectives": ("loraweave.composer.compose.objectives",),
     "continual": ("loraweave.composer.train.ordered",),
     "routers": ("loraweave.routers.searches", "loraweave.routers.tokens"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.live.hooks._hook import hook_kinds
+from loraweave.composer.live.hook import hook_kinds
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.weights import MixtureWeights
 from loraweave.serving.served import Served

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from weakref import WeakSet
@@ -38,7 +38,7 @@ from loraweave.common.process import holding, lock_of
 from loraweave.composer.live.call_router import CallRouter, end_router_call
 from loraweave.composer.live.entry import Entry, Exit
 from loraweave.composer.live.experts import ExpertsForward
-from loraweave.composer.live.hooks._hook import LiveHook
+from loraweave.composer.live.hook import LiveHook, MixedLayer, mix_outside
 from loraweave.composer.live.limits import Handle, end_call, in_backward_thread, watch
 from loraweave.composer.live.plan import KEPT_BYTES, Plan, make_plan
 from loraweave.composer.live.recording import Usage
@@ -183,7 +183,7 @@ class LiveLayers:
         # whether torch.compile can trace no mixture of some layer
         self._untraced = False
         # set where a graph of torch.compile would lose gradients through what learns, or has no mixture
-        self.mixes_outside: Callable[[_MixedForward, Tensor, Tensor], Tensor] | None = None
+        self.mixes_outside: Callable[[MixedLayer, Tensor, Tensor], Tensor] | None = None
         _ALL.add(self)
 
     @property
@@ -384,22 +384,6 @@ class LiveLayers:
             for key in [key for key, hook in hooks.items() if any(hook is own_hook for own_hook in self._own_hooks)]:
                 del hooks[key]
                 model._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-@cache
-def mix_outside() -> Callable[[_MixedForward, Tensor, Tensor], Tensor]:
-    """Return the eager mixture as a function outside of torch.compile's graph, so that gradients reach all they should."""
-    eager: Callable[[_MixedForward, Tensor, Tensor], Tensor] = torch.compiler.disable(  # type: ignore[no-untyped-call]
-        _eager,
-        reason="a mixture by a router, or of weights that learn, has gradients that a graph would lose, and stays outside; "
-        "compile without fullgraph=True, or run under torch.no_grad()",
-    )
-    return eager
-
-
-def _eager(mixed: _MixedForward, x: Tensor, y: Tensor) -> Tensor:
-    activation = mixed.mixing()
-    return y if activation is None else activation.apply(mixed.layer, x, y)
 
 
 _ALL: WeakSet[LiveLayers] = WeakSet()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from loraweave.composer.live.entry import Entry, Exit
 from loraweave.composer.live.fitting import Fitting
-from loraweave.composer.live.hooks._hook import LiveHook
+from loraweave.composer.live.hook import LiveHook
 from loraweave.composer.live.mixer import LiveLayers
 from loraweave.composer.live.plan import Plan
 from loraweave.composer.live.standing_in import StandIn, give_back

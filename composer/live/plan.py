@@ -26,7 +26,7 @@ from torch import Tensor
 
 from loraweave.common.checks import is_list
 from loraweave.composer.live.call_router import CallRouter
-from loraweave.composer.live.hooks._hook import LiveHook, hook_kinds
+from loraweave.composer.live.hook import LiveHook, hook_kinds
 from loraweave.composer.live.kernels._choice import ONLY, block_of
 from loraweave.composer.live.kernels._parts import Adder
 from loraweave.composer.live.limits import (

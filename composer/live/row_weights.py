@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loraweave.common.process import lock_of
-from loraweave.composer.live.hooks._hook import LiveHook, Prepared
+from loraweave.composer.live.hook import LiveHook, Prepared
 from loraweave.composer.live.kernels._choice import Choice, choose, row_kernels
 from loraweave.composer.live.kernels._cost import Workload
 from loraweave.composer.live.kernels._native import native_runs

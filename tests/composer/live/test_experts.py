@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraweave.composer.compose.rerank import first_order
 from loraweave.composer.composer import Composer
-from loraweave.composer.live.fixed_shapes import batch_invariant
 from loraweave.errors import CompositionError, LayerMismatch, ScopeError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
@@ -359,19 +358,6 @@ def test_experts_beside_an_activated_lora_are_refused(saved):
     with pytest.raises(ScopeError, match="no adapter with invocation tokens beside it"):
         engine.activate({"judge": 1.0, "a": 1.0})
     with engine.activate({"judge": 1.0}):
-        logits(model)
-
-
-def test_a_batch_invariant_call_takes_the_eager_experts_of_the_base_and_no_updates_of_them(saved):
-    _, ours = saved("mixtral")
-    model = make()
-    engine = Composer(model, ours)
-    with pytest.raises(CompositionError, match=r"experts_implementation='eager'"), batch_invariant(model):
-        pass
-    model.set_experts_implementation("eager")
-    with batch_invariant(model):
-        assert torch.equal(torch.cat([logits(model, IDS[row : row + 1]) for row in range(3)]), logits(model))
-    with batch_invariant(model), engine.activate({"a": 1.0}), pytest.raises(ScopeError, match=r"batch_invariant\(\)"):
         logits(model)
 
 

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.live import plan
-from loraweave.composer.live.hooks._hook import LiveHook
+from loraweave.composer.live.hook import LiveHook
 from loraweave.composer.live.kernels._parts import AddsInPlace
 
 SHAPES = {"0": (2, 9, 5), "1": (3, 5, 4)}

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from live_models import in_thread
+from live_models import in_thread, in_whole_graphs
 from tiny_models import random_adapter
 from torch import Tensor, nn
 
@@ -148,6 +148,7 @@ def test_an_owner_that_did_not_call_its_layer_this_time_is_noticed():
 
 
 @torch.no_grad()
+@in_whole_graphs
 def test_a_layer_with_a_watched_owner_can_be_compiled():
     torch.manual_seed(0)
     model, x = nn.Sequential(Sometimes()), torch.randn(2, 4)

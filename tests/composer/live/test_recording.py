@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from live_models import in_threads
+from live_models import in_threads, in_whole_graphs
 from torch import nn
 
 from loraweave.composer.composer import Composer
@@ -302,6 +302,7 @@ def test_a_router_for_one_row_and_weights_for_another_are_both_seen(alike):
 
 
 @pytest.mark.own_models
+@in_whole_graphs
 def test_compiled_code_is_seen_too(alike):
     torch._dynamo.reset()
     compiled = torch.compile(alike.model, backend="eager", fullgraph=True)

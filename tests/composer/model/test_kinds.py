@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from live_models import in_whole_graphs
 from rounding import unit
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -233,6 +234,7 @@ def test_the_factors_follow_the_device_and_dtype_of_the_output(case: Case) -> No
     assert (elsewhere.device.type, elsewhere.shape) == ("meta", after.shape)
 
 
+@in_whole_graphs
 @pytest.mark.parametrize("name", ["gemma's embedding", "conv1d", "channels last"])
 @torch.no_grad()
 def test_compiled_code_gives_the_same_and_is_traced_once_for_all_mixtures(name: str) -> None:

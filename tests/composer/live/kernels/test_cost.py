@@ -50,23 +50,6 @@ def test_a_few_tokens_in_half_precision_are_multiplied_in_single_on_a_cpu_only()
     assert not choose(replace(short, device="cuda")).exact
 
 
-def test_triton_takes_rows_of_different_ranks_by_token_and_by_segment_where_it_runs(monkeypatch):
-    decode = replace(OWN, num_mixtures=32, tokens=1, largest=64, total=312, num_segments=32, distinct=312, stacked=312)
-    on_gpu = replace(decode, itemsize=2, device="cuda")
-    wide = replace(on_gpu, num_inputs=4096, num_outputs=4096)
-    installed = [True]
-    monkeypatch.setattr("loraweave.composer.live.kernels._rank_tables._is_installed", lambda: installed[-1])
-    choose.cache_clear()
-    assert choose(wide).path == "triton_gathered"
-    assert choose(replace(wide, tokens=128)).path == "triton_segments"
-    # two calls of a library are less than two launches where that is all there is to do
-    assert choose(replace(on_gpu, num_mixtures=2, largest=8, total=16, num_segments=2)).path == "gathered"
-    installed.append(False)
-    choose.cache_clear()
-    assert not choose(wide).path.startswith("triton")
-    choose.cache_clear()
-
-
 @pytest.mark.parametrize(
     ("num_tokens", "per_token", "num_experts", "pays"),
     [

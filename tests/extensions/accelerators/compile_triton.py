@@ -4,7 +4,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from loraweave.composer.live.kernels import _triton_products as products
+from loraweave.extensions.accelerators import triton_products as products
 
 KERNELS = {
     "shrink_each": {"BLOCK_R": 8, "BLOCK_I": 256},

@@ -28,8 +28,8 @@ from torch.nn import functional
 from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
-from loraweave.composer.live.kernels._choice import only_kernel
-from loraweave.errors import CompositionError, ScopeError
+from loraweave import CompositionError, ScopeError
+from loraweave.extend import only_kernel
 
 TILE = 8
 KEYS = 64

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.composer.live.kernels._cost import Cost, Workload
-from loraweave.composer.live.kernels._parts import Lend, Part, RowSets, group_rows
-from loraweave.composer.live.kernels._rank_tables import RankTables, TableKernel, triton_runs
+from loraweave.extend import Cost, Lend, Part, RowSets, Workload, group_rows
+from loraweave.extensions.accelerators.rank_tables import RankTables, TableKernel, triton_runs
 
 # the tokens of one segment in one block
 BLOCK_N = 32
@@ -60,7 +59,7 @@ class TritonSegments(TableKernel):
         return self.tables.num_bytes + self.member_M.nbytes + self.first_G.nbytes
 
     def run(self, x_BTI: Tensor, in_DI: Tensor, out_DO: Tensor, y_BTO: Tensor | None) -> Tensor:
-        from loraweave.composer.live.kernels._triton_products import expand_group, shrink_group
+        from loraweave.extensions.accelerators.triton_products import expand_group, shrink_group
 
         index, w, count = self.tables.index_GR, self.tables.w_GR, self.tables.count_G
         num_tokens, (num_groups, width) = x_BTI.shape[0] * x_BTI.shape[1], index.shape

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.composer.live.kernels._cost import Cost, Workload
-from loraweave.composer.live.kernels._parts import Lend, Part, RowSets
-from loraweave.composer.live.kernels._rank_tables import RankTables, TableKernel, triton_runs
+from loraweave.extend import Cost, Lend, Part, RowSets, Workload
+from loraweave.extensions.accelerators.rank_tables import RankTables, TableKernel, triton_runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +34,7 @@ class TritonGathered(TableKernel):
         return cls(RankTables.of(parts, rows, dtype))
 
     def run(self, x_BTI: Tensor, in_DI: Tensor, out_DO: Tensor, y_BTO: Tensor | None) -> Tensor:
-        from loraweave.composer.live.kernels._triton_products import expand_each, shrink_each
+        from loraweave.extensions.accelerators.triton_products import expand_each, shrink_each
 
         index, w, count = self.tables.index_GR, self.tables.w_GR, self.tables.count_G
         num_tokens, (num_groups, width) = x_BTI.shape[0] * x_BTI.shape[1], index.shape

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.composer.live.kernels._parts import Part, RowKernel, stack_a
+from loraweave.extend import Part, RowKernel
 
 
 def triton_runs(device: str, itemsize: int) -> bool:
@@ -45,7 +45,7 @@ class RankTables:
     def of(cls, parts: Sequence[Part], mixtures: Sequence[tuple[tuple[int, float], ...]], dtype: torch.dtype) -> RankTables:
         used = sorted({p for mixture in mixtures for p, _ in mixture})
         distinct = [parts[p] for p in used]
-        a_DI = stack_a(distinct, dtype).contiguous()
+        a_DI = torch.cat([part.a_RI for part in distinct]).to(dtype).contiguous()
         b_DO = torch.cat([part.b_RO for part in distinct]).to(dtype).contiguous()
         first: dict[int, int] = {}
         for p in used:

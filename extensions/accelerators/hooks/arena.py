@@ -8,7 +8,7 @@
 Boards keep their addresses, and so do arenas until they grow, so that what is made for a layer and a board (kernels, a
 recorded graph) serves every later mixture of as many rows. The idea is that of vLLM's slots. A board is one activation's
 until that ends. The naive twin is the path without an arena, which gathers factors for each mixture (`row_weights.py`);
-`tests/composer/live/kernels/arena_cases.py` compares both with the formula.
+`tests/extensions/accelerators/arena_cases.py` compares both with the formula.
 """
 
 from __future__ import annotations
@@ -23,18 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraweave.common.process import lock_of
-from loraweave.composer.live.hooks._hook import LiveHook
-from loraweave.composer.live.kernels._parts import Kernel
-from loraweave.composer.live.kernels._rank_tables import RankTables, triton_runs
-from loraweave.composer.live.kernels.triton_gathered import TritonGathered
-from loraweave.composer.live.kernels.triton_segments import TritonSegments
-from loraweave.composer.live.layout import PlacedFactors
-from loraweave.composer.live.residents import Lease
-from loraweave.composer.model.kinds import linear
-from loraweave.composer.model.layers import TargetLayer
-from loraweave.hub.adapter import Adapter
-from loraweave.routers.weights import MixtureWeights
+from loraweave import Adapter, MixtureWeights
+from loraweave.extend import Kernel, Lease, LiveHook, PlacedFactors, TargetLayer, lock_of
+from loraweave.extensions.accelerators.kernels.triton_gathered import TritonGathered
+from loraweave.extensions.accelerators.kernels.triton_segments import TritonSegments
+from loraweave.extensions.accelerators.rank_tables import RankTables, triton_runs
 
 # the width of a board is a multiple of it, so that mixtures of about as many ranks share one
 COLUMNS = 8
@@ -283,7 +276,9 @@ def _parts(name: str, lease: Lease, layers: Mapping[str, TargetLayer]) -> Mappin
     placed = lease.placed(name)
     if not lease.layers_of(name) <= layers.keys():
         return None
-    wanted = {layer for layer in lease.layers_of(name) if layers[layer].kind is linear and layers[layer].number is None}
+    wanted = {
+        layer for layer in lease.layers_of(name) if layers[layer].kind.name == "linear" and layers[layer].number is None
+    }
     if not wanted <= placed.keys():
         return None
     parts = {layer: part for layer, part in placed.items() if layer in wanted}

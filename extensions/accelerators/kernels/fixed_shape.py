@@ -15,9 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from loraweave.composer.live.fixed_shapes import TILE, fixed_products, fixing
-from loraweave.composer.live.kernels._cost import Cost, Workload
-from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSets, group_by_mixture, place_of, weigh_b
+from loraweave.extend import Cost, Lend, Part, RowKernel, RowSets, Workload, group_by_mixture, place_of, weigh_b
+from loraweave.extensions.accelerators.fixed_shapes import TILE, fixed_products, fixing
 
 
 @dataclass(frozen=True, eq=False)

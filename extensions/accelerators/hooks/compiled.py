@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor
 
-from loraweave.composer.live.hooks._hook import LiveHook, MixedLayer, Traced
-from loraweave.errors import CompositionError
+from loraweave import CompositionError
+from loraweave.extend import LiveHook, MixedLayer, Traced
 
 _NUMBERS = count(1)
 _LAYERS: WeakValueDictionary[int, MixedLayer] = WeakValueDictionary()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,13 +13,15 @@ from torch import nn
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.kernels._choice import Choice, choose
-from loraweave.composer.live.kernels.triton_gathered import TritonGathered
-from loraweave.composer.live.kernels.triton_segments import TritonSegments
+from loraweave.composer.live.kernels._cost import Workload
 from loraweave.composer.live.row_weights import RankedRows, _LayerRows
+from loraweave.extensions.accelerators.kernels.triton_gathered import TritonGathered
+from loraweave.extensions.accelerators.kernels.triton_segments import TritonSegments
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
 HERE = Path(__file__).parent
+TESTS = HERE.parents[1]
 with_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
@@ -35,7 +38,7 @@ def run(*arguments, **environment):
 def test_the_kernels_keep_their_rules_conform_like_every_other_and_serve_arenas_in_the_interpreter():
     # but for a case of rounding to bfloat16, which the interpreter cuts off
     chosen = "not (test_naive and not triton) and not (triton and applied_in_fp32)"
-    files = (HERE / name for name in ("triton_cases.py", "arena_cases.py", "test_naive.py"))
+    files = HERE / "triton_cases.py", HERE / "arena_cases.py", TESTS / "composer/live/kernels/test_naive.py"
     printed = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files, TRITON_INTERPRET="1")
     assert " passed" in printed
     assert "skipped" not in printed
@@ -69,9 +72,25 @@ def test_nothing_imports_triton_before_a_kernel_runs():
     assert run("-c", code) == "False\n"
 
 
+def test_triton_takes_rows_of_different_ranks_by_token_and_by_segment_where_it_runs(monkeypatch):
+    on_gpu = Workload(32, 64, 312, 32, 312, 312, num_inputs=576, num_outputs=576, itemsize=2, device="cuda")
+    wide = replace(on_gpu, num_inputs=4096, num_outputs=4096)
+    installed = [True]
+    monkeypatch.setattr("loraweave.extensions.accelerators.rank_tables._is_installed", lambda: installed[-1])
+    choose.cache_clear()
+    assert choose(wide).path == "triton_gathered"
+    assert choose(replace(wide, tokens=128)).path == "triton_segments"
+    # two calls of a library are less than two launches where that is all there is to do
+    assert choose(replace(on_gpu, num_mixtures=2, largest=8, total=16, num_segments=2)).path == "gathered"
+    installed.append(False)
+    choose.cache_clear()
+    assert not choose(wide).path.startswith("triton")
+    choose.cache_clear()
+
+
 @pytest.mark.parametrize("installed", [False, True])
 def test_a_layer_on_a_gpu_is_offered_them_where_triton_is_installed(installed, monkeypatch):
-    monkeypatch.setattr("loraweave.composer.live.kernels._rank_tables._is_installed", lambda: installed)
+    monkeypatch.setattr("loraweave.extensions.accelerators.rank_tables._is_installed", lambda: installed)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     ranked = RankedRows.of(tuple(((number, 1.0),) for number in range(32)), (64, *31 * [8]))
     chosen = []

@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.live.hooks.compiled import Compiled
+from loraweave.extensions.accelerators.hooks.compiled import Compiled
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.live.hooks.arena import Arena
+from loraweave.extensions.accelerators.hooks.arena import Arena
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 

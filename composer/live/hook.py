@@ -8,6 +8,7 @@ a server           bytes_beside: what counts of its memory                      
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -95,6 +96,23 @@ class LiveHook:
         Layers that share their code share what it is compiled to if they share the function.
         """
         return None
+
+
+@cache
+def mix_outside() -> Callable[[MixedLayer, Tensor, Tensor], Tensor]:
+    """Return the eager mixture as a function outside of torch.compile's graph, so that gradients reach all they should."""
+    eager: Callable[[MixedLayer, Tensor, Tensor], Tensor] = torch.compiler.disable(  # type: ignore[no-untyped-call]
+        _eager,
+        reason="a mixture by a router, or of weights that learn, has gradients that a graph would lose, and stays outside; "
+        "compile without fullgraph=True, or run under torch.no_grad()",
+    )
+    return eager
+
+
+def _eager(mixed: MixedLayer, x: Tensor, y: Tensor) -> Tensor:
+    activation = mixed.mixing()
+    output: Tensor = y if activation is None else activation.apply(mixed.layer, x, y)
+    return output
 
 
 def hook_kinds() -> tuple[type[LiveHook], ...]:

@@ -13,9 +13,9 @@ from rounding import assert_near, num_terms
 from torch.nn.functional import scaled_dot_product_attention
 
 import loraweave as lw
-from loraweave.composer.live import fixed_shapes
-from loraweave.composer.live.fixed_shapes import KEYS, TILE, batch_invariant, fixed_attention, fixed_linear, fixed_products
 from loraweave.errors import CompositionError, ScopeError
+from loraweave.extensions.accelerators import batch_invariant, fixed_shapes
+from loraweave.extensions.accelerators.fixed_shapes import KEYS, TILE, fixed_attention, fixed_linear, fixed_products
 
 # sizes at which the libraries' products differ with the number of rows, and ones that fill no vector
 SIZES = {"hidden_size": 72, "intermediate_size": 200, "num_attention_heads": 6}

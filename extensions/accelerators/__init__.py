@@ -1,0 +1,17 @@
+"""How do mixtures run faster on a GPU, in compiled models, and with the same bits in any batch?
+
+Nothing has to be called: where Triton runs, batches by row take its kernels and an arena of experts, and `torch.compile`
+keeps mixtures in its graphs. `batch_invariant` fixes the shapes of a model's products. It costs a second copy of the
+experts that a GPU's batches use, and much time within `batch_invariant`.
+"""
+
+from typing import TYPE_CHECKING
+
+from loraweave.extend import lazy
+
+if TYPE_CHECKING:
+    from loraweave.extensions.accelerators.fixed_shapes import batch_invariant
+else:
+    __getattr__ = lazy(__name__, {f"{__name__}.fixed_shapes": "batch_invariant"})
+
+__all__ = ["batch_invariant"]
