@@ -21,9 +21,7 @@ from loraweave.hub.formats._card import as_list
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR
 from loraweave.hub.formats._files import entry
-from loraweave.hub.formats._kept_files import KEPT, as_kept_files
-from loraweave.hub.formats._lora_file import PICKLES
-from loraweave.hub.formats._peft_config import PICKLE
+from loraweave.hub.formats._kept_files import as_kept_files
 from loraweave.hub.formats.peft import Peft
 from loraweave.hub.intake.discover import Found
 from loraweave.hub.intake.model_hub import push
@@ -102,7 +100,7 @@ class Adapter:
         within `max_error` (Frobenius norm, relative to the layer's update) and at most `rank`; `card["conversion"]` has both
         figures of every layer. Raises AdapterUnsupported if `rank` leaves a larger error, and for types without such a form.
         """
-        wanted = (*ADAPTER_FILES, *KEPT, *((PICKLE, *PICKLES) if allow_pickle else ()))
+        wanted = (*ADAPTER_FILES, *_reading.file_patterns(allow_pickle=allow_pickle))
         with open_source(
             source, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=wanted
         ) as opened:

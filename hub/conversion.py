@@ -14,7 +14,7 @@ from loraweave.errors import AdapterCorrupt, AdapterUnsupported, LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_id, base_key, fingerprint, require_model
 from loraweave.hub.formats._base_layer import BaseLayer, as_base_layer, base_layer
-from loraweave.hub.formats._conversion import MAX_ERROR, Bound, Dense, cut
+from loraweave.hub.formats._conversion import MAX_ERROR, Bound, Dense, cut_update
 from loraweave.hub.formats._files import listing, present
 from loraweave.hub.formats._safetensors import read_tensors, require_finite, shards
 from loraweave.hub.same_base import require_same_base
@@ -42,13 +42,13 @@ def to_lora(adapter: Adapter, model: nn.Module, *, rank: int | None = None, max_
     for name, factors in adapter.layers.items():
         where = f"adapter {adapter.name!r}: layer {name!r}"
         if factors.bound and factors.gain_O is None:
-            layers[name], note = cut(factors, bound, where)
+            layers[name], note = cut_update(factors, bound, where)
             if layers[name].rank != factors.rank:
                 notes[name] = note
             continue
         layer = base_layer(modules, name, f"adapter {adapter.name!r}")
         update = _whole(factors, layer, where)
-        layers[name], notes[name] = cut(update, bound, where, layer)
+        layers[name], notes[name] = cut_update(update, bound, where, layer)
     return replace(adapter, layers=layers, fingerprint=key.fingerprint, card={**adapter.card, "conversion": notes})
 
 
@@ -128,7 +128,7 @@ def extract(
                 biases.append((layer, change.float()))
             else:
                 delta_OI = change.T if layer.transposed else change.flatten(1)
-                updates[layer.name], notes[layer.name] = cut(Dense(delta_OI), bound, f"layer {layer.name!r}")
+                updates[layer.name], notes[layer.name] = cut_update(Dense(delta_OI), bound, f"layer {layer.name!r}")
         if progress is not None:
             progress(done, len(base), parameter)
     if left and others == "error":

@@ -11,7 +11,18 @@ from torch import nn
 from loraweave.errors import CompositionError, LayerMismatch
 from loraweave.hub.base import base_id
 from loraweave.hub.formats._base_layer import missing_layer
-from loraweave.hub.formats.diffusers import COMPONENTS
+
+# the parts of diffusers' pipelines that are trained with LoRA
+PIPELINE_PARTS = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "prior",
+    "controlnet",
+)
 
 
 class Pipeline(nn.Module):
@@ -25,12 +36,12 @@ class Pipeline(nn.Module):
         super().__init__()
         self.pipe = pipe
         self.name_or_path = base_id(pipe)
-        for name in COMPONENTS:
+        for name in PIPELINE_PARTS:
             if isinstance(part := getattr(pipe, name, None), nn.Module):
                 self.add_module(name, getattr(part, "_orig_mod", part))
         if not self._modules:
             raise CompositionError(
-                f"{type(pipe).__name__} has none of the parts that adapters are for: {', '.join(COMPONENTS)}"
+                f"{type(pipe).__name__} has none of the parts that adapters are for: {', '.join(PIPELINE_PARTS)}"
             )
 
     def require_same_parts(self) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loraweave.common.checks import is_list, is_number, is_whole, require_whole
     from loraweave.common.descent import Descent, backward, descend
     from loraweave.common.display import ShownTable, blank_figure, progress_bar, tracked
-    from loraweave.common.files import cache_folder, replacing, whole_file
+    from loraweave.common.files import cache_folder, replacing, require_replaceable, whole_file
     from loraweave.common.intervals import wilson
     from loraweave.common.names import printable, text_digest, unknown_expert
     from loraweave.common.options import (
@@ -127,15 +127,23 @@ if TYPE_CHECKING:
     from loraweave.hub.base import EMBEDDED, base_id, fingerprint, require_model
     from loraweave.hub.base_reference import base_loader
     from loraweave.hub.embedders._embedder import Embedder, embedder_of
-    from loraweave.hub.formats._base_layer import base_layer
+    from loraweave.hub.formats._base_layer import BaseLayer, as_base_layer, base_layer, head_size, missing_layer
+    from loraweave.hub.formats._card import json_text, model_id
+    from loraweave.hub.formats._config import AdapterConfig, words
     from loraweave.hub.formats._contents import Contents, Reader
-    from loraweave.hub.formats._files import entry
-    from loraweave.hub.formats._placing import head_size
+    from loraweave.hub.formats._conversion import Bound, Dense, cut_update, lora_factors, plain_factors
+    from loraweave.hub.formats._file_format import FileFormat
+    from loraweave.hub.formats._files import entry, parse_json, present, read_bytes, read_json
+    from loraweave.hub.formats._foreign import ForeignFormat, PeftReader, StoredLayer, check_size
+    from loraweave.hub.formats._peft_config import parse_lora, stored_names
+    from loraweave.hub.formats._safetensors import read_tensors, require_finite
     from loraweave.hub.indexes._vectors import Index
+    from loraweave.hub.pipeline import PIPELINE_PARTS
     from loraweave.hub.pool import require_everywhere
     from loraweave.hub.stores.catalogue import state_row
     from loraweave.hub.stores.folder_blobs import STALE_TMP_S, FolderBlobs
     from loraweave.hub.stores.migrations import run_step
+    from loraweave.hub.stores.packing import put_together, take_apart
     from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection, Near, SharedCatalogue, VectorSearch
     from loraweave.hub.tables.filtering import Filters, store_labels
     from loraweave.hub.tables.rows import stored_rows
@@ -226,6 +234,15 @@ _MODULES = {
     "composer.merge.methods._thresholds": "prune_smallest",
     "composer.merge.methods.breadcrumbs": "prune_both_ends",
     "composer.merge.methods.della": "magprune",
+    "hub.formats._config": "AdapterConfig words",
+    "hub.formats._conversion": "Bound Dense cut_update lora_factors plain_factors",
+    "hub.formats._file_format": "FileFormat",
+    "hub.formats._foreign": "ForeignFormat PeftReader StoredLayer check_size",
+    "hub.formats._peft_config": "parse_lora stored_names",
+    "hub.formats._safetensors": "read_tensors require_finite",
+    "hub.formats._card": "json_text model_id",
+    "hub.pipeline": "PIPELINE_PARTS",
+    "hub.stores.packing": "put_together take_apart",
     # models, training and scoring
     "composer.ensembles.member_passes": "by_rows known_members member_passes rows_of rows_that_fit",
     "composer.ensembles.ensemble": "EnsemblePrediction align_right last_positions without_cache",
@@ -249,14 +266,13 @@ _MODULES = {
     "composer.train.settings": "LoraSettings read_endings read_tasks",
     "hub.base": "EMBEDDED base_id fingerprint require_model",
     "hub.base_reference": "base_loader",
-    "hub.formats._placing": "head_size",
     "lowrank": "algebra",
     "lowrank.factorise": "factorise",
     "routers.tokens._model": "block_of running_block",
     "composer.merge.interference": "mixture_interference",
     "composer.explain.plot": "explanation_page",
     "composer.experts.together": "ExpertJob",
-    "hub.formats._base_layer": "base_layer",
+    "hub.formats._base_layer": "BaseLayer as_base_layer base_layer head_size missing_layer",
     "hub.pool": "require_everywhere",
     # reading, writing and showing
     "common.storage_errors": "remote_errors storage_errors without_credentials",
@@ -264,11 +280,11 @@ _MODULES = {
     "common.chat": "Prompt prompt_texts",
     "common.checks": "is_list is_number is_whole require_whole",
     "common.display": "ShownTable blank_figure progress_bar tracked",
-    "common.files": "cache_folder replacing whole_file",
+    "common.files": "cache_folder replacing require_replaceable whole_file",
     "common.names": "printable text_digest unknown_expert",
     "common.rows": "GivenRows Row read_asked read_rows",
     "common.yaml_file": "read_yaml",
-    "hub.formats._files": "entry",
+    "hub.formats._files": "entry parse_json present read_bytes read_json",
     "types": "DEFAULT_TEMPLATE",
     # hubs and servers elsewhere
     "hub.stores.protocols": "BlobStore CatalogueStore Connection Near SharedCatalogue VectorSearch",
@@ -324,13 +340,17 @@ __all__ = [
     "DEFAULT_TEMPLATE",
     "EMBEDDED",
     "FEED_FORWARD",
+    "PIPELINE_PARTS",
     "RUNNING",
     "STALE_TMP_S",
     "UNKNOWN",
+    "AdapterConfig",
     "Args",
+    "BaseLayer",
     "BaseOption",
     "BesideCache",
     "BlobStore",
+    "Bound",
     "Call",
     "CatalogueStore",
     "ClosedForm",
@@ -341,6 +361,7 @@ __all__ = [
     "Count",
     "CrossEntropy",
     "Declared",
+    "Dense",
     "DenseUpdate",
     "Descent",
     "DtypeOption",
@@ -356,8 +377,10 @@ __all__ = [
     "ExpertShape",
     "Experts",
     "Failed",
+    "FileFormat",
     "Filters",
     "FolderBlobs",
+    "ForeignFormat",
     "Form",
     "Fraction",
     "Gate",
@@ -389,6 +412,7 @@ __all__ = [
     "NonNegative",
     "OutputRouter",
     "Part",
+    "PeftReader",
     "PlacedFactors",
     "Positive",
     "Prompt",
@@ -416,6 +440,7 @@ __all__ = [
     "Solver",
     "Step",
     "Stored",
+    "StoredLayer",
     "Sum",
     "SumOfExperts",
     "Target",
@@ -439,6 +464,7 @@ __all__ = [
     "Workload",
     "algebra",
     "align_right",
+    "as_base_layer",
     "backward",
     "balance_term",
     "base_id",
@@ -455,11 +481,13 @@ __all__ = [
     "cache_of",
     "caller_randomness",
     "check_options",
+    "check_size",
     "checkpoint_folder",
     "combination",
     "conv",
     "current_prompts",
     "current_tokenizer",
+    "cut_update",
     "descend",
     "draw_linear",
     "drop_state",
@@ -486,6 +514,7 @@ __all__ = [
     "is_number",
     "is_whole",
     "job_losses",
+    "json_text",
     "known_members",
     "labelled_tasks",
     "last_logits",
@@ -499,13 +528,16 @@ __all__ = [
     "load_state",
     "lock_of",
     "loopback_only",
+    "lora_factors",
     "magprune",
     "make_app",
     "mean_losses",
     "mean_weights",
     "member_passes",
     "merge_elected",
+    "missing_layer",
     "mixture_interference",
+    "model_id",
     "nearest",
     "new_factors",
     "note",
@@ -518,7 +550,11 @@ __all__ = [
     "pad_id",
     "pad_rows",
     "pair_shares",
+    "parse_json",
+    "parse_lora",
     "place_of",
+    "plain_factors",
+    "present",
     "print_json",
     "print_table",
     "printable",
@@ -528,12 +564,16 @@ __all__ = [
     "prune_random",
     "prune_smallest",
     "put_expert",
+    "put_together",
     "read_asked",
     "read_body",
+    "read_bytes",
     "read_endings",
+    "read_json",
     "read_request",
     "read_rows",
     "read_tasks",
+    "read_tensors",
     "read_yaml",
     "real_tokens",
     "record_inputs",
@@ -544,9 +584,11 @@ __all__ = [
     "require_dtype",
     "require_everywhere",
     "require_expert_model",
+    "require_finite",
     "require_known",
     "require_loopback",
     "require_model",
+    "require_replaceable",
     "require_whole",
     "router_class",
     "router_names",
@@ -564,8 +606,10 @@ __all__ = [
     "state_row",
     "storage_errors",
     "store_labels",
+    "stored_names",
     "stored_rows",
     "sum_pruned",
+    "take_apart",
     "takes",
     "target_layers",
     "terms",
@@ -593,4 +637,5 @@ __all__ = [
     "without",
     "without_cache",
     "without_credentials",
+    "words",
 ]

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from loraweave.errors import CompositionError
-from loraweave.hub.formats._placing import head_size
+from loraweave.hub.formats._base_layer import head_size
 from loraweave.serving.experts import Experts
 from loraweave.serving.row import Row
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loraweave.common.checks import is_whole
 from loraweave.errors import AdapterUnsupported, LayerMismatch
 from loraweave.types import Factors, Kind
 
@@ -128,3 +129,12 @@ def as_base_layer(name: str, module: nn.Module) -> BaseLayer | None:
             inputs = int(module.weight[0].numel())
             return BaseLayer(name, module, int(module.out_channels), inputs, kind="conv", kernel=kernel)
     return None
+
+
+def head_size(config: object) -> int | None:
+    """Return how many outputs belong to one attention head, by the config of a transformers model; None if unknown."""
+    text = getattr(config, "text_config", config)
+    size, hidden, heads = (getattr(text, name, None) for name in ("head_dim", "hidden_size", "num_attention_heads"))
+    if size is None and is_whole(hidden, 0) and is_whole(heads, 1):
+        size = hidden // heads
+    return size if is_whole(size, 1) else None

@@ -20,23 +20,26 @@ from typing import Any, TypeVar
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._files import listing, present, read_json
+from loraweave.registry import extensions
 
 T = TypeVar("T")
 CONFIG = "adapter_config.json"
 MAX_TEXT = 4_096
 MAX_NAMES = 1_000
 MAX_COUNT = 2**31 - 1
+# the extension with the forms of adapters that few hubs hold; it is named in errors alone
+MORE_FORMATS = "adapter_types"
 
 
 @dataclass(frozen=True)
-class Config:
+class AdapterConfig:
     """The fields of a stored adapter's config. Getters raise AdapterCorrupt, naming folder, field and value."""
 
     folder: Path
     fields: Mapping[str, Any]
 
     @classmethod
-    def of(cls, folder: Path) -> Config:
+    def of(cls, folder: Path) -> AdapterConfig:
         """Read the folder's config. Raises AdapterCorrupt if it is missing or damaged."""
         if not present(folder, CONFIG):
             raise AdapterCorrupt(f"{folder}: no {CONFIG}; the folder holds {listing(folder)}")
@@ -144,6 +147,11 @@ def resolve_patterns(
         return resolve(patterns, layers, default)
     except PatternError as error:
         raise AdapterUnsupported(f"{folder}: {name}: {error}; write layer names without regular expressions") from error
+
+
+def without() -> str:
+    """Return what an error about an adapter of an unread form adds where the extension that reads most is missing."""
+    return "" if MORE_FORMATS in extensions() else f"; the extension {MORE_FORMATS!r}, which reads more, is not installed"
 
 
 def says_something(value: Any) -> bool:

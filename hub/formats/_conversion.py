@@ -43,7 +43,9 @@ class Bound:
             raise AdapterUnsupported(f"max_error is {self.max_error!r}, not a number from 0 to 1")
 
 
-def cut(update: Factors | Dense, bound: Bound, where: str, layer: BaseLayer | None = None) -> tuple[Factors, dict[str, Any]]:
+def cut_update(
+    update: Factors | Dense, bound: Bound, where: str, layer: BaseLayer | None = None
+) -> tuple[Factors, dict[str, Any]]:
     """Return the update as factors within the bound, and the note {rank, relative_error} of it for the card.
 
     Factors stay exactly the same unless their rank is above `bound.rank` or above the smaller side. A matrix gets the
@@ -108,7 +110,7 @@ def _rounded_up(error: float) -> float:
     return float(f"{min(1.0, math.ceil(error / step + 1e-9) * step):.3g}")
 
 
-def plain(
+def plain_factors(
     a_RI: Tensor,
     b_OR: Tensor,
     *,
@@ -123,7 +125,7 @@ def plain(
     return replace(exact, **rounded)
 
 
-def matrices(a: Tensor, b: Tensor, embedding: bool, where: str) -> Factors:
+def lora_factors(a: Tensor, b: Tensor, embedding: bool, where: str) -> Factors:
     """Return unscaled factors. Raises AdapterCorrupt for shapes that do not fit, AdapterUnsupported for groups."""
     shapes = f"A of shape {tuple(a.shape)} and B of shape {tuple(b.shape)}"
     kernel = tuple(a.shape[2:])

@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -18,7 +18,6 @@ from loraweave.errors import AdapterCorrupt, AdapterUnsupported, HubError
 SUFFIXES = {".json", ".safetensors", ".md"}
 # norms and embeddings that LongLoRA and SinkLoRA train beside a LoRA
 BESIDE = "trainable_params.bin"
-NAMES = {"adapter_model.bin", "pytorch_lora_weights.bin", "model_weights.ckpt"}
 # a file written this lately may be rewritten with the same time stamp: clocks of file systems have coarse steps
 FRESH_S = 2.0
 
@@ -27,20 +26,21 @@ State = tuple[int, int, int, int, str]
 
 
 @contextmanager
-def require_unchanged(folder: Path) -> Iterator[None]:
+def require_unchanged(folder: Path, names: Collection[str]) -> Iterator[None]:
     """Raise AdapterCorrupt, naming the file, if one was replaced, rewritten, added or removed within the block.
 
-    It replaces an error of the block, which becomes its cause. Files are compared by identity, size and time of writing, and
-    those written within the last seconds by their hash too, so that older ones are not read twice.
+    Files with a suffix of `SUFFIXES` count, and those called one of `names`. The error replaces one of the block, which
+    becomes its cause. Files are compared by identity, size and time of writing, and those written within the last seconds by
+    their hash too, so that older ones are not read twice.
     """
     fresh_ns = time.time_ns() - int(FRESH_S * 1e9)
-    before = _states(folder, fresh_ns)
+    before = _states(folder, fresh_ns, names)
     cause: HubError | None = None
     try:
         yield
     except HubError as error:
         cause = error
-    after = _states(folder, fresh_ns)
+    after = _states(folder, fresh_ns, names)
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if changed:
         sizes = [f"{state[changed[0]][2]} bytes" if changed[0] in state else "absent" for state in (before, after)]
@@ -52,9 +52,11 @@ def require_unchanged(folder: Path) -> Iterator[None]:
         raise cause
 
 
-def _states(folder: Path, fresh_ns: int) -> dict[str, State]:
+def _states(folder: Path, fresh_ns: int, names: Collection[str]) -> dict[str, State]:
     try:
-        paths = [folder / name for name in os.listdir(folder) if _counts(name)] if folder.is_dir() else [folder]
+        held = os.listdir(folder) if folder.is_dir() else []
+        counted = [folder / name for name in held if name in names or os.path.splitext(name)[1] in SUFFIXES]
+        paths = counted if folder.is_dir() else [folder]
     except OSError:
         paths = []
     states: dict[str, State] = {}
@@ -81,10 +83,6 @@ def _digest(path: Path) -> str:
     except (OSError, HubError):
         # reading the file raises
         return ""
-
-
-def _counts(name: str) -> bool:
-    return name in NAMES or os.path.splitext(name)[1] in SUFFIXES
 
 
 LFS_MARK = b"version https://git-lfs.github.com/spec/"

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-import torch
 from torch import Tensor, nn
 
 from loraweave.common.process import free_host_bytes
@@ -25,10 +24,10 @@ from loraweave.errors import AdapterCorrupt, AdapterUnsupported, BaseModelMismat
 from loraweave.hub.base import fingerprint
 from loraweave.hub.formats._base_layer import BaseLayer, base_layer
 from loraweave.hub.formats._card import base_model_of_readme, read_card
-from loraweave.hub.formats._config import Config, config_fields, shorten, words
+from loraweave.hub.formats._config import AdapterConfig, config_fields, shorten, words
 from loraweave.hub.formats._contents import Contents, Reader
-from loraweave.hub.formats._conversion import Bound, Dense, cut
-from loraweave.hub.formats._peft_config import PeftConfig, parse, stored_tensors
+from loraweave.hub.formats._conversion import Bound, Dense, cut_update
+from loraweave.hub.formats._peft_config import stored_tensors
 from loraweave.hub.formats._peft_heads import take_heads
 from loraweave.hub.formats._safetensors import gather, require_finite
 from loraweave.types import Factors, Fingerprint
@@ -44,7 +43,7 @@ COMMON = words(
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class StoredLayer:
     """One layer of a stored adapter: its tensors, those of the whole file, the config, and the base's layer if known.
 
     `position` counts the adapted layers in the order of the base model's modules; None if no model was given.
@@ -54,7 +53,7 @@ class Layer:
     where: str
     tensors: Mapping[str, Tensor]
     shared: Mapping[str, Tensor]
-    config: Config
+    config: AdapterConfig
     known_base: BaseLayer | None
     position: int | None
     num_layers: int
@@ -93,6 +92,16 @@ class Layer:
                 "base model: Adapter.from_pretrained(..., model=model)"
             )
         return self.known_base
+
+    def require_shared(self, *names: str) -> None:
+        """Raise AdapterUnsupported if the file holds a seed instead of these shared random matrices."""
+        missing = [name for name in names if name not in self.shared]
+        if missing:
+            raise AdapterUnsupported(
+                f"{self.config.folder}: the shared random matrix {missing[0]!r} is not in the file, only the seed it was "
+                "drawn with, which gives other numbers in another version of torch; save the adapter with "
+                "save_projection=True"
+            )
 
     def places(self, name: str, *sizes: int | None, below: int) -> Tensor:
         """Return a tensor of places, each from 0 to `below` - 1. Raises AdapterCorrupt for others."""
@@ -152,18 +161,18 @@ class ForeignFormat(PeftReader):
 
     @classmethod
     @abstractmethod
-    def update(cls, layer: Layer) -> Factors | Dense:
+    def update(cls, layer: StoredLayer) -> Factors | Dense:
         """Return the update of one layer by the type's formula."""
 
     @classmethod
-    def _own_config(cls, folder: Path) -> Config:
-        config = Config.of(folder)
+    def _own_config(cls, folder: Path) -> AdapterConfig:
+        config = AdapterConfig.of(folder)
         if (kind := config.fields.get("peft_type")) != cls.peft_type:
             raise AdapterUnsupported(f"{folder}: peft_type is {shorten(kind)}, not {cls.peft_type!r}")
         return config
 
     @classmethod
-    def _config(cls, folder: Path) -> Config:
+    def _config(cls, folder: Path) -> AdapterConfig:
         config = cls._own_config(folder)
         config.check_fields(COMMON | cls.handled | cls.benign, cls.refused)
         if (bias := config.fields.get("bias", "none")) != "none":
@@ -171,7 +180,7 @@ class ForeignFormat(PeftReader):
         return config
 
     @classmethod
-    def _layers(cls, tensors: Mapping[str, Tensor], config: Config, model: nn.Module | None) -> Iterable[Layer]:
+    def _layers(cls, tensors: Mapping[str, Tensor], config: AdapterConfig, model: nn.Module | None) -> Iterable[StoredLayer]:
         held: dict[str, dict[str, Tensor]] = defaultdict(dict)
         shared: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
@@ -187,10 +196,10 @@ class ForeignFormat(PeftReader):
         # a model has its modules in an order of its own
         for number, name in enumerate([name for name in modules if name in held] or sorted(held)):
             where, place = f"{config.folder}: layer {name!r}", number if modules else None
-            yield Layer(name, where, held[name], shared, config, known.get(name), place, len(held))
+            yield StoredLayer(name, where, held[name], shared, config, known.get(name), place, len(held))
 
     @classmethod
-    def _refuse_without_layers(cls, config: Config) -> NoReturn:
+    def _refuse_without_layers(cls, config: AdapterConfig) -> NoReturn:
         raise AdapterCorrupt(f"{config.folder}: the file holds no layer of a {cls.peft_type} adapter")
 
     @classmethod
@@ -212,45 +221,7 @@ class ForeignFormat(PeftReader):
         )
 
 
-class LoraVariant(ForeignFormat):
-    """A variant of LoRA: its config is a LoRA's with one field more, which changes the tensors' meaning."""
-
-    peft_type = "LORA"
-    parts = frozenset({"lora_A.weight", "lora_B.weight"})
-    field: ClassVar[str]
-
-    @classmethod
-    def claims(cls, folder: Path, fields: Mapping[str, Any]) -> bool:
-        """Return whether the config is a LoRA's with this field set."""
-        return super().claims(folder, fields) and bool(fields.get(cls.field))
-
-    @classmethod
-    def settings(cls, config: Config) -> PeftConfig:
-        """Return the rest of the config, that of a LoRA."""
-        return parse({**config.fields, cls.field: None}, config.folder)
-
-    @classmethod
-    def scale(cls, layer: Layer, rank: int) -> float:
-        """Return alpha / r of a layer. Raises AdapterCorrupt if the config gives it another rank than the file."""
-        settings = cls.settings(layer.config)
-        expected = settings.ranks([layer.name])[layer.name]
-        if expected != rank:
-            raise AdapterCorrupt(f"{layer.where} has rank {rank} in the file and rank {expected} in adapter_config.json")
-        return settings.scales({layer.name: rank})[layer.name]
-
-    @classmethod
-    def _config(cls, folder: Path) -> Config:
-        config = cls._own_config(folder)
-        settings = cls.settings(config)
-        flags: dict[str, Any] = {"use_dora": settings.use_dora, "lora_bias": settings.lora_bias}
-        for name, value in {**flags, "bias": settings.bias != "none" and settings.bias}.items():
-            if value:
-                raise AdapterUnsupported(f"{folder}: {name}={value!r} beside {cls.field}, which is not supported")
-        settings.require_plain_activation(cls.field)
-        return config
-
-
-def check_size(layer: Layer, rows: int, columns: int) -> None:
+def check_size(layer: StoredLayer, rows: int, columns: int) -> None:
     """Raise AdapterUnsupported for a matrix that no machine, or not this one, can hold: a small file can ask for one."""
     free = free_host_bytes()
     # in float64, twice: the matrix, and the factors or the error computed from it
@@ -265,23 +236,12 @@ def check_size(layer: Layer, rows: int, columns: int) -> None:
         )
 
 
-def block_diagonal(rows: Tensor, blocks: int, where: str) -> Tensor:
-    """Return the block-diagonal matrix whose blocks `rows` has one below the other: (rows, blocks * columns).
-
-    Raises AdapterCorrupt if the rows do not divide into the blocks.
-    """
-    if blocks < 1 or rows.shape[0] % blocks:
-        raise AdapterCorrupt(f"{where}: a factor of shape {tuple(rows.shape)} does not divide into {blocks} equal blocks")
-    whole: Tensor = torch.block_diag(*rows.chunk(blocks))  # type: ignore[no-untyped-call]
-    return whole
-
-
-def _convert(layout: type[ForeignFormat], layer: Layer, bound: Bound) -> tuple[Factors, dict[str, Any]]:
+def _convert(layout: type[ForeignFormat], layer: StoredLayer, bound: Bound) -> tuple[Factors, dict[str, Any]]:
     """Return the layer's factors and note. Raises AdapterUnsupported for a matrix too large for this machine."""
     if layout.linear_only and layer.base.kind != "linear":
         raise AdapterUnsupported(f"{layer.where} is a {type(layer.base.module).__name__}; only linear layers are supported")
     try:
-        return cut(layout.update(layer), bound, layer.where, layer.known_base)
+        return cut_update(layout.update(layer), bound, layer.where, layer.known_base)
     except (MemoryError, RuntimeError) as error:
         # torch has no class for a failed allocation
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):

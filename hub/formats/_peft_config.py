@@ -16,10 +16,10 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported
-from loraweave.hub.formats._config import Config, resolve_patterns, shorten, words
+from loraweave.hub.formats._config import AdapterConfig, resolve_patterns, shorten, without, words
 from loraweave.hub.formats._files import listing, open_file, present
 from loraweave.hub.formats._pickle import read_pickle
-from loraweave.hub.formats._safetensors import read_tensors, shards
+from loraweave.hub.formats._safetensors import read_tensors, shards, tensor_names
 from loraweave.lowrank.algebra import MAX_FP32
 
 MAX_RANK = 65_536
@@ -125,7 +125,7 @@ class PeftConfig:
             raise AdapterUnsupported(f"{self.folder}: alora_invocation_tokens beside {beside}, which PEFT does not combine")
 
 
-def parse(config: Mapping[str, Any], folder: Path) -> PeftConfig:
+def parse_lora(config: Mapping[str, Any], folder: Path) -> PeftConfig:
     """Return the parsed config.
 
     Raises AdapterUnsupported for fields without an exact form, AdapterCorrupt for a wrong type, AdapterSuspicious for an
@@ -135,8 +135,8 @@ def parse(config: Mapping[str, Any], folder: Path) -> PeftConfig:
         raise AdapterUnsupported(f"{folder}: adapter_config.json has no peft_type, so it is not the config of a LoRA")
     if config["peft_type"] != "LORA":
         raise AdapterUnsupported(f"{folder}: peft_type is {shorten(config['peft_type'])}; only 'LORA' can be read")
-    reader = Config(folder, config)
-    reader.check_fields(HANDLED | BENIGN.keys(), {name: f"{what} {_NO_FORM}" for name, what in REFUSED.items()})
+    reader = AdapterConfig(folder, config)
+    reader.check_fields(HANDLED | BENIGN.keys(), {name: f"{what} {_NO_FORM}{without()}" for name, what in REFUSED.items()})
     _check_init(config.get("init_lora_weights", True), folder)
     switches = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
     flags = {name: config.get(name) is not None and reader.flag(name) for name in switches}
@@ -188,7 +188,7 @@ def _check_init(init: Any, folder: Path) -> None:
     raise AdapterUnsupported(
         f"{folder}: init_lora_weights={shorten(init)} changed the base model's weights in training, so the factors are no "
         "update of the original ones; convert the adapter with PEFT's save_pretrained(..., "
-        "path_initial_model_for_weight_conversion=...), which writes an ordinary LoRA"
+        f"path_initial_model_for_weight_conversion=...), which writes an ordinary LoRA{without()}"
     )
 
 
@@ -314,6 +314,7 @@ def _refuse_unknown(unknown: list[str], total: int, folder: Path) -> None:
     hint = "; they look like kohya's, not PEFT's" if any(part in unknown[0] for part in _KOHYA) else ""
     raise AdapterCorrupt(
         f"{folder}: {len(unknown)} of {total} tensors are not PEFT's LoRA: {', '.join(map(repr, unknown[:3]))}{hint}"
+        f"{without()}"
     )
 
 
@@ -330,6 +331,11 @@ def stored_tensors(folder: Path, *, allow_pickle: bool = False, integers: bool =
     if allow_pickle and present(folder, PICKLE) and not present(folder, WEIGHTS) and not present(folder, INDEX):
         return read_pickle(folder, PICKLE, integers=integers)
     return read_tensors(folder, weight_files(folder), integers=integers)
+
+
+def stored_names(folder: Path) -> list[str]:
+    """Return the names of the tensors in a PEFT folder's safetensors files; only headers are read."""
+    return [name for file in weight_files(folder) for name in tensor_names(folder, file)]
 
 
 def weight_files(folder: Path) -> list[str]:

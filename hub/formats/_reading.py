@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +16,14 @@ from torch import nn
 
 import loraweave.registry as registry
 from loraweave.errors import AdapterUnsupported
-from loraweave.hub.formats._config import CONFIG, Config
+from loraweave.hub.formats._config import CONFIG, AdapterConfig, config_fields, without
 from loraweave.hub.formats._contents import Contents, require_numbers
-from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut
+from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut_update
+from loraweave.hub.formats._file_format import FileFormat, formats, known_names, lora_files, names_in, refuse_pickle
 from loraweave.hub.formats._files import BESIDE, MAX_LISTED, entry, present, require_unchanged
-from loraweave.hub.formats._kept_files import read_kept
-from loraweave.hub.formats._lora_file import PICKLES, FileFormat, is_pickle, lora_files, refuse_pickle
-from loraweave.hub.formats._pickle import texts_in_pickle
-from loraweave.hub.formats._safetensors import tensor_names
+from loraweave.hub.formats._kept_files import KEPT, read_kept
+from loraweave.hub.formats._peft_config import PICKLE
 from loraweave.hub.formats.peft import Peft
-from loraweave.hub.formats.poly import Poly
 
 _PROMPT = "trained vectors in front of the text or in the cache of attention, not an update of weights"
 _ROUTED = "the update depends on the input, so that no one matrix is it"
@@ -65,18 +61,18 @@ def read(
 ) -> Contents:
     """Return the contents of an adapter folder of any registered format, or of the one adapter in a folder of folders.
 
-    `<folder>/task_N` is a task of the POLY in a folder. `model`, `rank`, `max_error` and `allow_pickle` are those of
-    `Reader.read`; a plain LoRA is cut only by `rank`. Raises AdapterUnsupported for a type that has no form as factors, with
-    the reason, and for several adapters; AdapterCorrupt if a file changed meanwhile; AdapterSuspicious for factors whose
-    product is beyond fp32; and the errors of the format's reader.
+    `<folder>/<part>` is one of several adapters in a folder (`part_of`). `model`, `rank`, `max_error` and `allow_pickle`
+    are those of `Reader.read`; a plain LoRA is cut only by `rank`. Raises AdapterUnsupported for a type that has no form as
+    factors, with the reason, and for several adapters; AdapterCorrupt if a file changed meanwhile; AdapterSuspicious for
+    factors whose product is beyond fp32; and the errors of the format's reader.
     """
-    task = Poly.task_in(Path(folder))
-    folder = _adapter_folder(Path(folder)) if task is None else Path(folder).parent
-    with require_unchanged(folder):
-        if task is None:
+    part = part_of(Path(folder))
+    folder = _adapter_folder(Path(folder)) if part is None else Path(folder).parent
+    with require_unchanged(folder, {PICKLE, *known_names("pickles")}):
+        if part is None:
             contents = _read(folder, model, rank, max_error, allow_pickle)
         else:
-            contents = Poly.of_task(task).read(folder, model=model, rank=rank, max_error=max_error)
+            contents = part.read(folder, model=model, rank=rank, max_error=max_error)
         if folder.is_dir():
             contents = replace(contents, files=read_kept(folder))
     require_numbers(contents.layers, contents.heads, f"{folder}:")
@@ -86,8 +82,36 @@ def read(
 def is_adapter(folder: Path) -> bool:
     """Return whether a folder holds an adapter of any format; its state is not checked."""
     # pickles are not opened here: the name decides
-    pickled = any(name in PICKLES for _, name in lora_files(folder))
+    pickles = known_names("pickles")
+    pickled = any(name in pickles for _, name in lora_files(folder))
     return Peft.recognises(folder) or pickled or any(layout.recognises(folder) for layout in _own_formats())
+
+
+def part_of(path: Path) -> Any:
+    """Return the format of one of several adapters in a folder, by its path `<folder>/<part>`; None for any other path.
+
+    The format of such a folder has `part(name)`, which returns None for a name that is no part, and `part_names(folder)`.
+    """
+    if not path.name or os.path.lexists(path):
+        return None
+    layout = _named(config_fields(path.parent).get("peft_type"))
+    return layout.part(path.name) if hasattr(layout, "part") else None
+
+
+def part_names(folder: Path) -> list[str]:
+    """Return the names of the adapters in a folder of several. Raises AdapterUnsupported for a folder of another type."""
+    kind = config_fields(folder).get("peft_type")
+    layout: Any = _foreign(kind, folder) if isinstance(kind, str) else None
+    if not hasattr(layout, "part_names"):
+        raise AdapterUnsupported(f"{folder} is not a folder of several adapters")
+    names: list[str] = layout.part_names(folder)
+    return names
+
+
+def file_patterns(*, allow_pickle: bool) -> tuple[str, ...]:
+    """Return the patterns of the files that formats and `read_kept` look for beside PEFT's own."""
+    pickles = (PICKLE, *known_names("pickles")) if allow_pickle else ()
+    return (*known_names("files"), *KEPT, *pickles)
 
 
 def _read(folder: Path, model: nn.Module | None, rank: int | None, max_error: float, allow_pickle: bool) -> Contents:
@@ -98,7 +122,7 @@ def _read(folder: Path, model: nn.Module | None, rank: int | None, max_error: fl
             "result as the base or lw.extract(base, merged, others='heads'); without this file the LoRA is read alone"
         )
     bound = Bound(rank, max_error)
-    fields = Config.of(folder).fields if present(folder, CONFIG) else {}
+    fields = AdapterConfig.of(folder).fields if present(folder, CONFIG) else {}
     layout = _layout_of(folder, fields, allow_pickle)
     if layout is None:
         return _cut_ranks(Peft.read(folder, allow_pickle=allow_pickle), bound, folder)
@@ -152,7 +176,7 @@ def _layout_of(folder: Path, fields: Mapping[str, Any], allow_pickle: bool) -> A
     """Return the format of a folder whose config has these fields, or None for a plain LoRA."""
     kind = entry(fields, "peft_type", str)
     if kind == "LORA":
-        variants = (layout for layout in _formats() if getattr(layout, "peft_type", "") == kind)
+        variants = (layout for layout in formats() if getattr(layout, "peft_type", "") == kind)
         return next((layout for layout in variants if layout.claims(folder, fields)), None)
     if kind is not None:
         return _foreign(kind, folder)
@@ -169,27 +193,25 @@ def _foreign(kind: str, folder: Path) -> Any:
     """Return the format of a peft_type. Raises AdapterUnsupported for an unread one, with the reason or the nearest."""
     if kind in REFUSED:
         raise AdapterUnsupported(f"{folder}: peft_type is {kind!r}, which cannot be read as factors: {REFUSED[kind]}")
-    layout = registry.get("formats", kind.lower()) if kind.lower() in registry.names("formats") else None
-    if getattr(layout, "peft_type", None) == kind:
+    if (layout := _named(kind)) is not None:
         return layout
     known = [name.upper() for name in registry.names("formats")]
     hint = registry.nearest(kind.upper(), [*known, *REFUSED, "LORA"])
-    raise AdapterUnsupported(f"{folder}: peft_type is {kind[:40]!r}, which no format here reads{hint}; see docs/adapters.md")
+    raise AdapterUnsupported(
+        f"{folder}: peft_type is {kind[:40]!r}, which no format here reads{hint}; see docs/adapters.md{without()}"
+    )
+
+
+def _named(kind: object) -> Any:
+    """Return the format of a peft_type, or None if no format here reads it."""
+    name = kind.lower() if isinstance(kind, str) else ""
+    layout = registry.get("formats", name) if name in registry.names("formats") else None
+    return layout if getattr(layout, "peft_type", None) == kind else None
 
 
 def _own_formats() -> Iterator[Any]:
     """Return the formats that are recognised by their files, not by a type in PEFT's config."""
-    return (layout for layout in _formats() if layout is not Peft and not hasattr(layout, "peft_type"))
-
-
-def _formats() -> tuple[Any, ...]:
-    return _formats_on(tuple(sys.path))
-
-
-@cache
-def _formats_on(path: tuple[str, ...]) -> tuple[Any, ...]:
-    """Return all formats; other packages' are found on the path. A folder takes a quarter of a millisecond to list."""
-    return tuple(registry.get("formats", name) for name in registry.names("formats"))
+    return (layout for layout in formats() if layout is not Peft and not hasattr(layout, "peft_type"))
 
 
 def _refuse_unknown_file(source: Path, allow_pickle: bool) -> None:
@@ -201,11 +223,11 @@ def _refuse_unknown_file(source: Path, allow_pickle: bool) -> None:
     if source.is_file() and Peft.recognises(folder):
         raise AdapterUnsupported(f"{source} is the weights alone of an adapter whose folder has its config: give {folder}")
     refuse_pickle(folder, name, allow_pickle)
-    names = texts_in_pickle(folder, name) if is_pickle(name) else tensor_names(folder, name)
     layouts = [known for known in registry.names("formats") if issubclass(registry.get("formats", known), FileFormat)]
     raise AdapterUnsupported(
         f"{folder / name}: its tensors have names of no known layout ({', '.join(layouts)}): "
-        f"{', '.join(map(repr, names[:3]))}; without a config, nothing says which layers of which model they update"
+        f"{', '.join(map(repr, names_in(folder, name)[:3]))}; without a config, nothing says which layers of which model "
+        f"they update{without()}"
     )
 
 
@@ -214,7 +236,7 @@ def _cut_ranks(contents: Contents, bound: Bound, folder: Path) -> Contents:
         return contents
     layers, notes = {}, {}
     for name, factors in contents.layers.items():
-        layers[name], note = cut(factors, bound, f"{folder}: layer {name!r}")
+        layers[name], note = cut_update(factors, bound, f"{folder}: layer {name!r}")
         if factors.rank > bound.rank:
             notes[name] = note
     card = {**contents.card, "conversion": notes} if notes else contents.card

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._config import words
-from loraweave.hub.formats._conversion import plain
-from loraweave.hub.formats._foreign import ForeignFormat, Layer
+from loraweave.hub.formats._conversion import plain_factors
+from loraweave.hub.formats._foreign import ForeignFormat, StoredLayer
 from loraweave.types import Factors
 
 
@@ -21,7 +21,7 @@ class Adalora(ForeignFormat):
     )
 
     @classmethod
-    def update(cls, layer: Layer) -> Factors:
+    def update(cls, layer: StoredLayer) -> Factors:
         # pruning may leave a rank of 0
         a_RI, b_OR = layer.pair("lora_A", "lora_B", empty=True)
         e_R = layer.part("lora_E", a_RI.shape[0], 1)[:, 0]
@@ -33,4 +33,4 @@ class Adalora(ForeignFormat):
         # PEFT divides by the rank before pruning, and adds 1e-5 to it
         scale = alpha / (layer.config.count("init_r") + 1e-5)
         used = e_R != 0
-        return plain(a_RI[used], b_OR[:, used] * e_R[used] * scale)
+        return plain_factors(a_RI[used], b_OR[:, used] * e_R[used] * scale)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from loraweave.hub.formats._conversion import Dense, plain
-from loraweave.hub.formats._foreign import ForeignFormat, Layer
+from loraweave.hub.formats._conversion import Dense, plain_factors
+from loraweave.hub.formats._foreign import ForeignFormat, StoredLayer
 from loraweave.types import Factors
 
 
@@ -16,13 +16,13 @@ class Ia3(ForeignFormat):
     linear_only = True
 
     @classmethod
-    def update(cls, layer: Layer) -> Factors | Dense:
+    def update(cls, layer: StoredLayer) -> Factors | Dense:
         num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
         scales = layer.part("ia3_l", None, None)
         # PEFT stores (O, 1) for outputs and (1, I) for inputs
         if tuple(scales.shape) == (num_out, 1):
             gain_O, bias_O = scales[:, 0] - 1, layer.base.bias_O
-            return plain(
+            return plain_factors(
                 scales.new_zeros(0, num_in),
                 scales.new_zeros(num_out, 0),
                 gain_O=gain_O,

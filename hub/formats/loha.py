@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from loraweave.errors import AdapterUnsupported
-from loraweave.hub.formats._conversion import Dense, plain
-from loraweave.hub.formats._foreign import ForeignFormat, Layer, check_size
+from loraweave.hub.formats._conversion import Dense, plain_factors
+from loraweave.hub.formats._foreign import ForeignFormat, StoredLayer, check_size
 from loraweave.types import Factors
 
 
@@ -20,7 +20,7 @@ class Loha(ForeignFormat):
     benign = frozenset({"rank_pattern", "rank_dropout", "module_dropout", "use_effective_conv2d"})
 
     @classmethod
-    def update(cls, layer: Layer) -> Factors | Dense:
+    def update(cls, layer: StoredLayer) -> Factors | Dense:
         if layer.has("hada_t1") or layer.has("hada_t2"):
             raise AdapterUnsupported(
                 f"{layer.where} is a convolution in Tucker form (use_effective_conv2d), which is not "
@@ -37,4 +37,4 @@ class Loha(ForeignFormat):
         if rank * second > min(num_out, num_in):
             return Dense((w1a_OR @ w1b_RI) * (w2a_OR @ w2b_RI) * scale)
         b_OR = (w1a_OR[:, :, None] * w2a_OR[:, None, :]).flatten(1)
-        return plain((w1b_RI[:, None, :] * w2b_RI[None, :, :]).flatten(0, 1), b_OR * scale)
+        return plain_factors((w1b_RI[:, None, :] * w2b_RI[None, :, :]).flatten(0, 1), b_OR * scale)

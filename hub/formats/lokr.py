@@ -7,8 +7,8 @@ from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._config import words
-from loraweave.hub.formats._conversion import plain
-from loraweave.hub.formats._foreign import ForeignFormat, Layer, check_size
+from loraweave.hub.formats._conversion import plain_factors
+from loraweave.hub.formats._foreign import ForeignFormat, StoredLayer, check_size
 from loraweave.types import Factors
 
 
@@ -21,7 +21,7 @@ class Lokr(ForeignFormat):
     benign = words("rank_dropout module_dropout rank_dropout_scale use_effective_conv2d decompose_both decompose_factor")
 
     @classmethod
-    def update(cls, layer: Layer) -> Factors:
+    def update(cls, layer: StoredLayer) -> Factors:
         if layer.has("lokr_t2") or layer.tensors.get("lokr_w2", torch.zeros(1, 1)).dim() != 2:
             raise AdapterUnsupported(
                 f"{layer.where} is a convolution whose kernel is part of the Kronecker product, which is not supported"
@@ -32,10 +32,10 @@ class Lokr(ForeignFormat):
         if rank < 1:
             raise AdapterCorrupt(f"{layer.where}: r is {rank:g}, below 1")
         check_size(layer, p.shape[0] * r.shape[0], q.shape[1] * s.shape[1])
-        return plain(torch.kron(q, s), torch.kron(p, r) * (alpha / rank))
+        return plain_factors(torch.kron(q, s), torch.kron(p, r) * (alpha / rank))
 
 
-def _factors(layer: Layer, name: str) -> tuple[Tensor, Tensor]:
+def _factors(layer: StoredLayer, name: str) -> tuple[Tensor, Tensor]:
     """Return (left, right) whose product is the matrix of that name; one is the identity if it is stored whole."""
     if layer.has(name):
         whole = layer.part(name, None, None)

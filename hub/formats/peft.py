@@ -15,9 +15,9 @@ from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._card import base_model_of_readme, read_card
-from loraweave.hub.formats._config import CONFIG, Config
+from loraweave.hub.formats._config import CONFIG, AdapterConfig
 from loraweave.hub.formats._contents import Contents
-from loraweave.hub.formats._conversion import matrices
+from loraweave.hub.formats._conversion import lora_factors
 from loraweave.hub.formats._files import entry, present
 from loraweave.hub.formats._peft_config import (
     INDEX,
@@ -26,7 +26,7 @@ from loraweave.hub.formats._peft_config import (
     Part,
     PeftConfig,
     check_all_known,
-    parse,
+    parse_lora,
     stored_tensors,
 )
 from loraweave.hub.formats._peft_heads import take_heads
@@ -58,7 +58,7 @@ class Peft:
         files, and AdapterUnsupported for contents without an exact form as factors and for an adapter without effect.
         """
         folder = Path(folder)
-        config = parse({**Config.of(folder).fields, **(assumed or {})}, folder)
+        config = parse_lora({**AdapterConfig.of(folder).fields, **(assumed or {})}, folder)
         card, fingerprint, layout = read_card(folder)
         stored, dtypes = gather(stored_tensors(folder, allow_pickle=allow_pickle), folder)
         heads, saved = take_heads(stored, config.modules_to_save, config.task_type, config.bias, folder)
@@ -156,7 +156,7 @@ def _factors(layer: str, held: Parts, config: PeftConfig) -> Factors:
     a, b = (held.get("embedding_a"), held.get("embedding_b")) if embedding else (held.get("a"), held.get("b"))
     if a is None or b is None or (embedding and {"a", "b"} & set(held)):
         raise AdapterCorrupt(f"{where} has {', '.join(sorted(held))}, not the two factors A and B of one update")
-    factors = matrices(a, b, embedding, where)
+    factors = lora_factors(a, b, embedding, where)
     _check_flags(held, factors, config, where)
     if held.keys() <= {"a", "b"}:
         return factors

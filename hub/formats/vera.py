@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.formats._conversion import plain
-from loraweave.hub.formats._foreign import ForeignFormat, Layer
+from loraweave.errors import AdapterCorrupt
+from loraweave.hub.formats._conversion import plain_factors
+from loraweave.hub.formats._foreign import ForeignFormat, StoredLayer
 from loraweave.types import Factors
 
 
@@ -20,23 +20,23 @@ class Vera(ForeignFormat):
     benign = frozenset({"r", "projection_prng_key", "vera_dropout", "d_initial"})
 
     @classmethod
-    def update(cls, layer: Layer) -> Factors:
-        return scaled_projections(layer, "vera")
+    def update(cls, layer: StoredLayer) -> Factors:
+        return cls.scaled(layer, "vera")
+
+    @classmethod
+    def scaled(cls, layer: StoredLayer, name: str, *, values_per_rank: int = 1) -> Factors:
+        """Return the update of tensors called `name`; of `values_per_rank` runs of r values in lambda_d the first counts."""
+        num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
+        a_RI, b_OR = _projections(layer, f"{name}_A", f"{name}_B")
+        rank = layer.part(f"{name}_lambda_d", None).shape[0] // values_per_rank
+        lambda_d_R = layer.part(f"{name}_lambda_d", values_per_rank * rank)[:rank]
+        lambda_b_O = layer.part(f"{name}_lambda_b", num_out)
+        return plain_factors(lambda_d_R[:, None] * a_RI[:rank, :num_in], lambda_b_O[:, None] * b_OR[:num_out, :rank])
 
 
-def scaled_projections(layer: Layer, name: str, *, values_per_rank: int = 1) -> Factors:
-    """Return the update of tensors called `name`; of `values_per_rank` runs of r values in lambda_d the first counts."""
-    num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
-    a_RI, b_OR = _projections(layer, f"{name}_A", f"{name}_B")
-    rank = layer.part(f"{name}_lambda_d", None).shape[0] // values_per_rank
-    lambda_d_R = layer.part(f"{name}_lambda_d", values_per_rank * rank)[:rank]
-    lambda_b_O = layer.part(f"{name}_lambda_b", num_out)
-    return plain(lambda_d_R[:, None] * a_RI[:rank, :num_in], lambda_b_O[:, None] * b_OR[:num_out, :rank])
-
-
-def _projections(layer: Layer, name_a: str, name_b: str) -> tuple[Tensor, Tensor]:
+def _projections(layer: StoredLayer, name_a: str, name_b: str) -> tuple[Tensor, Tensor]:
     """Return the shared A and B. Raises AdapterUnsupported if the file omits them, AdapterCorrupt if they are too small."""
-    require_shared(layer, name_a, name_b)
+    layer.require_shared(name_a, name_b)
     a, b = layer.part(name_a), layer.part(name_b)
     if a.shape[-1] < layer.base.num_inputs or b.shape[0] < layer.base.num_outputs:
         raise AdapterCorrupt(
@@ -44,13 +44,3 @@ def _projections(layer: Layer, name_a: str, name_b: str) -> tuple[Tensor, Tensor
             f"has (O, I) = {(layer.base.num_outputs, layer.base.num_inputs)}"
         )
     return a, b
-
-
-def require_shared(layer: Layer, *names: str) -> None:
-    """Raise AdapterUnsupported if the file holds a seed instead of the shared random matrices."""
-    missing = [name for name in names if name not in layer.shared]
-    if missing:
-        raise AdapterUnsupported(
-            f"{layer.config.folder}: the shared random matrix {missing[0]!r} is not in the file, only the seed it was drawn "
-            "with, which gives other numbers in another version of torch; save the adapter with save_projection=True"
-        )

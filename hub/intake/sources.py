@@ -19,9 +19,6 @@ README = "README.md"
 ADAPTER_FILES = (
     "adapter_config.json",
     "adapter_model*.safetensors*",
-    "pytorch_lora_weights.safetensors",
-    "adapters.safetensors",
-    "compeft.*",
     "loraweave.json",
     # never opened: a folder that has it is refused
     BESIDE,
@@ -100,9 +97,9 @@ def _locate(
     source: str | Path, revision: str | None, token: str | None, local_files_only: bool, allow_patterns: Sequence[str]
 ) -> OpenedSource:
     folder = Path(source)
-    from loraweave.hub.formats.poly import Poly
+    from loraweave.hub.formats._reading import part_of
 
-    if str(source) and (_is_there(folder) or Poly.task_in(folder) is not None):
+    if str(source) and (_is_there(folder) or part_of(folder) is not None):
         return OpenedSource(folder)
     owner, name, file = _parts(source)
     repository = f"{owner}/{name}"
@@ -124,7 +121,7 @@ def _download(
     wanted = {"revision": revision, "token": token, "local_files_only": local_files_only}
     snapshot = download(repository, **wanted, allow_patterns=allow_patterns)  # type: ignore[arg-type]
     origin = {"repository": repository, "revision": snapshot.commit, "asked": revision or "main"}
-    if not any(path.suffix in _WEIGHTS or path.name.startswith("compeft.") for path in snapshot.folder.iterdir()):
+    if not any(path.suffix in _WEIGHTS for path in snapshot.folder.iterdir()):
         raise AdapterUnsupported(
             f"the repository {repository!r} of the model hub has no weights under a name that adapters usually have; give a "
             f"LoRA file by its own, as in {repository + '/file.safetensors'!r}, or allow_pickle=True if it has only pickles "

@@ -12,7 +12,7 @@ from typing import Any
 
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._contents import Contents
-from loraweave.hub.formats.diffusers import COMPONENTS
+from loraweave.hub.pipeline import PIPELINE_PARTS
 from loraweave.hub.targets._target import Target, place, require_plain, stored_factors, tensors_file
 from loraweave.registry import traits
 
@@ -51,12 +51,12 @@ class Diffusers(Target):
 def pipeline_path(layer: str, name: str) -> str:
     """Return the layer's path in a pipeline, which begins with a part such as `unet`; for CLIP as before transformers 5."""
     part, _, rest = layer.partition(".")
-    if part in COMPONENTS:
+    if part in PIPELINE_PARTS:
         return f"{part}.text_model.{rest}" if rest.startswith(CLIP) else layer
     if layer.startswith(UNET):
         return f"unet.{layer}"
     raise AdapterUnsupported(
-        f"layer {layer!r} of adapter {name!r} begins with no part of a pipeline ({', '.join(COMPONENTS)}), so which model "
-        "it belongs to is not said: put that before the names of its layers with dataclasses.replace(adapter, "
+        f"layer {layer!r} of adapter {name!r} begins with no part of a pipeline ({', '.join(PIPELINE_PARTS)}), so which "
+        "model it belongs to is not said: put that before the names of its layers with dataclasses.replace(adapter, "
         "layers={'transformer.' + layer: ...})"
     )

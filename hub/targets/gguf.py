@@ -17,8 +17,8 @@ from torch import Tensor
 
 from loraweave.errors import AdapterUnsupported, PackageMissing
 from loraweave.hub.base import base_config
+from loraweave.hub.formats._base_layer import head_size
 from loraweave.hub.formats._contents import Contents
-from loraweave.hub.formats._placing import head_size
 from loraweave.hub.licenses import stated_license
 from loraweave.hub.targets._experts import matrices, require_known, stacked
 from loraweave.hub.targets._target import Target, place, require_plain, require_untied

@@ -18,27 +18,40 @@ from torch import Tensor
 
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._contents import Contents
-from loraweave.hub.formats._known_modules import ORIGINAL_FLUX, ORIGINAL_SD3, Rule
-from loraweave.hub.formats._placing import turned
-from loraweave.hub.formats.kohya import Kohya as KohyaFile
 from loraweave.hub.targets._target import Target, place, require_plain, stored_factors, tensors_file
 from loraweave.hub.targets.diffusers import WEIGHTS, pipeline_path
-from loraweave.registry import traits
+from loraweave.registry import get, names, traits
 from loraweave.types import Factors
 
 PREFIXES = {"unet": "lora_unet_", "transformer": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 # the prefix of a text encoder that is the only one, beside a UNet
 SINGLE = "lora_te_"
-# by the first letters of diffusers' classes
-FAMILIES = {"Flux": ORIGINAL_FLUX, "SD3": ORIGINAL_SD3}
 ELSEWHERE = "use target='diffusers'"
+
+
+class _Rule(NamedTuple):
+    """A rule of the reader's: a module's name in the file, its paths in the base, and their shares of B's rows."""
+
+    source: str
+    targets: tuple[str, ...]
+    shares: tuple[int, ...] = (1,)
+    turned: bool = False
 
 
 class _Module(NamedTuple):
     """A module of the file: the rule of its name, and the layers that it joins, None for one without an update."""
 
-    rule: Rule
+    rule: _Rule
     layers: tuple[str | None, ...]
+
+
+def _reader() -> Any:
+    """Return this package's reader of such files. Raises AdapterUnsupported if the extension that has it is missing."""
+    if "kohya" not in names("formats"):
+        raise AdapterUnsupported(
+            f"kohya's layout is written where it can be read back, by a format 'kohya' that is not installed: {ELSEWHERE}"
+        )
+    return get("formats", "kohya")
 
 
 @traits("images")
@@ -73,17 +86,18 @@ def _modules(contents: Contents, name: str, base: Any) -> dict[str, _Module]:
     single = not any(path.startswith(("text_encoder_2.", "transformer.")) for path in paths.values())
     prefixes = {**PREFIXES, "text_encoder": SINGLE} if single else PREFIXES
     rules = _rules([path for path in paths.values() if path.startswith("transformer.")], name, base)
+    reader = _reader()
     modules: dict[str, _Module] = {}
     for layer, path in paths.items():
         part, _, rest = path.partition(".")
         where = f"layer {layer!r} of adapter {name!r}"
         if part not in prefixes:
             raise AdapterUnsupported(f"{where} is of a {part}, for which kohya's layout has no names here: {ELSEWHERE}")
-        rule, number = rules[path] if part == "transformer" else (Rule(rest, (path,)), "")
+        rule, number = rules[path] if part == "transformer" else (_Rule(rest, (path,)), "")
         module = prefixes[part] + rule.source.replace("#", number).replace(".", "_")
         targets = tuple(target.replace("#", number) for target in rule.targets)
         try:
-            read = KohyaFile.place(module, None, where).targets
+            read = reader.place(module, None, where).targets
         except AdapterUnsupported as error:
             raise AdapterUnsupported(f"{where} would be {module!r}, which cannot be read back: {ELSEWHERE}") from error
         if read != targets:
@@ -95,11 +109,13 @@ def _modules(contents: Contents, name: str, base: Any) -> dict[str, _Module]:
     return modules
 
 
-def _rules(paths: list[str], name: str, base: Any) -> dict[str, tuple[Rule, str]]:
+def _rules(paths: list[str], name: str, base: Any) -> dict[str, tuple[_Rule, str]]:
     """Map each path of a transformer to its rule and block number, in the only family of models that has all paths."""
     kind = type(getattr(base, "transformer", base)).__name__
-    named = [family for family in FAMILIES if kind.startswith(family)]
-    tables = {family: {path: _rule(path, FAMILIES[family]) for path in paths} for family in named or FAMILIES}
+    # by the first letters of diffusers' classes
+    families: dict[str, list[_Rule]] = _reader().family_rules
+    named = [family for family in families if kind.startswith(family)]
+    tables = {family: {path: _rule(path, families[family]) for path in paths} for family in named or families}
     fits = {family: table for family, table in tables.items() if all(table.values())}
     if paths and len(fits) > 1:
         raise AdapterUnsupported(
@@ -115,7 +131,7 @@ def _rules(paths: list[str], name: str, base: Any) -> dict[str, tuple[Rule, str]
     return {path: rule for table in fits.values() for path, rule in table.items() if rule is not None}
 
 
-def _rule(path: str, table: list[Rule]) -> tuple[Rule, str] | None:
+def _rule(path: str, table: list[_Rule]) -> tuple[_Rule, str] | None:
     number = next(iter(re.findall(r"\.(\d+)\.", path)), "")
     for rule in table:
         if path in (target.replace("#", number, 1) for target in rule.targets):
@@ -129,7 +145,7 @@ def _joined(module: str, joined: _Module, contents: Contents, name: str) -> Fact
     known = [part for part in parts if part is not None]
     first = known[0]
     if len(parts) == 1:
-        return turned(first) if joined.rule.turned else first
+        return _turned(first) if joined.rule.turned else first
     shares = joined.rule.shares
     unit = max(len(part.b_OR) // share for part, share in zip(parts, shares, strict=True) if part is not None)
     if any(part is not None and len(part.b_OR) != unit * share for part, share in zip(parts, shares, strict=True)):
@@ -142,3 +158,10 @@ def _joined(module: str, joined: _Module, contents: Contents, name: str) -> Fact
         return replace(first, b_OR=torch.cat([part.b_OR for part in known]))
     blocks = [torch.zeros(unit * share, 0) if part is None else part.b_OR for part, share in zip(parts, shares, strict=True)]
     return replace(first, a_RI=torch.cat([part.a_RI for part in known]), b_OR=torch.block_diag(*blocks))  # type: ignore[no-untyped-call]
+
+
+def _turned(factors: Factors) -> Factors:
+    """Return the update with the halves of its outputs swapped, if each half is as large as the inputs."""
+    if len(factors.b_OR) != 2 * factors.a_RI.shape[1]:
+        return factors
+    return replace(factors, b_OR=torch.cat(factors.b_OR.chunk(2)[::-1]))

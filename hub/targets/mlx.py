@@ -15,10 +15,10 @@ from loraweave.errors import AdapterUnsupported
 from loraweave.hub.base import base_config
 from loraweave.hub.formats._config import CONFIG
 from loraweave.hub.formats._contents import Contents
-from loraweave.hub.formats.mlx import WEIGHTS
 from loraweave.hub.targets._experts import require_known, stacked
 from loraweave.hub.targets._target import Target, place, require_plain, require_untied, tensors_file
 
+WEIGHTS = "adapters.safetensors"
 # the model types of transformers whose modules mlx-lm names as transformers does
 SAME_NAMES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3")
 # mlx-lm's name of `mlp.experts` by model type; it names their other modules as transformers does

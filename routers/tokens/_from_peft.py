@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, LoraweaveError, WeightingError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.formats._config import CONFIG, Config, config_fields, shorten, words
+from loraweave.hub.formats._config import CONFIG, AdapterConfig, config_fields, shorten, words
 from loraweave.hub.formats._files import folder_within
-from loraweave.hub.formats._peft_config import parse, stored_tensors
+from loraweave.hub.formats._peft_config import parse_lora, stored_tensors
+from loraweave.hub.formats._reading import part_names
 from loraweave.hub.formats._safetensors import gather, require_finite
-from loraweave.hub.formats.poly import Poly as PolyFormat
 from loraweave.hub.intake.mixtures import ARROW
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._router import TokenRouter
@@ -58,10 +58,10 @@ def read_from_peft(folder: Path, pool: ExpertPool | None, model: nn.Module | Non
         return _arrow(folder)
     if config_fields(folder)["peft_type"] == "POLY":
         return _poly(folder)
-    return _xlora(Config.of(folder), pool, model)
+    return _xlora(AdapterConfig.of(folder), pool, model)
 
 
-def _xlora(config: Config, given: ExpertPool | None, model: nn.Module | None) -> Xlora:
+def _xlora(config: AdapterConfig, given: ExpertPool | None, model: nn.Module | None) -> Xlora:
     config.check_fields(_BENIGN | _READ, {})
     flags = config.flag("enable_softmax", True), config.flag("enable_softmax_topk")
     top_k, softmax = config.fields.get("top_k_lora"), next(name for name, pair in FLAGS.items() if pair == flags)
@@ -103,14 +103,13 @@ def _xlora(config: Config, given: ExpertPool | None, model: nn.Module | None) ->
 
 def _poly(folder: Path) -> Poly:
     """Return the router with a pool that makes the adapter of each task when it is used."""
-    names = [f"task_{number}" for number in range(PolyFormat.of_task(0).num_tasks(folder))]
-    pool = ExpertPool.on_demand(names, lambda name: Adapter.from_pretrained(folder / name))
+    pool = ExpertPool.on_demand(part_names(folder), lambda name: Adapter.from_pretrained(folder / name))
     router = Poly(pool)
     router.pool = pool
     return router.eval()
 
 
-def _experts(config: Config, given: ExpertPool | None) -> ExpertPool:
+def _experts(config: AdapterConfig, given: ExpertPool | None) -> ExpertPool:
     """Return the pool of adapters in the config's order. AdapterUnsupported without them, WeightingError for others."""
     names = config.table("adapters")
     if not 0 < len(names) <= MAX_EXPERTS:
@@ -177,8 +176,8 @@ def _order(folder: Path, router: Xlora, model: nn.Module | None) -> dict[str, in
 
 
 def _arrow(folder: Path) -> Arrow:
-    config = Config.of(folder / ARROW)
-    settings = Config(config.folder, config.table("arrow_config"))
+    config = AdapterConfig.of(folder / ARROW)
+    settings = AdapterConfig(config.folder, config.table("arrow_config"))
     settings.check_fields(words("top_k router_temperature rng_seed use_gks task_adapter_names gks_adapter_names"), {})
     tasks, general = _names(settings, "task_adapter_names", "task"), _names(settings, "gks_adapter_names", "gks")
     adapters = {name: _inner(folder, name) for name in tasks}
@@ -203,7 +202,7 @@ def _arrow(folder: Path) -> Arrow:
     return router.eval()
 
 
-def _names(settings: Config, field: str, kind: str) -> tuple[str, ...]:
+def _names(settings: AdapterConfig, field: str, kind: str) -> tuple[str, ...]:
     """Return names of folders as create_arrow_model gives them. Raises AdapterUnsupported for any other path."""
     names = settings.names(field)
     if odd := [name for name in names if not re.fullmatch(rf"{kind}_\d+", name)]:
@@ -252,4 +251,6 @@ def _without_general(folder: Path, tasks: Mapping[str, Adapter], general: Mappin
 
 def _scales(folder: Path, adapter: Adapter) -> dict[str, float]:
     """Return alpha / r of each layer, which b contains."""
-    return parse(Config.of(folder).fields, folder).scales({name: part.rank for name, part in adapter.layers.items()})
+    return parse_lora(AdapterConfig.of(folder).fields, folder).scales(
+        {name: part.rank for name, part in adapter.layers.items()}
+    )

@@ -7,6 +7,8 @@ import struct
 import numpy as np
 import torch
 
+from loraweave import registry
+
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "U8": 1}
 
 
@@ -157,9 +159,9 @@ def _pickle():
 
 
 def folders():
-    """Name -> files of a folder that the hub takes; "pickle" only with `allow_pickle`."""
+    """Name -> files of a folder that the hub takes, of the formats that are there; "pickle" only with `allow_pickle`."""
     dora = safetensors(_lora(extra=[("lora_magnitude_vector.weight", 3)]))
-    return {
+    held = {
         "plain": {"adapter_config.json": config(), "adapter_model.safetensors": safetensors(_lora())},
         "cards": _with_cards(),
         "dora": {"adapter_config.json": config(use_dora=True), "adapter_model.safetensors": dora},
@@ -174,3 +176,5 @@ def folders():
         "fused": _fused(),
         "pickle": _pickle(),
     }
+    extra = {"kohya": "kohya", "diffusers": "diffusers", "fused": "merged_linear"}
+    return {name: files for name, files in held.items() if extra.get(name, "peft") in registry.names("formats")}

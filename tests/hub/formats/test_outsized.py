@@ -19,7 +19,7 @@ from loraweave.common import process
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats import _files, _safetensors
-from loraweave.hub.formats._conversion import Bound, cut
+from loraweave.hub.formats._conversion import Bound, cut_update
 from loraweave.hub.health.figures import figures_of
 from loraweave.hub.hub import Hub
 from loraweave.hub.search.similar import cosine
@@ -104,7 +104,7 @@ def test_refusing_a_rank_names_the_one_that_is_enough_without_the_dense_update()
     a_RI[range(3), range(3)], b_OR[range(3), range(3)] = sigma, 1.0
     # without the third singular value the error is 1 / sqrt(21) = 0.218, without the second too 0.488
     with Largest() as made, pytest.raises(AdapterUnsupported, match="rank 2 would stay within it"):
-        cut(Factors(a_RI, b_OR), Bound(1, 0.3), "here")
+        cut_update(Factors(a_RI, b_OR), Bound(1, 0.3), "here")
     assert made.entries <= 3 * sides
 
 

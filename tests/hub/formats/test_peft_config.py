@@ -9,7 +9,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from loraweave.hub.formats._config import resolve
-from loraweave.hub.formats._peft_config import BENIGN, HANDLED, REFUSED, parse
+from loraweave.hub.formats._peft_config import BENIGN, HANDLED, REFUSED, parse_lora
 
 
 def test_every_field_of_the_installed_peft_is_in_exactly_one_table():
@@ -18,14 +18,14 @@ def test_every_field_of_the_installed_peft_is_in_exactly_one_table():
 
 
 def test_default_config_of_the_installed_peft_is_accepted(tmp_path):
-    config = parse(
+    config = parse_lora(
         LoraConfig(target_modules=["q_proj"]).to_dict() | {"target_modules": ["q_proj"], "peft_type": "LORA"}, tmp_path
     )
     assert (config.rank, config.alpha) == (8, 8.0)
 
 
 def test_rank_stabilised_scale_is_alpha_over_the_root_of_the_rank(tmp_path):
-    config = parse({"peft_type": "LORA", "r": 8, "lora_alpha": 3, "use_rslora": True}, tmp_path)
+    config = parse_lora({"peft_type": "LORA", "r": 8, "lora_alpha": 3, "use_rslora": True}, tmp_path)
     assert config.scales({"x": 8})["x"] == 3 / math.sqrt(8)
 
 

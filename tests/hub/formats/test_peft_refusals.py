@@ -403,7 +403,6 @@ def test_a_product_that_fp32_just_holds_is_read(folder):
         ({"use_dora": True}, {f"{PATH}.lora_magnitude_vector": torch.ones(3)}, "is DoRA"),
         ({"modules_to_save": ["score"]}, {f"{PREFIX}score.weight": torch.ones(2, 3)}, r"the trained head 'score\.weight'"),
         ({"task_type": "SEQ_CLS"}, {}, "never applies the adapter of another task"),
-        ({"use_bdlora": {"nblocks": 2}}, {}, "alora_invocation_tokens beside use_bdlora"),
     ],
 )
 def test_invocation_tokens_beside_what_counts_before_them_are_refused(folder, config, extra, message):

@@ -9,8 +9,6 @@ import shutil
 import zipfile
 
 import pytest
-import torch
-from safetensors.torch import save_file
 from tiny_hubs import adapter
 
 from loraweave.errors import AdapterNotFound, HubFull
@@ -84,22 +82,6 @@ def test_a_tree_that_workers_read_is_that_of_one_process(hub, tree, tmp_path):
             (record.name, record.hash, record.source) for record in other
         ]
     assert add_tree(hub, tree, n_jobs=1).counts() == {"present": 4, "refused": 1}
-
-
-def test_a_folder_of_lora_files_holds_one_adapter_in_each(hub, tmp_path):
-    root = tmp_path / "files"
-    (root / "styles").mkdir(parents=True)
-    for number, name in enumerate(("one", "two.v2")):
-        parts = {"lora_down.weight": torch.full((2, 5), 1.0 + number), "lora_up.weight": torch.ones(3, 2)}
-        tensors = {f"unet.down_blocks.0.attentions.0.proj_in.{part}": value for part, value in parts.items()}
-        save_file(tensors, root / "styles" / f"{name}.safetensors")
-    save_file({"model.embed.weight": torch.ones(2, 2)}, root / "model.safetensors")
-    report = add_tree(hub, root)
-    assert {entry.path: (entry.state, entry.name) for entry in report.entries} == {
-        "styles/one.safetensors": ("added", "styles/one"),
-        "styles/two.v2.safetensors": ("added", "styles/two.v2"),
-    }
-    assert add_tree(hub, root).counts() == {"present": 2}
 
 
 def test_what_is_refused_is_told_with_the_reason(hub, tree):

@@ -1,0 +1,1 @@
+"""Formats of adapters that few hubs hold, one file for each."""

@@ -1,0 +1,57 @@
+"""BOFT (Liu et al. 2023, arXiv 2311.06243): inputs rotated by a product of butterfly factors, and outputs scaled."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loraweave import AdapterCorrupt
+from loraweave.extend import Dense, ForeignFormat, StoredLayer
+
+
+class Boft(ForeignFormat):
+    """Delta = diag(s) W R^T - W with R = B_m ... B_1, each factor a block-diagonal Cayley transform between permutations."""
+
+    peft_type = "BOFT"
+    parts = frozenset({"boft_R", "boft_s"})
+    benign = frozenset({"boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout"})
+    linear_only = True
+
+    @classmethod
+    def update(cls, layer: StoredLayer) -> Dense:
+        num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
+        stored = layer.part("boft_R", None, None, None, None)
+        factors, blocks, block, _ = stored.shape
+        layer.part("boft_R", factors, blocks, block, block)
+        if blocks * block != num_in or (factors > 1 and (block % 2 or blocks % 2 ** (factors - 1))):
+            raise AdapterCorrupt(
+                f"{layer.where}: {factors} factors of {blocks} blocks of {block} do not fit {num_in} inputs"
+            )
+        skew = (stored - stored.transpose(2, 3)) / 2
+        one_BB = torch.eye(block, dtype=stored.dtype)
+        turned = torch.linalg.solve(one_BB + skew, one_BB - skew, left=False)
+        result_OI = layer.base.weight_OI
+        # W R^T = (W B_m^T ...) is applied from the last factor, since R^T = B_1^T ... B_m^T acts on W from the right
+        for level in range(factors):
+            result_OI = _rotated(result_OI, turned[level], _order(num_in, block, level))
+        return Dense(result_OI * layer.part("boft_s", num_out, 1) - layer.base.weight_OI)
+
+
+def _rotated(matrix_OI: Tensor, turned_NBB: Tensor, order_I: Tensor) -> Tensor:
+    """Return `matrix_OI` P D^T P^T, where P has ones at (i, order[i]) and D the blocks on its diagonal."""
+    apart_OI = torch.empty_like(matrix_OI)
+    apart_OI[:, order_I] = matrix_OI
+    blocks_ONB = apart_OI.reshape(apart_OI.shape[0], *turned_NBB.shape[:2])
+    return torch.einsum("onc,nkc->onk", blocks_ONB, turned_NBB).flatten(1)[:, order_I]
+
+
+def _order(num_in: int, block: int, level: int) -> Tensor:
+    """Return the butterfly of a level: in each group of 2^level blocks, half blocks with even places come first."""
+    halves = 2 ** (level + 1)
+    sorted_halves = [*range(0, halves, 2), *range(1, halves, 2)]
+    half = block // 2
+    if level == 0:
+        return torch.arange(num_in)
+    group = torch.cat([torch.arange(place * half, (place + 1) * half) for place in sorted_halves])
+    starts = torch.arange(0, num_in, block * 2**level)
+    return (starts[:, None] + group[None, :]).flatten()

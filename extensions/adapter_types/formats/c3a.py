@@ -1,0 +1,25 @@
+"""C3A (Chen et al. 2024, arXiv 2407.19342): every block of the update is a circulant matrix."""
+
+from __future__ import annotations
+
+import torch
+
+from loraweave.extend import Dense, ForeignFormat, StoredLayer, check_size
+
+
+class C3a(ForeignFormat):
+    """Block (m, n) of the update has w[m, n, (j - k) mod b] / I in row k and column j; I is the layer's number of inputs."""
+
+    peft_type = "C3A"
+    parts = frozenset({"c3a_kernel"})
+    benign = frozenset({"block_size", "block_size_pattern"})
+
+    @classmethod
+    def update(cls, layer: StoredLayer) -> Dense:
+        kernel_MNB = layer.part("c3a_kernel", None, None, None)
+        block = kernel_MNB.shape[2]
+        check_size(layer, kernel_MNB.shape[0] * block, kernel_MNB.shape[1] * block)
+        steps_B = torch.arange(block)
+        turned_MNBB = kernel_MNB[:, :, (steps_B[None, :] - steps_B[:, None]) % block]
+        delta_OI = turned_MNBB.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+        return Dense(delta_OI / delta_OI.shape[1])

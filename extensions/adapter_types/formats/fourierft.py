@@ -1,0 +1,35 @@
+"""FourierFT (Gao et al. 2024, arXiv 2405.03003): a few trained coefficients of the update's discrete Fourier transform."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loraweave import AdapterCorrupt
+from loraweave.extend import Dense, ForeignFormat, StoredLayer
+
+
+class Fourierft(ForeignFormat):
+    """Delta = scaling * Re(IDFT2(F)), F holding the trained values at places drawn with the config's seed."""
+
+    peft_type = "FOURIERFT"
+    parts = frozenset({"fourierft_spectrum"})
+    handled = frozenset({"scaling", "random_loc_seed"})
+    benign = frozenset({"n_frequency", "n_frequency_pattern"})
+
+    @classmethod
+    def update(cls, layer: StoredLayer) -> Dense:
+        spectrum_OI = scatter(layer, layer.part("fourierft_spectrum", None))
+        return Dense(torch.fft.ifft2(spectrum_OI).real * layer.config.number("scaling"))
+
+
+def scatter(layer: StoredLayer, values: Tensor) -> Tensor:
+    """Return a matrix (O, I) with the values at the places that PEFT draws by torch's CPU generator, else 0."""
+    num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
+    if values.shape[0] > num_out * num_in:
+        raise AdapterCorrupt(f"{layer.where} has {values.shape[0]} coefficients for a matrix of {num_out} x {num_in}")
+    generator = torch.Generator().manual_seed(layer.config.count("random_loc_seed", least=0))
+    places = torch.randperm(num_out * num_in, generator=generator)[: values.shape[0]]
+    matrix = values.new_zeros(num_out * num_in)
+    matrix[places] = values
+    return matrix.reshape(num_out, num_in)

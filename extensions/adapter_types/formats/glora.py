@@ -1,0 +1,37 @@
+"""GLoRA (Chavan et al. 2023, arXiv 2306.07967): weight and bias scaled and shifted by trained terms."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from loraweave.extend import Dense, ForeignFormat, StoredLayer
+
+NAMES = ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E")
+
+
+class Glora(ForeignFormat):
+    """Delta = W * A + B elementwise, and of the bias b * D + E + W C; terms are low-rank, vectors, numbers or absent."""
+
+    peft_type = "GLORA"
+    parts = frozenset(f"{name}.{form}" for name in NAMES for form in ("Xd", "Xu", "X", "zeros"))
+    benign = frozenset({"r", "config_A_B", "config_C", "config_D_E"})
+
+    @classmethod
+    def update(cls, layer: StoredLayer) -> Dense:
+        weight_OI, bias_O = layer.base.weight_OI, layer.base.bias_O
+        delta_OI = weight_OI * _term(layer, "glora_A") + _term(layer, "glora_B")
+        if bias_O is None:
+            # PEFT gives no bias to a layer without one
+            return Dense(delta_OI)
+        through_O1 = weight_OI @ _term(layer, "glora_C").expand(weight_OI.shape[1], 1)
+        return Dense(delta_OI, bias_O * _term(layer, "glora_D") + _term(layer, "glora_E") + through_O1[:, 0])
+
+
+def _term(layer: StoredLayer, name: str) -> Tensor:
+    """Return a trained term in the form in which it is stored; a single number has shape (1,)."""
+    if layer.has(f"{name}.Xd"):
+        down = layer.part(f"{name}.Xd", None, None)
+        return down @ layer.part(f"{name}.Xu", down.shape[1], None)
+    if layer.has(f"{name}.X"):
+        return layer.part(f"{name}.X")
+    return layer.part(f"{name}.zeros") * 0

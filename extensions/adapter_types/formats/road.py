@@ -1,0 +1,51 @@
+"""RoAd (Liao and Monz 2024, arXiv 2409.00119): pairs of a layer's outputs are rotated and scaled."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loraweave import AdapterCorrupt
+from loraweave.extend import Dense, ForeignFormat, StoredLayer
+
+
+class Road(ForeignFormat):
+    """Delta = (R - 1) W and (R - 1) bias, R acting on pairs (o, o + g/2) within groups of g outputs."""
+
+    peft_type = "ROAD"
+    parts = frozenset({"road_theta", "road_alpha"})
+    handled = frozenset({"variant", "group_size"})
+
+    @classmethod
+    def update(cls, layer: StoredLayer) -> Dense:
+        num_out, group = layer.base.num_outputs, layer.config.count("group_size", 64)
+        if num_out % group or group % 2:
+            raise AdapterCorrupt(f"{layer.where}: groups of {group} do not divide its {num_out} outputs into pairs")
+        own_O, other_O = _coefficients(layer, num_out, group)
+        weight_OI, bias_O = layer.base.weight_OI, layer.base.bias_O
+        bias_O1 = None if bias_O is None else bias_O[:, None]
+        changes = [
+            None if rows is None else (own_O - 1)[:, None] * rows + other_O[:, None] * _partners(rows, group)
+            for rows in (weight_OI, bias_O1)
+        ]
+        assert changes[0] is not None
+        return Dense(changes[0], None if changes[1] is None else changes[1][:, 0])
+
+
+def _partners(rows: Tensor, group: int) -> Tensor:
+    """Return every row's partner in the rotation: minus the second half of its group for the first half, and the reverse."""
+    halves = rows.reshape(-1, 2, group // 2, rows.shape[1])
+    return torch.stack([-halves[:, 1], halves[:, 0]], dim=1).reshape(rows.shape)
+
+
+def _coefficients(layer: StoredLayer, num_out: int, group: int) -> tuple[Tensor, Tensor]:
+    """Return (alpha cos theta, alpha sin theta) per output, from one pair per rotation, output or matrix entry."""
+    variant = layer.config.choice("variant", ("road_1", "road_2", "road_4"), "road_1")
+    size = {"road_1": num_out // 2, "road_2": num_out, "road_4": 2 * num_out}[variant]
+    theta, alpha = layer.part("road_theta", size), layer.part("road_alpha", size)
+    if variant == "road_1":
+        theta, alpha = (part.reshape(-1, group // 2).repeat_interleave(2, dim=0).flatten() for part in (theta, alpha))
+    if variant != "road_4":
+        return alpha * theta.cos(), alpha * theta.sin()
+    theta, alpha = theta.reshape(-1, 2, group), alpha.reshape(-1, 2, group)
+    return (alpha[:, 0] * theta[:, 0].cos()).flatten(), (alpha[:, 1] * theta[:, 1].sin()).flatten()

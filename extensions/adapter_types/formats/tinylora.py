@@ -1,0 +1,44 @@
+"""TinyLoRA (PEFT 0.21): LoRA-XS whose middle matrix is a trained sum of a few fixed random ones, which PEFT stores."""
+
+from __future__ import annotations
+
+import torch
+
+from loraweave import AdapterUnsupported, Factors
+from loraweave.extend import ForeignFormat, StoredLayer, plain_factors
+
+
+class Tinylora(ForeignFormat):
+    """Delta = B (sum over u of v_u P_u) A, A and B being the base's leading singular vectors: exactly of rank r."""
+
+    peft_type = "TINYLORA"
+    parts = frozenset({"tinylora_A", "tinylora_B", "tinylora_P"})
+    shared = frozenset({"tinylora_v."})
+    handled = frozenset({"weight_tying", "save_projection"})
+    benign = frozenset({"r", "u", "projection_seed", "init_v_bound", "tinylora_dropout"})
+
+    @classmethod
+    def update(cls, layer: StoredLayer) -> Factors:
+        if not layer.has("tinylora_P"):
+            raise AdapterUnsupported(
+                f"{layer.where}: the random matrices are not in the file, only the seed they were drawn with, which gives "
+                "other numbers in another version of torch; save the adapter with save_projection=True"
+            )
+        a_RI, b_OR = layer.pair("tinylora_A", "tinylora_B")
+        rank = a_RI.shape[0]
+        v_U = layer.part(f"tinylora_v.{_group(layer)}", None)
+        middle_RR = torch.einsum("u,urs->rs", v_U, layer.part("tinylora_P", v_U.shape[0], rank, rank))
+        return plain_factors(a_RI, b_OR @ middle_RR)
+
+
+def _group(layer: StoredLayer) -> int:
+    """Return which trained vector a layer uses: groups of consecutive layers, in the order of the base model's modules."""
+    if len(layer.shared) == 1:
+        return 0
+    if layer.position is None:
+        raise AdapterUnsupported(
+            f"{layer.where}: which of the {len(layer.shared)} trained vectors belongs to it follows from the order of the "
+            "base model's modules; give the base model: Adapter.from_pretrained(..., model=model)"
+        )
+    groups = max(1, round(layer.num_layers * (1.0 - layer.config.number("weight_tying", 0.0))))
+    return min(layer.position // max(1, layer.num_layers // groups), groups - 1)

@@ -1,0 +1,45 @@
+"""VB-LoRA (Li et al. 2024, arXiv 2405.15179): factors made of a few vectors of one bank, mixed per sub-vector."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loraweave import AdapterCorrupt, Factors
+from loraweave.extend import ForeignFormat, StoredLayer, plain_factors, words
+
+
+class Vblora(ForeignFormat):
+    """Every sub-vector of A and B is softmax(top-k logits) times the bank's vectors: exactly of rank r."""
+
+    peft_type = "VBLORA"
+    parts = frozenset(f"vblora_logits_{side}{form}" for side in "AB" for form in ("", "_topk_indices", "_topk_weights"))
+    shared = frozenset({"vblora_vector_bank"})
+    handled = frozenset({"topk"})
+    benign = words(
+        "r num_vectors vector_length save_only_topk_weights vblora_dropout init_vector_bank_bound init_logits_std"
+    )
+
+    @classmethod
+    def update(cls, layer: StoredLayer) -> Factors:
+        bank_VL = layer.part("vblora_vector_bank", None, None)
+        a, b = _mix(layer, "A", bank_VL), _mix(layer, "B", bank_VL)
+        if a.shape[0] != b.shape[1]:
+            raise AdapterCorrupt(f"{layer.where}: A has rank {a.shape[0]} and B has rank {b.shape[1]}")
+        return plain_factors(a.flatten(1), b.transpose(1, 2).reshape(-1, b.shape[1]))
+
+
+def _mix(layer: StoredLayer, side: str, bank_VL: Tensor) -> Tensor:
+    """Return the sub-vectors of one factor, of shape (sub-vectors in the first two sizes, length)."""
+    name, topk = f"vblora_logits_{side}", layer.config.count("topk", 2)
+    if topk > bank_VL.shape[0]:
+        raise AdapterCorrupt(f"{layer.where}: topk is {topk}, but the bank has {bank_VL.shape[0]} vectors")
+    if layer.has(name):
+        logits, places = layer.part(name, None, None, bank_VL.shape[0]).topk(topk, dim=-1)
+        weights = logits.softmax(-1)
+    else:
+        places = layer.places(f"{name}_topk_indices", None, None, topk, below=bank_VL.shape[0])
+        stored = layer.part(f"{name}_topk_weights", *places.shape[:2], topk - 1)
+        # PEFT omits the last weight, since they sum to 1
+        weights = torch.cat([stored, 1 - stored.sum(-1, keepdim=True)], dim=-1)
+    return (weights[..., None] * bank_VL[places]).sum(-2)
