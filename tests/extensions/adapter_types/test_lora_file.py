@@ -1,4 +1,7 @@
-"""LoRA files that are pickles: read on consent as the same tensors in safetensors are, and else refused unopened."""
+"""Pickles of these formats: read on consent as the same tensors in safetensors are, and else refused unopened."""
+
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from safetensors.torch import save_file
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
 
+REAL = Path(__file__).parents[4] / "shared" / "data" / "real_adapters"
 KOHYA = "lora_unet_mid_block_attentions_0_proj_in"
 FILES = {
     "pytorch_lora_weights.bin": ("unet.mid_block.to_q.lora_A.weight", "unet.mid_block.to_q.lora_B.weight"),
@@ -62,3 +66,10 @@ def test_a_pickle_of_another_layout_is_refused_with_its_names(tmp_path):
     torch.save({"what.is.this": torch.ones(2)}, tmp_path / "a.pt")
     with pytest.raises(AdapterUnsupported, match=r"no known layout.*'what\.is\.this'"):
         Adapter.from_pretrained(tmp_path / "a.pt", allow_pickle=True)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the folder of real adapters is not beside the repository")
+def test_a_real_file_of_old_peft_is_read(tmp_path):
+    folder = Path(shutil.copytree(REAL / "bloom560m_alpaca", tmp_path / "bloom"))
+    adapter = Adapter.from_pretrained(folder, allow_pickle=True)
+    assert (len(adapter.layers), adapter.rank, adapter.base_model) == (24, 16, "bigscience/bloom-560m")

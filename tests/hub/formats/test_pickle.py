@@ -3,10 +3,8 @@
 import io
 import json
 import pickle
-import shutil
 import zipfile
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 
-REAL = Path(__file__).parents[4] / "shared" / "data" / "real_adapters"
 ran = []
 
 
@@ -182,10 +179,3 @@ def test_a_git_lfs_pointer_is_named_as_one(tmp_path):
     for consent in (False, True):
         with pytest.raises(AdapterCorrupt, match="git-LFS pointer"):
             Adapter.from_pretrained(tmp_path, allow_pickle=consent)
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="the folder of real adapters is not beside the repository")
-def test_a_real_file_of_old_peft_is_read(tmp_path):
-    folder = Path(shutil.copytree(REAL / "bloom560m_alpaca", tmp_path / "bloom"))
-    adapter = Adapter.from_pretrained(folder, allow_pickle=True)
-    assert (len(adapter.layers), adapter.rank, adapter.base_model) == (24, 16, "bigscience/bloom-560m")
