@@ -56,7 +56,6 @@ TRAITS: dict[str, dict[str, str]] = {
         "shares": "only the proportions of the weights count, and their signs mean nothing",
         "pairs": "it takes two experts and no other number",
         "by_factors": "a and b are mixed apart, so that the split of an update into factors counts",
-        "in_factors": "in other coordinates of a and b it means nothing",
         "one_a": "all experts have one a",
     },
     "routers": {

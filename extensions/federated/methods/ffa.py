@@ -10,7 +10,7 @@ from loraweave import Factors, LayerMismatch
 from loraweave.extend import Experts, Weights, shares, terms, traits, weighted_bias
 
 
-@traits("shares", "by_factors", "in_factors", "one_a")
+@traits("shares", "by_factors", "one_a")
 def ffa(experts: Experts, weights: Weights) -> Factors:
     """Return one layer's mean of b over the common a: exactly the mean update, at the clients' rank.
 

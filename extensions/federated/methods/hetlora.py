@@ -14,7 +14,7 @@ from loraweave import Factors
 from loraweave.extend import Experts, Weights, algebra, shares, terms, traits, weighted_bias
 
 
-@traits("shares", "by_factors", "in_factors")
+@traits("shares", "by_factors")
 def hetlora(
     experts: Experts, weights: Weights, *, norms: Literal["model", "layer"] = "model", survey: Sequence[float] | None = None
 ) -> Factors:

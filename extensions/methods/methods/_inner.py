@@ -21,7 +21,8 @@ def inner_call(name: str, options: Mapping[str, Any], *, method: str) -> MethodC
         raise WeightingError(
             f"{method}: inner={name!r} is the method itself; name the rule it shall apply, like 'ties_per_layer'"
         )
-    if name.startswith("factor_") or "in_factors" in traits_of(get("methods", name)):
+    # core_space goes by factors, too, but by those of the space that it finds itself
+    if name != "core_space" and "by_factors" in traits_of(get("methods", name)):
         raise WeightingError(
             f"{method}: inner={name!r} mixes the factors a and b, whose coordinates {method} changes; name a rule on "
             "updates, like 'ties_per_layer' or 'linear'"

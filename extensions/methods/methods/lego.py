@@ -16,7 +16,7 @@ from loraweave.extend import Count, Experts, Range, Term, Weights, empty_update,
 from loraweave.extensions.methods.methods._core import as_factors
 
 
-@traits("by_factors", "in_factors")
+@traits("by_factors")
 def lego(
     experts: Experts,
     weights: Weights,
