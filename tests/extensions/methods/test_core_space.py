@@ -183,7 +183,8 @@ def test_the_inner_method_gets_cores_and_seeds_of_each_expert(monkeypatch: pytes
     module = ModuleType("probe")
     module.probe = probe  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "probe", module)
-    monkeypatch.setattr(_inner, "get", lambda folder, name: probe)
+    for module in (registry, _inner):
+        monkeypatch.setattr(module, "get", lambda folder, name: probe)
     experts = [factors(0, 2), None, factors(1, 1), factors(5, 1)]
     found = core_space(
         experts, [0.5, 1.0, 2.0, 0.0], inner="probe", inner_options={"depth": 3}, seeds=[11, 12, 13, 14], scale=2.0
