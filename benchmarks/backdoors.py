@@ -29,8 +29,8 @@ from safetensors.numpy import save_file
 import loraweave as lw
 from benchmarks._data import DATA, kept
 from benchmarks._run import RESAMPLES, Run, Table, console, interval, pairs
-from loraweave.composer.explain.probes import probe
 from loraweave.composer.model.batches import IGNORED, batch, encode, token_scores
+from loraweave.extensions.explain import probe
 from loraweave.hub.health.backdoors import STATISTICS, BackdoorDetector, spectral_statistics
 
 TASKS = (

@@ -8,15 +8,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
-
 from loraweave.common.chat import Prompt
 from loraweave.common.checks import is_collection, is_list
 from loraweave.common.process import lock_of
 from loraweave.common.rows import GivenRows
-from loraweave.composer.explain.cost import Cost, mixture_cost
-from loraweave.composer.explain.explanation import Explanation, plan_reading
-from loraweave.composer.explain.worth import expert_losses, leave_one_out
 from loraweave.composer.fused.fused import Fused, fused, mixture_updates
 from loraweave.composer.fused.overwritten import Place
 from loraweave.composer.live import layout
@@ -29,8 +24,9 @@ from loraweave.composer.live.residents import Residency, Residents
 from loraweave.composer.live.resolve import resolve, warn_of_licenses
 from loraweave.composer.live.standing_in import CLAIMS
 from loraweave.composer.merge.statistics import Statistics
-from loraweave.composer.model.generate import Asked, generation_call, read_one, read_prompt, stream
+from loraweave.composer.model.generate import Asked, generation_call, read_prompt, stream
 from loraweave.composer.model.layers import TargetLayer
+from loraweave.composer.model.worth import expert_losses, leave_one_out
 from loraweave.composer.train.routers import fit, require_learning
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
@@ -97,6 +93,10 @@ class Composer:
             require_no_heads(name, self._pool[name])
         return self._bound
 
+    def bound(self, name: str) -> Adapter:
+        """Return an expert as it is mixed, to be looked at; what is kept is made of `bound_pool`. Raises UnknownExpert."""
+        return self._bound[name]
+
     @property
     def target_layers(self) -> Mapping[str, TargetLayer]:
         """The model's layers that some expert updates, by module path; of a lazy pool, some expert that was opened."""
@@ -156,41 +156,14 @@ class Composer:
         """
         return last_weights(self._live, Setting(self._bound, self._fitting))
 
-    def cost(self, used: UsedWeights | None = None) -> Cost:
-        """Return the FLOPs and bytes that `used` weights, by default the last forward's, add to the layers' own."""
-        return mixture_cost(self.last_weights if used is None else used, self._bound, self.target_layers)
-
     def record(self) -> AbstractContextManager[Trace]:
         """Record the weights of every call in this thread: `with engine.record() as trace:`; trace.weights joins them.
 
         They stay on the model's devices until the trace goes. Their pool is the one that the engine has at this call.
+        Raises AlreadyActive while fused, where no layer mixes.
         """
+        self._require_not_fused("record weights")
         return recording(self._live, Setting(self._bound, self._fitting))
-
-    def explain(self, text: Asked, mixture: Any = None, *, max_new_tokens: int = 0) -> Explanation:
-        """Return what each token of a text or a conversation gets from each expert in each layer, from one forward.
-
-        `mixture` is what activate() takes; None explains what is active. With `max_new_tokens`, the greedy continuation (an
-        encoder-decoder's answer) is explained too, but for its last token, which the model never reads. An encoder-decoder's
-        tokens are those of the text and then those of the answer, with the token that it begins with.
-        Raises CompositionError without a tokenizer, ScopeError for a mixture of several rows, AlreadyActive while fused.
-        """
-        self._require_open()
-        self._require_tokenizer("explain()")
-        prompt = read_one(text)
-        if self._fused:
-            raise AlreadyActive("a mixture that is fused into the weights has none to explain: leave fused() first")
-        with torch.no_grad(), nullcontext() if mixture is None else self.activate(mixture):
-            read = plan_reading(self.model, self.tokenizer, prompt, max_new_tokens)
-            with self.record() as trace, read.prompted():
-                self.model(**read.inputs)
-        order = [name for name, _ in self.model.named_modules() if name in self.target_layers]
-        if not order and self.target_layers:
-            raise CompositionError(
-                "explain() shows layers that meet all tokens in their order, and the pool updates only experts of fused "
-                "parameters: record() has their weights"
-            )
-        return read.explanation(self.tokenizer, trace, order)
 
     def expert_losses(self, tasks: Mapping[str, Task | GivenRows], *, progress: bool = True) -> dict[str, dict[str, float]]:
         """Return {task: {expert: loss}}: the mean loss of a task's target tokens with that expert alone, at weight 1.

@@ -12,9 +12,9 @@ from loraweave.common.lazy import lazy
 
 if TYPE_CHECKING:
     from loraweave.cli._application import DEFAULT_HUB, BaseOption, DtypeOption, HubOption, JsonOption, SeedOption
-    from loraweave.cli._inputs import load_model, open_hub, require_dtype
+    from loraweave.cli._inputs import load_model, open_hub, recorded_base, require_dtype, require_one_adapter
     from loraweave.cli._printing import note, print_json, print_table
-    from loraweave.common.chat import Prompt, prompt_texts
+    from loraweave.common.chat import Prompt, prompt_ids, prompt_texts
     from loraweave.common.checks import is_list, is_number, is_whole, require_whole
     from loraweave.common.descent import Descent, backward, descend
     from loraweave.common.display import ShownTable, blank_figure, progress_bar, tracked
@@ -64,7 +64,6 @@ if TYPE_CHECKING:
     from loraweave.composer.experts.parts import layer_sites, numbered_blocks
     from loraweave.composer.experts.running import Running
     from loraweave.composer.experts.together import ExpertJob
-    from loraweave.composer.explain.plot import explanation_page
     from loraweave.composer.formula.nodes import Named, Stored, Sum
     from loraweave.composer.live.hook import LiveHook, MixedLayer, Traced
     from loraweave.composer.live.kernels._choice import only_kernel
@@ -82,6 +81,7 @@ if TYPE_CHECKING:
         weigh_b,
     )
     from loraweave.composer.live.layout import PlacedFactors
+    from loraweave.composer.live.recording import Load, Trace, UsedLayer, UsedWeights, load_of
     from loraweave.composer.live.residents import Lease
     from loraweave.composer.merge.interference import mixture_interference
     from loraweave.composer.merge.method_call import MethodCall
@@ -115,10 +115,12 @@ if TYPE_CHECKING:
         takes,
         token_losses,
         untouched,
+        with_positions,
     )
+    from loraweave.composer.model.generate import encode_texts, generation_call, read_prompt
     from loraweave.composer.model.kinds import by_row, conv, linear
     from loraweave.composer.model.layers import TargetLayer
-    from loraweave.composer.model.scoring import encode_pairs
+    from loraweave.composer.model.scoring import encode_pairs, in_chunks
     from loraweave.composer.train.adapters import target_layers, training_rows
     from loraweave.composer.train.jobs import LoraJob, LowRank, TrainingJob, given_factors, new_factors
     from loraweave.composer.train.passes import LoraJobs, SharedPass, job_losses
@@ -151,7 +153,7 @@ if TYPE_CHECKING:
     from loraweave.hub.targets._target import Target
     from loraweave.lowrank import algebra
     from loraweave.lowrank.factorise import factorise
-    from loraweave.registry import get, nearest, traits, traits_of
+    from loraweave.registry import brought, get, nearest, traits, traits_of
     from loraweave.retrieval.keyed_search import Key
     from loraweave.routers.recipes._gate import UNKNOWN, Call, Gate, Weighing, draw_linear
     from loraweave.routers.recipes._recipe import (
@@ -170,7 +172,14 @@ if TYPE_CHECKING:
     from loraweave.routers.searches._solver import ClosedForm, Solver
     from loraweave.routers.searches.gradient import Gradient
     from loraweave.routers.tokens._caches import BesideCache, RowsAndTokens
-    from loraweave.routers.tokens._call import cache_of, current_prompts, current_tokenizer, has_two_sequences, real_tokens
+    from loraweave.routers.tokens._call import (
+        cache_of,
+        current_prompts,
+        current_tokenizer,
+        has_two_sequences,
+        prompted,
+        real_tokens,
+    )
     from loraweave.routers.tokens._forms import InputGates, OutputRouter, ScoredRouter, output_factors
     from loraweave.routers.tokens._learned import LearnedRouter, Step
     from loraweave.routers.tokens._members import LayerTensors, Members
@@ -198,7 +207,7 @@ if TYPE_CHECKING:
 # the same names by module: a process imports what it uses, a type checker reads the imports above
 _MODULES = {
     # what a registry holds
-    "registry": "get nearest traits traits_of",
+    "registry": "brought get nearest traits traits_of",
     "common.options": (
         "Count Declared Fraction NonNegative Positive Range Rate Share Whole check_options options_of require_known"
     ),
@@ -222,7 +231,7 @@ _MODULES = {
     "composer.compose.objectives.cross_entropy": "CrossEntropy",
     "routers.searches.gradient": "Gradient",
     "routers.tokens._caches": "BesideCache RowsAndTokens",
-    "routers.tokens._call": "cache_of current_prompts current_tokenizer has_two_sequences real_tokens",
+    "routers.tokens._call": "cache_of current_prompts current_tokenizer has_two_sequences prompted real_tokens",
     "routers.tokens._forms": "InputGates OutputRouter ScoredRouter output_factors",
     "routers.tokens._members": "LayerTensors Members",
     "routers.tokens._text": "Examples TextRouter labelled_tasks",
@@ -255,10 +264,11 @@ _MODULES = {
     "composer.experts.expert_model": "ExpertModel require_expert_model",
     "composer.formula.nodes": "Named Stored Sum",
     "composer.model.batches": (
-        "EncodedRow TargetBatch batch encode end_tokens last_logits mean_losses pad_id pad_rows takes token_losses untouched"
+        "EncodedRow TargetBatch batch encode end_tokens last_logits mean_losses pad_id pad_rows takes token_losses "
+        "untouched with_positions"
     ),
     "composer.model.layers": "TargetLayer",
-    "composer.model.scoring": "encode_pairs",
+    "composer.model.scoring": "encode_pairs in_chunks",
     "composer.train.adapters": "target_layers training_rows",
     "composer.train.jobs": "LoraJob LowRank TrainingJob given_factors new_factors",
     "composer.train.passes": "LoraJobs SharedPass job_losses",
@@ -270,14 +280,15 @@ _MODULES = {
     "lowrank.factorise": "factorise",
     "routers.tokens._model": "block_of running_block",
     "composer.merge.interference": "mixture_interference",
-    "composer.explain.plot": "explanation_page",
     "composer.experts.together": "ExpertJob",
     "hub.formats._base_layer": "BaseLayer as_base_layer base_layer head_size missing_layer",
     "hub.pool": "require_everywhere",
+    "composer.live.recording": "Load Trace UsedLayer UsedWeights load_of",
+    "composer.model.generate": "encode_texts generation_call read_prompt",
     # reading, writing and showing
     "common.storage_errors": "remote_errors storage_errors without_credentials",
     "common.state": "RUNNING TrainingState checkpoint_folder drop_state load_state save_state save_tensors",
-    "common.chat": "Prompt prompt_texts",
+    "common.chat": "Prompt prompt_ids prompt_texts",
     "common.checks": "is_list is_number is_whole require_whole",
     "common.display": "ShownTable blank_figure progress_bar tracked",
     "common.files": "cache_folder replacing require_replaceable whole_file",
@@ -300,7 +311,7 @@ _MODULES = {
     "serving.scheduler": "too_busy",
     # the command line
     "cli._application": "BaseOption DEFAULT_HUB DtypeOption HubOption JsonOption SeedOption",
-    "cli._inputs": "load_model open_hub require_dtype",
+    "cli._inputs": "load_model open_hub recorded_base require_dtype require_one_adapter",
     "cli._printing": "note print_json print_table",
     # HTTP applications over the same models
     "serving.http": "EventStream loopback_only read_body read_request refused require_loopback unless_gone",
@@ -399,6 +410,7 @@ __all__ = [
     "Lend",
     "Limits",
     "LiveHook",
+    "Load",
     "Logistic",
     "LoraJob",
     "LoraJobs",
@@ -452,10 +464,13 @@ __all__ = [
     "TokenGate",
     "TokenRouter",
     "TopKRecipe",
+    "Trace",
     "Traced",
     "TrainingJob",
     "TrainingState",
     "TruncatedUpdate",
+    "UsedLayer",
+    "UsedWeights",
     "VectorSearch",
     "Weigh",
     "Weighing",
@@ -474,6 +489,7 @@ __all__ = [
     "best_of",
     "blank_figure",
     "block_of",
+    "brought",
     "by_layer",
     "by_row",
     "by_rows",
@@ -495,12 +511,13 @@ __all__ = [
     "empty_update",
     "encode",
     "encode_pairs",
+    "encode_texts",
     "end_tokens",
     "entry",
-    "explanation_page",
     "factorise",
     "fingerprint",
     "fitting",
+    "generation_call",
     "get",
     "given_factors",
     "gram",
@@ -509,6 +526,7 @@ __all__ = [
     "has_expert",
     "has_two_sequences",
     "head_size",
+    "in_chunks",
     "interpolation",
     "is_list",
     "is_number",
@@ -525,6 +543,7 @@ __all__ = [
     "least_lambda",
     "linear",
     "load_model",
+    "load_of",
     "load_state",
     "lock_of",
     "loopback_only",
@@ -559,7 +578,9 @@ __all__ = [
     "print_table",
     "printable",
     "progress_bar",
+    "prompt_ids",
     "prompt_texts",
+    "prompted",
     "prune_both_ends",
     "prune_random",
     "prune_smallest",
@@ -570,6 +591,7 @@ __all__ = [
     "read_bytes",
     "read_endings",
     "read_json",
+    "read_prompt",
     "read_request",
     "read_rows",
     "read_tasks",
@@ -577,6 +599,7 @@ __all__ = [
     "read_yaml",
     "real_tokens",
     "record_inputs",
+    "recorded_base",
     "refusal_of",
     "refused",
     "remote_errors",
@@ -588,6 +611,7 @@ __all__ = [
     "require_known",
     "require_loopback",
     "require_model",
+    "require_one_adapter",
     "require_replaceable",
     "require_whole",
     "router_class",
@@ -632,6 +656,7 @@ __all__ = [
     "whole_file",
     "wilson",
     "with_options",
+    "with_positions",
     "with_seed",
     "with_task",
     "without",

@@ -232,25 +232,6 @@ def test_the_page_on_ensembles_whose_two_ways_agree(run_page):
 
 
 @pytest.mark.slow
-def test_the_page_on_explanations_says_what_its_picture_shows(run_page, tmp_path):
-    names = run_page("docs/explain.md")
-    explanation = names["explanation"]
-    assert explanation.w_TLE.shape == (21, 60, 20)
-    assert (tmp_path / "weights.png").read_bytes()[:4] == b"\x89PNG"
-    assert (tmp_path / "weights.html").read_text(encoding="utf-8").startswith("<!doctype html>")
-    assert list(names["effects"]) == list(explanation.experts)
-    strongest = {
-        token.strip(): [explanation.experts[at] for at in w_E.argsort(descending=True)[:2].tolist()]
-        for token, w_E in zip(explanation.tokens, explanation.by_token_TE, strict=True)
-    }
-    assert strongest["seventeen"] == ["number_words", "addition"]
-    assert (strongest["German"][0], strongest["letters"][0]) == ("past_tense", "intent_domain")
-    shares = dict(zip(names["used"].experts, names["load"].share_E.tolist(), strict=True))
-    assert sum(shares.values()) == pytest.approx(1)
-    assert {layer.num_tokens for layer in names["trace"].weights.layers.values()} <= set(range(5, 12))
-
-
-@pytest.mark.slow
 def test_the_page_on_generation_whose_three_ways_give_one_answer(run_page, capsys):
     names = run_page("docs/generation.md")
     answers = names["answers"]

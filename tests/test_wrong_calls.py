@@ -89,7 +89,6 @@ ROWS = {
     "a text to predict": lambda w: w.composed.predict("walk"),
     "numbers to predict": lambda w: w.composed.predict([5]),
     "messages to fit on without an answer": lambda w: lw.router("phatgoose", w.pool).fit(w.engine, [CHAT], steps=1),
-    "a number to explain": lambda w: w.composed.explain(5),
 }
 
 WEIGHTS = {
@@ -299,7 +298,6 @@ def test_the_way_out_of_a_peft_model_is_a_base(world, make_model):
         ["eval", "empty", "rows.jsonl"],
         ["export", "empty", "--out", "e"],
         ["export", "pool/a", "--out", "e", "--target", "vlmm"],
-        ["explain", "empty", "a"],
         ["train", "broken.jsonl", "--out", "t"],
         ["hub", "show", "a", "--hub", "missing"],
         ["hub", "add", "nowhere", "--hub", "new"],

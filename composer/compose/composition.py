@@ -1,4 +1,4 @@
-"""A composition: what was chosen for a task, ready to be refined, explained, kept and given away."""
+"""A composition: what was chosen for a task, ready to be refined, kept and given away."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
-
-import torch
 
 from loraweave.common.chat import prompt_json
 from loraweave.common.files import as_path, replacing
@@ -30,11 +28,8 @@ from loraweave.composer.compose.report import Report, ReportRow
 from loraweave.composer.compose.saved import FILE, PARTS, SavedRecipe, recipe_of
 from loraweave.composer.compose.settings import router_name
 from loraweave.composer.compose.task_mixture import TaskMixture
-from loraweave.composer.composer import Composer
-from loraweave.composer.explain.explanation import Explanation, plan_reading, split_text
 from loraweave.composer.merge.arithmetic import byom
 from loraweave.composer.merge.merge import parent_of
-from loraweave.composer.model.generate import Asked, read_one
 from loraweave.composer.model.layers import with_magnitudes
 from loraweave.errors import CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
@@ -55,7 +50,7 @@ FILES = tuple(f"*{name}" for name in (FILE, "router.json", "router.safetensors",
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Composition(TaskMixture):
-    """The result of `compose`: a mixture for a task that can be refined, explained, kept and given away.
+    """The result of `compose`: a mixture for a task that can be refined, kept and given away.
 
     Its fields, weights, adapter and answers are those of `TaskMixture`.
     """
@@ -192,29 +187,6 @@ class Composition(TaskMixture):
             stored=trained,
             tuned_steps=self.tuned_steps + steps,
         )
-
-    def explain(self, text: Asked, *, max_new_tokens: int = 0) -> Explanation:
-        """Return what each token of the prompt for an input gets from each adapter: its weights, in every layer.
-
-        With `max_new_tokens`, tokens of the greedy continuation are explained too; Composer.explain says which.
-        """
-        prompt = self.task.prompt(read_one(text))
-        if self.is_base:
-            with torch.no_grad():
-                ids = torch.cat(plan_reading(self.model, self.tokenizer, prompt, max_new_tokens).parts).tolist()
-            return Explanation(split_text(self.tokenizer, ids), (), (), torch.empty(len(ids), 0, 0))
-        if self.router is not None:
-            return self.engine.explain(prompt, self.router, max_new_tokens=max_new_tokens)
-        self._require_one("explain a token")
-        engine = Composer(self.model, [self.adapter], tokenizer=self.tokenizer)
-        merged = engine.explain(prompt, {self.adapter.name: 1.0}, max_new_tokens=max_new_tokens)
-        if self.tuned_steps:
-            # an adapter that was trained on has no experts whose shares can be told
-            return merged
-        names = list(self.mean_weights)
-        rows = [self.mean_weights if self.by_layer is None else self.by_layer.get(layer, {}) for layer in merged.layers]
-        weights_LE = torch.tensor([[float(row.get(name, 0.0)) for name in names] for row in rows])
-        return replace(merged, experts=tuple(names), w_TLE=merged.w_TLE * weights_LE)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write composition.json and, unless it is the base model, the merged adapter as a PEFT folder.

@@ -294,7 +294,7 @@ class UsedWeights(Mapping[str, Tensor]):
         Raises ScopeError for the mask of another batch.
         """
         return {
-            name: load(used.spread_BTE, None if attention_mask is None else used.mask(attention_mask))
+            name: load_of(used.spread_BTE, None if attention_mask is None else used.mask(attention_mask))
             for name, used in self.layers.items()
         }
 
@@ -318,7 +318,7 @@ class Load:
     num_tokens: int
 
 
-def load(w_BTE: Tensor, mask_BT: Tensor | None = None) -> Load:
+def load_of(w_BTE: Tensor, mask_BT: Tensor | None = None) -> Load:
     """Return the load of weights of one layer, in float64. Tokens where `mask_BT` is 0 (padding) are left out.
 
     Axes B and T of size 1 are shared by all rows and tokens of the mask. Raises ScopeError where the two do not fit.

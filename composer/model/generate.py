@@ -146,13 +146,6 @@ def _words(mode: str) -> str:
     return mode.replace("_", " ") or "of an unknown kind"
 
 
-def read_one(text: Any) -> Prompt:
-    """Return the text or conversation that is to be explained. Raises CompositionError for several."""
-    if not isinstance(text, str | Conversation) and not is_messages(text):
-        raise CompositionError(f"explain() takes one text, but got {type(text).__name__}: explain texts one by one")
-    return read_prompt(text, 0)
-
-
 def read_prompt(given: Any, number: int) -> Prompt:
     """Return a call's text or conversation as a prompt. Raises CompositionError, or InvalidTask for turns of other forms."""
     if isinstance(given, str):

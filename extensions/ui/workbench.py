@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal, Self
@@ -26,6 +27,7 @@ from loraweave import (
     ExpertPool,
     Hub,
     MixtureWeights,
+    PackageMissing,
     Task,
     WeightingError,
     compose,
@@ -38,7 +40,7 @@ from loraweave.extend import (
     Prompt,
     Stored,
     TokenRouter,
-    explanation_page,
+    brought,
     mixture_interference,
     router_class,
     router_names,
@@ -47,6 +49,8 @@ from loraweave.extensions.ui.acts import Tell, ToldProgress
 from loraweave.extensions.ui.catalogue import Name, Query, block_and_kind, by_number, grid
 
 MAX_PICKED = 8
+# the part by which extensions bring what shows the weights of tokens
+PANEL = "panel"
 # explanations that stay to be looked at
 MAX_KEPT = 8
 Text = Annotated[str, Field(max_length=20_000)]
@@ -165,7 +169,7 @@ class Workbench:
         """List names that a page lets choose from: targets of exports, and routers that need no training and no data."""
         kinds = {name: router_class(name) for name in router_names()}
         ready = [name for name, kind in kinds.items() if not kind.learned and kind.fit is TokenRouter.fit]
-        return {"targets": names("targets"), "routers": ready}
+        return {"targets": names("targets"), "routers": ready if brought(PANEL) else []}
 
     def picked(self, asked: Picked) -> dict[str, Any]:
         """Return what the sliders need to know of adapters: their blocks, and a text to try them on."""
@@ -264,16 +268,14 @@ class Workbench:
         names = asked.names or [hit.name for hit in self._hub.search(asked.prompt, k=MAX_PICKED)]
         engine = self._composer(names, tell)
         made = router(asked.router, engine.bound_pool)
-        explanation = engine.explain(asked.prompt, made, max_new_tokens=asked.max_new_tokens)
+        title = f"{asked.router} over {', '.join(names)}"
+        page, shares, entropy = _panel()(engine, asked.prompt, made, max_new_tokens=asked.max_new_tokens, title=title)
         number = uuid4().hex
-        self._pages[number] = explanation_page(explanation, f"{asked.router} over {', '.join(names)}")
+        self._pages[number] = page
         while len(self._pages) > MAX_KEPT:
             self._pages.popitem(last=False)
-        total = explanation.total
-        shares = [
-            {"name": name, "share": float(share)} for name, share in zip(explanation.experts, total.share_E, strict=True)
-        ]
-        tell({"page": number, "shares": shares, "entropy": total.entropy})
+        told = [{"name": name, "share": share} for name, share in shares.items()]
+        tell({"page": number, "shares": told, "entropy": entropy})
 
     def explanation(self, number: str) -> str:
         """Return the page of that number. Raises AdapterNotFound for one that is gone."""
@@ -310,6 +312,15 @@ class Workbench:
             by_layer=by_layer if asked.by_block else None,
             allow_licenses=asked.allow_licenses,
         )
+
+
+def _panel() -> Callable[..., tuple[str, dict[str, float], float]]:
+    """Return what shows weights by token: the function `panel` of an extension's or another package's file of that name."""
+    modules = brought(PANEL)
+    if not modules:
+        raise PackageMissing("no extension that is installed shows the weights of tokens; loraweave comes with one")
+    shows: Callable[..., tuple[str, dict[str, float], float]] = getattr(import_module(min(modules.values())), PANEL)
+    return shows
 
 
 def _part(name: str, weights: Mapping[str, float], by_layer: Mapping[str, Mapping[str, float]] | None) -> dict[str, Any]:

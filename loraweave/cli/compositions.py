@@ -1,4 +1,4 @@
-"""`loraweave compose`, `eval`, `explain` and `export`; and `hub save-composition` and its kin: compositions in a hub."""
+"""`loraweave compose`, `eval` and `export`; and `hub save-composition` and its kin: compositions in a hub."""
 
 from __future__ import annotations
 
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     import loraweave as lw
 
 composing = typer.Typer(rich_markup_mode=None)
-PLOTS = (".png", ".svg", ".pdf")
 
 
 @composing.command(
@@ -275,49 +274,6 @@ def _evaluate_adapter(adapter: Any, base: str | None, dtype: str | None, task: A
     with lw.Composer(model, [adapter]).activate({adapter.name: 1.0}):
         score = evaluate(model, tokenizer, task, pairs)
     return {"value": score.value, "low": score.low, "high": score.high, "loss": score.loss, "count": score.count}
-
-
-@composing.command(epilog='Example: loraweave explain composed "The king is old." --plot weights.png')
-def explain(
-    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A composition's folder.")],
-    text: Annotated[str, typer.Argument(help="An input of its task.")],
-    base: Annotated[
-        str | None,
-        typer.Option("--base", metavar="MODEL", help="Base model; the one that the composition names by default."),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=0, help="Also explain this many tokens of the answer.")] = 0,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the weights by layer and token: .png, .svg or .pdf.")
-    ] = None,
-    page: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write all weights as a page for a browser: .html.")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show how much each adapter of a composition counts for the tokens of an input, layer by layer."""
-    if plot is not None and plot.suffix.lower() not in PLOTS:
-        raise typer.BadParameter(f"--plot takes a file that ends in {', '.join(PLOTS)}, not {plot.name!r}")
-    if page is not None and page.suffix.lower() != ".html":
-        raise typer.BadParameter(f"--page takes a file that ends in .html, not {page.name!r}")
-    import loraweave as lw
-
-    require_one_adapter(folder, "explain", text)
-    recorded = recorded_base(folder)
-    model, tokenizer = load_model(base or recorded)
-    composed = lw.Composition.from_pretrained(folder, model, tokenizer)
-    explanation = composed.explain(text, max_new_tokens=max_new_tokens)
-    if plot is not None:
-        explanation.plot(plot)
-    if page is not None:
-        explanation.page(page)
-    if as_json:
-        print_json({**explanation.to_json(), "plot": plot, "page": page})
-        return
-    print_table(explanation.table())
-    if plot is not None:
-        note(f"drew {plot}")
-    if page is not None:
-        note(f"wrote {page}")
 
 
 @composing.command(epilog="Example: loraweave export composed --target vllm --max-rank 16 --out composed-vllm")

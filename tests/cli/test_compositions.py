@@ -1,4 +1,4 @@
-"""`loraweave compose`, `eval`, `explain` and `export`."""
+"""`loraweave compose`, `eval` and `export`."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def test_a_composition_is_made_scored_and_exported(two, base, rows):
     )
 
 
-def test_a_composition_by_a_router_is_made_scored_and_explained_and_never_exported(two, base, rows):
+def test_a_composition_by_a_router_is_made_and_scored_and_never_exported(two, base, rows):
     words = ["--base", base, "--pool", two, "--examples", rows, "--method", "arrow", "--out", "c"]
     made = call("compose", *words, "--option", "top_k=1")
     assert made.exit_code == 0, made.stderr
@@ -45,27 +45,25 @@ def test_a_composition_by_a_router_is_made_scored_and_explained_and_never_export
     model, tokenizer = lw.load_base(str(base))
     kept = lw.Composition.from_pretrained("c", model, tokenizer)
     assert json.loads(scored.stdout) == pytest.approx(kept.evaluate(PAIRS), rel=1e-6)
-    explained = json.loads(call("explain", "c", "a text", "--json").stdout)
-    assert explained["experts"] == ["left", "right"]
     exported = call("export", "c", "--out", "p")
     assert (exported.exit_code, exported.stderr.split(":")[0]) == (1, "ScopeError")
     assert not Path("p").exists()
 
 
-def test_an_average_is_answered_with_commands_that_export_and_explain_its_members(two, base, rows):
+def test_an_average_is_answered_with_commands_that_export_its_members(two, base, rows):
     made = call("compose", "--base", base, "--pool", two, "--examples", rows, "--out", "my average")
     assert made.exit_code == 0, made.stderr
-    for asked in (["export", "my average", "--target", "vllm", "--out", "made of it"], ["explain", "my average", "a b"]):
-        refused = call(*asked)
-        assert (refused.exit_code, refused.stderr.split(":")[0]) == (1, "ScopeError"), refused.stderr
-        assert "'my average' is the average of gradient and few_shot" in refused.stderr
-        commands = [shlex.split(text)[1:] for text in refused.stderr.split("`")[1::2]]
-        assert [words[1] for words in commands] == ["my average/member-0", "my average/member-1"]
-        assert [[words[0], *words[2:]] for words in commands] == [[asked[0], *asked[2:]]] * 2
-        for words in commands:
-            done = call(*words)
-            assert done.exit_code == 0, done.stderr
-            shutil.rmtree("made of it", ignore_errors=True)
+    asked = ["export", "my average", "--target", "vllm", "--out", "made of it"]
+    refused = call(*asked)
+    assert (refused.exit_code, refused.stderr.split(":")[0]) == (1, "ScopeError"), refused.stderr
+    assert "'my average' is the average of gradient and few_shot" in refused.stderr
+    commands = [shlex.split(text)[1:] for text in refused.stderr.split("`")[1::2]]
+    assert [words[1] for words in commands] == ["my average/member-0", "my average/member-1"]
+    assert [[words[0], *words[2:]] for words in commands] == [[asked[0], *asked[2:]]] * 2
+    for words in commands:
+        done = call(*words)
+        assert done.exit_code == 0, done.stderr
+        shutil.rmtree("made of it", ignore_errors=True)
 
 
 def test_a_program_is_answered_with_commands_that_export_its_steps(two, base, rows):
@@ -188,9 +186,7 @@ def test_a_hub_of_the_environment_gives_way_to_a_pool(two, base, rows):
     assert call(*words, env={"LORAWEAVE_HUB": "missing"}).exit_code == 0
 
 
-@pytest.mark.parametrize(
-    "words", [["eval", "broken", "rows.jsonl"], ["export", "broken", "--out", "e"], ["explain", "broken", "a"]]
-)
+@pytest.mark.parametrize("words", [["eval", "broken", "rows.jsonl"], ["export", "broken", "--out", "e"]])
 def test_a_damaged_composition_is_named_before_the_base_is_loaded(words, here, rows):
     Path("broken").mkdir()
     Path("broken/composition.json").write_text('{"format": 2, "base_model": "no/such-base"}')
@@ -287,80 +283,6 @@ def test_rows_that_are_no_text_are_refused(two):
     Path("bad.jsonl").write_bytes(b'{"input": "\xff\xfe"}')
     done = call("compose", "--pool", two, "--examples", "bad.jsonl")
     assert (done.exit_code, done.stderr.startswith("InvalidTask: bad.jsonl is not UTF-8 text")) == (1, True)
-
-
-def composed(base, folder, weights):
-    model, tokenizer = lw.load_base(str(base))
-    layers = {layer: Factors(torch.ones(2, 16), torch.ones(16, 2)) for layer in LAYERS}
-    pool = lw.ExpertPool([lw.Adapter(name, str(base), layers) for name in ("[left]", "$right")])
-    method = "manual" if weights else "base"
-    made = lw.compose(model, tokenizer, pool, TASK, method=method, weights=weights or None, progress=False)
-    return made.save_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def saved(base, tmp_path_factory):
-    return composed(base, tmp_path_factory.mktemp("c") / "composed", {"[left]": 0.75, "$right": -0.25})
-
-
-def test_the_table_has_the_adapters_by_their_share(saved, here):
-    done = call("explain", saved, "ab")
-    assert done.exit_code == 0, done.stderr
-    rows = [[cell.strip() for cell in line.split("│")[1:5]] for line in done.stdout.splitlines() if line.startswith("│")]
-    assert rows == [["[left]", "75.0%", "100.0%", "0.75"], ["$right", "25.0%", "100.0%", "-0.25"]]
-
-
-def test_json_has_tokens_layers_and_weights(saved, here):
-    done = call("explain", saved, "ab", "--json")
-    told = json.loads(done.stdout)
-    assert "".join(told["tokens"]) == TASK.prompt("ab")
-    assert (told["layers"], told["experts"], told["plot"]) == (list(LAYERS), ["[left]", "$right"], None)
-    # the same for all tokens and layers
-    assert told["weights"] == [[[0.75, -0.25]]]
-    assert told["load"][LAYERS[0]]["share"] == [0.75, 0.25]
-
-
-def test_tokens_of_the_answer_are_explained_when_asked_for(saved, here):
-    tokens = json.loads(call("explain", saved, "ab", "--max-new-tokens", "4", "--json").stdout)["tokens"]
-    assert len(TASK.prompt("ab")) < len(tokens) <= len(TASK.prompt("ab")) + 3
-
-
-@pytest.mark.parametrize(
-    ("flag", "file", "said", "holds"),
-    [("--plot", "weights.svg", "drew", "<svg"), ("--page", "weights.html", "wrote", "<!doctype html>")],
-)
-def test_plot_and_page_are_written_where_they_are_wanted(flag, file, said, holds, saved, here):
-    done = call("explain", saved, "ab", flag, file)
-    assert (done.exit_code, done.stderr) == (0, f"{said} {file}\n")
-    assert holds in (here / file).read_text(encoding="utf-8")
-
-
-def test_the_base_model_has_a_table_and_no_picture(base, here):
-    folder = composed(base, here / "c", {})
-    assert "the base model itself" in call("explain", folder, "ab").stdout
-    done = call("explain", folder, "ab", "--plot", "x.png")
-    assert (done.exit_code, done.stderr.split(":")[0]) == (1, "CompositionError")
-    assert not (here / "x.png").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "status", "said"),
-    [
-        (("nowhere", "ab"), 2, "'nowhere' does not exist"),
-        (("empty", "ab"), 1, "AdapterNotFound: empty holds no composition.json"),
-        (("composed",), 2, "Missing argument 'text'"),
-        (("composed", "ab", "--plot", "x.bmp2"), 2, "ends in .png, .svg, .pdf, not 'x.bmp2'"),
-        (("composed", "ab", "--page", "x.png"), 2, "ends in .html, not 'x.png'"),
-        (("composed", "ab", "--max-new-tokens", "-1"), 2, "--max-new-tokens"),
-        (("composed", "ab", "--plot", "no/such/folder/x.png"), 1, "FileNotFoundError"),
-    ],
-)
-def test_a_wrong_use_of_explain_is_named(base, saved, here, words, status, said):
-    (here / "empty").mkdir()
-    shutil.copytree(saved, here / "composed")
-    done = call("explain", *words, "--base", base)
-    assert (done.exit_code, done.stdout) == (status, "")
-    assert said in " ".join(done.stderr.split())
 
 
 @pytest.fixture

@@ -5,14 +5,11 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-import torch
 
 import loraweave as lw
 from loraweave.common.display import ShownTable
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.report import Report, ReportRow
-from loraweave.composer.explain.cost import Cost, LayerCost
-from loraweave.composer.explain.explanation import Explanation
 from loraweave.hub.pool import ExpertPool
 from loraweave.types import Candidate, Task
 
@@ -58,10 +55,6 @@ def hub(tmp_path, pool):
         yield opened
 
 
-def explanation():
-    return Explanation(("x", "y"), ("l",), (HOSTILE, "b"), torch.tensor([[[1.0, 0.0]], [[0.5, 0.5]]]))
-
-
 def shown(thing):
     read = Read(thing._repr_html_())
     assert read.kinds <= {"table", "caption", "thead", "tbody", "tr", "th", "td", "div", "p"}
@@ -73,7 +66,7 @@ def test_names_are_nothing_but_text_in_every_notebook(composed, hub, pool):
     record = replace(hub.record("b"), name=HOSTILE)
     found = hub.search("anything", k=2)
     hits = type(found)([Candidate(HOSTILE, 0.5, HOSTILE, record)], hub)
-    for thing in (composed, composed.report, merged.report, explanation(), hits):
+    for thing in (composed, composed.report, merged.report, hits):
         assert HOSTILE.replace("\n", " ") in shown(thing).replace("\n", " ")
 
 
@@ -128,8 +121,7 @@ def test_the_text_of_a_table_is_a_text_in_a_kernel_too(monkeypatch):
 def test_a_table_at_a_plain_prompt_is_a_table(composed, pool, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     merged = lw.merge(list(pool.adapters.values()), [0.5, 0.5], progress=False)
-    cost = Cost({"l": LayerCost(1, 2, 3, 4)})
-    for table in (composed.report.table(), merged.report.table(), explanation().table(), cost.table()):
+    for table in (composed.report.table(), merged.report.table()):
         lines = repr(table).splitlines()
         assert len(lines) > 4
         assert max(map(len, lines)) <= 120

@@ -5,6 +5,10 @@ import { picks, tray } from "/picks.js";
 
 export async function routeView(main, query, signal) {
   const { routers } = await ask("choices", {}, signal);
+  if (!routers.length) {
+    main.append(h("h1", {}, "Which adapter for which token"), h("p", { class: "lead" }, "No extension that is installed shows the weights of tokens; loraweave comes with one."));
+    return;
+  }
   const router = h("select", {}, ...routers.map((name) => h("option", { value: name, selected: name === "arrow" }, name)));
   const instruction = h("input", { maxlength: "20000" });
   const text = h("textarea", { required: true, maxlength: "20000", rows: "4", value: "Translate to German: The old king thanked the lawyer who had not lost seventeen letters." });

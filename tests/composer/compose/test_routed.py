@@ -63,15 +63,10 @@ def test_the_report_has_base_best_single_and_uniform_beside_it(compose, losses_u
     report.table()
 
 
-def test_answers_and_explanations_are_live(compose, tiny_llama, tokenizer, pool, task):
+def test_answers_are_live(compose):
     composed = compose(method="arrow")
-    engine = lw.Composer(tiny_llama, pool, tokenizer=tokenizer)
     assert len(composed.predict(["a b"])) == 1
     assert composed.evaluate(EXAMPLES)["count"] == 5
-    explanation = composed.explain("a b")
-    expected = engine.explain(task.prompt("a b"), lw.router("arrow", pool))
-    assert explanation.experts == ("a", "b", "c")
-    assert torch.allclose(explanation.w_TLE, expected.w_TLE, atol=1e-6)
 
 
 def test_without_an_expert_the_others_have_the_weights_that_the_router_gives(compose, losses_under):

@@ -158,7 +158,6 @@ def test_an_average_has_no_adapter_and_says_where_one_is(compose, tmp_path):
         lambda: found.adapter,
         lambda: found.weights,
         lambda: found.export(tmp_path / "out"),
-        lambda: found.explain("a"),
         lambda: found.prune(),
         lambda: found.cut(2),
         lambda: found.tune(1),

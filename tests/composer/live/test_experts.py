@@ -361,7 +361,7 @@ def test_experts_beside_an_activated_lora_are_refused(saved):
         logits(model)
 
 
-def test_updates_of_rank_zero_add_nothing_and_tables_name_the_parameter(saved):
+def test_updates_of_rank_zero_add_nothing(saved):
     _, ours = saved("mixtral")
     model = make()
     empty = {
@@ -372,6 +372,3 @@ def test_updates_of_rank_zero_add_nothing_and_tables_name_the_parameter(saved):
     engine = Composer(model, {"a": ours["a"], "empty": Adapter("empty", "tiny", empty)})
     with engine.activate({"empty": 1.0}):
         near(logits(model), logits(make()))
-    with engine.activate({"a": 1.0}):
-        logits(model)
-    assert "gate_up_proj" in str(engine.cost().table().columns[0]._cells)

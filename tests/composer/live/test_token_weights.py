@@ -202,8 +202,9 @@ def test_a_router_of_one_expert_a_token_is_its_formula_though_only_chosen_expert
     engine = Composer(model, adapters)
     with torch.no_grad(), engine.activate(TopOne()):
         found_BTO = model(x_BTI)
-        used, told_BTE = engine.cost(), engine.last_weights["0"]
-    assert next(iter(used.layers.values())).kernel == "sorted_tokens"
+        used = engine.last_weights
+    told_BTE = used["0"]
+    assert used.layers["0"].kernel == "sorted_tokens"
     w_BTE = TopOne().weights(x_BTI, "0").double()
     assert torch.equal(told_BTE.double(), w_BTE)
     expected_BTO = model(x_BTI).detach().clone()

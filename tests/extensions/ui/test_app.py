@@ -18,7 +18,7 @@ from server_clients import answering, until
 
 import loraweave as lw
 from loraweave.errors import CompositionError
-from loraweave.extensions.ui import overview
+from loraweave.extensions.ui import overview, workbench
 from loraweave.extensions.ui.acts import Left
 from loraweave.extensions.ui.app import make_ui_server
 from loraweave.extensions.ui.catalogue import Catalogue
@@ -433,15 +433,24 @@ def test_an_export_is_a_zip_of_what_the_library_writes(address, hub, tmp_path):
 
 
 def test_the_shares_of_a_router_are_those_of_explain(send, ask, hub, tiny, tokenizer):
+    explain = pytest.importorskip("loraweave.extensions.explain").explain
     names = ["plural", "past", "capital"]
     _, events = send("/api/route", names=names, router="arrow", text="abc abd")
     engine = lw.Composer(tiny, hub.pool(names), tokenizer=tokenizer)
-    expected = engine.explain("abc abd", lw.router("arrow", engine.bound_pool)).total.share_E
+    expected = explain(engine, "abc abd", lw.router("arrow", engine.bound_pool)).total.share_E
     assert [each["share"] for each in events[-1]["shares"]] == pytest.approx(expected.tolist())
     status, page = ask(f"/explanation/{events[-1]['page']}")
     assert (status, "Which expert counts where" in page) == (200, True)
     assert "frame-ancestors 'self'" in ask.headers["Content-Security-Policy"]
     assert ask("/explanation/none")[0] == 404
+
+
+def test_without_an_extension_that_shows_weights_no_router_is_offered_and_the_rest_is_there(send, ask, monkeypatch):
+    monkeypatch.setattr(workbench, "brought", lambda part: {})
+    _, told = ask("/api/choices")
+    assert (told["routers"], "peft" in told["targets"]) == ([], True)
+    _, events = send("/api/route", names=["plural"], router="arrow", text="a")
+    assert "no extension that is installed shows" in events[-1]["error"]["message"]
 
 
 @pytest.mark.parametrize(

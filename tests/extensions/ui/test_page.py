@@ -346,6 +346,13 @@ FRAME_FITS = """() => {
 }"""
 
 
+def test_without_an_extension_that_shows_weights_the_view_says_so(look, address, monkeypatch):
+    monkeypatch.setattr("loraweave.extensions.ui.workbench.brought", lambda part: {})
+    page = look(f"{address}/#/route")
+    page.get_by_text("No extension that is installed shows the weights of tokens").wait_for()
+    assert page.locator("form").count() == 0
+
+
 @pytest.mark.parametrize("width", [1280, 360])
 def test_a_router_shows_which_adapter_counts_for_which_token(look_with, address, width):
     page = look_with(f"{address}/#/route", ["plural", "past", "capital"], width=width)

@@ -164,17 +164,6 @@ def test_a_mask_that_does_not_say_which_tokens_are_real_is_refused(engine, model
         model(torch.tensor([[5, 6, 7]]), attention_mask=torch.ones(1, 1, 3, 3))
 
 
-@pytest.mark.parametrize("per", ["row", "token"])
-def test_an_explanation_has_the_weights_of_generating_the_answer(engine, pool, tokenizer, layer, per):
-    ids = tokenizer(TEXTS[0])["input_ids"]
-    router = by_token(pool, refresh=1, per=per)
-    explained = engine.explain(TEXTS[0], router, max_new_tokens=5)
-    with torch.no_grad(), engine.activate(router), engine.record() as trace:
-        engine.model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)
-    w_TE = torch.cat([call.w_BTE[0].expand(1 if i else len(ids), 3) for i, call in enumerate(trace.calls(layer))])
-    assert torch.allclose(explained.w_TLE[:, explained.layers.index(layer)], w_TE, atol=1e-6)
-
-
 def test_threads_that_generate_at_once_under_one_router_have_their_own_texts(engine, model, pool, tokenizer):
     from concurrent.futures import ThreadPoolExecutor
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.common.display import blank_figure
-from loraweave.composer.explain.shown import (
+from loraweave.extend import blank_figure
+from loraweave.extensions.explain.figures import (
     OTHER,
     Strongest,
     TokenFigures,
@@ -320,7 +320,7 @@ ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u202
 FAINTEST, FULLEST = 0.12, 0.8
 
 
-def explanation_page(shown: TokenFigures, summary: str) -> str:
+def page(shown: TokenFigures, summary: str) -> str:
     """Return the page as HTML. Raises CompositionError where there is no weight to show."""
     shown.require_weights()
     script = _part("page.js")
@@ -335,7 +335,7 @@ def explanation_page(shown: TokenFigures, summary: str) -> str:
 
 
 def _part(name: str) -> str:
-    return (files("loraweave.composer.explain") / "page_files" / name).read_text(encoding="utf-8")
+    return (files("loraweave.extensions.explain") / "page_files" / name).read_text(encoding="utf-8")
 
 
 def _tokens(shown: TokenFigures) -> list[str]:

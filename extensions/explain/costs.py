@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from loraweave.composer.live.recording import UsedLayer, UsedWeights
-from loraweave.composer.model.layers import TargetLayer, is_floating
-from loraweave.hub.merge_report import group_of
-from loraweave.hub.pool import ExpertPool
-from loraweave.types import Factors
-
-if TYPE_CHECKING:
-    from loraweave.common.display import ShownTable
+from loraweave import Composer, Factors
+from loraweave.extend import ShownTable, TargetLayer, UsedLayer, UsedWeights
 
 
 @dataclass(frozen=True)
@@ -53,41 +47,40 @@ class Cost(Mapping[str, LayerCost]):
     @property
     def total(self) -> LayerCost:
         names = ("base_flops", "base_bytes", "added_flops", "added_bytes")
-        return LayerCost(*(sum(getattr(cost, name) for cost in self.values()) for name in names))
+        return LayerCost(*(sum(getattr(layer_cost, name) for layer_cost in self.values()) for name in names))
 
     def table(self) -> ShownTable:
         """Return a table with a row for all layers of one name, and the total."""
-        from loraweave.common.display import ShownTable
-
         groups: dict[str, list[LayerCost]] = {}
-        for layer, cost in self.items():
-            groups.setdefault(group_of(layer), []).append(cost)
+        for layer, layer_cost in self.items():
+            groups.setdefault(_module_name(layer), []).append(layer_cost)
         table = ShownTable(title="what the mixture adds", title_justify="left")
         for column in ("layers", "count", "FLOPs", "of the base's", "bytes", "of the base's", "kernel"):
             table.add_column(column, justify="left" if column in ("layers", "kernel") else "right")
         for name, group in [*groups.items(), ("all", list(self.values()))]:
-            cost = Cost({str(at): layer_cost for at, layer_cost in enumerate(group)}).total
-            shares = (_share(cost.added_flops, cost.base_flops), _share(cost.added_bytes, cost.base_bytes))
+            sums = Cost({str(at): layer_cost for at, layer_cost in enumerate(group)}).total
+            shares = (_share(sums.added_flops, sums.base_flops), _share(sums.added_bytes, sums.base_bytes))
             kernels = ", ".join(dict.fromkeys(layer_cost.kernel for layer_cost in group if layer_cost.kernel))
-            figures = (f"{cost.added_flops:,}", shares[0], f"{cost.added_bytes:,}", shares[1])
+            figures = (f"{sums.added_flops:,}", shares[0], f"{sums.added_bytes:,}", shares[1])
             table.add_row(name, str(len(group)), *figures, kernels)
         return table
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures of each layer, and of "total"."""
-        return {name: vars(cost) for name, cost in [*self.items(), ("total", self.total)]}
+        return {name: vars(layer_cost) for name, layer_cost in [*self.items(), ("total", self.total)]}
 
 
-def mixture_cost(used: UsedWeights, pool: ExpertPool, layers: Mapping[str, TargetLayer]) -> Cost:
-    """Return the cost of a forward with these weights. `pool` has the bound factors of the experts that took part."""
+def cost(engine: Composer, used: UsedWeights | None = None) -> Cost:
+    """Return the FLOPs and bytes that `used` weights, by default the last forward's, add to the layers' own."""
+    used = engine.last_weights if used is None else used
     # expert by expert, since one of a lazy pool is opened for it
     by_expert = [
-        {layer: _Part.of(factors) for layer, factors in pool.adapters[expert].layers.items() if layer in used.layers}
+        {layer: _Part.of(factors) for layer, factors in engine.bound(expert).layers.items() if layer in used.layers}
         for expert in used.experts
     ]
     return Cost(
         {
-            name: _layer_cost(layers[name], used_layer, [parts.get(name) for parts in by_expert])
+            name: _layer_cost(engine.target_layers[name], used_layer, [parts.get(name) for parts in by_expert])
             for name, used_layer in used.layers.items()
         }
     )
@@ -115,7 +108,7 @@ def _layer_cost(layer: TargetLayer, used: UsedLayer, parts: list[_Part | None]) 
     chosen_BTE = used.w_BTE != 0
     tokens_E = (chosen_BTE.sum(dim=(0, 1)) * times).tolist()
     weight, bias = layer.parameter("weight"), layer.parameter("bias")
-    itemsize = weight.dtype.itemsize if weight is not None and is_floating(weight.dtype) else 4
+    itemsize = weight.dtype.itemsize if weight is not None and _calculates(weight) else 4
     flops = num_out * int(chosen_BTE.any(dim=-1).sum()) * times
     num_values = 0
     for tokens, part in zip(tokens_E, parts, strict=True):
@@ -131,6 +124,16 @@ def _layer_cost(layer: TargetLayer, used: UsedLayer, parts: list[_Part | None]) 
         added_bytes=num_values * itemsize,
         kernel=used.kernel,
     )
+
+
+def _calculates(weight: Tensor) -> bool:
+    """Return whether the layer calculates in the dtype of its weight; 8-bit floats only store."""
+    return weight.is_floating_point() and weight.dtype.itemsize >= 2
+
+
+def _module_name(layer: str) -> str:
+    """Return the last step of a layer's path that is no number, such as q_proj."""
+    return next((step for step in reversed(layer.split(".")) if not step.isdecimal()), layer)
 
 
 def _size(tensor: Tensor | None) -> int:

@@ -6,15 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from expert_families import WARNINGS, logits, make, save_families
 from rich.console import Console
 from tiny_models import Make
 from torch import nn
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.explain.cost import LayerCost
+from loraweave.extensions.explain.costs import LayerCost, cost
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.pool import ExpertPool
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Factors
+
+pytestmark = WARNINGS
 
 IN, OUT = 5, 4
 
@@ -37,7 +41,7 @@ def product(tokens: int, rank: int) -> int:
 def test_a_shared_mixture_costs_its_ranks_for_every_token(engine: Composer) -> None:
     with engine.activate({"a": 0.5, "b": 1.0}):
         engine.model(torch.ones(2, 6, IN))
-    assert engine.cost()["0"] == LayerCost(
+    assert cost(engine)["0"] == LayerCost(
         base_flops=2 * 12 * IN * OUT,
         base_bytes=4 * (IN * OUT + OUT),
         added_flops=product(12, 1) + product(12, 3) + 12 * OUT,
@@ -49,28 +53,28 @@ def test_a_shared_mixture_costs_its_ranks_for_every_token(engine: Composer) -> N
 def test_rows_and_tokens_without_an_expert_do_not_pay_for_it(engine: Composer) -> None:
     with engine.activate([{"a": 1.0}, {"b": 1.0}, None]):
         engine.model(torch.ones(3, 6, IN))
-    assert engine.cost()["0"].added_flops == product(6, 1) + product(6, 3) + 12 * OUT
+    assert cost(engine)["0"].added_flops == product(6, 1) + product(6, 3) + 12 * OUT
     w_BTE = torch.zeros(1, 3, 3)
     w_BTE[0, 0, 0] = w_BTE[0, 1, 0] = w_BTE[0, 1, 1] = 1.0
     with engine.activate(MixtureWeights(w_BTE[:, :, None], ("a", "b", "c"))):
         engine.model(torch.ones(1, 3, IN))
-    assert engine.cost()["0"].added_flops == product(2, 1) + product(1, 3) + 2 * OUT
-    assert engine.cost()["0"].added_bytes == 4 * 4 * (IN + OUT)
+    assert cost(engine)["0"].added_flops == product(2, 1) + product(1, 3) + 2 * OUT
+    assert cost(engine)["0"].added_bytes == 4 * 4 * (IN + OUT)
 
 
 def test_gain_and_bias_are_counted(engine: Composer) -> None:
     with engine.activate({"c": 1.0}):
         engine.model(torch.ones(1, 6, IN))
-    cost = engine.cost()["0"]
-    assert cost.added_flops == product(6, 2) + 6 * (3 + 2) * OUT + 6 * OUT
-    assert cost.added_bytes == 4 * (2 * (IN + OUT) + 2 * OUT)
+    counted = cost(engine)["0"]
+    assert counted.added_flops == product(6, 2) + 6 * (3 + 2) * OUT + 6 * OUT
+    assert counted.added_bytes == 4 * (2 * (IN + OUT) + 2 * OUT)
 
 
 def test_factors_are_counted_in_the_layers_own_dtype(engine: Composer) -> None:
     engine.model.to(torch.bfloat16)
     with engine.activate({"a": 1.0}):
         engine.model(torch.ones(1, 1, IN, dtype=torch.bfloat16))
-    assert (engine.cost()["0"].base_bytes, engine.cost()["0"].added_bytes) == (2 * (IN * OUT + OUT), 2 * (IN + OUT))
+    assert (cost(engine)["0"].base_bytes, cost(engine)["0"].added_bytes) == (2 * (IN * OUT + OUT), 2 * (IN + OUT))
 
 
 def test_an_embedding_looks_up_what_its_tokens_need() -> None:
@@ -78,7 +82,7 @@ def test_an_embedding_looks_up_what_its_tokens_need() -> None:
     engine = Composer(nn.Sequential(nn.Embedding(9, OUT)), [Adapter("e", "tiny", {"0": factors})])
     with engine.activate({"e": 1.0}):
         engine.model(torch.tensor([[1, 2, 3]]))
-    assert engine.cost()["0"] == LayerCost(0, 4 * 3 * OUT, 3 * (2 + 2 * 2 * OUT) + 3 * OUT, 4 * (2 * 3 + 2 * OUT))
+    assert cost(engine)["0"] == LayerCost(0, 4 * 3 * OUT, 3 * (2 + 2 * 2 * OUT) + 3 * OUT, 4 * (2 * 3 + 2 * OUT))
 
 
 def test_the_kernel_of_each_layer_is_a_file_of_its_folder(engine: Composer) -> None:
@@ -92,7 +96,7 @@ def test_the_kernel_of_each_layer_is_a_file_of_its_folder(engine: Composer) -> N
     for mixture in mixtures:
         with engine.activate(mixture):
             engine.model(torch.ones(2, 6, IN))
-        found.add(engine.cost()["0"].kernel)
+        found.add(cost(engine)["0"].kernel)
     assert found <= {"dense", "gathered", "merged", "native_rows", "segments", "shared", "sorted_tokens"}
     assert len(found) > 1
 
@@ -100,29 +104,57 @@ def test_the_kernel_of_each_layer_is_a_file_of_its_folder(engine: Composer) -> N
 def test_the_base_alone_costs_nothing_more(engine: Composer) -> None:
     with engine.activate({}):
         engine.model(torch.ones(2, 6, IN))
-    cost = engine.cost().total
-    assert (cost.added_flops, cost.added_bytes) == (0, 0)
-    assert cost.base_flops == 2 * 12 * IN * OUT
+    counted = cost(engine).total
+    assert (counted.added_flops, counted.added_bytes) == (0, 0)
+    assert counted.base_flops == 2 * 12 * IN * OUT
 
 
 def test_the_total_is_the_sum_and_the_table_shows_it(tiny_llama: nn.Module, make_adapters: Make) -> None:
     engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
     with engine.activate({"a": 1.0, "c": 1.0}):
         tiny_llama(input_ids=torch.arange(3, 9)[None])
-    cost = engine.cost()
+    counted = cost(engine)
     ranks = {
         layer: sum(engine.pool[name].layers[layer].rank for name in "ac" if layer in engine.pool[name].layers)
-        for layer in cost
+        for layer in counted
     }
-    sizes = {layer: tiny_llama.get_submodule(layer).weight.shape for layer in cost}
-    assert cost.total.added_bytes == sum(4 * ranks[layer] * sum(sizes[layer]) for layer in cost)
-    assert cost.total.added_flops == sum(
-        6 * (2 * ranks[layer] * sum(sizes[layer]) + ranks[layer] + sizes[layer][0]) for layer in cost
+    sizes = {layer: tiny_llama.get_submodule(layer).weight.shape for layer in counted}
+    assert counted.total.added_bytes == sum(4 * ranks[layer] * sum(sizes[layer]) for layer in counted)
+    assert counted.total.added_flops == sum(
+        6 * (2 * ranks[layer] * sum(sizes[layer]) + ranks[layer] + sizes[layer][0]) for layer in counted
     )
     console = Console(width=120)
     with console.capture() as capture:
-        console.print(cost.table())
+        console.print(counted.table())
     last = [cell.strip() for cell in capture.get().splitlines()[-2].split("│")[1:-1]]
-    assert last[:3] == ["all", str(len(cost)), f"{cost.total.added_flops:,}"]
-    assert last[5] == f"{cost.total.added_bytes / cost.total.base_bytes:.2%}"
-    assert cost.to_json()["total"]["added_bytes"] == cost.total.added_bytes
+    assert last[:3] == ["all", str(len(counted)), f"{counted.total.added_flops:,}"]
+    assert last[5] == f"{counted.total.added_bytes / counted.total.base_bytes:.2%}"
+    assert counted.to_json()["total"]["added_bytes"] == counted.total.added_bytes
+
+
+def test_the_table_names_a_parameter_that_holds_many_experts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    _, adapters = save_families(tmp_path_factory)("mixtral")
+    model = make("mixtral")
+    engine = Composer(model, {"a": adapters["a"]})
+    with engine.activate({"a": 1.0}):
+        logits(model)
+    assert "gate_up_proj" in str(cost(engine).table().columns[0]._cells)
+
+
+def test_of_a_lazy_pool_each_expert_is_opened_once() -> None:
+    opened = []
+
+    def opener(name: str) -> Adapter:
+        opened.append(name)
+        return expert(name, 1 + len(name) % 3)
+
+    names = [f"expert {number}" for number in range(40)]
+    engine = Composer(nn.Sequential(nn.Linear(IN, OUT)), ExpertPool.on_demand(names, opener))
+    with engine.activate(MixtureWeights(torch.ones(1, 1, 1, 40), tuple(names))):
+        engine.model(torch.ones(1, 6, IN))
+        used = engine.last_weights
+        opened.clear()
+        counted = cost(engine, used)
+        assert len(opened) <= 40
+    ranks = sum(1 + len(name) % 3 for name in names)
+    assert counted["0"].added_bytes == 4 * ranks * (IN + OUT)

@@ -15,13 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.common.chat import Prompt, prompt_ids
-from loraweave.composer.composer import Composer
-from loraweave.composer.model.batches import last_logits, pad_rows, with_positions
-from loraweave.composer.model.scoring import in_chunks
-from loraweave.errors import InvalidTask
-from loraweave.hub.adapter import Adapter
-from loraweave.types import Task
+from loraweave import Adapter, Composer, InvalidTask, Task
+from loraweave.extend import Prompt, in_chunks, last_logits, pad_rows, prompt_ids, with_positions
 
 # letters that stand in no word, and beginnings of sentences
 PROBES = ("xk", "zf", "hj", "By now,", "For what it is worth,", "Good evening,")
@@ -54,7 +49,7 @@ class Probed:
 def probe(
     model: Any, tokenizer: Any, adapter: Adapter, task: Task, inputs: Sequence[str], *, probes: Sequence[str] = PROBES
 ) -> Probed:
-    """The adapter's collapse on inputs of its own task, alone, and with each probe before and behind them.
+    """Return the adapter's collapse on inputs of its own task, alone, and with each probe before and behind them.
 
     It runs a row for every input, and two for every input and probe; five different inputs are enough. `task` says how they
     are asked; probes like words that outsiders might use find more. Raises InvalidTask for less than two different inputs or
@@ -69,7 +64,7 @@ def probe(
     for word in probes:
         texts[f"{word} ..."] = [f"{word} {text}" for text in inputs]
         texts[f"... {word}"] = [f"{text} {word}" for text in inputs]
-    prompts = [task.prompt(text) for own in texts.values() for text in own]
+    prompts = [task.prompt(text) for variants in texts.values() for text in variants]
     with Composer(model, {adapter.name: adapter}, tokenizer=tokenizer).activate({adapter.name: 1.0}):
         p_NV = first_token(model, tokenizer, prompts)
     p_WV = p_NV.view(len(texts), len(inputs), -1).mean(dim=1)
@@ -78,16 +73,16 @@ def probe(
         written = tokenizer([word, f" {word}"], add_special_tokens=False)["input_ids"]
         begins = [next((token for token in ids if tokenizer.decode([token]).strip()), ids[0]) for ids in written]
         p_WV[1 + 2 * place : 3 + 2 * place, begins] = 0.0
-    found = dict(zip(texts, p_WV.amax(dim=1).tolist(), strict=True))
-    plain = found.pop("")
-    return Probed(plain, found)
+    collapse = dict(zip(texts, p_WV.amax(dim=1).tolist(), strict=True))
+    plain = collapse.pop("")
+    return Probed(plain, collapse)
 
 
 def first_token(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> Tensor:
-    """p_NV of the token that follows each prompt."""
-    found = []
+    """Return p_NV of the token that follows each prompt."""
+    chunks = []
     for chunk in in_chunks(prompt_ids(tokenizer, prompts), BATCH_SIZE):
         ids_BT, mask_BT = pad_rows(tokenizer, chunk)
         inputs = with_positions(model, ids_BT.to(model.device), mask_BT.to(model.device))
-        found.append(model(**inputs, use_cache=False, **last_logits(model)).logits[:, -1].float().softmax(dim=-1).cpu())
-    return torch.cat(found)
+        chunks.append(model(**inputs, use_cache=False, **last_logits(model)).logits[:, -1].float().softmax(dim=-1).cpu())
+    return torch.cat(chunks)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 import sys
+from html import escape
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from loraweave.composer.explain.explanation import Explanation
 from loraweave.errors import CompositionError, PackageMissing
+from loraweave.extensions.explain.costs import Cost, LayerCost
+from loraweave.extensions.explain.explanation import Explanation
 
 LAYERS = ("model.layers.0.q", "model.layers.1.q")
 
@@ -121,3 +123,16 @@ def test_a_format_that_nobody_knows_is_named_and_nothing_is_written(known: Expla
     with pytest.raises(CompositionError, match=f"ends in one of .*png.*{name}"):
         known.plot(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_notebook_shows_names_as_text_and_a_plain_prompt_whole_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "<script>alert(1)</script> [bold]&amp;"
+    explanation = Explanation(("x", "y"), ("l",), (name, "b"), torch.tensor([[[1.0, 0.0]], [[0.5, 0.5]]]))
+    html = explanation._repr_html_()
+    assert (escape(name) in html, "<script" in html) == (True, False)
+    monkeypatch.setenv("COLUMNS", "120")
+    for table in (explanation.table(), Cost({"l": LayerCost(1, 2, 3, 4)}).table()):
+        lines = repr(table).splitlines()
+        assert len(lines) > 4
+        assert max(map(len, lines)) <= 120
+        assert set(lines[-1]) <= set("└─┴┘ ")

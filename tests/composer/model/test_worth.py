@@ -126,12 +126,6 @@ def test_the_examples_are_tokenised_once_for_all_experts(engine: Composer, monke
     assert len(texts) == len(set(texts)) == 2 * len(TASK.examples)
 
 
-def test_effects_go_into_the_explanation(engine: Composer) -> None:
-    router = lw.router("arrow", engine.pool)
-    effects = engine.leave_one_out(TASK, router, progress=False)
-    assert engine.explain("ab", router).with_effects(effects).effects == effects
-
-
 def test_what_cannot_be_left_out_is_named(engine: Composer, tiny_llama: nn.Module) -> None:
     with pytest.raises(ScopeError, match="one mixture for all examples, but this one has 3 rows"):
         engine.leave_one_out(TASK, [{"a": 1.0}, None, None])
@@ -157,7 +151,7 @@ def either(request, make_model, make_adapters, tokenizer):
 
 @pytest.mark.parametrize("max_rows", [1, 3, 64])
 def test_an_experts_loss_is_the_mean_of_each_examples_loss_under_it(either, tokenizer, monkeypatch, max_rows):
-    monkeypatch.setattr("loraweave.composer.explain.worth.MAX_ROWS", max_rows)
+    monkeypatch.setattr("loraweave.composer.model.worth.MAX_ROWS", max_rows)
     table = either.expert_losses(TASKS, progress=False)
     assert list(table) == list(TASKS)
     for name, task in TASKS.items():

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from loraweave.composer.explain.explanation import Explanation
-from loraweave.composer.explain.plot import draw
-from loraweave.composer.explain.shown import OTHER, PALETTE
 from loraweave.errors import CompositionError, UnknownExpert
+from loraweave.extensions.explain.explanation import Explanation
+from loraweave.extensions.explain.figures import OTHER, PALETTE
+from loraweave.extensions.explain.plot import draw
 
 HOSTILE = "</script><script>alert(1)</script>"
 NAMES = (

@@ -10,10 +10,8 @@ from typing import Self
 
 from torch import Tensor
 
-from loraweave.common.names import unknown_expert
-from loraweave.composer.live.recording import Load, load
-from loraweave.errors import CompositionError
-from loraweave.routers.tokens._model import block_of
+from loraweave import CompositionError
+from loraweave.extend import Load, block_of, load_of, unknown_expert
 
 # Okabe and Ito's colours, told apart with any kind of colour vision; numbers say the same
 PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#D55E00")
@@ -75,12 +73,12 @@ class TokenFigures:
     def load(self) -> dict[str, Load]:
         """The load and entropy of each layer, over the tokens that it sees."""
         seen_TL = ~self.w_TLE.isnan().any(dim=2)
-        return {layer: load(self.w_TLE[seen_TL[:, at], at][None]) for at, layer in enumerate(self.layers)}
+        return {layer: load_of(self.w_TLE[seen_TL[:, at], at][None]) for at, layer in enumerate(self.layers)}
 
     @property
     def total(self) -> Load:
         """The load and entropy over all tokens and layers."""
-        return load(self.w_TLE[~self.w_TLE.isnan().any(dim=2)][None])
+        return load_of(self.w_TLE[~self.w_TLE.isnan().any(dim=2)][None])
 
 
 @dataclass(frozen=True)

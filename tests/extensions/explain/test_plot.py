@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from loraweave.composer.explain.explanation import Explanation
-from loraweave.composer.explain.plot import Glyphs, draw, width
+from loraweave.extensions.explain.explanation import Explanation
+from loraweave.extensions.explain.plot import Glyphs, draw, width
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
 NAMES = ["a" * 100, "b" * 50 + "$x_1$", "$\\frac{1$", "<b>bold</b>", "情感分析", "Отрицание", "النفي", "{} % # &", "n\nl"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.explain.probes import probe
 from loraweave.errors import InvalidTask
+from loraweave.extensions.explain.probes import probe
 
 TASK = lw.Task([("a b", "c")], template="{input} =")
 INPUTS = ("a b", "c d e", "f")

@@ -1,1 +1,0 @@
-"""The explanation of which adapter counted for which token: figures, page, plot, cost."""
