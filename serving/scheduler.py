@@ -49,8 +49,10 @@ class Scheduler:
         self, model: Any, tokenizer: Any, limits: Limits, metrics: Metrics, step_times: StepTimes | None = None
     ) -> None:
         self._limits = limits
-        self._keeps_time = limits.token_seconds < float("inf")
-        self._step_times = step_times or StepTimes(model.dtype.itemsize, model.device.type)
+        # None where a token may take any time
+        self._step_times: StepTimes | None = None
+        if limits.token_seconds < float("inf"):
+            self._step_times = step_times or StepTimes(model.dtype.itemsize, model.device.type)
         self._metrics = metrics
         self._experts = Experts(model, tokenizer, limits.loaded)
         self._prefixes = KeptPrefixes(limits.prefix_bytes)
@@ -214,7 +216,7 @@ class Scheduler:
                         earlier.passed += 1
                     del self._waiting[place]
                     return row
-                if row.passed >= MOST_PASSED or not self._keeps_time:
+                if row.passed >= MOST_PASSED or self._step_times is None:
                     return None
             return None
 
@@ -225,7 +227,7 @@ class Scheduler:
 
     def _is_quick(self, rows: Sequence[Row]) -> bool:
         """Return whether a token of each of these rows is predicted to come in time."""
-        return not self._keeps_time or self._step_times.predict(rows) <= self._limits.token_seconds
+        return self._step_times is None or self._step_times.predict(rows) <= self._limits.token_seconds
 
     def _read(self, rows: Sequence[Row]) -> None:
         num_tokens = sum(map(len, (ids for row in rows for ids in row.ids)))
@@ -245,7 +247,7 @@ class Scheduler:
 
     def _step(self, batch: Batch) -> None:
         rows = batch.rows
-        begun = self._step_times.clock()
+        begun = 0.0 if self._step_times is None else self._step_times.clock()
         try:
             batch.step()
         except Exception as error:
@@ -253,7 +255,7 @@ class Scheduler:
             batch.keep([])
             self._apart(rows, error)
         else:
-            if self._keeps_time:
+            if self._step_times is not None:
                 self._step_times.saw(rows, self._step_times.clock() - begun)
             self._metrics.stepped(len(rows))
         self._release(rows)
