@@ -127,7 +127,7 @@ class Adapter:
         base: Any = None,
         allow_licenses: bool = False,
     ) -> ExportReport:
-        """Write a folder for a program that loads adapters: one of `lw.names("targets")`, such as "peft", "vllm" or "gguf".
+        """Write a folder for a program that loads adapters: one of `lw.names("targets")`, such as "peft".
 
         Most targets need one rank for all layers, reached by adding zeros. `max_rank` cuts layers above it; without it the
         update is exact. `base` is the base model, its config, folder or id, for targets that must know its architecture; by

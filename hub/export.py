@@ -15,7 +15,7 @@ from loraweave.errors import AdapterUnsupported, UnknownName, WeightingError
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.intake.model_hub import upload
 from loraweave.hub.licenses import stated_license
-from loraweave.hub.targets._target import Target, last_names
+from loraweave.hub.targets._target import Target, module_names
 from loraweave.lowrank import algebra
 from loraweave.registry import get, names, nearest
 from loraweave.types import Factors
@@ -130,7 +130,7 @@ def export(
         rank,
         errors,
         total,
-        last_names(written),
+        module_names(written),
         kind.flags(out, name, folder, rank),
         (*beside, *kind.notes(out, folder, rank)),
         stated_license(contents.card.get("license")),

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from loraweave.common.checks import is_list, is_number, is_whole, require_whole
     from loraweave.common.descent import Descent, backward, descend
     from loraweave.common.display import ShownTable, blank_figure, progress_bar, tracked
-    from loraweave.common.files import cache_folder, replacing, require_replaceable, whole_file
+    from loraweave.common.files import cache_folder, replacing, require_replaceable, sync, unsynced, whole_file
     from loraweave.common.intervals import wilson
-    from loraweave.common.names import printable, text_digest, unknown_expert
+    from loraweave.common.names import MAX_NAME_CHARACTERS, printable, text_digest, unknown_expert
     from loraweave.common.options import (
         Count,
         Declared,
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from loraweave.composer.experts.parts import layer_sites, numbered_blocks
     from loraweave.composer.experts.running import Running
     from loraweave.composer.experts.together import ExpertJob
-    from loraweave.composer.formula.nodes import Named, Stored, Sum
+    from loraweave.composer.formula.nodes import Named, Stored, Sum, leaves
     from loraweave.composer.live.hook import LiveHook, MixedLayer, Traced
     from loraweave.composer.live.kernels._choice import only_kernel
     from loraweave.composer.live.kernels._cost import Cost, Workload
@@ -126,11 +126,12 @@ if TYPE_CHECKING:
     from loraweave.composer.train.passes import LoraJobs, SharedPass, job_losses
     from loraweave.composer.train.rows import Texts
     from loraweave.composer.train.settings import LoraSettings, read_endings, read_tasks
-    from loraweave.hub.base import EMBEDDED, base_id, fingerprint, require_model
+    from loraweave.errors import BudgetExceeded
+    from loraweave.hub.base import EMBEDDED, base_config, base_id, fingerprint, require_model, stored_base
     from loraweave.hub.base_reference import base_loader
     from loraweave.hub.embedders._embedder import Embedder, embedder_of
     from loraweave.hub.formats._base_layer import BaseLayer, as_base_layer, base_layer, head_size, missing_layer
-    from loraweave.hub.formats._card import json_text, model_id
+    from loraweave.hub.formats._card import json_text, model_id, read_card, readme_text
     from loraweave.hub.formats._config import AdapterConfig, words
     from loraweave.hub.formats._contents import Contents, Reader
     from loraweave.hub.formats._conversion import Bound, Dense, cut_update, lora_factors, plain_factors
@@ -140,8 +141,10 @@ if TYPE_CHECKING:
     from loraweave.hub.formats._peft_config import parse_lora, stored_names
     from loraweave.hub.formats._safetensors import read_tensors, require_finite
     from loraweave.hub.indexes._vectors import Index
+    from loraweave.hub.licenses import stated_license
     from loraweave.hub.pipeline import PIPELINE_PARTS
     from loraweave.hub.pool import require_everywhere
+    from loraweave.hub.same_base import require_same_base, says_nothing
     from loraweave.hub.stores.catalogue import state_row
     from loraweave.hub.stores.folder_blobs import STALE_TMP_S, FolderBlobs
     from loraweave.hub.stores.migrations import run_step
@@ -150,7 +153,7 @@ if TYPE_CHECKING:
     from loraweave.hub.tables.filtering import Filters, store_labels
     from loraweave.hub.tables.rows import stored_rows
     from loraweave.hub.tables.vectors import row_sha256
-    from loraweave.hub.targets._target import Target
+    from loraweave.hub.targets._target import TIED_MODULES, Target, module_names
     from loraweave.lowrank import algebra
     from loraweave.lowrank.factorise import factorise
     from loraweave.registry import brought, get, nearest, traits, traits_of
@@ -215,7 +218,7 @@ _MODULES = {
     "hub.embedders._embedder": "Embedder embedder_of",
     "hub.formats._contents": "Contents Reader",
     "hub.indexes._vectors": "Index",
-    "hub.targets._target": "Target",
+    "hub.targets._target": "TIED_MODULES Target module_names",
     "retrieval.keyed_search": "Key",
     "routers.recipes._recipe": (
         "ATTENTION EvenRecipe ExpertShape FEED_FORWARD Recipe Site TopKRecipe balance_term by_layer uniform"
@@ -249,7 +252,7 @@ _MODULES = {
     "hub.formats._foreign": "ForeignFormat PeftReader StoredLayer check_size",
     "hub.formats._peft_config": "parse_lora stored_names",
     "hub.formats._safetensors": "read_tensors require_finite",
-    "hub.formats._card": "json_text model_id",
+    "hub.formats._card": "json_text model_id read_card readme_text",
     "hub.pipeline": "PIPELINE_PARTS",
     "hub.stores.packing": "put_together take_apart",
     # models, training and scoring
@@ -262,7 +265,7 @@ _MODULES = {
     "composer.compose.compose": "ComposeCall",
     "composer.compose.collect_statistics": "record_inputs",
     "composer.experts.expert_model": "ExpertModel require_expert_model",
-    "composer.formula.nodes": "Named Stored Sum",
+    "composer.formula.nodes": "Named Stored Sum leaves",
     "composer.model.batches": (
         "EncodedRow TargetBatch batch encode end_tokens last_logits mean_losses pad_id pad_rows takes token_losses "
         "untouched with_positions"
@@ -274,7 +277,7 @@ _MODULES = {
     "composer.train.passes": "LoraJobs SharedPass job_losses",
     "composer.train.rows": "Texts",
     "composer.train.settings": "LoraSettings read_endings read_tasks",
-    "hub.base": "EMBEDDED base_id fingerprint require_model",
+    "hub.base": "EMBEDDED base_config base_id fingerprint require_model stored_base",
     "hub.base_reference": "base_loader",
     "lowrank": "algebra",
     "lowrank.factorise": "factorise",
@@ -285,18 +288,21 @@ _MODULES = {
     "hub.pool": "require_everywhere",
     "composer.live.recording": "Load Trace UsedLayer UsedWeights load_of",
     "composer.model.generate": "encode_texts generation_call read_prompt",
+    "hub.licenses": "stated_license",
+    "hub.same_base": "require_same_base says_nothing",
     # reading, writing and showing
     "common.storage_errors": "remote_errors storage_errors without_credentials",
     "common.state": "RUNNING TrainingState checkpoint_folder drop_state load_state save_state save_tensors",
     "common.chat": "Prompt prompt_ids prompt_texts",
     "common.checks": "is_list is_number is_whole require_whole",
     "common.display": "ShownTable blank_figure progress_bar tracked",
-    "common.files": "cache_folder replacing require_replaceable whole_file",
-    "common.names": "printable text_digest unknown_expert",
+    "common.files": "cache_folder replacing require_replaceable sync unsynced whole_file",
+    "common.names": "MAX_NAME_CHARACTERS printable text_digest unknown_expert",
     "common.rows": "GivenRows Row read_asked read_rows",
     "common.yaml_file": "read_yaml",
     "hub.formats._files": "entry parse_json present read_bytes read_json",
     "types": "DEFAULT_TEMPLATE",
+    "errors": "BudgetExceeded",
     # hubs and servers elsewhere
     "hub.stores.protocols": "BlobStore CatalogueStore Connection Near SharedCatalogue VectorSearch",
     "serving.limits": "Limits",
@@ -351,9 +357,11 @@ __all__ = [
     "DEFAULT_TEMPLATE",
     "EMBEDDED",
     "FEED_FORWARD",
+    "MAX_NAME_CHARACTERS",
     "PIPELINE_PARTS",
     "RUNNING",
     "STALE_TMP_S",
+    "TIED_MODULES",
     "UNKNOWN",
     "AdapterConfig",
     "Args",
@@ -362,6 +370,7 @@ __all__ = [
     "BesideCache",
     "BlobStore",
     "Bound",
+    "BudgetExceeded",
     "Call",
     "CatalogueStore",
     "ClosedForm",
@@ -482,6 +491,7 @@ __all__ = [
     "as_base_layer",
     "backward",
     "balance_term",
+    "base_config",
     "base_id",
     "base_layer",
     "base_loader",
@@ -541,6 +551,7 @@ __all__ = [
     "layers_with",
     "lazy",
     "least_lambda",
+    "leaves",
     "linear",
     "load_model",
     "load_of",
@@ -557,6 +568,7 @@ __all__ = [
     "missing_layer",
     "mixture_interference",
     "model_id",
+    "module_names",
     "nearest",
     "new_factors",
     "note",
@@ -589,6 +601,7 @@ __all__ = [
     "read_asked",
     "read_body",
     "read_bytes",
+    "read_card",
     "read_endings",
     "read_json",
     "read_prompt",
@@ -597,6 +610,7 @@ __all__ = [
     "read_tasks",
     "read_tensors",
     "read_yaml",
+    "readme_text",
     "real_tokens",
     "record_inputs",
     "recorded_base",
@@ -613,6 +627,7 @@ __all__ = [
     "require_model",
     "require_one_adapter",
     "require_replaceable",
+    "require_same_base",
     "require_whole",
     "router_class",
     "router_names",
@@ -623,16 +638,20 @@ __all__ = [
     "running_block",
     "save_state",
     "save_tensors",
+    "says_nothing",
     "seeded",
     "shares",
     "sparsegen",
     "spread",
     "state_row",
+    "stated_license",
     "storage_errors",
     "store_labels",
+    "stored_base",
     "stored_names",
     "stored_rows",
     "sum_pruned",
+    "sync",
     "take_apart",
     "takes",
     "target_layers",
@@ -650,6 +669,7 @@ __all__ = [
     "uniform",
     "unknown_expert",
     "unless_gone",
+    "unsynced",
     "untouched",
     "weigh_b",
     "weighted_bias",

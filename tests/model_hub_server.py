@@ -367,7 +367,7 @@ def shared(root):
 
     found = {
         "adapter": _outcome(lambda: lora.push_to_hub("mine/lora", token=TOKEN)),
-        "export": _outcome(lambda: lora.export(root / "exported", target="vllm").push_to_hub("mine/export", token=TOKEN)),
+        "export": _outcome(lambda: lora.export(root / "exported").push_to_hub("mine/export", token=TOKEN)),
         "weighed": _outcome(lambda: weighed.push_to_hub("mine/weighed", token=TOKEN)),
         "routed": _outcome(lambda: routed.push_to_hub("mine/routed", token=TOKEN)),
         "experts": _outcome(lambda: experts.push_to_hub("mine/experts", token=TOKEN)),

@@ -119,7 +119,7 @@ def test_a_source_file_that_a_page_names_exists():
 # the code of the pages: what it leaves is what the page says
 
 
-@pytest.mark.parametrize("name", ["registries", "exports", "mixing", "models"])
+@pytest.mark.parametrize("name", ["registries", "mixing", "models"])
 def test_the_code_of_a_page_runs(run_page, name):
     run_page(f"docs/{name}.md")
 

@@ -35,7 +35,7 @@ from loraweave.hub.stores.packing import take_apart
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
 from loraweave.hub.stores.storing import Prepared, drop_content, store, store_content
 from loraweave.hub.tables import rows
-from loraweave.hub.targets._target import last_names
+from loraweave.hub.targets._target import module_names
 from loraweave.lowrank import algebra
 from loraweave.types import Factors, Record, Source
 
@@ -264,7 +264,7 @@ def new_record(adapter: Adapter, name: str, given: Mapping[str, Any], base_model
         hash=content_hash(adapter.layers, adapter.heads, adapter.invocation),
         base_model=checked_text(name, "base_model", base_model or adapter.base_model, MAX_LABEL_BYTES),
         rank=adapter.rank,
-        target_modules=last_names(adapter.layers),
+        target_modules=module_names(adapter.layers),
         **vars(fields),
         size_bytes=0,
         created=now(),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loraweave.hub.formats._contents import Contents
-from loraweave.hub.targets._target import TIED, Target, last_names
+from loraweave.hub.targets._target import TIED_MODULES, Target, module_names
 
 
 class Peft(Target):
@@ -24,8 +24,8 @@ class Peft(Target):
             f"the trained head {head!r} is a copy of its own: on a base that ties its embeddings peft computes with it "
             "alone, but merging it into the base and saving that loses the head or the tie"
             for head in sorted(contents.heads)
-            if set(head.split(".")) & TIED
+            if set(head.split(".")) & TIED_MODULES
         ]
         both = "on a base that ties its embeddings, merging it into the base changes both sides"
-        tied = sorted(set(last_names(contents.layers)) & TIED)
+        tied = sorted(set(module_names(contents.layers)) & TIED_MODULES)
         return [*heads, *(f"{module!r} has an update: {both}" for module in tied)]

@@ -26,7 +26,7 @@ from loraweave.cli.compositions import (
 )
 from loraweave.cli.doctor import DOCTOR_EXAMPLE, doctor
 from loraweave.cli.hub import hub
-from loraweave.cli.servers import LOAD_EXAMPLE, SERVE_EXAMPLE, load, serve
+from loraweave.cli.servers import SERVE_EXAMPLE, serve
 
 app = typer.Typer(
     cls=Application,
@@ -46,7 +46,6 @@ app.add_typer(composing)
 app.command(epilog=MERGE_EXAMPLE)(merge)
 app.command(epilog=TRAIN_EXAMPLE)(train)
 app.command(epilog=SERVE_EXAMPLE)(serve)
-app.command(epilog=LOAD_EXAMPLE)(load)
 app.command(epilog=DOCTOR_EXAMPLE)(doctor)
 
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     import loraweave as lw
 
 ADAPTER_FILE = "adapter_config.json"
-# the files that mark an export without ADAPTER_FILE
-EXPORTED_FILES = ("adapter.gguf", "pytorch_lora_weights.safetensors")
 COMPOSITION_FILE = "composition.json"
 STDIN = Path("-")
 FORMULA_KEYS = ("formula", "hub", "pool", "rank", "heads")

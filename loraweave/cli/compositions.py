@@ -30,7 +30,6 @@ from loraweave.cli._application import (
 from loraweave.cli._inputs import (
     ADAPTER_FILE,
     COMPOSITION_FILE,
-    EXPORTED_FILES,
     STDIN,
     is_given,
     load_model,
@@ -276,24 +275,21 @@ def _evaluate_adapter(adapter: Any, base: str | None, dtype: str | None, task: A
     return {"value": score.value, "low": score.low, "high": score.high, "loss": score.loss, "count": score.count}
 
 
-@composing.command(epilog="Example: loraweave export composed --target vllm --max-rank 16 --out composed-vllm")
+@composing.command(epilog="Example: loraweave export composed --target peft --max-rank 16 --out smaller")
 def export(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A composition's or an adapter's folder.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the folder goes.")],
-    target: Annotated[
-        str, typer.Option(help="What will read it: peft, vllm, gguf (llama.cpp), openvino, mlx, diffusers or kohya.")
-    ] = "peft",
+    target: Annotated[str, typer.Option(help=f"What will read it: {', '.join(registry.names('targets'))}.")] = "peft",
     max_rank: ExactRankOption = None,
     base: BaseOption = None,
     allow_licenses: AllowLicensesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a composition or an adapter as a folder for another program, and tell how that is started."""
-    require_free(out, ADAPTER_FILE, *EXPORTED_FILES)
     import loraweave as lw
     from loraweave.hub.export import require_target
 
-    require_target(target)
+    require_free(out, ADAPTER_FILE, require_target(target).file)
     exported: lw.Composition | lw.Adapter
     if (folder / COMPOSITION_FILE).is_file() or not (folder / ADAPTER_FILE).is_file():
         limit = [] if max_rank is None else ["--max-rank", str(max_rank)]

@@ -53,7 +53,7 @@ def test_a_composition_by_a_router_is_made_and_scored_and_never_exported(two, ba
 def test_an_average_is_answered_with_commands_that_export_its_members(two, base, rows):
     made = call("compose", "--base", base, "--pool", two, "--examples", rows, "--out", "my average")
     assert made.exit_code == 0, made.stderr
-    asked = ["export", "my average", "--target", "vllm", "--out", "made of it"]
+    asked = ["export", "my average", "--target", "peft", "--out", "made of it"]
     refused = call(*asked)
     assert (refused.exit_code, refused.stderr.split(":")[0]) == (1, "ScopeError"), refused.stderr
     assert "'my average' is the average of gradient and few_shot" in refused.stderr
@@ -298,39 +298,10 @@ def test_an_adapter_is_exported_without_a_model(stored):
     assert lw.Adapter.from_pretrained("p").hash == lw.Adapter.from_pretrained("mine").hash
 
 
-def test_vllm_gets_its_flags_and_the_error_of_the_cut(stored):
-    done = call("export", "mine", "--target", "vllm", "--max-rank", "8", "--out", "p")
-    assert done.exit_code == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert any(line.startswith("rank cut in 1 layers: relative error 0.") for line in lines)
-    command = shlex.split(next(line for line in lines if line.startswith("serve it: ")).removeprefix("serve it: "))
-    assert command[:8] == ["vllm", "serve", "org/base", "--enable-lora", "--max-lora-rank", "8", "--max-loras", "2"]
-    assert command[8:] == ["--lora-modules", f"mine={stored / 'p'}"]
-    assert lw.Adapter.from_pretrained("p").rank == 8
-
-
-def test_llama_cpp_gets_a_file_for_the_architecture_of_the_base_which_an_empty_folder_or_an_earlier_file_gives_way_to(
-    stored, base
-):
-    (stored / "p").mkdir()
-    for _ in range(2):
-        done = call("export", "mine", "--target", "gguf", "--base", base, "--out", "p")
-        assert done.exit_code == 0, done.stderr
-    assert sorted(path.name for path in (stored / "p").iterdir()) == ["Modelfile", "README.md", "adapter.gguf"]
-    assert "note: llama-server -m BASE.gguf --lora p/adapter.gguf applies it" in done.stdout
-
-
-def test_json_has_the_errors_by_layer_and_the_flags(stored):
-    done = call("export", "mine", "--target", "vllm", "--out", "p", "--json")
-    told = json.loads(done.stdout)
-    assert told["errors"] == {LAYERS[0]: 0.0}
-    assert (told["rank"], told["flags"][:3]) == (12, ["--enable-lora", "--max-lora-rank", "16"])
-
-
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
-        (("--target", "vlm"), 1, "did you mean 'vllm'"),
+        (("--target", "pef"), 1, "did you mean 'peft'"),
         (("--max-rank", "0"), 2, "--max-rank"),
         (("--base",), 2, "--base"),
     ],
@@ -340,16 +311,6 @@ def test_a_wrong_use_of_export_is_named_and_writes_nothing(stored, words, status
     assert done.exit_code == status
     assert said in " ".join(done.stderr.split())
     assert not (stored / "p").exists()
-
-
-def test_a_head_that_vllm_cannot_load_is_one_line_of_stderr(stored):
-    head = {"lm_head.weight": torch.ones(4, 16)}
-    layers = lw.Adapter.from_pretrained("mine").layers
-    lw.Adapter("headed", "org/base", layers, heads=head).save_pretrained("headed")
-    done = call("export", "headed", "--target", "vllm", "--out", "p")
-    assert done.exit_code == 1
-    assert "lm_head.weight" in done.stderr
-    assert call("export", "headed", "--out", "p").exit_code == 0
 
 
 def test_eval_says_so_where_no_extension_asks_the_tasks_of_lm_eval(two, base, monkeypatch):

@@ -47,12 +47,13 @@ def an_export_is_exact_and_takes_the_place_of_an_earlier_one(target, tmp_path):
         assert (report.target, report.rank, report.relative_error) == (target, 3, 0.0)
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "base_model: org/base" in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / registry.get("targets", target).file).is_file()
 
 
 @PROPERTIES.add()
 def an_export_is_read_back_as_it_was(target, tmp_path):
     if "unread" in registry.traits_of(registry.get("targets", target)):
-        pytest.skip("this package does not read the layout; its engine does in tests/hub/targets")
+        pytest.skip("this package does not read the layout; its engine does in tests/extensions/engines")
     given = adapter(target)
     again = lw.Adapter.from_pretrained(given.export(tmp_path / "out", target=target, base=BASE).folder)
     assert set(again.layers) == set(given.layers)

@@ -154,9 +154,8 @@ def test_a_composition_keeps_its_demonstrations(compose, tiny_llama, tokenizer, 
     assert read.predict(["b", "x"]) == found.predict(["b", "x"])
 
 
-@pytest.mark.parametrize("target", ["peft", "vllm"])
-def test_an_exported_adapter_says_how_it_is_asked(compose, target, tmp_path):
-    report = compose(folds=0).export(tmp_path / "out", target=target)
+def test_an_exported_adapter_says_how_it_is_asked(compose, tmp_path):
+    report = compose(folds=0).export(tmp_path / "out")
     prompts = lw.Adapter.from_pretrained(report.folder).card["prompts"]
     for start, prompt in zip((0, 1, 2), prompts, strict=True):
         turned = EXAMPLES[start:] + EXAMPLES[:start]

@@ -188,12 +188,3 @@ def test_a_hub_keeps_experts_and_names_their_parameters(hub):
     hub.add(adapter, license="mit")
     assert hub.get("a").hash == adapter.hash
     assert hub.record("a").target_modules == ("down_proj", "up_proj")
-
-
-@pytest.mark.parametrize("target", ["vllm", "kohya", "diffusers"])
-def test_a_program_without_a_form_for_fused_experts_is_named(tmp_path, target):
-    adapter = Adapter("a", "base", {"m.experts.down_proj.0": expert(0)})
-    with pytest.raises(
-        AdapterUnsupported, match=r"is an expert of a fused parameter|updates fused experts.*is_3d_lora_weight"
-    ):
-        adapter.export(tmp_path / "out", target=target)

@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from loraweave.errors import AdapterUnsupported
-from loraweave.hub.formats._contents import Contents
-from loraweave.hub.targets._target import TIED, Target, last_names, require_plain
+from loraweave import AdapterUnsupported
+from loraweave.extend import TIED_MODULES, Contents, Target, module_names
+from loraweave.extensions.engines.targets._writing import require_plain
 
 # the values that every release of vLLM takes for --max-lora-rank; recent ones also take 1
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -60,12 +60,12 @@ class Vllm(Target):
     @classmethod
     def notes(cls, contents: Contents, folder: Path, rank: int) -> list[str]:
         notes = ["vLLM does not load value_head.safetensors"] if "value_head.safetensors" in contents.files else []
-        modules = set(last_names(contents.layers))
+        modules = set(module_names(contents.layers))
         only = (
             "vLLM loads it only for architectures that list it among their embedding_modules, and refuses the adapter for "
             "others"
         )
-        notes += [f"{module!r} has an update: {only}" for module in sorted(modules & TIED)]
+        notes += [f"{module!r} has an update: {only}" for module in sorted(modules & TIED_MODULES)]
         for packed, parts in PACKED.items():
             if used := sorted(modules & set(parts)):
                 notes.append(

@@ -16,12 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loraweave.errors import AdapterUnsupported
-from loraweave.hub.formats._contents import Contents
-from loraweave.hub.targets._target import Target, place, require_plain, stored_factors, tensors_file
-from loraweave.hub.targets.diffusers import WEIGHTS, pipeline_path
-from loraweave.registry import get, names, traits
-from loraweave.types import Factors
+from loraweave import AdapterUnsupported, Factors, names
+from loraweave.extend import Contents, Target, get, traits
+from loraweave.extensions.engines.targets._writing import place, require_plain, stored_factors, tensors_file
+from loraweave.extensions.engines.targets.diffusers import WEIGHTS, pipeline_path
 
 PREFIXES = {"unet": "lora_unet_", "transformer": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 # the prefix of a text encoder that is the only one, beside a UNet
@@ -59,6 +57,7 @@ class Kohya(Target):
     """A folder for ComfyUI, WebUIs and, except for Stable Diffusion 3, diffusers' `load_lora_weights`."""
 
     one_rank = True
+    file = WEIGHTS
 
     @classmethod
     def check(cls, contents: Contents, name: str, base: Any) -> None:

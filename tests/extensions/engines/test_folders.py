@@ -28,9 +28,9 @@ from loraweave.errors import (
     SourceUnavailable,
     UnknownName,
 )
-from loraweave.serving.engines import folders as served
-from loraweave.serving.engines.folders import SETTLED, Folder, Folders
-from loraweave.serving.engines.loading import load, unload
+from loraweave.extensions.engines import folders as served
+from loraweave.extensions.engines.folders import SETTLED, Folder, Folders
+from loraweave.extensions.engines.loading import load, unload
 from loraweave.types import BaseKey, Fingerprint
 
 

@@ -13,7 +13,7 @@ from transformers import GPT2Config, LlamaConfig, MixtralConfig
 
 import loraweave as lw
 from loraweave.errors import AdapterUnsupported, BaseModelMismatch
-from loraweave.hub.targets.gguf import ARCHITECTURES
+from loraweave.extensions.engines.targets.gguf import ARCHITECTURES
 from loraweave.types import Factors
 
 SCRIPT = Path(__file__).parents[2] / "engine_scripts" / "llama_cpp.py"

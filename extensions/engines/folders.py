@@ -16,25 +16,32 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from loraweave.common.files import sync, unsynced
-from loraweave.common.names import MAX_NAME_CHARACTERS, text_digest
-from loraweave.composer.formula.formula import Formula, parse
-from loraweave.composer.formula.nodes import Stored, leaves
-from loraweave.errors import (
+from loraweave import (
+    Adapter,
     AdapterCorrupt,
     AdapterNotFound,
     AdapterUnsupported,
-    BudgetExceeded,
+    BaseKey,
+    Formula,
+    Hub,
     HubLocked,
     LayerMismatch,
     ScopeError,
+    parse,
 )
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.formats._card import read_card
-from loraweave.hub.formats._files import entry
-from loraweave.hub.hub import Hub
-from loraweave.hub.same_base import require_same_base, says_nothing
-from loraweave.types import BaseKey
+from loraweave.extend import (
+    MAX_NAME_CHARACTERS,
+    BudgetExceeded,
+    Stored,
+    entry,
+    leaves,
+    read_card,
+    require_same_base,
+    says_nothing,
+    sync,
+    text_digest,
+    unsynced,
+)
 
 logger = logging.getLogger(__name__)
 

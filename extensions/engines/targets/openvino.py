@@ -11,9 +11,9 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from loraweave.errors import AdapterUnsupported
-from loraweave.hub.formats._contents import Contents
-from loraweave.hub.targets._target import Target, require_plain
+from loraweave import AdapterUnsupported
+from loraweave.extend import Contents, Target
+from loraweave.extensions.engines.targets._writing import require_plain
 
 
 class Openvino(Target):

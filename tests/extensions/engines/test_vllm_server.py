@@ -14,7 +14,7 @@ import torch
 
 import loraweave as lw
 from benchmarks.vllm_formulas import BASE, PROMPT, logprobs, post, started
-from loraweave.serving.engines.vllm import GROUP
+from loraweave.extensions.engines.vllm import GROUP
 
 ROOT = Path(__file__).parents[3]
 POOL = ROOT / "examples" / "pool"

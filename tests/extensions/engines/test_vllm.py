@@ -1,6 +1,6 @@
-"""vLLM computes what the live mixture says; what its loader takes is in tests/hub/test_export.py.
+"""vLLM computes what the live mixture says; what its loader takes is in test_vllm_folder.py.
 
-That it does on the real model, too, is in tests/serving/engines/test_vllm.py, whose server makes such folders.
+That it does on the real model, too, is in test_vllm_server.py, whose server makes such folders.
 """
 
 from pathlib import Path

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.errors import AdapterUnsupported
-from loraweave.hub.formats._contents import Contents
-from loraweave.types import Factors
+from loraweave import AdapterUnsupported, Factors
+from loraweave.extend import Contents
 
 
 def num_experts(config: Any) -> int:

@@ -15,15 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from loraweave.errors import AdapterUnsupported, PackageMissing
-from loraweave.hub.base import base_config
-from loraweave.hub.formats._base_layer import head_size
-from loraweave.hub.formats._contents import Contents
-from loraweave.hub.licenses import stated_license
-from loraweave.hub.targets._experts import matrices, require_known, stacked
-from loraweave.hub.targets._target import Target, place, require_plain, require_untied
-from loraweave.registry import traits
-from loraweave.types import Factors
+from loraweave import AdapterUnsupported, Factors, PackageMissing
+from loraweave.extend import Contents, Target, base_config, head_size, stated_license, traits
+from loraweave.extensions.engines.targets._experts import matrices, require_known, stacked
+from loraweave.extensions.engines.targets._writing import place, require_plain, require_untied
 
 # llama.cpp's architecture of a model type of transformers
 ARCHITECTURES = {
@@ -50,6 +45,7 @@ class Gguf(Target):
     """A folder for `llama-server --lora`, for every other program of llama.cpp, and, once merged, for `ollama create`."""
 
     one_rank = True
+    file = ADAPTER
 
     @classmethod
     def check(cls, contents: Contents, name: str, base: Any) -> None:

@@ -214,10 +214,9 @@ def _settings() -> tuple[str, dict[str, float]]:
 
 
 def _folders(server: Any, model: str) -> Any:
-    from loraweave.common.files import cache_folder
-    from loraweave.hub.base import stored_base
-    from loraweave.hub.hub import Hub
-    from loraweave.serving.engines.folders import Folders
+    from loraweave import Hub
+    from loraweave.extend import cache_folder, stored_base
+    from loraweave.extensions.engines.folders import Folders
 
     hub, limits = _settings()
     base, shapes = stored_base(model)
@@ -233,7 +232,7 @@ def _folders(server: Any, model: str) -> Any:
 
 def _refused(error: Exception, *, others: bool) -> None:
     """Raise the refusal as vLLM tells it to a client, unless other resolvers may know the name."""
-    from loraweave.serving.refusals import refusal_of
+    from loraweave.extend import refusal_of
 
     refusal = refusal_of(error)
     if others and refusal.status == 404:

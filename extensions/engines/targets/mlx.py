@@ -11,12 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from loraweave.errors import AdapterUnsupported
-from loraweave.hub.base import base_config
-from loraweave.hub.formats._config import CONFIG
-from loraweave.hub.formats._contents import Contents
-from loraweave.hub.targets._experts import require_known, stacked
-from loraweave.hub.targets._target import Target, place, require_plain, require_untied, tensors_file
+from loraweave import AdapterUnsupported
+from loraweave.extend import Contents, Target, base_config
+from loraweave.extensions.engines.targets._experts import require_known, stacked
+from loraweave.extensions.engines.targets._writing import place, require_plain, require_untied, tensors_file
+
+CONFIG = "adapter_config.json"
 
 WEIGHTS = "adapters.safetensors"
 # the model types of transformers whose modules mlx-lm names as transformers does

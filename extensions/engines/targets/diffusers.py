@@ -10,11 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loraweave.errors import AdapterUnsupported
-from loraweave.hub.formats._contents import Contents
-from loraweave.hub.pipeline import PIPELINE_PARTS
-from loraweave.hub.targets._target import Target, place, require_plain, stored_factors, tensors_file
-from loraweave.registry import traits
+from loraweave import AdapterUnsupported
+from loraweave.extend import PIPELINE_PARTS, Contents, Target, traits
+from loraweave.extensions.engines.targets._writing import place, require_plain, stored_factors, tensors_file
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 # before it, transformers 5 removed the step `text_model` from the paths; files and programs still have it
@@ -28,6 +26,7 @@ class Diffusers(Target):
     """A folder for `pipeline.load_lora_weights(FOLDER)`."""
 
     one_rank = True
+    file = WEIGHTS
 
     @classmethod
     def check(cls, contents: Contents, name: str, base: Any) -> None:

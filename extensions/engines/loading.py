@@ -11,9 +11,9 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from loraweave.errors import AdapterUnsupported, SourceUnavailable, UnknownName
-from loraweave.registry import nearest
-from loraweave.serving.engines.folders import Folder
+from loraweave import AdapterUnsupported, SourceUnavailable, UnknownName
+from loraweave.extend import nearest
+from loraweave.extensions.engines.folders import Folder
 
 ENGINES = ("sglang", "lorax")
 # a server reads the folder before it answers

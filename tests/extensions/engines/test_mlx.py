@@ -11,7 +11,7 @@ from transformers import GPT2Config
 
 import loraweave as lw
 from loraweave.errors import AdapterUnsupported
-from loraweave.hub.targets.mlx import EXPERTS, SAME_NAMES
+from loraweave.extensions.engines.targets.mlx import EXPERTS, SAME_NAMES
 
 SCRIPT = Path(__file__).parents[2] / "engine_scripts" / "mlx_lm_answers.py"
 CASES = [*sorted(FAMILIES | MIXTURES), "llama, embeddings too"]

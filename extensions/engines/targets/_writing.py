@@ -1,0 +1,107 @@
+"""What targets share: refusals of what their programs have no form for, and files that appear all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from loraweave import AdapterUnsupported, Factors
+from loraweave.extend import TIED_MODULES, Contents, algebra, readme_text, replacing, require_replaceable, save_tensors
+
+README = "README.md"
+
+_KINDS = {
+    "conv": "a convolution",
+    "embedding": "an embedding",
+    "linear": "a linear layer",
+    "expert": "an expert of a fused parameter",
+}
+
+
+def require_plain(contents: Contents, name: str, program: str, *, kinds: tuple[str, ...] = ("linear",)) -> None:
+    """Raise AdapterUnsupported for anything but low-rank factors of layers of these kinds that act on every token."""
+    if contents.invocation:
+        raise AdapterUnsupported(
+            f"adapter {name!r} counts from its invocation tokens {list(contents.invocation)} on. The files for {program} "
+            "have no place for them, and it would count for every token: target='peft' and `loraweave serve` keep them; "
+            "dataclasses.replace(adapter, invocation=()) is the plain LoRA, another model"
+        )
+    if contents.heads:
+        raise AdapterUnsupported(
+            f"{program} loads no trained heads, but adapter {name!r} has {', '.join(sorted(contents.heads))}: merge it into "
+            "the base with peft and serve that model, or export dataclasses.replace(adapter, heads={}) without them"
+        )
+    for layer, factors in contents.layers.items():
+        where = f"layer {layer!r} of adapter {name!r}"
+        if factors.magnitude_O is not None or factors.gain_O is not None:
+            what = "is DoRA" if factors.magnitude_O is not None else "has a gain (bound DoRA, or (IA)3)"
+            raise AdapterUnsupported(
+                f"{where} {what}, which {program} does not load: lw.to_lora(adapter, model) gives a plain LoRA of it"
+            )
+        if factors.base_bias_O is not None or (factors.bias_O is not None and bool(factors.bias_O.any())):
+            raise AdapterUnsupported(
+                f"{where} has a trained bias, which {program} does not load: merge the adapter into the base with peft and "
+                "serve that model, or leave the biases out of its layers with dataclasses.replace"
+            )
+        if factors.kind not in kinds:
+            raise AdapterUnsupported(
+                f"{where} is {_KINDS[factors.kind]}, which {program} has no LoRA for: merge the adapter into the base with "
+                "peft and serve that model"
+            )
+
+
+def require_untied(contents: Contents, name: str, program: str, config: Any) -> None:
+    """Raise AdapterUnsupported for an update of one side of tied embeddings, which the program has as one matrix."""
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    for layer in contents.layers:
+        if layer.rpartition(".")[2] in TIED_MODULES:
+            raise AdapterUnsupported(
+                f"layer {layer!r} of adapter {name!r} is one side of embeddings that the base model ties, and {program} has "
+                "one matrix for both: train without that layer, or merge the adapter into the base with peft and serve that "
+                "model"
+            )
+
+
+def stored_factors(factors: Factors) -> tuple[Tensor, Tensor]:
+    """Return (a, b) in the shapes of the layer's weight: (R, I) and (O, R), with the kernel's axes for a convolution."""
+    a_RI, b_OR = factors.a_RI.contiguous(), factors.b_OR.contiguous()
+    if factors.kind != "conv":
+        return a_RI, b_OR
+    return a_RI.reshape(a_RI.shape[0], -1, *factors.kernel), b_OR.reshape(*b_OR.shape, *(1 for _ in factors.kernel))
+
+
+def place(contents: Contents, folder: Path, library: str, files: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write the files, each by its function, a README and the kept files of the adapter, all at once.
+
+    Raises AdapterUnsupported for an adapter without effect or values that are not finite; AdapterExists for a folder with
+    anything else in it.
+    """
+    contents.require_effect(str(folder))
+    for layer, factors in contents.layers.items():
+        for part, tensor in factors.tensors().items():
+            if not algebra.all_finite(tensor):
+                raise AdapterUnsupported(f"layer {layer!r}: {part} has values that are NaN or infinite")
+    written = {*files, README, *contents.files}
+    target = require_replaceable(folder, lambda path: path.name in written and not path.is_dir())
+    ranks = {factors.rank for factors in contents.layers.values()}
+    facts = {"Layers": str(len(contents.layers)), "Rank": str(max(ranks)), "Files": ", ".join(files)}
+    with replacing(target) as new:
+        for file, write in files.items():
+            write(new / file)
+            (new / file).chmod(0o644)
+        (new / README).write_text(readme_text(contents.base_model, contents.card, facts, library), encoding="utf-8")
+        for file, data in contents.files.items():
+            (new / file).write_bytes(data)
+
+
+def tensors_file(tensors: Mapping[str, Tensor]) -> Callable[[Path], object]:
+    """Return the function that writes a safetensors file."""
+    return lambda path: save_tensors(
+        {name: tensor.detach().cpu().float().contiguous().clone() for name, tensor in tensors.items()},
+        path,
+        metadata={"format": "pt"},
+    )

@@ -1,1 +1,0 @@
-"""Formulas as model names of other engines: each formula becomes a folder that they load as a LoRA adapter."""
