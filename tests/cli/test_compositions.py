@@ -197,8 +197,8 @@ def test_a_damaged_composition_is_named_before_the_base_is_loaded(words, here, r
 
 def test_export_looks_at_its_target_before_the_base_is_loaded(here):
     Path("made").mkdir()
-    done = call("export", "made", "--target", "vlmm", "--out", "e", "--base", "no/such-base")
-    assert done.stderr.startswith("UnknownName: no export target 'vlmm', did you mean 'vllm'?")
+    done = call("export", "made", "--target", "pefd", "--out", "e", "--base", "no/such-base")
+    assert done.stderr.startswith("UnknownName: no export target 'pefd', did you mean 'peft'?")
 
 
 def test_compose_looks_at_its_target_before_the_base_is_loaded(two, rows):

@@ -316,3 +316,17 @@ def test_way_out_for_dora_leads_to_a_folder_that_vllm_loads(tmp_path):
     want = logits(model.eval())
     torch.testing.assert_close(dense(vllm_loads(report.folder, 32)), want, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(by_peft(report.folder), want, rtol=1e-4, atol=1e-4)
+
+
+def test_files_beside_the_weights_are_written_and_what_vllm_does_not_load_is_named(tmp_path):
+    files = {"tokenizer_config.json": b"{}", "value_head.safetensors": b"a head"}
+    report = adapter({"q_proj": 2}, files=files).export(tmp_path / "out", target="vllm")
+    assert {name: (report.folder / name).read_bytes() for name in files} == files
+    assert "tokenizer_config.json" in (report.folder / "README.md").read_text()
+    assert "vLLM does not load value_head.safetensors" in report.warnings
+
+
+def test_the_card_keeps_the_prompts_by_which_an_adapter_is_asked(tmp_path):
+    given = adapter({"q_proj": 2}, card={"prompts": ["swap\nInput: {input}\nOutput:"]})
+    given.export(tmp_path / "out", target="vllm")
+    assert Adapter.from_pretrained(tmp_path / "out").card["prompts"] == given.card["prompts"]

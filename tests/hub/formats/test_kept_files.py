@@ -55,10 +55,9 @@ def test_adapters_with_one_tokenizer_hold_it_once(folder):
     assert one.files["tokenizer.json"] is two.files["tokenizer.json"]
 
 
-@pytest.mark.parametrize("target", ["peft", "vllm"])
-def test_saving_and_exporting_write_them_back(folder, tmp_path, target):
+def test_saving_and_exporting_write_them_back(folder, tmp_path):
     read = Adapter.from_pretrained(folder)
-    report = read.export(tmp_path / "export", target=target)
+    report = read.export(tmp_path / "export")
     for written in (tmp_path / "export", read.save_pretrained(tmp_path / "saved")):
         assert {name: (written / name).read_bytes() for name in FILES} == FILES
         assert "tokenizer_config.json" in (written / "README.md").read_text()
