@@ -149,7 +149,7 @@ def resolve_patterns(
         raise AdapterUnsupported(f"{folder}: {name}: {error}; write layer names without regular expressions") from error
 
 
-def without() -> str:
+def missing_extension() -> str:
     """Return what an error about an adapter of an unread form adds where the extension that reads most is missing."""
     return "" if MORE_FORMATS in extensions() else f"; the extension {MORE_FORMATS!r}, which reads more, is not installed"
 

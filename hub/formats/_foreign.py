@@ -134,9 +134,8 @@ class ForeignFormat(PeftReader):
     # names below a layer's path, and below the adapter itself
     parts: ClassVar[frozenset[str]]
     shared: ClassVar[frozenset[str]] = frozenset()
-    # config fields that `update` reads, those that do not change the tensors' meaning, and those without a form as factors
-    handled: ClassVar[frozenset[str]] = frozenset()
-    benign: ClassVar[frozenset[str]] = frozenset()
+    # config fields that `update` reads or that do not change the tensors' meaning, and those without a form as factors
+    fields: ClassVar[frozenset[str]] = frozenset()
     refused: ClassVar[Mapping[str, str]] = {}
     # the formula holds for linear layers alone
     linear_only: ClassVar[bool] = False
@@ -174,7 +173,7 @@ class ForeignFormat(PeftReader):
     @classmethod
     def _config(cls, folder: Path) -> AdapterConfig:
         config = cls._own_config(folder)
-        config.check_fields(COMMON | cls.handled | cls.benign, cls.refused)
+        config.check_fields(COMMON | cls.fields, cls.refused)
         if (bias := config.fields.get("bias", "none")) != "none":
             raise AdapterUnsupported(f"{folder}: bias={shorten(bias)}: trained biases are supported for LoRA adapters only")
         return config

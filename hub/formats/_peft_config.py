@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported
-from loraweave.hub.formats._config import AdapterConfig, resolve_patterns, shorten, without, words
+from loraweave.hub.formats._config import AdapterConfig, missing_extension, resolve_patterns, shorten, words
 from loraweave.hub.formats._files import listing, open_file, present
 from loraweave.hub.formats._pickle import read_pickle
 from loraweave.hub.formats._safetensors import read_tensors, shards, tensor_names
@@ -33,25 +33,12 @@ HANDLED = words(
     "alora_invocation_tokens"
 )
 
-# fields about the training: the tensors in the file say which layers exist and what they hold
-BENIGN = {
-    "auto_mapping": "names of Python classes; never imported",
-    "peft_version": "who wrote the file",
-    "inference_mode": "whether the tensors are frozen",
-    "lora_dropout": "training only",
-    "exclude_modules": "the tensors say which layers exist",
-    "layers_to_transform": "the tensors say which layers exist",
-    "layers_pattern": "the tensors say which layers exist",
-    "megatron_core": "a module name that only megatron_config uses",
-    "loftq_config": "settings of init_lora_weights, which is judged itself",
-    "eva_config": "settings of init_lora_weights, which is judged itself",
-    "corda_config": "settings of init_lora_weights, which is judged itself",
-    "lora_ga_config": "settings of init_lora_weights, which is judged itself",
-    "qalora_group_size": "only use_qalora uses it",
-    "runtime_config": "where the computation runs",
-    "merge_weights": "how PEFT before 0.4 switched to evaluation",
-    "mora_type": "only use_mora uses it",
-}
+# fields about the training and the machine, and settings of other fields, which are judged themselves: the tensors in the
+# file say which layers exist and what they hold
+BENIGN = words(
+    "auto_mapping peft_version inference_mode lora_dropout exclude_modules layers_to_transform layers_pattern megatron_core "
+    "loftq_config eva_config corda_config lora_ga_config qalora_group_size runtime_config merge_weights mora_type"
+)
 
 # fields without an exact form as factors, unless they are null, false or empty
 REFUSED = {
@@ -136,7 +123,8 @@ def parse_lora(config: Mapping[str, Any], folder: Path) -> PeftConfig:
     if config["peft_type"] != "LORA":
         raise AdapterUnsupported(f"{folder}: peft_type is {shorten(config['peft_type'])}; only 'LORA' can be read")
     reader = AdapterConfig(folder, config)
-    reader.check_fields(HANDLED | BENIGN.keys(), {name: f"{what} {_NO_FORM}{without()}" for name, what in REFUSED.items()})
+    why = f"cannot be represented exactly as low-rank factors{missing_extension()}"
+    reader.check_fields(HANDLED | BENIGN, {name: f"{what} {why}" for name, what in REFUSED.items()})
     _check_init(config.get("init_lora_weights", True), folder)
     switches = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
     flags = {name: config.get(name) is not None and reader.flag(name) for name in switches}
@@ -179,16 +167,13 @@ def parse_lora(config: Mapping[str, Any], folder: Path) -> PeftConfig:
     )
 
 
-_NO_FORM = "cannot be represented exactly as low-rank factors"
-
-
 def _check_init(init: Any, folder: Path) -> None:
     if init is None or type(init) is bool or str(init).lower() in HARMLESS_INITS:
         return
     raise AdapterUnsupported(
         f"{folder}: init_lora_weights={shorten(init)} changed the base model's weights in training, so the factors are no "
         "update of the original ones; convert the adapter with PEFT's save_pretrained(..., "
-        f"path_initial_model_for_weight_conversion=...), which writes an ordinary LoRA{without()}"
+        f"path_initial_model_for_weight_conversion=...), which writes an ordinary LoRA{missing_extension()}"
     )
 
 
@@ -314,7 +299,7 @@ def _refuse_unknown(unknown: list[str], total: int, folder: Path) -> None:
     hint = "; they look like kohya's, not PEFT's" if any(part in unknown[0] for part in _KOHYA) else ""
     raise AdapterCorrupt(
         f"{folder}: {len(unknown)} of {total} tensors are not PEFT's LoRA: {', '.join(map(repr, unknown[:3]))}{hint}"
-        f"{without()}"
+        f"{missing_extension()}"
     )
 
 

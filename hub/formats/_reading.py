@@ -16,7 +16,7 @@ from torch import nn
 
 import loraweave.registry as registry
 from loraweave.errors import AdapterUnsupported
-from loraweave.hub.formats._config import CONFIG, AdapterConfig, config_fields, without
+from loraweave.hub.formats._config import CONFIG, AdapterConfig, config_fields, missing_extension
 from loraweave.hub.formats._contents import Contents, require_numbers
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut_update
 from loraweave.hub.formats._file_format import FileFormat, formats, known_names, lora_files, names_in, refuse_pickle
@@ -198,7 +198,7 @@ def _foreign(kind: str, folder: Path) -> Any:
     known = [name.upper() for name in registry.names("formats")]
     hint = registry.nearest(kind.upper(), [*known, *REFUSED, "LORA"])
     raise AdapterUnsupported(
-        f"{folder}: peft_type is {kind[:40]!r}, which no format here reads{hint}; see docs/adapters.md{without()}"
+        f"{folder}: peft_type is {kind[:40]!r}, which no format here reads{hint}; see docs/adapters.md{missing_extension()}"
     )
 
 
@@ -227,7 +227,7 @@ def _refuse_unknown_file(source: Path, allow_pickle: bool) -> None:
     raise AdapterUnsupported(
         f"{folder / name}: its tensors have names of no known layout ({', '.join(layouts)}): "
         f"{', '.join(map(repr, names_in(folder, name)[:3]))}; without a config, nothing says which layers of which model "
-        f"they update{without()}"
+        f"they update{missing_extension()}"
     )
 
 

@@ -14,10 +14,9 @@ class Adalora(ForeignFormat):
 
     peft_type = "ADALORA"
     parts = frozenset({"lora_A", "lora_B", "lora_E"})
-    handled = frozenset({"init_r", "lora_alpha"})
-    benign = words(
-        "r target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step lora_dropout rank_pattern alpha_pattern "
-        "megatron_core loftq_config qalora_group_size runtime_config init_lora_weights"
+    fields = words(
+        "init_r lora_alpha r target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step lora_dropout "
+        "rank_pattern alpha_pattern megatron_core loftq_config qalora_group_size runtime_config init_lora_weights"
     )
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from loraweave.hub.formats._config import words
 from loraweave.hub.formats._conversion import Dense, plain_factors
 from loraweave.hub.formats._foreign import ForeignFormat, StoredLayer
 from loraweave.types import Factors
@@ -12,7 +13,7 @@ class Ia3(ForeignFormat):
 
     peft_type = "IA3"
     parts = frozenset({"ia3_l"})
-    benign = frozenset({"feedforward_modules", "init_ia3_weights"})
+    fields = words("feedforward_modules init_ia3_weights")
     linear_only = True
 
     @classmethod

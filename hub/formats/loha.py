@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loraweave.errors import AdapterUnsupported
+from loraweave.hub.formats._config import words
 from loraweave.hub.formats._conversion import Dense, plain_factors
 from loraweave.hub.formats._foreign import ForeignFormat, StoredLayer, check_size
 from loraweave.types import Factors
@@ -16,8 +17,7 @@ class Loha(ForeignFormat):
 
     peft_type = "LOHA"
     parts = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"})
-    handled = frozenset({"r", "alpha", "alpha_pattern"})
-    benign = frozenset({"rank_pattern", "rank_dropout", "module_dropout", "use_effective_conv2d"})
+    fields = words("r alpha alpha_pattern rank_pattern rank_dropout module_dropout use_effective_conv2d")
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Factors | Dense:

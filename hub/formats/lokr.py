@@ -17,8 +17,10 @@ class Lokr(ForeignFormat):
 
     peft_type = "LOKR"
     parts = frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"})
-    handled = frozenset({"r", "alpha", "rank_pattern", "alpha_pattern"})
-    benign = words("rank_dropout module_dropout rank_dropout_scale use_effective_conv2d decompose_both decompose_factor")
+    fields = words(
+        "r alpha rank_pattern alpha_pattern rank_dropout module_dropout rank_dropout_scale use_effective_conv2d "
+        "decompose_both decompose_factor"
+    )
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Factors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt
+from loraweave.hub.formats._config import words
 from loraweave.hub.formats._conversion import plain_factors
 from loraweave.hub.formats._foreign import ForeignFormat, StoredLayer
 from loraweave.types import Factors
@@ -16,8 +17,7 @@ class Vera(ForeignFormat):
     peft_type = "VERA"
     parts = frozenset({"vera_lambda_b", "vera_lambda_d"})
     shared = frozenset({"vera_A", "vera_B"})
-    handled = frozenset({"save_projection"})
-    benign = frozenset({"r", "projection_prng_key", "vera_dropout", "d_initial"})
+    fields = words("save_projection r projection_prng_key vera_dropout d_initial")
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Factors:

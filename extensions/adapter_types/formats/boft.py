@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loraweave import AdapterCorrupt
-from loraweave.extend import Dense, ForeignFormat, StoredLayer
+from loraweave.extend import Dense, ForeignFormat, StoredLayer, words
 
 
 class Boft(ForeignFormat):
@@ -14,7 +14,7 @@ class Boft(ForeignFormat):
 
     peft_type = "BOFT"
     parts = frozenset({"boft_R", "boft_s"})
-    benign = frozenset({"boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout"})
+    fields = words("boft_block_size boft_block_num boft_n_butterfly_factor boft_dropout")
     linear_only = True
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from loraweave.extend import Dense, ForeignFormat, StoredLayer, check_size
+from loraweave.extend import Dense, ForeignFormat, StoredLayer, check_size, words
 
 
 class C3a(ForeignFormat):
@@ -12,7 +12,7 @@ class C3a(ForeignFormat):
 
     peft_type = "C3A"
     parts = frozenset({"c3a_kernel"})
-    benign = frozenset({"block_size", "block_size_pattern"})
+    fields = words("block_size block_size_pattern")
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Dense:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from loraweave import Factors
-from loraweave.extend import ForeignFormat, StoredLayer, plain_factors
+from loraweave.extend import ForeignFormat, StoredLayer, plain_factors, words
 
 
 class Deft(ForeignFormat):
@@ -13,8 +13,7 @@ class Deft(ForeignFormat):
 
     peft_type = "DEFT"
     parts = frozenset({"deft_P", "deft_R"})
-    handled = frozenset({"decomposition_method", "alpha", "para"})
-    benign = frozenset({"r", "init_scale", "deft_dropout"})
+    fields = words("decomposition_method alpha para r init_scale deft_dropout")
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Factors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraweave import Factors
-from loraweave.extend import ForeignFormat, StoredLayer, plain_factors
+from loraweave.extend import ForeignFormat, StoredLayer, plain_factors, words
 
 # PEFT's lower bound of the norms that it divides by
 SMALLEST_NORM = 1e-4
@@ -14,7 +14,7 @@ class Delora(ForeignFormat):
 
     peft_type = "DELORA"
     parts = frozenset({"delora_A", "delora_B", "delora_lambda", "delora_w_norm"})
-    benign = frozenset({"r", "delora_lambda", "module_dropout", "rank_pattern", "lambda_pattern"})
+    fields = words("r delora_lambda module_dropout rank_pattern lambda_pattern")
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Factors:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loraweave import AdapterCorrupt
-from loraweave.extend import Dense, ForeignFormat, StoredLayer
+from loraweave.extend import Dense, ForeignFormat, StoredLayer, words
 
 
 class Fourierft(ForeignFormat):
@@ -14,8 +14,7 @@ class Fourierft(ForeignFormat):
 
     peft_type = "FOURIERFT"
     parts = frozenset({"fourierft_spectrum"})
-    handled = frozenset({"scaling", "random_loc_seed"})
-    benign = frozenset({"n_frequency", "n_frequency_pattern"})
+    fields = words("scaling random_loc_seed n_frequency n_frequency_pattern")
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Dense:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from loraweave.extend import Dense, ForeignFormat, StoredLayer
+from loraweave.extend import Dense, ForeignFormat, StoredLayer, words
 
 NAMES = ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E")
 
@@ -14,7 +14,7 @@ class Glora(ForeignFormat):
 
     peft_type = "GLORA"
     parts = frozenset(f"{name}.{form}" for name in NAMES for form in ("Xd", "Xu", "X", "zeros"))
-    benign = frozenset({"r", "config_A_B", "config_C", "config_D_E"})
+    fields = words("r config_A_B config_C config_D_E")
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Dense:

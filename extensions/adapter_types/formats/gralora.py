@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from loraweave import AdapterCorrupt, Factors
-from loraweave.extend import ForeignFormat, StoredLayer, check_size, plain_factors
+from loraweave.extend import ForeignFormat, StoredLayer, check_size, plain_factors, words
 
 
 class Gralora(ForeignFormat):
@@ -13,8 +13,7 @@ class Gralora(ForeignFormat):
 
     peft_type = "GRALORA"
     parts = frozenset({"gralora_A", "gralora_B", "gralora_A_general.weight", "gralora_B_general.weight"})
-    handled = frozenset({"alpha", "hybrid_r"})
-    benign = frozenset({"r", "gralora_k", "gralora_dropout"})
+    fields = words("alpha hybrid_r r gralora_k gralora_dropout")
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Factors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraweave.extend import Dense, ForeignFormat, StoredLayer
+from loraweave.extend import Dense, ForeignFormat, StoredLayer, words
 
 
 class Hira(ForeignFormat):
@@ -10,7 +10,7 @@ class Hira(ForeignFormat):
 
     peft_type = "HIRA"
     parts = frozenset({"hira_A", "hira_B"})
-    benign = frozenset({"r", "hira_dropout", "rank_pattern"})
+    fields = words("r hira_dropout rank_pattern")
     linear_only = True
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from loraweave import AdapterCorrupt, Factors
-from loraweave.extend import ForeignFormat, StoredLayer, plain_factors
+from loraweave.extend import ForeignFormat, StoredLayer, plain_factors, words
 
 
 class Hra(ForeignFormat):
@@ -13,8 +13,7 @@ class Hra(ForeignFormat):
 
     peft_type = "HRA"
     parts = frozenset({"hra_u"})
-    handled = frozenset({"apply_GS"})
-    benign = frozenset({"r"})
+    fields = words("apply_GS r")
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Factors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from loraweave import AdapterCorrupt, Factors
-from loraweave.extend import Dense, ForeignFormat, StoredLayer, plain_factors
+from loraweave.extend import Dense, ForeignFormat, StoredLayer, plain_factors, words
 
 
 class Miss(ForeignFormat):
@@ -13,8 +13,7 @@ class Miss(ForeignFormat):
 
     peft_type = "MISS"
     parts = frozenset({"miss_block"})
-    handled = frozenset({"init_weights", "mini_r"})
-    benign = frozenset({"r", "miss_dropout"})
+    fields = words("init_weights mini_r r miss_dropout")
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Factors | Dense:

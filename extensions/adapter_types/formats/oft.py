@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loraweave import AdapterCorrupt
-from loraweave.extend import Dense, ForeignFormat, StoredLayer
+from loraweave.extend import Dense, ForeignFormat, StoredLayer, words
 
 
 class Oft(ForeignFormat):
@@ -16,8 +16,7 @@ class Oft(ForeignFormat):
 
     peft_type = "OFT"
     parts = frozenset({"oft_R.weight"})
-    handled = frozenset({"coft", "eps", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"})
-    benign = frozenset({"r", "oft_block_size", "module_dropout"})
+    fields = words("coft eps block_share use_cayley_neumann num_cayley_neumann_terms r oft_block_size module_dropout")
     linear_only = True
 
     @classmethod

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from loraweave import AdapterCorrupt, Factors
-from loraweave.extend import ForeignFormat, StoredLayer, plain_factors
+from loraweave.extend import ForeignFormat, StoredLayer, plain_factors, words
 
 
 class Osf(ForeignFormat):
@@ -16,7 +16,7 @@ class Osf(ForeignFormat):
 
     peft_type = "OSF"
     parts = frozenset({"osf_svd_params.U_low", "osf_svd_params.S_low", "osf_svd_params.V_low"})
-    benign = frozenset({"effective_rank", "rank_pattern"})
+    fields = words("effective_rank rank_pattern")
     refused: ClassVar[Mapping[str, str]] = {"target_svd_config": "ranks by module name of another version of OSF"}
 
     @classmethod

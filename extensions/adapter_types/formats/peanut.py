@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from loraweave import Factors
-from loraweave.extend import ForeignFormat, StoredLayer, plain_factors
+from loraweave.extend import ForeignFormat, StoredLayer, plain_factors, words
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
@@ -28,8 +28,7 @@ class Peanut(ForeignFormat):
         {"peanut_A.weight", "peanut_B.weight"}
         | {f"peanut_{side}coders.{level}.weight" for side in ("en", "de") for level in range(64)}
     )
-    handled = frozenset({"depth", "act_fn", "scaling"})
-    benign = frozenset({"r"})
+    fields = words("depth act_fn scaling r")
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Factors:

@@ -25,8 +25,7 @@ class Poly(ForeignFormat):
 
     peft_type = "POLY"
     parts = frozenset({"poly_lora_A", "poly_lora_B", "poly_router.module_logits"})
-    handled = words("r n_tasks poly_type")
-    benign = words("n_skills n_splits init_weights")
+    fields = words("r n_tasks poly_type n_skills n_splits init_weights")
     # the number of the task; None for the only one
     task: ClassVar[int | None] = None
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from loraweave import Factors
-from loraweave.extend import ForeignFormat, StoredLayer, get
+from loraweave.extend import ForeignFormat, StoredLayer, get, words
 
 
 class Pvera(ForeignFormat):
@@ -15,8 +15,7 @@ class Pvera(ForeignFormat):
     peft_type = "PVERA"
     parts = frozenset({"pvera_lambda_b", "pvera_lambda_d"})
     shared = frozenset({"pvera_A", "pvera_B"})
-    handled = frozenset({"save_projection"})
-    benign = frozenset({"r", "projection_prng_key", "pvera_dropout", "d_initial", "generator_seed"})
+    fields = words("save_projection r projection_prng_key pvera_dropout d_initial generator_seed")
     refused: ClassVar[Mapping[str, str]] = {
         "sample_at_inference": "outputs are sampled, so there is no one update; save it with sample_at_inference=False"
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraweave import AdapterCorrupt
-from loraweave.extend import Dense, ForeignFormat, StoredLayer
+from loraweave.extend import Dense, ForeignFormat, StoredLayer, words
 
 
 class Randlora(ForeignFormat):
@@ -12,8 +12,7 @@ class Randlora(ForeignFormat):
     peft_type = "RANDLORA"
     parts = frozenset({"randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B"})
     shared = frozenset({"randlora_A", "randlora_B"})
-    handled = frozenset({"randlora_alpha", "save_projection"})
-    benign = frozenset({"r", "projection_prng_key", "sparse", "very_sparse", "randlora_dropout"})
+    fields = words("randlora_alpha save_projection r projection_prng_key sparse very_sparse randlora_dropout")
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Dense:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loraweave import AdapterCorrupt
-from loraweave.extend import Dense, ForeignFormat, StoredLayer
+from loraweave.extend import Dense, ForeignFormat, StoredLayer, words
 
 
 class Road(ForeignFormat):
@@ -14,7 +14,7 @@ class Road(ForeignFormat):
 
     peft_type = "ROAD"
     parts = frozenset({"road_theta", "road_alpha"})
-    handled = frozenset({"variant", "group_size"})
+    fields = words("variant group_size")
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Dense:

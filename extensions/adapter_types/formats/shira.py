@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraweave import AdapterCorrupt
-from loraweave.extend import Dense, ForeignFormat, StoredLayer
+from loraweave.extend import Dense, ForeignFormat, StoredLayer, words
 
 
 class Shira(ForeignFormat):
@@ -11,7 +11,7 @@ class Shira(ForeignFormat):
 
     peft_type = "SHIRA"
     parts = frozenset({"shira_weight", "shira_indices"})
-    benign = frozenset({"r", "mask_type", "random_seed"})
+    fields = words("r mask_type random_seed")
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Dense:

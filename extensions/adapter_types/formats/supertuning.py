@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraweave import AdapterUnsupported
-from loraweave.extend import Dense, ForeignFormat, StoredLayer
+from loraweave.extend import Dense, ForeignFormat, StoredLayer, words
 
 
 class Supertuning(ForeignFormat):
@@ -13,8 +13,7 @@ class Supertuning(ForeignFormat):
     parts = frozenset(
         {"supertuning_values", "supertuning_indices", "supertuning_lora_A.weight", "supertuning_lora_B.weight"}
     )
-    handled = frozenset({"r", "lora_alpha", "save_precomputed_indices"})
-    benign = frozenset({"sparsity", "select_top", "lora_dropout"})
+    fields = words("r lora_alpha save_precomputed_indices sparsity select_top lora_dropout")
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Dense:

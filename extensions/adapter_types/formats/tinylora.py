@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from loraweave import AdapterUnsupported, Factors
-from loraweave.extend import ForeignFormat, StoredLayer, plain_factors
+from loraweave.extend import ForeignFormat, StoredLayer, plain_factors, words
 
 
 class Tinylora(ForeignFormat):
@@ -14,8 +14,7 @@ class Tinylora(ForeignFormat):
     peft_type = "TINYLORA"
     parts = frozenset({"tinylora_A", "tinylora_B", "tinylora_P"})
     shared = frozenset({"tinylora_v."})
-    handled = frozenset({"weight_tying", "save_projection"})
-    benign = frozenset({"r", "u", "projection_seed", "init_v_bound", "tinylora_dropout"})
+    fields = words("weight_tying save_projection r u projection_seed init_v_bound tinylora_dropout")
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Factors:

@@ -7,7 +7,7 @@ from typing import NoReturn
 from torch import Tensor
 
 from loraweave import AdapterUnsupported, Factors
-from loraweave.extend import AdapterConfig, ForeignFormat, StoredLayer, plain_factors
+from loraweave.extend import AdapterConfig, ForeignFormat, StoredLayer, plain_factors, words
 
 
 class Unilora(ForeignFormat):
@@ -16,8 +16,7 @@ class Unilora(ForeignFormat):
     peft_type = "UNILORA"
     parts = frozenset({"unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B"})
     shared = frozenset({"unilora_theta_d"})
-    handled = frozenset({"save_indices"})
-    benign = frozenset({"r", "proj_seed", "theta_d_length", "unilora_dropout", "init_theta_d_bound"})
+    fields = words("save_indices r proj_seed theta_d_length unilora_dropout init_theta_d_bound")
 
     @classmethod
     def _refuse_without_layers(cls, config: AdapterConfig) -> NoReturn:

@@ -15,9 +15,8 @@ class Vblora(ForeignFormat):
     peft_type = "VBLORA"
     parts = frozenset(f"vblora_logits_{side}{form}" for side in "AB" for form in ("", "_topk_indices", "_topk_weights"))
     shared = frozenset({"vblora_vector_bank"})
-    handled = frozenset({"topk"})
-    benign = words(
-        "r num_vectors vector_length save_only_topk_weights vblora_dropout init_vector_bank_bound init_logits_std"
+    fields = words(
+        "topk r num_vectors vector_length save_only_topk_weights vblora_dropout init_vector_bank_bound init_logits_std"
     )
 
     @classmethod

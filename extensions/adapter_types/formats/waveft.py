@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loraweave import AdapterUnsupported
-from loraweave.extend import Dense, ForeignFormat, StoredLayer
+from loraweave.extend import Dense, ForeignFormat, StoredLayer, words
 from loraweave.extensions.adapter_types.formats.fourierft import scatter
 
 
@@ -15,8 +15,7 @@ class Waveft(ForeignFormat):
 
     peft_type = "WAVEFT"
     parts = frozenset({"waveft_spectrum"})
-    handled = frozenset({"scaling", "random_loc_seed", "use_idwt", "wavelet_family"})
-    benign = frozenset({"n_frequency", "n_frequency_pattern", "proportional_parameters"})
+    fields = words("scaling random_loc_seed use_idwt wavelet_family n_frequency n_frequency_pattern proportional_parameters")
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Dense:
