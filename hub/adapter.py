@@ -32,6 +32,7 @@ from loraweave.hub.pipeline import model_of
 from loraweave.lowrank import algebra
 from loraweave.types import BaseKey, Factors, Fingerprint, Kind, own_memory
 
+_NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 Form = tuple[tuple[str, int, int, Kind, tuple[int, ...], bool], ...]
 
 
@@ -66,11 +67,11 @@ class Adapter:
             )
         for mapping in ("layers", "card", "heads"):
             object.__setattr__(self, mapping, MappingProxyType(dict(getattr(self, mapping))))
-        object.__setattr__(self, "files", as_kept_files(self.files))
+        object.__setattr__(self, "files", as_kept_files(self.files) if self.files else _NO_FILES)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a read-only view has no pickle
-        views = {"layers": dict(self.layers), "card": dict(self.card)}
+        views = {"layers": dict(self.layers), "card": dict(self.card), "files": self.files or {}}
         heads = {name: own_memory(head) for name, head in self.heads.items()}
         values = {one.name: getattr(self, one.name) for one in fields(self)}
         return type(self), tuple({**values, **views, "heads": heads}.values())

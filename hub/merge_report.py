@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -32,13 +32,21 @@ class LayerReport:
     cosines: tuple[float, ...] = ()
     sign_conflict: float = 0.0
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures, to six significant digits."""
+        return {
+            "rank_in": self.rank_in,
+            "rank_out": self.rank_out,
+            "relative_error": _round(self.relative_error),
+            "norms": list(map(_round, self.norms)),
+            "cosines": list(map(_round, self.cosines)),
+            "sign_conflict": _round(self.sign_conflict),
+        }
+
 
 def group_of(layer: str) -> str:
     """Return the last step of a layer's path that is no number, such as q_proj, by which tables group layers."""
     return next((step for step in reversed(layer.split(".")) if not step.isdecimal()), layer)
-
-
-_FIGURES = tuple(report_field.name for report_field in fields(LayerReport))
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class MergeReport(Mapping[str, LayerReport]):
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Return the figures of each layer, to six significant digits, as the card stores them."""
-        return {layer: {name: _round(getattr(row, name)) for name in _FIGURES} for layer, row in self.items()}
+        return {layer: row.to_json() for layer, row in self.layers.items()}
 
     def cosines(self) -> list[list[float]]:
         """Return the cosine of each pair of the parents' whole updates, all layers taken as one long vector.
@@ -191,10 +199,5 @@ def _clip(name: str) -> str:
     return shown.replace("$", r"\$")
 
 
-def _round(value: Any) -> Any:
-    match value:
-        case float():
-            return float(f"{value:.6g}")
-        case tuple():
-            return [_round(element) for element in value]
-    return value
+def _round(value: float) -> float:
+    return float(f"{value:.6g}")

@@ -71,7 +71,7 @@ class ExpertPool:
             raise WeightingError("the pool is empty: it needs at least one adapter")
         object.__setattr__(self, "adapters", named)
         if not self.lazy:
-            _check_one_base(named)
+            require_one_base(named)
 
     @classmethod
     def of(cls, given: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter]) -> ExpertPool:
@@ -283,7 +283,8 @@ def _require_distinct(names: Sequence[str], way_out: str) -> None:
         raise WeightingError(f"the pool has several adapters named {twice!r}; {way_out}")
 
 
-def _check_one_base(adapters: Mapping[str, Adapter]) -> None:
+def require_one_base(adapters: Mapping[str, Adapter]) -> None:
+    """Raise BaseModelMismatch or LayerMismatch for adapters that contradict each other about the base or a layer's shape."""
     seen: dict[str, tuple[str, tuple[int, int, str, tuple[int, ...]]]] = {}
     forms: set[int] = set()
     bases: dict[BaseKey, str] = {}

@@ -93,6 +93,9 @@ RESERVED: dict[str, dict[str, str]] = {
 
 T = TypeVar("T", bound=Callable[..., Any])
 
+# the modules of the entries that were got
+_got: dict[tuple[tuple[str, ...], str, str], str] = {}
+
 # what folders of extensions and entry points are called, where it is not the registry's name
 CALLED = {"experts": "recipes"}
 
@@ -140,14 +143,15 @@ def get(folder: str, name: str) -> Any:
     """
     if not isinstance(name, str):
         raise UnknownName(f"{name!r:.80} is not a name of {folder}; there are {', '.join(names(folder))}")
-    module = _loaded(folder, name)
-    if module is None:
+    packages = FOLDERS.get(folder, ())
+    module = _got.get((packages, folder, name))
+    if module not in sys.modules:
         # a folder takes a millisecond to list, and reading an adapter asks for every format
-        files = _files(folder)
-        if name not in files:
+        module = _file_of(packages, name) or _files(folder).get(name)
+        if module is None:
             return _from_plugin(folder, name)
-        module = importlib.import_module(files[name])
-    return _entry(module, name)
+        _got[packages, folder, name] = module
+    return _entry(importlib.import_module(module), name)
 
 
 def traits(*names: str) -> Callable[[T], T]:
@@ -162,7 +166,7 @@ def traits(*names: str) -> Callable[[T], T]:
             raise UnknownName(f"no trait {name!r}{nearest(name, known)}; there are {', '.join(known)}")
 
     def said(thing: T) -> T:
-        thing.__traits__ = traits_of(thing) | set(names)  # type: ignore[attr-defined]
+        thing.__traits__ = getattr(thing, "__traits__", frozenset()) | set(names)  # type: ignore[attr-defined]
         return thing
 
     return said
@@ -174,11 +178,24 @@ def traits_of(thing: Any) -> frozenset[str]:
 
 
 def _entry(module: ModuleType, name: str) -> Any:
+    if hasattr(module, name):
+        return getattr(module, name)
     camel = "".join(part.capitalize() for part in name.split("_"))
-    for attribute in (name, camel):
-        if hasattr(module, attribute):
-            return getattr(module, attribute)
+    if hasattr(module, camel):
+        return getattr(module, camel)
     raise UnknownName(f"{module.__name__} defines neither {name!r} nor {camel!r}")
+
+
+def _file_of(packages: Iterable[str], name: str) -> str | None:
+    """Return the module of a file of the core, found without a list of its folder."""
+    for package in packages if name.isidentifier() and not name.startswith("_") else ():
+        try:
+            spec = find_spec(f"{package}.{name}")
+        except ModuleNotFoundError:
+            continue
+        if spec is not None and spec.submodule_search_locations is None:
+            return f"{package}.{name}"
+    return None
 
 
 def _files(folder: str) -> dict[str, str]:
@@ -256,19 +273,6 @@ def _packages(folder: str) -> tuple[str, ...]:
         known = registries()
         raise UnknownName(f"no registry {folder!r}{nearest(folder, known)}; there are {', '.join(known)}")
     return packages
-
-
-def _loaded(folder: str, name: str) -> ModuleType | None:
-    """Return the module of an entry if it has been imported, else None."""
-    if not name.isidentifier() or name.startswith("_"):
-        return None
-    for package in _packages(folder):
-        module = sys.modules.get(f"{package}.{name}")
-        # another thread may be in the midst of importing it
-        ready = not getattr(getattr(module, "__spec__", None), "_initializing", False)
-        if module is not None and ready and not hasattr(module, "__path__"):
-            return module
-    return None
 
 
 def nearest(name: str, known: Iterable[str], folder: str = "") -> str:

@@ -114,10 +114,10 @@ class _Dense:
 
     def to_small(self, x_MR: Array) -> Array:
         """Return delta x, or delta^T x if O is the larger side, in the precision of x."""
-        return self._right(x_MR) if self.wide else self._left(x_MR)
+        return self._times(x_MR, turned=not self.wide)
 
     def to_large(self, y_NR: Array) -> Array:
-        return self._left(y_NR) if self.wide else self._right(y_NR)
+        return self._times(y_NR, turned=self.wide)
 
     def gram(self, kind: Any) -> Array:
         """Return the N x N Gram matrix in fp32 or float64."""
@@ -186,17 +186,15 @@ class _Dense:
         u_NR, sigma_R, turn_RR = np.linalg.svd(self.to_small(basis_MR), full_matrices=False)
         return u_NR, sigma_R, basis_MR @ turn_RR.T
 
-    def _right(self, x_IR: Array) -> Array:
-        if x_IR.dtype == np.float32:
-            return self.delta_OI @ x_IR
-        return np.concatenate([block @ x_IR for _, block in self.blocks()])
-
-    def _left(self, y_OR: Array) -> Array:
-        if y_OR.dtype == np.float32:
-            return self.delta_OI.T @ y_OR
-        total_IR = np.zeros((self.delta_OI.shape[1], y_OR.shape[1]))
+    def _times(self, x: Array, *, turned: bool) -> Array:
+        """Return delta x, or delta^T x if `turned`."""
+        if x.dtype == np.float32:
+            return (self.delta_OI.T if turned else self.delta_OI) @ x
+        if not turned:
+            return np.concatenate([block @ x for _, block in self.blocks()])
+        total_IR = np.zeros((self.delta_OI.shape[1], x.shape[1]))
         for rows, block in self.blocks():
-            total_IR += block.T @ y_OR[rows]
+            total_IR += block.T @ x[rows]
         return total_IR
 
 
