@@ -84,7 +84,7 @@ if TYPE_CHECKING:
     from loraweave.composer.live.recording import Load, Trace, UsedLayer, UsedWeights, load_of
     from loraweave.composer.live.residents import Lease
     from loraweave.composer.merge.interference import mixture_interference
-    from loraweave.composer.merge.method_call import MethodCall
+    from loraweave.composer.merge.method_call import MethodCall, surveys
     from loraweave.composer.merge.methods._dropout import prune_random
     from loraweave.composer.merge.methods._entries import Entries, Prune, Rule, sum_pruned
     from loraweave.composer.merge.methods._signs import merge_elected
@@ -239,7 +239,7 @@ _MODULES = {
     "routers.tokens._members": "LayerTensors Members",
     "routers.tokens._text": "Examples TextRouter labelled_tasks",
     "routers.tokens.logistic": "Logistic",
-    "composer.merge.method_call": "MethodCall",
+    "composer.merge.method_call": "MethodCall surveys",
     "composer.merge.methods._dropout": "prune_random",
     "composer.merge.methods._entries": "Entries Prune Rule sum_pruned",
     "composer.merge.methods._signs": "merge_elected",
@@ -651,6 +651,7 @@ __all__ = [
     "stored_names",
     "stored_rows",
     "sum_pruned",
+    "surveys",
     "sync",
     "take_apart",
     "takes",

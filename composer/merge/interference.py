@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.merge_report import LayerReport, MergeReport
@@ -23,8 +21,7 @@ Array = NDArray[Any]
 MAX_SIDE = 128
 
 
-@dataclass(frozen=True)
-class Interference:
+class Interference(NamedTuple):
     """The figures of the weighted updates w_e D_e of one layer; an expert without it has norm 0 and cosines of 0.
 
     `norms` are Frobenius norms, one for each expert. `cosines` are <D_i, D_j> / (|D_i| |D_j|) with the weights' signs, for
@@ -45,17 +42,20 @@ def interference(
     `inner_EE` has <w_i D_i, w_j D_j> of the experts that have the layer, for callers that know it; fp32 products find it
     otherwise.
     """
-    places = [place for place, factors in enumerate(experts) if factors is not None]
-    present = [_Expert(factors, weight) for factors, weight in zip(experts, weights, strict=True) if factors is not None]
+    present = [place for place, factors in enumerate(experts) if factors is not None]
+    kept = [(factors, weight) for factors, weight in zip(experts, weights, strict=True) if factors is not None]
+    a_ERI = [factors.a_RI.detach().cpu().float().numpy() for factors, _ in kept]
+    b_EOR = [factors.b_OR.detach().cpu().float().numpy() for factors, _ in kept]
+    w_E = np.array([float(weight) for _, weight in kept])
     if inner_EE is None:
-        inner_EE = _inner(present) if present else np.zeros((0, 0))
+        inner_EE = _inner(a_ERI, b_EOR, w_E) if kept else np.zeros((0, 0))
     if len(present) < len(experts):
-        inner_EE = among(inner_EE, places, len(experts))
+        inner_EE = among(inner_EE, present, len(experts))
     norms_E = np.sqrt(np.maximum(inner_EE.diagonal(), 0.0))
     scale_EE = norms_E * norms_E[:, None]
     cosines_EE = np.divide(inner_EE, scale_EE, out=np.zeros_like(scale_EE), where=scale_EE > 0).clip(-1.0, 1.0)
     above = [row[first + 1 :] for first, row in enumerate(cosines_EE.tolist())]
-    return Interference(tuple(norms_E.tolist()), tuple(chain.from_iterable(above)), _sign_conflict(present))
+    return Interference(tuple(norms_E.tolist()), tuple(chain.from_iterable(above)), _sign_conflict(a_ERI, b_EOR, w_E))
 
 
 def mixture_interference(adapters: Sequence[Adapter], by_layer: Mapping[str, Sequence[float]]) -> MergeReport:
@@ -71,37 +71,22 @@ def mixture_interference(adapters: Sequence[Adapter], by_layer: Mapping[str, Seq
     return MergeReport("linear", tuple(adapter.name for adapter in adapters), means, layers)
 
 
-class _Expert:
-    """The matrices of an update as numpy has them, in fp32, and its weight."""
-
-    def __init__(self, factors: Factors, weight: float) -> None:
-        self.a_RI, self.b_OR = _fp32(factors.a_RI), _fp32(factors.b_OR)
-        self.weight = float(weight)
-
-
-def _fp32(tensor: Tensor) -> Array:
-    values: Array = tensor.detach().cpu().float().numpy()
-    return values
-
-
-def _inner(experts: Sequence[_Expert]) -> Array:
+def _inner(a_ERI: Sequence[Array], b_EOR: Sequence[Array], w_E: Array) -> Array:
     """Return <w_i D_i, w_j D_j> of every pair, from two symmetric S x S products of the stacked factors."""
-    a_SI = np.concatenate([expert.a_RI for expert in experts])
-    b_OS = np.concatenate([expert.b_OR for expert in experts], axis=1)
+    a_SI, b_OS = np.concatenate(a_ERI), np.concatenate(b_EOR, axis=1)
     product_SS = (a_SI @ a_SI.T).astype(np.float64) * (b_OS.T @ b_OS)
-    w_E = np.array([expert.weight for expert in experts])
-    inner_EE: Array = summed_by_owner(product_SS, [len(expert.a_RI) for expert in experts]) * w_E * w_E[:, None]
+    inner_EE: Array = summed_by_owner(product_SS, list(map(len, a_ERI))) * w_E * w_E[:, None]
     return inner_EE
 
 
-def _sign_conflict(experts: Sequence[_Expert]) -> float:
-    if len(experts) < 2:
+def _sign_conflict(a_ERI: Sequence[Array], b_EOR: Sequence[Array], w_E: Array) -> float:
+    if len(w_E) < 2:
         return 0.0
-    rows, columns = _space_evenly(experts[0].b_OR.shape[0]), _space_evenly(experts[0].a_RI.shape[1])
+    rows, columns = _space_evenly(b_EOR[0].shape[0]), _space_evenly(a_ERI[0].shape[1])
     low: Any = 0.0
     high: Any = 0.0
-    for expert in experts:
-        part = (expert.b_OR[rows] * expert.weight).astype(np.float32) @ expert.a_RI[:, columns]
+    for a_RI, b_OR, weight in zip(a_ERI, b_EOR, w_E.tolist(), strict=True):
+        part = (b_OR[rows] * weight).astype(np.float32) @ a_RI[:, columns]
         low, high = np.minimum(low, part), np.maximum(high, part)
     below, above = low < 0, high > 0
     touched = int(np.count_nonzero(below | above))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -23,30 +22,25 @@ from loraweave.composer.merge.method_call import (
     require_sound,
 )
 from loraweave.composer.merge.methods._entries import ALONE
-from loraweave.composer.merge.statistics import Statistics
 from loraweave.composer.merge.updates import TruncatedUpdate
 from loraweave.errors import BaseModelMismatch, CompositionError, LayerMismatch, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._kept_files import shared_files
 from loraweave.hub.licenses import license_of_work, stated_license
 from loraweave.hub.merge_report import LayerReport, MergeReport
-from loraweave.hub.pool import ExpertPool
+from loraweave.hub.pool import ExpertPool, require_one_base
 from loraweave.lowrank import algebra
 from loraweave.lowrank.factorise import factorise
 from loraweave.lowrank.truncation import worth_a_thread
 from loraweave.types import Factors
 
-# a layer, and what gives its update
-LayerCall = tuple[str, Callable[[], Update | None]]
+if TYPE_CHECKING:
+    from loraweave.composer.merge.statistics import Statistics
 
-
-@dataclass(frozen=True, eq=False)
-class _Parent:
-    """An adapter that counts, with its weight and what was recorded of its inputs."""
-
-    adapter: Adapter
-    weight: float
-    statistics: Statistics | None
+# a layer, its experts' factors, and what gives its update
+LayerCall = tuple[str, Sequence[Factors | None], Callable[[], Update | None]]
+# an adapter that counts, its weight, and what was recorded of its inputs
+Parent = tuple[Adapter, float, "Statistics | None"]
 
 
 def merge(
@@ -83,7 +77,7 @@ def merge(
     CompositionError for heads that need a choice and for adapters and results that are not finite. Nothing is left behind
     by an error.
     """
-    counted = _parents(adapters, weights, statistics)
+    parents = _parents(adapters, weights, statistics)
     call = MethodCall(method, options)
     method = call.method
     if call.takes("statistics") and statistics is None:
@@ -91,23 +85,24 @@ def merge(
             f"method {method!r} weighs by data: pass statistics=[collect_statistics(model, tokenizer, adapter, texts), ...] "
             "with one for each adapter"
         )
-    _check_rank(rank, counted)
+    used, numbers, recorded = zip(*parents, strict=True)
+    _check_rank(rank, used)
     require_seed(seed)
-    copied = len(counted) == 1 and counted[0].weight == 1.0 and call.given == "linear" and rank is None
-    cards = [(parent.adapter.name, parent.adapter.card) for parent in counted]
-    license = license_of_work(cards, allowed=allow_licenses or copied)
-    kept_heads = merge_heads([(parent.adapter, parent.weight) for parent in counted], heads)
-    used = sorted(counted, key=lambda parent: (parent.adapter.hash, parent.weight))
-    layers, report = _merge_layers(call, used, rank, seed, progress, interference)
-    names, numbers = tuple(parent.adapter.name for parent in used), tuple(parent.weight for parent in used)
+    copied = len(used) == 1 and numbers[0] == 1.0 and call.given == "linear" and rank is None
+    license = license_of_work([(adapter.name, adapter.card) for adapter in used], allowed=allow_licenses or copied)
+    kept_heads = merge_heads(list(zip(used, numbers, strict=True)), heads)
+    parents.sort(key=lambda parent: (parent[0].hash, parent[1]))
+    used, numbers, recorded = zip(*parents, strict=True)
+    layers, report = _merge_layers(call, used, numbers, recorded, rank, seed, progress, interference)
+    names = tuple([adapter.name for adapter in used])
     if not layers:
         raise WeightingError(f"method {method!r} leaves no layer of {', '.join(map(repr, names))} changed")
-    parents = [{**parent_of(parent.adapter), "weight": parent.weight, "method": method} for parent in used]
-    recipe = {"method": method, "options": options, "seed": seed, "rank": rank, "parents": parents}
+    told = [{**parent_of(adapter), "weight": w, "method": method} for adapter, w in zip(used, numbers, strict=True)]
+    recipe = {"method": method, "options": options, "seed": seed, "rank": rank, "parents": told}
     if kept_heads:
         recipe["heads"] = heads
     card = {"recipe": recipe, "report": MergeReport(method, names, numbers, report).to_json()}
-    return _child(name or "+".join(names), [parent.adapter for parent in used], layers, card, license, kept_heads)
+    return _child(name or "+".join(names), used, layers, card, license, kept_heads)
 
 
 def _child(
@@ -121,8 +116,9 @@ def _child(
     """Return the merged adapter, with the base model, fingerprint and files of its parents."""
     card = dict(card) if license is None else {**card, "license": license}
     known = next((parent.fingerprint for parent in parents if parent.fingerprint), None)
-    files, invocation = shared_files([parent.files for parent in parents]), shared_invocation(parents)
-    return Adapter(name, parents[0].base_model, layers, known, card, heads, files, invocation)
+    kept = [parent.files for parent in parents]
+    files = shared_files(kept) if all(kept) else {}
+    return Adapter(name, parents[0].base_model, layers, known, card, heads, files, parents[0].invocation)
 
 
 def shared_invocation(parents: Sequence[Adapter]) -> tuple[int, ...]:
@@ -150,7 +146,7 @@ def parent_of(adapter: Adapter) -> dict[str, Any]:
 
 def layer_updates(calls: Iterable[LayerCall]) -> Iterator[tuple[str, Update]]:
     """Return an iterator over (layer, update) of every layer that changes, calculated one at a time."""
-    return ((layer, update) for layer, combine in calls if (update := combine()) is not None)
+    return ((layer, update) for layer, _, combine in calls if (update := combine()) is not None)
 
 
 def layer_calls(
@@ -168,54 +164,64 @@ def layer_calls(
     `rank` reaches the methods whose formula limits the rank; None is their own default. A method that needs a look at all
     layers first takes one weight for each expert: raises WeightingError otherwise.
     """
-    statistics = statistics or {}
     survey = None
     if call.looks_at_all_layers:
         shared = next(iter(weights.values()), {})
-        if any(dict(of_layer) != dict(shared) for of_layer in weights.values()):
-            raise WeightingError(
-                f"method {call.method!r} looks at all layers together and takes one weight per adapter for all of them"
-            )
-        for layer in weights:
-            require_sound(layer, {name: experts[name].get(layer) for name in shared}, list(shared.values()), call.method)
-        survey = call.survey(
-            ([experts[name].get(layer) for name in shared] for layer in weights), [float(w) for w in shared.values()]
-        )
+        for layer, of_layer in weights.items():
+            if of_layer != shared:
+                raise WeightingError(
+                    f"method {call.method!r} looks at all layers together and takes one weight per adapter for all of them"
+                )
+            require_sound(layer, _of_layer(experts, layer, shared), list(shared.values()), call.method)
+        every = [list(_of_layer(experts, layer, shared).values()) for layer in weights]
+        survey = call.survey(every, list(map(float, shared.values())))
     for layer, of_layer in weights.items():
-        updates = {name: experts[name].get(layer) for name in of_layer}
-        if all(factors is None for factors in updates.values()):
+        updates = _of_layer(experts, layer, of_layer)
+        if {*updates.values()} <= {None}:
             continue
-        seeds = layer_seeds(seed, [hashes[name] for name in of_layer], layer) if call.takes("seeds") else ()
-        recorded = [None if (seen := statistics.get(name)) is None else seen.layers.get(layer) for name in of_layer]
-        supplied = {"survey": survey, "seeds": seeds, "statistics": recorded, "rank": rank}
-        yield layer, partial(call.combine, layer, updates, list(of_layer.values()), **supplied)
+        supplied: dict[str, Any] = {"survey": survey, "rank": rank}
+        if call.takes("seeds"):
+            supplied["seeds"] = layer_seeds(seed, [hashes[name] for name in of_layer], layer)
+        if call.takes("statistics"):
+            known = [(statistics or {}).get(name) for name in of_layer]
+            supplied["statistics"] = [None if seen is None else seen.layers.get(layer) for seen in known]
+        combine = partial(call.combine, layer, updates, list(of_layer.values()), **supplied)
+        yield layer, list(updates.values()), combine
+
+
+def _of_layer(experts: Mapping[str, Mapping[str, Factors]], layer: str, names: Iterable[str]) -> dict[str, Factors | None]:
+    return {name: experts[name].get(layer) for name in names}
 
 
 def _merge_layers(
-    call: MethodCall, used: Sequence[_Parent], rank: int | None, seed: int, progress: bool, interference: bool
+    call: MethodCall,
+    used: Sequence[Adapter],
+    numbers: Sequence[float],
+    recorded: Sequence[Statistics | None],
+    rank: int | None,
+    seed: int,
+    progress: bool,
+    interference: bool,
 ) -> tuple[dict[str, Factors], dict[str, LayerReport]]:
     """Return the layers of the result, and the report of each."""
-    names_used = [parent.adapter.name for parent in used]
-    labels = {
-        name if names_used.count(name) == 1 else f"{name}#{place}": parent
-        for place, (name, parent) in enumerate(zip(names_used, used, strict=True))
-    }
-    experts = {label: parent.adapter.layers for label, parent in labels.items()}
-    numbers = {label: parent.weight for label, parent in labels.items()}
-    names = sorted({layer for parent in used for layer in parent.adapter.layers})
-    weights = list(numbers.values())
+    names = [adapter.name for adapter in used]
+    if len(set(names)) < len(names):
+        names = [name if names.count(name) == 1 else f"{name}#{place}" for place, name in enumerate(names)]
+    experts = {name: adapter.layers for name, adapter in zip(names, used, strict=True)}
+    layer_names = sorted(set().union(*experts.values()))
+    weights = dict(zip(names, numbers, strict=True))
     calls = layer_calls(
         call,
         experts,
-        {label: parent.adapter.hash for label, parent in labels.items()} if call.takes("seeds") else {},
-        dict.fromkeys(names, numbers),
+        {name: adapter.hash for name, adapter in zip(names, used, strict=True)} if call.takes("seeds") else {},
+        dict.fromkeys(layer_names, weights),
         seed=seed,
-        statistics={label: parent.statistics for label, parent in labels.items()},
+        statistics=dict(zip(names, recorded, strict=True)),
         rank=rank,
     )
 
     def done(item: LayerCall) -> tuple[str, Factors, LayerReport] | None:
-        layer, combine = item
+        layer, updates, combine = item
         update = combine()
         if update is None:
             return None
@@ -223,21 +229,20 @@ def _merge_layers(
         factors = truncated.factors
         if not factors.rank and factors.bound and factors.gain_O is None and factors.bias_O is None:
             return None
-        row = LayerReport(truncated.rank_in, factors.rank, truncated.relative_error)
-        if interference:
-            seen = compare([experts[label].get(layer) for label in labels], weights, inner_EE=truncated.inner_EE)
-            row = replace(row, norms=seen.norms, cosines=seen.cosines, sign_conflict=seen.sign_conflict)
-        return layer, factors, row
+        seen = compare(updates, numbers, inner_EE=truncated.inner_EE) if interference else ((), (), 0.0)
+        return layer, factors, LayerReport(truncated.rank_in, factors.rank, truncated.relative_error, *seen)
 
     def worth(item: LayerCall) -> bool:
-        updates = [f for expert_layers in experts.values() if (f := expert_layers.get(item[0])) is not None]
+        updates = [factors for factors in item[1] if factors is not None]
         entries = updates[0].b_OR.shape[0] * updates[0].a_RI.shape[1]
         return entries <= ALONE and worth_a_thread(updates)
 
+    layers, report = {}, {}
     merged = side_by_side(done, calls, worth=worth)
-    tracked_layers = tracked(merged, f"merging by {call.method}", total=len(names), shown=progress)
-    results = [result for result in tracked_layers if result is not None]
-    return {layer: factors for layer, factors, _ in results}, {layer: row for layer, _, row in results}
+    for result in tracked(merged, f"merging by {call.method}", total=len(layer_names), shown=progress):
+        if result is not None:
+            layer, layers[layer], report[layer] = result[0], result[1], result[2]
+    return layers, report
 
 
 def cut(update: Update, rank: int | None) -> TruncatedUpdate:
@@ -255,7 +260,7 @@ def cut(update: Update, rank: int | None) -> TruncatedUpdate:
 
 def _parents(
     adapters: Sequence[Adapter], weights: Sequence[float] | None, statistics: Sequence[Statistics] | None
-) -> list[_Parent]:
+) -> list[Parent]:
     """Return the adapters that count, in the order given; all that can be wrong with the arguments is found here."""
     _require_adapters(adapters)
     if not adapters:
@@ -271,19 +276,21 @@ def _parents(
     if statistics is not None:
         _check_statistics(statistics, len(adapters))
     recorded = statistics if statistics is not None else [None] * len(adapters)
-    used = [_Parent(*fields) for fields in zip(adapters, values, recorded, strict=True) if fields[1] != 0.0]
+    used = [parent for parent in zip(adapters, values, recorded, strict=True) if parent[1] != 0.0]
     if not used:
         raise WeightingError(
             f"all {len(adapters)} weights are zero, which is the base model and no adapter; give at least one other weight"
         )
-    _check_together(used)
-    for parent in used:
-        if parent.statistics is not None:
-            parent.statistics.require_of(parent.adapter.name, parent.adapter.hash)
+    _check_together([adapter for adapter, _, _ in used])
+    for adapter, _, seen in used:
+        if seen is not None:
+            seen.require_of(adapter.name, adapter.hash)
     return used
 
 
 def _check_statistics(given: Any, num_adapters: int) -> None:
+    from loraweave.composer.merge.statistics import Statistics
+
     if not is_list(given, Statistics):
         raise WeightingError(
             f"statistics={given!r:.80} is no list of Statistics; collect_statistics(model, tokenizer, adapter, texts) makes "
@@ -306,37 +313,38 @@ def _require_adapters(given: Any) -> None:
         )
 
 
-def _check_together(used: Sequence[_Parent]) -> None:
+def _check_together(used: Sequence[Adapter]) -> None:
     """Raise an error unless the adapters have one base and one shape for each layer, and names that tell them apart."""
     by_name: dict[str, Adapter] = {}
-    for parent in used:
-        other = by_name.setdefault(parent.adapter.name, parent.adapter)
-        if other is not parent.adapter and other.hash != parent.adapter.hash:
+    for adapter in used:
+        other = by_name.setdefault(adapter.name, adapter)
+        if other is not adapter and other.hash != adapter.hash:
             raise WeightingError(
-                f"two different adapters are named {parent.adapter.name!r} (hashes {other.hash[:12]} and "
-                f"{parent.adapter.hash[:12]}); rename one with dataclasses.replace(adapter, name=...)"
+                f"two different adapters are named {adapter.name!r} (hashes {other.hash[:12]} and "
+                f"{adapter.hash[:12]}); rename one with dataclasses.replace(adapter, name=...)"
             )
-    ExpertPool(by_name)
-    shared_invocation([parent.adapter for parent in used])
-    first = used[0].adapter
-    for parent in used[1:]:
-        known = parent.adapter.fingerprint and first.fingerprint
-        bases = first.base_model, parent.adapter.base_model
-        if not known and all(bases) and bases[0] != bases[1]:
+    require_one_base(by_name)
+    shared_invocation(used)
+    first = used[0]
+    for adapter in used[1:]:
+        known = adapter.fingerprint and first.fingerprint
+        if not known and first.base_model and adapter.base_model and first.base_model != adapter.base_model:
             raise BaseModelMismatch(
-                f"adapters {first.name!r} (for {bases[0]!r}) and {parent.adapter.name!r} (for {bases[1]!r}) name different "
-                "base models; if both are one model, say so with dataclasses.replace(adapter, base_model=...)"
+                f"adapters {first.name!r} (for {first.base_model!r}) and {adapter.name!r} (for {adapter.base_model!r}) name "
+                "different base models; if both are one model, say so with dataclasses.replace(adapter, base_model=...)"
             )
 
 
-def _check_rank(rank: int | None, used: Sequence[_Parent]) -> None:
+def _check_rank(rank: int | None, used: Sequence[Adapter]) -> None:
     if rank is None:
         return
     if not is_whole(rank, 1):
         raise WeightingError(f"rank={rank!r:.80} is no whole number of 1 or more; leave it out to keep the exact rank")
-    layers = {layer: factors for parent in used for layer, factors in parent.adapter.layers.items()}
-    sides = {layer: min(factors.b_OR.shape[0], factors.a_RI.shape[1]) for layer, factors in layers.items()}
-    layer = max(sides, key=lambda name: sides[name])
+    sides: dict[str, int] = {}
+    for adapter in used:
+        for layer, factors in adapter.layers.items():
+            sides[layer] = min(factors.b_OR.shape[0], factors.a_RI.shape[1])
+    layer = max(sides, key=sides.__getitem__)
     if rank > sides[layer]:
         raise WeightingError(
             f"rank={rank} is above {sides[layer]}, the smaller side of the largest layer ({layer!r}): no update has more; "
@@ -392,7 +400,9 @@ def merge_heads(used: Sequence[tuple[Adapter, float]], choice: str) -> dict[str,
             having.setdefault(head, []).append((adapter, weight))
     if len(used) == 1 and used[0][1] == 1.0:
         return dict(used[0][0].heads)
-    if having and choice == "error":
+    if not having:
+        return {}
+    if choice == "error":
         listed = "; ".join(f"{head!r} in {', '.join(repr(a.name) for a, _ in owners)}" for head, owners in having.items())
         raise CompositionError(
             f"trained heads replace the base's weights and do not add up: {listed}. Choose heads='first' (the first "

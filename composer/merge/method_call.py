@@ -8,17 +8,16 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 
 import loraweave.registry as registry
-from loraweave.common.options import check_options, fits, options_of
-from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate, without_figures
+from loraweave.common.checks import is_number
+from loraweave.common.options import check_options, options_of
+from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
 from loraweave.errors import CompositionError, LoraweaveError, UnknownName, WeightingError
 from loraweave.lowrank.algebra import all_finite
 from loraweave.types import Factors
@@ -31,7 +30,23 @@ Method = Callable[..., Update | None]
 SUPPLIED = tuple(registry.RESERVED["methods"])
 
 
-@dataclass(frozen=True, eq=False)
+Survey = Callable[..., Any]
+
+
+def surveys(survey: Survey, *, where: Callable[..., bool] | None = None) -> Callable[[Method], Method]:
+    """Declare that a method has to know something of all layers before it combines the first, which it gets as `survey`.
+
+    That is what `survey(layers, weights, **options)` returns, each layer being the experts' factors; options are those of
+    the method that are parameters there, too. `where(**options)` returns whether it needs it with these options.
+    """
+
+    def declared(method: Method) -> Method:
+        method.survey, method.needs_survey = survey, where  # type: ignore[attr-defined]
+        return method
+
+    return declared
+
+
 class MethodCall:
     """A method, by its name or as a function, with its options.
 
@@ -39,14 +54,17 @@ class MethodCall:
     than the method's signature says, and for a function that takes no experts and weights.
     """
 
-    given: str | Method
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.given, str) and not inspect.isfunction(self.given):
+    def __init__(self, given: str | Method, options: Mapping[str, Any] | None = None) -> None:
+        if not isinstance(given, str) and not inspect.isfunction(given):
             raise UnknownName(
-                f"a method is given by its name or as a function, not as {self.given!r:.80}; names('methods') has the names"
+                f"a method is given by its name or as a function, not as {given!r:.80}; names('methods') has the names"
             )
+        self.given = given
+        self.function: Any = registry.get("methods", given) if isinstance(given, str) else given
+        # the method's name: that of the function where one was given
+        self.method = str(getattr(given, "__name__", given))
+        self.options = {} if options is None else options
+        self._signature = inspect.signature(self.function).parameters
         if len([argument for argument in self._signature.values() if argument.kind <= argument.POSITIONAL_OR_KEYWORD]) < 2:
             raise WeightingError(
                 f"method {self.method!r} takes ({', '.join(self._signature)}); a method takes experts and weights first, "
@@ -57,12 +75,8 @@ class MethodCall:
                 f"the options of method {self.method!r} are {self.options!r:.80}, and not a mapping of names to values; "
                 "leave them out for none"
             )
-        check_options(f"method {self.method!r}", self.options, self._kinds)
-
-    @property
-    def method(self) -> str:
-        """The method's name: that of the function where one was given."""
-        return str(getattr(self.given, "__name__", self.given))
+        if self.options:
+            check_options(f"method {self.method!r}", self.options, self._kinds)
 
     @property
     def own_options(self) -> list[str]:
@@ -78,15 +92,18 @@ class MethodCall:
         """True if the method, with these options, has to see all layers before it combines the first."""
         if not self.takes("survey"):
             return False
-        wanted = getattr(self._module, "needs_survey", None)
-        return wanted is None or bool(wanted(**self._options_of(wanted)))
+        if not hasattr(self.function, "survey"):
+            raise WeightingError(
+                f"method {self.method!r} takes a survey, and nothing says how to make it: declare it by `surveys`"
+            )
+        where = self.function.needs_survey
+        return where is None or bool(where(**self._options_of(where)))
 
     def survey(self, layers: Iterable[Sequence[Factors | None]], weights: Sequence[float]) -> Any:
         """Return what the method has to know of all layers before the first; None for a method that looks at each alone."""
         if not self.looks_at_all_layers:
             return None
-        survey = self._module.survey
-        return survey(layers, weights, **self._options_of(survey))
+        return self.function.survey(layers, weights, **self._options_of(self.function.survey))
 
     def combine(
         self, layer: str, experts: Mapping[str, Factors | None], weights: Sequence[float], **supplied: Any
@@ -97,14 +114,14 @@ class MethodCall:
         `takes`; the rest of it is left out. Raises CompositionError for experts and results that are not finite, and for
         weights that take an update beyond what fp32 holds.
         """
-        require_sound(layer, experts, weights, self.method)
-        if not any(factors is not None and weight for factors, weight in zip(experts.values(), weights, strict=True)):
+        if not require_sound(layer, experts, weights, self.method):
             return None
-        extra = {name: value for name, value in supplied.items() if self.takes(name)}
-        having = ", ".join(repr(name) for name, factors in experts.items() if factors is not None)
+        for name in set(supplied) - self._signature.keys():
+            del supplied[name]
         try:
-            result = self.function(list(experts.values()), weights, **self.options, **extra)
+            result = self.function(list(experts.values()), weights, **self.options, **supplied)
         except LoraweaveError as error:
+            having = _listed(experts)
             raise type(error)(f"method {self.method!r}, layer {layer!r} of {having}: {error}") from error
         if not isinstance(result, Update | None):
             raise CompositionError(
@@ -113,32 +130,27 @@ class MethodCall:
             )
         if result is not None and not holds(result):
             raise CompositionError(
-                f"method {self.method!r} gave values that are NaN or infinite for layer {layer!r} of {having}; the weights "
-                f"{', '.join(f'{weight:g}' for weight in weights)} take the sum beyond what fp32 holds: use smaller ones"
+                f"method {self.method!r} gave values that are NaN or infinite for layer {layer!r} of {_listed(experts)}; "
+                f"the weights {', '.join(f'{weight:g}' for weight in weights)} take the sum beyond what fp32 holds: use "
+                "smaller ones"
             )
         return result
 
-    @cached_property
-    def function(self) -> Any:
-        """The method itself."""
-        return self.given if callable(self.given) else registry.get("methods", self.given)
-
-    @property
-    def _module(self) -> Any:
-        return sys.modules[self.function.__module__]
-
     def _options_of(self, function: Callable[..., Any]) -> dict[str, Any]:
         """Return the options that are parameters of this function, too."""
-        return {name: value for name, value in self.options.items() if name in options_of(function)}
-
-    @cached_property
-    def _signature(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(self.function).parameters
+        if not self.options:
+            return {}
+        known = options_of(function)
+        return {name: value for name, value in self.options.items() if name in known}
 
     @cached_property
     def _kinds(self) -> Mapping[str, Any]:
         """The kind of every option that a user may set, by the option's name."""
         return options_of(self.function, after=2, beside=SUPPLIED)
+
+
+def _listed(experts: Mapping[str, Factors | None]) -> str:
+    return ", ".join(repr(name) for name, factors in experts.items() if factors is not None)
 
 
 def layer_seeds(seed: int, hashes: Sequence[str], layer: str) -> list[int]:
@@ -164,24 +176,29 @@ def finite_weights(weights: Any, names: Sequence[str]) -> list[float]:
         )
     if len(weights) != len(names):
         raise WeightingError(f"merge got {len(names)} adapters and {len(weights)} weights; it takes one weight for each")
-    return [_number(name, weight) for name, weight in zip(names, weights, strict=True)]
+    return list(map(_number, names, weights))
 
 
 def require_seed(seed: object) -> None:
     """Raise WeightingError for a seed that is no whole number."""
-    if not fits(seed, int):
+    if not isinstance(seed, int) or not is_number(seed):
         raise WeightingError(
             f"seed={seed!r:.80} is no whole number; give one, such as 0, and the same one for the same result"
         )
 
 
-def require_sound(layer: str, experts: Mapping[str, Factors | None], weights: Sequence[float], method: str) -> None:
-    """Raise CompositionError for values of an expert that are NaN or infinite, or that its weight takes beyond fp32.
+def require_sound(layer: str, experts: Mapping[str, Factors | None], weights: Sequence[float], method: str) -> bool:
+    """Return whether any expert has the layer and a weight other than 0, all values being finite and within fp32.
 
-    Each factor is read once, for its norm; only where the product of norms is beyond 2^120 is the update itself looked at.
+    Raises CompositionError for values of an expert that are NaN or infinite, or that its weight takes beyond fp32. Each
+    factor is read once, for its norm; only where the product of norms is beyond 2^120 is the update itself looked at.
     """
+    counts = False
     for (name, factors), weight in zip(experts.items(), weights, strict=True):
         if factors is None or weight == 0.0:
+            continue
+        counts = True
+        if _is_within(factors, LARGEST / abs(weight)):
             continue
         bound = _norm_product(factors)
         if part := _unsound_part(factors, bound):
@@ -197,16 +214,18 @@ def require_sound(layer: str, experts: Mapping[str, Factors | None], weights: Se
                 f"{name!r} is up to {largest:.3g}, its weight is {weight:.3g}, and the product may be {LARGEST:.3g} at "
                 "most; use a smaller weight"
             )
+    return counts
 
 
 def holds(update: Factors | DenseUpdate | TruncatedUpdate) -> bool:
     """Return whether a result is finite: its tensors, and the product of its factors in fp32."""
-    held = without_figures(update)
-    if isinstance(held, DenseUpdate):
-        return all_finite(held.delta_OI) and (held.bias_O is None or all_finite(held.bias_O))
-    limit = torch.finfo(torch.float32).max
-    bound = _norm_product(held)
-    return _unsound_part(held, bound) is None and _largest(held, bound, limit) <= limit
+    if isinstance(update, DenseUpdate):
+        return all_finite(update.delta_OI) and (update.bias_O is None or all_finite(update.bias_O))
+    factors, limit = update if isinstance(update, Factors) else update.factors, torch.finfo(torch.float32).max
+    if _is_within(factors, limit):
+        return True
+    bound = _norm_product(factors)
+    return _unsound_part(factors, bound) is None and _largest(factors, bound, limit) <= limit
 
 
 def _number(name: str, weight: Any) -> float:
@@ -217,6 +236,11 @@ def _number(name: str, weight: Any) -> float:
     if not math.isfinite(value):
         raise WeightingError(f"the weight of adapter {name!r} is {weight!r:.80}; weights must be finite numbers")
     return value
+
+
+def _is_within(factors: Factors, limit: float) -> bool:
+    """Return True if an update of two factors alone is finite, and within a limit, by their norms."""
+    return factors.bound and factors.gain_O is None and factors.bias_O is None and _norm_product(factors) <= limit
 
 
 def _unsound_part(factors: Factors, bound: float) -> str | None:

@@ -159,7 +159,9 @@ class Entries:
             compiled.merge_entries(ctypes.byref(made), experts, rows.start, rows.stop, work.data_ptr(), out_OI.data_ptr())
             return made
 
-        parts = self.by_threads(run, self._parts())
+        if self.size <= ALONE:
+            return run(slice(0, self.shape[0]))
+        parts = list(side_by_side(run, self._parts()))
         return Merge(cancelled=any(part.cancelled for part in parts), balance=sum(part.balance for part in parts))
 
     def by_threads(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
@@ -169,9 +171,8 @@ class Entries:
         return list(side_by_side(function, items))
 
     def _parts(self) -> list[slice]:
-        """Return the rows in parts of whole groups: one part for each thread where `by_threads` has several."""
-        number = torch.get_num_threads() if self.size > ALONE else 1
-        step = -(-self.shape[0] // number // ROW_GROUP) * ROW_GROUP
+        """Return the rows in parts of whole groups, one for each thread."""
+        step = -(-self.shape[0] // torch.get_num_threads() // ROW_GROUP) * ROW_GROUP
         return [slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step)]
 
     def _buffer(self) -> Tensor:
@@ -185,8 +186,10 @@ class Entries:
 def tensors(found: Sequence[Term]) -> Iterator[Entries]:
     """Yield the tensors that an elementwise method treats one by one: the matrices, then the biases if any expert has one.
 
-    An absent bias counts as zeros.
+    An absent bias counts as zeros. No terms have no tensors.
     """
+    if not found:
+        return
     yield Entries([(term.factors.b_OR, term.factors.a_RI) for term in found], found)
     if any(term.factors.bias_O is not None for term in found):
         yield Entries([_row(term.factors) for term in found], found, bias=True)

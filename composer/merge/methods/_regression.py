@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._terms import Share, share_bias
+from loraweave.composer.merge.methods._recorded import Share, share_bias
 from loraweave.types import Factors
 
 # below this the shrunken matrix, its diagonal scaled to 1, has no eigenvalue under 1 - SHRUNKEN

@@ -5,14 +5,14 @@ A method of this family is a file with its formula, its source and its defaults,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._entries import Entries, Prune, Rule, merged
+from loraweave.composer.merge.methods._entries import Entries, Prune, merged
 from loraweave.composer.merge.methods._terms import Experts, Weights, terms
 from loraweave.composer.merge.updates import DenseUpdate
 
@@ -40,7 +40,7 @@ def merge_elected(
     although somebody voted; it is called only when that happens.
     """
 
-    options = {
+    options: dict[str, Any] = {
         "elects": True,
         "weighted": weighted,
         "counts": majority == "frequency",
@@ -50,7 +50,10 @@ def merge_elected(
 
     def rule(entries: Entries, out_OI: Tensor) -> None:
         rules = prune(entries)
-        if _by_library(entries, rules, out_OI, tie, **options):
+        made = entries.merge(rules, entries.weights, out_OI, tie=1.0, **options)
+        if made is not None:
+            if made.cancelled and tie is not None and tie() < 0:
+                entries.merge(rules, entries.weights, out_OI, tie=-1.0, **options)
             return
         weights_E = torch.tensor(entries.weights)
         for rows, stack_EBI in entries.stacks(rules):
@@ -69,16 +72,6 @@ def merge_elected(
             out_OI[rows] = result_N.mul_(scale).view(stack_EBI.shape[1:])
 
     return merged(terms(experts, weights), rule)
-
-
-def _by_library(
-    entries: Entries, rules: Sequence[Rule], out_OI: Tensor, tie: Callable[[], float] | None, **options: Any
-) -> bool:
-    """Merge by the library, if it can; return whether it could."""
-    made = entries.merge(rules, entries.weights, out_OI, tie=1.0, **options)
-    if made is not None and made.cancelled and tie is not None and tie() < 0:
-        entries.merge(rules, entries.weights, out_OI, tie=-1.0, **options)
-    return made is not None
 
 
 def divisor_of(aggregate: str) -> str:

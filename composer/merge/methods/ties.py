@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import torch
 
 from loraweave.common.options import Fraction
+from loraweave.composer.merge.method_call import surveys
 from loraweave.composer.merge.methods._entries import Entries, Rule, tensors
 from loraweave.composer.merge.methods._signs import divisor_of, merge_elected, vote
 from loraweave.composer.merge.methods._terms import Experts, Term, Weights, terms
@@ -18,15 +20,16 @@ from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.registry import traits
 
 
+@dataclass(frozen=True, eq=False)
 class Survey:
     """The facts that TIES needs of all layers: each expert's cut, and the sign that most entries of the model elect."""
 
-    def __init__(self, layers: Sequence[Sequence[Term]], cuts: dict[int, Cut]) -> None:
-        self._layers = layers
-        self.cuts = cuts
+    layers: Sequence[Sequence[Term]]
+    cuts: Mapping[int, Cut]
 
-    def rules(self, entries: Entries) -> Sequence[Rule]:
-        return [self.cuts[place] for place in entries.places]
+    def trim(self, entries: Entries) -> Sequence[Rule]:
+        """Return the rule of each expert, which keeps what reaches its cut."""
+        return list(map(self.cuts.__getitem__, entries.places))
 
     @cached_property
     def majority(self) -> float:
@@ -35,9 +38,9 @@ class Survey:
         Only sums that cancel exactly need it, which is rare, so it is counted when the first one turns up.
         """
         balance = 0
-        for terms_E in self._layers:
+        for terms_E in self.layers:
             for entries in tensors(terms_E):
-                rules = self.rules(entries)
+                rules = self.trim(entries)
                 counted = entries.merge(rules, entries.weights, torch.empty(entries.shape), elects=True, weighted=True)
                 if counted is not None:
                     balance += counted.balance
@@ -48,6 +51,22 @@ class Survey:
         return 1.0 if balance >= 0 else -1.0
 
 
+def survey_of(layers: Iterable[Experts], weights: Weights, *, density: Fraction = 0.2) -> Survey:
+    """Return the survey with each expert's k-th largest magnitude over all layers as its cut."""
+    kept, size = [terms(experts, weights) for experts in layers], 0
+    parts: dict[int, list[tuple[Entries, int]]] = {}
+    for terms_E in kept:
+        for entries in tensors(terms_E):
+            size += entries.size
+            for expert, place in enumerate(entries.places):
+                parts.setdefault(place, []).append((entries, expert))
+    count = count_of(density, size)
+    if count == 0 or count == size:
+        return Survey(kept, dict.fromkeys(parts, EVERYTHING if count else NOTHING))
+    return Survey(kept, {place: Cut(kth_largest(part, count)[0], math.inf) for place, part in parts.items()})
+
+
+@surveys(survey_of)
 @traits("lossy")
 def ties(
     experts: Experts,
@@ -70,32 +89,5 @@ def ties(
     layer is the whole model. fp32 products, votes in float64. PEFT's TIES is `ties_per_layer`, mergekit's `ties_weighted`,
     the one with counted signs `ties_count`.
     """
-    seen = _survey([terms(experts, weights)], density) if survey is None else survey
-    return merge_elected(
-        experts,
-        weights,
-        seen.rules,
-        divide=divisor_of(aggregate),
-        scale=scale,
-        tie=lambda: seen.majority,
-    )
-
-
-def survey(layers: Iterable[Experts], weights: Weights, *, density: Fraction = 0.2) -> Survey:
-    """Return what `ties` needs to know of all layers before it merges the first one."""
-    return _survey([terms(experts, weights) for experts in layers], density)
-
-
-def _survey(layers: Sequence[Sequence[Term]], density: float) -> Survey:
-    """Return the survey with each expert's k-th largest magnitude over all layers as its cut."""
-    size = sum(entries.size for terms_E in layers if terms_E for entries in tensors(terms_E))
-    places = sorted({term.place for terms_E in layers for term in terms_E})
-    count = count_of(density, size)
-    if count == 0 or count == size:
-        return Survey(layers, dict.fromkeys(places, EVERYTHING if count else NOTHING))
-    parts: dict[int, list[tuple[Entries, int]]] = {place: [] for place in places}
-    for terms_E in layers:
-        for entries in tensors(terms_E) if terms_E else ():
-            for expert, place in enumerate(entries.places):
-                parts[place].append((entries, expert))
-    return Survey(layers, {place: Cut(kth_largest(part, count)[0], math.inf) for place, part in parts.items()})
+    model = survey_of([experts], weights, density=density) if survey is None else survey
+    return merge_elected(experts, weights, model.trim, divide=divisor_of(aggregate), scale=scale, tie=lambda: model.majority)

@@ -11,9 +11,21 @@ import torch
 from torch.nn.functional import pad
 
 from loraweave import Factors
-from loraweave.extend import Experts, Weights, algebra, shares, terms, traits, weighted_bias
+from loraweave.extend import Experts, Weights, algebra, shares, surveys, terms, traits, weighted_bias
 
 
+def survey(layers: Iterable[Experts], weights: Weights, *, norms: Literal["model", "layer"] = "model") -> list[float] | None:
+    """Return the norm of each expert's update, all layers together; None when `norms` is "layer"."""
+    if norms == "layer":
+        return None
+    squares = [0.0] * len(weights)
+    for experts in layers:
+        for place, factors in enumerate(experts):
+            squares[place] += 0.0 if factors is None else algebra.norm(factors) ** 2
+    return [square**0.5 for square in squares]
+
+
+@surveys(survey)
 @traits("shares", "by_factors")
 def hetlora(
     experts: Experts, weights: Weights, *, norms: Literal["model", "layer"] = "model", survey: Sequence[float] | None = None
@@ -39,14 +51,3 @@ def hetlora(
     a_RI = reduce(torch.add, [pad(t.factors.a_RI.double(), (0, 0, 0, rank - t.factors.rank)) * t.weight for t in terms_E])
     b_OR = reduce(torch.add, [pad(t.factors.b_OR.double(), (0, rank - t.factors.rank)) * t.weight for t in terms_E])
     return replace(terms_E[0].factors, a_RI=a_RI.float(), b_OR=b_OR.float(), bias_O=weighted_bias(terms_E))
-
-
-def survey(layers: Iterable[Experts], weights: Weights, *, norms: Literal["model", "layer"] = "model") -> list[float] | None:
-    """Return the norm of each expert's update, all layers together; None when `norms` is "layer"."""
-    if norms == "layer":
-        return None
-    squares = [0.0] * len(weights)
-    for experts in layers:
-        for place, factors in enumerate(experts):
-            squares[place] += 0.0 if factors is None else algebra.norm(factors) ** 2
-    return [square**0.5 for square in squares]

@@ -8,11 +8,28 @@ from typing import Any
 from torch import Tensor
 
 from loraweave import Factors
-from loraweave.extend import DenseUpdate, Experts, Term, Weights, empty_update, terms, traits
+from loraweave.extend import DenseUpdate, Experts, Term, Weights, empty_update, surveys, terms, traits
 from loraweave.extensions.methods.methods._core import as_factors, core_factors, joint, scaled_bias, shared_basis, spectra
 from loraweave.extensions.methods.methods._inner import NO_OPTIONS, combined, inner_call, with_biases
 
 
+def needs_survey(*, inner: str = "ties", inner_options: Mapping[str, Any] = NO_OPTIONS) -> bool:
+    """Return whether the inner rule looks at all layers."""
+    return inner_call(inner, inner_options, method="knots").looks_at_all_layers
+
+
+def survey(
+    layers: Iterable[Experts], weights: Weights, *, inner: str = "ties", inner_options: Mapping[str, Any] = NO_OPTIONS
+) -> Any:
+    """Return what the inner rule needs to know of the pieces of all layers before it merges the first ones."""
+    call = inner_call(inner, inner_options, method="knots")
+    layer_terms = ((experts, terms(experts, weights)) for experts in layers)
+    return call.survey(
+        (_pieces(experts, kept)[1] if kept else [None] * len(experts) for experts, kept in layer_terms), weights
+    )
+
+
+@surveys(survey, where=needs_survey)
 @traits("lossy")
 def knots(
     experts: Experts,
@@ -53,22 +70,6 @@ def knots(
         rows = merged.delta_OI.any(dim=1)
         return as_factors(first, u_OP[:, rows], merged.delta_OI[rows] * scale, bias_O)
     return as_factors(first, u_OP @ (merged.b_OR.double() * scale), merged.a_RI.clone(), bias_O)
-
-
-def needs_survey(*, inner: str = "ties", inner_options: Mapping[str, Any] = NO_OPTIONS) -> bool:
-    """Return whether the inner rule looks at all layers."""
-    return inner_call(inner, inner_options, method="knots").looks_at_all_layers
-
-
-def survey(
-    layers: Iterable[Experts], weights: Weights, *, inner: str = "ties", inner_options: Mapping[str, Any] = NO_OPTIONS
-) -> Any:
-    """Return what the inner rule needs to know of the pieces of all layers before it merges the first ones."""
-    call = inner_call(inner, inner_options, method="knots")
-    layer_terms = ((experts, terms(experts, weights)) for experts in layers)
-    return call.survey(
-        (_pieces(experts, kept)[1] if kept else [None] * len(experts) for experts, kept in layer_terms), weights
-    )
 
 
 def _pieces(experts: Experts, found: Sequence[Term]) -> tuple[Tensor, list[Factors | None]]:

@@ -9,7 +9,7 @@ import torch
 from tiny_models import random_factors
 
 from loraweave.composer.merge.merge import merge
-from loraweave.composer.merge.method_call import MethodCall, layer_seeds
+from loraweave.composer.merge.method_call import MethodCall, layer_seeds, surveys
 from loraweave.errors import WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
@@ -21,6 +21,7 @@ def survey(layers: Iterable[Sequence[Factors | None]], weights: Sequence[float],
     return [[None if f is None else f.rank for f in experts] for experts in layers], list(weights), density
 
 
+@surveys(survey)
 def spy(
     experts: Sequence[Factors],
     weights: Sequence[float],
@@ -74,3 +75,11 @@ def test_seeds_differ_by_layer_by_adapter_and_by_seed() -> None:
     drawn = {s for layer in ("q", "v") for seed in (0, 1) for s in layer_seeds(seed, ["h1", "h2"], layer)}
     assert len(drawn) == 8
     assert all(0 <= s < 2**63 for s in drawn)
+
+
+def test_a_method_that_takes_a_survey_and_declares_none_is_refused() -> None:
+    def blind(experts: Sequence[Factors], weights: Sequence[float], *, survey: object) -> Factors:
+        return Factors(torch.ones(1, 7), torch.ones(5, 1))
+
+    with pytest.raises(WeightingError, match="'blind' takes a survey, and nothing says how to make it"):
+        merge([adapter("a", 0)], [0.5], method=blind)

@@ -10,7 +10,6 @@ import torch
 from peft.utils import merge_utils
 from tiny_models import random_factors as factors
 
-from loraweave.composer.merge.methods import ties as ties_module
 from loraweave.composer.merge.methods.sce import sce
 from loraweave.composer.merge.methods.ties import ties
 from loraweave.composer.merge.methods.ties_count import ties_count
@@ -142,7 +141,7 @@ def test_ties_trims_over_all_layers_at_once(density: float) -> None:
     rows = [trimmed(row, int(density * 65), equal=True) for row in flat]
     for aggregate, divide in (("mean", "count"), ("sum", "nothing")):
         expected = loop(rows, weights, vote="weighted", divide=divide, scale=0.3)
-        survey = ties_module.survey(iter(layers), weights, density=density)
+        survey = ties.survey(iter(layers), weights, density=density)
         found = [
             ties(layer, weights, density=density, aggregate=aggregate, scale=0.3, survey=survey).delta_OI.flatten()
             for layer in layers
@@ -202,7 +201,7 @@ def test_a_sum_of_zero_takes_the_sign_of_most_entries_of_the_model() -> None:
     cancelling = [whole([[2.0, -2.0]]), whole([[-2.0, 2.0]])]
     negative = [whole([[-1.0, -1.0, 3.0]]), whole([[-1.0, -1.0, 3.0]])]
     for layers, expected in (([cancelling, negative], -2.0), ([cancelling], 2.0)):
-        survey = ties_module.survey(layers, [1.0, 1.0], density=1.0)
+        survey = ties.survey(layers, [1.0, 1.0], density=1.0)
         assert ties(cancelling, [1.0, 1.0], density=1.0, survey=survey).delta_OI.tolist() == [[expected, expected]]
 
 
@@ -248,7 +247,7 @@ def test_the_threshold_over_many_layers_is_exact_where_bit_patterns_crowd() -> N
     values = steps.view(torch.float32)[torch.randperm(64, generator=torch.Generator().manual_seed(1))]
     layers = [[whole(values[:30].view(5, 6).tolist())], [whole(values[30:].view(2, 17).tolist())]]
     for count in (1, 2, 31, 63):
-        survey = ties_module.survey(layers, [1.0], density=(count + 0.5) / 64)
+        survey = ties.survey(layers, [1.0], density=(count + 0.5) / 64)
         found = torch.cat([ties(layer, [1.0], survey=survey).delta_OI.flatten() for layer in layers])
         threshold = values.sort(descending=True).values[count - 1]
         assert torch.equal(found, torch.where(values >= threshold, values, 0.0))
