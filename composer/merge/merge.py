@@ -97,8 +97,8 @@ def merge(
     names = tuple([adapter.name for adapter in used])
     if not layers:
         raise WeightingError(f"method {method!r} leaves no layer of {', '.join(map(repr, names))} changed")
-    told = [{**parent_of(adapter), "weight": w, "method": method} for adapter, w in zip(used, numbers, strict=True)]
-    recipe = {"method": method, "options": options, "seed": seed, "rank": rank, "parents": told}
+    lineage = [{**parent_of(adapter), "weight": w, "method": method} for adapter, w in zip(used, numbers, strict=True)]
+    recipe = {"method": method, "options": options, "seed": seed, "rank": rank, "parents": lineage}
     if kept_heads:
         recipe["heads"] = heads
     card = {"recipe": recipe, "report": MergeReport(method, names, numbers, report).to_json()}
@@ -116,8 +116,8 @@ def _child(
     """Return the merged adapter, with the base model, fingerprint and files of its parents."""
     card = dict(card) if license is None else {**card, "license": license}
     known = next((parent.fingerprint for parent in parents if parent.fingerprint), None)
-    kept = [parent.files for parent in parents]
-    files = shared_files(kept) if all(kept) else {}
+    tables = [parent.files for parent in parents]
+    files = shared_files(tables) if all(tables) else {}
     return Adapter(name, parents[0].base_model, layers, known, card, heads, files, parents[0].invocation)
 
 
@@ -190,6 +190,7 @@ def layer_calls(
 
 
 def _of_layer(experts: Mapping[str, Mapping[str, Factors]], layer: str, names: Iterable[str]) -> dict[str, Factors | None]:
+    """Return one layer's factors of the named experts, None for one without the layer."""
     return {name: experts[name].get(layer) for name in names}
 
 
@@ -241,7 +242,7 @@ def _merge_layers(
     merged = side_by_side(done, calls, worth=worth)
     for result in tracked(merged, f"merging by {call.method}", total=len(layer_names), shown=progress):
         if result is not None:
-            layer, layers[layer], report[layer] = result[0], result[1], result[2]
+            layer, layers[layer], report[layer] = result
     return layers, report
 
 
