@@ -175,7 +175,7 @@ def masked(router: Router, place: int, *, renormalise: bool = False) -> Router:
     """
     if isinstance(router, MixtureWeights):
         return MixtureWeights(_without_expert(router.values_BTLE, place, renormalise), router.experts, router.layers)
-    return derive(router, lambda own, x_BTI, layer: _without_expert(own.weights(x_BTI, layer), place, renormalise))
+    return derive(router, lambda router, x_BTI, layer: _without_expert(router.weights(x_BTI, layer), place, renormalise))
 
 
 def _without_expert(w_E: Tensor, place: int, renormalise: bool) -> Tensor:

@@ -156,13 +156,13 @@ class _OfCall:
         return w_BTE
 
 
-def _mask_of(given: Any, shape: Sequence[int], known_BW: Tensor | None = None) -> Tensor:
+def _mask_of(mask: Any, shape: Sequence[int], known_BW: Tensor | None = None) -> Tensor:
     """Return the call's mask, else `known_BW`. Raises ScopeError if neither says which tokens are real."""
-    if isinstance(given, Tensor) and tuple(given.shape) == tuple(shape):
-        return given
+    if isinstance(mask, Tensor) and tuple(mask.shape) == tuple(shape):
+        return mask
     if known_BW is not None and known_BW.shape[1] == shape[1]:
         return known_BW
-    shown = tuple(getattr(given, "shape", ())) or type(given).__name__
+    shown = tuple(getattr(mask, "shape", ())) or type(mask).__name__
     raise ScopeError(
         f"experts with invocation tokens count from a place in a row's text on, and the attention mask {shown} does not "
         f"tell which of its tokens {tuple(shape)} are real: give a mask of that shape, or none"

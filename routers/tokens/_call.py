@@ -149,17 +149,17 @@ def _find_seen(beside: BesideCache[SeenTokens], cache: Any, num_rows: int) -> Se
         return SeenTokens(prompts.ids_BT.repeat_interleave(num_rows // len(prompts.ids_BT), dim=0))
 
 
-def _mask(router: str, given: Tensor | None, ids_BT: Tensor) -> Tensor:
-    if given is None:
+def _mask(router: str, mask_BT: Tensor | None, ids_BT: Tensor) -> Tensor:
+    if mask_BT is None:
         return torch.ones_like(ids_BT)
-    shape = getattr(given, "shape", None)
+    shape = getattr(mask_BT, "shape", None)
     if shape != ids_BT.shape:
-        shown = type(given).__name__ if shape is None else tuple(shape)
+        shown = type(mask_BT).__name__ if shape is None else tuple(shape)
         raise ScopeError(
             f"router {router!r} chooses by the text of a row, and cannot tell from the attention mask {shown} which of its "
             f"tokens {tuple(ids_BT.shape)} are real: give a mask of that shape, or none"
         )
-    return given
+    return mask_BT
 
 
 def _prompt_lengths(router: str, num_rows: int) -> Sequence[int | None]:

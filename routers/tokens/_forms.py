@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.tokens._learned import LearnedRouter, Step
+from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.routers.tokens._members import LayerTensors, Members, RoutedLayer
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.tokens._scores import parts, top_k_softmax, without
@@ -124,17 +124,6 @@ class InputGates(LearnedRouter):
         else:
             scores_BTE = x_BTI.new_zeros(*x_BTI.shape[:2], len(self.experts), dtype=torch.float32)
         return without(scores_BTE, self.members.layers[layer].experts)
-
-    def taught(self, step: Step) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each layer's (scores_NE, expert_N) of the real tokens of rows whose own expert updates it."""
-        for layer, scores_BTE in step.scores.items():
-            num_tokens = scores_BTE.shape[1]
-            real_BT = step.mask_of(num_tokens)
-            if real_BT is None or real_BT.shape[1] != num_tokens:
-                real_BT = step.mask_BT.new_ones(1, num_tokens).bool()
-            present_P = torch.tensor(self.members.layers[layer].experts, device=step.expert_B.device)
-            real_BT = real_BT & torch.isin(step.expert_B, present_P)[:, None]
-            yield scores_BTE[real_BT], step.expert_B[:, None].expand_as(real_BT)[real_BT]
 
 
 def draw_gates(num_experts: int, num_inputs: int) -> Tensor:

@@ -117,11 +117,6 @@ class Step:
         real_BT1 = mask_BT[..., None].to(values_BTE.dtype)
         return (values_BTE * real_BT1).sum(dim=1) / real_BT1.sum(dim=1).clamp(min=1)
 
-    def uniform(self, count: int, place: int) -> Tensor:
-        """Draw u_BN, `count` numbers in [0, 1) for each row; another `place` has other numbers."""
-        draws = (torch.Generator().manual_seed(seed + place) for seed in self.seeds_B)
-        return torch.stack([torch.rand(count, generator=draw) for draw in draws])
-
 
 def require_alike(encoder_BT: Tensor, decoder_BT: Tensor) -> None:
     """Raise ScopeError if a layer's tokens may be the encoder's or the decoder's, whose real tokens differ."""

@@ -59,9 +59,9 @@ class Members:
         return _KNOWN[pool]
 
     @staticmethod
-    def pool_of(given: ExpertPool | Members) -> ExpertPool | None:
+    def pool_of(experts: ExpertPool | Members) -> ExpertPool | None:
         """Return the pool that a router is made for; None for members alone, whose tensors a file fills in."""
-        return None if isinstance(given, Members) else given
+        return None if isinstance(experts, Members) else experts
 
     @classmethod
     def _of(cls, pool: ExpertPool) -> Members:
@@ -189,44 +189,46 @@ def _omit(values: tuple[str, ...], place: int) -> tuple[str, ...]:
     return (*values[:place], *values[place + 1 :])
 
 
-def find_names(own: Members, pool: ExpertPool, router: str) -> list[str]:
+def find_names(members: Members, pool: ExpertPool, router: str) -> list[str]:
     """Return the pool's name of each of a router's own experts, in the router's order; `router` is its name.
 
     Raises BaseModelMismatch for a pool of another base, WeightingError, listing the differences, for a pool that lacks
     some of the experts.
     """
     other = Members.of(pool)
-    if why := own.base.differs(other.base):
+    if why := members.base.differs(other.base):
         raise BaseModelMismatch(f"router {router!r} was made for another base model than the pool's: {why}")
-    matches = _match_experts(own, other)
+    matches = _match_experts(members, other)
     if None in matches:
-        raise WeightingError(f"router {router!r} is for other experts than the pool's: {_tell_apart(own, other, matches)}")
+        raise WeightingError(
+            f"router {router!r} is for other experts than the pool's: {_tell_apart(members, other, matches)}"
+        )
     return [name for name in matches if name is not None]
 
 
-def _match_experts(own: Members, other: Members) -> list[str | None]:
+def _match_experts(members: Members, other: Members) -> list[str | None]:
     """Match each expert to one of the same content: of its own name if there is one, else the first free one; else None."""
     by_hash: dict[str, list[str]] = {}
     for name, digest in zip(other.names, other.hashes, strict=True):
         by_hash.setdefault(digest, []).append(name)
     matches: list[str | None] = []
-    for name, digest in zip(own.names, own.hashes, strict=True):
+    for name, digest in zip(members.names, members.hashes, strict=True):
         same = by_hash.get(digest, [])
-        chosen = name if name in same else next((one for one in same if one not in own.places), None)
+        chosen = name if name in same else next((one for one in same if one not in members.places), None)
         matches.append(chosen or (same[0] if same else None))
         if matches[-1] is not None:
             same.remove(matches[-1])
     return matches
 
 
-def _tell_apart(own: Members, other: Members, found: Sequence[str | None]) -> str:
-    lacking = [name for name, place in zip(own.names, found, strict=True) if place is None]
+def _tell_apart(members: Members, other: Members, matches: Sequence[str | None]) -> str:
+    lacking = [name for name, match in zip(members.names, matches, strict=True) if match is None]
     missing = [name for name in lacking if name not in other.places]
     changed = [name for name in lacking if name in other.places]
-    extra = [name for name in other.names if name not in found and name not in own.places]
+    extra = [name for name in other.names if name not in matches and name not in members.places]
     groups = (("missing from the pool", missing), ("of other content there", changed), ("not known to the router", extra))
     listed = "; ".join(f"{what}: {_list_some(names)}" for what, names in groups if names)
-    layers = sorted(set(own.layers) ^ set(other.layers))
+    layers = sorted(set(members.layers) ^ set(other.layers))
     apart = f"; {len(layers)} layers are updated by one of the two alone, the first {layers[0]!r}" if layers else ""
     return (
         f"{listed}{apart}. Give it the adapters that it was made for (a folder saved with pool= has them), or make a router "

@@ -82,14 +82,14 @@ def _makes_cache(model: Any, arguments: Mapping[str, Any]) -> bool:
     return bool(getattr(model.config, "use_cache", False) if wanted is None else wanted)
 
 
-def _cache_like(given: Any | None, model: Any) -> DynamicCache:
-    """Make an empty cache for the same model, which keeps tokens to be taken back if the given one does."""
+def _cache_like(cache: Any | None, model: Any) -> DynamicCache:
+    """Make an empty cache for the same model, which keeps tokens to be taken back if `cache` does."""
     from transformers import DynamicCache
 
-    cache: Any = DynamicCache(config=model.config)
-    if any(getattr(layer, "record_past", False) for layer in getattr(given, "layers", ())):
-        cache.activate_past_recording()
-    return cache  # type: ignore[no-any-return]
+    empty: Any = DynamicCache(config=model.config)
+    if any(getattr(layer, "record_past", False) for layer in getattr(cache, "layers", ())):
+        empty.activate_past_recording()
+    return empty  # type: ignore[no-any-return]
 
 
 def block_of(layer: str) -> str | None:
@@ -117,9 +117,9 @@ class BlockInput:
 _RUNNING: ContextVar[BlockInput | None] = ContextVar("loraweave_block_input", default=None)
 
 
-def running(given: BlockInput) -> AbstractContextManager[None]:
-    """Make `given` the input of the running block inside the context."""
-    return holding(_RUNNING, replace(given, outer=_RUNNING.get()))
+def running(block_input: BlockInput) -> AbstractContextManager[None]:
+    """Make `block_input` the input of the running block inside the context."""
+    return holding(_RUNNING, replace(block_input, outer=_RUNNING.get()))
 
 
 def running_block(router: str, layer: str, x_BTI: Tensor, block: str | None = None) -> BlockInput:

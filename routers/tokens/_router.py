@@ -49,8 +49,8 @@ class TokenRouter(Declared, nn.Module):
     # the adapters that lay in its folder
     pool: ExpertPool | None = None
 
-    def __new__(cls, pool: Any = None, *given: Any, **options: Any) -> Self:
-        made = super().__new__(cls, pool, *given, **options)
+    def __new__(cls, pool: Any = None, *rest: Any, **options: Any) -> Self:
+        made = super().__new__(cls, pool, *rest, **options)
         for option in cls.counts:
             if (count := options.get(option)) is not None and count > len(pool.names):
                 raise WeightingError(
@@ -168,7 +168,7 @@ class TokenRouter(Declared, nn.Module):
             )
         return without_rows(self, name)
 
-    def fit(self, *given: Any, **settings: Any) -> Self:
+    def fit(self, *arguments: Any, **settings: Any) -> Self:
         """Train a router that learns. Raises TrainingError for one that reads all it knows off the adapters."""
         raise TrainingError(f"router {self.name!r} learns nothing, so there is nothing to fit: activate() it as it is")
 

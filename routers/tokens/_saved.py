@@ -200,5 +200,5 @@ def _look_up(name: str) -> Any:
     return getattr(registered, "token_router", registered)
 
 
-def _is_router(found: Any) -> bool:
-    return inspect.isclass(found) and issubclass(found, TokenRouter)
+def _is_router(entry: Any) -> bool:
+    return inspect.isclass(entry) and issubclass(entry, TokenRouter)

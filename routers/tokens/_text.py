@@ -111,16 +111,16 @@ class TextRouter(TokenRouter):
                 f"now {embedder_id!r}: make the router again with this one"
             )
 
-    def require_of_each(self, given: Mapping[str, Any], what: str, names: tuple[str, ...] | None = None) -> None:
+    def require_of_each(self, by_name: Mapping[str, Any], what: str, names: tuple[str, ...] | None = None) -> None:
         """Raise UnknownExpert for other names than the experts', WeightingError naming the experts that have nothing.
 
         `names` takes the place of the experts' own.
         """
         names = names or self.experts
-        for name in given:
+        for name in by_name:
             if name not in names:
                 raise unknown_expert(name, names)
-        if missing := [name for name in names if not given.get(name)]:
+        if missing := [name for name in names if not by_name.get(name)]:
             raise WeightingError(
                 f"router {self.name!r} needs {what} of every expert, and has none of {', '.join(map(repr, missing))}: give "
                 "some, or make the router for pool.subset(...) without these"
@@ -233,8 +233,8 @@ def read_expert_texts(router: str, pool: ExpertPool, examples: Examples, templat
     return expert_texts
 
 
-def _require_texts(router: str, name: str, given: Any) -> list[str]:
-    listed = list(one_or_many(given))
+def _require_texts(router: str, name: str, texts: Any) -> list[str]:
+    listed = list(one_or_many(texts))
     if odd := [text for text in listed if not says_something(text)]:
         raise WeightingError(
             f"an example of {name!r} for router {router!r} is {odd[0]!r}, which says nothing: examples are texts, as the "

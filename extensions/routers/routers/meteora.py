@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from loraweave import ExpertPool
 from loraweave.extend import Count, InputGates, Members, NonNegative, Positive, Step, top_k_softmax
+from loraweave.extensions.routers.taught import taught
 
 
 class Meteora(InputGates):
@@ -50,8 +51,8 @@ class Meteora(InputGates):
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         """Return {"domain": eta * the cross-entropy with each row's own expert}, or {} without any."""
-        taught = [pair for pair in self.taught(step) if len(pair[1])]
-        if not self.eta or not taught:
+        pairs = [pair for pair in taught(self, step) if len(pair[1])]
+        if not self.eta or not pairs:
             return {}
-        scores_NE, expert_N = (torch.cat(parts) for parts in zip(*taught, strict=True))
+        scores_NE, expert_N = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         return {"domain": self.eta * functional.cross_entropy(scores_NE, expert_N)}

@@ -12,6 +12,7 @@ from torch.nn import functional
 from loraweave import ExpertPool
 from loraweave.extend import InputGates, Members, NonNegative, Step, best_of, without
 from loraweave.extensions.routers.by_sequence import BySequence, Decision
+from loraweave.extensions.routers.taught import taught
 
 
 class MixtureOfAdapters(InputGates, BySequence):
@@ -54,5 +55,5 @@ class MixtureOfAdapters(InputGates, BySequence):
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         """Return {"domain": eta * the sum over layers of the cross-entropy with the row's own expert}, or {} without."""
-        sums = [functional.cross_entropy(scores_NE, expert_N) for scores_NE, expert_N in self.taught(step) if len(expert_N)]
+        sums = [functional.cross_entropy(scores_NE, expert_N) for scores_NE, expert_N in taught(self, step) if len(expert_N)]
         return {"domain": self.eta * torch.stack(sums).sum()} if self.eta and sums else {}

@@ -84,7 +84,9 @@ class Ramole(OutputAttention):
         num_rows, _, num_experts = scores_BTE.shape
         if self.step is None or len(self.step.seeds_B) != num_rows:
             return torch.rand(num_rows, num_experts, device=scores_BTE.device)
-        return self.step.uniform(num_experts, self.layers.index(layer))
+        place = self.layers.index(layer)
+        draws = (torch.Generator().manual_seed(seed + place) for seed in self.step.seeds_B)
+        return torch.stack([torch.rand(num_experts, generator=draw) for draw in draws])
 
     def _settle(self) -> Self:
         """Return itself, with a RouterLoRA for each of its layers and no other; a new one weighs all experts alike."""

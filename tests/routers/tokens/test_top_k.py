@@ -10,9 +10,8 @@ from rounding import unit
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from loraweave.common import native
-from loraweave.routers.tokens import _top_k
-from loraweave.routers.tokens._scores import top_k_softmax
-from loraweave.routers.tokens._top_k import MOST_COMPARED, top_k_native
+from loraweave.routers.tokens import _scores
+from loraweave.routers.tokens._scores import MOST_COMPARED, top_k_native, top_k_softmax
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 
@@ -93,6 +92,6 @@ def test_what_it_cannot_do_is_left_to_torch(monkeypatch):
     compiled = torch.compile(lambda scores_BTE: top_k_softmax(scores_BTE, 2), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(scores_BTE), by_torch(scores_BTE, 2))
     monkeypatch.setattr(native, "library", lambda *_, **__: None)
-    _top_k._library.cache_clear()
+    _scores._library.cache_clear()
     assert top_k_native(scores_BTE, 2) is None
-    _top_k._library.cache_clear()
+    _scores._library.cache_clear()
