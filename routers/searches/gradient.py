@@ -10,7 +10,6 @@ where the bias is; outside the softmax, as here, weights can leave the simplex.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -27,8 +26,8 @@ from loraweave.routers.searches._space import Space, layer_groups
 LEAST_SHARE = 0.1
 
 
-class Form(ABC):
-    """A map from parameters without bounds to the vectors of a space, with its derivative."""
+class Free:
+    """The form w = p, of any sign and sum; other forms map parameters to the vectors of a space by another rule."""
 
     def __init__(self, space: Space) -> None:
         self.space = space
@@ -38,39 +37,24 @@ class Form(ABC):
         """The number of parameters."""
         return self.space.size
 
-    @abstractmethod
     def parameters(self, vector: np.ndarray) -> np.ndarray:
         """Return the parameters that give this vector, or the nearest one to it in the form's sense."""
-
-    @abstractmethod
-    def vector(self, parameters: np.ndarray) -> np.ndarray: ...
-
-    @abstractmethod
-    def pull(self, parameters: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-        """Turn the gradient by the vector into that by the parameters."""
-
-    def inside(self, parameters: np.ndarray) -> np.ndarray:
-        """Return the parameters, changed as little as brings their vector into the box."""
-        return parameters
-
-
-class Free(Form):
-    """The form w = p: any sign, any sum."""
-
-    def parameters(self, vector: np.ndarray) -> np.ndarray:
         return vector
 
     def vector(self, parameters: np.ndarray) -> np.ndarray:
+        """Return the vector that the parameters give."""
         return parameters
 
     def pull(self, parameters: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+        """Turn the gradient by the vector into that by the parameters."""
         return gradient
 
     def inside(self, parameters: np.ndarray) -> np.ndarray:
+        """Return the parameters, changed as little as brings their vector into the box."""
         return np.asarray(np.clip(parameters, self.space.low, self.space.high))
 
 
-class Softmax(Form):
+class Softmax(Free):
     """The form w = softmax(p) over the experts of each group: positive, and of sum 1.
 
     Any other vector is changed into one: negative weights count as 0, all are divided by their sum, and those below
@@ -103,11 +87,15 @@ class Softmax(Form):
         mean_G1 = (w_GE * gradient_GE).sum(axis=1, keepdims=True)
         return np.asarray((w_GE * (gradient_GE - mean_G1)).flatten())
 
+    def inside(self, parameters: np.ndarray) -> np.ndarray:
+        """Return the parameters: a softmax is inside the box."""
+        return parameters
+
     def _by_group(self, vector: np.ndarray) -> np.ndarray:
         return vector.reshape(-1, len(self.space.experts))
 
 
-class SoftmaxBias(Form):
+class SoftmaxBias(Free):
     """The form w = softmax(p) + b, parameters p then b: the bias lets weights leave the simplex."""
 
     def __init__(self, space: Space) -> None:
@@ -158,7 +146,7 @@ class Adam:
         return np.asarray(-lr * mean / (np.sqrt(square) + self.eps))
 
 
-FORMS: Mapping[str, type[Form]] = {"softmax": Softmax, "free": Free, "softmax_bias": SoftmaxBias}
+FORMS: Mapping[str, type[Free]] = {"softmax": Softmax, "free": Free, "softmax_bias": SoftmaxBias}
 # the largest step of Adam for each form: held for all steps, 0.05 overfits five examples; ended at zero, 0.04 beats 0.02
 RATES = {"softmax": 0.3, "free": 0.04, "softmax_bias": 0.05}
 WARMUP = 2

@@ -18,19 +18,13 @@ from loraweave.extensions.routers.taught import taught
 class MixtureOfAdapters(InputGates, BySequence):
     """A router with w = 1 for the expert that a layer takes its input for, else 0, by softmax(g x) with a g_EI by layer.
 
-    With `decision` "sequence", by default, the expert of token t is the one whose mean of softmax(g x) over the row's real
-    tokens 1..t is highest. At the last token that is the published decision, one for each sequence and layer by the mean
-    over its tokens; the running mean is its causal form, which depends on no token that is still to be written, so that
-    generation with a cache is generation without. A layer outside the blocks (lm_head), which may be asked for the last
-    tokens alone, decides for each token. With "token" all layers do.
+    With `decision` "sequence", as published, the expert of token t is the one whose mean of softmax(g x) over the row's
+    real tokens 1..t is highest (`BySequence`); with "token" each token decides for itself.
 
     Domains are the experts: the dataset of `fit` names the expert of each row, and `eta` times the sum over layers of the
     cross-entropy of softmax(g x) with it, a mean over real tokens, is added to the loss of the model, whose gradient is that
     of the mean by which it decides (a straight-through estimate). `eta` is 0 or more, by default 0.1. Layers that a row's
     own expert leaves alone learn nothing of it. g_EI starts as torch draws a linear layer.
-
-    "sequence" is for models of one sequence of tokens, called with an attention mask (rows, tokens) or none; ScopeError for
-    others.
     """
 
     needs_experts: ClassVar[bool] = True
