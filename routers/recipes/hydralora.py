@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from random import Random
 
-from loraweave.common.checks import is_whole
 from loraweave.common.options import Count, Positive, Rate
-from loraweave.errors import WeightingError
 from loraweave.routers.recipes._recipe import EvenRecipe, ExpertShape, Site
 from loraweave.routers.recipes._token_gates import TokenGate
-
-# a silhouette looks at every pair of texts
-MOST_TEXTS = 5000
-WORD = r"(?u)\b\w+\b"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hydralora(EvenRecipe):
     """The mixture y = y0 + alpha / rank * sum over e of w_e B_e A x, with w = softmax(r x), for each token and site.
 
-    All experts of a site have one A. No loss is added. Sizes are those of the released script; how many experts the data
-    asks for, `Hydralora.experts_for(texts)` says.
+    All experts of a site have one A. No loss is added. Sizes are those of the released script; `experts_for(texts)` of the
+    extension `recipes` says how many experts the data asks for.
     """
 
     rank: Count = 4
@@ -36,30 +27,3 @@ class Hydralora(EvenRecipe):
 
     def gate(self, site: Site, num_experts: int) -> TokenGate:
         return TokenGate(site.num_inputs, num_experts)
-
-    @staticmethod
-    def experts_for(texts: Sequence[str], *, most: int = 10, seed: int = 0) -> int:
-        """Count the clusters of the training texts: the number of k-means over TF-IDF with the best mean silhouette.
-
-        From 2 to `most`, at most one less than there are different texts with a word; 1 for fewer than three. Of more than
-        5000 a part is drawn by `seed`. The paper finds the number by k-means; the silhouette is our measure of it. Raises
-        WeightingError for a `most` below 2.
-        """
-        if not is_whole(most, 2):
-            raise WeightingError(
-                f"most is {most!r}: it is the largest number of experts to try, a whole number of at least 2"
-            )
-        from sklearn.cluster import KMeans
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.metrics import silhouette_score
-
-        different = sorted({text for text in texts if re.search(WORD, text)})
-        if len(different) > MOST_TEXTS:
-            different = Random(seed).sample(different, MOST_TEXTS)
-        features = TfidfVectorizer(token_pattern=WORD).fit_transform(different) if len(different) > 2 else None
-        best, num_clusters = -1.0, 1
-        for number in range(2, min(most, len(different) - 1) + 1):
-            clusters = KMeans(number, n_init=10, random_state=seed).fit_predict(features)
-            if len(set(clusters.tolist())) == number and (score := silhouette_score(features, clusters)) > best:
-                best, num_clusters = score, number
-        return num_clusters
