@@ -61,11 +61,12 @@ if TYPE_CHECKING:
     from loraweave.composer.experts.forms._form import Args, Form, Seen, Weigh, fitting
     from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
     from loraweave.composer.experts.make import with_options, with_task
-    from loraweave.composer.experts.parts import layer_sites, numbered_blocks
+    from loraweave.composer.experts.parts import is_named, layer_sites, numbered_blocks, require_all_named
     from loraweave.composer.experts.running import Running
     from loraweave.composer.experts.together import ExpertJob
     from loraweave.composer.formula.nodes import Named, Stored, Sum, leaves
     from loraweave.composer.live.hook import LiveHook, MixedLayer, Traced
+    from loraweave.composer.live.kernels._added_experts import sort_by_expert
     from loraweave.composer.live.kernels._choice import only_kernel
     from loraweave.composer.live.kernels._cost import Cost, Workload
     from loraweave.composer.live.kernels._parts import (
@@ -118,7 +119,7 @@ if TYPE_CHECKING:
         with_positions,
     )
     from loraweave.composer.model.generate import encode_texts, generation_call, read_prompt
-    from loraweave.composer.model.kinds import by_row, conv, linear
+    from loraweave.composer.model.kinds import by_row, conv, is_near, linear
     from loraweave.composer.model.layers import TargetLayer
     from loraweave.composer.model.scoring import encode_pairs, in_chunks
     from loraweave.composer.train.adapters import target_layers, training_rows
@@ -336,11 +337,12 @@ _MODULES = {
     "routers.recipes._token_gates": "TokenGate top_k_of_softmax",
     "composer.experts.forms._form": "Args Form Seen Weigh fitting",
     "composer.experts.forms.sum_of_experts": "SumOfExperts",
-    "composer.experts.parts": "layer_sites numbered_blocks",
+    "composer.experts.parts": "is_named layer_sites numbered_blocks require_all_named",
     "composer.experts.running": "Running",
     "composer.experts.make": "with_options with_task",
     "composer.experts.exchange": "has_expert layers_with put_expert",
-    "composer.model.kinds": "by_row conv linear",
+    "composer.model.kinds": "by_row conv is_near linear",
+    "composer.live.kernels._added_experts": "sort_by_expert",
 }
 
 if not TYPE_CHECKING:
@@ -539,6 +541,8 @@ __all__ = [
     "in_chunks",
     "interpolation",
     "is_list",
+    "is_named",
+    "is_near",
     "is_number",
     "is_whole",
     "job_losses",
@@ -618,6 +622,7 @@ __all__ = [
     "refused",
     "remote_errors",
     "replacing",
+    "require_all_named",
     "require_dtype",
     "require_everywhere",
     "require_expert_model",
@@ -641,6 +646,7 @@ __all__ = [
     "says_nothing",
     "seeded",
     "shares",
+    "sort_by_expert",
     "sparsegen",
     "spread",
     "state_row",

@@ -1,8 +1,8 @@
 """Which published mixture of trained experts is it? The recipes, their forms and losses, beside those that the core has.
 
-`lw.experts(name, model)` makes each by its name. `fit_clusters` finds the clusters of `mocle` in prompts, `experts_for` counts
-those of texts, an expert for each, and `federated_average` gives clients of `fedms` and `local_and_shared` the mean of what
-they have in common. The first two need scikit-learn, and `mocle` an embedder.
+`lw.experts(name, model)` makes each by its name. `fit_clusters` finds the clusters of `mocle` in prompts, `experts_for`
+counts those of texts, an expert for each, and `federated_average` gives clients of `fedms` and `local_and_shared` the mean
+of what they have in common. The first two need scikit-learn, and `mocle` an embedder.
 """
 
 from typing import TYPE_CHECKING

@@ -180,7 +180,6 @@ def test_jobs_on_what_is_no_language_model_are_refused(make_model, tokenizer):
 
 def test_what_cannot_share_a_pass_is_refused_before_the_first_step(base, models, make_model, tokenizer):
     other = make_model("llama")
-    blocks = lw.experts("mixlora", base)
     by_task = lw.experts("moelora", base, tasks=("x", "y"), target_modules=("down_proj",))
     cases = [
         ({}, TrainingError, "no expert models"),
@@ -191,7 +190,6 @@ def test_what_cannot_share_a_pass_is_refused_before_the_first_step(base, models,
             "'u' is an expert model of another base",
         ),
         (dict.fromkeys("uv", (models["upper"], ROWS["upper"])), TrainingError, "'u' and 'v' are one expert model"),
-        ({"t": (blocks, ROWS["upper"])}, TrainingError, "'mixlora'"),
         ({"t": (by_task, ROWS["upper"])}, InvalidTask, "row 1 of job 't' does not say whose task it is, .* 'moelora'"),
         ({"t": (by_task, {"z": ROWS["upper"]})}, UnknownName, "job 't'.* has no task 'z'; it has 'x', 'y'"),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 
@@ -56,3 +57,25 @@ def test_much_overflow_is_warned_of_once_with_the_way_out(make_model):
         report = trained(make_model("llama"), num_experts=2, capacity=0.3, steps=30)
     assert len([warning for warning in found if "no capacity left" in str(warning.message)]) == 1
     assert len(report.overflow) == 30
+
+
+def test_passes_of_a_step_are_counted_together(make_model):
+    whole, parted = (
+        trained(make_model("llama"), num_experts=2, capacity=0.5, batch_size=4, gradient_accumulation=passes)
+        for passes in (None, 2)
+    )
+    assert whole.overflow == parted.overflow
+
+
+def test_without_a_limit_nothing_overflows(make_model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert trained(make_model("llama"), num_experts=3, capacity=None, steps=25).overflow == []
+
+
+def test_the_way_out_names_what_the_recipe_has(make_model):
+    made = lw.experts(
+        "mixlora", make_model("llama"), rank=2, num_experts=2, routing="switch", capacity=0.3, balance=0.0, z=0.0
+    )
+    with pytest.warns(UserWarning, match="learned from: take a larger capacity, None for no"):
+        made.fit(PROMPTED, **{**ONE_STEP, "steps": 30})

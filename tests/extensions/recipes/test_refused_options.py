@@ -31,6 +31,16 @@ MODELS = {"mlore": "upernet", "mtlora": "segformer"}
         ("loramoe", {"num_experts": 5}, "recipe 'loramoe' got num_experts=5; it takes an even number"),
         ("loramoe", {"delta": 1.0}, r"recipe 'loramoe' got delta=1\.0"),
         ("loramoe", {"balance": -0.1}, r"recipe 'loramoe' got balance=-0\.1"),
+        ("mixlora", {"num_experts": 0}, "recipe 'mixlora' got num_experts=0"),
+        (
+            "mixlora",
+            {"num_experts": 2, "top_k": 3},
+            r"recipe 'mixlora' got top_k=3; .* from 1 to the number of experts, 2",
+        ),
+        ("mixlora", {"balance": -1.0}, "recipe 'mixlora' got balance=-1.0"),
+        ("mixlora", {"routing": "top"}, "recipe 'mixlora' got routing='top'; it takes one of 'top_k', 'top_p', 'switch'"),
+        ("mixlora", {"top_p": 0.0}, "recipe 'mixlora' got top_p=0.0; it takes a finite number above 0 and at most 1"),
+        ("mixlora", {"capacity": 0.0}, "recipe 'mixlora' got capacity=0.0"),
         (
             "mixlora_conditional",
             {"num_experts": 3, "rank": 4},

@@ -100,6 +100,12 @@ def states(jobs):
     return {name: {key: value.clone() for key, value in model.expert_state().items()} for name, (model, _) in jobs.items()}
 
 
+def test_experts_of_whole_blocks_cannot_share_a_pass(base, tokenizer):
+    job = (lw.experts("mixlora", base), ROWS["upper"])
+    with pytest.raises(TrainingError, match="'mixlora'"):
+        train_experts(base, tokenizer, {"t": job}, steps=1, progress=False)
+
+
 def test_branches_cannot_share_a_pass(base, tokenizer):
     placed = {"target_modules": ("down_proj",), "task_modules": ("down_proj",)}
     branched = lw.experts("mtlora", base, tasks=("x", "y"), **placed)

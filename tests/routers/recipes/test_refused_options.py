@@ -12,16 +12,6 @@ NEEDED = {"moelora": {"tasks": ("a", "b", "c")}}
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("mixlora", {"num_experts": 0}, "recipe 'mixlora' got num_experts=0"),
-        (
-            "mixlora",
-            {"num_experts": 2, "top_k": 3},
-            r"recipe 'mixlora' got top_k=3; .* from 1 to the number of experts, 2",
-        ),
-        ("mixlora", {"balance": -1.0}, "recipe 'mixlora' got balance=-1.0"),
-        ("mixlora", {"routing": "top"}, "recipe 'mixlora' got routing='top'; it takes one of 'top_k', 'top_p', 'switch'"),
-        ("mixlora", {"top_p": 0.0}, "recipe 'mixlora' got top_p=0.0; it takes a finite number above 0 and at most 1"),
-        ("mixlora", {"capacity": 0.0}, "recipe 'mixlora' got capacity=0.0"),
         ("mixtral", {"top_k": 9}, r"recipe 'mixtral' got top_k=9; .* from 1 to the number of experts, 8"),
         ("mixtral", {"num_experts": True}, "recipe 'mixtral' got num_experts=True"),
         ("mixtral", {"balance": float("inf")}, "recipe 'mixtral' got balance=inf"),

@@ -8,11 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.composer.experts.forms._form import Args, Form, Seen, Weigh, fitting
-from loraweave.composer.experts.parts import LAYOUTS, feed_forward_sites
-from loraweave.composer.live.kernels._added_experts import sort_by_expert
-from loraweave.composer.model.kinds import by_row
-from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
+from loraweave.extend import Args, ExpertShape, Form, Recipe, Seen, Site, Weigh, by_row, fitting, sort_by_expert
+from loraweave.extensions.recipes.blocks import LAYOUTS, feed_forward_sites
 
 
 class FeedForward(Form):

@@ -9,11 +9,21 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from loraweave.common.options import Count, NonNegative, Positive, Share
-from loraweave.routers.losses.z import z
-from loraweave.routers.recipes._recipe import EvenRecipe, Site, balance_term, by_layer
-from loraweave.routers.recipes._token_gates import TokenGate
-from loraweave.routers.tokens._learned import Step
+from loraweave.extend import (
+    Count,
+    EvenRecipe,
+    NonNegative,
+    Positive,
+    Share,
+    Site,
+    Step,
+    TokenGate,
+    balance_term,
+    by_layer,
+    get,
+)
+
+z = get("losses", "z")
 
 
 @dataclass(frozen=True, kw_only=True)
