@@ -28,8 +28,8 @@ import typer
 import loraweave as lw
 from benchmarks._run import Run, Table, pairs
 from benchmarks._timing import Way, compare
-from loraweave.composer.live.joint import JointPool
 from loraweave.composer.model.scoring import evaluate, losses
+from loraweave.extensions.transfer import JointPool
 
 app = typer.Typer()
 

@@ -27,10 +27,10 @@ import loraweave as lw
 from benchmarks._data import kept
 from benchmarks._run import Run, Table, pairs
 from loraweave.composer.model.scoring import evaluate
-from loraweave.composer.transfer import old_answers, transfer
+from loraweave.extensions.transfer import carrying, old_answers
 from loraweave.lowrank import algebra
 
-WAYS: tuple[transfer.Way, ...] = ("same", "subspace", "activations", "restore")
+WAYS: tuple[carrying.Way, ...] = ("same", "subspace", "activations", "restore")
 # the adapters of "activations", after steps on what the old base answers
 LEARNED = "learned"
 # what a copy is trained on, what is fused into one, and which block one lacks
@@ -147,30 +147,30 @@ def _carried(
     base: str, adapters: list[lw.Adapter], old: Any, new: Any, tokenizer: Any, samples: list[str], chosen: list[str]
 ) -> Carried:
     """By way, the adapters in the new base and their predictions, whatever they are; one recording serves all of them."""
-    matches = transfer.matched(adapters[0], old, new, "activations")
+    matches = carrying.matched(adapters[0], old, new, "activations")
     wanted = {"activations" if way == LEARNED else way for way in chosen}
     ways = [way for way in WAYS if way in wanted and way not in UNFIT.get(base, ())]
     layers: dict[str, list[dict[str, lw.Factors]]] = {way: [{} for _ in adapters] for way in ways}
     shares: dict[str, list[list[float]]] = {way: [[] for _ in adapters] for way in ways}
-    seen = transfer.see(old, new, tokenizer, samples, matches, max_tokens=256, progress=True)
+    seen = carrying.see(old, new, tokenizer, samples, matches, max_tokens=256, progress=True)
     for pair in matches:
         factors = [adapter.layers[pair.old.name] for adapter in adapters]
         # one judge for all ways and adapters
-        ridge = transfer.reading_ridge(seen[pair.old.name])
+        ridge = carrying.reading_ridge(seen[pair.old.name])
         for way in ways:
             if way == "restore":
                 for number, part in enumerate(factors):
-                    layers[way][number][pair.new.name] = carried = transfer.carry(part, pair, seen[pair.old.name], way)
-                    shares[way][number].append(transfer.kept_share(part, carried, pair, seen[pair.old.name], way))
+                    layers[way][number][pair.new.name] = carried = carrying.carry(part, pair, seen[pair.old.name], way)
+                    shares[way][number].append(carrying.kept_share(part, carried, pair, seen[pair.old.name], way))
                 continue
             # the others are linear in b and in a, so that all adapters are carried at once
-            stacked = transfer.carry(algebra.add(factors), pair, seen[pair.old.name], way)
+            stacked = carrying.carry(algebra.add(factors), pair, seen[pair.old.name], way)
             ranks = [part.rank for part in factors]
             parts = zip(stacked.a_RI.split(ranks), stacked.b_OR.split(ranks, dim=1), strict=True)
             for number, (a_RI, b_OR) in enumerate(parts):
                 carried = lw.Factors(a_RI, b_OR)
                 layers[way][number][pair.new.name] = carried
-                kept = transfer.kept_share(factors[number], carried, pair, seen[pair.old.name], way, ridge=ridge)
+                kept = carrying.kept_share(factors[number], carried, pair, seen[pair.old.name], way, ridge=ridge)
                 shares[way][number].append(kept)
     key = lw.base_key(new)
     found: Carried = {}

@@ -63,7 +63,6 @@ if TYPE_CHECKING:
     from loraweave.composer.programs.order import order
     from loraweave.composer.train.adapters import train_adapters
     from loraweave.composer.train.remember import remember
-    from loraweave.composer.transfer.transfer import transfer
     from loraweave.hub.adapter import Adapter
     from loraweave.hub.base import base_key, load_base
     from loraweave.hub.conversion import extract, to_lora
@@ -98,7 +97,6 @@ _MODULES = {
     "composer.merge.statistics": "Statistics",
     "composer.train.adapters": "train_adapters",
     "composer.train.remember": "remember",
-    "composer.transfer.transfer": "transfer",
     "composer.experts.together": "train_experts",
     "retrieval.training": "train_encoder",
     "hub.conversion": "extract to_lora",
@@ -194,6 +192,5 @@ __all__ = [
     "train_adapters",
     "train_encoder",
     "train_experts",
-    "transfer",
     "twin_merging",
 ]

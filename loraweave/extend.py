@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Positive,
         Range,
         Rate,
+        Seed,
         Share,
         Whole,
         check_options,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     )
     from loraweave.common.storage_errors import remote_errors, storage_errors, without_credentials
     from loraweave.common.yaml_file import read_yaml
-    from loraweave.composer.compose.collect_statistics import record_inputs
+    from loraweave.composer.compose.collect_statistics import layer_vectors, record_inputs, text_rows
     from loraweave.composer.compose.compose import ComposeCall
     from loraweave.composer.compose.objectives._row_sums import RowSums
     from loraweave.composer.compose.objectives.cross_entropy import CrossEntropy
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from loraweave.composer.live.layout import PlacedFactors
     from loraweave.composer.live.recording import Load, Trace, UsedLayer, UsedWeights, load_of
     from loraweave.composer.live.residents import Lease
+    from loraweave.composer.live.standing_in import claimed
     from loraweave.composer.merge.interference import mixture_interference
     from loraweave.composer.merge.method_call import MethodCall, surveys
     from loraweave.composer.merge.methods._dropout import prune_random
@@ -104,9 +106,11 @@ if TYPE_CHECKING:
     from loraweave.composer.merge.methods.della import magprune
     from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
     from loraweave.composer.model.batches import (
+        IGNORED,
         EncodedRow,
         TargetBatch,
         batch,
+        context_length,
         encode,
         end_tokens,
         last_logits,
@@ -114,15 +118,16 @@ if TYPE_CHECKING:
         pad_id,
         pad_rows,
         takes,
+        target_logits,
         token_losses,
         untouched,
         with_positions,
     )
-    from loraweave.composer.model.generate import encode_texts, generation_call, read_prompt
+    from loraweave.composer.model.generate import Asked, encode_texts, generation_call, read_prompt
     from loraweave.composer.model.kinds import by_row, conv, is_near, linear
-    from loraweave.composer.model.layers import TargetLayer
+    from loraweave.composer.model.layers import TargetLayer, target_layer
     from loraweave.composer.model.scoring import encode_pairs, in_chunks
-    from loraweave.composer.train.adapters import target_layers, training_rows
+    from loraweave.composer.train.adapters import target_layers, train_further, training_rows
     from loraweave.composer.train.jobs import LoraJob, LowRank, TrainingJob, given_factors, new_factors
     from loraweave.composer.train.passes import LoraJobs, SharedPass, job_losses
     from loraweave.composer.train.rows import Texts
@@ -213,7 +218,7 @@ _MODULES = {
     # what a registry holds
     "registry": "brought get nearest traits traits_of",
     "common.options": (
-        "Count Declared Fraction NonNegative Positive Range Rate Share Whole check_options options_of require_known"
+        "Count Declared Fraction NonNegative Positive Range Rate Seed Share Whole check_options options_of require_known"
     ),
     "composer.merge.updates": "DenseUpdate TruncatedUpdate",
     "hub.embedders._embedder": "Embedder embedder_of",
@@ -264,16 +269,16 @@ _MODULES = {
     "common.intervals": "wilson",
     "common.spread": "Failed spread",
     "composer.compose.compose": "ComposeCall",
-    "composer.compose.collect_statistics": "record_inputs",
+    "composer.compose.collect_statistics": "layer_vectors record_inputs text_rows",
     "composer.experts.expert_model": "ExpertModel require_expert_model",
     "composer.formula.nodes": "Named Stored Sum leaves",
     "composer.model.batches": (
-        "EncodedRow TargetBatch batch encode end_tokens last_logits mean_losses pad_id pad_rows takes token_losses "
-        "untouched with_positions"
+        "EncodedRow IGNORED TargetBatch batch context_length encode end_tokens last_logits mean_losses pad_id "
+        "pad_rows takes target_logits token_losses untouched with_positions"
     ),
-    "composer.model.layers": "TargetLayer",
+    "composer.model.layers": "TargetLayer target_layer",
     "composer.model.scoring": "encode_pairs in_chunks",
-    "composer.train.adapters": "target_layers training_rows",
+    "composer.train.adapters": "target_layers train_further training_rows",
     "composer.train.jobs": "LoraJob LowRank TrainingJob given_factors new_factors",
     "composer.train.passes": "LoraJobs SharedPass job_losses",
     "composer.train.rows": "Texts",
@@ -288,9 +293,10 @@ _MODULES = {
     "hub.formats._base_layer": "BaseLayer as_base_layer base_layer head_size missing_layer",
     "hub.pool": "require_everywhere",
     "composer.live.recording": "Load Trace UsedLayer UsedWeights load_of",
-    "composer.model.generate": "encode_texts generation_call read_prompt",
+    "composer.model.generate": "Asked encode_texts generation_call read_prompt",
     "hub.licenses": "stated_license",
     "hub.same_base": "require_same_base says_nothing",
+    "composer.live.standing_in": "claimed",
     # reading, writing and showing
     "common.storage_errors": "remote_errors storage_errors without_credentials",
     "common.state": "RUNNING TrainingState checkpoint_folder drop_state load_state save_state save_tensors",
@@ -359,6 +365,7 @@ __all__ = [
     "DEFAULT_TEMPLATE",
     "EMBEDDED",
     "FEED_FORWARD",
+    "IGNORED",
     "MAX_NAME_CHARACTERS",
     "PIPELINE_PARTS",
     "RUNNING",
@@ -367,6 +374,7 @@ __all__ = [
     "UNKNOWN",
     "AdapterConfig",
     "Args",
+    "Asked",
     "BaseLayer",
     "BaseOption",
     "BesideCache",
@@ -453,6 +461,7 @@ __all__ = [
     "Rule",
     "Running",
     "ScoredRouter",
+    "Seed",
     "SeedOption",
     "Seen",
     "Share",
@@ -511,7 +520,9 @@ __all__ = [
     "check_options",
     "check_size",
     "checkpoint_folder",
+    "claimed",
     "combination",
+    "context_length",
     "conv",
     "current_prompts",
     "current_tokenizer",
@@ -552,6 +563,7 @@ __all__ = [
     "last_logits",
     "last_positions",
     "layer_sites",
+    "layer_vectors",
     "layers_with",
     "lazy",
     "least_lambda",
@@ -661,15 +673,19 @@ __all__ = [
     "sync",
     "take_apart",
     "takes",
+    "target_layer",
     "target_layers",
+    "target_logits",
     "terms",
     "terms_of_one_rank",
     "text_digest",
+    "text_rows",
     "token_losses",
     "too_busy",
     "top_k_of_softmax",
     "top_k_softmax",
     "tracked",
+    "train_further",
     "training_rows",
     "traits",
     "traits_of",

@@ -72,7 +72,7 @@ def collect_statistics(
     # the heads are written into the model apart, since no mixture has a place for them
     engine = Composer(model, {adapter.name: replace(adapter, heads={})})
     recorders = make_recorders(model, [*adapter.layers, *layers], kinds)
-    rows = encode_texts(model, tokenizer, texts, max_tokens)
+    rows = text_rows(model, tokenizer, texts, max_tokens)
     # one by one for an encoder-decoder: a layer does not tell whether it sees the encoder's tokens or the decoder's
     size = 1 if model.config.is_encoder_decoder else batch_size
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
@@ -297,7 +297,7 @@ def _draws(rows: Sequence[EncodedRow], seed: int) -> list[np.random.Philox]:
     return streams
 
 
-def encode_texts(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int) -> list[EncodedRow]:
+def text_rows(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int) -> list[EncodedRow]:
     """Return the texts' token ids, cut to `max_tokens` (each side of an encoder-decoder).
 
     Raises InvalidTask for no text and for an empty one.
@@ -334,6 +334,23 @@ def padded_inputs(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> tup
     ids_BT, mask_BT = pad_rows(tokenizer, [row.prompt for row in rows], left=False)
     device = next(model.parameters()).device
     return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}, mask_BT.to(device).bool()
+
+
+def layer_vectors(
+    model: Any, tokenizer: Any, row: EncodedRow, layers: Mapping[str, nn.Module]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return {name: (inputs, outputs)} of each layer's last run while the model reads one row; of none that never ran."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def saw(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        seen[name] = (args[0] if args else next(iter(kwargs.values())), output)
+
+    inputs, _ = padded_inputs(model, tokenizer, [row])
+    with ExitStack() as stack:
+        for name, module in layers.items():
+            stack.callback(module.register_forward_hook(partial(saw, name), with_kwargs=True).remove)
+        model(**inputs, **({"use_cache": False} if takes(model, "use_cache") else {}))
+    return seen
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -46,6 +46,18 @@ class Claims:
 
 
 CLAIMS = Claims()
+
+
+@contextmanager
+def claimed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Hold the modules for the block, in which no Composer may be active on one. Raises AlreadyActive where one is."""
+    owner, held = object(), list(modules)
+    CLAIMS.take(owner, held)
+    try:
+        yield
+    finally:
+        CLAIMS.give_back(owner, held)
+
 
 # the dictionaries of a module's hooks: each with those beside it that have the same keys
 _HOOKS = {

@@ -72,6 +72,11 @@ class EncodedRow:
         """The target, with `IGNORED` where no loss is asked."""
         return self.target
 
+    @staticmethod
+    def losses(model: Any, rows: Sequence[Any], stacked: TargetBatch) -> Tensor:
+        """Return loss_BK of rows of this class alone, stacked: the negative log-likelihood, or what a subclass has."""
+        return token_losses(model, stacked)
+
 
 def encode(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], targets: Sequence[str], *, ends: Sequence[str | None] = ()

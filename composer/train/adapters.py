@@ -353,6 +353,30 @@ class Apart:
         return text_digest(json.dumps(parts, sort_keys=True))[:32]
 
 
+def train_further(
+    model: Any,
+    tokenizer: Any,
+    adapter: Adapter,
+    rows: Sequence[EncodedRow],
+    judges: Sequence[EncodedRow],
+    settings: LoraSettings,
+    *,
+    progress: bool,
+) -> tuple[Adapter, list[tuple[int, float]]]:
+    """Return the adapter after steps on its a and b, and (step, loss) of the rows that judge, before and after.
+
+    Rows are read already. Raises what `train_adapters` does for an adapter that no task can start from, and TrainingError
+    for a loss of a step that is not finite.
+    """
+    name = adapter.name
+    begins, held_out = require_startable(model, [name], {name: adapter}), {name: HeldOut(judges, every=settings.steps)}
+    with untouched(model), progress_bar(progress, field="loss") as bar:
+        shared = SharedPasses(model, tokenizer, bar, jobs_per_batch=1, memory_bytes=None, folder=None)
+        trained = Apart(shared, settings, {}, {name: ()}, {name: rows}, held_out, begins, None, fingerprint(model)).train()
+    assert trained.report is not None
+    return trained[name], list(trained.report.jobs[name].held_out)
+
+
 TRAINED = {"a_RI", "b_OR"}
 
 

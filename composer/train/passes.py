@@ -18,11 +18,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from loraweave.composer.live.call_router import arguments_of
-from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, tensors_in
+from loraweave.composer.model.batches import IGNORED, EncodedRow, TargetBatch, batch, tensors_in
 from loraweave.composer.train.jobs import BesideJob, LinearizedJob, LoraJob, TrainingJob, given_factors, new_factors
 from loraweave.composer.train.schedule import pad_apart
 from loraweave.composer.train.settings import LoraSettings
-from loraweave.composer.train.taught import row_losses
 from loraweave.errors import LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.tokens._call import current_prompts
@@ -254,6 +253,13 @@ def range_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], row_cou
     sizes = list(row_counts)
     pairs = zip(torch.split(sums_B, sizes), torch.split(counts_B, sizes), strict=True)
     return torch.stack([sums.sum() / counts.sum() for sums, counts in pairs])
+
+
+def row_losses(model: Any, rows: Sequence[EncodedRow], stacked: TargetBatch) -> Tensor:
+    """Return loss_BK of the rows, which are stacked, by the loss of their class, or of their tokens if of several."""
+    kinds = {type(row) for row in rows}
+    kind = kinds.pop() if len(kinds) == 1 else EncodedRow
+    return kind.losses(model, rows, stacked)
 
 
 def own_parts(adapters: Mapping[str, Adapter], *, start: Adapter | None = None) -> dict[str, Adapter]:

@@ -11,7 +11,6 @@ from tiny_hubs import adapter
 
 import loraweave as lw
 from loraweave.composer.formula.nodes import leaves
-from loraweave.composer.live.joint import JointPool
 from loraweave.errors import AdapterExists, FormulaError, ScopeError
 
 
@@ -179,9 +178,3 @@ def test_a_stored_router_without_its_adapters_is_refused_by_name(hub, tmp_path):
     hub.save_composition("mix", router.save_pretrained(tmp_path / "alone"))
     with pytest.raises(ScopeError, match="@mix is a router that was saved without its adapters"):
         lw.parse("@mix").mixture(hub)
-
-
-def test_a_stored_pool_in_shared_bases_is_no_adapter_and_not_the_base(hub):
-    hub.save_composition("users", JointPool.fit(hub.pool(), rank=2, progress=False))
-    with pytest.raises(ScopeError, match="@users is a pool in shared bases"):
-        lw.parse("a + @users").merge(hub, progress=False)

@@ -8,7 +8,7 @@ import torch
 from tiny_models import dense_array as dense
 from tiny_models import random_factors
 
-from loraweave.lowrank import joint
+from loraweave.extensions.transfer import shared_bases as joint
 from loraweave.types import Factors
 
 

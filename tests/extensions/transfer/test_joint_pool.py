@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import Make
 from torch import nn
 
+from loraweave import parse
 from loraweave.composer.composer import Composer
-from loraweave.composer.live.joint import JointPool
 from loraweave.errors import (
     AdapterCorrupt,
     AdapterUnsupported,
@@ -27,6 +27,7 @@ from loraweave.errors import (
     UnknownExpert,
     WeightingError,
 )
+from loraweave.extensions.transfer import JointPool
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.types import Factors, Fingerprint
@@ -238,3 +239,13 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(
     wide = {layer: Factors(part.a_RI, part.b_OR.repeat(2, 1)) for layer, part in adapters[0].layers.items()}
     with pytest.raises(AdapterUnsupported, match=r"'wide'.*differ in layer"):
         pool.including(Adapter("wide", adapters[0].base_model, wide))
+
+
+def test_a_stored_pool_in_shared_bases_is_no_adapter_of_a_formula(
+    pool: JointPool, adapters: list[Adapter], tmp_path: Path
+) -> None:
+    with Hub(tmp_path / "hub") as hub:
+        hub.add(adapters[0], name="a")
+        hub.save_composition("users", pool)
+        with pytest.raises(ScopeError, match="@users is a pool in shared bases"):
+            parse("a + @users").merge(hub, progress=False)

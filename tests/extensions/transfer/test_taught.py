@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, target_logits, token_losses
-from loraweave.composer.train import taught
-from loraweave.composer.train.taught import row_losses, taught_by
+from loraweave.composer.train.passes import row_losses
+from loraweave.extensions.transfer import taught
+from loraweave.extensions.transfer.taught import taught_by
 
 ROWS = [EncodedRow((5, 9, 3), (17, 30, 4, 1)), EncodedRow((8, 8, 4, 12, 3), (7, 1)), EncodedRow((6,), (2, 40, 1))]
 

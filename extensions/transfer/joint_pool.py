@@ -1,6 +1,6 @@
 """A thousand adapters in the memory of fifty: bases that many share, and a small middle of each one's own.
 
-    JointPool.fit(adapters)   clusters of like adapters; for each cluster and layer U, V (loraweave/lowrank/joint.py)
+    JointPool.fit(adapters)   clusters of like adapters; for each cluster and layer U, V (shared_bases.py)
     pool.errors               {name: |D - U M V| / |D| over all its layers}
     pool.including(adapter)   one more, in the bases that are there
     pool.activate(model, [..]) live: x V^T once for all rows, M for each row, U^T once; no adapter is made
@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,24 +26,37 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.common.checks import is_number, require_whole
-from loraweave.common.display import tracked
-from loraweave.common.files import replacing, require_replaceable
-from loraweave.common.names import unknown_expert
-from loraweave.composer.live.standing_in import CLAIMS
-from loraweave.composer.model.kinds import by_row
-from loraweave.composer.model.layers import TargetLayer, target_layer
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported, CompositionError, ScopeError, WeightingError
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.base import base_key
-from loraweave.hub.formats._card import json_text
-from loraweave.hub.formats._files import read_json
-from loraweave.hub.formats._safetensors import read_tensors, require_finite
-from loraweave.hub.pool import ExpertPool
-from loraweave.hub.same_base import require_same_base
-from loraweave.lowrank import algebra, joint
-from loraweave.lowrank.joint import Basis, Middle
-from loraweave.types import Factors, Fingerprint
+from loraweave import (
+    Adapter,
+    AdapterCorrupt,
+    AdapterUnsupported,
+    CompositionError,
+    ExpertPool,
+    Factors,
+    Fingerprint,
+    ScopeError,
+    WeightingError,
+    base_key,
+)
+from loraweave.extend import (
+    TargetLayer,
+    algebra,
+    claimed,
+    is_number,
+    json_text,
+    read_json,
+    read_tensors,
+    replacing,
+    require_finite,
+    require_replaceable,
+    require_same_base,
+    require_whole,
+    target_layer,
+    tracked,
+    unknown_expert,
+)
+from loraweave.extensions.transfer.shared_bases import Basis, Middle, as_matrix, project, squared_error
+from loraweave.extensions.transfer.shared_bases import fit as fit_bases
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +86,7 @@ class JointReport:
 
     @property
     def pays(self) -> bool:
-        """Whether there are enough adapters to share what is shared: as a rule, a hundred of them."""
+        """True if there are enough adapters to share what is shared: as a rule, a hundred of them."""
         return self.num_adapters >= 100 and self.share < 0.5
 
     def __str__(self) -> str:
@@ -106,7 +119,7 @@ class JointPool:
         seed: int = 0,
         progress: bool = True,
     ) -> JointPool:
-        """Fits bases of `rank` for each of `clusters` groups of adapters, found by k-means over sketches of their updates.
+        """Fit bases of `rank` for each of `clusters` groups of adapters, found by k-means over sketches of their updates.
 
         Plain LoRA on linear layers only, all on the same layers. Raises AdapterUnsupported, naming the adapter, for anything
         else, WeightingError for settings out of range, and what making an ExpertPool of them raises.
@@ -133,7 +146,7 @@ class JointPool:
 
         size = len(first.layers)
         fitted = [
-            joint.fit([each.layers[layer] for each in own], rank, middle, seed)
+            fit_bases([each.layers[layer] for each in own], rank, middle, seed)
             for own, layer in tracked(jobs(), "shared bases", total=len(groups) * size, shown=progress)
         ]
         bases = tuple(dict(zip(first.layers, fitted[at : at + size], strict=True)) for at in range(0, len(fitted), size))
@@ -145,7 +158,7 @@ class JointPool:
         return made
 
     def including(self, adapter: Adapter, *, max_error: float = 1.0, name: str | None = None) -> JointPool:
-        """One more adapter, in whichever bases are nearest to it; the others, and the bases, are as they were.
+        """Return the pool with one more adapter, in the bases nearest to it; the others, and the bases, are as they were.
 
         Raises WeightingError for a name that is taken and for an error above `max_error`, AdapterUnsupported as `fit`,
         BaseModelMismatch for an adapter of another base.
@@ -183,27 +196,27 @@ class JointPool:
         return JointReport(len(errors), share, sum(errors) / len(errors), max(errors))
 
     def adapter(self, name: str) -> Adapter:
-        """What is kept of an adapter, as a plain one: b = U M, a = V. UnknownExpert for a name that is not there."""
+        """Return what is kept of an adapter as a plain one: b = U M, a = V. Raises UnknownExpert for an unknown name."""
         member = self._known(name)
         bases = self.clusters[member.cluster]
         layers = {
-            layer: Factors(bases[layer].v_RI, bases[layer].u_OR @ joint.as_matrix(middle))
+            layer: Factors(bases[layer].v_RI, bases[layer].u_OR @ as_matrix(middle))
             for layer, middle in member.middles.items()
         }
         card = {"joint": {"error": member.error}}
         return Adapter(name, self.base_model, layers, self.fingerprint, card)
 
     def pool(self) -> ExpertPool:
-        """All of them as a lazy pool, whose adapters are made when they are used."""
+        """Return all of them as a lazy pool, whose adapters are made when they are used."""
         return ExpertPool.on_demand(self.names, self.adapter)
 
     @contextmanager
     def activate(
         self, model: nn.Module, mixture: Mapping[str, float] | Sequence[Mapping[str, float] | None]
     ) -> Iterator[None]:
-        """Mixes them live for the length of the block, for calls in any thread: {name: weight} for all rows, or a list with
-        one, or None for the base, for each row; y = W x + U (sum of w M) (V x).
+        """Mix them live for the length of the block, for calls in any thread: y = W x + U (sum of w M) (V x).
 
+        `mixture` is {name: weight} for all rows, or a list with one, or None for the base, for each row.
         In a batch of k times as many rows as the list has, each counts for k in a row. Raises UnknownExpert,
         WeightingError for weights that are not finite, LayerMismatch and BaseModelMismatch for another model,
         AlreadyActive where another mixture is active, and ScopeError in a call with another number of rows.
@@ -219,20 +232,16 @@ class JointPool:
         modules = dict(model.named_modules())
         layers = {name: self._layer(modules, name) for name in self.clusters[0]}
         hooks = {name: self._hook(name, layer, rows, used) for name, layer in layers.items() if used}
-        owner, held = object(), [model, *(layer.module for layer in layers.values())]
-        CLAIMS.take(owner, held)
-        handles = []
-        try:
-            handles = [layers[name].module.register_forward_hook(hook) for name, hook in hooks.items()]
+        with claimed([model, *(layer.module for layer in layers.values())]), ExitStack() as stack:
+            for name, hook in hooks.items():
+                stack.callback(layers[name].module.register_forward_hook(hook).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            CLAIMS.give_back(owner, held)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes joint.json, the bases, and the middles, each a file of its own: a hub that has the bases (of a pool that
-        has grown since) stores only what is new. `Hub.save_composition` keeps it."""
+        """Write joint.json, the bases, and the middles, each a file of its own, and return the folder.
+
+        A hub that has the bases (of a pool that has grown since) stores only what is new. `Hub.save_composition` keeps it.
+        """
         target = require_replaceable(Path(folder), lambda path: path.name in (FILE, BASES, MIDDLES))
         layers = list(self.clusters[0])
         bases = {
@@ -257,7 +266,7 @@ class JointPool:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> JointPool:
-        """Reads what save_pretrained wrote, to the bit. AdapterCorrupt for damage, CompositionError for a newer form."""
+        """Read what save_pretrained wrote, to the bit. Raises AdapterCorrupt for damage, CompositionError for a newer."""
         folder = Path(folder)
         said = read_json(folder, FILE)
         try:
@@ -297,13 +306,13 @@ class JointPool:
         return self.members[name]
 
     def _member(self, adapter: Adapter, clusters: Iterable[int]) -> Member:
-        """Its middles in the nearest of these clusters."""
+        """Return its middles in the nearest of these clusters."""
         found = []
         size = sum(algebra.norm(each) ** 2 for each in adapter.layers.values())
         for number in clusters:
             bases = self.clusters[number]
-            middles = {layer: joint.project(part, bases[layer], self.middle) for layer, part in adapter.layers.items()}
-            lost = sum(joint.squared_error(part, bases[layer], middles[layer]) for layer, part in adapter.layers.items())
+            middles = {layer: project(part, bases[layer], self.middle) for layer, part in adapter.layers.items()}
+            lost = sum(squared_error(part, bases[layer], middles[layer]) for layer, part in adapter.layers.items())
             found.append(Member(number, middles, math.sqrt(lost / size) if size else 0.0, adapter.num_values))
         return min(found, key=lambda member: member.error)
 
@@ -312,7 +321,7 @@ class JointPool:
         return target_layer(modules, name, Factors(basis.v_RI, basis.u_OR), "of the joint pool")
 
     def _hook(self, name: str, layer: TargetLayer, rows: Sequence[Mapping[str, float]], used: Sequence[int]) -> _JointHook:
-        """U, V of the clusters in use beside each other, and for each row the middles, weighed, on their diagonal."""
+        """Make the hook of a layer: U, V of the clusters in use beside each other, each row's middles on their diagonal."""
         weight = layer.parameter("weight")
         device = torch.device("cpu") if weight is None else weight.device
         bases = [self.clusters[number][name] for number in used]
@@ -322,7 +331,7 @@ class JointPool:
             for expert, value in mixed.items():
                 member = self.members[expert]
                 at = slice(*starts[used.index(member.cluster) :][:2])
-                row[at, at] += value * joint.as_matrix(member.middles[name])
+                row[at, at] += value * as_matrix(member.middles[name])
         u_OR, v_RI = torch.cat([basis.u_OR for basis in bases], dim=1), torch.cat([basis.v_RI for basis in bases])
         return _JointHook(name, *(each.to(device) for each in (v_RI, middles_BRR.mT.contiguous(), u_OR)))
 
@@ -348,12 +357,12 @@ class _JointHook:
                     "give one mixture for all rows, or as many rows as the batch"
                 )
             middles_BRR = self._middles_BRR if copies == 1 else self._middles_BRR.repeat_interleave(copies, dim=0)
-            hidden = (by_row(hidden).float() @ middles_BRR).view(*x.shape[:-1], -1)
+            hidden = (hidden.reshape(len(hidden), x.shape[1:-1].numel(), -1).float() @ middles_BRR).view(*x.shape[:-1], -1)
         return y + functional.linear(hidden.to(y.dtype), self._u_OR)
 
 
 def _sizes(adapter: Adapter) -> dict[str, tuple[int, int]]:
-    """(O, I) of each layer."""
+    """Return (O, I) of each layer."""
     return {layer: (part.b_OR.shape[0], part.a_RI.shape[1]) for layer, part in adapter.layers.items()}
 
 
@@ -372,7 +381,7 @@ def _require_plain(name: str, adapter: Adapter, sizes: Mapping[str, tuple[int, i
 
 
 def _groups(pool: ExpertPool, clusters: int, seed: int) -> list[list[str]]:
-    """The names by cluster, in the pool's order; like adapters have a large inner product, which sketches keep."""
+    """Return the names by cluster, in the pool's order. Like adapters have a large inner product, which sketches keep."""
     if clusters == 1:
         return [list(pool.names)]
     from sklearn.cluster import KMeans

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -16,21 +15,30 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from loraweave.common.display import tracked
-from loraweave.common.options import Count, Fraction, Positive, Seed, Whole, check_options, options_of
-from loraweave.common.rows import GivenRows
-from loraweave.composer.compose.collect_statistics import encode_texts, padded_inputs
-from loraweave.composer.model.batches import context_length, takes, untouched
-from loraweave.composer.model.generate import Asked
-from loraweave.composer.transfer.drawn_regression import choose_ridge, drawn
-from loraweave.composer.transfer.old_answers import LR, Learning, agreement, answers, learned, split
-from loraweave.errors import AdapterUnsupported, BaseModelMismatch, InvalidTask, LayerMismatch
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.base import base_key
-from loraweave.hub.formats._base_layer import BaseLayer, as_base_layer, base_layer
-from loraweave.hub.same_base import require_same_base
-from loraweave.lowrank.factorise import factorise
-from loraweave.types import Factors
+from loraweave import Adapter, AdapterUnsupported, BaseModelMismatch, Factors, InvalidTask, LayerMismatch, base_key
+from loraweave.extend import (
+    Asked,
+    BaseLayer,
+    Count,
+    Fraction,
+    GivenRows,
+    Positive,
+    Seed,
+    Whole,
+    as_base_layer,
+    base_layer,
+    check_options,
+    context_length,
+    factorise,
+    layer_vectors,
+    options_of,
+    require_same_base,
+    text_rows,
+    tracked,
+    untouched,
+)
+from loraweave.extensions.transfer.drawn_regression import choose_ridge, drawn
+from loraweave.extensions.transfer.old_answers import LR, Learning, agreement, answers, learned, split
 
 Way = Literal["auto", "same", "subspace", "activations", "restore"]
 # sums of products that are held at once; an adapter of more layers takes several passes over the samples
@@ -64,7 +72,7 @@ def transfer(
     seed: Seed = 0,
     progress: bool = True,
 ) -> Adapter:
-    """The adapter, trained on the model `old`, for the model `new`, with the predicted share of its effect that it keeps.
+    """Return the adapter of the model `old` for the model `new`, with the predicted share of its effect that it keeps.
 
     Both models read `samples`, texts or rows with input and target, up to `max_tokens` tokens of each; no label is learned
     from. Every second sample fits, the others are held out. "auto" is "restore" where that is exact, which shows that
@@ -141,7 +149,7 @@ def _carried_layers(
     given: Mapping[str, Any],
     progress: bool,
 ) -> tuple[dict[str, Factors], dict[str, dict[str, Any]]]:
-    """The layers in the new base, those `restored` as they are; and where each of the adapter's went and what it keeps."""
+    """Return the layers in the new base, those `restored` as they are; and where each of the old went and what it keeps."""
     way, ridge = given["way"], given["ridge"]
     layers: dict[str, Factors] = {}
     found: dict[str, dict[str, Any]] = {name: {"to": None, "kept": 0.0} for name in adapter.layers}
@@ -161,7 +169,7 @@ def _carried_layers(
 
 
 def _restored_layers(adapter: Adapter, old: nn.Module, new: nn.Module, rank: int) -> dict[str, Factors]:
-    """What "restore" makes of the layers that differ, by the old names, where it is exact at a low `rank` but for rounding.
+    """Return what "restore" makes of the layers that differ, by the old names, if exact at a low `rank` but for rounding.
 
     Empty where it is not, or where the bases' layers are not equal.
     """
@@ -182,7 +190,7 @@ def _restored_layers(adapter: Adapter, old: nn.Module, new: nn.Module, rank: int
 
 
 def _restored(factors: Factors, pair: Pair, rank: int) -> tuple[Factors, float]:
-    """What "restore" makes of a layer, and its relative error."""
+    """Return what "restore" makes of a layer, and its relative error."""
     a_RI, b_OR, error = factorise(_wanted(factors, pair).float(), rank=rank)
     return replace(factors, a_RI=a_RI, b_OR=b_OR), error
 
@@ -205,7 +213,7 @@ class Moments:
         self.oo, self.nn, self.no = zeros(2, num_old, num_old), zeros(2, num_new, num_new), zeros(2, num_new, num_old)
 
     def add(self, half: int, old_TF: Tensor, new_TF: Tensor, num_tokens: int) -> None:
-        """Adds one sample's vectors, divided by the number of all tokens of its half."""
+        """Add one sample's vectors, divided by the number of all tokens of its half."""
         old_TF, new_TF = (x.reshape(-1, x.shape[-1]).to(self.oo) for x in (old_TF, new_TF))
         for total, left, right in ((self.oo, old_TF, old_TF), (self.nn, new_TF, new_TF), (self.no, new_TF, old_TF)):
             total[half].addmm_(left.T, right, alpha=1 / num_tokens)
@@ -216,7 +224,7 @@ Seen = tuple[Moments, Moments]
 
 
 def matched(adapter: Adapter, old: nn.Module, new: nn.Module, way: Way) -> list[Pair]:
-    """The adapter's layers with their counterparts, without those of blocks that have none."""
+    """Return the adapter's layers with their counterparts, without those of blocks that have none."""
     asker = f"adapter {adapter.name!r}"
     require_same_base(asker, adapter.base, base_key(old))
     if adapter.heads:
@@ -253,7 +261,7 @@ def matched(adapter: Adapter, old: nn.Module, new: nn.Module, way: Way) -> list[
 
 
 def _changed(old: Mapping[str, nn.Module], new: Mapping[str, nn.Module], known: Collection[str]) -> list[Pair]:
-    """The linear layers, but those known, whose weights differ in the two bases."""
+    """Return the linear layers, but those known, whose weights differ in the two bases."""
     both = ((as_base_layer(name, old[name]), as_base_layer(name, new[name])) for name in old if name in new)
     return [
         Pair(one, other)
@@ -268,7 +276,7 @@ def _changed(old: Mapping[str, nn.Module], new: Mapping[str, nn.Module], known: 
 
 
 def _update_of(adapter: Adapter, layer: BaseLayer) -> Factors:
-    """The adapter's update of a layer, of rank 0 where it has none."""
+    """Return the adapter's update of a layer, of rank 0 where it has none."""
     none = Factors(torch.zeros(0, layer.num_inputs), torch.zeros(layer.num_outputs, 0))
     return adapter.layers.get(layer.name, none)
 
@@ -278,7 +286,7 @@ def _sizes(layer: BaseLayer) -> tuple[int, int]:
 
 
 def _counterpart(name: str, old: Mapping[str, nn.Module], new: Mapping[str, nn.Module]) -> str | None:
-    """The new base's name of a layer, None where its block has no match: the first number in a path is that of the block."""
+    """Return the new base's name of a layer; None where its block, the first number in its path, has no match."""
     parts = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)
     if parts is None:
         return name
@@ -297,7 +305,7 @@ def _counterpart(name: str, old: Mapping[str, nn.Module], new: Mapping[str, nn.M
 
 
 def _groups(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
-    """The pairs in parts whose moments fit into MAX_BYTES."""
+    """Return the pairs in parts whose moments fit into MAX_BYTES."""
     sides = [tuple(zip(_sizes(pair.old), _sizes(pair.new), strict=True)) for pair in pairs]
     largest = max((sum(16 * (a * a + a * b + b * b) for a, b in both) for both in sides), default=1)
     count = max(1, MAX_BYTES // largest)
@@ -307,8 +315,8 @@ def _groups(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
 def see(
     old: Any, new: Any, tokenizer: Any, samples: GivenRows, pairs: Sequence[Pair], *, max_tokens: int, progress: bool
 ) -> dict[str, Seen]:
-    """The moments of each pair, by the old layer's name, from both models reading the samples one by one."""
-    rows = encode_texts(old, tokenizer, samples, min(max_tokens, context_length(new) or max_tokens))
+    """Return the moments of each pair, by the old layer's name, from both models reading the samples one by one."""
+    rows = text_rows(old, tokenizer, samples, min(max_tokens, context_length(new) or max_tokens))
     highest = max(max(row.prompt + row.target) for row in rows)
     if highest >= (size := getattr(new.get_input_embeddings(), "num_embeddings", highest + 1)):
         raise BaseModelMismatch(
@@ -343,26 +351,17 @@ def see(
 
 
 def _vectors(model: Any, tokenizer: Any, row: Any, layers: Sequence[BaseLayer]) -> list[tuple[Tensor, Tensor]]:
-    """(x, y) of each layer, for one sample without padding."""
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def saw(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        found[id(module)] = (args[0] if args else next(iter(kwargs.values())), output)
-
-    inputs, _ = padded_inputs(model, tokenizer, [row])
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(layer.module.register_forward_hook(saw, with_kwargs=True).remove)
-        model(**inputs, **({"use_cache": False} if takes(model, "use_cache") else {}))
-    if missing := [layer.name for layer in layers if id(layer.module) not in found]:
+    """Return (x, y) of each layer, for one sample without padding."""
+    seen = layer_vectors(model, tokenizer, row, {layer.name: layer.module for layer in layers})
+    if missing := [layer.name for layer in layers if layer.name not in seen]:
         raise AdapterUnsupported(f"layer {missing[0]!r} never ran on the samples, so that nothing is known of it")
-    return [found[id(layer.module)] for layer in layers]
+    return [seen[layer.name] for layer in layers]
 
 
 def carry(
     factors: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float | None = None, subspace: int = 320, rank: int = 16
 ) -> Factors:
-    """The update of one layer in the new base; a bias goes with the outputs."""
+    """Return the update of one layer in the new base; a bias goes with the outputs."""
     if way == "same":
         return factors
     if way == "restore":
@@ -386,12 +385,12 @@ def carry(
 
 
 def _wanted(factors: Factors, pair: Pair) -> Tensor:
-    """B A - (W_new - W_old), float64 on the CPU: what makes the old layer with its update of the new one."""
+    """Return B A - (W_new - W_old), float64 on the CPU: what makes the old layer with its update of the new one."""
     return factors.b_OR.double() @ factors.a_RI.double() - (pair.new.weight_OI - pair.old.weight_OI)
 
 
 def _in_subspace(b_OS: Tensor, a_RI: Tensor, pair: Pair, subspace: int) -> tuple[Tensor, Tensor]:
-    """P B and A Q^T. Singular vectors come in pairs of either sign; the largest entry of each u is made positive."""
+    """Return P B and A Q^T. Singular vectors come in pairs of either sign; the largest entry of each u is made positive."""
     (u_old, v_old), (u_new, v_new) = (_singular(layer.weight_OI, subspace) for layer in pair)
     count = min(u_old.shape[1], u_new.shape[1])
     left = u_new if len(u_old) == len(u_new) else u_old
@@ -407,7 +406,7 @@ def _singular(weight_OI: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def kept_share(factors: Factors, carried: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float | None = None) -> float:
-    """The prediction of one layer, 0 to 1; 1 for an update that is zero."""
+    """Return the prediction of one layer, 0 to 1; 1 for an update that is zero."""
     return _left(factors, carried, pair, seen) if way == "restore" else _regressed(factors, carried, seen, ridge)
 
 

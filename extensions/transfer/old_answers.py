@@ -8,20 +8,19 @@ from dataclasses import dataclass, replace
 from operator import eq
 from typing import Any
 
-from loraweave.common.display import progress_bar, tracked
-from loraweave.composer.composer import Composer
-from loraweave.composer.model.batches import EncodedRow, end_tokens, untouched
-from loraweave.composer.model.generate import Asked, generation_call, read_prompt
-from loraweave.composer.model.scoring import in_chunks
-from loraweave.composer.train.adapters import Apart, require_startable
-from loraweave.composer.train.rows import HeldOut
-from loraweave.composer.train.settings import LoraSettings
-from loraweave.composer.train.shared import SharedPasses
-from loraweave.composer.train.taught import taught_by
-from loraweave.errors import BaseModelMismatch, InvalidTask, TrainingError
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.base import fingerprint
-from loraweave.routers.tokens._call import has_two_sequences
+from loraweave import Adapter, BaseModelMismatch, Composer, InvalidTask, TrainingError
+from loraweave.extend import (
+    Asked,
+    EncodedRow,
+    LoraSettings,
+    end_tokens,
+    generation_call,
+    read_prompt,
+    tracked,
+    train_further,
+    untouched,
+)
+from loraweave.extensions.transfer.taught import taught_by
 
 # tokens of an answer that is learned and compared
 MAX_ANSWER = 24
@@ -41,21 +40,20 @@ def answers(
     taught: bool = False,
     progress: bool = False,
 ) -> list[EncodedRow]:
-    """The tokens of each prompt, and of the model's greedy answer under the adapter: up to MAX_ANSWER, its end among them.
+    """Return the tokens of each prompt and of its greedy answer under the adapter: up to MAX_ANSWER, its end among them.
 
     With `taught` they are TaughtRows, with the model's predictions of the answers.
     """
     asked = [read_prompt(prompt, number) for number, prompt in enumerate(prompts)]
-    parts = in_chunks(asked, BATCH_SIZE)
+    parts = [asked[start : start + BATCH_SIZE] for start in range(0, len(asked), BATCH_SIZE)]
     ends = set(end_tokens(model) or ())
     found: list[EncodedRow] = []
-    # what an encoder-decoder generates begins with the token that starts its decoder
-    first = 1 if has_two_sequences(model) else 0
     with untouched(model), Composer(model, [adapter], tokenizer=tokenizer).activate({adapter.name: 1.0}):
         for part in tracked(parts, f"answering in {model.name_or_path}", total=len(parts), shown=progress):
             settings = {"do_sample": False, "max_new_tokens": MAX_ANSWER}
             call = generation_call(model, tokenizer, part, None, settings)
-            said = call.new_tokens(call.output(model))[:, first:].tolist()
+            # what an encoder-decoder generates begins with the token that starts its decoder
+            said = call.new_tokens(call.output(model))[:, 0 if call.start else 1 :].tolist()
             read = zip(call.arguments["input_ids"], call.arguments["attention_mask"].bool(), strict=True)
             rows = [
                 EncodedRow(tuple(ids_T[mask_T].tolist()), _ended(tokens, ends))
@@ -66,20 +64,20 @@ def answers(
 
 
 def _ended(tokens: Sequence[int], ends: set[int]) -> tuple[int, ...]:
-    """The tokens up to the first that ends an answer; after it a batch is filled up."""
+    """Return the tokens up to the first that ends an answer; after it a batch is filled up."""
     length = next((place for place, token in enumerate(tokens, start=1) if token in ends), len(tokens))
     return tuple(tokens[:length])
 
 
 def agreement(tokenizer: Any, one: Sequence[EncodedRow], other: Sequence[EncodedRow]) -> float:
-    """The share of answers that are the same text."""
+    """Return the share of answers that are the same text."""
     texts = [[tokenizer.decode(row.target, skip_special_tokens=True) for row in rows] for rows in (one, other)]
     same: int = sum(map(eq, *texts))
     return same / len(one)
 
 
 def split(prompts: Sequence[Asked]) -> tuple[list[Asked], list[Asked]]:
-    """(prompts that teach, prompts that judge): the first of each four judges, and nowhere does it teach."""
+    """Return (prompts that teach, prompts that judge): the first of each four judges, and nowhere does it teach."""
     judges = list(prompts[::JUDGED])
     lessons = [prompt for place, prompt in enumerate(prompts) if place % JUDGED and prompt not in judges]
     if not lessons:
@@ -109,7 +107,7 @@ def learned(
     *,
     progress: bool,
 ) -> tuple[Adapter, dict[str, Any]]:
-    """The adapter after its steps in the new base, and for its card what it learned from.
+    """Return the adapter after its steps in the new base, and for its card what it learned from.
 
     The loss is the mean over the answers' tokens of the divergence of the new base's prediction from the old one's; `loss`
     has that of the rows that judge, before and after. Where it is not lower after, the adapter is as it was, `rolled_back`.
@@ -119,16 +117,11 @@ def learned(
     name, size = carried.name, model.get_input_embeddings().num_embeddings
     if (highest := max(max(row.prompt + row.target) for row in (*lessons, *judges))) >= size:
         raise BaseModelMismatch(f"the old base's answers have token {highest}, but the new base's vocabulary has {size}")
-    begins = require_startable(model, [name], {name: carried})
     rows_each = min(how.batch_size, len(lessons))
     settings = LoraSettings(how.steps, how.lr, rows_each, how.seed, warmup=0, rank=carried.rank, alpha=2.0 * carried.rank)
-    held_out = {name: HeldOut(judges, every=how.steps)}
-    with untouched(model), progress_bar(progress, field="loss") as bar:
-        shared = SharedPasses(model, tokenizer, bar, jobs_per_batch=1, memory_bytes=None, folder=None)
-        tasks, rows = {name: ()}, {name: lessons}
-        trained = Apart(shared, settings, {}, tasks, rows, held_out, begins, None, fingerprint(model)).train()
-    assert trained.report is not None
-    (_, before), (_, after) = trained.report.jobs[name].held_out
+    trained, ((_, before), (_, after)) = train_further(
+        model, tokenizer, carried, lessons, judges, settings, progress=progress
+    )
     if not math.isfinite(after):
         raise TrainingError(
             f"after {how.steps} steps in the new base the loss of adapter {name!r} is {after}: lower lr={how.lr:g}"
@@ -136,4 +129,4 @@ def learned(
     about = {"steps": how.steps, "prompts": len(lessons), "judges": len(judges), "loss": [before, after]}
     if after >= before:
         return carried, {**about, "rolled_back": True}
-    return replace(carried, layers=trained[name].layers), {**about, "rolled_back": False}
+    return replace(carried, layers=trained.layers), {**about, "rolled_back": False}

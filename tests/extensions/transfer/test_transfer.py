@@ -11,10 +11,11 @@ from rounding import unit
 from torch import nn
 
 import loraweave as lw
-from loraweave.composer.transfer import transfer as transferring
-from loraweave.composer.transfer.drawn_regression import RIDGES
-from loraweave.composer.transfer.old_answers import Learning, agreement, answers, learned, split
 from loraweave.errors import AdapterUnsupported, BaseModelMismatch, InvalidTask, LayerMismatch, WeightingError
+from loraweave.extensions.transfer import carrying as transferring
+from loraweave.extensions.transfer import transfer
+from loraweave.extensions.transfer.drawn_regression import RIDGES
+from loraweave.extensions.transfer.old_answers import Learning, agreement, answers, learned, split
 from loraweave.hub.base import fingerprint
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -39,7 +40,7 @@ def adapter(old, make_adapter):
 
 
 def carry(adapter, old, new, tokenizer, **settings):
-    return lw.transfer(adapter, old, new, tokenizer, TEXTS, **{"way": "activations", "progress": False, **settings})
+    return transfer(adapter, old, new, tokenizer, TEXTS, **{"way": "activations", "progress": False, **settings})
 
 
 def logits(model, adapter=None):
@@ -468,7 +469,7 @@ def test_what_is_no_plain_lora_of_the_old_base_is_refused(old, make_adapter, ada
 
 def test_samples_that_cannot_fit_or_be_read_are_refused(old, make_model, adapter, tokenizer):
     with pytest.raises(InvalidTask, match=r"halves have 3 and 0 tokens.*16 features"):
-        lw.transfer(adapter(), old, old, tokenizer, ["abc"])
+        transfer(adapter(), old, old, tokenizer, ["abc"])
     small = changed(make_model("llama", dtype=torch.float64, vocab_size=20), lambda new: None)
     with pytest.raises(BaseModelMismatch, match=r"token 2\d, but the new base's vocabulary has 20"):
         carry(adapter(), old, small, tokenizer)
@@ -507,6 +508,6 @@ def test_models_are_left_as_they_were(old, adapter, tokenizer):
 
 @pytest.mark.slow
 def test_the_code_of_the_page_runs_and_predicts_that_a_scaled_base_keeps_nearly_all(run_page):
-    names = run_page("docs/transfer.md")
+    names = run_page("docs/extensions/transfer.md")
     assert names["carried"].hash == names["adapter"].hash
     assert 0.9 < names["carried"].card["transfer"]["kept"] <= 1.0

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.composer.model.batches import IGNORED, EncodedRow, TargetBatch, batch, target_logits, token_losses
-from loraweave.composer.model.scoring import in_chunks
+from loraweave.extend import IGNORED, EncodedRow, TargetBatch, batch, target_logits
 
 # tokens whose probabilities are kept at each place
 LIKELIEST = 64
@@ -30,12 +29,24 @@ class TaughtRow(EncodedRow):
     ids_KM: Tensor
     p_KN: Tensor
 
+    @staticmethod
+    def losses(model: Any, rows: Sequence[TaughtRow], stacked: TargetBatch) -> Tensor:
+        """Return loss_BK = KL(teacher || model) at each token, in nats, fp32; 0 where a target is shorter than K."""
+        asked_BK = stacked.targets_BK != IGNORED
+        logits_NV = target_logits(model, stacked)[asked_BK]
+        ids_NM, p_NN = (
+            torch.cat(parts).to(logits_NV.device) for parts in zip(*((r.ids_KM, r.p_KN) for r in rows), strict=True)
+        )
+        loss_N = (torch.xlogy(p_NN, p_NN) - p_NN * _log_shares(logits_NV, ids_NM)).sum(dim=1)
+        return loss_N.new_zeros(asked_BK.shape).masked_scatter(asked_BK, loss_N)
+
 
 @torch.no_grad()
 def taught_by(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> list[TaughtRow]:
     """Return the rows with the model's predictions for their targets."""
     taught: list[TaughtRow] = []
-    for part in in_chunks(list(rows), BATCH_SIZE):
+    for start in range(0, len(rows), BATCH_SIZE):
+        part = rows[start : start + BATCH_SIZE]
         stacked = batch(model, tokenizer, part)
         logits_NV = target_logits(model, stacked)[stacked.targets_BK != IGNORED]
         ids_NM = logits_NV.topk(min(LIKELIEST, logits_NV.shape[1]), dim=1).indices
@@ -44,23 +55,6 @@ def taught_by(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> list[Ta
         pairs = zip(part, torch.split(ids_NM.cpu(), counts), torch.split(log_p_NN.exp().cpu(), counts), strict=True)
         taught += [TaughtRow(row.prompt, row.target, ids_KM, p_KN) for row, ids_KM, p_KN in pairs]
     return taught
-
-
-def row_losses(model: Any, rows: Sequence[EncodedRow], stacked: TargetBatch) -> Tensor:
-    """Return loss_BK of the rows, which are stacked: in nats, fp32, 0 where a target is shorter than K.
-
-    Where all rows are taught it is the divergence KL(teacher || model) at a token, else the negative log-likelihood of it.
-    """
-    teachers = [row for row in rows if isinstance(row, TaughtRow)]
-    if not teachers or len(teachers) < len(rows):
-        return token_losses(model, stacked)
-    asked_BK = stacked.targets_BK != IGNORED
-    logits_NV = target_logits(model, stacked)[asked_BK]
-    ids_NM, p_NN = (
-        torch.cat(parts).to(logits_NV.device) for parts in zip(*((r.ids_KM, r.p_KN) for r in teachers), strict=True)
-    )
-    loss_N = (torch.xlogy(p_NN, p_NN) - p_NN * _log_shares(logits_NV, ids_NM)).sum(dim=1)
-    return loss_N.new_zeros(asked_BK.shape).masked_scatter(asked_BK, loss_N)
 
 
 def _log_shares(logits_NV: Tensor, ids_NM: Tensor) -> Tensor:

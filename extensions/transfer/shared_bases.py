@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from loraweave.lowrank import algebra
-from loraweave.types import Factors
+from loraweave import Factors
+from loraweave.extend import algebra
 
 Middle = Literal["full", "diagonal"]
 # of the alternation, and of the power method in each; more change the error by less than a fiftieth of it

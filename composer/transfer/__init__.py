@@ -1,1 +1,0 @@
-"""Adapters in another base: carried layer by layer, taught by the old answers, and how much of them arrives."""
