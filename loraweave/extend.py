@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from loraweave.common.process import lock_of
     from loraweave.common.randomness import caller_randomness, seeded, with_seed
     from loraweave.common.rows import GivenRows, Row, read_asked, read_rows
-    from loraweave.common.spread import Failed, spread
+    from loraweave.common.spread import Failed, require_all, spread
     from loraweave.common.state import (
         RUNNING,
         TrainingState,
@@ -126,7 +126,7 @@ if TYPE_CHECKING:
     from loraweave.composer.model.generate import Asked, encode_texts, generation_call, read_prompt
     from loraweave.composer.model.kinds import by_row, conv, is_near, linear
     from loraweave.composer.model.layers import TargetLayer, target_layer
-    from loraweave.composer.model.scoring import encode_pairs, in_chunks
+    from loraweave.composer.model.scoring import encode_pairs, in_chunks, predict
     from loraweave.composer.train.adapters import target_layers, train_further, training_rows
     from loraweave.composer.train.jobs import LoraJob, LowRank, TrainingJob, given_factors, new_factors
     from loraweave.composer.train.passes import LoraJobs, SharedPass, job_losses
@@ -267,7 +267,7 @@ _MODULES = {
     "common.descent": "Descent backward descend",
     "common.randomness": "caller_randomness seeded with_seed",
     "common.intervals": "wilson",
-    "common.spread": "Failed spread",
+    "common.spread": "Failed require_all spread",
     "composer.compose.compose": "ComposeCall",
     "composer.compose.collect_statistics": "layer_vectors record_inputs text_rows",
     "composer.experts.expert_model": "ExpertModel require_expert_model",
@@ -277,7 +277,7 @@ _MODULES = {
         "pad_rows takes target_logits token_losses untouched with_positions"
     ),
     "composer.model.layers": "TargetLayer target_layer",
-    "composer.model.scoring": "encode_pairs in_chunks",
+    "composer.model.scoring": "encode_pairs in_chunks predict",
     "composer.train.adapters": "target_layers train_further training_rows",
     "composer.train.jobs": "LoraJob LowRank TrainingJob given_factors new_factors",
     "composer.train.passes": "LoraJobs SharedPass job_losses",
@@ -601,6 +601,7 @@ __all__ = [
     "parse_lora",
     "place_of",
     "plain_factors",
+    "predict",
     "present",
     "print_json",
     "print_table",
@@ -634,6 +635,7 @@ __all__ = [
     "refused",
     "remote_errors",
     "replacing",
+    "require_all",
     "require_all_named",
     "require_dtype",
     "require_everywhere",

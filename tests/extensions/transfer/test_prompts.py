@@ -8,8 +8,8 @@ import torch
 import loraweave as lw
 from loraweave.composer.composer import Composer
 from loraweave.composer.model import scoring
-from loraweave.composer.train.prompts import distil_prompt
 from loraweave.errors import InvalidTask
+from loraweave.extensions.transfer import distil_prompt, prompts
 
 INPUTS = ["a b", "b c a", "c", "d e", "f a", "b b"]
 SETTINGS = {"rank": 4, "steps": 25, "lr": 2e-2, "max_new_tokens": 4, "seed": 3, "progress": False}
@@ -48,7 +48,7 @@ def test_two_workers_answer_as_one_process_does(make_model, tokenizer, tmp_path,
     make_model("llama").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model, tokenizer = lw.load_base(tmp_path)
-    monkeypatch.setattr(scoring, "BATCH_SIZE", 2)
+    monkeypatch.setattr(prompts, "BATCH_SIZE", 2)
     # where a prompt ends with its input, each has an answer of its own
     teacher = lw.Task([], instruction="x y", template="{instruction} {input}")
     settings = {**SETTINGS, "steps": 2}

@@ -7,18 +7,24 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from loraweave.common.chat import Prompt, prompt_ids
-from loraweave.common.display import progress_bar
-from loraweave.common.options import Count, Positive
-from loraweave.common.rows import GivenRows, read_asked
-from loraweave.common.spread import require_all, spread
-from loraweave.composer.model import scoring
-from loraweave.composer.train.adapters import train_adapters
-from loraweave.errors import InvalidTask
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.base_reference import base_loader
-from loraweave.types import DEFAULT_TEMPLATE, Task
+from loraweave import Adapter, InvalidTask, Task, train_adapters
+from loraweave.extend import (
+    DEFAULT_TEMPLATE,
+    Count,
+    GivenRows,
+    Positive,
+    Prompt,
+    base_loader,
+    predict,
+    progress_bar,
+    prompt_ids,
+    read_rows,
+    require_all,
+    spread,
+)
 
+# inputs that are answered together, and tokens of an answer
+BATCH_SIZE, MAX_NEW_TOKENS = 32, 48
 # the default form of a prompt, without its instruction
 PLAIN = DEFAULT_TEMPLATE.removeprefix("{instruction}\n")
 
@@ -31,7 +37,7 @@ def distil_prompt(
     *,
     student: Task | None = None,
     name: str = "prompt",
-    max_new_tokens: Count = scoring.MAX_NEW_TOKENS,
+    max_new_tokens: Count = MAX_NEW_TOKENS,
     rank: Count = 8,
     steps: Count = 60,
     lr: Positive = 3e-3,
@@ -59,7 +65,7 @@ def distil_prompt(
     bare = replace(
         teacher, examples=(), instruction="", demonstrations=(), system=None, orders=1, template=template, calibrated=False
     )
-    prompts = read_asked(inputs)
+    prompts = [row.asked for row in read_rows(inputs, noun="input", targets="none")]
     told = bare if student is None else student
     if not prompts or teacher.prompt(prompts[0]) == told.prompt(prompts[0]):
         raise InvalidTask(
@@ -101,7 +107,7 @@ def _answers(
     """Return the base's answers, from pieces of like length, which are the same for any number of workers."""
     lengths = [len(ids) for ids in prompt_ids(tokenizer, [teacher.prompt(text) for text in asked])]
     order = sorted(range(len(asked)), key=lengths.__getitem__)
-    parts = scoring.in_chunks(order, scoring.BATCH_SIZE)
+    parts = [order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE)]
     pieces = {f"{number} of {len(parts)}": [asked[place] for place in part] for number, part in enumerate(parts, start=1)}
     work = partial(_answered, base_loader(model, tokenizer, n_jobs), teacher, max_new_tokens)
     with progress_bar(progress) as bar:
@@ -113,4 +119,4 @@ def _answers(
 def _answered(
     load: Callable[[], tuple[Any, Any]], teacher: Task, max_new_tokens: int, inputs: Sequence[Prompt]
 ) -> list[str]:
-    return scoring.predict(*load(), teacher, inputs, max_new_tokens=max_new_tokens)
+    return predict(*load(), teacher, inputs, max_new_tokens=max_new_tokens)

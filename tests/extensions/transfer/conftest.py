@@ -1,0 +1,3 @@
+from __future__ import annotations
+
+from warm_workers import warm_workers as warm_workers
