@@ -10,7 +10,7 @@ from typing import Any
 from rich.progress import Progress
 
 from loraweave.common.spread import processes_here, require_all, spread
-from loraweave.composer.train.jobs import PlannedJob, sizes_of
+from loraweave.composer.train.jobs import PlannedJob
 from loraweave.composer.train.memory import MemoryModel, step_budget
 from loraweave.composer.train.report import SharedReport, TrainedAdapters
 from loraweave.composer.train.schedule import groups
@@ -55,9 +55,8 @@ def train_groups(
     if budget is None and (budget := step_budget(memory, next(model.parameters()).device)) is not None:
         # as many processes of this machine do the same
         budget //= processes_here(n_jobs) or 1
-    together = groups(
-        sizes_of(model, planned), options["jobs_per_batch"], lambda jobs: budget is None or memory.peak(jobs) <= budget
-    )
+    sizes = {job.name: job.size(model) for job in planned}
+    together = groups(sizes, options["jobs_per_batch"], lambda jobs: budget is None or memory.peak(jobs) <= budget)
     pieces = {
         ", ".join(names): Group(
             {argument: {name: values[name] for name in names if name in values} for argument, values in by_name.items()},

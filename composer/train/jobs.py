@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -250,8 +250,8 @@ class PlannedJob:
         """Return the rows of a step."""
         return self.pace.rows(self.rows, self.name, step)
 
-    def size(self, *, is_encoder_decoder: bool) -> JobSize:
-        """Return the size that the job will add to a step."""
+    def size(self, model: Any) -> JobSize:
+        """Return the size that the job will add to a step of the model."""
         held_out = () if self.held_out is None else self.held_out.rows
         seen = [*self.rows, *held_out]
         steps = range(min(self.pace.steps, MEASURED_STEPS))
@@ -259,14 +259,8 @@ class PlannedJob:
         return JobSize(
             num_rows=self.pace.batch_size,
             width=sum(widths) / len(widths),
-            longest=max(len(row.prompt) if is_encoder_decoder else len(row) for row in seen),
+            longest=max(len(row.prompt) if model.config.is_encoder_decoder else len(row) for row in seen),
             longest_target=max(len(row.target) for row in seen),
             num_parameters=self.num_parameters,
             num_copies=NUM_COPIES + (self.held_out is not None),
         )
-
-
-def sizes_of(model: Any, planned: Iterable[PlannedJob]) -> dict[str, JobSize]:
-    """Return the size that each job, by name, will add to a step of the model."""
-    is_encoder_decoder = bool(model.config.is_encoder_decoder)
-    return {job.name: job.size(is_encoder_decoder=is_encoder_decoder) for job in planned}

@@ -15,7 +15,7 @@ from torch import Tensor
 from loraweave.common.descent import Descent, FlatParameters, backward
 from loraweave.common.state import TrainingState
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch
-from loraweave.composer.train.jobs import LoraJob, PlannedJob, TrainingJob, sizes_of
+from loraweave.composer.train.jobs import LoraJob, PlannedJob, TrainingJob
 from loraweave.composer.train.memory import MemoryModel, MemoryUse, step_budget
 from loraweave.composer.train.passes import SharedPass, range_losses, row_losses
 from loraweave.composer.train.processes import Processes
@@ -44,7 +44,7 @@ class SharedTraining:
         self.model, self.tokenizer = shared.model, shared.tokenizer
         self.report = SharedReport()
         self._waiting = {job.name: job for job in planned}
-        self._sizes = sizes_of(self.model, planned)
+        self._sizes = {job.name: job.size(self.model) for job in planned}
         self._running: list[JobProgress] = []
         self._bar, self._jobs_per_batch, self._budget = shared.bar, shared.jobs_per_batch, shared.memory_bytes
         self._kept = kept

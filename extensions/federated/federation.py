@@ -198,13 +198,18 @@ def _strategy(given: str | Strategy, options: Mapping[str, Any]) -> Strategy:
     return made(**options)
 
 
+def _require_clients(option: str, given: Mapping[str, Any], clients: Mapping[str, Any], what: str) -> None:
+    if not isinstance(given, Mapping):
+        raise TrainingError(f"{option} is {given!r:.60}; pass {{client: its {what}}}")
+    if unknown := [name for name in given if name not in clients]:
+        near = nearest(unknown[0], clients)
+        raise UnknownName(f"{option} has {unknown[0]!r}{near}; the clients are {', '.join(clients)}")
+
+
 def _ranks(given: Mapping[str, int], strategy: Strategy, clients: Mapping[str, Any], rank: int) -> dict[str, int]:
     """Return each client's rank. Raises TrainingError for ranks that the strategy cannot take, UnknownName."""
-    if not isinstance(given, Mapping):
-        raise TrainingError(f"ranks is {given!r:.60}; pass {{client: its rank}}")
+    _require_clients("ranks", given, clients, "rank")
     for name, client_rank in given.items():
-        if name not in clients:
-            raise UnknownName(f"ranks has {name!r}{nearest(name, clients)}; the clients are {', '.join(clients)}")
         if not is_whole(client_rank, 1):
             raise TrainingError(f"the rank of client {name!r} is {client_rank!r}; it must be a whole number of at least 1")
     client_ranks = {name: given.get(name, rank) for name in clients}
@@ -219,11 +224,8 @@ def _ranks(given: Mapping[str, int], strategy: Strategy, clients: Mapping[str, A
 
 def _models(given: Mapping[str, Any], strategy: Strategy, clients: Mapping[str, Any]) -> dict[str, Any]:
     """Return the models of clients that bring their own. Raises TrainingError if the strategy takes none."""
-    if not isinstance(given, Mapping):
-        raise TrainingError(f"models is {given!r:.60}; pass {{client: its model}}")
+    _require_clients("models", given, clients, "model")
     for name, model in given.items():
-        if name not in clients:
-            raise UnknownName(f"models has {name!r}{nearest(name, clients)}; the clients are {', '.join(clients)}")
         require_model(model)
         if not strategy.own_models:
             take = [other for other in names_of("strategies") if get("strategies", other).own_models]

@@ -148,9 +148,13 @@ class Strategy(Declared):
         """Return the tensors that the client receives: all, or where ranks are mixed the first rows, as many as its rank."""
         return truncated(server, client.rank) if self.mixed_ranks else server
 
+    def job(self, course: Course, order: Order) -> LoraJob:
+        """Return the job that a client trains in a round, from the tensors that it received."""
+        return LoraJob(order.client, start_of(course, order.received), course.scale)
+
     def train(self, course: Course, order: Order) -> Trained:
-        """Train a client for a round, from the tensors that it received; return the result."""
-        job = LoraJob(order.client, start_of(course, order.received), course.scale)
+        """Train a client for a round; return the result."""
+        job = self.job(course, order)
         losses = learn(course, order, job)
         return Trained(factors_of(job), {}, losses)
 

@@ -22,7 +22,6 @@ from loraweave.extensions.federated.strategies._strategy import (
     factors_of,
     mean,
     plain_loss,
-    start_of,
 )
 from loraweave.extensions.federated.strategies.dp_fedavg import DpFedavg
 
@@ -83,7 +82,7 @@ class DpLora(Strategy):
 
     def train(self, course: Course, order: Order) -> Trained:
         settings, sigma = course.settings, self.noise(course)
-        job = LoraJob(order.client, start_of(course, order.received), course.scale)
+        job = self.job(course, order)
         for step in range(settings.steps):
             gradients = self.gradients(course, job, drawn(course, order, step))
             generator = seeded(settings.seed, "noise", order.client, order.round, step)

@@ -16,10 +16,7 @@ from loraweave.extensions.federated.strategies._strategy import (
     Pairs,
     Strategy,
     Tensors,
-    Trained,
-    factors_of,
     layers_of,
-    learn,
     start_of,
     tensors_of,
 )
@@ -43,11 +40,9 @@ class Federa(Strategy):
         origin = tensors_of({layer: Factors(a_RI, b_OR) for layer, (a_RI, b_OR, _) in cuts.items()})
         return origin | {ORIGIN + name: value for name, value in origin.items()}
 
-    def train(self, course: Course, order: Order) -> Trained:
-        learned, origin = _apart(order.received)
-        job = ResidualJob(order.client, start_of(course, learned), start_of(course, origin), course.scale)
-        losses = learn(course, order, job)
-        return Trained(factors_of(job), {}, losses)
+    def job(self, course: Course, order: Order) -> LoraJob:
+        learned, origin = (start_of(course, part) for part in _apart(order.received))
+        return ResidualJob(order.client, learned, course.scale, origin)
 
     def expected(self, received: Tensors, update: Tensors) -> Mapping[str, tuple[int, ...]]:
         return super().expected(_apart(received)[0], update)
@@ -63,7 +58,7 @@ class Federa(Strategy):
 class ResidualJob(LoraJob):
     """The job of a LoRA b a beside W - b0 a0: its update is b a - b0 a0, and only a and b learn."""
 
-    def __init__(self, name: str, factors: Pairs, origin: Pairs, scale: float) -> None:
+    def __init__(self, name: str, factors: Pairs, scale: float, origin: Pairs) -> None:
         super().__init__(name, factors, scale)
         self._origin = origin
 

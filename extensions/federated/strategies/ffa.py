@@ -13,10 +13,7 @@ from loraweave.extensions.federated.strategies._strategy import (
     Strategy,
     Tensors,
     Trained,
-    factors_of,
-    learn,
     new_layers,
-    start_of,
     tensors_of,
 )
 
@@ -28,11 +25,14 @@ class Ffa(Strategy):
     def first(self, course: Course) -> Tensors:
         return _only_b(super().first(course))
 
-    def train(self, course: Course, order: Order) -> Trained:
-        job = LoraJob(order.client, start_of(course, tensors_of(self.layers(course, order.received))), course.scale)
+    def job(self, course: Course, order: Order) -> LoraJob:
+        job = super().job(course, replace(order, received=tensors_of(self.layers(course, order.received))))
         job.freeze_a()
-        losses = learn(course, order, job)
-        return Trained(_only_b(factors_of(job)), {}, losses)
+        return job
+
+    def train(self, course: Course, order: Order) -> Trained:
+        trained = super().train(course, order)
+        return replace(trained, update=_only_b(trained.update))
 
     def layers(self, course: Course, state: Tensors) -> Layers:
         return {layer: replace(factors, b_OR=state[layer + B]) for layer, factors in new_layers(course).items()}
