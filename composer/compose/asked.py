@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 
 from loraweave.common.chat import Prompt
-from loraweave.composer.compose.examples import TokenTree, runs_trees, token_tree, tree_inputs
+from loraweave.composer.compose.examples import TokenTree, runs_trees, token_tree, tree_inputs, tree_logits
 from loraweave.composer.composer import Composer
 from loraweave.composer.model import scoring
-from loraweave.composer.model.batches import EncodedRow, batch, encode, logits_at, token_scores, untouched
+from loraweave.composer.model.batches import EncodedRow, batch, encode, token_scores, untouched
 from loraweave.types import Task
 
 # the tokens that one tree, and one pass over several, have at most
@@ -157,11 +157,9 @@ class Asked:
             yield [target for some, _ in trees for target in some], self._read([tree for _, tree in trees], trees)
 
     def _read(self, trees: list[TokenTree], planted: Sequence[tuple[list[Target], TokenTree]]) -> list[Reading]:
-        model, first = self._engine.model, next(self._engine.model.parameters())
-        inputs = tree_inputs(trees, 0, first.dtype, first.device)
-        length, kept = inputs["input_ids"].shape[1], max(tree.num_predictors for tree in trees)
+        inputs = tree_inputs(self._engine.model, trees)
         with self._engine.activate([some[0][0].mixture for some, _ in planted]):
-            logits_BPV = logits_at(model, inputs, torch.arange(length - kept, length, device=inputs["input_ids"].device))
+            logits_BPV = tree_logits(self._engine.model, inputs, max(tree.num_predictors for tree in trees))
         readings = []
         for logits_PV, tree in zip(logits_BPV, trees, strict=True):
             loss_R, hit_R = tree.read(logits_PV)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain, repeat
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,6 +30,7 @@ from loraweave.composer.model.batches import (
     target_logits,
     untouched,
 )
+from loraweave.composer.model.scoring import in_chunks
 from loraweave.types import Task
 
 # tokens of the texts of one tree, whose mask has as many rows and columns
@@ -54,10 +56,7 @@ class JobBatch:
         """Return logits_BPV of the positions that predict targets."""
         if self.inputs["attention_mask"].ndim != 4:
             return target_logits(model, TargetBatch(self.inputs, self.target_BRK[:, 0]))
-        # in a tree the last token predicts too, in a plain row it is predicted
-        ids_BT = self.inputs["input_ids"]
-        place_K = torch.arange(ids_BT.shape[1] - self.num_kept, ids_BT.shape[1], device=ids_BT.device)
-        return logits_at(model, self.inputs, place_K)
+        return tree_logits(model, self.inputs, self.num_kept)
 
 
 def in_turn(task: Task) -> list[Task]:
@@ -89,10 +88,13 @@ class EncodedExamples:
         self.num_texts = len(kind.targets[0])
         self.right_N = torch.tensor(kind.right)
         tasks = in_turn(task) if turned else [task] * len(task.examples)
-        example_prompts = [example_task.prompt(text) for example_task, (text, _) in zip(tasks, task.examples, strict=True)]
-        prompts = [prompt for prompt, texts in zip(example_prompts, kind.targets, strict=True) for _ in texts]
-        targets = [text for texts in kind.targets for text in texts]
-        self._rows = encode(model, tokenizer, prompts, targets, ends=[task.answer_end] * len(targets))
+        prompts = [example_task.prompt(text) for example_task, (text, _) in zip(tasks, task.examples, strict=True)]
+        targets = list(chain.from_iterable(kind.targets))
+        repeated = chain.from_iterable(map(repeat, prompts, map(len, kind.targets)))
+        self._rows = encode(model, tokenizer, list(repeated), targets, ends=[task.answer_end] * len(targets))
+        self._by_example = in_chunks(self._rows, self.num_texts)
+        # the number of target tokens of each row
+        self._count_NR = torch.tensor([len(row.target) for row in self._rows]).view(-1, self.num_texts)
         self._trees: dict[tuple[int, ...], list[TokenTree]] = {}
 
     @cached_property
@@ -119,12 +121,11 @@ class EncodedExamples:
 
     def counts(self, examples: Sequence[int]) -> Tensor:
         """Return count_NR, the number of target tokens of each row."""
-        return torch.tensor([[len(row.target) for row in self._rows_of([example])] for example in examples])
+        return self._count_NR[list(examples)]
 
     def num_targets(self, examples: Sequence[int]) -> int:
         """Return the number of tokens of the examples' own targets."""
-        right = self.right_N[list(examples)]
-        return int(self.counts(examples).gather(1, right[:, None]).sum())
+        return int(self.counts(examples).gather(1, self.right_N[list(examples)][:, None]).sum())
 
     def size(self, examples: tuple[int, ...]) -> tuple[int, int]:
         """Return (tokens read, logits made) for one job."""
@@ -138,8 +139,8 @@ class EncodedExamples:
         """Return all jobs as one batch."""
         if self._trees_of(jobs[0]):
             return self._as_trees([self._trees_of(job) for job in jobs])
-        index = [row for job in jobs for example in job for row in self._places(example)]
-        chosen = self._plain.rows(index)
+        places = in_chunks(list(range(len(self._rows))), self.num_texts)
+        chosen = self._plain.rows(list(chain.from_iterable(map(places.__getitem__, chain.from_iterable(jobs)))))
         target_BRK = chosen.targets_BK[:, None]
         num_kept, device = target_BRK.shape[2], target_BRK.device
         slot_BRK = torch.arange(-num_kept, 0, device=device).expand(target_BRK.shape)
@@ -154,8 +155,8 @@ class EncodedExamples:
         for number, tree in enumerate(trees):
             place = number, slice(tree.target_RK.shape[0]), slice(tree.target_RK.shape[1])
             slot_BRK[place], target_BRK[place] = tree.slot_RK, tree.target_RK
-        device = next(self._model.parameters()).device
-        inputs = tree_inputs(trees, 0, _dtype(self._model), device)
+        inputs = tree_inputs(self._model, trees)
+        device = inputs["input_ids"].device
         target_BRK = target_BRK.to(device)
         num_kept, real_BR = max(tree.num_predictors for tree in trees), (target_BRK != IGNORED).any(dim=2)
         return JobBatch(inputs, num_kept, slot_BRK.to(device), target_BRK, real_BR, tuple(map(len, jobs)))
@@ -190,10 +191,7 @@ class EncodedExamples:
         return num_rows * length * (6 * int(self._model.config.get_text_config().hidden_size) + length)
 
     def _rows_of(self, examples: Sequence[int]) -> list[EncodedRow]:
-        return [self._rows[place] for example in examples for place in self._places(example)]
-
-    def _places(self, example: int) -> range:
-        return range(example * self.num_texts, (example + 1) * self.num_texts)
+        return list(chain.from_iterable(map(self._by_example.__getitem__, examples)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,37 +227,45 @@ def token_tree(rows: Sequence[EncodedRow]) -> TokenTree:
     nodes: dict[tuple[int, int], int] = {}
     ids: list[int] = []
     paths: list[list[int]] = []
+    predictors: set[int] = set()
     for row in rows:
-        path = [-1]
+        path, node = [], -1
         for token in (row.prompt + row.target)[:-1]:
-            node = nodes.setdefault((path[-1], token), len(ids))
+            node = nodes.setdefault((node, token), len(ids))
             if node == len(ids):
                 ids.append(token)
             path.append(node)
-        paths.append(path[1:])
-    predictors = {node for row, path in zip(rows, paths, strict=True) for node in path[len(row.prompt) - 1 :]}
-    order = sorted(range(len(ids)), key=lambda node: (node in predictors, node))
-    place = {node: number for number, node in enumerate(order)}
-    position_T = torch.zeros(len(ids), dtype=torch.long)
-    sees_TT = torch.zeros(len(ids), len(ids), dtype=torch.bool)
-    width = max(len(row.target) for row in rows)
-    slot_RK = torch.full((len(rows), width), -1)
-    target_RK = torch.full((len(rows), width), IGNORED)
+        paths.append(path)
+        predictors.update(path[len(row.prompt) - 1 :])
+    size, width = len(ids), max(len(row.target) for row in rows)
+    order_T = torch.tensor([*sorted(set(range(size)) - predictors), *sorted(predictors)])
+    place_T = torch.empty_like(order_T)
+    place_T[order_T] = torch.arange(size)
+    position_T = torch.zeros(size, dtype=torch.long)
+    sees_TT = torch.zeros(size, size, dtype=torch.bool)
+    slot_RK, target_RK = torch.full((len(rows), width), -1), torch.full((len(rows), width), IGNORED)
     for number, (row, path) in enumerate(zip(rows, paths, strict=True)):
-        placed_L = torch.tensor([place[node] for node in path])
+        placed_L = place_T[path]
         position_T[placed_L] = torch.arange(len(path))
         # of the row's tokens, each sees those before it
         sees_TT[placed_L[:, None], placed_L] = torch.ones(len(path), len(path), dtype=torch.bool).tril()
-        slot_RK[number, : len(row.target)] = placed_L[len(row.prompt) - 1 :] - len(ids)
+        slot_RK[number, : len(row.target)] = placed_L[len(row.prompt) - 1 :] - size
         target_RK[number, : len(row.target)] = torch.tensor(row.target)
-    ids_T = torch.tensor([ids[node] for node in order])
-    return TokenTree(ids_T, position_T, sees_TT, len(predictors), slot_RK, target_RK)
+    return TokenTree(torch.tensor(ids)[order_T], position_T, sees_TT, len(predictors), slot_RK, target_RK)
 
 
-def tree_inputs(trees: Sequence[TokenTree], pad: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def tree_logits(model: Any, inputs: dict[str, Tensor], num_kept: int) -> Tensor:
+    """Return logits_BPV of the last `num_kept` tokens of trees, among which are all that predict a target."""
+    # in a tree the last token predicts too, in a plain row it is predicted
+    ids_BT = inputs["input_ids"]
+    return logits_at(model, inputs, torch.arange(ids_BT.shape[1] - num_kept, ids_BT.shape[1], device=ids_BT.device))
+
+
+def tree_inputs(model: nn.Module, trees: Sequence[TokenTree]) -> dict[str, Tensor]:
     """Return one row of a batch for each tree, padded on the left, with a mask of four axes that is added to the scores."""
+    dtype, device = _dtype(model), next(model.parameters()).device
     longest = max(len(tree) for tree in trees)
-    ids_BT = torch.full((len(trees), longest), pad)
+    ids_BT = torch.zeros(len(trees), longest, dtype=torch.long)
     position_BT = torch.zeros(len(trees), longest, dtype=torch.long)
     # padding sees itself, since a softmax over nothing is NaN
     sees_BTT = torch.eye(longest, dtype=torch.bool).repeat(len(trees), 1, 1)
@@ -301,13 +307,15 @@ def _are_alike(model: nn.Module, tokenizer: Any, rows: Sequence[EncodedRow]) -> 
     distinct = sorted(dict.fromkeys(rows), key=len)
     step = max(1, (len(distinct) - 1) / (NUM_TRIED - 1))
     tried = [distinct[int(number * step)] for number in range(min(NUM_TRIED, len(distinct)))]
+    tree = token_tree(tried)
     with untouched(model), torch.no_grad():
         apart_B = mean_losses(model, batch(model, tokenizer, tried)).double()
         try:
-            together_B = _as_tree(model, tried)
+            logits_PV = tree_logits(model, tree_inputs(model, [tree]), tree.num_predictors)[0]
         # whatever a model raises for a mask it did not expect
         except Exception:
             return False
+    together_B = tree.read(logits_PV)[0].double()
     tolerance = 1e-4 if torch.finfo(_dtype(model)).bits >= 32 else 5e-2
     return bool(((together_B - apart_B).abs() <= tolerance * apart_B.abs().clamp(min=1.0)).all())
 
@@ -322,15 +330,6 @@ def _could(model: Any, rows: Sequence[EncodedRow]) -> bool:
     if any(isinstance(window, int) and window < longest for window in windows):
         return False
     return getattr(config, "_attn_implementation", None) in MASKED
-
-
-def _as_tree(model: Any, rows: Sequence[EncodedRow]) -> torch.Tensor:
-    tree = token_tree(rows)
-    device = next(model.parameters()).device
-    inputs = tree_inputs([tree], 0, _dtype(model), device)
-    place_P = torch.arange(len(tree) - tree.num_predictors, len(tree), device=device)
-    logits_PV = logits_at(model, inputs, place_P)[0]
-    return tree.read(logits_PV)[0].double()
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -218,9 +218,9 @@ def test_predictors_come_last_and_targets_are_ignored_beyond_a_shorter_one():
     assert tree.target_RK.tolist() == [[1, 2, IGNORED], [1, 3, 2], [5, IGNORED, IGNORED], [9, IGNORED, IGNORED]]
 
 
-def test_a_batch_of_trees_hides_its_padding():
+def test_a_batch_of_trees_hides_its_padding(tiny_llama):
     trees = [token_tree(ROWS[:2]), token_tree(ROWS[2:3])]
-    inputs = tree_inputs(trees, 0, torch.float32, torch.device("cpu"))
+    inputs = tree_inputs(tiny_llama, trees)
     assert inputs["input_ids"].shape == (2, 5)
     assert inputs["attention_mask"].shape == (2, 1, 5, 5)
     seen_BTT = inputs["attention_mask"][:, 0] == 0
