@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain, islice, pairwise
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
@@ -19,19 +18,10 @@ from loraweave.common.chat import Prompt
 from loraweave.common.options import NonNegative, check_options, options_of
 from loraweave.composer.compose.examples import EncodedExamples
 from loraweave.composer.compose.objectives._row_sums import Kind, RowSums
-from loraweave.composer.compose.population import (
-    MAX_CANDIDATES,
-    Job,
-    Passes,
-    can_be_factor_sums,
-    factor_sums,
-    pass_slopes,
-    pass_sums,
-    row_sums,
-)
+from loraweave.composer.compose.population import Job, in_passes, joined, pass_slopes, pass_sums
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import untouched
-from loraweave.composer.model.scoring import generate, in_chunks
+from loraweave.composer.model.scoring import generate
 from loraweave.errors import InvalidTask, WeightingError, WorkersFailed
 from loraweave.hub.base import fingerprint
 from loraweave.lowrank.algebra import all_finite
@@ -52,7 +42,7 @@ def together(objectives: Sequence[Objective], candidates: Sequence[Candidates]) 
     """Return the losses that each objective gives its own candidates; views of one ExampleLoss share forward passes."""
     if _are_views_of_one(objectives):
         losses = iter(score(_pairs(objectives, candidates)))
-        return [[next(losses) for _ in mixtures] for mixtures in candidates]
+        return [list(islice(losses, len(mixtures))) for mixtures in candidates]
     return [
         list(objective(mixtures)) if mixtures else [] for objective, mixtures in zip(objectives, candidates, strict=True)
     ]
@@ -62,14 +52,14 @@ def together_with_gradients(
     objectives: Sequence[Any], candidates: Sequence[Candidates]
 ) -> list[tuple[list[float], list[Tensor]]]:
     """Return the losses and gradients of each objective's own candidates, in the same way as `together`."""
-    if _are_views_of_one(objectives):
-        results = iter(score_with_gradients(_pairs(objectives, candidates)))
-        parts = [[next(results) for _ in mixtures] for mixtures in candidates]
-        return [([loss for loss, _ in part], [gradient for _, gradient in part]) for part in parts]
-    return [
-        objective.gradients(mixtures) if mixtures else ([], [])
-        for objective, mixtures in zip(objectives, candidates, strict=True)
-    ]
+    if not _are_views_of_one(objectives):
+        return [
+            objective.gradients(mixtures) if mixtures else ([], [])
+            for objective, mixtures in zip(objectives, candidates, strict=True)
+        ]
+    losses, gradients = score_with_gradients(_pairs(objectives, candidates))
+    places = pairwise(accumulate(map(len, candidates), initial=0))
+    return [(losses[start:end], gradients[start:end]) for start, end in places]
 
 
 def _are_views_of_one(objectives: Sequence[Any]) -> bool:
@@ -144,15 +134,6 @@ def with_own_answers(engine: Composer, tokenizer: Any, task: Task, inputs: Seque
         prompts = [task.prompt(text) for text in inputs]
         answers = generate(engine.model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, stop=task.stops)
     return replace(task, examples=[(text, answer or NOTHING) for text, answer in zip(inputs, answers, strict=True)])
-
-
-def active_candidate(engine: Composer, candidate: MixtureWeights, merge_method: str) -> AbstractContextManager[Any]:
-    """Activate a "linear" candidate live; write any other merge into the base until the block ends."""
-    if merge_method == "linear":
-        return engine.activate(candidate)
-    weights = {name: value for name, value in candidate.as_dict().items() if value}
-    # without a weight there is nothing to merge
-    return engine.fused(weights, method=merge_method) if weights else nullcontext()
 
 
 @dataclass
@@ -268,8 +249,7 @@ class ExampleLoss(OnExamples):
         their gradients have fp32 or better. |w| has the slope 0 at 0, and the count of experts has none.
         Raises WeightingError where there are no gradients: for a count of misses, and for merges other than the sum.
         """
-        results = score_with_gradients([(self, candidate) for candidate in candidates])
-        return [loss for loss, _ in results], [gradient for _, gradient in results]
+        return score_with_gradients([(self, candidate) for candidate in candidates])
 
     def scores(self, candidates: Sequence[MixtureWeights]) -> tuple[np.ndarray, np.ndarray]:
         """Return (loss_CN, hit_CN) of every candidate on every example, without the terms for its weights.
@@ -293,14 +273,6 @@ class ExampleLoss(OnExamples):
             (gradient,) = torch.autograd.grad(term, values) if term.requires_grad else (torch.zeros_like(values),)
         return float(term.detach()), gradient.detach()
 
-    def require_gradients(self) -> None:
-        """Raise WeightingError where there are no gradients."""
-        if not self.differentiable:
-            raise WeightingError(
-                f"no gradients of objective {type(self.kind).__name__} with merge method {self.merge_method!r}: use "
-                "'cross_entropy', 'labels' or 'entropy' with 'linear', or a solver that needs none"
-            )
-
 
 Pairs = Sequence[tuple[ExampleLoss, MixtureWeights]]
 # the loss of a candidate and, where it was asked for, its gradient
@@ -312,15 +284,19 @@ def score(pairs: Pairs) -> list[float]:
     return [loss for loss, _ in _contain_failures(pairs, _losses)]
 
 
-def score_with_gradients(pairs: Pairs) -> list[tuple[float, Tensor]]:
-    """Return what `score` returns, with the gradient by the candidate's values; NaN, too, for a failed candidate."""
-    for objective, _ in pairs:
-        objective.require_gradients()
-    results = _contain_failures(pairs, _slopes)
-    return [
-        (loss, torch.full_like(candidate.values_BTLE, math.nan) if gradient is None else gradient)
-        for (_, candidate), (loss, gradient) in zip(pairs, results, strict=True)
-    ]
+def score_with_gradients(pairs: Pairs) -> tuple[list[float], list[Tensor]]:
+    """Return what `score` returns, and the gradients by the candidates' values; NaN, too, for a failed candidate."""
+    for objective, _ in pairs[:1]:
+        if not objective.differentiable:
+            raise WeightingError(
+                f"no gradients of objective {type(objective.kind).__name__} with merge method {objective.merge_method!r}: "
+                "use 'cross_entropy', 'labels' or 'entropy' with 'linear', or a solver that needs none"
+            )
+    losses, gradients = [], []
+    for (_, candidate), (loss, gradient) in zip(pairs, _contain_failures(pairs, _slopes), strict=True):
+        losses.append(loss)
+        gradients.append(torch.full_like(candidate.values_BTLE, math.nan) if gradient is None else gradient)
+    return losses, gradients
 
 
 def _contain_failures(pairs: Pairs, evaluate: Callable[[Pairs], list[Found]]) -> list[Found]:
@@ -356,59 +332,36 @@ def _losses(pairs: Pairs) -> list[Found]:
 
 
 def _sums(pairs: Pairs, needs: frozenset[str]) -> list[RowSums]:
-    """Return the sums of each pair, from one pass for many, or from one for each if a merge is written into the base."""
+    """Return the sums of each pair, from one pass for many, or as the merge allows if one is written into the base."""
     first, _ = pairs[0]
-    jobs = [Job(mixture, objective.only) for objective, mixture in pairs]
+    jobs = [Job.of(mixture, objective.only) for objective, mixture in pairs]
     if first.merge_method == "linear":
-        passes = Passes.of(first.encoded, jobs)
-        return passes.joined(first.deal(partial(_live_sums, needs), passes.each))
-    first.encoded.prepare()
-    if first.merge_method == "factor_sum" and can_be_factor_sums(first.engine.bound_pool, [mixture for _, mixture in pairs]):
-        return list(chain.from_iterable(first.deal(partial(_factor_sums, needs), in_chunks(jobs, MAX_CANDIDATES))))
-    return first.deal(partial(_merged_sums, needs), jobs)
+        passes, counts = in_passes(first.encoded, jobs)
+        return joined(first.deal(partial(_live_sums, needs), passes), counts)
+    # merges load what only they need
+    from loraweave.composer.compose.merged_candidates import merged_sums
+
+    return merged_sums(first, jobs, needs)
 
 
 def _live_sums(needs: frozenset[str], on: ExampleLoss, part: Sequence[Job]) -> list[RowSums]:
     return pass_sums(on.engine, on.encoded, part, needs)
 
 
-def _merged_sums(needs: frozenset[str], on: ExampleLoss, job: Job) -> RowSums:
-    assert job.mixture is not None
-    with active_candidate(on.engine, job.mixture, on.merge_method):
-        (sums,) = row_sums(on.engine, on.encoded, [replace(job, mixture=None)], needs)
-    return sums
-
-
-def _factor_sums(needs: frozenset[str], on: ExampleLoss, part: Sequence[Job]) -> list[RowSums]:
-    """Return the sums for LoraHub's sums of factors, from one pass for many: each candidate is an expert of its own."""
-    engine = factor_sums(on.engine, [job.mixture for job in part if job.mixture is not None])
-    rows = torch.eye(len(part))[:, None, None, None]
-    jobs = [replace(job, mixture=MixtureWeights(row, engine.pool.names)) for row, job in zip(rows, part, strict=True)]
-    return row_sums(engine, on.encoded, jobs, needs)
-
-
 def _slopes(pairs: Pairs) -> list[Found]:
     first, _ = pairs[0]
-    jobs = [Job(mixture, objective.only) for objective, mixture in pairs]
-    results = [objective.term(mixture.values_BTLE) for objective, mixture in pairs]
-    passes = Passes.of(first.encoded, jobs, backward=True)
-    # a job of many examples comes in parts, each with its examples' share of the mean
-    numbers = [number for number, count in enumerate(passes.parts_of_job) for _ in range(count)]
-    counts = iter([len(jobs[number].examples) for number in numbers])
-    pieces = [(part, [next(counts) for _ in part]) for part in passes.each]
-    in_order = iter(numbers)
-    for losses, slopes_CTLE in first.deal(_live_slopes, pieces):
-        for loss, slope in zip(losses, slopes_CTLE, strict=True):
-            number = next(in_order)
-            known, gradient = results[number]
-            results[number] = known + loss, gradient + slope[None]
-    return [(loss, gradient) for loss, gradient in results]
+    passes, counts = in_passes(
+        first.encoded, [Job.of(mixture, objective.only) for objective, mixture in pairs], backward=True
+    )
+    shares = chain.from_iterable(zip(*part, strict=True) for part in first.deal(_live_slopes, passes))
+    results: list[Found] = []
+    for (objective, mixture), count in zip(pairs, counts, strict=True):
+        loss, gradient = objective.term(mixture.values_BTLE)
+        for share, slope in islice(shares, count):
+            loss, gradient = loss + share, gradient + slope[None]
+        results.append((loss, gradient))
+    return results
 
 
-def _live_slopes(on: ExampleLoss, piece: tuple[Sequence[Job], Sequence[int]]) -> tuple[list[float], Tensor]:
-    part, counts = piece
-
-    def losses(sums: list[RowSums]) -> list[Tensor]:
-        return [on.kind.losses(pair_sums).double().sum() / count for pair_sums, count in zip(sums, counts, strict=True)]
-
-    return pass_slopes(on.engine, on.encoded, part, on.kind.needs, losses)
+def _live_slopes(on: ExampleLoss, part: Sequence[Job]) -> tuple[list[float], Tensor]:
+    return pass_slopes(on.engine, on.encoded, part, on.kind)

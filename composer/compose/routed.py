@@ -66,7 +66,7 @@ class Routed(Trial):
 
         def scores(examples: Sequence[int]) -> Scores:
             with engine.activate(made):
-                (sums,) = row_sums(engine, self._examples, [Job(None, tuple(examples))], needs)
+                (sums,) = row_sums(engine, self._examples, [Job.of(None, examples)], needs)
             return self._kind.losses(sums).double().numpy(), self._kind.hits(sums).numpy()
 
         count = sum(p.numel() for p in cast(LearnedRouter, made).parameters()) if self.learns else 0

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from loraweave.common.chat import Prompt, prompt_json
-from loraweave.composer.compose.loss import ExampleLoss, OnExamples, active_candidate
+from loraweave.composer.compose.loss import ExampleLoss, OnExamples
+from loraweave.composer.compose.merged_candidates import active_candidate
 from loraweave.composer.compose.scoring_workers import ScoringWorkers
 from loraweave.composer.compose.settings import Examples
 from loraweave.composer.composer import Composer

@@ -34,6 +34,8 @@ class RowSums:
     def join(cls, parts: Sequence[RowSums]) -> RowSums:
         """Return the sums of all parts' examples, in order; the parts have the same names."""
         first = parts[0]
+        if len(parts) == 1:
+            return first
         sums = {name: torch.cat([part.sums[name] for part in parts]) for name in first.sums}
         count_NR, right_N = torch.cat([part.count_NR for part in parts]), torch.cat([part.right_N for part in parts])
         return cls(count_NR, right_N, first.num_targets, sums)
