@@ -87,8 +87,7 @@ def solver_of(bench: Bench, settings: Settings, start: Start) -> Solver:
         prompts = [text for text, _ in bench.task.examples] or settings.inputs or ()
         supplied["texts"] = read_expert_texts(settings.name, bench.engine.pool, None, None)
         supplied["asked"] = [str(text) for text in prompts]
-    options = {name: value for name, value in settings.options.items() if name != "start"}
-    return replace(settings, options=options).solver(bench.names, supplied)
+    return settings.solver(bench.names, supplied)
 
 
 class Searched(Trial):

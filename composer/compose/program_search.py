@@ -81,7 +81,7 @@ def _steps(retriever: Retriever, tokenizer: Any, task: Task, k: int, model: Any)
     hub, inputs = retriever.hub, [str(prompt) for prompt, _ in task.examples]
     by_inputs = fitting_hits(hub, partial(retriever.for_task, inputs, evidence=False), k, model)
     by_outputs: list[Candidate] = []
-    if len(by_inputs) == k:
+    if len(by_inputs) == k < len(hub):
         # otherwise these are all that there are
         search = hub.kept("retriever by outputs", partial(Retriever, hub, keys=("outputs",), shortlist=SHORTLIST))
         by_outputs = _or_none(partial(fitting_hits, hub, partial(search.for_examples, task.examples), k, model))

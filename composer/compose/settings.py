@@ -130,11 +130,11 @@ class Settings:
         return smooth and self.meaning in (None, "linear")
 
     def solver(self, experts: Sequence[str], supplied: Mapping[str, Any]) -> Solver:
-        """Return the method's solver with its limits and options. It gets what it takes of `supplied`."""
+        """Return the method's solver with its limits and options. What it takes of `supplied` goes before these."""
         solver_type = solver_class(self.name)
-        arguments = {**supplied, **{name: getattr(self, name) for name in LIMITS}}
+        arguments = {**supplied, "budget": self.budget, "seconds": self.seconds, "seed": self.seed}
         known = options_of(solver_type)
-        return solver_type(experts, **{name: value for name, value in arguments.items() if name in known}, **self.options)
+        return solver_type(experts, **{**self.options, **{name: arguments[name] for name in arguments if name in known}})
 
     def require_combinable(self, pool: ExpertPool) -> None:
         """Raise InvalidLicense if the composition would combine adapters whose licenses exclude each other.
@@ -341,7 +341,12 @@ def _options(method: str | Router) -> list[str]:
 
 def _class_of(name: str | Router, kind: type[Kind]) -> type[Kind] | None:
     """Return the class of this kind that a name stands for; None for others, for unknown names and for router objects."""
-    registered = get("routers", name) if isinstance(name, str) and name in registry.names("routers") else None
+    if not isinstance(name, str) or name in OTHER_WAYS:
+        return None
+    try:
+        registered = get("routers", name)
+    except UnknownName:
+        return None
     return registered if isinstance(registered, type) and issubclass(registered, kind) else None
 
 
@@ -352,10 +357,11 @@ def method_names() -> list[str]:
 
 def solver_class(method: str) -> type[Solver]:
     """The class of that name; UnknownName, which names near misses, for one that compose() cannot use."""
+    solver_type: type[Solver] | None = _class_of(method, Solver)  # type: ignore[type-abstract]
+    if solver_type is not None:
+        return solver_type
     known = method_names()
     if method not in known:
         hint = nearest(method, known, "routers")
         raise UnknownName(f"no method {method!r} to compose with{hint}; there are {', '.join(known)}")
-    if (solver_type := _class_of(method, Solver)) is None:  # type: ignore[type-abstract]
-        raise UnknownName(f"router {method!r} does not search for weights: activate() it instead of composing with it")
-    return solver_type
+    raise UnknownName(f"router {method!r} does not search for weights: activate() it instead of composing with it")

@@ -62,8 +62,12 @@ class Ways:
 
     def planned(self, num_folds: int) -> int | None:
         """Return how many evaluations the searches and trainings will make; None where only time bounds one."""
-        numbers = [trial.planned(num_folds) for trial in self.learning]
-        return None if None in numbers else sum(number or 0 for number in numbers)
+        planned = 0
+        for trial in self.learning:
+            if (number := trial.planned(num_folds)) is None:
+                return None
+            planned += number
+        return planned
 
 
 @dataclass
