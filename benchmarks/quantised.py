@@ -21,6 +21,7 @@ import typer
 
 import loraweave as lw
 from benchmarks._run import Run, Table, pairs
+from loraweave.extensions.quantised import logits_loss
 
 app = typer.Typer()
 
@@ -50,7 +51,7 @@ def main(
             with engine.fused({adapter: 1.0}, max_loss=limit) as written:
                 losses = sorted(each.loss for each in written.losses.values())
                 live = sum(each.live for each in written.losses.values())
-                answers = written.logits_loss(tokenizer, texts)
+                answers = logits_loss(written, tokenizer, texts)
             spread = (f"{value:.2f}" for value in (statistics.median(losses), losses[0], losses[-1]))
             shown = f"{live} of {len(losses)}", f"{answers.kl:.4f}", f"{answers.other_choice:.1%}"
             table.add(form, "none" if math.isinf(limit) else f"{limit:g}", *spread, *shown)

@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from loraweave.composer.experts.running import Running
     from loraweave.composer.experts.together import ExpertJob
     from loraweave.composer.formula.nodes import Named, Stored, Sum, leaves
+    from loraweave.composer.fused.fused import Fused
+    from loraweave.composer.fused.overwritten import LayerLoss, WeightWriter
     from loraweave.composer.live.hook import LiveHook, MixedLayer, Traced
     from loraweave.composer.live.kernels._added_experts import sort_by_expert
     from loraweave.composer.live.kernels._choice import only_kernel
@@ -82,7 +84,7 @@ if TYPE_CHECKING:
         place_of,
         weigh_b,
     )
-    from loraweave.composer.live.layout import PlacedFactors
+    from loraweave.composer.live.layout import PlacedFactors, find_places
     from loraweave.composer.live.recording import Load, Trace, UsedLayer, UsedWeights, load_of
     from loraweave.composer.live.residents import Lease
     from loraweave.composer.live.standing_in import claimed
@@ -125,7 +127,7 @@ if TYPE_CHECKING:
     )
     from loraweave.composer.model.generate import Asked, encode_texts, generation_call, read_prompt
     from loraweave.composer.model.kinds import by_row, conv, is_near, linear
-    from loraweave.composer.model.layers import TargetLayer, target_layer
+    from loraweave.composer.model.layers import TargetLayer, is_floating, target_layer
     from loraweave.composer.model.scoring import encode_pairs, in_chunks, predict
     from loraweave.composer.train.adapters import target_layers, train_further, training_rows
     from loraweave.composer.train.jobs import LoraJob, LowRank, TrainingJob, given_factors, new_factors
@@ -276,7 +278,7 @@ _MODULES = {
         "EncodedRow IGNORED TargetBatch batch context_length encode end_tokens last_logits mean_losses pad_id "
         "pad_rows takes target_logits token_losses untouched with_positions"
     ),
-    "composer.model.layers": "TargetLayer target_layer",
+    "composer.model.layers": "TargetLayer is_floating target_layer",
     "composer.model.scoring": "encode_pairs in_chunks predict",
     "composer.train.adapters": "target_layers train_further training_rows",
     "composer.train.jobs": "LoraJob LowRank TrainingJob given_factors new_factors",
@@ -335,7 +337,7 @@ _MODULES = {
     "composer.live.kernels._parts": (
         "Kernel Lend Part RowKernel RowSets group_by_mixture group_rows own_precision place_of weigh_b"
     ),
-    "composer.live.layout": "PlacedFactors",
+    "composer.live.layout": "PlacedFactors find_places",
     "composer.live.residents": "Lease",
     "composer.live.hook": "LiveHook MixedLayer Traced",
     # what a recipe is made from: gates, what they look at, and the form of its experts (docs/extensions/recipes.md)
@@ -349,6 +351,9 @@ _MODULES = {
     "composer.experts.exchange": "has_expert layers_with put_expert",
     "composer.model.kinds": "by_row conv is_near linear",
     "composer.live.kernels._added_experts": "sort_by_expert",
+    # what is written into weights
+    "composer.fused.fused": "Fused",
+    "composer.fused.overwritten": "LayerLoss WeightWriter",
 }
 
 if not TYPE_CHECKING:
@@ -413,6 +418,7 @@ __all__ = [
     "ForeignFormat",
     "Form",
     "Fraction",
+    "Fused",
     "Gate",
     "GivenRows",
     "Gradient",
@@ -423,6 +429,7 @@ __all__ = [
     "Kernel",
     "Key",
     "Lambda",
+    "LayerLoss",
     "LayerTensors",
     "LearnedRouter",
     "Lease",
@@ -494,6 +501,7 @@ __all__ = [
     "VectorSearch",
     "Weigh",
     "Weighing",
+    "WeightWriter",
     "Weights",
     "Whole",
     "Workload",
@@ -538,6 +546,7 @@ __all__ = [
     "end_tokens",
     "entry",
     "factorise",
+    "find_places",
     "fingerprint",
     "fitting",
     "generation_call",
@@ -551,6 +560,7 @@ __all__ = [
     "head_size",
     "in_chunks",
     "interpolation",
+    "is_floating",
     "is_list",
     "is_named",
     "is_near",

@@ -26,6 +26,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "kernels": ("loraweave.composer.live.kernels",),
     # of extensions alone
     "hooks": (),
+    "writers": (),
     "objectives": ("loraweave.composer.compose.objectives",),
     "continual": ("loraweave.composer.train.ordered",),
     "routers": ("loraweave.routers.searches", "loraweave.routers.tokens"),

@@ -11,25 +11,32 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loraweave.common.checks import is_number
-from loraweave.composer.fused.overwritten import OVERWRITTEN, Originals, Overwritten, Place, Scratch
-from loraweave.composer.fused.quantised_base import warn_of_full_weights
-from loraweave.composer.fused.requantised import LayerLoss, LogitsLoss, Requantised, is_quantised, logits_loss
+from loraweave.composer.fused.overwritten import (
+    LayerLoss,
+    Originals,
+    Overwritten,
+    Place,
+    Scratch,
+    WeightWriter,
+    lossy_writers,
+)
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.live.resolve import resolve, warn_of_licenses
 from loraweave.composer.merge.merge import layer_calls, layer_updates
 from loraweave.composer.merge.method_call import MethodCall, require_seed
 from loraweave.composer.merge.statistics import Statistics
 from loraweave.composer.merge.updates import DenseUpdate, without_figures
-from loraweave.composer.model.layers import TargetLayer, tied_parameters
-from loraweave.errors import CompositionError, ScopeError, WeightingError
+from loraweave.composer.model.layers import OVERWRITTEN, TargetLayer, tied_parameters
+from loraweave.errors import BaseModelUnverified, CompositionError, ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool, require_everywhere
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Factors
@@ -82,9 +89,9 @@ class Fused:
             raise CompositionError(f"max_loss={max_loss!r} is not a share of 0 or more of an update that may be lost")
         self._max_loss = max_loss
         self._originals = Originals(originals)
-        self._model = model
+        self.model = model
         self._make = make
-        self._kept: dict[tuple[TargetLayer, str], Overwritten | Requantised] = {}
+        self._kept: dict[tuple[TargetLayer, str], WeightWriter] = {}
         self._found_changed: list[str] = []
         self._tied: dict[str, str] | None = None
         self._left = False
@@ -97,21 +104,25 @@ class Fused:
 
     @property
     def losses(self) -> dict[str, LayerLoss]:
-        """The loss of each quantised layer that the mixture changes, by the layer's name."""
-        kept = (weight for weight in self._kept.values() if isinstance(weight, Requantised) and not weight.at_home)
-        return {weight.layer.name: weight.loss for weight in kept}
+        """The loss of each layer that the mixture changes and whose weight cannot hold it as it is, by the layer's name."""
+        written = ((kept.layer.name, kept.loss) for kept in self._kept.values() if not kept.at_home)
+        return {name: loss for name, loss in written if loss is not None}
 
-    def logits_loss(self, tokenizer: Any, texts: Sequence[str]) -> LogitsLoss:
-        """Return how far the logits of these texts are from the exact ones, with every quantised layer's update live.
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Let all layers compute for the block as if nothing of the mixture were lost.
 
-        Raises CompositionError where there are no tokens to read, and after the block's end.
+        Raises CompositionError after the end of the mixture's own block.
         """
-        with self._lock, torch.inference_mode():
-            if self._left:
-                raise CompositionError("the fused() block of this mixture has ended: open another one")
-            return logits_loss(
-                self._model, tokenizer, texts, [weight for weight in self._kept.values() if isinstance(weight, Requantised)]
-            )
+        with self._lock, ExitStack() as stack:
+            self._require_open()
+            for kept in self._kept.values():
+                stack.enter_context(kept.exact())
+            yield
+
+    def _require_open(self) -> None:
+        if self._left:
+            raise CompositionError("the fused() block of this mixture has ended: open another one")
 
     def switch(
         self,
@@ -142,8 +153,7 @@ class Fused:
         Whatever fails, and interruptions, leave the base's own weights.
         """
         with self._lock:
-            if self._left:
-                raise CompositionError("the fused() block of this mixture has ended: open another one")
+            self._require_open()
             if changed := [kept.name for kept in self._kept.values() if kept.changed()]:
                 raise CompositionError(
                     f"{len(changed)} fused weights were changed by others while fused, the first {changed[0]!r}, and "
@@ -174,7 +184,7 @@ class Fused:
 
     def _write(self, updates: Iterable[Update]) -> None:
         scratch = Scratch()
-        new: list[Overwritten | Requantised] = []
+        new: list[WeightWriter] = []
         left_out = dict(self._kept)
         for layer, update in updates:
             for part in self._parts(layer, update):
@@ -194,10 +204,10 @@ class Fused:
             kept.exchange(scratch)
             self._originals.rest(kept.slot)
 
-    def _parameter(self, layer: TargetLayer, part: str) -> Overwritten | Requantised:
-        if (layer, part) not in self._kept and part == "weight" and self._requantises(layer):
-            assert self._max_loss is not None
-            self._kept[layer, part] = Requantised(self._model, layer, self._max_loss)
+    def _parameter(self, layer: TargetLayer, part: str) -> WeightWriter:
+        lossy = self._lossy(layer) if part == "weight" else None
+        if (layer, part) not in self._kept and lossy is not None and self._max_loss is not None:
+            self._kept[layer, part] = lossy(self.model, layer, self._max_loss)
         elif (layer, part) not in self._kept:
             parameter, like = layer.module._parameters[layer.key(part)], layer.parameter(part)
             assert parameter is not None
@@ -209,7 +219,7 @@ class Fused:
         """Return which parameters the update changes. Raises CompositionError for those that cannot be written to."""
         parts = []
         changes = not isinstance(update, Factors) or update.rank or update.gain_O is not None
-        if changes and self._requantises(layer):
+        if changes and self._lossy(layer):
             parts.append("weight")
         elif changes:
             layer.dense_weight_OI()
@@ -229,9 +239,9 @@ class Fused:
                 )
             parts.append("bias")
         if self._tied is None:
-            self._tied = tied_parameters(self._model)
+            self._tied = tied_parameters(self.model)
         for part in parts:
-            if part == "weight" and self._requantises(layer):
+            if part == "weight" and self._lossy(layer):
                 # the other use of a tied weight keeps the old object
                 continue
             name = f"{layer.path}.{layer.key(part)}"
@@ -242,8 +252,11 @@ class Fused:
                 )
         return parts
 
-    def _requantises(self, layer: TargetLayer) -> bool:
-        return self._max_loss is not None and is_quantised(layer)
+    def _lossy(self, layer: TargetLayer) -> Any:
+        """Return the writer for a weight that is no plain one, if a loss is allowed and there is such a writer."""
+        if self._max_loss is None:
+            return None
+        return next((writer for writer in lossy_writers() if writer.takes(layer)), None)
 
     def _restore(self) -> None:
         for kept in self._kept.values():
@@ -298,7 +311,9 @@ def mixture_updates(
     adapters = {weights.experts[place]: bound.adapters[weights.experts[place]] for place in used}
     for name, adapter in adapters.items():
         require_everywhere(name, adapter, "weights that are written into the model count for every token")
-    warn_of_full_weights(adapters, fitting.layers)
+    for writer in lossy_writers():
+        for sentence in writer.warnings(adapters, fitting.layers):
+            warnings.warn(sentence, BaseModelUnverified, stacklevel=3)
     experts = {name: adapter.layers for name, adapter in adapters.items()}
     # after the experts, since those of a lazy pool bring their layers along
     layers = fitting.layers

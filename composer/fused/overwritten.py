@@ -18,28 +18,110 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from contextlib import suppress
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
-from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+import loraweave.registry as registry
 from loraweave.composer.merge.updates import DenseUpdate
-from loraweave.composer.model.layers import TargetLayer
+from loraweave.composer.model.layers import TargetLayer, row_sums
 from loraweave.errors import CompositionError
+from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
-
-# the modules whose weights are those of a mixture just now
-OVERWRITTEN: WeakSet[nn.Module] = WeakSet()
 
 # values that are summed at once: 4 MB of fp32, which stay in the cache between the product and the rounding
 BLOCK = 2**20
 
 
-class Overwritten:
+@dataclass(frozen=True)
+class LayerLoss:
+    """The loss of a layer whose weight cannot hold an update as it is.
+
+    `loss` is the error of what is written over the size of the update, infinite where nothing can be written; `live` is True
+    if the layer was therefore left as it is, and adds the update to its output.
+    """
+
+    loss: float
+    live: bool
+
+
+class WeightWriter(ABC):
+    """What puts mixtures into one parameter of a layer, and its own values back; `slot` is memory for it.
+
+    A subclass in the registry `writers` writes into weights that are no plain floats, where a loss is allowed: it is made of
+    the model, a layer that it `takes`, and the largest loss.
+    """
+
+    layer: TargetLayer
+    slot: Tensor
+    # of the latest update; None where the weight holds it as it is
+    loss: LayerLoss | None = None
+
+    @classmethod
+    def takes(cls, layer: TargetLayer) -> bool:
+        """Return whether the layer's weight is for this writer."""
+        return False
+
+    @classmethod
+    def warnings(cls, adapters: Mapping[str, Adapter], layers: Mapping[str, TargetLayer]) -> list[str]:
+        """Return what adapters lose that are written into the model's own weights, a sentence for each that loses."""
+        return []
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name of the parameter."""
+
+    @property
+    @abstractmethod
+    def at_home(self) -> bool:
+        """True if the parameter has its original values, as far as this object has written to it."""
+
+    @abstractmethod
+    def prepare(self, update: Factors | DenseUpdate, scratch: Scratch) -> None:
+        """Calculate new values for `exchange`. Raises CompositionError for values that are not finite."""
+
+    @abstractmethod
+    def exchange(self, scratch: Scratch) -> None:
+        """Put the new values in place of the original ones."""
+
+    @abstractmethod
+    def rewrite(self, update: Factors | DenseUpdate, scratch: Scratch) -> None:
+        """Put another update in, calculated from the original values. Raises what `prepare` raises."""
+
+    @abstractmethod
+    def changed(self) -> bool:
+        """Return whether someone else has written to the parameter, or replaced it, since."""
+
+    @abstractmethod
+    def restore(self) -> None:
+        """Put the original values back."""
+
+    def leave(self) -> bool:
+        """Restore, and return whether someone else had changed the parameter."""
+        try:
+            # just before the copy, which then finds the parameter in the cache
+            return self.changed()
+        finally:
+            self.restore()
+
+    def exact(self) -> AbstractContextManager[None]:
+        """Return a block in which the layer computes as if nothing were lost."""
+        return nullcontext()
+
+
+def lossy_writers() -> list[Any]:
+    """Return the writers of the registry, subclasses of WeightWriter."""
+    return [registry.get("writers", name) for name in registry.names("writers")]
+
+
+class Overwritten(WeightWriter):
     """The weight or bias of a layer. `slot` takes what is to be written, and has the original once that is written."""
 
     def __init__(self, layer: TargetLayer, part: str, parameter: Tensor, slot: Tensor) -> None:
@@ -62,15 +144,12 @@ class Overwritten:
 
     @property
     def at_home(self) -> bool:
-        """Whether the parameter has its original values, as far as this object has written to it."""
         return self._original is self._parameter
 
     def prepare(self, update: Factors | DenseUpdate, scratch: Scratch) -> None:
-        """The new values into the slot, for `exchange`. Raises CompositionError for values that are not finite."""
         self._sum(update, self._values, self.slot, scratch)
 
     def exchange(self, scratch: Scratch) -> None:
-        """The slot's values into the parameter, and the original ones into the slot."""
         spare = scratch.like(self.slot.shape, self.slot.dtype, self._parameter.device)
         spare.copy_(self._values)
         self._original = spare
@@ -80,13 +159,12 @@ class Overwritten:
         self._original = self.slot
 
     def rewrite(self, update: Factors | DenseUpdate, scratch: Scratch) -> None:
-        """The original values and this update into the parameter, whatever is in it. Raises as prepare."""
         self._written = None
         self._sum(update, self.slot, self._values, scratch)
         self._seal()
 
     def changed(self) -> bool:
-        """Whether someone else has written to the parameter, or replaced it, since.
+        """Return whether someone else has written to the parameter, or replaced it, since.
 
         Compared are the sums of each row's bits as whole numbers of up to eight bytes, which reads the weights once and sees
         writes of every kind (through .data or numpy too), but not such words changing places within a row. A move to
@@ -108,14 +186,6 @@ class Overwritten:
             self._written = None
             self._original = self._parameter
 
-    def leave(self) -> bool:
-        """Restores, and says whether someone else had changed the parameter."""
-        try:
-            # just before the copy, which then finds the parameter in the cache
-            return self.changed()
-        finally:
-            self.restore()
-
     def _assign(self, values: Tensor) -> None:
         with torch.inference_mode(self._parameter.is_inference()), torch.no_grad():
             self._values.copy_(values)
@@ -133,7 +203,7 @@ class Overwritten:
                 self._put(exact.add_(update.bias_O.to(exact)), target)
 
     def _sum_weight(self, update: Factors | DenseUpdate, base: Tensor, target: Tensor, scratch: Scratch) -> None:
-        """Block by block of rows as they are stored (of the matrix (I, O) where it is stored so; of a kernel all axes)."""
+        """Sum block by block of rows as stored (of the matrix (I, O) where it is stored so; of a kernel all axes)."""
         device, dtype = self._parameter.device, torch.promote_types(base.dtype, torch.float32)
         num_rows, num_columns = base.shape[0], base.shape[1:].numel()
         step = max(1, BLOCK // num_columns)
@@ -177,10 +247,10 @@ class Scratch:
 
     def like(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         size = torch.Size(shape).numel()
-        found = self._tensors.get((device, dtype))
-        if found is None or found.numel() < size:
-            found = self._tensors[device, dtype] = torch.empty(size, dtype=dtype, device=device)
-        return found[:size].view(shape)
+        memory = self._tensors.get((device, dtype))
+        if memory is None or memory.numel() < size:
+            memory = self._tensors[device, dtype] = torch.empty(size, dtype=dtype, device=device)
+        return memory[:size].view(shape)
 
 
 Place = Literal["memory", "disk"]
@@ -208,7 +278,7 @@ class Originals:
         self._on_disk: dict[int, tuple[mmap.mmap, int, int]] = {}
 
     def slot(self, like: Tensor) -> Tensor:
-        """A contiguous tensor of the shape and dtype of `like`, its values undefined."""
+        """Return a contiguous tensor of the shape and dtype of `like`, its values undefined."""
         device = like.device if self.place == "memory" else torch.device("cpu")
         num_bytes = like.numel() * like.element_size()
         size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -224,14 +294,14 @@ class Originals:
         return slot
 
     def rest(self, slot: Tensor) -> None:
-        """Says that `slot` is not needed just now, so that its pages on disk need not stay in memory."""
-        if hasattr(mmap, "MADV_DONTNEED") and (found := self._on_disk.get(slot.data_ptr())):
-            mapping, start, size = found
+        """Let the pages of a slot that is not needed just now leave memory, where they are on disk."""
+        if hasattr(mmap, "MADV_DONTNEED") and (place := self._on_disk.get(slot.data_ptr())):
+            mapping, start, size = place
             # of a shared mapping this drops no value, only this process's hold on the file's pages
             mapping.madvise(mmap.MADV_DONTNEED, start, size)
 
     def close(self) -> None:
-        """Lets go of everything; slots that someone still holds stay as they are. Twice is fine."""
+        """Let go of everything; slots that someone still holds stay as they are. Twice is fine."""
         self._chunks.clear()
         self._on_disk.clear()
 
@@ -256,7 +326,7 @@ class _Chunk:
 
 
 def _mapped_file(num_bytes: int) -> mmap.mmap:
-    """New bytes of a file that is open nowhere else and has no name; it lives as long as the mapping."""
+    """Return new bytes of a file that is open nowhere else and has no name; it lives as long as the mapping."""
     try:
         with tempfile.TemporaryFile(prefix="loraweave-") as file:
             # writing to a mapped hole of a full disk would end the process without an exception
@@ -273,20 +343,8 @@ def _mapped_file(num_bytes: int) -> mmap.mmap:
         ) from error
 
 
-def row_sums(tensor: Tensor) -> Tensor:
-    """The sum of each row's bits, as whole numbers of eight bytes where rows divide into such."""
-    whole = tensor.detach().contiguous()
-    whole = whole.flatten(1) if whole.ndim > 2 else whole
-    offset, row = (count * whole.element_size() for count in (whole.storage_offset(), whole.shape[-1]))
-    word = next(word for word in _WORDS if offset % word.itemsize == 0 and row % word.itemsize == 0)
-    return whole.view(word).sum(dim=-1, dtype=torch.int64)
-
-
-_WORDS = (torch.int64, torch.int32, torch.int16)
-
-
 def added_product(into_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> Tensor:
-    """`into` itself, with left @ right added to it; the same as `into.addmm_(left, right)` up to the order of summation.
+    """Return `into` itself with left @ right added, the same as `into.addmm_(left, right)` up to the order of summation.
 
     torch multiplies fp32 by MKL, which runs at half the speed of oneDNN on processors of AMD with AVX-512 (110 against 240
     GFLOP/s for K = 64). oneDNN is reached by the operation that torch.compile uses for linear layers; where that is
@@ -300,11 +358,11 @@ def added_product(into_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> Tensor:
 
 @cache
 def _onednn_linear() -> Any:
-    """The operation x, w, bias, ... -> x w^T + bias; None where this torch lacks it or means something else."""
+    """Return the operation x, w, bias, ... -> x w^T + bias; None where this torch lacks it or means something else."""
     try:
         operation = torch.ops.mkldnn._linear_pointwise
         x, w = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]])
-        found = operation(x, w, None, "none", [], "")
+        product = operation(x, w, None, "none", [], "")
     except (AttributeError, RuntimeError, TypeError):
         return None
-    return operation if found.tolist() == [[11.0, 17.0]] else None
+    return operation if product.tolist() == [[11.0, 17.0]] else None

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.common.process import lock_of
-from loraweave.composer.fused.overwritten import OVERWRITTEN, row_sums
 from loraweave.composer.live.limits import LiveLimits
 from loraweave.composer.model.kinds import embedding, linear
-from loraweave.composer.model.layers import TargetLayer, bind, require_values, target_layer
+from loraweave.composer.model.layers import OVERWRITTEN, TargetLayer, bind, require_values, row_sums, target_layer
 from loraweave.errors import AdapterUnsupported, AlreadyActive, BaseModelMismatch, CompositionError, LayerMismatch
 from loraweave.hub.adapter import Adapter, Form
 from loraweave.hub.base import base_key, fingerprint, require_model

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import CodeType
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +98,35 @@ class TargetLayer:
                 f"floating point numbers {stored}; activate() plain LoRA adapters on it, or load the model unquantised"
             )
         return weight.T if self.transposed else weight.flatten(1)
+
+
+# the modules whose weights are those of a mixture just now
+OVERWRITTEN: WeakSet[nn.Module] = WeakSet()
+
+
+def row_sums(tensor: Tensor) -> Tensor:
+    """Return the sum of each row's bits, as whole numbers of eight bytes where rows divide into such."""
+    whole = tensor.detach().contiguous()
+    whole = whole.flatten(1) if whole.ndim > 2 else whole
+    offset, row = (count * whole.element_size() for count in (whole.storage_offset(), whole.shape[-1]))
+    word = next(word for word in _WORDS if offset % word.itemsize == 0 and row % word.itemsize == 0)
+    return whole.view(word).sum(dim=-1, dtype=torch.int64)
+
+
+_WORDS = (torch.int64, torch.int32, torch.int16)
+
+
+def quantization_of(model: nn.Module) -> dict[str, Any]:
+    """Return {"quantization": the model's `quantization_config` as JSON} for a card; {} for a model that is not quantised.
+
+    A model that was quantised after it was loaded has no such config: its mark names the first such weight's type alone.
+    """
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is not None and not getattr(config, "dequantize", False):
+        return {"quantization": dict(config) if isinstance(config, Mapping) else config.to_dict()}
+    types = (type(parameter.data) for parameter in model.parameters())
+    first = next((kind.__name__ for kind in types if kind is not Tensor), None)
+    return {} if first is None else {"quantization": {"quant_method": first}}
 
 
 def is_floating(dtype: torch.dtype) -> bool:

@@ -20,10 +20,10 @@ from loraweave.common.options import Count, Positive, Whole, check_options, opti
 from loraweave.common.rows import GivenRows
 from loraweave.common.spread import processes_here
 from loraweave.common.state import checkpoint_folder
-from loraweave.composer.fused.quantised_base import quantization_of
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.model.batches import EncodedRow, untouched
 from loraweave.composer.model.kinds import linear
+from loraweave.composer.model.layers import quantization_of
 from loraweave.composer.model.scoring import encode_pairs
 from loraweave.composer.train.groups import train_groups
 from loraweave.composer.train.jobs import LoraJob, PlannedJob, TrainingJob

@@ -16,6 +16,7 @@ from fused_models import DTYPES, LAYER, MIXTURE, bits, small_adapter, small_engi
 from tiny_models import Make
 from torch import Tensor, nn
 
+from loraweave import registry
 from loraweave.composer.composer import Composer
 from loraweave.composer.merge.statistics import Statistics
 from loraweave.errors import AlreadyActive, CompositionError, LayerMismatch, ScopeError, UnknownName, WeightingError
@@ -199,7 +200,8 @@ def by_data(experts: list[Factors], weights: list[float], *, statistics: list[An
 def test_a_method_that_weighs_by_data_gets_the_statistics_of_its_experts(
     engine: Composer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraweave.registry.get", lambda folder, name: by_data)
+    get = registry.get
+    monkeypatch.setattr(registry, "get", lambda folder, name: by_data if folder == "methods" else get(folder, name))
     layers: Any = dict.fromkeys(engine.pool.layer_names, "recorded")
     own = Statistics(engine.pool.adapters["a"].hash, layers)
     with engine.fused({"a": 1.0}, method="by_data", statistics={"a": own}):

@@ -20,7 +20,7 @@ from loraweave.composer.composer import Composer
 from loraweave.composer.fused import fused as fuse
 from loraweave.composer.fused import overwritten
 from loraweave.composer.merge.updates import DenseUpdate
-from loraweave.composer.model.layers import TargetLayer
+from loraweave.composer.model.layers import OVERWRITTEN, TargetLayer
 from loraweave.errors import CompositionError
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
@@ -93,7 +93,7 @@ def test_an_interruption_at_any_line_gives_back_every_bit() -> None:
         with suppress(KeyboardInterrupt), interrupted_at(number, KeyboardInterrupt) as count, fused(model, first) as written:
             written.write(second)
         assert bits(model) == before, f"line {number}"
-        assert not any(module in overwritten.OVERWRITTEN for module in model.modules()), f"line {number}"
+        assert not any(module in OVERWRITTEN for module in model.modules()), f"line {number}"
     assert number > 500
 
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
 from pathlib import Path
 
-import engines
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -22,7 +18,6 @@ from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-ROOT = Path(__file__).parents[3]
 
 every_base = pytest.mark.parametrize("name", QUANTISED)
 
@@ -124,20 +119,3 @@ def test_a_base_read_from_quantised_gguf_is_exact_on_the_dequantised_weights(kin
     for x, y, weight in ((x_live[0], live[0], sums[1]), (x_live[1], live[1], sums[0]), (x_fused, fused, sums[1])):
         torch.testing.assert_close(y, x @ weight.T, rtol=1e-5, atol=1e-5)
     assert torch.equal(base(input_ids=ids).logits, plain)
-
-
-@pytest.mark.slow
-def test_layers_of_hqq_and_gptqmodel_pass_every_test_of_quantised_layers_in_their_own_environment():
-    files = ["tests/composer/model/test_quantised.py", "tests/composer/fused/test_requantised.py"]
-    chosen = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "-m", "not slow", "-k", "hqq or GPTQ or AWQ"]
-    done = subprocess.run(
-        [engines.interpreter("quantised"), "-W", "ignore", "-m", "pytest", *chosen, *files],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    # none is skipped
-    assert re.search(r"^\d+ passed, \d+ deselected", done.stdout.splitlines()[-1]), done.stdout[-500:]

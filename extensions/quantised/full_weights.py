@@ -8,7 +8,6 @@ for each layer as |W - Q(W)| / |D|, in Frobenius norms. What `train_adapters` ma
 from __future__ import annotations
 
 import statistics
-import warnings
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,31 +15,27 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from loraweave.composer.fused.requantised import is_quantised
-from loraweave.composer.model.layers import TargetLayer
-from loraweave.errors import BaseModelUnverified, PackageMissing
-from loraweave.hub.adapter import Adapter
-from loraweave.lowrank import algebra
+from loraweave import Adapter, PackageMissing
+from loraweave.extend import TargetLayer, algebra, is_floating
 
 # {a layer's module: {an adapter's hash and mark: what was said}}, so that it is calculated once for a model
 _TOLD: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
 
 
-def quantization_of(model: nn.Module) -> dict[str, Any]:
-    """{"quantization": the model's `quantization_config` as JSON} for a card; {} of a model that is not quantised.
-
-    A model that was quantised after it was loaded has no such config: its mark names the first such weight's type alone.
-    """
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if config is not None and not getattr(config, "dequantize", False):
-        return {"quantization": dict(config) if isinstance(config, Mapping) else config.to_dict()}
-    types = (type(each.data) for each in model.parameters())
-    first = next((kind.__name__ for kind in types if kind is not Tensor), None)
-    return {} if first is None else {"quantization": {"quant_method": first}}
+def is_quantised(layer: TargetLayer) -> bool:
+    """Return whether it is a linear layer whose weight nothing can be added to as it is stored."""
+    if layer.kind.name != "linear" or layer.number is not None or layer.transposed or layer.offloaded:
+        return False
+    weight = layer.module._parameters.get("weight")
+    if weight is None:
+        # parametrized layers compute a plain weight on the way
+        return not isinstance(getattr(layer.module, "weight", None), Tensor)
+    return not weight.is_meta and (type(weight.data) is not Tensor or not is_floating(weight.dtype))
 
 
-def warn_of_full_weights(adapters: Mapping[str, Adapter], layers: Mapping[str, TargetLayer]) -> None:
-    """A BaseModelUnverified warning for each adapter that saw quantised weights where the model has full ones."""
+def full_weight_warnings(adapters: Mapping[str, Adapter], layers: Mapping[str, TargetLayer]) -> list[str]:
+    """Return a sentence for each adapter that saw quantised weights where the model has full ones."""
+    sentences = []
     for name, adapter in adapters.items():
         mark = adapter.card.get("quantization")
         own = [layers[layer] for layer in adapter.layers if layer in layers]
@@ -56,17 +51,18 @@ def warn_of_full_weights(adapters: Mapping[str, Adapter], layers: Mapping[str, T
             # a card may say anything
             except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
                 told[key] = f"its card's quantization cannot be read ({type(error).__name__}: {error})"
-        warnings.warn(
+        sentences.append(
             f"expert {name!r} was trained on weights quantised by {mark.get('quant_method')}, and is now written into full "
-            f"ones: {told[key]}. It is exact on the base that it saw: load_base(..., quantization_config=...)",
-            BaseModelUnverified,
-            stacklevel=4,
+            f"ones: {told[key]}. It is exact on the base that it saw: load_base(..., quantization_config=...)"
         )
+    return sentences
 
 
 def differences(adapter: Adapter, mark: Mapping[str, Any], layers: Mapping[str, TargetLayer]) -> dict[str, float] | None:
-    """{layer: |W - Q(W)| / |D|} over the linear layers that `mark` quantises; None for a quantisation that weights alone do
-    not determine (GPTQ's and AWQ's look at data)."""
+    """Return {layer: |W - Q(W)| / |D|} over the linear layers that `mark` quantises.
+
+    It is None for a quantisation that weights alone do not determine: GPTQ's and AWQ's look at data.
+    """
     found: dict[str, float] = {}
     skipped = mark.get("llm_int8_skip_modules") or mark.get("modules_to_not_convert") or ["lm_head"]
     for name, factors in adapter.layers.items():
@@ -84,7 +80,10 @@ def differences(adapter: Adapter, mark: Mapping[str, Any], layers: Mapping[str, 
 
 
 def quantised(weight_OI: Tensor, mark: Mapping[str, Any]) -> Tensor | None:
-    """Q(W) as the library of `mark`, a transformers `quantization_config` as JSON, makes it. PackageMissing without it."""
+    """Return Q(W) as the library of `mark` makes it, a transformers `quantization_config` as JSON.
+
+    Raises PackageMissing without that library.
+    """
     method = mark.get("quant_method")
     try:
         if method == "bitsandbytes":

@@ -6,7 +6,8 @@
     loss   |V' - V| / |V - W| in Frobenius norms, V' read as W is; 1 where the whole update is rounded away
 
 What `Q` writes is another object, and the layer's own comes back as the object that it was, bit for bit. The same is what
-peft's `merge` does to a quantised layer, without a measure of what is lost (`tests/composer/fused/test_requantised.py`).
+peft's `merge` does to a quantised layer, without a measure of what is lost (see
+`tests/extensions/quantised/test_requantised.py`).
 """
 
 from __future__ import annotations
@@ -14,59 +15,27 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.composer.live.layout import Place, find_places
-from loraweave.composer.merge.updates import DenseUpdate
-from loraweave.composer.model.kinds import linear
-from loraweave.composer.model.layers import TargetLayer, is_floating
-from loraweave.errors import CompositionError
-from loraweave.types import Factors
+from loraweave import Adapter, CompositionError, Factors
+from loraweave.extend import DenseUpdate, LayerLoss, TargetLayer, WeightWriter, find_places, is_floating
+from loraweave.extensions.quantised.full_weights import full_weight_warnings, is_quantised
 
 # unit vectors that a layer reads at once
 BLOCK = 256
 # what bitsandbytes' modules know of their weight beside it
 _BESIDE = ("state", "quant_state")
+# where a layer's values are, and in which dtype it is given its inputs
+Place = tuple[torch.device, torch.dtype]
 
 
-@dataclass(frozen=True)
-class LayerLoss:
-    """`loss` is the error of quantising again over the size of the update, infinite where no way to do so is known; `live`
-    says that the layer was therefore left as it is, and adds the update to its output."""
-
-    loss: float
-    live: bool
-
-
-@dataclass(frozen=True)
-class LogitsLoss:
-    """How quantising again changes answers, over all tokens of some texts: the mean of KL(exact || fused) in nats, the share
-    of tokens with another likeliest successor, and the largest difference of two log-probabilities."""
-
-    kl: float
-    other_choice: float
-    largest: float
-
-
-def is_quantised(layer: TargetLayer) -> bool:
-    """Whether it is a linear layer whose weight nothing can be added to as it is stored."""
-    if layer.kind is not linear or layer.number is not None or layer.transposed or layer.offloaded:
-        return False
-    weight = layer.module._parameters.get("weight")
-    if weight is None:
-        # parametrized layers compute a plain weight on the way
-        return not isinstance(getattr(layer.module, "weight", None), Tensor)
-    return not weight.is_meta and (type(weight.data) is not Tensor or not is_floating(weight.dtype))
-
-
-class Requantised:
+class Requantised(WeightWriter):
     """The weight of a quantised layer, in the form that `Fused` handles all it writes to.
 
     `loss` is that of the latest update; above `max_loss` the layer stays as it is and adds the update to its output.
@@ -75,11 +44,18 @@ class Requantised:
     # no copy of the original is made
     slot = torch.empty(0)
 
+    @classmethod
+    def takes(cls, layer: TargetLayer) -> bool:
+        return is_quantised(layer)
+
+    @classmethod
+    def warnings(cls, adapters: Mapping[str, Adapter], layers: Mapping[str, TargetLayer]) -> list[str]:
+        return full_weight_warnings(adapters, layers)
+
     def __init__(self, model: nn.Module, layer: TargetLayer, max_loss: float) -> None:
         self.layer = layer
-        self.name = f"{layer.name}.weight"
         self.loss = LayerLoss(0.0, live=False)
-        self.at_home = True
+        self._is_home = True
         self._max_loss = max_loss
         self._place = _place(model, layer)
         self._own = _attributes(layer.module)
@@ -87,10 +63,20 @@ class Requantised:
         self._added: _Added | None = None
         self._hook: Any = None
 
+    @property
+    def name(self) -> str:
+        return f"{self.layer.name}.weight"
+
+    @property
+    def at_home(self) -> bool:
+        return self._is_home
+
     @torch.no_grad()
     def prepare(self, update: Factors | DenseUpdate, scratch: object = None) -> None:
-        """The new weight beside the layer, for `exchange`, and its loss. Raises CompositionError for values that are not
-        finite."""
+        """Make the new weight beside the layer, for `exchange`, and its loss.
+
+        Raises CompositionError for values that are not finite.
+        """
         module = self.layer.module
         self._added, self._new = _Added(update, self._place[0]), None
         base_OI = read_weight(self.layer, module, self._place)
@@ -110,21 +96,22 @@ class Requantised:
         self.loss = LayerLoss(loss, live=self._new is None)
 
     def exchange(self, scratch: object = None) -> None:
-        self.at_home = False
+        self._is_home = False
         if self._new is None:
             self._hook = self.layer.module.register_forward_hook(self._added)  # type: ignore[arg-type]
         else:
             _put(self.layer.module, self._new)
 
     def rewrite(self, update: Factors | DenseUpdate, scratch: object = None) -> None:
-        """Another update, from the original weight."""
         self.restore()
         self.prepare(update)
         self.exchange()
 
     def changed(self) -> bool:
-        """Whether someone else has put another weight in place of this one; what is in it is not compared, since
-        bitsandbytes packs it otherwise when it first runs."""
+        """Return whether someone else has put another weight in place of this one.
+
+        What is in it is not compared, since bitsandbytes packs it otherwise when it first runs.
+        """
         expected = self._own if self._new is None else self._new
         return not self.at_home and self.layer.module._parameters.get("weight") is not expected.get("weight")
 
@@ -134,17 +121,11 @@ class Requantised:
             self._hook = None
         if not self.at_home:
             _put(self.layer.module, self._own)
-            self.at_home = True
-
-    def leave(self) -> bool:
-        try:
-            return self.changed()
-        finally:
-            self.restore()
+            self._is_home = True
 
     @contextmanager
     def exact(self) -> Iterator[None]:
-        """The layer's own weight with the update live, for the length of a block, whatever was written."""
+        """Keep the layer's own weight with the update live for the block, whatever was written."""
         new = self._new
         if self.at_home or new is None:
             yield
@@ -170,7 +151,7 @@ class _Added:
         self._gain_O = None if gain_O is None else gain_O.detach().to(device, torch.float32)
 
     def change(self, base_OI: Tensor) -> Tensor:
-        """What the update adds to the weight, (O, I)."""
+        """Return what the update adds to the weight, (O, I)."""
         delta_OI = self._factors[0] if len(self._factors) == 1 else self._factors[1] @ self._factors[0]
         return delta_OI if self._gain_O is None else delta_OI + self._gain_O[:, None] * base_OI
 
@@ -187,7 +168,7 @@ class _Added:
 
 
 def read_weight(layer: TargetLayer, module: Any, place: Place) -> Tensor:
-    """(O, I) in fp32, as the forward of `module`, the layer's or one like it, computes with it."""
+    """Return (O, I) in fp32, as the forward of `module`, the layer's or one like it, computes with it."""
     weight = module._parameters.get("weight")
     if weight is not None and type(weight.data) is not Tensor:
         # torchao's, whose forward may round its inputs too
@@ -213,7 +194,7 @@ def read_weight(layer: TargetLayer, module: Any, place: Place) -> Tensor:
 
 
 def quantised_again(module: Any, weight_OI: Tensor) -> Any:
-    """A module like this one with another weight, quantised in the same form; None where its form has no known way back.
+    """Return a module like this one with another weight, quantised in the same form; None where no way to do so is known.
 
     Forms: bitsandbytes' 4-bit (nf4, fp4) and int8, torchao's Int8Tensor and IntxUnpackedToInt8Tensor.
     """
@@ -244,7 +225,7 @@ def quantised_again(module: Any, weight_OI: Tensor) -> Any:
 
 
 def _is_packed(weight: Any) -> bool:
-    """Whether bitsandbytes has turned a 4-bit weight into the form that CPUs with AVX512 run, its scales rounded to bf16."""
+    """Return whether a 4-bit weight has the form that CPUs with AVX512 run, its scales rounded to bf16."""
     return bool(getattr(weight.quant_state, "packing_format_for_cpu", False))
 
 
@@ -275,7 +256,7 @@ def _torchao_again(weight: Any, weight_OI: Tensor) -> Any:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module reads its weight from."""
+    """Return what a module reads its weight from."""
     beside = {name: vars(module)[name] for name in _BESIDE if name in vars(module)}
     return {"weight": module._parameters["weight"], **beside} if "weight" in module._parameters else beside
 
@@ -296,30 +277,10 @@ def _bias(module: Any) -> Tensor | None:
 
 
 def _place(model: nn.Module, layer: TargetLayer) -> Place:
-    """The device of the layer's values, and the dtype of what it is given."""
+    """Return the device of the layer's values, and the dtype of what it is given."""
     if found := find_places(model, {layer.name: layer}).get(layer.name):
         return found
     tensors = [*layer.module.parameters(), *layer.module.buffers(), *model.parameters()]
     device = next((each.device for each in tensors), torch.device("cpu"))
     dtype = next((each.dtype for each in model.parameters() if is_floating(each.dtype)), torch.float32)
     return device, dtype
-
-
-def logits_loss(model: nn.Module, tokenizer: Any, texts: Sequence[str], layers: Sequence[Requantised]) -> LogitsLoss:
-    """Over all tokens of the texts, each read alone. CompositionError where there is none."""
-    kl = other = count = largest = 0.0
-    device = next(model.parameters()).device
-    for text in texts:
-        given = tokenizer(text, return_tensors="pt").to(device)
-        found = model(**given).logits.float().log_softmax(dim=-1)
-        with ExitStack() as stack:
-            for layer in layers:
-                stack.enter_context(layer.exact())
-            exact = model(**given).logits.float().log_softmax(dim=-1)
-        kl += float((exact.exp() * (exact - found)).sum())
-        other += float((exact.argmax(dim=-1) != found.argmax(dim=-1)).sum())
-        count += exact.shape[:-1].numel()
-        largest = max(largest, float((exact - found).abs().max()))
-    if not count:
-        raise CompositionError("logits_loss() needs a text of at least one token")
-    return LogitsLoss(kl / count, other / count, largest)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import engines
 import numpy as np
 import pytest
 import torch
@@ -18,13 +22,14 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.fused.quantised_base import differences
-from loraweave.composer.fused.requantised import LayerLoss
 from loraweave.composer.train.adapters import train_adapters
 from loraweave.errors import BaseModelUnverified, CompositionError
+from loraweave.extend import LayerLoss
+from loraweave.extensions.quantised import differences, logits_loss
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors, Task
 
+ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore")
 every_base = pytest.mark.parametrize("name", QUANTISED)
 # the 16 values of NF4, from the appendix of QLoRA (Dettmers et al. 2023, arXiv 2305.14314)
@@ -230,18 +235,18 @@ def test_the_loss_in_logits_is_that_of_the_formula_with_live_updates(tmp_path: P
         for run, block in ((exact, engine.activate({"a": 1.0})), (fused, engine.fused({"a": 1.0}, max_loss=math.inf))):
             with block as written:
                 run += [model(**tokenizer(text, return_tensors="pt")).logits[0].log_softmax(-1) for text in texts]
-                stated = None if run is exact else written.logits_loss(tokenizer, texts)
+                stated = None if run is exact else logits_loss(written, tokenizer, texts)
     p, q = torch.cat(exact), torch.cat(fused)
     assert stated.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
     assert stated.other_choice == pytest.approx(float((p.argmax(-1) != q.argmax(-1)).float().mean()))
     assert stated.largest == pytest.approx(float((p - q).abs().max()), rel=1e-3)
     with pytest.raises(CompositionError, match="has ended"):
-        written.logits_loss(tokenizer, texts)
+        logits_loss(written, tokenizer, texts)
     with engine.fused({"a": 1.0}, max_loss=0.0) as written:
         # every layer is live already
-        assert written.logits_loss(tokenizer, texts).largest == 0
+        assert logits_loss(written, tokenizer, texts).largest == 0
         with pytest.raises(CompositionError, match="at least one token"):
-            written.logits_loss(tokenizer, [])
+            logits_loss(written, tokenizer, [])
 
 
 @pytest.mark.parametrize("limit", [-0.1, math.nan, "a lot"])
@@ -313,3 +318,20 @@ def test_an_adapter_that_saw_a_quantised_base_says_what_full_weights_differ_by(
         other = replace(adapter, card={"quantization": mark})
         with pytest.warns(BaseModelUnverified, match=said), Composer(full, [other]).fused({"a": 1.0}):
             pass
+
+
+@pytest.mark.slow
+def test_layers_of_hqq_and_gptqmodel_pass_every_test_of_quantised_layers_in_their_own_environment():
+    files = ["tests/composer/model/test_quantised.py", "tests/extensions/quantised/test_requantised.py"]
+    chosen = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "-m", "not slow", "-k", "hqq or GPTQ or AWQ"]
+    done = subprocess.run(
+        [engines.interpreter("quantised"), "-W", "ignore", "-m", "pytest", *chosen, *files],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    # none is skipped
+    assert re.search(r"^\d+ passed, \d+ deselected", done.stdout.splitlines()[-1]), done.stdout[-500:]

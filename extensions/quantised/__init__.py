@@ -1,0 +1,18 @@
+"""What does a mixture lose that is written into quantised weights, and an adapter from quantised weights into full ones?
+
+`Composer.fused(.., max_loss=..)` then writes into layers of bitsandbytes and torchao, and keeps the update of others live;
+`logits_loss` says what that does to the answers. It costs a few matrices of a layer's size in fp32 while it writes.
+"""
+
+from typing import TYPE_CHECKING
+
+from loraweave.extend import lazy
+
+if TYPE_CHECKING:
+    from loraweave.extensions.quantised.answers import LogitsLoss, logits_loss
+    from loraweave.extensions.quantised.full_weights import differences
+else:
+    _MODULES = {f"{__name__}.answers": "LogitsLoss logits_loss", f"{__name__}.full_weights": "differences"}
+    __getattr__ = lazy(__name__, _MODULES)
+
+__all__ = ["LogitsLoss", "differences", "logits_loss"]
