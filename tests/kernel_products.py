@@ -1,7 +1,5 @@
 """Every kernel of the folder as a function of stacked factors."""
 
-from dataclasses import replace
-
 from loraweave import registry
 from loraweave.composer.live.kernels._parts import RowKernel, row_sets
 from loraweave.composer.live.kernels.dense import Dense, Stack
@@ -29,6 +27,6 @@ def by_rank_rows(name, x_BTI, a_SI, b_OS, w_BTS):
     ranked = RankedRows.of(rows, (1,) * len(parts))
     work = _LayerRows(x_BTI.device, x_BTI.dtype, ranked, None).workload(x_BTI.shape[2], b_OS.shape[0], x_BTI.shape[1])
     # one mixture alone is cheaper by another kernel, but is no error
-    if not ranked.rows or not any(kernel.cost(each) for each in (work, replace(work, num_segments=2))):
+    if not ranked.rows or (kernel.is_shared and work.num_segments > 1) or kernel.cost(work) is None:
         return naive(x_BTI, a_SI, b_OS, w_BTS)
     return ranked.among_all(kernel.of(parts, ranked.rows, x_BTI.dtype), len(rows), x_BTI.device).update(x_BTI)

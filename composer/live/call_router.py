@@ -46,7 +46,7 @@ def in_own_precision(router: Router) -> Router:
 
 
 # the call router that was asked, and the router that it returned for the running call
-_CALL: ContextVar[tuple[CallRouter, Router] | None] = ContextVar("loraweave_call_router", default=None)
+ROUTED: ContextVar[tuple[CallRouter, Router] | None] = ContextVar("loraweave_call_router", default=None)
 
 
 class CallRouter:
@@ -88,11 +88,11 @@ class CallRouter:
         self._last = of_call if torch.is_grad_enabled() else None
         self._num_calls = (0 if self._ran_again else self._num_calls) + torch.is_grad_enabled()
         self._ran_again = False
-        _CALL.set((self, of_call))
+        ROUTED.set((self, of_call))
 
     def _of_call(self) -> Router | None:
         """Return the router of the running call, or None if that call is not one of this router's."""
-        running = _CALL.get()
+        running = ROUTED.get()
         return running[1] if running is not None and running[0] is self else None
 
     @property
@@ -119,12 +119,6 @@ class CallRouter:
             f"router {self._name} looks at the input of the whole model first, but layer {layer!r} ran in "
             "none of its calls: call the model itself rather than a part of it, and not one that torch.compile made"
         )
-
-
-def end_router_call() -> None:
-    """Forget the router of the running call of the model, which is over."""
-    if not torch.compiler.is_compiling():
-        _CALL.set(None)
 
 
 def arguments_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

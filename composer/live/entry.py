@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from loraweave.composer.live.call_router import CallRouter, arguments_of
 from loraweave.composer.live.kernels._choice import ONLY, block_of
-from loraweave.composer.live.limits import begin_call
-from loraweave.composer.live.plan import Plan
+from loraweave.composer.live.limits import CALL, Call
 from loraweave.composer.live.standing_in import Hook
 from loraweave.errors import CompositionError, ScopeError
 
@@ -20,17 +19,17 @@ from loraweave.errors import CompositionError, ScopeError
 MAIN_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
 
 # inputs, some of them above, of which one row of text may have several
-BESIDE_TEXT = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
+BESIDE_TEXT = frozenset({"pixel_values", "pixel_values_videos", "input_features", "input_values"})
 
 # what only transformers' continuous batching gives a model
-PAGED_INPUTS = ("cu_seq_lens_q", "write_index")
+PAGED_INPUTS = frozenset({"cu_seq_lens_q", "write_index"})
 
 
 class Entry(Hook):
     """The hook that runs before the model's forward.
 
     `require_unchanged` raises where the model has other layers than it had, or other weights than these experts were made
-    for; `current_plan` is the running call's, if any.
+    for; `current` returns the activation that counts, if any, which has a `plan`.
     `begin` shows the call's arguments to a router that looks at all of them first.
     """
 
@@ -38,12 +37,12 @@ class Entry(Hook):
         self,
         model: nn.Module,
         require_unchanged: Callable[[Iterable[str]], None],
-        current_plan: Callable[[], Plan | None],
+        current: Callable[[], Any],
         begin: Callable[[CallRouter, dict[str, Any]], None],
     ) -> None:
         self._model = ref(model)
         self._require_unchanged = require_unchanged
-        self._current_plan = current_plan
+        self._current = current
         self._begin = begin
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -55,13 +54,14 @@ class Entry(Hook):
                 f"a replica of the model ({type(module).__name__}) runs (DataParallel), whose threads have no mixture; "
                 "use one process per device, each with its own Composer"
             )
-        if all(name in kwargs for name in PAGED_INPUTS):
+        if kwargs.keys() >= PAGED_INPUTS:
             raise CompositionError(
                 "continuous batching packs requests into one row and runs the model in a thread that has no mixture: leave "
                 "the activation first and use fused(), or generate() with a mixture per text"
             )
-        plan = self._current_plan()
-        if plan is not None:
+        activation = self._current()
+        if activation is not None:
+            plan = activation.plan
             self._require_unchanged(plan.experts)
             if plan.only != (only := ONLY.get()):
                 raise ScopeError(
@@ -70,16 +70,14 @@ class Entry(Hook):
                     "are for other calls"
                 )
             call_input = _main_input(args, kwargs)
-            num_rows = None if call_input is None else call_input.shape[0]
-            plan.require_rows(num_rows)
             plan.begin_call(call_input)
             if plan.call_router is not None:
                 self._begin(plan.call_router, arguments_of(module, args, kwargs))
             # features by (row * token) do not say how many rows they are
-            known = None if call_input is None or (call_input.ndim == 2 and call_input.is_floating_point()) else num_rows
-            begin_call(
-                known, beside=any(kwargs.get(name) is not None and kwargs[name] is not call_input for name in BESIDE_TEXT)
-            )
+            known = call_input is not None and not (call_input.ndim == 2 and call_input.is_floating_point())
+            beside = BESIDE_TEXT & kwargs.keys()
+            has_more = bool(beside) and any(kwargs[name] is not None and kwargs[name] is not call_input for name in beside)
+            CALL.set(Call(call_input.shape[0] if known else None, has_more))
 
 
 class Exit(Hook):

@@ -72,7 +72,8 @@ class Fitting:
         if self._pipeline is not None:
             self._pipeline.require_same_parts()
         self._paths.require_unchanged()
-        self._weights.require_unchanged(experts, closely=closely)
+        if self._weights.of:
+            self._weights.require_unchanged(experts, closely=closely)
 
     def pool(self, pool: ExpertPool) -> ExpertPool:
         """Return the pool's experts as `adapter` returns them, now, or for a lazy pool when each is opened."""
@@ -230,7 +231,8 @@ class _Steps(NamedTuple):
     """The steps on the ways to some modules: each one's path, the dictionary and key of its module, and that module."""
 
     paths: list[str]
-    places: list[tuple[dict[str, nn.Module | None], str]]
+    children: list[dict[str, nn.Module | None]]
+    keys: list[str]
     modules: list[nn.Module]
 
 
@@ -240,12 +242,12 @@ class ModulePaths:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         # one value, so that a thread that compares while another adds sees all of it or nothing
-        self._steps = _Steps([], [], [])
+        self._steps = _Steps([], [], [], [])
 
     def add(self, layers: Iterable[str]) -> None:
         """Remember the way to these modules."""
         before = self._steps
-        steps = _Steps(list(before.paths), list(before.places), list(before.modules))
+        steps = _Steps(*map(list, before))
         known = set(steps.paths)
         for layer in layers:
             module, path = self._model, ""
@@ -256,7 +258,8 @@ class ModulePaths:
                 if path not in known:
                     known.add(path)
                     steps.paths.append(path)
-                    steps.places.append((module._modules, part))
+                    steps.children.append(module._modules)
+                    steps.keys.append(part)
                     steps.modules.append(child)
                 module = child
         self._steps = steps
@@ -264,8 +267,8 @@ class ModulePaths:
     def require_unchanged(self) -> None:
         """Raise CompositionError, naming the first such place, when another module has taken a place, or none has it."""
         steps = self._steps
-        # called before every forward of a model: 18 microseconds for 210 layers
-        current_modules = [children.get(part) for children, part in steps.places]
+        # called before every forward of a model, without a Python call for each step
+        current_modules = list(map(dict.get, steps.children, steps.keys))
         if current_modules == steps.modules:
             return
         for path, now, module in zip(steps.paths, current_modules, steps.modules, strict=True):
@@ -283,7 +286,8 @@ class BoundWeights:
     """The weights and biases that each expert's gain and bias were calculated from, as they were then."""
 
     def __init__(self) -> None:
-        self._of: dict[str, tuple[_Seal, ...]] = {}
+        # by expert
+        self.of: dict[str, tuple[_Seal, ...]] = {}
         self._latest: dict[tuple[str, str], _Seal] = {}
 
     def add(
@@ -300,11 +304,11 @@ class BoundWeights:
             if is_needed
         ]
         # another mapping, since other threads may be looking at this one
-        self._of = {**self._of, expert: tuple(self._seal(layer, part) for layer, part in places)}
+        self.of = {**self.of, expert: tuple(self._seal(layer, part) for layer, part in places)}
 
     def forget(self, expert: str) -> None:
         """Forget what an expert was calculated from."""
-        self._of = {name: seals for name, seals in self._of.items() if name != expert}
+        self.of = {name: seals for name, seals in self.of.items() if name != expert}
 
     def require_unchanged(self, experts: Iterable[str] | None, *, closely: bool) -> None:
         """Raise CompositionError, naming expert and layer, where one of these experts (None: any) is from other weights.
@@ -312,9 +316,7 @@ class BoundWeights:
         Writes that torch counts, and other memory, are always seen; those through `.data` or numpy only where one looks
         `closely`, at one value of every row.
         """
-        of = self._of
-        if not of:
-            return
+        of = self.of
         for expert in of if experts is None else experts:
             for seal in of.get(expert, ()):
                 if not seal.holds(closely=closely):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from itertools import compress
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Size, nn
@@ -131,34 +131,24 @@ def _token_embeddings(model: nn.Module) -> set[int] | None:
     return embedding_ids
 
 
-# rows of the batch that the running call of a model was given, where they are known
-_ROWS: ContextVar[int | None] = ContextVar("loraweave_batch_rows", default=None)
-# whether it was given images or sounds beside them, of which a row may have any number
-_BESIDE: ContextVar[bool] = ContextVar("loraweave_batch_beside", default=False)
+class Call(NamedTuple):
+    """The rows that a call of a model was given, where they are known; `beside` is True if it has images or sounds, too.
+
+    Of those a row may have any number, and layers may see them instead of the rows.
+    """
+
+    num_rows: int | None = None
+    beside: bool = False
 
 
-def begin_call(num_rows: int | None, *, beside: bool = False) -> None:
-    """Remember the rows of a model's call, in this context, until `end_call`, and whether images or sounds are `beside`."""
-    _ROWS.set(num_rows)
-    _BESIDE.set(beside)
-
-
-def end_call() -> None:
-    """Forget the call's rows: the call is over, however it ended."""
-    # torch.compile sees no context, and looks at no rows
-    if not torch.compiler.is_compiling():
-        _ROWS.set(None)
-        _BESIDE.set(False)
-
-
-def is_beside() -> bool:
-    """Return whether layers of the running call may see images or sounds instead of its rows."""
-    return _BESIDE.get()
+NO_CALL = Call()
+# the running call of a model in this context; torch.compile sees no context, and looks at no rows
+CALL: ContextVar[Call] = ContextVar("loraweave_call", default=NO_CALL)
 
 
 def can_be_batch(num_rows: int) -> bool:
     """Return whether so many rows can be those of the model's call, as far as these are known."""
-    rows = _ROWS.get()
+    rows = CALL.get().num_rows
     return rows is None or num_rows == rows
 
 
@@ -167,8 +157,8 @@ def require_own_rows(layer: str, num_rows: int) -> None:
 
     How many of these belong to each row, only the model knows.
     """
-    rows = _ROWS.get()
-    if rows is not None and num_rows != rows and _BESIDE.get():
+    rows, beside = CALL.get()
+    if rows is not None and num_rows != rows and beside:
         raise ScopeError(
             f"the weights vary by row or token, but layer {layer!r} has {num_rows} rows in a call of {rows} texts with "
             "images or sounds, and which are whose cannot be told: give one mixture for all rows, or name the other layers "
@@ -181,7 +171,7 @@ def require_batch_first(layer: str, shape: Size) -> None:
 
     XLNet, FSMT and Longformer's attention put the tokens first. Where as many tokens as rows are, nothing can be told.
     """
-    rows = _ROWS.get()
+    rows = CALL.get().num_rows
     if rows is not None and len(shape) == 3 and shape[0] != rows and shape[1] == rows:
         raise ScopeError(
             f"the weights vary by row or token, but the input of layer {layer!r} is {tuple(shape)}, whose second axis and "
@@ -191,9 +181,9 @@ def require_batch_first(layer: str, shape: Size) -> None:
 
 def require_rows_of_tokens(layer: str, num_tokens: int, of_weights: int) -> None:
     """Raise ScopeError where rows' tokens on one axis cannot be told apart, or are not as many a row as the weights'."""
-    rows = _ROWS.get()
+    rows, beside = CALL.get()
     tokens_per_row, rest = divmod(num_tokens, rows or 1)
-    if _BESIDE.get() or rest or (rows and of_weights not in (1, tokens_per_row)):
+    if beside or rest or (rows and of_weights not in (1, tokens_per_row)):
         raise ScopeError(
             f"the weights vary by row or token, and have {of_weights} tokens, but layer {layer!r} has {num_tokens} in a "
             f"call of {rows} rows: give weights for exactly the tokens of this call, or one mixture for all rows"

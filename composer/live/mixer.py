@@ -10,7 +10,7 @@
                                 |- lease   the experts' factors where the layers are (residents.py)
                                 '- usage   what each layer used (recording.py)
 
-    a call        Entry: modules, rows and router looked at -> layers -> Exit
+    a call        Entry: modules, rows and router looked at -> layers -> Exit; limits.CALL has its rows meanwhile
     a layer       _MixedForward.run -> Plan.apply -> a kernel's adder, where it is warm: what a step of generation pays
 
 Which activation counts is a context variable, so threads and asyncio tasks do not see each other's mixtures, and one
@@ -35,11 +35,11 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.common.process import holding, lock_of
-from loraweave.composer.live.call_router import CallRouter, end_router_call
+from loraweave.composer.live.call_router import ROUTED, CallRouter
 from loraweave.composer.live.entry import Entry, Exit
 from loraweave.composer.live.experts import ExpertsForward
 from loraweave.composer.live.hook import LiveHook, MixedLayer, mix_outside
-from loraweave.composer.live.limits import Handle, end_call, in_backward_thread, watch
+from loraweave.composer.live.limits import CALL, NO_CALL, Handle, in_backward_thread, watch
 from loraweave.composer.live.plan import KEPT_BYTES, Plan, make_plan
 from loraweave.composer.live.recording import Usage
 from loraweave.composer.live.residents import Lease
@@ -138,8 +138,10 @@ class Activation:
 
 def _end() -> None:
     """Forget the running call of the model, which is over, however it ended."""
-    end_call()
-    end_router_call()
+    # torch.compile sees no context
+    if not torch.compiler.is_compiling():
+        CALL.set(NO_CALL)
+        ROUTED.set(None)
 
 
 def _chain(activation: Activation | None) -> Iterable[Activation]:
@@ -154,7 +156,10 @@ def _nearest_open(activation: Activation | None) -> Activation | None:
 
 def _current(live: LiveLayers) -> Activation | None:
     """Return the innermost open activation of these layers in this context."""
-    return next((candidate for candidate in _chain(_CURRENT.get()) if candidate.live is live and not candidate.closed), None)
+    activation = _CURRENT.get()
+    while activation is not None and (activation.live is not live or activation.closed):
+        activation = activation.outer
+    return activation
 
 
 class LiveLayers:
@@ -178,8 +183,7 @@ class LiveLayers:
         self._lock = lock_of(self)
         self._open: list[Activation] = []
         self._handles: list[Handle] = []
-        self._own_hooks = Entry(model, require_unchanged, self._current_plan, self._begin), Exit(self._end_call)
-        self._experts: dict[nn.Module, ExpertsForward] = {}
+        self._own_hooks = Entry(model, require_unchanged, self.current, self._begin), Exit(self._end_call)
         # whether torch.compile can trace no mixture of some layer
         self._untraced = False
         # set where a graph of torch.compile would lose gradients through what learns, or has no mixture
@@ -290,10 +294,10 @@ class LiveLayers:
 
     def _end_call(self, output: Any) -> None:
         if not torch.compiler.is_compiling():
-            activation = _current(self)
+            activation = self.current()
             if activation is not None and activation.plan.call_router is not None:
                 activation.followed.returned(output)
-        _end()
+            _end()
 
     def _install(self) -> None:
         CLAIMS.take(self, self._modules)
@@ -347,9 +351,9 @@ class LiveLayers:
             self._take_over_experts(module, group)
 
     def _take_over_experts(self, module: nn.Module, layers: list[TargetLayer]) -> None:
-        forward = self._experts.get(module)
-        if forward is None:
-            forward = self._experts[module] = ExpertsForward(module, self.current)
+        known = (handle for handle in self._handles if isinstance(handle, ExpertsForward) and handle.module is module)
+        if (forward := next(known, None)) is None:
+            forward = ExpertsForward(module, self.current)
             self._handles.append(forward)
             self._clean_copies(module)
             owner = self._model.get_submodule(layers[0].path.rpartition(".")[0])
@@ -364,9 +368,7 @@ class LiveLayers:
     def _give_back(self, num_left: int) -> None:
         while len(self._handles) > num_left:
             self._handles[-1].remove()
-            removed = self._handles.pop()
-            if isinstance(removed, ExpertsForward):
-                del self._experts[removed.module]
+            self._handles.pop()
 
     def _uninstall(self) -> None:
         try:

@@ -219,7 +219,7 @@ class _PipelineLayers(LiveLayers):
         super()._install()
         for name, part in self._model.named_children():
             self._clean_copies(part)
-            before = Entry(part, self._require_unchanged, self._current_plan, self._begin)
+            before = Entry(part, self._require_unchanged, self.current, self._begin)
             self._handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(part.register_forward_hook(Exit(self._end_call)))
             self._handles.append(_PartForward(name, part, self._current_plan))

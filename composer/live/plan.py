@@ -25,18 +25,17 @@ import torch
 from torch import Tensor
 
 from loraweave.common.checks import is_list
-from loraweave.composer.live.call_router import CallRouter
 from loraweave.composer.live.hook import LiveHook, hook_kinds
 from loraweave.composer.live.kernels._choice import ONLY, block_of
 from loraweave.composer.live.kernels._parts import Adder
 from loraweave.composer.live.limits import (
+    CALL,
     can_be_batch,
-    is_beside,
     require_batch_first,
     require_own_rows,
     require_rows_of_tokens,
 )
-from loraweave.composer.live.recording import Note, Usage
+from loraweave.composer.live.recording import STATE, Note, Usage
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.live.row_weights import LayerMixture, RowWeights, Workspace, require_multiple
 from loraweave.composer.live.token_weights import TokenWeights
@@ -92,6 +91,15 @@ class Plan:
         self._weights = weights
         # the same weights, for layers whose hidden values are no product with a matrix
         self._by_token = by_token
+        # the rows of the mixture; 1 where all rows of a batch share one, or a router looks at each
+        self.num_mixtures = weights.num_mixtures
+        # the kernel that alone is taken, by name, if there is one
+        self.only = weights.only
+        # the router, if it is shown each call of the model first
+        self.call_router = by_token.call_router
+        # the device of the last call, and whether a hook may have something for calls there
+        self._device: torch.device | None = None
+        self._is_hooked = False
         # the mixtures of a pipeline part's calls, where these differ
         self.by_call: Any = None
         # the kernels remembered for what a hook has prepared, where it has, else for the plan
@@ -108,34 +116,14 @@ class Plan:
         return self._weights.num_mixtures > 1 or self._weights.num_tokens > 1 or bool(self.invocations)
 
     @property
-    def num_mixtures(self) -> int:
-        """The number of rows of the mixture; 1 where all rows of a batch share one, or a router looks at each."""
-        return self._weights.num_mixtures
-
-    @property
     def num_bytes(self) -> int:
         """The bytes of the tensors made for the layers so far."""
         return self._weights.num_bytes + (self._by_token.num_bytes if self._by_token is not self._weights else 0)
 
     @property
-    def only(self) -> str | None:
-        """The name of the kernel that the plan takes alone, if there is one."""
-        return self._weights.only
-
-    @property
-    def call_router(self) -> CallRouter | None:
-        """The router, if it is shown each call of the model first; else None."""
-        return self._by_token.call_router
-
-    @property
     def watched(self) -> tuple[str, ...]:
         """The blocks of the model whose input the router looks at."""
         return self._by_token.watched
-
-    def require_rows(self, num_rows: int | None) -> None:
-        """Raise ScopeError for a batch whose rows are no multiple of the mixture's; None stands for an unknown number."""
-        if num_rows is not None:
-            require_multiple(self.num_mixtures, num_rows, "batch")
 
     def enter(self, lease: Lease, layers: Mapping[str, TargetLayer]) -> None:
         """Begin an activation of the plan, with these target layers; it ends with its lease."""
@@ -143,10 +131,20 @@ class Plan:
             # what it was made for may be another's by now
             self._remembered = self._own
 
-    def begin_call(self, given: Tensor | None) -> None:
-        """Begin a call of the model, with this main input, where that is known."""
-        if isinstance(self._weights, RowWeights) and given is not None:
-            prepared = self._weights.begin_call(given.device)
+    def begin_call(self, main_input: Tensor | None) -> None:
+        """Begin a call of the model, with this main input, where that is known.
+
+        Raises ScopeError for a batch whose rows are no multiple of the mixture's.
+        """
+        if main_input is None:
+            return
+        if not self.num_mixtures or main_input.shape[0] % self.num_mixtures:
+            require_multiple(self.num_mixtures, main_input.shape[0], "batch")
+        if main_input.device != self._device:
+            self._device, self._remembered = main_input.device, self._own
+            self._is_hooked = isinstance(self._weights, RowWeights) and self._weights.is_served(self._device)
+        if self._is_hooked and isinstance(self._weights, RowWeights):
+            prepared = self._weights.begin_call()
             self._remembered = self._own if prepared is None else prepared.remembered
 
     def reaches(self, layer: str, lease: Lease) -> bool:
@@ -199,8 +197,11 @@ class Plan:
         """
         by_shape = self._remembered.get(layer.name)
         warm = by_shape.get(x.shape) if by_shape and layer.fresh else None
-        if warm is not None and warm.fits(x, y) and not is_beside():
-            usage.saw(layer.name, warm.note)
+        if warm is not None and warm.fits(x, y) and not CALL.get().beside:
+            # as `usage.saw`, without a call of Python's
+            usage.notes[layer.name] = warm.note
+            if STATE.get() is not usage.quiet:
+                usage.tell(layer.name, warm.note)
             warm.add(x, y)
             return y
         if not self.experts or self._weights.skips(layer.name):
@@ -213,7 +214,7 @@ class Plan:
         dtype = weight.dtype if weight is not None and is_floating(weight.dtype) else y.dtype
         if layer.kind is not linear:
             return self._projected(layer, x.to(y.device), y, dtype, lease, usage)
-        if self._by_place:
+        if self._by_place and x.shape[0] != CALL.get().num_rows:
             require_own_rows(layer.name, x.shape[0])
             require_batch_first(layer.name, x.shape)
         x_BTI = x.to(y.device)

@@ -66,15 +66,15 @@ class Usage:
         self.made = MadeWeights(experts)
         self.notes: dict[str, Note] = {}
         # the context's state while this usage is the last one and nobody records
-        self._quiet: _State | None = None
+        self.quiet: _State | None = None
         self._counted: set[str] = set()
         self._num_bytes = 0
 
     def saw(self, layer: str, note: Note) -> None:
         """Note a call with weights that were known before. Runs in every call of every layer."""
         self.notes[layer] = note
-        if _STATE.get() is not self._quiet:
-            self._tell(layer, note)
+        if STATE.get() is not self.quiet:
+            self.tell(layer, note)
 
     def chose(self, layer: str, note: Note, w_BTE: Tensor, *, again: bool = False) -> None:
         """Note a call with weights made in it. Raises WeightingError for bad ones, at once on a CPU, unless met `again`."""
@@ -89,21 +89,21 @@ class Usage:
         self._counted.add(layer)
         self._num_bytes += w_BTE.nbytes
         self.notes[layer] = note if self._num_bytes <= KEPT_BYTES else note._replace(w_BTE=None, kept=False)
-        if _STATE.get() is not self._quiet:
-            self._tell(layer, note)
+        if STATE.get() is not self.quiet:
+            self.tell(layer, note)
 
-    def _tell(self, layer: str, note: Note) -> None:
+    def tell(self, layer: str, note: Note) -> None:
         """Make this usage the last one of its context, and give the note to every open trace."""
-        state, owner = _STATE.get(), self.owner()
+        state, owner = STATE.get(), self.owner()
         if owner is not None and state.by_owner.get(owner) is not self:
             # a new dictionary: contexts that were copied from this one have the old one
             by_owner = WeakKeyDictionary(state.by_owner)
             by_owner[owner] = self
             state = _State(by_owner, state.traces)
-            _STATE.set(state)
+            STATE.set(state)
         for trace in state.traces:
             trace.add(self, layer, note)
-        self._quiet = None if state.traces else state
+        self.quiet = None if state.traces else state
 
     def weights(self, setting: Setting) -> UsedWeights:
         """Return the last weights of every layer. Raises CompositionError where they were too large to keep."""
@@ -166,7 +166,7 @@ class Trace:
 
 def last_weights(owner: object, setting: Setting) -> UsedWeights:
     """Return the weights of the last forward of `owner` in this context, or none. Raises what `Usage.weights` raises."""
-    usage = _STATE.get().by_owner.get(owner)
+    usage = STATE.get().by_owner.get(owner)
     return UsedWeights((), {}) if usage is None else usage.weights(setting)
 
 
@@ -174,12 +174,12 @@ def last_weights(owner: object, setting: Setting) -> UsedWeights:
 def recording(owner: object, setting: Setting) -> Iterator[Trace]:
     """Open a trace of `owner` that takes the notes of this context until the block is left."""
     trace = Trace(owner, setting)
-    _STATE.set(_State(_STATE.get().by_owner, (*_STATE.get().traces, trace)))
+    STATE.set(_State(STATE.get().by_owner, (*STATE.get().traces, trace)))
     try:
         yield trace
     finally:
         # not by a token: a generator that was dropped ends in another context
-        _STATE.set(_State(_STATE.get().by_owner, tuple(other for other in _STATE.get().traces if other is not trace)))
+        STATE.set(_State(STATE.get().by_owner, tuple(other for other in STATE.get().traces if other is not trace)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +191,7 @@ class _State:
 
 
 _NOTHING = _State(WeakKeyDictionary(), ())
-_STATE: ContextVar[_State] = ContextVar("loraweave_usages", default=_NOTHING)
+STATE: ContextVar[_State] = ContextVar("loraweave_usages", default=_NOTHING)
 
 
 def _kind_of_call(call: tuple[Usage, Note]) -> tuple[object, bool, int]:

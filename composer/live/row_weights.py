@@ -62,13 +62,15 @@ class RowWeights:
         values = mixture.values_BTLE
         own_rows = not mixture.layers and values.dtype is torch.float32 and bool((values != values[:1]).any())
         self._hooks = hooks if own_rows and only is None else ()
-        # the device of the last call, and the hooks that serve there
-        self._serving: tuple[torch.device | None, tuple[LiveHook, ...]] = None, ()
+        # the hooks that serve the device of the last call
+        self._serving: tuple[LiveHook, ...] = ()
         self._prepared: tuple[LiveHook, Prepared] | None = None
         # the open activations, which share what was prepared
         self._open: dict[int, tuple[Lease, Mapping[str, TargetLayer]]] = {}
         self._lock = lock_of(self)
         self._workspace = workspace
+        # all are loaded before a model runs
+        self._kernels = row_kernels()
         # gathered factors go back with this object, which alone refers to them
         self._borrowed: list[Tensor] = []
         self._return = finalize(self, workspace.give, self._borrowed)
@@ -112,17 +114,18 @@ class RowWeights:
                 hook.release(prepared)
                 self._prepared = None
 
-    def begin_call(self, device: torch.device) -> Prepared | None:
-        """Begin a call of the model with inputs on a device; return what a hook has for its layers."""
-        known, serving = self._serving
-        if known != device:
-            serving = tuple(hook for hook in self._hooks if hook.serves(device))
-            self._serving = device, serving
-        if not serving or torch._C._are_functorch_transforms_active():
+    def is_served(self, device: torch.device) -> bool:
+        """Return whether a hook may have something for calls with inputs on a device, which begin now."""
+        self._serving = tuple(hook for hook in self._hooks if hook.serves(device))
+        return bool(self._serving)
+
+    def begin_call(self) -> Prepared | None:
+        """Begin a call of the model, and return what a hook has for its layers."""
+        if torch._C._are_functorch_transforms_active():
             return None
         with self._lock:
             if self._prepared is None and self._open:
-                offers = ((hook, hook.prepare(self._mixture, *next(iter(self._open.values())))) for hook in serving)
+                offers = ((hook, hook.prepare(self._mixture, *next(iter(self._open.values())))) for hook in self._serving)
                 self._prepared = next(((hook, prepared) for hook, prepared in offers if prepared is not None), None)
             return None if self._prepared is None else self._prepared[1]
 
@@ -163,8 +166,9 @@ class RowWeights:
         else:
             ranked = self._ranked.get(ranks) or self._ranked.setdefault(ranks, RankedRows.of(self._common, ranks))
         table = AffineTable.of(placed)
-        w_BTE = self._mixture.for_layer(layer).to(device)
-        affine = None if table is None else table.weigh(w_BTE, in_order=self.only is not None)
+        affine = None
+        if table is not None:
+            affine = table.weigh(self._mixture.for_layer(layer).to(device), in_order=self.only is not None)
         return _LayerRows(device, dtype, ranked, affine)
 
     def _kernel(self, found: _LayerRows, layer: TargetLayer, tokens: int, lease: Lease) -> Kernel:
@@ -176,7 +180,7 @@ class RowWeights:
             names = [self._mixture.experts[place] for place in found.ranked.places]
             parts = [lease.part(name, layer.name, found.device, found.dtype) for name in names]
             present = [part for part in parts if part is not None]
-            kernel = row_kernels()[choice.path].of(
+            kernel = self._kernels[choice.path].of(
                 present, found.ranked.rows, dtype, partial(self._borrow, dtype, found.device)
             )
             found.kernels[key] = found.ranked.among_all(kernel, self.num_mixtures, found.device)

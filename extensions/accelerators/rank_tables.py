@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -71,6 +71,9 @@ class RankTables:
 
 class TableKernel(RowKernel):
     """A kernel that reads `tables`."""
+
+    is_shared: ClassVar[bool | None] = False
+    devices: ClassVar[tuple[str, ...] | None] = ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 
     tables: RankTables
 

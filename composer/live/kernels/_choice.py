@@ -50,8 +50,12 @@ def choose(work: Workload) -> Choice:
 
 def costs(work: Workload) -> dict[str, Cost]:
     """Return the cost of each kernel that is for such a workload."""
-    cost_by_path = {path: kernel.cost(work) for path, kernel in row_kernels().items()}
-    return {path: cost for path, cost in cost_by_path.items() if cost is not None}
+    costs = {}
+    for path, kernel in row_kernels().items():
+        runs = kernel.is_chosen and (kernel.devices is None or work.device in kernel.devices)
+        if runs and kernel.is_shared is not (work.num_segments > 1) and (cost := kernel.cost(work)) is not None:
+            costs[path] = cost
+    return costs
 
 
 # the name of the kernel that this context takes alone

@@ -84,6 +84,12 @@ class RowKernel(AddsInPlace):
 
     # whether it may run in fp32 for a layer in half precision
     widens: ClassVar[bool] = True
+    # whether it may be chosen where it is not the only one
+    is_chosen: ClassVar[bool] = True
+    # the types of devices that it runs on; None for all
+    devices: ClassVar[tuple[str, ...] | None] = None
+    # whether it is for mixtures that all rows share (True), for several (False), or for both
+    is_shared: ClassVar[bool | None] = None
     # what users call the block in which it is the only one
     block: ClassVar[str] = "only_kernel()"
 
@@ -137,6 +143,19 @@ class SomeRows(AddsInPlace):
         x_MNI = group_by_mixture(x_BTI, self.num_rows)
         y_MNO = y_BTO.view(*x_MNI.shape[:2], y_BTO.shape[2])
         add_at(self.kernel, self.place, x_MNI, y_MNO)
+
+    def adder(self, dtype: torch.dtype, shape: torch.Size) -> Adder:
+        place, rows = self.place, self.num_rows
+        if not isinstance(place, slice) or self.dtype is not dtype:
+            return super().adder(dtype, shape)
+        tokens = shape[0] * shape[1] // rows
+        add_some = self.kernel.adder(dtype, torch.Size((len(range(rows)[place]), tokens, shape[2])))
+
+        def add(x_BTI: Tensor, y_BTO: Tensor) -> None:
+            x_MNI, y_MNO = x_BTI.reshape(rows, tokens, -1), y_BTO.view(rows, tokens, -1)
+            add_some(x_MNI[place], y_MNO[place])
+
+        return add
 
 
 def row_sets(w_BTP: Tensor) -> RowSets | None:

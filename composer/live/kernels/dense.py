@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -85,6 +86,8 @@ class Stack:
 class Dense(RowKernel):
     """A stack of factors and the weights of its experts, in fp32 or better."""
 
+    is_shared: ClassVar[bool | None] = False
+
     stack: Stack
     w_BTP: Tensor
     hidden_NS: Tensor | None = None
@@ -92,8 +95,6 @@ class Dense(RowKernel):
 
     @staticmethod
     def cost(work: Workload) -> Cost | None:
-        if work.num_segments == 1:
-            return None
         elements = work.num_mixtures * work.tokens * work.stacked
         # the hidden values go through fp32 and a mask
         return work.of_products(elements, work.stacked, calls=6, extra=6 * elements)

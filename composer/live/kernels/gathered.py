@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +22,13 @@ from loraweave.composer.live.kernels._parts import Adder, Lend, Part, RowKernel,
 class Gathered(RowKernel):
     """The factors of B mixtures, each filled up with zeros to the R rank rows of the largest; weights are in b."""
 
+    is_shared: ClassVar[bool | None] = False
+
     a_BRI: Tensor
     b_BRO: Tensor
 
     @staticmethod
     def cost(work: Workload) -> Cost | None:
-        if work.num_segments == 1:
-            return None
         rank_rows = work.num_mixtures * work.largest
         return work.of_products(rank_rows * work.tokens, rank_rows, calls=2, items=2 * work.num_mixtures)
 

@@ -20,13 +20,12 @@ class Merged(RowKernel):
 
     # a full matrix in fp32 would take twice the layer's own memory
     widens: ClassVar[bool] = False
+    is_shared: ClassVar[bool | None] = True
 
     delta_OI: Tensor
 
     @staticmethod
     def cost(work: Workload) -> Cost | None:
-        if work.num_segments > 1:
-            return None
         full = work.num_inputs * work.num_outputs
         return Cost(2 * work.num_mixtures * work.tokens * full, work.itemsize * (work.moved + full), calls=1)
 

@@ -42,6 +42,7 @@ class NativeRows(RowKernel):
     """The distinct factors of M mixtures; `entries` has (first rank row, how many, weight) of each expert of each row."""
 
     widens: ClassVar[bool] = False
+    devices: ClassVar[tuple[str, ...] | None] = ("cpu",)
 
     a_DI: Tensor
     b_DO: Tensor

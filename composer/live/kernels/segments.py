@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,14 +30,14 @@ from loraweave.composer.live.kernels.shared import Shared
 class Segments(RowKernel):
     """The distinct mixtures of B rows, and which rows each is for: a slice where they are consecutive, else an index."""
 
+    is_shared: ClassVar[bool | None] = False
+
     num_rows: int
     num_outputs: int
     mixtures: tuple[tuple[slice | Tensor, Shared], ...]
 
     @staticmethod
     def cost(work: Workload) -> Cost | None:
-        if work.num_segments == 1:
-            return None
         return work.of_products(work.total * work.tokens, work.distinct, calls=3 * work.num_segments)
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,13 +18,13 @@ from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSet
 class Shared(RowKernel):
     """The factors of one mixture, its weights in b."""
 
+    is_shared: ClassVar[bool | None] = True
+
     a_RI: Tensor
     b_RO: Tensor
 
     @staticmethod
     def cost(work: Workload) -> Cost | None:
-        if work.num_segments > 1:
-            return None
         return work.of_products(work.num_mixtures * work.tokens * work.largest, work.largest, calls=2)
 
     @classmethod

@@ -24,6 +24,7 @@ class FixedShape(RowKernel):
     """The rows, a, and b with the weights in it, for each slot and rank."""
 
     block: ClassVar[str] = "batch_invariant()"
+    is_chosen: ClassVar[bool] = False
 
     num_rows: int
     num_outputs: int

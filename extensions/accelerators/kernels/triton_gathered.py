@@ -24,7 +24,7 @@ class TritonGathered(TableKernel):
 
     @staticmethod
     def cost(work: Workload) -> Cost | None:
-        if work.num_segments == 1 or not triton_runs(work.device, work.itemsize):
+        if not triton_runs(work.device, work.itemsize):
             return None
         # every token reads its own rank rows; a launch by Triton takes about as long as two calls of a library
         return work.of_products(work.total * work.tokens, work.total * work.tokens, calls=4)

@@ -33,7 +33,7 @@ class TritonSegments(TableKernel):
 
     @staticmethod
     def cost(work: Workload) -> Cost | None:
-        if work.num_segments == 1 or not triton_runs(work.device, work.itemsize):
+        if not triton_runs(work.device, work.itemsize):
             return None
         # every block of a segment's tokens reads the segment's rank rows
         num_blocks = -(-work.num_mixtures * work.tokens // (BLOCK_N * work.num_segments))
