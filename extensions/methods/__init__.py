@@ -26,14 +26,4 @@ else:
         {f"{__name__}.arithmetic": "add analogy ema genknowsub negate scale subtract subtract_general unlearn"},
     )
 
-__all__ = [
-    "add",
-    "analogy",
-    "ema",
-    "genknowsub",
-    "negate",
-    "scale",
-    "subtract",
-    "subtract_general",
-    "unlearn",
-]
+__all__ = ["add", "analogy", "ema", "genknowsub", "negate", "scale", "subtract", "subtract_general", "unlearn"]
