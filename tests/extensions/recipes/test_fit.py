@@ -30,6 +30,13 @@ def test_a_task_that_is_none_of_the_recipe_s_is_refused_by_name(make_model, reci
         lw.experts(recipe, make_model("llama"), **NAMED[recipe]).fit({"fact": ROWS, "games": ROWS}, **SETTINGS)
 
 
+def test_experts_that_few_tokens_choose_are_waited_for(make_model):
+    # two tokens a step
+    rows = [{"input_ids": [3 + i, 20 + i], "labels": [-100, 20 + i]} for i in range(7)]
+    made = lw.experts("switch", make_model("llama"), rank=2).fit(rows, **{**SETTINGS, "batch_size": 1, "steps": 8})
+    assert len(made.training_report.losses) == 8
+
+
 ONE_STEP = {"steps": 1, "batch_size": 5, "warmup": 0, "progress": False}
 
 

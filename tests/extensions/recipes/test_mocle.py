@@ -240,3 +240,12 @@ def test_a_recipe_without_clusters_of_texts_is_refused(make_model):
 def test_an_embedder_that_there_is_not_is_refused_by_name(make_model):
     with pytest.raises(UnknownName, match="did you mean 'sentence'"):
         lw.experts("mocle", make_model("llama"), embedder="sentense")
+
+
+def test_without_tasks_there_is_nothing_to_call_it_for_until_there_are_some(make_model):
+    with lw.experts("mocle", make_model("llama"), by_task=True) as made:
+        with pytest.raises(UnknownName, match=r"it has none: pass tasks=\(\.\.\.\) or fit\(\) it on \{task: rows\}"):
+            made(input_ids=IDS_BT, task=0)
+        made.take_tasks(CLUSTERS)
+        made(input_ids=IDS_BT, task=["sums", "names"])
+        assert set(made.adapter("names").layers) == set(made.sites)

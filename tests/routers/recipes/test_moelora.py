@@ -77,9 +77,8 @@ def test_a_task_that_there_is_not_is_refused_by_name(make_model):
             made(input_ids=IDS_BT, task=[0, 1, 2])
 
 
-@pytest.mark.parametrize(("recipe", "options"), [("moelora", {}), ("mocle", {"by_task": True})])
-def test_without_tasks_there_is_nothing_to_call_it_for_until_there_are_some(make_model, recipe, options):
-    with lw.experts(recipe, make_model("llama"), **options) as made:
+def test_without_tasks_there_is_nothing_to_call_it_for_until_there_are_some(make_model):
+    with lw.experts("moelora", make_model("llama")) as made:
         with pytest.raises(UnknownName, match=r"it has none: pass tasks=\(\.\.\.\) or fit\(\) it on \{task: rows\}"):
             made(input_ids=IDS_BT, task=0)
         made.take_tasks(TASKS)
