@@ -100,13 +100,14 @@ def _on_server(scheme: str, url: str, given: str | None, timeout_s: float) -> tu
 
 def open_blobs(place: str | Path, hub: str) -> BlobStore:
     """Return the store of the blobs at a URL or in a folder. `hub`, the catalogue's place, names the cache for a URL."""
-    if _scheme(place) in _FOLDERS:
+    scheme = _scheme(place)
+    if scheme is None or scheme in _FOLDERS:
         # a file:// URL is as durable as a folder, since it is one
-        return FolderBlobs(Path(place if _scheme(place) is None else str(place).partition("://")[2]))
+        return FolderBlobs(Path(place if scheme is None else str(place).partition("://")[2]))
     stores = registry.names("blobs")
     if not stores:
         raise HubError(f"nothing installed here reads {without_credentials(str(place))}: a folder can hold the blobs")
-    make = registry.get("blobs", _scheme(place) if _scheme(place) in stores else FOR_ANY_SCHEME)
+    make = registry.get("blobs", scheme if scheme in stores else FOR_ANY_SCHEME)
     store: BlobStore = make(str(place), local_folder(f"{hub} {without_credentials(str(place))}"))
     return store
 
