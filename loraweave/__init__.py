@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     )
     from loraweave.composer.merge.merge import merge
     from loraweave.composer.merge.statistics import Statistics
-    from loraweave.composer.programs.order import order
+    from loraweave.composer.programs.program import order
     from loraweave.composer.train.adapters import train_adapters
     from loraweave.composer.train.remember import remember
     from loraweave.hub.adapter import Adapter
@@ -90,7 +90,7 @@ _MODULES = {
     "composer.ensembles.ensemble": "ensemble",
     "composer.experts.make": "experts",
     "composer.compose.rerank": "rerank",
-    "composer.programs.order": "order",
+    "composer.programs.program": "order",
     "routers.tokens._saved": "router",
     "composer.compose.collect_statistics": "collect_statistics",
     "composer.compose.pool_statistics": "pool_statistics",

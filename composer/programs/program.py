@@ -1,5 +1,7 @@
 """A program: adapters that answer one after the other, each by its own instruction; and one adapter distilled from it.
 
+`order`, at the end, searches a hub for the program of a task.
+
 The program labels inputs, and `train_adapters` learns them. Rows of several inputs with their answers teach more than a row
 for each; so the adapter is asked under the task's examples.
 """
@@ -15,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -24,13 +26,14 @@ from torch import nn
 from loraweave.common.chat import Prompt
 from loraweave.common.display import ShownTable, progress_bar
 from loraweave.common.files import as_path, whole_file
-from loraweave.common.options import Count, Positive, check_options, options_of
+from loraweave.common.options import Count, Positive, Range, check_options, options_of
 from loraweave.common.randomness import seeded
 from loraweave.common.rows import GivenRows, read_asked, read_inputs
 from loraweave.common.spread import processes_here, require_all, spread
 from loraweave.composer.compose.asked import Step
+from loraweave.composer.compose.candidates import experts_of
 from loraweave.composer.compose.composition import Composition
-from loraweave.composer.compose.program_search import ProgramRow
+from loraweave.composer.compose.program_search import ProgramRow, labels_of, search_programs
 from loraweave.composer.compose.refine import STEP_COST, linear_targets, loss_with, num_scalars
 from loraweave.composer.compose.report import ReportRow
 from loraweave.composer.compose.saved import task_json
@@ -41,11 +44,13 @@ from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import untouched
 from loraweave.composer.train.adapters import train_adapters
 from loraweave.composer.train.rows import MAX_PACKED, can_be_packed
-from loraweave.errors import AdapterCorrupt, AdapterNotFound, CompositionError, InvalidTask, TrainingError
+from loraweave.errors import AdapterCorrupt, AdapterNotFound, CompositionError, InvalidTask, TrainingError, WeightingError
+from loraweave.hub.base import require_model
 from loraweave.hub.base_reference import base_loader
 from loraweave.hub.embedders.form import Form
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
+from loraweave.retrieval.retriever import Retriever
 from loraweave.types import Task
 
 # an input looks like the task's where the cosine of their forms is at least that of the task's own inputs, less this
@@ -367,3 +372,49 @@ def _report(saved: Mapping[str, Any]) -> OrderReport:
     rows = tuple(ProgramRow(**{**row, "steps": tuple(row["steps"])}) for row in saved["rows"])
     lists = {name: tuple(saved[name]) for name in ("chosen", "left_out")}
     return OrderReport(**{**saved, **lists, "rows": rows})
+
+
+def order(
+    model: Any,
+    tokenizer: Any,
+    hub: Hub,
+    task: Task | GivenRows,
+    *,
+    k: Count = 20,
+    max_steps: Count = 3,
+    beam: Count = 3,
+    gain: Annotated[float, Range(least=0, below=1)] = 0.1,
+    progress: bool = True,
+) -> Program:
+    """Return the program `a > b > ...`, each step asked by its own description, with the lowest mean loss of the targets.
+
+    The description is the one in the hub. First steps are the `k` adapters whose sample inputs are most like the task's,
+    later ones those and the `k` whose sample outputs are most like its targets. All single steps are measured, then pairs
+    that end in one of the eight best of them, then the `beam` best programs with one more step at any place, up to
+    `max_steps`; the worse ones are dropped after one example, and again after two. Where the task has an instruction, the
+    base asked by it is a step like others, the last among equal ones. A longer program is taken where its loss is lower by
+    more than the share `gain`; three steps are tried only where two would be taken. No adapter occurs twice in a program,
+    and the model is asked no question twice.
+
+    Raises InvalidTask for a task without examples and a hub without descriptions, WeightingError for settings out of range
+    and for anything but a hub, EmptyIndex and BaseModelMismatch for a hub without an adapter for the model, SearchFailed
+    where no program has a finite loss.
+    """
+    target_task = Task.of(task)
+    limits: dict[str, Any] = {"k": k, "max_steps": max_steps, "beam": beam, "gain": gain}
+    check_options("order()", limits, options_of(order, after=4), error=WeightingError)
+    if isinstance(experts_of(hub), ExpertPool):
+        raise WeightingError(
+            f"order() asks adapters by their descriptions in a hub, but got {type(hub).__name__}: pass lw.Hub"
+        )
+    if not target_task.examples:
+        raise InvalidTask("the task has no examples to find an order by; give at least one (input, target) pair")
+    require_model(model)
+    if not callable(tokenizer):
+        raise CompositionError(f"the examples need the model's tokenizer, and {type(tokenizer).__name__} is not one")
+    started = time.perf_counter()
+    search = search_programs(model, tokenizer, Retriever.of(hub), target_task, **limits, progress=progress)
+    chosen, reason = search.best()
+    rows, seconds = tuple(search.rows()), time.perf_counter() - started
+    report = OrderReport(rows, labels_of(chosen), reason, tuple(search.left_out), search.asking.count, seconds)
+    return Program(model, tokenizer, target_task, chosen, hub, pool_of(chosen, hub, model), report)
