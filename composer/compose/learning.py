@@ -6,13 +6,13 @@ new or begun as the hub's in-context adapter, under prompts that show the exampl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from loraweave.common.options import options_of
 from loraweave.composer.compose.loss import ExampleLoss, Penalty, together, together_with_gradients
@@ -28,17 +28,20 @@ from loraweave.composer.compose.refine import (
 )
 from loraweave.composer.compose.settings import BEST, Settings, solver_class
 from loraweave.composer.compose.trials import Bench, Choice, Fixed, Scores, Split, Trial, result_of
+from loraweave.composer.composer import Composer
 from loraweave.composer.merge.merge import parent_of
 from loraweave.errors import SearchFailed, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.registry import get
 from loraweave.routers.searches._solver import Solver, described
-from loraweave.routers.searches._told import SearchResult, Told
+from loraweave.routers.searches._told import Told
 from loraweave.routers.weights import MixtureWeights
 
 if TYPE_CHECKING:
     from loraweave.composer.compose.user_loss import UserLoss
+
+    Objective = ExampleLoss | UserLoss
 
 # trainings of a LoRA under demonstrations: of a new one, and of one that begins as the in-context adapter; chosen by
 # leave-one-out on the example pool, with ORDERS orders of the demonstrations in the prompts
@@ -108,25 +111,35 @@ class Searched(Trial):
 
     def choose(self, splits: Sequence[Split]) -> list[Choice]:
         objective = self._objective()
-        searches = [self._search(split, objective) for split in splits]
-        while running := [(search, mixtures) for search in searches if (mixtures := search.solver.ask())]:
-            objectives, candidates = [search.objective for search, _ in running], [mixtures for _, mixtures in running]
+        searches = [self._begun(split, objective) for split in splits]
+        while running := [(*search, mixtures) for search in searches if (mixtures := search[0].ask())]:
+            objectives, candidates = [view for _, view, _, _ in running], [mixtures for *_, mixtures in running]
             if self.solver.needs_gradients:
                 told = together_with_gradients(objectives, candidates)
             else:
                 told = [(losses, []) for losses in together(objectives, candidates)]
-            for (search, mixtures), (losses, gradients) in zip(running, told, strict=True):
-                search.tell(losses, gradients)
-                self._count(search.solver.cost * len(mixtures))
-        return [self.bench.mixed(search.result(), objective.merge_method) for search in searches]
+            for (solver, view, keep, mixtures), (losses, gradients) in zip(running, told, strict=True):
+                with _explained(view):
+                    solver.tell(losses, gradients)
+                keep()
+                self._count(solver.cost * len(mixtures))
+        choices = []
+        for solver, view, _ in searches:
+            with _explained(view):
+                choices.append(self.bench.mixed(solver.result(), view.merge_method))
+        return choices
 
-    def _search(self, split: Split, objective: ExampleLoss | UserLoss) -> _Search:
-        folder = self.bench.checkpoint
-        log = None if folder is None else folder / f"{self.name}-{split.name}.json"
-        seen = split.seen if self.learns else range(len(objective.task.examples))
-        search = _Search(solver_of(self.bench, self.settings, self._start(split)), objective.view(seen), log)
-        self._count(search.solver.spent)
-        return search
+    def _begun(self, split: Split, objective: Objective) -> tuple[Solver, Objective, Callable[[], object]]:
+        """Return a split's solver, resumed from its checkpoint if there is one, its objective, and what keeps it there."""
+        solver = solver_of(self.bench, self.settings, self._start(split))
+        view = objective.view(split.seen if self.learns else range(len(objective.task.examples)))
+        keep: Callable[[], object] = int
+        if self.bench.checkpoint is not None:
+            log, kept = self.bench.checkpoint / f"{self.name}-{split.name}.json", {**solver.settings(), **described(view)}
+            solver.replay(Told.read(log, kept))
+            keep = partial(solver.keep, log, kept)
+        self._count(solver.spent)
+        return solver, view, keep
 
     def _start(self, split: Split) -> Start:
         """Return where the search of a split's examples begins; None for the solver's own default."""
@@ -143,7 +156,7 @@ class Searched(Trial):
                 return mixture
         return bench.best(split.seen, BEST[self._start_name])
 
-    def _objective(self) -> ExampleLoss | UserLoss:
+    def _objective(self) -> Objective:
         settings, bench = self.settings, self.bench
         merge_method = settings.meaning or self.solver.merge_method
         l1 = self.solver.l1 if settings.l1 is None else settings.l1
@@ -171,93 +184,62 @@ class Searched(Trial):
         self.bench.on_progress(made)
 
 
-class _Search:
-    """A solver with its objective, resumed from its checkpoint if there is one."""
+@contextmanager
+def _explained(objective: Objective) -> Iterator[None]:
+    """Let SearchFailed say why the first candidate could not be scored."""
+    try:
+        yield
+    except SearchFailed as error:
+        raise SearchFailed(f"{error}. The first failed with {objective.failures.first}") from error
 
-    def __init__(self, solver: Solver, objective: ExampleLoss | UserLoss, log: Path | None) -> None:
-        self.solver = solver
-        self.objective = objective
-        self._log = log
-        self._kept = {} if log is None else {**solver.settings(), **described(objective)}
-        if log is not None:
-            solver.replay(Told.read(log, self._kept))
 
-    def tell(self, losses: Sequence[float], gradients: Sequence[Tensor]) -> None:
-        """Tell the solver losses, and write the checkpoint. Raises SearchFailed, saying why the first failed, if all did."""
-        try:
-            self.solver.tell(losses, gradients)
-        except SearchFailed as error:
-            raise self._explain_failure(error) from error
-        if self._log is not None:
-            self.solver.keep(self._log, self._kept)
+def shown(bench: Bench, adapter: Adapter, split: Split, steps: int = 0) -> Choice:
+    """Return the choice of an adapter, trained for `steps` steps; prompts show some of a split's examples (`in_turn`).
 
-    def result(self) -> SearchResult:
-        """Return the best candidate. Raises SearchFailed as `tell` does."""
-        try:
-            return self.solver.result()
-        except SearchFailed as error:
-            raise self._explain_failure(error) from error
+    No prompt shows the example that it asks for.
+    """
+    task = replace(bench.task, demonstrations=task_of(bench.task, split.seen).demonstrations)
+    loss = example_loss(bench.engine.model, bench.tokenizer, task, ExpertPool({adapter.name: adapter}), turned=True)
+    alone = MixtureWeights.of({adapter.name: 1.0}, [adapter.name])
 
-    def _explain_failure(self, error: SearchFailed) -> SearchFailed:
-        return SearchFailed(f"{error}. The first failed with {self.objective.failures.first}")
+    def scores(examples: Sequence[int]) -> Scores:
+        losses_CN, hits_CN = loss.view(examples).scores([alone])
+        return losses_CN[0], hits_CN[0]
+
+    placed = loss.engine.pool[adapter.name]
+    return bench.choice(
+        scores,
+        result_of(MixtureWeights.of({}, bench.names), num_scalars(placed) if steps else 0),
+        task=task,
+        stored=replace(placed, name="composition"),
+        tuned_steps=steps,
+        parents=[] if bench.start is None else [parent_of(bench.start)],
+    )
 
 
 class InContextAdapter(Trial):
     """The trial of the bench's `start` as it is, asked under the examples that a split sees."""
 
     learns = False
-    steps = 0
-
-    def __init__(self, bench: Bench, name: str = "in_context_adapter") -> None:
-        super().__init__(name, bench)
 
     def choose(self, splits: Sequence[Split]) -> list[Choice]:
         assert self.bench.start is not None
-        return [self.shown(self.bench.start, split) for split in splits]
-
-    def shown(self, adapter: Adapter, split: Split) -> Choice:
-        """Return the choice of an adapter; a prompt shows some of the split's examples (`in_turn`), but never its own."""
-        bench = self.bench
-        task = replace(bench.task, demonstrations=task_of(bench.task, split.seen).demonstrations)
-        loss = example_loss(bench.engine.model, bench.tokenizer, task, ExpertPool({adapter.name: adapter}), turned=True)
-        alone = MixtureWeights.of({adapter.name: 1.0}, [adapter.name])
-
-        def scores(examples: Sequence[int]) -> Scores:
-            losses_CN, hits_CN = loss.view(examples).scores([alone])
-            return losses_CN[0], hits_CN[0]
-
-        placed = loss.engine.pool[adapter.name]
-        nothing = MixtureWeights.of({}, bench.names)
-        return bench.choice(
-            scores,
-            result_of(nothing, num_scalars(placed) if self.steps else 0),
-            task=task,
-            stored=replace(placed, name="composition"),
-            tuned_steps=self.steps,
-            parents=[] if bench.start is None else [parent_of(bench.start)],
-        )
+        return [shown(self.bench, self.bench.start, split) for split in splits]
 
 
-class FewShot(InContextAdapter):
-    """The trial of a LoRA on all linear layers, trained on a split's examples, each under the others (arXiv 2110.15943).
+class FewShot(Trial):
+    """The trial of a LoRA that is trained on a split's examples; it begins as the bench's `start`, or as a new adapter.
 
-    It begins as the bench's `start`, or as a new adapter.
+    Under demonstrations each example is learned under the others (arXiv 2110.15943). `targets` returns what the paths of a
+    new adapter's layers end in, of an engine.
     """
 
-    learns = True
-
-    def __init__(self, bench: Bench, tuning: Tuning, name: str = "few_shot") -> None:
-        super().__init__(bench, name)
-        self._tuning = tuning
-        self.steps = tuning.steps
+    def __init__(self, name: str, bench: Bench, tuning: Tuning, targets: Callable[[Composer], Sequence[str]]) -> None:
+        super().__init__(name, bench)
+        self._tuning, self._targets = tuning, targets
 
     def planned(self, num_folds: int) -> int:
-        return STEP_COST * self.steps * (num_folds + 1)
-
-    @property
-    def target_modules(self) -> Sequence[str]:
-        """What the paths of the layers of a new adapter end in."""
-        return linear_targets(self.bench.engine.model)
+        return STEP_COST * self._tuning.steps * (num_folds + 1)
 
     def choose(self, splits: Sequence[Split]) -> list[Choice]:
         bench, names = self.bench, [split.name for split in splits]
@@ -268,26 +250,29 @@ class FewShot(InContextAdapter):
             dict.fromkeys(names, bench.start),
             {split.name: split.seen for split in splits},
             self._tuning,
-            target_modules=self.target_modules,
+            target_modules=self._targets(bench.engine),
             checkpoint=bench.checkpoint,
             progress=bench.progress,
         )
-        made = STEP_COST * self.steps * len(splits)
+        made = self.planned(len(splits) - 1)
         self.evaluations += made
         bench.on_progress(made)
-        return [self.shown(trained[split.name], split) for split in splits]
+        return [shown(bench, trained[split.name], split, self._tuning.steps) for split in splits]
 
 
-class Lora(FewShot):
-    """The trial of a new LoRA on the pool's layers, trained on the examples that a split sees, and asked without them."""
+def few_shot(bench: Bench, settings: Settings) -> Trial:
+    """Return the trial of a LoRA on all linear layers, trained under demonstrations by the settings' options and seed."""
+    tuning = FEW_SHOT if bench.start is None else BEGUN
+    options = settings.options if settings.method == "few_shot" else {}
+    tuning = replace(tuning, **options, seed=settings.seed)
+    return FewShot("few_shot", bench.with_demonstrations(ORDERS), tuning, lambda engine: linear_targets(engine.model))
 
-    def __init__(self, bench: Bench, tuning: Tuning) -> None:
-        folder = None if bench.checkpoint is None else bench.checkpoint / "lora"
-        super().__init__(replace(bench, start=None, checkpoint=folder), tuning, "lora")
 
-    @property
-    def target_modules(self) -> Sequence[str]:
-        return targets_of(self.bench.engine.pool)
+def long_lora(bench: Bench, settings: Settings) -> Trial:
+    """Return the trial of a new LoRA on the pool's layers, trained for long, and asked without demonstrations."""
+    folder = None if bench.checkpoint is None else bench.checkpoint / "lora"
+    bench = replace(bench, start=None, checkpoint=folder)
+    return FewShot("lora", bench, replace(LONG, seed=settings.seed), lambda engine: targets_of(engine.pool))
 
 
 class Averaged(Trial):

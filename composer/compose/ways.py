@@ -13,17 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from loraweave.composer.compose.learning import (
-    BEGUN,
-    FEW_SHOT,
-    LONG,
-    ORDERS,
-    Averaged,
-    FewShot,
-    InContextAdapter,
-    Lora,
-    search_of,
-)
+from loraweave.composer.compose.learning import ORDERS, Averaged, InContextAdapter, few_shot, long_lora, search_of
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.compose.program_search import Programmed
 from loraweave.composer.compose.settings import OTHER_WAYS, Settings
@@ -117,7 +107,7 @@ def _learning(bench: Bench, settings: Settings) -> list[Trial]:
         return [routed(bench, settings)]
     match settings.method:
         case "few_shot":
-            return [_few_shot(bench, settings)]
+            return [few_shot(bench, settings)]
         case "in_context":
             return [_in_context(bench)]
         case "auto":
@@ -146,14 +136,8 @@ def _trainings(bench: Bench, settings: Settings) -> list[Trial]:
     """Return the trainings of "auto"."""
     if not _has_room(bench.task, settings):
         return []
-    longer = [Lora(bench, replace(LONG, seed=settings.seed))] if settings.has_many(bench.task) else []
-    return [_few_shot(bench, settings), *longer]
-
-
-def _few_shot(bench: Bench, settings: Settings) -> FewShot:
-    tuning = FEW_SHOT if bench.start is None else BEGUN
-    options = settings.options if settings.method == "few_shot" else {}
-    return FewShot(bench.with_demonstrations(ORDERS), replace(tuning, **options, seed=settings.seed))
+    longer = [long_lora(bench, settings)] if settings.has_many(bench.task) else []
+    return [few_shot(bench, settings), *longer]
 
 
 def _in_context(bench: Bench) -> Trial:
@@ -229,7 +213,7 @@ def _prompts(bench: Bench, settings: Settings) -> list[Trial]:
     """Return the base in context, where there are other examples to show, and the adapter that learned to read them."""
     if bench.task.demonstrations or not (len(bench.task.examples) > 1 or _is_one(bench.task, settings)):
         return []
-    reader = [] if bench.start is None else [InContextAdapter(bench.with_demonstrations(ORDERS))]
+    reader = [] if bench.start is None else [InContextAdapter("in_context_adapter", bench.with_demonstrations(ORDERS))]
     return [_in_context(bench), *reader]
 
 
