@@ -16,8 +16,7 @@ from loraweave.composer.fused.fused import Fused, fused, mixture_updates
 from loraweave.composer.fused.overwritten import Place
 from loraweave.composer.live import layout
 from loraweave.composer.live.fitting import Fitting
-from loraweave.composer.live.mixer import Activation
-from loraweave.composer.live.pipeline import calls_of, live_layers, with_calls
+from loraweave.composer.live.mixer import Activation, LiveLayers
 from loraweave.composer.live.plan import KeptPlans
 from loraweave.composer.live.recording import Setting, Trace, UsedWeights, last_weights, recording
 from loraweave.composer.live.residents import Residency, Residents
@@ -72,7 +71,7 @@ class Composer:
         self._fitting = Fitting(self.model)
         self._pool = self._fitting.placed(ExpertPool.of(pool))
         self._bound = self._fitting.pool(self._pool)
-        self._live = live_layers(self.model, self._fitting, self._plans.hooks)
+        self._live = LiveLayers(self.model, self._fitting.layers, self._fitting.require_unchanged, self._plans.hooks)
         self._residents = Residents(
             *self._source(), device_budget_bytes=device_budget_bytes, host_budget_bytes=host_budget_bytes
         )
@@ -130,10 +129,10 @@ class Composer:
         with self._lock:
             self._require_open()
             as_weights = partial(resolve, pool=self._pool, bound=self._bound)
-            weights, by_call = calls_of(self.model, mixture, as_weights, self.activate)
+            weights, by_call = self._plans.calls(self.model, mixture, as_weights, self.activate)
             if self._fused:
                 raise AlreadyActive("cannot activate while a mixture is fused into the weights: leave fused() first")
-            plan = with_calls(self._plans.plan(weights, self._pool), by_call)
+            plan = self._plans.plan(weights, self._pool).with_calls(by_call)
             if plan.call_router is not None:
                 plan.call_router.take_tokenizer(self.tokenizer)
             warn_of_licenses(weights, self._pool)
@@ -381,7 +380,7 @@ class Composer:
             self._residents.forget(lambda name: name not in stay)
             self._plans = KeptPlans()
             self._fitting, self._pool, self._bound = fitting, pool, bound
-            self._live = live_layers(self.model, fitting, self._plans.hooks)
+            self._live = LiveLayers(self.model, fitting.layers, fitting.require_unchanged, self._plans.hooks)
             self._residents.take_from(*self._source())
 
     def close(self) -> None:

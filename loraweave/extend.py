@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from loraweave.composer.formula.nodes import Named, Stored, Sum, leaves
     from loraweave.composer.fused.fused import Fused
     from loraweave.composer.fused.overwritten import LayerLoss, WeightWriter
-    from loraweave.composer.live.hook import LiveHook, MixedLayer, Traced
+    from loraweave.composer.live.hook import Activate, LiveHook, LiveModel, MixedLayer, Resolve, Traced
     from loraweave.composer.live.kernels._added_experts import sort_by_expert
     from loraweave.composer.live.kernels._choice import only_kernel
     from loraweave.composer.live.kernels._cost import Cost, Workload
@@ -85,9 +85,10 @@ if TYPE_CHECKING:
         weigh_b,
     )
     from loraweave.composer.live.layout import PlacedFactors, find_places
+    from loraweave.composer.live.limits import Handle
     from loraweave.composer.live.recording import Load, Trace, UsedLayer, UsedWeights, load_of
     from loraweave.composer.live.residents import Lease
-    from loraweave.composer.live.standing_in import claimed
+    from loraweave.composer.live.standing_in import StandIn, claimed, give_back
     from loraweave.composer.merge.interference import mixture_interference
     from loraweave.composer.merge.method_call import MethodCall, surveys
     from loraweave.composer.merge.methods._dropout import prune_random
@@ -150,7 +151,7 @@ if TYPE_CHECKING:
     from loraweave.hub.formats._safetensors import read_tensors, require_finite
     from loraweave.hub.indexes._vectors import Index
     from loraweave.hub.licenses import stated_license
-    from loraweave.hub.pipeline import PIPELINE_PARTS
+    from loraweave.hub.pipeline import PIPELINE_PARTS, Pipeline
     from loraweave.hub.pool import require_everywhere
     from loraweave.hub.same_base import require_same_base, says_nothing
     from loraweave.hub.stores.catalogue import state_row
@@ -166,6 +167,7 @@ if TYPE_CHECKING:
     from loraweave.lowrank.factorise import factorise
     from loraweave.registry import brought, get, nearest, traits, traits_of
     from loraweave.retrieval.keyed_search import Key
+    from loraweave.routers.combined import ByRow, needs_call, num_rows_of
     from loraweave.routers.recipes._gate import UNKNOWN, Call, Gate, Weighing, draw_linear
     from loraweave.routers.recipes._recipe import (
         ATTENTION,
@@ -261,7 +263,7 @@ _MODULES = {
     "hub.formats._peft_config": "parse_lora stored_names",
     "hub.formats._safetensors": "read_tensors require_finite",
     "hub.formats._card": "json_text model_id read_card readme_text",
-    "hub.pipeline": "PIPELINE_PARTS",
+    "hub.pipeline": "PIPELINE_PARTS Pipeline",
     "hub.stores.packing": "put_together take_apart",
     # models, training and scoring
     "composer.ensembles.member_passes": "by_rows known_members member_passes rows_of rows_that_fit",
@@ -298,7 +300,7 @@ _MODULES = {
     "composer.model.generate": "Asked encode_texts generation_call read_prompt",
     "hub.licenses": "stated_license",
     "hub.same_base": "require_same_base says_nothing",
-    "composer.live.standing_in": "claimed",
+    "composer.live.standing_in": "StandIn claimed give_back",
     # reading, writing and showing
     "common.storage_errors": "remote_errors storage_errors without_credentials",
     "common.state": "RUNNING TrainingState checkpoint_folder drop_state load_state save_state save_tensors",
@@ -339,7 +341,9 @@ _MODULES = {
     ),
     "composer.live.layout": "PlacedFactors find_places",
     "composer.live.residents": "Lease",
-    "composer.live.hook": "LiveHook MixedLayer Traced",
+    "composer.live.hook": "Activate LiveHook LiveModel MixedLayer Resolve Traced",
+    "composer.live.limits": "Handle",
+    "routers.combined": "ByRow needs_call num_rows_of",
     # what a recipe is made from: gates, what they look at, and the form of its experts (docs/extensions/recipes.md)
     "routers.recipes._gate": "Call Gate UNKNOWN Weighing draw_linear",
     "routers.recipes._token_gates": "TokenGate top_k_of_softmax",
@@ -377,6 +381,7 @@ __all__ = [
     "STALE_TMP_S",
     "TIED_MODULES",
     "UNKNOWN",
+    "Activate",
     "AdapterConfig",
     "Args",
     "Asked",
@@ -386,6 +391,7 @@ __all__ = [
     "BlobStore",
     "Bound",
     "BudgetExceeded",
+    "ByRow",
     "Call",
     "CatalogueStore",
     "ClosedForm",
@@ -422,6 +428,7 @@ __all__ = [
     "Gate",
     "GivenRows",
     "Gradient",
+    "Handle",
     "HubOption",
     "Index",
     "InputGates",
@@ -436,6 +443,7 @@ __all__ = [
     "Lend",
     "Limits",
     "LiveHook",
+    "LiveModel",
     "Load",
     "Logistic",
     "LoraJob",
@@ -451,6 +459,7 @@ __all__ = [
     "OutputRouter",
     "Part",
     "PeftReader",
+    "Pipeline",
     "PlacedFactors",
     "Positive",
     "Prompt",
@@ -460,6 +469,7 @@ __all__ = [
     "Reader",
     "Recipe",
     "Refusal",
+    "Resolve",
     "Row",
     "RowKernel",
     "RowSets",
@@ -477,6 +487,7 @@ __all__ = [
     "ShownTable",
     "Site",
     "Solver",
+    "StandIn",
     "Step",
     "Stored",
     "StoredLayer",
@@ -551,6 +562,7 @@ __all__ = [
     "fitting",
     "generation_call",
     "get",
+    "give_back",
     "given_factors",
     "gram",
     "group_by_mixture",
@@ -596,8 +608,10 @@ __all__ = [
     "model_id",
     "module_names",
     "nearest",
+    "needs_call",
     "new_factors",
     "note",
+    "num_rows_of",
     "numbered_blocks",
     "only_kernel",
     "open_hub",

@@ -1,25 +1,31 @@
 """What a hook may do for live mixtures; the defaults leave everything to the core's own ways.
 
-a mixture by row   begin_call: serves? -> prepare -> kernel for each layer .. release     else kernels of the registry
-torch.compile      traced: a function that the graph of a layer has                       else mixed outside the graph
-a server           bytes_beside: what counts of its memory                                else nothing
+    a mixture by row   begin_call: serves? -> prepare -> kernel for each layer .. release    else kernels of the registry
+    torch.compile      traced: a function that the graph of a layer has                      else mixed outside the graph
+    a model of parts   calls, install: a mixture for each call of a part                     else one mixture for all calls
+    a server           bytes_beside: what counts of its memory                               else nothing
+
+A hook is an entry of the registry `hooks`; a Composer makes one of each for itself and its pool.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import loraweave.registry as registry
 from loraweave.composer.live.kernels._parts import Kernel
+from loraweave.composer.live.limits import Handle
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.model.layers import TargetLayer
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.weights import MixtureWeights
+from loraweave.types import Router
 
 
 class Prepared(Protocol):
@@ -46,8 +52,25 @@ class MixedLayer(Protocol):
         ...
 
 
+Resolve = Callable[[Any], MixtureWeights | Router]
+Activate = Callable[[MixtureWeights | Router], AbstractContextManager[Any]]
+
 # what torch.compile traces for a layer: (number, x, y, the layer's own bias) -> y with the update that is then active
 Traced = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+class LiveModel(Protocol):
+    """A model whose first activation has just begun."""
+
+    model: nn.Module
+
+    def current(self) -> Any:
+        """Return the activation that counts for the running call, or None; it has a `plan`."""
+        ...
+
+    def enters(self, part: nn.Module) -> Iterator[Handle]:
+        """Let calls of a part of the model begin and end like the model's own, until the handles are removed."""
+        ...
 
 
 class LiveHook:
@@ -86,6 +109,19 @@ class LiveHook:
         It is for `one` token a row or for more, and for calls in which no gradient goes through the layer's input.
         """
         return None
+
+    def calls(
+        self, model: nn.Module, mixture: Any, resolve: Resolve, activate: Activate
+    ) -> tuple[MixtureWeights | Router, Any] | None:
+        """Return an activation's weights and what finds the mixture of each call (None: all share it); None: not mine.
+
+        `resolve` makes weights of a mixture, `activate` opens an activation of them.
+        """
+        return None
+
+    def install(self, live: LiveModel) -> Iterable[Handle]:
+        """Put into the model what its activations need; yield a handle for each change when it has been made."""
+        return ()
 
     def forget(self, expert: str) -> None:
         """Forget what is kept of an expert, whose name another may have next."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from dataclasses import replace
@@ -52,6 +52,7 @@ from loraweave.routers.tokens._caches import FollowedCaches
 from loraweave.routers.weights import MixtureWeights
 
 T = TypeVar("T")
+Require = Callable[[Iterable[str]], None]
 _CURRENT: ContextVar[Activation | None] = ContextVar("loraweave_activation", default=None)
 
 
@@ -170,15 +171,12 @@ class LiveLayers:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, TargetLayer],
-        require_unchanged: Callable[[Iterable[str]], None],
-        hooks: Iterable[LiveHook] = (),
+        self, model: nn.Module, layers: Mapping[str, TargetLayer], require_unchanged: Require, hooks: Iterable[LiveHook]
     ) -> None:
-        self._model = model
+        self.model = model
         self.hooks = tuple(hooks)
         self._layers = dict(layers)
+        self._require_unchanged = require_unchanged
         self._modules = [model, *(layer.module for layer in self._layers.values())]
         self._lock = lock_of(self)
         self._open: list[Activation] = []
@@ -242,8 +240,7 @@ class LiveLayers:
                 self._uninstall()
 
     def _choose_place(self) -> None:
-        learns = any(activation.plan.learns for activation in self._open)
-        self.mixes_outside = mix_outside() if learns or self._untraced else None
+        self.mixes_outside = mix_outside() if self._untraced or any(it.plan.learns for it in self._open) else None
 
     def end_those_of_other_threads(self) -> None:
         """Close the activations of other threads in a forked process, which has none of its parent's other threads."""
@@ -267,10 +264,6 @@ class LiveLayers:
             return candidates[0] if candidates else None
         return activation
 
-    def _current_plan(self) -> Plan | None:
-        activation = self.current()
-        return None if activation is None else activation.plan
-
     def _begin(self, router: CallRouter, arguments: dict[str, Any]) -> None:
         """Show a router a call's arguments, while no mixture counts in this context."""
         activation = self.current()
@@ -279,7 +272,7 @@ class LiveLayers:
             if activation is not None:
                 stack.enter_context(activation.followed.entered())
                 stack.enter_context(answering(partial(self._answering, activation)))
-            router.begin(self._model, arguments)
+            router.begin(self.model, arguments)
 
     def _answering(self, asking: Activation, weights: Mapping[str, float]) -> AbstractContextManager[None]:
         """Let a mixture of the asking activation's experts count in the block, without recording what it used."""
@@ -302,25 +295,33 @@ class LiveLayers:
     def _install(self) -> None:
         CLAIMS.take(self, self._modules)
         self._remove_own_hooks()
-        self._clean_copies(self._model)
+        self._clean_copies(self.model)
         before, after = self._own_hooks
-        self._handles.append(self._model.register_forward_pre_hook(before, with_kwargs=True))
+        self._handles.append(self.model.register_forward_pre_hook(before, with_kwargs=True))
         # one that is always called has a number that torch.compile remembers; after an error, an activation's end is enough
-        self._handles.append(self._model.register_forward_hook(after))
+        self._handles.append(self.model.register_forward_hook(after))
         self._take_over(self._layers)
+        for hook in self.hooks:
+            self._handles.extend(hook.install(self))
+
+    def enters(self, part: nn.Module) -> Iterator[Handle]:
+        """Let calls of a part of the model begin and end like the model's own, until the handles are removed."""
+        self._clean_copies(part)
+        before = Entry(part, self._require_unchanged, self.current, self._begin)
+        yield part.register_forward_pre_hook(before, with_kwargs=True)
+        yield part.register_forward_hook(Exit(self._end_call))
 
     def _tell_prompts(self) -> None:
         told = any(isinstance(handle, PromptedGenerate) for handle in self._handles)
-        if not told and callable(getattr(self._model, "generate", None)):
-            self._handles.append(PromptedGenerate(self._model, self._begin_call))
+        if not told and callable(getattr(self.model, "generate", None)):
+            self._handles.append(PromptedGenerate(self.model, self._begin_call))
 
     def _watch(self, blocks: Iterable[str]) -> None:
         known = {handle.path for handle in self._handles if isinstance(handle, WatchedBlock)}
-        for path in dict.fromkeys(blocks):
-            if path not in known:
-                block = self._model.get_submodule(path)
-                self._clean_copies(block)
-                self._handles.append(WatchedBlock(path, block))
+        for path in [path for path in dict.fromkeys(blocks) if path not in known]:
+            block = self.model.get_submodule(path)
+            self._clean_copies(block)
+            self._handles.append(WatchedBlock(path, block))
 
     def _clean_copies(self, module: nn.Module) -> None:
         clean = CleanCopies(module)
@@ -328,9 +329,9 @@ class LiveLayers:
         clean.install()
 
     def _begin_call(self, arguments: dict[str, Any]) -> None:
-        plan = self._current_plan()
-        if plan is not None and plan.call_router is not None:
-            self._begin(plan.call_router, arguments)
+        activation = self.current()
+        if activation is not None and activation.plan.call_router is not None:
+            self._begin(activation.plan.call_router, arguments)
 
     def _take_over(self, layers: Mapping[str, TargetLayer]) -> None:
         fused: dict[nn.Module, list[TargetLayer]] = {}
@@ -356,7 +357,7 @@ class LiveLayers:
             forward = ExpertsForward(module, self.current)
             self._handles.append(forward)
             self._clean_copies(module)
-            owner = self._model.get_submodule(layers[0].path.rpartition(".")[0])
+            owner = self.model.get_submodule(layers[0].path.rpartition(".")[0])
             self._clean_copies(owner)
             self._handles += watch(layers[0].path, module, owner, forward.reached)
         forward.add(layers)
@@ -381,7 +382,7 @@ class LiveLayers:
 
     def _remove_own_hooks(self) -> None:
         """Remove this object's hooks, including those whose handles an interruption has kept from being noted."""
-        model = self._model
+        model = self.model
         for hooks in (model._forward_pre_hooks, model._forward_hooks):
             for key in [key for key, hook in hooks.items() if any(hook is own_hook for own_hook in self._own_hooks)]:
                 del hooks[key]
@@ -438,8 +439,7 @@ class _MixedForward(StandIn):
         outside, learns = self._live.mixes_outside, torch.is_grad_enabled() and not torch.compiler.is_exporting()
         if outside is not None and (learns or self.trace is None):
             return outside(self, x, y)
-        assert self.trace is not None
-        return self.trace(self._number, x, y, self.layer.parameter("bias"))
+        return self.trace(self._number, x, y, self.layer.parameter("bias"))  # type: ignore[misc]
 
     def own(self, name: str) -> Any:
         return self._own

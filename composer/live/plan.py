@@ -16,16 +16,17 @@ Axes: B rows, T tokens, I inputs, O outputs, E experts, R rank rows of one exper
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraweave.common.checks import is_list
-from loraweave.composer.live.hook import LiveHook, hook_kinds
+from loraweave.composer.live.hook import Activate, LiveHook, Resolve, hook_kinds
 from loraweave.composer.live.kernels._choice import ONLY, block_of
 from loraweave.composer.live.kernels._parts import Adder
 from loraweave.composer.live.limits import (
@@ -41,7 +42,8 @@ from loraweave.composer.live.row_weights import LayerMixture, RowWeights, Worksp
 from loraweave.composer.live.token_weights import TokenWeights
 from loraweave.composer.model.kinds import by_row, conv, linear
 from loraweave.composer.model.layers import TargetLayer, is_floating
-from loraweave.errors import ScopeError, WeightingError
+from loraweave.errors import CompositionError, ScopeError, WeightingError
+from loraweave.hub.pipeline import Pipeline
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router
@@ -186,6 +188,14 @@ class Plan:
             return self
         routed = self._by_token.again()
         return Plan(self.experts, None, routed, routed, self.invocations)
+
+    def with_calls(self, by_call: Any) -> Plan:
+        """Return the plan of an activation whose mixtures are those of `by_call`; the plan itself where that is None."""
+        if by_call is None:
+            return self
+        plan = copy.copy(self)
+        plan.by_call = by_call
+        return plan
 
     def apply(self, layer: TargetLayer, x: Tensor, y: Tensor, lease: Lease, usage: Usage) -> Tensor:
         """Return the layer's output y = W x + bias with the weighted updates added; y itself where nothing is to be added.
@@ -360,6 +370,22 @@ class KeptPlans:
             total -= self._plans.popitem(last=False)[1].num_bytes
         self._plans[key] = plan
         return plan
+
+    def calls(
+        self, model: nn.Module, mixture: Any, resolve: Resolve, activate: Activate
+    ) -> tuple[MixtureWeights | Router, Any]:
+        """Return the weights of an activation, and what finds the mixture of each call where a hook has several.
+
+        Raises CompositionError for a pipeline without a hook that knows its calls.
+        """
+        for hook in self.hooks:
+            if (calls := hook.calls(model, mixture, resolve, activate)) is not None:
+                return calls
+        if isinstance(model, Pipeline):
+            raise CompositionError(
+                "a pipeline calls several models, and no hook that is installed knows its calls: pass one of its models"
+            )
+        return resolve(mixture), None
 
     def forget(self, name: str) -> None:
         """Drop all kept plans, and what hooks have of an expert; those in use stay until their activations end."""

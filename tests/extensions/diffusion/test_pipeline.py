@@ -8,8 +8,6 @@ import torch
 from tiny_pipelines import PROMPTS, latents, pipeline, save_trained
 
 import loraweave as lw
-from loraweave.composer.live.pipeline import Composite
-from loraweave.composer.live.steps import composite, k_lora, switch
 from loraweave.errors import (
     BaseModelMismatch,
     BaseModelUnverified,
@@ -18,6 +16,7 @@ from loraweave.errors import (
     ScopeError,
     WeightingError,
 )
+from loraweave.extensions.diffusion import Composite, composite, k_lora, switch
 
 pytest.importorskip("diffusers")
 pytestmark = [

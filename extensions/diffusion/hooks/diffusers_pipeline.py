@@ -4,8 +4,8 @@
       text encoders          B rows, step 0 of 1
       unet, transformer      step s of S; under guidance by one doubled call: all rows without their prompts, then all with
 
-    activate(...) --> calls_of: is it one mixture for all calls?   yes: an activation as in any model
-                                                                   no:  ByCall, asked by each part's _PartForward
+    activate(...) --> calls: is it one mixture for all calls?   yes: an activation as in any model
+                                                                no:  ByCall, asked by each part's _PartForward
 
 A part's forward then runs inside an inner activation of what its call needs, so that threads, leases and records are as in
 any activation. docs/extensions/diffusion.md says what a mixture means.
@@ -13,28 +13,28 @@ any activation. docs/extensions/diffusion.md says what a mixture means.
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loraweave.composer.live.entry import Entry, Exit
-from loraweave.composer.live.fitting import Fitting
-from loraweave.composer.live.hook import LiveHook
-from loraweave.composer.live.mixer import LiveLayers
-from loraweave.composer.live.plan import Plan
-from loraweave.composer.live.standing_in import StandIn, give_back
-from loraweave.composer.model.layers import TargetLayer
-from loraweave.errors import CompositionError, ScopeError, WeightingError
-from loraweave.hub.pipeline import Pipeline
-from loraweave.routers.combined import ByRow, needs_call, num_rows_of
-from loraweave.routers.weights import MixtureWeights
-from loraweave.types import Router
+from loraweave import CompositionError, MixtureWeights, Router, ScopeError, WeightingError
+from loraweave.extend import (
+    Activate,
+    ByRow,
+    Handle,
+    LiveHook,
+    LiveModel,
+    Pipeline,
+    Resolve,
+    StandIn,
+    give_back,
+    needs_call,
+    num_rows_of,
+)
 
 # the beginning of the names of parts that run once for all steps
 _TEXT = "text_encoder"
@@ -42,9 +42,6 @@ SUFFIXES = ("", "Img2Img", "Inpaint")
 # pipelines of diffusers 0.42 whose guidance joins the rows without and with prompts in one call, and those that call twice
 _JOINED = {f"StableDiffusion{kind}{way}Pipeline" for kind in ("", "XL", "3") for way in SUFFIXES}
 _APART = {f"Flux{way}Pipeline" for way in SUFFIXES}
-
-Resolve = Callable[[Any], MixtureWeights | Router]
-Activate = Callable[[MixtureWeights | Router], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -165,83 +162,59 @@ class ByCall:
         return steps[0], len(times)
 
 
-def calls_of(
-    model: nn.Module, mixture: Any, resolve: Resolve, activate: Activate
-) -> tuple[MixtureWeights | Router, ByCall | None]:
-    """Return (weights, None) for a mixture that all calls share, else (the base's weights, the mixtures by call).
+class DiffusersPipeline(LiveHook):
+    """The hook for a diffusers pipeline, whose parts are called one by one and never as one model."""
 
-    There `mixture` may also be a function of (step, steps) that gives one, or a Composite. Raises ScopeError for rows in a
-    pipeline whose batches are not known, and for routers that look at a whole call, as it makes several.
-    """
-    if not isinstance(model, Pipeline) or isinstance(mixture, CallWeights):
-        return resolve(mixture), None
-    if not (isinstance(mixture, Composite) or (callable(mixture) and not hasattr(mixture, "weights"))):
-        mixture = resolve(mixture)
-        if num_rows_of(mixture) == 1 and not isinstance(mixture, ByRow) and not needs_call(mixture):
-            return mixture, None
-    for name, part in model.named_children():
-        if getattr(model.pipe, name) is not part or getattr(part, "_compiled_call_impl", None) is not None:
-            raise CompositionError(
-                f"{name!r} was compiled whole by torch.compile, which keeps one mixture for all its calls: compile its "
-                f"blocks instead, by pipe.{name}.compile_repeated_blocks(), or give one mixture"
-            )
-    return resolve({}), ByCall(model, mixture, resolve, activate)
+    def calls(
+        self, model: nn.Module, mixture: Any, resolve: Resolve, activate: Activate
+    ) -> tuple[MixtureWeights | Router, ByCall | None] | None:
+        """Return (weights, None) for a mixture that all calls share, else (the base's weights, the mixtures by call).
 
+        There `mixture` may also be a function of (step, steps) that gives one, or a Composite. None for another model.
+        Raises ScopeError for rows in a pipeline whose batches are not known, and for routers that look at a whole call, as
+        it makes several.
+        """
+        if not isinstance(model, Pipeline):
+            return None
+        if isinstance(mixture, CallWeights):
+            return resolve(mixture), None
+        if not (isinstance(mixture, Composite) or (callable(mixture) and not hasattr(mixture, "weights"))):
+            mixture = resolve(mixture)
+            if num_rows_of(mixture) == 1 and not isinstance(mixture, ByRow) and not needs_call(mixture):
+                return mixture, None
+        for name, part in model.named_children():
+            if getattr(model.pipe, name) is not part or getattr(part, "_compiled_call_impl", None) is not None:
+                raise CompositionError(
+                    f"{name!r} was compiled whole by torch.compile, which keeps one mixture for all its calls: compile its "
+                    f"blocks instead, by pipe.{name}.compile_repeated_blocks(), or give one mixture"
+                )
+        return resolve({}), ByCall(model, mixture, resolve, activate)
 
-def with_calls(plan: Plan, by_call: ByCall | None) -> Plan:
-    """Return the plan of an activation whose mixtures are those of `by_call`; the plan itself where that is None."""
-    if by_call is not None:
-        plan = copy.copy(plan)
-        plan.by_call = by_call
-    return plan
-
-
-def live_layers(model: nn.Module, fitting: Fitting, hooks: Iterable[LiveHook] = ()) -> LiveLayers:
-    """Return the layers that a model's activations mix: a pipeline's, or any other model's."""
-    kind = _PipelineLayers if isinstance(model, Pipeline) else LiveLayers
-    return kind(model, fitting.layers, fitting.require_unchanged, hooks)
-
-
-class _PipelineLayers(LiveLayers):
-    """The target layers of a pipeline, whose parts are called one by one and never as one model."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, TargetLayer],
-        require_unchanged: Callable[[Iterable[str]], None],
-        hooks: Iterable[LiveHook] = (),
-    ) -> None:
-        super().__init__(model, layers, require_unchanged, hooks)
-        self._require_unchanged = require_unchanged
-
-    def _install(self) -> None:
-        super()._install()
-        for name, part in self._model.named_children():
-            self._clean_copies(part)
-            before = Entry(part, self._require_unchanged, self.current, self._begin)
-            self._handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
-            self._handles.append(part.register_forward_hook(Exit(self._end_call)))
-            self._handles.append(_PartForward(name, part, self._current_plan))
+    def install(self, live: LiveModel) -> Iterator[Handle]:
+        """Let each part's calls begin and end like a model's, each under its own mixture."""
+        if isinstance(live.model, Pipeline):
+            for name, part in live.model.named_children():
+                yield from live.enters(part)
+                yield _PartForward(name, part, live)
 
 
 class _PartForward(StandIn):
     """A stand-in for the forward of a pipeline's part while an activation is open, which finds the mixture of each call."""
 
-    def __init__(self, name: str, part: nn.Module, current_plan: Callable[[], Plan | None]) -> None:
+    def __init__(self, name: str, part: nn.Module, live: LiveModel) -> None:
         self._name = name
         self._part = part
-        self._current_plan = current_plan
+        self._live = live
         self._own = vars(part).get("forward")
         self._forward = part.forward
         part.forward = self.run  # type: ignore[method-assign]
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the part's forward, under the mixture of this call where calls differ."""
-        plan = self._current_plan()
-        if plan is None or plan.by_call is None:
+        activation = self._live.current()
+        if activation is None or activation.plan.by_call is None:
             return self._forward(*args, **kwargs)
-        return plan.by_call.run(self._name, self._forward, args, kwargs)
+        return activation.plan.by_call.run(self._name, self._forward, args, kwargs)
 
     def own(self, name: str) -> Any:
         return self._own

@@ -7,23 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from loraweave.common.checks import is_list, is_whole
-from loraweave.composer.live.pipeline import Composite
-from loraweave.errors import WeightingError
-from loraweave.hub.adapter import Adapter
-from loraweave.lowrank import algebra
-from loraweave.routers.weights import MixtureWeights
-from loraweave.types import Factors
+from loraweave import Adapter, Factors, MixtureWeights, WeightingError
+from loraweave.extend import algebra, is_list, is_whole
+from loraweave.extensions.diffusion.hooks.diffusers_pipeline import Composite
 
 # the mixture of `step`, counted from 0, of so many steps
 Schedule = Callable[[int, int], Mapping[str, float] | MixtureWeights]
 
 
 def switch(names: Sequence[str], *, every: int = 1, weight: float = 1.0) -> Schedule:
-    """One expert at a time, each for `every` steps, in turn: at step s the one at place floor(s / every) mod their number.
+    """Return a schedule of one expert at a time, each for `every` steps, in turn.
 
-    LoRA Switch, Multi-LoRA Composition (2402.16843); its code holds the first one step longer. Text encoders have the
-    first. Raises WeightingError for no names, or for `every` below 1.
+    At step s it is the one at place floor(s / every) mod their number. LoRA Switch, Multi-LoRA Composition (2402.16843); its
+    code holds the first one step longer. Text encoders have the first. Raises WeightingError for no names, or for `every`
+    below 1.
     """
     if not names or not is_list(names, str) or not is_whole(every, 1):
         raise WeightingError(f"switch() takes a list of names and every=1 or more steps, not {names!r} and every={every!r}")
@@ -31,14 +28,14 @@ def switch(names: Sequence[str], *, every: int = 1, weight: float = 1.0) -> Sche
 
 
 def composite(names: Sequence[str], *, weight: float = 1.0) -> Composite:
-    """The mean of what is predicted with each expert alone, in every step: LoRA Composite (2402.16843)."""
+    """Return the mean of what is predicted with each expert alone, in every step: LoRA Composite (2402.16843)."""
     if not is_list(names, str):
         raise WeightingError(f"composite() takes a list of names, not {names!r}")
     return Composite(tuple({name: weight} for name in names))
 
 
 def k_lora(content: Adapter, style: Adapter, *, alpha: float = 1.5, beta: float = 0.5) -> Schedule:
-    """In each layer and step one of two adapters alone: the content where
+    """Return a schedule of one of two adapters alone in each layer and step: the content where
 
         topK |B_c A_c| / gamma > topK |B_s A_s| * (alpha step / steps + beta),    K = rank_c * rank_s,
 
@@ -74,6 +71,6 @@ def k_lora(content: Adapter, style: Adapter, *, alpha: float = 1.5, beta: float 
 
 @torch.no_grad()
 def _sums(factors: Factors, k: int) -> tuple[float, float]:
-    """The sum of the k largest absolute entries of B A, and of all."""
+    """Return the sum of the k largest absolute entries of B A, and of all."""
     entries = algebra.delta(factors).abs().flatten()
     return float(entries.topk(min(k, len(entries))).values.sum()), float(entries.sum())
