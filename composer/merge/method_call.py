@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +25,7 @@ from loraweave.types import Factors
 Update = Factors | DenseUpdate | TruncatedUpdate
 # (experts, weights, *, options) -> the update of one layer, as the files of `methods` are
 Method = Callable[..., Update | None]
+_Method = TypeVar("_Method", bound=Method)
 
 # what a method may ask for beyond the experts and weights, and is no option of the user's
 SUPPLIED = tuple(registry.RESERVED["methods"])
@@ -33,14 +34,14 @@ SUPPLIED = tuple(registry.RESERVED["methods"])
 Survey = Callable[..., Any]
 
 
-def surveys(survey: Survey, *, where: Callable[..., bool] | None = None) -> Callable[[Method], Method]:
+def surveys(survey: Survey, *, where: Callable[..., bool] | None = None) -> Callable[[_Method], _Method]:
     """Declare that a method has to know something of all layers before it combines the first, which it gets as `survey`.
 
     That is what `survey(layers, weights, **options)` returns, each layer being the experts' factors; options are those of
     the method that are parameters there, too. `where(**options)` returns whether it needs it with these options.
     """
 
-    def declared(method: Method) -> Method:
+    def declared(method: _Method) -> _Method:
         method.survey, method.needs_survey = survey, where  # type: ignore[attr-defined]
         return method
 
