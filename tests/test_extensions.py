@@ -86,11 +86,16 @@ def test_every_name_for_those_who_extend_is_that_of_its_module_and_documented_un
 
 
 def test_a_type_checker_sees_the_names_that_a_process_loads():
-    for path in (MODULES["loraweave.extend"], *(of_extension(name)[PREFIX + name] for name in NAMES)):
+    for path in (of_extension(name)[PREFIX + name] for name in NAMES):
         checked = next(node for node in parsed(path).body if only_for_types(node))
         seen = {alias.name for node in checked.body for alias in node.names}
         module = next(name for name, place in MODULES.items() if place == path)
-        assert seen == set(importlib.import_module(module).__all__) - {"lazy"}
+        assert seen == set(importlib.import_module(module).__all__)
+
+
+def test_the_stub_of_the_face_for_those_who_extend_is_up_to_date():
+    words = [sys.executable, ROOT / "scripts" / "stub.py", "--stale"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == ""
 
 
 @pytest.mark.parametrize("name", NAMES)
