@@ -39,20 +39,20 @@ def experts_of(given: Any) -> Hub | ExpertPool:
 
 
 def candidates(
-    retriever_or_pool: Retriever | ExpertPool, task: Task, unlabelled: Sequence[Prompt], k: int, model: nn.Module
+    hub_or_pool: Hub | ExpertPool, task: Task, unlabelled: Sequence[Prompt], k: int, model: nn.Module
 ) -> tuple[ExpertPool, dict[str, float]]:
     """Return the pool to search in, and the score of each adapter that was retrieved.
 
-    From a retriever's hub the pool has the `k` adapters that fit the task best among those that the model's weights or id
+    From a hub the pool has the `k` adapters that fit the task best among those that the model's weights or id
     speak for. Where its id tells nothing, or none is known to be for it, those count too that fit by the names and shapes of
     their layers. Raises EmptyIndex for an empty hub, BaseModelMismatch for one without an adapter for the model.
     """
-    if isinstance(retriever_or_pool, ExpertPool):
-        return retriever_or_pool, {}
-    hub, inputs = retriever_or_pool.hub, [str(prompt) for prompt in [prompt for prompt, _ in task.examples] or unlabelled]
-    search = partial(retriever_or_pool.for_task, inputs, description=task.instruction, evidence=False)
-    scores = {hit.name: hit.score for hit in fitting_hits(hub, search, k, model)}
-    return hub.pool(list(scores)), scores
+    if isinstance(hub_or_pool, ExpertPool):
+        return hub_or_pool, {}
+    inputs = [prompt for prompt, _ in task.examples] or unlabelled
+    search = partial(Retriever.of(hub_or_pool).for_task, inputs, description=task.instruction, evidence=False)
+    scores = {hit.name: hit.score for hit in fitting_hits(hub_or_pool, search, k, model)}
+    return hub_or_pool.pool(list(scores)), scores
 
 
 def fitting_hits(hub: Hub, search: Callable[..., list[Candidate]], k: int, model: nn.Module) -> list[Candidate]:

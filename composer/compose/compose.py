@@ -133,9 +133,8 @@ def _compose(
 ) -> Composition:
     started = time.perf_counter()
     # 1. retrieve: the adapters to choose from
-    source = Retriever.of(experts) if isinstance(experts, Hub) else experts
     try:
-        pool, scores = candidates(source, task, settings.inputs or (), settings.k, model)
+        pool, scores = candidates(experts, task, settings.inputs or (), settings.k, model)
     except (EmptyIndex, BaseModelMismatch) as nothing:
         if settings.method != "base":
             raise
@@ -156,7 +155,7 @@ def _compose(
             lambda made: bar.update(shown, advance=made),
             progress,
             in_context_adapter(experts, model) if settings.method in ("auto", "few_shot") else None,
-            source if isinstance(source, Retriever) else None,
+            Retriever.of(experts) if isinstance(experts, Hub) else None,
             workers=None if workers.is_here else _scoring_workers(workers, engine, tokenizer, experts),
         )
         # 2. trials: the ways to answer the task, none of which has run
@@ -214,8 +213,7 @@ class ComposeCall:
 
     def engine(self, model: Any, tokenizer: Any) -> Composer:
         """Return a Composer of the adapters to choose from: those of a pool, or the `k` of a hub that fit the task best."""
-        source = Retriever.of(self.experts) if isinstance(self.experts, Hub) else self.experts
-        pool, _ = candidates(source, self.task, self._settings.inputs or (), self._settings.k, model)
+        pool, _ = candidates(self.experts, self.task, self._settings.inputs or (), self._settings.k, model)
         return Composer(model, Fitting(model).accepted(pool), tokenizer=tokenizer)
 
     @staticmethod

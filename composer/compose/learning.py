@@ -200,15 +200,9 @@ def shown(bench: Bench, adapter: Adapter, split: Split, steps: int = 0) -> Choic
     """
     task = replace(bench.task, demonstrations=task_of(bench.task, split.seen).demonstrations)
     loss = example_loss(bench.engine.model, bench.tokenizer, task, ExpertPool({adapter.name: adapter}), turned=True)
-    alone = MixtureWeights.of({adapter.name: 1.0}, [adapter.name])
-
-    def scores(examples: Sequence[int]) -> Scores:
-        losses_CN, hits_CN = loss.view(examples).scores([alone])
-        return losses_CN[0], hits_CN[0]
-
     placed = loss.engine.pool[adapter.name]
     return bench.choice(
-        scores,
+        partial(loss.scores_on, MixtureWeights.of({adapter.name: 1.0}, [adapter.name])),
         result_of(MixtureWeights.of({}, bench.names), num_scalars(placed) if steps else 0),
         task=task,
         stored=replace(placed, name="composition"),

@@ -261,6 +261,11 @@ class ExampleLoss(OnExamples):
         hits = [self.kind.hits(pair_sums).numpy() for pair_sums in sums]
         return np.stack(losses), np.stack(hits)
 
+    def scores_on(self, candidate: MixtureWeights, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return (loss_N, hit_N) of one candidate on these examples, by index among all of the task's."""
+        losses_CN, hits_CN = self.view(examples).scores([candidate])
+        return losses_CN[0], hits_CN[0]
+
     def total(self, sums: RowSums, values_BTLE: Tensor) -> Tensor:
         """Return the loss of a candidate with these values, from its sums."""
         return self.kind.losses(sums).double().mean() + self.penalty(values_BTLE).double()

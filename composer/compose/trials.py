@@ -128,12 +128,12 @@ class Bench:
 
     def mixed(self, result: SearchResult, merge_method: str = "linear") -> Choice:
         """Return the choice of a search's mixture; the weights mean those of a merge method."""
-
-        def scores(examples: Sequence[int]) -> Scores:
-            losses_CN, hits_CN = self.loss(merge_method).view(examples).scores([result.mixture])
-            return losses_CN[0], hits_CN[0]
-
-        return self.choice(scores, result, merge_method=merge_method)
+        return self.choice(
+            # a task without examples has no loss
+            lambda examples: self.loss(merge_method).scores_on(result.mixture, examples),
+            result,
+            merge_method=merge_method,
+        )
 
     def choice(self, scores: Callable[[Sequence[int]], Scores], result: SearchResult | None = None, **fields: Any) -> Choice:
         """Return a choice with these fields of a composition; without a result, no adapter of the pool has a weight."""
