@@ -73,11 +73,13 @@ class Entry(Hook):
             plan.begin_call(call_input)
             if plan.call_router is not None:
                 self._begin(plan.call_router, arguments_of(module, args, kwargs))
+            num_rows = None
             # features by (row * token) do not say how many rows they are
-            known = call_input is not None and not (call_input.ndim == 2 and call_input.is_floating_point())
+            if call_input is not None and not (call_input.ndim == 2 and call_input.is_floating_point()):
+                num_rows = call_input.shape[0]
             beside = BESIDE_TEXT & kwargs.keys()
             has_more = bool(beside) and any(kwargs[name] is not None and kwargs[name] is not call_input for name in beside)
-            CALL.set(Call(call_input.shape[0] if known else None, has_more))
+            CALL.set(Call(num_rows, has_more))
 
 
 class Exit(Hook):

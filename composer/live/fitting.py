@@ -247,7 +247,7 @@ class ModulePaths:
     def add(self, layers: Iterable[str]) -> None:
         """Remember the way to these modules."""
         before = self._steps
-        steps = _Steps(*map(list, before))
+        steps = _Steps(before.paths[:], before.children[:], before.keys[:], before.modules[:])
         known = set(steps.paths)
         for layer in layers:
             module, path = self._model, ""

@@ -1,6 +1,6 @@
 """What a hook may do for live mixtures; the defaults leave everything to the core's own ways.
 
-    a mixture by row   begin_call: serves? -> prepare -> kernel for each layer .. release    else kernels of the registry
+    a mixture by row   on `devices`: prepare -> kernel for each layer .. release           else kernels of the registry
     torch.compile      traced: a function that the graph of a layer has                      else mixed outside the graph
     a model of parts   calls, install: a mixture for each call of a part                     else one mixture for all calls
     a server           bytes_beside: what counts of its memory                               else nothing
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,9 @@ class LiveHook:
     `max_bytes` is what it may keep for mixtures to come.
     """
 
+    # the types of devices for whose batches `prepare` is asked
+    devices: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
 
@@ -86,10 +89,6 @@ class LiveHook:
     def bytes_beside(cls, adapter: Adapter, device: torch.device, dtype: torch.dtype) -> int:
         """Return the bytes that the hook keeps of an adapter for layers there, beside the adapter's own factors."""
         return 0
-
-    def serves(self, device: torch.device) -> bool:
-        """Return whether `prepare` is worth a call for batches on the device."""
-        return False
 
     def prepare(self, mixture: MixtureWeights, lease: Lease, layers: Mapping[str, TargetLayer]) -> Prepared | None:
         """Return what the mixture's activations take instead of the registry's kernels, until `release`; None: nothing.
@@ -132,6 +131,14 @@ class LiveHook:
         Layers that share their code share what it is compiled to if they share the function.
         """
         return None
+
+
+def traced_by(hooks: Iterable[LiveHook], mixed: MixedLayer) -> tuple[Traced | None, Tensor]:
+    """Return what the first hook that has something gives torch.compile for a layer; None where none has."""
+    for hook in hooks:
+        if (traced := hook.traced(mixed)) is not None:
+            return traced
+    return None, torch.empty(0)
 
 
 @cache

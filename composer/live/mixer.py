@@ -38,7 +38,7 @@ from loraweave.common.process import holding, lock_of
 from loraweave.composer.live.call_router import ROUTED, CallRouter
 from loraweave.composer.live.entry import Entry, Exit
 from loraweave.composer.live.experts import ExpertsForward
-from loraweave.composer.live.hook import LiveHook, MixedLayer, mix_outside
+from loraweave.composer.live.hook import LiveHook, MixedLayer, mix_outside, traced_by
 from loraweave.composer.live.limits import CALL, NO_CALL, Handle, in_backward_thread, watch
 from loraweave.composer.live.plan import KEPT_BYTES, Plan, make_plan
 from loraweave.composer.live.recording import Usage
@@ -413,7 +413,7 @@ class _MixedForward(StandIn):
         self.layer = replace(layer, fresh=layer.fresh and gives_new_memory(layer.module))
         self._own = vars(layer.module).get("forward")
         self._forward = layer.module.forward
-        self.trace, self._number = next(filter(None, (hook.traced(self) for hook in live.hooks)), (None, torch.empty(0)))
+        self.trace, self._number = traced_by(live.hooks, self)
 
     def mixing(self) -> Activation | None:
         """Return the activation that counts for the running call, if any."""

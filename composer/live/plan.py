@@ -356,13 +356,15 @@ class KeptPlans:
         self._max_bytes = max_bytes
         self._workspace = Workspace(max_bytes)
         self.hooks = tuple(kind(max_bytes) for kind in hook_kinds())
+        # those that may serve a mixture by row
+        self._of_rows = tuple(hook for hook in self.hooks if hook.devices)
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
     def plan(self, weights: MixtureWeights | Router, pool: ExpertPool) -> Plan:
         """Return the plan for these weights over this pool, with what was made before where it is kept."""
         key = _identity(weights)
         kept = None if key is None else self._plans.pop(key, None)
-        plan = kept.again() if kept else make_plan(weights, pool.names, self._workspace, pool.invocations, self.hooks)
+        plan = kept.again() if kept else make_plan(weights, pool.names, self._workspace, pool.invocations, self._of_rows)
         if key is None:
             return plan
         total = plan.num_bytes + sum(kept.num_bytes for kept in self._plans.values())

@@ -116,7 +116,7 @@ class RowWeights:
 
     def is_served(self, device: torch.device) -> bool:
         """Return whether a hook may have something for calls with inputs on a device, which begin now."""
-        self._serving = tuple(hook for hook in self._hooks if hook.serves(device))
+        self._serving = tuple(hook for hook in self._hooks if device.type in hook.devices)
         return bool(self._serving)
 
     def begin_call(self) -> Prepared | None:
@@ -135,8 +135,10 @@ class RowWeights:
         """Return what a layer adds. Raises ScopeError, with both counts, for rows that are no multiple of the mixture's."""
         num_rows, num_tokens = x_BTI.shape[:2]
         require_multiple(self.num_mixtures, num_rows, f"input of layer {layer.name!r}")
-        if self._prepared is not None and (mixture := self._by_hook(layer, x_BTI, device, dtype)) is not None:
-            return mixture
+        if (held := self._prepared) is not None:
+            by_hook = self._by_hook(*held, layer, x_BTI, device, dtype)
+            if by_hook is not None:
+                return by_hook
         layer_rows = self._layers.get(layer.name)
         with torch.inference_mode(False), torch.no_grad():
             if layer_rows is None or layer_rows.device != device or layer_rows.dtype != dtype:
@@ -146,10 +148,16 @@ class RowWeights:
                 kernel = self._kernel(layer_rows, layer, num_rows // self.num_mixtures * num_tokens, lease)
         return LayerMixture(kernel, layer_rows.affine, lasts=self._prepared is None)
 
-    def _by_hook(self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype) -> LayerMixture | None:
+    def _by_hook(
+        self,
+        hook: LiveHook,
+        prepared: Prepared,
+        layer: TargetLayer,
+        x_BTI: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> LayerMixture | None:
         """Return what the layer adds by what a hook has prepared, which no gradient may outlive; None for the other ways."""
-        assert self._prepared is not None
-        hook, prepared = self._prepared
         if (torch.is_grad_enabled() and x_BTI.requires_grad) or torch._C._are_functorch_transforms_active():
             return None
         if not prepared.reaches(layer.name):
@@ -286,13 +294,13 @@ class AffineTable:
     @classmethod
     def of(cls, parts: Sequence[PlacedFactors | None]) -> AffineTable | None:
         """Return the table of a layer's experts, None for one that leaves it alone; None if none has a gain or a bias."""
+        if all(part is None or (part.gain_O is None and part.bias_O is None) for part in parts):
+            return None
         gain_EO = _table([None if part is None else part.gain_O for part in parts])
         bias_EO = _table([None if part is None else part.bias_O for part in parts])
-        present = gain_EO if gain_EO is not None else bias_EO
-        if present is None:
-            return None
         has_gain = [part is not None and part.gain_O is not None for part in parts]
-        return cls(gain_EO, bias_EO, torch.tensor(has_gain, device=present.device))
+        device = next(part.a_RI.device for part in parts if part is not None)
+        return cls(gain_EO, bias_EO, torch.tensor(has_gain, device=device))
 
     def weigh(self, w_BTE: Tensor, *, in_order: bool = False) -> Affine:
         """Return the sums over the experts; B and T may be 1. With `in_order`, one expert is added after the other."""

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from loraweave.extend import Part, RowKernel
 
+# the types of devices that Triton's kernels run on if it is installed
+DEVICES = ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
 
 def triton_runs(device: str, itemsize: int) -> bool:
     """Return whether Triton kernels, with sums in fp32, run on this type of device for floats of at most so many bytes.
@@ -73,7 +76,7 @@ class TableKernel(RowKernel):
     """A kernel that reads `tables`."""
 
     is_shared: ClassVar[bool | None] = False
-    devices: ClassVar[tuple[str, ...] | None] = ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+    devices: ClassVar[tuple[str, ...] | None] = DEVICES
 
     tables: RankTables
 

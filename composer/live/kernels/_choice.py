@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
+import torch
 from torch import nn
 
 import loraweave.registry as registry
@@ -27,7 +28,11 @@ class Choice:
 def row_kernels() -> dict[str, type[RowKernel]]:
     """Return the kernels of the registry for weights by row."""
     kernels = {name: registry.get("kernels", name) for name in registry.names("kernels")}
-    return {name: kernel for name, kernel in kernels.items() if hasattr(kernel, "cost")}
+    by_row = {name: kernel for name, kernel in kernels.items() if hasattr(kernel, "cost")}
+    for kernel in by_row.values():
+        # what has to be compiled is compiled now, and not in the midst of a model's call
+        kernel.runs(torch.device("cpu"), torch.float32)
+    return by_row
 
 
 @lru_cache(maxsize=4096)

@@ -27,7 +27,7 @@ from loraweave import Adapter, MixtureWeights
 from loraweave.extend import Kernel, Lease, LiveHook, PlacedFactors, TargetLayer, lock_of
 from loraweave.extensions.accelerators.kernels.triton_gathered import TritonGathered
 from loraweave.extensions.accelerators.kernels.triton_segments import TritonSegments
-from loraweave.extensions.accelerators.rank_tables import RankTables, triton_runs
+from loraweave.extensions.accelerators.rank_tables import DEVICES, RankTables, triton_runs
 
 # the width of a board is a multiple of it, so that mixtures of about as many ranks share one
 COLUMNS = 8
@@ -83,6 +83,8 @@ class Arena(LiveHook):
     Above `max_bytes`, experts that nobody uses go, the one used longest ago first; what is used at once has no limit.
     """
 
+    devices = DEVICES
+
     def __init__(self, max_bytes: int) -> None:
         super().__init__(max_bytes)
         self._lock = lock_of(self)
@@ -116,16 +118,14 @@ class Arena(LiveHook):
         widths = sum(factors.a_RI.shape[1] + factors.b_OR.shape[0] for factors in adapter.layers.values())
         return dtype.itemsize * widths * max((factors.rank for factors in adapter.layers.values()), default=0)
 
-    def serves(self, device: torch.device) -> bool:
-        """Return whether Triton's kernels run there."""
-        return triton_runs(device.type, 4)
-
     def prepare(self, mixture: MixtureWeights, lease: Lease, layers: Mapping[str, TargetLayer]) -> Board | None:
         """Lend a board with this mixture of M rows, which all layers share, until `release`.
 
         Returns None where an expert has more than factors, where the place of a layer is not known or has no Triton, and
         while experts of a model that has moved since are in use.
         """
+        if not triton_runs(self.devices[-1], 4):
+            return None
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if lease.moves != self._moves:
                 if any(slot.num_users for slot in self._slots.values()):

@@ -55,9 +55,7 @@ class Told(LiveHook):
     """A hook for layer "0" alone, which notes what it is asked for."""
 
     said: list
-
-    def serves(self, device):
-        return device.type == "cpu"
+    devices = ("cpu",)
 
     def prepare(self, mixture, lease, layers):
         self.said.append(("prepare", mixture.experts, tuple(layers)))
