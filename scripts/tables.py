@@ -41,11 +41,17 @@ The groups are `loraweave.` with the names below, and `loraweave.recipes` for `e
 ours cannot be taken; a file that cannot be imported raises `PluginFailed` when it is asked for, and only then. What such a
 file is made from (`TokenRouter`, `Recipe`, `Solver`, kinds of options, `traits`) is in `loraweave.extend`.
 
-Three groups are no registries. An entry point `loraweave.commands` names a module with a `typer.Typer` called `app`,
+Two registries have entries of extensions alone: `hooks`, whose `LiveHook` may serve live mixtures in a way of its own
+(kernels for batches by row, what `torch.compile` traces, a mixture for each call of a pipeline), and `writers`, whose
+`WeightWriter` writes into weights that are no plain floats.
+
+Four groups are for what is no registry. An entry point `loraweave.commands` names a module with a `typer.Typer` called `app`,
 whose commands stand beside ours in the shell, or one called `hub`, whose commands are those of `loraweave hub`. An entry
 point NAME of `loraweave.pages` names a package that has the Markdown page NAME.md, which becomes a page of the site.
 An entry point `loraweave.merge_files` names a module whose `read(path, keys)` returns, for a YAML file that it knows, what
-`loraweave merge FILE.yaml` follows: an object with `merge(find, seed=, **rules)` and `dtype`; `READS` says what it knows.
+`loraweave merge FILE.yaml` follows: an object with `merge(find, seed=, **rules)` and `dtype`; `READS` says what it knows. An entry point
+`loraweave.panel` names a module whose `panel(engine, prompt, router, new_tokens)` draws a router's weights for the page over a
+hub ([ui](extensions/ui.md)).
 """
 
 
