@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fused_models import DTYPES, LAYER, MIXTURE, bits, small_adapter, small_engine, small_model
+from import_statements import MODULES, imported
 from tiny_models import Make
 from torch import Tensor, nn
 
@@ -342,3 +343,9 @@ def test_a_composer_is_not_made_from_fused_weights(engine: Composer) -> None:
     with engine.fused(MIXTURE), pytest.raises(AlreadyActive, match="not the base's"):
         Composer(engine.model, engine.pool)
     Composer(engine.model, engine.pool)
+
+
+def test_what_mixes_live_imports_nothing_of_what_is_written_into_weights() -> None:
+    live = {name: path for name, path in MODULES.items() if name.startswith("loraweave.composer.live.")}
+    ours = {(name, other) for name, path in live.items() for other in imported(path, MODULES)}
+    assert [pair for pair in ours if pair[1].startswith("loraweave.composer.fused")] == []
