@@ -49,9 +49,9 @@ Four groups are for what is no registry. An entry point `loraweave.commands` nam
 whose commands stand beside ours in the shell, or one called `hub`, whose commands are those of `loraweave hub`. An entry
 point NAME of `loraweave.pages` names a package that has the Markdown page NAME.md, which becomes a page of the site.
 An entry point `loraweave.merge_files` names a module whose `read(path, keys)` returns, for a YAML file that it knows, what
-`loraweave merge FILE.yaml` follows: an object with `merge(find, seed=, **rules)` and `dtype`; `READS` says what it knows. An entry point
-`loraweave.panel` names a module whose `panel(engine, prompt, router, new_tokens)` draws a router's weights for the page over a
-hub ([ui](extensions/ui.md)).
+`loraweave merge FILE.yaml` follows: an object with `merge(find, seed=, **rules)` and `dtype`; `READS` says what it knows. An
+entry point `loraweave.panel` names a module whose `panel(engine, prompt, router, new_tokens)` draws a router's weights for
+the page over a hub ([ui](extensions/ui.md)).
 """
 
 
