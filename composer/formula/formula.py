@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 from loraweave.common.files import as_path, replacing
 from loraweave.common.names import MAX_NAME_CHARACTERS, text_digest
 from loraweave.composer.formula.nodes import (
+    MAX_CHARACTERS,
     Argument,
     Auto,
     Content,
@@ -24,16 +25,19 @@ from loraweave.composer.formula.nodes import (
     Routed,
     Stored,
     Sum,
+    Token,
     as_sum,
     ensemble_of,
     exact,
     leaves,
+    misplaced,
+    normal,
     plain,
     replaced,
+    tokens,
 )
 from loraweave.composer.formula.parser import Parser
 from loraweave.composer.formula.source import Expansion, Given, Source, has_parts, has_router, router_of, source_of
-from loraweave.composer.formula.tokens import MAX_CHARACTERS, Token, misplaced, normal, tokens
 from loraweave.composer.merge.merge import merge
 from loraweave.errors import AdapterNotFound, FormulaError, ScopeError, UnknownExpert, WeightingError
 from loraweave.hub.adapter import Adapter
@@ -93,13 +97,15 @@ class Formula:
         """True if the formula is the base model with nothing added; False for a stored composition before `expand`."""
         return self.root == Sum(())
 
-    def expand(self, hub_or_pool: Given) -> Formula:
+    def expand(self, hub_or_pool: Given | Source) -> Formula:
         """Return the formula with its stored formulas written out, and without stored compositions that are the base.
 
         Other stored compositions stay as they are. Raises FormulaError, whose cause is AdapterNotFound, for an unknown one,
         and FormulaError for formulas that name each other in a circle, and above the limits.
         """
         source = source_of(hub_or_pool)
+        if not any(isinstance(leaf, Stored) for leaf in leaves(self.root)):
+            return self
 
         def find(leaf: Stored) -> StoredComposition | None:
             with self._at(leaf):
@@ -112,9 +118,10 @@ class Formula:
 
         Raises FormulaError for one that is not there. What a stored composition has of its own does not count.
         """
-        known = self if hub_or_pool is None else self.expand(hub_or_pool)
+        known = self
         if hub_or_pool is not None:
             source = source_of(hub_or_pool)
+            known = self.expand(source)
             for leaf in leaves(known.root):
                 with self._at(leaf):
                     source.require(leaf)
@@ -127,7 +134,7 @@ class Formula:
         another. Raises ScopeError for `auto`, which differs for each request.
         """
         source = source_of(hub_or_pool)
-        known = self.expand(hub_or_pool)
+        known = self.expand(source)
         if (stored := known.stored(source)) is not None:
             return text_digest(f"{'router' if has_router(stored) else 'average'} {stored.hash}")
 
@@ -153,7 +160,7 @@ class Formula:
         `auto` and for the base model, which have no adapters.
         """
         source = source_of(hub_or_pool)
-        known = self.expand(hub_or_pool)
+        known = self.expand(source)
         if (stored := known.stored(source)) is not None and has_router(stored):
             return cast(ExpertPool, router_of(stored).pool)
         known._require_adapters("be a pool")
@@ -233,11 +240,31 @@ class Formula:
         if heads == "first":
             raise WeightingError("a formula has no first adapter, since a + b is b + a; use heads='average', or lw.merge")
         source = source_of(hub_or_pool)
-        known = self.expand(hub_or_pool)
+        known = self.expand(source)
         known._require_adapters("be one adapter")
-        assert isinstance(known.root, Sum)
-        merging = _Merging(partial(self._adapter, source), heads, progress, allow_licenses, interference)
-        return merging.of(known.root, rank, name or _short(known.canonical))
+        settings = {"heads": heads, "progress": progress, "allow_licenses": allow_licenses, "interference": interference}
+
+        def merged(node: Argument, rank: int | None, name: str) -> Adapter:
+            match node:
+                case Named() | Stored():
+                    return self._adapter(source, node)
+                case Sum(terms=((1.0, Merge() as only),)):
+                    return merged(only, rank, name)
+                case Sum(terms):
+                    method, parts, weights = "linear", [term for _, term in terms], tuple(weight for weight, _ in terms)
+                    options: dict[str, Any] = {"rank": rank}
+                case Merge(method, parts, weights, written):
+                    options = {option: plain(value) for option, value in written}
+                    if rank is not None and options.setdefault("rank", rank) != rank:
+                        raise WeightingError(
+                            f"rank={rank} is asked for, and the formula has rank={options['rank']}; leave one out"
+                        )
+                case _:
+                    raise TypeError(f"{node} is the content of an adapter, and for identities only")
+            adapters = [merged(part, None, _short(str(part))) for part in parts]
+            return merge(adapters, weights, method=method, name=name, **settings, **options)
+
+        return merged(cast(Sum, known.root), rank, name or _short(known.canonical))
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write formula.json into a folder of its own, which `Hub.save_composition` can keep, and return the folder."""
@@ -281,55 +308,6 @@ class Formula:
                 if piece.value == leaf.name and (before == "@") == isinstance(leaf, Stored)
             ]
             raise misplaced(f"{error}{hint}", self.text, places[0] if places else None) from error
-
-
-@dataclass(frozen=True)
-class _Merging:
-    """The settings that all merges of one formula share."""
-
-    adapter: Callable[[Named | Stored], Adapter]
-    heads: str
-    progress: bool
-    allow_licenses: bool
-    interference: bool
-
-    def of(self, node: Argument, rank: int | None, name: str) -> Adapter:
-        match node:
-            case Sum(terms=((1.0, Merge() as only),)):
-                return self.of(only, rank, name)
-            case Sum():
-                parts, weights = [term for _, term in node.terms], tuple(weight for weight, _ in node.terms)
-                return self._merged(parts, weights, "linear", {"rank": rank}, name)
-            case Merge():
-                options = {option: plain(value) for option, value in node.options}
-                if rank is not None and options.setdefault("rank", rank) != rank:
-                    raise WeightingError(
-                        f"rank={rank} is asked for, and the formula has rank={options['rank']}; leave one out"
-                    )
-                return self._merged(node.arguments, node.weights, node.method, options, name)
-            case Named() | Stored():
-                return self.adapter(node)
-        raise TypeError(f"{node} is the content of an adapter, and for identities only")
-
-    def _merged(
-        self,
-        parts: Iterable[Argument],
-        weights: tuple[float, ...] | None,
-        method: str,
-        options: Mapping[str, Any],
-        name: str,
-    ) -> Adapter:
-        return merge(
-            [self.of(part, None, _short(str(part))) for part in parts],
-            weights,
-            method=method,
-            name=name,
-            heads=self.heads,
-            progress=self.progress,
-            allow_licenses=self.allow_licenses,
-            interference=self.interference,
-            **options,
-        )
 
 
 _ENSEMBLE = "an ensemble cannot {}: its members answer apart. formula.members(hub) has them, and lw.ensemble averages"

@@ -37,17 +37,19 @@ from loraweave.composer.formula.nodes import (
     Routed,
     Stored,
     Sum,
+    Token,
     Value,
     added,
     as_argument,
     ensemble_of,
     leaves,
     merge_of,
+    misplaced,
     plain,
     rounded,
     sum_of,
+    tokens,
 )
-from loraweave.composer.formula.tokens import Token, misplaced, tokens
 from loraweave.composer.merge.method_call import MethodCall
 from loraweave.errors import FormulaError, LoraweaveError, UnknownName
 from loraweave.routers.tokens._saved import router_class, router_names

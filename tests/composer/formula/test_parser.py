@@ -3,9 +3,19 @@
 import pytest
 
 import loraweave as lw
-from loraweave.composer.formula.nodes import Auto, Ensemble, Listed, Merge, Named, Routed, Stored, Sum
+from loraweave.composer.formula.nodes import (
+    MAX_CHARACTERS,
+    MAX_DEPTH,
+    Auto,
+    Ensemble,
+    Listed,
+    Merge,
+    Named,
+    Routed,
+    Stored,
+    Sum,
+)
 from loraweave.composer.formula.parser import MAX_ADAPTERS
-from loraweave.composer.formula.tokens import MAX_CHARACTERS, MAX_DEPTH
 from loraweave.errors import FormulaError, InvalidName
 
 A, B, C = Named("a"), Named("b"), Named("c")

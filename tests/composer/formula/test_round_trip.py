@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import loraweave as lw
 from loraweave.common.names import checked_name
-from loraweave.composer.formula.tokens import MAX_CHARACTERS, quoted
+from loraweave.composer.formula.nodes import MAX_CHARACTERS, quoted
 from loraweave.errors import FormulaError, InvalidName
 
 
