@@ -29,7 +29,7 @@ from loraweave.composer.model.worth import expert_losses, leave_one_out
 from loraweave.composer.train.routers import fit, require_learning
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.pipeline import model_of
+from loraweave.hub.parts import model_of
 from loraweave.hub.pool import ExpertPool, require_no_heads
 from loraweave.routers.combined import num_rows_of
 from loraweave.routers.tokens._learned import LearnedRouter
@@ -40,7 +40,7 @@ from loraweave.types import Router, Task
 class Composer:
     """The engine that puts the experts of `pool` into `model`; `pool` is a pool, a list of adapters, or {name: adapter}.
 
-    The model may be a diffusers pipeline (docs/extensions/diffusion.md). Making one changes nothing in it, but checks every
+    The model may be a pipeline (docs/extensions/diffusion.md). Making one changes nothing in it, but checks every
     adapter, a lazy pool's on first use: whether this is its base, by docs/identity.md (BaseModelMismatch; a warning,
     BaseModelUnverified, where names and shapes alone say so), and each layer's presence, kind and shape (LayerMismatch). A
     trained magnitude or bias is resolved against the base's current weights. Factors take no part in training.

@@ -28,7 +28,7 @@ from loraweave.hub.intake.model_hub import push
 from loraweave.hub.intake.sources import ADAPTER_FILES, README, name_of, open_source
 from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.hub.merge_report import MergeReport
-from loraweave.hub.pipeline import model_of
+from loraweave.hub.parts import model_of
 from loraweave.lowrank import algebra
 from loraweave.types import BaseKey, Factors, Fingerprint, Kind, own_memory
 

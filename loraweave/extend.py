@@ -12,7 +12,8 @@ from loraweave.common.lazy import lazy
 _MODULES = {
     # entries of any registry, and their options
     "common.options": (
-        "Count Declared Fraction NonNegative Positive Range Rate Seed Share Whole check_options options_of require_known"
+        "Count Declared Fraction NonNegative Positive Range Rate Seed Share Whole check_options options_of "
+        "require_known"
     ),
     "registry": "brought get nearest traits traits_of",
     # merge methods
@@ -38,7 +39,6 @@ _MODULES = {
     "hub.formats._foreign": "ForeignFormat PeftReader StoredLayer check_size",
     "hub.formats._peft_config": "parse_lora stored_names",
     "hub.formats._safetensors": "read_tensors require_finite",
-    "hub.pipeline": "PIPELINE_PARTS Pipeline",
     "hub.stores.packing": "put_together take_apart",
     "hub.targets._target": "TIED_MODULES Target module_names",
     # routers and searches
@@ -116,6 +116,7 @@ _MODULES = {
     "hub.embedders._embedder": "Embedder embedder_of",
     "hub.indexes._vectors": "Index",
     "hub.licenses": "stated_license",
+    "hub.parts": "PIPELINE_PARTS Parts",
     "hub.pool": "require_everywhere",
     "hub.same_base": "require_same_base says_nothing",
     "hub.stores.catalogue": "state_row",

@@ -262,8 +262,8 @@ from loraweave.hub.formats._safetensors import read_tensors as read_tensors
 from loraweave.hub.formats._safetensors import require_finite as require_finite
 from loraweave.hub.indexes._vectors import Index as Index
 from loraweave.hub.licenses import stated_license as stated_license
-from loraweave.hub.pipeline import PIPELINE_PARTS as PIPELINE_PARTS
-from loraweave.hub.pipeline import Pipeline as Pipeline
+from loraweave.hub.parts import PIPELINE_PARTS as PIPELINE_PARTS
+from loraweave.hub.parts import Parts as Parts
 from loraweave.hub.pool import require_everywhere as require_everywhere
 from loraweave.hub.same_base import require_same_base as require_same_base
 from loraweave.hub.same_base import says_nothing as says_nothing

@@ -26,6 +26,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "kernels": ("loraweave.composer.live.kernels",),
     # of extensions alone
     "hooks": (),
+    "pipelines": (),
     "writers": (),
     "objectives": ("loraweave.composer.compose.objectives",),
     "continual": ("loraweave.composer.train.ordered",),

@@ -25,7 +25,7 @@ from loraweave.composer.model.layers import OVERWRITTEN, TargetLayer, bind, requ
 from loraweave.errors import AdapterUnsupported, AlreadyActive, BaseModelMismatch, CompositionError, LayerMismatch
 from loraweave.hub.adapter import Adapter, Form
 from loraweave.hub.base import base_key, fingerprint, require_model
-from loraweave.hub.pipeline import Pipeline
+from loraweave.hub.parts import Parts
 from loraweave.hub.pool import ExpertPool, OnDemand, require_no_heads
 from loraweave.hub.same_base import require_same_base, warn_unverified
 from loraweave.types import BaseKey, Factors
@@ -37,7 +37,7 @@ class Fitting:
     def __init__(self, model: nn.Module) -> None:
         require_model(model)
         self._model = model
-        self._pipeline = model if isinstance(model, Pipeline) else None
+        self._parts = model if isinstance(model, Parts) else None
         self._modules = dict(model.named_modules())
         self._lock = lock_of(self)
         self._paths = ModulePaths(model)
@@ -69,8 +69,8 @@ class Fitting:
 
         The weights are those that one of these experts (None: any) depends on; `closely` looks at values, too.
         """
-        if self._pipeline is not None:
-            self._pipeline.require_same_parts()
+        if self._parts is not None:
+            self._parts.require_same_parts()
         self._paths.require_unchanged()
         if self._weights.of:
             self._weights.require_unchanged(experts, closely=closely)
@@ -85,28 +85,28 @@ class Fitting:
 
     def placed(self, pool: ExpertPool) -> ExpertPool:
         """Return the pool with each adapter as `placed_adapter` returns it; the same pool if the model is no pipeline."""
-        if self._pipeline is None:
+        if self._parts is None:
             return pool
         if pool.lazy:
             return ExpertPool(OnDemand(pool.names, lambda name: self.placed_adapter(name, pool.adapters[name])))
         return ExpertPool({name: self.placed_adapter(name, adapter) for name, adapter in pool.adapters.items()})
 
     def placed_adapter(self, name: str, adapter: Adapter) -> Adapter:
-        """Return an adapter with its layers' paths in a pipeline, as `Pipeline.paths` finds them; itself for another model.
+        """Return an adapter with its layers' paths in a pipeline, as `Parts.paths` finds them; itself for another model.
 
         An adapter that was made for one part alone is compared with that part and then counts as made for the pipeline.
         Raises LayerMismatch for a layer without one place, BaseModelMismatch for a part with other weights.
         """
-        if self._pipeline is None:
+        if self._parts is None:
             return adapter
-        paths = self._pipeline.paths(adapter.layers, f"expert {name!r}")
+        paths = self._parts.paths(adapter.layers, f"expert {name!r}")
         layers = {paths[layer]: factors for layer, factors in adapter.layers.items()}
         parts = {path.partition(".")[0] for path in layers}
-        part = self._pipeline.get_submodule(parts.pop()) if len(parts) == 1 else None
+        part = self._parts.get_submodule(parts.pop()) if len(parts) == 1 else None
         if part is None or adapter.fingerprint is None or adapter.fingerprint.shapes != fingerprint(part).shapes:
             return adapter if tuple(layers) == tuple(adapter.layers) else replace(adapter, layers=layers)
         require_same_base(f"expert {name!r}", adapter.base, base_key(part))
-        return replace(adapter, layers=layers, base_model=self._pipeline.name_or_path, fingerprint=self._key.fingerprint)
+        return replace(adapter, layers=layers, base_model=self._parts.name_or_path, fingerprint=self._key.fingerprint)
 
     def accepted(self, pool: ExpertPool) -> ExpertPool:
         """Return the pool; if some experts fit by names and shapes alone, all without a fingerprint get the model's.

@@ -43,7 +43,7 @@ from loraweave.composer.live.token_weights import TokenWeights
 from loraweave.composer.model.kinds import by_row, conv, linear
 from loraweave.composer.model.layers import TargetLayer, is_floating
 from loraweave.errors import CompositionError, ScopeError, WeightingError
-from loraweave.hub.pipeline import Pipeline
+from loraweave.hub.parts import Parts
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router
@@ -383,7 +383,7 @@ class KeptPlans:
         for hook in self.hooks:
             if (calls := hook.calls(model, mixture, resolve, activate)) is not None:
                 return calls
-        if isinstance(model, Pipeline):
+        if isinstance(model, Parts):
             raise CompositionError(
                 "a pipeline calls several models, and no hook that is installed knows its calls: pass one of its models"
             )

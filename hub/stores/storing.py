@@ -17,7 +17,7 @@ from loraweave.hub.formats._base_layer import base_layer, expert_matrix
 from loraweave.hub.formats._kept_files import KeptFile, KeptFiles
 from loraweave.hub.health.figures import Figures, store_figures
 from loraweave.hub.intake.fields import OWN_FIELDS
-from loraweave.hub.pipeline import Pipeline, model_of
+from loraweave.hub.parts import Parts, model_of
 from loraweave.hub.same_base import require_same_base
 from loraweave.hub.stores.blobs import blob_bytes, examine_blob, read_blob
 from loraweave.hub.stores.kept_files import LISTED, digests, file_bytes, listed, put_files, reading_blob, without_files
@@ -303,7 +303,7 @@ def bound_record(record: Record, adapter: Adapter, model: Any) -> Record:
     # ids are not compared: a model loaded from a folder has the folder's name as its id
     require_same_base(f"adapter {record.name!r}", record.base, key, whatever_id=True)
     modules = dict(model.named_modules())
-    paths = model.paths(adapter.layers, f"adapter {record.name!r}") if isinstance(model, Pipeline) else {}
+    paths = model.paths(adapter.layers, f"adapter {record.name!r}") if isinstance(model, Parts) else {}
     for layer, factors in adapter.layers.items():
         if factors.kind == "expert":
             expert_matrix(modules, layer, factors, f"adapter {record.name!r}")

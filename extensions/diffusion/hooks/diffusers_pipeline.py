@@ -28,13 +28,13 @@ from loraweave.extend import (
     Handle,
     LiveHook,
     LiveModel,
-    Pipeline,
     Resolve,
     StandIn,
     give_back,
     needs_call,
     num_rows_of,
 )
+from loraweave.extensions.diffusion.pipelines.diffusers import Diffusers
 
 # the beginning of the names of parts that run once for all steps
 _TEXT = "text_encoder"
@@ -71,7 +71,7 @@ class CallWeights(MixtureWeights):
 class ByCall:
     """The mixture of each call of a pipeline's part, where one activation has several."""
 
-    def __init__(self, pipeline: Pipeline, mixture: Any, resolve: Resolve, activate: Activate) -> None:
+    def __init__(self, pipeline: Diffusers, mixture: Any, resolve: Resolve, activate: Activate) -> None:
         self._pipeline = pipeline
         self._mixture = mixture
         self._resolve = resolve
@@ -174,7 +174,7 @@ class DiffusersPipeline(LiveHook):
         Raises ScopeError for rows in a pipeline whose batches are not known, and for routers that look at a whole call, as
         it makes several.
         """
-        if not isinstance(model, Pipeline):
+        if not isinstance(model, Diffusers):
             return None
         if isinstance(mixture, CallWeights):
             return resolve(mixture), None
@@ -192,7 +192,7 @@ class DiffusersPipeline(LiveHook):
 
     def install(self, live: LiveModel) -> Iterator[Handle]:
         """Let each part's calls begin and end like a model's, each under its own mixture."""
-        if isinstance(live.model, Pipeline):
+        if isinstance(live.model, Diffusers):
             for name, part in live.model.named_children():
                 yield from live.enters(part)
                 yield _PartForward(name, part, live)

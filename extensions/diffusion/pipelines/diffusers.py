@@ -8,24 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from loraweave.errors import CompositionError, LayerMismatch
-from loraweave.hub.base import base_id
-from loraweave.hub.formats._base_layer import missing_layer
-
-# the parts of diffusers' pipelines that are trained with LoRA
-PIPELINE_PARTS = (
-    "unet",
-    "transformer",
-    "transformer_2",
-    "text_encoder",
-    "text_encoder_2",
-    "text_encoder_3",
-    "prior",
-    "controlnet",
-)
+from loraweave import CompositionError, LayerMismatch
+from loraweave.extend import PIPELINE_PARTS, Parts, base_id, missing_layer
 
 
-class Pipeline(nn.Module):
+class Diffusers(Parts):
     """The text encoders and the denoiser of `pipe` as one module, under names such as `text_encoder` and `unet`.
 
     A layer's path begins with its part, as in LoRA files of diffusers. `pipe` is not changed. For a part compiled by
@@ -43,6 +30,11 @@ class Pipeline(nn.Module):
             raise CompositionError(
                 f"{type(pipe).__name__} has none of the parts that adapters are for: {', '.join(PIPELINE_PARTS)}"
             )
+
+    @classmethod
+    def of(cls, pipeline: Any) -> Diffusers | None:
+        """Return the parts of a pipeline of diffusers, known by its `components`; None for anything else."""
+        return cls(pipeline) if hasattr(type(pipeline), "components") and callable(pipeline) else None
 
     def require_same_parts(self) -> None:
         """Raise CompositionError if a part of the pipeline was replaced since this was made."""
@@ -83,9 +75,3 @@ class Pipeline(nn.Module):
 def _plain(path: str) -> str:
     # transformers 5 removed the step from some of its text encoders
     return re.sub(r"(^|\.)text_model\.", r"\1", path)
-
-
-def model_of(given: Any) -> Any:
-    """Return a diffusers pipeline as a Pipeline, and anything else as it is."""
-    is_pipeline = not isinstance(given, nn.Module) and hasattr(type(given), "components") and callable(given)
-    return Pipeline(given) if is_pipeline else given

@@ -1,0 +1,1 @@
+"""The pipelines whose parts a Composer takes as one model."""
