@@ -138,8 +138,9 @@ class ProgramSearch:
     beam: int
     gain: float = 0.0
     left_out: Sequence[str] = ()
-    # readings of each program, in the order of the examples
-    _found: dict[Order, list[Reading]] = field(default_factory=dict)
+    # readings of each program, in the order of the examples, and their mean loss
+    readings: dict[Order, list[Reading]] = field(default_factory=dict)
+    _losses: dict[Order, float] = field(default_factory=dict)
 
     def run(self, max_steps: int) -> None:
         """Measure programs of up to `max_steps` steps.
@@ -149,64 +150,62 @@ class ProgramSearch:
         """
         self._measure([(step,) for step in dict.fromkeys([*self.first, *self.later])], len(self.task.examples))
         for length in range(2, max_steps + 1):
-            if any(all(reading.hit for reading in readings) for readings in self._whole().values()):
+            whole = self._whole()
+            if any(all(reading.hit for reading in self.readings[path]) for path in whole):
                 return
             if length > 2 and len(self._chosen()) < length - 1:
                 return
-            shorter = self._found[min(self._whole(), key=self._loss)]
-            tried = self._pairs() if length == 2 else self._longer(length)
-            if length == 2:
+            shorter = self.readings[min(whole, key=self._losses.__getitem__)]
+            if length > 2:
+                tried = self._longer(length)
+            else:
+                lasts = self._lasts()
+                tried = [(first, last) for first in self.first for last in lasts if first != last]
                 # most pairs come to the second round: one batch has the answers of both
                 self._texts({path[:-1] for path in tried}, [text for text, _ in self.task.examples[: ROUNDS[1][0]]])
             for num_examples, kept in [*ROUNDS, (len(self.task.examples), 0)]:
                 if num_examples <= len(self.task.examples):
                     self._measure(tried, num_examples)
-                    tried = sorted(tried, key=self._loss)[: kept or None]
-                    if not tried or self._loss(tried[0]) >= _mean_loss(shorter[:num_examples]):
+                    tried = sorted(tried, key=self._losses.__getitem__)[: kept or None]
+                    if not tried or self._losses[tried[0]] >= _mean_loss(shorter[:num_examples]):
                         return
 
     def best(self) -> tuple[Order, str]:
         """Return the program to take, and why. Raises SearchFailed where no loss is finite."""
         chosen = self._chosen()
         if not chosen:
-            raise SearchFailed(f"none of {len(self._found)} programs has a finite loss; see whether the model is damaged")
-        return chosen, f"loss {self._loss(chosen):.3f}, of the best single step {self._least(1):.3f}"
-
-    def readings(self, path: Order) -> list[Reading]:
-        """Return the readings of a program that was measured, in the order of the examples."""
-        return self._found[path]
+            raise SearchFailed(f"none of {len(self.readings)} programs has a finite loss; see whether the model is damaged")
+        least = min(self._losses[path] for path in self._whole() if len(path) == 1)
+        return chosen, f"loss {self._losses[chosen]:.3f}, of the best single step {least:.3f}"
 
     def _chosen(self) -> Order:
         """Return the best program; () where no loss is finite."""
         by_length: dict[int, Order] = {}
         # the base is last among equal ones, else the earlier
-        for path in sorted(self._whole(), key=lambda path: (self._loss(path), any(step.name is None for step in path))):
+        for path in sorted(self._whole(), key=lambda path: (self._losses[path], any(step.name is None for step in path))):
             by_length.setdefault(len(path), path)
         chosen: Order = ()
         for path in (by_length[length] for length in sorted(by_length)):
-            if self._loss(path) < ((1 - self.gain) * self._loss(chosen) if chosen else math.inf):
+            if self._losses[path] < ((1 - self.gain) * self._losses[chosen] if chosen else math.inf):
                 chosen = path
         return chosen
 
     def rows(self) -> list[ProgramRow]:
         """Return a row for every program measured, those on most examples first, then by loss."""
         rows = [
-            ProgramRow(labels_of(path), self._loss(path), fmean(reading.hit for reading in readings), len(readings))
-            for path, readings in self._found.items()
+            ProgramRow(labels_of(path), self._losses[path], fmean(reading.hit for reading in readings), len(readings))
+            for path, readings in self.readings.items()
         ]
         return sorted(rows, key=lambda row: (-row.num_examples, row.loss))
 
-    def _pairs(self) -> list[Order]:
-        lasts = self._lasts()
-        return [(first, last) for first in self.first for last in lasts if first != last]
-
     def _lasts(self) -> list[Step]:
         """Return the steps of lowest loss alone: what answers in the targets' form reads them best, whatever it is asked."""
-        return sorted(dict.fromkeys([*self.first, *self.later]), key=lambda step: self._loss((step,)))[:LASTS]
+        return sorted(dict.fromkeys([*self.first, *self.later]), key=lambda step: self._losses[step,])[:LASTS]
 
     def _longer(self, length: int) -> list[Order]:
         """Return the best programs of one step less with one step more, at any place."""
-        shorter = sorted((path for path in self._whole() if len(path) == length - 1), key=self._loss)[: self.beam]
+        whole = [path for path in self._whole() if len(path) == length - 1]
+        shorter = sorted(whole, key=self._losses.__getitem__)[: self.beam]
         made: dict[Order, None] = {}
         steps = [self.first, *[self.later] * (length - 2), self._lasts()]
         for path in shorter:
@@ -216,15 +215,9 @@ class ProgramSearch:
                         made[(*path[:place], step, *path[place:])] = None
         return list(made)
 
-    def _least(self, length: int) -> float:
-        return min((self._loss(path) for path in self._whole() if len(path) == length), default=math.inf)
-
-    def _whole(self) -> dict[Order, list[Reading]]:
+    def _whole(self) -> list[Order]:
         """Return the programs that were measured on all examples."""
-        return {path: readings for path, readings in self._found.items() if len(readings) == len(self.task.examples)}
-
-    def _loss(self, path: Order) -> float:
-        return _mean_loss(self._found[path])
+        return [path for path, readings in self.readings.items() if len(readings) == len(self.task.examples)]
 
     def _measure(self, paths: Sequence[Order], num_examples: int) -> None:
         """Read the targets of the first `num_examples` examples under the last step of each program."""
@@ -235,7 +228,8 @@ class ProgramSearch:
         ]
         readings = self.asking.readings(targets)
         for number, path in enumerate(paths):
-            self._found[path] = readings[number * num_examples : (number + 1) * num_examples]
+            self.readings[path] = readings[number * num_examples : (number + 1) * num_examples]
+            self._losses[path] = _mean_loss(self.readings[path])
 
     def _texts(self, paths: Iterable[Order], inputs: Sequence[Prompt]) -> dict[Order, Sequence[Prompt]]:
         """Return what each program answers to each input; the inputs themselves for the one without steps."""
@@ -276,7 +270,7 @@ class Programmed(Trial):
         # an evaluation is a candidate scored on all examples
         self.evaluations += math.ceil(search.asking.count / len(examples))
         chosen, _ = search.best()
-        self._read |= {(chosen, place): read for place, read in zip(examples, search.readings(chosen), strict=True)}
+        self._read |= {(chosen, place): read for place, read in zip(examples, search.readings[chosen], strict=True)}
         names = [step.name for step in chosen if step.name is not None]
         # the base alone combines nothing
         if not names:

@@ -91,18 +91,8 @@ def make_objective(
     function with `inputs`.
     """
     if not callable(loss):
-        return ExampleLoss(
-            engine,
-            tokenizer,
-            task,
-            kind=loss,
-            merge_method=merge_method,
-            only=None,
-            inputs=inputs,
-            turned=False,
-            workers=workers,
-            **terms,
-        )
+        options: dict[str, Any] = {"merge_method": merge_method, "inputs": inputs, "workers": workers}
+        return ExampleLoss(engine, tokenizer, task, kind=loss, **options, **terms)
     if inputs is not None:
         raise InvalidTask("a function as the objective is called with the task's examples; inputs are for 'entropy'")
-    return UserLoss(engine, task, loss, merge_method=merge_method, only=None, **terms)
+    return UserLoss(engine, task, loss, merge_method=merge_method, **terms)
