@@ -45,7 +45,7 @@ Two registries have entries of extensions alone: `hooks`, whose `LiveHook` may s
 (kernels for batches by row, what `torch.compile` traces, a mixture for each call of a pipeline), and `writers`, whose
 `WeightWriter` writes into weights that are no plain floats.
 
-Four groups are for what is no registry. An entry point `loraweave.commands` names a module with a `typer.Typer` called `app`,
+Four groups are no registries. An entry point `loraweave.commands` names a module with a `typer.Typer` called `app`,
 whose commands stand beside ours in the shell, or one called `hub`, whose commands are those of `loraweave hub`. An entry
 point NAME of `loraweave.pages` names a package that has the Markdown page NAME.md, which becomes a page of the site.
 An entry point `loraweave.merge_files` names a module whose `read(path, keys)` returns, for a YAML file that it knows, what
