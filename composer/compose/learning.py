@@ -27,7 +27,7 @@ from loraweave.composer.compose.refine import (
     tuned_adapters,
 )
 from loraweave.composer.compose.settings import BEST, Settings, solver_class
-from loraweave.composer.compose.trials import Bench, Choice, Fixed, Scores, Split, Trial, result_of
+from loraweave.composer.compose.trials import Bench, Fixed, Scores, Selection, Split, Trial, result_of
 from loraweave.composer.composer import Composer
 from loraweave.composer.merge.merge import parent_of
 from loraweave.errors import SearchFailed, WeightingError
@@ -109,7 +109,7 @@ class Searched(Trial):
     def planned(self, num_folds: int) -> int | None:
         return None if self.settings.budget is None else self.settings.budget * (num_folds + 1)
 
-    def choose(self, splits: Sequence[Split]) -> list[Choice]:
+    def choose(self, splits: Sequence[Split]) -> list[Selection]:
         objective = self._objective()
         searches = [self._begun(split, objective) for split in splits]
         while running := [(*search, mixtures) for search in searches if (mixtures := search[0].ask())]:
@@ -193,7 +193,7 @@ def _explained(objective: Objective) -> Iterator[None]:
         raise SearchFailed(f"{error}. The first failed with {objective.failures.first}") from error
 
 
-def shown(bench: Bench, adapter: Adapter, split: Split, steps: int = 0) -> Choice:
+def shown(bench: Bench, adapter: Adapter, split: Split, steps: int = 0) -> Selection:
     """Return the choice of an adapter, trained for `steps` steps; prompts show some of a split's examples (`in_turn`).
 
     No prompt shows the example that it asks for.
@@ -201,7 +201,7 @@ def shown(bench: Bench, adapter: Adapter, split: Split, steps: int = 0) -> Choic
     task = replace(bench.task, demonstrations=task_of(bench.task, split.seen).demonstrations)
     loss = example_loss(bench.engine.model, bench.tokenizer, task, ExpertPool({adapter.name: adapter}), turned=True)
     placed = loss.engine.pool[adapter.name]
-    return bench.choice(
+    return bench.selection(
         partial(loss.scores_on, MixtureWeights.of({adapter.name: 1.0}, [adapter.name])),
         result_of(MixtureWeights.of({}, bench.names), num_scalars(placed) if steps else 0),
         task=task,
@@ -216,7 +216,7 @@ class InContextAdapter(Trial):
 
     learns = False
 
-    def choose(self, splits: Sequence[Split]) -> list[Choice]:
+    def choose(self, splits: Sequence[Split]) -> list[Selection]:
         assert self.bench.start is not None
         return [shown(self.bench, self.bench.start, split) for split in splits]
 
@@ -235,7 +235,7 @@ class FewShot(Trial):
     def planned(self, num_folds: int) -> int:
         return STEP_COST * self._tuning.steps * (num_folds + 1)
 
-    def choose(self, splits: Sequence[Split]) -> list[Choice]:
+    def choose(self, splits: Sequence[Split]) -> list[Selection]:
         bench, names = self.bench, [split.name for split in splits]
         trained = tuned_adapters(
             bench.engine.model,
@@ -276,7 +276,7 @@ class Averaged(Trial):
         super().__init__("average", parts[0].bench)
         self._parts = parts
 
-    def choose(self, splits: Sequence[Split]) -> list[Choice]:
+    def choose(self, splits: Sequence[Split]) -> list[Selection]:
         by_part = [part.choices_on(splits) for part in self._parts]
         return [self._average(choices) for choices in zip(*by_part, strict=True)]
 
@@ -285,7 +285,7 @@ class Averaged(Trial):
         (self.chosen,) = self.choices_on([self.bench.everything])
         self.losses_N = self._averaged([part.losses_N for part in self._parts if part.losses_N is not None])
 
-    def _average(self, choices: Sequence[Choice]) -> Choice:
+    def _average(self, choices: Sequence[Selection]) -> Selection:
         def scores(examples: Sequence[int]) -> Scores:
             _, hits_N = average.answers([self.bench.task.examples[place] for place in examples])
             return self._averaged([choice.scores(examples)[0] for choice in choices]), hits_N
@@ -294,7 +294,7 @@ class Averaged(Trial):
             part.name: replace(choice, fields={**choice.fields, "share": share})
             for part, choice, share in zip(self._parts, choices, self._shares, strict=True)
         }
-        average = replace(self.bench.choice(scores), members=members)
+        average = replace(self.bench.selection(scores), members=members)
         return average
 
     def _averaged(self, losses_by_part: Sequence[np.ndarray]) -> np.ndarray:

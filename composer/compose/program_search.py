@@ -23,7 +23,7 @@ from loraweave.composer.compose.asked import Asked, Reading, Step, answer_limit
 from loraweave.composer.compose.candidates import fitting_hits
 from loraweave.composer.compose.refine import task_of
 from loraweave.composer.compose.settings import Settings
-from loraweave.composer.compose.trials import Bench, Choice, Scores, Split, Trial, result_of
+from loraweave.composer.compose.trials import Bench, Scores, Selection, Split, Trial, result_of
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.train.rows import MAX_PACKED
@@ -259,10 +259,10 @@ class Programmed(Trial):
         # what the searches have measured of programs that were chosen, by example
         self._read: dict[tuple[Order, int], Reading] = {}
 
-    def choose(self, splits: Sequence[Split]) -> list[Choice]:
+    def choose(self, splits: Sequence[Split]) -> list[Selection]:
         return [self._search(split.seen[:MAX_PACKED]) for split in splits]
 
-    def _search(self, examples: Sequence[int]) -> Choice:
+    def _search(self, examples: Sequence[int]) -> Selection:
         """Return the program. Raises InvalidTask without descriptions, InvalidLicense for steps that may not be combined."""
         bench, task = self.bench, task_of(self.bench.task, examples)
         limits: dict[str, Any] = {"k": self._settings.k, "gain": GAIN, "beam": BEAM, "progress": bench.progress}
@@ -278,7 +278,7 @@ class Programmed(Trial):
         self._settings.require_combinable(pool := self._retriever.hub.pool(names))
         return self._choice(chosen, pool)
 
-    def _choice(self, chosen: Order, pool: ExpertPool | None) -> Choice:
+    def _choice(self, chosen: Order, pool: ExpertPool | None) -> Selection:
         """Return the choice of a program by adapters of the pool; its steps are measured together."""
         bench, model = self.bench, self.bench.engine.model
 
@@ -290,12 +290,12 @@ class Programmed(Trial):
             made, hits_N = program.answers(pairs)
             return np.array(made.losses(pairs)), hits_N
 
-        def choice(step: Step) -> Choice:
+        def choice(step: Step) -> Selection:
             task = step.task(bench.task)
             if step.name is None or pool is None:
-                return bench.choice(scores, task=task, pool=None)
+                return bench.selection(scores, task=task, pool=None)
             result = result_of(MixtureWeights.of({step.name: 1.0}, [step.name]))
-            return bench.choice(scores, result, task=task, pool=Fitting(model).accepted(pool.subset([step.name])))
+            return bench.selection(scores, result, task=task, pool=Fitting(model).accepted(pool.subset([step.name])))
 
-        program = replace(bench.choice(scores, pool=None), steps={step.label: choice(step) for step in chosen})
+        program = replace(bench.selection(scores, pool=None), steps={step.label: choice(step) for step in chosen})
         return program

@@ -14,7 +14,7 @@ from loraweave.composer.compose.objectives._row_sums import Kind
 from loraweave.composer.compose.population import Job, row_sums
 from loraweave.composer.compose.refine import STEP_COST, pool_of
 from loraweave.composer.compose.settings import TRAINING, Settings
-from loraweave.composer.compose.trials import Bench, Choice, Scores, Split, Trial, result_of
+from loraweave.composer.compose.trials import Bench, Scores, Selection, Split, Trial, result_of
 from loraweave.registry import get
 from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.routers.tokens._router import TokenRouter
@@ -58,10 +58,10 @@ class Routed(Trial):
     def planned(self, num_folds: int) -> int:
         return STEP_COST * self._steps * (num_folds + 1) if self.learns else 0
 
-    def choose(self, splits: Sequence[Split]) -> list[Choice]:
+    def choose(self, splits: Sequence[Split]) -> list[Selection]:
         return [self._choice(self._train(split) if self.learns else self._router) for split in splits]
 
-    def _choice(self, made: Router) -> Choice:
+    def _choice(self, made: Router) -> Selection:
         engine, needs = self.bench.engine, self._kind.needs | self._kind.hit_needs
 
         def scores(examples: Sequence[int]) -> Scores:
@@ -70,7 +70,7 @@ class Routed(Trial):
             return self._kind.losses(sums).double().numpy(), self._kind.hits(sums).numpy()
 
         count = sum(p.numel() for p in cast(LearnedRouter, made).parameters()) if self.learns else 0
-        return self.bench.choice(scores, result_of(MixtureWeights.of({}, self.bench.names), count), router=made)
+        return self.bench.selection(scores, result_of(MixtureWeights.of({}, self.bench.names), count), router=made)
 
     @cached_property
     def _kind(self) -> Kind:

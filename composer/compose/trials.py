@@ -126,20 +126,23 @@ class Bench:
         order = np.argsort(means_E, kind="stable")[:count]
         return {self.names[place]: 1 / len(order) for place in order}
 
-    def mixed(self, result: SearchResult, merge_method: str = "linear") -> Choice:
+    def mixed(self, result: SearchResult, merge_method: str = "linear") -> Selection:
         """Return the choice of a search's mixture; the weights mean those of a merge method."""
-        return self.choice(
+        return self.selection(
             # a task without examples has no loss
             lambda examples: self.loss(merge_method).scores_on(result.mixture, examples),
             result,
             merge_method=merge_method,
         )
 
-    def choice(self, scores: Callable[[Sequence[int]], Scores], result: SearchResult | None = None, **fields: Any) -> Choice:
+    def selection(
+        self, scores: Callable[[Sequence[int]], Scores], result: SearchResult | None = None, **fields: Any
+    ) -> Selection:
         """Return a choice with these fields of a composition; without a result, no adapter of the pool has a weight."""
         known = {"model": self.engine.model, "tokenizer": self.tokenizer, "task": self.task, "pool": self.engine.pool}
-        nothing = MixtureWeights.of({}, self.names)
-        return Choice(scores, result or result_of(nothing), {**known, "merge_method": "linear", **fields})
+        if result is None:
+            result = result_of(MixtureWeights.of({}, self.names))
+        return Selection(scores, result, {**known, "merge_method": "linear", **fields})
 
 
 def result_of(mixture: MixtureWeights, num_trained: int = 0) -> SearchResult:
@@ -148,7 +151,7 @@ def result_of(mixture: MixtureWeights, num_trained: int = 0) -> SearchResult:
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class Selection:
     """What a trial chose: the result with its weights, and what else a composition has of it.
 
     `scores` measures it on examples, by index. `members`, which are averaged, and `steps` are choices by name.
@@ -157,13 +160,13 @@ class Choice:
     scores: Callable[[Sequence[int]], Scores]
     result: SearchResult
     fields: Mapping[str, Any]
-    members: Mapping[str, Choice] = field(default_factory=dict)
-    steps: Mapping[str, Choice] = field(default_factory=dict)
+    members: Mapping[str, Selection] = field(default_factory=dict)
+    steps: Mapping[str, Selection] = field(default_factory=dict)
 
     def composition(self, report: Report, *, seed: int, allow_licenses: bool) -> Composition:
         """Return the choice as a composition, ready to answer."""
 
-        def parts(choices: Mapping[str, Choice], reason: str) -> dict[str, Composition]:
+        def parts(choices: Mapping[str, Selection], reason: str) -> dict[str, Composition]:
             return {
                 name: part.composition(replace(report, chosen=name, reason=reason), seed=seed, allow_licenses=allow_licenses)
                 for name, part in choices.items()
@@ -213,14 +216,14 @@ class Trial(ABC):
         self.bench = bench
         self.evaluations = 0
         self.seconds = 0.0
-        self.chosen: Choice | None = None
+        self.chosen: Selection | None = None
         self.losses_N: np.ndarray | None = None
         self._held_losses_N = self._held_hits_N = np.zeros(0)
         self._was_held_out = False
-        self._known: dict[str, Choice] = {}
+        self._known: dict[str, Selection] = {}
 
     @abstractmethod
-    def choose(self, splits: Sequence[Split]) -> list[Choice]:
+    def choose(self, splits: Sequence[Split]) -> list[Selection]:
         """Return a choice for each split, which knows nothing of the split's held-out examples."""
 
     def planned(self, num_folds: int) -> int | None:
@@ -233,7 +236,7 @@ class Trial(ABC):
         loss = float(self._held_losses_N.mean()) if self._held_losses_N.size else math.inf
         return loss if math.isfinite(loss) else math.inf
 
-    def choices_on(self, splits: Sequence[Split]) -> list[Choice]:
+    def choices_on(self, splits: Sequence[Split]) -> list[Selection]:
         """Return the choices for these splits; none is made twice."""
         if missing := [split for split in splits if split.name not in self._known]:
             self._known |= {split.name: made for split, made in zip(missing, self.choose(missing), strict=True)}
@@ -297,7 +300,7 @@ class Fixed(Trial):
         self.evaluations = 1
         self._mixture, self._merge_method = mixture, merge_method
 
-    def choose(self, splits: Sequence[Split]) -> list[Choice]:
+    def choose(self, splits: Sequence[Split]) -> list[Selection]:
         return [self.bench.mixed(result_of(self._mixture), self._merge_method)] * len(splits)
 
 
@@ -308,10 +311,10 @@ class BestSingle(Trial):
         super().__init__("best_single", bench)
         self.evaluations = len(bench.names)
 
-    def choose(self, splits: Sequence[Split]) -> list[Choice]:
+    def choose(self, splits: Sequence[Split]) -> list[Selection]:
         return [self._single(*self.bench.best(split.seen, 1)) for split in splits]
 
-    def _single(self, name: str) -> Choice:
+    def _single(self, name: str) -> Selection:
         losses_N, hits_N = (measured_EN[self.bench.names.index(name)] for measured_EN in self.bench.alone)
         result = result_of(MixtureWeights.of({name: 1.0}, self.bench.names))
-        return self.bench.choice(lambda examples: (losses_N[list(examples)], hits_N[list(examples)]), result)
+        return self.bench.selection(lambda examples: (losses_N[list(examples)], hits_N[list(examples)]), result)

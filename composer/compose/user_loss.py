@@ -90,9 +90,9 @@ def make_objective(
     there are. Raises what the objectives raise, UnknownName for an unknown kind, and InvalidTask for a
     function with `inputs`.
     """
+    options: dict[str, Any] = {"merge_method": merge_method, **terms}
     if not callable(loss):
-        options: dict[str, Any] = {"merge_method": merge_method, "inputs": inputs, "workers": workers}
-        return ExampleLoss(engine, tokenizer, task, kind=loss, **options, **terms)
+        return ExampleLoss(engine, tokenizer, task, kind=loss, inputs=inputs, workers=workers, **options)
     if inputs is not None:
         raise InvalidTask("a function as the objective is called with the task's examples; inputs are for 'entropy'")
-    return UserLoss(engine, task, loss, merge_method=merge_method, **terms)
+    return UserLoss(engine, task, loss, **options)

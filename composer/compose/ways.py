@@ -61,7 +61,7 @@ class Ways:
 
 
 @dataclass
-class Measured:
+class Outcome:
     """The trials that were run, in order; `asked` is the name of the way to return, unless a guard finds a better one.
 
     `remarks` say what was left out and why, and where a training began. "auto" has nothing to return if it learned nothing.
@@ -144,7 +144,7 @@ def _in_context(bench: Bench) -> Trial:
     return Fixed("in_context", bench.with_demonstrations(), MixtureWeights.of({}, bench.names))
 
 
-def measure(ways: Ways, bench: Bench, settings: Settings, folds: Sequence[Split]) -> Measured:
+def measure(ways: Ways, bench: Bench, settings: Settings, folds: Sequence[Split]) -> Outcome:
     """Run the trials: base, best single, uniform mixture and, for "auto", the base in context first.
 
     With "auto", a trial none of whose candidates can be scored is left out.
@@ -154,19 +154,19 @@ def measure(ways: Ways, bench: Bench, settings: Settings, folds: Sequence[Split]
     if settings.method == "auto":
         measured = _auto(ways, bench, settings, folds)
     else:
-        measured = Measured([*ways.plain, *ways.learning], settings.name)
+        measured = Outcome([*ways.plain, *ways.learning], settings.name)
     if bench.start is not None and any(trial.name == "few_shot" for trial in measured.trials):
         measured.remarks.append(f"few_shot began as the hub's {bench.start.name!r}")
     return measured
 
 
-def _auto(ways: Ways, bench: Bench, settings: Settings, folds: Sequence[Split]) -> Measured:
+def _auto(ways: Ways, bench: Bench, settings: Settings, folds: Sequence[Split]) -> Outcome:
     """Return what "auto" measures after the plain trials, and which of it is to be returned."""
     task, remarks = bench.task, list[str]()
     prompts = _that_run(_prompts(bench, settings), lambda trial: trial.run(folds), remarks)
     plain = [*ways.plain, *prompts]
     if not folds and _is_sure(plain, bench, settings):
-        return Measured(plain, "best_single", remarks)
+        return Outcome(plain, "best_single", remarks)
     if _is_one(task, settings):
         remarks.append("one example is shown in prompts, and not learned from: two would tell how well ways do")
         return _averaged(plain, prompts, folds, remarks)
@@ -177,7 +177,7 @@ def _auto(ways: Ways, bench: Bench, settings: Settings, folds: Sequence[Split]) 
         best = min([*plain, *learned], key=lambda way: way.held_out_loss)
         if best in learned:
             best.finish()
-        return Measured([*plain, *learned], best.name, remarks)
+        return Outcome([*plain, *learned], best.name, remarks)
     members = _that_run(ways.learning, lambda trial: trial.run(folds), remarks)
     programs = _that_run(_programs(bench, settings, plain), lambda trial: trial.run(folds), remarks)
     averaged = members + [program for program in programs if _joins(program, plain, remarks)]
@@ -200,13 +200,13 @@ def _that_run(trials: Iterable[Trial], run: Callable[[Trial], object], remarks: 
     return ran
 
 
-def _averaged(trials: list[Trial], members: list[Trial], folds: Sequence[Split], remarks: list[str]) -> Measured:
+def _averaged(trials: list[Trial], members: list[Trial], folds: Sequence[Split], remarks: list[str]) -> Outcome:
     """Run the average of the members, which is then asked for; one member alone is asked for itself."""
     average: list[Trial] = [Averaged(members)] if len(members) > 1 else []
     for trial in average:
         trial.run(folds)
     asked = next((trial.name for trial in [*average, *members]), None)
-    return Measured([*trials, *average], asked, remarks)
+    return Outcome([*trials, *average], asked, remarks)
 
 
 def _prompts(bench: Bench, settings: Settings) -> list[Trial]:
