@@ -120,11 +120,6 @@ class CompositionShelf(Listing):
 
     _blobs: BlobStore
 
-    @staticmethod
-    def open_mixture(folder: Path, model: Any) -> SavesFolder:
-        """Return the mixture that peft saved in `folder`; raises HubError here, and `lw.Hub` overrides it by `lw.router`."""
-        raise HubError(f"{folder} is a mixture of adapters, which only the Hub of `import loraweave` opens: take lw.Hub")
-
     def save_composition(
         self, name: str, composition: SavesFolder | str | Path, *, replace: bool = False
     ) -> StoredComposition:

@@ -118,12 +118,12 @@ class Hub(CompositionShelf):
     ) -> Record | StoredComposition:
         """Store an adapter, folder, archive or model hub repository; fields not given come from the adapter and its card.
 
-        The folder of a mixture that PEFT saved (X-LoRA, Arrow, POLY) is stored with its adapters, by `save_composition`. If
-        the name has the same content already, its record is returned as it is, and a damaged blob is replaced.
-        `stored_as="compeft"` stores the ternary factors that `compeft` makes in 0.3 to 1.5 bits an entry, bit for bit;
-        content that is stored already stays in the form it has. `allow_pickle` permits reading adapter_model.bin. `examples`
-        are sample inputs, or rows with outputs too (`loraweave.common.rows`), which tell tasks of the same inputs apart
-        (`Retriever.for_examples`); raises InvalidTask for anything else.
+        The folder of a mixture that an extension opens (docs/extensions/routers.md) is stored with its adapters, by
+        `save_composition`. If the name has the same content already, its record is returned as it is, and a damaged blob
+        is replaced. `stored_as="compeft"` stores the ternary factors that `compeft` makes in 0.3 to 1.5 bits an entry, bit
+        for bit; content that is stored already stays in the form it has. `allow_pickle` permits reading adapter_model.bin.
+        `examples` are sample inputs, or rows with outputs too (`loraweave.common.rows`), which tell tasks of the same inputs
+        apart (`Retriever.for_examples`); raises InvalidTask for anything else.
 
         With `replace=True` other content under the name becomes its next version, and fields that neither the caller nor the
         card gives stay as they were. Raises AdapterExists for other content without it; InvalidName; AdapterCorrupt for
@@ -136,12 +136,12 @@ class Hub(CompositionShelf):
         """
         from loraweave.hub.health.anomalies import examine
         from loraweave.hub.intake.adding import Addition, prepare
-        from loraweave.hub.intake.mixtures import is_mixture, keep_mixture
+        from loraweave.hub.intake.mixtures import keep_mixture
         from loraweave.hub.stores.storing import store
 
         addition = Addition(source, name, description, examples, tags, license, base_model, language)
-        if is_mixture(source):
-            return keep_mixture(self, addition, replace=replace, model=model)
+        if (kept := keep_mixture(self, addition, replace=replace, model=model)) is not None:
+            return kept
         prepared = prepare(addition, stored_as=stored_as, allow_pickle=allow_pickle)
         batch = [examine(self._catalogue, self._blobs, prepared, anomalies, model)]
         ((stored, refused),) = store(self._catalogue, self._blobs, batch, stored_as=stored_as, as_version=replace)

@@ -109,11 +109,7 @@ if not TYPE_CHECKING:
     # a type checker that saw it would know every name, misspelt ones too
     def __getattr__(name):
         if name in _LAZY:
-            value = getattr(importlib.import_module(_LAZY[name]), name)
-            if name == "Hub":
-                # the hub keeps routers that peft saved, and is below the room that opens them
-                value.open_mixture = staticmethod(lambda folder, model: __getattr__("router")(folder, model=model))
-            return value
+            return getattr(importlib.import_module(_LAZY[name]), name)
         raise AttributeError(f"module 'loraweave' has no attribute {name!r}")
 
 

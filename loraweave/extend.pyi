@@ -26,6 +26,7 @@ from loraweave.common.display import ShownTable as ShownTable
 from loraweave.common.display import blank_figure as blank_figure
 from loraweave.common.display import progress_bar as progress_bar
 from loraweave.common.display import tracked as tracked
+from loraweave.common.files import as_path as as_path
 from loraweave.common.files import cache_folder as cache_folder
 from loraweave.common.files import replacing as replacing
 from loraweave.common.files import require_replaceable as require_replaceable
@@ -238,6 +239,7 @@ from loraweave.hub.formats._card import model_id as model_id
 from loraweave.hub.formats._card import read_card as read_card
 from loraweave.hub.formats._card import readme_text as readme_text
 from loraweave.hub.formats._config import AdapterConfig as AdapterConfig
+from loraweave.hub.formats._config import config_fields as config_fields
 from loraweave.hub.formats._config import words as words
 from loraweave.hub.formats._contents import Contents as Contents
 from loraweave.hub.formats._contents import Reader as Reader
@@ -248,6 +250,7 @@ from loraweave.hub.formats._conversion import lora_factors as lora_factors
 from loraweave.hub.formats._conversion import plain_factors as plain_factors
 from loraweave.hub.formats._file_format import FileFormat as FileFormat
 from loraweave.hub.formats._files import entry as entry
+from loraweave.hub.formats._files import folder_within as folder_within
 from loraweave.hub.formats._files import parse_json as parse_json
 from loraweave.hub.formats._files import present as present
 from loraweave.hub.formats._files import read_bytes as read_bytes
@@ -258,6 +261,7 @@ from loraweave.hub.formats._foreign import StoredLayer as StoredLayer
 from loraweave.hub.formats._foreign import check_size as check_size
 from loraweave.hub.formats._peft_config import parse_lora as parse_lora
 from loraweave.hub.formats._peft_config import stored_names as stored_names
+from loraweave.hub.formats._peft_config import stored_tensors as stored_tensors
 from loraweave.hub.formats._safetensors import read_tensors as read_tensors
 from loraweave.hub.formats._safetensors import require_finite as require_finite
 from loraweave.hub.indexes._vectors import Index as Index
@@ -333,6 +337,7 @@ from loraweave.routers.tokens._learned import LearnedRouter as LearnedRouter
 from loraweave.routers.tokens._learned import Step as Step
 from loraweave.routers.tokens._members import LayerTensors as LayerTensors
 from loraweave.routers.tokens._members import Members as Members
+from loraweave.routers.tokens._members import find_names as find_names
 from loraweave.routers.tokens._model import block_of as block_of
 from loraweave.routers.tokens._model import running_block as running_block
 from loraweave.routers.tokens._router import TokenRouter as TokenRouter

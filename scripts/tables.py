@@ -45,13 +45,15 @@ Two registries have entries of extensions alone: `hooks`, whose `LiveHook` may s
 (kernels for batches by row, what `torch.compile` traces, a mixture for each call of a pipeline), and `writers`, whose
 `WeightWriter` writes into weights that are no plain floats.
 
-Four groups are no registries. An entry point `loraweave.commands` names a module with a `typer.Typer` called `app`,
+Five groups are no registries. An entry point `loraweave.commands` names a module with a `typer.Typer` called `app`,
 whose commands stand beside ours in the shell, or one called `hub`, whose commands are those of `loraweave hub`. An entry
 point NAME of `loraweave.pages` names a package that has the Markdown page NAME.md, which becomes a page of the site.
 An entry point `loraweave.merge_files` names a module whose `read(path, keys)` returns, for a YAML file that it knows, what
 `loraweave merge FILE.yaml` follows: an object with `merge(find, seed=, **rules)` and `dtype`; `READS` says what it knows. An
 entry point `loraweave.panel` names a module whose `panel(engine, prompt, router, new_tokens)` draws a router's weights for
-the page over a hub ([ui](extensions/ui.md)).
+the page over a hub ([ui](extensions/ui.md)). An entry point `loraweave.router_files` names a module that opens routers which
+others saved: `is_router(folder)`, `is_mixture(folder)` (false for what is an adapter, too), `read(folder, pool, model)`, and
+`FILES`, patterns of its files.
 """
 
 

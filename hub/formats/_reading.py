@@ -90,22 +90,12 @@ def is_adapter(folder: Path) -> bool:
 def part_of(path: Path) -> Any:
     """Return the format of one of several adapters in a folder, by its path `<folder>/<part>`; None for any other path.
 
-    The format of such a folder has `part(name)`, which returns None for a name that is no part, and `part_names(folder)`.
+    The format of such a folder has `part(name)`, which returns None for a name that is no part.
     """
     if not path.name or os.path.lexists(path):
         return None
     layout = _named(config_fields(path.parent).get("peft_type"))
     return layout.part(path.name) if hasattr(layout, "part") else None
-
-
-def part_names(folder: Path) -> list[str]:
-    """Return the names of the adapters in a folder of several. Raises AdapterUnsupported for a folder of another type."""
-    kind = config_fields(folder).get("peft_type")
-    layout: Any = _foreign(kind, folder) if isinstance(kind, str) else None
-    if not hasattr(layout, "part_names"):
-        raise AdapterUnsupported(f"{folder} is not a folder of several adapters")
-    names: list[str] = layout.part_names(folder)
-    return names
 
 
 def file_patterns(*, allow_pickle: bool) -> tuple[str, ...]:

@@ -18,18 +18,17 @@ from loraweave.errors import AdapterCorrupt, AdapterNotFound, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._files import folder_within, listing, present, read_json
 from loraweave.hub.formats._safetensors import hashed_tensors
+from loraweave.hub.intake.mixtures import layout_of, layouts
 from loraweave.hub.intake.sources import ADAPTER_FILES, find_folder
 from loraweave.hub.pool import ExpertPool
 from loraweave.lowrank.algebra import all_finite
-from loraweave.routers.tokens._from_peft import FILES as PEFT_FILES
-from loraweave.routers.tokens._from_peft import is_from_peft, read_from_peft
 from loraweave.routers.tokens._members import LayerTensors, Members
 from loraweave.routers.tokens._router import TokenRouter, option_names
 from loraweave.routers.tokens._written import ADAPTERS, FILE, FORMAT, TENSORS
 
 # the members of a pool of thousands
 MAX_JSON_BYTES = 64 * 2**20
-FILES = (FILE, TENSORS, *(f"{ADAPTERS}/*/{name}" for name in ADAPTER_FILES), *PEFT_FILES)
+FILES = (FILE, TENSORS, *(f"{ADAPTERS}/*/{name}" for name in ADAPTER_FILES))
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class Saved:
 
 
 def is_saved_router(folder: Path) -> bool:
-    """Return whether a router of ours or of PEFT's was saved there; says nothing about its state."""
-    return present(folder, FILE) or is_from_peft(folder)
+    """Return whether a router of ours, or one that an extension opens, was saved there; says nothing about its state."""
+    return present(folder, FILE) or layout_of(folder) is not None
 
 
 def read_saved(folder: Path) -> Saved:
@@ -147,7 +146,8 @@ def router(
 
     A saved router brings its options and its experts; its `pool` holds their adapters if they were saved, too. With `pool`
     it works for that pool, whatever its order and other experts (`TokenRouter.onto`). What PEFT saved of an X-LoRA or of
-    `create_arrow_model` is read, too (docs/routers.md); `model` is the base, for an X-LoRA whose layers have own weights.
+    `create_arrow_model` is read, too (docs/extensions/routers.md); `model` is the base, for an X-LoRA whose layers have
+    own weights.
 
     Raises UnknownName, with near misses, for an unknown name; WeightingError for an unknown option or a pool that lacks its
     experts; AdapterNotFound if nothing there is a router; AdapterCorrupt for damaged files; AdapterUnsupported for files
@@ -160,13 +160,14 @@ def router(
         if options:
             raise WeightingError(f"a saved router has its options already: leave out {', '.join(options)}")
         wanted = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        folder = find_folder(name, "a saved router", FILES, **wanted)  # type: ignore[arg-type]
-        if not present(folder, FILE) and is_from_peft(folder):
-            read = read_from_peft(folder, experts, model)
-            return read if experts is None else read.onto(experts)
-        saved = read_saved(folder)
-        saved_router = read_router(folder, saved, router_class(saved.name))
-        return saved_router if experts is None else saved_router.onto(experts)
+        patterns = (*FILES, *(file for layout in layouts() for file in layout.FILES))
+        folder = find_folder(name, "a saved router", patterns, **wanted)  # type: ignore[arg-type]
+        if not present(folder, FILE) and (layout := layout_of(folder)) is not None:
+            opened: TokenRouter = layout.read(folder, experts, model)
+        else:
+            saved = read_saved(folder)
+            opened = read_router(folder, saved, router_class(saved.name))
+        return opened if experts is None else opened.onto(experts)
     made_of = router_class(name)
     if experts is None:
         raise WeightingError(f"router {name!r} is made for the experts of a pool: pass one, or the folder of a saved router")

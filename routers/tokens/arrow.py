@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from loraweave.common.files import as_path
 from loraweave.common.options import Count, Positive, Seed
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._forms import ScoredRouter
 from loraweave.routers.tokens._members import LayerTensors, Members
 from loraweave.routers.tokens._scores import parts, power_iteration, top_direction, without
-from loraweave.routers.tokens._to_peft import write_arrow
 
 TOP_K = 4
 # of PEFT's power iteration
@@ -55,14 +52,6 @@ class Arrow(ScoredRouter):
         if (expert_pool := Members.pool_of(pool)) is not None:
             for layer in self.layers:
                 self.directions_[layer] = _directions(expert_pool, layer, seed if direction == "power_iteration" else None)
-
-    def save_as_peft(self, folder: str | Path, pool: ExpertPool) -> Path:
-        """Write the folder that PEFT saves of `create_arrow_model`, with the pool's adapters in it, and return its path.
-
-        Raises AdapterUnsupported for what PEFT's has not: exact directions, unit inputs, adapters of different layers or
-        ranks, or of more than two factors.
-        """
-        return write_arrow(self, as_path(folder, "the folder of a router"), pool)
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
         """Return |v_e x|, -inf for experts that leave the layer alone."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from loraweave.common.files import as_path
 from loraweave.common.options import Count, Positive, Range, Rate
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool
@@ -22,7 +20,6 @@ from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._model import last_hidden
 from loraweave.routers.tokens._scores import top_k_softmax
-from loraweave.routers.tokens._to_peft import write_xlora
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -124,15 +121,6 @@ class Xlora(LearnedRouter):
                 absent_GE[place_G, list(present)] = False
             w_BTGE = self._choose(scores_BTGE, absent_GE.to(place))
         return _OfCall(self, scores_BTGE, w_BTGE, arguments.get("logits_to_keep"))
-
-    def save_as_peft(self, folder: str | Path, pool: ExpertPool, *, model: nn.Module | None = None) -> Path:
-        """Write the folder of PEFT's X-LoRA, with the pool's adapters in it, and return its path.
-
-        `peft.PeftModel.from_pretrained(base, folder)` opens it there, since its config has the adapters' paths. `model` is
-        the base, whose order of modules PEFT's layerwise weights have. Raises AdapterUnsupported for what PEFT's has not:
-        adapters of different layers, a temperature in the softmax of `top_k` alone.
-        """
-        return write_xlora(self, as_path(folder, "the folder of a router"), pool, model)
 
     def _choose(self, scores_BTGE: Tensor, absent_GE: Tensor) -> Tensor:
         """Return w_BTGE before the global scaling."""

@@ -327,15 +327,6 @@ def test_a_routers_folder_is_kept_with_its_adapters_and_a_formula_is_that_router
     assert done.exit_code == 0, done.stderr
     with lw.Hub("hub") as hub:
         assert lw.parse("@mix").mixture(hub).experts == pool.names
-    seeded = lw.router("arrow", pool, top_k=1, direction="power_iteration", seed=5)
-    seeded.save_as_peft("of_peft", pool)
-    done = call("hub", "add", "of_peft", "--hub", "hub", "--json")
-    assert done.exit_code == 0, done.stderr
-    with lw.Hub("hub") as hub:
-        (found,) = json.loads(done.stdout)
-        assert (found["name"], found["hash"]) == ("of_peft", hub.composition("of_peft").hash)
-        assert lw.parse("@of_peft").mixture(hub).top_k == 1
-    assert "formulas and the server know it as @of_peft" in " ".join(done.stderr.split())
     lw.router("arrow", pool).save_pretrained("alone")
     done = call("hub", "save-composition", "alone", "alone", "--hub", "hub")
     assert done.exit_code == 1

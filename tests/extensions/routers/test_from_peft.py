@@ -8,12 +8,14 @@ import json
 import warnings
 from itertools import product
 
+import command_line
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import loraweave as lw
 from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterUnsupported, HubError, WeightingError
+from loraweave.extensions.routers import save_as_peft
 from loraweave.hub.formats._config import CONFIG
 
 peft = pytest.importorskip("peft")
@@ -283,7 +285,7 @@ def test_our_xlora_is_written_as_pefts_and_gives_our_logits_there(make_model, ad
         for parameter in router.parameters():
             parameter.copy_(0.5 * torch.randn(parameter.shape))
     expected = ours(make_model, router, pool)
-    folder = router.save_as_peft(tmp_path / "written", pool, model=base)
+    folder = save_as_peft(router, tmp_path / "written", pool, model=base)
     base.config.use_cache = False
     with warnings.catch_warnings():
         # that its own defaults are not the best
@@ -300,7 +302,7 @@ def test_our_arrow_is_written_as_pefts_and_gives_our_logits_there(make_model, ad
     pool = lw.ExpertPool(adapters)
     router = lw.router("arrow", pool, top_k=2, temperature=0.6, direction="power_iteration", seed=5)
     expected = ours(make_model, router, pool)
-    folder = router.save_as_peft(tmp_path / "written", pool)
+    folder = save_as_peft(router, tmp_path / "written", pool)
     torch.testing.assert_close(ours(make_model, lw.router(folder)), expected, atol=1e-5, rtol=1e-5)
     said = json.loads((folder / "arrow_router" / CONFIG).read_text())["arrow_config"]
     names = said.pop("task_adapter_names")
@@ -312,22 +314,24 @@ def test_our_arrow_is_written_as_pefts_and_gives_our_logits_there(make_model, ad
 def test_what_pefts_layouts_cannot_hold_is_refused_by_name(make_model, make_adapter, adapters, tmp_path):
     pool, target = lw.ExpertPool(adapters), tmp_path / "written"
     with pytest.raises(AdapterUnsupported, match="direction='exact'"):
-        lw.router("arrow", pool).save_as_peft(target, pool)
+        save_as_peft(lw.router("arrow", pool), target, pool)
     warm = lw.router("xlora", pool, hidden_size=16, top_k=2, temperature=0.5)
     with pytest.raises(AdapterUnsupported, match=r"temperature=0\.5"):
-        warm.save_as_peft(target, pool)
+        save_as_peft(warm, target, pool)
     passed = lw.router("xlora", pool, hidden_size=16, top_k=2, softmax="all", scaling_pass_value=0.3)
     with pytest.raises(AdapterUnsupported, match=r"scaling_pass_value=0\.3 for all adapters.*as_peft=True"):
-        passed.save_as_peft(target, pool)
+        save_as_peft(passed, target, pool)
     with pytest.raises(AdapterUnsupported, match="pass model="):
-        lw.router("xlora", pool, hidden_size=16, layerwise=True).save_as_peft(target, pool)
+        save_as_peft(lw.router("xlora", pool, hidden_size=16, layerwise=True), target, pool)
     base = make_model("llama")
     uneven = lw.ExpertPool([*adapters[:2], make_adapter(base, "2", rank=3, targets=("q_proj",), seed=2)])
     with pytest.raises(AdapterUnsupported, match="updated by some of the adapters only"):
-        lw.router("xlora", uneven, hidden_size=16).save_as_peft(target, uneven)
+        save_as_peft(lw.router("xlora", uneven, hidden_size=16), target, uneven)
     ranks = lw.ExpertPool([*adapters[:2], make_adapter(base, "2", rank=2, targets=TARGETS, seed=2)])
     with pytest.raises(AdapterUnsupported, match=r"of one rank, and these have the ranks \[2, 3\]"):
-        lw.router("arrow", ranks, direction="power_iteration").save_as_peft(target, ranks)
+        save_as_peft(lw.router("arrow", ranks, direction="power_iteration"), target, ranks)
+    with pytest.raises(AdapterUnsupported, match="like 'xlora' and 'arrow', and this is 'hard_routed'"):
+        save_as_peft(lw.router("hard_routed", pool), target, pool)
     assert not target.exists()
 
 
@@ -390,3 +394,18 @@ def test_a_mixture_that_cannot_be_kept_whole_leaves_the_hub_as_it_was(make_model
             hub.add(other, name="new")
         assert [each.name for each in hub.compositions()] == ["mix"]
         assert len(hub) == 0
+
+
+def test_the_shell_keeps_what_peft_saved_with_its_adapters(here):
+    for seed, name in enumerate(("left", "right")):
+        command_line.adapter(name, seed).save_pretrained(here / name)
+    pool = lw.ExpertPool([lw.Adapter.from_pretrained(here / name) for name in ("left", "right")])
+    save_as_peft(lw.router("arrow", pool, top_k=1, direction="power_iteration", seed=5), "of_peft", pool)
+    lw.Hub("hub").close()
+    done = command_line.call("hub", "add", "of_peft", "--hub", "hub", "--json")
+    assert done.exit_code == 0, done.stderr
+    with lw.Hub("hub") as hub:
+        (kept,) = json.loads(done.stdout)
+        assert (kept["name"], kept["hash"]) == ("of_peft", hub.composition("of_peft").hash)
+        assert lw.parse("@of_peft").mixture(hub).top_k == 1
+    assert "formulas and the server know it as @of_peft" in " ".join(done.stderr.split())

@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loraweave.common.names import unknown_expert
-from loraweave.hub.pool import ExpertPool
-from loraweave.routers.tokens._members import Members
-from loraweave.routers.tokens._router import TokenRouter
-from loraweave.routers.tokens._scores import without
+from loraweave import ExpertPool
+from loraweave.extend import Members, TokenRouter, unknown_expert, without
 
 
 class Poly(TokenRouter):

@@ -16,23 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported, LoraweaveError, WeightingError
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.formats._config import CONFIG, AdapterConfig, config_fields, shorten, words
-from loraweave.hub.formats._files import folder_within
-from loraweave.hub.formats._peft_config import parse_lora, stored_tensors
-from loraweave.hub.formats._reading import part_names
-from loraweave.hub.formats._safetensors import gather, require_finite
-from loraweave.hub.intake.mixtures import ARROW
-from loraweave.hub.pool import ExpertPool
-from loraweave.routers.tokens._router import TokenRouter
-from loraweave.routers.tokens._to_peft import FLAGS
-from loraweave.routers.tokens.arrow import Arrow
-from loraweave.routers.tokens.poly import Poly
-from loraweave.routers.tokens.xlora import Xlora
-from loraweave.types import Factors
-
-FILES = tuple(f"{place}{name}" for place in ("", "*/") for name in (CONFIG, "adapter_model.safetensors"))
+from loraweave import Adapter, AdapterCorrupt, AdapterUnsupported, ExpertPool, Factors, LoraweaveError, WeightingError
+from loraweave.extend import (
+    AdapterConfig,
+    TokenRouter,
+    folder_within,
+    parse_lora,
+    require_finite,
+    router_class,
+    stored_tensors,
+    words,
+)
+from loraweave.extensions.routers.to_peft import ARROW, FLAGS
 
 MAX_EXPERTS, MAX_DEPTH = 10_000, 1_000
 _CLASSIFIER = re.compile(r"internal_xlora_classifier\.layers\.(\d+)\.(weight|bias)")
@@ -43,25 +38,13 @@ _READ = words(
 )
 
 
-def is_from_peft(folder: Path) -> bool:
-    """Return whether PEFT saved a router there; says nothing about its state."""
-    return config_fields(folder).get("peft_type") in ("XLORA", "POLY") or (folder / ARROW / CONFIG).is_file()
+def read_xlora(folder: Path, given: ExpertPool | None, model: nn.Module | None) -> TokenRouter:
+    """Read an X-LoRA, with its adapters as `pool`. `model` is the base, for one whose layers have weights of their own.
 
-
-def read_from_peft(folder: Path, pool: ExpertPool | None, model: nn.Module | None) -> TokenRouter:
-    """Read the router, with its adapters as `pool`. `model` is the base, for an X-LoRA with weights of each layer's own.
-
-    Raises AdapterUnsupported for what our routers compute otherwise and for adapters that are not there, AdapterCorrupt for
+    Raises AdapterUnsupported for what our router computes otherwise and for adapters that are not there, AdapterCorrupt for
     damaged files, WeightingError for a pool of other adapters.
     """
-    if (folder / ARROW / CONFIG).is_file():
-        return _arrow(folder)
-    if config_fields(folder)["peft_type"] == "POLY":
-        return _poly(folder)
-    return _xlora(AdapterConfig.of(folder), pool, model)
-
-
-def _xlora(config: AdapterConfig, given: ExpertPool | None, model: nn.Module | None) -> Xlora:
+    config, xlora = AdapterConfig.of(folder), router_class("xlora")
     config.check_fields(_BENIGN | _READ, {})
     flags = config.flag("enable_softmax", True), config.flag("enable_softmax_topk")
     top_k, softmax = config.fields.get("top_k_lora"), next(name for name, pair in FLAGS.items() if pair == flags)
@@ -88,9 +71,9 @@ def _xlora(config: AdapterConfig, given: ExpertPool | None, model: nn.Module | N
     }
     # before any memory is taken
     with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in Xlora(pool, **options).state_dict().items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in xlora(pool, **options).state_dict().items()}
     state = _classifier(config.folder, shapes)
-    router = Xlora(pool, **options)
+    router: Any = xlora(pool, **options)
     if router.layerwise:
         places = _order(config.folder, router, model)
         last = max(state, key=lambda name: int(name.split(".")[1])).split(".")[1]
@@ -101,19 +84,11 @@ def _xlora(config: AdapterConfig, given: ExpertPool | None, model: nn.Module | N
     return router.eval()
 
 
-def _poly(folder: Path) -> Poly:
-    """Return the router with a pool that makes the adapter of each task when it is used."""
-    pool = ExpertPool.on_demand(part_names(folder), lambda name: Adapter.from_pretrained(folder / name))
-    router = Poly(pool)
-    router.pool = pool
-    return router.eval()
-
-
 def _experts(config: AdapterConfig, given: ExpertPool | None) -> ExpertPool:
     """Return the pool of adapters in the config's order. AdapterUnsupported without them, WeightingError for others."""
     names = config.table("adapters")
     if not 0 < len(names) <= MAX_EXPERTS:
-        raise AdapterCorrupt(f"{config.folder}: adapters are {shorten(names)}, not from 1 to {MAX_EXPERTS} names and paths")
+        raise AdapterCorrupt(f"{config.folder}: adapters are {names!r:.80}, not from 1 to {MAX_EXPERTS} names and paths")
     if given is not None:
         if set(names) <= set(given.names):
             return given.subset(names)
@@ -128,7 +103,7 @@ def _experts(config: AdapterConfig, given: ExpertPool | None) -> ExpertPool:
     except LoraweaveError as error:
         raise AdapterUnsupported(
             f"{config.folder} is an X-LoRA of {len(names)} adapters, which are not in it ({error}); it names "
-            f"{shorten(dict(names))}, and what a file names is not opened: pass them, lw.router(folder, pool=[...])"
+            f"{dict(names)!r:.80}, and what a file names is not opened: pass them, lw.router(folder, pool=[...])"
         ) from error
 
 
@@ -139,8 +114,7 @@ def _inner(folder: Path, name: str) -> Adapter:
 def _classifier(folder: Path, own: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Return the network's tensors under our names. Raises AdapterCorrupt unless they have the shapes in `own`."""
     by_number: dict[int, dict[str, Tensor]] = {}
-    tensors, _ = gather(stored_tensors(folder), folder)
-    for key, tensor in tensors.items():
+    for key, _, tensor in stored_tensors(folder):
         if (match := _CLASSIFIER.search(key)) is not None:
             require_finite(tensor, str(folder), repr(key))
             by_number.setdefault(int(match[1]), {})[match[2]] = tensor
@@ -155,14 +129,14 @@ def _classifier(folder: Path, own: Mapping[str, tuple[int, ...]]) -> dict[str, T
             f"layers.{number}.{part}": tuple(t.shape) for number, parts in by_number.items() for part, t in parts.items()
         }
         raise AdapterCorrupt(
-            f"{folder}: the network of this X-LoRA has {shorten(shapes)}, and its config asks for {shorten(own)}. PEFT 0.21 "
+            f"{folder}: the network of this X-LoRA has {shapes!r:.80}, and its config asks for {own!r:.80}. PEFT 0.21 "
             "leaves out of the file each layer of it whose number is also an adapter's name (layers.0 beside adapter '0'): "
             "save internal_xlora_classifier.state_dict() beside the config under its own names"
         )
     return state
 
 
-def _order(folder: Path, router: Xlora, model: nn.Module | None) -> dict[str, int]:
+def _order(folder: Path, router: Any, model: nn.Module | None) -> dict[str, int]:
     """Return the place of each layer in PEFT's order, which is that of the model's modules."""
     if model is None:
         raise AdapterUnsupported(
@@ -175,7 +149,8 @@ def _order(folder: Path, router: Xlora, model: nn.Module | None) -> dict[str, in
     return {name: place for place, name in enumerate(listed)}
 
 
-def _arrow(folder: Path) -> Arrow:
+def read_arrow(folder: Path) -> TokenRouter:
+    """Read the folder of `create_arrow_model`, with its adapters as `pool`. Raises as `read_xlora` does."""
     config = AdapterConfig.of(folder / ARROW)
     settings = AdapterConfig(config.folder, config.table("arrow_config"))
     settings.check_fields(words("top_k router_temperature rng_seed use_gks task_adapter_names gks_adapter_names"), {})
@@ -197,7 +172,7 @@ def _arrow(folder: Path) -> Arrow:
         options = {"direction": "power_iteration", "seed": settings.count("rng_seed", least=0)}
     pool = ExpertPool(adapters)
     top_k, temperature = settings.count("top_k", 3, most=len(pool)), settings.number("router_temperature", 1.0)
-    router = Arrow(pool, top_k=top_k, temperature=temperature, **options)
+    router = router_class("arrow")(pool, top_k=top_k, temperature=temperature, **options)
     router.pool = pool
     return router.eval()
 

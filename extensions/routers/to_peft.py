@@ -10,24 +10,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraweave.common.files import replacing, require_replaceable
-from loraweave.common.state import save_tensors
-from loraweave.errors import AdapterUnsupported
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.formats._config import CONFIG
-from loraweave.hub.formats._peft_config import PREFIX, WEIGHTS
-from loraweave.hub.intake.mixtures import ARROW
-from loraweave.hub.pool import ExpertPool
-from loraweave.routers.tokens._members import find_names
+from loraweave import Adapter, AdapterUnsupported, ExpertPool
+from loraweave.extend import as_path, find_names, replacing, require_replaceable, save_tensors
 
+CONFIG, WEIGHTS, ARROW = "adapter_config.json", "adapter_model.safetensors", "arrow_router"
 CLASSIFIER = "base_model.internal_xlora_classifier.layers"
 
 # (enable_softmax, enable_softmax_topk) of PEFT, by our softmax
 FLAGS = {"all": (True, False), "top_k": (False, True), "twice": (True, True), "none": (False, False)}
 
 
-def write_xlora(router: Any, folder: Path, pool: ExpertPool, model: nn.Module | None) -> Path:
-    """Write the folder that `Xlora.save_as_peft` promises, and return its path."""
+def save_as_peft(router: Any, folder: str | Path, pool: ExpertPool, *, model: nn.Module | None = None) -> Path:
+    """Write a router `xlora` or `arrow` as the folder that PEFT saves, with the pool's adapters in it; return its path.
+
+    `peft.PeftModel.from_pretrained(base, folder)` opens an X-LoRA there, since its config has the adapters' paths;
+    `create_arrow_model` takes the folders of the adapters. `model` is the base, whose order of modules PEFT's layerwise
+    weights have. Raises AdapterUnsupported for another router, and for what PEFT's has not: adapters of different layers; a
+    temperature in the softmax of `top_k` alone; an Arrow of exact directions, unit inputs, other ranks or more than two
+    factors.
+    """
+    target = as_path(folder, "the folder of a router")
+    if router.name == "xlora":
+        return _write_xlora(router, target, pool, model)
+    if router.name == "arrow":
+        return _write_arrow(router, target, pool)
+    raise AdapterUnsupported(
+        f"PEFT saves routers like 'xlora' and 'arrow', and this is {router.name!r}: save_pretrained() it"
+    )
+
+
+def _write_xlora(router: Any, folder: Path, pool: ExpertPool, model: nn.Module | None) -> Path:
     experts = _experts(router, pool)
     # of all experts it is one over all, where the scaling pass is not peft's
     softmax = "all" if router.softmax == "top_k" and router.top_k is None and not router.as_peft else router.softmax
@@ -81,8 +93,7 @@ def write_xlora(router: Any, folder: Path, pool: ExpertPool, model: nn.Module | 
     return folder
 
 
-def write_arrow(router: Any, folder: Path, pool: ExpertPool) -> Path:
-    """Write the folder that `Arrow.save_as_peft` promises, and return its path."""
+def _write_arrow(router: Any, folder: Path, pool: ExpertPool) -> Path:
     experts = _experts(router, pool)
     if router.direction != "power_iteration" or router.input_norm != "none":
         raise AdapterUnsupported(
@@ -114,8 +125,8 @@ def write_arrow(router: Any, folder: Path, pool: ExpertPool) -> Path:
     # factors of its own, which PEFT makes and never uses
     tensors = {}
     for layer, routed in router.members.layers.items():
-        tensors[f"{PREFIX}{layer}.lora_A.weight"] = torch.zeros(rank, routed.num_inputs)
-        tensors[f"{PREFIX}{layer}.lora_B.weight"] = torch.zeros(routed.num_outputs, rank)
+        tensors[f"base_model.model.{layer}.lora_A.weight"] = torch.zeros(rank, routed.num_inputs)
+        tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.zeros(routed.num_outputs, rank)
     target = require_replaceable(folder, lambda path: path.name.startswith("task_") or path.name == ARROW)
     with replacing(target) as new:
         (new / ARROW).mkdir()

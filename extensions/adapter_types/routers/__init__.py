@@ -1,0 +1,1 @@
+"""Routers over the adapters of a type, one a file."""

@@ -1,0 +1,30 @@
+"""What PEFT saves of its X-LoRA and of `create_arrow_model`, which `lw.router` opens and `Hub.add` keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from loraweave import ExpertPool
+from loraweave.extend import TokenRouter, config_fields
+
+FILES = tuple(f"{place}{name}" for place in ("", "*/") for name in ("adapter_config.json", "adapter_model.safetensors"))
+
+
+def is_router(folder: Path) -> bool:
+    """Return whether PEFT saved a router there; says nothing about its state."""
+    return config_fields(folder).get("peft_type") == "XLORA" or _is_arrow(folder)
+
+
+is_mixture = is_router
+
+
+def _is_arrow(folder: Path) -> bool:
+    return (folder / "arrow_router" / "adapter_config.json").is_file()
+
+
+def read(folder: Path, pool: ExpertPool | None, model: Any) -> TokenRouter:
+    """Return the router (`from_peft`)."""
+    from loraweave.extensions.routers.from_peft import read_arrow, read_xlora
+
+    return read_arrow(folder) if _is_arrow(folder) else read_xlora(folder, pool, model)
