@@ -1,4 +1,4 @@
-"""How do mixtures run faster on a GPU, in compiled models, and with the same bits in any batch?
+"""How do mixtures run faster on a GPU, in compiled models, and with the same bits in any batch? By kernels and fixed shapes.
 
 Nothing has to be called: where Triton runs, batches by row take its kernels and an arena of experts, and `torch.compile`
 keeps mixtures in its graphs. `batch_invariant` fixes the shapes of a model's products. It costs a second copy of the

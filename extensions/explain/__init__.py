@@ -1,4 +1,4 @@
-"""Which adapter counted for which token, what did it cost, and does an odd word change the answer?
+"""Which adapter counted for which token, what did it cost, and does an odd word change the answer? Figures and probes.
 
 `explain` has figures, a table, a picture and a page of a mixture's weights, `loraweave explain` in a shell; `cost` counts
 what a forward added; `probe` looks for planted triggers. Pictures need `loraweave[plot]`. An explanation is one forward that

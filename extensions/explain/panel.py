@@ -1,4 +1,4 @@
-"""What a page over a hub shows of a router: the page of an explanation."""
+"""The panel of a router in the page over a hub: the page of an explanation."""
 
 from __future__ import annotations
 

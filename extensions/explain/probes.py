@@ -1,4 +1,4 @@
-"""Whether odd words in the input make an adapter forget the input: how a planted trigger shows without being known.
+"""The probes for planted triggers: odd words in the input that make an adapter forget the rest, no trigger being known.
 
 Backdoors answer to more than their trigger (Lelle 2026, arXiv 2605.30189, which counts a known answer under a battery of
 probes). Here the answer is unknown, too: it is whatever different inputs have in common once a probe stands in them.

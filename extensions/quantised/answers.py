@@ -1,4 +1,4 @@
-"""How quantising again changes answers, against the same base with every update live."""
+"""The change that quantising again makes to answers, against the same base with every update live."""
 
 from __future__ import annotations
 

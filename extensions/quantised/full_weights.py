@@ -1,4 +1,4 @@
-"""What an adapter loses that was trained on quantised weights and is written into full ones.
+"""The loss of an adapter that was trained on quantised weights and is written into full ones.
 
 QLoRA (Dettmers et al. 2023, arXiv 2305.14314) trains D on Q(W) + D, so that W + D is another function, by W - Q(W): stated
 for each layer as |W - Q(W)| / |D|, in Frobenius norms. What `train_adapters` makes on a quantised base has that base's
@@ -38,10 +38,10 @@ def full_weight_warnings(adapters: Mapping[str, Adapter], layers: Mapping[str, T
     sentences = []
     for name, adapter in adapters.items():
         mark = adapter.card.get("quantization")
-        own = [layers[layer] for layer in adapter.layers if layer in layers]
-        if not isinstance(mark, Mapping) or not own or any(map(is_quantised, own)):
+        targets = [layers[layer] for layer in adapter.layers if layer in layers]
+        if not isinstance(mark, Mapping) or not targets or any(map(is_quantised, targets)):
             continue
-        told = _TOLD.setdefault(own[0].module, {})
+        told = _TOLD.setdefault(targets[0].module, {})
         key = f"{adapter.hash} {mark}"
         if key not in told:
             try:
@@ -63,7 +63,7 @@ def differences(adapter: Adapter, mark: Mapping[str, Any], layers: Mapping[str, 
 
     It is None for a quantisation that weights alone do not determine: GPTQ's and AWQ's look at data.
     """
-    found: dict[str, float] = {}
+    ratios: dict[str, float] = {}
     skipped = mark.get("llm_int8_skip_modules") or mark.get("modules_to_not_convert") or ["lm_head"]
     for name, factors in adapter.layers.items():
         layer = layers.get(name)
@@ -75,8 +75,8 @@ def differences(adapter: Adapter, mark: Mapping[str, Any], layers: Mapping[str, 
             return None
         size = algebra.norm(factors)
         if size:
-            found[name] = float(torch.linalg.vector_norm(weight_OI.float() - rounded_OI.float())) / size
-    return found
+            ratios[name] = float(torch.linalg.vector_norm(weight_OI.float() - rounded_OI.float())) / size
+    return ratios
 
 
 def quantised(weight_OI: Tensor, mark: Mapping[str, Any]) -> Tensor | None:

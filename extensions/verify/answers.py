@@ -12,7 +12,7 @@ Top = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Answer:
-    """A text, and at each of its tokens what the token is and the log-probabilities of the likeliest ones.
+    """A text, with the text of each of its tokens and the log-probabilities of the likeliest tokens at its place.
 
     Without `words` and `tops`, the engine gives texts alone. Keys of `tops` are those of `key`. `end` is the token that ends
     a text, where known, and `ended` says that the text came to its end.
@@ -26,30 +26,33 @@ class Answer:
 
     @classmethod
     def from_json(cls, value: Any) -> Answer:
-        """What `vars` of one gives after JSON. Raises KeyError, TypeError or AttributeError for anything else."""
+        """Return the answer whose `vars` are this JSON. Raises KeyError, TypeError or AttributeError for anything else."""
         tops = tuple({str(word): float(logprob) for word, logprob in top.items()} for top in value["tops"])
         return cls(str(value["text"]), tuple(map(str, value["words"])), tops, str(value["end"]), bool(value["ended"]))
 
 
 def key(word: str) -> str:
-    """A token's text as all engines write it: some leave out the space that it begins with."""
+    """Return a token's text as all engines write it: without the space at its beginning, which some leave out."""
     return word.lstrip(" ")
 
 
 def top_of(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """{key: log-probability}, likeliest first. Of tokens that are the same text the likeliest counts; those without none."""
-    found: dict[str, float] = {}
+    """Return {key: log-probability}, likeliest first.
+
+    Of tokens with the same text, the likeliest counts. Tokens without text are left out.
+    """
+    top: dict[str, float] = {}
     for word, logprob in sorted(pairs, key=lambda pair: -pair[1]):
         if key(word):
-            found.setdefault(key(word), logprob)
-    return found
+            top.setdefault(key(word), logprob)
+    return top
 
 
 def distance(served: Answer, known: Answer) -> float:
-    """How far a server's answer is from a known one, in nats; 0 for what cannot be told apart.
+    """Return how far a server's answer is from a known one, in nats; 0 for answers that cannot be told apart.
 
-    With log-probabilities their root mean square difference, over the tokens that the server lists, as far as both have the
-    same text before. From a text alone: by how much the known model prefers its own word to the first one that differs.
+    With log-probabilities it is their root mean square difference, over the tokens that the server lists, as far as both
+    texts agree. From a text alone, it is by how much the known model prefers its own word to the first that differs.
     """
     if served.tops:
         values = _differences(served, known)
@@ -58,17 +61,17 @@ def distance(served: Answer, known: Answer) -> float:
 
 
 def _differences(served: Answer, known: Answer) -> list[float]:
-    found = []
+    values = []
     for word, top, own_word, own_top in zip(served.words, served.tops, known.words, known.tops, strict=False):
         # what is not listed has at most the least that is
         least = min(own_top.values())
-        found += [logprob - own_top.get(each, least) for each, logprob in top.items() if logprob > least or each in own_top]
+        values += [logprob - own_top.get(text, least) for text, logprob in top.items() if logprob > least or text in own_top]
         if key(word) != key(own_word):
             # some engines leave the text of a special token, such as the end, empty
             if key(word):
-                found.append(max(own_top.values()) - own_top.get(key(word), least))
+                values.append(max(own_top.values()) - own_top.get(key(word), least))
             break
-    return found
+    return values
 
 
 def _preference(served: Answer, known: Answer) -> float:
@@ -81,5 +84,5 @@ def _preference(served: Answer, known: Answer) -> float:
         if not rest:
             at_end = not served.ended or word == known.end
             return 0.0 if at_end else best - top.get(key(known.end), least)
-        return best - max((value for each, value in top.items() if key(rest).startswith(each)), default=least)
+        return best - max((value for text, value in top.items() if key(rest).startswith(text)), default=least)
     return 0.0

@@ -23,7 +23,7 @@ GENERAL = (
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """A name of the server's, what it stands for, and its probes; the base has neither adapter nor parts.
+    """A name of the server, the adapter that it stands for, and its probes; the base has neither adapter nor parts.
 
     `parts` are the weights of the adapters of the hub that it is the sum of; a merge by a method has none.
     """
@@ -39,18 +39,18 @@ class Asked:
 
     @property
     def scales(self) -> dict[str, float]:
-        """{adapter: weight}, as a server is told that takes weights with each request."""
+        """The weights by adapter, for a server that takes them with each request."""
         return {leaf.name: weight for leaf, weight in self.parts.items()}
 
 
 def formula_of(hub: Hub, name: str) -> Formula:
-    """What the hub has under a server's name: an adapter, whatever it is called, or a formula of adapters that it has.
+    """Return the formula of a server's name: an adapter of the hub, whatever it is called, or a formula of its adapters.
 
-    Raises FormulaError where there is neither.
+    Raises FormulaError for a name that is neither.
     """
-    found = parse(str(Named(name))) if name in hub else parse(name).expand(hub)
-    found.adapters(hub)
-    return found
+    formula = parse(str(Named(name))) if name in hub else parse(name).expand(hub)
+    formula.adapters(hub)
+    return formula
 
 
 def asked_of(
@@ -62,7 +62,7 @@ def asked_of(
     num_probes: int,
     num_tokens: int,
 ) -> Asked:
-    """A name with the best of its prompts as probes: those given, or the sample inputs of its adapters.
+    """Return a name with its best prompts as probes, of those given or of the sample inputs of its adapters.
 
     Raises ScopeError for routers and `auto`, CompositionError for adapters that are not for this base model.
     """
@@ -82,23 +82,26 @@ def asked_of(
 
 
 def base_of(listed: Listed, asked: Sequence[Asked], references: References, num_probes: int, num_tokens: int) -> Asked:
-    """The base, asked what the others are, so that what a server kept of their prompts would show."""
+    """Return the base with probes of the other names, so that anything a server kept of their prompts shows."""
     probes = [
-        Probe(probe.ids, {AS_ASKED: probe.answers[BASE.verdict], f"got {each.name}": probe.asked})
-        for each in asked[:NUM_OF_BASE]
-        for probe in each.probes[: 1 if len(asked) > 1 else None]
+        Probe(probe.ids, {AS_ASKED: probe.answers[BASE.verdict], f"got {name.name}": probe.asked})
+        for name in asked[:NUM_OF_BASE]
+        for probe in name.probes[: 1 if len(asked) > 1 else None]
     ]
     rows = [Hypothesis(AS_ASKED)]
     return Asked(listed, None, probes or references.probes(rows, GENERAL, num_probes, num_tokens))
 
 
 def base_name_of(listed: Iterable[Listed], hub: Hub) -> str | None:
-    """What the server calls the base: `base`, what others name as their parent, or the only name that the hub lacks."""
+    """Return the server's name for the base: `base`, the parent of the others, or the only name that the hub lacks.
+
+    None if there is no such name.
+    """
     listed = list(listed)
-    names = [each.name for each in listed]
+    names = [entry.name for entry in listed]
     if "base" in names and "base" not in hub:
         return "base"
-    parents = {each.parent for each in listed} & set(names)
+    parents = {entry.parent for entry in listed} & set(names)
     if len(parents) == 1:
         return parents.pop()
     unknown = [name for name in names if name not in hub]
@@ -113,11 +116,11 @@ def _is_formula(hub: Hub, name: str) -> bool:
 
 
 def _prompts(hub: Hub, names: Sequence[str]) -> list[str]:
-    """Sample inputs of these adapters below their descriptions, as many of each; the shortest, which cost least."""
-    found = []
+    """Return sample inputs of these adapters below their descriptions, as many of each: the shortest, which cost least."""
+    prompts = []
     for name in names:
         record = hub.record(name)
         shortest = sorted(dict.fromkeys(record.examples), key=len)[: max(1, NUM_CANDIDATES // len(names))]
         filled = DEFAULT_TEMPLATE.replace("{instruction}", record.description)
-        found += [filled.replace("{input}", text) for text in shortest]
-    return found or list(GENERAL)
+        prompts += [filled.replace("{input}", text) for text in shortest]
+    return prompts or list(GENERAL)

@@ -35,7 +35,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Listed:
-    """A name that a server lists, with the folder or file that it stands for and the base, where it says so."""
+    """A name that a server lists, with its folder or file and its base, where the server names them."""
 
     name: str
     root: str = ""
@@ -59,11 +59,11 @@ class Server:
 
     @property
     def has_logprobs(self) -> bool:
-        """Whether the last answers came with log-probabilities."""
+        """True if the last answers came with log-probabilities."""
         return ALTERNATIVES[self._alternatives] is not None
 
     def listed(self) -> list[Listed]:
-        """What it says that it serves."""
+        """Return the names that the server says it serves."""
         if self.llama_adapters:
             return [Listed(name) for name in self.llama_adapters]
         rows = _rows(self._call("GET", "/v1/models").get("data"))
@@ -72,21 +72,21 @@ class Server:
     def complete(
         self, name: str, scales: Mapping[str, float], ids: Sequence[int], num_tokens: int, *, cached: bool = True
     ) -> Answer:
-        """The greedy answer of that name to a prompt of token ids; `scales` is what llama.cpp is told. Raises Refused.
+        """Return the greedy answer of that name to a prompt of token ids; llama.cpp gets `scales` instead. Raises Refused.
 
         Without `cached`, llama.cpp reads the whole prompt again; other servers have no such switch.
         """
         body: dict[str, Any] = {"prompt": list(ids), "max_tokens": num_tokens, "temperature": 0}
         if self.llama_adapters:
-            lora = [{"id": number, "scale": scales.get(each, 0.0)} for each, number in self.llama_adapters.items()]
+            lora = [{"id": number, "scale": scales.get(adapter, 0.0)} for adapter, number in self.llama_adapters.items()]
             body |= {"lora": lora, "cache_prompt": cached}
         else:
             body["model"] = name
         while True:
             level = self._alternatives
-            asked = body if ALTERNATIVES[level] is None else {**body, "logprobs": ALTERNATIVES[level]}
+            request = body if ALTERNATIVES[level] is None else {**body, "logprobs": ALTERNATIVES[level]}
             try:
-                return _answer(self._call("POST", "/v1/completions", asked))
+                return _answer(self._call("POST", "/v1/completions", request))
             except Refused as error:
                 # some give fewer alternatives, or none; a name that is not there is another matter
                 if error.status not in (400, 422) or ALTERNATIVES[level] is None:
@@ -95,7 +95,7 @@ class Server:
                     self._alternatives = max(self._alternatives, level + 1)
 
     def reload(self, listed: Listed) -> bool:
-        """Takes an adapter out of the server and loads it again, as vLLM does; False where the server cannot."""
+        """Unload an adapter and load it again, as vLLM does; return False where the server cannot."""
         if not listed.root or not listed.parent:
             return False
         try:
@@ -106,7 +106,7 @@ class Server:
         return True
 
     def _llama_adapters(self) -> dict[str, int]:
-        """{name: number} of the adapters that a llama.cpp server has; empty for any other server."""
+        """Return {name: number} of the adapters that a llama.cpp server has; empty for any other server."""
         try:
             rows = _rows(self._call("GET", "/lora-adapters").get(""))
         except Refused:
@@ -117,7 +117,10 @@ class Server:
         return {name: int(row.get("id", 0)) for name, row in zip(names, rows, strict=True)}
 
     def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The JSON of one call; a list, or what is not JSON, is under "". Waits where the server says that it is busy."""
+        """Return the JSON of one call, with a list, or text that is not JSON, under "". Wait while the server is busy.
+
+        Raises Refused for an error status, SourceUnavailable for a server that cannot be reached.
+        """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, self._headers, method=method)
         for attempt in range(NUM_TRIES):
@@ -150,15 +153,15 @@ def _answer(body: Mapping[str, Any]) -> Answer:
 
 
 def _words(logprobs: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[dict[str, float], ...]]:
-    """(the text of each token, its alternatives), as OpenAI's completions give them, or its chats and llama.cpp."""
+    """Return the texts and the alternatives of the tokens, from OpenAI's completions, or from its chats and llama.cpp."""
     if "content" in logprobs:
         entries = logprobs["content"]
         words = tuple(str(entry["token"]) for entry in entries)
-        tops = [top_of((str(each["token"]), float(each["logprob"])) for each in entry["top_logprobs"]) for entry in entries]
+        tops = [top_of((str(top["token"]), float(top["logprob"])) for top in entry["top_logprobs"]) for entry in entries]
         return words, tuple(tops)
     words = tuple(map(str, logprobs.get("tokens") or ()))
     listed = logprobs.get("top_logprobs") or []
-    return words, tuple(top_of((str(word), float(value)) for word, value in each.items()) for each in listed)
+    return words, tuple(top_of((str(word), float(value)) for word, value in top.items()) for top in listed)
 
 
 def _json(data: bytes) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What may have answered in place of what was asked: other adapters, and what engines are known to do to one."""
+"""The hypotheses on what answered in place of the adapter that was asked: other adapters, and known faults of engines."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @dataclass(frozen=True, eq=False)
 class Hypothesis:
-    """What is said where it fits, and the adapters with the weights that it is; none for the base."""
+    """A verdict, and the adapters with their weights that would answer if it is true; none for the base."""
 
     verdict: str
     parts: tuple[tuple[Adapter, float], ...] = ()
 
     @cached_property
     def mixture(self) -> dict[str, float] | None:
-        """{content hash: weight}, as a row of a batch has it."""
+        """The mixture of a row of a batch, {content hash: weight}; None for the base."""
         mixture: dict[str, float] = defaultdict(float)
         for adapter, weight in self.parts:
             mixture[adapter.hash] += weight
@@ -48,7 +48,7 @@ BASE = Hypothesis("got the base")
 
 
 def likely(asked: Adapter) -> list[Hypothesis]:
-    """The faults by which probes are chosen: the base, half the scale, and each kind of layer left out."""
+    """Return the faults by which probes are chosen: the base, half the scale, and each kind of layer left out."""
     return [BASE, Hypothesis("scale halved", ((asked, 0.5),)), *_without_sites(asked)]
 
 
@@ -59,24 +59,24 @@ def possible(
     parts: Sequence[tuple[Adapter, float]] = (),
     config: Any = None,
 ) -> list[Hypothesis]:
-    """Every fault that is known of, the plainest first; none twice.
+    """Return every known fault, the plainest first and none twice.
 
     `others` and `older` have names; `parts` are the adapters of a weighted sum with their weights, `config` is the base
     model's configuration, which says how many heads it has.
     """
-    others, found = list(others), likely(asked)
-    found += [Hypothesis(f"got {name}", ((other, 1.0),)) for name, other in others]
-    found += [Hypothesis(f"an older version: {name}", ((other, 1.0),)) for name, other in older]
-    found += [Hypothesis(verdict, ((asked, factor),)) for factor, verdict in _scales(asked).items()]
+    others, faults = list(others), likely(asked)
+    faults += [Hypothesis(f"got {name}", ((other, 1.0),)) for name, other in others]
+    faults += [Hypothesis(f"an older version: {name}", ((other, 1.0),)) for name, other in older]
+    faults += [Hypothesis(verdict, ((asked, factor),)) for factor, verdict in _scales(asked).items()]
     if parts:
-        found.append(Hypothesis("weights of the sum not applied", tuple((part, 1.0) for part, _ in parts)))
+        faults.append(Hypothesis("weights of the sum not applied", tuple((part, 1.0) for part, _ in parts)))
         for left, _ in parts:
             rest = tuple((part, weight) for part, weight in parts if part is not left)
-            found.append(Hypothesis(f"{left.name} left out", rest))
-    found += [_changed(verdict, asked, layers) for verdict, layers in _damaged(asked, config)]
-    found += [Hypothesis(f"{name} added to it", ((asked, 1.0), (other, 1.0))) for name, other in others]
+            faults.append(Hypothesis(f"{left.name} left out", rest))
+    faults += [_changed(verdict, asked, layers) for verdict, layers in _damaged(asked, config)]
+    faults += [Hypothesis(f"{name} added to it", ((asked, 1.0), (other, 1.0))) for name, other in others]
     known, kept = {Hypothesis("", ((asked, 1.0),)).sign}, []
-    for hypothesis in found:
+    for hypothesis in faults:
         if hypothesis.sign not in known:
             known.add(hypothesis.sign)
             kept.append(hypothesis)
@@ -88,9 +88,9 @@ def _changed(verdict: str, asked: Adapter, layers: Layers) -> Hypothesis:
 
 
 def _scales(asked: Adapter) -> dict[float, str]:
-    """{factor: what makes it}."""
+    """Return {factor: the verdict on an adapter whose scale is off by it}."""
     root = asked.rank**0.5
-    found = {
+    verdicts = {
         2.0: "scale doubled, or added twice",
         -1.0: "subtracted instead of added",
         1 / root: f"scale 1/{root:.3g} of its own: rank-stabilised scaling not applied?",
@@ -100,25 +100,25 @@ def _scales(asked: Adapter) -> dict[float, str]:
     }
     alpha = entry(asked.card.get("peft"), "lora_alpha", (int, float))
     if alpha and (scale := alpha / asked.rank) != 1:
-        found.setdefault(1 / scale, f"scale {1 / scale:.3g} times its own: alpha not applied?")
+        verdicts.setdefault(1 / scale, f"scale {1 / scale:.3g} times its own: alpha not applied?")
     for factor in (0.25, 4.0):
-        found.setdefault(factor, f"scale {factor:g} times its own")
-    return found
+        verdicts.setdefault(factor, f"scale {factor:g} times its own")
+    return verdicts
 
 
 def _without_sites(asked: Adapter) -> list[Hypothesis]:
     sites = {_site(layer) for layer in asked.layers}
     groups = [(site,) for site in sorted(sites)] + [group for group in PACKED if set(group) < sites]
-    found = []
+    faults = []
     for group in groups:
         layers = {layer: factors for layer, factors in asked.layers.items() if _site(layer) not in group}
         if layers:
-            found.append(_changed(f"{' and '.join(group)} not applied", asked, layers))
-    return found
+            faults.append(_changed(f"{' and '.join(group)} not applied", asked, layers))
+    return faults
 
 
 def _damaged(asked: Adapter, config: Any) -> Iterator[tuple[str, Layers]]:
-    """(what is said, the layers) of the adapter as engines have been seen to load it."""
+    """Return pairs of a verdict and the layers of the adapter, damaged as engines have been seen to load it."""
     layers = asked.layers
     yield from _in_other_blocks(layers)
     for order, permute in (("as for a GGUF of llama's", _interleaved), ("as if taken from a GGUF", _parted)):
@@ -183,19 +183,19 @@ def _interleaved(b_OR: Tensor, width: int) -> Tensor:
 
 
 def _parted(b_OR: Tensor, width: int) -> Tensor:
-    """The inverse of `_interleaved`."""
+    """Return b with the rotary pairs of each head parted into two halves, the inverse of `_interleaved`."""
     return b_OR.reshape(-1, width // 2, 2, b_OR.shape[1]).transpose(1, 2).reshape(b_OR.shape)
 
 
 def _exchanged(layers: Layers, left: str, right: str) -> Layers | None:
-    found = dict(layers)
+    exchanged = dict(layers)
     for layer in layers:
         if _site(layer) == left:
             other = layer.removesuffix(left) + right
             if other not in layers or _shape(layers[layer]) != _shape(layers[other]):
                 return None
-            found[layer], found[other] = layers[other], layers[layer]
-    return found if any(found[layer] is not layers[layer] for layer in layers) else None
+            exchanged[layer], exchanged[other] = layers[other], layers[layer]
+    return exchanged if any(exchanged[layer] is not layers[layer] for layer in layers) else None
 
 
 def _site(layer: str) -> str:
@@ -203,8 +203,8 @@ def _site(layer: str) -> str:
 
 
 def _block(layer: str) -> int | None:
-    found = _BLOCK.search(layer)
-    return None if found is None else int(found[0])
+    match = _BLOCK.search(layer)
+    return None if match is None else int(match[0])
 
 
 def _shape(factors: Factors) -> tuple[int, int]:

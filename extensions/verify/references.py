@@ -1,4 +1,4 @@
-"""What the model at hand answers: the probes by which an adapter is known, and answers under any hypothesis.
+"""The answers of the model at hand: the probes by which an adapter is known, and answers under any hypothesis.
 
 Probes are kept in a folder by the content of what they are for, so that a server is watched without loading a model.
 """
@@ -28,7 +28,7 @@ MAX_PROMPT_TOKENS = 192
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt's token ids, and what it is answered with under each likely hypothesis, what was asked being the first."""
+    """A prompt's token ids with its answer under each likely hypothesis, the first being the adapter that was asked."""
 
     ids: tuple[int, ...]
     answers: dict[str, Answer]
@@ -62,7 +62,7 @@ class References:
         return self._loaded[0].config
 
     def probes(self, rows: Sequence[Hypothesis], prompts: Sequence[str], count: int, num_tokens: int) -> list[Probe]:
-        """The `count` prompts under which the first hypothesis differs most from the nearest of the others, best first."""
+        """Return the `count` prompts whose first hypothesis lies farthest from the nearest of the others, best first."""
         said = [(row.verdict, sorted(row.sign)) for row in rows]
         path = self._path([FORMAT, self._base, said, list(prompts), count, num_tokens])
         kept = None if path is None else _read(path)
@@ -70,11 +70,11 @@ class References:
             return kept
         tokenizer = self._loaded[1]
         read = [tuple(map(int, tokenizer(prompt)["input_ids"])) for prompt in prompts]
-        ids = [each for each in dict.fromkeys(read) if 0 < len(each) <= MAX_PROMPT_TOKENS]
+        ids = [tokens for tokens in dict.fromkeys(read) if 0 < len(tokens) <= MAX_PROMPT_TOKENS]
         answers = self.answers(rows, ids, num_tokens)
         named = [row.verdict for row in rows]
-        found = [Probe(each, dict(zip(named, of, strict=True))) for each, of in zip(ids, answers, strict=True)]
-        chosen = sorted(found, key=lambda probe: -probe.separation)[:count]
+        candidates = [Probe(tokens, dict(zip(named, of, strict=True))) for tokens, of in zip(ids, answers, strict=True)]
+        chosen = sorted(candidates, key=lambda probe: -probe.separation)[:count]
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as target:
@@ -82,7 +82,7 @@ class References:
         return chosen
 
     def fits(self, adapter: Adapter) -> bool:
-        """Whether the adapter is for this model."""
+        """Return whether the adapter is for this model."""
         try:
             Composer(self._loaded[0], [adapter])
         except (CompositionError, AdapterUnsupported):
@@ -91,7 +91,7 @@ class References:
 
     @torch.no_grad()
     def answers(self, rows: Sequence[Hypothesis], prompts: Sequence[tuple[int, ...]], num_tokens: int) -> list[list[Answer]]:
-        """For each prompt the greedy answer under each hypothesis, which are the rows of a batch.
+        """Return for each prompt the greedy answer under each hypothesis; hypotheses are the rows of a batch.
 
         Raises BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that is not for this model.
         """
@@ -104,7 +104,7 @@ class References:
                 batch = left[start : start + NUM_ROWS]
                 with nullcontext() if engine is None else engine.activate([row.mixture for row in batch]):
                     answers = self._greedy(ids, len(batch), num_tokens)
-                self._known |= {(row.sign, ids, num_tokens): each for row, each in zip(batch, answers, strict=True)}
+                self._known |= {(row.sign, ids, num_tokens): answer for row, answer in zip(batch, answers, strict=True)}
         return [[self._known[row.sign, ids, num_tokens] for row in rows] for ids in prompts]
 
     def _greedy(self, ids: tuple[int, ...], count: int, num_tokens: int) -> list[Answer]:
@@ -145,7 +145,7 @@ class References:
 
 
 def _read(path: Path) -> list[Probe] | None:
-    """The probes in a file; None where there is none, or not one of ours."""
+    """Return the probes of a file; None if it is missing or holds something else."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         return [

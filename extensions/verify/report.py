@@ -1,4 +1,4 @@
-"""What a server was found to answer with."""
+"""The report on a server: which weights answered under each of its names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AS_ASKED = "as asked"
 
 @dataclass(frozen=True)
 class Finding:
-    """What answered one name at one time ("alone", "mixed", "after a reload").
+    """The verdict on one name at one time ("alone", "mixed", "after a reload").
 
     `distance` is the largest between an answer and what was asked, in nats, `separation` the least between what was asked
     and a likely fault on the best of the probes: a `weak` finding could not tell these two apart.
@@ -64,7 +64,7 @@ class ServerReport:
         return {"ok": self.ok, **asdict(self), "findings": findings}
 
     def table(self) -> ShownTable:
-        """A row for each name that always answered as asked, and one for each fault."""
+        """Return a table with a row for each name that answered as asked, and one for each fault."""
         columns = ("asked", "when", "answer", "distance", "nearest fault")
         rounding = "unknown" if self.rounding is None else f"{self.rounding:.2g}"
         title = f"{self.url}: {self.basis}, rounding {rounding}, tolerance {self.tolerance:.2g} nats"
@@ -75,12 +75,13 @@ class ServerReport:
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for name in dict.fromkeys(finding.asked for finding in self.findings):
-            own = [finding for finding in self.findings if finding.asked == name]
-            sound = [finding for finding in own if finding.ok]
+            findings = [finding for finding in self.findings if finding.asked == name]
+            sound = [finding for finding in findings if finding.ok]
             if sound:
-                verdict = AS_ASKED + (" (weak: a likely fault looks the same)" if any(each.weak for each in sound) else "")
-                worst = max(each.distance for each in sound)
-                yield name, ", ".join(each.when for each in sound), verdict, f"{worst:.2g}", f"{sound[0].separation:.2g}"
-            for each in own:
-                if not each.ok:
-                    yield name, each.when, each.verdict, f"{each.distance:.2g}", f"{each.separation:.2g}"
+                is_weak = any(finding.weak for finding in sound)
+                verdict = f"{AS_ASKED} (weak: a likely fault looks the same)" if is_weak else AS_ASKED
+                worst, times = max(finding.distance for finding in sound), ", ".join(finding.when for finding in sound)
+                yield name, times, verdict, f"{worst:.2g}", f"{sound[0].separation:.2g}"
+            for finding in findings:
+                if not finding.ok:
+                    yield name, finding.when, finding.verdict, f"{finding.distance:.2g}", f"{finding.separation:.2g}"

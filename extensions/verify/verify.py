@@ -1,10 +1,10 @@
-"""Asks a server for everything that it names, and says which weights answered.
+"""Ask a server for everything that it names, and report which weights answered.
 
 base ------------------------> its distance from the model at hand: the rounding, and so the tolerance
 each name alone, then base --> as asked where all probes are within it
 all of them at once ---------> the same, with the base among them
 after a reload --------------> the same, where the server can
-what is not as asked --------> the nearest of what may have gone wrong names the culprit
+any other answer ------------> the nearest known fault names the culprit
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def verify_server(
     keep: bool = True,
     progress: bool = True,
 ) -> ServerReport:
-    """Which weights answer at an OpenAI-compatible server, for `names`, or all of its names that the hub has.
+    """Report which weights answer at an OpenAI-compatible server, for `names`, or all of its names that the hub has.
 
     The model at hand, else `load_base(base)`, says what is right; it is loaded when first needed, and what it says of
     probes is kept in the cache folder (`keep`). Prompts are the sample inputs of the adapters, or `prompts`; the
@@ -82,27 +82,28 @@ def verify_server(
     references = References(
         lambda: load_base(base) if model is None else (model, tokenizer), said, cache_folder() / "verify" if keep else None
     )
-    listed = {each.name: each for each in server.listed()}
-    own_name = base_name or ("base" if server.llama_adapters else base_name_of(listed.values(), hub))
-    asked, notes = [], []
+    listed = {entry.name: entry for entry in server.listed()}
+    name_of_base = base_name or ("base" if server.llama_adapters else base_name_of(listed.values(), hub))
+    targets, notes = [], []
     for name in names or listed:
-        if name == own_name:
+        if name == name_of_base:
             continue
         try:
             formula = formula_of(hub, name)
             if not formula.is_base:
                 of = listed.get(name, Listed(name))
-                asked.append(asked_of(hub, of, formula, references, prompts, num_probes, num_tokens))
+                targets.append(asked_of(hub, of, formula, references, prompts, num_probes, num_tokens))
         except (FormulaError, ScopeError, CompositionError, AdapterUnsupported) as error:
             if names is not None:
                 raise
             notes.append(f"not verified: {name}: {str(error).splitlines()[0]}")
-    if not asked and own_name is None:
+    if not targets and name_of_base is None:
         raise WeightingError(f"{url} names nothing that {hub} has; it names {', '.join(listed) or 'nothing'}: pass names")
-    if own_name is None:
+    if name_of_base is None:
         notes.append("the server's name for the base is not known, so its rounding is not measured: pass base_name")
-    own = None if own_name is None else base_of(Listed(own_name), asked, references, num_probes, num_tokens)
-    visit = Visit(server, Culprits(hub, references, asked, num_tokens), asked, own, num_tokens, width, progress)
+    the_base = None if name_of_base is None else base_of(Listed(name_of_base), targets, references, num_probes, num_tokens)
+    culprits = Culprits(hub, references, targets, num_tokens)
+    visit = Visit(server, culprits, targets, the_base, num_tokens, width, progress)
     findings = [*visit.alone(), *visit.mixed(), *(visit.reloaded() if reload else ())]
     basis = "log-probabilities" if server.has_logprobs else "texts"
     return ServerReport(
@@ -111,7 +112,7 @@ def verify_server(
 
 
 class Visit:
-    """One visit to a server: what is asked, in which order, and how it is judged."""
+    """One visit to a server: the order of its requests, and the verdicts on the answers."""
 
     def __init__(
         self,
@@ -135,7 +136,7 @@ class Visit:
 
     @property
     def tolerance(self) -> float:
-        """How far an answer may be from what was asked, in nats."""
+        """The largest distance, in nats, of an answer that counts as the right one."""
         return ROUGH if self.rounding is None else max(self._least, FACTOR * self.rounding)
 
     @property
@@ -143,14 +144,14 @@ class Visit:
         return FLOOR if self._server.has_logprobs else TEXT
 
     def alone(self) -> Iterator[Finding]:
-        """One request at a time: the base, then each name and the base again."""
+        """Ask with one request at a time: the base, then each name and the base again."""
         base, between = self._base, []
         if base is not None:
             replies = [(probe, self._reply(base, probe)) for probe in base.probes]
             self._measure(base, replies)
             yield self._judged(base, "alone", replies)
-        for turn, each in enumerate(self._tracked(self._asked, "alone")):
-            yield self._judged(each, "alone", [(probe, self._reply(each, probe)) for probe in each.probes])
+        for turn, target in enumerate(self._tracked(self._asked, "alone")):
+            yield self._judged(target, "alone", [(probe, self._reply(target, probe)) for probe in target.probes])
             if base is not None:
                 probe = base.probes[turn % len(base.probes)]
                 between.append((probe, self._reply(base, probe)))
@@ -158,33 +159,34 @@ class Visit:
             yield self._judged(base, "between others", between)
 
     def mixed(self) -> Iterator[Finding]:
-        """All names, as many requests at once as may be, the base among them."""
-        most = max((len(each.probes) for each in self._asked), default=0)
+        """Ask for all names, the base among them, with as many requests at once as `width` says."""
+        most = max((len(target.probes) for target in self._asked), default=0)
         turns: list[tuple[Asked, Probe]] = []
-        for each, number in ((each, n) for n in range(most) for each in self._asked if n < len(each.probes)):
+        for target, number in ((target, n) for n in range(most) for target in self._asked if n < len(target.probes)):
             if self._base is not None and len(turns) % max(2, self._width // 2) == 0:
                 turns.append((self._base, self._base.probes[len(turns) % len(self._base.probes)]))
-            turns.append((each, each.probes[number]))
+            turns.append((target, target.probes[number]))
         with ThreadPoolExecutor(self._width) as threads:
             replies = list(self._tracked(threads.map(lambda turn: self._reply(*turn), turns), "mixed"))
-        for each in (*self._asked, *([] if self._base is None else [self._base])):
-            own = [(probe, reply) for (of, probe), reply in zip(turns, replies, strict=True) if of is each]
-            if own:
-                found = self._judged(each, "mixed", own)
+        for target in (*self._asked, *([] if self._base is None else [self._base])):
+            answered = [(probe, reply) for (of, probe), reply in zip(turns, replies, strict=True) if of is target]
+            if answered:
+                finding = self._judged(target, "mixed", answered)
                 # no adapter explains it where each of its tokens may have another one
-                beside = each.name in self._sound and found.verdict.startswith(BEYOND)
-                yield replace(found, verdict=BESIDE) if beside else found
+                beside = target.name in self._sound and finding.verdict.startswith(BEYOND)
+                yield replace(finding, verdict=BESIDE) if beside else finding
 
     def reloaded(self) -> Iterator[Finding]:
-        """Each name after it was loaded again, where the server can."""
-        for each in self._tracked(self._asked, "reloaded"):
+        """Ask for each name after it was loaded again, where the server can load."""
+        for target in self._tracked(self._asked, "reloaded"):
             try:
-                done = self._server.reload(each.listed)
+                done = self._server.reload(target.listed)
             except Refused as error:
-                yield self._judged(each, "after a reload", [(each.probes[0], error)])
+                yield self._judged(target, "after a reload", [(target.probes[0], error)])
                 continue
             if done:
-                yield self._judged(each, "after a reload", [(probe, self._reply(each, probe)) for probe in each.probes])
+                replies = [(probe, self._reply(target, probe)) for probe in target.probes]
+                yield self._judged(target, "after a reload", replies)
 
     def _tracked(self, items: Any, label: str) -> Iterator[Any]:
         return tracked(items, label, total=None, shown=self._progress)
@@ -196,7 +198,7 @@ class Visit:
             return error
 
     def _measure(self, base: Asked, replies: Sequence[tuple[Probe, Reply]]) -> None:
-        """What the base differs by, from which the tolerance follows; where an adapter answers for it, what that does."""
+        """Set the rounding: what the base, or the adapter that answers in its place, differs by; the tolerance follows."""
         answers = [(probe, reply) for probe, reply in replies if isinstance(reply, Answer)]
         if not answers:
             return
@@ -207,7 +209,7 @@ class Visit:
                 self.rounding = score
 
     def _judged(self, asked: Asked, when: str, replies: Sequence[tuple[Probe, Reply]]) -> Finding:
-        """As asked where every answer is, else what answered."""
+        """Return the finding on these replies: as asked if all of them are, else what answered."""
         separation = max(probe.separation for probe in asked.probes)
         answers = []
         for probe, reply in replies:
@@ -232,25 +234,25 @@ class Visit:
         return Finding(asked.name, when, verdict, worst, separation, len(replies), separation < APART * self.tolerance)
 
     def _fits(self, probe: Probe, reply: Answer) -> bool:
-        """Whether an answer is within the tolerance, and no likely fault that could be told apart is clearly nearer."""
-        own = distance(reply, probe.asked)
+        """Return whether an answer is within the tolerance and no likely fault that can be told apart is clearly nearer."""
+        error = distance(reply, probe.asked)
         others = [
             distance(reply, answer)
             for answer in probe.answers.values()
             if distance(answer, probe.asked) >= APART * self.tolerance
         ]
-        return own <= self.tolerance and (own <= self._least or own <= 2 * min(others, default=own))
+        return error <= self.tolerance and (error <= self._least or error <= 2 * min(others, default=error))
 
     def _named(self, asked: Asked, wrong: Replies) -> str:
-        """What explains these answers, together or else each by itself."""
+        """Return the verdict that explains these answers, together or else each by itself."""
         best, score = self._culprits.nearest(asked, wrong, self._least)
-        own = max(distance(reply, probe.asked) for probe, reply in wrong)
+        error = max(distance(reply, probe.asked) for probe, reply in wrong)
         # far better than what was asked, and an explanation by itself
-        if score <= max(self._least, min(own / 3, 2 * self.tolerance)):
+        if score <= max(self._least, min(error / 3, 2 * self.tolerance)):
             return best.verdict
         if len(wrong) > 1:
-            named = list(dict.fromkeys(self._named(asked, [each]) for each in wrong))
-            return " / ".join([each for each in named if not each.startswith(BEYOND)] or named[:1])
+            named = list(dict.fromkeys(self._named(asked, [pair]) for pair in wrong))
+            return " / ".join([verdict for verdict in named if not verdict.startswith(BEYOND)] or named[:1])
         if self.rounding is not None and self.rounding > ROUGH:
             return QUANTISED
         return f"{BEYOND}; nearest, by {score:.2g}: {best.verdict}"
@@ -274,31 +276,34 @@ class Culprits:
         self._num_tokens = num_tokens
 
     def nearest(self, asked: Asked, replies: Replies, least: float) -> tuple[Hypothesis, float]:
-        """What fits these answers best, and its largest distance; of those within `least` the plainest."""
-        found = [(each, 0.0) for each in self._hypotheses(asked)]
+        """Return the hypothesis that fits these answers best, the plainest within `least`, with its largest distance."""
+        candidates = [(hypothesis, 0.0) for hypothesis in self._hypotheses(asked)]
         for probe, reply in replies:
-            known = self._references.answers([each for each, _ in found], [probe.ids], self._num_tokens)[0]
-            found = [(each, max(score, distance(reply, answer))) for (each, score), answer in zip(found, known, strict=True)]
+            known = self._references.answers([hypothesis for hypothesis, _ in candidates], [probe.ids], self._num_tokens)[0]
+            candidates = [
+                (hypothesis, max(score, distance(reply, answer)))
+                for (hypothesis, score), answer in zip(candidates, known, strict=True)
+            ]
             # one that is far from an answer is not looked at further
-            limit = max(least, NEAR * min(score for _, score in found))
-            found = [(each, score) for each, score in found if score <= limit]
-        return found[0]
+            limit = max(least, NEAR * min(score for _, score in candidates))
+            candidates = [(hypothesis, score) for hypothesis, score in candidates if score <= limit]
+        return candidates[0]
 
     def _hypotheses(self, asked: Asked) -> list[Hypothesis]:
-        served = [(each.name, each.adapter) for each in self._asked if each is not asked and each.adapter is not None]
-        own = asked.adapter
-        known = {adapter.hash for _, adapter in served} | ({own.hash} if own else set())
+        served = [(other.name, other.adapter) for other in self._asked if other is not asked and other.adapter is not None]
+        expected = asked.adapter
+        known = {adapter.hash for _, adapter in served} | ({expected.hash} if expected else set())
         # a base that is asked alone has nobody to be taken for
-        of = own or (served[0][1] if served else None)
+        of = expected or (served[0][1] if served else None)
         others = [*served, *(self._of_hub(of, known) if of is not None else ())]
-        if own is None:
+        if expected is None:
             return [BASE, *(Hypothesis(f"got {name}", ((adapter, 1.0),)) for name, adapter in others)]
         older = self._older(next(iter(asked.parts)), known) if list(asked.parts.values()) == [1.0] else ()
         parts = [(self._hub.get(leaf.name, version=leaf.version), weight) for leaf, weight in asked.parts.items()]
-        return possible(own, others, older, parts if len(parts) > 1 else (), self._references.config)
+        return possible(expected, others, older, parts if len(parts) > 1 else (), self._references.config)
 
     def _of_hub(self, of: Adapter, known: set[str]) -> Iterator[tuple[str, Adapter]]:
-        """Those for the same base that the server does not name."""
+        """Yield (name, adapter) of the hub's adapters for the same base that the server does not name."""
         left = MAX_OTHERS
         for record in self._hub.records(base_model=of.base):
             if left and record.hash not in known:

@@ -1,4 +1,4 @@
-"""What targets share: refusals of what their programs have no form for, and files that appear all at once."""
+"""The parts that targets share: refusals of what their programs have no form for, and files that appear all at once."""
 
 from __future__ import annotations
 

@@ -204,8 +204,8 @@ def quantised_again(module: Any, weight_OI: Tensor) -> Any:
     if (bitsandbytes := sys.modules.get("bitsandbytes")) is not None:
         if isinstance(weight, bitsandbytes.nn.Params4bit):
             kept = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
-            own = {name: getattr(weight, name) for name in kept}
-            new = bitsandbytes.nn.Params4bit(weight_OI.contiguous(), requires_grad=False, **own).to(weight.device)
+            settings = {name: getattr(weight, name) for name in kept}
+            new = bitsandbytes.nn.Params4bit(weight_OI.contiguous(), requires_grad=False, **settings).to(weight.device)
             twin._parameters["weight"], twin.quant_state = new, new.quant_state
             if _is_packed(weight):
                 twin.forward(torch.zeros(1, weight_OI.shape[1], device=weight.device))
@@ -236,20 +236,20 @@ def _torchao_again(weight: Any, weight_OI: Tensor) -> Any:
             from torchao.quantization import PerRow, PerTensor
 
             whole = tuple(weight.block_size) == tuple(weight.shape)
-            given = {"act_quant_kwargs": weight.act_quant_kwargs, "reduce_range": weight.reduce_range}
-            return type(weight).from_hp(values, PerTensor() if whole else PerRow(), **given)
+            settings = {"act_quant_kwargs": weight.act_quant_kwargs, "reduce_range": weight.reduce_range}
+            return type(weight).from_hp(values, PerTensor() if whole else PerRow(), **settings)
         case "IntxUnpackedToInt8Tensor":
             from torchao.quantization.quant_primitives import MappingType
 
             symmetric = not bool(weight.zero_point.any())
             mapping = MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC
             of = (values, tuple(weight.block_size), weight.target_dtype)
-            given = {"mapping_type": mapping, "activation_quantization": weight.activation_quantization}
-            own = {"custom_scale": weight.scale, "custom_zero_point": weight.zero_point}
+            settings = {"mapping_type": mapping, "activation_quantization": weight.activation_quantization}
+            old_scales = {"custom_scale": weight.scale, "custom_zero_point": weight.zero_point}
             # new scales would round the untouched part again, and the old ones may cut what has grown: the nearer of both
             made = [
-                type(weight).from_hp(*of, **given),
-                type(weight).from_hp(*of, **given, **own, intx_choose_qparams_algorithm=None),
+                type(weight).from_hp(*of, **settings),
+                type(weight).from_hp(*of, **settings, **old_scales, intx_choose_qparams_algorithm=None),
             ]
             return min(made, key=lambda each: float((each.dequantize() - values).norm()))
     return None
@@ -270,17 +270,17 @@ def _put(module: nn.Module, attributes: dict[str, Any]) -> None:
 
 
 def _bias(module: Any) -> Tensor | None:
-    found = getattr(module, "bias", None)
+    bias = getattr(module, "bias", None)
     # torch's quantised layers have a method of this name
-    found = found() if callable(found) and not isinstance(found, Tensor) else found
-    return found if isinstance(found, Tensor) else None
+    bias = bias() if callable(bias) and not isinstance(bias, Tensor) else bias
+    return bias if isinstance(bias, Tensor) else None
 
 
 def _place(model: nn.Module, layer: TargetLayer) -> Place:
     """Return the device of the layer's values, and the dtype of what it is given."""
-    if found := find_places(model, {layer.name: layer}).get(layer.name):
-        return found
+    if place := find_places(model, {layer.name: layer}).get(layer.name):
+        return place
     tensors = [*layer.module.parameters(), *layer.module.buffers(), *model.parameters()]
-    device = next((each.device for each in tensors), torch.device("cpu"))
-    dtype = next((each.dtype for each in model.parameters() if is_floating(each.dtype)), torch.float32)
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    dtype = next((parameter.dtype for parameter in model.parameters() if is_floating(parameter.dtype)), torch.float32)
     return device, dtype
