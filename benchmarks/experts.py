@@ -36,11 +36,10 @@ from benchmarks._run import Run, pairs
 from loraweave.common.randomness import seeded
 from loraweave.composer.experts.exchange import put_expert
 from loraweave.composer.experts.expert_model import ExpertModel
-from loraweave.composer.experts.make import with_options
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch
 from loraweave.composer.train.schedule import call_labelled
-from loraweave.extensions.recipes import federated_average, fit_clusters
+from loraweave.extensions.recipes import federated_average, fit_clusters, with_options
 
 TASKS = "past_tense,antonym,addition,pick_animal_5"
 LATER = "plural,uppercase,number_words,pick_first_5"

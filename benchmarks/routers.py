@@ -30,6 +30,7 @@ import loraweave as lw
 from benchmarks._data import DATA, NO_SEED, NO_SHOTS, Key, Measured, Store, answers, kept
 from benchmarks._run import RESAMPLES, Run, Table, interval, pairs
 from loraweave.composer.model import scoring
+from loraweave.extensions.routers import expert_losses
 from loraweave.hub.base import fast_dtype
 from loraweave.routers.combined import derive
 from loraweave.routers.tokens._learned import LearnedRouter
@@ -305,7 +306,7 @@ def _expert_losses(bench: Bench) -> dict[str, dict[str, float]]:
 
     def losses() -> dict[str, dict[str, float]]:
         tasks = {name: replace(task, examples=task.examples[:1]) for name, task in bench.training.items()}
-        found: dict[str, dict[str, float]] = bench.engine.expert_losses(tasks, progress=False)
+        found: dict[str, dict[str, float]] = expert_losses(bench.engine, tasks, progress=False)
         return found
 
     found: dict[str, dict[str, float]] = kept(bench.out / "expert_losses", losses)

@@ -25,7 +25,7 @@ from loraweave.composer.live.standing_in import CLAIMS
 from loraweave.composer.merge.statistics import Statistics
 from loraweave.composer.model.generate import Asked, generation_call, read_prompt, stream
 from loraweave.composer.model.layers import TargetLayer
-from loraweave.composer.model.worth import expert_losses, leave_one_out
+from loraweave.composer.model.worth import leave_one_out
 from loraweave.composer.train.routers import fit, require_learning
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
@@ -163,16 +163,6 @@ class Composer:
         """
         self._require_not_fused("record weights")
         return recording(self._live, Setting(self._bound, self._fitting))
-
-    def expert_losses(self, tasks: Mapping[str, Task | GivenRows], *, progress: bool = True) -> dict[str, dict[str, float]]:
-        """Return {task: {expert: loss}}: the mean loss of a task's target tokens with that expert alone, at weight 1.
-
-        Raises CompositionError without a tokenizer, InvalidTask for examples that the model cannot read.
-        """
-        self._require_not_fused("measure experts")
-        self._require_tokenizer("expert_losses()")
-        task_by_name = {name: Task.of(task) for name, task in tasks.items()}
-        return expert_losses(self.model, self.tokenizer, self.activate, self._pool.names, task_by_name, progress=progress)
 
     def leave_one_out(
         self, task: Task | GivenRows, mixture: Any, *, renormalise: bool = False, progress: bool = True

@@ -56,7 +56,7 @@ _MODULES = {
     "routers.tokens._model": "block_of running_block",
     "routers.tokens._router": "TokenRouter",
     "routers.tokens._saved": "router_class router_names",
-    "routers.tokens._scores": "Lambda best_of least_lambda sparsegen top_k_softmax without",
+    "routers.tokens._scores": "best_of top_k_softmax without",
     "routers.tokens._text": "Examples TextRouter labelled_tasks",
     "routers.tokens.logistic": "Logistic",
     # recipes and their experts
@@ -64,8 +64,7 @@ _MODULES = {
     "composer.experts.expert_model": "ExpertModel require_expert_model",
     "composer.experts.forms._form": "Args Form Seen Weigh fitting",
     "composer.experts.forms.sum_of_experts": "SumOfExperts",
-    "composer.experts.make": "with_options with_task",
-    "composer.experts.parts": "is_named layer_sites numbered_blocks require_all_named",
+    "composer.experts.parts": "is_named layer_sites numbered_blocks require_all_named shapes_of",
     "composer.experts.running": "Running",
     "composer.experts.together": "ExpertJob",
     "routers.recipes._gate": "Call Gate UNKNOWN Weighing draw_linear",

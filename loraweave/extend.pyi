@@ -100,12 +100,11 @@ from loraweave.composer.experts.forms._form import Seen as Seen
 from loraweave.composer.experts.forms._form import Weigh as Weigh
 from loraweave.composer.experts.forms._form import fitting as fitting
 from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts as SumOfExperts
-from loraweave.composer.experts.make import with_options as with_options
-from loraweave.composer.experts.make import with_task as with_task
 from loraweave.composer.experts.parts import is_named as is_named
 from loraweave.composer.experts.parts import layer_sites as layer_sites
 from loraweave.composer.experts.parts import numbered_blocks as numbered_blocks
 from loraweave.composer.experts.parts import require_all_named as require_all_named
+from loraweave.composer.experts.parts import shapes_of as shapes_of
 from loraweave.composer.experts.running import Running as Running
 from loraweave.composer.experts.together import ExpertJob as ExpertJob
 from loraweave.composer.formula.nodes import Named as Named
@@ -343,10 +342,7 @@ from loraweave.routers.tokens._model import running_block as running_block
 from loraweave.routers.tokens._router import TokenRouter as TokenRouter
 from loraweave.routers.tokens._saved import router_class as router_class
 from loraweave.routers.tokens._saved import router_names as router_names
-from loraweave.routers.tokens._scores import Lambda as Lambda
 from loraweave.routers.tokens._scores import best_of as best_of
-from loraweave.routers.tokens._scores import least_lambda as least_lambda
-from loraweave.routers.tokens._scores import sparsegen as sparsegen
 from loraweave.routers.tokens._scores import top_k_softmax as top_k_softmax
 from loraweave.routers.tokens._scores import without as without
 from loraweave.routers.tokens._text import Examples as Examples

@@ -93,7 +93,7 @@ class Entrances:
     # those that know no task, whose template would make prompts
     WHOLE_PROMPTS = ("router", "experts", "train_experts", "labelled")
     # those that apply the chat template to messages; in the others the texts of messages count, or a task says so
-    TEMPLATE = (*WHOLE_PROMPTS, "leave_one_out", "expert_losses", "rerank", "train_adapters", "collect_statistics")
+    TEMPLATE = (*WHOLE_PROMPTS, "leave_one_out", "rerank", "train_adapters", "collect_statistics")
 
     def __init__(self, model, tokenizer, adapters, folder):
         self.model, self.tokenizer, self.folder = model, tokenizer, folder
@@ -110,9 +110,6 @@ class Entrances:
 
     def leave_one_out(self, rows):
         return self._engine().leave_one_out(rows, {"a": 0.5}, progress=False)
-
-    def expert_losses(self, rows):
-        return self._engine().expert_losses({"t": rows}, progress=False)
 
     def answers(self, rows):
         return answers(self._engine(), [{"a": 1.0}, {"b": 1.0}], self.composition.task, rows)

@@ -15,16 +15,14 @@ from loraweave.extend import (
     Count,
     EvenRecipe,
     Gate,
-    Lambda,
     NonNegative,
     Rate,
     Site,
     Step,
     Weighing,
     draw_linear,
-    least_lambda,
-    sparsegen,
 )
+from loraweave.extensions.recipes.sparsegen import Lambda, least_lambda, sparsegen
 
 # in Call.kept: the model's _LambdaReader
 _READER = "what says lambda"

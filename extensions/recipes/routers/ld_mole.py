@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import ExpertPool
-from loraweave.extend import Count, InputGates, Lambda, Members, NonNegative, Step, least_lambda, sparsegen
+from loraweave.extend import Count, InputGates, Members, NonNegative, Step
+from loraweave.extensions.recipes.sparsegen import Lambda, least_lambda, sparsegen
 
 
 class LdMole(InputGates):

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from loraweave import ExpertPool, InvalidTask, WeightingError
 from loraweave.extend import Count, Members, Positive, TextRouter, labelled_tasks, prompt_texts
+from loraweave.extensions.routers.losses_of_experts import expert_losses
 
 # ours: the abstract, by which this is written, names none
 NUM_TASKS = 3
@@ -63,7 +64,7 @@ class Lorauter(TextRouter):
         """
         self.require_engine(engine)
         tasks = labelled_tasks(dataset)
-        losses = engine.expert_losses(tasks, progress=progress)
+        losses = expert_losses(engine, tasks, progress=progress)
         prompts = {name: [task.prompt(text) for text, _ in task.examples] for name, task in tasks.items()}
         self._learn({name: prompt_texts(engine.tokenizer, task_prompts) for name, task_prompts in prompts.items()}, losses)
         return self

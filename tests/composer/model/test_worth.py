@@ -1,4 +1,4 @@
-"""What experts are worth: losses with and without one, and of each alone."""
+"""What experts are worth: losses with and without one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from torch import Tensor, nn
 import loraweave as lw
 from loraweave.composer.composer import Composer
 from loraweave.composer.model import scoring
-from loraweave.errors import AlreadyActive, CompositionError, InvalidTask, ScopeError
-from loraweave.hub.pool import ExpertPool
+from loraweave.errors import AlreadyActive, CompositionError, ScopeError
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
 
@@ -135,45 +134,3 @@ def test_what_cannot_be_left_out_is_named(engine: Composer, tiny_llama: nn.Modul
         engine.leave_one_out(TASK, {"a": 1.0})
     with pytest.raises(CompositionError, match="needs a tokenizer"):
         Composer(tiny_llama, engine.pool).leave_one_out(TASK, {"a": 1.0})
-
-
-TASKS = {
-    "count": lw.Task([(f"{n} {n}", str(n)) for n in range(7)]),
-    "words": lw.Task([("red", "apple"), ("a long yellow one", "pear")], instruction="a fruit"),
-}
-
-
-@pytest.fixture(params=["llama", "t5"])
-def either(request, make_model, make_adapters, tokenizer):
-    model = make_model(request.param)
-    return Composer(model, ExpertPool(make_adapters(model, request.param)), tokenizer=tokenizer)
-
-
-@pytest.mark.parametrize("max_rows", [1, 3, 64])
-def test_an_experts_loss_is_the_mean_of_each_examples_loss_under_it(either, tokenizer, monkeypatch, max_rows):
-    monkeypatch.setattr("loraweave.composer.model.worth.MAX_ROWS", max_rows)
-    table = either.expert_losses(TASKS, progress=False)
-    assert list(table) == list(TASKS)
-    for name, task in TASKS.items():
-        for expert in either.pool.names:
-            with either.activate({expert: 1.0}):
-                losses = [scoring.losses(either.model, tokenizer, task, [example])[0] for example in task.examples]
-            assert table[name][expert] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
-
-
-def test_measuring_leaves_the_model_as_it_was(either):
-    either.model.train()
-    before = {name: value.clone() for name, value in either.model.state_dict().items()}
-    either.expert_losses({"words": TASKS["words"]}, progress=False)
-    assert either.model.training
-    assert all(parameter.requires_grad for parameter in either.model.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in either.model.state_dict().items())
-
-
-def test_what_cannot_be_measured_is_refused(either):
-    with pytest.raises(CompositionError, match="tokenizer="):
-        Composer(either.model, either.pool).expert_losses(TASKS)
-    with either.fused({"a": 1.0}), pytest.raises(AlreadyActive, match="measure experts"):
-        either.expert_losses(TASKS)
-    with pytest.raises(InvalidTask, match="a task without examples, 'none'"):
-        either.expert_losses({"none": lw.Task([])})

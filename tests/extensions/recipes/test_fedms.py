@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional
 
 import loraweave as lw
-from loraweave.composer.experts.make import with_options
 from loraweave.errors import LayerMismatch
 from loraweave.extend import put_expert
+from loraweave.extensions.recipes import with_options
 
 LAYER = "model.layers.1.mlp.up_proj"
 IDS_BT = torch.tensor([[3, 9, 27, 20, 41], [0, 0, 25, 3, 15]])

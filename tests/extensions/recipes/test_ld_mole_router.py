@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
+from loraweave.errors import WeightingError
+from loraweave.extensions.recipes.sparsegen import sparsegen
 from loraweave.routers.tokens._learned import Step
 from loraweave.routers.tokens._saved import router
-from loraweave.routers.tokens._scores import sparsegen
 
 
 @pytest.fixture
@@ -99,3 +100,15 @@ def test_the_sparsity_loss_alone_brings_tokens_down_to_the_target(pool, x_BTI):
         optimizer.step()
     counts = (made.weights(x_BTI, "q") > 0).sum(dim=-1)
     assert int(counts.max()) <= 2
+
+
+AT_LEAST_1 = "a whole number of at least 1"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "kind"),
+    [("hidden", 0, AT_LEAST_1), ("target", 0, AT_LEAST_1), ("sparsity", -1, "a finite number of at least 0")],
+)
+def test_a_value_outside_its_kind_is_refused(pool, option, value, kind):
+    with pytest.raises(WeightingError, match=f"router 'ld_mole' got {option}={value!r}; it takes {kind}$"):
+        router("ld_mole", pool, **{option: value})

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.experts.make import with_options
 from loraweave.errors import UnknownName
+from loraweave.extensions.recipes import with_options
 
 LAYER = "model.layers.1.mlp.up_proj"
 IDS_BT = torch.tensor([[3, 9, 27, 20, 41], [6, 2, 25, 3, 15]])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.experts.make import with_options
 from loraweave.errors import WeightingError
+from loraweave.extensions.recipes import with_options
 
 LAYER = "model.layers.1.self_attn.o_proj"
 BATCH = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.experts.make import with_options, with_task
 from loraweave.errors import ScopeError, WeightingError
+from loraweave.extensions.recipes import with_options, with_task
 
 IDS_BT = torch.tensor([[3, 9, 27, 20, 41], [6, 2, 25, 3, 15]])
 

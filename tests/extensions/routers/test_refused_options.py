@@ -22,9 +22,6 @@ def pool(random_pool):
     [
         ("adapter_fusion", "dim", 0, COUNT + " or None"),
         ("adapter_fusion", "temperature", 0, POSITIVE),
-        ("ld_mole", "hidden", 0, COUNT),
-        ("ld_mole", "target", 0, COUNT),
-        ("ld_mole", "sparsity", -1, COEFFICIENT),
         ("lora_flow", "width", 0, COUNT + " or None"),
         ("lorauter", "temperature", -1.0, POSITIVE),
         ("lorauter", "num_tasks", 0, COUNT),

@@ -1,0 +1,103 @@
+"""A trained mixture with other options of its recipe, or with one more task: what it learned stays, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from loraweave import WeightingError
+from loraweave.extend import ExpertModel, ExpertShape, Recipe, SumOfExperts, require_expert_model, require_known, shapes_of
+
+
+def with_task(model: ExpertModel, task: str) -> ExpertModel:
+    """Return the model with one more task, which has what the recipe gives a task (an expert, a row of a gate), untrained.
+
+    All tensors of the others are the same bits. The given model is closed. Raises WeightingError for a task that it has, and
+    for anything but an expert model.
+    """
+    require_expert_model(model, "with_task()")
+    return with_options(model, tasks=(*model.tasks, task))
+
+
+def with_options(model: ExpertModel, **options: Any) -> ExpertModel:
+    """Return the model with these options of its recipe instead.
+
+    Experts, and rows of gates, that it has are the same bits; those that are new, or have another rank, are untrained. What
+    was frozen by hand stays so. The given model is closed. Raises WeightingError for anything but an expert model, for
+    options that the recipe has not, or whose values are out of range, for tasks in other places than they have, for experts
+    that would go, and where tensors that both have do not fit into the new ones; the model then stays as it was.
+    """
+    require_expert_model(model, "with_options()")
+    recipe = model.recipe
+    require_known(f"recipe {recipe.name!r}", options, recipe.options)
+    other = replace(recipe, **options)
+    if other.tasks[: len(recipe.tasks)] != recipe.tasks:
+        raise WeightingError(
+            f"tasks of recipe {recipe.name!r} are {recipe.tasks} and would be {other.tasks}: what each has learned "
+            "is at its place, so that new ones come after those there are"
+        )
+    shapes = _shapes(model, other)
+    made = ExpertModel(model.base_model, other, tokenizer=model.tokenizer, shapes=shapes, names=model.names)
+    try:
+        _take_over(model, made)
+    except WeightingError:
+        made.close()
+        raise
+    made.set_again(model.set_by_hand())
+    model.close()
+    return made.train(model.training)
+
+
+def _shapes(model: ExpertModel, other: Recipe) -> dict[str, ExpertShape]:
+    """Return the experts of each site that the model has, and of each that only the other options give experts."""
+    before, after = shapes_of(model.base_model, model.recipe), shapes_of(model.base_model, other)
+    if gone := sorted(set(model.sites) - set(after)):
+        raise WeightingError(f"{gone[0]!r} would have no experts, and what they learned no place: make a new model")
+    return {
+        name: _expert_shape(name, model, before.get(name), other, new) if name in model.sites else new
+        for name, new in after.items()
+        if name in model.sites or name not in before
+    }
+
+
+def _expert_shape(site: str, model: ExpertModel, before: ExpertShape | None, other: Recipe, new: ExpertShape) -> ExpertShape:
+    """Return the new experts, with the site's ranks where the options change nothing."""
+    if before is None:
+        return new
+    shape, place = model.shapes[site], model.sites[site]
+    known = dict(zip(model.recipe.roles(place, shape), zip(before.ranks, shape.ranks, strict=False), strict=False))
+    ranks = []
+    for role, rank in zip(other.roles(place, new), new.ranks, strict=True):
+        old, kept = known.get(role, (None, rank))
+        ranks.append(kept if old == rank else rank)
+    return replace(new, ranks=tuple(ranks))
+
+
+@torch.no_grad()
+def _take_over(model: ExpertModel, made: ExpertModel) -> None:
+    known, by_expert = model.expert_state(), []
+    for key, layer in made.layers.items():
+        old = dict(model.layers.items()).get(key)
+        if isinstance(layer, SumOfExperts) and isinstance(old, SumOfExperts):
+            by_expert += [f"layers.{key}.{name}" for name in layer.of_starts]
+            old_starts = dict(zip(model.recipe.roles(old.site, old.shape), old.starts(), strict=True))
+            roles = made.recipe.roles(layer.site, layer.shape)
+            if gone := [role for role in old_starts if role not in roles]:
+                raise WeightingError(
+                    f"expert {gone[0]!r} at {layer.site.name!r}, and what it learned, would have no place: make a new model"
+                )
+            # an expert that has another rank now begins untrained
+            starts = dict(zip(roles, layer.starts(), strict=True))
+            starts |= {role: start for role, start in old_starts.items() if len(start[0]) == len(starts[role][0])}
+            layer.reset(list(starts.values()))
+    for name, value in made.expert_state().items():
+        if name in by_expert or name not in known:
+            continue
+        old_sizes, sizes = tuple(known[name].shape), tuple(value.shape)
+        if len(old_sizes) != len(sizes) or any(old > new for old, new in zip(old_sizes, sizes, strict=True)):
+            raise WeightingError(
+                f"{name!r} is {old_sizes} and would be {sizes}, with no place for all that was learned: make a new model"
+            )
+        value[tuple(slice(0, size) for size in old_sizes)] = known[name]
