@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import joblib
 from rich.progress import Progress
@@ -32,9 +32,6 @@ from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.retrieval.retriever import Retriever
 from loraweave.types import Router, Task
-
-if TYPE_CHECKING:
-    from loraweave.composer.compose.scoring_workers import ScoringWorkers
 
 
 def compose(
@@ -141,6 +138,7 @@ def _compose(
         reason = f"the base model was asked for, and {nothing}"
         return Composition.of(model, tokenizer, task, reason=reason, seed=settings.seed)
     settings.require_combinable(pool)
+    hub = experts if isinstance(experts, Hub) else None
     engine = Composer(model, Fitting(model).accepted(pool), tokenizer=tokenizer)
     # trainings share their steps, and have nothing to spread over workers
     with closing(engine), joblib.parallel_config(backend="sequential"), progress_bar(progress) as bar:
@@ -155,9 +153,12 @@ def _compose(
             lambda made: bar.update(shown, advance=made),
             progress,
             in_context_adapter(experts, model) if settings.method in ("auto", "few_shot") else None,
-            Retriever.of(experts) if isinstance(experts, Hub) else None,
-            workers=None if workers.is_here else _scoring_workers(workers, engine, tokenizer, experts),
+            None if hub is None else Retriever.of(hub),
         )
+        if not workers.is_here:
+            from loraweave.composer.compose.scoring_workers import ScoringWorkers
+
+            bench = replace(bench, workers=ScoringWorkers(workers, engine, tokenizer, hub))
         # 2. trials: the ways to answer the task, none of which has run
         splits = splits_of(task, settings)
         ways = ways_of(bench, settings)
@@ -172,19 +173,12 @@ def _compose(
     # 4. choose: what was asked for, unless it does worse on held-out examples
     trials = {trial.name: trial for trial in measured.trials}
     losses = {name: trial.held_out_loss for name, trial in trials.items()}
-    chosen, reason = guard(measured.asked, losses, guarded=bool(splits), best_of_all=settings.method == "auto")
+    chosen, reason = guard(measured.to_return, losses, guarded=bool(splits), best_of_all=settings.method == "auto")
     best, rows = trials[chosen].chosen, tuple(trial.row() for trial in measured.trials)
     assert best is not None
     spent = time.perf_counter() - started, sum(row.evaluations for row in rows)
     report = Report(rows, chosen, "; ".join([reason, *measured.remarks]), tuple(scores.items()), *spent)
     return best.composition(report, seed=settings.seed, allow_licenses=settings.allow_licenses)
-
-
-def _scoring_workers(workers: Crew, engine: Composer, tokenizer: Any, experts: Hub | ExpertPool) -> ScoringWorkers:
-    """Return the workers that score candidates, who open a hub's adapters themselves."""
-    from loraweave.composer.compose.scoring_workers import ScoringWorkers
-
-    return ScoringWorkers(workers, engine, tokenizer, experts if isinstance(experts, Hub) else None)
 
 
 SIGNATURE = signature(compose)

@@ -121,24 +121,25 @@ class Searched(Trial):
             for (solver, view, keep, mixtures), (losses, gradients) in zip(running, told, strict=True):
                 with _explained(view):
                     solver.tell(losses, gradients)
-                keep()
-                self._count(solver.cost * len(mixtures))
+                if keep is not None:
+                    keep()
+                self.count(solver.cost * len(mixtures))
         choices = []
         for solver, view, _ in searches:
             with _explained(view):
                 choices.append(self.bench.mixed(solver.result(), view.merge_method))
         return choices
 
-    def _begun(self, split: Split, objective: Objective) -> tuple[Solver, Objective, Callable[[], object]]:
+    def _begun(self, split: Split, objective: Objective) -> tuple[Solver, Objective, partial[None] | None]:
         """Return a split's solver, resumed from its checkpoint if there is one, its objective, and what keeps it there."""
         solver = solver_of(self.bench, self.settings, self._start(split))
         view = objective.view(split.seen if self.learns else range(len(objective.task.examples)))
-        keep: Callable[[], object] = int
+        keep = None
         if self.bench.checkpoint is not None:
             log, kept = self.bench.checkpoint / f"{self.name}-{split.name}.json", {**solver.settings(), **described(view)}
             solver.replay(Told.read(log, kept))
             keep = partial(solver.keep, log, kept)
-        self._count(solver.spent)
+        self.count(solver.spent)
         return solver, view, keep
 
     def _start(self, split: Split) -> Start:
@@ -178,10 +179,6 @@ class Searched(Trial):
             workers=bench.workers,
             **terms,
         )
-
-    def _count(self, made: int) -> None:
-        self.evaluations += made
-        self.bench.on_progress(made)
 
 
 @contextmanager
@@ -248,9 +245,7 @@ class FewShot(Trial):
             checkpoint=bench.checkpoint,
             progress=bench.progress,
         )
-        made = self.planned(len(splits) - 1)
-        self.evaluations += made
-        bench.on_progress(made)
+        self.count(self.planned(len(splits) - 1))
         return [shown(bench, trained[split.name], split, self._tuning.steps) for split in splits]
 
 

@@ -103,6 +103,5 @@ class Routed(Trial):
             checkpoint=None if folder is None else folder / f"{self.name}-{split.name}",
             progress=False,
         )
-        self.evaluations += STEP_COST * self._steps
-        bench.on_progress(STEP_COST * self._steps)
+        self.count(STEP_COST * self._steps)
         return learned.eval()

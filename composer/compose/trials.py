@@ -230,6 +230,11 @@ class Trial(ABC):
         """Return how many evaluations its searches or trainings will make; None where only time bounds them."""
         return 0
 
+    def count(self, made: int) -> None:
+        """Count evaluations, and tell of them."""
+        self.evaluations += made
+        self.bench.on_progress(made)
+
     @property
     def held_out_loss(self) -> float:
         """The mean loss on held-out examples; infinite where it is no number, and where there are no examples."""

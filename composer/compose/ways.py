@@ -62,13 +62,13 @@ class Ways:
 
 @dataclass
 class Outcome:
-    """The trials that were run, in order; `asked` is the name of the way to return, unless a guard finds a better one.
+    """The trials that were run, in order; `to_return` is the name of the way to return, unless a guard finds a better one.
 
     `remarks` say what was left out and why, and where a training began. "auto" has nothing to return if it learned nothing.
     """
 
     trials: list[Trial]
-    asked: str | None = None
+    to_return: str | None = None
     remarks: list[str] = field(default_factory=list)
 
 
@@ -205,8 +205,7 @@ def _averaged(trials: list[Trial], members: list[Trial], folds: Sequence[Split],
     average: list[Trial] = [Averaged(members)] if len(members) > 1 else []
     for trial in average:
         trial.run(folds)
-    asked = next((trial.name for trial in [*average, *members]), None)
-    return Outcome([*trials, *average], asked, remarks)
+    return Outcome([*trials, *average], next((trial.name for trial in [*average, *members]), None), remarks)
 
 
 def _prompts(bench: Bench, settings: Settings) -> list[Trial]:
