@@ -1,4 +1,4 @@
-"""Three tasks learned one after the other, and what is left of the first two: every way of `train_adapters(continual=...)`.
+"""Three tasks learned one after the other, and what is left of the first two: every way of `train_in_order`.
 
     python -m benchmarks --out runs/continual continual
     python -m benchmarks --out runs/continual continual --ways 'sequential;ilora' --steps 60
@@ -21,6 +21,7 @@ import typer
 import loraweave as lw
 from benchmarks._run import Run, Table, pairs
 from loraweave.composer.model.scoring import evaluate, losses
+from loraweave.extensions.continual import train_in_order
 from loraweave.hub.base import fast_dtype
 
 WAYS: dict[str, tuple[str, Mapping[str, Any]]] = {
@@ -70,10 +71,10 @@ def main(
     for label in ways.split(";"):
         way, options = WAYS[label]
         started = time.perf_counter()
-        adapters = lw.train_adapters(model, tokenizer, learned, continual=way, continual_options=options, **bench.settings)
+        adapters = train_in_order(model, tokenizer, learned, way=way, options=options, **bench.settings)
         table.add(*bench.row(label, adapters, f"{time.perf_counter() - started:.0f}"))
     run.show(table)
-    before = lw.train_adapters(model, tokenizer, learned, continual="ilora", **bench.settings)
+    before = train_in_order(model, tokenizer, learned, way="ilora", **bench.settings)
     run.show(bench.forget(before[names[-1]], names))
 
 
@@ -106,13 +107,13 @@ class _Bench:
         table = Table(f"made to forget {forgotten}", columns)
         table.add(*self._forgotten("before", before, names, ""))
         for label, options in FORGETTING.items():
-            found = lw.train_adapters(
+            found = train_in_order(
                 self.model,
                 self.tokenizer,
                 {forgotten: self.learned[forgotten]},
                 start={forgotten: before},
-                continual="gs_lora",
-                continual_options={"retain": lw.Task(retain, template="{input}"), **options},
+                way="gs_lora",
+                options={"retain": lw.Task(retain, template="{input}"), **options},
                 target_modules=("up_proj", "down_proj"),
                 **self.settings,
             )[forgotten]

@@ -21,7 +21,8 @@ import typer
 import loraweave as lw
 from benchmarks._data import kept
 from benchmarks._run import Run, Table
-from loraweave.composer.train.remember import QUESTIONS
+from loraweave.extensions.continual import remember
+from loraweave.extensions.continual.documents import QUESTIONS
 
 PLACES = ("Velmar", "Ostrin", "Quandel", "Tirsova", "Belhaim", "Corvane", "Dusmere", "Yaltho", "Fenwick Moor", "Garlund")
 PEOPLE = ("Oda Kresh", "Milan Torv", "Ines Balde", "Rufus Hale", "Senna Vogt", "Pavel Orr", "Lucia Font", "Amos Reed")
@@ -83,7 +84,7 @@ def main(
     )["task"]
     with lw.Hub(folder / "alone") as alone, lw.Hub(folder / "beside") as beside:
         for name, hub, other in (("first", alone, None), ("second", beside, task)):
-            lw.remember(
+            remember(
                 model,
                 tokenizer,
                 hub,

@@ -181,7 +181,6 @@ def memory(
         "target_modules": ALL if targets == "all" else ATTENTION,
     }
     report = lw.train_adapters(model, tokenizer, tasks, steps=MEMORY_STEPS, progress=False, **size).report
-    assert report is not None
     if report.peak_bytes is None:
         raise SystemExit("no peak was measured: the process had used more before")
     computed = report.num_computed // (report.num_steps * jobs * rows)

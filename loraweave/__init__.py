@@ -62,7 +62,6 @@ if TYPE_CHECKING:
     from loraweave.composer.merge.statistics import Statistics
     from loraweave.composer.programs.program import order
     from loraweave.composer.train.adapters import train_adapters
-    from loraweave.composer.train.remember import remember
     from loraweave.hub.adapter import Adapter
     from loraweave.hub.base import base_key, load_base
     from loraweave.hub.conversion import extract, to_lora
@@ -96,7 +95,6 @@ _MODULES = {
     "composer.compose.pool_statistics": "pool_statistics",
     "composer.merge.statistics": "Statistics",
     "composer.train.adapters": "train_adapters",
-    "composer.train.remember": "remember",
     "composer.experts.together": "train_experts",
     "retrieval.training": "train_encoder",
     "hub.conversion": "extract to_lora",
@@ -181,7 +179,6 @@ __all__ = [
     "order",
     "parse",
     "pool_statistics",
-    "remember",
     "rerank",
     "router",
     "to_lora",

@@ -36,6 +36,7 @@ from loraweave.common.files import whole_file as whole_file
 from loraweave.common.intervals import wilson as wilson
 from loraweave.common.lazy import lazy as lazy
 from loraweave.common.names import MAX_NAME_CHARACTERS as MAX_NAME_CHARACTERS
+from loraweave.common.names import checked_name as checked_name
 from loraweave.common.names import printable as printable
 from loraweave.common.names import text_digest as text_digest
 from loraweave.common.names import unknown_expert as unknown_expert
@@ -52,6 +53,7 @@ from loraweave.common.options import Whole as Whole
 from loraweave.common.options import check_options as check_options
 from loraweave.common.options import options_of as options_of
 from loraweave.common.options import require_known as require_known
+from loraweave.common.process import launched_processes as launched_processes
 from loraweave.common.process import lock_of as lock_of
 from loraweave.common.randomness import caller_randomness as caller_randomness
 from loraweave.common.randomness import seeded as seeded
@@ -203,6 +205,7 @@ from loraweave.composer.model.layers import target_layer as target_layer
 from loraweave.composer.model.scoring import encode_pairs as encode_pairs
 from loraweave.composer.model.scoring import in_chunks as in_chunks
 from loraweave.composer.model.scoring import predict as predict
+from loraweave.composer.train.adapters import require_startable as require_startable
 from loraweave.composer.train.adapters import target_layers as target_layers
 from loraweave.composer.train.adapters import train_further as train_further
 from loraweave.composer.train.adapters import training_rows as training_rows
@@ -218,6 +221,8 @@ from loraweave.composer.train.rows import Texts as Texts
 from loraweave.composer.train.settings import LoraSettings as LoraSettings
 from loraweave.composer.train.settings import read_endings as read_endings
 from loraweave.composer.train.settings import read_tasks as read_tasks
+from loraweave.composer.train.state import load_adapter as load_adapter
+from loraweave.composer.train.state import save_adapter as save_adapter
 from loraweave.errors import BudgetExceeded as BudgetExceeded
 from loraweave.hub.base import EMBEDDED as EMBEDDED
 from loraweave.hub.base import base_config as base_config
@@ -264,6 +269,8 @@ from loraweave.hub.formats._peft_config import stored_tensors as stored_tensors
 from loraweave.hub.formats._safetensors import read_tensors as read_tensors
 from loraweave.hub.formats._safetensors import require_finite as require_finite
 from loraweave.hub.indexes._vectors import Index as Index
+from loraweave.hub.intake.adding import Addition as Addition
+from loraweave.hub.intake.fields import checked_fields as checked_fields
 from loraweave.hub.licenses import stated_license as stated_license
 from loraweave.hub.parts import PIPELINE_PARTS as PIPELINE_PARTS
 from loraweave.hub.parts import Parts as Parts

@@ -29,7 +29,6 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "pipelines": (),
     "writers": (),
     "objectives": ("loraweave.composer.compose.objectives",),
-    "continual": ("loraweave.composer.train.ordered",),
     "routers": ("loraweave.routers.searches", "loraweave.routers.tokens"),
     "experts": ("loraweave.routers.recipes",),
     "losses": ("loraweave.routers.losses",),

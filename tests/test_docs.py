@@ -48,7 +48,6 @@ ROUTERS = re.findall(r"^\| `(\w+)` \|.*\|.*\|.*\|.*\|$", page("routers.md"), re.
     ("name", "entries", "form"),
     [
         ("registries.md", [name for folder in registry.FOLDERS for name in of_core(folder)], r"\| `{}` \|"),
-        ("continual.md", of_core("continual"), r"\| `{}` \|"),
         ("merging.md", of_core("methods"), "`{}`"),
         ("retrieval.md", of_core("embedders") + of_core("keys"), "`{}`"),
         ("anomalies.md", anomalies.KINDS, r"\| `{}` \|"),
@@ -282,11 +281,6 @@ def test_the_page_on_search(run_page, tmp_path):
     assert names["learned"].num_trained == 3 * len(names["engine"].target_layers)
     assert names["learned"].loss < names["learned"].losses[0]
     assert names["composition"].report["greedy"].evaluations <= 4 * 12
-
-
-@pytest.mark.slow
-def test_the_page_on_continual_training(run_page):
-    assert [adapter.rank for adapter in run_page("docs/continual.md")["adapters"].values()] == [4, 4]
 
 
 @pytest.mark.slow

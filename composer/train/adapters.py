@@ -12,7 +12,6 @@ from typing import Any, cast
 from rich.progress import Progress
 from torch import nn
 
-import loraweave.registry as registry
 from loraweave.common.chat import prompt_json
 from loraweave.common.display import progress_bar
 from loraweave.common.names import text_digest
@@ -27,7 +26,6 @@ from loraweave.composer.model.layers import quantization_of
 from loraweave.composer.model.scoring import encode_pairs
 from loraweave.composer.train.groups import train_groups
 from loraweave.composer.train.jobs import LoraJob, PlannedJob, TrainingJob
-from loraweave.composer.train.ordered._course import Course
 from loraweave.composer.train.passes import lora_job
 from loraweave.composer.train.processes import Processes
 from loraweave.composer.train.report import JobReport, TrainedAdapters
@@ -60,8 +58,6 @@ def train_adapters(
     start: Mapping[str, Adapter] | None = None,
     beside: Adapter | None = None,
     linearized: bool = False,
-    continual: str | None = None,
-    continual_options: Mapping[str, Any] | None = None,
     warmup: Whole = WARMUP_STEPS,
     held_out: float | Mapping[str, Task | GivenRows] | None = None,
     evaluate_every: Count = 10,
@@ -99,12 +95,11 @@ def train_adapters(
     Processes of `torchrun` or `accelerate launch` share the rows of each step; their number divides `batch_size`.
 
     Every task learns beside the adapter `beside`, which stays as it is, from what that one's a leaves of a layer's inputs
-    (`BesideJob`). With `continual`, a way of `lw.names("continual")`, and `continual_options`, tasks are trained one after
-    the other (docs/continual.md); a task's adapter is the whole model after it, and only the first task can have a `start`.
-    Raises InvalidTask for unusable examples, UnknownName when no layer matches `target_modules` or no task a name in `start`
-    or `held_out`, BudgetExceeded for a task that alone exceeds the memory, TrainingError for settings out of range, a
-    checkpoint that cannot be written and a loss that is not finite, WorkersFailed for lost workers, AdapterExists for a name
-    that the hub has, BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that no task can start from.
+    (`BesideJob`). Raises InvalidTask for unusable examples, UnknownName when no layer matches `target_modules` or no task a
+    name in `start` or `held_out`, BudgetExceeded for a task that alone exceeds the memory, TrainingError for settings out of
+    range, a checkpoint that cannot be written and a loss that is not finite, WorkersFailed for lost workers, AdapterExists
+    for a name that the hub has, BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that no task can start
+    from.
     """
     lora: dict[str, Any] = {"rank": rank, "steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed, "warmup": warmup}
     shared_by: dict[str, Any] = {"jobs_per_batch": jobs_per_batch, "memory_bytes": memory_bytes}
@@ -112,18 +107,13 @@ def train_adapters(
     settings = _settings(target_modules, linearized, alpha, {**shared_by, **judged}, **lora)
     prepared, judging = read_tasks(tasks), Judging(held_out, evaluate_every, patience)
     judging.require({name: sum(len(task.examples) for task in parts) for name, parts in prepared.items()})
-    options = dict(continual_options or {})
-    begun: dict[str, Any] = {"start": start, "linearized": linearized, "continual": continual}
-    others = {"held_out": held_out, "memory_bytes": memory_bytes, "hub": hub, "n_jobs": n_jobs}
-    _require_sense(model, prepared, beside, begun, options, others)
+    _require_sense(model, beside, {"start": start, "linearized": linearized}, hub, n_jobs)
     begins = require_startable(model, tasks, start or {})
-    layers = target_layers(model, settings.target_modules) if continual is not None or len(begins) < len(tasks) else {}
+    layers = target_layers(model, settings.target_modules) if len(begins) < len(tasks) else {}
     rows, held_out_rows = read_rows(model, tokenizer, prepared, judging, seed)
     with untouched(model), progress_bar(progress, field="loss") as bar:
         shared = SharedPasses(model, tokenizer, bar, folder=checkpoint_folder(checkpoint), **shared_by)
         apart = Apart(shared, settings, layers, prepared, rows, held_out_rows, begins, beside, fingerprint(model))
-        if continual is not None:
-            return _one_after_the_other(apart, continual, options)
         alone = hub is None and processes_here(n_jobs) is None
         return apart.train() if alone else _in_groups(apart, judging, hub, n_jobs)
 
@@ -137,15 +127,6 @@ def _settings(
     check_options("train_adapters()", options, options_of(train_adapters), error=TrainingError)
     scale = 2.0 * lora["rank"] if alpha is None else alpha
     return LoraSettings(**lora, alpha=scale, target_modules=endings, linearized=linearized)
-
-
-def _one_after_the_other(apart: Apart, way: str, options: Mapping[str, Any]) -> TrainedAdapters:
-    """Train the tasks one after the other, in a way of `lw.names("continual")`."""
-    shared, alone = apart.shared, {name: parts[0] for name, parts in apart.tasks.items()}
-    on = shared.model, shared.tokenizer, apart.settings, shared.bar, apart.layers
-    begin = apart.begins.get(next(iter(alone)))
-    course = Course(way, options, *on, alone, apart.rows, begin, apart.base, shared.jobs_per_batch, shared.folder)
-    return TrainedAdapters(registry.get("continual", way)(course, **options))
 
 
 def _in_groups(apart: Apart, judging: Judging, hub: Hub | None, n_jobs: int | None) -> TrainedAdapters:
@@ -204,52 +185,17 @@ def training_rows(
 
 
 def _require_sense(
-    model: Any,
-    prepared: Mapping[str, Sequence[Task | Texts]],
-    beside: Adapter | None,
-    begun: Mapping[str, Any],
-    options: Mapping[str, Any],
-    others: Mapping[str, Any],
+    model: Any, beside: Adapter | None, begun: Mapping[str, Any], hub: Hub | None, n_jobs: int | None
 ) -> None:
-    """Raise TrainingError for a hub that is none and for arguments that exclude each other, and as `_require_way` does."""
-    if not isinstance(others["hub"], Hub | None):
-        raise TrainingError(f"hub is {others['hub']!r:.60}; pass a Hub that takes the adapters, or None")
-    whole = {"hub": others["hub"], "n_jobs": processes_here(others["n_jobs"]), "continual": begun["continual"]}
+    """Raise TrainingError for a hub that is none and for arguments that exclude each other."""
+    if not isinstance(hub, Hub | None):
+        raise TrainingError(f"hub is {hub!r:.60}; pass a Hub that takes the adapters, or None")
+    whole = {"hub": hub, "n_jobs": processes_here(n_jobs)}
     alone = [option for option, value in whole.items() if value is not None]
     if alone and (count := Processes.launched(next(model.parameters()).device).count) > 1:
         raise TrainingError(f"{count} processes were launched, which share the rows of each step, and {alone[0]} is for one")
     if beside is not None:
         _require_beside(model, beside, begun)
-    _require_way(begun["continual"], options, prepared, begun["start"] or {}, begun["linearized"], others)
-
-
-def _require_way(
-    way: str | None,
-    options: Mapping[str, Any],
-    prepared: Mapping[str, Sequence[Task | Texts]],
-    start: Mapping[str, Adapter],
-    linearized: bool,
-    others: Mapping[str, Any],
-) -> None:
-    """Raise UnknownName for an unknown way, TrainingError for an option that the way does not take."""
-    if way is None:
-        if options:
-            raise TrainingError(f"continual_options has {', '.join(options)}, but continual names no way to train")
-        return
-    if several := [name for name, parts in prepared.items() if len(parts) > 1]:
-        raise TrainingError(f"continual={way!r} trains on one task at a time, and {several[0]!r} is a list of tasks")
-    if linearized:
-        raise TrainingError(f"continual={way!r} trains adapters that are not linearized: pass one of both")
-    if unsupported := [option for option, value in others.items() if value is not None]:
-        raise TrainingError(f"continual={way!r} takes none of {', '.join(others)}: leave out {unsupported[0]}")
-    known = options_of(registry.get("continual", way), after=1)
-    check_options(f"continual {way!r}", options, known, error=TrainingError)
-    first = next(iter(prepared))
-    if later := [name for name in start if name != first]:
-        raise TrainingError(
-            f"start has an adapter for task {later[0]!r}, but tasks that are learned one after the other begin once: "
-            f"give the adapter to the first, {first!r}"
-        )
 
 
 def _require_beside(model: Any, beside: Adapter, others: Mapping[str, Any]) -> None:
@@ -373,7 +319,6 @@ def train_further(
     with untouched(model), progress_bar(progress, field="loss") as bar:
         shared = SharedPasses(model, tokenizer, bar, jobs_per_batch=1, memory_bytes=None, folder=None)
         trained = Apart(shared, settings, {}, {name: ()}, {name: rows}, held_out, begins, None, fingerprint(model)).train()
-    assert trained.report is not None
     return trained[name], list(trained.report.jobs[name].held_out)
 
 

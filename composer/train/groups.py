@@ -106,7 +106,7 @@ def _is_there(hub: Hub, name: str, key: str) -> bool:
 def _report(trained: Sequence[TrainedAdapters], adapters: Mapping[str, Adapter]) -> SharedReport:
     """Return the report of all groups; counts and seconds are those of all workers together."""
     total = SharedReport()
-    for report in [group_adapters.report for group_adapters in trained if group_adapters.report is not None]:
+    for report in [group_adapters.report for group_adapters in trained]:
         for count in ("num_tokens", "num_computed", "num_steps", "seconds"):
             setattr(total, count, getattr(total, count) + getattr(report, count))
         total.estimated_bytes = max(total.estimated_bytes, report.estimated_bytes)

@@ -7,7 +7,6 @@ parameters of another (Ye et al. 2023, arXiv 2312.02515).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -22,8 +21,6 @@ from loraweave.composer.model.batches import IGNORED, EncodedRow, TargetBatch, b
 from loraweave.composer.train.jobs import BesideJob, LinearizedJob, LoraJob, TrainingJob, given_factors, new_factors
 from loraweave.composer.train.schedule import pad_apart
 from loraweave.composer.train.settings import LoraSettings
-from loraweave.errors import LayerMismatch
-from loraweave.hub.adapter import Adapter
 from loraweave.routers.tokens._call import current_prompts
 from loraweave.types import Factors
 
@@ -260,30 +257,3 @@ def row_losses(model: Any, rows: Sequence[EncodedRow], stacked: TargetBatch) -> 
     kinds = {type(row) for row in rows}
     kind = kinds.pop() if len(kinds) == 1 else EncodedRow
     return kind.losses(model, rows, stacked)
-
-
-def own_parts(adapters: Mapping[str, Adapter], *, start: Adapter | None = None) -> dict[str, Adapter]:
-    """Return {task: the update that it added}, from the prefix sums of `train_adapters(..., continual=...)`, in their order.
-
-    Summed from the start on they are those prefixes, bit for bit. For `construct_vl`, `inflora`, `gs_lora` and an untuned
-    `task_arithmetic`; raises LayerMismatch for adapters that are no prefixes of each other.
-    """
-    parts, before = {}, {} if start is None else dict(start.layers)
-    for name, adapter in adapters.items():
-        layers = {layer: _beyond(name, layer, before.get(layer), factors) for layer, factors in adapter.layers.items()}
-        parts[name] = replace(adapter, layers={layer: factors for layer, factors in layers.items() if factors.rank})
-        before = dict(adapter.layers)
-    return parts
-
-
-def _beyond(name: str, layer: str, before: Factors | None, after: Factors) -> Factors:
-    """Return the rank rows of `after` beyond those of `before`. Raises LayerMismatch if it does not begin with them."""
-    if before is None:
-        return after
-    rank = before.rank
-    if not (torch.equal(after.a_RI[:rank], before.a_RI) and torch.equal(after.b_OR[:, :rank], before.b_OR)):
-        raise LayerMismatch(
-            f"the adapter of task {name!r} does not begin with the one before it in layer {layer!r}: it is no sum of "
-            "updates, so nothing of it belongs to one task alone"
-        )
-    return replace(after, a_RI=after.a_RI[rank:].clone(), b_OR=after.b_OR[:, rank:].clone())

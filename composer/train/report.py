@@ -77,8 +77,8 @@ class SharedReport:
 
 
 class TrainedAdapters(dict[str, Adapter]):
-    """A mapping {task name: Adapter} with the training's `report`; None where tasks were trained one after the other."""
+    """A mapping {task name: Adapter} with the training's `report`."""
 
-    def __init__(self, adapters: Mapping[str, Adapter], report: SharedReport | None = None) -> None:
+    def __init__(self, adapters: Mapping[str, Adapter], report: SharedReport) -> None:
         super().__init__(adapters)
         self.report = report

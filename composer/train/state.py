@@ -88,6 +88,7 @@ FINISHED, TENSOR = "finished", "tensor."
 
 
 def save_adapter(folder: Path, key: str, adapter: Adapter) -> None:
+    """Keep the adapter that a job has ended with, for `load_adapter`."""
     adapter.save_pretrained(folder / FINISHED / key)
 
 

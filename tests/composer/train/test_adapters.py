@@ -125,14 +125,13 @@ def test_interrupted_training_resumes_to_the_same_bits(tiny_llama, tokenizer, tm
     assert {name: adapter.hash for name, adapter in resumed.items()} == {n: a.hash for n, a in whole.items()}
 
 
-@pytest.mark.parametrize("continual", [None, "sequential"])
 @pytest.mark.own_models
-def test_the_checkpoint_of_another_base_of_the_same_shapes_is_not_used(tiny_llama, tokenizer, tmp_path, continual):
-    train(tiny_llama, tokenizer, continual=continual, checkpoint=tmp_path)
+def test_the_checkpoint_of_another_base_of_the_same_shapes_is_not_used(tiny_llama, tokenizer, tmp_path):
+    train(tiny_llama, tokenizer, checkpoint=tmp_path)
     with torch.no_grad():
         tiny_llama.model.layers[0].self_attn.q_proj.weight.neg_()
-    again = train(tiny_llama, tokenizer, continual=continual, checkpoint=tmp_path)
-    fresh = train(tiny_llama, tokenizer, continual=continual)
+    again = train(tiny_llama, tokenizer, checkpoint=tmp_path)
+    fresh = train(tiny_llama, tokenizer)
     assert {n: a.hash for n, a in again.items()} == {n: a.hash for n, a in fresh.items()}
 
 
@@ -193,14 +192,13 @@ def test_a_loss_that_is_not_finite_ends_training_with_the_step_and_keeps_what_wa
     assert not any(module._forward_hooks for module in tiny_llama.modules())
 
 
-@pytest.mark.parametrize("continual", [None, "sequential"])
-def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_first_step(tiny_llama, tokenizer, tmp_path, continual):
+def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_first_step(tiny_llama, tokenizer, tmp_path):
     (tmp_path / "file").write_text("kept")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(TrainingError, match=r"cannot be made a folder to write in .*: name another"):
-            train(tiny_llama, tokenizer, continual=continual, checkpoint=place)
+            train(tiny_llama, tokenizer, checkpoint=place)
     with pytest.raises(TrainingError, match="checkpoint is 5; it must be a folder, or None"):
-        train(tiny_llama, tokenizer, continual=continual, checkpoint=5)
+        train(tiny_llama, tokenizer, checkpoint=5)
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -378,5 +376,3 @@ def test_one_adapter_learns_a_list_of_tasks(tiny_llama, tokenizer):
     # the first step's loss is the base's, over all answer tokens of both tasks
     expected = float(losses_BK.sum() / (stacked.targets_BK != IGNORED).sum())
     assert found.report.jobs["all"].losses[0] == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(TrainingError, match="'all' is a list of tasks"):
-        train(tiny_llama, tokenizer, {"all": both}, continual="o_lora")

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.common import spread as spreading
 from loraweave.composer.train.adapters import train_adapters
 from loraweave.errors import AdapterExists, BaseModelMismatch, TrainingError
 
@@ -113,14 +112,6 @@ def test_a_base_that_changed_since_it_was_loaded_is_refused_by_the_worker(base):
     known = base_reference.BaseReference.of(*base)
     model, _ = base_reference._loaded(known)
     assert all(torch.equal(tensor, base[0].state_dict()[name]) for name, tensor in model.state_dict().items())
-
-
-def test_tasks_that_follow_each_other_are_not_spread(base, tmp_path):
-    with pytest.raises(TrainingError, match="leave out n_jobs"):
-        train(base, continual="sequential", n_jobs=2)
-    with joblib.parallel_config(n_jobs=2):
-        assert spreading.processes_here(None) == 2
-        assert list(train(base, continual="sequential")) == list(TASKS)
 
 
 def test_what_is_no_hub_is_refused(base):

@@ -230,7 +230,6 @@ def test_a_refusal_says_how_many_rows_a_step_would_fit(tiny_llama, tokenizer):
         ({"held_out": 0.5, "patience": 0}, TrainingError, "got patience=0"),
         ({"held_out": 0.5, "evaluate_every": 1.5}, TrainingError, "got evaluate_every=1.5"),
         ({"held_out": 0.5, "tasks": {"one": [("a", "A")]}}, TrainingError, "task 'one' has one example"),
-        ({"held_out": 0.5, "continual": "sequential"}, TrainingError, "'sequential' takes none of held_out"),
         ({"memory_bytes": 0}, TrainingError, "got memory_bytes=0"),
     ],
 )

@@ -10,12 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.common.options import Count, Fraction, NonNegative
-from loraweave.common.randomness import seeded
-from loraweave.composer.model.batches import IGNORED, EncodedRow, TargetBatch, batch, token_losses
-from loraweave.composer.train.ordered._course import Course, Layers
-from loraweave.composer.train.passes import LoraJobs, job_losses
-from loraweave.hub.adapter import Adapter
+from loraweave import Adapter
+from loraweave.extend import (
+    IGNORED,
+    Count,
+    EncodedRow,
+    Fraction,
+    LoraJobs,
+    NonNegative,
+    TargetBatch,
+    batch,
+    job_losses,
+    seeded,
+    token_losses,
+)
+from loraweave.extensions.continual.course import Course, Layers
 
 
 def ilora(

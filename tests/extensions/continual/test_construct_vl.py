@@ -8,9 +8,9 @@ import torch
 import loraweave as lw
 from loraweave.composer.model.batches import batch
 from loraweave.composer.model.scoring import encode_pairs
-from loraweave.composer.train.ordered import construct_vl
-from loraweave.composer.train.passes import own_parts
 from loraweave.errors import LayerMismatch
+from loraweave.extensions.continual import own_parts
+from loraweave.extensions.continual.continual import construct_vl
 
 UPPER = [("a", "A"), ("b", "B"), ("c", "C"), ("d", "D")]
 DOUBLE = [("a", "aa"), ("bb", "bbbb"), ("c", "cc")]
@@ -42,17 +42,17 @@ def test_executing_the_adapters_up_to_a_task_is_its_model_after_later_tasks(cour
 
 
 def test_a_task_begins_as_the_model_before_it(course, tiny_llama, tokenizer, monkeypatch):
-    from loraweave.composer.train.ordered import _course
+    from loraweave.extensions.continual import course as course_module
 
     losses = []
-    original = _course.job_losses
+    original = course_module.job_losses
 
     def noted(model, tokenizer, rows, num_jobs):
         found = original(model, tokenizer, rows, num_jobs)
         losses.append((rows, float(found.detach())))
         return found
 
-    monkeypatch.setattr(_course, "job_losses", noted)
+    monkeypatch.setattr(course_module, "job_losses", noted)
     before = course("construct_vl", replay=0.0)["upper"]
     rows, first_loss = losses[4]
     with torch.no_grad(), lw.Composer(tiny_llama, [before]).activate({"upper": 1.0}):
@@ -98,9 +98,9 @@ class Dense:
 def test_the_replay_asks_the_new_model_to_doubt_where_an_attacked_past_one_does(
     course, tiny_llama, make_model, tokenizer, tasks, monkeypatch
 ):
-    from loraweave.composer.train.ordered import _course
+    from loraweave.extensions.continual import course as course_module
 
-    seen, original = [], _course.descend
+    seen, original = [], course_module.descend
 
     def noted(learners, losses, *rest, **settings):
         def once(step):
@@ -110,7 +110,7 @@ def test_the_replay_asks_the_new_model_to_doubt_where_an_attacked_past_one_does(
 
         return original(learners, once, *rest, **settings)
 
-    monkeypatch.setattr(_course, "descend", noted)
+    monkeypatch.setattr(course_module, "descend", noted)
     chosen = {"batch_size": 2, "steps": 3}
     found = course("construct_vl", replay=1.7, attacks=2, attack_size=0.2, settings=chosen)
     with_replay = [loss for step, loss in seen if step == 0][2]

@@ -9,12 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from loraweave.common.options import Count, Fraction
-from loraweave.composer.model.batches import batch, target_logits
-from loraweave.composer.train.ordered._course import Course, Layers, added
-from loraweave.errors import TrainingError
-from loraweave.hub.adapter import Adapter
-from loraweave.types import Factors
+from loraweave import Adapter, Factors, TrainingError
+from loraweave.extend import Count, Fraction, batch, target_logits
+from loraweave.extensions.continual.course import Course, Layers, added
 
 ROWS_AT_ONCE = 8
 

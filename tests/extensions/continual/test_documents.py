@@ -11,9 +11,10 @@ import loraweave as lw
 from loraweave.composer.composer import Composer
 from loraweave.composer.model import scoring
 from loraweave.composer.train.passes import SharedPass, job_losses, lora_job
-from loraweave.composer.train.remember import QUESTIONS, remember, split
 from loraweave.composer.train.settings import LoraSettings
 from loraweave.errors import AdapterUnsupported, InvalidName, InvalidTask, TrainingError, UnknownName
+from loraweave.extensions.continual import documents as memory
+from loraweave.extensions.continual.documents import QUESTIONS, remember, split
 
 DOCUMENTS = {"first": "a b c d e f. b c!", "second": "e d c\nf a b"}
 ASKED = {"first": [("a b", "c"), ("b c", "d"), ("c d", "e")]}
@@ -58,7 +59,7 @@ def test_a_rewrite_is_learned_like_the_document(model, tokenizer, hub, monkeypat
         asked.append((task.instruction, list(inputs)))
         return ["c b a." for _ in inputs]
 
-    monkeypatch.setattr(scoring, "predict", answer)
+    monkeypatch.setattr(memory, "predict", answer)
     (record,) = remember(
         model,
         tokenizer,

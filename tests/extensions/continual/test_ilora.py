@@ -9,10 +9,10 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.model.batches import batch, encode
-from loraweave.composer.train.ordered import ilora as way
-from loraweave.composer.train.ordered._course import Course
 from loraweave.composer.train.passes import LoraJobs, job_losses
 from loraweave.composer.train.settings import LoraSettings
+from loraweave.extensions.continual.continual import ilora as way
+from loraweave.extensions.continual.course import Course
 from loraweave.types import Task
 
 LAYERS = {"model.layers.0.self_attn.q_proj": (16, 16)}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import joblib
 import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.train.ordered._course import Course
+from loraweave.common.spread import processes_here
 from loraweave.errors import TrainingError, UnknownName
+from loraweave.extensions.continual.course import Course
 
 NEEDED = {"gs_lora": {"retain": [("x", "y"), ("y", "z"), ("z", "u")]}}
 WAYS = lw.names("continual")
@@ -19,7 +21,7 @@ def train(course):
 
     def run(way, **settings):
         given = {name: settings.pop(name) for name in ("tasks", "model") if name in settings}
-        return course(way, **given, settings={"continual_options": NEEDED.get(way, {}), **settings})
+        return course(way, **given, settings={"options": NEEDED.get(way, {}), **settings})
 
     return run
 
@@ -124,7 +126,7 @@ def test_another_order_of_earlier_tasks_is_another_course(train, way, tmp_path, 
 @pytest.mark.parametrize("way", WAYS)
 def test_an_option_that_a_way_does_not_have_is_named_before_the_first_step(train, way):
     with pytest.raises(TrainingError, match=f"'{way}' has no option 'wieght'"):
-        train(way, continual_options={"wieght": 1.0})
+        train(way, options={"wieght": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_an_option_that_a_way_does_not_have_is_named_before_the_first_step(train
 )
 def test_settings_that_cannot_be_used_are_refused(train, way, options, message):
     with pytest.raises(TrainingError, match=message):
-        train(way, continual_options=options)
+        train(way, options=options)
 
 
 def test_what_contradicts_itself_is_refused(train, begin, tasks):
@@ -154,7 +156,42 @@ def test_what_contradicts_itself_is_refused(train, begin, tasks):
         train("sequental")
     with pytest.raises(TrainingError, match="'double', but tasks that are learned one after the other begin once"):
         train("sequential", start={"double": begin})
-    with pytest.raises(TrainingError, match="not linearized"):
-        train("sequential", linearized=True)
-    with pytest.raises(TrainingError, match="continual names no way"):
-        train(None, continual_options={"weight": 1.0})
+    with pytest.raises(TrainingError, match="trains on one task at a time, and 'all' is a list of tasks"):
+        train("sequential", tasks={"all": [lw.Task(rows) for rows in tasks.values()]})
+    with pytest.raises(TrainingError, match="got rank=0; it takes a whole number"):
+        train("sequential", rank=0)
+
+
+def test_one_process_trains_in_order_and_nothing_is_spread(train, monkeypatch, tasks):
+    with joblib.parallel_config(n_jobs=2):
+        assert processes_here(None) == 2
+        assert list(train("sequential")) == list(tasks)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="2 processes were launched"):
+        train("sequential")
+
+
+@pytest.mark.own_models
+def test_the_checkpoint_of_another_base_of_the_same_shapes_is_not_used(train, tiny_llama, tmp_path):
+    train("sequential", checkpoint=tmp_path)
+    with torch.no_grad():
+        tiny_llama.model.layers[0].self_attn.q_proj.weight.neg_()
+    again, fresh = train("sequential", checkpoint=tmp_path), train("sequential")
+    assert {n: a.hash for n, a in again.items()} == {n: a.hash for n, a in fresh.items()}
+
+
+def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_first_step(train, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(TrainingError, match=r"cannot be made a folder to write in .*: name another"):
+            train("sequential", checkpoint=place)
+    with pytest.raises(TrainingError, match="checkpoint is 5; it must be a folder, or None"):
+        train("sequential", checkpoint=5)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.slow
+def test_the_page_on_continual_training(run_page):
+    page = run_page("docs/extensions/continual.md")
+    assert [adapter.rank for adapter in page["adapters"].values()] == [4, 4]
+    assert [record.name for record in page["hub"].records(tags="memory")] == ["Velmar"]

@@ -8,18 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loraweave.common.checks import is_list
-from loraweave.common.names import checked_name
-from loraweave.common.options import Count, Positive, Whole, check_options, options_of
-from loraweave.common.rows import GivenRows
-from loraweave.composer.model import scoring
-from loraweave.composer.train.adapters import train_adapters
-from loraweave.errors import InvalidTask, TrainingError, UnknownName
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.hub import Hub
-from loraweave.hub.intake.adding import Addition
-from loraweave.hub.intake.fields import checked_fields
-from loraweave.types import CHAT_TEMPLATE, Record, Task
+from loraweave import Adapter, Hub, InvalidTask, Record, Task, TrainingError, UnknownName, train_adapters
+from loraweave.extend import (
+    Addition,
+    Count,
+    GivenRows,
+    Positive,
+    Whole,
+    check_options,
+    checked_fields,
+    checked_name,
+    is_list,
+    options_of,
+    predict,
+)
 
 MEMORY = "memory"
 # how questions are asked where nothing else is said
@@ -114,10 +116,10 @@ def _versions(model: Any, tokenizer: Any, documents: Mapping[str, str], rewrites
     """Return each document with so many rewrites, each of the one before: greedy answers would else be alike."""
     versions = {name: [text] for name, text in documents.items()}
     chat = bool(getattr(tokenizer, "chat_template", None))
-    asking = Task([], instruction=REWRITE, chat=chat, template=CHAT_TEMPLATE if chat else None, stop=())
+    asking = Task([], instruction=REWRITE, chat=chat, stop=())
     for _ in range(rewrites):
         last = [texts[-1] for texts in versions.values()]
-        answers = scoring.predict(model, tokenizer, asking, last, max_new_tokens=MAX_REWRITTEN)
+        answers = predict(model, tokenizer, asking, last, max_new_tokens=MAX_REWRITTEN)
         for texts, answer in zip(versions.values(), answers, strict=True):
             # a model that says nothing has nothing to add
             texts += [answer] if answer else []

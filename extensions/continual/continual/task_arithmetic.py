@@ -8,13 +8,9 @@ from typing import Annotated
 
 import torch
 
-from loraweave.common.options import Range, Whole
-from loraweave.common.randomness import seeded
-from loraweave.composer.model.batches import EncodedRow
-from loraweave.composer.train.ordered._course import Course, Layers, added
-from loraweave.errors import TrainingError
-from loraweave.hub.adapter import Adapter
-from loraweave.lowrank import algebra
+from loraweave import Adapter, TrainingError
+from loraweave.extend import EncodedRow, Range, Whole, algebra, seeded
+from loraweave.extensions.continual.course import Course, Layers, added
 
 
 def task_arithmetic(

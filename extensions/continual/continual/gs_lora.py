@@ -5,13 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loraweave.common.options import NonNegative, Whole
-from loraweave.common.rows import GivenRows
-from loraweave.composer.train.ordered._course import Course, Layers, by_prefix
-from loraweave.composer.train.passes import LoraJobs, job_losses
-from loraweave.errors import TrainingError
-from loraweave.hub.adapter import Adapter
-from loraweave.types import Task
+from loraweave import Adapter, Task, TrainingError
+from loraweave.extend import GivenRows, LoraJobs, NonNegative, Whole, job_losses
+from loraweave.extensions.continual.course import Course, Layers, by_prefix
 
 
 def gs_lora(
@@ -39,7 +35,7 @@ def gs_lora(
     """
     kept = course.encoded(retain)
     if not kept:
-        raise TrainingError("gs_lora needs retain=examples of what must not be forgotten, in continual_options")
+        raise TrainingError("gs_lora needs retain=examples of what must not be forgotten, in options")
 
     def learn(name: str, prefix: Layers) -> Layers:
         jobs = course.jobs([name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import loraweave as lw
+from loraweave.extensions.continual import train_in_order
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def course(tiny_llama, tokenizer, tasks):
 
     def run(way, tasks=tasks, *, model=tiny_llama, settings=None, **options):
         chosen = {"rank": 2, "steps": 4, "batch_size": 2, "lr": 1e-2, "jobs_per_batch": 2, "progress": False}
-        chosen |= {"continual_options": options, **(settings or {})}
-        return lw.train_adapters(model, tokenizer, tasks, continual=way, **chosen)
+        chosen |= {"options": options, **(settings or {})}
+        return train_in_order(model, tokenizer, tasks, way=way, **chosen)
 
     return run

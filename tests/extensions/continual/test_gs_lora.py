@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.train.ordered import gs_lora as way
-from loraweave.composer.train.ordered._course import Course
-from loraweave.composer.train.passes import LoraJobs, own_parts
+from loraweave.composer.train.passes import LoraJobs
 from loraweave.composer.train.settings import LoraSettings
+from loraweave.extensions.continual import own_parts
+from loraweave.extensions.continual.continual import gs_lora as way
+from loraweave.extensions.continual.course import Course
 
 RETAIN = [("x", "y"), ("y", "z"), ("z", "u")]
 LAYERS = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.train.ordered.inflora import designed, grown
-from loraweave.composer.train.passes import own_parts
+from loraweave.extensions.continual import own_parts
+from loraweave.extensions.continual.continual.inflora import designed, grown
 
 
 def gram(rank=9, seed=0, size=12):

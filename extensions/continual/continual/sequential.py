@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from loraweave.composer.train.ordered._course import Course, one_by_one
-from loraweave.hub.adapter import Adapter
+from loraweave import Adapter
+from loraweave.extensions.continual.course import Course, one_by_one
 
 
 def sequential(course: Course) -> dict[str, Adapter]:

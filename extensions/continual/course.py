@@ -10,21 +10,26 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from loraweave.common.descent import Descent, descend
-from loraweave.common.names import text_digest
-from loraweave.common.rows import GivenRows
-from loraweave.composer.model.batches import EncodedRow
-from loraweave.composer.model.scoring import encode_pairs
-from loraweave.composer.train.passes import LoraJobs, job_losses
-from loraweave.composer.train.rows import Texts
-from loraweave.composer.train.settings import LoraSettings
-from loraweave.composer.train.state import load_adapter, save_adapter
-from loraweave.hub.adapter import Adapter
-from loraweave.lowrank import algebra
-from loraweave.types import Factors, Fingerprint, Task
+from loraweave import Adapter, Factors, Fingerprint, LayerMismatch, Task
+from loraweave.extend import (
+    Descent,
+    EncodedRow,
+    GivenRows,
+    LoraJobs,
+    LoraSettings,
+    Texts,
+    algebra,
+    descend,
+    encode_pairs,
+    job_losses,
+    load_adapter,
+    save_adapter,
+    text_digest,
+)
 
 Layers = Mapping[str, Factors]
 # loss_J of one step, by its number
@@ -166,3 +171,30 @@ def _alone(lesson: Lesson, name: str, layers: Layers) -> list[Layers]:
 def by_prefix(course: Course, lesson: Lesson) -> dict[str, Adapter]:
     """Return {task: the sum after it}; `lesson(task, prefix)` returns the update that it adds to the frozen prefix."""
     return one_by_one(course, lambda name, prefix: added(prefix, lesson(name, prefix)))
+
+
+def own_parts(adapters: Mapping[str, Adapter], *, start: Adapter | None = None) -> dict[str, Adapter]:
+    """Return {task: the update that it added}, from the prefix sums of `train_in_order`, in their order.
+
+    Summed from the start on they are those prefixes, bit for bit. For `construct_vl`, `inflora`, `gs_lora` and an untuned
+    `task_arithmetic`; raises LayerMismatch for adapters that are no prefixes of each other.
+    """
+    parts, before = {}, {} if start is None else dict(start.layers)
+    for name, adapter in adapters.items():
+        layers = {layer: _beyond(name, layer, before.get(layer), factors) for layer, factors in adapter.layers.items()}
+        parts[name] = replace(adapter, layers={layer: factors for layer, factors in layers.items() if factors.rank})
+        before = dict(adapter.layers)
+    return parts
+
+
+def _beyond(name: str, layer: str, before: Factors | None, after: Factors) -> Factors:
+    """Return the rank rows of `after` beyond those of `before`. Raises LayerMismatch if it does not begin with them."""
+    if before is None:
+        return after
+    rank = before.rank
+    if not (torch.equal(after.a_RI[:rank], before.a_RI) and torch.equal(after.b_OR[:, :rank], before.b_OR)):
+        raise LayerMismatch(
+            f"the adapter of task {name!r} does not begin with the one before it in layer {layer!r}: it is no sum of "
+            "updates, so nothing of it belongs to one task alone"
+        )
+    return replace(after, a_RI=after.a_RI[rank:].clone(), b_OR=after.b_OR[:, rank:].clone())

@@ -10,12 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.common.options import Count, NonNegative, Positive
-from loraweave.composer.model.batches import TargetBatch, batch, mean_losses
-from loraweave.composer.train.jobs import LoraJob, LowRank
-from loraweave.composer.train.ordered._course import Course, Layers, added
-from loraweave.hub.adapter import Adapter
-from loraweave.types import Factors
+from loraweave import Adapter, Factors
+from loraweave.extend import Count, LoraJob, LowRank, NonNegative, Positive, TargetBatch, batch, mean_losses
+from loraweave.extensions.continual.course import Course, Layers, added
 
 
 def construct_vl(
