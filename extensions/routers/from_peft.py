@@ -81,7 +81,8 @@ def read_xlora(folder: Path, given: ExpertPool | None, model: nn.Module | None) 
         state |= {f"head.{last}.{part}": state[f"head.{last}.{part}"][rows] for part in ("weight", "bias")}
     router.load_state_dict(state)
     router.pool = pool
-    return router.eval()
+    opened: TokenRouter = router.eval()
+    return opened
 
 
 def _experts(config: AdapterConfig, given: ExpertPool | None) -> ExpertPool:
@@ -172,7 +173,8 @@ def read_arrow(folder: Path) -> TokenRouter:
         options = {"direction": "power_iteration", "seed": settings.count("rng_seed", least=0)}
     pool = ExpertPool(adapters)
     top_k, temperature = settings.count("top_k", 3, most=len(pool)), settings.number("router_temperature", 1.0)
-    router = router_class("arrow")(pool, top_k=top_k, temperature=temperature, **options)
+    arrow: Any = router_class("arrow")
+    router: TokenRouter = arrow(pool, top_k=top_k, temperature=temperature, **options)
     router.pool = pool
     return router.eval()
 
