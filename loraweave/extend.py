@@ -12,7 +12,8 @@ from loraweave.common.lazy import lazy
 _MODULES = {
     # entries of any registry, and their options
     "common.options": (
-        "Count Declared Fraction NonNegative Positive Range Rate Seed Share Whole check_options options_of require_known"
+        "Count Declared Fraction NonNegative Positive Range Rate Seed Share Whole check_options options_of "
+        "require_known"
     ),
     "registry": "brought get nearest traits traits_of",
     # merge methods
@@ -50,12 +51,12 @@ _MODULES = {
     "routers.tokens._caches": "BesideCache RowsAndTokens",
     "routers.tokens._call": "cache_of current_prompts current_tokenizer has_two_sequences prompted real_tokens",
     "routers.tokens._forms": "InputGates OutputRouter ScoredRouter output_factors",
-    "routers.tokens._learned": "LearnedRouter Step",
+    "routers.tokens._learned": "LearnedRouter Step TrainingReport",
     "routers.tokens._members": "LayerTensors Members find_names",
     "routers.tokens._model": "block_of running_block",
     "routers.tokens._router": "TokenRouter",
     "routers.tokens._saved": "router_class router_names",
-    "routers.tokens._scores": "best_of top_k_softmax without",
+    "routers.tokens._scores": "best_of top_k_softmax top_p_of_softmax without",
     "routers.tokens._text": "Examples TextRouter labelled_tasks",
     "routers.tokens.logistic": "Logistic",
     # recipes and their experts
@@ -68,9 +69,9 @@ _MODULES = {
     "composer.experts.together": "ExpertJob",
     "routers.recipes._gate": "Call Gate UNKNOWN Weighing draw_linear",
     "routers.recipes._recipe": (
-        "ATTENTION EvenRecipe ExpertShape FEED_FORWARD Recipe Site TopKRecipe balance_term by_layer uniform"
+        "ATTENTION EvenRecipe ExpertShape FEED_FORWARD Recipe Site TopKRecipe Watcher balance_term by_layer uniform"
     ),
-    "routers.recipes._token_gates": "TokenGate top_k_of_softmax",
+    "routers.recipes._token_gates": "TokenGate",
     # models, batches and live mixtures
     "composer.ensembles.ensemble": "EnsemblePrediction align_right last_positions without_cache",
     "composer.ensembles.member_passes": "by_rows known_members member_passes rows_of rows_that_fit",

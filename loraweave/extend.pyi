@@ -319,11 +319,11 @@ from loraweave.routers.recipes._recipe import FEED_FORWARD as FEED_FORWARD
 from loraweave.routers.recipes._recipe import Recipe as Recipe
 from loraweave.routers.recipes._recipe import Site as Site
 from loraweave.routers.recipes._recipe import TopKRecipe as TopKRecipe
+from loraweave.routers.recipes._recipe import Watcher as Watcher
 from loraweave.routers.recipes._recipe import balance_term as balance_term
 from loraweave.routers.recipes._recipe import by_layer as by_layer
 from loraweave.routers.recipes._recipe import uniform as uniform
 from loraweave.routers.recipes._token_gates import TokenGate as TokenGate
-from loraweave.routers.recipes._token_gates import top_k_of_softmax as top_k_of_softmax
 from loraweave.routers.searches._solver import ClosedForm as ClosedForm
 from loraweave.routers.searches._solver import Solver as Solver
 from loraweave.routers.searches.gradient import Gradient as Gradient
@@ -341,6 +341,7 @@ from loraweave.routers.tokens._forms import ScoredRouter as ScoredRouter
 from loraweave.routers.tokens._forms import output_factors as output_factors
 from loraweave.routers.tokens._learned import LearnedRouter as LearnedRouter
 from loraweave.routers.tokens._learned import Step as Step
+from loraweave.routers.tokens._learned import TrainingReport as TrainingReport
 from loraweave.routers.tokens._members import LayerTensors as LayerTensors
 from loraweave.routers.tokens._members import Members as Members
 from loraweave.routers.tokens._members import find_names as find_names
@@ -351,6 +352,7 @@ from loraweave.routers.tokens._saved import router_class as router_class
 from loraweave.routers.tokens._saved import router_names as router_names
 from loraweave.routers.tokens._scores import best_of as best_of
 from loraweave.routers.tokens._scores import top_k_softmax as top_k_softmax
+from loraweave.routers.tokens._scores import top_p_of_softmax as top_p_of_softmax
 from loraweave.routers.tokens._scores import without as without
 from loraweave.routers.tokens._text import Examples as Examples
 from loraweave.routers.tokens._text import TextRouter as TextRouter

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import Trainer, TrainerCallback
 
-from loraweave.composer.model.batches import IGNORED
 from loraweave.composer.train.learner import ExpertLearner
-from loraweave.composer.train.progress import POINTS, WINDOW, TrainingProgress
+from loraweave.composer.train.progress import POINTS, TrainingProgress
 from loraweave.composer.train.schedule import Stream
 from loraweave.composer.train.settings import ExpertSettings
 from loraweave.composer.train.state import KeptState
 from loraweave.composer.train.tensor_rows import Feed
 from loraweave.errors import TrainingError
-from loraweave.routers.recipes._gate import Gate
 from loraweave.routers.recipes._recipe import Recipe
-from loraweave.routers.recipes._token_gates import TokenGate
-from loraweave.routers.tokens._learned import Step, TrainingReport
 
 
 class ExpertSteps(TrainerCallback):  # type: ignore[misc]
@@ -51,8 +45,7 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
             owner="model",
             moved=model.moved(),
         )
-        self._overflow = Overflow(model, self.progress.report)
-        self._moves = Moves(model)
+        self._watchers = model.recipe.watchers(model, self.progress.report)
         self._first_steps = FirstSteps(model.recipe, {} if self.progress.first else named, rows, settings)
         self.num_passes = 0
         self._totals: dict[str, Tensor] = {}
@@ -69,8 +62,8 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
         for name, value in parts.items():
             self._totals[name] = self._totals.get(name, 0.0) + value.double()
         self.progress.watch.see(self._model.notes)
-        self._overflow.see(self._model.notes.weights, self._feed.labels(inputs))
-        self._moves.see(self._model.notes)
+        for watcher in self._watchers:
+            watcher.see(self._model.notes, self._feed.labels(inputs))
         self.progress.report.tokens += self._feed.size(inputs)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -90,8 +83,9 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         number = state.global_step
-        self._moves.end_step(self._sum)
-        seen = self._overflow.end_step(number, self._sum)
+        seen = ""
+        for watcher in self._watchers:
+            seen += watcher.end_step(self._sum)
         self.progress.close(number, self._evaluate, mean=self._mean, seen=seen, saves=state.is_world_process_zero)
         self._tell(number)
         control.should_training_stop = control.should_training_stop or self.progress.stops
@@ -181,87 +175,3 @@ class FirstSteps:
             f"{len(silent)} parameters of recipe {self._recipe.name!r} had no gradient after {number} steps: {shown}. What "
             "is not to learn is frozen with requires_grad_(False)"
         )
-
-
-class Moves:
-    """A count of the choices of a step's real tokens, by which gates move what no gradient moves."""
-
-    def __init__(self, model: ExpertLearner) -> None:
-        gates = {name: model.gate_of(site) for name, site in model.sites.items()}
-        self._gates = {name: gate for name, gate in gates.items() if gate is not None and gate.moved}
-        self._chosen: dict[Gate, Tensor] = {}
-
-    def see(self, step: Step) -> None:
-        """Count the choices of one pass of the running step."""
-        for place, w_BTE in step.weights.items() if self._gates else ():
-            # of a layer that runs several times, each run
-            if (gate := self._gates.get(place.partition(" (run ")[0])) is not None:
-                chosen_E = (step.real(w_BTE.detach()) != 0).sum(dim=0)
-                self._chosen[gate] = self._chosen.get(gate, 0) + chosen_E
-
-    @torch.no_grad()
-    def end_step(self, summed: Callable[[Tensor], Tensor]) -> None:
-        """Move the gates by the counts of the step that is over. `summed` adds up over processes."""
-        for gate, chosen_E in self._chosen.items():
-            gate.move(summed(chosen_E))
-        self._chosen.clear()
-
-
-MUCH = 0.2
-
-
-class Overflow:
-    """The share of experts chosen by tokens before a target that had no capacity left, step by step.
-
-    A row's targets are its last tokens, so that most of what the first tokens leave over is taken from them. Where labels
-    are not those of tokens, all tokens count.
-    """
-
-    def __init__(self, model: ExpertLearner, report: TrainingReport) -> None:
-        self._recipe, self._report = model.recipe, report
-        gates = [gate for gate in model.gates.values() if isinstance(gate, TokenGate) and gate.capacity is not None]
-        self._most = gates[0].most if gates else 0
-        # experts that had no capacity left, and all that were chosen
-        self._counts = torch.zeros(2, dtype=torch.float64)
-        self._warned = False
-        self._whose = "tokens before a target"
-
-    def see(self, w_BTE: Mapping[str, Tensor], labels_BK: Tensor | None) -> None:
-        """Count a pass of the running step: the weights of each site, and the labels of its last tokens; None: all count."""
-        if not self._most:
-            return
-        if labels_BK is None:
-            self._whose = "tokens"
-            counted = [site_BTE.flatten(0, 1) for site_BTE in w_BTE.values()]
-        else:
-            before_BK = functional.pad((labels_BK != IGNORED)[:, 1:], (0, 1))
-            num_rows, num_last = before_BK.shape
-            seen = [site_BTE for site_BTE in w_BTE.values() if len(site_BTE) == num_rows and site_BTE.shape[1] >= num_last]
-            counted = [site_BTE[:, -num_last:][before_BK] for site_BTE in seen]
-        if counted:
-            chosen = self._most * sum(len(w_NE) for w_NE in counted)
-            kept = torch.stack([(w_NE != 0).sum() for w_NE in counted]).sum()
-            self._counts += torch.tensor([chosen - int(kept), chosen], dtype=torch.float64)
-
-    def end_step(self, number: int, summed: Callable[[Tensor], Tensor]) -> str:
-        """End the `number`th step; return the text to show of it. Warns, once, when much has overflowed for some steps.
-
-        `summed` adds up over processes.
-        """
-        if not self._most:
-            return ""
-        dropped, chosen = summed(self._counts).tolist()
-        self._counts = torch.zeros_like(self._counts)
-        shares = self._report.overflow
-        shares.append(dropped / max(chosen, 1.0))
-        recent = sum(shares[-WINDOW:]) / WINDOW
-        if len(shares) >= WINDOW and recent > MUCH and not self._warned:
-            self._warned = True
-            by_weight = "prioritised=True, " if self._recipe.options.get("prioritised") is False else ""
-            warnings.warn(
-                f"recipe {self._recipe.name!r}: over the last {WINDOW} steps {recent:.0%} of the experts that "
-                f"{self._whose} chose had no capacity left. Evaluation has no such limit, so that experts then see tokens "
-                f"they have not learned from: take {by_weight}a larger capacity, None for no limit, or a larger balance",
-                stacklevel=5,
-            )
-        return f"  overflow {shares[-1]:.0%}"

@@ -1,9 +1,9 @@
 """Which published mixture of trained experts is it? The recipes, their forms and losses, beside those that the core has.
 
-`lw.experts(name, model)` makes each by its name. `fit_clusters` finds the clusters of `mocle` in prompts, `experts_for`
-counts those of texts, an expert for each, and `federated_average` gives clients of `fedms` and `local_and_shared` the mean
-of what they have in common. `with_options` and `with_task` give a trained mixture other options, or one more task. The first
-two need scikit-learn, and `mocle` an embedder.
+`lw.experts(name, model)` makes each by its name. `fit_clusters` finds the clusters of `mocle` in prompts, and `experts_for`
+counts those of texts, an expert for each: both need scikit-learn, and `mocle` an embedder. `federated_average` gives clients
+of `fedms` and `local_and_shared` the mean of what they have in common, and `with_options` and `with_task` give a trained
+mixture other options, or one more task. `LimitedGate` is a gate for recipes of your own.
 """
 
 from typing import TYPE_CHECKING
@@ -13,15 +13,17 @@ from loraweave.extend import lazy
 if TYPE_CHECKING:
     from loraweave.extensions.recipes.clients import federated_average
     from loraweave.extensions.recipes.cluster_gates import fit_clusters
+    from loraweave.extensions.recipes.limited_gate import LimitedGate
     from loraweave.extensions.recipes.other_options import with_options, with_task
     from loraweave.extensions.recipes.text_clusters import experts_for
 else:
     _MODULES = {
         "clients": "federated_average",
         "cluster_gates": "fit_clusters",
+        "limited_gate": "LimitedGate",
         "other_options": "with_options with_task",
         "text_clusters": "experts_for",
     }
     __getattr__ = lazy(__name__, {f"{__name__}.{module}": names for module, names in _MODULES.items()})
 
-__all__ = ["experts_for", "federated_average", "fit_clusters", "with_options", "with_task"]
+__all__ = ["LimitedGate", "experts_for", "federated_average", "fit_clusters", "with_options", "with_task"]

@@ -1,29 +1,62 @@
-"""A gate for each token some of whose experts are left out in training: at random, or where they have had their share."""
+"""A gate for each token that chooses in more ways, and some of whose experts are left out in training."""
 
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from loraweave.extend import TokenGate
+from loraweave import WeightingError
+from loraweave.extend import IGNORED, Call, Step, TokenGate, Weighing, top_p_of_softmax
+
+# the share of overflow that is warned of, and the steps over which it is counted
+MUCH, WINDOW = 0.2, 20
 
 
 class LimitedGate(TokenGate):
-    """A `TokenGate` that in training lacks experts: `expert_dropout` is the probability with which a token does without one.
+    """A `TokenGate` with `top_p`, the fewest experts whose probabilities sum to that, and limits in training.
 
-    At least `top_k` always stay. Of a `capacity`, an expert has the first tokens of a row, or with `prioritised` those that
-    it weighs most.
+    The best k of the softmax over all, divided by their sum, are those of the softmax over the best; with `sums_to_one`
+    False they are not divided. `expert_dropout` is the probability with which a token does without an expert in training;
+    at least `top_k` always stay. `capacity` lets each expert have, of a row, that many times its even share of tokens, and
+    gives all others exactly 0 of it: it has the first ones, or with `prioritised` those that it weighs most.
     """
 
     def __init__(
-        self, num_inputs: int, num_experts: int, *, expert_dropout: float = 0.0, prioritised: bool = False, **choice: Any
+        self,
+        num_inputs: int,
+        num_experts: int,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        sums_to_one: bool = True,
+        capacity: float | None = None,
+        prioritised: bool = False,
+        expert_dropout: float = 0.0,
     ) -> None:
-        super().__init__(num_inputs, num_experts, **choice)
-        self.expert_dropout = expert_dropout
+        if top_k is not None and top_p is not None:
+            raise WeightingError(f"top_k is {top_k!r} and top_p {top_p!r}: choose by one of them, and leave the other None")
+        super().__init__(num_inputs, num_experts, top_k=top_k)
+        self.top_p = top_p
+        self.sums_to_one = sums_to_one
+        self.capacity = capacity
         self.prioritised = prioritised
+        self.expert_dropout = expert_dropout
+
+    def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
+        weighing = super().forward(x_BTI, call)
+        if not self.training or self.capacity is None:
+            return weighing
+        real_BT = call.real_of(x_BTI)
+        real_BT = x_BTI.new_ones(x_BTI.shape[:2], dtype=torch.bool) if real_BT is None else real_BT
+        capacity_B = even_share(real_BT, self.num_experts, self.top_k or self.num_experts, self.capacity)
+        limit = heaviest_within_capacity if self.prioritised else within_capacity
+        return weighing._replace(w_BTE=limit(weighing.w_BTE, capacity_B, real_BT))
 
     def scores(self, x_BTI: Tensor) -> Tensor:
         scores_BTE = super().scores(x_BTI)
@@ -31,10 +64,24 @@ class LimitedGate(TokenGate):
             scores_BTE = without_some(scores_BTE, self.expert_dropout, self.top_k or 1)
         return scores_BTE
 
-    def limit(self, w_BTE: Tensor, capacity_B: Tensor, real_BT: Tensor) -> Tensor:
-        if self.prioritised:
-            return heaviest_within_capacity(w_BTE, capacity_B, real_BT)
-        return super().limit(w_BTE, capacity_B, real_BT)
+    def choose(self, scores_BTE: Tensor) -> Tensor:
+        if self.top_p is not None:
+            w_BTE = top_p_of_softmax(scores_BTE, self.top_p)
+            return w_BTE / w_BTE.sum(dim=-1, keepdim=True) if self.sums_to_one else w_BTE
+        if self.sums_to_one or self.top_k is None:
+            return super().choose(scores_BTE)
+        return top_k_of_softmax(scores_BTE, self.top_k)
+
+
+def top_k_of_softmax(scores_BTE: Tensor, top_k: int) -> Tensor:
+    """Return w_BTE: softmax over all experts, kept for the `top_k` highest of each token and 0 for the others.
+
+    It sums to less than 1, so that a single expert's weight, too, has a gradient to its scores (Switch Transformers, Fedus
+    et al. 2021, arXiv 2101.03961).
+    """
+    p_BTE = scores_BTE.softmax(dim=-1)
+    best = p_BTE.topk(top_k, dim=-1)
+    return torch.zeros_like(p_BTE).scatter(-1, best.indices, best.values)
 
 
 def without_some(scores_BTE: Tensor, share: float, least: int = 1) -> Tensor:
@@ -55,3 +102,75 @@ def heaviest_within_capacity(w_BTE: Tensor, capacity_B: Tensor, real_BT: Tensor 
         chosen_BTE = chosen_BTE & real_BT[..., None]
     falling_BTE = (w_BTE.detach() * chosen_BTE).argsort(dim=1, descending=True, stable=True)
     return w_BTE * (falling_BTE.argsort(dim=1) + 1 <= capacity_B[:, None, None])
+
+
+def within_capacity(w_BTE: Tensor, capacity_B: Tensor, real_BT: Tensor | None = None) -> Tensor:
+    """Return the weights with 0 for every token of a row after the first `capacity_B` real ones that an expert got.
+
+    Weights that stay are as they were. A token depends on others in its row, so this is for training alone.
+    """
+    chosen_BTE = w_BTE.detach() != 0
+    if real_BT is not None:
+        chosen_BTE = chosen_BTE & real_BT[..., None]
+    return w_BTE * (chosen_BTE.cumsum(dim=1) <= capacity_B[:, None, None])
+
+
+def even_share(real_BT: Tensor, num_experts: int, top_k: int, factor: float) -> Tensor:
+    """Return capacity_B: `factor` times each expert's tokens of a row if all have equally many, rounded up."""
+    # in this order a factor of 1 is exact
+    return (real_BT.sum(dim=1) * (factor * top_k) / num_experts).ceil()
+
+
+class Overflow:
+    """The share of experts chosen by tokens before a target that had no capacity left, step by step.
+
+    A row's targets are its last tokens, so that most of what the first tokens leave over is taken from them. Where labels
+    are not those of tokens, all tokens count.
+    """
+
+    def __init__(self, model: Any, report: Any) -> None:
+        self._recipe, self._report = model.recipe, report
+        gates = [gate for gate in model.gates.values() if isinstance(gate, LimitedGate) and gate.capacity is not None]
+        self._most = gates[0].most if gates else 0
+        # experts that had no capacity left, and all that were chosen
+        self._counts = torch.zeros(2, dtype=torch.float64)
+        self._warned = False
+        self._whose = "tokens before a target"
+
+    def see(self, step: Step, labels_BK: Tensor | None) -> None:
+        """Count the weights of one pass of the running step."""
+        if not self._most:
+            return
+        w_BTE = step.weights
+        if labels_BK is None:
+            self._whose = "tokens"
+            counted = [site_BTE.flatten(0, 1) for site_BTE in w_BTE.values()]
+        else:
+            before_BK = functional.pad((labels_BK != IGNORED)[:, 1:], (0, 1))
+            num_rows, num_last = before_BK.shape
+            seen = [site_BTE for site_BTE in w_BTE.values() if len(site_BTE) == num_rows and site_BTE.shape[1] >= num_last]
+            counted = [site_BTE[:, -num_last:][before_BK] for site_BTE in seen]
+        if counted:
+            chosen = self._most * sum(len(w_NE) for w_NE in counted)
+            kept = torch.stack([(w_NE != 0).sum() for w_NE in counted]).sum()
+            self._counts += torch.tensor([chosen - int(kept), chosen], dtype=torch.float64)
+
+    def end_step(self, summed: Callable[[Tensor], Tensor]) -> str:
+        """Return the step's share to show. Warns, once, when much has overflowed for some steps."""
+        if not self._most:
+            return ""
+        dropped, chosen = summed(self._counts).tolist()
+        self._counts = torch.zeros_like(self._counts)
+        shares = self._report.overflow
+        shares.append(dropped / max(chosen, 1.0))
+        recent = sum(shares[-WINDOW:]) / WINDOW
+        if len(shares) >= WINDOW and recent > MUCH and not self._warned:
+            self._warned = True
+            by_weight = "prioritised=True, " if self._recipe.options.get("prioritised") is False else ""
+            warnings.warn(
+                f"recipe {self._recipe.name!r}: over the last {WINDOW} steps {recent:.0%} of the experts that "
+                f"{self._whose} chose had no capacity left. Evaluation has no such limit, so that experts then see tokens "
+                f"they have not learned from: take {by_weight}a larger capacity, None for no limit, or a larger balance",
+                stacklevel=5,
+            )
+        return f"  overflow {shares[-1]:.0%}"

@@ -52,11 +52,8 @@ class Gate(nn.Module):
 
     @property
     def moved(self) -> list[nn.Parameter]:
-        """The parameters without a gradient, which `move` changes."""
+        """The parameters without a gradient that a watcher of the recipe's changes in training."""
         return []
-
-    def move(self, chosen_E: Tensor) -> None:
-        """Move what no gradient moves after a step of `fit`, whose real tokens chose each expert `chosen_E` times."""
 
 
 UNKNOWN = -1

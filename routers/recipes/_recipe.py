@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Never
+from typing import Any, ClassVar, Never, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from loraweave.errors import WeightingError
 from loraweave.routers.losses.mixtral import mixtral
 from loraweave.routers.recipes._gate import Gate
 from loraweave.routers.recipes._token_gates import TokenGate
-from loraweave.routers.tokens._learned import Step
+from loraweave.routers.tokens._learned import Step, TrainingReport
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
@@ -55,6 +55,17 @@ class ExpertShape:
     @property
     def num_experts(self) -> int:
         return len(self.ranks)
+
+
+class Watcher(Protocol):
+    """A watcher of the steps of a training, which may warn, or change what no gradient changes."""
+
+    def see(self, step: Step, labels_BK: Tensor | None) -> None:
+        """Look at a pass of the running step; the labels are those of its last tokens, None where they are of no tokens."""
+
+    def end_step(self, summed: Callable[[Tensor], Tensor]) -> str:
+        """End the step, and return what to show of it. `summed` adds up over processes."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +161,10 @@ class Recipe(Declared):
     def factor_losses(self, a_SI: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return named terms of the loss by the experts' factors a at each site, with their coefficients applied."""
         return {}
+
+    def watchers(self, model: Any, report: TrainingReport) -> Sequence[Watcher]:
+        """Return what watches the steps of a training of this expert model, whose report it may add to."""
+        return ()
 
     def refuse(self, option: str, way_out: str) -> Never:
         """Raise WeightingError for the value of an option."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loraweave.extend import FEED_FORWARD, Count, EvenRecipe, NonNegative, Site, Step, TokenGate, balance_term
+from loraweave.extend import FEED_FORWARD, Count, EvenRecipe, NonNegative, Site, Step, balance_term
+from loraweave.extensions.recipes.limited_gate import LimitedGate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,8 @@ class LlavaMole(EvenRecipe):
     balance: NonNegative = 0.01
     target_modules: tuple[str, ...] = FEED_FORWARD
 
-    def gate(self, site: Site, num_experts: int) -> TokenGate:
-        return TokenGate(site.num_inputs, num_experts, top_k=1, sums_to_one=False)
+    def gate(self, site: Site, num_experts: int) -> LimitedGate:
+        return LimitedGate(site.num_inputs, num_experts, top_k=1, sums_to_one=False)
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         return balance_term(self.balance, step, 1)

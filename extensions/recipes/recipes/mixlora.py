@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,11 +17,13 @@ from loraweave.extend import (
     Share,
     Site,
     Step,
-    TokenGate,
+    TrainingReport,
+    Watcher,
     balance_term,
     by_layer,
     get,
 )
+from loraweave.extensions.recipes.limited_gate import LimitedGate, Overflow
 
 z = get("losses", "z")
 
@@ -60,13 +62,16 @@ class Mixlora(EvenRecipe):
         if self.routing == "top_k":
             self.require_top_k(self.num_experts)
 
-    def gate(self, site: Site, num_experts: int) -> TokenGate:
+    def gate(self, site: Site, num_experts: int) -> LimitedGate:
         chosen: dict[str, dict[str, Any]] = {
             "top_k": {"top_k": self.top_k},
             "top_p": {"top_p": self.top_p},
             "switch": {"top_k": 1, "sums_to_one": False, "capacity": self.capacity},
         }
         return _NormalGate(site.num_inputs, num_experts, **chosen[self.routing])
+
+    def watchers(self, model: Any, report: TrainingReport) -> Sequence[Watcher]:
+        return [Overflow(model, report)]
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         if self.routing == "top_p":
@@ -77,7 +82,7 @@ class Mixlora(EvenRecipe):
         return losses
 
 
-class _NormalGate(TokenGate):
+class _NormalGate(LimitedGate):
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
         self.r_EI.normal_(std=0.02, generator=generator)

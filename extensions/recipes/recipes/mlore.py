@@ -22,11 +22,11 @@ from loraweave.extend import (
     Site,
     Step,
     Weighing,
-    top_k_of_softmax,
     top_k_softmax,
     traits,
     uniform,
 )
+from loraweave.extensions.recipes.limited_gate import top_k_of_softmax
 from loraweave.extensions.recipes.losses.cv_squared import cv_squared
 
 

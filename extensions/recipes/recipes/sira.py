@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from loraweave.extend import Count, NonNegative, Positive, Rate, Site, TopKRecipe
-from loraweave.extensions.recipes.limited_gate import LimitedGate
+from loraweave.extend import Count, NonNegative, Positive, Rate, Site, TopKRecipe, TrainingReport, Watcher
+from loraweave.extensions.recipes.limited_gate import LimitedGate, Overflow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +42,6 @@ class Sira(TopKRecipe):
             capacity=self.capacity,
             prioritised=self.prioritised,
         )
+
+    def watchers(self, model: Any, report: TrainingReport) -> Sequence[Watcher]:
+        return [Overflow(model, report)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,8 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.extend import Call, Count, ExpertShape, NonNegative, Recipe, Site, Step, Weighing, balance_term, draw_linear
-from loraweave.extensions.recipes.biased_gate import BiasedGate
+from loraweave.extend import (
+    Call,
+    Count,
+    ExpertShape,
+    NonNegative,
+    Recipe,
+    Site,
+    Step,
+    TrainingReport,
+    Watcher,
+    Weighing,
+    balance_term,
+    draw_linear,
+)
+from loraweave.extensions.recipes.biased_gate import BiasedGate, Moves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +72,9 @@ class Smora(Recipe):
     def gate(self, site: Site, num_experts: int) -> BiasedGate:
         kind = _SoftmaxGate if self.by == "softmax" else _SigmoidGate
         return kind(site.num_inputs, num_experts, top_k=self.top_k, rate=self.bias_rate)
+
+    def watchers(self, model: Any, report: TrainingReport) -> Sequence[Watcher]:
+        return [Moves(model)]
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         return balance_term(self.balance, step, self.top_k)
