@@ -285,7 +285,7 @@ def test_a_hundred_cycles_of_loading_using_and_unloading_leave_no_adapter_behind
     assert len(alive) == 0
     assert engine.residency.num_on_host == 1
     assert len(engine._residents._layouts) == 1
-    assert engine._fitting._weights._of == {}
+    assert engine._fitting._weights.of == {}
 
 
 def test_an_activation_looks_only_at_the_experts_that_it_names(tiny_llama, adapters):
