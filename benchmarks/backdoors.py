@@ -31,7 +31,7 @@ from benchmarks._data import DATA, kept
 from benchmarks._run import RESAMPLES, Run, Table, console, interval, pairs
 from loraweave.composer.model.batches import IGNORED, batch, encode, token_scores
 from loraweave.extensions.explain import probe
-from loraweave.hub.health.backdoors import STATISTICS, BackdoorDetector, spectral_statistics
+from loraweave.extensions.trust import STATISTICS, BackdoorDetector, spectral_statistics
 
 TASKS = (
     (
@@ -287,7 +287,7 @@ class Known:
 
 @app.command()
 def detect(context: typer.Context) -> None:
-    """The tables of docs/anomalies.md, from data/backdoors.safetensors."""
+    """The tables of docs/extensions/trust.md, from data/backdoors.safetensors."""
     run: Run = context.obj
     known = Known.read()
     run.show(_adapters(known), _detectors(known, run.seed), _alarms(known))

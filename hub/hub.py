@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from loraweave.hub.adapter import Adapter
-    from loraweave.hub.health.signatures import Key
-    from loraweave.hub.health.verify import Asked, Verification
+    from loraweave.hub.health.verify import Asked, Check, Verification
     from loraweave.hub.intake.adding import Added, Addition, Read
     from loraweave.hub.intake.discover import Found
     from loraweave.hub.pool import ExpertPool
@@ -325,27 +324,27 @@ class Hub(CompositionShelf):
             versions.forget(connection, row)
             rows.delete(connection, row)
 
-    def sign(self, key: Key, names: Iterable[str] | None = None) -> list[Record]:
-        """Sign adapters, all by default, with the Ed25519 private key in a PEM file, and return their new records.
+    def annotate(self, key: str, value: Callable[[Record], Any], names: Iterable[str] | None = None) -> list[Record]:
+        """Put value(record) under `key` into the cards of adapters, all by default; return their new records.
 
-        Raises HubError for a file that is no such key, AdapterNotFound for an unknown name; then nothing is signed.
+        The version stays the same, and so does what the hub itself reads of a card: take a key of your own. Raises
+        AdapterNotFound for an unknown name; then nothing has changed.
         """
-        from loraweave.hub.health.signatures import read_private_key, signed
-
-        private = read_private_key(key)
-        with self._catalogue.writing("signing adapters") as connection:
+        with self._catalogue.writing(f"writing {key!r} into cards") as connection:
             chosen = rows.every(connection) if names is None else [self._require_row(connection, name) for name in names]
-            return [rows.change(connection, row, replace(row.record, card=signed(row.record, private))) for row in chosen]
+            changed = [(row, {**row.record.card, key: value(row.record)}) for row in chosen]
+            return [rows.change(connection, row, replace(row.record, card=card)) for row, card in changed]
 
-    def verify(self, *, signed_by: Key | Iterable[Key] | None = None, n_jobs: int | None = None) -> Verification:
+    def verify(self, *, also: Check | None = None, n_jobs: int | None = None) -> Verification:
         """Read every row and every blob and report the damage: `.ok`, `.problems`, `.intact`, `.orphans`.
 
-        With `signed_by`, public keys, an adapter that none of them has signed as it is now is a problem, too. `n_jobs`
-        workers, or those that `joblib.parallel_config` names, read the blobs (docs/howto/many_machines.md).
+        `also` looks at the records of all adapters, and gives a sentence for each problem; an entry of the registry `checks`
+        makes one. `n_jobs` workers, or those that `joblib.parallel_config` names, read the blobs
+        (docs/howto/many_machines.md).
         """
         from loraweave.hub.health.verify import verify
 
-        return verify(self._catalogue, self._blobs, self.path, signed_by, partial(_blob_problems, self), n_jobs)
+        return verify(self._catalogue, self._blobs, self.path, also, partial(_blob_problems, self), n_jobs)
 
     def gc(self) -> int:
         """Delete blobs that no adapter version or composition has, and what killed writers left; return the bytes freed.

@@ -123,6 +123,7 @@ _MODULES = {
     "hub.same_base": "require_same_base says_nothing",
     "hub.stores.catalogue": "state_row",
     "hub.stores.folder_blobs": "FolderBlobs STALE_TMP_S",
+    "hub.stores.kept_files": "listed",
     "hub.stores.migrations": "run_step",
     "hub.stores.protocols": "BlobStore CatalogueStore Connection Near SharedCatalogue VectorSearch",
     "hub.tables.filtering": "Filters store_labels",

@@ -280,6 +280,7 @@ from loraweave.hub.same_base import says_nothing as says_nothing
 from loraweave.hub.stores.catalogue import state_row as state_row
 from loraweave.hub.stores.folder_blobs import FolderBlobs as FolderBlobs
 from loraweave.hub.stores.folder_blobs import STALE_TMP_S as STALE_TMP_S
+from loraweave.hub.stores.kept_files import listed as listed
 from loraweave.hub.stores.migrations import run_step as run_step
 from loraweave.hub.stores.packing import put_together as put_together
 from loraweave.hub.stores.packing import take_apart as take_apart

@@ -27,6 +27,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     # of extensions alone
     "hooks": (),
     "pipelines": (),
+    "checks": (),
     "writers": (),
     "objectives": ("loraweave.composer.compose.objectives",),
     "routers": ("loraweave.routers.searches", "loraweave.routers.tokens"),

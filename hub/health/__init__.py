@@ -1,1 +1,1 @@
-"""Checks: whether a hub is intact, whether an adapter looks anomalous, and who signed it."""
+"""Checks: whether a hub is intact, and whether an adapter looks anomalous."""

@@ -12,12 +12,12 @@ from loraweave.common.display import progress_bar
 from loraweave.common.spread import require_all, spread
 from loraweave.errors import HubError
 from loraweave.hub import quarantine
-from loraweave.hub.health.signatures import Key, public_keys, signature_problems
 from loraweave.hub.search import segments
 from loraweave.hub.stores.blobs import read_blob
 from loraweave.hub.stores.kept_files import blob_fault, file_problems
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
 from loraweave.hub.tables import compositions, rows, vectors, versions
+from loraweave.types import Record
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ MANY = 64
 
 # a blob, the content hash in its record, and its owner, for messages
 Asked = tuple[rows.BlobRow, str, str]
+# yields a sentence for each problem of some records
+Check = Callable[[Sequence[Record]], Iterable[str]]
 BlobProblems = Callable[[Sequence[Asked]], list[list[str]]]
 
 
@@ -48,15 +50,15 @@ def verify(
     catalogue: CatalogueStore,
     blobs: BlobStore,
     folder: Path,
-    signed_by: Key | Iterable[Key] | None,
+    also: Check | None,
     blob_problems: BlobProblems,
     n_jobs: int | None,
 ) -> Verification:
     """Read every row, every blob and the search indexes below `folder`. Damage is reported, not raised.
 
-    `blob_problems` is `many_blob_problems` bound to the hub, so that a worker can open it; `n_jobs` is that of `spread`.
+    `also` is given the records of all adapters. `blob_problems` is `many_blob_problems` bound to the hub, so that a worker
+    can open it; `n_jobs` is that of `spread`.
     """
-    signers = None if signed_by is None else public_keys(signed_by)
     problems: list[str] = []
     newest: list[rows.Row] = []
     older: list[rows.Row] = []
@@ -80,8 +82,7 @@ def verify(
     except HubError as error:
         problems.append(str(error))
     problems += segments.problems(folder)
-    if signers is not None:
-        problems += signature_problems([row.record for row in newest], signers)
+    problems += () if also is None else also([row.record for row in newest])
     intact = []
     files: dict[str, str] = {}
     checks = [(row.blob, row.record.hash, f"adapter {row.record.name!r}") for row in newest]

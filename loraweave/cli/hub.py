@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+import loraweave.registry as registry
 from loraweave.cli._application import (
     DEFAULT_HUB,
     AnomaliesOption,
@@ -240,17 +241,6 @@ def remove(
             note(f"removed {name!r}; `loraweave hub gc` frees its files")
 
 
-@hub.command(epilog="Example: loraweave hub sign key.pem passive   (openssl genpkey -algorithm ed25519 -out key.pem)")
-def sign(
-    key: Annotated[Path, typer.Argument(metavar="PEM", exists=True, dir_okay=False, help="An Ed25519 private key.")],
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Adapters; all by default.")] = None,
-    hub: HubOption = DEFAULT_HUB,
-) -> None:
-    """Vouch for adapters: sign their weights, base, license and card. `hub verify --signed-by` checks it."""
-    with open_hub(hub) as opened:
-        note(f"signed {len(opened.sign(key, names or None))} adapters")
-
-
 @hub.command(epilog="Example: loraweave hub verify --hub adapters")
 def verify(
     hub: HubOption = DEFAULT_HUB,
@@ -263,7 +253,8 @@ def verify(
 ) -> None:
     """Check every row and every file; exit status 1 when something is damaged, or not signed as it has to be."""
     with open_hub(hub) as opened:
-        report = opened.verify(signed_by=signed_by or None, n_jobs=workers)
+        also = registry.get("checks", "signed_by")(signed_by) if signed_by else None
+        report = opened.verify(also=also, n_jobs=workers)
     if as_json:
         print_json({"ok": report.ok, "problems": report.problems, "intact": report.intact, "orphans": report.orphans})
     else:

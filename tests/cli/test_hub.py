@@ -189,22 +189,6 @@ def test_verify_of_a_damaged_hub_says_what_and_leaves_with_1(hub):
     assert json.loads(call("hub", "verify", "--json").stdout)["ok"] is False
 
 
-def test_sign_and_verify_name_what_is_unsigned(hub):
-    serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
-    ed25519 = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ed25519")
-    key = ed25519.Ed25519PrivateKey.from_private_bytes(bytes(32))
-    plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    Path("key.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, *plain))
-    digits = key.public_key().public_bytes_raw().hex()
-    assert "signed 1 adapters" in call("hub", "sign", "key.pem", "antonym").stderr
-    done = call("hub", "verify", "--signed-by", digits)
-    assert done.exit_code == 1
-    assert "[bold]" in done.stdout
-    assert "'antonym'" not in done.stdout
-    call("hub", "sign", "key.pem")
-    assert call("hub", "verify", "--signed-by", digits).exit_code == 0
-
-
 @pytest.mark.parametrize("words", [["list"], ["search", "x"], ["show", "x"], ["remove", "x"], ["verify"], ["gc"]])
 def test_looking_at_a_hub_never_makes_one(here, words):
     done = call("hub", *words)

@@ -2,7 +2,7 @@
 
 Puertolas Merenciano et al. 2026, arXiv 2602.15195: five statistics of the updates of the attention's q, k, v and o, twenty
 numbers in all. What we read of it, abstract and accounts, names the statistics and the regression; the averages over layers
-and the entropy of squares are our choices. docs/anomalies.md says how well it works.
+and the entropy of squares are our choices. docs/extensions/trust.md says how well it works.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loraweave.errors import AdapterUnsupported
-from loraweave.hub.adapter import Adapter
-from loraweave.lowrank import algebra
-from loraweave.types import Factors
+from loraweave import Adapter, AdapterUnsupported, Factors
+from loraweave.extend import algebra
 
 Array = NDArray[np.float64]
 

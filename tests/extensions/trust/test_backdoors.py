@@ -9,8 +9,8 @@ from tiny_models import dense_array as dense
 from tiny_models import random_factors
 
 from loraweave.errors import AdapterUnsupported
+from loraweave.extensions.trust import STATISTICS, BackdoorDetector, signature, spectral_statistics
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.health.backdoors import STATISTICS, BackdoorDetector, signature, spectral_statistics
 from loraweave.types import Factors
 
 
@@ -44,7 +44,7 @@ def test_a_statistic_is_that_of_the_dense_update(name, shape):
 
 def test_large_updates_are_read_in_blocks_with_the_same_kurtosis(monkeypatch):
     update = random_factors(1, 2, 63, 9)
-    monkeypatch.setattr("loraweave.hub.health.backdoors._BLOCK", 20)
+    monkeypatch.setattr("loraweave.extensions.trust.backdoors._BLOCK", 20)
     assert spectral_statistics(update)[4] == pytest.approx(statistic("kurtosis", dense(update)), rel=1e-9)
 
 

@@ -8,15 +8,13 @@ it, so a renamed adapter stays signed. Signatures are in the card, {public key: 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from loraweave.errors import HubError, PackageMissing
-from loraweave.hub.formats._files import entry
-from loraweave.hub.stores.kept_files import listed
-from loraweave.types import Record
+from loraweave import Hub, HubError, PackageMissing, Record
+from loraweave.extend import entry, listed
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -44,35 +42,21 @@ def statement(record: Record) -> bytes:
     return json.dumps(said, sort_keys=True).encode()
 
 
-def signed(record: Record, key: Ed25519PrivateKey) -> dict[str, Any]:
-    """Return the record's card with a signature by this key, beside those of other keys."""
-    others = entry(record.card, SIGNATURES, dict) or {}
-    return {**record.card, SIGNATURES: {**others, hex_of(key.public_key()): key.sign(statement(record)).hex()}}
+def sign(hub: Hub, key: Key, names: Iterable[str] | None = None) -> list[Record]:
+    """Sign adapters of a hub, all by default, with the Ed25519 private key in a PEM file, and return their new records.
+
+    Raises HubError for a file that is no such key, AdapterNotFound for an unknown name; then nothing is signed.
+    """
+    private = _read_private_key(key)
+    digits = hex_of(private.public_key())
+
+    def signatures(record: Record) -> dict[str, str]:
+        return {**(entry(record.card, SIGNATURES, dict) or {}), digits: private.sign(statement(record)).hex()}
+
+    return hub.annotate(SIGNATURES, signatures, names)
 
 
-def signature_problems(records: Iterable[Record], signers: Mapping[str, Ed25519PublicKey]) -> Iterator[str]:
-    """Yield a sentence for each adapter that none of these keys has signed as it is now."""
-    for record in records:
-        card_signatures = entry(record.card, SIGNATURES, dict) or {}
-        by = {digits: card_signatures[digits] for digits in signers if digits in card_signatures}
-        if not by:
-            yield f"adapter {record.name!r} is not signed by {' or '.join(signers)}"
-        elif not any(_is_valid(signers[digits], signature, record) for digits, signature in by.items()):
-            yield (
-                f"adapter {record.name!r} is not what {' or '.join(by)} signed: its weights, base model, license, "
-                "description, examples or files are others"
-            )
-
-
-def public_keys(given: Key | Iterable[Key]) -> dict[str, Ed25519PublicKey]:
-    """Return {hexadecimal digits: key}. Raises HubError for no key at all, and the errors of `read_public_key`."""
-    several = (given,) if isinstance(given, str | PathLike) else tuple(given)
-    if not several:
-        raise HubError("signed_by has no key; give at least one public key, or leave it out")
-    return {hex_of(key): key for key in map(read_public_key, several)}
-
-
-def read_private_key(path: Key) -> Ed25519PrivateKey:
+def _read_private_key(path: Key) -> Ed25519PrivateKey:
     """Return the key in a PEM file without a password. Raises HubError otherwise, PackageMissing without cryptography."""
     from_pem, private, _ = _cryptography()
     try:
@@ -108,7 +92,8 @@ def hex_of(key: Ed25519PublicKey) -> str:
     return key.public_bytes_raw().hex()
 
 
-def _is_valid(key: Ed25519PublicKey, signature: object, record: Record) -> bool:
+def is_valid(key: Ed25519PublicKey, signature: object, record: Record) -> bool:
+    """Return whether a signature in hexadecimal is the key's of the adapter as it is now."""
     from cryptography.exceptions import InvalidSignature
 
     try:
