@@ -31,7 +31,7 @@ from benchmarks._data import DATA, kept
 from benchmarks._run import RESAMPLES, Run, Table, console, interval, pairs
 from loraweave.composer.model.batches import IGNORED, batch, encode, token_scores
 from loraweave.extensions.explain import probe
-from loraweave.extensions.trust import STATISTICS, BackdoorDetector, spectral_statistics
+from loraweave.extensions.trust.backdoors import STATISTICS, BackdoorDetector, spectral_statistics
 
 TASKS = (
     (

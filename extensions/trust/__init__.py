@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 from loraweave.extend import lazy
 
 if TYPE_CHECKING:
-    from loraweave.extensions.trust.backdoors import STATISTICS, BackdoorDetector, signature, spectral_statistics
+    from loraweave.extensions.trust.backdoors import BackdoorDetector, signature, spectral_statistics
     from loraweave.extensions.trust.checks.signed_by import signed_by
     from loraweave.extensions.trust.signatures import sign
 else:
     __getattr__ = lazy(
         __name__,
         {
-            f"{__name__}.backdoors": "STATISTICS BackdoorDetector signature spectral_statistics",
+            f"{__name__}.backdoors": "BackdoorDetector signature spectral_statistics",
             f"{__name__}.checks.signed_by": "signed_by",
             f"{__name__}.signatures": "sign",
         },
     )
 
-__all__ = ["STATISTICS", "BackdoorDetector", "sign", "signature", "signed_by", "spectral_statistics"]
+__all__ = ["BackdoorDetector", "sign", "signature", "signed_by", "spectral_statistics"]

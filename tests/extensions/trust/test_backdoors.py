@@ -9,7 +9,7 @@ from tiny_models import dense_array as dense
 from tiny_models import random_factors
 
 from loraweave.errors import AdapterUnsupported
-from loraweave.extensions.trust import STATISTICS, BackdoorDetector, signature, spectral_statistics
+from loraweave.extensions.trust.backdoors import STATISTICS, BackdoorDetector, signature, spectral_statistics
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
