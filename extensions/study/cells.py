@@ -30,6 +30,11 @@ class Cell:
     seed: int
     key: str
 
+    @property
+    def named(self) -> dict[str, Any]:
+        """The names of the task and the method, the number of examples and the seed, as files of the study have them."""
+        return {"task": self.task.name, "method": self.method.name, "shots": self.shots, "seed": self.seed}
+
     def __str__(self) -> str:
         return f"{self.task.name}, {self.method.name}, {self.shots} examples, seed {self.seed}"
 
@@ -74,7 +79,7 @@ def _key(study: Study, hub: Hub, task: StudyTask, method: Method, shots: int, se
         "base": [study.base, study.dtype],
         "method": method.identity(),
         "limits": [study.k, study.budget, study.seconds],
-        "asked": [task.asked, study.max_new_tokens],
+        "asked": [task.task_fields, study.max_new_tokens],
         "test": task.test,
         "adapters": sorted(method.adapters(hub, task.oracle).items()),
         "examples": drawn.examples if method.reads_examples else None,
@@ -106,20 +111,19 @@ class Store:
         return Answers(texts, losses, tokens, said["seconds"], said["cpu_seconds"], said["chosen"], said["weights"])
 
     def keep(self, cell: Cell, found: Answers) -> None:
-        named = {"task": cell.task.name, "method": cell.method.name, "shots": cell.shots, "seed": cell.seed}
-        write_whole(self._path(cell), json.dumps({**named, **asdict(found)}, ensure_ascii=False))
+        write_whole(self._path(cell), json.dumps({**cell.named, **asdict(found)}, ensure_ascii=False))
 
     def require_base(self, model: Any) -> None:
         """Raise BaseModelMismatch if the folder has answers of another base model, whatever both are called."""
-        path, own = self.folder.parent / "base.json", base_key(model).fingerprint
-        assert own is not None
+        path, fingerprint = self.folder.parent / "base.json", base_key(model).fingerprint
+        assert fingerprint is not None
         if path.is_file():
-            known = type(own).from_json(json.loads(path.read_text(encoding="utf-8")))
-            if why := known.differs(own):
+            known = type(fingerprint).from_json(json.loads(path.read_text(encoding="utf-8")))
+            if why := known.differs(fingerprint):
                 raise BaseModelMismatch(
                     f"{self.folder.parent} has answers of another base model ({why}): name another 'out'"
                 )
-        write_whole(path, json.dumps(own.to_json()))
+        write_whole(path, json.dumps(fingerprint.to_json()))
 
     def _path(self, cell: Cell) -> Path:
         return self.folder / f"{cell.key}.json"

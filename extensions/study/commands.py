@@ -38,7 +38,7 @@ def study(
     results = run(file, out=out, metrics=functions, n_jobs=workers, progress=sys.stderr.isatty())
     if as_json:
         print_json(
-            {"out": results.folder, "failures": results.failures, "figures": [vars(each) for each in results.figures]}
+            {"out": results.folder, "failures": results.failures, "figures": [vars(figure) for figure in results.figures]}
         )
     else:
         for title, columns, rows in results.tables():
@@ -53,11 +53,11 @@ def study(
 
 def _read_functions(given: Sequence[str]) -> dict[str, Callable[..., Any]]:
     """Return functions by name. A file cannot name one, since importing a module runs it: only the command can."""
-    found: dict[str, Callable[..., Any]] = {}
+    functions: dict[str, Callable[..., Any]] = {}
     for text in given:
         module, _, name = text.partition(":")
         try:
-            found[name] = getattr(importlib.import_module(module), name)
+            functions[name] = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
             raise typer.BadParameter(f"--metric {text!r} cannot be imported ({error}); give MODULE:FUNCTION") from None
-    return found
+    return functions

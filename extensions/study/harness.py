@@ -75,7 +75,12 @@ def evaluate_harness(
         raise UnknownName(
             f"lm_eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists them, and include_path adds a folder"
         )
-    given = {"num_fewshot": num_fewshot, "limit": limit, "task_manager": manager, "tasks": manager.match_tasks(list(tasks))}
+    arguments = {
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "task_manager": manager,
+        "tasks": manager.match_tasks(list(tasks)),
+    }
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     mixing: AbstractContextManager[Any] = nullcontext()
     if isinstance(what, Composition):
@@ -84,9 +89,9 @@ def evaluate_harness(
         mixing = Composer(model, mixed[1], tokenizer=tokenizer).activate(mixed[0])
     with caller_randomness(), untouched(model), mixing:
         # it asks for nothing but what a plain model has
-        asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=rows)
-        found: dict[str, Any] = simple_evaluate(model=asked, **given, **seeds, **settings)
-    return found
+        language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=rows)
+        scores: dict[str, Any] = simple_evaluate(model=language_model, **arguments, **seeds, **settings)
+    return scores
 
 
 def _mixture_and_pool(what: Any, hub_or_pool: Any) -> tuple[Any, Any] | None:

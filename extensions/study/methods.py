@@ -47,20 +47,11 @@ from loraweave.extend import (
 )
 
 OWN = ("lora", "oracle", "ensemble")
-KEYS = (
-    "name",
-    "method",
-    "formula",
-    "adapters",
-    "k",
-    "budget",
-    "seconds",
-    "weights",
-    "fit",
-    "members",
-    "shown",
-    "calibrated",
-)
+# what of compose()'s a method may have of its own
+LIMITS = ("k", "budget", "seconds", "weights")
+# what is `said` of a method beside its options
+SAID = ("adapters", *LIMITS, "fit", "shown", "calibrated")
+KEYS = ("name", "method", "formula", "members", *SAID)
 # of a LoRA on the examples alone: about the processor time of a search of 40 evaluations
 LORA = {"steps": 20, "lr": 1e-3, "warmup": 3}
 # of a router on the pool's own rows, and what of its options is for its training
@@ -69,23 +60,12 @@ TRAINING = {"steps": Count, "lr": Positive}
 # what merge() gives a method that asks for it, or takes itself
 SUPPLIED = ("seeds", "statistics", "survey", "rank")
 # what compose() and the trainings get from the study itself
-RESERVED = (
-    "model",
-    "tokenizer",
-    "hub_or_pool",
-    "task",
-    "tasks",
-    "seed",
-    "progress",
-    "checkpoint",
-    "inputs",
-    "allow_licenses",
-)
+FIXED = ("model", "tokenizer", "hub_or_pool", "task", "tasks", "seed", "progress", "checkpoint", "inputs", "allow_licenses")
 
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """A method with its options. `said` has the keys of `KEYS` that were given, `options` the method's own."""
+    """A method with its options. `said` has the keys of `SAID` that were given, `options` the method's own."""
 
     name: str
     method: str
@@ -112,14 +92,12 @@ class Method:
         text = said.get("method", said.get("formula"))
         if not isinstance(text, str):
             raise InvalidTask(f"a method of a study is called {text!r:.60}, which is no text")
-        own = {
-            key: value for key, value in said.items() if key in KEYS and key not in ("name", "method", "formula", "members")
-        }
+        kept = {key: value for key, value in said.items() if key in SAID}
         options = {key: value for key, value in said.items() if key not in KEYS}
-        members = tuple(cls.read(each) for each in said.get("members", ()))
+        members = tuple(cls.read(member) for member in said.get("members", ()))
         name = str(said.get("name", text))
         if "formula" not in said and text in known_methods():
-            return cls(name, text, own, options, members=members)._checked()
+            return cls(name, text, kept, options, members=members)._checked()
         try:
             formula = parse(text)
         except FormulaError as error:
@@ -127,7 +105,7 @@ class Method:
             if "formula" in said or set(text) & set("()*+"):
                 raise
             raise _unknown(text) from error
-        return cls(name, text, own, options, formula)._checked()
+        return cls(name, text, kept, options, formula)._checked()
 
     @property
     def reads_hub(self) -> bool:
@@ -170,10 +148,10 @@ class Method:
         if self.formula is not None:
             return {"formula": self.formula.identity(hub)}
         needed = [*self.said.get("adapters", ()), *([oracle] if self.method == "oracle" and oracle else [])]
-        found = {name: hub.record(name).hash for name in needed}
+        hashes = {name: hub.record(name).hash for name in needed}
         for member in self.members:
-            found |= member.adapters(hub, oracle)
-        return found
+            hashes |= member.adapters(hub, oracle)
+        return hashes
 
     def identity(self) -> dict[str, Any]:
         """Return what tells it from other methods, its name left out."""
@@ -205,7 +183,7 @@ class Method:
 
     def arguments(self, limits: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
         """Return those of compose(). Without `folds` nothing is held out: a row of a table is the method and no stand-in."""
-        kept = {key: self.said[key] for key in ("k", "budget", "seconds", "weights") if key in self.said}
+        kept = {key: self.said[key] for key in LIMITS if key in self.said}
         shared = {key: value for key, value in limits.items() if key != "seconds" or not _routes(self.method)}
         return {"method": self.method, "folds": 0, **shared, **kept, **self.options, "seed": seed}
 
@@ -218,7 +196,7 @@ class Method:
             raise InvalidTask(f"{whose} has k: {self.said['k']!r:.40}; it takes a whole number of at least 1")
         if "adapters" in self.said and not is_list(self.said["adapters"], str):
             raise InvalidTask(f"{whose} has adapters: {self.said['adapters']!r:.60}; list their names")
-        if taken := [key for key in RESERVED if key in self.options]:
+        if taken := [key for key in FIXED if key in self.options]:
             raise InvalidTask(f"{whose} has {taken[0]!r}, which the study gives to all methods alike: leave it out here")
         if bool(self.members) != (self.method == "ensemble" and not {"adapters", "k"} & set(self.said)):
             raise InvalidTask(f"{whose}: an ensemble, and nothing else, takes 'members', or else 'adapters' or 'k'")
@@ -253,8 +231,8 @@ def _takes(method: str, parameter: str) -> bool:
 
 def _routes(method: str) -> bool:
     """Return True if a router weighs, which has no search to bound."""
-    found = get("routers", method) if method in names("routers") else None
-    return isinstance(found, type) and issubclass(found, TokenRouter)
+    router_type = get("routers", method) if method in names("routers") else None
+    return isinstance(router_type, type) and issubclass(router_type, TokenRouter)
 
 
 def _unknown(text: str) -> UnknownName:
@@ -367,26 +345,26 @@ def _merged(method: Method, case: Case) -> Adapter:
 
 def _weights(method: Method, experts: Sequence[str]) -> list[float] | None:
     """Return a weight for each adapter, of one number for all, a list or a mapping; None for equal shares."""
-    match given := method.said.get("weights"):
+    match weights := method.said.get("weights"):
         case None:
             return None
         case Mapping():
             kinds = dict.fromkeys(experts, Any)
-            check_options(f"weights of method {method.name!r}: they", given, kinds, noun="adapter")
-            return [float(given.get(name, 0.0)) for name in experts]
-        case _ if is_number(given):
-            return [float(given)] * len(experts)
-        case _ if is_list(given) and len(given) == len(experts):
-            return list(given)
+            check_options(f"weights of method {method.name!r}: they", weights, kinds, noun="adapter")
+            return [float(weights.get(name, 0.0)) for name in experts]
+        case _ if is_number(weights):
+            return [float(weights)] * len(experts)
+        case _ if is_list(weights) and len(weights) == len(experts):
+            return list(weights)
     raise WeightingError(
-        f"weights of method {method.name!r} are {given!r:.60}, for {len(experts)} adapters: {', '.join(experts)}"
+        f"weights of method {method.name!r} are {weights!r:.60}, for {len(experts)} adapters: {', '.join(experts)}"
     )
 
 
 def _trained(method: Method, case: Case) -> Adapter:
     task = {case.name: case.task}
-    given = {**LORA, "batch_size": min(8, len(case.task.examples)), **method.options}
-    return train_adapters(case.model, case.tokenizer, task, **given, seed=case.seed, progress=False)[case.name]
+    settings = {**LORA, "batch_size": min(8, len(case.task.examples)), **method.options}
+    return train_adapters(case.model, case.tokenizer, task, **settings, seed=case.seed, progress=False)[case.name]
 
 
 def _ensemble(method: Method, case: Case) -> Composition:

@@ -141,7 +141,7 @@ def _sacrebleu(
     """Return the counts of each item whose sums make sacrebleu's corpus score."""
     most = max(map(len, targets))
     # an item with fewer accepted targets than another has its last one again, which changes no count
-    listed = [[clean(own[min(place, len(own) - 1)]) for own in targets] for place in range(most)]
+    listed = [[clean(accepted[min(place, len(accepted) - 1)]) for accepted in targets] for place in range(most)]
     counts_NK = scorer._extract_corpus_statistics([clean(answer) for answer in answers], listed)
     return np.array(counts_NK, dtype=np.float64)
 

@@ -76,8 +76,10 @@ def draw(results: StudyResults, folder: Path) -> str:
     One number of examples is drawn as a point and a line for each method, several as a curve over them.
     """
     metric = results.study.used_metrics[0]
-    own = [figure for figure in results.figures if figure.metric == metric.name]
-    tasks = list(dict.fromkeys([*(each.task for each in own if each.task == ALL), *(each.task for each in own)]))
+    figures = [figure for figure in results.figures if figure.metric == metric.name]
+    tasks = list(
+        dict.fromkeys([*(figure.task for figure in figures if figure.task == ALL), *(figure.task for figure in figures)])
+    )
     if len(tasks) == 2:
         tasks = tasks[1:]
     methods = [method.name for method in results.study.methods]
@@ -88,7 +90,9 @@ def draw(results: StudyResults, folder: Path) -> str:
     plot = blank_figure("the plots of a study", figsize=(3.4 * across + 1.6, tall * down), layout="constrained")
     panels = plot.subplots(down, across, squeeze=False, sharex=not curves, sharey=True).flatten()
     for panel, task in zip(panels, tasks, strict=False):
-        _draw_panel(panel, [each for each in own if each.task == task], methods, results.study.shots, metric.percent)
+        _draw_panel(
+            panel, [figure for figure in figures if figure.task == task], methods, results.study.shots, metric.percent
+        )
         panel.set_title(task, fontsize=9, loc="left")
     for panel in panels[len(tasks) :]:
         panel.set_axis_off()
@@ -111,20 +115,20 @@ def _draw_panel(panel: Any, figures: Sequence[Figure], methods: Sequence[str], s
     # also above an empty place
     panel.tick_params(labelsize=8, labelbottom=True)
     for place, method in enumerate(methods):
-        own = [each for each in figures if each.method == method]
-        values = [scale * each.value for each in own]
+        shown = [figure for figure in figures if figure.method == method]
+        values = [scale * figure.value for figure in shown]
         reach = [
-            [scale * (each.value - each.low) for each in own],
-            [scale * (each.high - each.value) for each in own],
+            [scale * (figure.value - figure.low) for figure in shown],
+            [scale * (figure.high - figure.value) for figure in shown],
         ]
         # a percentile of few items can lie on the other side of the value
         reach = [[max(0.0, number) for number in side] for side in reach]
         if len(shots) > 1:
             panel.errorbar(
-                [each.shots for each in own], values, yerr=reach, label=method, marker="o", markersize=3, linewidth=1
+                [figure.shots for figure in shown], values, yerr=reach, label=method, marker="o", markersize=3, linewidth=1
             )
         else:
-            panel.errorbar(values, [place] * len(own), xerr=reach, fmt="o", markersize=4, color=f"C{place % 10}")
+            panel.errorbar(values, [place] * len(shown), xerr=reach, fmt="o", markersize=4, color=f"C{place % 10}")
     if len(shots) > 1:
         panel.set_xticks(list(shots))
     else:
@@ -185,12 +189,12 @@ def page(results: StudyResults, plot: str) -> str:
 def _shown_answers(results: StudyResults) -> list[str]:
     """Return the answers of each task and method, for the first number of examples and seed."""
     seen, parts = set(), []
-    for cell, found in results.answers.items():
+    for cell, answers in results.answers.items():
         if (cell.task.name, cell.method.name) in seen:
             continue
         seen.add((cell.task.name, cell.method.name))
         rows = []
-        for (text, accepted), answer in list(zip(cell.task.test, found.answers, strict=True))[:NUM_SHOWN]:
+        for (text, accepted), answer in list(zip(cell.task.test, answers.answers, strict=True))[:NUM_SHOWN]:
             wrong = "" if answer.strip() in [target.strip() for target in accepted] else ' class="wrong"'
             cells = escape(str(text)), escape(answer), escape(" / ".join(accepted))
             rows.append(f"<tr><td>{cells[0]}</td><td{wrong}>{cells[1]}</td><td>{cells[2]}</td></tr>")
@@ -227,13 +231,9 @@ def _csv(rows: Sequence[Sequence[object]]) -> str:
 
 
 def _answers(results: StudyResults) -> str:
-    lines = []
-    for cell, found in results.answers.items():
-        named = {"task": cell.task.name, "method": cell.method.name, "shots": cell.shots, "seed": cell.seed}
-        for (text, accepted), answer, loss in zip(cell.task.test, found.answers, found.losses, strict=True):
-            lines.append(
-                json.dumps(
-                    {**named, "input": str(text), "targets": accepted, "answer": answer, "loss": loss}, ensure_ascii=False
-                )
-            )
-    return "\n".join([*lines, ""])
+    rows = [
+        {**cell.named, "input": str(text), "targets": accepted, "answer": answer, "loss": loss}
+        for cell, answers in results.answers.items()
+        for (text, accepted), answer, loss in zip(cell.task.test, answers.answers, answers.losses, strict=True)
+    ]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

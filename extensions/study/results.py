@@ -113,37 +113,38 @@ class StudyResults:
 
     def cells(self, metric: str, shots: int) -> tuple[list[str], list[list[str]]]:
         """Return (columns, rows of texts) of that table."""
-        found = {(each.task, each.method): each for each in self.figures if (each.metric, each.shots) == (metric, shots)}
-        shown = next(each for each in self.study.used_metrics if each.name == metric)
-        tasks = [name for name in [ALL, *(task.name for task in self.study.tasks)] if any(task == name for task, _ in found)]
+        figures = {(row.task, row.method): row for row in self.figures if (row.metric, row.shots) == (metric, shots)}
+        shown = next(used for used in self.study.used_metrics if used.name == metric)
+        tasks = [
+            name for name in [ALL, *(task.name for task in self.study.tasks)] if any(task == name for task, _ in figures)
+        ]
         if len(tasks) == 2:
             # the mean over one task is that task
             tasks = tasks[1:]
         columns = ["method", *tasks, f"less {self.study.reference}", "seconds"]
         rows = []
         for method in self.study.methods:
-            first = found.get((tasks[0], method.name)) if tasks else None
-            cells = [interval(found.get((task, method.name)), shown) for task in tasks]
+            first = figures.get((tasks[0], method.name)) if tasks else None
+            cells = [interval(figures.get((task, method.name)), shown) for task in tasks]
             rows.append([method.name, *cells, difference(first, shown), "-" if first is None else f"{first.seconds:.1f}"])
         return columns, rows
 
 
 def interval(figure: Figure | None, metric: Metric) -> str:
     """Return "value [low, high]", or "-" without a figure."""
-    if figure is None:
-        return "-"
-    scale, digits = (100, 1) if metric.percent else (1, 3)
-    value, low, high = (f"{scale * number:.{digits}f}" for number in (figure.value, figure.low, figure.high))
-    return f"{value} [{low}, {high}]"
+    return "-" if figure is None else _with_bounds((figure.value, figure.low, figure.high), metric)
 
 
 def difference(figure: Figure | None, metric: Metric) -> str:
-    """Return the same for the difference from the reference."""
+    """Return the same for the difference from the reference, with signs."""
     if figure is None or np.isnan(figure.difference):
         return "-"
+    return _with_bounds((figure.difference, figure.difference_low, figure.difference_high), metric, sign="+")
+
+
+def _with_bounds(numbers: Sequence[float], metric: Metric, sign: str = "") -> str:
     scale, digits = (100, 1) if metric.percent else (1, 3)
-    numbers = figure.difference, figure.difference_low, figure.difference_high
-    value, low, high = (f"{scale * number:+.{digits}f}" for number in numbers)
+    value, low, high = (f"{scale * number:{sign}.{digits}f}" for number in numbers)
     return f"{value} [{low}, {high}]"
 
 
@@ -154,41 +155,40 @@ def results_of(study: Study, cells: Sequence[Cell], store: Store, failures: Mapp
     failed = {str(cell): failures[cell.key] for cell in cells if cell.key in failures}
     figures = []
     for shots in study.shots:
-        own = {cell: found for cell, found in answers.items() if cell.shots == shots}
+        of_shots = {cell: cell_answers for cell, cell_answers in answers.items() if cell.shots == shots}
         for metric in study.used_metrics:
-            figures += _figures(study, shots, metric, own)
+            figures += _figures(study, shots, metric, of_shots)
     return StudyResults(study, tuple(figures), answers, failed, folder)
 
 
 def _figures(study: Study, shots: int, metric: Metric, answers: Mapping[Cell, Answers]) -> list[Figure]:
-    tasks = [task for task in study.tasks if metric.name in [each.name for each in task.metrics]]
-    draws: dict[tuple[str, str], Draws] = {}
-    seeds: dict[tuple[str, str], list[int]] = {}
-    for task in tasks:
-        for method in study.methods:
-            own = {cell.seed: found for cell, found in answers.items() if (cell.task, cell.method) == (task, method)}
-            if own:
-                seeds[task.name, method.name] = list(own)
-                draws[task.name, method.name] = _draws(task, metric, own, study.seeds)
-    found = []
+    tasks = [task for task in study.tasks if metric.name in [used.name for used in task.metrics]]
+    sizes = {task.name: len(task.test) for task in tasks}
+    by_seed: dict[tuple[str, str], dict[int, Answers]] = {}
+    for cell, cell_answers in answers.items():
+        by_seed.setdefault((cell.task.name, cell.method.name), {})[cell.seed] = cell_answers
+    draws = {
+        (task.name, method.name): _draws(task, metric, by_seed[task.name, method.name], study.seeds)
+        for task in tasks
+        for method in study.methods
+        if (task.name, method.name) in by_seed
+    }
+    figures = []
     for method in study.methods:
-        having = [task.name for task in tasks if (task.name, method.name) in draws]
+        having = [name for name in sizes if (name, method.name) in draws]
         for name in having:
-            spent = [each for cell, each in answers.items() if (cell.task.name, cell.method.name) == (name, method.name)]
-            size = len(next(task for task in tasks if task.name == name).test)
+            spent = by_seed[name, method.name]
             both = [draws[name, method.name], draws.get((name, study.reference))]
-            found.append(_figure(study, shots, metric, name, method.name, both, len(seeds[name, method.name]), size, spent))
+            figures.append(_figure(study, shots, metric, name, method.name, both, len(spent), sizes[name], spent.values()))
         # means over different tasks cannot be compared
         if having and len(having) == len(tasks):
-            spent = [each for cell, each in answers.items() if cell.method == method]
+            of_method = [cell_answers for cell, cell_answers in answers.items() if cell.method == method]
             over_tasks = Draws.mean([draws[name, method.name] for name in having])
-            reference = [draws.get((name, study.reference)) for name in having]
-            known = [each for each in reference if each is not None]
-            other = Draws.mean(known) if len(known) == len(having) else None
-            num_seeds = min(len(seeds[name, method.name]) for name in having)
-            size = sum(len(task.test) for task in tasks)
-            found.append(_figure(study, shots, metric, ALL, method.name, [over_tasks, other], num_seeds, size, spent))
-    return found
+            known = [draws[name, study.reference] for name in having if (name, study.reference) in draws]
+            both = [over_tasks, Draws.mean(known) if len(known) == len(having) else None]
+            num_seeds = min(len(by_seed[name, method.name]) for name in having)
+            figures.append(_figure(study, shots, metric, ALL, method.name, both, num_seeds, sum(sizes.values()), of_method))
+    return figures
 
 
 def _figure(
@@ -202,15 +202,15 @@ def _figure(
     num_items: int,
     spent: Iterable[Answers],
 ) -> Figure:
-    own, reference = draws
-    assert own is not None
-    nothing = np.full(len(own.values_R), np.nan)
-    less_R = nothing if reference is None or method == study.reference else own.values_R - reference.values_R
+    drawn, reference = draws
+    assert drawn is not None
+    nothing = np.full(len(drawn.values_R), np.nan)
+    less_R = nothing if reference is None or method == study.reference else drawn.values_R - reference.values_R
     less = Draws(less_R, None, False)
-    times = [(each.seconds, each.cpu_seconds) for each in spent]
+    times = [(answers.seconds, answers.cpu_seconds) for answers in spent]
     seconds, cpu_seconds = (float(np.mean(part)) for part in zip(*times, strict=True))
     return Figure(
-        shots, metric.name, task, method, *own.summed(), *less.summed(), num_seeds, num_items, seconds, cpu_seconds
+        shots, metric.name, task, method, *drawn.summed(), *less.summed(), num_seeds, num_items, seconds, cpu_seconds
     )
 
 
@@ -220,9 +220,9 @@ def _draws(task: StudyTask, metric: Metric, answers: Mapping[int, Answers], seed
     # cells that share a key share their answers
     parts: dict[Answers, np.ndarray] = {}
     is_share = metric.is_mean
-    for found in dict.fromkeys(answers.values()):
-        counts_NK = metric.parts(found.answers, targets, found.losses, found.tokens)
-        parts[found] = _values(task, metric, counts_NK)
+    for cell_answers in dict.fromkeys(answers.values()):
+        counts_NK = metric.parts(cell_answers.answers, targets, cell_answers.losses, cell_answers.tokens)
+        parts[cell_answers] = _values(task, metric, counts_NK)
         is_share = is_share and bool(np.isin(counts_NK, (0, 1)).all())
     values_SR = np.array([parts[answers[seed]] for seed in seeds if seed in answers])
     generator = np.random.default_rng(zlib.crc32(f"seeds of {task.name}".encode()))
@@ -245,5 +245,5 @@ def _values(task: StudyTask, metric: Metric, counts_NK: np.ndarray) -> np.ndarra
 
 def figure_rows(results: StudyResults) -> tuple[list[str], list[list[object]]]:
     """Return (columns, rows) of all figures."""
-    columns = [each.name for each in fields(Figure)]
+    columns = [column.name for column in fields(Figure)]
     return columns, [[getattr(figure, name) for name in columns] for figure in results.figures]

@@ -85,11 +85,11 @@ def _run(
     work = partial(_answer, load, settings, hub, token_hex(8))
     failures: dict[str, str] = {}
     with progress_bar(progress) as bar:
-        for name, found in spread(work, pieces, n_jobs=n_jobs, label="answering", bar=bar):
-            if isinstance(found, Failed):
-                failures[pieces[name].key] = f"{type(found.error).__name__}: {found.error}"
+        for name, outcome in spread(work, pieces, n_jobs=n_jobs, label="answering", bar=bar):
+            if isinstance(outcome, Failed):
+                failures[pieces[name].key] = f"{type(outcome.error).__name__}: {outcome.error}"
             else:
-                store.keep(pieces[name], found)
+                store.keep(pieces[name], outcome)
     _fitted.cache_clear()
     return failures
 
@@ -173,10 +173,10 @@ def _opened(read: Study, given: Hub | Iterable[Adapter] | None, progress: bool) 
 
 def _folders(read: Study) -> list[Path]:
     """Return the adapter folders in the pool's folders, or these themselves. Raises AdapterNotFound for one without any."""
-    found: list[Path] = []
+    folders: list[Path] = []
     for folder in read.pool:
         inside = [folder] if (folder / CONFIG).is_file() else sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
         if not inside:
             raise AdapterNotFound(f"no adapter folder in {folder}, which the study names as its pool")
-        found += inside
-    return found
+        folders += inside
+    return folders

@@ -16,9 +16,9 @@ from loraweave.extensions.study.metrics import Metric, metric_of
 
 NUM_TEST = 100
 DTYPES = ("float32", "bfloat16", "float16")
-# fields of a Task that a task may have
-ASKED = ("instruction", "labels", "template", "stop", "chat", "system")
-TASK_KEYS = ("name", "file", "test", "dataset", "columns", "oracle", "metrics", *ASKED)
+# what of a Task's fields a task of the file may have
+TASK_FIELDS = ("instruction", "labels", "template", "stop", "chat", "system")
+TASK_KEYS = ("name", "file", "test", "dataset", "columns", "oracle", "metrics", *TASK_FIELDS)
 DATASET_KEYS = ("path", "name", "train", "test")
 
 
@@ -29,8 +29,7 @@ class StudyTask:
     name: str
     train: tuple[tuple[Prompt, str], ...]
     test: tuple[tuple[Prompt, tuple[str, ...]], ...]
-    # fields of a Task
-    asked: Mapping[str, Any]
+    task_fields: Mapping[str, Any]
     oracle: str | None
     metrics: tuple[Metric, ...]
 
@@ -39,7 +38,7 @@ class StudyTask:
         if shots > len(self.train):
             raise InvalidTask(f"task {self.name!r} has {len(self.train)} rows to draw {shots} examples from; ask for fewer")
         order = np.random.default_rng(seed).permutation(len(self.train))[:shots]
-        return Task([self.train[place] for place in order], **self.asked)
+        return Task([self.train[place] for place in order], **self.task_fields)
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Study:
                 said, whose = read_yaml(place, InvalidTask), str(place)
             case _:
                 raise InvalidTask(f"a study is the path of a YAML file, or a mapping, and not {given!r:.80}")
-        _require_known(whose, said, [each.name for each in fields(cls)])
+        _require_known(whose, said, [key.name for key in fields(cls)])
         return _Reader(whose, place.parent, said, metrics).study(place.stem or "study")
 
 
@@ -100,48 +99,45 @@ class _Reader:
 
     def study(self, stem: str) -> Study:
         said = self.said
-        found: dict[str, Any] = {key: self._text(key) for key in ("base", "device", "hub")}
+        settings: dict[str, Any] = {key: self._text(key) for key in ("base", "device", "hub")}
         # a base model may be an id of the model hub, and a hub a URL
-        if found["base"] and (self.folder / found["base"]).is_dir():
-            found["base"] = str(self.folder / found["base"])
-        if found["hub"] and "://" not in found["hub"]:
-            found["hub"] = str(self.folder / found["hub"])
-        found["dtype"] = self._one_of("dtype", DTYPES)
-        found["pool"] = tuple(self.folder / path for path in self._texts("pool"))
-        found["pool_data"] = self.folder / said["pool_data"] if self._text("pool_data") else None
-        if found["hub"] and found["pool"]:
+        if settings["base"] and (self.folder / settings["base"]).is_dir():
+            settings["base"] = str(self.folder / settings["base"])
+        if settings["hub"] and "://" not in settings["hub"]:
+            settings["hub"] = str(self.folder / settings["hub"])
+        settings["dtype"] = self._one_of("dtype", DTYPES)
+        settings["pool"] = tuple(self.folder / path for path in self._texts("pool"))
+        settings["pool_data"] = self.folder / said["pool_data"] if self._text("pool_data") else None
+        if settings["hub"] and settings["pool"]:
             raise self._wrong("has a hub and a pool; leave one out")
         for key, default, least in (("shots", 5, 1), ("seeds", 0, 0)):
-            found[key] = tuple(dict.fromkeys(self._wholes(key, default, least)))
+            settings[key] = tuple(dict.fromkeys(self._wholes(key, default, least)))
         for key, number in (("num_test", NUM_TEST), ("k", 20), ("max_new_tokens", None)):
-            (found[key],) = self._wholes(key, number, 1)
+            (settings[key],) = self._wholes(key, number, 1)
         # compose() checks both
-        found["budget"], found["seconds"] = said.get("budget", 40), said.get("seconds")
-        found["stop"] = tuple(self._texts("stop")) if "stop" in said else None
-        found["normalise"] = tuple(self._texts("normalise")) if "normalise" in said else None
-        found["allow_licenses"] = said.get("allow_licenses", False)
-        if not isinstance(found["allow_licenses"], bool):
-            raise self._wrong(f"has allow_licenses {found['allow_licenses']!r:.40}; it is true or false")
-        found["metrics"] = self._metrics(said.get("metrics", "exact_match"), found["normalise"])
-        found["methods"] = self._methods(found)
-        found["reference"] = self._reference([method.name for method in found["methods"]])
-        found["tasks"] = self._tasks(found)
-        found["out"] = self.folder / (self._text("out") or f"{stem}-results")
-        return Study(**found)
+        settings["budget"], settings["seconds"] = said.get("budget", 40), said.get("seconds")
+        settings["stop"] = tuple(self._texts("stop")) if "stop" in said else None
+        settings["normalise"] = tuple(self._texts("normalise")) if "normalise" in said else None
+        settings["allow_licenses"] = said.get("allow_licenses", False)
+        if not isinstance(settings["allow_licenses"], bool):
+            raise self._wrong(f"has allow_licenses {settings['allow_licenses']!r:.40}; it is true or false")
+        settings["metrics"] = self._metrics(said.get("metrics", "exact_match"), settings["normalise"])
+        settings["methods"] = self._methods()
+        settings["reference"] = self._reference([method.name for method in settings["methods"]])
+        settings["tasks"] = self._tasks(settings)
+        settings["out"] = self.folder / (self._text("out") or f"{stem}-results")
+        return Study(**settings)
 
-    def _tasks(self, found: Mapping[str, Any]) -> tuple[StudyTask, ...]:
-        match given := self.said.get("tasks"):
-            case str() | Mapping():
-                listed: Sequence[Any] = [given]
-            case _:
-                listed = given if is_list(given) else []
-        tasks = tuple(self._task({"file": each} if isinstance(each, str) else each, found) for each in listed)
+    def _tasks(self, settings: Mapping[str, Any]) -> tuple[StudyTask, ...]:
+        entry = self.said.get("tasks")
+        listed = [entry] if isinstance(entry, str | Mapping) else entry if is_list(entry) else []
+        tasks = tuple(self._task({"file": task} if isinstance(task, str) else task, settings) for task in listed)
         self._require_names("tasks", [task.name for task in tasks])
         return tasks
 
-    def _methods(self, found: Mapping[str, Any]) -> tuple[Method, ...]:
+    def _methods(self) -> tuple[Method, ...]:
         listed = self.said.get("methods")
-        methods = tuple(Method.read(each) for each in (listed if is_list(listed) else [listed] if listed else []))
+        methods = tuple(Method.read(entry) for entry in (listed if is_list(listed) else [listed] if listed else []))
         self._require_names("methods", [method.name for method in methods])
         return methods
 
@@ -152,43 +148,47 @@ class _Reader:
             raise self._wrong(f"has two {key} of the name {twice[0]!r}; give one of them a 'name' of its own")
 
     def _reference(self, names: Sequence[str]) -> str:
-        given = self._text("reference") or names[0]
-        _require_known(f"{self.whose}: reference {given!r} is none of its methods: it", [given], names, noun="method")
-        return given
+        reference = self._text("reference") or names[0]
+        _require_known(
+            f"{self.whose}: reference {reference!r} is none of its methods: it", [reference], names, noun="method"
+        )
+        return reference
 
-    def _task(self, said: Any, found: Mapping[str, Any]) -> StudyTask:
+    def _task(self, said: Any, settings: Mapping[str, Any]) -> StudyTask:
         if not isinstance(said, Mapping):
             raise self._wrong(f"has {said!r:.60} as a task, which is no path and no mapping")
         _require_known(f"{self.whose}: a task", said, TASK_KEYS)
         if ("file" in said) == ("dataset" in said):
             raise self._wrong(f"has a task with {', '.join(said) or 'nothing'}: it takes a 'file' or a 'dataset'")
         name = said.get("name") or (Path(str(said["file"])).stem if "file" in said else _dataset_name(said["dataset"]))
-        reader = _Rows(self.whose, str(name), self.folder, said, found["num_test"])
+        reader = _Rows(self.whose, str(name), self.folder, said, settings["num_test"])
         train, test = reader.rows()
         labels = said.get("labels")
         if labels is not None and not is_list(labels, str):
             raise self._wrong(
                 f"has labels {labels!r:.80} for task {name!r}; list texts, in quotes where YAML reads yes or 1"
             )
-        metrics = self._metrics(said["metrics"], found["normalise"]) if "metrics" in said else found["metrics"]
-        asked: dict[str, Any] = {key: said[key] for key in ("template", "chat", "system") if key in said}
+        metrics = self._metrics(said["metrics"], settings["normalise"]) if "metrics" in said else settings["metrics"]
+        task_fields: dict[str, Any] = {key: said[key] for key in ("template", "chat", "system") if key in said}
         # what messages have as the system's turn stands in them
-        asked["instruction"] = said.get("instruction") or shared_instruction(
+        task_fields["instruction"] = said.get("instruction") or shared_instruction(
             [row for row in (*train, *test) if row.chat is None]
         )
-        asked["labels"] = None if labels is None else tuple(labels)
+        task_fields["labels"] = None if labels is None else tuple(labels)
         stop = said.get("stop")
-        asked["stop"] = found["stop"] if "stop" not in said else (stop,) if isinstance(stop, str) else tuple(stop or ())
+        task_fields["stop"] = (
+            settings["stop"] if "stop" not in said else (stop,) if isinstance(stop, str) else tuple(stop or ())
+        )
         task = StudyTask(
             str(name),
             tuple((row.asked, row.targets[0]) for row in train),
             tuple((row.asked, row.targets) for row in test),
-            asked,
+            task_fields,
             said.get("oracle"),
             metrics,
         )
         # what a Task refuses is refused before anything runs
-        for shots in found["shots"]:
+        for shots in settings["shots"]:
             task.drawn(shots, 0)
         return task
 
@@ -196,8 +196,7 @@ class _Reader:
         names = [given] if isinstance(given, str) else given
         if not (is_list(names, str) and names):
             raise self._wrong(f"has {given!r:.60} as metrics; list names")
-        found = [metric_of(name, normalise, self.functions) for name in dict.fromkeys([*names, *self.functions])]
-        return tuple(found)
+        return tuple(metric_of(name, normalise, self.functions) for name in dict.fromkeys([*names, *self.functions]))
 
     def _text(self, key: str) -> str | None:
         value = self.said.get(key)
@@ -222,7 +221,7 @@ class _Reader:
         value = self.said.get(key, default)
         listed = list(value) if is_list(value) else [value]
         single = key not in ("shots", "seeds")
-        known = all(each == default or is_whole(each, least) for each in listed)
+        known = all(number == default or is_whole(number, least) for number in listed)
         if not listed or (single and len(listed) > 1) or not known:
             kind = "a whole number" if single else "whole numbers"
             raise self._wrong(f"has {value!r:.60} as {key!r}; it takes {kind} of at least {least}")
@@ -288,8 +287,8 @@ class _Rows:
         return read_rows(given, of=whose, targets="several", columns=columns, one_split=False)
 
     def _of_dataset(self) -> tuple[list[Row], list[Row]]:
-        given = self.said["dataset"]
-        said = {"path": given} if isinstance(given, str) else dict(given)
+        dataset = self.said["dataset"]
+        said = {"path": dataset} if isinstance(dataset, str) else dict(dataset)
         _require_known(f"{self.whose}: dataset of task {self.name!r}", said, DATASET_KEYS)
         try:
             from datasets import load_dataset
