@@ -73,7 +73,7 @@ _MODULES = {
     ),
     "routers.recipes._token_gates": "TokenGate",
     # models, batches and live mixtures
-    "composer.ensembles.ensemble": "EnsemblePrediction align_right last_positions without_cache",
+    "composer.ensembles.ensemble": "EnsemblePrediction align_right answers last_positions without_cache",
     "composer.ensembles.member_passes": "by_rows known_members member_passes rows_of rows_that_fit",
     "composer.fused.fused": "Fused",
     "composer.fused.overwritten": "LayerLoss WeightWriter",
@@ -100,12 +100,15 @@ _MODULES = {
     # compositions and formulas
     "composer.compose.collect_statistics": "layer_vectors record_inputs text_rows",
     "composer.compose.compose": "ComposeCall",
+    "composer.compose.loss": "ExampleLoss",
+    "composer.compose.user_loss": "make_objective",
     "composer.formula.nodes": "Named Stored Sum leaves",
+    "composer.programs.program": "Program",
     # training
     "common.descent": "Descent backward descend",
     "common.randomness": "caller_randomness seeded with_seed",
     "composer.train.adapters": "require_startable target_layers train_further training_rows",
-    "composer.train.jobs": "LoraJob LowRank TrainingJob given_factors new_factors",
+    "composer.train.jobs": "LoraJob LowRank TrainingJob given_factors new_factors tangent",
     "composer.train.passes": "LoraJobs SharedPass job_losses",
     "composer.train.rows": "Texts",
     "composer.train.settings": "LoraSettings read_endings read_tasks",
@@ -114,6 +117,7 @@ _MODULES = {
     "hub.base": "EMBEDDED base_config base_id fingerprint require_model stored_base",
     "hub.base_reference": "base_loader",
     "hub.embedders._embedder": "Embedder embedder_of",
+    "hub.health.backdoors": "BackdoorDetector signature",
     "hub.indexes._vectors": "Index",
     "hub.intake.adding": "Addition",
     "hub.intake.fields": "checked_fields",
@@ -134,6 +138,7 @@ _MODULES = {
     "serving.http": "EventStream loopback_only read_body read_request refused require_loopback unless_gone",
     "serving.limits": "Limits",
     "serving.refusals": "Refusal refusal_of",
+    "serving.run": "make_server",
     "serving.scheduler": "too_busy",
     # the command line
     "cli._application": "BaseOption DEFAULT_HUB DtypeOption HubOption JsonOption SeedOption",
