@@ -80,10 +80,13 @@ from loraweave.composer.compose.collect_statistics import layer_vectors as layer
 from loraweave.composer.compose.collect_statistics import record_inputs as record_inputs
 from loraweave.composer.compose.collect_statistics import text_rows as text_rows
 from loraweave.composer.compose.compose import ComposeCall as ComposeCall
+from loraweave.composer.compose.loss import ExampleLoss as ExampleLoss
 from loraweave.composer.compose.objectives._row_sums import RowSums as RowSums
 from loraweave.composer.compose.objectives.cross_entropy import CrossEntropy as CrossEntropy
+from loraweave.composer.compose.user_loss import make_objective as make_objective
 from loraweave.composer.ensembles.ensemble import EnsemblePrediction as EnsemblePrediction
 from loraweave.composer.ensembles.ensemble import align_right as align_right
+from loraweave.composer.ensembles.ensemble import answers as answers
 from loraweave.composer.ensembles.ensemble import last_positions as last_positions
 from loraweave.composer.ensembles.ensemble import without_cache as without_cache
 from loraweave.composer.ensembles.member_passes import by_rows as by_rows
@@ -205,6 +208,7 @@ from loraweave.composer.model.layers import target_layer as target_layer
 from loraweave.composer.model.scoring import encode_pairs as encode_pairs
 from loraweave.composer.model.scoring import in_chunks as in_chunks
 from loraweave.composer.model.scoring import predict as predict
+from loraweave.composer.programs.program import Program as Program
 from loraweave.composer.train.adapters import require_startable as require_startable
 from loraweave.composer.train.adapters import target_layers as target_layers
 from loraweave.composer.train.adapters import train_further as train_further
@@ -214,6 +218,7 @@ from loraweave.composer.train.jobs import LowRank as LowRank
 from loraweave.composer.train.jobs import TrainingJob as TrainingJob
 from loraweave.composer.train.jobs import given_factors as given_factors
 from loraweave.composer.train.jobs import new_factors as new_factors
+from loraweave.composer.train.jobs import tangent as tangent
 from loraweave.composer.train.passes import LoraJobs as LoraJobs
 from loraweave.composer.train.passes import SharedPass as SharedPass
 from loraweave.composer.train.passes import job_losses as job_losses
@@ -268,6 +273,8 @@ from loraweave.hub.formats._peft_config import stored_names as stored_names
 from loraweave.hub.formats._peft_config import stored_tensors as stored_tensors
 from loraweave.hub.formats._safetensors import read_tensors as read_tensors
 from loraweave.hub.formats._safetensors import require_finite as require_finite
+from loraweave.hub.health.backdoors import BackdoorDetector as BackdoorDetector
+from loraweave.hub.health.backdoors import signature as signature
 from loraweave.hub.indexes._vectors import Index as Index
 from loraweave.hub.intake.adding import Addition as Addition
 from loraweave.hub.intake.fields import checked_fields as checked_fields
@@ -370,5 +377,6 @@ from loraweave.serving.http import unless_gone as unless_gone
 from loraweave.serving.limits import Limits as Limits
 from loraweave.serving.refusals import Refusal as Refusal
 from loraweave.serving.refusals import refusal_of as refusal_of
+from loraweave.serving.run import make_server as make_server
 from loraweave.serving.scheduler import too_busy as too_busy
 from loraweave.types import DEFAULT_TEMPLATE as DEFAULT_TEMPLATE

@@ -79,7 +79,7 @@ def compose(
         str,
         typer.Option(
             help="How to weigh: auto, base, best_single, or one of `names('routers')`: a search (lorahub, gradient, ...), "
-            "or a router, which weighs every token by itself (arrow, spectr, ...)."
+            "or a router, which weighs every token by itself (arrow, phatgoose, ...)."
         ),
     ] = "auto",
     k: Annotated[int, typer.Option(min=1, help="How many adapters of the hub to choose from.")] = 20,

@@ -215,7 +215,7 @@ def uniform(rank: int, num_inputs: int, generator: torch.Generator) -> Tensor:
 
 
 def balance_term(coefficient: float, step: Step, top_k: int) -> Mapping[str, Tensor]:
-    """Return {"balance": coefficient * the mean over sites of the loss `mixtral`, or `switch` for top_k 1}; {} for 0."""
+    """Return {"balance": coefficient * the mean over sites of the loss `mixtral`}; {} for a coefficient of 0."""
     if not coefficient:
         return {}
     return {"balance": coefficient * by_layer(step, lambda scores_NE: mixtral(scores_NE, top_k)).mean()}

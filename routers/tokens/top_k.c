@@ -1,5 +1,5 @@
 /* w = softmax over the `top_k` highest scores of each token, 0 for the others; of equal ones the first. A score that is not a
-   number counts as the highest, as in torch.topk, and makes the token's weights none. `_top_k.py` compiles this file. */
+   number counts as the highest, as in torch.topk, and makes the token's weights none. `_scores.py` compiles this file. */
 
 #include <math.h>
 #include <stdint.h>

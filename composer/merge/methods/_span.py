@@ -84,8 +84,8 @@ def pair_shares(weights: Weights) -> list[float]:
     count = sum(weight != 0.0 for weight in weights)
     if count > 2:
         raise WeightingError(
-            f"the method interpolates between two experts and got {count}: merge two at a time, or use karcher, which takes "
-            "any number"
+            f"the method interpolates between two experts and got {count}: merge two at a time, or use a method that takes "
+            "any number, such as linear"
         )
     return shares(weights)
 
