@@ -40,7 +40,6 @@ REFERENCE = {
     "Composing for a task": ("composer.compose", "composer.formula", "composer.programs", "types.Task"),
     "Routers and experts": ("routers", "composer.experts.make", "types.Router"),
     "Training": ("composer.train", "composer.experts"),
-    "Serving": ("serving",),
     "Errors": ("errors",),
 }
 

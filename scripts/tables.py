@@ -2,7 +2,8 @@
 """Writes what there is by name, from the first line of each file: docs/registries.md, and the tables within other pages.
 
 Such a table stands after a line `<!-- entries of methods -->`; it has the core's entries, and on the page of an extension
-those of the extension. Nothing is imported. `scripts/pages.py` makes the site's tables of extensions with it.
+those of the extension. After `<!-- folders -->` it has the folders of all rooms, and after `<!-- extensions -->` all
+extensions. Nothing is imported. `scripts/pages.py` makes the site's tables of extensions with it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from loraweave import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docs" / "registries.md"
-WITHIN = re.compile(r"(<!-- entries of (\w+) -->\n).*?(<!-- end of entries -->)", re.DOTALL)
+WITHIN = re.compile(r"(<!-- (?:entries of )?(\w+) -->\n).*?(<!-- end of entries -->)", re.DOTALL)
+ROOMS = ("serving", "composer", "routers", "retrieval", "hub")
 HEAD = """# What can be asked for by name
 
 ```python
@@ -59,9 +61,27 @@ others saved: `is_router(folder)`, `is_mixture(folder)` (false for what is an ad
 
 def first_line(folder: str, name: str) -> str:
     """The first line of the entry's file, as a table cell."""
-    path = ROOT.joinpath(*registry.modules(folder)[name].split(".")[1:]).with_suffix(".py")
+    return said(ROOT.joinpath(*registry.modules(folder)[name].split(".")[1:]).with_suffix(".py"))
+
+
+def said(path: Path) -> str:
+    """Return the first paragraph of a file's docstring, as a table cell."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return text.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+
+
+def folders() -> list[str]:
+    """Return the lines of the table of the folders within rooms."""
+    packages = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*/__init__.py"))]
+    rows = [f"| `{path.parent.relative_to(ROOT)}/` | {said(path)} |" for path in packages]
+    return ["| folder | what it has |", "|---|---|", *rows]
+
+
+def extensions() -> list[str]:
+    """Return the lines of the table of extensions."""
+    places = registry.extensions().items()
+    rows = [f"| [{name}](extensions/{name}.md) | {said(folder / '__init__.py')} |" for name, folder in places]
+    return ["| extension | what it answers |", "|---|---|", *rows]
 
 
 def tables(packages: Callable[[str], bool], heading: str = "##") -> list[str]:
@@ -87,6 +107,8 @@ def filled(path: Path) -> str:
 
     def entries(match: re.Match[str]) -> str:
         before, folder, after = match.groups()
+        if "entries of" not in before:
+            return "\n".join([before, *{"folders": folders, "extensions": extensions}[folder](), "", after])
         extension = f"{registry.EXTENSIONS}.{path.stem}."
         of_page = of_core if path.parent.name != "extensions" else lambda module: module.startswith(extension)
         names = [name for name, module in sorted(registry.modules(folder).items()) if of_page(module)]

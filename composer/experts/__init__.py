@@ -1,1 +1,1 @@
-"""Trainable mixtures of LoRA experts, live on a base model."""
+"""Trainable mixtures of LoRA experts on a base model: sites, gates, the running call, saving and exchange."""

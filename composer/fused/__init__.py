@@ -1,1 +1,1 @@
-"""Mixtures written into the weights: the writing, the parameter that is written over, and quantised layers."""
+"""Mixtures written into the weights: the writing, the parameter that is written over, and the way back."""

@@ -1,1 +1,1 @@
-"""The stores of a hub's rows and blobs: SQLite and a folder on this machine, PostgreSQL and fsspec's stores elsewhere."""
+"""The stores of a hub's rows and blobs: connections, locks, migrations, packing, and the protocols of stores elsewhere."""

@@ -1,4 +1,4 @@
-"""The live mixture as its formula, `naive`, and the fast paths that must equal it, gradients included.
+"""The live mixture as its formula, `naive`, the fast paths that must equal it, gradients included, and the choice by cost.
 
     y_BTO = ((x_BTI a_SI^T) * w_BTS) b_OS^T        B rows, T tokens (N = B T), I inputs, O outputs
                                                    P experts, R rank rows of one, S rank rows of all, M mixtures
