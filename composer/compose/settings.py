@@ -356,7 +356,7 @@ def method_names() -> list[str]:
 
 
 def solver_class(method: str) -> type[Solver]:
-    """The class of that name; UnknownName, which names near misses, for one that compose() cannot use."""
+    """Return the class of a search by its name. Raises UnknownName, with near misses, for what compose() cannot use."""
     solver_type: type[Solver] | None = _class_of(method, Solver)  # type: ignore[type-abstract]
     if solver_type is not None:
         return solver_type

@@ -67,27 +67,27 @@ def regions(pipe: Any, given: Sequence[tuple[str, Box | Tensor]], *, negative_pr
         raise CompositionError("the pipeline has regions already: leave them first, and give all regions at once")
     with torch.no_grad():
         texts = [_text(pipe, prompt, negative_prompt) for prompt, _ in given]
-    found = [_Region(where, negative, positive) for where, (positive, negative) in zip(places, texts, strict=True)]
+    marked = [_Region(where, negative, positive) for where, (positive, negative) in zip(places, texts, strict=True)]
     size: list[int] = []
 
     def saw(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sample = args[0] if args else kwargs["sample"]
         size[:] = sample.shape[-2:]
 
-    own = [attention.processor for attention in attentions]
+    processors = [attention.processor for attention in attentions]
     handle = unet.register_forward_pre_hook(saw, with_kwargs=True)
     try:
         for attention in attentions:
-            attention.processor = _Regional(attention.processor, pipe, found, size)
+            attention.processor = _Regional(attention.processor, pipe, marked, size)
         yield
     finally:
         handle.remove()
-        for attention, processor in zip(attentions, own, strict=True):
+        for attention, processor in zip(attentions, processors, strict=True):
             attention.processor = processor
 
 
 def _text(pipe: Any, prompt: str, negative: str | None) -> tuple[Tensor, Tensor]:
-    """The embeddings of a prompt, and those that guidance leads away from."""
+    """Return the embeddings of a prompt, and those that guidance leads away from."""
     device = pipe._execution_device
     made = pipe.encode_prompt(
         prompt=prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=negative

@@ -35,7 +35,9 @@ def composite(names: Sequence[str], *, weight: float = 1.0) -> Composite:
 
 
 def k_lora(content: Adapter, style: Adapter, *, alpha: float = 1.5, beta: float = 0.5) -> Schedule:
-    """Return a schedule of one of two adapters alone in each layer and step: the content where
+    """Return a schedule of one of two adapters alone in each layer and step.
+
+    It is the content where
 
         topK |B_c A_c| / gamma > topK |B_s A_s| * (alpha step / steps + beta),    K = rank_c * rank_s,
 
@@ -57,7 +59,7 @@ def k_lora(content: Adapter, style: Adapter, *, alpha: float = 1.5, beta: float 
         tops[layer] = sums[0][0], sums[1][0]
         ratios.append(sums[0][1] / sums[1][1] if sums[1][1] else math.inf)
     gamma = sum(ratios) / len(ratios)
-    alone = {layer: each.name for each in (content, style) for layer in each.layers if layer not in tops}
+    alone = {layer: adapter.name for adapter in (content, style) for layer in adapter.layers if layer not in tops}
 
     def chosen(step: int, steps: int) -> MixtureWeights:
         scale = alpha * step / steps + beta

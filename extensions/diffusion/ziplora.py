@@ -72,8 +72,8 @@ def zip_lora(
     Raises WeightingError for adapters of one name or without a common linear layer in what denoises, and for settings out of
     range; CompositionError where `run` calls nothing that denoises; what Composer raises for adapters that do not fit.
     """
-    given = {"steps": steps, "learning_rate": learning_rate, "overlap": overlap}
-    check_options("zip_lora()", given, options_of(zip_lora, after=4))
+    settings = {"steps": steps, "learning_rate": learning_rate, "overlap": overlap}
+    check_options("zip_lora()", settings, options_of(zip_lora, after=4))
     names = (content.name, style.name)
     if names[0] == names[1]:
         raise WeightingError(f"zip_lora() takes two adapters, and both are named {names[0]!r}: rename one")
@@ -105,26 +105,26 @@ def zip_lora(
     card = {
         "recipe": {
             "method": "zip_lora",
-            "options": given,
-            "parents": [{"hash": each.hash, "name": each.name} for each in (content, style)],
+            "options": settings,
+            "parents": [{"hash": adapter.hash, "name": adapter.name} for adapter in (content, style)],
         },
         "zip_lora": {
             name: list(pair) for name, pair in zip((*names, "overlap"), zip(before, after, strict=True), strict=True)
         },
     }
     layers = {path: _merged(merger) for path, merger in mergers.items()}
-    layers |= {path: algebra.add([each[path] for each in (first, second) if path in each]) for path in rest}
+    layers |= {path: algebra.add([layers_of[path] for layers_of in (first, second) if path in layers_of]) for path in rest}
     bound = engine.bound_pool[names[0]]
     return replace(bound, name="+".join(names), layers=layers, card=card)
 
 
 @torch.no_grad()
 def _calls(engine: Composer, name: str, run: Callable[[str], object]) -> list[Call]:
-    """What denoises in the pipeline is called with while `run(name)` runs under that adapter alone."""
-    found: list[Call] = []
+    """Return the calls of what denoises in the pipeline while `run(name)` runs under that adapter alone."""
+    calls: list[Call] = []
 
     def saw(part: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        found.append(Call(part, _kept(args), _kept(kwargs), output[0].clone()))
+        calls.append(Call(part, _kept(args), _kept(kwargs), output[0].clone()))
 
     parts = {part: module for part, module in engine.model.named_children() if not part.startswith("text_encoder")}
     handles = [module.register_forward_hook(partial(saw, part), with_kwargs=True) for part, module in parts.items()]
@@ -134,11 +134,11 @@ def _calls(engine: Composer, name: str, run: Callable[[str], object]) -> list[Ca
     finally:
         for handle in handles:
             handle.remove()
-    if not found:
+    if not calls:
         raise CompositionError(
             f"run({name!r}) called none of {', '.join(parts) or 'the parts that denoise'}: call the pipeline"
         )
-    return found
+    return calls
 
 
 def _kept(given: Any) -> Any:

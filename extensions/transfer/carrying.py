@@ -106,17 +106,17 @@ def transfer(
     without a counterpart; InvalidTask for too few samples or prompts; TrainingError for a loss that is not finite;
     WeightingError for settings outside their range.
     """
-    given: dict[str, Any] = {"way": way, "least": least, "ridge": ridge, "subspace": subspace, "rank": rank}
-    given |= {"max_tokens": max_tokens, "steps": steps, "lr": lr, "seed": seed}
-    check_options("transfer()", given, options_of(transfer, after=5))
+    settings: dict[str, Any] = {"way": way, "least": least, "ridge": ridge, "subspace": subspace, "rank": rank}
+    settings |= {"max_tokens": max_tokens, "steps": steps, "lr": lr, "seed": seed}
+    check_options("transfer()", settings, options_of(transfer, after=5))
     lessons, judges = split(prompts) if steps else ([], list(prompts))
     restored = _restored_layers(adapter, old, new, rank) if way == "auto" else {}
     if way == "auto":
-        way = given["way"] = "restore" if restored else "activations"
-    layers, found = _carried_layers(adapter, old, new, tokenizer, samples, restored, given, progress)
-    share = sum(layer["kept"] for layer in found.values()) / len(found)
+        way = settings["way"] = "restore" if restored else "activations"
+    layers, fates = _carried_layers(adapter, old, new, tokenizer, samples, restored, settings, progress)
+    share = sum(layer["kept"] for layer in fates.values()) / len(fates)
     key = base_key(new)
-    about = {"from": adapter.base_model, "to": key.id, "way": way, "kept": share, "layers": found}
+    about = {"from": adapter.base_model, "to": key.id, "way": way, "kept": share, "layers": fates}
     made = replace(adapter, base_model=key.id, layers=layers, fingerprint=key.fingerprint)
     if judges:
         said = answers(old, adapter, tokenizer, judges, taught=bool(lessons), progress=progress)
@@ -135,7 +135,7 @@ def transfer(
     # what is said of the old base does not hold for the new one
     card = {name: value for name, value in adapter.card.items() if name not in ("report", "peft", "scores")}
     parents = [{"hash": adapter.hash, "name": adapter.name}]
-    card["recipe"] = {"method": "transfer", "options": given, "parents": parents}
+    card["recipe"] = {"method": "transfer", "options": settings, "parents": parents}
     return replace(made, card={**card, "transfer": about})
 
 
@@ -152,7 +152,7 @@ def _carried_layers(
     """Return the layers in the new base, those `restored` as they are; and where each of the old went and what it keeps."""
     way, ridge = given["way"], given["ridge"]
     layers: dict[str, Factors] = {}
-    found: dict[str, dict[str, Any]] = {name: {"to": None, "kept": 0.0} for name in adapter.layers}
+    fates: dict[str, dict[str, Any]] = {name: {"to": None, "kept": 0.0} for name in adapter.layers}
     with torch.no_grad():
         for group in _groups(matched(adapter, old, new, way)):
             seen = see(old, new, tokenizer, samples, group, max_tokens=given["max_tokens"], progress=progress)
@@ -162,10 +162,10 @@ def _carried_layers(
                 if carried is None:
                     carried = carry(factors, pair, moments, way, ridge=ridge, subspace=given["subspace"], rank=given["rank"])
                 layers[pair.new.name] = carried
-                if pair.old.name in found:
+                if pair.old.name in fates:
                     kept = kept_share(factors, carried, pair, moments, way, ridge=ridge)
-                    found[pair.old.name] = {"to": pair.new.name, "kept": kept}
-    return layers, found
+                    fates[pair.old.name] = {"to": pair.new.name, "kept": kept}
+    return layers, fates
 
 
 def _restored_layers(adapter: Adapter, old: nn.Module, new: nn.Module, rank: int) -> dict[str, Factors]:
@@ -178,15 +178,15 @@ def _restored_layers(adapter: Adapter, old: nn.Module, new: nn.Module, rank: int
     except LayerMismatch:
         return {}
     changed = [pair for pair in pairs if not torch.equal(pair.old.weight_OI, pair.new.weight_OI)]
-    found: dict[str, Factors] = {}
+    factors_by_layer: dict[str, Factors] = {}
     # any difference has a rank of its smaller side
     if any(2 * rank > min(_sizes(pair.old)) for pair in changed):
-        return found
+        return factors_by_layer
     for pair in changed:
-        found[pair.old.name], error = _restored(_update_of(adapter, pair.old), pair, rank)
+        factors_by_layer[pair.old.name], error = _restored(_update_of(adapter, pair.old), pair, rank)
         if error > ROUNDING:
             return {}
-    return found
+    return factors_by_layer
 
 
 def _restored(factors: Factors, pair: Pair, rank: int) -> tuple[Factors, float]:
@@ -242,9 +242,9 @@ def matched(adapter: Adapter, old: nn.Module, new: nn.Module, way: Way) -> list[
                 f"{asker}: layer {name!r} is no plain LoRA of a linear layer; lw.to_lora(adapter, old) makes one of a gain"
             )
         layer, target = base_layer(modules_old, name, asker), _counterpart(name, modules_old, modules_new)
-        if (found := (len(factors.b_OR), factors.a_RI.shape[1])) != _sizes(layer):
+        if (sizes := (len(factors.b_OR), factors.a_RI.shape[1])) != _sizes(layer):
             raise LayerMismatch(
-                f"{asker} updates layer {name!r} of (O, I) {found}, which is {_sizes(layer)} in the old base"
+                f"{asker} updates layer {name!r} of (O, I) {sizes}, which is {_sizes(layer)} in the old base"
             )
         if target is not None:
             pairs.append(Pair(layer, base_layer(modules_new, target, f"{asker}, carried to the new base,")))
@@ -426,12 +426,12 @@ def reading_ridge(seen: Seen) -> float:
 
 def _regressed(factors: Factors, carried: Factors, seen: Seen, ridge: float | None) -> float:
     x, y = seen
-    b_OR, a_RI, new_b_OR, new_a_RI = (part.to(x.oo) for each in (factors, carried) for part in (each.b_OR, each.a_RI))
+    b_OR, a_RI, new_b_OR, new_a_RI = (part.to(x.oo) for update in (factors, carried) for part in (update.b_OR, update.a_RI))
     gram_NN, cross_ON = drawn(y.nn[HELD_OUT], y.no[HELD_OUT].T, ridge or reading_ridge(seen))
     old, new = (a_RI, b_OR), (new_a_RI, cross_ON @ torch.linalg.solve(gram_NN, new_b_OR))
     terms = ((old, x.oo, old), (new, x.no, old), (new, x.nn, new))
-    size, shared, own = (
+    size, shared, new_size = (
         float((left[1].T @ right[1] * (left[0] @ moments[HELD_OUT] @ right[0].T)).sum()) for left, moments, right in terms
     )
-    # the rest over size is 1 - (size - 2 shared + own) / size
-    return max(0.0, (2 * shared - own) / size) if size else 1.0
+    # the rest over size is 1 - (size - 2 shared + new_size) / size
+    return max(0.0, (2 * shared - new_size) / size) if size else 1.0

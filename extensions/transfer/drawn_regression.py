@@ -56,7 +56,7 @@ def _errors(gram_2SS: Tensor, cross_2TS: Tensor, target_2TT: Tensor, fit: int) -
     for ridge in RIDGES:
         w = ridge * mean
         d_S = 1 / (value_S.clamp_min(0) + w)
-        own = (d_S[:, None] * d_S * (cc_SS + w * (cp_SS + cp_SS.T) + w * w * pp_SS) * judged_SS).sum()
+        carried = (d_S[:, None] * d_S * (cc_SS + w * (cp_SS + cp_SS.T) + w * w * pp_SS) * judged_SS).sum()
         shared = (d_S * (along_c_S + w * along_p_S)).sum()
-        errors.append(max(float((size - 2 * shared + own) / size), ROUNDING) if size else ROUNDING)
+        errors.append(max(float((size - 2 * shared + carried) / size), ROUNDING) if size else ROUNDING)
     return errors

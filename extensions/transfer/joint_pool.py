@@ -141,13 +141,13 @@ class JointPool:
         def jobs() -> Iterator[tuple[list[Adapter], str]]:
             for names in groups:
                 # of a lazy pool, opened once
-                own = [pool[name] for name in names]
-                yield from ((own, layer) for layer in first.layers)
+                members = [pool[name] for name in names]
+                yield from ((members, layer) for layer in first.layers)
 
         size = len(first.layers)
         fitted = [
-            fit_bases([each.layers[layer] for each in own], rank, middle, seed)
-            for own, layer in tracked(jobs(), "shared bases", total=len(groups) * size, shown=progress)
+            fit_bases([adapter.layers[layer] for adapter in members], rank, middle, seed)
+            for members, layer in tracked(jobs(), "shared bases", total=len(groups) * size, shown=progress)
         ]
         bases = tuple(dict(zip(first.layers, fitted[at : at + size], strict=True)) for at in range(0, len(fitted), size))
         made = cls(first.base_model, first.fingerprint, middle, bases, {})
@@ -166,17 +166,17 @@ class JointPool:
         name = name or adapter.name
         if name in self.members:
             raise WeightingError(f"the pool has an adapter {name!r} already: give another name")
-        sizes = {layer: (each.u_OR.shape[0], each.v_RI.shape[1]) for layer, each in self.clusters[0].items()}
+        sizes = {layer: (basis.u_OR.shape[0], basis.v_RI.shape[1]) for layer, basis in self.clusters[0].items()}
         _require_plain(name, adapter, sizes)
-        own = replace(adapter.base, id=self.base_model, revision=None, fingerprint=self.fingerprint)
-        require_same_base(f"adapter {name!r}", adapter.base, own)
-        found = self._member(adapter, range(len(self.clusters)))
-        if not found.error <= max_error:
+        identity = replace(adapter.base, id=self.base_model, revision=None, fingerprint=self.fingerprint)
+        require_same_base(f"adapter {name!r}", adapter.base, identity)
+        member = self._member(adapter, range(len(self.clusters)))
+        if not member.error <= max_error:
             raise WeightingError(
-                f"in the bases of this pool adapter {name!r} would have an error of {found.error:.3f}, above {max_error:g}: "
+                f"in the bases of this pool adapter {name!r} would have an error of {member.error:.3f}, above {max_error:g}: "
                 "keep it as it is, or fit a pool with it among the others"
             )
-        return replace(self, members={**self.members, name: found})
+        return replace(self, members={**self.members, name: member})
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -190,9 +190,9 @@ class JointPool:
     @property
     def report(self) -> JointReport:
         shared = sum(basis.u_OR.numel() + basis.v_RI.numel() for bases in self.clusters for basis in bases.values())
-        own = sum(middle.numel() for member in self.members.values() for middle in member.middles.values())
+        alone = sum(middle.numel() for member in self.members.values() for middle in member.middles.values())
         errors = list(self.errors.values())
-        share = (shared + own) / sum(member.num_values for member in self.members.values())
+        share = (shared + alone) / sum(member.num_values for member in self.members.values())
         return JointReport(len(errors), share, sum(errors) / len(errors), max(errors))
 
     def adapter(self, name: str) -> Adapter:
@@ -255,7 +255,7 @@ class JointPool:
             for number, member in enumerate(self.members.values())
             for place, layer in enumerate(layers)
         }
-        members = [[name, each.cluster, each.error, each.num_values] for name, each in self.members.items()]
+        members = [[name, member.cluster, member.error, member.num_values] for name, member in self.members.items()]
         said = {"format": FORMAT, "base_model": self.base_model, "middle": self.middle, "layers": layers, "members": members}
         said |= {"clusters": len(self.clusters), "fingerprint": self.fingerprint and self.fingerprint.to_json()}
         with replacing(target) as new:
@@ -286,11 +286,11 @@ class JointPool:
             members = {}
             for number, (name, cluster, error, num_values) in enumerate(said["members"]):
                 middles = {layer: tensors.pop(f"{number}.{at}") for at, layer in enumerate(layers)}
-                for layer, own in middles.items():
+                for layer, values in middles.items():
                     rank = clusters[cluster][layer].u_OR.shape[1]
                     wanted = (rank,) if middle == "diagonal" else (rank, rank)
-                    if clusters[cluster][layer].v_RI.shape[0] != rank or tuple(own.shape) != wanted:
-                        raise ValueError(f"layer {layer!r} of {name!r} has a middle of {tuple(own.shape)}, not {wanted}")
+                    if clusters[cluster][layer].v_RI.shape[0] != rank or tuple(values.shape) != wanted:
+                        raise ValueError(f"layer {layer!r} of {name!r} has a middle of {tuple(values.shape)}, not {wanted}")
                 members[str(name)] = Member(int(cluster), middles, float(error), int(num_values))
             if tensors or not members or middle not in get_args(Middle) or len(members) != len(said["members"]):
                 raise ValueError("its members, middle and tensors do not fit each other")
@@ -307,14 +307,14 @@ class JointPool:
 
     def _member(self, adapter: Adapter, clusters: Iterable[int]) -> Member:
         """Return its middles in the nearest of these clusters."""
-        found = []
-        size = sum(algebra.norm(each) ** 2 for each in adapter.layers.values())
+        members = []
+        size = sum(algebra.norm(factors) ** 2 for factors in adapter.layers.values())
         for number in clusters:
             bases = self.clusters[number]
             middles = {layer: project(part, bases[layer], self.middle) for layer, part in adapter.layers.items()}
             lost = sum(squared_error(part, bases[layer], middles[layer]) for layer, part in adapter.layers.items())
-            found.append(Member(number, middles, math.sqrt(lost / size) if size else 0.0, adapter.num_values))
-        return min(found, key=lambda member: member.error)
+            members.append(Member(number, middles, math.sqrt(lost / size) if size else 0.0, adapter.num_values))
+        return min(members, key=lambda member: member.error)
 
     def _layer(self, modules: Mapping[str, nn.Module], name: str) -> TargetLayer:
         basis = self.clusters[0][name]
@@ -333,7 +333,7 @@ class JointPool:
                 at = slice(*starts[used.index(member.cluster) :][:2])
                 row[at, at] += value * as_matrix(member.middles[name])
         u_OR, v_RI = torch.cat([basis.u_OR for basis in bases], dim=1), torch.cat([basis.v_RI for basis in bases])
-        return _JointHook(name, *(each.to(device) for each in (v_RI, middles_BRR.mT.contiguous(), u_OR)))
+        return _JointHook(name, *(tensor.to(device) for tensor in (v_RI, middles_BRR.mT.contiguous(), u_OR)))
 
 
 class _JointHook:
@@ -389,8 +389,8 @@ def _groups(pool: ExpertPool, clusters: int, seed: int) -> list[list[str]]:
     generator = torch.Generator().manual_seed(seed)
     draw = partial(torch.randn, generator=generator)
     sides = {
-        layer: (draw(SKETCH, each.b_OR.shape[0]), draw(each.a_RI.shape[1], SKETCH))
-        for layer, each in pool[pool.names[0]].layers.items()
+        layer: (draw(SKETCH, factors.b_OR.shape[0]), draw(factors.a_RI.shape[1], SKETCH))
+        for layer, factors in pool[pool.names[0]].layers.items()
     }
     sketches = []
     for name in pool.names:

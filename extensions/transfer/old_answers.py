@@ -44,10 +44,10 @@ def answers(
 
     With `taught` they are TaughtRows, with the model's predictions of the answers.
     """
-    asked = [read_prompt(prompt, number) for number, prompt in enumerate(prompts)]
-    parts = [asked[start : start + BATCH_SIZE] for start in range(0, len(asked), BATCH_SIZE)]
+    read_prompts = [read_prompt(prompt, number) for number, prompt in enumerate(prompts)]
+    parts = [read_prompts[start : start + BATCH_SIZE] for start in range(0, len(read_prompts), BATCH_SIZE)]
     ends = set(end_tokens(model) or ())
-    found: list[EncodedRow] = []
+    answered: list[EncodedRow] = []
     with untouched(model), Composer(model, [adapter], tokenizer=tokenizer).activate({adapter.name: 1.0}):
         for part in tracked(parts, f"answering in {model.name_or_path}", total=len(parts), shown=progress):
             settings = {"do_sample": False, "max_new_tokens": MAX_ANSWER}
@@ -59,8 +59,8 @@ def answers(
                 EncodedRow(tuple(ids_T[mask_T].tolist()), _ended(tokens, ends))
                 for (ids_T, mask_T), tokens in zip(read, said, strict=True)
             ]
-            found += taught_by(model, tokenizer, rows) if taught else rows
-    return found
+            answered += taught_by(model, tokenizer, rows) if taught else rows
+    return answered
 
 
 def _ended(tokens: Sequence[int], ends: set[int]) -> tuple[int, ...]:

@@ -396,7 +396,7 @@ def release(
 
 
 def _samples(path: Path) -> list[str] | list[tuple[str, str]]:
-    """The inputs of the rows, with their first targets where every row has one."""
+    """Return the inputs of the rows, with their first targets where every row has one."""
     read = read_rows(path, targets="any", one_split=False)
     if all(row.targets for row in read):
         return [(row.input, row.targets[0]) for row in read]
