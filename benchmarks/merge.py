@@ -31,9 +31,9 @@ from benchmarks._models import ALL, base_model, in_peft, random_adapter, random_
 from benchmarks._run import Run, Table, best_of, console, status_bytes
 from benchmarks._timing import Gate, Way, compare, require
 from loraweave import registry
-from loraweave.common.threads import side_by_side
+from loraweave.common.compute import side_by_side
+from loraweave.lowrank.algebra import compress, compress_sum
 from loraweave.lowrank.factorise import factorise
-from loraweave.lowrank.truncation import compress, compress_sum
 from loraweave.types import Factors
 
 Section = Literal["all", "svd", "linear", "elementwise", "core", "layer"]

@@ -25,7 +25,7 @@ from loraweave.errors import (
 )
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.licenses import require_one_work, stated_license
-from loraweave.lowrank.truncation import components
+from loraweave.lowrank.algebra import components
 from loraweave.types import BaseKey
 
 

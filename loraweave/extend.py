@@ -16,17 +16,15 @@ _MODULES = {
     ),
     "registry": "brought get nearest traits traits_of",
     # merge methods
-    "composer.merge.interference": "mixture_interference",
-    "composer.merge.method_call": "MethodCall surveys",
+    "composer.merge.method_call": (
+        "DenseUpdate Experts MethodCall Term TruncatedUpdate Weights surveys terms terms_of_one_rank weighted_bias"
+    ),
     "composer.merge.methods._dropout": "prune_random",
-    "composer.merge.methods._entries": "Entries Prune Rule sum_pruned",
-    "composer.merge.methods._signs": "merge_elected",
+    "composer.merge.methods._entries": "Entries Prune Rule merge_elected sum_pruned",
     "composer.merge.methods._span": "combination empty_update gram interpolation mean_weights pair_shares shares",
-    "composer.merge.methods._terms": "Experts Term Weights terms terms_of_one_rank weighted_bias",
     "composer.merge.methods._thresholds": "prune_smallest",
     "composer.merge.methods.breadcrumbs": "prune_both_ends",
     "composer.merge.methods.della": "magprune",
-    "composer.merge.updates": "DenseUpdate TruncatedUpdate",
     # formats of adapters, and targets of exports
     "hub.formats._base_layer": "BaseLayer as_base_layer base_layer head_size missing_layer",
     "hub.formats._card": "json_text model_id read_card readme_text",
@@ -121,6 +119,7 @@ _MODULES = {
     "hub.intake.adding": "Addition",
     "hub.intake.fields": "checked_fields",
     "hub.licenses": "stated_license",
+    "hub.merge_report": "mixture_interference",
     "hub.parts": "PIPELINE_PARTS Parts",
     "hub.pool": "require_everywhere",
     "hub.same_base": "require_same_base says_nothing",

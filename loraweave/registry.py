@@ -162,10 +162,10 @@ def traits(*names: str) -> Callable[[T], T]:
     The conformance suite skips what a trait rules out, so that no list has to name the newcomer. Raises UnknownName for a
     word that is not declared.
     """
+    known: set[str] = set().union(*TRAITS.values())
     for name in names:
-        if not any(name in words for words in TRAITS.values()):
-            known = sorted({word for words in TRAITS.values() for word in words})
-            raise UnknownName(f"no trait {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+        if name not in known:
+            raise UnknownName(f"no trait {name!r}{nearest(name, known)}; there are {', '.join(sorted(known))}")
 
     def said(thing: T) -> T:
         thing.__traits__ = getattr(thing, "__traits__", frozenset()) | set(names)  # type: ignore[attr-defined]

@@ -32,9 +32,8 @@ from loraweave.composer.fused.overwritten import (
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.live.resolve import resolve, warn_of_licenses
 from loraweave.composer.merge.merge import layer_calls, layer_updates
-from loraweave.composer.merge.method_call import MethodCall, require_seed
+from loraweave.composer.merge.method_call import DenseUpdate, MethodCall, require_seed, without_figures
 from loraweave.composer.merge.statistics import Statistics
-from loraweave.composer.merge.updates import DenseUpdate, without_figures
 from loraweave.composer.model.layers import OVERWRITTEN, TargetLayer, tied_parameters
 from loraweave.errors import BaseModelUnverified, CompositionError, ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool, require_everywhere

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import loraweave.registry as registry
-from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.composer.merge.method_call import DenseUpdate
 from loraweave.composer.model.layers import TargetLayer, row_sums
 from loraweave.errors import CompositionError
 from loraweave.hub.adapter import Adapter

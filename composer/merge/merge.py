@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from loraweave.common.checks import is_collection, is_list, is_whole
+from loraweave.common.checks import is_list
+from loraweave.common.compute import side_by_side
 from loraweave.common.display import tracked
-from loraweave.common.threads import side_by_side
-from loraweave.composer.merge.interference import interference as compare
 from loraweave.composer.merge.method_call import (
     Method,
     MethodCall,
+    TruncatedUpdate,
     Update,
     finite_weights,
     layer_seeds,
@@ -22,21 +23,22 @@ from loraweave.composer.merge.method_call import (
     require_sound,
 )
 from loraweave.composer.merge.methods._entries import ALONE
-from loraweave.composer.merge.updates import TruncatedUpdate
 from loraweave.errors import BaseModelMismatch, CompositionError, LayerMismatch, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._kept_files import shared_files
 from loraweave.hub.licenses import license_of_work, stated_license
 from loraweave.hub.merge_report import LayerReport, MergeReport
+from loraweave.hub.merge_report import interference as compare
 from loraweave.hub.pool import ExpertPool, require_one_base
 from loraweave.lowrank import algebra
 from loraweave.lowrank.factorise import factorise
-from loraweave.lowrank.truncation import worth_a_thread
 from loraweave.types import Factors
 
 if TYPE_CHECKING:
     from loraweave.composer.merge.statistics import Statistics
 
+# multiplications of one update's cut, up to which a thread is not worth starting
+SMALL = 1e7
 # a layer, its experts' factors, and what gives its update
 LayerCall = tuple[str, Sequence[Factors | None], Callable[[], Update | None]]
 # an adapter that counts, its weight, and what was recorded of its inputs
@@ -86,18 +88,21 @@ def merge(
             "with one for each adapter"
         )
     used, numbers, recorded = zip(*parents, strict=True)
-    _check_rank(rank, used)
+    if rank is not None:
+        _check_rank(rank, used)
     require_seed(seed)
     copied = len(used) == 1 and numbers[0] == 1.0 and call.given == "linear" and rank is None
-    license = license_of_work([(adapter.name, adapter.card) for adapter in used], allowed=allow_licenses or copied)
+    cards = [(adapter.name, adapter.card) for adapter in used]
+    licensed = any("license" in card for _, card in cards)
+    license = license_of_work(cards, allowed=allow_licenses or copied) if licensed else None
     kept_heads = merge_heads(list(zip(used, numbers, strict=True)), heads)
     parents.sort(key=lambda parent: (parent[0].hash, parent[1]))
     used, numbers, recorded = zip(*parents, strict=True)
     layers, report = _merge_layers(call, used, numbers, recorded, rank, seed, progress, interference)
-    names = tuple([adapter.name for adapter in used])
+    lineage = [{**parent_of(adapter), "weight": w, "method": method} for adapter, w in zip(used, numbers, strict=True)]
+    names = tuple([parent["name"] for parent in lineage])
     if not layers:
         raise WeightingError(f"method {method!r} leaves no layer of {', '.join(map(repr, names))} changed")
-    lineage = [{**parent_of(adapter), "weight": w, "method": method} for adapter, w in zip(used, numbers, strict=True)]
     recipe = {"method": method, "options": options, "seed": seed, "rank": rank, "parents": lineage}
     if kept_heads:
         recipe["heads"] = heads
@@ -116,8 +121,7 @@ def _child(
     """Return the merged adapter, with the base model, fingerprint and files of its parents."""
     card = dict(card) if license is None else {**card, "license": license}
     known = next((parent.fingerprint for parent in parents if parent.fingerprint), None)
-    tables = [parent.files for parent in parents]
-    files = shared_files(tables) if all(tables) else {}
+    files = shared_files([parent.files for parent in parents]) if parents[0].files else {}
     return Adapter(name, parents[0].base_model, layers, known, card, heads, files, parents[0].invocation)
 
 
@@ -140,8 +144,8 @@ def shared_invocation(parents: Sequence[Adapter]) -> tuple[int, ...]:
 def parent_of(adapter: Adapter) -> dict[str, Any]:
     """Return what a recipe says of an adapter that was merged, beside its weight."""
     files = {"files": list(adapter.files)} if adapter.files else {}
-    license = stated_license(adapter.card.get("license")) or "unknown"
-    return {"hash": adapter.hash, "name": adapter.name, "license": license, **files}
+    license = stated_license(adapter.card["license"]) if "license" in adapter.card else None
+    return {"hash": adapter.hash, "name": adapter.name, "license": license or "unknown", **files}
 
 
 def layer_updates(calls: Iterable[LayerCall]) -> Iterator[tuple[str, Update]]:
@@ -164,6 +168,7 @@ def layer_calls(
     `rank` reaches the methods whose formula limits the rank; None is their own default. A method that needs a look at all
     layers first takes one weight for each expert: raises WeightingError otherwise.
     """
+    by_layer = {layer: {name: experts[name].get(layer) for name in of_layer} for layer, of_layer in weights.items()}
     survey = None
     if call.looks_at_all_layers:
         shared = next(iter(weights.values()), {})
@@ -172,11 +177,10 @@ def layer_calls(
                 raise WeightingError(
                     f"method {call.method!r} looks at all layers together and takes one weight per adapter for all of them"
                 )
-            require_sound(layer, _of_layer(experts, layer, shared), list(shared.values()), call.method)
-        every = [list(_of_layer(experts, layer, shared).values()) for layer in weights]
-        survey = call.survey(every, list(map(float, shared.values())))
-    for layer, of_layer in weights.items():
-        updates = _of_layer(experts, layer, of_layer)
+            require_sound(layer, by_layer[layer], list(shared.values()), call.method)
+        survey = call.survey([list(updates.values()) for updates in by_layer.values()], list(map(float, shared.values())))
+    for layer, updates in by_layer.items():
+        of_layer = weights[layer]
         if {*updates.values()} <= {None}:
             continue
         supplied: dict[str, Any] = {"survey": survey, "rank": rank}
@@ -187,11 +191,6 @@ def layer_calls(
             supplied["statistics"] = [None if seen is None else seen.layers.get(layer) for seen in known]
         combine = partial(call.combine, layer, updates, list(of_layer.values()), **supplied)
         yield layer, list(updates.values()), combine
-
-
-def _of_layer(experts: Mapping[str, Mapping[str, Factors]], layer: str, names: Iterable[str]) -> dict[str, Factors | None]:
-    """Return one layer's factors of the named experts, None for one without the layer."""
-    return {name: experts[name].get(layer) for name in names}
 
 
 def _merge_layers(
@@ -230,20 +229,26 @@ def _merge_layers(
         factors = truncated.factors
         if not factors.rank and factors.bound and factors.gain_O is None and factors.bias_O is None:
             return None
-        seen = compare(updates, numbers, inner_EE=truncated.inner_EE) if interference else ((), (), 0.0)
-        return layer, factors, LayerReport(truncated.rank_in, factors.rank, truncated.relative_error, *seen)
-
-    def worth(item: LayerCall) -> bool:
-        updates = [factors for factors in item[1] if factors is not None]
-        entries = updates[0].b_OR.shape[0] * updates[0].a_RI.shape[1]
-        return entries <= ALONE and worth_a_thread(updates)
+        ranks, error = (truncated.rank_in, factors.rank), truncated.relative_error
+        if not interference:
+            return layer, factors, LayerReport(*ranks, error)
+        return layer, factors, compare(updates, numbers, truncated.inner_EE, ranks=ranks, relative_error=error)
 
     layers, report = {}, {}
-    merged = side_by_side(done, calls, worth=worth)
-    for result in tracked(merged, f"merging by {call.method}", total=len(layer_names), shown=progress):
+    merged = side_by_side(done, calls, worth=lambda item: worth_a_thread(item[1]))
+    if progress and sys.stderr.isatty():
+        merged = tracked(merged, f"merging by {call.method}", total=len(layer_names))
+    for result in merged:
         if result is not None:
             layer, layers[layer], report[layer] = result
     return layers, report
+
+
+def worth_a_thread(experts: Sequence[Factors | None]) -> bool:
+    """Return whether to merge a layer beside others: its cut takes far longer than starting a thread, and it is small."""
+    updates = [factors for factors in experts if factors is not None]
+    num_out, num_in = updates[0].b_OR.shape[0], updates[0].a_RI.shape[1]
+    return num_out * num_in <= ALONE and sum(update.rank for update in updates) ** 2 * (num_out + num_in) > SMALL
 
 
 def cut(update: Update, rank: int | None) -> TruncatedUpdate:
@@ -263,7 +268,13 @@ def _parents(
     adapters: Sequence[Adapter], weights: Sequence[float] | None, statistics: Sequence[Statistics] | None
 ) -> list[Parent]:
     """Return the adapters that count, in the order given; all that can be wrong with the arguments is found here."""
-    _require_adapters(adapters)
+    listed = isinstance(adapters, Collection) and not isinstance(adapters, Mapping | str | bytes)
+    if strange := [item for item in adapters if not isinstance(item, Adapter)] if listed else [adapters]:
+        shown = repr(strange[0]) if isinstance(strange[0], str | int | float | None) else type(strange[0]).__name__
+        raise WeightingError(
+            f"merge takes a list of adapters, and {shown:.80} is none: of a pool pass list(pool.adapters.values()), of a "
+            "mapping its values, of a hub hub[name], of an expert model its adapter(), adapter(task) or expert(number)"
+        )
     if not adapters:
         raise WeightingError("merge got no adapters; give at least one, and a weight for each")
     if weights is None:
@@ -282,7 +293,7 @@ def _parents(
         raise WeightingError(
             f"all {len(adapters)} weights are zero, which is the base model and no adapter; give at least one other weight"
         )
-    _check_together([adapter for adapter, _, _ in used])
+    _check_together([parent[0] for parent in used])
     for adapter, _, seen in used:
         if seen is not None:
             seen.require_of(adapter.name, adapter.hash)
@@ -301,22 +312,10 @@ def _check_statistics(given: Any, num_adapters: int) -> None:
         raise WeightingError(f"merge got {num_adapters} adapters and {len(given)} statistics; it takes one for each")
 
 
-def _require_adapters(given: Any) -> None:
-    """Raise WeightingError, which says how to get adapters, for anything but a list of them."""
-    listed = is_collection(given) and not isinstance(given, Mapping)
-    strange = [item for item in given if not isinstance(item, Adapter)] if listed else [given]
-    if strange:
-        first = strange[0]
-        shown = repr(first) if isinstance(first, str | int | float | None) else type(first).__name__
-        raise WeightingError(
-            f"merge takes a list of adapters, and {shown:.80} is none: of a pool pass list(pool.adapters.values()), of a "
-            "mapping its values, of a hub hub[name], of an expert model its adapter(), adapter(task) or expert(number)"
-        )
-
-
 def _check_together(used: Sequence[Adapter]) -> None:
     """Raise an error unless the adapters have one base and one shape for each layer, and names that tell them apart."""
     by_name: dict[str, Adapter] = {}
+    first, alike = used[0], True
     for adapter in used:
         other = by_name.setdefault(adapter.name, adapter)
         if other is not adapter and other.hash != adapter.hash:
@@ -324,9 +323,13 @@ def _check_together(used: Sequence[Adapter]) -> None:
                 f"two different adapters are named {adapter.name!r} (hashes {other.hash[:12]} and "
                 f"{adapter.hash[:12]}); rename one with dataclasses.replace(adapter, name=...)"
             )
+        same_base = adapter.base_model == first.base_model and adapter.fingerprint == first.fingerprint
+        same_base &= adapter.card.get("peft") == first.card.get("peft")
+        alike &= same_base and adapter.form is first.form and adapter.invocation == first.invocation
+    if alike:
+        return
     require_one_base(by_name)
     shared_invocation(used)
-    first = used[0]
     for adapter in used[1:]:
         known = adapter.fingerprint and first.fingerprint
         if not known and first.base_model and adapter.base_model and first.base_model != adapter.base_model:
@@ -336,10 +339,8 @@ def _check_together(used: Sequence[Adapter]) -> None:
             )
 
 
-def _check_rank(rank: int | None, used: Sequence[Adapter]) -> None:
-    if rank is None:
-        return
-    if not is_whole(rank, 1):
+def _check_rank(rank: int, used: Sequence[Adapter]) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise WeightingError(f"rank={rank!r:.80} is no whole number of 1 or more; leave it out to keep the exact rank")
     sides: dict[str, int] = {}
     for adapter in used:

@@ -1,4 +1,4 @@
-"""A merge method of the registry with its options set, how it is called layer by layer, and what numbers it is spared.
+"""What a merge method gets for one layer and returns, and a method of the registry with its options set.
 
 What is wrong with the numbers that a merge is given is found before any method sees them.
 """
@@ -9,18 +9,105 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 import loraweave.registry as registry
-from loraweave.common.checks import is_number
 from loraweave.common.options import check_options, options_of
-from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
-from loraweave.errors import CompositionError, LoraweaveError, UnknownName, WeightingError
-from loraweave.lowrank.algebra import all_finite
-from loraweave.types import Factors
+from loraweave.errors import AdapterUnsupported, CompositionError, LayerMismatch, LoraweaveError, UnknownName, WeightingError
+from loraweave.lowrank.algebra import all_finite, signature
+from loraweave.types import Factors, Kind
+
+# one layer's update of each expert, None for an expert without the layer; a method gets at least one of weight other than 0
+Experts = Sequence[Factors | None]
+Weights = Sequence[float]
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One expert that counts: its factors, its weight (finite, not zero), and its place among the experts given."""
+
+    factors: Factors
+    weight: float
+    place: int
+
+
+def terms(experts: Experts, weights: Weights) -> list[Term]:
+    """Return the experts that have the layer and a weight other than zero, in the order given; all of one shape and kind.
+
+    Raises AdapterUnsupported for an update that depends on the base layer: one with a gain, DoRA's magnitude or a trained
+    base bias. Raises LayerMismatch, with both shapes, for updates that differ.
+    """
+    terms_E: list[Term] = []
+    for place, (factors, weight) in enumerate(zip(experts, weights, strict=True)):
+        if factors is None or weight == 0.0:
+            continue
+        if not factors.bound or factors.gain_O is not None:
+            raise AdapterUnsupported(
+                "the method works on the update as a matrix, and DoRA's magnitude, a gain or a trained base bias needs the "
+                "base layer: turn the adapter into a plain LoRA with the model first (lw.to_lora), or use linear"
+            )
+        if terms_E and signature(factors) != signature(terms_E[0].factors):
+            raise LayerMismatch(
+                f"the method cannot combine updates of (O, I, kind, kernel) {signature(terms_E[0].factors)} and "
+                f"{signature(factors)}"
+            )
+        terms_E.append(Term(factors, float(weight), place))
+    return terms_E
+
+
+def terms_of_one_rank(experts: Experts, weights: Weights, *, twin: str) -> list[Term]:
+    """Return `terms` that all have one rank. Raises LayerMismatch, naming the `twin` on updates, for different ranks."""
+    terms_E = terms(experts, weights)
+    for term in terms_E:
+        if term.factors.rank != terms_E[0].factors.rank:
+            raise LayerMismatch(
+                f"the method mixes a and b apart and needs equal ranks, but found {terms_E[0].factors.rank} and "
+                f"{term.factors.rank}: use {twin}, which works on the updates and takes any ranks"
+            )
+    return terms_E
+
+
+def weighted_bias(found: Sequence[Term]) -> Tensor | None:
+    """Return the sum of w_e bias_e over the terms that have one, fp32; None when no term has."""
+    parts = [term.factors.bias_O.double() * term.weight for term in found if term.factors.bias_O is not None]
+    return torch.stack(parts).sum(dim=0).float() if parts else None
+
+
+@dataclass(frozen=True, eq=False)
+class DenseUpdate:
+    """One layer's merged update as a matrix: x -> x delta^T + bias, fp32. `merge` turns it into factors."""
+
+    delta_OI: Tensor
+    bias_O: Tensor | None = None
+    kind: Kind = "linear"
+    kernel: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class TruncatedUpdate:
+    """One layer's factors, the rank of the update that was cut to them, and what that cost (relative Frobenius error).
+
+    `inner_EE` has <w_i D_i, w_j D_j> of the experts that have the layer, where the method found it on its way.
+    """
+
+    factors: Factors
+    rank_in: int
+    relative_error: float
+    inner_EE: NDArray[np.float64] | None = None
+
+
+def without_figures(update: Factors | DenseUpdate | TruncatedUpdate) -> Factors | DenseUpdate:
+    """Return the update itself, which a `TruncatedUpdate` has as factors."""
+    return update.factors if isinstance(update, TruncatedUpdate) else update
+
 
 Update = Factors | DenseUpdate | TruncatedUpdate
 # (experts, weights, *, options) -> the update of one layer, as the files of `methods` are
@@ -66,7 +153,8 @@ class MethodCall:
         self.method = str(getattr(given, "__name__", given))
         self.options = {} if options is None else options
         self._signature = inspect.signature(self.function).parameters
-        if len([argument for argument in self._signature.values() if argument.kind <= argument.POSITIONAL_OR_KEYWORD]) < 2:
+        second = next(islice(self._signature.values(), 1, None), None)
+        if second is None or second.kind > second.POSITIONAL_OR_KEYWORD:
             raise WeightingError(
                 f"method {self.method!r} takes ({', '.join(self._signature)}); a method takes experts and weights first, "
                 "and its options by name"
@@ -182,7 +270,7 @@ def finite_weights(weights: Any, names: Sequence[str]) -> list[float]:
 
 def require_seed(seed: object) -> None:
     """Raise WeightingError for a seed that is no whole number."""
-    if not isinstance(seed, int) or not is_number(seed):
+    if not isinstance(seed, int) or isinstance(seed, bool):
         raise WeightingError(
             f"seed={seed!r:.80} is no whole number; give one, such as 0, and the same one for the same result"
         )

@@ -90,7 +90,7 @@ def mergekit(
     if rescale:
         prune = _with_norm(prune)
     if kin.elects:
-        return merge_elected(experts, weights, prune, divide="weights" if normalize else "nothing", scale=scale)
+        return merge_elected(experts, weights, prune, aggregate="weights" if normalize else "sum", scale=scale)
     total = sum(weights)
     return sum_pruned(experts, weights, prune, scale=scale / (total if normalize and abs(total) >= 1e-8 else 1.0))
 

@@ -187,7 +187,7 @@ class Workbench:
         """Measure how far the weighted updates pull the same way; no model is needed."""
         pool = self._hub.pool(asked.names)
         by_layer = {layer: list(row.values()) for layer, row in asked.by_layer(pool.layer_names).items()}
-        report = mixture_interference([pool[name] for name in pool.names], by_layer)
+        report = mixture_interference({name: pool[name].layers for name in pool.names}, by_layer)
         return {
             "names": list(pool.names),
             "cosines": report.cosines(),

@@ -2,7 +2,10 @@
 
 A layer's update is D = b a (+ a gain and a bias). Sums concatenate ranks, inner products and norms need only R x R
 matrices, or dense ones where those are smaller: never more memory than the factors have. Reductions run in float64.
-`compress` is in a file of its own, `truncation`.
+
+A cut is exact: the singular values of b a, of S rank rows, are the square roots of the eigenvalues of L^T (b^T b) L, where
+L L^T = a a^T. A Gram matrix holds squares, so figures 8 digits below the largest drown in its rounding; where that could be
+seen, two QR decompositions and the SVD of the S x S core take over.
 """
 
 from __future__ import annotations
@@ -10,14 +13,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.linalg import lapack
 from torch import Tensor
 
+from loraweave.common.compute import one_blas_thread
 from loraweave.errors import AdapterSuspicious, AdapterUnsupported, LayerMismatch
-from loraweave.lowrank.truncation import compress as compress
+from loraweave.lowrank.factorise import column_signs, top_eigenpairs
 from loraweave.types import Factors
 
+Array = NDArray[np.float64]
+Triplets = tuple[Array, Array, float]
+
+# shares of |a a^T| |b^T b|, whose rounding is 1e-16: above, vectors are right to 1e-9 and the energy cut off to 1e-7
+SMALLEST_VECTOR = 1e-7
+SMALLEST_TAIL = 1e-8
+# multiplications of one update from which BLAS uses its own threads
+LARGE = 1e9
 MAX_FP32 = torch.finfo(torch.float32).max
 
 
@@ -108,9 +124,9 @@ def require_alike(terms: Sequence[Factors]) -> None:
     """Raise AdapterUnsupported unless all are bound, LayerMismatch unless all have one shape and kind."""
     for term in terms:
         _require_bound(term)
-        if _signature(term) != _signature(terms[0]):
+        if signature(term) != signature(terms[0]):
             raise LayerMismatch(
-                f"cannot add updates of a layer with (O, I, kind) {_signature(term)} and {_signature(terms[0])}"
+                f"cannot add updates of a layer with (O, I, kind) {signature(term)} and {signature(terms[0])}"
             )
 
 
@@ -207,7 +223,7 @@ def is_zero(factors: Factors) -> bool:
     return norm(factors) == 0.0 and not any(bool(part.any()) for part in rest)
 
 
-def _signature(factors: Factors) -> tuple[int, int, str, tuple[int, ...]]:
+def signature(factors: Factors) -> tuple[int, int, str, tuple[int, ...]]:
     return factors.b_OR.shape[0], factors.a_RI.shape[1], factors.kind, factors.kernel
 
 
@@ -220,3 +236,215 @@ def _require_bound(factors: Factors) -> None:
     if not factors.bound:
         feature = "DoRA's magnitude" if factors.magnitude_O is not None else "a trained base bias"
         raise AdapterUnsupported(f"{feature} needs the base layer: bind the adapter to its model first (Composer does)")
+
+
+def compress(factors: Factors, rank: int) -> tuple[Factors, float]:
+    """Return the best approximation of b a at `rank` or less (Eckart-Young), and its relative Frobenius error, 0 to 1.
+
+    Right to 1e-8 of |b a| before the factors are rounded to their dtype, and to 1e-15 of |a| |b| where terms cancel; the
+    error is that of the cut, without the rounding. b has orthogonal columns, a orthogonal rows of the same norms, and the
+    largest entry of each column of b is positive. Gain and bias are kept as they are. `rank` at or above the update's own
+    gives the update back itself, with error 0. Raises AdapterUnsupported for a rank below 1, and for a cut of DoRA, whose
+    magnitude belongs to the whole b a.
+    """
+    if rank < 1:
+        raise AdapterUnsupported(f"rank {rank} is below 1; an update without rank rows is no adapter")
+    if rank >= factors.rank:
+        return factors, 0.0
+    if factors.magnitude_O is not None:
+        raise AdapterUnsupported(
+            f"cannot cut DoRA from rank {factors.rank} to {rank}: its magnitude belongs to the whole update; make it a "
+            "plain LoRA with the model first (lw.to_lora)"
+        )
+    return _compressed(factors, _float64(factors.a_RI), _float64(factors.b_OR), rank)
+
+
+def components(factors: Factors) -> list[Factors]:
+    """Return the singular components of b a as updates of rank 1, the strongest first; their sum is the update.
+
+    However the factors are written, the components are the same wherever singular values differ. Gain and bias stay with
+    the first. Raises AdapterUnsupported for an update that needs its base layer.
+    """
+    if not factors.bound:
+        raise AdapterUnsupported(
+            "an update that needs its base layer (DoRA, a trained bias) has no components of its own: take the bound_pool "
+            "of a Composer(model, pool)"
+        )
+    a_SI, b_OS = _float64(factors.a_RI), _float64(factors.b_OR)
+    rank = min(factors.rank, b_OS.shape[0], a_SI.shape[1])
+    if rank == 0:
+        return [factors]
+    with one_blas_thread(_products(factors.rank, b_OS.shape[0], a_SI.shape[1]) < LARGE):
+        a_RI, b_OR, _ = truncated(a_SI, b_OS, rank)
+    first, *rest = (
+        replace(
+            factors,
+            a_RI=torch.from_numpy(a_RI[[place]]).to(factors.a_RI),
+            b_OR=torch.from_numpy(b_OR[:, [place]]).to(factors.b_OR),
+        )
+        for place in range(rank)
+    )
+    return [first, *(replace(component, gain_O=None, bias_O=None) for component in rest)]
+
+
+class CutSum(NamedTuple):
+    """A weighted sum at a smaller rank, the relative error of the cut, and <w_i D_i, w_j D_j> where the cut needed it."""
+
+    factors: Factors
+    error: float
+    inner_EE: Array | None
+
+
+def compress_sum(updates: Sequence[Factors], weights: Sequence[float], rank: int) -> CutSum:
+    """Compress the sum of w_e b_e a_e as `compress` does, with nothing rounded before the cut.
+
+    Weighted factors in fp32 are off by 3e-8, and a cut between close singular values makes more of that. Gains and biases
+    sum with the weights. The updates are bound and of one shape and kind, at least one; a sum of at most `rank` rank rows is
+    exact. Raises AdapterUnsupported for a rank below 1.
+    """
+    if rank < 1:
+        raise AdapterUnsupported(f"rank {rank} is below 1; an update without rank rows is no adapter")
+    first = updates[0]
+    num_out, num_in = first.b_OR.shape[0], first.a_RI.shape[1]
+    total = sum(update.rank for update in updates)
+    a_SI, b_OS = np.empty((total, num_in)), np.empty((num_out, total))
+    start = 0
+    for update, weight in zip(updates, weights, strict=True):
+        rows = slice(start, start + update.rank)
+        a_SI[rows] = _numpy(update.a_RI)
+        np.multiply(_numpy(update.b_OR), weight, out=b_OS[:, rows], dtype=np.float64)
+        start += update.rank
+    summed = replace(
+        first,
+        gain_O=_weighted([update.gain_O for update in updates], weights),
+        bias_O=_weighted([update.bias_O for update in updates], weights),
+    )
+    if total >= min(num_out, num_in):
+        return CutSum(*_compressed(summed, a_SI, b_OS, rank), None)
+    with one_blas_thread(_products(total, num_out, num_in) < LARGE):
+        grams = a_SI @ a_SI.T, b_OS.T @ b_OS
+    cut = _compressed(summed, a_SI, b_OS, rank, grams)
+    return CutSum(*cut, summed_by_owner(grams[0] * grams[1], [update.rank for update in updates]))
+
+
+def summed_by_owner(product_SS: Array, ranks: Sequence[int]) -> Array:
+    """Sum the blocks of rows and columns that belong to one update each, as (E, E); `ranks` are the blocks' sizes."""
+    present = [place for place, rank in enumerate(ranks) if rank]
+    starts = [sum(ranks[:place]) for place in present]
+    # sums from each start to the next, so that updates of no rows have no place in it
+    if present:
+        product_SS = np.add.reduceat(np.add.reduceat(product_SS, starts, axis=0), starts, axis=1)
+    return product_SS if len(present) == len(ranks) else among(product_SS, present, len(ranks))
+
+
+def among(values_PP: Array, places: Sequence[int], size: int) -> Array:
+    """Return a matrix (size, size) of zeros with these values in the rows and columns of `places`."""
+    matrix: Array = np.zeros((size, size), dtype=values_PP.dtype)
+    matrix[np.ix_(places, places)] = values_PP
+    return matrix
+
+
+def truncated(a_SI: Array, b_OS: Array, rank: int, grams: tuple[Array, Array] | None = None) -> Triplets:
+    """Return (a_RI, b_OR, error) of the best approximation of b a; `rank` is at most the smaller of O, S and I.
+
+    `grams` are a a^T and b^T b if they are known already; they stay as they are.
+    """
+    num_out, num_in = b_OS.shape[0], a_SI.shape[1]
+    if a_SI.shape[0] < min(num_out, num_in):
+        triplets = _by_grams(a_SI, b_OS, rank, *(grams or (a_SI @ a_SI.T, b_OS.T @ b_OS)))
+    elif num_out <= num_in:
+        triplets = by_dense_gram(b_OS @ a_SI, rank)
+    else:
+        turned = by_dense_gram(a_SI.T @ b_OS.T, rank)
+        triplets = None if turned is None else (turned[1].T, turned[0].T, turned[2])
+    a_RI, b_OR, error = _by_qr(a_SI, b_OS, rank) if triplets is None else triplets
+    sign_R = column_signs(b_OR)
+    return a_RI * sign_R[:, None], b_OR * sign_R, error
+
+
+def _by_grams(a_SI: Array, b_OS: Array, rank: int, gram_a_SS: Array, gram_b_SS: Array) -> Triplets | None:
+    """Truncate by Gram matrices, or return None if their rounding could be seen."""
+    size = float(np.linalg.norm(gram_a_SS) * np.linalg.norm(gram_b_SS))
+    if size == 0.0:
+        return _nothing(a_SI, b_OS, rank)
+    # the transpose of a symmetric matrix is itself, in the order of columns that LAPACK wants
+    lower_SS, failed = lapack.dpotrf(gram_a_SS.T, lower=1, clean=1)
+    if failed:
+        return None
+    core_SS, _ = lapack.dsygst(gram_b_SS.T, lower_SS, itype=3, lower=1)
+    total = float(core_SS.trace())
+    energy_R, vectors_SR = top_eigenpairs(core_SS, rank)
+    tail = total - float(energy_R.sum())
+    if not _trusted(energy_R, tail, size):
+        return None
+    # the left singular vectors are u = b L v / sigma, and a gets u^T (b a): L is never divided by
+    mix_SR = (lower_SS @ vectors_SR) * energy_R**-0.25
+    return (energy_R[:, None] ** -0.5 * (mix_SR.T @ gram_b_SS)) @ a_SI, b_OS @ mix_SR, (tail / total) ** 0.5
+
+
+def by_dense_gram(delta_OI: Array, rank: int) -> Triplets | None:
+    """Return (a_RI, b_OR, error) of a dense matrix with O <= I; None where the rounding of its Gram matrix could be seen."""
+    gram_OO = delta_OI @ delta_OI.T
+    size, total = float(np.linalg.norm(gram_OO)), float(gram_OO.trace())
+    if total == 0.0:
+        return _nothing(delta_OI, delta_OI, rank)
+    energy_R, vectors_OR = top_eigenpairs(gram_OO.T, rank)
+    tail = total - float(energy_R.sum())
+    if not _trusted(energy_R, tail, size):
+        return None
+    root_R = energy_R**0.25
+    return (vectors_OR / root_R).T @ delta_OI, vectors_OR * root_R, (tail / total) ** 0.5
+
+
+def _compressed(
+    like: Factors, a_SI: Array, b_OS: Array, rank: int, grams: tuple[Array, Array] | None = None
+) -> tuple[Factors, float]:
+    """Return the truncation of b a as factors with all other fields of `like`."""
+    num_out, num_in = b_OS.shape[0], a_SI.shape[1]
+    if rank >= a_SI.shape[0]:
+        a_RI, b_OR, error = a_SI, b_OS, 0.0
+    else:
+        with one_blas_thread(_products(a_SI.shape[0], num_out, num_in) < LARGE):
+            a_RI, b_OR, error = truncated(a_SI, b_OS, min(rank, num_out, num_in), grams)
+    tensor = like.b_OR
+    return replace(like, a_RI=torch.from_numpy(a_RI).to(tensor), b_OR=torch.from_numpy(b_OR).to(tensor)), error
+
+
+def _products(stack: int, num_out: int, num_in: int) -> float:
+    return float(stack**2 * (num_out + num_in))
+
+
+def _float64(tensor: Tensor) -> Array:
+    # numpy's conversion: torch would use all threads for it
+    return _numpy(tensor).astype(np.float64)
+
+
+def _numpy(tensor: Tensor) -> NDArray[Any]:
+    values = tensor.detach().cpu()
+    return values.numpy() if values.dtype == torch.float32 else values.double().numpy()
+
+
+def _weighted(parts: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor | None:
+    present = [part.double() * weight for part, weight in zip(parts, weights, strict=True) if part is not None]
+    return torch.stack(present).sum(dim=0).float() if present else None
+
+
+def _trusted(energy_R: Array, tail: float, size: float) -> bool:
+    smallest = float(energy_R[-1])
+    return (
+        smallest > 0.0 and (smallest * float(energy_R[0])) ** 0.5 >= SMALLEST_VECTOR * size and tail >= SMALLEST_TAIL * size
+    )
+
+
+def _by_qr(a_SI: Array, b_OS: Array, rank: int) -> Triplets:
+    q_OS, left_SS = np.linalg.qr(b_OS)
+    p_IS, right_SS = np.linalg.qr(a_SI.T)
+    u_SS, sigma_S, vh_SS = np.linalg.svd(left_SS @ right_SS.T, full_matrices=False)
+    root_R = np.sqrt(sigma_S[:rank])
+    total, tail = float(np.square(sigma_S).sum()), float(np.square(sigma_S[rank:]).sum())
+    a_RI, b_OR = (root_R[:, None] * vh_SS[:rank]) @ p_IS.T, q_OS @ (u_SS[:, :rank] * root_R)
+    return a_RI, b_OR, (tail / total) ** 0.5 if total else 0.0
+
+
+def _nothing(a_SI: Array, b_OS: Array, rank: int) -> Triplets:
+    return np.zeros((rank, a_SI.shape[1])), np.zeros((b_OS.shape[0], rank)), 0.0

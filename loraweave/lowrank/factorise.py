@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from scipy.linalg import lapack
 from torch import Tensor
 
-from loraweave.common.threads import one_blas_thread
-from loraweave.lowrank.truncation import column_signs, top_eigenpairs
+from loraweave.common.compute import one_blas_thread
 
 Array = NDArray[Any]
 
+# below, a whole eigen-decomposition costs less than a part of it
+PARTIAL_FROM = 80
 # entries of a block that is converted to float64: small enough for a core's own cache
 BLOCK = 2**16
 # up to this side a Gram matrix costs less than a search of the subspace, and one BLAS thread is best
@@ -311,3 +312,28 @@ def energy_missed(residual: float, gap: float, rank: int) -> float:
     """
     gap = max(gap, 0.0)
     return rank * 2 * residual * residual / max(gap + math.sqrt(gap * gap + 4 * residual * residual), TINY)
+
+
+def top_eigenpairs(symmetric_SS: NDArray[Any], rank: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the `rank` largest eigenvalues, falling, and their vectors as columns; reads and overwrites the lower triangle.
+
+    In the precision of the matrix, which is best given in column-major order.
+    """
+    size = symmetric_SS.shape[0]
+    kind = "s" if symmetric_SS.dtype == np.float32 else "d"
+    if size < PARTIAL_FROM or 2 * rank > size:
+        values, vectors, failed = getattr(lapack, kind + "syevd")(symmetric_SS, lower=1, overwrite_a=1)
+    else:
+        values, vectors, _, _, failed = getattr(lapack, kind + "syevr")(
+            symmetric_SS, range="I", il=size - rank + 1, iu=size, lower=1, overwrite_a=1
+        )
+        values = values[:rank]
+    if failed:
+        raise np.linalg.LinAlgError(f"the eigen-decomposition of a {size} x {size} matrix did not converge")
+    return values[-rank:][::-1], vectors[:, -rank:][:, ::-1]
+
+
+def column_signs(b_OR: NDArray[Any]) -> NDArray[Any]:
+    """Return the sign of the largest entry of each column; 1 for a column of zeros."""
+    largest_R = np.abs(b_OR).argmax(axis=0)
+    return np.where(b_OR[largest_R, np.arange(b_OR.shape[1])] < 0, -1.0, 1.0).astype(b_OR.dtype)

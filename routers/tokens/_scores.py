@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loraweave.common import native
+from loraweave.common import compute
 from loraweave.hub.pool import ExpertPool
 from loraweave.lowrank.algebra import orthonormal
 
@@ -66,12 +66,12 @@ def _is_traced() -> bool:
     """Return whether torch records or transforms its operations, which it cannot do to a call of the library."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
-    return torch._C._are_functorch_transforms_active() or native.is_watched() > 0
+    return torch._C._are_functorch_transforms_active() or compute.is_watched() > 0
 
 
 @cache
 def _library() -> Any:
-    library = native.library(SOURCE, brief=True)
+    library = compute.library(SOURCE, brief=True)
     if library is not None:
         whole = ctypes.c_int64
         library.top_k_softmax.argtypes = [ctypes.c_void_p, whole, whole, whole, ctypes.c_void_p]

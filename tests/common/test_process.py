@@ -8,8 +8,8 @@ import scipy.linalg  # noqa: F401  its BLAS must be loaded to be counted
 import torch
 from threadpoolctl import ThreadpoolController
 
+from loraweave.common.compute import one_blas_thread, side_by_side
 from loraweave.common.process import paused_collector
-from loraweave.common.threads import one_blas_thread, side_by_side
 
 
 def failing(seen):

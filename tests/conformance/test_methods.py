@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from properties import Properties
 
 from loraweave import registry
-from loraweave.composer.merge.method_call import MethodCall
+from loraweave.composer.merge.method_call import DenseUpdate, MethodCall, TruncatedUpdate
 from loraweave.composer.merge.methods import _entries
 from loraweave.composer.merge.statistics import LayerStatistics
-from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
 from loraweave.errors import AdapterUnsupported, LayerMismatch, WeightingError
 from loraweave.types import Factors
 

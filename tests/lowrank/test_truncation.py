@@ -10,13 +10,12 @@ from tiny_models import dense_array as dense
 from tiny_models import random_factors
 
 from loraweave.errors import AdapterUnsupported
-from loraweave.lowrank.truncation import (
+from loraweave.lowrank.algebra import (
     components,
     compress,
     compress_sum,
     summed_by_owner,
     top_eigenpairs,
-    worth_a_thread,
 )
 from loraweave.types import Factors
 
@@ -269,13 +268,3 @@ def test_the_largest_eigenpairs_fall_and_have_the_precision_of_the_matrix(size, 
     bound = size * np.finfo(dtype).eps * expected[0]
     np.testing.assert_allclose(values, expected, atol=bound)
     np.testing.assert_allclose(symmetric @ vectors, vectors * values, atol=bound)
-
-
-def test_a_cut_of_more_than_ten_million_products_is_worth_a_thread():
-    def update(rank, outputs=7, inputs=4):
-        return Factors(torch.zeros(rank, inputs), torch.zeros(outputs, rank))
-
-    assert not worth_a_thread([])
-    # of s rank rows, s^2 (O + I)
-    assert worth_a_thread([update(900), update(100)])
-    assert not worth_a_thread([update(900), update(50)])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.common import native
+from loraweave.common import compute
 
 SOURCE = Path(__file__).with_name("native.c")
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -74,7 +74,7 @@ _WORK = [torch.empty(0)]
 @cache
 def library() -> ctypes.CDLL | None:
     """Return the library with its functions' types, or None where it cannot be had."""
-    cdll = native.library(SOURCE, brief=True)
+    cdll = compute.library(SOURCE, brief=True)
     if cdll is None:
         return None
     pairs = [f"{NAMES[stored]}_{NAMES[dtype]}" for dtype, forms in STORED.items() for stored in forms]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.common.native import is_watched
+from loraweave.common.compute import is_watched
 from loraweave.composer.live.kernels._cost import Cost, TokenWorkload, Workload
 from loraweave.composer.live.kernels._expert_product import ExpertProduct, RankRows, weigh
 from loraweave.composer.live.kernels._native import MOST_TOKENS, Table, function, native_runs, shorten, work

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from loraweave.common.native import is_watched
+from loraweave.common.compute import is_watched
 from loraweave.composer.live.kernels import _native
 from loraweave.composer.live.kernels._cost import Cost, Workload
 from loraweave.composer.live.kernels._native import MOST_TOKENS, Table, native_runs

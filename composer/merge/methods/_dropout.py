@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraweave.composer.merge.methods._entries import Entries, Prune, Rule
-from loraweave.composer.merge.methods._entries_c import Numbers
+from loraweave.composer.merge.methods._entries import Entries, Numbers, Prune, Rule
 
 # an entry's draw is 16 bits, so a probability is a multiple of 1 / LEVELS
 LEVELS = 2**16

@@ -1,24 +1,27 @@
-"""The entries of every expert's update, read in blocks of whole rows: at most one dense layer is ever in memory.
+"""The entries of every expert's update, in blocks of whole rows, and the two merges of them: a sum, and TIES's election.
 
-Where the library of `entries.c` is there, it calculates the products, and the merges whose rules it knows; `Entries.read`
-and `stacks` are the naive twin.
+At most one dense layer is ever in memory. Where the library of `entries.c` is there, it calculates the products, and the
+merges whose rules it knows; `Entries.read` and `stacks` are the naive twin. A method of TIES's family is a file with its
+formula, its source and its defaults, which calls `merge_elected`.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from functools import cache
+from itertools import repeat
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraweave.common.threads import side_by_side
-from loraweave.composer.merge.methods._entries_c import EVERY, TILE, WIDE, Expert, Merge, Numbers, library
-from loraweave.composer.merge.methods._terms import Experts, Term, Weights, terms
-from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.common import compute
+from loraweave.common.compute import side_by_side
+from loraweave.composer.merge.method_call import DenseUpdate, Experts, Term, Weights, terms
 from loraweave.types import Factors
 
 # entries of a block: small enough for the cache with a handful of experts, large enough that calls cost nothing
@@ -33,6 +36,65 @@ EVERY_ROW = slice(None)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+# sums of fp32 numbers are zero or at least 2^-149, so this decides zeros alone
+FEATHER = 2.0**-200
+SOURCE = Path(__file__).with_name("entries.c")
+# entries of a tile, and of its width, as in entries.c
+TILE, WIDE = 256, 64
+_int, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+class Expert(ctypes.Structure):
+    """The struct `Expert` of entries.c."""
+
+    _fields_ = (
+        ("b", _pointer),
+        ("a", _pointer),
+        ("rank", _int),
+        ("weight", _float),
+        ("value", _float),
+        ("last", _int),
+        ("seed", ctypes.c_uint64),
+        ("level", _int),
+    )
+
+
+class Merge(ctypes.Structure):
+    """The struct `Merge` of entries.c."""
+
+    _fields_ = (
+        *zip(("num_experts", "num_outputs", "num_inputs", "elects", "weighted", "counts", "divides"), repeat(_int)),
+        *zip(("scale", "tie", "cancelled", "balance"), (_float, _float, _int, _int), strict=True),
+    )
+
+
+class Numbers(NamedTuple):
+    """The numbers that say which of an expert's entries are left.
+
+    Those are magnitudes above `value`, or equal to it up to the flat index `last`, and of these the ones whose 16 bits from
+    the stream of `seed` are below `level` (-1 draws nothing).
+    """
+
+    value: float = -1.0
+    last: int = -1
+    seed: int = 0
+    level: int = -1
+
+
+EVERY = Numbers()
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """Return the library with its functions' types, or None where it cannot be had."""
+    compiled = compute.library(SOURCE, brief=False)
+    if compiled is not None:
+        compiled.read_entries.argtypes = [_pointer, _int, _int, _int, _pointer, _pointer]
+        compiled.narrow_entries.argtypes = [_pointer, _int, _int, _float, _float, _pointer, _pointer, _int, _pointer]
+        compiled.narrow_entries.restype = _int
+        compiled.merge_entries.argtypes = [_pointer, _pointer, _int, _int, _pointer, _pointer]
+        compiled.read_entries.restype = compiled.merge_entries.restype = None
+    return compiled
 
 
 class Rule(Protocol):
@@ -63,14 +125,11 @@ class Entries:
         self.places = [term.place for term in found]
         self.bias = bias
         self.shape = (int(products[0][0].shape[0]), int(products[0][1].shape[1]))
+        self.size = self.shape[0] * self.shape[1]
         self._rows = max(1, BLOCK // max(1, self.shape[1]) // ROW_GROUP) * ROW_GROUP
 
     def __len__(self) -> int:
         return len(self.products)
-
-    @property
-    def size(self) -> int:
-        return self.shape[0] * self.shape[1]
 
     def blocks(self, within: slice = EVERY_ROW, *, times: int = 1) -> Iterator[slice]:
         """Yield the rows, or those within a part, in blocks, or `times` blocks at once."""
@@ -219,6 +278,87 @@ def sum_pruned(experts: Experts, weights: Weights, prune: Prune, *, scale: float
             torch.sum(stack_EBI.mul_(weights_E11), dim=0, out=out_OI[rows])
 
     return merged(terms(experts, weights), rule)
+
+
+def merge_elected(
+    experts: Experts,
+    weights: Weights,
+    prune: Prune,
+    *,
+    weighted: bool = True,
+    majority: str = "total",
+    aggregate: str = "mean",
+    scale: float = 1.0,
+    tie: Callable[[], float] | None = None,
+) -> DenseUpdate:
+    """Return one layer's scale * (sum of w_e * tau_e over the experts that agree with the elected sign) / divisor.
+
+    tau_e is what `prune` leaves of expert e. The sign is that of the sum over experts of the votes, taken in float64:
+    w_e tau_e when `weighted`, tau_e otherwise, or their signs when `majority` is "frequency". An expert agrees where its
+    vote has the elected sign; zeros never do. The divisor is the number of experts that agree (`aggregate`="mean"),
+    the sum of their weights ("weights"), or 1 ("sum"); where it is zero, 1. `tie()` gives the sign, 1 or -1, of a sum that
+    is zero although somebody voted; it is called only when that happens.
+    """
+
+    options: dict[str, Any] = {
+        "elects": True,
+        "weighted": weighted,
+        "counts": majority == "frequency",
+        "divides": ("sum", "mean", "weights").index(aggregate),
+        "scale": scale,
+    }
+
+    def rule(entries: Entries, out_OI: Tensor) -> None:
+        rules = prune(entries)
+        made = entries.merge(rules, entries.weights, out_OI, tie=1.0, **options)
+        if made is not None:
+            if made.cancelled and tie is not None and tie() < 0:
+                entries.merge(rules, entries.weights, out_OI, tie=-1.0, **options)
+            return
+        weights_E = torch.tensor(entries.weights)
+        for rows, stack_EBI in entries.stacks(rules):
+            stack_EN = stack_EBI.reshape(len(entries), -1)
+            if weighted:
+                # before the sum, and not within it: a fused product would leave a rounding error of x - x
+                stack_EN.mul_(weights_E[:, None])
+            sums_N = vote(stack_EN, majority)
+            cancelled = tie is not None and _cancelled(stack_EN, sums_N)
+            sign_N = decide(sums_N, tie() if tie is not None and cancelled else 1.0)
+            agreeing_EN = stack_EN.mul_(sign_N).relu_()
+            result_N = (agreeing_EN.sum(dim=0) if weighted else weights_E @ agreeing_EN).mul_(sign_N)
+            if aggregate != "sum":
+                present_EN = agreeing_EN.sign_()
+                result_N.div_(divisor(present_EN.sum(dim=0) if aggregate == "mean" else weights_E @ present_EN))
+            out_OI[rows] = result_N.mul_(scale).view(stack_EBI.shape[1:])
+
+    return merged(terms(experts, weights), rule)
+
+
+def vote(stack_EN: Tensor, majority: str) -> Tensor:
+    """Return the sum over experts of the entries, or of their signs, in float64."""
+    if majority == "frequency":
+        return stack_EN.sign().sum(dim=0).double()
+    return stack_EN.sum(dim=0, dtype=torch.float64)
+
+
+def decide(sums_N: Tensor, tie: float) -> Tensor:
+    """Return the sign of each sum, 1 or -1 in fp32; that of `tie` for zeros. The sums are overwritten."""
+    return sums_N.add_(tie * FEATHER).sign_().float()
+
+
+def divisor(sums_N: Tensor) -> Tensor:
+    """Return the sums, with zeros replaced by 1 in place, so that 0 / 0 is 0."""
+    sums = sums_N.numpy()
+    # numpy's comparisons are many times faster than torch's on a CPU
+    np.add(sums, sums == 0, out=sums)
+    return sums_N
+
+
+def _cancelled(stack_EN: Tensor, sums_N: Tensor) -> bool:
+    """Return whether a sum is zero although an expert's entry is not."""
+    silent = sums_N.numpy() == 0
+    silent &= stack_EN.amax(dim=0).numpy() > 0
+    return bool(silent.any())
 
 
 def _plain(factor: Tensor) -> Tensor:

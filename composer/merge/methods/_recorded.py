@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loraweave.composer.merge.methods._terms import Experts, Term, Weights, terms, weighted_bias
+from loraweave.composer.merge.method_call import Experts, Term, Weights, terms, weighted_bias
 from loraweave.composer.merge.statistics import LayerStatistics
 from loraweave.errors import WeightingError
 from loraweave.lowrank.algebra import all_finite

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._terms import Experts, Weights
+from loraweave.composer.merge.method_call import Experts, Weights
 from loraweave.errors import WeightingError
 from loraweave.lowrank import algebra
-from loraweave.lowrank.truncation import summed_by_owner
+from loraweave.lowrank.algebra import summed_by_owner
 from loraweave.types import Factors
 
 

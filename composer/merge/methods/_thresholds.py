@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraweave.composer.merge.methods._entries import Entries, Prune
-from loraweave.composer.merge.methods._entries_c import Numbers
+from loraweave.composer.merge.methods._entries import Entries, Numbers, Prune
 
 # fewer magnitudes than that are looked at without a sample first
 SAMPLED = 2**14

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from loraweave.composer.merge.method_call import Experts, Weights
 from loraweave.composer.merge.methods._span import mean_weights
-from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.methods.linear import linear
 from loraweave.registry import traits
 from loraweave.types import Factors

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from loraweave.common.options import Fraction
+from loraweave.composer.merge.method_call import DenseUpdate, Experts, Weights
 from loraweave.composer.merge.methods._entries import Entries, Prune, Rule, sum_pruned
-from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.methods._thresholds import Cut, count_of, keep_largest
-from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.registry import traits
 
 

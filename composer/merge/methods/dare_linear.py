@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loraweave.common.options import Fraction
+from loraweave.composer.merge.method_call import DenseUpdate, Experts, Weights
 from loraweave.composer.merge.methods._dropout import prune_random
 from loraweave.composer.merge.methods._entries import sum_pruned
-from loraweave.composer.merge.methods._terms import Experts, Weights
-from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.registry import traits
 
 

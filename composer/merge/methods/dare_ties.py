@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from loraweave.common.options import Fraction
+from loraweave.composer.merge.method_call import DenseUpdate, Experts, Weights
 from loraweave.composer.merge.methods._dropout import prune_random
-from loraweave.composer.merge.methods._signs import merge_elected
-from loraweave.composer.merge.methods._terms import Experts, Weights
-from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.composer.merge.methods._entries import merge_elected
 from loraweave.registry import traits
 
 

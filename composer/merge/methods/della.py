@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from loraweave.common.options import Fraction
+from loraweave.composer.merge.method_call import DenseUpdate, Experts, Weights
 from loraweave.composer.merge.methods._dropout import LEVELS, draws_for, quantise, stream
-from loraweave.composer.merge.methods._entries import Entries, Rule
-from loraweave.composer.merge.methods._signs import divisor_of, merge_elected
-from loraweave.composer.merge.methods._terms import Experts, Weights
-from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.composer.merge.methods._entries import Entries, Rule, merge_elected
 from loraweave.errors import WeightingError
 from loraweave.registry import traits
 
@@ -43,7 +41,6 @@ def della(
     density + epsilon at most 1. Masks depend on seeds[e] and an entry's place alone. fp32 products, votes in float64.
     mergekit's `della` rescales to the L1 norm of the update.
     """
-    divide = divisor_of(aggregate)
     if density in (0.0, 1.0):
         epsilon = 0.0
     elif density - epsilon <= 0.0 or density + epsilon > 1.0:
@@ -55,7 +52,7 @@ def della(
     def prune(entries: Entries) -> Sequence[Rule]:
         return magprune(entries, seeds, density, epsilon)
 
-    return merge_elected(experts, weights, prune, divide=divide, scale=scale)
+    return merge_elected(experts, weights, prune, aggregate=aggregate, scale=scale)
 
 
 def magprune(

@@ -1,7 +1,7 @@
 /* The entries of the products b a of several experts, pruned and merged tile by tile: no dense update is ever stored.
 
-   `_entries_c.py` compiles this file and says what the fields hold; `_entries.py`, `_signs.py`, `_thresholds.py` and
-   `_dropout.py` have the same in PyTorch. */
+   `_entries.py` compiles this file, says what the fields hold and has the same in PyTorch, as have `_thresholds.py` and
+   `_dropout.py`. */
 
 #include <stdint.h>
 #include <string.h>

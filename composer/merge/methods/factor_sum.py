@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from loraweave.composer.merge.methods._terms import Experts, Weights, terms_of_one_rank
+from loraweave.composer.merge.method_call import Experts, Weights, terms_of_one_rank
 from loraweave.registry import traits
 from loraweave.types import Factors
 

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from loraweave.common.options import NonNegative
+from loraweave.composer.merge.method_call import DenseUpdate, Experts, Weights
 from loraweave.composer.merge.methods._recorded import Share, share_bias, shares
-from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.statistics import LayerStatistics
-from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.errors import WeightingError
 from loraweave.registry import traits
 

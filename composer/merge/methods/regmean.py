@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loraweave.common.options import Fraction
+from loraweave.composer.merge.method_call import Experts, Weights
 from loraweave.composer.merge.methods._recorded import shares
 from loraweave.composer.merge.methods._regression import regression
-from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.statistics import LayerStatistics
 from loraweave.registry import traits
 from loraweave.types import Factors

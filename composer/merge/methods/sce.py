@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from loraweave.common.options import Fraction
-from loraweave.composer.merge.methods._entries import Entries, merged
-from loraweave.composer.merge.methods._signs import decide, divisor, vote
-from loraweave.composer.merge.methods._terms import Experts, Weights, terms
+from loraweave.composer.merge.method_call import DenseUpdate, Experts, Weights, terms
+from loraweave.composer.merge.methods._entries import Entries, decide, divisor, merged, vote
 from loraweave.composer.merge.methods._thresholds import Cut, count_of, largest
-from loraweave.composer.merge.updates import DenseUpdate
 
 
 def sce(experts: Experts, weights: Weights, *, density: Fraction = 0.1, scale: float = 1.0) -> DenseUpdate:

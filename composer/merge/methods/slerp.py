@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from loraweave.common.options import Share
+from loraweave.composer.merge.method_call import Experts, Weights, terms
 from loraweave.composer.merge.methods._span import combination, gram, interpolation, pair_shares
-from loraweave.composer.merge.methods._terms import Experts, Weights, terms
 from loraweave.registry import traits
 from loraweave.types import Factors
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from loraweave.composer.merge.method_call import Experts, TruncatedUpdate, Weights
 from loraweave.composer.merge.methods._span import combination, counted
-from loraweave.composer.merge.methods._terms import Experts, Weights
-from loraweave.composer.merge.updates import TruncatedUpdate
 from loraweave.lowrank import algebra
-from loraweave.lowrank.truncation import compress_sum
+from loraweave.lowrank.algebra import compress_sum
 
 
 def svd(experts: Experts, weights: Weights, *, rank: int | None = None) -> TruncatedUpdate:

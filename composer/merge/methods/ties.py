@@ -11,12 +11,9 @@ from typing import Literal
 import torch
 
 from loraweave.common.options import Fraction
-from loraweave.composer.merge.method_call import surveys
-from loraweave.composer.merge.methods._entries import Entries, Rule, tensors
-from loraweave.composer.merge.methods._signs import divisor_of, merge_elected, vote
-from loraweave.composer.merge.methods._terms import Experts, Term, Weights, terms
+from loraweave.composer.merge.method_call import DenseUpdate, Experts, Term, Weights, surveys, terms
+from loraweave.composer.merge.methods._entries import Entries, Rule, merge_elected, tensors, vote
 from loraweave.composer.merge.methods._thresholds import EVERYTHING, NOTHING, Cut, count_of, kth_largest
-from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.registry import traits
 
 
@@ -90,4 +87,4 @@ def ties(
     the one with counted signs `ties_count`.
     """
     model = survey_of([experts], weights, density=density) if survey is None else survey
-    return merge_elected(experts, weights, model.trim, divide=divisor_of(aggregate), scale=scale, tie=lambda: model.majority)
+    return merge_elected(experts, weights, model.trim, aggregate=aggregate, scale=scale, tie=lambda: model.majority)

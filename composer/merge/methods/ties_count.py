@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from loraweave.common.options import Fraction
-from loraweave.composer.merge.methods._signs import divisor_of, merge_elected
-from loraweave.composer.merge.methods._terms import Experts, Weights
+from loraweave.composer.merge.method_call import DenseUpdate, Experts, Weights
+from loraweave.composer.merge.methods._entries import merge_elected
 from loraweave.composer.merge.methods._thresholds import prune_smallest
-from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.registry import traits
 
 
@@ -28,5 +27,5 @@ def ties_count(
     experts with that sign. Weights of one are TARA's. fp32 products. `ties_per_layer` with majority="frequency" counts the
     signs of tau_e, and so differs for negative weights.
     """
-    prune, divide = prune_smallest(density), divisor_of(aggregate)
-    return merge_elected(experts, weights, prune, majority="frequency", divide=divide, scale=scale)
+    prune = prune_smallest(density)
+    return merge_elected(experts, weights, prune, majority="frequency", aggregate=aggregate, scale=scale)

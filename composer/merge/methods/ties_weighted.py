@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from loraweave.common.options import Fraction
-from loraweave.composer.merge.methods._signs import merge_elected
-from loraweave.composer.merge.methods._terms import Experts, Weights
+from loraweave.composer.merge.method_call import DenseUpdate, Experts, Weights
+from loraweave.composer.merge.methods._entries import merge_elected
 from loraweave.composer.merge.methods._thresholds import prune_smallest
-from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.registry import traits
 
 
@@ -30,5 +29,5 @@ def ties_weighted(
     where that is zero; weights of both signs can make it small). One expert is thus given back whatever its weight. fp32
     products, votes in float64. `ties_per_layer` votes without the weights.
     """
-    prune, divide = prune_smallest(density), "weights" if normalize else "nothing"
-    return merge_elected(experts, weights, prune, majority=majority, divide=divide, scale=scale)
+    prune, aggregate = prune_smallest(density), "weights" if normalize else "sum"
+    return merge_elected(experts, weights, prune, majority=majority, aggregate=aggregate, scale=scale)

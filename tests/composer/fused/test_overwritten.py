@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from loraweave.composer.composer import Composer
 from loraweave.composer.fused import fused as fuse
 from loraweave.composer.fused import overwritten
-from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.composer.merge.method_call import DenseUpdate
 from loraweave.composer.model.layers import OVERWRITTEN, TargetLayer
 from loraweave.errors import CompositionError
 from loraweave.hub.adapter import Adapter

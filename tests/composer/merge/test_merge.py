@@ -12,10 +12,9 @@ import torch
 from tiny_models import random_factors
 from torch import Tensor
 
-from loraweave.composer.merge.interference import interference, mixture_interference
-from loraweave.composer.merge.merge import merge
+from loraweave.composer.merge.merge import merge, worth_a_thread
+from loraweave.composer.merge.method_call import DenseUpdate
 from loraweave.composer.merge.methods.linear import linear
-from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.errors import (
     AdapterUnsupported,
     BaseModelMismatch,
@@ -27,6 +26,7 @@ from loraweave.errors import (
     WeightingError,
 )
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.merge_report import interference, mixture_interference
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._saved import router
 from loraweave.types import Factors, Fingerprint
@@ -331,7 +331,7 @@ def test_the_sign_conflict_is_the_share_of_entries_with_both_signs() -> None:
 def test_a_mixture_that_nobody_merges_is_compared_layer_by_layer(tiny_llama, make_adapter):
     adapters = [make_adapter(tiny_llama, name, seed=seed) for seed, name in enumerate("ab")]
     first, second, *_ = adapters[0].layers
-    report = mixture_interference(adapters, {first: [1.0, -2.0], second: [0.5, 0.0]})
+    report = mixture_interference({one.name: one.layers for one in adapters}, {first: [1.0, -2.0], second: [0.5, 0.0]})
     assert (report.names, report.weights) == (("a", "b"), (0.75, -1.0))
     for layer, weights in ((first, (1.0, -2.0)), (second, (0.5, 0.0))):
         updates = [weight * adapter.delta(layer).double() for weight, adapter in zip(weights, adapters, strict=True)]
@@ -384,3 +384,13 @@ def test_only_a_copy_of_an_adapter_whose_license_forbids_derived_works_needs_no_
 def test_a_merge_by_a_function_has_the_functions_name() -> None:
     merged = merge([adapter("a", 0), adapter("b", 1)], [0.5, 0.5], method=linear)
     assert merged.card["recipe"]["method"] == merged.report.method == "linear"
+
+
+def test_a_layer_whose_cut_takes_more_than_ten_million_products_is_merged_beside_others_unless_it_is_large():
+    def update(rank, outputs=7, inputs=4):
+        return Factors(torch.zeros(rank, inputs), torch.zeros(outputs, rank))
+
+    # of s rank rows, s^2 (O + I)
+    assert worth_a_thread([update(900), None, update(100)])
+    assert not worth_a_thread([update(900), update(50)])
+    assert not worth_a_thread([update(900, outputs=2**11, inputs=2**11 + 1)])

@@ -12,7 +12,7 @@ from tiny_models import dense_array as dense
 from tiny_models import random_factors
 
 from loraweave import registry
-from loraweave.composer.merge.methods._terms import terms
+from loraweave.composer.merge.method_call import terms
 from loraweave.extensions.methods.methods._core import clean, joint, shared_basis, spectra
 from loraweave.extensions.methods.methods.iso_c import iso_c
 from loraweave.extensions.methods.methods.iso_cts import iso_cts

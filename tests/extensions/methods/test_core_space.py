@@ -17,8 +17,7 @@ from tiny_models import random_factors
 
 from loraweave import registry
 from loraweave.composer.merge.merge import layer_calls, layer_updates, merge
-from loraweave.composer.merge.method_call import MethodCall
-from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.composer.merge.method_call import DenseUpdate, MethodCall
 from loraweave.errors import UnknownName, WeightingError
 from loraweave.extensions.methods.methods import _inner
 from loraweave.extensions.methods.methods.core_space import core_space

@@ -11,8 +11,8 @@ import torch
 from tiny_models import dense_array as dense
 from tiny_models import random_factors
 
+from loraweave.composer.merge.method_call import DenseUpdate
 from loraweave.composer.merge.methods.ties_per_layer import ties_per_layer
-from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.extensions.methods.methods.pico import pico
 from loraweave.types import Factors
 

@@ -12,7 +12,7 @@ import torch
 from tiny_models import dense_array as dense
 from tiny_models import random_factors
 
-from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.composer.merge.method_call import DenseUpdate
 from loraweave.extensions.methods.methods.wudi import wudi
 from loraweave.types import Factors
 

@@ -12,7 +12,7 @@ import torch
 from rounding import rounding, unit
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from loraweave.common import native
+from loraweave.common import compute
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.kernels import _native
 from loraweave.composer.live.kernels._choice import choose
@@ -38,7 +38,7 @@ def fresh(tmp_path, monkeypatch):
 
 def forget():
     _native.library.cache_clear()
-    native.library.cache_clear()
+    compute.library.cache_clear()
 
 
 def mixtures(dtype, inputs, outputs, ranks=RANKS, seed=0):
@@ -171,7 +171,7 @@ def test_numbers_that_are_not_finite_and_half_way_are_rounded_as_torch_rounds_th
 
 @needs_a_compiler
 def test_it_is_compiled_once_with_a_line_in_the_log_and_nothing_unfinished_beside_it(fresh, caplog):
-    with caplog.at_level(logging.INFO, logger=native.__name__):
+    with caplog.at_level(logging.INFO, logger=compute.__name__):
         assert _native.library() is not None
         forget()
         assert _native.library() is not None
@@ -193,7 +193,7 @@ def test_an_older_processor_to_compile_for_can_be_named(fresh, monkeypatch, capl
     assert len(list(fresh.iterdir())) == 3
     monkeypatch.setenv("LORAWEAVE_NATIVE", "x87")
     forget()
-    with caplog.at_level(logging.INFO, logger=native.__name__):
+    with caplog.at_level(logging.INFO, logger=compute.__name__):
         assert _native.library() is None
     assert "x87" in caplog.text
 
@@ -202,7 +202,7 @@ def test_an_older_processor_to_compile_for_can_be_named(fresh, monkeypatch, capl
 def test_no_library_is_loaded_from_a_folder_that_others_may_write_to(fresh, caplog):
     fresh.mkdir(mode=0o700)
     fresh.chmod(0o777)
-    with caplog.at_level(logging.INFO, logger=native.__name__):
+    with caplog.at_level(logging.INFO, logger=compute.__name__):
         assert not _native.native_runs(torch.device("cpu"), torch.float32)
     assert f"others may write to {fresh}" in caplog.text
     forget()
@@ -219,7 +219,7 @@ def test_without_the_library_the_kernels_of_torch_are_taken_and_the_log_says_why
         monkeypatch.setenv("CC", "false")
     else:
         monkeypatch.setenv("LORAWEAVE_NATIVE", "0")
-    with caplog.at_level(logging.INFO, logger=native.__name__):
+    with caplog.at_level(logging.INFO, logger=compute.__name__):
         assert not _native.native_runs(torch.device("cpu"), torch.float32)
     told = {"no compiler": "no C compiler", "it fails": "non-zero exit status", "asked not to": ""}[why]
     assert told in caplog.text

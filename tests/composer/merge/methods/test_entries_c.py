@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny_models import random_factors
 
+from loraweave.composer.merge.method_call import terms
 from loraweave.composer.merge.methods import _entries, _thresholds
 from loraweave.composer.merge.methods._entries import Entries, tensors
-from loraweave.composer.merge.methods._terms import terms
 from loraweave.composer.merge.methods._thresholds import kth_largest
 from loraweave.composer.merge.methods.dare_linear import dare_linear
 from loraweave.composer.merge.methods.dare_ties import dare_ties

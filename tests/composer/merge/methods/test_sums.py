@@ -10,12 +10,12 @@ from rounding import assert_near
 from tiny_models import Make, dense
 from tiny_models import random_factors as factors
 
+from loraweave.composer.merge.method_call import TruncatedUpdate
 from loraweave.composer.merge.methods._span import combination, gram, mean_weights, shares
 from loraweave.composer.merge.methods.average import average
 from loraweave.composer.merge.methods.linear import linear
 from loraweave.composer.merge.methods.svd import svd
 from loraweave.composer.merge.methods.task_arithmetic import task_arithmetic
-from loraweave.composer.merge.updates import TruncatedUpdate
 from loraweave.errors import WeightingError
 from loraweave.types import Factors
 
