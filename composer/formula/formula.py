@@ -242,12 +242,8 @@ class Formula:
         source = source_of(hub_or_pool)
         known = self.expand(source)
         known._require_adapters("be one adapter")
-        settings: dict[str, Any] = {
-            "heads": heads,
-            "progress": progress,
-            "allow_licenses": allow_licenses,
-            "interference": interference,
-        }
+        settings: dict[str, Any] = {"heads": heads, "progress": progress}
+        settings |= {"allow_licenses": allow_licenses, "interference": interference}
 
         def merged(node: Argument, rank: int | None, name: str) -> Adapter:
             match node:

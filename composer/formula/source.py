@@ -16,7 +16,6 @@ from loraweave.composer.formula.nodes import (
     Auto,
     Ensemble,
     Leaf,
-    Named,
     Root,
     Routed,
     Stored,
@@ -50,24 +49,24 @@ class PoolSource:
     def __init__(self, pool: ExpertPool) -> None:
         self.pool = pool
 
-    def require(self, leaf: Named | Stored) -> None:
+    def require(self, leaf: Leaf) -> None:
         """Raise UnknownExpert, with near misses, for an adapter that is not there; AdapterNotFound for `a@3` and `@name`."""
         if leaf.key in self.pool.names:
             return
-        if leaf.key != getattr(leaf, "name", None):
+        if leaf.key != leaf.name:
             raise AdapterNotFound(
                 f"the pool has no expert {leaf.key!r}, and versions and compositions are a hub's: pass the hub, or the "
                 "formula's own pool, formula.pool(hub)"
             )
         raise unknown_expert(leaf.key, self.pool.names)
 
-    def adapter(self, leaf: Named | Stored) -> Adapter:
+    def adapter(self, leaf: Leaf) -> Adapter:
         """Return the adapter under the name that the formula has for it."""
         self.require(leaf)
         adapter = self.pool[leaf.key]
         return adapter if adapter.name == leaf.key else replace(adapter, name=leaf.key)
 
-    def content(self, leaf: Named | Stored) -> str:
+    def content(self, leaf: Leaf) -> str:
         """Return the hash of the adapter's content."""
         self.require(leaf)
         return self.pool[leaf.key].hash
@@ -83,24 +82,21 @@ class HubSource:
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
 
-    def require(self, leaf: Named | Stored) -> None:
+    def require(self, leaf: Leaf) -> None:
         """Raise AdapterNotFound, which names near misses, for a leaf that the hub does not have."""
-        match leaf:
-            case Stored(name):
-                self.hub.composition(name)
-            case Named():
-                self.content(leaf)
+        if isinstance(leaf, Stored):
+            self.hub.composition(leaf.name)
+        else:
+            self.content(leaf)
 
-    def adapter(self, leaf: Named | Stored) -> Adapter:
+    def adapter(self, leaf: Leaf) -> Adapter:
         """Return the adapter under the name that the formula has for it. Raises ScopeError if a composition is none."""
-        match leaf:
-            case Stored(name):
-                return _adapter_of(self.hub.composition(name), leaf)
-            case Named(name, version):
-                adapter = self.hub.get(name, version=version)
+        if isinstance(leaf, Stored):
+            return _adapter_of(self.hub.composition(leaf.name), leaf)
+        adapter = self.hub.get(leaf.name, version=leaf.version)
         return adapter if adapter.name == leaf.key else replace(adapter, name=leaf.key)
 
-    def content(self, leaf: Named | Stored) -> str:
+    def content(self, leaf: Leaf) -> str:
         """Return the hash of the adapter's content. Only a stored composition's adapter is opened for that, and once."""
         if isinstance(leaf, Stored):
             stored = self.hub.composition(leaf.name).hash

@@ -173,7 +173,7 @@ class JointPool:
         member = self._member(adapter, range(len(self.clusters)))
         if not member.error <= max_error:
             raise WeightingError(
-                f"in the bases of this pool adapter {name!r} would have an error of {member.error:.3f}, above {max_error:g}: "
+                f"in this pool's bases adapter {name!r} would have an error of {member.error:.3f}, above {max_error:g}: "
                 "keep it as it is, or fit a pool with it among the others"
             )
         return replace(self, members={**self.members, name: member})
