@@ -12,7 +12,8 @@ from loraweave.common.lazy import lazy
 _MODULES = {
     # entries of any registry, and their options
     "common.options": (
-        "Count Declared Fraction NonNegative Positive Range Rate Seed Share Whole check_options options_of require_known"
+        "Count Declared Fraction NonNegative Positive Range Rate Seed Share Whole check_options options_of "
+        "require_known"
     ),
     "registry": "brought get nearest traits traits_of",
     # merge methods
@@ -139,9 +140,8 @@ _MODULES = {
     "serving.run": "make_server",
     "serving.scheduler": "too_busy",
     # the command line
-    "cli._application": "BaseOption DEFAULT_HUB DtypeOption HubOption JsonOption SeedOption",
+    "cli._application": "BaseOption DEFAULT_HUB DtypeOption HubOption JsonOption SeedOption note print_json print_table",
     "cli._inputs": "load_model open_hub recorded_base require_dtype require_one_adapter",
-    "cli._printing": "note print_json print_table",
     # factors, files, rows and what is shown
     "common.chat": "Prompt prompt_ids prompt_texts",
     "common.checks": "is_list is_number is_whole require_whole",

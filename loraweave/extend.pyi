@@ -4,14 +4,14 @@ from loraweave.cli._application import DtypeOption as DtypeOption
 from loraweave.cli._application import HubOption as HubOption
 from loraweave.cli._application import JsonOption as JsonOption
 from loraweave.cli._application import SeedOption as SeedOption
+from loraweave.cli._application import note as note
+from loraweave.cli._application import print_json as print_json
+from loraweave.cli._application import print_table as print_table
 from loraweave.cli._inputs import load_model as load_model
 from loraweave.cli._inputs import open_hub as open_hub
 from loraweave.cli._inputs import recorded_base as recorded_base
 from loraweave.cli._inputs import require_dtype as require_dtype
 from loraweave.cli._inputs import require_one_adapter as require_one_adapter
-from loraweave.cli._printing import note as note
-from loraweave.cli._printing import print_json as print_json
-from loraweave.cli._printing import print_table as print_table
 from loraweave.common.chat import Prompt as Prompt
 from loraweave.common.chat import prompt_ids as prompt_ids
 from loraweave.common.chat import prompt_texts as prompt_texts

@@ -10,43 +10,8 @@ from typing import Annotated
 import typer
 
 from loraweave import __version__
-from loraweave.cli._application import INTERRUPTED, Application, JsonOption, SeedOption, quiet_libraries
-from loraweave.cli._printing import progress_to_stderr
-from loraweave.cli.adapters import MERGE_EXAMPLE, TRAIN_EXAMPLE, merge, train
-from loraweave.cli.compositions import (
-    LIST_EXAMPLE,
-    REMOVE_EXAMPLE,
-    SAVE_EXAMPLE,
-    WRITE_EXAMPLE,
-    composing,
-    list_compositions,
-    remove_composition,
-    save_composition,
-    write_composition,
-)
-from loraweave.cli.doctor import DOCTOR_EXAMPLE, doctor
-from loraweave.cli.hub import hub
-from loraweave.cli.servers import SERVE_EXAMPLE, serve
-
-app = typer.Typer(
-    cls=Application,
-    help="Find stored LoRA adapters, weigh them, and compose them into new skills.",
-    epilog="Start with: loraweave demo",
-    rich_markup_mode=None,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-hub.command("save-composition", epilog=SAVE_EXAMPLE)(save_composition)
-hub.command("compositions", epilog=LIST_EXAMPLE)(list_compositions)
-hub.command("write-composition", epilog=WRITE_EXAMPLE)(write_composition)
-hub.command("remove-composition", epilog=REMOVE_EXAMPLE)(remove_composition)
-app.add_typer(hub, name="hub")
-app.add_typer(composing)
-app.command(epilog=MERGE_EXAMPLE)(merge)
-app.command(epilog=TRAIN_EXAMPLE)(train)
-app.command(epilog=SERVE_EXAMPLE)(serve)
-app.command(epilog=DOCTOR_EXAMPLE)(doctor)
+from loraweave.cli import adapters, compositions, doctor, servers  # noqa: F401
+from loraweave.cli._application import INTERRUPTED, JsonOption, SeedOption, app, progress_to_stderr, quiet_libraries
 
 
 def main() -> None:

@@ -1,4 +1,6 @@
-"""The parts that commands share: errors as one line and an exit status, `--debug` wherever it is written, common flags.
+"""The parts that commands share: errors as one line and an exit status, `--debug` wherever it is written, flags, output.
+
+Tables and JSON go to stdout, notes and progress to stderr.
 
 The root group also takes in the verbs of extensions and of other packages.
 """
@@ -7,12 +9,15 @@ from __future__ import annotations
 
 import errno
 import importlib
+import json
 import logging
+import math
+import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -21,8 +26,16 @@ from typer.main import get_group
 from loraweave import registry
 from loraweave.common.names import printable
 from loraweave.errors import BaseModelUnverified, FormulaError, LoraweaveError, PluginFailed
+from loraweave.types import Record
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from loraweave.hub.compositions import StoredComposition
 
 INTERRUPTED = 130
+# in a pipe a row is one line of any length, so that grep and cut work
+PIPE_WIDTH = 10_000
 
 
 class Application(TyperGroup):
@@ -82,6 +95,17 @@ class Application(TyperGroup):
             raise typer.Exit(1) from None
 
 
+app = typer.Typer(
+    cls=Application,
+    help="Find stored LoRA adapters, weigh them, and compose them into new skills.",
+    epilog="Start with: loraweave demo",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
 def quiet_libraries() -> None:
     """Silence what other libraries log or warn of below errors, such as parts of theirs that did not load at start-up.
 
@@ -124,6 +148,78 @@ def _unverified_bases_as_lines() -> Iterator[None]:
 def one_line(text: str) -> str:
     """Return the text on one line, without control characters, which could come from a damaged or hostile file."""
     return printable(" ".join(text.split()))
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document on stdout, in ASCII for any terminal and locale; NaN and infinity become null."""
+    typer.echo(json.dumps(plain(value), indent=1, allow_nan=False))
+
+
+def print_table(table: Table) -> None:
+    """Print a table with its texts as they are: a name like [bold] or :smile: is a name."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PIPE_WIDTH
+    Console(markup=False, emoji=False, highlight=False, width=width).print(table)
+
+
+def print_rows(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows as a table; columns of numbers are right-aligned."""
+    from loraweave.common.display import ShownTable
+
+    print_table(ShownTable.of(columns, ([_cell(value) for value in row] for row in rows)))
+
+
+def note(text: str) -> None:
+    """Print a line on stderr, for the person at the terminal."""
+    typer.echo(one_line(text), err=True)
+
+
+def answer(as_json: bool, value: Any, *notes: str) -> None:
+    """Print the value as JSON on stdout, or notes for a person."""
+    if as_json:
+        print_json(value)
+        return
+    for text in notes:
+        note(text)
+
+
+def progress_to_stderr() -> None:
+    """Make the bars of long calls, which use rich's own console, leave stdout to the result."""
+    import rich
+
+    rich.reconfigure(stderr=True)
+
+
+def record_row(record: Record) -> dict[str, Any]:
+    """Return a record without its card, as JSON types."""
+    names = "name hash base_model rank target_modules license tags description size_bytes created language version restored"
+    shown = {name: plain(getattr(record, name)) for name in (*names.split(), "base_revision")}
+    return {**shown, "source": record.source and vars(record.source), "parents": plain(record.parents)}
+
+
+def composition_row(stored: StoredComposition) -> dict[str, Any]:
+    """Return a composition of a hub as JSON types; `chosen` names the row that a search chose."""
+    row = {"name": stored.name, "created": stored.created, "hash": stored.hash, "formula": stored.formula}
+    return {**row, "chosen": (stored.report or {}).get("chosen"), "size_bytes": sum(stored.files.values())}
+
+
+def plain(value: Any) -> Any:
+    """Convert a value to JSON types."""
+    match value:
+        case Mapping():
+            return {str(key): plain(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [plain(inner) for inner in value]
+        case float():
+            return value if math.isfinite(value) else None
+        case None | str() | int():
+            return value
+    return str(value)
+
+
+def _cell(value: object) -> object:
+    return value if isinstance(value, int | float) else one_line(str(value))
 
 
 HubOption = Annotated[

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from loraweave import registry
-from loraweave.cli._printing import note
+from loraweave.cli._application import note
 from loraweave.common.chat import Prompt
 from loraweave.common.options import require_known
 from loraweave.common.rows import Row, located, located_lines, read_row, shared_instruction

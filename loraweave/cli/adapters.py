@@ -21,6 +21,11 @@ from loraweave.cli._application import (
     SeedOption,
     SystemOption,
     WorkersOption,
+    app,
+    note,
+    print_json,
+    print_rows,
+    print_table,
 )
 from loraweave.cli._inputs import (
     ADAPTER_FILE,
@@ -35,12 +40,9 @@ from loraweave.cli._inputs import (
     read_weights,
     require_free,
 )
-from loraweave.cli._printing import note, print_json, print_rows, print_table
 
-MERGE_EXAMPLE = "Example: loraweave merge trained/antonym trained/plural --weights 0.7,-0.4 --rank 8 --out merged"
 # arguments of lw.merge that are flags here, or cannot be given as text
 RESERVED = ("method", "rank", "name", "seed", "adapters", "weights", "heads", "statistics", "progress", "allow_licenses")
-TRAIN_EXAMPLE = "Example: loraweave train antonym.jsonl plural.jsonl --out trained --rank 8 --steps 60"
 NUM_SAMPLES = 20
 
 
@@ -59,6 +61,7 @@ def show_methods(asked: bool) -> None:
     raise typer.Exit
 
 
+@app.command(epilog="Example: loraweave merge trained/antonym trained/plural --weights 0.7,-0.4 --rank 8 --out merged")
 def merge(
     sources: Annotated[
         list[str],
@@ -137,6 +140,7 @@ def merge(
     note(f"saved {merged.name!r} to {out}; license: {license or 'unknown'}")
 
 
+@app.command(epilog="Example: loraweave train antonym.jsonl plural.jsonl --out trained --rank 8 --steps 60")
 def train(
     files: Annotated[
         list[Path], typer.Argument(metavar="JSONL|CSV", exists=True, dir_okay=False, help="One file, one task, one adapter.")

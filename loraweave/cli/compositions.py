@@ -25,7 +25,14 @@ from loraweave.cli._application import (
     SeedOption,
     SystemOption,
     WorkersOption,
+    answer,
+    app,
+    composition_row,
+    note,
     one_line,
+    print_json,
+    print_rows,
+    print_table,
 )
 from loraweave.cli._inputs import (
     ADAPTER_FILE,
@@ -43,15 +50,13 @@ from loraweave.cli._inputs import (
     require_free,
     require_one_adapter,
 )
-from loraweave.cli._printing import answer, composition_row, note, print_json, print_rows, print_table
+from loraweave.cli.hub import hub
 
 if TYPE_CHECKING:
     import loraweave as lw
 
-composing = typer.Typer(rich_markup_mode=None)
 
-
-@composing.command(
+@app.command(
     epilog="Example: loraweave compose --pool examples/pool --examples examples/data/unseen/pick_color_5.jsonl "
     "--num-examples 5 --out composed"
 )
@@ -182,7 +187,7 @@ def _show(composed: lw.Composition, method: str, out: Path | None, as_json: bool
         note(f"saved to {out}, license: {composed.license or 'unknown'}; `loraweave eval {out} FILE.jsonl` scores it{more}")
 
 
-@composing.command("eval", epilog="Example: loraweave eval composed examples/data/unseen/pick_color_5.jsonl --json")
+@app.command("eval", epilog="Example: loraweave eval composed examples/data/unseen/pick_color_5.jsonl --json")
 def evaluate(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A composition's or an adapter's folder.")],
     rows: Annotated[
@@ -275,7 +280,7 @@ def _evaluate_adapter(adapter: Any, base: str | None, dtype: str | None, task: A
     return {"value": score.value, "low": score.low, "high": score.high, "loss": score.loss, "count": score.count}
 
 
-@composing.command(epilog="Example: loraweave export composed --target peft --max-rank 16 --out smaller")
+@app.command(epilog="Example: loraweave export composed --target peft --max-rank 16 --out smaller")
 def export(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A composition's or an adapter's folder.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the folder goes.")],
@@ -310,14 +315,10 @@ def export(
         typer.echo(one_line(line))
 
 
-SAVE_EXAMPLE = 'Example: loraweave hub save-composition careful "0.7*antonym - 0.3*negation"'
-LIST_EXAMPLE = "Example: loraweave hub compositions --json"
-WRITE_EXAMPLE = "Example: loraweave hub write-composition support-bot composed"
-REMOVE_EXAMPLE = "Example: loraweave hub remove-composition support-bot"
-
 NameArgument = Annotated[str, typer.Argument(help="A composition of the hub, without the @.")]
 
 
+@hub.command("save-composition", epilog='Example: loraweave hub save-composition careful "0.7*antonym - 0.3*negation"')
 def save_composition(
     name: Annotated[str, typer.Argument(help="Its name; a formula says @NAME.")],
     composition: Annotated[
@@ -349,6 +350,7 @@ def save_composition(
     answer(as_json, composition_row(stored), told)
 
 
+@hub.command("compositions", epilog="Example: loraweave hub compositions --json")
 def list_compositions(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
     """List the compositions that a hub keeps."""
     with open_hub(hub) as opened:
@@ -360,6 +362,7 @@ def list_compositions(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False)
     print_rows(("name", "created", "what"), shown)
 
 
+@hub.command("write-composition", epilog="Example: loraweave hub write-composition support-bot composed")
 def write_composition(
     name: NameArgument,
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where its folder goes; eval, explain and export read it.")],
@@ -371,6 +374,7 @@ def write_composition(
     note(f"wrote {name!r} to {out}")
 
 
+@hub.command("remove-composition", epilog="Example: loraweave hub remove-composition support-bot")
 def remove_composition(name: NameArgument, hub: HubOption = DEFAULT_HUB) -> None:
     """Take a composition out of the hub; `gc` then frees its files."""
     with open_hub(hub) as opened:

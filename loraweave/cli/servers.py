@@ -6,13 +6,12 @@ from typing import Annotated
 
 import typer
 
-from loraweave.cli._application import DEFAULT_HUB, BaseOption, DtypeOption, HubOption
+from loraweave.cli._application import DEFAULT_HUB, BaseOption, DtypeOption, HubOption, app
 from loraweave.cli._inputs import load_model, open_hub
 from loraweave.errors import PackageMissing
 
-SERVE_EXAMPLE = 'Example: loraweave serve --hub adapters   (a client then asks for model "1.1*passive + 0.9*negation")'
 
-
+@app.command(epilog='Example: loraweave serve --hub adapters   (a client then asks for model "1.1*passive + 0.9*negation")')
 def serve(
     hub: HubOption = DEFAULT_HUB,
     base: BaseOption = None,
