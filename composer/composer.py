@@ -10,6 +10,7 @@ from typing import Any
 
 from loraweave.common.chat import Prompt
 from loraweave.common.checks import is_collection, is_list
+from loraweave.common.display import tracked
 from loraweave.common.process import lock_of
 from loraweave.common.rows import GivenRows
 from loraweave.composer.fused.fused import Fused, fused, mixture_updates
@@ -23,15 +24,16 @@ from loraweave.composer.live.residents import Residency, Residents
 from loraweave.composer.live.resolve import resolve, warn_of_licenses
 from loraweave.composer.live.standing_in import CLAIMS
 from loraweave.composer.merge.statistics import Statistics
+from loraweave.composer.model import scoring
+from loraweave.composer.model.batches import untouched
 from loraweave.composer.model.generate import Asked, generation_call, read_prompt, stream
 from loraweave.composer.model.layers import TargetLayer
-from loraweave.composer.model.worth import leave_one_out
 from loraweave.composer.train.routers import fit, require_learning
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.parts import model_of
 from loraweave.hub.pool import ExpertPool, require_no_heads
-from loraweave.routers.combined import num_rows_of
+from loraweave.routers.combined import masked, num_rows_of
 from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router, Task
@@ -176,8 +178,20 @@ class Composer:
         self._require_not_fused("leave experts out")
         self._require_tokenizer("leave_one_out()")
         router = resolve(mixture, self._pool, self._bound)
-        of = self.model, self.tokenizer, self.activate, router, self._pool.names, Task.of(task)
-        return leave_one_out(*of, renormalise=renormalise, progress=progress)
+        names = router.experts if isinstance(router, MixtureWeights) else self._pool.names
+        if (num_rows := num_rows_of(router)) != 1:
+            raise ScopeError(f"leave_one_out() takes one mixture for all examples, but this one has {num_rows} rows")
+        judged = Task.of(task)
+        rows = scoring.encode_pairs(self.model, self.tokenizer, judged, judged.examples)
+
+        def mean_loss(mixture: Router) -> float:
+            with untouched(self.model), self.activate(mixture):
+                losses = scoring.losses_of_rows(self.model, self.tokenizer, rows)
+            return sum(losses) / len(losses)
+
+        whole = mean_loss(router)
+        places = tracked(range(len(names)), "leaving experts out", total=len(names), shown=progress)
+        return {names[at]: mean_loss(masked(router, at, renormalise=renormalise)) - whole for at in places}
 
     @contextmanager
     def fused(

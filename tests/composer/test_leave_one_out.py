@@ -1,4 +1,4 @@
-"""What experts are worth: losses with and without one."""
+"""What each expert of a mixture is worth: losses with and without it."""
 
 from __future__ import annotations
 
