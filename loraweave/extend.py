@@ -105,8 +105,8 @@ _MODULES = {
     # training
     "common.descent": "Descent backward descend",
     "common.randomness": "caller_randomness seeded with_seed",
-    "composer.train.adapters": "require_startable target_layers train_further training_rows",
-    "composer.train.jobs": "LoraJob LowRank TrainingJob given_factors new_factors tangent",
+    "composer.train.adapters": "require_plain require_startable target_layers train_further training_rows",
+    "composer.train.jobs": "JobKind LORA LoraJob LowRank TrainingJob given_factors new_factors",
     "composer.train.passes": "LoraJobs SharedPass job_losses",
     "composer.train.rows": "Texts",
     "composer.train.settings": "LoraSettings read_endings read_tasks",

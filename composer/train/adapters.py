@@ -25,7 +25,7 @@ from loraweave.composer.model.kinds import linear
 from loraweave.composer.model.layers import quantization_of
 from loraweave.composer.model.scoring import encode_pairs
 from loraweave.composer.train.groups import train_groups
-from loraweave.composer.train.jobs import LoraJob, PlannedJob, TrainingJob
+from loraweave.composer.train.jobs import LORA, JobKind, LoraJob, PlannedJob, TrainingJob
 from loraweave.composer.train.passes import lora_job
 from loraweave.composer.train.processes import Processes
 from loraweave.composer.train.report import JobReport, TrainedAdapters
@@ -56,8 +56,7 @@ def train_adapters(
     batch_size: Count = 8,
     target_modules: Sequence[str] = ("q_proj", "v_proj"),
     start: Mapping[str, Adapter] | None = None,
-    beside: Adapter | None = None,
-    linearized: bool = False,
+    kind: JobKind = LORA,
     warmup: Whole = WARMUP_STEPS,
     held_out: float | Mapping[str, Task | GivenRows] | None = None,
     evaluate_every: Count = 10,
@@ -86,16 +85,15 @@ def train_adapters(
     steps and after the last; the best factors are kept, and `patience` evaluations without better ones end a task.
 
     A task named in `start` begins as that adapter and keeps its layers and ranks, whatever `rank` and `target_modules` are;
-    `alpha / rank` is the scale of all. With `linearized` every adapter is trained to first order at its beginning (L-LoRA):
-    `LinearizedJob` says what that keeps, and `tangent(adapter, start)` is what a task with a start has learned.
+    `alpha / rank` is the scale of all. `kind` makes jobs of another class than LoRA: `Linearized()` trains to first order,
+    and `Beside(adapter)` what an adapter leaves of the inputs, both of the extension `continual`.
 
     With `n_jobs` workers (-1: all cores), or those that `joblib.parallel_config` names, processes of this machine, Ray or
     Dask train groups of jobs, to the same bits for any number of workers (docs/howto/many_machines.md). Each loads the model
     by its name. A `hub` gets a group's adapters when it ends; what it has of the same training is not trained again.
     Processes of `torchrun` or `accelerate launch` share the rows of each step; their number divides `batch_size`.
 
-    Every task learns beside the adapter `beside`, which stays as it is, from what that one's a leaves of a layer's inputs
-    (`BesideJob`). Raises InvalidTask for unusable examples, UnknownName when no layer matches `target_modules` or no task a
+    Raises InvalidTask for unusable examples, UnknownName when no layer matches `target_modules` or no task a
     name in `start` or `held_out`, BudgetExceeded for a task that alone exceeds the memory, TrainingError for settings out of
     range, a checkpoint that cannot be written and a loss that is not finite, WorkersFailed for lost workers, AdapterExists
     for a name that the hub has, BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that no task can start
@@ -104,29 +102,32 @@ def train_adapters(
     lora: dict[str, Any] = {"rank": rank, "steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed, "warmup": warmup}
     shared_by: dict[str, Any] = {"jobs_per_batch": jobs_per_batch, "memory_bytes": memory_bytes}
     judged: dict[str, Any] = {"evaluate_every": evaluate_every, "patience": patience}
-    settings = _settings(target_modules, linearized, alpha, {**shared_by, **judged}, **lora)
+    settings = _settings(target_modules, kind, alpha, {**shared_by, **judged}, **lora)
     prepared, judging = read_tasks(tasks), Judging(held_out, evaluate_every, patience)
     judging.require({name: sum(len(task.examples) for task in parts) for name, parts in prepared.items()})
-    _require_sense(model, beside, {"start": start, "linearized": linearized}, hub, n_jobs)
+    _require_sense(model, hub, n_jobs)
+    kind.require(model, start or ())
     begins = require_startable(model, tasks, start or {})
     layers = target_layers(model, settings.target_modules) if len(begins) < len(tasks) else {}
     rows, held_out_rows = read_rows(model, tokenizer, prepared, judging, seed)
     with untouched(model), progress_bar(progress, field="loss") as bar:
         shared = SharedPasses(model, tokenizer, bar, folder=checkpoint_folder(checkpoint), **shared_by)
-        apart = Apart(shared, settings, layers, prepared, rows, held_out_rows, begins, beside, fingerprint(model))
+        apart = Apart(shared, settings, layers, prepared, rows, held_out_rows, begins, kind, fingerprint(model))
         alone = hub is None and processes_here(n_jobs) is None
         return apart.train() if alone else _in_groups(apart, judging, hub, n_jobs)
 
 
 def _settings(
-    target_modules: Sequence[str], linearized: bool, alpha: float | None, others: Mapping[str, Any], **lora: Any
+    target_modules: Sequence[str], kind: JobKind, alpha: float | None, others: Mapping[str, Any], **lora: Any
 ) -> LoraSettings:
     """Return the settings of the adapters. Raises TrainingError for a setting out of range, among the others, too."""
     endings = read_endings(target_modules)
+    if not isinstance(kind, JobKind):
+        raise TrainingError(f"kind is {kind!r:.60}; leave it out, or pass a kind of jobs, Linearized() say")
     options = {**lora, **others, "alpha": alpha}
     check_options("train_adapters()", options, options_of(train_adapters), error=TrainingError)
     scale = 2.0 * lora["rank"] if alpha is None else alpha
-    return LoraSettings(**lora, alpha=scale, target_modules=endings, linearized=linearized)
+    return LoraSettings(**lora, alpha=scale, target_modules=endings, linearized=kind.linearized)
 
 
 def _in_groups(apart: Apart, judging: Judging, hub: Hub | None, n_jobs: int | None) -> TrainedAdapters:
@@ -138,14 +139,14 @@ def _in_groups(apart: Apart, judging: Judging, hub: Hub | None, n_jobs: int | No
         **({"held_out": judging.held_out} if is_by_task else {}),
     }
     options = {
-        **asdict(apart.settings),
+        **{name: value for name, value in asdict(apart.settings).items() if name != "linearized"},
         "jobs_per_batch": shared.jobs_per_batch,
         "memory_bytes": shared.memory_bytes,
         **({} if is_by_task else {"held_out": judging.held_out}),
         "evaluate_every": judging.every,
         "patience": judging.patience,
         "checkpoint": shared.folder,
-        "beside": apart.beside,
+        "kind": apart.kind,
     }
     planned = [apart.plan(name) for name in apart.tasks]
     keys = {name: apart.key(name) for name in apart.tasks}
@@ -184,9 +185,7 @@ def training_rows(
     return rows
 
 
-def _require_sense(
-    model: Any, beside: Adapter | None, begun: Mapping[str, Any], hub: Hub | None, n_jobs: int | None
-) -> None:
+def _require_sense(model: Any, hub: Hub | None, n_jobs: int | None) -> None:
     """Raise TrainingError for a hub that is none and for arguments that exclude each other."""
     if not isinstance(hub, Hub | None):
         raise TrainingError(f"hub is {hub!r:.60}; pass a Hub that takes the adapters, or None")
@@ -194,16 +193,6 @@ def _require_sense(
     alone = [option for option, value in whole.items() if value is not None]
     if alone and (count := Processes.launched(next(model.parameters()).device).count) > 1:
         raise TrainingError(f"{count} processes were launched, which share the rows of each step, and {alone[0]} is for one")
-    if beside is not None:
-        _require_beside(model, beside, begun)
-
-
-def _require_beside(model: Any, beside: Adapter, others: Mapping[str, Any]) -> None:
-    if clashing := [name for name, value in others.items() if value]:
-        raise TrainingError(f"beside is for new adapters that are trained apart, so {clashing[0]} must be left out")
-    if not isinstance(beside, Adapter):
-        raise TrainingError(f"nothing can be trained beside {beside!r:.60}: pass an Adapter")
-    _require_plain(Fitting(model), beside, "nothing can be trained beside")
 
 
 def target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -225,7 +214,7 @@ Layers = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Apart:
-    """A training of jobs apart, all beside the adapter `beside`.
+    """A training of jobs apart, all of one kind.
 
     `layers` has (O, I) of each target layer, `begins` the adapters that tasks begin from.
     """
@@ -237,7 +226,7 @@ class Apart:
     rows: Mapping[str, Sequence[EncodedRow]]
     held_out: Mapping[str, HeldOut]
     begins: Mapping[str, Adapter]
-    beside: Adapter | None
+    kind: JobKind
     base: Fingerprint
 
     def train(self) -> TrainedAdapters:
@@ -262,8 +251,7 @@ class Apart:
     def plan(self, name: str) -> PlannedJob:
         settings = self.settings
         start = self.begins[name].layers if name in self.begins else None
-        beside = None if self.beside is None else self.beside.layers
-        make = partial(lora_job, self.shared.model, name, self.layers, settings, start, beside)
+        make = partial(lora_job, self.shared.model, name, self.layers, settings, start, self.kind)
         if start is None:
             num_parameters = sum(settings.rank * (outputs + inputs) for outputs, inputs in self.layers.values())
         else:
@@ -275,9 +263,11 @@ class Apart:
         recipe: dict[str, Any] = {"method": "loraweave.train_adapters", **asdict(self.settings)}
         if start is not None:
             recipe["start"] = {"hash": start.hash, "name": start.name}
-        if self.beside is not None:
-            recipe["beside"] = {"hash": self.beside.hash, "name": self.beside.name}
-        card = {"recipe": recipe, "training": report.to_json(), **quantization_of(self.shared.model)}
+        card = {
+            "recipe": {**recipe, **self.kind.recipe()},
+            "training": report.to_json(),
+            **quantization_of(self.shared.model),
+        }
         return Adapter(job.name, self.shared.model.name_or_path, job.result(), self.base, card)
 
     def key(self, name: str) -> str:
@@ -292,8 +282,7 @@ class Apart:
         if (held_out := self.held_out.get(name)) is not None:
             rows = [[row.prompt, row.target] for row in held_out.rows]
             parts += [rows, held_out.every, held_out.patience]
-        if self.beside is not None:
-            parts.append(self.beside.hash)
+        parts += self.kind.identity()
         if others or isinstance(task, Texts) or task.demonstrations or task.chat:
             parts.append([[row.prompt, row.target, row.labels] for row in self.rows[name]])
         return text_digest(json.dumps(parts, sort_keys=True))[:32]
@@ -318,7 +307,7 @@ def train_further(
     begins, held_out = require_startable(model, [name], {name: adapter}), {name: HeldOut(judges, every=settings.steps)}
     with untouched(model), progress_bar(progress, field="loss") as bar:
         shared = SharedPasses(model, tokenizer, bar, jobs_per_batch=1, memory_bytes=None, folder=None)
-        trained = Apart(shared, settings, {}, {name: ()}, {name: rows}, held_out, begins, None, fingerprint(model)).train()
+        trained = Apart(shared, settings, {}, {name: ()}, {name: rows}, held_out, begins, LORA, fingerprint(model)).train()
     return trained[name], list(trained.report.jobs[name].held_out)
 
 
@@ -338,23 +327,22 @@ def require_startable(model: Any, tasks: Collection[str], start: Mapping[str, Ad
         raise TrainingError(f"task {strange[0]!r} cannot start from {start[strange[0]]!r:.60}: pass an Adapter")
     if unknown := [name for name in start if name not in tasks]:
         raise UnknownName(f"start has an adapter for {unknown[0]!r}, which is not a task; the tasks are {', '.join(tasks)}")
-    fitting = Fitting(model)
-    for name, adapter in start.items():
-        _require_plain(fitting, adapter, f"task {name!r} cannot start from")
+    require_plain(model, {f"task {name!r} cannot start from": adapter for name, adapter in start.items()})
     return dict(start)
 
 
-def _require_plain(fitting: Fitting, adapter: Adapter, refusal: str) -> None:
-    fitting.adapter(adapter.name, adapter)
-    require_everywhere(adapter.name, adapter, "training lets an adapter count for every token")
-    for layer, factors in adapter.layers.items():
-        if beyond := sorted(set(factors.tensors()) - TRAINED):
-            raise AdapterUnsupported(
-                f"{refusal} adapter {adapter.name!r}: layer {layer!r} has {' and '.join(beyond)}, and only a_RI and b_OR "
-                "are trained"
-            )
-        if factors.kind != "linear":
-            raise AdapterUnsupported(
-                f"{refusal} adapter {adapter.name!r}: layer {layer!r} is of kind {factors.kind!r}, and only linear layers "
-                "are trained"
-            )
+def require_plain(model: Any, adapters: Mapping[str, Adapter]) -> None:
+    """Raise for adapters that are not of the model, or have more than a and b of linear layers, for every token.
+
+    Their keys begin the messages: {"task 'x' cannot start from": adapter}.
+    """
+    fitting = Fitting(model)
+    for refusal, adapter in adapters.items():
+        fitting.adapter(adapter.name, adapter)
+        require_everywhere(adapter.name, adapter, "training lets an adapter count for every token")
+        for layer, factors in adapter.layers.items():
+            beyond, reason = sorted(set(factors.tensors()) - TRAINED), f"{refusal} adapter {adapter.name!r}: layer {layer!r}"
+            if beyond:
+                raise AdapterUnsupported(f"{reason} has {' and '.join(beyond)}, and only a_RI and b_OR are trained")
+            if factors.kind != "linear":
+                raise AdapterUnsupported(f"{reason} is of kind {factors.kind!r}, and only linear layers are trained")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,6 @@ from loraweave.common.randomness import seeded
 from loraweave.composer.model.batches import EncodedRow
 from loraweave.composer.train.rows import HeldOut
 from loraweave.composer.train.schedule import JobSize, Pace
-from loraweave.errors import LayerMismatch, TrainingError
-from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
 
@@ -134,100 +132,29 @@ def given_factors(start: Mapping[str, Factors], *, scale: float, device: torch.d
     }
 
 
-class LinearizedJob(LoraJob):
-    """A job in which each layer's update is the tangent at its beginning (a0, b0): s (b a0 + b0 (a - a0)) x.
+class JobKind:
+    """The kind of a training's jobs: LoRA. A subclass makes jobs of another class; workers get it pickled."""
 
-    The base stays as nonlinear as it is; only the adapter is linearised, layer by layer, so that what jobs learn from a
-    common beginning superposes exactly in each layer. Where b0 = 0 the update is s b a0, and a is not trained.
-    """
+    # True where all new factors begin alike and the card says that training was to first order
+    linearized: ClassVar[bool] = False
 
-    def __init__(self, name: str, factors: Pairs, scale: float) -> None:
-        super().__init__(name, factors, scale)
-        self.origin = {layer: (a.detach().clone(), b.detach().clone()) for layer, (a, b) in self.factors.items()}
-        for layer, (a_RI, _) in self.factors.items():
-            # nothing of a reaches the output where b0 is 0
-            a_RI.requires_grad_(bool(self.origin[layer][1].any()))
+    def require(self, model: Any, start: Collection[str]) -> None:
+        """Raise for a model without what such jobs need, and for tasks that cannot have a `start`."""
 
-    def low_rank(self, layer: str) -> LowRank:
-        """Return s b over a0, and beside it s b0 over a - a0 where b0 is not 0, which doubles the rank."""
-        a_RI, b_OR = self.factors[layer]
-        a0_RI, b0_OR = self.origin[layer]
-        if not a_RI.requires_grad:
-            return LowRank(a0_RI, b_OR, self.scale)
-        return LowRank(torch.cat([a0_RI, a_RI - a0_RI]), torch.cat([b_OR, b0_OR], dim=1), self.scale)
+    def make(self, name: str, pairs: Pairs, scale: float) -> LoraJob:
+        """Return a job that begins with these factors."""
+        return LoraJob(name, pairs, scale)
 
+    def recipe(self) -> dict[str, Any]:
+        """Return what the card of an adapter says of the kind, as JSON."""
+        return {}
 
-class BesideJob(LoraJob):
-    """A job beside a frozen adapter, in what that one leaves of a layer's inputs: y += b0 a0 x + s b a (I - q q^T) x.
-
-    q_IQ is an orthonormal basis of the rows of a0, so that the two updates have orthogonal row spaces, and sums of such jobs
-    repeat nothing of a0's: the hard form of Orthogonal Subspace Decomposition (Su et al. 2026, arXiv 2604.26768). Its text
-    was seen in part; that the projection stands within the loss, and on the inputs' side, is ours.
-    """
-
-    def __init__(self, name: str, factors: Pairs, scale: float, beside: Mapping[str, Factors]) -> None:
-        super().__init__(name, factors, scale)
-        device = next(iter(self.factors.values()))[0].device
-        self._beside = given_factors(beside, scale=scale, device=device)
-        shared = self._beside.keys() & self.factors.keys()
-        self._basis = {layer: torch.linalg.qr(self._beside[layer][0].T).Q for layer in shared}
-        if full := [layer for layer, q_IQ in self._basis.items() if q_IQ.shape[1] == len(q_IQ)]:
-            raise TrainingError(
-                f"job {name!r} has nowhere to learn in layer {full[0]!r}: the adapter beside it reads all "
-                f"{len(self._basis[full[0]])} directions of its inputs; give one of a lower rank"
-            )
-
-    @property
-    def layers(self) -> Collection[str]:
-        return {**self._beside, **self.factors}.keys()
-
-    def low_rank(self, layer: str) -> LowRank:
-        """Return the frozen update, and beside it the job's own."""
-        pairs = [self._beside[layer]] if layer in self._beside else []
-        if layer in self.factors:
-            pairs.append((self._projected(layer), self.factors[layer][1]))
-        a_RI, b_OR = (torch.cat(parts, dim=side) for side, parts in enumerate(zip(*pairs, strict=True)))
-        return LowRank(a_RI, b_OR, self.scale)
-
-    def result(self) -> dict[str, Factors]:
-        """Return the job's own update alone."""
-        return {
-            layer: Factors(self._projected(layer).detach().cpu(), (b_OR.detach().cpu() * self.scale).contiguous())
-            for layer, (_, b_OR) in self.factors.items()
-        }
-
-    def _projected(self, layer: str) -> Tensor:
-        a_RI, q_IQ = self.factors[layer][0], self._basis.get(layer)
-        return a_RI.clone() if q_IQ is None else a_RI - (a_RI @ q_IQ) @ q_IQ.T
+    def identity(self) -> list[str]:
+        """Return what a result depends on besides settings, rows and start."""
+        return []
 
 
-def tangent(adapter: Adapter, start: Adapter) -> Adapter:
-    """Return phi - phi0 of L-LoRA as an update: (b - b0) a0 + b0 (a - a0), exactly, of at most twice the start's rank.
-
-    `adapter` comes from `train_adapters(..., linearized=True, start={...: start})`. In a pool of `start` and the tangents of
-    several such adapters, the mixture of start at 1 and of tangents at weights l_e is, in each layer, the linearised model
-    at phi0 + sum of l_e (phi_e - phi0). An adapter trained without a start is its own tangent.
-
-    Raises LayerMismatch for an adapter that was not trained that way.
-    """
-    if list(adapter.layers) != list(start.layers):
-        raise LayerMismatch(f"adapter {adapter.name!r} has other layers than {start.name!r}, so it did not start from it")
-    return replace(adapter, layers={layer: _tangent(layer, adapter, start) for layer in adapter.layers})
-
-
-def _tangent(layer: str, adapter: Adapter, start: Adapter) -> Factors:
-    learned, its = adapter.layers[layer], start.layers[layer]
-    rank = its.rank
-    moved = bool(its.b_OR.any())
-    if learned.rank != rank * (1 + moved) or not torch.equal(learned.a_RI[:rank], its.a_RI.float()):
-        raise LayerMismatch(
-            f"adapter {adapter.name!r} is no linearised training of {start.name!r}: in layer {layer!r} its first "
-            f"{rank} rows of a are not those it would have begun from; pass linearized=True to train_adapters"
-        )
-    if not moved:
-        return learned
-    return replace(learned, b_OR=torch.cat([learned.b_OR[:, :rank] - its.b_OR, learned.b_OR[:, rank:]], dim=1))
-
+LORA = JobKind()
 
 # as many of a job's own batches tell how wide they are
 MEASURED_STEPS = 32

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from loraweave.composer.live.call_router import arguments_of
 from loraweave.composer.model.batches import IGNORED, EncodedRow, TargetBatch, batch, tensors_in
-from loraweave.composer.train.jobs import BesideJob, LinearizedJob, LoraJob, TrainingJob, given_factors, new_factors
+from loraweave.composer.train.jobs import LORA, JobKind, LoraJob, TrainingJob, given_factors, new_factors
 from loraweave.composer.train.schedule import pad_apart
 from loraweave.composer.train.settings import LoraSettings
 from loraweave.routers.tokens._call import current_prompts
@@ -144,18 +144,16 @@ def lora_job(
     layers: Mapping[str, tuple[int, int]],
     settings: LoraSettings,
     start: Mapping[str, Factors] | None,
-    beside: Mapping[str, Factors] | None = None,
+    kind: JobKind = LORA,
 ) -> LoraJob:
-    """Return a job with new factors, or with those of `start`. Linearised jobs all begin with the same new a."""
+    """Return a job of the kind with new factors, or with those of `start`."""
     scale, device = settings.alpha / settings.rank, next(model.parameters()).device
     if start is None:
-        key = "" if settings.linearized else name
+        key = "" if kind.linearized else name
         pairs = new_factors(key, layers, rank=settings.rank, seed=settings.seed, device=device)
     else:
         pairs = given_factors(start, scale=scale, device=device)
-    if beside is not None:
-        return BesideJob(name, pairs, scale, beside)
-    return (LinearizedJob if settings.linearized else LoraJob)(name, pairs, scale)
+    return kind.make(name, pairs, scale)
 
 
 class RowRange(NamedTuple):

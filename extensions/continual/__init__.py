@@ -1,7 +1,9 @@
 """How does a model learn one task after another, and keep what it learned? Adapters trained in order, and a memory.
 
 `train_in_order` trains tasks one after the other; `own_parts` takes their sums apart again. `remember` makes an adapter of
-each document, which a hub finds for a question. They need no other package, and train as long as `train_adapters` does.
+each document, which a hub finds for a question. `Linearized` and `Beside` are kinds of jobs for `train_adapters`: they make
+adapters that superpose (`tangent`), or that keep clear of another. They need no other package; training takes as long as
+`train_adapters` does.
 """
 
 from typing import TYPE_CHECKING
@@ -12,8 +14,14 @@ if TYPE_CHECKING:
     from loraweave.extensions.continual.course import own_parts
     from loraweave.extensions.continual.documents import remember
     from loraweave.extensions.continual.in_order import train_in_order
+    from loraweave.extensions.continual.kinds import Beside, Linearized, tangent
 else:
-    _MODULES = {"course": "own_parts", "documents": "remember", "in_order": "train_in_order"}
+    _MODULES = {
+        "course": "own_parts",
+        "documents": "remember",
+        "in_order": "train_in_order",
+        "kinds": "Beside Linearized tangent",
+    }
     __getattr__ = lazy(__name__, {f"{__name__}.{module}": names for module, names in _MODULES.items()})
 
-__all__ = ["own_parts", "remember", "train_in_order"]
+__all__ = ["Beside", "Linearized", "own_parts", "remember", "tangent", "train_in_order"]

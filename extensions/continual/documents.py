@@ -10,6 +10,7 @@ from typing import Any
 
 from loraweave import Adapter, Hub, InvalidTask, Record, Task, TrainingError, UnknownName, train_adapters
 from loraweave.extend import (
+    LORA,
     Addition,
     Count,
     GivenRows,
@@ -22,6 +23,7 @@ from loraweave.extend import (
     options_of,
     predict,
 )
+from loraweave.extensions.continual.kinds import Beside
 
 MEMORY = "memory"
 # how questions are asked where nothing else is said
@@ -62,7 +64,7 @@ def remember(
     `hub.search(question, tags="memory")` finds documents, and the authors sum those they find with weight 1 each:
     `lw.Composer(model, hub.pool(names)).activate(dict.fromkeys(names, 1.0))`. Such sums repeat what all have learned of
     answering. With `beside`, an adapter that answers questions of this form about other documents, each learns only from
-    what that one leaves of the inputs (OSD, arXiv 2604.26768; `train_adapters`); activate it at weight 1 with any of them.
+    what that one leaves of the inputs (OSD, arXiv 2604.26768; `Beside`); activate it at weight 1 with any of them.
 
     A document that the hub has under its name gets a new version. With `checkpoint`, a folder, an interrupted call goes on.
     Raises TrainingError unless `documents` are texts and `hub` is a Hub, InvalidTask for a document without a sentence of
@@ -89,7 +91,7 @@ def remember(
         model,
         tokenizer,
         tasks,
-        beside=beside,
+        kind=LORA if beside is None else Beside(beside),
         rank=rank,
         steps=steps,
         lr=lr,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from watched_steps import watch_steps as watch_steps
 
 from loraweave.extensions.continual import train_in_order
 

@@ -13,6 +13,7 @@ from loraweave.composer.model import scoring
 from loraweave.composer.train.passes import SharedPass, job_losses, lora_job
 from loraweave.composer.train.settings import LoraSettings
 from loraweave.errors import AdapterUnsupported, InvalidName, InvalidTask, TrainingError, UnknownName
+from loraweave.extensions.continual import Beside
 from loraweave.extensions.continual import documents as memory
 from loraweave.extensions.continual.documents import QUESTIONS, remember, split
 
@@ -113,7 +114,7 @@ def test_what_was_learned_beside_an_adapter_counts_in_the_sum_with_it(model, tok
 def test_a_step_beside_an_adapter_has_the_gradients_of_the_formula(make_model, make_adapter, tokenizer):
     model = make_model("llama", dtype=torch.float64)
     beside = make_adapter(model, "beside", rank=2, seed=1)
-    job = lora_job(model, "job", LAYERS, LoraSettings(rank=3, alpha=6.0), None, beside.layers)
+    job = lora_job(model, "job", LAYERS, LoraSettings(rank=3, alpha=6.0), None, Beside(beside))
     with torch.no_grad():
         for number, (_, b_OR) in enumerate(job.factors.values()):
             b_OR.normal_(generator=torch.Generator().manual_seed(number))
@@ -182,8 +183,10 @@ def test_what_cannot_be_remembered_is_refused_before_anything_is_trained(model, 
         call({"one": "a b " * 50_000})
     with pytest.raises(TrainingError, match="rewrites"):
         call({"one": "a b"}, rewrites=-1)
-    with pytest.raises(TrainingError, match="new adapters that are trained apart, so linearized must be left out"):
-        lw.train_adapters(model, tokenizer, {"one": [("a", "b")]}, beside=answering, linearized=True)
+    with pytest.raises(TrainingError, match="new adapters that are trained apart, so start must be left out"):
+        lw.train_adapters(model, tokenizer, {"one": [("a", "b")]}, start={"one": answering}, kind=Beside(answering))
+    with pytest.raises(TrainingError, match="kind is 'beside'; leave it out, or pass a kind of jobs"):
+        lw.train_adapters(model, tokenizer, {"one": [("a", "b")]}, kind="beside")
     with pytest.raises(TrainingError, match="nothing can be trained beside 'answering': pass an Adapter"):
         call({"one": "a b"}, beside="answering")
     layer = next(iter(answering.layers))

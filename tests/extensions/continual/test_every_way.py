@@ -195,3 +195,5 @@ def test_the_page_on_continual_training(run_page):
     page = run_page("docs/extensions/continual.md")
     assert [adapter.rank for adapter in page["adapters"].values()] == [4, 4]
     assert [record.name for record in page["hub"].records(tags="memory")] == ["Velmar"]
+    ranks = {name: adapter.rank for name, adapter in page["pool"].adapters.items()}
+    assert ranks == {"start": 8, "past tense": 16, "plural": 16}

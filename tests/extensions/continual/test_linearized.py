@@ -11,10 +11,11 @@ from torch.func import jvp
 import loraweave as lw
 from loraweave.composer.model.batches import encode
 from loraweave.composer.train import shared as shared_training
-from loraweave.composer.train.jobs import tangent
-from loraweave.composer.train.passes import LoraJobs, job_losses
+from loraweave.composer.train.jobs import LORA
+from loraweave.composer.train.passes import job_losses, lora_job
 from loraweave.composer.train.settings import LoraSettings
 from loraweave.errors import LayerMismatch
+from loraweave.extensions.continual import Linearized, tangent
 from loraweave.lowrank import algebra
 
 TASKS = {"upper": [("a", "A"), ("b", "B"), ("c", "C"), ("d", "D"), ("e", "E")], "double": [("a", "aa"), ("bb", "bbbb")]}
@@ -23,8 +24,14 @@ SCALE = 2.0
 
 
 def train(model, tokenizer, tasks=TASKS, **options):
-    settings = {"rank": 3, "steps": 6, "batch_size": 2, "lr": 1e-2, "progress": False, "linearized": True}
+    settings = {"rank": 3, "steps": 6, "batch_size": 2, "lr": 1e-2, "progress": False, "kind": Linearized()}
     return lw.train_adapters(model, tokenizer, tasks, **{**settings, **options})
+
+
+def jobs_of(model, layers, names, start):
+    """Linearised jobs of rank 3 and scale 2 with these starts."""
+    settings = LoraSettings(rank=3, alpha=6.0)
+    return [lora_job(model, name, layers, settings, start.get(name), Linearized()) for name in names]
 
 
 @pytest.fixture
@@ -35,16 +42,15 @@ def begin(tiny_llama, make_adapter):
 @pytest.fixture
 def moved(tiny_llama, begin):
     """Jobs in float64, one with b0 = 0 and one with a start, moved away from where they began."""
-    layers, given = {LAYER: (16, 16)}, {"old": begin.layers}
-    jobs = LoraJobs(tiny_llama, layers, ["new", "old"], LoraSettings(rank=3, alpha=6.0, linearized=True), start=given)
+    jobs = jobs_of(tiny_llama, {LAYER: (16, 16)}, ["new", "old"], {"old": begin.layers})
     generator = torch.Generator().manual_seed(2)
-    for job in jobs.members:
+    for job in jobs:
         job.origin = {layer: tuple(tensor.double() for tensor in pair) for layer, pair in job.origin.items()}
         for layer, (a0, b0) in job.origin.items():
             trained = job.factors[layer][0].requires_grad
             a, b = (t + torch.randn(t.shape, generator=generator).double() for t in (a0, b0))
             job.factors[layer] = (a.requires_grad_(), b) if trained else (a0, b)
-    return jobs.members
+    return jobs
 
 
 # torch's own rules of forward differentiation are compiled by what it has deprecated
@@ -62,15 +68,14 @@ def test_the_update_of_a_layer_is_the_jvp_of_lora_at_the_beginning(moved, index)
 def test_parameters_merged_around_the_beginning_superpose_in_each_layer(tiny_llama, begin):
     x_NI = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
     names = ["u", "v", "merged", "none"]
-    given = dict.fromkeys(names, begin.layers)
-    jobs = LoraJobs(tiny_llama, {}, names, LoraSettings(rank=3, alpha=6.0, linearized=True), start=given)
+    jobs = jobs_of(tiny_llama, {}, names, dict.fromkeys(names, begin.layers))
     weights = (0.7, -0.4)
     with torch.no_grad():
-        for u, v, merged, none in zip(*(job.factors[LAYER] for job in jobs.members), strict=True):
+        for u, v, merged, none in zip(*(job.factors[LAYER] for job in jobs), strict=True):
             u += torch.randn(u.shape, generator=torch.Generator().manual_seed(3))
             v += torch.randn(v.shape, generator=torch.Generator().manual_seed(4))
             merged += sum(w * (part - none) for w, part in zip(weights, (u, v), strict=True))
-        u, v, merged, none = (job.update(LAYER, x_NI) for job in jobs.members)
+        u, v, merged, none = (job.update(LAYER, x_NI) for job in jobs)
     assert torch.allclose(merged - none, 0.7 * (u - none) - 0.4 * (v - none), atol=1e-4)
     assert not torch.allclose(u, none, atol=1e-1)
 
@@ -137,7 +142,7 @@ def test_from_a_start_whose_b_is_zero_an_adapter_is_its_own_tangent(tiny_llama, 
 
 
 def test_an_adapter_that_was_not_trained_linearised_has_no_tangent(tiny_llama, tokenizer, begin, make_adapter):
-    plain = train(tiny_llama, tokenizer, start={"upper": begin}, linearized=False)["upper"]
+    plain = train(tiny_llama, tokenizer, start={"upper": begin}, kind=LORA)["upper"]
     with pytest.raises(LayerMismatch, match="no linearised training of 'begin'"):
         tangent(plain, begin)
     with pytest.raises(LayerMismatch, match="other layers"):
