@@ -25,12 +25,9 @@ from benchmarks._models import base_model, random_adapter
 from benchmarks._run import Run, Table, console
 from loraweave.hub.adapter import Adapter
 from loraweave.serving.limits import Limits
-from loraweave.serving.metrics import Metrics
-from loraweave.serving.row import Row
-from loraweave.serving.sampling import Sampling
+from loraweave.serving.metrics import Metrics, StepTimes
+from loraweave.serving.row import Member, Row, Sampling, Served
 from loraweave.serving.scheduler import Scheduler
-from loraweave.serving.served import Member, Served
-from loraweave.serving.step_times import StepTimes
 
 app = typer.Typer()
 

@@ -115,7 +115,6 @@ _MODULES = {
     "hub.base": "EMBEDDED base_config base_id fingerprint require_model stored_base",
     "hub.base_reference": "base_loader",
     "hub.embedders._embedder": "Embedder embedder_of",
-    "hub.health.backdoors": "BackdoorDetector signature",
     "hub.indexes._vectors": "Index",
     "hub.intake.adding": "Addition",
     "hub.intake.fields": "checked_fields",
@@ -133,11 +132,9 @@ _MODULES = {
     "hub.tables.rows": "stored_rows",
     "hub.tables.vectors": "row_sha256",
     # servers
-    "serving.app": "make_app",
+    "serving.app": "make_app make_server",
     "serving.http": "EventStream loopback_only read_body read_request refused require_loopback unless_gone",
-    "serving.limits": "Limits",
-    "serving.refusals": "Refusal refusal_of",
-    "serving.run": "make_server",
+    "serving.limits": "Limits Refusal refusal_of",
     "serving.scheduler": "too_busy",
     # the command line
     "cli._application": "BaseOption DEFAULT_HUB DtypeOption HubOption JsonOption SeedOption note print_json print_table",

@@ -16,11 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from loraweave.serving.refusals import refusal_of
-from loraweave.serving.row import Piece, Row
-from loraweave.serving.sampling import Chosen
+from loraweave.serving.limits import refusal_of
+from loraweave.serving.row import Chosen, Piece, Row, Sampling, Served
 from loraweave.serving.scheduler import Scheduler
-from loraweave.serving.served import Served
 
 Event = tuple[int, Piece | BaseException]
 
@@ -50,6 +48,7 @@ class Answer:
     part: str
 
     def __init__(self, model: str, served: Served, tokenizer: Any, rows: Sequence[Row], num_prompt_tokens: int) -> None:
+        self.served = served
         self._num_prompt_tokens = num_prompt_tokens
         self.choices = [Choice(row) for row in rows]
         self._tokenizer = tokenizer
@@ -169,8 +168,8 @@ class Exchange:
         self._heard: asyncio.Queue[Event] = asyncio.Queue()
         self._open = True
 
-    def teller(self) -> Callable[[Piece | BaseException], None]:
-        """Return the function by which the next row tells this exchange of its pieces, from any thread."""
+    def add(self, prompts: Sequence[Sequence[int]], served: Served, sampling: Sampling, deadline: float) -> None:
+        """Add a row, which tells this exchange of its pieces from any thread."""
         index = len(self.rows)
 
         def tell(event: Piece | BaseException) -> None:
@@ -178,7 +177,7 @@ class Exchange:
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._heard.put_nowait, (index, event))
 
-        return tell
+        self.rows.append(Row(prompts, served, sampling, tell, deadline=deadline))
 
     def submit(self) -> None:
         """Let the rows wait for their turn. Raises what the scheduler raises."""

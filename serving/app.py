@@ -31,20 +31,25 @@ from loraweave.common.chat import Prompt
 from loraweave.composer.model.scoring import answer_in
 from loraweave.hub.hub import Hub
 from loraweave.serving.answers import Answer, ChatAnswer, CompletionAnswer, Exchange
-from loraweave.serving.http import EventStream, read_body, read_request, refused, unless_gone
-from loraweave.serving.limits import Limits
+from loraweave.serving.http import (
+    EventStream,
+    loopback_only,
+    read_body,
+    read_request,
+    refused,
+    require_loopback,
+    unless_gone,
+)
+from loraweave.serving.limits import Limits, Refusal
 from loraweave.serving.metrics import CONTENT_TYPE, Metrics
 from loraweave.serving.names import Names, Wanted
-from loraweave.serving.refusals import Refusal
-from loraweave.serving.requests import COMPLETION_TOKENS, Asked, ChatRequest, CompletionRequest, Given, Prompts
-from loraweave.serving.row import Row
-from loraweave.serving.sampling import Sampling
+from loraweave.serving.requests import Asked, ChatRequest, CompletionRequest, Given, Prompts
+from loraweave.serving.row import Sampling, Served
 from loraweave.serving.scheduler import Scheduler, too_busy
-from loraweave.serving.served import Served
 
 T = TypeVar("T")
+Body = TypeVar("Body", bound=Asked)
 Handler = Callable[[Request], Awaitable[Response]]
-Read = Callable[[], Given]
 
 # threads that read prompts and names, and that open adapters; more only take turns on the interpreter's lock
 NUM_READERS, NUM_OPENERS = 2, 2
@@ -85,6 +90,37 @@ def make_app(hub: Hub, model: Any, tokenizer: Any, *, limits: Limits | None = No
     return app
 
 
+def make_server(
+    hub: Hub,
+    model: Any,
+    tokenizer: Any,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    log_level: str = "info",
+) -> Any:
+    """Make a uvicorn server on an address; its `run()` answers until an interruption, or until `should_exit` is set.
+
+    Without a key it answers under a loopback name alone.
+    Raises CompositionError for an address that other machines reach without a key, and for a model that cannot be served.
+    """
+    import uvicorn
+
+    if api_key is None:
+        require_loopback(
+            host,
+            "without a key anyone there may use this server: give --api-key (or LORAWEAVE_API_KEY), or keep --host "
+            "127.0.0.1",
+        )
+    app = make_app(hub, model, tokenizer, limits=limits, api_key=api_key)
+    answering = loopback_only(app) if api_key is None else app
+    # a client may keep its stream open for as long as its request may take; stopping waits a few seconds for them
+    settings: dict[str, Any] = {"log_level": log_level, "ws": "none", "timeout_graceful_shutdown": 5}
+    return uvicorn.Server(uvicorn.Config(answering, host=host, port=port, **settings))
+
+
 @dataclass(eq=False)
 class Making:
     """A composition that a thread is making, and the number of requests that wait for it."""
@@ -109,7 +145,7 @@ class Face:
         self._searcher = ThreadPoolExecutor(1, thread_name_prefix="loraweave-searcher")
         self._making: dict[str, Making] = {}
         self._num_open = 0
-        self._metrics.watch_requests(lambda: self._num_open)
+        self._metrics.watch(open_requests=lambda: self._num_open)
         self.scheduler = Scheduler(model, tokenizer, limits, self._metrics)
 
     def close(self) -> None:
@@ -144,7 +180,7 @@ class Face:
         return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     async def models(self, request: Request) -> Response:
-        listed = await self._within(self._later(), self._run(self._readers, self._names.listed))
+        listed = await self._read(self._later(), self._names.listed)
         return JSONResponse({"object": "list", "data": [_model(name, created) for name, created in listed]})
 
     async def model(self, request: Request) -> Response:
@@ -155,65 +191,52 @@ class Face:
         return JSONResponse(_model(name, 0), headers=_headers(wanted.formula.canonical, wanted.identity))
 
     async def completions(self, request: Request) -> Response:
-        body = read_request(CompletionRequest, await read_body(request, self._limits))
-        read = partial(self._prompts.of_completion, body)
-        return await self._answer(request, body, read, CompletionAnswer, body.max_tokens, COMPLETION_TOKENS)
+        return await self._answer(request, CompletionRequest, self._prompts.of_completion, CompletionAnswer)
 
     async def chat(self, request: Request) -> Response:
-        body = read_request(ChatRequest, await read_body(request, self._limits))
-        read = partial(self._prompts.of_chat, body)
-        max_tokens = body.max_completion_tokens or body.max_tokens
-        return await self._answer(request, body, read, ChatAnswer, max_tokens, self._limits.new_tokens)
+        return await self._answer(request, ChatRequest, self._prompts.of_chat, ChatAnswer)
 
     async def _answer(
-        self, request: Request, asked: Asked, read: Read, kind: type[Answer], max_tokens: int | None, usual: int
+        self, request: Request, form: type[Body], read: Callable[[Body], Given], kind: type[Answer]
     ) -> Response:
+        body = read_request(form, await read_body(request, self._limits))
         if self._num_open >= self._limits.waiting + self._limits.rows:
             raise too_busy(f"{self._num_open} requests are open")
         deadline = self._later()
         self._num_open += 1
         exchange = Exchange(self.scheduler, self._ended)
         try:
-            made = self._begin(exchange, asked, read, kind, max_tokens, usual, deadline)
-            answer, served = await unless_gone(request.receive, made)
-            if asked.stream:
+            answer = await unless_gone(request.receive, self._begin(exchange, body, partial(read, body), kind, deadline))
+            headers = _headers(answer.served.canonical, answer.served.identity)
+            if body.stream:
                 pieces = exchange.pieces()
                 # what fails before the first token is an answer with a status of its own
                 first = await unless_gone(request.receive, anext(pieces))
-                events = exchange.events(answer, first, pieces, usage=asked.includes_usage)
-                return EventStream(events, exchange.close, _headers(served.canonical, served.identity))
-            body = await unless_gone(request.receive, exchange.whole(answer))
+                events = exchange.events(answer, first, pieces, usage=body.includes_usage)
+                return EventStream(events, exchange.close, headers)
+            whole = await unless_gone(request.receive, exchange.whole(answer))
         except BaseException:
             exchange.close()
             raise
         exchange.close()
-        return JSONResponse(body, headers=_headers(served.canonical, served.identity))
+        return JSONResponse(whole, headers=headers)
 
     async def _begin(
-        self,
-        exchange: Exchange,
-        asked: Asked,
-        read: Read,
-        kind: type[Answer],
-        max_tokens: int | None,
-        usual: int,
-        deadline: float,
-    ) -> tuple[Answer, Served]:
+        self, exchange: Exchange, asked: Asked, read: Callable[[], Given], kind: type[Answer], deadline: float
+    ) -> Answer:
         """Read the prompts, find the composition, and hand the rows to the scheduler."""
-        request_prompts = await self._within(deadline, self._run(self._readers, read))
-        if (count := len(request_prompts.ids) * asked.num_answers) > self._limits.choices:
+        given = await self._read(deadline, read)
+        if (count := len(given.ids) * (num_answers := asked.n or 1)) > self._limits.choices:
             raise Refusal(400, f"{count} answers are asked for, above the limit of {self._limits.choices}", param="n")
-        served = await self._served(await self._wanted(asked.model, request_prompts.text, deadline), deadline)
-        prompts = await self._asked(request_prompts, served, deadline)
-        longest = max(len(ids) for of_members in prompts for ids in of_members)
-        num_new = self._prompts.num_new(longest, max_tokens, usual, self._limits.new_tokens)
+        served = await self._served(await self._wanted(asked.model, given.text, deadline), deadline)
+        prompts = await self._asked(given, served, deadline)
+        num_new = self._prompts.num_new(prompts, asked.new_tokens, asked.usual_tokens, self._limits.new_tokens)
         for of_members in prompts:
-            for number in range(asked.num_answers):
-                sampling = asked.sampling(num_new, number, served.stops)
-                exchange.rows.append(Row(of_members, served, sampling, exchange.teller(), deadline=deadline))
+            for number in range(num_answers):
+                exchange.add(of_members, served, asked.sampling(num_new, number, served.stops), deadline)
         exchange.submit()
         num_read = sum(len(ids) for of_members in prompts for ids in of_members)
-        return kind(asked.model, served, self._tokenizer, exchange.rows, num_read), served
+        return kind(asked.model, served, self._tokenizer, exchange.rows, num_read)
 
     async def _asked(self, given: Given, served: Served, deadline: float) -> list[list[tuple[int, ...]]]:
         """Return the token ids that each member gets of each prompt, after the steps before the members have answered."""
@@ -223,18 +246,15 @@ class Face:
             for step in before:
                 said = replace(said, inputs=await self._said(said, step, deadline))
             between[before] = said.inputs or ()
-        read = partial(self._prompts.of_members, given, served, between)
-        return await self._within(deadline, self._run(self._readers, read))
+        return await self._read(deadline, self._prompts.of_members, given, served, between)
 
     async def _said(self, given: Given, step: Served, deadline: float) -> list[Prompt]:
         """Return a step's answer to each input, as Composition.predict passes it on between two steps."""
         prompts = await self._asked(given, step, deadline)
-        longest = max(len(ids) for of_members in prompts for ids in of_members)
-        num_new = self._prompts.num_new(longest, step.max_new_tokens, 0, self._limits.new_tokens)
-        sampling = Sampling(num_new, temperature=0.0, stop=step.stops)
+        num_new = self._prompts.num_new(prompts, step.max_new_tokens, 0, self._limits.new_tokens)
         with Exchange(self.scheduler, lambda: None) as exchange:
             for of_members in prompts:
-                exchange.rows.append(Row(of_members, step, sampling, exchange.teller(), deadline=deadline))
+                exchange.add(of_members, step, Sampling(num_new, temperature=0.0, stop=step.stops), deadline)
             exchange.submit()
             texts = [""] * len(prompts)
             async for index, piece in exchange.pieces():
@@ -243,10 +263,11 @@ class Face:
 
     async def _wanted(self, name: str, prompt: str, deadline: float) -> Wanted:
         """Return what a model name means in the hub as it is now; for `auto`, what is found for the prompt."""
-        formula = await self._within(deadline, self._run(self._readers, partial(self._names.formula, name)))
-        if formula.is_auto:
-            formula = await self._within(deadline, self._run(self._searcher, partial(self._names.found_for, prompt)))
-        return await self._within(deadline, self._run(self._readers, partial(self._names.wanted, formula)))
+        wanted = await self._read(deadline, self._names.wanted, name)
+        if wanted.formula.is_auto:
+            searching = self._run(self._searcher, self._names.found_for, prompt)
+            wanted = await self._read(deadline, self._names.wanted, await self._within(deadline, searching))
+        return wanted
 
     async def _served(self, wanted: Wanted, deadline: float) -> Served:
         """Return the composition, loaded in the engine; if all who wait go before a thread begins it, it is not made."""
@@ -256,7 +277,7 @@ class Face:
         threads = self._mergers if wanted.merges else self._openers
         making = self._making.get(wanted.identity)
         if making is None:
-            making = self._making[wanted.identity] = Making(self._run(threads, partial(self._make, wanted)))
+            making = self._making[wanted.identity] = Making(self._run(threads, self._make, wanted))
         making.num_waiting += 1
         try:
             return await self._within(deadline, asyncio.shield(making.running))
@@ -277,8 +298,11 @@ class Face:
         return time.monotonic() + self._limits.seconds
 
     @staticmethod
-    def _run(threads: ThreadPoolExecutor, work: Callable[[], T]) -> asyncio.Future[T]:
-        return asyncio.get_running_loop().run_in_executor(threads, work)
+    def _run(threads: ThreadPoolExecutor, work: Callable[..., T], *of: Any) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(threads, work, *of)
+
+    async def _read(self, deadline: float, work: Callable[..., T], *of: Any) -> T:
+        return await self._within(deadline, self._run(self._readers, work, *of))
 
     @staticmethod
     async def _within(deadline: float, running: asyncio.Future[T]) -> T:

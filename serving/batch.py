@@ -16,7 +16,7 @@ Why not the paged cache of transformers' own manager: that packs all rows into o
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,9 +29,8 @@ from loraweave.composer.model.batches import end_tokens, last_logits, pad_rows, 
 from loraweave.composer.model.prefixes import cache_name, following, is_plain
 from loraweave.errors import CompositionError
 from loraweave.routers.tokens._call import prompted
-from loraweave.serving.experts import Experts
-from loraweave.serving.prefixes import Kept, KeptPrefixes
-from loraweave.serving.row import Row
+from loraweave.serving.memory import Experts, Kept, KeptPrefixes
+from loraweave.serving.row import Row, States
 
 
 class Batch:
@@ -55,6 +54,7 @@ class Batch:
         ends = end_tokens(model)
         self._ends = frozenset([tokenizer.eos_token_id] if ends is None else ends) - {None}
         self._keep_last = last_logits(model)
+        self._cache_name = cache_name(model)
         self._cache: Any = None
         self._mask_BW = torch.zeros(0, 0, dtype=torch.long)
 
@@ -77,7 +77,11 @@ class Batch:
         mask_BT = torch.cat([before_BP, mask_BT], dim=1)
         inputs = with_positions(self._model, torch.cat([before_BP, rest_BT], dim=1), mask_BT)
         cache = self._advance(rows, following(inputs, width), _cache_of(known, width))
-        _require_plain(self._model, cache)
+        if not is_plain(cache):
+            raise CompositionError(
+                f"cannot serve a {type(self._model).__name__}: it keeps more than plain keys and values, or only those of a "
+                "window"
+            )
         mask_BT = _compact(cache, mask_BT.to(self._device)) if width else mask_BT.to(self._device)
         if self.rows:
             _join(self._cache, cache)
@@ -125,14 +129,14 @@ class Batch:
         """Run the model and give each row its logits; return the cache."""
         arguments: dict[str, Any] = {name: value.to(self._device) for name, value in inputs.items()}
         if cache is not None:
-            arguments[cache_name(self._model)] = cache
+            arguments[self._cache_name] = cache
         with self._experts.activate([row.served for row in rows]), self._prompted(rows):
             output = self._model(**arguments, use_cache=True, **self._keep_last)
         first = 0
         for row in rows:
             row.take(output.logits[first : first + len(row.prompts), -1], self._tokenizer, self._ends)
             first += len(row.prompts)
-        return output[cache_name(self._model)]
+        return output[self._cache_name]
 
     def _prompted(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
         """Tell routers the rows' prompts inside the context."""
@@ -154,7 +158,7 @@ class Batch:
                 self._prefixes.keep(weights, read[line][:length], kept)
 
 
-def _states(rows: Sequence[Row]) -> list[list[tuple[Hashable | None, int | None]]]:
+def _states(rows: Sequence[Row]) -> list[States]:
     """Return what each line's keys and values depend on."""
     return [states for row in rows for states in row.served.states(row.prompts)]
 
@@ -162,13 +166,6 @@ def _states(rows: Sequence[Row]) -> list[list[tuple[Hashable | None, int | None]
 def _by_line(rows: Sequence[Row]) -> list[Row]:
     """Return the row of each line."""
     return [row for row in rows for _ in row.prompts]
-
-
-def _require_plain(model: Any, cache: Any) -> None:
-    if not is_plain(cache):
-        raise CompositionError(
-            f"cannot serve a {type(model).__name__}: it keeps more than plain keys and values, or only those of a window"
-        )
 
 
 def _cache_of(known: Sequence[tuple[int, Kept | None]], width: int) -> DynamicCache | None:

@@ -15,8 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loraweave.errors import CompositionError
-from loraweave.serving.limits import Limits
-from loraweave.serving.refusals import Refusal, refusal_of
+from loraweave.serving.limits import Limits, Refusal, refusal_of
 
 T = TypeVar("T")
 Kind = TypeVar("Kind", bound=BaseModel)

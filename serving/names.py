@@ -25,9 +25,8 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.hub.search.search import NO_FILTERS
 from loraweave.retrieval.retriever import Retriever
 from loraweave.routers.tokens._router import TokenRouter
-from loraweave.serving.limits import Limits
-from loraweave.serving.refusals import Refusal
-from loraweave.serving.served import Member, Served
+from loraweave.serving.limits import Limits, Refusal
+from loraweave.serving.row import Member, Served
 from loraweave.types import LINE, Task
 
 # what `auto` takes at most, how sharply it prefers, and what it leaves out
@@ -66,13 +65,6 @@ class Names:
         self._generation = -1
         self._searched: tuple[int, int] | None = None
 
-    def formula(self, name: str) -> Formula:
-        """Parse a model name. Raises FormulaError, and Refusal for a name above the limit."""
-        limit = self._limits.formula_characters
-        if len(name) > limit:
-            raise Refusal(400, f"the model's name has {len(name)} characters, above the limit of {limit}", param="model")
-        return parse(name)
-
     def found_for(self, prompt: str) -> Formula:
         """Return the formula that `auto` stands for with a prompt; for one thread at a time. The first search takes seconds.
 
@@ -106,11 +98,16 @@ class Names:
         self._generation = generation
         return self._retriever
 
-    def wanted(self, formula: Formula) -> Wanted:
-        """Return the formula as the hub has it now; no adapter is opened.
+    def wanted(self, name: str | Formula) -> Wanted:
+        """Return what a model's name or a formula means in the hub as it is now; no adapter is opened. `auto` stays so.
 
         Raises FormulaError and what the hub raises for names that it does not have, Refusal for a formula above the limits.
         """
+        if isinstance(name, str) and len(name) > (limit := self._limits.formula_characters):
+            raise Refusal(400, f"the model's name has {len(name)} characters, above the limit of {limit}", param="model")
+        formula = parse(name) if isinstance(name, str) else name
+        if formula.is_auto:
+            return Wanted(formula, "auto")
         expanded = formula.expand(self._hub)
         if expanded.is_base:
             return Wanted(expanded, Served.identity)

@@ -6,12 +6,13 @@ A field that is not there is refused rather than ignored, so that an answer is w
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,14 +20,11 @@ from loraweave.common.chat import Conversation, Prompt, prompt_ids, rendered
 from loraweave.common.checks import one_or_many
 from loraweave.composer.model.batches import context_length
 from loraweave.errors import InvalidTask
-from loraweave.serving.refusals import Refusal
-from loraweave.serving.sampling import Sampling
-from loraweave.serving.served import Served
+from loraweave.serving.limits import Refusal
+from loraweave.serving.row import Sampling, Served
 from loraweave.types import Task
 
 MAX_STOPS, MAX_STOP_CHARACTERS, MAX_ALTERNATIVES = 16, 256, 20
-# of OpenAI's own defaults for completions; a chat goes on to its end
-COMPLETION_TOKENS = 16
 
 # fields that are understood at the values that change nothing; None always is one
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -55,6 +53,8 @@ class Asked(BaseModel):
     """The fields that both calls have."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+    # new tokens where a request does not say: as many as the server gives
+    usual_tokens: ClassVar[float] = math.inf
 
     model: Annotated[str, Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -83,11 +83,6 @@ class Asked(BaseModel):
         return self
 
     @property
-    def num_answers(self) -> int:
-        """The number of answers to each prompt."""
-        return self.n or 1
-
-    @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -98,10 +93,14 @@ class Asked(BaseModel):
         """
         stop = (*one_or_many(self.stop), *stops)
         temperature = 1.0 if self.temperature is None else self.temperature
-        top_p = 1.0 if self.top_p is None else self.top_p
         # into what a generator takes
         seed = None if self.seed is None else (self.seed + number) % 2**64
-        return Sampling(max_tokens, temperature, top_p, seed, stop, self.alternatives)
+        return Sampling(max_tokens, temperature, self.top_p or 1.0, seed, stop, self.alternatives)
+
+    @property
+    def new_tokens(self) -> int | None:
+        """The number of new tokens that is asked for."""
+        return self.max_tokens
 
     @property
     def alternatives(self) -> int | None:
@@ -111,6 +110,9 @@ class Asked(BaseModel):
 
 class CompletionRequest(Asked):
     """The body of /v1/completions: a prompt or several, as text or as token ids."""
+
+    # OpenAI's own default
+    usual_tokens: ClassVar[float] = 16
 
     prompt: str | Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
@@ -166,6 +168,10 @@ class ChatRequest(Asked):
     tool_choice: Any = None
     parallel_tool_calls: Any = None
     response_format: Any = None
+
+    @property
+    def new_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
     @property
     def alternatives(self) -> int | None:
@@ -244,11 +250,12 @@ class Prompts:
                 for number, ids in enumerate(given.ids)
             ]
 
-    def num_new(self, longest: int, asked: int | None, usual: int, most: int) -> int:
-        """Return the number of new tokens for a prompt of `longest` tokens: as asked, or the usual number if it fits.
+    def num_new(self, prompts: Sequence[Sequence[Sequence[int]]], asked: int | None, usual: float, most: int) -> int:
+        """Return the number of new tokens after these members' prompts: as asked, or the usual number if it fits.
 
         Raises Refusal above `most`, and where prompt and answer are beyond the model's context.
         """
+        longest = max(len(ids) for of_members in prompts for ids in of_members)
         if asked is not None and asked > most:
             raise Refusal(400, f"max_tokens is {asked}, and this server gives at most {most}", param="max_tokens")
         room = most if self.context is None else self.context - longest
@@ -259,7 +266,7 @@ class Prompts:
                 param="max_tokens",
                 code="context_length_exceeded",
             )
-        return min(usual, most, room) if asked is None else asked
+        return int(min(usual, most, room)) if asked is None else asked
 
     def _prompt_ids(self, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, str):

@@ -1,20 +1,199 @@
-"""One answer on its way: its prompts, its tokens so far, and the client that is told of them."""
+"""An answer on its way: the composition in the form that rows need, its sampling, and its tokens and text so far."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TopPLogitsWarper
 
 from loraweave.composer.model.generate import GrowingText
 from loraweave.composer.model.scoring import log_average
-from loraweave.serving.refusals import Refusal
-from loraweave.serving.sampling import Chosen, Sampling, Stops, choose
-from loraweave.serving.served import Served
+from loraweave.errors import CompositionError
+from loraweave.hub.adapter import Adapter
+from loraweave.routers.invoked import last_place
+from loraweave.routers.tokens._router import TokenRouter
+from loraweave.serving.limits import Refusal
+from loraweave.types import Task
+
+# lower temperatures are greedy: scores divided by them leave fp32
+LEAST_TEMPERATURE = 1e-3
+LEAST_LOGPROB = -9999.0
+
+# pairs (weights, count): a row's first `count` tokens depend on these weights alone; None is all its tokens
+States = list[tuple[Hashable | None, int | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One mixture of a composition: `weights` is {content hash: weight}, `adapters` has these; both empty for the base.
+
+    Where there is a `router`, it weighs `adapters`, under its own names for them, for each token. `share` is the member's
+    part of the average of probabilities, `task` puts inputs into prompts of its own where they are not asked as they stand.
+    The compositions `before` answer first, one after the other; the last answer is the member's input.
+    """
+
+    weights: Mapping[str, float] = field(default_factory=dict)
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    router: TokenRouter | None = None
+    share: float = 1.0
+    task: Task | None = None
+    before: tuple[Served, ...] = ()
+
+    @property
+    def is_alone(self) -> bool:
+        """True if a row under it shares no batch: its router looks at whole calls, and keeps a state beside their cache."""
+        return self.router is not None and (self.router.needs_call or bool(self.router.watched))
+
+    @cached_property
+    def is_activated(self) -> bool:
+        """True if one of its adapters counts from its invocation tokens on."""
+        return any(adapter.invocation for adapter in self.adapters.values())
+
+    def states(self, prompt: Sequence[int]) -> States:
+        """Return what a row's keys and values depend on, with None for weights where that is more than weights.
+
+        An adapter with invocation tokens is among them from these on: a row's keys and values before the first of them are
+        those of a row without it.
+        """
+        if not self.is_activated:
+            return [(frozenset(self.weights.items()), None)]
+        starts = {
+            content: last_place(prompt, adapter.invocation)
+            for content, adapter in self.adapters.items()
+            if adapter.invocation
+        }
+        counting: set[tuple[Hashable, ...]] = {item for item in self.weights.items() if item[0] not in starts}
+        states: States = []
+        for start in sorted({start for start in starts.values() if start is not None}):
+            states.append((frozenset(counting), start))
+            counting |= {(content, self.weights[content], start) for content, place in starts.items() if place == start}
+        return [*states, (frozenset(counting), None)]
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """The members of a row, whose probabilities are averaged at each token; one member but for an average.
+
+    `canonical` is the formula in its one form, `identity` the hash of what it says with the content of its adapters.
+    `stops` end an answer beside what a request asks for; one that others go on from has at most `max_new_tokens`.
+    """
+
+    canonical: str = "base"
+    identity: str = "base"
+    members: tuple[Member, ...] = (Member(),)
+    stops: tuple[str, ...] = ()
+    max_new_tokens: int = 0
+
+    @property
+    def router(self) -> TokenRouter | None:
+        """The router of its only member, or None."""
+        return self.members[0].router
+
+    @cached_property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """The adapters of all members, and of the steps before them."""
+        steps = [step for member in self.members for step in member.before]
+        holders: list[Member | Served] = [*self.members, *steps]
+        return {content: adapter for holder in holders for content, adapter in holder.adapters.items()}
+
+    @cached_property
+    def needs(self) -> tuple[str, ...]:
+        """What its rows keep in the engine: adapters by their content, or a router by the composition's identity."""
+        return tuple(self.adapters) if self.router is None else (self.identity,)
+
+    @property
+    def apart(self) -> str:
+        """The reason why a row's tokens have weights of their own, in a member or a step before it; "" if there is none."""
+        if self.router is not None:
+            return f"router {self.router.name!r} weighs each token"
+        for adapter in self.adapters.values():
+            if adapter.invocation:
+                return f"adapter {adapter.name!r} counts from its invocation tokens on"
+        steps = (step.apart for member in self.members for step in member.before)
+        return next(filter(None, steps), "")
+
+    def states(self, prompts: Sequence[Sequence[int]]) -> list[States]:
+        """Return `Member.states` for the prompt of each member.
+
+        A router counts by what the formula says, and not as an object, which would live as long as its keys and values.
+        """
+        if self.router is not None:
+            return [[(None if member.is_alone or member.is_activated else self.identity, None)] for member in self.members]
+        return [member.states(prompt) for member, prompt in zip(self.members, prompts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The sampling of an answer. Temperature 0 is greedy; `logprobs` is the number of alternatives told, None for none.
+
+    With a seed, the draws are those that transformers makes for the prompt alone after `torch.manual_seed(seed)`.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A token and its log-probability under the model, before temperature; `top` has the likeliest tokens with theirs."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Chosen:
+    """Choose the next token. Raises CompositionError for logits that are not finite."""
+    scores_V = logits_V.float()
+    # NaN and infinity both reach the maximum
+    if not bool(torch.isfinite(scores_V.max())):
+        raise CompositionError(
+            "the model's logits are not finite: this mixture's updates overflow the model's precision; use smaller weights"
+        )
+    if sampling.temperature < LEAST_TEMPERATURE:
+        token = int(scores_V.argmax())
+    else:
+        scores_1V = scores_V[None] / sampling.temperature
+        if sampling.top_p < 1:
+            scores_1V = TopPLogitsWarper(sampling.top_p)(None, scores_1V)
+        token = int(torch.multinomial(scores_1V.softmax(dim=-1), 1, generator=generator))
+    if sampling.logprobs is None:
+        return Chosen(token)
+    # JSON has no infinity
+    logprobs_V = scores_V.log_softmax(dim=-1).clamp(min=LEAST_LOGPROB)
+    values, tokens = logprobs_V.topk(min(sampling.logprobs, len(logprobs_V)))
+    return Chosen(token, float(logprobs_V[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
+
+
+class Stops:
+    """A filter of text up to the first complete stop string; what may be the beginning of one is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        # the text held back, which is told when nothing more comes
+        self.rest = ""
+
+    def add(self, text: str) -> tuple[str, bool]:
+        """Return (text that may be told, whether a stop string was found)."""
+        text = self.rest + text
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if places:
+            self.rest = ""
+            return text[: min(places)], True
+        begun = (size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
+        told = len(text) - max(begun, default=0)
+        self.rest = text[told:]
+        return text[:told], False
 
 
 @dataclass(frozen=True)
@@ -49,6 +228,8 @@ class Row:
         self.served = served
         self.sampling = sampling
         self.deadline = deadline
+        # the most tokens that a member has when the row ends
+        self.longest = max(map(len, prompts)) + sampling.max_tokens
         self.tokens: list[int] = []
         self.over = False
         self.gone = False
@@ -71,15 +252,9 @@ class Row:
         return [prompt + tuple(self.tokens) for prompt in self.prompts]
 
     @property
-    def longest(self) -> int:
-        """The most tokens that a member has when the row ends."""
-        return max(map(len, self.prompts)) + self.sampling.max_tokens
-
-    @property
     def batch(self) -> Hashable:
         """The key of the row's batch, which equal rows share: None without a router, one for a router, or the row alone."""
-        router = self.served.router
-        if router is None:
+        if self.served.router is None:
             return None
         return self if self.served.members[0].is_alone else self.served.identity
 
@@ -93,7 +268,12 @@ class Row:
         What goes wrong with this row ends this row alone.
         """
         try:
-            chosen = choose(self._average(logits_MV), self.sampling, self._generator_on(logits_MV.device))
+            if self._generator is None:
+                self._generator = torch.Generator(logits_MV.device)
+                seed = self.sampling.seed
+                self._generator.manual_seed(self._generator.seed() if seed is None else seed)
+            scores_V = logits_MV[0] if len(logits_MV) == 1 else self._average(logits_MV)
+            chosen = choose(scores_V, self.sampling, self._generator)
             self.tokens.append(chosen.token)
             self._tell(self._piece(chosen, tokenizer, ends))
         except Exception as error:
@@ -113,30 +293,18 @@ class Row:
 
     def _average(self, logits_MV: Tensor) -> Tensor:
         """Return scores whose softmax is the average of the members' probabilities."""
-        if len(logits_MV) == 1:
-            return logits_MV[0]
         share_M = torch.tensor([member.share for member in self.served.members])
         exact_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
         return log_average(exact_MV.log_softmax(dim=-1)[:, None], share_M)[0]
 
     def _piece(self, chosen: Chosen, tokenizer: Any, ends: Collection[int]) -> Piece:
-        told = () if self.sampling.logprobs is None else (chosen,)
         growing = self._text = self._text or GrowingText(tokenizer)
         ended = chosen.token in ends
         full = len(self.tokens) >= self.sampling.max_tokens
         text, stopped = self._stops.add("" if ended else growing.text([chosen.token]))
         if (ended or full) and not stopped:
             rest, stopped = self._stops.add(growing.rest())
-            text += rest if stopped else rest + self._stops.rest()
+            text += rest if stopped else rest + self._stops.rest
         self.over = ended or full or stopped
         finish = None if not self.over else "stop" if ended or stopped else "length"
-        return Piece(text, () if ended else told, finish)
-
-    def _generator_on(self, device: torch.device) -> torch.Generator:
-        if self._generator is None:
-            self._generator = torch.Generator(device)
-            if self.sampling.seed is None:
-                self._generator.seed()
-            else:
-                self._generator.manual_seed(self.sampling.seed)
-        return self._generator
+        return Piece(text, () if ended or self.sampling.logprobs is None else (chosen,), finish)

@@ -24,14 +24,10 @@ from typing import Any
 
 from loraweave.composer.live.kernels._choice import only_kernel
 from loraweave.serving.batch import Batch
-from loraweave.serving.experts import Experts
-from loraweave.serving.limits import Limits
-from loraweave.serving.metrics import Metrics
-from loraweave.serving.prefixes import KeptPrefixes, Memory
-from loraweave.serving.refusals import Refusal
-from loraweave.serving.row import Row
-from loraweave.serving.served import Served
-from loraweave.serving.step_times import StepTimes
+from loraweave.serving.limits import Limits, Refusal
+from loraweave.serving.memory import Experts, KeptPrefixes, Memory
+from loraweave.serving.metrics import Metrics, StepTimes
+from loraweave.serving.row import Row, Served
 
 # rows that may begin before one that came earlier; then all wait for that one
 MOST_PASSED = 8
@@ -67,7 +63,11 @@ class Scheduler:
         with self._shapes():
             # a model whose products cannot be fixed is refused here
             pass
-        metrics.watch_rows(lambda: len(self._running), lambda: len(self._waiting), lambda: self._prefixes.kept_bytes)
+        metrics.watch(
+            running_rows=lambda: len(self._running),
+            waiting_rows=lambda: len(self._waiting),
+            prefix_bytes=lambda: self._prefixes.kept_bytes,
+        )
         self._thread = threading.Thread(target=self._run, name="loraweave-scheduler", daemon=True)
 
     def start(self) -> None:

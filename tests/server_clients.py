@@ -10,7 +10,7 @@ import threading
 import time
 from contextlib import contextmanager
 
-from loraweave.serving.run import make_server
+from loraweave.serving.app import make_server
 
 
 def running(hub, model, tokenizer, *, limits=None, **options):

@@ -46,8 +46,10 @@ def serve(
 ) -> None:
     """Serve every formula over a hub to OpenAI clients, requests with different mixtures in one batch."""
     try:
+        import uvicorn  # noqa: F401
+
+        from loraweave.serving.app import make_server
         from loraweave.serving.limits import Limits
-        from loraweave.serving.run import make_server
     except ModuleNotFoundError as error:
         raise PackageMissing(
             f"serving needs packages that are not installed ({error}): pip install 'loraweave[serve]'"

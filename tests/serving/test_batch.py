@@ -17,9 +17,8 @@ from served_rows import Heard as HeardRow
 import loraweave as lw
 from loraweave.errors import CompositionError
 from loraweave.serving.batch import Batch
-from loraweave.serving.experts import Experts
-from loraweave.serving.prefixes import KeptPrefixes
-from loraweave.serving.sampling import Sampling, Stops, choose
+from loraweave.serving.memory import Experts, KeptPrefixes
+from loraweave.serving.row import Sampling, Stops, choose
 
 GREEDY = Sampling(9, temperature=0.0, logprobs=2)
 
@@ -287,7 +286,7 @@ def test_what_is_told_is_the_text_before_the_first_stop_string(pieces, stops):
         told += new
         if found:
             break
-    told += "" if found else stopping.rest()
+    told += "" if found else stopping.rest
     assert (told, found) == cut(pieces, stops)
 
 

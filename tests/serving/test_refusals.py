@@ -14,8 +14,7 @@ from served_rows import alone
 from server_clients import gate_before, raw_request, until
 
 import loraweave as lw
-from loraweave.serving.app import Face
-from loraweave.serving.run import make_server
+from loraweave.serving.app import Face, make_server
 
 REFUSED = [
     ({"model": "aa"}, 404, "model", "did you mean 'a'"),

@@ -13,15 +13,11 @@ from served_rows import MIXTURES, PROMPTS, Heard, alone, averaged, heard_rows, s
 
 import loraweave as lw
 from loraweave import registry
-from loraweave.serving.limits import Limits
-from loraweave.serving.metrics import Metrics
-from loraweave.serving.prefixes import Memory
-from loraweave.serving.refusals import Refusal
-from loraweave.serving.row import Row
-from loraweave.serving.sampling import Sampling
+from loraweave.serving.limits import Limits, Refusal
+from loraweave.serving.memory import Memory
+from loraweave.serving.metrics import Metrics, StepTimes
+from loraweave.serving.row import Member, Row, Sampling, Served
 from loraweave.serving.scheduler import MOST_PASSED, Scheduler
-from loraweave.serving.served import Member, Served
-from loraweave.serving.step_times import StepTimes
 
 batch_invariant = pytest.mark.skipif("fixed_shape" not in registry.names("kernels"), reason="no kernel fixes shapes")
 

@@ -1,0 +1,332 @@
+"""What a server holds beside its batch: the engine's adapters, beginnings that were read, and the budget of all its memory.
+
+A chat's next turn, and further answers to a prompt, begin with tokens that the model has read. What it made of them depends
+on these tokens and on the weights: {content hash: weight}, or the router. Under any other weights nothing is taken. An
+adapter that counts from its invocation tokens on has no weight before them, where what is kept is shared with rows without.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from loraweave.composer.composer import Composer
+from loraweave.composer.live.hook import hook_kinds
+from loraweave.errors import CompositionError
+from loraweave.hub.formats._base_layer import head_size
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._router import TokenRouter
+from loraweave.routers.weights import MixtureWeights
+from loraweave.serving.row import Row, Served, States
+
+# shorter ones save less than they cost
+MIN_TOKENS = 16
+# each is looked at for every row that begins
+MAX_KEPT = 1024
+
+# of each layer, keys_HTD and values_HTD of one row
+KeysAndValues = Sequence[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class _About:
+    """The bytes of an adapter or of a router's adapters, and when it came or was last given back, by `time.monotonic`."""
+
+    size: int
+    last_use: float
+
+
+class Experts:
+    """A Composer whose pool follows the rows. At most `most` adapters that no row uses stay, those used last.
+
+    Names in the hub may come to mean other adapters; the hash of one's content does not, so a row keeps what it began with.
+    A router looks at its own adapters alone: it has a Composer of its own, which is kept with its composition.
+    Any thread may `load`; the others are for the one that runs the model.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, most: int) -> None:
+        self._itemsize = model.dtype.itemsize
+        self._hooks = hook_kinds()
+        self._model = model
+        self._tokenizer = tokenizer
+        self._most = most
+        self._engine: Composer | None = None
+        self._num_users: Counter[str] = Counter()
+        self._loaded: OrderedDict[str, None] = OrderedDict()
+        self._routed: OrderedDict[str, tuple[Composer, TokenRouter]] = OrderedDict()
+        # of each that is there
+        self._about: dict[str, _About] = {}
+        # the rows of the last call, and their weights
+        self._active: tuple[Sequence[Served], MixtureWeights] | None = None
+        self._loading = threading.Lock()
+        self._lock = threading.Lock()
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The hashes of the adapters that the engine has, the one used longest ago first."""
+        return tuple(self._loaded)
+
+    @property
+    def kept_bytes(self) -> int:
+        """The bytes of the adapters that no row uses."""
+        with self._lock:
+            return sum(self._about[key].size for key in self._unused())
+
+    @property
+    def oldest(self) -> float:
+        """The time of the last use of the unused adapter that was used longest ago; infinity where there is none."""
+        with self._lock:
+            return min((self._about[key].last_use for key in self._unused()), default=math.inf)
+
+    def drop_oldest(self) -> None:
+        """Drop the unused adapter that was used longest ago."""
+        with self._loading, self._lock:
+            self._drop(min(self._unused(), key=lambda key: self._about[key].last_use))
+
+    def sizes(self, served: Served) -> dict[str, int]:
+        """Return the bytes of what a composition needs in the engine, by content."""
+        sizes = {content: self._itemsize * adapter.num_values for content, adapter in served.adapters.items()}
+        if served.router is not None:
+            return {served.identity: sum(sizes.values())}
+        place = self._model.device, self._model.dtype
+        for hook in self._hooks:
+            sizes = {key: size + hook.bytes_beside(served.adapters[key], *place) for key, size in sizes.items()}
+        return sizes
+
+    def has(self, served: Served) -> bool:
+        """Return whether everything that a composition needs is loaded."""
+        with self._lock:
+            return all(key in self._about for key in served.needs)
+
+    def load(self, served: Served) -> None:
+        """Load what a composition needs and the engine lacks, while others run.
+
+        Raises BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that does not fit, WeightingError for a
+        weight that fp32 does not hold.
+        """
+        with self._loading:
+            for member in served.members:
+                MixtureWeights.of([member.weights], tuple(member.weights))
+            held: OrderedDict[str, Any] = self._loaded if served.router is None else self._routed
+            with self._lock:
+                missing = [key for key in served.needs if key not in held]
+                for key in served.needs:
+                    if key in held:
+                        # the last to make room
+                        held.move_to_end(key)
+            if not missing:
+                return
+            sizes = self.sizes(served)
+            if served.router is not None:
+                engine = Composer(self._model, ExpertPool(served.adapters), tokenizer=self._tokenizer)
+                served.router.require_engine(engine)
+                self._note(held, served.identity, (engine, served.router), sizes)
+                return
+            if self._engine is None:
+                self._engine = Composer(self._model, ExpertPool({key: served.adapters[key] for key in missing}))
+            for content in missing:
+                if content not in self._engine.pool.names:
+                    self._engine.load(content, served.adapters[content])
+                self._engine.prefetch([content])
+                self._note(held, content, None, sizes)
+
+    def take(self, served: Served) -> None:
+        """Keep what a row's composition needs until `give_back`, loading it if it is missing.
+
+        Raises what `load` raises; the row then needs none.
+        """
+        with self._lock:
+            self._num_users.update(served.needs)
+        if not self.has(served):
+            try:
+                self.load(served)
+            except BaseException:
+                self.give_back(served)
+                raise
+
+    def give_back(self, served: Served) -> None:
+        """Note that a row no longer needs its composition."""
+        with self._lock:
+            self._num_users.subtract(served.needs)
+            self._num_users = +self._num_users
+            self._active = None
+            for key in served.needs:
+                if key in self._about:
+                    self._about[key].last_use = time.monotonic()
+            for among in (self._loaded, self._routed):
+                unused = [key for key in among if not self._num_users[key]]
+                for key in unused[: max(0, len(unused) - self._most)]:
+                    self._drop(key)
+
+    def activate(self, rows: Sequence[Served]) -> AbstractContextManager[Any]:
+        """Return a context for the model's call with the mixture of each member of each row, in this order.
+
+        Where one has a router, all have the same.
+        """
+        if rows[0].router is not None:
+            engine, router = self._routed[rows[0].identity]
+            return engine.activate(router)
+        if self._engine is None:
+            return nullcontext()
+        if self._active is None or self._active[0] != rows:
+            weights = [member.weights for served in rows for member in served.members]
+            contents = tuple(dict.fromkeys(content for row in weights for content in row))
+            self._active = rows, MixtureWeights.of(weights, contents)
+        return self._engine.activate(self._active[1])
+
+    def _note(self, held: OrderedDict[str, Any], key: str, value: Any, sizes: Mapping[str, int]) -> None:
+        """Note that a key is loaded; from now on it may make room."""
+        with self._lock:
+            held[key] = value
+            self._about[key] = _About(sizes[key], time.monotonic())
+
+    def _unused(self) -> list[str]:
+        return [key for key in (*self._loaded, *self._routed) if not self._num_users[key]]
+
+    def _drop(self, key: str) -> None:
+        del self._about[key]
+        if key in self._routed:
+            self._routed.pop(key)[0].close()
+            return
+        assert self._engine is not None
+        del self._loaded[key]
+        if self._loaded:
+            self._engine.unload(key)
+        else:
+            # a pool has one at least
+            self._engine.close()
+            self._engine = None
+
+
+@dataclass(eq=False)
+class Kept:
+    """A kept prefix: its tokens, their keys and values in each layer, and its last use, by `time.monotonic`."""
+
+    ids: tuple[int, ...]
+    states: KeysAndValues
+    last_use: float
+
+    @cached_property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for pair in self.states for tensor in pair)
+
+
+class KeptPrefixes:
+    """The prefixes used last, of at most `max_bytes` together, on the model's device. One thread uses it."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[tuple[Hashable, tuple[int, ...]], Kept] = OrderedDict()
+        self.kept_bytes = 0
+
+    @property
+    def oldest(self) -> float:
+        """The time of the last use of the least recently used prefix; infinity where there is none."""
+        return next((kept.last_use for kept in self._kept.values()), math.inf)
+
+    def drop_oldest(self) -> None:
+        """Drop the prefix that was used longest ago."""
+        self._drop(next(iter(self._kept)))
+
+    def longest(self, states: States, ids: tuple[int, ...]) -> tuple[int, Kept | None]:
+        """Return (number of tokens, prefix) of the longest common beginning, without the last of `ids`; (0, None) for none.
+
+        `states` are those of a Member: weights, and up to how many tokens they are the row's.
+        """
+        most = {weights: len(ids) if count is None else count for weights, count in states if weights is not None}
+        best, best_key = MIN_TOKENS - 1, None
+        for key, kept in self._kept.items() if most else ():
+            if key[0] in most and (common := min(_common(kept.ids, ids), most[key[0]])) > best:
+                best, best_key = common, key
+        if best_key is None:
+            return 0, None
+        self._kept.move_to_end(best_key)
+        self._kept[best_key].last_use = time.monotonic()
+        return best, self._kept[best_key]
+
+    def keep(self, weights: Hashable | None, ids: tuple[int, ...], states: KeysAndValues) -> None:
+        """Keep copies of what the model made of these tokens, in place of shorter beginnings of them."""
+        if weights is None or len(ids) < MIN_TOKENS or not self._max_bytes:
+            return
+        if any(kept_weights == weights and kept[: len(ids)] == ids for kept_weights, kept in self._kept):
+            return
+        for key in [key for key in self._kept if key[0] == weights and ids[: len(key[1])] == key[1]]:
+            self._drop(key)
+        new = Kept(ids, [(keys_HTD.clone(), values_HTD.clone()) for keys_HTD, values_HTD in states], time.monotonic())
+        self._kept[weights, ids] = new
+        self.kept_bytes += new.num_bytes
+        while self.kept_bytes > self._max_bytes or len(self._kept) > MAX_KEPT:
+            self.drop_oldest()
+
+    def _drop(self, key: tuple[Hashable, tuple[int, ...]]) -> None:
+        self.kept_bytes -= self._kept.pop(key).num_bytes
+
+
+def _common(kept: Sequence[int], ids: Sequence[int]) -> int:
+    """Count the tokens that both begin with, the last of `ids` excepted."""
+    count = 0
+    for one, other in zip(kept, ids[:-1], strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
+
+
+class Memory:
+    """A budget of `max_bytes` for rows of a model, kept beginnings, and adapters. One thread uses it.
+
+    What running rows need, their adapters included, comes first. What no row uses, of beginnings and of adapters, makes
+    room, those first that were used longest ago.
+
+    A row counts at its longest, prompt and answer, and so do the rows beside it, whose lines are filled up. This adds up
+    bytes and places nothing: the one budget is S-LoRA's (Sheng et al. 2024, arXiv 2311.03285), its pages are not here.
+    """
+
+    def __init__(self, model: Any, max_bytes: float, prefixes: KeptPrefixes, experts: Experts) -> None:
+        self._max_bytes = max_bytes
+        self._token_bytes = 0 if max_bytes == math.inf else _token_bytes(model)
+        self._prefixes, self._experts = prefixes, experts
+
+    def needed(self, rows: Sequence[Row]) -> int:
+        """Return the bytes that these rows need together."""
+        if not rows:
+            return 0
+        lines = sum(len(row.prompts) for row in rows)
+        adapters = {key: size for row in rows for key, size in self._experts.sizes(row.served).items()}
+        return lines * max(row.longest for row in rows) * self._token_bytes + sum(adapters.values())
+
+    def has_room(self, rows: Sequence[Row]) -> bool:
+        """Return whether the rows fit once nothing is kept beside them."""
+        return self._max_bytes == math.inf or self.needed(rows) <= self._max_bytes
+
+    def make_room(self, rows: Sequence[Row]) -> None:
+        """Drop kept prefixes and unused adapters until the rest fits beside these rows."""
+        if self._max_bytes == math.inf:
+            # nothing is added up at each step of a server without a limit
+            return
+        spare = self._max_bytes - self.needed(rows)
+        kept: tuple[KeptPrefixes | Experts, ...] = (self._prefixes, self._experts)
+        while sum(holder.kept_bytes for holder in kept) > spare:
+            oldest = min(kept, key=lambda each: each.oldest)
+            if oldest.oldest == math.inf:
+                break
+            oldest.drop_oldest()
+
+
+def _token_bytes(model: Any) -> int:
+    """Return the bytes of one token's keys and values in all layers. Raises CompositionError for an unknown config."""
+    config = model.config.get_text_config()
+    size = head_size(config)
+    if size is None:
+        raise CompositionError("memory_bytes needs a model whose config has the number and the size of its attention heads")
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(2 * config.num_hidden_layers * kv_heads * size * model.dtype.itemsize)
