@@ -5,7 +5,7 @@
 
 Each path meets factors that are not in a cache, as in a model whose other layers run in between. The fit minimises the
 relative error of seconds = flops * a + bytes * b + calls * c + items * d: these are the rates to write into
-composer/live/kernels/_cost.py. "Regret" is the time of the path that the model chooses over that of the fastest measured.
+composer/live/kernels/_parts.py. "Regret" is the time of the path that the model chooses over that of the fastest measured.
 Paths are compared with the naive formula before anything is timed.
 """
 
@@ -28,9 +28,8 @@ from torch import Tensor
 from benchmarks._run import Run, Table, console
 from benchmarks._timing import Gate, require
 from loraweave.composer.live.kernels._choice import Choice, choose, costs, row_kernels
-from loraweave.composer.live.kernels._cost import RATES, Cost, Rates, Workload
 from loraweave.composer.live.kernels._native import native_runs
-from loraweave.composer.live.kernels._parts import Kernel, RowSets
+from loraweave.composer.live.kernels._parts import RATES, Cost, Kernel, Rates, RowSets, Workload
 from loraweave.composer.live.layout import PlacedFactors
 
 LAYERS = ((576, 576), (576, 192), (576, 1536), (1536, 576))

@@ -12,8 +12,7 @@ from loraweave.common.lazy import lazy
 _MODULES = {
     # entries of any registry, and their options
     "common.options": (
-        "Count Declared Fraction NonNegative Positive Range Rate Seed Share Whole check_options options_of "
-        "require_known"
+        "Count Declared Fraction NonNegative Positive Range Rate Seed Share Whole check_options options_of require_known"
     ),
     "registry": "brought get nearest traits traits_of",
     # merge methods
@@ -76,11 +75,10 @@ _MODULES = {
     "composer.fused.fused": "Fused",
     "composer.fused.overwritten": "LayerLoss WeightWriter",
     "composer.live.hook": "Activate LiveHook LiveModel MixedLayer Resolve Traced",
-    "composer.live.kernels._added_experts": "sort_by_expert",
     "composer.live.kernels._choice": "only_kernel",
-    "composer.live.kernels._cost": "Cost Workload",
+    "composer.live.kernels._expert_product": "sort_by_expert",
     "composer.live.kernels._parts": (
-        "Kernel Lend Part RowKernel RowSets group_by_mixture group_rows own_precision place_of weigh_b"
+        "Cost Kernel Lend Part RowKernel RowSets Workload group_by_mixture group_rows own_precision place_of weigh_b"
     ),
     "composer.live.layout": "PlacedFactors find_places",
     "composer.live.limits": "Handle",

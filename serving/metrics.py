@@ -16,7 +16,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from scipy.optimize import nnls
 
 from loraweave.composer.live.kernels._choice import costs
-from loraweave.composer.live.kernels._cost import Workload
+from loraweave.composer.live.kernels._parts import Workload
 from loraweave.hub.adapter import Adapter
 from loraweave.serving.row import Row
 
@@ -97,7 +97,7 @@ class Metrics:
 class StepTimes:
     """A predictor of steps of rows on layers of this dtype and device, in seconds of `clock`. One thread uses it.
 
-        seconds = c0 + c1 * lines + c2 * a        a: what composer/live/kernels/_cost.py prices the lines' updates at
+        seconds = c0 + c1 * lines + c2 * a        a: what composer/live/kernels/_parts.py prices the lines' updates at
 
     The model that picks a layer's kernel knows what ranks cost: rows padded to the largest, or each its own. What it prices
     is the updates' part; what the base and this machine take is fitted to the last steps. CaraServe (Li et al. 2024, arXiv

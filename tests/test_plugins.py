@@ -74,7 +74,7 @@ class GuestFormat:
         return Contents("base", {"layer": Factors(torch.tensor([[a]]), torch.tensor([[b]]))})
 """,
     "guest_kernel": """
-from loraweave.composer.live.kernels._cost import Cost
+from loraweave.composer.live.kernels._parts import Cost
 from loraweave.composer.live.kernels.shared import Shared
 class GuestKernel(Shared):
     "The shared product, at no cost."

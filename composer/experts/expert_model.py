@@ -27,7 +27,7 @@ from loraweave.composer.experts.saving import (
     require_updates,
     write_experts,
 )
-from loraweave.composer.live.call_router import arguments_of
+from loraweave.composer.live.call import arguments_of
 from loraweave.composer.live.kernels._parts import own_precision
 from loraweave.composer.model.batches import IGNORED, tensors_in
 from loraweave.composer.train.experts import fit

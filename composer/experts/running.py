@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.composer.live.call_router import arguments_of
+from loraweave.composer.live.call import arguments_of
 from loraweave.composer.model.batches import IGNORED, tensors_in
 from loraweave.composer.train.checkpointed_blocks import Contexts
 from loraweave.errors import ScopeError, TrainingError

@@ -204,10 +204,11 @@ class Fused:
             self._originals.rest(kept.slot)
 
     def _parameter(self, layer: TargetLayer, part: str) -> WeightWriter:
-        lossy = self._lossy(layer) if part == "weight" else None
-        if (layer, part) not in self._kept and lossy is not None and self._max_loss is not None:
+        if (layer, part) in self._kept:
+            return self._kept[layer, part]
+        if part == "weight" and (lossy := self._lossy(layer)) is not None:
             self._kept[layer, part] = lossy(self.model, layer, self._max_loss)
-        elif (layer, part) not in self._kept:
+        else:
             parameter, like = layer.module._parameters[layer.key(part)], layer.parameter(part)
             assert parameter is not None
             assert like is not None
@@ -216,11 +217,12 @@ class Fused:
 
     def _parts(self, layer: TargetLayer, update: Factors | DenseUpdate) -> list[str]:
         """Return which parameters the update changes. Raises CompositionError for those that cannot be written to."""
-        parts = []
-        changes = not isinstance(update, Factors) or update.rank or update.gain_O is not None
-        if changes and self._lossy(layer):
+        parts: list[str] = []
+        plain: list[str] = []
+        if not isinstance(update, Factors) or update.rank or update.gain_O is not None:
             parts.append("weight")
-        elif changes:
+        # of a tied weight with a writer of its own, the other use keeps the old object
+        if parts and self._lossy(layer) is None:
             layer.dense_weight_OI()
             weight = layer.module._parameters.get(layer.key("weight"))
             if weight is None or type(weight.data) is not Tensor:
@@ -229,7 +231,7 @@ class Fused:
                     f"cannot fuse into layer {layer.name!r}: its weight is {description}, not a plain parameter; activate() "
                     "instead"
                 )
-            parts.append("weight")
+            plain.append("weight")
         bias = layer.module._parameters.get("bias") if layer.number is None else None
         if update.bias_O is not None and bool(update.bias_O.any()):
             if bias is None:
@@ -237,12 +239,10 @@ class Fused:
                     f"cannot fuse a bias into layer {layer.name!r}, which has none; activate() the mixture instead"
                 )
             parts.append("bias")
+            plain.append("bias")
         if self._tied is None:
             self._tied = tied_parameters(self.model)
-        for part in parts:
-            if part == "weight" and self._lossy(layer):
-                # the other use of a tied weight keeps the old object
-                continue
+        for part in plain:
             name = f"{layer.path}.{layer.key(part)}"
             if name in self._tied:
                 raise CompositionError(

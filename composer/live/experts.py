@@ -63,9 +63,8 @@ class ExpertsForward(StandIn):
         return (self._outside if torch.compiler.is_compiling() else self._run)(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        activation = None if self._mixing is None else self._mixing()
-        active = activation is not None and activation.plan.reaches_some(self._layers.values(), activation.lease)
-        if not active and self.see is None:
+        activation = self.mixing()
+        if activation is None and self.see is None:
             return self._forward(*args, **kwargs)
         inputs = list(self._signature.bind(self.module, *args, **kwargs).arguments.values())[1:]
         x, num_tokens, reached = _reached(self.module, inputs)
@@ -81,13 +80,11 @@ class ExpertsForward(StandIn):
 
         return _sum_of_experts(self.module, x, reached, update, self.see, num_tokens)
 
-    def reached(self) -> bool:
-        """Return whether the running call's mixture updates some of the experts."""
+    def mixing(self) -> Any:
+        """Return the running call's activation if its mixture updates some of the experts, else None."""
         activation = None if self._mixing is None else self._mixing()
-        return activation is not None and activation.plan.reaches_some(self._layers.values(), activation.lease)
-
-    def own(self, name: str) -> Any:
-        return self._own
+        layers = () if activation is None else self._layers.values()
+        return activation if any(activation.plan.reaches(layer.name, activation.lease) for layer in layers) else None
 
     def remove(self) -> None:
         """Give the module its own forward back; if another object stands in for this by now, it stays, and calls this."""

@@ -8,13 +8,12 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from contextvars import ContextVar
 from itertools import compress
 from types import MethodType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Size, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.hooks import RemovableHandle
 
@@ -129,65 +128,6 @@ def _token_embeddings(model: nn.Module) -> set[int] | None:
             except (NotImplementedError, AttributeError):
                 continue
     return embedding_ids
-
-
-class Call(NamedTuple):
-    """The rows that a call of a model was given, where they are known; `beside` is True if it has images or sounds, too.
-
-    Of those a row may have any number, and layers may see them instead of the rows.
-    """
-
-    num_rows: int | None = None
-    beside: bool = False
-
-
-NO_CALL = Call()
-# the running call of a model in this context; torch.compile sees no context, and looks at no rows
-CALL: ContextVar[Call] = ContextVar("loraweave_call", default=NO_CALL)
-
-
-def can_be_batch(num_rows: int) -> bool:
-    """Return whether so many rows can be those of the model's call, as far as these are known."""
-    rows = CALL.get().num_rows
-    return rows is None or num_rows == rows
-
-
-def require_own_rows(layer: str, num_rows: int) -> None:
-    """Raise ScopeError for a layer that meets another number of rows than the call has, which has images or sounds, too.
-
-    How many of these belong to each row, only the model knows.
-    """
-    rows, beside = CALL.get()
-    if rows is not None and num_rows != rows and beside:
-        raise ScopeError(
-            f"the weights vary by row or token, but layer {layer!r} has {num_rows} rows in a call of {rows} texts with "
-            "images or sounds, and which are whose cannot be told: give one mixture for all rows, or name the other layers "
-            "in MixtureWeights(layers=...)"
-        )
-
-
-def require_batch_first(layer: str, shape: Size) -> None:
-    """Raise ScopeError for (A, B, features) where B and not A is the rows of the model's call.
-
-    XLNet, FSMT and Longformer's attention put the tokens first. Where as many tokens as rows are, nothing can be told.
-    """
-    rows = CALL.get().num_rows
-    if rows is not None and len(shape) == 3 and shape[0] != rows and shape[1] == rows:
-        raise ScopeError(
-            f"the weights vary by row or token, but the input of layer {layer!r} is {tuple(shape)}, whose second axis and "
-            f"not the first is the batch's {rows} rows: give one mixture for all rows"
-        )
-
-
-def require_rows_of_tokens(layer: str, num_tokens: int, of_weights: int) -> None:
-    """Raise ScopeError where rows' tokens on one axis cannot be told apart, or are not as many a row as the weights'."""
-    rows, beside = CALL.get()
-    tokens_per_row, rest = divmod(num_tokens, rows or 1)
-    if beside or rest or (rows and of_weights not in (1, tokens_per_row)):
-        raise ScopeError(
-            f"the weights vary by row or token, and have {of_weights} tokens, but layer {layer!r} has {num_tokens} in a "
-            f"call of {rows} rows: give weights for exactly the tokens of this call, or one mixture for all rows"
-        )
 
 
 def watch(

@@ -10,7 +10,7 @@
                                 |- lease   the experts' factors where the layers are (residents.py)
                                 '- usage   what each layer used (recording.py)
 
-    a call        Entry: modules, rows and router looked at -> layers -> Exit; limits.CALL has its rows meanwhile
+    a call        Entry: modules, rows and router looked at -> layers -> Exit; CALL has its rows meanwhile
     a layer       _MixedForward.run -> Plan.apply -> a kernel's adder, where it is warm: what a step of generation pays
 
 Which activation counts is a context variable, so threads and asyncio tasks do not see each other's mixtures, and one
@@ -35,11 +35,10 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.common.process import holding, lock_of
-from loraweave.composer.live.call_router import ROUTED, CallRouter
-from loraweave.composer.live.entry import Entry, Exit
+from loraweave.composer.live.call import CALL, NO_CALL, ROUTED, CallRouter, Entry, Exit
 from loraweave.composer.live.experts import ExpertsForward
 from loraweave.composer.live.hook import LiveHook, MixedLayer, mix_outside, traced_by
-from loraweave.composer.live.limits import CALL, NO_CALL, Handle, in_backward_thread, watch
+from loraweave.composer.live.limits import Handle, in_backward_thread, watch
 from loraweave.composer.live.plan import KEPT_BYTES, Plan, make_plan
 from loraweave.composer.live.recording import Usage
 from loraweave.composer.live.residents import Lease
@@ -100,8 +99,6 @@ class Activation:
         that has begun keeps the mixture to its end, also when the activation is closed meanwhile.
         Raises CompositionError when it is closed before.
         """
-        if self.closed:
-            raise CompositionError("this activation is closed, and runs nothing: call run() while it is open")
         with self.live.open(self.plan, self.lease.renew()):
             return call(*args, **kwargs)
 
@@ -359,7 +356,7 @@ class LiveLayers:
             self._clean_copies(module)
             owner = self.model.get_submodule(layers[0].path.rpartition(".")[0])
             self._clean_copies(owner)
-            self._handles += watch(layers[0].path, module, owner, forward.reached)
+            self._handles += watch(layers[0].path, module, owner, lambda: forward.mixing() is not None)
         forward.add(layers)
 
     def _reaches(self, layer: str) -> bool:
@@ -440,9 +437,6 @@ class _MixedForward(StandIn):
         if outside is not None and (learns or self.trace is None):
             return outside(self, x, y)
         return self.trace(self._number, x, y, self.layer.parameter("bias"))  # type: ignore[misc]
-
-    def own(self, name: str) -> Any:
-        return self._own
 
     def remove(self) -> None:
         """Give the layer its own forward back; if another object stands in for this by now, it stays, and calls this."""

@@ -26,16 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.common.checks import is_list
-from loraweave.composer.live.hook import Activate, LiveHook, Resolve, hook_kinds
-from loraweave.composer.live.kernels._choice import ONLY, block_of
-from loraweave.composer.live.kernels._parts import Adder
-from loraweave.composer.live.limits import (
+from loraweave.composer.live.call import (
     CALL,
     can_be_batch,
     require_batch_first,
     require_own_rows,
     require_rows_of_tokens,
 )
+from loraweave.composer.live.hook import Activate, LiveHook, Resolve, hook_kinds
+from loraweave.composer.live.kernels._choice import ONLY, block_of
+from loraweave.composer.live.kernels._parts import Adder
 from loraweave.composer.live.recording import STATE, Note, Usage
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.live.row_weights import LayerMixture, RowWeights, Workspace, require_multiple
@@ -155,10 +155,6 @@ class Plan:
             return False
         return any(lease.updates(name, layer) for name in self.experts)
 
-    def reaches_some(self, layers: Iterable[TargetLayer], lease: Lease) -> bool:
-        """Return whether some active expert updates one of these layers, as `reaches` has it."""
-        return any(self.reaches(layer.name, lease) for layer in layers)
-
     def at_tokens(
         self, layer: TargetLayer, x_NI: Tensor, token_N: Tensor, num_tokens: int, lease: Lease, usage: Usage
     ) -> Tensor | None:
@@ -179,7 +175,7 @@ class Plan:
         assert weight is not None
         kernel, w_1NE = self._by_token.at_tokens(layer, x_NI, token_N, num_tokens, weight.dtype, lease)
         shape = torch.Size((1, len(x_NI), layer.num_inputs if layer.turned else layer.num_outputs))
-        self._tell(usage, layer.name, Note(shape, None if kernel is None else type(kernel), w_1NE), w_1NE)
+        usage.saw(layer.name, Note(shape, None if kernel is None else type(kernel), w_1NE), w_1NE)
         return None if kernel is None else kernel.update(x_NI[None].to(kernel.dtype))[0]
 
     def again(self) -> Plan:
@@ -233,7 +229,7 @@ class Plan:
         kernel, affine = mixture.kernel, mixture.affine
         # for some rows of a batch, a kernel is within another
         note = Note(y.shape, None if kernel is None else type(getattr(kernel, "kernel", kernel)))
-        self._tell(usage, layer.name, note, mixture.w_BTE, again=mixture.again)
+        usage.saw(layer.name, note, mixture.w_BTE, again=mixture.again)
         if kernel is not None and affine is None and x.ndim == 3 and layer.fresh and mixture.w_BTE is None and mixture.lasts:
             add = kernel.adder(dtype, x.shape)
             by_shape = self._remembered.setdefault(layer.name, {})
@@ -262,14 +258,8 @@ class Plan:
         if self._by_place:
             require_own_rows(layer.name, y_BTO.shape[0])
         update_BTO, w_BTE = self._by_token.projected(layer, x, y_BTO, y.device, dtype, lease)
-        self._tell(usage, layer.name, Note(y.shape), w_BTE)
+        usage.saw(layer.name, Note(y.shape), w_BTE)
         return layer.kind.put_back(y_BTO + update_BTO.to(y.dtype), y)
-
-    def _tell(self, usage: Usage, layer: str, note: Note, w_BTE: Tensor | None, *, again: bool = False) -> None:
-        if self.mixture is not None or w_BTE is None:
-            usage.saw(layer, note)
-        else:
-            usage.chose(layer, note, w_BTE, again=again)
 
 
 def _sum(mixture: LayerMixture, layer: TargetLayer, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:

@@ -70,25 +70,25 @@ class Usage:
         self._counted: set[str] = set()
         self._num_bytes = 0
 
-    def saw(self, layer: str, note: Note) -> None:
-        """Note a call with weights that were known before. Runs in every call of every layer."""
-        self.notes[layer] = note
-        if STATE.get() is not self.quiet:
-            self.tell(layer, note)
+    def saw(self, layer: str, note: Note, w_BTE: Tensor | None = None, *, again: bool = False) -> None:
+        """Note a call, and its weights if they were made in it.
 
-    def chose(self, layer: str, note: Note, w_BTE: Tensor, *, again: bool = False) -> None:
-        """Note a call with weights made in it. Raises WeightingError for bad ones, at once on a CPU, unless met `again`."""
-        if not again:
-            self.made.require_finite(layer, w_BTE)
-        # what learns may be changed in place by the next step
-        note = note._replace(w_BTE=w_BTE.detach().clone() if w_BTE.requires_grad else w_BTE)
-        if layer in self._counted:
-            # the next forward has begun
-            self._counted.clear()
-            self._num_bytes = 0
-        self._counted.add(layer)
-        self._num_bytes += w_BTE.nbytes
-        self.notes[layer] = note if self._num_bytes <= KEPT_BYTES else note._replace(w_BTE=None, kept=False)
+        Raises WeightingError for bad ones, at once on a CPU, unless met `again`.
+        """
+        kept = note
+        if w_BTE is not None and self.mixture is None:
+            if not again:
+                self.made.require_finite(layer, w_BTE)
+            # what learns may be changed in place by the next step
+            note = note._replace(w_BTE=w_BTE.detach().clone() if w_BTE.requires_grad else w_BTE)
+            if layer in self._counted:
+                # the next forward has begun
+                self._counted.clear()
+                self._num_bytes = 0
+            self._counted.add(layer)
+            self._num_bytes += w_BTE.nbytes
+            kept = note if self._num_bytes <= KEPT_BYTES else note._replace(w_BTE=None, kept=False)
+        self.notes[layer] = kept
         if STATE.get() is not self.quiet:
             self.tell(layer, note)
 

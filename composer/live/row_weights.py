@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from weakref import finalize
 
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor
 from loraweave.common.process import lock_of
 from loraweave.composer.live.hook import LiveHook, Prepared
 from loraweave.composer.live.kernels._choice import Choice, choose, row_kernels
-from loraweave.composer.live.kernels._cost import Workload
 from loraweave.composer.live.kernels._native import native_runs
 from loraweave.composer.live.kernels._parts import (
     Kernel,
     RowSets,
     SomeRows,
+    Workload,
     own_precision,
     place_of,
     repeat_rows,
@@ -78,8 +78,8 @@ class RowWeights:
         self.num_mixtures = values.shape[0]
         self._used = {layer for index, layer in enumerate(mixture.layers) if bool((values[:, :, index] != 0).any())}
         self._layers: dict[str, _LayerRows] = {}
-        # by the ranks that the experts have in a layer, 0 where one has none
-        self._ranked: dict[tuple[int, ...], RankedRows] = {}
+        # by the layer, "" where all share the weights, and the ranks that the experts have in it, 0 where one has none
+        self._ranked: dict[tuple[str, tuple[int, ...]], RankedRows] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -90,11 +90,6 @@ class RowWeights:
     def escaped(self) -> None:
         """Let a graph of autograd keep what was gathered longer than this object: its memory is then not lent again."""
         self._return.detach()
-
-    @cached_property
-    def _common(self) -> RowSets | None:
-        """The sets of all rows, if all layers share the weights; else None."""
-        return None if self._mixture.layers else _rows(self._mixture.values_BTLE[:, :, 0])
 
     def skips(self, layer: str) -> bool:
         return layer not in self._used if self._mixture.layers else not self._mixture.experts
@@ -169,10 +164,12 @@ class RowWeights:
     def _make_rows(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerRows:
         placed = [lease.part(name, layer, device, dtype) for name in self._mixture.experts]
         ranks = tuple(0 if part is None else part.a_RI.shape[0] for part in placed)
-        if self._common is None:
-            ranked = RankedRows.of(_rows(self._mixture.for_layer(layer)), ranks)
-        else:
-            ranked = self._ranked.get(ranks) or self._ranked.setdefault(ranks, RankedRows.of(self._common, ranks))
+        # shared by layers that share the weights and the experts' ranks
+        key = layer if self._mixture.layers else "", ranks
+        if (ranked := self._ranked.get(key)) is None:
+            rows = row_sets(self._mixture.for_layer(layer).detach())
+            assert rows is not None
+            ranked = self._ranked[key] = RankedRows.of(rows, ranks)
         table = AffineTable.of(placed)
         affine = None
         if table is not None:
@@ -209,12 +206,6 @@ def require_multiple(num_mixtures: int, num_rows: int, what: str) -> None:
         )
 
 
-def _rows(w_BTE: Tensor) -> RowSets:
-    rows = row_sets(w_BTE.detach())
-    assert rows is not None
-    return rows
-
-
 @dataclass(frozen=True, eq=False)
 class RankedRows:
     """The rows of mixtures in layers where the experts have certain ranks.
@@ -235,18 +226,17 @@ class RankedRows:
         if len(places) < len(ranks):
             number = {place: number for number, place in enumerate(places)}
             rows = tuple(tuple((number[place], w) for place, w in row if place in number) for row in rows)
-        place_ranks = [ranks[place] for place in places]
+        place_ranks = tuple(filter(None, ranks))
         touched = tuple(number for number, row in enumerate(rows) if row)
-        rows = tuple(rows[number] for number in touched)
-        sums = [sum(place_ranks[p] for p, _ in row) for row in rows]
-        distinct = set(rows)
+        rows = tuple(filter(None, rows))
+        sums = {row: sum(place_ranks[p] for p, _ in row) for row in rows}
         work = Workload(
             num_mixtures=len(rows),
-            largest=max(sums, default=0),
-            total=sum(sums),
-            num_segments=len(distinct),
-            distinct=sum(sum(place_ranks[p] for p, _ in row) for row in distinct),
-            stacked=sum(place_ranks[p] for p in {p for row in distinct for p, _ in row}),
+            largest=max(sums.values(), default=0),
+            total=sum(map(sums.__getitem__, rows)),
+            num_segments=len(sums),
+            distinct=sum(sums.values()),
+            stacked=sum(place_ranks[p] for p in {p for row in sums for p, _ in row}),
         )
         return cls(places, touched, rows, work)
 

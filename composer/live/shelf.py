@@ -47,14 +47,12 @@ class Shelf(Generic[Key, Thing]):
     def __len__(self) -> int:
         return len(self._slots)
 
-    def in_use(self, key: Key) -> bool:
-        return key in self._slots and key not in self._idle
-
     def require_room(self, sizes: Mapping[Key, int], what: str) -> None:
         """Raise BudgetExceeded when these do not fit beside the others that are in use; nothing has changed then."""
         if self.budget_bytes is None:
             return
-        others = self._bytes_in_use - sum(self._slots[key].num_bytes for key in sizes if self.in_use(key))
+        shared = [key for key in sizes if key in self._slots and key not in self._idle]
+        others = self._bytes_in_use - sum(self._slots[key].num_bytes for key in shared)
         needed = sum(sizes.values())
         if others + needed > self.budget_bytes:
             beside = f" beside the {others:,} that open activations use" if others else ""

@@ -73,9 +73,12 @@ class StandIn:
     A copy of the module that is made meanwhile, or a pickle, is without it (`CleanCopies`).
     """
 
+    # what the module has otherwise where this stands in for one attribute; None for its class's
+    _own: Any = None
+
     def own(self, name: str) -> Any:
         """Return what the module has under this name otherwise; None for its class's."""
-        return None
+        return self._own
 
 
 class Hook(StandIn):
@@ -230,9 +233,6 @@ class PromptedGenerate(StandIn):
         if pad is None or pad in (end if isinstance(end, list | tuple) else [end]):
             return torch.ones_like(ids_BT)
         return ids_BT.ne(int(pad)).long()
-
-    def own(self, name: str) -> Any:
-        return self._own
 
     def remove(self) -> None:
         """Give the model its own `generate` back."""

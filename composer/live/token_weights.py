@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.composer.live.call_router import CallRouter, in_own_precision
-from loraweave.composer.live.kernels._cost import TokenWorkload
-from loraweave.composer.live.kernels._parts import Kernel
+from loraweave.composer.live.call import CallRouter, in_own_precision
+from loraweave.composer.live.kernels._parts import Kernel, TokenWorkload
 from loraweave.composer.live.kernels.dense import Made, Stack, by_input
 from loraweave.composer.live.kernels.sorted_tokens import SortedTokens, sorting_pays
 from loraweave.composer.live.layout import PlacedFactors
@@ -53,6 +52,10 @@ class _LayerStack:
     # the stack with V b instead of b, of the V whose version this is
     turned: Stack | None = None
     turned_by: tuple[Tensor, int] | None = None
+
+    def of_experts(self, w_BTE: Tensor) -> Tensor:
+        """Return the weights of the experts with factors."""
+        return w_BTE if self.place_P is None else w_BTE[..., self.place_P]
 
     def joined(self, stack: Stack, v_PI: Tensor) -> Tensor:
         """Return joint_QI for directions as they are now."""
@@ -187,7 +190,7 @@ class TokenWeights:
         affine = None if layer_stack.table is None else layer_stack.table.weigh(w_BTE)
         if not layer_stack.experts:
             return LayerMixture(None, affine, w_BTE)
-        w_BTP = w_BTE if layer_stack.place_P is None else w_BTE[..., layer_stack.place_P]
+        w_BTP = layer_stack.of_experts(w_BTE)
         known = self._known_of(layer.name, w_BTP)
         # only weights of all experts, and not some that were copied from them
         again, known.met = known.met and w_BTP is w_BTE, True
@@ -219,7 +222,7 @@ class TokenWeights:
                 w_1NE = w_BTE[row_N, place_N if w_BTE.shape[1] > 1 else 0][None]
         if not layer_stack.experts:
             return None, w_1NE
-        w_1NP = w_1NE if layer_stack.place_P is None else w_1NE[..., layer_stack.place_P]
+        w_1NP = layer_stack.of_experts(w_1NE)
         if len(x_NI) and self._valued is None and _sorts(layer_stack, layer, w_1NP, _Known(), x_NI[None]):
             return SortedTokens(_parts(layer_stack, layer, lease), w_1NP, dtype), w_1NE
         return self._side_by_side(layer_stack, layer, lease).weigh(w_1NP), w_1NE
@@ -253,8 +256,7 @@ class TokenWeights:
             stack = self._side_by_side(layer_stack, layer, lease)
             hidden_BTS = layer.kind.project(layer.module, x, stack.a_SI)
             hidden_BTS = hidden_BTS.reshape(*y_BTO.shape[:2], hidden_BTS.shape[2])
-            w_BTP = w_BTE if layer_stack.place_P is None else w_BTE[..., layer_stack.place_P]
-            update_BTO = stack.weigh(w_BTP).expanded(hidden_BTS)
+            update_BTO = stack.weigh(layer_stack.of_experts(w_BTE)).expanded(hidden_BTS)
         if layer_stack.table is not None:
             update_BTO = update_BTO + layer_stack.table.weigh(w_BTE).on(y_BTO, layer.parameter("bias"))
         return update_BTO, w_BTE

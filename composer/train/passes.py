@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from loraweave.composer.live.call_router import arguments_of
+from loraweave.composer.live.call import arguments_of
 from loraweave.composer.model.batches import IGNORED, EncodedRow, TargetBatch, batch, tensors_in
 from loraweave.composer.train.jobs import LORA, JobKind, LoraJob, TrainingJob, given_factors, new_factors
 from loraweave.composer.train.schedule import pad_apart

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 import loraweave as lw
 from loraweave import registry
 from loraweave.composer.experts.parts import recipe as make_recipe
-from loraweave.composer.live.kernels import _added_experts
+from loraweave.composer.live.kernels import _expert_product
 from loraweave.errors import WeightingError
 
 RECIPES = lw.names("experts")
@@ -206,7 +206,7 @@ def tokens_sorted_by_expert_have_the_values_and_gradients_of_all_experts_for_all
     inputs["labels"] = labels_for(name, inputs)
     found = []
     for pays in (True, False):
-        monkeypatch.setattr(_added_experts, "choosing_pays", lambda work, learns, pays=pays: pays)
+        monkeypatch.setattr(_expert_product, "choosing_pays", lambda work, learns, pays=pays: pays)
         trained.zero_grad()
         output = trained(**inputs, **tasks_of(trained, 0, 1, 0))
         output.loss.backward()

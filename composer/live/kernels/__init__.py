@@ -10,9 +10,9 @@
                                 native_rows few tokens in one call of compiled code, on a CPU
     weights by token            dense       all experts for all tokens, masked by the weights
                                 sorted_tokens    each expert meets only the tokens that chose it
-    experts in training         _added_experts takes one of ExpertProduct, ChosenProduct and one token's own experts
+    experts in training         _expert_product takes one of ExpertProduct, ChosenProduct and one token's own experts
 
 Each file with a name says for which mixtures its path is, and what it costs; `_choice.choose` takes the cheapest. A new
 path is one more file, tested by `tests/composer/live/kernels/test_naive.py`, which compares each with the formula.
-`test_weighted_product.py` and `test_added_experts.py` are for paths that learn. Extensions bring more, as a GPU's.
+`test_weighted_product.py` and `test_expert_product.py` are for paths that learn. Extensions bring more, as a GPU's.
 """

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 import loraweave.registry as registry
-from loraweave.composer.live.kernels._cost import Cost, Workload
-from loraweave.composer.live.kernels._parts import RowKernel
+from loraweave.composer.live.kernels._parts import Cost, RowKernel, Workload
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def choose(work: Workload) -> Choice:
         for path, cost in costs(wide).items():
             if row_kernels()[path].widens:
                 seconds[Choice(path, exact=True)] = wide.rates.seconds(cost) + wide.rates.seconds(cast)
-    return min(seconds, key=lambda choice: seconds[choice])
+    return min(seconds, key=seconds.__getitem__)
 
 
 def costs(work: Workload) -> dict[str, Cost]:

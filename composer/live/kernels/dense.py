@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import ClassVar
 
@@ -16,10 +16,19 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from loraweave.common.compute import is_watched
-from loraweave.composer.live.kernels._cost import Cost, TokenWorkload, Workload
 from loraweave.composer.live.kernels._expert_product import ExpertProduct, RankRows, weigh
 from loraweave.composer.live.kernels._native import MOST_TOKENS, Table, function, native_runs, shorten, work
-from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSets, repeat_rows, stack_a
+from loraweave.composer.live.kernels._parts import (
+    Cost,
+    Lend,
+    Part,
+    RowKernel,
+    RowSets,
+    TokenWorkload,
+    Workload,
+    repeat_rows,
+    stack_a,
+)
 from loraweave.composer.live.kernels.naive import mix
 
 # the w_NS that were made of one tensor of weights, by the ranks of layers and the axes of the tokens
@@ -34,6 +43,8 @@ class Stack:
     b_SO: Tensor
     owner_S: Tensor
     ranks: tuple[int, ...]
+    # by the tokens and the stride
+    _tables: dict[tuple[int, int | None], Table] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(cls, parts: Sequence[Part], dtype: torch.dtype) -> Stack:
@@ -47,10 +58,6 @@ class Stack:
         made = vars(self)
         held = (self.a_SI, self.b_SO, *made.get("by_row", ()), *made.get("b_by_row", ()))
         return sum({id(tensor): tensor.nbytes for tensor in held}.values())
-
-    @cached_property
-    def _tables(self) -> dict[tuple[int, int | None], Table]:
-        return {}
 
     @cached_property
     def by_row(self) -> list[Tensor]:

@@ -14,8 +14,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from loraweave.composer.live.kernels._cost import Cost, Workload
-from loraweave.composer.live.kernels._parts import Adder, Lend, Part, RowKernel, RowSets, group_by_mixture
+from loraweave.composer.live.kernels._parts import Adder, Cost, Lend, Part, RowKernel, RowSets, Workload, group_by_mixture
 
 
 @dataclass(frozen=True, eq=False)

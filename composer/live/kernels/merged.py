@@ -10,8 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.composer.live.kernels._cost import Cost, Workload
-from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSets, own_precision, stack_a, weigh_b
+from loraweave.composer.live.kernels._parts import (
+    Cost,
+    Lend,
+    Part,
+    RowKernel,
+    RowSets,
+    Workload,
+    own_precision,
+    stack_a,
+    weigh_b,
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,9 +19,8 @@ from torch import Tensor
 
 from loraweave.common.compute import is_watched
 from loraweave.composer.live.kernels import _native
-from loraweave.composer.live.kernels._cost import Cost, Workload
 from loraweave.composer.live.kernels._native import MOST_TOKENS, Table, native_runs
-from loraweave.composer.live.kernels._parts import Adder, Lend, Part, RowKernel, RowSets, group_by_mixture
+from loraweave.composer.live.kernels._parts import Adder, Cost, Lend, Part, RowKernel, RowSets, Workload, group_by_mixture
 
 
 class Beside(NamedTuple):
@@ -48,6 +46,8 @@ class NativeRows(RowKernel):
     b_DO: Tensor
     entries: tuple[tuple[tuple[int, int, float], ...], ...]
     dtype: torch.dtype
+    # by the tokens of a row
+    _tables: dict[int, Table] = field(default_factory=dict, init=False)
 
     @classmethod
     def runs(cls, device: torch.device, dtype: torch.dtype) -> bool:
@@ -110,10 +110,6 @@ class NativeRows(RowKernel):
                 self._add_formula(x_BTI, y_BTO)
 
         return add_native
-
-    @cached_property
-    def _tables(self) -> dict[int, Table]:
-        return {}
 
     def _table(self, tokens: int) -> Table:
         """Return the table that the library reads for so many tokens a row; it is kept as long as the kernel."""

@@ -12,12 +12,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loraweave.composer.live.kernels._cost import Cost, Workload
 from loraweave.composer.live.kernels._parts import (
+    Cost,
     Lend,
     Part,
     RowKernel,
     RowSets,
+    Workload,
     add_at,
     group_by_mixture,
     group_rows,

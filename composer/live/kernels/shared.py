@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.composer.live.kernels._cost import Cost, Workload
-from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSets, stack_a, weigh_b
+from loraweave.composer.live.kernels._parts import Cost, Lend, Part, RowKernel, RowSets, Workload, stack_a, weigh_b
 
 
 @dataclass(frozen=True, eq=False)

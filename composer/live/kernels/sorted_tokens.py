@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.composer.live.kernels._cost import RATES, S_PER_OP, Cost, TokenWorkload
-from loraweave.composer.live.kernels._parts import AddsInPlace, Part, repeat_rows
+from loraweave.composer.live.kernels._parts import RATES, S_PER_OP, AddsInPlace, Cost, Part, TokenWorkload, repeat_rows
 from loraweave.composer.live.kernels.dense import Dense
 
 

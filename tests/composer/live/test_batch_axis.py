@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.live import limits
+from loraweave.composer.live import call
 from loraweave.errors import ScopeError
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.weights import MixtureWeights
@@ -77,10 +77,10 @@ def test_windows_of_a_row_are_its_own_and_an_error_leaves_no_rows_behind():
     base = model(x)
     with engine.activate([{"a": 1.0}, None]):
         live = model(x)
-        assert limits.CALL.get() is limits.NO_CALL
+        assert call.CALL.get() is call.NO_CALL
         with pytest.raises(RuntimeError, match="injected"):
             model(torch.randn(2, 5, 4))
-    assert limits.CALL.get() is limits.NO_CALL
+    assert call.CALL.get() is call.NO_CALL
     assert torch.equal(live[3:], base[3:])
     update_BTO = x.reshape(6, 3, 4)[:3] @ update.a_RI.T @ update.b_OR.T
     assert torch.allclose(live[:3], base[:3] + update_BTO, rtol=1e-5, atol=1e-5)

@@ -13,7 +13,7 @@ from torch import nn
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.kernels._choice import Choice, choose
-from loraweave.composer.live.kernels._cost import Workload
+from loraweave.composer.live.kernels._parts import Workload
 from loraweave.composer.live.row_weights import RankedRows, _LayerRows
 from loraweave.extensions.accelerators.kernels.triton_gathered import TritonGathered
 from loraweave.extensions.accelerators.kernels.triton_segments import TritonSegments

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from loraweave.composer.live.kernels._added_experts import choosing_pays, skipping_pays
 from loraweave.composer.live.kernels._choice import Choice, choose
-from loraweave.composer.live.kernels._cost import TokenWorkload, Workload
+from loraweave.composer.live.kernels._expert_product import choosing_pays, skipping_pays
+from loraweave.composer.live.kernels._parts import TokenWorkload, Workload
 from loraweave.composer.live.kernels.sorted_tokens import sorting_pays
 
 # eight rows of 128 tokens, each with one adapter of rank 8 of its own

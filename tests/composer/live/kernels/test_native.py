@@ -16,7 +16,7 @@ from loraweave.common import compute
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.kernels import _native
 from loraweave.composer.live.kernels._choice import choose
-from loraweave.composer.live.kernels._cost import Workload
+from loraweave.composer.live.kernels._parts import Workload
 from loraweave.composer.live.kernels.dense import Stack
 from loraweave.composer.live.kernels.native_rows import NativeRows
 from loraweave.composer.live.layout import PlacedFactors

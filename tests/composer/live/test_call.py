@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.live.call_router import in_own_precision
+from loraweave.composer.live.call import in_own_precision
 from loraweave.errors import CompositionError, ScopeError
 from loraweave.routers.combined import under
 from loraweave.routers.tokens._saved import router

@@ -6,9 +6,8 @@ import pytest
 import torch
 from rounding import unit
 
-from loraweave.composer.live.kernels import _added_experts
-from loraweave.composer.live.kernels._added_experts import ChosenProduct, add_experts
-from loraweave.composer.live.kernels._expert_product import ExpertProduct, RankRows
+from loraweave.composer.live.kernels import _expert_product
+from loraweave.composer.live.kernels._expert_product import ChosenProduct, ExpertProduct, RankRows, add_experts
 
 RANKS = (2, 3, 1, 2)
 NAMES = ("x", "w", "a", "b")
@@ -141,7 +140,7 @@ def test_products_run_in_the_dtype_of_the_factors_and_weights_count_in_their_own
 def sorted_calls(monkeypatch):
     """How often tokens were sorted, where that always pays."""
     calls, apply = [], ChosenProduct.apply
-    monkeypatch.setattr(_added_experts, "choosing_pays", lambda work, learns: True)
+    monkeypatch.setattr(_expert_product, "choosing_pays", lambda work, learns: True)
     monkeypatch.setattr(ChosenProduct, "apply", lambda *args: calls.append(1) or apply(*args))
     return calls
 
@@ -149,14 +148,14 @@ def sorted_calls(monkeypatch):
 @pytest.mark.parametrize("skips", [True, False])
 @pytest.mark.parametrize("num_tokens", [1, 7])
 def test_without_gradients_it_equals_the_formula(num_tokens, skips, monkeypatch):
-    monkeypatch.setattr(_added_experts, "skipping_pays", lambda *args: skips)
+    monkeypatch.setattr(_expert_product, "skipping_pays", lambda *args: skips)
     example = Example(num_tokens=num_tokens, all_chosen=num_tokens == 1)
     torch.testing.assert_close(example.added(), example.formula())
     torch.testing.assert_close(example.added(torch.ones(num_tokens, 4, dtype=torch.float64)), 1 + example.formula())
 
 
 def test_one_token_reads_no_factors_of_an_expert_without_weight(monkeypatch):
-    monkeypatch.setattr(_added_experts, "skipping_pays", lambda *args: True)
+    monkeypatch.setattr(_expert_product, "skipping_pays", lambda *args: True)
     example = Example(num_tokens=1, all_chosen=True)
     example.w[0, 1] = 0.0
     expected = 1 + example.formula()

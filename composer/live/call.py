@@ -1,0 +1,281 @@
+"""A call of the model: its checks before any layer runs, the rows that it has meanwhile, and a router that it is shown to.
+
+Entry   modules, weights and rows looked at: a mistake is named while no cache has taken anything yet
+CALL    the rows, for the layers;  ROUTED  the router's answer to this call, for the layers
+Exit    the call is over
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Size, Tensor, nn
+
+from loraweave.composer.live.kernels._choice import ONLY, block_of
+from loraweave.composer.live.kernels._parts import own_precision
+from loraweave.composer.live.standing_in import Hook
+from loraweave.errors import CompositionError, ScopeError
+from loraweave.routers.combined import ByRow, begin, derive, parts_of
+from loraweave.routers.tokens._call import with_tokenizer
+from loraweave.routers.tokens._router import TokenRouter
+from loraweave.types import Router
+
+
+class Call(NamedTuple):
+    """The rows that a call of a model was given, where they are known; `beside` is True if it has images or sounds, too.
+
+    Of those a row may have any number, and layers may see them instead of the rows.
+    """
+
+    num_rows: int | None = None
+    beside: bool = False
+
+
+NO_CALL = Call()
+# the running call of a model in this context; torch.compile sees no context, and looks at no rows
+CALL: ContextVar[Call] = ContextVar("loraweave_call", default=NO_CALL)
+
+
+def can_be_batch(num_rows: int) -> bool:
+    """Return whether so many rows can be those of the model's call, as far as these are known."""
+    rows = CALL.get().num_rows
+    return rows is None or num_rows == rows
+
+
+def require_own_rows(layer: str, num_rows: int) -> None:
+    """Raise ScopeError for a layer that meets another number of rows than the call has, which has images or sounds, too.
+
+    How many of these belong to each row, only the model knows.
+    """
+    rows, beside = CALL.get()
+    if rows is not None and num_rows != rows and beside:
+        raise ScopeError(
+            f"the weights vary by row or token, but layer {layer!r} has {num_rows} rows in a call of {rows} texts with "
+            "images or sounds, and which are whose cannot be told: give one mixture for all rows, or name the other layers "
+            "in MixtureWeights(layers=...)"
+        )
+
+
+def require_batch_first(layer: str, shape: Size) -> None:
+    """Raise ScopeError for (A, B, features) where B and not A is the rows of the model's call.
+
+    XLNet, FSMT and Longformer's attention put the tokens first. Where as many tokens as rows are, nothing can be told.
+    """
+    rows = CALL.get().num_rows
+    if rows is not None and len(shape) == 3 and shape[0] != rows and shape[1] == rows:
+        raise ScopeError(
+            f"the weights vary by row or token, but the input of layer {layer!r} is {tuple(shape)}, whose second axis and "
+            f"not the first is the batch's {rows} rows: give one mixture for all rows"
+        )
+
+
+def require_rows_of_tokens(layer: str, num_tokens: int, of_weights: int) -> None:
+    """Raise ScopeError where rows' tokens on one axis cannot be told apart, or are not as many a row as the weights'."""
+    rows, beside = CALL.get()
+    tokens_per_row, rest = divmod(num_tokens, rows or 1)
+    if beside or rest or (rows and of_weights not in (1, tokens_per_row)):
+        raise ScopeError(
+            f"the weights vary by row or token, and have {of_weights} tokens, but layer {layer!r} has {num_tokens} in a "
+            f"call of {rows} rows: give weights for exactly the tokens of this call, or one mixture for all rows"
+        )
+
+
+def in_own_precision(router: Router) -> Router:
+    """Return the router, or a batch's routers, computing outside of autocast and where the layers are.
+
+    A router that is not loraweave's stays as it is, since it may need autocast.
+    """
+    if isinstance(router, ByRow):
+        # one object for one router, which is shown a call once
+        wrapped = {part: in_own_precision(part) for part in router.routers if part is not None}
+        return ByRow([None if part is None else wrapped[part] for part in router.routers], router.experts)
+    if not isinstance(router, TokenRouter):
+        return router
+    device: torch.device | None = None
+
+    def weigh(of_call: Router, x_BTI: Tensor, layer: str) -> Tensor:
+        nonlocal device
+        # a router of a call sees to that itself
+        if of_call is router and x_BTI.device != device:
+            with torch.inference_mode(False):
+                router.to(x_BTI.device)
+            device = x_BTI.device
+        with own_precision(x_BTI.device) if torch._C._is_any_autocast_enabled() else nullcontext():
+            return of_call.weights(x_BTI, layer)
+
+    return derive(router, weigh, shares_weights=True)
+
+
+# the call router that was asked, and the router that it returned for the running call
+ROUTED: ContextVar[tuple[CallRouter, Router] | None] = ContextVar("loraweave_call_router", default=None)
+
+
+class CallRouter:
+    """A router that is shown each call of the model; its weights are those of the running call. `name` is for messages."""
+
+    def __init__(self, router: Any, name: str) -> None:
+        self._router = router
+        self._name = name
+        self._last: Router | None = None
+        # the number of calls whose layers a backward pass may still run again
+        self._num_calls = 0
+        self._ran_again = False
+        self._tokenizer: Any = None
+
+    @property
+    def reads_text(self) -> bool:
+        """True if the router, or one that it is made of, chooses by text."""
+        return any(getattr(part, "needs_tokenizer", False) for part in parts_of(self._router))
+
+    @property
+    def reads_prompts(self) -> bool:
+        """True if weights depend on which part of a row is its prompt."""
+        return self.reads_text or bool(getattr(self._router, "reads_prompts", False))
+
+    def take_tokenizer(self, tokenizer: Any) -> None:
+        """Take the model's tokenizer, if there is one. Raises CompositionError if the router reads text and it is None."""
+        if self.reads_text and tokenizer is None:
+            raise CompositionError(
+                f"router {self._name} reads the text of the model's input, and this Composer cannot: make "
+                "it with tokenizer=..."
+            )
+        self._tokenizer = tokenizer
+
+    def begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Show the router the arguments of a call of the model, by name, while the model is without a mixture."""
+        with with_tokenizer(self._tokenizer):
+            of_call = begin(self._router, model, arguments)
+        # for a backward pass that runs layers again
+        self._last = of_call if torch.is_grad_enabled() else None
+        self._num_calls = (0 if self._ran_again else self._num_calls) + torch.is_grad_enabled()
+        self._ran_again = False
+        ROUTED.set((self, of_call))
+
+    def _of_call(self) -> Router | None:
+        """Return the router of the running call, or None if that call is not one of this router's."""
+        running = ROUTED.get()
+        return running[1] if running is not None and running[0] is self else None
+
+    @property
+    def shares_weights(self) -> bool:
+        """True if the running call's router says that no tensor it returns changes before the call ends."""
+        of_call = self._of_call()
+        return of_call is not None and bool(getattr(of_call, "shares_weights", False))
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """Return w_BTE. Raises ScopeError outside a call, CompositionError for checkpointing after several calls."""
+        if (of_call := self._of_call()) is not None:
+            return of_call.weights(x_BTI, layer)
+        # gradient checkpointing runs layers again when the call has ended
+        if self._last is not None and torch._C._current_graph_task_id() != -1:
+            if self._num_calls > 1:
+                raise CompositionError(
+                    f"gradient checkpointing runs layer {layer!r} again after {self._num_calls} calls of the model, and "
+                    f"router {self._name} cannot tell of which: call backward() after each, or do without that; a call "
+                    "without a backward() belongs under torch.no_grad()"
+                )
+            self._ran_again = True
+            return self._last.weights(x_BTI, layer)
+        raise ScopeError(
+            f"router {self._name} looks at the input of the whole model first, but layer {layer!r} ran in "
+            "none of its calls: call the model itself rather than a part of it, and not one that torch.compile made"
+        )
+
+
+def arguments_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of the model, by name."""
+    signature = inspect.signature(model.forward)
+    arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    return arguments
+
+
+# arguments of transformers' models whose first axis are the rows of the batch
+MAIN_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
+
+# inputs, some of them above, of which one row of text may have several
+BESIDE_TEXT = frozenset({"pixel_values", "pixel_values_videos", "input_features", "input_values"})
+
+# what only transformers' continuous batching gives a model
+PAGED_INPUTS = frozenset({"cu_seq_lens_q", "write_index"})
+
+
+class Entry(Hook):
+    """The hook that runs before the model's forward.
+
+    `require_unchanged` raises where the model has other layers than it had, or other weights than these experts were made
+    for; `current` returns the activation that counts, if any, which has a `plan`.
+    `begin` shows the call's arguments to a router that looks at all of them first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        require_unchanged: Callable[[Iterable[str]], None],
+        current: Callable[[], Any],
+        begin: Callable[[CallRouter, dict[str, Any]], None],
+    ) -> None:
+        self._model = ref(model)
+        self._require_unchanged = require_unchanged
+        self._current = current
+        self._begin = begin
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            # each layer looks at its rows when the code runs
+            return
+        if module is not self._model():
+            raise CompositionError(
+                f"a replica of the model ({type(module).__name__}) runs (DataParallel), whose threads have no mixture; "
+                "use one process per device, each with its own Composer"
+            )
+        if kwargs.keys() >= PAGED_INPUTS:
+            raise CompositionError(
+                "continuous batching packs requests into one row and runs the model in a thread that has no mixture: leave "
+                "the activation first and use fused(), or generate() with a mixture per text"
+            )
+        activation = self._current()
+        if activation is not None:
+            plan = activation.plan
+            self._require_unchanged(plan.experts)
+            if plan.only != (only := ONLY.get()):
+                raise ScopeError(
+                    f"{block_of(only or plan.only or '')} counts for activations that are opened inside it, with a weight "
+                    "for each row: open this one there; routers, activated LoRAs, and weights that vary by token or learn, "
+                    "are for other calls"
+                )
+            call_input = _main_input(args, kwargs)
+            plan.begin_call(call_input)
+            if plan.call_router is not None:
+                self._begin(plan.call_router, arguments_of(module, args, kwargs))
+            num_rows = None
+            # features by (row * token) do not say how many rows they are
+            if call_input is not None and not (call_input.ndim == 2 and call_input.is_floating_point()):
+                num_rows = call_input.shape[0]
+            beside = BESIDE_TEXT & kwargs.keys()
+            has_more = bool(beside) and any(kwargs[name] is not None and kwargs[name] is not call_input for name in beside)
+            CALL.set(Call(num_rows, has_more))
+
+
+class Exit(Hook):
+    """The hook that runs after the model's forward."""
+
+    def __init__(self, end: Callable[[Any], None]) -> None:
+        self._end = end
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._end(output)
+
+
+def _main_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the tensor whose first axis is the rows of a batch, or None where a model's arguments do not tell."""
+    known = args[:1] or [kwargs[name] for name in MAIN_INPUTS if kwargs.get(name) is not None]
+    return known[0] if known and isinstance(known[0], Tensor) and known[0].ndim > 1 else None
