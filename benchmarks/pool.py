@@ -29,9 +29,9 @@ import loraweave as lw
 from benchmarks._models import LIMIT, Context, base_model, changes, difference, prefill, random_adapter, tokens
 from benchmarks._run import Run, Table
 from benchmarks._timing import Gate, Way, compare, require, timed
+from loraweave.common import files as whole_files
 from loraweave.common.process import paused_collector
 from loraweave.composer.live.residents import Residents
-from loraweave.hub.stores import folder_blobs
 
 app = typer.Typer()
 
@@ -109,7 +109,7 @@ def attaching(model: Any, hub: lw.Hub, names: Sequence[str]) -> dict[str, Way]:
 
     def unseen(name: str) -> Any:
         # of a file that has not changed, the process remembers the checksum
-        folder_blobs._digests.clear()
+        whole_files._digests.clear()
         return hub.get(name)
 
     def first_time() -> None:
@@ -145,7 +145,7 @@ def one_more(model: Any, hub: lw.Hub, names: Sequence[str], in_peft: int, folder
         if mark <= len(names) - NUM_EACH:
             engine = lw.Composer(model, hub.pool(names[:mark]))
             for name in names[mark : mark + NUM_EACH]:
-                folder_blobs._digests.clear()
+                whole_files._digests.clear()
                 before = timer()
                 engine.load(name, hub.get(name))
                 here.append(timer() - before)

@@ -24,7 +24,7 @@ from benchmarks._run import Run, Table, console
 from benchmarks.spread import WORKERS, Backends, Counting, killing, tiny_base, workers
 from loraweave.composer.compose.asked import Step
 from loraweave.composer.programs.program import OrderReport, Program, pool_of
-from loraweave.hub.intake.add_tree import add_tree
+from loraweave.hub.add_tree import add_tree
 
 app = typer.Typer()
 

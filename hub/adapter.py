@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
@@ -23,12 +24,12 @@ from loraweave.hub.formats._conversion import MAX_ERROR
 from loraweave.hub.formats._files import entry
 from loraweave.hub.formats._kept_files import as_kept_files
 from loraweave.hub.formats.peft import Peft
-from loraweave.hub.intake.discover import Found
-from loraweave.hub.intake.model_hub import push
-from loraweave.hub.intake.sources import ADAPTER_FILES, README, name_of, open_source
 from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.hub.merge_report import MergeReport
 from loraweave.hub.parts import model_of
+from loraweave.hub.sources.discover import Found
+from loraweave.hub.sources.model_hub import push
+from loraweave.hub.sources.sources import ADAPTER_FILES, README, name_of, open_source
 from loraweave.lowrank import algebra
 from loraweave.types import BaseKey, Factors, Fingerprint, Kind, own_memory
 
@@ -243,3 +244,23 @@ class Adapter:
 def _one_tuple(form: Form) -> Form:
     """Return the first tuple that was equal to this one, so that equal forms can be recognised by identity."""
     return form
+
+
+def cosine(left: Adapter, right: Adapter) -> tuple[float, int]:
+    """Return <D_left, D_right> / (|D_left| |D_right|) over all layers, D = b a, and the number of layers that both update.
+
+    A layer that only one of them updates counts in its norm. Gains, biases and magnitudes are left out.
+    """
+    shared = [layer for layer in left.layers if layer in right.layers and _fits(left.layers[layer], right.layers[layer])]
+    product = sum(algebra.inner(left.layers[layer], right.layers[layer]) for layer in shared)
+    size = _norm(left) * _norm(right)
+    return (product / size if size else 0.0), len(shared)
+
+
+def _norm(adapter: Adapter) -> float:
+    return math.hypot(*(algebra.norm(factors) for factors in adapter.layers.values()))
+
+
+def _fits(left: Factors, right: Factors) -> bool:
+    # adapters of other base models may use the same module paths with other sizes
+    return left.a_RI.shape[1] == right.a_RI.shape[1] and left.b_OR.shape[0] == right.b_OR.shape[0]

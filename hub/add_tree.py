@@ -37,7 +37,7 @@ from loraweave.hub.formats.peft import Peft
 from loraweave.hub.health.anomalies import checked_policy
 from loraweave.hub.hub import Hub
 from loraweave.hub.intake.adding import MAX_BATCH, Addition
-from loraweave.hub.intake.archives import archive_suffix
+from loraweave.hub.sources.archives import archive_suffix
 from loraweave.types import Record
 
 # a fault of the hub, not of one adapter, ends the walk; the next call resumes there

@@ -30,11 +30,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging as transformers_logging
 
 from loraweave.common.display import progress_bar
-from loraweave.common.files import cache_folder
+from loraweave.common.files import cache_folder, file_digest, known_digest
 from loraweave.common.names import text_digest
 from loraweave.common.options import options_of, require_known
 from loraweave.errors import AdapterCorrupt, BaseModelMismatch, CompositionError, PackageMissing, WeightingError
-from loraweave.hub.stores.folder_blobs import file_digest, known_digest
 from loraweave.registry import nearest
 from loraweave.types import BaseKey, Fingerprint
 

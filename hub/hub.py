@@ -21,16 +21,15 @@ from loraweave.common.process import paused_collector
 from loraweave.common.rows import GivenRows
 from loraweave.common.storage_errors import storage_errors
 from loraweave.errors import AdapterExists, AdapterNotFound, HubCorrupt, HubError, HubFull
-from loraweave.hub import quarantine
 from loraweave.hub.compositions import CompositionShelf, StoredComposition
-from loraweave.hub.intake.fields import card_with_outputs, checked_fields, split_pairs
 from loraweave.hub.licenses import canonical
 from loraweave.hub.listing import Candidates
 from loraweave.hub.stores.catalogue import state_row
 from loraweave.hub.stores.folder_blobs import STALE_TMP_S
 from loraweave.hub.stores.kept_files import digests
 from loraweave.hub.stores.open_stores import open_stores
-from loraweave.hub.tables import filtering, rows, versions
+from loraweave.hub.tables import filtering, quarantine, rows, versions
+from loraweave.hub.tables.fields import card_with_outputs, checked_fields, split_pairs
 from loraweave.hub.tables.filtering import Filters
 from loraweave.types import BaseKey, Candidate, Record
 
@@ -40,8 +39,8 @@ if TYPE_CHECKING:
     from loraweave.hub.adapter import Adapter
     from loraweave.hub.health.verify import Asked, Check, Verification
     from loraweave.hub.intake.adding import Added, Addition, Read
-    from loraweave.hub.intake.discover import Found
     from loraweave.hub.pool import ExpertPool
+    from loraweave.hub.sources.discover import Found
 
 # the number of rows shown of a hub in a notebook
 SHOWN = 20
@@ -93,7 +92,7 @@ class Hub(CompositionShelf):
         safetensors. Nothing is downloaded. Each is pinned to one commit, which `add` reads, under all its rules for foreign
         files. Raises AdapterNotFound for a base without an id, SourceUnavailable if the model hub does not answer.
         """
-        from loraweave.hub.intake.discover import discover
+        from loraweave.hub.sources.discover import discover
 
         at_least = {"min_downloads": min_downloads, "min_likes": min_likes, "max_bytes": max_bytes, "limit": limit}
         return discover(base, query=query, license=license, **at_least, token=token, progress=progress)  # type: ignore[arg-type]
@@ -343,8 +342,10 @@ class Hub(CompositionShelf):
         (docs/howto/many_machines.md).
         """
         from loraweave.hub.health.verify import verify
+        from loraweave.hub.search import segments
 
-        return verify(self._catalogue, self._blobs, self.path, also, partial(_blob_problems, self), n_jobs)
+        index_problems = partial(segments.problems, self.path)
+        return verify(self._catalogue, self._blobs, index_problems, also, partial(_blob_problems, self), n_jobs)
 
     def gc(self) -> int:
         """Delete blobs that no adapter version or composition has, and what killed writers left; return the bytes freed.

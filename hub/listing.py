@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from loraweave.common.names import checked_name, near_misses
 from loraweave.errors import AdapterNotFound, InvalidName
-from loraweave.hub import quarantine
 from loraweave.hub.stores.catalogue import state_row
 from loraweave.hub.stores.protocols import CatalogueStore, Connection, VectorSearch
-from loraweave.hub.tables import rows, versions
+from loraweave.hub.tables import quarantine, rows, versions
 from loraweave.hub.tables.filtering import Filters, bases, matching
 from loraweave.hub.tables.vectors import Changes, read_changes, read_vectors, write_vectors
 from loraweave.types import BaseKey, Candidate, Record

@@ -63,10 +63,10 @@ if TYPE_CHECKING:
     from loraweave.composer.programs.program import order
     from loraweave.composer.train.adapters import train_adapters
     from loraweave.hub.adapter import Adapter
+    from loraweave.hub.add_tree import add_tree
     from loraweave.hub.base import base_key, load_base
     from loraweave.hub.conversion import extract, to_lora
     from loraweave.hub.hub import Hub
-    from loraweave.hub.intake.add_tree import add_tree
     from loraweave.hub.pool import ExpertPool
     from loraweave.retrieval.retriever import Retriever
     from loraweave.retrieval.training import train_encoder
@@ -99,7 +99,7 @@ _MODULES = {
     "composer.experts.together": "train_experts",
     "retrieval.training": "train_encoder",
     "hub.conversion": "extract to_lora",
-    "hub.intake.add_tree": "add_tree",
+    "hub.add_tree": "add_tree",
 }
 _LAZY = {name: f"loraweave.{module}" for module, held in _MODULES.items() for name in held.split()}
 

@@ -115,7 +115,7 @@ _MODULES = {
     "hub.embedders._embedder": "Embedder embedder_of",
     "hub.indexes._vectors": "Index",
     "hub.intake.adding": "Addition",
-    "hub.intake.fields": "checked_fields",
+    "hub.tables.fields": "checked_fields",
     "hub.licenses": "stated_license",
     "hub.merge_report": "mixture_interference",
     "hub.parts": "PIPELINE_PARTS Parts",

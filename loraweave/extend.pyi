@@ -125,15 +125,15 @@ from loraweave.composer.live.hook import LiveModel as LiveModel
 from loraweave.composer.live.hook import MixedLayer as MixedLayer
 from loraweave.composer.live.hook import Resolve as Resolve
 from loraweave.composer.live.hook import Traced as Traced
-from loraweave.composer.live.kernels._added_experts import sort_by_expert as sort_by_expert
 from loraweave.composer.live.kernels._choice import only_kernel as only_kernel
-from loraweave.composer.live.kernels._cost import Cost as Cost
-from loraweave.composer.live.kernels._cost import Workload as Workload
+from loraweave.composer.live.kernels._expert_product import sort_by_expert as sort_by_expert
+from loraweave.composer.live.kernels._parts import Cost as Cost
 from loraweave.composer.live.kernels._parts import Kernel as Kernel
 from loraweave.composer.live.kernels._parts import Lend as Lend
 from loraweave.composer.live.kernels._parts import Part as Part
 from loraweave.composer.live.kernels._parts import RowKernel as RowKernel
 from loraweave.composer.live.kernels._parts import RowSets as RowSets
+from loraweave.composer.live.kernels._parts import Workload as Workload
 from loraweave.composer.live.kernels._parts import group_by_mixture as group_by_mixture
 from loraweave.composer.live.kernels._parts import group_rows as group_rows
 from loraweave.composer.live.kernels._parts import own_precision as own_precision
@@ -274,11 +274,8 @@ from loraweave.hub.formats._peft_config import stored_names as stored_names
 from loraweave.hub.formats._peft_config import stored_tensors as stored_tensors
 from loraweave.hub.formats._safetensors import read_tensors as read_tensors
 from loraweave.hub.formats._safetensors import require_finite as require_finite
-from loraweave.hub.health.backdoors import BackdoorDetector as BackdoorDetector
-from loraweave.hub.health.backdoors import signature as signature
 from loraweave.hub.indexes._vectors import Index as Index
 from loraweave.hub.intake.adding import Addition as Addition
-from loraweave.hub.intake.fields import checked_fields as checked_fields
 from loraweave.hub.licenses import stated_license as stated_license
 from loraweave.hub.merge_report import mixture_interference as mixture_interference
 from loraweave.hub.parts import PIPELINE_PARTS as PIPELINE_PARTS
@@ -299,6 +296,7 @@ from loraweave.hub.stores.protocols import Connection as Connection
 from loraweave.hub.stores.protocols import Near as Near
 from loraweave.hub.stores.protocols import SharedCatalogue as SharedCatalogue
 from loraweave.hub.stores.protocols import VectorSearch as VectorSearch
+from loraweave.hub.tables.fields import checked_fields as checked_fields
 from loraweave.hub.tables.filtering import Filters as Filters
 from loraweave.hub.tables.filtering import store_labels as store_labels
 from loraweave.hub.tables.rows import stored_rows as stored_rows
@@ -369,6 +367,7 @@ from loraweave.routers.tokens._text import TextRouter as TextRouter
 from loraweave.routers.tokens._text import labelled_tasks as labelled_tasks
 from loraweave.routers.tokens.logistic import Logistic as Logistic
 from loraweave.serving.app import make_app as make_app
+from loraweave.serving.app import make_server as make_server
 from loraweave.serving.http import EventStream as EventStream
 from loraweave.serving.http import loopback_only as loopback_only
 from loraweave.serving.http import read_body as read_body
@@ -377,8 +376,7 @@ from loraweave.serving.http import refused as refused
 from loraweave.serving.http import require_loopback as require_loopback
 from loraweave.serving.http import unless_gone as unless_gone
 from loraweave.serving.limits import Limits as Limits
-from loraweave.serving.refusals import Refusal as Refusal
-from loraweave.serving.refusals import refusal_of as refusal_of
-from loraweave.serving.run import make_server as make_server
+from loraweave.serving.limits import Refusal as Refusal
+from loraweave.serving.limits import refusal_of as refusal_of
 from loraweave.serving.scheduler import too_busy as too_busy
 from loraweave.types import DEFAULT_TEMPLATE as DEFAULT_TEMPLATE

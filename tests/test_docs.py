@@ -17,7 +17,7 @@ from loraweave import errors, registry
 from loraweave.common.chat import prompt_ids
 from loraweave.hub.formats._reading import REFUSED
 from loraweave.hub.health import anomalies
-from loraweave.hub.intake import archives
+from loraweave.hub.sources import archives
 from loraweave.routers.tokens._saved import router_class
 
 ROOT = Path(__file__).parents[1]

@@ -16,6 +16,19 @@ from loraweave.registry import FOLDERS
 FLOORS = ("errors", "registry", "common", "types", "lowrank", *ROOMS)
 
 
+# those of the hub: folders, and files of its root; a file of one floor may import another of the same
+HUB_FLOORS = (
+    {"base", "base_reference", "licenses", "parts", "same_base"},
+    {"formats"},
+    {"sources"},
+    {"adapter", "conversion", "export", "merge_report", "pool", "targets"},
+    {"compositions", "listing", "stores", "tables"},
+    {"health", "intake"},
+    {"embedders", "indexes", "search"},
+    {"add_tree", "hub"},
+)
+
+
 def ours(module):
     return {name for name in imported(MODULES[module], MODULES) if name.split(".")[0] == "loraweave"}
 
@@ -32,6 +45,13 @@ def test_a_floor_imports_only_itself_and_what_is_below_it():
             allowed = FLOORS[: FLOORS.index(floor) + 1]
             wrong |= {(module, name) for name in ours(module) if name == "loraweave" or name.split(".")[1] not in allowed}
     assert wrong == set()
+
+
+def test_a_floor_of_the_hub_imports_only_itself_and_what_is_below_it():
+    number = {name: floor for floor, names in enumerate(HUB_FLOORS) for name in names}
+    inside = {module: number[module.split(".")[2]] for module in MODULES if module.startswith("loraweave.hub.")}
+    assert set(number) == {module.split(".")[2] for module in inside}
+    assert {(module, name) for module in inside for name in ours(module) if inside.get(name, 0) > inside[module]} == set()
 
 
 def test_imports_are_absolute_and_never_load_a_room_as_a_top_level_package():

@@ -22,8 +22,8 @@ from loraweave.errors import AdapterUnsupported, ScopeError, UnknownName, Weight
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import require_model
 from loraweave.hub.hub import Hub
-from loraweave.hub.intake.sources import find_folder
 from loraweave.hub.pool import ExpertPool, require_everywhere
+from loraweave.hub.sources.sources import find_folder
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe
 from loraweave.types import Candidate
 

@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from loraweave.errors import AdapterSuspicious, AdapterUnsupported, HubCorrupt, HubError
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.health.figures import Figures, alike, figures_of, reference
-from loraweave.hub.search.similar import cosine
+from loraweave.hub.adapter import Adapter, cosine
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
 from loraweave.hub.stores.storing import Prepared, stored_adapter
 from loraweave.hub.tables import rows
+from loraweave.hub.tables.figures import Figures, alike, figures_of, reference
 from loraweave.lowrank import algebra
 from loraweave.types import Anomaly
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from loraweave.common.files import sync
+from loraweave.common.files import file_digest, sync
 from loraweave.common.storage_errors import is_damage, storage_errors
 from loraweave.errors import AdapterCorrupt, HubError, HubLocked
 from loraweave.hub.stores.blobs import read_blob
 from loraweave.hub.stores.catalogue import FILE
-from loraweave.hub.stores.folder_blobs import FolderBlobs, file_digest
+from loraweave.hub.stores.folder_blobs import FolderBlobs
 from loraweave.hub.stores.migrations import migrate
 from loraweave.hub.stores.open_stores import open_blobs, read_claim
 from loraweave.hub.stores.protocols import BlobStore

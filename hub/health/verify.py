@@ -6,17 +6,14 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 from loraweave.common.display import progress_bar
 from loraweave.common.spread import require_all, spread
 from loraweave.errors import HubError
-from loraweave.hub import quarantine
-from loraweave.hub.search import segments
 from loraweave.hub.stores.blobs import read_blob
 from loraweave.hub.stores.kept_files import blob_fault, file_problems
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
-from loraweave.hub.tables import compositions, rows, vectors, versions
+from loraweave.hub.tables import compositions, quarantine, rows, vectors, versions
 from loraweave.types import Record
 
 
@@ -49,12 +46,12 @@ BlobProblems = Callable[[Sequence[Asked]], list[list[str]]]
 def verify(
     catalogue: CatalogueStore,
     blobs: BlobStore,
-    folder: Path,
+    index_problems: Callable[[], Iterable[str]],
     also: Check | None,
     blob_problems: BlobProblems,
     n_jobs: int | None,
 ) -> Verification:
-    """Read every row, every blob and the search indexes below `folder`. Damage is reported, not raised.
+    """Read every row and every blob. Damage is reported, not raised; `index_problems` reports that of the search's files.
 
     `also` is given the records of all adapters. `blob_problems` is `many_blob_problems` bound to the hub, so that a worker
     can open it; `n_jobs` is that of `spread`.
@@ -81,7 +78,7 @@ def verify(
                 kept += _composition(connection, name, problems)
     except HubError as error:
         problems.append(str(error))
-    problems += segments.problems(folder)
+    problems += index_problems()
     problems += () if also is None else also([row.record for row in newest])
     intact = []
     files: dict[str, str] = {}

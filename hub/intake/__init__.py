@@ -1,1 +1,1 @@
-"""The intake of adapters: folders, archives, the model hub and whole trees, and the checks before one is stored."""
+"""The intake of adapters and mixtures: the checks before one is stored."""

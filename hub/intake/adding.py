@@ -18,9 +18,15 @@ from loraweave.hub import licenses
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._contents import require_numbers
 from loraweave.hub.health.anomalies import checked_policy, examine
-from loraweave.hub.health.figures import figures_of
-from loraweave.hub.intake.discover import Found
-from loraweave.hub.intake.fields import (
+from loraweave.hub.sources.discover import Found
+from loraweave.hub.sources.sources import without_secrets
+from loraweave.hub.stores.blobs import content_hash
+from loraweave.hub.stores.kept_files import with_files
+from loraweave.hub.stores.packing import take_apart
+from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
+from loraweave.hub.stores.storing import Prepared, drop_content, store, store_content
+from loraweave.hub.tables import rows
+from loraweave.hub.tables.fields import (
     MAX_LABEL_BYTES,
     OWN_FIELDS,
     card_with_outputs,
@@ -28,13 +34,7 @@ from loraweave.hub.intake.fields import (
     checked_text,
     split_pairs,
 )
-from loraweave.hub.intake.sources import without_secrets
-from loraweave.hub.stores.blobs import content_hash
-from loraweave.hub.stores.kept_files import with_files
-from loraweave.hub.stores.packing import take_apart
-from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
-from loraweave.hub.stores.storing import Prepared, drop_content, store, store_content
-from loraweave.hub.tables import rows
+from loraweave.hub.tables.figures import figures_of
 from loraweave.hub.targets._target import module_names
 from loraweave.lowrank import algebra
 from loraweave.types import Factors, Record, Source

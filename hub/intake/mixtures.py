@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraweave.errors import HubError
-from loraweave.hub.intake.fields import OWN_FIELDS
-from loraweave.hub.intake.sources import name_of
+from loraweave.hub.sources.sources import name_of
+from loraweave.hub.tables.fields import OWN_FIELDS
 from loraweave.registry import brought
 
 if TYPE_CHECKING:

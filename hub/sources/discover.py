@@ -15,9 +15,9 @@ from huggingface_hub import HfApi
 from loraweave.common.display import tracked
 from loraweave.errors import AdapterNotFound, InvalidLicense, WeightingError
 from loraweave.hub.formats._card import license_of_fields
-from loraweave.hub.intake.model_hub import ERRORS, listing_error
 from loraweave.hub.licenses import canonical, is_accepted
 from loraweave.hub.same_base import says_nothing
+from loraweave.hub.sources.model_hub import ERRORS, listing_error
 
 # the number of listed repositories that are looked at
 MAX_LISTED = 10_000

@@ -11,9 +11,9 @@ from urllib.parse import urlsplit, urlunsplit
 from loraweave.common.files import as_path
 from loraweave.errors import AdapterNotFound, AdapterUnsupported, SourceUnavailable
 from loraweave.hub.formats._files import BESIDE
-from loraweave.hub.intake.archives import archive_suffix, unpack
-from loraweave.hub.intake.discover import Found
-from loraweave.hub.intake.model_hub import download
+from loraweave.hub.sources.archives import archive_suffix, unpack
+from loraweave.hub.sources.discover import Found
+from loraweave.hub.sources.model_hub import download
 
 README = "README.md"
 ADAPTER_FILES = (

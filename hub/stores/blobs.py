@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from loraweave.common.files import file_digest
 from loraweave.errors import AdapterCorrupt
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.stores.folder_blobs import file_digest
 from loraweave.hub.stores.packing import put_together, take_apart
 from loraweave.types import Factors
 

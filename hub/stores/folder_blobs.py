@@ -8,14 +8,13 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from loraweave.common.files import remove_file, sync, whole_file, write_new
+from loraweave.common.files import known_digest, remove_file, sync, whole_file, write_new
 from loraweave.errors import AdapterCorrupt
 from loraweave.hub.stores.protocols import BlobStore
 
@@ -121,10 +120,6 @@ class FolderBlobs(BlobStore):
 # a live writer holds its temporary file only for seconds
 STALE_TMP_S = 3600.0
 
-_Stamp = tuple[str, int, int, int]
-_digests: dict[_Stamp, str] = {}
-_digests_lock = threading.Lock()
-
 
 def blob_path(folder: Path, content_hash: str) -> Path:
     return folder / "blobs" / content_hash[:2] / f"{content_hash}.safetensors"
@@ -140,21 +135,3 @@ def require_digest(path: Path, expected: str, who: str, *, trust_cache: bool = T
             f"{who}: blob {path} is damaged: its sha256 is {digest}, not {expected}; "
             "add the adapter again from its source, which replaces the blob"
         )
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def known_digest(path: Path, *, trust_cache: bool = True) -> str:
-    """Return the sha256 of a file. An unchanged file is read once per process, unless `trust_cache` is off."""
-    status = path.lstat()
-    stamp = (str(path), status.st_mtime_ns, status.st_size, status.st_ino)
-    with _digests_lock:
-        known = _digests.get(stamp) if trust_cache else None
-    if known is None:
-        known = file_digest(path)
-        with _digests_lock:
-            _digests[stamp] = known
-    return known

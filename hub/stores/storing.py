@@ -15,14 +15,14 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_key
 from loraweave.hub.formats._base_layer import base_layer, expert_matrix
 from loraweave.hub.formats._kept_files import KeptFile, KeptFiles
-from loraweave.hub.health.figures import Figures, store_figures
-from loraweave.hub.intake.fields import OWN_FIELDS
 from loraweave.hub.parts import Parts, model_of
 from loraweave.hub.same_base import require_same_base
 from loraweave.hub.stores.blobs import blob_bytes, examine_blob, read_blob
 from loraweave.hub.stores.kept_files import LISTED, digests, file_bytes, listed, put_files, reading_blob, without_files
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
 from loraweave.hub.tables import filtering, rows, versions
+from loraweave.hub.tables.fields import OWN_FIELDS
+from loraweave.hub.tables.figures import Figures, store_figures
 from loraweave.hub.tables.rows import Row
 from loraweave.types import Record
 

@@ -11,10 +11,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from loraweave.common.checks import one_or_many
-from loraweave.hub import quarantine
 from loraweave.hub.licenses import is_accepted
 from loraweave.hub.stores.protocols import Connection
-from loraweave.hub.tables import rows
+from loraweave.hub.tables import quarantine, rows
 from loraweave.hub.tables.rows import storable
 from loraweave.types import BaseKey, Fingerprint, Record
 

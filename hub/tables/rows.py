@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from loraweave.common.checks import one_or_many
 from loraweave.common.names import text_digest
 from loraweave.errors import AdapterUnsupported, HubCorrupt
-from loraweave.hub import quarantine
-from loraweave.hub.intake.fields import MAX_CARD_BYTES, OWN_FIELDS, Fields
 from loraweave.hub.stores.protocols import Connection
+from loraweave.hub.tables import quarantine
+from loraweave.hub.tables.fields import MAX_CARD_BYTES, OWN_FIELDS, Fields
 from loraweave.types import Anomaly, Fingerprint, Record, Source
 
 _COLUMNS = "adapters.seq, adapters.name, adapters.hash, adapters.record, adapters.sha256"

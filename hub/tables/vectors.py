@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from loraweave.errors import DimensionMismatch
-from loraweave.hub import quarantine
 from loraweave.hub.stores.catalogue import state_row
 from loraweave.hub.stores.protocols import Connection
-from loraweave.hub.tables import rows
+from loraweave.hub.tables import quarantine, rows
 
 if TYPE_CHECKING:
     import numpy as np

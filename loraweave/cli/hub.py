@@ -130,7 +130,7 @@ def add_tree(
 ) -> None:
     """Store every adapter below a folder; run again, it goes on, and reads only what was changed."""
     import loraweave as lw
-    from loraweave.hub.intake.add_tree import add_tree
+    from loraweave.hub.add_tree import add_tree
 
     with lw.Hub(hub, blobs=blobs) as opened:
         tree_report = add_tree(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -146,3 +148,27 @@ def _swap(new: Path, target: Path, old: Path) -> None:
         raise
     if replaces:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# by path, time, size and inode
+_digests: dict[tuple[str, int, int, int], str] = {}
+_digests_lock = threading.Lock()
+
+
+def known_digest(path: Path, *, trust_cache: bool = True) -> str:
+    """Return the sha256 of a file. An unchanged file is read once per process, unless `trust_cache` is off."""
+    status = path.lstat()
+    stamp = (str(path), status.st_mtime_ns, status.st_size, status.st_ino)
+    with _digests_lock:
+        known = _digests.get(stamp) if trust_cache else None
+    if known is None:
+        known = file_digest(path)
+        with _digests_lock:
+            _digests[stamp] = known
+    return known

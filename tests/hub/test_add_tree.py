@@ -12,10 +12,10 @@ import pytest
 from tiny_hubs import adapter
 
 from loraweave.errors import AdapterNotFound, HubFull
+from loraweave.hub import add_tree as module
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.add_tree import add_tree
 from loraweave.hub.hub import Hub
-from loraweave.hub.intake import add_tree as module
-from loraweave.hub.intake.add_tree import add_tree
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ import torch
 from tiny_models import write_tiny_base as write_tiny_model
 from transformers.utils import logging as transformers_logging
 
+from loraweave.common import files
 from loraweave.composer.composer import Composer
 from loraweave.errors import AdapterCorrupt, BaseModelMismatch, PackageMissing, WeightingError
 from loraweave.hub import base
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import EMBEDDED, base_key, cache_folder, fingerprint, load_base
-from loraweave.hub.stores import folder_blobs
 from loraweave.types import Factors, Fingerprint
 
 
@@ -325,9 +325,7 @@ def test_bars_of_other_libraries_are_left_out_and_come_back():
 def test_one_process_reads_the_cached_files_once_to_check_them(conversions, cache, monkeypatch):
     load_base()
     read = []
-    monkeypatch.setattr(
-        folder_blobs, "file_digest", lambda path, really=folder_blobs.file_digest: read.append(path) or really(path)
-    )
+    monkeypatch.setattr(files, "file_digest", lambda path, really=files.file_digest: read.append(path) or really(path))
     for _ in range(2):
         load_base()
     assert base.base_config(EMBEDDED).model_type == "llama"

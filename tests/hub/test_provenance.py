@@ -7,8 +7,8 @@ import tiny_hubs
 
 import loraweave as lw
 from loraweave.hub.hub import Hub
-from loraweave.hub.intake import model_hub
-from loraweave.hub.intake.sources import without_secrets
+from loraweave.hub.sources import model_hub
+from loraweave.hub.sources.sources import without_secrets
 from loraweave.types import Source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

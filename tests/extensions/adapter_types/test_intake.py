@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.add_tree import add_tree
 from loraweave.hub.hub import Hub
-from loraweave.hub.intake import model_hub
-from loraweave.hub.intake.add_tree import add_tree
+from loraweave.hub.sources import model_hub
 
 
 def test_a_folder_of_lora_files_holds_one_adapter_in_each(tmp_path):

@@ -17,12 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from loraweave.common import process
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.adapter import Adapter
+from loraweave.hub.adapter import Adapter, cosine
 from loraweave.hub.formats import _files, _safetensors
 from loraweave.hub.formats._conversion import Bound, cut_update
-from loraweave.hub.health.figures import figures_of
 from loraweave.hub.hub import Hub
-from loraweave.hub.search.similar import cosine
+from loraweave.hub.tables.figures import figures_of
 from loraweave.lowrank import algebra
 from loraweave.types import Factors
 

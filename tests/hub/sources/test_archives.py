@@ -21,8 +21,8 @@ import tiny_hubs
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, HubError, HubFull
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
-from loraweave.hub.intake import archives
-from loraweave.hub.intake.archives import archive_suffix, unpack
+from loraweave.hub.sources import archives
+from loraweave.hub.sources.archives import archive_suffix, unpack
 
 
 def adapter(seed=0):

@@ -11,8 +11,8 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, O
 
 from loraweave.errors import AdapterNotFound, HubFull, SourceUnavailable
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.intake import model_hub as client
-from loraweave.hub.intake.sources import open_source
+from loraweave.hub.sources import model_hub as client
+from loraweave.hub.sources.sources import open_source
 from loraweave.types import Factors
 
 

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import random_factors
 
+from loraweave.common import files
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.stores import folder_blobs
 from loraweave.hub.stores.blobs import blob_bytes, content_hash, examine_blob, read_blob
 from loraweave.hub.stores.folder_blobs import STALE_TMP_S, FolderBlobs, blob_path, require_digest
 from loraweave.types import Factors
@@ -128,7 +128,7 @@ def test_a_link_in_place_of_a_blob_is_refused(tmp_path):
 def test_an_unchanged_file_is_hashed_once_per_process(tmp_path, monkeypatch):
     path, digest = write(tmp_path)
     require_digest(path, digest, "x")
-    monkeypatch.setattr(folder_blobs, "file_digest", lambda path: "never")
+    monkeypatch.setattr(files, "file_digest", lambda path: "never")
     require_digest(path, digest, "x")
     with pytest.raises(AdapterCorrupt, match="never"):
         require_digest(path, digest, "x", trust_cache=False)

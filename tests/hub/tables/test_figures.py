@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.health.figures import CODE_BITS, figures_of, hamming
+from loraweave.hub.tables.figures import CODE_BITS, figures_of, hamming
 from loraweave.types import Factors
 
 SHAPES = {"a": (7, 5, 3), "b": (9, 4, 2), "c": (5, 6, 3), "d": (3, 3, 1)}

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from loraweave.hub.adapter import Adapter
+from loraweave.hub.adapter import Adapter, cosine
 from loraweave.hub.hub import Hub
-from loraweave.hub.search.similar import cosine
 from loraweave.retrieval.keys.spectral import sketch
 from loraweave.retrieval.keys.subspace import overlap
 from loraweave.retrieval.retriever import Retriever
