@@ -73,8 +73,8 @@ def read_xlora(folder: Path, given: ExpertPool | None, model: nn.Module | None) 
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in xlora(pool, **options).state_dict().items()}
     state = _classifier(config.folder, shapes)
-    router: Any = xlora(pool, **options)
-    if router.layerwise:
+    router = xlora(pool, **options)
+    if options["layerwise"]:
         places = _order(config.folder, router, model)
         last = max(state, key=lambda name: int(name.split(".")[1])).split(".")[1]
         rows = torch.cat([len(pool) * places[layer] + torch.arange(len(pool)) for layer in router.layers])
@@ -172,9 +172,12 @@ def read_arrow(folder: Path) -> TokenRouter:
     else:
         options = {"direction": "power_iteration", "seed": settings.count("rng_seed", least=0)}
     pool = ExpertPool(adapters)
-    top_k, temperature = settings.count("top_k", 3, most=len(pool)), settings.number("router_temperature", 1.0)
+    options |= {
+        "top_k": settings.count("top_k", 3, most=len(pool)),
+        "temperature": settings.number("router_temperature", 1.0),
+    }
     arrow: Any = router_class("arrow")
-    router: TokenRouter = arrow(pool, top_k=top_k, temperature=temperature, **options)
+    router: TokenRouter = arrow(pool, **options)
     router.pool = pool
     return router.eval()
 
