@@ -83,8 +83,10 @@ class ExpertsForward(StandIn):
     def mixing(self) -> Any:
         """Return the running call's activation if its mixture updates some of the experts, else None."""
         activation = None if self._mixing is None else self._mixing()
-        layers = () if activation is None else self._layers.values()
-        return activation if any(activation.plan.reaches(layer.name, activation.lease) for layer in layers) else None
+        if activation is None:
+            return None
+        reached = any(activation.plan.reaches(layer.name, activation.lease) for layer in self._layers.values())
+        return activation if reached else None
 
     def remove(self) -> None:
         """Give the module its own forward back; if another object stands in for this by now, it stays, and calls this."""

@@ -62,7 +62,7 @@ class Expert(ctypes.Structure):
 class Merge(ctypes.Structure):
     """The struct `Merge` of entries.c."""
 
-    _fields_ = (
+    _fields_: Any = (
         *zip(("num_experts", "num_outputs", "num_inputs", "elects", "weighted", "counts", "divides"), repeat(_int)),
         *zip(("scale", "tie", "cancelled", "balance"), (_float, _float, _int, _int), strict=True),
     )
