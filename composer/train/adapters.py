@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,26 +17,27 @@ from loraweave.common.display import progress_bar
 from loraweave.common.names import text_digest
 from loraweave.common.options import Count, Positive, Whole, check_options, options_of
 from loraweave.common.rows import GivenRows
-from loraweave.common.spread import processes_here
+from loraweave.common.spread import processes_here, require_all, spread
 from loraweave.common.state import checkpoint_folder
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.model.batches import EncodedRow, untouched
 from loraweave.composer.model.kinds import linear
 from loraweave.composer.model.layers import quantization_of
 from loraweave.composer.model.scoring import encode_pairs
-from loraweave.composer.train.groups import train_groups
 from loraweave.composer.train.jobs import LORA, JobKind, LoraJob, PlannedJob, TrainingJob
+from loraweave.composer.train.memory import MemoryModel, step_budget
 from loraweave.composer.train.passes import lora_job
 from loraweave.composer.train.processes import Processes
-from loraweave.composer.train.report import JobReport, TrainedAdapters
+from loraweave.composer.train.report import JobReport, SharedReport, TrainedAdapters
 from loraweave.composer.train.rows import HeldOut, Judging, Texts, can_be_packed, pack_task
-from loraweave.composer.train.schedule import WARMUP_STEPS
+from loraweave.composer.train.schedule import WARMUP_STEPS, groups
 from loraweave.composer.train.settings import LoraSettings, read_endings, read_tasks
 from loraweave.composer.train.shared import SharedPasses
 from loraweave.composer.train.state import load_adapter, save_adapter
 from loraweave.errors import AdapterUnsupported, TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import fingerprint
+from loraweave.hub.base_reference import base_loader
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import require_everywhere
 from loraweave.types import Fingerprint, Task
@@ -130,28 +131,77 @@ def _settings(
     return LoraSettings(**lora, alpha=scale, target_modules=endings, linearized=kind.linearized)
 
 
+# the arguments of a group's training by task, and the keys of what its adapters depend on
+Group = tuple[Mapping[str, Mapping[str, Any]], Mapping[str, str]]
+
+
 def _in_groups(apart: Apart, judging: Judging, hub: Hub | None, n_jobs: int | None) -> TrainedAdapters:
-    """Train the jobs in groups, each by a call of its own, here or by a worker."""
-    shared, is_by_task = apart.shared, isinstance(judging.held_out, Mapping)
-    by_name: dict[str, Any] = {
-        "tasks": apart.tasks,
-        "start": apart.begins,
-        **({"held_out": judging.held_out} if is_by_task else {}),
-    }
+    """Train the jobs in groups, each by a call of its own, here or by workers, to the same bits for any number of these.
+
+    With a hub the worker adds a group's adapters as one batch, which is there whole or not at all, and a group that is there
+    under the same keys is not trained again. When all others have ended, raises what the first group that failed has raised.
+    """
+    shared, planned = apart.shared, [apart.plan(name) for name in apart.tasks]
+    keys = {name: apart.key(name) for name in apart.tasks}
+    memory = MemoryModel.of(shared.model, shared.tokenizer, max(planned, key=lambda job: job.num_parameters).make())
+    budget = shared.memory_bytes
+    if budget is None and (budget := step_budget(memory, next(shared.model.parameters()).device)) is not None:
+        # as many processes of this machine do the same
+        budget //= processes_here(n_jobs) or 1
+    sizes = {job.name: job.size(shared.model) for job in planned}
+    together = groups(sizes, shared.jobs_per_batch, lambda jobs: budget is None or memory.peak(jobs) <= budget)
+    by_name: dict[str, Mapping[str, Any]] = {"tasks": apart.tasks, "start": apart.begins}
     options = {
         **{name: value for name, value in asdict(apart.settings).items() if name != "linearized"},
+        "kind": apart.kind,
         "jobs_per_batch": shared.jobs_per_batch,
-        "memory_bytes": shared.memory_bytes,
-        **({} if is_by_task else {"held_out": judging.held_out}),
+        "memory_bytes": budget,
         "evaluate_every": judging.every,
         "patience": judging.patience,
         "checkpoint": shared.folder,
-        "kind": apart.kind,
+        "progress": False,
     }
-    planned = [apart.plan(name) for name in apart.tasks]
-    keys = {name: apart.key(name) for name in apart.tasks}
-    on = shared.model, shared.tokenizer, planned, keys
-    return train_groups(train_adapters, *on, by_name, options, hub=hub, n_jobs=n_jobs, bar=shared.bar)
+    if isinstance(judging.held_out, Mapping):
+        by_name["held_out"] = judging.held_out
+    else:
+        options["held_out"] = judging.held_out
+    pieces: dict[str, Group] = {}
+    for names in together:
+        values = {option: {name: of[name] for name in names if name in of} for option, of in by_name.items()}
+        pieces[", ".join(names)] = values, {name: keys[name] for name in names}
+    work = partial(_train_group, base_loader(shared.model, shared.tokenizer, n_jobs), options, hub)
+    spread_groups = spread(work, pieces, n_jobs=n_jobs, label="training", bar=shared.bar)
+    trained = list(require_all(dict(spread_groups)).values())
+    by_task = hub if hub is not None else {name: adapter for group in trained for name, adapter in group.items()}
+    adapters = {name: by_task[name] for name in keys}
+    report = SharedReport.of([group.report for group in trained])
+    report.note_jobs(adapters)
+    return TrainedAdapters(adapters, report)
+
+
+def _train_group(
+    load: Callable[[], tuple[Any, Any]], options: Mapping[str, Any], hub: Hub | None, group: Group
+) -> TrainedAdapters:
+    """Train a group; return its adapters, or none if the hub has them: they travel as its names."""
+    by_name, keys = group
+    if hub is not None and all(_is_there(hub, name, key) for name, key in keys.items()):
+        return TrainedAdapters({}, SharedReport())
+    model, tokenizer = load()
+    arguments: dict[str, Any] = {**by_name, **options}
+    trained = train_adapters(model, tokenizer, **arguments)
+    if hub is None:
+        return trained
+    recipes = {name: {**adapter.card["recipe"], "key": keys[name]} for name, adapter in trained.items()}
+    keyed = [replace(adapter, card={**adapter.card, "recipe": recipes[name]}) for name, adapter in trained.items()]
+    for _, error in hub.add_many(keyed).refused:
+        raise error
+    return TrainedAdapters({}, trained.report)
+
+
+def _is_there(hub: Hub, name: str, key: str) -> bool:
+    """Return whether the hub has the adapter of that name, trained from the very same."""
+    recipe = hub.record(name).card.get("recipe") if name in hub else None
+    return isinstance(recipe, Mapping) and recipe.get("key") == key
 
 
 def read_rows(
