@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class Expert(ctypes.Structure):
 class Merge(ctypes.Structure):
     """The struct `Merge` of entries.c."""
 
-    _fields_: Any = (
+    _fields_: ClassVar[Any] = (
         *zip(("num_experts", "num_outputs", "num_inputs", "elects", "weighted", "counts", "divides"), repeat(_int)),
         *zip(("scale", "tie", "cancelled", "balance"), (_float, _float, _int, _int), strict=True),
     )
