@@ -18,9 +18,9 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 from loraweave.common.display import progress_bar
 from loraweave.common.randomness import caller_randomness, seeded
 from loraweave.common.state import tensor_bytes
-from loraweave.composer.train.checkpointed_blocks import Contexts, checkpointed_blocks
 from loraweave.composer.train.expert_steps import ExpertSteps
 from loraweave.composer.train.learner import ExpertLearner
+from loraweave.composer.train.memory import Contexts, checkpointed_blocks
 from loraweave.composer.train.rows import Owners, RowReader, owners_of
 from loraweave.composer.train.schedule import Stream
 from loraweave.composer.train.settings import ExpertSettings

@@ -1,22 +1,26 @@
-"""The memory of a shared step, estimated before the first one."""
+"""The memory of a step: estimated before the first one, measured, and saved by running blocks again."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from loraweave.common.process import free_host_bytes
 from loraweave.composer.model.batches import EncodedRow, batch, context_length, pad_id, token_losses
 from loraweave.composer.train.jobs import TrainingJob
 from loraweave.composer.train.passes import SharedPass
 from loraweave.composer.train.schedule import JobSize
+from loraweave.errors import TrainingError
 
 PROBED_TOKENS = 16
 PROBED_TARGETS = 4
@@ -150,3 +154,35 @@ class MemoryUse:
         import resource
 
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# around a block's forward, and around its second run
+Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
+
+
+@contextmanager
+def checkpointed_blocks(
+    model: nn.Module, wanted: bool, *, context_fn: Callable[[], Contexts] = noop_context_fn
+) -> Iterator[None]:
+    """Within the context, make each block keep only its inputs and run again in the backward pass, in evaluation mode too.
+
+    The model is as it was afterwards. `context_fn` is that of `torch.utils.checkpoint`, called whenever a block runs. Raises
+    TrainingError for a model without such blocks.
+    """
+    # its import brings torch's compiler with it
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if wanted else []
+    if wanted and not blocks:
+        raise TrainingError(f"{type(model).__name__} has no blocks to run again: leave gradient_checkpointing out")
+    before = [vars(block).get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=context_fn)
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                vars(block).pop("forward", None)
+            else:
+                block.forward = forward

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from loraweave.common.display import progress_bar
 from loraweave.common.randomness import seeded
 from loraweave.composer.model.batches import IGNORED, TargetBatch, batch, entropies_of, losses_of, target_logits, untouched
-from loraweave.composer.train.checkpointed_blocks import checkpointed_blocks
+from loraweave.composer.train.memory import checkpointed_blocks
 from loraweave.composer.train.processes import Processes
 from loraweave.composer.train.progress import TrainingProgress
 from loraweave.composer.train.rows import Owners, RowReader, TrainingRow
