@@ -85,8 +85,8 @@ class ExpertsForward(StandIn):
         activation = None if self._mixing is None else self._mixing()
         if activation is None:
             return None
-        reached = any(activation.plan.reaches(layer.name, activation.lease) for layer in self._layers.values())
-        return activation if reached else None
+        reaches, lease = activation.plan.reaches, activation.lease
+        return activation if any(reaches(layer.name, lease) for layer in self._layers.values()) else None
 
     def remove(self) -> None:
         """Give the module its own forward back; if another object stands in for this by now, it stays, and calls this."""
