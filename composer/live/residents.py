@@ -278,30 +278,22 @@ class Residents:
                     shelf.drop(lambda key: key.moves != self._moves)
 
 
+@dataclass(eq=False, repr=False)
 class Lease:
     """A hold on experts, which stay in their places until `release`."""
 
-    def __init__(
-        self,
-        residents: Residents,
-        moves: int,
-        layouts: Mapping[str, Layout],
-        on_device: Mapping[_Key, Slot[_Page]],
-        on_host: Mapping[_Key, Slot[_Page]],
-        opened: list[Adapter],
-    ) -> None:
-        self.moves = moves
-        self.on_device = on_device
-        self.on_host = on_host
-        self._residents = residents
-        self._layouts = layouts
-        # held until the pages are filled, so that none is opened twice
-        self._opened = opened
-        self._parts: dict[str, dict[str, PlacedFactors]] = {}
-        self._elsewhere: dict[tuple[str, str], PlacedFactors] = {}
-        self._released = False
-        # called once, when it is released
-        self.at_end: Callable[[], None] | None = None
+    _residents: Residents
+    moves: int
+    _layouts: Mapping[str, Layout]
+    on_device: Mapping[_Key, Slot[_Page]]
+    on_host: Mapping[_Key, Slot[_Page]]
+    # held until the pages are filled, so that none is opened twice
+    _opened: list[Adapter]
+    _parts: dict[str, dict[str, PlacedFactors]] = field(default_factory=dict)
+    _elsewhere: dict[tuple[str, str], PlacedFactors] = field(default_factory=dict)
+    _released: bool = False
+    # called once, when it is released
+    at_end: Callable[[], None] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -337,9 +329,7 @@ class Lease:
                 for shelf, slots in ((residents._device, self.on_device), (residents._host, self.on_host))
             ]
             residents._num_leases.update(self.names)
-            again = Lease(residents, self.moves, self._layouts, taken[0], taken[1], [])
-            again._parts, again._elsewhere = self._parts, dict(self._elsewhere)
-            return again
+            return Lease(residents, self.moves, self._layouts, taken[0], taken[1], [], self._parts, dict(self._elsewhere))
 
     def layers_of(self, name: str) -> frozenset[str]:
         """Return the layers that the expert has factors in, wherever they are."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -94,37 +94,30 @@ class _Known:
     met: bool = False
 
 
+@dataclass(eq=False, repr=False)
 class TokenWeights:
-    """The weights by token of `experts`: `weights(x_BTI, layer)` returns w_BTE, where B and T may be 1."""
+    """The weights by token of experts: `weights(x_BTI, layer)` returns w_BTE, where B and T may be 1."""
 
-    def __init__(
-        self,
-        experts: tuple[str, ...],
-        weights: Callable[[Tensor, str], Tensor],
-        layers: frozenset[str] | None,
-        num_mixtures: int = 1,
-        num_tokens: int = 1,
-        learns: bool = True,
-    ) -> None:
-        self.learns = learns
-        # weights by token are for no kernel by row
-        self.only: str | None = None
-        self._experts = experts
-        self.weights = weights
-        self._only = layers
-        self.is_routed = False
-        self.call_router: CallRouter | None = None
-        self._along: AlongDirections | None = None
-        self._valued: Valued | None = None
-        self._made_of: tuple[Any, ...] = ()
-        # blocks whose input the router looks at
-        self.watched: tuple[str, ...] = ()
-        self.num_mixtures = num_mixtures
-        self.num_tokens = num_tokens
-        self._layers: dict[str, _LayerStack] = {}
-        self._sent: dict[str, Tensor] = {}
-        self._given: dict[str, _Known] = {}
-        self._shared: _Known | None = None
+    _experts: tuple[str, ...]
+    weights: Callable[[Tensor, str], Tensor]
+    # the layers that some weight counts in; None for all
+    _only: frozenset[str] | None
+    num_mixtures: int = 1
+    num_tokens: int = 1
+    learns: bool = True
+    is_routed: bool = False
+    call_router: CallRouter | None = None
+    # blocks whose input the router looks at
+    watched: tuple[str, ...] = ()
+    _made_of: tuple[Any, ...] = ()
+    _along: AlongDirections | None = None
+    _valued: Valued | None = None
+    _layers: dict[str, _LayerStack] = field(default_factory=dict)
+    _sent: dict[str, Tensor] = field(default_factory=dict)
+    _given: dict[str, _Known] = field(default_factory=dict)
+    _shared: _Known | None = None
+    # weights by token are for no kernel by row
+    only: ClassVar[str | None] = None
 
     @classmethod
     def fixed(cls, mixture: MixtureWeights) -> TokenWeights:

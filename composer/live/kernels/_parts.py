@@ -209,6 +209,19 @@ class RowKernel(AddsInPlace):
         """Return the kernel of rows that each have a part; what it gathers is in memory that was lent, if any."""
 
 
+class OfTensors(RowKernel):
+    """A kernel whose fields are the tensors that it made, all of the dtype that it takes."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = next(iter(vars(self).values())).dtype
+        return dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in vars(self).values())
+
+
 @dataclass(frozen=True, eq=False)
 class SomeRows(AddsInPlace):
     """A mixture for some rows of a batch: the others, which have the base alone, take no part in any product.

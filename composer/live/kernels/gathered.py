@@ -14,11 +14,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from loraweave.composer.live.kernels._parts import Adder, Cost, Lend, Part, RowKernel, RowSets, Workload, group_by_mixture
+from loraweave.composer.live.kernels._parts import Adder, Cost, Lend, OfTensors, Part, RowSets, Workload, group_by_mixture
 
 
 @dataclass(frozen=True, eq=False)
-class Gathered(RowKernel):
+class Gathered(OfTensors):
     """The factors of B mixtures, each filled up with zeros to the R rank rows of the largest; weights are in b."""
 
     is_shared: ClassVar[bool | None] = False
@@ -43,14 +43,6 @@ class Gathered(RowKernel):
             # a product of a half and a single is rounded once
             b_SO = b_SO * w_S1 if lend is None else b_SO.mul_(w_S1)
         return cls(a_BRI, b_SO.to(dtype).view(num_rows, largest, -1))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.b_BRO.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return self.a_BRI.nbytes + self.b_BRO.nbytes
 
     def update(self, x_BTI: Tensor) -> Tensor:
         hidden_BTR = self._hidden(group_by_mixture(x_BTI, self.a_BRI.shape[0]))

@@ -13,8 +13,8 @@ from torch.nn.functional import linear
 from loraweave.composer.live.kernels._parts import (
     Cost,
     Lend,
+    OfTensors,
     Part,
-    RowKernel,
     RowSets,
     Workload,
     own_precision,
@@ -24,7 +24,7 @@ from loraweave.composer.live.kernels._parts import (
 
 
 @dataclass(frozen=True, eq=False)
-class Merged(RowKernel):
+class Merged(OfTensors):
     """The sum of w_e b_e a_e, multiplied in fp32 or better and rounded once."""
 
     # a full matrix in fp32 would take twice the layer's own memory
@@ -45,14 +45,6 @@ class Merged(RowKernel):
         with own_precision(used[0].a_RI.device):
             delta_OI = weigh_b(used, [w for _, w in rows[0]], exact).T @ stack_a(used, exact)
         return cls(delta_OI.to(dtype))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.delta_OI.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return self.delta_OI.nbytes
 
     def update(self, x_BTI: Tensor) -> Tensor:
         return linear(x_BTI, self.delta_OI)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.composer.live.kernels._parts import Cost, Lend, Part, RowKernel, RowSets, Workload, stack_a, weigh_b
+from loraweave.composer.live.kernels._parts import Cost, Lend, OfTensors, Part, RowSets, Workload, stack_a, weigh_b
 
 
 @dataclass(frozen=True, eq=False)
-class Shared(RowKernel):
+class Shared(OfTensors):
     """The factors of one mixture, its weights in b."""
 
     is_shared: ClassVar[bool | None] = True
@@ -30,14 +30,6 @@ class Shared(RowKernel):
     def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, lend: Lend | None = None) -> Shared:
         used = [parts[p] for p, _ in rows[0]]
         return cls(stack_a(used, dtype), weigh_b(used, [w for _, w in rows[0]], dtype))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.a_RI.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return self.a_RI.nbytes + self.b_RO.nbytes
 
     def update(self, x_BTI: Tensor) -> Tensor:
         return linear(x_BTI, self.a_RI) @ self.b_RO
