@@ -21,8 +21,8 @@ from torch.nn import functional
 import loraweave as lw
 from benchmarks._run import Run, Table
 from benchmarks._timing import Gate, require
-from loraweave.composer.merge.statistics import LayerStatistics, Statistics
 from loraweave.extensions.diffusion import zip_lora
+from loraweave.extensions.statistics import LayerStatistics, Statistics
 
 app = typer.Typer()
 STEPS, LR, OVERLAP, RANK = 100, 0.01, 0.01, 4

@@ -24,6 +24,7 @@ from benchmarks._run import Run, Table, console
 from benchmarks.spread import WORKERS, Backends, Counting, killing, tiny_base, workers
 from loraweave.composer.compose.asked import Step
 from loraweave.composer.programs.program import OrderReport, Program, pool_of
+from loraweave.extensions.statistics import pool_statistics
 from loraweave.hub.add_tree import add_tree
 
 app = typer.Typer()
@@ -94,7 +95,7 @@ def _calls(folder: Path, seed: int) -> Iterator[dict[str, Call]]:
             return program.distil(inputs, steps=2, rank=2, **quiet).adapter.hash
 
         def statistics() -> str:
-            found = lw.pool_statistics(model, tokenizer, hub, dict.fromkeys(names[:8], inputs[:32]), **quiet)
+            found = pool_statistics(model, tokenizer, hub, dict.fromkeys(names[:8], inputs[:32]), **quiet)
             digest = hashlib.sha256()
             for each in found.values():
                 for seen in each.layers.values():

@@ -23,7 +23,7 @@ from loraweave.composer.live.recording import Setting, Trace, UsedWeights, last_
 from loraweave.composer.live.residents import Residency, Residents
 from loraweave.composer.live.resolve import resolve, warn_of_licenses
 from loraweave.composer.live.standing_in import CLAIMS
-from loraweave.composer.merge.statistics import Statistics
+from loraweave.composer.merge.method_call import AdapterStatistics
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import untouched
 from loraweave.composer.model.generate import Asked, generation_call, read_prompt, stream
@@ -200,7 +200,7 @@ class Composer:
         *,
         method: str = "linear",
         seed: int = 0,
-        statistics: Mapping[str, Statistics] | None = None,
+        statistics: Mapping[str, AdapterStatistics] | None = None,
         originals: Place = "memory",
         max_loss: float | None = None,
         **options: Any,

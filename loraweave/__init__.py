@@ -42,10 +42,8 @@ from loraweave.registry import names
 from loraweave.types import Anomaly, BaseKey, Candidate, Factors, Fingerprint, Record, Router, Task
 
 if TYPE_CHECKING:
-    from loraweave.composer.compose.collect_statistics import collect_statistics
     from loraweave.composer.compose.compose import compose
     from loraweave.composer.compose.composition import Composition
-    from loraweave.composer.compose.pool_statistics import pool_statistics
     from loraweave.composer.compose.rerank import rerank
     from loraweave.composer.composer import Composer
     from loraweave.composer.ensembles.ensemble import ensemble
@@ -59,7 +57,6 @@ if TYPE_CHECKING:
         twin_merging,
     )
     from loraweave.composer.merge.merge import merge
-    from loraweave.composer.merge.statistics import Statistics
     from loraweave.composer.programs.program import order
     from loraweave.composer.train.adapters import train_adapters
     from loraweave.hub.adapter import Adapter
@@ -92,9 +89,6 @@ _MODULES = {
     "composer.compose.rerank": "rerank",
     "composer.programs.program": "order",
     "routers.tokens._saved": "router",
-    "composer.compose.collect_statistics": "collect_statistics",
-    "composer.compose.pool_statistics": "pool_statistics",
-    "composer.merge.statistics": "Statistics",
     "composer.train.adapters": "train_adapters",
     "composer.experts.together": "train_experts",
     "retrieval.training": "train_encoder",
@@ -160,7 +154,6 @@ __all__ = [
     "ScopeError",
     "SearchFailed",
     "SourceUnavailable",
-    "Statistics",
     "Task",
     "TrainingError",
     "UnknownExpert",
@@ -170,7 +163,6 @@ __all__ = [
     "base_key",
     "byom",
     "clusters",
-    "collect_statistics",
     "compeft",
     "compose",
     "ensemble",
@@ -181,7 +173,6 @@ __all__ = [
     "names",
     "order",
     "parse",
-    "pool_statistics",
     "rerank",
     "router",
     "to_lora",

@@ -18,9 +18,9 @@ Adapter AdapterCorrupt AdapterExists AdapterNotFound AdapterQuarantined AdapterS
 AlreadyActive Anomaly BaseKey BaseModelMismatch Candidate Composer Composition CompositionError DimensionMismatch
 EmptyIndex ExpertPool Factors Fingerprint Formula FormulaError Hub HubCorrupt HubError HubFull HubLocked HubReadOnly
 InvalidLicense InvalidName InvalidTask LayerMismatch LoraweaveError MixtureWeights PackageMissing Record
-RetrievalError Retriever Router ScopeError SearchFailed SourceUnavailable Statistics Task TrainingError UnknownExpert
-UnknownName WeightingError add_tree base_key byom clusters collect_statistics compeft compose ensemble experts
-extract load_base merge names order parse pool_statistics rerank router to_lora
+RetrievalError Retriever Router ScopeError SearchFailed SourceUnavailable Task TrainingError UnknownExpert
+UnknownName WeightingError add_tree base_key byom clusters compeft compose ensemble experts
+extract load_base merge names order parse rerank router to_lora
 train_adapters train_encoder train_experts twin_merging
 """
 

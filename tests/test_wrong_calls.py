@@ -252,7 +252,6 @@ BASES = {
     "rerank": lambda w, base: lw.rerank(
         base, w.tokenizer, w.hub, w.task, [lw.Candidate(record.name, 1.0, "", record) for record in w.hub]
     ),
-    "collect_statistics": lambda w, base: lw.collect_statistics(base, w.tokenizer, w.adapters[0], ["ab"]),
     "hub.bind": lambda w, base: w.hub.bind("a", base),
     "to_lora": lambda w, base: lw.to_lora(w.adapters[0], base),
     "base_key": lambda w, base: lw.base_key(base),

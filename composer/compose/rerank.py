@@ -24,10 +24,10 @@ from loraweave.common.options import Count, check_options
 from loraweave.common.rows import GivenRows
 from loraweave.common.spread import require_all, spread
 from loraweave.composer.compose.candidates import experts_of
-from loraweave.composer.compose.collect_statistics import GradientTap
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import batch, mean_losses, untouched
+from loraweave.composer.model.gradient_tap import GradientTap
 from loraweave.composer.model.kinds import linear
 from loraweave.composer.model.layers import TargetLayer
 from loraweave.composer.model.scoring import encode_pairs, in_chunks

@@ -32,8 +32,7 @@ from loraweave.composer.fused.overwritten import (
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.live.resolve import resolve, warn_of_licenses
 from loraweave.composer.merge.merge import layer_calls, layer_updates
-from loraweave.composer.merge.method_call import DenseUpdate, MethodCall, require_seed, without_figures
-from loraweave.composer.merge.statistics import Statistics
+from loraweave.composer.merge.method_call import AdapterStatistics, DenseUpdate, MethodCall, require_seed, without_figures
 from loraweave.composer.model.layers import OVERWRITTEN, TargetLayer, tied_parameters
 from loraweave.errors import BaseModelUnverified, CompositionError, ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool, require_everywhere
@@ -42,7 +41,7 @@ from loraweave.types import Factors
 
 Update = tuple[TargetLayer, Factors | DenseUpdate]
 # the updates of a mixture, a method, its seed, statistics and options
-MakeUpdates = Callable[[Any, str, int, Mapping[str, Statistics] | None, Mapping[str, Any]], Iterable[Update]]
+MakeUpdates = Callable[[Any, str, int, Mapping[str, AdapterStatistics] | None, Mapping[str, Any]], Iterable[Update]]
 
 
 @contextmanager
@@ -129,7 +128,7 @@ class Fused:
         *,
         method: str = "linear",
         seed: int = 0,
-        statistics: Mapping[str, Statistics] | None = None,
+        statistics: Mapping[str, AdapterStatistics] | None = None,
         **options: Any,
     ) -> None:
         """Put another mixture in place of this one: originals and update in one pass, without restoring in between.
@@ -295,7 +294,7 @@ def mixture_updates(
     mixture: Any,
     method: str,
     seed: int,
-    statistics: Mapping[str, Statistics] | None,
+    statistics: Mapping[str, AdapterStatistics] | None,
     options: Mapping[str, Any],
 ) -> Iterator[Update]:
     """Return an iterator over (layer, the update that `method` makes of a task-scope mixture), one held at a time."""
@@ -328,7 +327,7 @@ def mixture_updates(
     return ((layers[name], without_figures(update)) for name, update in updates)
 
 
-def _check_statistics(method: str, statistics: Mapping[str, Statistics], used: set[str], pool: ExpertPool) -> None:
+def _check_statistics(method: str, statistics: Mapping[str, AdapterStatistics], used: set[str], pool: ExpertPool) -> None:
     for expert in sorted(used):
         if expert not in statistics:
             raise WeightingError(

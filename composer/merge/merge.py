@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from loraweave.common.checks import is_list
 from loraweave.common.compute import side_by_side
 from loraweave.common.display import tracked
 from loraweave.composer.merge.method_call import (
+    AdapterStatistics,
     Method,
     MethodCall,
     TruncatedUpdate,
@@ -34,15 +35,12 @@ from loraweave.lowrank import algebra
 from loraweave.lowrank.factorise import factorise
 from loraweave.types import Factors
 
-if TYPE_CHECKING:
-    from loraweave.composer.merge.statistics import Statistics
-
 # multiplications of one update's cut, up to which a thread is not worth starting
 SMALL = 1e7
 # a layer, its experts' factors, and what gives its update
 LayerCall = tuple[str, Sequence[Factors | None], Callable[[], Update | None]]
 # an adapter that counts, its weight, and what was recorded of its inputs
-Parent = tuple[Adapter, float, "Statistics | None"]
+Parent = tuple[Adapter, float, AdapterStatistics | None]
 
 
 def merge(
@@ -54,7 +52,7 @@ def merge(
     name: str | None = None,
     seed: int = 0,
     heads: str = "error",
-    statistics: Sequence[Statistics] | None = None,
+    statistics: Sequence[AdapterStatistics] | None = None,
     progress: bool = True,
     allow_licenses: bool = False,
     interference: bool = True,
@@ -160,7 +158,7 @@ def layer_calls(
     weights: Mapping[str, Mapping[str, float]],
     *,
     seed: int,
-    statistics: Mapping[str, Statistics | None] | None = None,
+    statistics: Mapping[str, AdapterStatistics | None] | None = None,
     rank: int | None = None,
 ) -> Iterator[LayerCall]:
     """Yield (layer, the call that returns its update) for {layer: {expert: weight}}, without layers that no expert has.
@@ -197,7 +195,7 @@ def _merge_layers(
     call: MethodCall,
     used: Sequence[Adapter],
     numbers: Sequence[float],
-    recorded: Sequence[Statistics | None],
+    recorded: Sequence[AdapterStatistics | None],
     rank: int | None,
     seed: int,
     progress: bool,
@@ -265,7 +263,7 @@ def cut(update: Update, rank: int | None) -> TruncatedUpdate:
 
 
 def _parents(
-    adapters: Sequence[Adapter], weights: Sequence[float] | None, statistics: Sequence[Statistics] | None
+    adapters: Sequence[Adapter], weights: Sequence[float] | None, statistics: Sequence[AdapterStatistics] | None
 ) -> list[Parent]:
     """Return the adapters that count, in the order given; all that can be wrong with the arguments is found here."""
     listed = isinstance(adapters, Collection) and not isinstance(adapters, Mapping | str | bytes)
@@ -301,9 +299,7 @@ def _parents(
 
 
 def _check_statistics(given: Any, num_adapters: int) -> None:
-    from loraweave.composer.merge.statistics import Statistics
-
-    if not is_list(given, Statistics):
+    if not is_list(given, AdapterStatistics):
         raise WeightingError(
             f"statistics={given!r:.80} is no list of Statistics; collect_statistics(model, tokenizer, adapter, texts) makes "
             "one for each adapter"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -116,6 +116,18 @@ _Method = TypeVar("_Method", bound=Method)
 
 # what a method may ask for beyond the experts and weights, and is no option of the user's
 SUPPLIED = tuple(registry.RESERVED["methods"])
+
+
+@runtime_checkable
+class AdapterStatistics(Protocol):
+    """What was recorded of one adapter, for methods that take `statistics`: what they know of each layer, by its name."""
+
+    @property
+    def layers(self) -> Mapping[str, Any]:
+        """Return {layer: what the method gets of this adapter there}."""
+
+    def require_of(self, name: str, content_hash: str) -> None:
+        """Raise WeightingError unless this was recorded of the adapter with that name and hash."""
 
 
 Survey = Callable[..., Any]

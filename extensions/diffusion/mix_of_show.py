@@ -5,29 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave import Adapter, CompositionError, Statistics, WeightingError
-from loraweave.extend import record_inputs
+from loraweave import Adapter, CompositionError, PackageMissing, WeightingError
+from loraweave.extend import brought
 
 PIPELINES = {f"StableDiffusion{kind}{way}Pipeline" for kind in ("", "XL") for way in ("", "Img2Img", "Inpaint")}
 # (top, left, bottom, right) as shares of the image's height and width, from 0 to 1
 Box = tuple[float, float, float, float]
 
 
-def inputs_of(pipe: Any, adapter: Adapter, run: Callable[[], object]) -> Statistics:
-    """X^T X / n of the inputs of each of the adapter's layers while `run()` runs the pipeline under it, on its own prompts.
+def inputs_of(pipe: Any, adapter: Adapter, run: Callable[[], object]) -> Any:
+    """Return X^T X / n of the inputs of each of the adapter's layers while `run()` runs the pipeline under it alone.
 
     `lw.merge(adapters, method="least_squares", statistics=[inputs_of(..), ..])` is then Mix-of-Show's gradient fusion in
     closed form: one update that does to each concept's inputs what that concept's own adapter does. All rows of a call
     count, those without prompts under guidance too. Raises LayerMismatch for convolutions, CompositionError for a layer that
-    does not run, and what Composer raises for an adapter that does not fit.
+    does not run, what Composer raises for an adapter that does not fit, and PackageMissing without the extension
+    `statistics`, which records them and merges by them.
     """
-    return record_inputs(pipe, adapter, run)
+    modules = brought("collecting")
+    if not modules:
+        raise PackageMissing("no extension that is installed collects statistics; loraweave comes with one, `statistics`")
+    return import_module(min(modules.values())).record_inputs(pipe, adapter, run)
 
 
 class _Region(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from inspect import signature
 from typing import Any
 
@@ -17,10 +18,10 @@ from loraweave import (
     FormulaError,
     Hub,
     InvalidTask,
+    PackageMissing,
     Task,
     UnknownName,
     WeightingError,
-    collect_statistics,
     merge,
     names,
     parse,
@@ -34,6 +35,7 @@ from loraweave.extend import (
     Positive,
     Sum,
     TokenRouter,
+    brought,
     check_options,
     get,
     is_list,
@@ -330,7 +332,7 @@ def _merged(method: Method, case: Case) -> Adapter:
     pool, options = _pool(method, case), dict(method.options)
     if _takes(method.method, "statistics"):
         rows = [{"prompt": case.task.prompt(text), "completion": target} for text, target in case.task.examples]
-        collect = partial(collect_statistics, case.model, case.tokenizer, texts=rows, seed=case.seed, progress=False)
+        collect = partial(_collector(), case.model, case.tokenizer, texts=rows, seed=case.seed, progress=False)
         options["statistics"] = [collect(adapter) for adapter in pool.adapters.values()]
     return merge(
         list(pool.adapters.values()),
@@ -341,6 +343,15 @@ def _merged(method: Method, case: Case) -> Adapter:
         allow_licenses=case.allow_licenses,
         **options,
     )
+
+
+def _collector() -> Callable[..., Any]:
+    """Return `collect_statistics` of the extension, or another package, that has a file `collecting`."""
+    modules = brought("collecting")
+    if not modules:
+        raise PackageMissing("no extension that is installed collects statistics; loraweave comes with one, `statistics`")
+    collect: Callable[..., Any] = import_module(min(modules.values())).collect_statistics
+    return collect
 
 
 def _weights(method: Method, experts: Sequence[str]) -> list[float] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -30,9 +31,10 @@ from loraweave.extend import (
     check_options,
     context_length,
     factorise,
-    layer_vectors,
     options_of,
+    padded_inputs,
     require_same_base,
+    takes,
     text_rows,
     tracked,
     untouched,
@@ -351,8 +353,17 @@ def see(
 
 
 def _vectors(model: Any, tokenizer: Any, row: Any, layers: Sequence[BaseLayer]) -> list[tuple[Tensor, Tensor]]:
-    """Return (x, y) of each layer, for one sample without padding."""
-    seen = layer_vectors(model, tokenizer, row, {layer.name: layer.module for layer in layers})
+    """Return (x, y) of each layer's last run, for one sample without padding."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def saw(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        seen[name] = (args[0] if args else next(iter(kwargs.values())), output)
+
+    inputs, _ = padded_inputs(model, tokenizer, [row])
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.module.register_forward_hook(partial(saw, layer.name), with_kwargs=True).remove)
+        model(**inputs, **({"use_cache": False} if takes(model, "use_cache") else {}))
     if missing := [layer.name for layer in layers if layer.name not in seen]:
         raise AdapterUnsupported(f"layer {missing[0]!r} never ran on the samples, so that nothing is known of it")
     return [seen[layer.name] for layer in layers]

@@ -13,6 +13,7 @@ import loraweave as lw
 from loraweave.cli._inputs import read_rows as read_file
 from loraweave.composer.compose.report import Report
 from loraweave.composer.ensembles.ensemble import answers
+from loraweave.composer.model.text_rows import text_rows
 from loraweave.errors import InvalidTask
 from loraweave.routers.tokens._text import labelled_tasks
 from loraweave.types import Candidate, Record
@@ -89,11 +90,11 @@ class Entrances:
     """What each entrance makes of rows, as what can be compared."""
 
     # those that take texts alone too
-    TEXTS = ("predict", "answers", "inputs", "collect_statistics", "hub", "fit_fusion")
+    TEXTS = ("predict", "answers", "inputs", "text_rows", "hub", "fit_fusion")
     # those that know no task, whose template would make prompts
     WHOLE_PROMPTS = ("router", "experts", "train_experts", "labelled")
     # those that apply the chat template to messages; in the others the texts of messages count, or a task says so
-    TEMPLATE = (*WHOLE_PROMPTS, "leave_one_out", "rerank", "train_adapters", "collect_statistics")
+    TEMPLATE = (*WHOLE_PROMPTS, "leave_one_out", "rerank", "train_adapters", "text_rows")
 
     def __init__(self, model, tokenizer, adapters, folder):
         self.model, self.tokenizer, self.folder = model, tokenizer, folder
@@ -155,11 +156,8 @@ class Entrances:
             (task.prompt(text), target) for task in labelled_tasks({"a": rows}).values() for text, target in task.examples
         ]
 
-    def collect_statistics(self, rows):
-        seen = lw.collect_statistics(
-            self.model, self.tokenizer, self.pool["a"], rows, what="gram", batch_size=1, progress=False
-        )
-        return self._sums({name: layer.gram_II for name, layer in seen.layers.items()})
+    def text_rows(self, rows):
+        return text_rows(self.model, self.tokenizer, rows, max_tokens=256)
 
     def for_examples(self, rows):
         with lw.Hub(self.folder / "hub") as hub:

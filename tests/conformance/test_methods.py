@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from properties import Properties
 from loraweave import registry
 from loraweave.composer.merge.method_call import DenseUpdate, MethodCall, TruncatedUpdate
 from loraweave.composer.merge.methods import _entries
-from loraweave.composer.merge.statistics import LayerStatistics
 from loraweave.errors import AdapterUnsupported, LayerMismatch, WeightingError
 from loraweave.types import Factors
 
@@ -32,10 +32,12 @@ def factors(seed: int, rank: int = 3, num_out: int = 5, num_in: int = 7) -> Fact
     return Factors(torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator))
 
 
-def recorded(seed: int, num_out: int, num_in: int) -> LayerStatistics:
+def recorded(seed: int, num_out: int, num_in: int) -> SimpleNamespace:
     generator = torch.Generator().manual_seed(1000 + seed)
     x_NI = torch.randn(3 * num_in, num_in, generator=generator)
-    return LayerStatistics(x_NI.T @ x_NI / len(x_NI), torch.rand(num_out, num_in, generator=generator) + 0.1, len(x_NI))
+    fisher_OI = torch.rand(num_out, num_in, generator=generator) + 0.1
+    gram_II, num_tokens = x_NI.T @ x_NI / len(x_NI), len(x_NI)
+    return SimpleNamespace(gram_II=gram_II, fisher_OI=fisher_OI, num_tokens=num_tokens, fisher_norm=None, turned=False)
 
 
 class Method:
@@ -93,7 +95,7 @@ def test_a_method_keeps_all_properties(name: str, request: pytest.FixtureRequest
 
 
 def test_there_are_methods() -> None:
-    assert {"linear", "factor_sum", "ties", "svd", "fisher"} <= set(METHODS)
+    assert {"linear", "factor_sum", "ties", "svd"} <= set(METHODS)
 
 
 @PROPERTIES.add()

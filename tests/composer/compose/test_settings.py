@@ -72,7 +72,6 @@ def test_seconds_are_refused_in_several_processes_before_anything_runs(pool, mon
         ({"space": "factor"}, UnknownName, "did you mean 'factors'"),
         ({"merge_method": "tis"}, UnknownName, "did you mean 'ties'"),
         ({"merge_method": "ties", "space": "deltas"}, WeightingError, "both say what weights mean"),
-        ({"merge_method": "fisher"}, WeightingError, "statistics of each adapter"),
         ({"method": "gradient", "merge_method": "ties"}, WeightingError, "no gradients of .* through merge method 'ties'"),
         ({"method": "arrow", "merge_method": "ties"}, WeightingError, "leave merge_method out"),
         ({"k": 0}, WeightingError, "got k=0"),

@@ -159,7 +159,6 @@ def test_what_is_not_the_same_is_another_formula(one, other):
         ("ties(0.7*a, b)", "give every argument a weight, or none: 1*b", "            ^"),
         ("ties(0*a, 0*b)", "all weights are 0", "^~~~"),
         ("ties(a, b - b)", "this is the base model", "        ^"),
-        ("fisher(a, b)", "'fisher' weighs by data", "^~~~~~"),
         ("arrow(a, b) + c", "stands alone: nothing follows it", "            ^"),
         ("0.5*arrow(a, b)", "weighs every token by itself and stands alone", "    ^~~~~"),
         ("(arrow(a, b))", "weighs every token by itself and stands alone", " ^~~~~"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,6 @@ from loraweave import registry
 from loraweave.composer.composer import Composer
 from loraweave.composer.merge.merge import merge
 from loraweave.composer.merge.method_call import MethodCall, require_sound
-from loraweave.composer.merge.statistics import LayerStatistics, Statistics
 from loraweave.errors import CompositionError, LoraweaveError, UnknownName, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
@@ -38,9 +38,11 @@ def adapter(name: str, seed: int) -> Adapter:
     return Adapter(name, "tiny", {layer: factors(10 * seed + place) for place, layer in enumerate(LAYERS)})
 
 
-def recorded(of: Adapter) -> Statistics:
+def recorded(of: Adapter) -> SimpleNamespace:
     x_NI = torch.randn(30, 7, generator=torch.Generator().manual_seed(5))
-    return Statistics(of.hash, dict.fromkeys(of.layers, LayerStatistics(x_NI.T @ x_NI / 30, torch.ones(5, 7), 30)))
+    gram_II, fisher_OI = x_NI.T @ x_NI / 30, torch.ones(5, 7)
+    seen = SimpleNamespace(gram_II=gram_II, fisher_OI=fisher_OI, num_tokens=30, fisher_norm=None, turned=False)
+    return SimpleNamespace(layers=dict.fromkeys(of.layers, seen), require_of=lambda name, content_hash: None)
 
 
 def merged(method: str, adapters: list[Adapter], weights: Any, **options: Any) -> Adapter:
@@ -164,7 +166,7 @@ def test_a_method_that_is_no_name_is_refused(method: Any) -> None:
 @pytest.mark.parametrize("statistics", ["x", [1, 2], 5, {}])
 def test_statistics_that_are_none_are_refused(statistics: Any) -> None:
     with pytest.raises(WeightingError, match="is no list of Statistics"):
-        merge([adapter("a", 0), adapter("b", 1)], [1.0, 1.0], method="fisher", statistics=statistics)
+        merge([adapter("a", 0), adapter("b", 1)], [1.0, 1.0], statistics=statistics)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ from loraweave.extensions.methods.methods.pico import pico
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
+# of an extension, which may not be there
+BY_DATA = [name for name in registry.names("methods") if MethodCall(name).takes("statistics")]
 factors = partial(random_factors, num_out=9, num_in=11)
 
 
@@ -230,7 +232,7 @@ def test_an_expert_of_zeros_and_experts_that_cancel() -> None:
         ({"inner": "itself"}, WeightingError, r"inner='\w+' is the method itself"),
         ({"inner": "factor_sum"}, WeightingError, "inner='factor_sum' mixes the factors a and b"),
         ({"inner": "lego"}, WeightingError, "inner='lego' mixes the factors"),
-        ({"inner": "fisher"}, WeightingError, "inner='fisher' needs statistics"),
+        *(({"inner": name}, WeightingError, f"inner='{name}' needs statistics") for name in BY_DATA),
         ({"inner": "tiess"}, UnknownName, "did you mean 'ties'"),
         (
             {"inner": "ties_per_layer", "inner_options": {"densty": 0.2}},

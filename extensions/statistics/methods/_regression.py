@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._recorded import Share, share_bias
-from loraweave.types import Factors
+from loraweave import Factors
+from loraweave.extensions.statistics.methods._recorded import Share, share_bias
 
 # below this the shrunken matrix, its diagonal scaled to 1, has no eigenvalue under 1 - SHRUNKEN
 SHRUNKEN = 0.99

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import dense, random_factors
 
-from loraweave.composer.merge.methods import fisher as fisher_module
-from loraweave.composer.merge.methods.fisher import fisher
-from loraweave.composer.merge.methods.least_squares import least_squares
-from loraweave.composer.merge.methods.regmean import regmean
-from loraweave.composer.merge.statistics import LayerStatistics
 from loraweave.errors import WeightingError
+from loraweave.extensions.statistics import LayerStatistics
+from loraweave.extensions.statistics.methods import fisher as fisher_module
+from loraweave.extensions.statistics.methods.fisher import fisher
+from loraweave.extensions.statistics.methods.least_squares import least_squares
+from loraweave.extensions.statistics.methods.regmean import regmean
 from loraweave.types import Factors
 
 NUM_OUT, NUM_IN = 4, 6

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loraweave.composer.merge.method_call import Experts, Term, Weights, terms, weighted_bias
-from loraweave.composer.merge.statistics import LayerStatistics
-from loraweave.errors import WeightingError
-from loraweave.lowrank.algebra import all_finite
+from loraweave import WeightingError
+from loraweave.extend import Experts, Term, Weights, algebra, terms, weighted_bias
+from loraweave.extensions.statistics.saved import LayerStatistics
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +63,6 @@ def _require(seen: LayerStatistics | None, part: str, found: dict[int, Term], pl
     wanted = (size, size) if part == "gram_II" else sides
     if tuple(tensor.shape) != wanted:
         raise WeightingError(f"{part} of expert {place} has shape {tuple(tensor.shape)}, but the layer {wanted}")
-    if not all_finite(tensor):
+    if not algebra.all_finite(tensor):
         raise WeightingError(f"{part} of expert {place} has values that are NaN or infinite; collect it again")
     return seen

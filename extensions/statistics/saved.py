@@ -12,11 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loraweave.common.files import whole_file
-from loraweave.common.state import save_tensors
-from loraweave.common.storage_errors import storage_errors
-from loraweave.errors import AdapterCorrupt, AdapterNotFound, WeightingError
-from loraweave.lowrank.algebra import all_finite
+from loraweave import AdapterCorrupt, AdapterNotFound, WeightingError
+from loraweave.extend import algebra, save_tensors, storage_errors, whole_file
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "loraweave_statistics"
@@ -113,7 +110,7 @@ def _layer(parts: Mapping[str, Tensor], entry: Mapping[str, Any]) -> LayerStatis
     for name, tensor in parts.items():
         if name not in _PARTS or tensor.dtype != torch.float32 or tensor.dim() != 2:
             raise ValueError(f"{where} has {name} as {tensor.dtype} of shape {tuple(tensor.shape)}")
-        if not all_finite(tensor):
+        if not algebra.all_finite(tensor):
             raise ValueError(f"{where} has values in {name} that are NaN or infinite")
     if gram_II is not None and (gram_II.shape[0] != gram_II.shape[1] or bool((gram_II.diagonal() < 0).any())):
         raise ValueError(f"{where} has a gram_II of shape {tuple(gram_II.shape)} that is not a mean of x^T x")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loraweave.common.options import Fraction
-from loraweave.composer.merge.method_call import Experts, Weights
-from loraweave.composer.merge.methods._recorded import shares
-from loraweave.composer.merge.methods._regression import regression
-from loraweave.composer.merge.statistics import LayerStatistics
-from loraweave.registry import traits
-from loraweave.types import Factors
+from loraweave import Factors
+from loraweave.extend import Experts, Fraction, Weights, traits
+from loraweave.extensions.statistics.methods._recorded import shares
+from loraweave.extensions.statistics.methods._regression import regression
+from loraweave.extensions.statistics.saved import LayerStatistics
 
 
 @traits("shares")

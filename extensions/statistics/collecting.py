@@ -14,21 +14,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loraweave.common.chat import prompt_ids
-from loraweave.common.checks import one_or_many
-from loraweave.common.display import tracked
-from loraweave.common.options import Count, check_options
-from loraweave.common.rows import GivenRows, read_rows
-from loraweave.composer.composer import Composer
-from loraweave.composer.live.experts import watched
-from loraweave.composer.merge.statistics import LayerStatistics, Statistics
-from loraweave.composer.model.batches import EncodedRow, batch, context_length, encode, pad_rows, takes, untouched
-from loraweave.composer.model.kinds import linear
-from loraweave.composer.model.layers import multiplies_columns, tied_parameters
-from loraweave.errors import CompositionError, InvalidTask, LayerMismatch
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.formats._base_layer import ExpertMatrix, expert_matrix
-from loraweave.lowrank.algebra import all_finite
+from loraweave import Adapter, Composer, CompositionError, InvalidTask, LayerMismatch
+from loraweave.extend import (
+    Count,
+    EncodedRow,
+    ExpertMatrix,
+    GivenRows,
+    GradientTap,
+    algebra,
+    check_options,
+    expert_matrix,
+    linear,
+    multiplies_columns,
+    one_or_many,
+    padded_inputs,
+    takes,
+    text_rows,
+    tied_parameters,
+    tracked,
+    untouched,
+    watched,
+)
+from loraweave.extensions.statistics.saved import LayerStatistics, Statistics
 
 KINDS = ("gram", "fisher")
 # positions whose distribution over the vocabulary is summed up in float64 at once
@@ -297,62 +304,6 @@ def _draws(rows: Sequence[EncodedRow], seed: int) -> list[np.random.Philox]:
     return streams
 
 
-def text_rows(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int) -> list[EncodedRow]:
-    """Return the texts' token ids, cut to `max_tokens` (each side of an encoder-decoder).
-
-    Raises InvalidTask for no text and for an empty one.
-    """
-    text_rows = read_rows(texts, noun="text", targets="any")
-    if not text_rows:
-        raise InvalidTask("statistics are of a list of texts, or of rows with input and target, but there is none")
-    pairs = [(row.asked, row.targets[0]) for row in text_rows if row.targets]
-    if len(pairs) not in (0, len(text_rows)):
-        raise InvalidTask("statistics are of texts, or of rows with input and target, not of a mixture")
-    both = model.config.is_encoder_decoder
-    if both and not pairs:
-        raise InvalidTask("an encoder-decoder reads one text and writes another: give pairs (input, target), not texts")
-    if pairs:
-        rows = encode(model, tokenizer, [text for text, _ in pairs], [target for _, target in pairs])
-    else:
-        rows = [EncodedRow(tuple(ids), ()) for ids in prompt_ids(tokenizer, [row.asked for row in text_rows])]
-    if both:
-        cut = [EncodedRow(row.prompt[:max_tokens], row.target[:max_tokens]) for row in rows]
-    else:
-        most = min(max_tokens, context_length(model) or max_tokens)
-        cut = [EncodedRow((row.prompt + row.target)[:most], ()) for row in rows]
-    for number, row in enumerate(cut, start=1):
-        if not len(row):
-            raise InvalidTask(f"text {number} ({text_rows[number - 1].input!r:.60}) has no token; leave it out")
-    return cut
-
-
-def padded_inputs(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the model's arguments for some rows, padded on the right, and which tokens are real."""
-    if model.config.is_encoder_decoder:
-        inputs = batch(model, tokenizer, rows).inputs
-        return inputs, inputs["attention_mask"].bool()
-    ids_BT, mask_BT = pad_rows(tokenizer, [row.prompt for row in rows], left=False)
-    device = next(model.parameters()).device
-    return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}, mask_BT.to(device).bool()
-
-
-def layer_vectors(
-    model: Any, tokenizer: Any, row: EncodedRow, layers: Mapping[str, nn.Module]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return {name: (inputs, outputs)} of each layer's last run while the model reads one row; of none that never ran."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def saw(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        seen[name] = (args[0] if args else next(iter(kwargs.values())), output)
-
-    inputs, _ = padded_inputs(model, tokenizer, [row])
-    with ExitStack() as stack:
-        for name, module in layers.items():
-            stack.callback(module.register_forward_hook(partial(saw, name), with_kwargs=True).remove)
-        model(**inputs, **({"use_cache": False} if takes(model, "use_cache") else {}))
-    return seen
-
-
 @contextmanager
 def _heads(model: nn.Module, adapter: Adapter) -> Iterator[None]:
     """Put the adapter's trained heads into the model's parameters for the block; after it, the base's bit for bit."""
@@ -418,31 +369,6 @@ def _mean(name: str, total: Tensor | None, count: int) -> Tensor | None:
     if total is None:
         return None
     mean = (total / max(count, 1)).cpu()
-    if not all_finite(mean):
+    if not algebra.all_finite(mean):
         raise CompositionError(f"layer {name!r} has activations or gradients that are NaN or infinite on these texts")
     return mean
-
-
-# gradient at the output, input of the layer
-Receiver = Callable[[Tensor, Tensor], None]
-
-
-class GradientTap(torch.autograd.Function):
-    """The identity on a layer's output, which hands the gradient that passes, and the layer's input, to a receiver.
-
-    `wanted` is any tensor that requires a gradient: an edge of the graph that makes the backward pass reach it, although
-    neither the model's parameters nor its inputs want one.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, wanted: Tensor, x: Tensor, receiver: Receiver) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.receiver = receiver
-        # a copy: a view that a custom function returns may not be changed in place, as some models do next
-        return output.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,) = ctx.saved_tensors
-        ctx.receiver(gradients[0], x)
-        return gradients[0], None, None, None

@@ -6,17 +6,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
-from loraweave.common.display import progress_bar
-from loraweave.common.rows import GivenRows, Row, read_rows
-from loraweave.common.spread import require_all, spread
-from loraweave.composer.compose.candidates import experts_of
-from loraweave.composer.compose.collect_statistics import KINDS, collect_statistics
-from loraweave.composer.merge.statistics import Statistics
-from loraweave.errors import InvalidTask
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.base_reference import base_loader
-from loraweave.hub.hub import Hub
-from loraweave.hub.pool import ExpertPool
+from loraweave import Adapter, ExpertPool, Hub, InvalidTask
+from loraweave.extend import GivenRows, Row, base_loader, experts_of, progress_bar, read_rows, require_all, spread
+from loraweave.extensions.statistics.collecting import KINDS, collect_statistics
+from loraweave.extensions.statistics.saved import Statistics
 
 
 def pool_statistics(

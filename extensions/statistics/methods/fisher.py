@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from loraweave.common.options import NonNegative
-from loraweave.composer.merge.method_call import DenseUpdate, Experts, Weights
-from loraweave.composer.merge.methods._recorded import Share, share_bias, shares
-from loraweave.composer.merge.statistics import LayerStatistics
-from loraweave.errors import WeightingError
-from loraweave.registry import traits
+from loraweave import WeightingError
+from loraweave.extend import DenseUpdate, Experts, NonNegative, Weights, traits
+from loraweave.extensions.statistics.methods._recorded import Share, share_bias, shares
+from loraweave.extensions.statistics.saved import LayerStatistics
 
 # rows of the update that are held in float64 at once
 BLOCK_ROWS = 256

@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loraweave.composer.compose import collect_statistics as collecting
 from loraweave.composer.merge.merge import merge
-from loraweave.composer.merge.statistics import LayerStatistics, Statistics
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, CompositionError, InvalidTask, LayerMismatch
+from loraweave.extensions.statistics import LayerStatistics, Statistics, collecting
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 from expert_families import FAMILIES, WARNINGS, both, make, near, save_families
 
-from loraweave.composer.compose import collect_statistics as collecting
 from loraweave.composer.composer import Composer
 from loraweave.composer.merge.merge import merge
-from loraweave.composer.merge.statistics import Statistics
+from loraweave.extensions.statistics import Statistics, collecting
 
 pytestmark = WARNINGS
 
