@@ -299,7 +299,7 @@ def shares_are_not_negative(name: str) -> None:
 
 @PROPERTIES.add(of=[name for name in METHODS if "pairs" in TRAITS[name]])
 def a_method_for_pairs_refuses_three(name: str) -> None:
-    with pytest.raises(WeightingError, match=r"got 3.*karcher"):
+    with pytest.raises(WeightingError, match="got 3: merge two at a time"):
         Method(name)([factors(0), factors(1), None], [1.0, 1.0, 1.0])
 
 

@@ -29,7 +29,7 @@ def fresh(path):
         hub.store_vectors("e", [("adapter 0", "d", np.ones(3))])
         hub.remove("adapter 3")
         hub.add(adapter(1), name="second name")
-        hub.tables.quarantine("adapter 2")
+        hub.quarantine("adapter 2")
 
 
 def versioned(path):
@@ -136,7 +136,7 @@ CHANGES = {
     "add a version": Change(versioned, _on_open_hub(lambda hub: hub.add(adapter(6), name="adapter 0", replace=True))),
     "roll back": Change(versioned, _on_open_hub(_rolled_back)),
     "prune": Change(versioned, _on_open_hub(lambda hub: hub.prune("adapter 0"))),
-    "quarantine": Change(fresh, _on_open_hub(lambda hub: hub.tables.quarantine("adapter 0"))),
+    "quarantine": Change(fresh, _on_open_hub(lambda hub: hub.quarantine("adapter 0"))),
     "release": Change(fresh, _on_open_hub(lambda hub: hub.release("adapter 2"))),
     "bind": Change(fresh, _on_open_hub(_bound)),
     "migrate": Change(fresh, _on_open_hub(lambda hub: hub.generation), steps=(NEXT_STEP,)),

@@ -164,7 +164,7 @@ def test_an_expert_that_is_gone_or_another_by_the_time_it_is_opened_is_named(hub
     hub.remove("a")
     hub.remove("b")
     hub.add(adapter("b", seed=9), anomalies="off")
-    hub.tables.quarantine("c")
+    hub.quarantine("c")
     with pytest.raises(AdapterNotFound, match="no adapter 'a'"):
         pool["a"]
     with pytest.raises(AdapterNotFound, match=r"version 1 of adapter 'b' had the hash .* make the pool again"):

@@ -213,7 +213,7 @@ def test_what_is_not_in_a_pool_is_shown_and_versions_need_the_hub(hub, pool):
 
 
 def test_a_hub_is_asked_for_what_it_refuses(hub):
-    hub.tables.quarantine("a")
+    hub.quarantine("a")
     with pytest.raises(AdapterQuarantined):
         merged("a + b", hub)
     with pytest.raises(WeightingError, match="not of 5"):

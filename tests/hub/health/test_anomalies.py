@@ -172,7 +172,7 @@ def test_a_search_finds_it_only_after_its_release(hub):
     assert "a20" not in [hit.record.name for hit in index.hits(query, 99)[0]]
     hub.release("a20")
     assert index.hits(query, 1)[0][0].record.name == "a20"
-    hub.tables.quarantine("a20")
+    hub.quarantine("a20")
     assert "a20" not in [hit.record.name for hit in index.hits(query, 99)[0]]
 
 
@@ -184,16 +184,16 @@ def test_a_release_keeps_what_was_found(hub):
 
 
 def test_putting_aside_by_hand_needs_no_anomaly(hub):
-    hub.tables.quarantine("a3")
+    hub.quarantine("a3")
     with pytest.raises(AdapterQuarantined, match="by hand"):
         hub["a3"]
-    assert hub.tables.quarantine("a3").quarantined
+    assert hub.quarantine("a3").quarantined
     hub.rename("a3", "b3")
     assert len(hub) == 15
     hub.remove("b3")
     assert (len(hub), hub.records(quarantined=True)) == (15, [])
     with pytest.raises(AdapterNotFound):
-        hub.tables.quarantine("b3")
+        hub.quarantine("b3")
     with pytest.raises(AdapterNotFound):
         hub.release("b3")
 
@@ -255,7 +255,7 @@ def test_an_update_larger_than_the_models_weight_is_reported(hub):
 
 
 def test_verify_finds_a_mark_that_is_not_the_records(hub):
-    hub.tables.quarantine("a3")
+    hub.quarantine("a3")
     assert hub.verify().ok
     with hub._catalogue.writing("a test") as connection:
         connection.execute("DELETE FROM quarantine")

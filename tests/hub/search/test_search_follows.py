@@ -385,7 +385,7 @@ def test_what_adapters_say_is_what_their_records_say_wherever_their_rows_lie(hub
     for number in range(12):
         hub.add(adapter(f"a{number}", 40 + number), description=f"text {number}", examples=[f"é {number}", "cat"])
     hub.remove("a3")
-    hub.tables.quarantine("a5")
+    hub.quarantine("a5")
     with hub._catalogue.reading() as connection:
         every = {row.seq: row.record for row in rows.every(connection)}
         seqs = sorted(every)

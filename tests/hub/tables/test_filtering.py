@@ -74,9 +74,9 @@ def test_rows_and_records_pass_alike(hub, filters, wanted):
 
 def test_each_base_model_is_listed_once_with_its_first_adapter_and_the_number_of_those_not_in_quarantine(hub):
     assert [(record.name, count) for record, count in hub.bases()] == [("a0", 2), ("a1", 2)]
-    hub.tables.quarantine("a0")
+    hub.quarantine("a0")
     assert [(record.name, count) for record, count in hub.bases()] == [("a1", 2), ("a2", 1)]
-    hub.tables.quarantine("a2")
+    hub.quarantine("a2")
     assert [(record.name, count) for record, count in hub.bases()] == [("a1", 2)]
 
 
