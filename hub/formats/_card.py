@@ -97,10 +97,7 @@ def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, st
             matter[key] = listed
     front = yaml.safe_dump(matter, allow_unicode=True, sort_keys=False)
     parts = [f"---\n{front}---", f"# {_one_line(card.get('name') or 'LoRA adapter')}"]
-    if card.get("description"):
-        parts.append(str(card["description"]))
-    if card.get("note"):
-        parts.append(str(card["note"]))
+    parts += [str(card[key]) for key in ("description", "note") if card.get(key)]
     facts = {"Base model": base_model or "not recorded", **facts}
     parts.append("\n".join(f"- {name}: {_one_line(value)}" for name, value in facts.items()))
     if examples := as_list(card.get("examples")):

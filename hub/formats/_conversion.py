@@ -87,27 +87,23 @@ def _lower(factors: Factors, bound: Bound, where: str) -> tuple[Factors, float]:
 
 
 def _refusal(update: Factors | Dense, bound: Bound, error: float, where: str) -> str:
-    enough = _enough(update, bound.max_error or 0.0)
-    return (
-        f"{where}: rank {bound.rank} leaves a relative error of {error:.3g}, above max_error={bound.max_error}; rank "
-        f"{enough} would stay within it, and max_error={_rounded_up(error)} would allow rank {bound.rank}"
-    )
-
-
-def _enough(update: Factors | Dense, max_error: float) -> int:
-    """Return the smallest rank within the error."""
+    """Return the text of the error, with the smallest rank within `max_error` and the error, rounded up, of the rank."""
+    max_error = bound.max_error or 0.0
     if isinstance(update, Factors):
         # never the dense update, which can be far larger than its factors
-        update = algebra.within_sides(update)
-        ranks = range(1, update.rank + 1)
-        return ranks[bisect_left(ranks, -max_error, key=lambda rank: -algebra.compress(update, rank)[1])]
-    delta_OI = update.delta_OI
-    return factorise(delta_OI.float(), max_error=max_error)[0].shape[0] if max_error else min(delta_OI.shape)
-
-
-def _rounded_up(error: float) -> float:
+        factors = algebra.within_sides(update)
+        ranks = range(1, factors.rank + 1)
+        enough = ranks[bisect_left(ranks, -max_error, key=lambda rank: -algebra.compress(factors, rank)[1])]
+    elif max_error:
+        enough = factorise(update.delta_OI.float(), max_error=max_error)[0].shape[0]
+    else:
+        enough = min(update.delta_OI.shape)
     step = 10.0 ** (math.floor(math.log10(error)) - 1)
-    return float(f"{min(1.0, math.ceil(error / step + 1e-9) * step):.3g}")
+    allowed = float(f"{min(1.0, math.ceil(error / step + 1e-9) * step):.3g}")
+    return (
+        f"{where}: rank {bound.rank} leaves a relative error of {error:.3g}, above max_error={bound.max_error}; rank "
+        f"{enough} would stay within it, and max_error={allowed} would allow rank {bound.rank}"
+    )
 
 
 def plain_factors(

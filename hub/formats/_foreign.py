@@ -30,7 +30,7 @@ from loraweave.hub.formats._conversion import Bound, Dense, cut_update
 from loraweave.hub.formats._peft_config import stored_tensors
 from loraweave.hub.formats._peft_heads import take_heads
 from loraweave.hub.formats._safetensors import gather, require_finite
-from loraweave.types import Factors, Fingerprint
+from loraweave.types import Factors
 
 ROOT = "base_model."
 MAX_VALUES = 2**31
@@ -149,14 +149,16 @@ class ForeignFormat(PeftReader):
             require_finite(tensor, str(source), repr(key))
         heads, _ = take_heads(tensors, config.names("modules_to_save"), config.text("task_type"), "none", source)
         layers = list(cls._layers(tensors, config, model))
-        own_print = _same_base(stored_print, model, source)
+        model_print = stored_print if model is None else fingerprint(model)
+        if stored_print is not None and model_print is not None and (why := stored_print.differs(model_print)):
+            raise BaseModelMismatch(f"{source}: the adapter was made for another base model than the one given: {why}")
         factors: dict[str, Factors] = {}
         notes: dict[str, Any] = {}
         for layer in layers:
             factors[layer.name], notes[layer.name] = _convert(cls, layer, bound)
         card |= {"converted_from": cls.peft_type, "conversion": notes, "stored_dtype": dtypes}
         base_model = config.text("base_model_name_or_path") or base_model_of_readme(source)
-        return Contents(base_model, factors, own_print, card, heads)
+        return Contents(base_model, factors, model_print, card, heads)
 
     @classmethod
     @abstractmethod
@@ -249,13 +251,3 @@ def _convert(layout: type[ForeignFormat], layer: StoredLayer, bound: Bound) -> t
             f"{layer.where}: its {layout.peft_type} form stands for a matrix that needs more memory than there is; "
             "convert it on a larger machine"
         ) from error
-
-
-def _same_base(stored: Fingerprint | None, model: nn.Module | None, folder: Path) -> Fingerprint | None:
-    """Return the fingerprint of the given model. Raises BaseModelMismatch if the folder recorded another one."""
-    if model is None:
-        return stored
-    model_fingerprint = fingerprint(model)
-    if stored is not None and (why := stored.differs(model_fingerprint)):
-        raise BaseModelMismatch(f"{folder}: the adapter was made for another base model than the one given: {why}")
-    return model_fingerprint

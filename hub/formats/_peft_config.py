@@ -128,6 +128,7 @@ def parse_lora(config: Mapping[str, Any], folder: Path) -> PeftConfig:
     _check_init(config.get("init_lora_weights", True), folder)
     switches = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
     flags = {name: config.get(name) is not None and reader.flag(name) for name in switches}
+    transposed = flags.pop("fan_in_fan_out")
     if flags["use_dora"] and flags["lora_bias"]:
         raise AdapterUnsupported(f"{folder}: use_dora and lora_bias are both true, which PEFT does not define")
     if flags["use_dora"] and config.get("init_lora_weights") == "mica":
@@ -141,7 +142,7 @@ def parse_lora(config: Mapping[str, Any], folder: Path) -> PeftConfig:
             "of a CAUSAL_LM alone, and never applies the adapter of another task"
         )
     recorded = {name: config[name] for name in ("target_modules", "task_type", "r", "lora_alpha") if name in config}
-    recorded["fan_in_fan_out"] = flags["fan_in_fan_out"]
+    recorded["fan_in_fan_out"] = transposed
     if revision := reader.text("revision"):
         recorded["revision"] = revision
     alpha, alphas = reader.number("lora_alpha"), reader.numbers("alpha_pattern")
@@ -155,9 +156,7 @@ def parse_lora(config: Mapping[str, Any], folder: Path) -> PeftConfig:
         alpha=alpha,
         rank_pattern=reader.counts("rank_pattern", most=MAX_RANK),
         alpha_pattern=alphas,
-        use_rslora=flags["use_rslora"],
-        use_dora=flags["use_dora"],
-        lora_bias=flags["lora_bias"],
+        **flags,
         bias=config.get("bias", "none"),
         task_type=reader.text("task_type"),
         modules_to_save=reader.names("modules_to_save"),

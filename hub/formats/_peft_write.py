@@ -67,6 +67,8 @@ def _config(contents: Contents, stacked: Stacked) -> dict[str, Any]:
     common = Counter(ranks.values()).most_common(1)[0][0]
     # anchored, since PEFT would otherwise match the name as the end of a longer one
     pattern = {f"^{_escape(layer)}": rank for layer, rank in ranks.items() if rank != common}
+    trained = [factors for factors in layers.values() if factors.base_bias_O is not None]
+    bias = "none" if not trained else "lora_only" if all(map(_is_wrapped, trained)) else "all"
     known = contents.card.get("peft")
     saved, task = saved_modules(contents.heads, layers, known)
     activated = {}
@@ -92,7 +94,7 @@ def _config(contents: Contents, stacked: Stacked) -> dict[str, Any]:
         "use_rslora": False,
         "use_dora": bool(dora),
         "lora_bias": bool(with_bias),
-        "bias": _bias_mode(layers),
+        "bias": bias,
         "modules_to_save": saved or None,
         **activated,
     }
@@ -157,13 +159,6 @@ def _check_bias(layers: Mapping[str, Factors], with_bias: list[str], wrapped: li
 def _is_wrapped(factors: Factors) -> bool:
     """Return whether PEFT needs factors for the layer; a trained bias alone is stored without any."""
     return factors.rank > 0 or factors.bias_O is not None or factors.base_bias_O is None
-
-
-def _bias_mode(layers: Mapping[str, Factors]) -> str:
-    trained = [factors for factors in layers.values() if factors.base_bias_O is not None]
-    if not trained:
-        return "none"
-    return "lora_only" if all(_is_wrapped(factors) for factors in trained) else "all"
 
 
 def _targets(wrapped: list[str], others: list[str]) -> list[str] | str:
@@ -245,15 +240,14 @@ def _layout(layers: Mapping[str, Factors], stacked: Stacked, lora_bias: bool) ->
 def _facts(contents: Contents, dtype: torch.dtype) -> dict[str, str]:
     ranks = sorted({factors.rank for factors in contents.layers.values()})
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    heads = {"Trained heads": ", ".join(sorted(contents.heads))} if contents.heads else {}
-    files = {"Files": ", ".join(contents.files)} if contents.files else {}
-    return {
+    facts = {
         "Layers": str(len(contents.layers)),
         "Rank": span,
-        **heads,
-        **files,
+        "Trained heads": ", ".join(sorted(contents.heads)),
+        "Files": ", ".join(contents.files),
         "Stored as": str(dtype).removeprefix("torch."),
     }
+    return {name: fact for name, fact in facts.items() if fact}
 
 
 def _is_adapter_file(path: Path) -> bool:

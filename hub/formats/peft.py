@@ -160,11 +160,18 @@ def _factors(layer: str, held: Parts, config: PeftConfig) -> Factors:
     _check_flags(held, factors, config, where)
     if held.keys() <= {"a", "b"}:
         return factors
-    size = factors.b_OR.shape[0]
+    size, magnitude = factors.b_OR.shape[0], held.get("magnitude")
+    # PEFT stores DoRA's magnitude as (1, O, 1, ...) for a convolution
+    if (
+        magnitude is not None
+        and factors.kind == "conv"
+        and tuple(magnitude.shape) == (1, size, *(1 for _ in factors.kernel))
+    ):
+        magnitude = magnitude.flatten()
     return replace(
         factors,
         bias_O=_vector(held.get("bias"), where, "lora_B's bias", size),
-        magnitude_O=_magnitude(held.get("magnitude"), where, factors),
+        magnitude_O=_vector(magnitude, where, "DoRA's magnitude", size),
         base_bias_O=_vector(held.get("base_bias"), where, "the trained bias", size),
     )
 
@@ -183,14 +190,6 @@ def _vector(tensor: Tensor | None, where: str, what: str, size: int) -> Tensor |
     if tensor is not None and tuple(tensor.shape) != (size,):
         raise AdapterCorrupt(f"{where}: {what} has shape {tuple(tensor.shape)}, not ({size},)")
     return tensor
-
-
-def _magnitude(tensor: Tensor | None, where: str, factors: Factors) -> Tensor | None:
-    """Return DoRA's magnitude (O,), which PEFT stores as (1, O, 1, ...) for a convolution."""
-    stored = (1, factors.b_OR.shape[0], *(1 for _ in factors.kernel))
-    if tensor is not None and factors.kind == "conv" and tuple(tensor.shape) == stored:
-        tensor = tensor.flatten()
-    return _vector(tensor, where, "DoRA's magnitude", factors.b_OR.shape[0])
 
 
 def _scale(layer: str, factors: Factors, scale: float, config: PeftConfig) -> Factors:

@@ -94,13 +94,7 @@ def _alpha(parts: Parts, where: str, module: str) -> float:
 
 
 def _factors(
-    module: str,
-    parts: Parts,
-    scale: float,
-    placement: Placement,
-    bound: Bound,
-    base: BaseNames | None,
-    where: str,
+    module: str, parts: Parts, scale: float, placement: Placement, bound: Bound, base: BaseNames | None, where: str
 ) -> tuple[Factors, dict[str, Any]]:
     """Return the update as factors, and a note for the card if it was cut or converted."""
     known = None

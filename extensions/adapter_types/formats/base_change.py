@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from loraweave import AdapterCorrupt, AdapterUnsupported, Factors
 from loraweave.extend import (
     AdapterConfig,
-    BaseLayer,
     Bound,
     Contents,
     PeftReader,
@@ -70,23 +69,19 @@ class BaseChange(PeftReader):
             layer = base_layer(modules, name, str(source))
             if factors.kind != "linear" or layer.kind != "linear" or not factors.bound or factors.bias_O is not None:
                 raise AdapterUnsupported(f"{where}: {init!r} is supported for plain linear updates only")
-            whole = _without_start(factors, layer, init, scales[name], where)
-            layers[name], notes[name] = cut_update(whole, bound, where)
+            shape = (layer.num_outputs, layer.num_inputs)
+            if (factors.b_OR.shape[0], factors.a_RI.shape[1]) != shape or factors.rank > min(shape):
+                raise AdapterCorrupt(f"{where}: an update of rank {factors.rank} and the base's (O, I) = {shape} do not fit")
+            start_a_RI, start_b_OR = _start(layer.weight_OI, factors.rank, init, scales[name])
+            a_RI = torch.cat([factors.a_RI.double(), start_a_RI])
+            b_OR = torch.cat([factors.b_OR.double(), -start_b_OR], dim=1)
+            layers[name], notes[name] = cut_update(plain_factors(a_RI, b_OR), bound, where)
         card = {**contents.card, "converted_from": init, "conversion": notes}
         return replace(contents, layers=layers, fingerprint=fingerprint(model), card=card)
 
 
 def _init_of(fields: Mapping[str, Any]) -> str:
     return (entry(fields, "init_lora_weights", str) or "").lower() if fields.get("peft_type") == "LORA" else ""
-
-
-def _without_start(factors: Factors, layer: BaseLayer, init: str, scale: float, where: str) -> Factors:
-    shape = (layer.num_outputs, layer.num_inputs)
-    if (factors.b_OR.shape[0], factors.a_RI.shape[1]) != shape or factors.rank > min(shape):
-        raise AdapterCorrupt(f"{where}: an update of rank {factors.rank} and the base's (O, I) = {shape} do not fit")
-    start_a_RI, start_b_OR = _start(layer.weight_OI, factors.rank, init, scale)
-    a_RI = torch.cat([factors.a_RI.double(), start_a_RI])
-    return plain_factors(a_RI, torch.cat([factors.b_OR.double(), -start_b_OR], dim=1))
 
 
 def _start(weight_OI: Tensor, rank: int, init: str, scale: float) -> tuple[Tensor, Tensor]:

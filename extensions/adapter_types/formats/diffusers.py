@@ -46,11 +46,17 @@ class Diffusers(LoraFile):
 
     @classmethod
     def knows(cls, names: Collection[str]) -> bool:
-        return any(_starts(name) and _taken_apart(name) is not None for name in names)
+        known = (name for name in names if name.startswith((*_BARE_UNET, _ANY_MODEL)) or _component(name))
+        return any(cls.split(name) is not None for name in known)
 
     @classmethod
     def split(cls, name: str) -> tuple[str, str] | None:
-        return _taken_apart(name)
+        hit = _PROCESSOR.fullmatch(name)
+        if hit is not None:
+            module = "to_out.0" if hit[2] == "to_out" else hit[2]
+            return f"{hit[1]}.{module}", hit[3]
+        suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), None)
+        return None if suffix is None or name == suffix else (name.removesuffix(suffix), _SUFFIXES[suffix])
 
     @classmethod
     def place(cls, module: str, base: BaseNames | None, where: str) -> Placement:
@@ -92,23 +98,10 @@ class Diffusers(LoraFile):
         return scales
 
 
-def _starts(name: str) -> bool:
-    return name.startswith((*_BARE_UNET, _ANY_MODEL)) or _component(name) != ""
-
-
 def _component(name: str) -> str:
     """Return the part of the pipeline that a name begins with, or "" for a file of one model alone."""
     first = name.split(".")[0]
     return first if first in PIPELINE_PARTS else ""
-
-
-def _taken_apart(name: str) -> tuple[str, str] | None:
-    hit = _PROCESSOR.fullmatch(name)
-    if hit is not None:
-        module = "to_out.0" if hit[2] == "to_out" else hit[2]
-        return f"{hit[1]}.{module}", hit[3]
-    suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), None)
-    return None if suffix is None or name == suffix else (name.removesuffix(suffix), _SUFFIXES[suffix])
 
 
 def _settings(metadata: Mapping[str, str], where: str) -> dict[str, dict[str, Any]]:

@@ -7,26 +7,18 @@ from collections.abc import Collection
 from functools import cache
 from typing import ClassVar
 
+import loraweave.extensions.adapter_types.formats._known_modules as modules
 from loraweave import AdapterUnsupported
-from loraweave.extensions.adapter_types.formats._known_modules import (
-    FLUX,
-    ORIGINAL_FLUX,
-    ORIGINAL_SD3,
-    ORIGINAL_UNET,
-    UNET,
-    Rule,
-    text_encoder,
-)
 from loraweave.extensions.adapter_types.formats._lora_file import MATRICES, LoraFile
 from loraweave.extensions.adapter_types.formats._placing import BaseNames, Placement, Rules, only
 
 # the prefix of a module: (the part of the pipeline that it belongs to, the rules of the architectures it may be of)
 PREFIXES = {
-    "lora_unet_": ("unet", (UNET, ORIGINAL_UNET, ORIGINAL_FLUX, ORIGINAL_SD3, FLUX)),
-    "lora_transformer_": ("transformer", (FLUX,)),
-    "lora_te_": ("text_encoder", (text_encoder("text_encoder"),)),
-    "lora_te1_": ("text_encoder", (text_encoder("text_encoder"),)),
-    "lora_te2_": ("text_encoder_2", (text_encoder("text_encoder_2"),)),
+    "lora_unet_": ("unet", (modules.UNET, modules.ORIGINAL_UNET, modules.ORIGINAL_FLUX, modules.ORIGINAL_SD3, modules.FLUX)),
+    "lora_transformer_": ("transformer", (modules.FLUX,)),
+    "lora_te_": ("text_encoder", (modules.text_encoder("text_encoder"),)),
+    "lora_te1_": ("text_encoder", (modules.text_encoder("text_encoder"),)),
+    "lora_te2_": ("text_encoder_2", (modules.text_encoder("text_encoder_2"),)),
     "lora_te3_": ("text_encoder_3", ()),
     "lycoris_": ("", ()),
 }
@@ -51,7 +43,7 @@ class Kohya(LoraFile):
     """
 
     # the rules of transformers whose modules join several layers, by the first letters of diffusers' classes
-    family_rules: ClassVar[dict[str, list[Rule]]] = {"Flux": ORIGINAL_FLUX, "SD3": ORIGINAL_SD3}
+    family_rules: ClassVar[dict[str, list[modules.Rule]]] = {"Flux": modules.ORIGINAL_FLUX, "SD3": modules.ORIGINAL_SD3}
     example = (
         "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight",
         "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from loraweave import AdapterCorrupt, AdapterUnsupported
-from loraweave.extend import entry, present, read_bytes
+from loraweave.extend import entry, is_number, present, read_bytes
 from loraweave.extensions.adapter_types.formats._lora_file import LoraFile, Parts, rank_of
 from loraweave.extensions.adapter_types.formats._placing import BaseNames, Placement
 
@@ -122,14 +121,17 @@ def _settings(folder: Path) -> tuple[float, float]:
     for name, steps, rank_name in CONFIGS:
         if not present(folder, name):
             continue
-        fields: Any = _yaml(folder, name)
+        try:
+            fields: Any = yaml.safe_load(read_bytes(folder, name, MAX_CONFIG_BYTES))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise AdapterCorrupt(f"{folder}: {name} is not plain YAML: {str(error).splitlines()[0]}") from error
         for step in steps:
             fields = entry(fields, step, dict)
         values = fields or {}
         rank: Any = values.get(rank_name)
         # NeMo omits an alpha that equals the rank
         alpha: Any = values.get("alpha", rank if name == "model_config.yaml" else None)
-        if not _is_number(rank) or not _is_number(alpha) or rank < 1:
+        if not is_number(rank, 1) or not is_number(alpha):
             raise AdapterCorrupt(f"{folder}: {name} has no numbers {rank_name} and alpha under {'.'.join(steps)}")
         return float(rank), float(alpha)
     names = " nor ".join(name for name, *_ in CONFIGS)
@@ -137,15 +139,3 @@ def _settings(folder: Path) -> tuple[float, float]:
         f"{folder}: neither {names} is beside the file, so alpha, and with it the scale, is not known; copy it from the "
         "training run"
     )
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _yaml(folder: Path, name: str) -> Any:
-    try:
-        return yaml.safe_load(read_bytes(folder, name, MAX_CONFIG_BYTES))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise AdapterCorrupt(f"{folder}: {name} is not plain YAML: {reason}") from error
