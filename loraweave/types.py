@@ -321,7 +321,9 @@ class Task:
         if self.metric == "rank_classification" and not self.labels:
             raise InvalidTask("metric 'rank_classification' needs labels=[...], the closed set of answers")
         if not isinstance(self.calibrated, bool):
-            object.__setattr__(self, "calibrated", tuple(map(self._neutral, read_rows(self.calibrated, targets="any"))))
+            inputs = [(self._as_kept(row.asked), row.targets) for row in read_rows(self.calibrated, targets="any")]
+            calibrated = tuple((kept, targets[0]) if targets else kept for kept, targets in inputs)
+            object.__setattr__(self, "calibrated", calibrated)
         if self.calibrated and not self.labels:
             raise InvalidTask("calibrated divides the probabilities of labels, and the task has no labels")
         for noun, pairs in (("example", self.examples), ("calibrating input", self.neutral)):
@@ -432,11 +434,6 @@ class Task:
         if self.chat and self.system is None:
             said = {row.chat.system if row.chat is not None else "" for row in rows}
             object.__setattr__(self, "system", said.pop() if len(said) == 1 else "")
-
-    def _neutral(self, row: Row) -> Prompt | tuple[Prompt, str]:
-        """Return an input as `calibrated` keeps it, with its label where the row has one."""
-        kept = self._as_kept(row.asked)
-        return (kept, row.targets[0]) if row.targets else kept
 
     def _as_kept(self, asked: Prompt) -> Prompt:
         """Return an input as examples keep it: a text, unless a chat has several turns, or a system of its own."""

@@ -130,24 +130,20 @@ def replacing(target: Path) -> Iterator[Path]:
             for path in new.rglob("*"):
                 if path.is_file():
                     sync(path)
-            _swap(new, target, old)
+            replaces = target.exists()
+            if replaces:
+                target.rename(old)
+            try:
+                new.rename(target)
+            except BaseException:
+                if replaces:
+                    old.rename(target)
+                raise
+            if replaces:
+                shutil.rmtree(old, ignore_errors=True)
     finally:
         with suppress(OSError):
             shutil.rmtree(new)
-
-
-def _swap(new: Path, target: Path, old: Path) -> None:
-    replaces = target.exists()
-    if replaces:
-        target.rename(old)
-    try:
-        new.rename(target)
-    except BaseException:
-        if replaces:
-            old.rename(target)
-        raise
-    if replaces:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def file_digest(path: Path) -> str:

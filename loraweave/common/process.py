@@ -81,13 +81,9 @@ def free_host_bytes() -> int | None:
         return None
     lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
     free = 1024 * int(lines["MemAvailable"].split()[0])
-    return min([free, *_cgroup_bytes()])
-
-
-def _cgroup_bytes() -> list[int]:
-    """List the bytes that a container's limit leaves, including reclaimable cached files; [] without a limit."""
     limit, used, statistics = (CGROUP / name for name in ("memory.max", "memory.current", "memory.stat"))
     if not limit.is_file() or (text := limit.read_text().strip()) == "max":
-        return []
+        return free
+    # cached files that can be reclaimed are free, too
     cached = dict(line.split() for line in statistics.read_text().splitlines())
-    return [max(0, int(text) - int(used.read_text()) + int(cached.get("inactive_file", 0)))]
+    return min(free, max(0, int(text) - int(used.read_text()) + int(cached.get("inactive_file", 0))))

@@ -77,8 +77,12 @@ def read_rows(
     Raises InvalidTask if these are not rows, for a row of another form, with its number and contents, and, with `one_split`,
     for rows of more than one `split`.
     """
-    rows = located(given, noun=noun, of=of, one_split=one_split and targets != "none")
-    return [read_row(_renamed(row, columns), where, targets=targets) for where, row in rows]
+    rows = []
+    for where, row in located(given, noun=noun, of=of, one_split=one_split and targets != "none"):
+        if columns is not None and isinstance(row, Mapping):
+            row = {name: row.get(column) for column, name in columns.items()}
+        rows.append(read_row(row, where, targets=targets))
+    return rows
 
 
 def read_inputs(given: GivenRows, *, of: str = "") -> list[str]:
@@ -140,13 +144,6 @@ def read_row(row: Any, where: str, *, targets: Targets = "one") -> Row:
             return Row(text, _checked(target, text, where, targets))
     what = "a text, nor a pair of texts" if targets in ("any", "none") else "a pair of texts (input, target)"
     raise InvalidTask(f"{where} is {row!r:.80}, not {what}: {FORMS}")
-
-
-def _renamed(row: Any, columns: Mapping[str, str] | None) -> Any:
-    """Return a row with the columns under their usual names."""
-    if columns is None or not isinstance(row, Mapping):
-        return row
-    return {name: row.get(column) for column, name in columns.items()}
 
 
 def _source(given: GivenRows, noun: str, of: str) -> Iterator[tuple[str, Any]]:
@@ -251,7 +248,10 @@ def _of_mapping(row: Mapping[str, Any], where: str, targets: Targets) -> Row:
         if column == "messages" and chat.turns[-1][0] == "assistant":
             chat, target_value = Conversation(chat.turns[:-1]), chat.turns[-1][1]
         if is_messages(target_value):
-            target_value = _one_answer(Conversation.read(target_value, where), where)
+            completion = Conversation.read(target_value, where).turns
+            if (roles := [role for role, _ in completion]) != ["assistant"]:
+                raise InvalidTask(f"{where} has a completion of {', '.join(roles)}: it is to be one turn of the assistant's")
+            target_value = completion[0][1]
         target_value = [*_listed(target_value), *also] if also and target_value is not None else target_value
         return replace(_of_chat(chat, target_value, instruction, where, targets), split=str(split))
     if not isinstance(text, str):
@@ -273,13 +273,6 @@ def _of_chat(chat: Conversation, given: Any, instruction: str, where: str, targe
     if given is not None and targets != "none":
         row_targets = _checked(_texts(given, "completion", where, targets), text, where, targets)
     return Row(text, row_targets, chat.system or instruction, chat=chat)
-
-
-def _one_answer(completion: Conversation, where: str) -> str:
-    roles = [role for role, _ in completion.turns]
-    if roles != ["assistant"]:
-        raise InvalidTask(f"{where} has a completion of {', '.join(roles)}: it is to be one turn of the assistant's")
-    return completion.turns[0][1]
 
 
 def _texts(given: Any, answer: str, where: str, targets: Targets) -> list[str]:

@@ -339,7 +339,10 @@ class _Ray(_Counted):
     """Tasks of a Ray cluster; a lost one is a matter of `spread`, so that it is named and counted."""
 
     def __init__(self, backend: Any, most: int | None) -> None:
-        ray, options = _ray(), _ray_options(backend)
+        ray = _ray()
+        # as many cores as torch has threads, unless the backend's arguments say otherwise
+        own = {key: value for key, value in (backend.ray_remote_args or {}).items() if not key.startswith("max_")}
+        options = {"num_cpus": torch.get_num_threads(), **own}
         super().__init__(lambda: int(ray.cluster_resources().get("CPU", 0) // (options["num_cpus"] or 1)), most)
         self._run = ray.remote(_called).options(max_retries=0, **options)
         self._cancel = partial(ray.cancel, force=True)
@@ -371,9 +374,3 @@ def _ray() -> Any:
             raise WorkersFailed('Ray is not connected: call ray.init(address="...") first, or set RAY_ADDRESS')
         ray.init()
     return ray
-
-
-def _ray_options(backend: Any) -> dict[str, Any]:
-    """Return a task's options: as many cores as torch has threads, unless `ray_remote_args` of the backend say otherwise."""
-    options = {key: value for key, value in (backend.ray_remote_args or {}).items() if not key.startswith("max_")}
-    return {"num_cpus": torch.get_num_threads(), **options}
