@@ -12,7 +12,8 @@ from loraweave.common.lazy import lazy
 _MODULES = {
     # entries of any registry, and their options
     "common.options": (
-        "Count Declared Fraction NonNegative Positive Range Rate Seed Share Whole check_options options_of require_known"
+        "Count Declared Fraction NonNegative Positive Range Rate Seed Share Whole check_options options_of "
+        "require_known"
     ),
     "registry": "brought get nearest traits traits_of",
     # merge methods
@@ -70,8 +71,10 @@ _MODULES = {
     ),
     "routers.recipes._token_gates": "TokenGate",
     # models, batches and live mixtures
-    "composer.ensembles.ensemble": "EnsemblePrediction align_right answers last_positions without_cache",
-    "composer.ensembles.member_passes": "by_rows known_members member_passes rows_of rows_that_fit",
+    "composer.ensembles.ensemble": (
+        "EnsemblePrediction align_right answers by_rows known_members last_positions member_passes rows_of "
+        "rows_that_fit without_cache"
+    ),
     "composer.fused.fused": "Fused",
     "composer.fused.overwritten": "LayerLoss WeightWriter",
     "composer.live.experts": "watched",

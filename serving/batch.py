@@ -25,8 +25,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache
 
-from loraweave.composer.model.batches import end_tokens, last_logits, pad_rows, takes, with_positions
-from loraweave.composer.model.prefixes import cache_name, following, is_plain
+from loraweave.composer.model.batches import (
+    cache_name,
+    end_tokens,
+    following,
+    is_plain,
+    last_logits,
+    pad_rows,
+    takes,
+    with_positions,
+)
 from loraweave.errors import CompositionError
 from loraweave.routers.tokens._call import prompted
 from loraweave.serving.memory import Experts, Kept, KeptPrefixes

@@ -1,37 +1,38 @@
-"""Averaged probabilities of several mixtures: LoRA ensembles (Wang, Aitchison and Rudolph, 2023, arXiv 2310.00035)."""
+"""Averaged probabilities of several mixtures: LoRA ensembles (Wang, Aitchison and Rudolph, 2023, arXiv 2310.00035).
+
+The members are beside each other in one batch: the rows of one, then the next one's, each under its mixture.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from loraweave.common.chat import Prompt
-from loraweave.common.checks import require_whole
+from loraweave.common.checks import is_list, require_whole
 from loraweave.common.options import Range, fits
 from loraweave.common.rows import GivenRows, read_asked
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.member_passes import (
-    known_members,
-    member_passes,
-    member_weights,
-    rows_of,
-    rows_that_fit,
-    tensors_of,
-)
+from loraweave.composer.live.resolve import resolve
 from loraweave.composer.model import scoring
-from loraweave.composer.model.batches import align_left, takes
-from loraweave.composer.model.scoring import label_ids, label_losses
-from loraweave.errors import CompositionError, InvalidTask
+from loraweave.composer.model.batches import align_left, takes, tensors_in
+from loraweave.composer.model.scoring import equal_shares, label_ids, label_losses
+from loraweave.errors import CompositionError, InvalidTask, WeightingError
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
 
 # positions follow from the first two; tokenizers say that a text has one segment
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+# of one forward pass: bounds what the layers hold, and what the language head gives
+MAX_TOKENS = 2**13
+MAX_LOGITS = 2**26
+
+Inputs = dict[str, Any]
 
 
 def ensemble(
@@ -100,7 +101,7 @@ def _label_members(
         logits_per_row = len(ids) * width * model.config.get_text_config().vocab_size
         rows_per_pass = rows_that_fit(prefix, logits_per_row, copies=len(ids))
 
-    def read(inputs: dict[str, Any]) -> Tensor:
+    def read(inputs: Inputs) -> Tensor:
         losses_NL = label_losses(model, inputs["input_ids"], inputs["attention_mask"], [ids])
         return (-losses_NL).log_softmax(dim=1)
 
@@ -122,7 +123,7 @@ class _NextTokens:
         length = batch["input_ids"].shape[1] if "input_ids" in batch else 1
         return (length if kept is None else len(kept)) * int(getattr(self.model.config.get_text_config(), "vocab_size", 1))
 
-    def read(self, inputs: dict[str, Any]) -> Tensor:
+    def read(self, inputs: Inputs) -> Tensor:
         kept = self._kept_positions(inputs)
         arguments = inputs if kept is None else {**inputs, "logits_to_keep": kept}
         logits = self.model(**without_cache(self.model, arguments)).logits
@@ -289,7 +290,11 @@ def answers(
     InvalidTask for inputs that are no texts and no rows, and for tasks that are fewer than the members or differ in labels.
     """
     texts = read_asked(inputs)
-    tasks = _tasks_of(task, len(mixtures))
+    tasks = [task] * len(mixtures) if isinstance(task, Task) else list(task)
+    if len(tasks) != len(mixtures):
+        raise InvalidTask(f"there are {len(tasks)} tasks for {len(mixtures)} members; give one for all, or one for each")
+    if different := [member_task.labels for member_task in tasks if member_task.labels != tasks[0].labels]:
+        raise InvalidTask(f"the members' tasks have the labels {tasks[0].labels} and {different[0]}; give all the same")
     return answers_to(engine, mixtures, tasks, [texts] * len(tasks), weights=weights, max_new_tokens=max_new_tokens)
 
 
@@ -329,10 +334,115 @@ def answers_to(
         )
 
 
-def _tasks_of(task: Task | Sequence[Task], count: int) -> list[Task]:
-    tasks = [task] * count if isinstance(task, Task) else list(task)
-    if len(tasks) != count:
-        raise InvalidTask(f"there are {len(tasks)} tasks for {count} members; give one for all, or one for each")
-    if different := [member_task.labels for member_task in tasks if member_task.labels != tasks[0].labels]:
-        raise InvalidTask(f"the members' tasks have the labels {tasks[0].labels} and {different[0]}; give all the same")
-    return tasks
+def member_passes(
+    engine: Composer,
+    mixtures: Sequence[Any],
+    batch: Mapping[str, Any],
+    read: Callable[[Inputs], Tensor],
+    *,
+    rows_per_pass: int,
+) -> Tensor:
+    """Return read(inputs) of every member's rows, (M, B, ...); `read` runs the model and returns a tensor by rows.
+
+    Several members share a forward pass where `rows_per_pass` lets them; a batch above it is run in parts. Tensors of the
+    batch whose first axis has its number of rows are laid out by row, all else is passed on as it is.
+    Raises CompositionError for what is neither by row nor shared: a cache, several images for a text.
+    """
+    num_rows = rows_of(batch)
+    tensors = tensors_of(batch)
+    for key, value in batch.items():
+        odd = key in tensors and value.dim() > 1 and len(value) not in (1, num_rows)
+        if odd or (key in ("past_key_values", "cache") and value is not None):
+            what = f"shape {tuple(value.shape)}" if odd else type(value).__name__
+            raise CompositionError(
+                f"{key!r} of the batch ({what}) cannot be given to each member's {num_rows} rows: give inputs that have as "
+                "many rows as the batch, and no cache"
+            )
+    members_per_pass = max(1, rows_per_pass // num_rows)
+    parts = []
+    with torch.no_grad():
+        for row in range(0, num_rows, rows_per_pass):
+            size = min(rows_per_pass, num_rows - row)
+            member_values = []
+            for member in range(0, len(mixtures), members_per_pass):
+                some = list(mixtures[member : member + members_per_pass])
+                with engine.activate(some):
+                    values = read(by_rows(batch, partial(repeated, count=len(some), rows=slice(row, row + size))))
+                member_values.append(values.view(len(some), size, *values.shape[1:]))
+            parts.append(torch.cat(member_values))
+    return torch.cat(parts, dim=1)
+
+
+def known_members(engine: Composer, mixtures: Sequence[Any]) -> list[Any]:
+    """Return the members, each as activate() takes it for a row. Raises WeightingError for anything else, UnknownExpert."""
+    if not is_list(mixtures) or not mixtures:
+        raise WeightingError(
+            f"the members of an ensemble are a list of at least one mixture, not {mixtures!r}; put a single one into a list"
+        )
+    for number, mixture in enumerate(mixtures):
+        if isinstance(mixture, str | list | tuple):
+            raise WeightingError(
+                f"member {number} of the ensemble is {mixture!r}; a member is one mixture for all rows: {{name: weight}}, "
+                "None for the base, MixtureWeights of one row, or a router"
+            )
+    if not isinstance(engine, Composer):
+        raise WeightingError(
+            f"an ensemble mixes the experts of a Composer, and {engine!r:.80} is not one: pass lw.Composer(model, pool)"
+        )
+    # weights that all layers share by name: such members mix as one set of rows
+    members = [
+        mixture.as_dict()
+        if isinstance(mixture, MixtureWeights) and mixture.scope == "task" and not mixture.layers
+        else mixture
+        for mixture in mixtures
+    ]
+    resolve(members, engine.pool, engine.bound_pool)
+    return members
+
+
+def member_weights(weights: Sequence[float] | None, num_members: int) -> Tensor:
+    """Return weight_M, fp64, of sum 1; None gives all members the same. Raises WeightingError unless they are shares."""
+    if weights is None:
+        return equal_shares(num_members)
+    weight_M = torch.tensor([float(weight) for weight in weights], dtype=torch.float64)
+    if len(weight_M) != num_members:
+        raise WeightingError(f"there are {len(weight_M)} weights for {num_members} members; give one for each")
+    if not bool(torch.isfinite(weight_M).all()) or bool((weight_M < 0).any()) or not float(weight_M.sum()) > 0:
+        raise WeightingError(
+            f"the members' weights are {weight_M.tolist()}; they are shares of an average: at least 0, and not all 0"
+        )
+    return weight_M / weight_M.sum()
+
+
+def tensors_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the inputs that may have rows."""
+    return {key: value for key, value in tensors_in(batch).items() if value.dim()}
+
+
+def rows_of(batch: Mapping[str, Any]) -> int:
+    """Return the number of rows of the model's inputs. Raises CompositionError if there are none."""
+    for value in tensors_of(batch).values():
+        if len(value):
+            return len(value)
+    raise CompositionError("the batch has no tensor with rows; give the model's inputs, as a tokenizer returns them")
+
+
+def by_rows(batch: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> Inputs:
+    """Return the batch with `change` applied to the tensors that have its rows; all else is passed on as it is."""
+    num_rows = rows_of(batch)
+    changed = {key: change(value) for key, value in tensors_of(batch).items() if len(value) == num_rows}
+    return {**batch, **changed}
+
+
+def repeated(tensor: Tensor, count: int, rows: slice = slice(None)) -> Tensor:
+    """Return the chosen rows of a tensor, repeated `count` times on end."""
+    return tensor[rows].repeat(count, *[1] * (tensor.dim() - 1))
+
+
+def rows_that_fit(batch: Mapping[str, Any], logits_per_row: int, *, copies: int = 1) -> int:
+    """Return the number of rows for one forward pass, by the tokens of the longest input and the logits of a row.
+
+    `copies` is how many rows of keys and values each row becomes.
+    """
+    num_tokens = max(value[0].numel() for value in tensors_of(batch).values())
+    return max(1, min(MAX_TOKENS // (num_tokens * copies), MAX_LOGITS // logits_per_row))

@@ -25,12 +25,11 @@ from loraweave.composer.model.kinds import linear
 from loraweave.composer.train.experts import identity, remember_start, start_digest
 from loraweave.composer.train.jobs import PlannedJob, TrainingJob
 from loraweave.composer.train.learner import key_of
-from loraweave.composer.train.report import JobReport, SharedReport
 from loraweave.composer.train.rows import PLAIN, HeldOut, Judging, RowReader, TrainingRow, is_empty, owners_of
 from loraweave.composer.train.schedule import NO_TOKENIZER, WARMUP_STEPS, Pace
 from loraweave.composer.train.settings import require_texts
 from loraweave.composer.train.shared import SharedPasses
-from loraweave.composer.train.state import load_finished, save_finished
+from loraweave.composer.train.state import JobReport, SharedReport, load_finished, save_finished
 from loraweave.composer.train.tensor_rows import predicts_tokens
 from loraweave.errors import BudgetExceeded, TrainingError, UnknownName, WeightingError
 from loraweave.routers.tokens._call import has_two_sequences, unprompted

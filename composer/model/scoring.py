@@ -17,12 +17,15 @@ from loraweave.common.rows import GivenRows, read_rows
 from loraweave.composer.model.batches import (
     IGNORED,
     EncodedRow,
+    Prefixes,
     TargetBatch,
     answer_ids,
     batch,
+    cache_name,
     context_length,
     encode,
     end_tokens,
+    following,
     last_logits,
     losses_of,
     mean_losses,
@@ -31,7 +34,6 @@ from loraweave.composer.model.batches import (
     token_losses,
     with_positions,
 )
-from loraweave.composer.model.prefixes import Prefixes, cache_name, following
 from loraweave.errors import InvalidTask
 from loraweave.routers.tokens._call import prompted
 from loraweave.types import LINE, Task

@@ -28,12 +28,11 @@ from loraweave.composer.train.jobs import LORA, JobKind, LoraJob, PlannedJob, Tr
 from loraweave.composer.train.memory import MemoryModel, step_budget
 from loraweave.composer.train.passes import lora_job
 from loraweave.composer.train.processes import Processes
-from loraweave.composer.train.report import JobReport, SharedReport, TrainedAdapters
 from loraweave.composer.train.rows import HeldOut, Judging, Texts, can_be_packed, pack_task
 from loraweave.composer.train.schedule import WARMUP_STEPS, groups
 from loraweave.composer.train.settings import LoraSettings, read_endings, read_tasks
 from loraweave.composer.train.shared import SharedPasses
-from loraweave.composer.train.state import load_adapter, save_adapter
+from loraweave.composer.train.state import JobReport, SharedReport, TrainedAdapters, load_adapter, save_adapter
 from loraweave.errors import AdapterUnsupported, TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import fingerprint

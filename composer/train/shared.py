@@ -19,9 +19,8 @@ from loraweave.composer.train.jobs import LoraJob, PlannedJob, TrainingJob
 from loraweave.composer.train.memory import MemoryModel, MemoryUse, step_budget
 from loraweave.composer.train.passes import SharedPass, range_losses, row_losses
 from loraweave.composer.train.processes import Processes
-from loraweave.composer.train.report import JobReport, SharedReport
 from loraweave.composer.train.schedule import JobSize, groups, successor
-from loraweave.composer.train.state import Best, RunningState, put_values
+from loraweave.composer.train.state import Best, JobReport, RunningState, SharedReport, put_values
 from loraweave.errors import BudgetExceeded, TrainingError
 
 CHECKPOINT_STEPS = 20

@@ -7,7 +7,6 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles import member_passes
 from loraweave.composer.ensembles.ensemble import answers, ensemble
 from loraweave.composer.model import scoring
 from loraweave.errors import CompositionError, InvalidTask, ScopeError, UnknownExpert, WeightingError
@@ -104,9 +103,9 @@ def test_passes_follow_from_the_tokens_and_logits_that_one_may_hold(padded, engi
     handle = engine.model.register_forward_pre_hook(
         lambda model, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    monkeypatch.setattr(member_passes, "MAX_TOKENS", 6 * 7)
+    monkeypatch.setattr("loraweave.composer.ensembles.ensemble.MAX_TOKENS", 6 * 7)
     ensemble(engine, MEMBERS, padded("left"))
-    monkeypatch.setattr(member_passes, "MAX_LOGITS", 3 * 61)
+    monkeypatch.setattr("loraweave.composer.ensembles.ensemble.MAX_LOGITS", 3 * 61)
     ensemble(engine, MEMBERS, padded("left"))
     handle.remove()
     assert rows == [6, 6, 3, 3, 3, 3]

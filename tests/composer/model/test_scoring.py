@@ -12,8 +12,7 @@ import torch
 from scipy.stats import binomtest
 
 from loraweave.composer.model import scoring
-from loraweave.composer.model.batches import IGNORED, batch, encode, mean_losses, token_losses, token_scores
-from loraweave.composer.model.prefixes import Prefixes
+from loraweave.composer.model.batches import IGNORED, Prefixes, batch, encode, mean_losses, token_losses, token_scores
 from loraweave.composer.model.scoring import encode_pairs, losses, predict
 from loraweave.composer.train.rows import TrainingRow
 from loraweave.errors import InvalidTask
