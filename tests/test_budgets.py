@@ -21,16 +21,16 @@ import loraweave as lw
 from loraweave import errors, extend, registry
 
 LIMITS = {
-    "files of the core": 571,
-    "lines of the core": 80_409,
-    "lines of the product": 83_914,
+    "files of the core": 342,
+    "lines of the core": 56_519,
+    "lines of the product": 84_781,
     "lines of the largest extension": 4_000,
     "loose files of composer/": 0,
-    "public names but errors": 53,
-    "names for those who extend": 200,
-    "imports below loraweave. in the pages": 27,
-    "values named found, own, each, given or asked": 179,
-    "docstrings that are no order": 62,
+    "public names but errors": 37,
+    "names for those who extend": 389,
+    "imports below loraweave. in the pages": 0,
+    "values named found, own, each, given or asked": 11,
+    "docstrings that are no order": 0,
 }
 # a limit that stays: an extension is small enough to be read
 FIXED = {"lines of the largest extension"}

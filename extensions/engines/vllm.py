@@ -16,6 +16,7 @@ import sys
 import weakref
 from collections.abc import Mapping
 from contextvars import ContextVar
+from functools import cache
 from http import HTTPStatus
 from pathlib import Path
 from types import MappingProxyType
@@ -253,18 +254,14 @@ def _key_of(request: Any) -> str:
     return Path(request.lora_path).name
 
 
-_types: list[type] = []
-
-
+@cache
 def _request_type() -> type:
     """Return a class of vLLM's LoRARequest that can be watched and keeps its number; vLLM gives every name another one."""
-    if not _types:
-        from vllm.lora.request import LoRARequest
+    from vllm.lora.request import LoRARequest
 
-        class FormulaRequest(LoRARequest, weakref=True):  # type: ignore[call-arg,misc]
-            def __setattr__(self, name: str, value: Any) -> None:
-                if name != "lora_int_id":
-                    super().__setattr__(name, value)
+    class FormulaRequest(LoRARequest, weakref=True):  # type: ignore[call-arg,misc]
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name != "lora_int_id":
+                super().__setattr__(name, value)
 
-        _types.append(FormulaRequest)
-    return _types[0]
+    return FormulaRequest

@@ -8,7 +8,7 @@ let signs be elected or not, divide by the weights or not, scale by lambda. Rand
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -213,9 +213,7 @@ class Recipe:
             )
         recipe = cls(str(path), str(method), (), said.get("parameters") or {}, str(dtype))
         recipe._require_parameters("parameters", recipe.settings, (*recipe._of_models, *recipe._of_all))
-        return cls(
-            recipe.whose, recipe.method, tuple(recipe._model(model, base) for model in models), recipe.settings, recipe.dtype
-        )
+        return replace(recipe, models=tuple(recipe._model(model, base) for model in models))
 
     @property
     def _of_models(self) -> tuple[str, ...]:

@@ -82,7 +82,11 @@ class FileFormat(Reader):
         metadata = {} if is_pickle(name) else file_metadata(folder, name)
         held, dtypes = cls._held(folder, name)
         layers, notes = cls.layers(held, metadata, bound, model, str(folder / name))
-        card = _card(source, metadata) | {"stored_dtype": "+".join(sorted(dtypes))}
+        # a lone file's neighbours say nothing about it
+        card = read_card(source)[0] if source.is_dir() else {}
+        texts = {key: text for key, text in sorted(metadata.items()) if len(text) <= MAX_NOTE_TEXT}
+        card |= {"file_metadata": dict(list(texts.items())[:MAX_NOTES])} if texts else {}
+        card["stored_dtype"] = "+".join(sorted(dtypes))
         card |= {"conversion": notes} if notes else {}
         model_fingerprint = None if model is None else fingerprint(model)
         return Contents(cls.base_id(source), layers, model_fingerprint, card)
@@ -194,10 +198,3 @@ def refuse_pickle(folder: Path, name: str, allow_pickle: bool) -> None:
             f"{folder / name} is a pickle, which can run code when it is read; have it read by the safe loader: "
             "allow_pickle=True (--allow-pickle in the shell), or save its tensors as safetensors"
         )
-
-
-def _card(source: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the card of a folder, and the file's metadata; a lone file's neighbours say nothing about it."""
-    card = read_card(source)[0] if source.is_dir() else {}
-    notes = {key: text for key, text in sorted(metadata.items()) if len(text) <= MAX_NOTE_TEXT}
-    return card | ({"file_metadata": dict(list(notes.items())[:MAX_NOTES])} if notes else {})

@@ -36,7 +36,8 @@ def merge_rooted(found: Sequence[Term], combine: Combine, prune: Prune = lambda 
     b_OR = merged([term.factors.b_OR for term in found], root_E)
     bias_O = None
     if any(term.factors.bias_O is not None for term in found):
-        bias_O = merged([_bias(term.factors) for term in found], w_E)
+        zeros_O = b_OR.new_zeros(b_OR.shape[0])
+        bias_O = merged([zeros_O if term.factors.bias_O is None else term.factors.bias_O for term in found], w_E)
     return replace(found[0].factors, a_RI=a_RI, b_OR=b_OR, bias_O=bias_O)
 
 
@@ -88,7 +89,3 @@ def disjoint_mean(majority: str) -> Combine:
         return weighted_sum(tensors * agree, weight_E) / agree.sum(dim=0).clamp(min=1)
 
     return combine
-
-
-def _bias(factors: Factors) -> Tensor:
-    return factors.b_OR.new_zeros(factors.b_OR.shape[0]) if factors.bias_O is None else factors.bias_O

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from loraweave import Factors
 from loraweave.extend import Experts, Positive, Share, Weights, empty_update, traits
-from loraweave.extensions.methods.methods._core import Spectrum, as_factors, counted, opened
+from loraweave.extensions.methods.methods._core import as_factors, counted, opened
 
 # log traces that vary by more than this share of their squared mean are of experts of very different size
 UNEVEN = 0.3
@@ -36,50 +33,34 @@ def ace(experts: Experts, weights: Weights, *, eps: Positive = 1e-2, k_fraction:
     first, bias_O, parts = opened(experts, weights)
     if not parts:
         return empty_update(first, bias_O)
-    projected = _Updates.of(parts)
+    # D_e = d_e basis and C_e = c_e basis, in an orthonormal basis of the common row space
+    left_IS, size_S, _ = torch.linalg.svd(torch.cat([spectrum.v_IR for spectrum in parts], dim=1), full_matrices=False)
+    basis_PI = left_IS[:, : counted(size_S)].T
+    updates = [(spectrum.u_OR * (spectrum.s_R * spectrum.weight)) @ (spectrum.v_IR.T @ basis_PI.T) for spectrum in parts]
+    centred = [d_OP - d_OP.mean(dim=0, keepdim=True) for d_OP in updates]
+    covariances = [c_OP.T @ c_OP for c_OP in centred]
     trace_E = torch.tensor(
         [float((spectrum.weight * spectrum.s_R).square().sum()) for spectrum in parts], dtype=torch.float64
     )
     log_E = (trace_E + TINY).log()
     uneven = len(parts) > 1 and bool(log_E.var() / (log_E.mean().square() + TINY) > UNEVEN)
-    size_E = [float(s_PP.trace()) + TINY if uneven else 1.0 for s_PP in projected.covariances]
-    covariances = [s_PP / size for s_PP, size in zip(projected.covariances, size_E, strict=True)]
-    eye_PP = torch.eye(len(projected.basis_PI), dtype=torch.float64)
+    size_E = [float(s_PP.trace()) + TINY if uneven else 1.0 for s_PP in covariances]
+    covariances = [s_PP / size for s_PP, size in zip(covariances, size_E, strict=True)]
+    eye_PP = torch.eye(len(basis_PI), dtype=torch.float64)
     damped = [s_PP + eps / size * eye_PP for s_PP, size in zip(covariances, size_E, strict=True)]
     total_PP = torch.stack(damped).sum(dim=0)
-    ones_P = projected.basis_PI.sum(dim=1)
-    mean_row_P = (torch.stack(covariances).sum(dim=0) @ ones_P) / projected.basis_PI.shape[1]
+    ones_P = basis_PI.sum(dim=1)
+    mean_row_P = (torch.stack(covariances).sum(dim=0) @ ones_P) / basis_PI.shape[1]
     if uneven:
         mean_row_P = mean_row_P / (float(trace_E.mean()) + TINY)
-    target_OP = torch.stack([c_OP @ g_PP for c_OP, g_PP in zip(projected.centred, damped, strict=True)]).sum(dim=0)
+    target_OP = torch.stack([c_OP @ g_PP for c_OP, g_PP in zip(centred, damped, strict=True)]).sum(dim=0)
     merged_OP = torch.linalg.solve(total_PP + torch.outer(ones_P, mean_row_P), target_OP, left=False)
     if uneven:
         mean_PP = total_PP / len(parts)
-        rest = [d_OP @ (s_PP - mean_PP) for d_OP, s_PP in zip(projected.updates, covariances, strict=True)]
-        merged_OP = merged_OP + _level(merged_OP + torch.stack(rest).sum(dim=0), k_fraction, projected.basis_PI.shape[1])
+        rest = [d_OP @ (s_PP - mean_PP) for d_OP, s_PP in zip(updates, covariances, strict=True)]
+        merged_OP = merged_OP + _level(merged_OP + torch.stack(rest).sum(dim=0), k_fraction, basis_PI.shape[1])
     left_OP, r_PP = torch.linalg.qr(merged_OP)
-    return as_factors(first, left_OP, r_PP @ projected.basis_PI, bias_O)
-
-
-@dataclass(frozen=True, eq=False)
-class _Updates:
-    """The experts in an orthonormal basis of their common row space: D_e = d_e basis, C_e = c_e basis, S_e = c_e^T c_e."""
-
-    basis_PI: Tensor
-    updates: list[Tensor]
-    centred: list[Tensor]
-
-    @classmethod
-    def of(cls, parts: Sequence[Spectrum]) -> _Updates:
-        stack_IS = torch.cat([spectrum.v_IR for spectrum in parts], dim=1)
-        left_IS, size_S, _ = torch.linalg.svd(stack_IS, full_matrices=False)
-        basis_PI = left_IS[:, : counted(size_S)].T
-        updates = [(spectrum.u_OR * (spectrum.s_R * spectrum.weight)) @ (spectrum.v_IR.T @ basis_PI.T) for spectrum in parts]
-        return cls(basis_PI, updates, [d_OP - d_OP.mean(dim=0, keepdim=True) for d_OP in updates])
-
-    @property
-    def covariances(self) -> list[Tensor]:
-        return [c_OP.T @ c_OP for c_OP in self.centred]
+    return as_factors(first, left_OP, r_PP @ basis_PI, bias_O)
 
 
 def _level(fused_OP: Tensor, k_fraction: float, num_inputs: int) -> Tensor:

@@ -64,8 +64,11 @@ def wudi(
         return as_factors(first, target_OP / s_P.square(), v_IP.T, bias_O)
     sum_OP = (experts_S.u_OS * experts_S.size_S) @ (experts_S.v_IS.T @ v_IP)
     fall_OP = target_OP - sum_OP * s_P.square()
-    num_entries = first.b_OR.shape[0] * first.a_RI.shape[1]
-    return as_factors(first, sum_OP + fall_OP * _reach(fall_OP, s_P.square(), num_entries), v_IP.T, bias_O)
+    rms = float(fall_OP.norm()) / math.sqrt(first.b_OR.shape[0] * first.a_RI.shape[1])
+    if rms:
+        # (1 - exp(-t l)) / l of every eigenvalue l
+        fall_OP = fall_OP * (-torch.expm1(-STEPS * RATE / rms * s_P.square()) / s_P.square())
+    return as_factors(first, sum_OP + fall_OP, v_IP.T, bias_O)
 
 
 def _released(experts_S: Joint, z_IS: Tensor, wanted_OS: Tensor) -> Tensor:
@@ -84,11 +87,3 @@ def _released(experts_S: Joint, z_IS: Tensor, wanted_OS: Tensor) -> Tensor:
         update_NI.addcdiv_(mean_NI, spread_NI, value=-RATE / (1 - BETA**step))
     sum_OI[moves_O] = update_NI
     return sum_OI
-
-
-def _reach(fall_OP: Tensor, eigenvalue_P: Tensor, num_entries: int) -> Tensor:
-    """Return (1 - exp(-t l)) / l of every eigenvalue l."""
-    rms = float(fall_OP.norm()) / math.sqrt(num_entries)
-    if rms == 0.0:
-        return torch.zeros_like(eigenvalue_P)
-    return -torch.expm1(-STEPS * RATE / rms * eigenvalue_P) / eigenvalue_P
