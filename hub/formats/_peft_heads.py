@@ -82,7 +82,11 @@ def saved_modules(heads: Mapping[str, Tensor], layers: Iterable[str], recorded: 
     of_task = [name for name in TASK_HEADS.get(task or "", ()) if any(_depth(head.split("."), [name]) for head in heads)]
     if task in TASK_HEADS and not of_task:
         task = None
-    names = _names(heads, of_task, texts(entry(recorded, "modules_to_save", object)))
+    # PEFT runs the names as regular expressions when it looks for target modules
+    plain = [name for name in texts(entry(recorded, "modules_to_save", object)) if re.fullmatch(r"[\w.-]+", name)]
+    known = list(dict.fromkeys([*plain, *of_task]))
+    names = [name for name in known if any(_depth(head.split("."), [name]) for head in heads)]
+    names += sorted({head.rpartition(".")[0] for head in heads if _depth(head.split("."), known) is None})
     in_effect = [*names, *TASK_HEADS.get(task or "", ())]
     for head in heads:
         _check_name(head, in_effect)
@@ -93,15 +97,6 @@ def saved_modules(heads: Mapping[str, Tensor], layers: Iterable[str], recorded: 
                 f"{', '.join(map(repr, names))} (it compares the ends of names), so no PEFT folder can hold both"
             )
     return names, task
-
-
-def _names(heads: Mapping[str, Tensor], of_task: Sequence[str], recorded: Sequence[str]) -> list[str]:
-    # PEFT runs the names as regular expressions when it looks for target modules
-    plain = [name for name in recorded if re.fullmatch(r"[\w.-]+", name)]
-    known = list(dict.fromkeys([*plain, *of_task]))
-    uncovered = [head for head in heads if _depth(head.split("."), known) is None]
-    used = [name for name in known if any(_depth(head.split("."), [name]) for head in heads)]
-    return used + sorted({head.rpartition(".")[0] for head in uncovered})
 
 
 def _check_name(head: str, names: Sequence[str]) -> None:

@@ -34,8 +34,6 @@ FORMAT_VERSION = 1
 class Compeft:
     """The reader and writer of folders of ternary adapters; it reads bit for bit what it wrote."""
 
-    # `write` takes factors whose values are -c, 0 and c only
-    ternary_only = True
     files = ("compeft.*",)
 
     @staticmethod
