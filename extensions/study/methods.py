@@ -173,15 +173,10 @@ class Method:
         elif self.said.get("fit") == "pool":
             known = {**options_of(router_class(self.method), after=1), **TRAINING}
             check_options(f"method {self.name!r} of the study", self.options, known)
-        elif self.is_composed:
+        elif not self.is_merge and self.method not in OWN:
             ComposeCall(_source(self, hub), task, self.arguments(limits, seed=0))
         for member in self.members:
             member.check(hub, task, limits)
-
-    @property
-    def is_composed(self) -> bool:
-        """True if compose() makes it."""
-        return self.formula is None and not self.is_merge and self.method not in OWN
 
     def arguments(self, limits: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
         """Return those of compose(). Without `folds` nothing is held out: a row of a table is the method and no stand-in."""

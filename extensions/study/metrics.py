@@ -81,12 +81,7 @@ def _normalised(text: str, steps: Sequence[str]) -> str:
 
 
 def _each(
-    function: Function,
-    clean: Callable[[str], str],
-    answers: Sequence[str],
-    targets: Sequence[Sequence[str]],
-    losses: Sequence[float],
-    tokens: Sequence[int],
+    function: Function, clean: Callable[[str], str], answers: Sequence[str], targets: Sequence[Sequence[str]], *_: Any
 ) -> np.ndarray:
     pairs = zip(answers, targets, strict=True)
     return np.array([[float(function(clean(answer), [clean(text) for text in accepted]))] for answer, accepted in pairs])
@@ -131,12 +126,7 @@ def _corpus_scorer(name: str) -> Any:
 
 
 def _sacrebleu(
-    scorer: Any,
-    clean: Callable[[str], str],
-    answers: Sequence[str],
-    targets: Sequence[Sequence[str]],
-    losses: Sequence[float],
-    tokens: Sequence[int],
+    scorer: Any, clean: Callable[[str], str], answers: Sequence[str], targets: Sequence[Sequence[str]], *_: Any
 ) -> np.ndarray:
     """Return the counts of each item whose sums make sacrebleu's corpus score."""
     most = max(map(len, targets))

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from loraweave.extend import ShownTable, blank_figure
 from loraweave.extensions.study.cells import write_whole
-from loraweave.extensions.study.results import ALL, Figure, StudyResults, figure_rows
+from loraweave.extensions.study.results import ALL, Figure, StudyResults
 
 # as many answers of a cell as the page shows; all are in answers.jsonl
 NUM_SHOWN = 20
@@ -30,9 +31,14 @@ NOTE = (
 def write_report(results: StudyResults) -> None:
     """Write all files of the study's folder; the plots only where matplotlib is installed."""
     folder = results.folder
-    columns, rows = figure_rows(results)
+    columns = [column.name for column in fields(Figure)]
+    rows = ([getattr(figure, name) for name in columns] for figure in results.figures)
     write_whole(folder / "table.md", markdown(results))
-    write_whole(folder / "table.csv", _csv([columns, *rows]))
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows(
+        ["" if value != value else value for value in row] for row in (columns, *rows)
+    )
+    write_whole(folder / "table.csv", table.getvalue())
     write_whole(folder / "table.tex", latex(results))
     write_whole(folder / "answers.jsonl", _answers(results))
     write_whole(folder / "failures.json", json.dumps(dict(results.failures), indent=1, ensure_ascii=False))
@@ -222,12 +228,6 @@ TEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
 
 def _tex(text: str) -> str:
     return "".join(TEX.get(character, character) for character in text)
-
-
-def _csv(rows: Sequence[Sequence[object]]) -> str:
-    written = io.StringIO()
-    csv.writer(written, lineterminator="\n").writerows(["" if value != value else value for value in row] for row in rows)
-    return written.getvalue()
 
 
 def _answers(results: StudyResults) -> str:

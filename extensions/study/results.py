@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -241,9 +241,3 @@ def _values(task: StudyTask, metric: Metric, counts_NK: np.ndarray) -> np.ndarra
     times_RN = np.apply_along_axis(np.bincount, 1, drawn_RN, minlength=num_items)
     sums_RK = np.concatenate([with_count_NK.sum(axis=0)[None], times_RN @ with_count_NK])
     return metric.value(sums_RK)
-
-
-def figure_rows(results: StudyResults) -> tuple[list[str], list[list[object]]]:
-    """Return (columns, rows) of all figures."""
-    columns = [column.name for column in fields(Figure)]
-    return columns, [[getattr(figure, name) for name in columns] for figure in results.figures]

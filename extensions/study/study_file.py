@@ -105,7 +105,9 @@ class _Reader:
             settings["base"] = str(self.folder / settings["base"])
         if settings["hub"] and "://" not in settings["hub"]:
             settings["hub"] = str(self.folder / settings["hub"])
-        settings["dtype"] = self._one_of("dtype", DTYPES)
+        settings["dtype"] = dtype = self._text("dtype")
+        if dtype not in (None, *DTYPES):
+            raise self._wrong(f"has dtype {dtype!r}; it is one of {', '.join(DTYPES)}")
         settings["pool"] = tuple(self.folder / path for path in self._texts("pool"))
         settings["pool_data"] = self.folder / said["pool_data"] if self._text("pool_data") else None
         if settings["hub"] and settings["pool"]:
@@ -161,8 +163,7 @@ class _Reader:
         if ("file" in said) == ("dataset" in said):
             raise self._wrong(f"has a task with {', '.join(said) or 'nothing'}: it takes a 'file' or a 'dataset'")
         name = said.get("name") or (Path(str(said["file"])).stem if "file" in said else _dataset_name(said["dataset"]))
-        reader = _Rows(self.whose, str(name), self.folder, said, settings["num_test"])
-        train, test = reader.rows()
+        train, test = self._rows(said, str(name), settings["num_test"])
         labels = said.get("labels")
         if labels is not None and not is_list(labels, str):
             raise self._wrong(
@@ -192,6 +193,50 @@ class _Reader:
             task.drawn(shots, 0)
         return task
 
+    def _rows(self, said: Mapping[str, Any], name: str, num_test: int) -> tuple[list[Row], list[Row]]:
+        """Return (train, test): by another file or split, by the column `split`, or else drawn once from all rows.
+
+        Raises InvalidTask where either has none.
+        """
+        if "dataset" in said:
+            train, test = self._of_dataset(said, name)
+        else:
+            train = _read(said, name, self.folder / str(said["file"]), "file")
+            test = _read(said, name, self.folder / str(said["test"]), "test") if "test" in said else []
+        if not test:
+            # of rows with a split column those of the test split are answered
+            test = [row for row in train if row.split == "test"]
+            if test:
+                train = [row for row in train if row.split in ("", "train")]
+            else:
+                order = np.random.default_rng(0).permutation(len(train))
+                mixed = [train[place] for place in order]
+                test, train = mixed[:num_test], mixed[num_test:]
+        if not (train and test):
+            raise InvalidTask(
+                f"{self.whose}: task {name!r} has {len(train)} rows to draw examples from and {len(test)} to answer; "
+                "it needs both, so give more rows, a 'test' file or a smaller num_test"
+            )
+        return train, test[:num_test]
+
+    def _of_dataset(self, task: Mapping[str, Any], name: str) -> tuple[list[Row], list[Row]]:
+        dataset = task["dataset"]
+        said = {"path": dataset} if isinstance(dataset, str) else dict(dataset)
+        _require_known(f"{self.whose}: dataset of task {name!r}", said, DATASET_KEYS)
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise PackageMissing(f"task {name!r} is a data set: pip install 'loraweave[study]'") from error
+        # a folder or file of the user's is named relative to the study, like every path
+        path = str(self.folder / said["path"]) if (self.folder / said["path"]).exists() else said["path"]
+        read = [
+            _read(task, name, load_dataset(path, said.get("name"), split=said[split]), split) if split in said else []
+            for split in ("train", "test")
+        ]
+        if not read[0]:
+            raise InvalidTask(f"{self.whose}: dataset of task {name!r} needs 'train', the split to draw examples from")
+        return read[0], read[1]
+
     def _metrics(self, given: Any, normalise: tuple[str, ...] | None) -> tuple[Metric, ...]:
         names = [given] if isinstance(given, str) else given
         if not (is_list(names, str) and names):
@@ -204,14 +249,8 @@ class _Reader:
             raise self._wrong(f"has {value!r:.60} as {key!r}, which is no text")
         return value
 
-    def _one_of(self, key: str, known: Sequence[str]) -> str | None:
-        value = self._text(key)
-        if value is not None and value not in known:
-            raise self._wrong(f"has {key} {value!r}; it is one of {', '.join(known)}")
-        return value
-
-    def _texts(self, key: str, default: Sequence[str] = ()) -> list[str]:
-        value = self.said.get(key, default)
+    def _texts(self, key: str) -> list[str]:
+        value = self.said.get(key, ())
         listed = [value] if isinstance(value, str) else value
         if not is_list(listed, str):
             raise self._wrong(f"has {value!r:.60} as {key!r}; give a text or a list of texts")
@@ -246,60 +285,5 @@ def _dataset_name(given: Any) -> str:
     return str(given.get("path", "dataset") if isinstance(given, Mapping) else given).rpartition("/")[2]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of one task: those to draw examples from, and those to answer."""
-
-    whose: str
-    name: str
-    folder: Path
-    said: Mapping[str, Any]
-    num_test: int
-
-    def rows(self) -> tuple[list[Row], list[Row]]:
-        """Return (train, test): by another file or split, by the column `split`, or else drawn once from all rows.
-
-        Raises InvalidTask where either has none.
-        """
-        if "dataset" in self.said:
-            train, test = self._of_dataset()
-        else:
-            train = self._read(self.folder / str(self.said["file"]), "file")
-            test = self._read(self.folder / str(self.said["test"]), "test") if "test" in self.said else []
-        if not test:
-            # of rows with a split column those of the test split are answered
-            test = [row for row in train if row.split == "test"]
-            if test:
-                train = [row for row in train if row.split in ("", "train")]
-            else:
-                order = np.random.default_rng(0).permutation(len(train))
-                mixed = [train[place] for place in order]
-                test, train = mixed[: self.num_test], mixed[self.num_test :]
-        if not (train and test):
-            raise InvalidTask(
-                f"{self.whose}: task {self.name!r} has {len(train)} rows to draw examples from and {len(test)} to answer; "
-                "it needs both, so give more rows, a 'test' file or a smaller num_test"
-            )
-        return train, test[: self.num_test]
-
-    def _read(self, given: Any, of: str) -> list[Row]:
-        columns, whose = self.said.get("columns"), f"{of} of task {self.name!r}"
-        return read_rows(given, of=whose, targets="several", columns=columns, one_split=False)
-
-    def _of_dataset(self) -> tuple[list[Row], list[Row]]:
-        dataset = self.said["dataset"]
-        said = {"path": dataset} if isinstance(dataset, str) else dict(dataset)
-        _require_known(f"{self.whose}: dataset of task {self.name!r}", said, DATASET_KEYS)
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise PackageMissing(f"task {self.name!r} is a data set: pip install 'loraweave[study]'") from error
-        # a folder or file of the user's is named relative to the study, like every path
-        path = str(self.folder / said["path"]) if (self.folder / said["path"]).exists() else said["path"]
-        read = [
-            self._read(load_dataset(path, said.get("name"), split=said[split]), split) if split in said else []
-            for split in ("train", "test")
-        ]
-        if not read[0]:
-            raise InvalidTask(f"{self.whose}: dataset of task {self.name!r} needs 'train', the split to draw examples from")
-        return read[0], read[1]
+def _read(task: Mapping[str, Any], name: str, given: Any, of: str) -> list[Row]:
+    return read_rows(given, of=f"{of} of task {name!r}", targets="several", columns=task.get("columns"), one_split=False)
