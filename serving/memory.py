@@ -105,7 +105,7 @@ class Experts:
     def has(self, served: Served) -> bool:
         """Return whether everything that a composition needs is loaded."""
         with self._lock:
-            return all(key in self._about for key in served.needs)
+            return self._about.keys() >= set(served.needs)
 
     def load(self, served: Served) -> None:
         """Load what a composition needs and the engine lacks, while others run.
