@@ -8,9 +8,11 @@ but this server.
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraweave import AdapterNotFound, Hub, LoraweaveError
 from loraweave.extend import (
+    EventStream,
     Limits,
     Refusal,
     loopback_only,
@@ -39,10 +42,19 @@ from loraweave.extend import (
     require_loopback,
     unless_gone,
 )
-from loraweave.extensions.ui.acts import Tell, act
 from loraweave.extensions.ui.catalogue import Alike, Catalogue, Listed, Named, Placed, Query, Searched
 from loraweave.extensions.ui.overview import Overview
-from loraweave.extensions.ui.workbench import Answered, Exported, Found, Mixed, Picked, Routed, Saved, Workbench
+from loraweave.extensions.ui.workbench import (
+    Answered,
+    Exported,
+    Found,
+    Mixed,
+    Picked,
+    Routed,
+    Saved,
+    Tell,
+    Workbench,
+)
 
 Asked = TypeVar("Asked", bound=BaseModel)
 
@@ -83,17 +95,8 @@ def make_ui_server(
     require_loopback(
         host, f"the page has no key: keep 127.0.0.1, and come from another machine through ssh -L {port}:127.0.0.1:{port}"
     )
-    return uvicorn.Server(
-        uvicorn.Config(
-            make_ui(hub, load),
-            host=host,
-            port=port,
-            log_level=log_level,
-            access_log=False,
-            ws="none",
-            timeout_graceful_shutdown=1,
-        )
-    )
+    settings: dict[str, Any] = {"log_level": log_level, "access_log": False, "ws": "none", "timeout_graceful_shutdown": 1}
+    return uvicorn.Server(uvicorn.Config(make_ui(hub, load), host=host, port=port, **settings))
 
 
 def make_ui(hub: Hub, load: Callable[[], tuple[Any, Any]]) -> Starlette:
@@ -183,6 +186,49 @@ class Threads:
 
     async def _read(self, kind: type[Asked], request: Request) -> Asked:
         return read_request(kind, await read_body(request, self._limits))
+
+
+class Left(BaseException):
+    """The end of work that nobody listens to any longer. No `except Exception` on the way takes it for a failure."""
+
+
+def act(thread: Executor, work: Callable[[Tell], None], refused: Callable[[BaseException], Refusal]) -> EventStream:
+    """Return a stream of what `work(tell)` tells; if the client goes first, the next `tell` raises Left in the work.
+
+    What the work raises is told last, as `refused` puts it. Acts of one thread run one after another; one whose client has
+    gone before its turn does nothing.
+    """
+    loop = asyncio.get_running_loop()
+    heard: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+    left = threading.Event()
+
+    def put(event: dict[str, Any] | None) -> None:
+        # a loop that is closed has no client left
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(heard.put_nowait, event)
+
+    def tell(event: dict[str, Any]) -> None:
+        if left.is_set():
+            raise Left
+        put(event)
+
+    def run() -> None:
+        try:
+            tell({})
+            work(tell)
+        except Left:
+            pass
+        except Exception as error:
+            put(refused(error).body)
+        finally:
+            put(None)
+
+    async def events() -> AsyncIterator[str]:
+        while (event := await heard.get()) is not None:
+            yield json.dumps(event)
+
+    thread.submit(run)
+    return EventStream(events(), left.set, {})
 
 
 class Guard:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraweave import Adapter, AdapterNotFound, Candidate, Hub, Record, Retriever
+from loraweave import AdapterNotFound, Candidate, Hub, Record, Retriever
 from loraweave.extend import Filters, algebra, block_of, entry
 from loraweave.extensions.ui.overview import Overview, in_order
 
@@ -123,7 +123,9 @@ class Catalogue:
         options = asked.options
         filters = Filters(options["base_model"], options["license"], options["tags"])
         named: dict[str, dict[str, Any]] = {}
-        for name in self._names_with(asked.q):
+        snapshot, wanted = self._overview.newest, asked.q.strip()
+        names = [wanted] * (wanted in self._hub) if snapshot is None else snapshot.named(wanted, NUM_NAMED)
+        for name in names if len(wanted) > 1 else ():
             record = self._record(name)
             if record is not None and filters.passes(record) and not record.quarantined:
                 row = rows.pop(name, {**row_of(record), "score": None, "evidence": ""})
@@ -170,13 +172,14 @@ class Catalogue:
             "version": record.version,
             "modules": list(record.target_modules),
             "source": "" if record.source is None else record.source.location,
-            "anomalies": [
-                {"kind": anomaly.kind, "detail": anomaly.detail, "score": anomaly.score} for anomaly in record.anomalies
-            ],
+            "anomalies": [vars(anomaly) for anomaly in record.anomalies],
             "examples": examples,
             "num_examples": len(record.examples),
             "card": card[:CARD_CHARACTERS] + ("\n…" if len(card) > CARD_CHARACTERS else ""),
-            "versions": [_version(version) for version in reversed(self._hub.history(asked.name))],
+            "versions": [
+                {name: getattr(version, name) for name in ("version", "restored", "hash", "rank", "size_bytes", "created")}
+                for version in reversed(self._hub.history(asked.name))
+            ],
             "family": self._family(record),
         }
 
@@ -184,7 +187,8 @@ class Catalogue:
         """Return the Frobenius norm of each layer's low-rank update, as a grid of kinds by blocks."""
         adapter = self._hub.get(asked.name, quarantined=True)
         unbound = sum(not factors.bound for factors in adapter.layers.values())
-        return {**grid(norms_of(adapter)), "unbound": unbound, "heads": sorted(adapter.heads)}
+        norms = {layer: algebra.norm(factors) for layer, factors in adapter.layers.items()}
+        return {**grid(norms), "unbound": unbound, "heads": sorted(adapter.heads)}
 
     def alike(self, asked: Alike) -> dict[str, Any]:
         """Return the adapters that resemble one: by its texts, or by its weights, which reads every adapter once."""
@@ -215,15 +219,9 @@ class Catalogue:
                 name, weight = entry(parent, "name", str) or "", entry(parent, "weight", (int, float))
                 there = self._record(name)
                 known = there is not None and there.hash == entry(parent, "hash", str)
-                relatives.append(
-                    {
-                        "name": name,
-                        "weight": None if weight is None else float(weight),
-                        "child": child,
-                        "generation": generation,
-                        "known": known,
-                    }
-                )
+                share = None if weight is None else float(weight)
+                place = {"child": child, "generation": generation, "known": known}
+                relatives.append({"name": name, "weight": share, **place})
                 if there is not None and known:
                     ahead.append((len(relatives) - 1, there))
         return relatives
@@ -234,13 +232,6 @@ class Catalogue:
         except AdapterNotFound:
             # removed in between
             return None
-
-    def _names_with(self, text: str) -> list[str]:
-        snapshot = self._overview.newest
-        wanted = text.strip()
-        if len(wanted) < 2:
-            return []
-        return [wanted] * (wanted in self._hub) if snapshot is None else snapshot.named(wanted, NUM_NAMED)
 
 
 def row_of(record: Record) -> dict[str, Any]:
@@ -264,10 +255,6 @@ def hit_of(hit: Candidate) -> dict[str, Any]:
     return {**row_of(hit.record), "score": hit.score, "evidence": hit.evidence}
 
 
-def norms_of(adapter: Adapter) -> dict[str, float]:
-    return {layer: algebra.norm(factors) for layer, factors in adapter.layers.items()}
-
-
 def block_and_kind(layer: str) -> tuple[str, str]:
     """Return (path up to the first number, the rest) of a layer; a layer outside blocks is its own block and kind."""
     block = block_of(layer)
@@ -288,17 +275,6 @@ def grid(values: Mapping[str, float]) -> dict[str, Any]:
     blocks = sorted({block for block, _ in cells}, key=by_number)
     kinds = list(dict.fromkeys(kind for _, kind in cells))
     return {"blocks": blocks, "kinds": kinds, "values": [[cells.get((block, kind)) for block in blocks] for kind in kinds]}
-
-
-def _version(record: Record) -> dict[str, Any]:
-    return {
-        "version": record.version,
-        "restored": record.restored,
-        "hash": record.hash,
-        "rank": record.rank,
-        "size_bytes": record.size_bytes,
-        "created": record.created,
-    }
 
 
 def _parents(record: Record) -> list[Mapping[str, Any]]:

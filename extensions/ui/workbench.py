@@ -19,6 +19,7 @@ from uuid import uuid4
 
 import torch
 from pydantic import Field, model_validator
+from rich.progress import Progress, TaskID
 
 from loraweave import (
     AdapterNotFound,
@@ -45,7 +46,6 @@ from loraweave.extend import (
     router_class,
     router_names,
 )
-from loraweave.extensions.ui.acts import Tell, ToldProgress
 from loraweave.extensions.ui.catalogue import Name, Query, block_and_kind, by_number, grid
 
 MAX_PICKED = 8
@@ -55,6 +55,7 @@ PANEL = "panel"
 MAX_KEPT = 8
 Text = Annotated[str, Field(max_length=20_000)]
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=-100, le=100)]
+Tell = Callable[[dict[str, Any]], None]
 
 
 class Part(Query):
@@ -63,9 +64,6 @@ class Part(Query):
     name: Name
     weight: Finite
     blocks: dict[str, Finite] = Field(default_factory=dict)
-
-    def weight_in(self, layer: str) -> float:
-        return self.blocks.get(block_and_kind(layer)[0], self.weight)
 
 
 class Picked(Query):
@@ -102,7 +100,8 @@ class Mixed(Query):
             raise WeightingError("all weights are zero, which is the base model: move a slider first")
 
     def by_layer(self, layers: Sequence[str]) -> dict[str, dict[str, float]]:
-        return {layer: {part.name: part.weight_in(layer) for part in self.parts} for layer in layers}
+        block = {layer: block_and_kind(layer)[0] for layer in layers}
+        return {layer: {p.name: p.blocks.get(block[layer], p.weight) for p in self.parts} for layer in layers}
 
 
 class Asked(Query):
@@ -232,13 +231,9 @@ class Workbench:
             progress=ToldProgress(tell),
             **(options if len(engine.pool) > 1 else {}),
         )
+        chosen = composition.report.chosen
         rows = [
-            {
-                "name": row.name,
-                "loss": row.loss,
-                "held_out_loss": row.held_out_loss,
-                "chosen": row.name == composition.report.chosen,
-            }
+            {"name": row.name, "loss": row.loss, "held_out_loss": row.held_out_loss, "chosen": row.name == chosen}
             for row in composition.report.rows
         ]
         parts = [_part(name, composition.all_weights, composition.by_layer) for name in engine.pool.names]
@@ -312,6 +307,20 @@ class Workbench:
             by_layer=by_layer if asked.by_block else None,
             allow_licenses=asked.allow_licenses,
         )
+
+
+class ToldProgress(Progress):
+    """A bar that is not drawn but told: what is done, how much, of how much, and the seconds left."""
+
+    def __init__(self, tell: Tell) -> None:
+        super().__init__(disable=True)
+        self._tell = tell
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        (task,) = (candidate for candidate in self.tasks if candidate.id == task_id)
+        left = task.time_remaining
+        self._tell({"what": task.description, "done": task.completed, "total": task.total, "seconds_left": left})
 
 
 def _panel() -> Callable[..., tuple[str, dict[str, float], float]]:

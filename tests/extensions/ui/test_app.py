@@ -19,8 +19,7 @@ from server_clients import answering, until
 import loraweave as lw
 from loraweave.errors import CompositionError
 from loraweave.extensions.ui import overview, workbench
-from loraweave.extensions.ui.acts import Left
-from loraweave.extensions.ui.app import make_ui_server
+from loraweave.extensions.ui.app import Left, make_ui_server
 from loraweave.extensions.ui.catalogue import Catalogue
 from loraweave.extensions.ui.overview import Entry, Overview, Snapshot, followed
 from loraweave.extensions.ui.workbench import Found, Workbench
