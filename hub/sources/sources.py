@@ -57,14 +57,20 @@ def open_source(
     """
     if isinstance(source, Found):
         # a repository, even if there is a folder of that name
-        yield _download(source.repository, revision or source.commit, token, local_files_only, allow_patterns)
+        yield _download(source.repository, "", revision or source.commit, token, local_files_only, allow_patterns)
         return
-    archive = as_path(source, "an adapter's source", SourceUnavailable)
-    if archive_suffix(archive) and archive.is_file():
-        with unpack(archive) as folder:
+    # reading a folder imports torch, which finding one can do without
+    from loraweave.hub.formats._reading import part_of
+
+    path = as_path(source, "an adapter's source", SourceUnavailable)
+    if archive_suffix(path) and path.is_file():
+        with unpack(path) as folder:
             yield OpenedSource(folder)
+    elif str(source) and (_is_there(path) or part_of(path) is not None):
+        yield OpenedSource(path)
     else:
-        yield _locate(source, revision, token, local_files_only, allow_patterns)
+        repository, file = _repository(source)
+        yield _download(repository, file, revision, token, local_files_only, allow_patterns)
 
 
 def find_folder(
@@ -93,45 +99,38 @@ def name_of(source: str | Path | Found) -> str:
     return last.removesuffix(archive_suffix(last)).removesuffix(".safetensors") or last
 
 
-def _locate(
-    source: str | Path, revision: str | None, token: str | None, local_files_only: bool, allow_patterns: Sequence[str]
-) -> OpenedSource:
-    folder = Path(source)
-    from loraweave.hub.formats._reading import part_of
-
-    if str(source) and (_is_there(folder) or part_of(folder) is not None):
-        return OpenedSource(folder)
-    owner, name, file = _parts(source)
-    repository = f"{owner}/{name}"
-    if file:
-        wanted = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        snapshot = download(repository, **wanted, allow_patterns=[file, README])  # type: ignore[arg-type]
-        if not _is_there(snapshot.folder / file):
-            raise AdapterNotFound(
-                f"the repository {repository!r} of the model hub has no file {file!r}; see its list of files there"
-            )
-        origin = {"repository": str(source), "revision": snapshot.commit, "asked": revision or "main"}
-        return OpenedSource(snapshot.folder / file, origin)
-    return _download(repository, revision, token, local_files_only, allow_patterns)
-
-
 def _download(
-    repository: str, revision: str | None, token: str | None, local_files_only: bool, allow_patterns: Sequence[str]
+    repository: str,
+    file: str,
+    revision: str | None,
+    token: str | None,
+    local_files_only: bool,
+    allow_patterns: Sequence[str],
 ) -> OpenedSource:
+    """Download the repository, or its one file `file` if that is not empty."""
     wanted = {"revision": revision, "token": token, "local_files_only": local_files_only}
-    snapshot = download(repository, **wanted, allow_patterns=allow_patterns)  # type: ignore[arg-type]
-    origin = {"repository": repository, "revision": snapshot.commit, "asked": revision or "main"}
-    if not any(path.suffix in _WEIGHTS for path in snapshot.folder.iterdir()):
+    patterns = [file, README] if file else allow_patterns
+    snapshot = download(repository, **wanted, allow_patterns=patterns)  # type: ignore[arg-type]
+    if file and not _is_there(snapshot.folder / file):
+        raise AdapterNotFound(
+            f"the repository {repository!r} of the model hub has no file {file!r}; see its list of files there"
+        )
+    if not file and not any(path.suffix in _WEIGHTS for path in snapshot.folder.iterdir()):
         raise AdapterUnsupported(
             f"the repository {repository!r} of the model hub has no weights under a name that adapters usually have; give a "
             f"LoRA file by its own, as in {repository + '/file.safetensors'!r}, or allow_pickle=True if it has only pickles "
             "such as adapter_model.bin"
         )
-    return OpenedSource(snapshot.folder, origin)
+    origin = {
+        "repository": f"{repository}/{file}" if file else repository,
+        "revision": snapshot.commit,
+        "asked": revision or "main",
+    }
+    return OpenedSource(snapshot.folder / file, origin)
 
 
-def _parts(source: str | Path) -> tuple[str, str, str]:
-    """Return owner, name and file ("" for all) of a repository. Raises AdapterNotFound for another form."""
+def _repository(source: str | Path) -> tuple[str, str]:
+    """Return `owner/name` and the file ("" for all) of a repository. Raises AdapterNotFound for another form."""
     text = str(source)
     parts = text.split("/")
     file = "/".join(parts[2:])
@@ -141,7 +140,7 @@ def _parts(source: str | Path) -> tuple[str, str, str]:
             f"no folder {text!r}, and it does not have the form owner/name of a model hub repository, or "
             "owner/name/file.safetensors of a file there"
         )
-    return parts[0], parts[1], file
+    return "/".join(parts[:2]), file
 
 
 def without_secrets(source: str | Path) -> str:
